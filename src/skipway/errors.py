@@ -1,0 +1,58 @@
+"""What Skipway raises when it cannot use what it is given: the argument, the value, the rule, the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CheckpointError", "DataError", "DivergedError", "MissingExtraError", "SkipwayError", "suggest"]
+
+
+class SkipwayError(ValueError):
+    """Something the caller gave cannot be used; the message says what, why and what to do instead.
+
+    `exit_status` is what the command line ends with.
+    """
+
+    exit_status = 2
+
+
+class DataError(SkipwayError):
+    """The images cannot be trained on: an empty folder, a single class, unreadable files."""
+
+    exit_status = 3
+
+
+class CheckpointError(SkipwayError):
+    """Weights or a run folder cannot be used: wrong shapes, unknown keys, a damaged file."""
+
+    exit_status = 4
+
+
+class DivergedError(SkipwayError):
+    """Training produced a loss or a gradient that is not finite; the last good weights are kept."""
+
+    exit_status = 5
+
+
+class MissingExtraError(SkipwayError, ImportError):
+    """An optional dependency is not installed; the message holds the line that installs it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'skipway[{extra}]'")
+
+
+def suggest(kind: str, name: str, known: Iterable[str]) -> str:
+    """One sentence for an unknown `name`: the closest known ones if any is close, else where to look.
+
+    >>> suggest("scheme", "layerscal", ["layerscale", "skipinit"])
+    "unknown scheme 'layerscal'; did you mean 'layerscale'?"
+    >>> suggest("scheme", "zzz", ["layerscale", "skipinit"])
+    "unknown scheme 'zzz'; there are: layerscale, skipinit"
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        options = " or ".join(repr(option) for option in close)
+        return f"unknown {kind} {name!r}; did you mean {options}?"
+    return f"unknown {kind} {name!r}; there are: {', '.join(known)}"

@@ -1,0 +1,81 @@
+"""Optimiser groups by role: weight decay and learning rate follow from the module that owns a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from skipway.nn import Role, ScaledStandardConv2d
+
+__all__ = ["param_groups", "role_of"]
+
+WEIGHT = Role("weight", decay=True)
+BIAS = Role("bias")
+NORM = Role("norm")
+GAIN = Role("gain")
+EMBEDDING = Role("embedding")
+
+MAPS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Groups for any `torch.optim` optimiser: weights of linear maps are decayed, biases, norms and gains are not,
+    and a scheme's own parameters have the decay and the learning rate that their role says.
+
+    The role comes from the owning module, never from a parameter's shape or name: a 0-dimensional SkipInit gain and a
+    LayerScale of shape (C,) are gains, and a bias of any shape is a bias. Unknown modules' parameters are not decayed.
+
+    Args:
+        model: any module; frozen parameters are left out, shared ones counted once.
+        lr: learning rate of the weights; a role's factor is multiplied in.
+        weight_decay: of the roles that are decayed.
+
+    Returns:
+        dicts with `params`, `lr`, `weight_decay` and `name`, in the order of first appearance.
+
+    >>> import skipway as sw
+    >>> for group in param_groups(sw.build("resnet20", scheme="fixup"), lr=0.1, weight_decay=5e-4):
+    ...     print(group["name"], len(group["params"]), round(group["lr"], 4), group["weight_decay"])
+    weight 20 0.1 0.0005
+    bias×0.1 38 0.01 0.0005
+    gain×0.1 9 0.01 0.0005
+    bias 1 0.1 0.0
+    """
+    groups: dict[Role, dict[str, Any]] = {}
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            role = role_of(module, name)
+            title = role.name if role.rate == 1.0 else f"{role.name}×{role.rate:g}"
+            empty = {
+                "params": [],
+                "lr": lr * role.rate,
+                "weight_decay": weight_decay * role.decay,
+                "name": title,
+            }
+            groups.setdefault(role, empty)["params"].append(parameter)
+    return list(groups.values())
+
+
+def role_of(module: nn.Module, name: str) -> Role:
+    """What the parameter `name` of `module` itself is for.
+
+    >>> role_of(nn.BatchNorm2d(4), "weight").name, role_of(nn.Linear(4, 4), "weight").name
+    ('norm', 'weight')
+    """
+    own = getattr(module, "role", None)
+    if isinstance(own, Role):
+        return own
+    if isinstance(module, ScaledStandardConv2d) and name == "gain":
+        return GAIN
+    if isinstance(module, NORMS):
+        return NORM
+    if isinstance(module, MAPS):
+        return BIAS if "bias" in name else WEIGHT
+    return EMBEDDING

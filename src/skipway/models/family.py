@@ -1,0 +1,143 @@
+"""Families, their published variants, and `build`: from a name to an initialised network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipway.errors import SkipwayError, suggest
+from skipway.init import initialise_
+from skipway.registry import Registry
+from skipway.schemes import Scheme
+from skipway.schemes import scheme as read_scheme
+
+__all__ = ["FAMILIES", "Family", "Variant", "build", "families", "find_config", "variants"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A published network: a row of a paper's table.
+
+    Args:
+        name: as people type it.
+        family: the name of its family.
+        config: its frozen config.
+        parameters: the published number of parameters.
+        description: one line.
+    """
+
+    name: str
+    family: str
+    config: Any
+    parameters: int
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Networks that differ in their config only.
+
+    Args:
+        name: of the family.
+        module: makes the network from its config.
+        at_depth: makes the config for a depth (weight layers on the longest path); raises where there is none.
+        pattern: regular expression of the names that the dial answers to; its groups are the dial's arguments.
+        variants: the published members.
+        description: one line.
+    """
+
+    name: str
+    module: Callable[[Any], nn.Module]
+    at_depth: Callable[..., Any]
+    pattern: str
+    variants: tuple[Variant, ...] = ()
+    description: str = ""
+
+
+FAMILIES: Registry[Family] = Registry("model")
+
+
+def families() -> list[Family]:
+    """All families."""
+    return list(FAMILIES.entries.values())
+
+
+def variants() -> list[Variant]:
+    """All published variants of all families.
+
+    >>> [v.parameters for v in variants() if v.name == "resnet50"]
+    [25557032]
+    """
+    return [variant for family in families() for variant in family.variants]
+
+
+def build(
+    name: str,
+    *,
+    depth: int | None = None,
+    scheme: str | Scheme | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a residual network and initialise it.
+
+    Args:
+        name: a published variant ("resnet50", "wrn-28-10") or a family ("resnet"), which then needs a `depth`.
+        depth: weight layers on the longest path, the number in the papers' names.
+        scheme: how the connections are dressed, a `Scheme` or its spec string, "layerscale(init=1e-5)".
+        device: where the parameters live; torch's default device unless told. "meta" builds without initialising.
+        dtype: of the parameters.
+        **options: any other field of the family's config: `classes=10`, `channels=1`, `width=32`, …
+
+    Returns:
+        the network, in training mode, its frozen config as `.config`.
+
+    Raises:
+        SkipwayError: unknown name or option (with suggestions), impossible depth (with the possible ones near it).
+
+    >>> model = build("resnet", depth=110, scheme="zeroinit", classes=10)
+    >>> model.config.branches, sum(p.numel() for p in model.parameters())
+    (54, 1727962)
+    """
+    family, config = find_config(name, depth)
+    known = {field.name for field in fields(config)}
+    for option in options:
+        if option not in known:
+            raise SkipwayError(f"{name}: {suggest('option', option, known)}")
+    if scheme is not None:
+        options["scheme"] = read_scheme(scheme)
+    config = replace(config, **options)
+    with torch.device("meta"):
+        network = family.module(config)
+    if dtype is not None:
+        network.to(dtype)
+    if device is not None and torch.device(device).type == "meta":
+        return network
+    return initialise_(network, device=device)
+
+
+def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
+    """The family and the config that a name and a depth describe."""
+    for variant in variants():
+        if Registry.key(variant.name) == Registry.key(name):
+            family = FAMILIES[variant.family]
+            return family, variant.config if depth is None else family.at_depth(depth)
+    if name in FAMILIES:
+        family = FAMILIES[name]
+        if depth is None:
+            examples = ", ".join(variant.name for variant in family.variants[:4])
+            raise SkipwayError(
+                f"{name!r} is a family and needs a depth: build({name!r}, depth=…), or one of {examples}, …"
+            )
+        return family, family.at_depth(depth)
+    for family in families():
+        match = re.fullmatch(family.pattern, name.lower().replace("_", "-"))
+        if match and depth is None:
+            return family, family.at_depth(**{key: int(value) for key, value in match.groupdict().items()})
+    raise SkipwayError(suggest("model", name, [*FAMILIES, *(variant.name for variant in variants())]))

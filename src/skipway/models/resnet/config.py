@@ -1,0 +1,81 @@
+"""The config of the ResNet family: independent numbers only, derived ones are properties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from skipway.errors import SkipwayError
+from skipway.schemes import Identity, Scheme
+
+__all__ = ["MAPS", "ResNetConfig"]
+
+MAPS = {"basic": 2, "bottleneck": 3}
+"""Weight layers on the path of a block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """A ResNet of any kind.
+
+    Args:
+        blocks: residual blocks per stage; every stage but the first halves the image and doubles the width.
+        block: "basic" (3×3 – 3×3) or "bottleneck" (1×1 – 3×3 – 1×1).
+        width: channels of the inner convolutions in the first stage.
+        groups: of the bottleneck's 3×3 (ResNeXt's cardinality).
+        base_width: inner channels per group for 64 channels (ResNeXt, Wide-ResNet-50-2).
+        stem: "imagenet" (7×7 / 2, max-pool / 2, 64 channels) or "cifar" (3×3).
+        stem_width: channels of the stem.
+        shortcut: where shapes change: "projection" (1×1 convolution, option B) or "pad" (zeros, option A).
+        placement: "original" (v1: conv-norm-act, act behind the addition) or "preactivation" (v2).
+        squeeze: reduction of a squeeze-and-excitation gate in every branch; None for no gate.
+        classes: outputs of the classifier.
+        channels: of the input images.
+        scheme: how the connections are dressed.
+
+    >>> ResNetConfig(blocks=(3, 4, 6, 3)).depth
+    50
+    """
+
+    blocks: tuple[int, ...]
+    block: Literal["basic", "bottleneck"] = "bottleneck"
+    width: int = 64
+    groups: int = 1
+    base_width: int = 64
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stem_width: int = 64
+    shortcut: Literal["projection", "pad"] = "projection"
+    placement: Literal["original", "preactivation"] = "original"
+    squeeze: int | None = None
+    classes: int = 1000
+    channels: int = 3
+    scheme: Scheme = Identity()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        for name in ("width", "groups", "base_width", "stem_width", "classes", "channels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise SkipwayError(f"{name}={value!r}: the rule is a whole number of at least 1")
+        if not self.blocks or any(count < 1 for count in self.blocks):
+            raise SkipwayError(f"blocks={self.blocks}: every stage needs at least one block")
+        for name, allowed in (
+            ("block", ("basic", "bottleneck")),
+            ("stem", ("imagenet", "cifar")),
+            ("shortcut", ("projection", "pad")),
+            ("placement", ("original", "preactivation")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise SkipwayError(
+                    f"{name}={getattr(self, name)!r}: the rule is one of {', '.join(map(repr, allowed))}"
+                )
+
+    @property
+    def branches(self) -> int:
+        """L, the number of residual branches: one per block."""
+        return sum(self.blocks)
+
+    @property
+    def depth(self) -> int:
+        """Weight layers on the longest path: stem, maps of all branches, classifier."""
+        return MAPS[self.block] * self.branches + 2

@@ -1,0 +1,75 @@
+"""Residual branches of convolutions. A branch declares its path: the linear maps that its signal crosses, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from skipway.nn.maps import LinearMap
+from skipway.site import Kit, Part
+
+__all__ = ["Branch", "Conv", "ConvBranch"]
+
+
+class Branch(nn.Module):
+    """What a branch tells of itself; abstract. Subclasses define `path` and, where one closes them, `closing_norm`."""
+
+    def path(self) -> list[LinearMap]:
+        """The linear maps that the signal crosses, first to last; its length is Fixup's m."""
+        raise NotImplementedError
+
+    def closing_norm(self) -> nn.Module | None:
+        """The norm behind the last map, whose gain can silence the branch; None where there is none."""
+        return None
+
+
+class Conv(NamedTuple):
+    """One convolution of a branch: (N, in_channels, H, W) → (N, out_channels, ⌈H/stride⌉, ⌈W/stride⌉)."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+
+
+class ConvBranch(Branch, nn.Sequential):
+    """conv1 → norm1 → act1 → conv2 → … → conv_m → closing parts → gate, each part from the kit.
+
+    Args:
+        convs: the convolutions in order.
+        kit: what to build from; parts that it lacks are left out.
+        end: what closes the branch behind its last convolution, ("norm",) or ("norm", "act") or nothing.
+
+    >>> from skipway.models.resnet.blocks import CONV_KIT
+    >>> branch = ConvBranch([Conv(16, 16, 3), Conv(16, 16, 3)], CONV_KIT, end=("norm",))
+    >>> [name for name, _ in branch.named_children()]
+    ['conv1', 'norm1', 'act1', 'conv2', 'norm2']
+    >>> len(branch.path())
+    2
+    """
+
+    def __init__(self, convs: Sequence[Conv], kit: Kit, end: tuple[Part, ...]) -> None:
+        super().__init__()
+        self.length = len(convs)
+        for number, conv in enumerate(convs, start=1):
+            last = number == len(convs)
+            before = kit.before if number > 1 else None
+            parts = {
+                "before": None if before is None else before(),
+                "conv": kit.conv(*conv),
+                **kit.parts(end if last else ("norm", "act"), conv.out_channels),
+                "gate": kit.gate(conv.out_channels) if last and kit.gate is not None else None,
+            }
+            for name, module in parts.items():
+                if module is not None:
+                    self.add_module(f"{name}{number}" if name != "gate" else name, module)
+        self.closed = f"norm{self.length}" in self._modules
+
+    def path(self) -> list[LinearMap]:
+        return [LinearMap(self.get_submodule(f"conv{number}")) for number in range(1, self.length + 1)]
+
+    def closing_norm(self) -> nn.Module | None:
+        return self.get_submodule(f"norm{self.length}") if self.closed else None

@@ -1,0 +1,42 @@
+"""Stochastic depth: whole branches dropped at random, sample by sample, while training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from skipway.errors import SkipwayError
+
+__all__ = ["DropPath"]
+
+
+class DropPath(nn.Module):
+    """y = m/(1-p) · x with m ~ Bernoulli(1-p) for each sample while training, y = x in eval (Huang et al. 2016).
+
+    Kept branches are divided by 1-p, so the expectation is the same in both modes.
+
+    Args:
+        probability: p, with 0 ≤ p < 1.
+
+    >>> drop = DropPath(0.5)
+    >>> sorted(set(drop(torch.ones(100, 3)).flatten().tolist()))
+    [0.0, 2.0]
+    >>> drop.eval()(torch.ones(2))
+    tensor([1., 1.])
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        if not 0.0 <= probability < 1.0:
+            raise SkipwayError(f"probability={probability}: the rule is 0 <= p < 1; at 1 nothing would be left")
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        keep = 1.0 - self.probability
+        mask = torch.empty((x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device=x.device)
+        return x * mask.bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.probability:g}"

@@ -1,0 +1,57 @@
+"""The residual connection: the only place in the library where a skip is added."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from skipway.nn.shortcut import Carry
+from skipway.site import Site
+
+__all__ = ["Residual"]
+
+
+class Residual(nn.Module):
+    """y = post(shortcut(x, h) + drop(scale(branch(h)))), where h = pre(x).
+
+    Every slot is a module; an absent one is `nn.Identity`, an absent shortcut carries x.
+
+    Args:
+        branch: F, a module with a `path()` (see `Branch`) where schemes are to initialise it.
+        pre: what the stream passes before the branch: norm, activation, a bias.
+        shortcut: takes (x, h); see `skipway.nn.shortcut`.
+        scale: what multiplies the branch.
+        drop: stochastic depth.
+        post: what follows the addition.
+        site: where the connection stands.
+        scheme: what dressed it, kept so that `initialise_` can find it again.
+
+    >>> import torch
+    >>> Residual(nn.Linear(4, 4))(torch.ones(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        *,
+        pre: nn.Module | None = None,
+        shortcut: nn.Module | None = None,
+        scale: nn.Module | None = None,
+        drop: nn.Module | None = None,
+        post: nn.Module | None = None,
+        site: Site | None = None,
+        scheme: object | None = None,
+    ) -> None:
+        super().__init__()
+        self.pre = nn.Identity() if pre is None else pre
+        self.branch = branch
+        self.scale = nn.Identity() if scale is None else scale
+        self.drop = nn.Identity() if drop is None else drop
+        self.shortcut = Carry() if shortcut is None else shortcut
+        self.post = nn.Identity() if post is None else post
+        self.site = site
+        self.scheme = scheme
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.pre(x)
+        return self.post(self.shortcut(x, h) + self.drop(self.scale(self.branch(h))))

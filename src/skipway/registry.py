@@ -1,0 +1,92 @@
+"""Names that people type, and the spec strings `name(argument=value)` that are the objects' own repr."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from skipway.errors import SkipwayError, suggest
+
+__all__ = ["Registry", "parse_spec"]
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table from names to entries; names match without regard to case, `-` and `_`.
+
+    >>> colours = Registry("colour")
+    >>> _ = colours.add("light-blue", 7)
+    >>> colours["Light_Blue"]
+    7
+    >>> colours["light-bleu"]
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: unknown colour 'light-bleu'; did you mean 'light-blue'?
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.entries: dict[str, T] = {}
+        self._names: dict[str, str] = {}
+
+    @staticmethod
+    def key(name: str) -> str:
+        """What two spellings of one name have in common."""
+        return name.lower().replace("-", "").replace("_", "")
+
+    def add(self, name: str, entry: T) -> T:
+        """Enter `entry` under `name`; a name that is taken raises."""
+        if self.key(name) in self._names:
+            raise SkipwayError(f"{self.kind} {name!r} is already registered; choose another name")
+        self._names[self.key(name)] = name
+        self.entries[name] = entry
+        return entry
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self:
+            raise SkipwayError(suggest(self.kind, name, self.entries))
+        return self.entries[self._names[self.key(name)]]
+
+    def __contains__(self, name: str) -> bool:
+        return self.key(name) in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+
+def parse_spec(text: str, lookup: Callable[[str], Callable[..., T]]) -> T:
+    """Make the object that a spec string describes: `name`, `name(value)` or `name(argument=value, ...)`.
+
+    Values are Python literals; nothing is evaluated. `lookup` turns the name into the class to call.
+
+    >>> parse_spec("layerscale(init=1e-5)", lambda name: lambda **values: (name, values))
+    ('layerscale', {'init': 1e-05})
+    """
+    rule = f"{text!r} is not of the form name or name(argument=value), with literal values"
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        node = None
+    if node is None or not isinstance(node, ast.Call):
+        # a bare name may hold dashes, which Python would read as a subtraction
+        if any(character in text for character in "()=,"):
+            raise SkipwayError(rule)
+        return call(lookup(text.strip()), text, [], {})
+    if not isinstance(node.func, ast.Name):
+        raise SkipwayError(rule)
+    try:
+        args = [ast.literal_eval(arg) for arg in node.args]
+        kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
+    except ValueError as error:
+        raise SkipwayError(rule) from error
+    return call(lookup(node.func.id), text, args, kwargs)
+
+
+def call(make: Callable[..., T], text: str, args: list[Any], kwargs: dict[str, Any]) -> T:
+    """Call `make`, with a wrong argument turned into a message about the spec string."""
+    try:
+        return make(*args, **kwargs)
+    except TypeError as error:
+        reason = str(error).replace(f"{getattr(make, '__name__', '')}.__init__() ", "")
+        raise SkipwayError(f"{text!r}: {reason}") from error

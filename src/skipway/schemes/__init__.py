@@ -1,0 +1,37 @@
+"""Schemes: one idea per class."""
+# ruff: noqa: I001 - the order of import is the order in which schemes are listed, from the plain net to the special
+
+from skipway.schemes.plain import Plain
+from skipway.schemes.identity import Identity
+from skipway.schemes.preactivation import PreActivation
+from skipway.schemes.zeroinit import ZeroInit
+from skipway.schemes.skipinit import SkipInit
+from skipway.schemes.rezero import ReZero
+from skipway.schemes.fixup import Fixup
+from skipway.schemes.layerscale import LayerScale
+from skipway.schemes.normfree import NormFree
+from skipway.schemes.deepnorm import DeepNorm
+from skipway.schemes.depthscaled import DepthScaled
+from skipway.schemes.stochasticdepth import StochasticDepth
+from skipway.schemes.scheme import Scheme, Stack, scheme, schemes
+from skipway.schemes.card import card
+
+__all__ = [
+    "DeepNorm",
+    "DepthScaled",
+    "Fixup",
+    "Identity",
+    "LayerScale",
+    "NormFree",
+    "Plain",
+    "PreActivation",
+    "ReZero",
+    "Scheme",
+    "SkipInit",
+    "Stack",
+    "StochasticDepth",
+    "ZeroInit",
+    "card",
+    "scheme",
+    "schemes",
+]

@@ -1,0 +1,39 @@
+"""A scheme's card: what it is, from its own docstring and fields."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+
+from skipway.schemes.scheme import REGISTRY, Scheme
+
+__all__ = ["card"]
+
+
+def card(scheme: str | type[Scheme]) -> str:
+    """The Markdown card of a scheme: equation, arguments with defaults, normalisation, use, source, and its docstring.
+
+    >>> print(card("zeroinit").splitlines()[0])
+    # ZeroInit
+    """
+    kind = REGISTRY[scheme] if isinstance(scheme, str) else scheme
+    arguments = ", ".join(f"{f.name}={f.default!r}" for f in fields(kind))  # type: ignore[arg-type]
+    body, _, example = inspect.cleandoc(kind.__doc__ or "").partition(">>> ")
+    return "\n".join(
+        [
+            f"# {kind.__name__}",
+            "",
+            f"    {kind.equation}",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| spec | `{kind.__name__.lower()}({arguments})` |",
+            f"| normalisation | {kind.norm_note} |",
+            f"| use it for | {kind.when} |",
+            f"| source | {kind.source} |",
+            "",
+            body.strip(),
+            *(["", "```python", f">>> {example.strip()}", "```"] if example else []),
+            "",
+        ]
+    )

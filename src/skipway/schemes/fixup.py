@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import nn
+
+from skipway.anatomy import Chain
+from skipway.nn import Bias, Gain
+from skipway.nn.role import Role
+from skipway.nn.sequence import sequence
+from skipway.schemes.scheme import Scheme
+from skipway.site import Kit, Placement, Site
+
+__all__ = ["Fixup"]
+
+
+@dataclass(frozen=True)
+class Fixup(Scheme):
+    """Training without normalisation by initialisation alone: y = x + s F(x) + b, F(x) = 0 at the start.
+
+    1. The classifier and the last map of every branch start at 0.
+    2. The other maps of a branch start from He's distribution times L^(-1/(2m-2)), m the number of maps in the branch.
+    3. Scalar biases (start 0) stand before every map and activation, a scalar multiplier s (start 1) and a bias
+       behind every branch. No normalisation anywhere.
+
+    Args:
+        rescale: False leaves out the factor of rule 2, plain He.
+        rate: factor on the learning rate of the scalars.
+
+    Depth: L is the number of residual branches of the whole network, our unit; not of layers, not of a stage.
+
+    Decay and learning rate: the authors' scripts train the scalars at lr/10, without which training diverges half-way,
+    and decay them like weights; so do we. Departures: their scripts put the classifier's bias among the scalars;
+    their stem keeps PyTorch's default distribution, ours has the family's; their CIFAR net adds the first bias
+    on padded shortcuts too, ours on projections only.
+
+    Theory at the start: the network is its shortcuts; Var(x_l) = Var(x_0) for every l, and one step of SGD changes the
+    output by Θ(η), independent of depth (theorem 2 and its corollary).
+
+    Source: Zhang, Dauphin, Ma 2019, "Fixup Initialization: Residual Learning Without Normalization", sec. 3; the
+    authors' `fixup_resnet_cifar.py`.
+
+    >>> import skipway as sw
+    >>> block = sw.build("resnet20", scheme="fixup").stages[0][0]
+    >>> [name for name, _ in block.branch.named_children()]
+    ['conv1', 'norm1', 'act1', 'before2', 'conv2']
+    >>> block.branch.norm1
+    Bias()
+    """
+
+    rescale: bool = True
+    rate: float = 0.1
+
+    equation: ClassVar[str] = "y = x + s F(x) + b, F = 0 at the start"
+    norm_note: ClassVar[str] = "removes it"
+    when: ClassVar[str] = "no normalisation, any depth, small batches; wants strong augmentation"
+    source: ClassVar[str] = "Zhang et al. 2019, sec. 3"
+
+    @property
+    def silent(self) -> bool:
+        return True
+
+    def kit(self, site: Site | None, kit: Kit) -> Kit:
+        return replace(kit, norm=lambda dim: self.bias(), before=self.bias)
+
+    def place(self, site: Site | None, placement: Placement) -> Placement:
+        # the bias behind a branch stands behind its multiplier, in `scale`
+        return placement if site is None else replace(placement, end=tuple(p for p in placement.end if p != "norm"))
+
+    def enter(self, site: Site) -> Bias:
+        return self.bias()
+
+    def scale(self, site: Site) -> nn.Module:
+        return sequence(multiplier=Gain(role=Role("gain", decay=True, rate=self.rate)), bias=self.bias())
+
+    def init_(self, chain: Chain) -> None:
+        for connection in chain:
+            *others, last = connection.path
+            last.zero_()
+            for each in others if self.rescale else ():
+                each.multiply_(len(chain) ** (-1 / (2 * len(others))))
+        if chain.classifier is not None:
+            chain.classifier.zero_()
+
+    def bias(self) -> Bias:
+        """One scalar bias."""
+        return Bias(role=Role("bias", decay=True, rate=self.rate))

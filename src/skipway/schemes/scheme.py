@@ -1,0 +1,224 @@
+"""A scheme says how every residual connection of a network is dressed: a few hooks with neutral defaults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import nn
+
+from skipway.anatomy import Chain
+from skipway.errors import SkipwayError
+from skipway.nn import sequence
+from skipway.registry import Registry, parse_spec
+from skipway.site import Kit, Part, Placement, Site
+
+__all__ = ["Scheme", "Stack", "scheme", "schemes"]
+
+REGISTRY: Registry[type[Scheme]] = Registry("scheme")
+
+
+class Scheme:
+    """How the connections of a network are dressed; abstract. A scheme is a final, frozen dataclass derived from it.
+
+    Each hook answers for one slot of `Residual`, y = post(shortcut(x, h) + drop(scale(branch(h)))), h = enter(pre(x)):
+
+    | hook | decides | overridden by |
+    |---|---|---|
+    | `kit(site, kit)` | what branches, stem and head are built from | SkipInit, Fixup, ReZero, NormFree |
+    | `place(site, placement)` | where norm and activation stand | PreActivation, DeepNorm, ReZero, NormFree |
+    | `enter(site)` | what stands last before the branch and the projection | Fixup, NormFree |
+    | `scale(site)` | what multiplies the branch | SkipInit, LayerScale, ReZero, Fixup, NormFree, DepthScaled |
+    | `carry(site, shortcut)` | what happens to the skip | Plain, DeepNorm |
+    | `drop(site)` | what may drop the branch | StochasticDepth |
+    | `init_(chain)` | the whole-network step after a full reset | Fixup, ZeroInit, DeepNorm, DepthScaled |
+
+    Schemes add: `LayerScale() + StochasticDepth(0.1)`. A class that derives from `Scheme` is registered under its own
+    name in lower case, so `build(..., scheme="fixup")` finds it.
+    """
+
+    equation: ClassVar[str]
+    """The connection in one line."""
+    norm_note: ClassVar[str] = "keeps it"
+    """What becomes of the family's normalisation."""
+    when: ClassVar[str]
+    """When to use it, in one line."""
+    source: ClassVar[str]
+    """Paper and year, with the equation or table."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__name__ != "Stack":
+            REGISTRY.add(cls.__name__.lower(), cls)
+
+    @property
+    def silent(self) -> bool:
+        """Whether exactly one factor of every branch starts at zero, so that the network starts as its shortcuts."""
+        return False
+
+    def kit(self, site: Site | None, kit: Kit) -> Kit:
+        """What is built from; `site` is None for what stands outside the chain (stem and head)."""
+        return kit
+
+    def place(self, site: Site | None, placement: Placement) -> Placement:
+        """Where norm and activation stand; `site` is None for stem and head."""
+        return placement
+
+    def enter(self, site: Site) -> nn.Module | None:
+        """What stands between pre(x) and the first map; a projection shortcut sees it too."""
+        return None
+
+    def scale(self, site: Site) -> nn.Module | None:
+        """What multiplies the branch."""
+        return None
+
+    def carry(self, site: Site, shortcut: nn.Module | None) -> nn.Module | None:
+        """What the skip becomes; None is the plain carry."""
+        return shortcut
+
+    def drop(self, site: Site) -> nn.Module | None:
+        """What may drop the branch."""
+        return None
+
+    def init_(self, chain: Chain) -> None:
+        """The whole-network step; may multiply in place. Only `initialise_` calls it, after a full reset."""
+
+    def slots(
+        self,
+        site: Site,
+        *,
+        branch: Callable[[Kit, tuple[Part, ...]], nn.Module],
+        shortcut: nn.Module | None,
+        kit: Kit,
+        placement: Placement,
+    ) -> dict[str, Any]:
+        """The slots of one dressed `Residual`: what every family builds its connections with.
+
+        Args:
+            site: where the connection stands.
+            branch: makes the branch from (kit, closing parts).
+            shortcut: takes (x, h); None carries x.
+            kit: the family's kit, undressed.
+            placement: the family's placement.
+        """
+        kit, placement = self.kit(site, kit), self.place(site, placement)
+        return {
+            "pre": sequence(**kit.parts(placement.pre, site.entry), enter=self.enter(site)),
+            "branch": branch(kit, placement.end),
+            "scale": self.scale(site),
+            "drop": self.drop(site),
+            "shortcut": self.carry(site, shortcut),
+            "post": sequence(**kit.parts(placement.post, site.dim)),
+            "site": site,
+            "scheme": self,
+        }
+
+    def __add__(self, other: Scheme) -> Stack:
+        return Stack(members_of(self) + members_of(other))
+
+    def __str__(self) -> str:
+        """The spec string: `scheme(str(s)) == s`."""
+        given = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__.lower()}({given})"
+
+
+@dataclass(frozen=True)
+class Stack(Scheme):
+    """Schemes one after the other: every hook passes through all members, in order.
+
+    At most one member may be silent: two zero factors in one branch give exactly zero gradient for ever.
+
+    >>> str(scheme("preactivation + layerscale"))
+    'preactivation() + layerscale(init=0.0001, rate=1.0)'
+    """
+
+    members: tuple[Scheme, ...]
+
+    equation = "the members' equations combined"
+    when = "to combine orthogonal schemes"
+    source = "-"
+
+    def __post_init__(self) -> None:
+        silent = [str(member) for member in self.members if member.silent]
+        if len(silent) > 1:
+            raise SkipwayError(
+                f"{' and '.join(silent)} each start the branch at zero; two zero factors in one branch never learn. "
+                "Keep one, or give the other a non-zero start"
+            )
+
+    @property
+    def silent(self) -> bool:
+        return any(member.silent for member in self.members)
+
+    def kit(self, site: Site | None, kit: Kit) -> Kit:
+        for member in self.members:
+            kit = member.kit(site, kit)
+        return kit
+
+    def place(self, site: Site | None, placement: Placement) -> Placement:
+        for member in self.members:
+            placement = member.place(site, placement)
+        return placement
+
+    def enter(self, site: Site) -> nn.Module | None:
+        return in_a_row([member.enter(site) for member in self.members])
+
+    def scale(self, site: Site) -> nn.Module | None:
+        return in_a_row([member.scale(site) for member in self.members])
+
+    def carry(self, site: Site, shortcut: nn.Module | None) -> nn.Module | None:
+        for member in self.members:
+            shortcut = member.carry(site, shortcut)
+        return shortcut
+
+    def drop(self, site: Site) -> nn.Module | None:
+        return in_a_row([member.drop(site) for member in self.members])
+
+    def init_(self, chain: Chain) -> None:
+        for member in self.members:
+            member.init_(chain)
+
+    def __str__(self) -> str:
+        return " + ".join(str(member) for member in self.members)
+
+
+def members_of(scheme: Scheme) -> tuple[Scheme, ...]:
+    """The schemes that a stack consists of; a single scheme is its own only member."""
+    return scheme.members if isinstance(scheme, Stack) else (scheme,)
+
+
+def in_a_row(modules: list[nn.Module | None]) -> nn.Module | None:
+    """The present modules in a row; one stands alone, none is None."""
+    present = [module for module in modules if module is not None]
+    if len(present) <= 1:
+        return present[0] if present else None
+    return nn.Sequential(*present)
+
+
+def schemes() -> dict[str, type[Scheme]]:
+    """All registered schemes by name, in the order of their definition.
+
+    >>> list(schemes())[:4]
+    ['plain', 'identity', 'preactivation', 'zeroinit']
+    """
+    return dict(REGISTRY.entries)
+
+
+def scheme(spec: str | Scheme) -> Scheme:
+    """The scheme that a spec string describes; a scheme is returned as it is.
+
+    >>> scheme("layerscale(init=1e-5)")
+    LayerScale(init=1e-05, rate=1.0)
+    >>> scheme("layerscal")
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: unknown scheme 'layerscal'; did you mean 'layerscale'?
+
+    Raises:
+        SkipwayError: unknown name (with the closest known ones), unknown argument, or a value that is not allowed.
+    """
+    if isinstance(spec, Scheme):
+        return spec
+    parts = [parse_spec(part, REGISTRY.__getitem__) for part in re.split(r"\+(?![^(]*\))", spec)]
+    return parts[0] if len(parts) == 1 else Stack(tuple(member for part in parts for member in members_of(part)))

@@ -1,0 +1,9 @@
+"""Weights of ours and of other libraries: declarative key maps, read both ways, strict."""
+
+from skipway.weights import resnet
+from skipway.weights.files import read
+from skipway.weights.keymap import KeyMap, Rule
+from skipway.weights.loading import Report, export_names, load, match
+from skipway.weights.tables import register
+
+__all__ = ["KeyMap", "Report", "Rule", "export_names", "load", "match", "read", "register", "resnet"]

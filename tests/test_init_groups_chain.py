@@ -1,0 +1,112 @@
+"""initialise_, param_groups and chain on networks of ours and on somebody's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import skipway as sw
+from skipway.nn import Bias, Gain, Residual, ScaledStandardConv2d
+from skipway.schemes import schemes
+
+
+class Own(nn.Module):
+    """Somebody's network from our blocks."""
+
+    def __init__(self, scheme: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.body = nn.Sequential(*(sw.BasicBlock(8, 8, scheme=scheme) for _ in range(4)))
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.body(self.stem(x)).mean((2, 3)))
+
+
+def test_initialise_counts_the_branches_of_somebodys_own_network():
+    """Fixup's L is that of the network at hand: 4^(-1/2) of He's deviation."""
+    model = sw.initialise_(Own("fixup"))
+    assert [c.site.index for c in sw.chain(model)] == [0, 1, 2, 3]
+    deviations = torch.stack([c.path[0].weight.std() for c in sw.chain(model)])
+    assert deviations.mean().item() == pytest.approx((2 / 72) ** 0.5 / 2, rel=0.1)
+
+
+def test_initialise_says_what_it_cannot_know():
+    model = Own("fixup")
+    model.body.append(sw.BasicBlock(8, 8, scheme="rezero"))
+    with pytest.raises(sw.SkipwayError, match="were built with fixup.*, rezero.*; say which"):
+        sw.initialise_(model)
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(3))
+
+    model = Own("fixup")
+    model.table = Table()
+    with pytest.raises(sw.SkipwayError, match=r"table \(Table\) holds parameters but has no reset_parameters"):
+        sw.initialise_(model)
+    with pytest.raises(sw.SkipwayError, match="holds no skipway.nn.Residual"):
+        sw.initialise_(nn.Linear(2, 2))
+
+
+def test_gains_go_back_to_their_own_value_not_to_one():
+    """P7."""
+    gain = Gain(3, init=0.25)
+    with torch.no_grad():
+        gain.gain.fill_(9.0)
+    gain.reset_parameters()
+    assert (gain.gain == 0.25).all()
+
+
+@pytest.mark.parametrize("scheme", list(schemes()))
+def test_groups_follow_the_owner_never_the_shape(scheme):
+    """P4: every parameter in one group; gains, biases and norms are decayed only where the scheme says so."""
+    model = sw.build("se-resnet18", scheme=scheme, width=8, stem_width=8, squeeze=4)
+    groups = sw.param_groups(model, lr=1.0, weight_decay=0.1)
+    listed = [id(p) for g in groups for p in g["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters())
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    rate = {id(p): g["lr"] for g in groups for p in g["params"]}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            ours = isinstance(module, Gain | Bias)
+            map = isinstance(module, nn.Conv2d | nn.Linear) and name == "weight"
+            # Fixup's scalars: a tenth of the rate, decayed (the authors' scripts)
+            expected = (0.1, 0.1) if ours and scheme == "fixup" else (1.0, 0.1 if map else 0.0)
+            assert (rate[id(parameter)], decay[id(parameter)]) == expected, (type(module), name)
+
+
+def test_groups_on_anybodys_model():
+    model = nn.Sequential(
+        nn.Embedding(3, 4), nn.MultiheadAttention(4, 2), nn.LayerNorm(4), ScaledStandardConv2d(4, 4, 1)
+    )
+    model[0].weight.requires_grad_(False)
+    groups = {g["name"]: len(g["params"]) for g in sw.param_groups(model, lr=1.0, weight_decay=1.0)}
+    assert groups == {"weight": 3, "bias": 3, "norm": 2, "gain": 1}
+
+
+def test_shared_parameters_are_counted_once():
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    b.weight = a.weight
+    assert sum(len(g["params"]) for g in sw.param_groups(nn.Sequential(a, b), lr=1.0)) == 3
+
+
+def test_chain_is_ordered_and_named():
+    model = sw.build("resnet20")
+    connections = sw.chain(model)
+    assert [c.site.index for c in connections] == list(range(9))
+    assert all(model.get_submodule(c.name) is c.residual for c in connections)
+    assert connections[3].name == "stages.1.0"
+    assert connections.classifier.module is model.head.classifier
+
+
+def test_residual_is_its_equation():
+    parts = {name: nn.Linear(4, 4) for name in ("branch", "pre", "scale", "drop", "post")}
+    residual = Residual(**parts)
+    x = torch.randn(3, 4)
+    p = parts
+    expected = p["post"](x + p["drop"](p["scale"](p["branch"](p["pre"](x)))))
+    torch.testing.assert_close(residual(x), expected)
+    assert isinstance(Residual(nn.Identity()).post, nn.Identity)

@@ -1,0 +1,326 @@
+"""Contracts that every scheme keeps in every family, and the constants of the papers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import skipway as sw
+from skipway.errors import SkipwayError
+from skipway.nn import Gain, Residual
+from skipway.schemes import Stack, card, schemes
+from skipway.schemes import scheme as read
+
+SPECS = [
+    *schemes(),
+    "skipinit(init=0.0, norm='remove')",
+    "skipinit(init='depth', norm='remove')",
+    "rezero(norm='remove')",
+    "fixup(rescale=False)",
+    "layerscale(init='depth')",
+    "layerscale(init=0.0)",
+    "normfree(gain=1.0)",
+    "depthscaled(how='init')",
+    "preactivation + layerscale",
+    "preactivation + skipinit(norm='remove') + stochasticdepth(0.2)",
+]
+SMALL = {"classes": 5, "width": 8, "stem_width": 8}
+MODELS = {
+    "cifar": ("resnet-cifar", {"depth": 14, **SMALL}),
+    "cifar projections": ("resnet-cifar", {"depth": 14, "shortcut": "projection", **SMALL}),
+    "cifar bottleneck": (
+        "resnet-cifar",
+        {"depth": 8, "block": "bottleneck", "shortcut": "projection", **SMALL},
+    ),
+    "preactivation": ("wrn", {"depth": 16, **SMALL}),
+    "imagenet, squeeze": ("se-resnet", {"depth": 18, **SMALL, "squeeze": 4}),
+    "resnext": ("resnext", {"depth": 26, **SMALL, "groups": 2, "base_width": 32}),
+}
+
+
+def make(model: str, scheme: str, **options) -> nn.Module:
+    name, fixed = MODELS[model]
+    return sw.build(name, scheme=scheme, **fixed, **options)
+
+
+@pytest.fixture(params=MODELS)
+def model(request) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_output_shape_and_finite(model, spec):
+    out = make(model, spec)(torch.randn(2, 3, 32, 32))
+    assert out.shape == (2, 5)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if read(s).silent])
+def test_silent_schemes_start_as_their_shortcuts(model, spec):
+    network = make(model, spec).eval()
+    x = network.stem(torch.randn(2, 3, 16, 16))
+    for connection in sw.chain(network):
+        residual = connection.residual
+        h = residual.pre(x)
+        expected = residual.post(residual.shortcut(x, h))
+        x = residual(x)
+        torch.testing.assert_close(x, expected, rtol=0, atol=0)
+
+
+def zero_factors(residual: Residual) -> int:
+    """Multiplicative factors on the branch's way that are exactly zero: maps, norm gains, learned gains."""
+    found = 0
+    for module in (*residual.branch.modules(), *residual.scale.modules()):
+        factor = getattr(module, "gain", None) if hasattr(module, "gain") else getattr(module, "weight", None)
+        if isinstance(factor, torch.Tensor) and factor.numel() and not factor.any():
+            found += 1
+    return found
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_exactly_one_zero_factor_where_silent_else_none(model, spec):
+    """P13: two zero factors in one branch give exactly zero gradient for ever."""
+    expected = 1 if read(spec).silent else 0
+    assert {zero_factors(c.residual) for c in sw.chain(make(model, spec))} == {expected}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_parameter_learns_within_two_steps(model, spec):
+    """After two steps every parameter has a gradient: no scheme holds a part of the network at zero."""
+    network = make(model, spec)
+    optimiser = torch.optim.SGD(sw.param_groups(network, lr=0.05), lr=0.05)
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+    for _ in range(3):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(network(x), y).backward()
+        optimiser.step()
+    still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    # a ReLU-gated squeeze unit that is dead on this batch is not the scheme's doing; stochastic depth may drop a branch
+    assert not [name for name in still if ".gate." not in name]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_initialisation_is_idempotent_and_meta_safe(model, spec):
+    """P7: twice equals once, and a network born on the meta device equals one born on the CPU."""
+    network = make(model, spec)
+    states = []
+    for start in (network, network, make(model, spec, device="meta")):
+        torch.manual_seed(3)
+        sw.initialise_(start, device="cpu")
+        states.append({key: value.clone() for key, value in start.state_dict().items()})
+    for other in states[1:]:
+        assert other.keys() == states[0].keys()
+        for key, value in states[0].items():
+            torch.testing.assert_close(other[key], value, rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_spec_string_is_the_objects_own(spec):
+    scheme = read(spec)
+    assert read(str(scheme)) == scheme
+    if not isinstance(scheme, Stack):
+        assert read(repr(scheme)) == scheme
+
+
+@pytest.mark.parametrize("spec", list(schemes()))
+def test_compiles_without_graph_break(spec):
+    torch.compiler.reset()
+    network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=spec).eval()
+    x = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", list(schemes()))
+def test_exports(spec):
+    network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=spec).eval()
+    x = torch.randn(2, 3, 8, 8)
+    program = torch.export.export(network, (x,))
+    torch.testing.assert_close(program.module()(x), network(x), rtol=1e-5, atol=1e-6)
+
+
+def test_training_compiles_without_graph_break_with_random_drops():
+    """P9: the mask comes from torch's generator, so a compiled step draws anew."""
+    torch.compiler.reset()
+    network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme="identity + stochasticdepth(0.9)")
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 8, 8)
+    assert not torch.equal(compiled(x), compiled(x))
+
+
+# Constants of the papers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_fixup_factor_counts_the_branches_of_the_network(bottleneck):
+    """P1: L^(-1/(2m-2)) with L all branches: 0.192 for ResNet-56 (m = 2, L = 27), 0.5 for ResNet-50 (m = 3, L = 16)."""
+    options = {"width": 8, "stem_width": 8, "classes": 2}
+    name, factor = ("resnet50", 0.5) if bottleneck else ("resnet56", 27**-0.5)
+    torch.manual_seed(1)
+    plain_he = sw.build(name, scheme="fixup(rescale=False)", **options)
+    torch.manual_seed(1)
+    network = sw.build(name, scheme="fixup", **options)
+    for ours, he in zip(sw.chain(network), sw.chain(plain_he), strict=True):
+        *others, last = ours.path
+        assert not last.weight.any()
+        for map, reference in zip(others, he.path, strict=False):
+            torch.testing.assert_close(map.weight, reference.weight * factor)
+    assert not network.head.classifier.weight.any()
+
+
+def test_fixup_has_no_norm_and_a_scalar_before_every_map_and_activation():
+    network = sw.build("resnet20", scheme="fixup")
+    assert not [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    names = [name for name, p in sw.chain(network)[1].residual.named_parameters() if p.ndim == 0]
+    assert names == [
+        "pre.enter.bias",
+        "branch.norm1.bias",
+        "branch.before2.bias",
+        "scale.multiplier.gain",
+        "scale.bias.bias",
+    ]
+    assert hasattr(network.head, "before")
+
+
+@pytest.mark.parametrize(("blocks", "value"), [(12, 0.1), (18, 0.1), (19, 1e-5), (24, 1e-5), (25, 1e-6), (36, 1e-6)])
+def test_layerscale_follows_the_depth_of_the_network(blocks, value):
+    """P2: one value in the whole net, by its depth in transformer blocks of two branches each."""
+    values = {
+        sw.LayerScale.by_depth().scale(sw.Site(dim=4, index=i, depth=2 * blocks)).init for i in (0, 2 * blocks - 1)
+    }
+    assert values == {value}
+
+
+def test_deepnorm_constants():
+    """[C] α = (2N)^(1/4), β = (8N)^(-1/4) of an encoder alone with N layers."""
+    scheme = sw.DeepNorm()
+    for layers, alpha, beta in (
+        (12, 2.2134, 0.3195),
+        (24, 2.6321, 0.2686),
+        (100, 3.7606, 0.1880),
+        (1000, 6.6874, 0.1057),
+    ):
+        assert scheme.carry(sw.Site(dim=1, depth=2 * layers), None).factor == pytest.approx(alpha, abs=5e-5)
+        assert scheme.shrink(2 * layers) == pytest.approx(beta, abs=5e-5)
+
+
+def test_normfree_betas_of_resnet50():
+    """[C] P10: 1/β from the variance accumulated before the reset at each transition."""
+    network = sw.build("resnet50", scheme="normfree", width=8, stem_width=8)
+    betas = [c.residual.pre.enter.factor for c in sw.chain(network)]
+    expected = [
+        1.0,
+        0.9806,
+        0.9623,
+        0.9449,
+        0.9806,
+        0.9623,
+        0.9449,
+        0.9285,
+        0.9806,
+        0.9623,
+        0.9449,
+        0.9285,
+        0.9129,
+        0.8980,
+    ]
+    assert betas[:14] == pytest.approx(expected, abs=5e-5)
+    assert all(conv.bias is not None for conv in network.modules() if isinstance(conv, nn.Conv2d))
+
+
+def test_depthscaled_and_skipinit_by_depth():
+    network = sw.build("resnet110", scheme="skipinit(init='depth')")
+    assert {c.residual.scale.init for c in sw.chain(network)} == {54**-0.5}
+    network = sw.build("resnet110", scheme="depthscaled")
+    assert {c.residual.scale.factor for c in sw.chain(network)} == {54**-0.5}
+
+
+def test_stochastic_depth_is_linear_with_depth_and_safe_at_one_branch():
+    """P9: p_l = l/L p_L, l from 1; a single branch has p_L and nothing divides by zero."""
+    scheme = sw.StochasticDepth(0.5)
+    assert [scheme.drop(sw.Site(dim=1, index=i, depth=4)).probability for i in range(4)] == [
+        0.125,
+        0.25,
+        0.375,
+        0.5,
+    ]
+    assert scheme.drop(sw.Site(dim=1)).probability == 0.5
+
+
+def test_stochastic_depth_keeps_the_expectation_and_is_off_in_eval():
+    drop = sw.StochasticDepth(0.3).drop(sw.Site(dim=1))
+    x = torch.ones(20_000, 1)
+    assert drop(x).mean().item() == pytest.approx(1.0, abs=4 * (0.3 / 0.7 / 20_000) ** 0.5)
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_zero_is_a_value():
+    """P3: an initial value of 0 does not switch the scheme off."""
+    network = sw.build("resnet20", scheme="layerscale(init=0)")
+    assert all(isinstance(c.residual.scale, Gain) for c in sw.chain(network))
+
+
+def test_residual_of_rezero_has_its_activation_inside():
+    block = sw.build("resnet20", scheme="rezero").stages[0][0]
+    assert isinstance(block.post, nn.Identity)
+    assert isinstance(block.branch.act2, nn.ReLU)
+
+
+# Composition and bad input -----------------------------------------------------------------------------------------
+
+
+def test_two_silent_schemes_do_not_stack():
+    with pytest.raises(SkipwayError, match="two zero factors"):
+        read("zeroinit + rezero")
+    assert read("zeroinit + layerscale").silent
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("layerscal", "did you mean 'layerscale'"),
+        ("layerscale(inti=1)", "unexpected keyword argument 'inti'"),
+        ("layerscale(init=", "is not of the form"),
+        ("layerscale(init=__import__('os'))", "is not of the form"),
+        ("layerscale(init='deep')", "finite number or 'depth'"),
+        ("skipinit(norm='drop')", "one of 'keep', 'remove'"),
+        ("stochasticdepth(1.0)", "0 <= p < 1"),
+        ("", "unknown scheme"),
+    ],
+)
+def test_bad_specs_say_what_to_do(spec, message):
+    with pytest.raises(SkipwayError, match=message):
+        read(spec)
+
+
+def test_a_new_scheme_is_one_class_that_nobody_else_knows():
+    from dataclasses import dataclass
+
+    from skipway.schemes.scheme import REGISTRY, Scheme
+
+    @dataclass(frozen=True)
+    class Halved(Scheme):
+        """y = x + ½ F(x)."""
+
+        equation = "y = x + ½ F(x)"
+        when = "in this test"
+        source = "-"
+
+        def scale(self, site):
+            return sw.nn.Multiply(0.5)
+
+    try:
+        network = sw.build("resnet20", scheme="halved + stochasticdepth(0.1)")
+        assert network.stages[2][2].scale.factor == 0.5
+        assert card("halved").startswith("# Halved")
+    finally:
+        del REGISTRY.entries["halved"], REGISTRY._names["halved"]
+
+
+@pytest.mark.parametrize("name", list(schemes()))
+def test_every_scheme_tells_its_equation_depth_rates_theory_and_source(name):
+    kind = schemes()[name]
+    for word in ("Depth:", "Decay and learning rate:", "Theory at the start:", "Source:", ">>> "):
+        assert word in kind.__doc__.replace("Theory at the start (", "Theory at the start: ("), (name, word)
+    assert all(isinstance(getattr(kind, field), str) for field in ("equation", "norm_note", "when", "source"))
