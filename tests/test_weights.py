@@ -20,8 +20,9 @@ from skipway.weights import Rule, export_names, match
 def test_rules_read_both_ways(i, j, k, leaf):
     row = Rule("stages.{i}.{j}.branch.conv{k}.{leaf}", "layer{i+1}.{j}.conv{k}.{leaf}")
     ours = f"stages.{i}.{j}.branch.conv{k}.{leaf}"
-    assert row.to_theirs(ours) == f"layer{i + 1}.{j}.conv{k}.{leaf}"
-    assert row.to_ours(row.to_theirs(ours)) == ours
+    (theirs,) = row.to_theirs(ours)
+    assert theirs == f"layer{i + 1}.{j}.conv{k}.{leaf}"
+    assert row.to_ours(theirs) == ours
     assert row.to_ours("layer0.1.conv1.weight") is None
 
 

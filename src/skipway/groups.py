@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from skipway.nn import Role, ScaledStandardConv2d
+from skipway.nn import Role, ScaledStandardConv2d, ScaledStandardLinear
 
 __all__ = ["param_groups", "role_of"]
 
@@ -72,7 +72,7 @@ def role_of(module: nn.Module, name: str) -> Role:
     own = getattr(module, "role", None)
     if isinstance(own, Role):
         return own
-    if isinstance(module, ScaledStandardConv2d) and name == "gain":
+    if isinstance(module, ScaledStandardConv2d | ScaledStandardLinear) and name == "gain":
         return GAIN
     if isinstance(module, NORMS):
         return NORM

@@ -12,9 +12,24 @@ from skipway.errors import SkipwayError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ORIGINAL", "POST", "PRE_ACTIVATION", "Kit", "Part", "Placement", "Site"]
+__all__ = [
+    "INSIDE_NORM",
+    "ORIGINAL",
+    "POST",
+    "POST_NORM",
+    "PRE_ACTIVATION",
+    "PRE_NORM",
+    "RES_POST_NORM",
+    "SANDWICH_NORM",
+    "Kind",
+    "Kit",
+    "Part",
+    "Placement",
+    "Site",
+]
 
 Part = Literal["norm", "act"]
+Kind = Literal["conv", "attention", "mlp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +47,7 @@ class Site:
         since: branches that have added to the stream since its variance was last reset, that is since the last
             projection shortcut (itself included), or since the stem. At a projection: those before it.
         spatial: axes behind the channel axis: 2 for image maps (N, C, H, W), 0 for tokens (N, T, C).
+        kind: what the branch does: "conv", "attention" or "mlp".
 
     >>> Site(dim=64, index=3, depth=16).position
     4
@@ -43,6 +59,7 @@ class Site:
     depth: int = 1
     since: int = 0
     spatial: int = 2
+    kind: Kind = "conv"
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -101,23 +118,31 @@ class Kit:
 class Placement:
     """Where normalisation and activation stand around a connection: y = post(x + end(F(pre(x)))).
 
-    | placement | pre | end | post | source |
-    |---|---|---|---|---|
-    | `ORIGINAL` | | norm | act | He 2015: conv-norm-act-conv-norm, add, act |
-    | `PRE_ACTIVATION` | norm, act | | | He 2016: norm-act-conv-norm-act-conv, add |
-    | `POST` | | | norm, act | "BN after addition" (He 2016, fig. 4b); post-norm transformers without the act |
+    `inside` is behind the first map of the branch, for families that norm there (ConvNeXt).
+
+    | placement | pre | inside | end | post | source |
+    |---|---|---|---|---|---|
+    | `ORIGINAL` | | | norm | act | He 2015: conv-norm-act-conv-norm, add, act |
+    | `PRE_ACTIVATION` | norm, act | | | | He 2016: norm-act-conv-norm-act-conv, add |
+    | `POST` | | | | norm, act | "BN after addition" (He 2016, fig. 4b) |
+    | `PRE_NORM` | norm | | | | transformers since GPT-2, ViT (Xiong et al. 2020) |
+    | `POST_NORM` | | | | norm | Vaswani et al. 2017 |
+    | `RES_POST_NORM` | | | norm | | Swin V2 (Liu et al. 2022, fig. 1) |
+    | `SANDWICH_NORM` | norm | | norm | | CogView (Ding et al. 2021, sec. 2.4) |
+    | `INSIDE_NORM` | | norm | | | ConvNeXt (Liu et al. 2022, fig. 4) |
 
     >>> ORIGINAL.to("pre") == PRE_ACTIVATION
     True
     """
 
     pre: tuple[Part, ...] = ()
+    inside: tuple[Part, ...] = ()
     end: tuple[Part, ...] = ()
     post: tuple[Part, ...] = ()
 
-    def to(self, where: Literal["pre", "end", "post"]) -> Placement:
+    def to(self, where: Literal["pre", "inside", "end", "post"]) -> Placement:
         """All parts of this placement gathered in one place, norm before act."""
-        present = {*self.pre, *self.end, *self.post}
+        present = {*self.pre, *self.inside, *self.end, *self.post}
         parts: tuple[Part, ...] = tuple(part for part in ("norm", "act") if part in present)
         return replace(Placement(), **{where: parts})
 
@@ -130,3 +155,8 @@ class Placement:
 ORIGINAL = Placement(end=("norm",), post=("act",))
 PRE_ACTIVATION = Placement(pre=("norm", "act"))
 POST = Placement(post=("norm", "act"))
+PRE_NORM = Placement(pre=("norm",))
+POST_NORM = Placement(post=("norm",))
+RES_POST_NORM = Placement(end=("norm",))
+SANDWICH_NORM = Placement(pre=("norm",), end=("norm",))
+INSIDE_NORM = Placement(inside=("norm",))

@@ -27,6 +27,7 @@ class Variant:
         name: as people type it.
         family: the name of its family.
         config: its frozen config.
+        at_depth: the same network at another depth.
         parameters: the published number of parameters.
         description: one line.
     """
@@ -34,6 +35,7 @@ class Variant:
     name: str
     family: str
     config: Any
+    at_depth: Callable[[int], Any]
     parameters: int
     description: str
 
@@ -126,8 +128,7 @@ def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
     """The family and the config that a name and a depth describe."""
     for variant in variants():
         if Registry.key(variant.name) == Registry.key(name):
-            family = FAMILIES[variant.family]
-            return family, variant.config if depth is None else family.at_depth(depth)
+            return FAMILIES[variant.family], variant.config if depth is None else variant.at_depth(depth)
     if name in FAMILIES:
         family = FAMILIES[name]
         if depth is None:

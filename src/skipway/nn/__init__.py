@@ -6,13 +6,15 @@ from skipway.nn.drop import DropPath
 from skipway.nn.gain import Bias, Gain, Multiply
 from skipway.nn.gate import SqueezeExcitation
 from skipway.nn.initial import FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal
-from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d
+from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
 from skipway.nn.residual import Residual
 from skipway.nn.role import Role
 from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
+from skipway.nn.tokens import Attention, Mlp
 
 __all__ = [
+    "Attention",
     "Bias",
     "Branch",
     "Carry",
@@ -28,6 +30,7 @@ __all__ = [
     "Initial",
     "Linear",
     "LinearMap",
+    "Mlp",
     "Multiply",
     "Pad",
     "Projection",
@@ -36,6 +39,7 @@ __all__ = [
     "ScaledActivation",
     "ScaledShortcut",
     "ScaledStandardConv2d",
+    "ScaledStandardLinear",
     "Shortcut",
     "SqueezeExcitation",
     "TruncatedNormal",

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from skipway.nn.initial import FanInUniform, HeNormal, Initial
 
-__all__ = ["Classifier", "Conv2d", "Linear", "LinearMap", "ScaledStandardConv2d"]
+__all__ = ["Classifier", "Conv2d", "Linear", "LinearMap", "ScaledStandardConv2d", "ScaledStandardLinear"]
 
 
 class Conv2d(nn.Conv2d):
-    """A same-padded convolution without bias (unless asked) that starts from `initial`; the bias starts at 0.
+    """A convolution without bias (unless asked) that starts from `initial`; the bias starts at 0.
+
+    Same-padded (kernel_size // 2) if the kernel is odd, else not padded: patches.
 
     Shapes: (N, in_channels, H, W) → (N, out_channels, ⌈H / stride⌉, ⌈W / stride⌉) for odd `kernel_size`.
 
@@ -32,7 +35,7 @@ class Conv2d(nn.Conv2d):
         initial: Initial = HeNormal("fan_out"),  # noqa: B008 - frozen
     ) -> None:
         self.initial = initial
-        padding = kernel_size // 2
+        padding = kernel_size // 2 if kernel_size % 2 else 0
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -75,10 +78,7 @@ class ScaledStandardConv2d(Conv2d):
 
     def standardised(self) -> Tensor:
         """Ŵ, the weight that the convolution uses."""
-        fan_in = self.weight[0].numel()
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        scale = torch.rsqrt((variance * fan_in).clamp(min=self.epsilon)) * self.gain.view(-1, 1, 1, 1)
-        return (self.weight - mean) * scale
+        return standardise(self.weight, self.gain, self.epsilon)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.standardised(), self.bias)
@@ -106,6 +106,40 @@ class Linear(nn.Linear):
         start(self)
 
 
+class ScaledStandardLinear(Linear):
+    """A linear layer with scaled weight standardisation, as `ScaledStandardConv2d`.
+
+    >>> linear = ScaledStandardLinear(64, 8)
+    >>> bool(torch.allclose(linear.standardised().var(dim=1, correction=0) * 64, torch.ones(8), atol=1e-4))
+    True
+    """
+
+    epsilon = 1e-4
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        initial: Initial = FanInUniform(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(in_features, out_features, True, initial)
+        self.gain = nn.Parameter(torch.ones(out_features))
+
+    def reset_parameters(self) -> None:
+        """Back to the starting distribution, gains 1."""
+        super().reset_parameters()
+        if hasattr(self, "gain"):  # absent while the base class is still under construction
+            nn.init.ones_(self.gain)
+
+    def standardised(self) -> Tensor:
+        """Ŵ, the weight that the layer uses."""
+        return standardise(self.weight, self.gain, self.epsilon)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.standardised(), self.bias)
+
+
 class Classifier(Linear):
     """The last linear layer of a network: (N, features) → (N, classes). Its type is how schemes find it."""
 
@@ -126,7 +160,7 @@ class LinearMap:
     def weight(self) -> Tensor:
         """What multiplies linearly into the map's output: the weight, or the gain where the weight is standardised."""
         owner = self.module
-        parameter = owner.gain if isinstance(owner, ScaledStandardConv2d) else owner.weight
+        parameter = owner.gain if isinstance(owner, ScaledStandardConv2d | ScaledStandardLinear) else owner.weight
         assert isinstance(parameter, Tensor)
         return parameter if self.rows is None else parameter[self.rows]
 
@@ -138,6 +172,14 @@ class LinearMap:
     def zero_(self) -> None:
         """Silence the map."""
         self.multiply_(0.0)
+
+
+def standardise(weight: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """g · (W - μ) / √max(σ²·fan_in, ε), with μ and σ² over the fan-in of each output channel."""
+    rows = weight.flatten(1)
+    variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
+    scale = torch.rsqrt((variance * rows.shape[1]).clamp(min=epsilon)) * gain.unsqueeze(1)
+    return ((rows - mean) * scale).view_as(weight)
 
 
 def start(module: Conv2d | Linear) -> None:

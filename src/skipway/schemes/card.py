@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
+from pathlib import Path
 
 from skipway.schemes.scheme import REGISTRY, Scheme
 
-__all__ = ["card"]
+__all__ = ["card", "write"]
 
 
 def card(scheme: str | type[Scheme]) -> str:
@@ -37,3 +38,10 @@ def card(scheme: str | type[Scheme]) -> str:
             "",
         ]
     )
+
+
+def write(folder: Path) -> None:
+    """Write the cards of all schemes into `folder`, one file each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in REGISTRY:
+        (folder / f"{name}.md").write_text(card(name), encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from skipway.nn import Gain, Multiply, ScaledActivation, ScaledStandardConv2d
+from skipway.nn import Gain, Multiply, ScaledActivation, ScaledStandardConv2d, ScaledStandardLinear
 from skipway.nn.role import Role
 from skipway.nn.sequence import sequence
 from skipway.schemes.scheme import Scheme
@@ -21,7 +21,7 @@ __all__ = ["NormFree"]
 class NormFree(Scheme):
     """The signal kept by construction, without batch statistics: y = x + α g F(γ act(x) / β), weights standardised.
 
-    Convolutions use scaled weight standardisation (`ScaledStandardConv2d`), activations are multiplied by γ so that
+    Maps use scaled weight standardisation (`ScaledStandardConv2d`, `…Linear`), activations are multiplied by γ so that
     they keep the variance, β_l = √Var(x_l) is the expected standard deviation of the stream, known in advance. Norm
     and activation stand before the branch (pre-activation); a projection sees γ act(x)/β, a carry the raw x;
     a squeeze-and-excitation gate is doubled.
@@ -69,6 +69,7 @@ class NormFree(Scheme):
         return replace(
             kit,
             conv=ScaledStandardConv2d,
+            linear=ScaledStandardLinear,
             norm=None,
             act=lambda: ScaledActivation(act()),
             gate=None if gate is None else partial(doubled, gate),

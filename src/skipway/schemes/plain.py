@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from torch import nn
 
 from skipway.nn import Cut
 from skipway.schemes.scheme import Scheme
-from skipway.site import Site
+from skipway.schemes.values import checked
+from skipway.site import Kind, Site
 
 __all__ = ["Plain"]
 
@@ -17,6 +18,9 @@ class Plain(Scheme):
     """No skip at all, for studies of what the skip does: y = post(F(h)).
 
     Projection shortcuts go too. Everything else (maps, norms, initialisation) is the family's.
+
+    Args:
+        kind: cut only the skips around branches of this kind, "attention" or "mlp"; by default all.
 
     Depth: none enters. Decay and learning rate: no parameters of its own.
 
@@ -31,9 +35,15 @@ class Plain(Scheme):
     Cut()
     """
 
+    kind: Kind | None = None
+
     equation: ClassVar[str] = "y = F(x)"
     when: ClassVar[str] = "never, but to see what the skip is good for"
     source: ClassVar[str] = "He et al. 2015, fig. 6"
 
-    def carry(self, site: Site, shortcut: nn.Module | None) -> nn.Module:
-        return Cut()
+    def __post_init__(self) -> None:
+        if self.kind is not None:
+            checked("kind", self.kind, get_args(Kind))
+
+    def carry(self, site: Site, shortcut: nn.Module | None) -> nn.Module | None:
+        return Cut() if self.kind in (None, site.kind) else shortcut

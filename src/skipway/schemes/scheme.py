@@ -13,7 +13,7 @@ from skipway.anatomy import Chain
 from skipway.errors import SkipwayError
 from skipway.nn import sequence
 from skipway.registry import Registry, parse_spec
-from skipway.site import Kit, Part, Placement, Site
+from skipway.site import Kit, Placement, Site
 
 __all__ = ["Scheme", "Stack", "scheme", "schemes"]
 
@@ -89,7 +89,7 @@ class Scheme:
         self,
         site: Site,
         *,
-        branch: Callable[[Kit, tuple[Part, ...]], nn.Module],
+        branch: Callable[[Kit, Placement], nn.Module],
         shortcut: nn.Module | None,
         kit: Kit,
         placement: Placement,
@@ -98,7 +98,7 @@ class Scheme:
 
         Args:
             site: where the connection stands.
-            branch: makes the branch from (kit, closing parts).
+            branch: makes the branch from the dressed (kit, placement).
             shortcut: takes (x, h); None carries x.
             kit: the family's kit, undressed.
             placement: the family's placement.
@@ -106,7 +106,7 @@ class Scheme:
         kit, placement = self.kit(site, kit), self.place(site, placement)
         return {
             "pre": sequence(**kit.parts(placement.pre, site.entry), enter=self.enter(site)),
-            "branch": branch(kit, placement.end),
+            "branch": branch(kit, placement),
             "scale": self.scale(site),
             "drop": self.drop(site),
             "shortcut": self.carry(site, shortcut),

@@ -2,8 +2,20 @@
 
 from skipway.weights import resnet
 from skipway.weights.files import read
-from skipway.weights.keymap import KeyMap, Rule
+from skipway.weights.keymap import Convert, KeyMap, Rule, rule
 from skipway.weights.loading import Report, export_names, load, match
 from skipway.weights.tables import register
 
-__all__ = ["KeyMap", "Report", "Rule", "export_names", "load", "match", "read", "register", "resnet"]
+__all__ = [
+    "Convert",
+    "KeyMap",
+    "Report",
+    "Rule",
+    "export_names",
+    "load",
+    "match",
+    "read",
+    "register",
+    "resnet",
+    "rule",
+]

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["KeyMap", "Rule", "rule"]
+from torch import Tensor
+
+__all__ = ["Convert", "KeyMap", "Rule", "rule"]
 
 FIELD = re.compile(r"\{(\w+?)(?:\+(\d+))?\}")
+
+
+class Convert(Protocol):
+    """How a tensor of theirs becomes one of ours, and back, where the two differ by more than name and shape."""
+
+    def to_ours(self, tensor: Tensor) -> Tensor: ...
+
+    def to_theirs(self, tensor: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Rule:
     """One row of a key map: a template of ours and what the other library calls it.
 
-    `{i}` stands for a number, `{leaf}` for the rest of the name, `{i+1}` for the number plus one on that side.
+    `{i}` stands for a number, `{leaf}` for the rest of the name, `{i+1}` for the number plus one on that side. Several
+    names of theirs are one tensor of ours, put together along the first axis (queries, keys and values, say).
+
+    Args:
+        ours: template of our key.
+        theirs: template of theirs, or several.
+        convert: what else has to be done to the tensor.
 
     >>> row = Rule("stages.{i}.{j}.branch.conv{k}.{leaf}", "layer{i+1}.{j}.conv{k}.{leaf}")
     >>> row.to_theirs("stages.0.2.branch.conv1.weight")
-    'layer1.2.conv1.weight'
+    ('layer1.2.conv1.weight',)
     >>> row.to_ours("layer1.2.conv1.weight")
     'stages.0.2.branch.conv1.weight'
     >>> row.to_ours("fc.weight") is None
@@ -27,15 +44,22 @@ class Rule:
     """
 
     ours: str
-    theirs: str
+    theirs: str | tuple[str, ...]
+    convert: Convert | None = None
 
-    def to_theirs(self, key: str) -> str | None:
-        """Their name for our key, None where the row does not speak of it."""
-        return translate(self.ours, self.theirs, key)
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Their templates."""
+        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+    def to_theirs(self, key: str) -> tuple[str, ...] | None:
+        """Their names for our key, None where the row does not speak of it."""
+        names = [translate(self.ours, theirs, key) for theirs in self.sources]
+        return None if any(name is None for name in names) else tuple(name for name in names if name is not None)
 
     def to_ours(self, key: str) -> str | None:
         """Our name for their key, None where the row does not speak of it."""
-        return translate(self.theirs, self.ours, key)
+        return next((name for t in self.sources if (name := translate(t, self.ours, key)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -45,28 +69,43 @@ class KeyMap:
     Args:
         library: whose names these are.
         rules: the rows.
+        ignored: regular expressions of keys of theirs that hold nothing to load (tables computed at building time).
     """
 
     library: str
     rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
 
-    def to_theirs(self, key: str) -> str | None:
-        """Their name for our key; None where no row speaks of it."""
-        return first(self.rules, lambda row: row.to_theirs(key))
+    def find(self, key: str) -> tuple[Rule, tuple[str, ...]] | None:
+        """The row that speaks of our key, and their names for it."""
+        for row in self.rules:
+            names = row.to_theirs(key)
+            if names is not None:
+                return row, names
+        return None
 
     def to_ours(self, key: str) -> str | None:
         """Our name for their key; None where no row speaks of it."""
-        return first(self.rules, lambda row: row.to_ours(key))
+        return next((name for row in self.rules if (name := row.to_ours(key)) is not None), None)
+
+    def ignores(self, key: str) -> bool:
+        """Whether a key of theirs holds nothing to load."""
+        return any(re.fullmatch(expression, key) for expression in self.ignored)
+
+    def known(self, keys: Iterable[str]) -> float:
+        """The share of their keys that the table speaks of: what a file looks like."""
+        keys = list(keys)
+        return sum(self.ignores(key) or self.to_ours(key) is not None for key in keys) / max(len(keys), 1)
 
 
-def rule(ours: str, theirs: str) -> Rule:
-    """A row about a module: both names are followed by the parameter's own."""
-    return Rule(ours + ".{leaf}", theirs + ".{leaf}")
+def rule(ours: str, *theirs: str, convert: Convert | None = None) -> Rule:
+    """A row about a module: all names are followed by the parameter's own.
 
-
-def first(rules: tuple[Rule, ...], ask: Callable[[Rule], str | None]) -> str | None:
-    """The first answer that is not None."""
-    return next((answer for answer in map(ask, rules) if answer is not None), None)
+    >>> rule("head.classifier", "fc").to_theirs("head.classifier.bias")
+    ('fc.bias',)
+    """
+    names = tuple(f"{name}.{{leaf}}" for name in theirs)
+    return Rule(f"{ours}.{{leaf}}", names[0] if len(names) == 1 else names, convert)
 
 
 def translate(source: str, target: str, key: str) -> str | None:

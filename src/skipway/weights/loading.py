@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError
 from skipway.weights.files import read
-from skipway.weights.tables import find
+from skipway.weights.keymap import KeyMap
+from skipway.weights.tables import find, looks_like
 
 __all__ = ["Report", "export_names", "load", "match"]
 
@@ -21,19 +22,25 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every key: ours → theirs for the pairs, plain lists for the rest.
+    """What becomes of every key of both sides.
 
     Args:
-        matched: pairs that fit.
-        absent: ours that the file may lack (a BatchNorm's batch counter); they keep their value.
-        missing: ours that the file lacks, with the name it should have there.
+        tensors: what fits: our key and the tensor for it, in our shape.
+        matched: our keys that have the same name and shape in the file.
+        renamed: our key → their names.
+        reshaped: our key → both shapes, where only axes of length 1 differ.
+        absent: ours that a file may lack (a BatchNorm's batch counter); they keep their value.
+        missing: ours that the file lacks → the names it should have there.
         unexpected: theirs that nothing of ours takes.
-        misshapen: ours with both shapes.
+        misshapen: ours → both shapes.
     """
 
-    matched: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    matched: list[str] = field(default_factory=list)
+    renamed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    reshaped: dict[str, str] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     misshapen: dict[str, str] = field(default_factory=dict)
 
@@ -43,11 +50,12 @@ class Report:
         return not (self.missing or self.unexpected or self.misshapen)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.matched)} keys fit"]
-        lines += group("missing from the file", [f"{theirs} (for {ours})" for ours, theirs in self.missing.items()])
-        lines += group("not known to the model", self.unexpected)
-        lines += group("of another shape", [f"{ours}: {shapes}" for ours, shapes in self.misshapen.items()])
-        return "\n".join(lines)
+        missing = [f"{' + '.join(theirs)} (for {ours})" for ours, theirs in self.missing.items()]
+        head = f"{len(self.tensors)} keys fit ({len(self.renamed)} renamed, {len(self.reshaped)} reshaped)"
+        lines = [head, *group("missing from the file", missing), *group("not known to the model", self.unexpected)]
+        return "\n".join(
+            lines + group("of another shape", [f"{ours}: {both}" for ours, both in self.misshapen.items()])
+        )
 
 
 def group(title: str, rows: list[str], most: int = 8) -> list[str]:
@@ -64,7 +72,8 @@ def load(model: M, source: str | Path | Mapping[str, Tensor], *, names: str = "s
     Args:
         model: a network or a block.
         source: a `.safetensors` or `.pth` file, or a state dict.
-        names: whose names the file uses: "skipway", or a library that has a key map for the model ("torchvision").
+        names: whose names the file uses: "skipway", or a library that has a key map for the model ("torchvision",
+            "timm", "huggingface").
 
     Returns:
         the model.
@@ -81,11 +90,13 @@ def load(model: M, source: str | Path | Mapping[str, Tensor], *, names: str = "s
     state = dict(source) if isinstance(source, Mapping) else read(source)
     report = match(model, state, names=names)
     if not report.fits:
-        raise CheckpointError(f"the weights do not fit this {type(model).__name__} (names={names!r}):\n{report}")
+        hint = looks_like(state)
+        known = f"\nIts keys look like {hint}." if hint else ""
+        raise CheckpointError(f"the weights do not fit this {type(model).__name__} (names={names!r}):\n{report}{known}")
     own = model.state_dict()
     with torch.no_grad():
-        for ours, theirs in report.matched.items():
-            own[ours].copy_(state[theirs])
+        for key, tensor in report.tensors.items():
+            own[key].copy_(tensor)
     return model
 
 
@@ -93,24 +104,47 @@ def match(model: nn.Module, state: Mapping[str, Tensor], *, names: str = "skipwa
     """How the keys of `state` fit the model; nothing is changed."""
     keymap = find(model, names)
     report = Report()
-    taken = set()
+    taken: set[str] = set()
     for ours, tensor in model.state_dict().items():
-        theirs = keymap.to_theirs(ours) or ours
-        taken.add(theirs)
-        if theirs in state and state[theirs].shape == tensor.shape:
-            report.matched[ours] = theirs
-        elif theirs in state:
-            report.misshapen[ours] = f"{tuple(state[theirs].shape)} in the file, {tuple(tensor.shape)} in the model"
-        elif ours.endswith("num_batches_tracked"):
+        theirs, found = fetch(keymap, ours, state)
+        taken.update(theirs)
+        if found is None and ours.endswith("num_batches_tracked"):
             report.absent.append(ours)
-        else:
+        elif found is None:
             report.missing[ours] = theirs
-    report.unexpected.extend(key for key in state if key not in taken)
+        else:
+            enter(report, ours, theirs, found, tensor)
+    report.unexpected.extend(key for key in state if key not in taken and not keymap.ignores(key))
     return report
 
 
+def fetch(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
+    """Their names for our key, and the tensor that they make; None where the file lacks one of them."""
+    row, theirs = keymap.find(ours) or (None, (ours,))
+    if any(name not in state for name in theirs):
+        return theirs, None
+    parts = [state[name] for name in theirs]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return theirs, tensor if row is None or row.convert is None else row.convert.to_ours(tensor)
+
+
+def enter(report: Report, ours: str, theirs: tuple[str, ...], found: Tensor, wanted: Tensor) -> None:
+    """Write one pair into the report."""
+    shapes = f"{tuple(found.shape)} in the file, {tuple(wanted.shape)} in the model"
+    if found.shape != wanted.shape and found.squeeze().shape != wanted.squeeze().shape:
+        report.misshapen[ours] = shapes
+        return
+    report.tensors[ours] = found.reshape(wanted.shape)
+    if found.shape != wanted.shape:
+        report.reshaped[ours] = shapes
+    if theirs == (ours,):
+        report.matched.append(ours)
+    else:
+        report.renamed[ours] = theirs
+
+
 def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
-    """The model's state dict under another library's names.
+    """The model's state dict under another library's names (axes of length 1 as they are here).
 
     Raises:
         CheckpointError: a parameter that the other library has no name for (a scheme's gain, say).
@@ -118,8 +152,10 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
     keymap = find(model, names)
     out: dict[str, Tensor] = {}
     for ours, tensor in model.state_dict().items():
-        theirs = keymap.to_theirs(ours)
-        if theirs is None:
+        found = keymap.find(ours)
+        if found is None:
             raise CheckpointError(f"{names} has no name for {ours!r}, so this model cannot be exported to it")
-        out[theirs] = tensor
+        row, theirs = found
+        tensor = tensor if row.convert is None else row.convert.to_theirs(tensor)
+        out.update(zip(theirs, tensor.chunk(len(theirs)) if len(theirs) > 1 else (tensor,), strict=True))
     return out

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from skipway.errors import CheckpointError, suggest
 from skipway.weights.keymap import KeyMap, Rule
 
-__all__ = ["find", "register"]
+__all__ = ["find", "looks_like", "register"]
 
 OWN = KeyMap("skipway", (Rule("{leaf}", "{leaf}"),))
 TABLES: dict[type[nn.Module], dict[str, KeyMap]] = {}
@@ -28,3 +30,15 @@ def find(model: nn.Module, library: str) -> KeyMap:
             f"names={library!r} for a {type(model).__name__}: {suggest('set of names', library, known)}"
         )
     return known[library]
+
+
+def looks_like(keys: Iterable[str]) -> str | None:
+    """The architecture and the library whose table speaks of most of the keys; None below three quarters."""
+    keys = list(keys)
+    scores = {
+        f"a {kind.__name__} of {library}": keymap.known(keys)
+        for kind, libraries in TABLES.items()
+        for library, keymap in libraries.items()
+    }
+    best = max(scores, key=lambda name: scores[name])
+    return best if scores[best] >= 0.75 else None

@@ -70,7 +70,7 @@ class Block(Residual):
         super().__init__(
             **read_scheme(scheme).slots(
                 Site(dim=dim, dim_in=in_channels) if site is None else site,
-                branch=lambda kit, end: ConvBranch(convs, kit, end),
+                branch=lambda kit, placement: ConvBranch(convs, kit, placement.end),
                 shortcut=as_shortcut(downsample),
                 kit=kit,
                 placement=placement,

@@ -84,8 +84,8 @@ def cifar(depth: int, base: ResNetConfig = CIFAR) -> ResNetConfig:
     return replace(base, blocks=(each,) * 3)
 
 
-def wide_cifar(depth: int, factor: int = 1) -> ResNetConfig:
-    """WRN-depth-factor: 6n + 4 weight layers (the two projections of the first stages counted), `factor` times wider.
+def wide_cifar(depth: int, factor: int | None = None, base: ResNetConfig = WIDE_CIFAR) -> ResNetConfig:
+    """WRN-depth-factor: 6n + 4 weight layers (the two projections between stages counted), `factor` times wider.
 
     >>> wide_cifar(16, 2).blocks, wide_cifar(16, 2).width
     ((2, 2, 2), 32)
@@ -93,7 +93,7 @@ def wide_cifar(depth: int, factor: int = 1) -> ResNetConfig:
     each, rest = divmod(depth - 4, 6)
     if rest or each < 1:
         raise impossible(depth, "a Wide ResNet", "6·n + 4, n ≥ 1", near(depth, 6, 10))
-    return replace(WIDE_CIFAR, blocks=(each,) * 3, width=16 * factor)
+    return replace(base, blocks=(each,) * 3, width=base.width if factor is None else 16 * factor)
 
 
 def published(depth: int) -> ResNetConfig:
@@ -113,6 +113,15 @@ def published(depth: int) -> ResNetConfig:
         except SkipwayError:
             continue
     raise impossible(depth, "a ResNet", "6·n + 2, 9·n + 2 (CIFAR) or 3·n + 2 (ImageNet)", near(depth, 3, 8))
+
+
+def same_design(depth: int, base: ResNetConfig) -> ResNetConfig:
+    """Another depth in the stages of `base`, everything else as it is there.
+
+    >>> same_design(101, replace(imagenet(50), groups=32, base_width=4)).groups
+    32
+    """
+    return imagenet(depth, base) if base.stem == "imagenet" else cifar(depth, base)
 
 
 def dressed(make: Callable[..., ResNetConfig], **changes: Any) -> Callable[..., ResNetConfig]:
@@ -138,7 +147,14 @@ Row = tuple[str, ResNetConfig, int, str]
 def register(family: str, description: str, at_depth: Callable[..., ResNetConfig], pattern: str, *rows: Row) -> None:
     """Enter a family: its dial, the pattern of names that the dial answers to, and its published members."""
     members = [
-        Variant(name=name, family=family, config=config, parameters=parameters, description=text)
+        Variant(
+            name=name,
+            family=family,
+            config=config,
+            at_depth=partial(wide_cifar if family == "wrn" else same_design, base=config),
+            parameters=parameters,
+            description=text,
+        )
         for name, config, parameters, text in rows
     ]
     FAMILIES.add(

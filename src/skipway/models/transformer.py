@@ -1,0 +1,89 @@
+"""What all transformer families share: the kit, the block of an attention and an MLP connection, and pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from skipway.nn import Branch, Conv2d, Linear, Mlp, Residual, TruncatedNormal
+from skipway.schemes import Scheme
+from skipway.site import POST_NORM, PRE_NORM, RES_POST_NORM, SANDWICH_NORM, Kit, Placement, Site
+
+__all__ = ["NORM_PLACEMENTS", "TOKEN_KIT", "Norm", "Pool", "Pooling", "transformer_block"]
+
+Norm = Literal["pre", "post", "respost", "sandwich"]
+Pooling = Literal["token", "mean", "token+mean"]
+
+NORM_PLACEMENTS = {"pre": PRE_NORM, "post": POST_NORM, "respost": RES_POST_NORM, "sandwich": SANDWICH_NORM}
+
+TOKEN_KIT = Kit(
+    conv=partial(Conv2d, bias=True, initial=TruncatedNormal(0.02)),
+    linear=partial(Linear, initial=TruncatedNormal(0.02)),
+    norm=partial(nn.LayerNorm, eps=1e-6),
+    act=nn.GELU,
+)
+"""Dosovitskiy et al. 2021: maps from N(0, 0.02²), LayerNorm, GELU."""
+
+
+def transformer_block(
+    attention: Callable[[Kit, Placement], Branch],
+    site: Site,
+    hidden: int,
+    *,
+    kit: Kit,
+    placement: Placement,
+    scheme: Scheme,
+) -> nn.Sequential:
+    """One block: a residual connection around an attention, and one around an MLP.
+
+    Args:
+        attention: makes the attention branch from the dressed (kit, placement).
+        site: of the attention; the MLP stands right behind it.
+        hidden: channels inside the MLP.
+        kit: what to build from, undressed.
+        placement: where the norms stand, undressed.
+        scheme: how the connections are dressed.
+    """
+    first = replace(site, kind="attention")
+    second = replace(site, kind="mlp", dim_in=None, index=site.index + 1, since=site.since + 1)
+
+    def mlp(kit: Kit, placement: Placement) -> Branch:
+        return Mlp(site.dim, hidden, kit=kit, placement=placement)
+
+    block = nn.Sequential()
+    for name, branch, place in (("attention", attention, first), ("mlp", mlp, second)):
+        slots = scheme.slots(place, branch=branch, shortcut=None, kit=kit, placement=placement)
+        block.add_module(name, Residual(**slots))
+    return block
+
+
+class Pool(nn.Module):
+    """Tokens to one vector: the class token, the mean over the patches, or both beside each other (DINOv2).
+
+    Shapes: (N, T, dim) → (N, dim), for "token+mean" (N, 2 · dim).
+
+    Args:
+        kind: "token", "mean" or "token+mean".
+        prefix: tokens in front of the patches (class token, registers), left out of the mean.
+
+    >>> Pool("token+mean", prefix=1)(torch.zeros(2, 5, 8)).shape
+    torch.Size([2, 16])
+    """
+
+    def __init__(self, kind: Pooling, prefix: int) -> None:
+        super().__init__()
+        self.kind, self.prefix = kind, prefix
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "token":
+            return x[:, 0]
+        mean = x[:, self.prefix :].mean(1)
+        return mean if self.kind == "mean" else torch.cat((x[:, 0], mean), dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind!r}, prefix={self.prefix}"

@@ -1,0 +1,99 @@
+"""Branches over tokens: multi-head attention and the two-layer perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skipway.errors import SkipwayError
+from skipway.nn.branch import Branch
+from skipway.nn.maps import LinearMap
+from skipway.nn.sequence import sequence
+from skipway.site import Kit, Placement
+
+__all__ = ["Attention", "Mlp"]
+
+
+class Attention(Branch):
+    """Multi-head self-attention: F(h) = W_o concat_i(softmax(q_i k_iᵀ / √d) v_i), [q, k, v] = W_qkv h.
+
+    Shapes: (N, T, dim) → (N, T, dim), d = dim / heads.
+
+    Args:
+        dim: channels.
+        heads: number of heads, a divisor of `dim`.
+        kit: what to build from.
+        placement: its `inside` and `end` parts stand behind `qkv` and behind `proj`.
+        head_norm: makes a norm for queries and keys from the head's width (q-k norm), or None.
+        bias: whether `qkv` has a bias.
+
+    Raises:
+        SkipwayError: heads do not divide dim.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        kit: Kit,
+        placement: Placement,
+        head_norm: Callable[[int], nn.Module] | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise SkipwayError(f"dim={dim}, heads={heads}: the rule is that heads divides dim")
+        self.heads, self.dim = heads, dim
+        self.qkv = kit.linear(dim, 3 * dim, bias=bias)
+        self.inside = sequence(**kit.parts(placement.inside, 3 * dim))
+        self.norm_q = nn.Identity() if head_norm is None else head_norm(dim // heads)
+        self.norm_k = nn.Identity() if head_norm is None else head_norm(dim // heads)
+        self.before = nn.Identity() if kit.before is None else kit.before()
+        self.proj = kit.linear(dim, dim)
+        self.end = sequence(**kit.parts(placement.end, dim))
+
+    def path(self) -> list[LinearMap]:
+        """The value rows of `qkv`, then `proj`: queries and keys only weigh."""
+        return [LinearMap(self.qkv, slice(2 * self.dim, 3 * self.dim)), LinearMap(self.proj)]
+
+    def closing_norm(self) -> nn.Module | None:
+        return getattr(self.end, "norm", None)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self.inside(self.qkv(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        out = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
+        return self.end(self.proj(self.before(out.transpose(1, 2).flatten(2))))
+
+
+class Mlp(Branch):
+    """The two-layer perceptron, token by token: F(h) = W₂ act(W₁ h).
+
+    Shapes: (…, dim) → (…, dim).
+
+    Args:
+        dim: channels.
+        hidden: channels between the maps.
+        kit: what to build from.
+        placement: its `inside` and `end` parts stand behind the first and the second map.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, kit: Kit, placement: Placement) -> None:
+        super().__init__()
+        self.fc1 = kit.linear(dim, hidden)
+        self.inside = sequence(**kit.parts(placement.inside, hidden))
+        self.act = kit.act()
+        self.before = nn.Identity() if kit.before is None else kit.before()
+        self.fc2 = kit.linear(hidden, dim)
+        self.end = sequence(**kit.parts(placement.end, dim))
+
+    def path(self) -> list[LinearMap]:
+        return [LinearMap(self.fc1), LinearMap(self.fc2)]
+
+    def closing_norm(self) -> nn.Module | None:
+        return getattr(self.end, "norm", None)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.end(self.fc2(self.before(self.act(self.inside(self.fc1(h))))))
