@@ -15,10 +15,10 @@ import statistics
 import time
 
 import torch
-from benchmarks.twin import ClassicBottleneck, ClassicResNet
 from torch import Tensor, nn
 
 import skipway as sw
+from benchmarks.twin import ClassicBottleneck, ClassicResNet
 
 
 def seconds(model: nn.Module, images: Tensor) -> float:

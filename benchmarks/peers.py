@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import skipway as sw
 
-__all__ = ["MISSING_OPERATORS", "difference", "import_timm", "import_torchvision", "randomise_"]
+__all__ = ["MISSING_OPERATORS", "difference", "import_timm", "import_torchvision", "import_transformers", "randomise_"]
 
 MISSING_OPERATORS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -42,6 +43,15 @@ def import_timm() -> ModuleType:
     import timm
 
     return timm
+
+
+def import_transformers() -> ModuleType:
+    """Hugging Face transformers, which imports torchvision where it is installed."""
+    if find_spec("torchvision") is not None:
+        import_torchvision()
+    import transformers
+
+    return transformers
 
 
 @torch.no_grad()

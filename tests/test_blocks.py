@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from benchmarks.twin import ClassicBasicBlock, ClassicBottleneck, ClassicResNet
 from torch import nn
 
 import skipway as sw
+from benchmarks.twin import ClassicBasicBlock, ClassicBottleneck, ClassicResNet
 from skipway.schemes import schemes
 
 PAIRS = [(sw.BasicBlock, ClassicBasicBlock), (sw.Bottleneck, ClassicBottleneck)]

@@ -8,7 +8,7 @@ from torch import nn
 
 import skipway as sw
 from skipway.errors import SkipwayError
-from skipway.nn import Gain, Residual
+from skipway.nn import Gain, GlobalResponseNorm, Residual
 from skipway.schemes import Stack, card, schemes
 from skipway.schemes import scheme as read
 
@@ -36,6 +36,29 @@ MODELS = {
     "preactivation": ("wrn", {"depth": 16, **SMALL}),
     "imagenet, squeeze": ("se-resnet", {"depth": 18, **SMALL, "squeeze": 4}),
     "resnext": ("resnext", {"depth": 26, **SMALL, "groups": 2, "base_width": 32}),
+    "vit": ("vit-tiny-16", {"depth": 2, "dim": 16, "heads": 2, "patch": 8, "image": 32, "classes": 5, "registers": 1}),
+    "vit, post-norm": (
+        "vit-tiny-16",
+        {"depth": 2, "dim": 16, "heads": 2, "patch": 8, "image": 32, "classes": 5, "norm": "post"},
+    ),
+    "vit, residual post-norm": (
+        "vit-tiny-16",
+        {
+            "depth": 2,
+            "dim": 16,
+            "heads": 2,
+            "patch": 8,
+            "image": 32,
+            "classes": 5,
+            "norm": "respost",
+            "pooling": "mean",
+        },
+    ),
+    "cait": ("cait-xxs24", {"depth": 2, "dim": 16, "heads": 2, "patch": 8, "image": 32, "classes": 5}),
+    "convnext": ("convnext", {"depth": 5, "classes": 5, "width": 8}),
+    "convnextv2": ("convnextv2", {"depth": 5, "classes": 5, "width": 8, "squeeze": 4}),
+    "swin": ("swin-tiny", {"dim": 8, "heads": 2, "blocks": (2, 2), "window": 2, "image": 32, "classes": 5}),
+    "swinv2": ("swinv2-tiny", {"dim": 8, "heads": 2, "blocks": (2, 2), "window": 2, "image": 32, "classes": 5}),
 }
 
 
@@ -59,19 +82,22 @@ def test_output_shape_and_finite(model, spec):
 @pytest.mark.parametrize("spec", [s for s in SPECS if read(s).silent])
 def test_silent_schemes_start_as_their_shortcuts(model, spec):
     network = make(model, spec).eval()
-    x = network.stem(torch.randn(2, 3, 16, 16))
+    seen: list[tuple[Residual, torch.Tensor, torch.Tensor]] = []
     for connection in sw.chain(network):
-        residual = connection.residual
-        h = residual.pre(x)
-        expected = residual.post(residual.shortcut(x, h))
-        x = residual(x)
-        torch.testing.assert_close(x, expected, rtol=0, atol=0)
+        connection.residual.register_forward_hook(lambda residual, args, y: seen.append((residual, args[0], y)))
+    network(torch.randn(2, 3, 32, 32))
+    assert len(seen) == network.config.branches
+    for residual, x, y in seen:
+        expected = residual.post(residual.shortcut(x, residual.pre(x)))
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
 
 def zero_factors(residual: Residual) -> int:
     """Multiplicative factors on the branch's way that are exactly zero: maps, norm gains, learned gains."""
     found = 0
     for module in (*residual.branch.modules(), *residual.scale.modules()):
+        if isinstance(module, GlobalResponseNorm):  # it multiplies by 1 + gain ⊙ n
+            continue
         factor = getattr(module, "gain", None) if hasattr(module, "gain") else getattr(module, "weight", None)
         if isinstance(factor, torch.Tensor) and factor.numel() and not factor.any():
             found += 1

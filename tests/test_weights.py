@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from benchmarks.twin import ClassicBottleneck, ClassicResNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import skipway as sw
+from benchmarks.twin import ClassicBottleneck, ClassicResNet
 from skipway.weights import Rule, export_names, match
 
 
@@ -61,6 +61,12 @@ def test_what_does_not_fit_is_named_and_nothing_changes():
     assert "head.classifier.weight: (7, 64) in the file, (10, 64) in the model" in text
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("scheme", ["depthscaled", "normfree", "deepnorm", "plain", "skipinit"])
+def test_what_another_library_cannot_compute_is_not_exported(scheme):
+    with pytest.raises(sw.CheckpointError, match="nothing like"):
+        export_names(sw.build("resnet20", scheme=scheme), "torchvision")
 
 
 def test_a_gain_has_no_name_elsewhere():

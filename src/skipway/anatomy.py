@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -120,11 +120,4 @@ def place(residual: Residual, index: int, depth: int) -> Site:
         return own
     if own is None:
         return Site(dim=1, index=index, depth=depth)
-    return Site(
-        dim=own.dim,
-        dim_in=own.dim_in,
-        index=index,
-        depth=depth,
-        since=min(index, own.since),
-        spatial=own.spatial,
-    )
+    return replace(own, index=index, depth=depth, since=min(index, own.since))

@@ -85,7 +85,8 @@ class Kit:
     Every entry is a factory; `None` means that the part is absent.
 
     Args:
-        conv: `(in_channels, out_channels, kernel_size, stride=1, groups=1, bias=...) -> Module`, same-padded.
+        conv: `(in_channels, out_channels, kernel_size, stride=1, groups=1, bias=…, padding=…) -> Module`, same-padded
+            unless told.
         linear: `(in_features, out_features, bias=...) -> Module`.
         norm: `(channels) -> Module`, or None.
         act: `() -> Module`.

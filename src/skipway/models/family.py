@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -48,17 +48,21 @@ class Family:
         name: of the family.
         module: makes the network from its config.
         at_depth: makes the config for a depth (weight layers on the longest path); raises where there is none.
-        pattern: regular expression of the names that the dial answers to; its groups are the dial's arguments.
+        pattern: regular expression of further names; its groups are the arguments of `named`, or of the dial.
+        named: makes the config that a name describes, where that is more than a depth.
         variants: the published members.
         description: one line.
+        aliases: entry points of other libraries: name → (our name, the options that make it the same network).
     """
 
     name: str
     module: Callable[[Any], nn.Module]
     at_depth: Callable[..., Any]
     pattern: str
+    named: Callable[..., Any] | None = None
     variants: tuple[Variant, ...] = ()
     description: str = ""
+    aliases: Mapping[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
 
 
 FAMILIES: Registry[Family] = Registry("model")
@@ -90,7 +94,8 @@ def build(
     """Build a residual network and initialise it.
 
     Args:
-        name: a published variant ("resnet50", "wrn-28-10") or a family ("resnet"), which then needs a `depth`.
+        name: a published variant ("resnet50", "vit-small-16"), a family ("resnet"), which then needs a `depth`, or an
+            entry point of timm or torchvision ("vit_small_patch16_224", "swin_t").
         depth: weight layers on the longest path, the number in the papers' names.
         scheme: how the connections are dressed, a `Scheme` or its spec string, "layerscale(init=1e-5)".
         device: where the parameters live; torch's default device unless told. "meta" builds without initialising.
@@ -107,13 +112,16 @@ def build(
     >>> model.config.branches, sum(p.numel() for p in model.parameters())
     (54, 1727962)
     """
+    name, options = resolve(name, options)
     family, config = find_config(name, depth)
     known = {field.name for field in fields(config)}
     for option in options:
         if option not in known:
             raise SkipwayError(f"{name}: {suggest('option', option, known)}")
     if scheme is not None:
-        options["scheme"] = read_scheme(scheme)
+        options["scheme"] = scheme
+    if "scheme" in options:
+        options["scheme"] = read_scheme(options["scheme"])
     config = replace(config, **options)
     with torch.device("meta"):
         network = family.module(config)
@@ -122,6 +130,22 @@ def build(
     if device is not None and torch.device(device).type == "meta":
         return network
     return initialise_(network, device=device)
+
+
+def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """An entry point of timm or torchvision as our name and options; given options go before the alias's own.
+
+    timm's tag of the weights (`vit_small_patch16_224.augreg_in21k`) says nothing of the architecture.
+
+    >>> resolve("vit_small_patch16_384.augreg_in1k", {"classes": 10})
+    ('vit-small-16', {'image': 384, 'classes': 10})
+    """
+    entry = name.partition(".")[0]
+    for family in families():
+        if entry in family.aliases:
+            ours, own = family.aliases[entry]
+            return ours, {**own, **options}
+    return name, dict(options)
 
 
 def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
@@ -139,6 +163,12 @@ def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
         return family, family.at_depth(depth)
     for family in families():
         match = re.fullmatch(family.pattern, name.lower().replace("_", "-"))
-        if match and depth is None:
-            return family, family.at_depth(**{key: int(value) for key, value in match.groupdict().items()})
-    raise SkipwayError(suggest("model", name, [*FAMILIES, *(variant.name for variant in variants())]))
+        if match:
+            given = {key: int(value) if value.isdigit() else value for key, value in match.groupdict().items()}
+            if family.named is None and depth is None:
+                return family, family.at_depth(**given)
+            if family.named is not None:
+                config = family.named(**given)
+                return family, config if depth is None else family.at_depth(depth, base=config)
+    aliases = [alias for family in families() for alias in family.aliases]
+    raise SkipwayError(suggest("model", name, [*FAMILIES, *(variant.name for variant in variants()), *aliases]))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from skipway.nn import Branch, Conv2d, Linear, Mlp, Residual, TruncatedNormal
 from skipway.schemes import Scheme
 from skipway.site import POST_NORM, PRE_NORM, RES_POST_NORM, SANDWICH_NORM, Kit, Placement, Site
 
-__all__ = ["NORM_PLACEMENTS", "TOKEN_KIT", "Norm", "Pool", "Pooling", "transformer_block"]
+__all__ = ["NORM_PLACEMENTS", "TOKEN_KIT", "MakeAttention", "MakeMlp", "Norm", "Pool", "Pooling", "transformer_block"]
 
 Norm = Literal["pre", "post", "respost", "sandwich"]
 Pooling = Literal["token", "mean", "token+mean"]
@@ -30,34 +29,54 @@ TOKEN_KIT = Kit(
 """Dosovitskiy et al. 2021: maps from N(0, 0.02²), LayerNorm, GELU."""
 
 
+class MakeAttention(Protocol):
+    """Makes an attention branch from the dressed kit and placement."""
+
+    def __call__(self, *, kit: Kit, placement: Placement) -> Branch: ...
+
+
+class MakeMlp(Protocol):
+    """Makes an MLP branch from its width and the dressed kit and placement."""
+
+    def __call__(self, dim: int, hidden: int, *, kit: Kit, placement: Placement) -> Branch: ...
+
+
 def transformer_block(
-    attention: Callable[[Kit, Placement], Branch],
+    attention: MakeAttention,
     site: Site,
     hidden: int,
     *,
     kit: Kit,
     placement: Placement,
     scheme: Scheme,
+    mlp: MakeMlp = Mlp,
 ) -> nn.Sequential:
     """One block: a residual connection around an attention, and one around an MLP.
 
     Args:
-        attention: makes the attention branch from the dressed (kit, placement).
+        attention: makes the attention branch from the dressed kit and placement.
         site: of the attention; the MLP stands right behind it.
         hidden: channels inside the MLP.
         kit: what to build from, undressed.
         placement: where the norms stand, undressed.
         scheme: how the connections are dressed.
+        mlp: makes the MLP branch from (dim, hidden) and the dressed kit and placement.
     """
     first = replace(site, kind="attention")
     second = replace(site, kind="mlp", dim_in=None, index=site.index + 1, since=site.since + 1)
 
-    def mlp(kit: Kit, placement: Placement) -> Branch:
-        return Mlp(site.dim, hidden, kit=kit, placement=placement)
-
     block = nn.Sequential()
-    for name, branch, place in (("attention", attention, first), ("mlp", mlp, second)):
-        slots = scheme.slots(place, branch=branch, shortcut=None, kit=kit, placement=placement)
+    for name, branch, place in (
+        ("attention", attention, first),
+        ("mlp", partial(mlp, site.dim, hidden), second),
+    ):
+        slots = scheme.slots(
+            place,
+            branch=lambda kit, placement, make=branch: make(kit=kit, placement=placement),
+            shortcut=None,
+            kit=kit,
+            placement=placement,
+        )
         block.add_module(name, Residual(**slots))
     return block
 

@@ -1,39 +1,50 @@
 """Modules: the residual connection and what goes into its slots."""
 
-from skipway.nn.act import ScaledActivation
+from skipway.nn.act import QuickGELU, ScaledActivation
 from skipway.nn.branch import Branch, Conv, ConvBranch
+from skipway.nn.classattention import ClassAttention, FirstToken, TalkingHeads
+from skipway.nn.depthwise import DepthwiseMlp
 from skipway.nn.drop import DropPath
 from skipway.nn.gain import Bias, Gain, Multiply
 from skipway.nn.gate import SqueezeExcitation
 from skipway.nn.initial import FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
+from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
 from skipway.nn.residual import Residual
 from skipway.nn.role import Role
 from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
 from skipway.nn.tokens import Attention, Mlp
+from skipway.nn.window import CosineWindowAttention, Window, WindowAttention
 
 __all__ = [
     "Attention",
     "Bias",
     "Branch",
     "Carry",
+    "ClassAttention",
     "Classifier",
     "Conv",
     "Conv2d",
     "ConvBranch",
+    "CosineWindowAttention",
     "Cut",
+    "DepthwiseMlp",
     "DropPath",
     "FanInUniform",
+    "FirstToken",
     "Gain",
+    "GlobalResponseNorm",
     "HeNormal",
     "Initial",
+    "LayerNorm2d",
     "Linear",
     "LinearMap",
     "Mlp",
     "Multiply",
     "Pad",
     "Projection",
+    "QuickGELU",
     "Residual",
     "Role",
     "ScaledActivation",
@@ -42,7 +53,10 @@ __all__ = [
     "ScaledStandardLinear",
     "Shortcut",
     "SqueezeExcitation",
+    "TalkingHeads",
     "TruncatedNormal",
+    "Window",
+    "WindowAttention",
     "XavierNormal",
     "sequence",
 ]

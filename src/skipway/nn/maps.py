@@ -16,7 +16,7 @@ __all__ = ["Classifier", "Conv2d", "Linear", "LinearMap", "ScaledStandardConv2d"
 class Conv2d(nn.Conv2d):
     """A convolution without bias (unless asked) that starts from `initial`; the bias starts at 0.
 
-    Same-padded (kernel_size // 2) if the kernel is odd, else not padded: patches.
+    Unless `padding` is told: same-padded (kernel_size // 2) if the kernel is odd, else not padded.
 
     Shapes: (N, in_channels, H, W) → (N, out_channels, ⌈H / stride⌉, ⌈W / stride⌉) for odd `kernel_size`.
 
@@ -33,9 +33,11 @@ class Conv2d(nn.Conv2d):
         groups: int = 1,
         bias: bool = False,
         initial: Initial = HeNormal("fan_out"),  # noqa: B008 - frozen
+        padding: int | None = None,
     ) -> None:
         self.initial = initial
-        padding = kernel_size // 2 if kernel_size % 2 else 0
+        if padding is None:
+            padding = kernel_size // 2 if kernel_size % 2 else 0
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -66,8 +68,9 @@ class ScaledStandardConv2d(Conv2d):
         groups: int = 1,
         bias: bool = True,
         initial: Initial = HeNormal("fan_in"),  # noqa: B008 - frozen
+        padding: int | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, groups, True, initial)
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups, True, initial, padding)
         self.gain = nn.Parameter(torch.ones(out_channels))
 
     def reset_parameters(self) -> None:

@@ -1,6 +1,6 @@
 """Weights of ours and of other libraries: declarative key maps, read both ways, strict."""
 
-from skipway.weights import resnet
+from skipway.weights import cait, convnext, resnet, swin, vit
 from skipway.weights.files import read
 from skipway.weights.keymap import Convert, KeyMap, Rule, rule
 from skipway.weights.loading import Report, export_names, load, match
@@ -11,6 +11,8 @@ __all__ = [
     "KeyMap",
     "Report",
     "Rule",
+    "cait",
+    "convnext",
     "export_names",
     "load",
     "match",
@@ -18,4 +20,6 @@ __all__ = [
     "register",
     "resnet",
     "rule",
+    "swin",
+    "vit",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,7 +64,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """A table of rules; the first that speaks of a key decides.
+    """A table of rules. Of those that speak of a key the first whose names are in the file decides, so a library whose
+    names have changed has a row for each.
 
     Args:
         library: whose names these are.
@@ -76,13 +77,11 @@ class KeyMap:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
 
-    def find(self, key: str) -> tuple[Rule, tuple[str, ...]] | None:
-        """The row that speaks of our key, and their names for it."""
-        for row in self.rules:
-            names = row.to_theirs(key)
-            if names is not None:
-                return row, names
-        return None
+    def find(self, key: str, present: Container[str] = ()) -> tuple[Rule, tuple[str, ...]] | None:
+        """The row that speaks of our key, and their names for it: those that are present, else the first row's."""
+        found = [(row, names) for row in self.rules if (names := row.to_theirs(key)) is not None]
+        here = (each for each in found if all(name in present for name in each[1]))
+        return next(here, found[0] if found else None)
 
     def to_ours(self, key: str) -> str | None:
         """Our name for their key; None where no row speaks of it."""
@@ -96,6 +95,11 @@ class KeyMap:
         """The share of their keys that the table speaks of: what a file looks like."""
         keys = list(keys)
         return sum(self.ignores(key) or self.to_ours(key) is not None for key in keys) / max(len(keys), 1)
+
+    def busy(self, keys: Iterable[str]) -> float:
+        """The share of the rows that speak of one of their keys."""
+        keys = list(keys)
+        return sum(any(row.to_ours(key) is not None for key in keys) for row in self.rules) / len(self.rules)
 
 
 def rule(ours: str, *theirs: str, convert: Convert | None = None) -> Rule:

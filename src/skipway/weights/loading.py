@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import CheckpointError
+from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
 from skipway.weights.files import read
 from skipway.weights.keymap import KeyMap
 from skipway.weights.tables import find, looks_like
@@ -120,7 +121,7 @@ def match(model: nn.Module, state: Mapping[str, Tensor], *, names: str = "skipwa
 
 def fetch(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
     """Their names for our key, and the tensor that they make; None where the file lacks one of them."""
-    row, theirs = keymap.find(ours) or (None, (ours,))
+    row, theirs = keymap.find(ours, state) or (None, (ours,))
     if any(name not in state for name in theirs):
         return theirs, None
     parts = [state[name] for name in theirs]
@@ -150,6 +151,8 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
         CheckpointError: a parameter that the other library has no name for (a scheme's gain, say).
     """
     keymap = find(model, names)
+    if names != "skipway":
+        refuse_constants(model, names)
     out: dict[str, Tensor] = {}
     for ours, tensor in model.state_dict().items():
         found = keymap.find(ours)
@@ -159,3 +162,14 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
         tensor = tensor if row.convert is None else row.convert.to_theirs(tensor)
         out.update(zip(theirs, tensor.chunk(len(theirs)) if len(theirs) > 1 else (tensor,), strict=True))
     return out
+
+
+def refuse_constants(model: nn.Module, names: str) -> None:
+    """Raise where the model computes with something that no state dict carries, and that the other library lacks."""
+    for name, module in model.named_modules():
+        constant = isinstance(module, Multiply | ScaledShortcut | ScaledActivation | Cut)
+        if constant or (isinstance(module, Gain) and (module.factor != 1.0 or module.gain.ndim == 0)):
+            raise CheckpointError(
+                f"{names} has nothing like {name!r} ({module}), so this model would compute something else there; "
+                "export to names='skipway'"
+            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -12,19 +13,25 @@ from skipway.weights.keymap import KeyMap, Rule
 __all__ = ["find", "looks_like", "register"]
 
 OWN = KeyMap("skipway", (Rule("{leaf}", "{leaf}"),))
-TABLES: dict[type[nn.Module], dict[str, KeyMap]] = {}
+TABLES: dict[type[nn.Module], list[tuple[KeyMap, Callable[[Any], bool]]]] = {}
 
 
-def register(kind: type[nn.Module], keymap: KeyMap) -> None:
-    """Enter what a library calls the parameters of a module type and its subclasses."""
-    TABLES.setdefault(kind, {})[keymap.library] = keymap
+def register(kind: type[nn.Module], keymap: KeyMap, *, when: Callable[[Any], bool] = lambda model: True) -> None:
+    """Enter what a library calls the parameters of a module type and its subclasses.
+
+    Args:
+        kind: the module type.
+        keymap: the library's names.
+        when: for which models of the type, where the library has several classes for it; by default for all.
+    """
+    TABLES.setdefault(kind, []).append((keymap, when))
 
 
 def find(model: nn.Module, library: str) -> KeyMap:
     """The key map for a model and a library."""
     known = {OWN.library: OWN}
     for kind in reversed(type(model).__mro__):
-        known |= TABLES.get(kind, {})
+        known |= {keymap.library: keymap for keymap, when in TABLES.get(kind, ()) if when(model)}
     if library not in known:
         raise CheckpointError(
             f"names={library!r} for a {type(model).__name__}: {suggest('set of names', library, known)}"
@@ -35,10 +42,7 @@ def find(model: nn.Module, library: str) -> KeyMap:
 def looks_like(keys: Iterable[str]) -> str | None:
     """The architecture and the library whose table speaks of most of the keys; None below three quarters."""
     keys = list(keys)
-    scores = {
-        f"a {kind.__name__} of {library}": keymap.known(keys)
-        for kind, libraries in TABLES.items()
-        for library, keymap in libraries.items()
-    }
-    best = max(scores, key=lambda name: scores[name])
-    return best if scores[best] >= 0.75 else None
+    tables = [(kind, keymap) for kind, entries in TABLES.items() for keymap, _ in entries]
+    # of two tables that speak of all keys, the one with fewer idle rows
+    kind, best = max(tables, key=lambda table: (round(table[1].known(keys), 2), table[1].busy(keys)))
+    return f"a {kind.__name__} of {best.library}" if best.known(keys) >= 0.75 else None

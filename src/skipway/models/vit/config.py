@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from skipway.errors import SkipwayError
 from skipway.models.transformer import Norm, Pooling
@@ -26,7 +26,11 @@ class ViTConfig:
         norm: "pre" (ViT), "post" (Vaswani 2017), "respost" (Swin V2), "sandwich" (CogView).
         pooling: what the classifier sees: "token" (class token), "mean" (over patches), "token+mean" (both, DINOv2).
         registers: extra tokens without a place (Darcet et al. 2024).
+        place_token: whether the class token has a row of the position table (not in DeiT III).
+        stem_norm: a norm in front of the first block (CLIP), and no bias in the patch map.
         head_norm: normalise queries and keys per head (ViT-22B).
+        act: "gelu", or "quickgelu" (x σ(1.702 x), OpenAI's CLIP).
+        epsilon: of the norms; 1e-6 as in the authors' code, 1e-12 in Hugging Face's ViT, 1e-5 in CLIP.
         classes: outputs of the classifier.
         channels: of the input images.
         scheme: how the connections are dressed.
@@ -44,7 +48,11 @@ class ViTConfig:
     norm: Norm = "pre"
     pooling: Pooling = "token"
     registers: int = 0
+    place_token: bool = True
+    stem_norm: bool = False
     head_norm: bool = False
+    act: Literal["gelu", "quickgelu"] = "gelu"
+    epsilon: float = 1e-6
     classes: int = 1000
     channels: int = 3
     scheme: Scheme = Identity()  # noqa: RUF009 - frozen
@@ -62,7 +70,11 @@ class ViTConfig:
                 f"image={self.image}, patch={self.patch}: the rule is a multiple of the patch; near it are "
                 f"{max(below, self.patch)} and {below + self.patch}"
             )
-        for name, allowed in (("norm", get_args(Norm)), ("pooling", get_args(Pooling))):
+        for name, allowed in (
+            ("norm", get_args(Norm)),
+            ("pooling", get_args(Pooling)),
+            ("act", ("gelu", "quickgelu")),
+        ):
             if getattr(self, name) not in allowed:
                 raise SkipwayError(
                     f"{name}={getattr(self, name)!r}: the rule is one of {', '.join(map(repr, allowed))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, Pool, transformer_block
 from skipway.models.vit.config import ViTConfig
-from skipway.nn import Attention, Classifier, TruncatedNormal, sequence
+from skipway.nn import Attention, Classifier, QuickGELU, TruncatedNormal, sequence
 from skipway.nn.positions import resample
 from skipway.site import Kit, Placement, Site
 
 __all__ = ["TokenStem", "ViT"]
+
+ACTS = {"gelu": nn.GELU, "quickgelu": QuickGELU}
 
 
 class ViT(nn.Module):
@@ -35,7 +38,8 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         scheme, placement = config.scheme, NORM_PLACEMENTS[config.norm]
-        kit, outside = scheme.kit(None, TOKEN_KIT), scheme.place(None, placement)
+        family = replace(TOKEN_KIT, norm=partial(nn.LayerNorm, eps=config.epsilon), act=ACTS[config.act])
+        kit, outside = scheme.kit(None, family), scheme.place(None, placement)
         self.stem = TokenStem(config, kit, outside)
         self.blocks = nn.Sequential(
             *(
@@ -43,7 +47,7 @@ class ViT(nn.Module):
                     partial(attention, config),
                     Site(dim=config.dim, index=index, depth=config.branches, since=index, spatial=0),
                     int(config.dim * config.ratio),
-                    kit=TOKEN_KIT,
+                    kit=family,
                     placement=placement,
                     scheme=scheme,
                 )
@@ -56,9 +60,9 @@ class ViT(nn.Module):
         return self.head(self.blocks(self.stem(x)))
 
 
-def attention(config: ViTConfig, kit: Kit, placement: Placement) -> Attention:
+def attention(config: ViTConfig, *, kit: Kit, placement: Placement) -> Attention:
     """The attention branch; the norm of queries and keys is the family's, whatever the scheme does to the stream's."""
-    head_norm = TOKEN_KIT.norm if config.head_norm else None
+    head_norm = partial(nn.LayerNorm, eps=config.epsilon) if config.head_norm else None
     return Attention(config.dim, config.heads, kit=kit, placement=placement, head_norm=head_norm)
 
 
@@ -74,12 +78,15 @@ class TokenStem(nn.Module):
     def __init__(self, config: ViTConfig, kit: Kit, placement: Placement) -> None:
         super().__init__()
         self.grid, self.prefix, self.size = config.grid, config.prefix, config.patch
-        self.patch = kit.conv(config.channels, config.dim, config.patch, config.patch)
-        rows = self.prefix + self.grid[0] * self.grid[1]
+        self.patch = kit.conv(
+            config.channels, config.dim, config.patch, config.patch, bias=not config.stem_norm, padding=0
+        )
+        self.placed = self.prefix if config.place_token else 0
+        rows = self.placed + self.grid[0] * self.grid[1]
         self.token = nn.Parameter(torch.zeros(1, config.dim)) if self.prefix else None
         self.registers = nn.Parameter(torch.zeros(config.registers, config.dim)) if config.registers else None
         self.position = nn.Parameter(torch.zeros(rows, config.dim))
-        self.post = sequence(**kit.parts(placement.post, config.dim))
+        self.post = sequence(**kit.parts(("norm",) if config.stem_norm else placement.post, config.dim))
 
     def reset_parameters(self) -> None:
         """Positions from N(0, 0.02²), tokens from N(0, 10⁻¹²), timm's ViT."""
@@ -89,10 +96,10 @@ class TokenStem(nn.Module):
                 nn.init.normal_(tokens, std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        position = resample(self.position, self.grid, self.grid_of(x), self.prefix)
-        front = [] if self.token is None else [self.token + position[:1]]
+        position = resample(self.position, self.grid, self.grid_of(x), self.placed)
+        front = [] if self.token is None else [self.token + position[: self.placed].sum(0)]
         front += [] if self.registers is None else [self.registers]
-        patches = self.patch(x).flatten(2).transpose(1, 2) + position[self.prefix :]
+        patches = self.patch(x).flatten(2).transpose(1, 2) + position[self.placed :]
         return self.post(torch.cat([*(each.expand(len(x), -1, -1) for each in front), patches], dim=1))
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from functools import partial
 
 from skipway.errors import SkipwayError
 from skipway.models.family import FAMILIES, Family, Variant
+from skipway.models.vit.aliases import ALIASES
 from skipway.models.vit.config import ViTConfig
 from skipway.models.vit.network import ViT
 
@@ -45,6 +46,15 @@ def vit(depth: int, base: ViTConfig = SIZES["small"]) -> ViTConfig:
     return replace(base, blocks=depth)
 
 
+def of_size(size: str, patch: int) -> ViTConfig:
+    """A published size with any patch; the image is the multiple of the patch nearest to 224 from below.
+
+    >>> of_size("small", 14).grid
+    (16, 16)
+    """
+    return replace(SIZES[size], patch=patch, image=max(224 // patch, 1) * patch)
+
+
 FAMILIES.add(
     "vit",
     Family(
@@ -52,7 +62,9 @@ FAMILIES.add(
         description="Dosovitskiy et al. 2021: attention and MLP branches over patches; depth counts blocks",
         module=ViT,
         at_depth=vit,
-        pattern=r"vit-(?P<depth>\d+)",
+        pattern=r"vit-(?P<size>tiny|small|base|large|huge)-(?P<patch>\d+)",
+        named=of_size,
+        aliases=ALIASES,
         variants=tuple(
             Variant(
                 name=f"vit-{size}-{patch}",

@@ -1,0 +1,31 @@
+"""The commands by name. Each is an import path that is followed when the command is called."""
+
+from __future__ import annotations
+
+from cyclopts import App, Parameter
+
+from skipway import __version__
+from skipway.cli.help import Columns
+from skipway.cli.stored import options_of_a_run
+
+__all__ = ["app"]
+
+app = App(
+    name="skipway",
+    help="Residual networks at any depth: build, train, look inside.",
+    version=__version__,
+    help_format="plaintext",
+    help_formatter=Columns(),
+    # of an option that is given twice the last counts, so that scripts can be called with others
+    default_parameter=Parameter(allow_repeating=True),
+)
+app.command(
+    "skipway.cli.train:train",
+    name="train",
+    help="Train a network on a folder of images; without one, on handwritten digits.",
+    usage="skipway train [DATA] [OPTIONS]",
+    config=options_of_a_run,
+    sort_key=0,
+)
+app.command("skipway.cli.tables:models", name="models", help="List the models with their parameter counts.")
+app.command("skipway.cli.tables:schemes", name="schemes", help="List the residual schemes, or show the card of one.")

@@ -1,0 +1,7 @@
+"""The ConvNeXt family, v1 and v2: one network and one config."""
+
+from skipway.models.convnext import aliases, variants
+from skipway.models.convnext.config import ConvNeXtConfig
+from skipway.models.convnext.network import CONVNEXT_KIT, ConvNeXt, PatchStem
+
+__all__ = ["CONVNEXT_KIT", "ConvNeXt", "ConvNeXtConfig", "PatchStem", "aliases", "variants"]

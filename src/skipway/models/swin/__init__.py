@@ -1,0 +1,7 @@
+"""The Swin family, V1 and V2."""
+
+from skipway.models.swin import variants
+from skipway.models.swin.config import SwinConfig
+from skipway.models.swin.network import PatchStem, Swin
+
+__all__ = ["PatchStem", "Swin", "SwinConfig", "variants"]

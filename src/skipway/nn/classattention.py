@@ -1,0 +1,96 @@
+"""CaiT's branches: attention with talking heads, and class attention, which only the class token asks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skipway.errors import SkipwayError
+from skipway.nn.branch import Branch
+from skipway.nn.maps import LinearMap
+from skipway.nn.sequence import sequence
+from skipway.nn.tokens import Attention
+from skipway.site import Kit, Placement
+
+__all__ = ["ClassAttention", "FirstToken", "TalkingHeads"]
+
+
+class TalkingHeads(Attention):
+    """Attention whose heads exchange before and after the softmax: A = W_w softmax(W_l (q kᵀ / √d)).
+
+    W_l and W_w mix the heads (Shazeer et al. 2020; CaiT: Touvron et al. 2021, sec. 4). Their biases start at 0.
+
+    Shapes: (N, T, dim) → (N, T, dim).
+    """
+
+    def __init__(self, dim: int, heads: int, *, kit: Kit, placement: Placement) -> None:
+        super().__init__(dim, heads, kit=kit, placement=placement)
+        self.mix_logits = kit.linear(heads, heads)
+        self.mix_weights = kit.linear(heads, heads)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self.inside(self.qkv(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        weights = self.mix_logits(logits.movedim(1, -1)).softmax(dim=-2)
+        out = self.mix_weights(weights).movedim(-1, 1) @ v
+        return self.end(self.proj(self.before(out.transpose(1, 2).flatten(2))))
+
+
+class ClassAttention(Branch):
+    """The class token attends to all tokens: F(h) = W_o softmax(q kᵀ / √d) v, q of the first token only, 0 elsewhere.
+
+    CaiT: Touvron et al. 2021, eq. 5-7. The patches' part of the stream is left alone.
+
+    Shapes: (N, T, dim) → (N, T, dim), zero but for the first token.
+
+    Raises:
+        SkipwayError: heads do not divide dim.
+    """
+
+    def __init__(self, dim: int, heads: int, *, kit: Kit, placement: Placement) -> None:
+        super().__init__()
+        if dim % heads:
+            raise SkipwayError(f"dim={dim}, heads={heads}: the rule is that heads divides dim")
+        self.heads = heads
+        self.q, self.k, self.v = (kit.linear(dim, dim) for _ in range(3))
+        self.before = nn.Identity() if kit.before is None else kit.before()
+        self.proj = kit.linear(dim, dim)
+        self.end = sequence(**kit.parts(placement.end, dim))
+
+    def path(self) -> list[LinearMap]:
+        return [LinearMap(self.v), LinearMap(self.proj)]
+
+    def closing_norm(self) -> nn.Module | None:
+        return getattr(self.end, "norm", None)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (self.q(h[:, :1]), self.k(h), self.v(h))
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return alone(self.end(self.proj(self.before(out))), h.shape[1])
+
+
+class FirstToken(Branch):
+    """A branch for the first token only: F(h) = [inner(h₁), 0, …, 0].
+
+    Shapes: (N, T, dim) → (N, T, dim).
+    """
+
+    def __init__(self, inner: Branch) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def path(self) -> list[LinearMap]:
+        return self.inner.path()
+
+    def closing_norm(self) -> nn.Module | None:
+        return self.inner.closing_norm()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return alone(self.inner(h[:, :1]), h.shape[1])
+
+
+def alone(first: Tensor, length: int) -> Tensor:
+    """(N, 1, dim) → (N, length, dim), zeros behind the first token."""
+    return F.pad(first, (0, 0, 0, length - 1))

@@ -1,0 +1,55 @@
+"""Which device trains, and in which arithmetic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from skipway.errors import SkipwayError
+
+__all__ = ["choose_device", "choose_precision"]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first CUDA device where there is one, else the CPU.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError by device
+        reason = str(error).splitlines()[0]
+        raise SkipwayError(f"device {name!r} cannot be used: {reason}; try cpu or auto") from error
+    return device
+
+
+def choose_precision(
+    setting: Literal["auto", "float32", "bfloat16"], device: torch.device
+) -> tuple[Literal["float32", "bfloat16"], str]:
+    """The arithmetic of the forward pass, and the reason for it in a few words.
+
+    "auto" is bfloat16 autocast where the device multiplies bfloat16 natively, else float32: emulated bfloat16 is
+    slower than float32.
+    """
+    if setting != "auto":
+        return setting, "as asked for"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "native on this GPU") if native else ("float32", "this GPU has no native bfloat16")
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return "bfloat16", "native on this CPU"
+    return "float32", f"this {device.type.upper()} has no native bfloat16"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has AVX512-BF16 or AMX; torch keeps the question private, so its absence counts as no."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        question = getattr(torch.cpu, name, None)
+        if question is not None and question():
+            return True
+    return False
