@@ -138,3 +138,13 @@ def test_blocks_survive_deepcopy_and_state_dict():
         each.eval()
     torch.testing.assert_close(twin(x), block(x), rtol=0, atol=0)
     torch.testing.assert_close(other(x), block(x), rtol=0, atol=0)
+
+
+def test_a_given_downsample_stays_as_it_is():
+    """Somebody's trained projection is not initialised anew."""
+    downsample = classic_downsample(8, 16, 2)
+    before = {key: value.clone() for key, value in downsample.state_dict().items()}
+    block = sw.BasicBlock(8, 16, 2, downsample, scheme="fixup")
+    assert not block.branch.conv2.weight.any()
+    for key, value in downsample.state_dict().items():
+        assert torch.equal(value, before[key])

@@ -110,3 +110,36 @@ def test_residual_is_its_equation():
     expected = p["post"](x + p["drop"](p["scale"](p["branch"](p["pre"](x)))))
     torch.testing.assert_close(residual(x), expected)
     assert isinstance(Residual(nn.Identity()).post, nn.Identity)
+
+
+def test_a_definition_run_again_replaces_the_old_one_and_another_raises():
+    """A notebook's cell may be run twice; two schemes of one name may not be."""
+    from skipway.registry import Registry
+
+    registry = Registry("thing")
+
+    def define():
+        class Thing:
+            pass
+
+        return Thing
+
+    first, again = define(), define()
+    registry.add("thing", first)
+    registry.add("thing", again)
+    assert registry["thing"] is again
+    with pytest.raises(sw.SkipwayError, match="already registered"):
+        registry.add("Thing", int)
+
+
+def test_activations_work_in_place_only_on_what_is_nobody_elses():
+    """Behind a norm, a map or the addition; never on the stream, which the shortcut reads too."""
+    network = sw.build("wrn-16-2", scheme="skipinit(norm='remove')")
+    for connection in sw.chain(network):
+        assert not connection.residual.pre.act.inplace
+        assert connection.residual.branch.act1.inplace
+    assert sw.build("resnet20").stages[0][0].post.act.inplace
+    x = torch.randn(2, 32, 8, 8)
+    kept = x.clone()
+    network.stages[0][1](x)
+    assert torch.equal(x, kept)

@@ -35,6 +35,7 @@ MODELS = {
     ),
     "preactivation": ("wrn", {"depth": 16, **SMALL}),
     "imagenet, squeeze": ("se-resnet", {"depth": 18, **SMALL, "squeeze": 4}),
+    "deep stem, pooled": ("resnet-imagenet", {"depth": 10, **SMALL, "stem": "deep", "shortcut": "pooled"}),
     "resnext": ("resnext", {"depth": 26, **SMALL, "groups": 2, "base_width": 32}),
     "vit": ("vit-tiny-16", {"depth": 2, "dim": 16, "heads": 2, "patch": 8, "image": 32, "classes": 5, "registers": 1}),
     "vit, post-norm": (

@@ -174,7 +174,7 @@ def test_compiles_and_exports(name, scheme):
         ({"heads": 3}, "heads divides dim"),
         ({"image": 30}, "near it are 24 and 32"),
         ({"norm": "before"}, "one of 'pre', 'post', 'respost', 'sandwich'"),
-        ({"pooling": "max"}, "one of 'token', 'mean', 'token.mean'"),
+        ({"pooling": "max"}, "one of 'token', 'mean', 'normed-mean', 'token.mean'"),
         ({"dim": 0}, "whole number of at least 1"),
         ({"depth": 0}, "every depth from 1 on"),
     ],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
+import sys
 
 import pytest
 import torch
@@ -129,3 +132,234 @@ def test_truncated_files_are_refused(tmp_path):
 def test_unknown_names():
     with pytest.raises(sw.CheckpointError, match="did you mean 'torchvision'"):
         sw.load(sw.build("resnet20"), {}, names="torchvison")
+
+
+TOKENS = {"dim": 16, "heads": 2, "patch": 8, "image": 32, "classes": 5}
+
+
+def vit(**options):
+    return sw.build("vit-tiny-16", **{**TOKENS, "depth": 3, **options})
+
+
+def swin(**options):
+    small = {"dim": 8, "heads": 2, "blocks": (2, 1), "window": 4, "image": 32, "classes": 5}
+    return sw.build("swin-tiny", **{**small, **options})
+
+
+def test_a_name_is_built_first(tmp_path):
+    source = sw.build("resnet20", scheme="fixup")
+    save_file(source.state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(sw.CheckpointError, match="stages.0.0.scale.multiplier.gain"):
+        sw.load("resnet20", tmp_path / "a.safetensors")
+    save_file(sw.build("resnet20").state_dict(), tmp_path / "a.safetensors")
+    assert sw.load("resnet20", tmp_path / "a.safetensors").config == sw.build("resnet20").config
+    with pytest.raises(sw.SkipwayError, match="did you mean 'resnet"):
+        sw.load("resnett20", tmp_path / "a.safetensors")
+
+
+def shards(folder, state, homes):
+    """A folder in Hugging Face's sharded layout."""
+    for home in set(homes.values()):
+        save_file({key: state[key] for key in state if homes[key] == home}, folder / home)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": homes}))
+
+
+@pytest.mark.parametrize("layout", ["one file", "shards", "pickled"])
+def test_folders_in_hugging_faces_layout(tmp_path, layout):
+    source = vit()
+    state = export_names(source, "huggingface")
+    if layout == "one file":
+        save_file(state, tmp_path / "model.safetensors")
+    elif layout == "pickled":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        shards(tmp_path, state, {key: f"model-0000{n % 2 + 1}-of-00002.safetensors" for n, key in enumerate(state)})
+    (tmp_path / "config.json").write_text("{}")
+    loaded = sw.load(vit(), tmp_path, names="huggingface")
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[key])
+
+
+def test_damaged_folders_are_named(tmp_path):
+    with pytest.raises(sw.CheckpointError, match="a folder without weights"):
+        sw.load(vit(), tmp_path)
+    state = vit().state_dict()
+    shards(tmp_path, state, dict.fromkeys(state, "model-1.safetensors"))
+    index = tmp_path / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    for change, message in (
+        ({"gone.weight": "model-1.safetensors"}, "1 tensors that its files lack, 'gone.weight'"),
+        ({"gone.weight": "model-2.safetensors"}, "model-2.safetensors: there is no such file"),
+        ({"gone.weight": "../outside.safetensors"}, "outside its folder"),
+    ):
+        index.write_text(json.dumps({"weight_map": {**table["weight_map"], **change}}))
+        with pytest.raises(sw.CheckpointError, match=message):
+            sw.load(vit(), tmp_path)
+    for text in ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(text)
+        with pytest.raises(sw.CheckpointError, match="damaged or no index"):
+            sw.load(vit(), tmp_path)
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    """Safe files first, pickled ones only where there are no others; one revision on demand."""
+    hub = pytest.importorskip("huggingface_hub", reason="the extra 'hub' is not installed")
+    asked = []
+
+    def snapshot(repository, revision, allow_patterns):
+        asked.append((repository, revision))
+        if "pytorch_model.bin" in allow_patterns:
+            torch.save(vit().state_dict(), tmp_path / "pytorch_model.bin")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    sw.load(vit(), "hf:org/name")
+    assert asked == [("org/name", None), ("org/name", None)]
+    save_file(vit().state_dict(), tmp_path / "model.safetensors")
+    sw.load(vit(), "hf:org/name@v2")
+    assert asked[2:] == [("org/name", "v2")]
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="the extra 'hub' is not installed")
+
+    def snapshot(*args, **kwargs):
+        raise hub.errors.OfflineModeIsEnabled("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    with pytest.raises(sw.CheckpointError, match="hf:org/name cannot be fetched from the hub: no network"):
+        sw.load(vit(), "hf:org/name")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(sw.MissingExtraError, match=r"pip install 'skipway\[hub\]'"):
+        sw.load(vit(), "hf:org/name")
+
+
+def refused(model, state, *, ways, **options):
+    """Loading fails, names the choices, and changes nothing."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(sw.CheckpointError, match=f"allowed by load.*adapt={re.escape(repr(ways))}"):
+        sw.load(model, state, **options)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("names", ["skipway", "timm"])
+def test_another_number_of_classes_is_a_choice(names):
+    source, model = vit(classes=7), vit()
+    state = export_names(source, names)
+    refused(model, state, names=names, ways=("classes",))
+    own = model.head.classifier.weight.clone()
+    report = match(model, state, names=names, adapt=("classes",))
+    assert report.fresh == ["head.classifier.weight", "head.classifier.bias"]
+    sw.load(model, state, names=names, adapt=("classes",))
+    assert torch.equal(model.head.classifier.weight, own)
+    assert torch.equal(model.blocks[2].mlp.branch.fc2.weight, source.blocks[2].mlp.branch.fc2.weight)
+
+
+def test_a_file_without_a_classifier_and_one_of_another_width():
+    state = {key: value for key, value in vit().state_dict().items() if "classifier" not in key}
+    refused(vit(), state, ways=("classes",))
+    sw.load(vit(), state, adapt="classes")
+    state["head.classifier.weight"], state["head.classifier.bias"] = torch.zeros(5, 99), torch.zeros(5)
+    with pytest.raises(sw.CheckpointError, match=r"\(5, 99\) in the file"):
+        sw.load(vit(), state, adapt=("classes",))
+    # the same number of classes: the choice changes nothing
+    source = vit()
+    loaded = sw.load(vit(), source.state_dict(), adapt=("classes", "size", "depth"))
+    assert torch.equal(loaded.head.classifier.weight, source.head.classifier.weight)
+
+
+def test_another_image_size_is_a_choice():
+    """timm's own resampling is the reference, the class token's row stays."""
+    source, model = vit(image=32), vit(image=48)
+    state = export_names(source, "timm")
+    state["pos_embed"] = state["pos_embed"][None]  # as timm has it
+    refused(model, state, names="timm", ways=("size",))
+    assert match(model, state, names="timm", adapt=("size",)).resampled.keys() == {"stem.position"}
+    sw.load(model, state, names="timm", adapt=("size",))
+    assert torch.equal(model.stem.position[0], source.stem.position[0])
+    grid = source.stem.position[1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", antialias=True)
+    torch.testing.assert_close(model.stem.position[1:], grid.flatten(2)[0].T)
+    # what a network would do by itself with such an image
+    x = torch.randn(1, 3, 48, 48)
+    torch.testing.assert_close(model.eval()(x), source.eval()(x))
+
+
+def test_a_table_of_no_square_grid_stays_misshapen():
+    state = vit().state_dict()
+    state["stem.position"] = torch.zeros(1 + 15, 16)
+    with pytest.raises(sw.CheckpointError, match=r"\(16, 16\) in the file, \(17, 16\) in the model"):
+        sw.load(vit(), state, adapt=("size",))
+
+
+def test_windows_of_another_size_are_a_choice():
+    """A table that is linear in both offsets stays so in the middle, where bicubic interpolation is exact."""
+    source, model = swin(window=8, image=64), swin(window=4, image=64)
+    offsets = torch.arange(-7.0, 8.0)
+    with torch.no_grad():
+        source.stages[0][0].attention.branch.position.table[:, 0] = torch.cartesian_prod(offsets, offsets) @ torch.ones(
+            2
+        )
+    refused(model, source.state_dict(), ways=("size",))
+    sw.load(model, source.state_dict(), adapt=("size",))
+    table = model.stages[0][0].attention.branch.position.table[:, 0].unflatten(0, (7, 7))
+    assert table.shape == (7, 7)
+    torch.testing.assert_close(table[3, 3], torch.tensor(0.0), atol=1e-5, rtol=0)
+    steps = table[2:5, 2:5].diff(dim=0)
+    torch.testing.assert_close(steps, torch.full_like(steps, 15 / 7), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("names", ["skipway", "huggingface"])
+def test_another_depth_is_a_choice(names):
+    shallow, deep = vit(depth=2), vit(depth=4)
+    state = export_names(deep, names)
+    refused(shallow, state, names=names, ways=("depth",))
+    report = match(shallow, state, names=names, adapt=("depth",))
+    assert len(report.left_out) == len(state) - len(export_names(shallow, names))
+    sw.load(shallow, state, names=names, adapt=("depth",))
+    assert torch.equal(shallow.blocks[1].mlp.branch.fc1.weight, deep.blocks[1].mlp.branch.fc1.weight)
+
+    state = export_names(shallow, names)
+    refused(deep, state, names=names, ways=("depth",))
+    own = deep.blocks[3].mlp.branch.fc1.weight.clone()
+    report = match(deep, state, names=names, adapt=("depth",))
+    assert {key.split(".")[1] for key in report.fresh} == {"2", "3"}
+    sw.load(deep, state, names=names, adapt=("depth",))
+    assert torch.equal(deep.blocks[3].mlp.branch.fc1.weight, own)
+    assert torch.equal(deep.blocks[0].mlp.branch.fc1.weight, shallow.blocks[0].mlp.branch.fc1.weight)
+
+
+def test_depth_with_batch_norm_and_all_choices_at_once():
+    source = sw.build("resnet", depth=32, classes=7)
+    state = export_names(source, "torchvision")
+    model = sw.build("resnet20")
+    refused(model, state, names="torchvision", ways=("classes", "depth"))
+    sw.load(model, state, names="torchvision", adapt=("depth", "classes"))
+    assert torch.equal(model.stages[2][2].branch.norm2.running_var, source.stages[2][2].branch.norm2.running_var)
+
+
+def test_a_choice_allows_nothing_else():
+    """P24: no choice makes a wrong file a silent success."""
+    every = ("classes", "size", "depth")
+    for state in ({}, {"a": torch.zeros(1)}, swin().state_dict()):
+        with pytest.raises(sw.CheckpointError):
+            sw.load(vit(), state, adapt=every)
+    half = vit().state_dict()
+    del half["blocks.1.mlp.branch.fc1.weight"]
+    with pytest.raises(sw.CheckpointError, match="1 missing from the file"):
+        sw.load(vit(), half, adapt=every)
+    with pytest.raises(sw.CheckpointError, match="scale.gain"):
+        sw.load(vit(), vit(depth=4, scheme="layerscale").state_dict(), adapt=every)
+    with pytest.raises(sw.CheckpointError, match="did you mean 'classes'"):
+        sw.load(vit(), {}, adapt=("class",))
+
+
+def test_an_unmapped_key_is_named_with_what_comes_closest():
+    state = export_names(vit(), "timm")
+    state["blocks.7.norm1.weight"] = torch.zeros(16)
+    state["blocks.0.attn.qvk.weight"] = torch.zeros(16)
+    with pytest.raises(sw.CheckpointError) as caught:
+        sw.load(vit(), state, names="timm")
+    text = str(caught.value)
+    assert "blocks.7.norm1.weight (it would be blocks.7.attention.pre.norm.weight, which this model lacks)" in text
+    assert "blocks.0.attn.qvk.weight (no rule speaks of it; the closest known key is blocks.0.attn.qkv.weight)" in text

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from skipway.anatomy import Chain, Connection, chain
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
+    from skipway.folding import fold
     from skipway.groups import param_groups
     from skipway.init import initialise_
     from skipway.models import BasicBlock, Bottleneck, ResNet, ResNetConfig, build, projection
@@ -34,11 +35,13 @@ if TYPE_CHECKING:
         ZeroInit,
     )
     from skipway.site import Kit, Placement, Site
+    from skipway.taps import features, stage_features
     from skipway.weights import load
 
 _HOME = {
     "anatomy": ("Chain", "Connection", "chain"),
     "errors": ("CheckpointError", "DataError", "DivergedError", "MissingExtraError", "SkipwayError"),
+    "folding": ("fold",),
     "groups": ("param_groups",),
     "init": ("initialise_",),
     "models": ("BasicBlock", "Bottleneck", "ResNet", "ResNetConfig", "build", "projection"),
@@ -59,6 +62,7 @@ _HOME = {
         "ZeroInit",
     ),
     "site": ("Kit", "Placement", "Site"),
+    "taps": ("features", "stage_features"),
     "weights": ("load",),
 }
 _ORIGIN = {name: f"skipway.{module}" for module, names in _HOME.items() for name in names}

@@ -36,8 +36,8 @@ class Registry(Generic[T]):
         return name.lower().replace("-", "").replace("_", "")
 
     def add(self, name: str, entry: T) -> T:
-        """Enter `entry` under `name`; a name that is taken raises."""
-        if self.key(name) in self._names:
+        """Enter `entry` under `name`; a name that is taken raises, unless by an earlier run of the same definition."""
+        if name in self and not same_definition(self[name], entry):
             raise SkipwayError(f"{self.kind} {name!r} is already registered; choose another name")
         self._names[self.key(name)] = name
         self.entries[name] = entry
@@ -90,3 +90,9 @@ def call(make: Callable[..., T], text: str, args: list[Any], kwargs: dict[str, A
     except TypeError as error:
         reason = str(error).replace(f"{getattr(make, '__name__', '')}.__init__() ", "")
         raise SkipwayError(f"{text!r}: {reason}") from error
+
+
+def same_definition(old: object, new: object) -> bool:
+    """Whether two classes come from the same lines: a notebook's cell that is run again."""
+    places = [(getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (old, new)]
+    return places[0] == places[1] and None not in places[0]

@@ -106,13 +106,19 @@ class Kit:
         """The same kit without normalisation; convolutions get the bias that a norm would have brought."""
         return replace(self, norm=None, conv=partial(self.conv, bias=True))
 
-    def parts(self, names: tuple[Part, ...], dim: int) -> dict[str, nn.Module | None]:
-        """The named parts at a place with `dim` channels; a part the kit lacks is None."""
-        made: dict[str, Callable[[], nn.Module | None]] = {
-            "norm": lambda: None if self.norm is None else self.norm(dim),
-            "act": self.act,
-        }
-        return {name: made[name]() for name in names}
+    def parts(self, names: tuple[Part, ...], dim: int, *, fresh: bool = False) -> dict[str, nn.Module | None]:
+        """The named parts at a place with `dim` channels; a part the kit lacks is None.
+
+        Behind a norm, or where what comes in is `fresh` (a map's output, a sum: nobody else's), an activation that can
+        works in place; on the stream itself it must not, since the shortcut reads that too.
+        """
+        made: dict[str, nn.Module | None] = {}
+        for name in names:
+            made[name] = self.act() if name == "act" else None if self.norm is None else self.norm(dim)
+        act = made.get("act")
+        if (fresh or made.get("norm") is not None) and hasattr(act, "inplace"):
+            act.inplace = True  # type: ignore[union-attr]
+        return made
 
 
 @dataclass(frozen=True)

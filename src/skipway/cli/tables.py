@@ -30,8 +30,8 @@ def schemes(name: str | None = None, /) -> int:
     if name is not None:
         show_card(card(name))
         return 0
-    rows: Rows = [(key, entry.equation, entry.norm_note, entry.when) for key, entry in all_schemes().items()]
-    print_table(("scheme", "equation", "normalisation", "when to take it"), rows)
+    rows: Rows = [(key, entry.equation, entry.when) for key, entry in all_schemes().items()]
+    print_table(("scheme", "equation", "when to take it"), rows)
     return 0
 
 
@@ -48,7 +48,7 @@ def print_table(columns: tuple[str, ...], rows: Rows, right: tuple[str, ...] = (
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=number == 0)
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=number < 2)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Literal, Protocol
@@ -9,14 +10,24 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from skipway.nn import Branch, Conv2d, Linear, Mlp, Residual, TruncatedNormal
+from skipway.nn import Branch, Conv2d, Linear, Mlp, Residual, StageMap, TokenGrid, TruncatedNormal
 from skipway.schemes import Scheme
 from skipway.site import POST_NORM, PRE_NORM, RES_POST_NORM, SANDWICH_NORM, Kit, Placement, Site
 
-__all__ = ["NORM_PLACEMENTS", "TOKEN_KIT", "MakeAttention", "MakeMlp", "Norm", "Pool", "Pooling", "transformer_block"]
+__all__ = [
+    "NORM_PLACEMENTS",
+    "TOKEN_KIT",
+    "MakeAttention",
+    "MakeMlp",
+    "Norm",
+    "Pool",
+    "Pooling",
+    "quarters",
+    "transformer_block",
+]
 
 Norm = Literal["pre", "post", "respost", "sandwich"]
-Pooling = Literal["token", "mean", "token+mean"]
+Pooling = Literal["token", "mean", "normed-mean", "token+mean"]
 
 NORM_PLACEMENTS = {"pre": PRE_NORM, "post": POST_NORM, "respost": RES_POST_NORM, "sandwich": SANDWICH_NORM}
 
@@ -81,13 +92,26 @@ def transformer_block(
     return block
 
 
+def quarters(blocks: int, dim: int, patch: int, prefix: int) -> tuple[StageMap, ...]:
+    """The stream behind each quarter of the blocks, fewer where there are fewer blocks; the prefix tokens are left out.
+
+    What dense heads take of a network without stages: DPT (Ranftl et al. 2021, the code: blocks 3, 6, 9, 12 of 12 and
+    6, 12, 18, 24 of 24), DINOv2's linear heads over four layers.
+
+    >>> [stage.path for stage in quarters(12, 384, 16, 1)]
+    ['blocks.2', 'blocks.5', 'blocks.8', 'blocks.11']
+    """
+    ends = sorted({math.ceil(blocks * quarter / 4) for quarter in range(1, 5)})
+    return tuple(StageMap(f"blocks.{end - 1}", dim, patch, TokenGrid(patch, prefix)) for end in ends)
+
+
 class Pool(nn.Module):
     """Tokens to one vector: the class token, the mean over the patches, or both beside each other (DINOv2).
 
     Shapes: (N, T, dim) → (N, dim), for "token+mean" (N, 2 · dim).
 
     Args:
-        kind: "token", "mean" or "token+mean".
+        kind: "token", "mean" or "normed-mean" (the same to us: the norm stands outside), or "token+mean".
         prefix: tokens in front of the patches (class token, registers), left out of the mean.
 
     >>> Pool("token+mean", prefix=1)(torch.zeros(2, 5, 8)).shape
@@ -102,7 +126,7 @@ class Pool(nn.Module):
         if self.kind == "token":
             return x[:, 0]
         mean = x[:, self.prefix :].mean(1)
-        return mean if self.kind == "mean" else torch.cat((x[:, 0], mean), dim=-1)
+        return torch.cat((x[:, 0], mean), dim=-1) if self.kind == "token+mean" else mean
 
     def extra_repr(self) -> str:
         return f"{self.kind!r}, prefix={self.prefix}"

@@ -14,6 +14,7 @@ from skipway.nn.residual import Residual
 from skipway.nn.role import Role
 from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
+from skipway.nn.stage import ChannelsFirst, ChannelsLast, StageMap, TokenGrid
 from skipway.nn.tokens import Attention, Mlp
 from skipway.nn.window import CosineWindowAttention, Window, WindowAttention
 
@@ -22,6 +23,8 @@ __all__ = [
     "Bias",
     "Branch",
     "Carry",
+    "ChannelsFirst",
+    "ChannelsLast",
     "ClassAttention",
     "Classifier",
     "Conv",
@@ -53,7 +56,9 @@ __all__ = [
     "ScaledStandardLinear",
     "Shortcut",
     "SqueezeExcitation",
+    "StageMap",
     "TalkingHeads",
+    "TokenGrid",
     "TruncatedNormal",
     "Window",
     "WindowAttention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import nn
 
@@ -14,7 +14,13 @@ __all__ = ["Branch", "Conv", "ConvBranch"]
 
 
 class Branch(nn.Module):
-    """What a branch tells of itself; abstract. Subclasses define `path` and, where one closes them, `closing_norm`."""
+    """What a branch tells of itself; abstract. Subclasses define `path` and, where one closes them, `closing_norm`.
+
+    `closing` and `fills` are for those who multiply a branch's scale into its weights (`skipway.fold`).
+    """
+
+    fills: ClassVar[bool] = True
+    """Whether all of the output has come through the last map; False where zeros are put beside it."""
 
     def path(self) -> list[LinearMap]:
         """The linear maps that the signal crosses, first to last; its length is Fixup's m."""
@@ -22,6 +28,10 @@ class Branch(nn.Module):
 
     def closing_norm(self) -> nn.Module | None:
         """The norm behind the last map, whose gain can silence the branch; None where there is none."""
+        return None
+
+    def closing(self) -> Sequence[nn.Module] | None:
+        """What stands behind the last map, in order and without anything between that changes values; None: untold."""
         return None
 
 
@@ -60,16 +70,20 @@ class ConvBranch(Branch, nn.Sequential):
             parts = {
                 "before": None if before is None else before(),
                 "conv": kit.conv(*conv),
-                **kit.parts(end if last else ("norm", "act"), conv.out_channels),
+                **kit.parts(end if last else ("norm", "act"), conv.out_channels, fresh=True),
                 "gate": kit.gate(conv.out_channels) if last and kit.gate is not None else None,
             }
             for name, module in parts.items():
                 if module is not None:
                     self.add_module(f"{name}{number}" if name != "gate" else name, module)
-        self.closed = f"norm{self.length}" in self._modules
 
     def path(self) -> list[LinearMap]:
         return [LinearMap(self.get_submodule(f"conv{number}")) for number in range(1, self.length + 1)]
 
     def closing_norm(self) -> nn.Module | None:
-        return self.get_submodule(f"norm{self.length}") if self.closed else None
+        norm = self._modules.get(f"norm{self.length}")
+        return None if isinstance(norm, nn.Identity) else norm  # folded away
+
+    def closing(self) -> Sequence[nn.Module]:
+        names = list(self._modules)
+        return [self.get_submodule(name) for name in names[names.index(f"conv{self.length}") + 1 :]]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,6 +50,8 @@ class ClassAttention(Branch):
         SkipwayError: heads do not divide dim.
     """
 
+    fills: ClassVar[bool] = False
+
     def __init__(self, dim: int, heads: int, *, kit: Kit, placement: Placement) -> None:
         super().__init__()
         if dim % heads:
@@ -63,6 +68,9 @@ class ClassAttention(Branch):
     def closing_norm(self) -> nn.Module | None:
         return getattr(self.end, "norm", None)
 
+    def closing(self) -> Sequence[nn.Module]:
+        return [self.end]
+
     def forward(self, h: Tensor) -> Tensor:
         q, k, v = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (self.q(h[:, :1]), self.k(h), self.v(h))
@@ -77,6 +85,8 @@ class FirstToken(Branch):
     Shapes: (N, T, dim) → (N, T, dim).
     """
 
+    fills: ClassVar[bool] = False
+
     def __init__(self, inner: Branch) -> None:
         super().__init__()
         self.inner = inner
@@ -86,6 +96,9 @@ class FirstToken(Branch):
 
     def closing_norm(self) -> nn.Module | None:
         return self.inner.closing_norm()
+
+    def closing(self) -> Sequence[nn.Module] | None:
+        return self.inner.closing()
 
     def forward(self, h: Tensor) -> Tensor:
         return alone(self.inner(h[:, :1]), h.shape[1])

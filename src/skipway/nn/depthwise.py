@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -65,6 +65,9 @@ class DepthwiseMlp(Branch):
 
     def closing_norm(self) -> nn.Module | None:
         return getattr(self.end, "norm", None)
+
+    def closing(self) -> Sequence[nn.Module]:
+        return [self.end, self.gate]
 
     def forward(self, h: Tensor) -> Tensor:
         pixels = self.before1(self.inside(self.conv(h)).movedim(1, -1))

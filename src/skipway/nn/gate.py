@@ -15,6 +15,7 @@ class SqueezeExcitation(nn.Module):
     Args:
         dim: channels C.
         reduction: C / reduction hidden units; 16 in the paper.
+        least: but never fewer than this.
 
     Shapes: (N, C, H, W) → (N, C, H, W).
 
@@ -23,9 +24,9 @@ class SqueezeExcitation(nn.Module):
     torch.Size([2, 32, 4, 4])
     """
 
-    def __init__(self, dim: int, reduction: int = 16) -> None:
+    def __init__(self, dim: int, reduction: int = 16, least: int = 1) -> None:
         super().__init__()
-        hidden = max(dim // reduction, 1)
+        hidden = max(dim // reduction, least)
         self.squeeze = Conv2d(dim, hidden, 1, bias=True)
         self.act = nn.ReLU(inplace=True)
         self.excite = Conv2d(hidden, dim, 1, bias=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,6 +62,9 @@ class Attention(Branch):
     def closing_norm(self) -> nn.Module | None:
         return getattr(self.end, "norm", None)
 
+    def closing(self) -> Sequence[nn.Module]:
+        return [self.end]
+
     def forward(self, h: Tensor) -> Tensor:
         q, k, v = self.inside(self.qkv(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         out = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
@@ -94,6 +97,9 @@ class Mlp(Branch):
 
     def closing_norm(self) -> nn.Module | None:
         return getattr(self.end, "norm", None)
+
+    def closing(self) -> Sequence[nn.Module]:
+        return [self.end]
 
     def forward(self, h: Tensor) -> Tensor:
         return self.end(self.fc2(self.before(self.act(self.inside(self.fc1(h))))))

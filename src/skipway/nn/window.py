@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
+from skipway.nn.positions import resample
 from skipway.nn.role import Role
 from skipway.nn.tokens import Attention
 from skipway.site import Kit, Placement
@@ -135,6 +136,14 @@ class PositionTable(nn.Module):
 
     def forward(self) -> Tensor:
         return by_offset(self.table, self.side)
+
+    def resampled(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A table that was learned at another side, for this one: bicubic as in the authors' code, smoothed where it
+        shrinks; None for what is none."""
+        old, new = math.isqrt(len(tensor)), 2 * self.side - 1
+        if name != "table" or tensor.ndim != 2 or old**2 != len(tensor) or old % 2 == 0:
+            return None
+        return resample(tensor, (old, old), (new, new))
 
     def extra_repr(self) -> str:
         return f"heads={self.table.shape[1]}, side={self.side}"

@@ -40,7 +40,7 @@ class DeepNorm(Scheme):
     """
 
     equation: ClassVar[str] = "y = norm(α x + F(x))"
-    norm_note: ClassVar[str] = "needs it, behind the addition"
+    norm_note: ClassVar[str] = "behind the addition"
     when: ClassVar[str] = "post-norm transformers of hundreds of layers"
     source: ClassVar[str] = "Wang et al. 2022, fig. 2"
 

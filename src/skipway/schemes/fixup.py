@@ -52,7 +52,7 @@ class Fixup(Scheme):
     rescale: bool = True
     rate: float = 0.1
 
-    equation: ClassVar[str] = "y = x + s F(x) + b, F = 0 at the start"
+    equation: ClassVar[str] = "y = x + s F(x) + b, F₀ = 0"
     norm_note: ClassVar[str] = "removes it"
     when: ClassVar[str] = "no normalisation, any depth, small batches; wants strong augmentation"
     source: ClassVar[str] = "Zhang et al. 2019, sec. 3"

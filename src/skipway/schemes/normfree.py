@@ -52,7 +52,7 @@ class NormFree(Scheme):
     rate: float = 1.0
 
     equation: ClassVar[str] = "y = x + α g F(γ act(x) / β)"
-    norm_note: ClassVar[str] = "replaces it by standardised weights"
+    norm_note: ClassVar[str] = "standardised weights"
     when: ClassVar[str] = "no batch statistics at the accuracy of BatchNorm; train with adaptive clipping"
     source: ClassVar[str] = "Brock et al. 2021, eq. 1-2"
 

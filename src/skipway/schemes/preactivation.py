@@ -30,7 +30,7 @@ class PreActivation(Scheme):
     """
 
     equation: ClassVar[str] = "y = x + F(act(norm(x)))"
-    norm_note: ClassVar[str] = "moves it before the branch"
+    norm_note: ClassVar[str] = "before the branch"
     when: ClassVar[str] = "from some hundred layers on; the base of SkipInit's and NormFree's papers"
     source: ClassVar[str] = "He et al. 2016, fig. 4e"
 

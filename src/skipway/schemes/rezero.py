@@ -41,8 +41,8 @@ class ReZero(Scheme):
     norm: Literal["keep", "remove"] = "keep"
     rate: float = 1.0
 
-    equation: ClassVar[str] = "y = x + α F(x), α = 0 at the start"
-    norm_note: ClassVar[str] = "either: norm='keep' or 'remove'"
+    equation: ClassVar[str] = "y = x + α F(x), α₀ = 0"
+    norm_note: ClassVar[str] = "keeps or removes it"
     when: ClassVar[str] = "fast first epochs at any depth; deep fully connected nets"
     source: ClassVar[str] = "Bachlechner et al. 2020, eq. 1"
 

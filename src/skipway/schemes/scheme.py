@@ -110,7 +110,7 @@ class Scheme:
             "scale": self.scale(site),
             "drop": self.drop(site),
             "shortcut": self.carry(site, shortcut),
-            "post": sequence(**kit.parts(placement.post, site.dim)),
+            "post": sequence(**kit.parts(placement.post, site.dim, fresh=True)),
             "site": site,
             "scheme": self,
         }

@@ -45,7 +45,7 @@ class SkipInit(Scheme):
     rate: float = 1.0
 
     equation: ClassVar[str] = "y = x + α F(x)"
-    norm_note: ClassVar[str] = "either: norm='keep' or 'remove'"
+    norm_note: ClassVar[str] = "keeps or removes it"
     when: ClassVar[str] = "very deep nets without normalisation, in one line; small batches"
     source: ClassVar[str] = "De & Smith 2020, sec. 4"
 

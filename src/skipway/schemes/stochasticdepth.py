@@ -36,7 +36,7 @@ class StochasticDepth(Scheme):
 
     probability: float = 0.1
 
-    equation: ClassVar[str] = "y = x + m/(1-p) F(x), m ~ Bernoulli(1-p)"
+    equation: ClassVar[str] = "y = x + m/(1-p) F(x)"
     when: ClassVar[str] = "a regulariser for deep nets, on top of any other scheme"
     source: ClassVar[str] = "Huang et al. 2016, eq. 2, 4"
 

@@ -28,7 +28,7 @@ class ZeroInit(Scheme):
     tensor(False)
     """
 
-    equation: ClassVar[str] = "y = x + F(x), F = 0 at the start"
+    equation: ClassVar[str] = "y = x + F(x), F₀ = 0"
     when: ClassVar[str] = "large batches and high learning rates, with normalisation; costs nothing"
     source: ClassVar[str] = "Goyal et al. 2017, sec. 5.1"
 

@@ -3,7 +3,7 @@
 from skipway.weights import cait, convnext, resnet, swin, vit
 from skipway.weights.files import read
 from skipway.weights.keymap import Convert, KeyMap, Rule, rule
-from skipway.weights.loading import Report, export_names, load, match
+from skipway.weights.loading import Report, Source, export_names, load, match
 from skipway.weights.tables import register
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "KeyMap",
     "Report",
     "Rule",
+    "Source",
     "cait",
     "convnext",
     "export_names",

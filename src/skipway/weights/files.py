@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 from pathlib import Path
@@ -16,18 +17,24 @@ from skipway.errors import CheckpointError
 __all__ = ["read"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+LAYOUT = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What a folder in Hugging Face's layout holds its weights in; the first that is there is read."""
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, or of a `.pth`, `.pt`, `.bin` file (read with `weights_only=True`).
 
+    A folder in Hugging Face's layout is read as well, in one file or in shards.
+
     Raises:
-        CheckpointError: no such file, a suffix that is not known, a damaged file, one that wants to run code, or one
-            that holds no state dict.
+        CheckpointError: no such file, a suffix that is not known, a damaged file, one that wants to run code, one that
+            holds no state dict, or a folder without weights.
     """
     path = Path(path)
+    if path.is_dir():
+        return read_folder(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
+        raise CheckpointError(f"{path}: there is no such file (a name on the Hugging Face hub begins with hf:)")
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: the suffix says nothing of the format; known are {', '.join(SUFFIXES)}")
     if path.suffix == ".safetensors":
@@ -47,6 +54,31 @@ def read(path: str | Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {error}") from error
     return tensors(content, path)
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder in Hugging Face's layout."""
+    name = next((name for name in LAYOUT if (folder / name).is_file()), None)
+    if name is None:
+        raise CheckpointError(f"{folder} is a folder without weights: it holds none of {', '.join(LAYOUT)}")
+    return read_shards(folder / name) if name.endswith(".json") else read(folder / name)
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of several files, as their index tells: name → file beside the index."""
+    try:
+        homes = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(homes.values()))
+        stray = [name for name in files if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged or no index of shards: {error!r}") from error
+    if stray:
+        raise CheckpointError(f"{index} names files outside its folder, which are not read: {', '.join(stray)}")
+    state = {key: tensor for name in files for key, tensor in read(index.parent / name).items()}
+    lost = [key for key in homes if key not in state]
+    if lost:
+        raise CheckpointError(f"{index} speaks of {len(lost)} tensors that its files lack, {lost[0]!r} first")
+    return state
 
 
 def tensors(content: object, path: Path) -> dict[str, Tensor]:

@@ -1,24 +1,32 @@
-"""`load`: strict, with a word about every key."""
+"""`load`: strict, with a word about every key; what may differ all the same is the caller's explicit choice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from skipway.errors import CheckpointError
+from skipway.models import build
 from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
+from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
 from skipway.weights.files import read
+from skipway.weights.hub import PREFIX, download
 from skipway.weights.keymap import KeyMap
 from skipway.weights.tables import find, looks_like
 
-__all__ = ["Report", "export_names", "load", "match"]
+__all__ = ["Report", "Source", "export_names", "load", "match"]
 
 M = TypeVar("M", bound=nn.Module)
+Source = str | Path | Mapping[str, Tensor]
+
+SHOWN = 8
+"""Rows of a part of the report that are printed."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,11 @@ class Report:
         missing: ours that the file lacks → the names it should have there.
         unexpected: theirs that nothing of ours takes.
         misshapen: ours → both shapes.
+        near: one of `unexpected` → what comes closest to it.
+        resampled: ours → both shapes, where `adapt` allowed to resample.
+        fresh: ours that keep their value since `adapt` allowed that.
+        left_out: theirs that are not loaded since `adapt` allowed that.
+        ways: choices of `adapt` that would allow a part of what does not fit.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -44,6 +57,11 @@ class Report:
     missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     misshapen: dict[str, str] = field(default_factory=dict)
+    near: dict[str, str] = field(default_factory=dict)
+    resampled: dict[str, str] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    ways: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
@@ -52,60 +70,113 @@ class Report:
 
     def __str__(self) -> str:
         missing = [f"{' + '.join(theirs)} (for {ours})" for ours, theirs in self.missing.items()]
-        head = f"{len(self.tensors)} keys fit ({len(self.renamed)} renamed, {len(self.reshaped)} reshaped)"
-        lines = [head, *group("missing from the file", missing), *group("not known to the model", self.unexpected)]
-        return "\n".join(
-            lines + group("of another shape", [f"{ours}: {both}" for ours, both in self.misshapen.items()])
-        )
+        unexpected = [f"{key}{self.near.get(key, '')}" for key in self.unexpected]
+        lines = [f"{len(self.tensors)} keys fit ({len(self.renamed)} renamed, {len(self.reshaped)} reshaped)"]
+        for title, rows in (
+            ("missing from the file", missing),
+            ("not known to the model", unexpected),
+            ("of another shape", [f"{ours}: {both}" for ours, both in self.misshapen.items()]),
+            ("resampled", [f"{ours}: {both}" for ours, both in self.resampled.items()]),
+            ("kept as they are in the model", self.fresh),
+            ("of the file left out", self.left_out),
+        ):
+            lines += group(title, rows)
+        return "\n".join(lines)
+
+    def adapt(self, change: Change) -> None:
+        """Enter what a choice allows."""
+        for ours in change.fresh:
+            self.missing.pop(ours, None)
+            self.misshapen.pop(ours, None)
+            self.fresh.append(ours)
+        for ours, tensor in change.resampled.items():
+            self.resampled[ours] = self.misshapen.pop(ours)
+            self.tensors[ours] = tensor
+        for theirs in change.left_out:
+            self.unexpected.remove(theirs)
+            self.left_out.append(theirs)
 
 
-def group(title: str, rows: list[str], most: int = 8) -> list[str]:
-    """A titled part of the report, cut after `most` rows."""
+def group(title: str, rows: list[str]) -> list[str]:
+    """A titled part of the report, cut."""
     if not rows:
         return []
-    more = [f"  … and {len(rows) - most} more"] if len(rows) > most else []
-    return [f"{len(rows)} {title}:", *(f"  {row}" for row in rows[:most]), *more]
+    more = [f"  … and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
+    return [f"{len(rows)} {title}:", *(f"  {row}" for row in rows[:SHOWN]), *more]
 
 
-def load(model: M, source: str | Path | Mapping[str, Tensor], *, names: str = "skipway") -> M:
+@overload
+def load(model: str, source: Source, *, names: str = ..., adapt: Iterable[str] = ...) -> nn.Module: ...
+
+
+@overload
+def load(model: M, source: Source, *, names: str = ..., adapt: Iterable[str] = ...) -> M: ...
+
+
+def load(model: nn.Module | str, source: Source, *, names: str = "skipway", adapt: Iterable[str] = ()) -> nn.Module:
     """Load weights into `model`, strictly: all keys of both sides have to fit, else nothing is changed.
 
+    What may differ all the same is said in `adapt`, one word each; `match` tells what each of them did:
+
+    | choice | what may differ | what happens |
+    |---|---|---|
+    | `"classes"` | the number of classes, or the file has no classifier | the model's classifier stays as it is |
+    | `"size"` | the size of the images or windows that tables of positions are for | they are resampled, bicubic |
+    | `"depth"` | the number of blocks | by their numbers: what the model lacks is left out, the rest stays |
+
     Args:
-        model: a network or a block.
-        source: a `.safetensors` or `.pth` file, or a state dict.
+        model: a network or a block, or the name of a network, which is built first (`build(name)`).
+        source: a `.safetensors` or `.pth` file, a folder in Hugging Face's layout (`model.safetensors`, its shards, or
+            `pytorch_model.bin`), a name on its hub (`"hf:org/name"`), or a state dict.
         names: whose names the file uses: "skipway", or a library that has a key map for the model ("torchvision",
             "timm", "huggingface").
+        adapt: the choices.
 
     Returns:
         the model.
 
     Raises:
-        CheckpointError: a file that cannot be read safely, or keys that do not fit, each named.
+        CheckpointError: a file that cannot be read safely, or keys that do not fit, each named, with the choice that
+            would allow it.
+        MissingExtraError: a name on the hub without huggingface_hub.
 
     >>> import skipway as sw
     >>> block = sw.BasicBlock(8, 8)
     >>> twin = sw.load(sw.BasicBlock(8, 8), export_names(block, "torchvision"), names="torchvision")
     >>> bool((twin.branch.conv1.weight == block.branch.conv1.weight).all())
     True
+    >>> deeper = sw.load("resnet32", sw.build("resnet20", classes=7).state_dict(), adapt=("classes", "depth"))
     """
-    state = dict(source) if isinstance(source, Mapping) else read(source)
-    report = match(model, state, names=names)
+    state = gather(source)
+    network = build(model) if isinstance(model, str) else model
+    report = match(network, state, names=names, adapt=adapt)
     if not report.fits:
         hint = looks_like(state)
         known = f"\nIts keys look like {hint}." if hint else ""
-        raise CheckpointError(f"the weights do not fit this {type(model).__name__} (names={names!r}):\n{report}{known}")
-    own = model.state_dict()
+        ways = f"\nA part of this is allowed by load(…, adapt={tuple(report.ways)!r})." if report.ways else ""
+        raise CheckpointError(
+            f"the weights do not fit this {type(network).__name__} (names={names!r}):\n{report}{known}{ways}"
+        )
+    own = network.state_dict()
     with torch.no_grad():
         for key, tensor in report.tensors.items():
             own[key].copy_(tensor)
-    return model
+    return network
 
 
-def match(model: nn.Module, state: Mapping[str, Tensor], *, names: str = "skipway") -> Report:
-    """How the keys of `state` fit the model; nothing is changed."""
-    keymap = find(model, names)
-    report = Report()
-    taken: set[str] = set()
+def gather(source: Source) -> dict[str, Tensor]:
+    """The state dict that a source holds."""
+    if isinstance(source, Mapping):
+        return dict(source)
+    return read(download(source) if isinstance(source, str) and source.startswith(PREFIX) else source)
+
+
+def match(
+    model: nn.Module, state: Mapping[str, Tensor], *, names: str = "skipway", adapt: Iterable[str] = ()
+) -> Report:
+    """How the keys of `state` fit the model, under the choices that were made; nothing is changed."""
+    keymap, made = find(model, names), read_choices(adapt)
+    report, misshapen, taken = Report(), {}, set()
     for ours, tensor in model.state_dict().items():
         theirs, found = fetch(keymap, ours, state)
         taken.update(theirs)
@@ -113,10 +184,28 @@ def match(model: nn.Module, state: Mapping[str, Tensor], *, names: str = "skipwa
             report.absent.append(ours)
         elif found is None:
             report.missing[ours] = theirs
-        else:
-            enter(report, ours, theirs, found, tensor)
+        elif not enter(report, ours, theirs, found, tensor):
+            misshapen[ours] = found
     report.unexpected.extend(key for key in state if key not in taken and not keymap.ignores(key))
+    for name, choice in CHOICES.items() if not report.fits else ():
+        fitting, missing, unexpected = frozenset(report.tensors), tuple(report.missing), tuple(report.unexpected)
+        still = {ours: tensor for ours, tensor in misshapen.items() if ours in report.misshapen}
+        change = choice(Misfit(model, keymap, fitting, still, missing, unexpected))
+        if change and name in made:
+            report.adapt(change)
+        elif change:
+            report.ways.append(name)
+    report.near.update({key: near(key, keymap, taken) for key in report.unexpected[:SHOWN]})
     return report
+
+
+def near(key: str, keymap: KeyMap, known: Iterable[str]) -> str:
+    """What comes closest to a key of theirs: the parameter of ours that the model lacks, else the closest known key."""
+    ours = keymap.to_ours(key)
+    if ours is not None and ours != key:
+        return f" (it would be {ours}, which this model lacks)"
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    return f" (no rule speaks of it; the closest known key is {close[0]})" if close else ""
 
 
 def fetch(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
@@ -129,12 +218,12 @@ def fetch(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tuple[tuple
     return theirs, tensor if row is None or row.convert is None else row.convert.to_ours(tensor)
 
 
-def enter(report: Report, ours: str, theirs: tuple[str, ...], found: Tensor, wanted: Tensor) -> None:
-    """Write one pair into the report."""
+def enter(report: Report, ours: str, theirs: tuple[str, ...], found: Tensor, wanted: Tensor) -> bool:
+    """Write one pair into the report; whether it fits."""
     shapes = f"{tuple(found.shape)} in the file, {tuple(wanted.shape)} in the model"
     if found.shape != wanted.shape and found.squeeze().shape != wanted.squeeze().shape:
         report.misshapen[ours] = shapes
-        return
+        return False
     report.tensors[ours] = found.reshape(wanted.shape)
     if found.shape != wanted.shape:
         report.reshaped[ours] = shapes
@@ -142,6 +231,7 @@ def enter(report: Report, ours: str, theirs: tuple[str, ...], found: Tensor, wan
         report.matched.append(ours)
     else:
         report.renamed[ours] = theirs
+    return True
 
 
 def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:

@@ -25,8 +25,6 @@ TIMM = (
     rule("blocks.{i}.mlp.branch.end.norm", "blocks.{i}.norm2"),
     rule("blocks.{i}.mlp.branch.fc{k}", "blocks.{i}.mlp.fc{k}"),
     Rule("blocks.{i}.mlp.scale.gain", "blocks.{i}.ls2.gamma"),
-    rule("head.norm", "norm"),
-    rule("head.norm", "fc_norm"),
     rule("head.classifier", "head"),
 )
 
@@ -80,7 +78,13 @@ def huggingface(root: str) -> tuple[Rule, ...]:
     return tuple(rows)
 
 
-register(ViT, KeyMap("timm", TIMM))
+# timm's two names say where the norm stands: before the pooling, or behind a mean
+register(ViT, KeyMap("timm", (*TIMM, rule("head.norm", "norm"))))
+register(
+    ViT,
+    KeyMap("timm", (*TIMM, rule("head.norm", "fc_norm"))),
+    when=lambda model: model.config.pooling == "mean",
+)
 register(ViT, KeyMap("torchvision", TORCHVISION))
 register(
     ViT,

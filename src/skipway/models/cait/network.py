@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from skipway.models.cait.config import CaiTConfig
-from skipway.models.transformer import TOKEN_KIT, MakeAttention, MakeMlp, transformer_block
+from skipway.models.transformer import TOKEN_KIT, MakeAttention, MakeMlp, quarters, transformer_block
 from skipway.models.vit.config import ViTConfig
 from skipway.models.vit.network import TokenStem, head
-from skipway.nn import ClassAttention, FirstToken, Mlp, TalkingHeads
+from skipway.nn import ClassAttention, FirstToken, Mlp, StageMap, TalkingHeads
 from skipway.nn.branch import Branch
 from skipway.site import PRE_NORM, Kit, Placement, Site
 
@@ -58,6 +58,10 @@ class CaiT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.class_blocks(self.token(self.blocks(self.stem(x)))))
 
+    def stage_maps(self) -> tuple[StageMap, ...]:
+        """The patches' stream behind each quarter of the blocks; behind them it does not move."""
+        return quarters(self.config.blocks, self.config.dim, self.config.patch, prefix=0)
+
 
 class ClassToken(nn.Module):
     """Put a learned token in front: (N, T, dim) → (N, 1 + T, dim)."""
@@ -71,7 +75,7 @@ class ClassToken(nn.Module):
         nn.init.trunc_normal_(self.token, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.token.expand(len(x), -1, -1), x), dim=1)
+        return torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1)
 
 
 def blocks(config: CaiTConfig, start: int, count: int, attention: MakeAttention, mlp: MakeMlp) -> nn.Sequential:

@@ -20,6 +20,7 @@ from skipway.nn import (
     Linear,
     Residual,
     SqueezeExcitation,
+    StageMap,
     TruncatedNormal,
     sequence,
 )
@@ -63,6 +64,13 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)))
+
+    def stage_maps(self) -> tuple[StageMap, ...]:
+        """The stream behind every stage."""
+        return tuple(
+            StageMap(f"stages.{number}", dim, self.config.patch * 2**number)
+            for number, dim in enumerate(self.config.dims)
+        )
 
 
 class PatchStem(nn.Module):

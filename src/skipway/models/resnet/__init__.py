@@ -1,7 +1,7 @@
 """The ResNet family: v1, v2, ResNeXt, Wide, squeeze-and-excitation, ImageNet and CIFAR, one network and one config."""
 
 from skipway.models.resnet import variants
-from skipway.models.resnet.blocks import CONV_KIT, BasicBlock, Block, Bottleneck, projection
+from skipway.models.resnet.blocks import CONV_KIT, BasicBlock, Block, Bottleneck, pooled_projection, projection
 from skipway.models.resnet.config import ResNetConfig
 from skipway.models.resnet.network import ResNet
 
@@ -12,6 +12,7 @@ __all__ = [
     "Bottleneck",
     "ResNet",
     "ResNetConfig",
+    "pooled_projection",
     "projection",
     "variants",
 ]

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import nn
 
+from skipway.anatomy import chain
 from skipway.errors import SkipwayError
-from skipway.init import initialise_
 from skipway.nn import Conv, Conv2d, ConvBranch, Linear, Projection, Residual, Shortcut, sequence
 from skipway.schemes import Identity, Scheme
 from skipway.schemes import scheme as read_scheme
 from skipway.site import ORIGINAL, Kit, Placement, Site
 
-__all__ = ["CONV_KIT", "BasicBlock", "Block", "Bottleneck", "projection"]
+__all__ = ["CONV_KIT", "BasicBlock", "Block", "Bottleneck", "pooled_projection", "projection"]
 
 CONV_KIT = Kit(conv=Conv2d, linear=Linear, norm=nn.BatchNorm2d, act=nn.ReLU)
 """He 2015: convolutions without bias, BatchNorm, ReLU."""
@@ -36,7 +36,7 @@ class Block(Residual):
         kit: what to build from.
         placement: where norm and activation stand.
         scheme: how the connection is dressed; a scheme or its spec string.
-        site: where the block stands. Without one it is a network of its own, one branch deep, and initialises itself;
+        site: where the block stands. Without one it is a network of its own, one branch deep, and ready to use;
             inside a network give each its site, and let `initialise_` do the rest once.
 
     Raises:
@@ -77,7 +77,8 @@ class Block(Residual):
             )
         )
         if site is None and not any(parameter.is_meta for parameter in self.branch.parameters()):
-            initialise_(self)
+            # every module has just been made, so only the scheme's own step is left; a given downsample stays as it is
+            read_scheme(scheme).init_(chain(self))
 
     @classmethod
     def convs(cls, in_channels: int, out_channels: int, stride: int, groups: int, base_width: int) -> Sequence[Conv]:
@@ -156,3 +157,22 @@ def projection(
     """
     norm = kit.parts(("norm",), out_channels) if closed else {}
     return sequence(conv=kit.conv(in_channels, out_channels, 1, stride), **norm)
+
+
+def pooled_projection(
+    in_channels: int, out_channels: int, stride: int = 1, kit: Kit = CONV_KIT, closed: bool = True
+) -> nn.Module:
+    """A projection of the mean over stride × stride pixels, where the classic one drops all but the first (He, T. et
+    al. 2019, fig. 2c). At a border the mean is over the pixels that are there.
+
+    Shapes: (N, in_channels, H, W) → (N, out_channels, ⌈H/stride⌉, ⌈W/stride⌉).
+
+    >>> pooled_projection(64, 128, stride=2)
+    Sequential(
+      (pool): AvgPool2d(kernel_size=2, stride=2, padding=0)
+      (conv): Conv2d(64, 128, kernel_size=(1, 1), stride=(1, 1), bias=False)
+      (norm): BatchNorm2d(128, ...)
+    )
+    """
+    pool = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else None
+    return sequence(pool=pool, **dict(projection(in_channels, out_channels, 1, kit, closed).named_children()))

@@ -24,14 +24,19 @@ class ResNetConfig:
         width: channels of the inner convolutions in the first stage.
         groups: of the bottleneck's 3×3 (ResNeXt's cardinality).
         base_width: inner channels per group for 64 channels (ResNeXt, Wide-ResNet-50-2).
-        stem: "imagenet" (7×7 / 2, max-pool / 2, 64 channels) or "cifar" (3×3).
-        stem_width: channels of the stem.
-        shortcut: where shapes change: "projection" (1×1 convolution, option B) or "pad" (zeros, option A).
+        stem: "imagenet" (7×7 / 2, max-pool / 2, 64 channels), "cifar" (3×3), or in place of the 7×7 three 3×3:
+            "deep" (a half, a half and all of the channels, ResNet-C) or "tiered" (three eighths, a half, all).
+        stem_width: channels behind the stem.
+        shortcut: where shapes change: "projection" (1×1 convolution, option B), "pooled" (the mean of 2×2 pixels, then
+            the 1×1 convolution, ResNet-D) or "pad" (zeros, option A).
         placement: "original" (v1: conv-norm-act, act behind the addition) or "preactivation" (v2).
         squeeze: reduction of a squeeze-and-excitation gate in every branch; None for no gate.
+        squeeze_least: hidden units of a gate at least; timm has 8, which matters to 64 channels only.
         classes: outputs of the classifier.
         channels: of the input images.
         scheme: how the connections are dressed.
+
+    ResNet-C and ResNet-D: He, T. et al. 2019, "Bag of Tricks for Image Classification with CNNs", fig. 2.
 
     >>> ResNetConfig(blocks=(3, 4, 6, 3)).depth
     50
@@ -42,18 +47,19 @@ class ResNetConfig:
     width: int = 64
     groups: int = 1
     base_width: int = 64
-    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stem: Literal["imagenet", "cifar", "deep", "tiered"] = "imagenet"
     stem_width: int = 64
-    shortcut: Literal["projection", "pad"] = "projection"
+    shortcut: Literal["projection", "pooled", "pad"] = "projection"
     placement: Literal["original", "preactivation"] = "original"
     squeeze: int | None = None
+    squeeze_least: int = 1
     classes: int = 1000
     channels: int = 3
     scheme: Scheme = Identity()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        for name in ("width", "groups", "base_width", "stem_width", "classes", "channels"):
+        for name in ("width", "groups", "base_width", "stem_width", "squeeze_least", "classes", "channels"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise SkipwayError(f"{name}={value!r}: the rule is a whole number of at least 1")
@@ -61,8 +67,8 @@ class ResNetConfig:
             raise SkipwayError(f"blocks={self.blocks}: every stage needs at least one block")
         for name, allowed in (
             ("block", ("basic", "bottleneck")),
-            ("stem", ("imagenet", "cifar")),
-            ("shortcut", ("projection", "pad")),
+            ("stem", ("imagenet", "cifar", "deep", "tiered")),
+            ("shortcut", ("projection", "pooled", "pad")),
             ("placement", ("original", "preactivation")),
         ):
             if getattr(self, name) not in allowed:
@@ -77,5 +83,5 @@ class ResNetConfig:
 
     @property
     def depth(self) -> int:
-        """Weight layers on the longest path: stem, maps of all branches, classifier."""
+        """Weight layers on the longest path: stem (one, a deep one too), maps of all branches, classifier."""
         return MAPS[self.block] * self.branches + 2

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
 
-from skipway.models.resnet.blocks import CONV_KIT, BasicBlock, Block, Bottleneck, projection
+from skipway.models.resnet.blocks import CONV_KIT, BasicBlock, Block, Bottleneck, pooled_projection, projection
 from skipway.models.resnet.config import ResNetConfig
-from skipway.nn import Classifier, Pad, SqueezeExcitation, sequence
+from skipway.nn import Classifier, Conv, ConvBranch, Pad, SqueezeExcitation, StageMap, sequence
 from skipway.site import ORIGINAL, PRE_ACTIVATION, Kit, Placement, Site
 
 __all__ = ["ResNet"]
 
 BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 PLACEMENTS = {"original": ORIGINAL, "preactivation": PRE_ACTIVATION}
+PROJECTIONS = {"projection": projection, "pooled": pooled_projection}
+TIERS = {"deep": (4, 4), "tiered": (3, 4)}
+"""Eighths of the stem's width behind the first two of three convolutions: He, T. et al. 2019, fig. 2b; timm's "t"."""
 
 
 class ResNet(nn.Module):
@@ -36,8 +39,7 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.config = config
-        gate = None if config.squeeze is None else partial(SqueezeExcitation, reduction=config.squeeze)
-        kit = replace(CONV_KIT, gate=gate)
+        kit = replace(CONV_KIT, gate=gate(config))
         placement = PLACEMENTS[config.placement]
         outside = config.scheme.kit(None, kit), config.scheme.place(None, placement)
         self.stem = stem(config, *outside)
@@ -47,16 +49,41 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)))
 
+    def stage_maps(self) -> tuple[StageMap, ...]:
+        """The stream behind every stage; a map of a stage is half as high and wide as that of the stage before."""
+        first, expansion = 1 if self.config.stem == "cifar" else 4, BLOCKS[self.config.block].expansion
+        return tuple(
+            StageMap(f"stages.{number}", self.config.width * 2**number * expansion, first * 2**number)
+            for number in range(len(self.config.blocks))
+        )
+
+
+def gate(config: ResNetConfig) -> Callable[[int], nn.Module] | None:
+    """What closes every branch."""
+    if config.squeeze is None:
+        return None
+    return partial(SqueezeExcitation, reduction=config.squeeze, least=config.squeeze_least)
+
 
 def stem(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:
-    """Image to stream: a convolution, what the stream passes behind a connection, and ImageNet's max-pool."""
-    imagenet = config.stem == "imagenet"
-    kernel, stride = (7, 2) if imagenet else (3, 1)
+    """Image to stream: a convolution or three, what the stream passes behind a connection, and ImageNet's max-pool."""
+    pool = None if config.stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
+    if config.stem in TIERS:
+        # a row of convolutions as in a branch, though no residual one
+        convs = ConvBranch(deep(config), replace(kit, gate=None), placement.behind)
+        return sequence(**dict(convs.named_children()), pool=pool)
+    kernel, stride = (3, 1) if config.stem == "cifar" else (7, 2)
     return sequence(
         conv=kit.conv(config.channels, config.stem_width, kernel, stride),
-        **kit.parts(placement.behind, config.stem_width),
-        pool=nn.MaxPool2d(3, stride=2, padding=1) if imagenet else None,
+        **kit.parts(placement.behind, config.stem_width, fresh=True),
+        pool=pool,
     )
+
+
+def deep(config: ResNetConfig) -> list[Conv]:
+    """The three convolutions of a deep stem."""
+    first, second = (max(config.stem_width * eighths // 8, 1) for eighths in TIERS[config.stem])
+    return [Conv(config.channels, first, 3, 2), Conv(first, second, 3), Conv(second, config.stem_width, 3)]
 
 
 def stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Iterator[nn.Sequential]:
@@ -87,7 +114,7 @@ def stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Iterator[nn.
                 )
             )
             index, dim_in = index + 1, dim
-            since = 1 if shortcut is not None and config.shortcut == "projection" else since + 1
+            since = 1 if shortcut is not None and config.shortcut in PROJECTIONS else since + 1
         yield stage
 
 
@@ -96,7 +123,8 @@ def transition(config: ResNetConfig, kit: Kit, placement: Placement, site: Site,
     if config.shortcut == "pad" and site.dim >= site.entry:
         return Pad(site.dim - site.entry, stride)
     closed = "norm" in config.scheme.place(site, placement).end
-    return projection(site.entry, site.dim, stride, config.scheme.kit(site, kit), closed)
+    project = PROJECTIONS.get(config.shortcut, projection)
+    return project(site.entry, site.dim, stride, config.scheme.kit(site, kit), closed)
 
 
 def head(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from skipway.errors import SkipwayError
 from skipway.models.family import FAMILIES, Family, Variant
+from skipway.models.resnet.aliases import ALIASES
 from skipway.models.resnet.config import MAPS, ResNetConfig
 from skipway.models.resnet.network import ResNet
 
@@ -100,6 +101,9 @@ def published(depth: int) -> ResNetConfig:
     """The depth dial of "resnet": the net that a paper gives that depth, else CIFAR's 6n + 2, else its 9n + 2, else
     ImageNet's four stages.
 
+    A bare "resnet26" is timm's entry point before it is this dial: ImageNet's 3·8 + 2 (`aliases`), where
+    `build("resnet", depth=26)` is CIFAR's 6·4 + 2. At no other depth do the two differ.
+
     >>> published(50).stem, published(110).stem, published(164).block, published(53).blocks
     ('imagenet', 'cifar', 'bottleneck', (3, 4, 7, 3))
     """
@@ -121,7 +125,7 @@ def same_design(depth: int, base: ResNetConfig) -> ResNetConfig:
     >>> same_design(101, replace(imagenet(50), groups=32, base_width=4)).groups
     32
     """
-    return imagenet(depth, base) if base.stem == "imagenet" else cifar(depth, base)
+    return cifar(depth, base) if base.stem == "cifar" else imagenet(depth, base)
 
 
 def dressed(make: Callable[..., ResNetConfig], **changes: Any) -> Callable[..., ResNetConfig]:
@@ -166,6 +170,7 @@ def register(family: str, description: str, at_depth: Callable[..., ResNetConfig
             at_depth=at_depth,
             pattern=pattern,
             variants=tuple(members),
+            aliases=ALIASES.get(family, {}),
         ),
     )
 

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.models.swin.config import SwinConfig
 from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, MakeAttention, Pool, transformer_block
-from skipway.nn import Classifier, CosineWindowAttention, TruncatedNormal, Window, WindowAttention, sequence
+from skipway.nn import (
+    ChannelsLast,
+    Classifier,
+    CosineWindowAttention,
+    StageMap,
+    TruncatedNormal,
+    Window,
+    WindowAttention,
+    sequence,
+)
 from skipway.site import Kit, Placement, Site
 
 __all__ = ["SWIN_KIT", "Neighbours", "PatchStem", "Swin"]
@@ -46,6 +55,14 @@ class Swin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)))
+
+    def stage_maps(self) -> tuple[StageMap, ...]:
+        """The stream behind the last block of every stage, in front of the patch merging."""
+        config = self.config
+        return tuple(
+            StageMap(f"stages.{number}.{count - 1}", width, config.patch * 2**number, ChannelsLast())
+            for number, (count, width) in enumerate(zip(config.blocks, config.widths, strict=True))
+        )
 
 
 class PatchStem(nn.Module):

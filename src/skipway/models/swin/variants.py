@@ -10,7 +10,7 @@ from skipway.models.family import FAMILIES, Family, Variant
 from skipway.models.swin.aliases import ALIASES
 from skipway.models.swin.config import SwinConfig
 from skipway.models.swin.network import Swin
-from skipway.schemes import ZeroInit
+from skipway.schemes import scheme
 
 __all__ = ["V1", "V2", "swin"]
 
@@ -24,9 +24,9 @@ V1 = {
 
 # Liu et al. 2022, sec. 3.2-3.3 and the same sizes. The norms that close the branches start at 0: the authors' code
 V2 = {
-    size: replace(config, attention="cosine", norm="respost", window=8, image=256, scheme=ZeroInit())
+    size: replace(config, attention="cosine", norm="respost", window=8, image=256, scheme=scheme("zeroinit"))
     for size, config in V1.items()
-} | {"large": replace(V1["large"], attention="cosine", norm="respost", window=16, image=256, scheme=ZeroInit())}
+} | {"large": replace(V1["large"], attention="cosine", norm="respost", window=16, image=256, scheme=scheme("zeroinit"))}
 
 # Parameters at 1000 classes. V1 (windows of 7): torchvision's documentation and, large, timm's results table. V2: the
 # authors' code and timm's results table; torchvision counts a bias of the keys too, which it sets to 0 in every forward

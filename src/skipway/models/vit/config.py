@@ -24,12 +24,13 @@ class ViTConfig:
         patch: side of a patch in pixels.
         image: side of the images that the position table is made for; others are resampled to.
         norm: "pre" (ViT), "post" (Vaswani 2017), "respost" (Swin V2), "sandwich" (CogView).
-        pooling: what the classifier sees: "token" (class token), "mean" (over patches), "token+mean" (both, DINOv2).
+        pooling: what the classifier sees: "token" (class token), "mean" (over patches, then the norm), "normed-mean"
+            (the norm before it), "token+mean" (both beside each other, DINOv2).
         registers: extra tokens without a place (Darcet et al. 2024).
         place_token: whether the class token has a row of the position table (not in DeiT III).
         stem_norm: a norm in front of the first block (CLIP), and no bias in the patch map.
         head_norm: normalise queries and keys per head (ViT-22B).
-        act: "gelu", or "quickgelu" (x σ(1.702 x), OpenAI's CLIP).
+        act: "gelu", "tanhgelu" (its approximation by a tanh, SigLIP) or "quickgelu" (x σ(1.702 x), OpenAI's CLIP).
         epsilon: of the norms; 1e-6 as in the authors' code, 1e-12 in Hugging Face's ViT, 1e-5 in CLIP.
         classes: outputs of the classifier.
         channels: of the input images.
@@ -51,7 +52,7 @@ class ViTConfig:
     place_token: bool = True
     stem_norm: bool = False
     head_norm: bool = False
-    act: Literal["gelu", "quickgelu"] = "gelu"
+    act: Literal["gelu", "tanhgelu", "quickgelu"] = "gelu"
     epsilon: float = 1e-6
     classes: int = 1000
     channels: int = 3
@@ -65,15 +66,15 @@ class ViTConfig:
         if self.dim % self.heads:
             raise SkipwayError(f"dim={self.dim}, heads={self.heads}: the rule is that heads divides dim")
         if self.image % self.patch:
-            below = self.image - self.image % self.patch
+            below = max(self.image - self.image % self.patch, self.patch)
             raise SkipwayError(
-                f"image={self.image}, patch={self.patch}: the rule is a multiple of the patch; near it are "
-                f"{max(below, self.patch)} and {below + self.patch}"
+                f"image={self.image}, patch={self.patch}: the rule is a multiple of the patch; near it are {below} and "
+                f"{below + self.patch}"
             )
         for name, allowed in (
             ("norm", get_args(Norm)),
             ("pooling", get_args(Pooling)),
-            ("act", ("gelu", "quickgelu")),
+            ("act", ("gelu", "tanhgelu", "quickgelu")),
         ):
             if getattr(self, name) not in allowed:
                 raise SkipwayError(
@@ -98,4 +99,4 @@ class ViTConfig:
     @property
     def prefix(self) -> int:
         """Class tokens in front of the patches."""
-        return 0 if self.pooling == "mean" else 1
+        return 0 if self.pooling in ("mean", "normed-mean") else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, Pool, transformer_block
+from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, Pool, quarters, transformer_block
 from skipway.models.vit.config import ViTConfig
-from skipway.nn import Attention, Classifier, QuickGELU, TruncatedNormal, sequence
+from skipway.nn import Attention, Classifier, QuickGELU, StageMap, TruncatedNormal, sequence
 from skipway.nn.positions import resample
 from skipway.site import Kit, Placement, Site
 
 __all__ = ["TokenStem", "ViT"]
 
-ACTS = {"gelu": nn.GELU, "quickgelu": QuickGELU}
+ACTS = {"gelu": nn.GELU, "tanhgelu": partial(nn.GELU, approximate="tanh"), "quickgelu": QuickGELU}
 
 
 class ViT(nn.Module):
@@ -58,6 +59,11 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)))
+
+    def stage_maps(self) -> tuple[StageMap, ...]:
+        """The patches' stream behind each quarter of the blocks."""
+        config = self.config
+        return quarters(config.blocks, config.dim, config.patch, config.prefix + config.registers)
 
 
 def attention(config: ViTConfig, *, kit: Kit, placement: Placement) -> Attention:
@@ -100,7 +106,15 @@ class TokenStem(nn.Module):
         front = [] if self.token is None else [self.token + position[: self.placed].sum(0)]
         front += [] if self.registers is None else [self.registers]
         patches = self.patch(x).flatten(2).transpose(1, 2) + position[self.placed :]
-        return self.post(torch.cat([*(each.expand(len(x), -1, -1) for each in front), patches], dim=1))
+        return self.post(torch.cat([*(each.expand(x.shape[0], -1, -1) for each in front), patches], dim=1))
+
+    def resampled(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A position table that was learned on another square grid, for this one's; None for what is none."""
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        side = math.isqrt(max(len(rows) - self.placed, 0))
+        if name != "position" or not side or side**2 + self.placed != len(rows):
+            return None
+        return resample(rows, (side, side), self.grid, self.placed)
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of patches in the image."""

@@ -1,0 +1,133 @@
+"""The explicit choices of loading: what may differ between a file and a model when the caller says so, and no more.
+
+Each choice is a function from what does not fit to what it would change; nothing else of a file is ever adapted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from skipway.anatomy import chain
+from skipway.errors import CheckpointError, suggest
+from skipway.nn import Classifier, Residual
+from skipway.weights.keymap import KeyMap
+
+__all__ = ["CHOICES", "Change", "Misfit", "read_choices"]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What of a file and a model does not fit.
+
+    Args:
+        model: the network.
+        keymap: the names that the file uses.
+        fitting: our keys that fit.
+        misshapen: our key → the file's tensor, of another shape.
+        missing: our keys that the file lacks.
+        unexpected: keys of theirs that nothing of ours takes.
+    """
+
+    model: nn.Module
+    keymap: KeyMap
+    fitting: frozenset[str]
+    misshapen: Mapping[str, Tensor]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a choice makes of it.
+
+    Args:
+        fresh: our keys that keep the value they have.
+        resampled: our key → its tensor in the model's shape.
+        left_out: keys of theirs that are not loaded.
+    """
+
+    fresh: list[str] = field(default_factory=list)
+    resampled: dict[str, Tensor] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.fresh or self.resampled or self.left_out)
+
+
+def classes(misfit: Misfit) -> Change:
+    """The classifier keeps its fresh start where the file's has another number of classes, or the file has none."""
+    change = Change()
+    for name, module in misfit.model.named_modules():
+        if not isinstance(module, Classifier):
+            continue
+        keys = [f"{name}.{leaf}".removeprefix(".") for leaf, _ in module.named_parameters()]
+        found = misfit.misshapen.get(keys[0])
+        other = found is not None and found.flatten(1).shape[1:] == module.weight.shape[1:]
+        if other or all(key in misfit.missing for key in keys):
+            change.fresh.extend(key for key in keys if key in misfit.misshapen or key in misfit.missing)
+    return change
+
+
+def size(misfit: Misfit) -> Change:
+    """Tables of positions are resampled, by the modules that own them: `resampled(name, tensor)`, None if it cannot."""
+    change = Change()
+    for ours, found in misfit.misshapen.items():
+        path, _, leaf = ours.rpartition(".")
+        owner = misfit.model.get_submodule(path)
+        resample = getattr(owner, "resampled", None)
+        table = resample(leaf, found) if callable(resample) else None
+        if table is not None and table.shape == getattr(owner, leaf).shape:
+            change.resampled[ours] = table
+    return change
+
+
+def depth(misfit: Misfit) -> Change:
+    """Connections that the file lacks keep their start, those that the model lacks are left out; some have to fit."""
+    change = Change()
+    if not any(isinstance(module, Residual) for module in misfit.model.modules()):
+        return change
+    names = {connection.name for connection in chain(misfit.model)}
+    parameters = [name for name, _ in misfit.model.named_parameters()]
+    inside = {name: [key for key in parameters if key.startswith(f"{name}.")] for name in names}
+    if not any(key in misfit.fitting for keys in inside.values() for key in keys):
+        return change
+    for name, keys in inside.items():
+        if keys and all(key in misfit.missing for key in keys):
+            change.fresh.extend(key for key in misfit.missing if key.startswith(f"{name}."))
+    numberless = {template(name) for name in names}
+    for theirs in misfit.unexpected:
+        candidates = (ours for row in misfit.keymap.rules if (ours := row.to_ours(theirs)) is not None)
+        if any(elsewhere(ours, names, numberless) for ours in candidates):
+            change.left_out.append(theirs)
+    return change
+
+
+def elsewhere(ours: str, names: set[str], numberless: set[str]) -> bool:
+    """Whether a key belongs to a connection that the model lacks, though it has such with other numbers."""
+    parts = ours.split(".")
+    owners = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return any(owner not in names and template(owner) in numberless for owner in owners)
+
+
+def template(name: str) -> str:
+    """A path without its numbers."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
+
+
+CHOICES: dict[str, Callable[[Misfit], Change]] = {"classes": classes, "size": size, "depth": depth}
+
+
+def read_choices(adapt: Iterable[str]) -> frozenset[str]:
+    """The choices that a caller made.
+
+    Raises:
+        CheckpointError: an unknown one.
+    """
+    made = frozenset([adapt] if isinstance(adapt, str) else adapt)
+    for choice in sorted(made - CHOICES.keys()):
+        raise CheckpointError(f"adapt={choice!r}: {suggest('choice', choice, CHOICES)}")
+    return made
