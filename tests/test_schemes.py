@@ -114,11 +114,16 @@ def test_exactly_one_zero_factor_where_silent_else_none(model, spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_parameter_learns_within_two_steps(model, spec):
-    """After two steps every parameter has a gradient: no scheme holds a part of the network at zero."""
+    """After two steps every parameter has a gradient: no scheme holds a part of the network at zero.
+
+    CaiT's patches reach the classifier through the class blocks alone, so there two chains of silent branches stand one
+    behind the other, and it takes a step more.
+    """
+    steps = 3 if model == "cait" else 2
     network = make(model, spec)
     optimiser = torch.optim.SGD(sw.param_groups(network, lr=0.05), lr=0.05)
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
-    for _ in range(3):
+    for _ in range(steps + 1):
         optimiser.zero_grad()
         nn.functional.cross_entropy(network(x), y).backward()
         optimiser.step()

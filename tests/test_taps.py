@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import skipway as sw
+from benchmarks.peers import import_timm, randomise_
 from skipway.nn import StageMap
 from skipway.taps import stage_maps
 
@@ -193,3 +194,24 @@ def test_any_network_can_declare_its_stages():
 
     net, x = Net(), torch.randn(1, 3, 4, 4)
     assert torch.equal(sw.stage_features(net, x)[0], net.body(x))
+
+
+@pytest.mark.parametrize(("name", "names", "first"), [("resnet26", "torchvision", 1), ("convnext_atto", "timm", 0)])
+def test_stage_features_are_timms(name, names, first):
+    """timm's `features_only` is the reference; for ResNets it has the stem in front."""
+    try:
+        timm = import_timm()
+    except ImportError:
+        pytest.skip("timm is not installed")
+    full, theirs = timm.create_model(name), timm.create_model(name, features_only=True).eval()
+    randomise_(full)
+    ours = sw.load(sw.build(name), full.state_dict(), names=names).eval()
+    state = full.state_dict()
+    dotted = {key: key.replace("stages_", "stages.").replace("stem_", "stem.") for key in theirs.state_dict()}
+    theirs.load_state_dict({key: state[full_key] for key, full_key in dotted.items()})
+    x = torch.randn(1, 3, 64, 64)
+    for one, other in zip(sw.stage_features(ours, x), theirs(x)[first:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    info = theirs.feature_info
+    assert [stage.channels for stage in stage_maps(ours)] == info.channels()[first:]
+    assert [stage.reduction for stage in stage_maps(ours)] == info.reduction()[first:]

@@ -52,7 +52,7 @@ class Folding(Generic[M]):
     Args:
         model: the folded network, in eval mode.
         folded: path of a module that is gone → where its effect is now.
-        kept: path of a norm, gain or constant that is still there → why.
+        kept: path of a BatchNorm, gain, constant or bias of its own that is still there → why.
     """
 
     model: M
@@ -95,7 +95,8 @@ def fold(model: M, *, copy: bool = True) -> M:
 
     Outputs are equal in eval to rounding: 1e-5 of the largest in float32. What stands behind an addition, an
     activation or a gate stays; `folding(model)` tells what and why. The folded network holds no norm that keeps
-    training stable, so it is for inference: fine-tune the original.
+    training stable, so it is for inference: fine-tune the original. A module that is an `nn.Sequential` is taken to be
+    called as a whole.
 
     Args:
         model: any module, in any mode; what is known of residual connections is used where it holds ours.
@@ -288,16 +289,16 @@ class Bench:
         self.names[by], self.places[by] = name, 1
 
     def clear(self) -> None:
-        """Put identities in the place of stochastic depth, and of sequences that hold nothing else."""
+        """Put identities in the place of stochastic depth, and of slots that hold nothing else any more."""
         for module, name in list(self.names.items()):
             if isinstance(module, DropPath) and self.unfit(module) is None:
                 self.replace(module, nn.Identity())
                 self.done.folded[name] = "nothing: the identity in eval"
-        for module in list(self.names):
-            if type(module) is nn.Sequential and in_order(module) and self.unfit(module) is None:
-                inner = parts(module)
-                if inner and all(type(part) is nn.Identity for part in inner):
-                    self.replace(module, nn.Identity())
+        slots = [slot for module in self.names if isinstance(module, Residual | Branch) for slot in module.children()]
+        for slot in slots:
+            idle = in_order(slot) and all(type(part) is nn.Identity for part in parts(slot))
+            if idle and self.unfit(slot) is None:
+                self.replace(slot, nn.Identity())
 
     def explain(self) -> None:
         """Say why what is still there could not go."""
