@@ -14,7 +14,7 @@ from skipway.schemes.deepnorm import DeepNorm
 from skipway.schemes.depthscaled import DepthScaled
 from skipway.schemes.stochasticdepth import StochasticDepth
 from skipway.schemes.scheme import Scheme, Stack, scheme, schemes
-from skipway.schemes.card import card
+from skipway.schemes.cards import card
 
 __all__ = [
     "DeepNorm",

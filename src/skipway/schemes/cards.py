@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,11 +34,25 @@ def card(scheme: str | type[Scheme]) -> str:
             f"| use it for | {kind.when} |",
             f"| source | {kind.source} |",
             "",
-            body.strip(),
+            as_markdown(body.strip()),
             *(["", "```python", f">>> {example.strip()}", "```"] if example else []),
             "",
         ]
     )
+
+
+def as_markdown(docstring: str) -> str:
+    """A docstring's `Args:` as a list, and its labels in bold.
+
+    >>> print(as_markdown("Args:\\n    init: the start\\n        of α.\\n\\nSource: a paper."))
+    * `init`: the start of α.
+    <BLANKLINE>
+    **Source:** a paper.
+    """
+    text = re.sub(r"\n {8}(?=\S)", " ", docstring)
+    text = re.sub(r"^ {4}(\w+): ", r"* `\1`: ", text, flags=re.MULTILINE).replace("Args:\n", "")
+    labels = r"^(Depth|Decay and learning rate|Theory at the start[^:]*|Source):"
+    return re.sub(labels, r"**\1:**", text, flags=re.MULTILINE)
 
 
 def write(folder: Path) -> None:
