@@ -104,18 +104,20 @@ def test_bad_input_names_value_rule_and_way_out(name, options, message):
 
 def test_state_dict_names_are_frozen():
     """Weights saved today load tomorrow: a change here is a change of format and needs a key map for the old names."""
-    plain = [
-        "resnet-imagenet10",
-        "resnet-imagenet14",
-        "resnet-cifar8",
-        "resnetv2-14",
-        "wrn-10-1",
-        "se-resnet10",
+    plain = {
+        **{f"resnet-{name}": {} for name in ("imagenet10", "imagenet14", "cifar8")},
+        **{name: {} for name in ("resnetv2-14", "wrn-10-1", "se-resnet10")},
+        **{name: {"depth": 1} for name in ("vit-tiny-16", "cait-xxs24")},
+        **{name: {"depth": 4} for name in ("convnext", "convnextv2")},
+        **{name: {"blocks": (1, 1)} for name in ("swin-tiny", "swinv2-tiny")},
+    }
+    specs = [
+        *((name, None, options) for name, options in plain.items()),
+        *(("resnet-cifar8", scheme, {}) for scheme in schemes()),
     ]
-    specs = [*((model, None) for model in plain), *(("resnet-cifar8", name) for name in schemes())]
     names = {
-        f"{model} {scheme}": sorted(sw.build(model, scheme=scheme, device="meta").state_dict())
-        for model, scheme in specs
+        f"{model} {scheme}": sorted(sw.build(model, scheme=scheme, device="meta", **options).state_dict())
+        for model, scheme, options in specs
     }
     assert names == json.loads(GOLDEN.read_text())
 
