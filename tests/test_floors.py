@@ -14,7 +14,7 @@ import skipway as sw
 SOURCE = Path(sw.__file__).parent
 FLOORS = [
     {"errors"},
-    {"site", "registry"},
+    {"site", "registry", "values"},
     {"nn"},
     {"anatomy"},
     {"schemes"},

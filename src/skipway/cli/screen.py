@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from skipway.training.describe import duration, percent
-from skipway.training.screen import StepReport
+from skipway.training.screen import Silent, StepReport
 
 __all__ = ["LineScreen", "LiveScreen", "QuietScreen", "choose_screen"]
 
@@ -21,8 +21,8 @@ LABEL_WIDTH = 10
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class QuietScreen:
-    """Shows nothing."""
+class QuietScreen(Silent):
+    """Shows nothing, as a context."""
 
     def __enter__(self) -> QuietScreen:
         return self
@@ -30,18 +30,6 @@ class QuietScreen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
-
-    def say(self, label: str, text: str) -> None:
-        pass
-
-    def reading(self, done: int, total: int) -> None:
-        pass
-
-    def step(self, report: StepReport) -> None:
-        pass
-
-    def epoch(self, row: dict[str, Any], epochs: int) -> None:
         pass
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from skipway.anatomy import Chain
 from skipway.nn import Multiply
 from skipway.schemes.scheme import Scheme
-from skipway.schemes.values import checked, number
 from skipway.site import Site
+from skipway.values import checked, number
 
 __all__ = ["DepthScaled"]
 

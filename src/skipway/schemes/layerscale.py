@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 from skipway.nn import Gain
 from skipway.nn.role import Role
 from skipway.schemes.scheme import Scheme
-from skipway.schemes.values import number
 from skipway.site import Site
+from skipway.values import number
 
 __all__ = ["LayerScale"]
 

@@ -11,8 +11,8 @@ from skipway.nn import Gain, Multiply, ScaledActivation, ScaledStandardConv2d, S
 from skipway.nn.role import Role
 from skipway.nn.sequence import sequence
 from skipway.schemes.scheme import Scheme
-from skipway.schemes.values import number
 from skipway.site import Kit, Placement, Site
+from skipway.values import number
 
 __all__ = ["NormFree"]
 

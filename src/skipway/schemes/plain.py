@@ -7,8 +7,8 @@ from torch import nn
 
 from skipway.nn import Cut
 from skipway.schemes.scheme import Scheme
-from skipway.schemes.values import checked
 from skipway.site import Kind, Site
+from skipway.values import checked
 
 __all__ = ["Plain"]
 

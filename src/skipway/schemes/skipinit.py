@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 from skipway.nn import Gain
 from skipway.nn.role import Role
 from skipway.schemes.scheme import Scheme
-from skipway.schemes.values import checked, number
 from skipway.site import Kit, Site
+from skipway.values import checked, number
 
 __all__ = ["SkipInit"]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
+from skipway.values import whole
 
 __all__ = ["CaiTConfig"]
 
@@ -43,9 +44,7 @@ class CaiTConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "blocks", "heads", "class_blocks", "patch", "image", "classes", "channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise SkipwayError(f"{name}={value!r}: the rule is a whole number of at least 1")
+            whole(name, getattr(self, name))
         if self.dim % self.heads:
             raise SkipwayError(f"dim={self.dim}, heads={self.heads}: the rule is that heads divides dim")
         if self.image % self.patch:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
+from skipway.values import whole
 
 __all__ = ["ConvNeXtConfig"]
 
@@ -48,9 +49,7 @@ class ConvNeXtConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         for name in ("width", "patch", "kernel", "ratio", "classes", "channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise SkipwayError(f"{name}={value!r}: the rule is a whole number of at least 1")
+            whole(name, getattr(self, name))
         if not self.blocks or any(not isinstance(count, int) or count < 1 for count in self.blocks):
             raise SkipwayError(f"blocks={self.blocks}: every stage needs at least one block")
         if self.patch % 2 and self.patch > 1:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
+from skipway.values import checked, whole
 
 __all__ = ["MAPS", "ResNetConfig"]
 
@@ -60,9 +61,7 @@ class ResNetConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         for name in ("width", "groups", "base_width", "stem_width", "squeeze_least", "classes", "channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise SkipwayError(f"{name}={value!r}: the rule is a whole number of at least 1")
+            whole(name, getattr(self, name))
         if not self.blocks or any(count < 1 for count in self.blocks):
             raise SkipwayError(f"blocks={self.blocks}: every stage needs at least one block")
         for name, allowed in (
@@ -71,10 +70,7 @@ class ResNetConfig:
             ("shortcut", ("projection", "pooled", "pad")),
             ("placement", ("original", "preactivation")),
         ):
-            if getattr(self, name) not in allowed:
-                raise SkipwayError(
-                    f"{name}={getattr(self, name)!r}: the rule is one of {', '.join(map(repr, allowed))}"
-                )
+            checked(name, getattr(self, name), allowed)
 
     @property
     def branches(self) -> int:

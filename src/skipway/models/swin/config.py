@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from skipway.errors import SkipwayError
 from skipway.models.transformer import Norm
 from skipway.schemes import Identity, Scheme
+from skipway.values import checked, whole
 
 __all__ = ["SwinConfig"]
 
@@ -74,10 +75,7 @@ class SwinConfig:
                 f"{max(below, self.patch)} and {below + self.patch}"
             )
         for name, allowed in (("attention", get_args(Similarity)), ("norm", get_args(Norm))):
-            if getattr(self, name) not in allowed:
-                raise SkipwayError(
-                    f"{name}={getattr(self, name)!r}: the rule is one of {', '.join(map(repr, allowed))}"
-                )
+            checked(name, getattr(self, name), allowed)
         per_stage("window", self.window, len(self.blocks))
         if self.learned_window is not None:
             per_stage("learned_window", self.learned_window, len(self.blocks))
@@ -115,12 +113,6 @@ class SwinConfig:
         if self.learned_window is None:
             return self.windows
         return per_stage("learned_window", self.learned_window, len(self.blocks))
-
-
-def whole(name: str, value: int) -> None:
-    """Refuse what is no whole number of at least 1."""
-    if not isinstance(value, int) or value < 1:
-        raise SkipwayError(f"{name}={value!r}: the rule is a whole number of at least 1")
 
 
 def per_stage(name: str, value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from skipway.errors import SkipwayError
 from skipway.models.transformer import Norm, Pooling
 from skipway.schemes import Identity, Scheme
+from skipway.values import checked, whole
 
 __all__ = ["ViTConfig"]
 
@@ -60,9 +61,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "blocks", "heads", "patch", "image", "classes", "channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise SkipwayError(f"{name}={value!r}: the rule is a whole number of at least 1")
+            whole(name, getattr(self, name))
         if self.dim % self.heads:
             raise SkipwayError(f"dim={self.dim}, heads={self.heads}: the rule is that heads divides dim")
         if self.image % self.patch:
@@ -76,10 +75,7 @@ class ViTConfig:
             ("pooling", get_args(Pooling)),
             ("act", ("gelu", "tanhgelu", "quickgelu")),
         ):
-            if getattr(self, name) not in allowed:
-                raise SkipwayError(
-                    f"{name}={getattr(self, name)!r}: the rule is one of {', '.join(map(repr, allowed))}"
-                )
+            checked(name, getattr(self, name), allowed)
 
     @property
     def branches(self) -> int:

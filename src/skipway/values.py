@@ -1,4 +1,4 @@
-"""Checks of the values that schemes are given."""
+"""Checks of the values that schemes and configs are given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from skipway.errors import SkipwayError
 
-__all__ = ["checked", "number"]
+__all__ = ["checked", "number", "whole"]
 
 
 def checked(argument: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -22,3 +22,14 @@ def number(argument: str, value: object, *, also: str | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         extra = f" or {also!r}" if also else ""
         raise SkipwayError(f"{argument}={value!r}: the rule is a finite number{extra}")
+
+
+def whole(argument: str, value: object) -> None:
+    """Raise unless `value` is a whole number of at least 1.
+
+    >>> whole("width", 0)
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: width=0: the rule is a whole number of at least 1
+    """
+    if not isinstance(value, int) or value < 1:
+        raise SkipwayError(f"{argument}={value!r}: the rule is a whole number of at least 1")
