@@ -15,13 +15,14 @@ SOURCE = Path(sw.__file__).parent
 FLOORS = [
     {"errors"},
     {"site", "registry", "values"},
-    {"nn"},
+    {"nn", "tracing"},
     {"anatomy"},
     {"schemes"},
     {"init", "groups", "taps", "folding"},
     {"models"},
-    {"weights", "export"},
+    {"weights", "export", "sources"},
     {"data"},
+    {"diagnosis"},
     {"training"},
     {"cli"},
 ]
@@ -77,19 +78,12 @@ def test_no_family_knows_a_schemes_name():
 def test_public_names_are_pinned():
     assert sw.__all__ == [
         *("BasicBlock", "Bottleneck", "Chain", "CheckpointError", "Connection", "DataError", "DeepNorm"),
-        *("DepthScaled", "DivergedError", "Fixup", "Identity", "Kit", "LayerScale", "MissingExtraError"),
-        *("NormFree", "Placement", "Plain", "PreActivation", "ReZero", "ResNet", "ResNetConfig", "Residual"),
-        *(
-            "Scheme",
-            "Site",
-            "SkipInit",
-            "SkipwayError",
-            "StochasticDepth",
-            "ZeroInit",
-            "__version__",
-            "build",
-        ),
-        *("chain", "features", "fold", "initialise_", "load", "param_groups", "projection", "stage_features"),
+        *("DepthScaled", "Diagnosis", "DivergedError", "Fixup", "Identity", "Kit", "LayerScale"),
+        *("MissingExtraError", "NormFree", "Placement", "Plain", "PreActivation", "ReZero", "ResNet"),
+        *("ResNetConfig", "Residual", "Scheme", "Site", "SkipInit", "SkipwayError", "StochasticDepth"),
+        *("ZeroInit", "__version__", "build", "chain", "diagnose", "features", "fold", "initialise_"),
+        *("load", "param_groups", "projection"),
+        "stage_features",
     ]
     for name in sw.__all__:
         assert getattr(sw, name) is not None

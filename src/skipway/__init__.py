@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from skipway.anatomy import Chain, Connection, chain
+    from skipway.diagnosis import Diagnosis, diagnose
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
     from skipway.folding import fold
     from skipway.groups import param_groups
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "anatomy": ("Chain", "Connection", "chain"),
+    "diagnosis": ("Diagnosis", "diagnose"),
     "errors": ("CheckpointError", "DataError", "DivergedError", "MissingExtraError", "SkipwayError"),
     "folding": ("fold",),
     "groups": ("param_groups",),

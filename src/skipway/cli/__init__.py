@@ -14,8 +14,9 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0 done, 1 the system failed (a full disk, say), 2 wrong usage, 3 images that cannot be trained on, 4 weights or a
-    run that cannot be used, 5 diverged, 130 after Ctrl-C, 143 after a termination signal.
+    0 done, 1 the system failed (a full disk, say) or a diagnosis says that the network will not train, 2 wrong usage,
+    3 images that cannot be trained on, 4 weights or a run that cannot be used, 5 diverged, 130 after
+    Ctrl-C, 143 after a termination signal.
     """
     from cyclopts import CycloptsError
 

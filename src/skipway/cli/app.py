@@ -27,5 +27,12 @@ app.command(
     config=options_of_a_run,
     sort_key=0,
 )
+app.command(
+    "skipway.cli.diagnose:diagnose",
+    name="diagnose",
+    help="Say whether a network will train, what is at fault and what to do.",
+    usage="skipway diagnose MODEL [OPTIONS]",
+    sort_key=1,
+)
 app.command("skipway.cli.tables:models", name="models", help="List the models with their parameter counts.")
 app.command("skipway.cli.tables:schemes", name="schemes", help="List the residual schemes, or show the card of one.")

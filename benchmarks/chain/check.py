@@ -1,0 +1,63 @@
+"""Does `skipway.chain` say what a reader of the source says?
+
+    python -m benchmarks.chain.check            # all architectures of truth.py, or the names given
+
+Prints a line for each architecture, then what differs, and ends with status 1 where anything does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import skipway as sw
+from benchmarks.chain.truth import TRUTHS, Truth, build
+
+__all__ = ["compare", "main"]
+
+
+def compare(truth: Truth) -> list[str]:
+    """What `chain` says differently about one architecture."""
+    model, example = build(truth.model)
+    chain = sw.chain(model, example)
+    placements = Counter("+".join(connection.seen.norms) or "none" for connection in chain)
+    scales = Counter(
+        "none" if (scale := connection.seen.scale) is None else "per channel" if scale.per_channel else "scalar"
+        for connection in chain
+    )
+    found = {
+        "connections": dict(Counter(connection.seen.skip for connection in chain)),
+        "refused": dict(Counter(refusal.reason for refusal in chain.refused)),
+    }
+    differences = [
+        f"{key}: read {getattr(truth, key)}, found {value}"
+        for key, value in found.items()
+        if value != getattr(truth, key)
+    ]
+    for key, counts in (("placement", placements), ("scale", scales)):
+        if getattr(truth, key) not in most_frequent(counts):
+            differences.append(f"{key}: read {getattr(truth, key)}, found {dict(counts)}")
+    return differences
+
+
+def most_frequent(counts: Counter[str]) -> set[str]:
+    """The most frequent entry, or entries that are equally frequent."""
+    highest = max(counts.values(), default=0)
+    return {entry for entry, count in counts.items() if count == highest} or {"none"}
+
+
+def main(names: list[str]) -> int:
+    """Compare, print, and count the architectures that differ."""
+    wrong = 0
+    for truth in TRUTHS:
+        if names and truth.model not in names:
+            continue
+        differences = compare(truth)
+        wrong += bool(differences)
+        print(f"{truth.model:45} {'; '.join(differences) or 'agrees'}", flush=True)
+    print(f"{wrong} of {len(names or TRUTHS)} architectures differ")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

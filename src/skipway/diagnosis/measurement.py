@@ -1,0 +1,222 @@
+"""All that is measured of a model at its start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from skipway.anatomy import Chain, WatchedConnection
+from skipway.diagnosis.passes import Curvature, Jacobians, LookAhead, Noise, curvature, jacobians, look_ahead, noise
+from skipway.diagnosis.signals import distinctness
+from skipway.diagnosis.subject import Gradients, Subject
+
+__all__ = ["ConnectionSignal", "LayerSignal", "Measurement", "measure"]
+
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class ConnectionSignal:
+    """What one residual connection does to the signal, at y = x + F(x). Sizes are root mean squares.
+
+    Args:
+        name: of the connection.
+        skip: size of x.
+        branch: size of F(x).
+        stream: size of y.
+        variance_before, variance_branch, variance_after: of x, F(x) and y.
+        cosine: between x and F(x); near 0 the variances add.
+        dead: largest share of channels at a rectifier in the branch that are 0 everywhere.
+        distinct: 1 − mean cosine between the streams of different samples; 0 is collapse.
+        tokens_distinct: the same between the positions of one sample.
+        overflow: largest magnitude of x and F(x) over float16's largest number; above 1 it overflows.
+        swallowed: share of elements at which bfloat16 would lose the branch.
+        gradient_after: size of ∂loss/∂y.
+        gradient_before: size of ∂loss/∂x, where the branch reads the tensor that is added.
+        gradient_branch: size of the part of ∂loss/∂x that comes through the branch.
+        weights: |gradient| / |weight| over the branch's maps.
+        jacobian: mean squared singular value of ∂y/∂x.
+        jacobian_largest: largest singular value of ∂y/∂x, where asked.
+    """
+
+    name: str
+    skip: float = NAN
+    branch: float = NAN
+    stream: float = NAN
+    variance_before: float = NAN
+    variance_branch: float = NAN
+    variance_after: float = NAN
+    cosine: float = NAN
+    dead: float = NAN
+    distinct: float = NAN
+    tokens_distinct: float = NAN
+    overflow: float = NAN
+    swallowed: float = NAN
+    gradient_after: float = NAN
+    gradient_before: float = NAN
+    gradient_branch: float = NAN
+    weights: float = NAN
+    jacobian: float = NAN
+    jacobian_largest: float = NAN
+
+    @property
+    def ratio(self) -> float:
+        """|F(x)| / |x|."""
+        return self.branch / self.skip if self.skip else math.inf
+
+    @property
+    def growth(self) -> float:
+        """|∂loss/∂x| / |∂loss/∂y|, above 1 where the gradient grows on its way back."""
+        return self.gradient_before / self.gradient_after if self.gradient_after else NAN
+
+    @property
+    def through_branch(self) -> float:
+        """Share of the squared gradient that comes through the branch."""
+        skip, branch = self.gradient_after**2, self.gradient_branch**2
+        return branch / (skip + branch) if skip + branch else NAN
+
+
+@dataclass(frozen=True)
+class LayerSignal:
+    """What one module with a linear map puts out.
+
+    Args:
+        name: path of the module.
+        std: standard deviation of its output.
+        distinct: 1 − mean cosine between the outputs of different samples.
+        tokens_distinct: the same between the positions of one sample; 1 where there are none.
+        gradient: root mean square of the loss's gradient with respect to its output.
+        weight: |gradient| / |weight| of its weight.
+    """
+
+    name: str
+    std: float = NAN
+    distinct: float = NAN
+    tokens_distinct: float = NAN
+    gradient: float = NAN
+    weight: float = NAN
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A model at its start, on one batch, with one optimiser.
+
+    Args:
+        loss: at the start.
+        logits: root mean square of the output.
+        distinct: 1 − mean cosine between the outputs of different samples.
+        connections: residual connections, in order.
+        layers: modules with linear maps, in order.
+        gradient: |∇loss| over all parameters.
+        weight: |w| over all parameters.
+        noise: between the gradients of two chunks of the batch.
+        jacobians: of connections and of the whole.
+        curvature: of the loss.
+        ahead: a few steps of the optimiser; None without one.
+        still: names of the parameters whose gradient is exactly 0.
+        passes: forward-backward passes that all of it took.
+    """
+
+    loss: float
+    logits: float
+    distinct: float
+    connections: tuple[ConnectionSignal, ...]
+    layers: tuple[LayerSignal, ...]
+    gradient: float
+    weight: float
+    noise: Noise
+    jacobians: Jacobians
+    curvature: Curvature
+    ahead: LookAhead | None
+    still: tuple[str, ...] = ()
+    passes: float = field(default=0.0)
+
+    @property
+    def effective_path(self) -> float:
+        """Expected number of branches that the gradient's paths cross, Σ of the shares through the branches, where
+        the paths are many and independent (Veit et al. 2016, https://arxiv.org/abs/1605.06431).
+        """
+        shares = [c.through_branch for c in self.connections if not math.isnan(c.through_branch)]
+        return sum(shares) if shares else NAN
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients are numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient)
+
+
+def measure(
+    subject: Subject,
+    optimiser: Callable[[], torch.optim.Optimizer] | None = None,
+    *,
+    steps: int = 24,
+    iterations: int = 0,
+) -> Measurement:
+    """Make all passes; the model, its gradients, buffers and the random state are as before."""
+    subject.passes = 0.0
+    chain = subject.chain
+    loss, output, gradients, readings = subject.probed()
+    rows, layer_rows = readings.numbers()
+    relative = relative_gradients(subject, gradients)
+    size = norm(gradients)
+    halves, first, _ = noise(subject)
+    found = jacobians(subject, iterations=iterations)
+    bend = curvature(subject, first)
+    ahead = None if optimiser is None else look_ahead(subject, optimiser, steps=steps)
+    return Measurement(
+        loss=float(loss),
+        logits=float(output.float().square().mean().sqrt()),
+        distinct=float(distinctness(output)) if output.ndim > 1 else 1.0,
+        connections=tuple(connection_signals(chain, rows, relative, found)),
+        layers=tuple(
+            LayerSignal(name, **layer_rows.get(name, {}), weight=relative.get(name, NAN)) for name in subject.layers
+        ),
+        gradient=size,
+        weight=norm([parameter.detach() for parameter in subject.parameters.values()]),
+        noise=halves,
+        jacobians=found,
+        curvature=bend,
+        ahead=ahead,
+        still=tuple(n for n, g in zip(subject.parameters, gradients, strict=True) if not bool(g.any())),
+        passes=subject.passes,
+    )
+
+
+def norm(tensors: Gradients) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def relative_gradients(subject: Subject, gradients: Gradients) -> dict[str, float]:
+    """|∂loss/∂W| / |W| of each module's weights of two and more axes."""
+    sizes: dict[str, list[float]] = {}
+    for (name, parameter), gradient in zip(subject.parameters.items(), gradients, strict=True):
+        if parameter.ndim < 2:
+            continue
+        row = sizes.setdefault(name.rpartition(".")[0], [0.0, 0.0])
+        row[0] += float(gradient.double().square().sum())
+        row[1] += float(parameter.detach().double().square().sum())
+    return {name: math.sqrt(g / w) if w else (math.inf if g else 0.0) for name, (g, w) in sizes.items()}
+
+
+def connection_signals(
+    chain: Chain[WatchedConnection], rows: dict[str, Any], relative: dict[str, float], found: Jacobians
+) -> list[ConnectionSignal]:
+    """What was read at each connection, with what was found of its weights and its Jacobian."""
+    signals = []
+    for connection in chain:
+        name = connection.name
+        gradients = [relative[owner] for owner in connection.seen.maps if owner in relative]
+        signals.append(
+            ConnectionSignal(
+                name,
+                **rows.get(name, {}),
+                weights=math.sqrt(sum(value**2 for value in gradients) / len(gradients)) if gradients else NAN,
+                jacobian=found.mean_square.get(name, NAN),
+                jacobian_largest=found.largest.get(name, NAN),
+            )
+        )
+    return signals

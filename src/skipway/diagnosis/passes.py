@@ -1,0 +1,328 @@
+"""The passes of a diagnosis, each a function of a subject: noise, Jacobians, shattering, curvature, a look ahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_map_only
+
+from skipway.diagnosis.probe import Edges, Probe
+from skipway.diagnosis.signals import distinctness
+from skipway.diagnosis.subject import Gradients, Subject, main_output
+from skipway.tracing.watching import call
+
+__all__ = ["Curvature", "Jacobians", "LookAhead", "Noise", "curvature", "jacobians", "look_ahead", "noise"]
+
+OptimiserFactory = Callable[[], torch.optim.Optimizer]
+
+
+def dot(first: Gradients, second: Gradients) -> float:
+    """⟨first, second⟩ over all parameters, in double precision where single overflows."""
+    pairs = [(a.flatten(), b.flatten()) for a, b in zip(first, second, strict=True)]
+    single = float(torch.stack([torch.dot(a, b).float() for a, b in pairs]).sum()) if pairs else 0.0
+    return single if math.isfinite(single) else float(sum(torch.dot(a.double(), b.double()) for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much the gradients of two chunks of the batch have in common.
+
+    Args:
+        agreement: cosine between the two gradients.
+        scale: the batch at which noise and gradient are equally large, tr Σ / |G|² (McCandlish et al. 2018,
+            https://arxiv.org/abs/1812.06162, eq. 2.9), estimated from the two; inf where they do not agree.
+    """
+
+    agreement: float
+    scale: float
+
+
+def noise(subject: Subject) -> tuple[Noise, Gradients, float]:
+    """Gradient noise between two chunks; also the first one's gradient and loss, which later passes use again."""
+    size = subject.chunk
+    loss, first = subject.gradients(subject.part(0, size))
+    _, second = subject.gradients(subject.part(size, 2 * size))
+    product, sizes = dot(first, second), (dot(first, first), dot(second, second))
+    length = math.sqrt(sizes[0] * sizes[1])
+    agreement = product / length if length > 0 else 0.0
+    scale = size * ((sizes[0] + sizes[1]) / 2 - product) / product if product > 0 else math.inf
+    return Noise(agreement, scale), first, float(loss.detach())
+
+
+@dataclass(frozen=True)
+class Jacobians:
+    """Singular values of the Jacobians of connections and of the whole network, from random projections.
+
+    Args:
+        mean_square: E σ² = |J|²_F / n of each connection's map of the stream, by name.
+        whole: the same of the map from input to output, per output element.
+        largest: largest singular value of each connection's map; only where asked.
+        whole_largest: the same of the map from input to output.
+        shattering: correlation of the input's gradient with that at a neighbouring input (Balduzzi et al. 2017,
+            https://arxiv.org/abs/1702.08591): 1 is smooth, 0 is white noise. None for inputs that are not real.
+    """
+
+    mean_square: dict[str, float]
+    whole: float | None
+    largest: dict[str, float]
+    shattering: float | None
+    whole_largest: float | None = None
+
+
+def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) -> Jacobians:
+    """Vector–Jacobian products with a random vector: at each connection, and through the whole network at the batch
+    and at a neighbour of it, `distance` away relative to its size.
+    """
+    part = subject.probed_part
+    share = subject.share(part)
+    clean, real = with_gradients(part[0])
+    mean_square: dict[str, float] = {}
+    largest: dict[str, float] = {}
+    with subject.running():
+        with Probe(subject.model, subject.chain, forward=False, backward=False, edges=True) as probe:
+            output = main_output(call(subject.model, clean))
+        cotangent = torch.randn_like(output)
+        first = gradient_of(output, real, cotangent, retain_graph=True)
+        subject.passes += share
+        pending: dict[str, Tensor] = {}
+        for name, edges in probe.readings.edges.items():
+            vector = torch.randn(edges.shape, device=output.device, dtype=output.dtype)
+            (pulled,) = torch.autograd.grad(edges.after, edges.before, vector, retain_graph=True, allow_unused=True)
+            if pulled is not None:
+                pending[name] = pulled.float().square().sum() / vector.float().square().sum()
+        subject.passes += share * 2 / 3
+        mean_square = dict(zip(pending, torch.stack(list(pending.values())).tolist() if pending else [], strict=True))
+        if iterations:
+            edges = dict(probe.readings.edges)
+            if first is not None and real is not None:
+                edges[WHOLE] = Edges(get_gradient_edge(real), get_gradient_edge(output), output.shape)
+            largest = largest_values(edges, output, iterations)
+            subject.passes += 2 * iterations * share
+        del output, probe
+    shattering = whole = None
+    if first is not None:
+        whole = float(first.float().square().sum() / cotangent.float().square().sum())
+        shattering = neighbour_correlation(subject, first, cotangent, distance)
+    return Jacobians(mean_square, whole, largest, shattering, whole_largest=largest.pop(WHOLE, None))
+
+
+WHOLE = " the whole"
+"""No module has this name."""
+
+
+def neighbour_correlation(subject: Subject, first: Tensor, cotangent: Tensor, distance: float) -> float:
+    """Mean cosine, over samples, between the input's gradient here and at an input close by."""
+    moved, real = with_gradients(subject.probed_part[0], distance)
+    with subject.running():
+        second = gradient_of(main_output(call(subject.model, moved)), real, cotangent)
+    subject.passes += subject.share(subject.probed_part)
+    if second is None or not bool(first.any()) or not bool(second.any()):
+        return math.nan
+    return float(torch.cosine_similarity(first.flatten(1).double(), second.flatten(1).double()).mean())
+
+
+def largest_values(edges: dict[str, Any], output: Tensor, iterations: int) -> dict[str, float]:
+    """Power iteration on JᵀJ of each connection; J itself is the derivative of the vector–Jacobian product."""
+    found: dict[str, float] = {}
+    for name, edge in edges.items():
+        vector = torch.randn(edge.shape, device=output.device, dtype=output.dtype)
+        size = math.nan
+        for _ in range(iterations):
+            dummy = vector.clone().requires_grad_()
+            (pulled,) = torch.autograd.grad(edge.after, edge.before, dummy, create_graph=True, allow_unused=True)
+            if pulled is None:
+                break
+            direction = pulled.detach() / pulled.detach().norm().clamp_min(1e-30)
+            (vector,) = torch.autograd.grad(pulled, dummy, direction, retain_graph=True)
+            size = float(vector.norm())
+            vector = vector / vector.norm().clamp_min(1e-30)
+        if not math.isnan(size):
+            found[name] = size
+    return found
+
+
+def with_gradients(inputs: Any, distance: float = 0.0) -> tuple[Any, Tensor | None]:
+    """A copy of the inputs, moved by `distance`, whose first real tensor collects a gradient; and that tensor."""
+    real: list[Tensor] = []
+
+    def prepare(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or real:
+            return tensor
+        moved = tensor.detach().clone()
+        if distance:
+            generator = torch.Generator(device=moved.device).manual_seed(1)
+            step = torch.randn(moved.shape, generator=generator, device=moved.device, dtype=moved.dtype)
+            moved += distance * moved.std() * step
+        real.append(moved.requires_grad_())
+        return real[0]
+
+    prepared = tree_map_only(Tensor, prepare, inputs)
+    return prepared, real[0] if real else None
+
+
+def gradient_of(output: Tensor, real: Tensor | None, cotangent: Tensor, **how: bool) -> Tensor | None:
+    if real is None or not output.requires_grad:
+        return None
+    (found,) = torch.autograd.grad(output, real, cotangent, allow_unused=True, **how)
+    return found
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """How sharply the loss bends.
+
+    Args:
+        sharpness: largest eigenvalue of the Hessian, by power iteration from the gradient.
+        along_gradient: gᵀHg / |g|², the curvature in the direction of steepest descent.
+    """
+
+    sharpness: float
+    along_gradient: float
+
+    @property
+    def largest_rate(self) -> float:
+        """2/λ, above which gradient descent on a quadratic diverges."""
+        return 2 / self.sharpness if self.sharpness > 0 else math.inf
+
+
+def curvature(subject: Subject, gradient: Gradients, *, iterations: int = 2, reach: float = 1e-3) -> Curvature:
+    """Hessian-vector products on the first chunk of the batch as differences of gradients, so that kernels without a
+    second derivative do: Hv ≈ (∇L(w + εv) − ∇L(w)) / ε, with |εv| = `reach` |w|.
+    """
+    parameters = list(subject.parameters.values())
+    part = subject.part(0, subject.chunk)
+    weight = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in parameters))
+    size = math.sqrt(dot(gradient, gradient))
+    if not 0 < size < math.inf or weight == 0:
+        return Curvature(math.nan if size != 0 else 0.0, math.nan if size != 0 else 0.0)
+    direction = [g / size for g in gradient]
+    values: list[float] = []
+    for _ in range(iterations):
+        step = reach * weight
+        with moved(parameters, direction, step):
+            _, ahead = subject.gradients(part)
+        product = [(a - g) / step for a, g in zip(ahead, gradient, strict=True)]
+        values.append(dot(product, direction))
+        length = math.sqrt(dot(product, product))
+        if not 0 < length < math.inf:
+            break
+        direction = [p / length for p in product]
+    return Curvature(max(values, key=abs), values[0])
+
+
+@contextmanager
+def moved(parameters: Sequence[Tensor], direction: Gradients, step: float) -> Iterator[None]:
+    """Parameters a step away, put back exactly afterwards."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        with torch.no_grad():
+            for parameter, change in zip(parameters, direction, strict=True):
+                parameter.add_(change, alpha=step)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, old in zip(parameters, kept, strict=True):
+                parameter.copy_(old)
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """What the optimiser would do: some of its own steps on chunks of the batch, taken back afterwards.
+
+    Args:
+        losses: on the chunk of each step, before the step.
+        unseen: loss on a chunk that no step used, before and after all steps.
+        distinct: 1 − mean cosine between the outputs of different samples of that chunk, before and after.
+        predicted: decrease of the loss by the first step, had the loss been linear: ⟨g, −Δw⟩.
+        decreased: by how much the first step lowered the loss of its own chunk.
+        moved: |Δw|/|w| of all parameters together over all steps.
+        updates: |Δw|/|w| of the first step, by parameter.
+        size: samples in a chunk.
+    """
+
+    losses: tuple[float, ...]
+    unseen: tuple[float, float]
+    distinct: tuple[float, float]
+    predicted: float
+    decreased: float
+    moved: float
+    updates: dict[str, float]
+    size: int
+
+    @property
+    def trust(self) -> float:
+        """Decrease of the loss by the first step over what its gradient promised; 1 where the step is small enough."""
+        return self.decreased / self.predicted if self.predicted else math.nan
+
+
+def look_ahead(subject: Subject, optimiser: OptimiserFactory, *, steps: int = 24) -> LookAhead:
+    """Take `steps` steps with a fresh optimiser, each on the next chunk, and go back to the start exactly.
+
+    Of small batches, whose chunks are a quarter of them, no more steps than three passes are.
+    """
+    parameters = list(subject.parameters.values())
+    size = subject.chunk
+    chunks = [subject.part(start, start + size) for start in range(0, subject.size - size + 1, size)]
+    *seen, unseen = chunks
+    steps = min(steps, 3 * subject.size // size)
+    kept = [parameter.detach().clone() for parameter in parameters]
+    held = [parameter.grad for parameter in parameters]
+    losses: list[float] = []
+    changes: Gradients = []
+    predicted = decreased = 0.0
+    before = evaluate(subject, unseen)
+    try:
+        chosen = optimiser()
+        for number in range(steps):
+            loss, gradient = subject.gradients(seen[number % len(seen)])
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                break
+            for parameter, found in zip(parameters, gradient, strict=True):
+                parameter.grad = found
+            chosen.step()
+            if number == 0:
+                changes = [parameter.detach() - old for parameter, old in zip(parameters, kept, strict=True)]
+                predicted = -dot(gradient, changes)
+                decreased = losses[0] - evaluate(subject, seen[0])[0]
+        after = evaluate(subject, unseen)
+        moved = [parameter.detach() - old for parameter, old in zip(parameters, kept, strict=True)]
+        distance = math.sqrt(dot(moved, moved) / max(dot(kept, kept), 1e-30))
+    finally:
+        with torch.no_grad():
+            for parameter, old, grad in zip(parameters, kept, held, strict=True):
+                parameter.copy_(old)
+                parameter.grad = grad
+    return LookAhead(
+        losses=tuple(losses),
+        unseen=(before[0], after[0]),
+        distinct=(before[1], after[1]),
+        predicted=predicted,
+        decreased=decreased,
+        moved=distance,
+        updates=relative_updates(list(subject.parameters), changes, kept),
+        size=size,
+    )
+
+
+def relative_updates(names: Sequence[str], changes: Gradients, weights: Gradients) -> dict[str, float]:
+    """|Δw|/|w| of every parameter; inf where one leaves 0."""
+    sizes = {name: (float(c.norm()), float(w.norm())) for name, c, w in zip(names, changes, weights, strict=False)}
+    return {name: c / w if w else (math.inf if c else 0.0) for name, (c, w) in sizes.items()}
+
+
+def evaluate(subject: Subject, part: Any) -> tuple[float, float]:
+    """Loss and distinctness of the outputs on a part of the batch, in the subject's mode."""
+    subject.passes += subject.share(part) / 3
+    with subject.running(), torch.no_grad():
+        output = call(subject.model, part[0])
+        values = main_output(output)
+        spread = float(distinctness(values)) if values.ndim > 1 else 1.0
+        return float(subject.value(output, part[1]).detach()), spread

@@ -1,0 +1,365 @@
+"""Where a model that is named by a text comes from: a name of ours, timm, torchvision, transformers or a Python file.
+
+Each source is a row of `SOURCES`: what it looks like, which options it takes, how it loads. This file imports torch,
+so commands import it when they run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipway.errors import SkipwayError, suggest
+from skipway.models.family import build, find_config, resolve
+
+__all__ = ["SOURCES", "Loaded", "Source", "Wanted", "load_model", "source_of"]
+
+Shape = tuple[int, ...]
+
+IMAGE: Shape = (3, 224, 224)
+SMALL_SIDE = 32
+TOKENS = 64
+MISSING_OPERATORS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the command line asks of the model; None leaves it to the source.
+
+    Args:
+        depth: weight layers.
+        scheme: spec string of the residual scheme.
+        classes: outputs.
+        shape: of one sample.
+    """
+
+    depth: int | None = None
+    scheme: str | None = None
+    classes: int | None = None
+    shape: Shape | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model and what it is called with.
+
+    Args:
+        model: with fresh weights.
+        shape: of one sample.
+        vocabulary: samples are whole numbers below it; None: they are real numbers.
+        argument: name of the argument that takes the samples; None: the first.
+        labels: the samples are their own labels, for language models, which then put out a loss.
+        batch: inputs, or (inputs, targets), that the source brought along.
+    """
+
+    model: nn.Module
+    shape: Shape
+    vocabulary: int | None = None
+    argument: str | None = None
+    labels: bool = False
+    batch: Any = None
+
+    def call_with(self, samples: Tensor) -> Any:
+        """Samples as the model takes them."""
+        if self.argument is None:
+            return samples
+        return {self.argument: samples, **({"labels": samples} if self.labels else {})}
+
+    def random(self, count: int) -> Any:
+        """That many random samples: standard normal numbers, or tokens."""
+        if self.vocabulary is not None:
+            return self.call_with(torch.randint(self.vocabulary, (count, *self.shape)))
+        return self.call_with(torch.randn(count, *self.shape))
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of place that models come from.
+
+    Args:
+        form: how it is written, for messages.
+        pattern: regular expression of the whole text; its group "name" goes to `load`.
+        load: makes the model.
+        takes: the fields of `Wanted`, `shape` aside, that it can follow.
+        refusal: what to do instead where it cannot.
+    """
+
+    form: str
+    pattern: str
+    load: Callable[[str, Wanted], Loaded]
+    takes: frozenset[str] = frozenset()
+    refusal: str = ""
+
+
+def source_of(text: str) -> tuple[Source, str]:
+    """The source that a text on the command line names, and the name in it.
+
+    >>> source_of("timm:resnet18")[1], source_of("resnet110")[1], source_of("nets/mine.py:make")[1]
+    ('resnet18', 'resnet110', 'nets/mine.py:make')
+    >>> source_of("tim:resnet18")
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: unknown source of models 'tim'; did you mean 'timm'?
+    """
+    for source in SOURCES:
+        match = re.fullmatch(source.pattern, text)
+        if match:
+            return source, match["name"]
+    prefixes = [source.form.partition(":")[0] for source in SOURCES if ":" in source.form]
+    raise SkipwayError(suggest("source of models", text.partition(":")[0], prefixes))
+
+
+def load_model(text: str, wanted: Wanted) -> Loaded:
+    """The model that a text on the command line names.
+
+    Args:
+        text: see `SOURCES`.
+        wanted: what is asked of it.
+
+    Raises:
+        SkipwayError: no such model, an option that its source does not take, a library that is not installed.
+    """
+    source, name = source_of(text)
+    for option in ("depth", "scheme", "classes"):
+        if getattr(wanted, option) is not None and option not in source.takes:
+            raise SkipwayError(
+                f"--{option} {getattr(wanted, option)}: {source.form} does not take it; {source.refusal}"
+            )
+    loaded = source.load(name, wanted)
+    return loaded if wanted.shape is None else replace(loaded, shape=wanted.shape)
+
+
+def load_ours(name: str, wanted: Wanted) -> Loaded:
+    """A network of Skipway's own, at its own image size or at the one that is asked for."""
+    ours, own = resolve(name, {})
+    _, config = find_config(ours, wanted.depth)
+    known = {field.name for field in fields(config)}
+    options: dict[str, Any] = {} if wanted.classes is None else {"classes": wanted.classes}
+    if wanted.shape is not None and len(wanted.shape) == 3:
+        fitting = {"channels": wanted.shape[0], "image": wanted.shape[-1]}
+        options |= {key: value for key, value in fitting.items() if key in known and value != getattr(config, key)}
+    model = build(ours, depth=wanted.depth, scheme=wanted.scheme, **{**own, **options})
+    return Loaded(model=model, shape=shape_of(model))
+
+
+def load_timm(name: str, wanted: Wanted) -> Loaded:
+    """A model of timm."""
+    timm = with_torchvision("timm", f"timm:{name}")
+    if not timm.is_model(name):
+        raise SkipwayError(suggest("model of timm", name, timm.list_models()))
+    options: dict[str, Any] = {} if wanted.classes is None else {"num_classes": wanted.classes}
+    if wanted.shape is not None:
+        options["in_chans"] = wanted.shape[0]
+        if timm.create_model(name).default_cfg.get("fixed_input_size"):
+            options["img_size"] = wanted.shape[1:]
+    model = timm.create_model(name, **options)
+    return Loaded(model=model, shape=shape_of(model))
+
+
+def load_torchvision(name: str, wanted: Wanted) -> Loaded:
+    """A model of torchvision."""
+    models = with_torchvision("torchvision", f"torchvision:{name}").models
+    if name not in models.list_models():
+        raise SkipwayError(suggest("model of torchvision", name, models.list_models()))
+    options = {} if wanted.classes is None else {"num_classes": wanted.classes}
+    transforms = getattr(models.get_model_weights(name).DEFAULT, "transforms", None)
+    size = getattr(transforms, "keywords", {}).get("crop_size", IMAGE[-1])
+    return Loaded(model=models.get_model(name, weights=None, **options), shape=(3, size, size))
+
+
+def load_transformers(name: str, wanted: Wanted) -> Loaded:
+    """A class of Hugging Face transformers, with its default config."""
+    transformers = with_torchvision("transformers", f"hf:{name}")
+    made: Any = getattr(transformers, name, None)
+    if getattr(made, "config_class", None) is None:
+        known = [each for each in dir(transformers) if each.endswith("Model") or "For" in each]
+        raise SkipwayError(suggest("model class of transformers", name, known))
+    options = {} if wanted.classes is None else {"num_labels": wanted.classes}
+    config = made.config_class(**options)
+    argument = made.main_input_name
+    if argument != "input_ids":
+        size = getattr(config, "image_size", IMAGE[-1])
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        shape = (getattr(config, "num_channels", 3), *sides)
+        return Loaded(model=made(config), shape=shape, argument=argument)
+    return Loaded(
+        model=made(config),
+        shape=(min(getattr(config, "max_position_embeddings", TOKENS), TOKENS),),
+        vocabulary=config.vocab_size,
+        argument=argument,
+        labels=name.endswith(("LM", "LMHeadModel", "ForConditionalGeneration")),
+    )
+
+
+def load_file(name: str, wanted: Wanted) -> Loaded:
+    """What a name in a Python file stands for: a module, its class, or a function that makes it.
+
+    The function may also give (model, inputs) or (model, (inputs, targets)). The file's folder is on the path of
+    imports while it runs.
+    """
+    file, _, attribute = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
+    path = Path(file)
+    if not path.is_file():
+        raise SkipwayError(f"{path}: no such file; a model of your own is given as FILE.py:NAME")
+    with importing_from(path):
+        module = imported(path)
+        if not attribute:
+            offered = ", ".join(f"{path}:{each}" for each in makers(module)) or "nothing that makes a model"
+            raise SkipwayError(f"{path}: say what makes the model; the file has {offered}")
+        if not hasattr(module, attribute):
+            raise SkipwayError(f"{path}: {suggest('name', attribute, makers(module) or vars(module))}")
+        made = made_by(getattr(module, attribute), name)
+    model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise SkipwayError(
+            f"{name} gives a {type(model).__name__}; it has to give a torch.nn.Module, or (model, batch)"
+        )
+    vocabulary = next(leaves(model)).num_embeddings if isinstance(next(leaves(model), None), nn.Embedding) else None
+    return Loaded(model=model, shape=shape_of(model), vocabulary=vocabulary, batch=batch)
+
+
+def imported(path: Path) -> ModuleType:
+    """A Python file as a module, under a name of its own."""
+    name = f"skipway_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise SkipwayError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # classes look their module up by name, dataclasses for one
+    sys.modules[name] = module
+    with telling(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def importing_from(path: Path) -> Iterator[None]:
+    """Within it a file can import its neighbours."""
+    kept = list(sys.path)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.path[:] = kept
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """What goes wrong in somebody's file is told with its line."""
+    try:
+        yield
+    except SkipwayError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+        place = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise SkipwayError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def makers(module: ModuleType) -> list[str]:
+    """The names in a file that a model can be made by."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return [
+        name
+        for name, value in own.items()
+        if isinstance(value, nn.Module) or (callable(value) and getattr(value, "__module__", "") == module.__name__)
+    ]
+
+
+def made_by(value: Any, name: str) -> Any:
+    """The value itself where it is a module, else what it gives when it is called."""
+    if isinstance(value, nn.Module) or not callable(value):
+        return value
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(value).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise SkipwayError(
+            f"{name} needs arguments: {', '.join(needed)}; give a function without any, "
+            f"def make(): return {value.__name__}(…)"
+        )
+    with telling(Path(name.rpartition(":")[0])):
+        return value()
+
+
+def leaves(model: nn.Module) -> Iterator[Any]:
+    """The modules with parameters of their own, in the order of their registration."""
+    return (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+
+
+# what the first layer of a model takes, by its type
+FIRST_LAYER: dict[type[nn.Module], Callable[[Any], Shape]] = {
+    nn.Conv1d: lambda layer: (layer.in_channels, IMAGE[-1]),
+    nn.Conv2d: lambda layer: (layer.in_channels, *IMAGE[1:]),
+    nn.Linear: lambda layer: (layer.in_features,),
+    nn.Embedding: lambda layer: (TOKENS,),
+}
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """The shape of one sample: as the model says, else as its first layer lets guess.
+
+    >>> shape_of(nn.Sequential(nn.Linear(5, 2))), shape_of(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    ((5,), (1, 224, 224))
+    """
+    described = getattr(model, "default_cfg", None)
+    if isinstance(described, dict) and "input_size" in described:
+        return tuple(described["input_size"])
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "channels"):
+        side = SMALL_SIDE if getattr(config, "stem", None) == "cifar" else getattr(config, "image", IMAGE[-1])
+        return (config.channels, side, side)
+    first = next(leaves(model), None)
+    guess = next((guess for kind, guess in FIRST_LAYER.items() if isinstance(first, kind)), None)
+    return IMAGE if guess is None else guess(first)
+
+
+def with_torchvision(package: str, purpose: str) -> ModuleType:
+    """An optional library that imports torchvision.
+
+    torchvision registers shape functions for two operators of its compiled half at import; on a torch without that
+    half their schemas are absent, and with them defined its Python models import.
+
+    Raises:
+        SkipwayError: the library is not installed; says how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise SkipwayError(f"{purpose} needs {package}, which is not installed: pip install {package}")
+    if importlib.util.find_spec("torchvision") is not None and "torchvision" not in sys.modules:
+        for name, schema in MISSING_OPERATORS.items():
+            if not hasattr(torch.ops.torchvision, name):
+                FRAGMENTS.setdefault(name, torch.library.Library("torchvision", "FRAGMENT")).define(schema)
+    return importlib.import_module(package)
+
+
+# a definition lives as long as the object that made it
+FRAGMENTS: dict[str, torch.library.Library] = {}
+
+OTHERS = "give it to a network of ours, or make the model in a file of yours: FILE.py:NAME"
+CLASSES = frozenset({"classes"})
+SOURCES: tuple[Source, ...] = (
+    Source("timm:NAME", r"timm:(?P<name>.+)", load_timm, CLASSES, OTHERS),
+    Source("torchvision:NAME", r"torchvision:(?P<name>.+)", load_torchvision, CLASSES, OTHERS),
+    Source("hf:CLASS", r"(?:hf|transformers):(?P<name>.+)", load_transformers, CLASSES, OTHERS),
+    Source("FILE.py:NAME", r"(?P<name>.+\.py(?::\w*)?)", load_file, frozenset(), "set it in the file"),
+    Source("a name of ours", r"(?P<name>[^:]+)", load_ours, frozenset({"depth", "scheme", "classes"})),
+)

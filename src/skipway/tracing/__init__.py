@@ -1,0 +1,19 @@
+"""Reading a forward pass: what was computed from what, and which additions are residual connections."""
+
+from skipway.tracing.program import Program, Value
+from skipway.tracing.sums import REASONS, Refusal, Scale, Sum, read_sums
+from skipway.tracing.watching import Example, untouched, unwrapped, watch
+
+__all__ = [
+    "REASONS",
+    "Example",
+    "Program",
+    "Refusal",
+    "Scale",
+    "Sum",
+    "Value",
+    "read_sums",
+    "untouched",
+    "unwrapped",
+    "watch",
+]

@@ -1,0 +1,323 @@
+"""Watching one forward pass at the dispatcher: any model, no Python source, no memory for weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from skipway.errors import SkipwayError
+from skipway.tracing.operators import part_of
+from skipway.tracing.program import Program, Value
+
+__all__ = ["ADDITIONS", "Example", "call", "on_meta", "untouched", "unwrapped", "watch"]
+
+Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+# one addition under its many names (P20)
+ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+# they take the shape of a tensor and not its values
+FACTORIES = frozenset(
+    {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like"}
+    | {"empty_like", "rand_like", "randn_like", "randint_like"}
+)
+# a norm written out in elementary operators is known by the name of its class
+NORM = re.compile(r"norm", re.IGNORECASE)
+
+
+def watch(model: nn.Module, example: Example, *, training: bool = False) -> Program:
+    """The program that `model` runs on `example`, read from one forward pass.
+
+    The pass runs on a copy on the meta device: no weights are allocated, nothing is computed and the model is not
+    touched. Where the meta device does not do (a model that reads values of its tensors), the model itself runs once,
+    without gradients, and its buffers, modes and random state are put back.
+
+    Args:
+        model: any `torch.nn.Module`.
+        example: what it is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
+        training: watch it in training mode instead of evaluation mode.
+
+    Raises:
+        SkipwayError: the forward pass failed; says with what.
+    """
+    refuse_scripted(model)
+    model = unwrapped(model)
+    try:
+        copied = on_meta(model)
+        given = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example)
+        return record(copied.train(training), given)
+    except Exception as problem:  # whatever a stranger's model raises on the meta device
+        first = problem
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise SkipwayError(
+            f"{type(model).__name__} cannot be watched on the meta device ({first}); give a model with real weights"
+        ) from first
+    try:
+        with untouched(model):
+            return record(model.train(training), example)
+    except Exception as second:
+        raise SkipwayError(
+            f"{type(model).__name__} fails on this example: {type(second).__name__}: {second}; the example has to be "
+            "what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments), on the "
+            "model's device"
+        ) from second
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module behind `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    if type(model).__name__ not in {"OptimizedModule", "DataParallel", "DistributedDataParallel"}:
+        return model
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SkipwayError(
+                f"{name or 'the model'} is a TorchScript module, which runs where Python cannot watch; give the model "
+                "that was scripted"
+            )
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """`model` called with an example."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    if isinstance(example, tuple | list):
+        return model(*example)
+    return model(example)
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the model whose tensors have shapes but no values."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
+        for tensor in held:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                empty: Tensor = torch.empty_like(tensor, device="meta", requires_grad=False)
+                memo[id(tensor)] = (
+                    nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                    if isinstance(tensor, nn.Parameter)
+                    else empty
+                )
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward pass changes is put back: buffers, the mode of every module, the random state."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+
+
+def record(model: nn.Module, example: Example) -> Program:
+    """Run the model on the example under the watch."""
+    recorder = Recorder(model, example)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it would run a whole layer as one operator
+    try:
+        with ExitStack() as stack, torch.no_grad():
+            stack.callback(recorder.modules.close)
+            stack.enter_context(recorder.modules.following())
+            stack.enter_context(Calls(recorder))
+            stack.enter_context(recorder)
+            call(model, example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return recorder.program
+
+
+class Modules:
+    """Which module is running: a stack of paths kept by forward hooks, removed by `close`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.left: Callable[[str, Any], None] = lambda name, out: None
+        self.stack: list[tuple[str, bool]] = [("", False)]
+        self.handles: list[Any] = []
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        for name, module in self.model.named_modules():
+            named_so = bool(NORM.search(type(module).__name__))
+            is_norm = named_so and all(parameter.ndim <= 1 for parameter in module.parameters())
+            self.handles.append(module.register_forward_pre_hook(self.enter(name, is_norm), prepend=True))
+            self.handles.append(module.register_forward_hook(self.leave, always_call=True))
+        try:
+            yield
+        finally:
+            self.close()
+
+    def enter(self, name: str, is_norm: bool) -> Callable[..., None]:
+        return lambda *_: self.stack.append((name, is_norm))
+
+    def leave(self, module: nn.Module, given: Any, out: Any) -> None:
+        name, _ = self.stack.pop()
+        self.left(name, out)
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    @property
+    def owner(self) -> str:
+        return self.stack[-1][0]
+
+    @property
+    def norm(self) -> str | None:
+        name, is_norm = self.stack[-1]
+        return name if is_norm else None
+
+
+class Calls(TorchFunctionMode):
+    """Numbers the additions that Python calls, so that a later pass can find the same ones."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") not in ADDITIONS:
+            return func(*args, **(kwargs or {}))
+        self.recorder.call = self.recorder.program.calls
+        self.recorder.program.calls += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.recorder.call = None
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down every operator that the dispatcher runs.
+
+    A tensor is known by its storage and its place in it, since views arrive as new objects. A write in place makes a
+    new value of the storage, and what is read from it later was computed from that.
+    """
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        super().__init__()
+        self.program = Program()
+        self.modules = Modules(model)
+        self.modules.left = self.put_out
+        self.call: int | None = None
+        self.held: list[Tensor] = []  # a storage's address must not be used twice
+        self.known: dict[int, dict[tuple[Any, ...], int]] = {}
+        self.written: dict[int, int] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self.note(tensor, "parameter", signal=False, parameters=frozenset({name}))
+        for tensor in tree_flatten(example)[0]:
+            if isinstance(tensor, Tensor):
+                self.note(tensor, "input", signal=True)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        given = () if name in FACTORIES else (args, kwargs)
+        operands = [self.read(leaf) for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        values = self.program.values
+        signals = sum(values[operand].signal for operand in dict.fromkeys(operands))
+        transposed = "convolution" in name and len(args) > 6 and bool(args[6])
+        strided = name == "slice" and len(args) > 4 and args[4] != 1
+        part = "stride" if strided else part_of(name, signals, transposed=transposed)
+        mutates = func._schema.is_mutable
+        for output, leaf in enumerate(tree_flatten(result)[0]):
+            if isinstance(leaf, Tensor):
+                self.note(leaf, name, part=part, operands=tuple(operands), output=output, written=mutates)
+        if mutates and not tree_flatten(result)[0]:
+            self.note(next(iter(args)), name, part=part, operands=tuple(operands), written=True)
+        return result
+
+    def put_out(self, name: str, out: Any) -> None:
+        """Note which module has put out the value that its output holds, or the first of its outputs."""
+        program = self.program
+        program.runs[name] = program.runs.get(name, 0) + 1
+        program.left[name] = len(program)
+        first = out[0] if isinstance(out, tuple | list) and out else out
+        if isinstance(first, Tensor):
+            program.makers.setdefault(self.read(first), []).append(name)
+
+    def read(self, tensor: Tensor) -> int:
+        """The value a tensor holds now."""
+        storage, place = address(tensor)
+        places = self.known.setdefault(storage, {})
+        number, write = places.get(place), self.written.get(storage)
+        if number is not None and (write is None or number >= write):
+            return number
+        source = write if write is not None else min(places.values(), default=None)
+        if source is None:  # a constant made outside of the watch
+            return self.note(tensor, "constant", signal=False)
+        operands = (source,) if number is None else (number, source)
+        return self.note(tensor, "alias", operands=operands)
+
+    def note(
+        self,
+        tensor: Tensor,
+        operator: str,
+        *,
+        part: Any = "carry",
+        operands: tuple[int, ...] = (),
+        output: int = 0,
+        signal: bool | None = None,
+        parameters: frozenset[str] | None = None,
+        written: bool = False,
+    ) -> int:
+        """Write down that `tensor` now holds what `operator` made of `operands`."""
+        values = self.program.values
+        if signal is None:
+            signal = any(values[operand].signal for operand in operands)
+        if parameters is None:
+            constants = (values[operand] for operand in operands if not values[operand].signal)
+            parameters = frozenset().union(*(value.parameters for value in constants))
+        number = len(values)
+        values.append(
+            Value(
+                number=number,
+                operator=operator,
+                part=part,
+                operands=operands,
+                output=output,
+                owner=self.modules.owner,
+                norm=self.modules.norm,
+                shape=tuple(tensor.shape),
+                signal=signal,
+                parameters=parameters,
+                call=self.call,
+            )
+        )
+        storage, place = address(tensor)
+        self.held.append(tensor)
+        self.known.setdefault(storage, {})[place] = number
+        if written:
+            self.written[storage] = number
+        return number
+
+
+def address(tensor: Tensor) -> tuple[int, tuple[Any, ...]]:
+    """Where a tensor's values are: its storage, and its place in there."""
+    if tensor.layout is not torch.strided:
+        return id(tensor), ()
+    place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return tensor.untyped_storage()._cdata, place
