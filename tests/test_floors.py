@@ -22,7 +22,7 @@ FLOORS = [
     {"models"},
     {"weights", "export", "sources"},
     {"data"},
-    {"diagnosis"},
+    {"diagnosis", "surgery"},
     {"training"},
     {"cli"},
 ]
@@ -81,8 +81,8 @@ def test_public_names_are_pinned():
         *("DepthScaled", "Diagnosis", "DivergedError", "Fixup", "Identity", "Kit", "LayerScale"),
         *("MissingExtraError", "NormFree", "Placement", "Plain", "PreActivation", "ReZero", "ResNet"),
         *("ResNetConfig", "Residual", "Scheme", "Site", "SkipInit", "SkipwayError", "StochasticDepth"),
-        *("ZeroInit", "__version__", "build", "chain", "diagnose", "features", "fold", "initialise_"),
-        *("load", "param_groups", "projection"),
+        *("ZeroInit", "__version__", "build", "chain", "deepen", "diagnose", "features", "fold", "initialise_"),
+        *("lesion", "load", "param_groups", "projection", "remove_norm", "rescheme", "shorten"),
         "stage_features",
     ]
     for name in sw.__all__:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         ZeroInit,
     )
     from skipway.site import Kit, Placement, Site
+    from skipway.surgery import deepen, lesion, remove_norm, rescheme, shorten
     from skipway.taps import features, stage_features
     from skipway.weights import load
 
@@ -64,6 +65,7 @@ _HOME = {
         "ZeroInit",
     ),
     "site": ("Kit", "Placement", "Site"),
+    "surgery": ("deepen", "lesion", "remove_norm", "rescheme", "shorten"),
     "taps": ("features", "stage_features"),
     "weights": ("load",),
 }

@@ -34,5 +34,12 @@ app.command(
     usage="skipway diagnose MODEL [OPTIONS]",
     sort_key=1,
 )
+app.command(
+    "skipway.cli.rescheme:rescheme",
+    name="rescheme",
+    help="Dress the residual connections of a network in a scheme, in place.",
+    usage="skipway rescheme MODEL --scheme SCHEME --out OUT [OPTIONS]",
+    sort_key=2,
+)
 app.command("skipway.cli.tables:models", name="models", help="List the models with their parameter counts.")
 app.command("skipway.cli.tables:schemes", name="schemes", help="List the residual schemes, or show the card of one.")

@@ -1,0 +1,252 @@
+"""`rescheme(model, scheme, example)`: dress the connections of anybody's network in a scheme, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from skipway.anatomy import Chain, WatchedConnection, chain_of
+from skipway.errors import SkipwayError
+from skipway.nn import Gain, Multiply
+from skipway.schemes.scheme import Scheme
+from skipway.schemes.scheme import scheme as read_scheme
+from skipway.site import Kit, Part, Placement
+from skipway.surgery.insertion import behind, on_slow_path
+from skipway.surgery.operation import Operation
+from skipway.surgery.places import Place, place_behind
+from skipway.surgery.verifying import difference, outputs
+from skipway.tracing import Example, unwrapped, watch
+
+__all__ = ["rescheme"]
+
+Preserve = Literal["one", "divide"]
+
+
+def rescheme(
+    model: nn.Module,
+    scheme: str | Scheme,
+    example: Example,
+    *,
+    preserve: bool | Preserve = True,
+    tolerance: float = 1e-5,
+) -> Operation:
+    """Dress the residual connections of any network in a scheme that multiplies or drops branches, in place.
+
+    At each connection y = x + F(x) what the scheme puts behind the branch is put behind the module that puts out F(x):
+    y = x + s(F(x)). The module becomes an instance of a subclass of its own class and gets one submodule,
+    `residual_scale`; every key of the state dict stays, hooks stay, `torch.compile` goes on working.
+
+    Args:
+        model: any module that `chain` can read.
+        scheme: SkipInit, ReZero, LayerScale, DepthScaled, StochasticDepth, sums of them, or a spec string.
+        example: what the model is called with.
+        preserve: True or "one": learned gains start at 1, constants are divided out of the map in front, so that the
+            network computes what it did; "divide": gains start at the scheme's value, and the map in front is divided
+            by it; False: the scheme's value, from scratch, which wipes out what a pretrained network knows (P15).
+        tolerance: with `preserve`, by how much the output may differ, relative to its largest value; beyond it
+            everything is put back.
+
+    Returns:
+        the operation: what was touched, what was refused and why, what was measured, and `.undo()`.
+
+    Raises:
+        SkipwayError: the scheme needs another structure, no connection was found or none can be dressed, or the output
+            changed; the model is as before.
+
+    >>> layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True).eval()
+    >>> operation = rescheme(layer, "layerscale", torch.randn(2, 5, 16))
+    >>> operation.touched
+    {':1': 'dropout1', ':2': 'dropout2'}
+    >>> operation.report["difference"]
+    0.0
+    >>> "dropout1.residual_scale.gain" in layer.state_dict()
+    True
+    """
+    dressing = read_scheme(scheme)
+    model = unwrapped(model)
+    program = watch(model, example)
+    chain = chain_of(model, program)
+    if not chain:
+        raise SkipwayError(
+            f"{type(model).__name__} has no residual connection: of its additions {len(chain.refused)} were looked at "
+            f"and refused{', the first since ' + str(chain.refused[0]) if chain.refused else ''}"
+        )
+    places = {connection.name: place_behind(model, program, connection) for connection in chain}
+    before = outputs(model, example)
+    operation = Operation(model, f"{dressing} on {type(model).__name__}", {}, {}, {})
+    try:
+        after = dressed_outputs(operation, chain, places, dressing, preserve, example)
+        operation.report = {"difference": difference(before, after)}
+        if preserve and not operation.report["difference"] <= tolerance:
+            raise SkipwayError(
+                f"the output changed by {operation.report['difference']:.3g} of its largest value, more than "
+                f"tolerance={tolerance:g}, and was put back; preserve=False does not ask for that"
+            )
+    except BaseException:
+        operation.undo()
+        raise
+    return operation
+
+
+def dressed_outputs(
+    operation: Operation,
+    chain: Chain[WatchedConnection],
+    places: dict[str, Place | str],
+    scheme: Scheme,
+    preserve: bool | Preserve,
+    example: Example,
+) -> list[Tensor]:
+    """Dress what can be dressed, and return what the model puts out then.
+
+    What was put behind a module has to run once in a pass. Where it does not (a forward that loops over all of its
+    children runs it twice), everything is taken back and done again without that connection.
+    """
+    while True:
+        inserted = dress(operation, chain, places, scheme, preserve)
+        if not operation.touched:
+            reasons = "; ".join(dict.fromkeys(operation.refused.values()))
+            raise SkipwayError(f"no connection of {type(operation.model).__name__} can be dressed: {reasons}")
+        with counting(inserted) as runs:
+            after = outputs(operation.model, example)
+        wrong = {name: count for name, count in runs.items() if count != 1}
+        if not wrong:
+            return after
+        while operation.steps:
+            operation.steps.pop()()
+        for name, count in wrong.items():
+            places[name] = f"what is put behind {operation.touched[name]} runs {count} times in a pass"
+
+
+@contextmanager
+def counting(inserted: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Within it, how often each module runs."""
+    runs = dict.fromkeys(inserted, 0)
+
+    def count(name: str, *_: Any) -> None:
+        runs[name] += 1
+
+    handles = [module.register_forward_pre_hook(partial(count, name)) for name, module in inserted.items()]
+    try:
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def needed_structure(scheme: Scheme, connection: WatchedConnection) -> str | None:
+    """What a scheme would change in a connection that cannot be changed from outside; None where that is nothing.
+
+    Each hook is asked with what stands there: a scheme that would move a norm that is not there moves nothing.
+    """
+    site, norms = connection.site, connection.seen.norms
+    parts: dict[str, tuple[Part, ...]] = dict.fromkeys(norms, ("norm",))
+    placement = Placement(**parts)
+    if scheme.place(site, placement) != placement:
+        return "norms or activations in other places"
+    kit = Kit(conv=nn.Conv2d, linear=nn.Linear, norm=nn.LayerNorm if norms else None, act=nn.ReLU)
+    other = scheme.kit(site, kit)
+    conv = other.conv.func if isinstance(other.conv, partial) else other.conv
+    if (conv, other.linear, other.norm, other.act, other.gate, other.before) != (
+        *(kit.conv, kit.linear, kit.norm, kit.act, kit.gate, kit.before),
+    ):
+        return "other norms or maps inside of the branch"
+    if scheme.enter(site) is not None:
+        return "something in front of the branch"
+    return "another shortcut" if scheme.carry(site, None) is not None else None
+
+
+def dress(
+    operation: Operation,
+    chain: Chain[WatchedConnection],
+    places: dict[str, Place | str],
+    scheme: Scheme,
+    preserve: bool | Preserve,
+) -> dict[str, nn.Module]:
+    """Put what the scheme makes behind each branch, where there is a place; returns it by the connections' names."""
+    made: dict[str, nn.Module] = {}
+    touched: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    for connection in chain:
+        place = places[connection.name]
+        structure = needed_structure(scheme, connection)
+        if structure is not None:
+            refused[connection.name] = f"{scheme} means {structure}, which cannot be put on from outside"
+            continue
+        if isinstance(place, str):
+            refused[connection.name] = place
+            continue
+        done = len(operation.steps)
+        try:
+            made[connection.name] = put_on(operation, connection, place, scheme, preserve)
+            touched[connection.name] = place.name
+        except SkipwayError as problem:
+            refused[connection.name] = str(problem)
+            while len(operation.steps) > done:
+                operation.steps.pop()()
+    operation.touched, operation.refused = touched, refused
+    return made
+
+
+def put_on(
+    operation: Operation, connection: WatchedConnection, place: Place, scheme: Scheme, preserve: bool | Preserve
+) -> nn.Module:
+    """Put what the scheme makes behind one branch; each step is noted in the operation as soon as it is taken."""
+    target = operation.model.get_submodule(place.name)
+    inserted = made_for(scheme, connection, place, target)
+    operation.steps.append(behind(target, inserted))
+    operation.steps += on_slow_path(operation.model, place.name)
+    operation.steps += settle(connection, inserted, preserve)
+    return inserted
+
+
+def made_for(scheme: Scheme, connection: WatchedConnection, place: Place, target: nn.Module) -> nn.Module:
+    """The scheme's scale and drop for a connection, on the target's device and in its type and mode."""
+    if place.axis is None:
+        raise SkipwayError("no axis of what is added is as long as the stream is wide")
+    site = replace(connection.site, dim=place.dim, spatial=place.ndim - 1 - place.axis)
+    parts = [part for part in (scheme.scale(site), scheme.drop(site)) if part is not None]
+    if not parts:
+        raise SkipwayError(f"{scheme} puts nothing behind a branch")
+    inserted = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    like = next((p for p in connection.owner.parameters() if p.is_floating_point()), None)
+    if like is not None:
+        inserted.to(like.device, like.dtype)
+    return inserted.train(target.training)
+
+
+def settle(connection: WatchedConnection, inserted: nn.Module, preserve: bool | Preserve) -> list[Callable[[], None]]:
+    """Choose the start of what was inserted so that the network computes what it did; returns what takes it back."""
+    if preserve is False:
+        return []
+    steps: list[Callable[[], None]] = []
+    divisor = 1.0
+    for module in inserted.modules():
+        if isinstance(module, Gain) and preserve == "divide":
+            divisor *= module.init * module.factor
+        elif isinstance(module, Gain):
+            with torch.no_grad():
+                module.gain.fill_(1 / module.factor)
+            module.init = 1 / module.factor
+        elif isinstance(module, Multiply):
+            divisor *= module.factor
+    if divisor == 0:
+        raise SkipwayError("a gain that starts at 0 cannot be divided out; preserve=True starts it at 1")
+    if divisor != 1:
+        name = connection.seen.closing or connection.seen.last
+        parameters = [] if name is None else connection.model.get_submodule(name).parameters()
+        kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        connection.multiply_(1 / divisor)
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for parameter, old in kept:
+                parameter.copy_(old)
+
+        steps.append(put_back)
+    return steps

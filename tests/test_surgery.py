@@ -1,0 +1,674 @@
+"""`rescheme` and `undo` on networks that others wrote: what is promised is kept, what cannot be done is refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import skipway as sw
+from skipway.errors import SkipwayError
+from skipway.nn import DropPath, Gain, Multiply
+from skipway.surgery import Operation, rescheme, undo
+
+
+class InPlace(nn.Module):
+    """A bottleneck as everybody writes it: out += shortcut."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(dim)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return self.relu(out)
+
+
+class Functional(nn.Module):
+    """Functional activations, and an addition written x + f(x)."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, dim)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(functional.relu(self.norm(x)))
+
+
+class InSequence(nn.Module):
+    """A branch that is one nn.Sequential."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Looping(nn.Module):
+    """A branch whose forward runs all of its children, whatever they are."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = functional.relu(child(x)) + 0.1
+        return x
+
+
+class Around(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class ChannelsLast(nn.Module):
+    """Swin's way: maps of (N, H, W, C)."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 8), nn.Linear(8, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
+class Tuples(nn.Module):
+    """A branch that puts out more than what is added, as attention in transformers does."""
+
+    def __init__(self, kind: Callable[..., object]) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(6, 6), kind
+
+    def forward(self, x: Tensor) -> object:
+        out = functional.gelu(self.linear(x))
+        return self.kind((out, x.mean()))
+
+
+class OfTuples(nn.Module):
+    def __init__(self, kind: Callable[..., object]) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(6), Tuples(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))[0]
+
+
+class TokenMixing(nn.Module):
+    """MLP-Mixer's way: the branch's last module of its own puts out (N, C, T); the one behind it runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.mix = nn.LayerNorm(6), nn.Linear(4, 4)
+        self.norm2, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.mix(functional.gelu(self.norm1(x)).transpose(1, 2)).transpose(1, 2))
+        return x + self.drop_path(self.down(functional.gelu(self.up(self.norm2(x)))))
+
+
+class Wider(nn.Module):
+    """ReXNet's way: the branch has more channels than the stream, and adds to the first of them."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.dim, self.up, self.down = dim, nn.Conv2d(dim, 8, 1), nn.Conv2d(8, dim + 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.down(functional.relu(self.up(x)))
+        return torch.cat([x + out[:, : self.dim], out[:, self.dim :]], 1)
+
+
+class Block(nn.Module):
+    """A pre-norm MLP connection."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.norm, self.up, self.act, self.down = nn.LayerNorm(dim), nn.Linear(dim, 8), nn.GELU(), nn.Linear(8, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+class Twice(nn.Module):
+    """One block that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(x))
+
+
+def images() -> Tensor:
+    return torch.randn(2, 6, 5, 5)
+
+
+def images3() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 4, 6)
+
+
+def encoder(norm_first: bool = True) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+# networks, their input, and how many connections are dressed
+NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = {
+    "in place": (lambda: nn.Sequential(InPlace(), InPlace()), images, 2),
+    "functional": (lambda: nn.Sequential(nn.Conv2d(6, 6, 1), Functional(), Functional()), images, 2),
+    "sequential branch": (lambda: nn.Sequential(InSequence(), InSequence()), images, 2),
+    "encoder": (encoder, tokens, 4),
+    "post-norm encoder": (lambda: encoder(norm_first=False), tokens, 4),
+    "NHWC": (lambda: nn.Sequential(ChannelsLast(), ChannelsLast()), lambda: torch.randn(2, 5, 5, 6), 2),
+    "tuples": (lambda: nn.Sequential(OfTuples(tuple), OfTuples(tuple)), tokens, 2),
+    "lists": (lambda: nn.Sequential(OfTuples(list)), tokens, 1),
+    "wider": (lambda: nn.Sequential(Wider(), Wider(9)), images, 2),
+    "token mixing": (TokenMixing, tokens, 2),
+    "ours": (lambda: sw.build("resnet8", classes=3), lambda: torch.randn(2, 3, 8, 8), 3),
+    "ours, ViT": (lambda: sw.build("vit-tiny-16", depth=2, dim=12, heads=2, image=8, patch=4), images3, 4),
+}
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Away from zeros and ones, where mistakes would hide."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def made(name: str) -> tuple[nn.Module, Tensor, int]:
+    build, example, count = NETS[name]
+    return shaken(build()).eval(), example(), count
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def gains(model: nn.Module) -> list[nn.Parameter]:
+    return [module.gain for module in model.modules() if isinstance(module, Gain)]
+
+
+def assert_same(model: nn.Module, keys: dict[str, Tensor], types: list[type]) -> None:
+    assert list(model.state_dict()) == list(keys)
+    assert all(torch.equal(value, keys[key]) for key, value in model.state_dict().items())
+    assert kinds(model) == types
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_outputs_stay_gradients_reach_and_undo_puts_back(name):
+    model, x, count = made(name)
+    keys, types = state(model), kinds(model)
+    with torch.no_grad():
+        expected = model(x)
+    operation = rescheme(model, "layerscale", x)
+    assert len(operation.touched) == count, operation
+    assert not operation.refused
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
+    new = set(model.state_dict()) - set(keys)
+    assert set(keys) <= set(model.state_dict())
+    assert len(new) == count
+    assert all(key.endswith("residual_scale.gain") for key in new)
+    model(x).square().mean().backward()
+    assert all(gain.grad is not None and gain.grad.abs().max() > 0 for gain in gains(model)[-count:])
+    assert undo(operation) is model
+    assert_same(model, keys, types)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_gain_of_zero_silences_every_branch_with_and_without_gradients(name):
+    """torch's fused layers, containers and forwards that loop all have to let the gain act once."""
+    model, x, count = made(name)
+    before = len(gains(model))
+    rescheme(model, "skipinit", x)
+    with torch.no_grad():
+        for gain in gains(model):
+            gain.fill_(2.0)
+    slow = model(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), slow, rtol=1e-5, atol=1e-5)
+        for gain in gains(model):
+            gain.fill_(0.0)
+        silent = model(x)
+    assert len(gains(model)) == before + count
+    if name in ("functional", "sequential branch", "NHWC", "tuples", "lists", "encoder"):
+        stem = model[0](x) if name == "functional" else x  # type: ignore[index]
+        torch.testing.assert_close(silent, stem)
+    assert not torch.allclose(silent, slow)
+
+
+def test_a_gain_acts_once_behind_a_sequential():
+    model = InSequence().eval()
+    x = images()
+    branch = model(x) - x
+    operation = rescheme(model, "skipinit", x)
+    with torch.no_grad():
+        gains(model)[0].fill_(3.0)
+    assert operation.touched == {"": "body.2"}
+    torch.testing.assert_close(model(x), x + 3 * branch)
+
+
+def test_a_scale_per_channel_stands_on_the_channels_of_a_transposed_branch():
+    model, x = TokenMixing().eval(), tokens()
+    assert rescheme(model, "layerscale", x).touched == {":1": "mix", ":2": "down"}
+    assert model.mix.residual_scale.shape == (6, 1)
+    assert model.down.residual_scale.shape == (6,)
+
+
+def test_a_branch_wider_than_the_stream_is_scaled_as_a_whole():
+    model, x = Wider().eval(), images()
+    assert rescheme(model, "layerscale", x).touched == {"": "down"}
+    assert model.down.residual_scale.shape == (9, 1, 1)
+    with torch.no_grad():
+        gains(model)[0].zero_()
+        assert torch.equal(model(x), functional.pad(x, (0, 0, 0, 0, 0, 3)))
+
+
+def test_a_slice_whose_rest_goes_elsewhere_is_no_branch_to_scale():
+    class Gated(Wider):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.down(functional.relu(self.up(x)))
+            return (x + out[:, : self.dim]) * out[:, self.dim :].mean(1, keepdim=True)
+
+    with pytest.raises(SkipwayError, match="made in the forward that adds"):
+        rescheme(Gated().eval(), "layerscale", images())
+
+
+def test_a_branch_that_would_run_the_scale_twice_is_left_alone():
+    model = Around(Looping()).eval()
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match="runs 2 times"):
+        rescheme(model, "layerscale", images())
+    assert_same(model, keys, types)
+
+
+def test_training_mode_computes_the_same():
+    for name in ("in place", "functional", "encoder"):
+        model, x, _ = made(name)
+        twin = copy.deepcopy(model).train()
+        rescheme(model.train(), "layerscale", x)
+        assert all(module.training for module in model.modules())
+        torch.testing.assert_close(model(x), twin(x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_stay(training):
+    model, x, _ = made("in place")
+    model.train(training)
+    model[0].bn1.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    rescheme(model, "stochasticdepth(probability=0.5)", x)
+    after = {name: module.training for name, module in model.named_modules()}
+    assert {name: after[name] for name in modes} == modes
+    assert after["0.bn2.residual_scale"] is training
+    torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
+
+
+def test_type_and_device():
+    model, x, _ = made("functional")
+    rescheme(model.double(), "layerscale", x.double())
+    assert {gain.dtype for gain in gains(model)} == {torch.float64}
+    model, x, _ = made("NHWC")
+    rescheme(model.bfloat16(), "layerscale", x.bfloat16(), tolerance=1e-2)
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    model, x, _ = made("NHWC")
+    operation = rescheme(model.to("meta"), "layerscale", x.to("meta"))
+    assert all(gain.is_meta for gain in gains(model))
+    assert len(operation.touched) == 2
+
+
+def test_hooks_stay():
+    model, x, _ = made("in place")
+    seen: list[str] = []
+    handle = model[0].bn2.register_forward_hook(lambda *_: seen.append("forward"))
+    model[0].bn2.register_full_backward_hook(lambda *_: seen.append("backward"))
+    operation = rescheme(model, "layerscale", x)
+    assert operation.touched["0"] == "0.bn2"
+    seen.clear()
+    model[0].bn2(x.requires_grad_()).sum().backward()
+    assert seen == ["forward", "backward"]
+    operation.undo()
+    seen.clear()
+    model[0].bn2(x)
+    assert seen == ["forward"]
+    handle.remove()
+
+
+def test_tied_weights_stay_tied():
+    model, x, _ = made("NHWC")
+    model[1].up.weight = model[0].up.weight
+    operation = rescheme(model, "layerscale", x)
+    assert model[1].up.weight is model[0].up.weight
+    operation.undo()
+    assert model[1].up.weight is model[0].up.weight
+
+
+def test_a_division_that_would_hit_a_tied_weight_is_put_back():
+    model, x, _ = made("NHWC")
+    model[1].down.weight = model[0].down.weight
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match="the output changed by"):
+        rescheme(model, "skipinit(init=0.5)", x, preserve="divide")
+    assert_same(model, keys, types)
+
+
+@pytest.mark.parametrize("name", ["in place", "encoder", "tuples"])
+def test_copies_are_independent(name):
+    model, x, count = made(name)
+    rescheme(model, "layerscale", x)
+    twin = copy.deepcopy(model)
+    assert kinds(twin) == kinds(model)
+    torch.testing.assert_close(twin(x), model(x))
+    with torch.no_grad():
+        for gain in gains(twin):
+            gain.zero_()
+    assert all(gain.abs().max() > 0 for gain in gains(model))
+    assert not torch.allclose(twin(x), model(x))
+    assert len(gains(twin)) == count
+
+
+@pytest.mark.parametrize("name", ["in place", "sequential branch", "encoder"])
+def test_weights_saved_load_into_a_fresh_copy(name, tmp_path):
+    model, x, _ = made(name)
+    fresh = copy.deepcopy(model)
+    rescheme(model, "layerscale", x)
+    shaken(model)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    rescheme(shaken(fresh), "layerscale", x)
+    fresh.load_state_dict(load_file(tmp_path / "weights.safetensors"), strict=True)
+    torch.testing.assert_close(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["in place", "functional", "sequential branch", "NHWC", "encoder"])
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_in_one_graph(name):
+    model, x, _ = made(name)
+    rescheme(model, "layerscale + stochasticdepth", x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_is_operated_on_inside():
+    model, x, _ = made("NHWC")
+    operation = rescheme(torch.compile(model, backend="eager"), "layerscale", x)
+    assert operation.model is model
+
+
+def test_blocks_that_run_twice_are_refused():
+    model = Twice().eval()
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match=r"runs 2 times in a pass, so a scale behind it would be shared"):
+        rescheme(model, "layerscale", tokens())
+    assert_same(model, keys, types)
+
+
+def test_no_connection_says_what_was_looked_at():
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    with pytest.raises(SkipwayError, match=r"of its additions 1 were looked at and refused, the first since"):
+        rescheme(Parallel(), "layerscale", images())
+    with pytest.raises(SkipwayError, match="has no residual connection"):
+        rescheme(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), "layerscale", tokens())
+
+
+@pytest.mark.parametrize("scheme", ["fixup", "normfree", "deepnorm", "preactivation", "plain", "identity"])
+def test_schemes_of_another_structure_are_refused(scheme):
+    model, x, _ = made("in place")
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match=r"cannot be put on from outside|puts nothing behind a branch"):
+        rescheme(model, scheme, x)
+    assert_same(model, keys, types)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind", "init"),
+    [
+        ("layerscale(init=0.1)", Gain, 0.1),
+        ("skipinit(init=0.0)", Gain, 0.0),
+        ("rezero", Gain, 0.0),
+        ("depthscaled", Multiply, None),
+        ("stochasticdepth(probability=0.3)", DropPath, None),
+        ("layerscale(init=0.1) + stochasticdepth(probability=0.3)", nn.Sequential, 0.1),
+        ("layerscale(init=0.1) + depthscaled", nn.Sequential, 0.1),
+    ],
+)
+@pytest.mark.parametrize("preserve", [True, "one", "divide", False])
+def test_schemes_and_how_they_start(scheme, kind, init, preserve):
+    model, x, _ = made("functional")
+    keys, types = state(model), kinds(model)
+    expected = model(x).detach()
+    if preserve == "divide" and init == 0:
+        with pytest.raises(SkipwayError, match="cannot be divided out"):
+            rescheme(model, scheme, x, preserve=preserve)
+        assert_same(model, keys, types)
+        return
+    operation = rescheme(model, scheme, x, preserve=preserve)
+    assert isinstance(model[1].conv.residual_scale, kind)
+    start = 1.0 if preserve in (True, "one") else init
+    for gain in gains(model):
+        torch.testing.assert_close(gain.detach(), torch.full_like(gain, start))
+    changed = preserve is False and (init is not None or "depthscaled" in scheme)
+    assert torch.allclose(model(x), expected, atol=1e-5) is not changed
+    assert (operation.report["difference"] > 1e-3) is changed
+    operation.undo()
+    assert_same(model, keys, types)
+    assert torch.equal(model(x), expected)
+
+
+def test_resetting_a_preserved_gain_keeps_its_start():
+    model, x, _ = made("functional")
+    rescheme(model, "skipinit", x)
+    gain = model[1].conv.residual_scale
+    gain.reset_parameters()
+    assert gain.gain.item() == 1
+
+
+def test_what_changes_the_output_is_put_back():
+    """A model whose passes differ cannot be verified."""
+
+    class Restless(Functional):
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Restless.passes += 1
+            return super().forward(x) * Restless.passes
+
+    model = Restless().eval()
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match=r"more than tolerance=1e-05, and was put back"):
+        rescheme(model, "layerscale", images())
+    assert_same(model, keys, types)
+
+
+def test_outputs_that_are_no_numbers_are_no_proof():
+    model, x, _ = made("functional")
+    with torch.no_grad():
+        model[1].conv.bias[0] = float("nan")
+    with pytest.raises(SkipwayError, match="changed by inf"):
+        rescheme(model, "layerscale", x)
+
+
+def test_frozen_parameters_stay_frozen_and_the_gains_learn():
+    model, x, count = made("in place")
+    model.requires_grad_(False)
+    rescheme(model, "layerscale", x)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == count
+    assert all(name.endswith("residual_scale.gain") for name in trained)
+    model(x).sum().backward()
+    assert all(gain.grad is not None for gain in gains(model))
+
+
+def test_twice_is_an_error_and_undo_twice_too():
+    model, x, _ = made("sequential branch")
+    operation = rescheme(model, "layerscale", x)
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match="stands a scale already; undo that first"):
+        rescheme(model, "skipinit", x)
+    assert_same(model, keys, types)
+    operation.undo()
+    with pytest.raises(SkipwayError, match="was undone already"):
+        operation.undo()
+    assert len(rescheme(model, "skipinit", x).touched) == 2
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
+    model, x, _ = made("in place")
+    keys, types = state(model), kinds(model)
+    scale = sw.LayerScale.scale
+
+    def failing(self, site):
+        if site.index == 1:
+            raise RuntimeError("no more")
+        return scale(self, site)
+
+    monkeypatch.setattr(sw.LayerScale, "scale", failing)
+    with pytest.raises(RuntimeError, match="no more"):
+        rescheme(model, "layerscale", x)
+    assert_same(model, keys, types)
+
+
+def test_modules_that_cannot_be_dressed_are_left_alone_and_said():
+    model, x, _ = made("functional")
+    model[1].conv.residual_scale = 3
+    model[2].conv.forward = model[2].conv.forward
+    with pytest.raises(SkipwayError, match=r"has a residual_scale of its own; the forward of this Conv2d was replaced"):
+        rescheme(model, "layerscale", x)
+    del model[2].conv.forward
+    operation = rescheme(model, "layerscale", x)
+    assert list(operation.touched) == ["2"]
+    assert "left alone: 1: this Conv2d has a residual_scale of its own" in str(operation)
+
+
+def test_what_something_else_reads_is_left_alone():
+    class Read(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            branch = self.down(self.act(self.up(self.norm(x))))
+            return (x + branch) * branch.mean()
+
+    with pytest.raises(SkipwayError, match="read by something else"):
+        rescheme(Read(), "layerscale", tokens())
+
+
+def test_a_module_that_passes_the_branch_on_elsewhere_is_not_the_place():
+    class Elsewhere(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tap = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            branch = self.down(self.act(self.up(self.norm(x))))
+            out = x + branch
+            self.tap(branch)
+            return out
+
+    model = Elsewhere().eval()
+    assert rescheme(model, "layerscale", tokens()).touched == {"": "down"}
+    model(tokens()).sum().backward()
+    assert gains(model)[0].grad is not None
+
+
+def test_a_factor_behind_the_last_map_is_passed():
+    class Scaled(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.rand(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + functional.dropout(self.gamma * self.down(self.act(self.up(self.norm(x)))), 0.1, self.training)
+
+    operation = rescheme(Scaled().eval(), "skipinit", tokens())
+    assert operation.touched == {"": "down"}
+    assert re.match(r"skipinit\(.*\) on Scaled: 1 connections; difference 0$", str(operation))
+
+
+def test_bad_input():
+    model, x, _ = made("functional")
+    with pytest.raises(SkipwayError, match="unknown scheme"):
+        rescheme(model, "layerscal", x)
+    with pytest.raises(SkipwayError, match="fails on this example"):
+        rescheme(model, "layerscale", tokens())
+    assert isinstance(rescheme(model, sw.LayerScale(), (x,)), Operation)
+
+
+def test_torchscript_is_refused():
+    with pytest.raises(SkipwayError, match="is a TorchScript module"):
+        rescheme(torch.jit.trace(Block().eval(), tokens()), "layerscale", tokens())
+
+
+def test_control_flow_that_reads_values_is_followed_on_the_example():
+    class Reading(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.abs().sum()) > 0 else x
+
+    model = nn.Sequential(Reading(), Reading()).eval()
+    assert rescheme(model, "layerscale", tokens()).touched == {"0": "0.down", "1": "1.down"}
+
+
+def test_fused_layers_run_part_by_part_until_undo():
+    layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), tokens()
+    before = (model.use_nested_tensor, model.layers[1].activation_relu_or_gelu)
+    operation = rescheme(model, "skipinit", x)
+    assert not model.use_nested_tensor
+    assert not model.layers[1].activation_relu_or_gelu
+    with torch.no_grad():
+        kept = model(x)
+        gains(model)[0].zero_()
+        assert not torch.allclose(model(x), kept)
+    operation.undo()
+    assert (model.use_nested_tensor, model.layers[1].activation_relu_or_gelu) == before
+
+
+def test_a_division_without_effect_is_put_back():
+    """The weight of a parametrised map is computed anew in each pass, so that nothing in place lasts."""
+    branch = nn.Sequential(nn.LayerNorm(6), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    model, x = Around(branch).eval(), tokens()
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match="the output changed by"):
+        rescheme(model, "skipinit(init=0.5)", x, preserve="divide")
+    assert_same(model, keys, types)
+    assert rescheme(model, "skipinit", x).touched == {"": "branch.2"}

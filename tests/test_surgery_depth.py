@@ -1,0 +1,168 @@
+"""Changing depth and taking norms out: what is promised is measured, and everything can be taken back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import skipway as sw
+from skipway.surgery import deepen, influence, lesion, remove_norm, shorten, undo
+
+
+class Block(nn.Module):
+    """conv-bn-relu-conv-bn with an identity skip, as everybody writes it."""
+
+    def __init__(self, after: bool = True) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(2))
+        self.bn1, self.bn2, self.after = nn.BatchNorm2d(6), nn.BatchNorm2d(6), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return F.relu(out) if self.after else out
+
+
+class Net(nn.Module):
+    def __init__(self, blocks: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.blocks = nn.Sequential(*(Block() for _ in range(blocks)))
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+X = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+def state(model: nn.Module) -> tuple[list[str], list[type], Tensor]:
+    with torch.no_grad():
+        return list(model.state_dict()), [type(module) for module in model.modules()], model(X)
+
+
+OPERATIONS = {
+    "lesion": lambda m: lesion(m, ["blocks.1"], X),
+    "shorten": lambda m: shorten(m, 2, X),
+    "deepen": lambda m: deepen(m, 3, X),
+    "fold": lambda m: remove_norm(m, X, how="fold"),
+    "skipinit": lambda m: remove_norm(m, X),
+    "calibrate": lambda m: remove_norm(m, X, calibrate=True),
+}
+
+
+@pytest.mark.parametrize("operate", OPERATIONS.values(), ids=OPERATIONS)
+def test_every_operation_is_taken_back_exactly(net, operate):
+    keys, classes, output = state(net)
+    operation = operate(net)
+    assert operation.touched
+    assert "difference" in str(operation)
+    undo(operation)
+    assert state(net)[:2] == (keys, classes)
+    assert torch.equal(state(net)[2], output)
+    with pytest.raises(sw.SkipwayError, match="undone already"):
+        operation.undo()
+
+
+def test_a_lesion_is_the_skip_alone(net):
+    expected = nn.Sequential(net.stem, *(b for n, b in enumerate(net.blocks) if n != 1))(X)
+    lesion(net, ["blocks.1"], X)
+    torch.testing.assert_close(net.blocks(net.stem(X)), expected)  # relu(x + 0) is x behind a relu
+    with pytest.raises(sw.SkipwayError, match="'blocks.1'"):
+        lesion(net, ["nonsense"], X)
+
+
+def test_the_least_influential_blocks_go(net):
+    with torch.no_grad():
+        net.blocks[2].bn2.weight.mul_(1e-3)
+        net.blocks[2].bn2.bias.mul_(1e-3)
+    measured = influence(net, X)
+    assert next(iter(measured)) == "blocks.2"
+    assert len(measured) == 4
+    operation = shorten(net, 3, X)
+    assert list(operation.touched) == ["blocks.2"]
+    assert "blocks.2.conv1.weight" not in net.state_dict()
+    assert operation.report["difference"] < 0.05
+    with pytest.raises(sw.SkipwayError, match="0 to that"):
+        shorten(net, 9, X)
+
+
+def test_a_score_of_ones_own_decides(net):
+    first = net.blocks[0]
+    measured = influence(net, X, score=lambda model: float(model.blocks[0] is first))
+    assert measured["blocks.0"] == 1
+    assert sum(measured.values()) == 1
+
+
+def test_copies_start_silent_and_learn(net):
+    keys, _, before = state(net)
+    operation = deepen(net, 2, X)
+    assert operation.report["difference"] <= 1e-6
+    torch.testing.assert_close(net(X), before)
+    assert set(keys) < set(net.state_dict())
+    net.train()(X).square().sum().backward()
+    added = {name: p for name, p in net.named_parameters() if name not in keys}
+    closing = [p for name, p in added.items() if name.endswith("bn2.weight")]
+    assert len(closing) == 2
+    assert all(bool(p.grad.any()) for p in closing)
+    with pytest.raises(sw.SkipwayError, match="1 to that"):
+        deepen(net, 9, X)
+
+
+def test_behind_post_norm_a_copy_is_no_identity():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    for block in model.layers:
+        nn.init.normal_(block.norm2.bias)
+    x = torch.randn(2, 3, 8)
+    before, keys = model(x), list(model.state_dict())
+    with pytest.raises(sw.SkipwayError, match="not the identity"):
+        deepen(model, 1, x)
+    assert torch.equal(model(x), before)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("how", ["fold", "skipinit"])
+def test_without_norms_the_function_stays_and_training_goes_on(net, how):
+    _, _, before = state(net)
+    operation = remove_norm(net, X, how=how)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    torch.testing.assert_close(net(X), before, rtol=1e-4, atol=1e-5)
+    assert operation.touched["blocks.0.bn1"] == "into blocks.0.conv1"
+    assert operation.touched["norm"] == "a factor and a shift in its place"  # behind a rectifier, not behind a map
+    net.train()(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    gains = [name for name, _ in net.named_parameters() if "residual_scale" in name]
+    assert len(gains) == (4 if how == "skipinit" else 0)
+
+
+def test_shared_maps_are_not_folded_into():
+    shared = nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(shared, nn.BatchNorm2d(4), nn.ReLU(), shared, nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 4, 3, 3)
+    before = model(x)
+    operation = remove_norm(model, x, how="fold")
+    assert set(operation.touched.values()) == {"a factor and a shift in its place"}
+    torch.testing.assert_close(model(x), before)
+
+
+def test_nothing_to_fold_is_said():
+    with pytest.raises(sw.SkipwayError, match="nothing to fold"):
+        remove_norm(nn.Linear(3, 3), torch.randn(2, 3))
