@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from skipway.anatomy import chain_of
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply
+from skipway.surgery.admission import admitted
 from skipway.surgery.insertion import behind, on_slow_path
 from skipway.surgery.operation import Operation
 from skipway.surgery.places import place_behind
 from skipway.surgery.verifying import difference, outputs
-from skipway.tracing import Example, untouched, unwrapped, watch
+from skipway.tracing import Example, untouched, watch
 from skipway.tracing.watching import call
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
@@ -48,7 +49,7 @@ def lesion(model: nn.Module, connections: Iterable[str], example: Example) -> Op
     >>> torch.equal(layer(x), x)
     True
     """
-    model = unwrapped(model)
+    model = admitted(model)
     program = watch(model, example)
     chain = chain_of(model, program)
     known = {connection.name: connection for connection in chain}
@@ -115,12 +116,12 @@ def influence(model: nn.Module, example: Example, score: Score | None = None) ->
         score: model → number, higher is better (accuracy on a validation set, say); the influence is what is lost
             without the block. By default the mean relative change of the output, |f(x) − f₋ₗ(x)| / |f(x)|.
     """
-    model = unwrapped(model)
+    model = admitted(model)
     whole = outputs(model, example) if score is None else score(model)
     found = {}
     for name in blocks_of(model, example):
         kept = model.get_submodule(name)
-        model.set_submodule(name, Skipped())
+        model.set_submodule(name, Skipped().train(kept.training))
         try:
             if score is None:
                 found[name] = difference(whole, outputs(model, example), mean=True)  # type: ignore[arg-type]
@@ -149,7 +150,7 @@ def shorten(model: nn.Module, to: int, example: Example, score: Score | None = N
     Raises:
         SkipwayError: fewer blocks can be left out than asked for.
     """
-    model = unwrapped(model)
+    model = admitted(model)
     measured = influence(model, example, score)
     surplus = len(measured) - to
     if to < 0 or surplus < 0:
@@ -158,7 +159,7 @@ def shorten(model: nn.Module, to: int, example: Example, score: Score | None = N
     operation = Operation(model, f"{type(model).__name__} shortened to {to} blocks", {}, {}, {})
     for name in list(measured)[:surplus]:
         kept = model.get_submodule(name)
-        model.set_submodule(name, Skipped())
+        model.set_submodule(name, Skipped().train(kept.training))
         operation.steps.append(lambda name=name, kept=kept: model.set_submodule(name, kept))
     operation.touched = {name: f"influence {measured[name]:.3g}" for name in list(measured)[:surplus]}
     operation.report = {**measured, "difference": difference(before, outputs(model, example))}
@@ -180,7 +181,7 @@ def deepen(model: nn.Module, by: int, example: Example, *, tolerance: float = 1e
         SkipwayError: too many are asked for, a block's branch has no last map, or the output changes (behind
             post-norm a copy is no identity); the model is as before.
     """
-    model = unwrapped(model)
+    model = admitted(model)
     blocks = blocks_of(model, example)
     if not 1 <= by <= len(blocks):
         raise SkipwayError(f"by={by}: {len(blocks)} blocks of {type(model).__name__} can be copied, so 1 to that")

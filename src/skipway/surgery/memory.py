@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from skipway.errors import SkipwayError
+from skipway.surgery.admission import admitted, refuse_branching
 from skipway.surgery.depth import blocks_of
 from skipway.surgery.operation import Operation
 from skipway.surgery.verifying import difference, outputs
-from skipway.tracing import Example, untouched, unwrapped
+from skipway.tracing import Example, untouched
 from skipway.tracing.watching import call
 
 __all__ = ["checkpointed", "saved_bytes", "skip_compute"]
@@ -47,18 +47,24 @@ def skip_compute(model: nn.Module, rate: float, example: Example, *, rising: boo
     """
     if not 0 < rate < 1:
         raise SkipwayError(f"rate={rate}: the share of samples that a block skips has to be between 0 and 1")
-    model = unwrapped(model)
+    model = admitted(model)
+    refuse_branching(model, example, "skip_compute")
     blocks = present(model, example)
     before = outputs(model, example)
     operation = Operation(model, f"{type(model).__name__} skips up to {rate:g} of its blocks' samples", {}, {}, {})
     touched = {}
-    for number, name in enumerate(blocks, start=1):
-        block, own = model.get_submodule(name), rate * (number / len(blocks) if rising else 1)
-        block.skipped = own  # type: ignore[assignment]
-        operation.steps += [changed(block, skipping(type(block))), lambda block=block: delattr(block, "skipped")]
-        touched[name] = f"rate {own:.3g}"
+    try:
+        for number, name in enumerate(blocks, start=1):
+            block, own = model.get_submodule(name), rate * (number / len(blocks) if rising else 1)
+            operation.steps.append(changed(block, skipping(type(block))))
+            block.skipped = own  # type: ignore[assignment]
+            operation.steps.append(partial(delattr, block, "skipped"))
+            touched[name] = f"rate {own:.3g}"
+        operation.report = {"difference": difference(before, outputs(model, example))}
+    except BaseException:
+        operation.undo()
+        raise
     operation.touched = touched
-    operation.report = {"difference": difference(before, outputs(model, example))}
     return operation
 
 
@@ -95,20 +101,24 @@ def checkpointed(model: nn.Module, example: Example) -> Operation:
     Raises:
         SkipwayError: the model has no block that carries x itself.
     """
-    model = unwrapped(model)
+    model = admitted(model)
     blocks = present(model, example)
     kept = saved_bytes(model, example)
     before = outputs(model, example)
     operation = Operation(model, f"{type(model).__name__} checkpoints {len(blocks)} blocks", {}, {}, {})
-    for name in blocks:
-        block = model.get_submodule(name)
-        operation.steps.append(changed(block, recomputing(type(block))))
+    try:
+        for name in blocks:
+            block = model.get_submodule(name)
+            operation.steps.append(changed(block, recomputing(type(block))))
+        operation.report = {
+            "difference": difference(before, outputs(model, example)),
+            "bytes before": kept,
+            "bytes after": saved_bytes(model, example),
+        }
+    except BaseException:
+        operation.undo()
+        raise
     operation.touched = dict.fromkeys(blocks, "computed again in the backward pass")
-    operation.report = {
-        "difference": difference(before, outputs(model, example)),
-        "bytes before": kept,
-        "bytes after": saved_bytes(model, example),
-    }
     return operation
 
 
@@ -117,7 +127,8 @@ def recomputing(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `kind` whose inside is computed again in the backward pass."""
 
     def inside(self: nn.Module, *given: Any, **named: Any) -> Any:
-        if torch._C._current_graph_task_id() == -1:  # not within a backward pass
+        # the compiler recomputes operators, and writes what is written into a buffer once
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not within a backward pass
             return kind.forward(self, *given, **named)
         with statistics_kept(self):
             return kind.forward(self, *given, **named)
@@ -132,19 +143,30 @@ def recomputing(kind: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Running statistics as they were, however often the block runs."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    """Buffers as they were, running statistics among them, whatever the block writes into them."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in block.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and module.training
+    ]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, old in kept:
-                buffer.copy_(old)
+        for module, name, buffer, old in kept:
+            module._buffers[name] = buffer
+            # past autograd, which may have kept a buffer that nothing wrote into
+            buffer.data.copy_(old)
 
 
 def changed(module: nn.Module, kind: type[nn.Module]) -> Callable[[], None]:
-    """Give a module another class; what gives it back its own."""
+    """Give a module another class; what gives it back its own.
+
+    Raises:
+        SkipwayError: the module's forward is an attribute of the instance, which a class does not reach.
+    """
+    if "forward" in module.__dict__:
+        raise SkipwayError(f"the forward of this {type(module).__name__} was replaced on the instance")
     own = type(module)
     module.__class__ = kind
 

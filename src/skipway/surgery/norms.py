@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipway.errors import SkipwayError
+from skipway.surgery.admission import admitted, refuse_branching
 from skipway.surgery.operation import Operation
 from skipway.surgery.rescheme import rescheme
 from skipway.surgery.verifying import difference, outputs
-from skipway.tracing import Example, Program, untouched, unwrapped, watch
+from skipway.tracing import Example, Program, untouched, watch
 from skipway.tracing.watching import call
+from skipway.values import checked
 
 __all__ = ["remove_norm"]
 
-How = Literal["fold", "skipinit"]
+How = Literal["fold", "skipinit", "normfree"]
 
 
 def remove_norm(
@@ -30,12 +32,17 @@ def remove_norm(
     b ← β + (b − μ) γ/√(σ² + ε), channel by channel (P17). A norm elsewhere (in front of a map, as in pre-activation)
     becomes the same factor and shift with learned values. Folded networks fine-tune badly, since nothing holds the
     stream's size any more; "skipinit" therefore puts a learned scalar of 1 behind every branch, whose small steps set
-    the branches' sizes (De & Smith 2020).
+    the branches' sizes (De & Smith 2020). "normfree" dresses the folded network in `NormFree` instead (Brock et al.
+    2021, https://arxiv.org/abs/2101.08692): the branches' weights are standardised in every pass,
+    Ŵ = g (W − μ)/(σ√fan_in) + m, 1/β stands in front of a branch and α g behind it, with g and m such that nothing
+    changes. A trained kernel's mean m is kept as a parameter: it multiplies the sum of the map's input, which no bias
+    can take on. The activations' constants γ are within g. What the paper's theory says of sizes at the start does not
+    hold for trained weights.
 
     Args:
         model: a trained module with running statistics; it is put into evaluation mode for checking only.
         example: what it is called with; with `calibrate` a representative batch.
-        how: "fold", or "skipinit": fold, then SkipInit at 1.
+        how: "fold"; "skipinit": fold, then SkipInit at 1; "normfree": fold, then NormFree with what was trained.
         calibrate: first set the running statistics to those of `example`.
         tolerance: by how much the output may differ, relative to its largest value.
 
@@ -52,13 +59,15 @@ def remove_norm(
     >>> model[1]
     Identity()
     """
-    model = unwrapped(model)
+    model = admitted(model)
+    checked("how", how, get_args(How))
     names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     norms = [name for name in names if model.get_submodule(name).running_mean is not None]
     if not norms:
         raise SkipwayError(
             f"{type(model).__name__} holds {len(names)} BatchNorms, none with running statistics: nothing to fold"
         )
+    refuse_branching(model, example, "remove_norm")
     operation = Operation(model, f"{type(model).__name__} freed of {len(norms)} BatchNorms ({how})", {}, {}, {})
     touched: dict[str, str] = {}
     try:
@@ -69,8 +78,10 @@ def remove_norm(
             target = map_in_front(model, program, name)
             operation.steps += replace_norm(model, name, target)
             touched[name] = "a factor and a shift in its place" if target is None else f"into {target}"
-        if how == "skipinit":
-            operation.steps.append(taking_back(rescheme(model, "skipinit", example)))
+        if how != "fold":
+            dressing = rescheme(model, how, example, tolerance=tolerance)
+            operation.steps.append(taking_back(dressing))
+            operation.refused = dressing.refused
         report = {"difference": difference(before, outputs(model, example))}
         if not report["difference"] <= tolerance:
             raise SkipwayError(f"without norms the output changes by {report['difference']:.3g} of its largest value")

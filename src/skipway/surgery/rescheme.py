@@ -16,12 +16,13 @@ from skipway.errors import SkipwayError
 from skipway.nn import Gain, Multiply
 from skipway.schemes.scheme import Scheme
 from skipway.schemes.scheme import scheme as read_scheme
-from skipway.site import Kit, Part, Placement
+from skipway.surgery.admission import admitted
 from skipway.surgery.insertion import behind, on_slow_path
 from skipway.surgery.operation import Operation
 from skipway.surgery.places import Place, place_behind
+from skipway.surgery.structure import Inside, inside_of, put_inside, step_over, takes_step
 from skipway.surgery.verifying import difference, outputs
-from skipway.tracing import Example, unwrapped, watch
+from skipway.tracing import Example, Program, watch
 
 __all__ = ["rescheme"]
 
@@ -36,15 +37,30 @@ def rescheme(
     preserve: bool | Preserve = True,
     tolerance: float = 1e-5,
 ) -> Operation:
-    """Dress the residual connections of any network in a scheme that multiplies or drops branches, in place.
+    """Dress the residual connections of any network in a scheme, as far as that can be had from outside, in place.
 
     At each connection y = x + F(x) what the scheme puts behind the branch is put behind the module that puts out F(x):
     y = x + s(F(x)). The module becomes an instance of a subclass of its own class and gets one submodule,
-    `residual_scale`; every key of the state dict stays, hooks stay, `torch.compile` goes on working.
+    `residual_scale`; every key of the state dict stays, hooks stay, `torch.compile` goes on working. In the same way
+
+    | the scheme | is had | where |
+    |---|---|---|
+    | multiplies or drops the branch | behind the branch | a module puts out what is added |
+    | puts something in front of maps (Fixup's biases) | `residual_entry` of the map | a plain map that runs once |
+    | standardises weights (NormFree) | `residual_standard` of the map | such a map, no norms, `preserve` |
+    | multiplies the skip (DeepNorm's α) | 1/α on the branch | a norm behind the addition: norm(αx + F) is \
+      norm(x + F/α) but for its ε |
+    | takes a step over the whole network (Fixup, DeepNorm) | with `preserve=False` | all connections can be dressed |
+    | moves norms, replaces them or cuts skips | not at all | |
+
+    The step begins with the scheme's distributions where it changes what branches are built from (He's for Fixup's
+    convolutions, Xavier's for DeepNorm; biases 0), and with the weights that are there otherwise. A projection shortcut
+    gets nothing in front.
 
     Args:
         model: any module that `chain` can read.
-        scheme: SkipInit, ReZero, LayerScale, DepthScaled, StochasticDepth, sums of them, or a spec string.
+        scheme: any, or a sum of them, or a spec string; Fixup and NormFree want a network without norms
+            (`remove_norm`), DeepNorm one with norms behind the additions.
         example: what the model is called with.
         preserve: True or "one": learned gains start at 1, constants are divided out of the map in front, so that the
             network computes what it did; "divide": gains start at the scheme's value, and the map in front is divided
@@ -56,8 +72,8 @@ def rescheme(
         the operation: what was touched, what was refused and why, what was measured, and `.undo()`.
 
     Raises:
-        SkipwayError: the scheme needs another structure, no connection was found or none can be dressed, or the output
-            changed; the model is as before.
+        SkipwayError: the scheme needs another structure (in words), no connection was found or none can be dressed, or
+            the output changed; the model is as before.
 
     >>> layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True).eval()
     >>> operation = rescheme(layer, "layerscale", torch.randn(2, 5, 16))
@@ -69,7 +85,7 @@ def rescheme(
     True
     """
     dressing = read_scheme(scheme)
-    model = unwrapped(model)
+    model = admitted(model)
     program = watch(model, example)
     chain = chain_of(model, program)
     if not chain:
@@ -81,7 +97,7 @@ def rescheme(
     before = outputs(model, example)
     operation = Operation(model, f"{dressing} on {type(model).__name__}", {}, {}, {})
     try:
-        after = dressed_outputs(operation, chain, places, dressing, preserve, example)
+        after = dressed_outputs(operation, chain, places, program, dressing, preserve, example)
         operation.report = {"difference": difference(before, after)}
         if preserve and not operation.report["difference"] <= tolerance:
             raise SkipwayError(
@@ -98,6 +114,7 @@ def dressed_outputs(
     operation: Operation,
     chain: Chain[WatchedConnection],
     places: dict[str, Place | str],
+    program: Program,
     scheme: Scheme,
     preserve: bool | Preserve,
     example: Example,
@@ -108,10 +125,18 @@ def dressed_outputs(
     children runs it twice), everything is taken back and done again without that connection.
     """
     while True:
-        inserted = dress(operation, chain, places, scheme, preserve)
+        inserted = dress(operation, chain, places, program, scheme, preserve)
         if not operation.touched:
             reasons = "; ".join(dict.fromkeys(operation.refused.values()))
             raise SkipwayError(f"no connection of {type(operation.model).__name__} can be dressed: {reasons}")
+        if preserve is False and takes_step(scheme):
+            if operation.refused:
+                reasons = "; ".join(dict.fromkeys(operation.refused.values()))
+                raise SkipwayError(
+                    f"{scheme} starts the whole network, and {len(operation.refused)} of {len(chain)} connections of "
+                    f"{type(operation.model).__name__} cannot be dressed: {reasons}"
+                )
+            operation.steps.append(step_over(chain, scheme))
         with counting(inserted) as runs:
             after = outputs(operation.model, example)
         wrong = {name: count for name, count in runs.items() if count != 1}
@@ -139,32 +164,11 @@ def counting(inserted: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def needed_structure(scheme: Scheme, connection: WatchedConnection) -> str | None:
-    """What a scheme would change in a connection that cannot be changed from outside; None where that is nothing.
-
-    Each hook is asked with what stands there: a scheme that would move a norm that is not there moves nothing.
-    """
-    site, norms = connection.site, connection.seen.norms
-    parts: dict[str, tuple[Part, ...]] = dict.fromkeys(norms, ("norm",))
-    placement = Placement(**parts)
-    if scheme.place(site, placement) != placement:
-        return "norms or activations in other places"
-    kit = Kit(conv=nn.Conv2d, linear=nn.Linear, norm=nn.LayerNorm if norms else None, act=nn.ReLU)
-    other = scheme.kit(site, kit)
-    conv = other.conv.func if isinstance(other.conv, partial) else other.conv
-    if (conv, other.linear, other.norm, other.act, other.gate, other.before) != (
-        *(kit.conv, kit.linear, kit.norm, kit.act, kit.gate, kit.before),
-    ):
-        return "other norms or maps inside of the branch"
-    if scheme.enter(site) is not None:
-        return "something in front of the branch"
-    return "another shortcut" if scheme.carry(site, None) is not None else None
-
-
 def dress(
     operation: Operation,
     chain: Chain[WatchedConnection],
     places: dict[str, Place | str],
+    program: Program,
     scheme: Scheme,
     preserve: bool | Preserve,
 ) -> dict[str, nn.Module]:
@@ -174,17 +178,16 @@ def dress(
     refused: dict[str, str] = {}
     for connection in chain:
         place = places[connection.name]
-        structure = needed_structure(scheme, connection)
-        if structure is not None:
-            refused[connection.name] = f"{scheme} means {structure}, which cannot be put on from outside"
-            continue
-        if isinstance(place, str):
-            refused[connection.name] = place
+        inside = inside_of(scheme, connection, program, preserve=preserve is not False)
+        if isinstance(inside, str):
+            refused[connection.name] = f"{scheme} means {inside}, which cannot be put on from outside"
             continue
         done = len(operation.steps)
         try:
-            made[connection.name] = put_on(operation, connection, place, scheme, preserve)
-            touched[connection.name] = place.name
+            inserted, where = put_on(operation, connection, place, scheme, inside, preserve)
+            if inserted is not None:
+                made[connection.name] = inserted
+            touched[connection.name] = where
         except SkipwayError as problem:
             refused[connection.name] = str(problem)
             while len(operation.steps) > done:
@@ -194,30 +197,40 @@ def dress(
 
 
 def put_on(
-    operation: Operation, connection: WatchedConnection, place: Place, scheme: Scheme, preserve: bool | Preserve
-) -> nn.Module:
-    """Put what the scheme makes behind one branch; each step is noted in the operation as soon as it is taken."""
-    target = operation.model.get_submodule(place.name)
-    inserted = made_for(scheme, connection, place, target)
-    operation.steps.append(behind(target, inserted))
-    operation.steps += on_slow_path(operation.model, place.name)
-    operation.steps += settle(connection, inserted, preserve)
-    return inserted
+    operation: Operation,
+    connection: WatchedConnection,
+    place: Place | str,
+    scheme: Scheme,
+    inside: Inside,
+    preserve: bool | Preserve,
+) -> tuple[nn.Module | None, str]:
+    """Put what the scheme makes into and behind one branch; each step is noted as soon as it is taken.
 
-
-def made_for(scheme: Scheme, connection: WatchedConnection, place: Place, target: nn.Module) -> nn.Module:
-    """The scheme's scale and drop for a connection, on the target's device and in its type and mode."""
+    Returns what was put behind the branch, and behind which module.
+    """
+    put_inside(connection, inside, operation.steps, preserve=preserve is not False)
+    site = connection.site
+    if isinstance(place, Place) and place.axis is not None:
+        site = replace(site, dim=place.dim, spatial=place.ndim - 1 - place.axis)
+    skip = None if inside.skip == 1 else Multiply(1 / inside.skip)
+    parts = [part for part in (scheme.scale(site), skip, scheme.drop(site)) if part is not None]
+    if not parts:
+        if not inside and (preserve is not False or not takes_step(scheme)):
+            raise SkipwayError(f"{scheme} puts nothing behind a branch")
+        return None, ", ".join(connection.seen.maps)
+    if isinstance(place, str):
+        raise SkipwayError(place)
     if place.axis is None:
         raise SkipwayError("no axis of what is added is as long as the stream is wide")
-    site = replace(connection.site, dim=place.dim, spatial=place.ndim - 1 - place.axis)
-    parts = [part for part in (scheme.scale(site), scheme.drop(site)) if part is not None]
-    if not parts:
-        raise SkipwayError(f"{scheme} puts nothing behind a branch")
+    target = operation.model.get_submodule(place.name)
     inserted = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
     like = next((p for p in connection.owner.parameters() if p.is_floating_point()), None)
     if like is not None:
         inserted.to(like.device, like.dtype)
-    return inserted.train(target.training)
+    operation.steps.append(behind(target, inserted.train(target.training)))
+    operation.steps += on_slow_path(operation.model, place.name)
+    operation.steps += settle(connection, inserted, preserve)
+    return inserted, place.name
 
 
 def settle(connection: WatchedConnection, inserted: nn.Module, preserve: bool | Preserve) -> list[Callable[[], None]]:
