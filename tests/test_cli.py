@@ -25,6 +25,7 @@ from skipway.cli.help import SECTIONS
 from skipway.cli.screen import LineScreen, LiveScreen
 from skipway.cli.stopping import Stopping
 from skipway.training import Recipe, StepReport
+from skipway.training.checkpoints import Checkpoints
 from skipway.training.storage import read_tensors
 
 QUICK = [
@@ -90,11 +91,15 @@ def test_a_wrong_option_loads_nothing_heavy_and_suggests():
 def test_help_of_train_fits_on_a_screen_and_names_every_field(capsys):
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 48
+    assert len(text.splitlines()) <= 50
     assert max(map(len, text.splitlines())) <= 80
+    assert main(["train", "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    assert len(everything) > len(text)
     for entry in dataclasses.fields(Recipe):
         option = entry.name.replace("_", "-")
-        assert f"--{option}" in text or f"--[no-]{option}" in text
+        shown = everything if entry.metadata.get("more") else text
+        assert f"--{option} " in shown or f"--[no-]{option} " in shown
     for heading in SECTIONS.values():
         assert f"\n{heading}\n" in text
 
@@ -125,10 +130,10 @@ USAGE = [
     (["--width", "0"], 2, "width=0: the rule is width >= 1"),
     (["--lr", "-1"], 2, "lr=-1.0: the rule is lr > 0"),
     (["--lr", "fast"], 2, 'unable to convert "fast" into float'),
-    (["--optimizer", "sdg"], 2, 'Invalid value "sdg"'),
+    (["--optimizer", "sdg"], 2, "unknown optimiser 'sdg'; did you mean 'sgd'"),
     (["--device", "gpu7"], 2, "device 'gpu7' cannot be used"),
     (["--resume"], 2, "--resume needs the folder of the run"),
-    (["--out", "x", "--resume", "--overwrite"], 4, "x.config.json does not exist"),
+    (["--out", "x", "--resume", "--overwrite"], 2, "give one of the two"),
     (["--out", "x", "--resume", "--config", "y"], 2, "give one of the two"),
     (["--config", "nowhere.json"], 4, "nowhere.json does not exist"),
     (["nowhere"], 3, "data folder nowhere does not exist"),
@@ -153,7 +158,7 @@ def test_bad_input_is_named_with_its_exit_status(capsys, options, status, messag
 
 def test_divergence_has_its_own_exit_status(capsys):
     assert main(["train", *QUICK, "--lr", "1e30", "--warmup", "0", "--out", "run"]) == 5
-    assert "The last good checkpoint is run/checkpoint.safetensors" in capsys.readouterr().err
+    assert "The last good checkpoint is in run/checkpoints" in capsys.readouterr().err
 
 
 def test_output_to_a_file_is_plain_lines(capsys):
@@ -200,14 +205,14 @@ def test_a_run_is_refused_continued_repeated_and_replaced(capsys):
 
 def test_a_run_that_changed_hands_is_refused(capsys):
     assert main(["train", *QUICK, "--out", "run", "--quiet"]) == 0
-    whole = Path("run/checkpoint.safetensors").read_bytes()
-    Path("run/checkpoint.safetensors").write_bytes(whole[:1000])
+    for path in Path("run/checkpoints").glob("*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:1000])
     assert main(["train", "--out", "run", "--resume", "--epochs", "2"]) == 4
-    assert "damaged" in capsys.readouterr().err
+    assert "none of 2 checkpoints can be used" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process there")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_an_interrupted_run_can_be_continued(number, status, capsys):
     options = ["train", *QUICK, "--epochs", "900", "--out", "run"]
     process = subprocess.Popen(
@@ -225,7 +230,7 @@ def test_an_interrupted_run_can_be_continued(number, status, capsys):
     assert process.returncode == status, err
     assert "continue  skipway train --out run --resume" in out
     assert "Traceback" not in err
-    position = read_tensors(Path("run/checkpoint.safetensors"))[1]["state"]["position"]
+    position = Checkpoints(Path("run/checkpoints")).newest()[0].state["position"]
     assert position["epoch"] >= 2
     epochs = str(position["epoch"] + 1)
     assert main(["train", "--out", "run", "--resume", "--epochs", epochs, "--quiet"]) == 0

@@ -16,17 +16,20 @@ from PIL import Image
 
 from skipway.data import UnreadableImage, load
 from skipway.data.augmentation import DRAWS, crop_and_flip, random_box
+from skipway.data.checking import Decoding, Reading
 from skipway.data.loading import statistics
-from skipway.data.parts import Decoded, FilePart, MemoryPart
+from skipway.data.parts import FilePart, MemoryPart
 from skipway.data.randomness import draw_key, permutation, uniforms
 from skipway.errors import DataError, MissingExtraError
 
 CPU = torch.device("cpu")
 
 
-def pictures(root: Path, *, classes: int = 2, each: int = 6, shape: tuple[int, ...] = (12, 12, 3)) -> Path:
+def pictures(
+    root: Path, *, classes: int = 2, each: int = 6, shape: tuple[int, ...] = (12, 12, 3), seed: int = 0
+) -> Path:
     """Noise images in class folders."""
-    noise = np.random.default_rng(0)
+    noise = np.random.default_rng(seed)
     for label in range(classes):
         folder = root / f"class{label}"
         folder.mkdir(parents=True)
@@ -53,7 +56,7 @@ def test_the_input_is_chosen_from_the_images(tmp_path):
 
 def test_the_choices_can_be_made(tmp_path):
     data = load(pictures(tmp_path), size=16, channels=1, crop="none", flip=False, held_out=0.5)
-    inputs, _ = next(data.test_batches(batch_size=4, device=CPU))
+    inputs, *_ = next(data.test_batches(batch_size=4, device=CPU))
     assert inputs.shape == (4, 1, 16, 16)
     assert len(data.test) == 6
     assert data.remarks == ("images are scaled and cut to a central 16x16; most are 12x12",)
@@ -70,7 +73,7 @@ def test_statistics_are_those_of_the_pixels():
 
 def test_inputs_are_normalised_and_channels_last(tmp_path):
     data = load(pictures(tmp_path, each=20), crop="none", flip=False)
-    inputs, labels = zip(*data.train_batches(seed=0, epoch=0, batch_size=32, device=CPU), strict=True)
+    inputs, _, labels, _ = zip(*data.train_batches(seed=0, epoch=0, batch_size=32, device=CPU), strict=True)
     assert inputs[0].is_contiguous(memory_format=torch.channels_last)
     assert labels[0].dtype == torch.int64
     everything = data.normalised(data.train.images)
@@ -122,7 +125,7 @@ def test_an_epoch_is_a_permutation_and_can_begin_anywhere(tmp_path):
     data = load(pictures(tmp_path, each=12), held_out=0.25)
 
     def epoch(number: int, batch_size: int, start: int = 0) -> list[torch.Tensor]:
-        return [x for x, _ in data.train_batches(seed=3, epoch=number, batch_size=batch_size, device=CPU, start=start)]
+        return [x for x, *_ in data.train_batches(seed=3, epoch=number, batch_size=batch_size, device=CPU, start=start)]
 
     whole = epoch(0, 6)
     assert len(whole) == data.steps(6) == 3
@@ -134,7 +137,7 @@ def test_an_epoch_is_a_permutation_and_can_begin_anywhere(tmp_path):
 
 def test_every_training_image_is_seen_once(tmp_path):
     data = load(pictures(tmp_path), crop="none", flip=False)
-    (seen,) = (x for x, _ in data.train_batches(seed=0, epoch=0, batch_size=len(data.train), device=CPU))
+    (seen,) = (x for x, *_ in data.train_batches(seed=0, epoch=0, batch_size=len(data.train), device=CPU))
     everything = data.normalised(data.train.images)
     rows = {tuple(image.flatten().tolist()) for image in everything}
     assert {tuple(image.flatten().tolist()) for image in seen} == rows
@@ -148,22 +151,23 @@ def test_files_give_what_memory_gives_with_any_number_of_workers(tmp_path, crop,
     alone, helped = (load(tmp_path, size=20, crop=crop, flip=True, workers=workers) for workers in (0, 2))
     assert isinstance(alone.train, FilePart)
     batches = [
-        [x for x, _ in data.train_batches(seed=0, epoch=0, batch_size=5, device=CPU)] for data in (alone, helped)
+        [x for x, *_ in data.train_batches(seed=0, epoch=0, batch_size=5, device=CPU)] for data in (alone, helped)
     ]
     assert torch.equal(torch.cat(batches[0]), torch.cat(batches[1]))
     if crop == "none":
-        first, second = (next(data.test_batches(batch_size=2, device=CPU))[1] for data in (memory, alone))
+        first, second = (next(data.test_batches(batch_size=2, device=CPU))[2] for data in (memory, alone))
         assert torch.equal(first, second)
-        raw = [next(data.test.fetch(torch.arange(2), 2, CPU, None))[0] for data in (memory, alone)]
+        raw = [next(data.test.fetch([torch.arange(2)], CPU, None)) for data in (memory, alone)]
         assert torch.equal(raw[0], raw[1])
 
 
 def test_workers_that_are_started_afresh_can_be_told_what_to_decode(tmp_path):
     """Python 3.14 and macOS send the data set to a worker as bytes."""
     data = load(pictures(tmp_path), size=224)
-    decoded = Decoded(tmp_path, data.train.samples, 3, 8, torch.rand(len(data.train), DRAWS), 0.9)
-    image, index, reason = pickle.loads(pickle.dumps(decoded))[1]
-    assert (image.shape, index, reason) == ((8, 8, 3), 1, "")
+    work = Decoding(data.train.store, data.train.names, Reading(3, 8), torch.rand(len(data.train), DRAWS).numpy(), 0.9)
+    row = np.zeros((8, 8, 3), np.uint8)
+    assert pickle.loads(pickle.dumps(work))(1, row) == ""
+    assert row.any()
 
 
 def damage(root: Path, *files: str) -> None:
@@ -175,7 +179,7 @@ def damage(root: Path, *files: str) -> None:
 def test_damaged_images_are_left_out_and_named(tmp_path, size):
     pictures(tmp_path)
     damage(tmp_path, "class0/1.png", "class1/4.png")
-    data = load(tmp_path, size=size)
+    data = load(tmp_path, size=size, most_unreadable=0.2)
     assert sorted(data.unreadable) == [
         ("class0/1.png", "not an image but HTML"),
         ("class1/4.png", "not an image but HTML"),
@@ -183,6 +187,8 @@ def test_damaged_images_are_left_out_and_named(tmp_path, size):
     assert len(data.train) + len(data.test) == 10
     with pytest.raises(UnreadableImage, match=r"class./..png: not an image but HTML"):
         load(tmp_path, size=size, unreadable="stop")
+    with pytest.raises(DataError, match="2 of 12 images cannot be read, .* most_unreadable=0.01 of all"):
+        load(tmp_path, size=size)
 
 
 def test_a_class_must_not_be_left_empty(tmp_path):
@@ -218,7 +224,7 @@ def test_the_folder_is_never_written_to(tmp_path):
 
 def test_what_is_not_used_is_said(tmp_path):
     for part in ("train", "test", "val"):
-        pictures(tmp_path / part)
+        pictures(tmp_path / part, seed=len(part))
     (tmp_path / "train/class0/notes.txt").touch()
     for file in (tmp_path / "test/class1").iterdir():
         file.unlink()

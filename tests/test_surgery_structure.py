@@ -1,4 +1,4 @@
-"""Schemes of another structure on networks of others: what can be had from outside is, the rest says what is missing."""
+"""Schemes of another structure on networks of others: what can be had from outside, and what is missing else."""
 
 from __future__ import annotations
 

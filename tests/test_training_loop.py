@@ -14,6 +14,7 @@ from PIL import Image
 import skipway as sw
 from skipway.errors import CheckpointError, DataError, DivergedError, SkipwayError
 from skipway.training import Outcome, Recipe, Silent, read_recipe, train
+from skipway.training.checkpoints import Checkpoints
 from skipway.training.storage import read_tensors, write_tensors
 
 TINY = Recipe(depth=8, width=4, epochs=2, batch_size=256, device="cpu", precision="float32")
@@ -78,8 +79,8 @@ def test_it_learns(tmp_path):
 def test_the_run_folder_is_complete_and_holds_no_pickle(tmp_path):
     outcome = train(TINY, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("config.json", "split.json", "metrics.jsonl", "summary.json"),
-        *("checkpoint.safetensors", "best.safetensors", "last.safetensors"),
+        *("config.json", "environment.json", "split.json", "metrics.jsonl", "steps.jsonl", "summary.json"),
+        *("checkpoints", "best.safetensors", "last.safetensors", "report.html"),
     }
     rows = outcome.folder.read_metrics()
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -97,7 +98,7 @@ def test_the_weights_can_be_used_elsewhere(tmp_path):
     sw.load(model, outcome.folder.last)
     assert all(torch.equal(value, weights(outcome)[name]) for name, value in model.state_dict().items())
     assert metadata["preprocessing"]["classes"] == [str(digit) for digit in range(10)]
-    assert metadata["preprocessing"].keys() == {"classes", "channels", "size", "mean", "std"}
+    assert metadata["preprocessing"].keys() == {"classes", "channels", "size", "mean", "std", "crop"}
 
 
 def test_training_again_gives_the_same_and_another_seed_does_not(tmp_path):
@@ -180,7 +181,7 @@ def test_a_folder_of_something_else_is_refused_even_to_overwrite(tmp_path):
     with pytest.raises(SkipwayError, match="a file has that name"):
         train(TINY, tmp_path / "thesis.tex")
     with pytest.raises(CheckpointError, match="holds no run to continue"):
-        train(TINY, tmp_path / "nowhere", resume=True)
+        train(None, tmp_path / "nowhere", resume=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -240,9 +241,11 @@ def test_starting_from_weights(tmp_path):
 def test_divergence_says_where_and_keeps_the_last_good_state(tmp_path):
     with pytest.raises(DivergedError, match=r"the loss is (nan|inf) in epoch 1, step \d of 5.*Try a lower --lr"):
         train(changed(TINY, lr=1e30, warmup=0.0), tmp_path / "run")
-    tensors, metadata = read_tensors(tmp_path / "run/checkpoint.safetensors")
-    assert metadata["state"]["position"]["epoch"] == 0
-    assert all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point())
+    snapshot, damaged = Checkpoints(tmp_path / "run/checkpoints").newest()
+    assert snapshot.state["position"]["epoch"] == 0
+    assert not damaged
+    tensors = [tensor for part in snapshot.tensors.values() for tensor in part.values()]
+    assert all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point())
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -252,7 +255,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     write_tensors(tmp_path / "nan.safetensors", model.state_dict(), {})
     with pytest.raises(DivergedError, match="a weight is not finite"):
         train(changed(TINY, weights=tmp_path / "nan.safetensors"), tmp_path / "run")
-    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_every_role_of_parameter_gets_its_own_rate():
@@ -265,6 +268,8 @@ def test_every_role_of_parameter_gets_its_own_rate():
 
 def test_what_is_said_before_training(tmp_path):
     class Heard(Silent):
+        quiet = False
+
         def __init__(self):
             self.lines: list[tuple[str, str]] = []
 
@@ -273,7 +278,8 @@ def test_what_is_said_before_training(tmp_path):
 
     screen = Heard()
     train(changed(TINY, epochs=1), tmp_path / "run", screen=screen)
-    assert [label for label, _ in screen.lines if label] == ["data", "split", "model", "recipe", "device", "signal"]
+    labels = [label for label, _ in screen.lines if label]
+    assert labels == ["data", "split", "model", "recipe", "device", "signal", "verdict"]
     text = dict(screen.lines)
     assert text["data"].startswith("digits: 1,797 images, 10 classes, input 8x8 grey; smallest class '8'")
     assert "3 residual connections" in text["model"]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from skipway.site import Kit, Placement, Site
     from skipway.surgery import deepen, lesion, remove_norm, rescheme, shorten
     from skipway.taps import features, stage_features
+    from skipway.training.using import from_pretrained
     from skipway.weights import load
 
 _HOME = {
@@ -67,6 +68,7 @@ _HOME = {
     "site": ("Kit", "Placement", "Site"),
     "surgery": ("deepen", "lesion", "remove_norm", "rescheme", "shorten"),
     "taps": ("features", "stage_features"),
+    "training.using": ("from_pretrained",),
     "weights": ("load",),
 }
 _ORIGIN = {name: f"skipway.{module}" for module, names in _HOME.items() for name in names}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["CheckpointError", "DataError", "DivergedError", "MissingExtraError", "SkipwayError", "suggest"]
+__all__ = ["CheckpointError", "DataError", "DivergedError", "MissingExtraError", "SkipwayError", "printable", "suggest"]
 
 
 class SkipwayError(ValueError):
@@ -40,6 +41,15 @@ class MissingExtraError(SkipwayError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'skipway[{extra}]'")
+
+
+def printable(name: str | Path) -> str:
+    r"""A name that a terminal can show: what is not text becomes an escape.
+
+    >>> printable("caf\u00e9\x1b[31m")
+    'café\\x1b[31m'
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
 
 
 def suggest(kind: str, name: str, known: Iterable[str]) -> str:

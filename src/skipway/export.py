@@ -1,9 +1,9 @@
-"""ONNX: a network as a file for other runtimes, checked against onnxruntime."""
+"""A network as a file for other runtimes: ONNX, checked in onnxruntime; a program of torch.export, read again."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipway.errors import MissingExtraError, SkipwayError
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "export_program"]
 
 
 def export_onnx(model: nn.Module, path: str | Path, example: Tensor, *, tolerance: float | None = 1e-4) -> float | None:
@@ -59,6 +59,45 @@ def export_onnx(model: nn.Module, path: str | Path, example: Tensor, *, toleranc
             path.unlink()
             path.with_name(f"{path.name}.data").unlink(missing_ok=True)
             raise
+
+
+def export_program(
+    model: nn.Module, path: str | Path, example: Tensor, *, extra: Mapping[str, str] | None = None
+) -> float:
+    """Write `model` as it is in eval to a `.pt2` file of torch.export, for any batch size, and read it again.
+
+    Args:
+        model: a network that takes one tensor and returns one.
+        path: of the file, with the suffix `.pt2`.
+        example: an input of the shape that the file is for; its batch size does not matter.
+        extra: texts by name that go into the file, `torch.export.load`'s `extra_files`.
+
+    Returns:
+        the largest absolute difference between the file's program and the model, over random inputs of two sizes.
+
+    Raises:
+        SkipwayError: no such folder, another suffix, or the network cannot be exported; no file is left then.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise SkipwayError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.suffix != ".pt2":
+        raise SkipwayError(f"{path}: the rule is the suffix .pt2, which torch.export asks for")
+    batch = torch.cat([example, example]) if example.shape[0] == 1 else example
+    with in_eval(model), torch.no_grad():
+        try:
+            program = torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            torch.export.save(program, path, extra_files=dict(extra or {}))
+            written = torch.export.load(path).module()
+        except Exception as error:  # whatever tracing meets in a network
+            path.unlink(missing_ok=True)
+            raise SkipwayError(f"this {type(model).__name__} cannot be exported: {error}") from error
+        worst, randomness = 0.0, torch.Generator().manual_seed(0)
+        for size in (1, 3):
+            images = torch.randn(size, *example.shape[1:], generator=randomness, dtype=example.dtype)
+            images = images.to(example.device)
+            worst = max(worst, float((written(images) - model(images)).abs().max()))
+    return worst
 
 
 @contextmanager

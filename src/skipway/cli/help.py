@@ -24,15 +24,28 @@ FIRST_COLUMN = 26
 WIDEST = 110
 
 
+# the flag that shows options which are seldom needed, too
+EVERYTHING = "--help-all"
+
+
 class Columns:
-    """A help formatter of cyclopts without boxes, the same on a terminal and in a file."""
+    """A help formatter of cyclopts without boxes, the same on a terminal and in a file.
+
+    Args:
+        seldom: options that only `--help-all` shows.
+    """
+
+    everything = False
+
+    def __init__(self, seldom: frozenset[str] = frozenset()) -> None:
+        self.seldom = seldom
 
     # cyclopts asks a formatter whether it shows the kind of value behind an option's name
     show_metavar = True
 
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
         """Print one list of commands or parameters."""
-        entries = [entry for entry in panel.entries if entry.display_labels]
+        entries = [entry for entry in panel.entries if entry.display_labels and self.shown(entry)]
         if not entries:
             return
         if not any(SECTIONS.get(name) for entry in entries for name in entry.positive_names):
@@ -43,6 +56,10 @@ class Columns:
                     self.heading(console, SECTIONS[name])
             for line in rows(entry, min(console.width, WIDEST)):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def shown(self, entry: HelpEntry) -> bool:
+        """Whether an option is for everybody, or everything was asked for."""
+        return Columns.everything or self.seldom.isdisjoint(entry.positive_names)
 
     def heading(self, console: Console, title: str) -> None:
         """Print the title of a section, after an empty line."""

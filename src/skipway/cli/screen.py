@@ -36,6 +36,8 @@ class QuietScreen(Silent):
 class LineScreen(QuietScreen):
     """Plain lines: one per epoch, and one now and then while an epoch takes long."""
 
+    quiet = False
+
     def __init__(self, console: Console) -> None:
         self.console = console
         self.last_line = time.monotonic()
@@ -55,6 +57,9 @@ class LineScreen(QuietScreen):
     def step(self, report: StepReport) -> None:
         if self.due():
             self.write(Text(f"epoch {report.epoch}/{report.epochs}  {running(report)}"))
+
+    def estimate(self, seconds: float) -> None:
+        self.say("time", f"about {duration(seconds)} to go, by the first steps")
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         self.write(Text(epoch_line(row, epochs)))

@@ -24,6 +24,8 @@ def options_of_a_run(app: App, commands: tuple[str, ...], arguments: ArgumentCol
         if out is None:
             raise SkipwayError("--resume needs the folder of the run: skipway train --out FOLDER --resume")
         path = Path(out.value)
+        if set(given) - {"--resume", "--out", "--quiet"} and not (path / "config.json").exists():
+            return  # the first of several calls of one and the same command, which says what to train
     elif config is not None:
         path = Path(config.value)
     else:

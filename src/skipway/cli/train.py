@@ -51,29 +51,27 @@ def train(
     # Threads that wait should sleep and not spin: on two cores of which another program used one, a step of the small
     # default net took 5.4 s with libgomp's spinning and 0.16 s without. Has to be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-
     from skipway.cli.screen import choose_screen
     from skipway.cli.stopping import Stopping
     from skipway.training import train as train_network
 
-    with Stopping() as stopping, choose_screen(quiet) as screen:
-        try:
-            outcome = train_network(
-                recipe, folder, resume=resume, overwrite=overwrite, screen=screen, stop=stopping.requested
-            )
-        except torch.OutOfMemoryError as error:
-            raise SkipwayError(f"out of memory: try a smaller --batch-size, now {recipe.batch_size}") from error
-    show = screen.say if not quiet else lambda label, text: None
+    # of torchrun's processes the first speaks for all
+    quiet_here = quiet or os.environ.get("RANK", "0") != "0"
+    with Stopping() as stopping, choose_screen(quiet_here) as screen:
+        outcome = train_network(
+            recipe, folder, resume=resume, overwrite=overwrite, screen=screen, stop=stopping.requested
+        )
+    show = screen.say if not quiet_here else lambda label, text: None
     if not outcome.finished or outcome.evaluation is None:
         for line in stopped_lines(outcome):
             show(*line)
         return stopping.exit_status
     for line in result_lines(outcome, time.monotonic() - BEGAN):
         show(*line)
-    if quiet:
+    if quiet and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(f"{outcome.evaluation.accuracy:.4f} {outcome.folder.path}\n")
-    return 0
+    # told to stop while the report was written: the run is complete, and the same command writes the report
+    return stopping.exit_status
 
 
 def fresh_folder(data: Path | None) -> Path:
@@ -97,7 +95,8 @@ def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
         ("mistakes", mistakes_text(evaluation, outcome.classes)),
         ("time", f"{duration(outcome.seconds)} of training; this command took {duration(seconds)}"),
         ("weights", f"{folder.last} (last epoch), {folder.best} (epoch {outcome.best_epoch})"),
-        ("record", f"{folder.metrics}, {folder.config}, {folder.summary}"),
+        ("report", f"{folder.report}; curves in {folder.metrics}, the recipe in {folder.config}"),
+        ("use", f"skipway predict {out} photo.jpg"),
         ("longer", f"skipway train --out {out} --resume --epochs {2 * outcome.recipe.epochs}"),
         ("again", f"skipway train --config {out} --seed {outcome.recipe.seed + 1}"),
     ]
@@ -108,6 +107,6 @@ def stopped_lines(outcome: Outcome) -> list[tuple[str, str]]:
     out = shlex.quote(str(outcome.folder.path))
     return [
         ("", ""),
-        ("stopped", f"after epoch {outcome.epoch}, step {outcome.step}; state in {outcome.folder.checkpoint}"),
+        ("stopped", f"after epoch {outcome.epoch}, step {outcome.step}; state in {outcome.folder.checkpoints}"),
         ("continue", f"skipway train --out {out} --resume"),
     ]

@@ -5,40 +5,63 @@
 | EXIF orientation | applied |
 | alpha, transparent palette entries | laid on white |
 | CMYK, YCbCr, LAB, HSV | converted to RGB |
-| 16-bit grey | divided by 257, so that 65,535 becomes 255 |
+| 16-bit grey | divided by 257, so that 65,535 becomes 255; or each image's own range stretched (`grey16="minmax"`) |
 | animation, several pages | the first frame |
 | 32-bit float, 32-bit integers beyond 16 bits | refused: their range is unknown |
-| truncated, not an image, over 64 megapixels, under 8 pixels | refused |
+| truncated, not an image, over 64 megapixels, under 8 pixels, over 256 MB | refused |
+| EPS, PDF and other formats that run programs or have no pixels | refused, whatever the suffix says |
 """
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from skipway.data.jpeg import jpeg_pixels
 from skipway.errors import DataError
 
-__all__ = ["UnreadableImage", "check", "decode", "probe"]
+__all__ = [
+    *("LEAST_SIDE", "MOST_BYTES", "Box", "Chooser", "Grey16", "Header", "UnreadableImage", "central_share", "check"),
+    *("crop_and_scale", "decode", "flat_image", "probe", "reasons", "silence_pillow"),
+]
 
 MOST_PIXELS = 64_000_000
+MOST_BYTES = 256 * 1024**2
 LEAST_SIDE = 8
+# Pillow's readers of pixels; others run programs (EPS runs Ghostscript) or read what nobody trains on
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # what may hold an orientation; looking into it costs more than decoding a small image, so it is asked for first
 ORIENTATION_KEYS = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
+ORIENTATION_TAG = 274
+# EXIF 2.3, table 6: how the stored rows and columns are to be shown
+SHOWN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Box = tuple[float, float, float, float]
 Chooser = Callable[[int, int], Box]
+Grey16 = Literal["range", "minmax"]
 
 
 class UnreadableImage(DataError):
     """A file that no training image can be made of; `reason` says why in a few words."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{readable(path)}: {reason}")
         self.path = path
         self.reason = reason
 
@@ -46,70 +69,132 @@ class UnreadableImage(DataError):
         return type(self), (self.path, self.reason)
 
 
-def decode(path: Path, *, channels: int, size: int, box: Chooser | None = None) -> np.ndarray:
-    """Decode `path` into a uint8 array of shape (size, size, channels).
+class Header(NamedTuple):
+    """What a file says of itself: width and height as stored, whether it is grey, has transparency, or moves."""
 
-    `box(width, height)` chooses the part of the upright image that is scaled to size x size, in pixels
-    (left, top, right, bottom); None takes the largest central square.
+    width: int
+    height: int
+    grey: bool
+    alpha: bool = False
+    moving: bool = False
+
+
+def readable(path: Path) -> str:
+    """A path that a terminal can show."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
+
+
+def decode(
+    source: Path | bytes,
+    *,
+    channels: int,
+    size: int,
+    box: Chooser | None = None,
+    grey16: Grey16 = "range",
+    name: Path | None = None,
+    quick: bool = False,
+) -> np.ndarray:
+    """Decode a file, or its bytes, into a uint8 array of shape (size, size, channels).
+
+    Args:
+        source: the file, or what is in it.
+        channels: 1 (grey) or 3 (RGB).
+        size: side of the result.
+        box: `box(width, height)` chooses the part of the upright image that is scaled to size x size, in pixels
+            (left, top, right, bottom); None takes the largest central square.
+        grey16: how 16-bit grey becomes 8-bit, see above.
+        name: of the bytes, for messages.
+        quick: scale bilinearly instead of bicubically.
 
     Raises:
         UnreadableImage: the file is missing, damaged, not an image, or outside the limits above.
     """
-    try:
-        with quiet_pillow(), opened(path) as image:
-            # a JPEG decodes at 1/2, 1/4 or 1/8 scale in a fraction of the time; twice the size leaves room to crop
-            image.draft("RGB" if channels == 3 else "L", (2 * size, 2 * size))
-            flat = flattened(upright(image), channels)
-            return np.asarray(scaled(flat, size, box or central_square)).reshape(size, size, channels)
-    except UnreadableImage:
-        raise
-    except Exception as error:  # Pillow's plugins raise whatever their parsers do: OSError, SyntaxError, struct.error
-        raise UnreadableImage(path, reason_for(path, error)) from error
+    with reasons(source, name) as (content, path):
+        image = flat_image(content, path, channels=channels, least=2 * size, grey16=grey16)
+        return crop_and_scale(image, size, box, quick=quick).reshape(size, size, channels)
 
 
-def probe(path: Path) -> tuple[int, int, bool]:
-    """Width and height as stored, and whether the file is grey; from the header alone.
+def flat_image(content: bytes, path: Path, *, channels: int, least: int, grey16: Grey16 = "range") -> Image.Image:
+    """The upright image, grey or RGB, with both sides at least `least` where the file's own are.
+
+    A JPEG decodes at 1/2, 1/4 or 1/8 of its size in a fraction of the time.
+    """
+    with opened(content, path) as image:
+        pixels = jpeg_pixels(content, image, channels, least)
+        if pixels is None:
+            image.draft("RGB" if channels == 3 else "L", (least, least))
+            image.load()
+            pixels = image
+        # behind loading: Pillow itself turns a TIFF then, and a PNG may hold its orientation behind its pixels
+        orientation = orientation_of(image)
+        flat = flattened(pixels, channels, grey16)
+        return flat.transpose(SHOWN[orientation]) if orientation in SHOWN else flat
+
+
+def probe(source: Path | bytes, name: Path | None = None) -> Header:
+    """What the header alone tells.
 
     Raises:
         UnreadableImage: as `decode`, for what the header can tell.
     """
-    try:
-        with quiet_pillow(), opened(path) as image:
-            return (
-                image.width,
-                image.height,
-                image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I"),
-            )
-    except UnreadableImage:
-        raise
-    except Exception as error:
-        raise UnreadableImage(path, reason_for(path, error)) from error
+    with reasons(source, name) as (content, path), opened(content, path) as image:
+        return header_of(image)
 
 
-def check(path: Path) -> str:
-    """Read `path` to its end at the lowest resolution; the reason why it cannot be used, or an empty string."""
+def check(source: Path | bytes, name: Path | None = None) -> str:
+    """Read a file to its end at the lowest resolution; the reason why it cannot be used, or an empty string."""
     try:
-        decode(path, channels=1, size=LEAST_SIDE)
+        decode(source, channels=1, size=LEAST_SIDE, name=name)
     except UnreadableImage as error:
         return error.reason
     return ""
 
 
-@contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Within it Pillow's warnings are not printed: what they warn of is refused here, or harmless.
+def header_of(image: Image.Image) -> Header:
+    """What an opened image says of itself."""
+    grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+    return Header(image.width, image.height, grey, image.has_transparency_data, getattr(image, "is_animated", False))
 
-    Python's warning filters belong to the whole process, so decoding runs in processes here and not in threads.
+
+def silence_pillow() -> None:
+    """Pillow's warnings are not printed from now on: what they warn of is refused here, or harmless.
+
+    Python's warning filters belong to the whole process and threads decode, so they are not put back.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
+    pattern = r"PIL\."
+    if not any(entry[0] == "ignore" and getattr(entry[3], "pattern", "") == pattern for entry in warnings.filters[:8]):
+        warnings.filterwarnings("ignore", module=pattern)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def reasons(source: Path | bytes, name: Path | None) -> Iterator[tuple[bytes, Path]]:
+    """The bytes and their name; within it whatever goes wrong becomes an `UnreadableImage`."""
+    path = source if isinstance(source, Path) else name or Path("image")
+    silence_pillow()
+    content: bytes | None = source if isinstance(source, bytes) else None
+    try:
+        if content is None:
+            content = path.read_bytes()
+        if len(content) > MOST_BYTES:
+            raise UnreadableImage(path, f"a file of more than {MOST_BYTES >> 20} MB")
+        yield content, path
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever their parsers do: OSError, SyntaxError, struct.error
+        raise UnreadableImage(path, reason_for(content or b"", error)) from error
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def opened(content: bytes, path: Path) -> Iterator[Image.Image]:
     """The image with its header read and its size within the limits; nothing is decoded yet."""
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(content), formats=formats()) as image:
         if image.width * image.height > MOST_PIXELS:
             raise UnreadableImage(path, f"{image.width}x{image.height}: more than {MOST_PIXELS // 10**6} megapixels")
         if min(image.size) < LEAST_SIDE:
@@ -119,34 +204,51 @@ def opened(path: Path) -> Iterator[Image.Image]:
         yield image
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The decoded image with its EXIF orientation applied; an orientation that cannot be read counts as none."""
-    image.load()
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; one that cannot be read, damaged metadata around sound pixels, counts as 1."""
     if not (image.info.keys() & ORIENTATION_KEYS or image.format == "TIFF"):
-        return image
+        return 1
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata around sound pixels
-        return image
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:
+        return 1
 
 
-def flattened(image: Image.Image, channels: int) -> Image.Image:
+def flattened(image: Image.Image, channels: int, grey16: Grey16) -> Image.Image:
     """The image as 8-bit grey (1 channel) or RGB (3 channels), laid on white where it is transparent."""
     if image.mode.startswith("I"):
-        image = eight_bits(image)
+        image = eight_bits(image, grey16)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        image = white
     mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits: round(value / 257). Pillow's own conversion clips at 255."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65_535:
+def eight_bits(image: Image.Image, grey16: Grey16) -> Image.Image:
+    """16-bit grey scaled to 8 bits: round(value / 257), or the image's own range. Pillow itself clips at 255."""
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65_535:
         raise ValueError("32-bit integers of unknown range; save it with 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if grey16 == "range":
+        low, high = 0, 65_535
+    table = np.arange(65_536, dtype=np.float64) - low
+    table = np.floor(table.clip(0) * (255 / max(high - low, 1)) + 0.5).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(table[values])
+
+
+def crop_and_scale(image: Image.Image, size: int, choose: Chooser | None, *, quick: bool = False) -> np.ndarray:
+    """The chosen part at size x size, antialiased when it shrinks; uint8 of the image's shape.
+
+    Bicubic, or, `quick`, bilinear in two thirds of the time, for parts that are cut out at random.
+    """
+    box = (choose or central_square)(image.width, image.height)
+    if box != (0, 0, size, size) or image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR if quick else Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image)
 
 
 def central_square(width: int, height: int) -> Box:
@@ -169,35 +271,29 @@ def central_share(share: float) -> Chooser:
     return choose
 
 
-def scaled(image: Image.Image, size: int, choose: Chooser) -> Image.Image:
-    """The chosen part at size x size; bicubic, and antialiased when it shrinks."""
-    box = choose(image.width, image.height)
-    if box == (0, 0, size, size):
-        return image
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-
-
-def reason_for(path: Path, error: Exception) -> str:
-    """A few words for what Pillow raised."""
+def reason_for(content: bytes, error: Exception) -> str:
+    """A few words for what went wrong."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, PermissionError):
         return "no permission to read it"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {MOST_PIXELS // 10**6} megapixels"
     if isinstance(error, UnidentifiedImageError):
-        return what_it_is(path)
-    return (str(error) or type(error).__name__).splitlines()[0][:100]
+        return what_it_is(content)
+    text = (str(error) or type(error).__name__).splitlines()[0][:100]
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def what_it_is(path: Path) -> str:
+def what_it_is(content: bytes) -> str:
     """What a file without a known image header seems to be."""
-    with path.open("rb") as file:
-        head = file.read(256).lstrip().lower()
+    head = content[:256].lstrip().lower()
     if not head:
         return "an empty file"
     if head.startswith((b"<!doctype html", b"<html")):
         return "not an image but HTML"
-    if head.startswith((b"%pdf", b"pk\x03\x04", b"\x1f\x8b")):
+    if head.startswith((b"%pdf", b"%!ps", b"pk\x03\x04", b"\x1f\x8b")):
         return "not an image but a document or an archive"
     return "not an image in a format that is known here"

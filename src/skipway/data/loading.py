@@ -1,41 +1,35 @@
-"""A folder of images, or the embedded digits, made ready to train on."""
+"""A source of images, or the embedded digits, made ready to train on."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipway.data.augmentation import DRAWS, Augmentation, crop_and_flip
-from skipway.data.decoding import UnreadableImage, probe
+from skipway.data.checking import Decoding, Finding, Reading, content_remarks, groups_of
+from skipway.data.choices import SMALL_SIDE, DataChoices
+from skipway.data.decoding import Header, UnreadableImage, probe
 from skipway.data.embedded import digits
-from skipway.data.listing import Listing, Sample, list_folder, named, printable
-from skipway.data.parts import (
-    Batch,
-    FilePart,
-    MemoryPart,
-    Part,
-    Progress,
-    default_workers,
-    find_unreadable,
-    read_all,
-)
-from skipway.data.randomness import permutation, uniforms
+from skipway.data.listing import Listing, divide
+from skipway.data.loaded import Data
+from skipway.data.parts import FilePart, Held, MemoryPart, Part, Progress, examine
+from skipway.data.places.finding import find
+from skipway.data.places.found import Found, named, printable
+from skipway.data.pool import FEW_FILES, Pool, Remark, default_workers
+from skipway.data.stored import open_square, write_rows, write_shrunk, write_square
+from skipway.data.storing import PixelFile, cache_folder, key_of, load_findings, save_findings
 from skipway.errors import DataError
 
-__all__ = ["Data", "load"]
-
-Crop = Literal["auto", "pad", "resized", "none"]
+__all__ = ["load", "statistics"]
 
 # the input size of He 2015 and of ImageNet practice since
 LARGE_SIZE = 224
-# images up to this side are trained on at their own size
-SMALL_SIDE = 64
 # headers that are read to choose the input
 PROBED = 1_000
 # decoded sets up to this many bytes are kept in memory
@@ -45,146 +39,174 @@ MEMORY_BYTES = 2 * 1024**3
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Images to train and to test on, with everything that another image needs to be treated alike.
-
-    Args:
-        name: of the folder, or "digits".
-        classes: names in the order of their numbers.
-        channels: 1 (grey) or 3 (RGB).
-        size: side of the square input in pixels.
-        mean: per channel in [0, 1]; subtracted from the input.
-        std: per channel; the input is divided by it.
-        augmentation: how training images are varied.
-        fingerprint: changes when the folder's files change.
-        held_out: share of each class that was held out here to test on; None if the folder brought a test part.
-        listing: which file is where; None for the embedded digits.
-        unreadable: (file, reason) of every image that was left out.
-        remarks: one sentence each about what a user may not expect.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    channels: int
-    size: int
-    train: Part
-    test: Part
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augmentation: Augmentation
-    fingerprint: str
-    held_out: float | None
-    listing: Listing | None = None
-    unreadable: tuple[tuple[str, str], ...] = ()
-    remarks: tuple[str, ...] = ()
-
-    def train_batches(
-        self,
-        *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        device: torch.device,
-        start: int = 0,
-    ) -> Iterator[Batch]:
-        """Batches `start`, `start + 1`, ... of an epoch: inputs (B, C, H, W), channels last, and class numbers (B,).
-
-        Order and augmentation are functions of (seed, epoch, image), so a run that starts again at any batch sees
-        what it would have seen. Incomplete last batches are dropped; another epoch leaves out other images.
-        """
-        order = permutation(len(self.train), seed, epoch)[start * batch_size : self.steps(batch_size) * batch_size]
-        if not len(order):
-            return
-        draws = uniforms(len(self.train), DRAWS, seed, epoch)
-        labels, on_device = self.train.labels.to(device), draws.to(device)
-        vary = self.augmentation
-        fill = torch.tensor(self.mean, device=device).mul(255).round()
-        batches = self.train.fetch(order, batch_size, device, draws if vary.crop == "resized" else None)
-        for images, numbers in batches:
-            varied = crop_and_flip(images, on_device[numbers], fill, pad=vary.pad, flip=vary.flip)
-            yield self.normalised(varied), labels[numbers]
-
-    def test_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
-        """All test images once, in order and unvaried: inputs (B, C, H, W), channels last, and class numbers (B,)."""
-        labels = self.test.labels.to(device)
-        for images, numbers in self.test.fetch(torch.arange(len(self.test)), batch_size, device, None):
-            yield self.normalised(images), labels[numbers]
-
-    def sample(self, count: int, *, seed: int, device: torch.device) -> Tensor:
-        """`count` training images as they are, drawn without regard to class: inputs (count, C, H, W)."""
-        order = permutation(len(self.train), seed, 0)[:count]
-        images, _ = next(self.train.fetch(order, count, device, None))
-        return self.normalised(images)
-
-    def steps(self, batch_size: int) -> int:
-        """Complete batches in an epoch."""
-        return len(self.train) // batch_size
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """(x / 255 - mean) / std; uint8 (N, H, W, C) -> float32 (N, C, H, W) in channels-last memory."""
-        mean = torch.tensor(self.mean, device=images.device).mul(255)
-        scale = torch.tensor(self.std, device=images.device).mul(255).reciprocal()
-        return images.float().sub_(mean).mul_(scale).permute(0, 3, 1, 2)
+# what Pillow does not read, and what to do about it
+FOREIGN = {
+    ".heic": "pip install pillow-heif and convert them",
+    ".heif": "pip install pillow-heif and convert them",
+    ".jxl": "pip install pillow-jxl-plugin and convert them",
+    ".dng": "a raw format: develop them",
+    ".cr2": "a raw format: develop them",
+    ".nef": "a raw format: develop them",
+    ".arw": "a raw format: develop them",
+}
 
 
 def load(
-    folder: Path | None = None,
+    source: Path | str | DataChoices | None = None,
     *,
-    size: int | None = None,
-    channels: int | None = None,
-    held_out: float = 0.2,
-    seed: int = 0,
-    crop: Crop = "auto",
-    flip: bool | None = None,
-    unreadable: Literal["skip", "stop"] = "skip",
-    workers: int | None = None,
     progress: Progress | None = None,
+    remark: Remark | None = None,
+    **choices: Any,
 ) -> Data:
-    """The images of `folder`, or scikit-learn's handwritten digits for None.
+    """The images of `source`, or scikit-learn's handwritten digits for None.
 
-    Small images are decoded once into memory; larger ones stay in their files, which are all read once here so that
-    a damaged one is found now and not in the middle of an epoch. Nothing is written into the folder.
+    Small images are decoded once into memory; larger ones stay where they are. All are read once here, so that a
+    damaged one is found now and not in the middle of an epoch. Nothing is written beside them.
 
     Args:
-        size: side of the input in pixels; None takes the images' own up to 64, else 224.
-        channels: 1 or 3; None takes 1 if all images are grey.
-        held_out: share of each class to test on when the folder has no test part, 0 < share < 1.
-        seed: chooses which images are held out.
-        crop: see `Augmentation`; "auto" pads inputs up to 64 pixels by an eighth and cuts parts out of larger ones.
-        flip: mirror half of the training images; None does, except for the digits, which it would turn into others.
-        unreadable: leave damaged files out, or raise at the first.
-        workers: processes that decode; None takes one per CPU core, none for a few files.
-        progress: called with (done, all) while files are read.
+        source: see `DataChoices`, or all choices in one object.
+        progress: called with (done, all) while images are read.
+        remark: called with a sentence when something goes wrong later and is put right, such as a worker that dies.
+        choices: fields of `DataChoices`.
 
     Raises:
-        DataError: the folder cannot be trained on; the message names the file or class.
-        MissingExtraError: the digits need scikit-learn.
+        DataError: the source cannot be trained on; the message names the file or class.
+        MissingExtraError: the source needs a library that is not installed; the digits need scikit-learn.
 
     >>> data = load()
     >>> data.name, len(data.train) + len(data.test), len(data.classes), data.size, data.channels
     ('digits', 1797, 10, 8, 1)
     """
-    if folder is None:
-        return load_digits(size=size, channels=channels, held_out=held_out, seed=seed, crop=crop, flip=flip)
-    listing = list_folder(folder, held_out=held_out, seed=seed)
-    size, channels, remarks = choose_input(listing, size, channels)
-    augmentation = choose_augmentation(crop, size, flip is not False)
-    workers = default_workers(len(listing.train) + len(listing.test)) if workers is None else workers
-    reader = Reader(listing, channels, size, workers, progress)
-    needed = (len(listing.train) + len(listing.test)) * size * size * channels
-    in_memory = augmentation.crop != "resized" and needed <= MEMORY_BYTES
-    train, test, bad = reader.into_memory() if in_memory else reader.as_files(augmentation.crop == "resized")
-    if bad and unreadable == "stop":
-        raise UnreadableImage(listing.root / bad[0][0], f"{bad[0][1]} (unreadable images are set to stop, not skip)")
-    check_classes_left(listing, train, test, bad)
-    mean, std = statistics(train.images) if isinstance(train, MemoryPart) else known_statistics(channels)
+    if isinstance(source, DataChoices):
+        chosen = replace(source, **choices) if choices else source
+    else:
+        chosen = DataChoices(source=source, **choices)
+    if chosen.source is None:
+        return load_digits(chosen)
+    found = find(chosen.source, allow_empty=chosen.allow_empty, outside=chosen.outside, columns=chosen.columns)
+    files = found.files
+    pool = Pool(default_workers(len(files)) if chosen.workers is None else chosen.workers, chosen.helpers, remark)
+    reading, remarks = choose_input(found, files, chosen)
+    reader = Reader(found, files, chosen, reading, pool, progress, remarks)
+    findings, source_of = reader.read()
+    return assembled(reader, dict(zip(files, findings, strict=True)), source_of)
+
+
+@dataclass
+class Reader:
+    """Reads every image of a source once, or the cache instead."""
+
+    found: Found
+    files: list[str]
+    choices: DataChoices
+    reading: Reading
+    pool: Pool
+    progress: Progress | None
+    remarks: list[str]
+
+    @property
+    def explicit(self) -> bool:
+        """Whether a cache was asked for."""
+        return self.choices.cache is not None and self.choices.cache is not False
+
+    @property
+    def caches(self) -> bool:
+        """Whether anything is kept: where it was asked for, or reading takes a while."""
+        return self.explicit or (self.choices.cache is None and len(self.files) >= FEW_FILES)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether training images are cut out of larger ones."""
+        return self.choices.augmentation(self.reading.size).crop == "resized"
+
+    def read(self) -> tuple[list[Finding], Held | PixelFile | None]:
+        """What every image turned out to be, and where its pixels are: held at the input's size, in a file to cut
+        parts out of, or, None, in the source.
+        """
+        folder, store = cache_folder(self.choices.cache), self.found.store
+        known = load_findings(folder, store, self.files) if self.caches else {}
+        channels, size, grey16 = self.reading
+        needed = len(self.files) * size * size * channels
+        small = not self.cuts and needed <= MEMORY_BYTES
+        kind = f"{'parts' if self.cuts else 'whole'}-{size}-{channels}-{grey16}"
+        keeps = self.explicit or (self.caches and small)
+        pixels = PixelFile.of(folder, store, kind, key_of(store, self.files, kind)) if keeps else None
+        complete = len(known) == len(self.files)
+        if pixels is not None and complete and (ready := self.ready(pixels)) is not None:
+            return [known[file] for file in self.files], ready
+        todo = self.files if small else [file for file in self.files if file not in known]
+        found, images = examine(store, todo, self.pool, reading=self.reading if small else None, progress=self.progress)
+        known.update(zip(todo, found, strict=True))
+        findings = [known[file] for file in self.files]
+        try:
+            if self.caches and todo:
+                save_findings(folder, store, known)
+            if pixels is not None:
+                refused = self.write(pixels, images)
+                if refused:
+                    self.remarks.append(refused + ": they are decoded anew every time")
+                elif images is None:
+                    return findings, self.ready(pixels)
+        except OSError as error:
+            self.remarks.append(f"nothing is kept in {printable(folder)}: {(error.strerror or str(error)).lower()}")
+        return findings, None if images is None else Held(images)
+
+    def ready(self, pixels: PixelFile) -> Held | PixelFile | None:
+        """What a file of decoded images gives, None if it is absent or of other images."""
+        if self.cuts:
+            return pixels if pixels.open(len(self.files), self.reading.channels) is not None else None
+        images = open_square(pixels, len(self.files), self.reading)
+        return None if images is None else Held(images)
+
+    def write(self, pixels: PixelFile, images: Tensor | None) -> str:
+        """Keep the decoded images; why that is not possible, or ""."""
+        if images is not None:
+            return write_square(pixels, images)
+        if self.cuts:
+            return write_shrunk(pixels, self.found.store, self.files, self.reading, self.pool)
+        work = Decoding(self.found.store, self.files, self.reading, None, 1.0)
+        return write_rows(pixels, work, len(self.files), self.reading, self.pool)
+
+
+def assembled(reader: Reader, findings: dict[str, Finding], pixels: Held | PixelFile | None) -> Data:
+    """The data of a source whose images have been read."""
+    found, choices, reading = reader.found, reader.choices, reader.reading
+    bad = tuple((file, finding.reason) for file, finding in findings.items() if finding.reason)
+    check_readable(found, choices, bad)
+    groups = groups_of(findings) if choices.duplicates else {}
+    without = {file for file, _ in bad}
+    try:
+        listing = divide(found, held_out=choices.held_out, seed=choices.seed, without=without, groups=groups)
+    except DataError as error:
+        raise DataError(f"{error}; {len(bad)} files cannot be read and do not count") if bad else error from None
+    if not listing.test:
+        raise DataError(f"no test image in {printable(found.root)} can be read")
+    augmentation = choices.augmentation(reading.size)
+    place = {file: number for number, file in enumerate(reader.files)}
+
+    def part(samples: Sequence[Any]) -> Part:
+        rows = torch.tensor([place[sample.file] for sample in samples], dtype=torch.int64)
+        if isinstance(pixels, Held):
+            labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+            return MemoryPart(pixels, labels, [sample.file for sample in samples], rows)
+        stored = None if pixels is None else (pixels, len(reader.files), rows.numpy())
+        return FilePart(found.store, samples, reading=reading, crop=reader.cuts, pool=reader.pool, stored=stored)
+
+    train, test = part(listing.train), part(listing.test)
+    mean, std = statistics_of(train) if isinstance(train, MemoryPart) else known_statistics(reading.channels)
+    leaked = leaks(listing, groups)
+    remarks = [
+        *reader.remarks,
+        *found.remarks,
+        *listing_remarks(listing),
+        *content_remarks(found, findings),
+        *copy_remarks(listing, groups, leaked),
+    ]
     return Data(
-        name=folder.resolve().name,
-        classes=listing.classes,
-        channels=channels,
-        size=size,
+        name=found.name,
+        classes=found.classes,
+        channels=reading.channels,
+        size=reading.size,
         train=train,
         test=test,
         mean=mean,
@@ -193,21 +215,20 @@ def load(
         fingerprint=listing.fingerprint,
         held_out=listing.held_out,
         listing=listing,
-        unreadable=tuple(bad),
-        remarks=tuple(remarks + listing_remarks(listing)),
+        unreadable=bad,
+        remarks=tuple(remarks),
+        duplicates=tuple(dict.fromkeys(groups.values())),
+        leaked=leaked,
     )
 
 
-def load_digits(
-    *, size: int | None, channels: int | None, held_out: float, seed: int, crop: Crop, flip: bool | None
-) -> Data:
+def load_digits(choices: DataChoices) -> Data:
     """The embedded digits; scaled and repeated in every channel where another size or colour is asked for."""
-    classes, train, test = digits(held_out=held_out, seed=seed)
-    size, channels = size or train.images.shape[1], channels or 1
-    if crop == "resized":
+    classes, train, test = digits(held_out=choices.held_out, seed=choices.seed)
+    size, channels = choices.size or train.images.shape[1], choices.channels or 1
+    if choices.crop == "resized":
         raise DataError("crop 'resized' cuts parts out of image files; the embedded digits have none: use 'pad'")
-    for part in (train, test):
-        part.images = enlarged(part.images, size, channels)
+    train, test = (MemoryPart(enlarged(part.images, size, channels), part.labels, part.names) for part in (train, test))
     mean, std = statistics(train.images)
     return Data(
         name="digits",
@@ -218,114 +239,102 @@ def load_digits(
         test=test,
         mean=mean,
         std=std,
-        augmentation=choose_augmentation("pad" if crop == "auto" else crop, size, flip is True),
+        augmentation=replace(choices, crop="pad" if choices.crop == "auto" else choices.crop).augmentation(size),
         fingerprint="digits",
-        held_out=held_out,
+        held_out=choices.held_out,
     )
 
 
-class Reader:
-    """Reads both parts of a listing, in either way, and reports progress over both."""
-
-    def __init__(self, listing: Listing, channels: int, size: int, workers: int, progress: Progress | None) -> None:
-        self.listing = listing
-        self.channels = channels
-        self.size = size
-        self.workers = workers
-        self.progress = progress
-
-    def after(self, done: int) -> Progress | None:
-        """The progress of a part when `done` files were read before it."""
-        if self.progress is None:
-            return None
-        report, total = self.progress, len(self.listing.train) + len(self.listing.test)
-        return lambda number, _: report(done + number, total)
-
-    def into_memory(self) -> tuple[MemoryPart, MemoryPart, list[tuple[str, str]]]:
-        """Both parts decoded, and the files that could not be."""
-        root, shape = (
-            self.listing.root,
-            {"channels": self.channels, "size": self.size, "workers": self.workers},
-        )
-        train, bad_train = read_all(root, self.listing.train, **shape, progress=self.after(0))
-        test, bad_test = read_all(root, self.listing.test, **shape, progress=self.after(len(self.listing.train)))
-        return train, test, bad_train + bad_test
-
-    def as_files(self, crop: bool) -> tuple[FilePart, FilePart, list[tuple[str, str]]]:
-        """Both parts left in their files, and the files that cannot be decoded."""
-        root, bad = self.listing.root, []
-        parts = []
-        for samples, done in ((self.listing.train, 0), (self.listing.test, len(self.listing.train))):
-            failed = find_unreadable(root, samples, workers=self.workers, progress=self.after(done))
-            names = {file for file, _ in failed}
-            kept: list[Sample] = [sample for sample in samples if sample.file not in names]
-            shape = {"channels": self.channels, "size": self.size, "workers": self.workers}
-            parts.append(FilePart(root, kept, crop=crop, **shape))
-            bad += failed
-        return parts[0], parts[1], bad
-
-
-def choose_input(listing: Listing, size: int | None, channels: int | None) -> tuple[int, int, list[str]]:
+def choose_input(found: Found, files: list[str], choices: DataChoices) -> tuple[Reading, list[str]]:
     """Input size and channels, from the headers of up to 1,000 images spread evenly over both parts."""
-    files = listing.train + listing.test
-    stride = max(1, len(files) // PROBED)
-    probes: list[tuple[int, int, bool]] = []
-    for sample in files[::stride]:
+    headers: list[Header] = []
+    for file in files[:: max(1, len(files) // PROBED)]:
         try:
-            probes.append(probe(listing.root / sample.file))
+            headers.append(probe(found.store.read(file), found.root / file))
         except UnreadableImage:
             continue
-    if not probes:
-        first = listing.root / files[0].file
-        raise DataError(f"none of the {len(files)} images in {printable(listing.root)} can be read; the first: {first}")
-    shorter = max(min(width, height) for width, height, _ in probes)
-    size = size or (shorter if shorter <= SMALL_SIDE else LARGE_SIZE)
-    channels = channels or (1 if all(grey for _, _, grey in probes) else 3)
-    shapes = Counter((width, height) for width, height, _ in probes)
+    if not headers:
+        first = printable(found.root / files[0])
+        raise DataError(f"none of the {len(files)} images in {printable(found.root)} can be read; the first: {first}")
+    shorter = max(min(header.width, header.height) for header in headers)
+    size = choices.size or (shorter if shorter <= SMALL_SIDE else LARGE_SIZE)
+    channels = choices.channels or (1 if all(header.grey for header in headers) else 3)
+    shapes = Counter((header.width, header.height) for header in headers)
     remarks = []
     if size <= SMALL_SIDE and set(shapes) != {(size, size)}:
         (width, height), _ = shapes.most_common(1)[0]
         remarks.append(f"images are scaled and cut to a central {size}x{size}; most are {width}x{height}")
-    return size, channels, remarks
+    return Reading(channels, size, choices.grey16), remarks
 
 
-def choose_augmentation(crop: Crop, size: int, flip: bool) -> Augmentation:
-    """Padding by an eighth of the side, 4 pixels at 32 as in He 2015, for small inputs; cut-out parts for large ones.
-
-    >>> choose_augmentation("auto", 32, True)
-    Augmentation(crop='pad', pad=4, flip=True)
-    """
-    if crop == "auto":
-        crop = "pad" if size <= SMALL_SIDE else "resized"
-    return Augmentation(crop=crop, pad=max(1, round(size / 8)) if crop == "pad" else 0, flip=flip)
-
-
-def check_classes_left(listing: Listing, train: Part, test: Part, bad: list[tuple[str, str]]) -> None:
-    """Leaving out damaged files must not leave a class without training images, or nothing to test on."""
-    counts = torch.bincount(train.labels, minlength=len(listing.classes))
-    empty = [name for name, count in zip(listing.classes, counts.tolist(), strict=True) if not count]
+def check_readable(found: Found, choices: DataChoices, bad: Sequence[tuple[str, str]]) -> None:
+    """Damaged files must be few, and must not leave a class without training images."""
+    if not bad:
+        return
+    (file, reason), without = bad[0], {file for file, _ in bad}
+    first = f"{printable(found.root / file)}: {reason}"
+    if choices.unreadable == "stop":
+        raise UnreadableImage(found.root / file, f"{reason} (unreadable images are set to stop, not skip)")
+    empty = [name for name, files in found.train.items() if files and without.issuperset(files)]
     if empty:
-        file, reason = bad[0]
         raise DataError(
-            f"class {named(empty)} has no readable training image; {len(bad)} files cannot be read, "
-            f"the first: {printable(listing.root / file)}: {reason}"
+            f"class {named(empty)} has no readable training image; {len(bad)} files cannot be read, the first: {first}"
         )
-    if not len(test):
-        raise DataError(f"no test image in {printable(listing.root)} can be read")
+    total = len(found.files)
+    if len(bad) > math.ceil(choices.most_unreadable * total):
+        raise DataError(
+            f"{len(bad)} of {total} images cannot be read, the first: {first}. The rule is at most most_unreadable="
+            f"{choices.most_unreadable:g} of all; mend or remove them, or raise that"
+        )
+
+
+def leaks(listing: Listing, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
+    """(training file, test file) of the same content; of each test file, the first."""
+    training = {sample.file for sample in listing.train}
+    found = []
+    for sample in listing.test:
+        twin = next((file for file in groups.get(sample.file, ()) if file in training), None)
+        if twin is not None:
+            found.append((twin, sample.file))
+    return tuple(found)
+
+
+def copy_remarks(listing: Listing, groups: dict[str, tuple[str, ...]], leaked: Sequence[tuple[str, str]]) -> list[str]:
+    """What files of the same content mean."""
+    remarks = []
+    distinct = tuple(dict.fromkeys(groups.values()))
+    if distinct:
+        extra = sum(len(group) - 1 for group in distinct)
+        remarks.append(f"{extra} images are copies of others, the first: {named(distinct[0], 3)}")
+    label = {sample.file: sample.label for sample in listing.train + listing.test}
+    torn = [group for group in distinct if len({label[file] for file in group}) > 1]
+    if torn:
+        said = ", ".join(f"{printable(file)!r} as {printable(listing.classes[label[file]])!r}" for file in torn[0][:3])
+        remarks.append(f"{len(torn)} images stand in more than one class, the first: {said}")
+    if leaked:
+        twin, file = leaked[0]
+        remarks.append(
+            f"{len(leaked)} test images are also trained on, so the accuracy will look better than it is; the first: "
+            f"{printable(file)!r} is {printable(twin)!r}"
+        )
+    return remarks
 
 
 def listing_remarks(listing: Listing) -> list[str]:
-    """What was found in the folder and is not used."""
+    """What was found in the source and is not used."""
     remarks = []
     if listing.ignored:
         counted = ", ".join(f"{count} {printable(suffix)}" for suffix, count in listing.ignored.most_common(5))
         remarks.append(f"files ignored as not images: {counted}")
+        advised = {FOREIGN[suffix]: suffix for suffix in listing.ignored if suffix in FOREIGN}
+        remarks += [f"Pillow does not read {suffix} files: {advice}" for advice, suffix in advised.items()]
     if listing.unused:
-        remarks.append(f"folder not used: {', '.join(listing.unused)}")
-    tested = {sample.label for sample in listing.test}
-    missing = [name for number, name in enumerate(listing.classes) if number not in tested]
-    if missing:
-        remarks.append(f"no test image of class {named(missing)}")
+        remarks.append(f"folder not used: {', '.join(map(printable, listing.unused))}")
+    for verb, part in (("test", listing.test), ("training", listing.train)):
+        present = {sample.label for sample in part}
+        missing = [name for number, name in enumerate(listing.classes) if number not in present]
+        if missing:
+            remarks.append(f"no {verb} image of class {named(missing)}")
     return remarks
 
 
@@ -337,11 +346,26 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     >>> statistics(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
     ((0.5,), (0.5,))
     """
+    return moments(histogram(images))
+
+
+def statistics_of(part: MemoryPart) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The same of a part, a chunk at a time: it may be larger than memory."""
+    chunks: Iterator[Tensor] = part.fetch(torch.arange(len(part)).split(1024), torch.device("cpu"), None)
+    return moments(torch.stack([histogram(images) for images in chunks]).sum(0))
+
+
+def histogram(images: Tensor) -> Tensor:
+    """How often each value occurs in each channel: int64 (C, 256)."""
+    return torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(images.shape[-1])])
+
+
+def moments(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each row of a histogram (C, 256), values in [0, 1]."""
     values = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
-    for channel in range(images.shape[-1]):
-        weights = torch.bincount(images[..., channel].flatten(), minlength=256).double()
-        weights /= weights.sum()
+    for weights in counts.double():
+        weights = weights / weights.sum()
         mean = float(weights @ values)
         means.append(mean)
         deviations.append(float(weights @ (values - mean) ** 2) ** 0.5 or 1.0)

@@ -1,31 +1,32 @@
-"""The images of one part of the data: decoded in memory, or in files that worker processes decode when asked."""
+"""The images of one part of the data: decoded in memory, or in their source and decoded when asked."""
 
 from __future__ import annotations
 
-import os
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from skipway.data.augmentation import random_box
-from skipway.data.decoding import UnreadableImage, central_share, check, decode
+from skipway.data.checking import Decoding, Examining, Finding, Reading
+from skipway.data.decoding import UnreadableImage
 from skipway.data.listing import Sample
+from skipway.data.places.stores import Files, Store
+from skipway.data.pool import Pool
+from skipway.data.stored import Cropping
+from skipway.data.storing import PixelFile
 
-__all__ = ["Batch", "FilePart", "MemoryPart", "Part", "Progress", "find_unreadable", "read_all"]
+__all__ = ["FilePart", "Held", "MemoryPart", "Part", "Progress", "examine", "read_all"]
 
 Progress = Callable[[int, int], None]
-Batch = tuple[Tensor, Tensor]
 
 # He 2015 and torchvision test on the central 224 of a shorter side of 256
 TEST_SHARE = 224 / 256
-# below this many files, starting worker processes costs more than it saves
-FEW_FILES = 2_000
+# decoded images up to so many bytes are moved to the device as a whole
+RESIDENT_BYTES = 2 * 1024**3
 CHUNK = 256
 
 
@@ -42,179 +43,135 @@ class Part(ABC):
         return len(self.labels)
 
     @abstractmethod
-    def fetch(self, order: Tensor, batch_size: int, device: torch.device, draws: Tensor | None) -> Iterator[Batch]:
-        """Batches in the given order: uint8 images (B, H, W, C) and their numbers in this part (B,), on `device`.
+    def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
+        """For each of `batches`, int64 numbers (B,) on the CPU: uint8 images (B, H, W, C) on `device`.
 
         With `draws` each image is cut out by its own row, where this part decodes files; None is the central part.
         """
 
 
+class Held:
+    """Decoded images, uint8 (N, H, W, C), which several parts may share; in memory or mapped from a file."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.resident: Tensor | None = None
+
+    def taken(self, rows: Tensor, device: torch.device) -> Tensor:
+        """The images `rows`, int64 (B,) on the CPU, on `device`: a set that fits is moved there once."""
+        if device.type == "cpu":
+            return self.images[rows]
+        if self.images.nbytes > RESIDENT_BYTES:
+            return self.images[rows].to(device)
+        if self.resident is None or self.resident.device != device:
+            self.resident = self.images.to(device)
+        return self.resident[rows.to(device)]
+
+
 @final
 class MemoryPart(Part):
-    """Images decoded once: uint8 of shape (N, H, W, C)."""
+    """Images decoded once: those rows of the `held` ones."""
 
-    def __init__(self, images: Tensor, labels: Tensor, names: Sequence[str]) -> None:
-        self.images = images
+    def __init__(self, held: Held | Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None) -> None:
+        self.held = Held(held) if isinstance(held, Tensor) else held
         self.labels = labels
         self.names = names
+        self.rows = torch.arange(len(labels)) if rows is None else rows
 
-    def fetch(self, order: Tensor, batch_size: int, device: torch.device, draws: Tensor | None) -> Iterator[Batch]:
-        images = self.images.to(device)
-        for chosen in order.to(device).split(batch_size):
-            yield images[chosen], chosen
+    @property
+    def images(self) -> Tensor:
+        """All of them: uint8 (N, H, W, C)."""
+        return self.held.images[self.rows]
+
+    def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
+        for chosen in batches:
+            yield self.held.taken(self.rows[chosen], device)
 
 
 @final
 class FilePart(Part):
-    """Images that stay in their files: each is decoded, and cut to size, when its batch comes."""
+    """Images that stay in their source: each is decoded, and cut to size, when its batch comes.
 
-    def __init__(self, root: Path, samples: Sequence[Sample], *, channels: int, size: int, crop: bool, workers: int):
-        self.root = root
-        self.samples = samples
-        self.channels = channels
-        self.size = size
-        self.crop = crop
-        self.workers = workers
-        self.labels = torch.tensor([sample.label for sample in samples])
-        self.names = [sample.file for sample in samples]
-
-    def fetch(self, order: Tensor, batch_size: int, device: torch.device, draws: Tensor | None) -> Iterator[Batch]:
-        share = TEST_SHARE if self.crop else 1.0
-        files = Decoded(self.root, self.samples, self.channels, self.size, draws if self.crop else None, share)
-        batches = [chosen.tolist() for chosen in order.split(batch_size)]
-        loader = make_loader(files, batches, self.workers, collate=collect, pin=device.type == "cuda")
-        for images, numbers, failures in loader:
-            for index, reason in failures:
-                raise UnreadableImage(self.root / self.names[index], f"changed while training: {reason}")
-            yield images.to(device, non_blocking=True), numbers.to(device, non_blocking=True)
-
-
-Item = tuple[Tensor | None, int, str]
-Collected = tuple[Tensor, Tensor, list[tuple[int, str]]]
-
-
-class Decoded(Dataset[Item]):
-    """Item i is (sample i as a uint8 tensor (H, W, C), i, ""), or (None, i, the reason why it cannot be read)."""
+    Args:
+        store: reads them.
+        samples: which.
+        reading: how they become pixels.
+        crop: whether training images are cut out at random, and test images centrally from a wider view.
+        pool: who decodes.
+        pixels: decoded at a higher resolution than the input's, as (file, table, bytes, row of each sample); cut out
+            of those instead of decoding. None: there are none.
+    """
 
     def __init__(
         self,
-        root: Path,
+        store: Store,
         samples: Sequence[Sample],
-        channels: int,
-        size: int,
-        draws: Tensor | None,
-        share: float,
+        *,
+        reading: Reading,
+        crop: bool,
+        pool: Pool,
+        stored: tuple[PixelFile, int, np.ndarray] | None = None,
     ) -> None:
-        self.root = root
+        self.store = store
         self.samples = samples
-        self.channels = channels
-        self.size = size
-        self.draws = draws
-        self.share = share
+        self.reading = reading
+        self.crop = crop
+        self.pool = pool
+        self.stored = stored
+        self.labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+        self.names = [sample.file for sample in samples]
 
-    def __getitem__(self, index: int) -> Item:
-        box = central_share(self.share) if self.draws is None else random_box(self.draws[index])
-        path = self.root / self.samples[index].file
-        try:
-            pixels = decode(path, channels=self.channels, size=self.size, box=box)
-        except UnreadableImage as error:
-            return None, index, error.reason
-        return torch.from_numpy(pixels.copy()), index, ""
-
-
-def collect(items: list[Item]) -> Collected:
-    """The images that were read as one tensor, their numbers, and (number, reason) of the others."""
-    images = [image for image, _, _ in items if image is not None]
-    numbers = [index for image, index, _ in items if image is not None]
-    failures = [(index, reason) for image, index, reason in items if image is None]
-    return (
-        torch.stack(images) if images else torch.empty(0),
-        torch.tensor(numbers, dtype=torch.int64),
-        failures,
-    )
+    def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
+        rows = draws.numpy() if self.crop and draws is not None else None
+        share = TEST_SHARE if self.crop else 1.0
+        if self.stored is None:
+            work = Decoding(self.store, self.names, self.reading, rows, share)
+        else:
+            work = Cropping(*self.stored, self.reading, rows, share)
+        numbers = [chosen.tolist() for chosen in batches]
+        for (images, reasons), batch in zip(
+            self.pool.batches(work, numbers, pin=device.type == "cuda"), numbers, strict=True
+        ):
+            for index, reason in zip(batch, reasons, strict=True):
+                if reason:
+                    raise UnreadableImage(self.store.root / self.names[index], f"changed while training: {reason}")
+            yield images.to(device, non_blocking=True)
 
 
-class Checked(Dataset[tuple[int, str]]):
-    """Item i is (i, the reason why the file cannot be used, or an empty string)."""
-
-    def __init__(self, root: Path, samples: Sequence[Sample]) -> None:
-        self.root = root
-        self.samples = samples
-
-    def __getitem__(self, index: int) -> tuple[int, str]:
-        return index, check(self.root / self.samples[index].file)
-
-
-def start_worker(_: int) -> None:
-    """A worker leaves Ctrl-C to the main process, which finishes its step and ends the workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def make_loader(
-    dataset: Dataset[Any],
-    batches: list[list[int]],
-    workers: int,
+def examine(
+    store: Store,
+    files: Sequence[str],
+    pool: Pool,
     *,
-    collate: Callable[..., Any],
-    pin: bool = False,
-) -> DataLoader[Any]:
-    """A loader of exactly these batches of item numbers, in this order."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=min(workers, len(batches)),
-        worker_init_fn=start_worker,
-        collate_fn=collate,
-        pin_memory=pin,
-    )
+    reading: Reading | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Finding], Tensor | None]:
+    """Read every image to its end once: what each turned out to be, and with a `reading` the pixels (N, H, W, C).
 
-
-def default_workers(files: int) -> int:
-    """Worker processes for that many files: one per CPU core that this process may use, none for a few files."""
-    if files < FEW_FILES:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
-
-
-def chunks(count: int) -> list[list[int]]:
-    """0 ... count - 1 in runs of CHUNK."""
-    return [list(range(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
+    Rows of images that cannot be read hold zeros.
+    """
+    shape = None if reading is None else (reading.size, reading.size, reading.channels)
+    pixels = None if shape is None else torch.zeros(len(files), *shape, dtype=torch.uint8)
+    findings: list[Finding] = []
+    batches = [range(start, min(start + CHUNK, len(files))) for start in range(0, len(files), CHUNK)]
+    for images, found in pool.batches(Examining(store, files, reading), batches):
+        if pixels is not None:
+            sound = torch.tensor([not finding.reason for finding in found])
+            pixels[len(findings) : len(findings) + len(found)][sound] = images[sound]
+        findings += found
+        if progress is not None:
+            progress(len(findings), len(files))
+    return findings, pixels
 
 
 def read_all(
-    root: Path,
-    samples: Sequence[Sample],
-    *,
-    channels: int,
-    size: int,
-    workers: int,
-    progress: Progress | None = None,
+    root: Path, samples: Sequence[Sample], *, channels: int, size: int, workers: int, progress: Progress | None = None
 ) -> tuple[MemoryPart, list[tuple[str, str]]]:
-    """Decode all images into memory; the ones that cannot be read are left out and returned with their reasons."""
-    files = Decoded(root, samples, channels, size, draws=None, share=1.0)
-    images = torch.empty(len(samples), size, size, channels, dtype=torch.uint8)
-    kept: list[int] = []
-    unreadable: list[tuple[str, str]] = []
-    for read, numbers, failures in make_loader(files, chunks(len(samples)), workers, collate=collect):
-        if len(numbers):
-            images[len(kept) : len(kept) + len(numbers)] = read
-            kept.extend(numbers.tolist())
-        unreadable.extend((samples[index].file, reason) for index, reason in failures)
-        if progress is not None:
-            progress(len(kept) + len(unreadable), len(samples))
-    labels = torch.tensor([samples[index].label for index in kept], dtype=torch.int64)
-    return MemoryPart(images[: len(kept)], labels, [samples[index].file for index in kept]), unreadable
-
-
-def find_unreadable(
-    root: Path, samples: Sequence[Sample], *, workers: int, progress: Progress | None = None
-) -> list[tuple[str, str]]:
-    """Decode every file once at the lowest resolution; the files that fail, with their reasons."""
-    unreadable: list[tuple[str, str]] = []
-    loader = make_loader(Checked(root, samples), chunks(len(samples)), workers, collate=list)
-    for number, chunk in enumerate(loader):
-        unreadable.extend((samples[index].file, reason) for index, reason in chunk if reason)
-        if progress is not None:
-            progress(min((number + 1) * CHUNK, len(samples)), len(samples))
-    return unreadable
+    """Decode files into memory; the ones that cannot be read are left out and returned with their reasons."""
+    files = [sample.file for sample in samples]
+    findings, pixels = examine(Files(root), files, Pool(workers), reading=Reading(channels, size), progress=progress)
+    assert pixels is not None
+    sound = [number for number, finding in enumerate(findings) if not finding.reason]
+    labels = torch.tensor([samples[number].label for number in sound], dtype=torch.int64)
+    bad = [(file, finding.reason) for file, finding in zip(files, findings, strict=True) if finding.reason]
+    return MemoryPart(Held(pixels), labels, [files[number] for number in sound], torch.tensor(sound).long()), bad

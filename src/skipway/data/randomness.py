@@ -39,10 +39,14 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 
-def uniforms(count: int, columns: int, seed: int, epoch: int) -> Tensor:
+def uniforms(count: int, columns: int, seed: int, epoch: int, purpose: str = "augmentation") -> Tensor:
     """Numbers in [0, 1) for the augmentation of every image in epoch `epoch`; float32 of shape (count, columns).
 
     Row i belongs to image i wherever the order places it, so neither the batch size nor the number of worker
-    processes changes how an image is augmented.
+    processes changes how an image is augmented. Each purpose has its own numbers, so that one variation more leaves
+    the others as they were.
+
+    >>> uniforms(2, 3, seed=0, epoch=0).shape
+    torch.Size([2, 3])
     """
-    return torch.rand(count, columns, generator=generator(seed, "augmentation", epoch))
+    return torch.rand(count, columns, generator=generator(seed, purpose, epoch))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from skipway import __version__
 from skipway.diagnosis.findings import Finding, number
+from skipway.diagnosis.sheet import definitions, document, linked, listed, size_cell, word_cell
 from skipway.diagnosis.table import (
     LEAST_SPAN,
     SYMBOLS,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["page"]
 
-LINK = re.compile(r"https?://[^\s<>\"'()]+[^\s<>\"'().,;:]")
 WIDTH, LEFT, RIGHT, TOP = 920, 64, 12, 24
 # heights of the panels forward, backward and distinct, and the gap between two of them
 HEIGHTS, GAP, BOTTOM = (190, 190, 90), 26, 40
@@ -49,23 +48,8 @@ MEANING = {
     "will not train": "Something at its start keeps it from learning; see the findings.",
 }
 
+# beside the style that all pages share
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d1f21; --soft: #5c6166; --line: #dfe3e6; --card: #f7f8f9;
-  --stream: #0072b2; --branch: #c65300; --second: #a8528a; --third: #2a7f9e;
-  --distinct: #00805f; --fatal: #b2182b; --serious: #8a5a00; --note: #5c6166;
-  --good: #00664b; --good-paper: #e4f4ee; --fair: #7a4f00; --fair-paper: #fdf1d8; --bad: #a01427;
-  --bad-paper: #fbe6e8; }
-@media (prefers-color-scheme: dark) { :root { --paper: #16181a; --ink: #e7e9ea; --soft: #a0a6ab; --line: #33383c;
-  --card: #1e2124; --stream: #56b4e9; --branch: #f0975a; --second: #e39cc9; --third: #8ad4ef;
-  --distinct: #3cc79c; --fatal: #ff8b94; --serious: #f2c14e;
-  --note: #a0a6ab; --good: #7fdcbd; --good-paper: #10312a; --fair: #f6cd77; --fair-paper: #37290c; --bad: #ffa3aa;
-  --bad-paper: #3d1418; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 60rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 0 0 .3rem; } a { color: var(--stream); overflow-wrap: anywhere; }
-.asked, .soft, footer { color: var(--soft); } p { margin: .3rem 0; } ul { margin: .3rem 0; padding-left: 1.3rem; }
 .verdict { margin: 1rem 0; padding: .9rem 1.1rem; border-radius: .5rem; border-left: .4rem solid; }
 .verdict strong { font-size: 1.25rem; } .verdict.good { background: var(--good-paper); color: var(--good); }
 .verdict.fair { background: var(--fair-paper); color: var(--fair); }
@@ -76,40 +60,7 @@ h3 { font-size: 1rem; margin: 0 0 .3rem; } a { color: var(--stream); overflow-wr
 .level { font-weight: 700; } .level.fatal, td .fatal { color: var(--fatal); }
 .level.serious, td .serious { color: var(--serious); } .level.note, td .note { color: var(--note); }
 .place { color: var(--soft); font-weight: 400; overflow-wrap: anywhere; } .remedies { list-style: "→ "; }
-dl { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: .5rem 0; } dl div { display: flex; gap: .4rem; }
-dt { color: var(--soft); } dd { margin: 0; font-variant-numeric: tabular-nums; font-weight: 600; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .85rem; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
-th button { all: unset; cursor: pointer; font-weight: 700; }
-th button:focus-visible { outline: 2px solid var(--stream); }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px; }
-svg .title { fill: var(--ink); font-weight: 600; } svg .grid { stroke: var(--line); }
-svg .stream, svg .through { fill: none; stroke-width: 2; stroke: var(--stream); }
-svg .through { stroke: var(--branch); stroke-width: 1.5; stroke-dasharray: 5 3; }
-svg .distinct { fill: none; stroke-width: 2; stroke: var(--distinct); }
-svg .dot { stroke: none; fill: var(--stream); } svg .dot.through { fill: var(--branch); }
-svg .dot.distinct { fill: var(--distinct); } svg path.kind2 { stroke: var(--second); }
-svg path.kind3 { stroke: var(--third); } svg .dot.kind2 { fill: var(--second); } svg .dot.kind3 { fill: var(--third); }
-svg .dot.unseen { fill: transparent; } svg .dot.edge { fill: var(--paper); stroke: var(--stream); stroke-width: 1.5;
-  stroke-dasharray: none; } svg .dot.edge.through { stroke: var(--branch); }
-svg .dot.edge.kind2 { stroke: var(--second); } svg .dot.edge.distinct { stroke: var(--distinct); }
-svg .band { fill: var(--note); opacity: .14; } svg .band.fatal { fill: var(--fatal); opacity: .18; }
-svg .band.serious { fill: var(--serious); opacity: .18; } svg .mark { font-weight: 700; }
-svg .mark.fatal { fill: var(--fatal); } svg .mark.serious { fill: var(--serious); }
-footer { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: .6rem; font-size: .85rem; }
-"""
 
-# sorts a table's rows by the column whose heading is pressed, and the other way when it is pressed again
-SCRIPT = """
-for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
-  const cell = button.parentElement, body = cell.closest("table").tBodies[0], column = cell.cellIndex;
-  const down = cell.ariaSort === "ascending", key = (row) => row.cells[column].dataset.value;
-  const compare = (a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b, undefined, {numeric: true}) : a - b;
-  for (const other of cell.parentElement.cells) other.removeAttribute("aria-sort");
-  cell.ariaSort = down ? "descending" : "ascending";
-  body.append(...[...body.rows].sort((a, b) => (down ? -1 : 1) * compare(key(a), key(b))));
-});
 """
 
 
@@ -132,13 +83,7 @@ def page(diagnosis: Diagnosis) -> str:
         *refusals(diagnosis),
         footer(diagnosis),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(model)}: {escape(diagnosis.verdict)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return document(f"{model}: {diagnosis.verdict}", parts, style=STYLE)
 
 
 def banner(diagnosis: Diagnosis) -> Iterator[str]:
@@ -151,18 +96,6 @@ def banner(diagnosis: Diagnosis) -> Iterator[str]:
     if diagnosis.conditions:
         yield listed(diagnosis.conditions, "remedies")
     yield "</div>"
-
-
-def listed(entries: Iterable[object], kind: str = "") -> str:
-    """Entries as a list."""
-    named = f' class="{kind}"' if kind else ""
-    return f"<ul{named}>{''.join(f'<li>{escape(str(entry))}</li>' for entry in entries)}</ul>"
-
-
-def definitions(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names with their numbers."""
-    inside = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)
-    return f"<dl>{inside}</dl>" if inside else ""
 
 
 def ahead_numbers(diagnosis: Diagnosis) -> list[tuple[str, float]]:
@@ -194,20 +127,6 @@ def cards(findings: Sequence[Finding]) -> Iterator[str]:
         if finding.remedies:
             yield listed(finding.remedies, "remedies")
         yield "</section>"
-
-
-def linked(text: str) -> str:
-    """Text with its web addresses as links.
-
-    >>> linked("a & b, https://arxiv.org/abs/1502.01852.")
-    'a &amp; b, <a href="https://arxiv.org/abs/1502.01852" rel="noreferrer">https://arxiv.org/abs/1502.01852</a>.'
-    """
-    done, parts = 0, []
-    for match in LINK.finditer(text):
-        address = escape(match.group())
-        parts += [escape(text[done : match.start()]), f'<a href="{address}" rel="noreferrer">{address}</a>']
-        done = match.end()
-    return "".join([*parts, escape(text[done:])])
 
 
 @dataclass(frozen=True)
@@ -387,17 +306,6 @@ def table_section(rows: Sequence[Row], diagnosis: Diagnosis) -> Iterator[str]:
         cells.append(word_cell(mark_links(row, diagnosis), marks_text(row, diagnosis.findings)))
         yield f"<tr>{''.join(cells)}</tr>"
     yield "</tbody></table></div>"
-
-
-def size_cell(value: float, text: str) -> str:
-    """A cell with a number, and what it is sorted by; what was not measured comes first, infinity last."""
-    key = -1.0 if math.isnan(value) else min(value, 1e308)
-    return f'<td class="number" data-value="{key:.6g}">{escape(text)}</td>'
-
-
-def word_cell(inside: str, key: str) -> str:
-    """A cell with words, and what it is sorted by."""
-    return f'<td data-value="{escape(key)}">{inside}</td>'
 
 
 def mark_links(row: Row, diagnosis: Diagnosis) -> str:

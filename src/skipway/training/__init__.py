@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipway.training.evaluation import Evaluation, wilson_interval
-    from skipway.training.loop import Outcome, train
+    from skipway.training.loop import train
     from skipway.training.propagation import StageSignal, signal_check
     from skipway.training.recipe import Recipe, read_recipe
+    from skipway.training.run import Outcome
     from skipway.training.run_folder import RunFolder
     from skipway.training.screen import Screen, Silent, StepReport
+    from skipway.training.using import Prediction, Predictor
 
 HOMES = {
     "Evaluation": "evaluation",
-    "Outcome": "loop",
+    "Outcome": "run",
+    "Prediction": "using",
+    "Predictor": "using",
     "Recipe": "recipe",
     "RunFolder": "run_folder",
     "Screen": "screen",
@@ -36,6 +40,8 @@ HOMES = {
 __all__ = [
     "Evaluation",
     "Outcome",
+    "Prediction",
+    "Predictor",
     "Recipe",
     "RunFolder",
     "Screen",

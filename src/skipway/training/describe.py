@@ -43,23 +43,57 @@ def data_lines(data: Data) -> Iterator[Line]:
         yield "note", remark
 
 
-def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int) -> Iterator[Line]:
+def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int, flops: float = 0.0) -> Iterator[Line]:
     """What will be trained, and how."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = getattr(model, "config", None)
     scheme = getattr(config, "scheme", None)
     depth = f", depth {recipe.depth}" if recipe.depth else ""
+    work = f"{count_text(flops)}FLOP per image, " if flops else ""
     yield (
         "model",
-        f"{recipe.model}{depth}: {parameters:,} parameters, {connections} residual connections, "
+        f"{recipe.model}{depth}: {parameters:,} parameters, {work}{connections} residual connections, "
         f"scheme {scheme if scheme is not None else recipe.scheme}",
     )
     warm = f" after {100 * recipe.warmup:g} % warm-up" if recipe.warmup else ""
+    length = recipe.time or f"{recipe.epochs} epochs"
     yield (
         "recipe",
         f"{recipe.optimizer}, learning rate {recipe.peak_lr:g}, weight decay {recipe.decay:g}, batch "
-        f"{recipe.batch_size}, {recipe.epochs} epochs of {steps:,} steps, cosine{warm}, seed {recipe.seed}",
+        f"{recipe.batch_size}, {length} of {steps:,} steps, {recipe.schedule}{warm}, seed {recipe.seed}",
     )
+    others = extras(recipe)
+    if others:
+        yield "", others
+
+
+def count_text(number: float) -> str:
+    """A large number with its prefix.
+
+    >>> count_text(4.1e9), count_text(81e6)
+    ('4.1 G', '81 M')
+    """
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.2g} {prefix}" if number < 10 * factor else f"{number / factor:.0f} {prefix}"
+    return f"{number:.0f} "
+
+
+def extras(recipe: Recipe) -> str:
+    """What of a recipe is not as it is without asking, in a line."""
+    shown = [
+        (recipe.augment != "none", f"augmentation {recipe.augment}"),
+        (recipe.ema is not None, f"weights averaged, {recipe.ema}"),
+        (recipe.clip is not None, f"gradients clipped, {recipe.clip}"),
+        (recipe.accumulate > 1, f"batches in {recipe.accumulate} parts"),
+        (recipe.layer_decay < 1, f"layer decay {recipe.layer_decay:g}"),
+        (recipe.freeze > 0, f"blocks frozen for {recipe.freeze} epochs"),
+        (recipe.class_weights != "none", "classes weighed by 1 / images"),
+        (recipe.grow_from is not None, f"images grow from {recipe.grow_from} pixels"),
+        (recipe.label_smoothing > 0, f"label smoothing {recipe.label_smoothing:g}"),
+        (recipe.patience is not None, f"patience {recipe.patience} epochs"),
+    ]
+    return ", ".join(text for holds, text in shown if holds)
 
 
 def signal_lines(rows: list[StageSignal]) -> Iterator[Line]:

@@ -11,16 +11,20 @@ from skipway.errors import SkipwayError
 __all__ = ["choose_device", "choose_precision"]
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first CUDA device where there is one, else the CPU.
+def choose_device(name: str, local: int = 0) -> torch.device:
+    """The device of that name; "auto" and "cuda" are the CUDA device of this process where there is one, else the CPU.
+
+    Args:
+        name: auto, cpu, cuda, cuda:1, mps.
+        local: number of this process on its machine.
 
     >>> choose_device("cpu")
     device(type='cpu')
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
         torch.empty(1, device=device)
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError by device
         reason = str(error).splitlines()[0]
@@ -29,8 +33,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(
-    setting: Literal["auto", "float32", "bfloat16"], device: torch.device
-) -> tuple[Literal["float32", "bfloat16"], str]:
+    setting: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device
+) -> tuple[Literal["float32", "bfloat16", "float16"], str]:
     """The arithmetic of the forward pass, and the reason for it in a few words.
 
     "auto" is bfloat16 autocast where the device multiplies bfloat16 natively, else float32: emulated bfloat16 is

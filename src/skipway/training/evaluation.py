@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from skipway.data import Batch
+
 __all__ = ["Evaluation", "evaluate", "wilson_interval"]
 
 # the 97.5 % point of the normal distribution
@@ -76,29 +78,46 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     *,
     classes: int,
     autocast: Callable[[], AbstractContextManager[object]],
     stop: Callable[[], bool] = lambda: False,
+    flip: bool = False,
+    total: Callable[[Tensor], Tensor] = lambda values: values,
+    rounds: int = 0,
 ) -> Evaluation | None:
-    """Run the network in evaluation mode over all batches; None if `stop` said so before the end."""
+    """Run the network in evaluation mode over all batches; None if `stop` said so before the end.
+
+    Args:
+        flip: see each image and its mirror image, and take the mean of the logits.
+        total: sums over the processes that share the batches; each of them gets the evaluation of all.
+        rounds: how often the network has to run at least, if need be on a batch that was counted.
+    """
     was_training = model.training
     model.eval()
-    confusion: Tensor | None = None
-    losses: list[Tensor] = []
-    for inputs, labels in batches:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    counts = torch.zeros(classes * classes + 1, dtype=torch.float64, device=device)
+    stopped, done, batch = False, 0, None
+    for batch in batches:
         with autocast():
-            logits = model(inputs).float()
-        losses.append(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        pairs = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
-        confusion = pairs if confusion is None else confusion + pairs
-        if stop():
-            model.train(was_training)
-            return None
+            logits = model(batch.inputs).float()
+            if flip:
+                logits = (logits + model(batch.inputs.flip(-1)).float()) / 2
+        losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        pairs = torch.bincount(batch.labels * classes + logits.argmax(1), minlength=classes * classes)
+        counts[:-1] += pairs
+        counts[-1] += losses.double().sum()
+        done += 1
+        stopped = stop()
+        if stopped:
+            break
+    while batch is not None and done < rounds:
+        model(batch.inputs)
+        done += 1
     model.train(was_training)
-    if confusion is None:
-        return Evaluation(math.nan, torch.zeros(classes, classes, dtype=torch.int64))
-    confusion = confusion.cpu().reshape(classes, classes)
-    loss = sum(torch.stack(losses).double().tolist()) / max(1, int(confusion.sum()))
-    return Evaluation(loss, confusion)
+    if bool(total(torch.tensor(float(stopped), device=device)) > 0):
+        return None
+    *found, loss = total(counts).tolist()
+    confusion = torch.tensor(found, dtype=torch.float64).round().long().reshape(classes, classes)
+    return Evaluation(loss / confusion.sum().item() if confusion.sum() else math.nan, confusion)

@@ -1,145 +1,71 @@
-"""`train`: a recipe and a folder in, a trained network and its run folder out. One process, one file to read.
+"""`train`: a recipe and a folder in, a trained network and its run folder out. One file to read.
 
 Order, augmentation and every other random draw are functions of (seed, epoch, step), and the learning rate is a
-function of the step. So the state of a run is its weights, its optimiser's tensors and two integers, and a run that
-continues ends in the weights of an uninterrupted one: bit for bit on one CPU with the same number of threads.
+function of the step. So the state of a run is its weights, its optimiser's tensors, the average and a few numbers, and
+a run that continues ends in the weights of an uninterrupted one: bit for bit on one CPU with equally many threads.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from skipway import __version__
-from skipway.anatomy import chain
-from skipway.data import Data, load
+from skipway.data import Batch
+from skipway.data.listing import printable
 from skipway.data.randomness import draw_key
-from skipway.errors import CheckpointError, DataError, DivergedError, SkipwayError
-from skipway.groups import param_groups
-from skipway.models import build, find_config
-from skipway.training.checkpoint import all_finite, load_checkpoint, save_checkpoint
-from skipway.training.describe import data_lines, model_lines, signal_lines
+from skipway.errors import CheckpointError, DivergedError, SkipwayError
+from skipway.training.assembling import (
+    assemble,
+    begin,
+    continued,
+    freeze,
+    go_back,
+    introduce,
+    load_data,
+    model_of,
+    preprocessing_of,
+    resolved,
+    restore,
+    snapshot_state,
+)
+from skipway.training.blame import find_culprit
+from skipway.training.board import write_board
+from skipway.training.checkpoints import Snapshot
+from skipway.training.clipping import total_norm
 from skipway.training.device import choose_device, choose_precision
 from skipway.training.evaluation import Evaluation, evaluate
-from skipway.training.propagation import first_non_finite, signal_check
+from skipway.training.ranks import joined
 from skipway.training.recipe import Recipe
+from skipway.training.report import write_report
+from skipway.training.run import Outcome, Pending, Run
 from skipway.training.run_folder import RunFolder
-from skipway.training.schedule import rate_factor, set_rates
+from skipway.training.schedules import set_rates
 from skipway.training.screen import Screen, Silent, StepReport
+from skipway.training.states import all_finite, gathered, model_state, optimizer_state, whole
 from skipway.training.storage import write_json, write_tensors
-from skipway.weights import load as load_weights
 
-__all__ = ["Outcome", "train"]
+__all__ = ["train"]
 
-# fields that may differ when a run continues: all others decide what the weights become (that the files in a data
-# folder that has moved are the same is checked apart)
-FREE_TO_CHANGE = frozenset({"data", "epochs", "device", "workers"})
-# a GPU is asked for its losses once in so many steps, because each question makes it wait
+# a GPU is asked for its numbers once in so many steps, because each question makes it wait; bad steps change nothing
 GPU_STEPS_PER_CHECK = 25
-# the confusion matrix of more classes than this would be most of the summary
-MOST_CLASSES_IN_CONFUSION = 100
-
-
-@dataclass
-class Position:
-    """Where a run stands: `step` steps into epoch `epoch`, both from 0, with the sums of that epoch so far."""
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    correct: int = 0
-    seconds: float = 0.0
-    best_accuracy: float = -1.0
-    best_epoch: int = 0
-
-
-@dataclass
-class Run:
-    """What the functions below share."""
-
-    recipe: Recipe
-    data: Data
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    folder: RunFolder
-    screen: Screen
-    device: torch.device
-    stop: Callable[[], bool]
-    position: Position = field(default_factory=Position)
-    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
-    earlier_seconds: float = 0.0
-    epoch_began: float = 0.0
-    steps_taken: int = 0
-    steps_this_epoch: int = 0
-    images_per_second: float = 0.0
-    evaluation: Evaluation | None = None
-
-    @property
-    def steps(self) -> int:
-        """Steps in an epoch."""
-        return self.data.steps(self.recipe.batch_size)
-
-    @property
-    def steps_done(self) -> int:
-        """Steps since the start of training, over all sessions."""
-        return self.position.epoch * self.steps + self.position.step
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in training, over all sessions."""
-        return self.earlier_seconds + time.monotonic() - self.began
-
-    @property
-    def finished(self) -> bool:
-        return self.position.epoch >= self.recipe.epochs
-
-    def rate_factor(self, step: int) -> float:
-        """What multiplies the peak learning rate at a step of the whole run."""
-        return rate_factor(step, self.recipe.epochs * self.steps, self.recipe.warmup)
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The arithmetic of forward passes."""
-        if self.recipe.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a call of `train` came to.
-
-    Args:
-        finished: whether all epochs are done; False after `stop`.
-        folder: where everything is.
-        recipe: with every choice resolved.
-        classes: names in the order of their numbers.
-        evaluation: of the last weights on the test images; None if the run was stopped.
-        best_accuracy: over all epochs, on the same test images; -1 before the first.
-        best_epoch: the epoch of that, from 1.
-        epoch: complete epochs.
-        step: steps into the next.
-        seconds: spent in training, over all sessions.
-    """
-
-    finished: bool
-    folder: RunFolder
-    recipe: Recipe
-    classes: tuple[str, ...]
-    evaluation: Evaluation | None
-    best_accuracy: float
-    best_epoch: int
-    epoch: int
-    step: int
-    seconds: float
+# steps that are timed before `Recipe.time` is turned into epochs, and the first of them, which are slow
+TIMED_STEPS, WARMING_STEPS = 20, 3
+# what a test image costs, in training images: the forward pass of three passes
+TEST_COST = 1 / 3
+SECONDS_BETWEEN_SAVES = 600.0
+MOST_RETRIES = 3
+RETRY_RATE = 0.5
+# rows of `steps.jsonl` in an epoch
+ROWS_PER_EPOCH = 50
 
 
 def train(
@@ -153,10 +79,12 @@ def train(
 ) -> Outcome:
     """Train a network as `recipe` says and leave everything in the folder `out`.
 
+    Under torchrun every process calls it alike; the first writes and reports.
+
     Args:
         recipe: what to do; None with `resume` takes the one in the folder.
         out: the run folder, see `RunFolder`.
-        resume: continue the run in `out` from its checkpoint.
+        resume: continue the run in `out` from its newest good checkpoint; with a recipe and no run there, start it.
         overwrite: replace the run in `out`.
         screen: where to report; None reports nowhere.
         stop: asked after every step; once it says True the state is saved and the call returns.
@@ -164,12 +92,12 @@ def train(
     Raises:
         DataError: the images cannot be trained on.
         CheckpointError: the weights to start from, or the run to continue, cannot be used.
-        DivergedError: a loss or a weight is not finite; the last good checkpoint is kept.
-        SkipwayError: an unknown model or scheme, an impossible depth, a folder that is taken.
+        DivergedError: a loss, gradient or weight is not finite; the last good checkpoint is kept.
+        SkipwayError: an unknown model or scheme, an impossible depth, a folder that is taken, memory that ran out.
     """
-    screen = Silent() if screen is None else screen
     folder = RunFolder(out)
-    stored = folder.read_config() if resume else None
+    # one and the same command starts a run and continues it
+    stored = folder.read_config() if resume and (recipe is None or folder.config.exists()) else None
     if stored is not None:
         recipe = continued(Recipe.from_json(stored["recipe"], str(folder.config)), recipe)
     elif recipe is None:
@@ -177,14 +105,26 @@ def train(
     else:
         folder.check_free(overwrite=overwrite)
     folder.check_apart(recipe.data)
-    device = choose_device(recipe.device)
-    precision, reason = choose_precision(recipe.precision, device)
-    data = load_data(recipe, screen)
-    recipe = resolved(recipe, data, precision)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        run = assemble(recipe, data, folder, screen, device, stop)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined(recipe.device))
+        screen = Silent() if screen is None or not ranks.first else screen
+        stack.enter_context(repeatable(recipe))
+        device = choose_device(recipe.device, ranks.local)
+        precision, reason = choose_precision(recipe.precision, device)
+        data = load_data(recipe, screen, ranks)
+        recipe = resolved(recipe, data, precision, ranks.world)
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        run = assemble(recipe, data, folder, screen, device, ranks, stop)
+        if ranks.first:
+            taken = stack.enter_context(folder.lock())
+            if taken:
+                screen.say("note", taken)
+            run.checkpoints.sweep()
+        if stored is not None and not run.checkpoints.steps():
+            screen.say("note", "the run ended before its first checkpoint: it starts again")
+            stored = None
         if stored is None:
-            folder.begin(config_of(run), split_of(data))
+            begin(run)
         else:
             restore(run, stored)
         introduce(run, reason, stored)
@@ -194,235 +134,166 @@ def train(
         return conclude(run)
 
 
-def continued(stored: Recipe, given: Recipe | None) -> Recipe:
-    """The recipe with which a run continues: the stored one, with those changes that do not decide its result.
-
-    A field of `given` that leaves the choice open (None or "auto") does not count as a change.
-    """
-    if given is None:
-        return stored
-    given = absolute(given)
-    changes = {
-        name: (old, new) for name, (old, new) in stored.changes(given).items() if new is not None and new != "auto"
-    }
-    fixed = {name: change for name, change in changes.items() if name not in FREE_TO_CHANGE}
-    if fixed:
-        text = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in fixed.items())
-        raise SkipwayError(
-            f"a run that continues cannot change {text}; leave that out, or start another run with --config and --out"
-        )
-    return replace(stored, **{name: getattr(given, name) for name in changes})
-
-
-def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with paths that hold from any working folder."""
-    paths = {name: getattr(recipe, name) for name in ("data", "weights")}
-    return replace(recipe, **{name: path.resolve() for name, path in paths.items() if path is not None})
-
-
-def load_data(recipe: Recipe, screen: Screen) -> Data:
-    """The images that the recipe asks for."""
-    return load(
-        recipe.data,
-        size=recipe.size,
-        channels=recipe.channels,
-        held_out=recipe.holdout,
-        seed=recipe.seed,
-        crop=recipe.crop,
-        flip=recipe.flip,
-        unreadable=recipe.unreadable,
-        workers=recipe.workers,
-        progress=screen.reading,
-    )
-
-
-def resolved(recipe: Recipe, data: Data, precision: Any) -> Recipe:
-    """The recipe with every choice made that it left to the data, except for device and workers."""
-    recipe = replace(absolute(recipe), batch_size=min(recipe.batch_size, len(data.train)))
-    return replace(
-        recipe,
-        size=data.size,
-        channels=1 if data.channels == 1 else 3,
-        crop=data.augmentation.crop,
-        flip=data.augmentation.flip,
-        model=recipe.model or ("resnet20" if data.size <= 64 else "resnet50"),
-        lr=recipe.peak_lr,
-        weight_decay=recipe.decay,
-        precision=precision,
-    )
-
-
-def assemble(
-    recipe: Recipe, data: Data, folder: RunFolder, screen: Screen, device: torch.device, stop: Callable[[], bool]
-) -> Run:
-    """Build the network and its optimiser on the device."""
-    torch.manual_seed(draw_key(recipe.seed, "weights"))
-    model = build(str(recipe.model), **build_options(recipe, data))
-    if recipe.weights is not None:
-        load_weights(model, recipe.weights)
-    model = model.to(device).to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
-    groups = param_groups(model, lr=recipe.peak_lr, weight_decay=recipe.decay)
-    if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    else:
-        optimizer = torch.optim.AdamW(groups, betas=(recipe.momentum, 0.999))
-    return Run(recipe, data, model, optimizer, folder, screen, device, stop)
-
-
-def build_options(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """What `skipway.build` is told besides the name. Families whose weights depend on the image size have it told."""
-    options = {"depth": recipe.depth, "width": recipe.width, "scheme": recipe.scheme}
-    given = {name: value for name, value in options.items() if value is not None}
-    _, config = find_config(str(recipe.model), recipe.depth)
-    image = {"image": data.size} if hasattr(config, "image") else {}
-    return {**given, **image, "classes": len(data.classes), "channels": data.channels}
-
-
-def config_of(run: Run) -> dict[str, Any]:
-    """What `config.json` holds."""
-    return {
-        "skipway": __version__,
-        "torch": torch.__version__,
-        "recipe": run.recipe.to_json(),
-        "model": model_of(run),
-        "preprocessing": preprocessing_of(run),
-        "data": {
-            "fingerprint": run.data.fingerprint,
-            "train": len(run.data.train),
-            "test": len(run.data.test),
-            "unreadable": [list(entry) for entry in run.data.unreadable],
-        },
-    }
-
-
-def model_of(run: Run) -> dict[str, Any]:
-    """What `skipway.build` needs to make the network again."""
-    options = build_options(run.recipe, run.data)
-    scheme = getattr(getattr(run.model, "config", None), "scheme", None)
-    return {"name": run.recipe.model, **options, **({} if scheme is None else {"scheme": str(scheme)})}
-
-
-def preprocessing_of(run: Run) -> dict[str, Any]:
-    """What another image needs to be treated like the training images, and what the outputs mean."""
-    names = ("classes", "channels", "size", "mean", "std")
-    return {name: getattr(run.data, name) for name in names}
-
-
-def split_of(data: Data) -> dict[str, Any] | None:
-    """The file list of both parts, where the split was made here."""
-    if data.held_out is None:
-        return None
-    return {"held_out": data.held_out, "train": list(data.train.names), "test": list(data.test.names)}
-
-
-def restore(run: Run, stored: dict[str, Any]) -> None:
-    """Put the run where its checkpoint left it, after checking that the images are still the same.
-
-    Raises:
-        CheckpointError: the classes are others, or the checkpoint does not fit.
-        DataError: files were added, removed or renamed.
-    """
-    classes = tuple(stored["preprocessing"]["classes"])
-    if classes != run.data.classes:
-        lost, new = set(classes) - set(run.data.classes), set(run.data.classes) - set(classes)
-        raise CheckpointError(f"the classes have changed since the run began: gone {sorted(lost)}, new {sorted(new)}")
-    counts = {"train": len(run.data.train), "test": len(run.data.test)}
-    found = {"fingerprint": run.data.fingerprint, **counts}
-    if {name: stored["data"][name] for name in found} != found:
-        was, now = stored["data"]["train"] + stored["data"]["test"], sum(counts.values())
-        raise DataError(
-            f"the files have changed since the run began: {was:,} images then, {now:,} now; start a new run"
-        )
-    state = load_checkpoint(run.folder.checkpoint, run.model, run.optimizer)
-    run.position = Position(**state["position"])
-    run.earlier_seconds = run.position.seconds
-    run.folder.keep_metrics(run.position.epoch)
-    write_json(run.folder.config, {**stored, "recipe": run.recipe.to_json()})
-
-
-def introduce(run: Run, reason: str, stored: dict[str, Any] | None) -> None:
-    """Say what was found and what will be done; one batch through the network shows whether signals survive."""
-    for line in data_lines(run.data):
-        run.screen.say(*line)
-    for line in model_lines(run.model, run.recipe, len(chain(run.model)), run.steps):
-        run.screen.say(*line)
-    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    reason = reason if stored is None else "as before"
-    run.screen.say("device", f"{run.device}, {name}, {run.recipe.precision} ({reason}), torch {torch.__version__}")
-    if stored is not None:
-        run.screen.say("resume", f"after epoch {run.position.epoch}, step {run.position.step}")
-        earlier = stored["recipe"]["epochs"]
-        if earlier != run.recipe.epochs:
-            run.screen.say("note", f"{earlier} epochs were planned: the cosine now spans all {run.recipe.epochs}")
-        return
-    batch = run.data.sample(min(64, run.recipe.batch_size), seed=run.recipe.seed, device=run.device)
-    for line in signal_lines(signal_check(run.model, batch)):
-        run.screen.say(*line)
+@contextmanager
+def repeatable(recipe: Recipe) -> Iterator[None]:
+    """With `deterministic`, torch refuses every algorithm that may give other bits the next time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def fit(run: Run) -> None:
     """Train until all epochs are done or `stop` says so; the checkpoint on disk is current when this returns."""
     while not run.finished:
-        complete = train_epoch(run)
+        try:
+            complete = train_epoch(run)
+        except DivergedError as error:
+            retry(run, error)
+            continue
         evaluation = test(run) if complete else None
         if evaluation is None:
             save(run)
-            return
+            break
         record(run, evaluation)
         save(run)
+    run.checkpoints.finish()
 
 
 def train_epoch(run: Run) -> bool:
     """Train from the run's position to the end of its epoch; False if `stop` ended it early."""
-    recipe, position = run.recipe, run.position
+    position = run.position
     run.model.train()
+    freeze(run)
     run.epoch_began, run.steps_this_epoch = time.monotonic(), 0
-    batches = run.data.train_batches(
-        seed=recipe.seed,
-        epoch=position.epoch,
-        batch_size=recipe.batch_size,
-        device=run.device,
-        start=position.step,
-    )
-    for inputs, labels in batches:
+    for batch in batches(run):
         set_rates(run.optimizer, run.rate_factor(run.steps_done))
-        torch.manual_seed(draw_key(recipe.seed, "step", position.epoch, position.step))
-        take_step(run, inputs, labels)
-        if run.stop():
+        take_step(run, batch)
+        plan(run)
+        watch(run, batch)
+        run.stopping = run.ranks.any(run.stop())
+        if run.stopping:
             break
+        if save_is_due(run):
+            settle(run)
+            save(run)
     settle(run)
-    return position.step == run.steps and not run.stop()
+    return position.step == run.steps and not run.stopping
 
 
-def take_step(run: Run, inputs: Tensor, labels: Tensor) -> None:
-    """Forward, check, backward, update."""
-    with run.autocast():
-        logits = run.model(inputs).float()
-    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=run.recipe.label_smoothing)
-    run.pending.append((loss.detach(), (logits.detach().argmax(1) == labels).sum()))
+def batches(run: Run) -> Any:
+    """The batches of this epoch from the run's position on, this process's share of each."""
+    return run.data.train_batches(
+        seed=run.recipe.seed,
+        epoch=run.position.epoch,
+        batch_size=run.recipe.batch_size,
+        device=run.device,
+        start=run.position.step,
+        rank=run.ranks.rank,
+        world=run.ranks.world,
+        size=run.side,
+    )
+
+
+def take_step(run: Run, batch: Batch) -> None:
+    """Forward and backward, part by part; clip; update, unless a number is not finite."""
+    try:
+        loss, logits = gradients(run, batch)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        split(run, batch, error)
+        loss, logits = gradients(run, batch)
+    run.scaler.unscale_(run.optimizer) if run.scaler.is_enabled() else None
+    clip = run.recipe.clipper
+    norm = whole(total_norm(run.parameters) if clip is None else clip(run.parameters))
+    fine = torch.isfinite(loss)
+    if not run.scaler.is_enabled():  # the scaler leaves out steps whose gradient overflowed, and lowers its scale
+        fine = fine & torch.isfinite(norm)
+    correct = (logits.argmax(1) == batch.labels).sum()
+    told = run.ranks.total(torch.stack([loss.double() / run.ranks.world, correct.double(), (~fine).double()]))
+    run.pending.append(Pending(told[0], told[1], norm.detach(), told[2] == 0, batch.numbers))
     run.position.step += 1
     run.steps_taken += 1
     run.steps_this_epoch += 1
-    if run.device.type == "cpu" or len(run.pending) >= GPU_STEPS_PER_CHECK:
-        settle(run, inputs)
+    known = not update(run, run.pending[-1].fine) or run.device.type != "cuda"
+    if known or len(run.pending) >= GPU_STEPS_PER_CHECK:
+        settle(run)
+
+
+def gradients(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The gradient of the mean loss in every parameter; that loss, and the logits."""
+    seed_step(run, run.position.step)
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    run.optimizer.step()
+    parts = list(zip(batch.inputs.chunk(run.position.parts), batch.targets.chunk(run.position.parts), strict=True))
+    losses, logits = [], []
+    for number, (inputs, targets) in enumerate(parts):
+        last = number == len(parts) - 1
+        waiting = getattr(run.network, "no_sync", None)
+        with nullcontext() if last or waiting is None else waiting():
+            with run.autocast():
+                out = run.network(inputs)
+            loss = run.loss(out, targets) * (len(inputs) / len(batch.inputs))
+            run.scaler.scale(loss).backward()
+        losses.append(loss.detach())
+        logits.append(out.detach().float())
+    return torch.stack(losses).sum(), torch.cat(logits)
 
 
-def settle(run: Run, inputs: Tensor | None = None) -> None:
-    """Fetch the losses that are still on the device, check them, add them up and report."""
+def seed_step(run: Run, step: int) -> None:
+    """The random state of a step: dropout and stochastic depth draw from it."""
+    rank = (run.ranks.rank,) if run.ranks.rank else ()
+    torch.manual_seed(draw_key(run.recipe.seed, "step", run.position.epoch, step, *rank))
+
+
+def update(run: Run, fine: Tensor) -> bool:
+    """Change the weights by the gradient, if its numbers are finite; False where they are known not to be."""
+    if run.scaler.is_enabled():
+        if not bool(fine):
+            return False
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    elif run.device.type == "cuda" and getattr(run.optimizer, "_step_supports_amp_scaling", False):
+        # torch's fused updates look at this flag on the device, as they do for the gradient scaler
+        run.optimizer.found_inf = (~fine).float()  # type: ignore[attr-defined]
+        run.optimizer.step()
+    elif not bool(fine):
+        return False
+    else:
+        run.optimizer.step()
+    if run.average is not None:
+        run.average.update(run.model, run.steps_done)
+    return True
+
+
+def settle(run: Run) -> None:
+    """Fetch the numbers that are still on the device, check them, add them up and report."""
     if not run.pending:
         return
-    losses = torch.stack([loss for loss, _ in run.pending]).tolist()
-    first = run.position.step - len(losses) + 1
-    for step, loss in enumerate(losses, start=first):
-        if not math.isfinite(loss):
-            raise diverged(run, f"the loss is {loss}", step, inputs)
-    run.position.loss_sum += math.fsum(losses) * run.recipe.batch_size
-    run.position.correct += int(torch.stack([correct for _, correct in run.pending]).sum())
-    run.pending.clear()
+    pending, run.pending = run.pending, []
+    first = run.position.step - len(pending) + 1
+    values = torch.stack([torch.stack([p.loss, p.correct, p.norm.double(), p.fine.double()]) for p in pending]).tolist()
+    for step, (each, (loss, correct, norm, fine)) in enumerate(zip(pending, values, strict=True), start=first):
+        if not fine:
+            raise diverged(
+                run, f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite", step, each
+            )
+        run.position.loss_sum += loss * run.recipe.batch_size
+        run.position.correct += int(correct)
+        note_step(run, step, loss, norm)
     report(run)
+
+
+def note_step(run: Run, step: int, loss: float, norm: float) -> None:
+    """Every so many steps a line for `steps.jsonl`, which is written together with the next checkpoint."""
+    if step % max(1, run.steps // ROWS_PER_EPOCH) == 0:
+        done = run.position.epoch * run.steps + step
+        rate = run.recipe.peak_lr * run.rate_factor(done - 1)
+        run.rows.append({"step": done, "epoch": run.position.epoch + 1, "loss": loss, "norm": norm, "lr": rate})
 
 
 def report(run: Run) -> None:
@@ -434,33 +305,161 @@ def report(run: Run) -> None:
     run.screen.step(
         StepReport(
             epoch=position.epoch + 1,
-            epochs=run.recipe.epochs,
+            epochs=position.epochs,
             step=position.step,
             steps=run.steps,
             loss=position.loss_sum / images,
             accuracy=position.correct / images,
             images_per_second=run.images_per_second,
-            seconds_left=per_step * (run.recipe.epochs * run.steps - run.steps_done),
+            seconds_left=per_step * (position.epochs * run.steps - run.steps_done),
         )
     )
+    if run.steps_taken == TIMED_STEPS and not position.planned and run.recipe.time is None:
+        run.screen.estimate(per_step * (position.epochs * run.steps - run.steps_done))
 
 
-def diverged(run: Run, what: str, step: int, inputs: Tensor | None) -> DivergedError:
-    """The error for numbers that are not finite: what, where, and what to do."""
-    where = f"in epoch {run.position.epoch + 1}, step {step} of {run.steps}"
-    place = first_non_finite(run.model, inputs) if inputs is not None and all_finite(run.model) else None
-    at = f", first in connection {place}" if place else ""
-    return DivergedError(
-        f"{what} {where}{at}, at learning rate {run.optimizer.param_groups[0]['lr']:.3g}. The last good checkpoint is "
-        f"{run.folder.checkpoint}. Try a lower --lr, a longer --warmup or another --scheme"
+def plan(run: Run) -> None:
+    """With `Recipe.time`: once a few steps are timed, plan as many epochs as fit."""
+    budget, position = run.recipe.budget, run.position
+    if run.steps_taken == WARMING_STEPS:
+        run.timed_from = time.monotonic()
+    if budget is None or position.planned or run.steps_taken < min(TIMED_STEPS, run.steps):
+        return
+    timed = run.steps_taken - WARMING_STEPS
+    per_step = (time.monotonic() - run.timed_from) / max(1, timed)
+    test_steps = TEST_COST * len(run.data.test) / run.recipe.batch_size
+    epochs = int((budget - run.seconds + per_step * run.steps_done) / (per_step * (run.steps + test_steps)))
+    told = run.ranks.total(torch.tensor(float(max(1, epochs)) if run.ranks.first else 0.0, device=run.device))
+    position.epochs, position.planned = int(told), True
+    word = "epoch" if position.epochs == 1 else "epochs"
+    run.screen.say(
+        "plan", f"{position.epochs} {word} fit into {run.recipe.time}, at {1 / per_step:.3g} steps per second"
     )
+
+
+def watch(run: Run, batch: Batch) -> None:
+    """Now and then: how every connection fares."""
+    if not run.health.due():
+        return
+    with run.autocast():
+        rows, warnings = run.health.look(run.model, batch.inputs, batch.targets, run.loss)
+    run.folder.append_health({"step": run.steps_done, "connections": rows})
+    for sentence in warnings:
+        run.screen.say("warning", f"step {run.steps_done}: {sentence}")
+
+
+def diverged(run: Run, what: str, step: int, pending: Pending) -> DivergedError:
+    """The error for numbers that are not finite: what, where, which images, and what to do."""
+    where = f"in epoch {run.position.epoch + 1}, step {step} of {run.steps}"
+    at = ""
+    if run.ranks.world == 1:
+        run.position.step = step - 1
+        batch = next(iter(batches(run)))
+        at = f": {blamed(run, batch)}"
+        run.folder.write_bundle(
+            {"images": batch.inputs, "targets": batch.targets},
+            {
+                "what": what,
+                "where": where,
+                "blame": at.removeprefix(": "),
+                "position": asdict(run.position),
+                "files": [str(run.data.train.names[number]) for number in pending.numbers.tolist()],
+            },
+        )
+    return DivergedError(
+        f"{what} {where}{at}. The weights are as before that step; at learning rate "
+        f"{run.optimizer.param_groups[0]['lr']:.3g}. The last good checkpoint is in {run.folder.checkpoints}, the "
+        f"batch and its files in {run.folder.bundle}. Try a lower --lr, a longer --warmup, another --scheme, or "
+        "--diverged retry"
+    )
+
+
+def blamed(run: Run, batch: Batch) -> str:
+    """What was not finite first in a step, in words."""
+
+    def loss() -> Tensor:
+        seed_step(run, run.position.step)
+        with run.autocast():
+            return run.loss(run.model(batch.inputs), batch.targets)
+
+    run.optimizer.zero_grad(set_to_none=True)
+    return str(find_culprit(run.model, batch.inputs, loss))
+
+
+def retry(run: Run, error: DivergedError) -> None:
+    """With `diverged="retry"` go back to the last checkpoint and on with half the rate, some times; else raise."""
+    retries = run.position.retries
+    if run.recipe.diverged != "retry" or retries >= MOST_RETRIES:
+        raise error
+    run.screen.say("diverged", str(error))
+    rate = run.position.rate * RETRY_RATE
+    run.pending.clear()
+    run.rows.clear()
+    run.optimizer.state.clear()
+    go_back(run)
+    run.position.rate, run.position.retries = rate, retries + 1
+    if run.ranks.first:
+        run.folder.keep_metrics(run.position.epoch)
+        run.folder.keep_steps(run.steps_done)
+    run.screen.say("retry", f"from epoch {run.position.epoch}, step {run.position.step}, rates times {rate:g}")
+    save(run)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def split(run: Run, batch: Batch, error: RuntimeError) -> None:
+    """Find in how many parts a batch fits into memory, by trying; go on with that, or stop and say it."""
+    local, parts = len(batch.inputs), run.position.parts
+    while True:
+        parts *= 2
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if parts > local:
+            raise SkipwayError(f"out of memory: not even one image of {batch.inputs.shape[-1]} pixels fits") from error
+        before, run.position.parts = run.position.parts, parts
+        try:
+            gradients(run, batch)
+            break
+        except RuntimeError as again:
+            run.position.parts = before
+            if not out_of_memory(again):
+                raise
+    fits = local // parts
+    if run.recipe.memory == "stop":
+        run.position.parts = before
+        raise SkipwayError(
+            f"out of memory: a batch of {local} does not fit, {fits} at a time do (tried): --batch-size {fits}, or "
+            f"--accumulate {parts} for the same batch in parts, or --memory split to let that happen by itself"
+        ) from error
+    run.screen.say("memory", f"{local} images at a time do not fit: from here on {parts} parts of {fits}")
 
 
 def test(run: Run) -> Evaluation | None:
-    """Evaluate on the test images; None if `stop` ended it early."""
-    batches = run.data.test_batches(batch_size=run.recipe.batch_size, device=run.device)
-    classes = len(run.data.classes)
-    return evaluate(run.model, batches, classes=classes, autocast=run.autocast, stop=run.stop)
+    """Evaluate on the test images, the averaged weights if there are any; None if `stop` ended it early."""
+    size = max(1, run.recipe.batch_size // run.position.parts)
+    # the processes of a network that is spread over them have to run it equally often
+    rounds = math.ceil(math.ceil(len(run.data.test) / run.ranks.world) / max(1, size // run.ranks.world))
+    shares = run.data.test_batches(
+        batch_size=size,
+        device=run.device,
+        rank=run.ranks.rank,
+        world=run.ranks.world,
+    )
+    with nullcontext() if run.average is None else run.average.applied(run.model):
+        return evaluate(
+            run.model,
+            shares,
+            classes=len(run.data.classes),
+            autocast=run.autocast,
+            stop=run.stop,
+            flip=run.recipe.flip_test,
+            total=run.ranks.total,
+            rounds=rounds if run.recipe.sharding == "full" else 0,
+        )
 
 
 def record(run: Run, evaluation: Evaluation) -> None:
@@ -472,6 +471,8 @@ def record(run: Run, evaluation: Evaluation) -> None:
     if evaluation.accuracy > position.best_accuracy:
         position.best_accuracy, position.best_epoch = evaluation.accuracy, position.epoch
         write_weights(run, run.folder.best)
+    elif run.recipe.patience is not None and position.epoch - position.best_epoch >= run.recipe.patience:
+        position.ended = True
     row = {
         "epoch": position.epoch,
         "step": run.steps_done,
@@ -483,23 +484,54 @@ def record(run: Run, evaluation: Evaluation) -> None:
         "images_per_second": round(run.images_per_second, 1),
         "seconds": round(run.seconds, 3),
     }
-    run.folder.append_metrics(row)
-    run.screen.epoch(row, run.recipe.epochs)
+    if run.ranks.first:
+        run.folder.append_metrics(row)
+        if run.recipe.tensorboard:
+            write_board(run.folder.board, row, run.rows)
+    run.screen.epoch(row, position.epochs)
+    if position.ended:
+        run.screen.say("patience", f"no better accuracy for {run.recipe.patience} epochs: the run ends here")
     position.loss_sum, position.correct = 0.0, 0
 
 
+def save_is_due(run: Run) -> bool:
+    """Whether a checkpoint within the epoch is due: every so many steps, or every ten minutes."""
+    if run.recipe.save_every is not None:
+        return run.position.step % run.recipe.save_every == 0
+    return run.ranks.any(time.monotonic() - run.saved_at > SECONDS_BETWEEN_SAVES)
+
+
 def save(run: Run) -> None:
-    """Write the checkpoint, unless its weights are not finite: then the last good one stays."""
-    if not all_finite(run.model):
-        raise diverged(run, "a weight is not finite", run.position.step, None)
-    run.position.seconds = run.seconds
-    save_checkpoint(run.folder.checkpoint, run.model, run.optimizer, {"position": asdict(run.position)})
+    """Write a checkpoint, unless a weight is not finite: then the last good one stays. A full disk is no reason to
+    stop: it is said, and the next save is another try."""
+    if run.ranks.any(not all_finite(run.model)):
+        raise DivergedError(
+            f"a weight is not finite in epoch {run.position.epoch + 1}, step {run.position.step} of {run.steps}. The "
+            f"last good checkpoint is in {run.folder.checkpoints}. Try a lower --lr or another --scheme"
+        )
+    run.position.seconds, run.saved_at = run.seconds, time.monotonic()
+    tensors = {"model": model_state(run.model), "optimizer": optimizer_state(run.model, run.optimizer)}
+    if run.average is not None:
+        tensors["ema"] = gathered(run.average.tensors)
+    if not run.ranks.first:
+        return
+    run.folder.append_steps(run.rows)
+    run.rows.clear()
+    try:
+        run.checkpoints.save(Snapshot(run.steps_done, tensors, snapshot_state(run)))
+    except CheckpointError as error:
+        if not run.checkpoints.steps():
+            raise
+        run.screen.say("warning", str(error))
 
 
 def write_weights(run: Run, path: Path) -> None:
-    """Write the weights alone, with what is needed to use them in the header."""
+    """Write the weights alone, the averaged ones if there are any, with what is needed to use them in the header."""
     about = {"model": model_of(run), "preprocessing": preprocessing_of(run), "epoch": run.position.epoch}
-    write_tensors(path, run.model.state_dict(), about)
+    with nullcontext() if run.average is None else run.average.applied(run.model):
+        tensors = model_state(run.model)
+        if run.ranks.first:
+            write_tensors(path, dict(tensors), about)
 
 
 def conclude(run: Run) -> Outcome:
@@ -521,21 +553,18 @@ def conclude(run: Run) -> Outcome:
         step=position.step,
         seconds=run.seconds,
     )
-    if outcome.evaluation is not None:
-        write_json(run.folder.summary, summary_of(outcome, outcome.evaluation))
+    if outcome.evaluation is not None and run.ranks.first:
+        write_json(run.folder.summary, outcome.to_json())
+    run.ranks.wait()
+    if outcome.evaluation is not None and run.ranks.first:
+        report_on(run, outcome.evaluation)
     return outcome
 
 
-def summary_of(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
-    """What `summary.json` holds."""
-    confusion = evaluation.confusion.tolist() if len(outcome.classes) <= MOST_CLASSES_IN_CONFUSION else None
-    return {
-        "test_accuracy": evaluation.accuracy,
-        "test_correct": evaluation.correct,
-        "test_images": evaluation.total,
-        "best_test_accuracy": outcome.best_accuracy,
-        "best_epoch": outcome.best_epoch,
-        "epochs": outcome.epoch,
-        "seconds": round(outcome.seconds, 3),
-        "confusion": confusion,
-    }
+def report_on(run: Run, evaluation: Evaluation) -> None:
+    """Write the page. The run is safe by now, so whatever goes wrong here is said, and no more."""
+    try:
+        if write_report(run, evaluation) is None:
+            run.screen.say("note", "told to stop before the report was written; the run itself is complete")
+    except Exception as error:
+        run.screen.say("warning", f"no report: {printable(str(error) or type(error).__name__)}")

@@ -34,7 +34,12 @@ class StepReport:
 
 
 class Screen(Protocol):
-    """Where training reports to."""
+    """Where training reports to.
+
+    `quiet` says that nobody looks: what is made for the eye alone is left out.
+    """
+
+    quiet: bool
 
     def say(self, label: str, text: str) -> None:
         """One labelled line, before or after training."""
@@ -45,12 +50,17 @@ class Screen(Protocol):
     def step(self, report: StepReport) -> None:
         """After a step; called often."""
 
+    def estimate(self, seconds: float) -> None:
+        """Once, when enough steps are timed: how long the rest will take."""
+
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """After an epoch, with its line of the metrics."""
 
 
 class Silent:
     """Shows nothing."""
+
+    quiet = True
 
     def say(self, label: str, text: str) -> None:
         pass
@@ -59,6 +69,9 @@ class Silent:
         pass
 
     def step(self, report: StepReport) -> None:
+        pass
+
+    def estimate(self, seconds: float) -> None:
         pass
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from skipway.data.decoding import Box, Chooser
 
-__all__ = ["DRAWS", "Augmentation", "crop_and_flip", "random_box"]
+__all__ = ["DRAWS", "crop_and_flip", "random_box"]
 
 # columns of the drawn numbers, one row per image: two for where the crop begins, one for the flip, two for its shape
 DRAWS = 5
@@ -23,24 +22,8 @@ SMALLEST_AREA = 0.35
 WIDEST_ASPECT = 4 / 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """How training images are varied.
-
-    Args:
-        crop: "pad": shift by up to `pad` pixels each way, filling with the mean colour (He 2015, section 4.2);
-            "resized": cut out a random part and scale it to the input size; "none": the image as it is.
-        pad: pixels of padding for "pad".
-        flip: mirror each image left to right with probability 1/2.
-    """
-
-    crop: Literal["pad", "resized", "none"] = "none"
-    pad: int = 0
-    flip: bool = False
-
-
 def crop_and_flip(images: Tensor, draws: Tensor, fill: Tensor, *, pad: int, flip: bool) -> Tensor:
-    """Shift and mirror a batch; shapes (N, H, W, C) with draws (N, DRAWS) and fill (C,) -> (N, H, W, C).
+    """Shift and mirror a batch; shapes (N, H, W, C) with draws (N, DRAWS) on the CPU and fill (C,) -> (N, H, W, C).
 
     Image n starts floor(draw * (2 pad + 1)) - pad pixels further down and further right, both uniform in [-pad, pad].
 
@@ -49,23 +32,25 @@ def crop_and_flip(images: Tensor, draws: Tensor, fill: Tensor, *, pad: int, flip
     >>> crop_and_flip(images, mirror, torch.zeros(1), pad=0, flip=True).flatten().tolist()
     [3, 2, 1, 0]
     """
-    if not pad and not flip:
-        return images
-    count, height, width, _ = images.shape
-    down, right = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-    columns = right.expand(count, width)
+    count, height, width, channels = images.shape
+    device = images.device
+    if pad:
+        top = (draws[:, TOP] * (2 * pad + 1)).long().clamp(max=2 * pad).to(device)
+        left = (draws[:, LEFT] * (2 * pad + 1)).long().clamp(max=2 * pad).to(device)
+        rows = top[:, None] + torch.arange(height, device=device)
+        columns = left[:, None] + torch.arange(width, device=device)
+        padded = fill.to(images.dtype).expand(count, height + 2 * pad, width + 2 * pad, -1).clone()
+        padded[:, pad : pad + height, pad : pad + width] = images
+        # whole rows first: a copy of many bytes each
+        chosen = padded[torch.arange(count, device=device)[:, None], rows]
+        images = chosen.gather(2, columns[:, None, :, None].expand(count, height, width, channels))
     if flip:
-        columns = torch.where(draws[:, FLIP, None] >= 0.5, right.flip(0), columns)
-    top = (draws[:, TOP] * (2 * pad + 1)).long().clamp(max=2 * pad)
-    left = (draws[:, LEFT] * (2 * pad + 1)).long().clamp(max=2 * pad)
-    rows = top[:, None] + down
-    columns = left[:, None] + columns
-    padded = fill.to(images.dtype).expand(count, height + 2 * pad, width + 2 * pad, -1).clone()
-    padded[:, pad : pad + height, pad : pad + width] = images
-    return padded[torch.arange(count, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        turned = (draws[:, FLIP] >= 0.5).nonzero()[:, 0].to(device)
+        images = images.index_copy(0, turned, images[turned].flip(2))
+    return images
 
 
-def random_box(draws: Tensor) -> Chooser:
+def random_box(draws: Tensor | np.ndarray) -> Chooser:
     """A chooser of a random part: area share uniform in [0.35, 1], log aspect uniform in ±log(4/3), place uniform.
 
     A part that would stick out is cut to the image's own width or height. One draw per image, never a retry, so that

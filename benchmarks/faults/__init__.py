@@ -1,0 +1,1 @@
+"""What a run survives: by command what the tests do in small."""

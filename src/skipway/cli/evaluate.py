@@ -1,0 +1,124 @@
+"""`skipway evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from skipway.errors import SkipwayError
+
+if TYPE_CHECKING:
+    from skipway.training.judging import Judgement
+
+__all__ = ["evaluate"]
+
+OUTPUT, MACHINE = (Group(name, sort_key=number) for number, name in enumerate(("Output", "Machine")))
+# labels in front of the lines, as in `skipway train`
+LABEL = 10
+SHOWN = 5
+
+
+def evaluate(
+    run: Path,
+    data: Path | None = None,
+    /,
+    *,
+    flip: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
+    json: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
+    batch_size: Annotated[int | None, Parameter(group=MACHINE)] = None,
+    device: Annotated[str, Parameter(group=MACHINE)] = "auto",
+) -> int:
+    """Test a trained run: accuracy with its interval, and recall, precision and F1 of each class.
+
+    Without DATA it is tested on the images that it held back. Nothing that its folder holds is run.
+
+    Args:
+        run: Run folder, or a file of weights in it.
+        data: Other images in class folders with names that the run knows. [the run's own test part]
+        flip: See the mirror images too.
+        json: One JSON object, with the confusion matrix.
+        batch_size: Images at a time. [the run's]
+        device: auto, cpu, cuda, cuda:1.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise SkipwayError(f"--batch-size {batch_size}: the rule is at least 1")
+    from skipway.training.judging import judge_images, judge_run
+
+    if data is None:
+        judgement = judge_run(run, device=device, flip=flip or None, batch_size=batch_size)
+    else:
+        from skipway.data.pool import cores
+
+        judgement = judge_images(run, data, device=device, flip=flip, batch_size=batch_size or 64, workers=cores())
+    if json:
+        sys.stdout.write(as_json(judgement) + "\n")
+    else:
+        show(judgement)
+    return 0
+
+
+def as_json(judgement: Judgement) -> str:
+    """Everything, as JSON."""
+    from skipway.training.evaluation import wilson_interval
+    from skipway.training.metrics import class_scores
+
+    evaluation = judgement.evaluation
+    scores = class_scores(evaluation.confusion)
+    values: dict[str, Any] = {
+        "data": judgement.name,
+        "accuracy": evaluation.accuracy,
+        "interval": wilson_interval(evaluation.correct, evaluation.total),
+        "correct": evaluation.correct,
+        "images": evaluation.total,
+        "loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
+        "balanced_accuracy": scores.balanced_accuracy,
+        "macro_f1": scores.macro_f1,
+        "classes": [
+            {"name": name, "images": int(images), "recall": recall, "precision": precision, "f1": f1}
+            for name, images, recall, precision, f1 in zip(
+                judgement.classes,
+                *(column.tolist() for column in (scores.images, scores.recall, scores.precision, scores.f1)),
+                strict=True,
+            )
+        ],
+        "confusion": evaluation.confusion.tolist(),
+        "unreadable": [list(entry) for entry in judgement.unreadable],
+    }
+    return json.dumps(values)
+
+
+def show(judgement: Judgement) -> None:
+    """The result in lines, and the classes in a table, the worst first."""
+    from skipway.cli.tables import print_table
+    from skipway.data.listing import named, printable
+    from skipway.training.describe import accuracy_text, mistakes_text, percent
+    from skipway.training.metrics import class_scores
+
+    evaluation = judgement.evaluation
+    scores = class_scores(evaluation.confusion)
+
+    def say(label: str, text: str) -> None:
+        sys.stdout.write(f"{label:<{LABEL}}{text}\n")
+
+    say("data", f"{printable(judgement.name)}: {evaluation.total:,} images, {len(judgement.classes)} classes")
+    for file, reason in judgement.unreadable[:SHOWN]:
+        say("damaged", f"{printable(file)}: {reason}")
+    if len(judgement.unreadable) > SHOWN:
+        say("damaged", f"and {len(judgement.unreadable) - SHOWN:,} more")
+    if judgement.absent:
+        say("note", f"no image of class {named(judgement.absent)}")
+    say("accuracy", accuracy_text(evaluation, 0.0, 0))
+    say("mean", f"recall {percent(scores.balanced_accuracy)} and F1 {percent(scores.macro_f1)} over the classes")
+    say("mistakes", mistakes_text(evaluation, judgement.classes))
+    sys.stdout.write("\n")
+    titles = ("class", "recall", "precision", "F1", "images")
+    rows: list[tuple[str, ...]] = []
+    for place in scores.f1.sort(stable=True).indices.tolist():
+        shares = [percent(float(column[place])) for column in (scores.recall, scores.precision, scores.f1)]
+        rows.append((printable(judgement.classes[place]), *shares, f"{int(scores.images[place]):,}"))
+    print_table(titles, rows, right=titles[1:])

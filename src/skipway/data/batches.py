@@ -1,0 +1,175 @@
+"""Batches as functions of (seed, epoch, number): order, each rank's share, augmentation, normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from skipway.data.augmentation import DRAWS, Augmentation, crop_and_flip, erased, mixed, varied
+from skipway.data.augmentation.erasing import ERASING_DRAWS
+from skipway.data.augmentation.mixing import MIXING_DRAWS
+from skipway.data.augmentation.policy import POLICY_DRAWS
+from skipway.data.randomness import uniforms
+from skipway.errors import DataError
+
+__all__ = ["Batch", "Draws", "Variation", "check_ranks", "normalised", "rank_share", "resized", "test_share"]
+
+
+class Batch(NamedTuple):
+    """Images with what a network is to say of them.
+
+    Args:
+        inputs: normalised float32 (B, C, H, W) in channels-last memory.
+        targets: int64 class numbers (B,), or float32 probabilities (B, K) when images are mixed.
+        labels: int64 class numbers (B,): of a mixed image, its own.
+        numbers: int64 (B,) on the CPU: which images of the part these are.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    labels: Tensor
+    numbers: Tensor
+
+
+class Draws(NamedTuple):
+    """The random numbers of all images in one epoch, one row per image, for each variation that is on."""
+
+    crop: Tensor
+    policy: Tensor | None
+    erasing: Tensor | None
+    mixing: Tensor | None
+
+    @classmethod
+    def of(cls, augmentation: Augmentation, count: int, seed: int, epoch: int) -> Draws:
+        """Those of epoch `epoch`."""
+
+        def drawn(needed: bool, columns: int, purpose: str) -> Tensor | None:
+            return uniforms(count, columns, seed, epoch, purpose) if needed else None
+
+        return cls(
+            uniforms(count, DRAWS, seed, epoch),
+            drawn(augmentation.policy != "none", POLICY_DRAWS, "policy"),
+            drawn(augmentation.erasing > 0, ERASING_DRAWS, "erasing"),
+            drawn(augmentation.mixes, MIXING_DRAWS, "mixing"),
+        )
+
+
+def check_ranks(batch_size: int, rank: int, world: int, mixes: bool) -> None:
+    """Whether a batch of `batch_size` images can be divided among `world` ranks.
+
+    Raises:
+        DataError: it cannot be divided evenly, or partners that are mixed would be on different ranks.
+
+    >>> check_ranks(10, 0, 4, mixes=False)
+    Traceback (most recent call last):
+    ...
+    skipway.errors.DataError: batch_size=10: 4 ranks cannot share it evenly; take 8 or 12
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: a batch holds at least one image")
+    if not 0 <= rank < world:
+        raise DataError(f"rank={rank}: ranks are numbered from 0 to world - 1, and world={world}")
+    unit = world * 2 if mixes and world > 1 else world
+    if batch_size % unit:
+        below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
+        take = f"take {below} or {above}" if below else f"take {above}"
+        pairs = " in pairs, which mixup and CutMix need" if unit > world else ""
+        raise DataError(f"batch_size={batch_size}: {world} ranks cannot share it evenly{pairs}; {take}")
+
+
+def rank_share(order: Tensor, batch_size: int, start: int, rank: int, world: int) -> list[Tensor]:
+    """The numbers of each batch from `start` on that rank `rank` of `world` works on: a contiguous slice of each.
+
+    Incomplete last batches are dropped.
+
+    >>> [numbers.tolist() for numbers in rank_share(torch.arange(9), 4, 0, rank=1, world=2)]
+    [[2, 3], [6, 7]]
+    """
+    steps = len(order) // batch_size
+    share = batch_size // world
+    whole = order[: steps * batch_size].reshape(steps, world, share)
+    return list(whole[start:, rank].unbind(0))
+
+
+def test_share(count: int, batch_size: int, rank: int, world: int) -> list[Tensor]:
+    """The numbers of each test batch of a rank: a contiguous share, so that every image is on exactly one rank.
+
+    >>> [numbers.tolist() for numbers in test_share(5, 4, rank=0, world=2)]
+    [[0, 1], [2]]
+    """
+    own = torch.arange(count).tensor_split(world)[rank]
+    return list(own.split(max(1, batch_size // world))) if len(own) else []
+
+
+class Variation:
+    """Applies an epoch's augmentation to fetched images.
+
+    Args:
+        augmentation: which variations are on.
+        draws: the epoch's numbers.
+        mean: colour of what is painted over and of what comes in from outside, per channel in [0, 1].
+        std: with the mean, what inputs are normalised by.
+        labels: class number of every image (N,), on the CPU.
+        classes: their number.
+        size: side to scale the batch to; None leaves it.
+    """
+
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        draws: Draws,
+        mean: Sequence[float],
+        std: Sequence[float],
+        labels: Tensor,
+        classes: int,
+        size: int | None,
+    ) -> None:
+        self.augmentation = augmentation
+        self.draws = draws
+        self.mean = mean
+        self.std = std
+        self.labels = labels
+        self.classes = classes
+        self.size = size
+
+    def __call__(self, images: Tensor, numbers: Tensor) -> Batch:
+        """Images uint8 (B, H, W, C) on their device and their numbers (B,) on the CPU -> a batch on that device."""
+        vary, draws, device = self.augmentation, self.draws, images.device
+        fill = torch.tensor(self.mean, device=device).mul(255).round()
+        images = crop_and_flip(images, draws.crop[numbers], fill, pad=vary.pad, flip=vary.flip)
+        if self.size is not None:
+            images = resized(images, self.size)
+        if draws.policy is not None:
+            images = varied(images, draws.policy[numbers], fill, vary.policy)
+        if draws.erasing is not None:
+            images = erased(images, draws.erasing[numbers], fill, vary.erasing)
+        inputs, labels = normalised(images, self.mean, self.std), self.labels[numbers].to(device)
+        if draws.mixing is None:
+            return Batch(inputs, labels, labels, numbers)
+        inputs, targets = mixed(
+            inputs, labels, draws.mixing[numbers], classes=self.classes, mixup=vary.mixup, cutmix=vary.cutmix
+        )
+        return Batch(inputs.contiguous(memory_format=torch.channels_last), targets, labels, numbers)
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x / 255 - mean) / std; uint8 (N, H, W, C) -> float32 (N, C, H, W) in channels-last memory."""
+    middle = torch.tensor(mean, device=images.device).mul(255)
+    scale = torch.tensor(std, device=images.device).mul(255).reciprocal()
+    return images.float().sub_(middle).mul_(scale).permute(0, 3, 1, 2)
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """uint8 images (N, H, W, C) at size x size: bilinear, antialiased where they shrink.
+
+    >>> resized(torch.full((1, 8, 8, 3), 9, dtype=torch.uint8), 4).shape
+    torch.Size([1, 4, 4, 3])
+    """
+    if images.shape[1:3] == (size, size):
+        return images
+    planes = images.permute(0, 3, 1, 2).float()
+    planes = nn.functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    return planes.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

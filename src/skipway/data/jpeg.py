@@ -1,0 +1,49 @@
+"""JPEG pixels from simplejpeg (libjpeg-turbo in one call), where it is installed and the file is a plain one.
+
+Pillow has read the header before, and decodes whatever this does not: CMYK, files that libjpeg warns of, everything
+on a machine without simplejpeg. Both use libjpeg-turbo with the same settings and the same scale, so the pixels are
+the same (`tests/test_data_decoding.py`); `benchmarks/decoding.py` has the times.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from PIL import Image
+
+__all__ = ["jpeg_pixels", "simplejpeg"]
+
+
+@cache
+def simplejpeg() -> Any:
+    """The library, or None where it is not installed."""
+    try:
+        return import_module("simplejpeg")
+    except ImportError:
+        return None
+
+
+def jpeg_pixels(content: bytes, image: Image.Image, channels: int, least: int) -> Image.Image | None:
+    """The pixels of an image whose header Pillow has read, both sides at least `least` where the file's own are.
+
+    Grey for one channel or a grey file, else RGB. None where Pillow is to decode.
+    """
+    library = simplejpeg()
+    if library is None or image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    # Pillow's `draft` rounds the factor down to a power of two
+    factor = min(image.width // least, image.height // least)
+    scale = next((scale for scale in (8, 4, 2) if scale <= factor), 1)
+    width, height = -(-image.width // scale), -(-image.height // scale)
+    grey = channels == 1 or image.mode == "L"
+    try:
+        pixels = library.decode_jpeg(
+            content, "GRAY" if grey else "RGB", min_height=height, min_width=width, strict=True
+        )
+    except (ValueError, MemoryError):
+        return None
+    if pixels.shape[:2] != (height, width):
+        return None
+    return Image.fromarray(pixels[..., 0] if grey else pixels)

@@ -1,0 +1,82 @@
+"""An exponential moving average of the weights, which is what is tested and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from skipway.errors import CheckpointError
+from skipway.training.states import local, placed
+
+__all__ = ["Average"]
+
+
+class Average:
+    """a <- d a + (1 - d) w after each update, with d = min(decay, (1 + t) / (10 + t)) at update t = 1, 2, …
+
+    The rising decay forgets the start (as in TensorFlow's ExponentialMovingAverage and in timm). Buffers of floating
+    point, running statistics say, are averaged too, so that they belong to the averaged weights; counters are copied.
+
+    Args:
+        model: whose parameters and buffers are averaged.
+        decay: 0 < decay < 1.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.constant_(model.weight, 0.0)
+    >>> average = Average(model, decay=0.9)
+    >>> _ = nn.init.constant_(model.weight, 1.0)
+    >>> average.update(model, 1)
+    >>> with average.applied(model):
+    ...     round(model.weight.item(), 4)
+    0.8182
+    >>> model.weight.item()
+    1.0
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, update: int) -> None:
+        """Take in the weights behind the update of that number, from 1."""
+        weight = 1 - min(self.decay, (1 + update) / (10 + update))
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                self.tensors[name].lerp_(tensor, weight)
+            else:
+                local(self.tensors[name]).copy_(local(placed(tensor, self.tensors[name])))
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averages within."""
+        with torch.no_grad():
+            self.swap(model)
+            try:
+                yield
+            finally:
+                self.swap(model)
+
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's tensors with the averages, in place."""
+        for name, tensor in model.state_dict().items():
+            kept = tensor.detach().clone()
+            tensor.copy_(self.tensors[name])
+            self.tensors[name].copy_(kept)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put averages of a checkpoint in place.
+
+        Raises:
+            CheckpointError: other names or shapes.
+        """
+        if tensors.keys() != self.tensors.keys():
+            raise CheckpointError("the checkpoint's averaged weights belong to another network")
+        for name, tensor in tensors.items():
+            if tensor.shape != self.tensors[name].shape:
+                raise CheckpointError(f"the averaged {name} is {tuple(tensor.shape)} in the checkpoint")
+            local(self.tensors[name]).copy_(local(placed(tensor, self.tensors[name])))
