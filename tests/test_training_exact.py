@@ -135,19 +135,19 @@ def test_balanced_class_weights_are_scikit_learns(tmp_path):
 
 def test_memory_that_runs_out_says_what_fits_or_splits(tmp_path, monkeypatch):
     """More than 64 images at a time do not fit here."""
-    from skipway.training import loop
+    from skipway.training import stepping
 
-    real = loop.gradients
+    real = stepping.gradients
 
     def small(run, batch):
         if len(batch.inputs) // run.position.parts > 64:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
         return real(run, batch)
 
-    monkeypatch.setattr(loop, "gradients", small)
+    monkeypatch.setattr(stepping, "gradients", small)
     recipe = Recipe(**FAMILIES["vit"], epochs=1, batch_size=256, device="cpu", precision="float32")
     with pytest.raises(SkipwayError, match=r"64 at a time do \(tried\): --batch-size 64, or --accumulate 4"):
         train(recipe, tmp_path / "stop")
     split = train(dataclasses.replace(recipe, memory="split"), tmp_path / "split")
-    monkeypatch.setattr(loop, "gradients", real)
+    monkeypatch.setattr(stepping, "gradients", real)
     assert_same(split, train(dataclasses.replace(recipe, accumulate=4), tmp_path / "parts"))

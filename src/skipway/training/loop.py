@@ -1,4 +1,7 @@
-"""`train`: a recipe and a folder in, a trained network and its run folder out. One file to read.
+"""`train`: a recipe and a folder in, a trained network and its run folder out.
+
+This file is the loop; `stepping` holds one step of it, `keeping` what it writes, `trouble` what happens when a step
+goes wrong.
 
 Order, augmentation and every other random draw are functions of (seed, epoch, step), and the learning rate is a
 function of the step. So the state of a run is its weights, its optimiser's tensors, the average and a few numbers, and
@@ -12,37 +15,27 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from skipway.data import Batch
-from skipway.data.listing import printable
-from skipway.data.randomness import draw_key
-from skipway.errors import CheckpointError, DivergedError, SkipwayError
+from skipway.errors import DivergedError, SkipwayError, printable
+from skipway.training import stepping
 from skipway.training.assembling import (
     assemble,
     begin,
     continued,
     freeze,
-    go_back,
     introduce,
     load_data,
-    model_of,
-    preprocessing_of,
     resolved,
     restore,
-    snapshot_state,
 )
-from skipway.training.blame import find_culprit
-from skipway.training.board import write_board
-from skipway.training.checkpoints import Snapshot
 from skipway.training.clipping import total_norm
 from skipway.training.device import choose_device, choose_precision
 from skipway.training.evaluation import Evaluation, evaluate
+from skipway.training.keeping import note_step, record, save, save_is_due, write_weights
 from skipway.training.ranks import joined
 from skipway.training.recipe import Recipe
 from skipway.training.report import write_report
@@ -50,8 +43,9 @@ from skipway.training.run import Outcome, Pending, Run
 from skipway.training.run_folder import RunFolder
 from skipway.training.schedules import set_rates
 from skipway.training.screen import Screen, Silent, StepReport
-from skipway.training.states import all_finite, gathered, model_state, optimizer_state, whole
-from skipway.training.storage import write_json, write_tensors
+from skipway.training.states import whole
+from skipway.training.storage import write_json
+from skipway.training.trouble import diverged, out_of_memory, retry, split
 
 __all__ = ["train"]
 
@@ -61,11 +55,6 @@ GPU_STEPS_PER_CHECK = 25
 TIMED_STEPS, WARMING_STEPS = 20, 3
 # what a test image costs, in training images: the forward pass of three passes
 TEST_COST = 1 / 3
-SECONDS_BETWEEN_SAVES = 600.0
-MOST_RETRIES = 3
-RETRY_RATE = 0.5
-# rows of `steps.jsonl` in an epoch
-ROWS_PER_EPOCH = 50
 
 
 def train(
@@ -170,7 +159,7 @@ def train_epoch(run: Run) -> bool:
     run.model.train()
     freeze(run)
     run.epoch_began, run.steps_this_epoch = time.monotonic(), 0
-    for batch in batches(run):
+    for batch in stepping.batches(run):
         set_rates(run.optimizer, run.rate_factor(run.steps_done))
         take_step(run, batch)
         plan(run)
@@ -185,29 +174,15 @@ def train_epoch(run: Run) -> bool:
     return position.step == run.steps and not run.stopping
 
 
-def batches(run: Run) -> Any:
-    """The batches of this epoch from the run's position on, this process's share of each."""
-    return run.data.train_batches(
-        seed=run.recipe.seed,
-        epoch=run.position.epoch,
-        batch_size=run.recipe.batch_size,
-        device=run.device,
-        start=run.position.step,
-        rank=run.ranks.rank,
-        world=run.ranks.world,
-        size=run.side,
-    )
-
-
 def take_step(run: Run, batch: Batch) -> None:
     """Forward and backward, part by part; clip; update, unless a number is not finite."""
     try:
-        loss, logits = gradients(run, batch)
+        loss, logits = stepping.gradients(run, batch)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         split(run, batch, error)
-        loss, logits = gradients(run, batch)
+        loss, logits = stepping.gradients(run, batch)
     run.scaler.unscale_(run.optimizer) if run.scaler.is_enabled() else None
     clip = run.recipe.clipper
     norm = whole(total_norm(run.parameters) if clip is None else clip(run.parameters))
@@ -220,54 +195,9 @@ def take_step(run: Run, batch: Batch) -> None:
     run.position.step += 1
     run.steps_taken += 1
     run.steps_this_epoch += 1
-    known = not update(run, run.pending[-1].fine) or run.device.type != "cuda"
+    known = not stepping.update(run, run.pending[-1].fine) or run.device.type != "cuda"
     if known or len(run.pending) >= GPU_STEPS_PER_CHECK:
         settle(run)
-
-
-def gradients(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The gradient of the mean loss in every parameter; that loss, and the logits."""
-    seed_step(run, run.position.step)
-    run.optimizer.zero_grad(set_to_none=True)
-    parts = list(zip(batch.inputs.chunk(run.position.parts), batch.targets.chunk(run.position.parts), strict=True))
-    losses, logits = [], []
-    for number, (inputs, targets) in enumerate(parts):
-        last = number == len(parts) - 1
-        waiting = getattr(run.network, "no_sync", None)
-        with nullcontext() if last or waiting is None else waiting():
-            with run.autocast():
-                out = run.network(inputs)
-            loss = run.loss(out, targets) * (len(inputs) / len(batch.inputs))
-            run.scaler.scale(loss).backward()
-        losses.append(loss.detach())
-        logits.append(out.detach().float())
-    return torch.stack(losses).sum(), torch.cat(logits)
-
-
-def seed_step(run: Run, step: int) -> None:
-    """The random state of a step: dropout and stochastic depth draw from it."""
-    rank = (run.ranks.rank,) if run.ranks.rank else ()
-    torch.manual_seed(draw_key(run.recipe.seed, "step", run.position.epoch, step, *rank))
-
-
-def update(run: Run, fine: Tensor) -> bool:
-    """Change the weights by the gradient, if its numbers are finite; False where they are known not to be."""
-    if run.scaler.is_enabled():
-        if not bool(fine):
-            return False
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-    elif run.device.type == "cuda" and getattr(run.optimizer, "_step_supports_amp_scaling", False):
-        # torch's fused updates look at this flag on the device, as they do for the gradient scaler
-        run.optimizer.found_inf = (~fine).float()  # type: ignore[attr-defined]
-        run.optimizer.step()
-    elif not bool(fine):
-        return False
-    else:
-        run.optimizer.step()
-    if run.average is not None:
-        run.average.update(run.model, run.steps_done)
-    return True
 
 
 def settle(run: Run) -> None:
@@ -286,14 +216,6 @@ def settle(run: Run) -> None:
         run.position.correct += int(correct)
         note_step(run, step, loss, norm)
     report(run)
-
-
-def note_step(run: Run, step: int, loss: float, norm: float) -> None:
-    """Every so many steps a line for `steps.jsonl`, which is written together with the next checkpoint."""
-    if step % max(1, run.steps // ROWS_PER_EPOCH) == 0:
-        done = run.position.epoch * run.steps + step
-        rate = run.recipe.peak_lr * run.rate_factor(done - 1)
-        run.rows.append({"step": done, "epoch": run.position.epoch + 1, "loss": loss, "norm": norm, "lr": rate})
 
 
 def report(run: Run) -> None:
@@ -348,96 +270,6 @@ def watch(run: Run, batch: Batch) -> None:
         run.screen.say("warning", f"step {run.steps_done}: {sentence}")
 
 
-def diverged(run: Run, what: str, step: int, pending: Pending) -> DivergedError:
-    """The error for numbers that are not finite: what, where, which images, and what to do."""
-    where = f"in epoch {run.position.epoch + 1}, step {step} of {run.steps}"
-    at = ""
-    if run.ranks.world == 1:
-        run.position.step = step - 1
-        batch = next(iter(batches(run)))
-        at = f": {blamed(run, batch)}"
-        run.folder.write_bundle(
-            {"images": batch.inputs, "targets": batch.targets},
-            {
-                "what": what,
-                "where": where,
-                "blame": at.removeprefix(": "),
-                "position": asdict(run.position),
-                "files": [str(run.data.train.names[number]) for number in pending.numbers.tolist()],
-            },
-        )
-    return DivergedError(
-        f"{what} {where}{at}. The weights are as before that step; at learning rate "
-        f"{run.optimizer.param_groups[0]['lr']:.3g}. The last good checkpoint is in {run.folder.checkpoints}, the "
-        f"batch and its files in {run.folder.bundle}. Try a lower --lr, a longer --warmup, another --scheme, or "
-        "--diverged retry"
-    )
-
-
-def blamed(run: Run, batch: Batch) -> str:
-    """What was not finite first in a step, in words."""
-
-    def loss() -> Tensor:
-        seed_step(run, run.position.step)
-        with run.autocast():
-            return run.loss(run.model(batch.inputs), batch.targets)
-
-    run.optimizer.zero_grad(set_to_none=True)
-    return str(find_culprit(run.model, batch.inputs, loss))
-
-
-def retry(run: Run, error: DivergedError) -> None:
-    """With `diverged="retry"` go back to the last checkpoint and on with half the rate, some times; else raise."""
-    retries = run.position.retries
-    if run.recipe.diverged != "retry" or retries >= MOST_RETRIES:
-        raise error
-    run.screen.say("diverged", str(error))
-    rate = run.position.rate * RETRY_RATE
-    run.pending.clear()
-    run.rows.clear()
-    run.optimizer.state.clear()
-    go_back(run)
-    run.position.rate, run.position.retries = rate, retries + 1
-    if run.ranks.first:
-        run.folder.keep_metrics(run.position.epoch)
-        run.folder.keep_steps(run.steps_done)
-    run.screen.say("retry", f"from epoch {run.position.epoch}, step {run.position.step}, rates times {rate:g}")
-    save(run)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def split(run: Run, batch: Batch, error: RuntimeError) -> None:
-    """Find in how many parts a batch fits into memory, by trying; go on with that, or stop and say it."""
-    local, parts = len(batch.inputs), run.position.parts
-    while True:
-        parts *= 2
-        run.optimizer.zero_grad(set_to_none=True)
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if parts > local:
-            raise SkipwayError(f"out of memory: not even one image of {batch.inputs.shape[-1]} pixels fits") from error
-        before, run.position.parts = run.position.parts, parts
-        try:
-            gradients(run, batch)
-            break
-        except RuntimeError as again:
-            run.position.parts = before
-            if not out_of_memory(again):
-                raise
-    fits = local // parts
-    if run.recipe.memory == "stop":
-        run.position.parts = before
-        raise SkipwayError(
-            f"out of memory: a batch of {local} does not fit, {fits} at a time do (tried): --batch-size {fits}, or "
-            f"--accumulate {parts} for the same batch in parts, or --memory split to let that happen by itself"
-        ) from error
-    run.screen.say("memory", f"{local} images at a time do not fit: from here on {parts} parts of {fits}")
-
-
 def test(run: Run) -> Evaluation | None:
     """Evaluate on the test images, the averaged weights if there are any; None if `stop` ended it early."""
     size = max(1, run.recipe.batch_size // run.position.parts)
@@ -460,78 +292,6 @@ def test(run: Run) -> Evaluation | None:
             total=run.ranks.total,
             rounds=rounds if run.recipe.sharding == "full" else 0,
         )
-
-
-def record(run: Run, evaluation: Evaluation) -> None:
-    """Enter a complete epoch into the metrics, keep its weights if they are the best, and move on to the next."""
-    position, images = run.position, run.steps * run.recipe.batch_size
-    run.evaluation = evaluation
-    last_rate = run.recipe.peak_lr * run.rate_factor(run.steps_done - 1)
-    position.epoch, position.step = position.epoch + 1, 0
-    if evaluation.accuracy > position.best_accuracy:
-        position.best_accuracy, position.best_epoch = evaluation.accuracy, position.epoch
-        write_weights(run, run.folder.best)
-    elif run.recipe.patience is not None and position.epoch - position.best_epoch >= run.recipe.patience:
-        position.ended = True
-    row = {
-        "epoch": position.epoch,
-        "step": run.steps_done,
-        "lr": last_rate,
-        "train_loss": position.loss_sum / images,
-        "train_accuracy": position.correct / images,
-        "test_loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
-        "test_accuracy": evaluation.accuracy,
-        "images_per_second": round(run.images_per_second, 1),
-        "seconds": round(run.seconds, 3),
-    }
-    if run.ranks.first:
-        run.folder.append_metrics(row)
-        if run.recipe.tensorboard:
-            write_board(run.folder.board, row, run.rows)
-    run.screen.epoch(row, position.epochs)
-    if position.ended:
-        run.screen.say("patience", f"no better accuracy for {run.recipe.patience} epochs: the run ends here")
-    position.loss_sum, position.correct = 0.0, 0
-
-
-def save_is_due(run: Run) -> bool:
-    """Whether a checkpoint within the epoch is due: every so many steps, or every ten minutes."""
-    if run.recipe.save_every is not None:
-        return run.position.step % run.recipe.save_every == 0
-    return run.ranks.any(time.monotonic() - run.saved_at > SECONDS_BETWEEN_SAVES)
-
-
-def save(run: Run) -> None:
-    """Write a checkpoint, unless a weight is not finite: then the last good one stays. A full disk is no reason to
-    stop: it is said, and the next save is another try."""
-    if run.ranks.any(not all_finite(run.model)):
-        raise DivergedError(
-            f"a weight is not finite in epoch {run.position.epoch + 1}, step {run.position.step} of {run.steps}. The "
-            f"last good checkpoint is in {run.folder.checkpoints}. Try a lower --lr or another --scheme"
-        )
-    run.position.seconds, run.saved_at = run.seconds, time.monotonic()
-    tensors = {"model": model_state(run.model), "optimizer": optimizer_state(run.model, run.optimizer)}
-    if run.average is not None:
-        tensors["ema"] = gathered(run.average.tensors)
-    if not run.ranks.first:
-        return
-    run.folder.append_steps(run.rows)
-    run.rows.clear()
-    try:
-        run.checkpoints.save(Snapshot(run.steps_done, tensors, snapshot_state(run)))
-    except CheckpointError as error:
-        if not run.checkpoints.steps():
-            raise
-        run.screen.say("warning", str(error))
-
-
-def write_weights(run: Run, path: Path) -> None:
-    """Write the weights alone, the averaged ones if there are any, with what is needed to use them in the header."""
-    about = {"model": model_of(run), "preprocessing": preprocessing_of(run), "epoch": run.position.epoch}
-    with nullcontext() if run.average is None else run.average.applied(run.model):
-        tensors = model_state(run.model)
-        if run.ranks.first:
-            write_tensors(path, dict(tensors), about)
 
 
 def conclude(run: Run) -> Outcome:
