@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.anatomy import chain
-from skipway.training.propagation import untouched
+from skipway.tracing import untouched
 
 __all__ = ["Health", "sample_health"]
 

@@ -27,7 +27,6 @@ from skipway.training.assembling import (
     begin,
     continued,
     freeze,
-    introduce,
     load_data,
     resolved,
     restore,
@@ -35,6 +34,7 @@ from skipway.training.assembling import (
 from skipway.training.clipping import total_norm
 from skipway.training.device import choose_device, choose_precision
 from skipway.training.evaluation import Evaluation, evaluate
+from skipway.training.introducing import introduce
 from skipway.training.keeping import note_step, record, save, save_is_due, write_weights
 from skipway.training.ranks import joined
 from skipway.training.recipe import Recipe

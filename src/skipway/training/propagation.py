@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.anatomy import chain
+from skipway.tracing import untouched
 
 __all__ = ["StageSignal", "first_non_finite", "signal_check"]
 
@@ -130,19 +129,3 @@ def measure(model: nn.Module, batch: Tensor) -> dict[str, dict[str, float]]:
 def std(values: Tensor) -> float:
     """The standard deviation over all elements."""
     return float(values.float().std(correction=0))
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward pass changes is put back: buffers, the mode of every module, the random state."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
-    devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
