@@ -87,7 +87,11 @@ def writer(file: Path | None, *, as_json: bool, top: int) -> Iterator[Write]:
     if as_json:
         yield lambda prediction: print(json.dumps(row_of(prediction)))
     elif file is not None:
-        with file.open("w", encoding="utf-8", newline="") as stream:
+        try:
+            opened = file.open("w", encoding="utf-8", newline="")
+        except OSError as error:
+            raise SkipwayError(f"--csv {file}: cannot be written: {error.strerror}") from error
+        with opened as stream:
             table = csv.writer(stream)
             table.writerow(columns(top))
             yield lambda prediction: table.writerow(cells(prediction, top))

@@ -32,6 +32,7 @@ def rescheme(
     depth: Annotated[int | None, Parameter(group=MODEL)] = None,
     classes: Annotated[int | None, Parameter(group=MODEL)] = None,
     seed: Annotated[int, Parameter(group=MODEL)] = 0,
+    overwrite: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False,
 ) -> None:
     """Dress the residual connections of a network in a scheme: LayerScale, SkipInit, ReZero, stochastic depth.
 
@@ -47,6 +48,7 @@ def rescheme(
         depth: Weight layers, for a family. [the model's]
         classes: Outputs. [the model's]
         seed: Of weights and samples.
+        overwrite: Replace what is in OUT.
     """
     import torch
 
@@ -57,6 +59,8 @@ def rescheme(
     from skipway.training.storage import write_json, write_tensors
 
     dressing = str(read_scheme(scheme))
+    if (out / WEIGHTS).exists() and not overwrite:
+        raise SkipwayError(f"--out {out}: it holds {WEIGHTS} already; --overwrite replaces it")
     torch.manual_seed(seed)
     loaded = load_model(model, Wanted(depth=depth, classes=classes, shape=shape_of(input)))
     if weights is not None:

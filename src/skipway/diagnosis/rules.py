@@ -370,6 +370,13 @@ def findings_of(context: Context) -> list[Finding]:
     """
     causes = [finding for rule in RULES for finding in rule(context)]
     ahead = list(looks_ahead(context))
+    if (
+        ahead
+        and not ahead[0].remedies
+        and any(cause.rule in STRUCTURAL for cause in causes)
+        and not context.outlook.wakes
+    ):
+        ahead = [replace(ahead[0], level="fatal")]  # bad odds, and a reason for them
     if ahead:
         level = ahead[0].level
         blamed = STRUCTURAL if level == "serious" else STRUCTURAL | SIGNAL
@@ -404,7 +411,8 @@ def verdict_of(findings: Sequence[Finding]) -> tuple[Verdict, tuple[str, ...]]:
 def condition(finding: Finding) -> str:
     """What a serious finding makes the training depend on."""
     if not finding.remedies:
-        return finding.what
+        chance = finding.evidence.get("probability")
+        return finding.what if chance is None else f"it is lucky: so begun, {chance:.0%} do"
     remedy = finding.remedies[0]
     if isinstance(remedy, LearningRate):
         return f"learning rate {'at most' if finding.rule == 'rate-too-high' else 'about'} {remedy.value:.2g}"

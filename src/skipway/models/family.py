@@ -149,7 +149,16 @@ def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 
 
 def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
-    """The family and the config that a name and a depth describe."""
+    """The family and the config that a name, ours or an entry point of timm or torchvision, and a depth describe."""
+    ours, own = resolve(name, {})
+    family, config = own_config(ours, depth)
+    if "scheme" in own:
+        own["scheme"] = read_scheme(own["scheme"])
+    return family, replace(config, **own) if own else config
+
+
+def own_config(name: str, depth: int | None) -> tuple[Family, Any]:
+    """The same for a name of ours."""
     for variant in variants():
         if Registry.key(variant.name) == Registry.key(name):
             return FAMILIES[variant.family], variant.config if depth is None else variant.at_depth(depth)
@@ -171,4 +180,6 @@ def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
                 config = family.named(**given)
                 return family, config if depth is None else family.at_depth(depth, base=config)
     aliases = [alias for family in families() for alias in family.aliases]
-    raise SkipwayError(suggest("model", name, [*FAMILIES, *(variant.name for variant in variants()), *aliases]))
+    raise SkipwayError(
+        suggest("model", name, dict.fromkeys([*FAMILIES, *(variant.name for variant in variants()), *aliases]))
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -58,6 +59,9 @@ FREE_TO_CHANGE = frozenset(
         "tensorboard",
     }
 )
+
+# more than are timed before a plan
+STEPS_TO_PLAN = 25
 
 
 def continued(stored: Recipe, given: Recipe | None) -> Recipe:
@@ -168,7 +172,9 @@ def assemble(
         health=Health(recipe.health if ranks.world == 1 else 0.0, getattr(torch, recipe.precision)),
         class_weights=class_weights(recipe, data, device),
     )
-    run.position = Position(epochs=recipe.epochs, parts=recipe.accumulate)
+    # with a budget of time the epochs are planned once some steps are timed, so there have to be as many until then
+    epochs = recipe.epochs if recipe.time is None else max(recipe.epochs, math.ceil(STEPS_TO_PLAN / run.steps))
+    run.position = Position(epochs=epochs, parts=recipe.accumulate)
     return run
 
 
@@ -189,7 +195,13 @@ def match_line(model: nn.Module, recipe: Recipe) -> str:
     The classifier may be another one, and position tables are resampled; every other tensor has to fit.
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    load_weights(model, str(recipe.weights), names=recipe.weights_names, adapt=("classes", "size"))
+    try:
+        load_weights(model, str(recipe.weights), names=recipe.weights_names, adapt=("classes", "size"))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\nWhose names a file has is said by --weights-names timm, torchvision or huggingface; now it is "
+            f"{recipe.weights_names}."
+        ) from error
     after = model.state_dict()
     same = [name for name, tensor in before.items() if tensor.is_floating_point() and torch.equal(tensor, after[name])]
     head = [name for name in same if layers_of_head(model, name)]

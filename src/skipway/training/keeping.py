@@ -7,6 +7,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from skipway.errors import CheckpointError, DivergedError
 from skipway.training.assembling import model_of, preprocessing_of, snapshot_state
 from skipway.training.board import write_board
@@ -61,6 +63,20 @@ def record(run: Run, evaluation: Evaluation) -> None:
     if position.ended:
         run.screen.say("patience", f"no better accuracy for {run.recipe.patience} epochs: the run ends here")
     position.loss_sum, position.correct = 0.0, 0
+    keep_to_time(run)
+
+
+def keep_to_time(run: Run) -> None:
+    """With `Recipe.time`: fewer epochs than planned, if at the pace of the last one so many no longer fit."""
+    budget, position = run.recipe.budget, run.position
+    if budget is None or not position.planned:
+        return
+    pace = time.monotonic() - run.epoch_began
+    fit = position.epoch + max(0, int((budget - run.seconds) / pace))
+    told = run.ranks.total(torch.tensor(float(fit) if run.ranks.first else 0.0))
+    if int(told) < position.epochs:
+        position.epochs = int(told)
+        run.screen.say("plan", f"slower than planned: {position.epochs} epochs fit into {run.recipe.time}")
 
 
 def save_is_due(run: Run) -> bool:

@@ -245,7 +245,7 @@ def plan(run: Run) -> None:
     budget, position = run.recipe.budget, run.position
     if run.steps_taken == WARMING_STEPS:
         run.timed_from = time.monotonic()
-    if budget is None or position.planned or run.steps_taken < min(TIMED_STEPS, run.steps):
+    if budget is None or position.planned or run.steps_taken < TIMED_STEPS:
         return
     timed = run.steps_taken - WARMING_STEPS
     per_step = (time.monotonic() - run.timed_from) / max(1, timed)

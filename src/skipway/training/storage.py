@@ -108,11 +108,17 @@ def encoded(tensors: Mapping[str, Tensor], where: str, metadata: Mapping[str, st
         CheckpointError: a type of number that the format lacks.
     """
     try:
-        return safetensors.torch.save(dict(tensors), metadata={"format": "pt", **(metadata or {})})
+        content = safetensors.torch.save(dict(tensors), metadata={"format": "pt", **(metadata or {})})
     except KeyError as error:
         raise CheckpointError(
             f"{where}: the file format has no {error.args[0]}; convert these tensors first"
         ) from error
+    # the library writes metadata in an order that changes from process to process; equal runs shall have equal files
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return b"".join([content[:8], ordered.ljust(size), content[8 + size :]]) if len(ordered) <= size else content
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
