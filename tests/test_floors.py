@@ -24,6 +24,7 @@ FLOORS = [
     {"data"},
     {"diagnosis", "surgery"},
     {"training"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 ]

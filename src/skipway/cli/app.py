@@ -77,5 +77,19 @@ app.command(
     usage="skipway export RUN [OPTIONS]",
     sort_key=5,
 )
+app.command(
+    "skipway.cli.study:study",
+    name="study",
+    help="Test what the literature says about residual learning, by a grid of small runs.",
+    usage="skipway study NAME|all [OPTIONS]",
+    sort_key=6,
+)
+app.command(
+    "skipway.cli.report:report",
+    name="report",
+    help="Write the pages of all studies in a folder, and an index over them.",
+    usage="skipway report FOLDER",
+    sort_key=7,
+)
 app.command("skipway.cli.tables:models", name="models", help="List the models with their parameter counts.")
 app.command("skipway.cli.tables:schemes", name="schemes", help="List the residual schemes, or show the card of one.")

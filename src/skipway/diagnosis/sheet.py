@@ -55,26 +55,27 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 """
 
 
-def document(title: str, parts: Iterable[str], *, style: str = "") -> str:
+def document(title: str, parts: Iterable[str], *, style: str = "", script: str = "") -> str:
     """A whole page. Its policy lets a browser run and apply what is written here alone, and fetch nothing.
 
     Args:
         title: of the window, as text.
         parts: of the body, as HTML.
         style: rules beside those that all pages share.
+        script: beside the one that sorts tables.
 
     >>> "default-src 'none'" in document("a & b", ["<p>c</p>"])
     True
     """
-    rules = STYLE + style
-    policy = f"default-src 'none'; img-src data:; style-src '{fingerprint(rules)}'; script-src '{fingerprint(SORTING)}'"
+    rules, code = STYLE + style, SORTING + script
+    policy = f"default-src 'none'; img-src data:; style-src '{fingerprint(rules)}'; script-src '{fingerprint(code)}'"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{rules}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
-        + f"\n<script>{SORTING}</script>\n</body>\n</html>\n"
+        + f"\n<script>{code}</script>\n</body>\n</html>\n"
     )
 
 

@@ -1,0 +1,65 @@
+"""Studies: what the literature says about residual learning, tested.
+
+    rows = skipway.studies.run(skipway.studies.find_study("propagation"), Path("studies"))
+
+A study is an object of `Study` in a file of `studies.catalogue`; nothing else knows its name. The names are loaded when
+they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipway.studies.cell import Cell, Choices
+    from skipway.studies.figure import Figure, Line, Point, Sample
+    from skipway.studies.index import write_index
+    from skipway.studies.page import write_page
+    from skipway.studies.runner import run
+    from skipway.studies.study import STUDIES, Published, Study, Verdict, find_study, studies
+    from skipway.studies.table import Table
+
+HOMES = {
+    "STUDIES": "study",
+    "Cell": "cell",
+    "Choices": "cell",
+    "Figure": "figure",
+    "Line": "figure",
+    "Point": "figure",
+    "Published": "study",
+    "Sample": "figure",
+    "Study": "study",
+    "Table": "table",
+    "Verdict": "study",
+    "find_study": "study",
+    "run": "runner",
+    "studies": "study",
+    "write_index": "index",
+    "write_page": "page",
+}
+
+__all__ = [
+    "STUDIES",
+    "Cell",
+    "Choices",
+    "Figure",
+    "Line",
+    "Point",
+    "Published",
+    "Sample",
+    "Study",
+    "Table",
+    "Verdict",
+    "find_study",
+    "run",
+    "studies",
+    "write_index",
+    "write_page",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

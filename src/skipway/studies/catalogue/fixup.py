@@ -1,0 +1,184 @@
+"""Fixup: depth in the first epoch, the factor L^(-1/(2m-2)), and small batches, where BatchNorm suffers.
+
+Claim:    initialisation alone trains ResNets without normalisation at any depth in the first epoch; without the factor
+          deep ones are slower or fail; unlike BatchNorm it does not suffer from batches of 2.
+Source:   Zhang, Dauphin, Ma 2019, "Fixup Initialization: Residual Learning Without Normalization", fig. 3 and sec. 3.
+Command:  skipway study fixup
+Hardware: two shared cores of a virtual machine, one process each.
+Time:     about 4 minutes.
+Result:   see docs/studies/fixup.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from skipway.models import build
+from skipway.studies.cell import Budget, Cell, Choices, Row
+from skipway.studies.figure import Figure, Sample, grouped, lines_over
+from skipway.studies.fit import Plan, data_of, fit, percent
+from skipway.studies.study import STUDIES, Study, Verdict
+
+__all__ = ["FixupStudy"]
+
+HE = "He's start, no norm"
+VARIANTS = {
+    "BatchNorm": "identity",
+    "Fixup": "fixup",
+    "Fixup without the factor": "fixup(rescale=False)",
+    HE: "skipinit(init=1.0, norm='remove')",
+}
+BY_DEPTH = ("Fixup", "Fixup without the factor", HE, "BatchNorm")
+BY_BATCH = ("Fixup", "BatchNorm")
+FEWER = "Fixup without the factor"
+# depths, width, epochs by depth (of the digits as many as make CIFAR-10's first in steps), batches
+GRIDS: dict[Budget, tuple[tuple[int, ...], int, int, tuple[int, ...]]] = {
+    "cpu": ((20, 56), 8, 8, (2, 4, 8, 32)),
+    "gpu": ((20, 56, 110, 1202, 3002), 16, 1, (2, 4, 8, 32, 128)),
+    "paper": ((20, 110, 1202, 3002, 10_004), 16, 1, (2, 4, 8, 32, 128)),
+}
+SMALL_DEPTH, PASSES = 20, 4
+
+
+class FixupStudy(Study):
+    """Initialisation in place of normalisation."""
+
+    name = "fixup"
+    title = "Fixup: depth in the first epoch, the factor, small batches"
+    claim = (
+        "Fixup trains ResNets without normalisation at any depth in the first epoch, its factor of depth matters, and "
+        "batches of 2 hurt BatchNorm only."
+    )
+    source = "Zhang et al. 2019, fig. 3 and sec. 3"
+    settings = ("kind", "scheme", "depth", "batch", "lr", "seed", "width", "epochs", "data")
+    results = ("test_error", "train_loss", "diverged")
+    minutes = "4 minutes on two shared cores"
+
+    def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
+        depths, width, epochs, batches = GRIDS[budget]
+        common = {"width": width, "data": choices.data}
+        seeds = choices.seeds or (0, 1, 2)
+        cells = [
+            self.cell(kind="depth", scheme=scheme, depth=depth, batch=32, lr=0.05, seed=seed, epochs=epochs, **common)
+            for depth in sorted(choices.depths or depths, reverse=True)
+            for scheme in choices.schemes or BY_DEPTH
+            for seed in seeds
+        ]
+        # the rate goes with the batch (Goyal 2017), so that all see the same
+        cells += [
+            self.cell(
+                kind="batch",
+                scheme=scheme,
+                depth=SMALL_DEPTH,
+                batch=batch,
+                lr=0.05 * batch / 32,
+                seed=seed,
+                epochs=PASSES,
+                **common,
+            )
+            for batch in batches
+            for scheme in (choices.schemes or BY_BATCH)
+            for seed in seeds
+        ]
+        return cells
+
+    def measure(self, cell: Cell, device: str = "cpu") -> Row:
+        data = data_of(cell.get("data"))
+        torch.manual_seed(cell["seed"])
+        model = build(
+            "resnet-cifar",
+            depth=cell["depth"],
+            scheme=VARIANTS.get(cell["scheme"], cell["scheme"]),
+            width=cell["width"],
+            stem_width=cell["width"],
+            channels=data.channels,
+            classes=len(data.classes),
+        )
+        plan = Plan(
+            epochs=cell["epochs"],
+            lr=cell["lr"],
+            batch_size=cell["batch"],
+            seed=cell["seed"],
+            schedule="constant",
+            warmup=0.0,
+        )
+        return fit(model, data, plan, device)
+
+    def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
+        deep = grouped([row for row in rows if row["kind"] == "depth"], ["scheme", "depth"], "test_error")
+        small = grouped([row for row in rows if row["kind"] == "batch"], ["scheme", "batch"], "test_error")
+        return [any_depth(deep), factor(deep), batches(small)]
+
+    def figures(self, rows: Sequence[Row]) -> list[Figure]:
+        note = "Chance is 90 %."
+        return [
+            Figure(
+                name="depth",
+                title="Test error after the first steps, by depth",
+                across="weight layers",
+                up="test error",
+                lines=lines_over([row for row in rows if row["kind"] == "depth"], "depth", "test_error", "scheme"),
+                share=True,
+                note=note,
+            ),
+            Figure(
+                name="batch",
+                title=f"Test error after {PASSES} epochs, by batch, {SMALL_DEPTH} layers",
+                across="images in a batch",
+                up="test error",
+                lines=lines_over([row for row in rows if row["kind"] == "batch"], "batch", "test_error", "scheme"),
+                share=True,
+                note=note,
+            ),
+        ]
+
+
+def told(found: dict[tuple, Sample], names: Sequence[str], unit: str) -> str:
+    """Errors over the second setting."""
+    places = sorted({place for _, place in found})
+    return "; ".join(
+        f"{place} {unit}: "
+        + ", ".join(f"{name} {found[name, place].text(percent)}" for name in names if (name, place) in found)
+        for place in places
+    )
+
+
+def any_depth(found: dict[tuple, Sample]) -> Verdict:
+    """Fixup by depth."""
+    claim = "With Fixup a net without normalisation learns in the first epoch at every depth."
+    own = {depth: sample for (name, depth), sample in found.items() if name == "Fixup"}
+    if len(own) < 2:
+        return Verdict(claim, "open", "not measured at two depths")
+    text = f"Test error, {told(found, ('Fixup', 'BatchNorm', HE), 'layers')}."
+    learned = [depth for depth, sample in own.items() if sample.high < 0.8]
+    if len(learned) == len(own):
+        return Verdict(claim, "holds", text)
+    if not learned:
+        return Verdict(claim, "does not hold", text)
+    return Verdict(claim, "holds only when", f"there are {', '.join(map(str, sorted(learned)))} layers. {text}")
+
+
+def factor(found: dict[tuple, Sample]) -> Verdict:
+    """With and without L^(-1/(2m-2))."""
+    claim = "Without the factor of depth the deepest net learns worse."
+    depths = [depth for name, depth in found if name == FEWER and ("Fixup", depth) in found]
+    if not depths:
+        return Verdict(claim, "open", "not measured")
+    last = max(depths)
+    text = f"Test error, {told(found, ('Fixup', FEWER), 'layers')}."
+    return Verdict(claim, "holds" if found[FEWER, last].low > found["Fixup", last].high else "does not hold", text)
+
+
+def batches(found: dict[tuple, Sample]) -> Verdict:
+    """Fixup and BatchNorm by batch."""
+    claim = "Batches of 2 hurt BatchNorm more than Fixup."
+    if any((name, 2) not in found for name in BY_BATCH):
+        return Verdict(claim, "open", "not measured")
+    text = f"Test error after {PASSES} epochs, {told(found, BY_BATCH, 'images')}."
+    apart = found["BatchNorm", 2].low > found["Fixup", 2].high
+    return Verdict(claim, "holds" if apart else "does not hold", text)
+
+
+STUDIES.add("fixup", FixupStudy())

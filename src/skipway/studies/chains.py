@@ -1,0 +1,118 @@
+"""A chain of fully connected residual blocks of any scheme, thousands deep, and how a signal crosses it.
+
+The blocks are dressed by the library's own schemes, through the same hooks as every family's, so that what is measured
+is what the networks are built from. Sizes are kept as logarithms, so nothing overflows at any depth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from skipway.init import initialise_
+from skipway.nn import Linear, Residual
+from skipway.nn.initial import HeNormal
+from skipway.nn.tokens import Mlp
+from skipway.schemes import Scheme, scheme
+from skipway.site import POST_NORM, Kit, Placement, Site
+
+__all__ = ["Crossing", "block_chain", "cross"]
+
+# act(norm(x)), a map, norm, act, a map: with He's start a branch puts out as much as it takes in
+PLACEMENTS = {"pre": Placement(pre=("norm", "act"), inside=("norm",)), "post": POST_NORM}
+NORMS = {"none": None, "layer": partial(nn.LayerNorm, eps=1e-12), "batch": partial(nn.BatchNorm1d, eps=1e-12)}
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """How a signal crossed a chain.
+
+    Args:
+        forward: log₂ of the stream's second moment behind the last block over that in front of the first.
+        backward: log₂ of the gradient's second moment in front of the first block over that behind the last.
+    """
+
+    forward: float
+    backward: float
+
+
+def block_chain(
+    dressing: str | Scheme, depth: int, *, width: int = 64, norm: str = "none", place: str = "pre"
+) -> nn.Sequential:
+    """`depth` blocks y = x + W₂ relu(norm(W₁ relu(norm(x)))), dressed in a scheme and initialised.
+
+    Args:
+        dressing: a scheme or its spec string.
+        depth: residual branches L.
+        width: of the stream.
+        norm: none, layer or batch.
+        place: pre, or post: y = norm(x + W₂ relu(W₁ x)).
+
+    >>> round(cross(block_chain("rezero", 50)).forward, 3), round(cross(block_chain("fixup", 9)).backward, 3)
+    (0.0, 0.0)
+    """
+    chosen = scheme(dressing)
+    linear = partial(Linear, initial=HeNormal("fan_in"))
+    kit = Kit(conv=linear, linear=linear, norm=NORMS[norm], act=nn.ReLU)
+    with torch.device("meta"):
+        blocks = []
+        for index in range(depth):
+            site = Site(dim=width, index=index, depth=depth, since=index, spatial=0, kind="mlp")
+            branch = lambda kit, placement: Mlp(width, width, kit=kit, placement=placement)  # noqa: E731
+            blocks.append(
+                Residual(**chosen.slots(site, branch=branch, shortcut=None, kit=kit, placement=PLACEMENTS[place]))
+            )
+        chain = nn.Sequential(*blocks)
+    return initialise_(chain, chosen, device="cpu")  # type: ignore[return-value]
+
+
+def cross(chain: nn.Sequential, *, batch: int = 16, seed: int = 0, homogeneous: bool | None = None) -> Crossing:
+    """Send normal inputs forward and a normal gradient backward, block by block.
+
+    Where nothing normalises, a block is homogeneous, f(c x) = c f(x) for c > 0 (the biases are 0 at the start), so the
+    stream is brought back to size 1 behind every block and the logarithm of its size kept. The gradient is linear in
+    what comes from behind, so it is brought back everywhere.
+
+    Args:
+        batch: samples.
+        seed: of input and gradient.
+        homogeneous: whether that holds; None looks for norms.
+    """
+    if homogeneous is None:
+        homogeneous = not any(isinstance(module, nn.LayerNorm | nn.BatchNorm1d) for module in chain.modules())
+    generator = torch.Generator().manual_seed(seed)
+    width = next(module.weight.shape[-1] for module in chain.modules() if isinstance(module, nn.Linear))
+    stream = torch.randn(batch, width, generator=generator)
+    stream = stream / size(stream)
+    streams, forward = [], 0.0
+    with torch.no_grad():
+        for block in chain:
+            streams.append(stream)
+            stream = block(stream)
+            if homogeneous:
+                forward += log_size(stream)
+                stream = stream / size(stream)
+    if not homogeneous:
+        forward = log_size(stream)
+    gradient = torch.randn(batch, width, generator=generator)
+    gradient, backward = gradient / size(gradient), 0.0
+    chain.requires_grad_(False)
+    for block, before in zip(reversed(chain), reversed(streams), strict=True):
+        before = before.requires_grad_()
+        (gradient,) = torch.autograd.grad(block(before), before, gradient)
+        backward += log_size(gradient)
+        gradient = gradient / size(gradient)
+    return Crossing(forward, backward)
+
+
+def size(x: Tensor) -> Tensor:
+    return x.double().square().mean().sqrt().float()
+
+
+def log_size(x: Tensor) -> float:
+    """log₂ of the second moment."""
+    return math.log2(max(float(x.double().square().mean()), 1e-300))

@@ -1,0 +1,215 @@
+"""Run a study: which cells there are, which are measured already, the others in parallel, each on disk when done."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from skipway import __version__
+from skipway.errors import SkipwayError
+from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
+from skipway.studies.study import Study
+from skipway.studies.table import Table, merged, parts_of
+from skipway.studies.workers import Measured, attempt, measured
+
+__all__ = ["Quiet", "Share", "Watcher", "cell_by_key", "machine", "read_rows", "remeasure", "run"]
+
+# on a GPU small nets wait for their launches, not for each other
+JOBS_PER_GPU = 4
+
+
+class Watcher(Protocol):
+    """Where a run reports to."""
+
+    def begin(self, study: Study, cells: int, known: int) -> None:
+        """Before the first cell."""
+
+    def started(self, cell: Cell) -> None:
+        """A cell is being measured."""
+
+    def done(self, study: Study, found: Measured) -> None:
+        """A cell has been measured."""
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def begin(self, study: Study, cells: int, known: int) -> None:
+        pass
+
+    def started(self, cell: Cell) -> None:
+        pass
+
+    def done(self, study: Study, found: Measured) -> None:
+        pass
+
+
+class Share:
+    """Every `count`-th cell, from number `index`: what one job of an array does.
+
+    >>> str(Share.read("3/8"))
+    '3/8'
+    """
+
+    def __init__(self, index: int, count: int) -> None:
+        self.index, self.count = index, count
+
+    @classmethod
+    def read(cls, text: str) -> Share:
+        """Of the form INDEX/COUNT, from 0, as Slurm's $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise SkipwayError(f"array={text!r}: the rule is INDEX/COUNT with 0 <= INDEX < COUNT, 0/8 to 7/8")
+        return cls(int(index), int(count))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def run(
+    study: Study,
+    folder: Path,
+    *,
+    budget: Budget = "cpu",
+    choices: Choices = Choices(),  # noqa: B008 - frozen
+    jobs: int | None = None,
+    share: Share | None = None,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> list[Row]:
+    """Measure the cells of a study that `folder` does not hold yet; a row is on the disk as soon as it is there.
+
+    Args:
+        study: what is measured.
+        folder: of the tables; made where there is none.
+        budget: how much may be spent.
+        choices: what replaces the study's own grid.
+        jobs: processes at a time; None takes one per core, on a GPU four; 0 measures in this process.
+        share: a part of the cells, for one of several machines; it gets a table of its own.
+        device: auto, cpu, cuda; auto is the GPU for other budgets than `cpu`, where there is one.
+        watcher: told of every cell.
+
+    Returns:
+        the rows of the cells that were asked for, measured now or before; failed ones have an `error`.
+
+    Raises:
+        SkipwayError: no cell is left of the choices.
+    """
+    cells = list({cell.key: cell for cell in study.cells(budget, choices)}.values())
+    if not cells:
+        raise SkipwayError(f"{study.name} has no cell for these choices; leave one away, or see skipway study --list")
+    if share is not None:
+        cells = cells[share.index :: share.count]
+    known = {row["key"]: row for row in read_rows(folder, study)}
+    rows: dict[str, Row] = {cell.key: known[cell.key] for cell in cells if cell.key in known}
+    todo = [cell for cell in cells if cell.key not in rows or rows[cell.key].get("error")]
+    watcher = Quiet() if watcher is None else watcher
+    watcher.begin(study, len(cells), len(cells) - len(todo))
+    if not todo:
+        return [rows[cell.key] for cell in cells]
+    name = study.name if share is None else f"{study.name}.share-{share.index}-of-{share.count}"
+    table = Table(folder / f"{name}.csv", study.settings)
+    devices = devices_for(device, budget)
+    if jobs is None:
+        jobs = cores() if devices == ["cpu"] else JOBS_PER_GPU * len(devices)
+    where = machine()
+    for found in measured(study, todo, jobs=jobs, devices=devices, started=watcher.started):
+        row = row_of(study, found, budget, devices[0].partition(":")[0], where)
+        table.append(row)
+        rows[found.cell.key] = row
+        watcher.done(study, found)
+    return [rows[cell.key] for cell in cells if cell.key in rows]
+
+
+def read_rows(folder: Path, study: Study) -> list[Row]:
+    """All rows of a study in a folder, one for each cell, as its grids order them; none of an earlier revision."""
+    rows = merged(Table(path).rows() for path in parts_of(folder, study.name))
+    rows = [row for row in rows if row["key"] == study.cell_of(row).key]
+    sources = {None, *(str(row["data"]) for row in rows if row.get("data"))}
+    grids = [study.cells(budget, Choices(data=source)) for budget in BUDGETS for source in sources]
+    places = {cell.key: place for grid in reversed(grids) for place, cell in enumerate(grid)}
+    return sorted(rows, key=lambda row: places.get(str(row["key"]), len(places)))
+
+
+def cell_by_key(study: Study, folder: Path, key: str, budget: Budget) -> Cell:
+    """The cell whose key begins so, in the table or in the grid of a budget.
+
+    Raises:
+        SkipwayError: there is none, or several.
+    """
+    cells = [*(study.cell_of(row) for row in read_rows(folder, study)), *study.cells(budget, Choices())]
+    found = {cell.key: cell for cell in cells if cell.key.startswith(key)}
+    if len(found) != 1:
+        known = "none" if not found else f"{len(found)}: {', '.join(found)}"
+        raise SkipwayError(f"--cell {key}: {known} of the cells of {study.name} begin so; see the column 'key'")
+    return next(iter(found.values()))
+
+
+def remeasure(study: Study, cell: Cell, *, budget: Budget = "cpu", device: str = "auto") -> Row:
+    """Measure one cell again, in this process, and write nothing."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    chosen = devices_for(device, budget)[0]
+    return row_of(study, attempt(study, cell, chosen), budget, chosen.partition(":")[0], machine())
+
+
+def row_of(study: Study, found: Measured, budget: Budget, device: str, where: str) -> Row:
+    """A line of the table."""
+    import torch
+
+    return {
+        "study": study.name,
+        "key": found.cell.key,
+        **dict(found.cell.settings),
+        **found.results,
+        "error": found.error,
+        "seconds": round(found.seconds, 2),
+        "budget": budget,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": device,
+        "machine": where,
+        "skipway": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def devices_for(device: str, budget: Budget) -> list[str]:
+    """Where the cells are measured."""
+    import torch
+
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device in ("auto", "cpu") and (budget == "cpu" or not gpus):
+        return ["cpu"]
+    if device in ("auto", "cuda") and gpus:
+        return [f"cuda:{number}" for number in range(gpus)]
+    from skipway.training.device import choose_device
+
+    return [str(choose_device(device))]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> str:
+    """This machine in a few words."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{cores()} cores, {name}"
+
+
+def failures(rows: Sequence[Row]) -> list[Row]:
+    """The rows with an error."""
+    return [row for row in rows if row.get("error")]

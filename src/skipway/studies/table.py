@@ -1,0 +1,144 @@
+"""The table of a study: one CSV file, one line per cell, safe against being cut off at any moment."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from skipway.errors import CheckpointError
+from skipway.studies.cell import Row, Value
+
+__all__ = ["Table", "merged", "parts_of"]
+
+BEFORE = ("study", "key")
+BEHIND = ("error", "seconds", "budget", "date", "device", "machine", "skipway", "torch", "python")
+
+
+class Table:
+    """Rows in a CSV file. Text that could be read as a number is quoted as in JSON, so that values come back as they
+    were; empty is None.
+
+    Args:
+        path: of the file; need not exist.
+        settings: columns that stand first, behind study and key.
+
+    >>> decoded(encoded(1e-05)), decoded(encoded("1e-05")), decoded(encoded(True)), decoded(encoded("plain"))
+    (1e-05, '1e-05', True, 'plain')
+    """
+
+    def __init__(self, path: Path, settings: Sequence[str] = ()) -> None:
+        self.path, self.settings = path, tuple(settings)
+
+    def rows(self) -> list[Row]:
+        """All complete lines; one that was cut off in the middle is left out.
+
+        Raises:
+            CheckpointError: the file is no table.
+        """
+        try:
+            content = self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind("\n") + 1]
+        header, *lines = list(csv.reader(io.StringIO(whole, newline=""))) or [[]]
+        if header and "key" not in header:
+            raise CheckpointError(f"{self.path} is no table of a study: its first line has no column 'key'")
+        return [
+            {name: decoded(text) for name, text in zip(header, line, strict=True)}
+            for line in lines
+            if len(line) == len(header)
+        ]
+
+    def append(self, row: Row) -> None:
+        """Write a row and wait until it is on the disk."""
+        header = self.header()
+        names = self.order([*header, *row])
+        if [*header] != names or not self.complete():
+            self.rewrite([*self.rows(), row])
+            return
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(line_of(encoded(row.get(name)) for name in names))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewrite(self, rows: Sequence[Row]) -> None:
+        """Replace the file by these rows, all of it or nothing."""
+        names = self.order([name for row in rows for name in row])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with aside.open("w", encoding="utf-8", newline="") as file:
+            file.write(line_of(names))
+            file.writelines(line_of(encoded(row.get(name)) for name in names) for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self.path)
+
+    def header(self) -> list[str]:
+        """The names of the columns; none where there is no file."""
+        if not self.path.exists():
+            return []
+        with self.path.open(encoding="utf-8", newline="") as file:
+            return next(csv.reader(file), [])
+
+    def complete(self) -> bool:
+        """Whether the file ends with a whole line."""
+        with self.path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            if not file.tell():
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+    def order(self, names: Iterable[str]) -> list[str]:
+        """Each name once: study and key, settings, results, and what was noted beside them."""
+        found = dict.fromkeys(names)
+        first = [name for name in (*BEFORE, *self.settings) if name in found]
+        last = [name for name in BEHIND if name in found]
+        return [*first, *(name for name in found if name not in first and name not in last), *last]
+
+
+def merged(tables: Iterable[Sequence[Row]]) -> list[Row]:
+    """The rows of several tables, one for each key: the last that was measured, before one with an error."""
+    found: dict[Value, Row] = {}
+    for row in (row for rows in tables for row in rows):
+        known = found.get(row["key"])
+        if known is None or known.get("error") or not row.get("error"):
+            found[row["key"]] = row
+    return list(found.values())
+
+
+def parts_of(folder: Path, study: str) -> list[Path]:
+    """The files that hold a study's rows: the table, and the shares of an array of jobs."""
+    return sorted([*folder.glob(f"{study}.csv"), *folder.glob(f"{study}.share-*.csv")])
+
+
+def encoded(value: Value) -> str:
+    """A value as text that `decoded` reads back."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    flat = " ".join(value.split())
+    return flat if isinstance(decoded(flat), str) and flat and not flat.startswith('"') else json.dumps(flat)
+
+
+def decoded(text: str) -> Value:
+    """The value of a text: JSON's numbers, true, false and quoted text; everything else is itself."""
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, str | int | float | bool) else text
+
+
+def line_of(cells: Iterable[str]) -> str:
+    """A line of CSV."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(list(cells))
+    return buffer.getvalue()
