@@ -153,10 +153,15 @@ def remeasure(study: Study, cell: Cell, *, budget: Budget = "cpu", device: str =
     """Measure one cell again, in this process, and write nothing."""
     import torch
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    chosen = devices_for(device, budget)[0]
-    return row_of(study, attempt(study, cell, chosen), budget, chosen.partition(":")[0], machine())
+    try:
+        chosen = devices_for(device, budget)[0]
+        return row_of(study, attempt(study, cell, chosen), budget, chosen.partition(":")[0], machine())
+    finally:  # the process is the caller's
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
 
 
 def row_of(study: Study, found: Measured, budget: Budget, device: str, where: str) -> Row:
