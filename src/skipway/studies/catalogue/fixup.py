@@ -5,8 +5,10 @@ Claim:    initialisation alone trains ResNets without normalisation at any depth
 Source:   Zhang, Dauphin, Ma 2019, "Fixup Initialization: Residual Learning Without Normalization", fig. 3 and sec. 3.
 Command:  skipway study fixup
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 4 minutes.
-Result:   see docs/studies/fixup.html.
+Time:     about 6 minutes (48 cells).
+Result:   24 November 2026, digits, width 8, 3 seeds: at 56 layers He's start alone fails (90 % test error), Fixup
+          does not (3.6 %), and is worse without the factor (5.8 %). Batches of 2 leave BatchNorm better than Fixup
+          (3.2 against 7.1 %), though it alone loses by them (2.0 % at 32).
 """
 
 from __future__ import annotations
