@@ -99,9 +99,9 @@ class Subject:
 
             return look
 
-        maps = self.layers
+        holding = {".".join(parts[:length]) for parts in (path.split(".") for path in self.layers) for length in range(1, len(parts) + 1)}
         for name, module in self.model.named_modules():
-            if name and any(owner == name or owner.startswith(name + ".") for owner in maps):
+            if name in holding:
                 handles.append(module.register_forward_hook(watcher(name)))
         try:
             with self.running(), torch.no_grad():

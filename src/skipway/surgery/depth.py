@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipway.anatomy import chain_of
+from skipway.anatomy import Chain, WatchedConnection, chain_of
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply
 from skipway.surgery.admission import admitted
@@ -17,7 +17,7 @@ from skipway.surgery.insertion import behind, on_slow_path
 from skipway.surgery.operation import Operation
 from skipway.surgery.places import place_behind
 from skipway.surgery.verifying import difference, outputs
-from skipway.tracing import Example, untouched, watch
+from skipway.tracing import Example, Program, untouched, watch
 from skipway.tracing.watching import call
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
@@ -72,20 +72,24 @@ def lesion(model: nn.Module, connections: Iterable[str], example: Example) -> Op
     return operation
 
 
-def blocks_of(model: nn.Module, example: Example) -> list[str]:
+def blocks_of(model: nn.Module, example: Example, program: Program | None = None) -> list[str]:
     """Modules that add, and can be left out or put in twice: all their connections carry x itself, and what they put
     out is shaped like what they take. In the order of the signal.
+
+    Args:
+        model: any module that `chain` can read.
+        example: what the model is called with.
+        program: what it runs on it, where that was watched already.
     """
-    program = watch(model, example)
-    chain = chain_of(model, program)
-    owners = dict.fromkeys(connection.seen.owner for connection in chain)
+    chain = chain_of(model, program or watch(model, example))
+    owners = owned(chain)
     whole = [
         owner
-        for owner in owners
+        for owner, connections in owners.items()
         if owner
-        and all(c.seen.skip == "identity" for c in chain if c.seen.owner == owner)
+        and all(connection.seen.skip == "identity" for connection in connections)
         # a block within a block goes with it
-        and not any(other and other != owner and owner.startswith(other + ".") for other in owners)
+        and owners.keys().isdisjoint(outer(owner))
     ]
     shapes: dict[str, bool] = {}
 
@@ -105,6 +109,24 @@ def blocks_of(model: nn.Module, example: Example) -> list[str]:
         for handle in handles:
             handle.remove()
     return [name for name in whole if shapes.get(name)]
+
+
+def owned(chain: Chain[WatchedConnection]) -> dict[str, list[WatchedConnection]]:
+    """The connections of a chain by the module that adds, in the order of the signal."""
+    owners: dict[str, list[WatchedConnection]] = {}
+    for connection in chain:
+        owners.setdefault(connection.seen.owner, []).append(connection)
+    return owners
+
+
+def outer(name: str) -> Iterator[str]:
+    """The modules that a module is in, innermost first, without the model itself.
+
+    >>> list(outer("stages.0.3"))
+    ['stages.0', 'stages']
+    """
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def influence(model: nn.Module, example: Example, score: Score | None = None) -> dict[str, float]:
@@ -186,14 +208,14 @@ def deepen(model: nn.Module, by: int, example: Example, *, tolerance: float = 1e
     if not 1 <= by <= len(blocks):
         raise SkipwayError(f"by={by}: {len(blocks)} blocks of {type(model).__name__} can be copied, so 1 to that")
     before = outputs(model, example)
-    chain = chain_of(model, watch(model, example))
+    owners = owned(chain_of(model, watch(model, example)))
     chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * by)] for number in range(by)]
     operation = Operation(model, f"{type(model).__name__} deepened by {by} blocks", {}, {}, {})
     try:
         for name in chosen:
             block = model.get_submodule(name)
             twin = copy.deepcopy(block)
-            silence(twin, [c.seen.closing or c.seen.last for c in chain if c.seen.owner == name], name)
+            silence(twin, [c.seen.closing or c.seen.last for c in owners[name]], name)
             operation.steps.append(behind(block, twin))
         report = {"difference": difference(before, outputs(model, example))}
         if not report["difference"] <= tolerance:

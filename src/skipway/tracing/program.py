@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from heapq import heappop, heappush
 
 from skipway.tracing.operators import Part
 
-__all__ = ["Program", "Value"]
+__all__ = ["Ancestry", "Program", "Value"]
+
+REMEMBERED = 64
+"""Ancestries that a program keeps: those that are asked for again are asked for soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class Program:
         makers: for a value the modules that put it out, innermost first.
         runs: how often each module ran.
         left: how many values there were when each module was left, the last time that it ran.
+        ancestries: those that were asked for last.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -66,24 +71,13 @@ class Program:
     makers: dict[int, list[str]] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
+    ancestries: dict[int, Ancestry] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, number: int) -> Value:
         return self.values[number]
 
     def __len__(self) -> int:
         return len(self.values)
-
-    @cached_property
-    def ancestors(self) -> list[int]:
-        """For each value the set of signals it was computed from, as the bits of one integer."""
-        sets: list[int] = []
-        for value in self.values:
-            own = 0
-            for operand in value.operands:
-                if self.values[operand].signal:
-                    own |= sets[operand] | (1 << operand)
-            sets.append(own)
-        return sets
 
     @cached_property
     def users(self) -> list[list[int]]:
@@ -94,9 +88,17 @@ class Program:
                 users[operand].append(value.number)
         return users
 
+    def ancestry(self, number: int) -> Ancestry:
+        """The signals that a value was computed from, looked up as far back as is asked."""
+        if number not in self.ancestries:
+            if len(self.ancestries) >= REMEMBERED:
+                del self.ancestries[next(iter(self.ancestries))]
+            self.ancestries[number] = Ancestry(self, number)
+        return self.ancestries[number]
+
     def depends(self, later: int, earlier: int) -> bool:
         """Whether `later` was computed from `earlier`."""
-        return bool(self.ancestors[later] >> earlier & 1)
+        return earlier < later and earlier in self.ancestry(later)
 
     def signals(self, value: Value) -> list[int]:
         """The operands that depend on the input, each once."""
@@ -104,13 +106,11 @@ class Program:
 
     def between(self, start: int, end: int) -> Iterator[Value]:
         """What was computed from `start` on the way to `end`, with `end` and without `start`, in order."""
-        members = (self.ancestors[end] | (1 << end)) >> (start + 1)
-        number = start + 1
-        while members:
-            if members & 1 and self.depends(number, start):
+        reached = {start}
+        for number in sorted((end, *self.ancestry(end).since(start + 1))):
+            if not reached.isdisjoint(self.signals(self.values[number])):
+                reached.add(number)
                 yield self.values[number]
-            members >>= 1
-            number += 1
 
     def weight_owner(self, value: Value) -> str:
         """The module that owns the weight of a map or norm; where it ran, if its weight is nobody's parameter."""
@@ -119,3 +119,41 @@ class Program:
             if not constant.signal and len(constant.shape) > 0 and constant.parameters:
                 return max(constant.parameters, key=len).rpartition(".")[0]
         return value.owner
+
+
+class Ancestry:
+    """The signals that one value was computed from, found from the latest to the earliest.
+
+    A question about a near ancestor looks at what is near only, so that reading a chain takes time in proportion to its
+    length. All ancestors of all values would be bits in the square of it.
+
+    Args:
+        program: that the value is of.
+        number: of the value.
+    """
+
+    def __init__(self, program: Program, number: int) -> None:
+        self.program = program
+        self.found: set[int] = set()
+        self.waiting: list[int] = []  # a heap of what was found and not yet looked behind, latest first
+        self.look_behind(number)
+
+    def look_behind(self, number: int) -> None:
+        for operand in self.program.signals(self.program[number]):
+            if operand not in self.found:
+                self.found.add(operand)
+                heappush(self.waiting, -operand)
+
+    def look_back(self, to: int) -> None:
+        """Find all ancestors from `to` on."""
+        while self.waiting and -self.waiting[0] > to:
+            self.look_behind(-heappop(self.waiting))
+
+    def __contains__(self, number: int) -> bool:
+        self.look_back(number)
+        return number in self.found
+
+    def since(self, first: int) -> list[int]:
+        """All of them from the value `first` on."""
+        self.look_back(first)
+        return [number for number in self.found if number >= first]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from skipway.tracing.operators import Part
@@ -160,7 +161,7 @@ class Reader:
     def judge(self, value: Value) -> Reason | None:
         """Take the sum as a connection and return None, or say why not."""
         first, second = self.sides(value)
-        if first == second or self.goes_into_softmax(value):
+        if first == second or value.number in self.into_softmax:
             return "attention" if first != second else "parallel"
         ways = [(self.way(u, v), u, v) for u, v in ((first, second), (second, first))]
         ways = [(way, u, v) for way, u, v in ways if way is not None]
@@ -205,16 +206,15 @@ class Reader:
 
     def unrelated(self, first: int, second: int, owner: str) -> Reason:
         """Neither side can be walked back to the other's origin: of other resolution, both at work, or strangers."""
-        ancestors = self.program.ancestors
         if min(self.spread(first), self.spread(second)) < max(self.program[first].numel, self.program[second].numel):
             return "broadcast"
-        sides = [ancestors[first] | 1 << first, ancestors[second] | 1 << second]
+        sides = [{number, *self.program.ancestry(number).since(0)} for number in (first, second)]
         shared = sides[0] & sides[1]
-        own = [[self.program[number] for number in bits(side & ~shared)] for side in sides]
+        own = [[self.program[number] for number in side - shared] for side in sides]
         sizes = [max((area(member) for member in members), default=0) for members in own]
         if any(member.part == "upsample" for members in own for member in members) or sizes[0] != sizes[1]:
             return "pyramid"
-        latest = shared.bit_length() - 1
+        latest = max(shared, default=-1)
         members = [member for side in own for member in side if part(member) not in CARRYING]
         at_home = all(self.belongs(member, owner) for member in members)
         since = all(member.number > latest for member in members)
@@ -270,21 +270,15 @@ class Reader:
             smallest = min(smallest, value.numel)
         return smallest
 
-    def goes_into_softmax(self, value: Value) -> bool:
-        """Whether nothing but carrying and further sums stand between a value and a softmax."""
-        waiting, seen = [value.number], set()
-        while waiting:
-            number = waiting.pop()
-            for user in self.program.users[number]:
-                if user in seen:
-                    continue
-                seen.add(user)
-                what = self.program[user].part
-                if what == "softmax" and self.program[user].operator in SOFTMAX:
-                    return True
-                if what in CARRYING or what == "sum":
-                    waiting.append(user)
-        return False
+    @cached_property
+    def into_softmax(self) -> frozenset[int]:
+        """The values between which and a softmax stand nothing but carrying and sums."""
+        found: set[int] = set()
+        for value in reversed(self.program.values):
+            softmax = value.part == "softmax" and value.operator in SOFTMAX
+            if softmax or (value.number in found and value.part in CARRYING | {"sum"}):
+                found.update(value.operands)
+        return frozenset(found)
 
     def reads_other_slices(self, way: Way, branch: int) -> bool:
         """Whether the skip is a slice of a tensor of which the branch reads nothing but other slices."""
@@ -466,11 +460,20 @@ class Reader:
             if program[user].norm is not None and program[user].norm == program[number].norm
         ]:
             number = inside[-1]
-        later = [entry for entry in self.found if entry[0].number > value.number]
-        if any(way.skip != "projection" and number in (way.start, skip) for _, skip, _, way in later):
+        if self.carried.get(number, -1) > value.number:
             return True
         owner, norm = value.owner, program[number].norm or program[number].owner
-        return not later and bool(owner) and norm.startswith(owner + ".")
+        return self.found[-1][0] is value and bool(owner) and norm.startswith(owner + ".")
+
+    @cached_property
+    def carried(self) -> dict[int, int]:
+        """What connections carry, with the last sum that it is carried to; read when all are found."""
+        return {
+            number: value.number
+            for value, skip, _, way in self.found
+            if way.skip != "projection"
+            for number in (way.start, skip)
+        }
 
 
 SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
@@ -486,14 +489,6 @@ def kind_of(crossed: list[Value]) -> Literal["attention", "conv", "mlp"]:
 
 def unique(names: Iterator[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
-
-
-def bits(members: int) -> Iterator[int]:
-    """The numbers in a set that is written as the bits of an integer, largest first."""
-    while members:
-        number = members.bit_length() - 1
-        yield number
-        members ^= 1 << number
 
 
 def area(value: Value) -> int:

@@ -117,14 +117,15 @@ def on_meta(model: nn.Module) -> nn.Module:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever a forward pass changes is put back: buffers, the mode of every module, the random state."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, mode in modes:
+            if module.training != mode:  # to set it costs much more than to look, and networks have thousands
+                module.training = mode
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers:
