@@ -10,7 +10,7 @@ from typing import Any
 
 from skipway.studies.cell import Row, Value
 
-__all__ = ["Figure", "Line", "Point", "Sample", "grouped", "lines_over", "number"]
+__all__ = ["Figure", "Line", "Point", "Sample", "best_rows", "grouped", "lines_over", "number"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,22 @@ def grouped(rows: Iterable[Row], by: Sequence[str], value: str) -> dict[tuple[An
         if isinstance(measured, int | float):
             found.setdefault(tuple(row.get(name) for name in by), []).append(float(measured))
     return {key: Sample(tuple(values)) for key, values in found.items()}
+
+
+def best_rows(rows: Sequence[Row], by: Sequence[str], over: str, value: str) -> list[Row]:
+    """Of the rows that agree in `by`, those of the value of `over` whose mean of `value` is least.
+
+    >>> rows = [{"depth": 8, "lr": rate, "loss": loss} for rate, loss in ((0.1, 2.0), (0.3, 1.0))]
+    >>> best_rows(rows, ["depth"], "lr", "loss")
+    [{'depth': 8, 'lr': 0.3, 'loss': 1.0}]
+    """
+    best: dict[tuple[Any, ...], tuple[float, Any]] = {}
+    for (*key, tried), sample in grouped(rows, [*by, over], value).items():
+        known = best.get(tuple(key))
+        if known is None or sample.mean < known[0]:
+            best[tuple(key)] = (sample.mean, tried)
+    chosen = {(*key, tried) for key, (_, tried) in best.items()}
+    return [row for row in rows if tuple(row.get(name) for name in (*by, over)) in chosen]
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ def page(study: Study, rows: Sequence[Row], figures: Sequence[Figure]) -> str:
         '<p class="note">A mark is the mean over the seeds, the bar their range.</p>',
         "<h2>Verdicts in numbers</h2>",
         *(banner(verdict) for verdict in verdicts),
+        *summary(study, fine),
         *published(study, fine),
         *means(study, fine),
         *failed(rows),
@@ -189,6 +190,22 @@ def drawn(figure: Figure, command: str, study: str) -> str:
         f'{picture(figure)}<output class="reading"></output>{note}'
         f'<p class="note"><code>{escape(command)}</code> · <a href="{file}.svg">SVG</a></p></figure>'
     )
+
+
+def summary(study: Study, rows: Sequence[Row]) -> Iterator[str]:
+    """The study's own table, if it has one."""
+    lines = study.summary(rows)
+    if not lines:
+        return
+    yield '<h2>In one table</h2><div class="scroll"><table><thead><tr>'
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    for name in columns:
+        kind = "number" if all(is_number(line.get(name)) or line.get(name) is None for line in lines) else ""
+        yield f'<th class="{kind}"><button type="button">{escape(name)}</button></th>'
+    yield "</tr></thead><tbody>"
+    for line in lines:
+        yield f"<tr>{''.join(cell(line.get(name)) for name in columns)}</tr>"
+    yield "</tbody></table></div>"
 
 
 def published(study: Study, rows: Sequence[Row]) -> Iterator[str]:

@@ -98,6 +98,10 @@ class Study:
         """What the page shows."""
         raise NotImplementedError
 
+    def summary(self, rows: Sequence[Row]) -> list[Row]:
+        """A table of the study's own for the page, a dictionary to a line; none unless told."""
+        return []
+
     def cell(self, **settings: str | int | float | bool | None) -> Cell:
         """A cell of this study."""
         return Cell.of(self.name, revision=self.revision, **settings)

@@ -1,8 +1,10 @@
 """A residual network as an ensemble of paths: blocks deleted after training, and how long the paths are that matter.
 
 Claim:    deleting a block of a trained residual net changes little, one of a plain net everything; the error rises
-          smoothly with the number of deleted blocks; the gradient comes through paths shorter than the average one.
-Source:   Veit et al. 2016, "Residual Networks Behave Like Ensembles of Relatively Shallow Networks", fig. 3, 5 and 6.
+          smoothly with the number of deleted blocks; the gradient comes through paths shorter than the average one;
+          stochastic depth trains such an ensemble, and 1202 layers with it are better than without.
+Source:   Veit et al. 2016, "Residual Networks Behave Like Ensembles of Relatively Shallow Networks", fig. 3, 5 and 6;
+          Huang et al. 2016, "Deep Networks with Stochastic Depth", sec. 4.
 Command:  skipway study paths
 Hardware: two shared cores of a virtual machine, one process each.
 Time:     about 2 minutes (9 cells).
@@ -29,19 +31,28 @@ from skipway.models import build
 from skipway.nn import Multiply
 from skipway.nn.shortcut import Carry
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, Line, Point, grouped, lines_over, number
+from skipway.studies.figure import Figure, Line, Point, Sample, grouped, lines_over, number
 from skipway.studies.fit import Plan, data_of, fit, percent, test
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
 __all__ = ["Paths", "binomial_share", "deleted"]
 
 NAMES = {"identity": "residual", "plain": "plain"}
+DROPPED = "stochasticdepth(0.5)"
+TITLES = {**NAMES, DROPPED: "stochastic depth"}
 COUNTS = (1, 2, 4, 8)
+VERY_DEEP = (("identity", 1202), (DROPPED, 1202))
+# blocks that are deleted one at a time at most; of more, so many are drawn
+ALONE = 54
 # (scheme, depth), width, epochs; the plain net as deep as still trains
 GRIDS: dict[Budget, tuple[tuple[tuple[str, int], ...], int, int]] = {
-    "cpu": ((("identity", 110), ("identity", 20), ("plain", 20)), 8, 10),
-    "gpu": ((("identity", 110), ("identity", 56), ("identity", 20), ("plain", 20)), 16, 60),
-    "paper": ((("identity", 110), ("identity", 56), ("identity", 20), ("plain", 20)), 16, 164),
+    "cpu": ((("identity", 110), ("identity", 20), ("plain", 20), (DROPPED, 110)), 8, 10),
+    "gpu": ((*VERY_DEEP, ("identity", 110), ("identity", 56), ("identity", 20), ("plain", 20), (DROPPED, 110)), 16, 60),
+    "paper": (
+        (*VERY_DEEP, ("identity", 110), ("identity", 56), ("identity", 20), ("plain", 20), (DROPPED, 110)),
+        16,
+        164,
+    ),
 }
 
 
@@ -54,7 +65,7 @@ class Paths(Study):
         "Deleting a block of a trained residual network changes little, of a plain one everything; most of the "
         "gradient comes through short paths."
     )
-    source = "Veit et al. 2016, fig. 3, 5 and 6"
+    source = "Veit et al. 2016, fig. 3, 5 and 6; Huang et al. 2016, sec. 4"
     settings = ("scheme", "depth", "seed", "width", "epochs", "lr", "data")
     results = ("intact", "deleted_1", "deleted_8", "worst", "effective_path")
     minutes = "2 minutes on two shared cores"
@@ -72,6 +83,20 @@ class Paths(Study):
             where={"scheme": "identity", "depth": 110},
             column="paths_5_17",
             source="closed form, Veit et al. 2016, sec. 5 (0.45 %)",
+        ),
+        Published(
+            what="ResNet-1202, test error",
+            value=0.0793,
+            where={"scheme": "identity", "depth": 1202, "width": 16, "dataset": "cifar10"},
+            column="intact",
+            source="He et al. 2015, table 6",
+        ),
+        Published(
+            what="ResNet-1202 with stochastic depth, test error",
+            value=0.0491,
+            where={"scheme": DROPPED, "depth": 1202, "width": 16, "dataset": "cifar10"},
+            column="intact",
+            source="Huang et al. 2016, abstract",
         ),
     )
 
@@ -113,10 +138,10 @@ class Paths(Study):
         return row
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        return [one_block(rows), smooth(rows), short(rows)]
+        return [one_block(rows), smooth(rows), short(rows), dropped(rows), robust(rows)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
-        named = [{**row, "net": f"{NAMES.get(str(row['scheme']), row['scheme'])} {row['depth']}"} for row in rows]
+        named = [{**row, "net": f"{TITLES.get(str(row['scheme']), row['scheme'])} {row['depth']}"} for row in rows]
         lines = []
         for net in dict.fromkeys(str(row["net"]) for row in named):
             own = [row for row in named if row["net"] == net]
@@ -124,7 +149,7 @@ class Paths(Study):
             samples += [(count, grouped(own, [], f"deleted_{count}").get(())) for count in COUNTS]
             points = [Point(count, s.mean, s.low, s.high, len(s.values)) for count, s in samples if s is not None]
             lines.append(Line(net, tuple(points)))
-        residual = [row for row in named if row["scheme"] != "plain"]
+        residual = [row for row in named if row["scheme"] == "identity"]
         lengths = (
             *lines_over([{**row, "of": "the gradient's paths"} for row in residual], "blocks", "effective_path", "of"),
             Line.of(
@@ -171,7 +196,7 @@ def lesions(model: nn.Module, connections: Sequence[Connection], data: Data, see
     """Test errors without one block, each in turn, and without several, drawn; blocks that change shapes stay."""
     whole = [each for each in connections if each.site.entry == each.site.dim]
     alone = []
-    for each in whole:
+    for each in whole if len(whole) <= ALONE else random.Random(f"alone {seed}").sample(whole, ALONE):
         with deleted([each]):
             alone.append(test(model, data, device)[0])
     row: Row = {"deleted_1": sum(alone) / len(alone), "worst": max(alone)}
@@ -237,6 +262,8 @@ def one_block(rows: Sequence[Row]) -> Verdict:
         return Verdict(claim, "open", "not measured")
     parts, little, much = [], [], []
     for key, sample in found["intact"].items():
+        if key[0] not in NAMES:
+            continue
         rise = found["deleted_1"][key].mean - sample.mean
         if key[0] == "plain":
             much.append(rise > 0.3)
@@ -285,6 +312,44 @@ def short(rows: Sequence[Row]) -> Verdict:
         f"{number(high)}, where the average path crosses {blocks / 2:.0f}. The paper: 5 to 17 of 54."
     )
     return Verdict(claim, "holds" if lengths.high < 0.75 * blocks / 2 else "does not hold", text)
+
+
+def with_and_without(rows: Sequence[Row], value: str) -> dict[int, tuple[Sample, Sample]]:
+    """A result without and with stochastic depth, by depth."""
+    found = grouped(rows, ["scheme", "depth"], value)
+    depths = sorted(depth for scheme, depth in found if scheme == DROPPED and ("identity", depth) in found)
+    return {depth: (found["identity", depth], found[DROPPED, depth]) for depth in depths}
+
+
+def dropped(rows: Sequence[Row]) -> Verdict:
+    """Stochastic depth as a regulariser."""
+    claim = "With stochastic depth the deepest net has the smaller test error."
+    pairs = with_and_without(rows, "intact")
+    if not pairs:
+        return Verdict(claim, "open", "not measured")
+    text = "; ".join(
+        f"{depth} layers: {own.text(percent)} with, {twin.text(percent)} without"
+        for depth, (twin, own) in pairs.items()
+    )
+    twin, own = pairs[max(pairs)]
+    if own.low <= twin.high and twin.low <= own.high:
+        return Verdict(claim, "open", f"Test error, {text}. The seeds overlap.")
+    return Verdict(claim, "holds" if own.high < twin.low else "does not hold", f"Test error, {text}.")
+
+
+def robust(rows: Sequence[Row]) -> Verdict:
+    """Stochastic depth against deleted blocks."""
+    claim = "A net trained with stochastic depth loses less by eight deleted blocks."
+    whole, less = with_and_without(rows, "intact"), with_and_without(rows, "deleted_8")
+    depths = sorted(set(whole) & set(less))
+    if not depths:
+        return Verdict(claim, "open", "not measured")
+    rises = {depth: tuple(less[depth][n].mean - whole[depth][n].mean for n in (0, 1)) for depth in depths}
+    text = "; ".join(
+        f"{depth} layers: {100 * own:.1f} points with, {100 * twin:.1f} without" for depth, (twin, own) in rises.items()
+    )
+    twin, own = rises[depths[-1]]
+    return Verdict(claim, "holds" if own < twin else "does not hold", f"Test error rises, {text}.")
 
 
 STUDIES.add("paths", Paths())

@@ -23,7 +23,7 @@ from skipway.anatomy import chain
 from skipway.models import build
 from skipway.nn import Multiply
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, Sample, grouped, lines_over
+from skipway.studies.figure import Figure, Sample, best_rows, grouped, lines_over
 from skipway.studies.fit import Plan, data_of, fit, percent
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
@@ -141,13 +141,7 @@ def divide(model: nn.Module) -> None:
 
 def best_rates(rows: Sequence[Row]) -> list[Row]:
     """The rows of the learning rate that trains each scheme best at each depth."""
-    found = grouped(rows, ["scheme", "depth", "lr"], "train_error")
-    best: dict[tuple, tuple] = {}
-    for (scheme, depth, rate), sample in found.items():
-        known = best.get((scheme, depth))
-        if known is None or sample.mean < found[known].mean:
-            best[scheme, depth] = (scheme, depth, rate)
-    return [row for row in rows if (row["scheme"], row["depth"], row["lr"]) in set(best.values())]
+    return best_rows(rows, ["scheme", "depth"], "lr", "train_error")
 
 
 def listed(errors: dict[tuple, Sample], names: Sequence[str], depth: int) -> str:

@@ -1,0 +1,198 @@
+"""ConvNeXt taken apart: what the skip, the place of the norm, the large kernel and LayerScale bring without attention.
+
+Claim:    a block without attention is as good as a transformer's: depthwise 7×7, one norm inside of the branch, a
+          clean skip; each of the parts brings something.
+Source:   Liu et al. 2022, "A ConvNet for the 2020s", sec. 2 and fig. 2.
+Command:  skipway study convnext-parts
+Hardware: two shared cores of a virtual machine, one process each.
+Time:     about 4 minutes (84 cells).
+Result:   to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from skipway.anatomy import chain
+from skipway.models import build
+from skipway.nn import LayerNorm2d
+from skipway.studies.cell import Budget, Cell, Choices, Row
+from skipway.studies.figure import Figure, Sample, best_rows, grouped, lines_over
+from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
+from skipway.studies.study import STUDIES, Published, Study, Verdict
+
+__all__ = ["ConvNeXtParts"]
+
+GAMMA = "layerscale(init=1e-6)"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A ConvNeXt with a part changed: another scheme or kernel, or what is done to the network when it is built."""
+
+    scheme: str = GAMMA
+    kernel: int = 7
+    change: Callable[[nn.Module], None] | None = None
+
+
+def without_norm(model: nn.Module) -> None:
+    """No norm in the branches, in place; stem, downsampling and head keep theirs."""
+    for connection in chain(model):
+        connection.residual.branch.inside = nn.Identity()
+
+
+def behind_addition(model: nn.Module) -> None:
+    """The norm of every branch behind the addition instead, in place."""
+    without_norm(model)
+    for connection in chain(model):
+        connection.residual.post = LayerNorm2d(connection.site.dim)
+
+
+WHOLE, NO_GAMMA, NO_SKIP = "all parts", "no LayerScale", "no skip, no LayerScale"
+BEFORE, BEHIND, NO_NORM, SMALL = "norm before the branch", "norm behind the addition", "no norm in branches", "kernel 3"
+VARIANTS = {
+    WHOLE: Variant(),
+    NO_GAMMA: Variant("identity"),
+    # without the skip nothing would pass a γ of 1e-6
+    NO_SKIP: Variant("plain"),
+    SMALL: Variant(kernel=3),
+    BEFORE: Variant(f"preactivation + {GAMMA}"),
+    BEHIND: Variant(change=behind_addition),
+    NO_NORM: Variant(change=without_norm),
+}
+# depths in blocks, width, epochs, learning rates
+GRIDS: dict[Budget, tuple[tuple[int, ...], int, int, tuple[float, ...]]] = {
+    "cpu": ((6, 24), 8, 4, (4e-3, 1.6e-2)),
+    "gpu": ((6, 18, 36, 72), 48, 40, (1e-3, 4e-3, 1.6e-2)),
+    "paper": ((18, 36, 72), 96, 300, (1e-3, 4e-3)),
+}
+
+
+class ConvNeXtParts(Study):
+    """Each part of the block left out or moved."""
+
+    name = "convnext-parts"
+    title = "ConvNeXt taken apart: skip, norm, kernel, LayerScale"
+    claim = (
+        "Blocks without attention train as deep as transformers: with a clean skip, one norm inside of the branch, a "
+        "large kernel and LayerScale, each of which brings something."
+    )
+    source = "Liu et al. 2022, sec. 2 and fig. 2"
+    settings = ("scheme", "depth", "lr", "seed", "width", "epochs", "data")
+    results = ("train_error", "test_error", "train_loss", "diverged")
+    minutes = "4 minutes on two shared cores"
+    published = (
+        Published(
+            what="ConvNeXt-T, 18 blocks, test error on ImageNet",
+            value=0.179,
+            where={"scheme": WHOLE, "depth": 18, "width": 96, "dataset": "imagenet"},
+            column="test_error",
+            source="Liu et al. 2022, table 1",
+        ),
+    )
+
+    def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
+        depths, width, epochs, rates = GRIDS[budget]
+        return [
+            self.cell(scheme=name, depth=depth, lr=rate, seed=seed, width=width, epochs=epochs, data=choices.data)
+            for depth in sorted(choices.depths or depths, reverse=True)
+            for seed in choices.seeds or (0, 1, 2)
+            for name in choices.schemes or VARIANTS
+            for rate in rates
+        ]
+
+    def measure(self, cell: Cell, device: str = "cpu") -> Row:
+        data = data_of(cell.get("data"))
+        torch.manual_seed(cell["seed"])
+        variant, depth = VARIANTS.get(cell["scheme"], Variant(cell["scheme"])), cell["depth"]
+        small = data.size < 32
+        model = build(
+            "convnext",
+            depth=depth,
+            blocks=(depth - depth // 2, depth // 2),
+            width=cell["width"],
+            patch=1 if small else 2,
+            kernel=variant.kernel,
+            scheme=variant.scheme,
+            channels=data.channels,
+            classes=len(data.classes),
+        )
+        start_(model)
+        if variant.change is not None:
+            variant.change(model)
+        plan = Plan(
+            epochs=cell["epochs"],
+            lr=cell["lr"],
+            batch_size=64 if small else 128,
+            optimizer="adamw",
+            weight_decay=0.05,
+            warmup=0.1,
+            clip=1.0,
+            seed=cell["seed"],
+        )
+        return fit(model, data, plan, device)
+
+    def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
+        errors = grouped(best(rows), ["scheme", "depth"], "test_error")
+        return [
+            brings(errors, "Without skips a ConvNeXt learns worse, already without LayerScale.", NO_GAMMA, NO_SKIP),
+            brings(errors, "A kernel of 3 is worse than one of 7.", WHOLE, SMALL),
+            brings(errors, "Without LayerScale it learns worse.", WHOLE, NO_GAMMA),
+            brings(errors, "The norm before the branch is worse than inside.", WHOLE, BEFORE),
+            brings(errors, "The norm behind the addition is worse than inside.", WHOLE, BEHIND),
+            brings(errors, "Without norm in the branches it learns worse.", WHOLE, NO_NORM),
+        ]
+
+    def figures(self, rows: Sequence[Row]) -> list[Figure]:
+        return [
+            Figure(
+                name=value.replace("_", "-"),
+                title=f"{what} at the best learning rate",
+                across="blocks",
+                up=what.lower(),
+                lines=lines_over(best(rows), "depth", value, "scheme"),
+                share=True,
+                note="Of the learning rates tried, the one with the least training error in the mean over the seeds.",
+            )
+            for value, what in (("test_error", "Test error"), ("train_error", "Training error"))
+        ]
+
+
+@torch.no_grad()
+def start_(model: nn.Module) -> None:
+    """A start that keeps the signal's size, in place: N(0, 0.02²) is meant for hundreds of channels."""
+    xavier_(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the best learning rate of each variant and depth."""
+    return best_rows(rows, ["scheme", "depth"], "lr", "train_error")
+
+
+def brings(errors: dict[tuple, Sample], claim: str, whole: str, less: str) -> Verdict:
+    """Whether a part brings something, by depth: the seeds with and without it apart."""
+    depths = sorted(depth for name, depth in errors if name == less and (whole, depth) in errors)
+    if not depths:
+        return Verdict(claim, "open", "not measured")
+    text = "; ".join(
+        f"{depth} blocks: {less} {errors[less, depth].text(percent)}, {whole} {errors[whole, depth].text(percent)}"
+        for depth in depths
+    )
+    text = f"Test error, {text}."
+    worse = [depth for depth in depths if errors[less, depth].low > errors[whole, depth].high]
+    better = [depth for depth in depths if errors[less, depth].high < errors[whole, depth].low]
+    if worse and worse != depths:
+        return Verdict(claim, "holds only when", f"there are {', '.join(map(str, worse))} blocks. {text}")
+    if worse or better:
+        return Verdict(claim, "holds" if worse else "does not hold", text)
+    return Verdict(claim, "open", f"{text} The seeds overlap.")
+
+
+STUDIES.add("convnext-parts", ConvNeXtParts())

@@ -1,0 +1,327 @@
+"""LayerScale: learning rate and start of γ, by depth, with AdamW and with SGD.
+
+Claim:    one small learned number per channel of every branch lets deep transformers train, over more learning rates,
+          and the smaller it starts the deeper they are; it belongs to AdamW, with SGD a tiny γ hardly leaves its start.
+Source:   Touvron et al. 2021, "Going Deeper with Image Transformers" (CaiT), eq. 4, sec. 2 and table 1; ConvNeXt's
+          start after Liu et al. 2022, "A ConvNet for the 2020s".
+Command:  skipway study layerscale
+Hardware: two shared cores of a virtual machine, one process each.
+Time:     about 8 minutes (210 cells).
+Result:   to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipway.anatomy import chain
+from skipway.data import Data
+from skipway.models import build
+from skipway.nn import Gain
+from skipway.studies.cell import Budget, Cell, Choices, Row
+from skipway.studies.figure import Figure, Line, Point, Sample, best_rows, grouped, lines_over, number
+from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
+from skipway.studies.study import STUDIES, Published, Study, Verdict
+
+__all__ = ["LayerScaleStudy"]
+
+NONE = "no LayerScale"
+STARTS = {"γ₀ = 1": 1.0, "γ₀ = 0.1": 0.1, "γ₀ = 1e-4": 1e-4, "γ₀ = 1e-6": 1e-6}
+SMALL = tuple(STARTS)[1:]
+TITLES = {"vit": "ViT, AdamW", "convnext": "ConvNeXt, AdamW", "resnet": "ResNet, SGD"}
+RATES = {"vit": (1e-3, 4e-3, 1.6e-2), "convnext": (1e-3, 4e-3, 1.6e-2), "resnet": (0.03, 0.1, 0.3)}
+# depths in blocks, width and epochs of each family
+GRIDS: dict[Budget, tuple[tuple[int, ...], dict[str, tuple[int, int]]]] = {
+    "cpu": ((4, 24), {"vit": (32, 4), "convnext": (16, 4), "resnet": (8, 3)}),
+    "gpu": ((4, 12, 24, 48), {"vit": (192, 40), "convnext": (48, 40), "resnet": (16, 40)}),
+    "paper": ((12, 18, 24, 36), {"vit": (384, 300), "convnext": (96, 300), "resnet": (16, 164)}),
+}
+
+
+class LayerScaleStudy(Study):
+    """A learned number per channel, small at the start."""
+
+    name = "layerscale"
+    title = "LayerScale: learning rate and start of γ, by depth"
+    claim = (
+        "A small learned number per channel of every branch lets deep transformers train, and over more learning "
+        "rates; it is for AdamW, with SGD a tiny γ hardly leaves its start."
+    )
+    source = "Touvron et al. 2021, sec. 2 and table 1"
+    settings = ("family", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
+    results = ("train_error", "test_error", "gain", "diverged")
+    minutes = "8 minutes on two shared cores"
+    published = tuple(
+        Published(
+            what=f"DeiT-S of {depth} blocks, {what}, test error",
+            value=error,
+            where={"family": "vit", "scheme": scheme, "depth": depth, "width": 384, "dataset": "imagenet"},
+            column="test_error",
+            source="Touvron et al. 2021, table 1, as read in notes on it",
+        )
+        for depth, what, scheme, error in (
+            (24, "no LayerScale", NONE, 0.190),
+            (24, "LayerScale", "γ₀ = 1e-5", 0.176),
+            (36, "no LayerScale", NONE, 0.181),
+            (36, "LayerScale", "γ₀ = 1e-6", 0.171),
+        )
+    )
+
+    def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
+        depths, families = GRIDS[budget]
+        return [
+            self.cell(
+                family=family, scheme=name, depth=depth, lr=rate, seed=seed, width=width, epochs=epochs,
+                data=choices.data,
+            )
+            for depth in sorted(choices.depths or depths, reverse=True)
+            for seed in choices.seeds or (0, 1, 2)
+            for family, (width, epochs) in families.items()
+            for name, rate in product(choices.schemes or (NONE, *STARTS), RATES[family])
+        ]  # fmt: skip
+
+    def measure(self, cell: Cell, device: str = "cpu") -> Row:
+        data = data_of(cell.get("data"))
+        torch.manual_seed(cell["seed"])
+        model = network(cell, data)
+        gains = [c.residual.scale.gain for c in chain(model) if isinstance(c.residual.scale, Gain)]
+        means: list[float] = []
+
+        def watch(epoch: int) -> None:
+            if gains:
+                means.append(float(torch.cat([gain.detach().flatten() for gain in gains]).abs().mean()))
+
+        adam = cell["family"] != "resnet"
+        plan = Plan(
+            epochs=cell["epochs"],
+            lr=cell["lr"],
+            batch_size=64 if data.size < 32 else 128,
+            optimizer="adamw" if adam else "sgd",
+            weight_decay=0.05 if adam else 1e-4,
+            warmup=0.1,
+            clip=1.0 if adam else None,
+            seed=cell["seed"],
+        )
+        row = fit(model, data, plan, device, watch)
+        if gains:
+            row["gain"] = means[-1]
+            row["gains_by_epoch"] = " ".join(f"{mean:.4g}" for mean in means)
+            row["gains"] = " ".join(f"{float(gain.detach().abs().mean()):.4g}" for gain in gains)
+        return row
+
+    def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
+        return [more_rates(rows), better(rows), start_matters(rows), descent(rows), leaves(rows)]
+
+    def figures(self, rows: Sequence[Row]) -> list[Figure]:
+        deepest = max((int(row["depth"] or 0) for row in rows), default=0)
+        deep = [row for row in rows if row["depth"] == deepest]
+        figures = [
+            Figure(
+                name=f"{family}-rates",
+                title=f"{title}, {deepest} blocks: test error by learning rate",
+                across="learning rate",
+                up="test error",
+                lines=lines_over([row for row in deep if row["family"] == family], "lr", "test_error", "scheme"),
+                share=True,
+            )
+            for family, title in TITLES.items()
+        ]
+        figures.append(
+            Figure(
+                name="gains",
+                title="Mean |γ| behind training from 1e-4, by place",
+                across="place of the branch, last = 1",
+                up="mean |γ|",
+                lines=tuple(by_place(best(rows))),
+                wide=False,
+                tall=True,
+                note="At the best learning rate of those tried.",
+            )
+        )
+        figures.append(
+            Figure(
+                name="growth",
+                title=f"ViT, {deepest} blocks: mean |γ| by epoch",
+                across="epochs",
+                up="mean |γ|",
+                lines=tuple(by_epoch(best([row for row in deep if row["family"] == "vit"]))),
+                wide=False,
+                tall=True,
+                note="At the best learning rate of those tried.",
+            )
+        )
+        return figures
+
+
+def network(cell: Cell, data: Data) -> nn.Module:
+    """The network of a cell; ConvNeXt and ResNet have their blocks in two equal stages."""
+    start, depth, width = STARTS.get(cell["scheme"]), cell["depth"], cell["width"]
+    given = {NONE: "identity"}.get(cell["scheme"], cell["scheme"])
+    common: dict[str, Any] = {
+        "scheme": given if start is None else f"layerscale(init={start})",
+        "channels": data.channels,
+        "classes": len(data.classes),
+    }
+    halves, small = (depth - depth // 2, depth // 2), data.size < 32
+    if cell["family"] == "resnet":
+        common |= {"block": "basic", "stem": "cifar", "width": width, "stem_width": width}
+        return build("resnet", depth=2 * depth + 2, blocks=halves, **common)
+    if cell["family"] == "convnext":
+        model = build("convnext", depth=depth, blocks=halves, width=width, patch=2, **common)
+    else:
+        shape: dict[str, Any] = {"dim": width, "heads": 4 if small else width // 32, "ratio": 2.0 if small else 4.0}
+        shape |= {"patch": 2 if small else 4, "image": data.size, "pooling": "mean"}
+        model = build("vit", depth=depth, **shape, **common)
+    xavier_(model)
+    return model
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the best learning rate of each family, start and depth."""
+    return best_rows(rows, ["family", "scheme", "depth"], "lr", "train_error")
+
+
+def by_place(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Line]:
+    """Mean |γ| by place of the branch, a line per family and depth."""
+    lines = []
+    for family, title in TITLES.items():
+        for depth in sorted({int(row["depth"] or 0) for row in rows}):
+            own = [row for row in rows if (row["family"], row["depth"], row["scheme"]) == (family, depth, scheme)]
+            if points := over_seeds(own, "gains", first=1):
+                last = points[-1].x
+                lines.append(
+                    Line(
+                        f"{title.partition(',')[0]}, {depth} blocks",
+                        tuple(Point(p.x / last, p.y, p.low, p.high, p.seeds) for p in points),
+                    )
+                )
+    return lines
+
+
+def by_epoch(rows: Sequence[Row]) -> list[Line]:
+    """Mean |γ| by epoch, a line per start."""
+    found = [(name, over_seeds([row for row in rows if row["scheme"] == name], "gains_by_epoch")) for name in STARTS]
+    return [Line(name, points) for name, points in found if points]
+
+
+def over_seeds(rows: Sequence[Row], column: str, first: int = 0) -> tuple[Point, ...]:
+    """Points of a column of several numbers, mean and range over the seeds."""
+    series = [[float(each) for each in str(row[column]).split()] for row in rows if row.get(column)]
+    samples = [Sample(values) for values in zip(*series, strict=False)]
+    return tuple(Point(x, s.mean, s.low, s.high, len(s.values)) for x, s in enumerate(samples, first))
+
+
+def listed(errors: dict[Any, Sample], names: Sequence[str]) -> str:
+    """Errors by start."""
+    return ", ".join(f"{name} {errors[name,].text(percent)}" for name in names if (name,) in errors)
+
+
+def among(rows: Sequence[Row], by: Sequence[str] = ("scheme",), **where: object) -> dict[Any, Sample]:
+    """Test errors of the rows with these values."""
+    return grouped([row for row in rows if all(row[k] == v for k, v in where.items())], by, "test_error")
+
+
+def deepest_of(rows: Sequence[Row], family: str) -> int:
+    """The largest depth of a family at which there is a net without LayerScale."""
+    found = [row for row in rows if row["family"] == family and row["scheme"] == NONE]
+    return max((int(row["depth"] or 0) for row in found), default=0)
+
+
+def decided(claim: str, good: Sequence[str], asked: int, text: str, condition: str) -> Verdict:
+    """Holds for all, for some, or for none of what was asked about."""
+    if good and len(good) < asked:
+        return Verdict(claim, "holds only when", f"{condition.format(' or '.join(good))}. {text}")
+    return Verdict(claim, "holds" if good else "does not hold", text)
+
+
+def more_rates(rows: Sequence[Row]) -> Verdict:
+    """The largest rate, small starts against none."""
+    claim = "At the largest learning rate a deep ViT learns better with a small start than without LayerScale."
+    depth = deepest_of(rows, "vit")
+    rate = max((float(row["lr"] or 0) for row in rows if row["family"] == "vit"), default=0.0)
+    errors = among(rows, family="vit", depth=depth, lr=rate)
+    if any((name,) not in errors for name in (NONE, *SMALL)):
+        return Verdict(claim, "open", "not measured")
+    good = [name for name in SMALL if errors[name,].high < errors[NONE,].low]
+    text = f"Test error, {depth} blocks, rate {rate:g}: {listed(errors, (NONE, *STARTS))}."
+    return decided(claim, good, len(SMALL), text, "{}")
+
+
+def better(rows: Sequence[Row]) -> Verdict:
+    """Each at its best rate."""
+    claim = "Each at its best rate, a deep net learns better with a small start than without LayerScale."
+    good, parts, chosen = [], [], best(rows)
+    for family, title in TITLES.items():
+        depth = deepest_of(rows, family)
+        errors = among(chosen, family=family, depth=depth)
+        small = [errors[name,] for name in SMALL if (name,) in errors]
+        if (NONE,) not in errors or len(small) < len(SMALL):
+            return Verdict(claim, "open", "not measured")
+        if min(small, key=lambda sample: sample.mean).high < errors[NONE,].low:
+            good.append(title.partition(",")[0])
+        parts.append(f"{title}, {depth} blocks: {listed(errors, (NONE, *STARTS))}")
+    text = f"Test error, {'; '.join(parts)}."
+    return decided(claim, good, len(TITLES), text, "the net is a {}")
+
+
+def start_matters(rows: Sequence[Row]) -> Verdict:
+    """How far the starts are apart, over depth."""
+    claim = "The start of γ matters more, the deeper the net is."
+    good, parts, chosen = [], [], best(rows)
+    for family, title in TITLES.items():
+        spread = {}
+        for depth in sorted({int(row["depth"] or 0) for row in chosen if row["family"] == family}):
+            means = [
+                sample.mean for (name,), sample in among(chosen, family=family, depth=depth).items() if name in STARTS
+            ]
+            if len(means) == len(STARTS):
+                spread[depth] = max(means) - min(means)
+        if len(spread) < 2:
+            return Verdict(claim, "open", "not measured at two depths")
+        shallow, deep = min(spread), max(spread)
+        if spread[deep] > spread[shallow] + 0.01:
+            good.append(title.partition(",")[0])
+        parts.append(f"{title} " + ", ".join(f"{100 * far:.1f} at {depth} blocks" for depth, far in spread.items()))
+    text = f"Points of test error between the best and the worst start, each at its best rate: {'; '.join(parts)}."
+    return decided(claim, good, len(TITLES), text, "the net is a {}")
+
+
+def descent(rows: Sequence[Row]) -> Verdict:
+    """A tiny start with SGD."""
+    claim = "With SGD a deep ResNet learns worse with γ₀ = 1e-6 than without LayerScale."
+    depth, tiny = deepest_of(rows, "resnet"), SMALL[-1]
+    errors = among(rows, ("scheme", "lr"), family="resnet", depth=depth)
+    rates = sorted({rate for _, rate in errors if {(NONE, rate), (tiny, rate)} <= set(errors)})
+    if not rates:
+        return Verdict(claim, "open", "not measured")
+    worse = [f"{rate:g}" for rate in rates if errors[tiny, rate].low > errors[NONE, rate].high]
+    text = "; ".join(
+        f"rate {rate:g}: {errors[tiny, rate].text(percent)} against {errors[NONE, rate].text(percent)}"
+        for rate in rates
+    )
+    return decided(claim, worse, len(rates), f"Test error, {depth} blocks, {text}.", "the learning rate is {}")
+
+
+def leaves(rows: Sequence[Row]) -> Verdict:
+    """How far γ comes from its tiny start."""
+    claim = "From 1e-6 AdamW takes γ a thousand times further and more, SGD does not."
+    found = grouped([row for row in rows if row["scheme"] == SMALL[-1]], ["family", "depth", "lr"], "gain")
+    families = {family for family, _, _ in found}
+    if families != set(TITLES):
+        return Verdict(claim, "open", "not measured")
+    text = "; ".join(
+        f"{TITLES[family]}, {depth} blocks, rate {rate:g}: {number(sample.mean)}"
+        for (family, depth, rate), sample in found.items()
+    )
+    far = {key: sample.low > 1e-3 for key, sample in found.items()}
+    adam = all(value for key, value in far.items() if key[0] != "resnet")
+    still = not any(value for key, value in far.items() if key[0] == "resnet")
+    return Verdict(claim, "holds" if adam and still else "does not hold", f"Mean |γ| behind training: {text}.")
+
+
+STUDIES.add("layerscale", LayerScaleStudy())
