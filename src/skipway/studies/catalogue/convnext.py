@@ -139,7 +139,7 @@ class ConvNeXtParts(Study):
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         errors = grouped(best(rows), ["scheme", "depth"], "test_error")
         return [
-            brings(errors, "Without skips a ConvNeXt learns worse, already without LayerScale.", NO_GAMMA, NO_SKIP),
+            brings(errors, "Without skips a ConvNeXt learns worse (both without LayerScale).", NO_GAMMA, NO_SKIP),
             brings(errors, "A kernel of 3 is worse than one of 7.", WHOLE, SMALL),
             brings(errors, "Without LayerScale it learns worse.", WHOLE, NO_GAMMA),
             brings(errors, "The norm before the branch is worse than inside.", WHOLE, BEFORE),
