@@ -57,6 +57,9 @@ class Squares(Study):
         theory = Line.of("theory", [(1.0, 1.0), (3.0, 9.0)])
         return [Figure(name="curve", title="Curve & <more>", across="x", up="x²", lines=(theory, *lines))]
 
+    def summary(self, rows):
+        return [{"x <all>": row["x"], "root & more": row["x"] ** 0.5} for row in rows if row["x"] == 1]
+
 
 def test_a_key_is_of_the_settings_whatever_their_order():
     one, other = Cell.of("a", depth=8, scheme="x"), Cell.of("a", scheme="x", depth=8, width=None)
@@ -232,6 +235,8 @@ def test_a_page_shows_verdict_command_published_number_and_what_failed(page):
     assert "It grows &amp; grows." in text
     assert "skipway study squares --budget cpu" in text
     assert "4.50" in text
+    assert "In one table" in text
+    assert "x &lt;all&gt;" in text
     assert "Failed cells" in text
     assert "two is too &lt;much&gt;" in text
     assert (page.parent / "squares-curve.svg").read_text().startswith("<svg xmlns=")

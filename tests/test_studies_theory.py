@@ -127,3 +127,50 @@ def test_degradation_is_judged_by_more_than_the_spread():
     assert study.published[0].ours(worse) is None
     cifar = [row("degradation", scheme="identity", depth=20, seed=0, test_error=0.0875, dataset="cifar10", width=16)]
     assert study.published[0].ours(cifar).mean == study.published[0].value
+
+
+def norms(module: torch.nn.Module) -> int:
+    return sum(isinstance(each, torch.nn.LayerNorm) for each in module.modules())
+
+
+def test_variants_of_convnext_have_their_norms_where_they_say():
+    from skipway.anatomy import chain
+    from skipway.studies.catalogue.convnext import BEFORE, BEHIND, NO_NORM, VARIANTS
+
+    places = {}
+    for name, variant in VARIANTS.items():
+        model = build("convnext", depth=4, width=8, kernel=variant.kernel, scheme=variant.scheme, classes=3)
+        if variant.change is not None:
+            variant.change(model)
+        residuals = [connection.residual for connection in chain(model)]
+        places[name] = tuple(sum(norms(getattr(r, slot)) for r in residuals) for slot in ("pre", "branch", "post"))
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert (places.pop(BEFORE), places.pop(BEHIND), places.pop(NO_NORM)) == ((4, 0, 0), (0, 0, 4), (0, 0, 0))
+    assert set(places.values()) == {(0, 4, 0)}
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext", "resnet"])
+def test_layerscale_starts_where_its_name_says(family):
+    from skipway.anatomy import chain
+    from skipway.studies.catalogue.layerscale import NONE, STARTS, network
+
+    for name in (NONE, *STARTS):
+        cell = find_study("layerscale").cell(family=family, scheme=name, depth=4, width=16)
+        scales = [connection.residual.scale for connection in chain(network(cell, data_of(None)))]
+        assert len(scales) == (8 if family == "vit" else 4)
+        starts = {float(each) for scale in scales for gain in scale.parameters() for each in gain.detach()}
+        assert sorted(starts) == pytest.approx([] if name == NONE else [STARTS[name]])
+
+
+def test_every_scheme_is_compared_with_and_without_norm():
+    """Without norm there is none left in the network; the deepest nets of the comparison are the paper's 110 layers."""
+    from skipway.schemes import schemes
+    from skipway.studies.catalogue.comparison import FREE, NORMLESS, network
+
+    study = find_study("schemes")
+    cells = study.cells("cpu", Choices())
+    assert {cell["scheme"] for cell in cells if cell["kind"] == "as it is"} == set(schemes())
+    for name in schemes():
+        bare = name if name in FREE else NORMLESS.get(name, f"{name} + skipinit(init=1.0, norm='remove')")
+        model = network(bare, study.cell(depth=8, width=4), 1, 10)
+        assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()), name
