@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import skipway as sw
 from skipway.surgery import reversible
-from skipway.surgery.memory import saved_bytes
+from skipway.surgery.saving import saved_bytes
 
 
 def encoder(layers: int = 3, dropout: float = 0.2) -> nn.Module:

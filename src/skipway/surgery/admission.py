@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from skipway.errors import SkipwayError
-from skipway.tracing import Example, untouched, unwrapped
+from skipway.tracing import Example, Program, untouched, unwrapped
 from skipway.tracing.watching import Recorder, call, on_meta, refuse_scripted
 
 __all__ = ["SEALED", "admitted", "refuse_branching"]
 
 SEALED = "sealed"
 """Attribute of a class that an operation made, where no other operation can follow: it says which one it was."""
-
-READS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero"})
-"""Operators whose result depends on values, so that Python can decide by them."""
 
 
 def admitted(model: nn.Module) -> nn.Module:
@@ -52,28 +49,24 @@ def is_quantised(module: nn.Module) -> bool:
     return integers or hasattr(module, "_packed_params") or any(tensor.is_quantized for tensor in tensors)
 
 
-class Reading(Recorder):
-    """Notes in which modules the forward reads values that depend on the input."""
-
-    def __init__(self, model: nn.Module, example: Example) -> None:
-        super().__init__(model, example)
-        self.readers: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in READS and self.program[self.read(args[0])].signal:
-            self.readers.append(self.modules.owner)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def refuse_branching(model: nn.Module, example: Example, operation: str) -> None:
+def refuse_branching(model: nn.Module, example: Example, operation: str, program: Program | None = None) -> None:
     """Refuse a model that decides by values of its input what it runs: another input may take another way.
+
+    Args:
+        model: any module.
+        example: what it is called with.
+        operation: what is refused, in words.
+        program: what the model runs on the example, where that was watched already.
 
     Raises:
         SkipwayError: a forward reads such a value.
     """
-    readers: list[str] = []
-    with suppress(Exception):  # on the meta device there is no value to read
-        readers = readers_of(on_meta(model), torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), example))
+    if program is not None and program.on_meta:
+        readers = program.readers
+    else:
+        readers = []
+        with suppress(Exception):  # on the meta device there is no value to read
+            readers = readers_of(on_meta(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example))
     if readers:
         kind = type(model.get_submodule(readers[0])).__name__
         raise SkipwayError(
@@ -84,9 +77,9 @@ def refuse_branching(model: nn.Module, example: Example, operation: str) -> None
 
 
 def readers_of(model: nn.Module, example: Example) -> list[str]:
-    recorder = Reading(model, example)
+    recorder = Recorder(model, example)
     with suppress(Exception), untouched(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(recorder.modules.following())
         stack.enter_context(recorder)
         call(model.eval(), example)
-    return recorder.readers
+    return recorder.program.readers

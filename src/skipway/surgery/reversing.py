@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from skipway.errors import SkipwayError
-from skipway.surgery.admission import SEALED, admitted, refuse_branching
-from skipway.surgery.memory import changed, present, saved_bytes, statistics_kept
+from skipway.nn import Residual
+from skipway.nn.shortcut import Carry
+from skipway.surgery.admission import admitted, refuse_branching
+from skipway.surgery.chaining import Chained, plain, rows_of
 from skipway.surgery.operation import Operation
+from skipway.surgery.replaying import Draws, Parts, again, autocasting, precision
+from skipway.surgery.saving import saved_bytes
 from skipway.surgery.verifying import difference, outputs
 from skipway.tracing import Example, untouched, watch
 from skipway.tracing.watching import call
@@ -77,8 +78,13 @@ def reversible(model: nn.Module, example: Example, *, preserve: bool = True, tol
             "preserve=False) trains another function, and checkpointed(model, example) saves memory and keeps this one"
         )
     model = admitted(model)
-    refuse_branching(model, example, "reversible")
-    chains, refused = chains_of(model, example)
+    program = watch(model, example)
+    refuse_branching(model, example, "reversible", program)
+    rows, reasons = rows_of(model, example, program)
+    chains = [row for row in rows if len(row) > 1]
+    member = {name for names in chains for name in names}
+    alone = [row[0] for row in rows if len(row) == 1]
+    refused = {name: reasons.get(name, "no block follows it") for name in (*reasons, *alone) if name not in member}
     if not chains:
         raise SkipwayError(
             f"no two blocks of {type(model).__name__} follow one another: "
@@ -87,7 +93,7 @@ def reversible(model: nn.Module, example: Example, *, preserve: bool = True, tol
     before, kept = outputs(model, example), saved_bytes(model, example)
     operation = Operation(model, f"{type(model).__name__} made reversible", {}, refused, {})
     try:
-        chained = [Chained([model.get_submodule(name) for name in names]) for names in chains]
+        chained = [Reversed([model.get_submodule(name) for name in names]) for names in chains]
         for each in chained:
             operation.steps += each.install()
         inverted = gradients(model, example)
@@ -128,133 +134,88 @@ def gradients(model: nn.Module, example: Example) -> list[Tensor]:
 
 
 @dataclass
-class Visit:
-    """One call of a block: what it was given and put out, and whether it wrote into what it was given."""
-
-    given: Tensor
-    version: int
-    others: tuple[list[Any], TreeSpec]
-    out: Tensor | None = None
-    wrote: bool = False
-
-
-def chains_of(model: nn.Module, example: Example) -> tuple[list[list[str]], dict[str, str]]:
-    """Blocks that follow one another directly, two at least, and why the others are in no chain."""
-    blocks, program = present(model, example), watch(model, example)
-    visits, result = visit(model, example, blocks)
-    readers: dict[str, set[str]] = {name: set() for name in blocks}
-    for number, makers in program.makers.items():
-        for name in readers.keys() & makers:
-            readers[name] |= {program[user].owner for user in program.users[number] if program[user].signal}
-    chains: list[list[str]] = []
-    reasons: dict[str, str] = {}
-    for name in visits:
-        last = chains[-1][-1] if chains and chains[-1] else None
-        if own := objection(model.get_submodule(name), visits[name]):
-            reasons[name] = own
-            chains.append([])
-            continue
-        if last is None:
-            chains.append([name])
-            continue
-        following = break_between(visits[last], visits[name], last, name, readers[last], result)
-        if following is None:
-            chains[-1].append(name)
-        else:
-            reasons.setdefault(last, following)
-            chains.append([name])
-    long = [names for names in chains if len(names) > 1]
-    member = {name for names in long for name in names}
-    return long, {name: reasons.get(name, "no block follows it") for name in visits if name not in member}
-
-
-def visit(model: nn.Module, example: Example, blocks: Sequence[str]) -> tuple[dict[str, Visit], list[Any]]:
-    """Each block's call in a pass in evaluation mode, in order, and what the model puts out."""
-    visits: dict[str, Visit] = {}
-
-    def enter(name: str, module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        visits[name] = Visit(given[0], given[0]._version, tree_flatten((given[1:], dict(named))))
-
-    def leave(name: str, module: nn.Module, given: Any, named: Any, out: Any) -> None:
-        visits[name].out, visits[name].wrote = out, visits[name].given._version != visits[name].version
-
-    handles: list[Any] = []
-    for name in blocks:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
-        handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
-    try:
-        with untouched(model), torch.no_grad():
-            return visits, tree_flatten(call(model.eval(), example))[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def objection(block: nn.Module, seen: Visit) -> str | None:
-    """Why a block can be part of no chain."""
-    if "forward" in block.__dict__:
-        return f"the forward of this {type(block).__name__} was replaced on the instance"
-    return "it writes into what it is given, which the inversion needs" if seen.wrote else None
-
-
-def break_between(
-    before: Visit, after: Visit, name: str, other: str, readers: set[str], result: list[Any]
-) -> str | None:
-    """Why two blocks that run one after the other are not run as one."""
-    if after.given is not before.out:
-        return f"what it puts out is not what {other} is given: something is done with it in between"
-    if any(leaf is before.out for leaf in result):
-        return "what it puts out is put out by the model too"
-    if strangers := sorted(reader for reader in readers if not f"{reader}.".startswith(f"{other}.")):
-        return f"what it puts out is read by {strangers[0] or 'the model'}, not by {other} alone"
-    same = before.others[1] == after.others[1] and all(map(alike, before.others[0], after.others[0]))
-    return None if same else f"{other} is given other arguments than {name}"
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Whether two arguments are the same object, or equal values that are no tensors."""
-    return one is other or (not (isinstance(one, Tensor) or isinstance(other, Tensor)) and bool(one == other))
-
-
-@dataclass
-class Chained:
-    """Blocks that are run as one.
+class Reversed(Chained):
+    """Blocks that are run on two streams.
 
     Args:
-        blocks: in order.
         inverts: False keeps all activations, the plain two streams.
     """
 
-    blocks: list[nn.Module] = field(repr=False)
+    word = "reversible"
+
     inverts: bool = True
 
-    def install(self) -> list[Callable[[], None]]:
-        """Let the first block run all, and the others pass on what they are given; what takes it back."""
-        first, *others = self.blocks
-        steps = [changed(first, leading(type(first))), partial(delattr, first, "chained")]
-        first.chained = self  # type: ignore[assignment]
-        return steps + [changed(block, passing(type(block))) for block in others]
+    def __post_init__(self) -> None:
+        self.parts = [Parts(block) for block in self.blocks]
 
-    def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    def run(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         leaves, spec = tree_flatten((others, named))
-        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[place] for place in places]
+        beside = Beside(leaves, spec, [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)])
+        if torch.compiler.is_compiling() or not (self.inverts and torch.is_grad_enabled()):
+            return self.kept(x, others, named)
+        own = []
+        for parts in self.parts:
+            parts.refresh()
+            own.append(parts.parameters())
+        trained = list(dict.fromkeys(parameter for parameters in own for parameter in parameters))
+        if not any(tensor.requires_grad for tensor in (x, *beside.tensors, *trained)):
+            return self.kept(x, others, named)
+        places = {parameter: place for place, parameter in enumerate(trained, len(beside.tensors))}
+        steps = [
+            Step(parts.block, adds_alone(parts.block), parts.writers(), [places[parameter] for parameter in parameters])
+            for parts, parameters in zip(self.parts, own, strict=True)
+        ]
+        return TwoStreams.apply(steps, beside, x, *beside.tensors, *trained)
 
-        def arguments(given: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            filled = list(leaves)
-            for place, tensor in zip(places, given, strict=True):
-                filled[place] = tensor
-            return tree_unflatten(filled, spec)
+    def kept(self, x: Tensor, others: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+        """The two streams with all that autograd keeps."""
+        u, v = wide(x), wide(x)
+        for block in self.blocks:
+            u, v = v, u + change(block, v, x.dtype, others, named)
+        return (u + v - wide(x)).to(x.dtype)
 
-        trained = [p for p in dict.fromkeys(p for b in self.blocks for p in b.parameters()) if p.requires_grad]
-        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors, *trained))
-        if not self.inverts or not differentiated or torch.compiler.is_compiling():
-            u, v = wide(x), wide(x)
-            for block in self.blocks:
-                u, v = v, u + change(block, v, x.dtype, others, named)
-            return (u + v - wide(x)).to(x.dtype)
-        return TwoStreams.apply(self.blocks, arguments, len(tensors), x, *tensors, *trained)
+
+@dataclass(frozen=True)
+class Beside:
+    """What all blocks are given beside x.
+
+    Args:
+        leaves: of the arguments.
+        spec: how they are put together.
+        places: of the tensors among them.
+    """
+
+    leaves: list[Any]
+    spec: TreeSpec
+    places: list[int]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.leaves[place] for place in self.places]
+
+    def filled(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments by place and by name, with other tensors."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self.spec)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block of a pass.
+
+    Args:
+        block: the module.
+        alone: whether it does nothing but add its branch to x; see `adds_alone`.
+        writers: modules in it that may write into buffers.
+        places: where its parameters stand among the tensors that the chain is given.
+    """
+
+    block: nn.Module
+    alone: bool
+    writers: list[nn.Module]
+    places: list[int]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -265,24 +226,43 @@ def wide(x: Tensor) -> Tensor:
 def change(block: nn.Module, v: Tensor, dtype: torch.dtype, others: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
     """R(v) = block(v) − v."""
     given = v.to(dtype)
-    return type(block).plain.forward(block, given, *others, **named).to(v.dtype) - given.to(v.dtype)  # type: ignore[attr-defined]
+    if adds_alone(block):
+        return added(block, given).to(v.dtype)
+    return plain(block, given, others, named).to(v.dtype) - given.to(v.dtype)
+
+
+def adds_alone(block: Any) -> bool:
+    """Whether a block is a connection of ours that does nothing but add its branch to x, so that what it adds need not
+    be had by taking x away again: a third of the passes over memory, and not rounded twice.
+    """
+    if not isinstance(block, Residual) or type(block).plain.forward is not Residual.forward:  # type: ignore[attr-defined]
+        return False
+    silent = (block.shortcut, block.post)
+    return tuple(map(type, silent)) == (Carry, nn.Identity) and not any(
+        module._forward_hooks or module._forward_pre_hooks for module in silent
+    )
+
+
+def added(block: Any, x: Tensor) -> Tensor:
+    """F(x) of a connection of ours."""
+    return block.drop(block.scale(block.branch(block.pre(x))))
 
 
 class TwoStreams(torch.autograd.Function):
     """The chain in one step: keeps the last two streams, the parameters and what all blocks are given beside x."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: list[nn.Module], arguments: Any, count: int, x: Tensor, *tensors: Tensor) -> Tensor:
-        others, named = arguments(tensors[:count])
+    def forward(ctx: Any, steps: list[Step], beside: Beside, x: Tensor, *tensors: Tensor) -> Tensor:
+        others, named = beside.filled(tensors[: len(beside.places)])
         ctx.precision = precision(x.device.type)
-        u, v, draws = wide(x), wide(x), []
+        u, v, draws, last = wide(x), wide(x), [], Draws.now(x)
         with autocasting(ctx.precision):
-            for block in blocks:
-                before = Draws.now(x)
-                u, v = v, u + change(block, v, x.dtype, others, named)
-                draws.append(None if before.same(Draws.now(x)) else before)
-        ctx.blocks, ctx.arguments, ctx.count, ctx.draws, ctx.dtype = blocks, arguments, count, draws, x.dtype
-        ctx.places = {id(tensor): place for place, tensor in enumerate(tensors) if place >= count}
+            for step in steps:
+                u, v = v, u + change(step.block, v, x.dtype, others, named)
+                here = Draws.now(x, last)
+                draws.append(None if here is last else last)
+                last = here
+        ctx.steps, ctx.beside, ctx.draws, ctx.dtype = steps, beside, draws, x.dtype
         ctx.save_for_backward(u, v, *tensors)
         return (u + v - wide(x)).to(x.dtype)
 
@@ -290,96 +270,32 @@ class TwoStreams(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # type: ignore[bad-override]
         u, v, *tensors = ctx.saved_tensors
+        count = len(ctx.beside.places)
         gradient = grad_outputs[0].to(u.dtype)
         to_u, to_v = gradient, gradient
-        needed = ctx.needs_input_grad[4:]
         found: list[Tensor | None] = [None] * len(tensors)
-        for block, draws in zip(reversed(ctx.blocks), reversed(ctx.draws), strict=True):
-            given = u.detach().requires_grad_()
-            beside = [t.detach().requires_grad_(needed[place]) for place, t in enumerate(tensors[: ctx.count])]
-            others, named = ctx.arguments(beside)
-            with torch.enable_grad(), autocasting(ctx.precision), replaying(draws), statistics_kept(block):
-                out = change(block, given, ctx.dtype, others, named)
-            own = {ctx.places[id(p)]: p for p in block.parameters() if id(p) in ctx.places}
-            wanted = {**{place: t for place, t in enumerate(beside) if t.requires_grad}, **own}
-            to_given, *rest = torch.autograd.grad(out, [given, *wanted.values()], to_v, allow_unused=True)
+        beside = [
+            tensor.detach().requires_grad_(ctx.needs_input_grad[3 + n]) for n, tensor in enumerate(tensors[:count])
+        ]
+        arguments = ctx.beside.filled(beside)
+        asked = [place for place, tensor in enumerate(beside) if tensor.requires_grad]
+        sources = [*beside, *tensors[count:]]
+        for step, draws in zip(reversed(ctx.steps), reversed(ctx.draws), strict=True):
+            given = u.to(ctx.dtype).detach().requires_grad_()
+            with again(ctx.precision, draws, step.writers):
+                out = added(step.block, given) if step.alone else plain(step.block, given, *arguments)
+            wanted = [*asked, *step.places]
+            given_to, *rest = torch.autograd.grad(
+                out, [given, *(sources[place] for place in wanted)], to_v.to(out.dtype), allow_unused=True
+            )
             for place, part in zip(wanted, rest, strict=True):
                 if part is not None:
                     old = found[place]
                     found[place] = part if old is None else old + part
-            u, v = v - out.detach(), given.detach()
-            to_u, to_v = to_v, to_u + to_given
-        return None, None, None, (to_u + to_v - gradient).to(ctx.dtype), *found
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Where the random numbers stand, on the CPU and on the devices that a tensor is on."""
-
-    cpu: Tensor
-    devices: list[int]
-    states: list[Tensor]
-    kind: str
-
-    @classmethod
-    def now(cls, x: Tensor) -> Draws:
-        """Where they stand now."""
-        devices, states = get_device_states(x)
-        return cls(torch.get_rng_state(), devices, states, x.device.type if devices else "cuda")
-
-    def same(self, other: Draws) -> bool:
-        """Whether nothing was drawn in between."""
-        mine, others = (self.cpu, *self.states), (other.cpu, *other.states)
-        return all(torch.equal(one, two) for one, two in zip(mine, others, strict=True))
-
-
-@contextmanager
-def replaying(draws: Draws | None) -> Iterator[None]:
-    """The random numbers from where they stood then; afterwards they go on from where they stand now."""
-    if draws is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=draws.devices, device_type=draws.kind):
-        torch.set_rng_state(draws.cpu)
-        set_device_states(draws.devices, draws.states, device_type=draws.kind)
-        yield
-
-
-def precision(kind: str) -> list[tuple[str, bool, torch.dtype]]:
-    """What autocast does now, on the CPU and on a kind of device."""
-    kinds = [each for each in dict.fromkeys(("cpu", kind)) if torch.amp.is_autocast_available(each)]
-    return [(each, torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in kinds]
-
-
-@contextmanager
-def autocasting(settings: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
-    """Autocast as it was; weights cast without gradients must not be taken from its cache later."""
-    with ExitStack() as stack:
-        for kind, enabled, dtype in settings:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-        yield
-
-
-@cache
-def leading(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `kind` that runs its whole chain."""
-
-    def forward(self: nn.Module, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        return self.chained(x, *others, **named)  # type: ignore[operator]
-
-    return reversed_kind(kind, f"{kind.__name__}Reversible", forward)
-
-
-@cache
-def passing(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `kind` that was run already, and passes on what it is given."""
-
-    def forward(self: nn.Module, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        return x
-
-    return reversed_kind(kind, f"{kind.__name__}Passing", forward)
-
-
-def reversed_kind(kind: type[nn.Module], name: str, forward: Callable[..., Tensor]) -> type[nn.Module]:
-    body: dict[str, Any] = {"forward": forward, "__module__": kind.__module__, "plain": kind, SEALED: "reversible"}
-    return type(name, (kind,), body)
+            through, moved = given_to.to(to_v.dtype), out.detach().to(v.dtype)
+            if not step.alone:  # R = block − x, and so are its values and the gradient through it
+                through, moved = through - to_v, moved - given.detach().to(v.dtype)
+            del out  # and with it the graph, before the next block is computed
+            to_u, to_v = to_v, to_u + through
+            u, v = v - moved, u
+        return None, None, (to_u + to_v - gradient).to(ctx.dtype), *found

@@ -63,6 +63,8 @@ class Program:
         makers: for a value the modules that put it out, innermost first.
         runs: how often each module ran.
         left: how many values there were when each module was left, the last time that it ran.
+        readers: modules that read values of the signal, so that Python can decide by them, in order.
+        on_meta: whether it was watched on the meta device.
         ancestries: those that were asked for last.
     """
 
@@ -71,6 +73,8 @@ class Program:
     makers: dict[int, list[str]] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
+    readers: list[str] = field(default_factory=list)
+    on_meta: bool = False
     ancestries: dict[int, Ancestry] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, number: int) -> Value:

@@ -29,6 +29,8 @@ FACTORIES = frozenset(
     {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like"}
     | {"empty_like", "rand_like", "randn_like", "randint_like"}
 )
+# their result depends on values, so that Python can decide by them
+READS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero"})
 # a norm written out in elementary operators is known by the name of its class
 NORM = re.compile(r"norm", re.IGNORECASE)
 
@@ -53,7 +55,9 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     try:
         copied = on_meta(model)
         given = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example)
-        return record(copied.train(training), given)
+        program = record(copied.train(training), given)
+        program.on_meta = True
+        return program
     except Exception as problem:  # whatever a stranger's model raises on the meta device
         first = problem
     if any(tensor.is_meta for tensor in model.parameters()):
@@ -100,7 +104,8 @@ def call(model: nn.Module, example: Example) -> Any:
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of the model whose tensors have shapes but no values."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    modules = list(model.modules())
+    for module in modules:
         held = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
         for tensor in held:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
@@ -110,7 +115,44 @@ def on_meta(model: nn.Module) -> nn.Module:
                     if isinstance(tensor, nn.Parameter)
                     else empty
                 )
+            elif is_frozen(tensor):
+                memo[id(tensor)] = tensor
+    shells = [
+        (module, memo.setdefault(id(module), object.__new__(type(module)))) for module in modules if plain(module)
+    ]
+    for module, shell in shells:
+        for name, value in module.__dict__.items():
+            table = value if name in TABLES or (isinstance(value, dict) and not value) else None
+            if table is not None:
+                shell.__dict__[name] = type(table)((key, copied(held, memo)) for key, held in table.items())
+            else:
+                shell.__dict__[name] = copied(value, memo)
     return copy.deepcopy(model, memo)
+
+
+TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+ATOMS = (bool, int, float, str, type(None))
+
+
+def copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy, without asking `copy` for what is known or cannot be written into."""
+    if type(value) in ATOMS:
+        return value
+    known = memo.get(id(value))
+    return copy.deepcopy(value, memo) if known is None else known
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether nothing but a module's `__dict__` is to be copied: deepcopy asks for that a hundred times a block."""
+    kind = type(module)
+    asked = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__slots__")
+    return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in asked)
+
+
+def is_frozen(value: object) -> bool:
+    """Whether this is a value that nobody can write into, a `Site` or a scheme say, and needs no copy."""
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen
 
 
 @contextmanager
@@ -237,6 +279,8 @@ class Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         given = () if name in FACTORIES else (args, kwargs)
         operands = [self.read(leaf) for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
+        if name in READS and any(self.program[operand].signal for operand in operands):
+            self.program.readers.append(self.modules.owner)
         result = func(*args, **kwargs)
         values = self.program.values
         signals = sum(values[operand].signal for operand in dict.fromkeys(operands))
