@@ -1,0 +1,284 @@
+"""All schemes side by side: depth and learning rate that they stand, need of a norm, time of a step, memory.
+
+Claim:    a skip decides whether deep nets train; starts at which branches are silent stand the larger depths and rates;
+          schemes cost next to nothing, and those without normalisation keep less for the backward pass.
+Source:   the papers of `skipway schemes`; the first epochs by depth after Bachlechner et al. 2020, "ReZero is All You
+          Need", and Zhang et al. 2019, "Fixup Initialization".
+Command:  skipway study schemes
+Hardware: two shared cores of a virtual machine, one process each.
+Time:     about 10 minutes (504 cells).
+Result:   to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import torch
+from torch import nn
+
+from skipway.models import build
+from skipway.schemes import schemes
+from skipway.studies.cell import Budget, Cell, Choices, Row
+from skipway.studies.figure import Figure, Sample, best_rows, grouped, lines_over
+from skipway.studies.fit import Plan, data_of, fit, percent
+from skipway.studies.study import STUDIES, Study, Verdict
+from skipway.surgery.saving import saved_bytes
+
+__all__ = ["Comparison"]
+
+TRAINED = 0.5
+"""Test error below which a net has learned something, in all seeds."""
+RATES = (0.01, 0.1, 1.0)
+# schemes whose own option takes the norm out; the others get a scalar of 1 whose scheme does
+NORMLESS = {"skipinit": "skipinit(norm='remove')", "rezero": "rezero(norm='remove')"}
+FREE = {"fixup": "no: removes it", "normfree": "no: standardises weights"}
+NEAR_ZERO = {"zeroinit", "skipinit", "rezero", "layerscale"}
+SILENT = ("zeroinit", "rezero", "normfree", "fixup")
+# depths, depths without norm, width, epochs
+GRIDS: dict[Budget, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {
+    "cpu": ((8, 20, 56, 110), (20, 56), 4, 2),
+    "gpu": ((8, 20, 56, 110), (20, 56), 16, 20),
+    "paper": ((20, 56, 110, 1202), (20, 56), 16, 164),
+}
+
+
+class Comparison(Study):
+    """The table of schemes."""
+
+    name = "schemes"
+    title = "All schemes side by side"
+    claim = (
+        "A skip decides whether deep nets train; schemes whose branches are silent at the start stand larger depths "
+        "and rates; none costs much."
+    )
+    source = "the schemes' papers"
+    settings = ("kind", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
+    results = ("train_error", "test_error", "diverged", "seconds_per_step", "kept")
+    minutes = "10 minutes on two shared cores"
+
+    def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
+        depths, without, width, epochs = GRIDS[budget]
+        names, seeds = choices.schemes or tuple(schemes()), choices.seeds or (0, 1, 2)
+        common = {"width": width, "epochs": epochs, "data": choices.data}
+        cells = [
+            self.cell(kind="as it is", scheme=name, depth=depth, lr=rate, seed=seed, **common)
+            for depth in sorted(choices.depths or depths, reverse=True)
+            for seed in seeds
+            for name in names
+            for rate in RATES
+        ]
+        cells += [
+            self.cell(kind="no norm", scheme=name, depth=depth, lr=rate, seed=seed, **common)
+            for depth in sorted(without, reverse=True)
+            for seed in seeds
+            for name in names
+            if name not in FREE
+            for rate in RATES[:2]
+        ]
+        return cells
+
+    def measure(self, cell: Cell, device: str = "cpu") -> Row:
+        data = data_of(cell.get("data"))
+        spec = cell["scheme"]
+        if cell["kind"] == "no norm":
+            spec = NORMLESS.get(spec, f"{spec} + skipinit(init=1.0, norm='remove')")
+        torch.manual_seed(cell["seed"])
+        model = network(spec, cell, data.channels, len(data.classes))
+        batch = 32 if data.size < 32 else 128
+        images = data.sample(batch, seed=cell["seed"], device=torch.device("cpu")).inputs
+        twin = network("identity", cell, data.channels, len(data.classes))
+        kept = saved_bytes(model, images) / saved_bytes(twin, images)
+        plan = Plan(epochs=cell["epochs"], lr=cell["lr"], warmup=0.1, seed=cell["seed"], batch_size=batch)
+        return {**fit(model, data, plan, device), "kept": kept}
+
+    def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
+        found = {str(line["scheme"]): line for line in self.summary(rows)}
+        whole = [row for row in rows if row["kind"] == "as it is"]
+        return [
+            skips_decide(errors_of(whole)),
+            silent_stand(errors_of(whole)),
+            norm_needed(rows),
+            cheap(found),
+            less_memory(found),
+        ]
+
+    def figures(self, rows: Sequence[Row]) -> list[Figure]:
+        whole = [row for row in rows if row["kind"] == "as it is"]
+        deepest = max((int(row["depth"] or 0) for row in whole), default=0)
+        return [
+            Figure(
+                name="depth",
+                title="Test error at the best learning rate",
+                across="weight layers",
+                up="test error",
+                lines=lines_over(best(whole), "depth", "test_error", "scheme"),
+                share=True,
+                note="Chance is 90 %.",
+            ),
+            Figure(
+                name="rate",
+                title=f"Test error by learning rate, {deepest} layers",
+                across="learning rate",
+                up="test error",
+                lines=lines_over([row for row in whole if row["depth"] == deepest], "lr", "test_error", "scheme"),
+                share=True,
+                note="Chance is 90 %.",
+            ),
+        ]
+
+    def summary(self, rows: Sequence[Row]) -> list[Row]:
+        """A line for each scheme: what it needs, stands, reaches and costs."""
+        whole = [row for row in rows if row["kind"] == "as it is"]
+        errors, bare = errors_of(whole), errors_of([row for row in rows if row["kind"] == "no norm"])
+        reached = grouped(best(whole), ["scheme", "depth"], "test_error")
+        kept = grouped(whole, ["scheme"], "kept")
+        lines: list[Row] = []
+        for name in dict.fromkeys(str(row["scheme"]) for row in whole):
+            trained = [
+                (depth, rate) for (own, depth, rate), sample in errors.items() if own == name and learned(sample)
+            ]
+            depths = sorted(depth for own, depth in reached if own == name)
+            alone = max(
+                (depth for (own, depth, _), sample in bare.items() if own == name and learned(sample)), default=0
+            )
+            needs = FREE.get(name) or (f"no, up to {alone} layers" if alone else "yes")
+            line: Row = {
+                "scheme": name,
+                "needs normalisation": needs,
+                "largest depth that trains": max((depth for depth, _ in trained), default=None),
+                "largest rate that trains": max((rate for _, rate in trained), default=None),
+            }
+            for depth in depths:
+                line[f"test error, {depth} layers"] = reached[name, depth].text(percent).partition(" (")[0]
+            line["time of a step"] = times(whole).get(name)
+            line["kept for backward"] = kept[name,].mean if (name,) in kept else None
+            lines.append(line)
+        return lines
+
+
+def network(spec: str, cell: Cell, channels: int, classes: int) -> nn.Module:
+    """A ResNet for small images, dressed by a scheme."""
+    sizes = {"width": cell["width"], "stem_width": cell["width"], "channels": channels, "classes": classes}
+    return build("resnet-cifar", depth=cell["depth"], scheme=spec, **sizes)
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the best learning rate of each scheme and depth."""
+    return best_rows(rows, ["scheme", "depth"], "lr", "train_error")
+
+
+def errors_of(rows: Sequence[Row]) -> dict[tuple, Sample]:
+    """Test errors by scheme, depth and rate."""
+    return grouped(rows, ["scheme", "depth", "lr"], "test_error")
+
+
+def learned(sample: Sample) -> bool:
+    """Whether all seeds have learned."""
+    return sample.high < TRAINED
+
+
+def times(rows: Sequence[Row]) -> dict[str, float]:
+    """Seconds per step over those of the plain residual connection, the median over cells of the same settings: what
+    else the machine did at the time is in both, but not in equal parts.
+    """
+    found = grouped(rows, ["scheme", "depth", "lr"], "seconds_per_step")
+    ratios: dict[str, list[float]] = {}
+    for (name, depth, rate), sample in found.items():
+        twin = found.get(("identity", depth, rate))
+        if twin is not None:
+            ratios.setdefault(name, []).append(median(sample.values) / median(twin.values))
+    return {name: median(values) for name, values in ratios.items()}
+
+
+def deepest_of(errors: Mapping[tuple, Sample]) -> int:
+    """The largest depth."""
+    return max((depth for _, depth, _ in errors), default=0)
+
+
+def listed(errors: Mapping[tuple, Sample], depth: int) -> tuple[list[str], list[str]]:
+    """The schemes that learn at a depth at some rate, and those that do not."""
+    names = dict.fromkeys(name for name, own, _ in errors if own == depth)
+    good = [n for n in names if any(learned(s) for (name, own, _), s in errors.items() if (name, own) == (n, depth))]
+    return good, [name for name in names if name not in good]
+
+
+def skips_decide(errors: Mapping[tuple, Sample]) -> Verdict:
+    """The deepest nets, every scheme at its best rate."""
+    claim = "At the largest depth every scheme with a skip trains at some rate, the plain net at none."
+    depth = deepest_of(errors)
+    good, bad = listed(errors, depth)
+    if "plain" not in {*good, *bad} or len(good) + len(bad) < 3:
+        return Verdict(claim, "open", "not measured")
+    text = f"{depth} layers, test error below 50 % in all seeds: {', '.join(good) or 'none'}; not: {', '.join(bad)}."
+    if bad == ["plain"]:
+        return Verdict(claim, "holds", text)
+    if "plain" in good or not good:
+        return Verdict(claim, "does not hold", text)
+    return Verdict(claim, "holds only when", f"the scheme is {', '.join(good)}. {text}")
+
+
+def silent_stand(errors: Mapping[tuple, Sample]) -> Verdict:
+    """The deepest nets by rate."""
+    claim = "Schemes whose branches are silent at the start stand a larger rate at the largest depth than identity."
+    depth = deepest_of(errors)
+    most = {
+        name: max((rate for (n, d, rate), s in errors.items() if (n, d) == (name, depth) and learned(s)), default=0.0)
+        for name in dict.fromkeys(name for name, own, _ in errors if own == depth)
+    }
+    asked = [name for name in SILENT if name in most]
+    if "identity" not in most or not asked:
+        return Verdict(claim, "open", "not measured")
+    text = f"Largest rate that trains {depth} layers: " + ", ".join(
+        f"{name} {f'{rate:g}' if rate else 'none'}" for name, rate in most.items()
+    )
+    larger = [name for name in asked if most[name] > most["identity"]]
+    if larger and len(larger) < len(asked):
+        return Verdict(claim, "holds only when", f"the scheme is {', '.join(larger)}. {text}.")
+    return Verdict(claim, "holds" if larger else "does not hold", f"{text}.")
+
+
+def norm_needed(rows: Sequence[Row]) -> Verdict:
+    """Without norms."""
+    claim = "Without normalisation only Fixup, NormFree and branches that start at or near zero train."
+    errors = errors_of([row for row in rows if row["kind"] == "no norm"])
+    found = {depth: listed(errors, depth) for depth in sorted({depth for _, depth, _ in errors})}
+    if not found or any(not {"identity", *NEAR_ZERO} <= {*good, *bad} for good, bad in found.values()):
+        return Verdict(claim, "open", "not measured")
+    parts = "; ".join(
+        f"{depth} layers: {', '.join(good) or 'none'}; not {', '.join(bad) or 'none'}"
+        for depth, (good, bad) in found.items()
+    )
+    text = f"Test error below 50 % in all seeds at a rate of 0.01 or 0.1, {parts}."
+    kept = [depth for depth, (good, _) in found.items() if good and set(good) <= NEAR_ZERO]
+    if kept and len(kept) < len(found):
+        return Verdict(claim, "holds only when", f"there are {', '.join(map(str, kept))} layers. {text}")
+    return Verdict(claim, "holds" if kept else "does not hold", text)
+
+
+def cheap(found: Mapping[str, Row]) -> Verdict:
+    """Seconds per step."""
+    claim = "No scheme takes a quarter longer for a step than the plain residual connection."
+    ratios = {name: line["time of a step"] for name, line in found.items() if line["time of a step"] is not None}
+    if len(ratios) < 3:
+        return Verdict(claim, "open", "not measured")
+    text = "Times the step of identity: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    slow = [name for name, ratio in ratios.items() if float(ratio or 0) > 1.25]
+    return Verdict(claim, "does not hold" if slow else "holds", f"{text}.")
+
+
+def less_memory(found: Mapping[str, Row]) -> Verdict:
+    """What is kept for the backward pass."""
+    claim = "Schemes that remove the norm keep less for the backward pass than identity."
+    kept = {name: float(line["kept for backward"] or 0) for name, line in found.items()}
+    if "identity" not in kept or not set(FREE) <= set(kept):
+        return Verdict(claim, "open", "not measured")
+    text = "Bytes kept, over identity's: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in kept.items())
+    less = [name for name in FREE if kept[name] < 0.99]
+    if less and len(less) < len(FREE):
+        return Verdict(claim, "holds only when", f"the scheme is {', '.join(less)}. {text}.")
+    return Verdict(claim, "holds" if less else "does not hold", f"{text}.")
+
+
+STUDIES.add("schemes", Comparison())
