@@ -124,11 +124,14 @@ def two_zeros(context: Context) -> Iterator[Finding]:
     parameters, model = context.subject.parameters, context.subject.model
     # a bias behind both zeros moves, and what it adds is the same for all samples
     biases = {id(getattr(module, "bias", None)) for module in model.modules()}
-    weights = [name for name, parameter in parameters.items() if id(parameter) not in biases]
+    weights: dict[str, list[str]] = {}
+    for name, parameter in parameters.items():
+        if id(parameter) not in biases:
+            weights.setdefault(name.rpartition(".")[0], []).append(name)
     dead, maps = [], []
     for connection, signal in zip(context.subject.chain, context.measured.connections, strict=True):
         scale = connection.seen.scale
-        own = [name for name in weights if name.rpartition(".")[0] in connection.seen.modules]
+        own = [name for module in connection.seen.modules for name in weights.get(module, ())]
         own += [name for name in (() if scale is None else scale.parameters) if name in parameters]
         if own and signal.gradient_after > 0 and still.issuperset(own):
             dead.append(connection.name)

@@ -99,7 +99,11 @@ class Subject:
 
             return look
 
-        holding = {".".join(parts[:length]) for parts in (path.split(".") for path in self.layers) for length in range(1, len(parts) + 1)}
+        holding = {
+            ".".join(parts[:length])
+            for parts in (path.split(".") for path in self.layers)
+            for length in range(1, len(parts) + 1)
+        }
         for name, module in self.model.named_modules():
             if name in holding:
                 handles.append(module.register_forward_hook(watcher(name)))
@@ -123,7 +127,8 @@ class Subject:
     def running(self) -> Iterator[None]:
         """In the chosen mode, with the same random numbers each time, and everything put back afterwards."""
         with untouched(self.model), seeded(self.seed), torch.enable_grad():
-            self.model.train(self.training)
+            if any(module.training != self.training for module in self.model.modules()):
+                self.model.train(self.training)
             yield
 
     def part(self, start: int, stop: int) -> tuple[Example, Any]:

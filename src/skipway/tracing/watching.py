@@ -158,20 +158,26 @@ def is_frozen(value: object) -> bool:
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever a forward pass changes is put back: buffers, the mode of every module, the random state."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())  # walked once: of thousands of modules that takes as long as a forward pass
+    modes = [module.training for module in modules]
+    buffers = [
+        (module, name, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
-        for module, mode in modes:
-            if module.training != mode:  # to set it costs much more than to look, and networks have thousands
+        for module, mode in zip(modules, modes, strict=True):
+            if module.training != mode:  # to set it costs much more than to look
                 module.training = mode
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+            for module, name, old in buffers:
+                if isinstance(buffer := module._buffers.get(name), Tensor):
+                    buffer.copy_(old)
 
 
 def record(model: nn.Module, example: Example) -> Program:
