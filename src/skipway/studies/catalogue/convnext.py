@@ -5,8 +5,10 @@ Claim:    a block without attention is as good as a transformer's: depthwise 7×
 Source:   Liu et al. 2022, "A ConvNet for the 2020s", sec. 2 and fig. 2.
 Command:  skipway study convnext-parts
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 4 minutes (84 cells).
-Result:   to come.
+Time:     about 6 minutes (84 cells), beside other work.
+Result:   27 November 2026, digits, width 8, 4 epochs, 3 seeds: the skip decides (24 blocks: 47.7 % test error without,
+          5.8 % with), the kernel matters at 6 blocks (11.8 % with 3, 7.7 % with 7). The place of the norm, the norm
+          itself and LayerScale bring nothing here beyond the spread; at 6 blocks LayerScale costs 2 points.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class ConvNeXtParts(Study):
     source = "Liu et al. 2022, sec. 2 and fig. 2"
     settings = ("scheme", "depth", "lr", "seed", "width", "epochs", "data")
     results = ("train_error", "test_error", "train_loss", "diverged")
-    minutes = "4 minutes on two shared cores"
+    minutes = "6 minutes on two cores, beside other work"
     published = (
         Published(
             what="ConvNeXt-T, 18 blocks, test error on ImageNet",

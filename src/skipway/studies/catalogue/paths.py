@@ -7,10 +7,11 @@ Source:   Veit et al. 2016, "Residual Networks Behave Like Ensembles of Relative
           Huang et al. 2016, "Deep Networks with Stochastic Depth", sec. 4.
 Command:  skipway study paths
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 2 minutes (9 cells).
+Time:     about 4 minutes (12 cells), beside other work.
 Result:   24 November 2026, digits, width 8, 10 epochs, 3 seeds: one block deleted costs a residual net of 110 layers
           0.9 points of test error, one of 20 layers 9, a plain one of 20 layers 83; the gradient of 54 blocks comes
-          through paths of 3.8 in the mean (the average path has 27).
+          through paths of 3.8 in the mean (the average path has 27). 27 November: stochastic depth at 110 layers, 3.8 %
+          test error against 2.4 % without, the seeds overlap; 1202 layers are in the other budgets, not measured here.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Paths(Study):
     source = "Veit et al. 2016, fig. 3, 5 and 6; Huang et al. 2016, sec. 4"
     settings = ("scheme", "depth", "seed", "width", "epochs", "lr", "data")
     results = ("intact", "deleted_1", "deleted_8", "worst", "effective_path")
-    minutes = "2 minutes on two shared cores"
+    minutes = "4 minutes on two cores, beside other work"
     published = (
         Published(
             what="ResNet-110, share of all paths that cross 19 to 35 of 54 blocks",
@@ -340,16 +341,23 @@ def dropped(rows: Sequence[Row]) -> Verdict:
 def robust(rows: Sequence[Row]) -> Verdict:
     """Stochastic depth against deleted blocks."""
     claim = "A net trained with stochastic depth loses less by eight deleted blocks."
-    whole, less = with_and_without(rows, "intact"), with_and_without(rows, "deleted_8")
-    depths = sorted(set(whole) & set(less))
-    if not depths:
+    pairs = with_and_without([{**row, "rise": rise(row)} for row in rows], "rise")
+    if not pairs:
         return Verdict(claim, "open", "not measured")
-    rises = {depth: tuple(less[depth][n].mean - whole[depth][n].mean for n in (0, 1)) for depth in depths}
     text = "; ".join(
-        f"{depth} layers: {100 * own:.1f} points with, {100 * twin:.1f} without" for depth, (twin, own) in rises.items()
+        f"{depth} layers: {own.text(percent)} with, {twin.text(percent)} without"
+        for depth, (twin, own) in pairs.items()
     )
-    twin, own = rises[depths[-1]]
-    return Verdict(claim, "holds" if own < twin else "does not hold", f"Test error rises, {text}.")
+    twin, own = pairs[max(pairs)]
+    if own.low <= twin.high and twin.low <= own.high:
+        return Verdict(claim, "open", f"Test error rises, {text}. The seeds overlap.")
+    return Verdict(claim, "holds" if own.high < twin.low else "does not hold", f"Test error rises, {text}.")
+
+
+def rise(row: Row) -> float | None:
+    """What eight deleted blocks cost."""
+    intact, less = row.get("intact"), row.get("deleted_8")
+    return less - intact if isinstance(intact, float) and isinstance(less, float) else None
 
 
 STUDIES.add("paths", Paths())
