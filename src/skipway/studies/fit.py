@@ -53,11 +53,11 @@ class Plan:
 
 
 @lru_cache(maxsize=2)
-def data_of(source: str | None) -> Data:
-    """The embedded digits, unvaried, for None; else a folder of images, padded, cropped and mirrored."""
+def data_of(source: str | None, *, vary: bool = True) -> Data:
+    """The embedded digits, unvaried, for None; else a folder of images, padded, cropped and mirrored if they `vary`."""
     if source is None:
         return load(None, crop="none")
-    return load(Path(source))
+    return load(Path(source)) if vary else load(Path(source), crop="none", flip=False)
 
 
 def name_of(data: Data) -> str:

@@ -92,7 +92,7 @@ class FullyConnected(Study):
         ]
 
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
-        data = data_of(cell.get("data"))
+        data = data_of(cell.get("data"), vary=False)  # as in the notebook
         torch.manual_seed(cell["seed"])
         inputs = data.channels * data.size**2
         net = Net(VARIANTS[cell["scheme"]], inputs, cell["width"], cell["depth"], len(data.classes)).to(device)
