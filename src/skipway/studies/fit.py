@@ -23,7 +23,7 @@ from skipway.studies.cell import Row
 from skipway.training.optimizers import optimizer
 from skipway.training.schedules import rate_factor, schedule, set_rates
 
-__all__ = ["Plan", "data_of", "fit", "name_of", "percent", "xavier_"]
+__all__ = ["Plan", "data_of", "fit", "name_of", "percent", "step", "xavier_"]
 
 
 @dataclass(frozen=True, kw_only=True)

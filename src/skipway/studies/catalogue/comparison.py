@@ -12,17 +12,19 @@ Result:   to come.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
-from statistics import median
 
 import torch
 from torch import nn
 
+from skipway.data import Data
 from skipway.models import build
 from skipway.schemes import schemes
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.figure import Figure, Sample, best_rows, grouped, lines_over
-from skipway.studies.fit import Plan, data_of, fit, percent
+from skipway.studies.fit import Plan, data_of, fit, name_of, percent, step
 from skipway.studies.study import STUDIES, Study, Verdict
 from skipway.surgery.saving import saved_bytes
 
@@ -31,6 +33,7 @@ __all__ = ["Comparison"]
 TRAINED = 0.5
 """Test error below which a net has learned something, in all seeds."""
 RATES = (0.01, 0.1, 1.0)
+ROUNDS = 20
 # schemes whose own option takes the norm out; the others get a scalar of 1 whose scheme does
 NORMLESS = {"skipinit": "skipinit(norm='remove')", "rezero": "rezero(norm='remove')"}
 FREE = {"fixup": "no: removes it", "normfree": "no: standardises weights"}
@@ -55,7 +58,7 @@ class Comparison(Study):
     )
     source = "the schemes' papers"
     settings = ("kind", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
-    results = ("train_error", "test_error", "diverged", "seconds_per_step", "kept")
+    results = ("train_error", "test_error", "diverged", "kept", "times")
     minutes = "10 minutes on two shared cores"
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
@@ -77,6 +80,11 @@ class Comparison(Study):
             if name not in FREE
             for rate in RATES[:2]
         ]
+        cells += [
+            self.cell(kind="cost", scheme=name, depth=max(without), seed=seed, width=width, data=choices.data)
+            for seed in seeds
+            for name in names
+        ]
         return cells
 
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
@@ -87,8 +95,11 @@ class Comparison(Study):
         torch.manual_seed(cell["seed"])
         model = network(spec, cell, data.channels, len(data.classes))
         batch = 32 if data.size < 32 else 128
-        images = data.sample(batch, seed=cell["seed"], device=torch.device("cpu")).inputs
         twin = network("identity", cell, data.channels, len(data.classes))
+        if cell["kind"] == "cost":
+            own, other = step_times([model, twin], data, batch, device)
+            return {"times": own / other, "dataset": name_of(data)}
+        images = data.sample(batch, seed=cell["seed"], device=torch.device("cpu")).inputs
         kept = saved_bytes(model, images) / saved_bytes(twin, images)
         plan = Plan(epochs=cell["epochs"], lr=cell["lr"], warmup=0.1, seed=cell["seed"], batch_size=batch)
         return {**fit(model, data, plan, device), "kept": kept}
@@ -133,7 +144,7 @@ class Comparison(Study):
         whole = [row for row in rows if row["kind"] == "as it is"]
         errors, bare = errors_of(whole), errors_of([row for row in rows if row["kind"] == "no norm"])
         reached = grouped(best(whole), ["scheme", "depth"], "test_error")
-        kept = grouped(whole, ["scheme"], "kept")
+        kept, times = grouped(whole, ["scheme"], "kept"), grouped(rows, ["scheme"], "times")
         lines: list[Row] = []
         for name in dict.fromkeys(str(row["scheme"]) for row in whole):
             trained = [
@@ -152,7 +163,7 @@ class Comparison(Study):
             }
             for depth in depths:
                 line[f"test error, {depth} layers"] = reached[name, depth].text(percent).partition(" (")[0]
-            line["time of a step"] = times(whole).get(name)
+            line["time of a step"] = times[name,].mean if (name,) in times else None
             line["kept for backward"] = kept[name,].mean if (name,) in kept else None
             lines.append(line)
         return lines
@@ -179,17 +190,21 @@ def learned(sample: Sample) -> bool:
     return sample.high < TRAINED
 
 
-def times(rows: Sequence[Row]) -> dict[str, float]:
-    """Seconds per step over those of the plain residual connection, the median over cells of the same settings: what
-    else the machine did at the time is in both, but not in equal parts.
+def step_times(models: Sequence[nn.Module], data: Data, batch_size: int, device: str) -> list[float]:
+    """Seconds per step of several networks, in turn and the least of the rounds, so that what else the machine does is
+    in none; on a CPU of processor time.
     """
-    found = grouped(rows, ["scheme", "depth", "lr"], "seconds_per_step")
-    ratios: dict[str, list[float]] = {}
-    for (name, depth, rate), sample in found.items():
-        twin = found.get(("identity", depth, rate))
-        if twin is not None:
-            ratios.setdefault(name, []).append(median(sample.values) / median(twin.values))
-    return {name: median(values) for name, values in ratios.items()}
+    place = torch.device(device)
+    batch = next(iter(data.train_batches(seed=0, epoch=0, batch_size=batch_size, device=place)))
+    optimisers = [torch.optim.SGD(model.to(place).train().parameters(), lr=0.0) for model in models]
+    clock = time.process_time if place.type == "cpu" else time.perf_counter
+    least = [math.inf] * len(models)
+    for _ in range(ROUNDS):
+        for number, (model, chosen) in enumerate(zip(models, optimisers, strict=True)):
+            began = clock()
+            float(step(model, chosen, batch, None).sum())  # waits for a GPU
+            least[number] = min(least[number], clock() - began)
+    return least
 
 
 def deepest_of(errors: Mapping[tuple, Sample]) -> int:
@@ -258,7 +273,7 @@ def norm_needed(rows: Sequence[Row]) -> Verdict:
 
 
 def cheap(found: Mapping[str, Row]) -> Verdict:
-    """Seconds per step."""
+    """The time of a step."""
     claim = "No scheme takes a quarter longer for a step than the plain residual connection."
     ratios = {name: line["time of a step"] for name, line in found.items() if line["time of a step"] is not None}
     if len(ratios) < 3:
