@@ -54,7 +54,12 @@ def claims() -> None:
                     claim = verdict.claim.replace("|", "/") if folder == "guide" else claim
                     own = said.partition(": ")[2]
                     # a translation holds as long as its numbers are those of the original
-                    if folder == "ru" and own and re.findall(r"\d+", own) == re.findall(r"\d+", condition):
+                    if (
+                        folder == "ru"
+                        and condition
+                        and own
+                        and re.findall(r"\d+", own) == re.findall(r"\d+", condition)
+                    ):
                         condition = own
                     place = places[number]
                 else:

