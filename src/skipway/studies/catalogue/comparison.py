@@ -6,7 +6,7 @@ Source:   the papers of `skipway schemes`; the first epochs by depth after Bachl
           Need", and Zhang et al. 2019, "Fixup Initialization".
 Command:  skipway study schemes
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 16 minutes (588 cells), reckoned from single cells; 21 minutes beside other work.
+Time:     about 10 minutes (588 cells), reckoned from single cells; 21 minutes beside other work.
 Result:   27 November 2026, digits, width 4, 90 steps, 3 seeds: every scheme with a
           skip trains 110 layers, the plain net does not (86.4 % test error); rezero, skipinit and depthscaled do best
           (4.9 to 5.9 %). At a rate of 1 only preactivation, normfree and depthscaled train, identity at 0.01 only.
@@ -64,7 +64,7 @@ class Comparison(Study):
     source = "the schemes' papers"
     settings = ("kind", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
     results = ("train_error", "test_error", "diverged", "kept", "times")
-    minutes = "16 minutes on two cores, 21 beside other work"
+    minutes = "10 minutes on two cores, 21 beside other work"
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         depths, without, width, epochs = GRIDS[budget]

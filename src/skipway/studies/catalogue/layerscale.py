@@ -6,7 +6,7 @@ Source:   Touvron et al. 2021, "Going Deeper with Image Transformers" (CaiT), eq
           start after Liu et al. 2022, "A ConvNet for the 2020s".
 Command:  skipway study layerscale
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 15 minutes (270 cells), reckoned from single cells; 18 minutes beside other work.
+Time:     about 8 minutes (270 cells), reckoned from single cells; 18 minutes beside other work.
 Result:   27 November 2026, digits, 3 seeds, 3 rates: at 24 blocks a ViT has 4.6 % test error with γ₀ = 1e-4 and 23.8 %
           without; 0.1 is not enough (18.3 %). ConvNeXt and ResNet gain nothing at their best rates, but move them: a
           ResNet with SGD and γ₀ = 1e-6 fails at 0.03 (65.3 against 8.4 %) and trains at 0.3 (5.9 against 75.4 %).
@@ -58,7 +58,7 @@ class LayerScaleStudy(Study):
     source = "Touvron et al. 2021, sec. 2 and table 1"
     settings = ("family", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
     results = ("train_error", "test_error", "gain", "diverged")
-    minutes = "15 minutes on two cores, 18 beside other work"
+    minutes = "8 minutes on two cores, 18 beside other work"
     published = tuple(
         Published(
             what=f"DeiT-S of {depth} blocks, {what}, test error",
