@@ -171,7 +171,7 @@ class Reversed(Chained):
         """The two streams with all that autograd keeps."""
         u, v = wide(x), wide(x)
         for block in self.blocks:
-            u, v = v, u + change(block, v, x.dtype, others, named)
+            u, v = v, u + change(Step(block, adds_alone(block)), v, x.dtype, others, named)
         return (u + v - wide(x)).to(x.dtype)
 
 
@@ -214,8 +214,8 @@ class Step:
 
     block: nn.Module
     alone: bool
-    writers: list[nn.Module]
-    places: list[int]
+    writers: Sequence[nn.Module] = ()
+    places: Sequence[int] = ()
 
 
 def wide(x: Tensor) -> Tensor:
@@ -223,12 +223,12 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def change(block: nn.Module, v: Tensor, dtype: torch.dtype, others: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+def change(step: Step, v: Tensor, dtype: torch.dtype, others: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
     """R(v) = block(v) − v."""
     given = v.to(dtype)
-    if adds_alone(block):
-        return added(block, given).to(v.dtype)
-    return plain(block, given, others, named).to(v.dtype) - given.to(v.dtype)
+    if step.alone:
+        return added(step.block, given).to(v.dtype)
+    return plain(step.block, given, others, named).to(v.dtype) - given.to(v.dtype)
 
 
 def adds_alone(block: Any) -> bool:
@@ -258,7 +258,7 @@ class TwoStreams(torch.autograd.Function):
         u, v, draws, last = wide(x), wide(x), [], Draws.now(x)
         with autocasting(ctx.precision):
             for step in steps:
-                u, v = v, u + change(step.block, v, x.dtype, others, named)
+                u, v = v, u + change(step, v, x.dtype, others, named)
                 here = Draws.now(x, last)
                 draws.append(None if here is last else last)
                 last = here
