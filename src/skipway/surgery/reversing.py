@@ -39,13 +39,21 @@ def reversible(model: nn.Module, example: Example, *, preserve: bool = True, tol
     x ← x + R(x): a block sees one of the streams, every second branch. Up to the first order in R both agree. Inside
     of the backward pass random numbers are those of the forward pass, and buffers are not updated a second time (P22).
 
-    Streams are kept in float32 at least. `torch.compile` gets the two streams without the inversion (its own
+    What is guaranteed: streams are kept in float32 at least (a bfloat16 stream does not invert), whatever the blocks
+    are computed in. Inputs do not come back bit for bit: each inversion rounds once, and what that amounts to grows
+    with the depth and with how much the blocks amplify. The report holds what it does to the gradients on the example,
+    and `tolerance` bounds it. In the backward pass a branch is computed once, so a step is two forward passes and one
+    backward. All gradients of a chain arrive together at its end, so that DDP has nothing to overlap with. A block but
+    the first cannot be called alone.
+
+    `torch.compile` gets the two streams without the inversion (its own
     partitioner decides what it keeps). Forward hooks of the blocks themselves see the chain's input and output; those
     of their parts see every computation, the second one too.
 
     Args:
         model: any module that `chain` can read, with blocks that carry x itself.
-        example: a batch that the model is called with, to find the blocks, and to compare gradients and bytes on.
+        example: a batch that the model is called with, to find the blocks, and to compare gradients and bytes on, once
+            with everything kept: a sample or two do.
         preserve: has to be False: there is no reversible form of a one-stream chain that computes the same.
         tolerance: by how much gradients through the inversion may differ from those through the same two streams with
             everything kept, relative to the largest; bfloat16 needs some 1e-2.
