@@ -91,5 +91,12 @@ app.command(
     usage="skipway report FOLDER",
     sort_key=7,
 )
+app.command(
+    "skipway.cli.bench:bench",
+    name="bench",
+    help="Race our networks against timm, torchvision and transformers on this machine.",
+    usage="skipway bench [NETWORKS…] [OPTIONS]",
+    sort_key=8,
+)
 app.command("skipway.cli.tables:models", name="models", help="List the models with their parameter counts.")
 app.command("skipway.cli.tables:schemes", name="schemes", help="List the residual schemes, or show the card of one.")

@@ -1,0 +1,50 @@
+"""The published run: our networks against timm, torchvision and transformers, on an idle machine.
+
+Claim     faster than the best of eager, channels-last, compiled and frozen of each
+Command   python -m benchmarks.speed [--out FOLDER] [--rounds 7] [--budget 1800]
+Method    all contenders of a piece of work take turns in one run; medians of the ratios in each round, with quartiles;
+          ceilings of multiplying and copying measured in the same run. Resumable: the same command goes on
+Result    benchmarks/speed.md and benchmarks/speed.png, with date and machine
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from skipway.speed.benchmark import WHAT, Plan, measure
+from skipway.speed.chart import draw
+from skipway.speed.summary import standings, write_markdown
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=1800.0)
+    parser.add_argument("--what", nargs="+", default=WHAT)
+    options = parser.parse_args()
+    plan = Plan(what=options.what, rounds=options.rounds, budget=options.budget)
+    journal = measure(plan, options.out, lambda text: print(text, flush=True))
+    # speed as batch and image size grow, of one network that convolves and one that attends
+    for batches, sizes in (((1, 4, 16, 64), (224,)), ((16,), (128, 224, 288))):
+        if "growth" in options.what:
+            networks = ("resnet50", "vit-small-16")
+            grown = Plan(
+                networks=networks,
+                what=["infer"],
+                batches=batches,
+                sizes=sizes,
+                rounds=options.rounds,
+                budget=options.budget,
+                ceilings=False,
+            )
+            journal = measure(grown, options.out, lambda text: print(text, flush=True))
+    print(write_markdown(journal, HERE / "speed.md"))
+    print(draw(standings(journal), HERE / "speed.png"))
+
+
+if __name__ == "__main__":
+    main()

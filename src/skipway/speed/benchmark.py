@@ -1,0 +1,331 @@
+"""A benchmark: ceilings, then each cell's race, then what is measured in processes of their own; all into a journal."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from skipway.errors import SkipwayError, suggest
+from skipway.speed import apart
+from skipway.speed.architectures import PEERS, config_of, missing
+from skipway.speed.ceilings import ceiling, copy_rate, flops_of
+from skipway.speed.contenders import MODES, OURS, Cell, Contender, Prepared, contenders, prepared
+from skipway.speed.journal import Journal, Race, stopped
+from skipway.speed.measuring import Entrant, Turn, race, reason
+
+__all__ = ["BRANCHES", "NETWORKS", "PRECISIONS", "WHAT", "Plan", "What", "measure"]
+
+What = Literal["infer", "train", "memory", "startup", "growth"]
+WHAT: tuple[What, ...] = ("infer", "train", "memory", "startup", "growth")
+PRECISIONS = ("float32", "bfloat16")
+NETWORKS = ("resnet50", "vit-small-16", "convnext-tiny", "swin-tiny")
+BRANCHES = (8, 32, 128, 512, 2048, 10000)
+GROWN_BATCH, GROWN_SIZE = 4, 32
+# memory is asked of these modes, which are what people train with
+REMEMBERED = ("eager", "channels-last", "accelerate", "accelerate-channels-last")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        networks: see `skipway.speed.architectures.config_of`.
+        what: of `WHAT`.
+        precisions: of `PRECISIONS`.
+        batches: images at a time; each is a cell.
+        sizes: sides of the images, in pixels; each is a cell.
+        branches: depths of the growth.
+        peers: libraries beside ours.
+        modes: of `skipway.speed.contenders.MODES`.
+        rounds: of each race.
+        budget: seconds of a race, half of them for preparing; None: no limit.
+        switches: everybody also under our switches.
+        ceilings: measure what the machine could do at best, at the start and at the end.
+
+    Raises:
+        SkipwayError: a value that cannot be, with those that can.
+
+    >>> [str(cell) for cell in Plan(networks=["resnet50"], what=["infer"], batches=[1, 8]).cells()][:2]
+    ['infer resnet50 float32 1x224', 'infer resnet50 float32 8x224']
+    """
+
+    networks: Sequence[str] = NETWORKS
+    what: Sequence[str] = WHAT
+    precisions: Sequence[str] = PRECISIONS
+    batches: Sequence[int] = (16,)
+    sizes: Sequence[int] = (224,)
+    branches: Sequence[int] = BRANCHES
+    peers: Sequence[str] = PEERS
+    modes: Sequence[str] = tuple(MODES)
+    rounds: int = 5
+    budget: float | None = None
+    switches: bool = True
+    ceilings: bool = True
+
+    def __post_init__(self) -> None:
+        for kind, given, known in (
+            ("what", self.what, WHAT),
+            ("precision", self.precisions, PRECISIONS),
+            ("peer", self.peers, PEERS),
+            ("mode", self.modes, MODES),
+        ):
+            for value in given:
+                if value not in known:
+                    raise SkipwayError(suggest(kind, value, known))
+        for kind, numbers in (("batch", self.batches), ("size", self.sizes), ("rounds", [self.rounds])):
+            for number in numbers:
+                if number < 1:
+                    raise SkipwayError(f"{kind} {number}: the rule is at least 1")
+        if self.budget is not None and self.budget <= 0:
+            raise SkipwayError(f"budget {self.budget:g}: the rule is more than 0 seconds; leave it away for no limit")
+        for network, size in product(self.networks, self.sizes):
+            config_of(network, size)
+        if "growth" in self.what:
+            for number in self.branches:
+                config_of(f"vit@{number}", GROWN_SIZE)
+
+    def cells(self) -> list[Cell]:
+        """The races, growth last."""
+        found = [
+            Cell(network=network, what=what, precision=precision, batch=batch, size=size)
+            for what, precision, network, size, batch in product(
+                [what for what in ("infer", "train") if what in self.what],
+                self.precisions,
+                self.networks,
+                self.sizes,
+                self.batches,
+            )
+        ]
+        return [*found, *self.growth()]
+
+    def growth(self) -> list[Cell]:
+        """Training of narrow ViTs of ever more branches."""
+        return [
+            Cell(network=f"vit@{number}", what="train", precision="float32", batch=GROWN_BATCH, size=GROWN_SIZE)
+            for number in (self.branches if "growth" in self.what else ())
+        ]
+
+    def present(self) -> list[str]:
+        """The peers that are installed."""
+        return [name for name in self.peers if name not in missing()]
+
+    def contenders(self, cell: Cell) -> list[Contender]:
+        """Who takes part in a cell; compiling nets of thousands of blocks would take hours."""
+        modes = [mode for mode in self.modes if mode not in ("compiled", "frozen") or cell not in self.growth()]
+        return contenders(cell.what, cell.precision, peers=self.present(), modes=modes, switched=self.switches)
+
+
+def measure(plan: Plan, out: str | Path, say: Say = lambda text: None) -> Journal:
+    """Measure what a plan asks for and is not yet in the folder.
+
+    Args:
+        plan: what.
+        out: folder; its `rows.jsonl` is written as things are measured.
+        say: told, in one line, what is done.
+
+    Returns:
+        the rows, those of earlier calls with them.
+    """
+    journal = Journal(out)
+    journal.write(machine())
+    for name in plan.peers:
+        if name in missing():
+            say(f"{name} is not installed and takes no part: pip install {name}")
+            journal.write({"kind": "missing", "library": name})
+    ceilings = plan.ceilings and not all(known(plan, cell, journal) for cell in plan.cells())
+    if ceilings:
+        measure_ceilings(plan, journal, "start", say)
+    for cell in plan.cells():
+        measure_cell(plan, cell, journal, say)
+    if ceilings:
+        measure_ceilings(plan, journal, "end", say)
+    for what, orders in (("memory", memory_orders(plan)), ("startup", startup_orders(plan))):
+        for row, work in orders if what in plan.what else ():
+            measure_apart(what, row, work, journal, say)
+    return journal
+
+
+def machine() -> dict[str, Any]:
+    """What it is measured on."""
+    names = [line.partition(":")[2].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "kind": "machine",
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "fused_attention": os.environ.get("TIMM_FUSED_ATTN", ""),
+    }
+
+
+def lines_of(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def measure_ceilings(plan: Plan, journal: Journal, when: str, say: Say) -> None:
+    """Products and copies, at the start and at the end of what is raced between them."""
+    for precision in plan.precisions:
+        found = ceiling(precision)
+        say(f"ceiling  {precision} {found.flops / 1e9:.0f} GFLOP/s ({found.how})")
+        journal.write({"kind": "ceiling", "when": when, **asdict(found)})
+    rate = copy_rate()
+    say(f"ceiling  copying {rate / 1e9:.1f} GB/s")
+    journal.write({"kind": "copy", "when": when, "bytes": rate})
+
+
+def known(plan: Plan, cell: Cell, journal: Journal) -> bool:
+    """Whether nothing is left to be measured of a cell."""
+    names = {str(each) for each in plan.contenders(cell)}
+    return any(
+        race.cell == cell and race.ended and names <= set(race.names) and plan.rounds <= race.rounds
+        for race in journal.races()
+    )
+
+
+def measure_cell(plan: Plan, cell: Cell, journal: Journal, say: Say) -> None:
+    """The race of a cell, or the rest of it."""
+    wanted = plan.contenders(cell)
+    if not wanted:
+        say(f"{cell}: no mode of {', '.join(plan.modes)} fits; it is left out")
+        return
+    known = journal.race(cell, [str(each) for each in wanted], plan.rounds)
+    if known.ended:
+        say(f"{cell}: measured already")
+        return
+    say(f"{cell}: {len(wanted)} contenders")
+    with compiler_reset():
+        ready = prepare_all(plan, cell, wanted, known, journal, say)
+        run_race(plan, cell, ready, known, journal, say)
+        journal.write({"kind": "end", "cell": asdict(cell), "flops": count_flops(cell)})
+
+
+@contextmanager
+def compiler_reset() -> Iterator[None]:
+    """torch.compile's limit of versions of one function is not used up by other cells."""
+    try:
+        yield
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+
+
+def prepare_all(
+    plan: Plan, cell: Cell, wanted: Iterable[Contender], known: Race, journal: Journal, say: Say
+) -> dict[Contender, Prepared]:
+    """Everybody that can be prepared in the time; who cannot becomes a row with the reason."""
+    ready: dict[Contender, Prepared] = {}
+    gone = {turn.name for turn in known.turns if turn.error or turn.dropped}
+    begun = time.perf_counter()
+    for contender in wanted:
+        name, row = (
+            str(contender),
+            {"kind": "prepared", "cell": asdict(cell), **asdict(contender), "side": contender.side},
+        )
+        row["name"] = name
+        if name in gone:
+            continue
+        try:
+            if plan.budget is not None and time.perf_counter() - begun > plan.budget / 2:
+                raise TimeoutError("half of the budget was spent before its turn to be prepared came")
+            found = ready[contender] = prepared(contender, cell, ready)
+        except Exception as error:
+            say(f"  {name}: {reason(error)}")
+            journal.write({**row, "error": reason(error)})
+            continue
+        times = {"build_seconds": found.build_seconds, "prepare_seconds": found.prepare_seconds}
+        say(f"  {name}: prepared in {sum(times.values()):.1f} s")
+        journal.write({**row, "parameters": found.parameters, **times, "error": ""})
+    return ready
+
+
+def run_race(plan: Plan, cell: Cell, ready: dict[Contender, Prepared], known: Race, journal: Journal, say: Say) -> None:
+    """Turn after turn, each written as it comes."""
+    limit = None if plan.budget is None else plan.budget / 2
+    by_name = {str(each): each for each in ready}
+    for turn in race(entrants(ready), plan.rounds, known=known.turns, limit=limit):
+        say(f"  round {turn.round + 1}/{plan.rounds}  {turn.name}: {told(turn, cell)}")
+        row = {key: value for key, value in asdict(turn).items() if key != "seconds" or value == value}
+        journal.write({"kind": "turn", "cell": asdict(cell), **row})
+        if stopped(turn):
+            del ready[by_name[turn.name]]
+
+
+def entrants(ready: dict[Contender, Prepared]) -> list[Entrant]:
+    """Contenders as a race takes them; the fastest mode of each library stays to the end."""
+    return [
+        Entrant(str(each), found.run, f"{each.library} {each.switched}", found.within) for each, found in ready.items()
+    ]
+
+
+def told(turn: Turn, cell: Cell) -> str:
+    """A turn in words."""
+    if stopped(turn):
+        return turn.error or f"left, {turn.dropped}"
+    return f"{1000 * turn.seconds:.1f} ms, {cell.batch / turn.seconds:.1f} images/s"
+
+
+def count_flops(cell: Cell) -> int:
+    """Operations of a cell, counted on two of its images; 0 where they cannot be counted."""
+    eager = Contender(library=OURS, mode="eager", what=cell.what, precision="float32")
+    small = Cell(network=cell.network, what=cell.what, precision="float32", batch=2, size=cell.size)
+    try:
+        return flops_of(eager.prepare(small).run) * cell.batch // 2
+    except Exception:
+        return 0
+
+
+Order = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
+
+
+def memory_orders(plan: Plan) -> Iterator[Order]:
+    """Training steps whose memory is asked for."""
+    modes = [mode for mode in REMEMBERED if mode in plan.modes]
+    for network, precision, size, batch in product(plan.networks, plan.precisions, plan.sizes, plan.batches):
+        cell = Cell(network=network, what="train", precision=precision, batch=batch, size=size)
+        for contender in contenders("train", precision, peers=plan.present(), modes=modes, switched=False):
+            row = {"cell": asdict(cell), "library": contender.library, "name": str(contender), "side": contender.side}
+            yield row, partial(apart.memory, contender, cell)
+
+
+def startup_orders(plan: Plan) -> Iterator[Order]:
+    """Libraries taking turns at being imported."""
+    for network, number in product(plan.networks, range(plan.rounds)):
+        for library in (OURS, *plan.present()):
+            row = {"library": library, "network": network, "size": plan.sizes[0], "round": number}
+            yield row, partial(apart.startup, library, network, plan.sizes[0])
+
+
+def measure_apart(
+    kind: str, row: dict[str, Any], work: Callable[[], dict[str, Any]], journal: Journal, say: Say
+) -> None:
+    """One process, or what is known of it; a failure becomes a row with the reason."""
+    if journal.has(kind, **row):
+        return
+    try:
+        found = work()
+    except Exception as error:
+        found = {"error": reason(error)}
+    shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float | int) else value for key, value in found.items())
+    name = row.get("name", row["library"])
+    where = row.get("network") or row["cell"]["network"]
+    say(f"{kind} {where}  {name}: {shown}")
+    journal.write({"kind": kind, **row, "error": "", **found})

@@ -1,0 +1,119 @@
+"""What the machine could do at best: multiplications in a second, bytes copied in a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["DTYPES", "MATRICES", "Ceiling", "ceiling", "copy_rate", "flops_of"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MATRICES = ((3136, 1536, 384), (2048, 2048, 2048), (4096, 1024, 1024), (3136, 384, 1536))
+"""Rows, columns and inner size of the products that are tried."""
+COPIED = 1 << 28
+SECONDS = 0.4
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The fastest product of matrices found.
+
+    Args:
+        precision: of its elements.
+        flops: floating point operations in a second, two for each multiplication and addition.
+        how: the operator and the sizes.
+    """
+
+    precision: str
+    flops: float
+    how: str
+
+
+def ceiling(precision: str, sizes: Sequence[tuple[int, int, int]] = MATRICES, *, seconds: float = SECONDS) -> Ceiling:
+    """The fastest product of matrices over the operators that torch has for it, `F.linear`, `matmul` and oneDNN's own.
+
+    Args:
+        precision: "float32" or "bfloat16".
+        sizes: rows, columns and inner size of each product.
+        seconds: time that each operator gets for each product.
+
+    >>> found = ceiling("float32", [(64, 64, 64)], seconds=0.01)
+    >>> found.flops > 0, found.how.endswith("64x64x64")
+    (True, True)
+    """
+    found = []
+    with torch.no_grad():
+        for rows, columns, inner in sizes:
+            left = torch.randn(rows, inner, dtype=DTYPES[precision])
+            weight = torch.randn(columns, inner, dtype=DTYPES[precision])
+            for name, product in products(left, weight):
+                rate = 2 * rows * columns * inner / fastest(product, seconds)
+                found.append(Ceiling(precision, rate, f"{name} {rows}x{columns}x{inner}"))
+    return max(found, key=lambda each: each.flops)
+
+
+def products(left: Tensor, weight: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The product by each operator that does it here."""
+    yield "F.linear", lambda: functional.linear(left, weight)
+    right = weight.t().contiguous()
+    yield "matmul", lambda: left @ right
+    product = onednn(left, weight)
+    if product is not None:
+        yield "oneDNN linear", product
+
+
+def onednn(left: Tensor, weight: Tensor) -> Callable[[], Tensor] | None:
+    """oneDNN's product with a packed weight; None where this torch has none for these."""
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, left.shape[0])
+        torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], "")
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+    return lambda: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], "")
+
+
+def fastest(work: Callable[[], object], seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of the fastest call among those that the time allows, two at least, after one that is not timed."""
+    work()
+    begun, best, calls = clock(), float("inf"), 0
+    while calls < 2 or clock() - begun < seconds:
+        start = clock()
+        work()
+        best, calls = min(best, clock() - start), calls + 1
+    return best
+
+
+def copy_rate(size: int = COPIED, *, seconds: float = SECONDS) -> float:
+    """Bytes read and written in a second by copying memory that no cache holds.
+
+    Args:
+        size: bytes that are copied.
+        seconds: time it gets.
+
+    >>> copy_rate(1 << 16, seconds=0.01) > 0
+    True
+    """
+    source = torch.zeros(size // 4)
+    target = torch.empty_like(source).copy_(source)
+    return 2 * size / fastest(lambda: target.copy_(source), seconds)
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    """Floating point operations of a piece of work in torch, those of convolutions, products and attention.
+
+    >>> layer, images = torch.nn.Linear(3, 5), torch.randn(2, 3)
+    >>> flops_of(lambda: layer(images))
+    60
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # as plain products attention is counted on every machine
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()

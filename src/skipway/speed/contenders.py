@@ -1,0 +1,368 @@
+"""Who takes part: a library, a mode of running it, a precision, and whether it infers or trains.
+
+A mode is a row of `MODES`. Peers are run in every mode that torch offers them, and once more under our switches, which
+is told apart: what a switch of ours does for a stranger is no merit of the stranger's library, nor of our kernels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from skipway.speed.architectures import PEERS, config_of, made
+from skipway.speed.ceilings import DTYPES
+
+__all__ = ["MODES", "OURS", "Cell", "Contender", "Mode", "Prepared", "Step", "contenders", "prepared", "switches"]
+
+OURS = "skipway"
+Call = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One piece of work.
+
+    Args:
+        network: see `skipway.speed.architectures.config_of`.
+        what: "infer" or "train".
+        precision: "float32" or "bfloat16".
+        batch: images at a time.
+        size: their side, in pixels.
+    """
+
+    network: str
+    what: str
+    precision: str
+    batch: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.network} {self.precision} {self.batch}x{self.size}"
+
+    def images(self) -> Tensor:
+        """Random images, the same in each process."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(self.batch, 3, self.size, self.size, generator=generator)
+
+    def labels(self) -> Tensor:
+        """Random classes."""
+        classes = config_of(self.network, self.size).classes
+        return torch.randint(classes, (self.batch,), generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """A way of running a network.
+
+    Args:
+        what: "infer", "train", or both.
+        who: the libraries that are run like this.
+        ready: a model, example images and a precision → what is called in the model's place.
+        channels_last: the model and its images are laid out by pixels.
+        keeps: the model stays in single precision, what `ready` gives takes care of the precision.
+        patched: our kernels are put in where the switches are asked for and it trains; else it runs under the switches
+            as it was prepared without.
+    """
+
+    what: frozenset[str]
+    who: frozenset[str]
+    ready: Callable[[nn.Module, Tensor, str], Call]
+    channels_last: bool = False
+    keeps: bool = False
+    patched: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One that takes part.
+
+    Args:
+        library: one of `skipway.speed.architectures.LIBRARIES`.
+        mode: one of `MODES`.
+        what: "infer" or "train".
+        precision: "float32" or "bfloat16".
+        switched: under our switches.
+
+    >>> print(Contender(library="timm", mode="compiled", what="infer", precision="float32", switched=True))
+    timm compiled + switches
+    """
+
+    library: str
+    mode: str
+    what: str
+    precision: str
+    switched: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.library} {self.mode}{' + switches' if self.switched else ''}"
+
+    @property
+    def side(self) -> str:
+        """ "ours", "peer", or "switched": a peer under our switches."""
+        return "ours" if self.library == OURS else "switched" if self.switched else "peer"
+
+    def prepare(self, cell: Cell) -> Prepared:
+        """Build, compile, run once; seconds of each are kept.
+
+        Raises:
+            Exception: whatever the library, the compiler or the backend raises.
+        """
+        mode = MODES[self.mode]
+        loaded(self.library, cell.network, cell.size)
+        torch.manual_seed(0)
+        begun = time.perf_counter()
+        model = made(self.library, cell.network, cell.size)
+        built = time.perf_counter()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        run = RUNS[self.what](self, mode, model, cell)
+        run()
+        now = time.perf_counter()
+        return Prepared(run, self.within(), parameters, build_seconds=built - begun, prepare_seconds=now - built)
+
+    def within(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What its turns happen in."""
+        if not self.switched:
+            return nullcontext
+        # a setting that on some machines gives up precision is the peers' alone
+        return partial(switches, routed=self.precision == "float32" and self.library != OURS)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contender that can run.
+
+    Args:
+        run: does the work once.
+        within: what its turns happen in.
+        parameters: of its network.
+        build_seconds: of making the network.
+        prepare_seconds: of compiling it and of the first call.
+    """
+
+    run: Callable[[], object]
+    within: Callable[[], AbstractContextManager[Any]]
+    parameters: int
+    build_seconds: float
+    prepare_seconds: float
+
+
+def loaded(library: str, network: str, size: int) -> None:
+    """Import what a library builds a family with, so that the time of building is that alone."""
+    kind = (library, type(config_of(network, size)))
+    if kind not in LOADED:
+        made(library, network, size)
+        LOADED.add(kind)
+
+
+LOADED: set[tuple[str, type]] = set()
+
+
+class Step:
+    """A training step: forward, cross entropy, backward, SGD with momentum, under autocast in bfloat16.
+
+    Args:
+        model: whose parameters are trained.
+        forward: called in its place.
+        images: with
+        labels: their classes.
+        precision: "float32" or "bfloat16".
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    >>> step = Step(model, model, torch.ones(2, 3, 2, 2), torch.tensor([0, 1]))
+    >>> first, second = step().item(), step().item()
+    >>> second < first
+    True
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Call, images: Tensor, labels: Tensor, precision: str = "float32"
+    ) -> None:
+        self.forward, self.images, self.labels = forward, images, labels
+        self.half = precision == "bfloat16"
+        self.optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+
+    def __call__(self) -> Tensor:
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.half):
+            loss = functional.cross_entropy(logits(self.forward(self.images)).float(), self.labels)
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+
+class Inference:
+    """The logits of images, without gradients.
+
+    Args:
+        forward: what is called.
+        images: with what.
+    """
+
+    def __init__(self, forward: Call, images: Tensor) -> None:
+        self.forward, self.images = forward, images
+
+    def __call__(self) -> Tensor:
+        with torch.no_grad():
+            return logits(self.forward(self.images))
+
+
+def logits(out: Any) -> Tensor:
+    """What transformers wrap into an object."""
+    return getattr(out, "logits", out)
+
+
+def laid_out(mode: Mode, value: Any) -> Any:
+    """A model or images, by pixels where the mode says so."""
+    return value.to(memory_format=torch.channels_last) if mode.channels_last else value
+
+
+def inference(contender: Contender, mode: Mode, model: nn.Module, cell: Cell) -> Inference:
+    """The work of a contender that infers; in bfloat16 its weights are, which is faster than autocast."""
+    dtype = DTYPES["float32" if mode.keeps else contender.precision]
+    model, images = laid_out(mode, model.eval().to(dtype)), laid_out(mode, cell.images().to(dtype))
+    return Inference(mode.ready(model, images, contender.precision), images)
+
+
+def training(contender: Contender, mode: Mode, model: nn.Module, cell: Cell) -> Step:
+    """The work of a contender that trains."""
+    model, images = laid_out(mode, model.train()), laid_out(mode, cell.images())
+    if contender.switched and mode.patched:
+        accelerated(model, images, contender.precision)
+    return Step(model, mode.ready(model, images, contender.precision), images, cell.labels(), contender.precision)
+
+
+RUNS: dict[str, Callable[[Contender, Mode, nn.Module, Cell], Callable[[], Tensor]]] = {
+    "infer": inference,
+    "train": training,
+}
+
+
+def as_it_is(model: nn.Module, images: Tensor, precision: str) -> Call:
+    return model
+
+
+def compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
+    return torch.compile(model, dynamic=False)
+
+
+def frozen(model: nn.Module, images: Tensor, precision: str) -> Call:
+    """Compiled with the weights as constants, which are folded and packed.
+
+    It is an option of the compiler as well: without one of its own, a second model of a class would be run by what was
+    compiled, unfrozen, for the first.
+    """
+    from torch._inductor import config
+
+    forward = torch.compile(model, dynamic=False, options={"freezing": True})
+    with config.patch(freezing=True), torch.no_grad():
+        forward(images)
+    return forward
+
+
+def accelerated(model: nn.Module, images: Tensor, precision: str) -> Call:
+    from skipway.speed import accelerate
+
+    accelerate(model, images)
+    return model
+
+
+def optimized(backend: str, model: nn.Module, images: Tensor, precision: str) -> Call:
+    from skipway.speed import optimize
+
+    return optimize(model, images, precision=precision, backends=[backend])
+
+
+@contextmanager
+def switches(*, routed: bool = False) -> Iterator[None]:
+    """Our process-wide switches, for a while: freed memory is kept, and products in single precision go to oneDNN.
+
+    Args:
+        routed: the second, too.
+    """
+    from skipway.speed import keep_memory
+
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - its stub has none
+    before = matmul.fp32_precision
+    with keep_memory():
+        try:
+            if routed:
+                matmul.fp32_precision = "bf16"
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+
+BOTH, INFER, TRAIN = frozenset({"infer", "train"}), frozenset({"infer"}), frozenset({"train"})
+EVERYBODY, STRANGERS, SELF = frozenset({OURS, *PEERS}), frozenset(PEERS), frozenset({OURS})
+BACKENDS = ("eager", "inductor", "onnxruntime", "openvino")
+
+MODES: dict[str, Mode] = {
+    "eager": Mode(what=BOTH, who=EVERYBODY, ready=as_it_is, patched=True),
+    "channels-last": Mode(what=BOTH, who=EVERYBODY, ready=as_it_is, channels_last=True, patched=True),
+    "accelerate": Mode(what=TRAIN, who=SELF, ready=accelerated),
+    "accelerate-channels-last": Mode(what=TRAIN, who=SELF, ready=accelerated, channels_last=True),
+    **{
+        f"optimize-{backend}": Mode(what=INFER, who=SELF, ready=partial(optimized, backend), keeps=True)
+        for backend in BACKENDS
+    },
+    "compiled": Mode(what=BOTH, who=STRANGERS, ready=compiled),
+    "frozen": Mode(what=INFER, who=STRANGERS, ready=frozen),
+}
+"""Ways of running a network, those that are ready at once first."""
+
+
+def contenders(
+    what: str,
+    precision: str,
+    *,
+    peers: Sequence[str] = PEERS,
+    modes: Sequence[str] = tuple(MODES),
+    switched: bool = True,
+) -> list[Contender]:
+    """Everybody that takes part in a cell.
+
+    Args:
+        what: "infer" or "train".
+        precision: "float32" or "bfloat16".
+        peers: beside our library.
+        modes: of those in `MODES` that fit.
+        switched: each under our switches, too.
+
+    >>> [str(each) for each in contenders("infer", "float32", peers=["timm"], modes=["eager"])]
+    ['skipway eager', 'timm eager', 'skipway eager + switches', 'timm eager + switches']
+    """
+    plain = [
+        Contender(library=library, mode=name, what=what, precision=precision)
+        for name, mode in MODES.items()
+        for library in (OURS, *peers)
+        if name in modes and what in mode.what and library in mode.who
+    ]
+    # in eager training the switches put our kernels in, which of ours is a mode of its own
+    again = [
+        replace(each, switched=True)
+        for each in plain
+        if switched and not (each.library == OURS and what == "train" and MODES[each.mode].patched)
+    ]
+    return [*plain, *again]
+
+
+def prepared(contender: Contender, cell: Cell, known: Mapping[Contender, Prepared]) -> Prepared:
+    """Prepare a contender, or take over what runs under the switches as it does without.
+
+    Args:
+        contender: who.
+        cell: for what.
+        known: those that are prepared.
+    """
+    twin = known.get(replace(contender, switched=False))
+    if contender.switched and twin is not None and not (contender.what == "train" and MODES[contender.mode].patched):
+        return replace(twin, within=contender.within(), build_seconds=0.0, prepare_seconds=0.0)
+    return contender.prepare(cell)
