@@ -14,7 +14,7 @@ import skipway as sw
 SOURCE = Path(sw.__file__).parent
 FLOORS = [
     {"errors"},
-    {"site", "registry", "values"},
+    {"site", "registry", "values", "kernels"},
     {"nn", "tracing"},
     {"anatomy"},
     {"schemes"},
@@ -23,6 +23,7 @@ FLOORS = [
     {"weights", "export", "sources"},
     {"data"},
     {"diagnosis", "surgery"},
+    {"speed"},
     {"training"},
     {"studies"},
     {"cli"},

@@ -1,0 +1,169 @@
+"""Attention, of whole images or within windows, with a bias that is never copied out for every image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skipway.errors import SkipwayError
+from skipway.kernels.casting import lowered
+from skipway.kernels.choosing import Way, enabled, kernel
+
+__all__ = ["attention", "window_attention"]
+
+CACHE = 1 << 21
+"""Bytes of logits that are computed at a time."""
+
+
+def copied(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """One bias for every window of every image, written out where it is not the same for all."""
+    if bias is not None and len(bias) > 1:
+        bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """A few images at a time, whose logits stay in the cache and take the bias by broadcasting."""
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    for query, key, value, y in zip(*(blocks(each, q, k, bias) for each in (q, k, v, out)), strict=True):
+        torch.matmul(weights(query, key, bias).to(v.dtype), value, out=y)
+    return out
+
+
+def weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √d + B) of whole images, in float32 at least: (n · windows, heads, T, S)."""
+    logits = wide(q) * q.shape[-1] ** -0.5 @ wide(k).mT
+    if bias is not None:
+        logits.unflatten(0, (-1, len(bias))).add_(bias)
+    return torch.softmax(logits, -1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: logits that are rounded to 16 bits are wrong by a few per cent of a weight."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def blocks(x: Tensor, q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Whole images, so many that their logits fill `CACHE`."""
+    windows = 1 if bias is None else len(bias)
+    image = windows * q.shape[1] * q.shape[2] * k.shape[2] * 4
+    return x.split(max(1, CACHE // image) * windows)
+
+
+def on_cpu(q: Tensor, *others: Any) -> bool:
+    return q.device.type == "cpu"
+
+
+forward = kernel("attention", copied, Way("blocks", in_blocks, on_cpu))
+
+
+def backward_whole(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Through the weights, computed again; the last is empty where there is no bias."""
+    share = weights(q, k, bias)
+    to_v = share.to(v.dtype).mT @ gradient
+    within = wide(gradient) @ wide(v).mT
+    within = within.sub_((within * share).sum(-1, keepdim=True)).mul_(share)
+    to_bias = within.new_empty(0) if bias is None else within.unflatten(0, (-1, len(bias))).sum(0)
+    narrow = within.mul_(q.shape[-1] ** -0.5).to(q.dtype)
+    return narrow @ k, narrow.mT @ q, to_v, to_bias
+
+
+def backward_in_blocks(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = [torch.empty_like(each) for each in (q, k, v)]
+    to_bias: Tensor | int = 0
+    for part, *slots in zip(*(blocks(each, q, k, bias) for each in (gradient, q, k, v, *found)), strict=True):
+        *grads, own = backward_whole(part, slots[0], slots[1], slots[2], bias)
+        for slot, grad in zip(slots[3:], grads, strict=True):
+            slot.copy_(grad)
+        to_bias = to_bias + own
+    return (*found, to_bias)  # type: ignore[return-value]
+
+
+backward_kernel = kernel("attention backward", backward_whole, Way("blocks", backward_in_blocks, on_cpu))
+
+
+@torch.library.custom_op("skipway::attention", mutates_args=())
+def operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    return forward(q, k, v, bias).contiguous()
+
+
+@operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@torch.library.custom_op("skipway::attention_backward", mutates_args=())
+def backward_operator(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *found, to_bias = backward_kernel(gradient, q, k, v, bias)
+    return *found, to_bias.to(q.dtype if bias is None else bias.dtype)
+
+
+@backward_operator.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any) -> tuple[Tensor, ...]:
+    return (*(torch.empty_like(each) for each in (q, k, v)), q.new_empty(0) if bias is None else torch.empty_like(bias))
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    *found, to_bias = backward_operator(gradient, *ctx.saved_tensors)
+    return *found, to_bias if ctx.needs_input_grad[3] else None
+
+
+operator.register_autograd(backward, setup_context=keep)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d + B) v, B shared by all images, as `torch.nn.functional.scaled_dot_product_attention`.
+
+    torch's fused attention on a CPU is made for long sequences: at a few hundred tokens its backward costs more than
+    three plain products. It takes one bias per window of every image, which is as large as all logits, and writes all
+    weights out where the bias is learned. Here logits are computed a few images at a time and take the bias by
+    broadcasting; for backward q, k, v and B are kept and the weights computed again. Logits and weights are in float32
+    also where the rest is in 16 bits.
+
+    Shapes: q (N, heads, T, d), k (N, heads, S, d), v (N, heads, S, e), B (1, heads, T, S), or (W, heads, T, S) where
+    image or window i takes B[i mod W] → (N, heads, T, e). First derivatives only; second ones exist under `off()`.
+
+    Raises:
+        SkipwayError: B does not fit.
+
+    >>> q = torch.randn(6, 2, 4, 8)
+    >>> attention(q, q, q).shape
+    torch.Size([6, 2, 4, 8])
+    """
+    if bias is not None and (
+        bias.ndim != 4 or bias.shape[1:] != (q.shape[1], q.shape[2], k.shape[2]) or len(q) % len(bias)
+    ):
+        raise SkipwayError(
+            f"bias of shape {tuple(bias.shape)} for q {tuple(q.shape)}: the rule is (W, heads, T, S), W a divisor of N"
+        )
+    q, k, v, bias = lowered(q, k, v, bias)  # type: ignore[assignment]
+    return operator(q, k, v, bias) if enabled() and q.numel() else copied(q, k, v, bias)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d + B) v within windows (Liu et al. 2021, eq. 4): `attention` with the bias of each window.
+
+    Shapes: q, k, v (images · windows, heads, T, d), the windows of an image together; B (1, heads, T, T), or
+    (windows, heads, T, T) where it differs from window to window → (images · windows, heads, T, d).
+
+    Raises:
+        SkipwayError: B does not fit.
+
+    >>> q = torch.randn(6, 2, 4, 8)
+    >>> window_attention(q, q, q, torch.zeros(3, 2, 4, 4)).shape
+    torch.Size([6, 2, 4, 8])
+    """
+    return attention(q, k, v, bias)

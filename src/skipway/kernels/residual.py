@@ -1,0 +1,104 @@
+"""The end of a residual connection in one pass: y = shortcut + g ⊙ m ⊙ branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipway.kernels import triton
+from skipway.kernels.choosing import Way, enabled, kernel
+
+__all__ = ["residual"]
+
+
+def plain(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> Tensor:
+    for factor in (gain, mask):
+        branch = branch if factor is None else branch * factor
+    return shortcut + branch
+
+
+def in_one_pass(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The two factors are small: their product has one number per sample and channel."""
+    factor = both(gain, mask)
+    return torch.addcmul(shortcut, branch, factor.to(branch.dtype))
+
+
+def both(gain: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The product of the factors that are there; one at least is."""
+    if gain is None or mask is None:
+        found = mask if gain is None else gain
+        assert found is not None
+        return found
+    return gain * mask
+
+
+def factored(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> bool:
+    return (gain is not None or mask is not None) and shortcut.shape == branch.shape and shortcut.dtype == branch.dtype
+
+
+forward = kernel(
+    "residual",
+    plain,
+    Way("one pass", in_one_pass, factored),
+    Way("triton", triton.residual, triton.serves_residual),
+)
+
+
+@torch.library.custom_op("skipway::residual", mutates_args=())
+def operator(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> Tensor:
+    return forward(shortcut, branch, gain, mask)
+
+
+@operator.register_fake
+def _(shortcut: Tensor, branch: Tensor, gain: Any, mask: Any) -> Tensor:
+    return plain(shortcut, branch, gain, mask)
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    shortcut, branch, gain, mask = inputs
+    learned = gain is not None and gain.requires_grad
+    ctx.save_for_backward(branch if learned else None, gain, mask)
+    ctx.shapes, ctx.types = (shortcut.shape, branch.shape), (shortcut.dtype, branch.dtype)
+
+
+def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """∂/∂shortcut is the gradient itself: nothing is computed for it."""
+    branch, gain, mask = ctx.saved_tensors
+    to_branch, to_gain = gradient, None
+    if gain is not None or mask is not None:
+        to_branch = gradient * both(gain, mask).to(gradient.dtype)
+    if ctx.needs_input_grad[2]:
+        masked = gradient if mask is None else gradient * mask
+        to_gain = (masked * branch).sum_to_size(gain.shape).to(gain.dtype)
+    (shortcut_shape, branch_shape), (shortcut_type, branch_type) = ctx.shapes, ctx.types
+    return (
+        gradient.sum_to_size(shortcut_shape).to(shortcut_type),
+        to_branch.sum_to_size(branch_shape).to(branch_type),
+        to_gain,
+        None,
+    )
+
+
+operator.register_autograd(backward, setup_context=keep)
+
+
+def residual(shortcut: Tensor, branch: Tensor, gain: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """y = shortcut + g ⊙ m ⊙ branch: gain, stochastic depth and addition in one pass over memory in place of three.
+
+    Backward, the shortcut's gradient is the gradient itself, the branch's is one pass, and the branch's output is kept
+    only where the gain is learned.
+
+    Shapes: shortcut and branch alike; gain and mask broadcast to them, (C, 1, 1) or (C,), (N, 1, …).
+
+    Args:
+        gain: g, what a scheme multiplies the branch with.
+        mask: m, stochastic depth's: 0 or 1/(1 − p) for each sample; it has no gradient.
+
+    >>> residual(torch.ones(2), torch.ones(2), torch.tensor(0.5))
+    tensor([1.5000, 1.5000])
+    """
+    if not enabled() or (gain is None and mask is None):
+        return plain(shortcut, branch, gain, mask)
+    return operator(shortcut, branch, gain, mask)

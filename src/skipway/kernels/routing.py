@@ -1,0 +1,117 @@
+"""Functions of torch taken by kernels, wherever they are called: in our networks and in anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from skipway.kernels.attention import attention
+from skipway.kernels.choosing import enabled
+from skipway.kernels.depthwise import depthwise
+from skipway.kernels.linear import linear, pointwise, worthwhile
+from skipway.kernels.norms import batch_norm
+
+__all__ = ["ROUTES", "Routed"]
+
+LARGE = 1 << 18
+"""Numbers in a tensor below which torch's own function is as good: an operator written in Python costs some 50 µs."""
+
+
+def take_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return linear(x, weight, bias) if worthwhile(x, weight) else NotImplemented
+
+
+def take_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if x.ndim != 4 or x.numel() < LARGE or pair(stride) != (1, 1) or pair(dilation) != (1, 1):
+        return NotImplemented
+    channels, rows, columns = x.shape[1], *weight.shape[-2:]
+    if groups == 1 and rows == columns == 1 and pair(padding) == (0, 0):
+        return pointwise(x, weight.flatten(1), bias)
+    if groups == channels == len(weight) and rows == columns and rows % 2 and pair(padding) == (rows // 2, rows // 2):
+        return depthwise(x, weight, bias)
+    return NotImplemented
+
+
+def pair(value: Any) -> Any:
+    """A stride or padding for both axes."""
+    return (value, value) if isinstance(value, int) else tuple(value) if not isinstance(value, str) else value
+
+
+def take_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if q.ndim != 4 or q.numel() < LARGE or dropout_p or is_causal or scale is not None or enable_gqa:
+        return NotImplemented
+    if attn_mask is not None and (
+        attn_mask.dtype == torch.bool
+        or attn_mask.ndim != 4
+        or attn_mask.shape[1:] != (q.shape[1], q.shape[2], k.shape[2])
+        or len(q) % len(attn_mask)
+    ):
+        return NotImplemented
+    return attention(q, k, v, attn_mask)
+
+
+def take_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not training or x.ndim != 4 or x.numel() < LARGE or weight is None or bias is None:
+        return NotImplemented
+    return batch_norm(x, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
+
+
+ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: take_linear,
+    F.conv2d: take_convolution,
+    F.scaled_dot_product_attention: take_attention,
+    F.batch_norm: take_batch_norm,
+}
+"""What is taken, and by what; a route answers NotImplemented where it has nothing better."""
+
+
+class Routed(TorchFunctionMode):
+    """Within, the functions in `ROUTES` are computed by kernels, on the CPU, whoever calls them.
+
+    >>> from skipway.kernels import choices
+    >>> layer, x = torch.nn.Linear(256, 256), torch.randn(256, 256)
+    >>> with Routed():
+    ...     y = layer(x)
+    >>> torch.allclose(y, layer(x), atol=1e-5)
+    True
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        route = ROUTES.get(func)
+        if route is not None and enabled() and args and args[0].device.type == "cpu":
+            found = route(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        return func(*args, **kwargs)

@@ -1,0 +1,321 @@
+"""Every way of every kernel against plain torch: forward, backward, odd sizes, types, layouts, compile, export."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from skipway import kernels
+from skipway.errors import SkipwayError
+from skipway.kernels.choosing import KERNELS
+from skipway.kernels.routing import Routed
+
+D = torch.float64
+
+
+def maps(n, c, h, w, dtype, last=True):
+    x = torch.randn(n, c, h, w, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+# each kernel with arguments from (dtype, odd sizes or round ones)
+def linear(dtype, odd):
+    m, k, n = (37, 5, 3) if odd else (2048, 64, 64)
+    return kernels.linear, (torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype), torch.randn(n, dtype=dtype))
+
+
+def mlp(dtype, odd, act="gelu"):
+    m, k, n = (67, 5, 4) if odd else (4000, 8, 96)
+    shapes = ((2, m, k), (n, k), (n,), (k + 1, n), (k + 1,))
+    return kernels.mlp, (*(0.3 * torch.randn(shape, dtype=dtype) for shape in shapes), act)
+
+
+def residual(dtype, odd):
+    n, c, side = (3, 5, 7) if odd else (4, 8, 8)
+    mask = torch.tensor([0.0, 2.0, *[1.0] * (n - 2)], dtype=dtype).view(-1, 1, 1, 1)
+    pair = (maps(n, c, side, side, dtype), maps(n, c, side, side, dtype))
+    return kernels.residual, (*pair, torch.randn(c, 1, 1, dtype=dtype), mask)
+
+
+def depthwise(dtype, odd):
+    n, c, h, w, k = (2, 3, 5, 9, 3) if odd else (2, 4, 14, 14, 7)
+    return kernels.depthwise, (
+        maps(n, c, h, w, dtype),
+        torch.randn(c, 1, k, k, dtype=dtype) / k,
+        torch.randn(c, dtype=dtype),
+    )
+
+
+def channel_norm(dtype, odd):
+    n, c, side = (3, 5, 7) if odd else (2, 8, 8)
+    return kernels.channel_norm, (
+        maps(n, c, side, side, dtype),
+        torch.randn(c, dtype=dtype),
+        torch.randn(c, dtype=dtype),
+    )
+
+
+def batch_norm_relu(dtype, odd):
+    n, c, side = (3, 5, 7) if odd else (4, 8, 8)
+    x, shortcut = maps(n, c, side, side, dtype), maps(n, c, side, side, dtype)
+    own = (torch.rand(c, dtype=dtype) + 0.5, torch.randn(c, dtype=dtype))
+    return lambda x, w, b, s: kernels.batch_norm_relu(x, w, b, shortcut=s), (x, *own, shortcut)
+
+
+def window_attention(dtype, odd):
+    n, heads, tokens, d = (4, 3, 5, 7) if odd else (8, 2, 49, 8)
+    shapes = (*[(n, heads, tokens, d)] * 3, (2, heads, tokens, tokens))
+    return kernels.window_attention, tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
+
+
+def attention(dtype, odd):
+    n, heads, tokens, d = (3, 2, 5, 7) if odd else (8, 3, 65, 16)
+    return kernels.attention, tuple(torch.randn(n, heads, tokens, d, dtype=dtype) for _ in range(3))
+
+
+def pointwise(dtype, odd):
+    n, c, out, side = (3, 5, 7, 3) if odd else (4, 16, 32, 8)
+    return kernels.pointwise, (
+        maps(n, c, side, side, dtype),
+        torch.randn(out, c, dtype=dtype),
+        torch.randn(out, dtype=dtype),
+    )
+
+
+def batch_norm(dtype, odd):
+    n, c, side = (3, 5, 7) if odd else (4, 8, 8)
+    own = (torch.rand(c, dtype=dtype) + 0.5, torch.randn(c, dtype=dtype))
+    return kernels.batch_norm, (maps(n, c, side, side, dtype), *own)
+
+
+ALL = [linear, pointwise, mlp, residual, depthwise, channel_norm, batch_norm, batch_norm_relu, attention]
+ALL += [window_attention]
+WAYS = sorted({way.name for each in KERNELS for way in each.ways} - {"triton"})
+
+
+def run(function, arguments, way):
+    """Output and gradients, by one way."""
+    given = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+    if function is kernels.residual:
+        given[3].requires_grad_(False)
+    with kernels.only(way):
+        y = function(*given)
+        torch.manual_seed(0)
+        (y * torch.randn(y.shape).to(y)).sum().backward()
+    return y.detach(), [a.grad for a in given if isinstance(a, torch.Tensor) and a.requires_grad]
+
+
+@pytest.mark.parametrize("make", ALL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_every_way_is_the_reference(make, odd, dtype):
+    torch.manual_seed(1)
+    function, arguments = make(dtype, odd)
+    as_is = run(function, arguments, "reference")
+    allowed = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.06}[dtype]
+    for way in WAYS:
+        y, gradients = run(function, arguments, way)
+        for found, expected in zip([y, *gradients], [as_is[0], *as_is[1]], strict=True):
+            assert found.dtype == expected.dtype
+            assert (found - expected).abs().max() <= allowed * expected.abs().max().clamp_min(1), way
+
+
+@pytest.mark.parametrize("make", ALL, ids=lambda f: f.__name__)
+def test_derivatives(make):
+    """Against differences of the outputs, with the operators in use."""
+    torch.manual_seed(2)
+    function, arguments = make(D, True)
+    given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+    if function is kernels.residual:
+        given[3].requires_grad_(False)
+    for way in ("blocks", "tiles", "rows", "product"):
+        with kernels.only(way):
+            assert torch.autograd.gradcheck(function, tuple(given), fast_mode=True)
+
+
+OPERATORS = {
+    linear: "linear",
+    pointwise: "pointwise",
+    mlp: "mlp",
+    residual: "residual",
+    depthwise: "depthwise",
+    channel_norm: "channel_norm",
+    batch_norm: "batch_norm",
+    batch_norm_relu: "batch_norm_relu",
+    attention: "attention",
+}
+
+
+@pytest.mark.parametrize("make", OPERATORS, ids=lambda f: f.__name__)
+def test_operators_are_proper(make):
+    """torch's own check of schema, autograd registration and shape function."""
+    arguments = list(make(torch.float32, True)[1])
+    arguments = arguments[:2] if make is pointwise else arguments
+    arguments += {channel_norm: [1e-6], batch_norm: [1e-5], batch_norm_relu: [1e-5], attention: [None]}.get(make, [])
+    given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+    if make is residual:
+        given[3].requires_grad_(False)
+    operator = getattr(torch.ops.skipway, OPERATORS[make]).default
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, tuple(given), test_utils=tests)
+
+
+@pytest.mark.parametrize("make", OPERATORS, ids=lambda f: f.__name__)
+def test_compile_sees_through(make):
+    """One graph, with the operator in it, and the same numbers."""
+    torch.manual_seed(3)
+    function, arguments = make(torch.float32, True)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(*arguments), function(*arguments), atol=1e-4)
+
+
+def test_export_sees_through():
+    class Net(nn.Module):
+        def forward(self, x, w):
+            return kernels.mlp(x, w, None, w.t(), None)
+
+    given = torch.randn(4, 3), torch.randn(8, 3)
+    program = torch.export.export(Net(), given)
+    assert any("skipway.mlp" in str(node.target) for node in program.graph.nodes)
+    assert torch.allclose(program.module()(*given), Net()(*given), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [linear, pointwise, mlp, depthwise, attention, window_attention])
+def test_autocast_lowers(make):
+    """As autocast does with a matrix product."""
+    function, arguments = make(torch.float32, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert function(*arguments).dtype == torch.bfloat16
+
+
+def test_norms_follow_their_running_statistics():
+    torch.manual_seed(4)
+    for way in ("reference", "rows"):
+        mine, theirs = (nn.BatchNorm2d(5) for _ in range(2))
+        x = maps(3, 5, 4, 4, torch.float32)
+        with kernels.only(way):
+            y = kernels.batch_norm(x, mine.weight, mine.bias, mine.running_mean, mine.running_var)
+        assert torch.allclose(y, theirs(x), atol=1e-6)
+        assert torch.allclose(mine.running_mean, theirs.running_mean)
+        assert torch.allclose(mine.running_var, theirs.running_var)
+
+
+def test_a_way_that_is_wrong_is_never_taken():
+    wrong = kernels.Kernel("wrong", lambda x: x, kernels.Way("lie", lambda x: x + 1))
+    assert wrong.way(torch.ones(3)).name == "reference"
+    assert "differs" in next(iter(wrong.found.values())).refused["lie"]
+
+
+def test_a_way_that_fails_is_never_taken():
+    def fail(x):
+        raise RuntimeError("no such operator")
+
+    failing = kernels.Kernel("failing", lambda x: x, kernels.Way("fail", fail))
+    assert failing.way(torch.ones(3)).name == "reference"
+
+
+def test_switched_off():
+    code = "from skipway import kernels; print(kernels.enabled())"
+    for value, said in (("off", "False"), ("on", "True")):
+        environment = {**os.environ, "SKIPWAY_KERNELS": value}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout.strip() == said
+    with pytest.raises(SkipwayError, match="no kernel has it"), kernels.only("magic"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.mlp(torch.ones(2, 2), torch.ones(2, 2), None, torch.ones(2, 2), None, "tan"), "one of"),
+        (lambda: kernels.depthwise(torch.ones(1, 2, 4, 4), torch.ones(2, 1, 2, 2)), "k odd"),
+        (lambda: kernels.attention(*[torch.ones(3, 1, 2, 2)] * 3, torch.ones(2, 1, 2, 2)), "divisor"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(SkipwayError, match=message):
+        call()
+
+
+class Everything(nn.Module):
+    """All that is routed, at sizes that are worth it."""
+
+    def __init__(self):
+        super().__init__()
+        self.point, self.depth = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 7, padding=3, groups=32)
+        self.norm, self.map = nn.BatchNorm2d(32), nn.Linear(32, 192)
+
+    def forward(self, x):
+        x = self.norm(self.depth(self.point(x))).flatten(2).mT
+        q, k, v = self.map(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_routed_functions_are_the_same():
+    torch.manual_seed(5)
+    plain, routed = Everything(), Everything()
+    routed.load_state_dict(plain.state_dict())
+    x = maps(16, 16, 33, 33, torch.float32)
+    y = plain(x)
+    y.square().mean().backward()
+    seen = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(str(func).split(".default")[0])
+            return func(*args, **kwargs or {})
+
+    with Routed(), Watch():
+        z = routed(x)
+    z.square().mean().backward()
+    assert {f"skipway.{name}" for name in ("linear", "pointwise", "depthwise", "batch_norm", "attention")} <= seen
+    assert torch.allclose(y, z, atol=1e-5)
+    for (name, ours), theirs in zip(routed.named_parameters(), plain.parameters(), strict=True):
+        scale = theirs.grad.abs().max()
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-3 * scale + 1e-7, name
+    for ours, theirs in zip(routed.buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(ours.double(), theirs.double(), atol=1e-6)
+
+
+INTERPRETED = """
+import torch
+from skipway import kernels
+from skipway.kernels import triton
+last = dict(memory_format=torch.channels_last)
+for dtype, allowed in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+    a, b = (torch.randn(3, 5, 7, 9).to(dtype).contiguous(**last) for _ in range(2))
+    t, u = (torch.randn(2, 300, 7).to(dtype) for _ in range(2))
+    mask = torch.tensor([0.0, 2.0, 1.0], dtype=dtype)
+    for gain in (None, torch.tensor(0.3, dtype=dtype), torch.randn(5, 1, 1).to(dtype)):
+        for m in (None, mask.view(-1, 1, 1, 1)):
+            assert triton.serves_residual(a, b, gain, m)
+            y = triton.residual(a, b, gain, m)
+            expected = a.double() + b.double() * (1 if gain is None else gain) * (1 if m is None else m)
+            assert (y - expected).abs().max() < allowed * expected.abs().max(), (dtype, gain, m)
+            assert y.stride() == b.stride()
+    assert torch.allclose(triton.residual(t, u, torch.ones(7, dtype=dtype), None), t + u, atol=allowed)
+    w, c = torch.randn(5).to(dtype), torch.randn(5).to(dtype)
+    y, mean, inverse = triton.channel_norm(a, w, c, 1e-6)
+    with kernels.off():
+        expected = kernels.channel_norm(a.float(), w.float(), c.float())
+    assert (y - expected).abs().max() < 4 * allowed
+    assert torch.allclose(mean, a.float().mean(1), atol=allowed)
+    with kernels.only("triton"):
+        x = a.float().requires_grad_()
+        kernels.residual(x, 2 * x, torch.ones(5, 1, 1)).sum().backward()
+        assert torch.allclose(x.grad, torch.full_like(x, 3.0))
+print("equal")
+"""
+
+
+def test_triton_programs_under_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "equal"
