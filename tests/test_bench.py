@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 
@@ -224,6 +225,32 @@ def test_a_damaged_line_is_named(tmp_path):
 def test_a_plan_that_cannot_be_is_refused(given, message):
     with pytest.raises(SkipwayError, match=message):
         tiny_plan(**given)
+
+
+def test_our_switches_are_on_in_their_turns_and_off_between(tmp_path, monkeypatch):
+    """With stand-ins for the allocator, the kernels and the backends."""
+    import skipway.speed as speed
+
+    kept: list[str] = []
+
+    @contextmanager
+    def keep_memory():
+        kept.append("on")
+        yield
+        kept.append("off")
+
+    monkeypatch.setattr(speed, "keep_memory", keep_memory, raising=False)
+    monkeypatch.setattr(speed, "accelerate", lambda model, example=None: kept.append("kernels"), raising=False)
+    monkeypatch.setattr(speed, "optimize", lambda model, example, **how: model, raising=False)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    modes = ["eager", "accelerate", "optimize-onnxruntime"]
+    journal = measure(tiny_plan(what=["infer", "train"], modes=modes, switches=True), tmp_path)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert not [row for row in journal.of("prepared") + journal.of("turn") if row["error"]]
+    assert kept.count("on") == kept.count("off") > 0
+    assert "kernels" in kept
+    names = {row["name"] for row in journal.of("turn") if not row["dropped"]}
+    assert {"skipway eager + switches", "skipway accelerate + switches", "skipway optimize-onnxruntime"} <= names
 
 
 def test_a_contender_says_what_it_is():

@@ -63,7 +63,7 @@ def draw(standings: Sequence[Standing], path: str | Path) -> Path:
             axis.set_axis_off()
         first = figure.axes[0]
         handles, labels = first.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 * across, frameon=False)
         path = Path(path)
         figure.savefig(path, dpi=150)
     return path
