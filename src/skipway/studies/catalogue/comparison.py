@@ -36,7 +36,7 @@ from skipway.surgery.saving import saved_bytes
 __all__ = ["Comparison"]
 
 TRAINED = 0.5
-"""Test error of the median seed below which a net has learned: of four channels without norm a stem may pass little."""
+"""Test error of the median seed below which a net has learned: without norm one seed hardly does at any depth."""
 RATES = (0.01, 0.1, 1.0)
 ROUNDS = 20
 # schemes whose own option takes the norm out; the others get a scalar of 1 whose scheme does
