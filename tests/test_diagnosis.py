@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -371,3 +373,30 @@ def test_jacobians_need_no_real_inputs():
     assert found.whole is None
     assert found.shattering is None
     assert len(found.mean_square) == 1
+
+
+DEEP = """
+import torch
+from torch import nn
+from skipway.diagnosis.passes import jacobians
+from skipway.diagnosis.subject import Subject
+from skipway.studies.chains import block_chain
+
+subject = Subject(nn.Sequential(*block_chain("skipinit", 800, width=4)), torch.randn(8, 4), torch.zeros(8, dtype=int))
+subject.probed()
+jacobians(subject)
+print("done")
+"""
+
+
+def test_graphs_of_deep_networks_are_taken_apart_piece_by_piece():
+    """With a small stack 800 branches are as 20,000: a graph with hooks that was dropped as a whole overflowed it."""
+    resource = pytest.importorskip("resource")
+    stack = 300 * 1024
+    done = subprocess.run(
+        [sys.executable, "-c", DEEP],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (stack, stack)),
+    )
+    assert done.stdout == "done\n", done.stderr

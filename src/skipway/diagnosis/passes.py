@@ -91,21 +91,18 @@ def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) 
         cotangent = torch.randn_like(output)
         first = gradient_of(output, real, cotangent, retain_graph=True)
         subject.passes += share
-        pending: dict[str, Tensor] = {}
-        for name, edges in probe.readings.edges.items():
-            vector = torch.randn(edges.shape, device=output.device, dtype=output.dtype)
-            (pulled,) = torch.autograd.grad(edges.after, edges.before, vector, retain_graph=True, allow_unused=True)
-            if pulled is not None:
-                pending[name] = pulled.float().square().sum() / vector.float().square().sum()
+        pending = squared(probe.readings.edges, output)
         subject.passes += share * 2 / 3
         mean_square = dict(zip(pending, torch.stack(list(pending.values())).tolist() if pending else [], strict=True))
         if iterations:
-            edges = dict(probe.readings.edges)
+            whole_edges = {}
             if first is not None and real is not None:
-                edges[WHOLE] = Edges(get_gradient_edge(real), get_gradient_edge(output), output.shape)
-            largest = largest_values(edges, output, iterations)
+                whole_edges[WHOLE] = Edges(get_gradient_edge(real), get_gradient_edge(output), output.shape)
+            largest = largest_values({**probe.readings.edges, **whole_edges}, output, iterations)
+            del whole_edges
             subject.passes += 2 * iterations * share
-        del output, probe
+        del output
+        probe.release()
     shattering = whole = None
     if first is not None:
         whole = float(first.float().square().sum() / cotangent.float().square().sum())
@@ -115,6 +112,17 @@ def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) 
 
 WHOLE = " the whole"
 """No module has this name."""
+
+
+def squared(edges: dict[str, Edges], output: Tensor) -> dict[str, Tensor]:
+    """|Jᵀv|² / |v|² for a random v at each connection."""
+    found: dict[str, Tensor] = {}
+    for name, edge in edges.items():
+        vector = torch.randn(edge.shape, device=output.device, dtype=output.dtype)
+        (pulled,) = torch.autograd.grad(edge.after, edge.before, vector, retain_graph=True, allow_unused=True)
+        if pulled is not None:
+            found[name] = pulled.float().square().sum() / vector.float().square().sum()
+    return found
 
 
 def neighbour_correlation(subject: Subject, first: Tensor, cotangent: Tensor, distance: float) -> float:

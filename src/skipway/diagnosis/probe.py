@@ -93,6 +93,7 @@ class Probe(TorchFunctionMode):
         self.readings = Readings()
         self.calls = self.passed = 0
         self.handles: list[Any] = []
+        self.nodes: list[GradientEdge] = []
 
     def __enter__(self):
         for name in self.layers if self.forward else ():
@@ -148,11 +149,24 @@ class Probe(TorchFunctionMode):
             raise changed(connection)
         if self.forward:
             read_stream(row, result)
+        if result.requires_grad:
+            self.nodes.append(get_gradient_edge(result))
         if self.backward:
             listen(result, row, "gradient_after", lambda gradient: after.update({"": gradient.detach()}))
         if before is not None and result.requires_grad:
             self.readings.edges[connection.name] = Edges(before, get_gradient_edge(result), result.shape)
         return result
+
+    def release(self) -> None:
+        """Let go of the graph from its end on, one connection after the other, when nothing else holds it any more.
+
+        A graph with hooks that is dropped as a whole is taken apart by one call within the other, which at some
+        thousands of connections overflows the stack.
+        """
+        while self.readings.edges:
+            self.readings.edges.popitem()
+        while self.nodes:
+            self.nodes.pop()
 
     def layer(self, name: str) -> Callable[..., None]:
         def read(module: nn.Module, given: Any, out: Any) -> None:

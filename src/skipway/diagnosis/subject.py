@@ -185,7 +185,9 @@ class Subject:
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(parameters, found, strict=True)
         ]
-        return loss.detach(), main_output(output).detach(), gradients, probe.readings
+        loss, output = loss.detach(), main_output(output).detach()
+        probe.release()
+        return loss, output, gradients, probe.readings
 
 
 def count(inputs: Example) -> int:
