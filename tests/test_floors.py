@@ -84,9 +84,9 @@ def test_public_names_are_pinned():
         *("DepthScaled", "Diagnosis", "DivergedError", "Fixup", "Identity", "Kit", "LayerScale"),
         *("MissingExtraError", "NormFree", "Placement", "Plain", "PreActivation", "ReZero", "ResNet"),
         *("ResNetConfig", "Residual", "Scheme", "Site", "SkipInit", "SkipwayError", "StochasticDepth"),
-        *("ZeroInit", "__version__", "build", "chain", "deepen", "diagnose", "features", "fold"),
+        *("ZeroInit", "__version__", "accelerate", "build", "chain", "deepen", "diagnose", "features", "fold"),
         *("from_pretrained", "initialise_"),
-        *("lesion", "load", "param_groups", "projection", "remove_norm", "rescheme", "shorten"),
+        *("lesion", "load", "optimize", "param_groups", "projection", "remove_norm", "rescheme", "shorten"),
         "stage_features",
     ]
     for name in sw.__all__:

@@ -87,13 +87,7 @@ def pointwise(dtype, odd):
     )
 
 
-def batch_norm(dtype, odd):
-    n, c, side = (3, 5, 7) if odd else (4, 8, 8)
-    own = (torch.rand(c, dtype=dtype) + 0.5, torch.randn(c, dtype=dtype))
-    return kernels.batch_norm, (maps(n, c, side, side, dtype), *own)
-
-
-ALL = [linear, pointwise, mlp, residual, depthwise, channel_norm, batch_norm, batch_norm_relu, attention]
+ALL = [linear, pointwise, mlp, residual, depthwise, channel_norm, batch_norm_relu, attention]
 ALL += [window_attention]
 WAYS = sorted({way.name for each in KERNELS for way in each.ways} - {"triton"})
 
@@ -133,7 +127,7 @@ def test_derivatives(make):
     given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
     if function is kernels.residual:
         given[3].requires_grad_(False)
-    for way in ("blocks", "tiles", "rows", "product"):
+    for way in ("blocks", "tiles", "product"):
         with kernels.only(way):
             assert torch.autograd.gradcheck(function, tuple(given), fast_mode=True)
 
@@ -145,7 +139,6 @@ OPERATORS = {
     residual: "residual",
     depthwise: "depthwise",
     channel_norm: "channel_norm",
-    batch_norm: "batch_norm",
     batch_norm_relu: "batch_norm_relu",
     attention: "attention",
 }
@@ -156,7 +149,7 @@ def test_operators_are_proper(make):
     """torch's own check of schema, autograd registration and shape function."""
     arguments = list(make(torch.float32, True)[1])
     arguments = arguments[:2] if make is pointwise else arguments
-    arguments += {channel_norm: [1e-6], batch_norm: [1e-5], batch_norm_relu: [1e-5], attention: [None]}.get(make, [])
+    arguments += {channel_norm: [1e-6], batch_norm_relu: [1e-5], attention: [None, True]}.get(make, [])
     given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
     if make is residual:
         given[3].requires_grad_(False)
@@ -195,14 +188,12 @@ def test_autocast_lowers(make):
 
 def test_norms_follow_their_running_statistics():
     torch.manual_seed(4)
-    for way in ("reference", "rows"):
-        mine, theirs = (nn.BatchNorm2d(5) for _ in range(2))
-        x = maps(3, 5, 4, 4, torch.float32)
-        with kernels.only(way):
-            y = kernels.batch_norm(x, mine.weight, mine.bias, mine.running_mean, mine.running_var)
-        assert torch.allclose(y, theirs(x), atol=1e-6)
-        assert torch.allclose(mine.running_mean, theirs.running_mean)
-        assert torch.allclose(mine.running_var, theirs.running_var)
+    mine, theirs = (nn.BatchNorm2d(5) for _ in range(2))
+    x = maps(3, 5, 4, 4, torch.float32)
+    y = kernels.batch_norm_relu(x, mine.weight, mine.bias, mine.running_mean, mine.running_var)
+    assert torch.allclose(y, theirs(x).relu(), atol=1e-6)
+    assert torch.allclose(mine.running_mean, theirs.running_mean)
+    assert torch.allclose(mine.running_var, theirs.running_var)
 
 
 def test_a_way_that_is_wrong_is_never_taken():
@@ -273,7 +264,7 @@ def test_routed_functions_are_the_same():
     with Routed(), Watch():
         z = routed(x)
     z.square().mean().backward()
-    assert {f"skipway.{name}" for name in ("linear", "pointwise", "depthwise", "batch_norm", "attention")} <= seen
+    assert {f"skipway.{name}" for name in ("linear", "pointwise", "depthwise", "attention")} <= seen
     assert torch.allclose(y, z, atol=1e-5)
     for (name, ours), theirs in zip(routed.named_parameters(), plain.parameters(), strict=True):
         scale = theirs.grad.abs().max()

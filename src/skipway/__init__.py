@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         ZeroInit,
     )
     from skipway.site import Kit, Placement, Site
+    from skipway.speed import accelerate, optimize
     from skipway.surgery import deepen, lesion, remove_norm, rescheme, shorten
     from skipway.taps import features, stage_features
     from skipway.training.using import from_pretrained
@@ -66,6 +67,7 @@ _HOME = {
         "ZeroInit",
     ),
     "site": ("Kit", "Placement", "Site"),
+    "speed": ("accelerate", "optimize"),
     "surgery": ("deepen", "lesion", "remove_norm", "rescheme", "shorten"),
     "taps": ("features", "stage_features"),
     "training.using": ("from_pretrained",),

@@ -9,9 +9,9 @@ kind (`choices()` tells); `off()` or SKIPWAY_KERNELS=off leaves the reference al
 from skipway.kernels.attention import attention, window_attention
 from skipway.kernels.choosing import Choice, Kernel, Way, choices, enabled, forget, off, only
 from skipway.kernels.depthwise import depthwise
-from skipway.kernels.linear import linear, pointwise
+from skipway.kernels.maps import linear, pointwise
 from skipway.kernels.mlp import ACTIVATIONS, mlp
-from skipway.kernels.norms import batch_norm, batch_norm_relu, channel_norm
+from skipway.kernels.norms import batch_norm_relu, channel_norm
 from skipway.kernels.residual import residual
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Kernel",
     "Way",
     "attention",
-    "batch_norm",
     "batch_norm_relu",
     "channel_norm",
     "choices",

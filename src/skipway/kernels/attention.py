@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from skipway.errors import SkipwayError
 from skipway.kernels.casting import lowered
 from skipway.kernels.choosing import Way, enabled, kernel
+from skipway.kernels.door import has_door, opened
 
 __all__ = ["attention", "window_attention"]
 
@@ -18,27 +19,42 @@ CACHE = 1 << 21
 """Bytes of logits that are computed at a time."""
 
 
-def copied(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """One bias for every window of every image, written out where it is not the same for all."""
+def whole(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keeps: bool) -> tuple[Tensor, Tensor]:
+    """The output, and the weights where they are to be kept (else nothing)."""
+    if keeps:
+        share = weights(q, k, bias).to(v.dtype)
+        return share @ v, share
     if bias is not None and len(bias) > 1:
         bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias), q.new_empty(0)
 
 
-def in_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keeps: bool) -> tuple[Tensor, Tensor]:
     """A few images at a time, whose logits stay in the cache and take the bias by broadcasting."""
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    for query, key, value, y in zip(*(blocks(each, q, k, bias) for each in (q, k, v, out)), strict=True):
-        torch.matmul(weights(query, key, bias).to(v.dtype), value, out=y)
-    return out
+    kept = [q.new_empty(0)]
+    if keeps:
+        kept = [q.new_empty(*q.shape[:-1], k.shape[-2])]
+    parts = zip(*(blocks(each, q, k, bias) for each in (q, k, v, out, kept[0] if keeps else out)), strict=True)
+    for query, key, value, y, slot in parts:
+        share = weights(query, key, bias).to(v.dtype)
+        torch.matmul(share, value, out=y)
+        if keeps:
+            slot.copy_(share)
+    return out, kept[0]
 
 
 def weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √d + B) of whole images, in float32 at least: (n · windows, heads, T, S)."""
-    logits = wide(q) * q.shape[-1] ** -0.5 @ wide(k).mT
+    logits = (wide(q) @ wide(k).mT).mul_(q.shape[-1] ** -0.5)
     if bias is not None:
         logits.unflatten(0, (-1, len(bias))).add_(bias)
     return torch.softmax(logits, -1)
+
+
+def small(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the weights are no larger than q, k and v: then they are kept for backward and not computed again."""
+    return k.shape[-2] <= 2 * k.shape[-1] + v.shape[-1]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -57,14 +73,14 @@ def on_cpu(q: Tensor, *others: Any) -> bool:
     return q.device.type == "cpu"
 
 
-forward = kernel("attention", copied, Way("blocks", in_blocks, on_cpu))
+forward = kernel("attention", whole, Way("blocks", in_blocks, on_cpu), Way("onednn", opened(in_blocks), has_door))
 
 
 def backward_whole(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Through the weights, computed again; the last is empty where there is no bias."""
-    share = weights(q, k, bias)
+    """Through the weights, computed again where none were kept; the last is empty where there is no bias."""
+    share = kept if kept.numel() else weights(q, k, bias)
     to_v = share.to(v.dtype).mT @ gradient
     within = wide(gradient) @ wide(v).mT
     within = within.sub_((within * share).sum(-1, keepdim=True)).mul_(share)
@@ -74,51 +90,60 @@ def backward_whole(
 
 
 def backward_in_blocks(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found = [torch.empty_like(each) for each in (q, k, v)]
     to_bias: Tensor | int = 0
-    for part, *slots in zip(*(blocks(each, q, k, bias) for each in (gradient, q, k, v, *found)), strict=True):
-        *grads, own = backward_whole(part, slots[0], slots[1], slots[2], bias)
-        for slot, grad in zip(slots[3:], grads, strict=True):
+    tensors = (gradient, q, k, v, kept if kept.numel() else q, *found)
+    for part, query, key, value, share, *slots in zip(*(blocks(each, q, k, bias) for each in tensors), strict=True):
+        share = share if kept.numel() else kept
+        *grads, own = backward_whole(part, query, key, value, bias, share)
+        for slot, grad in zip(slots, grads, strict=True):
             slot.copy_(grad)
         to_bias = to_bias + own
     return (*found, to_bias)  # type: ignore[return-value]
 
 
-backward_kernel = kernel("attention backward", backward_whole, Way("blocks", backward_in_blocks, on_cpu))
+backward_kernel = kernel(
+    "attention backward",
+    backward_whole,
+    Way("blocks", backward_in_blocks, on_cpu),
+    Way("onednn", opened(backward_in_blocks), has_door),
+)
 
 
 @torch.library.custom_op("skipway::attention", mutates_args=())
-def operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return forward(q, k, v, bias).contiguous()
+def operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keeps: bool) -> tuple[Tensor, Tensor]:
+    out, kept = forward(q, k, v, bias, keeps)
+    return out.contiguous(), kept
 
 
 @operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Any, keeps: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty((*q.shape[:-1], k.shape[-2]) if keeps else 0)
 
 
 @torch.library.custom_op("skipway::attention_backward", mutates_args=())
 def backward_operator(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *found, to_bias = backward_kernel(gradient, q, k, v, bias)
+    *found, to_bias = backward_kernel(gradient, q, k, v, bias, kept)
     return *found, to_bias.to(q.dtype if bias is None else bias.dtype)
 
 
 @backward_operator.register_fake
-def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any) -> tuple[Tensor, ...]:
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, kept: Tensor) -> tuple[Tensor, ...]:
     return (*(torch.empty_like(each) for each in (q, k, v)), q.new_empty(0) if bias is None else torch.empty_like(bias))
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
     *found, to_bias = backward_operator(gradient, *ctx.saved_tensors)
-    return *found, to_bias if ctx.needs_input_grad[3] else None
+    return *found, to_bias if ctx.needs_input_grad[3] else None, None
 
 
 operator.register_autograd(backward, setup_context=keep)
@@ -130,8 +155,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     torch's fused attention on a CPU is made for long sequences: at a few hundred tokens its backward costs more than
     three plain products. It takes one bias per window of every image, which is as large as all logits, and writes all
     weights out where the bias is learned. Here logits are computed a few images at a time and take the bias by
-    broadcasting; for backward q, k, v and B are kept and the weights computed again. Logits and weights are in float32
-    also where the rest is in 16 bits.
+    broadcasting; for backward q, k, v and B are kept, the weights too where they are no larger (windows), else they are
+    computed again. Logits are in float32 also where the rest is in 16 bits.
 
     Shapes: q (N, heads, T, d), k (N, heads, S, d), v (N, heads, S, e), B (1, heads, T, S), or (W, heads, T, S) where
     image or window i takes B[i mod W] → (N, heads, T, e). First derivatives only; second ones exist under `off()`.
@@ -150,7 +175,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
             f"bias of shape {tuple(bias.shape)} for q {tuple(q.shape)}: the rule is (W, heads, T, S), W a divisor of N"
         )
     q, k, v, bias = lowered(q, k, v, bias)  # type: ignore[assignment]
-    return operator(q, k, v, bias) if enabled() and q.numel() else copied(q, k, v, bias)
+    if not enabled() or not q.numel():
+        return whole(q, k, v, bias, False)[0]
+    learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (q, k, v, bias))
+    return operator(q, k, v, bias, learns and small(q, k, v))[0]
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

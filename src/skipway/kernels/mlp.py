@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from skipway.errors import SkipwayError
 from skipway.kernels.casting import lowered
 from skipway.kernels.choosing import Way, enabled, kernel
-from skipway.kernels.linear import product
+from skipway.kernels.maps import product
 
 __all__ = ["ACTIVATIONS", "mlp"]
 

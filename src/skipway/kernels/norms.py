@@ -11,10 +11,7 @@ from torch.nn import functional as F
 from skipway.kernels import triton
 from skipway.kernels.choosing import Way, enabled, kernel
 
-__all__ = ["batch_norm", "batch_norm_relu", "channel_norm"]
-
-CACHE = 1 << 20
-"""Bytes of a map that backward works on at a time."""
+__all__ = ["batch_norm_relu", "channel_norm"]
 
 
 def rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,68 +100,6 @@ def in_place(
     return (y if shortcut is None else y.add_(shortcut)).relu_(), mean, inverse
 
 
-def through_statistics(
-    gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.native_batch_norm_backward(
-        gradient, x, weight, None, None, mean, inverse, True, 0.0, [True, True, True]
-    )
-
-
-def through_rows(
-    gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """With x̂ = (x − μ)/s and means over all pixels, ∂x = (g/s)(∂y − mean(∂y) − x̂ mean(∂y x̂)) (Ioffe & Szegedy 2015,
-    sec. 3), which is a ∂y + b x + c with three numbers per channel: one pass for two sums, one for the result.
-    """
-    total = torch.promote_types(x.dtype, torch.float32)
-    to_bias = torch.zeros(x.shape[1], dtype=total)
-    product = torch.zeros_like(to_bias)
-    to_x = torch.empty_like(x)
-    step = max(1, CACHE // (x[0].numel() * x.element_size()))
-    parts = [lines(each).split(step * x.shape[2] * x.shape[3]) for each in (gradient, x, to_x)]
-    for g, given, _ in zip(*parts, strict=True):
-        to_bias += g.sum(0, dtype=total)
-        product += (g * given).sum(0, dtype=total)
-    mean, inverse = mean.to(total), inverse.to(total)
-    to_weight = (product - mean * to_bias) * inverse
-    count = x.numel() / x.shape[1]
-    a = weight.to(total) * inverse
-    b = -a * inverse * to_weight / count
-    c = -a * to_bias / count - b * mean
-    a, b, c = (each.to(x.dtype) for each in (a, b, c))
-    for g, given, out in zip(*parts, strict=True):
-        torch.addcmul(c, g, a, out=out).addcmul_(given, b)
-    return to_x, to_weight.to(weight.dtype), to_bias.to(weight.dtype)
-
-
-def lines(x: Tensor) -> Tensor:
-    """Pixels as rows of a map that lies channels-last."""
-    return x.movedim(1, -1).flatten(0, -2)
-
-
-def serves_rows(gradient: Tensor, x: Tensor, *others: Any) -> bool:
-    wide = x.dtype in (torch.float32, torch.float64)
-    last = all(each.is_contiguous(memory_format=torch.channels_last) for each in (gradient, x))
-    return x.device.type == "cpu" and wide and last
-
-
-statistics = kernel("batch norm backward", through_statistics, Way("rows", through_rows, serves_rows))
-
-
-@torch.library.custom_op("skipway::batch_norm_backward", mutates_args=())
-def statistics_operator(
-    gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return statistics(gradient.contiguous(memory_format=layout), x, weight, mean, inverse)
-
-
-@statistics_operator.register_fake
-def _(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
 normalise = kernel("batch norm relu", separate, Way("in place", in_place))
 
 
@@ -196,57 +131,13 @@ def keep_batch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def backward_batch(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
     x, weight, y, mean, inverse = ctx.saved_tensors
     passed = torch.ops.aten.threshold_backward(gradient, y, 0)
-    to_x, to_weight, to_bias = statistics_operator(passed, x, weight, mean, inverse)
+    to_x, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
+        passed, x, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True]
+    )
     return to_x, to_weight, to_bias, passed if ctx.added else None, None
 
 
 batch_operator.register_autograd(backward_batch, setup_context=keep_batch)
-
-
-@torch.library.custom_op("skipway::batch_norm", mutates_args=())
-def plain_operator(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-
-
-plain_operator.register_fake(lambda x, weight, bias, eps: shapes(x))
-
-
-def keep_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:2], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def backward_plain(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    return *statistics_operator(gradient, *ctx.saved_tensors), None
-
-
-plain_operator.register_autograd(backward_plain, setup_context=keep_plain)
-
-
-def batch_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    *,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """y = g ⊙ (x − μ) / √(σ² + ε) + b with the batch's μ and σ², whose backward takes two passes on channels-last maps.
-
-    Shapes: x (N, C, H, W); weight, bias and running statistics (C,) → (N, C, H, W).
-
-    >>> y = batch_norm(torch.randn(4, 3, 2, 2), torch.ones(3), torch.zeros(3))
-    >>> bool(y.mean((0, 2, 3)).abs().max() < 1e-5)
-    True
-    """
-    if enabled():
-        y, mean, inverse = plain_operator(x, weight, bias, eps)
-    else:
-        y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-    follow(running_mean, running_var, x, mean, inverse, momentum, eps)
-    return y
 
 
 def follow(

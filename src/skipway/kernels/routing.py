@@ -13,8 +13,7 @@ from torch.overrides import TorchFunctionMode
 from skipway.kernels.attention import attention
 from skipway.kernels.choosing import enabled
 from skipway.kernels.depthwise import depthwise
-from skipway.kernels.linear import linear, pointwise, worthwhile
-from skipway.kernels.norms import batch_norm
+from skipway.kernels.maps import linear, pointwise, worthwhile
 
 __all__ = ["ROUTES", "Routed"]
 
@@ -72,26 +71,10 @@ def take_attention(
     return attention(q, k, v, attn_mask)
 
 
-def take_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    if not training or x.ndim != 4 or x.numel() < LARGE or weight is None or bias is None:
-        return NotImplemented
-    return batch_norm(x, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
-
-
 ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: take_linear,
     F.conv2d: take_convolution,
     F.scaled_dot_product_attention: take_attention,
-    F.batch_norm: take_batch_norm,
 }
 """What is taken, and by what; a route answers NotImplemented where it has nothing better."""
 

@@ -31,12 +31,17 @@ class DropPath(nn.Module):
             raise SkipwayError(f"probability={probability}: the rule is 0 <= p < 1; at 1 nothing would be left")
         self.probability = probability
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mask(self, x: Tensor) -> Tensor | None:
+        """What the samples of x are multiplied with in this pass: m/(1-p) of shape (N, 1, …), None in eval."""
         if not self.training or self.probability == 0.0:
-            return x
+            return None
         keep = 1.0 - self.probability
         mask = torch.empty((x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device=x.device)
-        return x * mask.bernoulli_(keep).div_(keep)
+        return mask.bernoulli_(keep).div_(keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.mask(x)
+        return x if mask is None else x * mask
 
     def extra_repr(self) -> str:
         return f"{self.probability:g}"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from skipway.kernels.casting import lowered
 from skipway.kernels.choosing import Way, enabled, kernel
+from skipway.kernels.door import has_door, opened
 
 __all__ = ["linear", "pointwise", "product", "worthwhile"]
 
@@ -40,6 +41,13 @@ product = kernel("linear", plain, Way("onednn", onednn, on_cpu))
 """x Wᵀ + b by the quickest way; no gradient passes (see `linear`)."""
 
 
+def pairs(gradient: Tensor, x: Tensor) -> Tensor:
+    return gradient.t() @ x
+
+
+to_weight = kernel("linear to weight", pairs, Way("onednn", opened(pairs), has_door))
+
+
 @torch.library.custom_op("skipway::linear", mutates_args=())
 def operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x, weight, bias)
@@ -58,17 +66,39 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    to_x = to_weight = to_bias = None
+    to_x = to_own = to_bias = None
     if ctx.needs_input_grad[0]:
         to_x = operator(gradient, weight.t().contiguous(), None)
     if ctx.needs_input_grad[1]:
-        to_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        to_own = weight_operator(gradient.flatten(0, -2), x.flatten(0, -2))
     if ctx.biased and ctx.needs_input_grad[2]:
         to_bias = gradient.flatten(0, -2).sum(0)
-    return to_x, to_weight, to_bias
+    return to_x, to_own, to_bias
 
 
 operator.register_autograd(backward, setup_context=keep)
+
+
+@torch.library.custom_op("skipway::linear_weight", mutates_args=())
+def weight_operator(gradient: Tensor, x: Tensor) -> Tensor:
+    return to_weight(gradient, x).contiguous()
+
+
+@weight_operator.register_fake
+def _(gradient: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(gradient.shape[1], x.shape[1])
+
+
+def keep_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def backward_pairs(ctx: Any, second: Tensor) -> tuple[Tensor, Tensor]:
+    gradient, x = ctx.saved_tensors
+    return operator(x, second, None), operator(gradient, second.t().contiguous(), None)
+
+
+weight_operator.register_autograd(backward_pairs, setup_context=keep_pairs)
 
 
 def worthwhile(x: Tensor, weight: Tensor) -> bool:
@@ -123,7 +153,7 @@ def weight_as_convolution(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def weight_as_product(gradient: Tensor, x: Tensor) -> Tensor:
-    return gradient.movedim(1, -1).flatten(0, -2).t() @ x.movedim(1, -1).flatten(0, -2)
+    return to_weight(gradient.movedim(1, -1).flatten(0, -2), x.movedim(1, -1).flatten(0, -2))
 
 
 def both_last(gradient: Tensor, x: Tensor) -> bool:

@@ -1,0 +1,145 @@
+"""`accelerate(model)`: kernels in anybody's network, in place, for training and inference."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipway import kernels
+from skipway.errors import SkipwayError
+from skipway.folding import computes, hooked
+from skipway.kernels.routing import Routed
+from skipway.nn import DropPath, Gain, Residual
+from skipway.surgery.admission import admitted
+from skipway.surgery.operation import Operation
+from skipway.surgery.verifying import difference, outputs
+from skipway.tracing import Example
+
+__all__ = ["accelerate"]
+
+TOLERANCE = 1e-3
+"""How far outputs may move, over the largest: sums in another order, through a hundred layers."""
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: float = TOLERANCE) -> Operation:
+    """Let linear maps, 1 × 1 and depthwise convolutions, batch norms and attention on the CPU be computed by
+    `skipway.kernels`, in anybody's network, in place; our residual connections end in one pass, on a GPU too.
+
+    Classes are swapped for subclasses whose forward routes torch's functions (`kernels.routing.ROUTES`), so keys,
+    `isinstance`, hooks and checkpointing survive, and code that calls functions instead of modules is reached. Each
+    kernel measures its ways at first use and never takes one that is slower or that differs. Gradients are those of
+    plain torch up to rounding. Under `torch.compile` the network is left as it was: the compiler has its own kernels.
+
+    Args:
+        model: any module.
+        example: what the model is called with; outputs are compared on it, and everything is put back where they move.
+        tolerance: the largest difference over the largest output that is allowed.
+
+    Raises:
+        SkipwayError: the model cannot be operated on, was accelerated already, or outputs moved.
+
+    >>> layer = nn.Linear(512, 512)
+    >>> operation = accelerate(layer, torch.randn(64, 512))
+    >>> operation.report["difference"] < 1e-4, type(operation.undo())
+    (True, <class 'torch.nn.modules.linear.Linear'>)
+    """
+    model = admitted(model)
+    if any(is_routed(module) for module in model.modules()):
+        raise SkipwayError(f"{type(model).__name__} is accelerated already; undo that first")
+    before = None if example is None else outputs(model, example)
+    operation = Operation(model, f"{type(model).__name__} computes by kernels", {}, {}, {})
+    touched, refused = {}, {}
+    for name, module in model.named_modules():
+        if reason := unfit(module, module is model):
+            if reason != "nothing to do":
+                refused[name] = reason
+            continue
+        kind = type(module)
+        try:
+            module.__class__ = routed(kind)
+        except TypeError as problem:
+            refused[name] = f"the class {kind.__name__} cannot be derived from: {problem}"
+            continue
+        operation.steps.append(partial(setattr, module, "__class__", kind))
+        touched[name] = kind.__name__
+    operation.touched, operation.refused = touched, refused
+    if before is not None and example is not None:
+        try:
+            gap = difference(before, outputs(model, example))
+            if not gap <= tolerance:
+                raise SkipwayError(f"outputs moved by {gap:.2g} of the largest, more than tolerance={tolerance:g}")
+        except BaseException:
+            operation.undo()
+            raise
+        operation.report = {"difference": gap}
+    return operation
+
+
+def unfit(module: nn.Module, root: bool) -> str | None:
+    """Why a module stays what it is; None where it is routed."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if isinstance(module, CONTAINERS) and not root:
+        return "nothing to do"
+    if next(module.parameters(), None) is None and not root:
+        return "nothing to do"
+    return None
+
+
+def is_routed(module: nn.Module) -> bool:
+    return hasattr(type(module), "unrouted")
+
+
+class Active(threading.local):
+    """Whether the functions of this thread's forward pass are routed already."""
+
+    now = False
+
+
+ACTIVE = Active()
+
+
+@cache
+def routed(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `kind` whose forward is routed; the outermost module of a call routes for all within."""
+    own = epilogue if kind.forward is Residual.forward else kind.forward
+
+    def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return kind.forward(self, *given, **named)
+        if ACTIVE.now:
+            return own(self, *given, **named)
+        ACTIVE.now = True
+        try:
+            with Routed():
+                return own(self, *given, **named)
+        finally:
+            ACTIVE.now = False
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "unrouted": kind})
+
+
+def epilogue(self: Any, x: Tensor) -> Tensor:
+    """A connection whose gain, stochastic depth and addition are one pass."""
+    h = self.pre(x)
+    branch, gain, mask = self.branch(h), None, None
+    if simple(self.scale, Gain):
+        gain = (self.scale.factor * self.scale.gain).view(self.scale.shape)
+    else:
+        branch = self.scale(branch)
+    if simple(self.drop, DropPath):
+        mask = self.drop.mask(branch)
+    else:
+        branch = self.drop(branch)
+    return self.post(kernels.residual(self.shortcut(x, h), branch, gain, mask))
+
+
+def simple(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a slot holds what the kernel computes, and nobody watches it."""
+    routed_kind = getattr(type(module), "unrouted", None)
+    return not hooked(module) and (routed_kind is kind or computes(module, (kind,)))

@@ -1,0 +1,142 @@
+"""What runs a network in inference: torch's operators, its compiler, onnxruntime, OpenVINO."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipway.errors import MissingExtraError, SkipwayError
+from skipway.export import export_onnx
+from skipway.kernels.routing import Routed
+from skipway.registry import Registry
+from skipway.speed.allocation import keep_memory
+
+__all__ = ["BACKENDS", "PRECISIONS", "Backend"]
+
+Run = Callable[[Tensor], Tensor]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What products are computed in."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a network that is in eval and folded.
+
+    Args:
+        build: a network, an example input and a precision → what takes inputs of the example's shape.
+        needs: packages beside torch.
+        extra: the extra of Skipway that installs them.
+        precisions: those that it offers.
+        devices: the types of device that it runs on; any, where none is named.
+    """
+
+    build: Callable[[nn.Module, Tensor, str], Run]
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    devices: tuple[str, ...] = ()
+
+    def obstacle(self, example: Tensor, precision: str) -> SkipwayError | None:
+        """Why it cannot be used here; None where it can."""
+        missing = next((package for package in self.needs if find_spec(package) is None), None)
+        if missing is not None:
+            return MissingExtraError(missing, self.extra, "this backend")
+        if precision not in self.precisions:
+            return SkipwayError(f"precision={precision!r}: this backend offers {', '.join(self.precisions)}")
+        if self.devices and example.device.type not in self.devices:
+            return SkipwayError(
+                f"the model is on {example.device.type}: this backend runs on {', '.join(self.devices)}"
+            )
+        return None
+
+
+def as_maps(x: Tensor) -> Tensor:
+    """Channels-last, where x is a batch of maps."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def eager(model: nn.Module, example: Tensor, precision: str) -> Run:
+    """torch's own operators, channels-last, products by the quickest library, freed memory kept during the call."""
+    dtype = PRECISIONS[precision]
+    model = model.to(dtype=dtype) if precision != "float32" else model
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def run(x: Tensor) -> Tensor:
+        with keep_memory(release=False), Routed():
+            return model(as_maps(x.to(dtype) if precision != "float32" else x)).to(x.dtype)
+
+    return run
+
+
+def inductor(model: nn.Module, example: Tensor, precision: str) -> Run:
+    """torch's compiler with weights as constants: folded and packed for the machine."""
+    from torch._inductor import config
+
+    dtype = PRECISIONS[precision]
+    model = model.to(dtype=dtype) if precision != "float32" else model
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    compiled = torch.compile(model, dynamic=False, options={"freezing": True})
+
+    def run(x: Tensor) -> Tensor:
+        with keep_memory(release=False), config.patch(freezing=True):
+            return compiled(as_maps(x.to(dtype) if precision != "float32" else x)).to(x.dtype)
+
+    return run
+
+
+def onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Run:
+    """onnxruntime on the CPU, through an export to ONNX."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, path, example, tolerance=None)
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: x.contiguous().numpy()})[0])
+
+    return run
+
+
+def openvino(model: nn.Module, example: Tensor, precision: str) -> Run:
+    """OpenVINO on the CPU, through its own reader of torch's traces."""
+    import openvino
+
+    core = openvino.Core()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer tells of every Python branch
+        converted = openvino.convert_model(model, example_input=example, input=[tuple(example.shape)])
+    settings = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = core.compile_model(converted, "CPU", settings).create_infer_request()
+
+    def run(x: Tensor) -> Tensor:
+        tensor: Any = openvino.Tensor(x.contiguous().numpy(), shared_memory=True)
+        return torch.from_numpy(request.infer([tensor])[0].copy())
+
+    return run
+
+
+BACKENDS: Registry[Backend] = Registry("backend")
+"""Backends by name, those that are ready at once first."""
+BACKENDS.add("eager", Backend(eager))
+BACKENDS.add("openvino", Backend(openvino, ("openvino",), "openvino", devices=("cpu",)))
+BACKENDS.add("onnxruntime", Backend(onnxruntime, ("onnx", "onnxscript", "onnxruntime"), "onnx", ("float32",), ("cpu",)))
+BACKENDS.add("inductor", Backend(inductor))
