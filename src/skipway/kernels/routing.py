@@ -15,7 +15,7 @@ from skipway.kernels.choosing import enabled
 from skipway.kernels.depthwise import depthwise
 from skipway.kernels.maps import linear, pointwise, worthwhile
 
-__all__ = ["ROUTES", "Routed"]
+__all__ = ["ROUTES", "Packed", "Routed"]
 
 LARGE = 1 << 18
 """Numbers in a tensor below which torch's own function is as good: an operator written in Python costs some 50 µs."""
@@ -90,11 +90,48 @@ class Routed(TorchFunctionMode):
     True
     """
 
+    def taken(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a kernel computes in the function's place; NotImplemented where none is better."""
+        route = ROUTES.get(func)
+        return NotImplemented if route is None else route(*args, **kwargs)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        route = ROUTES.get(func)
-        if route is not None and enabled() and args and args[0].device.type == "cpu":
-            found = route(*args, **kwargs)
+        if enabled() and args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
+            found = self.taken(func, args, kwargs)
             if found is not NotImplemented:
                 return found
         return func(*args, **kwargs)
+
+
+class Packed(Routed):
+    """`Routed` for inference with weights that no longer change: those of a model's linear maps lie as oneDNN's
+    products want them, in float32 and bfloat16, beside the weights themselves.
+
+    Args:
+        model: whose `torch.nn.Linear` weights are packed.
+        rows: of the inputs that they are packed for: products of other sizes are right as well, and may be slower.
+
+    >>> layer, x = torch.nn.Linear(64, 64), torch.randn(256, 64)
+    >>> with torch.no_grad(), Packed(layer, 256):
+    ...     y = layer(x)
+    >>> torch.allclose(y, layer(x), atol=1e-5)
+    True
+    """
+
+    def __init__(self, model: torch.nn.Module, rows: int) -> None:
+        super().__init__()
+        linear_maps = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        able = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        self.packed = {}
+        for module in linear_maps if able else ():
+            weight = module.weight.detach()
+            if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+                self.packed[module.weight] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+
+    def taken(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if func is F.linear and not kwargs and len(args) >= 2 and args[1] in self.packed:
+            x, weight, bias = (*args, None)[:3]
+            if x.dtype == weight.dtype and x.numel() >= LARGE:
+                return torch.ops.mkldnn._linear_pointwise(x, self.packed[weight], bias, "none", [], "")
+        return super().taken(func, args, kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skipway.errors import MissingExtraError, SkipwayError
 from skipway.export import export_onnx
-from skipway.kernels.routing import Routed
+from skipway.kernels.routing import Packed
 from skipway.registry import Registry
 from skipway.speed.allocation import keep_memory
 
@@ -65,13 +65,16 @@ def as_maps(x: Tensor) -> Tensor:
 
 
 def eager(model: nn.Module, example: Tensor, precision: str) -> Run:
-    """torch's own operators, channels-last, products by the quickest library, freed memory kept during the call."""
+    """torch's own operators, channels-last, with kernels, packed weights, and freed memory kept during the call."""
     dtype = PRECISIONS[precision]
     model = model.to(dtype=dtype) if precision != "float32" else model
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    rows = example.shape[0] * (example[0, 0].numel() // 64 if example.ndim == 4 else 1)
+    packed = Packed(model, max(rows, 1))
+
     def run(x: Tensor) -> Tensor:
-        with keep_memory(release=False), Routed():
+        with keep_memory(release=False), packed:
             return model(as_maps(x.to(dtype) if precision != "float32" else x)).to(x.dtype)
 
     return run

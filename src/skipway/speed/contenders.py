@@ -345,11 +345,13 @@ def contenders(
         for library in (OURS, *peers)
         if name in modes and what in mode.what and library in mode.who
     ]
-    # in eager training the switches put our kernels in, which of ours is a mode of its own
+    # in eager training the switches put our kernels in, which of ours is a mode of its own; `optimize` has its own
     again = [
         replace(each, switched=True)
         for each in plain
-        if switched and not (each.library == OURS and what == "train" and MODES[each.mode].patched)
+        if switched
+        and not MODES[each.mode].keeps
+        and not (each.library == OURS and what == "train" and MODES[each.mode].patched)
     ]
     return [*plain, *again]
 
