@@ -1,7 +1,7 @@
 """The published run: our networks against timm, torchvision and transformers, on an idle machine.
 
 Claim     faster than the best of eager, channels-last, compiled and frozen of each
-Command   python -m benchmarks.speed [--out FOLDER] [--rounds 7] [--budget 1800]
+Command   python -m benchmarks.speed [--out FOLDER] [--rounds 7] [--budget 1800] [--what …] [--peers …] [--modes …]
 Method    all contenders of a piece of work take turns in one run; medians of the ratios in each round, with quartiles;
           ceilings of multiplying and copying measured in the same run. Resumable: the same command goes on
 Result    benchmarks/speed.md and benchmarks/speed.png, with date and machine
@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from skipway.speed.architectures import PEERS
 from skipway.speed.benchmark import WHAT, Plan, measure
 from skipway.speed.chart import draw
+from skipway.speed.contenders import MODES
 from skipway.speed.summary import standings, write_markdown
 
 HERE = Path(__file__).parent
@@ -25,8 +27,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=1800.0)
     parser.add_argument("--what", nargs="+", default=WHAT)
+    parser.add_argument("--peers", nargs="+", default=PEERS)
+    parser.add_argument("--modes", nargs="+", default=tuple(MODES))
     options = parser.parse_args()
-    plan = Plan(what=options.what, rounds=options.rounds, budget=options.budget)
+    chosen = {"peers": options.peers, "modes": options.modes, "rounds": options.rounds, "budget": options.budget}
+    plan = Plan(what=options.what, **chosen)
     journal = measure(plan, options.out, lambda text: print(text, flush=True))
     # speed as batch and image size grow, of one network that convolves and one that attends
     for batches, sizes in (((1, 4, 16, 64), (224,)), ((16,), (128, 224, 288))):
@@ -37,9 +42,8 @@ def main() -> None:
                 what=["infer"],
                 batches=batches,
                 sizes=sizes,
-                rounds=options.rounds,
-                budget=options.budget,
                 ceilings=False,
+                **chosen,
             )
             journal = measure(grown, options.out, lambda text: print(text, flush=True))
     print(write_markdown(journal, HERE / "speed.md"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,9 @@ def take_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if q.ndim != 4 or q.numel() < LARGE or dropout_p or is_causal or scale is not None or enable_gqa:
+    if q.ndim != 4 or q.numel() < LARGE or dropout_p or is_causal or enable_gqa:
+        return NotImplemented
+    if scale is not None and not math.isclose(scale, q.shape[-1] ** -0.5):
         return NotImplemented
     if attn_mask is not None and (
         attn_mask.dtype == torch.bool

@@ -27,13 +27,14 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.
 
 
 def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: float = TOLERANCE) -> Operation:
-    """Let linear maps, 1 × 1 and depthwise convolutions, batch norms and attention on the CPU be computed by
-    `skipway.kernels`, in anybody's network, in place; our residual connections end in one pass, on a GPU too.
+    """Let linear maps, 1 × 1 and depthwise convolutions and attention on the CPU be computed by `skipway.kernels`, in
+    anybody's network, in place; our residual connections end in one pass, on a GPU too.
 
     Classes are swapped for subclasses whose forward routes torch's functions (`kernels.routing.ROUTES`), so keys,
     `isinstance`, hooks and checkpointing survive, and code that calls functions instead of modules is reached. Each
     kernel measures its ways at first use and never takes one that is slower or that differs. Gradients are those of
-    plain torch up to rounding. Under `torch.compile` the network is left as it was: the compiler has its own kernels.
+    plain torch up to rounding; which way is the quickest may change from run to run, and the last bits with it. Under
+    `torch.compile` the network is left as it was: the compiler has its own kernels.
 
     Args:
         model: any module.
