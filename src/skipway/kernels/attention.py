@@ -13,7 +13,7 @@ from skipway.kernels.casting import lowered
 from skipway.kernels.choosing import Way, enabled, kernel
 from skipway.kernels.door import has_door, opened
 
-__all__ = ["attention", "window_attention"]
+__all__ = ["attention", "fits", "window_attention"]
 
 CACHE = 1 << 21
 """Bytes of logits that are computed at a time."""
@@ -32,16 +32,14 @@ def whole(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keeps: bool) -> 
 def in_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keeps: bool) -> tuple[Tensor, Tensor]:
     """A few images at a time, whose logits stay in the cache and take the bias by broadcasting."""
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    kept = [q.new_empty(0)]
-    if keeps:
-        kept = [q.new_empty(*q.shape[:-1], k.shape[-2])]
-    parts = zip(*(blocks(each, q, k, bias) for each in (q, k, v, out, kept[0] if keeps else out)), strict=True)
+    kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keeps else q.new_empty(0)
+    parts = zip(*(blocks(each, q, k, bias) for each in (q, k, v, out, kept if keeps else out)), strict=True)
     for query, key, value, y, slot in parts:
         share = weights(query, key, bias).to(v.dtype)
         torch.matmul(share, value, out=y)
         if keeps:
             slot.copy_(share)
-    return out, kept[0]
+    return out, kept
 
 
 def weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
@@ -149,6 +147,11 @@ def backward(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Tensor | None, .
 operator.register_autograd(backward, setup_context=keep)
 
 
+def fits(bias: Tensor, q: Tensor, k: Tensor) -> bool:
+    """Whether a bias is one for all images, or one for each window of an image."""
+    return bias.ndim == 4 and bias.shape[1:] == (q.shape[1], q.shape[2], k.shape[2]) and len(q) % len(bias) == 0
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √d + B) v, B shared by all images, as `torch.nn.functional.scaled_dot_product_attention`.
 
@@ -168,9 +171,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     >>> attention(q, q, q).shape
     torch.Size([6, 2, 4, 8])
     """
-    if bias is not None and (
-        bias.ndim != 4 or bias.shape[1:] != (q.shape[1], q.shape[2], k.shape[2]) or len(q) % len(bias)
-    ):
+    if bias is not None and not fits(bias, q, k):
         raise SkipwayError(
             f"bias of shape {tuple(bias.shape)} for q {tuple(q.shape)}: the rule is (W, heads, T, S), W a divisor of N"
         )

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["has_door", "opened"]
+__all__ = ["has_door", "opened", "through_onednn"]
+
+
+@contextmanager
+def through_onednn() -> Iterator[None]:
+    """Within, products in float32 go through oneDNN, in the whole process.
+
+    The door is the setting that allows bfloat16 inside of products. Where the processor has matrix units for it they
+    are then rounded.
+    """
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - its stub has none
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def opened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its products going through oneDNN.
-
-    The door is the setting that allows bfloat16 inside of products. Where the processor has matrix units for it they
-    are then rounded; a kernel's comparison with its reference finds that and refuses the way. The setting is the
-    process's, and is put back after the call.
+    """The function with its products going through oneDNN; a kernel's comparison with its reference finds where they
+    are rounded, and refuses the way.
 
     >>> opened(torch.matmul)(torch.ones(1, 2), torch.ones(2, 1))
     tensor([[2.]])
@@ -25,12 +38,8 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def run(*arguments: Any) -> Any:
-        matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - its stub has none
-        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-        try:
+        with through_onednn():
             return function(*arguments)
-        finally:
-            matmul.fp32_precision = before
 
     return run
 

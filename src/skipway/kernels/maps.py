@@ -18,10 +18,6 @@ SMALL = 1 << 22
 """Multiplications below which a map is left to torch: the operator's own overhead (some 20 µs) would be felt."""
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The operator that inductor emits for a linear map; it always goes through oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, weight.contiguous(), bias, "none", [], "")
@@ -37,7 +33,7 @@ def on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-product = kernel("linear", plain, Way("onednn", onednn, on_cpu))
+product = kernel("linear", F.linear, Way("onednn", onednn, on_cpu))
 """x Wᵀ + b by the quickest way; no gradient passes (see `linear`)."""
 
 
@@ -137,11 +133,11 @@ def as_product(x: Tensor, weight: Tensor) -> Tensor:
     return product(x.movedim(1, -1).flatten(0, -2), weight, None).view(len(x), *x.shape[2:], -1).movedim(-1, 1)
 
 
-def pixels(x: Tensor, weight: Tensor) -> bool:
+def pixels(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-convolve = kernel("pointwise", as_convolution, Way("product", as_product, pixels))
+convolve = kernel("pointwise", as_convolution, Way("product", as_product, lambda x, weight: pixels(x)))
 
 
 def weight_as_convolution(gradient: Tensor, x: Tensor) -> Tensor:
@@ -156,11 +152,11 @@ def weight_as_product(gradient: Tensor, x: Tensor) -> Tensor:
     return to_weight(gradient.movedim(1, -1).flatten(0, -2), x.movedim(1, -1).flatten(0, -2))
 
 
-def both_last(gradient: Tensor, x: Tensor) -> bool:
-    return pixels(gradient, x) and pixels(x, x)
-
-
-to_weight_of_map = kernel("pointwise to weight", weight_as_convolution, Way("product", weight_as_product, both_last))
+to_weight_of_map = kernel(
+    "pointwise to weight",
+    weight_as_convolution,
+    Way("product", weight_as_product, lambda gradient, x: pixels(gradient) and pixels(x)),
+)
 
 
 @torch.library.custom_op("skipway::pointwise", mutates_args=())
@@ -189,7 +185,7 @@ def keep_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def backward_map(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    layout = torch.channels_last if pixels(x, weight) else torch.contiguous_format
+    layout = torch.channels_last if pixels(x) else torch.contiguous_format
     gradient = gradient.contiguous(memory_format=layout)
     to_x = map_operator(gradient, weight.t().contiguous()) if ctx.needs_input_grad[0] else None
     return to_x, map_weight_operator(gradient, x) if ctx.needs_input_grad[1] else None

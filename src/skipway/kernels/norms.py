@@ -60,7 +60,7 @@ def backward(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Tensor | None, .
         gradient.movedim(1, -1),
         x.movedim(1, -1),
         [x.shape[1]],
-        mean.unsqueeze(-1).to(x.dtype) if x.dtype == torch.float64 else mean.unsqueeze(-1),
+        mean.unsqueeze(-1),
         inverse.unsqueeze(-1),
         weight,
         bias,
@@ -112,11 +112,6 @@ def batch_operator(
 
 @batch_operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, shortcut: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return shapes(x)
-
-
-def shapes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a batch norm puts out: the map and two numbers per channel."""
     moments = x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.empty_like(x), moments, torch.empty_like(moments)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from skipway.kernels.attention import attention
+from skipway.kernels.attention import attention, fits
 from skipway.kernels.choosing import enabled
 from skipway.kernels.depthwise import depthwise
 from skipway.kernels.maps import linear, pointwise, worthwhile
@@ -64,12 +64,7 @@ def take_attention(
         return NotImplemented
     if scale is not None and not math.isclose(scale, q.shape[-1] ** -0.5):
         return NotImplemented
-    if attn_mask is not None and (
-        attn_mask.dtype == torch.bool
-        or attn_mask.ndim != 4
-        or attn_mask.shape[1:] != (q.shape[1], q.shape[2], k.shape[2])
-        or len(q) % len(attn_mask)
-    ):
+    if attn_mask is not None and (attn_mask.dtype == torch.bool or not fits(attn_mask, q, k)):
         return NotImplemented
     return attention(q, k, v, attn_mask)
 

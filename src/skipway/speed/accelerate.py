@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from skipway.folding import computes, hooked
 from skipway.kernels.routing import Routed
 from skipway.nn import DropPath, Gain, Residual
 from skipway.surgery.admission import admitted
+from skipway.surgery.chaining import changed
 from skipway.surgery.operation import Operation
 from skipway.surgery.verifying import difference, outputs
 from skipway.tracing import Example
@@ -56,18 +57,17 @@ def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: f
     operation = Operation(model, f"{type(model).__name__} computes by kernels", {}, {}, {})
     touched, refused = {}, {}
     for name, module in model.named_modules():
-        if reason := unfit(module, module is model):
-            if reason != "nothing to do":
-                refused[name] = reason
-            continue
         kind = type(module)
+        if module is not model and not computing(module):
+            continue
         try:
-            module.__class__ = routed(kind)
+            operation.steps.append(changed(module, routed(kind)))
+        except SkipwayError as problem:
+            refused[name] = str(problem)
         except TypeError as problem:
             refused[name] = f"the class {kind.__name__} cannot be derived from: {problem}"
-            continue
-        operation.steps.append(partial(setattr, module, "__class__", kind))
-        touched[name] = kind.__name__
+        else:
+            touched[name] = kind.__name__
     operation.touched, operation.refused = touched, refused
     if before is not None and example is not None:
         try:
@@ -81,15 +81,9 @@ def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: f
     return operation
 
 
-def unfit(module: nn.Module, root: bool) -> str | None:
-    """Why a module stays what it is; None where it is routed."""
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    if isinstance(module, CONTAINERS) and not root:
-        return "nothing to do"
-    if next(module.parameters(), None) is None and not root:
-        return "nothing to do"
-    return None
+def computing(module: nn.Module) -> bool:
+    """Whether a module may be called by itself, by a checkpoint say, and has weights to compute with."""
+    return not isinstance(module, CONTAINERS) and next(module.parameters(), None) is not None
 
 
 def is_routed(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-__all__ = ["keep_memory"]
+__all__ = ["give_back", "keep_memory"]
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """glibc's names of two parameters (malloc.h); their defaults are 128 KiB and 65536."""
@@ -36,6 +36,12 @@ def put(values: dict[int, int]) -> None:
         libc.mallopt(name, value)
 
 
+def give_back() -> None:
+    """Give free memory back to the system, where the C library is glibc."""
+    if (libc := library()) is not None:
+        libc.malloc_trim(0)
+
+
 @contextmanager
 def keep_memory(*, release: bool = True) -> Iterator[bool]:
     """Within, memory that was freed stays with the process, to be used again.
@@ -56,8 +62,7 @@ def keep_memory(*, release: bool = True) -> Iterator[bool]:
     ...     isinstance(kept, bool)
     True
     """
-    libc = library()
-    if libc is None:
+    if library() is None:
         yield False
         return
     put(NEVER)
@@ -69,4 +74,4 @@ def keep_memory(*, release: bool = True) -> Iterator[bool]:
         if not Depth.open:
             put(DEFAULTS if release else {MMAP_MAX: DEFAULTS[MMAP_MAX]})
             if release:
-                libc.malloc_trim(0)
+                give_back()

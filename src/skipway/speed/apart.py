@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipway.errors import SkipwayError
+from skipway.speed.allocation import give_back
 
 if TYPE_CHECKING:
-    from skipway.speed.contenders import Cell, Contender
+    from skipway.speed.contenders import Cell, Contender, Step
 
 __all__ = ["ApartError", "apart", "memory", "peak_bytes", "startup"]
 
@@ -124,9 +123,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     >>> peak_bytes(lambda: bytearray(b"1" * (1 << 26))) > 1 << 25
     True
     """
-    with suppress(AttributeError, OSError):
-        # what was freed but is still held by the allocator would hide what the work takes
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()  # what was freed but is still held by the allocator would hide what the work takes
     try:
         # the high water mark starts anew
         Path("/proc/self/clear_refs").write_text("5")
@@ -152,24 +149,11 @@ def memory_here(contender: dict[str, Any], cell: dict[str, Any]) -> dict[str, An
     return {"peak_bytes": peak, "saved_bytes": saved(step)}
 
 
-def saved(step: Any) -> float:
+def saved(step: Step) -> float:
     """Bytes that autograd keeps between forward and backward, each storage once, parameters not counted."""
-    import torch
+    from skipway.surgery.saving import Saved
 
-    own = {
-        parameter.untyped_storage().data_ptr() for group in step.optimiser.param_groups for parameter in group["params"]
-    }
-    # the tensors are held until the graph goes, so that no address comes twice
-    found: dict[int, int] = {}
-    held: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return float(sum(found.values()))
+    own = Saved(parameter for group in step.optimiser.param_groups for parameter in group["params"])
+    with own.counting():
+        step.loss()
+    return own.total

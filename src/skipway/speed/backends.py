@@ -19,7 +19,7 @@ from skipway.kernels.routing import Packed
 from skipway.registry import Registry
 from skipway.speed.allocation import keep_memory
 
-__all__ = ["BACKENDS", "PRECISIONS", "Backend"]
+__all__ = ["BACKENDS", "PRECISIONS", "Backend", "frozen"]
 
 Run = Callable[[Tensor], Tensor]
 
@@ -59,39 +59,52 @@ class Backend:
         return None
 
 
-def as_maps(x: Tensor) -> Tensor:
-    """Channels-last, where x is a batch of maps."""
+def laid_out(model: nn.Module, precision: str) -> nn.Module:
+    """The model in a precision, its maps channels-last, in place; in float32 it keeps the type that it has."""
+    model = model if precision == "float32" else model.to(dtype=PRECISIONS[precision])
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def entering(x: Tensor, precision: str) -> Tensor:
+    """An input as a model that is `laid_out` takes it."""
+    x = x if precision == "float32" else x.to(PRECISIONS[precision])
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def frozen(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
+    """Compiled for inputs like the example with the weights as constants, which are folded and packed.
+
+    It is an option of the compiler as well: without one of its own, a second model of a class would be run by what was
+    compiled, unfrozen, for the first.
+    """
+    from torch._inductor import config
+
+    forward = torch.compile(model, dynamic=False, options={"freezing": True})
+    with config.patch(freezing=True), torch.no_grad():
+        forward(example)
+    return forward
 
 
 def eager(model: nn.Module, example: Tensor, precision: str) -> Run:
     """torch's own operators, channels-last, with kernels, packed weights, and freed memory kept during the call."""
-    dtype = PRECISIONS[precision]
-    model = model.to(dtype=dtype) if precision != "float32" else model
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
+    model = laid_out(model, precision)
     rows = example.shape[0] * (example[0, 0].numel() // 64 if example.ndim == 4 else 1)
     packed = Packed(model, max(rows, 1))
 
     def run(x: Tensor) -> Tensor:
         with keep_memory(release=False), packed:
-            return model(as_maps(x.to(dtype) if precision != "float32" else x)).to(x.dtype)
+            return model(entering(x, precision)).to(x.dtype)
 
     return run
 
 
 def inductor(model: nn.Module, example: Tensor, precision: str) -> Run:
     """torch's compiler with weights as constants: folded and packed for the machine."""
-    from torch._inductor import config
-
-    dtype = PRECISIONS[precision]
-    model = model.to(dtype=dtype) if precision != "float32" else model
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    compiled = torch.compile(model, dynamic=False, options={"freezing": True})
+    compiled = frozen(laid_out(model, precision), entering(example, precision))
 
     def run(x: Tensor) -> Tensor:
-        with keep_memory(release=False), config.patch(freezing=True):
-            return compiled(as_maps(x.to(dtype) if precision != "float32" else x)).to(x.dtype)
+        with keep_memory(release=False):
+            return compiled(entering(x, precision)).to(x.dtype)
 
     return run
 

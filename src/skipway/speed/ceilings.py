@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["DTYPES", "MATRICES", "Ceiling", "ceiling", "copy_rate", "flops_of"]
+from skipway.speed.backends import PRECISIONS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+__all__ = ["MATRICES", "Ceiling", "ceiling", "copy_rate", "flops_of"]
+
 MATRICES = ((3136, 1536, 384), (2048, 2048, 2048), (4096, 1024, 1024), (3136, 384, 1536))
 """Rows, columns and inner size of the products that are tried."""
 COPIED = 1 << 28
@@ -49,8 +50,8 @@ def ceiling(precision: str, sizes: Sequence[tuple[int, int, int]] = MATRICES, *,
     found = []
     with torch.no_grad():
         for rows, columns, inner in sizes:
-            left = torch.randn(rows, inner, dtype=DTYPES[precision])
-            weight = torch.randn(columns, inner, dtype=DTYPES[precision])
+            left = torch.randn(rows, inner, dtype=PRECISIONS[precision])
+            weight = torch.randn(columns, inner, dtype=PRECISIONS[precision])
             for name, product in products(left, weight):
                 rate = 2 * rows * columns * inner / fastest(product, seconds)
                 found.append(Ceiling(precision, rate, f"{name} {rows}x{columns}x{inner}"))

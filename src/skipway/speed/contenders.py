@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skipway.kernels.door import through_onednn
 from skipway.speed.architectures import PEERS, config_of, made
-from skipway.speed.ceilings import DTYPES
+from skipway.speed.backends import BACKENDS, PRECISIONS, frozen
 
 __all__ = ["MODES", "OURS", "Cell", "Contender", "Mode", "Prepared", "Step", "contenders", "prepared", "switches"]
 
@@ -191,11 +192,15 @@ class Step:
 
     def __call__(self) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.half):
-            loss = functional.cross_entropy(logits(self.forward(self.images)).float(), self.labels)
+        loss = self.loss()
         loss.backward()
         self.optimiser.step()
         return loss.detach()
+
+    def loss(self) -> Tensor:
+        """The forward half of the step."""
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.half):
+            return functional.cross_entropy(logits(self.forward(self.images)).float(), self.labels)
 
 
 class Inference:
@@ -226,7 +231,7 @@ def laid_out(mode: Mode, value: Any) -> Any:
 
 def inference(contender: Contender, mode: Mode, model: nn.Module, cell: Cell) -> Inference:
     """The work of a contender that infers; in bfloat16 its weights are, which is faster than autocast."""
-    dtype = DTYPES["float32" if mode.keeps else contender.precision]
+    dtype = PRECISIONS["float32" if mode.keeps else contender.precision]
     model, images = laid_out(mode, model.eval().to(dtype)), laid_out(mode, cell.images().to(dtype))
     return Inference(mode.ready(model, images, contender.precision), images)
 
@@ -253,18 +258,8 @@ def compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
     return torch.compile(model, dynamic=False)
 
 
-def frozen(model: nn.Module, images: Tensor, precision: str) -> Call:
-    """Compiled with the weights as constants, which are folded and packed.
-
-    It is an option of the compiler as well: without one of its own, a second model of a class would be run by what was
-    compiled, unfrozen, for the first.
-    """
-    from torch._inductor import config
-
-    forward = torch.compile(model, dynamic=False, options={"freezing": True})
-    with config.patch(freezing=True), torch.no_grad():
-        forward(images)
-    return forward
+def constant(model: nn.Module, images: Tensor, precision: str) -> Call:
+    return frozen(model, images)
 
 
 def accelerated(model: nn.Module, images: Tensor, precision: str) -> Call:
@@ -289,20 +284,12 @@ def switches(*, routed: bool = False) -> Iterator[None]:
     """
     from skipway.speed import keep_memory
 
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - its stub has none
-    before = matmul.fp32_precision
-    with keep_memory():
-        try:
-            if routed:
-                matmul.fp32_precision = "bf16"
-            yield
-        finally:
-            matmul.fp32_precision = before
+    with keep_memory(), through_onednn() if routed else nullcontext():
+        yield
 
 
 BOTH, INFER, TRAIN = frozenset({"infer", "train"}), frozenset({"infer"}), frozenset({"train"})
 EVERYBODY, STRANGERS, SELF = frozenset({OURS, *PEERS}), frozenset(PEERS), frozenset({OURS})
-BACKENDS = ("eager", "inductor", "onnxruntime", "openvino")
 
 MODES: dict[str, Mode] = {
     "eager": Mode(what=BOTH, who=EVERYBODY, ready=as_it_is, patched=True),
@@ -314,7 +301,7 @@ MODES: dict[str, Mode] = {
         for backend in BACKENDS
     },
     "compiled": Mode(what=BOTH, who=STRANGERS, ready=compiled),
-    "frozen": Mode(what=INFER, who=STRANGERS, ready=frozen),
+    "frozen": Mode(what=INFER, who=STRANGERS, ready=constant),
 }
 """Ways of running a network, those that are ready at once first."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.folding import folding
 from skipway.speed.backends import BACKENDS, PRECISIONS, Backend, Run
+from skipway.speed.measuring import Entrant, medians, race, reason
 from skipway.surgery.admission import admitted
 from skipway.surgery.verifying import difference
 
@@ -119,21 +120,21 @@ def optimize(
     allowed = TOLERANCES[precision] if tolerance is None else tolerance
     model = admitted(model)
     folded = folding(model, copy=True).model
-    race = Race(model, folded, example, precision, allowed)
+    trial = Trial(model, folded, example, precision, allowed)
     for name in BACKENDS if backends is None else backends:
         backend = BACKENDS[name]
         if (problem := backend.obstacle(example, precision)) is None:
-            race.enter(name, backend)
+            trial.enter(name, backend)
         elif backends is not None:
             raise problem
         else:
-            race.attempts[name] = Attempt(name, note=str(problem))
-    race.time()
-    best = race.best()
-    return Optimized(best, precision, list(race.attempts.values()), race.runs[best], folded, example)
+            trial.attempts[name] = Attempt(name, note=str(problem))
+    trial.time()
+    best = trial.best()
+    return Optimized(best, precision, list(trial.attempts.values()), trial.runs[best], folded, example)
 
 
-class Race:
+class Trial:
     """Backends that agree with the original, timed in turn.
 
     Args:
@@ -169,8 +170,7 @@ class Race:
             run = backend.build(copy.deepcopy(self.folded), self.example, self.precision)
             gap = max(difference([expected], [run(given)]) for given, expected in self.cases)
         except Exception as error:  # whatever another library raises
-            reason = (str(error).strip().splitlines() or [""])[0][:200]
-            self.attempts[name] = Attempt(name, note=f"failed: {type(error).__name__}: {reason}")
+            self.attempts[name] = Attempt(name, note=f"failed: {reason(error)}")
             return
         attempt = Attempt(name, difference=gap, build=time.perf_counter() - start)
         if not gap <= self.tolerance:
@@ -181,28 +181,26 @@ class Race:
 
     @torch.no_grad()
     def time(self) -> None:
-        """The median of `ROUNDS` calls of each, in turn."""
-        taken: dict[str, list[float]] = {name: [] for name in self.runs}
-        for _ in range(ROUNDS):
-            for name, run in self.runs.items():
-                taken[name].append(seconds(run, self.example))
-        for name, times in taken.items():
-            self.attempts[name] = replace(self.attempts[name], seconds=statistics.median(times))
+        """The median of up to `ROUNDS` turns of each, interleaved; the much slower ones leave early."""
+        entrants = [Entrant(name, partial(called, run, self.example)) for name, run in self.runs.items()]
+        turns = list(race(entrants, ROUNDS))
+        for turn in turns:
+            if turn.error:
+                self.attempts[turn.name] = replace(self.attempts[turn.name], note=f"failed: {turn.error}")
+        for name, middle in medians(turns).items():
+            self.attempts[name] = replace(self.attempts[name], seconds=middle)
 
     def best(self) -> str:
         """The quickest that agrees."""
-        agreeing = [name for name in self.runs if name != "original"]
+        agreeing = [name for name in self.runs if name != "original" and not self.attempts[name].note]
         if not agreeing:
             notes = "; ".join(f"{each.backend}: {each.note}" for each in self.attempts.values() if each.note)
             raise SkipwayError(f"no backend agrees with the model: {notes}")
         return min(agreeing, key=lambda name: self.attempts[name].seconds)
 
 
-def seconds(run: Run, given: Tensor) -> float:
-    """What one call takes."""
-    wait = torch.cuda.synchronize if given.is_cuda else lambda: None
-    wait()
-    start = time.perf_counter()
+def called(run: Run, given: Tensor) -> None:
+    """One call, to its end on the device."""
     run(given)
-    wait()
-    return time.perf_counter() - start
+    if given.is_cuda:
+        torch.cuda.synchronize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from skipway.tracing import Example, untouched
 from skipway.tracing.watching import call
 
-__all__ = ["Costs", "costs_of", "saved_bytes"]
+__all__ = ["Costs", "Saved", "costs_of", "saved_bytes"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,28 @@ class Saved:
     """Counts the storages that autograd keeps, each once, and lets go of them, so that counting takes no memory.
 
     Args:
-        model: whose parameters are not counted.
+        parameters: which are not counted.
+
+    >>> saved, layer = Saved([]), nn.Linear(2, 2, bias=False)
+    >>> with saved.counting():
+    ...     y = layer(torch.ones(3, 2))
+    >>> saved.total
+    24.0
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.alive = {parameter.untyped_storage()._cdata: None for parameter in model.parameters()}
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.alive = {parameter.untyped_storage()._cdata: None for parameter in parameters}
         self.within: list[str] = [""]
         self.bytes: dict[str, float] = {}
+
+    def counting(self) -> AbstractContextManager[Any]:
+        """What is kept by passes within is counted, and gone: there is no backward pass behind them."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, unkept)
+
+    @property
+    def total(self) -> float:
+        """All bytes."""
+        return sum(self.bytes.values())
 
     def pack(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -73,7 +89,7 @@ def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple
     """Bytes that one training pass keeps for its backward pass, parameters not counted, each storage once: of the whole
     model, and of each of the blocks, in the order in which they run.
     """
-    saved, given = Saved(model), dict[str, float]()
+    saved, given = Saved(model.parameters()), dict[str, float]()
 
     def enter(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         given.setdefault(name, float(inputs[0].numel() * inputs[0].element_size()))
@@ -85,12 +101,9 @@ def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple
         handles.append(module.register_forward_pre_hook(partial(enter, name)))
         handles.append(module.register_forward_hook(saved.leave, always_call=True))
     try:
-        hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, unkept)
-        with untouched(model), torch.enable_grad(), hooks:
+        with untouched(model), torch.enable_grad(), saved.counting():
             call(model.train(), example)
     finally:
         for handle in handles:
             handle.remove()
-    return sum(saved.bytes.values()), {
-        name: Costs(name, saved.bytes.get(name, 0.0), own) for name, own in given.items()
-    }
+    return saved.total, {name: Costs(name, saved.bytes.get(name, 0.0), own) for name, own in given.items()}
