@@ -300,8 +300,60 @@ for dtype, allowed in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
         x = a.float().requires_grad_()
         kernels.residual(x, 2 * x, torch.ones(5, 1, 1)).sum().backward()
         assert torch.allclose(x.grad, torch.full_like(x, 3.0))
+
+
+def compared(function, *inputs):
+    # by Triton, and in plain torch in double precision
+    found = []
+    for way, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        given = [each.to(dtype).requires_grad_() if each.is_floating_point() else each for each in inputs]
+        with kernels.only(way):
+            y = function(*given)
+            weight = torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape)
+            weight = weight.contiguous(**last) if y.ndim == 4 and not y.is_contiguous() else weight
+            found.append((y.detach(), *torch.autograd.grad(y, given, weight)))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max(), (ours.shape, (ours - theirs).abs().max())
+
+
+for channels, height, width, side in ((40, 9, 8, 7), (33, 7, 7, 3), (16, 14, 5, 5)):
+    x = torch.randn(2, channels, height, width).contiguous(**last)
+    assert triton.serves_depthwise(x, torch.ones(channels, 1, side, side), None)
+    compared(kernels.depthwise, x, torch.randn(channels, 1, side, side), torch.randn(channels))
+cases = (14, 21, 2, 16, 7, 3, 3), (7, 7, 3, 32, 7, 0, 0), (8, 4, 2, 16, 4, 2, 0)
+for height, width, heads, d, side, down, across in cases:
+    qkv, position = torch.randn(2, height, width, 3 * heads * d), torch.randn(heads, side**2, side**2)
+    assert triton.serves_windows(qkv, position, down, across)
+    compared(lambda a, b: kernels.windowed_attention(a, b, down, across), qkv, position)
+cases = ((3, 5, 7, 9), (5, 1, 1)), ((2, 300, 7), (7,)), ((2, 30, 300), ())
+for shape, size in cases:
+    gain = torch.randn(size)
+    dy, branch = torch.randn(shape), torch.randn(shape)
+    if len(shape) == 4:
+        dy, branch = dy.contiguous(**last), branch.contiguous(**last)
+    m = torch.rand(shape[0]).view(-1, *[1] * (len(shape) - 1))
+    to_branch, to_gain = triton.residual_backward(dy, branch, gain, m)
+    assert torch.allclose(to_branch, dy * gain * m, atol=1e-6)
+    expected = (dy * m * branch).sum_to_size(gain.shape if gain.numel() > 1 else (1,) * len(shape))
+    to_gain = to_gain.sum() if gain.numel() == 1 else to_gain.view(gain.shape)
+    assert torch.allclose(to_gain, expected, rtol=1e-4, atol=1e-3)
 print("equal")
 """
+
+
+def test_windowed_attention_is_swins_attention():
+    from skipway.models.transformer import TOKEN_KIT
+    from skipway.nn import Window, WindowAttention
+    from skipway.site import PRE_NORM
+
+    torch.manual_seed(0)
+    for shift, height, width in ((0, 8, 4), (2, 8, 12), (2, 4, 8)):
+        branch = WindowAttention(16, 2, Window(4, shift=shift), kit=TOKEN_KIT, placement=PRE_NORM)
+        torch.nn.init.normal_(branch.position.table)
+        h = torch.randn(2, height, width, 16)
+        down, across = branch.window.shifts(height, width)
+        y = branch.proj(kernels.windowed_attention(branch.qkv(h), branch.position(), down, across))
+        assert torch.allclose(y, branch(h), atol=1e-5)
 
 
 def test_triton_programs_under_the_interpreter():

@@ -13,6 +13,7 @@ from skipway.kernels.maps import linear, pointwise
 from skipway.kernels.mlp import ACTIVATIONS, mlp
 from skipway.kernels.norms import batch_norm_relu, channel_norm
 from skipway.kernels.residual import residual
+from skipway.kernels.windows import windowed_attention
 
 __all__ = [
     "ACTIVATIONS",
@@ -33,4 +34,5 @@ __all__ = [
     "pointwise",
     "residual",
     "window_attention",
+    "windowed_attention",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
+from skipway.kernels import triton
 from skipway.kernels.casting import lowered
 from skipway.kernels.choosing import Way, enabled, kernel
 
@@ -33,7 +34,12 @@ def channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-forward = kernel("depthwise", plain, Way("other layout", rearranged))
+forward = kernel(
+    "depthwise",
+    plain,
+    Way("other layout", rearranged),
+    Way("triton", triton.depthwise, triton.serves_depthwise),
+)
 
 
 def to_input_plain(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -45,7 +51,12 @@ def to_input_flipped(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return plain(gradient, weight.flip(-2, -1), None)
 
 
-to_input = kernel("depthwise to input", to_input_plain, Way("flipped", to_input_flipped))
+to_input = kernel(
+    "depthwise to input",
+    to_input_plain,
+    Way("flipped", to_input_flipped),
+    Way("triton", triton.depthwise_to_input, triton.serves_gradient),
+)
 
 
 def to_weight_plain(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -82,7 +93,12 @@ def to_weight_tiled(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return diagonals.sum((-2, -1), dtype=torch.promote_types(x.dtype, torch.float32)).to(weight.dtype).unsqueeze(1)
 
 
-to_weight = kernel("depthwise to weight", to_weight_plain, Way("tiles", to_weight_tiled))
+to_weight = kernel(
+    "depthwise to weight",
+    to_weight_plain,
+    Way("tiles", to_weight_tiled),
+    Way("triton", triton.depthwise_to_weight, triton.serves_gradient),
+)
 
 
 @torch.library.custom_op("skipway::depthwise", mutates_args=())

@@ -11,12 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["channel_norm", "residual", "serves_norm", "serves_residual"]
+__all__ = [
+    "channel_norm",
+    "depthwise",
+    "depthwise_to_input",
+    "depthwise_to_weight",
+    "residual",
+    "residual_backward",
+    "serves_depthwise",
+    "serves_gradient",
+    "serves_norm",
+    "serves_residual",
+    "serves_windows",
+    "windows",
+    "windows_backward",
+]
 
-BLOCK = 1024
-"""Numbers that one program of the residual kernel works on."""
 WIDEST = 8192
 """Channels that one program of the norm holds at once."""
+WAVE = 2112
+"""Programs that share the work where each leaves a sum behind: sixteen for each multiprocessor of an H100."""
 
 
 def usable(x: Tensor) -> bool:
@@ -24,9 +38,29 @@ def usable(x: Tensor) -> bool:
     return bool(x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and find_spec("triton") is not None
 
 
+@cache
+def programs() -> Any:
+    """The programs; Triton is imported when the first is needed."""
+    return import_module("skipway.kernels.programs")
+
+
 def dense(x: Tensor) -> Tensor:
     """A map as (N, H · W, C) or tokens as (N, T, C), without a copy."""
     return (x.movedim(1, -1) if x.ndim == 4 else x).flatten(1, -2)
+
+
+def channels_last(*maps: Tensor) -> bool:
+    return all(each.is_contiguous(memory_format=torch.channels_last) for each in maps)
+
+
+def shared(work: int) -> int:
+    """How many pieces each program takes so that `WAVE` programs do all."""
+    return max(1, -(-work // WAVE))
+
+
+def power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
 
 
 def serves_residual(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> bool:
@@ -42,64 +76,54 @@ def serves_residual(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask:
     )
 
 
-def serves_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
-    """Maps that lie channels-last, of up to `WIDEST` channels."""
-    return usable(x) and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] <= WIDEST
-
-
-@cache
-def programs() -> tuple[Any, Any]:
-    """The compiled programs; Triton is imported when the first is needed."""
-    triton = import_module("triton")
-    tl = import_module("triton.language")
-
-    @triton.jit
-    def residual_program(
-        shortcut, branch, gain, mask, out, size, channels, sample, GAIN: tl.constexpr, MASK: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < size
-        y = tl.load(branch + at, inside).to(tl.float32)
-        if GAIN == 1:
-            y *= tl.load(gain).to(tl.float32)
-        if GAIN == 2:
-            y *= tl.load(gain + at % channels, inside).to(tl.float32)
-        if MASK:
-            y *= tl.load(mask + at // sample, inside).to(tl.float32)
-        tl.store(out + at, (y + tl.load(shortcut + at, inside).to(tl.float32)).to(out.dtype.element_ty), inside)
-
-    @triton.jit
-    def norm_program(x, weight, bias, out, means, inverses, channels, eps, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        at = tl.arange(0, BLOCK)
-        inside = at < channels
-        values = tl.load(x + row * channels + at, inside, other=0.0).to(tl.float32)
-        mean = tl.sum(values, 0) / channels
-        centred = tl.where(inside, values - mean, 0.0)
-        inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / channels + eps)
-        scaled = centred * inverse * tl.load(weight + at, inside).to(tl.float32)
-        y = scaled + tl.load(bias + at, inside).to(tl.float32)
-        tl.store(out + row * channels + at, y.to(out.dtype.element_ty), inside)
-        tl.store(means + row, mean)
-        tl.store(inverses + row, inverse)
-
-    return residual_program, norm_program
-
-
-def residual(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> Tensor:
+def residual(
+    shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None, block: int = 2048, warps: int = 8
+) -> Tensor:
     """`kernels.residual` in one pass, summed in float32."""
     out = torch.empty_like(branch)
     size, rows = branch.numel(), dense(branch)
-    kind = 0 if gain is None else 1 if gain.numel() == 1 else 2
-    programs()[0][(-(-size // BLOCK),)](
-        *(dense(shortcut), rows, branch if gain is None else gain, branch if mask is None else mask, dense(out)),
-        *(size, rows.shape[-1], rows[0].numel()),
-        GAIN=kind,
+    programs().residual[(-(-size // block),)](
+        *(dense(shortcut), rows, branch if gain is None else gain, branch if mask is None else mask, dense(out), size),
+        CHANNELS=rows.shape[-1],
+        SAMPLE=rows[0].numel(),
+        GAIN=0 if gain is None else 1 if gain.numel() == 1 else 2,
         MASK=mask is not None,
-        BLOCK=BLOCK,
+        BLOCK=block,
+        num_warps=warps,
     )
     return out
+
+
+def residual_backward(
+    gradient: Tensor, branch: Tensor | None, gain: Tensor | None, mask: Tensor | None, tile: int = 2048, warps: int = 4
+) -> tuple[Tensor, Tensor]:
+    """The branch's gradient, and that of the gain for each channel, (1, C): empty where no branch is given."""
+    to_branch = torch.empty_like(gradient)
+    lines = dense(gradient)
+    count, channels = lines.shape[0] * lines.shape[1], lines.shape[2]
+    block = min(power(channels), 256)
+    rows = max(1, tile // block)
+    steps = shared(-(-count // rows) * -(-channels // block))
+    grid = (-(-count // (rows * steps)), -(-channels // block))
+    sums = torch.empty(grid[0], channels, dtype=torch.float32, device=gradient.device)
+    programs().residual_backward[grid](
+        *(lines, lines if branch is None else dense(branch), gradient if gain is None else gain),
+        *(gradient if mask is None else mask, dense(to_branch), sums, count, lines.shape[1]),
+        CHANNELS=channels,
+        GAIN=0 if gain is None else 1 if gain.numel() == 1 else 2,
+        MASK=mask is not None,
+        LEARNED=branch is not None,
+        STEPS=steps,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return to_branch, sums.sum(0) if branch is not None else sums.new_empty(0)
+
+
+def serves_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+    """Maps that lie channels-last, of up to `WIDEST` channels."""
+    return usable(x) and channels_last(x) and x.shape[1] <= WIDEST
 
 
 def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,6 +131,121 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[T
     out = torch.empty_like(x)
     means = torch.empty((x.shape[0], *x.shape[2:]), dtype=torch.float32, device=x.device)
     inverses = torch.empty_like(means)
-    width = 1 << (x.shape[1] - 1).bit_length()
-    programs()[1][(means.numel(),)](dense(x), weight, bias, dense(out), means, inverses, x.shape[1], eps, BLOCK=width)
+    programs().channel_norm[(means.numel(),)](
+        *(dense(x), weight, bias, dense(out), means, inverses, x.shape[1], eps), BLOCK=power(x.shape[1])
+    )
     return out, means, inverses
+
+
+def serves_windows(qkv: Tensor, position: Tensor, down: int, across: int) -> bool:
+    """Windows of up to 64 tokens and heads of 16, 32 or 64 channels, the map in one piece."""
+    heads, tokens = position.shape[:2]
+    width = qkv.shape[-1] // (3 * heads)
+    return usable(qkv) and qkv.is_contiguous() and tokens <= 64 and width in (16, 32, 64)
+
+
+def sizes_of(qkv: Tensor, position: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Windows, height and width; constants of the programs."""
+    heads, tokens = position.shape[:2]
+    side = round(tokens**0.5)
+    count, height, width = qkv.shape[:3]
+    constants = {
+        "HEADS": heads,
+        "SIDE": side,
+        "WIDTH": qkv.shape[-1] // (3 * heads),
+        "BLOCK": max(16, power(tokens)),
+        "PRECISION": "ieee" if qkv.dtype == torch.float32 else "tf32",
+    }
+    return (count * (height // side) * (width // side), height, width), constants
+
+
+def windows(qkv: Tensor, position: Tensor, down: int, across: int, steps: int = 8, warps: int = 2) -> Tensor:
+    """`kernels.windowed_attention`, from the map to the map."""
+    (count, height, width), constants = sizes_of(qkv, position)
+    out = qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
+    programs().window_attention[(-(-count // steps) * len(position),)](
+        *(qkv, position.contiguous(), out, count, height, width, down, across, constants["WIDTH"] ** -0.5),
+        **constants,
+        STEPS=steps,
+        num_warps=warps,
+    )
+    return out
+
+
+def windows_backward(
+    gradient: Tensor, qkv: Tensor, position: Tensor, down: int, across: int, steps: int | None = None, warps: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and of the positions."""
+    (count, height, width), constants = sizes_of(qkv, position)
+    steps = shared(count * len(position)) if steps is None else steps
+    splits = -(-count // steps)
+    to_qkv = torch.empty_like(qkv)
+    sums = torch.empty((splits, *position.shape), dtype=torch.float32, device=qkv.device)
+    programs().window_attention_backward[(splits * len(position),)](
+        *(gradient.contiguous(), qkv, position.contiguous(), to_qkv, sums, count, height, width, down, across),
+        constants["WIDTH"] ** -0.5,
+        **constants,
+        STEPS=steps,
+        num_warps=warps,
+    )
+    return to_qkv, sums.sum(0)
+
+
+def serves_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Maps that lie channels-last; kernels of up to 7 × 7, whose sums fit into registers."""
+    return usable(x) and channels_last(x) and weight.shape[-1] <= 7
+
+
+def serves_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """The same of both maps."""
+    return channels_last(gradient) and serves_depthwise(x, weight, None)
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 4, columns: int = 7, block: int = 64, warps: int = 1
+) -> Tensor:
+    """A depthwise convolution: each program holds a tile of the map in registers."""
+    out = torch.empty_like(x)
+    count, channels, height, width = x.shape
+    side = weight.shape[-1]
+    taps = weight.flatten(1).t().contiguous()
+    grid = (count * -(-height // rows) * -(-width // columns), -(-channels // block))
+    programs().depthwise[grid](
+        *(dense(x), taps, taps if bias is None else bias, dense(out), height, width),
+        CHANNELS=channels,
+        SIDE=side,
+        ROWS=rows,
+        COLUMNS=columns,
+        BLOCK=block,
+        BIAS=bias is not None,
+        num_warps=warps,
+    )
+    return out
+
+
+def depthwise_to_input(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The same with the kernel turned by half a turn."""
+    return depthwise(gradient, weight.flip(-2, -1), None)
+
+
+def depthwise_to_weight(
+    gradient: Tensor, x: Tensor, weight: Tensor, rows: int = 4, columns: int = 7, block: int = 32, warps: int = 1
+) -> Tensor:
+    """All k² sums of a channel in the registers of one thread; one sum of each program is left to add up."""
+    count, channels, height, width = x.shape
+    side = weight.shape[-1]
+    tiles = count * -(-height // rows) * -(-width // columns)
+    steps = shared(tiles * -(-channels // block))
+    grid = (-(-tiles // steps), -(-channels // block))
+    sums = torch.empty(grid[0], side * side, channels, dtype=torch.float32, device=x.device)
+    programs().depthwise_to_weight[grid](
+        *(dense(gradient), dense(x), sums, tiles, height, width),
+        CHANNELS=channels,
+        SIDE=side,
+        ROWS=rows,
+        COLUMNS=columns,
+        STEPS=steps,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return sums.sum(0).t().reshape(weight.shape).to(weight.dtype)
