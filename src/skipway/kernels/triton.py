@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from importlib import import_module
@@ -76,6 +77,11 @@ def serves_residual(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask:
     )
 
 
+def kind(gain: Tensor | None) -> int:
+    """0: no gain, 1: one number, 2: one for each channel."""
+    return 0 if gain is None else 1 if gain.numel() == 1 else 2
+
+
 def residual(
     shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None, block: int = 2048, warps: int = 8
 ) -> Tensor:
@@ -86,7 +92,7 @@ def residual(
         *(dense(shortcut), rows, branch if gain is None else gain, branch if mask is None else mask, dense(out), size),
         CHANNELS=rows.shape[-1],
         SAMPLE=rows[0].numel(),
-        GAIN=0 if gain is None else 1 if gain.numel() == 1 else 2,
+        GAIN=kind(gain),
         MASK=mask is not None,
         BLOCK=block,
         num_warps=warps,
@@ -97,7 +103,7 @@ def residual(
 def residual_backward(
     gradient: Tensor, branch: Tensor | None, gain: Tensor | None, mask: Tensor | None, tile: int = 2048, warps: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """The branch's gradient, and that of the gain for each channel, (1, C): empty where no branch is given."""
+    """The branch's gradient, and that of the gain for each channel, (C,): empty where no branch is given."""
     to_branch = torch.empty_like(gradient)
     lines = dense(gradient)
     count, channels = lines.shape[0] * lines.shape[1], lines.shape[2]
@@ -110,7 +116,7 @@ def residual_backward(
         *(lines, lines if branch is None else dense(branch), gradient if gain is None else gain),
         *(gradient if mask is None else mask, dense(to_branch), sums, count, lines.shape[1]),
         CHANNELS=channels,
-        GAIN=0 if gain is None else 1 if gain.numel() == 1 else 2,
+        GAIN=kind(gain),
         MASK=mask is not None,
         LEARNED=branch is not None,
         STEPS=steps,
@@ -147,7 +153,7 @@ def serves_windows(qkv: Tensor, position: Tensor, down: int, across: int) -> boo
 def sizes_of(qkv: Tensor, position: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Windows, height and width; constants of the programs."""
     heads, tokens = position.shape[:2]
-    side = round(tokens**0.5)
+    side = math.isqrt(tokens)
     count, height, width = qkv.shape[:3]
     constants = {
         "HEADS": heads,

@@ -12,31 +12,9 @@ from skipway.errors import SkipwayError
 from skipway.kernels import triton
 from skipway.kernels.attention import backward_whole, whole
 from skipway.kernels.choosing import Way, kernel
+from skipway.windowing import MASK, apart, cut, joined
 
 __all__ = ["windowed_attention"]
-
-MASK = -100.0
-"""What is added to the logits of tokens that must not meet, as in the authors' code."""
-
-
-def cut(x: Tensor, side: int) -> Tensor:
-    """The windows of a map of whole windows: (N, H, W, C) → (N, windows, T, C)."""
-    windows = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
-    return windows.flatten(3, 4).flatten(1, 2)
-
-
-def apart(height: int, width: int, side: int, down: int, across: int, device: torch.device) -> Tensor:
-    """Which tokens of a window come from opposite edges: (windows, T, T)."""
-    below = torch.arange(height, device=device) >= height - down
-    behind = torch.arange(width, device=device) >= width - across
-    part = cut((2 * below[:, None] + behind)[None, :, :, None], side)[0, :, :, 0]
-    return part[:, :, None] != part[:, None, :]
-
-
-def joined(windows: Tensor, height: int, width: int, side: int) -> Tensor:
-    """Back to the map: (N · windows, T, C) → (N, H, W, C)."""
-    grid = windows.unflatten(0, (-1, height // side, width // side)).unflatten(3, (side, side))
-    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def parts(qkv: Tensor, position: Tensor, down: int, across: int) -> tuple[Tensor, ...]:
@@ -54,18 +32,19 @@ def plain(qkv: Tensor, position: Tensor, down: int, across: int) -> Tensor:
     """Roll, cut, attend, join, roll back."""
     q, k, v, bias = parts(qkv, position, down, across)
     out = whole(q, k, v, bias.to(q.dtype), False)[0].transpose(1, 2).flatten(2)
-    return joined(out, qkv.shape[1], qkv.shape[2], math.isqrt(position.shape[1])).roll((down, across), (1, 2))
+    side = math.isqrt(position.shape[1])
+    return joined(out.unflatten(0, (len(qkv), -1)), qkv.shape[1] // side, side).roll((down, across), (1, 2))
 
 
 def plain_backward(gradient: Tensor, qkv: Tensor, position: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
     """The same way back."""
-    (height, width), (heads, tokens) = qkv.shape[1:3], position.shape[:2]
+    heads, tokens = position.shape[:2]
     side = math.isqrt(tokens)
     q, k, v, bias = parts(qkv, position, down, across)
     dy = cut(gradient.roll((-down, -across), (1, 2)), side).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
     *found, to_bias = backward_whole(dy, q, k, v, bias.to(q.dtype), q.new_empty(0))
-    windows = torch.stack(found).permute(1, 3, 0, 2, 4).flatten(2)
-    return joined(windows, height, width, side).roll((down, across), (1, 2)), to_bias.sum(0)
+    windows = torch.stack(found).permute(1, 3, 0, 2, 4).flatten(2).unflatten(0, (len(qkv), -1))
+    return joined(windows, qkv.shape[1] // side, side).roll((down, across), (1, 2)), to_bias.sum(0)
 
 
 forward = kernel("windows", plain, Way("triton", triton.windows, triton.serves_windows))

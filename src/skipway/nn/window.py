@@ -14,6 +14,7 @@ from skipway.nn.positions import resample
 from skipway.nn.role import Role
 from skipway.nn.tokens import Attention
 from skipway.site import Kit, Placement
+from skipway.windowing import MASK, apart, cut, joined
 
 __all__ = [
     "ContinuousPosition",
@@ -25,9 +26,6 @@ __all__ = [
     "Window",
     "WindowAttention",
 ]
-
-MASK = -100.0
-"""What the authors' code adds to the logits of tokens that must not meet: e⁻¹⁰⁰, not −∞, and their weights know it."""
 
 SHARPEST = 100.0
 """The largest factor on a cosine: Swin V2's temperature is not below 0.01 (Liu et al. 2022, sec. 3.2)."""
@@ -77,36 +75,23 @@ class Window:
         down, across = self.shifts(height, width)
         if down or across:
             x = x.roll((-down, -across), dims=(1, 2))
-        return self.cut(x)
-
-    def cut(self, x: Tensor) -> Tensor:
-        """The windows of a map of whole windows: (N, H, W, C) → (N, windows, T, C)."""
-        windows = x.unflatten(2, (-1, self.side)).unflatten(1, (-1, self.side)).transpose(2, 3)
-        return windows.flatten(3, 4).flatten(1, 2)
+        return cut(x, self.side)
 
     def join(self, windows: Tensor, height: int, width: int) -> Tensor:
         """Back to the map, without the padding: (N, windows, T, C) → (N, height, width, C)."""
-        grid = windows.unflatten(2, (self.side, self.side)).unflatten(1, (-(-height // self.side), -1))
-        x = grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        x = joined(windows, -(-height // self.side), self.side)
         down, across = self.shifts(height, width)
         if down or across:
             x = x.roll((down, across), dims=(1, 2))
         return x[:, :height, :width]
 
     def apart(self, height: int, width: int, device: torch.device) -> Tensor | None:
-        """Which pairs of a window's tokens come from opposite edges of the map: (windows, T, T), None where none do.
-
-        Behind the shift the tokens that it carried over the edge are the last `shift` of their axis.
-        """
+        """Which pairs of a window's tokens come from opposite edges of the map: (windows, T, T), None where none do."""
         down, across = self.shifts(height, width)
         if not (down or across):
             return None
         rows, columns = height + -height % self.side, width + -width % self.side
-        over_top = torch.arange(rows, device=device) >= rows - down
-        over_left = torch.arange(columns, device=device) >= columns - across
-        edge = 2 * over_top[:, None] + over_left
-        edge = self.cut(edge[None, :, :, None])[0, :, :, 0]
-        return edge[:, :, None] != edge[:, None, :]
+        return apart(rows, columns, self.side, down, across, device)
 
 
 class PositionTable(nn.Module):

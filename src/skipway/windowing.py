@@ -1,0 +1,35 @@
+"""Maps as windows and back, and which tokens of a shifted window must not meet: what modules and kernels share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["MASK", "apart", "cut", "joined"]
+
+MASK = -100.0
+"""What the authors' code adds to the logits of tokens that must not meet: e⁻¹⁰⁰, not −∞, and their weights know it."""
+
+
+def cut(x: Tensor, side: int) -> Tensor:
+    """The windows of a map of whole windows: (N, H, W, C) → (N, windows, T, C)."""
+    windows = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+    return windows.flatten(3, 4).flatten(1, 2)
+
+
+def joined(windows: Tensor, rows: int, side: int) -> Tensor:
+    """Back to the map, of that many rows of windows: (N, windows, T, C) → (N, H, W, C)."""
+    grid = windows.unflatten(2, (side, side)).unflatten(1, (rows, -1))
+    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def apart(height: int, width: int, side: int, down: int, across: int, device: torch.device) -> Tensor:
+    """Which pairs of a window's tokens come from opposite edges of a map that was shifted: (windows, T, T).
+
+    Behind the shift the tokens that it carried over the edge are the last `down` rows and `across` columns.
+    """
+    over_top = torch.arange(height, device=device) >= height - down
+    over_left = torch.arange(width, device=device) >= width - across
+    edge = 2 * over_top[:, None] + over_left
+    edge = cut(edge[None, :, :, None], side)[0, :, :, 0]
+    return edge[:, :, None] != edge[:, None, :]
