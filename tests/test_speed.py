@@ -185,3 +185,40 @@ def test_freed_memory_is_kept_within_and_given_back_after():
         torch.ones(1 << 26)
         held = resident()
     assert resident() < held - (1 << 17)
+
+
+@pytest.mark.parametrize(("name", "operator"), [("swin", "windowed_attention"), ("convnext", "depthwise")])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_card_gets_our_kernels_under_the_compiler_too(name, operator, autocast, monkeypatch):
+    """Where Triton's programs can run they are operators of the compiled graph: here as if they could."""
+    monkeypatch.setattr("skipway.speed.overrides.on_card", lambda x: True)
+    monkeypatch.setattr("skipway.kernels.routing.LARGE", 1)
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    model = make().to(memory_format=torch.channels_last)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model)
+    accelerate(model)
+    seen = []
+
+    def watching(graph, given):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, backend=watching, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, ours = gradients(compiled, x)
+        z, theirs = gradients(plain, x)
+    near = 0.1 if autocast else 2e-3
+    assert (y - z).abs().max() <= near * z.abs().max()
+    largest = max(g.abs().max() for g in theirs)
+    assert all((mine - other).abs().max() <= near * largest for mine, other in zip(ours, theirs, strict=True))
+    assert any(operator in target for target in seen), sorted(set(seen))
+
+
+def test_maps_of_broken_windows_on_a_card(monkeypatch):
+    """Padded as without: padding tokens are keys like others."""
+    monkeypatch.setattr("skipway.speed.overrides.on_card", lambda x: True)
+    torch.manual_seed(0)
+    model = sw.build("swin-tiny", dim=32, heads=2, blocks=(2, 2), window=4, image=40, classes=10)
+    assert accelerate(model, torch.randn(2, 3, 40, 40)).report["difference"] < 1e-4

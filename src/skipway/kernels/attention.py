@@ -71,16 +71,24 @@ def on_cpu(q: Tensor, *others: Any) -> bool:
     return q.device.type == "cpu"
 
 
-forward = kernel("attention", whole, Way("blocks", in_blocks, on_cpu), Way("onednn", opened(in_blocks), has_door))
+def exact(*arguments: Any) -> bool:
+    """Whether products in float32 may go through the door: bfloat16 that was widened loses nothing there."""
+    return has_door(*arguments, types=(torch.float32, torch.bfloat16))
+
+
+forward = kernel("attention", whole, Way("blocks", in_blocks, on_cpu), Way("onednn", opened(in_blocks), exact))
 
 
 def backward_whole(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Through the weights, computed again where none were kept; the last is empty where there is no bias."""
+    """Through the weights, computed again where none were kept; the last is empty where there is no bias.
+
+    The gradient of the weights may be rounded, no power is taken of it; that of the logits is summed in float32.
+    """
     share = kept if kept.numel() else weights(q, k, bias)
     to_v = share.to(v.dtype).mT @ gradient
-    within = wide(gradient) @ wide(v).mT
+    within = wide(gradient @ v.mT)
     within = within.sub_((within * share).sum(-1, keepdim=True)).mul_(share)
     to_bias = within.new_empty(0) if bias is None else within.unflatten(0, (-1, len(bias))).sum(0)
     narrow = within.mul_(q.shape[-1] ** -0.5).to(q.dtype)
@@ -106,7 +114,7 @@ backward_kernel = kernel(
     "attention backward",
     backward_whole,
     Way("blocks", backward_in_blocks, on_cpu),
-    Way("onednn", opened(backward_in_blocks), has_door),
+    Way("onednn", opened(backward_in_blocks), exact),
 )
 
 

@@ -44,13 +44,13 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def has_door(*arguments: Any) -> bool:
-    """Whether all tensors are on the CPU in float32, and this torch has the setting.
+def has_door(*arguments: Any, types: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether all tensors are on the CPU in one of these types, and this torch has the setting.
 
     >>> has_door(torch.ones(1).double())
     False
     """
     tensors = [each for each in arguments if isinstance(each, Tensor)]
-    return all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors) and hasattr(
+    return all(each.device.type == "cpu" and each.dtype in types for each in tensors) and hasattr(
         getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"
     )

@@ -35,14 +35,21 @@ def take_convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    if x.ndim != 4 or x.numel() < LARGE or pair(stride) != (1, 1) or pair(dilation) != (1, 1):
-        return NotImplemented
-    channels, rows, columns = x.shape[1], *weight.shape[-2:]
-    if groups == 1 and rows == columns == 1 and pair(padding) == (0, 0):
-        return pointwise(x, weight.flatten(1), bias)
-    if groups == channels == len(weight) and rows == columns and rows % 2 and pair(padding) == (rows // 2, rows // 2):
+    if is_depthwise(x, weight, stride, padding, dilation, groups):
         return depthwise(x, weight, bias)
+    plain = x.ndim == 4 and x.numel() >= LARGE and pair(stride) == pair(dilation) == (1, 1) and pair(padding) == (0, 0)
+    if plain and groups == 1 and weight.shape[-2:] == (1, 1):
+        return pointwise(x, weight.flatten(1), bias)
     return NotImplemented
+
+
+def is_depthwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+    """Whether a convolution is one that `kernels.depthwise` computes, and large enough to gain."""
+    if x.ndim != 4 or x.numel() < LARGE or pair(stride) != (1, 1) or pair(dilation) != (1, 1):
+        return False
+    rows, columns = weight.shape[-2:]
+    around = pair(padding) == (rows // 2, rows // 2)
+    return groups == x.shape[1] == len(weight) and rows == columns and rows % 2 == 1 and around
 
 
 def pair(value: Any) -> Any:

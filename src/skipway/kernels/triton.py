@@ -17,6 +17,7 @@ __all__ = [
     "depthwise",
     "depthwise_to_input",
     "depthwise_to_weight",
+    "fits_windows",
     "residual",
     "residual_backward",
     "serves_depthwise",
@@ -143,11 +144,16 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[T
     return out, means, inverses
 
 
-def serves_windows(qkv: Tensor, position: Tensor, down: int, across: int) -> bool:
+def fits_windows(qkv: Tensor, position: Tensor) -> bool:
     """Windows of up to 64 tokens and heads of 16, 32 or 64 channels, the map in one piece."""
     heads, tokens = position.shape[:2]
     width = qkv.shape[-1] // (3 * heads)
-    return usable(qkv) and qkv.is_contiguous() and tokens <= 64 and width in (16, 32, 64)
+    return qkv.is_contiguous() and tokens <= 64 and width in (16, 32, 64)
+
+
+def serves_windows(qkv: Tensor, position: Tensor, down: int, across: int) -> bool:
+    """What fits, where Triton can run."""
+    return usable(qkv) and fits_windows(qkv, position)
 
 
 def sizes_of(qkv: Tensor, position: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:

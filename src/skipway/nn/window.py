@@ -66,12 +66,15 @@ class Window:
         """By how much a map is shifted along its two axes."""
         return (self.shift if height > self.side else 0, self.shift if width > self.side else 0)
 
+    def padded(self, x: Tensor) -> Tensor:
+        """A map with zeros below and on the right up to whole windows."""
+        below, right = -x.shape[1] % self.side, -x.shape[2] % self.side
+        return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+
     def split(self, x: Tensor) -> Tensor:
         """The tokens of each window, row by row: (N, H, W, C) → (N, windows, T, C)."""
         height, width = x.shape[1:3]
-        below, right = -height % self.side, -width % self.side
-        if below or right:
-            x = F.pad(x, (0, 0, 0, right, 0, below))
+        x = self.padded(x)
         down, across = self.shifts(height, width)
         if down or across:
             x = x.roll((-down, -across), dims=(1, 2))
@@ -280,20 +283,27 @@ class WindowAttention(Attention):
         self.position: nn.Module = PositionTable(heads, window.side)
 
     def forward(self, h: Tensor) -> Tensor:
+        return self.end(self.proj(self.before(self.mixed(h))))
+
+    def mixed(self, h: Tensor) -> Tensor:
+        """What the heads put out, side by side, at the tokens' places on the map."""
         batch, height, width, _ = h.shape
         tokens = self.window.split(h).flatten(0, 1)
         qkv = self.inside(self.bias(self.qkv(tokens)))
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        added = self.added(batch, height, width)
-        out = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v, attn_mask=added)
-        out = self.window.join(out.transpose(1, 2).flatten(2).unflatten(0, (batch, -1)), height, width)
-        return self.end(self.proj(self.before(out)))
+        out = self.weighed(self.norm_q(q), self.norm_k(k), v, self.added(height, width), batch)
+        return self.window.join(out.transpose(1, 2).flatten(2).unflatten(0, (batch, -1)), height, width)
 
-    def added(self, batch: int, height: int, width: int) -> Tensor:
-        """B + M: (1, heads, T, T) where no window is shifted, else (batch · windows, heads, T, T)."""
+    def weighed(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor, images: int) -> Tensor:
+        """softmax(q kᵀ / √d + B + M) v for the windows of several images."""
+        added = added if len(added) == 1 else added.repeat(images, 1, 1, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
+
+    def added(self, height: int, width: int) -> Tensor:
+        """B + M: (1, heads, T, T) where no window is shifted, else (windows, heads, T, T)."""
         position = self.position().unsqueeze(0)
         apart = self.window.apart(height, width, position.device)
-        return position if apart is None else (position + MASK * apart.unsqueeze(1)).repeat(batch, 1, 1, 1)
+        return position if apart is None else position + MASK * apart.unsqueeze(1)
 
 
 class CosineWindowAttention(WindowAttention):

@@ -7,13 +7,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from skipway import kernels
 from skipway.errors import SkipwayError
-from skipway.folding import computes, hooked
 from skipway.kernels.routing import Routed
-from skipway.nn import DropPath, Gain, Residual
+from skipway.speed.overrides import overridden
 from skipway.surgery.admission import admitted
 from skipway.surgery.chaining import changed
 from skipway.surgery.operation import Operation
@@ -35,7 +33,8 @@ def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: f
     `isinstance`, hooks and checkpointing survive, and code that calls functions instead of modules is reached. Each
     kernel measures its ways at first use and never takes one that is slower or that differs. Gradients are those of
     plain torch up to rounding; which way is the quickest may change from run to run, and the last bits with it. Under
-    `torch.compile` the network is left as it was: the compiler has its own kernels.
+    `torch.compile` the network is left to the compiler and its own kernels, but for two on a GPU where the compiler
+    calls others' as well: depthwise convolutions of maps that lie channels-last, and attention within windows.
 
     Args:
         model: any module.
@@ -102,7 +101,8 @@ ACTIVE = Active()
 @cache
 def routed(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `kind` whose forward is routed; the outermost module of a call routes for all within."""
-    own = epilogue if kind.forward is Residual.forward else kind.forward
+    methods = overridden(kind)
+    own = methods.pop("forward", kind.forward)
 
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -116,25 +116,5 @@ def routed(kind: type[nn.Module]) -> type[nn.Module]:
         finally:
             ACTIVE.now = False
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "unrouted": kind})
-
-
-def epilogue(self: Any, x: Tensor) -> Tensor:
-    """A connection whose gain, stochastic depth and addition are one pass."""
-    h = self.pre(x)
-    branch, gain, mask = self.branch(h), None, None
-    if simple(self.scale, Gain):
-        gain = (self.scale.factor * self.scale.gain).view(self.scale.shape)
-    else:
-        branch = self.scale(branch)
-    if simple(self.drop, DropPath):
-        mask = self.drop.mask(branch)
-    else:
-        branch = self.drop(branch)
-    return self.post(kernels.residual(self.shortcut(x, h), branch, gain, mask))
-
-
-def simple(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a slot holds what the kernel computes, and nobody watches it."""
-    routed_kind = getattr(type(module), "unrouted", None)
-    return not hooked(module) and (routed_kind is kind or computes(module, (kind,)))
+    named = {"forward": forward, "__module__": kind.__module__, "unrouted": kind}
+    return type(kind.__name__, (kind,), {**methods, **named})

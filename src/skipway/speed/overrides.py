@@ -1,0 +1,98 @@
+"""What accelerated modules compute in another way: methods by the class that they are overridden in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipway import kernels
+from skipway.folding import computes, hooked
+from skipway.kernels.routing import LARGE, is_depthwise
+from skipway.kernels.triton import fits_windows
+from skipway.nn import DropPath, Gain, Residual, WindowAttention
+
+__all__ = ["OVERRIDES", "overridden"]
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def on_card(x: Tensor) -> bool:
+    """Whether Triton's programs can run where x is; there they are called under `torch.compile` as well."""
+    return HAS_TRITON and x.is_cuda
+
+
+def simple(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a slot holds what the kernel computes, and nobody watches it."""
+    routed_kind = getattr(type(module), "unrouted", None)
+    return not hooked(module) and (routed_kind is kind or computes(module, (kind,)))
+
+
+def epilogue(self: Any, x: Tensor) -> Tensor:
+    """A connection whose gain, stochastic depth and addition are one pass."""
+    h = self.pre(x)
+    branch, gain, mask = self.branch(h), None, None
+    if simple(self.scale, Gain):
+        gain = (self.scale.factor * self.scale.gain).view(self.scale.shape)
+    else:
+        branch = self.scale(branch)
+    if simple(self.drop, DropPath):
+        mask = self.drop.mask(branch)
+    else:
+        branch = self.drop(branch)
+    return self.post(kernels.residual(self.shortcut(x, h), branch, gain, mask))
+
+
+def mixed(self: Any, h: Tensor) -> Tensor:
+    """Windows where they lie on the map: nothing is cut, rolled or copied, on a GPU."""
+    if not (on_card(h) and simple(self.norm_q, nn.Identity) and simple(self.norm_k, nn.Identity)):
+        return WindowAttention.mixed(self, h)
+    height, width = h.shape[1:3]
+    qkv, position = self.inside(self.bias(self.qkv(self.window.padded(h)))), self.position()
+    if not fits_windows(qkv, position):
+        return WindowAttention.mixed(self, h)
+    return kernels.windowed_attention(qkv, position, *self.window.shifts(height, width))[:, :height, :width]
+
+
+def weighed(self: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor, images: int) -> Tensor:
+    """B + M of one image for all, by broadcasting, on a CPU."""
+    if torch.compiler.is_compiling() or q.device.type != "cpu" or q.numel() < LARGE or not kernels.enabled():
+        return WindowAttention.weighed(self, q, k, v, added, images)
+    return kernels.attention(q, k, v, added)
+
+
+def convolved(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A depthwise convolution of a map that lies channels-last, on a GPU."""
+    if (
+        on_card(x)
+        and self.padding_mode == "zeros"
+        and is_depthwise(x, weight, self.stride, self.padding, self.dilation, self.groups)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return kernels.depthwise(x, weight, bias)
+    return nn.Conv2d._conv_forward(self, x, weight, bias)
+
+
+OVERRIDES: dict[type[nn.Module], dict[str, Callable[..., Any]]] = {
+    Residual: {"forward": epilogue},
+    WindowAttention: {"mixed": mixed, "weighed": weighed},
+    nn.Conv2d: {"_conv_forward": convolved},
+}
+
+
+def overridden(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """The methods of a class that are overridden; those that it has of its own are not.
+
+    >>> sorted(overridden(WindowAttention)), overridden(nn.Linear)
+    (['mixed', 'weighed'], {})
+    """
+    return {
+        name: function
+        for base, methods in OVERRIDES.items()
+        if issubclass(kind, base)
+        for name, function in methods.items()
+        if getattr(kind, name) is getattr(base, name)
+    }
