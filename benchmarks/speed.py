@@ -1,7 +1,8 @@
 """The published run: our networks against timm, torchvision and transformers, on an idle machine.
 
 Claim     faster than the best of eager, channels-last, compiled and frozen of each
-Command   python -m benchmarks.speed [--out FOLDER] [--rounds 7] [--budget 1800] [--what …] [--peers …] [--modes …]
+Command   python -m benchmarks.speed [--device cuda] [--networks …] [--precisions …] [--what …] [--peers …] [--modes …]
+          [--out FOLDER] [--rounds 7] [--budget 1800]
 Method    all contenders of a piece of work take turns in one run; medians of the ratios in each round, with quartiles;
           ceilings of multiplying and copying measured in the same run. Resumable: the same command goes on
 Result    benchmarks/speed.md and benchmarks/speed.png, with date and machine
@@ -13,9 +14,10 @@ import argparse
 from pathlib import Path
 
 from skipway.speed.architectures import PEERS
-from skipway.speed.benchmark import WHAT, Plan, measure
+from skipway.speed.benchmark import PRECISIONS, WHAT, Plan, measure
 from skipway.speed.chart import draw
 from skipway.speed.contenders import MODES
+from skipway.speed.devices import DEVICES
 from skipway.speed.summary import standings, write_markdown
 
 HERE = Path(__file__).parent
@@ -26,12 +28,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=1800.0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--networks", nargs="+", default=())
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
     parser.add_argument("--what", nargs="+", default=WHAT)
     parser.add_argument("--peers", nargs="+", default=PEERS)
     parser.add_argument("--modes", nargs="+", default=tuple(MODES))
     options = parser.parse_args()
-    chosen = {"peers": options.peers, "modes": options.modes, "rounds": options.rounds, "budget": options.budget}
-    plan = Plan(what=options.what, **chosen)
+    chosen = {name: getattr(options, name) for name in ("device", "precisions", "peers", "modes", "rounds", "budget")}
+    plan = Plan(what=options.what, networks=options.networks, **chosen)
     journal = measure(plan, options.out, lambda text: print(text, flush=True))
     # speed as batch and image size grow, of one network that convolves and one that attends
     for batches, sizes in (((1, 4, 16, 64), (224,)), ((16,), (128, 224, 288))):
@@ -47,7 +52,9 @@ def main() -> None:
             )
             journal = measure(grown, options.out, lambda text: print(text, flush=True))
     print(write_markdown(journal, HERE / "speed.md"))
-    drawn = [each for each in standings(journal) if (each.race.cell.batch, each.race.cell.size) == (16, 224)]
+    usual = [(DEVICES[name].batch, 224, name) for name in DEVICES]
+    cells = [(each, each.race.cell) for each in standings(journal)]
+    drawn = [each for each, cell in cells if (cell.batch, cell.size, cell.device) in usual]
     if drawn:
         print(draw(drawn, HERE / "speed.png"))
 

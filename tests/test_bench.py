@@ -68,6 +68,13 @@ def test_slow_ones_leave_their_group_and_the_best_of_each_stays():
     assert [turn.name for turn in turns if turn.round == 2] == ["fast", "best"]
 
 
+def test_a_turn_of_several_calls_is_the_time_of_one_and_waits_for_all():
+    clock = Clock()
+    waits = clock.takes(8.0)  # what a GPU still has to do when the calls are through
+    (turn,) = race([Entrant("a", clock.takes(1.0), calls=4, finish=waits)], 1, clock=clock)
+    assert turn.seconds == (4 * 1.0 + 8.0) / 4
+
+
 def test_the_limit_ends_a_race_after_one_round():
     clock = Clock()
     turns = list(race([Entrant(name, clock.takes(9.0), name) for name in "ab"], 5, limit=1.0, clock=clock))
@@ -130,6 +137,24 @@ def test_peers_under_our_switches_are_told_apart():
     assert {each.side for each in found if each.switched and each.library == "timm"} == {"switched"}
     assert {each.side for each in found if each.library == "skipway"} == {"ours"}
     assert not any(each.mode == "frozen" or each.mode.startswith("optimize") for each in found)
+
+
+def test_a_gpu_has_its_own_field():
+    plan = Plan(device="cuda", what=["infer", "train"], peers=["timm"], precisions=["bfloat16"])
+    assert {cell.device for cell in plan.cells()} == {"cuda"}
+    assert {cell.batch for cell in plan.cells()} == {128}
+    assert plan.networks == ("resnet50", "vit-base-16", "convnext-base", "swin-base")
+    given = {"peers": ["timm"], "device": "cuda"}
+    trains = [str(each) for each in contenders("train", "bfloat16", **given)]
+    infers = [str(each) for each in contenders("infer", "bfloat16", **given)]
+    assert {"timm compiled-channels-last", "skipway accelerate-compiled", "timm channels-last + switches"} <= set(
+        trains
+    )
+    assert {"skipway optimize-inductor", "timm frozen"} <= set(infers)
+    # the switches are a CPU's: on a GPU they do nothing but put our kernels in
+    assert not [name for name in infers if "switches" in name or "openvino" in name]
+    here = [str(each) for each in contenders("train", "bfloat16", peers=["timm"])]
+    assert not [name for name in here if "compiled-channels-last" in name]
 
 
 def tiny_plan(**others) -> Plan:
@@ -206,6 +231,23 @@ def test_the_table_and_the_chart(tmp_path):
     assert draw(standings(journal), tmp_path / "speed.png").stat().st_size > 5000
 
 
+def test_devices_have_tables_of_their_own(tmp_path):
+    journal = recorded(tmp_path)
+    assert '"device": "cpu"' in journal.path.read_text()
+    text = journal.path.read_text()
+    other = text.replace('"device": "cpu"', '"device": "cuda"').replace(
+        '"precision": "float32", "flops"', '"device": "cuda", "precision": "float32", "flops"'
+    )
+    journal.path.write_text(text.replace(', "device": "cpu"', "") + other)  # rows of before there were devices, too
+    found = standings(Journal(tmp_path))
+    assert [each.race.cell.device for each in found] == ["cpu", "cuda"]
+    assert found[0].ceiling == found[1].ceiling == pytest.approx(80.0)
+    text = markdown(Journal(tmp_path))
+    for title in ("## Inference in float32, images a second\n", "## Inference in float32, images a second on cuda\n"):
+        assert title in text
+    assert "Ceiling in float32 on cuda: 8 GFLOP/s" in text
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"kind": "machine"}\nnonsense\n{"kind": "copy"}\n')
     with pytest.raises(SkipwayError, match="line 2: no JSON"):
@@ -217,6 +259,7 @@ def test_a_damaged_line_is_named(tmp_path):
     [
         ({"modes": ["eagre"]}, "did you mean 'eager'"),
         ({"peers": ["keras"]}, "unknown peer 'keras'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"rounds": 0}, "rounds 0: the rule is at least 1"),
         ({"budget": 0.0}, "budget 0: the rule is more than 0 seconds"),
         ({"networks": ["swin@9"]}, "FAMILY@BRANCHES"),

@@ -42,6 +42,20 @@ def residual(dtype, odd):
     return kernels.residual, (*pair, torch.randn(c, 1, 1, dtype=dtype), mask)
 
 
+def stream_and_norm(shortcut, branch, gain, mask, weight, bias):
+    return torch.cat(kernels.residual_norm(shortcut, branch, weight, bias, gain, mask))
+
+
+def residual_norm(dtype, odd):
+    _, arguments = residual(dtype, odd)
+    c = arguments[2].shape[0]
+    return stream_and_norm, (*arguments, torch.randn(c, dtype=dtype), torch.randn(c, dtype=dtype))
+
+
+MASKED = (kernels.residual, stream_and_norm)
+"""Functions whose fourth argument is a mask, which has no gradient."""
+
+
 def depthwise(dtype, odd):
     n, c, h, w, k = (2, 3, 5, 9, 3) if odd else (2, 4, 14, 14, 7)
     return kernels.depthwise, (
@@ -88,14 +102,14 @@ def pointwise(dtype, odd):
 
 
 ALL = [linear, pointwise, mlp, residual, depthwise, channel_norm, batch_norm_relu, attention]
-ALL += [window_attention]
+ALL += [window_attention, residual_norm]
 WAYS = sorted({way.name for each in KERNELS for way in each.ways} - {"triton"})
 
 
 def run(function, arguments, way):
     """Output and gradients, by one way."""
     given = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
-    if function is kernels.residual:
+    if function in MASKED:
         given[3].requires_grad_(False)
     with kernels.only(way):
         y = function(*given)
@@ -125,7 +139,7 @@ def test_derivatives(make):
     torch.manual_seed(2)
     function, arguments = make(D, True)
     given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
-    if function is kernels.residual:
+    if function in MASKED:
         given[3].requires_grad_(False)
     for way in ("blocks", "tiles", "product"):
         with kernels.only(way):
@@ -137,6 +151,7 @@ OPERATORS = {
     pointwise: "pointwise",
     mlp: "mlp",
     residual: "residual",
+    residual_norm: "residual_norm",
     depthwise: "depthwise",
     channel_norm: "channel_norm",
     batch_norm_relu: "batch_norm_relu",
@@ -149,9 +164,11 @@ def test_operators_are_proper(make):
     """torch's own check of schema, autograd registration and shape function."""
     arguments = list(make(torch.float32, True)[1])
     arguments = arguments[:2] if make is pointwise else arguments
-    arguments += {channel_norm: [1e-6], batch_norm_relu: [1e-5], attention: [None, True]}.get(make, [])
+    arguments += {channel_norm: [1e-6], residual_norm: [1e-6], batch_norm_relu: [1e-5], attention: [None, True]}.get(
+        make, []
+    )
     given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
-    if make is residual:
+    if make in (residual, residual_norm):
         given[3].requires_grad_(False)
     operator = getattr(torch.ops.skipway, OPERATORS[make]).default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -332,6 +349,12 @@ for shape, size in cases:
     if len(shape) == 4:
         dy, branch = dy.contiguous(**last), branch.contiguous(**last)
     m = torch.rand(shape[0]).view(-1, *[1] * (len(shape) - 1))
+    compared(lambda a, b, g: kernels.residual(a, b, g, m.to(a.dtype)), dy, branch, gain)
+    compared(lambda a, b: kernels.residual(a, b, None, m.to(a.dtype)), dy, branch)
+    own = torch.randn(2, shape[1 if len(shape) == 4 else 2])
+    compared(
+        lambda a, b, g, w, c: torch.cat(kernels.residual_norm(a, b, w, c, g, m.to(a.dtype))), dy, branch, gain, *own
+    )
     to_branch, to_gain = triton.residual_backward(dy, branch, gain, m)
     assert torch.allclose(to_branch, dy * gain * m, atol=1e-6)
     expected = (dy * m * branch).sum_to_size(gain.shape if gain.numel() > 1 else (1,) * len(shape))

@@ -47,6 +47,7 @@ def bench(
     ceilings: Annotated[bool, Parameter(group=FIELD)] = True,
     rounds: Annotated[int, Parameter(group=RUNNING)] = 5,
     budget: Annotated[float | None, Parameter(group=RUNNING)] = None,
+    device: Annotated[str, Parameter(group=RUNNING)] = "auto",
     out: Annotated[Path, Parameter(name=("--out", "-o"), group=OUTPUT)] = Path("bench"),
 ) -> int:
     """Race our networks against timm, torchvision and transformers on this machine.
@@ -55,10 +56,11 @@ def bench(
     on disk at once: the same command goes on where it was stopped.
 
     Args:
-        networks: Names of models, or FAMILY@BRANCHES: vit@1000. [resnet50 vit-small-16 convnext-tiny swin-tiny]
+        networks: Names of models, or FAMILY@BRANCHES: vit@1000. [resnet50 and small ViT, ConvNeXt and Swin; on a
+            GPU base ones]
         what: Inference, training steps, their peak memory, import and build time, training by depth. [infer train]
         precision: Of the numbers. [both]
-        batch: Images at a time; several to see how speed grows. [16]
+        batch: Images at a time; several to see how speed grows. [16; 128 on a GPU]
         size: Side of the images in pixels; several to see how speed grows. [224]
         branches: Depths of growth. [8 32 128 512 2048 10000]
         peers: Whom to race against. [all three]
@@ -67,19 +69,22 @@ def bench(
         ceilings: Measure how fast the machine multiplies and copies, too.
         rounds: Turns of each contender.
         budget: Seconds for each race, half of them for preparing. [no limit]
+        device: auto, cpu, cuda.
         out: Folder for rows, table and chart.
     """
     # threads that wait should sleep; see `skipway train`
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from skipway.speed.benchmark import BRANCHES, NETWORKS, PRECISIONS, Plan, measure
+    from skipway.speed.benchmark import BRANCHES, PRECISIONS, Plan, measure
     from skipway.speed.contenders import MODES as KNOWN
     from skipway.speed.summary import standings
+    from skipway.training.device import choose_device
 
     plan = Plan(
-        networks=tuple(networks) if networks else NETWORKS,
+        device=choose_device(device).type,
+        networks=networks or (),
         what=what or ("infer", "train"),
         precisions=precision or PRECISIONS,
-        batches=batch or (16,),
+        batches=batch or (),
         sizes=size or (224,),
         branches=branches or BRANCHES,
         peers=("timm", "torchvision", "transformers") if peers is None else peers,

@@ -11,7 +11,7 @@ from skipway.kernels.choosing import Choice, Kernel, Way, choices, enabled, forg
 from skipway.kernels.depthwise import depthwise
 from skipway.kernels.maps import linear, pointwise
 from skipway.kernels.mlp import ACTIVATIONS, mlp
-from skipway.kernels.norms import batch_norm_relu, channel_norm
+from skipway.kernels.norms import batch_norm_relu, channel_norm, residual_norm
 from skipway.kernels.residual import residual
 from skipway.kernels.windows import windowed_attention
 
@@ -33,6 +33,7 @@ __all__ = [
     "only",
     "pointwise",
     "residual",
+    "residual_norm",
     "window_attention",
     "windowed_attention",
 ]

@@ -1,4 +1,4 @@
-"""Layer normalisation over the channels of a map; batch normalisation, addition and ReLU as one training pass."""
+"""Layer normalisation over channels, behind an addition too; batch normalisation, addition and ReLU in one pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,36 @@ from torch.nn import functional as F
 
 from skipway.kernels import triton
 from skipway.kernels.choosing import Way, enabled, kernel
+from skipway.kernels.residual import plain as epilogue
+from skipway.kernels.residual import plain_backward as epilogue_backward
 
-__all__ = ["batch_norm_relu", "channel_norm"]
+__all__ = ["batch_norm_relu", "channel_norm", "residual_norm"]
+
+
+def last(x: Tensor) -> Tensor:
+    """A map with its channels at the end, as tokens have them."""
+    return x.movedim(1, -1) if x.ndim == 4 else x
+
+
+def back(x: Tensor) -> Tensor:
+    """A map with its channels where they were."""
+    return x.movedim(-1, 1) if x.ndim == 4 else x
 
 
 def rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels as rows: no copy where the map lies channels-last."""
-    y, mean, inverse = torch.native_layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, eps)
-    return y.movedim(-1, 1), mean.squeeze(-1), inverse.squeeze(-1)
+    y, mean, inverse = torch.native_layer_norm(last(x), weight.shape, weight, bias, eps)
+    return back(y), mean.squeeze(-1), inverse.squeeze(-1)
+
+
+def rows_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    to_x, *others = torch.ops.aten.native_layer_norm_backward(
+        *(last(gradient), last(x), weight.shape, mean.unsqueeze(-1), inverse.unsqueeze(-1)),
+        *(weight, bias, [True, True, True]),
+    )
+    return back(to_x), *others
 
 
 def planes(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,18 +77,7 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
 
 
 def backward(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mean, inverse = ctx.saved_tensors
-    to_x, to_weight, to_bias = torch.ops.aten.native_layer_norm_backward(
-        gradient.movedim(1, -1),
-        x.movedim(1, -1),
-        [x.shape[1]],
-        mean.unsqueeze(-1),
-        inverse.unsqueeze(-1),
-        weight,
-        bias,
-        [True, True, True],
-    )
-    return to_x.movedim(-1, 1), to_weight, to_bias, None
+    return *rows_backward(gradient, *ctx.saved_tensors), None
 
 
 operator.register_autograd(backward, setup_context=keep)
@@ -83,6 +94,103 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> 
     if not enabled() or not x.numel():
         return rows(x, weight, bias, eps)[0]
     return operator(x, weight, bias, eps)[0]
+
+
+def one_by_one(
+    shortcut: Tensor,
+    branch: Tensor,
+    gain: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stream = epilogue(shortcut, branch, gain, mask)
+    return stream, *rows(stream, weight, bias, eps)
+
+
+add_and_norm = kernel("residual norm", one_by_one, Way("triton", triton.normalised, triton.serves_residual_norm))
+
+
+@torch.library.custom_op("skipway::residual_norm", mutates_args=())
+def sum_operator(
+    shortcut: Tensor,
+    branch: Tensor,
+    gain: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stream, y, mean, inverse = add_and_norm(shortcut, branch, gain, mask, weight, bias, eps)
+    return stream, y.contiguous(memory_format=layout(y)), mean.contiguous(), inverse.contiguous()
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
+
+
+@sum_operator.register_fake
+def _(
+    shortcut: Tensor, branch: Tensor, gain: Any, mask: Any, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    stream = epilogue(shortcut, branch, gain, mask)
+    moments = stream.new_empty(last(stream).shape[:-1], dtype=torch.promote_types(stream.dtype, torch.float32))
+    y = stream.new_empty(stream.shape).contiguous(memory_format=layout(stream))
+    return stream, y, moments, torch.empty_like(moments)
+
+
+def keep_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, branch, gain, mask, weight, bias, _ = inputs
+    stream, _, mean, inverse = output
+    learned = gain is not None and gain.requires_grad
+    ctx.save_for_backward(branch if learned else None, gain, mask, weight, bias, stream, mean, inverse)
+    ctx.mark_non_differentiable(mean, inverse)
+
+
+def backward_sum(ctx: Any, to_stream: Tensor, gradient: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    branch, gain, mask, weight, bias, stream, mean, inverse = ctx.saved_tensors
+    to_sum, to_weight, to_bias = rows_backward(gradient, stream, weight, bias, mean, inverse)
+    to_sum = to_stream + to_sum
+    if gain is None and mask is None:
+        return to_sum, to_sum, None, None, to_weight, to_bias, None
+    to_branch, to_gain = epilogue_backward(to_sum, branch, gain, mask)
+    return to_sum, to_branch, to_gain if ctx.needs_input_grad[2] else None, None, to_weight, to_bias, None
+
+
+sum_operator.register_autograd(backward_sum, setup_context=keep_sum)
+
+
+def residual_norm(
+    shortcut: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gain: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The end of a connection and the norm that the next one begins with: y = shortcut + g ⊙ m ⊙ branch, and
+    b + w ⊙ (y − μ) / √(σ² + ε) over its channels; in Triton y is written and never read again.
+
+    Shapes: shortcut and branch alike, (N, T, C) or (N, C, H, W); weight and bias (C,); gain (C,) or (C, 1, 1) or one
+    number, mask (N, 1, …) → y and its norm, shaped like the branch; the norm of a map lies channels-last.
+
+    Args:
+        weight: w of the norm.
+        bias: b of the norm.
+        gain: g, what a scheme multiplies the branch with.
+        mask: m, stochastic depth's: 0 or 1/(1 − p) for each sample; it has no gradient.
+        eps: ε.
+
+    >>> x = torch.randn(2, 5, 8)
+    >>> y, normed = residual_norm(x, x, torch.ones(8), torch.zeros(8))
+    >>> torch.equal(y, 2 * x), torch.allclose(normed, F.layer_norm(y, (8,), eps=1e-6), atol=1e-5)
+    (True, True)
+    """
+    run = sum_operator if enabled() and branch.numel() else one_by_one
+    return run(shortcut, branch, gain, mask, weight, bias, eps)[:2]
 
 
 def separate(

@@ -82,20 +82,37 @@ def residual_backward(
 
 
 @triton.jit
-def channel_norm(x, weight, bias, out, means, inverses, channels, eps, BLOCK: tl.constexpr):
-    """One pixel: its channels are read once and written once."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < channels
-    values = tl.load(x + row * channels + at, inside, other=0.0).to(tl.float32)
-    mean = tl.sum(values, 0) / channels
-    centred = tl.where(inside, values - mean, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / channels + eps)
-    scaled = centred * inverse * tl.load(weight + at, inside).to(tl.float32)
-    y = scaled + tl.load(bias + at, inside).to(tl.float32)
-    tl.store(out + row * channels + at, y.to(out.dtype.element_ty), inside)
-    tl.store(means + row, mean)
-    tl.store(inverses + row, inverse)
+def channel_norm(
+    x, branch, gain, mask, weight, bias, stream, out, means, inverses, rows, sample, channels, eps,
+    ADDED: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`ROWS` pixels or tokens, each read once and written once: stream = x + g · m · branch, and its norm."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    channel = tl.arange(0, BLOCK)
+    known = channel < channels
+    inside = there[:, None] & known[None, :]
+    at = row.to(tl.int64)[:, None] * channels + channel[None, :]
+    values = tl.load(x + at, inside, other=0.0).to(tl.float32)
+    if ADDED:
+        added = tl.load(branch + at, inside, other=0.0).to(tl.float32)
+        if GAIN == 1:
+            added *= tl.load(gain).to(tl.float32)
+        if GAIN == 2:
+            added *= tl.load(gain + channel, known, other=0.0).to(tl.float32)[None, :]
+        if MASK:
+            added *= tl.load(mask + row // sample, there, other=0.0).to(tl.float32)[:, None]
+        rounded = (values + added).to(stream.dtype.element_ty)
+        tl.store(stream + at, rounded, inside)
+        values = rounded.to(tl.float32)
+    mean = tl.sum(values, 1) / channels
+    centred = tl.where(inside, values - mean[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
+    scaled = centred * inverse[:, None] * tl.load(weight + channel, known, other=0.0).to(tl.float32)[None, :]
+    y = scaled + tl.load(bias + channel, known, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), inside)
+    tl.store(means + row, mean, there)
+    tl.store(inverses + row, inverse, there)
 
 
 @triton.jit

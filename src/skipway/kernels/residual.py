@@ -10,7 +10,7 @@ from torch import Tensor
 from skipway.kernels import triton
 from skipway.kernels.choosing import Way, enabled, kernel
 
-__all__ = ["residual"]
+__all__ = ["plain", "plain_backward", "residual"]
 
 
 def plain(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -63,20 +63,58 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.shapes, ctx.types = (shortcut.shape, branch.shape), (shortcut.dtype, branch.dtype)
 
 
+def plain_backward(
+    gradient: Tensor, branch: Tensor | None, gain: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of the branch, and of the gain where a branch is given (else nothing)."""
+    to_branch = gradient * both(gain, mask).to(gradient.dtype)
+    if branch is None or gain is None:
+        return to_branch, gradient.new_empty(0)
+    masked = gradient if mask is None else gradient * mask
+    return to_branch, (masked * branch).sum_to_size(gain.shape).to(gain.dtype)
+
+
+def by_triton(
+    gradient: Tensor, branch: Tensor | None, gain: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    to_branch, sums = triton.residual_backward(gradient, branch, gain, mask)
+    if branch is None or gain is None:
+        return to_branch, gradient.new_empty(0)
+    return to_branch, (sums.sum() if gain.numel() == 1 else sums).view(gain.shape).to(gain.dtype)
+
+
+def served(gradient: Tensor, branch: Tensor | None, gain: Tensor | None, mask: Tensor | None) -> bool:
+    return triton.serves_residual(gradient, gradient if branch is None else branch, gain, mask)
+
+
+backward_kernel = kernel("residual backward", plain_backward, Way("triton", by_triton, served))
+
+
+@torch.library.custom_op("skipway::residual_backward", mutates_args=())
+def backward_operator(
+    gradient: Tensor, branch: Tensor | None, gain: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return backward_kernel(gradient, branch, gain, mask)
+
+
+@backward_operator.register_fake
+def _(gradient: Tensor, branch: Any, gain: Any, mask: Any) -> tuple[Tensor, Tensor]:
+    learned = branch is not None and gain is not None
+    return torch.empty_like(gradient), torch.empty_like(gain) if learned else gradient.new_empty(0)
+
+
 def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """∂/∂shortcut is the gradient itself: nothing is computed for it."""
     branch, gain, mask = ctx.saved_tensors
-    to_branch, to_gain = gradient, None
-    if gain is not None or mask is not None:
-        to_branch = gradient * both(gain, mask).to(gradient.dtype)
-    if ctx.needs_input_grad[2]:
-        masked = gradient if mask is None else gradient * mask
-        to_gain = (masked * branch).sum_to_size(gain.shape).to(gain.dtype)
+    branch = branch if ctx.needs_input_grad[2] else None
+    # an operator where there is a kernel: plain torch has further derivatives, and the compiler fuses it
+    run = backward_operator if served(gradient, branch, gain, mask) else plain_backward
+    to_branch, to_gain = run(gradient, branch, gain, mask)
     (shortcut_shape, branch_shape), (shortcut_type, branch_type) = ctx.shapes, ctx.types
     return (
         gradient.sum_to_size(shortcut_shape).to(shortcut_type),
         to_branch.sum_to_size(branch_shape).to(branch_type),
-        to_gain,
+        to_gain if ctx.needs_input_grad[2] else None,
         None,
     )
 

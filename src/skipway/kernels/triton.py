@@ -18,12 +18,14 @@ __all__ = [
     "depthwise_to_input",
     "depthwise_to_weight",
     "fits_windows",
+    "normalised",
     "residual",
     "residual_backward",
     "serves_depthwise",
     "serves_gradient",
     "serves_norm",
     "serves_residual",
+    "serves_residual_norm",
     "serves_windows",
     "windows",
     "windows_backward",
@@ -134,14 +136,47 @@ def serves_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
 
 
 def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.channel_norm`, a pixel per program: read once, written once."""
-    out = torch.empty_like(x)
-    means = torch.empty((x.shape[0], *x.shape[2:]), dtype=torch.float32, device=x.device)
+    """`kernels.channel_norm`: read once, written once."""
+    return normalised(x, None, None, None, weight, bias, eps)[1:]
+
+
+def serves_residual_norm(
+    shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None, *others: Any
+) -> bool:
+    """What the epilogue serves, of up to `WIDEST` channels."""
+    return serves_residual(shortcut, branch, gain, mask) and dense(branch).shape[-1] <= WIDEST
+
+
+def normalised(
+    x: Tensor,
+    branch: Tensor | None,
+    gain: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    tile: int = 2048,
+    warps: int = 4,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kernels.residual_norm` in one pass: the stream (x itself where no branch is given), its norm and moments."""
+    rows = dense(x)
+    stream, out = x if branch is None else torch.empty_like(x), torch.empty_like(x)
+    sizes = (x.shape[0], *(x.shape[2:] if x.ndim == 4 else x.shape[1:-1]))
+    means = torch.empty(sizes, dtype=torch.float32, device=x.device)
     inverses = torch.empty_like(means)
-    programs().channel_norm[(means.numel(),)](
-        *(dense(x), weight, bias, dense(out), means, inverses, x.shape[1], eps), BLOCK=power(x.shape[1])
+    block = power(rows.shape[-1])
+    lines = max(1, tile // block)
+    programs().channel_norm[(-(-means.numel() // lines),)](
+        *(rows, rows if branch is None else dense(branch), x if gain is None else gain, x if mask is None else mask),
+        *(weight, bias, dense(stream), dense(out), means, inverses, means.numel(), rows.shape[1], rows.shape[2], eps),
+        ADDED=branch is not None,
+        GAIN=kind(gain),
+        MASK=mask is not None,
+        ROWS=lines,
+        BLOCK=block,
+        num_warps=warps,
     )
-    return out, means, inverses
+    return stream, out, means, inverses
 
 
 def fits_windows(qkv: Tensor, position: Tensor) -> bool:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipway.errors import SkipwayError
-from skipway.speed.allocation import give_back
+from skipway.speed.devices import DEVICES
 
 if TYPE_CHECKING:
     from skipway.speed.contenders import Cell, Contender, Step
 
-__all__ = ["ApartError", "apart", "memory", "peak_bytes", "startup"]
+__all__ = ["ApartError", "apart", "memory", "startup"]
 
 LIMIT = 1800.0
 MEMORY = """
@@ -109,31 +107,6 @@ def memory(contender: Contender, cell: Cell) -> dict[str, Any]:
     return apart(MEMORY, {"contender": asdict(contender), "cell": asdict(cell)})
 
 
-def status(field: str) -> int:
-    """Bytes of a field of this process's status, on Linux."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise SkipwayError(f"/proc/self/status has no {field}")
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory that a piece of work had resident beyond what was resident before, in bytes; on Linux.
-
-    >>> peak_bytes(lambda: bytearray(b"1" * (1 << 26))) > 1 << 25
-    True
-    """
-    give_back()  # what was freed but is still held by the allocator would hide what the work takes
-    try:
-        # the high water mark starts anew
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
-    except OSError as error:
-        raise SkipwayError("peak memory is read from /proc/self, which only Linux has") from error
-    work()
-    return max(0, status("VmHWM") - before)
-
-
 def memory_here(contender: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
     """The same in this process; a first step brings the optimiser's state about."""
     from skipway.speed.contenders import Cell, Contender, Step
@@ -145,7 +118,7 @@ def memory_here(contender: dict[str, Any], cell: dict[str, Any]) -> dict[str, An
         step()
         # what is kept for the next step anyway, gradients, is not counted as the step's
         step.optimiser.zero_grad(set_to_none=True)
-        peak = peak_bytes(step)
+        peak = DEVICES[step.images.device.type].peak(step)
     return {"peak_bytes": peak, "saved_bytes": saved(step)}
 
 

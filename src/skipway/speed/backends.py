@@ -17,6 +17,7 @@ from skipway.errors import MissingExtraError, SkipwayError
 from skipway.export import export_onnx
 from skipway.kernels.routing import Packed
 from skipway.registry import Registry
+from skipway.speed.accelerate import accelerate, is_routed
 from skipway.speed.allocation import keep_memory
 
 __all__ = ["BACKENDS", "PRECISIONS", "Backend", "frozen"]
@@ -99,8 +100,11 @@ def eager(model: nn.Module, example: Tensor, precision: str) -> Run:
 
 
 def inductor(model: nn.Module, example: Tensor, precision: str) -> Run:
-    """torch's compiler with weights as constants: folded and packed for the machine."""
-    compiled = frozen(laid_out(model, precision), entering(example, precision))
+    """torch's compiler with weights as constants, folded and packed for the machine; on a GPU with our kernels."""
+    model = laid_out(model, precision)
+    if example.is_cuda and not any(map(is_routed, model.modules())):
+        accelerate(model)
+    compiled = frozen(model, entering(example, precision))
 
     def run(x: Tensor) -> Tensor:
         with keep_memory(release=False):

@@ -21,19 +21,22 @@ from skipway.speed import apart
 from skipway.speed.architectures import PEERS, config_of, missing
 from skipway.speed.ceilings import ceiling, copy_rate, flops_of
 from skipway.speed.contenders import MODES, OURS, Cell, Contender, Prepared, contenders, prepared
+from skipway.speed.devices import DEVICES, Device
 from skipway.speed.journal import Journal, Race, stopped
 from skipway.speed.measuring import Entrant, Turn, race, reason
 
-__all__ = ["BRANCHES", "NETWORKS", "PRECISIONS", "WHAT", "Plan", "What", "measure"]
+__all__ = ["BRANCHES", "PRECISIONS", "WHAT", "Plan", "What", "measure"]
 
 What = Literal["infer", "train", "memory", "startup", "growth"]
 WHAT: tuple[What, ...] = ("infer", "train", "memory", "startup", "growth")
 PRECISIONS = ("float32", "bfloat16")
-NETWORKS = ("resnet50", "vit-small-16", "convnext-tiny", "swin-tiny")
 BRANCHES = (8, 32, 128, 512, 2048, 10000)
 GROWN_BATCH, GROWN_SIZE = 4, 32
 # memory is asked of these modes, which are what people train with
-REMEMBERED = ("eager", "channels-last", "accelerate", "accelerate-channels-last")
+REMEMBERED = (
+    *("eager", "channels-last", "accelerate", "accelerate-channels-last"),
+    *("compiled", "compiled-channels-last", "accelerate-compiled", "accelerate-compiled-channels-last"),
+)
 Say = Callable[[str], None]
 
 
@@ -42,10 +45,11 @@ class Plan:
     """What to measure.
 
     Args:
-        networks: see `skipway.speed.architectures.config_of`.
+        device: one of `skipway.speed.devices.DEVICES`.
+        networks: see `skipway.speed.architectures.config_of`; by default the device's.
         what: of `WHAT`.
         precisions: of `PRECISIONS`.
-        batches: images at a time; each is a cell.
+        batches: images at a time; each is a cell; by default the device's.
         sizes: sides of the images, in pixels; each is a cell.
         branches: depths of the growth.
         peers: libraries beside ours.
@@ -62,10 +66,11 @@ class Plan:
     ['infer resnet50 float32 1x224', 'infer resnet50 float32 8x224']
     """
 
-    networks: Sequence[str] = NETWORKS
+    device: str = "cpu"
+    networks: Sequence[str] = ()
     what: Sequence[str] = WHAT
     precisions: Sequence[str] = PRECISIONS
-    batches: Sequence[int] = (16,)
+    batches: Sequence[int] = ()
     sizes: Sequence[int] = (224,)
     branches: Sequence[int] = BRANCHES
     peers: Sequence[str] = PEERS
@@ -77,6 +82,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for kind, given, known in (
+            ("device", [self.device], DEVICES),
             ("what", self.what, WHAT),
             ("precision", self.precisions, PRECISIONS),
             ("peer", self.peers, PEERS),
@@ -85,6 +91,10 @@ class Plan:
             for value in given:
                 if value not in known:
                     raise SkipwayError(suggest(kind, value, known))
+        usual = DEVICES[self.device]
+        # a frozen dataclass fills its own defaults in no other way
+        object.__setattr__(self, "networks", tuple(self.networks) or usual.networks)
+        object.__setattr__(self, "batches", tuple(self.batches) or (usual.batch,))
         for kind, numbers in (("batch", self.batches), ("size", self.sizes), ("rounds", [self.rounds])):
             for number in numbers:
                 if number < 1:
@@ -100,7 +110,7 @@ class Plan:
     def cells(self) -> list[Cell]:
         """The races, growth last."""
         found = [
-            Cell(network=network, what=what, precision=precision, batch=batch, size=size)
+            Cell(network=network, what=what, precision=precision, batch=batch, size=size, device=self.device)
             for what, precision, network, size, batch in product(
                 [what for what in ("infer", "train") if what in self.what],
                 self.precisions,
@@ -114,7 +124,14 @@ class Plan:
     def growth(self) -> list[Cell]:
         """Training of narrow ViTs of ever more branches."""
         return [
-            Cell(network=f"vit@{number}", what="train", precision="float32", batch=GROWN_BATCH, size=GROWN_SIZE)
+            Cell(
+                network=f"vit@{number}",
+                what="train",
+                precision="float32",
+                batch=GROWN_BATCH,
+                size=GROWN_SIZE,
+                device=self.device,
+            )
             for number in (self.branches if "growth" in self.what else ())
         ]
 
@@ -124,8 +141,9 @@ class Plan:
 
     def contenders(self, cell: Cell) -> list[Contender]:
         """Who takes part in a cell; compiling nets of thousands of blocks would take hours."""
-        modes = [mode for mode in self.modes if mode not in ("compiled", "frozen") or cell not in self.growth()]
-        return contenders(cell.what, cell.precision, peers=self.present(), modes=modes, switched=self.switches)
+        modes = [mode for mode in self.modes if not compiles(mode) or cell not in self.growth()]
+        chosen = {"peers": self.present(), "modes": modes, "switched": self.switches, "device": self.device}
+        return contenders(cell.what, cell.precision, **chosen)
 
 
 def measure(plan: Plan, out: str | Path, say: Say = lambda text: None) -> Journal:
@@ -140,7 +158,7 @@ def measure(plan: Plan, out: str | Path, say: Say = lambda text: None) -> Journa
         the rows, those of earlier calls with them.
     """
     journal = Journal(out)
-    journal.write(machine())
+    journal.write(machine(plan.device))
     for name in plan.peers:
         if name in missing():
             say(f"{name} is not installed and takes no part: pip install {name}")
@@ -158,12 +176,16 @@ def measure(plan: Plan, out: str | Path, say: Say = lambda text: None) -> Journa
     return journal
 
 
-def machine() -> dict[str, Any]:
+def compiles(mode: str) -> bool:
+    """Whether a mode goes through torch's compiler."""
+    return "compiled" in mode or mode in ("frozen", "optimize-inductor")
+
+
+def machine(device: str) -> dict[str, Any]:
     """What it is measured on."""
-    names = [line.partition(":")[2].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "kind": "machine",
-        "processor": names[0] if names else platform.processor(),
+        "processor": DEVICES[device].title(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -174,22 +196,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def lines_of(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def measure_ceilings(plan: Plan, journal: Journal, when: str, say: Say) -> None:
     """Products and copies, at the start and at the end of what is raced between them."""
     for precision in plan.precisions:
-        found = ceiling(precision)
+        found = ceiling(precision, device=plan.device)
         say(f"ceiling  {precision} {found.flops / 1e9:.0f} GFLOP/s ({found.how})")
-        journal.write({"kind": "ceiling", "when": when, **asdict(found)})
-    rate = copy_rate()
+        journal.write({"kind": "ceiling", "when": when, "device": plan.device, **asdict(found)})
+    rate = copy_rate(device=plan.device)
     say(f"ceiling  copying {rate / 1e9:.1f} GB/s")
-    journal.write({"kind": "copy", "when": when, "bytes": rate})
+    journal.write({"kind": "copy", "when": when, "device": plan.device, "bytes": rate})
 
 
 def known(plan: Plan, cell: Cell, journal: Journal) -> bool:
@@ -226,6 +241,7 @@ def compiler_reset() -> Iterator[None]:
     finally:
         torch.compiler.reset()
         gc.collect()
+        torch.cuda.empty_cache()
 
 
 def prepare_all(
@@ -261,7 +277,7 @@ def run_race(plan: Plan, cell: Cell, ready: dict[Contender, Prepared], known: Ra
     """Turn after turn, each written as it comes."""
     limit = None if plan.budget is None else plan.budget / 2
     by_name = {str(each): each for each in ready}
-    for turn in race(entrants(ready), plan.rounds, known=known.turns, limit=limit):
+    for turn in race(entrants(ready, DEVICES[cell.device]), plan.rounds, known=known.turns, limit=limit):
         say(f"  round {turn.round + 1}/{plan.rounds}  {turn.name}: {told(turn, cell)}")
         row = {key: value for key, value in asdict(turn).items() if key != "seconds" or value == value}
         journal.write({"kind": "turn", "cell": asdict(cell), **row})
@@ -269,10 +285,11 @@ def run_race(plan: Plan, cell: Cell, ready: dict[Contender, Prepared], known: Ra
             del ready[by_name[turn.name]]
 
 
-def entrants(ready: dict[Contender, Prepared]) -> list[Entrant]:
+def entrants(ready: dict[Contender, Prepared], device: Device) -> list[Entrant]:
     """Contenders as a race takes them; the fastest mode of each library stays to the end."""
     return [
-        Entrant(str(each), found.run, f"{each.library} {each.switched}", found.within) for each, found in ready.items()
+        Entrant(str(each), found.run, f"{each.library} {each.switched}", found.within, device.calls, device.finish)
+        for each, found in ready.items()
     ]
 
 
@@ -305,8 +322,9 @@ def memory_orders(plan: Plan) -> Iterator[Order]:
     """Training steps whose memory is asked for."""
     modes = [mode for mode in REMEMBERED if mode in plan.modes]
     for network, precision, size, batch in product(plan.networks, plan.precisions, plan.sizes, plan.batches):
-        cell = Cell(network=network, what="train", precision=precision, batch=batch, size=size)
-        for contender in contenders("train", precision, peers=plan.present(), modes=modes, switched=False):
+        cell = Cell(network=network, what="train", precision=precision, batch=batch, size=size, device=plan.device)
+        chosen = {"peers": plan.present(), "modes": modes, "switched": False, "device": plan.device}
+        for contender in contenders("train", precision, **chosen):
             row = {"cell": asdict(cell), "library": contender.library, "name": str(contender), "side": contender.side}
             yield row, partial(apart.memory, contender, cell)
 

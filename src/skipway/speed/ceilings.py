@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from skipway.speed.backends import PRECISIONS
+from skipway.speed.devices import DEVICES
 
-__all__ = ["MATRICES", "Ceiling", "ceiling", "copy_rate", "flops_of"]
+__all__ = ["Ceiling", "ceiling", "copy_rate", "flops_of"]
 
-MATRICES = ((3136, 1536, 384), (2048, 2048, 2048), (4096, 1024, 1024), (3136, 384, 1536))
-"""Rows, columns and inner size of the products that are tried."""
-COPIED = 1 << 28
 SECONDS = 0.4
 
 
@@ -35,25 +33,32 @@ class Ceiling:
     how: str
 
 
-def ceiling(precision: str, sizes: Sequence[tuple[int, int, int]] = MATRICES, *, seconds: float = SECONDS) -> Ceiling:
+def ceiling(
+    precision: str,
+    sizes: Sequence[tuple[int, int, int]] | None = None,
+    *,
+    device: str = "cpu",
+    seconds: float = SECONDS,
+) -> Ceiling:
     """The fastest product of matrices over the operators that torch has for it, `F.linear`, `matmul` and oneDNN's own.
 
     Args:
         precision: "float32" or "bfloat16".
-        sizes: rows, columns and inner size of each product.
+        sizes: rows, columns and inner size of each product; by default the device's.
+        device: one of `skipway.speed.devices.DEVICES`.
         seconds: time that each operator gets for each product.
 
     >>> found = ceiling("float32", [(64, 64, 64)], seconds=0.01)
     >>> found.flops > 0, found.how.endswith("64x64x64")
     (True, True)
     """
-    found = []
-    with torch.no_grad():
-        for rows, columns, inner in sizes:
-            left = torch.randn(rows, inner, dtype=PRECISIONS[precision])
-            weight = torch.randn(columns, inner, dtype=PRECISIONS[precision])
+    kind, found = DEVICES[device], []
+    with torch.no_grad(), kind.loosened():
+        for rows, columns, inner in sizes or kind.products:
+            left = torch.randn(rows, inner, dtype=PRECISIONS[precision], device=device)
+            weight = torch.randn(columns, inner, dtype=PRECISIONS[precision], device=device)
             for name, product in products(left, weight):
-                rate = 2 * rows * columns * inner / fastest(product, seconds)
+                rate = 2 * rows * columns * inner / fastest(product, seconds, finish=kind.finish)
                 found.append(Ceiling(precision, rate, f"{name} {rows}x{columns}x{inner}"))
     return max(found, key=lambda each: each.flops)
 
@@ -63,7 +68,7 @@ def products(left: Tensor, weight: Tensor) -> Iterator[tuple[str, Callable[[], T
     yield "F.linear", lambda: functional.linear(left, weight)
     right = weight.t().contiguous()
     yield "matmul", lambda: left @ right
-    product = onednn(left, weight)
+    product = onednn(left, weight) if left.device.type == "cpu" else None
     if product is not None:
         yield "oneDNN linear", product
 
@@ -78,30 +83,40 @@ def onednn(left: Tensor, weight: Tensor) -> Callable[[], Tensor] | None:
     return lambda: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], "")
 
 
-def fastest(work: Callable[[], object], seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
+def fastest(
+    work: Callable[[], object],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    finish: Callable[[], object] = lambda: None,
+) -> float:
     """Seconds of the fastest call among those that the time allows, two at least, after one that is not timed."""
     work()
+    finish()
     begun, best, calls = clock(), float("inf"), 0
     while calls < 2 or clock() - begun < seconds:
         start = clock()
         work()
+        finish()
         best, calls = min(best, clock() - start), calls + 1
     return best
 
 
-def copy_rate(size: int = COPIED, *, seconds: float = SECONDS) -> float:
+def copy_rate(size: int | None = None, *, device: str = "cpu", seconds: float = SECONDS) -> float:
     """Bytes read and written in a second by copying memory that no cache holds.
 
     Args:
-        size: bytes that are copied.
+        size: bytes that are copied; by default the device's.
+        device: one of `skipway.speed.devices.DEVICES`.
         seconds: time it gets.
 
     >>> copy_rate(1 << 16, seconds=0.01) > 0
     True
     """
-    source = torch.zeros(size // 4)
+    kind = DEVICES[device]
+    size = size or kind.copied
+    source = torch.zeros(size // 4, device=device)
     target = torch.empty_like(source).copy_(source)
-    return 2 * size / fastest(lambda: target.copy_(source), seconds)
+    return 2 * size / fastest(lambda: target.copy_(source), seconds, finish=kind.finish)
 
 
 def flops_of(work: Callable[[], object]) -> int:

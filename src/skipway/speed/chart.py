@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipway.errors import MissingExtraError, SkipwayError
-from skipway.speed.summary import Standing
+from skipway.speed.summary import Standing, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def draw(standings: Sequence[Standing], path: str | Path) -> Path:
     for each in standings:
         cell = each.race.cell
         if "@" not in cell.network:
-            panels.setdefault(f"{TITLES[cell.what]}, {cell.precision}", []).append(each)
+            panels.setdefault(titled(f"{TITLES[cell.what]}, {cell.precision}", cell.device), []).append(each)
     if not panels:
         raise SkipwayError("no race of a network to draw; measure some: skipway bench resnet50 --what infer")
     try:

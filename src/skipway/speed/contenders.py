@@ -20,6 +20,7 @@ from torch.nn import functional
 from skipway.kernels.door import through_onednn
 from skipway.speed.architectures import PEERS, config_of, made
 from skipway.speed.backends import BACKENDS, PRECISIONS, frozen
+from skipway.speed.devices import DEVICES
 
 __all__ = ["MODES", "OURS", "Cell", "Contender", "Mode", "Prepared", "Step", "contenders", "prepared", "switches"]
 
@@ -37,6 +38,10 @@ class Cell:
         precision: "float32" or "bfloat16".
         batch: images at a time.
         size: their side, in pixels.
+        device: one of `skipway.speed.devices.DEVICES`.
+
+    >>> print(Cell(network="vit@8", what="train", precision="bfloat16", batch=2, size=32, device="cuda"))
+    train vit@8 bfloat16 2x32 on cuda
     """
 
     network: str
@@ -44,19 +49,21 @@ class Cell:
     precision: str
     batch: int
     size: int
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        return f"{self.what} {self.network} {self.precision} {self.batch}x{self.size}"
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.what} {self.network} {self.precision} {self.batch}x{self.size}{where}"
 
     def images(self) -> Tensor:
         """Random images, the same in each process."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(self.batch, 3, self.size, self.size, generator=generator)
+        return torch.randn(self.batch, 3, self.size, self.size, generator=generator).to(self.device)
 
     def labels(self) -> Tensor:
         """Random classes."""
         classes = config_of(self.network, self.size).classes
-        return torch.randint(classes, (self.batch,), generator=torch.Generator().manual_seed(1))
+        return torch.randint(classes, (self.batch,), generator=torch.Generator().manual_seed(1)).to(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,7 @@ class Mode:
         keeps: the model stays in single precision, what `ready` gives takes care of the precision.
         patched: our kernels are put in where the switches are asked for and it trains; else it runs under the switches
             as it was prepared without.
+        devices: that it makes sense on.
     """
 
     what: frozenset[str]
@@ -79,6 +87,7 @@ class Mode:
     channels_last: bool = False
     keeps: bool = False
     patched: bool = False
+    devices: frozenset[str] = frozenset(DEVICES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,21 +125,24 @@ class Contender:
         Raises:
             Exception: whatever the library, the compiler or the backend raises.
         """
-        mode = MODES[self.mode]
+        mode, finish = MODES[self.mode], DEVICES[cell.device].finish
         loaded(self.library, cell.network, cell.size)
         torch.manual_seed(0)
         begun = time.perf_counter()
         model = made(self.library, cell.network, cell.size)
         built = time.perf_counter()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        run = RUNS[self.what](self, mode, model, cell)
+        run = RUNS[self.what](self, mode, model.to(cell.device), cell)
         run()
+        finish()
         now = time.perf_counter()
-        return Prepared(run, self.within(), parameters, build_seconds=built - begun, prepare_seconds=now - built)
+        return Prepared(
+            run, self.within(cell.device), parameters, build_seconds=built - begun, prepare_seconds=now - built
+        )
 
-    def within(self) -> Callable[[], AbstractContextManager[Any]]:
-        """What its turns happen in."""
-        if not self.switched:
+    def within(self, device: str) -> Callable[[], AbstractContextManager[Any]]:
+        """What its turns happen in; the switches are those of a CPU."""
+        if not self.switched or device != "cpu":
             return nullcontext
         # a setting that on some machines gives up precision is the peers' alone
         return partial(switches, routed=self.precision == "float32" and self.library != OURS)
@@ -258,11 +270,15 @@ def compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
     return torch.compile(model, dynamic=False)
 
 
+def accelerated_compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
+    return compiled(accelerated(model, images, precision), images, precision)
+
+
 def constant(model: nn.Module, images: Tensor, precision: str) -> Call:
     return frozen(model, images)
 
 
-def accelerated(model: nn.Module, images: Tensor, precision: str) -> Call:
+def accelerated(model: nn.Module, images: Tensor, precision: str) -> nn.Module:
     from skipway.speed import accelerate
 
     accelerate(model, images)
@@ -290,6 +306,7 @@ def switches(*, routed: bool = False) -> Iterator[None]:
 
 BOTH, INFER, TRAIN = frozenset({"infer", "train"}), frozenset({"infer"}), frozenset({"train"})
 EVERYBODY, STRANGERS, SELF = frozenset({OURS, *PEERS}), frozenset(PEERS), frozenset({OURS})
+CARD = frozenset({"cuda"})
 
 MODES: dict[str, Mode] = {
     "eager": Mode(what=BOTH, who=EVERYBODY, ready=as_it_is, patched=True),
@@ -297,10 +314,22 @@ MODES: dict[str, Mode] = {
     "accelerate": Mode(what=TRAIN, who=SELF, ready=accelerated),
     "accelerate-channels-last": Mode(what=TRAIN, who=SELF, ready=accelerated, channels_last=True),
     **{
-        f"optimize-{backend}": Mode(what=INFER, who=SELF, ready=partial(optimized, backend), keeps=True)
-        for backend in BACKENDS
+        f"optimize-{name}": Mode(
+            what=INFER,
+            who=SELF,
+            ready=partial(optimized, name),
+            keeps=True,
+            devices=frozenset(BACKENDS[name].devices or DEVICES),
+        )
+        for name in BACKENDS
     },
-    "compiled": Mode(what=BOTH, who=STRANGERS, ready=compiled),
+    "compiled": Mode(what=BOTH, who=EVERYBODY, ready=compiled),
+    # on a CPU the compiler lays maps out by pixels of itself
+    "compiled-channels-last": Mode(what=BOTH, who=EVERYBODY, ready=compiled, channels_last=True, devices=CARD),
+    "accelerate-compiled": Mode(what=TRAIN, who=SELF, ready=accelerated_compiled, devices=CARD),
+    "accelerate-compiled-channels-last": Mode(
+        what=TRAIN, who=SELF, ready=accelerated_compiled, channels_last=True, devices=CARD
+    ),
     "frozen": Mode(what=INFER, who=STRANGERS, ready=constant),
 }
 """Ways of running a network, those that are ready at once first."""
@@ -313,6 +342,7 @@ def contenders(
     peers: Sequence[str] = PEERS,
     modes: Sequence[str] = tuple(MODES),
     switched: bool = True,
+    device: str = "cpu",
 ) -> list[Contender]:
     """Everybody that takes part in a cell.
 
@@ -322,6 +352,7 @@ def contenders(
         peers: beside our library.
         modes: of those in `MODES` that fit.
         switched: each under our switches, too.
+        device: one of `skipway.speed.devices.DEVICES`.
 
     >>> [str(each) for each in contenders("infer", "float32", peers=["timm"], modes=["eager"])]
     ['skipway eager', 'timm eager', 'skipway eager + switches', 'timm eager + switches']
@@ -330,14 +361,16 @@ def contenders(
         Contender(library=library, mode=name, what=what, precision=precision)
         for name, mode in MODES.items()
         for library in (OURS, *peers)
-        if name in modes and what in mode.what and library in mode.who
+        if name in modes and what in mode.what and library in mode.who and device in mode.devices
     ]
-    # in eager training the switches put our kernels in, which of ours is a mode of its own; `optimize` has its own
+    # in eager training the switches put our kernels in, which of ours is a mode of its own; on a GPU they do nothing
+    # else. `optimize` has its own
     again = [
         replace(each, switched=True)
         for each in plain
         if switched
         and not MODES[each.mode].keeps
+        and (device == "cpu" or (what == "train" and MODES[each.mode].patched))
         and not (each.library == OURS and what == "train" and MODES[each.mode].patched)
     ]
     return [*plain, *again]
@@ -353,5 +386,5 @@ def prepared(contender: Contender, cell: Cell, known: Mapping[Contender, Prepare
     """
     twin = known.get(replace(contender, switched=False))
     if contender.switched and twin is not None and not (contender.what == "train" and MODES[contender.mode].patched):
-        return replace(twin, within=contender.within(), build_seconds=0.0, prepare_seconds=0.0)
+        return replace(twin, within=contender.within(cell.device), build_seconds=0.0, prepare_seconds=0.0)
     return contender.prepare(cell)

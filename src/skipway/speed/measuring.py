@@ -1,7 +1,8 @@
 """Several ways of doing the same work, timed in one run: they take turns, and what counts is the ratio in each round.
 
 A machine that is busy for a while slows all of a round alike, so ratios of one round hold where seconds do not. A turn
-is one call that is not timed, which brings back caches and freed memory that the one before took away, and one that is.
+is one call that is not timed, which brings back caches and freed memory that the one before took away, and those that
+are.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ class Entrant:
         run: does the work once.
         group: the fastest of each group stays to the end, others that are much slower than it leave.
         within: what its turns happen in, entered before the clock runs.
+        calls: of `run` while the clock runs; the seconds of a turn are those of one.
+        finish: waits until what `run` began is done.
     """
 
     name: str
     run: Callable[[], object]
     group: str = ""
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    calls: int = 1
+    finish: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Turn:
     Args:
         name: of the entrant.
         round: counted from 0.
-        seconds: of the timed call; NaN where there is none.
+        seconds: of a timed call; NaN where there is none.
         error: why it failed, in one line.
         dropped: why it takes no more turns although it works.
     """
@@ -158,7 +163,7 @@ def race(
 
     >>> ticks = iter(range(100))
     >>> [(turn.name, turn.round, turn.seconds) for turn in race([Entrant("a", int)], 2, clock=lambda: next(ticks))]
-    [('a', 0, 1), ('a', 1, 1)]
+    [('a', 0, 1.0), ('a', 1, 1.0)]
     """
     taken = list(known)
     racing = {entrant.name: entrant for entrant in entrants}
@@ -187,14 +192,17 @@ def race(
 
 
 def one_turn(entrant: Entrant, number: int, clock: Callable[[], float]) -> Turn:
-    """One call that is not timed, one that is."""
+    """One call that is not timed, and those that are."""
     try:
         with entrant.within():
             entrant.run()
             gc.collect()
+            entrant.finish()
             begun = clock()
-            entrant.run()
-            return Turn(entrant.name, number, clock() - begun)
+            for _ in range(entrant.calls):
+                entrant.run()
+            entrant.finish()
+            return Turn(entrant.name, number, (clock() - begun) / entrant.calls)
     except Exception as error:
         return Turn(entrant.name, number, error=reason(error))
 

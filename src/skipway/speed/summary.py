@@ -12,7 +12,7 @@ from typing import Any
 from skipway.speed.journal import Journal, Race
 from skipway.speed.measuring import Spread, ratios, spread
 
-__all__ = ["Standing", "markdown", "standing", "standings", "write_markdown"]
+__all__ = ["Standing", "markdown", "standing", "standings", "titled", "write_markdown"]
 
 SIDES = {"ours": "ours", "peer": "peers", "switched": "peers under our switches"}
 NOTHING = "–"
@@ -54,17 +54,31 @@ class Standing:
 
 def standings(journal: Journal) -> list[Standing]:
     """Every race of a journal that has timed anybody."""
-    ceilings = {precision: max(values) for precision, values in by(journal.of("ceiling"), "precision", "flops").items()}
-    return [standing(race, ceilings.get(race.cell.precision, 0.0)) for race in journal.races() if race.seconds]
+    known = ceilings(journal)
+    races = [race for race in journal.races() if race.seconds]
+    return [
+        standing(
+            race, max(row["flops"] for row in known.get((race.cell.device, race.cell.precision), [{"flops": 0.0}]))
+        )
+        for race in races
+    ]
 
 
-def by(rows: Iterable[Row], key: str, value: str) -> dict[str, list[float]]:
-    """The values of rows, by another of their values."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if value in row:
-            found.setdefault(row[key], []).append(row[value])
+def ceilings(journal: Journal) -> dict[tuple[str, str], list[Row]]:
+    """Those that were measured, by device and precision."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in journal.of("ceiling"):
+        found.setdefault((row.get("device", "cpu"), row["precision"]), []).append(row)
     return found
+
+
+def titled(text: str, device: str) -> str:
+    """A title, with the device where it is not the CPU.
+
+    >>> titled("Training in bfloat16", "cpu"), titled("Training in bfloat16", "cuda")
+    ('Training in bfloat16', 'Training in bfloat16 on cuda')
+    """
+    return text if device == "cpu" else f"{text} on {device}"
 
 
 def standing(race: Race, ceiling: float) -> Standing:
@@ -138,15 +152,19 @@ def machine_text(journal: Journal) -> str:
             f"{row['processor']}, {row['cores']} cores, {row['threads']} threads, torch {row['torch']}, "
             f"Python {row['python']}, {row['date']}{fused}; load {row['load'] or 0:.1f} when it began."
         )
-    for precision, values in by(journal.of("ceiling"), "precision", "flops").items():
-        how = max((row for row in journal.of("ceiling") if row["precision"] == precision), key=lambda row: row["flops"])
+    for (device, precision), rows in ceilings(journal).items():
+        best = max(rows, key=lambda row: row["flops"])
         lines.append(
-            f"Ceiling in {precision}: {max(values) / 1e9:,.0f} GFLOP/s ({how['how']}; measured {len(values)} times, "
-            f"{min(values) / 1e9:,.0f} at least)."
+            f"{titled(f'Ceiling in {precision}', device)}: {best['flops'] / 1e9:,.0f} GFLOP/s ({best['how']}; measured "
+            f"{len(rows)} times, {min(row['flops'] for row in rows) / 1e9:,.0f} at least)."
         )
-    copies = [row["bytes"] for row in journal.of("copy")]
-    if copies:
-        lines.append(f"Copying: {max(copies) / 1e9:.1f} GB/s read and written ({min(copies) / 1e9:.1f} at least).")
+    copies: dict[str, list[float]] = {}
+    for row in journal.of("copy"):
+        copies.setdefault(row.get("device", "cpu"), []).append(row["bytes"] / 1e9)
+    for device, rates in copies.items():
+        lines.append(
+            f"{titled('Copying', device)}: {max(rates):,.1f} GB/s read and written ({min(rates):,.1f} at least)."
+        )
     absent = dict.fromkeys(row["library"] for row in journal.of("missing"))
     if absent:
         lines.append(f"Not installed, hence not measured: {', '.join(absent)}.")
@@ -162,15 +180,14 @@ def overview(every: Sequence[Standing]) -> Iterator[tuple[str, str]]:
     """A table for inference and one for training, of each precision."""
     titles = {"infer": "Inference", "train": "Training"}
     for what, title in titles.items():
-        for precision in dict.fromkeys(each.race.cell.precision for each in every):
+        for device, precision in dict.fromkeys((each.race.cell.device, each.race.cell.precision) for each in every):
             chosen = [
                 each
                 for each in every
-                if each.race.cell.what == what
-                and each.race.cell.precision == precision
+                if (each.race.cell.what, each.race.cell.device, each.race.cell.precision) == (what, device, precision)
                 and "@" not in each.race.cell.network
             ]
-            yield f"{title} in {precision}, images a second", overview_table(chosen)
+            yield titled(f"{title} in {precision}, images a second", device), overview_table(chosen)
 
 
 def overview_table(every: Iterable[Standing]) -> str:
@@ -211,7 +228,7 @@ def growth_table(every: Iterable[Standing]) -> str:
         gain = each.gain(mine, "peer")
         rows.append(
             (
-                f"{cell.what} {family} {cell.batch}x{cell.size}",
+                titled(f"{cell.what} {family} {cell.batch}x{cell.size}", cell.device),
                 f"{int(branches):,}",
                 *(show(1000 * cell.batch / each.rate(side)) for side in ("peer", "ours")),
                 f"{peer or NOTHING}",
@@ -236,7 +253,7 @@ def memory_table(journal: Journal) -> str:
     for row in journal.of("memory"):
         cell = row["cell"]
         amounts = [show(row.get(name, math.nan) / 2**20, ".0f") for name in ("peak_bytes", "saved_bytes")]
-        size = f"{cell['batch']}x{cell['size']}"
+        size = titled(f"{cell['batch']}x{cell['size']}", cell.get("device", "cpu"))
         rows.append((cell["network"], cell["precision"], size, row["name"], *amounts, row["error"]))
     columns = ("network", "precision", "batch x size", "contender", "peak MiB", "kept for backward MiB", "remark")
     return table(columns, rows)

@@ -1,0 +1,160 @@
+"""Every kernel by every way at the sizes of real networks: time, share of the copy rate, gain over plain torch.
+
+Claim     a kernel's quickest way is no slower than plain torch; on a GPU the epilogues run at 85 % of the copy rate
+Command   python -m benchmarks.kernels [--device cuda] [--precision bfloat16] [--only residual depthwise …]
+Method    the ways of a kernel take turns, the median of the rounds counts; those that differ from plain torch by more
+          than rounding are named and not timed. Bytes are those that have to be read and written once
+Result    benchmarks/kernels-DEVICE.md, with date and machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipway.kernels.choosing import KERNELS, differs
+from skipway.speed.backends import PRECISIONS
+from skipway.speed.ceilings import copy_rate
+from skipway.speed.devices import DEVICES
+from skipway.speed.measuring import Entrant, medians, race
+from skipway.speed.summary import table
+
+HERE = Path(__file__).parent
+ROUNDS = 7
+STAGES = ((1, 56), (2, 28), (4, 14), (8, 7))
+"""Of ConvNeXt and Swin: the width as a multiple of the first stage's, the side of the map."""
+FIELD = {"cpu": (16, 96, 384), "cuda": (128, 128, 768)}
+"""Images at a time, channels of the first stage, and a ViT's: small networks on a CPU, base ones on a GPU."""
+Make = Callable[..., Tensor]
+NAMED = {each.name: each for each in KERNELS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one size.
+
+    Args:
+        kernel: its name.
+        sizes: in words.
+        given: its arguments.
+        moved: what has to be read and written once, in units of the first argument's bytes.
+    """
+
+    kernel: str
+    sizes: str
+    given: tuple[Any, ...]
+    moved: float
+
+
+def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Those of a device, one after the other: their tensors live as long as they are looked at."""
+    random = partial(torch.randn, device=device, dtype=dtype)
+    batch, width, dim = FIELD[device]
+    for times, side in STAGES:
+        yield from streams(random, (batch, width * times, side, side))
+    yield from streams(random, (batch, 197, dim))
+    for times, side in STAGES:
+        yield from convolutions(random, (batch, width * times, side, side))
+    for times, side in STAGES:
+        yield from windows(random, batch, side, width * times // 32)
+    q, k, v = random(batch, 197, 3, dim // 64, 64).permute(2, 0, 3, 1, 4).unbind()
+    sizes = f"{batch}x197, {dim // 64} heads of 64"
+    yield Case("attention", sizes, (q, k, v, None, False), 4)
+    yield Case("attention backward", sizes, (v, q, k, v, None, random(0)), 7)
+
+
+def streams(random: Make, shape: tuple[int, ...]) -> Iterator[Case]:
+    """The end of a connection and the norm behind it, of a map or of tokens."""
+    sizes, is_map = named(shape), len(shape) == 4
+    channels = shape[1] if is_map else shape[2]
+    shortcut, branch = lying(random(*shape)), lying(random(*shape))
+    gain, mask = random(channels), torch.ones_like(random(shape[0], *[1] * (len(shape) - 1)))
+    gain = gain.view(-1, 1, 1) if is_map else gain
+    affine = (random(channels), random(channels), 1e-6)
+    yield Case("residual", sizes, (shortcut, branch, gain, mask), 3)
+    yield Case("residual backward", sizes, (shortcut, branch, gain, mask), 3)
+    yield Case("residual norm", sizes, (shortcut, branch, gain, mask, *affine), 4)
+    if is_map:
+        yield Case("channel norm", sizes, (shortcut, *affine), 2)
+
+
+def convolutions(random: Make, shape: tuple[int, ...]) -> Iterator[Case]:
+    """Depthwise 7 × 7, forward and both gradients."""
+    x, gradient, taps = lying(random(*shape)), lying(random(*shape)), random(shape[1], 1, 7, 7) / 7
+    yield Case("depthwise", named(shape), (x, taps, random(shape[1])), 2)
+    yield Case("depthwise to input", named(shape), (gradient, x, taps), 2)
+    yield Case("depthwise to weight", named(shape), (gradient, x, taps), 2)
+
+
+def windows(random: Make, batch: int, side: int, heads: int) -> Iterator[Case]:
+    """Attention within shifted windows of 7 × 7, from map to map; a map of one window is not shifted."""
+    shift = 3 if side > 7 else 0
+    qkv, position = random(batch, side, side, 96 * heads), random(heads, 49, 49)
+    sizes = f"{batch}x{side}x{side}, {heads} heads of 32"
+    yield Case("windows", sizes, (qkv, position, shift, shift), 4 / 3)
+    yield Case("windows backward", sizes, (random(batch, side, side, 32 * heads), qkv, position, shift, shift), 7)
+
+
+def named(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def lying(x: Tensor) -> Tensor:
+    """Maps lie channels-last."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+@torch.no_grad()
+def measured(case: Case, device: str, rate: float) -> Iterator[list[str]]:
+    """A row for each way: µs, share of the copy rate, gain over plain torch."""
+    kernel, given, kind = NAMED[case.kernel], case.given, DEVICES[device]
+    expected, entrants = kernel.ways[0].compute(*given), []
+    for way in kernel.ways:
+        if not way.serves(*given):
+            continue
+        if problem := differs(way.compute(*given), expected):
+            yield [case.kernel, case.sizes, way.name, "–", "–", problem]
+            continue
+        calls = 20 if device == "cuda" else 1
+        entrants.append(Entrant(way.name, partial(way.compute, *given), way.name, calls=calls, finish=kind.finish))
+    found = medians(race(entrants, ROUNDS))
+    moved = case.moved * given[0].numel() * given[0].element_size()
+    for name, seconds in found.items():
+        gain = found["reference"] / seconds
+        yield [case.kernel, case.sizes, name, f"{1e6 * seconds:,.0f}", f"{moved / seconds / rate:.0%}", f"{gain:.2f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bfloat16")
+    parser.add_argument("--only", nargs="+", default=())
+    options = parser.parse_args()
+    rate = copy_rate(device=options.device)
+    rows = []
+    for case in cases(options.device, PRECISIONS[options.precision]):
+        if not options.only or any(case.kernel.startswith(name) for name in options.only):
+            for row in measured(case, options.device, rate):
+                print(*row, sep="  ", flush=True)
+                rows.append(row)
+    machine = f"{DEVICES[options.device].title()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
+    columns = ("kernel", "sizes", "way", "µs", "of copy rate", "times as quick as plain torch")
+    text = (
+        f"# Kernels in {options.precision}\n\n{machine}; copying {rate / 1e9:,.1f} GB/s read and written. Made by "
+        f"`python -m benchmarks.kernels`.\n\n{table(columns, rows)}\n"
+    )
+    path = HERE / f"kernels-{options.device}.md"
+    path.write_text(text, encoding="utf-8")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
