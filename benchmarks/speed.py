@@ -5,7 +5,7 @@ Command   python -m benchmarks.speed [--device cuda] [--networks …] [--precisi
           [--out FOLDER] [--rounds 7] [--budget 1800]
 Method    all contenders of a piece of work take turns in one run; medians of the ratios in each round, with quartiles;
           ceilings of multiplying and copying measured in the same run. Resumable: the same command goes on
-Result    benchmarks/speed.md and benchmarks/speed.png, with date and machine
+Result    benchmarks/speed.md and benchmarks/speed.png (speed-cuda.md and .png of a GPU), with date and machine
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from skipway.speed.chart import draw
 from skipway.speed.contenders import MODES
 from skipway.speed.devices import DEVICES
 from skipway.speed.summary import standings, write_markdown
+from skipway.training.device import choose_device
 
 HERE = Path(__file__).parent
 
@@ -28,13 +29,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=1800.0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
     parser.add_argument("--networks", nargs="+", default=())
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
     parser.add_argument("--what", nargs="+", default=WHAT)
     parser.add_argument("--peers", nargs="+", default=PEERS)
     parser.add_argument("--modes", nargs="+", default=tuple(MODES))
     options = parser.parse_args()
+    choose_device(options.device)
     chosen = {name: getattr(options, name) for name in ("device", "precisions", "peers", "modes", "rounds", "budget")}
     plan = Plan(what=options.what, networks=options.networks, **chosen)
     journal = measure(plan, options.out, lambda text: print(text, flush=True))
@@ -51,12 +53,13 @@ def main() -> None:
                 **chosen,
             )
             journal = measure(grown, options.out, lambda text: print(text, flush=True))
-    print(write_markdown(journal, HERE / "speed.md"))
-    usual = [(DEVICES[name].batch, 224, name) for name in DEVICES]
+    name = "speed" if options.device == "cpu" else f"speed-{options.device}"
+    print(write_markdown(journal, HERE / f"{name}.md"))
+    usual = [(each.batch, 224, device) for device, each in DEVICES.items()]
     cells = [(each, each.race.cell) for each in standings(journal)]
     drawn = [each for each, cell in cells if (cell.batch, cell.size, cell.device) in usual]
     if drawn:
-        print(draw(drawn, HERE / "speed.png"))
+        print(draw(drawn, HERE / f"{name}.png"))
 
 
 if __name__ == "__main__":

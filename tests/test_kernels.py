@@ -12,7 +12,7 @@ from torch import nn
 
 from skipway import kernels
 from skipway.errors import SkipwayError
-from skipway.kernels.choosing import KERNELS
+from skipway.kernels.choosing import KERNELS, Kernel, Way
 from skipway.kernels.routing import Routed
 
 D = torch.float64
@@ -203,6 +203,52 @@ def test_autocast_lowers(make):
         assert function(*arguments).dtype == torch.bfloat16
 
 
+def test_windows_under_autocast_learn_what_they_learn_in_the_same_type():
+    qkv, position = torch.randn(2, 4, 4, 12, requires_grad=True), torch.randn(2, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kernels.windowed_attention(qkv, position, 1, 1)
+    expected = kernels.windowed_attention(qkv.bfloat16(), position, 1, 1)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert (qkv.grad.dtype, position.grad.dtype) == (torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_comes_out_is_shaped_laid_out_and_typed_as_the_compiler_was_told(dtype):
+    """Backward operators too; q, k and v as slices of one tensor, gradients in another layout than the map."""
+    operators, tests = torch.ops.skipway, ("test_schema", "test_faketensor")
+    q, k, v = torch.randn(3, 5, 3, 2, 8, dtype=dtype).permute(2, 0, 3, 1, 4).unbind()
+    qkv, position = torch.randn(2, 4, 4, 12, dtype=dtype), torch.randn(2, 4, 4)
+    x, planes = maps(2, 6, 7, 7, dtype), torch.randn(2, 6, 7, 7, dtype=dtype)
+    w, c = torch.randn(2, 6, dtype=dtype).unbind()
+    taps, mask = torch.randn(6, 1, 3, 3, dtype=dtype), torch.ones(2, 1, 1, 1, dtype=dtype)
+    for operator, given in {
+        "attention": (q, k, v, None, False),
+        "attention_backward": (v, q, k, v, torch.randn(1, 2, 5, 5, dtype=dtype), q.new_empty(0)),
+        "windowed_attention": (qkv, position, 1, 1),
+        "windowed_attention_backward": (torch.randn(2, 4, 4, 4, dtype=dtype), qkv, position, 1, 1),
+        "depthwise": (x, taps, c),
+        "depthwise_backward": (planes, x, taps, True),
+        "residual_backward": (x, planes, w.view(-1, 1, 1), mask),
+        "residual_norm": (x, x, w.view(-1, 1, 1), mask, w, c, 1e-6),
+        "channel_norm": (x, w, c, 1e-6),
+        "batch_norm_relu": (x, w, c, None, 1e-5),
+    }.items():
+        torch.library.opcheck(getattr(operators, operator).default, given, test_utils=tests)
+
+
+@pytest.mark.parametrize("make", [channel_norm, residual_norm, batch_norm_relu], ids=lambda f: f.__name__)
+def test_norms_learn_in_sixteen_bits(make):
+    torch.manual_seed(4)
+    function, arguments = make(torch.bfloat16, True)
+    y, gradients = run(function, arguments, "one pass")
+    z, others = run(function, [a.float() if isinstance(a, torch.Tensor) else a for a in arguments], "reference")
+    assert (y - z).abs().max() <= 0.03 * z.abs().max()
+    # of x: torch itself sums the weight's gradient in 16 bits
+    assert (gradients[0] - others[0]).abs().max() <= 0.05 * others[0].abs().max()
+
+
 def test_norms_follow_their_running_statistics():
     torch.manual_seed(4)
     mine, theirs = (nn.BatchNorm2d(5) for _ in range(2))
@@ -217,6 +263,42 @@ def test_a_way_that_is_wrong_is_never_taken():
     wrong = kernels.Kernel("wrong", lambda x: x, kernels.Way("lie", lambda x: x + 1))
     assert wrong.way(torch.ones(3)).name == "reference"
     assert "differs" in next(iter(wrong.found.values())).refused["lie"]
+
+
+def test_a_way_of_another_type_is_never_taken():
+    """The rest of a network would compute in it, and a compiled one read other bytes than there are."""
+    zeros = Kernel("typed", lambda x: x * 0, Way("lowered", lambda x: (x * 0).bfloat16()))
+    assert zeros(torch.randn(3)).dtype == torch.float32
+    (choice,) = zeros.found.values()
+    assert "torch.bfloat16" in choice.refused["lowered"]
+
+
+def test_sums_in_float32_of_rounded_numbers_differ_as_rounded_numbers_do():
+    rounded = Kernel("sums", lambda x: (x * 1.01).float().sum(0), Way("exact", lambda x: (x.float() * 1.01).sum(0)))
+    torch.manual_seed(0)
+    rounded(torch.randn(100, 7).bfloat16())
+    (choice,) = rounded.found.values()
+    assert not choice.refused
+
+
+def test_what_is_not_finite_is_left_to_the_reference_and_measured_later():
+    """The first steps of a gradient scaler overflow, and a diverging run ends in NaN."""
+    double = Kernel("double", lambda x: x + x, Way("product", lambda x: 2 * x))
+    for bad in (float("inf"), float("nan")):
+        assert torch.equal(double(torch.tensor([bad, 1.0])).isfinite(), torch.tensor([False, True]))
+    assert not double.found
+    double(torch.ones(2))
+    assert len(double.found) == 1
+
+
+def test_autocast_ends_before_a_kernel():
+    """Logits stay in float32: a product of widened numbers is not narrowed again."""
+    seen = []
+    watched = Kernel("watched", lambda x: seen.append((x @ x).dtype) or x)
+    with torch.autocast("cpu", torch.bfloat16):
+        watched(torch.ones(2, 2))
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert seen == [torch.float32]
 
 
 def test_a_way_that_fails_is_never_taken():
@@ -360,6 +442,22 @@ for shape, size in cases:
     expected = (dy * m * branch).sum_to_size(gain.shape if gain.numel() > 1 else (1,) * len(shape))
     to_gain = to_gain.sum() if gain.numel() == 1 else to_gain.view(gain.shape)
     assert torch.allclose(to_gain, expected, rtol=1e-4, atol=1e-3)
+# in 16 bits what is measured is taken: nothing is refused but for its time
+for each in (kernels.choosing.KERNELS):
+    each.found.clear()
+x, y = (torch.randn(2, 5, 4, 4, dtype=torch.bfloat16).contiguous(**last).requires_grad_() for _ in range(2))
+gain = torch.randn(5, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+mask, w, c = torch.ones(2, 1, 1, 1, dtype=torch.bfloat16), *torch.randn(2, 5, dtype=torch.bfloat16).unbind()
+(kernels.residual(x, y, gain, mask) * torch.randn_like(x)).sum().backward()
+sum(each.sum() for each in kernels.residual_norm(x, y, w, c, gain, mask)).backward()
+kernels.depthwise(x, torch.randn(5, 1, 3, 3, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+# the interpreter's products of bfloat16 are wrong
+qkv, position = torch.randn(4, 8, 8, 96, dtype=torch.float16, requires_grad=True), torch.randn(2, 16, 16)
+(kernels.windowed_attention(qkv, position.requires_grad_(), 2, 2) * torch.randn(4, 8, 8, 32)).sum().backward()
+found = [choice for choice in kernels.choices() if "triton" in choice.seconds or choice.refused]
+assert not [choice for choice in found if choice.refused], found
+names = {choice.kernel for choice in found}
+assert names >= {"residual", "residual backward", "residual norm", "depthwise", "windows", "windows backward"}, names
 print("equal")
 """
 

@@ -58,6 +58,20 @@ def test_accelerated_networks_compute_and_learn_the_same(name, training, monkeyp
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
+def test_the_bias_of_windows_is_not_written_out_for_every_image(monkeypatch):
+    from skipway.kernels import routing
+
+    monkeypatch.setattr(routing, "LARGE", 1)
+    biases = []
+    attention = sw.kernels.attention
+    monkeypatch.setattr(sw.kernels, "attention", lambda q, k, v, b=None: biases.append(b) or attention(q, k, v, b))
+    make, shape = NETWORKS["swin"]
+    model = make()
+    accelerate(model)
+    model(torch.randn(shape))
+    assert [len(bias) for bias in biases] == [1, 16, 1, 4]  # windows of an image; every other block is shifted
+
+
 def test_stochastic_depth_draws_what_it_drew():
     """One pass in place of three, from the same random numbers."""
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ def bench(
     ceilings: Annotated[bool, Parameter(group=FIELD)] = True,
     rounds: Annotated[int, Parameter(group=RUNNING)] = 5,
     budget: Annotated[float | None, Parameter(group=RUNNING)] = None,
-    device: Annotated[str, Parameter(group=RUNNING)] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(group=RUNNING)] = "auto",
     out: Annotated[Path, Parameter(name=("--out", "-o"), group=OUTPUT)] = Path("bench"),
 ) -> int:
     """Race our networks against timm, torchvision and transformers on this machine.

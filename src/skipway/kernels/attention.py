@@ -134,12 +134,15 @@ def backward_operator(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *found, to_bias = backward_kernel(gradient, q, k, v, bias, kept)
-    return *found, to_bias.to(q.dtype if bias is None else bias.dtype)
+    return *(each.contiguous() for each in found), to_bias.to(q.dtype if bias is None else bias.dtype).contiguous()
 
 
 @backward_operator.register_fake
 def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, kept: Tensor) -> tuple[Tensor, ...]:
-    return (*(torch.empty_like(each) for each in (q, k, v)), q.new_empty(0) if bias is None else torch.empty_like(bias))
+    return (
+        *(each.new_empty(each.shape) for each in (q, k, v)),
+        (bias.new_empty(bias.shape) if bias is not None else q.new_empty(0)),
+    )
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ REFERENCE = "reference"
 ROUNDS = 3
 """How often each way is timed; the best time counts, since what disturbs only ever adds."""
 
-# how far a way may be from the reference, relative to the largest value: what rounding in another order explains
+# how far a way may be from the reference, relative to the largest value: what rounding in another order explains; the
+# coarsest type among arguments and results counts, since sums in float32 of what was rounded to 16 bits differ as much
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -87,7 +89,8 @@ class Kernel:
         self.found: dict[Hashable, Choice] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.way(*arguments).compute(*arguments)
+        with at_home(arguments):
+            return self.way(*arguments).compute(*arguments)
 
     def named(self, name: str) -> Way:
         """The way of that name."""
@@ -100,24 +103,31 @@ class Kernel:
             return next((way for way in self.ways if way.name == wanted and way.serves(*arguments)), self.ways[0])
         key = tuple(kind(argument) for argument in arguments)
         if key not in self.found:
-            self.found[key] = self.measure(*arguments)
+            choice = self.measure(*arguments)
+            if choice is None:
+                return self.ways[0]
+            self.found[key] = choice
         return self.named(self.found[key].way)
 
     @torch.no_grad()
-    def measure(self, *arguments: Any) -> Choice:
-        """Time every way on these arguments."""
+    def measure(self, *arguments: Any) -> Choice | None:
+        """Time every way on these arguments; None where the reference puts out what nothing can be compared with: a
+        diverging run, or the first steps of a gradient scaler."""
         serving = [way for way in self.ways if way.serves(*arguments)]
         if len(serving) == 1:
             return Choice(self.name, REFERENCE, {})
         expected = serving[0].compute(*arguments)
+        if not all(bool(each.isfinite().all()) for each in tensors(expected)):
+            return None
+        allowed = max(TOLERANCE.get(each.dtype, 0.0) for each in tensors((*arguments, expected)))
         seconds, refused = {}, {}
         for way in serving:
             try:
-                if problem := differs(way.compute(*arguments), expected):
+                if way is not serving[0] and (problem := differs(way.compute(*arguments), expected, allowed)):
                     refused[way.name] = problem
                     continue
                 seconds[way.name] = min(timed(way, arguments) for _ in range(ROUNDS))
-            except (RuntimeError, NotImplementedError) as error:
+            except Exception as error:  # a compiler's errors are its own: what does not run here is never taken
                 refused[way.name] = str(error).partition("\n")[0]
         return Choice(self.name, min(seconds, key=seconds.__getitem__), seconds, refused)
 
@@ -142,20 +152,40 @@ def kind(argument: Any) -> Hashable:
     return argument
 
 
-def differs(result: Any, expected: Any) -> str | None:
+def tensors(value: Any) -> list[Tensor]:
+    """Those of floating point in a value or a tuple of values."""
+    values = [each for one in value for each in tensors(one)] if isinstance(value, tuple) else [value]
+    return [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+@contextmanager
+def at_home(arguments: tuple[Any, ...]) -> Iterator[None]:
+    """Within, types are what the arguments have, without autocast, and programs start where the arguments are."""
+    x = next((each for each in arguments if isinstance(each, Tensor)), None)
+    with ExitStack() as stack:
+        if x is not None and torch.is_autocast_enabled(x.device.type):
+            stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        if x is not None and x.is_cuda:
+            stack.enter_context(torch.cuda.device_of(x))
+        yield
+
+
+def differs(result: Any, expected: Any, allowed: float) -> str | None:
     """In what a result is not the expected one; None where only by rounding."""
     if isinstance(expected, tuple):
-        return next((problem for pair in zip(result, expected, strict=True) if (problem := differs(*pair))), None)
+        pairs = zip(result, expected, strict=True)
+        return next((problem for pair in pairs if (problem := differs(*pair, allowed))), None)
+    if (result.dtype, result.shape) != (expected.dtype, expected.shape):
+        return f"is {result.dtype} of shape {tuple(result.shape)}, not {expected.dtype} of {tuple(expected.shape)}"
     scale = expected.abs().amax() if expected.numel() else expected.new_zeros(())
     error = (result - expected).abs().amax() / scale.clamp_min(1e-30) if expected.numel() else scale
-    allowed = TOLERANCE.get(expected.dtype, 0.0)
     return None if bool(error <= allowed) else f"differs by {float(error):.1g} of the largest value"
 
 
 def timed(way: Way, arguments: tuple[Any, ...]) -> float:
     """Seconds of one call."""
     device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     synchronise()
     start = time.perf_counter()
     way.compute(*arguments)

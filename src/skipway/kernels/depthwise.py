@@ -26,12 +26,16 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def rearranged(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In the layout that x does not have: a map of one layout may be much slower than a copy and the other."""
     other = torch.contiguous_format if channels_last(x) else torch.channels_last
-    y = plain(x.contiguous(memory_format=other), weight, bias)
-    return y.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
+    return plain(x.contiguous(memory_format=other), weight, bias).contiguous(memory_format=layout(x))
 
 
 def channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """That of x; planes where it lies in neither of the two."""
+    return torch.channels_last if channels_last(x) else torch.contiguous_format
 
 
 forward = kernel(
@@ -103,23 +107,25 @@ to_weight = kernel(
 
 @torch.library.custom_op("skipway::depthwise", mutates_args=())
 def operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return forward(x, weight, bias)
+    return forward(x, weight, bias).contiguous(memory_format=layout(x))
 
 
 @operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape).contiguous(memory_format=layout(x))
 
 
 @torch.library.custom_op("skipway::depthwise_backward", mutates_args=())
 def backward_operator(gradient: Tensor, x: Tensor, weight: Tensor, passes: bool) -> tuple[Tensor, Tensor]:
     """Gradients of x (empty where none passes) and of the weight."""
-    return to_input(gradient, x, weight) if passes else x.new_empty(0), to_weight(gradient, x, weight)
+    found = to_input(gradient, x, weight).contiguous(memory_format=layout(x)) if passes else x.new_empty(0)
+    return found, to_weight(gradient, x, weight).contiguous()
 
 
 @backward_operator.register_fake
 def _(gradient: Tensor, x: Tensor, weight: Tensor, passes: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x) if passes else x.new_empty(0), torch.empty_like(weight)
+    found = x.new_empty(x.shape).contiguous(memory_format=layout(x)) if passes else x.new_empty(0)
+    return found, weight.new_empty(weight.shape)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -143,7 +149,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     torch's gradient of the weight costs about ten times the forward pass on a CPU. Here both gradients are chosen by
     measurement: of the input among torch's own and the convolution with the kernel turned round, of the weight among
-    torch's own and a matrix product per channel over tiles.
+    torch's own and a matrix product per channel over tiles; on a GPU all three by Triton as well.
 
     Shapes: x (N, C, H, W), weight (C, 1, k, k), bias (C,) → (N, C, H, W). First derivatives only; second ones exist
     under `off()`.

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from skipway.kernels import triton
 from skipway.kernels.choosing import Way, enabled, kernel
+from skipway.kernels.residual import factored, in_one_pass
 from skipway.kernels.residual import plain as epilogue
 from skipway.kernels.residual import plain_backward as epilogue_backward
 
@@ -28,16 +29,32 @@ def back(x: Tensor) -> Tensor:
 
 def rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels as rows: no copy where the map lies channels-last."""
-    y, mean, inverse = torch.native_layer_norm(last(x), weight.shape, weight, bias, eps)
-    return back(y), mean.squeeze(-1), inverse.squeeze(-1)
+    y, mean, inverse = torch.native_layer_norm(last(x), weight.shape, *affine(x, weight, bias), eps)
+    return back(y), wide(mean.squeeze(-1)), wide(inverse.squeeze(-1))
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """As torch wants them beside x: on a GPU of its type."""
+    return (weight.to(x.dtype), bias.to(x.dtype)) if x.is_cuda else (weight, bias)
+
+
+def wide(moments: Tensor) -> Tensor:
+    """In float32 at least: beside weights in 16 bits torch rounds them on a CPU."""
+    return moments.to(torch.promote_types(moments.dtype, torch.float32))
+
+
+def narrow(x: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
+    """Moments as torch's backward wants them beside x and the weight: on a CPU of the weight's type."""
+    return moments.to(weight.dtype) if x.device.type == "cpu" else moments
 
 
 def rows_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     to_x, *others = torch.ops.aten.native_layer_norm_backward(
-        *(last(gradient), last(x), weight.shape, mean.unsqueeze(-1), inverse.unsqueeze(-1)),
-        *(weight, bias, [True, True, True]),
+        *(last(gradient), last(x), weight.shape),
+        *(narrow(x, weight, each).unsqueeze(-1) for each in (mean, inverse)),
+        *(*affine(x, weight, bias), [True, True, True]),
     )
     return back(to_x), *others
 
@@ -109,7 +126,26 @@ def one_by_one(
     return stream, *rows(stream, weight, bias, eps)
 
 
-add_and_norm = kernel("residual norm", one_by_one, Way("triton", triton.normalised, triton.serves_residual_norm))
+def in_two(
+    shortcut: Tensor,
+    branch: Tensor,
+    gain: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum in one pass, the norm in another."""
+    stream = in_one_pass(shortcut, branch, gain, mask)
+    return stream, *rows(stream, weight, bias, eps)
+
+
+add_and_norm = kernel(
+    "residual norm",
+    one_by_one,
+    Way("one pass", in_two, lambda shortcut, branch, gain, mask, *rest: factored(shortcut, branch, gain, mask)),
+    Way("triton", triton.normalised, triton.serves_residual_norm),
+)
 
 
 @torch.library.custom_op("skipway::residual_norm", mutates_args=())
@@ -215,7 +251,8 @@ normalise = kernel("batch norm relu", separate, Way("in place", in_place))
 def batch_operator(
     x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return normalise(x, weight, bias, shortcut, eps)
+    y, mean, inverse = normalise(x, weight, bias, shortcut, eps)
+    return y, wide(mean), wide(inverse)
 
 
 @batch_operator.register_fake
@@ -235,7 +272,8 @@ def backward_batch(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Tensor | N
     x, weight, y, mean, inverse = ctx.saved_tensors
     passed = torch.ops.aten.threshold_backward(gradient, y, 0)
     to_x, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
-        passed, x, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True]
+        *(passed, x, weight, None, None, *(narrow(x, weight, each) for each in (mean, inverse))),
+        *(True, ctx.eps, [True, True, True]),
     )
     return to_x, to_weight, to_bias, passed if ctx.added else None, None
 

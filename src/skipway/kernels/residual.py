@@ -10,7 +10,7 @@ from torch import Tensor
 from skipway.kernels import triton
 from skipway.kernels.choosing import Way, enabled, kernel
 
-__all__ = ["plain", "plain_backward", "residual"]
+__all__ = ["factored", "in_one_pass", "plain", "plain_backward", "residual"]
 
 
 def plain(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -35,7 +35,9 @@ def both(gain: Tensor | None, mask: Tensor | None) -> Tensor:
 
 
 def factored(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> bool:
-    return (gain is not None or mask is not None) and shortcut.shape == branch.shape and shortcut.dtype == branch.dtype
+    alike = shortcut.shape == branch.shape and shortcut.dtype == branch.dtype
+    there = gain is not None or mask is not None
+    return there and alike and triton.promoted(shortcut, branch, gain, mask) == branch.dtype
 
 
 forward = kernel(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "HAS_TRITON",
     "channel_norm",
     "depthwise",
     "depthwise_to_input",
     "depthwise_to_weight",
     "fits_windows",
     "normalised",
+    "promoted",
     "residual",
     "residual_backward",
     "serves_depthwise",
@@ -31,6 +33,7 @@ __all__ = [
     "windows_backward",
 ]
 
+HAS_TRITON = find_spec("triton") is not None
 WIDEST = 8192
 """Channels that one program of the norm holds at once."""
 WAVE = 2112
@@ -39,7 +42,7 @@ WAVE = 2112
 
 def usable(x: Tensor) -> bool:
     """Whether Triton can run where x is: on a CUDA device, or anywhere under its interpreter."""
-    return bool(x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and find_spec("triton") is not None
+    return HAS_TRITON and bool(x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @cache
@@ -80,6 +83,16 @@ def serves_residual(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask:
     )
 
 
+def promoted(*given: Tensor | None) -> torch.dtype:
+    """The type of their sum or product; a single number has no say in it, as in torch."""
+    return reduce(torch.promote_types, (each.dtype for each in given if each is not None and each.ndim))
+
+
+def packed(values: Tensor | None, other: Tensor) -> Tensor:
+    """A few numbers one after the other; where there are none a program is given something that it does not read."""
+    return other if values is None else values.contiguous()
+
+
 def kind(gain: Tensor | None) -> int:
     """0: no gain, 1: one number, 2: one for each channel."""
     return 0 if gain is None else 1 if gain.numel() == 1 else 2
@@ -89,10 +102,10 @@ def residual(
     shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None, block: int = 2048, warps: int = 8
 ) -> Tensor:
     """`kernels.residual` in one pass, summed in float32."""
-    out = torch.empty_like(branch)
+    out = torch.empty_like(branch, dtype=promoted(shortcut, branch, gain, mask))
     size, rows = branch.numel(), dense(branch)
     programs().residual[(-(-size // block),)](
-        *(dense(shortcut), rows, branch if gain is None else gain, branch if mask is None else mask, dense(out), size),
+        *(dense(shortcut), rows, packed(gain, branch), packed(mask, branch), dense(out), size),
         CHANNELS=rows.shape[-1],
         SAMPLE=rows[0].numel(),
         GAIN=kind(gain),
@@ -116,8 +129,8 @@ def residual_backward(
     grid = (-(-count // (rows * steps)), -(-channels // block))
     sums = torch.empty(grid[0], channels, dtype=torch.float32, device=gradient.device)
     programs().residual_backward[grid](
-        *(lines, lines if branch is None else dense(branch), gradient if gain is None else gain),
-        *(gradient if mask is None else mask, dense(to_branch), sums, count, lines.shape[1]),
+        *(lines, lines if branch is None else dense(branch), packed(gain, gradient)),
+        *(packed(mask, gradient), dense(to_branch), sums, count, lines.shape[1]),
         CHANNELS=channels,
         GAIN=kind(gain),
         MASK=mask is not None,
@@ -160,15 +173,27 @@ def normalised(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.residual_norm` in one pass: the stream (x itself where no branch is given), its norm and moments."""
     rows = dense(x)
-    stream, out = x if branch is None else torch.empty_like(x), torch.empty_like(x)
+    stream = x if branch is None else torch.empty_like(x, dtype=promoted(x, branch, gain, mask))
+    out = torch.empty_like(stream)
     sizes = (x.shape[0], *(x.shape[2:] if x.ndim == 4 else x.shape[1:-1]))
     means = torch.empty(sizes, dtype=torch.float32, device=x.device)
     inverses = torch.empty_like(means)
     block = power(rows.shape[-1])
     lines = max(1, tile // block)
     programs().channel_norm[(-(-means.numel() // lines),)](
-        *(rows, rows if branch is None else dense(branch), x if gain is None else gain, x if mask is None else mask),
-        *(weight, bias, dense(stream), dense(out), means, inverses, means.numel(), rows.shape[1], rows.shape[2], eps),
+        *(rows, rows if branch is None else dense(branch), packed(gain, x), packed(mask, x)),
+        *(
+            weight.contiguous(),
+            bias.contiguous(),
+            dense(stream),
+            dense(out),
+            means,
+            inverses,
+            means.numel(),
+            rows.shape[1],
+            rows.shape[2],
+            eps,
+        ),
         ADDED=branch is not None,
         GAIN=kind(gain),
         MASK=mask is not None,
@@ -179,16 +204,15 @@ def normalised(
     return stream, out, means, inverses
 
 
-def fits_windows(qkv: Tensor, position: Tensor) -> bool:
-    """Windows of up to 64 tokens and heads of 16, 32 or 64 channels, the map in one piece."""
-    heads, tokens = position.shape[:2]
-    width = qkv.shape[-1] // (3 * heads)
-    return qkv.is_contiguous() and tokens <= 64 and width in (16, 32, 64)
+def fits_windows(tokens: int, width: int) -> bool:
+    """Windows of up to 64 tokens, heads of 16, 32 or 64 channels."""
+    return tokens <= 64 and width in (16, 32, 64)
 
 
 def serves_windows(qkv: Tensor, position: Tensor, down: int, across: int) -> bool:
-    """What fits, where Triton can run."""
-    return usable(qkv) and fits_windows(qkv, position)
+    """What fits, the map in one piece."""
+    heads, tokens = position.shape[:2]
+    return usable(qkv) and qkv.is_contiguous() and fits_windows(tokens, qkv.shape[-1] // (3 * heads))
 
 
 def sizes_of(qkv: Tensor, position: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:
@@ -258,7 +282,7 @@ def depthwise(
     taps = weight.flatten(1).t().contiguous()
     grid = (count * -(-height // rows) * -(-width // columns), -(-channels // block))
     programs().depthwise[grid](
-        *(dense(x), taps, taps if bias is None else bias, dense(out), height, width),
+        *(dense(x), taps, packed(bias, taps), dense(out), height, width),
         CHANNELS=channels,
         SIDE=side,
         ROWS=rows,

@@ -11,6 +11,7 @@ from torch import Tensor
 from skipway.errors import SkipwayError
 from skipway.kernels import triton
 from skipway.kernels.attention import backward_whole, whole
+from skipway.kernels.casting import lowered
 from skipway.kernels.choosing import Way, kernel
 from skipway.windowing import MASK, apart, cut, joined
 
@@ -122,4 +123,5 @@ def windowed_attention(qkv: Tensor, position: Tensor, down: int = 0, across: int
             f"qkv of shape {tuple(qkv.shape)}: the rule is (N, H, W, 3 · heads · d) with {heads} heads, H and W "
             f"multiples of {side}"
         )
+    (qkv,) = lowered(qkv)  # type: ignore[assignment]
     return operator(qkv, position, down, across)

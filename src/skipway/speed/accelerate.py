@@ -27,14 +27,15 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.
 
 def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: float = TOLERANCE) -> Operation:
     """Let linear maps, 1 × 1 and depthwise convolutions and attention on the CPU be computed by `skipway.kernels`, in
-    anybody's network, in place; our residual connections end in one pass, on a GPU too.
+    anybody's network, in place; on a GPU depthwise convolutions of maps that lie channels-last, attention within our
+    windows, and the end of our residual connections.
 
     Classes are swapped for subclasses whose forward routes torch's functions (`kernels.routing.ROUTES`), so keys,
     `isinstance`, hooks and checkpointing survive, and code that calls functions instead of modules is reached. Each
     kernel measures its ways at first use and never takes one that is slower or that differs. Gradients are those of
     plain torch up to rounding; which way is the quickest may change from run to run, and the last bits with it. Under
-    `torch.compile` the network is left to the compiler and its own kernels, but for two on a GPU where the compiler
-    calls others' as well: depthwise convolutions of maps that lie channels-last, and attention within windows.
+    `torch.compile` the network is left to the compiler and its own kernels, but for the first two on a GPU, where the
+    compiler calls others' as well.
 
     Args:
         model: any module.

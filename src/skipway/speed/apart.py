@@ -108,7 +108,7 @@ def memory(contender: Contender, cell: Cell) -> dict[str, Any]:
 
 
 def memory_here(contender: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """The same in this process; a first step brings the optimiser's state about."""
+    """The same in this process; a first step brings the optimiser's state about. Gradients are the step's own."""
     from skipway.speed.contenders import Cell, Contender, Step
 
     prepared = Contender(**contender).prepare(Cell(**cell))
@@ -116,8 +116,6 @@ def memory_here(contender: dict[str, Any], cell: dict[str, Any]) -> dict[str, An
     assert isinstance(step, Step)
     with prepared.within():
         step()
-        # what is kept for the next step anyway, gradients, is not counted as the step's
-        step.optimiser.zero_grad(set_to_none=True)
         peak = DEVICES[step.images.device.type].peak(step)
     return {"peak_bytes": peak, "saved_bytes": saved(step)}
 

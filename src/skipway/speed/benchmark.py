@@ -32,11 +32,6 @@ WHAT: tuple[What, ...] = ("infer", "train", "memory", "startup", "growth")
 PRECISIONS = ("float32", "bfloat16")
 BRANCHES = (8, 32, 128, 512, 2048, 10000)
 GROWN_BATCH, GROWN_SIZE = 4, 32
-# memory is asked of these modes, which are what people train with
-REMEMBERED = (
-    *("eager", "channels-last", "accelerate", "accelerate-channels-last"),
-    *("compiled", "compiled-channels-last", "accelerate-compiled", "accelerate-compiled-channels-last"),
-)
 Say = Callable[[str], None]
 
 
@@ -141,7 +136,7 @@ class Plan:
 
     def contenders(self, cell: Cell) -> list[Contender]:
         """Who takes part in a cell; compiling nets of thousands of blocks would take hours."""
-        modes = [mode for mode in self.modes if not compiles(mode) or cell not in self.growth()]
+        modes = [mode for mode in self.modes if not MODES[mode].compiles or cell not in self.growth()]
         chosen = {"peers": self.present(), "modes": modes, "switched": self.switches, "device": self.device}
         return contenders(cell.what, cell.precision, **chosen)
 
@@ -176,15 +171,11 @@ def measure(plan: Plan, out: str | Path, say: Say = lambda text: None) -> Journa
     return journal
 
 
-def compiles(mode: str) -> bool:
-    """Whether a mode goes through torch's compiler."""
-    return "compiled" in mode or mode in ("frozen", "optimize-inductor")
-
-
 def machine(device: str) -> dict[str, Any]:
     """What it is measured on."""
     return {
         "kind": "machine",
+        "device": device,
         "processor": DEVICES[device].title(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -319,8 +310,8 @@ Order = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
 def memory_orders(plan: Plan) -> Iterator[Order]:
-    """Training steps whose memory is asked for."""
-    modes = [mode for mode in REMEMBERED if mode in plan.modes]
+    """Training steps whose memory is asked for; on a CPU, where it takes minutes to compile one, of eager modes."""
+    modes = [mode for mode in plan.modes if plan.device != "cpu" or not MODES[mode].compiles]
     for network, precision, size, batch in product(plan.networks, plan.precisions, plan.sizes, plan.batches):
         cell = Cell(network=network, what="train", precision=precision, batch=batch, size=size, device=plan.device)
         chosen = {"peers": plan.present(), "modes": modes, "switched": False, "device": plan.device}

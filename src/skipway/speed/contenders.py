@@ -79,6 +79,7 @@ class Mode:
         patched: our kernels are put in where the switches are asked for and it trains; else it runs under the switches
             as it was prepared without.
         devices: that it makes sense on.
+        compiles: torch's compiler has to be waited for.
     """
 
     what: frozenset[str]
@@ -88,6 +89,7 @@ class Mode:
     keeps: bool = False
     patched: bool = False
     devices: frozenset[str] = frozenset(DEVICES)
+    compiles: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +205,11 @@ class Step:
         self.optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
     def __call__(self) -> Tensor:
-        self.optimiser.zero_grad(set_to_none=True)
         loss = self.loss()
         loss.backward()
         self.optimiser.step()
+        # whoever waits for a turn holds no gradients
+        self.optimiser.zero_grad(set_to_none=True)
         return loss.detach()
 
     def loss(self) -> Tensor:
@@ -320,17 +323,20 @@ MODES: dict[str, Mode] = {
             ready=partial(optimized, name),
             keeps=True,
             devices=frozenset(BACKENDS[name].devices or DEVICES),
+            compiles=name == "inductor",
         )
         for name in BACKENDS
     },
-    "compiled": Mode(what=BOTH, who=EVERYBODY, ready=compiled),
+    "compiled": Mode(what=BOTH, who=EVERYBODY, ready=compiled, compiles=True),
     # on a CPU the compiler lays maps out by pixels of itself
-    "compiled-channels-last": Mode(what=BOTH, who=EVERYBODY, ready=compiled, channels_last=True, devices=CARD),
-    "accelerate-compiled": Mode(what=TRAIN, who=SELF, ready=accelerated_compiled, devices=CARD),
-    "accelerate-compiled-channels-last": Mode(
-        what=TRAIN, who=SELF, ready=accelerated_compiled, channels_last=True, devices=CARD
+    "compiled-channels-last": Mode(
+        what=BOTH, who=EVERYBODY, ready=compiled, channels_last=True, devices=CARD, compiles=True
     ),
-    "frozen": Mode(what=INFER, who=STRANGERS, ready=constant),
+    "accelerate-compiled": Mode(what=TRAIN, who=SELF, ready=accelerated_compiled, devices=CARD, compiles=True),
+    "accelerate-compiled-channels-last": Mode(
+        what=TRAIN, who=SELF, ready=accelerated_compiled, channels_last=True, devices=CARD, compiles=True
+    ),
+    "frozen": Mode(what=INFER, who=STRANGERS, ready=constant, compiles=True),
 }
 """Ways of running a network, those that are ready at once first."""
 

@@ -119,8 +119,8 @@ DEVICES: Mapping[str, Device] = {
         copied=1 << 28,
     ),
     "cuda": Device(
-        title=lambda: torch.cuda.get_device_name(),
-        finish=lambda: torch.cuda.synchronize(),
+        title=torch.cuda.get_device_name,
+        finish=torch.cuda.synchronize,
         peak=allocated,
         calls=8,
         networks=("resnet50", "vit-base-16", "convnext-base", "swin-base"),

@@ -182,7 +182,8 @@ class Trial:
     @torch.no_grad()
     def time(self) -> None:
         """The median of up to `ROUNDS` turns of each, interleaved; the much slower ones leave early."""
-        entrants = [Entrant(name, partial(called, run, self.example)) for name, run in self.runs.items()]
+        finish = partial(torch.cuda.synchronize, self.example.device) if self.example.is_cuda else lambda: None
+        entrants = [Entrant(name, partial(run, self.example), finish=finish) for name, run in self.runs.items()]
         turns = list(race(entrants, ROUNDS))
         for turn in turns:
             if turn.error:
@@ -197,10 +198,3 @@ class Trial:
             notes = "; ".join(f"{each.backend}: {each.note}" for each in self.attempts.values() if each.note)
             raise SkipwayError(f"no backend agrees with the model: {notes}")
         return min(agreeing, key=lambda name: self.attempts[name].seconds)
-
-
-def called(run: Run, given: Tensor) -> None:
-    """One call, to its end on the device."""
-    run(given)
-    if given.is_cuda:
-        torch.cuda.synchronize()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,18 +10,17 @@ from torch import Tensor, nn
 
 from skipway import kernels
 from skipway.folding import computes, hooked
-from skipway.kernels.routing import LARGE, is_depthwise
-from skipway.kernels.triton import fits_windows
+from skipway.kernels import routing
+from skipway.kernels.triton import HAS_TRITON, fits_windows
 from skipway.nn import DropPath, Gain, Residual, WindowAttention
 
 __all__ = ["OVERRIDES", "overridden"]
 
-HAS_TRITON = find_spec("triton") is not None
-
 
 def on_card(x: Tensor) -> bool:
-    """Whether Triton's programs can run where x is; there they are called under `torch.compile` as well."""
-    return HAS_TRITON and x.is_cuda
+    """Whether Triton's programs can run where x is: under `torch.compile` as well, but not in what is exported to run
+    without us."""
+    return HAS_TRITON and x.is_cuda and kernels.enabled() and not torch.compiler.is_exporting()
 
 
 def simple(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -48,18 +46,18 @@ def epilogue(self: Any, x: Tensor) -> Tensor:
 
 def mixed(self: Any, h: Tensor) -> Tensor:
     """Windows where they lie on the map: nothing is cut, rolled or copied, on a GPU."""
-    if not (on_card(h) and simple(self.norm_q, nn.Identity) and simple(self.norm_k, nn.Identity)):
+    fits = fits_windows(self.window.side**2, self.dim // self.heads)
+    if not (fits and on_card(h) and simple(self.norm_q, nn.Identity) and simple(self.norm_k, nn.Identity)):
         return WindowAttention.mixed(self, h)
     height, width = h.shape[1:3]
-    qkv, position = self.inside(self.bias(self.qkv(self.window.padded(h)))), self.position()
-    if not fits_windows(qkv, position):
-        return WindowAttention.mixed(self, h)
-    return kernels.windowed_attention(qkv, position, *self.window.shifts(height, width))[:, :height, :width]
+    qkv = self.inside(self.bias(self.qkv(self.window.padded(h)))).contiguous()
+    out = kernels.windowed_attention(qkv, self.position(), *self.window.shifts(height, width))
+    return out[:, :height, :width]
 
 
 def weighed(self: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor, images: int) -> Tensor:
     """B + M of one image for all, by broadcasting, on a CPU."""
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or q.numel() < LARGE or not kernels.enabled():
+    if torch.compiler.is_compiling() or q.device.type != "cpu" or q.numel() < routing.LARGE or not kernels.enabled():
         return WindowAttention.weighed(self, q, k, v, added, images)
     return kernels.attention(q, k, v, added)
 
@@ -69,7 +67,7 @@ def convolved(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     if (
         on_card(x)
         and self.padding_mode == "zeros"
-        and is_depthwise(x, weight, self.stride, self.padding, self.dilation, self.groups)
+        and routing.is_depthwise(x, weight, self.stride, self.padding, self.dilation, self.groups)
         and x.is_contiguous(memory_format=torch.channels_last)
     ):
         return kernels.depthwise(x, weight, bias)

@@ -146,7 +146,7 @@ def show(value: float, form: str = ".1f", unit: str = "") -> str:
 def machine_text(journal: Journal) -> str:
     """The machine, the ceilings, and who was not there."""
     lines = []
-    for row in journal.of("machine")[-1:]:
+    for row in {row.get("device", "cpu"): row for row in journal.of("machine")}.values():
         fused = f", TIMM_FUSED_ATTN={row['fused_attention']}" if row.get("fused_attention") else ""
         lines.append(
             f"{row['processor']}, {row['cores']} cores, {row['threads']} threads, torch {row['torch']}, "
@@ -170,8 +170,8 @@ def machine_text(journal: Journal) -> str:
         lines.append(f"Not installed, hence not measured: {', '.join(absent)}.")
     lines.append(
         "A ratio is the median over the rounds of one run in which all took turns, with its quartiles. The best peer "
-        "is the fastest of all modes and libraries; under our switches (freed memory kept, single precision sent to "
-        "oneDNN, our kernels put in) a peer is listed apart."
+        "is the fastest of all modes and libraries; under our switches (our kernels put in; on a CPU freed memory kept "
+        "and single precision sent to oneDNN, too) a peer is listed apart."
     )
     return "\n".join(f"* {line}" for line in lines)
 
