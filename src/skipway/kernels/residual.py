@@ -21,8 +21,7 @@ def plain(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | 
 
 def in_one_pass(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> Tensor:
     """The two factors are small: their product has one number per sample and channel."""
-    factor = both(gain, mask)
-    return torch.addcmul(shortcut, branch, factor.to(branch.dtype))
+    return torch.addcmul(shortcut, branch, both(gain, mask))
 
 
 def both(gain: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -35,9 +34,7 @@ def both(gain: Tensor | None, mask: Tensor | None) -> Tensor:
 
 
 def factored(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> bool:
-    alike = shortcut.shape == branch.shape and shortcut.dtype == branch.dtype
-    there = gain is not None or mask is not None
-    return there and alike and triton.promoted(shortcut, branch, gain, mask) == branch.dtype
+    return (gain is not None or mask is not None) and shortcut.shape == branch.shape
 
 
 forward = kernel(
@@ -59,10 +56,9 @@ def _(shortcut: Tensor, branch: Tensor, gain: Any, mask: Any) -> Tensor:
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    shortcut, branch, gain, mask = inputs
+    _, branch, gain, mask = inputs
     learned = gain is not None and gain.requires_grad
     ctx.save_for_backward(branch if learned else None, gain, mask)
-    ctx.shapes, ctx.types = (shortcut.shape, branch.shape), (shortcut.dtype, branch.dtype)
 
 
 def plain_backward(
@@ -106,19 +102,14 @@ def _(gradient: Tensor, branch: Any, gain: Any, mask: Any) -> tuple[Tensor, Tens
 
 
 def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """∂/∂shortcut is the gradient itself: nothing is computed for it."""
+    """∂/∂shortcut is the gradient itself: nothing is computed for it. Where a shape or type was widened autograd sums and
+    casts back."""
     branch, gain, mask = ctx.saved_tensors
     branch = branch if ctx.needs_input_grad[2] else None
     # an operator where there is a kernel: plain torch has further derivatives, and the compiler fuses it
     run = backward_operator if served(gradient, branch, gain, mask) else plain_backward
     to_branch, to_gain = run(gradient, branch, gain, mask)
-    (shortcut_shape, branch_shape), (shortcut_type, branch_type) = ctx.shapes, ctx.types
-    return (
-        gradient.sum_to_size(shortcut_shape).to(shortcut_type),
-        to_branch.sum_to_size(branch_shape).to(branch_type),
-        to_gain if ctx.needs_input_grad[2] else None,
-        None,
-    )
+    return gradient, to_branch, to_gain if ctx.needs_input_grad[2] else None, None
 
 
 operator.register_autograd(backward, setup_context=keep)
