@@ -72,6 +72,35 @@ def test_the_bias_of_windows_is_not_written_out_for_every_image(monkeypatch):
     assert [len(bias) for bias in biases] == [1, 16, 1, 4]  # windows of an image; every other block is shifted
 
 
+@pytest.mark.parametrize(
+    ("scheme", "watched", "expected"),
+    [("identity", False, 9), ("identity", True, 8), ("skipinit", False, 0)],
+)
+def test_shortcuts_are_added_in_place_where_nobody_needs_the_branch(scheme, watched, expected):
+    """A norm's output is not needed backward; a hook that keeps it does need it, and a gain its gradient."""
+    torch.manual_seed(0)
+    model, x = sw.build("resnet20", scheme=scheme), torch.randn(2, 3, 32, 32)
+    plain, kept, seen = copy.deepcopy(model), [], []
+    if watched:
+        norm = model.get_submodule(sw.chain(model)[0].name).branch.norm2
+        norm.register_forward_hook(lambda module, given, out: kept.append((out, out.clone())))
+    accelerate(model)
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func is torch.Tensor.add_ and args[0].ndim == 4)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        y, ours = gradients(model, x)
+    z, theirs = gradients(plain, x)
+    assert sum(seen) == expected
+    assert torch.allclose(y, z, rtol=1e-3, atol=1e-5)
+    largest = max(g.abs().max() for g in theirs)
+    assert all((mine - other).abs().max() <= 2e-3 * largest for mine, other in zip(ours, theirs, strict=True))
+    assert all(torch.equal(out, copied) for out, copied in kept)
+
+
 def test_stochastic_depth_draws_what_it_drew():
     """One pass in place of three, from the same random numbers."""
     torch.manual_seed(0)

@@ -102,8 +102,8 @@ def _(gradient: Tensor, branch: Any, gain: Any, mask: Any) -> tuple[Tensor, Tens
 
 
 def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """∂/∂shortcut is the gradient itself: nothing is computed for it. Where a shape or type was widened autograd sums and
-    casts back."""
+    """∂/∂shortcut is the gradient itself: nothing is computed for it. Where a shape or a type was widened autograd sums
+    and casts back."""
     branch, gain, mask = ctx.saved_tensors
     branch = branch if ctx.needs_input_grad[2] else None
     # an operator where there is a kernel: plain torch has further derivatives, and the compiler fuses it

@@ -12,7 +12,7 @@ from skipway import kernels
 from skipway.folding import computes, hooked
 from skipway.kernels import routing
 from skipway.kernels.triton import HAS_TRITON, fits_windows
-from skipway.nn import DropPath, Gain, Residual, WindowAttention
+from skipway.nn import Branch, DropPath, Gain, Residual, WindowAttention
 
 __all__ = ["OVERRIDES", "overridden"]
 
@@ -41,7 +41,28 @@ def epilogue(self: Any, x: Tensor) -> Tensor:
         mask = self.drop.mask(branch)
     else:
         branch = self.drop(branch)
-    return self.post(kernels.residual(self.shortcut(x, h), branch, gain, mask))
+    shortcut = self.shortcut(x, h)
+    if gain is None and mask is None and unneeded(self.branch) and fits(shortcut, branch):
+        return self.post(branch.add_(shortcut))
+    return self.post(kernels.residual(shortcut, branch, gain, mask))
+
+
+FORGETTING = (nn.Identity, nn.BatchNorm2d, nn.LayerNorm)
+"""Modules whose gradients are not computed from what they put out, as those of linear maps are not."""
+
+
+def unneeded(branch: nn.Module) -> bool:
+    """Whether what a branch puts out is needed by the addition alone, so that the shortcut may be added in place."""
+    if not isinstance(branch, Branch) or (closing := branch.closing()) is None:
+        return False
+    watched = hooked(branch) or hooked(branch.path()[-1].module)
+    return not watched and all(any(simple(each, kind) for kind in FORGETTING) for each in closing)
+
+
+def fits(shortcut: Tensor, branch: Tensor) -> bool:
+    """Whether the sum has the place and type of the branch; autograd copies what is changed through a view."""
+    alike = shortcut.shape == branch.shape and shortcut.dtype == branch.dtype and shortcut.stride() == branch.stride()
+    return alike and not branch._is_view()
 
 
 def mixed(self: Any, h: Tensor) -> Tensor:
