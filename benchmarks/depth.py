@@ -18,6 +18,7 @@ import argparse
 import copy
 import gc
 import json
+import os
 import random
 import resource
 import statistics
@@ -39,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipway as sw
+from skipway.machine import processor
 from skipway.models.resnet.blocks import CONV_KIT, Conv
 from skipway.nn import ConvBranch, Residual
 from skipway.schemes import scheme
@@ -285,10 +287,7 @@ def spread(first: list[float], second: list[float]) -> str:
 
 
 def machine() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"one thread of {names[0]}, {len(names)} cores, PyTorch {torch.__version__.partition('+')[0]}"
+    return f"one thread of {processor()}, {os.cpu_count()} cores, PyTorch {torch.__version__.partition('+')[0]}"
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -26,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skipway.machine import cores, processor
+
 __all__ = ["Contestant", "plain", "race"]
 
 GOALS = (0.8, 0.9)
@@ -33,11 +34,6 @@ MODEL = {"depth": 8, "width": 32}
 SMOOTHING, AVERAGE, RATE_PER_IMAGE = 0.1, 0.99, 0.4 / 256
 SCHEDULE = "onecycle(rise=0.2)"
 POLL_SECONDS = 0.02
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def options(given: argparse.Namespace) -> list[str]:
@@ -230,9 +226,7 @@ def race(given: argparse.Namespace, root: Path) -> list[Contestant]:
 
 def machine() -> str:
     """What this is measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{names[0] if names else platform.processor()}, {cores()} cores"
+    return f"{processor()}, {cores()} cores"
 
 
 def told(contestants: list[Contestant], given: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import skipway as sw
 
 SOURCE = Path(sw.__file__).parent
 FLOORS = [
-    {"errors", "windowing"},
+    {"errors", "windowing", "machine"},
     {"site", "registry", "values", "kernels"},
     {"nn", "tracing"},
     {"anatomy"},

@@ -39,6 +39,7 @@ from benchmarks.faults.catalogue import KINDS, READERS, outcomes
 from benchmarks.faults.kills import ended, kill, preload
 from benchmarks.faults.recipes import EPOCHS, PEERS, Digits, Peer, State
 from benchmarks.peers import define_missing_operators
+from skipway.machine import processor
 
 __all__ = ["measure", "table"]
 
@@ -443,10 +444,7 @@ def versions() -> str:
 
 def machine() -> str:
     """What this was measured on."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores, {platform.system()}, one thread each"
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, one thread each"
 
 
 PAGE = """# Faults: a plain recipe, Accelerate, the Trainer, timm and Skipway

@@ -52,7 +52,7 @@ def evaluate(
     if data is None:
         judgement = judge_run(run, device=device, flip=flip or None, batch_size=batch_size)
     else:
-        from skipway.data.pool import cores
+        from skipway.machine import cores
 
         judgement = judge_images(run, data, device=device, flip=flip, batch_size=batch_size or 64, workers=cores())
     if json:

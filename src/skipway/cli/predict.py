@@ -59,7 +59,7 @@ def predict(
     for name, value in (("top", top), ("batch-size", batch_size)):
         if value < 1:
             raise SkipwayError(f"--{name} {value}: the rule is at least 1")
-    from skipway.data.pool import cores
+    from skipway.machine import cores
     from skipway.training.using import Predictor, image_files
 
     files = image_files(images)

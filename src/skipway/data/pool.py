@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from skipway.data.decoding import silence_pillow
+from skipway.machine import cores
 
-__all__ = ["Helpers", "Pool", "Remark", "Work", "cores", "default_workers"]
+__all__ = ["Helpers", "Pool", "Remark", "Work", "default_workers"]
 
 Remark = Callable[[str], None]
 Helpers = Literal["threads", "processes"]
@@ -53,11 +54,6 @@ class Work(Protocol):
     def __call__(self, index: int, row: np.ndarray | None) -> Any:
         """Work on image `index`, fill `row` (uint8), return something small that pickle knows."""
         ...
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(files: int) -> int:

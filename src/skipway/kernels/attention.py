@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
-from skipway.kernels.casting import lowered
+from skipway.kernels.casting import lowered, wide
 from skipway.kernels.choosing import Way, enabled, kernel
 from skipway.kernels.door import has_door, opened
 
@@ -43,7 +43,10 @@ def in_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keeps: bool)
 
 
 def weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √d + B) of whole images, in float32 at least: (n · windows, heads, T, S)."""
+    """softmax(q kᵀ / √d + B) of whole images: (n · windows, heads, T, S).
+
+    In float32 at least: logits that are rounded to 16 bits are wrong by a few per cent of a weight.
+    """
     logits = (wide(q) @ wide(k).mT).mul_(q.shape[-1] ** -0.5)
     if bias is not None:
         logits.unflatten(0, (-1, len(bias))).add_(bias)
@@ -53,11 +56,6 @@ def weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 def small(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the weights are no larger than q, k and v: then they are kept for backward and not computed again."""
     return k.shape[-2] <= 2 * k.shape[-1] + v.shape[-1]
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least: logits that are rounded to 16 bits are wrong by a few per cent of a weight."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def blocks(x: Tensor, q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:

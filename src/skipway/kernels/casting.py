@@ -1,10 +1,10 @@
-"""What autocast does to the arguments of a kernel."""
+"""Types of the arguments of a kernel: what autocast makes of them, and in what sums are taken."""
 
 from __future__ import annotations
 
-from torch import Tensor, get_autocast_dtype, is_autocast_enabled
+from torch import Tensor, float32, get_autocast_dtype, is_autocast_enabled, promote_types
 
-__all__ = ["lowered"]
+__all__ = ["lowered", "wide"]
 
 
 def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -20,3 +20,13 @@ def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = get_autocast_dtype(device)
     return tuple(each.to(dtype) if each is not None and each.is_floating_point() else each for each in tensors)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least.
+
+    >>> import torch
+    >>> wide(torch.ones(1).bfloat16()).dtype, wide(torch.ones(1).double()).dtype
+    (torch.float32, torch.float64)
+    """
+    return x.to(promote_types(x.dtype, float32))

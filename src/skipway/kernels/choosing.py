@@ -161,13 +161,18 @@ def tensors(value: Any) -> list[Tensor]:
 @contextmanager
 def at_home(arguments: tuple[Any, ...]) -> Iterator[None]:
     """Within, types are what the arguments have, without autocast, and programs start where the arguments are."""
-    x = next((each for each in arguments if isinstance(each, Tensor)), None)
+    device = home(arguments)
     with ExitStack() as stack:
-        if x is not None and torch.is_autocast_enabled(x.device.type):
-            stack.enter_context(torch.autocast(x.device.type, enabled=False))
-        if x is not None and x.is_cuda:
-            stack.enter_context(torch.cuda.device_of(x))
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
         yield
+
+
+def home(arguments: tuple[Any, ...]) -> torch.device:
+    """Where the first tensor is."""
+    return next((each.device for each in arguments if isinstance(each, Tensor)), torch.device("cpu"))
 
 
 def differs(result: Any, expected: Any, allowed: float) -> str | None:
@@ -184,7 +189,7 @@ def differs(result: Any, expected: Any, allowed: float) -> str | None:
 
 def timed(way: Way, arguments: tuple[Any, ...]) -> float:
     """Seconds of one call."""
-    device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
+    device = home(arguments)
     synchronise = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     synchronise()
     start = time.perf_counter()

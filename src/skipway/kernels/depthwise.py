@@ -112,7 +112,7 @@ def operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    return x.new_empty(x.shape).contiguous(memory_format=layout(x))
+    return torch.empty_like(x, memory_format=layout(x))
 
 
 @torch.library.custom_op("skipway::depthwise_backward", mutates_args=())
@@ -124,7 +124,7 @@ def backward_operator(gradient: Tensor, x: Tensor, weight: Tensor, passes: bool)
 
 @backward_operator.register_fake
 def _(gradient: Tensor, x: Tensor, weight: Tensor, passes: bool) -> tuple[Tensor, Tensor]:
-    found = x.new_empty(x.shape).contiguous(memory_format=layout(x)) if passes else x.new_empty(0)
+    found = torch.empty_like(x, memory_format=layout(x)) if passes else x.new_empty(0)
     return found, weight.new_empty(weight.shape)
 
 

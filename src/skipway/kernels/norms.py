@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipway.kernels import triton
+from skipway.kernels.casting import wide
 from skipway.kernels.choosing import Way, enabled, kernel
 from skipway.kernels.residual import factored, in_one_pass
 from skipway.kernels.residual import plain as epilogue
@@ -28,7 +30,7 @@ def back(x: Tensor) -> Tensor:
 
 
 def rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels as rows: no copy where the map lies channels-last."""
+    """Pixels as rows: no copy where the map lies channels-last. On a CPU torch rounds moments to the weight's type."""
     y, mean, inverse = torch.native_layer_norm(last(x), weight.shape, *affine(x, weight, bias), eps)
     return back(y), wide(mean.squeeze(-1)), wide(inverse.squeeze(-1))
 
@@ -36,11 +38,6 @@ def rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, T
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """As torch wants them beside x: on a GPU of its type."""
     return (weight.to(x.dtype), bias.to(x.dtype)) if x.is_cuda else (weight, bias)
-
-
-def wide(moments: Tensor) -> Tensor:
-    """In float32 at least: beside weights in 16 bits torch rounds them on a CPU."""
-    return moments.to(torch.promote_types(moments.dtype, torch.float32))
 
 
 def narrow(x: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
@@ -84,7 +81,7 @@ def operator(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tenso
 @operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     moments = x.new_empty((x.shape[0], *x.shape[2:]), dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(x.shape).contiguous(memory_format=torch.channels_last), moments, torch.empty_like(moments)
+    return torch.empty_like(x, memory_format=torch.channels_last), moments, torch.empty_like(moments)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -113,37 +110,29 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> 
     return operator(x, weight, bias, eps)[0]
 
 
-def one_by_one(
-    shortcut: Tensor,
-    branch: Tensor,
-    gain: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stream = epilogue(shortcut, branch, gain, mask)
-    return stream, *rows(stream, weight, bias, eps)
+def then_norm(add: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """A sum by a way of the epilogue, and its norm."""
+
+    def run(
+        shortcut: Tensor,
+        branch: Tensor,
+        gain: Tensor | None,
+        mask: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        stream = add(shortcut, branch, gain, mask)
+        return stream, *rows(stream, weight, bias, eps)
+
+    return run
 
 
-def in_two(
-    shortcut: Tensor,
-    branch: Tensor,
-    gain: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum in one pass, the norm in another."""
-    stream = in_one_pass(shortcut, branch, gain, mask)
-    return stream, *rows(stream, weight, bias, eps)
-
-
+one_by_one = then_norm(epilogue)
 add_and_norm = kernel(
     "residual norm",
     one_by_one,
-    Way("one pass", in_two, lambda shortcut, branch, gain, mask, *rest: factored(shortcut, branch, gain, mask)),
+    Way("one pass", then_norm(in_one_pass), factored),
     Way("triton", triton.normalised, triton.serves_residual_norm),
 )
 
@@ -172,7 +161,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     stream = epilogue(shortcut, branch, gain, mask)
     moments = stream.new_empty(last(stream).shape[:-1], dtype=torch.promote_types(stream.dtype, torch.float32))
-    y = stream.new_empty(stream.shape).contiguous(memory_format=layout(stream))
+    y = torch.empty_like(stream, memory_format=layout(stream))
     return stream, y, moments, torch.empty_like(moments)
 
 
@@ -226,7 +215,8 @@ def residual_norm(
     (True, True)
     """
     run = sum_operator if enabled() and branch.numel() else one_by_one
-    return run(shortcut, branch, gain, mask, weight, bias, eps)[:2]
+    stream, normed, *_ = run(shortcut, branch, gain, mask, weight, bias, eps)
+    return stream, normed
 
 
 def separate(

@@ -54,6 +54,17 @@ def residual(
 
 
 @triton.jit
+def by_channel(gain, channel, known, GAIN: tl.constexpr):
+    """g of some channels."""
+    factor = tl.full(channel.shape, 1.0, tl.float32)
+    if GAIN == 1:
+        factor *= tl.load(gain).to(tl.float32)
+    if GAIN == 2:
+        factor *= tl.load(gain + channel, known, other=0.0).to(tl.float32)
+    return factor
+
+
+@triton.jit
 def residual_backward(
     gradient, branch, gain, mask, to_branch, to_gain, rows, sample, CHANNELS: tl.constexpr, GAIN: tl.constexpr,
     MASK: tl.constexpr, LEARNED: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -61,11 +72,7 @@ def residual_backward(
     """The branch's gradient g · m · dy, and what these rows add to that of g for each channel, Σ m · dy · branch."""
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     known = channel < CHANNELS
-    factor = tl.full((BLOCK,), 1.0, tl.float32)
-    if GAIN == 1:
-        factor *= tl.load(gain).to(tl.float32)
-    if GAIN == 2:
-        factor *= tl.load(gain + channel, known, other=0.0).to(tl.float32)
+    factor = by_channel(gain, channel, known, GAIN)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for number in range(STEPS):
         row = (tl.program_id(0) * STEPS + number) * ROWS + tl.arange(0, ROWS)
@@ -96,10 +103,7 @@ def channel_norm(
     values = tl.load(x + at, inside, other=0.0).to(tl.float32)
     if ADDED:
         added = tl.load(branch + at, inside, other=0.0).to(tl.float32)
-        if GAIN == 1:
-            added *= tl.load(gain).to(tl.float32)
-        if GAIN == 2:
-            added *= tl.load(gain + channel, known, other=0.0).to(tl.float32)[None, :]
+        added *= by_channel(gain, channel, known, GAIN)[None, :]
         if MASK:
             added *= tl.load(mask + row // sample, there, other=0.0).to(tl.float32)[:, None]
         rounded = (values + added).to(stream.dtype.element_ty)

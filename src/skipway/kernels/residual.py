@@ -33,7 +33,7 @@ def both(gain: Tensor | None, mask: Tensor | None) -> Tensor:
     return gain * mask
 
 
-def factored(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None) -> bool:
+def factored(shortcut: Tensor, branch: Tensor, gain: Tensor | None, mask: Tensor | None, *others: Any) -> bool:
     return (gain is not None or mask is not None) and shortcut.shape == branch.shape
 
 

@@ -20,7 +20,6 @@ __all__ = [
     "depthwise_to_weight",
     "fits_windows",
     "normalised",
-    "promoted",
     "residual",
     "residual_backward",
     "serves_depthwise",

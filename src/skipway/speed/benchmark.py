@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from skipway.errors import SkipwayError, suggest
+from skipway.machine import cores
 from skipway.speed import apart
 from skipway.speed.architectures import PEERS, config_of, missing
 from skipway.speed.ceilings import ceiling, copy_rate, flops_of
@@ -177,7 +178,7 @@ def machine(device: str) -> dict[str, Any]:
         "kind": "machine",
         "device": device,
         "processor": DEVICES[device].title(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

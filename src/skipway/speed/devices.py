@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 
 from skipway.errors import SkipwayError
+from skipway.machine import processor
 from skipway.speed.allocation import give_back
 
-__all__ = ["DEVICES", "Device", "peak_bytes"]
+__all__ = ["DEVICES", "Device"]
 
 Sizes = tuple[tuple[int, int, int], ...]
 
@@ -47,23 +47,9 @@ class Device:
     loosened: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def processor() -> str:
-    """The CPU's name."""
-    lines = lines_of("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def lines_of(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def status(field: str) -> int:
     """Bytes of a field of this process's status, on Linux."""
-    for line in lines_of("/proc/self/status"):
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
     raise SkipwayError(f"/proc/self/status has no {field}")

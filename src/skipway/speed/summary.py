@@ -56,12 +56,9 @@ def standings(journal: Journal) -> list[Standing]:
     """Every race of a journal that has timed anybody."""
     known = ceilings(journal)
     races = [race for race in journal.races() if race.seconds]
-    return [
-        standing(
-            race, max(row["flops"] for row in known.get((race.cell.device, race.cell.precision), [{"flops": 0.0}]))
-        )
-        for race in races
-    ]
+    rows = [known.get((race.cell.device, race.cell.precision), ()) for race in races]
+    best = [max((row["flops"] for row in own), default=0.0) for own in rows]
+    return [standing(race, flops) for race, flops in zip(races, best, strict=True)]
 
 
 def ceilings(journal: Journal) -> dict[tuple[str, str], list[Row]]:

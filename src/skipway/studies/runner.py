@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Protocol
 
 from skipway import __version__
 from skipway.errors import SkipwayError
+from skipway.machine import cores, processor
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
 from skipway.studies.study import Study
 from skipway.studies.table import Table, merged, parts_of
@@ -199,20 +199,9 @@ def devices_for(device: str, budget: Budget) -> list[str]:
     return [str(choose_device(device))]
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine() -> str:
     """This machine in a few words."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{cores()} cores, {name}"
+    return f"{cores()} cores, {processor()}"
 
 
 def failures(rows: Sequence[Row]) -> list[Row]:
