@@ -3,12 +3,15 @@
 Claims    time and memory per branch of build, initialise, diagnose and a step are the same from 10 to 10,000 branches;
           the peak of a reversible chain, parameters and their gradients aside, grows by 2 % at most from 100 to 10,000
           branches, at 1.35 of the ordinary chain's time per branch at most
-Command   python -m benchmarks.depth [--deepest 10000] [--only growth|modes|reversible], five minutes on one core
+Command   python -m benchmarks.depth [--deepest 10000] [--only growth|steps|modes|reversible], eight minutes on one core
 Method    growth: fully connected branches of 16 channels, as many networks of a depth as make 1,000 branches, each
           depth in a process of its own; time is CPU time of one thread, bytes are what the process grew by.
-          modes, reversible: convolutional branches of 64 channels on 8 x 8 maps; contestants take turns in one process,
-          each round in an order of its own, and ratios are medians over the rounds. Peak bytes are those of all live
-          tensors at the worst moment of a step, seen below autograd, less parameters and their gradients.
+          steps, modes, reversible: contestants take turns in one process, each round in an order of its own, and ratios
+          are medians over the rounds. steps: the same branches, as many networks of a depth as make as many branches as
+          the deepest has, forward through all of them and then backward through all, so that every depth works on as
+          many bytes (in growth those of 10 and 100 stay in the processor's cache). modes, reversible: convolutional
+          branches of 64 channels on 8 x 8 maps. Peak bytes are those of all live tensors at the worst moment of a step,
+          seen below autograd, less parameters and their gradients.
 Result    benchmarks/depth.md
 """
 
@@ -94,6 +97,16 @@ def step(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return time.process_time() - start
 
 
+def together(models: list[nn.Module], inputs: Tensor, labels: Tensor) -> float:
+    """Forward through all networks, then backward through all; CPU seconds."""
+    start = time.process_time()
+    losses = [F.cross_entropy(model(inputs), labels) for model in models]
+    for loss in losses:
+        loss.backward()
+    del loss, losses  # what they kept goes within the time
+    return time.process_time() - start
+
+
 class Live(TorchDispatchMode):
     """When tensors come and go, those that were there before not counted; storages, each once."""
 
@@ -149,7 +162,6 @@ def growth(depth: int) -> dict[str, float]:
     del first
     found: dict[str, float] = {}
     models: list[nn.Module] = []
-    losses: list[Tensor] = []
 
     def measure(name: str, action: Callable[[], object], share: int = count) -> None:
         gc.collect()
@@ -159,15 +171,9 @@ def growth(depth: int) -> dict[str, float]:
         found[name] = (time.process_time() - start) / (share * depth) * 1e6
         found[f"{name} bytes"] = (resident("VmHWM") - before) / (share * depth)
 
-    def forward() -> None:
-        losses.extend(F.cross_entropy(model(inputs), labels) for model in models)
-        for loss in losses:
-            loss.backward()
-        losses.clear()
-
     measure("build", lambda: models.extend(linear_network(depth) for _ in range(count)))
     measure("initialise", lambda: [sw.initialise_(model[1:-1]) for model in models])
-    measure("step", forward)
+    measure("step", lambda: [together([model], inputs, labels) for model in models])
     looked = models[: max(1, min(count, 100 // depth))]
     measure("chain", lambda: [sw.chain(model, inputs) for model in looked], len(looked))
     measure("diagnose", lambda: [sw.diagnose(model, (inputs, labels)) for model in looked], len(looked))
@@ -197,6 +203,24 @@ def growth_table(depths: list[int]) -> str:
     deepest, middle = rows[depths[-1]], rows[depths[min(1, len(depths) - 1)]]
     compared = "; ".join(f"{s} {deepest[s] / middle[s]:.2f}" for s in stages)
     return "\n".join([head, *lines]) + f"\n\nTime per branch at {depths[-1]:,} over that at {depths[1]:,}: {compared}."
+
+
+def steps_table(depths: list[int], rounds: int) -> str:
+    """A step of as many branches, in networks of each depth."""
+    inputs, labels = torch.randn(64, 16), torch.randint(4, (64,))
+    networks = {depth: [linear_network(depth) for _ in range(depths[-1] // depth)] for depth in depths}
+    taken: dict[int, list[float]] = {depth: [] for depth in depths}
+    for number in range(rounds + 1):
+        for depth in random.sample(depths, len(depths)):
+            seconds = together(networks[depth], inputs, labels)
+            if number:  # the first round warms up
+                taken[depth].append(seconds)
+    lines = ["| branches | networks | time per branch | times that of 100 (quartiles) |", "|---:|---:|---:|---:|"]
+    for depth in depths:
+        time_per_branch = statistics.median(taken[depth]) / depths[-1] * 1e6
+        compared = spread(taken[depth], taken[depths[1]])
+        lines.append(f"| {depth:,} | {len(networks[depth]):,} | {time_per_branch:,.0f} µs | {compared} |")
+    return "\n".join(lines)
 
 
 def interleaved(contestants: dict[str, nn.Module], batch: tuple[Tensor, Tensor], rounds: int) -> dict[str, list[float]]:
@@ -295,7 +319,7 @@ def main() -> None:
     parser.add_argument("--deepest", type=int, default=10_000)
     parser.add_argument("--modes-depth", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=("growth", "modes", "reversible"))
+    parser.add_argument("--only", choices=("growth", "steps", "modes", "reversible"))
     parser.add_argument("--growth-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.growth_of:
@@ -306,11 +330,13 @@ def main() -> None:
     depths = [depth for depth in (10, 100, 1000, 10_000) if depth <= options.deepest]
     tables = {
         "growth": lambda: growth_table(depths),
+        "steps": lambda: steps_table(depths, options.rounds),
         "modes": lambda: modes_table(options.modes_depth, options.rounds),
         "reversible": lambda: reversible_table(depths[1:], options.rounds),
     }
     titles = {
         "growth": "Per branch, from 10 to 10,000",
+        "steps": "A step, per branch, of as many branches at every depth",
         "modes": f"Memory modes, {options.modes_depth} branches",
         "reversible": "Reversible chains",
     }
