@@ -2,10 +2,11 @@
 
 Claim     faster than the best of eager, channels-last, compiled and frozen of each
 Command   python -m benchmarks.speed [--device cuda] [--networks …] [--precisions …] [--what …] [--peers …] [--modes …]
-          [--out FOLDER] [--rounds 7] [--budget 1800]
+          [--out FOLDER] [--rounds 7] [--budget 1800] [--name speed]
 Method    all contenders of a piece of work take turns in one run; medians of the ratios in each round, with quartiles;
           ceilings of multiplying and copying measured in the same run. Resumable: the same command goes on
-Result    benchmarks/speed.md and benchmarks/speed.png (speed-cuda.md and .png of a GPU), with date and machine
+Result    benchmarks/NAME.md and .png, with date and machine: speed of a processor with AVX-512, speed-avx2 of one
+          without, speed-cuda of a GPU
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", default=WHAT)
     parser.add_argument("--peers", nargs="+", default=PEERS)
     parser.add_argument("--modes", nargs="+", default=tuple(MODES))
+    parser.add_argument("--name", help="of the tables and the chart [speed; speed-cuda of a GPU]")
     options = parser.parse_args()
     choose_device(options.device)
     chosen = {name: getattr(options, name) for name in ("device", "precisions", "peers", "modes", "rounds", "budget")}
@@ -53,7 +55,7 @@ def main() -> None:
                 **chosen,
             )
             journal = measure(grown, options.out, lambda text: print(text, flush=True))
-    name = "speed" if options.device == "cpu" else f"speed-{options.device}"
+    name = options.name or ("speed" if options.device == "cpu" else f"speed-{options.device}")
     print(write_markdown(journal, HERE / f"{name}.md"))
     usual = [(each.batch, 224, device) for device, each in DEVICES.items()]
     cells = [(each, each.race.cell) for each in standings(journal)]

@@ -13,7 +13,7 @@ from torch import nn
 from skipway import kernels
 from skipway.errors import SkipwayError
 from skipway.kernels.choosing import KERNELS, Kernel, Way
-from skipway.kernels.routing import Routed
+from skipway.kernels.routing import Packed, Routed
 
 D = torch.float64
 
@@ -483,3 +483,19 @@ def test_triton_programs_under_the_interpreter():
     done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "equal"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_packed_weights_are_taken_only_where_they_exist_and_are_quicker(dtype):
+    """Without AVX-512 torch packs nothing in bfloat16; no processor's packs hold float64."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(256, 512).to(dtype), torch.randn(1024, 256, dtype=dtype)
+    kernels.forget()
+    with torch.no_grad(), Packed(layer, len(x)) as taken:
+        y = layer(x)
+    expected = layer(x)
+    assert (y - expected).abs().max() <= {torch.bfloat16: 2e-2}.get(dtype, 1e-5) * expected.abs().max()
+    measured = [choice for choice in kernels.choices() if choice.kernel == "packed linear"]
+    assert len(measured) == len(taken.packed)
+    assert dtype != torch.float64 or not measured
+    assert all({*choice.seconds, *choice.refused} == {"reference", "packed"} for choice in measured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from skipway.kernels.attention import attention, fits
-from skipway.kernels.choosing import enabled
+from skipway.kernels.choosing import Way, enabled, kernel
 from skipway.kernels.depthwise import depthwise
 from skipway.kernels.maps import linear, pointwise, worthwhile
 
@@ -109,9 +110,34 @@ class Routed(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Pack:
+    """A weight as oneDNN's products want it; to a kernel's choice one is as good as another."""
+
+    weight: Tensor = field(compare=False)
+
+
+def packed(weight: Tensor, rows: int) -> Tensor | None:
+    """A weight reordered for products of so many rows; None where this torch or this processor has no such order."""
+    try:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+
+
+def from_pack(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, pack.weight, bias, "none", [], "")
+
+
+packed_product = kernel(
+    "packed linear", lambda x, weight, bias, pack: F.linear(x, weight, bias), Way("packed", from_pack)
+)
+"""x Wᵀ + b where a packed weight is at hand; no gradient passes."""
+
+
 class Packed(Routed):
     """`Routed` for inference with weights that no longer change: those of a model's linear maps lie as oneDNN's
-    products want them, in float32 and bfloat16, beside the weights themselves.
+    products want them, in float32 and bfloat16, beside the weights themselves, and are taken where that is quicker.
 
     Args:
         model: whose `torch.nn.Linear` weights are packed.
@@ -126,17 +152,13 @@ class Packed(Routed):
 
     def __init__(self, model: torch.nn.Module, rows: int) -> None:
         super().__init__()
-        linear_maps = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-        able = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        self.packed = {}
-        for module in linear_maps if able else ():
-            weight = module.weight.detach()
-            if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
-                self.packed[module.weight] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        found = {weight: packed(weight.detach(), rows) for weight in weights}
+        self.packed = {weight: Pack(reordered) for weight, reordered in found.items() if reordered is not None}
 
     def taken(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if func is F.linear and not kwargs and len(args) >= 2 and args[1] in self.packed:
             x, weight, bias = (*args, None)[:3]
             if x.dtype == weight.dtype and x.numel() >= LARGE:
-                return torch.ops.mkldnn._linear_pointwise(x, self.packed[weight], bias, "none", [], "")
+                return packed_product(x, weight, bias, self.packed[weight])
         return super().taken(func, args, kwargs)

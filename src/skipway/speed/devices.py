@@ -95,7 +95,7 @@ def tensor_cores() -> Iterator[None]:
 
 DEVICES: Mapping[str, Device] = {
     "cpu": Device(
-        title=processor,
+        title=lambda: f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         finish=lambda: None,
         peak=peak_bytes,
         calls=1,
