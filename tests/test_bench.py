@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from skipway.errors import SkipwayError
+from skipway.speed import benchmark
 from skipway.speed import contenders as field
 from skipway.speed.architectures import AbsentError, config_of, made
 from skipway.speed.benchmark import Plan, measure
 from skipway.speed.chart import draw
-from skipway.speed.contenders import MODES, Cell, Contender, contenders
+from skipway.speed.contenders import MODES, Cell, Contender, Prepared, contenders
 from skipway.speed.journal import Journal
 from skipway.speed.measuring import Entrant, Turn, race, ratios
 from skipway.speed.summary import markdown, standings
@@ -246,6 +247,22 @@ def test_devices_have_tables_of_their_own(tmp_path):
     for title in ("## Inference in float32, images a second\n", "## Inference in float32, images a second on cuda\n"):
         assert title in text
     assert "Ceiling in float32 on cuda: 8 GFLOP/s" in text
+
+
+def test_where_preparing_takes_the_budget_ours_are_left_out_and_no_peer(tmp_path, monkeypatch):
+    clock, journal = Clock(), Journal(tmp_path)
+    monkeypatch.setattr(benchmark.time, "perf_counter", clock)
+
+    def slow(contender, cell, known):
+        clock.takes(10.0)()
+        return Prepared(clock, contender.within, 7, 0.0, 10.0)
+
+    monkeypatch.setattr(benchmark, "prepared", slow)
+    plan = Plan(networks=["resnet50"], peers=["timm", "torchvision"], budget=30.0)
+    wanted = contenders("infer", "float32", peers=["timm", "torchvision"], modes=["eager"], switched=False)
+    known = journal.race(CELL, [str(each) for each in wanted], 1)
+    ready = benchmark.prepare_all(plan, CELL, wanted, known, journal, lambda text: None)
+    assert [each.library for each in ready] == ["timm", "torchvision"]
 
 
 def test_a_damaged_line_is_named(tmp_path):

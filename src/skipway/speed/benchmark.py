@@ -239,11 +239,14 @@ def compiler_reset() -> Iterator[None]:
 def prepare_all(
     plan: Plan, cell: Cell, wanted: Iterable[Contender], known: Race, journal: Journal, say: Say
 ) -> dict[Contender, Prepared]:
-    """Everybody that can be prepared in the time; who cannot becomes a row with the reason."""
+    """Everybody that can be prepared in the time; who cannot becomes a row with the reason.
+
+    Peers come first, so that whom the time is too short for is never one of them while one of ours is there.
+    """
     ready: dict[Contender, Prepared] = {}
     gone = {turn.name for turn in known.turns if turn.error or turn.dropped}
     begun = time.perf_counter()
-    for contender in wanted:
+    for contender in sorted(wanted, key=lambda each: each.library == OURS):
         name, row = (
             str(contender),
             {"kind": "prepared", "cell": asdict(cell), **asdict(contender), "side": contender.side},

@@ -24,6 +24,8 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 """The largest difference over the largest output: rounding through a hundred layers in each type."""
 ROUNDS = 5
 """How often each backend is timed; backends take turns, and the median counts."""
+SECONDS = 30.0
+"""After which no more turns begin: a network that takes seconds is judged by fewer rounds."""
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,10 @@ class Trial:
 
     @torch.no_grad()
     def time(self) -> None:
-        """The median of up to `ROUNDS` turns of each, interleaved; the much slower ones leave early."""
+        """The median of up to `ROUNDS` turns of each in `SECONDS`, interleaved; the much slower ones leave early."""
         finish = partial(torch.cuda.synchronize, self.example.device) if self.example.is_cuda else lambda: None
         entrants = [Entrant(name, partial(run, self.example), finish=finish) for name, run in self.runs.items()]
-        turns = list(race(entrants, ROUNDS))
+        turns = list(race(entrants, ROUNDS, limit=SECONDS))
         for turn in turns:
             if turn.error:
                 self.attempts[turn.name] = replace(self.attempts[turn.name], note=f"failed: {turn.error}")
