@@ -29,12 +29,13 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +44,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipway as sw
-from skipway.machine import processor
 from skipway.models.resnet.blocks import CONV_KIT, Conv
 from skipway.nn import ConvBranch, Residual
 from skipway.schemes import scheme
 from skipway.site import Placement, Site
+from skipway.speed.devices import DEVICES
 from skipway.studies.chains import block_chain
 from skipway.surgery import Budget, SquareRoot, checkpointed, reversible, skip_compute
 from skipway.surgery.saving import saved_bytes
 
 PAGE = Path(__file__).with_suffix(".md")
 WIDTH, SIDE, BATCH = 64, 8, 8
+Key = TypeVar("Key")
 
 
 def dressing(depth: int) -> str:
@@ -89,14 +91,6 @@ def convolutional_network(depth: int, width: int = WIDTH) -> nn.Module:
     )
 
 
-def step(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Forward and backward; CPU seconds."""
-    model.zero_grad(set_to_none=True)
-    start = time.process_time()
-    F.cross_entropy(model(images), labels).backward()
-    return time.process_time() - start
-
-
 def together(models: list[nn.Module], inputs: Tensor, labels: Tensor) -> float:
     """Forward through all networks, then backward through all; CPU seconds."""
     start = time.process_time()
@@ -105,6 +99,12 @@ def together(models: list[nn.Module], inputs: Tensor, labels: Tensor) -> float:
         loss.backward()
     del loss, losses  # what they kept goes within the time
     return time.process_time() - start
+
+
+def step(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Forward and backward, from no gradients; CPU seconds."""
+    model.zero_grad(set_to_none=True)
+    return together([model], images, labels)
 
 
 class Live(TorchDispatchMode):
@@ -209,12 +209,7 @@ def steps_table(depths: list[int], rounds: int) -> str:
     """A step of as many branches, in networks of each depth."""
     inputs, labels = torch.randn(64, 16), torch.randint(4, (64,))
     networks = {depth: [linear_network(depth) for _ in range(depths[-1] // depth)] for depth in depths}
-    taken: dict[int, list[float]] = {depth: [] for depth in depths}
-    for number in range(rounds + 1):
-        for depth in random.sample(depths, len(depths)):
-            seconds = together(networks[depth], inputs, labels)
-            if number:  # the first round warms up
-                taken[depth].append(seconds)
+    taken = interleaved({depth: partial(together, networks[depth], inputs, labels) for depth in depths}, rounds)
     lines = ["| branches | networks | time per branch | times that of 100 (quartiles) |", "|---:|---:|---:|---:|"]
     for depth in depths:
         time_per_branch = statistics.median(taken[depth]) / depths[-1] * 1e6
@@ -237,13 +232,14 @@ class Twice(nn.Module):
         return self.model(images)
 
 
-def interleaved(contestants: dict[str, nn.Module], batch: tuple[Tensor, Tensor], rounds: int) -> dict[str, list[float]]:
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
+def interleaved(contestants: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+    """Seconds of each contestant's turns, each round in an order of its own."""
+    taken: dict[Key, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         if rounds == 1 and number:  # of thousands of branches one round is enough, and takes long enough
             break
         for name in random.sample(list(contestants), len(contestants)):
-            seconds = step(contestants[name], *batch)
+            seconds = contestants[name]()
             if number or rounds == 1:  # the first of several rounds warms up
                 taken[name].append(seconds)
     return taken
@@ -271,7 +267,7 @@ def modes_table(depth: int, rounds: int) -> str:
     for name, operate in modes.items():
         contestants[name] = copy.deepcopy(ordinary)
         operations[name] = operate(contestants[name])
-    taken = interleaved(contestants, batch, rounds)
+    taken = interleaved({name: partial(step, model, *batch) for name, model in contestants.items()}, rounds)
     lines = [
         "| mode | segments | kept for backward | peak of a step | of the ordinary | time per branch | ordinary = 1 |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -304,7 +300,8 @@ def reversible_table(depths: list[int], rounds: int) -> str:
         contestants = {"ordinary": ordinary, "one forward more": Twice(ordinary)} if depth <= 1000 else {}
         kept = saved_bytes(model, batch[0])
         reversible(model, batch[0][:1], preserve=False)
-        taken = interleaved({**contestants, "reversible": model}, batch, max(1, min(rounds, 5000 // depth)))
+        steps = {name: partial(step, each, *batch) for name, each in {**contestants, "reversible": model}.items()}
+        taken = interleaved(steps, max(1, min(rounds, 5000 // depth)))
         peaks[depth] = peak_bytes(model, *batch)
         times = {name: f"{statistics.median(values) / depth * 1e6:,.0f} µs" for name, values in taken.items()}
         compared, least = (
@@ -316,7 +313,7 @@ def reversible_table(depths: list[int], rounds: int) -> str:
             f"| {times['reversible']} | {times.get('ordinary', '–')} | {compared} | {least} |"
         )
         print(lines[-1], file=sys.stderr, flush=True)
-        del model, ordinary, contestants
+        del model, ordinary, contestants, steps
     deepest = max(depths)
     grown = peaks[deepest] / peaks[min(depths)] - 1
     return "\n".join(lines) + f"\n\nThe peak grows by {grown:.2%} from {min(depths):,} to {deepest:,} branches."
@@ -330,7 +327,9 @@ def spread(first: list[float], second: list[float]) -> str:
 
 
 def machine() -> str:
-    return f"one thread of {processor()}, {os.cpu_count()} cores, PyTorch {torch.__version__.partition('+')[0]}"
+    return (
+        f"one thread of {DEVICES['cpu'].title()}, {os.cpu_count()} cores, PyTorch {torch.__version__.partition('+')[0]}"
+    )
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,15 +13,19 @@ from skipway.kernels.casting import lowered
 from skipway.kernels.choosing import Way, enabled, kernel
 from skipway.kernels.door import has_door, opened
 
-__all__ = ["linear", "pointwise", "product", "worthwhile"]
+__all__ = ["Pack", "by_onednn", "linear", "packed", "packed_product", "pointwise", "product", "worthwhile"]
 
 SMALL = 1 << 22
 """Multiplications below which a map is left to torch: the operator's own overhead (some 20 µs) would be felt."""
 
 
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The operator that inductor emits for a linear map; it always goes through oneDNN, with packed weights too."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The operator that inductor emits for a linear map; it always goes through oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight.contiguous(), bias, "none", [], "")
+    return by_onednn(x, weight.contiguous(), bias)
 
 
 def on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -35,6 +40,29 @@ def on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 product = kernel("linear", F.linear, Way("onednn", onednn, on_cpu))
 """x Wᵀ + b by the quickest way; no gradient passes (see `linear`)."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A weight as oneDNN's products want it; to a kernel's choice one is as good as another."""
+
+    weight: Tensor = field(compare=False)
+
+
+def packed(weight: Tensor, rows: int) -> Tensor | None:
+    """A weight reordered for products of so many rows; None where this torch or this processor has no such order."""
+    try:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+
+
+packed_product = kernel(
+    "packed linear",
+    lambda x, weight, bias, pack: F.linear(x, weight, bias),
+    Way("packed", lambda x, weight, bias, pack: by_onednn(x, pack.weight, bias)),
+)
+"""x Wᵀ + b where a packed weight is at hand; no gradient passes."""
 
 
 def pairs(gradient: Tensor, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from skipway.kernels.attention import attention, fits
-from skipway.kernels.choosing import Way, enabled, kernel
+from skipway.kernels.choosing import enabled
 from skipway.kernels.depthwise import depthwise
-from skipway.kernels.maps import linear, pointwise, worthwhile
+from skipway.kernels.maps import Pack, linear, packed, packed_product, pointwise, worthwhile
 
 __all__ = ["ROUTES", "Packed", "Routed"]
 
@@ -108,31 +107,6 @@ class Routed(TorchFunctionMode):
             if found is not NotImplemented:
                 return found
         return func(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class Pack:
-    """A weight as oneDNN's products want it; to a kernel's choice one is as good as another."""
-
-    weight: Tensor = field(compare=False)
-
-
-def packed(weight: Tensor, rows: int) -> Tensor | None:
-    """A weight reordered for products of so many rows; None where this torch or this processor has no such order."""
-    try:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return None
-
-
-def from_pack(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, pack.weight, bias, "none", [], "")
-
-
-packed_product = kernel(
-    "packed linear", lambda x, weight, bias, pack: F.linear(x, weight, bias), Way("packed", from_pack)
-)
-"""x Wᵀ + b where a packed weight is at hand; no gradient passes."""
 
 
 class Packed(Routed):

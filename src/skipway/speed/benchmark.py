@@ -241,7 +241,7 @@ def prepare_all(
 ) -> dict[Contender, Prepared]:
     """Everybody that can be prepared in the time; who cannot becomes a row with the reason.
 
-    Peers come first, so that whom the time is too short for is never one of them while one of ours is there.
+    Peers come first: what a budget leaves out is one of ours before it is one of them.
     """
     ready: dict[Contender, Prepared] = {}
     gone = {turn.name for turn in known.turns if turn.error or turn.dropped}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from skipway.kernels.maps import by_onednn, packed
 from skipway.speed.backends import PRECISIONS
 from skipway.speed.devices import DEVICES
 
@@ -68,19 +69,8 @@ def products(left: Tensor, weight: Tensor) -> Iterator[tuple[str, Callable[[], T
     yield "F.linear", lambda: functional.linear(left, weight)
     right = weight.t().contiguous()
     yield "matmul", lambda: left @ right
-    product = onednn(left, weight) if left.device.type == "cpu" else None
-    if product is not None:
-        yield "oneDNN linear", product
-
-
-def onednn(left: Tensor, weight: Tensor) -> Callable[[], Tensor] | None:
-    """oneDNN's product with a packed weight; None where this torch has none for these."""
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, left.shape[0])
-        torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], "")
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return None
-    return lambda: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], "")
+    if (pack := packed(weight, len(left))) is not None:
+        yield "oneDNN linear", lambda: by_onednn(left, pack, None)
 
 
 def fastest(
