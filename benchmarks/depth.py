@@ -44,14 +44,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipway as sw
+from benchmarks.race.devices import DEVICES
 from skipway.models.resnet.blocks import CONV_KIT, Conv
 from skipway.nn import ConvBranch, Residual
+from skipway.nn.placement import Placement
+from skipway.nn.site import Site
 from skipway.schemes import scheme
-from skipway.site import Placement, Site
-from skipway.speed.devices import DEVICES
 from skipway.studies.chains import block_chain
 from skipway.surgery import Budget, SquareRoot, checkpointed, reversible, skip_compute
-from skipway.surgery.saving import saved_bytes
+from skipway.surgery.saved_tensors import saved_bytes
 
 PAGE = Path(__file__).with_suffix(".md")
 WIDTH, SIDE, BATCH = 64, 8, 8

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipway.kernels.choosing import KERNELS, differs
-from skipway.kernels.choosing import TOLERANCE as ALLOWED
-from skipway.speed.allocation import keep_memory
-from skipway.speed.backends import PRECISIONS
-from skipway.speed.ceilings import copy_rate
-from skipway.speed.devices import DEVICES
-from skipway.speed.measuring import Entrant, medians, race
-from skipway.speed.summary import table
+from benchmarks.race.ceilings import copy_rate
+from benchmarks.race.devices import DEVICES
+from benchmarks.race.summary import table
+from skipway.hardware.allocator import keep_memory
+from skipway.inference.backends import PRECISIONS
+from skipway.inference.race import Entrant, medians, race
+from skipway.kernels.autotune import KERNELS, differs
+from skipway.kernels.autotune import TOLERANCE as ALLOWED
 
 HERE = Path(__file__).parent
 ROUNDS = 7

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
+from skipway.checkpoint.manifest import MANIFEST
+from skipway.checkpoint.store import Checkpoints, Snapshot
 from skipway.errors import CheckpointError
-from skipway.training.checkpoints import Checkpoints, Snapshot
-from skipway.training.manifest import MANIFEST
 
 EARLIER, LATER = 120, 240
 Mutation = Callable[[random.Random, Path, Path], str]

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from skipway.speed.architectures import PEERS
-from skipway.speed.benchmark import PRECISIONS, WHAT, Plan, measure
-from skipway.speed.chart import draw
-from skipway.speed.contenders import MODES
-from skipway.speed.devices import DEVICES
-from skipway.speed.summary import standings, write_markdown
-from skipway.training.device import choose_device
+from benchmarks.race.architectures import PEERS
+from benchmarks.race.benchmark import PRECISIONS, WHAT, Plan, measure
+from benchmarks.race.chart import draw
+from benchmarks.race.contenders import MODES
+from benchmarks.race.devices import DEVICES
+from benchmarks.race.summary import standings, write_markdown
+from skipway.hardware.device import choose_device
 
 HERE = Path(__file__).parent
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skipway.machine import cores, processor
+from skipway.hardware.processor import cores, processor
 
 __all__ = ["Contestant", "plain", "race"]
 
@@ -55,9 +55,9 @@ def plain(given: argparse.Namespace) -> None:
 
     import skipway as sw
     from benchmarks.peers import import_timm
-    from skipway.training.device import cpu_has_bfloat16
-    from skipway.training.recipe import Recipe
-    from skipway.training.schedules import rate_factor, schedule
+    from skipway.hardware.device import cpu_has_bfloat16
+    from skipway.optim.schedules import rate_factor, schedule
+    from skipway.recipe import Recipe
 
     import_timm()
     from timm.utils import ModelEmaV3

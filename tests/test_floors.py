@@ -13,17 +13,18 @@ import skipway as sw
 
 SOURCE = Path(sw.__file__).parent
 FLOORS = [
-    {"errors", "windowing", "machine"},
-    {"site", "registry", "values", "kernels"},
-    {"nn", "tracing"},
-    {"anatomy"},
+    {"errors", "_version"},
+    {"hardware", "validation", "registry"},
+    {"nn"},
+    {"tracing", "kernels"},
     {"schemes"},
-    {"init", "groups", "taps", "folding"},
-    {"models"},
-    {"weights", "export", "sources"},
-    {"data"},
-    {"diagnosis", "surgery"},
-    {"speed"},
+    {"models", "optim", "probes"},
+    {"weights"},
+    {"zoo", "checkpoint"},
+    {"data", "surgery"},
+    {"recipe", "diagnosis", "monitor"},
+    {"inference"},
+    {"report"},
     {"training"},
     {"studies"},
     {"cli"},
@@ -43,7 +44,9 @@ def imports(path: Path) -> set[str]:
     """Rooms that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("skipway."):
+        if isinstance(node, ast.ImportFrom) and node.module == "skipway":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("skipway."):
             found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("skipway.")}

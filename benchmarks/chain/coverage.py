@@ -22,7 +22,7 @@ from torch import nn
 
 import skipway as sw
 from benchmarks.peers import import_timm, import_torchvision, import_transformers
-from skipway.tracing.sums import REASONS, Skip
+from skipway.tracing.residual_adds import REASONS, Skip
 
 __all__ = ["LIBRARIES", "main", "row"]
 

@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from skipway.checkpoint import files as storage
+from skipway.checkpoint.files import read_tensors
 from skipway.cli import main
-from skipway.training import storage
 from skipway.training.run_folder import RunFolder
-from skipway.training.storage import read_tensors
 
 __all__ = ["CASES", "Case", "digest", "ended", "forked", "killed_at_point", "killed_at_random", "preload", "run"]
 
@@ -44,7 +44,7 @@ Case = tuple[str, ...]
 def preload() -> None:
     """Import what a training imports on its way, so that forked processes have it: 0.3 s a run instead of 2.8 s."""
     for name in (
-        *("torch._dynamo", "skipway.training", "skipway.training.report", "skipway.cli.train", "skipway.cli.screen"),
+        *("torch._dynamo", "skipway.training", "skipway.report.run", "skipway.cli.train", "skipway.cli.progress"),
         *("PIL.Image", "sklearn.datasets", "sklearn.utils._bunch"),
     ):
         import_module(name)

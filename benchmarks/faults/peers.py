@@ -39,7 +39,7 @@ from benchmarks.faults.catalogue import KINDS, READERS, outcomes
 from benchmarks.faults.kills import ended, kill, preload
 from benchmarks.faults.recipes import EPOCHS, PEERS, Digits, Peer, State
 from benchmarks.peers import define_missing_operators
-from skipway.machine import processor
+from skipway.hardware.processor import processor
 
 __all__ = ["measure", "table"]
 

@@ -364,7 +364,7 @@ def skipway(out: Path, save_every: int = SAVE_EVERY) -> None:
 
 def skipway_state(out: Path) -> State:
     """What a resumed run starts from; that an older checkpoint has to be taken is said, and counts as noticed."""
-    from skipway.training.checkpoints import Checkpoints
+    from skipway.checkpoint.store import Checkpoints
 
     snapshot, damaged = Checkpoints(out / "run" / "checkpoints").newest()
     if damaged:
@@ -438,7 +438,7 @@ def peers() -> Iterator[Peer]:
     yield Peer(
         *("Skipway", skipway, skipway_state),
         lambda out: files_in(max((out / "run" / "checkpoints").glob("step-*"))),
-        saver_of("skipway.training.checkpoints", "Checkpoints", "save"),
+        saver_of("skipway.checkpoint.store", "Checkpoints", "save"),
     )
 
 

@@ -68,7 +68,7 @@ def act_at(owner: Any, name: str, number: int, act: Act, wanted: Callable[..., b
 
 def in_reading(act: Act) -> None:
     """While the images are read for the first time, when half of them are."""
-    from skipway.data.checking import Examining
+    from skipway.data.inspection import Examining
 
     act_at(Examining, "__call__", CLASSES * EACH // 2, act)
 
@@ -82,7 +82,7 @@ def in_batch(act: Act) -> None:
 
 def in_forward(act: Act) -> None:
     """In the forward pass of the eighth step."""
-    from skipway.training import stepping
+    from skipway.training import step as stepping
 
     act_at(stepping, "gradients", 8, lambda: act_inside(act))
 
@@ -103,21 +103,21 @@ def act_inside(act: Act) -> None:
 
 def in_save(act: Act) -> None:
     """In the middle of a file of the second checkpoint."""
-    from skipway.training import storage
+    from skipway.checkpoint import files as storage
 
     act_at(storage, "reached", 6, act, lambda point: point == "file half written")
 
 
 def in_answers(act: Act) -> None:
     """While the network is asked about the test images for the report."""
-    from skipway.training.report import page
+    from skipway.report.run import page
 
     act_at(page, "answers", 1, lambda: act_inside(act))
 
 
 def in_page(act: Act) -> None:
     """While the page of the report is put together."""
-    from skipway.training.report import page
+    from skipway.report.run import page
 
     act_at(page, "curves_of", 1, act)
 

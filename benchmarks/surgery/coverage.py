@@ -28,8 +28,8 @@ from benchmarks.peers import import_timm, import_torchvision, import_transformer
 from skipway.errors import SkipwayError
 from skipway.nn import Gain
 from skipway.surgery import Operation, rescheme
-from skipway.surgery.verifying import difference
-from skipway.tracing.watching import call
+from skipway.surgery.verification import difference
+from skipway.tracing.watch import call
 
 __all__ = ["LIBRARIES", "main", "passes", "row"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import skipway as sw
 from benchmarks.trainability import nets
 from benchmarks.trainability.truth import batches, training_images
-from skipway.data.embedded import digits
+from skipway.data.digits import digits
 from skipway.diagnosis import Settings
 from skipway.surgery import Operation, deepen, remove_norm, rescheme, shorten
 

@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.trainability.configurations import Configuration, configurations
 from benchmarks.trainability.measurements import read_measurements
 from benchmarks.trainability.truth import read_truth
+from skipway.diagnosis.indicators import Signs
 from skipway.diagnosis.outlook import features
-from skipway.diagnosis.signs import Signs
 
 __all__ = ["Example", "examples", "main"]
 

@@ -19,8 +19,8 @@ import torch
 from benchmarks.trainability.configurations import Configuration, configurations
 from benchmarks.trainability.truth import BATCH, STEPS, batches, training_images
 from skipway.diagnosis.diagnosis import examine
+from skipway.diagnosis.indicators import read_signs
 from skipway.diagnosis.settings import Settings
-from skipway.diagnosis.signs import read_signs
 from skipway.diagnosis.subject import Subject
 
 __all__ = ["IMAGES", "main", "measured", "read_measurements", "settings_for"]

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.trainability.configurations import Configuration, configurations
-from skipway.data.embedded import digits
+from skipway.data.digits import digits
 
 __all__ = ["BATCH", "STEPS", "TRUTH", "batches", "read_truth", "train", "training_images"]
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from skipway._version import __version__
 
 if TYPE_CHECKING:
-    from skipway.anatomy import Chain, Connection, chain
     from skipway.diagnosis import Diagnosis, diagnose
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
-    from skipway.folding import fold
-    from skipway.groups import param_groups
-    from skipway.init import initialise_
+    from skipway.inference import optimize
+    from skipway.inference.predict import from_pretrained
     from skipway.models import BasicBlock, Bottleneck, ResNet, ResNetConfig, build, projection
     from skipway.nn import Residual
+    from skipway.nn.kit import Kit
+    from skipway.nn.placement import Placement
+    from skipway.nn.site import Site
+    from skipway.optim.groups import param_groups
+    from skipway.probes.features import features, stage_features
     from skipway.schemes import (
         DeepNorm,
         DepthScaled,
@@ -35,20 +38,20 @@ if TYPE_CHECKING:
         StochasticDepth,
         ZeroInit,
     )
-    from skipway.site import Kit, Placement, Site
-    from skipway.speed import accelerate, optimize
+    from skipway.schemes.initialise import initialise_
+    from skipway.surgery import acceleration as accelerate
     from skipway.surgery import deepen, lesion, remove_norm, rescheme, shorten
-    from skipway.taps import features, stage_features
-    from skipway.training.using import from_pretrained
+    from skipway.surgery.fusion import fold
+    from skipway.tracing.chain import Chain, Connection, chain
     from skipway.weights import load
 
 _HOME = {
-    "anatomy": ("Chain", "Connection", "chain"),
+    "tracing.chain": ("Chain", "Connection", "chain"),
     "diagnosis": ("Diagnosis", "diagnose"),
     "errors": ("CheckpointError", "DataError", "DivergedError", "MissingExtraError", "SkipwayError"),
-    "folding": ("fold",),
-    "groups": ("param_groups",),
-    "init": ("initialise_",),
+    "surgery.fusion": ("fold",),
+    "optim.groups": ("param_groups",),
+    "schemes.initialise": ("initialise_",),
     "models": ("BasicBlock", "Bottleneck", "ResNet", "ResNetConfig", "build", "projection"),
     "nn": ("Residual",),
     "schemes": (
@@ -66,11 +69,14 @@ _HOME = {
         "StochasticDepth",
         "ZeroInit",
     ),
-    "site": ("Kit", "Placement", "Site"),
-    "speed": ("accelerate", "optimize"),
+    "nn.kit": ("Kit",),
+    "nn.placement": ("Placement",),
+    "nn.site": ("Site",),
+    "inference.optimize": ("optimize",),
+    "surgery.acceleration": ("accelerate",),
     "surgery": ("deepen", "lesion", "remove_norm", "rescheme", "shorten"),
-    "taps": ("features", "stage_features"),
-    "training.using": ("from_pretrained",),
+    "probes.features": ("features", "stage_features"),
+    "inference.predict": ("from_pretrained",),
     "weights": ("load",),
 }
 _ORIGIN = {name: f"skipway.{module}" for module, names in _HOME.items() for name in names}

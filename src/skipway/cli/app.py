@@ -6,16 +6,16 @@ from dataclasses import fields
 
 from cyclopts import App, Parameter
 
-from skipway import __version__
+from skipway._version import __version__
 from skipway.cli.help import EVERYTHING, Columns
-from skipway.cli.stored import options_of_a_run
+from skipway.cli.run_options import options_of_a_run
 
 __all__ = ["app"]
 
 
 def seldom_options() -> frozenset[str]:
     """The options of a recipe that its help leaves to `--help-all`."""
-    from skipway.training.recipe import Recipe
+    from skipway.recipe import Recipe
 
     return frozenset(f"--{field.name.replace('_', '-')}" for field in fields(Recipe) if field.metadata.get("more"))
 
@@ -91,12 +91,5 @@ app.command(
     usage="skipway report FOLDER",
     sort_key=7,
 )
-app.command(
-    "skipway.cli.bench:bench",
-    name="bench",
-    help="Race our networks against timm, torchvision and transformers on this machine.",
-    usage="skipway bench [NETWORKS…] [OPTIONS]",
-    sort_key=8,
-)
-app.command("skipway.cli.tables:models", name="models", help="List the models with their parameter counts.")
-app.command("skipway.cli.tables:schemes", name="schemes", help="List the residual schemes, or show the card of one.")
+app.command("skipway.cli.catalogue:models", name="models", help="List the models with their parameter counts.")
+app.command("skipway.cli.catalogue:schemes", name="schemes", help="List the residual schemes, or show the card of one.")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from skipway.diagnosis import Diagnosis, Finding, Treatment
-    from skipway.sources import Loaded
+    from skipway.zoo import Loaded
 
 __all__ = ["ENDINGS", "Optimiser", "Question", "diagnose"]
 
@@ -250,8 +250,8 @@ def prepared(text: str, question: Question) -> tuple[Loaded, Any, str]:
     """The model, the batch, and in words where the batch is from."""
     import torch
 
-    from skipway.sources import Wanted, load_model, source_of
-    from skipway.training.device import choose_device
+    from skipway.hardware.device import choose_device
+    from skipway.zoo import Wanted, load_model, source_of
 
     torch.manual_seed(question.seed)
     device = choose_device(question.device)
@@ -315,7 +315,7 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
     import torch
 
     from skipway.data import list_folder
-    from skipway.data.loading import statistics
+    from skipway.data.load import statistics
     from skipway.data.parts import read_all
     from skipway.data.randomness import permutation
     from skipway.errors import DataError
@@ -370,7 +370,7 @@ def linted(loaded: Loaded, batch: Any, screen: Screen) -> int:
 
 def saved(model: Any, path: Path) -> str:
     """Write a model's weights; says where they are."""
-    from skipway.training.storage import write_tensors
+    from skipway.checkpoint.files import write_tensors
 
     write_tensors(path, model.state_dict(), {})
     return str(path)

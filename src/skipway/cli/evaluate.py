@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 from skipway.errors import SkipwayError
 
 if TYPE_CHECKING:
-    from skipway.training.judging import Judgement
+    from skipway.inference.run_evaluation import Judgement
 
 __all__ = ["evaluate"]
 
@@ -47,12 +47,12 @@ def evaluate(
     """
     if batch_size is not None and batch_size < 1:
         raise SkipwayError(f"--batch-size {batch_size}: the rule is at least 1")
-    from skipway.training.judging import judge_images, judge_run
+    from skipway.inference.run_evaluation import judge_images, judge_run
 
     if data is None:
         judgement = judge_run(run, device=device, flip=flip or None, batch_size=batch_size)
     else:
-        from skipway.machine import cores
+        from skipway.hardware.processor import cores
 
         judgement = judge_images(run, data, device=device, flip=flip, batch_size=batch_size or 64, workers=cores())
     if json:
@@ -64,8 +64,8 @@ def evaluate(
 
 def as_json(judgement: Judgement) -> str:
     """Everything, as JSON."""
-    from skipway.training.evaluation import wilson_interval
-    from skipway.training.metrics import class_scores
+    from skipway.inference.evaluation import wilson_interval
+    from skipway.inference.metrics import class_scores
 
     evaluation = judgement.evaluation
     scores = class_scores(evaluation.confusion)
@@ -94,10 +94,10 @@ def as_json(judgement: Judgement) -> str:
 
 def show(judgement: Judgement) -> None:
     """The result in lines, and the classes in a table, the worst first."""
-    from skipway.cli.tables import print_table
-    from skipway.data.listing import named, printable
-    from skipway.training.describe import accuracy_text, mistakes_text, percent
-    from skipway.training.metrics import class_scores
+    from skipway.cli.catalogue import print_table
+    from skipway.data.split import named, printable
+    from skipway.inference.metrics import class_scores, percent
+    from skipway.report.summary import accuracy_text, mistakes_text
 
     evaluation = judgement.evaluation
     scores = class_scores(evaluation.confusion)

@@ -33,8 +33,8 @@ def export(
     """
     if onnx is None and pt2 is None and hub is None:
         raise SkipwayError("nothing to write: give --onnx FILE, --pt2 FILE or --hub FOLDER")
-    from skipway.data.listing import printable
-    from skipway.training.handover import write_hub_folder, write_onnx, write_program
+    from skipway.data.split import printable
+    from skipway.inference.publish import write_hub_folder, write_onnx, write_program
 
     if onnx is not None:
         difference = write_onnx(run, onnx)

@@ -16,7 +16,7 @@ from cyclopts import Group, Parameter
 from skipway.errors import DataError, SkipwayError
 
 if TYPE_CHECKING:
-    from skipway.training.using import Prediction
+    from skipway.inference.predict import Prediction
 
 __all__ = ["predict"]
 
@@ -59,8 +59,8 @@ def predict(
     for name, value in (("top", top), ("batch-size", batch_size)):
         if value < 1:
             raise SkipwayError(f"--{name} {value}: the rule is at least 1")
-    from skipway.machine import cores
-    from skipway.training.using import Predictor, image_files
+    from skipway.hardware.processor import cores
+    from skipway.inference.predict import Predictor, image_files
 
     files = image_files(images)
     predictor = Predictor.load(run, device=device)
@@ -75,7 +75,7 @@ def predict(
             if prediction.error and not first:
                 first = f"{prediction.file}: {prediction.error}"
     if not read:
-        from skipway.data.listing import printable
+        from skipway.data.split import printable
 
         raise DataError(f"none of the {len(files)} images can be read; the first: {printable(first)}")
     return 0
@@ -124,7 +124,7 @@ def columns(top: int) -> list[str]:
 
 def cells(prediction: Prediction, top: int) -> list[str]:
     """A row of a table; names as a terminal can show them."""
-    from skipway.data.listing import printable
+    from skipway.data.split import printable
 
     pairs = list(prediction.probabilities.items())
     told = [text for name, share in pairs for text in (printable(name), f"{share:.6f}")]
@@ -133,7 +133,7 @@ def cells(prediction: Prediction, top: int) -> list[str]:
 
 def line_of(prediction: Prediction) -> str:
     """A row of text."""
-    from skipway.data.listing import printable
+    from skipway.data.split import printable
 
     told = [f"{printable(name)} {share:.4f}" for name, share in prediction.probabilities.items()]
     return "\t".join([printable(prediction.file), *(told or [f"cannot be read: {prediction.error}"])])

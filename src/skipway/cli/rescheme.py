@@ -52,11 +52,11 @@ def rescheme(
     """
     import torch
 
-    from skipway import __version__
+    from skipway._version import __version__
+    from skipway.checkpoint.files import write_json, write_tensors
     from skipway.schemes.scheme import scheme as read_scheme
-    from skipway.sources import Wanted, load_model
-    from skipway.surgery.stored import DESCRIPTION, WEIGHTS, Description, fill
-    from skipway.training.storage import write_json, write_tensors
+    from skipway.surgery.storage import DESCRIPTION, WEIGHTS, Description, fill
+    from skipway.zoo import Wanted, load_model
 
     dressing = str(read_scheme(scheme))
     if (out / WEIGHTS).exists() and not overwrite:

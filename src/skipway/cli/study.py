@@ -206,7 +206,7 @@ class Lines:
 
 def results(study: Study, found: Measured) -> str:
     """The results of a cell that are shown."""
-    from skipway.studies.figure import number
+    from skipway.report.figure import number
 
     shown = []
     for name in study.results:
@@ -272,6 +272,6 @@ class Live(Lines):
         done = self.count - self.known
         if not done:
             return ""
-        from skipway.training.describe import duration
+        from skipway.report.summary import duration
 
         return f", about {duration((now - self.began) / done * (self.total - self.count))} to go"

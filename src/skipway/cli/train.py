@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from skipway.errors import SkipwayError
-from skipway.training.recipe import Recipe
+from skipway.recipe import Recipe
 
 if TYPE_CHECKING:
-    from skipway.training import Outcome
+    from skipway.training.run import Outcome
 
 __all__ = ["train"]
 
@@ -51,9 +51,9 @@ def train(
     # Threads that wait should sleep and not spin: on two cores of which another program used one, a step of the small
     # default net took 5.4 s with libgomp's spinning and 0.16 s without. Has to be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from skipway.cli.screen import choose_screen
-    from skipway.cli.stopping import Stopping
-    from skipway.training import train as train_network
+    from skipway.cli.interrupts import Stopping
+    from skipway.cli.progress import choose_screen
+    from skipway.training.loop import train as train_network
 
     # of torchrun's processes the first speaks for all
     quiet_here = quiet or os.environ.get("RANK", "0") != "0"
@@ -85,7 +85,7 @@ def fresh_folder(data: Path | None) -> Path:
 
 def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
     """The result, where it is, and what to type next."""
-    from skipway.training.describe import accuracy_text, duration, mistakes_text
+    from skipway.report.summary import accuracy_text, duration, mistakes_text
 
     evaluation, folder, out = outcome.evaluation, outcome.folder, shlex.quote(str(outcome.folder.path))
     assert evaluation is not None

@@ -7,14 +7,14 @@ for inputs, targets, labels, numbers in data.train_batches(seed=0, epoch=0, batc
 
 from __future__ import annotations
 
-from skipway.data.augmentation import Augmentation
+from skipway.data.augment import Augmentation
 from skipway.data.batches import Batch
-from skipway.data.choices import DataChoices
-from skipway.data.decoding import UnreadableImage, decode
-from skipway.data.embedded import digits
-from skipway.data.listing import Listing, list_folder
-from skipway.data.loaded import Data
-from skipway.data.loading import load
+from skipway.data.dataset import Data
+from skipway.data.decode import UnreadableImage, decode
+from skipway.data.digits import digits
+from skipway.data.load import load
+from skipway.data.options import DataChoices
+from skipway.data.split import Listing, list_folder
 
 __all__ = [
     "Augmentation",

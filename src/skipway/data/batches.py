@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from skipway.data.augmentation import DRAWS, Augmentation, crop_and_flip, erased, mixed, varied
-from skipway.data.augmentation.erasing import ERASING_DRAWS
-from skipway.data.augmentation.mixing import MIXING_DRAWS
-from skipway.data.augmentation.policy import POLICY_DRAWS
+from skipway.data.augment import DRAWS, Augmentation, crop_and_flip, erased, mixed, varied
+from skipway.data.augment.erase import ERASING_DRAWS
+from skipway.data.augment.mix import MIXING_DRAWS
+from skipway.data.augment.policy import POLICY_DRAWS
 from skipway.data.randomness import uniforms
 from skipway.errors import DataError
 

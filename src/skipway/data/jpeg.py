@@ -2,7 +2,7 @@
 
 Pillow has read the header before, and decodes whatever this does not: CMYK, files that libjpeg warns of, everything
 on a machine without simplejpeg. Both use libjpeg-turbo with the same settings and the same scale, so the pixels are
-the same (`tests/test_data_decoding.py`); `benchmarks/decoding.py` has the times.
+the same (`tests/data/test_decode.py`); `benchmarks/decoding.py` has the times.
 """
 
 from __future__ import annotations

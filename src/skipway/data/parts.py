@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipway.data.checking import Decoding, Examining, Finding, Reading
-from skipway.data.decoding import UnreadableImage
-from skipway.data.listing import Sample
-from skipway.data.places.stores import Files, Store
+from skipway.data.cache.images import Cropping
+from skipway.data.cache.store import PixelFile
+from skipway.data.decode import UnreadableImage
+from skipway.data.inspection import Decoding, Examining, Finding, Reading
 from skipway.data.pool import Pool
-from skipway.data.stored import Cropping
-from skipway.data.storing import PixelFile
+from skipway.data.sources.readers import Files, Store
+from skipway.data.split import Sample
 
 __all__ = ["FilePart", "Held", "MemoryPart", "Part", "Progress", "examine", "read_all"]
 

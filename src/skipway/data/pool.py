@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipway.data.decoding import silence_pillow
-from skipway.machine import cores
+from skipway.data.decode import silence_pillow
+from skipway.hardware.processor import cores
 
 __all__ = ["Helpers", "Pool", "Remark", "Work", "default_workers"]
 

@@ -15,19 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from skipway.anatomy import Chain, WatchedConnection
 from skipway.diagnosis.findings import LEVELS, Finding
+from skipway.diagnosis.indicators import Signs, read_signs
 from skipway.diagnosis.measurement import Measurement, measure
 from skipway.diagnosis.outlook import outlook, probability
 from skipway.diagnosis.passes import look_ahead
 from skipway.diagnosis.remedies import Case, Remedy
 from skipway.diagnosis.rules import Context, findings_of, verdict_of
 from skipway.diagnosis.settings import Settings, settings_of
-from skipway.diagnosis.signs import Signs, read_signs
 from skipway.diagnosis.subject import Loss, Subject
 from skipway.errors import SkipwayError
-from skipway.groups import role_of
+from skipway.optim.groups import role_of
 from skipway.tracing import Example, unwrapped
+from skipway.tracing.chain import Chain, WatchedConnection
 
 __all__ = ["Diagnosis", "Treatment", "Verdict", "diagnose"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from skipway.anatomy import Chain, WatchedConnection
 from skipway.diagnosis.passes import Curvature, Jacobians, LookAhead, Noise, curvature, jacobians, look_ahead, noise
-from skipway.diagnosis.signals import distinctness
 from skipway.diagnosis.subject import Gradients, Subject
+from skipway.probes.measures import distinctness
+from skipway.tracing.chain import Chain, WatchedConnection
 
 __all__ = ["ConnectionSignal", "LayerSignal", "Measurement", "measure"]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from skipway.diagnosis.findings import number
-from skipway.diagnosis.signs import Signs
+from skipway.diagnosis.indicators import Signs
 
 __all__ = ["WEIGHTS", "Cause", "Outlook", "features", "outlook", "probability"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from skipway import __version__
+from skipway._version import __version__
 from skipway.diagnosis.findings import Finding, number
 from skipway.diagnosis.sheet import definitions, document, linked, listed, size_cell, word_cell
 from skipway.diagnosis.table import (
@@ -24,7 +24,7 @@ from skipway.diagnosis.table import (
     short,
     verdict_text,
 )
-from skipway.tracing.sums import REASONS
+from skipway.tracing.residual_adds import REASONS
 
 if TYPE_CHECKING:
     from skipway.diagnosis.diagnosis import Diagnosis

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
-from skipway.diagnosis.probe import Edges, Probe
-from skipway.diagnosis.signals import distinctness
 from skipway.diagnosis.subject import Gradients, Subject, main_output
-from skipway.tracing.watching import call
+from skipway.probes.measures import distinctness
+from skipway.probes.probe import Edges, Probe
+from skipway.tracing.watch import call
 
 __all__ = ["Curvature", "Jacobians", "LookAhead", "Noise", "curvature", "jacobians", "look_ahead", "noise"]
 

@@ -8,15 +8,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from skipway.anatomy import Chain, WatchedConnection
 from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
-from skipway.init import initialise_
 from skipway.nn import Gain, Residual
+from skipway.schemes.initialise import initialise_
 from skipway.schemes.scheme import Scheme
 from skipway.schemes.scheme import scheme as read_scheme
 from skipway.tracing import Example, untouched
-from skipway.tracing.watching import call
+from skipway.tracing.chain import Chain, WatchedConnection
+from skipway.tracing.watch import call
 
 __all__ = [
     "AddSkips",

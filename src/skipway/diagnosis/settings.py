@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from skipway.errors import SkipwayError
-from skipway.groups import param_groups
+from skipway.optim.groups import param_groups
 
 __all__ = ["OPTIMISERS", "Settings", "settings_of"]
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from skipway.anatomy import Chain, WatchedConnection, chain_of
-from skipway.diagnosis.probe import Probe, Readings, seeded
 from skipway.errors import SkipwayError
+from skipway.probes.probe import Probe, Readings, seeded
 from skipway.tracing import Example, Program, untouched, watch
-from skipway.tracing.watching import call
+from skipway.tracing.chain import Chain, WatchedConnection, chain_of
+from skipway.tracing.watch import call
 
 __all__ = ["Gradients", "Loss", "Subject", "main_output"]
 

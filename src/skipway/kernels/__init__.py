@@ -7,7 +7,7 @@ kind (`choices()` tells); `off()` or SKIPWAY_KERNELS=off leaves the reference al
 """
 
 from skipway.kernels.attention import attention, window_attention
-from skipway.kernels.choosing import Choice, Kernel, Way, choices, enabled, forget, off, only
+from skipway.kernels.autotune import Choice, Kernel, Way, choices, enabled, forget, off, only
 from skipway.kernels.depthwise import depthwise
 from skipway.kernels.maps import linear, pointwise
 from skipway.kernels.mlp import ACTIVATIONS, mlp

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
-from skipway.kernels.casting import lowered, wide
-from skipway.kernels.choosing import Way, enabled, kernel
-from skipway.kernels.door import has_door, opened
+from skipway.kernels.autotune import Way, enabled, kernel
+from skipway.kernels.cast import lowered, wide
+from skipway.kernels.onednn import has_door, opened
 
 __all__ = ["attention", "fits", "window_attention"]
 

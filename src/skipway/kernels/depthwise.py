@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
 from skipway.kernels import triton
-from skipway.kernels.casting import lowered
-from skipway.kernels.choosing import Way, enabled, kernel
+from skipway.kernels.autotune import Way, enabled, kernel
+from skipway.kernels.cast import lowered
 
 __all__ = ["depthwise"]
 

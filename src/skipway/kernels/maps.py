@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipway.kernels.casting import lowered
-from skipway.kernels.choosing import Way, enabled, kernel
-from skipway.kernels.door import has_door, opened
+from skipway.kernels.autotune import Way, enabled, kernel
+from skipway.kernels.cast import lowered
+from skipway.kernels.onednn import has_door, opened
 
 __all__ = ["Pack", "by_onednn", "linear", "packed", "packed_product", "pointwise", "product", "worthwhile"]
 

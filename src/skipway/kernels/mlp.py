@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
-from skipway.kernels.casting import lowered
-from skipway.kernels.choosing import Way, enabled, kernel
+from skipway.kernels.autotune import Way, enabled, kernel
+from skipway.kernels.cast import lowered
 from skipway.kernels.maps import product
 
 __all__ = ["ACTIVATIONS", "mlp"]

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipway.kernels import triton
-from skipway.kernels.casting import wide
-from skipway.kernels.choosing import Way, enabled, kernel
+from skipway.kernels.autotune import Way, enabled, kernel
+from skipway.kernels.cast import wide
 from skipway.kernels.residual import factored, in_one_pass
 from skipway.kernels.residual import plain as epilogue
 from skipway.kernels.residual import plain_backward as epilogue_backward

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skipway.kernels import triton
-from skipway.kernels.choosing import Way, enabled, kernel
+from skipway.kernels.autotune import Way, enabled, kernel
 
 __all__ = ["factored", "in_one_pass", "plain", "plain_backward", "residual"]
 

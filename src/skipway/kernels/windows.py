@@ -11,9 +11,9 @@ from torch import Tensor
 from skipway.errors import SkipwayError
 from skipway.kernels import triton
 from skipway.kernels.attention import backward_whole, whole
-from skipway.kernels.casting import lowered
-from skipway.kernels.choosing import Way, kernel
-from skipway.windowing import MASK, apart, cut, joined
+from skipway.kernels.autotune import Way, kernel
+from skipway.kernels.cast import lowered
+from skipway.nn.window_partition import MASK, apart, cut, joined
 
 __all__ = ["windowed_attention"]
 

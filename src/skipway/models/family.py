@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from skipway.errors import SkipwayError, suggest
-from skipway.init import initialise_
 from skipway.registry import Registry
 from skipway.schemes import Scheme
 from skipway.schemes import scheme as read_scheme
+from skipway.schemes.initialise import initialise_
 
 __all__ = ["FAMILIES", "Family", "Variant", "build", "families", "find_config", "variants"]
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from skipway.nn import Branch, Conv2d, Linear, Mlp, Residual, StageMap, TokenGrid, TruncatedNormal
+from skipway.nn.kit import Kit
+from skipway.nn.placement import POST_NORM, PRE_NORM, RES_POST_NORM, SANDWICH_NORM, Placement
+from skipway.nn.site import Site
 from skipway.schemes import Scheme
-from skipway.site import POST_NORM, PRE_NORM, RES_POST_NORM, SANDWICH_NORM, Kit, Placement, Site
 
 __all__ = [
     "NORM_PLACEMENTS",

@@ -7,8 +7,9 @@ from typing import ClassVar, NamedTuple
 
 from torch import nn
 
+from skipway.nn.kit import Kit
 from skipway.nn.maps import LinearMap
-from skipway.site import Kit, Part
+from skipway.nn.placement import Part
 
 __all__ = ["Branch", "Conv", "ConvBranch"]
 

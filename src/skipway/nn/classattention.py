@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
 from skipway.nn.branch import Branch
+from skipway.nn.kit import Kit
 from skipway.nn.maps import LinearMap
+from skipway.nn.placement import Placement
 from skipway.nn.sequence import sequence
 from skipway.nn.tokens import Attention
-from skipway.site import Kit, Placement
 
 __all__ = ["ClassAttention", "FirstToken", "TalkingHeads"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from skipway.nn.shortcut import Carry
-from skipway.site import Site
+from skipway.nn.site import Site
 
 __all__ = ["Residual"]
 

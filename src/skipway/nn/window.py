@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
+from skipway.nn.kit import Kit
+from skipway.nn.placement import Placement
 from skipway.nn.positions import resample
 from skipway.nn.role import Role
 from skipway.nn.tokens import Attention
-from skipway.site import Kit, Placement
-from skipway.windowing import MASK, apart, cut, joined
+from skipway.nn.window_partition import MASK, apart, cut, joined
 
 __all__ = [
     "ContinuousPosition",
@@ -268,7 +269,7 @@ class WindowAttention(Attention):
         SkipwayError: heads do not divide dim.
 
     >>> from skipway.models.transformer import TOKEN_KIT
-    >>> from skipway.site import PRE_NORM
+    >>> from skipway.nn.site import PRE_NORM
     >>> branch = WindowAttention(8, 2, Window(4, shift=2), kit=TOKEN_KIT, placement=PRE_NORM)
     >>> branch(torch.zeros(1, 6, 9, 8)).shape
     torch.Size([1, 6, 9, 8])

@@ -6,10 +6,12 @@ from typing import ClassVar
 
 from torch import nn
 
-from skipway.anatomy import Chain
 from skipway.nn import Carry, ScaledShortcut, XavierNormal
+from skipway.nn.kit import Kit
+from skipway.nn.placement import Placement
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Kit, Placement, Site
+from skipway.tracing.chain import Chain
 
 __all__ = ["DeepNorm"]
 

@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from skipway.anatomy import Chain
 from skipway.nn import Multiply
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Site
-from skipway.values import checked, number
+from skipway.tracing.chain import Chain
+from skipway.validation import checked, number
 
 __all__ = ["DepthScaled"]
 

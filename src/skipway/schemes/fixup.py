@@ -5,12 +5,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from skipway.anatomy import Chain
 from skipway.nn import Bias, Gain
+from skipway.nn.kit import Kit
+from skipway.nn.placement import Placement
 from skipway.nn.role import Role
 from skipway.nn.sequence import sequence
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Kit, Placement, Site
+from skipway.tracing.chain import Chain
 
 __all__ = ["Fixup"]
 

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from skipway.nn import Gain
 from skipway.nn.role import Role
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Site
-from skipway.values import number
+from skipway.validation import number
 
 __all__ = ["LayerScale"]
 

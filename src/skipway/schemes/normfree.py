@@ -8,11 +8,13 @@ from typing import ClassVar
 from torch import nn
 
 from skipway.nn import Gain, Multiply, ScaledActivation, ScaledStandardConv2d, ScaledStandardLinear
+from skipway.nn.kit import Kit
+from skipway.nn.placement import Placement
 from skipway.nn.role import Role
 from skipway.nn.sequence import sequence
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Kit, Placement, Site
-from skipway.values import number
+from skipway.validation import number
 
 __all__ = ["NormFree"]
 

@@ -6,9 +6,9 @@ from typing import ClassVar, get_args
 from torch import nn
 
 from skipway.nn import Cut
+from skipway.nn.site import Kind, Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Kind, Site
-from skipway.values import checked
+from skipway.validation import checked
 
 __all__ = ["Plain"]
 

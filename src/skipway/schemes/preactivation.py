@@ -3,8 +3,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from skipway.nn.placement import Placement
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Placement, Site
 
 __all__ = ["PreActivation"]
 

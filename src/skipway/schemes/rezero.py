@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from skipway.nn import Gain
+from skipway.nn.kit import Kit
+from skipway.nn.placement import Placement
 from skipway.nn.role import Role
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Kit, Placement, Site
-from skipway.values import checked
+from skipway.validation import checked
 
 __all__ = ["ReZero"]
 

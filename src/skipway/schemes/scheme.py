@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from skipway.anatomy import Chain
 from skipway.errors import SkipwayError
 from skipway.nn import sequence
+from skipway.nn.kit import Kit
+from skipway.nn.placement import Placement
+from skipway.nn.site import Site
 from skipway.registry import Registry, parse_spec
-from skipway.site import Kit, Placement, Site
+from skipway.tracing.chain import Chain
 
 __all__ = ["Scheme", "Stack", "scheme", "schemes"]
 

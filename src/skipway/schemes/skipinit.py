@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from skipway.nn import Gain
+from skipway.nn.kit import Kit
 from skipway.nn.role import Role
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Kit, Site
-from skipway.values import checked, number
+from skipway.validation import checked, number
 
 __all__ = ["SkipInit"]
 

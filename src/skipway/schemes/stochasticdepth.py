@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from skipway.errors import SkipwayError
 from skipway.nn import DropPath
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.site import Site
 
 __all__ = ["StochasticDepth"]
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from skipway.anatomy import Chain
 from skipway.schemes.scheme import Scheme
+from skipway.tracing.chain import Chain
 
 __all__ = ["ZeroInit"]
 

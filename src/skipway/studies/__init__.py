@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipway.studies.cell import Cell, Choices
-    from skipway.studies.figure import Figure, Line, Point, Sample
     from skipway.studies.index import write_index
     from skipway.studies.page import write_page
     from skipway.studies.runner import run
@@ -24,11 +23,7 @@ HOMES = {
     "STUDIES": "study",
     "Cell": "cell",
     "Choices": "cell",
-    "Figure": "figure",
-    "Line": "figure",
-    "Point": "figure",
     "Published": "study",
-    "Sample": "figure",
     "Study": "study",
     "Table": "table",
     "Verdict": "study",
@@ -43,11 +38,7 @@ __all__ = [
     "STUDIES",
     "Cell",
     "Choices",
-    "Figure",
-    "Line",
-    "Point",
     "Published",
-    "Sample",
     "Study",
     "Table",
     "Verdict",

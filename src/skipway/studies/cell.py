@@ -7,12 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from skipway.report.figure import Row, Value
+
 __all__ = ["BUDGETS", "Budget", "Cell", "Choices", "Row", "Value"]
 
-Value = str | int | float | bool | None
-"""What a cell of a table holds."""
-Row = dict[str, Value]
-"""A line of the table of a study: settings, results, and where and when they were measured."""
 Budget = Literal["cpu", "gpu", "paper"]
 BUDGETS: tuple[Budget, ...] = ("cpu", "gpu", "paper")
 

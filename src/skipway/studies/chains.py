@@ -13,12 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from skipway.init import initialise_
 from skipway.nn import Linear, Residual
 from skipway.nn.initial import HeNormal
+from skipway.nn.kit import Kit
+from skipway.nn.placement import POST_NORM, Placement
+from skipway.nn.site import Site
 from skipway.nn.tokens import Mlp
 from skipway.schemes import Scheme, scheme
-from skipway.site import POST_NORM, Kit, Placement, Site
+from skipway.schemes.initialise import initialise_
 
 __all__ = ["Crossing", "block_chain", "cross"]
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipway.data import Batch, Data, load
-from skipway.groups import param_groups
+from skipway.optim.groups import param_groups
+from skipway.optim.optimizers import optimizer
+from skipway.optim.schedules import rate_factor, schedule, set_rates
 from skipway.studies.cell import Row
-from skipway.training.optimizers import optimizer
-from skipway.training.schedules import rate_factor, schedule, set_rates
 
 __all__ = ["Plan", "data_of", "fit", "name_of", "percent", "step", "xavier_"]
 

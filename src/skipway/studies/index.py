@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from skipway import __version__
+from skipway._version import __version__
+from skipway.checkpoint.files import write_aside
 from skipway.diagnosis.sheet import document
-from skipway.studies.drawing import picture
+from skipway.report.svg import picture
 from skipway.studies.page import STYLE, answers, sound, write_page
 from skipway.studies.runner import read_rows
 from skipway.studies.study import Study, studies
 from skipway.studies.table import Table, parts_of
-from skipway.training.storage import write_aside
 
 __all__ = ["merge_shares", "write_index"]
 

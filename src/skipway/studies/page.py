@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from skipway import __version__
+from skipway._version import __version__
+from skipway.checkpoint.files import write_aside
 from skipway.diagnosis.sheet import definitions, document, size_cell, word_cell
+from skipway.report.figure import Figure, Sample, grouped, number
+from skipway.report.svg import colour_rules, kinds_of, picture, svg_file
 from skipway.studies.cell import Budget, Choices, Row, Value
-from skipway.studies.drawing import colour_rules, kinds_of, picture, svg_file
-from skipway.studies.figure import Figure, Sample, grouped, number
 from skipway.studies.runner import read_rows
 from skipway.studies.study import Study, Verdict
-from skipway.training.storage import write_aside
 
 __all__ = ["KINDS", "STYLE", "answers", "sound", "write_page"]
 

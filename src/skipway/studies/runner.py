@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from skipway import __version__
+from skipway._version import __version__
 from skipway.errors import SkipwayError
-from skipway.machine import cores, processor
+from skipway.hardware.processor import cores, processor
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
 from skipway.studies.study import Study
 from skipway.studies.table import Table, merged, parts_of
@@ -194,7 +194,7 @@ def devices_for(device: str, budget: Budget) -> list[str]:
         return ["cpu"]
     if device in ("auto", "cuda") and gpus:
         return [f"cuda:{number}" for number in range(gpus)]
-    from skipway.training.device import choose_device
+    from skipway.hardware.device import choose_device
 
     return [str(choose_device(device))]
 

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import ClassVar, Literal
 
 from skipway.registry import Registry
+from skipway.report.figure import Figure, grouped
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, grouped
 
 __all__ = ["STUDIES", "Answer", "Published", "Study", "Verdict", "find_study", "studies"]
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.anatomy import Chain, WatchedConnection, chain_of
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply
-from skipway.surgery.admission import admitted
 from skipway.surgery.insertion import behind, on_slow_path
+from skipway.surgery.insertion_point import place_behind
 from skipway.surgery.operation import Operation
-from skipway.surgery.places import place_behind
-from skipway.surgery.verifying import difference, outputs
+from skipway.surgery.preconditions import admitted
+from skipway.surgery.verification import difference, outputs
 from skipway.tracing import Example, Program, untouched, watch
-from skipway.tracing.watching import call
+from skipway.tracing.chain import Chain, WatchedConnection, chain_of
+from skipway.tracing.watch import call
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
 

@@ -11,18 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from skipway.anatomy import Chain, WatchedConnection, chain_of
 from skipway.errors import SkipwayError
 from skipway.nn import Gain, Multiply
 from skipway.schemes.scheme import Scheme
 from skipway.schemes.scheme import scheme as read_scheme
-from skipway.surgery.admission import admitted
 from skipway.surgery.insertion import behind, on_slow_path
+from skipway.surgery.insertion_point import Place, place_behind
 from skipway.surgery.operation import Operation
-from skipway.surgery.places import Place, place_behind
-from skipway.surgery.structure import Inside, inside_of, put_inside, step_over, takes_step
-from skipway.surgery.verifying import difference, outputs
+from skipway.surgery.preconditions import admitted
+from skipway.surgery.transfer import Inside, inside_of, put_inside, step_over, takes_step
+from skipway.surgery.verification import difference, outputs
 from skipway.tracing import Example, Program, watch
+from skipway.tracing.chain import Chain, WatchedConnection, chain_of
 
 __all__ = ["rescheme"]
 

@@ -1,8 +1,8 @@
 """Reading a forward pass: what was computed from what, and which additions are residual connections."""
 
 from skipway.tracing.program import Program, Value
-from skipway.tracing.sums import REASONS, Refusal, Scale, Sum, read_sums
-from skipway.tracing.watching import Example, untouched, unwrapped, watch
+from skipway.tracing.residual_adds import REASONS, Refusal, Scale, Sum, read_sums
+from skipway.tracing.watch import Example, untouched, unwrapped, watch
 
 __all__ = [
     "REASONS",

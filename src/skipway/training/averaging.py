@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from skipway.checkpoint.state import local, placed
 from skipway.errors import CheckpointError
-from skipway.training.states import local, placed
 
 __all__ = ["Average"]
 

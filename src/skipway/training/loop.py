@@ -19,10 +19,25 @@ from pathlib import Path
 
 import torch
 
+from skipway.checkpoint.files import write_json
+from skipway.checkpoint.state import whole
 from skipway.data import Batch
 from skipway.errors import DivergedError, SkipwayError, printable
-from skipway.training import stepping
-from skipway.training.assembling import (
+from skipway.hardware.device import choose_device, choose_precision
+from skipway.inference.evaluation import Evaluation, evaluate
+from skipway.optim.clip import total_norm
+from skipway.optim.schedules import set_rates
+from skipway.recipe import Recipe
+from skipway.report.run import write_report
+from skipway.training import step as stepping
+from skipway.training.distributed import joined
+from skipway.training.preflight import introduce
+from skipway.training.recording import note_step, record, save, save_is_due, write_weights
+from skipway.training.recovery import diverged, out_of_memory, retry, split
+from skipway.training.reporter import Screen, Silent, StepReport
+from skipway.training.run import Outcome, Pending, Run
+from skipway.training.run_folder import RunFolder
+from skipway.training.setup import (
     assemble,
     begin,
     continued,
@@ -31,21 +46,6 @@ from skipway.training.assembling import (
     resolved,
     restore,
 )
-from skipway.training.clipping import total_norm
-from skipway.training.device import choose_device, choose_precision
-from skipway.training.evaluation import Evaluation, evaluate
-from skipway.training.introducing import introduce
-from skipway.training.keeping import note_step, record, save, save_is_due, write_weights
-from skipway.training.ranks import joined
-from skipway.training.recipe import Recipe
-from skipway.training.report import write_report
-from skipway.training.run import Outcome, Pending, Run
-from skipway.training.run_folder import RunFolder
-from skipway.training.schedules import set_rates
-from skipway.training.screen import Screen, Silent, StepReport
-from skipway.training.states import whole
-from skipway.training.storage import write_json
-from skipway.training.trouble import diverged, out_of_memory, retry, split
 
 __all__ = ["train"]
 

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipway.checkpoint.store import Checkpoints
 from skipway.data import Data
+from skipway.inference.evaluation import Evaluation
+from skipway.monitor.health import Health
+from skipway.optim.schedules import rate_factor
+from skipway.recipe import Recipe
 from skipway.training.averaging import Average
-from skipway.training.checkpoints import Checkpoints
-from skipway.training.evaluation import Evaluation
-from skipway.training.health import Health
-from skipway.training.ranks import Ranks
-from skipway.training.recipe import Recipe
+from skipway.training.distributed import Ranks
+from skipway.training.reporter import Screen
 from skipway.training.run_folder import RunFolder
-from skipway.training.schedules import rate_factor
-from skipway.training.screen import Screen
 
 __all__ = ["Outcome", "Pending", "Position", "Run"]
 

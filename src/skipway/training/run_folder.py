@@ -25,9 +25,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipway.checkpoint import lock as locking
+from skipway.checkpoint import store as checkpoints
+from skipway.checkpoint.files import read_json, reason, write_aside, write_json, write_tensors
 from skipway.errors import CheckpointError, SkipwayError, printable
-from skipway.training import checkpoints, locking
-from skipway.training.storage import read_json, reason, write_aside, write_json, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from skipway.anatomy import chain
 from skipway.errors import CheckpointError, suggest
 from skipway.nn import Classifier, Residual
+from skipway.tracing.chain import chain
 from skipway.weights.keymap import KeyMap
 
 __all__ = ["CHOICES", "Change", "Misfit", "read_choices"]

@@ -1,6 +1,6 @@
 """Lint: known mistakes, found without training and without a batch, by rules on a model and its optimiser."""
 
-from skipway.diagnosis.lint.linting import RULES, lint
+from skipway.diagnosis.lint.catalogue import RULES, lint
 from skipway.diagnosis.lint.rule import Hit, Rule
 from skipway.diagnosis.lint.survey import Link, Survey
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from skipway.anatomy import Connection, WatchedConnection, chain, chain_of
-from skipway.groups import role_of
 from skipway.nn import Branch, Carry, Cut, Gain, Multiply, Residual
+from skipway.optim.groups import role_of
 from skipway.tracing import Example, Program, watch
+from skipway.tracing.chain import Connection, WatchedConnection, chain, chain_of
 
 __all__ = ["DEEP", "Link", "Survey"]
 

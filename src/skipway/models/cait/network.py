@@ -14,7 +14,9 @@ from skipway.models.vit.config import ViTConfig
 from skipway.models.vit.network import TokenStem, head
 from skipway.nn import ClassAttention, FirstToken, Mlp, StageMap, TalkingHeads
 from skipway.nn.branch import Branch
-from skipway.site import PRE_NORM, Kit, Placement, Site
+from skipway.nn.kit import Kit
+from skipway.nn.placement import PRE_NORM, Placement
+from skipway.nn.site import Site
 
 __all__ = ["CaiT", "ClassToken"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
-from skipway.values import whole
+from skipway.validation import whole
 
 __all__ = ["ConvNeXtConfig"]
 

@@ -24,7 +24,9 @@ from skipway.nn import (
     TruncatedNormal,
     sequence,
 )
-from skipway.site import INSIDE_NORM, Kit, Placement, Site
+from skipway.nn.kit import Kit
+from skipway.nn.placement import INSIDE_NORM, Placement
+from skipway.nn.site import Site
 
 __all__ = ["CONVNEXT_KIT", "ConvNeXt", "PatchStem"]
 

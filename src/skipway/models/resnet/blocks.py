@@ -7,12 +7,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from skipway.anatomy import chain
 from skipway.errors import SkipwayError
 from skipway.nn import Conv, Conv2d, ConvBranch, Linear, Projection, Residual, Shortcut, sequence
+from skipway.nn.kit import Kit
+from skipway.nn.placement import ORIGINAL, Placement
+from skipway.nn.site import Site
 from skipway.schemes import Identity, Scheme
 from skipway.schemes import scheme as read_scheme
-from skipway.site import ORIGINAL, Kit, Placement, Site
+from skipway.tracing.chain import chain
 
 __all__ = ["CONV_KIT", "BasicBlock", "Block", "Bottleneck", "pooled_projection", "projection"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
-from skipway.values import checked, whole
+from skipway.validation import checked, whole
 
 __all__ = ["MAPS", "ResNetConfig"]
 

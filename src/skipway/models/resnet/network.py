@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from skipway.models.resnet.blocks import CONV_KIT, BasicBlock, Block, Bottleneck, pooled_projection, projection
 from skipway.models.resnet.config import ResNetConfig
 from skipway.nn import Classifier, Conv, ConvBranch, Pad, SqueezeExcitation, StageMap, sequence
-from skipway.site import ORIGINAL, PRE_ACTIVATION, Kit, Placement, Site
+from skipway.nn.kit import Kit
+from skipway.nn.placement import ORIGINAL, PRE_ACTIVATION, Placement
+from skipway.nn.site import Site
 
 __all__ = ["ResNet"]
 

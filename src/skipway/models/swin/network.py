@@ -21,7 +21,9 @@ from skipway.nn import (
     WindowAttention,
     sequence,
 )
-from skipway.site import Kit, Placement, Site
+from skipway.nn.kit import Kit
+from skipway.nn.placement import Placement
+from skipway.nn.site import Site
 
 __all__ = ["SWIN_KIT", "Neighbours", "PatchStem", "Swin"]
 

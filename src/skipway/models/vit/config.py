@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from skipway.errors import SkipwayError
 from skipway.models.transformer import Norm, Pooling
 from skipway.schemes import Identity, Scheme
-from skipway.values import checked, whole
+from skipway.validation import checked, whole
 
 __all__ = ["ViTConfig"]
 

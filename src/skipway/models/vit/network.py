@@ -13,8 +13,10 @@ from skipway.errors import SkipwayError
 from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, Pool, quarters, transformer_block
 from skipway.models.vit.config import ViTConfig
 from skipway.nn import Attention, Classifier, QuickGELU, StageMap, TruncatedNormal, sequence
+from skipway.nn.kit import Kit
+from skipway.nn.placement import Placement
 from skipway.nn.positions import resample
-from skipway.site import Kit, Placement, Site
+from skipway.nn.site import Site
 
 __all__ = ["TokenStem", "ViT"]
 

@@ -26,12 +26,12 @@ from torch import nn
 
 from skipway.data import Data
 from skipway.models import build
+from skipway.report.figure import Figure, Sample, best_rows, grouped, lines_over
 from skipway.schemes import schemes
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, Sample, best_rows, grouped, lines_over
 from skipway.studies.fit import Plan, data_of, fit, name_of, percent, step
 from skipway.studies.study import STUDIES, Study, Verdict
-from skipway.surgery.saving import saved_bytes
+from skipway.surgery.saved_tensors import saved_bytes
 
 __all__ = ["Comparison"]
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skipway.report.figure import Figure, Line, Point, grouped, lines_over, number
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, Line, Point, grouped, lines_over, number
 from skipway.studies.fit import data_of, name_of, test
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 

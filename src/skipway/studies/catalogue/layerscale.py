@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipway.anatomy import chain
 from skipway.data import Data
 from skipway.models import build
 from skipway.nn import Gain
+from skipway.report.figure import Figure, Line, Point, Sample, best_rows, grouped, lines_over, number
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, Line, Point, Sample, best_rows, grouped, lines_over, number
 from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
 from skipway.studies.study import STUDIES, Published, Study, Verdict
+from skipway.tracing.chain import chain
 
 __all__ = ["LayerScaleStudy"]
 

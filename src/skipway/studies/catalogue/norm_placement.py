@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import torch
 
 from skipway.models import build
+from skipway.report.figure import Figure, grouped, lines_over
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, grouped, lines_over
 from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 

@@ -25,16 +25,16 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from skipway.anatomy import Connection, chain
 from skipway.data import Data
 from skipway.diagnosis import diagnose
 from skipway.models import build
 from skipway.nn import Multiply
 from skipway.nn.shortcut import Carry
+from skipway.report.figure import Figure, Line, Point, Sample, grouped, lines_over, number
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, Line, Point, Sample, grouped, lines_over, number
 from skipway.studies.fit import Plan, data_of, fit, percent, test
 from skipway.studies.study import STUDIES, Published, Study, Verdict
+from skipway.tracing.chain import Connection, chain
 
 __all__ = ["Paths", "binomial_share", "deleted"]
 

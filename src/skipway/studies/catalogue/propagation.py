@@ -23,9 +23,9 @@ import torch
 from torch.nn import functional as F
 
 from skipway.models import build
+from skipway.report.figure import Figure, Line, grouped, lines_over, number
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.chains import block_chain, cross
-from skipway.studies.figure import Figure, Line, grouped, lines_over, number
 from skipway.studies.fit import xavier_
 from skipway.studies.study import STUDIES, Study, Verdict
 

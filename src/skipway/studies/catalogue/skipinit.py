@@ -19,13 +19,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from skipway.anatomy import chain
 from skipway.models import build
 from skipway.nn import Multiply
+from skipway.report.figure import Figure, Sample, best_rows, grouped, lines_over
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, Sample, best_rows, grouped, lines_over
 from skipway.studies.fit import Plan, data_of, fit, percent
 from skipway.studies.study import STUDIES, Published, Study, Verdict
+from skipway.tracing.chain import chain
 
 __all__ = ["SkipInitStudy"]
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from skipway.models import build
+from skipway.report.figure import Figure, Sample, grouped, lines_over, number
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.figure import Figure, Sample, grouped, lines_over, number
 from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 

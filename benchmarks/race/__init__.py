@@ -1,0 +1,3 @@
+"""The race against timm, torchvision and transformers: contenders, devices, ceilings, journal, tables and chart."""
+
+__all__: list[str] = []

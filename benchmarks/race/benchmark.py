@@ -1,0 +1,349 @@
+"""A benchmark: ceilings, then each cell's race, then what is measured in processes of their own; all into a journal."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.race import subprocess_measure as apart
+from benchmarks.race.architectures import PEERS, config_of, missing
+from benchmarks.race.ceilings import ceiling, copy_rate, flops_of
+from benchmarks.race.contenders import MODES, OURS, Cell, Contender, Prepared, contenders, prepared
+from benchmarks.race.devices import DEVICES, Device
+from benchmarks.race.journal import Journal, Race, stopped
+from skipway.errors import SkipwayError, suggest
+from skipway.hardware.processor import cores
+from skipway.inference.race import Entrant, Turn, race, reason
+
+__all__ = ["BRANCHES", "PRECISIONS", "WHAT", "Plan", "What", "measure"]
+
+What = Literal["infer", "train", "memory", "startup", "growth"]
+WHAT: tuple[What, ...] = ("infer", "train", "memory", "startup", "growth")
+PRECISIONS = ("float32", "bfloat16")
+BRANCHES = (8, 32, 128, 512, 2048, 10000)
+GROWN_BATCH, GROWN_SIZE = 4, 32
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        device: one of `benchmarks.race.devices.DEVICES`.
+        networks: see `benchmarks.race.architectures.config_of`; by default the device's.
+        what: of `WHAT`.
+        precisions: of `PRECISIONS`.
+        batches: images at a time; each is a cell; by default the device's.
+        sizes: sides of the images, in pixels; each is a cell.
+        branches: depths of the growth.
+        peers: libraries beside ours.
+        modes: of `benchmarks.race.contenders.MODES`.
+        rounds: of each race.
+        budget: seconds of a race, half of them for preparing; None: no limit.
+        switches: everybody also under our switches.
+        ceilings: measure what the machine could do at best, at the start and at the end.
+
+    Raises:
+        SkipwayError: a value that cannot be, with those that can.
+
+    >>> [str(cell) for cell in Plan(networks=["resnet50"], what=["infer"], batches=[1, 8]).cells()][:2]
+    ['infer resnet50 float32 1x224', 'infer resnet50 float32 8x224']
+    """
+
+    device: str = "cpu"
+    networks: Sequence[str] = ()
+    what: Sequence[str] = WHAT
+    precisions: Sequence[str] = PRECISIONS
+    batches: Sequence[int] = ()
+    sizes: Sequence[int] = (224,)
+    branches: Sequence[int] = BRANCHES
+    peers: Sequence[str] = PEERS
+    modes: Sequence[str] = tuple(MODES)
+    rounds: int = 5
+    budget: float | None = None
+    switches: bool = True
+    ceilings: bool = True
+
+    def __post_init__(self) -> None:
+        for kind, given, known in (
+            ("device", [self.device], DEVICES),
+            ("what", self.what, WHAT),
+            ("precision", self.precisions, PRECISIONS),
+            ("peer", self.peers, PEERS),
+            ("mode", self.modes, MODES),
+        ):
+            for value in given:
+                if value not in known:
+                    raise SkipwayError(suggest(kind, value, known))
+        usual = DEVICES[self.device]
+        # a frozen dataclass fills its own defaults in no other way
+        object.__setattr__(self, "networks", tuple(self.networks) or usual.networks)
+        object.__setattr__(self, "batches", tuple(self.batches) or (usual.batch,))
+        for kind, numbers in (("batch", self.batches), ("size", self.sizes), ("rounds", [self.rounds])):
+            for number in numbers:
+                if number < 1:
+                    raise SkipwayError(f"{kind} {number}: the rule is at least 1")
+        if self.budget is not None and self.budget <= 0:
+            raise SkipwayError(f"budget {self.budget:g}: the rule is more than 0 seconds; leave it away for no limit")
+        for network, size in product(self.networks, self.sizes):
+            config_of(network, size)
+        if "growth" in self.what:
+            for number in self.branches:
+                config_of(f"vit@{number}", GROWN_SIZE)
+
+    def cells(self) -> list[Cell]:
+        """The races, growth last."""
+        found = [
+            Cell(network=network, what=what, precision=precision, batch=batch, size=size, device=self.device)
+            for what, precision, network, size, batch in product(
+                [what for what in ("infer", "train") if what in self.what],
+                self.precisions,
+                self.networks,
+                self.sizes,
+                self.batches,
+            )
+        ]
+        return [*found, *self.growth()]
+
+    def growth(self) -> list[Cell]:
+        """Training of narrow ViTs of ever more branches."""
+        return [
+            Cell(
+                network=f"vit@{number}",
+                what="train",
+                precision="float32",
+                batch=GROWN_BATCH,
+                size=GROWN_SIZE,
+                device=self.device,
+            )
+            for number in (self.branches if "growth" in self.what else ())
+        ]
+
+    def present(self) -> list[str]:
+        """The peers that are installed."""
+        return [name for name in self.peers if name not in missing()]
+
+    def contenders(self, cell: Cell) -> list[Contender]:
+        """Who takes part in a cell; compiling nets of thousands of blocks would take hours."""
+        modes = [mode for mode in self.modes if not MODES[mode].compiles or cell not in self.growth()]
+        chosen = {"peers": self.present(), "modes": modes, "switched": self.switches, "device": self.device}
+        return contenders(cell.what, cell.precision, **chosen)
+
+
+def measure(plan: Plan, out: str | Path, say: Say = lambda text: None) -> Journal:
+    """Measure what a plan asks for and is not yet in the folder.
+
+    Args:
+        plan: what.
+        out: folder; its `rows.jsonl` is written as things are measured.
+        say: told, in one line, what is done.
+
+    Returns:
+        the rows, those of earlier calls with them.
+    """
+    journal = Journal(out)
+    journal.write(machine(plan.device))
+    for name in plan.peers:
+        if name in missing():
+            say(f"{name} is not installed and takes no part: pip install {name}")
+            journal.write({"kind": "missing", "library": name})
+    ceilings = plan.ceilings and not all(known(plan, cell, journal) for cell in plan.cells())
+    if ceilings:
+        measure_ceilings(plan, journal, "start", say)
+    for cell in plan.cells():
+        measure_cell(plan, cell, journal, say)
+    if ceilings:
+        measure_ceilings(plan, journal, "end", say)
+    for what, orders in (("memory", memory_orders(plan)), ("startup", startup_orders(plan))):
+        for row, work in orders if what in plan.what else ():
+            measure_apart(what, row, work, journal, say)
+    return journal
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What it is measured on."""
+    return {
+        "kind": "machine",
+        "device": device,
+        "processor": DEVICES[device].title(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "fused_attention": os.environ.get("TIMM_FUSED_ATTN", ""),
+    }
+
+
+def measure_ceilings(plan: Plan, journal: Journal, when: str, say: Say) -> None:
+    """Products and copies, at the start and at the end of what is raced between them."""
+    for precision in plan.precisions:
+        found = ceiling(precision, device=plan.device)
+        say(f"ceiling  {precision} {found.flops / 1e9:.0f} GFLOP/s ({found.how})")
+        journal.write({"kind": "ceiling", "when": when, "device": plan.device, **asdict(found)})
+    rate = copy_rate(device=plan.device)
+    say(f"ceiling  copying {rate / 1e9:.1f} GB/s")
+    journal.write({"kind": "copy", "when": when, "device": plan.device, "bytes": rate})
+
+
+def known(plan: Plan, cell: Cell, journal: Journal) -> bool:
+    """Whether nothing is left to be measured of a cell."""
+    names = {str(each) for each in plan.contenders(cell)}
+    return any(
+        race.cell == cell and race.ended and names <= set(race.names) and plan.rounds <= race.rounds
+        for race in journal.races()
+    )
+
+
+def measure_cell(plan: Plan, cell: Cell, journal: Journal, say: Say) -> None:
+    """The race of a cell, or the rest of it."""
+    wanted = plan.contenders(cell)
+    if not wanted:
+        say(f"{cell}: no mode of {', '.join(plan.modes)} fits; it is left out")
+        return
+    known = journal.race(cell, [str(each) for each in wanted], plan.rounds)
+    if known.ended:
+        say(f"{cell}: measured already")
+        return
+    say(f"{cell}: {len(wanted)} contenders")
+    with compiler_reset():
+        ready = prepare_all(plan, cell, wanted, known, journal, say)
+        run_race(plan, cell, ready, known, journal, say)
+        journal.write({"kind": "end", "cell": asdict(cell), "flops": count_flops(cell)})
+
+
+@contextmanager
+def compiler_reset() -> Iterator[None]:
+    """torch.compile's limit of versions of one function is not used up by other cells."""
+    try:
+        yield
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def prepare_all(
+    plan: Plan, cell: Cell, wanted: Iterable[Contender], known: Race, journal: Journal, say: Say
+) -> dict[Contender, Prepared]:
+    """Everybody that can be prepared in the time; who cannot becomes a row with the reason.
+
+    Peers come first: what a budget leaves out is one of ours before it is one of them.
+    """
+    ready: dict[Contender, Prepared] = {}
+    gone = {turn.name for turn in known.turns if turn.error or turn.dropped}
+    begun = time.perf_counter()
+    for contender in sorted(wanted, key=lambda each: each.library == OURS):
+        name, row = (
+            str(contender),
+            {"kind": "prepared", "cell": asdict(cell), **asdict(contender), "side": contender.side},
+        )
+        row["name"] = name
+        if name in gone:
+            continue
+        try:
+            if plan.budget is not None and time.perf_counter() - begun > plan.budget / 2:
+                raise TimeoutError("half of the budget was spent before its turn to be prepared came")
+            found = ready[contender] = prepared(contender, cell, ready)
+        except Exception as error:
+            say(f"  {name}: {reason(error)}")
+            journal.write({**row, "error": reason(error)})
+            continue
+        times = {"build_seconds": found.build_seconds, "prepare_seconds": found.prepare_seconds}
+        say(f"  {name}: prepared in {sum(times.values()):.1f} s")
+        journal.write({**row, "parameters": found.parameters, **times, "error": ""})
+    return ready
+
+
+def run_race(plan: Plan, cell: Cell, ready: dict[Contender, Prepared], known: Race, journal: Journal, say: Say) -> None:
+    """Turn after turn, each written as it comes."""
+    limit = None if plan.budget is None else plan.budget / 2
+    by_name = {str(each): each for each in ready}
+    for turn in race(entrants(ready, DEVICES[cell.device]), plan.rounds, known=known.turns, limit=limit):
+        say(f"  round {turn.round + 1}/{plan.rounds}  {turn.name}: {told(turn, cell)}")
+        row = {key: value for key, value in asdict(turn).items() if key != "seconds" or value == value}
+        journal.write({"kind": "turn", "cell": asdict(cell), **row})
+        if stopped(turn):
+            del ready[by_name[turn.name]]
+
+
+def entrants(ready: dict[Contender, Prepared], device: Device) -> list[Entrant]:
+    """Contenders as a race takes them; the fastest mode of each library stays to the end."""
+    return [
+        Entrant(str(each), found.run, f"{each.library} {each.switched}", found.within, device.calls, device.finish)
+        for each, found in ready.items()
+    ]
+
+
+def told(turn: Turn, cell: Cell) -> str:
+    """A turn in words."""
+    if stopped(turn):
+        return turn.error or f"left, {turn.dropped}"
+    return f"{1000 * turn.seconds:.1f} ms, {cell.batch / turn.seconds:.1f} images/s"
+
+
+def count_flops(cell: Cell) -> int:
+    """Operations of a cell, counted on two of its images; 0 where they cannot be counted.
+
+    A training step is three forward passes: torch's counter takes the gradients of a depthwise convolution for those of
+    a full one. The gradient of the images, which nobody needs, is counted with it: 1 % of a ResNet-50.
+    """
+    eager = Contender(library=OURS, mode="eager", what="infer", precision="float32")
+    small = Cell(network=cell.network, what="infer", precision="float32", batch=2, size=cell.size)
+    passes = {"infer": 1, "train": 3}[cell.what]
+    try:
+        return passes * flops_of(eager.prepare(small).run) * cell.batch // 2
+    except Exception:
+        return 0
+
+
+Order = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
+
+
+def memory_orders(plan: Plan) -> Iterator[Order]:
+    """Training steps whose memory is asked for; on a CPU, where it takes minutes to compile one, of eager modes."""
+    modes = [mode for mode in plan.modes if plan.device != "cpu" or not MODES[mode].compiles]
+    for network, precision, size, batch in product(plan.networks, plan.precisions, plan.sizes, plan.batches):
+        cell = Cell(network=network, what="train", precision=precision, batch=batch, size=size, device=plan.device)
+        chosen = {"peers": plan.present(), "modes": modes, "switched": False, "device": plan.device}
+        for contender in contenders("train", precision, **chosen):
+            row = {"cell": asdict(cell), "library": contender.library, "name": str(contender), "side": contender.side}
+            yield row, partial(apart.memory, contender, cell)
+
+
+def startup_orders(plan: Plan) -> Iterator[Order]:
+    """Libraries taking turns at being imported."""
+    for network, number in product(plan.networks, range(plan.rounds)):
+        for library in (OURS, *plan.present()):
+            row = {"library": library, "network": network, "size": plan.sizes[0], "round": number}
+            yield row, partial(apart.startup, library, network, plan.sizes[0])
+
+
+def measure_apart(
+    kind: str, row: dict[str, Any], work: Callable[[], dict[str, Any]], journal: Journal, say: Say
+) -> None:
+    """One process, or what is known of it; a failure becomes a row with the reason."""
+    if journal.has(kind, **row):
+        return
+    try:
+        found = work()
+    except Exception as error:
+        found = {"error": reason(error)}
+    shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float | int) else value for key, value in found.items())
+    name = row.get("name", row["library"])
+    where = row.get("network") or row["cell"]["network"]
+    say(f"{kind} {where}  {name}: {shown}")
+    journal.write({"kind": kind, **row, "error": "", **found})

@@ -1,0 +1,148 @@
+"""What was measured, one JSON object to a line, written at once: an interrupted run loses nothing and goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.race.contenders import Cell
+from skipway.errors import SkipwayError
+from skipway.inference.race import Turn
+
+__all__ = ["FILE", "Journal", "Race", "stopped"]
+
+FILE = "rows.jsonl"
+Row = dict[str, Any]
+
+
+class Journal:
+    """The rows of a folder.
+
+    Args:
+        folder: made where it is not there.
+
+    Raises:
+        SkipwayError: a line of its file is no row.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     Journal(folder).write({"kind": "machine", "cores": 2})
+    ...     Journal(folder).rows
+    [{'kind': 'machine', 'cores': 2}]
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / FILE
+        self.rows: list[Row] = list(read(self.path)) if self.path.exists() else []
+
+    def write(self, row: Row) -> None:
+        """One more row, on disk at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(row) + "\n"
+        with self.path.open("ab+") as file:
+            # a line that an interruption cut off stays a line of its own
+            if file.tell() and not ends_line(self.path):
+                line = "\n" + line
+            file.write(line.encode())
+        self.rows.append(row)
+
+    def of(self, kind: str) -> list[Row]:
+        """The rows of a kind."""
+        return [row for row in self.rows if row.get("kind") == kind]
+
+    def has(self, kind: str, **values: Any) -> bool:
+        """Whether there is a row of this kind with these values that did not fail."""
+        return any(values.items() <= row.items() and not row.get("error") for row in self.of(kind))
+
+    def races(self) -> list[Race]:
+        """The last race of each cell, in the order in which the cells were first measured."""
+        found: dict[Cell, Race] = {}
+        for row in self.rows:
+            if row.get("kind") == "race":
+                found[Cell(**row["cell"])] = Race(row)
+            elif row.get("kind") in ("prepared", "turn", "end") and Cell(**row["cell"]) in found:
+                found[Cell(**row["cell"])].take(row)
+        return list(found.values())
+
+    def race(self, cell: Cell, names: Sequence[str], rounds: int) -> Race:
+        """The last race of a cell where it had these contenders and at least so many rounds, else a new one."""
+        for race in self.races():
+            enough = race.ended and set(names) <= set(race.names) and rounds <= race.rounds
+            if race.cell == cell and (enough or (sorted(names) == sorted(race.names) and rounds == race.rounds)):
+                return race
+        row = {"kind": "race", "cell": asdict(cell), "names": list(names), "rounds": rounds}
+        self.write(row)
+        return Race(row)
+
+
+class Race:
+    """What is known of one race.
+
+    Args:
+        row: its first.
+    """
+
+    def __init__(self, row: Row) -> None:
+        self.cell, self.names, self.rounds = Cell(**row["cell"]), tuple(row["names"]), int(row["rounds"])
+        self.prepared: dict[str, Row] = {}
+        self.turns: list[Turn] = []
+        self.flops, self.ended = 0, False
+
+    def take(self, row: Row) -> None:
+        """One more row of it."""
+        if row["kind"] == "prepared":
+            self.prepared[row["name"]] = row
+        elif row["kind"] == "turn":
+            self.turns.append(turn_of(row))
+        else:
+            self.flops, self.ended = row["flops"], True
+
+    @property
+    def seconds(self) -> dict[str, dict[int, float]]:
+        """Of each contender that was timed, by round."""
+        taken: dict[str, dict[int, float]] = {}
+        for turn in self.turns:
+            if not stopped(turn):
+                taken.setdefault(turn.name, {})[turn.round] = turn.seconds
+        return taken
+
+    def remark(self, name: str) -> str:
+        """Why a contender failed, or took part in some of the rounds alone."""
+        failed = self.prepared.get(name, {}).get("error", "")
+        late = [turn.error or f"left, {turn.dropped}" for turn in self.turns if turn.name == name and stopped(turn)]
+        return str(failed or (late[-1] if late else ""))
+
+
+def stopped(turn: Turn) -> bool:
+    """Whether it was the last of its contender."""
+    return bool(turn.error or turn.dropped)
+
+
+def turn_of(row: Row) -> Turn:
+    """A turn as it was written."""
+    return Turn(row["name"], row["round"], row.get("seconds") or float("nan"), row["error"], row["dropped"])
+
+
+def ends_line(path: Path) -> bool:
+    """Whether the last line of a file is whole."""
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of a file; a last line that was cut off is left out."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise SkipwayError(f"{path}, line {number}: no JSON; take the line out, or set another --out") from error
+        if row is not None:
+            yield row

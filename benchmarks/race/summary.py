@@ -1,0 +1,300 @@
+"""What the rows of a benchmark say: the best of the peers and of ours in each cell, as tables in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.race.journal import Journal, Race
+from skipway.inference.race import Spread, ratios, spread
+
+__all__ = ["Standing", "markdown", "standing", "standings", "titled", "write_markdown"]
+
+SIDES = {"ours": "ours", "peer": "peers", "switched": "peers under our switches"}
+NOTHING = "–"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What came of a race.
+
+    Args:
+        race: its rows.
+        best: contender of each side ("ours", "peer", "switched") with the highest median rate.
+        rates: images a second of every contender that was timed, median over the rounds.
+        ceiling: images a second of a machine that does nothing but multiply, as fast as was measured; 0: not known.
+    """
+
+    race: Race
+    best: dict[str, str]
+    rates: dict[str, float]
+    ceiling: float
+
+    def gain(self, name: str, over: str) -> Spread | None:
+        """How many times as fast as the best of a side, over the rounds that both took part in."""
+        reference = self.best.get(over)
+        if reference is None or name not in self.rates:
+            return None
+        found = ratios(self.race.seconds, name, reference)
+        return spread(found) if found else None
+
+    def rate(self, side: str) -> float:
+        """Images a second of the best of a side; NaN where there is none."""
+        return self.rates.get(self.best.get(side, ""), math.nan)
+
+    def share(self, name: str) -> float:
+        """Of the ceiling; NaN where that is not known."""
+        return self.rates[name] / self.ceiling if self.ceiling else math.nan
+
+
+def standings(journal: Journal) -> list[Standing]:
+    """Every race of a journal that has timed anybody."""
+    known = ceilings(journal)
+    races = [race for race in journal.races() if race.seconds]
+    rows = [known.get((race.cell.device, race.cell.precision), ()) for race in races]
+    best = [max((row["flops"] for row in own), default=0.0) for own in rows]
+    return [standing(race, flops) for race, flops in zip(races, best, strict=True)]
+
+
+def ceilings(journal: Journal) -> dict[tuple[str, str], list[Row]]:
+    """Those that were measured, by device and precision."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in journal.of("ceiling"):
+        found.setdefault((row.get("device", "cpu"), row["precision"]), []).append(row)
+    return found
+
+
+def titled(text: str, device: str) -> str:
+    """A title, with the device where it is not the CPU.
+
+    >>> titled("Training in bfloat16", "cpu"), titled("Training in bfloat16", "cuda")
+    ('Training in bfloat16', 'Training in bfloat16 on cuda')
+    """
+    return text if device == "cpu" else f"{text} on {device}"
+
+
+def standing(race: Race, ceiling: float) -> Standing:
+    """What came of a race.
+
+    Args:
+        race: its rows.
+        ceiling: operations a second; 0: not known.
+    """
+    rates = {name: race.cell.batch / median(taken.values()) for name, taken in race.seconds.items()}
+    best: dict[str, str] = {}
+    for name, rate in rates.items():
+        side = race.prepared[name]["side"]
+        if rate > rates.get(best.get(side, ""), 0.0):
+            best[side] = name
+    return Standing(race, best, rates, race.cell.batch * ceiling / race.flops if race.flops else 0.0)
+
+
+def markdown(journal: Journal) -> str:
+    """The tables of a benchmark in Markdown."""
+    every = standings(journal)
+    parts = [
+        machine_text(journal),
+        *(section(title, table) for title, table in overview(every)),
+        section("Depth: narrow networks of ever more branches", growth_table(every)),
+        section("Memory of a training step", memory_table(journal)),
+        section("Start: import and build in a fresh process", startup_table(journal)),
+        section("Every contender", details(every)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_markdown(journal: Journal, path: Path) -> Path:
+    """The tables into a file."""
+    path.write_text(f"# Speed\n\n{markdown(journal)}", encoding="utf-8")
+    return path
+
+
+def section(title: str, text: str) -> str:
+    """A table under its heading; nothing where it is empty."""
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; nothing where it has no rows.
+
+    >>> print(table(["net", "rate"], [["a", "1|2"]]))
+    | net | rate |
+    |---|---|
+    | a | 1\\|2 |
+    """
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+    return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines]) if lines else ""
+
+
+def show(value: float, form: str = ".1f", unit: str = "") -> str:
+    """A number, or that there is none.
+
+    >>> show(1234.56), show(float("nan")), show(0.5, ".0%")
+    ('1,234.6', '–', '50%')
+    """
+    return f"{value:,{form}}{unit}" if math.isfinite(value) else NOTHING
+
+
+def machine_text(journal: Journal) -> str:
+    """The machine, the ceilings, and who was not there."""
+    lines = []
+    for row in {row.get("device", "cpu"): row for row in journal.of("machine")}.values():
+        fused = f", TIMM_FUSED_ATTN={row['fused_attention']}" if row.get("fused_attention") else ""
+        lines.append(
+            f"{row['processor']}, {row['cores']} cores, {row['threads']} threads, torch {row['torch']}, "
+            f"Python {row['python']}, {row['date']}{fused}; load {row['load'] or 0:.1f} when it began."
+        )
+    for (device, precision), rows in ceilings(journal).items():
+        best = max(rows, key=lambda row: row["flops"])
+        lines.append(
+            f"{titled(f'Ceiling in {precision}', device)}: {best['flops'] / 1e9:,.0f} GFLOP/s ({best['how']}; measured "
+            f"{len(rows)} times, {min(row['flops'] for row in rows) / 1e9:,.0f} at least)."
+        )
+    copies: dict[str, list[float]] = {}
+    for row in journal.of("copy"):
+        copies.setdefault(row.get("device", "cpu"), []).append(row["bytes"] / 1e9)
+    for device, rates in copies.items():
+        lines.append(
+            f"{titled('Copying', device)}: {max(rates):,.1f} GB/s read and written ({min(rates):,.1f} at least)."
+        )
+    absent = dict.fromkeys(row["library"] for row in journal.of("missing"))
+    if absent:
+        lines.append(f"Not installed, hence not measured: {', '.join(absent)}.")
+    lines.append(
+        "A ratio is the median over the rounds of one run in which all took turns, with its quartiles. The best peer "
+        "is the fastest of all modes and libraries; under our switches (our kernels put in; on a CPU freed memory kept "
+        "and single precision sent to oneDNN, too) a peer is listed apart."
+    )
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def overview(every: Sequence[Standing]) -> Iterator[tuple[str, str]]:
+    """A table for inference and one for training, of each precision."""
+    titles = {"infer": "Inference", "train": "Training"}
+    for what, title in titles.items():
+        for device, precision in dict.fromkeys((each.race.cell.device, each.race.cell.precision) for each in every):
+            chosen = [
+                each
+                for each in every
+                if (each.race.cell.what, each.race.cell.device, each.race.cell.precision) == (what, device, precision)
+                and "@" not in each.race.cell.network
+            ]
+            yield titled(f"{title} in {precision}, images a second", device), overview_table(chosen)
+
+
+def overview_table(every: Iterable[Standing]) -> str:
+    """Best peer against ours, a row for each cell."""
+    columns = (
+        *("network", "batch x size", "best peer", "", "best peer + switches", "ours", "", "ours / peer"),
+        *("ours / peer + switches", "ours of ceiling"),
+    )
+    return table(columns, map(overview_row, every))
+
+
+def overview_row(each: Standing) -> list[str]:
+    cell, best = each.race.cell, each.best
+    mine = best.get("ours", "")
+    gains = [each.gain(mine, side) for side in ("peer", "switched")]
+    return [
+        cell.network,
+        f"{cell.batch}x{cell.size}",
+        show(each.rate("peer")),
+        best.get("peer", NOTHING),
+        show(each.rate("switched")),
+        show(each.rate("ours")),
+        mine.removeprefix("skipway ") or NOTHING,
+        *(NOTHING if gain is None else str(gain) for gain in gains),
+        show(each.share(mine), ".0%") if mine else NOTHING,
+    ]
+
+
+def growth_table(every: Iterable[Standing]) -> str:
+    """Milliseconds a step and seconds to build, by depth."""
+    rows = []
+    for each in every:
+        cell = each.race.cell
+        family, at, branches = cell.network.partition("@")
+        if not at:
+            continue
+        mine, peer = each.best.get("ours", ""), each.best.get("peer", "")
+        gain = each.gain(mine, "peer")
+        rows.append(
+            (
+                titled(f"{cell.what} {family} {cell.batch}x{cell.size}", cell.device),
+                f"{int(branches):,}",
+                *(show(1000 * cell.batch / each.rate(side)) for side in ("peer", "ours")),
+                f"{peer or NOTHING}",
+                mine or NOTHING,
+                NOTHING if gain is None else str(gain),
+                *(
+                    show(each.race.prepared.get(name, {}).get("build_seconds", math.nan), ".2f")
+                    for name in (peer, mine)
+                ),
+            )
+        )
+    columns = (
+        *("work", "branches", "best peer, ms", "ours, ms", "peer", "ours", "ours / peer", "peer builds in s"),
+        "ours builds in s",
+    )
+    return table(columns, rows)
+
+
+def memory_table(journal: Journal) -> str:
+    """Peak and kept bytes of a training step."""
+    rows = []
+    for row in journal.of("memory"):
+        cell = row["cell"]
+        amounts = [show(row.get(name, math.nan) / 2**20, ".0f") for name in ("peak_bytes", "saved_bytes")]
+        size = titled(f"{cell['batch']}x{cell['size']}", cell.get("device", "cpu"))
+        rows.append((cell["network"], cell["precision"], size, row["name"], *amounts, row["error"]))
+    columns = ("network", "precision", "batch x size", "contender", "peak MiB", "kept for backward MiB", "remark")
+    return table(columns, rows)
+
+
+def startup_table(journal: Journal) -> str:
+    """Seconds until a network is there."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in journal.of("startup"):
+        found.setdefault((row["network"], row["library"]), []).append(row)
+    rows = []
+    for (network, library), measured in found.items():
+        good = [row for row in measured if not row["error"]]
+        halves = [
+            median(row[name] for row in good) if good else math.nan for name in ("import_seconds", "build_seconds")
+        ]
+        remark = "" if good else measured[-1]["error"]
+        rows.append((network, library, *(show(value, ".2f") for value in (*halves, sum(halves))), remark))
+    return table(("network", "library", "import s", "build s", "both s", "remark"), rows)
+
+
+def details(every: Iterable[Standing]) -> str:
+    """Every contender of every race, the fastest first, those without a time last."""
+    columns = (
+        *("cell", "side", "contender", "images/s", "over best peer", "of ceiling", "build s", "prepare s"),
+        *("rounds", "parameters", "remark"),
+    )
+    return table(columns, (row for each in every for row in detail_rows(each)))
+
+
+def detail_rows(each: Standing) -> Iterator[list[str]]:
+    race = each.race
+    known: Callable[[str], Row] = lambda name: race.prepared.get(name, {})  # noqa: E731
+    for name in sorted(race.names, key=lambda name: -each.rates.get(name, 0.0)):
+        gain = each.gain(name, "peer")
+        yield [
+            str(race.cell),
+            SIDES.get(known(name).get("side", ""), NOTHING),
+            f"**{name}**" if name in each.best.values() else name,
+            show(each.rates.get(name, math.nan)),
+            NOTHING if gain is None else str(gain),
+            show(each.share(name), ".0%") if name in each.rates else NOTHING,
+            *(show(known(name).get(key, math.nan), ".1f") for key in ("build_seconds", "prepare_seconds")),
+            str(len(race.seconds.get(name, {}))),
+            f"{known(name)['parameters']:,}" if "parameters" in known(name) else NOTHING,
+            race.remark(name),
+        ]

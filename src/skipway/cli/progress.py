@@ -1,0 +1,142 @@
+"""Where `skipway train` writes: a terminal with a live line at its bottom, or a file with one plain line at a time."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from skipway.inference.metrics import percent
+from skipway.report.summary import duration
+from skipway.training.reporter import Silent, StepReport
+
+__all__ = ["LineScreen", "LiveScreen", "QuietScreen", "choose_screen"]
+
+LABEL_WIDTH = 10
+# how often a file gets a line while an epoch or the reading of images goes on
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class QuietScreen(Silent):
+    """Shows nothing, as a context."""
+
+    def __enter__(self) -> QuietScreen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class LineScreen(QuietScreen):
+    """Plain lines: one per epoch, and one now and then while an epoch takes long."""
+
+    quiet = False
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last_line = time.monotonic()
+
+    def write(self, text: Text) -> None:
+        """One line, however long."""
+        self.console.print(text, soft_wrap=True)
+        self.last_line = time.monotonic()
+
+    def say(self, label: str, text: str) -> None:
+        self.write(Text(f"{label:<{LABEL_WIDTH}}{text}".rstrip()))
+
+    def reading(self, done: int, total: int) -> None:
+        if self.due():
+            self.say("reading", f"{done:,} of {total:,} images")
+
+    def step(self, report: StepReport) -> None:
+        if self.due():
+            self.write(Text(f"epoch {report.epoch}/{report.epochs}  {running(report)}"))
+
+    def estimate(self, seconds: float) -> None:
+        self.say("time", f"about {duration(seconds)} to go, by the first steps")
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        self.write(Text(epoch_line(row, epochs)))
+
+    def due(self) -> bool:
+        """Whether the last line is long enough ago."""
+        return time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES
+
+
+class LiveScreen(LineScreen):
+    """The same lines, wrapped to the terminal, and below them one that is rewritten in place."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=8 if console.width < 100 else 20),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            transient=True,
+            refresh_per_second=8,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> LiveScreen:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def say(self, label: str, text: str) -> None:
+        lines = textwrap.wrap(text, max(40, self.console.width - LABEL_WIDTH - 1)) or [""]
+        for number, line in enumerate(lines):
+            start = f"{label if number == 0 else '':<{LABEL_WIDTH}}"
+            self.write(Text.assemble((start, "bold cyan"), line))
+
+    def reading(self, done: int, total: int) -> None:
+        self.show("reading", done, total, f"{done:,} of {total:,} images")
+
+    def step(self, report: StepReport) -> None:
+        done = (report.epoch - 1) * report.steps + report.step
+        self.show(f"epoch {report.epoch}/{report.epochs}", done, report.epochs * report.steps, running(report))
+
+    def show(self, what: str, done: int, total: int, text: str) -> None:
+        """Rewrite the live line."""
+        if self.task is None:
+            self.task = self.progress.add_task(what, text=text)
+        self.progress.update(self.task, description=what, completed=done, total=total, text=text)
+
+
+def choose_screen(quiet: bool) -> QuietScreen:
+    """The screen for where standard output goes."""
+    if quiet:
+        return QuietScreen()
+    console = Console(highlight=False, markup=False, emoji=False)
+    live = console.is_terminal and not console.is_dumb_terminal
+    return LiveScreen(console) if live else LineScreen(console)
+
+
+def running(report: StepReport) -> str:
+    """How an epoch goes."""
+    return (
+        f"step {report.step}/{report.steps}  loss {report.loss:.3f}  {percent(report.accuracy)}  "
+        f"{report.images_per_second:,.0f} img/s  {duration(report.seconds_left)} left"
+    )
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """How an epoch went, in 80 characters."""
+    number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
+    test_loss = "  nan" if row["test_loss"] is None else f"{row['test_loss']:.3f}"
+    return (
+        f"epoch {number}  train loss {row['train_loss']:.3f} {percent(row['train_accuracy']):>7}"
+        f"  test loss {test_loss} {percent(row['test_accuracy']):>7}"
+        f"  {row['images_per_second']:,.0f} img/s  {duration(row['seconds'])}"
+    )

@@ -1,0 +1,39 @@
+"""Options that a run folder remembers: `--config` and `--resume` fill in what the command line leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skipway.errors import SkipwayError
+
+if TYPE_CHECKING:
+    from cyclopts import App
+    from cyclopts.argument import ArgumentCollection
+
+__all__ = ["options_of_a_run"]
+
+
+def options_of_a_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give every option that is not on the command line its value in the run that is continued or repeated."""
+    given = {argument.name: argument.tokens[0] for argument in arguments if argument.tokens}
+    config, out = given.get("--config"), given.get("--out")
+    if "--resume" in given:
+        if config is not None:
+            raise SkipwayError("--resume and --config: a run that continues has a recipe already; give one of the two")
+        if out is None:
+            raise SkipwayError("--resume needs the folder of the run: skipway train --out FOLDER --resume")
+        path = Path(out.value)
+        if set(given) - {"--resume", "--out", "--quiet"} and not (path / "config.json").exists():
+            return  # the first of several calls of one and the same command, which says what to train
+    elif config is not None:
+        path = Path(config.value)
+    else:
+        return
+    from cyclopts.config import Dict
+
+    from skipway.recipe import read_recipe
+
+    file = path / "config.json" if path.is_dir() or "--resume" in given else path
+    values = {name: value for name, value in read_recipe(file).to_json().items() if value is not None}
+    Dict(values, source=str(file), use_commands_as_keys=False)(app, commands, arguments)

@@ -1,0 +1,16 @@
+"""How training images are varied: crops, flips, policies, erasing and mixing, on whole batches and on the device.
+
+Every random number is drawn beforehand, per image, as a function of (seed, epoch, image): see
+`skipway.data.randomness`. So neither the batch size, the place in the order, the number of worker processes nor the
+number of ranks changes how an image is varied.
+"""
+
+from __future__ import annotations
+
+from skipway.data.augment.crops import DRAWS, crop_and_flip, random_box
+from skipway.data.augment.erase import erased
+from skipway.data.augment.mix import mixed
+from skipway.data.augment.policy import varied
+from skipway.data.augment.settings import Augmentation
+
+__all__ = ["DRAWS", "Augmentation", "crop_and_flip", "erased", "mixed", "random_box", "varied"]

@@ -1,0 +1,141 @@
+"""Random operations per image: RandAugment (Cubuk et al. 2020, arXiv 1909.13719) and TrivialAugment (Müller and
+Hutter 2021, arXiv 2103.10158), as tensor operations on a batch.
+
+Both choose uniformly among the same 14 operations; they differ in how many follow each other and how strong they are.
+The colour operations are Pillow's, in the same arithmetic. The geometric ones of an image are multiplied into one
+matrix and applied last, so that each image is sampled once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from skipway.data.augment import colours
+
+__all__ = ["LAYERS", "OPERATIONS", "POLICY_DRAWS", "varied"]
+
+# operations in a row and the strength in 30ths, as in both papers
+LAYERS = {"trivial": 1, "rand": 2}
+RAND_STRENGTH = 9
+STRENGTHS = 31
+# columns of the drawn numbers, per operation in a row: which, how strong, in which direction
+COLUMNS = 3
+POLICY_DRAWS = COLUMNS * max(LAYERS.values())
+
+
+class Operation(NamedTuple):
+    """One operation: the strength that 30 of 30 stands for, and how an image changes.
+
+    `most` holds the values for RandAugment (table 6 of AutoAugment) and for TrivialAugment's wide ranges. `colour`
+    gets images and strengths; `matrix` gets (strengths, width) and gives what maps output places to input places.
+    """
+
+    most: tuple[float, float]
+    colour: Callable[[Tensor, Tensor], Tensor] | None = None
+    matrix: Callable[[Tensor], Tensor] | None = None
+
+
+def linear(a: Tensor, b: Tensor, c: Tensor, d: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Matrices (N, 3, 3) of x' = a x + b y + x0, y' = c x + d y + y0, in halves of the side from the centre."""
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    return torch.stack([a, b, x, c, d, y, zero, zero, one], 1).reshape(-1, 3, 3)
+
+
+def rotation(degrees: Tensor) -> Tensor:
+    """Turns about the centre."""
+    angle = degrees * (math.pi / 180)
+    zero = torch.zeros_like(angle)
+    return linear(angle.cos(), -angle.sin(), angle.sin(), angle.cos(), zero, zero)
+
+
+def shear_x(share: Tensor) -> Tensor:
+    """Rows move sideways in proportion to their distance from the middle."""
+    zero, one = torch.zeros_like(share), torch.ones_like(share)
+    return linear(one, share, zero, one, zero, zero)
+
+
+def shear_y(share: Tensor) -> Tensor:
+    """Columns move up or down in proportion to their distance from the middle."""
+    zero, one = torch.zeros_like(share), torch.ones_like(share)
+    return linear(one, zero, share, one, zero, zero)
+
+
+def shift_x(share: Tensor) -> Tensor:
+    """Sideways by a share of the width."""
+    zero, one = torch.zeros_like(share), torch.ones_like(share)
+    return linear(one, zero, zero, one, 2 * share, zero)
+
+
+def shift_y(share: Tensor) -> Tensor:
+    """Up or down by a share of the height."""
+    zero, one = torch.zeros_like(share), torch.ones_like(share)
+    return linear(one, zero, zero, one, zero, 2 * share)
+
+
+# shifts are shares of the side: AutoAugment's 150 of ImageNet's mean width of 331; TrivialAugment's 32 of CIFAR's 32
+OPERATIONS: dict[str, Operation] = {
+    "identity": Operation((0, 0)),
+    "shear_x": Operation((0.3, 0.99), matrix=shear_x),
+    "shear_y": Operation((0.3, 0.99), matrix=shear_y),
+    "shift_x": Operation((150 / 331, 1.0), matrix=shift_x),
+    "shift_y": Operation((150 / 331, 1.0), matrix=shift_y),
+    "rotate": Operation((30, 135), matrix=rotation),
+    "brightness": Operation((0.9, 0.99), colours.brightness),
+    "colour": Operation((0.9, 0.99), colours.colour),
+    "contrast": Operation((0.9, 0.99), colours.contrast),
+    "sharpness": Operation((0.9, 0.99), colours.sharpness),
+    "posterize": Operation((4, 6), colours.posterize),
+    "solarize": Operation((255, 255), colours.solarize),
+    "autocontrast": Operation((0, 0), colours.autocontrast),
+    "equalize": Operation((0, 0), colours.equalize),
+}
+
+
+def varied(images: Tensor, draws: Tensor, fill: Tensor, policy: str) -> Tensor:
+    """Images uint8 (N, H, W, C), H = W, each changed by the operations that its row of `draws` chooses.
+
+    Args:
+        draws: (N, POLICY_DRAWS) on the CPU, so that no operation waits for the device.
+        fill: colour (C,) of what comes in from outside.
+        policy: "trivial" or "rand".
+    """
+    column = ("rand", "trivial").index(policy)
+    matrices: Tensor | None = None
+    for layer in range(LAYERS[policy]):
+        which, strength, sign = draws[:, COLUMNS * layer : COLUMNS * (layer + 1)].unbind(1)
+        chosen = (which * len(OPERATIONS)).long().clamp(max=len(OPERATIONS) - 1)
+        steps = (strength * STRENGTHS).floor() if policy == "trivial" else torch.full_like(strength, RAND_STRENGTH)
+        signed = torch.where(sign < 0.5, steps, -steps) / (STRENGTHS - 1)
+        for number, operation in enumerate(OPERATIONS.values()):
+            rows = (chosen == number).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            if operation.matrix is not None:
+                if matrices is None:
+                    matrices = torch.eye(3).repeat(len(images), 1, 1)
+                matrices[rows] = matrices[rows] @ operation.matrix(signed[rows] * operation.most[column])
+            elif operation.colour is not None:
+                place = rows.to(images.device)
+                amount = (signed[rows] * operation.most[column]).to(images.device)
+                changed = operation.colour(images[place].float(), amount[:, None, None, None])
+                images = images.index_copy(0, place, changed.to(images.dtype))
+    return images if matrices is None else moved(images, matrices, fill)
+
+
+def moved(images: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
+    """Images sampled bilinearly where the matrices (N, 3, 3) on the CPU say; those of the identity stay as they are."""
+    rows = (matrices != torch.eye(3)).flatten(1).any(1).nonzero()[:, 0]
+    if not len(rows):
+        return images
+    place = rows.to(images.device)
+    planes = (images[place].float() - fill).permute(0, 3, 1, 2)
+    transforms = matrices[rows, :2].to(images.device)
+    grid = nn.functional.affine_grid(transforms, list(planes.shape), align_corners=False)
+    sampled = nn.functional.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    sampled = (sampled.permute(0, 2, 3, 1) + fill).round_().clamp_(0, 255)
+    return images.index_copy(0, place, sampled.to(images.dtype))

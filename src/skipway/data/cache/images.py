@@ -1,0 +1,154 @@
+"""Decoded images in the cache: built once, then cut out of a memory map instead of decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from skipway.data.augment.crops import random_box
+from skipway.data.cache.store import PixelFile
+from skipway.data.decode import UnreadableImage, central_share, crop_and_scale, flat_image, reasons
+from skipway.data.inspection import Decoding, Reading
+from skipway.data.pool import Pool
+from skipway.data.sources.readers import Store
+
+__all__ = ["Cropping", "Shrinking", "open_square", "write_rows", "write_shrunk", "write_square"]
+
+# shorter side of what is kept to cut parts out of, relative to the input's
+KEPT_SHARE = 256 / 224
+# an image that is longer is cut to its middle
+KEPT_ASPECT = 4
+
+
+class Shrinking:
+    """Work that gives each image with its shorter side at 256/224 of the input's; it fills no rows."""
+
+    shape = None
+
+    def __init__(self, store: Store, files: Sequence[str], reading: Reading) -> None:
+        self.store = store
+        self.files = files
+        self.reading = reading
+
+    def __call__(self, index: int, row: np.ndarray | None) -> np.ndarray:
+        """uint8 (H, W, C); an image that cannot be read, one black pixel."""
+        file, (channels, size, grey16) = self.files[index], self.reading
+        side = round(KEPT_SHARE * size)
+        try:
+            with reasons(self.store.read(file), self.store.root / file) as (content, path):
+                image = flat_image(content, path, channels=channels, least=side, grey16=grey16)
+                long, short = max(image.size), min(image.size)
+                if long > KEPT_ASPECT * short:
+                    cut = (long - KEPT_ASPECT * short) // 2
+                    wide = image.width > image.height
+                    box = (cut, 0, image.width - cut, short) if wide else (0, cut, short, image.height - cut)
+                    image = image.crop(box)
+                if short > side:
+                    factor = side / short
+                    shape = (max(side, round(image.width * factor)), max(side, round(image.height * factor)))
+                    image = image.resize(shape, Image.Resampling.BICUBIC)
+                return np.asarray(image).reshape(image.height, image.width, channels)
+        except UnreadableImage:
+            return np.zeros((1, 1, channels), np.uint8)
+
+
+class Cropping:
+    """Work that fills rows with parts of images that lie decoded in a file.
+
+    Args:
+        pixels: the file.
+        count: images in it.
+        rows: which of them each image of the part is.
+        reading: side and channels of the result.
+        draws: what the parts are cut out by; None takes the middle.
+        share: of the shorter side, for the middle.
+    """
+
+    def __init__(
+        self, pixels: PixelFile, count: int, rows: np.ndarray, reading: Reading, draws: np.ndarray | None, share: float
+    ) -> None:
+        self.pixels = pixels
+        self.count = count
+        self.rows = rows
+        self.reading = reading
+        self.draws = draws
+        self.share = share
+        self.shape = (reading.size, reading.size, reading.channels)
+        self.opened: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """A worker process maps the file itself."""
+        return {**self.__dict__, "opened": None}
+
+    def __call__(self, index: int, row: np.ndarray | None) -> str:
+        if self.opened is None:
+            self.opened = self.pixels.open(self.count, self.reading.channels)
+        if self.opened is None or row is None:
+            return f"the decoded images in {self.pixels.path} are gone or damaged; start again and they are made anew"
+        table, content = self.opened
+        offset, height, width = table[self.rows[index]].tolist()
+        channels = self.reading.channels
+        flat = content[offset : offset + height * width * channels]
+        image = Image.fromarray(flat.reshape(height, width, channels) if channels == 3 else flat.reshape(height, width))
+        box = central_share(self.share) if self.draws is None else random_box(self.draws[index])
+        row[:] = crop_and_scale(image, self.reading.size, box, quick=self.draws is not None).reshape(self.shape)
+        return ""
+
+
+def open_square(pixels: PixelFile, count: int, reading: Reading) -> Tensor | None:
+    """All images at the input's size, uint8 (N, H, W, C), mapped from the file; None if there is no such file."""
+    opened = pixels.open(count, reading.channels)
+    if opened is None:
+        return None
+    table, content = opened
+    start, shape = int(table[0, 0]), (count, reading.size, reading.size, reading.channels)
+    return torch.from_numpy(content[start : start + int(np.prod(shape))].reshape(shape))
+
+
+def write_square(pixels: PixelFile, images: Tensor) -> str:
+    """Keep images that are decoded at the input's size; why that is not possible, or "".
+
+    Raises:
+        OSError: the cache cannot be written to.
+    """
+    count, height, width, channels = images.shape
+    sizes = np.tile(np.array([[height, width]], np.int64), (count, 1))
+    return pixels.write(sizes, channels, (image.numpy() for image in images))
+
+
+def write_rows(pixels: PixelFile, work: Decoding, count: int, reading: Reading, pool: Pool, chunk: int = 64) -> str:
+    """Decode all images at the input's size and keep them; why that is not possible, or "".
+
+    Raises:
+        OSError: the cache cannot be written to.
+    """
+    batches = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    sizes = np.full((count, 2), reading.size, np.int64)
+    return pixels.write(
+        sizes, reading.channels, (row for rows, _ in pool.batches(work, batches) for row in rows.numpy())
+    )
+
+
+def write_shrunk(
+    pixels: PixelFile, store: Store, files: Sequence[str], reading: Reading, pool: Pool, chunk: int = 64
+) -> str:
+    """Decode all images and keep them with their shorter side at 256/224 of the input's.
+
+    They are decoded twice: once for their sizes, which stand in front, and once for their pixels.
+
+    Raises:
+        OSError: the cache cannot be written to.
+    """
+    batches = [range(start, min(start + chunk, len(files))) for start in range(0, len(files), chunk)]
+    work = Shrinking(store, files, reading)
+
+    def decoded() -> Iterator[np.ndarray]:
+        for _, images in pool.batches(work, batches):
+            yield from images
+
+    sizes = np.array([image.shape[:2] for image in decoded()], np.int64).reshape(-1, 2)
+    return pixels.write(sizes, reading.channels, decoded())

@@ -1,0 +1,122 @@
+"""Images made ready to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skipway.data.augment import Augmentation
+from skipway.data.batches import Batch, Draws, Variation, check_ranks, normalised, rank_share, test_share
+from skipway.data.parts import Part
+from skipway.data.randomness import permutation
+from skipway.data.split import Listing
+
+__all__ = ["Data"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Images to train and to test on, with everything that another image needs to be treated alike.
+
+    Args:
+        name: of the folder, or "digits".
+        classes: names in the order of their numbers.
+        channels: 1 (grey) or 3 (RGB).
+        size: side of the square input in pixels.
+        mean: per channel in [0, 1]; subtracted from the input.
+        std: per channel; the input is divided by it.
+        augmentation: how training images are varied.
+        fingerprint: changes when the folder's files change.
+        held_out: share of each class that was held out here to test on; None if the folder brought a test part.
+        listing: which image is where; None for the embedded digits.
+        unreadable: (file, reason) of every image that was left out.
+        duplicates: groups of files with the same content.
+        leaked: (training file, test file) with the same content.
+        remarks: one sentence each about what a user may not expect.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    train: Part
+    test: Part
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation
+    fingerprint: str
+    held_out: float | None
+    listing: Listing | None = None
+    unreadable: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
+    duplicates: tuple[tuple[str, ...], ...] = ()
+    leaked: tuple[tuple[str, str], ...] = ()
+
+    def train_batches(
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        device: torch.device,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        size: int | None = None,
+    ) -> Iterator[Batch]:
+        """Batches `start`, `start + 1`, ... of an epoch, varied and normalised.
+
+        Order and augmentation are functions of (seed, epoch, image), so a run that starts again at any batch sees
+        what it would have seen. Incomplete last batches are dropped; another epoch leaves out other images.
+
+        Args:
+            seed: of the run.
+            epoch: from 0.
+            batch_size: images per step over all ranks.
+            device: where the batches go and the augmentation happens.
+            start: the first batch.
+            rank: which contiguous slice of every batch to give; with mixing it is what the whole batch holds there.
+            world: number of ranks.
+            size: side to scale the batch to, for progressive resizing; None keeps the input size.
+
+        Raises:
+            DataError: the ranks cannot share `batch_size` evenly, or in pairs where images are mixed.
+            UnreadableImage: a file changed since it was checked.
+        """
+        check_ranks(batch_size, rank, world, self.augmentation.mixes)
+        order = permutation(len(self.train), seed, epoch)
+        batches = rank_share(order, batch_size, start, rank, world)
+        if not batches:
+            return
+        draws = Draws.of(self.augmentation, len(self.train), seed, epoch)
+        vary = Variation(self.augmentation, draws, self.mean, self.std, self.train.labels, len(self.classes), size)
+        cut = draws.crop if self.augmentation.crop == "resized" else None
+        for images, numbers in zip(self.train.fetch(batches, device, cut), batches, strict=True):
+            yield vary(images, numbers)
+
+    def test_batches(self, *, batch_size: int, device: torch.device, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """All test images once, in order and unvaried; with ranks, each image on exactly one of them."""
+        check_ranks(max(batch_size, world) // world * world, rank, world, False)
+        batches = test_share(len(self.test), batch_size, rank, world)
+        if not batches:
+            return
+        for images, numbers in zip(self.test.fetch(batches, device, None), batches, strict=True):
+            labels = self.test.labels[numbers].to(device)
+            yield Batch(self.normalised(images), labels, labels, numbers)
+
+    def sample(self, count: int, *, seed: int, device: torch.device) -> Batch:
+        """Up to `count` training images as they are, drawn without regard to class."""
+        order = permutation(len(self.train), seed, 0)[:count]
+        inputs, labels = self.normalised(next(self.train.fetch([order], device, None))), self.train.labels[order]
+        return Batch(inputs, labels.to(device), labels.to(device), order)
+
+    def steps(self, batch_size: int) -> int:
+        """Complete batches in an epoch."""
+        return len(self.train) // batch_size
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """(x / 255 - mean) / std; uint8 (N, H, W, C) -> float32 (N, C, H, W) in channels-last memory."""
+        return normalised(images, self.mean, self.std)

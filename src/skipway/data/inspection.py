@@ -1,0 +1,159 @@
+"""What every image file turned out to be: readable or why not, its content's hash, transparency; and what follows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from skipway.data.augment.crops import random_box
+from skipway.data.decode import LEAST_SIDE, Chooser, Grey16, UnreadableImage, central_share, decode, probe
+from skipway.data.sources.index import Found, named
+from skipway.data.sources.readers import Store
+
+__all__ = ["Decoding", "Examining", "Finding", "Reading", "content_remarks", "groups_of"]
+
+# a class may have so many times the images of another before that is said
+IMBALANCE = 10
+LONGEST_ASPECT = 10
+# difference between two classes' shares of transparent images that is said
+ALPHA_DIFFERENCE = 0.5
+
+
+class Finding(NamedTuple):
+    """What a file turned out to be: why it cannot be used, or "", and what its header tells.
+
+    `digest` is the SHA-256 of the content in hexadecimal, "" where nothing could be read.
+    """
+
+    reason: str
+    digest: str = ""
+    width: int = 0
+    height: int = 0
+    alpha: bool = False
+    moving: bool = False
+
+
+class Reading(NamedTuple):
+    """How images become pixels: channels, side, and what is done with 16-bit grey."""
+
+    channels: int
+    size: int
+    grey16: Grey16 = "range"
+
+
+class Examining:
+    """Work that reads each image to its end and says what it is; with a `reading`, it also keeps the pixels."""
+
+    def __init__(self, store: Store, files: Sequence[str], reading: Reading | None) -> None:
+        self.store = store
+        self.files = files
+        self.reading = reading
+        self.shape = None if reading is None else (reading.size, reading.size, reading.channels)
+
+    def __call__(self, index: int, row: np.ndarray | None) -> Finding:
+        file = self.files[index]
+        name = self.store.root / file
+        digest = ""
+        try:
+            content = self.store.read(file)
+            digest = hashlib.sha256(content).hexdigest()
+            header = probe(content, name)
+            if self.reading is None or row is None:
+                decode(content, channels=1, size=LEAST_SIDE, name=name)
+            else:
+                channels, size, grey16 = self.reading
+                row[:] = decode(content, channels=channels, size=size, grey16=grey16, name=name)
+        except UnreadableImage as error:
+            return Finding(error.reason, digest)
+        return Finding("", digest, header.width, header.height, header.alpha, header.moving)
+
+
+class Decoding:
+    """Work that fills rows with images, each cut out by its own draws; returns why that failed, or "".
+
+    Args:
+        store: reads them.
+        files: their names.
+        reading: how they become pixels.
+        draws: float (N, DRAWS), what the parts are cut out by; None takes the middle.
+        share: of the shorter side, for the middle.
+    """
+
+    def __init__(
+        self, store: Store, files: Sequence[str], reading: Reading, draws: np.ndarray | None, share: float
+    ) -> None:
+        self.store = store
+        self.files = files
+        self.reading = reading
+        self.draws = draws
+        self.share = share
+        self.shape = (reading.size, reading.size, reading.channels)
+
+    def box(self, index: int) -> Chooser:
+        """The part of image `index` to cut out."""
+        return central_share(self.share) if self.draws is None else random_box(self.draws[index])
+
+    def __call__(self, index: int, row: np.ndarray | None) -> str:
+        file, (channels, size, grey16) = self.files[index], self.reading
+        try:
+            pixels = decode(
+                self.store.read(file),
+                channels=channels,
+                size=size,
+                box=self.box(index),
+                grey16=grey16,
+                name=self.store.root / file,
+                quick=self.draws is not None,
+            )
+        except UnreadableImage as error:
+            return error.reason
+        if row is not None:
+            row[:] = pixels
+        return ""
+
+
+def groups_of(findings: dict[str, Finding]) -> dict[str, tuple[str, ...]]:
+    """Files with the same content, by each of them; only those that have such a twin.
+
+    >>> groups_of({"a": Finding("", "1"), "b": Finding("", "2"), "c": Finding("", "1")})
+    {'a': ('a', 'c'), 'c': ('a', 'c')}
+    """
+    by_digest: dict[str, list[str]] = {}
+    for file, finding in findings.items():
+        if finding.digest and not finding.reason:
+            by_digest.setdefault(finding.digest, []).append(file)
+    return {file: tuple(files) for files in by_digest.values() if len(files) > 1 for file in files}
+
+
+def content_remarks(found: Found, findings: dict[str, Finding]) -> list[str]:
+    """What the images' headers and numbers tell that a user may not expect."""
+    remarks = []
+    counts, transparent, moving, long = {}, {}, 0, []
+    for name in found.classes:
+        usable = [findings[file] for file in found.train.get(name, []) if not findings[file].reason]
+        counts[name] = len(usable)
+        transparent[name] = sum(finding.alpha for finding in usable) / max(1, len(usable))
+    for file, finding in findings.items():
+        moving += finding.moving
+        if finding.width and max(finding.width, finding.height) > LONGEST_ASPECT * min(finding.width, finding.height):
+            long.append(file)
+    full = {name: count for name, count in counts.items() if count}
+    if full and max(full.values()) >= IMBALANCE * min(full.values()):
+        most, least = max(full, key=full.__getitem__), min(full, key=full.__getitem__)
+        remarks.append(
+            f"classes differ in size: {named([most])} has {full[most]} images, {named([least])} {full[least]}"
+        )
+    high, low = max(transparent, key=transparent.__getitem__), min(transparent, key=transparent.__getitem__)
+    if transparent[high] - transparent[low] > ALPHA_DIFFERENCE:
+        remarks.append(
+            f"transparent images: {100 * transparent[high]:.0f} % of {named([high])}, {100 * transparent[low]:.0f} % "
+            f"of {named([low])}; laid on white, so the background may give the class away"
+        )
+    if moving:
+        remarks.append(f"{moving} animated images: their first frame is used")
+    if long:
+        remarks.append(f"{len(long)} images are more than {LONGEST_ASPECT} times as long as wide: {named(long, 3)}")
+    return remarks

@@ -1,0 +1,388 @@
+"""A source of images, or the embedded digits, made ready to train on."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipway.data.cache.images import open_square, write_rows, write_shrunk, write_square
+from skipway.data.cache.store import PixelFile, cache_folder, key_of, load_findings, save_findings
+from skipway.data.dataset import Data
+from skipway.data.decode import Header, UnreadableImage, probe
+from skipway.data.digits import digits
+from skipway.data.inspection import Decoding, Finding, Reading, content_remarks, groups_of
+from skipway.data.options import SMALL_SIDE, DataChoices
+from skipway.data.parts import FilePart, Held, MemoryPart, Part, Progress, examine
+from skipway.data.pool import FEW_FILES, Pool, Remark, default_workers
+from skipway.data.sources.detect import find
+from skipway.data.sources.index import Found, named, printable
+from skipway.data.split import Listing, divide
+from skipway.errors import DataError
+
+__all__ = ["load", "statistics"]
+
+# the input size of He 2015 and of ImageNet practice since
+LARGE_SIZE = 224
+# headers that are read to choose the input
+PROBED = 1_000
+# decoded sets up to this many bytes are kept in memory
+MEMORY_BYTES = 2 * 1024**3
+
+# per-channel statistics of ImageNet's training set in [0, 1], as torchvision and timm use them
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# what Pillow does not read, and what to do about it
+FOREIGN = {
+    ".heic": "pip install pillow-heif and convert them",
+    ".heif": "pip install pillow-heif and convert them",
+    ".jxl": "pip install pillow-jxl-plugin and convert them",
+    ".dng": "a raw format: develop them",
+    ".cr2": "a raw format: develop them",
+    ".nef": "a raw format: develop them",
+    ".arw": "a raw format: develop them",
+}
+
+
+def load(
+    source: Path | str | DataChoices | None = None,
+    *,
+    progress: Progress | None = None,
+    remark: Remark | None = None,
+    **choices: Any,
+) -> Data:
+    """The images of `source`, or scikit-learn's handwritten digits for None.
+
+    Small images are decoded once into memory; larger ones stay where they are. All are read once here, so that a
+    damaged one is found now and not in the middle of an epoch. Nothing is written beside them.
+
+    Args:
+        source: see `DataChoices`, or all choices in one object.
+        progress: called with (done, all) while images are read.
+        remark: called with a sentence when something goes wrong later and is put right, such as a worker that dies.
+        choices: fields of `DataChoices`.
+
+    Raises:
+        DataError: the source cannot be trained on; the message names the file or class.
+        MissingExtraError: the source needs a library that is not installed; the digits need scikit-learn.
+
+    >>> data = load()
+    >>> data.name, len(data.train) + len(data.test), len(data.classes), data.size, data.channels
+    ('digits', 1797, 10, 8, 1)
+    """
+    if isinstance(source, DataChoices):
+        chosen = replace(source, **choices) if choices else source
+    else:
+        chosen = DataChoices(source=source, **choices)
+    if chosen.source is None:
+        return load_digits(chosen)
+    found = find(chosen.source, allow_empty=chosen.allow_empty, outside=chosen.outside, columns=chosen.columns)
+    files = found.files
+    pool = Pool(default_workers(len(files)) if chosen.workers is None else chosen.workers, chosen.helpers, remark)
+    reading, remarks = choose_input(found, files, chosen)
+    reader = Reader(found, files, chosen, reading, pool, progress, remarks)
+    findings, source_of = reader.read()
+    return assembled(reader, dict(zip(files, findings, strict=True)), source_of)
+
+
+@dataclass
+class Reader:
+    """Reads every image of a source once, or the cache instead."""
+
+    found: Found
+    files: list[str]
+    choices: DataChoices
+    reading: Reading
+    pool: Pool
+    progress: Progress | None
+    remarks: list[str]
+
+    @property
+    def explicit(self) -> bool:
+        """Whether a cache was asked for."""
+        return self.choices.cache is not None and self.choices.cache is not False
+
+    @property
+    def caches(self) -> bool:
+        """Whether anything is kept: where it was asked for, or reading takes a while."""
+        return self.explicit or (self.choices.cache is None and len(self.files) >= FEW_FILES)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether training images are cut out of larger ones."""
+        return self.choices.augmentation(self.reading.size).crop == "resized"
+
+    def read(self) -> tuple[list[Finding], Held | PixelFile | None]:
+        """What every image turned out to be, and where its pixels are: held at the input's size, in a file to cut
+        parts out of, or, None, in the source.
+        """
+        folder, store = cache_folder(self.choices.cache), self.found.store
+        known = load_findings(folder, store, self.files) if self.caches else {}
+        channels, size, grey16 = self.reading
+        needed = len(self.files) * size * size * channels
+        small = not self.cuts and needed <= MEMORY_BYTES
+        kind = f"{'parts' if self.cuts else 'whole'}-{size}-{channels}-{grey16}"
+        keeps = self.explicit or (self.caches and small)
+        pixels = PixelFile.of(folder, store, kind, key_of(store, self.files, kind)) if keeps else None
+        complete = len(known) == len(self.files)
+        if pixels is not None and complete and (ready := self.ready(pixels)) is not None:
+            return [known[file] for file in self.files], ready
+        todo = self.files if small else [file for file in self.files if file not in known]
+        found, images = examine(store, todo, self.pool, reading=self.reading if small else None, progress=self.progress)
+        known.update(zip(todo, found, strict=True))
+        findings = [known[file] for file in self.files]
+        try:
+            if self.caches and todo:
+                save_findings(folder, store, known)
+            if pixels is not None:
+                refused = self.write(pixels, images)
+                if refused:
+                    self.remarks.append(refused + ": they are decoded anew every time")
+                elif images is None:
+                    return findings, self.ready(pixels)
+        except OSError as error:
+            self.remarks.append(f"nothing is kept in {printable(folder)}: {(error.strerror or str(error)).lower()}")
+        return findings, None if images is None else Held(images)
+
+    def ready(self, pixels: PixelFile) -> Held | PixelFile | None:
+        """What a file of decoded images gives, None if it is absent or of other images."""
+        if self.cuts:
+            return pixels if pixels.open(len(self.files), self.reading.channels) is not None else None
+        images = open_square(pixels, len(self.files), self.reading)
+        return None if images is None else Held(images)
+
+    def write(self, pixels: PixelFile, images: Tensor | None) -> str:
+        """Keep the decoded images; why that is not possible, or ""."""
+        if images is not None:
+            return write_square(pixels, images)
+        if self.cuts:
+            return write_shrunk(pixels, self.found.store, self.files, self.reading, self.pool)
+        work = Decoding(self.found.store, self.files, self.reading, None, 1.0)
+        return write_rows(pixels, work, len(self.files), self.reading, self.pool)
+
+
+def assembled(reader: Reader, findings: dict[str, Finding], pixels: Held | PixelFile | None) -> Data:
+    """The data of a source whose images have been read."""
+    found, choices, reading = reader.found, reader.choices, reader.reading
+    bad = tuple((file, finding.reason) for file, finding in findings.items() if finding.reason)
+    check_readable(found, choices, bad)
+    groups = groups_of(findings) if choices.duplicates else {}
+    without = {file for file, _ in bad}
+    try:
+        listing = divide(found, held_out=choices.held_out, seed=choices.seed, without=without, groups=groups)
+    except DataError as error:
+        raise DataError(f"{error}; {len(bad)} files cannot be read and do not count") if bad else error from None
+    if not listing.test:
+        raise DataError(f"no test image in {printable(found.root)} can be read")
+    augmentation = choices.augmentation(reading.size)
+    place = {file: number for number, file in enumerate(reader.files)}
+
+    def part(samples: Sequence[Any]) -> Part:
+        rows = torch.tensor([place[sample.file] for sample in samples], dtype=torch.int64)
+        if isinstance(pixels, Held):
+            labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+            return MemoryPart(pixels, labels, [sample.file for sample in samples], rows)
+        stored = None if pixels is None else (pixels, len(reader.files), rows.numpy())
+        return FilePart(found.store, samples, reading=reading, crop=reader.cuts, pool=reader.pool, stored=stored)
+
+    train, test = part(listing.train), part(listing.test)
+    mean, std = statistics_of(train) if isinstance(train, MemoryPart) else known_statistics(reading.channels)
+    leaked = leaks(listing, groups)
+    remarks = [
+        *reader.remarks,
+        *found.remarks,
+        *listing_remarks(listing),
+        *content_remarks(found, findings),
+        *copy_remarks(listing, groups, leaked),
+    ]
+    return Data(
+        name=found.name,
+        classes=found.classes,
+        channels=reading.channels,
+        size=reading.size,
+        train=train,
+        test=test,
+        mean=mean,
+        std=std,
+        augmentation=augmentation,
+        fingerprint=listing.fingerprint,
+        held_out=listing.held_out,
+        listing=listing,
+        unreadable=bad,
+        remarks=tuple(remarks),
+        duplicates=tuple(dict.fromkeys(groups.values())),
+        leaked=leaked,
+    )
+
+
+def load_digits(choices: DataChoices) -> Data:
+    """The embedded digits; scaled and repeated in every channel where another size or colour is asked for."""
+    classes, train, test = digits(held_out=choices.held_out, seed=choices.seed)
+    size, channels = choices.size or train.images.shape[1], choices.channels or 1
+    if choices.crop == "resized":
+        raise DataError("crop 'resized' cuts parts out of image files; the embedded digits have none: use 'pad'")
+    train, test = (MemoryPart(enlarged(part.images, size, channels), part.labels, part.names) for part in (train, test))
+    mean, std = statistics(train.images)
+    return Data(
+        name="digits",
+        classes=classes,
+        channels=channels,
+        size=size,
+        train=train,
+        test=test,
+        mean=mean,
+        std=std,
+        augmentation=replace(choices, crop="pad" if choices.crop == "auto" else choices.crop).augmentation(size),
+        fingerprint="digits",
+        held_out=choices.held_out,
+    )
+
+
+def choose_input(found: Found, files: list[str], choices: DataChoices) -> tuple[Reading, list[str]]:
+    """Input size and channels, from the headers of up to 1,000 images spread evenly over both parts."""
+    headers: list[Header] = []
+    for file in files[:: max(1, len(files) // PROBED)]:
+        try:
+            headers.append(probe(found.store.read(file), found.root / file))
+        except UnreadableImage:
+            continue
+    if not headers:
+        first = printable(found.root / files[0])
+        raise DataError(f"none of the {len(files)} images in {printable(found.root)} can be read; the first: {first}")
+    shorter = max(min(header.width, header.height) for header in headers)
+    size = choices.size or (shorter if shorter <= SMALL_SIDE else LARGE_SIZE)
+    channels = choices.channels or (1 if all(header.grey for header in headers) else 3)
+    shapes = Counter((header.width, header.height) for header in headers)
+    remarks = []
+    if size <= SMALL_SIDE and set(shapes) != {(size, size)}:
+        (width, height), _ = shapes.most_common(1)[0]
+        remarks.append(f"images are scaled and cut to a central {size}x{size}; most are {width}x{height}")
+    return Reading(channels, size, choices.grey16), remarks
+
+
+def check_readable(found: Found, choices: DataChoices, bad: Sequence[tuple[str, str]]) -> None:
+    """Damaged files must be few, and must not leave a class without training images."""
+    if not bad:
+        return
+    (file, reason), without = bad[0], {file for file, _ in bad}
+    first = f"{printable(found.root / file)}: {reason}"
+    if choices.unreadable == "stop":
+        raise UnreadableImage(found.root / file, f"{reason} (unreadable images are set to stop, not skip)")
+    empty = [name for name, files in found.train.items() if files and without.issuperset(files)]
+    if empty:
+        raise DataError(
+            f"class {named(empty)} has no readable training image; {len(bad)} files cannot be read, the first: {first}"
+        )
+    total = len(found.files)
+    if len(bad) > math.ceil(choices.most_unreadable * total):
+        raise DataError(
+            f"{len(bad)} of {total} images cannot be read, the first: {first}. The rule is at most most_unreadable="
+            f"{choices.most_unreadable:g} of all; mend or remove them, or raise that"
+        )
+
+
+def leaks(listing: Listing, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
+    """(training file, test file) of the same content; of each test file, the first."""
+    training = {sample.file for sample in listing.train}
+    found = []
+    for sample in listing.test:
+        twin = next((file for file in groups.get(sample.file, ()) if file in training), None)
+        if twin is not None:
+            found.append((twin, sample.file))
+    return tuple(found)
+
+
+def copy_remarks(listing: Listing, groups: dict[str, tuple[str, ...]], leaked: Sequence[tuple[str, str]]) -> list[str]:
+    """What files of the same content mean."""
+    remarks = []
+    distinct = tuple(dict.fromkeys(groups.values()))
+    if distinct:
+        extra = sum(len(group) - 1 for group in distinct)
+        remarks.append(f"{extra} images are copies of others, the first: {named(distinct[0], 3)}")
+    label = {sample.file: sample.label for sample in listing.train + listing.test}
+    torn = [group for group in distinct if len({label[file] for file in group}) > 1]
+    if torn:
+        said = ", ".join(f"{printable(file)!r} as {printable(listing.classes[label[file]])!r}" for file in torn[0][:3])
+        remarks.append(f"{len(torn)} images stand in more than one class, the first: {said}")
+    if leaked:
+        twin, file = leaked[0]
+        remarks.append(
+            f"{len(leaked)} test images are also trained on, so the accuracy will look better than it is; the first: "
+            f"{printable(file)!r} is {printable(twin)!r}"
+        )
+    return remarks
+
+
+def listing_remarks(listing: Listing) -> list[str]:
+    """What was found in the source and is not used."""
+    remarks = []
+    if listing.ignored:
+        counted = ", ".join(f"{count} {printable(suffix)}" for suffix, count in listing.ignored.most_common(5))
+        remarks.append(f"files ignored as not images: {counted}")
+        advised = {FOREIGN[suffix]: suffix for suffix in listing.ignored if suffix in FOREIGN}
+        remarks += [f"Pillow does not read {suffix} files: {advice}" for advice, suffix in advised.items()]
+    if listing.unused:
+        remarks.append(f"folder not used: {', '.join(map(printable, listing.unused))}")
+    for verb, part in (("test", listing.test), ("training", listing.train)):
+        present = {sample.label for sample in part}
+        missing = [name for number, name in enumerate(listing.classes) if number not in present]
+        if missing:
+            remarks.append(f"no {verb} image of class {named(missing)}")
+    return remarks
+
+
+def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 images (N, H, W, C), in [0, 1], exact by their histogram.
+
+    A channel that is the same everywhere gets the standard deviation 1.
+
+    >>> statistics(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
+    ((0.5,), (0.5,))
+    """
+    return moments(histogram(images))
+
+
+def statistics_of(part: MemoryPart) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The same of a part, a chunk at a time: it may be larger than memory."""
+    chunks: Iterator[Tensor] = part.fetch(torch.arange(len(part)).split(1024), torch.device("cpu"), None)
+    return moments(torch.stack([histogram(images) for images in chunks]).sum(0))
+
+
+def histogram(images: Tensor) -> Tensor:
+    """How often each value occurs in each channel: int64 (C, 256)."""
+    return torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(images.shape[-1])])
+
+
+def moments(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each row of a histogram (C, 256), values in [0, 1]."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for weights in counts.double():
+        weights = weights / weights.sum()
+        mean = float(weights @ values)
+        means.append(mean)
+        deviations.append(float(weights @ (values - mean) ** 2) ** 0.5 or 1.0)
+    return tuple(means), tuple(deviations)
+
+
+def known_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's statistics, or their means over the colours for grey images."""
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+
+
+def enlarged(images: Tensor, size: int, channels: int) -> Tensor:
+    """Grey images (N, H, W, 1) at another size, repeated in every channel: (N, size, size, channels)."""
+    if images.shape[1] != size:
+        planes = images.permute(0, 3, 1, 2).float()
+        planes = nn.functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+        images = planes.round().to(torch.uint8).permute(0, 2, 3, 1)
+    return images.expand(-1, -1, -1, channels).contiguous()

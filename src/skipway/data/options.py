@@ -1,0 +1,134 @@
+"""What can be chosen about the data, as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from skipway.data.augment import Augmentation
+from skipway.data.augment.settings import Policy
+from skipway.data.decode import Grey16
+from skipway.data.pool import Helpers
+from skipway.data.sources.detect import COLUMNS
+from skipway.errors import DataError
+
+__all__ = ["SMALL_SIDE", "Crop", "DataChoices"]
+
+Crop = Literal["auto", "pad", "resized", "none"]
+
+# images up to this side are trained on at their own size
+SMALL_SIDE = 64
+
+# field: (whether a value is allowed, the rule in words)
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "size": (lambda value: value is None or 8 <= value <= 4096, "8 to 4096 pixels, or None"),
+    "channels": (lambda value: value in (None, 1, 3), "1 (grey), 3 (colour) or None"),
+    "held_out": (lambda value: 0 < value < 1, "between 0 and 1"),
+    "crop": (lambda value: value in ("auto", "pad", "resized", "none"), "auto, pad, resized or none"),
+    "unreadable": (lambda value: value in ("skip", "stop"), "skip or stop"),
+    "most_unreadable": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "grey16": (lambda value: value in ("range", "minmax"), "range or minmax"),
+    "workers": (lambda value: value is None or 0 <= value <= 256, "from 0 to 256, or None"),
+    "helpers": (lambda value: value in ("threads", "processes"), "threads or processes"),
+    "policy": (lambda value: value in ("none", "trivial", "rand"), "none, trivial or rand"),
+    "mixup": (lambda value: 0 <= value <= 100, "from 0 (off) to 100"),
+    "cutmix": (lambda value: 0 <= value <= 100, "from 0 (off) to 100"),
+    "erasing": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "columns": (lambda value: len(value) == 3, "three names: image, label, split"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataChoices:
+    """Which images, and how they are read, checked, kept and varied.
+
+    Args:
+        source: a folder of class folders, with or without `train` and `test`; a list in CSV, TSV or Parquet; a tar
+            file, a folder or a brace pattern of tar shards; a folder that `datasets` saved, or "hf:NAME" to fetch;
+            None: the embedded digits.
+        size: side of the input in pixels; None takes the images' own up to 64, else 224.
+        channels: 1 or 3; None takes 1 if all images are grey.
+        held_out: share of each class to test on when the source has no test part, 0 < share < 1.
+        seed: chooses which images are held out.
+        crop: see `Augmentation`; "auto" pads inputs up to 64 pixels by an eighth and cuts parts out of larger ones.
+        flip: mirror half of the training images; None does, except for the digits, which it would turn into others.
+        unreadable: leave damaged files out, or raise at the first.
+        most_unreadable: share of damaged files, rounded up to a whole file, above which it raises all the same.
+        grey16: 16-bit grey from its full range ("range"), or from each image's own ("minmax").
+        allow_empty: keep a class that has no image.
+        outside: follow links, and paths in lists, that lead out of the source's folder.
+        workers: how many decode at once; None takes one per CPU core, none for a few files.
+        helpers: threads or processes.
+        cache: keep what is known of the files, and decoded images, in the platform's cache folder or
+            `$SKIPWAY_CACHE` (True), or in another folder. None keeps them for thousands of files that are decoded once
+            into memory, and findings only for larger images; True also keeps images to cut parts out of, at 256/224 of
+            the input's side, which is faster and a little less sharp. False keeps nothing.
+        duplicates: look for files with the same content; an own split keeps those together.
+        policy: see `Augmentation`.
+        mixup: see `Augmentation`.
+        cutmix: see `Augmentation`.
+        erasing: see `Augmentation`.
+        columns: of a list: the image, its label, and its split, which need not be there.
+
+    Raises:
+        DataError: a value outside its rule.
+
+    >>> DataChoices(held_out=2.0)
+    Traceback (most recent call last):
+    ...
+    skipway.errors.DataError: held_out=2.0: the rule is between 0 and 1
+    """
+
+    source: Path | str | None = None
+    size: int | None = None
+    channels: int | None = None
+    held_out: float = 0.2
+    seed: int = 0
+    crop: Crop = "auto"
+    flip: bool | None = None
+    unreadable: Literal["skip", "stop"] = "skip"
+    most_unreadable: float = 0.01
+    grey16: Grey16 = "range"
+    allow_empty: bool = False
+    outside: bool = False
+    workers: int | None = None
+    helpers: Helpers = "threads"
+    cache: bool | Path | None = None
+    duplicates: bool = True
+    policy: Policy = "none"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    erasing: float = 0.0
+    columns: tuple[str, str, str] = COLUMNS
+
+    def __post_init__(self) -> None:
+        for name, (allowed, rule) in RULES.items():
+            value = getattr(self, name)
+            try:
+                good = allowed(value)
+            except TypeError:
+                good = False
+            if not good:
+                raise DataError(f"{name}={value!r}: the rule is {rule}")
+
+    def augmentation(self, size: int) -> Augmentation:
+        """Padding by an eighth of the side, 4 pixels at 32 as in He 2015, for small inputs; cut-out parts for large.
+
+        >>> small, large = (DataChoices().augmentation(size) for size in (32, 224))
+        >>> small.crop, small.pad, large.crop
+        ('pad', 4, 'resized')
+        """
+        crop = self.crop
+        if crop == "auto":
+            crop = "pad" if size <= SMALL_SIDE else "resized"
+        return Augmentation(
+            crop=crop,
+            pad=max(1, round(size / 8)) if crop == "pad" else 0,
+            flip=self.source is not None if self.flip is None else self.flip,
+            policy=self.policy,
+            erasing=self.erasing,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+        )

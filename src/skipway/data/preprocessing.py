@@ -1,0 +1,163 @@
+"""What happens to an image before the network sees it, as the header of a weights file tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from skipway.data.batches import normalised
+from skipway.data.decode import (
+    SHOWN,
+    UnreadableImage,
+    central_share,
+    crop_and_scale,
+    decode,
+    flattened,
+    orientation_of,
+    silence_pillow,
+)
+from skipway.data.parts import TEST_SHARE
+from skipway.data.split import printable
+from skipway.errors import CheckpointError, DataError
+
+__all__ = ["Preprocessing"]
+
+Crop = Literal["pad", "resized", "none"]
+Grey16 = Literal["range", "minmax"]
+MOST_SIDE = 4096
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are treated in a test, and what the outputs mean.
+
+    Args:
+        classes: names in the order of the outputs.
+        channels: 1 (grey) or 3 (RGB).
+        size: side of the square input in pixels.
+        mean: per channel in [0, 1]; subtracted from the input.
+        std: per channel; the input is divided by it.
+        crop: how training images were cut; a test image loses its border where it was "resized".
+        grey16: how 16-bit grey becomes 8-bit, see `skipway.data.decode`.
+
+    >>> Preprocessing(("cat", "dog"), 1, 8, (0.5,), (0.5,), "none").share
+    1.0
+    """
+
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: Crop
+    grey16: Grey16 = "range"
+
+    @property
+    def share(self) -> float:
+        """Side of the central square that is used, over the image's shorter side."""
+        return TEST_SHARE if self.crop == "resized" else 1.0
+
+    @property
+    def example(self) -> Tensor:
+        """An input of one image, all zeros: (1, channels, size, size)."""
+        return torch.zeros(1, self.channels, self.size, self.size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: object, source: str) -> Preprocessing:
+        """What `to_json` gave, or the header of a run's weights.
+
+        Raises:
+            CheckpointError: a field is missing, unknown, or outside its range.
+        """
+        names = cls.__dataclass_fields__.keys()
+        if not isinstance(values, dict) or not names - {"grey16"} <= values.keys() <= names:
+            raise CheckpointError(f"{source}: the preprocessing has to hold {', '.join(names)}, and nothing else")
+        classes, channels, size, crop = (values[name] for name in ("classes", "channels", "size", "crop"))
+        grey16 = values.get("grey16", "range")
+        mean, std = numbers(values["mean"]), numbers(values["std"])
+        rules = {
+            "classes": texts(classes) and len(set(classes)) == len(classes) >= 2,
+            "channels": channels in (1, 3) and isinstance(channels, int),
+            "size": isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MOST_SIDE,
+            "mean": mean is not None and len(mean) == channels,
+            "std": std is not None and len(std) == channels and min(std) > 0,
+            "crop": crop in get_args(Crop),
+            "grey16": grey16 in get_args(Grey16),
+        }
+        wrong = [name for name, holds in rules.items() if not holds]
+        if wrong:
+            raise CheckpointError(f"{source}: the preprocessing holds a {wrong[0]} that cannot be")
+        assert mean is not None
+        assert std is not None
+        return cls(tuple(classes), channels, size, mean, std, crop, grey16)
+
+    def of_tensor(self, images: Tensor) -> Tensor:
+        """Inputs (N, C, H, W) from images (N, C, H, W) with H = W = `size`, uint8 or floating point in [0, 1].
+
+        Raises:
+            DataError: another shape, or values outside.
+        """
+        shape = (self.channels, self.size, self.size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != shape:
+            raise DataError(f"images of shape {tuple(images.shape)}: the rule is (N, {', '.join(map(str, shape))})")
+        if images.dtype != torch.uint8:
+            if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+                raise DataError(
+                    f"images of {images.dtype}: the rule is uint8 from 0 to 255, or floating point from 0 to 1 that is "
+                    "not yet normalised"
+                )
+            images = images.float() * 255
+        return normalised(images.permute(0, 2, 3, 1), self.mean, self.std)
+
+    def of_file(self, source: Path | bytes) -> Tensor:
+        """uint8 (size, size, channels) from a file, or from what is in it.
+
+        Raises:
+            UnreadableImage: see `skipway.data.decode`.
+        """
+        choose = central_share(self.share)
+        pixels = decode(source, channels=self.channels, size=self.size, box=choose, grey16=self.grey16)
+        return torch.from_numpy(pixels.copy())
+
+    def of_picture(self, image: Image.Image) -> Tensor:
+        """uint8 (size, size, channels) from an image of Pillow, treated as one in a file.
+
+        Raises:
+            UnreadableImage: it cannot be decoded, or its values have no known range.
+        """
+        name = Path(getattr(image, "filename", "") or "image")
+        silence_pillow()
+        try:
+            if image.mode == "F":
+                raise ValueError("32-bit float values of unknown range; give it 8 or 16 bits")
+            image.load()
+            flat = flattened(image, self.channels, self.grey16)
+            turned = flat.transpose(SHOWN[turn]) if (turn := orientation_of(image)) in SHOWN else flat
+            pixels = crop_and_scale(turned, self.size, central_share(self.share))
+        except Exception as error:  # Pillow's plugins raise whatever their parsers do
+            raise UnreadableImage(name, printable(str(error))) from error
+        return torch.from_numpy(pixels.copy()).reshape(self.size, self.size, self.channels)
+
+
+def texts(values: object) -> bool:
+    """Whether these are a list of texts."""
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def numbers(values: object) -> tuple[float, ...] | None:
+    """Finite numbers, or None where it is anything else."""
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return None
+    fine = [isinstance(value, int | float) and math.isfinite(value) for value in values]
+    return tuple(float(value) for value in values) if fine and all(fine) else None

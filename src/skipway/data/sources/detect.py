@@ -1,0 +1,64 @@
+"""Which kind of source a path is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from skipway.data.sources.folders import find_folders
+from skipway.data.sources.hub import HUB_PREFIX, find_rows, is_saved
+from skipway.data.sources.index import Found, printable
+from skipway.data.sources.lists import LIST_SUFFIXES, find_list
+from skipway.data.sources.shards import find_shards
+from skipway.errors import DataError, SkipwayError
+
+__all__ = ["COLUMNS", "find"]
+
+COLUMNS = ("image", "label", "split")
+
+
+def find(
+    source: Path | str, *, allow_empty: bool = False, outside: bool = False, columns: Sequence[str] = COLUMNS
+) -> Found:
+    """The images of a source: a folder of class folders, of tar shards or of `save_to_disk`; a list in CSV, TSV or
+    Parquet; a tar file or a brace pattern of them; "hf:NAME".
+
+    Raises:
+        DataError: there is no such source, or it cannot be trained on.
+        MissingExtraError: it needs a library that is not installed.
+    """
+    if str(source).startswith(HUB_PREFIX):
+        return find_rows(str(source), columns=columns, outside=outside)
+    path = Path(source)
+    try:
+        if path.is_dir():
+            if is_saved(path):
+                return find_rows(path, columns=columns, outside=outside)
+            return (
+                find_shards(path)
+                if holds_shards(path)
+                else find_folders(path, allow_empty=allow_empty, outside=outside)
+            )
+        suffix = path.suffix.lower()
+        if suffix in LIST_SUFFIXES and path.is_file():
+            return find_list(path, columns=columns, outside=outside)
+        if suffix == ".tar" and (path.is_file() or "{" in path.name or "{" in str(path.parent)):
+            return find_shards(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, SkipwayError):
+            raise
+        raise DataError(f"{printable(path)} cannot be read: {error}") from error
+    missing = "does not exist; without a folder, training uses the embedded digits"
+    what = "is a file; unpack it and give the folder" if os.path.lexists(path) else missing
+    raise DataError(f"data folder {printable(path)} {what}")
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder, or its train folder, holds tar files."""
+    for place in (folder, folder / "train"):
+        if place.is_dir():
+            with os.scandir(place) as entries:
+                if any(entry.name.endswith(".tar") and entry.is_file() for entry in entries):
+                    return True
+    return False

@@ -1,0 +1,114 @@
+"""Hugging Face data sets: a folder that `save_to_disk` wrote, or `hf:NAME`, which is fetched when it is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from skipway.data.sources.index import (
+    FilesByClass,
+    Found,
+    check_classes,
+    check_test_classes,
+    named,
+    part_of,
+    printable,
+    sorted_classes,
+)
+from skipway.data.sources.readers import Rows
+from skipway.errors import DataError, MissingExtraError
+
+__all__ = ["HUB_PREFIX", "find_rows", "is_saved"]
+
+HUB_PREFIX = "hf:"
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def find_rows(source: Path | str, *, columns: Sequence[str], outside: bool = False) -> Found:
+    """The images of a data set.
+
+    Args:
+        source: a folder that `save_to_disk` wrote, or "hf:NAME" or "hf:NAME:CONFIGURATION" to fetch from the hub. Code
+            that comes with a data set is never run.
+        columns: names of the columns for the image and its label; where one is not there, the only column of images
+            and the only column of classes.
+        outside: allow paths in the image column that lead out of the folder.
+
+    Raises:
+        DataError: it cannot be read, has no such columns, or fewer than two classes.
+        MissingExtraError: the library `datasets` is not installed.
+    """
+    try:
+        datasets: Any = import_module("datasets")
+    except ImportError as error:
+        raise MissingExtraError("datasets", "datasets", "a Hugging Face data set") from error
+    fetched = isinstance(source, str) and source.startswith(HUB_PREFIX)
+    where = printable(str(source))
+    try:
+        if fetched:
+            loaded: Any = datasets.load_dataset(*str(source)[len(HUB_PREFIX) :].split(":", 1))
+        else:
+            loaded = datasets.load_from_disk(str(source))
+    except Exception as error:  # of many libraries: network, file system, Arrow, JSON
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DataError(f"{where} cannot be read as a data set: {reason}") from error
+    splits = {str(split): table for split, table in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
+    image, label = choose_columns(splits, columns, where, datasets)
+    tables, parts, unused = {}, {}, []
+    names: tuple[str, ...] | None = None
+    for split, table in splits.items():
+        part = part_of(split, where)
+        if part in parts:
+            unused.append(split)
+            continue
+        feature = table.features[label]
+        own = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        names = names or own
+        by_class: FilesByClass = {}
+        for row, value in enumerate(table[label]):
+            if value is None or (own and not 0 <= int(value) < len(own)):
+                raise DataError(f"{where}: row {row} of {split} has no label")
+            by_class.setdefault(own[int(value)] if own else str(value), []).append(f"{split}/{row}")
+        parts[part] = by_class
+        if isinstance(table.features[image], datasets.Image):
+            table = table.cast_column(image, datasets.Image(decode=False))
+        tables[split] = table.select_columns([image])
+    if "train" not in parts:
+        raise DataError(f"{where} has no split called train; it has {named(splits)}")
+    train = parts["train"]
+    classes = tuple(name for name in names if name in train) if names else sorted_classes(train)
+    check_classes(train, where, allow_empty=False)
+    if "test" in parts:
+        check_test_classes(parts["test"], classes, where)
+    root = Path(str(source).replace(":", "/") if fetched else source)
+    return Found(
+        store=Rows(root, image, tables, outside or fetched),
+        name=root.name,
+        classes=classes,
+        train={name: train[name] for name in classes},
+        test=parts.get("test"),
+        unused=tuple(unused),
+    )
+
+
+def choose_columns(splits: dict[str, Any], columns: Sequence[str], where: str, datasets: Any) -> tuple[str, str]:
+    """The columns of images and of labels."""
+    features = next(iter(splits.values())).features
+    chosen = []
+    for wanted, kind in zip(columns, (datasets.Image, datasets.ClassLabel), strict=False):
+        fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
+        if wanted in features:
+            chosen.append(wanted)
+        elif len(fitting) == 1:
+            chosen.append(fitting[0])
+        else:
+            raise DataError(f"{where} has no column {wanted!r}; it has {named(features)}. Name it with columns")
+    return chosen[0], chosen[1]

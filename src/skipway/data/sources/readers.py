@@ -1,0 +1,179 @@
+"""Where the bytes of an image are: a file, a stretch of a tar file, a cell of a table.
+
+A store is all that decoding, checking and caching know of a source, so each of them works for every source. Stores
+travel to worker processes by pickle, which opens nothing; threads may share one.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+from skipway.data.decode import MOST_BYTES, UnreadableImage
+from skipway.errors import DataError
+
+__all__ = ["Files", "Member", "Rows", "Shards", "Stamp", "Store"]
+
+Stamp = tuple[int, int]
+
+
+class Store(ABC):
+    """Images by name. `root / name` is what messages call one.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "a.png").write_bytes(b"pixels")
+    ...     Files(Path(folder)).read("a.png")
+    b'pixels'
+    """
+
+    root: Path
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """All bytes of an image.
+
+        Raises:
+            UnreadableImage: they cannot be read, or are more than 256 MB.
+        """
+
+    @abstractmethod
+    def stamp(self, name: str) -> Stamp:
+        """Two numbers that change when the image does: size and time of change in nanoseconds; (-1, -1): none."""
+
+
+@final
+@dataclass
+class Files(Store):
+    """Files below a folder, or, where a name is absolute, elsewhere."""
+
+    root: Path
+
+    def read(self, name: str) -> bytes:
+        path = self.root / name
+        try:
+            # a pipe would keep its reader waiting for ever
+            with open(
+                os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
+            ) as f:
+                about = os.fstat(f.fileno())
+                if not stat.S_ISREG(about.st_mode):
+                    raise UnreadableImage(path, "not a regular file")
+                check_bytes(path, about.st_size)
+                return f.read(MOST_BYTES + 1)
+        except UnreadableImage:
+            raise
+        except FileNotFoundError as error:
+            raise UnreadableImage(path, "no such file") from error
+        except PermissionError as error:
+            raise UnreadableImage(path, "no permission to read it") from error
+        except (OSError, ValueError) as error:  # a loop of links, a null byte in the name, a disk that fails
+            raise UnreadableImage(path, (getattr(error, "strerror", "") or str(error)).lower()) from error
+
+    def stamp(self, name: str) -> Stamp:
+        try:
+            about = os.stat(self.root / name)
+        except (OSError, ValueError):
+            return -1, -1
+        return about.st_size, about.st_mtime_ns
+
+
+class Member(NamedTuple):
+    """A stretch of a tar file: which file, where it begins, how long it is."""
+
+    shard: str
+    offset: int
+    size: int
+
+
+@final
+@dataclass
+class Shards(Store):
+    """Members of tar files, read where they lie; nothing is unpacked."""
+
+    root: Path
+    members: Mapping[str, Member]
+
+    def read(self, name: str) -> bytes:
+        member = self.members[name]
+        path = self.root / name
+        check_bytes(path, member.size)
+        try:
+            with open(self.root / member.shard, "rb") as file:
+                file.seek(member.offset)
+                content = file.read(member.size)
+        except OSError as error:
+            raise UnreadableImage(path, (error.strerror or str(error)).lower()) from error
+        if len(content) < member.size:
+            raise UnreadableImage(path, "the shard ends before its member does")
+        return content
+
+    def stamp(self, name: str) -> Stamp:
+        member = self.members[name]
+        try:
+            changed = os.stat(self.root / member.shard).st_mtime_ns
+        except OSError:
+            return -1, -1
+        return member.size, changed + member.offset
+
+
+@final
+@dataclass
+class Rows(Store):
+    """Cells of Hugging Face data sets: `tables` by split, the name of an image is `split/row`.
+
+    The cells hold bytes, or paths; a path must not leave `root` unless `outside` is asked for.
+    """
+
+    root: Path
+    column: str
+    tables: Mapping[str, Any] = field(repr=False)
+    outside: bool = False
+
+    def read(self, name: str) -> bytes:
+        split, row = name.rsplit("/", 1)
+        path = self.root / name
+        try:
+            cell = self.tables[split][int(row)][self.column]
+        except Exception as error:  # whatever the library's readers of a damaged table raise
+            raise UnreadableImage(path, str(error).splitlines()[0][:100] if str(error) else "cannot be read") from error
+        if not isinstance(cell, Mapping):
+            raise UnreadableImage(path, f"the column {self.column!r} holds {type(cell).__name__}, not an image")
+        content, file = cell.get("bytes"), cell.get("path")
+        if content is not None:
+            check_bytes(path, len(content))
+            return bytes(content)
+        if not file:
+            raise UnreadableImage(path, "an empty cell")
+        if not self.outside and not Path(file).resolve().is_relative_to(self.root.resolve()):
+            raise UnreadableImage(path, "a path that leads out of the data set")
+        return Files(self.root).read(file)
+
+    def stamp(self, name: str) -> Stamp:
+        split, row = name.rsplit("/", 1)
+        print_of = str(getattr(self.tables[split], "_fingerprint", ""))
+        if not print_of:
+            return -1, -1
+        return int(row), int.from_bytes(print_of.encode()[:8], "big") >> 1
+
+
+def check_bytes(path: Path, size: int) -> None:
+    """Refuses what no image needs."""
+    if size > MOST_BYTES:
+        raise UnreadableImage(path, f"a file of more than {MOST_BYTES >> 20} MB")
+
+
+def check_name(name: str, source: Path) -> None:
+    """A member's name must stay below its archive.
+
+    Raises:
+        DataError: it is absolute or goes up.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or ".." in parts or "\0" in name or (len(name) > 1 and name[1] == ":"):
+        raise DataError(f"{source}: member {name!r} leads out of the archive; it is not read")

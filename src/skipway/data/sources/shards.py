@@ -1,0 +1,221 @@
+"""Tar shards as the webdataset library writes them: `key.jpg` beside `key.cls` or `key.json`, read where they lie.
+
+That library reads shards from front to back; here every member is asked for by itself, so only its naming rules are
+used (`tests/data/test_sources.py` compares them): the key of a member is its path up to the first dot of its name. A
+member without a label beside it has its folder's name for a label, so a tar file of class folders works as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from skipway.data.decode import MOST_BYTES
+from skipway.data.sources.index import (
+    SUFFIXES,
+    TEST_NAMES,
+    FilesByClass,
+    Found,
+    check_classes,
+    check_test_classes,
+    printable,
+    sorted_classes,
+)
+from skipway.data.sources.readers import Member, Shards, check_name
+from skipway.errors import DataError
+
+__all__ = ["expand", "find_shards", "key_and_suffix", "shard_paths"]
+
+MOST_MEMBERS = 20_000_000
+MOST_SHARDS = 100_000
+MOST_LABEL_BYTES = 1024**2
+
+
+def expand(pattern: str) -> list[str]:
+    """A brace pattern written out, as a shell does: ranges of numbers, which keep leading zeros, and lists.
+
+    >>> expand("train-{08..10}.tar"), expand("{train,val}.tar")
+    (['train-08.tar', 'train-09.tar', 'train-10.tar'], ['train.tar', 'val.tar'])
+    """
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    options: list[list[str]] = []
+    total = 1
+    for number, piece in enumerate(pieces):
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", piece) if number % 2 else None
+        if span is not None:
+            first, last = span.groups()
+            width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+            total *= abs(int(last) - int(first)) + 1
+            if total > MOST_SHARDS:
+                break
+            step = 1 if int(first) <= int(last) else -1
+            options.append([str(n).zfill(width) for n in range(int(first), int(last) + step, step)])
+        else:
+            options.append(piece.split(",") if number % 2 else [piece])
+            total *= len(options[-1])
+    if total > MOST_SHARDS:
+        raise DataError(f"{pattern!r} means more than {MOST_SHARDS:,} shards")
+    return ["".join(choice) for choice in product(*options)]
+
+
+def key_and_suffix(name: str) -> tuple[str, str]:
+    """The key of a member and what follows the first dot of its name, in lower case.
+
+    >>> key_and_suffix("a.b/c.seg.PNG")
+    ('a.b/c', 'seg.png')
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def shard_paths(source: Path) -> list[Path]:
+    """The tar files that a file, a folder or a brace pattern means."""
+    if source.is_dir():
+        return sorted(path for path in source.rglob("*.tar") if path.is_file())
+    return [Path(name) for name in expand(str(source))]
+
+
+def find_shards(source: Path, *, allow_empty: bool = False) -> Found:
+    """The images of tar shards. A shard that is called, or lies in a folder called, test, val, valid or validation is
+    the test part.
+
+    Raises:
+        DataError: a shard is missing, compressed, damaged, holds a link or a name that leads out of it, or too many
+            members; an image has no label.
+    """
+    paths = shard_paths(source)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"shard {printable(missing[0])} does not exist ({len(missing)} of {len(paths)} do not)")
+    root = source if source.is_dir() else Path(*common(paths))
+    members: dict[str, Member] = {}
+    parts: dict[str, FilesByClass] = {"train": {}, "test": {}}
+    ignored: Counter[str] = Counter()
+    for path in paths:
+        shard = path.relative_to(root).as_posix()
+        part = "test" if is_test(shard) else "train"
+        for member, label, place in index(path, ignored):
+            name = f"{shard}/{member}"
+            members[name] = Member(shard, *place)
+            parts[part].setdefault(label, []).append(name)
+        if len(members) > MOST_MEMBERS:
+            raise DataError(f"{printable(source)} holds more than {MOST_MEMBERS:,} images")
+    classes = sorted_classes(parts["train"])
+    where = printable(source)
+    check_classes(parts["train"], where, allow_empty=allow_empty)
+    test = parts["test"] or None
+    if test is not None:
+        check_test_classes(test, classes, where)
+    return Found(
+        store=Shards(root, members),
+        name=paths[0].stem if len(paths) == 1 else root.resolve().name,
+        classes=classes,
+        train={name: parts["train"][name] for name in classes},
+        test=test,
+        ignored=ignored,
+    )
+
+
+def common(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The folders that all paths share."""
+    shared = []
+    for names in zip(*(path.parent.parts for path in paths), strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return tuple(shared)
+
+
+def is_test(shard: str) -> bool:
+    """Whether a shard belongs to the test part.
+
+    >>> is_test("val/000.tar"), is_test("imagenet-val-000.tar"), is_test("valley-000.tar")
+    (True, True, False)
+    """
+    return any(word in TEST_NAMES for word in re.split(r"[/\-_.\d]+", shard.lower()))
+
+
+def index(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[int, int]]]:
+    """(name, label, (offset, size)) of every image of a shard; images and links are not read, labels are."""
+    images: list[tuple[str, str, tuple[int, int]]] = []
+    labels: dict[str, tuple[str, tuple[int, int]]] = {}
+    size, count = path.stat().st_size, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                # tarfile would keep every member that it has seen
+                tar.members = []  # pyrefly: ignore[missing-attribute]
+                count += 1
+                refuse(path, member, size, count)
+                if not member.isreg() or Path(member.name).name.startswith("."):
+                    continue
+                key, suffix = key_and_suffix(member.name)
+                place = (member.offset_data, member.size)
+                if "." + suffix.rpartition(".")[2] in SUFFIXES:
+                    images.append((member.name, key, place))
+                elif suffix in ("cls", "json"):
+                    labels[key] = (suffix, place)
+                else:
+                    ignored["." + suffix if suffix else "no suffix"] += 1
+    except DataError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{printable(path)}: not a tar file that can be read in place: {error}{advice(path)}"
+        ) from error
+    with path.open("rb") as file:
+        return [(name, label_of(path, file, name, labels.get(key)), place) for name, key, place in images]
+
+
+def refuse(path: Path, member: tarfile.TarInfo, size: int, count: int) -> None:
+    """What no shard needs and what a hostile one may hold."""
+    check_name(member.name, path)
+    what = f"{printable(path)}: member {printable(member.name)!r}"
+    if member.issym() or member.islnk():
+        raise DataError(f"{what} is a link; shards hold files only")
+    if member.isdev() or member.issparse():
+        raise DataError(f"{what} is a device, a pipe or a sparse file; shards hold plain files only")
+    if member.offset_data + member.size > size:
+        raise DataError(f"{what} ends behind the end of the file: the shard is cut off")
+    if count > MOST_MEMBERS:
+        raise DataError(f"{printable(path)} holds more than {MOST_MEMBERS:,} members")
+
+
+def advice(path: Path) -> str:
+    """What to do about a compressed shard."""
+    with path.open("rb") as file:
+        head = file.read(6)
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return "; it is compressed: images gain nothing by that, unpack it to a plain tar"
+    return ""
+
+
+def label_of(path: Path, file: Any, name: str, beside: tuple[str, tuple[int, int]] | None) -> str:
+    """The label of an image: of the .cls or .json beside it, or of its folder."""
+    what = f"{printable(path)}: the label of {printable(name)!r}"
+    if beside is None:
+        folder = name.strip("/").rpartition("/")[0].rpartition("/")[2]
+        if folder in ("", "."):
+            raise DataError(f"{what} is missing: there is no .cls or .json beside it and it lies in no folder")
+        return folder
+    suffix, (offset, size) = beside
+    if size > min(MOST_LABEL_BYTES, MOST_BYTES):
+        raise DataError(f"{what} takes {size:,} bytes; the rule is at most {MOST_LABEL_BYTES:,}")
+    file.seek(offset)
+    content = file.read(size)
+    try:
+        value: Any = content.decode().strip() if suffix == "cls" else json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} cannot be read: {error}") from error
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("label", "cls", "class") if key in value), None)
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise DataError(f"{what} is {value!r:.50}; the rule is a number or a name, in JSON under label, cls or class")
+    return str(value)

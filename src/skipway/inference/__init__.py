@@ -1,0 +1,3 @@
+"""Trained networks in use: predict, evaluate, optimize, export, publish."""
+
+__all__: list[str] = []

@@ -1,0 +1,132 @@
+"""A trained run, tested again: on its own test images, or on others."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from skipway.checkpoint.files import read_json
+from skipway.data import load
+from skipway.data.sources.detect import find
+from skipway.data.sources.index import named
+from skipway.data.split import printable
+from skipway.errors import CheckpointError, DataError
+from skipway.inference.evaluation import Evaluation, evaluate
+from skipway.inference.predict import Predictor, weights_file
+from skipway.recipe import Recipe
+
+__all__ = ["Judgement", "judge_images", "judge_run"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a trained network did on a set of images.
+
+    Args:
+        name: of the images.
+        classes: in the order of their numbers.
+        evaluation: what is taken for what.
+        unreadable: (file, reason) of each image that was left out.
+        absent: classes without an image.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    evaluation: Evaluation
+    unreadable: tuple[tuple[str, str], ...] = ()
+    absent: tuple[str, ...] = ()
+
+
+def judge_run(
+    path: Path, *, device: str = "auto", flip: bool | None = None, batch_size: int | None = None
+) -> Judgement:
+    """Test a run's weights on the images that it held back, in the arithmetic in which it was trained.
+
+    Args:
+        path: the run folder, or a file of weights in it.
+        device: see `Predictor`.
+        flip: also see the mirror images; None: as the run did.
+        batch_size: None: the run's.
+
+    Raises:
+        CheckpointError: there is no run, or its weights cannot be used.
+        DataError: the run's images have changed since.
+    """
+    predictor = Predictor.load(path, device=device)
+    file = weights_file(path).parent / "config.json"
+    stored = read_json(file)
+    if not isinstance(stored, dict) or not isinstance(stored.get("recipe"), dict):
+        raise CheckpointError(f"{printable(file)} holds no recipe, so which images to test on is not known; give them")
+    recipe = Recipe.from_json(stored["recipe"], printable(file))
+    data = load(recipe.data, **recipe.data_choices())
+    fingerprint = stored["data"].get("fingerprint") if isinstance(stored.get("data"), dict) else None
+    if data.classes != predictor.classes or data.fingerprint != fingerprint:
+        raise DataError(
+            f"the images in {printable(str(recipe.data))} have changed since the run, so which of them it was not "
+            "trained on is not known; give a folder of images to test on"
+        )
+    evaluation = evaluate(
+        predictor.model,
+        data.test_batches(batch_size=batch_size or recipe.batch_size, device=predictor.device),
+        classes=len(data.classes),
+        autocast=lambda: arithmetic(recipe.precision, predictor.device),
+        flip=recipe.flip_test if flip is None else flip,
+    )
+    assert evaluation is not None
+    return Judgement(f"{data.name}, test part", data.classes, evaluation)
+
+
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """That of a run; float32 where the device has no other."""
+    if precision in ("auto", "float32") or (precision == "float16" and device.type == "cpu"):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def judge_images(
+    path: Path, data: Path, *, device: str = "auto", flip: bool = False, batch_size: int = 64, workers: int = 1
+) -> Judgement:
+    """Test a network on images that are sorted into classes: on their test part if they have one, else on all.
+
+    Args:
+        path: see `from_pretrained`.
+        data: what `skipway train` can be trained on; its class names have to be known to the network.
+        device: see `Predictor`.
+        flip: also see the mirror images.
+        batch_size: images that go through the network at a time.
+        workers: threads that decode.
+
+    Raises:
+        CheckpointError: weights that cannot be used.
+        DataError: unknown classes, no image, or none that can be read.
+    """
+    predictor = Predictor.load(path, device=device)
+    found = find(data, allow_empty=True)
+    files = found.train if found.test is None else found.test
+    numbers = {name: number for number, name in enumerate(predictor.classes)}
+    unknown = [name for name in files if files[name] and name not in numbers]
+    if unknown:
+        raise DataError(
+            f"class {named(unknown)} in {printable(data)} is not one of the network's: {named(predictor.classes, 20)}"
+        )
+    pairs = [(file, numbers[name]) for name in files if name in numbers for file in files[name]]
+    unreadable: list[tuple[str, str]] = []
+    batches = predictor.batches(
+        [file for file, _ in pairs],
+        torch.tensor([number for _, number in pairs], dtype=torch.int64),
+        batch_size=batch_size,
+        workers=workers,
+        opened=found.store.read,
+        failed=lambda file, reason: unreadable.append((file, reason)),
+    )
+    with torch.inference_mode():
+        evaluation = evaluate(predictor.model, batches, classes=len(numbers), autocast=lambda: nullcontext(), flip=flip)
+    assert evaluation is not None
+    if not evaluation.total:
+        first = f"; the first: {printable(unreadable[0][0])}: {unreadable[0][1]}" if unreadable else ""
+        raise DataError(f"none of the {len(pairs)} images in {printable(data)} can be read{first}")
+    absent = tuple(name for name in predictor.classes if not files.get(name))
+    return Judgement(found.name, predictor.classes, evaluation, tuple(unreadable), absent)

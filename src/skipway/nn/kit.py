@@ -1,0 +1,58 @@
+"""`Kit`: what branches, stems and heads are built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from skipway.nn.placement import Part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Kit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kit:
+    """What branches, stems and heads are built from: one object in place of `norm_layer=, act_layer=, conv_layer=`.
+
+    Every entry is a factory; `None` means that the part is absent.
+
+    Args:
+        conv: `(in_channels, out_channels, kernel_size, stride=1, groups=1, bias=…, padding=…) -> Module`, same-padded
+            unless told.
+        linear: `(in_features, out_features, bias=...) -> Module`.
+        norm: `(channels) -> Module`, or None.
+        act: `() -> Module`.
+        gate: `(channels) -> Module`, what closes a branch (squeeze-and-excitation, say), or None.
+        before: `() -> Module`, what stands right before every linear map but a branch's first (Fixup's scalar
+            bias, say), or None. Before the first map stands `Scheme.enter`.
+    """
+
+    conv: Callable[..., nn.Module]
+    linear: Callable[..., nn.Module]
+    norm: Callable[[int], nn.Module] | None
+    act: Callable[[], nn.Module]
+    gate: Callable[[int], nn.Module] | None = None
+    before: Callable[[], nn.Module] | None = None
+
+    def without_norm(self) -> Kit:
+        """The same kit without normalisation; convolutions get the bias that a norm would have brought."""
+        return replace(self, norm=None, conv=partial(self.conv, bias=True))
+
+    def parts(self, names: tuple[Part, ...], dim: int, *, fresh: bool = False) -> dict[str, nn.Module | None]:
+        """The named parts at a place with `dim` channels; a part the kit lacks is None.
+
+        Behind a norm, or where what comes in is `fresh` (a map's output, a sum: nobody else's), an activation that can
+        works in place; on the stream itself it must not, since the shortcut reads that too.
+        """
+        made: dict[str, nn.Module | None] = {}
+        for name in names:
+            made[name] = self.act() if name == "act" else None if self.norm is None else self.norm(dim)
+        act = made.get("act")
+        if (fresh or made.get("norm") is not None) and hasattr(act, "inplace"):
+            act.inplace = True  # type: ignore[union-attr]
+        return made

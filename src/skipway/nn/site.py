@@ -1,0 +1,58 @@
+"""`Site`: where a connection stands in its network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from skipway.errors import SkipwayError
+
+__all__ = ["Kind", "Site"]
+
+Kind = Literal["conv", "attention", "mlp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What one residual connection knows of its place in the network.
+
+    The library's unit of depth is the residual *branch*: a ResNet block is one, a transformer block two. Papers count
+    blocks, layers or sublayers; each scheme's docstring says how it converts.
+
+    Args:
+        dim: channels of the stream behind the connection, ≥ 1.
+        dim_in: channels of the stream in front of it; `dim` unless the connection changes the width.
+        index: position among all branches of the network, 0 ≤ index < depth.
+        depth: number of branches L of the whole network, ≥ 1.
+        since: branches that have added to the stream since its variance was last reset, that is since the last
+            projection shortcut (itself included), or since the stem. At a projection: those before it.
+        spatial: axes behind the channel axis: 2 for image maps (N, C, H, W), 0 for tokens (N, T, C).
+        kind: what the branch does: "conv", "attention" or "mlp".
+
+    >>> Site(dim=64, index=3, depth=16).position
+    4
+    """
+
+    dim: int
+    dim_in: int | None = None
+    index: int = 0
+    depth: int = 1
+    since: int = 0
+    spatial: int = 2
+    kind: Kind = "conv"
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise SkipwayError(f"dim={self.dim}: a stream needs at least one channel")
+        if not 0 <= self.index < self.depth:
+            raise SkipwayError(f"index={self.index}, depth={self.depth}: the rule is 0 <= index < depth")
+
+    @property
+    def position(self) -> int:
+        """l = index + 1, the papers' running number of the branch, 1 ≤ l ≤ L."""
+        return self.index + 1
+
+    @property
+    def entry(self) -> int:
+        """Channels of the stream in front of the connection."""
+        return self.dim if self.dim_in is None else self.dim_in

@@ -1,0 +1,108 @@
+"""Optimiser groups by role: weight decay and learning rate follow from the module that owns a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from skipway.nn import Role, ScaledStandardConv2d, ScaledStandardLinear
+from skipway.tracing.chain import chain
+
+__all__ = ["param_groups", "role_of"]
+
+WEIGHT = Role("weight", decay=True)
+BIAS = Role("bias")
+NORM = Role("norm")
+GAIN = Role("gain")
+EMBEDDING = Role("embedding")
+
+MAPS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def param_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for any `torch.optim` optimiser: weights of linear maps are decayed, biases, norms and gains are not,
+    and a scheme's own parameters have the decay and the learning rate that their role says.
+
+    The role comes from the owning module, never from a parameter's shape or name: a 0-dimensional SkipInit gain and a
+    LayerScale of shape (C,) are gains, and a bias of any shape is a bias. Unknown modules' parameters are not decayed.
+
+    Args:
+        model: any module; frozen parameters are left out, shared ones counted once.
+        lr: learning rate of the weights; a role's factor is multiplied in.
+        weight_decay: of the roles that are decayed.
+        layer_decay: the rate of layer l of L + 1 is multiplied by layer_decay^(L + 1 - l), where the blocks of the
+            chain are layers 1 to L, what stands in front of them 0 and behind them L + 1 (Clark 2020; Bao 2021, BEiT).
+
+    Returns:
+        dicts with `params`, `lr`, `weight_decay` and `name`, in the order of first appearance.
+
+    >>> import skipway as sw
+    >>> for group in param_groups(sw.build("resnet20", scheme="fixup"), lr=0.1, weight_decay=5e-4):
+    ...     print(group["name"], len(group["params"]), round(group["lr"], 4), group["weight_decay"])
+    weight 20 0.1 0.0005
+    bias×0.1 38 0.01 0.0005
+    gain×0.1 9 0.01 0.0005
+    bias 1 0.1 0.0
+    """
+    layers = layers_of(model) if layer_decay != 1 else {}
+    last = max(layers.values(), default=0)
+    groups: dict[tuple[Role, int], dict[str, Any]] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            role, layer = role_of(module, name), layers.get(f"{path}.{name}" if path else name, last)
+            title = role.name if role.rate == 1.0 else f"{role.name}×{role.rate:g}"
+            empty = {
+                "params": [],
+                "lr": lr * role.rate * layer_decay ** (last - layer),
+                "weight_decay": weight_decay * role.decay,
+                "name": title if layer_decay == 1 else f"{title}, layer {layer}",
+            }
+            groups.setdefault((role, layer), empty)["params"].append(parameter)
+    return list(groups.values())
+
+
+def layers_of(model: nn.Module) -> dict[str, int]:
+    """The layer of every parameter by its name: 0 in front of the blocks, 1 … L in them, L + 1 behind.
+
+    A block is a connection's place up to its last number: `blocks.3` for `blocks.3.attention`. A parameter between two
+    blocks, Swin's patch merging say, belongs to the layer in front of it.
+    """
+    blocks: dict[str, int] = {}
+    for connection in chain(model):
+        parts = connection.name.split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        blocks.setdefault(".".join(parts[: numbers[-1] + 1] if numbers else parts), len(blocks) + 1)
+    layers: dict[str, int] = {}
+    here = 0
+    for name, _ in model.named_parameters():
+        inside = next((number for block, number in blocks.items() if name.startswith(block + ".")), None)
+        here = inside if inside is not None else here
+        layers[name] = len(blocks) + 1 if inside is None and here == len(blocks) else here
+    return layers
+
+
+def role_of(module: nn.Module, name: str) -> Role:
+    """What the parameter `name` of `module` itself is for.
+
+    >>> role_of(nn.BatchNorm2d(4), "weight").name, role_of(nn.Linear(4, 4), "weight").name
+    ('norm', 'weight')
+    """
+    own = getattr(module, "role", None)
+    if isinstance(own, Role):
+        return own
+    if isinstance(module, ScaledStandardConv2d | ScaledStandardLinear) and name == "gain":
+        return GAIN
+    if isinstance(module, NORMS):
+        return NORM
+    if isinstance(module, MAPS):
+        return BIAS if "bias" in name else WEIGHT
+    return EMBEDDING

@@ -1,0 +1,147 @@
+"""The lines before and after training: (label, text) pairs in plain words, the same on a terminal and in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from skipway.data import Data
+from skipway.data.split import printable
+from skipway.inference.evaluation import Evaluation, wilson_interval
+from skipway.inference.metrics import percent
+from skipway.probes.signal_check import StageSignal
+from skipway.recipe import Recipe
+
+__all__ = ["accuracy_text", "data_lines", "duration", "mistakes_text", "model_lines", "signal_lines"]
+
+Line = tuple[str, str]
+
+
+def data_lines(data: Data) -> Iterator[Line]:
+    """What was found: images, classes, the split, damaged files, remarks."""
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes))
+    smallest = int(counts.argmin())
+    total = len(data.train) + len(data.test)
+    yield (
+        "data",
+        f"{data.name}: {total:,} images, {len(data.classes)} classes, "
+        f"input {data.size}x{data.size} {'grey' if data.channels == 1 else 'colour'}; "
+        f"smallest class {printable(data.classes[smallest])!r} with {int(counts[smallest]):,} to train on",
+    )
+    how = "as the folders say"
+    if data.held_out is not None:
+        how = f"{100 * data.held_out:g} % of each class held out"
+    yield "split", f"{len(data.train):,} to train on, {len(data.test):,} to test on: {how}"
+    if data.unreadable:
+        yield "damaged", f"{len(data.unreadable):,} images left out:"
+        for file, reason in data.unreadable[:3]:
+            yield "", f"  {printable(file)}: {reason}"
+        if len(data.unreadable) > 3:
+            yield "", f"  and {len(data.unreadable) - 3:,} more, all in config.json"
+    for remark in data.remarks:
+        yield "note", remark
+
+
+def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int, flops: float = 0.0) -> Iterator[Line]:
+    """What will be trained, and how."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    config = getattr(model, "config", None)
+    scheme = getattr(config, "scheme", None)
+    depth = f", depth {recipe.depth}" if recipe.depth else ""
+    work = f"{count_text(flops)}FLOP per image, " if flops else ""
+    yield (
+        "model",
+        f"{recipe.model}{depth}: {parameters:,} parameters, {work}{connections} residual connections, "
+        f"scheme {scheme if scheme is not None else recipe.scheme}",
+    )
+    warm = f" after {100 * recipe.warmup:g} % warm-up" if recipe.warmup else ""
+    length = recipe.time or f"{recipe.epochs} epochs"
+    yield (
+        "recipe",
+        f"{recipe.optimizer}, learning rate {recipe.peak_lr:g}, weight decay {recipe.decay:g}, batch "
+        f"{recipe.batch_size}, {length} of {steps:,} steps, {recipe.schedule}{warm}, seed {recipe.seed}",
+    )
+    others = extras(recipe)
+    if others:
+        yield "", others
+
+
+def count_text(number: float) -> str:
+    """A large number with its prefix.
+
+    >>> count_text(4.1e9), count_text(81e6)
+    ('4.1 G', '81 M')
+    """
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.2g} {prefix}" if number < 10 * factor else f"{number / factor:.0f} {prefix}"
+    return f"{number:.0f} "
+
+
+def extras(recipe: Recipe) -> str:
+    """What of a recipe is not as it is without asking, in a line."""
+    shown = [
+        (recipe.augment != "none", f"augmentation {recipe.augment}"),
+        (recipe.ema is not None, f"weights averaged, {recipe.ema}"),
+        (recipe.clip is not None, f"gradients clipped, {recipe.clip}"),
+        (recipe.accumulate > 1, f"batches in {recipe.accumulate} parts"),
+        (recipe.layer_decay < 1, f"layer decay {recipe.layer_decay:g}"),
+        (recipe.freeze > 0, f"blocks frozen for {recipe.freeze} epochs"),
+        (recipe.class_weights != "none", "classes weighed by 1 / images"),
+        (recipe.grow_from is not None, f"images grow from {recipe.grow_from} pixels"),
+        (recipe.label_smoothing > 0, f"label smoothing {recipe.label_smoothing:g}"),
+        (recipe.patience is not None, f"patience {recipe.patience} epochs"),
+    ]
+    return ", ".join(text for holds, text in shown if holds)
+
+
+def signal_lines(rows: list[StageSignal]) -> Iterator[Line]:
+    """What the first batch shows of each stage."""
+    label = "signal"
+    for row in rows:
+        warning = f"  {row.warning.upper()}" if row.warning else ""
+        yield (
+            label,
+            f"{row.name}: {row.connections} connections, std {row.std_in:.3g} -> {row.std_out:.3g}, "
+            f"branch/stream {row.ratio:.3g}{warning}",
+        )
+        label = ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them.
+
+    >>> duration(12.34), duration(75), duration(7322)
+    ('12.3 s', '1 min 15 s', '2 h 02 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
+
+
+def accuracy_text(evaluation: Evaluation, best_accuracy: float, best_epoch: int) -> str:
+    """The result with its 95 % interval, and the best epoch where that was another."""
+    low, high = wilson_interval(evaluation.correct, evaluation.total)
+    text = (
+        f"{percent(evaluation.accuracy)} of {evaluation.total:,} test images "
+        f"(95 % interval {100 * low:.1f} to {percent(high)})"
+    )
+    if best_accuracy > evaluation.accuracy:
+        text += f"; best {percent(best_accuracy)} after epoch {best_epoch}, chosen on these images"
+    return text
+
+
+def mistakes_text(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
+    """The worst class and the most frequent mistake."""
+    number, share, images = evaluation.worst_class()
+    text = f"worst class {printable(classes[number])!r}, {percent(share)} of {images:,}"
+    confusion = evaluation.top_confusion()
+    if confusion is not None:
+        true, taken, count = confusion
+        often = "1 time" if count == 1 else f"{count:,} times"
+        text += f"; most often {printable(classes[true])!r} is taken for {printable(classes[taken])!r} ({often})"
+    return text

@@ -1,0 +1,72 @@
+"""Idempotent initialisation: a full reset by role, then the scheme's whole-network step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from skipway.errors import SkipwayError
+from skipway.schemes.scheme import Scheme
+from skipway.schemes.scheme import scheme as read_scheme
+from skipway.tracing.chain import chain
+
+__all__ = ["initialise_"]
+
+
+def initialise_(
+    model: nn.Module, scheme: str | Scheme | None = None, *, device: torch.device | str | None = None
+) -> nn.Module:
+    """Put every parameter and buffer of `model` into its starting state, in place, and return the model.
+
+    Every module is reset by its own `reset_parameters`, then the scheme takes its whole-network step. Twice is the same
+    as once (from the same random state), and a model built on the meta device comes to life here.
+
+    Args:
+        model: a network of ours, or anybody's that holds `skipway.nn.Residual` connections.
+        scheme: what the connections are dressed in; by default what they were built with.
+        device: where a model on the meta device goes; by default torch's default device.
+
+    Raises:
+        SkipwayError: a module holds parameters but no `reset_parameters`, or the connections were built with
+            different schemes and none was given.
+
+    >>> import skipway as sw
+    >>> with torch.device("meta"):
+    ...     block = sw.BasicBlock(16, 16, scheme="fixup")
+    >>> bool(initialise_(block).branch.conv2.weight.any())
+    False
+    """
+    connections = chain(model)
+    dressing = read_scheme(scheme) if scheme is not None else common_scheme([c.residual.scheme for c in connections])
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model.to_empty(device=torch.get_default_device() if device is None else device)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            reset(name, module)
+        dressing.init_(connections)
+    return model
+
+
+def reset(name: str, module: nn.Module) -> None:
+    """Reset what the module itself owns."""
+    restart = getattr(module, "reset_parameters", None)
+    if callable(restart):
+        restart()
+    elif next(module.parameters(recurse=False), None) is not None:
+        raise SkipwayError(
+            f"{name or 'the model'} ({type(module).__name__}) holds parameters but has no reset_parameters(), so its "
+            "starting state is unknown; define it"
+        )
+
+
+def common_scheme(schemes: list[object]) -> Scheme:
+    """The one scheme that all connections were built with."""
+    distinct = {str(scheme): scheme for scheme in schemes}
+    if len(distinct) != 1:
+        raise SkipwayError(
+            f"the connections were built with {', '.join(distinct)}; say which: initialise_(model, scheme)"
+        )
+    (only,) = distinct.values()
+    if not isinstance(only, Scheme):
+        raise SkipwayError("the connections know of no scheme; name one: initialise_(model, scheme='identity')")
+    return only

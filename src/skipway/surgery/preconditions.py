@@ -1,0 +1,85 @@
+"""What is not operated on: TorchScript, quantised weights, what is reversed already; and forwards that read values."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from skipway.errors import SkipwayError
+from skipway.tracing import Example, Program, untouched, unwrapped
+from skipway.tracing.watch import Recorder, call, on_meta, refuse_scripted
+
+__all__ = ["SEALED", "admitted", "refuse_branching"]
+
+SEALED = "sealed"
+"""Attribute of a class that an operation made, where no other operation can follow: it says which one it was."""
+
+
+def admitted(model: nn.Module) -> nn.Module:
+    """The module behind wrappers, if it is one that can be operated on.
+
+    Raises:
+        SkipwayError: a part is TorchScript, holds quantised weights, or is run by `reversible`.
+
+    >>> admitted(nn.Linear(2, 2))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    refuse_scripted(model)
+    model = unwrapped(model)
+    for name, module in model.named_modules():
+        where = name or "the model"
+        if is_quantised(module):
+            raise SkipwayError(
+                f"{where} ({type(module).__name__}) holds quantised weights, which can neither be trained nor "
+                "multiplied; operate on the float model and quantise it afterwards"
+            )
+        if sealed := getattr(type(module), SEALED, None):
+            raise SkipwayError(f"{where} ({type(module).__name__}) was made {sealed}; undo that first")
+    return model
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module's weights are packed or integers, by what it holds."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    tensors = [tensor for tensor in own if isinstance(tensor, Tensor)]
+    integers = any(not (p.is_floating_point() or p.is_complex()) for p in module.parameters(recurse=False))
+    return integers or hasattr(module, "_packed_params") or any(tensor.is_quantized for tensor in tensors)
+
+
+def refuse_branching(model: nn.Module, example: Example, operation: str, program: Program | None = None) -> None:
+    """Refuse a model that decides by values of its input what it runs: another input may take another way.
+
+    Args:
+        model: any module.
+        example: what it is called with.
+        operation: what is refused, in words.
+        program: what the model runs on the example, where that was watched already.
+
+    Raises:
+        SkipwayError: a forward reads such a value.
+    """
+    if program is not None and program.on_meta:
+        readers = program.readers
+    else:
+        readers = []
+        with suppress(Exception):  # on the meta device there is no value to read
+            readers = readers_of(on_meta(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example))
+    if readers:
+        kind = type(model.get_submodule(readers[0])).__name__
+        raise SkipwayError(
+            f"{readers[0] or 'the model'} ({kind}) reads values of a tensor that "
+            f"depends on the input, so another input may take another way; {operation} holds for the one way that was "
+            "seen only. Let it compute with the tensor (torch.where, say) instead"
+        )
+
+
+def readers_of(model: nn.Module, example: Example) -> list[str]:
+    recorder = Recorder(model, example)
+    with suppress(Exception), untouched(model), torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(recorder.modules.following())
+        stack.enter_context(recorder)
+        call(model.eval(), example)
+    return recorder.program.readers

@@ -1,0 +1,120 @@
+"""Networks after an operation, kept in a folder: weights, and how the network was made that they belong to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from skipway.errors import CheckpointError
+from skipway.surgery.operation import Operation
+from skipway.surgery.rescheme import Preserve, rescheme
+from skipway.tracing import Example
+from skipway.weights import read
+from skipway.zoo import Loaded, Wanted, load_model
+
+__all__ = ["DESCRIPTION", "WEIGHTS", "Description", "example_of", "fill", "rebuild"]
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "rebuild.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """All that it takes to build a network that `rescheme` dressed.
+
+    Args:
+        model: where it comes from, "timm:resnet50" say; see `skipway.zoo.SOURCES`.
+        scheme: what it was dressed in.
+        preserve: as `rescheme` was given it.
+        input: shape of one sample.
+        options: of the source: depth, classes.
+        skipway: version that wrote it.
+
+    >>> Description.read('{"model": "resnet20", "scheme": "skipinit", "input": [3, 32, 32], "skipway": "0.1"}').wanted
+    Wanted(depth=None, scheme=None, classes=None, shape=(3, 32, 32))
+    """
+
+    model: str
+    scheme: str
+    input: tuple[int, ...]
+    skipway: str
+    preserve: bool | Preserve = True
+    options: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, text: str) -> Description:
+        """From JSON.
+
+        Raises:
+            CheckpointError: it is no JSON, or has other fields.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            values["input"] = tuple(values["input"])
+            return cls(**values)
+        except (ValueError, TypeError, KeyError) as problem:
+            known = ", ".join(each.name for each in fields(cls))
+            raise CheckpointError(
+                f"{DESCRIPTION} does not describe a network ({problem}); its fields are {known}"
+            ) from problem
+
+    @property
+    def wanted(self) -> Wanted:
+        """What its source is asked for."""
+        return Wanted(depth=self.options.get("depth"), classes=self.options.get("classes"), shape=self.input)
+
+    def operate(self, loaded: Loaded, *, tolerance: float = 1e-5) -> Operation:
+        """Dress a network as this says."""
+        example = example_of(loaded)
+        return rescheme(loaded.model, self.scheme, example, preserve=self.preserve, tolerance=tolerance)
+
+
+def example_of(loaded: Loaded) -> Example:
+    """One random sample, or the inputs that the source brought along."""
+    batch = loaded.batch
+    if batch is None:
+        return loaded.random(1)
+    pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)
+    return batch[0] if pair else batch
+
+
+def fill(model: nn.Module, path: Path) -> None:
+    """Load weights, strictly.
+
+    Raises:
+        CheckpointError: a key is missing, too much, or of another shape; the model may be half filled.
+    """
+    try:
+        model.load_state_dict(read(path))
+    except RuntimeError as problem:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {problem}") from problem
+
+
+def rebuild(folder: str | Path) -> nn.Module:
+    """The network that `skipway rescheme … -o folder` wrote, in evaluation mode.
+
+    It is built by its source, dressed again, and filled with the weights. Nothing in the folder is run as code; but a
+    network that was given as FILE.py:NAME is built by that file, at the path that the description holds.
+
+    Args:
+        folder: with `model.safetensors` and `rebuild.json`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the weights do not fit.
+        SkipwayError: the source is not there.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {DESCRIPTION}; skipway rescheme writes it")
+    description = Description.read(path.read_text(encoding="utf-8"))
+    loaded = load_model(description.model, description.wanted)
+    # the weights come afterwards, so what the fresh ones compute is of no interest
+    description.operate(loaded, tolerance=math.inf)
+    fill(loaded.model, folder / WEIGHTS)
+    return loaded.model.eval()

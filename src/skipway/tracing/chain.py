@@ -1,0 +1,250 @@
+"""`chain(model)`: the ordered residual connections of a network, ours by type, anyone's by watching a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from skipway.errors import SkipwayError
+from skipway.nn import Branch, Classifier, LinearMap, Residual
+from skipway.nn.site import Site
+from skipway.tracing import Example, Program, Refusal, Sum, read_sums, unwrapped, watch
+
+__all__ = ["Chain", "Connection", "WatchedConnection", "chain", "chain_of"]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """One residual connection of a network.
+
+    Args:
+        name: path of the module that owns it, as in `model.get_submodule(name)`.
+        residual: that module.
+        site: where it stands in this chain.
+    """
+
+    name: str
+    residual: Residual
+    site: Site
+
+    @property
+    def branch(self) -> Branch:
+        """The branch, which has to declare its path for schemes to work on it."""
+        branch = self.residual.branch
+        if not isinstance(branch, Branch):
+            raise SkipwayError(
+                f"the branch of connection {self.name!r} is a {type(branch).__name__}, which does not declare its "
+                "linear maps; subclass skipway.nn.Branch and define path()"
+            )
+        return branch
+
+    @property
+    def path(self) -> list[LinearMap]:
+        """The linear maps of the branch, in the order in which the signal crosses them."""
+        return self.branch.path()
+
+    @torch.no_grad()
+    def multiply_(self, factor: float) -> None:
+        """Multiply what the branch puts out, in place: at its closing norm where it has one, else at its last map.
+
+        In front of a norm a factor would be without effect. Biases are left alone: they start at 0.
+        """
+        norm = self.branch.closing_norm()
+        if norm is None:
+            self.path[-1].multiply_(factor)
+        elif isinstance(norm.weight, Tensor):
+            norm.weight.mul_(factor)
+        else:
+            raise SkipwayError(
+                f"connection {self.name!r} closes with a norm that has no gain; use one with affine=True"
+            )
+
+
+@dataclass(frozen=True)
+class WatchedConnection:
+    """One residual connection of anybody's network, as one forward pass showed it.
+
+    Args:
+        name: path of the module whose forward adds, with ":2" for the second connection that it adds.
+        site: where it stands in this chain.
+        seen: what was seen of it: skip, branch, norms, scale.
+        model: the network.
+    """
+
+    name: str
+    site: Site
+    seen: Sum
+    model: nn.Module = field(repr=False)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose forward adds."""
+        return self.model.get_submodule(self.seen.owner)
+
+    @property
+    def residual(self) -> Residual | None:
+        """The owner where it is a connection of ours, else None."""
+        owner = self.owner
+        return owner if isinstance(owner, Residual) else None
+
+    @property
+    def path(self) -> list[LinearMap]:
+        """The linear maps of the branch; all that were crossed in somebody else's, queries and keys among them."""
+        residual = self.residual
+        if residual is not None and isinstance(residual.branch, Branch):
+            return residual.branch.path()
+        return [LinearMap(self.model.get_submodule(name)) for name in self.seen.maps]
+
+    @torch.no_grad()
+    def multiply_(self, factor: float) -> None:
+        """Multiply what the branch puts out, in place: at its closing norm where it has one, else at its last map.
+
+        The bias goes with the weight: what was trained stays what it was, times the factor.
+
+        Raises:
+            SkipwayError: the branch ends in neither, so nothing can be multiplied without changing its code.
+        """
+        name = self.seen.closing or self.seen.last
+        module = None if name is None else self.model.get_submodule(name)
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.MultiheadAttention):
+            module, weight = module.out_proj, module.out_proj.weight
+        if module is None or not isinstance(weight, Tensor):
+            raise SkipwayError(
+                f"the branch of connection {self.name!r} ends in no linear map and no norm with a gain, so what it "
+                "puts out cannot be multiplied in place"
+            )
+        weight.mul_(factor)
+        if isinstance(getattr(module, "bias", None), Tensor):
+            module.bias.mul_(factor)  # type: ignore[operator, union-attr]
+
+    def __str__(self) -> str:
+        scale = "" if self.seen.scale is None else f" · scale {', '.join(self.seen.scale.parameters)}"
+        norms = "+".join(self.seen.norms) or "no"
+        return f"{self.name}: {self.seen.skip} + {self.seen.kind}({', '.join(self.seen.maps)}) · {norms} norm{scale}"
+
+
+AnyConnection = TypeVar("AnyConnection", Connection, WatchedConnection)
+
+
+class Chain(Sequence[AnyConnection], Generic[AnyConnection]):
+    """The residual connections of `model` in order, and its classifier.
+
+    Args:
+        model: the network.
+        connections: in the order in which the signal meets them.
+        classifier: the last linear map, None where there is none.
+        refused: additions of a watched forward pass that are no residual connections, each with its reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        connections: Sequence[AnyConnection],
+        classifier: LinearMap | None,
+        refused: Sequence[Refusal] = (),
+    ) -> None:
+        self.model, self.connections, self.classifier = model, tuple(connections), classifier
+        self.refused = tuple(refused)
+
+    def __len__(self) -> int:
+        return len(self.connections)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        return self.connections[index]
+
+    def __iter__(self) -> Iterator[AnyConnection]:
+        return iter(self.connections)
+
+    def __repr__(self) -> str:
+        refused = f", {len(self.refused)} additions refused" if self.refused else ""
+        return f"Chain of {len(self)} connections in {type(self.model).__name__}{refused}"
+
+
+@overload
+def chain(model: nn.Module) -> Chain[Connection]: ...
+@overload
+def chain(model: nn.Module, example: Example) -> Chain[WatchedConnection]: ...
+
+
+def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection] | Chain[WatchedConnection]:
+    """The residual connections of a network, in order.
+
+    Without an example: those of a network of ours, found by type, in the order of their registration. Where they were
+    built without a place in a network (`BasicBlock(64, 64)` in somebody's own model), their sites are counted here.
+
+    With an example: those of any network. One forward pass in evaluation mode is watched at the dispatcher, on a copy
+    on the meta device, so nothing is computed and no weights are allocated. An addition y = u + v is a connection
+    where u is a tensor x carried on (or pooled, or projected by linear maps alone) and v was computed from the same x
+    by more than that. All other additions are in `refused`, each with its reason.
+
+    Args:
+        model: a network of ours, or with an example any `torch.nn.Module`.
+        example: what the model is called with: a tensor, a tuple of arguments, a dict of keyword arguments. Only
+            shapes and types matter; it may be on the meta device.
+
+    Raises:
+        SkipwayError: without an example: the model holds no `skipway.nn.Residual`. With one: the forward pass failed,
+            or the model is a TorchScript module, which cannot be watched.
+
+    >>> import skipway as sw
+    >>> [connection.name for connection in sw.chain(sw.build("resnet20"))][:2]
+    ['stages.0.0', 'stages.0.1']
+    >>> layer = torch.nn.TransformerEncoderLayer(32, 4, norm_first=True, batch_first=True)
+    >>> for connection in sw.chain(layer, torch.zeros(1, 5, 32)):
+    ...     print(connection)
+    :1: identity + attention(self_attn, self_attn.out_proj) · pre norm
+    :2: identity + mlp(linear1, linear2) · pre norm
+    """
+    if example is not None:
+        program = watch(model, example)
+        return chain_of(unwrapped(model), program)
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, Residual)]
+    if not named:
+        raise SkipwayError(
+            f"{type(model).__name__} holds no skipway.nn.Residual, so its connections cannot be read by type; give an "
+            "example of what it is called with, and they are found by watching: chain(model, example)"
+        )
+    connections = [
+        Connection(name, module, place(module, index, len(named))) for index, (name, module) in enumerate(named)
+    ]
+    classifiers = [module for module in model.modules() if isinstance(module, Classifier)]
+    return Chain(model, connections, LinearMap(classifiers[-1]) if classifiers else None)
+
+
+def chain_of(model: nn.Module, program: Program) -> Chain[WatchedConnection]:
+    """The chain of a model whose forward pass was watched."""
+    sums, refused = read_sums(program)
+    connections, since = [], 0
+    for index, seen in enumerate(sums):
+        since = 0 if seen.skip == "projection" else since
+        connections.append(WatchedConnection(seen.name, site_of(model, seen, index, len(sums), since), seen, model))
+        since += 1
+    maps = [value for value in program.values if value.part == "map" and value.norm is None]
+    owner = program.weight_owner(maps[-1]) if maps else None
+    return Chain(model, connections, None if owner is None else LinearMap(model.get_submodule(owner)), refused)
+
+
+def site_of(model: nn.Module, seen: Sum, index: int, depth: int, since: int) -> Site:
+    """The place of a watched connection; its channels are on the axis that is as long as the last map is wide."""
+    spatial = 2 if len(seen.shape) == 4 and seen.kind == "conv" else 0
+    weight = getattr(model.get_submodule(seen.last), "weight", None) if seen.last is not None else None
+    width = weight.shape[0] if isinstance(weight, Tensor) else None
+    if width is not None and width == seen.shape[-1]:
+        spatial = 0
+    dim = seen.shape[1] if spatial else seen.shape[-1]
+    return Site(dim=dim, index=index, depth=depth, since=since, spatial=spatial, kind=seen.kind)
+
+
+def place(residual: Residual, index: int, depth: int) -> Site:
+    """The site of a connection: its own where that agrees with the chain, else one counted from the chain."""
+    own = residual.site
+    if own is not None and (own.index, own.depth) == (index, depth):
+        return own
+    if own is None:
+        return Site(dim=1, index=index, depth=depth)
+    return replace(own, index=index, depth=depth, since=min(index, own.since))

@@ -1,0 +1,311 @@
+"""The command line as people and scripts meet it: help, errors and exit statuses, Ctrl-C, plain and live output."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from skipway.checkpoint.files import read_tensors
+from skipway.checkpoint.store import Checkpoints
+from skipway.cli import main
+from skipway.cli.help import SECTIONS
+from skipway.cli.interrupts import Stopping
+from skipway.cli.progress import LineScreen, LiveScreen
+from skipway.recipe import Recipe
+from skipway.training.reporter import StepReport
+
+QUICK = [
+    "--depth",
+    "8",
+    "--width",
+    "4",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "256",
+    "--device",
+    "cpu",
+    "--precision",
+    "float32",
+]
+COMMAND = [sys.executable, "-m", "skipway.cli"]
+REPORT = StepReport(
+    epoch=2, epochs=3, step=4, steps=5, loss=0.5, accuracy=0.75, images_per_second=1234.0, seconds_left=65.0
+)
+ROW = {
+    "epoch": 2,
+    "train_loss": 0.5,
+    "train_accuracy": 0.9,
+    "test_loss": None,
+    "test_accuracy": 0.8,
+    "images_per_second": 1234.0,
+    "seconds": 65.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def loaded_by(*arguments: str) -> tuple[int, set[str], str]:
+    """Exit status, the heavy modules that a command loads, and its output."""
+    code = (
+        "import sys; from skipway.cli import main; status = main(sys.argv[1:]);"
+        "heavy = {'torch', 'numpy', 'PIL', 'sklearn', 'safetensors'} & set(sys.modules);"
+        "print('LOADED', *heavy); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    text, _, names = done.stdout.rpartition("LOADED")
+    return done.returncode, set(names.split()), text + done.stderr
+
+
+def test_help_loads_nothing_heavy():
+    status, loaded, text = loaded_by("--help")
+    assert (status, loaded) == (0, set())
+    assert all(command in text for command in ("train", "models", "schemes"))
+
+
+def test_a_wrong_option_loads_nothing_heavy_and_suggests():
+    status, loaded, text = loaded_by("train", "--epoch", "3")
+    assert (status, loaded) == (2, set())
+    assert "Did you mean --epochs?" in text
+    assert "Traceback" not in text
+
+
+def test_help_of_train_fits_on_a_screen_and_names_every_field(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 50
+    assert max(map(len, text.splitlines())) <= 80
+    assert main(["train", "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    assert len(everything) > len(text)
+    for entry in dataclasses.fields(Recipe):
+        option = entry.name.replace("_", "-")
+        shown = everything if entry.metadata.get("more") else text
+        assert f"--{option} " in shown or f"--[no-]{option} " in shown
+    for heading in SECTIONS.values():
+        assert f"\n{heading}\n" in text
+
+
+def test_no_command_and_an_unknown_one(capsys):
+    assert main([]) == 0
+    assert "Commands" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    assert "trian" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+", capsys.readouterr().out.strip())
+
+
+def pictures(root: Path, classes: tuple[str, ...] = ("dark", "light"), each: int = 6) -> Path:
+    noise = np.random.default_rng(0)
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = noise.integers(0, 100, (8, 8, 3), dtype=np.uint8) + 100 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number}.png")
+    return root
+
+
+USAGE = [
+    (["--model", "resnet21"], 2, r"unknown model 'resnet21'; did you mean|depth=21"),
+    (["--scheme", "fixupp"], 2, "unknown scheme 'fixupp'; did you mean 'fixup'"),
+    (["--depth", "21"], 2, "depth=21"),
+    (["--width", "0"], 2, "width=0: the rule is width >= 1"),
+    (["--lr", "-1"], 2, "lr=-1.0: the rule is lr > 0"),
+    (["--lr", "fast"], 2, 'unable to convert "fast" into float'),
+    (["--optimizer", "sdg"], 2, "unknown optimiser 'sdg'; did you mean 'sgd'"),
+    (["--device", "gpu7"], 2, "device 'gpu7' cannot be used"),
+    (["--resume"], 2, "--resume needs the folder of the run"),
+    (["--out", "x", "--resume", "--overwrite"], 2, "give one of the two"),
+    (["--out", "x", "--resume", "--config", "y"], 2, "give one of the two"),
+    (["--config", "nowhere.json"], 4, "nowhere.json does not exist"),
+    (["nowhere"], 3, "data folder nowhere does not exist"),
+    (["empty"], 3, "no images in empty"),
+    (["single"], 3, "only one class, 'alone'"),
+    (["--weights", "missing.safetensors"], 4, "missing.safetensors"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"), USAGE, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_bad_input_is_named_with_its_exit_status(capsys, options, status, message):
+    Path("empty").mkdir()
+    pictures(Path("single"), classes=("alone",))
+    assert main(["train", *QUICK, *options]) == status
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err), captured.err
+    assert captured.err.startswith("skipway: ")
+    assert not Path("runs").exists()
+
+
+def test_divergence_has_its_own_exit_status(capsys):
+    assert main(["train", *QUICK, "--lr", "1e30", "--warmup", "0", "--out", "run"]) == 5
+    assert "The last good checkpoint is in run/checkpoints" in capsys.readouterr().err
+
+
+def test_output_to_a_file_is_plain_lines(capsys):
+    assert main(["train", *QUICK, "--epochs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\r" not in out
+    assert len(re.findall(r"^epoch \d/2 ", out, re.MULTILINE)) == 2
+    assert re.search(r"^accuracy  \d+\.\d % of 359 test images \(95 % interval ", out, re.MULTILINE)
+    summary = out[out.index("\naccuracy") :].strip().splitlines()
+    assert len(summary) <= 12
+    assert "longer    skipway train --out runs/digits-1 --resume --epochs 4" in summary
+    assert main(["train", *QUICK, "--quiet"]) == 0
+    assert re.fullmatch(r"[01]\.\d{4} runs/digits-2\n", capsys.readouterr().out)
+
+
+def test_damaged_images_are_named_and_skipped_or_fatal(capsys):
+    pictures(Path("data"))
+    Path("data/dark/3.png").write_bytes(b"<html>")
+    assert main(["train", "data", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "damaged   1 images left out:" in out
+    assert "data/dark/3.png" not in out, "names are relative to the folder"
+    assert "dark/3.png: not an image but HTML" in out
+    assert main(["train", "data", *QUICK, "--unreadable", "stop"]) == 3
+    assert "dark/3.png" in capsys.readouterr().err
+
+
+def test_a_run_is_refused_continued_repeated_and_replaced(capsys):
+    assert main(["train", *QUICK, "--out", "run", "--seed", "3", "--quiet"]) == 0
+    assert main(["train", *QUICK, "--out", "run"]) == 2
+    assert "continue it with --resume, replace it with --overwrite" in capsys.readouterr().err
+    # what is not given comes from the run; what is given and decides the result is refused
+    assert main(["train", "--out", "run", "--resume", "--epochs", "2", "--quiet"]) == 0
+    assert main(["train", "--out", "run", "--resume", "--seed", "0"]) == 2
+    assert "cannot change seed from 3 to 0" in capsys.readouterr().err
+    assert main(["train", "--config", "run", "--out", "again", "--epochs", "1", "--quiet"]) == 0
+    stored = json.loads(Path("again/config.json").read_text())["recipe"]
+    assert (stored["seed"], stored["width"], stored["epochs"]) == (3, 4, 1)
+    assert main(["train", "--config", "run/config.json", "--out", "again", "--overwrite", "--quiet"]) == 0
+    weights = [read_tensors(Path(name, "last.safetensors"))[0] for name in ("run", "again")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+def test_a_run_that_changed_hands_is_refused(capsys):
+    assert main(["train", *QUICK, "--out", "run", "--quiet"]) == 0
+    for path in Path("run/checkpoints").glob("*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert main(["train", "--out", "run", "--resume", "--epochs", "2"]) == 4
+    assert "none of 2 checkpoints can be used" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process there")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_an_interrupted_run_can_be_continued(number, status, capsys):
+    options = ["train", *QUICK, "--epochs", "900", "--out", "run"]
+    process = subprocess.Popen(
+        [*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    guard = threading.Timer(60, process.kill)
+    guard.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.split()[:2] == ["epoch", "2/900"]:
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    guard.cancel()
+    assert process.returncode == status, err
+    assert "continue  skipway train --out run --resume" in out
+    assert "Traceback" not in err
+    position = Checkpoints(Path("run/checkpoints")).newest()[0].state["position"]
+    assert position["epoch"] >= 2
+    epochs = str(position["epoch"] + 1)
+    assert main(["train", "--out", "run", "--resume", "--epochs", epochs, "--quiet"]) == 0
+
+
+def test_a_second_interruption_ends_at_once(capsys):
+    # a process that was started in the background may have come with SIGINT ignored
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Stopping() as stopping:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert not stopping.requested()
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.requested()
+        assert stopping.exit_status == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.signal(signal.SIGINT, inherited) is signal.default_int_handler
+
+
+def test_the_live_screen_keeps_one_line_per_epoch(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    file = io.StringIO()
+    with LiveScreen(Console(file=file, force_terminal=True, width=80, color_system="standard")) as screen:
+        screen.say("data", "word " * 20)
+        screen.step(REPORT)
+        screen.epoch(ROW, 30)
+    text = file.getvalue()
+    assert "step 4/5  loss 0.500  75.0 %  1,234 img/s  1 min 05 s left" in text
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert "epoch  2/30  train loss 0.500  90.0 %  test loss   nan  80.0 %  1,234 img/s  1 min 05 s" in plain
+    assert max(len(line) for line in plain.splitlines() if "word" in line) <= 80
+    assert "\x1b[1;36m" in text
+
+
+def test_no_color_is_honoured(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    file = io.StringIO()
+    with LiveScreen(Console(file=file, force_terminal=True, width=100)) as screen:
+        screen.say("data", "text")
+        screen.step(REPORT)
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", file.getvalue())
+
+
+def test_a_file_gets_a_line_now_and_then(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    screen = LineScreen(Console(file=file, width=20))
+    for second in range(100):
+        now[0] = float(second)
+        screen.step(REPORT)
+        screen.reading(second, 100)
+    assert file.getvalue().count("epoch 2/3  step 4/5") == 3
+    assert all(len(line) > 20 for line in file.getvalue().splitlines()), "no line is folded"
+
+
+def test_models_and_schemes_are_listed(capsys):
+    assert main(["models"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["model", "family", "parameters", "what it is"]
+    assert ["resnet50", "resnet", "25,557,032"] in [row[:3] for row in rows]
+    assert main(["schemes"]) == 0
+    assert "fixup\t" in capsys.readouterr().out
+    assert main(["schemes", "fixup"]) == 0
+    assert capsys.readouterr().out.startswith("# Fixup\n")
+    assert main(["schemes", "fixupp"]) == 2
+    assert "did you mean 'fixup'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("head") is None, reason="needs head")
+def test_a_reader_that_leaves_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m skipway.cli models | head -n 1", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("model\t")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,288 @@
+"""`skipway diagnose` as people and scripts meet it: where models come from, what is printed, how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from skipway.cli import main
+from skipway.cli.diagnose import ENDINGS, Optimiser
+from skipway.diagnosis.settings import OPTIMISERS
+from skipway.errors import SkipwayError
+from skipway.weights import read
+from skipway.zoo import FIRST_LAYER, Wanted, load_model, shape_of
+
+FILE = """
+import torch
+from torch import nn
+import neighbour
+
+def make():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+
+def paired():
+    return nn.Linear(5, 3), (torch.randn(9, 5), torch.randint(3, (9,)))
+
+def dead():
+    model = make()
+    with torch.no_grad():
+        model[3].weight.fill_(float("nan"))
+    return model
+
+def needs(depth):
+    return nn.Linear(depth, depth)
+
+def fails():
+    return 1 / 0
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+net = Net()
+text = "no model"
+
+def picky():
+    return nn.Sequential(nn.Flatten(0), nn.Linear(12, 4))
+"""
+QUICK = ["--samples", "8", "--device", "cpu"]
+MINE = ["mine.py:make", "--input", "3,2,2", *QUICK]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    Path("mine.py").write_text(FILE)
+    Path("neighbour.py").write_text("")
+    Path("torn.py").write_text("def make(:\n")
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = main(["diagnose", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_loads_no_torch_and_fits():
+    code = (
+        "import sys; from skipway.cli import main; main(['diagnose', '--help']);"
+        "print('LOADED', *{'torch', 'numpy', 'matplotlib', 'timm'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    text, _, loaded = done.stdout.rpartition("LOADED")
+    assert loaded.strip() == ""
+    assert len(text.splitlines()) <= 55
+    assert max(map(len, text.splitlines())) <= 80
+    titles = [line for line in text.splitlines() if re.fullmatch(r"[A-Z]\w+", line)]
+    assert titles[:5] == ["Arguments", "Model", "Batch", "Training", "Diagnosis"]
+
+
+def test_the_table_goes_to_a_pipe_as_plain_text(capsys):
+    status, out, err = run(capsys, *MINE, "--lr", "0.01")
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out
+    assert out.startswith("batch     8 random normal samples of 3x2x2 with random labels; real ones: --batch FOLDER\n")
+    assert "Sequential · no residual connection · 2 layers · sgd at 0.01" in out
+
+
+def test_a_terminal_gets_colours(capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert main(["diagnose", *MINE]) == 0
+    assert "\x1b[1;3" in screen.getvalue()
+
+
+def test_the_exit_status_tells_a_net_that_will_not_train(capsys):
+    assert run(capsys, "mine.py:dead", "--input", "3,2,2", "--quiet", *QUICK) == (1, "It will not train.\n", "")
+    status, out, _ = run(capsys, *MINE, "--lr", "0.01", "--quiet")
+    assert status == 0
+    assert re.fullmatch(r"It trains.*\n", out)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"), [("mine.py:make", 2), ("mine.py:paired", 1), ("mine.py:Net", 1), ("mine.py:net", 1)]
+)
+def test_what_makes_a_model_in_a_file(capsys, model, layers):
+    before = list(sys.path)
+    shape = ["--input", "3,2,2"] if model == "mine.py:make" else []
+    status, out, err = run(capsys, model, *shape, "--json", *QUICK)
+    assert status in (0, 1), err
+    assert len(json.loads(out)["measurement"]["layers"]) == layers
+    assert sys.path == before
+
+
+def test_names_of_ours_take_every_option(capsys):
+    options = ["--depth", "8", "--scheme", "zeroinit", "--classes", "4", "--input", "1,8,8", "--optimiser", "adamw"]
+    options += ["--lr", "0.001", "--weight-decay", "0.1", "--warmup", "5", "--steps", "50", "--eval-mode", "--thorough"]
+    status, out, err = run(capsys, "resnet", *options, *QUICK, "--json")
+    assert status in (0, 1), err
+    content = json.loads(out)
+    assert len(content["connections"]) == 3
+    assert content["settings"].startswith("adamw at 0.001")
+    assert content["batch"].startswith("8 random normal samples of 1x8x8")
+
+
+ERRORS = [
+    (["resnet21"], 2, "unknown model 'resnet21'; did you mean|depth=21"),
+    (["resnet20", "--scheme", "fixupp"], 2, "did you mean 'fixup'"),
+    (["resnet20", "--optimizer", "sdg"], 2, 'Invalid value "sdg"'),
+    (["resnet20", "--samples", "4"], 2, "samples=4: the rule is samples >= 8"),
+    (["resnet20", "--lr", "0"], 2, "lr=0.0: the rule is lr > 0"),
+    (["resnet20", "--input", "3,a"], 2, "--input 3,a: the rule is whole numbers"),
+    (["resnet20", "--out", "x.txt"], 2, "--out x.txt: the rule is one of the endings .json"),
+    (["resnet20", "--save-model", "x"], 2, "give --fix with it"),
+    (["resnet20", "--lint", "--fix"], 2, "--lint runs no training step"),
+    (["resnet20", "--device", "gpu7"], 2, "device 'gpu7' cannot be used"),
+    (["resnet20", "--batch", "nowhere"], 3, "nowhere does not exist"),
+    (["mine.py:net", "--batch", "."], 2, "the model takes 6; set --input"),
+    (["tim:resnet18"], 2, "unknown source of models 'tim'; did you mean 'timm'"),
+    (["gone.py:make"], 2, "gone.py: no such file"),
+    (["mine.py"], 2, "the file has mine.py:make, "),
+    (["mine.py:mke"], 2, "mine.py: unknown name 'mke'; did you mean 'make'"),
+    (["mine.py:needs"], 2, "needs arguments: depth; give a function without any"),
+    (["mine.py:fails"], 2, "mine.py, line 22: ZeroDivisionError: division by zero"),
+    (["mine.py:text"], 2, "mine.py:text gives a str; it has to give a torch.nn.Module"),
+    (["mine.py:make", "--depth", "3"], 2, "--depth 3: FILE.py:NAME does not take it; set it in the file"),
+    (["torn.py:make"], 2, "torn.py: SyntaxError"),
+    (["mine.py:picky"], 2, "shapes cannot be multiplied.*--input sets another"),
+    ([], 2, "MODEL"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"), ERRORS, ids=lambda v: " ".join(v) if type(v) is list else ""
+)
+def test_errors_name_the_argument_and_the_way_out(capsys, arguments, status, message):
+    got, out, err = run(capsys, *arguments, *([] if "--samples" in arguments or not arguments else QUICK[:2]))
+    assert got == status
+    assert re.search(message, err, re.DOTALL), err
+    assert err.startswith("skipway: ")
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_reports_are_written_by_their_endings(capsys):
+    pytest.importorskip("matplotlib")
+    outs = [argument for ending in ENDINGS for argument in ("--out", f"reports/seen{ending}")]
+    status, out, _ = run(capsys, *MINE, *outs)
+    assert status in (0, 1)
+    assert out.count("report    reports/seen") == len(ENDINGS)
+    json.loads(Path("reports/seen.json").read_text())
+    assert Path("reports/seen.html").read_text().startswith("<!DOCTYPE html>")
+    assert all(Path(f"reports/seen{ending}").stat().st_size > 500 for ending in ENDINGS)
+
+
+def test_fix_shows_before_and_after_and_saves_the_weights(capsys):
+    hot = ["resnet", "--depth", "8", "--classes", "4", "--input", "3,8,8", "--lr", "1e4", *QUICK]
+    status, out, err = run(capsys, *hot, "--fix", "--save-model", "mended.safetensors")
+    assert status in (0, 1), err
+    assert re.search(r"^ +before +after$", out, re.MULTILINE)
+    assert re.search(r"^training +sgd at 1e\+04 ", out, re.MULTILINE)
+    assert read("mended.safetensors")["head.classifier.weight"].shape[0] == 4
+    _, text, _ = run(capsys, *hot, "--fix", "--json")
+    content = json.loads(text)
+    assert content["applied"]
+    assert content["before"]["verdict"] != "trains"
+    assert content["after"]["verdict"] in ("trains", "trains if", "will not train")
+
+
+def pictures(root: Path) -> None:
+    noise = np.random.default_rng(0)
+    for name in ("dark", "light", "loud"):
+        (root / name).mkdir(parents=True)
+        for number in range(5):
+            Image.fromarray(noise.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(root / name / f"{number}.png")
+
+
+def test_a_folder_of_images_is_the_batch_and_counts_the_classes(capsys):
+    pictures(Path("photos"))
+    options = ["--depth", "8", "--input", "3,8,8", "--batch", "photos", "--samples", "10", "--device", "cpu"]
+    status, out, err = run(capsys, "resnet", *options, "--out", "seen.json")
+    assert status in (0, 1), err
+    assert out.startswith("batch     10 images of photos with their labels\n")
+    assert 0.5 < json.loads(Path("seen.json").read_text())["measurement"]["loss"] < 6
+    narrow = ["mine.py:paired", "--input", "3,8,8", "--batch", "photos", *QUICK]
+    assert run(capsys, *narrow)[0] == 2
+
+
+def test_lint_prints_findings_and_fails_on_fatal_ones(capsys, monkeypatch):
+    lint = pytest.importorskip("skipway.diagnosis.lint")
+    from skipway.diagnosis import Finding
+
+    found = [Finding(rule="P0", level="fatal", what="what", why="why", source="source")]
+    monkeypatch.setattr(lint, "lint", lambda model, example, optimiser: found)
+    assert run(capsys, *MINE, "--lint") == (
+        1,
+        "✗1 fatal · P0 · the network\n   what\n   why: why\n   source: source\n",
+        "",
+    )
+    status, out, _ = run(capsys, *MINE, "--lint", "--json")
+    assert (status, json.loads(out)[0]["rule"]) == (1, "P0")
+    found.clear()
+    assert run(capsys, *MINE, "--lint", "--quiet") == (0, "0 findings\n", "")
+
+
+def test_the_linter_itself_is_called(capsys):
+    pytest.importorskip("skipway.diagnosis.lint")
+    status, out, err = run(capsys, *MINE, "--lint")
+    assert status in (0, 1), err
+    assert out
+
+
+def test_the_optimisers_are_those_of_the_library():
+    assert set(get_args(Optimiser)) == set(OPTIMISERS)
+
+
+def test_shapes_are_read_from_what_a_model_says_or_from_its_first_layer():
+    assert shape_of(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))) == FIRST_LAYER[nn.Embedding](None)
+    assert shape_of(nn.Sequential(nn.ReLU(), nn.Conv2d(2, 4, 3))) == (2, 224, 224)
+    assert shape_of(nn.ReLU()) == (3, 224, 224)
+    assert load_model("resnet20", Wanted()).shape == (3, 32, 32)
+    assert load_model("vit-tiny-16", Wanted(shape=(3, 32, 32), classes=2)).shape == (3, 32, 32)
+
+
+def test_other_libraries_load(monkeypatch):
+    if find_spec("timm") is None or find_spec("torchvision") is None:
+        monkeypatch.undo()
+        with pytest.raises(SkipwayError, match="pip install timm"):
+            load_model("timm:resnet10t", Wanted())
+        pytest.skip("timm is not installed")
+    loaded = load_model("timm:resnet10t", Wanted(classes=3))
+    assert loaded.shape == (3, 176, 176)
+    assert loaded.model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    assert load_model("torchvision:squeezenet1_1", Wanted()).shape == (3, 224, 224)
+    for text, near in (("timm:resnet10x", "resnet10t"), ("torchvision:resnet19", "resnet1")):
+        with pytest.raises(SkipwayError, match=near):
+            load_model(text, Wanted())
+    with pytest.raises(SkipwayError, match="--scheme fixup: timm:NAME does not take it"):
+        load_model("timm:resnet10t", Wanted(scheme="fixup"))
+
+
+@pytest.mark.parametrize("text", ["timm:x", "torchvision:x", "hf:X"])
+def test_a_library_that_is_missing_is_named_with_its_way_in(text, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SkipwayError, match=r"which is not installed: pip install \w+"):
+        load_model(text, Wanted())

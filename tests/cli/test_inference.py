@@ -1,0 +1,134 @@
+"""`skipway predict`, `evaluate` and `export` as people and scripts call them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from skipway.cli import main
+from skipway.recipe import Recipe
+from skipway.training.loop import train
+from skipway.training.run import Outcome
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory) -> Outcome:
+    root = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label, name in enumerate(("dark", "light \x1b[31m")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(6):
+                pixels = noise.integers(0, 100, (8, 8, 3)) + 150 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    recipe = Recipe(data=root, depth=8, width=4, epochs=2, batch_size=8, device="cpu", precision="float32")
+    return train(recipe, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def run(outcome) -> str:
+    return str(outcome.folder.path)
+
+
+@pytest.fixture
+def test_images(outcome) -> Path:
+    return outcome.recipe.data / "test"
+
+
+def test_predict_writes_a_line_per_image(run, test_images, tmp_path, capsys):
+    (tmp_path / "bad\n.png").write_text("<html>")
+    assert main(["predict", run, str(test_images), str(tmp_path), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13
+    file, first, second = lines[0].split("\t")
+    assert file.endswith("0.png")
+    shares = [float(cell.rpartition(" ")[2]) for cell in (first, second)]
+    assert sum(shares) == pytest.approx(1, abs=1e-3)
+    assert lines[-1] == f"{tmp_path}/bad\\n.png\tcannot be read: not an image but HTML"
+    assert "\x1b" not in "".join(lines)
+
+
+def test_predict_writes_json_and_csv(run, test_images, tmp_path, capsys):
+    assert main(["predict", run, str(test_images), "--json", "--top", "1", "--batch-size", "5"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 12
+    assert {row["label"] for row in rows} <= {"dark", "light \x1b[31m"}, "as they are: JSON has escapes"
+    assert all(list(row["probabilities"]) == [row["label"]] for row in rows)
+    assert main(["predict", run, str(test_images), "--csv", str(tmp_path / "out.csv"), "--top", "9"]) == 0
+    assert capsys.readouterr().out == ""
+    with (tmp_path / "out.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["probability"]) for row in table] == pytest.approx([r["probability"] for r in rows], abs=1e-5)
+    assert list(table[0]) == ["file", "label", "probability", "label_2", "probability_2", "error"]
+
+
+def test_predict_fails_as_documented(run, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("")
+    assert main(["predict", run, str(tmp_path / "bad.png")]) == 3
+    captured = capsys.readouterr()
+    assert "none of the 1 images can be read" in captured.err
+    assert "an empty file" in captured.out
+    assert main(["predict", run]) == 2
+    assert main(["predict", run, str(tmp_path), "--json", "--csv", "x.csv"]) == 2
+    assert main(["predict", run, str(tmp_path), "--top", "0"]) == 2
+    assert main(["predict", str(tmp_path / "none"), str(tmp_path / "bad.png")]) == 4
+    assert main(["predict", run, str(tmp_path / "none.png")]) == 3
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_evaluate_says_what_training_said(outcome, run, capsys):
+    assert main(["evaluate", run, "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == outcome.evaluation.accuracy
+    assert found["confusion"] == outcome.evaluation.confusion.tolist()
+    assert [row["images"] for row in found["classes"]] == [6, 6]
+    assert found["interval"][0] <= found["accuracy"] <= found["interval"][1]
+    assert main(["evaluate", run, "--flip"]) == 0
+    text = capsys.readouterr().out
+    assert "95 % interval" in text
+    assert "class\trecall\tprecision\tF1\timages" in text
+    assert "\x1b" not in text
+
+
+def test_evaluate_takes_other_images(outcome, run, test_images, tmp_path, capsys):
+    assert main(["evaluate", run, str(test_images), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confusion"] == outcome.evaluation.confusion.tolist()
+    for name in ("dark", "other"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    assert main(["evaluate", run, str(tmp_path)]) == 3
+    assert "class 'other'" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path)]) == 4
+    assert main(["evaluate", run, "--batch-size", "0"]) == 2
+
+
+def test_export_writes_a_hub_folder_that_predicts(run, test_images, tmp_path, capsys):
+    assert main(["export", run, "--hub", str(tmp_path / "hub")]) == 0
+    assert "skipway.from_pretrained(" in capsys.readouterr().out
+    assert main(["predict", str(tmp_path / "hub"), str(test_images), "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 12
+    assert main(["evaluate", str(tmp_path / "hub")]) == 4
+    assert "give them" in capsys.readouterr().err
+    assert main(["export", run]) == 2
+    assert main(["export", run, "--hub", run]) == 2
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export"])
+def test_help_is_there_and_light(command):
+    code = (
+        "import sys; from skipway.cli import main; main(sys.argv[1:]);"
+        "print('LOADED', *({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True)
+    text, _, loaded = done.stdout.rpartition("LOADED")
+    assert loaded.strip() == ""
+    assert f"skipway {command} RUN" in text
+    assert max(map(len, text.splitlines())) <= 100

@@ -1,0 +1,351 @@
+"""Lists, tar shards and data sets: the same images from every source; and every hostile or broken one refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from skipway.data import UnreadableImage, load
+from skipway.data.sources.index import part_of
+from skipway.data.sources.readers import Rows
+from skipway.data.sources.shards import expand, key_and_suffix
+from skipway.errors import DataError, MissingExtraError
+
+CPU = torch.device("cpu")
+LABELS = ("cat", "dog")
+
+
+def picture(number: int) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def folder(root: Path, each: int = 5) -> Path:
+    for number in range(2 * each):
+        path = root / LABELS[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    return root
+
+
+def rows(each: int = 5) -> list[tuple[str, str, str]]:
+    return [(f"{LABELS[n % 2]}/{n}.png", LABELS[n % 2], "val" if n < 4 else "train") for n in range(2 * each)]
+
+
+def write_list(path: Path, entries, header=("image", "label", "split"), delimiter: str = ",") -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *entries])
+    return path
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def shard(path: Path, numbers, label: Callable[[int], tuple[str, bytes]]) -> Path:
+    members = []
+    for n in numbers:
+        suffix, content = label(n)
+        members += [(f"{n:06d}.png", picture(n)), (f"{n:06d}.{suffix}", content)]
+    return write_tar(path, members)
+
+
+def by_class(data) -> dict[str, set[bytes]]:
+    """The pixels of both parts by class name."""
+    found: dict[str, set[bytes]] = {name: set() for name in data.classes}
+    for part in (data.train, data.test):
+        (images,) = part.fetch([torch.arange(len(part))], CPU, None)
+        for image, label in zip(images, part.labels.tolist(), strict=True):
+            found[data.classes[label]].add(image.numpy().tobytes())
+    return found
+
+
+def as_folder(root: Path) -> Path:
+    return folder(root)
+
+
+def as_csv(root: Path) -> Path:
+    return write_list(folder(root) / "list.csv", rows())
+
+
+def as_tsv(root: Path) -> Path:
+    return write_list(folder(root) / "list.tsv", [row[:2] for row in rows()], ("image", "label"), "\t")
+
+
+def as_parquet(root: Path) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images, labels, splits = zip(*rows(), strict=True)
+    table = pyarrow.table({"image": images, "label": labels, "split": splits})
+    parquet.write_table(table, folder(root) / "list.parquet")
+    return root / "list.parquet"
+
+
+def as_shards_with_classes(root: Path) -> str:
+    root.mkdir()
+    for part in range(2):
+        shard(root / f"{part:02d}.tar", range(part * 5, part * 5 + 5), lambda n: ("cls", LABELS[n % 2].encode()))
+    return str(root / "{00..01}.tar")
+
+
+def as_shards_with_json(root: Path) -> Path:
+    root.mkdir()
+    label = lambda n: ("json", json.dumps({"label": LABELS[n % 2]}).encode())  # noqa: E731
+    shard(root / "train-0.tar", range(4, 10), label)
+    shard(root / "val-0.tar", range(4), label)
+    return root
+
+
+def as_tar_of_folders(root: Path) -> Path:
+    folder(root)
+    with tarfile.open(root.with_suffix(".tar"), "w") as tar:
+        tar.add(root, arcname="photos")
+    return root.with_suffix(".tar")
+
+
+def as_data_set(root: Path) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=list(LABELS))})
+    values = {"photo": [{"bytes": picture(n), "path": None} for n in range(10)], "kind": [n % 2 for n in range(10)]}
+    datasets.Dataset.from_dict(values, features=features).save_to_disk(str(root))
+    return root
+
+
+SOURCES = [as_folder, as_csv, as_tsv, as_parquet, as_shards_with_classes, as_shards_with_json, as_tar_of_folders]
+
+
+@pytest.mark.parametrize("make", [*SOURCES, as_data_set])
+def test_every_source_gives_the_same_images(tmp_path, make):
+    data = load(make(tmp_path / "source"), crop="none")
+    assert by_class(data) == by_class(load(folder(tmp_path / "plain"), crop="none"))
+    if make in (as_csv, as_parquet, as_shards_with_json):
+        assert data.held_out is None
+        assert len(data.test) == 4
+    else:
+        assert data.held_out == 0.2
+
+
+@pytest.mark.parametrize("make", [as_shards_with_classes, as_data_set])
+@pytest.mark.parametrize("helpers", ["threads", "processes"])
+def test_workers_read_every_source(tmp_path, make, helpers):
+    source = make(tmp_path / "source")
+    alone, helped = (load(source, size=16, crop="resized", workers=n, helpers=helpers) for n in (0, 2))
+    batches = [[b.inputs for b in d.train_batches(seed=0, epoch=0, batch_size=3, device=CPU)] for d in (alone, helped)]
+    assert torch.equal(torch.cat(batches[0]), torch.cat(batches[1]))
+
+
+def test_numbers_are_classes_in_numeric_order(tmp_path):
+    entries = [(f"{LABELS[n % 2]}/{n}.png", str(9 + n % 2)) for n in range(10)]
+    data = load(write_list(folder(tmp_path) / "list.csv", entries, ("file", "class")), columns=("file", "class", "-"))
+    assert data.classes == ("9", "10")
+
+
+def test_names_are_keyed_as_webdataset_does():
+    tariterators = pytest.importorskip("webdataset.tariterators")
+    for name in ("a/b/c.jpg", "c.seg.png", "x.y/z.JPG", "./1.cls", "a b.json"):
+        key, suffix = tariterators.base_plus_ext(name)
+        assert key_and_suffix(name) == (key, suffix.lower())
+
+
+def test_patterns_mean_what_braceexpand_says():
+    braceexpand = pytest.importorskip("braceexpand").braceexpand
+    for pattern in ("a-{000..012}.tar", "{1..11}.tar", "{train,val}/{0..1}.tar", "plain.tar", "{3..1}"):
+        assert expand(pattern) == list(braceexpand(pattern))
+    with pytest.raises(DataError, match="more than 100,000 shards"):
+        expand("{0..999}{0..999}.tar")
+
+
+def test_splits_have_known_names():
+    assert [part_of(name, "x") for name in ("train", "Validation", "testing ")] == ["train", "test", "test"]
+
+
+def member(name: str, **fields) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+HOSTILE_MEMBERS = {
+    "up": (member("../../marker.png"), "leads out of the archive"),
+    "up in the middle": (member("cat/../../marker.png"), "leads out of the archive"),
+    "absolute": (member("/tmp/marker.png"), "leads out of the archive"),
+    "backslashes": (member("..\\marker.png"), "leads out of the archive"),
+    "drive": (member("C:marker.png"), "leads out of the archive"),
+    "link": (member("cat/9.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is a link"),
+    "hard link": (member("cat/9.png", type=tarfile.LNKTYPE, linkname="../x"), "is a link"),
+    "device": (member("cat/9.png", type=tarfile.CHRTYPE), "is a device"),
+    "pipe": (member("cat/9.png", type=tarfile.FIFOTYPE), "is a device"),
+    "cut off": (member("cat/9.png", size=2**40), "cut off|not a tar file"),
+    "negative": (member("cat/9.png", size=-(2**40)), "cut off|not a tar file"),
+    "long label": (member("cat/0.cls", size=2 * 1024**2), "the rule is at most"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_MEMBERS)
+def test_hostile_members_are_refused(tmp_path, kind):
+    info, reason = HOSTILE_MEMBERS[kind]
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for n in range(4):
+            content = picture(n)
+            tar.addfile(member(f"{LABELS[n % 2]}/{n}.png", size=len(content)), io.BytesIO(content))
+        if 0 < info.size < 2**30:
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+        else:
+            tar.fileobj.write(info.tobuf(tarfile.GNU_FORMAT))
+            tar.offset += 512
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=reason):
+        load(path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before, "nothing was unpacked"
+
+
+BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "compressed": (lambda p: tarfile.open(p, "w:gz").close(), "it is compressed"),
+    "no tar": (lambda p: p.write_bytes(b"hello" * 400), "not a tar file"),
+    "empty": (lambda p: tarfile.open(p, "w").close(), "no images"),
+    "no label": (lambda p: write_tar(p, [("1.png", picture(1))]), "label of '1.png' is missing"),
+    "label is a list": (
+        lambda p: write_tar(p, [("1.png", picture(1)), ("1.json", b"[1]")]),
+        r"label of '1.png' is \[1\]",
+    ),
+    "label is not JSON": (lambda p: write_tar(p, [("1.png", picture(1)), ("1.json", b"{")]), "cannot be read"),
+    "label is deep": (lambda p: write_tar(p, [("1.png", b""), ("1.json", b"[" * 100_000)]), "cannot be read"),
+    "label is not text": (lambda p: write_tar(p, [("1.png", picture(1)), ("1.cls", b"\xff\xfe")]), "cannot be read"),
+    "one class": (lambda p: write_tar(p, [("a/1.png", picture(1)), ("a/2.png", picture(2))]), "only one class"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SHARDS)
+def test_shards_that_cannot_be_read_are_refused(tmp_path, kind):
+    make, reason = BAD_SHARDS[kind]
+    make(tmp_path / "x.tar")
+    with pytest.raises(DataError, match=reason):
+        load(tmp_path / "x.tar")
+
+
+def test_a_bomb_in_a_shard_is_left_out(tmp_path):
+    from tests.data.test_decode import png_of
+
+    members = [(f"{LABELS[n % 2]}/{n}.png", picture(n)) for n in range(8)]
+    data = load(write_tar(tmp_path / "x.tar", [*members, ("cat/bomb.png", png_of(50_000, 50_000))]))
+    assert [reason for _, reason in data.unreadable] == ["more than 64 megapixels"]
+
+
+BAD_LISTS = {
+    "up": ([("../secret.png", "cat")], "'../secret.png' leads out of"),
+    "absolute": ([("/etc/hostname", "cat")], "leads out of"),
+    "by a link": ([("away/1.png", "cat")], "leads out of"),
+    "no label": ([("cat/0.png", "")], "row 2: the label is empty"),
+    "two labels": (
+        [("cat/0.png", "cat"), ("cat/0.png", "dog")],
+        "row 3: 'cat/0.png' is 'dog' in train, and above 'cat'",
+    ),
+    "one class": ([("cat/0.png", "cat"), ("cat/2.png", "cat")], "of 1 classes"),
+    "nothing": ([], "of 0 classes"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LISTS)
+def test_lists_that_cannot_be_used_are_refused(tmp_path, kind):
+    entries, reason = BAD_LISTS[kind]
+    folder(tmp_path / "data")
+    (tmp_path / "away").mkdir()
+    (tmp_path / "data/away").symlink_to(tmp_path / "away", target_is_directory=True)
+    with pytest.raises(DataError, match=reason):
+        load(write_list(tmp_path / "data/list.csv", entries, ("image", "label")))
+
+
+def test_lists_with_other_faults(tmp_path):
+    folder(tmp_path)
+    with pytest.raises(DataError, match=r"no column 'image', 'label'; it has 'a', 'b'"):
+        load(write_list(tmp_path / "a.csv", rows(), ("a", "b")))
+    with pytest.raises(DataError, match="split 'dev' is not known"):
+        load(write_list(tmp_path / "b.csv", [(*row[:2], "dev") for row in rows()]))
+    (tmp_path / "c.csv").write_text('image,label\n"cat/0.png,cat\n')
+    with pytest.raises(DataError, match="not a list that can be read"):
+        load(tmp_path / "c.csv")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(DataError, match=r"not a list that can be read|pip install 'skipway\[parquet\]'"):
+        load(tmp_path / "d.parquet")
+    listed_twice = load(
+        write_list(tmp_path / "e.csv", [*rows(), rows()[5], ("cat/no\x00.png", "cat", "train")]), most_unreadable=0.1
+    )
+    assert "1 images are listed more than once; each is used once" in listed_twice.remarks
+    assert listed_twice.unreadable[0][1].startswith("embedded null")
+    outside = write_list(
+        tmp_path / "cat/f.csv", [(f"../{name}", label) for name, label, _ in rows()], ("image", "label")
+    )
+    assert len(load(outside, outside=True).train) == 8
+
+
+@pytest.mark.parametrize("library", ["pyarrow", "datasets"])
+def test_what_is_missing_has_a_line_to_type(tmp_path, monkeypatch, library):
+    import sys
+
+    monkeypatch.setitem(sys.modules, library, None)
+    (tmp_path / "list.parquet").touch()
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/dataset_dict.json").write_text("{}")
+    source = tmp_path / ("list.parquet" if library == "pyarrow" else "saved")
+    extra = {"pyarrow": "parquet", "datasets": "datasets"}[library]
+    with pytest.raises(MissingExtraError, match=rf"pip install 'skipway\[{extra}\]'"):
+        load(source)
+
+
+def test_a_data_set_that_points_elsewhere_is_not_followed(tmp_path):
+    (tmp_path / "set").mkdir()
+    for path in (tmp_path / "secret.png", tmp_path / "set/own.png"):
+        path.write_bytes(picture(0))
+    cells = [{"bytes": None, "path": str(path)} for path in (tmp_path / "secret.png", tmp_path / "set/own.png")]
+    cells += [{"bytes": picture(1), "path": None}, {"bytes": None, "path": None}, 5]
+    store = Rows(tmp_path / "set", "image", {"train": [{"image": cell} for cell in cells]})
+    assert (store.read("train/1"), store.read("train/2")) == (picture(0), picture(1))
+    for row, reason in [(0, "leads out of the data set"), (3, "an empty cell"), (4, "holds int"), (9, "out of range")]:
+        with pytest.raises(UnreadableImage, match=reason):
+            store.read(f"train/{row}")
+
+
+def test_a_data_set_that_is_damaged(tmp_path):
+    as_data_set(tmp_path / "set")
+    (tmp_path / "set/state.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be read as a data set"):
+        load(tmp_path / "set")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_links_out_of_a_folder_are_not_followed(tmp_path):
+    folder(tmp_path / "elsewhere")
+    photos = folder(tmp_path / "photos", each=6)
+    (photos / "cat/secret.png").symlink_to(tmp_path / "elsewhere/cat/0.png")
+    (photos / "cat/own.png").symlink_to(photos / "cat/2.png")
+    (photos / "cat/loop").symlink_to(photos, target_is_directory=True)
+    (photos / "emu").symlink_to(tmp_path / "elsewhere/dog", target_is_directory=True)
+    data = load(photos)
+    assert data.classes == LABELS
+    assert len(data.train) + len(data.test) == 13
+    assert any(remark.startswith("links not followed") and "secret" in remark for remark in data.remarks)
+    followed = load(photos, outside=True)
+    assert followed.classes == ("cat", "dog", "emu")
+    (photos / "cat/circle.png").symlink_to(photos / "cat/circle.png")
+    circled = load(photos, most_unreadable=0.2)
+    assert [file for file, _ in circled.unreadable] == ["cat/circle.png"]

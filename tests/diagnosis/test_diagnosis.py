@@ -1,0 +1,402 @@
+"""Diagnosis: what is measured agrees with theory, nothing is left behind, causes are named and mended."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import skipway as sw
+from skipway.diagnosis import Settings, diagnose
+from skipway.diagnosis.indicators import read_signs
+from skipway.diagnosis.measurement import measure
+from skipway.diagnosis.outlook import cause_of, features, probability
+from skipway.diagnosis.passes import curvature, jacobians, look_ahead, noise
+from skipway.diagnosis.remedies import AddSkips, Damp, LearningRate, NormFirst, Rescheme
+from skipway.diagnosis.rules import RULES
+from skipway.diagnosis.settings import settings_of
+from skipway.diagnosis.subject import Subject
+from skipway.probes.measures import dead_share, distinctness, swallowed_share, token_distinctness
+
+WIDTH, DEPTH = 256, 6
+
+
+class Orthogonal(nn.Module):
+    """x + W x with W orthogonal: the variance doubles, and so does the mean squared singular value of the Jacobian."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(WIDTH, WIDTH, bias=False)
+        nn.init.orthogonal_(self.map.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.map(x)
+
+
+@pytest.fixture
+def doubling() -> Subject:
+    torch.manual_seed(0)
+    stem = nn.Linear(WIDTH, WIDTH, bias=False)
+    nn.init.orthogonal_(stem.weight)
+    model = nn.Sequential(stem, *(Orthogonal() for _ in range(DEPTH)), nn.Linear(WIDTH, 10))
+    return Subject(model, torch.randn(64, WIDTH), torch.randint(10, (64,)))
+
+
+def test_an_orthogonal_branch_doubles_variance_gradient_and_jacobian(doubling):
+    """De & Smith 2020: Var(x_l) = 2^l. Half of the squared gradient comes through each branch, so that the effective
+    path is L/2 (Veit et al. 2016), and E σ²(I + W) = 2.
+    """
+    measured = measure(doubling, iterations=8)
+    for number, signal in enumerate(measured.connections, start=1):
+        assert signal.variance_after == pytest.approx(2**number, rel=0.15)
+        assert signal.ratio == pytest.approx(1, rel=0.05)
+        assert abs(signal.cosine) < 0.1
+        assert signal.growth == pytest.approx(math.sqrt(2), rel=0.1)
+        assert signal.through_branch == pytest.approx(0.5, abs=0.05)
+        assert signal.jacobian == pytest.approx(2, rel=0.15)
+        assert 1.7 < signal.jacobian_largest <= 2.001  # |1 + e^{iφ}|, at most 2
+        assert signal.overflow < 1e-2
+    whole = measured.jacobians.whole_largest
+    assert whole is not None
+    assert measured.jacobians.whole < whole**2  # the mean of the squares is below the largest
+    assert measured.effective_path == pytest.approx(DEPTH / 2, rel=0.1)
+    assert measured.jacobians.shattering == pytest.approx(1, abs=1e-4)  # linear: the same gradient everywhere
+
+
+def test_the_sharpness_of_a_quadratic_is_its_largest_eigenvalue():
+    torch.manual_seed(0)
+    eigenvalues = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    model = nn.Linear(4, 1, bias=False)
+    subject = Subject(
+        model, torch.eye(4).repeat(8, 1), torch.zeros(32, 1), lambda *_: (eigenvalues * model.weight[0] ** 2).sum() / 2
+    )
+    _, gradient = subject.gradients(subject.part(0, 8))
+    found = curvature(subject, gradient, iterations=20)
+    assert found.sharpness == pytest.approx(10, rel=1e-2)
+    assert found.largest_rate == pytest.approx(0.2, rel=1e-2)
+
+
+def test_gradient_noise_of_equal_chunks_is_none():
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(8, 5).repeat(4, 1), torch.randint(3, (8,)).repeat(4)
+    found, _, _ = noise(Subject(nn.Linear(5, 3), inputs, targets))
+    assert found.agreement == pytest.approx(1, abs=1e-5)
+    assert found.scale == pytest.approx(0, abs=1e-4)
+
+
+def test_the_first_step_of_small_size_keeps_its_promise():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    subject = Subject(model, torch.randn(64, 6), torch.randint(4, (64,)))
+    ahead = look_ahead(subject, lambda: torch.optim.SGD(model.parameters(), lr=1e-2), steps=3)
+    assert ahead.trust == pytest.approx(1, abs=0.02)
+    relative = ahead.updates["weight"]
+    _, gradients = subject.gradients(subject.part(0, 8))
+    assert relative == pytest.approx(float(1e-2 * gradients[0].norm() / model.weight.detach().norm()), rel=1e-4)
+
+
+def test_signals():
+    assert distinctness(torch.ones(5, 7)).item() == 0
+    assert distinctness(torch.eye(5)).item() == pytest.approx(1)
+    assert distinctness(torch.ones(4, 8) * 1e30).item() == 0  # squares are infinite
+    rows = torch.ones(4, 8)
+    rows[0, 0] += 1e-5
+    assert 0 < distinctness(rows).item() < 1e-9
+    assert token_distinctness(torch.randn(2, 1, 6).expand(2, 5, 6)).item() == pytest.approx(0, abs=1e-6)
+    assert dead_share(torch.tensor([[[[1.0]], [[0.0]]]])).item() == 0.5
+    assert swallowed_share(torch.ones(10), torch.full((10,), 2.0**-10)).item() == 1
+
+
+def small(scheme: str = "identity", **options) -> nn.Module:
+    return sw.build("resnet", depth=8, scheme=scheme, classes=4, width=4, stem_width=4, channels=1, **options)
+
+
+def images(count: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 1, 8, 8, generator=generator), torch.randint(4, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_touched_and_it_is_cheap(training):
+    torch.manual_seed(0)
+    model = small().train(not training)
+    model.stem.conv.weight.grad = torch.ones_like(model.stem.conv.weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random, mode = torch.get_rng_state(), [m.training for m in model.modules()]
+    diagnosis = diagnose(model, images(), training=training)
+    assert diagnosis.measurement.passes <= 10
+    assert torch.equal(random, torch.get_rng_state())
+    assert mode == [m.training for m in model.modules()]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert bool((model.stem.conv.weight.grad == 1).all())
+    assert all(p.grad is None for name, p in model.named_parameters() if name != "stem.conv.weight")
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("count", [8, 16, 32, 64, 200])
+def test_at_most_ten_passes_even_where_it_looks_twice(count):
+    torch.manual_seed(0)
+    assert diagnose(small(), images(count), lr=1e5).measurement.passes <= 10
+
+
+@pytest.mark.parametrize("scheme", [name for name in sw.schemes.schemes() if name not in ("layerscale",)])
+def test_every_scheme_is_measured(scheme):
+    diagnosis = diagnose(small(scheme), images(), optimiser="adamw")
+    assert diagnosis.verdict in ("trains", "trains if", "will not train")
+    assert all(math.isfinite(signal.stream) for signal in diagnosis.measurement.connections)
+    assert len(diagnosis.measurement.connections) == (0 if scheme == "plain" else 3)
+    assert "two-zeros" not in {finding.rule for finding in diagnosis.findings}
+
+
+def test_a_silent_start_is_not_taken_for_a_dead_one():
+    torch.manual_seed(0)
+    diagnosis = diagnose(small("fixup"), images(64), lr=0.1)
+    assert diagnosis.measurement.ahead.distinct[0] < 1e-7 < diagnosis.measurement.ahead.distinct[1]
+    assert diagnosis.verdict != "will not train"
+
+
+class Stranger(nn.Module):
+    """A transformer with dropout, a mapping for input and an object for output."""
+
+    class Output(dict):
+        pass
+
+    def __init__(self, layers: int = 2, *, norm_first: bool = True) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, norm_first=norm_first, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, tokens: Tensor, unused: Tensor | None = None) -> dict[str, Tensor]:
+        return self.Output(logits=self.head(self.body(tokens).mean(1)))
+
+
+def test_mappings_dropout_autocast_and_an_optimiser_of_ones_own():
+    torch.manual_seed(0)
+    model = Stranger()
+    optimiser = torch.optim.AdamW(
+        [{"params": model.body.parameters()}, {"params": model.head.parameters(), "lr": 1e-2}], lr=1e-3
+    )
+    batch = {"tokens": torch.randn(32, 5, 16)}, torch.randint(4, (32,))
+    with torch.autocast("cpu", torch.bfloat16):
+        diagnosis = diagnose(model, batch, optimiser=optimiser)
+    assert [c.name for c in diagnosis.chain] == [f"body.layers.{n}:{k}" for n in (0, 1) for k in (1, 2)]
+    assert diagnosis.settings.rate == 1e-2
+    assert not optimiser.state
+    assert [group["lr"] for group in diagnosis.settings.make(model).param_groups] == [1e-3, 1e-2]
+    assert set(diagnosis.updates) >= {"weight", "norm", "bias"}
+
+
+def test_a_loss_of_ones_own_and_no_targets():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    assert diagnose(model, torch.randn(32, 6)).measurement.finite
+    found = diagnose(model, (torch.randn(32, 6), None), loss=lambda output, _: output.square().mean())
+    assert found.measurement.loss >= 0
+    with pytest.raises(sw.SkipwayError, match="one number"):
+        diagnose(model, torch.randn(32, 6), loss=lambda output, _: output)
+
+
+def test_refusals_say_what_to_do():
+    with pytest.raises(sw.SkipwayError, match="at least 8"):
+        diagnose(small(), images(4))
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    with pytest.raises(sw.SkipwayError, match="meta"):
+        diagnose(model, torch.randn(8, 4))
+    with pytest.raises(sw.SkipwayError, match="requires_grad"):
+        diagnose(nn.Linear(4, 4).requires_grad_(False), torch.randn(8, 4))
+    with pytest.raises(sw.SkipwayError, match="one of sgd"):
+        diagnose(small(), images(), optimiser="lion")
+    with pytest.raises(sw.SkipwayError, match="inputs, targets"):
+        diagnose(small(), (*images(), 3))
+    with pytest.raises(sw.SkipwayError, match="not the model's"):
+        settings_of(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), small())
+
+
+class Random(nn.Module):
+    """Adds another time in every other pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.calls = nn.Linear(6, 6), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for _ in range(self.calls % 3):
+            x = x.reshape(-1, 2, 3).flatten(1) + 1.0 * x.new_zeros(6)
+        return (x[:, None] + self.map(x)[:, None]).flatten(1) if self.calls % 2 else x + self.map(x)
+
+
+def test_a_model_that_runs_otherwise_each_time_is_refused():
+    with pytest.raises(sw.SkipwayError, match="something else each time"):
+        diagnose(Random(), torch.randn(16, 6))
+
+
+def rules(diagnosis) -> set[str]:
+    return {finding.rule for finding in diagnosis.findings}
+
+
+def test_plain_depth_is_blamed_and_mended():
+    torch.manual_seed(0)
+    model = sw.build("resnet", depth=56, scheme="plain", classes=4, width=4, stem_width=4, channels=1)
+    diagnosis = diagnose(model, images(64), lr=0.1)
+    assert diagnosis.verdict != "trains"
+    assert "no-skips" in rules(diagnosis)
+    assert Rescheme("identity") == diagnosis.remedies[0]
+    treatment = diagnosis.fix(Rescheme("identity"))
+    assert len(treatment.after.chain) == 27
+    assert "no-skips" not in rules(treatment.after)
+    assert str(treatment)
+
+
+def test_a_strangers_plain_network_is_given_skips():
+    torch.manual_seed(0)
+    layers = [m for _ in range(20) for m in (nn.Linear(16, 16), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(16, 4))
+    diagnosis = diagnose(model, (torch.randn(64, 8), torch.randint(4, (64,))), lr=0.1)
+    assert "no-skips" in rules(diagnosis)
+    remedy = next(r for f in diagnosis.findings for r in f.remedies if isinstance(r, AddSkips))
+    treatment = diagnosis.fix(remedy)
+    assert len(treatment.after.chain) == len(remedy.modules) >= 20
+    assert len(sw.chain(model, torch.randn(8, 8))) == 0  # the original is as it was
+    assert treatment.after.measurement.distinct > diagnosis.measurement.distinct
+
+
+class Branch(nn.Module):
+    """x + W₂ relu(W₁ x), He-initialised and nothing to hold it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        for module in (self.first, self.second):
+            nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(x)))
+
+
+def test_a_stream_that_doubles_is_blamed_and_damped():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Branch() for _ in range(24)), nn.Linear(32, 4))
+    diagnosis = diagnose(model, (torch.randn(64, 32), torch.randint(4, (64,))), lr=0.1)
+    growth = next(f for f in diagnosis.findings if f.rule == "stream-grows")
+    assert growth.evidence["growth"] > 2**24
+    treatment = diagnosis.fix(Damp())
+    after = treatment.after.measurement.connections
+    # a branch adds E[W₂ relu(W₁x)]² = 2 |x|² at He's gain of 2 behind no rectifier; 1/√L of it, over L: e² at most
+    assert after[-1].variance_after / after[0].variance_before < math.e**2 * 2
+    assert "stream-grows" not in rules(treatment.after)
+
+
+def test_two_zeros_are_blamed_and_one_is_not():
+    torch.manual_seed(0)
+    model = small("zeroinit")
+    assert "two-zeros" not in rules(diagnose(model, images()))
+    for connection in sw.chain(model):
+        nn.init.zeros_(connection.path[-1].module.weight)
+    diagnosis = diagnose(model, images())
+    found = next(f for f in diagnosis.findings if f.rule == "two-zeros")
+    assert found.where
+    assert "two-zeros" not in rules(diagnosis.fix(found.remedies[0]).after)
+
+
+def test_post_norm_has_a_switch_in_torchs_own_layers():
+    torch.manual_seed(0)
+    model = Stranger(8, norm_first=False)
+    batch = {"tokens": torch.randn(32, 5, 16)}, torch.randint(4, (32,))
+    found = next(f for f in diagnose(model, batch, optimiser="adamw").findings if f.rule == "post-norm")
+    assert found.remedies[0] == NormFirst()
+    after = diagnose(model, batch, optimiser="adamw").fix(NormFirst()).after
+    assert {c.seen.norms for c in after.chain} == {("pre",)}
+
+
+def test_a_rate_that_is_far_too_high_is_lowered():
+    torch.manual_seed(0)
+    model = small()
+    diagnosis = diagnose(model, images(64), lr=1e4)
+    assert diagnosis.verdict != "trains"
+    assert any(isinstance(r, LearningRate) for f in diagnosis.findings for r in f.remedies)
+
+
+def test_not_finite_is_fatal_and_located():
+    model = nn.Sequential(*(Branch() for _ in range(3)), nn.Linear(32, 4))
+    with torch.no_grad():
+        model[1].second.weight.fill_(math.nan)
+    diagnosis = diagnose(model, (torch.randn(16, 32), torch.randint(4, (16,))))
+    assert diagnosis.verdict == "will not train"
+    assert diagnosis.findings[0].rule == "not-finite"
+    assert diagnosis.findings[0].where == ("1",)
+
+
+def test_the_range_test_and_the_largest_rate():
+    torch.manual_seed(0)
+    diagnosis = diagnose(small(), images(64), lr=0.1)
+    odds = diagnosis.range_test([1e-2, 1e5])
+    assert odds[1e-2] > odds[1e5]
+    assert diagnosis.largest_rate > 0
+
+
+def test_the_odds_follow_what_is_better():
+    """More distinct outputs, a lower loss on unseen samples: never worse odds."""
+    torch.manual_seed(0)
+    model = small()
+    measured = measure(Subject(model, *images(64)), lambda: torch.optim.SGD(model.parameters(), lr=0.05))
+    signs = read_signs(measured, Settings())
+    assert set(features(signs)) | {"bias"} == set(sw.diagnosis.outlook.WEIGHTS)
+    from dataclasses import replace
+
+    assert probability(replace(signs, distinct_after=0.5)) > probability(replace(signs, distinct_after=1e-8))
+    assert probability(replace(signs, unseen=0.5)) > probability(replace(signs, unseen=5.0))
+    assert cause_of(replace(signs, unseen=9.0)) == "rate-too-high"
+
+
+def test_every_rule_has_its_words():
+    assert all(rule.__doc__ for rule in RULES)
+
+
+def test_jacobians_need_no_real_inputs():
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.branch = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+        def forward(self, words: Tensor) -> Tensor:
+            x = self.table(words).mean(1)
+            return x + self.branch(x).relu()
+
+    found = jacobians(Subject(Words(), torch.randint(9, (16, 4)), torch.randint(8, (16,))))
+    assert found.whole is None
+    assert found.shattering is None
+    assert len(found.mean_square) == 1
+
+
+DEEP = """
+import torch
+from torch import nn
+from skipway.diagnosis.passes import jacobians
+from skipway.diagnosis.subject import Subject
+from skipway.studies.chains import block_chain
+
+subject = Subject(nn.Sequential(*block_chain("skipinit", 800, width=4)), torch.randn(8, 4), torch.zeros(8, dtype=int))
+subject.probed()
+jacobians(subject)
+print("done")
+"""
+
+
+def test_graphs_of_deep_networks_are_taken_apart_piece_by_piece():
+    """With a small stack 800 branches are as 20,000: a graph with hooks that was dropped as a whole overflowed it."""
+    resource = pytest.importorskip("resource")
+    stack = 300 * 1024
+    done = subprocess.run(
+        [sys.executable, "-c", DEEP],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (stack, stack)),
+    )
+    assert done.stdout == "done\n", done.stderr

@@ -1,0 +1,84 @@
+"""ONNX files of every family, run by onnxruntime."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import skipway as sw
+from skipway.inference import onnx as export
+from skipway.inference.onnx import export_onnx
+
+TOKENS = {"depth": 1, "dim": 16, "heads": 2, "patch": 8, "image": 16, "classes": 5}
+MODELS = {
+    "resnet": ("resnet-cifar", {"depth": 8, "blocks": (1, 1), "squeeze": 4, "width": 8, "stem_width": 8}),
+    "vit": ("vit-tiny-16", {**TOKENS, "registers": 1}),
+    "cait": ("cait-xxs24", {**TOKENS, "class_blocks": 1}),
+    "convnext": ("convnextv2", {"depth": 5, "blocks": (1, 1), "width": 8, "classes": 5}),
+    "swin": ("swin-tiny", {"dim": 8, "heads": 2, "blocks": (2,), "window": 2, "image": 16, "classes": 5}),
+    "swinv2": ("swinv2-tiny", {"dim": 8, "heads": 2, "blocks": (1, 1), "window": 2, "image": 16, "classes": 5}),
+}
+needs_onnx = pytest.mark.skipif(
+    any(export.find_spec(package) is None for package in ("onnx", "onnxscript", "onnxruntime")),
+    reason="the extra 'onnx' is not installed",
+)
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        ("resnet", "identity"),
+        ("resnet", "normfree(gain=1.0)"),
+        ("vit", "layerscale(init=0.1)"),
+        ("cait", "identity"),
+        ("convnext", "identity"),
+        ("swin", "skipinit(init=0.5) + stochasticdepth(0.5)"),
+        ("swinv2", "identity"),
+    ],
+)
+def test_every_family_runs_elsewhere(tmp_path, family, scheme):
+    """At other batch sizes than the example's; the check itself compares with the model."""
+    name, options = MODELS[family]
+    model = sw.build(name, scheme=scheme, **options)
+    worst = export_onnx(model, tmp_path / "model.onnx", torch.randn(1, 3, 16, 16))
+    assert worst is not None
+    assert worst < 1e-5
+    assert all(module.training for module in model.modules())
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+class Net(nn.Module):
+    """A network that does what `how` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.map = how, nn.Linear(4, 2)
+
+    def forward(self, x):
+        if self.how == "fixed":
+            return self.map(x.new_zeros(len(x), 4) + x)
+        return self.map(x) * (1 if torch.compiler.is_exporting() else 2)
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("how", "message"), [("fixed", "fixes its batch size at 2"), ("differs", "tolerance=0.0001 allows")]
+)
+def test_a_wrong_file_is_not_left_behind(tmp_path, how, message):
+    with pytest.raises(sw.SkipwayError, match=message):
+        export_onnx(Net(how), tmp_path / "model.onnx", torch.zeros(2, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_onnx
+def test_there_has_to_be_a_folder(tmp_path):
+    with pytest.raises(sw.SkipwayError, match="there is no folder"):
+        export_onnx(Net("fine"), tmp_path / "gone" / "model.onnx", torch.zeros(2, 4))
+
+
+def test_without_the_extra_the_line_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(sw.MissingExtraError, match=r"onnx, which is not installed: pip install 'skipway\[onnx\]'"):
+        export_onnx(Net("fine"), tmp_path / "model.onnx", torch.zeros(2, 4))

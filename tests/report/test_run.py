@@ -1,0 +1,302 @@
+"""The page of a run: whole, safe, self-contained and small, whatever the run and its names; and its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import skipway as sw
+from skipway.cli.app import app
+from skipway.inference.metrics import calibration, class_scores, confused_pairs
+from skipway.recipe import Recipe
+from skipway.report.charts import Axis, Series, bars, chart, thinned
+from skipway.report.run.curves import curves
+from skipway.report.run.depth import gains_of, signal_section
+from skipway.report.run.origin import command_of
+from skipway.report.run.page import SECTIONS
+from skipway.report.run.pictures import data_address
+from skipway.training.loop import train
+from skipway.training.reporter import Silent
+from skipway.training.run import Outcome
+from skipway.training.run_folder import RunFolder, append_rows
+
+TINY = Recipe(depth=8, width=4, epochs=2, batch_size=256, device="cpu", precision="float32")
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(2)<",
+    "\x1b[31mred\nline\r\u202e",
+    '"><b>&amp;',
+)
+
+
+class Page(HTMLParser):
+    """A page taken apart: tags are balanced, and everything is there to be looked at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in {"meta", "img"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def count(self, tag: str) -> int:
+        return [name for name, _ in self.seen].count(tag)
+
+
+def check(path: Path) -> Page:
+    """What holds for every page."""
+    content = path.read_text(encoding="utf-8")
+    page = Page(content)
+    assert page.count("script") == 1, "ours, and the policy names it by its hash"
+    for tag, attributes in page.seen:
+        assert tag not in {"link", "iframe", "object", "base", "form"}
+        assert not any(name.startswith("on") or name == "style" for name in attributes), (tag, attributes)
+        assert (attributes.get("src") or "data:image/").startswith("data:image/")
+        assert (attributes.get("href") or "#").startswith("#")
+    assert "url(" not in content
+    assert "@import" not in content
+    assert "http:" not in content
+    assert "https:" not in content
+    assert not re.search(r"[^\n -~\u00a0-\uffff]", content), "no control characters"
+    policy = next(a["content"] for t, a in page.seen if t == "meta" and "http-equiv" in a)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    ids = [attributes.get("id") for tag, attributes in page.seen if tag == "section"]
+    assert ids == list(SECTIONS)
+    assert "nan" not in " ".join(attributes.get("d") or "" for _, attributes in page.seen)
+    return page
+
+
+def pictures(root: Path, names: tuple[str, ...], each: int = 4, side: int = 8) -> Path:
+    """A folder of noise: classes of these names, files of these names."""
+    noise = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in names:
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(each):
+                file = folder / f"{number}{name[:20].replace('/', '')}.png"
+                Image.fromarray(noise.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(file)
+    return root
+
+
+class Said(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+
+    def say(self, label: str, text: str) -> None:
+        self.lines.append((label, text))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Outcome:
+    return train(TINY, tmp_path_factory.mktemp("digits") / "run")
+
+
+def test_the_page_of_a_run_shows_everything(digits):
+    page = check(digits.folder.report)
+    assert digits.folder.report.stat().st_size < 300_000
+    evaluation = digits.evaluation
+    assert f"{100 * evaluation.accuracy:.1f} %" in page.text
+    assert f"of {evaluation.total:,} test images" in page.text
+    for text in SECTIONS.values():
+        assert text in page.text
+    titles = (
+        "Loss",
+        "Accuracy",
+        "Learning rate",
+        "Gradient",
+        "Confusion matrix",
+        "Reliability",
+        "Images of each class",
+    )
+    for text in titles:
+        assert text in page.text
+    assert "were not watched" in page.text, "ten steps are too few for a sample"
+    assert page.count("img") == 32 + 24
+    assert command_of(digits.recipe) in page.text
+    assert f"skipway{sw.__version__}" in page.text, "the machine"
+    cells = [a for t, a in page.seen if t == "rect" and (a.get("class") or "").startswith("cell")]
+    assert len(cells) == 100
+
+
+def test_the_page_of_one_epoch_without_mistakes(tmp_path):
+    data = pictures(tmp_path / "data", ("dark", "light"))
+    for file in data.rglob("*.png"):
+        Image.new("RGB", (8, 8), "white" if "light" in str(file) else "black").save(file)
+    recipe = dataclasses.replace(TINY, data=data, epochs=1, batch_size=4, ema=0.5, lr=0.01, flip=False)
+    outcome = train(recipe, tmp_path / "run")
+    page = check(outcome.folder.report)
+    if outcome.evaluation.accuracy == 1:
+        assert "No mistakes." in page.text
+
+
+def test_names_are_text_and_nothing_else(tmp_path):
+    data = pictures(tmp_path / "data<b>", HOSTILE)
+    recipe = dataclasses.replace(TINY, data=data, epochs=1, batch_size=8, augment="mixup(0.5)")
+    said = Said()
+    outcome = train(recipe, tmp_path / "run", screen=said)
+    assert not [text for label, text in said.lines if label == "warning"]
+    page = check(outcome.folder.report)
+    assert page.count("b") == sum(1 for _ in re.finditer("<b>", outcome.folder.report.read_text()))
+    assert "<img src=x onerror=alert(1)>" in page.text
+    assert "\\x1b[31mred\\nline" in page.text
+    assert "\\u202e" in page.text
+
+
+def test_many_classes_are_pairs_and_not_a_matrix(tmp_path):
+    data = pictures(tmp_path / "data", tuple(f"class {number}" for number in range(45)), each=2)
+    outcome = train(dataclasses.replace(TINY, data=data, epochs=1, batch_size=32), tmp_path / "run")
+    page = check(outcome.folder.report)
+    assert "Confusion matrix" not in page.text
+    assert "Most frequent mistakes" in page.text
+    assert "classes, the largest first" in page.text
+    assert len([a for t, a in page.seen if t == "tr"]) > 45
+
+
+def test_connections_that_were_watched_and_gains_are_drawn(tmp_path):
+    recipe = dataclasses.replace(TINY, batch_size=64, health=0.9, scheme="layerscale(init=0.1)")
+    outcome = train(recipe, tmp_path / "run")
+    page = check(outcome.folder.report)
+    for title in ("Signal behind each connection", "Gradient behind each connection", "Learned gain of each branch"):
+        assert title in page.text
+    names = [row.name for row in gains_of(sw.from_pretrained(tmp_path / "run"))]
+    assert names == ["stages.0.0", "stages.1.0", "stages.2.0"]
+
+
+def test_a_report_that_fails_loses_no_run(tmp_path, monkeypatch):
+    def broken(*given):
+        raise RuntimeError("out of ink \x1b[2J")
+
+    monkeypatch.setattr("skipway.training.loop.write_report", broken)
+    said = Said()
+    outcome = train(dataclasses.replace(TINY, epochs=1), tmp_path / "run", screen=said)
+    assert outcome.finished
+    assert outcome.folder.summary.exists()
+    assert ("warning", "no report: out of ink \\x1b[2J") in said.lines
+
+
+def test_a_long_run_stays_small(digits):
+    """100 epochs of 50 rows, 64 pictures of 224 pixels, each in its share of the page."""
+    epochs = [
+        {"epoch": n, "lr": 0.1 / n, "train_loss": 2 / n, "train_accuracy": 0.9, "test_loss": None, "test_accuracy": 0.8}
+        for n in range(1, 101)
+    ]
+    steps = [{"step": n, "loss": 1 + n % 7, "norm": 0.1 * n, "lr": 0.1} for n in range(1, 5001)]
+    assert sum(map(len, curves(epochs, steps, 50, 90))) < 200_000
+    noise = torch.randint(256, (224, 224, 3), dtype=torch.uint8)
+    assert 64 * len(data_address(noise)) < 2_000_000
+
+
+def test_numbers_that_are_not_finite_leave_gaps():
+    points = [(1.0, 2.0), (2.0, float("nan")), (3.0, float("inf")), (4.0, 0.0), (5.0, 1.0)]
+    text = chart("Title", [Series("a", "line", points, names=["n"] * 5)], across="x", log=True)
+    assert re.search(r'd="M[\d.]+ [\d.]+M[\d.]+ [\d.]+"', text)
+    assert text.count("<circle") == 4
+    assert chart("Title", [Series("a", "line", [(1.0, float("nan"))])], across="x") == ""
+    samples = [{"step": 1, "connections": {"a": {"stream": float("nan"), "branch": 1.0, "gradient": 0.0}}}]
+    assert "Hollow points" in "".join(signal_section(samples))
+    assert "not watched" in "".join(signal_section([{"step": 1, "connections": []}]))
+    assert thinned([(0.0, float("nan"))] * 1000)
+
+
+@pytest.mark.parametrize(("low", "high", "log"), [(0, 1, False), (0, 3e-7, False), (1e-9, 1e9, True), (0.4, 3.0, True)])
+def test_axes_have_a_few_ticks(low, high, log):
+    ticks = Axis(low, high, 0, 100, log=log).ticks
+    assert 2 <= len(ticks) <= 8
+    assert all(low <= tick * (1 + 1e-9) and tick * (1 - 1e-9) <= high for tick in ticks)
+
+
+def test_bars_of_empty_classes():
+    assert bars("Images", [("a", (0.0, 0.0)), ("b", (0.0, 0.0))], [("a", "x"), ("b", "y")]).count("<rect") == 4
+
+
+def test_the_command_means_the_recipe(digits):
+    """What the page says can be typed."""
+    recipes = [
+        digits.recipe,
+        Recipe(data=Path("my photos"), flip=True, flip_test=True, time="1h", clip="norm(1.0)", workers=0),
+    ]
+    for recipe in recipes:
+        words = shlex.split(command_of(recipe))
+        _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
+        assert bound.arguments.get("recipe", Recipe()) == recipe
+
+
+def test_scores_are_scikit_learns():
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    random = np.random.default_rng(0)
+    true = random.integers(0, 6, 300)
+    taken = np.where(random.random(300) < 0.6, true, random.integers(0, 7, 300))
+    scores = class_scores(torch.from_numpy(confusion_matrix(true, taken, labels=range(8))))
+    precision, recall, f1, images = precision_recall_fscore_support(true, taken, labels=range(8), zero_division=0)
+    for ours, theirs in ((scores.precision, precision), (scores.recall, recall), (scores.f1, f1)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    assert scores.images.tolist() == images.tolist()
+    assert scores.balanced_accuracy == pytest.approx(recall[:6].mean())
+    assert scores.macro_f1 == pytest.approx(f1[:6].mean())
+
+
+def test_calibration_is_scikit_learns():
+    from sklearn.calibration import calibration_curve
+
+    random = np.random.default_rng(1)
+    confidence = random.random(500)
+    correct = random.random(500) < confidence**2
+    accuracy, mean = calibration_curve(correct, confidence, n_bins=15)
+    found = calibration(torch.from_numpy(confidence), torch.from_numpy(correct))
+    np.testing.assert_allclose([each.accuracy for each in found.bins], accuracy)
+    np.testing.assert_allclose([each.confidence for each in found.bins], mean)
+    weights = np.array([each.images for each in found.bins]) / 500
+    assert found.error == pytest.approx(float((weights * abs(accuracy - mean)).sum()))
+    assert calibration(torch.tensor([float("nan")]), torch.tensor([True])).bins == ()
+    edges = calibration(torch.tensor([0.0, 1.0]), torch.tensor([False, True]))
+    assert (edges.error, len(edges.bins)) == (0.0, 2)
+
+
+def test_pairs_without_mistakes():
+    assert confused_pairs(torch.eye(3, dtype=torch.int64), 5) == []
+
+
+def test_the_page_says_what_the_summary_says(digits):
+    summary = json.loads(digits.folder.summary.read_text())
+    page = Page(digits.folder.report.read_text())
+    assert f"test loss{summary['test_loss']:.4f}" in page.text
+    assert all(
+        f"{count:,} of" in page.text for count in torch.tensor(summary["confusion"]).diagonal().tolist() if count
+    )
+
+
+def test_rows_that_are_cut_short_are_left_out(tmp_path):
+    append_rows(tmp_path / "health.jsonl", [{"step": 1}])
+    with (tmp_path / "health.jsonl").open("a") as file:
+        file.write('{"step": 2, "conn')
+    assert RunFolder(tmp_path).read_health() == [{"step": 1}]

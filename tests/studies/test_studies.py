@@ -1,0 +1,334 @@
+"""The runner of studies: cells and their keys, the table, resuming, failing cells, dying processes, shares, pages."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from skipway.errors import CheckpointError, SkipwayError
+from skipway.report.figure import Figure, Line, Point, Sample, grouped, lines_over
+from skipway.report.svg import picture, svg_file
+from skipway.studies.cell import Cell, Choices
+from skipway.studies.index import write_index
+from skipway.studies.page import write_page
+from skipway.studies.runner import Share, cell_by_key, read_rows, remeasure, run
+from skipway.studies.study import Published, Study, Verdict, find_study, studies
+from skipway.studies.table import Table, merged, parts_of
+from skipway.studies.workers import measured
+
+
+class Squares(Study):
+    """x², with a cell that fails and one whose process dies when asked to."""
+
+    name = "squares"
+    title = "Squares <b>& more</b>"
+    claim = "x² grows <script>alert(1)</script>."
+    source = "Euclid, book II"
+    settings = ("x", "seed", "how")
+    results = ("square",)
+    published = (Published(what="2²", value=4.5, where={"x": 2}, column="square", source="table <1>"),)
+
+    def cells(self, budget, choices):
+        depths = choices.depths or (1, 2, 3)
+        how = choices.schemes[0] if choices.schemes else None
+        return [self.cell(x=x, seed=seed, how=how) for x in depths for seed in choices.seeds or (0, 1)]
+
+    def measure(self, cell, device="cpu"):
+        if cell.get("how") == "raise" and cell["x"] == 2:
+            raise ValueError("two\nis too <much>")
+        if cell.get("how") == "die" and cell["x"] == 2 and cell["seed"] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"square": float(cell["x"] ** 2 + 0.1 * cell["seed"]), "word": "1e5", "flag": True}
+
+    def conclude(self, rows):
+        found = grouped(rows, ["x"], "square")
+        return [Verdict("It grows & grows.", "holds", "; ".join(f"{key[0]}: {each}" for key, each in found.items()))]
+
+    def figures(self, rows):
+        lines = lines_over(rows, "x", "square", "how", lambda name: f"x² <{name}>")
+        theory = Line.of("theory", [(1.0, 1.0), (3.0, 9.0)])
+        return [Figure(name="curve", title="Curve & <more>", across="x", up="x²", lines=(theory, *lines))]
+
+    def summary(self, rows):
+        return [{"x <all>": row["x"], "root & more": row["x"] ** 0.5} for row in rows if row["x"] == 1]
+
+
+def test_a_key_is_of_the_settings_whatever_their_order():
+    one, other = Cell.of("a", depth=8, scheme="x"), Cell.of("a", scheme="x", depth=8, width=None)
+    assert one.key == other.key
+    assert len({one.key, Cell.of("a", depth=9, scheme="x").key, Cell.of("b", depth=8, scheme="x").key}) == 3
+    assert Cell.of("a", revision=2, depth=8, scheme="x").key != one.key
+
+
+def test_the_spread_is_of_the_seeds():
+    sample = grouped([{"d": 8, "e": value} for value in (1.0, 2.0, 3.0)] + [{"d": 8, "e": None}], ["d"], "e")[8,]
+    assert sample == Sample((1.0, 2.0, 3.0))
+    assert (sample.mean, sample.deviation, sample.low, sample.high) == (2.0, 1.0, 1.0, 3.0)
+    assert sample.error == pytest.approx(1 / 3**0.5)
+
+
+def test_values_come_back_from_a_table_as_they_were(tmp_path):
+    table = Table(tmp_path / "t.csv", ("scheme",))
+    rows = [
+        {"key": "a", "scheme": "skipinit(init=0.0, norm='remove')", "loss": float("inf"), "error": None},
+        {"key": "b", "scheme": '"q", true', "loss": 1e-300, "error": "a\nb", "new": False},
+        {"key": "c", "scheme": "true", "loss": 3, "error": "-1"},
+    ]
+    for row in rows:
+        table.append(row)
+    first, second, third = table.rows()
+    assert first == {**rows[0], "new": None}
+    assert second == {**rows[1], "error": "a b"}
+    assert third == {**rows[2], "new": None}
+    assert table.header() == ["key", "scheme", "loss", "new", "error"]
+
+
+def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
+    study, path = Squares(), tmp_path / "squares.csv"
+    run(study, tmp_path, jobs=0)
+    content = path.read_bytes()
+    for cut in range(len(content) - 40, len(content)):
+        path.write_bytes(content[:cut])
+        assert len(read_rows(tmp_path, study)) == 5
+    rows = run(study, tmp_path, jobs=0)
+    assert [row["square"] for row in rows] == pytest.approx([1.0, 1.1, 4.0, 4.1, 9.0, 9.1])
+    assert len(read_rows(tmp_path, study)) == 6
+
+
+def test_another_file_is_no_table(tmp_path):
+    (tmp_path / "squares.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(CheckpointError, match="no column 'key'"):
+        run(Squares(), tmp_path, jobs=0)
+
+
+def test_what_is_done_is_not_measured_again_and_what_failed_is(tmp_path):
+    class Watcher:
+        started_cells = 0
+
+        def begin(self, study, cells, known):
+            self.known = known
+
+        def started(self, cell):
+            self.started_cells += 1
+
+        def done(self, study, found):
+            pass
+
+    study, watcher = Squares(), Watcher()
+    choices = Choices(schemes=("raise",))
+    rows = run(study, tmp_path, jobs=0, choices=choices, watcher=watcher)
+    errors = [row["error"] for row in rows]
+    assert sum(error is not None for error in errors) == 2
+    assert errors[2].startswith("ValueError: two is too <much> (test_studies.py:") or "ValueError" in errors[2]
+    assert [row["square"] for row in rows if not row["error"]] == pytest.approx([1.0, 1.1, 9.0, 9.1])
+    again = run(study, tmp_path, jobs=0, choices=choices, watcher=watcher)
+    assert (watcher.known, watcher.started_cells) == (4, 8)
+    assert sum(row["error"] is not None for row in again) == 2
+
+
+def test_every_row_is_measured_again_from_its_settings(tmp_path):
+    study = Squares()
+    rows = run(study, tmp_path, jobs=0, choices=Choices(seeds=(5,)))
+    cell = cell_by_key(study, tmp_path, str(rows[1]["key"])[:6], "cpu")
+    assert cell == study.cell(x=2, seed=5)
+    assert remeasure(study, cell)["square"] == rows[1]["square"]
+    with pytest.raises(SkipwayError, match="none of the cells of squares begin so"):
+        cell_by_key(study, tmp_path, "zzz", "cpu")
+
+
+def test_rows_of_an_earlier_revision_are_left_out(tmp_path):
+    class Later(Squares):
+        revision = 2
+
+    run(Squares(), tmp_path, jobs=0)
+    assert read_rows(tmp_path, Later()) == []
+
+
+def test_shares_of_an_array_are_disjoint_and_merge(tmp_path):
+    study = Squares()
+    for index in range(4):
+        run(study, tmp_path, jobs=0, share=Share.read(f"{index}/4"))
+    assert len(parts_of(tmp_path, "squares")) == 4
+    assert sorted(len(Table(path).rows()) for path in parts_of(tmp_path, "squares")) == [1, 1, 2, 2]
+    assert len(read_rows(tmp_path, study)) == 6
+    for wrong in ("4/4", "1", "-1/4", "a/b"):
+        with pytest.raises(SkipwayError, match="INDEX/COUNT"):
+            Share.read(wrong)
+
+
+def test_the_last_row_without_an_error_counts():
+    good, bad, later = {"key": "a", "v": 1}, {"key": "a", "error": "x"}, {"key": "a", "v": 2}
+    assert merged([[good], [bad]]) == [good]
+    assert merged([[bad], [good]]) == [good]
+    assert merged([[good], [later]]) == [later]
+
+
+def test_processes_measure_the_same_as_this_one():
+    study = find_study("propagation")
+    cells = study.cells("cpu", Choices(depths=(4,), schemes=("Fixup", "nonsense", "residual, no norm"), seeds=(0,)))
+    here = {found.cell: found for found in measured(study, cells, jobs=0, devices=["cpu"], started=lambda cell: None)}
+    there = {found.cell: found for found in measured(study, cells, jobs=2, devices=["cpu"], started=lambda cell: None)}
+    assert len(there) == len(cells)
+    for cell, found in there.items():
+        assert found.results == here[cell].results
+    (failed,) = [found for found in there.values() if found.error]
+    assert "unknown scheme 'nonsense'" in failed.error
+
+
+def test_a_process_that_dies_stops_no_other(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path\n"
+        "from test_studies import Squares\n"
+        "from skipway.studies.cell import Choices\n"
+        "from skipway.studies.runner import run\n"
+        "if __name__ == '__main__':\n"
+        "    for row in run(Squares(), Path(sys.argv[1]), jobs=1, choices=Choices(schemes=('die',))):\n"
+        "        print(row.get('square'), row['error'])\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "out", Path(__file__).parent],
+        capture_output=True, text=True, timeout=100, env=environment, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6, done.stderr
+    assert lines[2] == "None the process died: SIGKILL"
+    assert sum(line.endswith(" None") for line in lines) == 5
+
+
+@pytest.fixture
+def page(tmp_path):
+    run(Squares(), tmp_path, jobs=0, choices=Choices(schemes=("raise",)))
+    return write_page(Squares(), tmp_path)
+
+
+def test_a_page_is_whole_and_fetches_nothing(page):
+    text = page.read_text()
+    assert "default-src 'none'" in text
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', text)
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "x² &lt;raise&gt;" in text
+    assert "<b>& more" not in text
+    # policy and code agree, or the browser would run nothing
+    import base64
+    import hashlib
+
+    for tag in ("style", "script"):
+        inside = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
+        assert base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode() in text
+
+
+def test_a_page_shows_verdict_command_published_number_and_what_failed(page):
+    text = page.read_text()
+    assert "It grows &amp; grows." in text
+    assert "skipway study squares --budget cpu" in text
+    assert "4.50" in text
+    assert "In one table" in text
+    assert "x &lt;all&gt;" in text
+    assert "Failed cells" in text
+    assert "two is too &lt;much&gt;" in text
+    assert (page.parent / "squares-curve.svg").read_text().startswith("<svg xmlns=")
+    assert page.stat().st_size < 300_000
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+def test_a_browser_reads_values_hides_lines_and_blocks_nothing(page):
+    """The script works; and what the policy allows is enough, told by the browser's console."""
+    probe = """
+      const figure = document.querySelector("figure"), svg = figure.querySelector("svg");
+      const box = svg.getBoundingClientRect();
+      const mark = svg.querySelector("[data-x]"), unit = box.width / svg.viewBox.baseVal.width;
+      const [x, y] = [box.left + mark.dataset.x * unit + 2, box.top + mark.dataset.y * unit];
+      svg.dispatchEvent(new PointerEvent("pointermove", {clientX: x, clientY: y}));
+      document.title = figure.querySelector(".reading").textContent;
+      figure.querySelector("button.key").click();
+      document.title += ` off ${svg.querySelectorAll("g.off").length}`;
+    """
+    open_page = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())
+    (page.parent / "probe.html").write_text(open_page.replace("</body>", f"<script>{{{probe}}}</script></body>"))
+
+    def browse(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/profile"]
+        where = f"file://{page.parent}/{name}"
+        return subprocess.run([*command, *options, where], capture_output=True, text=True, timeout=100, check=True)
+
+    assert (
+        "<title>x² &lt;raise&gt;, 1 x: 1.05, 1.00 to 1.10 (2 seeds) off 1</title>"
+        in browse("probe.html", "--dump-dom").stdout
+    )
+    assert "CONSOLE" not in browse(page.name, "--dump-dom", "--enable-logging=stderr").stderr
+
+
+def test_a_study_without_rows_has_no_page(tmp_path):
+    assert write_page(Squares(), tmp_path) is None
+
+
+def test_an_svg_file_is_xml_with_title_legend_and_both_colours():
+    from xml.etree import ElementTree
+
+    lines = (
+        Line("a & b", (Point(1, 0.5, 0.4, 0.6, 3), Point(10, float("inf"), 1, 1), Point(100, float("nan"), 0, 0))),
+    )
+    figure = Figure(name="f", title="<t>", across="depth", up="error", lines=lines, share=True)
+    root = ElementTree.fromstring(svg_file(figure))
+    words = " ".join(root.itertext())
+    assert "<t>" in words
+    assert "a & b, 1 depth: 50.0 %, 40.0 % to 60.0 % (3 seeds)" in words
+    assert "prefers-color-scheme: dark" in words
+    assert "NaN" not in picture(figure)
+    assert "not finite (1 seed)" in picture(figure)
+
+
+def test_a_logarithmic_axis_takes_zero(tmp_path):
+    line = Line("a", tuple(Point(x, y, y, y) for x, y in ((1, 1.0), (2, 0.0), (4, 1e-200))))
+    figure = Figure(name="f", title="t", across="x", up="y", lines=(line,), tall=True)
+    assert "nan" not in picture(figure)
+
+
+@pytest.mark.parametrize("name", list(studies()))
+def test_every_study_says_what_it_must(name):
+    study = find_study(name)
+    text = study.opening()
+    for heading in ("Claim:", "Source:", "Command:", "Hardware:", "Time:", "Result:"):
+        assert heading in text
+    assert f"skipway study {name}" in text
+    for budget in ("cpu", "gpu", "paper"):
+        cells = study.cells(budget, Choices())
+        assert len({cell.key for cell in cells}) == len(cells) > 5
+        assert {cell.get("seed") for cell in cells} >= {0, 1, 2}
+        assert all(set(dict(cell.settings)) <= set(study.settings) for cell in cells)
+    # no rows decide nothing, and break nothing
+    assert {verdict.answer for verdict in study.conclude([])} == {"open"}
+    for figure in study.figures([]):
+        assert svg_file(figure)
+
+
+@pytest.mark.parametrize("name", list(studies()))
+def test_any_part_of_the_rows_gives_verdicts_and_figures(name):
+    """A run that was stopped has a page, too."""
+    study = find_study(name)
+    rows = read_rows(Path(__file__).parents[2] / "docs/studies", study)
+    draw = random.Random(0)
+    for _ in range(25):
+        some = draw.sample(rows, draw.randint(0, min(len(rows), draw.choice([3, 20, 1000]))))
+        assert all(verdict.text for verdict in study.conclude(some))
+        assert all(picture(figure) for figure in study.figures(some))
+
+
+def test_the_index_has_every_study_with_rows(tmp_path):
+    run(find_study("propagation"), tmp_path, jobs=0, choices=Choices(depths=(3,), schemes=("Fixup",), seeds=(0,)))
+    index, pages = write_index(tmp_path)
+    assert pages == [tmp_path / "propagation.html"]
+    assert 'href="propagation.html"' in index.read_text()

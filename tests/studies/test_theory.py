@@ -1,0 +1,176 @@
+"""What the studies measure, against closed forms and published definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from skipway.models import build
+from skipway.studies.cell import Choices
+from skipway.studies.chains import block_chain, cross
+from skipway.studies.fit import Plan, data_of, fit
+from skipway.studies.study import find_study
+from skipway.studies.table import merged
+
+
+def bits(scheme: str, depth: int, **how: object) -> tuple[float, float]:
+    """Forward and backward, the mean of five draws at width 128."""
+    found = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        found.append(cross(block_chain(scheme, depth, width=128, **how), seed=seed, batch=64))
+    return sum(each.forward for each in found) / 5, sum(each.backward for each in found) / 5
+
+
+def test_variance_doubles_without_norm():
+    """2^l (De & Smith 2020), forward and backward."""
+    forward, backward = bits("identity", 40)
+    assert forward == pytest.approx(40, rel=0.06)
+    assert backward == pytest.approx(40, rel=0.06)
+
+
+def test_variance_grows_by_one_with_norm():
+    """1 + l (De & Smith 2020); the gradient by the telescoping product of 1 + 1/(1 + l)."""
+    forward, backward = bits("identity", 63, norm="layer")
+    assert forward == pytest.approx(6, abs=0.25)
+    assert backward == pytest.approx(6, abs=0.35)
+
+
+def test_norm_free_grows_by_alpha_squared():
+    """1 + α² l (Brock et al. 2021)."""
+    assert bits("normfree(gain=1.0)", 75)[0] == pytest.approx(2, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("exponent", "expected"), [(0.25, 64 * math.log2(1.125)), (0.5, math.log2(math.e)), (1.0, 0.02)]
+)
+def test_branches_scaled_by_depth(exponent, expected):
+    """(1 + L^(-2β))^L (Marion et al. 2022)."""
+    assert bits(f"depthscaled(exponent={exponent})", 64)[0] == pytest.approx(expected, abs=0.3, rel=0.08)
+
+
+@pytest.mark.parametrize("scheme", ["rezero", "fixup", "skipinit(init=0.0, norm='remove')"])
+def test_silent_schemes_are_the_identity_at_depth_500(scheme):
+    found = cross(block_chain(scheme, 500, width=16), batch=4)
+    assert found.forward == pytest.approx(0, abs=1e-3)
+    assert found.backward == pytest.approx(0, abs=1e-3)
+
+
+def test_plain_batch_norm_explodes_backward():
+    """π/(π-1) a layer, two layers to a block (Yang et al. 2019)."""
+    forward, backward = bits("plain", 40, norm="batch")
+    assert forward == pytest.approx(0, abs=0.3)
+    assert 2 ** (backward / 80) == pytest.approx(math.pi / (math.pi - 1), rel=0.06)
+
+
+def test_nothing_overflows_at_a_depth_where_float32_would():
+    found = cross(block_chain("identity", 600, width=16), batch=4)
+    assert 300 < found.forward < 800
+
+
+def test_tokens_collapse_without_skips_only():
+    """Dong et al. 2021: attention alone loses rank faster than exponentially, with skips it does not."""
+    study = find_study("skipless-vit")
+    cells = [cell for cell in study.cells("cpu", Choices(seeds=(0,))) if cell["kind"] == "start" and cell["depth"] <= 8]
+    apart = {(cell["scheme"], cell["depth"]): study.measure(cell)["distinct"] for cell in cells}
+    pure = [math.log10(apart["attention alone, no skip", depth]) for depth in (1, 2, 3)]
+    assert pure[2] - pure[1] < pure[1] - pure[0] < -1
+    assert apart["both skips", 8] > 0.1
+    assert apart["no skip", 8] < 0.1 * apart["both skips", 8]
+    assert apart["no skip, tokens look at themselves", 8] > 10 * apart["no skip", 8]
+
+
+def test_a_training_that_diverges_is_a_result():
+    data = data_of(None)
+    torch.manual_seed(0)
+    model = build(
+        "resnet-cifar", depth=8, width=4, stem_width=4, channels=1, scheme="skipinit(init=1.0, norm='remove')"
+    )
+    row = fit(model, data, Plan(epochs=1, lr=1e6, warmup=0.0))
+    assert row["diverged"]
+    assert row["train_error"] == pytest.approx(0.9)
+    assert 0.5 < row["test_error"] <= 1.0
+
+
+def test_a_training_is_the_same_twice_and_learns():
+    data, rows = data_of(None), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = build("resnet-cifar", depth=8, width=4, stem_width=4, channels=1)
+        rows.append(fit(model, data, Plan(epochs=2, lr=0.1, batch_size=64)))
+    first, second = ({name: value for name, value in row.items() if name != "seconds_per_step"} for row in rows)
+    assert first == second
+    assert first["test_error"] < first["first_test_error"] < 0.9
+    assert first["dataset"] == "digits"
+
+
+def row(study: str, **values: object) -> dict:
+    return {"study": study, "key": str(values), "error": None, **values}
+
+
+def errors(scheme: str, depth: int, values: tuple[float, ...]) -> list[dict]:
+    return [
+        row("degradation", scheme=scheme, depth=depth, seed=seed, train_error=value, test_error=value)
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_degradation_is_judged_by_more_than_the_spread():
+    study = find_study("degradation")
+    good = errors("plain", 8, (0.1, 0.12)) + errors("identity", 8, (0.1, 0.11)) + errors("identity", 56, (0.05, 0.1))
+    worse = merged([good, errors("plain", 56, (0.5, 0.7))])
+    overlapping = merged([good, errors("plain", 56, (0.11, 0.7))])
+    assert [verdict.answer for verdict in study.conclude(worse)] == ["holds"] * 3
+    assert study.conclude(overlapping)[0].answer == "does not hold"
+    assert study.published[0].ours(worse) is None
+    cifar = [row("degradation", scheme="identity", depth=20, seed=0, test_error=0.0875, dataset="cifar10", width=16)]
+    assert study.published[0].ours(cifar).mean == study.published[0].value
+
+
+def norms(module: torch.nn.Module) -> int:
+    return sum(isinstance(each, torch.nn.LayerNorm) for each in module.modules())
+
+
+def test_variants_of_convnext_have_their_norms_where_they_say():
+    from skipway.studies.catalogue.convnext import BEFORE, BEHIND, NO_NORM, VARIANTS
+    from skipway.tracing.chain import chain
+
+    places = {}
+    for name, variant in VARIANTS.items():
+        model = build("convnext", depth=4, width=8, kernel=variant.kernel, scheme=variant.scheme, classes=3)
+        if variant.change is not None:
+            variant.change(model)
+        residuals = [connection.residual for connection in chain(model)]
+        places[name] = tuple(sum(norms(getattr(r, slot)) for r in residuals) for slot in ("pre", "branch", "post"))
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert (places.pop(BEFORE), places.pop(BEHIND), places.pop(NO_NORM)) == ((4, 0, 0), (0, 0, 4), (0, 0, 0))
+    assert set(places.values()) == {(0, 4, 0)}
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext", "resnet"])
+def test_layerscale_starts_where_its_name_says(family):
+    from skipway.studies.catalogue.layerscale import NONE, STARTS, network
+    from skipway.tracing.chain import chain
+
+    for name in (NONE, *STARTS):
+        cell = find_study("layerscale").cell(family=family, scheme=name, depth=4, width=16)
+        scales = [connection.residual.scale for connection in chain(network(cell, data_of(None)))]
+        assert len(scales) == (8 if family == "vit" else 4)
+        starts = {float(each) for scale in scales for gain in scale.parameters() for each in gain.detach()}
+        assert sorted(starts) == pytest.approx([] if name == NONE else [STARTS[name]])
+
+
+def test_every_scheme_is_compared_with_and_without_norm():
+    """Without norm there is none left in the network; the deepest nets of the comparison are the paper's 110 layers."""
+    from skipway.schemes import schemes
+    from skipway.studies.catalogue.comparison import FREE, NORMLESS, network
+
+    study = find_study("schemes")
+    cells = study.cells("cpu", Choices())
+    assert {cell["scheme"] for cell in cells if cell["kind"] == "as it is"} == set(schemes())
+    for name in schemes():
+        bare = name if name in FREE else NORMLESS.get(name, f"{name} + skipinit(init=1.0, norm='remove')")
+        model = network(bare, study.cell(depth=8, width=4), 1, 10)
+        assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()), name

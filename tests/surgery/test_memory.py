@@ -1,0 +1,245 @@
+"""Compute and memory of blocks: the expectation stays, statistics move once, bytes are measured."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.surgery.test_depth import Net, X
+from torch import Tensor, nn
+
+import skipway as sw
+from benchmarks.depth import Live, peak_bytes
+from skipway.studies.chains import block_chain
+from skipway.surgery import Budget, Every, checkpointed, reversible, skip_compute
+from skipway.surgery.saved_tensors import saved_bytes
+from skipway.tracing import read_sums, watch
+from skipway.tracing.program import Ancestry
+
+
+def test_what_is_skipped_is_not_computed_and_the_expectation_stays():
+    torch.manual_seed(0)
+    net = Net()
+    net.blocks.eval()  # running statistics, so that the block's output does not depend on the draw
+    seen: list[int] = []
+    net.blocks[3].conv1.register_forward_hook(lambda _, given, out: seen.append(len(given[0])))
+    expected = net.eval().blocks(net.stem(X)).detach()
+    operation = skip_compute(net, 0.5, X)
+    assert operation.report["difference"] == 0
+    seen.clear()
+    stream = net.stem(X).detach()
+    block, plain = net.blocks[3], type(net.blocks[3]).__mro__[1]
+    block.training = True
+    draws = torch.stack([block(stream) for _ in range(600)]).detach()
+    assert seen == [4] * 600
+    torch.testing.assert_close(draws.mean(0), plain.forward(block, stream).detach(), rtol=0.2, atol=0.15)
+    block.training = False
+    operation.undo()
+    assert not hasattr(net.blocks[3], "skipped")
+    torch.testing.assert_close(net.eval().blocks(net.stem(X)), expected)
+
+
+def test_every_parameter_has_a_gradient_and_the_graph_is_whole():
+    torch.manual_seed(0)
+    net = Net()
+    skip_compute(net, 0.9, X)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    compiled(X).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    torch._dynamo.reset()
+
+
+def encoder(layers: int = 6, dropout: float = 0.2) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+TOKENS = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+NETS = {"dropout": (encoder, TOKENS), "batch norm": (lambda: Net(6), X)}
+SEGMENTS = [1, 2, Every(4), "squareroot", "a budget"]
+
+
+def passed(model: nn.Module, x: Tensor, *, autocast: bool = False) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Output, gradients of input and parameters by `torch.autograd.grad`, and a number drawn afterwards."""
+    torch.manual_seed(3)
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model.train()(x)
+    found = torch.autograd.grad(out.float().square().sum(), [x, *model.parameters()])
+    return out.detach(), list(found), torch.rand(1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("segments", SEGMENTS, ids=str)
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_computed_again_is_what_was_computed(name, segments, autocast):
+    """Equal outputs and gradients: the same random numbers, the same precision, and statistics updated once (P22)."""
+    build, x = NETS[name]
+    torch.manual_seed(0)
+    model = build()
+    twin = copy.deepcopy(model)
+    operation = checkpointed(model, x, Budget(0.7 * saved_bytes(model, x)) if segments == "a budget" else segments)
+    assert operation.touched
+    assert operation.report["bytes after"] < operation.report["bytes before"]
+    assert (
+        operation.report["bytes after"] <= operation.report["bytes at most"] <= operation.report["bytes before"] * 1.2
+    )
+    (out, mine, drawn), (expected, others, number) = (passed(each, x, autocast=autocast) for each in (model, twin))
+    assert torch.equal(out, expected)
+    assert drawn == number
+    for gradient, other in zip(mine, others, strict=True):
+        torch.testing.assert_close(gradient, other)
+    for buffer, other in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, rtol=0, atol=0)
+    keys, classes = list(twin.state_dict()), [type(module) for module in twin.modules()]
+    operation.undo()
+    assert (list(model.state_dict()), [type(module) for module in model.modules()]) == (keys, classes)
+    assert not any(hasattr(module, "chained") for module in model.modules())
+
+
+def deep(branches: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), *block_chain("skipinit(init=0.1)", branches, width=8), nn.Linear(8, 4))
+
+
+ROW = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+
+
+def kept_tensors(model: nn.Module) -> int:
+    """How many tensors autograd keeps, parameters not counted."""
+    own, kept = {parameter.data_ptr() for parameter in model.parameters()}, []
+
+    def pack(tensor: Tensor) -> None:
+        kept.append(tensor.data_ptr() not in own)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: ROW):
+        model.train()(ROW)
+    return sum(kept)
+
+
+def test_the_square_root():
+    """Chen et al. 2016: what is kept grows as √L where the ordinary chain's grows as L, as numbers and as bytes."""
+    numbers, most, before = [], [], []
+    for branches in (16, 64, 256):
+        model = deep(branches)
+        report = checkpointed(model, ROW, "squareroot").report
+        numbers.append(kept_tensors(model))
+        most.append(report["bytes at most"])
+        before.append(report["bytes before"])
+    assert before[2] / before[0] == pytest.approx(16, rel=0.1)
+    assert most[2] / most[0] == pytest.approx(4, rel=0.25)
+    assert all(number <= 6 * branches**0.5 for number, branches in zip(numbers, (16, 64, 256), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.3, 0.2])
+def test_a_budget_is_kept_and_used(share):
+    """The peak is within the budget, as measured, and what fits is not computed again."""
+    model = deep(48)
+    whole = saved_bytes(model, ROW)
+    report = (operation := checkpointed(model, ROW, Budget(share * whole))).report
+    assert report["bytes at most"] <= share * whole
+    again = int(operation.title.split()[2])
+    assert again <= {0.9: 8, 0.5: 26, 0.3: 36, 0.2: 42}[share]
+    labels = torch.zeros(16, dtype=torch.long)
+    assert peak_bytes(model, ROW, labels) <= share * whole + 6 * ROW.nbytes  # what is not kept, but passed on
+
+
+def test_a_budget_that_holds_all_changes_nothing_and_one_that_holds_nothing_is_refused():
+    model = deep(8)
+    assert not checkpointed(model, ROW, Budget(1e9)).touched
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(sw.SkipwayError, match=r"with any choice of segments .* bytes are kept"):
+        checkpointed(model, ROW, Budget(100))
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_counting_what_is_kept_keeps_nothing():
+    assert peak_kept(lambda: saved_bytes(deep(64), ROW)) < 0.3 * saved_bytes(deep(64), ROW)
+
+
+def peak_kept(action) -> int:
+    with Live(nn.Module()) as live:
+        action()
+    parameters = sum(parameter.nbytes for parameter in deep(64).parameters())
+    return live.peak() - parameters
+
+
+def test_others_see_the_blocks_one_by_one_and_none_can_be_called_alone():
+    model = encoder(4, 0.0)
+    names = [connection.name for connection in sw.chain(model, TOKENS)]
+    lone = model.layers[2](TOKENS).detach()
+    checkpointed(model, TOKENS, 4)
+    assert [connection.name for connection in sw.chain(model, TOKENS)] == names
+    with torch.no_grad():
+        torch.testing.assert_close(model.layers[2](TOKENS), lone)
+    with pytest.raises(sw.SkipwayError, match="given something else than they put out"):
+        model.layers[2](TOKENS)
+    twin = copy.deepcopy(model)
+    twin.train()(TOKENS).sum().backward()
+    assert all(parameter.grad is not None for parameter in twin.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_compiled():
+    torch.manual_seed(0)
+    model = Net(4)
+    twin = copy.deepcopy(model)
+    checkpointed(model, X, 2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    mine, others = (
+        torch.autograd.grad(net.train()(X).square().sum(), list(net.parameters())) for net in (compiled, twin)
+    )
+    for gradient, other in zip(mine, others, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
+    for buffer, other in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("operate", [lambda m: checkpointed(m, X, 2), lambda m: reversible(m, X, preserve=False)])
+def test_data_parallel(operate, tmp_path):
+    """One process over gloo: every gradient arrives once, and is the one without DDP."""
+    torch.manual_seed(0)
+    model = Net(4)
+    operate(model)
+    twin = copy.deepcopy(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        spread = nn.parallel.DistributedDataParallel(model)
+        for net in (spread, twin):
+            net.train()(X).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
+
+
+def test_reading_a_chain_looks_at_every_value_a_few_times():
+    """Work in proportion to the depth: what is looked behind per value does not grow with the chain."""
+    looks = []
+    for branches in (80, 240):
+        program = watch(deep(branches), ROW)
+        count = 0
+        plain = Ancestry.look_behind
+
+        def look(self, number, plain=plain):
+            nonlocal count
+            count += 1
+            plain(self, number)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Ancestry, "look_behind", look)
+            assert len(read_sums(program)[0]) == branches
+        looks.append(count / len(program))
+    assert looks[1] == pytest.approx(looks[0], rel=0.1)
+
+
+def test_bad_input():
+    with pytest.raises(sw.SkipwayError, match="between 0 and 1"):
+        skip_compute(Net(), 1.0, X)
+    with pytest.raises(sw.SkipwayError, match="no block"):
+        checkpointed(nn.Linear(4, 4), torch.randn(2, 4))
+    for wrong in (0, True, "every(0)", "budget(0)", "cube"):
+        with pytest.raises(sw.SkipwayError):
+            checkpointed(Net(), X, wrong)

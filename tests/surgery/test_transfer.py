@@ -1,0 +1,252 @@
+"""Schemes of another structure on networks of others: what can be had from outside, and what is missing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.surgery.test_depth import Net, X, state
+from torch import Tensor, nn
+
+import skipway as sw
+from skipway.nn import Gain
+from skipway.surgery import fold_gains, remove_norm, rescheme
+
+
+def without_norms(blocks: int = 4) -> Net:
+    torch.manual_seed(0)
+    net = Net(blocks).eval()
+    remove_norm(net, X, how="fold")
+    return net
+
+
+def post_norm(layers: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+
+
+TOKENS = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_fixup_starts_as_its_rule_says():
+    """Last maps and the classifier 0, the others He times L^(-1/(2m - 2)), scalars around them (P1)."""
+    spread = {}
+    for blocks in (2, 32):
+        net = without_norms(blocks)
+        operation = rescheme(net, "fixup", X, preserve=False)
+        assert len(operation.touched) == blocks
+        first = torch.stack([block.conv1.weight.detach() for block in net.blocks])
+        assert not any(block.conv2.weight.any() or block.conv1.bias.any() for block in net.blocks)
+        assert not net.head.weight.any()
+        assert not net(X).any()
+        spread[blocks] = float(first.std()) * (6 * 9 / 2) ** 0.5 * blocks**0.5  # m = 2: L^(-1/2)
+        scalars = [name for name in net.state_dict() if name.startswith("blocks.0") and "residual_" in name]
+        assert scalars == [
+            "blocks.0.conv1.residual_entry.bias",
+            "blocks.0.conv2.residual_entry.bias",
+            "blocks.0.bn2.residual_scale.multiplier.gain",
+            "blocks.0.bn2.residual_scale.bias.bias",
+        ]
+    assert all(abs(value - 1) < 0.15 for value in spread.values())
+    net.train()(X).square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("scheme", ["fixup", "normfree", "zeroinit"])
+def test_undo_puts_every_value_back(scheme):
+    net = without_norms()
+    keys, classes, before = state(net)
+    values = {name: value.clone() for name, value in net.state_dict().items()}
+    rescheme(net, scheme, X, preserve=scheme == "normfree").undo()
+    assert state(net)[:2] == (keys, classes)
+    assert torch.equal(state(net)[2], before)
+    assert all(torch.equal(value, values[name]) for name, value in net.state_dict().items())
+
+
+def test_fixup_around_trained_weights_changes_nothing():
+    net = without_norms()
+    before = net(X).detach()
+    assert rescheme(net, "fixup", X).report["difference"] == 0
+    assert torch.equal(net(X), before)
+
+
+def test_without_norms_a_deep_net_stays_finite_under_fixup_only():
+    """The variance of the stream does not grow with depth (Zhang et al. 2019, theorem 1)."""
+    sizes = {}
+    for name in ("as it was", "fixup"):
+        net = without_norms(24)
+        with torch.no_grad():
+            for block in net.blocks:
+                for conv in (block.conv1, block.conv2):
+                    nn.init.kaiming_normal_(conv.weight)
+        if name == "fixup":
+            rescheme(net, "fixup", X, preserve=False)
+        stream = net.stem(X)
+        sizes[name] = float((net.blocks(stream).std() / stream.std()).detach())
+    assert sizes["fixup"] == pytest.approx(1, rel=1e-5)
+    assert sizes["as it was"] > 50
+
+
+def test_deepnorm_scales_the_skip_and_starts_values_and_outputs_smaller():
+    """norm(αx + F) = norm(x + F/α); Xavier's distribution times β on v, o and both maps of the MLP (P12)."""
+    model = post_norm(8)
+    operation = rescheme(model, "deepnorm", TOKENS, preserve=False)
+    assert len(operation.touched) == 16
+    alpha, beta = 16**0.25, (4 * 16) ** -0.25
+    factors = {module.residual_scale.factor for module in model.modules() if hasattr(module, "residual_scale")}
+    assert factors == {1 / alpha}
+    layer = model.layers[0]
+    x = TOKENS
+    attended = layer.self_attn(x, x, x, need_weights=False)[0]
+    x = layer.norm1(alpha * x + attended)
+    expected = layer.norm2(alpha * x + layer.linear2(F.relu(layer.linear1(x))))
+    torch.testing.assert_close(layer(TOKENS), expected, rtol=1e-4, atol=1e-4)
+    rows = torch.cat([each.self_attn.in_proj_weight for each in model.layers], 1).detach().chunk(3)
+    xavier = 32**-0.5  # √(2/(fan_in + fan_out)) of a square map
+    for weight, factor in zip(rows, (1, 1, beta), strict=True):
+        assert float(weight.std()) == pytest.approx(factor * xavier, rel=0.1)
+    outer = torch.stack([each.linear1.weight for each in model.layers]).detach()
+    assert float(outer.std()) == pytest.approx(beta * (2 / 96) ** 0.5, rel=0.1)
+
+
+def test_deepnorm_needs_a_norm_behind_the_addition():
+    layer = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True, norm_first=True).eval()
+    with pytest.raises(sw.SkipwayError, match=r"norms or activations in other places \(pre → post\)"):
+        rescheme(layer, "deepnorm", TOKENS, preserve=False)
+    with pytest.raises(sw.SkipwayError, match="no norm behind the addition makes up for its size"):
+        rescheme(without_norms(), "deepnorm", X, preserve=False)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "preserve", "reason"),
+    [
+        ("fixup", False, "remove_norm takes BatchNorms out|in other places"),
+        ("normfree", True, r"in other places \(inside\+end → pre\)"),
+        ("preactivation", True, r"\+end → pre\): their order is written in the forward"),
+    ],
+)
+def test_norms_stand_in_the_way_and_it_is_said(scheme, preserve, reason):
+    net = Net().eval()
+    keys, classes, before = state(net)
+    with pytest.raises(sw.SkipwayError, match=reason):
+        rescheme(net, scheme, X, preserve=preserve)
+    assert state(net)[:2] == (keys, classes)
+    assert torch.equal(state(net)[2], before)
+
+
+def test_normfree_from_scratch_is_refused():
+    with pytest.raises(sw.SkipwayError, match="factors on the activations"):
+        rescheme(without_norms(), "normfree", X, preserve=False)
+
+
+def test_a_step_over_the_whole_network_is_not_taken_over_a_part():
+    """L is the number of all branches (P1), so that a branch out of reach stops it."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.weight = nn.Conv2d(6, 6, 1), nn.Parameter(torch.randn(6, 6, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.conv2d(F.relu(self.conv(x)), self.weight)
+
+    model = nn.Sequential(*without_norms(2).blocks, Functional()).eval()
+    values = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(sw.SkipwayError, match="1 of 3 connections of Sequential cannot be dressed"):
+        rescheme(model, "fixup", torch.randn(2, 6, 5, 5), preserve=False)
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
+
+
+def test_attention_whose_values_cannot_be_told_apart_is_refused():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out, self.norm = nn.Linear(32, 96), nn.Linear(32, 32), nn.LayerNorm(32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.norm(x + self.out(F.scaled_dot_product_attention(q, k, v)))
+
+    model = nn.Sequential(Packed(), Packed()).eval()
+    values = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(sw.SkipwayError, match="which of its rows are values cannot be told"):
+        rescheme(model, "deepnorm", TOKENS, preserve=False)
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
+
+
+def test_normfree_standardises_what_was_trained():
+    """Ŵ = g (W − μ)/(σ√fan_in) + m: what is computed stays, and the weight's size and mean have no effect any more."""
+    torch.manual_seed(0)
+    net = Net().eval()
+    before = net(X).detach()
+    operation = remove_norm(net, X, how="normfree")
+    assert operation.report["difference"] < 1e-5
+    torch.testing.assert_close(net(X), before, rtol=1e-4, atol=1e-5)
+    gains = [m for m in net.modules() if isinstance(m, Gain)]
+    assert [(gain.factor, float(gain.gain.detach())) for gain in gains] == [(0.2, 5.0)] * 4
+    entries = [block.conv1.residual_entry.factor for block in net.blocks]
+    assert entries == pytest.approx([(1 + 0.04 * index) ** -0.5 for index in range(4)])
+    with torch.no_grad():
+        net.blocks[1].conv1.weight.mul_(3).add_(0.7)
+    torch.testing.assert_close(net(X), before, rtol=1e-3, atol=1e-4)
+    net.train()(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_how_is_one_of_three():
+    with pytest.raises(sw.SkipwayError, match="how='norm-free'"):
+        remove_norm(Net(), X, how="norm-free")  # type: ignore[arg-type]
+
+
+def test_gains_are_folded_into_the_weights_in_front():
+    torch.manual_seed(0)
+    net = Net().eval()
+    keys, classes, _ = state(net)
+    rescheme(net, "layerscale + skipinit + stochasticdepth", X)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, Gain):
+                module.gain.add_(torch.randn_like(module.gain))
+    dressed, before = list(net.state_dict()), net(X).detach()
+    operation = fold_gains(net, X)
+    assert operation.touched == {f"blocks.{n}.bn2.residual_scale": f"blocks.{n}.bn2" for n in range(4)}
+    assert state(net)[:2] == (keys, classes)
+    torch.testing.assert_close(net(X), before, rtol=1e-5, atol=1e-6)
+    operation.undo()
+    assert list(net.state_dict()) == dressed
+    assert torch.equal(net(X), before)
+
+
+def test_what_normfree_put_in_is_folded_and_what_is_no_factor_stays():
+    net = without_norms()
+    keys, classes, before = state(net)
+    rescheme(net, "normfree", X)
+    assert len(fold_gains(net, X).touched) == 4 * 4
+    assert state(net)[:2] == (keys, classes)
+    torch.testing.assert_close(net(X), before, rtol=1e-4, atol=1e-5)
+    rescheme(net, "fixup", X)
+    operation = fold_gains(net, X)
+    assert set(operation.refused.values()) == {"a shift in front of a map is none behind it where the map pads"}
+    assert len(operation.touched) == 4
+
+
+def test_a_gain_behind_what_does_not_commute_stays():
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.map, self.act = nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.act(self.map(self.norm(x)))
+
+    torch.manual_seed(0)
+    model = Gated().eval()
+    rescheme(model, "skipinit(init=0.5)", TOKENS, preserve=False)
+    before = model(TOKENS).detach()
+    operation = fold_gains(model, TOKENS)
+    assert list(operation.refused) == ["act.residual_scale"]
+    assert "the output changes by" in operation.refused["act.residual_scale"]
+    assert torch.equal(model(TOKENS), before)
+    with pytest.raises(sw.SkipwayError, match="nothing to fold"):
+        fold_gains(nn.Linear(3, 3), TOKENS)

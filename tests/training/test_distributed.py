@@ -1,0 +1,91 @@
+"""Two processes (gloo) have the numbers of one: DDP and FSDP2, stopped and resumed, also with fewer processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.training.distributed_job import MIXED, RECIPE
+from tests.training.test_loop import assert_same, weights
+
+from skipway.checkpoint.files import read_tensors
+from skipway.training.loop import train
+from skipway.training.run import Outcome
+from skipway.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or os.name == "nt", reason="gloo and torchrun are needed")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the runs of two processes."""
+    out = tmp_path_factory.mktemp("many")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    ran = subprocess.run(
+        [
+            *launch,
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            "-m",
+            "tests.training.distributed_job",
+            str(out),
+        ],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return train(RECIPE, tmp_path_factory.mktemp("alone") / "run")
+
+
+def assert_close(folder: Path, outcome: Outcome) -> None:
+    """Losses of every noted step within 1e-6 of one process's, relatively; weights within what Adam makes of that."""
+    theirs = RunFolder(folder)
+    for mine, other in zip(outcome.folder.read_steps(), theirs.read_steps(), strict=True):
+        assert other["loss"] == pytest.approx(mine["loss"], rel=1e-6), mine["step"]
+    found = read_tensors(theirs.last)[0]
+    for name, tensor in weights(outcome).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(runs, alone, case):
+    assert_close(runs / case, alone)
+
+
+def test_images_are_mixed_alike(runs, tmp_path):
+    assert_close(runs / "mixed", train(MIXED, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+def test_two_processes_continue_bit_for_bit(runs, case):
+    whole, again = (read_tensors(runs / name / "last.safetensors")[0] for name in (case, f"{case}-stopped"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_two_processes_go_on_as_one(runs, alone):
+    """What FSDP2 had spread is put together; the result is that of the run that was never spread."""
+    outcome = train(None, runs / "fsdp-half", resume=True)
+    assert outcome.finished
+    assert_close(runs / "fsdp-half", alone)
+
+
+def test_one_process_writes_what_one_process_would(runs, alone):
+    names = {path.name for path in (runs / "ddp").iterdir()}
+    assert names == {path.name for path in alone.folder.path.iterdir()}
+    assert_same(alone, alone)

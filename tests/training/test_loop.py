@@ -1,0 +1,289 @@
+"""Whole runs on the embedded digits, with networks small enough to take a second."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import skipway as sw
+from skipway.checkpoint.files import read_tensors, write_tensors
+from skipway.checkpoint.store import Checkpoints
+from skipway.errors import CheckpointError, DataError, DivergedError, SkipwayError
+from skipway.recipe import Recipe, read_recipe
+from skipway.training.loop import train
+from skipway.training.reporter import Silent
+from skipway.training.run import Outcome
+
+TINY = Recipe(depth=8, width=4, epochs=2, batch_size=256, device="cpu", precision="float32")
+
+
+def changed(recipe: Recipe, **fields) -> Recipe:
+    from dataclasses import replace
+
+    return replace(recipe, **fields)
+
+
+def weights(outcome: Outcome) -> dict[str, torch.Tensor]:
+    return read_tensors(outcome.folder.last)[0]
+
+
+def assert_same(first: Outcome, second: Outcome) -> None:
+    """Equal weights, bit for bit, and equal metrics but for the time."""
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    timing = {"seconds", "images_per_second"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in timing} for row in outcome.folder.read_metrics()]
+        for outcome in (first, second)
+    ]
+    assert rows[0] == rows[1]
+
+
+class StopAfter:
+    """Says stop from the given number of questions on."""
+
+    def __init__(self, questions: int) -> None:
+        self.questions = questions
+
+    def __call__(self) -> bool:
+        self.questions -= 1
+        return self.questions < 0
+
+
+def pictures(root: Path, parts: tuple[str, ...] = ("train", "test"), each: int = 8) -> Path:
+    """Two classes that differ in brightness."""
+    noise = np.random.default_rng(0)
+    for part in parts:
+        for label, name in enumerate(("dark", "light")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(each):
+                pixels = noise.integers(0, 100, (8, 8, 3), dtype=np.uint8) + 150 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+def test_it_learns(tmp_path):
+    """Nine in ten digits after a few seconds; guessing gives one in ten."""
+    outcome = train(Recipe(depth=8, epochs=6, batch_size=64, device="cpu"), tmp_path / "run")
+    assert outcome.finished
+    assert outcome.evaluation is not None
+    assert outcome.evaluation.accuracy > 0.9
+
+
+def test_the_run_folder_is_complete_and_holds_no_pickle(tmp_path):
+    outcome = train(TINY, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("config.json", "environment.json", "split.json", "metrics.jsonl", "steps.jsonl", "summary.json"),
+        *("checkpoints", "best.safetensors", "last.safetensors", "report.html"),
+    }
+    rows = outcome.folder.read_metrics()
+    assert [row["epoch"] for row in rows] == [1, 2]
+    summary = json.loads(outcome.folder.summary.read_text())
+    assert summary["test_accuracy"] == rows[-1]["test_accuracy"]
+    assert np.array(summary["confusion"]).sum() == summary["test_images"]
+    split = json.loads(outcome.folder.split.read_text())
+    assert len(split["train"]) + len(split["test"]) == 1797
+
+
+def test_the_weights_can_be_used_elsewhere(tmp_path):
+    outcome = train(TINY, tmp_path / "run")
+    _, metadata = read_tensors(outcome.folder.best)
+    model = sw.build(**metadata["model"])
+    sw.load(model, outcome.folder.last)
+    assert all(torch.equal(value, weights(outcome)[name]) for name, value in model.state_dict().items())
+    assert metadata["preprocessing"]["classes"] == [str(digit) for digit in range(10)]
+    assert metadata["preprocessing"].keys() == {"classes", "channels", "size", "mean", "std", "crop"}
+
+
+def test_training_again_gives_the_same_and_another_seed_does_not(tmp_path):
+    first = train(TINY, tmp_path / "1")
+    torch.manual_seed(123)
+    random = torch.random.get_rng_state()
+    assert_same(first, train(TINY, tmp_path / "2"))
+    assert torch.equal(random, torch.random.get_rng_state()), "the caller's random state is his"
+    assert_same(first, train(read_recipe(first.folder.config), tmp_path / "3"))
+    other = train(changed(TINY, seed=1), tmp_path / "4")
+    assert not torch.equal(weights(first)["stem.conv.weight"], weights(other)["stem.conv.weight"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_that_continues_ends_in_the_same_weights(tmp_path, optimizer):
+    """Stopped in mid-epoch, during a test, and between epochs; with random depth, so that random draws count."""
+    recipe = changed(TINY, optimizer=optimizer, scheme="skipinit + stochasticdepth(0.5)", epochs=3)
+    whole = train(recipe, tmp_path / "whole")
+    # 5 steps and 2 test batches in an epoch: a question after each, and one more behind the last step
+    for number, questions in enumerate((3, 6, 7)):
+        out = tmp_path / f"stopped{number}"
+        stopped = train(recipe, out, stop=StopAfter(questions))
+        assert not stopped.finished
+        assert stopped.evaluation is None
+        again = train(None, out, resume=True, stop=StopAfter(4))
+        assert not again.finished
+        assert_same(whole, train(None, out, resume=True))
+
+
+def test_a_crash_between_metrics_and_checkpoint_repeats_the_epoch(tmp_path):
+    class Crash(Silent):
+        def epoch(self, row, epochs):
+            if row["epoch"] == 2:
+                raise RuntimeError("power cut")
+
+    recipe = changed(TINY, epochs=3)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(recipe, tmp_path / "crashed", screen=Crash())
+    assert_same(train(recipe, tmp_path / "whole"), train(None, tmp_path / "crashed", resume=True))
+
+
+def test_a_finished_run_can_be_made_longer_and_nothing_else(tmp_path):
+    train(TINY, tmp_path / "run")
+    with pytest.raises(SkipwayError, match=r"cannot change lr from 0.2 to 0.5"):
+        train(changed(TINY, lr=0.5), tmp_path / "run", resume=True)
+    same = train(TINY, tmp_path / "run", resume=True)
+    assert (same.finished, same.epoch) == (True, 2)
+    assert same.evaluation is not None
+    longer = train(changed(TINY, epochs=3), tmp_path / "run", resume=True)
+    assert [row["epoch"] for row in longer.folder.read_metrics()] == [1, 2, 3]
+    assert read_recipe(longer.folder.config).epochs == 3
+
+
+def test_a_run_whose_data_folder_moved_continues(tmp_path):
+    data = pictures(tmp_path / "data")
+    recipe = changed(TINY, data=data)
+    whole = train(recipe, tmp_path / "whole")
+    train(recipe, tmp_path / "run", stop=StopAfter(1))
+    moved = data.rename(tmp_path / "elsewhere")
+    assert_same(whole, train(changed(recipe, data=moved, batch_size=16), tmp_path / "run", resume=True))
+
+
+def test_a_folder_that_is_taken_is_refused(tmp_path):
+    train(changed(TINY, epochs=1), tmp_path / "run")
+    before = (tmp_path / "run/last.safetensors").read_bytes()
+    with pytest.raises(SkipwayError, match="the folder holds a run; continue it with --resume"):
+        train(TINY, tmp_path / "run")
+    # a bad recipe costs nothing, even with overwrite
+    with pytest.raises(SkipwayError, match="did you mean 'fixup'"):
+        train(changed(TINY, scheme="fixupp"), tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run/last.safetensors").read_bytes() == before
+    assert train(changed(TINY, epochs=1, seed=1), tmp_path / "run", overwrite=True).finished
+    assert (tmp_path / "run/last.safetensors").read_bytes() != before
+
+
+def test_a_folder_of_something_else_is_refused_even_to_overwrite(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SkipwayError, match="holds something other than a run"):
+        train(TINY, tmp_path, overwrite=True)
+    with pytest.raises(SkipwayError, match="a file has that name"):
+        train(TINY, tmp_path / "thesis.tex")
+    with pytest.raises(CheckpointError, match="holds no run to continue"):
+        train(None, tmp_path / "nowhere", resume=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_data_folder_is_never_written_to(tmp_path):
+    recipe = changed(TINY, data=pictures(tmp_path / "data"), epochs=1)
+    with pytest.raises(SkipwayError, match="inside the data folder"):
+        train(recipe, tmp_path / "data/runs/1")
+    train(recipe, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["test", "train"]
+
+
+def test_a_folder_smaller_than_a_batch(tmp_path):
+    outcome = train(changed(TINY, data=pictures(tmp_path / "data"), epochs=3), tmp_path / "run")
+    assert outcome.recipe.batch_size == 16
+    assert outcome.recipe.lr == pytest.approx(0.1 * 16 / 128)
+    assert not outcome.folder.split.exists()
+
+
+def test_large_images_are_trained_from_their_files(tmp_path):
+    recipe = changed(TINY, data=pictures(tmp_path / "data", parts=("",)), crop="resized", workers=0, size=16)
+    whole = train(recipe, tmp_path / "whole")
+    assert len(json.loads(whole.folder.split.read_text())["test"]) == 4
+    train(recipe, tmp_path / "stopped", stop=StopAfter(1))
+    assert_same(whole, train(None, tmp_path / "stopped", resume=True))
+
+
+def test_a_model_that_has_to_know_the_image_size_is_told(tmp_path):
+    outcome = train(changed(TINY, model="vit-tiny-16", depth=1, width=None, size=16, epochs=1), tmp_path / "run")
+    _, metadata = read_tensors(outcome.folder.last)
+    assert metadata["model"]["image"] == 16
+    sw.load(sw.build(**metadata["model"]), outcome.folder.last)
+
+
+def test_data_that_changed_is_noticed(tmp_path):
+    data = pictures(tmp_path / "data")
+    train(changed(TINY, data=data), tmp_path / "run", stop=StopAfter(1))
+    shutil.copy(data / "train/dark/0.png", data / "train/dark/extra.png")
+    with pytest.raises(DataError, match="the files have changed since the run began: 32 images then, 33 now"):
+        train(None, tmp_path / "run", resume=True)
+    shutil.copytree(data / "train/dark", data / "train/new")
+    with pytest.raises(CheckpointError, match=r"gone \[\], new \['new'\]"):
+        train(None, tmp_path / "run", resume=True)
+
+
+def test_starting_from_weights(tmp_path):
+    first = train(TINY, tmp_path / "first")
+    again = train(changed(TINY, weights=first.folder.last, lr=1e-12), tmp_path / "again")
+    trained, start = weights(again)["stem.conv.weight"], weights(first)["stem.conv.weight"]
+    assert torch.allclose(trained, start, atol=1e-6)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        train(changed(TINY, weights=first.folder.last, width=8), tmp_path / "wider")
+    assert not (tmp_path / "wider").exists()
+    with pytest.raises(CheckpointError):
+        train(changed(TINY, weights=tmp_path / "none.safetensors"), tmp_path / "none")
+
+
+def test_divergence_says_where_and_keeps_the_last_good_state(tmp_path):
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) in epoch 1, step \d of 5.*Try a lower --lr"):
+        train(changed(TINY, lr=1e30, warmup=0.0), tmp_path / "run")
+    snapshot, damaged = Checkpoints(tmp_path / "run/checkpoints").newest()
+    assert snapshot.state["position"]["epoch"] == 0
+    assert not damaged
+    tensors = [tensor for part in snapshot.tensors.values() for tensor in part.values()]
+    assert all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    model = sw.build("resnet20", depth=8, width=4, classes=10, channels=1)
+    with torch.no_grad():
+        model.stem.conv.weight[0, 0, 0, 0] = torch.nan
+    write_tensors(tmp_path / "nan.safetensors", model.state_dict(), {})
+    with pytest.raises(DivergedError, match="a weight is not finite"):
+        train(changed(TINY, weights=tmp_path / "nan.safetensors"), tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_every_role_of_parameter_gets_its_own_rate():
+    """Fixup's scalars train at a tenth of the rate (Zhang 2019, the authors' scripts)."""
+    model = sw.build("resnet20", scheme="fixup")
+    rates = {group["name"].split("×")[0]: group["lr"] for group in sw.param_groups(model, lr=0.1, weight_decay=5e-4)}
+    assert rates["gain"] == pytest.approx(0.01)
+    assert rates["weight"] == pytest.approx(0.1)
+
+
+def test_what_is_said_before_training(tmp_path):
+    class Heard(Silent):
+        quiet = False
+
+        def __init__(self):
+            self.lines: list[tuple[str, str]] = []
+
+        def say(self, label, text):
+            self.lines.append((label, text))
+
+    screen = Heard()
+    train(changed(TINY, epochs=1), tmp_path / "run", screen=screen)
+    labels = [label for label, _ in screen.lines if label]
+    assert labels == ["data", "split", "model", "recipe", "device", "signal", "verdict"]
+    text = dict(screen.lines)
+    assert text["data"].startswith("digits: 1,797 images, 10 classes, input 8x8 grey; smallest class '8'")
+    assert "3 residual connections" in text["model"]
+    assert "float32 (as asked for)" in text["device"]
