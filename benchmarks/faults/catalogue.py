@@ -179,7 +179,7 @@ def timm_folder(root: Path) -> dict[str, Pixels]:
 
 
 def skipway_folder(root: Path) -> dict[str, Pixels]:
-    """skipway.data.load"""
+    """skipway.data.loader"""
     from skipway.data import load
 
     data = load(root, size=SIDE, channels=3, held_out=0.25, workers=0, cache=False, most_unreadable=0.5)

@@ -282,14 +282,14 @@ def constant(model: nn.Module, images: Tensor, precision: str) -> Call:
 
 
 def accelerated(model: nn.Module, images: Tensor, precision: str) -> nn.Module:
-    from skipway.surgery import acceleration as accelerate
+    from skipway.surgery.acceleration import accelerate
 
     accelerate(model, images)
     return model
 
 
 def optimized(backend: str, model: nn.Module, images: Tensor, precision: str) -> Call:
-    from skipway.inference import optimize
+    from skipway.inference.backend_choice import optimize
 
     return optimize(model, images, precision=precision, backends=[backend])
 

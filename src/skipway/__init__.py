@@ -14,7 +14,7 @@ from skipway._version import __version__
 if TYPE_CHECKING:
     from skipway.diagnosis import Diagnosis, diagnose
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
-    from skipway.inference import optimize
+    from skipway.inference.backend_choice import optimize
     from skipway.inference.predict import from_pretrained
     from skipway.models import BasicBlock, Bottleneck, ResNet, ResNetConfig, build, projection
     from skipway.nn import Residual
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
         StochasticDepth,
         ZeroInit,
     )
-    from skipway.schemes.initialise import initialise_
-    from skipway.surgery import acceleration as accelerate
+    from skipway.schemes.initialisation import initialise_
     from skipway.surgery import deepen, lesion, remove_norm, rescheme, shorten
+    from skipway.surgery.acceleration import accelerate
     from skipway.surgery.fusion import fold
     from skipway.tracing.chain import Chain, Connection, chain
     from skipway.weights import load
@@ -51,7 +51,7 @@ _HOME = {
     "errors": ("CheckpointError", "DataError", "DivergedError", "MissingExtraError", "SkipwayError"),
     "surgery.fusion": ("fold",),
     "optim.groups": ("param_groups",),
-    "schemes.initialise": ("initialise_",),
+    "schemes.initialisation": ("initialise_",),
     "models": ("BasicBlock", "Bottleneck", "ResNet", "ResNetConfig", "build", "projection"),
     "nn": ("Residual",),
     "schemes": (
@@ -72,7 +72,7 @@ _HOME = {
     "nn.kit": ("Kit",),
     "nn.placement": ("Placement",),
     "nn.site": ("Site",),
-    "inference.optimize": ("optimize",),
+    "inference.backend_choice": ("optimize",),
     "surgery.acceleration": ("accelerate",),
     "surgery": ("deepen", "lesion", "remove_norm", "rescheme", "shorten"),
     "probes.features": ("features", "stage_features"),

@@ -116,7 +116,7 @@ KILLER = """
 import os, sys
 from pathlib import Path
 from tests.checkpoint.test_faults_disk import points, snapshot
-from skipway.training import storage
+from skipway.checkpoint import files as storage
 from skipway.checkpoint.store import Checkpoints
 
 place, background = Path(sys.argv[1]), sys.argv[2] == "True"

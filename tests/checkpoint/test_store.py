@@ -452,7 +452,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from skipway.errors import CheckpointError
-from skipway.training import storage
+from skipway.checkpoint import files as storage
 from skipway.checkpoint.store import Checkpoints, Snapshot
 from skipway.checkpoint.shards import load_sharded, save_sharded
 from skipway.checkpoint.state import load_model_state, load_optimizer_state, model_state, optimizer_state

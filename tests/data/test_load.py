@@ -17,7 +17,7 @@ from PIL import Image
 from skipway.data import UnreadableImage, load
 from skipway.data.augment import DRAWS, crop_and_flip, random_box
 from skipway.data.inspection import Decoding, Reading
-from skipway.data.load import statistics
+from skipway.data.loader import statistics
 from skipway.data.parts import FilePart, MemoryPart
 from skipway.data.randomness import draw_key, permutation, uniforms
 from skipway.errors import DataError, MissingExtraError
@@ -147,7 +147,7 @@ def test_every_training_image_is_seen_once(tmp_path):
 def test_files_give_what_memory_gives_with_any_number_of_workers(tmp_path, crop, monkeypatch):
     pictures(tmp_path, shape=(20, 20, 3))
     memory = load(tmp_path, size=20, crop="none", flip=True)
-    monkeypatch.setattr("skipway.data.load.MEMORY_BYTES", 0)
+    monkeypatch.setattr("skipway.data.loader.MEMORY_BYTES", 0)
     alone, helped = (load(tmp_path, size=20, crop=crop, flip=True, workers=workers) for workers in (0, 2))
     assert isinstance(alone.train, FilePart)
     batches = [

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import skipway as sw
 from skipway.errors import MissingExtraError, SkipwayError
 from skipway.hardware.allocator import keep_memory
-from skipway.inference import optimize
+from skipway.inference.backend_choice import optimize
 from skipway.inference.backends import BACKENDS, Backend
-from skipway.surgery import acceleration as accelerate
+from skipway.surgery.acceleration import accelerate
 
 NETWORKS = {
     "resnet-cifar": (lambda: sw.build("resnet20", scheme="layerscale(init=0.5)"), (16, 3, 32, 32)),

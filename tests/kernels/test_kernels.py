@@ -443,7 +443,7 @@ for shape, size in cases:
     to_gain = to_gain.sum() if gain.numel() == 1 else to_gain.view(gain.shape)
     assert torch.allclose(to_gain, expected, rtol=1e-4, atol=1e-3)
 # in 16 bits what is measured is taken: nothing is refused but for its time
-for each in (kernels.choosing.KERNELS):
+for each in (kernels.autotune.KERNELS):
     each.found.clear()
 x, y = (torch.randn(2, 5, 4, 4, dtype=torch.bfloat16).contiguous(**last).requires_grad_() for _ in range(2))
 gain = torch.randn(5, 1, 1, dtype=torch.bfloat16, requires_grad=True)

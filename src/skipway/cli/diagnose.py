@@ -315,7 +315,7 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
     import torch
 
     from skipway.data import list_folder
-    from skipway.data.load import statistics
+    from skipway.data.loader import statistics
     from skipway.data.parts import read_all
     from skipway.data.randomness import permutation
     from skipway.errors import DataError

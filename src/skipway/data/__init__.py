@@ -12,7 +12,7 @@ from skipway.data.batches import Batch
 from skipway.data.dataset import Data
 from skipway.data.decode import UnreadableImage, decode
 from skipway.data.digits import digits
-from skipway.data.load import load
+from skipway.data.loader import load
 from skipway.data.options import DataChoices
 from skipway.data.split import Listing, list_folder
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
 from skipway.nn import Gain, Residual
-from skipway.schemes.initialise import initialise_
+from skipway.schemes.initialisation import initialise_
 from skipway.schemes.scheme import Scheme
 from skipway.schemes.scheme import scheme as read_scheme
 from skipway.tracing import Example, untouched

@@ -14,7 +14,7 @@ from skipway.errors import SkipwayError, suggest
 from skipway.registry import Registry
 from skipway.schemes import Scheme
 from skipway.schemes import scheme as read_scheme
-from skipway.schemes.initialise import initialise_
+from skipway.schemes.initialisation import initialise_
 
 __all__ = ["FAMILIES", "Family", "Variant", "build", "families", "find_config", "variants"]
 

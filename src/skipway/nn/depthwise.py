@@ -33,7 +33,7 @@ class DepthwiseMlp(Branch):
     Source: Liu et al. 2022, "A ConvNet for the 2020s", fig. 4; Woo et al. 2023, "ConvNeXt V2", fig. 5.
 
     >>> from skipway.models.convnext import CONVNEXT_KIT
-    >>> from skipway.nn.site import INSIDE_NORM
+    >>> from skipway.nn.placement import INSIDE_NORM
     >>> branch = DepthwiseMlp(8, 32, kit=CONVNEXT_KIT, placement=INSIDE_NORM)
     >>> len(branch.path()), branch.inside.norm
     (3, LayerNorm2d((8,), eps=1e-06, elementwise_affine=True...))

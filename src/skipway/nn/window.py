@@ -269,7 +269,7 @@ class WindowAttention(Attention):
         SkipwayError: heads do not divide dim.
 
     >>> from skipway.models.transformer import TOKEN_KIT
-    >>> from skipway.nn.site import PRE_NORM
+    >>> from skipway.nn.placement import PRE_NORM
     >>> branch = WindowAttention(8, 2, Window(4, shift=2), kit=TOKEN_KIT, placement=PRE_NORM)
     >>> branch(torch.zeros(1, 6, 9, 8)).shape
     torch.Size([1, 6, 9, 8])

@@ -20,7 +20,7 @@ from skipway.nn.placement import POST_NORM, Placement
 from skipway.nn.site import Site
 from skipway.nn.tokens import Mlp
 from skipway.schemes import Scheme, scheme
-from skipway.schemes.initialise import initialise_
+from skipway.schemes.initialisation import initialise_
 
 __all__ = ["Crossing", "block_chain", "cross"]
 

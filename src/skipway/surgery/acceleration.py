@@ -30,7 +30,7 @@ def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: f
     anybody's network, in place; on a GPU depthwise convolutions of maps that lie channels-last, attention within our
     windows, and the end of our residual connections.
 
-    Classes are swapped for subclasses whose forward routes torch's functions (`kernels.routing.ROUTES`), so keys,
+    Classes are swapped for subclasses whose forward routes torch's functions (`kernels.dispatch.ROUTES`), so keys,
     `isinstance`, hooks and checkpointing survive, and code that calls functions instead of modules is reached. Each
     kernel measures its ways at first use and never takes one that is slower or that differs. Gradients are those of
     plain torch up to rounding; which way is the quickest may change from run to run, and the last bits with it. Under

@@ -3,7 +3,7 @@
 from skipway.weights import cait, convnext, resnet, swin, vit
 from skipway.weights.files import read
 from skipway.weights.keymap import Convert, KeyMap, Rule, rule
-from skipway.weights.load import Report, Source, export_names, load, match
+from skipway.weights.loader import Report, Source, export_names, load, match
 from skipway.weights.tables import register
 
 __all__ = [
