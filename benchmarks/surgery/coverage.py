@@ -29,7 +29,7 @@ from skipway.errors import SkipwayError
 from skipway.nn import Gain
 from skipway.surgery import Operation, rescheme
 from skipway.surgery.verification import difference
-from skipway.tracing.watch import call
+from skipway.tracing.example import call_model
 
 __all__ = ["LIBRARIES", "main", "passes", "row"]
 
@@ -134,7 +134,7 @@ LIBRARIES = {"timm": timm_models, "torchvision": torchvision_models, "transforme
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """What the model puts out in the mode it is in, random numbers being the same each time."""
     torch.manual_seed(0)
-    output = call(model, example)
+    output = call_model(model, example)
     leaves = tree_flatten(output)[0]
     found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     found = found or [value for value in vars(output).values() if isinstance(value, Tensor)]

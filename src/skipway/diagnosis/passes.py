@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from skipway.diagnosis.subject import Gradients, Subject, main_output
 from skipway.probes.measures import distinctness
 from skipway.probes.probe import Edges, Probe
-from skipway.tracing.watch import call
+from skipway.tracing.example import call_model
 
 __all__ = ["Curvature", "Jacobians", "LookAhead", "Noise", "curvature", "jacobians", "look_ahead", "noise"]
 
@@ -87,7 +87,7 @@ def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) 
     largest: dict[str, float] = {}
     with subject.running():
         with Probe(subject.model, subject.chain, forward=False, backward=False, edges=True) as probe:
-            output = main_output(call(subject.model, clean))
+            output = main_output(call_model(subject.model, clean))
         cotangent = torch.randn_like(output)
         first = gradient_of(output, real, cotangent, retain_graph=True)
         subject.passes += share
@@ -129,7 +129,7 @@ def neighbour_correlation(subject: Subject, first: Tensor, cotangent: Tensor, di
     """Mean cosine, over samples, between the input's gradient here and at an input close by."""
     moved, real = with_gradients(subject.probed_part[0], distance)
     with subject.running():
-        second = gradient_of(main_output(call(subject.model, moved)), real, cotangent)
+        second = gradient_of(main_output(call_model(subject.model, moved)), real, cotangent)
     subject.passes += subject.share(subject.probed_part)
     if second is None or not bool(first.any()) or not bool(second.any()):
         return math.nan
@@ -330,7 +330,7 @@ def evaluate(subject: Subject, part: Any) -> tuple[float, float]:
     """Loss and distinctness of the outputs on a part of the batch, in the subject's mode."""
     subject.passes += subject.share(part) / 3
     with subject.running(), torch.no_grad():
-        output = call(subject.model, part[0])
+        output = call_model(subject.model, part[0])
         values = main_output(output)
         spread = float(distinctness(values)) if values.ndim > 1 else 1.0
         return float(subject.value(output, part[1]).detach()), spread

@@ -16,7 +16,7 @@ from skipway.schemes.scheme import Scheme
 from skipway.schemes.scheme import scheme as read_scheme
 from skipway.tracing import Example, untouched
 from skipway.tracing.chain import Chain, WatchedConnection
-from skipway.tracing.watch import call
+from skipway.tracing.example import call_model
 
 __all__ = [
     "AddSkips",
@@ -183,7 +183,7 @@ class UnitVariance:
         found: list[Tensor] = []
         handle = module.register_forward_hook(lambda _, given, out: found.append(out.detach()))
         try:
-            call(case.model, case.example)
+            call_model(case.model, case.example)
         finally:
             handle.remove()
         deviation = found[0].float().std(correction=0) if found else torch.tensor(0.0)

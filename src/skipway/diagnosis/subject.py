@@ -17,7 +17,7 @@ from skipway.errors import SkipwayError
 from skipway.probes.probe import Probe, Readings, seeded
 from skipway.tracing import Example, Program, untouched, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_of
-from skipway.tracing.watch import call
+from skipway.tracing.example import call_model
 
 __all__ = ["Gradients", "Loss", "Subject", "main_output"]
 
@@ -109,7 +109,7 @@ class Subject:
                 handles.append(module.register_forward_hook(watcher(name)))
         try:
             with self.running(), torch.no_grad():
-                call(self.model, self.probed_part[0])
+                call_model(self.model, self.probed_part[0])
         finally:
             for handle in handles:
                 handle.remove()
@@ -160,7 +160,7 @@ class Subject:
         """Loss on a part of the batch and the gradient of each parameter, zeros where none arrives."""
         self.passes += self.share(part)
         with self.running():
-            loss = self.value(call(self.model, part[0]), part[1])
+            loss = self.value(call_model(self.model, part[0]), part[1])
             parameters = list(self.parameters.values())
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = [
@@ -175,7 +175,7 @@ class Subject:
         self.passes += self.share(self.probed_part)
         with self.running():
             with Probe(self.model, self.chain, self.layers) as probe:
-                output = call(self.model, inputs)
+                output = call_model(self.model, inputs)
             loss = self.value(output, targets)
             parameters = list(self.parameters.values())
             if not loss.requires_grad:

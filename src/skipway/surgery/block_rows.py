@@ -21,7 +21,7 @@ from skipway.errors import SkipwayError
 from skipway.surgery.depth import blocks_of
 from skipway.surgery.preconditions import SEALED
 from skipway.tracing import Example, Program, untouched
-from skipway.tracing.watch import call
+from skipway.tracing.example import call_model
 
 __all__ = ["Chained", "changed", "plain", "present", "rows_of"]
 
@@ -106,7 +106,7 @@ def visit(model: nn.Module, example: Example, blocks: Sequence[str]) -> tuple[di
         handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
     try:
         with untouched(model), torch.no_grad():
-            leaves = tree_flatten(call(model.eval(), example))[0]
+            leaves = tree_flatten(call_model(model.eval(), example))[0]
     finally:
         for handle in handles:
             handle.remove()

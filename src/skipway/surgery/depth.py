@@ -18,7 +18,7 @@ from skipway.surgery.preconditions import admitted
 from skipway.surgery.verification import difference, outputs
 from skipway.tracing import Example, Program, untouched, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_of
-from skipway.tracing.watch import call
+from skipway.tracing.example import call_model
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
 
@@ -104,7 +104,7 @@ def blocks_of(model: nn.Module, example: Example, program: Program | None = None
     handles = [model.get_submodule(name).register_forward_hook(watcher(name)) for name in whole]
     try:
         with untouched(model), torch.no_grad():
-            call(model.eval(), example)
+            call_model(model.eval(), example)
     finally:
         for handle in handles:
             handle.remove()

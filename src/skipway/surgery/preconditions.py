@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_map_only
 
 from skipway.errors import SkipwayError
 from skipway.tracing import Example, Program, untouched, unwrapped
-from skipway.tracing.watch import Recorder, call, on_meta, refuse_scripted
+from skipway.tracing.example import call_model
+from skipway.tracing.watch import Recorder, on_meta, refuse_scripted
 
 __all__ = ["SEALED", "admitted", "refuse_branching"]
 
@@ -81,5 +82,5 @@ def readers_of(model: nn.Module, example: Example) -> list[str]:
     with suppress(Exception), untouched(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(recorder.modules.following())
         stack.enter_context(recorder)
-        call(model.eval(), example)
+        call_model(model.eval(), example)
     return recorder.program.readers

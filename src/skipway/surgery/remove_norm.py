@@ -15,7 +15,7 @@ from skipway.surgery.preconditions import admitted, refuse_branching
 from skipway.surgery.rescheme import rescheme
 from skipway.surgery.verification import difference, outputs
 from skipway.tracing import Example, Program, untouched, watch
-from skipway.tracing.watch import call
+from skipway.tracing.example import call_model
 from skipway.validation import checked
 
 __all__ = ["remove_norm"]
@@ -190,7 +190,7 @@ def recalibrate(model: nn.Module, norms: list[str], example: Example) -> Callabl
         module.momentum = 1.0  # type: ignore[assignment]
     with untouched(model), torch.no_grad():
         model.train()
-        call(model, example)
+        call_model(model, example)
         statistics = [(m.running_mean.clone(), m.running_var.clone()) for m in modules]  # type: ignore[operator, union-attr]
     for module, momentum, (mean, variance) in zip(modules, momenta, statistics, strict=True):
         module.momentum = momentum

@@ -21,7 +21,7 @@ from skipway.surgery.recompute import Draws, Parts, again, autocasting, precisio
 from skipway.surgery.saved_tensors import saved_bytes
 from skipway.surgery.verification import difference, outputs
 from skipway.tracing import Example, untouched, watch
-from skipway.tracing.watch import call
+from skipway.tracing.example import call_model
 
 __all__ = ["reversible"]
 
@@ -132,7 +132,7 @@ def gradients(model: nn.Module, example: Example) -> list[Tensor]:
     """Those of the mean square of what the model puts out in training mode, all in one row."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with untouched(model), torch.enable_grad():
-        leaves = tree_flatten(call(model.train(), example))[0]
+        leaves = tree_flatten(call_model(model.train(), example))[0]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not trained or not tensors:
             return []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.tracing import Example, untouched
-from skipway.tracing.watch import call
+from skipway.tracing.example import call_model
 
 __all__ = ["Costs", "Saved", "costs_of", "saved_bytes"]
 
@@ -102,7 +102,7 @@ def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple
         handles.append(module.register_forward_hook(saved.leave, always_call=True))
     try:
         with untouched(model), torch.enable_grad(), saved.counting():
-            call(model.train(), example)
+            call_model(model.train(), example)
     finally:
         for handle in handles:
             handle.remove()

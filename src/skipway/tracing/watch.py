@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from skipway.errors import SkipwayError
+from skipway.tracing.example import Example, as_example, call_model
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
 
-__all__ = ["ADDITIONS", "Example", "call", "on_meta", "untouched", "unwrapped", "watch"]
-
-Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+__all__ = ["ADDITIONS", "on_meta", "untouched", "unwrapped", "watch"]
 
 # one addition under its many names (P20)
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
@@ -51,7 +50,7 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
         SkipwayError: the forward pass failed; says with what.
     """
     refuse_scripted(model)
-    model = unwrapped(model)
+    model, example = unwrapped(model), as_example(example)
     try:
         copied = on_meta(model)
         given = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example)
@@ -90,15 +89,6 @@ def refuse_scripted(model: nn.Module) -> None:
                 f"{name or 'the model'} is a TorchScript module, which runs where Python cannot watch; give the model "
                 "that was scripted"
             )
-
-
-def call(model: nn.Module, example: Example) -> Any:
-    """`model` called with an example."""
-    if isinstance(example, Mapping):
-        return model(**example)
-    if isinstance(example, tuple | list):
-        return model(*example)
-    return model(example)
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -191,7 +181,7 @@ def record(model: nn.Module, example: Example) -> Program:
             stack.enter_context(recorder.modules.following())
             stack.enter_context(Calls(recorder))
             stack.enter_context(recorder)
-            call(model, example)
+            call_model(model, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return recorder.program

@@ -1,0 +1,86 @@
+"""Examples in every form in which people hold them: tensors, tuples, mappings, loaders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import skipway as sw
+from skipway.errors import SkipwayError
+from skipway.tracing import as_batch, as_example, call_model, watch
+
+
+class Conditioned(nn.Module):
+    """y = x + F(x)·g(c), called with two arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(3, 4)
+
+    def forward(self, x, condition):
+        return x + self.f(x) * self.g(condition)
+
+
+X, C = torch.randn(5, 4), torch.randn(5, 3)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [(X, C), [X, C], {"x": X, "condition": C}, DataLoader([(X[i], C[i], i) for i in range(5)], batch_size=5)],
+    ids=["tuple", "list", "dict", "loader"],
+)
+def test_every_form_calls_the_model_alike(example):
+    model = Conditioned()
+    assert torch.equal(call_model(model, example), model(X, C))
+    assert len(sw.chain(model, example)) == 1
+
+
+def test_a_tokenizers_output_is_keyword_arguments():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.BertModel(config)
+    ids = torch.randint(0, 20, (2, 6))
+    encoding = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert isinstance(as_example(encoding), dict)
+    assert len(sw.chain(model, encoding)) == 4
+
+
+def test_the_last_element_of_a_loaders_batch_is_the_targets():
+    loader = DataLoader([(X[i], i) for i in range(5)], batch_size=5)
+    example, targets = as_batch(loader)
+    assert torch.equal(example, X)
+    assert targets.tolist() == list(range(5))
+    _, own = as_batch(loader, targets="mine")
+    assert own == "mine"
+    alone, none = as_batch(DataLoader(list(X), batch_size=5))
+    assert torch.equal(alone, X)
+    assert none is None
+
+
+def test_a_tuple_is_arguments_and_never_targets():
+    example, targets = as_batch((X, C))
+    assert len(example) == 2
+    assert targets is None
+
+
+@pytest.mark.parametrize(("given", "message"), [(3, "example=int"), ("x", "example=str"), (iter(()), "no batch")])
+def test_what_is_no_example_is_refused(given, message):
+    with pytest.raises(SkipwayError, match=message):
+        as_example(given)
+
+
+def test_a_loader_is_read_once():
+    """A second look would see other images."""
+    reads = []
+
+    class Loader:
+        def __iter__(self):
+            reads.append(1)
+            return iter([X])
+
+    watch(nn.Linear(4, 4), Loader())
+    assert len(reads) == 1
