@@ -1,0 +1,91 @@
+"""The files around the package agree with each other: one version, one list of checks, an sdist with all its tests."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import skipway as sw
+
+ROOT = Path(__file__).parents[1]
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+    PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+else:
+    pytest.skip("tomllib came with Python 3.11", allow_module_level=True)
+
+
+def test_the_version_is_written_once():
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "src/skipway/_version.py"
+    texts = [ROOT / name for name in ("pyproject.toml", "CITATION.cff", "zensical.toml", "src/skipway/__init__.py")]
+    assert [path.name for path in texts if f'"{sw.__version__}"' in path.read_text("utf-8")] == []
+
+
+def test_pre_commit_runs_what_scripts_check_runs():
+    hooks = re.findall(r"^ +entry: (.+)$", (ROOT / ".pre-commit-config.yaml").read_text("utf-8"), re.MULTILINE)
+    script = (ROOT / "scripts/check").read_text("utf-8")
+    *_, commands = script.split("\nfi\n")
+    assert hooks
+    assert hooks == commands.strip().splitlines()
+
+
+def test_the_hosted_workflow_runs_what_ci_runs():
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    assert re.findall(r"run: (.+)", workflow) == ["bash .ci/run"]
+
+
+def test_every_pinned_version_is_allowed_by_the_project():
+    """And everything that the project asks for is pinned."""
+    requirements = pytest.importorskip("packaging.requirements")
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pin = requirements.Requirement(line)
+            pins[pin.name.replace("_", "-").lower()] = next(iter(pin.specifier)).version
+    asked = [*PROJECT["project"]["dependencies"]]
+    for extra in PROJECT["project"]["optional-dependencies"].values():
+        asked += [each for each in extra if not each.startswith("skipway[")]
+    for each in map(requirements.Requirement, asked):
+        name = each.name.replace("_", "-").lower()
+        if name in pins:
+            assert each.specifier.contains(pins[name]), each
+    own = {requirements.Requirement(each).name for each in PROJECT["project"]["dependencies"]}
+    assert own <= set(pins), "a dependency of the package is not pinned"
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> set[str]:
+    """The names of the files in a source distribution built here, without the folder that they are in."""
+    pytest.importorskip("hatchling")
+    place = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(place)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (archive,) = place.glob("*.tar.gz")
+    assert archive.name == f"skipway-{sw.__version__}.tar.gz"
+    with tarfile.open(archive) as opened:
+        return {name.partition("/")[2] for name in opened.getnames()}
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "benchmarks", "docs", "examples", "scripts", ".github", ".ci"])
+def test_the_sdist_holds_a_folder_whole(sdist, folder):
+    """`scripts/sdist` runs the tests in it."""
+    own = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and not {"__pycache__", ".ruff_cache"} & set(path.parts)
+    }
+    assert own
+    assert own - sdist == set()
+
+
+def test_the_sdist_holds_what_is_read_at_the_top(sdist):
+    names = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "NOTICE", "CITATION.cff", "constraints.txt"}
+    assert names | {"pyproject.toml", "zensical.toml", ".pre-commit-config.yaml", ".gitignore"} <= sdist
