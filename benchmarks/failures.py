@@ -60,7 +60,7 @@ def two_zeros() -> nn.Module:
 
 
 SHATTERED = frozenset({"no-skips", "exploding-gradient", "vanishing-gradient", "samples-collapse"})
-ADAM = {"optimiser": "adamw", "lr": 1e-3}
+ADAM = {"optimizer": "adamw", "lr": 1e-3}
 FAILURES = [
     Failure("plain 56 layers", lambda: sw.build("resnet", depth=56, scheme="plain", width=8, **GREY), SHATTERED),
     Failure("plain 56 layers, a stranger's", lambda: nets.VGG(56, "relu", "he", True), SHATTERED),
@@ -68,7 +68,7 @@ FAILURES = [
         "post-norm ViT, 48 layers",
         lambda: sw.build("vit-tiny-16", blocks=24, norm="post", **VIT),
         frozenset({"post-norm"}),
-        {"optimiser": "adamw", "lr": 5e-3},
+        {"optimizer": "adamw", "lr": 5e-3},
     ),
     Failure("post-norm, torch's own", lambda: nets.Encoder(96, "post", "relu"), frozenset({"post-norm"}), ADAM),
     *(
@@ -108,12 +108,12 @@ def accuracy(model: nn.Module, settings: Settings, *, half: bool) -> float:
     """Train a copy, and the mean training accuracy of the last 20 of 300 steps; NaN where it diverged."""
     model = copy.deepcopy(model).train()
     images, labels = training_images()
-    optimiser = settings.make(model)
-    rates = [group["lr"] for group in optimiser.param_groups]
+    optimizer = settings.make(model)
+    rates = [group["lr"] for group in optimizer.param_groups]
     stream = batches(images, labels, 0)
     right: list[float] = []
     for step in range(STEPS):
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / max(settings.warmup, 1))
         x, y = next(stream)
         with torch.autocast("cpu", torch.float16, enabled=half):
@@ -121,9 +121,9 @@ def accuracy(model: nn.Module, settings: Settings, *, half: bool) -> float:
         loss = F.cross_entropy(output.float(), y)
         if not math.isfinite(float(loss.detach())):
             return math.nan
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         right.append(float((output.argmax(1) == y).float().mean()))
     return sum(right[-20:]) / 20
 
@@ -135,9 +135,9 @@ def show(failure: Failure) -> bool:
     images, labels = training_images()
     stream = batches(images, labels, 1000)
     pairs = [next(stream) for _ in range(128 // BATCH)]
-    batch = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+    images, labels = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
     with torch.autocast("cpu", torch.float16, enabled=failure.half):
-        diagnosis = diagnose(model, batch, steps=STEPS, **failure.settings)
+        diagnosis = diagnose(model, images, targets=labels, steps=STEPS, **failure.settings)
     named = [finding.rule for finding in diagnosis.findings if finding.rule in failure.causes]
     with torch.autocast("cpu", torch.float16, enabled=failure.half):
         treatment = diagnosis.fix() if diagnosis.remedies else None

@@ -76,7 +76,7 @@ def main() -> None:
     torch.manual_seed(0)
     images, _ = training_images()
     batch = images[:64]
-    sgd, adam = Settings(lr=0.1), Settings(optimiser="adamw", lr=1e-3)
+    sgd, adam = Settings(lr=0.1), Settings(optimizer="adamw", lr=1e-3)
     resnet = learn(sw.build("resnet20", **GREY), sgd, STEPS)
     vit = sw.build("vit-tiny-16", dim=32, heads=2, patch=2, image=8, blocks=12, pooling="mean", **GREY)
     learn(vit, adam, STEPS)

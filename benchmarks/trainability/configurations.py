@@ -1,5 +1,5 @@
 """The configurations: a random design of fixed seed over families, depths, schemes, norm placements, starts,
-optimisers and learning rates. No configuration was chosen for its outcome."""
+optimizers and learning rates. No configuration was chosen for its outcome."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Configuration:
         scheme: a scheme's spec string for ours; for plain torch the variation: activation and start, or a scale.
         placement: where the norms stand, in the family's words.
         init_scale: factor on the weights of all linear maps and convolutions after the initialisation.
-        optimiser: "sgd" (momentum 0.9, no decay) or "adamw" (decay 0.01).
+        optimizer: "sgd" (momentum 0.9, no decay) or "adamw" (decay 0.01).
         lr: constant learning rate.
         seed: of weights and of the order of the images.
     """
@@ -48,7 +48,7 @@ class Configuration:
     scheme: str
     placement: str
     init_scale: float
-    optimiser: Literal["sgd", "adamw"]
+    optimizer: Literal["sgd", "adamw"]
     lr: float
     seed: int
 
@@ -57,7 +57,7 @@ class Configuration:
         """Unique and readable: "resnet 56 fixup original x1 sgd 0.1 seed 3"."""
         return (
             f"{self.family} {self.depth} {self.scheme} {self.placement} x{self.init_scale:g} "
-            f"{self.optimiser} {self.lr:g} seed {self.seed}"
+            f"{self.optimizer} {self.lr:g} seed {self.seed}"
         )
 
     @property
@@ -79,12 +79,12 @@ class Configuration:
             scale_(model, self.init_scale)
         return model.train()
 
-    def make_optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimiser over all parameters: groups by role for ours, `model.parameters()` for plain torch."""
-        decay = {"sgd": 0.0, "adamw": 0.01}[self.optimiser]
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer over all parameters: groups by role for ours, `model.parameters()` for plain torch."""
+        decay = {"sgd": 0.0, "adamw": 0.01}[self.optimizer]
         ours = self.kind == "skipway"
         parameters: Any = sw.param_groups(model, lr=self.lr, weight_decay=decay) if ours else model.parameters()
-        if self.optimiser == "sgd":
+        if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=decay, fused=True)
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=decay, fused=True)
 
@@ -275,7 +275,7 @@ def configurations() -> list[Configuration]:
     """All configurations, in a fixed shuffled order, so that the first ones are a fair sample of all.
 
     Per family a Latin hypercube: depth and learning rate are drawn one to each of `count` equal slices, in
-    independent random orders; schemes, placements and optimisers are dealt evenly; 60 % keep their own start, the
+    independent random orders; schemes, placements and optimizers are dealt evenly; 60 % keep their own start, the
     others are scaled by 2^U(-1, 1).
     """
     drawn = []
@@ -284,11 +284,11 @@ def configurations() -> list[Configuration]:
         count = design.count
         slices = {what: draw.sample(range(count), count) for what in ("depth", "lr")}
         schemes, placements = deal(draw, design.schemes, count), deal(draw, design.placements, count)
-        optimisers = deal(draw, ("sgd", "adamw"), count)
+        optimizers = deal(draw, ("sgd", "adamw"), count)
         for number in range(count):
             place = {what: (slices[what][number] + draw.random()) / count for what in slices}
             depth = design.least * (design.most / design.least) ** (place["depth"] ** DEEP_IS_RARE)
-            low, high = RATES[optimisers[number]]
+            low, high = RATES[optimizers[number]]
             scheme = schemes[number]
             drawn.append(
                 Configuration(
@@ -297,7 +297,7 @@ def configurations() -> list[Configuration]:
                     scheme=scheme if isinstance(scheme, str) else draw.choice(scheme),
                     placement=placements[number],
                     init_scale=1.0 if draw.random() < OWN_START else significant(2 ** draw.uniform(-1, 1)),
-                    optimiser=optimisers[number],
+                    optimizer=optimizers[number],
                     lr=significant(10 ** (low + (high - low) * place["lr"])),
                     seed=draw.randrange(1000),
                 )

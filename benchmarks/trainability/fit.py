@@ -16,21 +16,21 @@ import numpy as np
 from benchmarks.trainability.configurations import Configuration, configurations
 from benchmarks.trainability.measurements import read_measurements
 from benchmarks.trainability.truth import read_truth
-from skipway.diagnosis.indicators import Signs
+from skipway.diagnosis.indicators import Indicators
 from skipway.diagnosis.outlook import features
 
 __all__ = ["Example", "examples", "main"]
 
-Example = tuple[Configuration, Signs, bool]
+Example = tuple[Configuration, Indicators, bool]
 
 
 def examples(*, held_out: bool | None) -> list[Example]:
-    """Configurations with signs and truth: of one half, or all."""
+    """Configurations with indicators and truth: of one half, or all."""
     truth = {row["name"]: row["outcome"] == "reached" for row in read_truth()}
     measured = read_measurements()
-    names = [field.name for field in fields(Signs)]
+    names = [field.name for field in fields(Indicators)]
     return [
-        (c, Signs(**{name: measured[c.name][name] for name in names}), truth[c.name])
+        (c, Indicators(**{name: measured[c.name][name] for name in names}), truth[c.name])
         for c in configurations()
         if c.name in truth and c.name in measured and held_out in (None, c.held_out)
     ]
@@ -52,7 +52,7 @@ def main() -> None:
 
     rows = examples(held_out=False)
     names = list(features(rows[0][1]))
-    inputs = np.array([list(features(signs).values()) for _, signs, _ in rows])
+    inputs = np.array([list(features(indicators).values()) for _, indicators, _ in rows])
     trains = np.array([outcome for *_, outcome in rows])
     folds = StratifiedKFold(10, shuffle=True, random_state=0)
     found = cross_val_predict(model(), inputs, trains, cv=folds)

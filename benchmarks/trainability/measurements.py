@@ -19,7 +19,7 @@ import torch
 from benchmarks.trainability.configurations import Configuration, configurations
 from benchmarks.trainability.truth import BATCH, STEPS, batches, training_images
 from skipway.diagnosis.diagnosis import examine
-from skipway.diagnosis.indicators import read_signs
+from skipway.diagnosis.indicators import read_indicators
 from skipway.diagnosis.settings import Settings
 from skipway.diagnosis.subject import Subject
 
@@ -34,10 +34,10 @@ OTHER_ORDER = 1000
 def settings_for(configuration: Configuration) -> Settings:
     """The question that is asked of a diagnosis."""
     return Settings(
-        optimiser=configuration.optimiser,
+        optimizer=configuration.optimizer,
         lr=configuration.lr,
         steps=STEPS,
-        exact=lambda model, lr: configuration.make_optimiser(model),
+        exact=lambda model, lr: configuration.make_optimizer(model),
     )
 
 
@@ -57,12 +57,12 @@ def measured(configuration: Configuration, images: torch.Tensor, labels: torch.T
     diagnosis = examine(subject, settings)
     seconds = time.process_time() - start
     measured = diagnosis.measurement
-    signs = {name: float(f"{value:.6g}") for name, value in asdict(read_signs(measured, settings)).items()}
+    indicators = {name: float(f"{value:.6g}") for name, value in asdict(read_indicators(measured, settings)).items()}
     return {
         "name": configuration.name,
         "verdict": diagnosis.verdict,
         "rules": [finding.rule for finding in diagnosis.findings if finding.level != "note"],
-        **signs,
+        **indicators,
         "passes": round(measured.passes, 2),
         "seconds": round(seconds, 3),
     }

@@ -57,7 +57,7 @@ def train(configuration: Configuration, images: Tensor, labels: Tensor) -> dict[
     `seconds` is processor time of the training alone, which other people's work on the machine does not change.
     """
     model = configuration.build()
-    optimiser = configuration.make_optimiser(model)
+    optimizer = configuration.make_optimizer(model)
     losses: list[float] = []
     hits: deque[float] = deque(maxlen=WINDOW)
     outcome, large = "stuck", 0
@@ -65,9 +65,9 @@ def train(configuration: Configuration, images: Tensor, labels: Tensor) -> dict[
     for step, (x, y) in enumerate(batches(images, labels, configuration.seed), 1):
         logits = model(x)
         loss = F.cross_entropy(logits, y)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
         hits.append((logits.detach().argmax(1) == y).float().mean().item())
         large = large + 1 if step > GRACE and losses[-1] > TOO_LARGE else 0

@@ -79,11 +79,11 @@ def main() -> None:
     print(cost())
     outcomes = {row["name"]: row for row in read_truth()}
     print("\nwrong, of those held out:")
-    for configuration, signs, trains in held:
+    for configuration, indicators, trains in held:
         said = read_measurements()[configuration.name]
         if (said["verdict"] == "trains") != trains:
             row = outcomes[configuration.name]
-            chance = f"odds {probability(signs):.0%}"
+            chance = f"odds {probability(indicators):.0%}"
             why = f"{said['verdict']}, {chance}{''.join(', ' + rule for rule in said['rules'])}"
             print(f"  {configuration.name}: {row['outcome']} ({row['accuracy']:.2f}); said {why}")
 

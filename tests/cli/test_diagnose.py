@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 from skipway.cli import main
-from skipway.cli.diagnose import ENDINGS, Optimiser
-from skipway.diagnosis.settings import OPTIMISERS
+from skipway.cli.diagnose import ENDINGS, Optimizer
+from skipway.diagnosis.settings import OPTIMIZERS
 from skipway.errors import SkipwayError
 from skipway.weights import read
 from skipway.zoo import FIRST_LAYER, Wanted, load_model, shape_of
@@ -135,7 +135,7 @@ def test_what_makes_a_model_in_a_file(capsys, model, layers):
 
 
 def test_names_of_ours_take_every_option(capsys):
-    options = ["--depth", "8", "--scheme", "zeroinit", "--classes", "4", "--input", "1,8,8", "--optimiser", "adamw"]
+    options = ["--depth", "8", "--scheme", "zeroinit", "--classes", "4", "--input", "1,8,8", "--optimizer", "adamw"]
     options += ["--lr", "0.001", "--weight-decay", "0.1", "--warmup", "5", "--steps", "50", "--eval-mode", "--thorough"]
     status, out, err = run(capsys, "resnet", *options, *QUICK, "--json")
     assert status in (0, 1), err
@@ -233,7 +233,7 @@ def test_lint_prints_findings_and_fails_on_fatal_ones(capsys, monkeypatch):
     from skipway.diagnosis import Finding
 
     found = [Finding(rule="P0", level="fatal", what="what", why="why", source="source")]
-    monkeypatch.setattr(lint, "lint", lambda model, example, optimiser: found)
+    monkeypatch.setattr(lint, "lint", lambda model, example: found)
     assert run(capsys, *MINE, "--lint") == (
         1,
         "✗1 fatal · P0 · the network\n   what\n   why: why\n   source: source\n",
@@ -252,8 +252,8 @@ def test_the_linter_itself_is_called(capsys):
     assert out
 
 
-def test_the_optimisers_are_those_of_the_library():
-    assert set(get_args(Optimiser)) == set(OPTIMISERS)
+def test_the_optimizers_are_those_of_the_library():
+    assert set(get_args(Optimizer)) == set(OPTIMIZERS)
 
 
 def test_shapes_are_read_from_what_a_model_says_or_from_its_first_layer():

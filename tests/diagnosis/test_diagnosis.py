@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import skipway as sw
-from skipway.diagnosis import Settings, diagnose
-from skipway.diagnosis.indicators import read_signs
+from skipway.diagnosis import Diagnosis, Settings, diagnose
+from skipway.diagnosis.indicators import read_indicators
 from skipway.diagnosis.measurement import measure
 from skipway.diagnosis.outlook import cause_of, features, probability
 from skipway.diagnosis.passes import curvature, jacobians, look_ahead, noise
@@ -112,6 +112,11 @@ def test_signals():
     assert swallowed_share(torch.ones(10), torch.full((10,), 2.0**-10)).item() == 1
 
 
+def diagnosed(model: nn.Module, batch: tuple, **options) -> Diagnosis:
+    """The diagnosis of a model on (example, targets)."""
+    return diagnose(model, batch[0], targets=batch[1], **options)
+
+
 def small(scheme: str = "identity", **options) -> nn.Module:
     return sw.build("resnet", depth=8, scheme=scheme, classes=4, width=4, stem_width=4, channels=1, **options)
 
@@ -128,7 +133,7 @@ def test_nothing_is_touched_and_it_is_cheap(training):
     model.stem.conv.weight.grad = torch.ones_like(model.stem.conv.weight)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random, mode = torch.get_rng_state(), [m.training for m in model.modules()]
-    diagnosis = diagnose(model, images(), training=training)
+    diagnosis = diagnosed(model, images(), training=training)
     assert diagnosis.measurement.passes <= 10
     assert torch.equal(random, torch.get_rng_state())
     assert mode == [m.training for m in model.modules()]
@@ -141,12 +146,12 @@ def test_nothing_is_touched_and_it_is_cheap(training):
 @pytest.mark.parametrize("count", [8, 16, 32, 64, 200])
 def test_at_most_ten_passes_even_where_it_looks_twice(count):
     torch.manual_seed(0)
-    assert diagnose(small(), images(count), lr=1e5).measurement.passes <= 10
+    assert diagnosed(small(), images(count), lr=1e5).measurement.passes <= 10
 
 
 @pytest.mark.parametrize("scheme", [name for name in sw.schemes.schemes() if name not in ("layerscale",)])
 def test_every_scheme_is_measured(scheme):
-    diagnosis = diagnose(small(scheme), images(), optimiser="adamw")
+    diagnosis = diagnosed(small(scheme), images(), optimizer="adamw")
     assert diagnosis.verdict in ("trains", "trains if", "will not train")
     assert all(math.isfinite(signal.stream) for signal in diagnosis.measurement.connections)
     assert len(diagnosis.measurement.connections) == (0 if scheme == "plain" else 3)
@@ -155,7 +160,7 @@ def test_every_scheme_is_measured(scheme):
 
 def test_a_silent_start_is_not_taken_for_a_dead_one():
     torch.manual_seed(0)
-    diagnosis = diagnose(small("fixup"), images(64), lr=0.1)
+    diagnosis = diagnosed(small("fixup"), images(64), lr=0.1)
     assert diagnosis.measurement.ahead.distinct[0] < 1e-7 < diagnosis.measurement.ahead.distinct[1]
     assert diagnosis.verdict != "will not train"
 
@@ -176,26 +181,34 @@ class Stranger(nn.Module):
         return self.Output(logits=self.head(self.body(tokens).mean(1)))
 
 
-def test_mappings_dropout_autocast_and_an_optimiser_of_ones_own():
+def test_mappings_dropout_autocast_and_an_optimizer_of_ones_own():
     torch.manual_seed(0)
     model = Stranger()
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": model.body.parameters()}, {"params": model.head.parameters(), "lr": 1e-2}], lr=1e-3
     )
     batch = {"tokens": torch.randn(32, 5, 16)}, torch.randint(4, (32,))
     with torch.autocast("cpu", torch.bfloat16):
-        diagnosis = diagnose(model, batch, optimiser=optimiser)
+        diagnosis = diagnosed(model, batch, optimizer=optimizer)
     assert [c.name for c in diagnosis.chain] == [f"body.layers.{n}:{k}" for n in (0, 1) for k in (1, 2)]
     assert diagnosis.settings.rate == 1e-2
-    assert not optimiser.state
+    assert not optimizer.state
     assert [group["lr"] for group in diagnosis.settings.make(model).param_groups] == [1e-3, 1e-2]
     assert set(diagnosis.updates) >= {"weight", "norm", "bias"}
+
+
+def test_a_loader_is_taken_where_an_example_is():
+    inputs, labels = images()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=len(labels))
+    torch.manual_seed(0)
+    model = small()
+    assert diagnose(model, loader).measurement == diagnose(model, inputs, targets=labels).measurement
 
 
 def test_a_loss_of_ones_own_and_no_targets():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     assert diagnose(model, torch.randn(32, 6)).measurement.finite
-    found = diagnose(model, (torch.randn(32, 6), None), loss=lambda output, _: output.square().mean())
+    found = diagnose(model, torch.randn(32, 6), loss=lambda output, _: output.square().mean())
     assert found.measurement.loss >= 0
     with pytest.raises(sw.SkipwayError, match="one number"):
         diagnose(model, torch.randn(32, 6), loss=lambda output, _: output)
@@ -203,7 +216,7 @@ def test_a_loss_of_ones_own_and_no_targets():
 
 def test_refusals_say_what_to_do():
     with pytest.raises(sw.SkipwayError, match="at least 8"):
-        diagnose(small(), images(4))
+        diagnosed(small(), images(4))
     with torch.device("meta"):
         model = nn.Linear(4, 4)
     with pytest.raises(sw.SkipwayError, match="meta"):
@@ -211,9 +224,9 @@ def test_refusals_say_what_to_do():
     with pytest.raises(sw.SkipwayError, match="requires_grad"):
         diagnose(nn.Linear(4, 4).requires_grad_(False), torch.randn(8, 4))
     with pytest.raises(sw.SkipwayError, match="one of sgd"):
-        diagnose(small(), images(), optimiser="lion")
-    with pytest.raises(sw.SkipwayError, match="inputs, targets"):
-        diagnose(small(), (*images(), 3))
+        diagnosed(small(), images(), optimizer="lion")
+    with pytest.raises(sw.SkipwayError, match=r"example=\(Tensor, Tensor\): .*targets go to targets="):
+        diagnose(small(), images())
     with pytest.raises(sw.SkipwayError, match="not the model's"):
         settings_of(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), small())
 
@@ -244,7 +257,7 @@ def rules(diagnosis) -> set[str]:
 def test_plain_depth_is_blamed_and_mended():
     torch.manual_seed(0)
     model = sw.build("resnet", depth=56, scheme="plain", classes=4, width=4, stem_width=4, channels=1)
-    diagnosis = diagnose(model, images(64), lr=0.1)
+    diagnosis = diagnosed(model, images(64), lr=0.1)
     assert diagnosis.verdict != "trains"
     assert "no-skips" in rules(diagnosis)
     assert Rescheme("identity") == diagnosis.remedies[0]
@@ -258,7 +271,7 @@ def test_a_strangers_plain_network_is_given_skips():
     torch.manual_seed(0)
     layers = [m for _ in range(20) for m in (nn.Linear(16, 16), nn.ReLU())]
     model = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(16, 4))
-    diagnosis = diagnose(model, (torch.randn(64, 8), torch.randint(4, (64,))), lr=0.1)
+    diagnosis = diagnosed(model, (torch.randn(64, 8), torch.randint(4, (64,))), lr=0.1)
     assert "no-skips" in rules(diagnosis)
     remedy = next(r for f in diagnosis.findings for r in f.remedies if isinstance(r, AddSkips))
     treatment = diagnosis.fix(remedy)
@@ -283,7 +296,7 @@ class Branch(nn.Module):
 def test_a_stream_that_doubles_is_blamed_and_damped():
     torch.manual_seed(0)
     model = nn.Sequential(*(Branch() for _ in range(24)), nn.Linear(32, 4))
-    diagnosis = diagnose(model, (torch.randn(64, 32), torch.randint(4, (64,))), lr=0.1)
+    diagnosis = diagnosed(model, (torch.randn(64, 32), torch.randint(4, (64,))), lr=0.1)
     growth = next(f for f in diagnosis.findings if f.rule == "stream-grows")
     assert growth.evidence["growth"] > 2**24
     treatment = diagnosis.fix(Damp())
@@ -296,10 +309,10 @@ def test_a_stream_that_doubles_is_blamed_and_damped():
 def test_two_zeros_are_blamed_and_one_is_not():
     torch.manual_seed(0)
     model = small("zeroinit")
-    assert "two-zeros" not in rules(diagnose(model, images()))
+    assert "two-zeros" not in rules(diagnosed(model, images()))
     for connection in sw.chain(model):
         nn.init.zeros_(connection.path[-1].module.weight)
-    diagnosis = diagnose(model, images())
+    diagnosis = diagnosed(model, images())
     found = next(f for f in diagnosis.findings if f.rule == "two-zeros")
     assert found.where
     assert "two-zeros" not in rules(diagnosis.fix(found.remedies[0]).after)
@@ -309,16 +322,16 @@ def test_post_norm_has_a_switch_in_torchs_own_layers():
     torch.manual_seed(0)
     model = Stranger(8, norm_first=False)
     batch = {"tokens": torch.randn(32, 5, 16)}, torch.randint(4, (32,))
-    found = next(f for f in diagnose(model, batch, optimiser="adamw").findings if f.rule == "post-norm")
+    found = next(f for f in diagnosed(model, batch, optimizer="adamw").findings if f.rule == "post-norm")
     assert found.remedies[0] == NormFirst()
-    after = diagnose(model, batch, optimiser="adamw").fix(NormFirst()).after
+    after = diagnosed(model, batch, optimizer="adamw").fix(NormFirst()).after
     assert {c.seen.norms for c in after.chain} == {("pre",)}
 
 
 def test_a_rate_that_is_far_too_high_is_lowered():
     torch.manual_seed(0)
     model = small()
-    diagnosis = diagnose(model, images(64), lr=1e4)
+    diagnosis = diagnosed(model, images(64), lr=1e4)
     assert diagnosis.verdict != "trains"
     assert any(isinstance(r, LearningRate) for f in diagnosis.findings for r in f.remedies)
 
@@ -327,7 +340,7 @@ def test_not_finite_is_fatal_and_located():
     model = nn.Sequential(*(Branch() for _ in range(3)), nn.Linear(32, 4))
     with torch.no_grad():
         model[1].second.weight.fill_(math.nan)
-    diagnosis = diagnose(model, (torch.randn(16, 32), torch.randint(4, (16,))))
+    diagnosis = diagnosed(model, (torch.randn(16, 32), torch.randint(4, (16,))))
     assert diagnosis.verdict == "will not train"
     assert diagnosis.findings[0].rule == "not-finite"
     assert diagnosis.findings[0].where == ("1",)
@@ -335,7 +348,7 @@ def test_not_finite_is_fatal_and_located():
 
 def test_the_range_test_and_the_largest_rate():
     torch.manual_seed(0)
-    diagnosis = diagnose(small(), images(64), lr=0.1)
+    diagnosis = diagnosed(small(), images(64), lr=0.1)
     odds = diagnosis.range_test([1e-2, 1e5])
     assert odds[1e-2] > odds[1e5]
     assert diagnosis.largest_rate > 0
@@ -346,13 +359,13 @@ def test_the_odds_follow_what_is_better():
     torch.manual_seed(0)
     model = small()
     measured = measure(Subject(model, *images(64)), lambda: torch.optim.SGD(model.parameters(), lr=0.05))
-    signs = read_signs(measured, Settings())
-    assert set(features(signs)) | {"bias"} == set(sw.diagnosis.outlook.WEIGHTS)
+    indicators = read_indicators(measured, Settings())
+    assert set(features(indicators)) | {"bias"} == set(sw.diagnosis.outlook.WEIGHTS)
     from dataclasses import replace
 
-    assert probability(replace(signs, distinct_after=0.5)) > probability(replace(signs, distinct_after=1e-8))
-    assert probability(replace(signs, unseen=0.5)) > probability(replace(signs, unseen=5.0))
-    assert cause_of(replace(signs, unseen=9.0)) == "rate-too-high"
+    assert probability(replace(indicators, distinct_after=0.5)) > probability(replace(indicators, distinct_after=1e-8))
+    assert probability(replace(indicators, unseen=0.5)) > probability(replace(indicators, unseen=5.0))
+    assert cause_of(replace(indicators, unseen=9.0)) == "rate-too-high"
 
 
 def test_every_rule_has_its_words():

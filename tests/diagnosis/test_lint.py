@@ -117,8 +117,8 @@ def test_every_rule_is_in_the_document():
 @pytest.mark.parametrize("name", ["resnet20", "resnet56", "vit-tiny-16"])
 def test_ours_are_clean_in_every_scheme(name, scheme, watch):
     model = sw.build(name, scheme=scheme, **(TINY if name.startswith("vit") else {}))
-    optimiser = torch.optim.AdamW(sw.param_groups(model, lr=1e-3, weight_decay=0.05))
-    findings = lint(model, torch.zeros(2, 3, 32, 32) if watch else None, optimiser)
+    optimizer = torch.optim.AdamW(sw.param_groups(model, lr=1e-3, weight_decay=0.05))
+    findings = lint(model, torch.zeros(2, 3, 32, 32) if watch else None, optimizer)
     assert [str(finding) for finding in findings if finding.level != "note"] == []
     assert {finding.rule for finding in findings} <= {"P19"}
 
@@ -126,15 +126,15 @@ def test_ours_are_clean_in_every_scheme(name, scheme, watch):
 def test_ours_by_default_are_clean():
     for name in ("convnext-atto", "cait-xxs24", "swin-tiny", "swinv2-tiny"):
         model = sw.build(name)
-        assert lint(model, optimiser=torch.optim.AdamW(sw.param_groups(model, lr=1e-3, weight_decay=0.05))) == [], name
+        assert lint(model, optimizer=torch.optim.AdamW(sw.param_groups(model, lr=1e-3, weight_decay=0.05))) == [], name
 
 
 def test_typed_and_watched_connections_give_the_same():
     model = sw.build("resnet20", scheme="skipinit")
     for connection in sw.chain(model):
         zero(connection.branch.closing_norm().weight, connection.residual.scale.gain)
-    optimiser = sgd(model.parameters(), weight_decay=1e-4)
-    assert lint(model, optimiser=optimiser) == lint(model, torch.zeros(2, 3, 32, 32), optimiser)
+    optimizer = sgd(model.parameters(), weight_decay=1e-4)
+    assert lint(model, optimizer=optimizer) == lint(model, torch.zeros(2, 3, 32, 32), optimizer)
 
 
 def test_nothing_is_changed():
@@ -184,8 +184,8 @@ TIMM = {
 def test_timm_is_clean(name):
     size, rules = TIMM[name]
     model = import_timm().create_model(name, drop_path_rate=0.1)
-    optimiser = torch.optim.AdamW(sw.param_groups(model, lr=1e-3, weight_decay=0.05))
-    assert {finding.rule for finding in lint(model, torch.zeros(2, 3, size, size), optimiser)} == rules
+    optimizer = torch.optim.AdamW(sw.param_groups(model, lr=1e-3, weight_decay=0.05))
+    assert {finding.rule for finding in lint(model, torch.zeros(2, 3, size, size), optimizer)} == rules
     findings = lint(model, torch.zeros(2, 3, size, size), torch.optim.AdamW(model.parameters(), weight_decay=0.05))
     assert levels("P4", findings) == (["serious", "note"] if name[:4] in ("conv", "deit") else ["note"])
 
@@ -351,7 +351,7 @@ def test_p19_is_said_once():
     assert by("P19", lint(model, IMAGES, pretrained=True)) == []
 
 
-# -------------------------------------------------------------------------------------------------------- the optimiser
+# -------------------------------------------------------------------------------------------------------- the optimizer
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (DIM,), (1, 1, DIM)])
@@ -365,7 +365,7 @@ def test_p4_decay_on_a_scale_of_any_shape(shape):
     assert by("P4", lint(model, TOKENS, sgd(sw.param_groups(model, lr=0.1, weight_decay=1e-4)))) == []
 
 
-def test_p4_what_the_optimiser_does_not_hold():
+def test_p4_what_the_optimizer_does_not_hold():
     model = net(2, scale=lambda: Scale(0.1))
     kept = [value for name, value in model.named_parameters() if "scale" not in name]
     (finding,) = by("P4", lint(model, TOKENS, sgd(kept)))
@@ -378,21 +378,21 @@ def test_p4_what_the_optimiser_does_not_hold():
 
 def test_p5_scalars_of_fixup_learn_slower():
     model = sw.build("resnet20", scheme="fixup")
-    assert levels("P5", lint(model, optimiser=sgd(model.parameters()))) == ["serious"]
-    assert by("P5", lint(model, optimiser=sgd(sw.param_groups(model, lr=0.1)))) == []
+    assert levels("P5", lint(model, optimizer=sgd(model.parameters()))) == ["serious"]
+    assert by("P5", lint(model, optimizer=sgd(sw.param_groups(model, lr=0.1)))) == []
 
     model = net(3, scale=lambda: Scale(1.0, ()))
     zero(*(p for block in model for p in block.fc2.parameters()))
     assert levels("P5", lint(model, TOKENS, sgd(model.parameters()))) == ["serious"]
-    optimiser = sgd(
+    optimizer = sgd(
         [
             {"params": [p for p in model.parameters() if p.ndim]},
             {"params": [p for p in model.parameters() if not p.ndim], "lr": 0.01},
         ]
     )
-    assert by("P5", lint(model, TOKENS, optimiser)) == []
-    torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.0)  # a warm-up has not started yet
-    assert by("P5", lint(model, TOKENS, optimiser)) == []
+    assert by("P5", lint(model, TOKENS, optimizer)) == []
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)  # a warm-up has not started yet
+    assert by("P5", lint(model, TOKENS, optimizer)) == []
 
 
 def test_p5_is_a_note_on_other_scalars_and_silent_with_norms():

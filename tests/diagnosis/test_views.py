@@ -48,7 +48,7 @@ def findings(places: list[str]) -> tuple[Finding, ...]:
 
 def diagnosed(model: nn.Module, *shape: int, **changes: object) -> Diagnosis:
     torch.manual_seed(0)
-    found = diagnose(model, (torch.randn(8, *shape), torch.randint(4, (8,))))
+    found = diagnose(model, torch.randn(8, *shape), targets=torch.randint(4, (8,)))
     return replace(found, findings=findings([row.name for row in rows_of(found)]), **changes)  # type: ignore[arg-type]
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from skipway.diagnosis import Diagnosis, Finding, Treatment
     from skipway.zoo import Loaded
 
-__all__ = ["ENDINGS", "Optimiser", "Question", "diagnose"]
+__all__ = ["ENDINGS", "Optimizer", "Question", "diagnose"]
 
-Optimiser = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"]
+Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"]
 Flag = Annotated[bool, Parameter(negative=())]
 MODEL, BATCH, TRAINING, DIAGNOSIS, MACHINE, OUTPUT = (
     Group(name, sort_key=number)
@@ -58,7 +58,7 @@ class Question:
     batch: Annotated[Path | None, Parameter(group=BATCH)] = None
     """Folder of images in class folders. [random]"""
 
-    optimiser: Annotated[Optimiser, Parameter(name=("--optimizer", "--optimiser"), group=TRAINING)] = "sgd"
+    optimizer: Annotated[Optimizer, Parameter(group=TRAINING)] = "sgd"
     """That will train it."""
 
     lr: Annotated[float | None, Parameter(group=TRAINING)] = None
@@ -274,19 +274,19 @@ def moved(batch: Any, device: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
-def batch_for(loaded: Loaded, question: Question) -> tuple[Any, str]:
-    """Images of a folder, what the model's file brought along, or random samples; and which of these."""
+def batch_for(loaded: Loaded, question: Question) -> tuple[tuple[Any, Any], str]:
+    """Example and targets: images of a folder, what the model's file brought along, or random samples; and which."""
     if question.batch is not None:
         images, labels = images_of(question.batch, loaded.shape, question.samples, question.seed)
         return (loaded.call_with(images), labels), f"{len(labels)} images of {question.batch} with their labels"
     if loaded.batch is not None:
-        return loaded.batch, "from the model's file"
+        paired = isinstance(loaded.batch, tuple | list) and len(loaded.batch) == 2
+        return tuple(loaded.batch) if paired else (loaded.batch, None), "from the model's file"
     size = "x".join(map(str, loaded.shape))
     what = "random normal samples" if loaded.vocabulary is None else "random rows of tokens"
     labels = "their own labels" if loaded.labels else "random labels"
-    return loaded.random(
-        question.samples
-    ), f"{question.samples} {what} of {size} with {labels}; real ones: --batch FOLDER"
+    remark = f"{question.samples} {what} of {size} with {labels}; real ones: --batch FOLDER"
+    return (loaded.random(question.samples), None), remark
 
 
 def image_side(shape: tuple[int, ...]) -> int:
@@ -336,10 +336,12 @@ def examined(loaded: Loaded, batch: Any, question: Question) -> Diagnosis:
     from skipway.diagnosis import diagnose as diagnose_model
 
     try:
+        example, targets = batch
         return diagnose_model(
             loaded.model,
-            batch,
-            optimiser=question.optimiser,
+            example,
+            targets=targets,
+            optimizer=question.optimizer,
             lr=question.lr,
             weight_decay=question.weight_decay,
             warmup=question.warmup,
@@ -362,8 +364,7 @@ def linted(loaded: Loaded, batch: Any, screen: Screen) -> int:
     """What the linter finds; 1 where something of it is fatal."""
     from skipway.diagnosis.lint import lint
 
-    inputs = batch[0] if isinstance(batch, tuple | list) else batch
-    findings = lint(loaded.model, example=inputs, optimiser=None)
+    findings = lint(loaded.model, batch[0])
     screen.list(findings)
     return WILL_NOT_TRAIN if any(finding.level == "fatal" for finding in findings) else 0
 

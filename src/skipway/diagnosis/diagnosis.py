@@ -1,8 +1,9 @@
-"""`diagnose(model, batch)`: will it train, which connection is at fault, why, and what to do."""
+"""`diagnose(model, example)`: will the network train, which connection is at fault, why, and what to do."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.diagnosis.findings import LEVELS, Finding
-from skipway.diagnosis.indicators import Signs, read_signs
+from skipway.diagnosis.indicators import Indicators, read_indicators
 from skipway.diagnosis.measurement import Measurement, measure
 from skipway.diagnosis.outlook import outlook, probability
 from skipway.diagnosis.passes import look_ahead
@@ -26,7 +27,7 @@ from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Loss, Subject
 from skipway.errors import SkipwayError
 from skipway.optim.groups import role_of
-from skipway.tracing import Example, unwrapped
+from skipway.tracing import Example, as_batch, unwrapped
 from skipway.tracing.chain import Chain, WatchedConnection
 
 __all__ = ["Diagnosis", "Treatment", "Verdict", "diagnose"]
@@ -87,7 +88,7 @@ class Diagnosis:
         for rate in rates or [around * 10 ** (step / 2) for step in range(-2, 3)]:
             chosen = self.settings.at(rate)
             ahead = look_ahead(self.subject, lambda chosen=chosen: chosen.make(self.subject.model))
-            found[rate] = probability(read_signs(replace(self.measurement, ahead=ahead), chosen))
+            found[rate] = probability(read_indicators(replace(self.measurement, ahead=ahead), chosen))
         return found
 
     @property
@@ -211,10 +212,11 @@ class Treatment:
 
 def diagnose(
     model: nn.Module,
-    batch: Example,
+    example: Example,
     *,
+    targets: Any = None,
     loss: Loss | None = None,
-    optimiser: str | torch.optim.Optimizer = "sgd",
+    optimizer: str | torch.optim.Optimizer = "sgd",
     lr: float | None = None,
     weight_decay: float = 0.0,
     warmup: int = 0,
@@ -230,10 +232,11 @@ def diagnose(
 
     Args:
         model: any `torch.nn.Module`, on any device, not yet trained.
-        batch: `(inputs, targets)`, or inputs alone (a tensor, or a dict of keyword arguments); targets are then drawn
-            at random. 32 to 128 samples; at least 8.
+        example: what the model is called with, 32 to 128 samples, at least 8: a tensor, a tuple of positional
+            arguments, a mapping of keyword arguments, or a `DataLoader`, whose first batch is taken.
+        targets: what the loss compares the output with; None: those of the `DataLoader`, else drawn at random.
         loss: (output, targets) → a number; by default cross-entropy, or the loss that the model itself puts out.
-        optimiser: "sgd" (with momentum 0.9), "adam", "adamw", "rmsprop", "adagrad", or an optimiser made for `model`,
+        optimizer: "sgd" (with momentum 0.9), "adam", "adamw", "rmsprop", "adagrad", or an optimizer made for `model`,
             whose class, groups and rates are then asked about; it takes no step.
         lr: learning rate of the weights; by default 0.1 for SGD and 0.001 for the Adams.
         weight_decay: by role, see `skipway.param_groups`.
@@ -249,22 +252,22 @@ def diagnose(
 
     >>> import torch, skipway as sw
     >>> model = sw.build("resnet", depth=20, scheme="skipinit(init=1.0, norm='remove')", classes=10, width=8)
-    >>> batch = torch.randn(32, 3, 16, 16), torch.randint(10, (32,))
-    >>> diagnosis = sw.diagnose(model, batch, lr=0.1)
+    >>> images, labels = torch.randn(32, 3, 16, 16), torch.randint(10, (32,))
+    >>> diagnosis = sw.diagnose(model, images, targets=labels, lr=0.1)
     >>> diagnosis.measurement.passes <= 10
     True
     """
     began = time.perf_counter()
     model = unwrapped(model)
-    inputs, targets = parts_of(batch)
+    inputs, targets = as_batch(example, targets)
     settings = (
-        settings_of(optimiser, model)
-        if isinstance(optimiser, torch.optim.Optimizer)
-        else Settings(optimiser=optimiser, weight_decay=weight_decay)
+        settings_of(optimizer, model)
+        if isinstance(optimizer, torch.optim.Optimizer)
+        else Settings(optimizer=optimizer, weight_decay=weight_decay)
     )
     settings = replace(settings, warmup=warmup, steps=steps, lr=settings.lr if lr is None else lr)
     subject = Subject(model, inputs, targets, loss, training=training, seed=seed)
-    check(subject)
+    check_subject(subject)
     return examine(subject, settings, thorough=thorough, began=began)
 
 
@@ -274,12 +277,12 @@ def examine(subject: Subject, settings: Settings, *, thorough: bool = False, beg
     labelled = subject.targets is not None or subject.loss is not None
     measurement = measure(subject, lambda: settings.make(subject.model), iterations=3 if thorough else 0)
 
-    def look_again(rate: float) -> Signs:
+    def look_again(rate: float) -> Indicators:
         ahead = look_ahead(subject, lambda: settings.at(rate).make(subject.model))
-        return read_signs(replace(measurement, ahead=ahead), settings.at(rate), labelled=labelled)
+        return read_indicators(replace(measurement, ahead=ahead), settings.at(rate), labelled=labelled)
 
-    signs = read_signs(measurement, settings, labelled=labelled)
-    expected = outlook(signs, settings.rate, look_again if measurement.finite else None)
+    indicators = read_indicators(measurement, settings, labelled=labelled)
+    expected = outlook(indicators, settings.rate, look_again if measurement.finite else None)
     measurement = replace(measurement, passes=subject.passes)
     context = Context(measurement, settings, subject, expected)
     findings = sorted(findings_of(context), key=lambda finding: LEVELS.index(finding.level))
@@ -319,17 +322,16 @@ def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, ro
     return Treatment(model=case.model, settings=case.settings, applied=tuple(applied), before=diagnosis, after=current)
 
 
-def parts_of(batch: Any) -> tuple[Example, Any]:
-    """Inputs and targets."""
-    if isinstance(batch, tuple | list):
-        if len(batch) == 2:
-            return batch[0], batch[1]
-        raise SkipwayError(f"batch: (inputs, targets) or inputs alone, not a {type(batch).__name__} of {len(batch)}")
-    return batch, None
-
-
-def check(subject: Subject) -> None:
-    """What has to hold before anything is run."""
+def check_subject(subject: Subject) -> None:
+    """Refuse, before anything runs, what cannot be diagnosed."""
+    if isinstance(subject.inputs, tuple):
+        try:
+            inspect.signature(subject.model.forward).bind(*subject.inputs)
+        except TypeError as error:
+            raise SkipwayError(
+                f"example=({', '.join(type(part).__name__ for part in subject.inputs)}): a tuple is positional "
+                f"arguments, and {type(subject.model).__name__}.forward refuses them ({error}); targets go to targets="
+            ) from error
     if not subject.parameters:
         raise SkipwayError("the model has no trainable parameters; set requires_grad where it is to be trained")
     if any(parameter.is_meta for parameter in subject.model.parameters()):
@@ -338,7 +340,9 @@ def check(subject: Subject) -> None:
             "connections alone: chain(model, example)"
         )
     if subject.size < 8:
-        raise SkipwayError(f"batch of {subject.size}: at least 8 samples are needed to tell one from another")
+        raise SkipwayError(
+            f"example of {subject.size} samples: the rule is at least 8, 32 to 128 are better; give a larger batch"
+        )
 
 
 def plain(value: Any) -> Any:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from skipway.diagnosis.measurement import Measurement
 from skipway.diagnosis.settings import Settings
 
-__all__ = ["Signs", "read_signs"]
+__all__ = ["Indicators", "read_indicators"]
 
 AROUND = 3
 """Losses at either end of the look ahead that are averaged."""
 
 
 @dataclass(frozen=True)
-class Signs:
+class Indicators:
     """Numbers, each finite, that say how a training begins.
 
     Args:
@@ -47,20 +47,20 @@ class Signs:
     loss: float
 
 
-def read_signs(measured: Measurement, settings: Settings, *, labelled: bool = True) -> Signs:
-    """Take the signs from a measurement; what is not finite becomes the worst.
+def read_indicators(measured: Measurement, settings: Settings, *, labelled: bool = True) -> Indicators:
+    """Take the indicators from a measurement; what is not finite becomes the worst.
 
     Without labels the loss on unseen samples cannot fall, whatever is learnt: what was seen stands in for it.
     """
     ahead = measured.ahead
     if ahead is None:
-        raise ValueError("signs are read from a measurement with a look ahead")
+        raise ValueError("indicators are read from a measurement with a look ahead")
     losses = ahead.losses
     broken = not all(map(math.isfinite, (*losses, *ahead.unseen)))
     first = sum(losses[:AROUND]) / len(losses[:AROUND])
     last = sum(losses[-AROUND:]) / len(losses[-AROUND:])
     scale = gain(settings, settings.steps) / gain(settings, len(losses))
-    return Signs(
+    return Indicators(
         distinct_before=finite(ahead.distinct[0], 0.0),
         distinct_after=0.0 if broken else finite(ahead.distinct[1], 0.0),
         unseen=WORST
@@ -90,7 +90,7 @@ def finite(value: float | None, otherwise: float) -> float:
 def gain(settings: Settings, steps: int) -> float:
     """How far `steps` steps go in units of the first: momentum β adds up to 1/(1 − β) times as far in the long run.
 
-    >>> gain(Settings(optimiser="adamw"), 10), round(gain(Settings(optimiser="sgd"), 2), 3)
+    >>> gain(Settings(optimizer="adamw"), 10), round(gain(Settings(optimizer="sgd"), 2), 3)
     (10.0, 2.9)
     """
     if settings.adaptive or steps < 1:

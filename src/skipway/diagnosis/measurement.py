@@ -103,7 +103,7 @@ class LayerSignal:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model at its start, on one batch, with one optimiser.
+    """A model at its start, on one batch, with one optimizer.
 
     Args:
         loss: at the start.
@@ -116,7 +116,7 @@ class Measurement:
         noise: between the gradients of two chunks of the batch.
         jacobians: of connections and of the whole.
         curvature: of the loss.
-        ahead: a few steps of the optimiser; None without one.
+        ahead: a few steps of the optimizer; None without one.
         still: names of the parameters whose gradient is exactly 0.
         passes: forward-backward passes that all of it took.
     """
@@ -151,7 +151,7 @@ class Measurement:
 
 def measure(
     subject: Subject,
-    optimiser: Callable[[], torch.optim.Optimizer] | None = None,
+    optimizer: Callable[[], torch.optim.Optimizer] | None = None,
     *,
     steps: int = 24,
     iterations: int = 0,
@@ -166,7 +166,7 @@ def measure(
     halves, first, _ = noise(subject)
     found = jacobians(subject, iterations=iterations)
     bend = curvature(subject, first)
-    ahead = None if optimiser is None else look_ahead(subject, optimiser, steps=steps)
+    ahead = None if optimizer is None else look_ahead(subject, optimizer, steps=steps)
     return Measurement(
         loss=float(loss),
         logits=float(output.float().square().mean().sqrt()),

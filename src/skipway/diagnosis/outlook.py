@@ -8,28 +8,28 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from skipway.diagnosis.findings import number
-from skipway.diagnosis.indicators import Signs
+from skipway.diagnosis.indicators import Indicators
 
 __all__ = ["WEIGHTS", "Cause", "Outlook", "features", "outlook", "probability"]
 
 Cause = Literal["trains", "rate-too-high", "rate-too-low", "does-not-learn", "shattered"]
 
 
-def features(signs: Signs) -> dict[str, float]:
-    """The signs on scales on which differences mean something: logarithms, cut where they say no more."""
+def features(indicators: Indicators) -> dict[str, float]:
+    """The indicators on scales on which differences mean something: logarithms, cut where they say no more."""
     return {
-        "distinct before": log(signs.distinct_before, 1e-10, 1.0),
-        "distinct after": log(signs.distinct_after, 1e-10, 1.0),
-        "unseen loss": log(signs.unseen, 0.1, 10.0),
-        "highest loss": log(signs.highest, 0.9, 30.0),
-        "last loss": log(signs.last, 0.05, 10.0),
-        "progress": math.copysign(math.log1p(min(abs(signs.progress), 1e3)), signs.progress),
-        "pace": max(-1.0, min(signs.progress, 3.0) / 3),
-        "reach": log(signs.reach, 1e-2, 1e5),
-        "trust": log(signs.trust, 1e-8, 1.0),
-        "agreement": signs.agreement,
-        "smoothness": signs.smoothness,
-        "moved": log(signs.moved, 1e-4, 1e2),
+        "distinct before": log(indicators.distinct_before, 1e-10, 1.0),
+        "distinct after": log(indicators.distinct_after, 1e-10, 1.0),
+        "unseen loss": log(indicators.unseen, 0.1, 10.0),
+        "highest loss": log(indicators.highest, 0.9, 30.0),
+        "last loss": log(indicators.last, 0.05, 10.0),
+        "progress": math.copysign(math.log1p(min(abs(indicators.progress), 1e3)), indicators.progress),
+        "pace": max(-1.0, min(indicators.progress, 3.0) / 3),
+        "reach": log(indicators.reach, 1e-2, 1e5),
+        "trust": log(indicators.trust, 1e-8, 1.0),
+        "agreement": indicators.agreement,
+        "smoothness": indicators.smoothness,
+        "moved": log(indicators.moved, 1e-4, 1e2),
     }
 
 
@@ -59,14 +59,14 @@ A logistic regression on the 194 configurations of `benchmarks/trainability` tha
 """
 
 
-def probability(signs: Signs, weights: Mapping[str, float] = WEIGHTS) -> float:
+def probability(indicators: Indicators, weights: Mapping[str, float] = WEIGHTS) -> float:
     """The share of trainings that begin like this one and reach their goal, as far as the benchmark has seen.
 
     1 / (1 + e^−z), z = bias + Σ weight · feature; but one in five where gradients are shattered.
     """
-    if is_shattered(signs):
+    if is_shattered(indicators):
         return SHATTERED
-    score = weights["bias"] + sum(weights[name] * value for name, value in features(signs).items())
+    score = weights["bias"] + sum(weights[name] * value for name, value in features(indicators).items())
     return 1 / (1 + math.exp(-max(-50.0, min(score, 50.0))))
 
 
@@ -76,13 +76,13 @@ SHATTERED = 0.2
 """One in five of the shattered on the same half of the benchmark trained, whatever else they looked like."""
 
 
-def is_shattered(signs: Signs) -> bool:
+def is_shattered(indicators: Indicators) -> bool:
     """Whether the gradient at a neighbouring input is another one, and no step keeps what the gradient promises.
 
     Then the loss is rugged on every scale that a step can have, and a gradient is white noise (Balduzzi et al. 2017,
     https://arxiv.org/abs/1702.08591).
     """
-    return signs.smoothness < 0.05 and signs.trust < 1e-4
+    return indicators.smoothness < 0.05 and indicators.trust < 1e-4
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class Outlook:
     Args:
         cause: "trains", or why not.
         probability: that it trains, at the asked settings.
-        signs: what it was read from.
+        indicators: what it was read from.
         better: another learning rate at which it is likelier to train than not; None where none was found.
     """
 
     cause: Cause
     probability: float
-    signs: Signs
+    indicators: Indicators
     better: float | None = None
 
     @property
@@ -111,32 +111,34 @@ class Outlook:
 
         Then the look ahead is too short to judge by.
         """
-        return self.signs.distinct_before < SILENT < self.signs.distinct_after and self.signs.unseen < 1.2
+        return (
+            self.indicators.distinct_before < SILENT < self.indicators.distinct_after and self.indicators.unseen < 1.2
+        )
 
     @property
     def evidence(self) -> Mapping[str, float]:
-        """The signs, by name."""
-        return {"probability": self.probability, **asdict(self.signs)}
+        """The indicators, by name."""
+        return {"probability": self.probability, **asdict(self.indicators)}
 
     @property
     def what(self) -> str:
         """One sentence with the numbers."""
-        signs = self.signs
+        read = self.indicators
         if self.wakes and not self.trains:
             return (
                 "it starts silent, with one output for all samples, and begins to wake (1 − cosine is "
-                f"{number(signs.distinct_after)} behind the look ahead): too early to tell whether it learns"
+                f"{number(read.distinct_after)} behind the look ahead): too early to tell whether it learns"
             )
         told = {
-            "trains": f"the loss falls to {number(signs.last)} of its start within the look ahead",
-            "rate-too-high": f"within the look ahead the loss reaches {number(signs.highest)} times its start, and on "
-            f"unseen samples {number(signs.unseen)} times",
-            "rate-too-low": f"at the pace of the look ahead the loss falls by {number(signs.progress)} over all "
+            "trains": f"the loss falls to {number(read.last)} of its start within the look ahead",
+            "rate-too-high": f"within the look ahead the loss reaches {number(read.highest)} times its start, and on "
+            f"unseen samples {number(read.unseen)} times",
+            "rate-too-low": f"at the pace of the look ahead the loss falls by {number(read.progress)} over all "
             "planned steps",
-            "shattered": f"gradients at neighbouring inputs agree to {number(signs.smoothness)}, and the first step "
-            f"keeps {number(signs.trust)} of what its gradient promises",
+            "shattered": f"gradients at neighbouring inputs agree to {number(read.smoothness)}, and the first step "
+            f"keeps {number(read.trust)} of what its gradient promises",
             "does-not-learn": "behind the look ahead the outputs of different samples are the same: 1 − cosine is "
-            f"{number(signs.distinct_after)}, from {number(signs.distinct_before)}",
+            f"{number(read.distinct_after)}, from {number(read.distinct_before)}",
         }[self.cause]
         return f"{told}; trainings that begin so succeed in {self.probability:.0%} of cases"
 
@@ -158,29 +160,29 @@ class Outlook:
         return "measured: benchmarks/trainability, 194 trainings"
 
 
-def cause_of(signs: Signs) -> Cause:
+def cause_of(indicators: Indicators) -> Cause:
     """What stands out most where a training is not expected to succeed: overshooting, a gradient that is no guide,
     samples that stay the same, or a pace that is too slow.
     """
-    if is_shattered(signs):
+    if is_shattered(indicators):
         return "shattered"
-    if signs.unseen > 1.5 or (signs.highest > 1.5 and signs.last > 1):
+    if indicators.unseen > 1.5 or (indicators.highest > 1.5 and indicators.last > 1):
         return "rate-too-high"
-    return "rate-too-low" if signs.progress < 0.5 and signs.distinct_after > 0.02 else "does-not-learn"
+    return "rate-too-low" if indicators.progress < 0.5 and indicators.distinct_after > 0.02 else "does-not-learn"
 
 
-def outlook(signs: Signs, rate: float, look_again: Callable[[float], Signs] | None = None) -> Outlook:
+def outlook(indicators: Indicators, rate: float, look_again: Callable[[float], Indicators] | None = None) -> Outlook:
     """Judge, and where it does not train look once more at a tenth, or ten times, of the learning rate.
 
     Args:
-        signs: of the look ahead at the asked settings.
+        indicators: of the look ahead at the asked settings.
         rate: the learning rate that was asked about.
-        look_again: signs at another learning rate; None: do not look again.
+        look_again: indicators at another learning rate; None: do not look again.
     """
-    chance = probability(signs)
+    chance = probability(indicators)
     if chance >= 0.5:
-        return Outlook("trains", chance, signs)
-    cause = cause_of(signs)
+        return Outlook("trains", chance, indicators)
+    cause = cause_of(indicators)
     other = rate * (10.0 if cause == "rate-too-low" else 0.1)
     helps = look_again is not None and probability(look_again(other)) >= 0.5
-    return Outlook(cause, chance, signs, better=other if helps else None)
+    return Outlook(cause, chance, indicators, better=other if helps else None)

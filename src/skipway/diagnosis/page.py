@@ -99,12 +99,12 @@ def banner(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def ahead_numbers(diagnosis: Diagnosis) -> list[tuple[str, float]]:
-    """Where the optimiser's first steps led."""
+    """Where the optimizer's first steps led."""
     ahead = diagnosis.measurement.ahead
     if ahead is None:
         return []
     return [
-        (f"loss after {counted(len(ahead.losses) - 1, 'step')} of {diagnosis.settings.optimiser}", ahead.losses[-1])
+        (f"loss after {counted(len(ahead.losses) - 1, 'step')} of {diagnosis.settings.optimizer}", ahead.losses[-1])
     ]
 
 

@@ -20,7 +20,7 @@ from skipway.tracing.example import call_model
 
 __all__ = ["Curvature", "Jacobians", "LookAhead", "Noise", "curvature", "jacobians", "look_ahead", "noise"]
 
-OptimiserFactory = Callable[[], torch.optim.Optimizer]
+OptimizerFactory = Callable[[], torch.optim.Optimizer]
 
 
 def dot(first: Gradients, second: Gradients) -> float:
@@ -242,7 +242,7 @@ def moved(parameters: Sequence[Tensor], direction: Gradients, step: float) -> It
 
 @dataclass(frozen=True)
 class LookAhead:
-    """What the optimiser would do: some of its own steps on chunks of the batch, taken back afterwards.
+    """What the optimizer would do: some of its own steps on chunks of the batch, taken back afterwards.
 
     Args:
         losses: on the chunk of each step, before the step.
@@ -270,8 +270,8 @@ class LookAhead:
         return self.decreased / self.predicted if self.predicted else math.nan
 
 
-def look_ahead(subject: Subject, optimiser: OptimiserFactory, *, steps: int = 24) -> LookAhead:
-    """Take `steps` steps with a fresh optimiser, each on the next chunk, and go back to the start exactly.
+def look_ahead(subject: Subject, optimizer: OptimizerFactory, *, steps: int = 24) -> LookAhead:
+    """Take `steps` steps with a fresh optimizer, each on the next chunk, and go back to the start exactly.
 
     Of small batches, whose chunks are a quarter of them, no more steps than three passes are.
     """
@@ -287,7 +287,7 @@ def look_ahead(subject: Subject, optimiser: OptimiserFactory, *, steps: int = 24
     predicted = decreased = 0.0
     before = evaluate(subject, unseen)
     try:
-        chosen = optimiser()
+        chosen = optimizer()
         for number in range(steps):
             loss, gradient = subject.gradients(seen[number % len(seen)])
             losses.append(float(loss.detach()))

@@ -68,16 +68,17 @@ def flops_of(run: Run) -> float:
 def verdict_text(run: Run, sample: Batch) -> str:
     """What a diagnosis of the untrained network says, in a line; right in 84 % of cases, it never stops a run."""
     from skipway.diagnosis import diagnose
-    from skipway.diagnosis.settings import OPTIMISERS
+    from skipway.diagnosis.settings import OPTIMIZERS
 
     name = run.recipe.optimizer.partition("(")[0]
-    if name not in OPTIMISERS:
-        return f"none: a diagnosis knows {', '.join(OPTIMISERS)}"
+    if name not in OPTIMIZERS:
+        return f"none: a diagnosis knows {', '.join(OPTIMIZERS)}"
     steps = run.recipe.epochs * run.steps
     found = diagnose(
         run.model,
-        (sample.inputs, sample.labels),
-        optimiser=name,
+        sample.inputs,
+        targets=sample.labels,
+        optimizer=name,
         lr=run.recipe.peak_lr,
         weight_decay=run.recipe.decay,
         warmup=round(run.recipe.warmup * steps),

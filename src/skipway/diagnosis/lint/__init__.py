@@ -1,4 +1,4 @@
-"""Lint: known mistakes, found without training and without a batch, by rules on a model and its optimiser."""
+"""Lint: known mistakes, found without training and without a batch, by rules on a model and its optimizer."""
 
 from skipway.diagnosis.lint.catalogue import RULES, lint
 from skipway.diagnosis.lint.rule import Hit, Rule

@@ -8,7 +8,7 @@ from torch import nn
 from skipway.diagnosis.findings import LEVELS, Finding
 from skipway.diagnosis.lint.drops import by_python, in_evaluation, odd_rates, without_skip
 from skipway.diagnosis.lint.modules import batch_of_one, hooked
-from skipway.diagnosis.lint.optimiser import decayed, fast_scalars, frozen, left_out
+from skipway.diagnosis.lint.optimizer import decayed, fast_scalars, frozen, left_out
 from skipway.diagnosis.lint.rule import Rule
 from skipway.diagnosis.lint.scales import (
     forgetful_scales,
@@ -35,7 +35,7 @@ RULES: tuple[Rule, ...] = (
     forgetful_scales,
     own_index,
     closing_norms,
-    # the optimiser
+    # the optimizer
     decayed,
     left_out,
     fast_scalars,
@@ -55,11 +55,11 @@ RULES: tuple[Rule, ...] = (
 def lint(
     model: nn.Module,
     example: Example | None = None,
-    optimiser: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     *,
     pretrained: bool = False,
 ) -> list[Finding]:
-    """Known mistakes in a model and its optimiser, the worst first; nothing is trained, nothing is changed.
+    """Known mistakes in a model and its optimizer, the worst first; nothing is trained, nothing is changed.
 
     Call it before training: most rules are about the start and read the values that the parameters have now. All rules
     are in docs/lint.md.
@@ -67,9 +67,9 @@ def lint(
     Args:
         model: any module; rules that read values are silent on the meta device.
         example: what it is called with; only shapes matter. With it the connections of any network are watched on the
-            meta device; without it those of `skipway.nn.Residual` are read by type, and other networks' optimisers and
+            meta device; without it those of `skipway.nn.Residual` are read by type, and other networks' optimizers and
             modules only (a scale that is a parameter of the block itself, as ConvNeXt's, is then not known as one).
-        optimiser: that will train it; its groups are checked.
+        optimizer: that will train it; its groups are checked.
         pretrained: the weights were trained before, so rules about a start from scratch do not apply.
 
     Raises:
@@ -77,12 +77,12 @@ def lint(
 
     >>> import skipway as sw
     >>> model = sw.build("resnet20", scheme="skipinit")
-    >>> for finding in lint(model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)):
+    >>> for finding in lint(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)):
     ...     print(finding.level, finding.rule, finding.place)
     serious P4 stages.0.0.scale.gain … stages.2.2.scale.gain (9)
     note P19 stages.0.0 … stages.2.2 (9)
     note P4 stem.norm.weight … head.classifier.bias (39)
     """
-    survey = Survey(unwrapped(model), example, optimiser, pretrained)
+    survey = Survey(unwrapped(model), example, optimizer, pretrained)
     findings = [finding for rule in RULES for finding in rule.findings(survey)]
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))

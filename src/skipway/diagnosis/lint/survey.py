@@ -1,4 +1,4 @@
-"""What the rules see: a model, its optimiser, its connections, and what the parameters of both are for."""
+"""What the rules see: a model, its optimizer, its connections, and what the parameters of both are for."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ class Survey:
     Args:
         model: any module.
         example: what it is called with; None: connections of ours are read by type, other models have none.
-        optimiser: that will train it.
+        optimizer: that will train it.
         pretrained: whether its weights were trained before.
     """
 
     model: nn.Module
     example: Example | None = None
-    optimiser: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer | None = None
     pretrained: bool = False
 
     @cached_property
@@ -141,10 +141,10 @@ class Survey:
 
     @cached_property
     def groups(self) -> dict[str, dict[str, Any]]:
-        """The optimiser's group of each parameter that it holds."""
-        if self.optimiser is None:
+        """The optimizer's group of each parameter that it holds."""
+        if self.optimizer is None:
             return {}
-        found = {id(member): group for group in self.optimiser.param_groups for member in group["params"]}
+        found = {id(member): group for group in self.optimizer.param_groups for member in group["params"]}
         return {name: found[id(value)] for name, value in self.parameters.items() if id(value) in found}
 
     def value(self, name: str) -> Tensor | None:

@@ -220,7 +220,7 @@ def path_lengths(model: nn.Module, data: Data, device: str) -> Row:
     batch = data.sample(64, seed=0, device=torch.device(device))
     shares = [
         each.through_branch
-        for each in diagnose(model, (batch.inputs, batch.labels), optimiser="sgd", steps=1).measurement.connections
+        for each in diagnose(model, batch.inputs, targets=batch.labels, steps=1).measurement.connections
         if not math.isnan(each.through_branch)
     ]
     chances = [1.0]

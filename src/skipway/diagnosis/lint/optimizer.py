@@ -1,4 +1,4 @@
-"""Rules on the optimiser: its groups, weight decay and learning rates, and what is frozen."""
+"""Rules on the optimizer: its groups, weight decay and learning rates, and what is frozen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DECAYED: tuple[tuple[Level, tuple[str, ...], str], ...] = (
     "serious",
     why="Decay pulls a scale towards 0 and so switches its branch off; on norms and biases it constrains nothing that "
     "should be small. Group by role (skipway.param_groups), not by shape or name.",
-    source="Goyal et al. 2017, sec. 5.1: https://arxiv.org/abs/1706.02677; timm's and ConvNeXt's optimiser groups",
+    source="Goyal et al. 2017, sec. 5.1: https://arxiv.org/abs/1706.02677; timm's and ConvNeXt's optimizer groups",
 )
 def decayed(survey: Survey) -> Iterator[Hit]:
     """Serious for scales of any shape, a note for norms and biases; a decay that a scheme asks for (Fixup) is right."""
@@ -52,16 +52,16 @@ def own_role(module: nn.Module) -> Role | None:
 
 @rule(
     "P4",
-    "parameters that the optimiser does not hold",
+    "parameters that the optimizer does not hold",
     "serious",
     why="They stay at their start for ever. New parameters are missed by rules on names, and replaced modules by an "
-    "optimiser that was made before.",
-    source="torch.optim: an optimiser changes what it was given and nothing else: "
+    "optimizer that was made before.",
+    source="torch.optim: an optimizer changes what it was given and nothing else: "
     "https://docs.pytorch.org/docs/stable/optim.html#constructing-it",
 )
 def left_out(survey: Survey) -> Iterator[Hit]:
-    """Trainable and in no group; fatal where the optimiser holds none of the model's parameters."""
-    if survey.optimiser is None:
+    """Trainable and in no group; fatal where the optimizer holds none of the model's parameters."""
+    if survey.optimizer is None:
         return
     trainable = [name for name, value in survey.parameters.items() if value.requires_grad]
     missing = [name for name in trainable if name not in survey.groups]
@@ -69,7 +69,7 @@ def left_out(survey: Survey) -> Iterator[Hit]:
         return
     scales = sum(survey.roles[name] == "scale" for name in missing)
     yield Hit(
-        what=f"{len(missing)} of {len(trainable)} trainable parameters are in no group of the optimiser"
+        what=f"{len(missing)} of {len(trainable)} trainable parameters are in no group of the optimizer"
         + (f", {scales} scales among them" if scales else "")
         + "; make it after the last change of the model",
         where=tuple(missing),
