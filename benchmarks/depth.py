@@ -49,7 +49,7 @@ from skipway.models.resnet.blocks import CONV_KIT, Conv
 from skipway.nn import ConvBranch, Residual
 from skipway.nn.placement import Placement
 from skipway.nn.site import Site
-from skipway.schemes import scheme
+from skipway.schemes import parse_scheme
 from skipway.studies.chains import block_chain
 from skipway.surgery import Budget, SquareRoot, checkpointed, reversible, skip_compute
 from skipway.surgery.saved_tensors import saved_bytes
@@ -71,7 +71,7 @@ def linear_network(depth: int) -> nn.Module:
 
 def convolutional_network(depth: int, width: int = WIDTH) -> nn.Module:
     """Pre-activation branches of two 3 x 3 convolutions without norms."""
-    chosen, kit = scheme(dressing(depth)), replace(CONV_KIT, norm=None)
+    chosen, kit = parse_scheme(dressing(depth)), replace(CONV_KIT, norm=None)
     blocks = []
     for index in range(depth):
         site = Site(dim=width, index=index, depth=depth, since=index)

@@ -73,7 +73,7 @@ def test_no_drawers_for_odds_and_ends():
 
 def test_no_family_knows_a_schemes_name():
     """But the published default of a config or of a variant."""
-    names = {name for name in sw.schemes.schemes() if name not in ("identity", "plain", "preactivation")}
+    names = {name for name in sw.schemes.all_schemes() if name not in ("identity", "plain", "preactivation")}
     for path in (SOURCE / "models").rglob("*.py"):
         tree = ast.parse(path.read_text())
         used = {n.id.lower() for n in ast.walk(tree) if isinstance(n, ast.Name)}

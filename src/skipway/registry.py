@@ -72,7 +72,7 @@ def parse_spec(text: str, lookup: Callable[[str], Callable[..., T]]) -> T:
         # a bare name may hold dashes, which Python would read as a subtraction
         if any(character in text for character in "()=,"):
             raise SkipwayError(rule)
-        return call(lookup(text.strip()), text, [], {})
+        return construct(lookup(text.strip()), text, [], {})
     if not isinstance(node.func, ast.Name):
         raise SkipwayError(rule)
     try:
@@ -80,10 +80,10 @@ def parse_spec(text: str, lookup: Callable[[str], Callable[..., T]]) -> T:
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
     except ValueError as error:
         raise SkipwayError(rule) from error
-    return call(lookup(node.func.id), text, args, kwargs)
+    return construct(lookup(node.func.id), text, args, kwargs)
 
 
-def call(make: Callable[..., T], text: str, args: list[Any], kwargs: dict[str, Any]) -> T:
+def construct(make: Callable[..., T], text: str, args: list[Any], kwargs: dict[str, Any]) -> T:
     """Call `make`, with a wrong argument turned into a message about the spec string."""
     try:
         return make(*args, **kwargs)

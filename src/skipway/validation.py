@@ -6,16 +6,16 @@ import math
 
 from skipway.errors import SkipwayError
 
-__all__ = ["checked", "number", "whole"]
+__all__ = ["check_choice", "check_finite", "check_positive_int"]
 
 
-def checked(argument: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise unless `value` is one of the allowed words."""
     if value not in allowed:
         raise SkipwayError(f"{argument}={value!r}: the rule is one of {', '.join(map(repr, allowed))}")
 
 
-def number(argument: str, value: object, *, also: str | None = None) -> None:
+def check_finite(argument: str, value: object, *, also: str | None = None) -> None:
     """Raise unless `value` is a finite number, or the word that stands for the scheme's depth rule."""
     if value == also and also is not None:
         return
@@ -24,10 +24,10 @@ def number(argument: str, value: object, *, also: str | None = None) -> None:
         raise SkipwayError(f"{argument}={value!r}: the rule is a finite number{extra}")
 
 
-def whole(argument: str, value: object) -> None:
+def check_positive_int(argument: str, value: object) -> None:
     """Raise unless `value` is a whole number of at least 1.
 
-    >>> whole("width", 0)
+    >>> check_positive_int("width", 0)
     Traceback (most recent call last):
     skipway.errors.SkipwayError: width=0: the rule is a whole number of at least 1
     """

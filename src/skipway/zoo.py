@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError, suggest
 from skipway.models.family import build, find_config, resolve
 
-__all__ = ["SOURCES", "Loaded", "Source", "Wanted", "load_model", "source_of"]
+__all__ = ["SOURCES", "LoadedModel", "ModelRequest", "Source", "load_model", "source_of"]
 
 Shape = tuple[int, ...]
 
@@ -39,7 +39,7 @@ MISSING_OPERATORS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class ModelRequest:
     """What the command line asks of the model; None leaves it to the source.
 
     Args:
@@ -56,7 +56,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class LoadedModel:
     """A model and what it is called with.
 
     Args:
@@ -96,13 +96,13 @@ class Source:
         form: how it is written, for messages.
         pattern: regular expression of the whole text; its group "name" goes to `load`.
         load: makes the model.
-        takes: the fields of `Wanted`, `shape` aside, that it can follow.
+        takes: the fields of `ModelRequest`, `shape` aside, that it can follow.
         refusal: what to do instead where it cannot.
     """
 
     form: str
     pattern: str
-    load: Callable[[str, Wanted], Loaded]
+    load: Callable[[str, ModelRequest], LoadedModel]
     takes: frozenset[str] = frozenset()
     refusal: str = ""
 
@@ -124,7 +124,7 @@ def source_of(text: str) -> tuple[Source, str]:
     raise SkipwayError(suggest("source of models", text.partition(":")[0], prefixes))
 
 
-def load_model(text: str, wanted: Wanted) -> Loaded:
+def load_model(text: str, wanted: ModelRequest) -> LoadedModel:
     """The model that a text on the command line names.
 
     Args:
@@ -144,7 +144,7 @@ def load_model(text: str, wanted: Wanted) -> Loaded:
     return loaded if wanted.shape is None else replace(loaded, shape=wanted.shape)
 
 
-def load_ours(name: str, wanted: Wanted) -> Loaded:
+def load_ours(name: str, wanted: ModelRequest) -> LoadedModel:
     """A network of Skipway's own, at its own image size or at the one that is asked for."""
     ours, own = resolve(name, {})
     _, config = find_config(ours, wanted.depth)
@@ -154,12 +154,12 @@ def load_ours(name: str, wanted: Wanted) -> Loaded:
         fitting = {"channels": wanted.shape[0], "image": wanted.shape[-1]}
         options |= {key: value for key, value in fitting.items() if key in known and value != getattr(config, key)}
     model = build(ours, depth=wanted.depth, scheme=wanted.scheme, **{**own, **options})
-    return Loaded(model=model, shape=shape_of(model))
+    return LoadedModel(model=model, shape=input_shape_of(model))
 
 
-def load_timm(name: str, wanted: Wanted) -> Loaded:
+def load_timm(name: str, wanted: ModelRequest) -> LoadedModel:
     """A model of timm."""
-    timm = with_torchvision("timm", f"timm:{name}")
+    timm = import_with_torchvision("timm", f"timm:{name}")
     if not timm.is_model(name):
         raise SkipwayError(suggest("model of timm", name, timm.list_models()))
     options: dict[str, Any] = {} if wanted.classes is None else {"num_classes": wanted.classes}
@@ -168,23 +168,23 @@ def load_timm(name: str, wanted: Wanted) -> Loaded:
         if timm.create_model(name).default_cfg.get("fixed_input_size"):
             options["img_size"] = wanted.shape[1:]
     model = timm.create_model(name, **options)
-    return Loaded(model=model, shape=shape_of(model))
+    return LoadedModel(model=model, shape=input_shape_of(model))
 
 
-def load_torchvision(name: str, wanted: Wanted) -> Loaded:
+def load_torchvision(name: str, wanted: ModelRequest) -> LoadedModel:
     """A model of torchvision."""
-    models = with_torchvision("torchvision", f"torchvision:{name}").models
+    models = import_with_torchvision("torchvision", f"torchvision:{name}").models
     if name not in models.list_models():
         raise SkipwayError(suggest("model of torchvision", name, models.list_models()))
     options = {} if wanted.classes is None else {"num_classes": wanted.classes}
     transforms = getattr(models.get_model_weights(name).DEFAULT, "transforms", None)
     size = getattr(transforms, "keywords", {}).get("crop_size", IMAGE[-1])
-    return Loaded(model=models.get_model(name, weights=None, **options), shape=(3, size, size))
+    return LoadedModel(model=models.get_model(name, weights=None, **options), shape=(3, size, size))
 
 
-def load_transformers(name: str, wanted: Wanted) -> Loaded:
+def load_transformers(name: str, wanted: ModelRequest) -> LoadedModel:
     """A class of Hugging Face transformers, with its default config."""
-    transformers = with_torchvision("transformers", f"hf:{name}")
+    transformers = import_with_torchvision("transformers", f"hf:{name}")
     made: Any = getattr(transformers, name, None)
     if getattr(made, "config_class", None) is None:
         known = [each for each in dir(transformers) if each.endswith("Model") or "For" in each]
@@ -196,8 +196,8 @@ def load_transformers(name: str, wanted: Wanted) -> Loaded:
         size = getattr(config, "image_size", IMAGE[-1])
         sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
         shape = (getattr(config, "num_channels", 3), *sides)
-        return Loaded(model=made(config), shape=shape, argument=argument)
-    return Loaded(
+        return LoadedModel(model=made(config), shape=shape, argument=argument)
+    return LoadedModel(
         model=made(config),
         shape=(min(getattr(config, "max_position_embeddings", TOKENS), TOKENS),),
         vocabulary=config.vocab_size,
@@ -206,7 +206,7 @@ def load_transformers(name: str, wanted: Wanted) -> Loaded:
     )
 
 
-def load_file(name: str, wanted: Wanted) -> Loaded:
+def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
     """What a name in a Python file stands for: a module, its class, or a function that makes it.
 
     The function may also give (model, inputs) or (model, (inputs, targets)). The file's folder is on the path of
@@ -216,24 +216,28 @@ def load_file(name: str, wanted: Wanted) -> Loaded:
     path = Path(file)
     if not path.is_file():
         raise SkipwayError(f"{path}: no such file; a model of your own is given as FILE.py:NAME")
-    with importing_from(path):
-        module = imported(path)
+    with import_path(path):
+        module = import_file(path)
         if not attribute:
-            offered = ", ".join(f"{path}:{each}" for each in makers(module)) or "nothing that makes a model"
+            offered = ", ".join(f"{path}:{each}" for each in model_factories(module)) or "nothing that makes a model"
             raise SkipwayError(f"{path}: say what makes the model; the file has {offered}")
         if not hasattr(module, attribute):
-            raise SkipwayError(f"{path}: {suggest('name', attribute, makers(module) or vars(module))}")
-        made = made_by(getattr(module, attribute), name)
+            raise SkipwayError(f"{path}: {suggest('name', attribute, model_factories(module) or vars(module))}")
+        made = call_factory(getattr(module, attribute), name)
     model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise SkipwayError(
             f"{name} gives a {type(model).__name__}; it has to give a torch.nn.Module, or (model, batch)"
         )
-    vocabulary = next(leaves(model)).num_embeddings if isinstance(next(leaves(model), None), nn.Embedding) else None
-    return Loaded(model=model, shape=shape_of(model), vocabulary=vocabulary, batch=batch)
+    vocabulary = (
+        next(config_values(model)).num_embeddings
+        if isinstance(next(config_values(model), None), nn.Embedding)
+        else None
+    )
+    return LoadedModel(model=model, shape=input_shape_of(model), vocabulary=vocabulary, batch=batch)
 
 
-def imported(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
     """A Python file as a module, under a name of its own."""
     name = f"skipway_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -242,13 +246,13 @@ def imported(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # classes look their module up by name, dataclasses for one
     sys.modules[name] = module
-    with telling(path):
+    with translate_errors(path):
         spec.loader.exec_module(module)
     return module
 
 
 @contextmanager
-def importing_from(path: Path) -> Iterator[None]:
+def import_path(path: Path) -> Iterator[None]:
     """Within it a file can import its neighbours."""
     kept = list(sys.path)
     sys.path.insert(0, str(path.resolve().parent))
@@ -259,7 +263,7 @@ def importing_from(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
+def translate_errors(path: Path) -> Iterator[None]:
     """What goes wrong in somebody's file is told with its line."""
     try:
         yield
@@ -272,7 +276,7 @@ def telling(path: Path) -> Iterator[None]:
         raise SkipwayError(f"{place}: {type(error).__name__}: {error}") from error
 
 
-def makers(module: ModuleType) -> list[str]:
+def model_factories(module: ModuleType) -> list[str]:
     """The names in a file that a model can be made by."""
     own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     return [
@@ -282,7 +286,7 @@ def makers(module: ModuleType) -> list[str]:
     ]
 
 
-def made_by(value: Any, name: str) -> Any:
+def call_factory(value: Any, name: str) -> Any:
     """The value itself where it is a module, else what it gives when it is called."""
     if isinstance(value, nn.Module) or not callable(value):
         return value
@@ -297,11 +301,11 @@ def made_by(value: Any, name: str) -> Any:
             f"{name} needs arguments: {', '.join(needed)}; give a function without any, "
             f"def make(): return {value.__name__}(…)"
         )
-    with telling(Path(name.rpartition(":")[0])):
+    with translate_errors(Path(name.rpartition(":")[0])):
         return value()
 
 
-def leaves(model: nn.Module) -> Iterator[Any]:
+def config_values(model: nn.Module) -> Iterator[Any]:
     """The modules with parameters of their own, in the order of their registration."""
     return (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
 
@@ -315,10 +319,10 @@ FIRST_LAYER: dict[type[nn.Module], Callable[[Any], Shape]] = {
 }
 
 
-def shape_of(model: nn.Module) -> Shape:
+def input_shape_of(model: nn.Module) -> Shape:
     """The shape of one sample: as the model says, else as its first layer lets guess.
 
-    >>> shape_of(nn.Sequential(nn.Linear(5, 2))), shape_of(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    >>> input_shape_of(nn.Sequential(nn.Linear(5, 2))), input_shape_of(nn.Sequential(nn.Conv2d(1, 2, 3)))
     ((5,), (1, 224, 224))
     """
     described = getattr(model, "default_cfg", None)
@@ -328,12 +332,12 @@ def shape_of(model: nn.Module) -> Shape:
     if hasattr(config, "channels"):
         side = SMALL_SIDE if getattr(config, "stem", None) == "cifar" else getattr(config, "image", IMAGE[-1])
         return (config.channels, side, side)
-    first = next(leaves(model), None)
+    first = next(config_values(model), None)
     guess = next((guess for kind, guess in FIRST_LAYER.items() if isinstance(first, kind)), None)
     return IMAGE if guess is None else guess(first)
 
 
-def with_torchvision(package: str, purpose: str) -> ModuleType:
+def import_with_torchvision(package: str, purpose: str) -> ModuleType:
     """An optional library that imports torchvision.
 
     torchvision registers shape functions for two operators of its compiled half at import; on a torch without that

@@ -119,7 +119,7 @@ def test_tensors_of_any_header(tmp_path_factory, header, data):
     text = json.dumps(header).encode()
     content = len(text).to_bytes(8, "little") + text + data
     path = write(tmp_path_factory.getbasetemp() / "header" / "w.safetensors", content)
-    for read in (files.read, storage.read_tensors):
+    for read in (files.read_weights, storage.read_tensors):
         found = only_ours(lambda read=read: read(path))
         assert found is None or not data
 
@@ -145,9 +145,12 @@ def test_twenty_thousand_inputs(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
     if suffix == ".pt":
         torch.save({"w": torch.ones(3), "deep": [1, {"a": (2.0, "text")}]}, path)
-        good, read = path.read_bytes(), lambda: files.read(path)
+        good, read = path.read_bytes(), lambda: files.read_weights(path)
     elif suffix == ".safetensors":
-        good, read = safetensors.torch.save({"w": torch.ones(3), "v": torch.zeros(2, 2)}), lambda: files.read(path)
+        good, read = (
+            safetensors.torch.save({"w": torch.ones(3), "v": torch.zeros(2, 2)}),
+            lambda: files.read_weights(path),
+        )
     elif suffix == ".json":
         good, read = storage.encoded_json({"a": [1, 2.5, "x", None, {"b": {}}]}), lambda: storage.read_json(path)
     else:

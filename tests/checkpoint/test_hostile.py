@@ -107,7 +107,7 @@ def test_code_in_weights_is_never_run(tmp_path, marker, kind, writer):
         for suffix in (".pt", ".pth", ".bin"):
             path = tmp_path / f"{number}{suffix}"
             writer(content, path)
-            refused(lambda path=path: files.read(path), marker)
+            refused(lambda path=path: files.read_weights(path), marker)
     # the payload does what it says where it is let
     if kind in ("os.system", "Path.touch"):
         pickle.loads(pickle.dumps(payload))
@@ -148,7 +148,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, marker, kind, name):
 def test_a_folder_of_torchs_own_checkpoints_is_no_weights(tmp_path, marker):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(touch_by("os.system", marker)))
     (tmp_path / "__0_0.distcp").write_bytes(b"x")
-    refused(lambda: files.read(tmp_path), marker)
+    refused(lambda: files.read_weights(tmp_path), marker)
 
 
 @pytest.mark.parametrize("name", ["../out.bin", "/etc/passwd", "a/../../out.bin", "..", ""])
@@ -156,7 +156,7 @@ def test_an_index_of_shards_cannot_lead_out_of_its_folder(tmp_path, marker, name
     (tmp_path / "in").mkdir()
     as_torch({"w": touch_by("os.system", marker)}, tmp_path / "out.bin")
     (tmp_path / "in" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    refused(lambda: files.read(tmp_path / "in"), marker)
+    refused(lambda: files.read_weights(tmp_path / "in"), marker)
 
 
 IMPORTS = {"_target_": "os.system", "class_path": "subprocess.Popen", "!!python/object/apply:os.system": ["x"]}
@@ -234,7 +234,7 @@ def test_tensors_files_that_lie_are_refused(tmp_path, marker, lie):
     readers: list[Callable[[], object]] = []
     path = tmp_path / "w.safetensors"
     path.write_bytes(LIES[lie])
-    readers += [lambda: files.read(path), lambda: storage.read_tensors(path)]
+    readers += [lambda: files.read_weights(path), lambda: storage.read_tensors(path)]
     readers.append(forge(tmp_path / "whole", {"model.safetensors": LIES[lie]}).newest)
     readers.append(forge(tmp_path / "shard", {"shard-00001-model-00001-of-00001.safetensors": LIES[lie]}).newest)
     for read in readers:

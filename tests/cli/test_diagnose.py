@@ -21,8 +21,8 @@ from skipway.cli import main
 from skipway.cli.diagnose import ENDINGS, Optimizer
 from skipway.diagnosis.settings import OPTIMIZERS
 from skipway.errors import SkipwayError
-from skipway.weights import read
-from skipway.zoo import FIRST_LAYER, Wanted, load_model, shape_of
+from skipway.weights import read_weights
+from skipway.zoo import FIRST_LAYER, ModelRequest, input_shape_of, load_model
 
 FILE = """
 import torch
@@ -201,7 +201,7 @@ def test_fix_shows_before_and_after_and_saves_the_weights(capsys):
     assert status in (0, 1), err
     assert re.search(r"^ +before +after$", out, re.MULTILINE)
     assert re.search(r"^training +sgd at 1e\+04 ", out, re.MULTILINE)
-    assert read("mended.safetensors")["head.classifier.weight"].shape[0] == 4
+    assert read_weights("mended.safetensors")["head.classifier.weight"].shape[0] == 4
     _, text, _ = run(capsys, *hot, "--fix", "--json")
     content = json.loads(text)
     assert content["applied"]
@@ -257,32 +257,32 @@ def test_the_optimizers_are_those_of_the_library():
 
 
 def test_shapes_are_read_from_what_a_model_says_or_from_its_first_layer():
-    assert shape_of(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))) == FIRST_LAYER[nn.Embedding](None)
-    assert shape_of(nn.Sequential(nn.ReLU(), nn.Conv2d(2, 4, 3))) == (2, 224, 224)
-    assert shape_of(nn.ReLU()) == (3, 224, 224)
-    assert load_model("resnet20", Wanted()).shape == (3, 32, 32)
-    assert load_model("vit-tiny-16", Wanted(shape=(3, 32, 32), classes=2)).shape == (3, 32, 32)
+    assert input_shape_of(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))) == FIRST_LAYER[nn.Embedding](None)
+    assert input_shape_of(nn.Sequential(nn.ReLU(), nn.Conv2d(2, 4, 3))) == (2, 224, 224)
+    assert input_shape_of(nn.ReLU()) == (3, 224, 224)
+    assert load_model("resnet20", ModelRequest()).shape == (3, 32, 32)
+    assert load_model("vit-tiny-16", ModelRequest(shape=(3, 32, 32), classes=2)).shape == (3, 32, 32)
 
 
 def test_other_libraries_load(monkeypatch):
     if find_spec("timm") is None or find_spec("torchvision") is None:
         monkeypatch.undo()
         with pytest.raises(SkipwayError, match="pip install timm"):
-            load_model("timm:resnet10t", Wanted())
+            load_model("timm:resnet10t", ModelRequest())
         pytest.skip("timm is not installed")
-    loaded = load_model("timm:resnet10t", Wanted(classes=3))
+    loaded = load_model("timm:resnet10t", ModelRequest(classes=3))
     assert loaded.shape == (3, 176, 176)
     assert loaded.model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
-    assert load_model("torchvision:squeezenet1_1", Wanted()).shape == (3, 224, 224)
+    assert load_model("torchvision:squeezenet1_1", ModelRequest()).shape == (3, 224, 224)
     for text, near in (("timm:resnet10x", "resnet10t"), ("torchvision:resnet19", "resnet1")):
         with pytest.raises(SkipwayError, match=near):
-            load_model(text, Wanted())
+            load_model(text, ModelRequest())
     with pytest.raises(SkipwayError, match="--scheme fixup: timm:NAME does not take it"):
-        load_model("timm:resnet10t", Wanted(scheme="fixup"))
+        load_model("timm:resnet10t", ModelRequest(scheme="fixup"))
 
 
 @pytest.mark.parametrize("text", ["timm:x", "torchvision:x", "hf:X"])
 def test_a_library_that_is_missing_is_named_with_its_way_in(text, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SkipwayError, match=r"which is not installed: pip install \w+"):
-        load_model(text, Wanted())
+        load_model(text, ModelRequest())

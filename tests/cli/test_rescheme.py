@@ -13,7 +13,7 @@ from skipway.cli import main
 from skipway.errors import CheckpointError
 from skipway.nn import Gain
 from skipway.surgery import rebuild
-from skipway.zoo import Wanted, load_model
+from skipway.zoo import ModelRequest, load_model
 
 FILE = """
 from torch import nn
@@ -48,7 +48,7 @@ def gains(model):
 @pytest.mark.parametrize("preserve", ["one", "divide", "none"])
 def test_what_is_written_rebuilds_the_model(nets, monkeypatch, capsys, preserve):
     torch.manual_seed(3)
-    model = load_model("nets.py:make", Wanted()).model
+    model = load_model("nets.py:make", ModelRequest()).model
     save_file(model.state_dict(), "weights.safetensors")
     arguments = ["--scheme", "skipinit(init=0.5)", "-o", "out", "--input", "4,6", "--weights", "weights.safetensors"]
     assert main(["rescheme", "nets.py:make", *arguments, "--preserve", preserve]) == 0

@@ -149,7 +149,7 @@ def test_at_most_ten_passes_even_where_it_looks_twice(count):
     assert diagnosed(small(), images(count), lr=1e5).measurement.passes <= 10
 
 
-@pytest.mark.parametrize("scheme", [name for name in sw.schemes.schemes() if name not in ("layerscale",)])
+@pytest.mark.parametrize("scheme", [name for name in sw.schemes.all_schemes() if name not in ("layerscale",)])
 def test_every_scheme_is_measured(scheme):
     diagnosis = diagnosed(small(scheme), images(), optimizer="adamw")
     assert diagnosis.verdict in ("trains", "trains if", "will not train")

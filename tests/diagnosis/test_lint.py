@@ -17,7 +17,7 @@ from skipway.diagnosis.findings import LEVELS, Finding
 from skipway.diagnosis.lint import RULES, lint
 from skipway.diagnosis.remedies import Case, Revive
 from skipway.diagnosis.settings import Settings
-from skipway.schemes import schemes
+from skipway.schemes import all_schemes
 
 DIM = 16
 TOKENS = torch.zeros(2, 3, DIM)
@@ -113,7 +113,7 @@ def test_every_rule_is_in_the_document():
 
 
 @pytest.mark.parametrize("watch", [False, True], ids=["typed", "watched"])
-@pytest.mark.parametrize("scheme", list(schemes()))
+@pytest.mark.parametrize("scheme", list(all_schemes()))
 @pytest.mark.parametrize("name", ["resnet20", "resnet56", "vit-tiny-16"])
 def test_ours_are_clean_in_every_scheme(name, scheme, watch):
     model = sw.build(name, scheme=scheme, **(TINY if name.startswith("vit") else {}))

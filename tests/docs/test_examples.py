@@ -12,7 +12,7 @@ import pytest
 
 from skipway.cli.app import app
 from skipway.recipe import Recipe
-from skipway.schemes import scheme
+from skipway.schemes import parse_scheme
 
 SLURM = Path(__file__).parents[2] / "examples" / "slurm"
 pytestmark = [
@@ -85,7 +85,7 @@ def test_every_run_of_the_sweep(tmp_path):
         words = given("sweep.sbatch", tmp_path, **variables)
         assert words[0] == "skipway"
         recipe, out = parsed(words[1:])
-        scheme(recipe.scheme)
+        parse_scheme(recipe.scheme)
         found.add((recipe.scheme, recipe.depth, recipe.seed))
         folders.add(out)
         assert not set(str(out)) & set(" ()")

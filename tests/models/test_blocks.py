@@ -10,7 +10,7 @@ from torch import nn
 
 import skipway as sw
 from benchmarks.twin import ClassicBasicBlock, ClassicBottleneck, ClassicResNet
-from skipway.schemes import schemes
+from skipway.schemes import all_schemes
 
 PAIRS = [(sw.BasicBlock, ClassicBasicBlock), (sw.Bottleneck, ClassicBottleneck)]
 
@@ -52,9 +52,9 @@ def test_equals_the_classic_block(ours, classic, stride, training):
     (expected * weights).sum().backward()
     torch.testing.assert_close(x.grad, z.grad, rtol=1e-5, atol=1e-6)
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    from skipway.weights.tables import find
+    from skipway.weights.tables import find_keymap
 
-    keymap = find(block, "torchvision")
+    keymap = find_keymap(block, "torchvision")
     for name, parameter in block.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[keymap.find(name)[1][0]], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -86,7 +86,7 @@ def test_the_network_equals_the_classic_network(name, block, layers):
     assert set(sw.weights.export_names(model, "torchvision")) == set(theirs.state_dict())
 
 
-@pytest.mark.parametrize("scheme", list(schemes()))
+@pytest.mark.parametrize("scheme", list(all_schemes()))
 @pytest.mark.parametrize("ours", [sw.BasicBlock, sw.Bottleneck])
 def test_gradcheck(ours, scheme):
     """Analytic gradients equal numerical ones, for the input and every parameter, in float64."""

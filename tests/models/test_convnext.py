@@ -17,7 +17,7 @@ from skipway.models.convnext import CONVNEXT_KIT
 from skipway.models.convnext.aliases import ALIASES, ELSEWHERE
 from skipway.nn import DepthwiseMlp, Gain, GlobalResponseNorm, LayerNorm2d, Multiply, SqueezeExcitation
 from skipway.nn.placement import INSIDE_NORM
-from skipway.schemes import schemes
+from skipway.schemes import all_schemes
 from skipway.weights import export_names
 
 TINY = {"depth": 5, "width": 8, "classes": 5}
@@ -226,10 +226,10 @@ def test_the_gate_closes_the_branch():
 # Contracts, beside those of tests/schemes/test_schemes.py ------------------------------------------
 
 
-@pytest.mark.parametrize(("spec", "response"), [*((spec, True) for spec in schemes()), ("layerscale", False)])
+@pytest.mark.parametrize(("spec", "response"), [*((spec, True) for spec in all_schemes()), ("layerscale", False)])
 def test_compiles_and_exports(spec, response):
     torch.compiler.reset()
-    config = ConvNeXtConfig(**TWO_STAGES, response=response, squeeze=2, scheme=sw.schemes.scheme(spec))
+    config = ConvNeXtConfig(**TWO_STAGES, response=response, squeeze=2, scheme=sw.schemes.parse_scheme(spec))
     network = sw.initialise_(ConvNeXt(config)).eval()
     randomise_(network)
     x = torch.randn(2, 3, 8, 11)
@@ -240,7 +240,7 @@ def test_compiles_and_exports(spec, response):
     torch.testing.assert_close(program.module()(x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", list(schemes()))
+@pytest.mark.parametrize("spec", list(all_schemes()))
 def test_memory_formats_agree_and_a_batch_of_one(spec):
     network = randomise_(sw.build("convnextv2", scheme=spec, squeeze=2, **TINY).eval())
     x = torch.randn(2, 3, 40, 33)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import skipway as sw
-from skipway.schemes import schemes
+from skipway.schemes import all_schemes
 
 
 def step(model: nn.Module, images: torch.Tensor) -> float:
@@ -22,7 +22,7 @@ def step(model: nn.Module, images: torch.Tensor) -> float:
     return largest
 
 
-@pytest.mark.parametrize("scheme", list(schemes()))
+@pytest.mark.parametrize("scheme", list(all_schemes()))
 def test_resnet1202_takes_a_step(scheme):
     """Finite loss, logits and gradients at 600 branches. The plain net, whose gradient must explode by (π/(π-1)) a
     layer (see `Plain`), is only asked for a finite output.

@@ -11,7 +11,7 @@ from torch import nn
 
 import skipway as sw
 from skipway.models import variants
-from skipway.schemes import schemes
+from skipway.schemes import all_schemes
 
 RESNETS = [variant for variant in variants() if isinstance(variant.config, sw.ResNetConfig)]
 GOLDEN = Path(__file__).parent / "golden" / "state_dict_names.json"
@@ -113,7 +113,7 @@ def test_state_dict_names_are_frozen():
     }
     specs = [
         *((name, None, options) for name, options in plain.items()),
-        *(("resnet-cifar8", scheme, {}) for scheme in schemes()),
+        *(("resnet-cifar8", scheme, {}) for scheme in all_schemes()),
     ]
     names = {
         f"{model} {scheme}": sorted(sw.build(model, scheme=scheme, device="meta", **options).state_dict())

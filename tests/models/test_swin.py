@@ -17,12 +17,12 @@ import skipway as sw
 from benchmarks.peers import difference, import_timm, import_torchvision, import_transformers, randomise_
 from skipway.models import SwinConfig, variants
 from skipway.models.swin.aliases import ALIASES
-from skipway.models.swin.network import Neighbours
+from skipway.models.swin.network import NeighbourConcat
 from skipway.nn import CosineWindowAttention, Window, WindowAttention
 from skipway.nn.kit import Kit
 from skipway.nn.placement import PRE_NORM
 from skipway.nn.window import ContinuousPosition, PositionTable, QueryValueBias, SharpQuery
-from skipway.schemes import schemes
+from skipway.schemes import all_schemes
 from skipway.weights import export_names, match
 
 LINEAR = Kit(conv=nn.Conv2d, linear=nn.Linear, norm=None, act=nn.GELU)
@@ -208,7 +208,7 @@ def test_gradients_of_the_branch(version, shift):
 def test_neighbours_are_column_by_column():
     """↖ ↙ ↗ ↘, the order of the authors' code; an odd map is padded below and on the right."""
     x = torch.arange(9.0).view(1, 3, 3, 1)
-    found = Neighbours()(x)[0]
+    found = NeighbourConcat()(x)[0]
     for row in range(2):
         for column in range(2):
             places = [(2 * row + a, 2 * column + b) for b in range(2) for a in range(2)]
@@ -344,7 +344,7 @@ def test_positions_and_scales_are_not_decayed(version):
         assert (decay[id(parameter)] > 0) == map, name
 
 
-@pytest.mark.parametrize("scheme", [*schemes(), "plain(kind='attention')"])
+@pytest.mark.parametrize("scheme", [*all_schemes(), "plain(kind='attention')"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_scheme_dresses_it(version, scheme):
     model = small(version, scheme=scheme, norm={"v1": "pre", "v2": "respost"}[version])

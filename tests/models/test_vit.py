@@ -17,7 +17,7 @@ from skipway.models.transformer import TOKEN_KIT
 from skipway.nn import Attention, ClassAttention, Mlp, TalkingHeads
 from skipway.nn.placement import PRE_NORM
 from skipway.nn.positions import resample
-from skipway.schemes import schemes
+from skipway.schemes import all_schemes
 
 TINY = {"depth": 2, "dim": 16, "heads": 2, "patch": 8, "image": 32, "classes": 5}
 BUILD = {"kit": TOKEN_KIT, "placement": PRE_NORM}
@@ -156,7 +156,7 @@ def test_other_image_sizes_and_a_batch_of_one(name):
 
 
 @pytest.mark.parametrize("name", ["vit-tiny-16", "cait-xxs24"])
-@pytest.mark.parametrize("scheme", list(schemes()))
+@pytest.mark.parametrize("scheme", list(all_schemes()))
 def test_compiles_and_exports(name, scheme):
     torch.compiler.reset()
     model = sw.build(name, scheme=scheme, **TINY).eval()

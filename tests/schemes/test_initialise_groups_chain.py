@@ -8,7 +8,7 @@ from torch import nn
 
 import skipway as sw
 from skipway.nn import Bias, Gain, Residual, ScaledStandardConv2d
-from skipway.schemes import schemes
+from skipway.schemes import all_schemes
 
 
 class Own(nn.Module):
@@ -60,7 +60,7 @@ def test_gains_go_back_to_their_own_value_not_to_one():
     assert (gain.gain == 0.25).all()
 
 
-@pytest.mark.parametrize("scheme", list(schemes()))
+@pytest.mark.parametrize("scheme", list(all_schemes()))
 def test_groups_follow_the_owner_never_the_shape(scheme):
     """P4: every parameter in one group; gains, biases and norms are decayed only where the scheme says so."""
     model = sw.build("se-resnet18", scheme=scheme, width=8, stem_width=8, squeeze=4)

@@ -9,11 +9,11 @@ from torch import nn
 import skipway as sw
 from skipway.errors import SkipwayError
 from skipway.nn import Gain, GlobalResponseNorm, Residual
-from skipway.schemes import Stack, card, schemes
-from skipway.schemes import scheme as read
+from skipway.schemes import Stack, all_schemes, card
+from skipway.schemes import parse_scheme as read
 
 SPECS = [
-    *schemes(),
+    *all_schemes(),
     "skipinit(init=0.0, norm='remove')",
     "skipinit(init='depth', norm='remove')",
     "rezero(norm='remove')",
@@ -155,7 +155,7 @@ def test_spec_string_is_the_objects_own(spec):
         assert read(repr(scheme)) == scheme
 
 
-@pytest.mark.parametrize("spec", list(schemes()))
+@pytest.mark.parametrize("spec", list(all_schemes()))
 def test_compiles_without_graph_break(spec):
     torch.compiler.reset()
     network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=spec).eval()
@@ -164,7 +164,7 @@ def test_compiles_without_graph_break(spec):
     torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", list(schemes()))
+@pytest.mark.parametrize("spec", list(all_schemes()))
 def test_exports(spec):
     network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=spec).eval()
     x = torch.randn(2, 3, 8, 8)
@@ -350,9 +350,9 @@ def test_a_new_scheme_is_one_class_that_nobody_else_knows():
         del REGISTRY.entries["halved"], REGISTRY._names["halved"]
 
 
-@pytest.mark.parametrize("name", list(schemes()))
+@pytest.mark.parametrize("name", list(all_schemes()))
 def test_every_scheme_tells_its_equation_depth_rates_theory_and_source(name):
-    kind = schemes()[name]
+    kind = all_schemes()[name]
     for word in ("Depth:", "Decay and learning rate:", "Theory at the start:", "Source:", ">>> "):
         assert word in kind.__doc__.replace("Theory at the start (", "Theory at the start: ("), (name, word)
     assert all(isinstance(getattr(kind, field), str) for field in ("equation", "norm_note", "when", "source"))

@@ -35,7 +35,7 @@ def measure(scheme: str, placement: str = "preactivation") -> list[Signal]:
     config = sw.ResNetConfig(
         blocks=(DEPTH,), block="basic", width=96, stem="cifar", stem_width=96, placement=placement, classes=2
     )
-    network = sw.models.ResNet(sw.models.family.replace(config, scheme=sw.schemes.scheme(scheme)))
+    network = sw.models.ResNet(sw.models.family.replace(config, scheme=sw.schemes.parse_scheme(scheme)))
     sw.initialise_(network)
     x = torch.randn(8, 96, SIDE, SIDE, requires_grad=True)
     stream, branches, prepared = [x], [], []

@@ -164,13 +164,13 @@ def test_layerscale_starts_where_its_name_says(family):
 
 def test_every_scheme_is_compared_with_and_without_norm():
     """Without norm there is none left in the network; the deepest nets of the comparison are the paper's 110 layers."""
-    from skipway.schemes import schemes
+    from skipway.schemes import all_schemes
     from skipway.studies.catalogue.comparison import FREE, NORMLESS, network
 
     study = find_study("schemes")
     cells = study.cells("cpu", Choices())
-    assert {cell["scheme"] for cell in cells if cell["kind"] == "as it is"} == set(schemes())
-    for name in schemes():
+    assert {cell["scheme"] for cell in cells if cell["kind"] == "as it is"} == set(all_schemes())
+    for name in all_schemes():
         bare = name if name in FREE else NORMLESS.get(name, f"{name} + skipinit(init=1.0, norm='remove')")
         model = network(bare, study.cell(depth=8, width=4), 1, 10)
         assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()), name

@@ -14,7 +14,7 @@ from benchmarks.depth import Live, peak_bytes
 from skipway.studies.chains import block_chain
 from skipway.surgery import Budget, Every, checkpointed, reversible, skip_compute
 from skipway.surgery.saved_tensors import saved_bytes
-from skipway.tracing import read_sums, watch
+from skipway.tracing import find_residual_adds, watch
 from skipway.tracing.program import Ancestry
 
 
@@ -230,7 +230,7 @@ def test_reading_a_chain_looks_at_every_value_a_few_times():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Ancestry, "look_behind", look)
-            assert len(read_sums(program)[0]) == branches
+            assert len(find_residual_adds(program)[0]) == branches
         looks.append(count / len(program))
     assert looks[1] == pytest.approx(looks[0], rel=0.1)
 

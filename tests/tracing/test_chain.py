@@ -175,7 +175,7 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("scheme", [name for name in sw.schemes.schemes() if name not in ("plain", "layerscale")])
+@pytest.mark.parametrize("scheme", [name for name in sw.schemes.all_schemes() if name not in ("plain", "layerscale")])
 @pytest.mark.parametrize("name", OURS)
 def test_watching_finds_what_the_types_say(name, scheme):
     options, shape = OURS[name]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import skipway as sw
+from benchmarks.peers import import_transformers
 from skipway.errors import SkipwayError
 from skipway.tracing import as_batch, as_example, call_model, watch
 
@@ -38,7 +39,8 @@ def test_every_form_calls_the_model_alike(example):
 
 
 def test_a_tokenizers_output_is_keyword_arguments():
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    transformers = import_transformers()
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 import skipway as sw
 from benchmarks.twin import ClassicBottleneck, ClassicResNet
-from skipway.weights import Rule, export_names, match
+from skipway.weights import KeyRule, export_names, match
 
 
 @given(st.integers(0, 99), st.integers(0, 9999), st.integers(1, 3), st.sampled_from(["weight", "bias", "a.b.c"]))
 @settings(max_examples=50, deadline=None)
 def test_rules_read_both_ways(i, j, k, leaf):
-    row = Rule("stages.{i}.{j}.branch.conv{k}.{leaf}", "layer{i+1}.{j}.conv{k}.{leaf}")
+    row = KeyRule("stages.{i}.{j}.branch.conv{k}.{leaf}", "layer{i+1}.{j}.conv{k}.{leaf}")
     ours = f"stages.{i}.{j}.branch.conv{k}.{leaf}"
     (theirs,) = row.to_theirs(ours)
     assert theirs == f"layer{i + 1}.{j}.conv{k}.{leaf}"

@@ -24,8 +24,8 @@ def schemes(name: str | None = None, /) -> int:
     Args:
         name: Scheme whose card is shown.
     """
+    from skipway.schemes import all_schemes as all_schemes
     from skipway.schemes import card
-    from skipway.schemes import schemes as all_schemes
 
     if name is not None:
         show_card(card(name))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from skipway.diagnosis import Diagnosis, Finding, Treatment
-    from skipway.zoo import Loaded
+    from skipway.zoo import LoadedModel
 
 __all__ = ["ENDINGS", "Optimizer", "Question", "diagnose"]
 
@@ -246,12 +246,12 @@ def json_text(found: Diagnosis, treatment: Treatment | None, remark: str) -> str
     return json.dumps(content, indent=1) + "\n"
 
 
-def prepared(text: str, question: Question) -> tuple[Loaded, Any, str]:
+def prepared(text: str, question: Question) -> tuple[LoadedModel, Any, str]:
     """The model, the batch, and in words where the batch is from."""
     import torch
 
     from skipway.hardware.device import choose_device
-    from skipway.zoo import Wanted, load_model, source_of
+    from skipway.zoo import ModelRequest, load_model, source_of
 
     torch.manual_seed(question.seed)
     device = choose_device(question.device)
@@ -259,7 +259,7 @@ def prepared(text: str, question: Question) -> tuple[Loaded, Any, str]:
     classes = question.classes
     if classes is None and question.batch is not None and "classes" in source.takes:
         classes = len(class_names(question.batch))
-    wanted = Wanted(depth=question.depth, scheme=question.scheme, classes=classes, shape=question.shape)
+    wanted = ModelRequest(depth=question.depth, scheme=question.scheme, classes=classes, shape=question.shape)
     loaded = load_model(text, wanted)
     batch, remark = batch_for(loaded, question)
     loaded.model.to(device)
@@ -274,7 +274,7 @@ def moved(batch: Any, device: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
-def batch_for(loaded: Loaded, question: Question) -> tuple[tuple[Any, Any], str]:
+def batch_for(loaded: LoadedModel, question: Question) -> tuple[tuple[Any, Any], str]:
     """Example and targets: images of a folder, what the model's file brought along, or random samples; and which."""
     if question.batch is not None:
         images, labels = images_of(question.batch, loaded.shape, question.samples, question.seed)
@@ -331,7 +331,7 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
     return ((part.images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(), part.labels
 
 
-def examined(loaded: Loaded, batch: Any, question: Question) -> Diagnosis:
+def examined(loaded: LoadedModel, batch: Any, question: Question) -> Diagnosis:
     """The diagnosis."""
     from skipway.diagnosis import diagnose as diagnose_model
 
@@ -360,7 +360,7 @@ def examined(loaded: Loaded, batch: Any, question: Question) -> Diagnosis:
         raise SkipwayError(f"{error}: the model has fewer outputs than the batch has classes") from error
 
 
-def linted(loaded: Loaded, batch: Any, screen: Screen) -> int:
+def linted(loaded: LoadedModel, batch: Any, screen: Screen) -> int:
     """What the linter finds; 1 where something of it is fatal."""
     from skipway.diagnosis.lint import lint
 

@@ -54,15 +54,15 @@ def rescheme(
 
     from skipway._version import __version__
     from skipway.checkpoint.files import write_json, write_tensors
-    from skipway.schemes.scheme import scheme as read_scheme
+    from skipway.schemes.scheme import parse_scheme as read_scheme
     from skipway.surgery.storage import DESCRIPTION, WEIGHTS, Description, fill
-    from skipway.zoo import Wanted, load_model
+    from skipway.zoo import ModelRequest, load_model
 
     dressing = str(read_scheme(scheme))
     if (out / WEIGHTS).exists() and not overwrite:
         raise SkipwayError(f"--out {out}: it holds {WEIGHTS} already; --overwrite replaces it")
     torch.manual_seed(seed)
-    loaded = load_model(model, Wanted(depth=depth, classes=classes, shape=shape_of(input)))
+    loaded = load_model(model, ModelRequest(depth=depth, classes=classes, shape=shape_of(input)))
     if weights is not None:
         fill(loaded.model, weights)
     options = {name: value for name, value in (("depth", depth), ("classes", classes)) if value is not None}

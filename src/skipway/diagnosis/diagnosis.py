@@ -27,7 +27,7 @@ from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Loss, Subject
 from skipway.errors import SkipwayError
 from skipway.optim.groups import role_of
-from skipway.tracing import Example, as_batch, unwrapped
+from skipway.tracing import Example, as_batch, unwrap
 from skipway.tracing.chain import Chain, WatchedConnection
 
 __all__ = ["Diagnosis", "Treatment", "Verdict", "diagnose"]
@@ -258,7 +258,7 @@ def diagnose(
     True
     """
     began = time.perf_counter()
-    model = unwrapped(model)
+    model = unwrap(model)
     inputs, targets = as_batch(example, targets)
     settings = (
         settings_of(optimizer, model)

@@ -13,8 +13,8 @@ from skipway.errors import SkipwayError
 from skipway.nn import Gain, Residual
 from skipway.schemes.initialisation import initialise_
 from skipway.schemes.scheme import Scheme
-from skipway.schemes.scheme import scheme as read_scheme
-from skipway.tracing import Example, untouched
+from skipway.schemes.scheme import parse_scheme as read_scheme
+from skipway.tracing import Example, preserved_state
 from skipway.tracing.chain import Chain, WatchedConnection
 from skipway.tracing.example import call_model
 
@@ -171,7 +171,7 @@ class UnitVariance:
                 weight = case.model.get_submodule(name).weight
                 if isinstance(weight, Tensor) and weight.ndim > 1 and bool(weight.any()):
                     nn.init.orthogonal_(weight.flatten(1) if weight.is_contiguous() else weight)
-            with untouched(case.model):
+            with preserved_state(case.model):
                 case.model.train()
                 for name in self.maps:
                     self.normalise(case, case.model.get_submodule(name))

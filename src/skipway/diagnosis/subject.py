@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from skipway.errors import SkipwayError
 from skipway.probes.probe import Probe, Readings, seeded
-from skipway.tracing import Example, Program, untouched, watch
-from skipway.tracing.chain import Chain, WatchedConnection, chain_of
+from skipway.tracing import Example, Program, preserved_state, watch
+from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
 from skipway.tracing.example import call_model
 
 __all__ = ["Gradients", "Loss", "Subject", "main_output"]
@@ -55,7 +55,7 @@ class Subject:
     @cached_property
     def chain(self) -> Chain[WatchedConnection]:
         """The residual connections, numbered as they run in the chosen mode."""
-        return chain_of(self.model, self.program)
+        return chain_from_program(self.model, self.program)
 
     @cached_property
     def layers(self) -> list[str]:
@@ -126,7 +126,7 @@ class Subject:
     @contextmanager
     def running(self) -> Iterator[None]:
         """In the chosen mode, with the same random numbers each time, and everything put back afterwards."""
-        with untouched(self.model), seeded(self.seed), torch.enable_grad():
+        with preserved_state(self.model), seeded(self.seed), torch.enable_grad():
             if any(module.training != self.training for module in self.model.modules()):
                 self.model.train(self.training)
             yield

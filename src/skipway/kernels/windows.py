@@ -13,7 +13,7 @@ from skipway.kernels import triton
 from skipway.kernels.attention import backward_whole, whole
 from skipway.kernels.autotune import Way, kernel
 from skipway.kernels.cast import lowered
-from skipway.nn.window_partition import MASK, apart, cut, joined
+from skipway.nn.window_partition import MASK, shift_mask, window_partition, window_reverse
 
 __all__ = ["windowed_attention"]
 
@@ -22,10 +22,10 @@ def parts(qkv: Tensor, position: Tensor, down: int, across: int) -> tuple[Tensor
     """q, k and v of each window and B + M."""
     (height, width), (heads, tokens) = qkv.shape[1:3], position.shape[:2]
     side = math.isqrt(tokens)
-    windows = cut(qkv.roll((-down, -across), (1, 2)), side).flatten(0, 1)
+    windows = window_partition(qkv.roll((-down, -across), (1, 2)), side).flatten(0, 1)
     bias = position.unsqueeze(0)
     if down or across:
-        bias = bias + MASK * apart(height, width, side, down, across, qkv.device).unsqueeze(1)
+        bias = bias + MASK * shift_mask(height, width, side, down, across, qkv.device).unsqueeze(1)
     return (*windows.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(), bias)
 
 
@@ -34,7 +34,7 @@ def plain(qkv: Tensor, position: Tensor, down: int, across: int) -> Tensor:
     q, k, v, bias = parts(qkv, position, down, across)
     out = whole(q, k, v, bias.to(q.dtype), False)[0].transpose(1, 2).flatten(2)
     side = math.isqrt(position.shape[1])
-    return joined(out.unflatten(0, (len(qkv), -1)), qkv.shape[1] // side, side).roll((down, across), (1, 2))
+    return window_reverse(out.unflatten(0, (len(qkv), -1)), qkv.shape[1] // side, side).roll((down, across), (1, 2))
 
 
 def plain_backward(gradient: Tensor, qkv: Tensor, position: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
@@ -42,10 +42,15 @@ def plain_backward(gradient: Tensor, qkv: Tensor, position: Tensor, down: int, a
     heads, tokens = position.shape[:2]
     side = math.isqrt(tokens)
     q, k, v, bias = parts(qkv, position, down, across)
-    dy = cut(gradient.roll((-down, -across), (1, 2)), side).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+    dy = (
+        window_partition(gradient.roll((-down, -across), (1, 2)), side)
+        .flatten(0, 1)
+        .unflatten(-1, (heads, -1))
+        .transpose(1, 2)
+    )
     *found, to_bias = backward_whole(dy, q, k, v, bias.to(q.dtype), q.new_empty(0))
     windows = torch.stack(found).permute(1, 3, 0, 2, 4).flatten(2).unflatten(0, (len(qkv), -1))
-    return joined(windows, qkv.shape[1] // side, side).roll((down, across), (1, 2)), to_bias.sum(0)
+    return window_reverse(windows, qkv.shape[1] // side, side).roll((down, across), (1, 2)), to_bias.sum(0)
 
 
 forward = kernel("windows", plain, Way("triton", triton.windows, triton.serves_windows))

@@ -13,7 +13,7 @@ from torch import nn
 from skipway.errors import SkipwayError, suggest
 from skipway.registry import Registry
 from skipway.schemes import Scheme
-from skipway.schemes import scheme as read_scheme
+from skipway.schemes import parse_scheme as read_scheme
 from skipway.schemes.initialisation import initialise_
 
 __all__ = ["FAMILIES", "Family", "Variant", "build", "families", "find_config", "variants"]

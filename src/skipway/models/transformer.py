@@ -22,9 +22,9 @@ __all__ = [
     "MakeAttention",
     "MakeMlp",
     "Norm",
-    "Pool",
     "Pooling",
-    "quarters",
+    "TokenPool",
+    "quarter_maps",
     "transformer_block",
 ]
 
@@ -94,20 +94,20 @@ def transformer_block(
     return block
 
 
-def quarters(blocks: int, dim: int, patch: int, prefix: int) -> tuple[StageMap, ...]:
+def quarter_maps(blocks: int, dim: int, patch: int, prefix: int) -> tuple[StageMap, ...]:
     """The stream behind each quarter of the blocks, fewer where there are fewer blocks; the prefix tokens are left out.
 
     What dense heads take of a network without stages: DPT (Ranftl et al. 2021, the code: blocks 3, 6, 9, 12 of 12 and
     6, 12, 18, 24 of 24), DINOv2's linear heads over four layers.
 
-    >>> [stage.path for stage in quarters(12, 384, 16, 1)]
+    >>> [stage.path for stage in quarter_maps(12, 384, 16, 1)]
     ['blocks.2', 'blocks.5', 'blocks.8', 'blocks.11']
     """
     ends = sorted({math.ceil(blocks * quarter / 4) for quarter in range(1, 5)})
     return tuple(StageMap(f"blocks.{end - 1}", dim, patch, TokenGrid(patch, prefix)) for end in ends)
 
 
-class Pool(nn.Module):
+class TokenPool(nn.Module):
     """Tokens to one vector: the class token, the mean over the patches, or both beside each other (DINOv2).
 
     Shapes: (N, T, dim) → (N, dim), for "token+mean" (N, 2 · dim).
@@ -116,7 +116,7 @@ class Pool(nn.Module):
         kind: "token", "mean" or "normed-mean" (the same to us: the norm stands outside), or "token+mean".
         prefix: tokens in front of the patches (class token, registers), left out of the mean.
 
-    >>> Pool("token+mean", prefix=1)(torch.zeros(2, 5, 8)).shape
+    >>> TokenPool("token+mean", prefix=1)(torch.zeros(2, 5, 8)).shape
     torch.Size([2, 16])
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.tracing import untouched
+from skipway.tracing import preserved_state
 from skipway.tracing.chain import chain
 
 __all__ = ["Health", "sample_health"]
@@ -52,7 +52,7 @@ def sample_health(model: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], 
 
             stack.callback(connection.residual.register_forward_hook(behind).remove)
             stack.callback(branch.register_forward_hook(scaled).remove)
-        with untouched(model), torch.enable_grad():
+        with preserved_state(model), torch.enable_grad():
             loss = loss_of(model(inputs))
             grads = torch.autograd.grad(loss, [out for _, out in streams], allow_unused=True)
     order = ("stream", "largest", "branch", "gradient")

@@ -15,7 +15,7 @@ from skipway.nn.placement import Placement
 from skipway.nn.positions import resample
 from skipway.nn.role import Role
 from skipway.nn.tokens import Attention
-from skipway.nn.window_partition import MASK, apart, cut, joined
+from skipway.nn.window_partition import MASK, shift_mask, window_partition, window_reverse
 
 __all__ = [
     "ContinuousPosition",
@@ -37,7 +37,7 @@ class Window:
     """Square windows of T = side² tokens over a map, the grid of windows moved by `shift` tokens.
 
     A map is padded with zeros below and on the right to whole windows. The shift is cyclic: windows that reach over
-    the edge hold tokens of both edges, which must not meet (`apart`). An axis that a single window covers is not
+    the edge hold tokens of both edges, which must not meet (`shift_mask`). An axis that a single window covers is not
     shifted. Liu et al. 2021, "Swin Transformer", sec. 3.2 and fig. 4; padding before the shift as in torchvision.
 
     Args:
@@ -79,11 +79,11 @@ class Window:
         down, across = self.shifts(height, width)
         if down or across:
             x = x.roll((-down, -across), dims=(1, 2))
-        return cut(x, self.side)
+        return window_partition(x, self.side)
 
     def join(self, windows: Tensor, height: int, width: int) -> Tensor:
         """Back to the map, without the padding: (N, windows, T, C) → (N, height, width, C)."""
-        x = joined(windows, -(-height // self.side), self.side)
+        x = window_reverse(windows, -(-height // self.side), self.side)
         down, across = self.shifts(height, width)
         if down or across:
             x = x.roll((down, across), dims=(1, 2))
@@ -95,7 +95,7 @@ class Window:
         if not (down or across):
             return None
         rows, columns = height + -height % self.side, width + -width % self.side
-        return apart(rows, columns, self.side, down, across, device)
+        return shift_mask(rows, columns, self.side, down, across, device)
 
 
 class PositionTable(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.tracing import untouched
+from skipway.tracing import preserved_state
 from skipway.tracing.chain import chain
 
 __all__ = ["StageSignal", "first_non_finite", "signal_check"]
@@ -117,7 +117,7 @@ def measure(model: nn.Module, batch: Tensor) -> dict[str, dict[str, float]]:
                 module.register_forward_hook(lambda _, given, out, row=row, key=key: row.update({key: std(out)}))
             )
     try:
-        with untouched(model), torch.no_grad():
+        with preserved_state(model), torch.no_grad():
             model.train()
             model(batch)
     finally:

@@ -13,7 +13,7 @@ from skipway.schemes.normfree import NormFree
 from skipway.schemes.deepnorm import DeepNorm
 from skipway.schemes.depthscaled import DepthScaled
 from skipway.schemes.stochasticdepth import StochasticDepth
-from skipway.schemes.scheme import Scheme, Stack, scheme, schemes
+from skipway.schemes.scheme import Scheme, Stack, parse_scheme, all_schemes
 from skipway.schemes.cards import card
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "Stack",
     "StochasticDepth",
     "ZeroInit",
+    "all_schemes",
     "card",
-    "scheme",
-    "schemes",
+    "parse_scheme",
 ]

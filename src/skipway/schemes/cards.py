@@ -9,7 +9,7 @@ from pathlib import Path
 
 from skipway.schemes.scheme import REGISTRY, Scheme
 
-__all__ = ["card", "write"]
+__all__ = ["card", "write_cards"]
 
 
 def card(scheme: str | type[Scheme]) -> str:
@@ -55,7 +55,7 @@ def as_markdown(docstring: str) -> str:
     return re.sub(labels, r"**\1:**", text, flags=re.MULTILINE)
 
 
-def write(folder: Path) -> None:
+def write_cards(folder: Path) -> None:
     """Write the cards of all schemes into `folder`, one file each."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in REGISTRY:

@@ -9,7 +9,7 @@ from skipway.nn import Multiply
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
 from skipway.tracing.chain import Chain
-from skipway.validation import checked, number
+from skipway.validation import check_choice, check_finite
 
 __all__ = ["DepthScaled"]
 
@@ -45,8 +45,8 @@ class DepthScaled(Scheme):
     source: ClassVar[str] = "Hayou et al. 2021, sec. 3"
 
     def __post_init__(self) -> None:
-        checked("how", self.how, ("forward", "init"))
-        number("exponent", self.exponent)
+        check_choice("how", self.how, ("forward", "init"))
+        check_finite("exponent", self.exponent)
 
     def scale(self, site: Site) -> nn.Module | None:
         return Multiply(site.depth**-self.exponent) if self.how == "forward" else None

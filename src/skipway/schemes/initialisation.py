@@ -7,7 +7,7 @@ from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.schemes.scheme import Scheme
-from skipway.schemes.scheme import scheme as read_scheme
+from skipway.schemes.scheme import parse_scheme as read_scheme
 from skipway.tracing.chain import chain
 
 __all__ = ["initialise_"]

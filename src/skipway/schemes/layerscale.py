@@ -7,7 +7,7 @@ from skipway.nn import Gain
 from skipway.nn.role import Role
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.validation import number
+from skipway.validation import check_finite
 
 __all__ = ["LayerScale"]
 
@@ -19,7 +19,7 @@ class LayerScale(Scheme):
     The branch is scaled, not the skip, and the family's normalisation stays: it is no replacement for one.
 
     Args:
-        init: γ₀, the same for all channels and branches; `"depth"` is the paper's rule (see `by_depth`).
+        init: γ₀, the same for all channels and branches; `"depth"` is the paper's rule (see `init_for_depth`).
         rate: factor on the learning rate of γ.
 
     Depth: the rule is about the whole network, never about a branch's own place: 0.1 up to 18 transformer blocks,
@@ -46,7 +46,7 @@ class LayerScale(Scheme):
     source: ClassVar[str] = "Touvron et al. 2021, eq. 4"
 
     def __post_init__(self) -> None:
-        number("init", self.init, also="depth")
+        check_finite("init", self.init, also="depth")
 
     @classmethod
     def by_depth(cls) -> LayerScale:
@@ -62,11 +62,11 @@ class LayerScale(Scheme):
         return self.init == 0.0
 
     def scale(self, site: Site) -> Gain:
-        init = by_depth(site.depth) if self.init == "depth" else self.init
+        init = init_for_depth(site.depth) if self.init == "depth" else self.init
         return Gain(site.dim, init=init, spatial=site.spatial, role=Role("gain", rate=self.rate))
 
 
-def by_depth(branches: int) -> float:
+def init_for_depth(branches: int) -> float:
     """The paper's γ₀ for a network of so many branches, two to a transformer block."""
     if branches <= 36:
         return 0.1

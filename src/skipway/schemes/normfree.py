@@ -14,7 +14,7 @@ from skipway.nn.role import Role
 from skipway.nn.sequence import sequence
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.validation import number
+from skipway.validation import check_finite
 
 __all__ = ["NormFree"]
 
@@ -59,8 +59,8 @@ class NormFree(Scheme):
     source: ClassVar[str] = "Brock et al. 2021, eq. 1-2"
 
     def __post_init__(self) -> None:
-        number("alpha", self.alpha)
-        number("gain", self.gain)
+        check_finite("alpha", self.alpha)
+        check_finite("gain", self.gain)
 
     @property
     def silent(self) -> bool:
@@ -74,7 +74,7 @@ class NormFree(Scheme):
             linear=ScaledStandardLinear,
             norm=None,
             act=lambda: ScaledActivation(act()),
-            gate=None if gate is None else partial(doubled, gate),
+            gate=None if gate is None else partial(doubled_gate, gate),
         )
 
     def place(self, site: Site | None, placement: Placement) -> Placement:
@@ -87,6 +87,6 @@ class NormFree(Scheme):
         return Gain(init=self.gain, factor=self.alpha, role=Role("gain", rate=self.rate))
 
 
-def doubled(gate: Callable[[int], nn.Module], dim: int) -> nn.Module:
+def doubled_gate(gate: Callable[[int], nn.Module], dim: int) -> nn.Module:
     """A gate times 2: at the start σ(·) ≈ ½ would halve the branch."""
     return sequence(gate=gate(dim), twice=Multiply(2.0))

@@ -8,7 +8,7 @@ from torch import nn
 from skipway.nn import Cut
 from skipway.nn.site import Kind, Site
 from skipway.schemes.scheme import Scheme
-from skipway.validation import checked
+from skipway.validation import check_choice
 
 __all__ = ["Plain"]
 
@@ -43,7 +43,7 @@ class Plain(Scheme):
 
     def __post_init__(self) -> None:
         if self.kind is not None:
-            checked("kind", self.kind, get_args(Kind))
+            check_choice("kind", self.kind, get_args(Kind))
 
     def carry(self, site: Site, shortcut: nn.Module | None) -> nn.Module | None:
         return Cut() if self.kind in (None, site.kind) else shortcut

@@ -9,7 +9,7 @@ from skipway.nn.placement import Placement
 from skipway.nn.role import Role
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.validation import checked
+from skipway.validation import check_choice
 
 __all__ = ["ReZero"]
 
@@ -49,7 +49,7 @@ class ReZero(Scheme):
     source: ClassVar[str] = "Bachlechner et al. 2020, eq. 1"
 
     def __post_init__(self) -> None:
-        checked("norm", self.norm, ("keep", "remove"))
+        check_choice("norm", self.norm, ("keep", "remove"))
 
     @property
     def silent(self) -> bool:

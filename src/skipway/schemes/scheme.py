@@ -17,7 +17,7 @@ from skipway.nn.site import Site
 from skipway.registry import Registry, parse_spec
 from skipway.tracing.chain import Chain
 
-__all__ = ["Scheme", "Stack", "scheme", "schemes"]
+__all__ = ["Scheme", "Stack", "all_schemes", "parse_scheme"]
 
 REGISTRY: Registry[type[Scheme]] = Registry("scheme")
 
@@ -121,7 +121,7 @@ class Scheme:
         return Stack(members_of(self) + members_of(other))
 
     def __str__(self) -> str:
-        """The spec string: `scheme(str(s)) == s`."""
+        """The spec string: `parse_scheme(str(s)) == s`."""
         given = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
         return f"{type(self).__name__.lower()}({given})"
 
@@ -132,7 +132,7 @@ class Stack(Scheme):
 
     At most one member may be silent: two zero factors in one branch give exactly zero gradient for ever.
 
-    >>> str(scheme("preactivation + layerscale"))
+    >>> str(parse_scheme("preactivation + layerscale"))
     'preactivation() + layerscale(init=0.0001, rate=1.0)'
     """
 
@@ -165,10 +165,10 @@ class Stack(Scheme):
         return placement
 
     def enter(self, site: Site) -> nn.Module | None:
-        return in_a_row([member.enter(site) for member in self.members])
+        return chain_modules([member.enter(site) for member in self.members])
 
     def scale(self, site: Site) -> nn.Module | None:
-        return in_a_row([member.scale(site) for member in self.members])
+        return chain_modules([member.scale(site) for member in self.members])
 
     def carry(self, site: Site, shortcut: nn.Module | None) -> nn.Module | None:
         for member in self.members:
@@ -176,7 +176,7 @@ class Stack(Scheme):
         return shortcut
 
     def drop(self, site: Site) -> nn.Module | None:
-        return in_a_row([member.drop(site) for member in self.members])
+        return chain_modules([member.drop(site) for member in self.members])
 
     def init_(self, chain: Chain) -> None:
         for member in self.members:
@@ -191,7 +191,7 @@ def members_of(scheme: Scheme) -> tuple[Scheme, ...]:
     return scheme.members if isinstance(scheme, Stack) else (scheme,)
 
 
-def in_a_row(modules: list[nn.Module | None]) -> nn.Module | None:
+def chain_modules(modules: list[nn.Module | None]) -> nn.Module | None:
     """The present modules in a row; one stands alone, none is None."""
     present = [module for module in modules if module is not None]
     if len(present) <= 1:
@@ -199,21 +199,21 @@ def in_a_row(modules: list[nn.Module | None]) -> nn.Module | None:
     return nn.Sequential(*present)
 
 
-def schemes() -> dict[str, type[Scheme]]:
+def all_schemes() -> dict[str, type[Scheme]]:
     """All registered schemes by name, in the order of their definition.
 
-    >>> list(schemes())[:4]
+    >>> list(all_schemes())[:4]
     ['plain', 'identity', 'preactivation', 'zeroinit']
     """
     return dict(REGISTRY.entries)
 
 
-def scheme(spec: str | Scheme) -> Scheme:
+def parse_scheme(spec: str | Scheme) -> Scheme:
     """The scheme that a spec string describes; a scheme is returned as it is.
 
-    >>> scheme("layerscale(init=1e-5)")
+    >>> parse_scheme("layerscale(init=1e-5)")
     LayerScale(init=1e-05, rate=1.0)
-    >>> scheme("layerscal")
+    >>> parse_scheme("layerscal")
     Traceback (most recent call last):
     skipway.errors.SkipwayError: unknown scheme 'layerscal'; did you mean 'layerscale'?
 

@@ -8,7 +8,7 @@ from skipway.nn.kit import Kit
 from skipway.nn.role import Role
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
-from skipway.validation import checked, number
+from skipway.validation import check_choice, check_finite
 
 __all__ = ["SkipInit"]
 
@@ -51,8 +51,8 @@ class SkipInit(Scheme):
     source: ClassVar[str] = "De & Smith 2020, sec. 4"
 
     def __post_init__(self) -> None:
-        number("init", self.init, also="depth")
-        checked("norm", self.norm, ("keep", "remove"))
+        check_finite("init", self.init, also="depth")
+        check_choice("norm", self.norm, ("keep", "remove"))
 
     @property
     def silent(self) -> bool:

@@ -19,7 +19,7 @@ from skipway.nn.kit import Kit
 from skipway.nn.placement import POST_NORM, Placement
 from skipway.nn.site import Site
 from skipway.nn.tokens import Mlp
-from skipway.schemes import Scheme, scheme
+from skipway.schemes import Scheme, parse_scheme
 from skipway.schemes.initialisation import initialise_
 
 __all__ = ["Crossing", "block_chain", "cross"]
@@ -57,7 +57,7 @@ def block_chain(
     >>> round(cross(block_chain("rezero", 50)).forward, 3), round(cross(block_chain("fixup", 9)).backward, 3)
     (0.0, 0.0)
     """
-    chosen = scheme(dressing)
+    chosen = parse_scheme(dressing)
     linear = partial(Linear, initial=HeNormal("fan_in"))
     kit = Kit(conv=linear, linear=linear, norm=NORMS[norm], act=nn.ReLU)
     with torch.device("meta"):

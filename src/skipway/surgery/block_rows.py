@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from skipway.errors import SkipwayError
 from skipway.surgery.depth import blocks_of
 from skipway.surgery.preconditions import SEALED
-from skipway.tracing import Example, Program, untouched
+from skipway.tracing import Example, Program, preserved_state
 from skipway.tracing.example import call_model
 
 __all__ = ["Chained", "changed", "plain", "present", "rows_of"]
@@ -105,7 +105,7 @@ def visit(model: nn.Module, example: Example, blocks: Sequence[str]) -> tuple[di
         handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
         handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
     try:
-        with untouched(model), torch.no_grad():
+        with preserved_state(model), torch.no_grad():
             leaves = tree_flatten(call_model(model.eval(), example))[0]
     finally:
         for handle in handles:

@@ -16,8 +16,8 @@ from skipway.surgery.insertion_point import place_behind
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import admitted
 from skipway.surgery.verification import difference, outputs
-from skipway.tracing import Example, Program, untouched, watch
-from skipway.tracing.chain import Chain, WatchedConnection, chain_of
+from skipway.tracing import Example, Program, preserved_state, watch
+from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
 from skipway.tracing.example import call_model
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
@@ -51,7 +51,7 @@ def lesion(model: nn.Module, connections: Iterable[str], example: Example) -> Op
     """
     model = admitted(model)
     program = watch(model, example)
-    chain = chain_of(model, program)
+    chain = chain_from_program(model, program)
     known = {connection.name: connection for connection in chain}
     operation = Operation(model, f"lesion of {type(model).__name__}", {}, {}, {})
     before, touched = outputs(model, example), {}
@@ -81,7 +81,7 @@ def blocks_of(model: nn.Module, example: Example, program: Program | None = None
         example: what the model is called with.
         program: what it runs on it, where that was watched already.
     """
-    chain = chain_of(model, program or watch(model, example))
+    chain = chain_from_program(model, program or watch(model, example))
     owners = owned(chain)
     whole = [
         owner
@@ -103,7 +103,7 @@ def blocks_of(model: nn.Module, example: Example, program: Program | None = None
 
     handles = [model.get_submodule(name).register_forward_hook(watcher(name)) for name in whole]
     try:
-        with untouched(model), torch.no_grad():
+        with preserved_state(model), torch.no_grad():
             call_model(model.eval(), example)
     finally:
         for handle in handles:
@@ -208,7 +208,7 @@ def deepen(model: nn.Module, by: int, example: Example, *, tolerance: float = 1e
     if not 1 <= by <= len(blocks):
         raise SkipwayError(f"by={by}: {len(blocks)} blocks of {type(model).__name__} can be copied, so 1 to that")
     before = outputs(model, example)
-    owners = owned(chain_of(model, watch(model, example)))
+    owners = owned(chain_from_program(model, watch(model, example)))
     chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * by)] for number in range(by)]
     operation = Operation(model, f"{type(model).__name__} deepened by {by} blocks", {}, {}, {})
     try:

@@ -17,7 +17,7 @@ from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import admitted
 from skipway.surgery.verification import difference, outputs
 from skipway.tracing import Example, watch
-from skipway.tracing.chain import chain_of
+from skipway.tracing.chain import chain_from_program
 
 __all__ = ["fold_gains"]
 
@@ -95,7 +95,7 @@ def hosts_of(model: nn.Module, example: Example) -> dict[str, str]:
     """For a module behind which a branch is multiplied, the norm or map that makes what passes it."""
     program = watch(model, example)
     found = {}
-    for connection in chain_of(model, program):
+    for connection in chain_from_program(model, program):
         place = place_behind(model, program, connection)
         host = connection.seen.closing or connection.seen.last
         if isinstance(place, Place) and host is not None:

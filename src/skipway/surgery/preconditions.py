@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from skipway.errors import SkipwayError
-from skipway.tracing import Example, Program, untouched, unwrapped
+from skipway.tracing import Example, Program, preserved_state, unwrap
 from skipway.tracing.example import call_model
-from skipway.tracing.watch import Recorder, on_meta, refuse_scripted
+from skipway.tracing.watch import Recorder, copy_to_meta, refuse_scripted
 
 __all__ = ["SEALED", "admitted", "refuse_branching"]
 
@@ -29,7 +29,7 @@ def admitted(model: nn.Module) -> nn.Module:
     Linear(in_features=2, out_features=2, bias=True)
     """
     refuse_scripted(model)
-    model = unwrapped(model)
+    model = unwrap(model)
     for name, module in model.named_modules():
         where = name or "the model"
         if is_quantised(module):
@@ -67,7 +67,7 @@ def refuse_branching(model: nn.Module, example: Example, operation: str, program
     else:
         readers = []
         with suppress(Exception):  # on the meta device there is no value to read
-            readers = readers_of(on_meta(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example))
+            readers = readers_of(copy_to_meta(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example))
     if readers:
         kind = type(model.get_submodule(readers[0])).__name__
         raise SkipwayError(
@@ -79,7 +79,7 @@ def refuse_branching(model: nn.Module, example: Example, operation: str, program
 
 def readers_of(model: nn.Module, example: Example) -> list[str]:
     recorder = Recorder(model, example)
-    with suppress(Exception), untouched(model), torch.no_grad(), ExitStack() as stack:
+    with suppress(Exception), preserved_state(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(recorder.modules.following())
         stack.enter_context(recorder)
         call_model(model.eval(), example)

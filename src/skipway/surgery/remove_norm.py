@@ -14,9 +14,9 @@ from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import admitted, refuse_branching
 from skipway.surgery.rescheme import rescheme
 from skipway.surgery.verification import difference, outputs
-from skipway.tracing import Example, Program, untouched, watch
+from skipway.tracing import Example, Program, preserved_state, watch
 from skipway.tracing.example import call_model
-from skipway.validation import checked
+from skipway.validation import check_choice
 
 __all__ = ["remove_norm"]
 
@@ -60,7 +60,7 @@ def remove_norm(
     Identity()
     """
     model = admitted(model)
-    checked("how", how, get_args(How))
+    check_choice("how", how, get_args(How))
     names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     norms = [name for name in names if model.get_submodule(name).running_mean is not None]
     if not norms:
@@ -188,7 +188,7 @@ def recalibrate(model: nn.Module, norms: list[str], example: Example) -> Callabl
     statistics: list[tuple[Tensor, Tensor]] = []
     for module in modules:
         module.momentum = 1.0  # type: ignore[assignment]
-    with untouched(model), torch.no_grad():
+    with preserved_state(model), torch.no_grad():
         model.train()
         call_model(model, example)
         statistics = [(m.running_mean.clone(), m.running_var.clone()) for m in modules]  # type: ignore[operator, union-attr]

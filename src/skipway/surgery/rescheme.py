@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.nn import Gain, Multiply
 from skipway.schemes.scheme import Scheme
-from skipway.schemes.scheme import scheme as read_scheme
+from skipway.schemes.scheme import parse_scheme as read_scheme
 from skipway.surgery.insertion import behind, on_slow_path
 from skipway.surgery.insertion_point import Place, place_behind
 from skipway.surgery.operation import Operation
@@ -22,7 +22,7 @@ from skipway.surgery.preconditions import admitted
 from skipway.surgery.transfer import Inside, inside_of, put_inside, step_over, takes_step
 from skipway.surgery.verification import difference, outputs
 from skipway.tracing import Example, Program, watch
-from skipway.tracing.chain import Chain, WatchedConnection, chain_of
+from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
 
 __all__ = ["rescheme"]
 
@@ -87,7 +87,7 @@ def rescheme(
     dressing = read_scheme(scheme)
     model = admitted(model)
     program = watch(model, example)
-    chain = chain_of(model, program)
+    chain = chain_from_program(model, program)
     if not chain:
         raise SkipwayError(
             f"{type(model).__name__} has no residual connection: of its additions {len(chain.refused)} were looked at "

@@ -20,7 +20,7 @@ from skipway.surgery.preconditions import admitted, refuse_branching
 from skipway.surgery.recompute import Draws, Parts, again, autocasting, precision
 from skipway.surgery.saved_tensors import saved_bytes
 from skipway.surgery.verification import difference, outputs
-from skipway.tracing import Example, untouched, watch
+from skipway.tracing import Example, preserved_state, watch
 from skipway.tracing.example import call_model
 
 __all__ = ["reversible"]
@@ -131,7 +131,7 @@ def reversible(model: nn.Module, example: Example, *, preserve: bool = True, tol
 def gradients(model: nn.Module, example: Example) -> list[Tensor]:
     """Those of the mean square of what the model puts out in training mode, all in one row."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with untouched(model), torch.enable_grad():
+    with preserved_state(model), torch.enable_grad():
         leaves = tree_flatten(call_model(model.train(), example))[0]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not trained or not tensors:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.tracing import Example, untouched
+from skipway.tracing import Example, preserved_state
 from skipway.tracing.example import call_model
 
 __all__ = ["Costs", "Saved", "costs_of", "saved_bytes"]
@@ -101,7 +101,7 @@ def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple
         handles.append(module.register_forward_pre_hook(partial(enter, name)))
         handles.append(module.register_forward_hook(saved.leave, always_call=True))
     try:
-        with untouched(model), torch.enable_grad(), saved.counting():
+        with preserved_state(model), torch.enable_grad(), saved.counting():
             call_model(model.train(), example)
     finally:
         for handle in handles:

@@ -15,8 +15,8 @@ from skipway.errors import CheckpointError
 from skipway.surgery.operation import Operation
 from skipway.surgery.rescheme import Preserve, rescheme
 from skipway.tracing import Example
-from skipway.weights import read
-from skipway.zoo import Loaded, Wanted, load_model
+from skipway.weights import read_weights
+from skipway.zoo import LoadedModel, ModelRequest, load_model
 
 __all__ = ["DESCRIPTION", "WEIGHTS", "Description", "example_of", "fill", "rebuild"]
 
@@ -64,17 +64,17 @@ class Description:
             ) from problem
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> ModelRequest:
         """What its source is asked for."""
-        return Wanted(depth=self.options.get("depth"), classes=self.options.get("classes"), shape=self.input)
+        return ModelRequest(depth=self.options.get("depth"), classes=self.options.get("classes"), shape=self.input)
 
-    def operate(self, loaded: Loaded, *, tolerance: float = 1e-5) -> Operation:
+    def operate(self, loaded: LoadedModel, *, tolerance: float = 1e-5) -> Operation:
         """Dress a network as this says."""
         example = example_of(loaded)
         return rescheme(loaded.model, self.scheme, example, preserve=self.preserve, tolerance=tolerance)
 
 
-def example_of(loaded: Loaded) -> Example:
+def example_of(loaded: LoadedModel) -> Example:
     """One random sample, or the inputs that the source brought along."""
     batch = loaded.batch
     if batch is None:
@@ -90,7 +90,7 @@ def fill(model: nn.Module, path: Path) -> None:
         CheckpointError: a key is missing, too much, or of another shape; the model may be half filled.
     """
     try:
-        model.load_state_dict(read(path))
+        model.load_state_dict(read_weights(path))
     except RuntimeError as problem:
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {problem}") from problem
 

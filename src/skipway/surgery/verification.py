@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from skipway.tracing import Example, untouched
+from skipway.tracing import Example, preserved_state
 from skipway.tracing.example import call_model
 
 __all__ = ["difference", "outputs"]
@@ -16,7 +16,7 @@ __all__ = ["difference", "outputs"]
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """The tensors that the model puts out in evaluation mode."""
-    with untouched(model), torch.no_grad():
+    with preserved_state(model), torch.no_grad():
         output = call_model(model.eval(), example)
     found = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
     # an object that is no tree

@@ -2,22 +2,22 @@
 
 from skipway.tracing.example import Example, as_batch, as_example, call_model
 from skipway.tracing.program import Program, Value
-from skipway.tracing.residual_adds import REASONS, Refusal, Scale, Sum, read_sums
-from skipway.tracing.watch import untouched, unwrapped, watch
+from skipway.tracing.residual_adds import REASONS, BranchScale, Refusal, ResidualAdd, find_residual_adds
+from skipway.tracing.watch import preserved_state, unwrap, watch
 
 __all__ = [
     "REASONS",
+    "BranchScale",
     "Example",
     "Program",
     "Refusal",
-    "Scale",
-    "Sum",
+    "ResidualAdd",
     "Value",
     "as_batch",
     "as_example",
     "call_model",
-    "read_sums",
-    "untouched",
-    "unwrapped",
+    "find_residual_adds",
+    "preserved_state",
+    "unwrap",
     "watch",
 ]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.nn import Branch, Classifier, LinearMap, Residual
 from skipway.nn.site import Site
-from skipway.tracing import Example, Program, Refusal, Sum, read_sums, unwrapped, watch
+from skipway.tracing import Example, Program, Refusal, ResidualAdd, find_residual_adds, unwrap, watch
 
-__all__ = ["Chain", "Connection", "WatchedConnection", "chain", "chain_of"]
+__all__ = ["Chain", "Connection", "WatchedConnection", "chain", "chain_from_program"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class WatchedConnection:
 
     name: str
     site: Site
-    seen: Sum
+    seen: ResidualAdd
     model: nn.Module = field(repr=False)
 
     @property
@@ -202,7 +202,7 @@ def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection]
     """
     if example is not None:
         program = watch(model, example)
-        return chain_of(unwrapped(model), program)
+        return chain_from_program(unwrap(model), program)
     named = [(name, module) for name, module in model.named_modules() if isinstance(module, Residual)]
     if not named:
         raise SkipwayError(
@@ -210,15 +210,15 @@ def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection]
             "example of what it is called with, and they are found by watching: chain(model, example)"
         )
     connections = [
-        Connection(name, module, place(module, index, len(named))) for index, (name, module) in enumerate(named)
+        Connection(name, module, site_in_chain(module, index, len(named))) for index, (name, module) in enumerate(named)
     ]
     classifiers = [module for module in model.modules() if isinstance(module, Classifier)]
     return Chain(model, connections, LinearMap(classifiers[-1]) if classifiers else None)
 
 
-def chain_of(model: nn.Module, program: Program) -> Chain[WatchedConnection]:
+def chain_from_program(model: nn.Module, program: Program) -> Chain[WatchedConnection]:
     """The chain of a model whose forward pass was watched."""
-    sums, refused = read_sums(program)
+    sums, refused = find_residual_adds(program)
     connections, since = [], 0
     for index, seen in enumerate(sums):
         since = 0 if seen.skip == "projection" else since
@@ -229,7 +229,7 @@ def chain_of(model: nn.Module, program: Program) -> Chain[WatchedConnection]:
     return Chain(model, connections, None if owner is None else LinearMap(model.get_submodule(owner)), refused)
 
 
-def site_of(model: nn.Module, seen: Sum, index: int, depth: int, since: int) -> Site:
+def site_of(model: nn.Module, seen: ResidualAdd, index: int, depth: int, since: int) -> Site:
     """The place of a watched connection; its channels are on the axis that is as long as the last map is wide."""
     spatial = 2 if len(seen.shape) == 4 and seen.kind == "conv" else 0
     weight = getattr(model.get_submodule(seen.last), "weight", None) if seen.last is not None else None
@@ -240,7 +240,7 @@ def site_of(model: nn.Module, seen: Sum, index: int, depth: int, since: int) -> 
     return Site(dim=dim, index=index, depth=depth, since=since, spatial=spatial, kind=seen.kind)
 
 
-def place(residual: Residual, index: int, depth: int) -> Site:
+def site_in_chain(residual: Residual, index: int, depth: int) -> Site:
     """The site of a connection: its own where that agrees with the chain, else one counted from the chain."""
     own = residual.site
     if own is not None and (own.index, own.depth) == (index, depth):

@@ -10,10 +10,10 @@ from typing import Literal
 from skipway.tracing.operators import Part
 from skipway.tracing.program import Program, Value
 
-__all__ = ["REASONS", "Placing", "Reason", "Refusal", "Scale", "Skip", "Sum", "read_sums"]
+__all__ = ["REASONS", "BranchScale", "NormPosition", "Reason", "Refusal", "ResidualAdd", "Skip", "find_residual_adds"]
 
 Skip = Literal["identity", "pooled", "projection"]
-Placing = Literal["pre", "inside", "end", "post"]
+NormPosition = Literal["pre", "inside", "end", "post"]
 Reason = Literal["constant", "attention", "broadcast", "hierarchical", "pyramid", "parallel", "rotary", "unrelated"]
 
 REASONS: dict[Reason, str] = {
@@ -34,7 +34,7 @@ WORK: frozenset[str] = NONLINEAR | {"map", "norm", "pool", "mean"}
 
 
 @dataclass(frozen=True)
-class Scale:
+class BranchScale:
     """What multiplies a branch behind all of its work, LayerScale or SkipInit say.
 
     Args:
@@ -47,7 +47,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Sum:
+class ResidualAdd:
     """An addition that is a residual connection: y = x + F(x).
 
     Args:
@@ -78,10 +78,10 @@ class Sum:
     shortcut: tuple[str, ...]
     maps: tuple[str, ...]
     modules: tuple[str, ...]
-    norms: tuple[Placing, ...]
+    norms: tuple[NormPosition, ...]
     closing: str | None
     last: str | None
-    scale: Scale | None
+    scale: BranchScale | None
     shape: tuple[int, ...]
     kind: Literal["attention", "conv", "mlp"]
     numbers: tuple[int, int, int, int]
@@ -105,9 +105,9 @@ class Refusal:
         return f"{self.owner or 'the model'}: {REASONS[self.reason]}"
 
 
-def read_sums(program: Program) -> tuple[list[Sum], list[Refusal]]:
+def find_residual_adds(program: Program) -> tuple[list[ResidualAdd], list[Refusal]]:
     """All additions of a program: the residual connections in order, and the refused with their reasons."""
-    reader = Reader(program)
+    reader = AddClassifier(program)
     refused: list[Refusal] = []
     for value in program.values:
         if not value.signal:
@@ -127,7 +127,7 @@ def is_tensor_sum(program: Program, value: Value) -> bool:
 
 
 @dataclass(frozen=True)
-class Way:
+class SkipPath:
     """From a side of a sum back to the tensor `start` that the other side was computed from too."""
 
     start: int
@@ -135,7 +135,7 @@ class Way:
 
     @property
     def skip(self) -> Skip:
-        parts = {part(value) for value in self.crossed}
+        parts = {effective_part(value) for value in self.crossed}
         return (
             "projection" if parts & {"map", "norm"} else "pooled" if parts & {"pool", "mean", "stride"} else "identity"
         )
@@ -143,19 +143,19 @@ class Way:
     @property
     def weight(self) -> int:
         """How much is done on the way; the skip is the side on which less is done."""
-        return sum(part(value) in {"map", "norm", "pool", "mean"} for value in self.crossed)
+        return sum(effective_part(value) in {"map", "norm", "pool", "mean"} for value in self.crossed)
 
 
-def part(value: Value) -> Part:
+def effective_part(value: Value) -> Part:
     return "norm" if value.norm is not None else value.part
 
 
-class Reader:
+class AddClassifier:
     """Judges the additions of a program, in order."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.found: list[tuple[Value, int, int, Way]] = []
+        self.found: list[tuple[Value, int, int, SkipPath]] = []
         self.skips: dict[int, int] = {}  # accepted sums, with the skip operand that a walk goes on with
 
     def judge(self, value: Value) -> Reason | None:
@@ -180,11 +180,11 @@ class Reader:
         """The two operands; an addition in place reads its own old value first."""
         return value.operands[0], value.operands[1]
 
-    def objection(self, value: Value, way: Way, skip: int, branch: int) -> Reason | None:
+    def objection(self, value: Value, way: SkipPath, skip: int, branch: int) -> Reason | None:
         """What speaks against a sum one side of which can be walked back to what the other was computed from."""
         program = self.program
         crossed = list(program.between(way.start, branch))
-        parts = {part(member) for member in crossed}
+        parts = {effective_part(member) for member in crossed}
         if not parts & WORK:
             return "rotary"
         if way.skip != "projection":
@@ -200,7 +200,7 @@ class Reader:
         if not parts & NONLINEAR or self.is_local_encoding(value, way, parts):
             return "parallel"
         activated = any(member.part == "nonlinear" for member in way.crossed)
-        if activated and sum(part(member) == "map" for member in crossed) <= 1:
+        if activated and sum(effective_part(member) == "map" for member in crossed) <= 1:
             return "parallel"
         return None
 
@@ -211,16 +211,16 @@ class Reader:
         sides = [{number, *self.program.ancestry(number).since(0)} for number in (first, second)]
         shared = sides[0] & sides[1]
         own = [[self.program[number] for number in side - shared] for side in sides]
-        sizes = [max((area(member) for member in members), default=0) for members in own]
+        sizes = [max((spatial_size(member) for member in members), default=0) for members in own]
         if any(member.part == "upsample" for members in own for member in members) or sizes[0] != sizes[1]:
             return "pyramid"
         latest = max(shared, default=-1)
-        members = [member for side in own for member in side if part(member) not in CARRYING]
+        members = [member for side in own for member in side if effective_part(member) not in CARRYING]
         at_home = all(self.belongs(member, owner) for member in members)
         since = all(member.number > latest for member in members)
         return "parallel" if shared and (at_home or since) else "unrelated"
 
-    def way(self, side: int, other: int) -> Way | None:
+    def way(self, side: int, other: int) -> SkipPath | None:
         """Back from `side` through carrying, pooling, norms and linear maps to what `other` was computed from."""
         program, crossed = self.program, []
         here = side
@@ -230,7 +230,11 @@ class Reader:
                 before = self.before_norm(value)
             elif value.number in self.skips:
                 before = self.skips[value.number]
-            elif part(value) in LINEAR or part(value) in {"mean", "upsample"} or self.is_own_activation(value):
+            elif (
+                effective_part(value) in LINEAR
+                or effective_part(value) in {"mean", "upsample"}
+                or self.is_own_activation(value)
+            ):
                 signals = program.signals(value)
                 before = signals[0] if len(signals) == 1 else None
             else:
@@ -239,12 +243,12 @@ class Reader:
                 return None
             crossed.append(value)
             here = before
-        return Way(here, tuple(reversed(crossed)))
+        return SkipPath(here, tuple(reversed(crossed)))
 
     def is_own_activation(self, value: Value) -> bool:
         """Whether this is the activation of a norm-activation-map shortcut with a norm of its own (DPN's, say)."""
         signals = self.program.signals(value)
-        return value.part == "nonlinear" and len(signals) == 1 and part(self.program[signals[0]]) == "norm"
+        return value.part == "nonlinear" and len(signals) == 1 and effective_part(self.program[signals[0]]) == "norm"
 
     def before_norm(self, value: Value) -> int | None:
         """The one tensor that went into the norm that `value` belongs to."""
@@ -280,14 +284,14 @@ class Reader:
                 found.update(value.operands)
         return frozenset(found)
 
-    def reads_other_slices(self, way: Way, branch: int) -> bool:
+    def reads_other_slices(self, way: SkipPath, branch: int) -> bool:
         """Whether the skip is a slice of a tensor of which the branch reads nothing but other slices."""
         if not any(value.part == "slice" for value in way.crossed):
             return False
         users = [user for user in self.program.users[way.start] if user == branch or self.program.depends(branch, user)]
         return all(self.program[user].part == "slice" for user in users)
 
-    def is_local_encoding(self, value: Value, way: Way, parts: set[Part]) -> bool:
+    def is_local_encoding(self, value: Value, way: SkipPath, parts: set[Part]) -> bool:
         """Whether the skip is a map beside attention that changes no shape: a local position encoding."""
         if not parts & {"product", "softmax"} or self.program[way.start].numel != value.numel:
             return False
@@ -299,7 +303,7 @@ class Reader:
             for member in self.program.between(way.start, value.number)
         )
 
-    def finish(self) -> list[Sum]:
+    def finish(self) -> list[ResidualAdd]:
         """The connections in order, each described."""
         counts: dict[str, int] = {}
         totals: dict[str, int] = {}
@@ -312,17 +316,17 @@ class Reader:
             sums.append(self.describe(value, skip, branch, way, value.owner + number))
         return sums
 
-    def describe(self, value: Value, skip: int, branch: int, way: Way, name: str) -> Sum:
+    def describe(self, value: Value, skip: int, branch: int, way: SkipPath, name: str) -> ResidualAdd:
         program = self.program
         crossed = list(program.between(way.start, branch))
-        maps = [member for member in crossed if part(member) == "map"]
+        maps = [member for member in crossed if effective_part(member) == "map"]
         last = self.closing(branch, way.start)
-        closing = last if last is not None and part(last) == "norm" else None
+        closing = last if last is not None and effective_part(last) == "norm" else None
         last_map = self.last_map(branch, way.start)
         joined = any(member.part == "join" for member in self.tail(branch, way.start))
         # what is added inside of a norm (global response normalisation) has no norms of its own
         placings = self.placings(value, way, crossed, closing) if value.norm is None else ()
-        return Sum(
+        return ResidualAdd(
             name=name,
             owner=value.owner,
             call=value.call,
@@ -330,9 +334,9 @@ class Reader:
             skip=way.skip,
             carry=tuple(sorted(set().union(*(self.factors(member) for member in way.crossed)))),
             shortcut=unique(
-                self.program.weight_owner(member) if part(member) == "map" else member.norm or member.owner
+                self.program.weight_owner(member) if effective_part(member) == "map" else member.norm or member.owner
                 for member in way.crossed
-                if part(member) in {"map", "norm"}
+                if effective_part(member) in {"map", "norm"}
             ),
             maps=unique(self.program.weight_owner(member) for member in maps),
             modules=unique(member.owner for member in crossed),
@@ -372,36 +376,38 @@ class Reader:
 
     def closing(self, branch: int, start: int) -> Value | None:
         """The last map or norm of a branch."""
-        return next((value for value in self.back(branch, start) if part(value) in {"map", "norm"}), None)
+        return next((value for value in self.back(branch, start) if effective_part(value) in {"map", "norm"}), None)
 
     def tail(self, branch: int, start: int) -> Iterator[Value]:
         """What stands behind the last map or norm of a branch."""
         for value in self.back(branch, start):
-            if part(value) in {"map", "norm"}:
+            if effective_part(value) in {"map", "norm"}:
                 return
             yield value
 
     def last_map(self, branch: int, start: int) -> Value | None:
-        return next((value for value in self.back(branch, start) if part(value) == "map"), None)
+        return next((value for value in self.back(branch, start) if effective_part(value) == "map"), None)
 
-    def scale(self, branch: int, start: int) -> Scale | None:
+    def scale(self, branch: int, start: int) -> BranchScale | None:
         """The first multiplication by a parameter, coming from the end, before any work."""
         for value in self.back(branch, start):
-            if part(value) == "scale" and self.factors(value):
+            if effective_part(value) == "scale" and self.factors(value):
                 constants = [self.program[o] for o in value.operands if not self.program[o].signal]
-                return Scale(tuple(sorted(value.parameters)), any(constant.numel > 1 for constant in constants))
-            if part(value) not in CARRYING | {"join"} and value.operator != "sum":
+                return BranchScale(tuple(sorted(value.parameters)), any(constant.numel > 1 for constant in constants))
+            if effective_part(value) not in CARRYING | {"join"} and value.operator != "sum":
                 return None
         return None
 
-    def placings(self, value: Value, way: Way, crossed: list[Value], closing: Value | None) -> tuple[Placing, ...]:
+    def placings(
+        self, value: Value, way: SkipPath, crossed: list[Value], closing: Value | None
+    ) -> tuple[NormPosition, ...]:
         program = self.program
-        found: list[Placing] = []
+        found: list[NormPosition] = []
         members = {member.number for member in crossed}
         if self.starts_with_norm(way, members, value.owner):
             found.append("pre")
-        numbers = [member.number for member in crossed if part(member) == "map"]
-        norms = [member.number for member in crossed if part(member) == "norm"]
+        numbers = [member.number for member in crossed if effective_part(member) == "map"]
+        norms = [member.number for member in crossed if effective_part(member) == "norm"]
         if numbers and any(
             any(program.depends(norm, early) for early in numbers)
             and any(program.depends(late, norm) for late in numbers)
@@ -414,35 +420,35 @@ class Reader:
             found.append("post")
         return tuple(found)
 
-    def is_first(self, norm: Value, way: Way, members: set[int]) -> bool:
+    def is_first(self, norm: Value, way: SkipPath, members: set[int]) -> bool:
         """Whether a branch has but this one norm, so that it starts with it and does not end with it."""
         before = self.before_norm(norm)
         return before is not None and (before == way.start or before not in members or self.only_carried(before, way))
 
-    def only_carried(self, number: int, way: Way) -> bool:
-        return all(part(member) in CARRYING for member in self.program.between(way.start, number))
+    def only_carried(self, number: int, way: SkipPath) -> bool:
+        return all(effective_part(member) in CARRYING for member in self.program.between(way.start, number))
 
     def belongs(self, value: Value, owner: str) -> bool:
         """Whether a value was made in the module at `owner`, or in one of its parts."""
         return not owner or value.owner == owner or value.owner.startswith(owner + ".")
 
-    def starts_with_norm(self, way: Way, members: set[int], owner: str) -> bool:
+    def starts_with_norm(self, way: SkipPath, members: set[int], owner: str) -> bool:
         """Whether all that the branch does to x begins with a norm; x itself may be one that the skip reads too."""
         program = self.program
         entries, waiting = [], [way.start]
         while waiting:
             for user in program.users[waiting.pop()]:
                 if user in members:
-                    (waiting if part(program[user]) in CARRYING else entries).append(user)
-        if entries and all(part(program[entry]) == "norm" for entry in entries):
+                    (waiting if effective_part(program[user]) in CARRYING else entries).append(user)
+        if entries and all(effective_part(program[entry]) == "norm" for entry in entries):
             return True
         here = program[way.start]
-        while way.skip == "projection" and part(here) in {"nonlinear", "carry", "scale"}:
+        while way.skip == "projection" and effective_part(here) in {"nonlinear", "carry", "scale"}:
             signals = program.signals(here)
             if len(signals) != 1:
                 return False
             here = program[signals[0]]
-        return way.skip == "projection" and part(here) == "norm" and self.belongs(here, owner)
+        return way.skip == "projection" and effective_part(here) == "norm" and self.belongs(here, owner)
 
     def is_normed_after(self, value: Value) -> bool:
         """Whether the sum passes a norm before it is the stream again: all that reads it is a norm, and a later
@@ -450,7 +456,7 @@ class Reader:
         """
         program = self.program
         readers = [user for user in program.users[value.number] if program[user].signal and not program[user].output]
-        norms = [user for user in readers if part(program[user]) == "norm"]
+        norms = [user for user in readers if effective_part(program[user]) == "norm"]
         if not norms or len(norms) != len(readers):
             return False
         number = norms[-1]
@@ -481,7 +487,7 @@ SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
 
 def kind_of(crossed: list[Value]) -> Literal["attention", "conv", "mlp"]:
     """Attention where a softmax or a product of matrices is crossed, convolutional where a convolution is."""
-    parts = {part(value) for value in crossed}
+    parts = {effective_part(value) for value in crossed}
     if "softmax" in parts or any(value.part == "product" and value.operator in {"bmm", "mm"} for value in crossed):
         return "attention"
     return "conv" if any("conv" in value.operator for value in crossed) else "mlp"
@@ -491,6 +497,6 @@ def unique(names: Iterator[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def area(value: Value) -> int:
+def spatial_size(value: Value) -> int:
     """Positions of a map (N, C, H, W); 0 of anything else."""
     return value.shape[2] * value.shape[3] if len(value.shape) == 4 else 0

@@ -19,7 +19,7 @@ from skipway.tracing.example import Example, as_example, call_model
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
 
-__all__ = ["ADDITIONS", "on_meta", "untouched", "unwrapped", "watch"]
+__all__ = ["ADDITIONS", "copy_to_meta", "preserved_state", "unwrap", "watch"]
 
 # one addition under its many names (P20)
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
@@ -50,11 +50,11 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
         SkipwayError: the forward pass failed; says with what.
     """
     refuse_scripted(model)
-    model, example = unwrapped(model), as_example(example)
+    model, example = unwrap(model), as_example(example)
     try:
-        copied = on_meta(model)
+        copied = copy_to_meta(model)
         given = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example)
-        program = record(copied.train(training), given)
+        program = record_program(copied.train(training), given)
         program.on_meta = True
         return program
     except Exception as problem:  # whatever a stranger's model raises on the meta device
@@ -64,8 +64,8 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
             f"{type(model).__name__} cannot be watched on the meta device ({first}); give a model with real weights"
         ) from first
     try:
-        with untouched(model):
-            return record(model.train(training), example)
+        with preserved_state(model):
+            return record_program(model.train(training), example)
     except Exception as second:
         raise SkipwayError(
             f"{type(model).__name__} fails on this example: {type(second).__name__}: {second}; the example has to be "
@@ -74,12 +74,12 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
         ) from second
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The module behind `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
     if type(model).__name__ not in {"OptimizedModule", "DataParallel", "DistributedDataParallel"}:
         return model
     inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 def refuse_scripted(model: nn.Module) -> None:
@@ -91,7 +91,7 @@ def refuse_scripted(model: nn.Module) -> None:
             )
 
 
-def on_meta(model: nn.Module) -> nn.Module:
+def copy_to_meta(model: nn.Module) -> nn.Module:
     """A copy of the model whose tensors have shapes but no values."""
     memo: dict[int, Any] = {}
     modules = list(model.modules())
@@ -108,15 +108,17 @@ def on_meta(model: nn.Module) -> nn.Module:
             elif is_frozen(tensor):
                 memo[id(tensor)] = tensor
     shells = [
-        (module, memo.setdefault(id(module), object.__new__(type(module)))) for module in modules if plain(module)
+        (module, memo.setdefault(id(module), object.__new__(type(module))))
+        for module in modules
+        if has_default_copy(module)
     ]
     for module, shell in shells:
         for name, value in module.__dict__.items():
             table = value if name in TABLES or (isinstance(value, dict) and not value) else None
             if table is not None:
-                shell.__dict__[name] = type(table)((key, copied(held, memo)) for key, held in table.items())
+                shell.__dict__[name] = type(table)((key, copy_value(held, memo)) for key, held in table.items())
             else:
-                shell.__dict__[name] = copied(value, memo)
+                shell.__dict__[name] = copy_value(value, memo)
     return copy.deepcopy(model, memo)
 
 
@@ -124,7 +126,7 @@ TABLES = frozenset({"_parameters", "_buffers", "_modules"})
 ATOMS = (bool, int, float, str, type(None))
 
 
-def copied(value: Any, memo: dict[int, Any]) -> Any:
+def copy_value(value: Any, memo: dict[int, Any]) -> Any:
     """A deep copy, without asking `copy` for what is known or cannot be written into."""
     if type(value) in ATOMS:
         return value
@@ -132,7 +134,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo) if known is None else known
 
 
-def plain(module: nn.Module) -> bool:
+def has_default_copy(module: nn.Module) -> bool:
     """Whether nothing but a module's `__dict__` is to be copied: deepcopy asks for that a hundred times a block."""
     kind = type(module)
     asked = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__slots__")
@@ -146,7 +148,7 @@ def is_frozen(value: object) -> bool:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def preserved_state(model: nn.Module) -> Iterator[None]:
     """Whatever a forward pass changes is put back: buffers, the mode of every module, the random state."""
     modules = list(model.modules())  # walked once: of thousands of modules that takes as long as a forward pass
     modes = [module.training for module in modules]
@@ -170,7 +172,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(old)
 
 
-def record(model: nn.Module, example: Example) -> Program:
+def record_program(model: nn.Module, example: Example) -> Program:
     """Run the model on the example under the watch."""
     recorder = Recorder(model, example)
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -1,26 +1,26 @@
 """Weights of ours and of other libraries: declarative key maps, read both ways, strict."""
 
 from skipway.weights import cait, convnext, resnet, swin, vit
-from skipway.weights.files import read
-from skipway.weights.keymap import Convert, KeyMap, Rule, rule
-from skipway.weights.loader import Report, Source, export_names, load, match
-from skipway.weights.tables import register
+from skipway.weights.files import read_weights
+from skipway.weights.keymap import Convert, KeyMap, KeyRule, module_rule
+from skipway.weights.loader import LoadReport, Source, export_names, load, match
+from skipway.weights.tables import register_keymap
 
 __all__ = [
     "Convert",
     "KeyMap",
-    "Report",
-    "Rule",
+    "KeyRule",
+    "LoadReport",
     "Source",
     "cait",
     "convnext",
     "export_names",
     "load",
     "match",
-    "read",
-    "register",
+    "module_rule",
+    "read_weights",
+    "register_keymap",
     "resnet",
-    "rule",
     "swin",
     "vit",
 ]

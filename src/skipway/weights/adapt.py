@@ -58,7 +58,7 @@ class Change:
         return bool(self.fresh or self.resampled or self.left_out)
 
 
-def classes(misfit: Misfit) -> Change:
+def adapt_classes(misfit: Misfit) -> Change:
     """The classifier keeps its fresh start where the file's has another number of classes, or the file has none."""
     change = Change()
     for name, module in misfit.model.named_modules():
@@ -72,7 +72,7 @@ def classes(misfit: Misfit) -> Change:
     return change
 
 
-def size(misfit: Misfit) -> Change:
+def adapt_size(misfit: Misfit) -> Change:
     """Tables of positions are resampled, by the modules that own them: `resampled(name, tensor)`, None if it cannot."""
     change = Change()
     for ours, found in misfit.misshapen.items():
@@ -85,7 +85,7 @@ def size(misfit: Misfit) -> Change:
     return change
 
 
-def depth(misfit: Misfit) -> Change:
+def adapt_depth(misfit: Misfit) -> Change:
     """Connections that the file lacks keep their start, those that the model lacks are left out; some have to fit."""
     change = Change()
     if not any(isinstance(module, Residual) for module in misfit.model.modules()):
@@ -98,7 +98,7 @@ def depth(misfit: Misfit) -> Change:
     for name, keys in inside.items():
         if keys and all(key in misfit.missing for key in keys):
             change.fresh.extend(key for key in misfit.missing if key.startswith(f"{name}."))
-    numberless = {template(name) for name in names}
+    numberless = {numberless_name(name) for name in names}
     for theirs in misfit.unexpected:
         candidates = (ours for row in misfit.keymap.rules if (ours := row.to_ours(theirs)) is not None)
         if any(elsewhere(ours, names, numberless) for ours in candidates):
@@ -110,15 +110,15 @@ def elsewhere(ours: str, names: set[str], numberless: set[str]) -> bool:
     """Whether a key belongs to a connection that the model lacks, though it has such with other numbers."""
     parts = ours.split(".")
     owners = (".".join(parts[:length]) for length in range(1, len(parts)))
-    return any(owner not in names and template(owner) in numberless for owner in owners)
+    return any(owner not in names and numberless_name(owner) in numberless for owner in owners)
 
 
-def template(name: str) -> str:
+def numberless_name(name: str) -> str:
     """A path without its numbers."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
 
 
-CHOICES: dict[str, Callable[[Misfit], Change]] = {"classes": classes, "size": size, "depth": depth}
+CHOICES: dict[str, Callable[[Misfit], Change]] = {"classes": adapt_classes, "size": adapt_size, "depth": adapt_depth}
 
 
 def read_choices(adapt: Iterable[str]) -> frozenset[str]:

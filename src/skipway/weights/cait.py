@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from skipway.models.cait import CaiT
-from skipway.weights.keymap import KeyMap, Rule, rule
-from skipway.weights.tables import register
+from skipway.weights.keymap import KeyMap, KeyRule, module_rule
+from skipway.weights.tables import register_keymap
 
 __all__: list[str] = []
 
@@ -23,19 +23,19 @@ BLOCK = (
 )
 SIDES = (("blocks.{i}", "blocks.{i}"), ("class_blocks.{i}", "blocks_token_only.{i}"))
 
-register(
+register_keymap(
     CaiT,
     KeyMap(
         "timm",
         (
-            Rule("token.token", "cls_token"),
-            Rule("stem.position", "pos_embed"),
-            rule("stem.patch", "patch_embed.proj"),
-            *(rule(f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in SIDES for a, b in BLOCK),
-            *(Rule(f"{ours}.attention.scale.gain", f"{theirs}.gamma_1") for ours, theirs in SIDES),
-            *(Rule(f"{ours}.mlp.scale.gain", f"{theirs}.gamma_2") for ours, theirs in SIDES),
-            rule("head.norm", "norm"),
-            rule("head.classifier", "head"),
+            KeyRule("token.token", "cls_token"),
+            KeyRule("stem.position", "pos_embed"),
+            module_rule("stem.patch", "patch_embed.proj"),
+            *(module_rule(f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in SIDES for a, b in BLOCK),
+            *(KeyRule(f"{ours}.attention.scale.gain", f"{theirs}.gamma_1") for ours, theirs in SIDES),
+            *(KeyRule(f"{ours}.mlp.scale.gain", f"{theirs}.gamma_2") for ours, theirs in SIDES),
+            module_rule("head.norm", "norm"),
+            module_rule("head.classifier", "head"),
         ),
     ),
 )

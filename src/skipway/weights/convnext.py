@@ -7,8 +7,8 @@ Face's head has ε = 1e-12 unless its config says otherwise; ours is the authors
 from __future__ import annotations
 
 from skipway.models.convnext import ConvNeXt
-from skipway.weights.keymap import KeyMap, Rule, rule
-from skipway.weights.tables import register
+from skipway.weights.keymap import KeyMap, KeyRule, module_rule
+from skipway.weights.tables import register_keymap
 
 __all__: list[str] = []
 
@@ -16,65 +16,71 @@ STAGES = 4
 BLOCK = "stages.{i}.blocks.{j}"
 
 TIMM = (
-    rule("stem.conv", "stem.0"),
-    rule("stem.post.norm", "stem.1"),
-    rule("stages.{i}.downsample.norm", "stages.{i}.downsample.0"),
-    rule("stages.{i}.downsample.conv", "stages.{i}.downsample.1"),
-    rule(f"{BLOCK}.branch.conv", f"{BLOCK}.conv_dw"),
-    rule(f"{BLOCK}.branch.inside.norm", f"{BLOCK}.norm"),
-    rule(f"{BLOCK}.branch.fc{{k}}", f"{BLOCK}.mlp.fc{{k}}"),
-    Rule(f"{BLOCK}.branch.response.gain", f"{BLOCK}.mlp.grn.weight"),
-    Rule(f"{BLOCK}.branch.response.bias", f"{BLOCK}.mlp.grn.bias"),
-    Rule(f"{BLOCK}.scale.gain", f"{BLOCK}.gamma"),
-    rule("head.norm", "head.norm"),
-    rule("head.classifier", "head.fc"),
+    module_rule("stem.conv", "stem.0"),
+    module_rule("stem.post.norm", "stem.1"),
+    module_rule("stages.{i}.downsample.norm", "stages.{i}.downsample.0"),
+    module_rule("stages.{i}.downsample.conv", "stages.{i}.downsample.1"),
+    module_rule(f"{BLOCK}.branch.conv", f"{BLOCK}.conv_dw"),
+    module_rule(f"{BLOCK}.branch.inside.norm", f"{BLOCK}.norm"),
+    module_rule(f"{BLOCK}.branch.fc{{k}}", f"{BLOCK}.mlp.fc{{k}}"),
+    KeyRule(f"{BLOCK}.branch.response.gain", f"{BLOCK}.mlp.grn.weight"),
+    KeyRule(f"{BLOCK}.branch.response.bias", f"{BLOCK}.mlp.grn.bias"),
+    KeyRule(f"{BLOCK}.scale.gain", f"{BLOCK}.gamma"),
+    module_rule("head.norm", "head.norm"),
+    module_rule("head.classifier", "head.fc"),
 )
 
 
-def torchvision(stage: int) -> tuple[Rule, ...]:
+def convnext_torchvision_rules(stage: int) -> tuple[KeyRule, ...]:
     """The rows of one stage: there the layers between stages are counted with the stages."""
     ours, theirs = f"stages.{stage}.blocks.{{j}}", f"features.{2 * stage + 1}.{{j}}"
     return (
-        rule(f"stages.{stage}.downsample.norm", f"features.{2 * stage}.0"),
-        rule(f"stages.{stage}.downsample.conv", f"features.{2 * stage}.1"),
-        rule(f"{ours}.branch.conv", f"{theirs}.block.0"),
-        rule(f"{ours}.branch.inside.norm", f"{theirs}.block.2"),
-        rule(f"{ours}.branch.fc1", f"{theirs}.block.3"),
-        rule(f"{ours}.branch.fc2", f"{theirs}.block.5"),
-        Rule(f"{ours}.scale.gain", f"{theirs}.layer_scale"),
+        module_rule(f"stages.{stage}.downsample.norm", f"features.{2 * stage}.0"),
+        module_rule(f"stages.{stage}.downsample.conv", f"features.{2 * stage}.1"),
+        module_rule(f"{ours}.branch.conv", f"{theirs}.block.0"),
+        module_rule(f"{ours}.branch.inside.norm", f"{theirs}.block.2"),
+        module_rule(f"{ours}.branch.fc1", f"{theirs}.block.3"),
+        module_rule(f"{ours}.branch.fc2", f"{theirs}.block.5"),
+        KeyRule(f"{ours}.scale.gain", f"{theirs}.layer_scale"),
     )
 
 
 TORCHVISION = (
-    rule("stem.conv", "features.0.0"),
-    rule("stem.post.norm", "features.0.1"),
-    *(row for stage in range(STAGES) for row in torchvision(stage)),
-    rule("head.norm", "classifier.0"),
-    rule("head.classifier", "classifier.2"),
+    module_rule("stem.conv", "features.0.0"),
+    module_rule("stem.post.norm", "features.0.1"),
+    *(row for stage in range(STAGES) for row in convnext_torchvision_rules(stage)),
+    module_rule("head.norm", "classifier.0"),
+    module_rule("head.classifier", "classifier.2"),
 )
 
 
-def huggingface(root: str) -> tuple[Rule, ...]:
+def convnext_huggingface_rules(root: str) -> tuple[KeyRule, ...]:
     """The rows of one model class; its names in memory (transformers 5) are those in its files."""
     stage = f"{root}.encoder.stages.{{i}}"
     layer = f"{stage}.layers.{{j}}"
     return (
-        rule("stem.conv", f"{root}.embeddings.patch_embeddings"),
-        rule("stem.post.norm", f"{root}.embeddings.layernorm"),
-        rule("stages.{i}.downsample.norm", f"{stage}.downsampling_layer.0"),
-        rule("stages.{i}.downsample.conv", f"{stage}.downsampling_layer.1"),
-        rule(f"{BLOCK}.branch.conv", f"{layer}.dwconv"),
-        rule(f"{BLOCK}.branch.inside.norm", f"{layer}.layernorm"),
-        rule(f"{BLOCK}.branch.fc{{k}}", f"{layer}.pwconv{{k}}"),
-        Rule(f"{BLOCK}.branch.response.gain", f"{layer}.grn.weight"),
-        Rule(f"{BLOCK}.branch.response.bias", f"{layer}.grn.bias"),
-        Rule(f"{BLOCK}.scale.gain", f"{layer}.layer_scale_parameter"),
-        rule("head.norm", f"{root}.layernorm"),
-        rule("head.classifier", "classifier"),
+        module_rule("stem.conv", f"{root}.embeddings.patch_embeddings"),
+        module_rule("stem.post.norm", f"{root}.embeddings.layernorm"),
+        module_rule("stages.{i}.downsample.norm", f"{stage}.downsampling_layer.0"),
+        module_rule("stages.{i}.downsample.conv", f"{stage}.downsampling_layer.1"),
+        module_rule(f"{BLOCK}.branch.conv", f"{layer}.dwconv"),
+        module_rule(f"{BLOCK}.branch.inside.norm", f"{layer}.layernorm"),
+        module_rule(f"{BLOCK}.branch.fc{{k}}", f"{layer}.pwconv{{k}}"),
+        KeyRule(f"{BLOCK}.branch.response.gain", f"{layer}.grn.weight"),
+        KeyRule(f"{BLOCK}.branch.response.bias", f"{layer}.grn.bias"),
+        KeyRule(f"{BLOCK}.scale.gain", f"{layer}.layer_scale_parameter"),
+        module_rule("head.norm", f"{root}.layernorm"),
+        module_rule("head.classifier", "classifier"),
     )
 
 
-register(ConvNeXt, KeyMap("timm", TIMM))
-register(ConvNeXt, KeyMap("torchvision", TORCHVISION))
-register(ConvNeXt, KeyMap("huggingface", huggingface("convnext")), when=lambda model: not model.config.response)
-register(ConvNeXt, KeyMap("huggingface", huggingface("convnextv2")), when=lambda model: model.config.response)
+register_keymap(ConvNeXt, KeyMap("timm", TIMM))
+register_keymap(ConvNeXt, KeyMap("torchvision", TORCHVISION))
+register_keymap(
+    ConvNeXt,
+    KeyMap("huggingface", convnext_huggingface_rules("convnext")),
+    when=lambda model: not model.config.response,
+)
+register_keymap(
+    ConvNeXt, KeyMap("huggingface", convnext_huggingface_rules("convnextv2")), when=lambda model: model.config.response
+)

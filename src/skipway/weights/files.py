@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skipway.errors import CheckpointError, printable
 
-__all__ = ["read"]
+__all__ = ["read_weights"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MOST_HEADER = 100_000_000
@@ -24,7 +24,7 @@ LAYOUT = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 """What a folder in Hugging Face's layout holds its weights in; the first that is there is read."""
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, or of a `.pth`, `.pt`, `.bin` file (read with `weights_only=True`).
 
     A folder in Hugging Face's layout is read as well, in one file or in shards.
@@ -60,7 +60,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # as above
         raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {printable(str(error))}") from error
-    return tensors(content, path)
+    return as_state_dict(content, path)
 
 
 def check_names(path: Path) -> None:
@@ -117,7 +117,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
-def tensors(content: object, path: Path) -> dict[str, Tensor]:
+def as_state_dict(content: object, path: Path) -> dict[str, Tensor]:
     """The state dict in what a checkpoint held: itself, or the one entry that is known to hold it."""
     if isinstance(content, dict):
         for key in ("state_dict", "model", "model_state_dict"):

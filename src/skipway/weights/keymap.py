@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Convert", "KeyMap", "Rule", "rule"]
+__all__ = ["Convert", "KeyMap", "KeyRule", "module_rule"]
 
 FIELD = re.compile(r"\{(\w+?)(?:\+(\d+))?\}")
 
@@ -23,7 +23,7 @@ class Convert(Protocol):
 
 
 @dataclass(frozen=True)
-class Rule:
+class KeyRule:
     """One row of a key map: a template of ours and what the other library calls it.
 
     `{i}` stands for a number, `{leaf}` for the rest of the name, `{i+1}` for the number plus one on that side. Several
@@ -34,7 +34,7 @@ class Rule:
         theirs: template of theirs, or several.
         convert: what else has to be done to the tensor.
 
-    >>> row = Rule("stages.{i}.{j}.branch.conv{k}.{leaf}", "layer{i+1}.{j}.conv{k}.{leaf}")
+    >>> row = KeyRule("stages.{i}.{j}.branch.conv{k}.{leaf}", "layer{i+1}.{j}.conv{k}.{leaf}")
     >>> row.to_theirs("stages.0.2.branch.conv1.weight")
     ('layer1.2.conv1.weight',)
     >>> row.to_ours("layer1.2.conv1.weight")
@@ -54,12 +54,12 @@ class Rule:
 
     def to_theirs(self, key: str) -> tuple[str, ...] | None:
         """Their names for our key, None where the row does not speak of it."""
-        names = [translate(self.ours, theirs, key) for theirs in self.sources]
+        names = [translate_key(self.ours, theirs, key) for theirs in self.sources]
         return None if any(name is None for name in names) else tuple(name for name in names if name is not None)
 
     def to_ours(self, key: str) -> str | None:
         """Our name for their key, None where the row does not speak of it."""
-        return next((name for t in self.sources if (name := translate(t, self.ours, key)) is not None), None)
+        return next((name for t in self.sources if (name := translate_key(t, self.ours, key)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class KeyMap:
     """
 
     library: str
-    rules: tuple[Rule, ...]
+    rules: tuple[KeyRule, ...]
     ignored: tuple[str, ...] = ()
 
-    def find(self, key: str, present: Container[str] = ()) -> tuple[Rule, tuple[str, ...]] | None:
+    def find(self, key: str, present: Container[str] = ()) -> tuple[KeyRule, tuple[str, ...]] | None:
         """The row that speaks of our key, and their names for it: those that are present, else the first row's."""
         found = [(row, names) for row in self.rules if (names := row.to_theirs(key)) is not None]
         here = (each for each in found if all(name in present for name in each[1]))
@@ -102,19 +102,19 @@ class KeyMap:
         return sum(any(row.to_ours(key) is not None for key in keys) for row in self.rules) / len(self.rules)
 
 
-def rule(ours: str, *theirs: str, convert: Convert | None = None) -> Rule:
+def module_rule(ours: str, *theirs: str, convert: Convert | None = None) -> KeyRule:
     """A row about a module: all names are followed by the parameter's own.
 
-    >>> rule("head.classifier", "fc").to_theirs("head.classifier.bias")
+    >>> module_rule("head.classifier", "fc").to_theirs("head.classifier.bias")
     ('fc.bias',)
     """
     names = tuple(f"{name}.{{leaf}}" for name in theirs)
-    return Rule(f"{ours}.{{leaf}}", names[0] if len(names) == 1 else names, convert)
+    return KeyRule(f"{ours}.{{leaf}}", names[0] if len(names) == 1 else names, convert)
 
 
-def translate(source: str, target: str, key: str) -> str | None:
+def translate_key(source: str, target: str, key: str) -> str | None:
     """Read `key` by the template `source`, write it by the template `target`."""
-    match = re.fullmatch(pattern(source), key)
+    match = re.fullmatch(template_pattern(source), key)
     if match is None:
         return None
     offsets = {name: int(offset or 0) for name, offset in FIELD.findall(source)}
@@ -124,7 +124,7 @@ def translate(source: str, target: str, key: str) -> str | None:
     return FIELD.sub(lambda m: str(int(fields[m[1]]) + int(m[2]) if m[2] else fields[m[1]]), target)
 
 
-def pattern(template: str) -> str:
+def template_pattern(template: str) -> str:
     """The regular expression of a template."""
     out, end = "", 0
     for match in FIELD.finditer(template):

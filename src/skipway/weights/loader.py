@@ -15,12 +15,12 @@ from skipway.errors import CheckpointError
 from skipway.models import build
 from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
 from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
-from skipway.weights.files import read
+from skipway.weights.files import read_weights
 from skipway.weights.hub import PREFIX, download
 from skipway.weights.keymap import KeyMap
-from skipway.weights.tables import find, looks_like
+from skipway.weights.tables import find_keymap, guess_architecture
 
-__all__ = ["Report", "Source", "export_names", "load", "match"]
+__all__ = ["LoadReport", "Source", "export_names", "load", "match"]
 
 M = TypeVar("M", bound=nn.Module)
 Source = str | Path | Mapping[str, Tensor]
@@ -30,7 +30,7 @@ SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadReport:
     """What becomes of every key of both sides.
 
     Args:
@@ -147,11 +147,11 @@ def load(model: nn.Module | str, source: Source, *, names: str = "skipway", adap
     True
     >>> deeper = sw.load("resnet32", sw.build("resnet20", classes=7).state_dict(), adapt=("classes", "depth"))
     """
-    state = gather(source)
+    state = read_source(source)
     network = build(model) if isinstance(model, str) else model
     report = match(network, state, names=names, adapt=adapt)
     if not report.fits:
-        hint = looks_like(state)
+        hint = guess_architecture(state)
         known = f"\nIts keys look like {hint}." if hint else ""
         ways = f"\nA part of this is allowed by load(…, adapt={tuple(report.ways)!r})." if report.ways else ""
         raise CheckpointError(
@@ -164,27 +164,27 @@ def load(model: nn.Module | str, source: Source, *, names: str = "skipway", adap
     return network
 
 
-def gather(source: Source) -> dict[str, Tensor]:
+def read_source(source: Source) -> dict[str, Tensor]:
     """The state dict that a source holds."""
     if isinstance(source, Mapping):
         return dict(source)
-    return read(download(source) if isinstance(source, str) and source.startswith(PREFIX) else source)
+    return read_weights(download(source) if isinstance(source, str) and source.startswith(PREFIX) else source)
 
 
 def match(
     model: nn.Module, state: Mapping[str, Tensor], *, names: str = "skipway", adapt: Iterable[str] = ()
-) -> Report:
+) -> LoadReport:
     """How the keys of `state` fit the model, under the choices that were made; nothing is changed."""
-    keymap, made = find(model, names), read_choices(adapt)
-    report, misshapen, taken = Report(), {}, set()
+    keymap, made = find_keymap(model, names), read_choices(adapt)
+    report, misshapen, taken = LoadReport(), {}, set()
     for ours, tensor in model.state_dict().items():
-        theirs, found = fetch(keymap, ours, state)
+        theirs, found = fetch_tensor(keymap, ours, state)
         taken.update(theirs)
         if found is None and ours.endswith("num_batches_tracked"):
             report.absent.append(ours)
         elif found is None:
             report.missing[ours] = theirs
-        elif not enter(report, ours, theirs, found, tensor):
+        elif not copy_tensor(report, ours, theirs, found, tensor):
             misshapen[ours] = found
     report.unexpected.extend(key for key in state if key not in taken and not keymap.ignores(key))
     for name, choice in CHOICES.items() if not report.fits else ():
@@ -195,11 +195,11 @@ def match(
             report.adapt(change)
         elif change:
             report.ways.append(name)
-    report.near.update({key: near(key, keymap, taken) for key in report.unexpected[:SHOWN]})
+    report.near.update({key: nearest_keys(key, keymap, taken) for key in report.unexpected[:SHOWN]})
     return report
 
 
-def near(key: str, keymap: KeyMap, known: Iterable[str]) -> str:
+def nearest_keys(key: str, keymap: KeyMap, known: Iterable[str]) -> str:
     """What comes closest to a key of theirs: the parameter of ours that the model lacks, else the closest known key."""
     ours = keymap.to_ours(key)
     if ours is not None and ours != key:
@@ -208,7 +208,7 @@ def near(key: str, keymap: KeyMap, known: Iterable[str]) -> str:
     return f" (no rule speaks of it; the closest known key is {close[0]})" if close else ""
 
 
-def fetch(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
+def fetch_tensor(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
     """Their names for our key, and the tensor that they make; None where the file lacks one of them."""
     row, theirs = keymap.find(ours, state) or (None, (ours,))
     if any(name not in state for name in theirs):
@@ -218,7 +218,7 @@ def fetch(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tuple[tuple
     return theirs, tensor if row is None or row.convert is None else row.convert.to_ours(tensor)
 
 
-def enter(report: Report, ours: str, theirs: tuple[str, ...], found: Tensor, wanted: Tensor) -> bool:
+def copy_tensor(report: LoadReport, ours: str, theirs: tuple[str, ...], found: Tensor, wanted: Tensor) -> bool:
     """Write one pair into the report; whether it fits."""
     shapes = f"{tuple(found.shape)} in the file, {tuple(wanted.shape)} in the model"
     if found.shape != wanted.shape and found.squeeze().shape != wanted.squeeze().shape:
@@ -240,7 +240,7 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a parameter that the other library has no name for (a scheme's gain, say).
     """
-    keymap = find(model, names)
+    keymap = find_keymap(model, names)
     if names != "skipway":
         refuse_constants(model, names)
     out: dict[str, Tensor] = {}

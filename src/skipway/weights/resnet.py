@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from skipway.models.resnet import Block, ResNet
-from skipway.weights.keymap import KeyMap, Rule, rule
-from skipway.weights.tables import register
+from skipway.weights.keymap import KeyMap, KeyRule, module_rule
+from skipway.weights.tables import register_keymap
 
 __all__: list[str] = []
 
@@ -51,34 +51,36 @@ OUTSIDE_HUGGINGFACE = (
 Names = tuple[tuple[str, str], ...]
 
 
-def rows(names: Names, ours: str = "", theirs: str = "") -> tuple[Rule, ...]:
+def resnet_rules(names: Names, ours: str = "", theirs: str = "") -> tuple[KeyRule, ...]:
     """A row for each pair of module names, `ours` and `theirs` in front of them."""
-    return tuple(rule(ours + a, theirs + b) for a, b in names)
+    return tuple(module_rule(ours + a, theirs + b) for a, b in names)
 
 
-def network(library: str, outside: Names, block: Names, where: str = "layer{i+1}.{j}.") -> KeyMap:
+def resnet_keymap(library: str, outside: Names, block: Names, where: str = "layer{i+1}.{j}.") -> KeyMap:
     """The table of a network: what is outside the chain, and its blocks, which stand at `where`."""
-    return KeyMap(library, (*rows(outside), *rows(block, "stages.{i}.{j}.", where)))
+    return KeyMap(library, (*resnet_rules(outside), *resnet_rules(block, "stages.{i}.{j}.", where)))
 
 
-def pooled(block: Block) -> bool:
+def has_pooled_shortcut(block: Block) -> bool:
     """Whether a block's shortcut is a pooled projection of ours."""
     return hasattr(getattr(block.shortcut, "map", None), "pool")
 
 
-register(Block, KeyMap("torchvision", rows((*BRANCH, *PROJECTION))))
-register(Block, KeyMap("timm", rows((*BRANCH, *PROJECTION, *GATE))))
-register(Block, KeyMap("timm", rows((*BRANCH, *POOLED, *GATE))), when=pooled)
-register(ResNet, network("torchvision", OUTSIDE, (*BRANCH, *PROJECTION)))
-register(ResNet, network("timm", (*OUTSIDE, *DEEP_STEM), (*BRANCH, *PROJECTION, *GATE)))
-register(
+register_keymap(Block, KeyMap("torchvision", resnet_rules((*BRANCH, *PROJECTION))))
+register_keymap(Block, KeyMap("timm", resnet_rules((*BRANCH, *PROJECTION, *GATE))))
+register_keymap(Block, KeyMap("timm", resnet_rules((*BRANCH, *POOLED, *GATE))), when=has_pooled_shortcut)
+register_keymap(ResNet, resnet_keymap("torchvision", OUTSIDE, (*BRANCH, *PROJECTION)))
+register_keymap(ResNet, resnet_keymap("timm", (*OUTSIDE, *DEEP_STEM), (*BRANCH, *PROJECTION, *GATE)))
+register_keymap(
     ResNet,
-    network("timm", (*OUTSIDE, *DEEP_STEM), (*BRANCH, *POOLED, *GATE)),
+    resnet_keymap("timm", (*OUTSIDE, *DEEP_STEM), (*BRANCH, *POOLED, *GATE)),
     when=lambda model: model.config.shortcut == "pooled",
 )
-register(
+register_keymap(
     ResNet,
-    network("timm", OUTSIDE_V2, PREACTIVATION, "stages.{i}.blocks.{j}."),
+    resnet_keymap("timm", OUTSIDE_V2, PREACTIVATION, "stages.{i}.blocks.{j}."),
     when=lambda model: model.config.placement == "preactivation",
 )
-register(ResNet, network("huggingface", OUTSIDE_HUGGINGFACE, HUGGINGFACE, "resnet.encoder.stages.{i}.layers.{j}."))
+register_keymap(
+    ResNet, resnet_keymap("huggingface", OUTSIDE_HUGGINGFACE, HUGGINGFACE, "resnet.encoder.stages.{i}.layers.{j}.")
+)

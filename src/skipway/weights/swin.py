@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from skipway.models.swin import Swin
-from skipway.weights.keymap import KeyMap, Rule, rule
-from skipway.weights.tables import register
+from skipway.weights.keymap import KeyMap, KeyRule, module_rule
+from skipway.weights.tables import register_keymap
 
 __all__: list[str] = []
 
@@ -29,125 +29,134 @@ class WithoutKeys:
         return torch.cat((query, torch.zeros_like(query), value))
 
 
-def norms(ours: str, first: str, second: str) -> tuple[Rule, ...]:
+def swin_norm_rules(ours: str, first: str, second: str) -> tuple[KeyRule, ...]:
     """The norms of a block, which stand in front of the branches in V1 and behind them in V2."""
     return tuple(
-        rule(f"{ours}.{branch}.{place}", theirs)
+        module_rule(f"{ours}.{branch}.{place}", theirs)
         for branch, theirs in (("attention", first), ("mlp", second))
         for place in ("pre.norm", "branch.end.norm")
     )
 
 
-def positions(ours: str, theirs: str, function: str) -> tuple[Rule, ...]:
+def swin_position_rules(ours: str, theirs: str, function: str) -> tuple[KeyRule, ...]:
     """What is learned of relative positions, V1's table or V2's function, and V2's logit scale."""
     return (
-        Rule(f"{ours}.position.table", f"{theirs}.relative_position_bias_table"),
-        Rule(f"{ours}.position.inner", f"{theirs}.{function}.0.weight"),
-        Rule(f"{ours}.position.inner_bias", f"{theirs}.{function}.0.bias"),
-        Rule(f"{ours}.position.outer", f"{theirs}.{function}.2.weight"),
-        Rule(f"{ours}.norm_q.log_scale", f"{theirs}.logit_scale"),
+        KeyRule(f"{ours}.position.table", f"{theirs}.relative_position_bias_table"),
+        KeyRule(f"{ours}.position.inner", f"{theirs}.{function}.0.weight"),
+        KeyRule(f"{ours}.position.inner_bias", f"{theirs}.{function}.0.bias"),
+        KeyRule(f"{ours}.position.outer", f"{theirs}.{function}.2.weight"),
+        KeyRule(f"{ours}.norm_q.log_scale", f"{theirs}.logit_scale"),
     )
 
 
-def timm() -> tuple[Rule, ...]:
+def swin_timm_rules() -> tuple[KeyRule, ...]:
     """timm's rows; its mergings stand at the start of a stage."""
     theirs = "layers.{i}.blocks.{j}"
     return (
-        rule("stem.patch", "patch_embed.proj"),
-        rule("stem.norm", "patch_embed.norm"),
-        *norms(BLOCK, f"{theirs}.norm1", f"{theirs}.norm2"),
-        rule(f"{BRANCH}.qkv", f"{theirs}.attn.qkv"),
-        Rule(f"{BRANCH}.bias.bias", (f"{theirs}.attn.q_bias", f"{theirs}.attn.v_bias")),
-        *positions(BRANCH, f"{theirs}.attn", "cpb_mlp"),
-        rule(f"{BRANCH}.proj", f"{theirs}.attn.proj"),
-        rule(f"{BLOCK}.mlp.branch.fc{{k}}", f"{theirs}.mlp.fc{{k}}"),
-        rule("stages.{i}.merge.norm", "layers.{i+1}.downsample.norm"),
-        rule("stages.{i}.merge.reduction", "layers.{i+1}.downsample.reduction"),
-        rule("head.norm", "norm"),
-        rule("head.classifier", "head.fc"),
+        module_rule("stem.patch", "patch_embed.proj"),
+        module_rule("stem.norm", "patch_embed.norm"),
+        *swin_norm_rules(BLOCK, f"{theirs}.norm1", f"{theirs}.norm2"),
+        module_rule(f"{BRANCH}.qkv", f"{theirs}.attn.qkv"),
+        KeyRule(f"{BRANCH}.bias.bias", (f"{theirs}.attn.q_bias", f"{theirs}.attn.v_bias")),
+        *swin_position_rules(BRANCH, f"{theirs}.attn", "cpb_mlp"),
+        module_rule(f"{BRANCH}.proj", f"{theirs}.attn.proj"),
+        module_rule(f"{BLOCK}.mlp.branch.fc{{k}}", f"{theirs}.mlp.fc{{k}}"),
+        module_rule("stages.{i}.merge.norm", "layers.{i+1}.downsample.norm"),
+        module_rule("stages.{i}.merge.reduction", "layers.{i+1}.downsample.reduction"),
+        module_rule("head.norm", "norm"),
+        module_rule("head.classifier", "head.fc"),
     )
 
 
-def torchvision(stage: int) -> tuple[Rule, ...]:
+def swin_torchvision_rules(stage: int) -> tuple[KeyRule, ...]:
     """torchvision's rows of one stage and the merging behind it."""
     block, theirs = f"stages.{stage}.{{j}}", f"features.{2 * stage + 1}.{{j}}"
     ours = f"{block}.attention.branch"
     return (
-        *norms(block, f"{theirs}.norm1", f"{theirs}.norm2"),
-        rule(f"{ours}.qkv", f"{theirs}.attn.qkv"),
-        Rule(f"{ours}.bias.bias", f"{theirs}.attn.qkv.bias", WithoutKeys()),
-        *positions(ours, f"{theirs}.attn", "cpb_mlp"),
-        rule(f"{ours}.proj", f"{theirs}.attn.proj"),
-        rule(f"{block}.mlp.branch.fc1", f"{theirs}.mlp.0"),
-        rule(f"{block}.mlp.branch.fc2", f"{theirs}.mlp.3"),
-        rule(f"stages.{stage}.merge.norm", f"features.{2 * stage + 2}.norm"),
-        rule(f"stages.{stage}.merge.reduction", f"features.{2 * stage + 2}.reduction"),
+        *swin_norm_rules(block, f"{theirs}.norm1", f"{theirs}.norm2"),
+        module_rule(f"{ours}.qkv", f"{theirs}.attn.qkv"),
+        KeyRule(f"{ours}.bias.bias", f"{theirs}.attn.qkv.bias", WithoutKeys()),
+        *swin_position_rules(ours, f"{theirs}.attn", "cpb_mlp"),
+        module_rule(f"{ours}.proj", f"{theirs}.attn.proj"),
+        module_rule(f"{block}.mlp.branch.fc1", f"{theirs}.mlp.0"),
+        module_rule(f"{block}.mlp.branch.fc2", f"{theirs}.mlp.3"),
+        module_rule(f"stages.{stage}.merge.norm", f"features.{2 * stage + 2}.norm"),
+        module_rule(f"stages.{stage}.merge.reduction", f"features.{2 * stage + 2}.reduction"),
     )
 
 
-def huggingface(root: str) -> tuple[Rule, ...]:
+def swin_huggingface_rules(root: str) -> tuple[KeyRule, ...]:
     """The rows that Hugging Face's two classes share."""
     theirs = f"{root}.encoder.layers.{{i}}"
     return (
-        rule("stem.patch", f"{root}.embeddings.patch_embeddings.projection"),
-        rule("stem.norm", f"{root}.embeddings.norm"),
-        *norms(BLOCK, f"{theirs}.blocks.{{j}}.layernorm_before", f"{theirs}.blocks.{{j}}.layernorm_after"),
-        rule("stages.{i}.merge.norm", f"{theirs}.downsample.norm"),
-        rule("stages.{i}.merge.reduction", f"{theirs}.downsample.reduction"),
-        rule("head.norm", f"{root}.layernorm"),
-        rule("head.classifier", "classifier"),
+        module_rule("stem.patch", f"{root}.embeddings.patch_embeddings.projection"),
+        module_rule("stem.norm", f"{root}.embeddings.norm"),
+        *swin_norm_rules(BLOCK, f"{theirs}.blocks.{{j}}.layernorm_before", f"{theirs}.blocks.{{j}}.layernorm_after"),
+        module_rule("stages.{i}.merge.norm", f"{theirs}.downsample.norm"),
+        module_rule("stages.{i}.merge.reduction", f"{theirs}.downsample.reduction"),
+        module_rule("head.norm", f"{root}.layernorm"),
+        module_rule("head.classifier", "classifier"),
     )
 
 
-def in_memory(theirs: str) -> tuple[Rule, ...]:
+def swin_in_memory_rules(theirs: str) -> tuple[KeyRule, ...]:
     """V1's branches as transformers 5 names them in memory."""
     return (
-        rule(f"{BRANCH}.qkv", *(f"{theirs}.attention.{name}_proj" for name in "qkv")),
-        rule(f"{BRANCH}.proj", f"{theirs}.attention.o_proj"),
-        Rule(
+        module_rule(f"{BRANCH}.qkv", *(f"{theirs}.attention.{name}_proj" for name in "qkv")),
+        module_rule(f"{BRANCH}.proj", f"{theirs}.attention.o_proj"),
+        KeyRule(
             f"{BRANCH}.position.table",
             f"{theirs}.attention.relative_position_bias.relative_position_bias_table",
         ),
-        rule(f"{BLOCK}.mlp.branch.fc{{k}}", f"{theirs}.mlp.fc{{k}}"),
+        module_rule(f"{BLOCK}.mlp.branch.fc{{k}}", f"{theirs}.mlp.fc{{k}}"),
     )
 
 
-def in_files(theirs: str) -> tuple[Rule, ...]:
+def swin_in_file_rules(theirs: str) -> tuple[KeyRule, ...]:
     """The branches as they are named in files, V2's in memory too."""
     inner = f"{theirs}.attention.self"
     return (
-        rule(f"{BRANCH}.qkv", *(f"{inner}.{name}" for name in ("query", "key", "value"))),
-        Rule(f"{BRANCH}.bias.bias", (f"{inner}.query.bias", f"{inner}.value.bias")),
-        rule(f"{BRANCH}.proj", f"{theirs}.attention.output.dense"),
-        *positions(BRANCH, inner, "continuous_position_bias_mlp"),
-        rule(f"{BLOCK}.mlp.branch.fc1", f"{theirs}.intermediate.dense"),
-        rule(f"{BLOCK}.mlp.branch.fc2", f"{theirs}.output.dense"),
+        module_rule(f"{BRANCH}.qkv", *(f"{inner}.{name}" for name in ("query", "key", "value"))),
+        KeyRule(f"{BRANCH}.bias.bias", (f"{inner}.query.bias", f"{inner}.value.bias")),
+        module_rule(f"{BRANCH}.proj", f"{theirs}.attention.output.dense"),
+        *swin_position_rules(BRANCH, inner, "continuous_position_bias_mlp"),
+        module_rule(f"{BLOCK}.mlp.branch.fc1", f"{theirs}.intermediate.dense"),
+        module_rule(f"{BLOCK}.mlp.branch.fc2", f"{theirs}.output.dense"),
     )
 
 
-def cosine(model: Swin) -> bool:
+def uses_cosine_attention(model: Swin) -> bool:
     """Whether Hugging Face has the model in its class for V2."""
     return model.config.attention == "cosine"
 
 
 TABLES = (r".*\.relative_position_index", r".*\.relative_coords_table", r".*\.attn_mask", r".*\.k_bias")
 
-register(Swin, KeyMap("timm", timm(), TABLES))
-register(
+register_keymap(Swin, KeyMap("timm", swin_timm_rules(), TABLES))
+register_keymap(
     Swin,
     KeyMap(
         "torchvision",
         (
-            rule("stem.patch", "features.0.0"),
-            rule("stem.norm", "features.0.2"),
-            *(row for stage in range(STAGES) for row in torchvision(stage)),
-            rule("head.norm", "norm"),
-            rule("head.classifier", "head"),
+            module_rule("stem.patch", "features.0.0"),
+            module_rule("stem.norm", "features.0.2"),
+            *(row for stage in range(STAGES) for row in swin_torchvision_rules(stage)),
+            module_rule("head.norm", "norm"),
+            module_rule("head.classifier", "head"),
         ),
         TABLES,
     ),
 )
 V1, V2 = (f"{root}.encoder.layers.{{i}}.blocks.{{j}}" for root in ("swin", "swinv2"))
 UNUSED = (*TABLES, r".*\.mask_token")
-register(Swin, KeyMap("huggingface", (*huggingface("swin"), *in_memory(V1), *in_files(V1)), UNUSED))
-register(Swin, KeyMap("huggingface", (*huggingface("swinv2"), *in_files(V2)), UNUSED), when=cosine)
+register_keymap(
+    Swin,
+    KeyMap(
+        "huggingface", (*swin_huggingface_rules("swin"), *swin_in_memory_rules(V1), *swin_in_file_rules(V1)), UNUSED
+    ),
+)
+register_keymap(
+    Swin,
+    KeyMap("huggingface", (*swin_huggingface_rules("swinv2"), *swin_in_file_rules(V2)), UNUSED),
+    when=uses_cosine_attention,
+)

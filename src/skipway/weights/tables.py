@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 from skipway.errors import CheckpointError, suggest
-from skipway.weights.keymap import KeyMap, Rule
+from skipway.weights.keymap import KeyMap, KeyRule
 
-__all__ = ["find", "looks_like", "register"]
+__all__ = ["find_keymap", "guess_architecture", "register_keymap"]
 
-OWN = KeyMap("skipway", (Rule("{leaf}", "{leaf}"),))
+OWN = KeyMap("skipway", (KeyRule("{leaf}", "{leaf}"),))
 TABLES: dict[type[nn.Module], list[tuple[KeyMap, Callable[[Any], bool]]]] = {}
 
 
-def register(kind: type[nn.Module], keymap: KeyMap, *, when: Callable[[Any], bool] = lambda model: True) -> None:
+def register_keymap(kind: type[nn.Module], keymap: KeyMap, *, when: Callable[[Any], bool] = lambda model: True) -> None:
     """Enter what a library calls the parameters of a module type and its subclasses.
 
     Args:
@@ -27,7 +27,7 @@ def register(kind: type[nn.Module], keymap: KeyMap, *, when: Callable[[Any], boo
     TABLES.setdefault(kind, []).append((keymap, when))
 
 
-def find(model: nn.Module, library: str) -> KeyMap:
+def find_keymap(model: nn.Module, library: str) -> KeyMap:
     """The key map for a model and a library."""
     known = {OWN.library: OWN}
     for kind in reversed(type(model).__mro__):
@@ -39,7 +39,7 @@ def find(model: nn.Module, library: str) -> KeyMap:
     return known[library]
 
 
-def looks_like(keys: Iterable[str]) -> str | None:
+def guess_architecture(keys: Iterable[str]) -> str | None:
     """The architecture and the library whose table speaks of most of the keys; None below three quarters."""
     keys = list(keys)
     tables = [(kind, keymap) for kind, entries in TABLES.items() for keymap, _ in entries]

@@ -19,7 +19,7 @@ from skipway.diagnosis.lint.scales import (
 )
 from skipway.diagnosis.lint.start import closing_norms, loud_branches, own_index, two_zeros, wiped_stream
 from skipway.diagnosis.lint.survey import Survey
-from skipway.tracing import Example, unwrapped
+from skipway.tracing import Example, unwrap
 
 __all__ = ["RULES", "lint"]
 
@@ -83,6 +83,6 @@ def lint(
     note P19 stages.0.0 … stages.2.2 (9)
     note P4 stem.norm.weight … head.classifier.bias (39)
     """
-    survey = Survey(unwrapped(model), example, optimizer, pretrained)
+    survey = Survey(unwrap(model), example, optimizer, pretrained)
     findings = [finding for rule in RULES for finding in rule.findings(survey)]
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))

@@ -16,7 +16,7 @@ from skipway.diagnosis.findings import number
 from skipway.diagnosis.lint.rule import Hit, rule
 from skipway.diagnosis.lint.survey import Survey
 from skipway.errors import SkipwayError
-from skipway.tracing import Program, read_sums, watch
+from skipway.tracing import Program, find_residual_adds, watch
 
 __all__ = ["by_python", "in_evaluation", "odd_rates", "without_skip"]
 
@@ -146,7 +146,7 @@ def without_skip(survey: Survey) -> Iterator[Hit]:
     program = watched_in_training(survey) if names else None
     if program is None:
         return
-    sums, refused = read_sums(program)
+    sums, refused = find_residual_adds(program)
     outside = names - {path for each in sums for path in each.modules}
     ends = {value.owner: value.number for value in program.values if value.signal and value.owner in outside}
     if ends:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from skipway.nn import Branch, Carry, Cut, Gain, Multiply, Residual
 from skipway.optim.groups import role_of
 from skipway.tracing import Example, Program, watch
-from skipway.tracing.chain import Connection, WatchedConnection, chain, chain_of
+from skipway.tracing.chain import Connection, WatchedConnection, chain, chain_from_program
 
 __all__ = ["DEEP", "Link", "Survey"]
 
@@ -83,7 +83,9 @@ class Survey:
     def links(self) -> tuple[Link, ...]:
         """The connections in order."""
         if self.program is not None:
-            return tuple(watched(self.program, connection) for connection in chain_of(self.model, self.program))
+            return tuple(
+                watched(self.program, connection) for connection in chain_from_program(self.model, self.program)
+            )
         if not any(isinstance(module, Residual) for module in self.model.modules()):
             return ()
         paths = {id(module): path for path, module in self.model.named_modules()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
-from skipway.validation import whole
+from skipway.validation import check_positive_int
 
 __all__ = ["CaiTConfig"]
 
@@ -44,7 +44,7 @@ class CaiTConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "blocks", "heads", "class_blocks", "patch", "image", "classes", "channels"):
-            whole(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         if self.dim % self.heads:
             raise SkipwayError(f"dim={self.dim}, heads={self.heads}: the rule is that heads divides dim")
         if self.image % self.patch:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from skipway.models.cait.config import CaiTConfig
-from skipway.models.transformer import TOKEN_KIT, MakeAttention, MakeMlp, quarters, transformer_block
+from skipway.models.transformer import TOKEN_KIT, MakeAttention, MakeMlp, quarter_maps, transformer_block
 from skipway.models.vit.config import ViTConfig
-from skipway.models.vit.network import TokenStem, head
+from skipway.models.vit.network import TokenStem, vit_head
 from skipway.nn import ClassAttention, FirstToken, Mlp, StageMap, TalkingHeads
 from skipway.nn.branch import Branch
 from skipway.nn.kit import Kit
@@ -51,18 +51,18 @@ class CaiT(nn.Module):
             channels=config.channels,
         )
         self.stem = TokenStem(replace(shape, pooling="mean"), kit, outside)
-        self.blocks = blocks(config, 0, config.blocks, partial(TalkingHeads, config.dim, config.heads), Mlp)
+        self.blocks = cait_blocks(config, 0, config.blocks, partial(TalkingHeads, config.dim, config.heads), Mlp)
         self.token = ClassToken(config.dim)
         asking = partial(ClassAttention, config.dim, config.heads)
-        self.class_blocks = blocks(config, config.blocks, config.class_blocks, asking, class_mlp)
-        self.head = head(shape, kit, outside)
+        self.class_blocks = cait_blocks(config, config.blocks, config.class_blocks, asking, class_mlp)
+        self.head = vit_head(shape, kit, outside)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.class_blocks(self.token(self.blocks(self.stem(x)))))
 
     def stage_maps(self) -> tuple[StageMap, ...]:
         """The patches' stream behind each quarter of the blocks; behind them it does not move."""
-        return quarters(self.config.blocks, self.config.dim, self.config.patch, prefix=0)
+        return quarter_maps(self.config.blocks, self.config.dim, self.config.patch, prefix=0)
 
 
 class ClassToken(nn.Module):
@@ -80,7 +80,7 @@ class ClassToken(nn.Module):
         return torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1)
 
 
-def blocks(config: CaiTConfig, start: int, count: int, attention: MakeAttention, mlp: MakeMlp) -> nn.Sequential:
+def cait_blocks(config: CaiTConfig, start: int, count: int, attention: MakeAttention, mlp: MakeMlp) -> nn.Sequential:
     """`count` blocks from number `start` on."""
     return nn.Sequential(
         *(

@@ -9,9 +9,9 @@ from skipway.errors import SkipwayError
 from skipway.models.cait.config import CaiTConfig
 from skipway.models.cait.network import CaiT
 from skipway.models.family import FAMILIES, Family, Variant
-from skipway.schemes import scheme
+from skipway.schemes import parse_scheme
 
-__all__ = ["cait"]
+__all__ = ["cait_config"]
 
 # Touvron et al. 2021, table 2: width, heads, depth; γ₀ as in the authors' cait_models.py, where XXS-36 departs from
 # the paper's rule;
@@ -27,26 +27,28 @@ ROWS = {
 }
 
 
-def cait(depth: int, base: CaiTConfig | None = None) -> CaiTConfig:
+def cait_config(depth: int, base: CaiTConfig | None = None) -> CaiTConfig:
     """`base`, CaiT-S unless told, with another number of self-attention blocks.
 
-    >>> cait(48).branches
+    >>> cait_config(48).branches
     100
     """
     if depth < 1:
         raise SkipwayError(f"depth={depth}: a CaiT has at least one block; every depth from 1 on is possible")
-    return replace(base or variant("s24").config, blocks=depth)
+    return replace(base or cait_variant("s24").config, blocks=depth)
 
 
-def variant(name: str) -> Variant:
+def cait_variant(name: str) -> Variant:
     """A row of the table."""
     dim, heads, blocks, init, image, parameters = ROWS[name]
-    config = CaiTConfig(dim=dim, heads=heads, blocks=blocks, image=image, scheme=scheme(f"layerscale(init={init})"))
+    config = CaiTConfig(
+        dim=dim, heads=heads, blocks=blocks, image=image, scheme=parse_scheme(f"layerscale(init={init})")
+    )
     return Variant(
         name=f"cait-{name}",
         family="cait",
         config=config,
-        at_depth=partial(cait, base=config),
+        at_depth=partial(cait_config, base=config),
         parameters=parameters,
         description=f"{blocks} blocks of {dim} channels",
     )
@@ -58,7 +60,7 @@ FAMILIES.add(
         name="cait",
         description="Touvron et al. 2021: LayerScale, talking heads, class attention; depth counts blocks",
         module=CaiT,
-        at_depth=cait,
+        at_depth=cait_config,
         pattern=r"cait-(?P<depth>\d+)",
         aliases={
             f"cait_{name}_{image}": (f"cait-{name}", {"image": image})
@@ -67,6 +69,6 @@ FAMILIES.add(
                 *(("s24", 224), ("s24", 384), ("s36", 384), ("m36", 384), ("m48", 448)),
             )
         },
-        variants=tuple(variant(name) for name in ROWS),
+        variants=tuple(cait_variant(name) for name in ROWS),
     ),
 )

@@ -2,6 +2,6 @@
 
 from skipway.models.convnext import aliases, variants
 from skipway.models.convnext.config import ConvNeXtConfig
-from skipway.models.convnext.network import CONVNEXT_KIT, ConvNeXt, PatchStem
+from skipway.models.convnext.network import CONVNEXT_KIT, ConvNeXt, ConvNeXtStem
 
-__all__ = ["CONVNEXT_KIT", "ConvNeXt", "ConvNeXtConfig", "PatchStem", "aliases", "variants"]
+__all__ = ["CONVNEXT_KIT", "ConvNeXt", "ConvNeXtConfig", "ConvNeXtStem", "aliases", "variants"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
-from skipway.validation import whole
+from skipway.validation import check_positive_int
 
 __all__ = ["ConvNeXtConfig"]
 
@@ -49,7 +49,7 @@ class ConvNeXtConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         for name in ("width", "patch", "kernel", "ratio", "classes", "channels"):
-            whole(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         if not self.blocks or any(not isinstance(count, int) or count < 1 for count in self.blocks):
             raise SkipwayError(f"blocks={self.blocks}: every stage needs at least one block")
         if self.patch % 2 and self.patch > 1:

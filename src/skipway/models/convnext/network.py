@@ -28,7 +28,7 @@ from skipway.nn.kit import Kit
 from skipway.nn.placement import INSIDE_NORM, Placement
 from skipway.nn.site import Site
 
-__all__ = ["CONVNEXT_KIT", "ConvNeXt", "PatchStem"]
+__all__ = ["CONVNEXT_KIT", "ConvNeXt", "ConvNeXtStem"]
 
 CONVNEXT_KIT = Kit(
     conv=partial(Conv2d, bias=True, initial=TruncatedNormal(0.02)),
@@ -60,9 +60,9 @@ class ConvNeXt(nn.Module):
         gate = None if config.squeeze is None else partial(SqueezeExcitation, reduction=config.squeeze)
         kit = replace(CONVNEXT_KIT, norm=partial(LayerNorm2d, eps=config.epsilon), gate=gate)
         outside = config.scheme.kit(None, kit)
-        self.stem = PatchStem(config, outside)
-        self.stages = nn.Sequential(*stages(config, kit, outside))
-        self.head = head(config, outside)
+        self.stem = ConvNeXtStem(config, outside)
+        self.stages = nn.Sequential(*convnext_stages(config, kit, outside))
+        self.head = convnext_head(config, outside)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)))
@@ -75,7 +75,7 @@ class ConvNeXt(nn.Module):
         )
 
 
-class PatchStem(nn.Module):
+class ConvNeXtStem(nn.Module):
     """Image to stream: patches through one map, then a norm.
 
     Shapes: (N, channels, H, W) → (N, width, ⌊H / patch⌋, ⌊W / patch⌋).
@@ -101,7 +101,7 @@ class PatchStem(nn.Module):
         return self.post(self.conv(x))
 
 
-def stages(config: ConvNeXtConfig, kit: Kit, outside: Kit) -> Iterator[nn.Module]:
+def convnext_stages(config: ConvNeXtConfig, kit: Kit, outside: Kit) -> Iterator[nn.Module]:
     """The chain, stage by stage. The map between two stages brings the stream's variance back to where it began."""
     index = 0
     for number, (dim, count) in enumerate(zip(config.dims, config.blocks, strict=True)):
@@ -109,13 +109,13 @@ def stages(config: ConvNeXtConfig, kit: Kit, outside: Kit) -> Iterator[nn.Module
         sites = [replace(first, index=index + since, since=since) for since in range(count)]
         behind = None if number == 0 else replace(first, dim_in=dim // 2, since=config.blocks[number - 1])
         yield sequence(
-            downsample=None if behind is None else downsample(config, behind, outside),
-            blocks=nn.Sequential(*(block(config, site, kit) for site in sites)),
+            downsample=None if behind is None else convnext_downsample(config, behind, outside),
+            blocks=nn.Sequential(*(convnext_block(config, site, kit) for site in sites)),
         )
         index += count
 
 
-def block(config: ConvNeXtConfig, site: Site, kit: Kit) -> Residual:
+def convnext_block(config: ConvNeXtConfig, site: Site, kit: Kit) -> Residual:
     """One residual connection."""
 
     def branch(kit: Kit, placement: Placement) -> Branch:
@@ -132,7 +132,7 @@ def block(config: ConvNeXtConfig, site: Site, kit: Kit) -> Residual:
     return Residual(**slots)
 
 
-def downsample(config: ConvNeXtConfig, site: Site, kit: Kit) -> nn.Module:
+def convnext_downsample(config: ConvNeXtConfig, site: Site, kit: Kit) -> nn.Module:
     """Half the image, another width: a norm, what the scheme puts before a projection here, a 2 × 2 map.
 
     It is no residual connection, but a scheme that counts on projections to reset the variance finds its reset here.
@@ -144,7 +144,7 @@ def downsample(config: ConvNeXtConfig, site: Site, kit: Kit) -> nn.Module:
     )
 
 
-def head(config: ConvNeXtConfig, kit: Kit) -> nn.Module:
+def convnext_head(config: ConvNeXtConfig, kit: Kit) -> nn.Module:
     """Stream to logits: the mean over pixels, a norm, the classifier."""
     dim = config.dims[-1]
     return sequence(

@@ -11,12 +11,12 @@ from skipway.models.convnext.aliases import ALIASES
 from skipway.models.convnext.config import ConvNeXtConfig
 from skipway.models.convnext.network import ConvNeXt
 from skipway.models.family import FAMILIES, Family, Variant
-from skipway.schemes import scheme
+from skipway.schemes import parse_scheme
 
-__all__ = ["V1", "V2", "convnext", "split"]
+__all__ = ["V1", "V2", "convnext_config", "distribute_convnext_blocks"]
 
 # Liu et al. 2022, sec. 3.1: every size starts its LayerScale at 1e-6
-V1 = ConvNeXtConfig(blocks=(3, 3, 9, 3), scheme=scheme("layerscale(init=1e-6)"))
+V1 = ConvNeXtConfig(blocks=(3, 3, 9, 3), scheme=parse_scheme("layerscale(init=1e-6)"))
 # Woo et al. 2023, sec. 3.2: with global response normalisation LayerScale is of no more use
 V2 = ConvNeXtConfig(blocks=(3, 3, 9, 3), response=True)
 
@@ -51,23 +51,23 @@ V2_SIZES: dict[str, Size] = {
 PUBLISHED = {40: (3, 4, 30, 3)}
 
 
-def convnext(depth: int, base: ConvNeXtConfig = V1) -> ConvNeXtConfig:
+def convnext_config(depth: int, base: ConvNeXtConfig = V1) -> ConvNeXtConfig:
     """`base` with so many blocks in all, in four stages.
 
-    >>> convnext(18).blocks, convnext(36).blocks, convnext(100).blocks
+    >>> convnext_config(18).blocks, convnext_config(36).blocks, convnext_config(100).blocks
     ((3, 3, 9, 3), (3, 3, 27, 3), (3, 3, 91, 3))
     """
-    return replace(base, blocks=split(depth))
+    return replace(base, blocks=distribute_convnext_blocks(depth))
 
 
-def split(depth: int) -> tuple[int, int, int, int]:
+def distribute_convnext_blocks(depth: int) -> tuple[int, int, int, int]:
     """Four stages for so many blocks: the published split where there is one, else e, e, n, e.
 
     e is a sixth of the blocks, between one and three, and n the surplus: the paper's 1 : 1 : 3 : 1 as long as that
     divides, from 18 blocks on its 3, 3, n, 3.
 
-    >>> split(4), split(12), split(14), split(18)
-    ((1, 1, 1, 1), (2, 2, 6, 2), (2, 2, 8, 2), (3, 3, 9, 3))
+    >>> [distribute_convnext_blocks(depth) for depth in (4, 12, 14, 18)]
+    [(1, 1, 1, 1), (2, 2, 6, 2), (2, 2, 8, 2), (3, 3, 9, 3)]
 
     Raises:
         SkipwayError: fewer blocks than stages.
@@ -82,22 +82,22 @@ def split(depth: int) -> tuple[int, int, int, int]:
     return each, each, depth - 3 * each, each
 
 
-def member(family: str, name: str, config: ConvNeXtConfig, parameters: int, description: str) -> Variant:
+def convnext_variant(family: str, name: str, config: ConvNeXtConfig, parameters: int, description: str) -> Variant:
     """A published network of a family."""
     return Variant(
         name=f"{family}-{name}",
         family=family,
         config=config,
-        at_depth=partial(convnext, base=config),
+        at_depth=partial(convnext_config, base=config),
         parameters=parameters,
         description=description,
     )
 
 
-def sized(family: str, base: ConvNeXtConfig, sizes: dict[str, Size]) -> list[Variant]:
+def convnext_variants(family: str, base: ConvNeXtConfig, sizes: dict[str, Size]) -> list[Variant]:
     """The published sizes of a family."""
     return [
-        member(
+        convnext_variant(
             family,
             size,
             replace(base, width=width, blocks=blocks),
@@ -108,7 +108,7 @@ def sized(family: str, base: ConvNeXtConfig, sizes: dict[str, Size]) -> list[Var
     ]
 
 
-def aliases(family: str) -> dict[str, tuple[str, dict[str, Any]]]:
+def convnext_aliases(family: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """The entry points of other libraries whose network is of this family."""
     return {entry: ours for entry, ours in ALIASES.items() if ours[0].startswith(f"{family}-")}
 
@@ -119,13 +119,13 @@ FAMILIES.add(
         name="convnext",
         description="Liu et al. 2022: depthwise 7×7 and MLP in one branch, LayerScale; depth counts blocks",
         module=ConvNeXt,
-        at_depth=convnext,
+        at_depth=convnext_config,
         pattern=r"convnext-(?P<depth>\d+)",
-        aliases=aliases("convnext"),
+        aliases=convnext_aliases("convnext"),
         variants=(
-            *sized("convnext", V1, SIZES),
+            *convnext_variants("convnext", V1, SIZES),
             # the image tower of OpenCLIP; parameters as counted in timm 1.0.31
-            member(
+            convnext_variant(
                 "convnext",
                 "xxlarge",
                 replace(V1, width=384, blocks=(3, 4, 30, 3), epsilon=1e-5),
@@ -141,9 +141,9 @@ FAMILIES.add(
         name="convnextv2",
         description="Woo et al. 2023: ConvNeXt with global response normalisation, no LayerScale; depth counts blocks",
         module=ConvNeXt,
-        at_depth=partial(convnext, base=V2),
+        at_depth=partial(convnext_config, base=V2),
         pattern=r"convnextv2-(?P<depth>\d+)",
-        aliases=aliases("convnextv2"),
-        variants=tuple(sized("convnextv2", V2, V2_SIZES)),
+        aliases=convnext_aliases("convnextv2"),
+        variants=tuple(convnext_variants("convnextv2", V2, V2_SIZES)),
     ),
 )

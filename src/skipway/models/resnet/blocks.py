@@ -13,7 +13,7 @@ from skipway.nn.kit import Kit
 from skipway.nn.placement import ORIGINAL, Placement
 from skipway.nn.site import Site
 from skipway.schemes import Identity, Scheme
-from skipway.schemes import scheme as read_scheme
+from skipway.schemes import parse_scheme as read_scheme
 from skipway.tracing.chain import chain
 
 __all__ = ["CONV_KIT", "BasicBlock", "Block", "Bottleneck", "pooled_projection", "projection"]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
-from skipway.validation import checked, whole
+from skipway.validation import check_choice, check_positive_int
 
 __all__ = ["MAPS", "ResNetConfig"]
 
@@ -61,7 +61,7 @@ class ResNetConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         for name in ("width", "groups", "base_width", "stem_width", "squeeze_least", "classes", "channels"):
-            whole(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         if not self.blocks or any(count < 1 for count in self.blocks):
             raise SkipwayError(f"blocks={self.blocks}: every stage needs at least one block")
         for name, allowed in (
@@ -70,7 +70,7 @@ class ResNetConfig:
             ("shortcut", ("projection", "pooled", "pad")),
             ("placement", ("original", "preactivation")),
         ):
-            checked(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
 
     @property
     def branches(self) -> int:

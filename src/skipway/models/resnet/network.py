@@ -41,12 +41,12 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.config = config
-        kit = replace(CONV_KIT, gate=gate(config))
+        kit = replace(CONV_KIT, gate=resnet_gate(config))
         placement = PLACEMENTS[config.placement]
         outside = config.scheme.kit(None, kit), config.scheme.place(None, placement)
-        self.stem = stem(config, *outside)
-        self.stages = nn.Sequential(*stages(config, kit, placement))
-        self.head = head(config, *outside)
+        self.stem = resnet_stem(config, *outside)
+        self.stages = nn.Sequential(*resnet_stages(config, kit, placement))
+        self.head = resnet_head(config, *outside)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)))
@@ -60,19 +60,19 @@ class ResNet(nn.Module):
         )
 
 
-def gate(config: ResNetConfig) -> Callable[[int], nn.Module] | None:
+def resnet_gate(config: ResNetConfig) -> Callable[[int], nn.Module] | None:
     """What closes every branch."""
     if config.squeeze is None:
         return None
     return partial(SqueezeExcitation, reduction=config.squeeze, least=config.squeeze_least)
 
 
-def stem(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:
+def resnet_stem(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:
     """Image to stream: a convolution or three, what the stream passes behind a connection, and ImageNet's max-pool."""
     pool = None if config.stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
     if config.stem in TIERS:
         # a row of convolutions as in a branch, though no residual one
-        convs = ConvBranch(deep(config), replace(kit, gate=None), placement.behind)
+        convs = ConvBranch(deep_stem_convs(config), replace(kit, gate=None), placement.behind)
         return sequence(**dict(convs.named_children()), pool=pool)
     kernel, stride = (3, 1) if config.stem == "cifar" else (7, 2)
     return sequence(
@@ -82,13 +82,13 @@ def stem(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:
     )
 
 
-def deep(config: ResNetConfig) -> list[Conv]:
+def deep_stem_convs(config: ResNetConfig) -> list[Conv]:
     """The three convolutions of a deep stem."""
     first, second = (max(config.stem_width * eighths // 8, 1) for eighths in TIERS[config.stem])
     return [Conv(config.channels, first, 3, 2), Conv(first, second, 3), Conv(second, config.stem_width, 3)]
 
 
-def stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Iterator[nn.Sequential]:
+def resnet_stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Iterator[nn.Sequential]:
     """The chain, stage by stage."""
     make = BLOCKS[config.block]
     index = since = 0
@@ -100,7 +100,9 @@ def stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Iterator[nn.
         for first in (position == 0 for position in range(count)):
             stride = 2 if first and number > 0 else 1
             site = Site(dim=dim, dim_in=dim_in, index=index, depth=config.branches, since=since)
-            shortcut = None if stride == 1 and dim_in == dim else transition(config, kit, placement, site, stride)
+            shortcut = (
+                None if stride == 1 and dim_in == dim else resnet_transition(config, kit, placement, site, stride)
+            )
             stage.append(
                 make(
                     dim_in,
@@ -120,7 +122,7 @@ def stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Iterator[nn.
         yield stage
 
 
-def transition(config: ResNetConfig, kit: Kit, placement: Placement, site: Site, stride: int) -> nn.Module:
+def resnet_transition(config: ResNetConfig, kit: Kit, placement: Placement, site: Site, stride: int) -> nn.Module:
     """The shortcut where shapes change: it closes with a norm where the branch does."""
     if config.shortcut == "pad" and site.dim >= site.entry:
         return Pad(site.dim - site.entry, stride)
@@ -129,7 +131,7 @@ def transition(config: ResNetConfig, kit: Kit, placement: Placement, site: Site,
     return project(site.entry, site.dim, stride, config.scheme.kit(site, kit), closed)
 
 
-def head(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:
+def resnet_head(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:
     """Stream to logits: what a next connection would have begun with, the mean over pixels, the classifier."""
     dim = config.width * 2 ** (len(config.blocks) - 1) * BLOCKS[config.block].expansion
     return sequence(

@@ -13,7 +13,7 @@ from skipway.models.resnet.aliases import ALIASES
 from skipway.models.resnet.config import MAPS, ResNetConfig
 from skipway.models.resnet.network import ResNet
 
-__all__ = ["cifar", "imagenet", "wide_cifar"]
+__all__ = ["cifar_config", "imagenet_config", "wide_cifar_config"]
 
 # He 2015, table 1 (and He 2016, table 5 for 200): block and blocks per stage
 IMAGENET: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
@@ -33,10 +33,10 @@ CIFAR_BOTTLENECK = replace(CIFAR, block="bottleneck", shortcut="projection")
 WIDE_CIFAR = replace(CIFAR, shortcut="projection", placement="preactivation")
 
 
-def imagenet(depth: int, base: ResNetConfig | None = None) -> ResNetConfig:
-    """ImageNet's four stages at any depth: the published split where there is one, else by the rules of `split`.
+def imagenet_config(depth: int, base: ResNetConfig | None = None) -> ResNetConfig:
+    """ImageNet's four stages at any depth: as published where a paper has them, else by `distribute_resnet_blocks`.
 
-    >>> imagenet(101).blocks, imagenet(26).blocks, imagenet(38).blocks
+    >>> imagenet_config(101).blocks, imagenet_config(26).blocks, imagenet_config(38).blocks
     ((3, 4, 23, 3), (2, 2, 2, 2), (3, 3, 3, 3))
     """
     base = base or ResNetConfig(blocks=(1,))
@@ -46,20 +46,20 @@ def imagenet(depth: int, base: ResNetConfig | None = None) -> ResNetConfig:
     for block in ("bottleneck", "basic"):
         count, rest = divmod(depth - 2, MAPS[block])
         if rest == 0 and count >= 4 and (block == "bottleneck" or count < 16):
-            return replace(base, block=block, blocks=split(count))
-    raise impossible(
+            return replace(base, block=block, blocks=distribute_resnet_blocks(count))
+    raise depth_error(
         depth,
         "an ImageNet ResNet",
         "3·n + 2 (n ≥ 4 bottlenecks) or 2·n + 2 (4 ≤ n < 16 basic blocks)",
-        near(depth, 3, 14),
+        nearest_depths(depth, 3, 14),
     )
 
 
-def split(count: int) -> tuple[int, int, int, int]:
+def distribute_resnet_blocks(count: int) -> tuple[int, int, int, int]:
     """Four stages for `count` blocks: even up to 16, then 3, 4, n, 3 with the surplus in the third, as in ResNet-101.
 
-    >>> split(8), split(14), split(16), split(33)
-    ((2, 2, 2, 2), (3, 4, 4, 3), (3, 4, 6, 3), (3, 4, 23, 3))
+    >>> [distribute_resnet_blocks(count) for count in (8, 14, 16, 33)]
+    [(2, 2, 2, 2), (3, 4, 4, 3), (3, 4, 6, 3), (3, 4, 23, 3)]
     """
     if count >= 16:
         return 3, 4, count - 10, 3
@@ -67,79 +67,79 @@ def split(count: int) -> tuple[int, int, int, int]:
     return each, each + (more >= 2), each + (more >= 1), each + (more >= 3)
 
 
-def cifar(depth: int, base: ResNetConfig = CIFAR) -> ResNetConfig:
+def cifar_config(depth: int, base: ResNetConfig = CIFAR) -> ResNetConfig:
     """CIFAR's three stages: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
 
-    >>> cifar(110).blocks, cifar(1202).branches
+    >>> cifar_config(110).blocks, cifar_config(1202).branches
     ((18, 18, 18), 600)
     """
     step = 3 * MAPS[base.block]
     each, rest = divmod(depth - 2, step)
     if rest or each < 1:
-        raise impossible(
+        raise depth_error(
             depth,
             f"a CIFAR ResNet of {base.block} blocks",
             f"{step}·n + 2, n ≥ 1",
-            near(depth, step, step + 2),
+            nearest_depths(depth, step, step + 2),
         )
     return replace(base, blocks=(each,) * 3)
 
 
-def wide_cifar(depth: int, factor: int | None = None, base: ResNetConfig = WIDE_CIFAR) -> ResNetConfig:
+def wide_cifar_config(depth: int, factor: int | None = None, base: ResNetConfig = WIDE_CIFAR) -> ResNetConfig:
     """WRN-depth-factor: 6n + 4 weight layers (the two projections between stages counted), `factor` times wider.
 
-    >>> wide_cifar(16, 2).blocks, wide_cifar(16, 2).width
+    >>> wide_cifar_config(16, 2).blocks, wide_cifar_config(16, 2).width
     ((2, 2, 2), 32)
     """
     each, rest = divmod(depth - 4, 6)
     if rest or each < 1:
-        raise impossible(depth, "a Wide ResNet", "6·n + 4, n ≥ 1", near(depth, 6, 10))
+        raise depth_error(depth, "a Wide ResNet", "6·n + 4, n ≥ 1", nearest_depths(depth, 6, 10))
     return replace(base, blocks=(each,) * 3, width=base.width if factor is None else 16 * factor)
 
 
-def published(depth: int) -> ResNetConfig:
+def published_config(depth: int) -> ResNetConfig:
     """The depth dial of "resnet": the net that a paper gives that depth, else CIFAR's 6n + 2, else its 9n + 2, else
     ImageNet's four stages.
 
     A bare "resnet26" is timm's entry point before it is this dial: ImageNet's 3·8 + 2 (`aliases`), where
     `build("resnet", depth=26)` is CIFAR's 6·4 + 2. At no other depth do the two differ.
 
-    >>> published(50).stem, published(110).stem, published(164).block, published(53).blocks
+    >>> published_config(50).stem, published_config(110).stem, published_config(164).block, published_config(53).blocks
     ('imagenet', 'cifar', 'bottleneck', (3, 4, 7, 3))
     """
     if depth in IMAGENET:
-        return imagenet(depth)
+        return imagenet_config(depth)
     if depth in (164, 1001):
-        return cifar(depth, CIFAR_BOTTLENECK)
-    for make in (cifar, partial(cifar, base=CIFAR_BOTTLENECK), imagenet):
+        return cifar_config(depth, CIFAR_BOTTLENECK)
+    for make in (cifar_config, partial(cifar_config, base=CIFAR_BOTTLENECK), imagenet_config):
         try:
             return make(depth)
         except SkipwayError:
             continue
-    raise impossible(depth, "a ResNet", "6·n + 2, 9·n + 2 (CIFAR) or 3·n + 2 (ImageNet)", near(depth, 3, 8))
+    raise depth_error(depth, "a ResNet", "6·n + 2, 9·n + 2 (CIFAR) or 3·n + 2 (ImageNet)", nearest_depths(depth, 3, 8))
 
 
 def same_design(depth: int, base: ResNetConfig) -> ResNetConfig:
     """Another depth in the stages of `base`, everything else as it is there.
 
-    >>> same_design(101, replace(imagenet(50), groups=32, base_width=4)).groups
+    >>> same_design(101, replace(imagenet_config(50), groups=32, base_width=4)).groups
     32
     """
-    return cifar(depth, base) if base.stem == "cifar" else imagenet(depth, base)
+    return cifar_config(depth, base) if base.stem == "cifar" else imagenet_config(depth, base)
 
 
-def dressed(make: Callable[..., ResNetConfig], **changes: Any) -> Callable[..., ResNetConfig]:
+def with_changes(make: Callable[..., ResNetConfig], **changes: Any) -> Callable[..., ResNetConfig]:
     """The same dial with other fields: pre-activation, a gate, groups."""
     return lambda *args, **kwargs: replace(make(*args, **kwargs), **changes)
 
 
-def near(depth: int, step: int, least: int) -> tuple[int, int]:
+def nearest_depths(depth: int, step: int, least: int) -> tuple[int, int]:
     """The possible depths around an impossible one."""
     below = max(least, depth - (depth - least) % step)
     return below, below + step
 
 
-def impossible(depth: int, what: str, rule: str, options: tuple[int, int]) -> SkipwayError:
+def depth_error(depth: int, what: str, rule: str, options: tuple[int, int]) -> SkipwayError:
     """The error for a depth that does not exist."""
     return SkipwayError(f"depth={depth}: {what} has {rule} weight layers; near it are {options[0]} and {options[1]}")
 
@@ -148,14 +148,16 @@ Row = tuple[str, ResNetConfig, int, str]
 """Name, config, parameters as published, description."""
 
 
-def register(family: str, description: str, at_depth: Callable[..., ResNetConfig], pattern: str, *rows: Row) -> None:
+def register_family(
+    family: str, description: str, at_depth: Callable[..., ResNetConfig], pattern: str, *rows: Row
+) -> None:
     """Enter a family: its dial, the pattern of names that the dial answers to, and its published members."""
     members = [
         Variant(
             name=name,
             family=family,
             config=config,
-            at_depth=partial(wide_cifar if family == "wrn" else same_design, base=config),
+            at_depth=partial(wide_cifar_config if family == "wrn" else same_design, base=config),
             parameters=parameters,
             description=text,
         )
@@ -175,41 +177,41 @@ def register(family: str, description: str, at_depth: Callable[..., ResNetConfig
     )
 
 
-v2 = dressed(published, placement="preactivation")
-se = dressed(imagenet, squeeze=16)
+v2 = with_changes(published_config, placement="preactivation")
+se = with_changes(imagenet_config, squeeze=16)
 
-register(
+register_family(
     "resnet",
     "He et al. 2015: ImageNet (v1.5, stride on the 3×3) and CIFAR, at any depth",
-    published,
+    published_config,
     r"resnet-?(?P<depth>\d+)",
     # parameters: torchvision's documentation
-    ("resnet18", imagenet(18), 11_689_512, "ImageNet, basic blocks"),
-    ("resnet34", imagenet(34), 21_797_672, "ImageNet, basic blocks"),
-    ("resnet50", imagenet(50), 25_557_032, "ImageNet, bottlenecks"),
-    ("resnet101", imagenet(101), 44_549_160, "ImageNet, bottlenecks"),
-    ("resnet152", imagenet(152), 60_192_808, "ImageNet, bottlenecks"),
+    ("resnet18", imagenet_config(18), 11_689_512, "ImageNet, basic blocks"),
+    ("resnet34", imagenet_config(34), 21_797_672, "ImageNet, basic blocks"),
+    ("resnet50", imagenet_config(50), 25_557_032, "ImageNet, bottlenecks"),
+    ("resnet101", imagenet_config(101), 44_549_160, "ImageNet, bottlenecks"),
+    ("resnet152", imagenet_config(152), 60_192_808, "ImageNet, bottlenecks"),
     # parameters: He 2015, table 6 (0.27 M … 19.4 M), exact by the closed formula
-    ("resnet20", cifar(20), 269_722, "CIFAR, 6n + 2"),
-    ("resnet32", cifar(32), 464_154, "CIFAR, 6n + 2"),
-    ("resnet44", cifar(44), 658_586, "CIFAR, 6n + 2"),
-    ("resnet56", cifar(56), 853_018, "CIFAR, 6n + 2"),
-    ("resnet110", cifar(110), 1_727_962, "CIFAR, 6n + 2"),
-    ("resnet1202", cifar(1202), 19_421_274, "CIFAR, 6n + 2"),
+    ("resnet20", cifar_config(20), 269_722, "CIFAR, 6n + 2"),
+    ("resnet32", cifar_config(32), 464_154, "CIFAR, 6n + 2"),
+    ("resnet44", cifar_config(44), 658_586, "CIFAR, 6n + 2"),
+    ("resnet56", cifar_config(56), 853_018, "CIFAR, 6n + 2"),
+    ("resnet110", cifar_config(110), 1_727_962, "CIFAR, 6n + 2"),
+    ("resnet1202", cifar_config(1202), 19_421_274, "CIFAR, 6n + 2"),
 )
-register(
+register_family(
     "resnet-cifar",
     "CIFAR's three stages of basic blocks, 6n + 2",
-    cifar,
+    cifar_config,
     r"resnet-cifar-?(?P<depth>\d+)",
 )
-register(
+register_family(
     "resnet-imagenet",
     "ImageNet's four stages, 2n + 2 below 34 layers, 3n + 2",
-    imagenet,
+    imagenet_config,
     r"resnet-imagenet-?(?P<depth>\d+)",
 )
-register(
+register_family(
     "resnetv2",
     "He et al. 2016: pre-activation, ImageNet and CIFAR",
     v2,
@@ -222,41 +224,41 @@ register(
     ("resnetv2-164", v2(164), 1_703_258, "CIFAR, 9n + 2, pre-activation"),
     ("resnetv2-1001", v2(1001), 10_327_706, "CIFAR, 9n + 2, pre-activation"),
 )
-register(
+register_family(
     "resnext",
     "Xie et al. 2017: grouped bottlenecks (32 groups of 4 channels unless told), ImageNet",
-    dressed(imagenet, block="bottleneck", groups=32, base_width=4),
+    with_changes(imagenet_config, block="bottleneck", groups=32, base_width=4),
     r"resnext-?(?P<depth>\d+)",
     # parameters: torchvision's documentation
     (
         "resnext50-32x4d",
-        replace(imagenet(50), groups=32, base_width=4),
+        replace(imagenet_config(50), groups=32, base_width=4),
         25_028_904,
         "ImageNet, 32 groups × 4",
     ),
     (
         "resnext101-32x8d",
-        replace(imagenet(101), groups=32, base_width=8),
+        replace(imagenet_config(101), groups=32, base_width=8),
         88_791_336,
         "ImageNet, 32 groups × 8",
     ),
     (
         "resnext101-64x4d",
-        replace(imagenet(101), groups=64, base_width=4),
+        replace(imagenet_config(101), groups=64, base_width=4),
         83_455_272,
         "ImageNet, 64 groups × 4",
     ),
 )
-register(
+register_family(
     "wide-resnet",
     "Zagoruyko & Komodakis 2016: twice as wide inside, ImageNet",
-    dressed(imagenet, block="bottleneck", base_width=128),
+    with_changes(imagenet_config, block="bottleneck", base_width=128),
     r"wide-resnet-?(?P<depth>\d+)",
     # parameters: torchvision's documentation
-    ("wide-resnet50-2", replace(imagenet(50), base_width=128), 68_883_240, "ImageNet, twice as wide"),
-    ("wide-resnet101-2", replace(imagenet(101), base_width=128), 126_886_696, "ImageNet, twice as wide"),
+    ("wide-resnet50-2", replace(imagenet_config(50), base_width=128), 68_883_240, "ImageNet, twice as wide"),
+    ("wide-resnet101-2", replace(imagenet_config(101), base_width=128), 126_886_696, "ImageNet, twice as wide"),
 )
-register(
+register_family(
     "se-resnet",
     "Hu et al. 2018: squeeze-and-excitation in every branch, ImageNet",
     se,
@@ -268,14 +270,14 @@ register(
     ("se-resnet101", se(101), 49_326_872, "ImageNet, SE"),
     ("se-resnet152", se(152), 66_821_848, "ImageNet, SE"),
 )
-register(
+register_family(
     "wrn",
     "Zagoruyko & Komodakis 2016: WRN-depth-factor, CIFAR, pre-activation, 6n + 4",
-    wide_cifar,
+    wide_cifar_config,
     r"wrn-?(?P<depth>\d+)-(?P<factor>\d+)",
-    ("wrn-16-2", wide_cifar(16, 2), 691_674, "CIFAR, 2 × wide"),
-    ("wrn-40-2", wide_cifar(40, 2), 2_243_546, "CIFAR, 2 × wide"),
-    ("wrn-28-10", wide_cifar(28, 10), 36_479_194, "CIFAR, 10 × wide"),
-    ("wrn-100-2", wide_cifar(100, 2), 6_123_226, "CIFAR, 2 × wide"),
-    ("wrn-1000-2", wide_cifar(1000, 2), 64_318_426, "CIFAR, 2 × wide"),
+    ("wrn-16-2", wide_cifar_config(16, 2), 691_674, "CIFAR, 2 × wide"),
+    ("wrn-40-2", wide_cifar_config(40, 2), 2_243_546, "CIFAR, 2 × wide"),
+    ("wrn-28-10", wide_cifar_config(28, 10), 36_479_194, "CIFAR, 10 × wide"),
+    ("wrn-100-2", wide_cifar_config(100, 2), 6_123_226, "CIFAR, 2 × wide"),
+    ("wrn-1000-2", wide_cifar_config(1000, 2), 64_318_426, "CIFAR, 2 × wide"),
 )

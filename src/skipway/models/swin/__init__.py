@@ -2,6 +2,6 @@
 
 from skipway.models.swin import variants
 from skipway.models.swin.config import SwinConfig
-from skipway.models.swin.network import PatchStem, Swin
+from skipway.models.swin.network import Swin, SwinStem
 
-__all__ = ["PatchStem", "Swin", "SwinConfig", "variants"]
+__all__ = ["Swin", "SwinConfig", "SwinStem", "variants"]

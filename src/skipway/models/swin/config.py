@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from skipway.errors import SkipwayError
 from skipway.models.transformer import Norm
 from skipway.schemes import Identity, Scheme
-from skipway.validation import checked, whole
+from skipway.validation import check_choice, check_positive_int
 
 __all__ = ["SwinConfig"]
 
@@ -61,11 +61,11 @@ class SwinConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         for name in ("dim", "heads", "patch", "image", "classes", "channels"):
-            whole(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         if not self.blocks:
             raise SkipwayError("blocks=(): a Swin has at least one stage")
         for count in self.blocks:
-            whole("blocks", count)
+            check_positive_int("blocks", count)
         if self.dim % self.heads:
             raise SkipwayError(f"dim={self.dim}, heads={self.heads}: the rule is that heads divides dim")
         if self.image % self.patch:
@@ -75,7 +75,7 @@ class SwinConfig:
                 f"{max(below, self.patch)} and {below + self.patch}"
             )
         for name, allowed in (("attention", get_args(Similarity)), ("norm", get_args(Norm))):
-            checked(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
         per_stage("window", self.window, len(self.blocks))
         if self.learned_window is not None:
             per_stage("learned_window", self.learned_window, len(self.blocks))
@@ -121,5 +121,5 @@ def per_stage(name: str, value: int | tuple[int, ...], stages: int) -> tuple[int
     if len(each) != stages:
         raise SkipwayError(f"{name}={value!r}: the rule is one for all stages or one for each of the {stages}")
     for number in each:
-        whole(name, number)
+        check_positive_int(name, number)
     return each

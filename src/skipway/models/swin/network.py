@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.models.swin.config import SwinConfig
-from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, MakeAttention, Pool, transformer_block
+from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, MakeAttention, TokenPool, transformer_block
 from skipway.nn import (
     ChannelsLast,
     Classifier,
@@ -25,7 +25,7 @@ from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
 from skipway.nn.site import Site
 
-__all__ = ["SWIN_KIT", "Neighbours", "PatchStem", "Swin"]
+__all__ = ["SWIN_KIT", "NeighbourConcat", "Swin", "SwinStem"]
 
 SWIN_KIT = replace(TOKEN_KIT, norm=nn.LayerNorm)
 """Liu et al. 2021, the authors' code: maps from N(0, 0.02²), LayerNorm with ε = 1e-5, GELU."""
@@ -51,9 +51,9 @@ class Swin(nn.Module):
         self.config = config
         placement = NORM_PLACEMENTS[config.norm]
         outside = config.scheme.kit(None, SWIN_KIT), config.scheme.place(None, placement)
-        self.stem = PatchStem(config, outside[0])
-        self.stages = nn.Sequential(*stages(config, placement))
-        self.head = head(config, *outside)
+        self.stem = SwinStem(config, outside[0])
+        self.stages = nn.Sequential(*swin_stages(config, placement))
+        self.head = swin_head(config, *outside)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)))
@@ -67,7 +67,7 @@ class Swin(nn.Module):
         )
 
 
-class PatchStem(nn.Module):
+class SwinStem(nn.Module):
     """Image to a map of tokens: patches through one map, and a norm.
 
     Shapes: (N, channels, H, W) → (N, H / patch, W / patch, dim).
@@ -98,13 +98,13 @@ class PatchStem(nn.Module):
             )
 
 
-class Neighbours(nn.Module):
+class NeighbourConcat(nn.Module):
     """The four tokens of every 2 × 2 square as one, in the order ↖ ↙ ↗ ↘; an odd map is padded with zeros.
 
     Shapes: (N, H, W, C) → (N, ⌈H / 2⌉, ⌈W / 2⌉, 4C).
 
     >>> import torch
-    >>> Neighbours()(torch.tensor([[1.0, 2.0], [3.0, 4.0]])[None, :, :, None]).flatten()
+    >>> NeighbourConcat()(torch.tensor([[1.0, 2.0], [3.0, 4.0]])[None, :, :, None]).flatten()
     tensor([1., 3., 2., 4.])
     """
 
@@ -115,7 +115,7 @@ class Neighbours(nn.Module):
         return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 
-def stages(config: SwinConfig, placement: Placement) -> Iterator[nn.Sequential]:
+def swin_stages(config: SwinConfig, placement: Placement) -> Iterator[nn.Sequential]:
     """The chain, stage by stage; a patch merging stands behind each stage but the last."""
     first = 0
     for number, count in enumerate(config.blocks):
@@ -123,7 +123,7 @@ def stages(config: SwinConfig, placement: Placement) -> Iterator[nn.Sequential]:
         stage = nn.Sequential()
         for position in range(count):
             block = transformer_block(
-                attention(config, number, shifted=position % 2 == 1),
+                swin_attention(config, number, shifted=position % 2 == 1),
                 replace(site, index=first + 2 * position, since=2 * position),
                 int(site.dim * config.ratio),
                 kit=SWIN_KIT,
@@ -134,11 +134,11 @@ def stages(config: SwinConfig, placement: Placement) -> Iterator[nn.Sequential]:
         first += 2 * count
         if number + 1 < len(config.blocks):
             behind = replace(site, dim=2 * site.dim, dim_in=site.dim, index=first, since=2 * count)
-            stage.add_module("merge", merge(config, behind, placement))
+            stage.add_module("merge", swin_merge(config, behind, placement))
         yield stage
 
 
-def attention(config: SwinConfig, stage: int, shifted: bool) -> MakeAttention:
+def swin_attention(config: SwinConfig, stage: int, shifted: bool) -> MakeAttention:
     """What makes the attention branch of a block."""
     side = config.windows[stage]
     window = Window(side, shift=side // 2 if shifted else 0)
@@ -148,7 +148,7 @@ def attention(config: SwinConfig, stage: int, shifted: bool) -> MakeAttention:
     return partial(CosineWindowAttention, config.widths[stage], heads, window, learned_at=config.learned_windows[stage])
 
 
-def merge(config: SwinConfig, site: Site, placement: Placement) -> nn.Module:
+def swin_merge(config: SwinConfig, site: Site, placement: Placement) -> nn.Module:
     """Patch merging: four neighbours to one token of twice the channels, outside the residual connections.
 
     The norm stands before the map where the family's connections are pre-normed (V1), else behind it (V2). The map is
@@ -158,16 +158,16 @@ def merge(config: SwinConfig, site: Site, placement: Placement) -> nn.Module:
     behind = "norm" in placement.behind
     norm = kit.parts(("norm",), site.dim if behind else 4 * site.entry)
     map = {"enter": config.scheme.enter(site), "reduction": kit.linear(4 * site.entry, site.dim, bias=False)}
-    return sequence(neighbours=Neighbours(), **(map | norm if behind else norm | map))
+    return sequence(neighbours=NeighbourConcat(), **(map | norm if behind else norm | map))
 
 
-def head(config: SwinConfig, kit: Kit, placement: Placement) -> nn.Module:
+def swin_head(config: SwinConfig, kit: Kit, placement: Placement) -> nn.Module:
     """Map to logits: the norm (post-norm streams need none), the mean over tokens, the classifier."""
     width = config.widths[-1]
     return sequence(
         norm=None if kit.norm is None or "norm" in placement.post else kit.norm(width),
         flatten=nn.Flatten(1, 2),
-        pool=Pool("mean", 0),
+        pool=TokenPool("mean", 0),
         before=None if kit.before is None else kit.before(),
         classifier=Classifier(width, config.classes, initial=TruncatedNormal(0.02)),
     )

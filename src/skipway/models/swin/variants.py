@@ -10,9 +10,9 @@ from skipway.models.family import FAMILIES, Family, Variant
 from skipway.models.swin.aliases import ALIASES
 from skipway.models.swin.config import SwinConfig
 from skipway.models.swin.network import Swin
-from skipway.schemes import scheme
+from skipway.schemes import parse_scheme
 
-__all__ = ["V1", "V2", "swin"]
+__all__ = ["V1", "V2", "swin_config"]
 
 # Liu et al. 2021, sec. 3.3: channels, blocks per stage; heads are 32 channels wide
 V1 = {
@@ -24,9 +24,13 @@ V1 = {
 
 # Liu et al. 2022, sec. 3.2-3.3 and the same sizes. The norms that close the branches start at 0: the authors' code
 V2 = {
-    size: replace(config, attention="cosine", norm="respost", window=8, image=256, scheme=scheme("zeroinit"))
+    size: replace(config, attention="cosine", norm="respost", window=8, image=256, scheme=parse_scheme("zeroinit"))
     for size, config in V1.items()
-} | {"large": replace(V1["large"], attention="cosine", norm="respost", window=16, image=256, scheme=scheme("zeroinit"))}
+} | {
+    "large": replace(
+        V1["large"], attention="cosine", norm="respost", window=16, image=256, scheme=parse_scheme("zeroinit")
+    )
+}
 
 # Parameters at 1000 classes. V1 (windows of 7): torchvision's documentation and, large, timm's results table. V2: the
 # authors' code and timm's results table; torchvision counts a bias of the keys too, which it sets to 0 in every forward
@@ -42,12 +46,12 @@ PAPERS = {
 }
 
 
-def swin(depth: int, base: SwinConfig = V1["tiny"]) -> SwinConfig:
+def swin_config(depth: int, base: SwinConfig = V1["tiny"]) -> SwinConfig:
     """`base` with another number of blocks: 2, 2, n − 6, 2 of n, the papers' rule (n is 12 or 24 there).
 
     Shifted and unshifted blocks alternate, so every stage has an even number.
 
-    >>> swin(24).blocks, swin(100).blocks
+    >>> swin_config(24).blocks, swin_config(100).blocks
     ((2, 2, 18, 2), (2, 2, 94, 2))
     """
     if depth < 8 or depth % 2:
@@ -65,7 +69,7 @@ for family, sizes in NAMES.items():
             name=family,
             description=f"{PAPERS[family]}; depth counts blocks",
             module=Swin,
-            at_depth=partial(swin, base=sizes["tiny"]),
+            at_depth=partial(swin_config, base=sizes["tiny"]),
             pattern=rf"{family}-(?P<depth>\d+)",
             aliases={alias: entry for alias, entry in ALIASES.items() if entry[0].partition("-")[0] == family},
             variants=tuple(
@@ -73,7 +77,7 @@ for family, sizes in NAMES.items():
                     name=f"{family}-{size}",
                     family=family,
                     config=config,
-                    at_depth=partial(swin, base=config),
+                    at_depth=partial(swin_config, base=config),
                     parameters=PARAMETERS[family][size],
                     description=f"{config.dim} channels, blocks {config.blocks}, windows of {config.window}",
                 )

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from skipway.errors import SkipwayError
 from skipway.models.transformer import Norm, Pooling
 from skipway.schemes import Identity, Scheme
-from skipway.validation import checked, whole
+from skipway.validation import check_choice, check_positive_int
 
 __all__ = ["ViTConfig"]
 
@@ -61,7 +61,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "blocks", "heads", "patch", "image", "classes", "channels"):
-            whole(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         if self.dim % self.heads:
             raise SkipwayError(f"dim={self.dim}, heads={self.heads}: the rule is that heads divides dim")
         if self.image % self.patch:
@@ -75,7 +75,7 @@ class ViTConfig:
             ("pooling", get_args(Pooling)),
             ("act", ("gelu", "tanhgelu", "quickgelu")),
         ):
-            checked(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
 
     @property
     def branches(self) -> int:

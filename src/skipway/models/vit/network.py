@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, Pool, quarters, transformer_block
+from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, TokenPool, quarter_maps, transformer_block
 from skipway.models.vit.config import ViTConfig
 from skipway.nn import Attention, Classifier, QuickGELU, StageMap, TruncatedNormal, sequence
 from skipway.nn.kit import Kit
@@ -47,7 +47,7 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(
             *(
                 transformer_block(
-                    partial(attention, config),
+                    partial(vit_attention, config),
                     Site(dim=config.dim, index=index, depth=config.branches, since=index, spatial=0),
                     int(config.dim * config.ratio),
                     kit=family,
@@ -57,7 +57,7 @@ class ViT(nn.Module):
                 for index in range(0, config.branches, 2)
             )
         )
-        self.head = head(config, kit, outside)
+        self.head = vit_head(config, kit, outside)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)))
@@ -65,10 +65,10 @@ class ViT(nn.Module):
     def stage_maps(self) -> tuple[StageMap, ...]:
         """The patches' stream behind each quarter of the blocks."""
         config = self.config
-        return quarters(config.blocks, config.dim, config.patch, config.prefix + config.registers)
+        return quarter_maps(config.blocks, config.dim, config.patch, config.prefix + config.registers)
 
 
-def attention(config: ViTConfig, *, kit: Kit, placement: Placement) -> Attention:
+def vit_attention(config: ViTConfig, *, kit: Kit, placement: Placement) -> Attention:
     """The attention branch; the norm of queries and keys is the family's, whatever the scheme does to the stream's."""
     head_norm = partial(nn.LayerNorm, eps=config.epsilon) if config.head_norm else None
     return Attention(config.dim, config.heads, kit=kit, placement=placement, head_norm=head_norm)
@@ -130,11 +130,11 @@ class TokenStem(nn.Module):
         return height // self.size, width // self.size
 
 
-def head(config: ViTConfig, kit: Kit, placement: Placement) -> nn.Module:
+def vit_head(config: ViTConfig, kit: Kit, placement: Placement) -> nn.Module:
     """Tokens to logits. The norm stands before the pooling, or behind a mean alone; post-norm streams need none."""
     width = 2 * config.dim if config.pooling == "token+mean" else config.dim
     norm = None if kit.norm is None or "norm" in placement.post else kit.norm(config.dim)
-    pool = Pool(config.pooling, config.prefix + config.registers)
+    pool = TokenPool(config.pooling, config.prefix + config.registers)
     first = {"pool": pool, "norm": norm} if config.pooling == "mean" else {"norm": norm, "pool": pool}
     before = None if kit.before is None else kit.before()
     return sequence(**first, before=before, classifier=Classifier(width, config.classes, initial=TruncatedNormal(0.02)))

@@ -11,7 +11,7 @@ from skipway.models.vit.aliases import ALIASES
 from skipway.models.vit.config import ViTConfig
 from skipway.models.vit.network import ViT
 
-__all__ = ["SIZES", "vit"]
+__all__ = ["SIZES", "vit_config"]
 
 # Dosovitskiy et al. 2021, table 1 (base, large, huge); Touvron et al. 2021 (DeiT), table 1 (tiny, small)
 SIZES = {
@@ -35,10 +35,10 @@ PARAMETERS = {
 }
 
 
-def vit(depth: int, base: ViTConfig = SIZES["small"]) -> ViTConfig:
+def vit_config(depth: int, base: ViTConfig = SIZES["small"]) -> ViTConfig:
     """`base` with another number of blocks.
 
-    >>> vit(48).branches
+    >>> vit_config(48).branches
     96
     """
     if depth < 1:
@@ -46,10 +46,10 @@ def vit(depth: int, base: ViTConfig = SIZES["small"]) -> ViTConfig:
     return replace(base, blocks=depth)
 
 
-def of_size(size: str, patch: int) -> ViTConfig:
+def vit_config_of_size(size: str, patch: int) -> ViTConfig:
     """A published size with any patch; the image is the multiple of the patch nearest to 224 from below.
 
-    >>> of_size("small", 14).grid
+    >>> vit_config_of_size("small", 14).grid
     (16, 16)
     """
     return replace(SIZES[size], patch=patch, image=max(224 // patch, 1) * patch)
@@ -61,16 +61,16 @@ FAMILIES.add(
         name="vit",
         description="Dosovitskiy et al. 2021: attention and MLP branches over patches; depth counts blocks",
         module=ViT,
-        at_depth=vit,
+        at_depth=vit_config,
         pattern=r"vit-(?P<size>tiny|small|base|large|huge)-(?P<patch>\d+)",
-        named=of_size,
+        named=vit_config_of_size,
         aliases=ALIASES,
         variants=tuple(
             Variant(
                 name=f"vit-{size}-{patch}",
                 family="vit",
                 config=replace(SIZES[size], patch=patch),
-                at_depth=partial(vit, base=replace(SIZES[size], patch=patch)),
+                at_depth=partial(vit_config, base=replace(SIZES[size], patch=patch)),
                 parameters=parameters,
                 description=f"patches of {patch} × {patch}",
             )

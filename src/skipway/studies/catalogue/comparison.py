@@ -27,7 +27,7 @@ from torch import nn
 from skipway.data import Data
 from skipway.models import build
 from skipway.report.figure import Figure, Sample, best_rows, grouped, lines_over
-from skipway.schemes import schemes
+from skipway.schemes import all_schemes
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, name_of, percent, step
 from skipway.studies.study import STUDIES, Study, Verdict
@@ -68,7 +68,7 @@ class Comparison(Study):
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         depths, without, width, epochs = GRIDS[budget]
-        names, seeds = choices.schemes or tuple(schemes()), choices.seeds or (0, 1, 2)
+        names, seeds = choices.schemes or tuple(all_schemes()), choices.seeds or (0, 1, 2)
         common = {"width": width, "epochs": epochs, "data": choices.data}
         cells = [
             self.cell(kind="as it is", scheme=name, depth=depth, lr=rate, seed=seed, **common)
