@@ -1,0 +1,98 @@
+"""README and documentation: links and anchors resolve, commands exist with their options, code runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from skipway.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in (".", "docs", "benchmarks", "examples")
+    for path in (ROOT.glob("*.md") if folder == "." else (ROOT / folder).rglob("*.md"))
+)
+# dated entries, which name commands and modules as they were
+HISTORY = {"docs/log.md", "CHANGELOG.md"}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^(?:    |\t).*\n?)+", re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+PYTHON = re.compile(r"(<!-- not run: .+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(r"(?<![\w./-])skipway ([a-z]+)")
+# the guide's chapters have their own test; cards hold doctests, which run where they are written
+RUN = [page for page in PAGES if page.startswith(("README", "docs/")) and page.count("/") < 2]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="an installed package has no documentation")
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text("utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", each.lower())) for each in headings]
+    return {each.strip().replace(" ", "-") for each in plain}
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of a page that begin with `skipway`, without prompts and comments."""
+    fenced = [body for language, body in FENCED.findall(text) if language in ("", "bash", "sh", "console")]
+    indented = INDENTED.findall(FENCED.sub("", text))
+    lines = [line.strip().removeprefix("$ ") for block in (*fenced, *indented) for line in block.splitlines()]
+    return [line for line in lines if line.startswith("skipway ")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_anchors_resolve(page):
+    missing = []
+    for target in LINK.findall(FENCED.sub("", read(page))):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        known = there.exists() and (not anchor or there.suffix != ".md" or anchor in anchors(there.read_text("utf-8")))
+        missing += [] if known else [target]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY])
+def test_commands_exist(page):
+    """`skipway NAME` in a line of code or in backticks; prose may say what Skipway does."""
+    text = read(page)
+    code = [*commands(text), *re.findall(r"`([^`\n]+)`", FENCED.sub("", text))]
+    named = {name for each in code for name in NAMED.findall(each)} - {"bench"}  # until the command is back
+    assert named - {name for name in app if not name.startswith("-")} == set()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY and commands(read(page))])
+def test_command_lines_are_understood(page):
+    for line in commands(read(page)):
+        words = shlex.split(line, comments=True)[1:]
+        if "--help-all" not in words:
+            app.parse_args(words, exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize("page", [page for page in RUN if PYTHON.search(read(page))])
+def test_python_runs(page, tmp_path, monkeypatch):
+    """All blocks of a page in one namespace, but those marked with `<!-- not run: reason -->`."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, (mark, block) in enumerate(PYTHON.findall(read(page)), 1):
+        if not mark:
+            exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+
+
+def test_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 120
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "zensical.toml").read_text("utf-8")
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert [page for page in pages if f'"{page}"' not in navigation] == []
