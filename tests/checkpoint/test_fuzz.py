@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from skipway.checkpoint import files as storage
-from skipway.checkpoint.lock import holder, named
+from skipway.checkpoint.lock import describe_holder, read_holder
 from skipway.checkpoint.manifest import MANIFEST, Entry, Manifest, last_line
 from skipway.checkpoint.state import load_model_state, load_optimizer_state
 from skipway.checkpoint.store import Checkpoints, Snapshot, encoded_state
@@ -100,7 +100,7 @@ def test_state_and_config_of_anything(tmp_path_factory, content):
     write(place / MANIFEST, Manifest(1, entries).encoded())
     only_ours(Checkpoints(folder).newest)
     run = RunFolder(folder / "run")
-    for path in (run.config, run.metrics, run.steps, run.lock_file):
+    for path in (run.config, run.metrics, run.steps, run.lock_file, run.holder):
         write(path, content)
     config = only_ours(run.read_config)
     assert config is None or isinstance(config, dict)
@@ -108,7 +108,7 @@ def test_state_and_config_of_anything(tmp_path_factory, content):
     run.keep_metrics(3)
     run.keep_steps(3)
     assert all(row["step"] <= 3 for row in run.read_steps())
-    assert named(holder(run.lock_file)).isprintable()
+    assert describe_holder(read_holder(run.holder)).isprintable()
     with run.lock():
         pass
 

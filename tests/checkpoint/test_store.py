@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from torch import nn
 
 from benchmarks import mutations
 from skipway.checkpoint import files as storage
-from skipway.checkpoint.lock import held
+from skipway.checkpoint.lock import describe_holder, hold_lock
 from skipway.checkpoint.state import (
     all_finite,
     load_model_state,
@@ -356,11 +357,12 @@ def test_the_lock_keeps_a_second_run_out(tmp_path):
     folder = RunFolder(tmp_path / "run")
     with folder.lock() as note:
         assert note is None
-        assert json.loads(folder.lock_file.read_text())["pid"] == os.getpid()
+        assert json.loads(folder.holder.read_text())["pid"] == os.getpid()
         folder.check_free(overwrite=False)  # the lock alone is no run
         with pytest.raises(SkipwayError, match=f"in use by process {os.getpid()} on"), RunFolder(folder.path).lock():
             pass
         assert folder.lock_file.exists()
+        assert folder.holder.exists()
     assert not folder.path.exists()  # nothing came into it
     with folder.lock():
         folder.begin({}, None)
@@ -369,12 +371,12 @@ def test_the_lock_keeps_a_second_run_out(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_lock_of_a_killed_run_is_taken_over_though_a_worker_lives_on(tmp_path):
-    path = tmp_path / "lock.json"
+    lock, holder = tmp_path / ".lock", tmp_path / "lock.json"
     script = f"""
 import os, sys, time
 from pathlib import Path
-from skipway.checkpoint.lock import held
-with held(Path({str(path)!r})):
+from skipway.checkpoint.lock import hold_lock
+with hold_lock(Path({str(lock)!r}), Path({str(holder)!r})):
     worker = os.fork()
     if worker == 0:
         os.close(1)
@@ -387,41 +389,67 @@ with held(Path({str(path)!r})):
     worker = int(child.stdout)
     try:
         os.kill(worker, 0)
-        assert path.exists()
-        with held(path) as note:
+        assert holder.exists()
+        with hold_lock(lock, holder) as note:
             assert note is not None
             assert "which has ended" in note
+            assert json.loads(holder.read_text())["pid"] == os.getpid()
     finally:
         os.kill(worker, 9)
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (lambda: {"pid": os.getpid()}, "seems to be in use by process"),
-        (lambda: {"pid": 2**22 + 1}, None),
-        (lambda: {"pid": 2**22 + 1, "host": "other\x1b[31m"}, r"other\\x1b\[31m.*delete"),
-        (lambda: "damaged", None),
-    ],
-    ids=["alive", "dead", "other host", "damaged"],
-)
-def test_where_the_system_has_no_locks_the_file_decides(tmp_path, monkeypatch, content, words):
-    import socket
+HOLDER = """
+import fcntl, os, sys
+from pathlib import Path
+def flock(*_): raise OSError(37, "no locks available")
+fcntl.flock = flock
+from skipway.checkpoint.lock import hold_lock
+with hold_lock(Path(sys.argv[1]), Path(sys.argv[2])):
+    print("held", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+"""
 
-    from skipway.checkpoint import lock as locking
 
-    monkeypatch.setattr(locking, "fcntl", None)
-    path, values = tmp_path / "lock.json", content()
-    if isinstance(values, dict):
-        values = {"host": socket.gethostname(), "since": "now", **values}
-    path.write_text(json.dumps(values))
-    if words is None:
-        with held(path):
-            assert json.loads(path.read_text())["pid"] == os.getpid()
-    else:
-        with pytest.raises(SkipwayError, match=words), held(path):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fcntl and its error numbers")
+def test_where_the_file_system_has_no_locks_a_marker_counts_while_its_process_lives(tmp_path, monkeypatch):
+    import fcntl
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock, holder = tmp_path / ".lock", tmp_path / "lock.json"
+    command = [sys.executable, "-c", HOLDER, str(lock), str(holder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        words = f"in use by process {child.pid} on .*delete .*lock.pid if it has ended"
+        with pytest.raises(SkipwayError, match=words), hold_lock(lock, holder):
             pass
+        child.communicate(b"")
+    assert (tmp_path / ".lock.pid").exists()  # the process ended without releasing it
+    with hold_lock(lock, holder) as note:
+        assert note is not None
+        assert f"process {child.pid} on" in note
+        with pytest.raises(SkipwayError, match=f"in use by process {os.getpid()} on"), hold_lock(lock, holder):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["damaged", "[1]", '{"pid": "1\\u001b[31m"}', '{"host": 3}'])
+def test_a_damaged_holder_file_is_replaced(tmp_path, content):
+    lock, holder = tmp_path / ".lock", tmp_path / "lock.json"
+    holder.write_text(content)
+    with hold_lock(lock, holder) as note:
+        assert note is None
+        assert json.loads(holder.read_text())["pid"] == os.getpid()
+
+
+def test_the_name_of_a_holder_is_printable():
+    words = describe_holder({"pid": 3, "host": "other\x1b[31m", "since": "now"})
+    assert words == r"process 3 on other\x1b[31m (since now)"
 
 
 def test_the_rows_of_steps_and_what_a_new_run_removes(tmp_path):

@@ -13,7 +13,7 @@
 | `tensorboard/` | the curves once more, where that was asked for |
 | `bundle/` | what a step that diverged was made of, to run it again |
 | `summary.json`, `report.html` | the result, and a page to read |
-| `lock.json` | the process that works in the folder; gone when it ends |
+| `lock.json`, `.lock` | the process that works in the folder, and its lock; gone when it ends |
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipway.checkpoint import lock as locking
 from skipway.checkpoint import store as checkpoints
 from skipway.checkpoint.files import read_json, reason, write_aside, write_json, write_tensors
+from skipway.checkpoint.lock import hold_lock
 from skipway.errors import CheckpointError, SkipwayError, printable
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class RunFolder:
         self.board = path / "tensorboard"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
-        self.lock_file = path / "lock.json"
+        self.lock_file = path / ".lock"
+        self.holder = path / "lock.json"
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -83,7 +84,7 @@ class RunFolder:
         except OSError as error:
             raise SkipwayError(f"out={printable(self.path)}: cannot be made: {reason(error)}") from error
         try:
-            with locking.held(self.lock_file) as note:
+            with hold_lock(self.lock_file, self.holder) as note:
                 yield note
         finally:
             with suppress(OSError):  # holds something, as it should
@@ -111,7 +112,11 @@ class RunFolder:
 
     def leftover(self, entry: Path) -> bool:
         """Whether a run that died before it began has left this: its lock, or a file that was being written."""
-        return entry == self.lock_file or (entry.name.startswith(".") and entry.name.endswith(".aside"))
+        return (
+            entry == self.holder
+            or entry.name.startswith(self.lock_file.name)
+            or (entry.name.startswith(".") and entry.name.endswith(".aside"))
+        )
 
     def check_apart(self, data: Path | None) -> None:
         """Refuse a folder inside the data folder, which is never written to."""
