@@ -116,7 +116,7 @@ def points_of(case: str, root: Path) -> list[str]:
     log = root / "points.txt"
 
     def note() -> None:
-        storage.reached = lambda point: log.open("a").write(point + "\n")  # type: ignore[assignment]
+        storage.fault_point = lambda point: log.open("a").write(point + "\n")  # type: ignore[assignment]
 
     ended(forked(command(case, root / "points"), note))
     return list(dict.fromkeys(log.read_text().splitlines()))
@@ -133,7 +133,7 @@ def killed_at_point(case: str, out: Path, point: str, time_around: int = 2) -> N
             if name == point and left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        storage.reached = reached  # type: ignore[assignment]
+        storage.fault_point = reached  # type: ignore[assignment]
 
     ended(forked(command(case, out), arm))
 

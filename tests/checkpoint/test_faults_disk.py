@@ -65,7 +65,7 @@ def at(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) 
         if len(seen) == number + 1:
             act()
 
-    monkeypatch.setattr(storage, "reached", reached)
+    monkeypatch.setattr(storage, "fault_point", reached)
     return seen
 
 
@@ -130,7 +130,7 @@ for number in range(len(points(place / "all", (10, 20, 30)))):
             left[0] -= 1
             if left[0] < 0:
                 os.kill(os.getpid(), 9)
-        storage.reached = reached
+        storage.fault_point = reached
         checkpoints = Checkpoints(place / str(number), background=background)
         checkpoints.save(snapshot(30))
         checkpoints.finish()
@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_is_found_out_before(disk):
     for step in (1, 2):
         checkpoints.save(large(step))
     (disk / "filler").write_bytes(bytes(1 << 20))
-    with pytest.raises(CheckpointError, match=r"takes 1,2\d\d,\d\d\d bytes and .* are free"):
+    with pytest.raises(CheckpointError, match=r"needs 1,2\d\d,\d\d\d bytes and .* are available"):
         checkpoints.save(large(3))
     assert checkpoints.newest()[0].step == 2
     assert leftovers(disk / "run") == []
@@ -291,7 +291,7 @@ def test_a_disk_that_turns_read_only(disk):
     checkpoints.save(snapshot(1))
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     try:
-        with pytest.raises(CheckpointError, match="can only be read"):
+        with pytest.raises(CheckpointError, match="is read-only"):
             checkpoints.save(snapshot(2))
         assert checkpoints.newest()[0].step == 1
     finally:
@@ -309,7 +309,7 @@ def test_files_that_may_not_grow(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="larger than is allowed here"):
+        with pytest.raises(CheckpointError, match="exceeds the size limit"):
             checkpoints.save(large(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -331,7 +331,7 @@ folder = Path(sys.argv[1])
 try:
     Checkpoints(folder).save(snapshot(2))
 except CheckpointError as error:
-    assert "the rights are lacking" in str(error), error
+    assert "permission denied" in str(error), error
 else:
     raise AssertionError("written")
 assert Checkpoints(folder).newest()[0].step == 1
@@ -339,7 +339,7 @@ try:
     with RunFolder(folder).lock():
         raise AssertionError("locked")
 except SkipwayError as error:
-    assert "the rights are lacking" in str(error), error
+    assert "permission denied" in str(error), error
 print("refused")
 """
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from skipway.checkpoint import files as storage
 from skipway.checkpoint.lock import describe_holder, read_holder
-from skipway.checkpoint.manifest import MANIFEST, Entry, Manifest, last_line
+from skipway.checkpoint.manifest import MANIFEST, Entry, Manifest, hash_line
 from skipway.checkpoint.state import load_model_state, load_optimizer_state
-from skipway.checkpoint.store import Checkpoints, Snapshot, encoded_state
+from skipway.checkpoint.store import Checkpoints, Snapshot, encode_state
 from skipway.errors import CheckpointError, SkipwayError
 from skipway.training.run_folder import RunFolder
 from skipway.weights import files
@@ -57,7 +57,7 @@ def write(place: Path, content: bytes) -> Path:
 @MANY
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_manifest_of_anything(body):
-    for content in (body, body + b"\n", body + b"\n" + last_line(body + b"\n")):
+    for content in (body, body + b"\n", body + b"\n" + hash_line(body + b"\n")):
         assert only_ours(lambda content=content: Manifest.parse(content, HERE)) is None
 
 
@@ -66,7 +66,7 @@ def test_manifest_of_anything(body):
 def test_manifest_of_known_words_and_any_values(values, files_value):
     for extra in ({}, {"version": 2}, {"version": 2, "step": 3}, {"version": 2, "step": 3, "files": files_value}):
         above = json.dumps({**values, **extra}).removesuffix("}").encode() + b",\n"
-        found = only_ours(lambda above=above: Manifest.parse(above + last_line(above), HERE))
+        found = only_ours(lambda above=above: Manifest.parse(above + hash_line(above), HERE))
         assert found is None or isinstance(found, Manifest)
 
 
@@ -87,7 +87,7 @@ def test_every_manifest_comes_back(step, entries):
 @MANY
 @given(st.dictionaries(st.text(max_size=10), JSON, max_size=4))
 def test_every_state_comes_back(state):
-    assert repr(storage.decoded_json(encoded_state(1, state), HERE)["state"]) == repr(state)
+    assert repr(storage.decode_json(encode_state(1, state), HERE)["state"]) == repr(state)
 
 
 @MANY
@@ -152,7 +152,7 @@ def test_twenty_thousand_inputs(tmp_path, suffix):
             lambda: files.read_weights(path),
         )
     elif suffix == ".json":
-        good, read = storage.encoded_json({"a": [1, 2.5, "x", None, {"b": {}}]}), lambda: storage.read_json(path)
+        good, read = storage.encode_json({"a": [1, 2.5, "x", None, {"b": {}}]}), lambda: storage.read_json(path)
     else:
         good = Manifest(3, {"state.json": Entry(2, "0" * 64)}).encoded()
         read = lambda: Manifest.parse(path.read_bytes(), path)  # noqa: E731

@@ -19,7 +19,7 @@ from torch import nn
 
 import skipway as sw
 from skipway.checkpoint import files as storage
-from skipway.checkpoint.manifest import MANIFEST, Entry, Manifest, last_line
+from skipway.checkpoint.manifest import MANIFEST, Entry, Manifest, hash_line
 from skipway.checkpoint.state import load_model_state
 from skipway.checkpoint.store import Checkpoints, Snapshot
 from skipway.errors import CheckpointError, SkipwayError
@@ -262,7 +262,7 @@ def test_pieces_that_lie_about_their_places_are_refused(tmp_path, marker, places
 
 
 def with_hash(body: bytes) -> bytes:
-    return body + last_line(body)
+    return body + hash_line(body)
 
 
 MANIFESTS = {
@@ -321,7 +321,7 @@ def test_states_that_lie_are_refused(tmp_path, marker, kind):
 
 
 def test_large_files_are_not_read(tmp_path, marker, monkeypatch):
-    monkeypatch.setattr(storage, "MOST_JSON", 1 << 20)
+    monkeypatch.setattr(storage, "MAX_JSON_BYTES", 1 << 20)
     state = json.dumps({"step": STEP, "state": {"a": "x" * (1 << 20)}}).encode()
     assert "larger than" in refused(forge(tmp_path / "state", {"state.json": state}).newest, marker)
     checkpoints = forge(tmp_path / "manifest", {})

@@ -1,3 +1,3 @@
-"""Checkpoints: folders of safetensors files with a manifest of hashes, written so that no crash loses the last one."""
+"""Checkpoints: folders of safetensors files with a manifest of hashes, safe against crashes."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: written aside, forced to the disk, then renamed into place."""
+"""Atomic file writes: to a temporary file, flushed to the disk, then renamed into place."""
 
 from __future__ import annotations
 
@@ -19,78 +19,87 @@ from torch import Tensor
 from skipway.errors import CheckpointError, printable
 from skipway.weights.files import check_names, without_twins
 
-__all__ = ["encoded", "force_to_disk", "reached", "read_json", "read_tensors", "staged", "write_json", "write_tensors"]
+__all__ = [
+    "copy_to_host",
+    "encode_tensors",
+    "fault_point",
+    "fsync_path",
+    "read_json",
+    "read_tensors",
+    "write_json",
+    "write_tensors",
+]
 
 CHUNK = 1 << 20
-# what a JSON file of a run may weigh at most, so that a hostile one cannot fill the memory
-MOST_JSON = 256 << 20
+# the largest JSON file of a run that is read, so that a hostile one cannot fill the memory
+MAX_JSON_BYTES = 256 << 20
 
-WAYS_OUT = {
+ADVICE = {
     errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the quota is used up: free some space",
-    errno.EFBIG: "the file is larger than is allowed here (ulimit -f)",
-    errno.EROFS: "the file system can only be read: choose another folder or mount it for writing",
-    errno.EACCES: "the rights are lacking: change them or choose another folder",
-    errno.EPERM: "that is not permitted: change the rights or choose another folder",
-    errno.ENOENT: "the folder has gone",
+    errno.EDQUOT: "the disk quota is exceeded: free some space",
+    errno.EFBIG: "the file exceeds the size limit (ulimit -f)",
+    errno.EROFS: "the file system is read-only: choose another folder or mount it for writing",
+    errno.EACCES: "permission denied: change the permissions or choose another folder",
+    errno.EPERM: "operation not permitted: change the permissions or choose another folder",
+    errno.ENOENT: "the folder no longer exists",
 }
 
 
-def reached(point: str) -> None:
-    """Called at each named point of a save. Does nothing; tests of faults put something else in its place."""
+def fault_point(point: str) -> None:
+    """Mark a named point of a save. Does nothing; fault-injection tests replace it."""
 
 
-def reason(error: OSError) -> str:
-    """Why a file could not be written or read, and what to do.
+def describe_os_error(error: OSError) -> str:
+    """Explain why a file could not be read or written, and what to do.
 
-    >>> reason(OSError(errno.ENOSPC, "No space left on device"))
+    >>> describe_os_error(OSError(errno.ENOSPC, "No space left on device"))
     'the disk is full: free some space'
     """
-    return WAYS_OUT.get(error.errno or 0, error.strerror or str(error))
+    return ADVICE.get(error.errno or 0, error.strerror or str(error))
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Replace `path` by `values` as JSON."""
-    content = encoded_json(values)
-    write_aside(path, lambda aside: aside.write_bytes(content))
+    """Write `values` to `path` as JSON, atomically."""
+    content = encode_json(values)
+    write_atomically(path, lambda aside: aside.write_bytes(content))
 
 
-def encoded_json(values: Any) -> bytes:
-    """`values` as the bytes of a JSON file.
+def encode_json(values: Any) -> bytes:
+    """Encode `values` as the bytes of a JSON file.
 
-    >>> encoded_json({"step": 3})
+    >>> encode_json({"step": 3})
     b'{\\n  "step": 3\\n}\\n'
     """
     return (json.dumps(values, indent=2, ensure_ascii=True) + "\n").encode("ascii")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of ours holds. Nothing in it is ever imported or run.
+    """Read a JSON file of this library. Nothing in it is ever imported or run.
 
     Raises:
         CheckpointError: the file is missing, a link, larger than 256 MiB, not JSON, or names a key twice.
     """
     try:
-        return decoded_json(read_regular(path, most=MOST_JSON), path)
+        return decode_json(read_regular(path, most=MAX_JSON_BYTES), path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{printable(path)} does not exist") from error
     except OSError as error:
-        raise CheckpointError(f"{printable(path)} cannot be read: {reason(error)}") from error
+        raise CheckpointError(f"{printable(path)} cannot be read: {describe_os_error(error)}") from error
 
 
-def decoded_json(content: bytes, path: Path) -> Any:
-    """The value in the bytes of a JSON file; `path` is for the message."""
+def decode_json(content: bytes, path: Path) -> Any:
+    """Decode the bytes of a JSON file; `path` is for the error message."""
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=without_twins)
     except (ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{printable(path)} is damaged or not JSON: {printable(str(error))}") from error
 
 
-def staged(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Contiguous copies in host memory, one for each name, so that tied tensors and every layout can be written.
+def copy_to_host(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Copy tensors into contiguous host memory, one copy per name, so that tied tensors and any strides can be written.
 
     Raises:
-        CheckpointError: a tensor is sparse, quantised, or without storage.
+        CheckpointError: a tensor is sparse, quantised, or on the meta device.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -101,19 +110,19 @@ def staged(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return copies
 
 
-def encoded(tensors: Mapping[str, Tensor], where: str, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file with these tensors, which have to come from `staged`.
+def encode_tensors(tensors: Mapping[str, Tensor], where: str, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Encode tensors from `copy_to_host` as the bytes of a safetensors file.
 
     Raises:
-        CheckpointError: a type of number that the format lacks.
+        CheckpointError: a dtype that the format lacks.
     """
     try:
         content = safetensors.torch.save(dict(tensors), metadata={"format": "pt", **(metadata or {})})
     except KeyError as error:
         raise CheckpointError(
-            f"{where}: the file format has no {error.args[0]}; convert these tensors first"
+            f"{where}: safetensors cannot store {error.args[0]}; convert these tensors first"
         ) from error
-    # the library writes metadata in an order that changes from process to process; equal runs shall have equal files
+    # safetensors writes metadata in an order that differs between processes; equal runs must give equal files
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -122,102 +131,102 @@ def encoded(tensors: Mapping[str, Tensor], where: str, metadata: Mapping[str, st
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Replace `path` by a safetensors file; `metadata` goes into its header, each value as JSON.
+    """Write tensors to `path` as safetensors, atomically; each value of `metadata` goes into the header as JSON.
 
     Raises:
-        CheckpointError: the disk is full or the folder is gone; the file that was there is kept.
+        CheckpointError: the disk is full or the folder is gone; the previous file is kept.
     """
     header = {name: json.dumps(value) for name, value in metadata.items()}
-    content = encoded(staged(tensors, printable(path)), printable(path), header)
+    content = encode_tensors(copy_to_host(tensors, printable(path)), printable(path), header)
     try:
-        write_aside(path, lambda aside: aside.write_bytes(content))
+        write_atomically(path, lambda aside: aside.write_bytes(content))
     except OSError as error:
         raise CheckpointError(
-            f"{printable(path)} cannot be written, what was there is kept: {reason(error)}"
+            f"{printable(path)} cannot be written, the previous file is kept: {describe_os_error(error)}"
         ) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a file of `write_tensors`.
+    """Read the tensors and the metadata of a file that `write_tensors` wrote.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not one of ours.
+        CheckpointError: the file is missing, damaged, or not written by `write_tensors`.
     """
     tensors, header = read_safetensors(path)
     header.pop("format", None)
-    return tensors, {name: decoded_json(text.encode(), path) for name, text in header.items()}
+    return tensors, {name: decode_json(text.encode(), path) for name, text in header.items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, in memory of their own, and its header's texts."""
+    """Read the tensors of a safetensors file into memory of their own, and its header."""
     if not path.is_file():
         raise CheckpointError(f"{printable(path)} does not exist")
     try:
         check_names(path)
         with safe_open(path, framework="pt") as file:
-            # copies: the file may be removed or replaced while they are in use
+            # cloned: the file may be removed or replaced while the tensors are in use
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
             return tensors, dict(file.metadata() or {})
-    except Exception as error:  # a foreign reader on a foreign file: its kinds of failure are not listed anywhere
+    except Exception as error:  # safetensors documents no list of its exceptions
         text = printable(str(error))
         raise CheckpointError(f"{printable(path)} is damaged or not a safetensors file: {text}") from error
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, force it to the disk, and rename it to `path`.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, flush it to the disk, and rename it to `path`.
 
-    After a crash at any moment `path` is the old file or the new one, whole.
+    After a crash at any moment `path` is either the complete old file or the complete new one.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
     try:
         aside.touch()
         rights = aside.stat().st_mode
         write(aside)
-        # safetensors makes files that their owner alone may read
+        # safetensors creates files that only their owner may read
         aside.chmod(rights)
-        force_to_disk(aside)
+        fsync_path(aside)
         os.replace(aside, path)
-        force_to_disk(path.parent)
+        fsync_path(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
 def write_hashed(path: Path, content: bytes) -> str:
-    """Write a file that is not there yet and force it to the disk; the SHA-256 of what was to be written."""
+    """Write a new file, flush it to the disk, and return the SHA-256 of `content`."""
     digest = hashlib.sha256()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags, 0o666), "wb", buffering=0) as file:
-        reached("file opened")
+        fault_point("file opened")
         view, half = memoryview(content), len(content) // 2
         for begin in range(0, len(content), CHUNK):
             part = view[begin : begin + CHUNK]
             if begin <= half < begin + len(part):
-                write_all(file, part[: half - begin])
-                reached("file half written")
-                write_all(file, part[half - begin :])
+                write_fully(file, part[: half - begin])
+                fault_point("file half written")
+                write_fully(file, part[half - begin :])
             else:
-                write_all(file, part)
+                write_fully(file, part)
             digest.update(part)
-        reached("file written")
+        fault_point("file written")
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk
+        if hasattr(os, "posix_fadvise"):  # so that verification reads from the disk, not from the page cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    reached("file synced")
+    fault_point("file synced")
     return digest.hexdigest()
 
 
-def write_all(file: Any, part: memoryview) -> None:
-    """Write all of `part` to an unbuffered file, which may take it in pieces."""
+def write_fully(file: Any, part: memoryview) -> None:
+    """Write all of `part` to an unbuffered file, whose `write` may be partial."""
     while part:
         part = part[file.write(part) :]
 
 
 def open_regular(path: Path) -> int:
-    """A handle on a file that is neither a link nor a device.
+    """Open a file that is neither a link nor a device; returns the descriptor.
 
     Raises:
         OSError: it cannot be opened.
-        CheckpointError: it is something other than a file.
+        CheckpointError: it is not a regular file.
     """
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise CheckpointError(f"{printable(path)} is not a regular file; links and devices are not followed")
@@ -226,16 +235,16 @@ def open_regular(path: Path) -> int:
 
 
 def read_regular(path: Path, *, most: int) -> bytes:
-    """The content of a file of at most `most` bytes that is neither a link nor a device."""
+    """Read a file of at most `most` bytes that is neither a link nor a device."""
     with open(open_regular(path), "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise CheckpointError(f"{printable(path)} is larger than {most:,} bytes, the most that is read")
+        raise CheckpointError(f"{printable(path)} is larger than the limit of {most:,} bytes")
     return content
 
 
 def hash_regular(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 of a file that is neither a link nor a device."""
+    """Return size and SHA-256 of a file that is neither a link nor a device."""
     digest, size = hashlib.sha256(), 0
     with open(open_regular(path), "rb", buffering=0) as file:
         while part := file.read(CHUNK):
@@ -244,8 +253,8 @@ def hash_regular(path: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def force_to_disk(path: Path) -> None:
-    """fsync of a file, or of a folder's list of names where the system can do that."""
+def fsync_path(path: Path) -> None:
+    """Flush a file to the disk, or a folder's entries where the system supports that."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

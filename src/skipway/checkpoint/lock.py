@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from skipway.checkpoint.files import read_json, reason, write_json
+from skipway.checkpoint.files import describe_os_error, read_json, write_json
 from skipway.errors import CheckpointError, SkipwayError, printable
 
 __all__ = ["describe_holder", "hold_lock", "read_holder"]
@@ -50,15 +50,17 @@ def hold_lock(path: Path, holder_file: Path) -> Iterator[str | None]:
 
 def acquire_lock(path: Path, holder_file: Path) -> BaseFileLock:
     """The lock of the operating system; where the file system has none, a marker file beside it."""
+    lock: BaseFileLock = FileLock(path, timeout=0)
+    way_out = "stop it"
     try:
-        lock, way_out = FileLock(path, timeout=0), "stop it"
         try:
             lock.acquire()
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             marker = path.with_name(f"{path.name}.pid")
-            lock, way_out = SoftFileLock(marker, timeout=0), f"delete {printable(marker)} if it has ended"
+            lock = SoftFileLock(marker, timeout=0)
+            way_out = f"delete {printable(marker)} if it has ended"
             lock.acquire()
     except Timeout as error:
         raise SkipwayError(
@@ -66,7 +68,7 @@ def acquire_lock(path: Path, holder_file: Path) -> BaseFileLock:
             f"{way_out}, or choose another folder"
         ) from error
     except OSError as error:
-        raise SkipwayError(f"{printable(path)} cannot be written: {reason(error)}") from error
+        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error
     return lock
 
 
@@ -76,7 +78,7 @@ def write_holder(path: Path) -> None:
     try:
         write_json(path, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
     except OSError as error:
-        raise SkipwayError(f"{printable(path)} cannot be written: {reason(error)}") from error
+        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error
 
 
 def read_holder(path: Path) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
-"""The list of a checkpoint's files with their hashes, which also holds its own: no changed byte goes unnoticed.
+"""The manifest of a checkpoint: every file with its size and SHA-256, and the hash of the manifest itself.
 
-No file format of tensors notices a flipped bit by itself. `MANIFEST.json` names every file of the folder with its size
-and SHA-256, and its last line is the SHA-256 of the lines above it. That proves integrity, not origin: whoever can
-write to the folder can write a matching manifest.
+Safetensors has no checksum, so a flipped bit would go unnoticed. `MANIFEST.json` lists every file of the folder with
+its size and SHA-256, and its last line is the SHA-256 of the lines above it. That proves integrity, not origin: whoever
+can write to the folder can write a matching manifest.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from skipway.checkpoint.files import decoded_json, hash_regular, read_regular, reason
+from skipway.checkpoint.files import decode_json, describe_os_error, hash_regular, read_regular
 from skipway.errors import CheckpointError, printable
 
 __all__ = ["MANIFEST", "Entry", "Manifest", "verify"]
 
 MANIFEST = "MANIFEST.json"
-# raised when a folder of this version can no longer be read by the code
+# incremented when the format changes incompatibly
 VERSION = 2
 MOST_BYTES = 16 << 20
 FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,200}")
@@ -32,7 +32,7 @@ HASH = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Entry:
-    """What one file has to be: its size in bytes and its SHA-256 in hexadecimal."""
+    """Expected size in bytes and SHA-256 (hexadecimal) of one file."""
 
     size: int
     sha256: str
@@ -40,7 +40,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The step a checkpoint was taken at and what each of its files has to be.
+    """The step of a checkpoint and the expected content of each of its files.
 
     >>> manifest = Manifest(3, {"state.json": Entry(2, "0" * 64)})
     >>> Manifest.parse(manifest.encoded(), Path("MANIFEST.json")) == manifest
@@ -54,15 +54,15 @@ class Manifest:
     files: Mapping[str, Entry]
 
     def encoded(self) -> bytes:
-        """The bytes of the file."""
+        """Encode as the bytes of `MANIFEST.json`."""
         files = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in sorted(self.files.items())}
         body = json.dumps({"version": VERSION, "step": self.step, "files": files}, indent=2)
         above = body.removesuffix("\n}").encode("ascii") + b",\n"
-        return above + last_line(above)
+        return above + hash_line(above)
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> Manifest:
-        """The manifest in the bytes of a file; `path` is for messages.
+        """Parse the bytes of `MANIFEST.json`; `path` is for error messages.
 
         Raises:
             CheckpointError: a byte has changed, or the file is not a manifest of this version.
@@ -71,46 +71,48 @@ class Manifest:
         above, _, _ = content.rpartition(b"\n")
         above, _, _ = above.rpartition(b"\n")
         above += b"\n"
-        if content != above + last_line(above):
+        if content != above + hash_line(above):
             raise CheckpointError(f"{where} is damaged: its last line is not the hash of the lines above it")
-        values = decoded_json(content, path)
+        values = decode_json(content, path)
         if not isinstance(values, dict) or values.get("version") != VERSION:
             version = values.get("version") if isinstance(values, dict) else None
             raise CheckpointError(f"{where} has version {version!r}; this library reads version {VERSION}")
         step, files = values.get("step"), values.get("files")
         if not is_count(step) or not isinstance(files, dict):
-            raise CheckpointError(f"{where} is no manifest: it lacks a step or a list of files")
-        return cls(step, {name: entry_of(name, value, where) for name, value in files.items()})
+            raise CheckpointError(f"{where} is not a manifest: it lacks a step or a list of files")
+        return cls(step, {name: parse_entry(name, value, where) for name, value in files.items()})
 
 
-def last_line(above: bytes) -> bytes:
-    """The line that closes a manifest: the hash of what is above it."""
+def hash_line(above: bytes) -> bytes:
+    """The last line of a manifest: the hash of the lines above it."""
     return b'"sha256": "' + hashlib.sha256(above).hexdigest().encode("ascii") + b'"}\n'
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether a JSON value is a whole number of at least 0."""
+    """Whether a JSON value is a non-negative integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def entry_of(name: str, value: object, where: str) -> Entry:
-    """One file of a manifest, after checks: a plain name, a size, a hash."""
+def parse_entry(name: str, value: object, where: str) -> Entry:
+    """Check and parse one file of a manifest: its name, size and hash."""
     if not FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{where} names the file {printable(name)!r}; names are small letters, digits and _ . -")
+        raise CheckpointError(
+            f"{where} names the file {printable(name)!r}; the rule is lower-case letters, digits and _ . -"
+        )
     if not isinstance(value, dict) or set(value) != {"size", "sha256"}:
         raise CheckpointError(f"{where} lacks the size or the hash of {name}")
     size, sha256 = value["size"], value["sha256"]
     if not is_count(size) or not isinstance(sha256, str) or not HASH.fullmatch(sha256):
-        raise CheckpointError(f"{where} has a size or hash of {name} that cannot be one")
+        raise CheckpointError(f"{where} has an invalid size or hash for {name}")
     return Entry(size, sha256)
 
 
 def verify(folder: Path, step: int) -> Manifest:
-    """The manifest of a checkpoint folder, once every file in it is proved to be what it was.
+    """Verify every file of a checkpoint folder against its manifest, and return the manifest.
 
     Raises:
-        CheckpointError: a file is missing, too many, changed, or a link; or the folder is of another step. The message
-            names the file.
+        CheckpointError: a file is missing, unexpected, changed, or a link, or the folder belongs to another step. The
+            message names the file.
     """
     where = printable(folder)
     try:
@@ -121,20 +123,22 @@ def verify(folder: Path, step: int) -> Manifest:
             raise CheckpointError(f"{where} lacks {MANIFEST}")
         manifest = Manifest.parse(read_regular(folder / MANIFEST, most=MOST_BYTES), folder / MANIFEST)
         if manifest.step != step:
-            raise CheckpointError(f"{where}/{MANIFEST} is of step {manifest.step}, not of step {step}")
+            raise CheckpointError(f"{where}/{MANIFEST} belongs to step {manifest.step}, not to step {step}")
         expected = {MANIFEST, *manifest.files}
         for name in sorted(expected - names):
             raise CheckpointError(f"{where} lacks {name}")
         for name in sorted(names - expected):
             raise CheckpointError(f"{where} holds {printable(name)}, which {MANIFEST} does not name")
-        # sizes first: that is cheap, and bounds what is read
+        # sizes first: cheap, and it bounds how much is read
         for name, entry in manifest.files.items():
             size = os.lstat(folder / name).st_size
             if size != entry.size:
                 raise CheckpointError(f"{where}/{name} has {size:,} bytes where {entry.size:,} were written")
         for name, entry in manifest.files.items():
             if hash_regular(folder / name) != (entry.size, entry.sha256):
-                raise CheckpointError(f"{where}/{name} has changed since it was written: its SHA-256 is another")
+                raise CheckpointError(f"{where}/{name} has changed since it was written: its SHA-256 differs")
     except OSError as error:
-        raise CheckpointError(f"{printable(error.filename or folder)} cannot be read: {reason(error)}") from error
+        raise CheckpointError(
+            f"{printable(error.filename or folder)} cannot be read: {describe_os_error(error)}"
+        ) from error
     return manifest

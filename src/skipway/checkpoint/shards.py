@@ -1,8 +1,8 @@
-"""Checkpoints that several processes write and read together, each its own piece, for networks too large for one.
+"""Sharded checkpoints: every process writes and reads its own shard of a network that FSDP2 has sharded.
 
-torch.distributed.checkpoint writes the pieces as safetensors files with their places in the headers, so there is no
-pickle anywhere; manifest, proof, rename and pruning are those of `Checkpoints`, done by rank 0. Any number of
-processes can read what any other number wrote. All of them have to see the same folder and call together.
+torch.distributed.checkpoint writes the shards as safetensors files with their offsets in the headers, so no pickle is
+involved; rank 0 writes the manifest, verifies, renames and prunes as `Checkpoints` does. A checkpoint can be read by
+any number of processes. Every rank must see the same folder; all functions here are collective.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from skipway.checkpoint import files as storage
 from skipway.checkpoint.manifest import Entry, Manifest
-from skipway.checkpoint.state import is_spread, parameters_of
+from skipway.checkpoint.state import is_sharded, parameters_of
 from skipway.checkpoint.store import (
     SHARD_FILE,
     STATE,
     STEM,
     Checkpoints,
     Snapshot,
-    check,
-    encoded_state,
-    seal,
-    tensors_of,
+    encode_state,
+    read_all_tensors,
+    verify_checkpoint,
+    write_manifest,
 )
 from skipway.errors import CheckpointError, printable
 
@@ -44,20 +44,20 @@ Value = TypeVar("Value")
 
 
 def save_sharded(checkpoints: Checkpoints, snapshot: Snapshot) -> None:
-    """Write a checkpoint of tensors that are spread over processes; collective, in the foreground.
+    """Write a checkpoint of sharded tensors; collective, in the foreground.
 
     Args:
-        checkpoints: where; all ranks have to give the same folder.
-        snapshot: step and state of rank 0 count. Tensors as `model_state(model, gather=False)` gives them; one that is
-            not spread is taken from one of the ranks.
+        checkpoints: the folder; the same on all ranks.
+        snapshot: step and state are taken from rank 0; tensors as `model_state(model, gather=False)` returns them. A
+            tensor that is not sharded is taken from one of the ranks.
 
     Raises:
-        CheckpointError: on every rank, if anything failed on any; the checkpoints that were there are kept.
+        CheckpointError: on every rank, if any rank failed; the previous checkpoints are kept.
     """
     tensors = {}
     for stem, named in snapshot.tensors.items():
         if not STEM.fullmatch(stem):
-            raise CheckpointError(f"{printable(stem)!r} cannot name tensors; the rule is small letters, 0-9, _")
+            raise CheckpointError(f"{printable(stem)!r} cannot name tensors; the rule is lower-case letters, 0-9, _")
         tensors.update({f"{stem}/{name}": tensor for name, tensor in named.items()})
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -65,96 +65,100 @@ def save_sharded(checkpoints: Checkpoints, snapshot: Snapshot) -> None:
         return str(stack.enter_context(checkpoints.writing(snapshot.step, needed)))
 
     def finish() -> None:
-        content = encoded_state(snapshot.step, snapshot.state)
+        content = encode_state(snapshot.step, snapshot.state)
         entries = {STATE: Entry(len(content), storage.write_hashed(aside / STATE, content))}
         for path in sorted(aside.glob("shard-*.safetensors")):
-            storage.force_to_disk(path)
+            storage.fsync_path(path)
             entries[path.name] = Entry(*storage.hash_regular(path))
-        seal(aside, snapshot.step, entries)
+        write_manifest(aside, snapshot.step, entries)
 
     with ExitStack() as stack:
-        aside = Path(together(begin))
+        aside = Path(run_collectively(begin))
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        together(lambda: save_pieces(tensors, storage_writer=writer, no_dist=not several()), on_all=True)
-        together(finish)
-        together(stack.close)
+        run_collectively(lambda: save_pieces(tensors, storage_writer=writer, no_dist=not is_distributed()), on_all=True)
+        run_collectively(finish)
+        run_collectively(stack.close)
 
 
 def load_sharded(
     checkpoints: Checkpoints, model: nn.Module, *, before: int | None = None
 ) -> tuple[Snapshot, list[str]]:
-    """The newest checkpoint that verifies, each process its own piece; as `Checkpoints.newest` and collective.
+    """Load the newest valid checkpoint as `Checkpoints.newest` does, every process its own shard; collective.
+
+    The model is left unchanged; `load_model_state` and `load_optimizer_state` apply what was read.
 
     Args:
-        checkpoints: where; all ranks have to give the same folder.
-        model: tells how to spread: what has the name and the shape of a parameter is spread as that one is. The
-            weights are not changed, `load_model_state` and `load_optimizer_state` do that.
-        before: only those of smaller steps.
+        checkpoints: the folder; the same on all ranks.
+        model: decides the sharding: a tensor with the name and shape of a parameter is sharded like that parameter.
+        before: only consider checkpoints of earlier steps.
 
     Raises:
-        CheckpointError: on every rank, if there is none or it cannot be read.
+        CheckpointError: on every rank, if there is no valid checkpoint or it cannot be read.
     """
-    (place, step, manifest, state), damaged = together(lambda: checkpoints.first_good(proved, before))
+    (place, step, manifest, state), damaged = run_collectively(lambda: checkpoints.first_good(verify_folder, before))
 
-    def pieces() -> dict[str, dict[str, Tensor]]:
-        shards = any(SHARD_FILE.fullmatch(name) for name in manifest.files)
-        return read_pieces(place, model) if shards else tensors_of(place, manifest)
+    def read() -> dict[str, dict[str, Tensor]]:
+        sharded = any(SHARD_FILE.fullmatch(name) for name in manifest.files)
+        return read_shards(place, model) if sharded else read_all_tensors(place, manifest)
 
-    return Snapshot(step, together(pieces, on_all=True), state), damaged
+    return Snapshot(step, run_collectively(read, on_all=True), state), damaged
 
 
-def proved(folder: Path, step: int) -> tuple[Path, int, Manifest, dict[str, Any]]:
-    """What rank 0 tells the others of a checkpoint."""
-    manifest, state = check(folder, step)
+def verify_folder(folder: Path, step: int) -> tuple[Path, int, Manifest, dict[str, Any]]:
+    """Verify a checkpoint; what rank 0 sends to the other ranks."""
+    manifest, state = verify_checkpoint(folder, step)
     return folder, step, manifest, state
 
 
-def read_pieces(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """This process' part of the tensors that processes wrote in pieces."""
+def read_shards(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Read the shard of this process from a sharded checkpoint."""
     reader = HuggingFaceStorageReader(str(folder))
     parameters = parameters_of(model)
-    spread: dict[str, Tensor] = {}
+    shards: dict[str, Tensor] = {}
     for name, about in reader.read_metadata().state_dict_metadata.items():
         if not isinstance(about, TensorStorageMetadata):
             raise CheckpointError(f"{printable(folder)}: {printable(name)!r} is not a tensor")
         _, _, own = name.partition("/")
         like = parameters.get(own, parameters.get(own.rpartition("/")[0]))
-        if like is not None and is_spread(like) and like.shape == about.size:
-            spread[name] = torch.zeros_like(like, dtype=about.properties.dtype, requires_grad=False)
+        if like is not None and is_sharded(like) and like.shape == about.size:
+            shards[name] = torch.zeros_like(like, dtype=about.properties.dtype, requires_grad=False)
         else:
-            spread[name] = torch.zeros(about.size, dtype=about.properties.dtype)
+            shards[name] = torch.zeros(about.size, dtype=about.properties.dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process only
-        load_pieces(spread, storage_reader=reader, no_dist=not several())
+        warnings.simplefilter("ignore")  # about running in a single process
+        load_pieces(shards, storage_reader=reader, no_dist=not is_distributed())
     tensors: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in spread.items():
+    for name, tensor in shards.items():
         stem, _, own = name.partition("/")
         tensors.setdefault(stem, {})[own] = tensor
     return tensors
 
 
-def several() -> bool:
-    """Whether processes work together here."""
+def is_distributed() -> bool:
+    """Whether more than one process takes part."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def together(action: Callable[[], Value], *, on_all: bool = False) -> Any:
-    """Let rank 0, or all ranks, do something; the result of rank 0, or of each its own. If one fails, all raise."""
+def run_collectively(action: Callable[[], Value], *, on_all: bool = False) -> Any:
+    """Run `action` on rank 0 and return its result everywhere, or on all ranks and return each rank's own.
+
+    If it fails on one rank, every rank raises.
+    """
     result: Any = None
     failure: BaseException | None = None
     try:
-        if on_all or not several() or dist.get_rank() == 0:
+        if on_all or not is_distributed() or dist.get_rank() == 0:
             result = action()
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         failure = error
     text = None if failure is None else str(failure)
-    told: list[Any] = [(text, result)]
-    if several():
-        told = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (text, None if on_all else result))
+    outcomes: list[Any] = [(text, result)]
+    if is_distributed():
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (text, None if on_all else result))
     if isinstance(failure, CheckpointError):
         raise failure
-    for rank, (text, _) in enumerate(told):
+    for rank, (text, _) in enumerate(outcomes):
         if text is not None:
             raise CheckpointError(f"rank {rank}: {printable(text)}") from failure
-    return result if on_all else told[0][1]
+    return result if on_all else outcomes[0][1]

@@ -1,12 +1,12 @@
-"""The tensors of a network and of its optimiser by name, whether it is plain, in DDP, compiled, or spread by FSDP2.
+"""Tensors of a network and of its optimizer by name; the network may be in DDP, compiled, or sharded by FSDP2.
 
-Wrappers put words into the names of parameters; here the names are those of the network alone, so what one run wrote
-another reads. Where FSDP2 has spread a tensor over processes it is gathered, which all of them have to do together.
+Wrappers add prefixes to parameter names; here the names are those of the unwrapped network, so one kind of run can read
+what another wrote. Tensors that FSDP2 has sharded are gathered, which is collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,20 +28,20 @@ __all__ = [
     "load_optimizer_state",
     "model_state",
     "optimizer_state",
-    "unwrapped",
+    "unwrap",
 ]
 
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float}
-# how many steps were taken, where an optimiser counts them for a group and not for each parameter
+# the step count of optimizers that keep it per group and not per parameter
 GROUP_STEP = "group_step"
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network in DDP and `torch.compile`.
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the network inside DDP and `torch.compile`.
 
     >>> network = nn.Linear(2, 1)
-    >>> unwrapped(torch.compile(network)) is network
+    >>> unwrap(torch.compile(network)) is network
     True
     """
     while True:
@@ -54,7 +54,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without the words of wrappers.
+    """A parameter's name without the prefixes of wrappers.
 
     >>> clean_name("layer1._orig_mod.0.weight")
     'layer1.0.weight'
@@ -63,33 +63,33 @@ def clean_name(name: str) -> str:
 
 
 def model_state(model: nn.Module, *, gather: bool = True) -> dict[str, Tensor]:
-    """Parameters and buffers by name, as references: they change when training goes on.
+    """Return parameters and buffers by name, as references: they change as training continues.
 
     Args:
         model: wrapped or not.
-        gather: put spread tensors together, in host memory of rank 0; the other ranks then leave them out. Without,
-            they stay spread, for `save_sharded`.
+        gather: gather sharded tensors into host memory of rank 0; the other ranks then omit them. False keeps them
+            sharded, for `save_sharded`.
 
     Raises:
-        CheckpointError: a module keeps extra state that is not a tensor.
+        CheckpointError: a module has extra state that is not a tensor.
 
     >>> list(model_state(nn.Linear(2, 1)))
     ['weight', 'bias']
     """
     state = {}
-    for name, value in unwrapped(model).state_dict().items():
+    for name, value in unwrap(model).state_dict().items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{printable(name)!r} is not a tensor but {type(value).__name__}; it cannot be stored"
             )
         state[clean_name(name)] = value
-    return gathered(state) if gather else state
+    return gather_tensors(state) if gather else state
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, gather: bool = True) -> dict[str, Tensor]:
-    """The optimiser's tensors and counts as `<parameter>/<entry>`: other groups of the same parameters find them too.
+    """Return the optimizer's tensors and counts as `<parameter>/<entry>`, independent of the parameter groups.
 
-    Counts that are Python numbers get their type behind the name, as `<parameter>/<entry>!int`.
+    A count that is a Python number has its type appended: `<parameter>/<entry>!int`.
 
     Raises:
         CheckpointError: an entry is neither a tensor nor a number.
@@ -108,24 +108,24 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, gathe
                 state[f"{name}/{entry}!{type(value).__name__}"] = torch.tensor(value, dtype=kind)
             elif value is not None:
                 raise CheckpointError(
-                    f"the optimiser's {entry!r} of {name} is {type(value).__name__}; only tensors and numbers can be "
+                    f"the optimizer's {entry!r} of {name} is {type(value).__name__}; only tensors and numbers can be "
                     "stored"
                 )
-    return gathered(state) if gather else state
+    return gather_tensors(state) if gather else state
 
 
 def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `model_state` gave back in place: every name, shape and type of number has to be the same.
+    """Load what `model_state` returned into the model, in place; names, shapes and dtypes must all match.
 
-    Every rank has to give the whole tensors or its own pieces. Nothing is changed if anything does not fit.
+    Every rank passes full tensors or its own shards. On a mismatch nothing is changed.
 
     Raises:
-        CheckpointError: other names, shapes or types.
+        CheckpointError: names, shapes or dtypes differ.
     """
     targets = model_state(model, gather=False)
     lost, strange = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
     if lost or strange:
-        raise CheckpointError(f"the checkpoint does not fit the model: {differences(lost, strange)}")
+        raise CheckpointError(f"the checkpoint does not fit the model: {describe_mismatch(lost, strange)}")
     for name, target in targets.items():
         source = tensors[name]
         if source.shape != target.shape or source.dtype != target.dtype:
@@ -133,16 +133,17 @@ def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"the checkpoint does not fit the model: {name} is {was} there and {now} here")
     with torch.no_grad():
         for name, target in targets.items():
-            local(target).copy_(local(placed(tensors[name], target)))
+            local_tensor(target).copy_(local_tensor(place_like(tensors[name], target)))
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `optimizer_state` gave back in place; state of parameters that `tensors` lacks is dropped.
+    """Load what `optimizer_state` returned into the optimizer, in place; state of parameters not in `tensors` is
+    dropped.
 
-    Learning rates and the like are the caller's. Nothing is changed if anything does not fit.
+    Learning rates and other group options are left to the caller. On a mismatch nothing is changed.
 
     Raises:
-        CheckpointError: a parameter that the model lacks, or a name that is not one of `optimizer_state`.
+        CheckpointError: a parameter that the model does not have, or a name that `optimizer_state` does not produce.
     """
     parameters = parameters_of(model)
     groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
@@ -153,18 +154,18 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, ten
         parameter = parameters.get(name)
         if parameter is None or id(parameter) not in groups:
             raise CheckpointError(
-                f"the checkpoint has optimiser state of {printable(name)!r}, which is not trained here"
+                f"the checkpoint has optimizer state of {printable(name)!r}, which is not trained here"
             )
         if kind and (kind not in NUMBERS or tensor.numel() != 1):
-            raise CheckpointError(f"the checkpoint has optimiser state {printable(key)!r}, which cannot be read")
+            raise CheckpointError(f"the checkpoint has optimizer state {printable(key)!r}, which cannot be read")
         if kind:
             value: Any = NUMBERS[kind](tensor.item())
         elif tensor.shape == parameter.shape and entry != "step":
-            value = placed(tensor, parameter)
+            value = place_like(tensor, parameter)
         elif entry == "step" and not (groups[id(parameter)].get("capturable") or groups[id(parameter)].get("fused")):
             value = tensor.clone()  # torch counts steps in host memory
         else:
-            value = tensor.to(local(parameter).device, copy=True)
+            value = tensor.to(local_tensor(parameter).device, copy=True)
         state.setdefault(name, {})[entry] = value
     optimizer.state.clear()
     for name, entries in state.items():
@@ -175,60 +176,62 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, ten
 
 
 def all_finite(model: nn.Module) -> bool:
-    """Whether every weight is a finite number; of spread ones, this process' pieces.
+    """Whether every parameter is finite; of sharded parameters, the local shard.
 
     >>> all_finite(nn.Linear(2, 1))
     True
     """
-    sums = [local(parameter.detach()).float().sum() for parameter in model.parameters()]
+    sums = [local_tensor(parameter.detach()).float().sum() for parameter in model.parameters()]
     return bool(torch.isfinite(torch.stack(sums)).all()) if sums else True
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by clean name; of tied ones the first name."""
-    return {clean_name(name): parameter for name, parameter in unwrapped(model).named_parameters()}
+    """The parameters by clean name; tied parameters appear under their first name."""
+    return {clean_name(name): parameter for name, parameter in unwrap(model).named_parameters()}
 
 
-def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Spread tensors whole, in host memory of rank 0; others as they are."""
-    return dict(gather_each(state))
-
-
-def gather_each(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def gather_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather sharded tensors into host memory of rank 0, which the other ranks omit; return others unchanged."""
+    full = {}
     for name, value in state.items():
-        if not is_spread(value):
-            yield name, value
+        if not is_sharded(value):
+            full[name] = value
             continue
-        whole = value.full_tensor()  # pyrefly: ignore - a DTensor has it
+        gathered = full_tensor(value)
         if dist.get_rank() == 0:
-            yield name, whole.detach().cpu()
+            full[name] = gathered.detach().cpu()
+    return full
 
 
-def is_spread(tensor: Tensor) -> bool:
-    """Whether a tensor lies on several processes."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP2 has sharded the tensor over processes."""
     return DTensor is not None and isinstance(tensor, DTensor)
 
 
-def local(tensor: Any) -> Tensor:
-    """This process' piece of a tensor."""
-    return tensor.to_local() if is_spread(tensor) else tensor
+def local_tensor(tensor: Any) -> Tensor:
+    """The local shard of a sharded tensor; any other tensor unchanged."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def placed(source: Tensor, like: Any) -> Tensor:
-    """A copy of `source` on the device of `like`, in its memory layout, spread as it is."""
-    if is_spread(source) or not is_spread(like):
+def place_like(source: Tensor, like: Any) -> Tensor:
+    """A copy of `source` with the device, memory format and sharding of `like`."""
+    if is_sharded(source) or not is_sharded(like):
         return torch.empty_like(like, dtype=source.dtype, requires_grad=False).copy_(source.detach())
-    device = local(like).device
-    # every process has the whole and takes its piece: nothing is sent
+    device = local_tensor(like).device
+    # every process has the full tensor and takes its shard: no communication
     return distribute_tensor(source.detach().to(device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def differences(lost: list[str], strange: list[str]) -> str:
-    """Which names are missing and which are too many, the first of each."""
-    parts = [(lost, "it lacks"), (strange, "it also has")]
-    return "; ".join(f"{verb} {len(names)}, {printable(names[0])!r} first" for names, verb in parts if names)
+def describe_mismatch(lost: list[str], strange: list[str]) -> str:
+    """Missing and unexpected names in words, the first of each."""
+    parts = []
+    for kind, names in (("missing", lost), ("unexpected", strange)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            parts.append(f"{kind}: {printable(names[0])!r}{more}")
+    return "; ".join(parts)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP2 has spread over processes, put together in each of them; any other as it is."""
-    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor on every process; return any other tensor unchanged."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

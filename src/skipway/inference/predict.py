@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from skipway.checkpoint.files import decoded_json, read_safetensors
+from skipway.checkpoint.files import decode_json, read_safetensors
 from skipway.data.batches import Batch, normalised
 from skipway.data.decode import UnreadableImage
 from skipway.data.preprocessing import Preprocessing
@@ -60,8 +60,8 @@ def from_pretrained(path: str | Path) -> nn.Module:
             f"{printable(file)} does not say which network it is for and how images are prepared, so nothing can be "
             "predicted with it; take the weights of a run of skipway train, or skipway.load for weights alone"
         )
-    model = decoded_json(header["model"].encode(), file)
-    preprocessing = Preprocessing.from_json(decoded_json(header["preprocessing"].encode(), file), printable(file))
+    model = decode_json(header["model"].encode(), file)
+    preprocessing = Preprocessing.from_json(decode_json(header["preprocessing"].encode(), file), printable(file))
     network = fitting_network(model, preprocessing, tensors, file)
     network.load_state_dict(tensors)
     network.preprocessing = preprocessing  # type: ignore[assignment]

@@ -9,7 +9,14 @@ from typing import Any
 from torch import nn
 
 from skipway._version import __version__
-from skipway.checkpoint.files import decoded_json, encoded_json, read_json, read_safetensors, write_aside, write_tensors
+from skipway.checkpoint.files import (
+    decode_json,
+    encode_json,
+    read_json,
+    read_safetensors,
+    write_atomically,
+    write_tensors,
+)
 from skipway.data.preprocessing import Preprocessing
 from skipway.data.split import printable
 from skipway.errors import CheckpointError, SkipwayError
@@ -46,7 +53,7 @@ def write_onnx(path: str | Path, file: Path) -> float | None:
         entry = proto.metadata_props.add()
         entry.key, entry.value = name, json.dumps(value)
     content = proto.SerializeToString()
-    write_aside(file, lambda aside: aside.write_bytes(content))
+    write_atomically(file, lambda aside: aside.write_bytes(content))
     return difference
 
 
@@ -76,7 +83,7 @@ def described(path: str | Path, made: Preprocessing) -> dict[str, Any]:
     file = weights_file(path)
     _, header = read_safetensors(file)
     return {
-        "model": decoded_json(header["model"].encode(), file),
+        "model": decode_json(header["model"].encode(), file),
         "preprocessing": made.to_json(),
         "skipway": __version__,
     }
@@ -104,8 +111,8 @@ def write_hub_folder(path: str | Path, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "model.safetensors", tensors, about)
         config = {"library_name": "skipway", "architecture": about["model"]["name"], **about}
-        write_aside(folder / "config.json", lambda aside: aside.write_bytes(encoded_json(config)))
-        write_aside(folder / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
+        write_atomically(folder / "config.json", lambda aside: aside.write_bytes(encode_json(config)))
+        write_atomically(folder / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{printable(folder)} cannot be written: {error.strerror or error}") from error
 

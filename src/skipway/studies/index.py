@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from skipway._version import __version__
-from skipway.checkpoint.files import write_aside
+from skipway.checkpoint.files import write_atomically
 from skipway.diagnosis.sheet import document
 from skipway.report.svg import picture
 from skipway.studies.page import STYLE, answers, sound, write_page
@@ -47,7 +47,7 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
     ]
     content = document("Studies", parts, style=INDEX_STYLE).encode("utf-8", "backslashreplace")
     index = folder / "index.html"
-    write_aside(index, lambda aside: aside.write_bytes(content))
+    write_atomically(index, lambda aside: aside.write_bytes(content))
     return index, pages
 
 

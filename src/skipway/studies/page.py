@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from skipway._version import __version__
-from skipway.checkpoint.files import write_aside
+from skipway.checkpoint.files import write_atomically
 from skipway.diagnosis.sheet import definitions, document, size_cell, word_cell
 from skipway.report.figure import Figure, Sample, grouped, number
 from skipway.report.svg import colour_rules, kinds_of, picture, svg_file
@@ -91,11 +91,11 @@ def write_page(study: Study, folder: Path) -> Path | None:
     path = folder / f"{study.name}.html"
     for figure in figures:
         content = svg_file(figure).encode("utf-8", "backslashreplace")
-        write_aside(
+        write_atomically(
             folder / f"{study.name}-{figure.name}.svg", lambda aside, content=content: aside.write_bytes(content)
         )
     content = page(study, rows, figures).encode("utf-8", "backslashreplace")
-    write_aside(path, lambda aside: aside.write_bytes(content))
+    write_atomically(path, lambda aside: aside.write_bytes(content))
     return path
 
 

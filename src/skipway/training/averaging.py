@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from skipway.checkpoint.state import local, placed
+from skipway.checkpoint.state import local_tensor, place_like
 from skipway.errors import CheckpointError
 
 __all__ = ["Average"]
@@ -48,7 +48,7 @@ class Average:
             if tensor.is_floating_point():
                 self.tensors[name].lerp_(tensor, weight)
             else:
-                local(self.tensors[name]).copy_(local(placed(tensor, self.tensors[name])))
+                local_tensor(self.tensors[name]).copy_(local_tensor(place_like(tensor, self.tensors[name])))
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -79,4 +79,4 @@ class Average:
         for name, tensor in tensors.items():
             if tensor.shape != self.tensors[name].shape:
                 raise CheckpointError(f"the averaged {name} is {tuple(tensor.shape)} in the checkpoint")
-            local(self.tensors[name]).copy_(local(placed(tensor, self.tensors[name])))
+            local_tensor(self.tensors[name]).copy_(local_tensor(place_like(tensor, self.tensors[name])))

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from skipway.checkpoint.files import write_json
-from skipway.checkpoint.state import whole
+from skipway.checkpoint.state import full_tensor
 from skipway.data import Batch
 from skipway.errors import DivergedError, SkipwayError, printable
 from skipway.hardware.device import choose_device, choose_precision
@@ -185,7 +185,7 @@ def take_step(run: Run, batch: Batch) -> None:
         loss, logits = stepping.gradients(run, batch)
     run.scaler.unscale_(run.optimizer) if run.scaler.is_enabled() else None
     clip = run.recipe.clipper
-    norm = whole(total_norm(run.parameters) if clip is None else clip(run.parameters))
+    norm = full_tensor(total_norm(run.parameters) if clip is None else clip(run.parameters))
     fine = torch.isfinite(loss)
     if not run.scaler.is_enabled():  # the scaler leaves out steps whose gradient overflowed, and lowers its scale
         fine = fine & torch.isfinite(norm)

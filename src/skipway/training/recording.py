@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from skipway.checkpoint.files import write_tensors
-from skipway.checkpoint.state import all_finite, gathered, model_state, optimizer_state
+from skipway.checkpoint.state import all_finite, gather_tensors, model_state, optimizer_state
 from skipway.checkpoint.store import Snapshot
 from skipway.errors import CheckpointError, DivergedError
 from skipway.inference.evaluation import Evaluation
@@ -97,7 +97,7 @@ def save(run: Run) -> None:
     run.position.seconds, run.saved_at = run.seconds, time.monotonic()
     tensors = {"model": model_state(run.model), "optimizer": optimizer_state(run.model, run.optimizer)}
     if run.average is not None:
-        tensors["ema"] = gathered(run.average.tensors)
+        tensors["ema"] = gather_tensors(run.average.tensors)
     if not run.ranks.first:
         return
     run.folder.append_steps(run.rows)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipway.checkpoint import store as checkpoints
-from skipway.checkpoint.files import read_json, reason, write_aside, write_json, write_tensors
+from skipway.checkpoint.files import describe_os_error, read_json, write_atomically, write_json, write_tensors
 from skipway.checkpoint.lock import hold_lock
 from skipway.errors import CheckpointError, SkipwayError, printable
 
@@ -82,7 +82,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SkipwayError(f"out={printable(self.path)}: cannot be made: {reason(error)}") from error
+            raise SkipwayError(f"out={printable(self.path)}: cannot be made: {describe_os_error(error)}") from error
         try:
             with hold_lock(self.lock_file, self.holder) as note:
                 yield note
@@ -130,12 +130,12 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in self.files:
-                checkpoints.remove(file)
+                checkpoints.remove_path(file)
             write_json(self.config, config)
             if split is not None:
                 write_json(self.split, split)
         except OSError as error:
-            raise SkipwayError(f"out={printable(self.path)}: cannot be written: {reason(error)}") from error
+            raise SkipwayError(f"out={printable(self.path)}: cannot be written: {describe_os_error(error)}") from error
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one epoch's line."""
@@ -200,7 +200,7 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise SkipwayError(f"{printable(path)} cannot be written: {reason(error)}") from error
+        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -223,6 +223,6 @@ def keep_rows(path: Path, count: str, last: int) -> None:
     rows = [row for row in read_rows(path) if isinstance(row.get(count), int) and row[count] <= last]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     try:
-        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise SkipwayError(f"{printable(path)} cannot be written: {reason(error)}") from error
+        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from skipway._version import __version__
-from skipway.checkpoint.files import read_json, write_aside
+from skipway.checkpoint.files import read_json, write_atomically
 from skipway.data.split import printable
 from skipway.diagnosis.sheet import definitions, document
 from skipway.errors import CheckpointError
@@ -84,7 +84,7 @@ def write_report(run: FinishedRun, evaluation: Evaluation) -> Path | None:
     if found is None:
         return None
     content = render(run, evaluation, network, found).encode("utf-8", "backslashreplace")
-    write_aside(run.folder.report, lambda aside: aside.write_bytes(content))
+    write_atomically(run.folder.report, lambda aside: aside.write_bytes(content))
     return run.folder.report
 
 
