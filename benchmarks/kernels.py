@@ -1,10 +1,11 @@
-"""Every kernel by every way at the sizes of real networks: time, share of the copy rate, gain over plain torch.
+"""Every implementation of every kernel at the sizes of real networks: time, fraction of the copy rate, speed.
 
-Claim     a kernel's quickest way is no slower than plain torch; how near the epilogues come to the rate of copying
+Claim     the fastest implementation of a kernel is no slower than plain torch; the end of a residual connection comes
+          near the rate of copying
 Command   python -m benchmarks.kernels [--device cuda] [--precision bfloat16] [--only residual depthwise …]
-Method    the ways of a kernel take turns, the median of the rounds counts; those that differ from plain torch by more
-          than rounding are named and not timed. Bytes are those that have to be read and written once; freed memory is
-          kept
+Method    implementations of a kernel are timed interleaved, the median of the rounds counts; those that differ from
+          plain torch by more than rounding are named and not timed. Bytes are those that have to be read and written
+          once; freed memory stays with the process
 Result    benchmarks/kernels-DEVICE-PRECISION.md, with date and machine; none where --only picks some
 """
 
@@ -27,13 +28,12 @@ from benchmarks.race.summary import table
 from skipway.hardware.allocator import keep_memory
 from skipway.inference.backends import PRECISIONS
 from skipway.inference.race import Entrant, medians, race
-from skipway.kernels.autotune import KERNELS, differs
-from skipway.kernels.autotune import TOLERANCE as ALLOWED
+from skipway.kernels.autotune import KERNELS, TOLERANCE, mismatch
 
 HERE = Path(__file__).parent
 ROUNDS = 7
 STAGES = ((1, 56), (2, 28), (4, 14), (8, 7))
-"""Of ConvNeXt and Swin: the width as a multiple of the first stage's, the side of the map."""
+"""Stages of ConvNeXt and Swin: width as a multiple of the first stage's, side of the map."""
 FIELD = {"cpu": (16, 96, 384), "cuda": (128, 128, 768)}
 """Images at a time, channels of the first stage, and a ViT's: small networks on a CPU, base ones on a GPU."""
 Make = Callable[..., Tensor]
@@ -46,9 +46,9 @@ class Case:
 
     Args:
         kernel: its name.
-        sizes: in words.
-        given: its arguments.
-        moved: what has to be read and written once, in units of the first argument's bytes.
+        sizes: for the table.
+        given: the kernel's arguments.
+        moved: bytes that have to be read and written once, as a multiple of the first argument's.
     """
 
     kernel: str
@@ -58,12 +58,12 @@ class Case:
 
 
 def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Those of a device, one after the other: their tensors live as long as they are looked at."""
+    """Yield the cases of a device one after the other, so that only one's tensors are in memory."""
     random = partial(torch.randn, device=device, dtype=dtype)
     batch, width, dim = FIELD[device]
     for times, side in STAGES:
-        yield from streams(random, (batch, width * times, side, side))
-    yield from streams(random, (batch, 197, dim))
+        yield from connections(random, (batch, width * times, side, side))
+    yield from connections(random, (batch, 197, dim))
     for times, side in STAGES:
         yield from convolutions(random, (batch, width * times, side, side))
     for times, side in STAGES:
@@ -74,27 +74,23 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("attention backward", sizes, (v, q, k, v, None, random(0)), 7)
 
 
-def streams(random: Make, shape: tuple[int, ...]) -> Iterator[Case]:
-    """The end of a connection and the norm behind it, of a map or of tokens."""
-    sizes, is_map = named(shape), len(shape) == 4
+def connections(random: Make, shape: tuple[int, ...]) -> Iterator[Case]:
+    """The end of a residual connection, of a map or of tokens."""
+    sizes, is_map = size_text(shape), len(shape) == 4
     channels = shape[1] if is_map else shape[2]
-    shortcut, branch = lying(random(*shape)), lying(random(*shape))
+    shortcut, branch = channels_last(random(*shape)), channels_last(random(*shape))
     gain, mask = random(channels), torch.ones_like(random(shape[0], *[1] * (len(shape) - 1)))
     gain = gain.view(-1, 1, 1) if is_map else gain
-    affine = (random(channels), random(channels), 1e-6)
     yield Case("residual", sizes, (shortcut, branch, gain, mask), 3)
     yield Case("residual backward", sizes, (shortcut, branch, gain, mask), 3)
-    yield Case("residual norm", sizes, (shortcut, branch, gain, mask, *affine), 4)
-    if is_map:
-        yield Case("channel norm", sizes, (shortcut, *affine), 2)
 
 
 def convolutions(random: Make, shape: tuple[int, ...]) -> Iterator[Case]:
     """Depthwise 7 × 7, forward and both gradients."""
-    x, gradient, taps = lying(random(*shape)), lying(random(*shape)), random(shape[1], 1, 7, 7) / 7
-    yield Case("depthwise", named(shape), (x, taps, random(shape[1])), 2)
-    yield Case("depthwise to input", named(shape), (gradient, x, taps), 2)
-    yield Case("depthwise to weight", named(shape), (gradient, x, taps), 2)
+    x, gradient, taps = channels_last(random(*shape)), channels_last(random(*shape)), random(shape[1], 1, 7, 7) / 7
+    yield Case("depthwise", size_text(shape), (x, taps, random(shape[1])), 2)
+    yield Case("depthwise to input", size_text(shape), (gradient, x, taps), 2)
+    yield Case("depthwise to weight", size_text(shape), (gradient, x, taps), 2)
 
 
 def windows(random: Make, batch: int, side: int, heads: int) -> Iterator[Case]:
@@ -106,28 +102,29 @@ def windows(random: Make, batch: int, side: int, heads: int) -> Iterator[Case]:
     yield Case("windows backward", sizes, (random(batch, side, side, 32 * heads), qkv, position, shift, shift), 7)
 
 
-def named(shape: tuple[int, ...]) -> str:
+def size_text(shape: tuple[int, ...]) -> str:
+    """A shape as 16x96x56x56."""
     return "x".join(map(str, shape))
 
 
-def lying(x: Tensor) -> Tensor:
-    """Maps lie channels-last."""
+def channels_last(x: Tensor) -> Tensor:
+    """Lay maps out channels-last; tokens stay as they are."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 @torch.no_grad()
-def measured(case: Case, device: str, rate: float) -> Iterator[list[str]]:
-    """A row for each way: µs, share of the copy rate, gain over plain torch."""
+def measure_case(case: Case, device: str, rate: float) -> Iterator[list[str]]:
+    """Yield a row for each implementation: µs, fraction of the copy rate, speed over plain torch."""
     kernel, given, kind = NAMED[case.kernel], case.given, DEVICES[device]
-    expected, entrants = kernel.ways[0].compute(*given), []
-    for way in kernel.ways:
-        if not way.serves(*given):
+    expected, entrants = kernel.implementations[0].compute(*given), []
+    for each in kernel.implementations:
+        if not each.supports(*given):
             continue
-        if problem := differs(way.compute(*given), expected, ALLOWED[given[0].dtype]):
-            yield [case.kernel, case.sizes, way.name, "–", "–", problem]
+        if problem := mismatch(each.compute(*given), expected, TOLERANCE[given[0].dtype]):
+            yield [case.kernel, case.sizes, each.name, "–", "–", problem]
             continue
-        run = partial(way.compute, *given)
-        entrants.append(Entrant(way.name, run, way.name, calls=kind.calls, finish=kind.finish))
+        run = partial(each.compute, *given)
+        entrants.append(Entrant(each.name, run, each.name, calls=kind.calls, finish=kind.finish))
     with keep_memory():
         found = medians(race(entrants, ROUNDS))
     moved = case.moved * given[0].numel() * given[0].element_size()
@@ -146,11 +143,11 @@ def main() -> None:
     rows = []
     for case in cases(options.device, PRECISIONS[options.precision]):
         if not options.only or any(case.kernel.startswith(name) for name in options.only):
-            for row in measured(case, options.device, rate):
+            for row in measure_case(case, options.device, rate):
                 print(*row, sep="  ", flush=True)
                 rows.append(row)
     machine = f"{DEVICES[options.device].title()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
-    columns = ("kernel", "sizes", "way", "µs", "of copy rate", "times as quick as plain torch")
+    columns = ("kernel", "sizes", "implementation", "µs", "of copy rate", "speed over plain torch")
     text = (
         f"# Kernels in {options.precision}\n\n{machine}; copying {rate / 1e9:,.1f} GB/s read and written. Made by "
         f"`python -m benchmarks.kernels`.\n\n{table(columns, rows)}\n"

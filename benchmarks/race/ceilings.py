@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from benchmarks.race.devices import DEVICES
 from skipway.inference.backends import PRECISIONS
-from skipway.kernels.maps import by_onednn, packed
+from skipway.kernels.matmul import linear_by_onednn, pack_weight
 
 __all__ = ["Ceiling", "ceiling", "copy_rate", "flops_of"]
 
@@ -69,8 +69,8 @@ def products(left: Tensor, weight: Tensor) -> Iterator[tuple[str, Callable[[], T
     yield "F.linear", lambda: functional.linear(left, weight)
     right = weight.t().contiguous()
     yield "matmul", lambda: left @ right
-    if (pack := packed(weight, len(left))) is not None:
-        yield "oneDNN linear", lambda: by_onednn(left, pack, None)
+    if (pack := pack_weight(weight, len(left))) is not None:
+        yield "oneDNN linear", lambda: linear_by_onednn(left, pack, None)
 
 
 def fastest(

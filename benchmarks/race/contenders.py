@@ -20,7 +20,7 @@ from torch.nn import functional
 from benchmarks.race.architectures import PEERS, config_of, made
 from benchmarks.race.devices import DEVICES
 from skipway.inference.backends import BACKENDS, PRECISIONS, frozen
-from skipway.kernels.onednn import through_onednn
+from skipway.kernels.onednn import onednn_matmul
 
 __all__ = ["MODES", "OURS", "Cell", "Contender", "Mode", "Prepared", "Step", "contenders", "prepared", "switches"]
 
@@ -303,7 +303,7 @@ def switches(*, routed: bool = False) -> Iterator[None]:
     """
     from skipway.hardware.allocator import keep_memory
 
-    with keep_memory(), through_onednn() if routed else nullcontext():
+    with keep_memory(), onednn_matmul() if routed else nullcontext():
         yield
 
 

@@ -40,7 +40,7 @@ def gradients(model, x):
 @pytest.mark.parametrize("training", [True, False])
 def test_accelerated_networks_compute_and_learn_the_same(name, training, monkeypatch):
     monkeypatch.setattr("skipway.kernels.dispatch.LARGE", 1)
-    monkeypatch.setattr("skipway.kernels.maps.SMALL", 1)
+    monkeypatch.setattr("skipway.kernels.matmul.SMALL", 1)
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
     model = make().train(training)
@@ -119,7 +119,7 @@ def test_stochastic_depth_draws_what_it_drew():
 
 
 def test_checkpointed_blocks_are_routed_in_backward_too(monkeypatch):
-    monkeypatch.setattr("skipway.kernels.maps.SMALL", 1)
+    monkeypatch.setattr("skipway.kernels.matmul.SMALL", 1)
 
     class Net(nn.Module):
         def __init__(self):

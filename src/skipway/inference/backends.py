@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from skipway.errors import MissingExtraError, SkipwayError
 from skipway.hardware.allocator import keep_memory
 from skipway.inference.onnx import export_onnx
-from skipway.kernels.dispatch import Packed
+from skipway.kernels.dispatch import PackedKernelMode
 from skipway.registry import Registry
 from skipway.surgery.acceleration import accelerate, is_routed
 
@@ -90,7 +90,7 @@ def eager(model: nn.Module, example: Tensor, precision: str) -> Run:
     """torch's own operators, channels-last, with kernels, packed weights, and freed memory kept during the call."""
     model = laid_out(model, precision)
     rows = example.shape[0] * (example[0, 0].numel() // 64 if example.ndim == 4 else 1)
-    packed = Packed(model, max(rows, 1))
+    packed = PackedKernelMode(model, max(rows, 1))
 
     def run(x: Tensor) -> Tensor:
         with keep_memory(release=False), packed:

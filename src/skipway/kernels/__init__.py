@@ -1,39 +1,41 @@
-"""Fast paths behind plain functions, each beside its reference in plain torch.
+"""Kernels: functions with a reference in plain torch and faster implementations, chosen by measurement.
 
-Every function here is a `torch.library` operator with a shape function and an autograd formula, so that
-`torch.compile`, `torch.export` and autocast see through it. A `Kernel` holds the reference and the other ways to
-compute the same and takes the quickest on this machine, found by measurement at the first call with arguments of a
-kind (`choices()` tells); `off()` or SKIPWAY_KERNELS=off leaves the reference alone.
+Every function is a `torch.library` operator with a shape function and an autograd formula (`operator.Operator`), so
+that `torch.compile`, `torch.export` and autocast see through it. A `Kernel` holds the reference and the other
+implementations; the first call with arguments of some device, type, shape and layout times all of them on this machine
+and later calls use the fastest. `choices()` lists what was chosen. `off()` or SKIPWAY_KERNELS=off restricts every
+kernel to its reference.
 """
 
-from skipway.kernels.attention import attention, window_attention
-from skipway.kernels.autotune import Choice, Kernel, Way, choices, enabled, forget, off, only
-from skipway.kernels.depthwise import depthwise
-from skipway.kernels.maps import linear, pointwise
-from skipway.kernels.mlp import ACTIVATIONS, mlp
-from skipway.kernels.norms import batch_norm_relu, channel_norm, residual_norm
-from skipway.kernels.residual import residual
-from skipway.kernels.windows import windowed_attention
+from skipway.kernels.autotune import (
+    Choice,
+    Implementation,
+    Kernel,
+    choices,
+    clear_choices,
+    enabled,
+    off,
+    only,
+)
+from skipway.kernels.depthwise_conv import depthwise
+from skipway.kernels.matmul import linear, pointwise
+from skipway.kernels.residual_add import residual
+from skipway.kernels.sdpa import attention
+from skipway.kernels.window_attention import windowed_attention
 
 __all__ = [
-    "ACTIVATIONS",
     "Choice",
+    "Implementation",
     "Kernel",
-    "Way",
     "attention",
-    "batch_norm_relu",
-    "channel_norm",
     "choices",
+    "clear_choices",
     "depthwise",
     "enabled",
-    "forget",
     "linear",
-    "mlp",
     "off",
     "only",
     "pointwise",
     "residual",
-    "residual_norm",
-    "window_attention",
     "windowed_attention",
 ]

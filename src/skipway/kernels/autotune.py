@@ -1,11 +1,11 @@
-"""A kernel: one function, several ways to compute it, the quickest on this machine chosen by measurement."""
+"""A kernel: one function with several implementations, the fastest on this machine chosen by measurement."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,136 +15,153 @@ from torch import Tensor
 
 from skipway.errors import SkipwayError
 
-__all__ = ["KERNELS", "Choice", "Kernel", "Way", "choices", "enabled", "forget", "kernel", "off", "only"]
+__all__ = [
+    "KERNELS",
+    "Choice",
+    "Implementation",
+    "Kernel",
+    "add_kernel",
+    "choices",
+    "clear_choices",
+    "enabled",
+    "off",
+    "only",
+]
 
 REFERENCE = "reference"
 ROUNDS = 3
-"""How often each way is timed; the best time counts, since what disturbs only ever adds."""
+"""Timed calls of each implementation; the fastest counts, since disturbances only ever add time."""
 
-# how far a way may be from the reference, relative to the largest value: what rounding in another order explains; the
-# coarsest type among arguments and results counts, since sums in float32 of what was rounded to 16 bits differ as much
+# largest difference from the reference over its largest value, explained by rounding in another order; the coarsest
+# type among arguments and results counts, since float32 sums of values rounded to 16 bits differ as much
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-class Switch:
-    """What ways are restricted to, in the whole process: None is no restriction."""
+class Restriction:
+    """Implementation that all kernels of the process are restricted to; None where measurement decides."""
 
-    way: str | None = REFERENCE if os.environ.get("SKIPWAY_KERNELS", "on").lower() in ("off", "0", "false") else None
+    implementation: str | None = (
+        REFERENCE if os.environ.get("SKIPWAY_KERNELS", "on").lower() in ("off", "0", "false") else None
+    )
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to compute a kernel.
+class Implementation:
+    """One implementation of a kernel.
 
     Args:
-        name: how it is called in `choices()` and `only(...)`.
-        compute: takes the kernel's arguments and puts out what the reference does, up to rounding.
-        serves: whether it can be used for these arguments; always, by default.
+        name: shown in `choices()` and taken by `only(name)`.
+        compute: takes the kernel's arguments and returns what the reference returns, up to rounding.
+        supports: takes the same arguments; returns whether `compute` can be used for them. By default always.
     """
 
     name: str
     compute: Callable[..., Any]
-    serves: Callable[..., bool] = lambda *arguments: True
+    supports: Callable[..., bool] = lambda *arguments: True
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found for one kind of arguments.
+    """The implementation chosen for one kind of arguments, and the measurement.
 
     Args:
-        kernel: its name.
-        way: the one that is taken.
-        seconds: the best time of each way that was tried.
-        refused: ways that were not considered, and why.
+        kernel: the kernel's name.
+        implementation: name of the fastest one.
+        seconds: the fastest call of each implementation that was timed.
+        refused: implementations that failed or differ from the reference, with the reason.
     """
 
     kernel: str
-    way: str
+    implementation: str
     seconds: dict[str, float]
     refused: dict[str, str] = field(default_factory=dict)
 
 
 class Kernel:
-    """One function with a reference in plain torch and other ways to compute the same.
+    """One function with a reference in plain torch and other implementations.
 
-    The first call with arguments of a kind (device, types, sizes, layout) runs every way that serves them, drops those
-    that differ from the reference by more than rounding, times the others and remembers the quickest. Sizes of the
-    first axis of a tensor count up to a factor of two, so that the last batch of an epoch is nothing new.
+    The first call with arguments of a kind (device, types, shapes, layouts) runs every implementation that supports
+    them, drops those that differ from the reference by more than rounding, times the others and remembers the fastest.
+    The first axis of a tensor counts up to a factor of two, so that the last batch of an epoch is not measured again.
 
     Args:
-        name: of the kernel.
-        reference: in plain torch; what the others are compared with.
-        ways: the others.
+        name: the kernel's name.
+        reference: in plain torch; the others are compared with it.
+        implementations: the others.
 
-    >>> double = Kernel("double", lambda x: x + x, Way("product", lambda x: 2 * x))
+    >>> double = Kernel("double", lambda x: x + x, Implementation("product", lambda x: 2 * x))
     >>> double(torch.ones(2))
     tensor([2., 2.])
-    >>> sorted(next(iter(double.found.values())).seconds)
+    >>> sorted(next(iter(double.chosen.values())).seconds)
     ['product', 'reference']
     """
 
-    def __init__(self, name: str, reference: Callable[..., Any], *ways: Way) -> None:
+    def __init__(self, name: str, reference: Callable[..., Any], *implementations: Implementation) -> None:
         self.name = name
-        self.ways = (Way(REFERENCE, reference), *ways)
-        self.found: dict[Hashable, Choice] = {}
+        self.implementations = (Implementation(REFERENCE, reference), *implementations)
+        self.chosen: dict[Hashable, Choice] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        with at_home(arguments):
-            return self.way(*arguments).compute(*arguments)
+        with without_autocast(arguments):
+            return self.select(*arguments).compute(*arguments)
 
-    def named(self, name: str) -> Way:
-        """The way of that name."""
-        return next(way for way in self.ways if way.name == name)
+    def implementation(self, name: str) -> Implementation:
+        """The implementation of that name."""
+        return next(each for each in self.implementations if each.name == name)
 
-    def way(self, *arguments: Any) -> Way:
-        """The way that a call with these arguments takes."""
-        wanted = Switch.way
-        if wanted is not None:
-            return next((way for way in self.ways if way.name == wanted and way.serves(*arguments)), self.ways[0])
-        key = tuple(kind(argument) for argument in arguments)
-        if key not in self.found:
+    def select(self, *arguments: Any) -> Implementation:
+        """The implementation that a call with these arguments uses; measured where they are of a new kind."""
+        reference = self.implementations[0]
+        if (name := Restriction.implementation) is not None:
+            usable = (each for each in self.implementations if each.name == name and each.supports(*arguments))
+            return next(usable, reference)
+        key = tuple(argument_kind(argument) for argument in arguments)
+        if key not in self.chosen:
             choice = self.measure(*arguments)
             if choice is None:
-                return self.ways[0]
-            self.found[key] = choice
-        return self.named(self.found[key].way)
+                return reference
+            self.chosen[key] = choice
+        return self.implementation(self.chosen[key].implementation)
 
     @torch.no_grad()
     def measure(self, *arguments: Any) -> Choice | None:
-        """Time every way on these arguments; None where the reference puts out what nothing can be compared with: a
-        diverging run, or the first steps of a gradient scaler."""
-        serving = [way for way in self.ways if way.serves(*arguments)]
-        if len(serving) == 1:
+        """Time every implementation on these arguments.
+
+        Returns None where the reference's output is not finite and nothing can be compared with it: in a diverging
+        run, or in the first steps of a gradient scaler.
+        """
+        usable = [each for each in self.implementations if each.supports(*arguments)]
+        if len(usable) == 1:
             return Choice(self.name, REFERENCE, {})
-        expected = serving[0].compute(*arguments)
-        if not all(bool(each.isfinite().all()) for each in tensors(expected)):
+        expected = usable[0].compute(*arguments)
+        if not all(bool(each.isfinite().all()) for each in floating_tensors(expected)):
             return None
-        allowed = max(TOLERANCE.get(each.dtype, 0.0) for each in tensors((*arguments, expected)))
+        allowed = max(TOLERANCE.get(each.dtype, 0.0) for each in floating_tensors((*arguments, expected)))
         seconds, refused = {}, {}
-        for way in serving:
+        for each in usable:
             try:
-                if way is not serving[0] and (problem := differs(way.compute(*arguments), expected, allowed)):
-                    refused[way.name] = problem
+                if each is not usable[0] and (problem := mismatch(each.compute(*arguments), expected, allowed)):
+                    refused[each.name] = problem
                     continue
-                seconds[way.name] = min(timed(way, arguments) for _ in range(ROUNDS))
-            except Exception as error:  # a compiler's errors are its own: what does not run here is never taken
-                refused[way.name] = str(error).partition("\n")[0]
+                seconds[each.name] = min(seconds_of_call(each, arguments) for _ in range(ROUNDS))
+            except Exception as error:  # compilers raise errors of their own; an implementation that fails is not used
+                refused[each.name] = str(error).partition("\n")[0]
         return Choice(self.name, min(seconds, key=seconds.__getitem__), seconds, refused)
 
 
 KERNELS: list[Kernel] = []
-"""All kernels, in the order of their files."""
+"""All kernels, in the order in which their modules define them."""
 
 
-def kernel(name: str, reference: Callable[..., Any], *ways: Way) -> Kernel:
-    """A kernel that `choices()` tells of."""
-    made = Kernel(name, reference, *ways)
-    KERNELS.append(made)
-    return made
+def add_kernel(name: str, reference: Callable[..., Any], *implementations: Implementation) -> Kernel:
+    """Make a kernel and add it to `KERNELS`, where `choices()` finds it."""
+    kernel = Kernel(name, reference, *implementations)
+    KERNELS.append(kernel)
+    return kernel
 
 
-def kind(argument: Any) -> Hashable:
-    """What two arguments have in common for which the same way is the quickest."""
+def argument_kind(argument: Any) -> Hashable:
+    """Key of an argument; the same implementation is taken to be the fastest for equal keys."""
     if isinstance(argument, Tensor):
         first = argument.shape[0].bit_length() if argument.ndim else 0
         order = tuple(sorted(range(argument.ndim), key=lambda axis: -argument.stride(axis)))
@@ -152,16 +169,16 @@ def kind(argument: Any) -> Hashable:
     return argument
 
 
-def tensors(value: Any) -> list[Tensor]:
-    """Those of floating point in a value or a tuple of values."""
-    values = [each for one in value for each in tensors(one)] if isinstance(value, tuple) else [value]
+def floating_tensors(value: Any) -> list[Tensor]:
+    """Floating-point tensors in a value or a nested tuple of values."""
+    values = [each for one in value for each in floating_tensors(one)] if isinstance(value, tuple) else [value]
     return [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
 
 
 @contextmanager
-def at_home(arguments: tuple[Any, ...]) -> Iterator[None]:
-    """Within, types are what the arguments have, without autocast, and programs start where the arguments are."""
-    device = home(arguments)
+def without_autocast(arguments: tuple[Any, ...]) -> Iterator[None]:
+    """Switch autocast off within the context, so that types stay those of the arguments, and select their device."""
+    device = device_of(arguments)
     with ExitStack() as stack:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -170,16 +187,16 @@ def at_home(arguments: tuple[Any, ...]) -> Iterator[None]:
         yield
 
 
-def home(arguments: tuple[Any, ...]) -> torch.device:
-    """Where the first tensor is."""
+def device_of(arguments: tuple[Any, ...]) -> torch.device:
+    """Device of the first tensor among the arguments; the CPU without one."""
     return next((each.device for each in arguments if isinstance(each, Tensor)), torch.device("cpu"))
 
 
-def differs(result: Any, expected: Any, allowed: float) -> str | None:
-    """In what a result is not the expected one; None where only by rounding."""
+def mismatch(result: Any, expected: Any, allowed: float) -> str | None:
+    """Describe the difference between a result and the expected one; None where rounding explains it."""
     if isinstance(expected, tuple):
         pairs = zip(result, expected, strict=True)
-        return next((problem for pair in pairs if (problem := differs(*pair, allowed))), None)
+        return next((problem for pair in pairs if (problem := mismatch(*pair, allowed))), None)
     if (result.dtype, result.shape) != (expected.dtype, expected.shape):
         return f"is {result.dtype} of shape {tuple(result.shape)}, not {expected.dtype} of {tuple(expected.shape)}"
     scale = expected.abs().amax() if expected.numel() else expected.new_zeros(())
@@ -187,46 +204,54 @@ def differs(result: Any, expected: Any, allowed: float) -> str | None:
     return None if bool(error <= allowed) else f"differs by {float(error):.1g} of the largest value"
 
 
-def timed(way: Way, arguments: tuple[Any, ...]) -> float:
-    """Seconds of one call."""
-    device = home(arguments)
-    synchronise = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    synchronise()
+def seconds_of_call(implementation: Implementation, arguments: tuple[Any, ...]) -> float:
+    """Time one call."""
+    device = device_of(arguments)
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    synchronize()
     start = time.perf_counter()
-    way.compute(*arguments)
-    synchronise()
+    implementation.compute(*arguments)
+    synchronize()
     return time.perf_counter() - start
 
 
 def enabled() -> bool:
-    """Whether kernels are used at all: not under `off()`, nor with SKIPWAY_KERNELS=off in the environment."""
-    return Switch.way != REFERENCE
+    """Return whether kernels may use more than their references.
+
+    >>> enabled()
+    True
+    """
+    return Restriction.implementation != REFERENCE
 
 
 @contextmanager
-def only(way: str) -> Iterator[None]:
-    """Within, every kernel takes the way of this name where it has one that serves, and else its reference.
+def only(name: str) -> Iterator[None]:
+    """Restrict every kernel to the implementation of this name within the context; to its reference where it has none
+    that supports the arguments.
+
+    Args:
+        name: of an implementation.
 
     Raises:
-        SkipwayError: no kernel has such a way.
+        SkipwayError: no kernel has such an implementation.
 
     >>> from skipway.kernels import linear
     >>> with only("onednn"):
     ...     linear(torch.ones(1, 2), torch.ones(1, 2))
     tensor([[2.]])
     """
-    known = {each.name for one in KERNELS for each in one.ways}
-    if way not in known:
-        raise SkipwayError(f"way={way!r}: no kernel has it; there are {', '.join(sorted(known))}")
-    before, Switch.way = Switch.way, way
+    known = {each.name for kernel in KERNELS for each in kernel.implementations}
+    if name not in known:
+        raise SkipwayError(f"name={name!r}: no kernel has such an implementation; known are {', '.join(sorted(known))}")
+    before, Restriction.implementation = Restriction.implementation, name
     try:
         yield
     finally:
-        Switch.way = before
+        Restriction.implementation = before
 
 
-def off() -> Any:
-    """Within, every kernel is its reference in plain torch; so is everything under SKIPWAY_KERNELS=off.
+def off() -> AbstractContextManager[None]:
+    """Restrict every kernel to its reference in plain torch within the context, as SKIPWAY_KERNELS=off does throughout.
 
     >>> with off():
     ...     enabled()
@@ -236,15 +261,15 @@ def off() -> Any:
 
 
 def choices() -> list[Choice]:
-    """What was measured in this process so far, newest last in each kernel.
+    """Return all measurements of this process, by kernel, the latest of a kernel last.
 
     >>> all(isinstance(each, Choice) for each in choices())
     True
     """
-    return [choice for each in KERNELS for choice in each.found.values() if choice.seconds]
+    return [choice for kernel in KERNELS for choice in kernel.chosen.values() if choice.seconds]
 
 
-def forget() -> None:
-    """Measure again at the next call: after the number of threads or the load of the machine has changed."""
-    for each in KERNELS:
-        each.found.clear()
+def clear_choices() -> None:
+    """Forget all measurements, so that the next calls measure again: after a change of threads or of the load."""
+    for kernel in KERNELS:
+        kernel.chosen.clear()

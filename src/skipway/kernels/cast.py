@@ -1,18 +1,18 @@
-"""Types of the arguments of a kernel: what autocast makes of them, and in what sums are taken."""
+"""Types of a kernel's arguments: the type that autocast asks for, and the type in which sums are taken."""
 
 from __future__ import annotations
 
 from torch import Tensor, float32, get_autocast_dtype, is_autocast_enabled, promote_types
 
-__all__ = ["lowered", "wide"]
+__all__ = ["at_least_float32", "to_autocast"]
 
 
-def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as autocast hands them to a matrix product: in its type where it is on, else as they are.
+def to_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast floating-point tensors to autocast's type where it is on, as it does before a matrix product.
 
     >>> import torch
     >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     lowered(torch.ones(1), None)
+    ...     to_autocast(torch.ones(1), None)
     (tensor([1.], dtype=torch.bfloat16), None)
     """
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
@@ -22,11 +22,11 @@ def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(each.to(dtype) if each is not None and each.is_floating_point() else each for each in tensors)
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least.
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast 16-bit tensors to float32; others keep their type.
 
     >>> import torch
-    >>> wide(torch.ones(1).bfloat16()).dtype, wide(torch.ones(1).double()).dtype
+    >>> at_least_float32(torch.ones(1).bfloat16()).dtype, at_least_float32(torch.ones(1).double()).dtype
     (torch.float32, torch.float64)
     """
     return x.to(promote_types(x.dtype, float32))

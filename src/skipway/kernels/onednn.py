@@ -1,4 +1,4 @@
-"""torch's one door to oneDNN for products of two activations in float32."""
+"""Products of two activations through oneDNN in float32, for which torch offers one setting."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["has_door", "opened", "through_onednn"]
+__all__ = ["onednn_matmul", "supports_onednn_matmul", "with_onednn_matmul"]
 
 
 @contextmanager
-def through_onednn() -> Iterator[None]:
-    """Within, products in float32 go through oneDNN, in the whole process.
+def onednn_matmul() -> Iterator[None]:
+    """Send products in float32 to oneDNN within the context, in the whole process.
 
-    The door is the setting that allows bfloat16 inside of products. Where the processor has matrix units for it they
-    are then rounded.
+    The setting is the one that allows bfloat16 inside float32 products: on processors with matrix units for bfloat16
+    (AMX) the products are then rounded to it.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - its stub has none
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
@@ -28,26 +28,27 @@ def through_onednn() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def opened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its products going through oneDNN; a kernel's comparison with its reference finds where they
-    are rounded, and refuses the way.
+def with_onednn_matmul(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with its products sent to oneDNN.
 
-    >>> opened(torch.matmul)(torch.ones(1, 2), torch.ones(2, 1))
+    As an implementation of a kernel it is refused by the comparison with the reference where products are rounded.
+
+    >>> with_onednn_matmul(torch.matmul)(torch.ones(1, 2), torch.ones(2, 1))
     tensor([[2.]])
     """
 
     @wraps(function)
     def run(*arguments: Any) -> Any:
-        with through_onednn():
+        with onednn_matmul():
             return function(*arguments)
 
     return run
 
 
-def has_door(*arguments: Any, types: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether all tensors are on the CPU in one of these types, and this torch has the setting.
+def supports_onednn_matmul(*arguments: Any, types: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Return whether all tensors are on the CPU in one of `types`, and this torch has the setting.
 
-    >>> has_door(torch.ones(1).double())
+    >>> supports_onednn_matmul(torch.ones(1).double())
     False
     """
     tensors = [each for each in arguments if isinstance(each, Tensor)]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from skipway.errors import SkipwayError
-from skipway.kernels.dispatch import Routed
+from skipway.kernels.dispatch import KernelMode
 from skipway.surgery.block_rows import changed
 from skipway.surgery.operation import Operation
 from skipway.surgery.overrides import overridden
@@ -112,7 +112,7 @@ def routed(kind: type[nn.Module]) -> type[nn.Module]:
             return own(self, *given, **named)
         ACTIVE.now = True
         try:
-            with Routed():
+            with KernelMode():
                 return own(self, *given, **named)
         finally:
             ACTIVE.now = False

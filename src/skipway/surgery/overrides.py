@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from skipway import kernels
-from skipway.kernels import dispatch as routing
-from skipway.kernels.triton import HAS_TRITON, fits_windows
+from skipway.kernels import dispatch
+from skipway.kernels.triton_launch import HAS_TRITON, fits_windows
 from skipway.nn import Branch, DropPath, Gain, Residual, WindowAttention
 from skipway.surgery.fusion import computes, hooked
 
@@ -78,7 +78,7 @@ def mixed(self: Any, h: Tensor) -> Tensor:
 
 def weighed(self: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor, images: int) -> Tensor:
     """B + M of one image for all, by broadcasting, on a CPU."""
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or q.numel() < routing.LARGE or not kernels.enabled():
+    if torch.compiler.is_compiling() or q.device.type != "cpu" or q.numel() < dispatch.LARGE or not kernels.enabled():
         return WindowAttention.weighed(self, q, k, v, added, images)
     return kernels.attention(q, k, v, added)
 
@@ -88,7 +88,7 @@ def convolved(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     if (
         on_card(x)
         and self.padding_mode == "zeros"
-        and routing.is_depthwise(x, weight, self.stride, self.padding, self.dilation, self.groups)
+        and dispatch.is_depthwise(x, weight, self.stride, self.padding, self.dilation, self.groups)
         and x.is_contiguous(memory_format=torch.channels_last)
     ):
         return kernels.depthwise(x, weight, bias)

@@ -1,4 +1,4 @@
-"""Programs in Triton. Importing this file needs Triton; `skipway.kernels.triton` does it when the first one is run."""
+"""Kernels in Triton. Importing this module needs Triton; `triton_launch` does it when it launches the first one."""
 
 # Triton adds tuples and does not unpack them
 # ruff: noqa: RUF005
@@ -10,22 +10,21 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "channel_norm",
-    "depthwise",
-    "depthwise_to_weight",
-    "residual",
-    "residual_backward",
-    "window_attention",
-    "window_attention_backward",
+    "depthwise_kernel",
+    "depthwise_to_weight_kernel",
+    "residual_backward_kernel",
+    "residual_kernel",
+    "window_attention_backward_kernel",
+    "window_attention_kernel",
 ]
 
 
 @triton.jit
-def factors(
+def broadcast_factors(
     gain, mask, start, inside, at, CHANNELS: tl.constexpr, SAMPLE: tl.constexpr, GAIN: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
-    """g · m of numbers `start` + `at` of a tensor that ends in channels; the large part of the index is a scalar."""
+    """Return g · m for elements `start` + `at` of a tensor whose last axis is channels; `start` is a 64-bit scalar."""
     factor = tl.full(at.shape, 1.0, tl.float32)
     if GAIN == 1:
         factor *= tl.load(gain).to(tl.float32)
@@ -39,44 +38,44 @@ def factors(
 
 
 @triton.jit
-def residual(
+def residual_kernel(
     shortcut, branch, gain, mask, out, size, CHANNELS: tl.constexpr, SAMPLE: tl.constexpr, GAIN: tl.constexpr,
     MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = shortcut + g · m · branch, of `BLOCK` numbers."""
+    """Compute out = shortcut + g · m · branch for `BLOCK` elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = tl.arange(0, BLOCK)
     inside = start + at < size
     y = tl.load(branch + start + at, inside).to(tl.float32)
-    y *= factors(gain, mask, start, inside, at, CHANNELS, SAMPLE, GAIN, MASK)
+    y *= broadcast_factors(gain, mask, start, inside, at, CHANNELS, SAMPLE, GAIN, MASK)
     y += tl.load(shortcut + start + at, inside).to(tl.float32)
     tl.store(out + start + at, y.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
-def by_channel(gain, channel, known, GAIN: tl.constexpr):
-    """g of some channels."""
+def channel_gain(gain, channel, valid, GAIN: tl.constexpr):
+    """Return g for some channels."""
     factor = tl.full(channel.shape, 1.0, tl.float32)
     if GAIN == 1:
         factor *= tl.load(gain).to(tl.float32)
     if GAIN == 2:
-        factor *= tl.load(gain + channel, known, other=0.0).to(tl.float32)
+        factor *= tl.load(gain + channel, valid, other=0.0).to(tl.float32)
     return factor
 
 
 @triton.jit
-def residual_backward(
+def residual_backward_kernel(
     gradient, branch, gain, mask, to_branch, to_gain, rows, sample, CHANNELS: tl.constexpr, GAIN: tl.constexpr,
     MASK: tl.constexpr, LEARNED: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The branch's gradient g · m · dy, and what these rows add to that of g for each channel, Σ m · dy · branch."""
+    """Compute the branch's gradient g · m · dy, and this program's part of g's for each channel, Σ m · dy · branch."""
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    known = channel < CHANNELS
-    factor = by_channel(gain, channel, known, GAIN)
+    valid = channel < CHANNELS
+    factor = channel_gain(gain, channel, valid, GAIN)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for number in range(STEPS):
         row = (tl.program_id(0) * STEPS + number) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & known[None, :]
+        inside = (row < rows)[:, None] & valid[None, :]
         at = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         dy = tl.load(gradient + at, inside, other=0.0).to(tl.float32)
         if MASK:
@@ -85,43 +84,12 @@ def residual_backward(
         if LEARNED:
             total += dy * tl.load(branch + at, inside, other=0.0).to(tl.float32)
     if LEARNED:
-        tl.store(to_gain + tl.program_id(0) * CHANNELS + channel, tl.sum(total, 0), known)
+        tl.store(to_gain + tl.program_id(0) * CHANNELS + channel, tl.sum(total, 0), valid)
 
 
 @triton.jit
-def channel_norm(
-    x, branch, gain, mask, weight, bias, stream, out, means, inverses, rows, sample, channels, eps,
-    ADDED: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`ROWS` pixels or tokens, each read once and written once: stream = x + g · m · branch, and its norm."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    channel = tl.arange(0, BLOCK)
-    known = channel < channels
-    inside = there[:, None] & known[None, :]
-    at = row.to(tl.int64)[:, None] * channels + channel[None, :]
-    values = tl.load(x + at, inside, other=0.0).to(tl.float32)
-    if ADDED:
-        added = tl.load(branch + at, inside, other=0.0).to(tl.float32)
-        added *= by_channel(gain, channel, known, GAIN)[None, :]
-        if MASK:
-            added *= tl.load(mask + row // sample, there, other=0.0).to(tl.float32)[:, None]
-        rounded = (values + added).to(stream.dtype.element_ty)
-        tl.store(stream + at, rounded, inside)
-        values = rounded.to(tl.float32)
-    mean = tl.sum(values, 1) / channels
-    centred = tl.where(inside, values - mean[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
-    scaled = centred * inverse[:, None] * tl.load(weight + channel, known, other=0.0).to(tl.float32)[None, :]
-    y = scaled + tl.load(bias + channel, known, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), inside)
-    tl.store(means + row, mean, there)
-    tl.store(inverses + row, inverse, there)
-
-
-@triton.jit
-def tokens_of(window, height, width, down, across, SIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the tokens of a window lie: pixels of the map, and on which side of its seams."""
+def window_tokens(window, height, width, down, across, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the pixels of the map that are a window's tokens, and on which side of its seams each lies."""
     per_row = width // SIDE
     per_image = (height // SIDE) * per_row
     t = tl.arange(0, BLOCK)
@@ -135,8 +103,8 @@ def tokens_of(window, height, width, down, across, SIDE: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def shares(q, k, bias, part, scale, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """softmax(q kᵀ / √d + B + M) of one window and head; columns behind the last token are 0."""
+def window_weights(q, k, bias, part, scale, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """Return softmax(q kᵀ / √d + B + M) of one window and head; columns after the last token are 0."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
     logits += tl.where(part[:, None] != part[None, :], -100.0, 0.0)
     logits = tl.where((tl.arange(0, BLOCK) < TOKENS)[None, :], logits, float("-inf"))
@@ -145,46 +113,46 @@ def shares(q, k, bias, part, scale, TOKENS: tl.constexpr, BLOCK: tl.constexpr, P
 
 
 @triton.jit
-def window_attention(
+def window_attention_kernel(
     qkv, position, out, windows, height, width, down, across, scale, HEADS: tl.constexpr, SIDE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`STEPS` windows of one head, straight from the map and back to it: nothing is cut, rolled or copied."""
+    """Attend within `STEPS` windows of one head, reading the map and writing to it: nothing is rolled or copied."""
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * STEPS
     t, e = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     inside = t < SIDE * SIDE
     both = inside[:, None] & inside[None, :]
-    square = head * SIDE**4 + t[:, None] * SIDE**2 + t[None, :]
-    bias = tl.load(position + square, both, other=0.0).to(tl.float32)
+    entry = head * SIDE**4 + t[:, None] * SIDE**2 + t[None, :]
+    bias = tl.load(position + entry, both, other=0.0).to(tl.float32)
     for window in range(first, min(first + STEPS, windows)):
-        pixel, part = tokens_of(window, height, width, down, across, SIDE, BLOCK)
+        pixel, part = window_tokens(window, height, width, down, across, SIDE, BLOCK)
         at = qkv + pixel[:, None] * (3 * HEADS * WIDTH) + head * WIDTH + e[None, :]
         q = tl.load(at, inside[:, None], other=0.0)
         k = tl.load(at + HEADS * WIDTH, inside[:, None], other=0.0)
         v = tl.load(at + 2 * HEADS * WIDTH, inside[:, None], other=0.0)
-        share = shares(q, k, bias, part, scale, SIDE * SIDE, BLOCK, PRECISION)
-        y = tl.dot(share.to(v.dtype), v, input_precision=PRECISION)
+        weights = window_weights(q, k, bias, part, scale, SIDE * SIDE, BLOCK, PRECISION)
+        y = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         to = out + pixel[:, None] * (HEADS * WIDTH) + head * WIDTH + e[None, :]
         tl.store(to, y.to(out.dtype.element_ty), inside[:, None])
 
 
 @triton.jit
-def window_attention_backward(
+def window_attention_backward_kernel(
     gradient, qkv, position, to_qkv, to_position, windows, height, width, down, across, scale, HEADS: tl.constexpr,
     SIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Through the weights, computed again; the bias's gradient is summed over the windows in registers."""
+    """Compute the gradients by weights computed again; the bias's is summed over the windows in registers."""
     head = tl.program_id(0) % HEADS
     split = tl.program_id(0) // HEADS
     t, e = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     inside = t < SIDE * SIDE
     both = inside[:, None] & inside[None, :]
-    square = head * SIDE**4 + t[:, None] * SIDE**2 + t[None, :]
-    bias = tl.load(position + square, both, other=0.0).to(tl.float32)
+    entry = head * SIDE**4 + t[:, None] * SIDE**2 + t[None, :]
+    bias = tl.load(position + entry, both, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for window in range(split * STEPS, min(split * STEPS + STEPS, windows)):
-        pixel, part = tokens_of(window, height, width, down, across, SIDE, BLOCK)
+        pixel, part = window_tokens(window, height, width, down, across, SIDE, BLOCK)
         at = pixel[:, None] * (3 * HEADS * WIDTH) + head * WIDTH + e[None, :]
         q = tl.load(qkv + at, inside[:, None], other=0.0)
         k = tl.load(qkv + at + HEADS * WIDTH, inside[:, None], other=0.0)
@@ -192,10 +160,10 @@ def window_attention_backward(
         dy = tl.load(
             gradient + pixel[:, None] * (HEADS * WIDTH) + head * WIDTH + e[None, :], inside[:, None], other=0.0
         )
-        share = shares(q, k, bias, part, scale, SIDE * SIDE, BLOCK, PRECISION)
-        to_v = tl.dot(tl.trans(share.to(dy.dtype)), dy, input_precision=PRECISION)
+        weights = window_weights(q, k, bias, part, scale, SIDE * SIDE, BLOCK, PRECISION)
+        to_v = tl.dot(tl.trans(weights.to(dy.dtype)), dy, input_precision=PRECISION)
         within = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
-        within = share * (within - tl.sum(within * share, 1)[:, None])
+        within = weights * (within - tl.sum(within * weights, 1)[:, None])
         total += within
         narrow = (within * scale).to(q.dtype)
         to_q = tl.dot(narrow, k, input_precision=PRECISION)
@@ -203,12 +171,12 @@ def window_attention_backward(
         tl.store(to_qkv + at, to_q.to(to_qkv.dtype.element_ty), inside[:, None])
         tl.store(to_qkv + at + HEADS * WIDTH, to_k.to(to_qkv.dtype.element_ty), inside[:, None])
         tl.store(to_qkv + at + 2 * HEADS * WIDTH, to_v.to(to_qkv.dtype.element_ty), inside[:, None])
-    tl.store(to_position + split.to(tl.int64) * HEADS * SIDE**4 + square, total, both)
+    tl.store(to_position + split.to(tl.int64) * HEADS * SIDE**4 + entry, total, both)
 
 
 @triton.jit
-def piece(x, image, y, start, height, width, channel, CHANNELS: tl.constexpr, COUNT: tl.constexpr):
-    """The channels of `COUNT` neighbours in row y from column `start` on: a tuple of vectors, zeros outside."""
+def load_row(x, image, y, start, height, width, channel, CHANNELS: tl.constexpr, COUNT: tl.constexpr):
+    """Return the channels of `COUNT` pixels in row y from column `start` on: a tuple of vectors, zeros outside."""
     row = x + (image * height + y).to(tl.int64) * width * CHANNELS
     found = ()
     for j in tl.static_range(COUNT):
@@ -220,56 +188,56 @@ def piece(x, image, y, start, height, width, channel, CHANNELS: tl.constexpr, CO
 
 
 @triton.jit
-def depthwise(
+def depthwise_kernel(
     x, weight, bias, out, height, width, CHANNELS: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ROWS × COLUMNS pixels: each input is read once for all of them and stays in registers."""
+    """Convolve a tile of ROWS × COLUMNS pixels: each input is read once and stays in registers."""
     across = tl.cdiv(width, COLUMNS)
     tiles = tl.cdiv(height, ROWS) * across
     image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     top, left = tile // across * ROWS, tile % across * COLUMNS
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    known = channel < CHANNELS
+    valid = channel < CHANNELS
     first = tl.zeros((BLOCK,), tl.float32)
     if BIAS:
-        first = tl.load(bias + channel, known, other=0.0).to(tl.float32)
+        first = tl.load(bias + channel, valid, other=0.0).to(tl.float32)
     sums = ()
     for _ in tl.static_range(ROWS * COLUMNS):
         sums = sums + (first,)
     for r in tl.static_range(ROWS + SIDE - 1):
         y, start = top + r - SIDE // 2, left - SIDE // 2
-        values = piece(x, image, y, start, height, width, channel, CHANNELS, COLUMNS + SIDE - 1)
-        renewed = ()
+        values = load_row(x, image, y, start, height, width, channel, CHANNELS, COLUMNS + SIDE - 1)
+        updated = ()
         for o in tl.static_range(ROWS):
             if (r - o >= 0) and (r - o < SIDE):
                 taps = ()
                 for j in tl.static_range(SIDE):
                     taps = taps + (
-                        tl.load(weight + ((r - o) * SIDE + j) * CHANNELS + channel, known, other=0.0).to(tl.float32),
+                        tl.load(weight + ((r - o) * SIDE + j) * CHANNELS + channel, valid, other=0.0).to(tl.float32),
                     )
                 for w in tl.static_range(COLUMNS):
                     total = sums[o * COLUMNS + w]
                     for j in tl.static_range(SIDE):
                         total += values[w + j] * taps[j]
-                    renewed = renewed + (total,)
+                    updated = updated + (total,)
             else:
                 for w in tl.static_range(COLUMNS):
-                    renewed = renewed + (sums[o * COLUMNS + w],)
-        sums = renewed
+                    updated = updated + (sums[o * COLUMNS + w],)
+        sums = updated
     for o in tl.static_range(ROWS):
         row = out + (image * height + top + o).to(tl.int64) * width * CHANNELS
         for w in tl.static_range(COLUMNS):
-            inside = (top + o < height) & (left + w < width) & known
+            inside = (top + o < height) & (left + w < width) & valid
             tl.store(row + (left + w) * CHANNELS + channel, sums[o * COLUMNS + w].to(out.dtype.element_ty), inside != 0)
 
 
 @triton.jit
-def depthwise_to_weight(
+def depthwise_to_weight_kernel(
     gradient, x, to_weight, tiles_of_all, height, width, CHANNELS: tl.constexpr, SIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What `STEPS` tiles add to dW_ij = Σ dy_t x_{t + (i, j)}; all k² sums stay in registers."""
+    """Sum `STEPS` tiles' part of dW_ij = Σ dy_t x_{t + (i, j)}; all k² sums stay in registers."""
     across = tl.cdiv(width, COLUMNS)
     tiles = tl.cdiv(height, ROWS) * across
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -282,22 +250,22 @@ def depthwise_to_weight(
         top, left = tile // across * ROWS, tile % across * COLUMNS
         dy = ()
         for o in tl.static_range(ROWS):
-            dy = dy + piece(gradient, image, top + o, left, height, width, channel, CHANNELS, COLUMNS)
+            dy = dy + load_row(gradient, image, top + o, left, height, width, channel, CHANNELS, COLUMNS)
         for r in tl.static_range(ROWS + SIDE - 1):
             y, start = top + r - SIDE // 2, left - SIDE // 2
-            values = piece(x, image, y, start, height, width, channel, CHANNELS, COLUMNS + SIDE - 1)
-            renewed = ()
+            values = load_row(x, image, y, start, height, width, channel, CHANNELS, COLUMNS + SIDE - 1)
+            updated = ()
             for i in tl.static_range(SIDE):
                 if (r - i >= 0) and (r - i < ROWS):
                     for j in tl.static_range(SIDE):
                         total = sums[i * SIDE + j]
                         for w in tl.static_range(COLUMNS):
                             total += dy[(r - i) * COLUMNS + w] * values[w + j]
-                        renewed = renewed + (total,)
+                        updated = updated + (total,)
                 else:
                     for j in tl.static_range(SIDE):
-                        renewed = renewed + (sums[i * SIDE + j],)
-            sums = renewed
+                        updated = updated + (sums[i * SIDE + j],)
+            sums = updated
     for i in tl.static_range(SIDE * SIDE):
         to = to_weight + (tl.program_id(0) * SIDE * SIDE + i) * CHANNELS + channel
         tl.store(to, sums[i], channel < CHANNELS)
