@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skipway.hardware.processor import cores, processor
+from skipway.hardware.processor import cpu_count, cpu_name
 
 __all__ = ["Contestant", "plain", "race"]
 
@@ -56,7 +56,7 @@ def plain(given: argparse.Namespace) -> None:
     import skipway as sw
     from benchmarks.peers import import_timm
     from skipway.hardware.device import cpu_has_bfloat16
-    from skipway.optim.schedules import rate_factor, schedule
+    from skipway.optim.schedules import lr_factor, parse_schedule
     from skipway.recipe import Recipe
 
     import_timm()
@@ -78,10 +78,10 @@ def plain(given: argparse.Namespace) -> None:
     net = net.to(memory_format=torch.channels_last)
     recipe = Recipe(batch_size=given.batch_size, lr=RATE_PER_IMAGE * given.batch_size, weight_decay=5e-4)
     groups = sw.param_groups(net, lr=recipe.peak_lr, weight_decay=recipe.decay)
-    optimizer = recipe.optimizer_kind.make(groups)
-    total, shape = given.epochs * len(train_loader), schedule(SCHEDULE)
+    optimizer = recipe.optimizer_spec.build(groups)
+    total, shape = given.epochs * len(train_loader), parse_schedule(SCHEDULE)
     rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_factor(min(step, total - 1), total, 0.0, shape)
+        optimizer, lambda step: lr_factor(min(step, total - 1), total, 0.0, shape)
     )
     average = ModelEmaV3(net, decay=AVERAGE, use_warmup=True)
     half = given.precision == "bfloat16" or (given.precision == "auto" and cpu_has_bfloat16())
@@ -226,7 +226,7 @@ def race(given: argparse.Namespace, root: Path) -> list[Contestant]:
 
 def machine() -> str:
     """What this is measured on."""
-    return f"{processor()}, {cores()} cores"
+    return f"{cpu_name()}, {cpu_count()} cores"
 
 
 def told(contestants: list[Contestant], given: argparse.Namespace) -> dict[str, Any]:
@@ -260,8 +260,10 @@ def start() -> None:
     parser.add_argument("--epochs", type=int, default=16, help="that the schedule is for [16]")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--workers", type=int, default=cores(), help="of the plain script's DataLoader [one per core]")
-    parser.add_argument("--threads", type=int, default=cores(), help="of both [one per core]")
+    parser.add_argument(
+        "--workers", type=int, default=cpu_count(), help="of the plain script's DataLoader [one per core]"
+    )
+    parser.add_argument("--threads", type=int, default=cpu_count(), help="of both [one per core]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)

@@ -39,7 +39,7 @@ from benchmarks.faults.catalogue import KINDS, READERS, outcomes
 from benchmarks.faults.kills import ended, kill, preload
 from benchmarks.faults.recipes import EPOCHS, PEERS, Digits, Peer, State
 from benchmarks.peers import define_missing_operators
-from skipway.hardware.processor import processor
+from skipway.hardware.processor import cpu_name
 
 __all__ = ["measure", "table"]
 
@@ -444,7 +444,7 @@ def versions() -> str:
 
 def machine() -> str:
     """What this was measured on."""
-    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, one thread each"
+    return f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, one thread each"
 
 
 PAGE = """# Faults: a plain recipe, Accelerate, the Trainer, timm and Skipway

@@ -23,7 +23,7 @@ from benchmarks.race.contenders import MODES, OURS, Cell, Contender, Prepared, c
 from benchmarks.race.devices import DEVICES, Device
 from benchmarks.race.journal import Journal, Race, stopped
 from skipway.errors import SkipwayError, suggest
-from skipway.hardware.processor import cores
+from skipway.hardware.processor import cpu_count
 from skipway.inference.race import Entrant, Turn, race, reason
 
 __all__ = ["BRANCHES", "PRECISIONS", "WHAT", "Plan", "What", "measure"]
@@ -178,7 +178,7 @@ def machine(device: str) -> dict[str, Any]:
         "kind": "machine",
         "device": device,
         "processor": DEVICES[device].title(),
-        "cores": cores(),
+        "cores": cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from skipway.errors import SkipwayError
-from skipway.hardware.allocator import give_back
-from skipway.hardware.processor import processor
+from skipway.hardware.allocator import trim_memory
+from skipway.hardware.processor import cpu_name
 
 __all__ = ["DEVICES", "Device"]
 
@@ -61,7 +61,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     >>> peak_bytes(lambda: bytearray(b"1" * (1 << 26))) > 1 << 25
     True
     """
-    give_back()  # what was freed but is still held by the allocator would hide what the work takes
+    trim_memory()  # what was freed but is still held by the allocator would hide what the work takes
     try:
         # the high water mark starts anew
         Path("/proc/self/clear_refs").write_text("5")
@@ -95,7 +95,7 @@ def tensor_cores() -> Iterator[None]:
 
 DEVICES: Mapping[str, Device] = {
     "cpu": Device(
-        title=lambda: f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        title=lambda: f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         finish=lambda: None,
         peak=peak_bytes,
         calls=1,

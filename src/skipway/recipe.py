@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from skipway.errors import CheckpointError, SkipwayError, suggest
-from skipway.optim.clip import Clipper, clipper
-from skipway.optim.optimizers import OptimizerKind, optimizer
-from skipway.optim.schedules import Shape, schedule
+from skipway.optim.clip import Clipper, parse_clipper
+from skipway.optim.optimizers import OptimizerSpec, parse_optimizer
+from skipway.optim.schedules import ScheduleShape, parse_schedule
 from skipway.registry import Registry, parse_spec
 
 __all__ = ["Recipe", "read_recipe"]
@@ -272,7 +272,7 @@ class Recipe:
                 f"accumulate={self.accumulate}: the rule is a divisor of batch_size, which is {self.batch_size}"
             )
         for read in (
-            lambda: self.optimizer_kind,
+            lambda: self.optimizer_spec,
             lambda: self.shape,
             lambda: self.clipper,
             lambda: self.budget,
@@ -281,19 +281,19 @@ class Recipe:
             read()
 
     @property
-    def optimizer_kind(self) -> OptimizerKind:
-        """What `optimizer` names."""
-        return optimizer(self.optimizer)
+    def optimizer_spec(self) -> OptimizerSpec:
+        """What `parse_optimizer` names."""
+        return parse_optimizer(self.optimizer)
 
     @property
-    def shape(self) -> Shape:
-        """What `schedule` names."""
-        return schedule(self.schedule)
+    def shape(self) -> ScheduleShape:
+        """What `parse_schedule` names."""
+        return parse_schedule(self.schedule)
 
     @property
     def clipper(self) -> Clipper | None:
         """What `clip` names."""
-        return None if self.clip is None else clipper(self.clip)
+        return None if self.clip is None else parse_clipper(self.clip)
 
     @property
     def budget(self) -> float | None:
@@ -313,13 +313,13 @@ class Recipe:
         """
         if self.lr is not None:
             return self.lr
-        kind = self.optimizer_kind
-        return kind.rate * (self.batch_size / REFERENCE_BATCH) ** kind.power
+        spec = self.optimizer_spec
+        return spec.base_lr * (self.batch_size / REFERENCE_BATCH) ** spec.lr_power
 
     @property
     def decay(self) -> float:
         """Weight decay: as given, or the optimiser's own."""
-        return self.optimizer_kind.decay if self.weight_decay is None else self.weight_decay
+        return self.optimizer_spec.weight_decay if self.weight_decay is None else self.weight_decay
 
     def data_choices(self) -> dict[str, Any]:
         """What `skipway.data.load` is told.

@@ -1,4 +1,4 @@
-"""Checks of the values that schemes and configs are given."""
+"""Checks of arguments: schemes, configs, optimizers, schedules and recipes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from skipway.errors import SkipwayError
 
-__all__ = ["check_choice", "check_finite", "check_positive_int"]
+__all__ = ["check_choice", "check_finite", "check_fraction", "check_positive", "check_positive_int"]
 
 
 def check_choice(argument: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -22,6 +22,23 @@ def check_finite(argument: str, value: object, *, also: str | None = None) -> No
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         extra = f" or {also!r}" if also else ""
         raise SkipwayError(f"{argument}={value!r}: the rule is a finite number{extra}")
+
+
+def check_positive(argument: str, value: float) -> None:
+    """Raise unless `value` > 0."""
+    if not value > 0:
+        raise SkipwayError(f"{argument}={value}: the rule is {argument} > 0")
+
+
+def check_fraction(argument: str, value: float) -> None:
+    """Raise unless 0 <= `value` < 1.
+
+    >>> check_fraction("momentum", 1.0)
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: momentum=1.0: the rule is 0 <= momentum < 1
+    """
+    if not 0 <= value < 1:
+        raise SkipwayError(f"{argument}={value}: the rule is 0 <= {argument} < 1")
 
 
 def check_positive_int(argument: str, value: object) -> None:

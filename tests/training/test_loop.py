@@ -286,4 +286,4 @@ def test_what_is_said_before_training(tmp_path):
     text = dict(screen.lines)
     assert text["data"].startswith("digits: 1,797 images, 10 classes, input 8x8 grey; smallest class '8'")
     assert "3 residual connections" in text["model"]
-    assert "float32 (as asked for)" in text["device"]
+    assert "float32 (as requested)" in text["device"]

@@ -18,7 +18,7 @@ from skipway.data import Batch
 from skipway.errors import CheckpointError, SkipwayError
 from skipway.hardware.device import choose_device, choose_precision
 from skipway.inference.evaluation import evaluate, wilson_interval
-from skipway.optim.schedules import rate_factor, set_rates
+from skipway.optim.schedules import lr_factor, set_lr
 from skipway.probes.signal_check import first_non_finite, signal_check
 from skipway.recipe import Recipe, read_recipe
 from skipway.training.run_folder import RunFolder
@@ -33,7 +33,7 @@ SMALL = {"depth": 8, "channels": 1}
 
 
 def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
-    factors = [rate_factor(step, 1000, 0.1) for step in range(1000)]
+    factors = [lr_factor(step, 1000, 0.1) for step in range(1000)]
     assert factors[:100] == pytest.approx([(step + 1) / 100 for step in range(100)])
     assert factors[100] == 1.0
     assert factors[550] == pytest.approx(0.5)
@@ -47,7 +47,7 @@ def test_the_rate_agrees_with_torchs_cosine():
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
     ours = torch.optim.SGD([parameter], lr=0.3)
     for step in range(50):
-        set_rates(ours, rate_factor(step, 50, 0.0))
+        set_lr(ours, lr_factor(step, 50, 0.0))
         assert ours.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         reference.step()
@@ -57,7 +57,7 @@ def test_rates_of_groups_keep_their_proportion():
     parts = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.01)]
     optimizer = torch.optim.SGD(parts)
     for factor in (0.5, 1.0, 0.25):
-        set_rates(optimizer, factor)
+        set_lr(optimizer, factor)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 * factor, 0.01 * factor])
 
 
@@ -112,7 +112,7 @@ WRONG = [
     ({"holdout": 1.0}, "0 < holdout < 1"),
     ({"warmup": 1.0}, "0 <= warmup < 1"),
     ({"optimizer": "sgd(momentum=-0.1)"}, "0 <= momentum < 1"),
-    ({"optimizer": "sdg"}, "unknown optimiser 'sdg'; did you mean 'sgd'"),
+    ({"optimizer": "sdg"}, "unknown optimizer 'sdg'; did you mean 'sgd'"),
     ({"schedule": "cosine(floor=2)"}, "0 <= floor < 1"),
     ({"clip": "norm(0)"}, "most > 0"),
     ({"augment": "mixup+mixup"}, "mixup is given twice"),
@@ -238,7 +238,7 @@ def test_a_signal_that_is_lost_is_said(factor, warning):
 
 def test_devices_and_precision():
     cpu = choose_device("cpu")
-    assert choose_precision("bfloat16", cpu) == ("bfloat16", "as asked for")
+    assert choose_precision("bfloat16", cpu) == ("bfloat16", "as requested")
     setting, reason = choose_precision("auto", cpu)
     assert (setting == "bfloat16") == reason.startswith("native")
     for name in ("gpuu", "cuda:99"):

@@ -52,9 +52,9 @@ def evaluate(
     if data is None:
         judgement = judge_run(run, device=device, flip=flip or None, batch_size=batch_size)
     else:
-        from skipway.hardware.processor import cores
+        from skipway.hardware.processor import cpu_count
 
-        judgement = judge_images(run, data, device=device, flip=flip, batch_size=batch_size or 64, workers=cores())
+        judgement = judge_images(run, data, device=device, flip=flip, batch_size=batch_size or 64, workers=cpu_count())
     if json:
         sys.stdout.write(as_json(judgement) + "\n")
     else:

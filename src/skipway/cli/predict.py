@@ -59,7 +59,7 @@ def predict(
     for name, value in (("top", top), ("batch-size", batch_size)):
         if value < 1:
             raise SkipwayError(f"--{name} {value}: the rule is at least 1")
-    from skipway.hardware.processor import cores
+    from skipway.hardware.processor import cpu_count
     from skipway.inference.predict import Predictor, image_files
 
     files = image_files(images)
@@ -68,7 +68,7 @@ def predict(
     read, first = 0, ""
     with writer(csv, as_json=json, top=top) as write:
         for prediction in predictor.stream(
-            files, top=top, flip=flip, batch_size=batch_size, workers=cores() if workers is None else workers
+            files, top=top, flip=flip, batch_size=batch_size, workers=cpu_count() if workers is None else workers
         ):
             write(prediction)
             read += not prediction.error

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from skipway.data.decode import silence_pillow
-from skipway.hardware.processor import cores
+from skipway.hardware.processor import cpu_count
 
 __all__ = ["Helpers", "Pool", "Remark", "Work", "default_workers"]
 
@@ -62,7 +62,7 @@ def default_workers(files: int) -> int:
     >>> default_workers(10)
     0
     """
-    return 0 if files < FEW_FILES else min(cores(), MOST_WORKERS)
+    return 0 if files < FEW_FILES else min(cpu_count(), MOST_WORKERS)
 
 
 @dataclass

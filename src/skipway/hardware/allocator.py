@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed."""
+"""Control over what glibc does with freed memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-__all__ = ["give_back", "keep_memory"]
+__all__ = ["keep_memory", "trim_memory"]
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """glibc's names of two parameters (malloc.h); their defaults are 128 KiB and 65536."""
@@ -16,62 +16,63 @@ DEFAULTS = {TRIM_THRESHOLD: 128 * 1024, MMAP_MAX: 65536}
 NEVER = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}
 
 
-class Depth:
-    """How many contexts are open."""
+class OpenContexts:
+    """Number of open `keep_memory` contexts."""
 
-    open = 0
+    count = 0
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The C library, where it is glibc."""
+def glibc() -> ctypes.CDLL | None:
+    """Return the C library if it is glibc, else None."""
     found = ctypes.CDLL(None) if sys.platform == "linux" else None
     return found if hasattr(found, "mallopt") and hasattr(found, "gnu_get_libc_version") else None
 
 
-def put(values: dict[int, int]) -> None:
-    libc = library()
+def set_mallopt(values: dict[int, int]) -> None:
+    """Set parameters of glibc's allocator."""
+    libc = glibc()
     assert libc is not None
     for name, value in values.items():
         libc.mallopt(name, value)
 
 
-def give_back() -> None:
-    """Give free memory back to the system, where the C library is glibc."""
-    if (libc := library()) is not None:
+def trim_memory() -> None:
+    """Return free memory to the operating system, if the C library is glibc."""
+    if (libc := glibc()) is not None:
         libc.malloc_trim(0)
 
 
 @contextmanager
 def keep_memory(*, release: bool = True) -> Iterator[bool]:
-    """Within, memory that was freed stays with the process, to be used again.
+    """Context in which freed memory stays with the process, to be reused.
 
-    glibc gives a block of more than 32 MB back to the system when it is freed, and asks for a new one at the next
-    allocation, whose pages then come one by one, zeroed: on a CPU an elementwise operation on a large activation spends
+    glibc returns a freed block of more than 32 MB to the operating system and maps a new one at the next allocation,
+    whose pages are then faulted in one by one, zeroed: on a CPU an elementwise operation on a large activation spends
     more time there than computing. The parameters are those of the whole process, `mallopt(M_MMAP_MAX, 0)` and
-    `mallopt(M_TRIM_THRESHOLD, max)`, and are put back on leaving. The process holds the most that it ever used at once,
-    and what fragmentation adds. No number changes.
+    `mallopt(M_TRIM_THRESHOLD, max)`, and are restored on leaving. The process holds its peak memory plus
+    fragmentation. Results are unaffected.
 
     Args:
-        release: give everything that is free back on leaving; else it stays until something else frees memory.
+        release: return free memory to the operating system on leaving; otherwise it stays until a later free.
 
     Yields:
-        whether it could be done: on Linux with glibc. Elsewhere nothing happens.
+        True on Linux with glibc; elsewhere False, and nothing happens.
 
     >>> with keep_memory() as kept:
     ...     isinstance(kept, bool)
     True
     """
-    if library() is None:
+    if glibc() is None:
         yield False
         return
-    put(NEVER)
-    Depth.open += 1
+    set_mallopt(NEVER)
+    OpenContexts.count += 1
     try:
         yield True
     finally:
-        Depth.open -= 1
-        if not Depth.open:
-            put(DEFAULTS if release else {MMAP_MAX: DEFAULTS[MMAP_MAX]})
+        OpenContexts.count -= 1
+        if not OpenContexts.count:
+            set_mallopt(DEFAULTS if release else {MMAP_MAX: DEFAULTS[MMAP_MAX]})
             if release:
-                give_back()
+                trim_memory()

@@ -1,4 +1,4 @@
-"""Which device trains, and in which arithmetic."""
+"""The choice of device and precision."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["choose_device", "choose_precision"]
 
 
 def choose_device(name: str, local: int = 0) -> torch.device:
-    """The device of that name; "auto" and "cuda" are the CUDA device of this process where there is one, else the CPU.
+    """Return the device of that name; "auto" is this process's CUDA device if there is one, else the CPU.
 
     Args:
         name: auto, cpu, cuda, cuda:1, mps.
-        local: number of this process on its machine.
+        local: local rank of this process, the index of its CUDA device.
 
     >>> choose_device("cpu")
     device(type='cpu')
@@ -35,13 +35,13 @@ def choose_device(name: str, local: int = 0) -> torch.device:
 def choose_precision(
     setting: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device
 ) -> tuple[Literal["float32", "bfloat16", "float16"], str]:
-    """The arithmetic of the forward pass, and the reason for it in a few words.
+    """Return the precision of the forward pass, and the reason for it in a few words.
 
-    "auto" is bfloat16 autocast where the device multiplies bfloat16 natively, else float32: emulated bfloat16 is
-    slower than float32.
+    "auto" is bfloat16 autocast if the device supports bfloat16 natively, else float32: emulated bfloat16 is slower
+    than float32.
     """
     if setting != "auto":
-        return setting, "as asked for"
+        return setting, "as requested"
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bfloat16", "native on this GPU") if native else ("float32", "this GPU has no native bfloat16")
@@ -51,7 +51,7 @@ def choose_precision(
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU has AVX512-BF16 or AMX; torch keeps the question private, so its absence counts as no."""
+    """Whether the CPU has AVX512-BF16 or AMX; torch offers only private queries, whose absence counts as no."""
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         question = getattr(torch.cpu, name, None)
         if question is not None and question():

@@ -1,4 +1,4 @@
-"""The machine that this process runs on; without torch, for those who only want to name it or share it out."""
+"""The processor of this machine. Importable without torch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["cores", "processor"]
+__all__ = ["cpu_count", "cpu_name"]
 
 
-def cores() -> int:
-    """CPU cores that this process may use.
+def cpu_count() -> int:
+    """Return the number of CPU cores that this process may use.
 
-    >>> cores() >= 1
+    >>> cpu_count() >= 1
     True
     """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def processor() -> str:
-    """The CPU's name, as Linux or else Python knows it; its architecture where neither does.
+def cpu_name() -> str:
+    """Return the name of the CPU as reported by Linux or Python, else its architecture.
 
-    >>> isinstance(processor(), str)
+    >>> isinstance(cpu_name(), str)
     True
     """
     try:

@@ -1,4 +1,4 @@
-"""Optimiser groups by role: weight decay and learning rate follow from the module that owns a parameter."""
+"""Parameter groups by role: the module that owns a parameter decides its weight decay and learning rate."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ NORM = Role("norm")
 GAIN = Role("gain")
 EMBEDDING = Role("embedding")
 
-MAPS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+LINEAR_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+NORM_MODULES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups for any `torch.optim` optimiser: weights of linear maps are decayed, biases, norms and gains are not,
-    and a scheme's own parameters have the decay and the learning rate that their role says.
+    """Parameter groups for any `torch.optim` optimizer: weights of linear maps are decayed, biases, norms and gains are
+    not, and parameters of a scheme have the decay and the learning rate of their role. The model is left unchanged.
 
     The role comes from the owning module, never from a parameter's shape or name: a 0-dimensional SkipInit gain and a
     LayerScale of shape (C,) are gains, and a bias of any shape is a bias. Unknown modules' parameters are not decayed.
 
     Args:
         model: any module; frozen parameters are left out, shared ones counted once.
-        lr: learning rate of the weights; a role's factor is multiplied in.
-        weight_decay: of the roles that are decayed.
+        lr: learning rate of the weights; multiplied by the factor of each role.
+        weight_decay: weight decay of the roles that are decayed.
         layer_decay: the rate of layer l of L + 1 is multiplied by layer_decay^(L + 1 - l), where the blocks of the
-            chain are layers 1 to L, what stands in front of them 0 and behind them L + 1 (Clark 2020; Bao 2021, BEiT).
+            chain are layers 1 to L, everything before them is layer 0 and after them L + 1 (Clark 2020; Bao 2021,
+            BEiT).
 
     Returns:
         dicts with `params`, `lr`, `weight_decay` and `name`, in the order of first appearance.
@@ -49,7 +50,7 @@ def param_groups(
     gain×0.1 9 0.01 0.0005
     bias 1 0.1 0.0
     """
-    layers = layers_of(model) if layer_decay != 1 else {}
+    layers = layer_indices(model) if layer_decay != 1 else {}
     last = max(layers.values(), default=0)
     groups: dict[tuple[Role, int], dict[str, Any]] = {}
     seen: set[int] = set()
@@ -70,11 +71,11 @@ def param_groups(
     return list(groups.values())
 
 
-def layers_of(model: nn.Module) -> dict[str, int]:
-    """The layer of every parameter by its name: 0 in front of the blocks, 1 … L in them, L + 1 behind.
+def layer_indices(model: nn.Module) -> dict[str, int]:
+    """The layer index of every parameter by name: 0 before the blocks, 1 … L inside them, L + 1 after them.
 
     A block is a connection's place up to its last number: `blocks.3` for `blocks.3.attention`. A parameter between two
-    blocks, Swin's patch merging say, belongs to the layer in front of it.
+    blocks, Swin's patch merging say, belongs to the layer before it.
     """
     blocks: dict[str, int] = {}
     for connection in chain(model):
@@ -91,7 +92,7 @@ def layers_of(model: nn.Module) -> dict[str, int]:
 
 
 def role_of(module: nn.Module, name: str) -> Role:
-    """What the parameter `name` of `module` itself is for.
+    """Return the role of the parameter `name` that `module` itself owns.
 
     >>> role_of(nn.BatchNorm2d(4), "weight").name, role_of(nn.Linear(4, 4), "weight").name
     ('norm', 'weight')
@@ -101,8 +102,8 @@ def role_of(module: nn.Module, name: str) -> Role:
         return own
     if isinstance(module, ScaledStandardConv2d | ScaledStandardLinear) and name == "gain":
         return GAIN
-    if isinstance(module, NORMS):
+    if isinstance(module, NORM_MODULES):
         return NORM
-    if isinstance(module, MAPS):
+    if isinstance(module, LINEAR_MODULES):
         return BIAS if "bias" in name else WEIGHT
     return EMBEDDING

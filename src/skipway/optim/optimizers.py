@@ -1,4 +1,4 @@
-"""Optimisers by name: what their own learning rate and decay are, and how they are made. No torch until one is made."""
+"""Optimizers by name, with their default learning rate and weight decay. Importable without torch."""
 
 from __future__ import annotations
 
@@ -7,101 +7,99 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from skipway.errors import MissingExtraError, SkipwayError
+from skipway.errors import MissingExtraError
 from skipway.registry import Registry, parse_spec
+from skipway.validation import check_fraction
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OPTIMIZERS", "AdamW", "Lamb", "Lion", "Muon", "OptimizerKind", "Sgd", "optimizer"]
+__all__ = ["LAMB", "OPTIMIZERS", "SGD", "AdamW", "Lion", "Muon", "OptimizerSpec", "parse_optimizer"]
 
 Groups = Sequence[dict[str, Any]]
 
 
-class OptimizerKind(Protocol):
-    """What a recipe knows of an optimiser.
+class OptimizerSpec(Protocol):
+    """An optimizer with its hyperparameters, before it is built for a network.
 
-    `rate` is its peak learning rate for a batch of 128, `decay` its weight decay, `power` how the rate grows with the
-    batch: in proportion (1, Goyal 2017) or with its square root (1/2, as You 2020 derives for adaptive methods).
+    `base_lr` is the peak learning rate for a batch of 128, `weight_decay` the default weight decay. The learning rate
+    scales with (batch / 128)^`lr_power`: 1 is linear (Goyal 2017), 1/2 the square root (You 2020, for adaptive
+    methods).
     """
 
-    rate: ClassVar[float]
-    decay: ClassVar[float]
-    power: ClassVar[float]
+    base_lr: ClassVar[float]
+    weight_decay: ClassVar[float]
+    lr_power: ClassVar[float]
 
-    def make(self, groups: Groups) -> torch.optim.Optimizer:
-        """The optimiser of groups with `params`, `lr`, `weight_decay` and `name`."""
+    def build(self, groups: Groups) -> torch.optim.Optimizer:
+        """Build the optimizer for groups with `params`, `lr`, `weight_decay` and `name`."""
         ...
 
 
-OPTIMIZERS: Registry[Callable[..., OptimizerKind]] = Registry("optimiser")
+OPTIMIZERS: Registry[Callable[..., OptimizerSpec]] = Registry("optimizer")
 
 
-def optimizer(text: str) -> OptimizerKind:
-    """The optimiser that a spec string describes.
+def parse_optimizer(text: str) -> OptimizerSpec:
+    """Parse a spec string into an optimizer.
 
-    >>> optimizer("sgd(momentum=0.95)")
-    Sgd(momentum=0.95, nesterov=True)
+    >>> parse_optimizer("sgd(momentum=0.95)")
+    SGD(momentum=0.95, nesterov=True)
     """
     return parse_spec(text, OPTIMIZERS.__getitem__)
 
 
-def share(name: str, value: float) -> None:
-    """A share in [0, 1)."""
-    if not 0 <= value < 1:
-        raise SkipwayError(f"{name}={value}: the rule is 0 <= {name} < 1")
-
-
-def fused(groups: Groups) -> bool:
-    """Whether torch's one-kernel update is there: then it can be told on the device to leave a step out."""
+def all_on_cuda(groups: Groups) -> bool:
+    """Whether all parameters are on CUDA, where the fused update can skip a step without a synchronisation."""
     return all(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
 
 
 @dataclass(frozen=True)
-class Sgd:
-    """SGD with momentum (Sutskever 2013): v <- m v + g + wd w, w <- w - lr (g + m v) with Nesterov's look ahead."""
+class SGD:
+    """SGD with momentum (Sutskever 2013): v <- m v + g + wd w, w <- w - lr (g + m v) with Nesterov momentum."""
 
     momentum: float = 0.9
     nesterov: bool = True
 
-    rate: ClassVar[float] = 0.1
-    decay: ClassVar[float] = 5e-4
-    power: ClassVar[float] = 1.0
+    base_lr: ClassVar[float] = 0.1
+    weight_decay: ClassVar[float] = 5e-4
+    lr_power: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        share("momentum", self.momentum)
+        check_fraction("momentum", self.momentum)
 
-    def make(self, groups: Groups) -> torch.optim.Optimizer:
+    def build(self, groups: Groups) -> torch.optim.Optimizer:
         from torch.optim import SGD
 
         nesterov = self.nesterov and self.momentum > 0
-        return SGD(groups, momentum=self.momentum, nesterov=nesterov, fused=fused(groups) or None)
+        return SGD(groups, momentum=self.momentum, nesterov=nesterov, fused=all_on_cuda(groups) or None)
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW (Loshchilov 2019). Decay as in Touvron 2021 (DeiT)."""
+    """AdamW (Loshchilov 2019). Default weight decay as in Touvron 2021 (DeiT)."""
 
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
 
-    rate: ClassVar[float] = 1e-3
-    decay: ClassVar[float] = 0.05
-    power: ClassVar[float] = 1.0
+    base_lr: ClassVar[float] = 1e-3
+    weight_decay: ClassVar[float] = 0.05
+    lr_power: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        share("beta1", self.beta1)
-        share("beta2", self.beta2)
+        check_fraction("beta1", self.beta1)
+        check_fraction("beta2", self.beta2)
 
-    def make(self, groups: Groups) -> torch.optim.Optimizer:
+    def build(self, groups: Groups) -> torch.optim.Optimizer:
         import torch
 
-        return torch.optim.AdamW(groups, betas=(self.beta1, self.beta2), eps=self.eps, fused=fused(groups) or None)
+        return torch.optim.AdamW(
+            groups, betas=(self.beta1, self.beta2), eps=self.eps, fused=all_on_cuda(groups) or None
+        )
 
 
-def extra() -> Any:
-    """The library pytorch_optimizer."""
+def load_pytorch_optimizer() -> Any:
+    """Import the library pytorch_optimizer."""
     try:
         return import_module("pytorch_optimizer")
     except ImportError as error:
@@ -110,7 +108,8 @@ def extra() -> Any:
 
 @dataclass(frozen=True)
 class Lion:
-    """Lion (Chen 2023, algorithm 2): the sign of a mixed momentum; a tenth of AdamW's rate, ten times its decay.
+    """Lion (Chen 2023, algorithm 2): the sign of an interpolated momentum; a tenth of AdamW's learning rate, ten times
+    its weight decay.
 
     From the library pytorch_optimizer.
     """
@@ -118,55 +117,55 @@ class Lion:
     beta1: float = 0.9
     beta2: float = 0.99
 
-    rate: ClassVar[float] = 1e-4
-    decay: ClassVar[float] = 0.5
-    power: ClassVar[float] = 1.0
+    base_lr: ClassVar[float] = 1e-4
+    weight_decay: ClassVar[float] = 0.5
+    lr_power: ClassVar[float] = 1.0
 
-    def make(self, groups: Groups) -> torch.optim.Optimizer:
-        return extra().Lion(list(groups), betas=(self.beta1, self.beta2))
+    def build(self, groups: Groups) -> torch.optim.Optimizer:
+        return load_pytorch_optimizer().Lion(list(groups), betas=(self.beta1, self.beta2))
 
 
 @dataclass(frozen=True)
-class Lamb:
-    """LAMB (You 2020, algorithm 2): Adam's update scaled to each weight's norm, for very large batches.
+class LAMB:
+    """LAMB (You 2020, algorithm 2): Adam's update scaled to the norm of each weight, for very large batches.
 
-    From the library pytorch_optimizer, with its clipping of the whole gradient off.
+    From the library pytorch_optimizer, with its global gradient clipping disabled.
     """
 
     beta1: float = 0.9
     beta2: float = 0.999
 
-    rate: ClassVar[float] = 5e-3
-    decay: ClassVar[float] = 0.02
-    power: ClassVar[float] = 0.5
+    base_lr: ClassVar[float] = 5e-3
+    weight_decay: ClassVar[float] = 0.02
+    lr_power: ClassVar[float] = 0.5
 
-    def make(self, groups: Groups) -> torch.optim.Optimizer:
-        return extra().Lamb(list(groups), betas=(self.beta1, self.beta2), max_grad_norm=0.0)
+    def build(self, groups: Groups) -> torch.optim.Optimizer:
+        return load_pytorch_optimizer().Lamb(list(groups), betas=(self.beta1, self.beta2), max_grad_norm=0.0)
 
 
 @dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan 2024): orthogonalised momentum for matrices and kernels, AdamW for everything else.
+    """Muon (Jordan 2024): orthogonalised momentum for matrices and convolution kernels, AdamW for everything else.
 
-    A kernel (out, in, k, k) is taken as a matrix (out, in k k). The classifier, which is a matrix, and depthwise
-    kernels, which are not, go to AdamW with its own rate. From the library pytorch_optimizer.
+    A kernel (out, in, k, k) is treated as a matrix (out, in k k). The classifier and depthwise kernels use AdamW with
+    a learning rate of their own. From the library pytorch_optimizer.
 
     Args:
-        momentum: of the matrices.
-        adamw: AdamW's rate over the matrices' rate.
+        momentum: momentum of the matrices.
+        adamw: learning rate of AdamW as a fraction of that of the matrices.
     """
 
     momentum: float = 0.95
     adamw: float = 0.05
 
-    rate: ClassVar[float] = 0.02
-    decay: ClassVar[float] = 0.01
-    power: ClassVar[float] = 0.5
+    base_lr: ClassVar[float] = 0.02
+    weight_decay: ClassVar[float] = 0.01
+    lr_power: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
-        share("momentum", self.momentum)
+        check_fraction("momentum", self.momentum)
 
-    def make(self, groups: Groups) -> torch.optim.Optimizer:
+    def build(self, groups: Groups) -> torch.optim.Optimizer:
         matrices = {
             id(each): each
             for group in groups
@@ -183,8 +182,8 @@ class Muon:
                 ready.append({**group, "params": own, "use_muon": True, "momentum": self.momentum})
             if rest:
                 ready.append({**group, "params": rest, "use_muon": False, "lr": group["lr"] * self.adamw})
-        return extra().Muon(ready, use_adjusted_lr=True)
+        return load_pytorch_optimizer().Muon(ready, use_adjusted_lr=True)
 
 
-for kind in (Sgd, AdamW, Lion, Lamb, Muon):
+for kind in (SGD, AdamW, Lion, LAMB, Muon):
     OPTIMIZERS.add(kind.__name__.lower(), kind)

@@ -1,4 +1,4 @@
-"""The learning rate as a function of progress: a linear warm-up, then a shape. No torch, no state."""
+"""Learning-rate schedules: a linear warm-up, then a shape. Stateless, and importable without torch."""
 
 from __future__ import annotations
 
@@ -7,29 +7,39 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from skipway.errors import SkipwayError
 from skipway.registry import Registry, parse_spec
+from skipway.validation import check_fraction
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SCHEDULES", "Constant", "Cosine", "OneCycle", "Shape", "Step", "Trapezoid", "rate_factor", "schedule"]
+__all__ = [
+    "SCHEDULES",
+    "Constant",
+    "Cosine",
+    "OneCycle",
+    "ScheduleShape",
+    "StepDecay",
+    "Trapezoid",
+    "lr_factor",
+    "parse_schedule",
+]
 
 
-class Shape(Protocol):
-    """What multiplies the peak rate behind the warm-up, at progress 0 <= t < 1."""
+class ScheduleShape(Protocol):
+    """The factor on the peak learning rate after the warm-up, at progress 0 <= t < 1."""
 
     def __call__(self, t: float) -> float: ...
 
 
-SCHEDULES: Registry[Callable[..., Shape]] = Registry("schedule")
+SCHEDULES: Registry[Callable[..., ScheduleShape]] = Registry("schedule")
 
 
-def schedule(text: str) -> Shape:
-    """The shape that a spec string describes.
+def parse_schedule(text: str) -> ScheduleShape:
+    """Parse a spec string into a schedule shape.
 
-    >>> schedule("step(at=(0.5, 0.75))")
-    Step(at=(0.5, 0.75), factor=0.1)
+    >>> parse_schedule("step(at=(0.5, 0.75))")
+    StepDecay(at=(0.5, 0.75), factor=0.1)
     """
     return parse_spec(text, SCHEDULES.__getitem__)
 
@@ -45,17 +55,17 @@ class Cosine:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        within("floor", self.floor)
+        check_fraction("floor", self.floor)
 
     def __call__(self, t: float) -> float:
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * t)) / 2
 
 
 @dataclass(frozen=True)
-class Step:
-    """1, and times `factor` at each share of the way (He 2015: a tenth at 1/2 and 3/4 on CIFAR-10).
+class StepDecay:
+    """1, multiplied by `factor` at each fraction in `at` (He 2015: by 0.1 at 1/2 and 3/4 on CIFAR-10).
 
-    >>> [Step()(t) for t in (0.0, 0.5, 0.8)]
+    >>> [StepDecay()(t) for t in (0.0, 0.5, 0.8)]
     [1.0, 0.1, 0.010000000000000002]
     """
 
@@ -63,16 +73,16 @@ class Step:
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        for share in self.at:
-            within("at", share)
+        for fraction in self.at:
+            check_fraction("at", fraction)
 
     def __call__(self, t: float) -> float:
-        return self.factor ** sum(t >= share for share in self.at)
+        return self.factor ** sum(t >= fraction for fraction in self.at)
 
 
 @dataclass(frozen=True)
 class OneCycle:
-    """Up in a line from 1/`start` over the first `rise`, down in a line to 0 (Smith 2018). With `warmup=0`.
+    """Linear from 1/`start` to 1 over the first fraction `rise`, then linear to 0 (Smith 2018). Use with `warmup=0`.
 
     >>> [round(OneCycle(rise=0.25, start=10)(t), 2) for t in (0.0, 0.25, 0.625)]
     [0.1, 1.0, 0.5]
@@ -82,7 +92,7 @@ class OneCycle:
     start: float = 25.0
 
     def __post_init__(self) -> None:
-        within("rise", self.rise)
+        check_fraction("rise", self.rise)
 
     def __call__(self, t: float) -> float:
         if t < self.rise:
@@ -92,7 +102,7 @@ class OneCycle:
 
 @dataclass(frozen=True)
 class Trapezoid:
-    """1, and in a line to 0 over the last share `fall` (Hägele 2024, "cooldown").
+    """1, then linear to 0 over the last fraction `fall` (Hägele 2024, "cooldown").
 
     >>> [Trapezoid(fall=0.25)(t) for t in (0.5, 0.75, 0.875)]
     [1.0, 1.0, 0.5]
@@ -101,7 +111,7 @@ class Trapezoid:
     fall: float = 0.2
 
     def __post_init__(self) -> None:
-        within("fall", self.fall)
+        check_fraction("fall", self.fall)
 
     def __call__(self, t: float) -> float:
         return min(1.0, (1 - t) / self.fall) if self.fall else 1.0
@@ -119,31 +129,31 @@ class Constant:
         return 1.0
 
 
-def within(name: str, value: float) -> None:
-    """A share in [0, 1)."""
-    if not 0 <= value < 1:
-        raise SkipwayError(f"{name}={value}: the rule is 0 <= {name} < 1")
+for name, shape in (
+    ("cosine", Cosine),
+    ("step", StepDecay),
+    ("onecycle", OneCycle),
+    ("trapezoid", Trapezoid),
+    ("constant", Constant),
+):
+    SCHEDULES.add(name, shape)
 
 
-for shape in (Cosine, Step, OneCycle, Trapezoid, Constant):
-    SCHEDULES.add(shape.__name__.lower(), shape)
-
-
-def rate_factor(step: int, steps: int, warmup: float, shape: Shape = Cosine()) -> float:
-    """What multiplies the peak rate at step 0 <= step < steps; `warmup` is a share of the steps.
+def lr_factor(step: int, steps: int, warmup: float, shape: ScheduleShape = Cosine()) -> float:
+    """The factor on the peak learning rate at step 0 <= step < steps; `warmup` is a fraction of the steps.
 
     (step + 1) / w while step < w = round(warmup * steps) (Goyal 2017), then shape((step - w) / (steps - w)).
 
-    >>> [round(rate_factor(step, steps=8, warmup=0.5), 3) for step in range(8)]
+    >>> [round(lr_factor(step, steps=8, warmup=0.5), 3) for step in range(8)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 0.854, 0.5, 0.146]
     """
-    rising = round(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    return shape((step - rising) / max(1, steps - rising))
+    warmup_steps = round(warmup * steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return shape((step - warmup_steps) / max(1, steps - warmup_steps))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to `factor` times its own peak, which the group keeps as `initial_lr`."""
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's `lr`, in place, to `factor` times its own peak, which is kept as `initial_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor

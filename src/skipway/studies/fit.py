@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from skipway.data import Batch, Data, load
 from skipway.optim.groups import param_groups
-from skipway.optim.optimizers import optimizer
-from skipway.optim.schedules import rate_factor, schedule, set_rates
+from skipway.optim.optimizers import parse_optimizer
+from skipway.optim.schedules import lr_factor, parse_schedule, set_lr
 from skipway.studies.cell import Row
 
 __all__ = ["Plan", "data_of", "fit", "name_of", "percent", "step", "xavier_"]
@@ -88,9 +88,9 @@ def fit(
     """
     place = torch.device(device)
     model.to(place).train()
-    kind = optimizer(plan.optimizer)
-    chosen = kind.make(param_groups(model, lr=plan.lr, weight_decay=plan.weight_decay))
-    steps, shape = data.steps(plan.batch_size), schedule(plan.schedule)
+    kind = parse_optimizer(plan.optimizer)
+    chosen = kind.build(param_groups(model, lr=plan.lr, weight_decay=plan.weight_decay))
+    steps, shape = data.steps(plan.batch_size), parse_schedule(plan.schedule)
     losses: list[float] = []
     errors: list[float] = []
     first, taken, diverged = math.nan, 0, False
@@ -100,7 +100,7 @@ def fit(
     for epoch in range(plan.epochs):
         totals = torch.zeros(2, dtype=torch.float64, device=place)
         for batch in data.train_batches(seed=plan.seed, epoch=epoch, batch_size=plan.batch_size, device=place):
-            set_rates(chosen, rate_factor(taken, plan.epochs * steps, plan.warmup, shape))
+            set_lr(chosen, lr_factor(taken, plan.epochs * steps, plan.warmup, shape))
             totals += step(model, chosen, batch, plan.clip)
             taken += 1
             # a GPU is not asked after every step

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from skipway._version import __version__
 from skipway.errors import SkipwayError
-from skipway.hardware.processor import cores, processor
+from skipway.hardware.processor import cpu_count, cpu_name
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
 from skipway.studies.study import Study
 from skipway.studies.table import Table, merged, parts_of
@@ -115,7 +115,7 @@ def run(
     table = Table(folder / f"{name}.csv", study.settings)
     devices = devices_for(device, budget)
     if jobs is None:
-        jobs = cores() if devices == ["cpu"] else JOBS_PER_GPU * len(devices)
+        jobs = cpu_count() if devices == ["cpu"] else JOBS_PER_GPU * len(devices)
     where = machine()
     for found in measured(study, todo, jobs=jobs, devices=devices, started=watcher.started):
         row = row_of(study, found, budget, devices[0].partition(":")[0], where)
@@ -201,7 +201,7 @@ def devices_for(device: str, budget: Budget) -> list[str]:
 
 def machine() -> str:
     """This machine in a few words."""
-    return f"{cores()} cores, {processor()}"
+    return f"{cpu_count()} cores, {cpu_name()}"
 
 
 def failures(rows: Sequence[Row]) -> list[Row]:

@@ -26,7 +26,7 @@ from skipway.errors import DivergedError, SkipwayError, printable
 from skipway.hardware.device import choose_device, choose_precision
 from skipway.inference.evaluation import Evaluation, evaluate
 from skipway.optim.clip import total_norm
-from skipway.optim.schedules import set_rates
+from skipway.optim.schedules import set_lr
 from skipway.recipe import Recipe
 from skipway.report.run import write_report
 from skipway.training import step as stepping
@@ -160,7 +160,7 @@ def train_epoch(run: Run) -> bool:
     freeze(run)
     run.epoch_began, run.steps_this_epoch = time.monotonic(), 0
     for batch in stepping.batches(run):
-        set_rates(run.optimizer, run.rate_factor(run.steps_done))
+        set_lr(run.optimizer, run.rate_factor(run.steps_done))
         take_step(run, batch)
         plan(run)
         watch(run, batch)

@@ -16,7 +16,7 @@ from skipway.checkpoint.store import Checkpoints
 from skipway.data import Data
 from skipway.inference.evaluation import Evaluation
 from skipway.monitor.health import Health
-from skipway.optim.schedules import rate_factor
+from skipway.optim.schedules import lr_factor
 from skipway.recipe import Recipe
 from skipway.training.averaging import Average
 from skipway.training.distributed import Ranks
@@ -136,7 +136,7 @@ class Run:
     def rate_factor(self, step: int) -> float:
         """What multiplies the peak learning rate at a step of the whole run."""
         total = self.position.epochs * self.steps
-        return self.position.rate * rate_factor(min(step, total - 1), total, self.recipe.warmup, self.recipe.shape)
+        return self.position.rate * lr_factor(min(step, total - 1), total, self.recipe.warmup, self.recipe.shape)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of forward passes."""

@@ -20,7 +20,7 @@ from skipway.data.randomness import draw_key
 from skipway.errors import CheckpointError, DataError, SkipwayError
 from skipway.models import build, find_config
 from skipway.monitor.health import Health
-from skipway.optim.groups import layers_of, param_groups
+from skipway.optim.groups import layer_indices, param_groups
 from skipway.recipe import Recipe
 from skipway.training.averaging import Average
 from skipway.training.distributed import Ranks
@@ -160,7 +160,7 @@ def assemble(
         data=data,
         model=model,
         network=torch.compile(network) if recipe.compile else network,
-        optimizer=recipe.optimizer_kind.make(groups),
+        optimizer=recipe.optimizer_spec.build(groups),
         scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16"),
         average=average,
         folder=folder,
@@ -237,7 +237,7 @@ def freeze(run: Run) -> None:
     if not run.recipe.freeze:
         return
     frozen = run.position.epoch < run.recipe.freeze
-    layers = layers_of(run.model)
+    layers = layer_indices(run.model)
     last = max(layers.values())
     changed = False
     for name, parameter in run.model.named_parameters():
