@@ -164,7 +164,9 @@ def test_a_damaged_cache_is_made_anew(tmp_path, own_cache):
     photos = pictures(tmp_path / "photos", each=5)
     expected = epoch(load(photos, cache=True))
     random = np.random.default_rng(0)
-    for path in own_cache.iterdir():
+    files = list(own_cache.iterdir())
+    assert files
+    for path in files:
         whole = path.read_bytes()
         front = min(len(whole), 300)
         faults = [whole[:50], b"", whole[:-1], b"[]", b'{"format":1,"files":{"a":1}}']

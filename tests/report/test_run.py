@@ -154,8 +154,8 @@ def test_the_page_of_one_epoch_without_mistakes(tmp_path):
     recipe = dataclasses.replace(TINY, data=data, epochs=1, batch_size=4, ema=0.5, lr=0.01, flip=False)
     outcome = train(recipe, tmp_path / "run")
     page = check(outcome.folder.report)
-    if outcome.evaluation.accuracy == 1:
-        assert "No mistakes." in page.text
+    assert outcome.evaluation.accuracy == 1
+    assert "No mistakes." in page.text
 
 
 def test_names_are_text_and_nothing_else(tmp_path):

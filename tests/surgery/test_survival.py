@@ -105,11 +105,12 @@ def test_the_graph_stays_whole(net, operate):
 def test_exports(net, name, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")  # without it nothing is compared, and the difference is None
     OPERATIONS[name](net, X)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gap = export_onnx(net, tmp_path / "model.onnx", X)
-    assert gap is None or gap < 1e-4
+    assert gap < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")
