@@ -1,4 +1,4 @@
-"""What Skipway raises when it cannot use what it is given: the argument, the value, the rule, the way out."""
+"""Errors. Each message names the argument, its value, the rule and the way out."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Registry(Generic[T]):
 
     @staticmethod
     def key(name: str) -> str:
-        """What two spellings of one name have in common."""
+        """Canonical form of a name, equal for all its spellings."""
         return name.lower().replace("-", "").replace("_", "")
 
     def add(self, name: str, entry: T) -> T:
@@ -93,6 +93,6 @@ def construct(make: Callable[..., T], text: str, args: list[Any], kwargs: dict[s
 
 
 def same_definition(old: object, new: object) -> bool:
-    """Whether two classes come from the same lines: a notebook's cell that is run again."""
+    """True if two classes come from the same source lines, as when a notebook cell is run again."""
     places = [(getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (old, new)]
     return places[0] == places[1] and None not in places[0]

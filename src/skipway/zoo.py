@@ -1,4 +1,4 @@
-"""Where a model that is named by a text comes from: a name of ours, timm, torchvision, transformers or a Python file.
+"""Models by name: Skipway's own, timm, torchvision, transformers or a Python file.
 
 Each source is a row of `SOURCES`: what it looks like, which options it takes, how it loads. This file imports torch,
 so commands import it when they run.
@@ -40,7 +40,7 @@ MISSING_OPERATORS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRequest:
-    """What the command line asks of the model; None leaves it to the source.
+    """Options of a model requested by name; None leaves the choice to its source.
 
     Args:
         depth: weight layers.
@@ -207,7 +207,7 @@ def load_transformers(name: str, wanted: ModelRequest) -> LoadedModel:
 
 
 def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
-    """What a name in a Python file stands for: a module, its class, or a function that makes it.
+    """Load a model from a Python file: the name of a module object, of its class, or of a function that returns one.
 
     The function may also give (model, inputs) or (model, (inputs, targets)). The file's folder is on the path of
     imports while it runs.
@@ -220,7 +220,9 @@ def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
         module = import_file(path)
         if not attribute:
             offered = ", ".join(f"{path}:{each}" for each in model_factories(module)) or "nothing that makes a model"
-            raise SkipwayError(f"{path}: say what makes the model; the file has {offered}")
+            raise SkipwayError(
+                f"{path}: name the class or function that makes the model, as in FILE.py:NAME; the file has {offered}"
+            )
         if not hasattr(module, attribute):
             raise SkipwayError(f"{path}: {suggest('name', attribute, model_factories(module) or vars(module))}")
         made = call_factory(getattr(module, attribute), name)
@@ -264,7 +266,7 @@ def import_path(path: Path) -> Iterator[None]:
 
 @contextmanager
 def translate_errors(path: Path) -> Iterator[None]:
-    """What goes wrong in somebody's file is told with its line."""
+    """Errors raised in the user's file are reported with their line."""
     try:
         yield
     except SkipwayError:
@@ -358,12 +360,12 @@ def import_with_torchvision(package: str, purpose: str) -> ModuleType:
 # a definition lives as long as the object that made it
 FRAGMENTS: dict[str, torch.library.Library] = {}
 
-OTHERS = "give it to a network of ours, or make the model in a file of yours: FILE.py:NAME"
+OTHERS = "use it with a Skipway model, or build the model in a file: FILE.py:NAME"
 CLASSES = frozenset({"classes"})
 SOURCES: tuple[Source, ...] = (
     Source("timm:NAME", r"timm:(?P<name>.+)", load_timm, CLASSES, OTHERS),
     Source("torchvision:NAME", r"torchvision:(?P<name>.+)", load_torchvision, CLASSES, OTHERS),
     Source("hf:CLASS", r"(?:hf|transformers):(?P<name>.+)", load_transformers, CLASSES, OTHERS),
     Source("FILE.py:NAME", r"(?P<name>.+\.py(?::\w*)?)", load_file, frozenset(), "set it in the file"),
-    Source("a name of ours", r"(?P<name>[^:]+)", load_ours, frozenset({"depth", "scheme", "classes"})),
+    Source("a Skipway model", r"(?P<name>[^:]+)", load_ours, frozenset({"depth", "scheme", "classes"})),
 )

@@ -35,7 +35,7 @@ def test_initialise_counts_the_branches_of_somebodys_own_network():
 def test_initialise_says_what_it_cannot_know():
     model = Own("fixup")
     model.body.append(sw.BasicBlock(8, 8, scheme="rezero"))
-    with pytest.raises(sw.SkipwayError, match="were built with fixup.*, rezero.*; say which"):
+    with pytest.raises(sw.SkipwayError, match="were built with fixup.*, rezero.*; name one"):
         sw.initialise_(model)
 
     class Table(nn.Module):

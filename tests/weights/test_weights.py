@@ -362,4 +362,4 @@ def test_an_unmapped_key_is_named_with_what_comes_closest():
         sw.load(vit(), state, names="timm")
     text = str(caught.value)
     assert "blocks.7.norm1.weight (it would be blocks.7.attention.pre.norm.weight, which this model lacks)" in text
-    assert "blocks.0.attn.qvk.weight (no rule speaks of it; the closest known key is blocks.0.attn.qkv.weight)" in text
+    assert "blocks.0.attn.qvk.weight (no rule matches it; the closest known key is blocks.0.attn.qkv.weight)" in text

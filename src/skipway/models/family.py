@@ -98,7 +98,7 @@ def build(
             entry point of timm or torchvision ("vit_small_patch16_224", "swin_t").
         depth: weight layers on the longest path, the number in the papers' names.
         scheme: how the connections are dressed, a `Scheme` or its spec string, "layerscale(init=1e-5)".
-        device: where the parameters live; torch's default device unless told. "meta" builds without initialising.
+        device: where the parameters live; by default torch's default device. "meta" builds without initialising.
         dtype: of the parameters.
         **options: any other field of the family's config: `classes=10`, `channels=1`, `width=32`, …
 
@@ -158,7 +158,7 @@ def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
 
 
 def own_config(name: str, depth: int | None) -> tuple[Family, Any]:
-    """The same for a name of ours."""
+    """`find_config` for one of Skipway's own names."""
     for variant in variants():
         if Registry.key(variant.name) == Registry.key(name):
             return FAMILIES[variant.family], variant.config if depth is None else variant.at_depth(depth)

@@ -1,4 +1,4 @@
-"""What all transformer families share: the kit, the block of an attention and an MLP connection, and pooling."""
+"""Shared by all transformer families: the kit, the block of an attention and an MLP connection, and pooling."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def transformer_block(
 
     Args:
         attention: makes the attention branch from the dressed kit and placement.
-        site: of the attention; the MLP stands right behind it.
+        site: of the attention connection; the MLP connection follows it.
         hidden: channels inside the MLP.
         kit: what to build from, undressed.
         placement: where the norms stand, undressed.
@@ -95,7 +95,7 @@ def transformer_block(
 
 
 def quarter_maps(blocks: int, dim: int, patch: int, prefix: int) -> tuple[StageMap, ...]:
-    """The stream behind each quarter of the blocks, fewer where there are fewer blocks; the prefix tokens are left out.
+    """The stream after each quarter of the blocks (fewer maps for fewer blocks), without the prefix tokens.
 
     What dense heads take of a network without stages: DPT (Ranftl et al. 2021, the code: blocks 3, 6, 9, 12 of 12 and
     6, 12, 18, 24 of 24), DINOv2's linear heads over four layers.
@@ -114,7 +114,7 @@ class TokenPool(nn.Module):
 
     Args:
         kind: "token", "mean" or "normed-mean" (the same to us: the norm stands outside), or "token+mean".
-        prefix: tokens in front of the patches (class token, registers), left out of the mean.
+        prefix: tokens before the patches (class token, registers), left out of the mean.
 
     >>> TokenPool("token+mean", prefix=1)(torch.zeros(2, 5, 8)).shape
     torch.Size([2, 16])

@@ -15,24 +15,24 @@ __all__ = ["Branch", "Conv", "ConvBranch"]
 
 
 class Branch(nn.Module):
-    """What a branch tells of itself; abstract. Subclasses define `path` and, where one closes them, `closing_norm`.
+    """Abstract base of residual branches. Subclasses define `path` and, if a norm closes the branch, `closing_norm`.
 
-    `closing` and `fills` are for those who multiply a branch's scale into its weights (`skipway.fold`).
+    `closing` and `fills` let `skipway.fuse` multiply a branch's scale into its weights.
     """
 
     fills: ClassVar[bool] = True
-    """Whether all of the output has come through the last map; False where zeros are put beside it."""
+    """True if all of the output has passed through the last map; False if it is padded with zeros."""
 
     def path(self) -> list[LinearMap]:
         """The linear maps that the signal crosses, first to last; its length is Fixup's m."""
         raise NotImplementedError
 
     def closing_norm(self) -> nn.Module | None:
-        """The norm behind the last map, whose gain can silence the branch; None where there is none."""
+        """The norm after the last map, whose gain can silence the branch, or None."""
         return None
 
     def closing(self) -> Sequence[nn.Module] | None:
-        """What stands behind the last map, in order and without anything between that changes values; None: untold."""
+        """The modules after the last map, in order, with nothing else in between; None if unknown."""
         return None
 
 
@@ -52,7 +52,7 @@ class ConvBranch(Branch, nn.Sequential):
     Args:
         convs: the convolutions in order.
         kit: what to build from; parts that it lacks are left out.
-        end: what closes the branch behind its last convolution, ("norm",) or ("norm", "act") or nothing.
+        end: parts after the last convolution: ("norm",), ("norm", "act") or ().
 
     >>> from skipway.models.resnet.blocks import CONV_KIT
     >>> branch = ConvBranch([Conv(16, 16, 3), Conv(16, 16, 3)], CONV_KIT, end=("norm",))

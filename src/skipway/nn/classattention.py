@@ -106,5 +106,5 @@ class FirstToken(Branch):
 
 
 def alone(first: Tensor, length: int) -> Tensor:
-    """(N, 1, dim) → (N, length, dim), zeros behind the first token."""
+    """(N, 1, dim) → (N, length, dim), zeros after the first token."""
     return F.pad(first, (0, 0, 0, length - 1))

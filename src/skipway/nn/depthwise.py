@@ -26,8 +26,8 @@ class DepthwiseMlp(Branch):
         dim: channels.
         hidden: channels between W₁ and W₂.
         kit: what to build from; its gate closes the branch.
-        placement: its `inside` and `end` parts stand behind D and behind W₂.
-        kernel_size: of D, odd.
+        placement: its `inside` and `end` parts follow D and W₂.
+        kernel_size: of the depthwise convolution D; odd.
         response: makes r from `hidden`; None for none.
 
     Source: Liu et al. 2022, "A ConvNet for the 2020s", fig. 4; Woo et al. 2023, "ConvNeXt V2", fig. 5.

@@ -32,7 +32,7 @@ class DropPath(nn.Module):
         self.probability = probability
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """What the samples of x are multiplied with in this pass: m/(1-p) of shape (N, 1, …), None in eval."""
+        """The factor of each sample in this pass, m/(1-p) of shape (N, 1, …); None in evaluation mode."""
         if not self.training or self.probability == 0.0:
             return None
         keep = 1.0 - self.probability

@@ -1,4 +1,4 @@
-"""What multiplies and shifts a branch: learned gains and biases (scalar or per channel), and constants."""
+"""Learned gains and biases, scalar or per channel, and constant factors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Gain(nn.Module):
     Args:
         dim: channels C, or None for a scalar; the parameter has shape (C,) or ().
         init: value g starts at; 0.0 is a value.
-        spatial: axes behind the channel axis: 2 for (N, C, H, W), 0 for (N, T, C).
+        spatial: axes after the channel axis: 2 for (N, C, H, W), 0 for (N, T, C).
         factor: the constant c.
-        role: how an optimiser treats g; by default no weight decay and the full learning rate.
+        role: how an optimizer treats g; by default no weight decay and the full learning rate.
 
     >>> Gain(3, init=0.1, spatial=2)(torch.ones(1, 3, 1, 1)).flatten()
     tensor([0.1000, 0.1000, 0.1000], grad_fn=...)

@@ -23,13 +23,13 @@ class Kit:
 
     Args:
         conv: `(in_channels, out_channels, kernel_size, stride=1, groups=1, bias=…, padding=…) -> Module`, same-padded
-            unless told.
+            unless `padding` is given.
         linear: `(in_features, out_features, bias=...) -> Module`.
         norm: `(channels) -> Module`, or None.
         act: `() -> Module`.
-        gate: `(channels) -> Module`, what closes a branch (squeeze-and-excitation, say), or None.
-        before: `() -> Module`, what stands right before every linear map but a branch's first (Fixup's scalar
-            bias, say), or None. Before the first map stands `Scheme.enter`.
+        gate: `(channels) -> Module`, the last part of a branch (squeeze-and-excitation, for example), or None.
+        before: `() -> Module`, placed right before every linear map of a branch except the first (Fixup's scalar
+            bias, for example), or None. `Scheme.enter` precedes the first map.
     """
 
     conv: Callable[..., nn.Module]

@@ -16,7 +16,7 @@ __all__ = ["Classifier", "Conv2d", "Linear", "LinearMap", "ScaledStandardConv2d"
 class Conv2d(nn.Conv2d):
     """A convolution without bias (unless asked) that starts from `initial`; the bias starts at 0.
 
-    Unless `padding` is told: same-padded (kernel_size // 2) if the kernel is odd, else not padded.
+    By default the padding is kernel_size // 2 for odd kernels and 0 for even ones.
 
     Shapes: (N, in_channels, H, W) → (N, out_channels, ⌈H / stride⌉, ⌈W / stride⌉) for odd `kernel_size`.
 
@@ -153,7 +153,7 @@ class LinearMap:
 
     Args:
         module: the owner of the weight, of shape (out, in, ...).
-        rows: which outputs belong to the map; all unless told.
+        rows: outputs that belong to the map; by default all.
     """
 
     module: nn.Module
@@ -161,7 +161,7 @@ class LinearMap:
 
     @property
     def weight(self) -> Tensor:
-        """What multiplies linearly into the map's output: the weight, or the gain where the weight is standardised."""
+        """The tensor in which the map's output is linear: the weight, or the gain of a standardised weight."""
         owner = self.module
         parameter = owner.gain if isinstance(owner, ScaledStandardConv2d | ScaledStandardLinear) else owner.weight
         assert isinstance(parameter, Tensor)

@@ -15,7 +15,7 @@ class LayerNorm2d(nn.LayerNorm):
 
     μ and σ² are taken over the C channels at one pixel of one image (Ba et al. 2016, eq. 3, as ConvNeXt uses it).
     The work is done channels-last and the result lies channels-last in memory: on such maps no copy is made, here and
-    in the pixelwise maps behind.
+    in the pixelwise maps that follow.
 
     Args:
         channels: C.

@@ -23,9 +23,9 @@ Part = Literal["norm", "act"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where normalisation and activation stand around a connection: y = post(x + end(F(pre(x)))).
+    """The positions of normalisation and activation around a connection: y = post(x + end(F(pre(x)))).
 
-    `inside` is behind the first map of the branch, for families that norm there (ConvNeXt).
+    `inside` follows the first map of the branch, as in ConvNeXt.
 
     | placement | pre | inside | end | post | source |
     |---|---|---|---|---|---|
@@ -54,8 +54,8 @@ class Placement:
         return replace(Placement(), **{where: parts})
 
     @property
-    def behind(self) -> tuple[Part, ...]:
-        """What the stream has passed when it leaves a connection, and so what a stem has to end with."""
+    def after(self) -> tuple[Part, ...]:
+        """The parts that the stream passes last in a connection; a stem has to end with the same."""
         return self.end + self.post
 
 

@@ -1,4 +1,4 @@
-"""What a parameter is for, and so how an optimiser treats it: by the module that owns it, never by shape or name."""
+"""The role of a parameter decides how an optimizer treats it; it follows from the owning module, never from a name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Role"]
 
 @dataclass(frozen=True)
 class Role:
-    """What a parameter is for.
+    """The role of a parameter.
 
     Args:
         name: "weight", "bias", "norm", "gain" or "embedding"; the name of its optimiser group.

@@ -10,7 +10,7 @@ __all__ = ["Carry", "Cut", "Pad", "Projection", "ScaledShortcut", "Shortcut"]
 
 
 class Shortcut(nn.Module):
-    """What takes (x, h) and returns the skip; abstract."""
+    """Abstract base of shortcuts: maps (x, h) to the skip."""
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         raise NotImplementedError
@@ -39,7 +39,7 @@ class Projection(Shortcut):
 
 
 class Pad(Shortcut):
-    """shortcut(x, h) = x at every stride-th pixel, with zero channels behind (He 2015, option A). No parameters.
+    """shortcut(x, h) = x at every stride-th pixel, with zero channels appended (He 2015, option A). No parameters.
 
     Shapes: (N, C, H, W) → (N, C + channels, ⌈H / stride⌉, ⌈W / stride⌉).
 

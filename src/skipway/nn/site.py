@@ -14,19 +14,19 @@ Kind = Literal["conv", "attention", "mlp"]
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """What one residual connection knows of its place in the network.
+    """The place of one residual connection in its network.
 
     The library's unit of depth is the residual *branch*: a ResNet block is one, a transformer block two. Papers count
     blocks, layers or sublayers; each scheme's docstring says how it converts.
 
     Args:
-        dim: channels of the stream behind the connection, ≥ 1.
-        dim_in: channels of the stream in front of it; `dim` unless the connection changes the width.
+        dim: channels of the stream after the connection, ≥ 1.
+        dim_in: channels of the stream before the connection; `dim` unless the connection changes the width.
         index: position among all branches of the network, 0 ≤ index < depth.
         depth: number of branches L of the whole network, ≥ 1.
         since: branches that have added to the stream since its variance was last reset, that is since the last
             projection shortcut (itself included), or since the stem. At a projection: those before it.
-        spatial: axes behind the channel axis: 2 for image maps (N, C, H, W), 0 for tokens (N, T, C).
+        spatial: axes after the channel axis: 2 for image maps (N, C, H, W), 0 for tokens (N, T, C).
         kind: what the branch does: "conv", "attention" or "mlp".
 
     >>> Site(dim=64, index=3, depth=16).position
@@ -54,5 +54,5 @@ class Site:
 
     @property
     def entry(self) -> int:
-        """Channels of the stream in front of the connection."""
+        """Channels of the stream before the connection."""
         return self.dim if self.dim_in is None else self.dim_in

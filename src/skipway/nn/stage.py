@@ -1,4 +1,4 @@
-"""Where a network's stages end, and how the stream there is turned into an image map: what dense tasks tap."""
+"""Stage maps: where the stages of a network end, and how the stream there becomes an image map for dense tasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ChannelsLast:
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Tokens of patches in rows, behind `prefix` others: (N, prefix + H·W, C) → (N, C, H, W), a view.
+    """Patch tokens in row-major order after `prefix` other tokens: (N, prefix + H·W, C) → (N, C, H, W), a view.
 
     H and W are the image's sides over `patch`, so an image of another shape than in training is no exception.
 

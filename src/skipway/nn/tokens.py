@@ -26,7 +26,7 @@ class Attention(Branch):
         dim: channels.
         heads: number of heads, a divisor of `dim`.
         kit: what to build from.
-        placement: its `inside` and `end` parts stand behind `qkv` and behind `proj`.
+        placement: its `inside` and `end` parts follow `qkv` and `proj`.
         head_norm: makes a norm for queries and keys from the head's width (q-k norm), or None.
         bias: whether `qkv` has a bias.
 
@@ -81,7 +81,7 @@ class Mlp(Branch):
         dim: channels.
         hidden: channels between the maps.
         kit: what to build from.
-        placement: its `inside` and `end` parts stand behind the first and the second map.
+        placement: its `inside` and `end` parts follow the first and the second map.
     """
 
     def __init__(self, dim: int, hidden: int, *, kit: Kit, placement: Placement) -> None:

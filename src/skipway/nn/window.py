@@ -90,7 +90,7 @@ class Window:
         return x[:, :height, :width]
 
     def apart(self, height: int, width: int, device: torch.device) -> Tensor | None:
-        """Which pairs of a window's tokens come from opposite edges of the map: (windows, T, T), None where none do."""
+        """Mask (windows, T, T) of the token pairs that come from opposite edges of the map; None if there are none."""
         down, across = self.shifts(height, width)
         if not (down or across):
             return None
@@ -262,7 +262,7 @@ class WindowAttention(Attention):
         heads: number of heads, a divisor of `dim`.
         window: side and shift.
         kit: what to build from.
-        placement: its `inside` and `end` parts stand behind `qkv` and behind `proj`.
+        placement: its `inside` and `end` parts follow `qkv` and `proj`.
         bias: whether `qkv` has a bias.
 
     Raises:
@@ -287,7 +287,7 @@ class WindowAttention(Attention):
         return self.end(self.proj(self.before(self.mixed(h))))
 
     def mixed(self, h: Tensor) -> Tensor:
-        """What the heads put out, side by side, at the tokens' places on the map."""
+        """The heads' outputs, concatenated, at the positions of the tokens on the map."""
         batch, height, width, _ = h.shape
         tokens = self.window.split(h).flatten(0, 1)
         qkv = self.inside(self.bias(self.qkv(tokens)))
@@ -320,7 +320,7 @@ class CosineWindowAttention(WindowAttention):
         heads: number of heads, a divisor of `dim`.
         window: side and shift.
         kit: what to build from.
-        placement: its `inside` and `end` parts stand behind `qkv` and behind `proj`.
+        placement: its `inside` and `end` parts follow `qkv` and `proj`.
         learned_at: side of the windows that the position function was learned at; by default the window's.
 
     Raises:

@@ -8,7 +8,8 @@ from torch import Tensor
 __all__ = ["MASK", "shift_mask", "window_partition", "window_reverse"]
 
 MASK = -100.0
-"""What the authors' code adds to the logits of tokens that must not meet: e⁻¹⁰⁰, not −∞, and their weights know it."""
+"""Added to the attention logits of token pairs that must not attend to each other; the authors use −100, not −∞, and
+pretrained weights depend on it."""
 
 
 def window_partition(x: Tensor, side: int) -> Tensor:
@@ -24,7 +25,7 @@ def window_reverse(windows: Tensor, rows: int, side: int) -> Tensor:
 
 
 def shift_mask(height: int, width: int, side: int, down: int, across: int, device: torch.device) -> Tensor:
-    """Which pairs of a window's tokens come from opposite edges of a map that was shifted: (windows, T, T).
+    """Mask of the token pairs of a window that come from opposite edges of a map that was shifted: (windows, T, T).
 
     Behind the shift the tokens that it carried over the edge are the last `down` rows and `across` columns.
     """

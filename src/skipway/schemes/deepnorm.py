@@ -18,7 +18,7 @@ __all__ = ["DeepNorm"]
 
 @dataclass(frozen=True)
 class DeepNorm(Scheme):
-    """A stronger skip under a norm behind the addition: y = norm(α x + F(x)), the branch's maps start β times smaller.
+    """A stronger skip, and a norm after the addition: y = norm(α x + F(x)), the branch's maps start β times smaller.
 
     The skip is scaled, not the branch. In transformers the maps on the path are the value and output projections and
     the feed-forward maps, not queries and keys; biases are not scaled. Linear maps start from Xavier's normal
@@ -29,7 +29,7 @@ class DeepNorm(Scheme):
 
     Decay and learning rate: no parameters of its own.
 
-    Theory at the start: the norm behind the addition gives Var = 1 whatever the depth (before the activation, in a
+    Theory at the start: the norm after the addition gives Var = 1 whatever the depth (before the activation, in a
     ResNet, where BN hides β on all maps but the last and a branch has variance β²); one step changes the output by a
     bounded amount at any depth (theorem 4.2).
 
@@ -42,7 +42,7 @@ class DeepNorm(Scheme):
     """
 
     equation: ClassVar[str] = "y = norm(α x + F(x))"
-    norm_note: ClassVar[str] = "behind the addition"
+    norm_note: ClassVar[str] = "after the addition"
     when: ClassVar[str] = "post-norm transformers of hundreds of layers"
     source: ClassVar[str] = "Wang et al. 2022, fig. 2"
 

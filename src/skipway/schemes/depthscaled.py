@@ -16,7 +16,7 @@ __all__ = ["DepthScaled"]
 
 @dataclass(frozen=True)
 class DepthScaled(Scheme):
-    """A constant on every branch that falls with depth: y = x + L^(-p) F(x), p = ½ unless told otherwise.
+    """A constant on every branch that falls with depth: y = x + L^(-p) F(x), p = ½ by default.
 
     Args:
         how: "forward" multiplies the branch for ever (Stable ResNet, Depth-μP); "init" multiplies only the start of the

@@ -24,7 +24,7 @@ class Fixup(Scheme):
     1. The classifier and the last map of every branch start at 0.
     2. The other maps of a branch start from He's distribution times L^(-1/(2m-2)), m the number of maps in the branch.
     3. Scalar biases (start 0) stand before every map and activation, a scalar multiplier s (start 1) and a bias
-       behind every branch. No normalisation anywhere.
+       after every branch. No normalisation anywhere.
 
     Args:
         rescale: False leaves out the factor of rule 2, plain He.
@@ -67,7 +67,7 @@ class Fixup(Scheme):
         return replace(kit, norm=lambda dim: self.bias(), before=self.bias)
 
     def place(self, site: Site | None, placement: Placement) -> Placement:
-        # the bias behind a branch stands behind its multiplier, in `scale`
+        # the bias after a branch follows its multiplier, in `scale`
         return placement if site is None else replace(placement, end=tuple(p for p in placement.end if p != "norm"))
 
     def enter(self, site: Site) -> Bias:

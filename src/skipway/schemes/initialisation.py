@@ -22,7 +22,7 @@ def initialise_(
     as once (from the same random state), and a model built on the meta device comes to life here.
 
     Args:
-        model: a network of ours, or anybody's that holds `skipway.nn.Residual` connections.
+        model: any network with `skipway.nn.Residual` connections.
         scheme: what the connections are dressed in; by default what they were built with.
         device: where a model on the meta device goes; by default torch's default device.
 
@@ -64,7 +64,7 @@ def common_scheme(schemes: list[object]) -> Scheme:
     distinct = {str(scheme): scheme for scheme in schemes}
     if len(distinct) != 1:
         raise SkipwayError(
-            f"the connections were built with {', '.join(distinct)}; say which: initialise_(model, scheme)"
+            f"the connections were built with {', '.join(distinct)}; name one: initialise_(model, scheme)"
         )
     (only,) = distinct.values()
     if not isinstance(only, Scheme):

@@ -16,9 +16,9 @@ __all__ = ["ReZero"]
 
 @dataclass(frozen=True)
 class ReZero(Scheme):
-    """One learned number per branch that starts at zero, nothing behind the addition: y = x + α F(x), α₀ = 0.
+    """One learned number per branch that starts at zero, nothing after the addition: y = x + α F(x), α₀ = 0.
 
-    What the family places behind the addition moves into the branch: in a ResNet y = x + α relu(bn(conv(…))), the
+    Parts that the family places after the addition move into the branch: in a ResNet y = x + α relu(bn(conv(…))), the
     authors' code. That, and no small start, is the difference from SkipInit.
 
     Args:

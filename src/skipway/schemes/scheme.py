@@ -23,7 +23,7 @@ REGISTRY: Registry[type[Scheme]] = Registry("scheme")
 
 
 class Scheme:
-    """How the connections of a network are dressed; abstract. A scheme is a final, frozen dataclass derived from it.
+    """Abstract base of residual schemes. A scheme is a final, frozen dataclass derived from it.
 
     Each hook answers for one slot of `Residual`, y = post(shortcut(x, h) + drop(scale(branch(h)))), h = enter(pre(x)):
 
@@ -44,7 +44,7 @@ class Scheme:
     equation: ClassVar[str]
     """The connection in one line."""
     norm_note: ClassVar[str] = "keeps it"
-    """What becomes of the family's normalisation."""
+    """Effect of the scheme on the family's normalisation."""
     when: ClassVar[str]
     """When to use it, in one line."""
     source: ClassVar[str]
@@ -57,31 +57,31 @@ class Scheme:
 
     @property
     def silent(self) -> bool:
-        """Whether exactly one factor of every branch starts at zero, so that the network starts as its shortcuts."""
+        """True if exactly one factor of every branch starts at zero: the network starts as its shortcuts alone."""
         return False
 
     def kit(self, site: Site | None, kit: Kit) -> Kit:
-        """What is built from; `site` is None for what stands outside the chain (stem and head)."""
+        """The kit that a connection is built from; `site` is None for stem and head."""
         return kit
 
     def place(self, site: Site | None, placement: Placement) -> Placement:
-        """Where norm and activation stand; `site` is None for stem and head."""
+        """The positions of norm and activation; `site` is None for stem and head."""
         return placement
 
     def enter(self, site: Site) -> nn.Module | None:
-        """What stands between pre(x) and the first map; a projection shortcut sees it too."""
+        """The module between pre(x) and the first map; a projection shortcut sees its output, too."""
         return None
 
     def scale(self, site: Site) -> nn.Module | None:
-        """What multiplies the branch."""
+        """The module that scales the branch, or None."""
         return None
 
     def carry(self, site: Site, shortcut: nn.Module | None) -> nn.Module | None:
-        """What the skip becomes; None is the plain carry."""
+        """The shortcut to use; None carries x unchanged."""
         return shortcut
 
     def drop(self, site: Site) -> nn.Module | None:
-        """What may drop the branch."""
+        """The module that drops the branch, or None."""
         return None
 
     def init_(self, chain: Chain) -> None:

@@ -66,7 +66,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class WatchedConnection:
-    """One residual connection of anybody's network, as one forward pass showed it.
+    """One residual connection of any network, as found in one watched forward pass.
 
     Args:
         name: path of the module whose forward adds, with ":2" for the second connection that it adds.
@@ -87,7 +87,7 @@ class WatchedConnection:
 
     @property
     def residual(self) -> Residual | None:
-        """The owner where it is a connection of ours, else None."""
+        """The owner if it is a `skipway.nn.Residual`, else None."""
         owner = self.owner
         return owner if isinstance(owner, Residual) else None
 
@@ -174,7 +174,7 @@ def chain(model: nn.Module, example: Example) -> Chain[WatchedConnection]: ...
 def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection] | Chain[WatchedConnection]:
     """The residual connections of a network, in order.
 
-    Without an example: those of a network of ours, found by type, in the order of their registration. Where they were
+    Without an example: those of a Skipway network, found by type, in order of registration. Where they were
     built without a place in a network (`BasicBlock(64, 64)` in somebody's own model), their sites are counted here.
 
     With an example: those of any network. One forward pass in evaluation mode is watched at the dispatcher, on a copy
@@ -183,7 +183,7 @@ def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection]
     by more than that. All other additions are in `refused`, each with its reason.
 
     Args:
-        model: a network of ours, or with an example any `torch.nn.Module`.
+        model: a Skipway network, or, with an example, any `torch.nn.Module`.
         example: what the model is called with: a tensor, a tuple of arguments, a dict of keyword arguments. Only
             shapes and types matter; it may be on the meta device.
 

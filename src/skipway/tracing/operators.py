@@ -1,4 +1,4 @@
-"""What an operator of the dispatcher does to a signal: the vocabulary in which a forward pass is read."""
+"""The effect of each dispatched operator on a signal: the vocabulary in which a forward pass is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Part", "part_of"]
 Part = Literal[
     "carry",  # the same values, moved, copied or multiplied by a number
     "slice",  # some of the values
-    "stride",  # every second position, say
+    "stride",  # every second position, for example
     "pad",  # the values beside constants
     "pool",  # resampled to fewer positions, without parameters
     "upsample",  # resampled to more positions

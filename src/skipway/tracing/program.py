@@ -21,7 +21,7 @@ class Value:
 
     Args:
         number: its place in the program.
-        operator: what the dispatcher ran, "convolution" say; "input" and "parameter" for what nothing computed.
+        operator: name of the dispatched operator, for example "convolution"; "input" and "parameter" for leaves.
         part: what that does to the signal.
         operands: numbers of the values it was computed from.
         output: which of the operator's outputs it is.
@@ -101,7 +101,7 @@ class Program:
         return self.ancestries[number]
 
     def depends(self, later: int, earlier: int) -> bool:
-        """Whether `later` was computed from `earlier`."""
+        """True if `later` was computed from `earlier`."""
         return earlier < later and earlier in self.ancestry(later)
 
     def signals(self, value: Value) -> list[int]:
@@ -109,7 +109,7 @@ class Program:
         return [operand for operand in dict.fromkeys(value.operands) if self.values[operand].signal]
 
     def between(self, start: int, end: int) -> Iterator[Value]:
-        """What was computed from `start` on the way to `end`, with `end` and without `start`, in order."""
+        """The values on the way from `start` (excluded) to `end` (included), in order."""
         reached = {start}
         for number in sorted((end, *self.ancestry(end).since(start + 1))):
             if not reached.isdisjoint(self.signals(self.values[number])):
@@ -139,10 +139,10 @@ class Ancestry:
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.found: set[int] = set()
-        self.waiting: list[int] = []  # a heap of what was found and not yet looked behind, latest first
-        self.look_behind(number)
+        self.waiting: list[int] = []  # a heap of found values whose operands are not yet visited, latest first
+        self.expand(number)
 
-    def look_behind(self, number: int) -> None:
+    def expand(self, number: int) -> None:
         for operand in self.program.signals(self.program[number]):
             if operand not in self.found:
                 self.found.add(operand)
@@ -151,7 +151,7 @@ class Ancestry:
     def look_back(self, to: int) -> None:
         """Find all ancestors from `to` on."""
         while self.waiting and -self.waiting[0] > to:
-            self.look_behind(-heappop(self.waiting))
+            self.expand(-heappop(self.waiting))
 
     def __contains__(self, number: int) -> bool:
         self.look_back(number)

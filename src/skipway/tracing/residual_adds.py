@@ -1,4 +1,4 @@
-"""Which additions of a program are residual connections, and why the others are not."""
+"""Residual adds: the additions of a program that are residual connections, and the reasons why the others are not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WORK: frozenset[str] = NONLINEAR | {"map", "norm", "pool", "mean"}
 
 @dataclass(frozen=True)
 class BranchScale:
-    """What multiplies a branch behind all of its work, LayerScale or SkipInit say.
+    """A learned factor on the output of a branch, as in LayerScale or SkipInit.
 
     Args:
         parameters: the names of the parameters it is made of.
@@ -60,7 +60,7 @@ class ResidualAdd:
         shortcut: modules that own the linear maps and norms of the skip, in order.
         maps: modules that own the linear maps of the branch, in order; attention's queries and keys among them.
         modules: all modules that the branch runs in, in order.
-        norms: where norms stand: "pre", "inside" or "end" of the branch, "post" behind the sum.
+        norms: positions of norms: "pre", "inside" or "end" of the branch, "post" after the sum.
         closing: the norm at the end of the branch, None where there is none or several are joined.
         last: the linear map that makes what the branch puts out, None where there is none or several are joined.
         scale: what multiplies the branch, None where nothing does.
@@ -116,13 +116,15 @@ def find_residual_adds(program: Program) -> tuple[list[ResidualAdd], list[Refusa
             refused.append(Refusal(value.owner, "constant", value.shape))
         elif value.part == "sum":
             reason = reader.judge(value)
-            if reason is not None and value.call is not None:  # else a step of a composite operator, of an LSTM say
+            if (
+                reason is not None and value.call is not None
+            ):  # else a step of a composite operator, for example an LSTM
                 refused.append(Refusal(value.owner, reason, value.shape))
     return reader.finish(), refused
 
 
 def is_tensor_sum(program: Program, value: Value) -> bool:
-    """Whether a tensor was added that parameters made, and not a number."""
+    """True if a tensor made from parameters was added, not a number."""
     return any(not program[operand].signal for operand in value.operands)
 
 
@@ -142,7 +144,7 @@ class SkipPath:
 
     @property
     def weight(self) -> int:
-        """How much is done on the way; the skip is the side on which less is done."""
+        """Amount of work on the path; the skip is the side with less."""
         return sum(effective_part(value) in {"map", "norm", "pool", "mean"} for value in self.crossed)
 
 
@@ -159,7 +161,7 @@ class AddClassifier:
         self.skips: dict[int, int] = {}  # accepted sums, with the skip operand that a walk goes on with
 
     def judge(self, value: Value) -> Reason | None:
-        """Take the sum as a connection and return None, or say why not."""
+        """Accept the sum as a connection and return None, or return the reason why it is none."""
         first, second = self.sides(value)
         if first == second or value.number in self.into_softmax:
             return "attention" if first != second else "parallel"
@@ -181,7 +183,7 @@ class AddClassifier:
         return value.operands[0], value.operands[1]
 
     def objection(self, value: Value, way: SkipPath, skip: int, branch: int) -> Reason | None:
-        """What speaks against a sum one side of which can be walked back to what the other was computed from."""
+        """The reason to refuse a sum although one side leads back to a tensor that the other was computed from."""
         program = self.program
         crossed = list(program.between(way.start, branch))
         parts = {effective_part(member) for member in crossed}
@@ -205,7 +207,7 @@ class AddClassifier:
         return None
 
     def unrelated(self, first: int, second: int, owner: str) -> Reason:
-        """Neither side can be walked back to the other's origin: of other resolution, both at work, or strangers."""
+        """The reason to refuse a sum neither side of which leads back to the origin of the other."""
         if min(self.spread(first), self.spread(second)) < max(self.program[first].numel, self.program[second].numel):
             return "broadcast"
         sides = [{number, *self.program.ancestry(number).since(0)} for number in (first, second)]
@@ -246,7 +248,7 @@ class AddClassifier:
         return SkipPath(here, tuple(reversed(crossed)))
 
     def is_own_activation(self, value: Value) -> bool:
-        """Whether this is the activation of a norm-activation-map shortcut with a norm of its own (DPN's, say)."""
+        """True for the activation of a norm-activation-map shortcut that has its own norm, as in DPN."""
         signals = self.program.signals(value)
         return value.part == "nonlinear" and len(signals) == 1 and effective_part(self.program[signals[0]]) == "norm"
 
@@ -285,14 +287,14 @@ class AddClassifier:
         return frozenset(found)
 
     def reads_other_slices(self, way: SkipPath, branch: int) -> bool:
-        """Whether the skip is a slice of a tensor of which the branch reads nothing but other slices."""
+        """True if the skip is a slice of a tensor of which the branch reads only other slices."""
         if not any(value.part == "slice" for value in way.crossed):
             return False
         users = [user for user in self.program.users[way.start] if user == branch or self.program.depends(branch, user)]
         return all(self.program[user].part == "slice" for user in users)
 
     def is_local_encoding(self, value: Value, way: SkipPath, parts: set[Part]) -> bool:
-        """Whether the skip is a map beside attention that changes no shape: a local position encoding."""
+        """True if the skip is a shape-preserving map in parallel to attention: a local position encoding."""
         if not parts & {"product", "softmax"} or self.program[way.start].numel != value.numel:
             return False
         # a product by a gate (squeeze-and-excitation) is no attention: one side of it is a vector
@@ -379,7 +381,7 @@ class AddClassifier:
         return next((value for value in self.back(branch, start) if effective_part(value) in {"map", "norm"}), None)
 
     def tail(self, branch: int, start: int) -> Iterator[Value]:
-        """What stands behind the last map or norm of a branch."""
+        """The values after the last map or norm of a branch."""
         for value in self.back(branch, start):
             if effective_part(value) in {"map", "norm"}:
                 return
@@ -421,7 +423,7 @@ class AddClassifier:
         return tuple(found)
 
     def is_first(self, norm: Value, way: SkipPath, members: set[int]) -> bool:
-        """Whether a branch has but this one norm, so that it starts with it and does not end with it."""
+        """True if this is the only norm of the branch, which then starts with it."""
         before = self.before_norm(norm)
         return before is not None and (before == way.start or before not in members or self.only_carried(before, way))
 
@@ -429,11 +431,11 @@ class AddClassifier:
         return all(effective_part(member) in CARRYING for member in self.program.between(way.start, number))
 
     def belongs(self, value: Value, owner: str) -> bool:
-        """Whether a value was made in the module at `owner`, or in one of its parts."""
+        """True if a value was made in the module at `owner` or in one of its submodules."""
         return not owner or value.owner == owner or value.owner.startswith(owner + ".")
 
     def starts_with_norm(self, way: SkipPath, members: set[int], owner: str) -> bool:
-        """Whether all that the branch does to x begins with a norm; x itself may be one that the skip reads too."""
+        """True if every path of the branch begins with a norm, which the skip may read as well."""
         program = self.program
         entries, waiting = [], [way.start]
         while waiting:
@@ -451,8 +453,8 @@ class AddClassifier:
         return way.skip == "projection" and effective_part(here) == "norm" and self.belongs(here, owner)
 
     def is_normed_after(self, value: Value) -> bool:
-        """Whether the sum passes a norm before it is the stream again: all that reads it is a norm, and a later
-        connection carries what the norm puts out; or, where none follows, the norm stands in the same module.
+        """True if the sum passes a norm before it is the stream again: only a norm reads it, and a later connection
+        carries the output of that norm; after the last connection, the norm is in the same module.
         """
         program = self.program
         readers = [user for user in program.users[value.number] if program[user].signal and not program[user].output]
@@ -473,7 +475,7 @@ class AddClassifier:
 
     @cached_property
     def carried(self) -> dict[int, int]:
-        """What connections carry, with the last sum that it is carried to; read when all are found."""
+        """The values that connections carry, each with the last sum that it is carried to."""
         return {
             number: value.number
             for value, skip, _, way in self.found

@@ -57,7 +57,7 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
         program = record_program(copied.train(training), given)
         program.on_meta = True
         return program
-    except Exception as problem:  # whatever a stranger's model raises on the meta device
+    except Exception as problem:  # a foreign model may raise anything on the meta device
         first = problem
     if any(tensor.is_meta for tensor in model.parameters()):
         raise SkipwayError(
@@ -75,7 +75,7 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module behind `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    """The module inside `torch.compile`, `DataParallel` or `DistributedDataParallel`."""
     if type(model).__name__ not in {"OptimizedModule", "DataParallel", "DistributedDataParallel"}:
         return model
     inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
@@ -135,21 +135,21 @@ def copy_value(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def has_default_copy(module: nn.Module) -> bool:
-    """Whether nothing but a module's `__dict__` is to be copied: deepcopy asks for that a hundred times a block."""
+    """True if copying a module means copying its `__dict__`, which `copy.deepcopy` finds out slowly."""
     kind = type(module)
     asked = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__slots__")
     return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in asked)
 
 
 def is_frozen(value: object) -> bool:
-    """Whether this is a value that nobody can write into, a `Site` or a scheme say, and needs no copy."""
+    """True for immutable values, such as a `Site` or a scheme, which need no copy."""
     parameters = getattr(type(value), "__dataclass_params__", None)
     return parameters is not None and parameters.frozen
 
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward pass changes is put back: buffers, the mode of every module, the random state."""
+    """Context that restores what a forward pass changes: buffers, the mode of every module, the random state."""
     modules = list(model.modules())  # walked once: of thousands of modules that takes as long as a forward pass
     modes = [module.training for module in modules]
     buffers = [
@@ -190,7 +190,7 @@ def record_program(model: nn.Module, example: Example) -> Program:
 
 
 class Modules:
-    """Which module is running: a stack of paths kept by forward hooks, removed by `close`."""
+    """The running module: a stack of paths kept by forward hooks, which `close` removes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -359,7 +359,7 @@ class Recorder(TorchDispatchMode):
 
 
 def address(tensor: Tensor) -> tuple[int, tuple[Any, ...]]:
-    """Where a tensor's values are: its storage, and its place in there."""
+    """The location of a tensor's values: its storage, offset, size and strides."""
     if tensor.layout is not torch.strided:
         return id(tensor), ()
     place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -1,4 +1,4 @@
-"""Weights of ours and of other libraries: declarative key maps, read both ways, strict."""
+"""Weights of Skipway and of other libraries: declarative key maps, used in both directions, strict."""
 
 from skipway.weights import cait, convnext, resnet, swin, vit
 from skipway.weights.files import read_weights

@@ -21,7 +21,7 @@ __all__ = ["CHOICES", "Change", "Misfit", "read_choices"]
 
 @dataclass(frozen=True)
 class Misfit:
-    """What of a file and a model does not fit.
+    """The mismatches between a file and a model.
 
     Args:
         model: the network.
@@ -29,7 +29,7 @@ class Misfit:
         fitting: our keys that fit.
         misshapen: our key → the file's tensor, of another shape.
         missing: our keys that the file lacks.
-        unexpected: keys of theirs that nothing of ours takes.
+        unexpected: their keys that match none of ours.
     """
 
     model: nn.Module
@@ -42,12 +42,12 @@ class Misfit:
 
 @dataclass(frozen=True)
 class Change:
-    """What a choice makes of it.
+    """The changes that an adaptation makes.
 
     Args:
         fresh: our keys that keep the value they have.
         resampled: our key → its tensor in the model's shape.
-        left_out: keys of theirs that are not loaded.
+        left_out: their keys that are not loaded.
     """
 
     fresh: list[str] = field(default_factory=list)
@@ -107,7 +107,7 @@ def adapt_depth(misfit: Misfit) -> Change:
 
 
 def elsewhere(ours: str, names: set[str], numberless: set[str]) -> bool:
-    """Whether a key belongs to a connection that the model lacks, though it has such with other numbers."""
+    """True if a key belongs to a connection that the model lacks while it has others of the same kind."""
     parts = ours.split(".")
     owners = (".".join(parts[:length]) for length in range(1, len(parts)))
     return any(owner not in names and numberless_name(owner) in numberless for owner in owners)

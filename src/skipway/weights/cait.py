@@ -1,4 +1,4 @@
-"""What timm calls the parameters of a CaiT; torchvision and Hugging Face have none."""
+"""Key map of timm for CaiT; torchvision and Hugging Face have no such model."""
 
 from __future__ import annotations
 

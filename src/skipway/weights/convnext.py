@@ -1,4 +1,4 @@
-"""What torchvision, timm and Hugging Face call the parameters of a ConvNeXt.
+"""Key maps of torchvision, timm and Hugging Face for ConvNeXt.
 
 timm's sizes whose MLP is made of 1 × 1 convolutions differ from ours in axes of length 1 only. The norm of Hugging
 Face's head has ε = 1e-12 unless its config says otherwise; ours is the authors', 1e-6.

@@ -19,9 +19,9 @@ __all__ = ["read_weights"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MOST_HEADER = 100_000_000
-"""What safetensors itself reads of a header at most."""
+"""Largest header that safetensors itself accepts."""
 LAYOUT = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""What a folder in Hugging Face's layout holds its weights in; the first that is there is read."""
+"""Weight files of a folder in Hugging Face's layout; the first that exists is read."""
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     lost = [key for key in homes if key not in state]
     if lost:
         raise CheckpointError(
-            f"{index} speaks of {len(lost)} tensors that its files lack, {printable(lost[0])!r} first"
+            f"{index} lists {len(lost)} tensors that are not in its files, {printable(lost[0])!r} first"
         )
     return state
 

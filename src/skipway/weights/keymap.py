@@ -1,4 +1,4 @@
-"""Key maps: tables of templates that say what another library calls each of our parameters, readable both ways."""
+"""Key maps: tables of templates that translate parameter names between Skipway and another library, both ways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIELD = re.compile(r"\{(\w+?)(?:\+(\d+))?\}")
 
 
 class Convert(Protocol):
-    """How a tensor of theirs becomes one of ours, and back, where the two differ by more than name and shape."""
+    """Conversion between their tensor and ours, for tensors that differ by more than name and shape."""
 
     def to_ours(self, tensor: Tensor) -> Tensor: ...
 
@@ -24,14 +24,14 @@ class Convert(Protocol):
 
 @dataclass(frozen=True)
 class KeyRule:
-    """One row of a key map: a template of ours and what the other library calls it.
+    """One row of a key map: a template of our keys and the other library's template.
 
     `{i}` stands for a number, `{leaf}` for the rest of the name, `{i+1}` for the number plus one on that side. Several
-    names of theirs are one tensor of ours, put together along the first axis (queries, keys and values, say).
+    of their tensors can make one of ours, concatenated along the first axis (queries, keys and values, for example).
 
     Args:
         ours: template of our key.
-        theirs: template of theirs, or several.
+        theirs: their template, or several.
         convert: what else has to be done to the tensor.
 
     >>> row = KeyRule("stages.{i}.{j}.branch.conv{k}.{leaf}", "layer{i+1}.{j}.conv{k}.{leaf}")
@@ -53,24 +53,24 @@ class KeyRule:
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
     def to_theirs(self, key: str) -> tuple[str, ...] | None:
-        """Their names for our key, None where the row does not speak of it."""
+        """Their names for our key, or None if the row does not match it."""
         names = [translate_key(self.ours, theirs, key) for theirs in self.sources]
         return None if any(name is None for name in names) else tuple(name for name in names if name is not None)
 
     def to_ours(self, key: str) -> str | None:
-        """Our name for their key, None where the row does not speak of it."""
+        """Our name for their key, or None if the row does not match it."""
         return next((name for t in self.sources if (name := translate_key(t, self.ours, key)) is not None), None)
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """A table of rules. Of those that speak of a key the first whose names are in the file decides, so a library whose
-    names have changed has a row for each.
+    """A table of rules. Among the rules that match a key, the first whose names are in the file applies; so a library that
+    has renamed its parameters gets one row for each name.
 
     Args:
         library: whose names these are.
         rules: the rows.
-        ignored: regular expressions of keys of theirs that hold nothing to load (tables computed at building time).
+        ignored: regular expressions of their keys that need not be loaded (tables computed at construction).
     """
 
     library: str
@@ -78,32 +78,32 @@ class KeyMap:
     ignored: tuple[str, ...] = ()
 
     def find(self, key: str, present: Container[str] = ()) -> tuple[KeyRule, tuple[str, ...]] | None:
-        """The row that speaks of our key, and their names for it: those that are present, else the first row's."""
+        """The row that matches our key, and their names for it: those that are present, else those of the first row."""
         found = [(row, names) for row in self.rules if (names := row.to_theirs(key)) is not None]
         here = (each for each in found if all(name in present for name in each[1]))
         return next(here, found[0] if found else None)
 
     def to_ours(self, key: str) -> str | None:
-        """Our name for their key; None where no row speaks of it."""
+        """Our name for their key, or None if no row matches it."""
         return next((name for row in self.rules if (name := row.to_ours(key)) is not None), None)
 
     def ignores(self, key: str) -> bool:
-        """Whether a key of theirs holds nothing to load."""
+        """True if their key need not be loaded."""
         return any(re.fullmatch(expression, key) for expression in self.ignored)
 
     def known(self, keys: Iterable[str]) -> float:
-        """The share of their keys that the table speaks of: what a file looks like."""
+        """Fraction of their keys that the table matches."""
         keys = list(keys)
         return sum(self.ignores(key) or self.to_ours(key) is not None for key in keys) / max(len(keys), 1)
 
     def busy(self, keys: Iterable[str]) -> float:
-        """The share of the rows that speak of one of their keys."""
+        """Fraction of the rows that match one of their keys."""
         keys = list(keys)
         return sum(any(row.to_ours(key) is not None for key in keys) for row in self.rules) / len(self.rules)
 
 
 def module_rule(ours: str, *theirs: str, convert: Convert | None = None) -> KeyRule:
-    """A row about a module: all names are followed by the parameter's own.
+    """A row for all parameters of a module.
 
     >>> module_rule("head.classifier", "fc").to_theirs("head.classifier.bias")
     ('fc.bias',)

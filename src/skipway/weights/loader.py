@@ -31,7 +31,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What becomes of every key of both sides.
+    """Account of every key on both sides.
 
     Args:
         tensors: what fits: our key and the tensor for it, in our shape.
@@ -40,7 +40,7 @@ class LoadReport:
         reshaped: our key → both shapes, where only axes of length 1 differ.
         absent: ours that a file may lack (a BatchNorm's batch counter); they keep their value.
         missing: ours that the file lacks → the names it should have there.
-        unexpected: theirs that nothing of ours takes.
+        unexpected: their keys that match none of ours.
         misshapen: ours → both shapes.
         near: one of `unexpected` → what comes closest to it.
         resampled: ours → both shapes, where `adapt` allowed to resample.
@@ -65,7 +65,7 @@ class LoadReport:
 
     @property
     def fits(self) -> bool:
-        """Whether every key of both sides has its partner."""
+        """True if every key on both sides has its counterpart."""
         return not (self.missing or self.unexpected or self.misshapen)
 
     def __str__(self) -> str:
@@ -174,7 +174,7 @@ def read_source(source: Source) -> dict[str, Tensor]:
 def match(
     model: nn.Module, state: Mapping[str, Tensor], *, names: str = "skipway", adapt: Iterable[str] = ()
 ) -> LoadReport:
-    """How the keys of `state` fit the model, under the choices that were made; nothing is changed."""
+    """Match the keys of `state` with the model under the given choices, without changing the model."""
     keymap, made = find_keymap(model, names), read_choices(adapt)
     report, misshapen, taken = LoadReport(), {}, set()
     for ours, tensor in model.state_dict().items():
@@ -200,12 +200,12 @@ def match(
 
 
 def nearest_keys(key: str, keymap: KeyMap, known: Iterable[str]) -> str:
-    """What comes closest to a key of theirs: the parameter of ours that the model lacks, else the closest known key."""
+    """The closest match to their key: a parameter that the model lacks, else the closest known key."""
     ours = keymap.to_ours(key)
     if ours is not None and ours != key:
         return f" (it would be {ours}, which this model lacks)"
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f" (no rule speaks of it; the closest known key is {close[0]})" if close else ""
+    return f" (no rule matches it; the closest known key is {close[0]})" if close else ""
 
 
 def fetch_tensor(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
@@ -238,7 +238,7 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
     """The model's state dict under another library's names (axes of length 1 as they are here).
 
     Raises:
-        CheckpointError: a parameter that the other library has no name for (a scheme's gain, say).
+        CheckpointError: a parameter that the other library has no name for (a scheme's gain, for example).
     """
     keymap = find_keymap(model, names)
     if names != "skipway":

@@ -1,4 +1,4 @@
-"""What torchvision, timm and Hugging Face call the parameters of the ResNets, and of a block alone."""
+"""Key maps of torchvision, timm and Hugging Face for ResNets and for a single block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROJECTION = (
 # timm counts the pooling, also where there is nothing to pool
 POOLED = (("shortcut.map.conv", "downsample.1"), ("shortcut.map.norm", "downsample.2"))
 GATE = (("branch.gate.squeeze", "se.fc1"), ("branch.gate.excite", "se.fc2"))
-# timm counts norms in order, and so the one in front of the branch first
+# timm numbers norms in order, so the one before the branch comes first
 PREACTIVATION = (
     ("pre.norm", "norm1"),
     ("branch.conv{k}", "conv{k}"),
@@ -52,7 +52,7 @@ Names = tuple[tuple[str, str], ...]
 
 
 def resnet_rules(names: Names, ours: str = "", theirs: str = "") -> tuple[KeyRule, ...]:
-    """A row for each pair of module names, `ours` and `theirs` in front of them."""
+    """One row for each pair of module names, prefixed by `ours` and `theirs`."""
     return tuple(module_rule(ours + a, theirs + b) for a, b in names)
 
 
@@ -62,7 +62,7 @@ def resnet_keymap(library: str, outside: Names, block: Names, where: str = "laye
 
 
 def has_pooled_shortcut(block: Block) -> bool:
-    """Whether a block's shortcut is a pooled projection of ours."""
+    """True if the shortcut of a block is a pooled projection."""
     return hasattr(getattr(block.shortcut, "map", None), "pool")
 
 

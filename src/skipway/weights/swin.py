@@ -1,4 +1,4 @@
-"""What timm, torchvision and Hugging Face call the parameters of a Swin, V1 and V2."""
+"""Key maps of timm, torchvision and Hugging Face for Swin, V1 and V2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__: list[str] = []
 BLOCK = "stages.{i}.{j}"
 BRANCH = f"{BLOCK}.attention.branch"
 STAGES = 4
-"""What torchvision's names, which count stages and mergings in one row, are written out for."""
+"""Number of stages for which torchvision's names are written out; they count stages and mergings together."""
 
 
 class WithoutKeys:
@@ -30,7 +30,7 @@ class WithoutKeys:
 
 
 def swin_norm_rules(ours: str, first: str, second: str) -> tuple[KeyRule, ...]:
-    """The norms of a block, which stand in front of the branches in V1 and behind them in V2."""
+    """The norms of a block, before the branches in V1 and after them in V2."""
     return tuple(
         module_rule(f"{ours}.{branch}.{place}", theirs)
         for branch, theirs in (("attention", first), ("mlp", second))
@@ -39,7 +39,7 @@ def swin_norm_rules(ours: str, first: str, second: str) -> tuple[KeyRule, ...]:
 
 
 def swin_position_rules(ours: str, theirs: str, function: str) -> tuple[KeyRule, ...]:
-    """What is learned of relative positions, V1's table or V2's function, and V2's logit scale."""
+    """Learned relative positions (V1's table or V2's function) and V2's logit scale."""
     return (
         KeyRule(f"{ours}.position.table", f"{theirs}.relative_position_bias_table"),
         KeyRule(f"{ours}.position.inner", f"{theirs}.{function}.0.weight"),
@@ -69,7 +69,7 @@ def swin_timm_rules() -> tuple[KeyRule, ...]:
 
 
 def swin_torchvision_rules(stage: int) -> tuple[KeyRule, ...]:
-    """torchvision's rows of one stage and the merging behind it."""
+    """torchvision's rows of one stage and the merging that follows."""
     block, theirs = f"stages.{stage}.{{j}}", f"features.{2 * stage + 1}.{{j}}"
     ours = f"{block}.attention.branch"
     return (
@@ -126,7 +126,7 @@ def swin_in_file_rules(theirs: str) -> tuple[KeyRule, ...]:
 
 
 def uses_cosine_attention(model: Swin) -> bool:
-    """Whether Hugging Face has the model in its class for V2."""
+    """True if the model belongs to Hugging Face's class for V2."""
     return model.config.attention == "cosine"
 
 

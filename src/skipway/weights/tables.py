@@ -1,4 +1,4 @@
-"""Which key maps there are, by module type and library."""
+"""Registry of key maps by module type and library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TABLES: dict[type[nn.Module], list[tuple[KeyMap, Callable[[Any], bool]]]] = {}
 
 
 def register_keymap(kind: type[nn.Module], keymap: KeyMap, *, when: Callable[[Any], bool] = lambda model: True) -> None:
-    """Enter what a library calls the parameters of a module type and its subclasses.
+    """Register a library's names for the parameters of a module type and its subclasses.
 
     Args:
         kind: the module type.
@@ -40,9 +40,9 @@ def find_keymap(model: nn.Module, library: str) -> KeyMap:
 
 
 def guess_architecture(keys: Iterable[str]) -> str | None:
-    """The architecture and the library whose table speaks of most of the keys; None below three quarters."""
+    """The architecture and library whose table matches most of the keys; None below three quarters."""
     keys = list(keys)
     tables = [(kind, keymap) for kind, entries in TABLES.items() for keymap, _ in entries]
-    # of two tables that speak of all keys, the one with fewer idle rows
+    # of two tables that match all keys, the one with fewer unused rows
     kind, best = max(tables, key=lambda table: (round(table[1].known(keys), 2), table[1].busy(keys)))
     return f"a {kind.__name__} of {best.library}" if best.known(keys) >= 0.75 else None

@@ -1,4 +1,4 @@
-"""What timm, torchvision and Hugging Face call the parameters of a ViT (DeiT, DINOv2, CLIP's tower too)."""
+"""Key maps of timm, torchvision and Hugging Face for ViT, DeiT, DINOv2 and CLIP's image tower."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def vit_huggingface_rules(root: str) -> tuple[KeyRule, ...]:
     return tuple(rows)
 
 
-# timm's two names say where the norm stands: before the pooling, or behind a mean
+# timm's two names tell whether the norm precedes the pooling or follows it
 register_keymap(ViT, KeyMap("timm", (*TIMM, module_rule("head.norm", "norm"))))
 register_keymap(
     ViT,

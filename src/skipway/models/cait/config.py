@@ -19,7 +19,7 @@ class CaiTConfig:
         dim: channels of the tokens.
         blocks: self-attention blocks with talking heads, the papers' depth; two residual branches each.
         heads: attention heads, a divisor of `dim`.
-        class_blocks: class-attention blocks behind them.
+        class_blocks: class-attention blocks after the self-attention blocks.
         ratio: hidden width of the MLPs over `dim`.
         patch: side of a patch in pixels.
         image: side of the images that the position table is made for; others are resampled to.

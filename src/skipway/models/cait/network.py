@@ -61,7 +61,7 @@ class CaiT(nn.Module):
         return self.head(self.class_blocks(self.token(self.blocks(self.stem(x)))))
 
     def stage_maps(self) -> tuple[StageMap, ...]:
-        """The patches' stream behind each quarter of the blocks; behind them it does not move."""
+        """The patch tokens after each quarter of the self-attention blocks; class attention does not change them."""
         return quarter_maps(self.config.blocks, self.config.dim, self.config.patch, prefix=0)
 
 

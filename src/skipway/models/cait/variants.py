@@ -28,7 +28,7 @@ ROWS = {
 
 
 def cait_config(depth: int, base: CaiTConfig | None = None) -> CaiTConfig:
-    """`base`, CaiT-S unless told, with another number of self-attention blocks.
+    """`base` (by default CaiT-S) with another number of self-attention blocks.
 
     >>> cait_config(48).branches
     100

@@ -1,4 +1,4 @@
-"""What timm and torchvision call the members of the ConvNeXt family."""
+"""Names of the ConvNeXt family in timm and torchvision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "convnextv2_large": ("convnextv2-large", {}),
     "convnextv2_huge": ("convnextv2-huge", {}),
 }
-"""Entry point, without the tag behind the dot, → our variant and the options that `build` needs besides.
+"""Entry point, without the tag after the dot, → our variant and the options that `build` needs besides.
 
 torchvision has the sizes from tiny to large under the same names.
 """

@@ -27,7 +27,7 @@ class ConvNeXtConfig:
         epsilon: ε of all layer norms.
         classes: outputs of the classifier.
         channels: of the input images.
-        scheme: how the connections are dressed. The published v1 wears LayerScale, which its variants say.
+        scheme: residual scheme. The published v1 uses LayerScale, which its variants set.
 
     >>> config = ConvNeXtConfig(blocks=(3, 3, 9, 3))
     >>> config.branches, config.dims, config.least

@@ -68,7 +68,7 @@ class ConvNeXt(nn.Module):
         return self.head(self.stages(self.stem(x)))
 
     def stage_maps(self) -> tuple[StageMap, ...]:
-        """The stream behind every stage."""
+        """The stream after every stage."""
         return tuple(
             StageMap(f"stages.{number}", dim, self.config.patch * 2**number)
             for number, dim in enumerate(self.config.dims)
@@ -107,9 +107,9 @@ def convnext_stages(config: ConvNeXtConfig, kit: Kit, outside: Kit) -> Iterator[
     for number, (dim, count) in enumerate(zip(config.dims, config.blocks, strict=True)):
         first = Site(dim=dim, index=index, depth=config.branches)
         sites = [replace(first, index=index + since, since=since) for since in range(count)]
-        behind = None if number == 0 else replace(first, dim_in=dim // 2, since=config.blocks[number - 1])
+        transition = None if number == 0 else replace(first, dim_in=dim // 2, since=config.blocks[number - 1])
         yield sequence(
-            downsample=None if behind is None else convnext_downsample(config, behind, outside),
+            downsample=None if transition is None else convnext_downsample(config, transition, outside),
             blocks=nn.Sequential(*(convnext_block(config, site, kit) for site in sites)),
         )
         index += count

@@ -1,4 +1,4 @@
-"""What timm and torchvision call the members of the ResNet family."""
+"""Names of the ResNet family in timm and torchvision."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ ALIASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "seresnet269d": ("se-resnet152", {**D, "blocks": (3, 30, 48, 8)}),
     },
 }
-"""By family: entry point, without the tag behind the dot, → our variant and the options that `build` needs besides.
+"""By family: entry point, without the tag after the dot, → our variant and the options that `build` needs besides.
 
 timm's letters: c, three 3×3 convolutions in the stem; d, and pooled projections besides; s, c with twice the stem; t, d
 with a first convolution of 24 channels (He, T. et al. 2019, "Bag of Tricks", fig. 2; timm's `resnet.py`).

@@ -23,16 +23,16 @@ CONV_KIT = Kit(conv=Conv2d, linear=Linear, norm=nn.BatchNorm2d, act=nn.ReLU)
 
 
 class Block(Residual):
-    """What both blocks share; abstract: `expansion` and `convs` are left to them.
+    """Abstract base of both blocks, which define `expansion` and `convs`.
 
-    y = act(shortcut(x) + F(x)) with the defaults; placement and scheme may say otherwise.
+    y = act(shortcut(x) + F(x)) with the defaults; placement and scheme can change that.
 
     Args:
-        in_channels: channels of the stream in front of the block.
-        out_channels: channels of its inner convolutions; the stream behind has `expansion` times as many.
+        in_channels: channels of the stream before the block.
+        out_channels: channels of its inner convolutions; the stream after the block has `expansion` times as many.
         stride: of the 3 × 3 (the first one of two), 1 or 2.
         downsample: module that takes the input to the output's shape, needed where the shapes differ (see
-            `projection`). One that is a shortcut of ours (`skipway.nn.shortcut`) sees (x, h).
+            `projection`). A `skipway.nn.shortcut.Shortcut` is called with (x, h).
         groups: of the 3 × 3 of a bottleneck (ResNeXt's cardinality).
         base_width: inner channels per group for 64 `out_channels` (ResNeXt, Wide-ResNet); 64 is the plain block.
         kit: what to build from.

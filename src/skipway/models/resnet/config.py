@@ -27,10 +27,10 @@ class ResNetConfig:
         base_width: inner channels per group for 64 channels (ResNeXt, Wide-ResNet-50-2).
         stem: "imagenet" (7×7 / 2, max-pool / 2, 64 channels), "cifar" (3×3), or in place of the 7×7 three 3×3:
             "deep" (a half, a half and all of the channels, ResNet-C) or "tiered" (three eighths, a half, all).
-        stem_width: channels behind the stem.
+        stem_width: channels after the stem.
         shortcut: where shapes change: "projection" (1×1 convolution, option B), "pooled" (the mean of 2×2 pixels, then
             the 1×1 convolution, ResNet-D) or "pad" (zeros, option A).
-        placement: "original" (v1: conv-norm-act, act behind the addition) or "preactivation" (v2).
+        placement: "original" (v1: conv-norm-act, act after the addition) or "preactivation" (v2).
         squeeze: reduction of a squeeze-and-excitation gate in every branch; None for no gate.
         squeeze_least: hidden units of a gate at least; timm has 8, which matters to 64 channels only.
         classes: outputs of the classifier.

@@ -21,7 +21,7 @@ BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 PLACEMENTS = {"original": ORIGINAL, "preactivation": PRE_ACTIVATION}
 PROJECTIONS = {"projection": projection, "pooled": pooled_projection}
 TIERS = {"deep": (4, 4), "tiered": (3, 4)}
-"""Eighths of the stem's width behind the first two of three convolutions: He, T. et al. 2019, fig. 2b; timm's "t"."""
+"""Eighths of the stem's width after the first two of three convolutions: He, T. et al. 2019, fig. 2b; timm's "t"."""
 
 
 class ResNet(nn.Module):
@@ -52,7 +52,7 @@ class ResNet(nn.Module):
         return self.head(self.stages(self.stem(x)))
 
     def stage_maps(self) -> tuple[StageMap, ...]:
-        """The stream behind every stage; a map of a stage is half as high and wide as that of the stage before."""
+        """The stream after every stage; each stage halves height and width of the one before."""
         first, expansion = 1 if self.config.stem == "cifar" else 4, BLOCKS[self.config.block].expansion
         return tuple(
             StageMap(f"stages.{number}", self.config.width * 2**number * expansion, first * 2**number)
@@ -61,23 +61,23 @@ class ResNet(nn.Module):
 
 
 def resnet_gate(config: ResNetConfig) -> Callable[[int], nn.Module] | None:
-    """What closes every branch."""
+    """The last part of every branch, or None."""
     if config.squeeze is None:
         return None
     return partial(SqueezeExcitation, reduction=config.squeeze, least=config.squeeze_least)
 
 
 def resnet_stem(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:
-    """Image to stream: a convolution or three, what the stream passes behind a connection, and ImageNet's max-pool."""
+    """Image to stream: one or three convolutions, the parts that follow a connection, and max-pooling for ImageNet."""
     pool = None if config.stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
     if config.stem in TIERS:
         # a row of convolutions as in a branch, though no residual one
-        convs = ConvBranch(deep_stem_convs(config), replace(kit, gate=None), placement.behind)
+        convs = ConvBranch(deep_stem_convs(config), replace(kit, gate=None), placement.after)
         return sequence(**dict(convs.named_children()), pool=pool)
     kernel, stride = (3, 1) if config.stem == "cifar" else (7, 2)
     return sequence(
         conv=kit.conv(config.channels, config.stem_width, kernel, stride),
-        **kit.parts(placement.behind, config.stem_width, fresh=True),
+        **kit.parts(placement.after, config.stem_width, fresh=True),
         pool=pool,
     )
 

@@ -226,7 +226,7 @@ register_family(
 )
 register_family(
     "resnext",
-    "Xie et al. 2017: grouped bottlenecks (32 groups of 4 channels unless told), ImageNet",
+    "Xie et al. 2017: grouped bottlenecks (by default 32 groups of 4 channels), ImageNet",
     with_changes(imagenet_config, block="bottleneck", groups=32, base_width=4),
     r"resnext-?(?P<depth>\d+)",
     # parameters: torchvision's documentation

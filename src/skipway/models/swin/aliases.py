@@ -1,4 +1,4 @@
-"""Entry points of timm and torchvision that are Swins of ours: name → (our name, options)."""
+"""Entry points of timm and torchvision that Skipway's Swin covers: name → (variant, options)."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Swin(nn.Module):
         return self.head(self.stages(self.stem(x)))
 
     def stage_maps(self) -> tuple[StageMap, ...]:
-        """The stream behind the last block of every stage, in front of the patch merging."""
+        """The stream after the last block of every stage, before the patch merging."""
         config = self.config
         return tuple(
             StageMap(f"stages.{number}.{count - 1}", width, config.patch * 2**number, ChannelsLast())
@@ -116,7 +116,7 @@ class NeighbourConcat(nn.Module):
 
 
 def swin_stages(config: SwinConfig, placement: Placement) -> Iterator[nn.Sequential]:
-    """The chain, stage by stage; a patch merging stands behind each stage but the last."""
+    """The chain, stage by stage; a patch merging follows each stage but the last."""
     first = 0
     for number, count in enumerate(config.blocks):
         site = Site(dim=config.widths[number], depth=config.branches, spatial=0)
@@ -133,13 +133,13 @@ def swin_stages(config: SwinConfig, placement: Placement) -> Iterator[nn.Sequent
             stage.add_module(str(position), block)
         first += 2 * count
         if number + 1 < len(config.blocks):
-            behind = replace(site, dim=2 * site.dim, dim_in=site.dim, index=first, since=2 * count)
-            stage.add_module("merge", swin_merge(config, behind, placement))
+            following = replace(site, dim=2 * site.dim, dim_in=site.dim, index=first, since=2 * count)
+            stage.add_module("merge", swin_merge(config, following, placement))
         yield stage
 
 
 def swin_attention(config: SwinConfig, stage: int, shifted: bool) -> MakeAttention:
-    """What makes the attention branch of a block."""
+    """Factory of the attention branch of a block."""
     side = config.windows[stage]
     window = Window(side, shift=side // 2 if shifted else 0)
     heads = config.heads * 2**stage
@@ -151,14 +151,14 @@ def swin_attention(config: SwinConfig, stage: int, shifted: bool) -> MakeAttenti
 def swin_merge(config: SwinConfig, site: Site, placement: Placement) -> nn.Module:
     """Patch merging: four neighbours to one token of twice the channels, outside the residual connections.
 
-    The norm stands before the map where the family's connections are pre-normed (V1), else behind it (V2). The map is
+    The norm precedes the map in pre-norm families (V1) and follows it otherwise (V2). The map is
     entered as a branch would be, so a stream that no norm brings back to unit variance is brought there by the scheme.
     """
     kit, placement = config.scheme.kit(None, SWIN_KIT), config.scheme.place(None, placement)
-    behind = "norm" in placement.behind
-    norm = kit.parts(("norm",), site.dim if behind else 4 * site.entry)
+    norm_last = "norm" in placement.after
+    norm = kit.parts(("norm",), site.dim if norm_last else 4 * site.entry)
     map = {"enter": config.scheme.enter(site), "reduction": kit.linear(4 * site.entry, site.dim, bias=False)}
-    return sequence(neighbours=NeighbourConcat(), **(map | norm if behind else norm | map))
+    return sequence(neighbours=NeighbourConcat(), **(map | norm if norm_last else norm | map))
 
 
 def swin_head(config: SwinConfig, kit: Kit, placement: Placement) -> nn.Module:

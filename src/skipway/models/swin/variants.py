@@ -42,7 +42,7 @@ PARAMETERS = {
 NAMES = {"swin": V1, "swinv2": V2}
 PAPERS = {
     "swin": "Liu et al. 2021: attention within shifted windows, four stages",
-    "swinv2": "Liu et al. 2022: Swin with norms behind the branches, cosine attention, continuous positions",
+    "swinv2": "Liu et al. 2022: Swin with norms after the branches, cosine attention, continuous positions",
 }
 
 

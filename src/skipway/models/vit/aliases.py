@@ -1,4 +1,4 @@
-"""Entry points of timm and torchvision that are ViTs of ours: name → (our name, options)."""
+"""Entry points of timm and torchvision that Skipway's ViT covers: name → (variant, options)."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
         )
     },
 }
-"""Entry point, without the tag behind the dot, → our variant and the options that `build` needs besides."""
+"""Entry point, without the tag after the dot, → our variant and the options that `build` needs besides."""
 
 NO_BIAS = "queries, keys and values without bias"
 ATTENTION_POOL = "pooled by an attention"

@@ -29,7 +29,7 @@ class ViTConfig:
             (the norm before it), "token+mean" (both beside each other, DINOv2).
         registers: extra tokens without a place (Darcet et al. 2024).
         place_token: whether the class token has a row of the position table (not in DeiT III).
-        stem_norm: a norm in front of the first block (CLIP), and no bias in the patch map.
+        stem_norm: a norm before the first block (CLIP), and no bias in the patch map.
         head_norm: normalise queries and keys per head (ViT-22B).
         act: "gelu", "tanhgelu" (its approximation by a tanh, SigLIP) or "quickgelu" (x σ(1.702 x), OpenAI's CLIP).
         epsilon: of the norms; 1e-6 as in the authors' code, 1e-12 in Hugging Face's ViT, 1e-5 in CLIP.
@@ -94,5 +94,5 @@ class ViTConfig:
 
     @property
     def prefix(self) -> int:
-        """Class tokens in front of the patches."""
+        """Class tokens before the patches."""
         return 0 if self.pooling in ("mean", "normed-mean") else 1

@@ -63,7 +63,7 @@ class ViT(nn.Module):
         return self.head(self.blocks(self.stem(x)))
 
     def stage_maps(self) -> tuple[StageMap, ...]:
-        """The patches' stream behind each quarter of the blocks."""
+        """The patch tokens after each quarter of the blocks."""
         config = self.config
         return quarter_maps(config.blocks, config.dim, config.patch, config.prefix + config.registers)
 
@@ -131,7 +131,7 @@ class TokenStem(nn.Module):
 
 
 def vit_head(config: ViTConfig, kit: Kit, placement: Placement) -> nn.Module:
-    """Tokens to logits. The norm stands before the pooling, or behind a mean alone; post-norm streams need none."""
+    """Tokens to logits. The norm precedes the pooling, or follows it for mean pooling; post-norm streams need none."""
     width = 2 * config.dim if config.pooling == "token+mean" else config.dim
     norm = None if kit.norm is None or "norm" in placement.post else kit.norm(config.dim)
     pool = TokenPool(config.pooling, config.prefix + config.registers)
