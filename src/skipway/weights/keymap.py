@@ -64,8 +64,8 @@ class KeyRule:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """A table of rules. Among the rules that match a key, the first whose names are in the file applies; so a library that
-    has renamed its parameters gets one row for each name.
+    """A table of rules. Among the rules that match a key, the first whose names are in the file applies, so a library
+    that has renamed its parameters gets one row for each name.
 
     Args:
         library: whose names these are.
