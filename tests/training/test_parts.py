@@ -12,14 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-import skipway as sw
 from skipway.checkpoint.files import read_tensors, write_json, write_tensors
 from skipway.data import Batch
 from skipway.errors import CheckpointError, SkipwayError
 from skipway.hardware.device import choose_device, choose_precision
 from skipway.inference.evaluation import evaluate, wilson_interval
 from skipway.optim.schedules import lr_factor, set_lr
-from skipway.probes.signal_check import first_non_finite, signal_check
 from skipway.recipe import Recipe, read_recipe
 from skipway.training.run_folder import RunFolder
 
@@ -194,46 +192,6 @@ def test_damaged_tensor_files_are_refused(tmp_path):
             read_tensors(path)
     with pytest.raises(CheckpointError, match="does not exist"):
         read_tensors(tmp_path / "none.safetensors")
-
-
-def test_the_signal_check_leaves_no_trace():
-    model = sw.build("resnet20", scheme="stochasticdepth(0.5)", **TINY)
-    model.stages[0].eval()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
-    random = torch.random.get_rng_state()
-    signal_check(model, torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert modes == [module.training for module in model.modules()]
-    assert torch.equal(random, torch.random.get_rng_state())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_silent_branch_leaves_the_stream_alone():
-    """Fixup's branches start at 0, so within a stage without projection the stream does not change (Zhang 2019)."""
-    first = signal_check(sw.build("resnet20", scheme="fixup", **SMALL), torch.randn(8, 1, 8, 8))[0]
-    assert first.ratio == 0.0
-    assert first.std_out == pytest.approx(first.std_in, rel=1e-5)
-    assert first.warning == ""
-
-
-def test_a_normalised_branch_has_unit_variance():
-    """BatchNorm closes the branch with mean 0 and variance 1 (Ioffe 2015), so the ratio is 1 / std of the stream."""
-    first = signal_check(sw.build("resnet20", **SMALL), torch.randn(64, 1, 8, 8))[0]
-    assert first.ratio * first.std_in == pytest.approx(1.0, abs=1e-3)
-
-
-@pytest.mark.parametrize(("factor", "warning"), [(1e8, "explodes"), (math.nan, "not finite")])
-def test_a_signal_that_is_lost_is_said(factor, warning):
-    model = sw.build("resnet20", scheme="fixup", **SMALL)
-    connection = sw.chain(model)[1]
-    with torch.no_grad():
-        connection.path[-1].weight.normal_().mul_(factor)
-    batch = torch.randn(4, 1, 8, 8)
-    warnings = {row.name: row.warning for row in signal_check(model, batch)}
-    assert warnings["stages.0"] == ""
-    assert warnings["stages.1"] == warning
-    assert first_non_finite(model, batch) == (connection.name if math.isnan(factor) else None)
 
 
 def test_devices_and_precision():

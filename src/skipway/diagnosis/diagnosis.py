@@ -24,9 +24,10 @@ from skipway.diagnosis.passes import look_ahead
 from skipway.diagnosis.remedies import Case, Remedy
 from skipway.diagnosis.rules import Context, findings_of, verdict_of
 from skipway.diagnosis.settings import Settings, settings_of
-from skipway.diagnosis.subject import Loss, Subject
+from skipway.diagnosis.subject import Subject
 from skipway.errors import SkipwayError
 from skipway.optim.groups import role_of
+from skipway.probes.objective import Loss
 from skipway.tracing import Example, as_batch, unwrap
 from skipway.tracing.chain import Chain, WatchedConnection
 

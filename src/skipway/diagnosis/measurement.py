@@ -11,7 +11,7 @@ import torch
 
 from skipway.diagnosis.passes import Curvature, Jacobians, LookAhead, Noise, curvature, jacobians, look_ahead, noise
 from skipway.diagnosis.subject import Gradients, Subject
-from skipway.probes.measures import distinctness
+from skipway.probes.measures import distinctness, rms
 from skipway.tracing.chain import Chain, WatchedConnection
 
 __all__ = ["ConnectionSignal", "LayerSignal", "Measurement", "measure"]
@@ -160,7 +160,6 @@ def measure(
     subject.passes = 0.0
     chain = subject.chain
     loss, output, gradients, readings = subject.probed()
-    rows, layer_rows = readings.numbers()
     relative = relative_gradients(subject, gradients)
     size = norm(gradients)
     halves, first, _ = noise(subject)
@@ -169,11 +168,12 @@ def measure(
     ahead = None if optimizer is None else look_ahead(subject, optimizer, steps=steps)
     return Measurement(
         loss=float(loss),
-        logits=float(output.float().square().mean().sqrt()),
-        distinct=float(distinctness(output)) if output.ndim > 1 else 1.0,
-        connections=tuple(connection_signals(chain, rows, relative, found)),
+        logits=float(rms(output)),
+        distinct=float(distinctness(output)),
+        connections=tuple(connection_signals(chain, readings.connections, relative, found)),
         layers=tuple(
-            LayerSignal(name, **layer_rows.get(name, {}), weight=relative.get(name, NAN)) for name in subject.layers
+            LayerSignal(name, **readings.modules.get(name, {}), weight=relative.get(name, NAN))
+            for name in subject.layers
         ),
         gradient=size,
         weight=norm([parameter.detach() for parameter in subject.parameters.values()]),

@@ -6,16 +6,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
-from skipway.diagnosis.subject import Gradients, Subject, main_output
+from skipway.diagnosis.subject import Gradients, Subject
+from skipway.probes import Observer
 from skipway.probes.measures import distinctness
-from skipway.probes.probe import Edges, Probe
+from skipway.probes.objective import main_output
+from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.example import call_model
 
 __all__ = ["Curvature", "Jacobians", "LookAhead", "Noise", "curvature", "jacobians", "look_ahead", "noise"]
@@ -56,6 +58,29 @@ def noise(subject: Subject) -> tuple[Noise, Gradients, float]:
     return Noise(agreement, scale), first, float(loss.detach())
 
 
+class Edges(NamedTuple):
+    """Where the stream of a connection enters and leaves it, as places in the graph of gradients."""
+
+    before: GradientEdge
+    after: GradientEdge
+    shape: torch.Size
+
+
+class EdgeObserver(Observer):
+    """Keeps the edges of every connection of a pass, for Jacobians."""
+
+    def start(self) -> None:
+        self.edges: dict[str, Edges] = {}
+        self.before: GradientEdge | None = None
+
+    def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> None:
+        self.before = get_gradient_edge(skip) if skip.requires_grad else None
+
+    def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
+        if self.before is not None and stream.requires_grad:
+            self.edges[connection.name] = Edges(self.before, get_gradient_edge(stream), stream.shape)
+
+
 @dataclass(frozen=True)
 class Jacobians:
     """Singular values of the Jacobians of connections and of the whole network, from random projections.
@@ -86,23 +111,24 @@ def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) 
     mean_square: dict[str, float] = {}
     largest: dict[str, float] = {}
     with subject.running():
-        with Probe(subject.model, subject.chain, forward=False, backward=False, edges=True) as probe:
+        with EdgeObserver(subject.model, subject.chain) as observer:
             output = main_output(call_model(subject.model, clean))
         cotangent = torch.randn_like(output)
         first = gradient_of(output, real, cotangent, retain_graph=True)
         subject.passes += share
-        pending = squared(probe.readings.edges, output)
+        pending = squared(observer.edges, output)
         subject.passes += share * 2 / 3
         mean_square = dict(zip(pending, torch.stack(list(pending.values())).tolist() if pending else [], strict=True))
         if iterations:
             whole_edges = {}
             if first is not None and real is not None:
                 whole_edges[WHOLE] = Edges(get_gradient_edge(real), get_gradient_edge(output), output.shape)
-            largest = largest_values({**probe.readings.edges, **whole_edges}, output, iterations)
+            largest = largest_values({**observer.edges, **whole_edges}, output, iterations)
             del whole_edges
             subject.passes += 2 * iterations * share
         del output
-        probe.release()
+        while observer.edges:  # from the end on: a deep graph that is dropped as a whole may overflow the stack
+            observer.edges.popitem()
     shattering = whole = None
     if first is not None:
         whole = float(first.float().square().sum() / cotangent.float().square().sum())
@@ -332,5 +358,5 @@ def evaluate(subject: Subject, part: Any) -> tuple[float, float]:
     with subject.running(), torch.no_grad():
         output = call_model(subject.model, part[0])
         values = main_output(output)
-        spread = float(distinctness(values)) if values.ndim > 1 else 1.0
+        spread = float(distinctness(values))
         return float(subject.value(output, part[1]).detach()), spread

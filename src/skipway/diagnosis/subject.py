@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from skipway.errors import SkipwayError
-from skipway.probes.probe import Probe, Readings, seeded
+from skipway.probes import Probe, Signals
+from skipway.probes.measures import DIAGNOSIS_MEASURES, MODULE_MEASURES
+from skipway.probes.objective import Loss, compute_loss, main_output
 from skipway.tracing import Example, Program, preserved_state, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
 from skipway.tracing.example import call_model
 
-__all__ = ["Gradients", "Loss", "Subject", "main_output"]
+__all__ = ["Gradients", "Subject"]
 
-Loss = Callable[[Any, Any], Tensor]
 Gradients = list[Tensor]
 
 
@@ -142,15 +142,7 @@ class Subject:
 
     def value(self, output: Any, targets: Any) -> Tensor:
         """The loss."""
-        if self.loss is not None:
-            value = self.loss(output, targets)
-        elif isinstance(getattr(output, "loss", None), Tensor):
-            value = output.loss
-        else:
-            value = default_loss(main_output(output), targets)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise SkipwayError("loss(output, targets) has to give one number; average over the samples")
-        return value
+        return compute_loss(output, targets, self.loss)
 
     def share(self, part: tuple[Example, Any]) -> float:
         """How much of the batch a part is."""
@@ -169,25 +161,24 @@ class Subject:
         ]
         return loss.detach(), gradients
 
-    def probed(self) -> tuple[Tensor, Tensor, Gradients, Readings]:
+    def probed(self) -> tuple[Tensor, Tensor, Gradients, Signals]:
         """Loss, output, gradients and all readings of one pass."""
         inputs, targets = self.probed_part
         self.passes += self.share(self.probed_part)
-        with self.running():
-            with Probe(self.model, self.chain, self.layers) as probe:
-                output = call_model(self.model, inputs)
+        parameters = list(self.parameters.values())
+        measures = (*DIAGNOSIS_MEASURES, *MODULE_MEASURES)
+        with self.running(), Probe(self.model, self.chain, measures, self.layers) as probe:
+            output = call_model(self.model, inputs)
             loss = self.value(output, targets)
-            parameters = list(self.parameters.values())
             if not loss.requires_grad:
                 raise SkipwayError("the loss depends on no trainable parameter; unfreeze some to diagnose training")
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            loss, output = loss.detach(), main_output(output).detach()
         gradients = [
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(parameters, found, strict=True)
         ]
-        loss, output = loss.detach(), main_output(output).detach()
-        probe.release()
-        return loss, output, gradients, probe.readings
+        return loss, output, gradients, probe.readings()
 
 
 def count(inputs: Example) -> int:
@@ -195,34 +186,10 @@ def count(inputs: Example) -> int:
     return next((leaf.shape[0] for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
-def main_output(output: Any) -> Tensor:
-    """The tensor that a model is about: itself, `.logits`, `.last_hidden_state`, or the first tensor it holds."""
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "last_hidden_state", "out"):
-        inner = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(inner, Tensor):
-            return inner
-    tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not tensors and isinstance(output, Sequence):
-        tensors = [leaf for leaf in output if isinstance(leaf, Tensor)]
-    if not tensors:
-        raise SkipwayError(
-            f"the model put out a {type(output).__name__} without tensors; pass loss=(output, targets) → …"
-        )
-    return tensors[0]
-
-
-def default_loss(output: Tensor, targets: Any) -> Tensor:
-    """Cross-entropy over the classes on axis 1; without targets against labels drawn at random, and for an output
-    that is no row of classes the mean square to standard normal noise.
-    """
-    if targets is None and output.ndim == 2 and output.shape[1] > 1:
-        targets = torch.randint(output.shape[1], (output.shape[0],), device=output.device)
-    if targets is None:
-        return F.mse_loss(output.float(), torch.randn_like(output, dtype=torch.float32))
-    if not isinstance(targets, Tensor):
-        raise SkipwayError("targets has to be a tensor where no loss is given; pass loss=(output, targets) → a number")
-    if targets.is_floating_point() and targets.shape == output.shape and output.ndim != 2:
-        return F.mse_loss(output.float(), targets.float())
-    return F.cross_entropy(output.float(), targets)
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """The same random numbers in every pass, and the caller's random state put back."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,3 +1,5 @@
-"""Measurements taken while a network trains, beside the run and without a trace in it."""
+"""Measurements of a network while it trains, which leave the training as it is."""
 
-__all__: list[str] = []
+from skipway.monitor.health import Health, sample_health
+
+__all__ = ["Health", "sample_health"]

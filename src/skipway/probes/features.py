@@ -1,21 +1,20 @@
-"""Feature taps: the stream around every connection, every branch's output, and a map per stage for dense tasks."""
+"""`features(model, example, taps)`: the tensors at connections and modules of any network, and a map per stage."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from skipway.errors import SkipwayError, suggest
-from skipway.nn import StageMap
-from skipway.tracing.chain import Connection, chain
+from skipway.nn import Residual, StageMap
+from skipway.probes.observer import Observer
+from skipway.tracing import Example, as_example, call_model, unwrap
+from skipway.tracing.chain import WatchedConnection, chain
 
 __all__ = ["features", "stage_features", "stage_maps"]
 
@@ -24,61 +23,68 @@ POINTS = ("before", "branch", "after")
 
 @dataclass(frozen=True)
 class Tap:
-    """A place of a network: what goes into a module, or what comes out of it."""
+    """The input or output of the module `owner`, or an operand or the sum of the watched connection `owner`."""
 
-    module: nn.Module
-    entry: bool = False
-
-
-@dataclass
-class Basket:
-    """What the taps yield in one forward pass.
-
-    Args:
-        copies: keep copies, since a module of the network overwrites what it is given.
-    """
-
-    copies: bool
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def listen(self, name: str, tap: Tap) -> RemovableHandle:
-        """A hook that keeps the tensor at `tap` under `name`."""
-        if tap.entry:
-            return tap.module.register_forward_pre_hook(partial(self.keep_input, name), with_kwargs=True)
-        return tap.module.register_forward_hook(partial(self.keep_output, name))
-
-    def keep_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.keep(name, (*args, *kwargs.values())[0])
-
-    def keep_output(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.keep(name, output)
-
-    def keep(self, name: str, value: Any) -> None:
-        if not isinstance(value, Tensor):
-            raise SkipwayError(
-                f"tap {name!r} yields a {type(value).__name__}: the rule is a module that yields a tensor"
-            )
-        self.tensors[name] = value.clone() if self.copies else value
+    owner: str
+    point: Literal["input", "output", "before", "branch", "after"]
 
 
-def features(model: nn.Module, x: Tensor, taps: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Run `model` on `x` once and return what passes at the taps. Gradients flow through all of it.
+class TapObserver(Observer):
+    """Keeps the tensors at `taps`; copies, where a module of the network overwrites what it is given."""
+
+    def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection], taps: dict[str, Tap]) -> None:
+        modules = dict.fromkeys(tap.owner for tap in taps.values() if tap.point in ("input", "output"))
+        super().__init__(model, connections, modules)
+        self.copies = any(getattr(module, "inplace", False) is True for module in self.model.modules())
+        self.tensors: dict[str, Tensor] = {}
+        self.names: dict[Tap, list[str]] = {}
+        for name, tap in taps.items():
+            self.names.setdefault(tap, []).append(name)
+
+    def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> None:
+        self.keep(Tap(connection.name, "before"), skip)
+        self.keep(Tap(connection.name, "branch"), branch)
+
+    def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
+        self.in_place = False
+        self.keep(Tap(connection.name, "after"), stream)
+
+    def module_input(self, name: str, value: Any) -> None:
+        self.keep(Tap(name, "input"), value)
+
+    def module_output(self, name: str, value: Any) -> None:
+        self.keep(Tap(name, "output"), value)
+
+    def keep(self, tap: Tap, value: Any) -> None:
+        for name in self.names.get(tap, ()):
+            if not isinstance(value, Tensor):
+                raise SkipwayError(
+                    f"tap {name!r} yields a {type(value).__name__}: the rule is a module that yields a tensor"
+                )
+            self.tensors[name] = value.clone() if self.copies or self.in_place else value
+
+
+def features(model: nn.Module, example: Example, taps: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Run any network once and return the tensors at the taps, with gradients. The model is left alone.
 
     | tap | yields |
     |---|---|
-    | `"stages.0.1:before"` | the stream x in front of that connection |
+    | `"stages.0.1:before"` | the stream x before that connection |
     | `"stages.0.1:branch"` | its branch's output F(h), before it is scaled or dropped |
-    | `"stages.0.1:after"` | the stream y behind it |
-    | `"3:branch"` | the same, by the connection's place in the chain from 0 (from the end: `"-1:after"`) |
+    | `"stages.0.1:after"` | the stream y after it |
+    | `"3:branch"` | the same, by the connection's index in the chain from 0 (from the end: `"-1:after"`) |
     | `"stages.0"` | the output of any submodule, by its path |
 
-    The mode is left as it is (call `model.eval()` first for inference), and no hook stays behind. The tensors are
-    those of the pass, not copies, unless a module of the network works in place. Of a module that runs several times
-    the last run is kept.
+    In a network without connections of ours they are those of `chain(model, example)`, by its names, so the second
+    one of a timm block is tapped as `"blocks.0:2:after"`. Their points are then taken at the addition: x and F(x) as
+    they are added, and the sum.
+
+    The mode is left as it is (call `model.eval()` first for inference), and no hook remains. The tensors are those of
+    the pass, not copies, unless the network works in place. Of a module that runs several times the last run is kept.
 
     Args:
-        model: a network, ours or one that holds our connections (submodule taps: any module).
-        x: its input.
+        model: any network.
+        example: what it is called with, images for instance.
         taps: names as above; by default the stream after every connection.
 
     Returns:
@@ -92,28 +98,39 @@ def features(model: nn.Module, x: Tensor, taps: Iterable[str] | None = None) -> 
     >>> streams = features(model, torch.zeros(1, 3, 32, 32), ["stages.0.1:before", "-1:branch", "stages.1"])
     >>> [tuple(stream.shape[1:]) for stream in streams.values()]
     [(16, 32, 32), (64, 8, 8), (32, 16, 16)]
+    >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    >>> list(features(layer, torch.zeros(1, 5, 8)))
+    [':1:after', ':2:after']
     """
-    found = {f"{c.name}:after": Tap(c.residual) for c in chain(model)} if taps is None else find(model, taps)
-    basket = Basket(copies=any(getattr(module, "inplace", False) is True for module in model.modules()))
-    with ExitStack() as hooks:
-        for name, tap in found.items():
-            hooks.enter_context(basket.listen(name, tap))
-        model(x)
-    silent = [name for name in found if name not in basket.tensors]
+    model, example = unwrap(model), as_example(example)
+    names = None if taps is None else [taps] if isinstance(taps, str) else list(taps)
+    ours = any(isinstance(module, Residual) for module in model.modules())
+    watched: tuple[WatchedConnection, ...] = ()
+    owners: list[str] = []
+    if names is None or any(":" in name for name in names):
+        watched = () if ours else tuple(chain(model, example))
+        owners = [each.name for each in (chain(model) if ours else watched)]
+    names = [f"{owner}:after" for owner in owners] if names is None else names
+    modules = dict(model.named_modules())
+    found = {name: connection_tap(name, owners, ours) if ":" in name else module_tap(name, modules) for name in names}
+    observer = TapObserver(model, watched, found)
+    with observer:
+        call_model(model, example)
+    silent = [name for name in found if name not in observer.tensors]
     if silent:
         raise SkipwayError(
             f"the pass did not meet {', '.join(map(repr, silent))}: the model does not call that module, or it is "
             "compiled and skips hooks (give the model that was compiled)"
         )
-    return {name: basket.tensors[name] for name in found}
+    return {name: observer.tensors[name] for name in found}
 
 
 def stage_features(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """One map per stage, channels first in every family: what detection and segmentation heads start from.
+    """Run a network once and return one map per stage, channels first, for detection and segmentation heads.
 
-    The maps are the raw stream behind the last connection of each stage, without the head's norm; `stage_maps(model)`
-    tells the channels and the reduction of each before anything is run. A family without stages (ViT, CaiT) yields
-    the stream behind each quarter of its blocks, as DPT and DINOv2's dense heads take it.
+    The model is left alone. The maps are the raw stream after the last connection of each stage, without the head's
+    norm; `stage_maps(model)` tells the channels and the reduction of each without running the model. A family without
+    stages (ViT, CaiT) yields the stream after each quarter of its blocks, as the dense heads of DPT and DINOv2 take it.
 
     Args:
         model: a network of ours, or any that declares its `stage_maps()`.
@@ -136,7 +153,7 @@ def stage_features(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def stage_maps(model: nn.Module) -> tuple[StageMap, ...]:
-    """Where the stages of `model` end, with the channels and the reduction of each map.
+    """Return the modules at which the stages of a network end, with the channels and the reduction of each map.
 
     Raises:
         SkipwayError: the model does not declare them.
@@ -154,38 +171,34 @@ def stage_maps(model: nn.Module) -> tuple[StageMap, ...]:
     return tuple(declared())
 
 
-def find(model: nn.Module, taps: Iterable[str]) -> dict[str, Tap]:
-    """The places that the names mean."""
-    names = [taps] if isinstance(taps, str) else list(taps)
-    connections = {c.name: c for c in chain(model)} if any(":" in name for name in names) else {}
-    modules = dict(model.named_modules())
-    return {name: around(name, connections) if ":" in name else behind(name, modules) for name in names}
-
-
-def around(tap: str, connections: dict[str, Connection]) -> Tap:
-    """A place of a connection, told by its name or, where no connection has that name, by its number."""
-    owner, _, point = tap.rpartition(":")
+def connection_tap(name: str, owners: list[str], ours: bool) -> Tap:
+    """The tap at a connection, which is given by its name or, where no connection has that name, by its index."""
+    owner, _, point = name.rpartition(":")
     if point not in POINTS:
-        raise SkipwayError(f"tap {tap!r}: {suggest('point', point, POINTS)}")
-    names = list(connections)
-    if owner not in connections and re.fullmatch(r"-?\d+", owner) and -len(names) <= int(owner) < len(names):
-        owner = names[int(owner)]
-    if owner not in connections:
-        others = f"connections {names[0]!r} to {names[-1]!r}, or their numbers 0 to {len(names) - 1}"
-        raise unknown(tap, [f"{name}:{point}" for name in names], others)
-    residual = connections[owner].residual
-    return Tap(residual.branch) if point == "branch" else Tap(residual, entry=point == "before")
+        raise SkipwayError(f"tap {name!r}: {suggest('point', point, POINTS)}")
+    if owner not in owners and re.fullmatch(r"-?\d+", owner) and -len(owners) <= int(owner) < len(owners):
+        owner = owners[int(owner)]
+    if owner not in owners:
+        others = "no residual connections"
+        if owners:
+            others = f"connections {owners[0]!r} to {owners[-1]!r}, or their numbers 0 to {len(owners) - 1}"
+        raise unknown(name, [f"{each}:{point}" for each in owners], others)
+    if not ours:
+        return Tap(owner, point)  # type: ignore[arg-type]
+    if point == "branch":
+        return Tap(f"{owner}.branch" if owner else "branch", "output")
+    return Tap(owner, "input" if point == "before" else "output")
 
 
-def behind(tap: str, modules: dict[str, nn.Module]) -> Tap:
-    """The output of a submodule, told by its path."""
-    if tap not in modules:
-        top = ", ".join(name for name in modules if name and "." not in name)
-        raise unknown(tap, modules, f"submodules of {top}; at a connection, {', '.join(map(':{}'.format, POINTS))}")
-    return Tap(modules[tap])
+def module_tap(name: str, modules: dict[str, nn.Module]) -> Tap:
+    """The tap at the output of a submodule, which is given by its path."""
+    if name not in modules:
+        top = ", ".join(path for path in modules if path and "." not in path)
+        raise unknown(name, modules, f"submodules of {top}; at a connection, {', '.join(map(':{}'.format, POINTS))}")
+    return Tap(name, "output")
 
 
 def unknown(tap: str, known: Iterable[str], others: str) -> SkipwayError:
-    """The error for a tap that there is not."""
+    """The error for a tap that does not exist."""
     close = difflib.get_close_matches(tap, list(known), n=3, cutoff=0.6)
     return SkipwayError(suggest("tap", tap, close) if close else f"unknown tap {tap!r}; there are {others}")

@@ -1,48 +1,122 @@
-"""What is measured of a signal: sizes, similarities, dead units, what low precision would do to it."""
+"""Measures of a signal: functions of tensors, and the `Measure` objects that say where a probe takes them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["cosine", "dead_share", "distinctness", "overflow", "rms", "swallowed_share", "token_distinctness"]
+from skipway.errors import SkipwayError, suggest
+
+__all__ = [
+    "DIAGNOSIS_MEASURES",
+    "MEASURES",
+    "MODULE_MEASURES",
+    "SIGNALS",
+    "Measure",
+    "as_measures",
+    "cosine",
+    "dead_share",
+    "distinctness",
+    "is_finite",
+    "largest_magnitude",
+    "overflow",
+    "rms",
+    "std",
+    "swallowed_share",
+    "token_distinctness",
+    "variance",
+]
+
+POINTS = {
+    "operands": {"skip", "branch"},
+    "stream": {"stream"},
+    "rectified": {"rectified"},
+    "gradient": {"gradient_after"},
+    "gradients": {"gradient_before", "gradient_after"},
+    "output": {"output"},
+    "output_gradient": {"output_gradient"},
+}
+"""The moments of a pass at which measures are taken, and the points whose tensors exist then."""
+
+SMALL, LARGE = 1e-12, 1e15  # between them squares neither vanish nor overflow in float32
 
 
 def rms(x: Tensor) -> Tensor:
-    """√(mean x²) over all elements, in float32 at least.
+    """Root mean square √(mean x²) over all elements, ≥ 0, computed in float32 at least.
 
     >>> rms(torch.tensor([3.0, 4.0, 0.0, 0.0])).item()
     2.5
     """
-    largest = wide(x).abs().amax().clamp_min(1e-30)
-    return (wide(x) / largest).square().mean().sqrt() * largest
+    return rescaled(lambda x: x.square().mean().sqrt(), x)
+
+
+def std(x: Tensor) -> Tensor:
+    """Standard deviation √(mean (x − mean x)²) over all elements, ≥ 0.
+
+    >>> std(torch.tensor([1.0, 3.0])).item()
+    1.0
+    """
+    return rescaled(lambda x: (x - x.mean()).square().mean().sqrt(), x)
+
+
+def variance(x: Tensor) -> Tensor:
+    """Variance mean (x − mean x)² over all elements, ≥ 0, in float64 where the device has it.
+
+    >>> variance(torch.tensor([1e30, 3e30])).item()  # doctest: +ELLIPSIS
+    9.99...e+59
+    """
+    return (std(x).float() if x.device.type == "mps" else std(x).double()).square()
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """max |x| over all elements, ≥ 0.
+
+    >>> largest_magnitude(torch.tensor([1.0, -3.0])).item()
+    3.0
+    """
+    return wide(x).abs().amax()
+
+
+def is_finite(x: Tensor) -> Tensor:
+    """1 where every element is a finite number, else 0.
+
+    >>> is_finite(torch.tensor([1.0, torch.inf])).item()
+    0.0
+    """
+    return torch.isfinite(x).all().float()
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """⟨x, y⟩ / (|x| |y|) over all elements; 0 where one of them is 0.
+    """⟨x, y⟩ / (|x| |y|) over all elements, in [−1, 1]; 0 where one of them is 0, nan where the shapes differ.
 
     >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])).item()  # doctest: +ELLIPSIS
     0.7071...
     """
-    x, y = wide(x).flatten(), wide(y).flatten()
+    if x.shape != y.shape:
+        return torch.tensor(math.nan, device=x.device)
+    x, y = (wide(each) / largest_magnitude(each).clamp_min(1e-30) for each in (x, y))
     size = x.norm() * y.norm()
-    return torch.where(size > 0, torch.dot(x, y) / size.clamp_min(1e-38), 0.0)
+    return torch.where(size > 0, (x * y).sum() / size.clamp_min(1e-38), 0.0)
 
 
 def distinctness(x: Tensor) -> Tensor:
-    """1 − the mean cosine between the vectors of different samples, x of shape (N, …).
+    """1 − the mean cosine between the vectors of different samples, x of shape (N, …), in [0, N/(N−1)].
 
-    0 says that all samples have become the same direction; about 1 that they have nothing in common. Computed from
-    the spread around the mean direction, which keeps its precision where the cosine is 1 − 10⁻¹⁰.
+    0: all samples have the same direction; about 1: they have nothing in common. Computed from the spread around the
+    mean direction, which keeps its precision where the cosine is 1 − 10⁻¹⁰. 1 for a single sample.
 
     >>> distinctness(torch.eye(4)).item(), distinctness(torch.ones(4, 3)).item()
     (1.0, 0.0)
     """
-    return distinct_rows(wide(x).flatten(1)[None])
+    return distinct_rows(wide(x).flatten(1)[None]) if x.ndim > 1 else torch.ones((), device=x.device)
 
 
 def token_distinctness(x: Tensor) -> Tensor:
-    """1 − the mean cosine between different positions of the same sample, x of shape (N, T, C) or (N, C, H, W).
+    """1 − the mean cosine between different positions of one sample, x of shape (N, T, C) or (N, C, H, W).
 
     Goes to 0 in rank collapse (Dong et al. 2021, https://arxiv.org/abs/2103.03404). 1 where there are no positions.
 
@@ -67,7 +141,7 @@ def distinct_rows(rows: Tensor) -> Tensor:
 
 
 def dead_share(x: Tensor) -> Tensor:
-    """Share of channels that are exactly 0 for every sample at every position, x of shape (N, C, H, W) or (N, …, C).
+    """Share of channels, in [0, 1], that are 0 for every sample at every position; x is (N, C, H, W) or (N, …, C).
 
     >>> dead_share(torch.tensor([[1.0, 0.0], [2.0, 0.0]])).item()
     0.5
@@ -77,21 +151,134 @@ def dead_share(x: Tensor) -> Tensor:
     return 1 - live.float().mean()
 
 
-def overflow(x: Tensor, largest: float = 65504.0) -> Tensor:
-    """The largest magnitude in units of what a type can hold, by default float16's 65504; above 1 it overflows."""
-    return wide(x).abs().amax() / largest
+def overflow(*tensors: Tensor, largest: float = 65504.0) -> Tensor:
+    """max |x| over what a type can hold, by default float16's 65504; above 1 the type overflows.
+
+    >>> overflow(torch.tensor([131008.0])).item()
+    2.0
+    """
+    return torch.stack([largest_magnitude(x) for x in tensors]).amax() / largest
 
 
 def swallowed_share(stream: Tensor, branch: Tensor) -> Tensor:
-    """Share of elements at which bfloat16 loses the branch: x + F(x) = x after rounding, though F(x) ≠ 0.
+    """Share of elements, in [0, 1], at which bfloat16 loses the branch: x + F(x) rounds to x, though F(x) ≠ 0.
 
     >>> swallowed_share(torch.ones(4), torch.tensor([1e-3, 1e-3, 0.5, 0.0])).item()
     0.5
     """
+    if stream.shape != branch.shape:
+        return torch.tensor(math.nan, device=stream.device)
     low = stream.to(torch.bfloat16)
     return ((low + branch.to(torch.bfloat16) == low) & (branch != 0)).float().mean()
 
 
+def branch_gradient(before: Tensor, after: Tensor) -> Tensor:
+    """rms(∂L/∂x − ∂L/∂y), the part of the gradient that comes back through F where y = x + F(x)."""
+    return rms(before - after) if before.shape == after.shape else torch.tensor(math.nan, device=before.device)
+
+
 def wide(x: Tensor) -> Tensor:
+    """`x` detached, in float32 or, where it is that already, float64."""
     x = x.detach()
     return x if x.dtype == torch.float64 else x.float()
+
+
+def rescaled(size: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """size(x) for a function with size(c·x) = c·size(x), without overflow or underflow of its squares."""
+    x = wide(x)
+    if x.device.type == "cpu" and SMALL < float(value := size(x)) < LARGE:
+        return value
+    largest = x.abs().amax().clamp_min(1e-30)
+    return size(x / largest) * largest
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity of a signal.
+
+    Args:
+        name: its column in the readings.
+        function: of the tensors at `points`, with a 0-dimensional tensor as its result.
+        points: where the tensors are taken. At a connection y = x + F(x): "skip" (x), "branch" (F(x)); "stream" (y);
+            "rectified" (the output of each ReLU in the branch, of which the largest value counts); "gradient_before"
+            (∂L/∂x, where the branch reads the tensor that is added) and "gradient_after" (∂L/∂y). At a module:
+            "output"; "output_gradient".
+
+    Raises:
+        SkipwayError: the points do not exist at the same time.
+
+    >>> Measure("skew", lambda x: (x.mean() - x.median()) / x.std(), ("branch",)).moment
+    'operands'
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    points: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not any(points.issuperset(self.points) for points in POINTS.values()):
+            groups = "; ".join(", ".join(sorted(points)) for points in POINTS.values())
+            raise SkipwayError(
+                f"measure {self.name!r}: points={self.points}: the rule is points that exist at one moment: {groups}"
+            )
+
+    @property
+    def moment(self) -> str:
+        """The moment of a pass at which all points exist, a key of `POINTS`."""
+        return next(moment for moment, points in POINTS.items() if points.issuperset(self.points))
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        return self.function(*tensors)
+
+
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        Measure("skip", rms, ("skip",)),
+        Measure("branch", rms, ("branch",)),
+        Measure("stream", rms, ("stream",)),
+        Measure("variance_before", variance, ("skip",)),
+        Measure("variance_branch", variance, ("branch",)),
+        Measure("variance_after", variance, ("stream",)),
+        Measure("largest", largest_magnitude, ("stream",)),
+        Measure("finite", is_finite, ("stream",)),
+        Measure("overflow", overflow, ("skip", "branch")),
+        Measure("cosine", cosine, ("skip", "branch")),
+        Measure("swallowed", swallowed_share, ("skip", "branch")),
+        Measure("dead", dead_share, ("rectified",)),
+        Measure("distinct", distinctness, ("stream",)),
+        Measure("tokens_distinct", token_distinctness, ("stream",)),
+        Measure("gradient_after", rms, ("gradient_after",)),
+        Measure("gradient_before", rms, ("gradient_before",)),
+        Measure("gradient_branch", branch_gradient, ("gradient_before", "gradient_after")),
+    )
+}
+"""The measures at connections that can be asked for by name."""
+
+SIGNALS = ("skip", "branch", "stream", "cosine", "gradient_after", "gradient_before", "gradient_branch")
+"""What `probe` measures unless told otherwise: sizes forward and backward."""
+
+DIAGNOSIS_MEASURES = tuple(name for name in MEASURES if name not in ("largest", "finite"))
+"""What a diagnosis reads at every connection."""
+
+MODULE_MEASURES = (
+    Measure("std", std, ("output",)),
+    Measure("distinct", distinctness, ("output",)),
+    Measure("tokens_distinct", token_distinctness, ("output",)),
+    Measure("gradient", rms, ("output_gradient",)),
+)
+"""What a diagnosis reads at the output of every linear map."""
+
+
+def as_measures(given: Iterable[str | Measure]) -> list[Measure]:
+    """Look up the measures that are given by name.
+
+    Raises:
+        SkipwayError: no measure has that name.
+    """
+    found = []
+    for each in given:
+        if isinstance(each, str) and each not in MEASURES:
+            raise SkipwayError(suggest("measure", each, MEASURES))
+        found.append(MEASURES[each] if isinstance(each, str) else each)
+    return found

@@ -1,23 +1,29 @@
-"""One batch through an untrained network: does the signal keep its size from stage to stage?"""
+"""`check_signal(model, example)`: does the signal keep its size from stage to stage of an untrained network?"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from skipway.tracing import preserved_state
+from skipway.nn import Residual
+from skipway.probes.measures import Measure, std
+from skipway.probes.signals import probe
+from skipway.tracing import Example, as_example, preserved_state
 from skipway.tracing.chain import chain
 
-__all__ = ["StageSignal", "first_non_finite", "signal_check"]
+__all__ = ["StageSignal", "blocks_without_skip", "check_signal"]
 
-# a stream that grows or shrinks by this factor within one stage, or a branch that outweighs its stream by it
+STDS = (
+    *(Measure(point, std, (point,)) for point in ("skip", "branch", "stream")),
+    Measure("stream", std, ("output",)),
+)
+
+# factor by which a stream may grow or shrink within one stage, and a branch exceed its stream
 MANY_ORDERS = 1e4
-# more stages than this are taken together
+# more stages than this are merged
 MOST_STAGES = 8
 
 
@@ -28,10 +34,9 @@ class StageSignal:
     Args:
         name: module path of the stage.
         connections: how many residual connections it holds.
-        std_in: standard deviation of the stream in front of its first connection.
-        std_out: the same behind its last.
-        ratio: standard deviation of branch over that of shortcut, the median of its connections.
-        warning: "not finite", "explodes", "vanishes", or an empty string.
+        std_in: standard deviation of the skip x at its first addition x + F(x), ≥ 0.
+        std_out: standard deviation of the sum at its last addition, ≥ 0.
+        ratio: std(F(x)) / std(x), the median of its connections, ≥ 0; inf where x is constant, nan without skips.
     """
 
     name: str
@@ -42,7 +47,8 @@ class StageSignal:
 
     @property
     def warning(self) -> str:
-        if not all(map(math.isfinite, (self.std_in, self.std_out, self.ratio))):
+        """ "not finite", "explodes", "vanishes", or an empty string."""
+        if not (math.isfinite(self.std_in) and math.isfinite(self.std_out)) or self.ratio == math.inf:
             return "not finite"
         if self.std_out > MANY_ORDERS * self.std_in or self.ratio > MANY_ORDERS:
             return "explodes"
@@ -51,30 +57,53 @@ class StageSignal:
         return ""
 
 
-def signal_check(model: nn.Module, batch: Tensor) -> list[StageSignal]:
-    """Send `batch` through the network in training mode and measure the stream at every residual connection.
+def check_signal(model: nn.Module, example: Example) -> list[StageSignal]:
+    """Send one batch through any network in training mode, measure the stream at every connection, change nothing.
 
-    Weights, running statistics, training mode and random state are left as they were.
+    A network of ours without skips is measured at the outputs of its blocks.
 
-    >>> import skipway as sw
-    >>> rows = signal_check(sw.build("resnet20"), torch.randn(4, 3, 8, 8))
+    Args:
+        model: any network.
+        example: what it is called with.
+
+    >>> import torch, skipway as sw
+    >>> rows = check_signal(sw.build("resnet20"), torch.randn(4, 3, 8, 8))
     >>> [(row.name, row.connections) for row in rows]
     [('stages.0', 3), ('stages.1', 3), ('stages.2', 3)]
     """
+    example = as_example(example)
+    connections = chain(model, example)
+    modules = () if connections else blocks_without_skip(model)
+    with preserved_state(model):
+        model.train()
+        signals = probe(model, example, measures=STDS, modules=modules, connections=connections)
+    rows = signals.connections or {
+        name: {"skip": row["stream"], "stream": row["stream"]} for name, row in signals.modules.items()
+    }
     stages: dict[str, list[dict[str, float]]] = {}
-    measured = measure(model, batch)
-    for stage, row in zip(stages_of(list(measured)), measured.values(), strict=True):
+    for stage, row in zip(stages_of(list(rows)), rows.values(), strict=True):
         stages.setdefault(stage, []).append(row)
     return [
         StageSignal(
             name=name,
-            connections=len(rows),
-            std_in=rows[0]["in"],
-            std_out=rows[-1]["out"],
-            ratio=median(row["branch"] / row["shortcut"] if row["shortcut"] else math.inf for row in rows),
+            connections=len(inside),
+            std_in=inside[0].get("skip", math.nan),
+            std_out=inside[-1].get("stream", math.nan),
+            ratio=median(branch_share(row) for row in inside),
         )
-        for name, rows in stages.items()
+        for name, inside in stages.items()
     ]
+
+
+def branch_share(row: dict[str, float]) -> float:
+    """std(F(x)) / std(x) of a connection; nan without a skip."""
+    branch, skip = row.get("branch", math.nan), row.get("skip", math.nan)
+    return branch / skip if skip else math.inf
+
+
+def blocks_without_skip(model: nn.Module) -> list[str]:
+    """The blocks of a network of ours whose skips were cut: there is nothing to watch at an addition."""
+    return [name for name, module in model.named_modules() if isinstance(module, Residual)]
 
 
 def stages_of(names: list[str]) -> list[str]:
@@ -88,44 +117,4 @@ def stages_of(names: list[str]) -> list[str]:
     paths = [name.rpartition(".")[0] or name for name in names]
     while len(set(paths)) > MOST_STAGES and any("." in path for path in paths):
         paths = [path.rpartition(".")[0] or path for path in paths]
-    return paths
-
-
-def first_non_finite(model: nn.Module, batch: Tensor) -> str | None:
-    """The name of the first connection that puts out a value that is not finite; None if all are."""
-    for name, measured in measure(model, batch).items():
-        if not math.isfinite(measured["out"]):
-            return name
-    return None
-
-
-def measure(model: nn.Module, batch: Tensor) -> dict[str, dict[str, float]]:
-    """Standard deviation at "in", "branch", "shortcut" and "out" of every connection, in order of the chain."""
-    measured: dict[str, dict[str, float]] = {}
-    handles: list[Any] = []
-    for connection in chain(model):
-        row = measured[connection.name] = {}
-        residual = connection.residual
-        # behind the scale and in front of stochastic depth, which would drop what is to be measured
-        places = {"branch": residual.scale, "shortcut": residual.shortcut}
-        handles.append(
-            residual.register_forward_pre_hook(lambda _, given, row=row: row.update(**{"in": std(given[0])}))
-        )
-        handles.append(residual.register_forward_hook(lambda _, given, out, row=row: row.update(out=std(out))))
-        for key, module in places.items():
-            handles.append(
-                module.register_forward_hook(lambda _, given, out, row=row, key=key: row.update({key: std(out)}))
-            )
-    try:
-        with preserved_state(model), torch.no_grad():
-            model.train()
-            model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return measured
-
-
-def std(values: Tensor) -> float:
-    """The standard deviation over all elements."""
-    return float(values.float().std(correction=0))
+    return paths if len(set(paths)) <= MOST_STAGES else ["network"] * len(paths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -102,10 +103,10 @@ def signal_lines(rows: list[StageSignal]) -> Iterator[Line]:
     label = "signal"
     for row in rows:
         warning = f"  {row.warning.upper()}" if row.warning else ""
+        ratio = "" if math.isnan(row.ratio) else f", branch/stream {row.ratio:.3g}"
         yield (
             label,
-            f"{row.name}: {row.connections} connections, std {row.std_in:.3g} -> {row.std_out:.3g}, "
-            f"branch/stream {row.ratio:.3g}{warning}",
+            f"{row.name}: {row.connections} connections, std {row.std_in:.3g} -> {row.std_out:.3g}{ratio}{warning}",
         )
         label = ""
 

@@ -19,7 +19,7 @@ from skipway.tracing.example import Example, as_example, call_model
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
 
-__all__ = ["ADDITIONS", "copy_to_meta", "preserved_state", "unwrap", "watch"]
+__all__ = ["copy_to_meta", "is_addition", "preserved_state", "unwrap", "watch"]
 
 # one addition under its many names (P20)
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
@@ -232,15 +232,22 @@ class Modules:
         return name if is_norm else None
 
 
+def is_addition(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether Python adds two tensors here. `num_batches_tracked.add_(1)` is none, so a norm's mode does not matter."""
+    if getattr(func, "__name__", "") not in ADDITIONS:
+        return False
+    return sum(isinstance(each, Tensor) for each in (*args, *kwargs.values())) > 1
+
+
 class Calls(TorchFunctionMode):
-    """Numbers the additions that Python calls, so that a later pass can find the same ones."""
+    """Numbers the additions of two tensors that Python calls, so that a later pass can find the same ones."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") not in ADDITIONS:
+        if not is_addition(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         self.recorder.call = self.recorder.program.calls
         self.recorder.program.calls += 1

@@ -264,7 +264,7 @@ def watch(run: Run, batch: Batch) -> None:
     if not run.health.due():
         return
     with run.autocast():
-        rows, warnings = run.health.look(run.model, batch.inputs, batch.targets, run.loss)
+        rows, warnings = run.health.sample(run.model, batch.inputs, batch.targets, run.loss)
     run.folder.append_health({"step": run.steps_done, "connections": rows})
     for sentence in warnings:
         run.screen.say("warning", f"step {run.steps_done}: {sentence}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from skipway.data import Batch
-from skipway.probes.signal_check import signal_check
+from skipway.probes.signal_check import check_signal
 from skipway.report.summary import data_lines, model_lines, signal_lines
 from skipway.tracing.chain import chain
 from skipway.training.run import Run
@@ -46,7 +46,7 @@ def introduce(run: Run, reason: str, stored: dict[str, Any] | None) -> None:
     if run.ranks.world == 1:
         sample = run.data.sample(DIAGNOSED, seed=run.recipe.seed, device=run.device)
         start = time.monotonic()
-        for line in signal_lines(signal_check(run.model, sample.inputs)):
+        for line in signal_lines(check_signal(run.model, sample.inputs)):
             run.screen.say(*line)
         if (time.monotonic() - start) * DIAGNOSIS_COST < DIAGNOSIS_SECONDS:
             run.screen.say("verdict", verdict_text(run, sample))

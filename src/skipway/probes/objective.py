@@ -1,0 +1,74 @@
+"""The loss of any model's output: the caller's, the model's own, or a default by the shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from skipway.errors import SkipwayError
+
+__all__ = ["Loss", "compute_loss", "main_output"]
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def compute_loss(output: Any, targets: Any = None, loss: Loss | None = None) -> Tensor:
+    """The loss of a model's output, a tensor with one element.
+
+    Args:
+        output: what the model returned.
+        targets: what the loss compares it with.
+        loss: (output, targets) → a number. None: the output's own `.loss` where it has one; else cross-entropy over
+            the classes on axis 1; without targets against labels drawn at random, and for an output that is no row of
+            classes the mean square to standard normal noise.
+
+    Raises:
+        SkipwayError: the loss is not one number, or the targets are no tensor and no loss is given.
+    """
+    if loss is not None:
+        value = loss(output, targets)
+    elif isinstance(getattr(output, "loss", None), Tensor):
+        value = output.loss
+    else:
+        value = default_loss(main_output(output), targets)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise SkipwayError("loss(output, targets) has to give one number; average over the samples")
+    return value
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor that a model is about: itself, `.logits`, `.last_hidden_state`, or the first tensor it holds."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state", "out"):
+        inner = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(inner, Tensor):
+            return inner
+    tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not tensors and isinstance(output, Sequence):
+        tensors = [leaf for leaf in output if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise SkipwayError(
+            f"the model put out a {type(output).__name__} without tensors; pass loss=(output, targets) → …"
+        )
+    return tensors[0]
+
+
+def default_loss(output: Tensor, targets: Any) -> Tensor:
+    """Cross-entropy over the classes on axis 1; without targets against labels drawn at random, and for an output
+    that is no row of classes the mean square to standard normal noise.
+    """
+    if targets is None and output.ndim == 2 and output.shape[1] > 1:
+        targets = torch.randint(output.shape[1], (output.shape[0],), device=output.device)
+    if targets is None:
+        return F.mse_loss(output.float(), torch.randn_like(output, dtype=torch.float32))
+    if not isinstance(targets, Tensor):
+        raise SkipwayError("targets has to be a tensor where no loss is given; pass loss=(output, targets) → a number")
+    if targets.is_floating_point() and targets.shape == output.shape and output.ndim != 2:
+        return F.mse_loss(output.float(), targets.float())
+    return F.cross_entropy(output.float(), targets)

@@ -1,0 +1,166 @@
+"""`Observer`: sees the residual connections and chosen modules of any network while the network runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from skipway.errors import SkipwayError
+from skipway.tracing import unwrap
+from skipway.tracing.chain import WatchedConnection
+from skipway.tracing.watch import is_addition
+
+__all__ = ["Observer"]
+
+RECTIFIERS = frozenset({"relu", "relu_", "relu6", "threshold", "threshold_"})
+IN_PLACE = frozenset({"add_", "__iadd__"})
+
+
+class Observer(TorchFunctionMode):
+    """Context manager around forward passes that calls its own methods with the tensors it meets; abstract.
+
+    A torch function mode sees the additions y = x + F(x) that `chain(model, example)` has numbered, so the network may
+    be anybody's; forward hooks see the listed modules. Subclasses override the methods `start`, `operands`, `stream`,
+    `rectified`, `module_input` and `module_output`. The network computes what it would compute without an observer,
+    bit for bit. On exit all hooks are removed, those on tensors included.
+
+    Additions outside the model's `__call__` (in the loss, in augmentation, when checkpointing recomputes) do not count.
+    Compiled parts of the network run eagerly inside the context, and torch's fused transformer layers are off.
+
+    Args:
+        model: the network; `torch.compile` and `DistributedDataParallel` wrappers are looked through.
+        connections: of `chain(model, example)`.
+        modules: paths of modules whose inputs and outputs are wanted.
+    """
+
+    def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection], modules: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.model = unwrap(model)
+        self.additions = {each.seen.call: each for each in connections if each.seen.call is not None}
+        self.modules = tuple(modules)
+        self.calls = self.passes = 0
+        self.running = self.in_place = False
+        self.cleanup = ExitStack()
+
+    def start(self) -> None:
+        """A forward pass begins."""
+
+    def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> None:
+        """The connection is about to add; with `self.in_place` the sum overwrites one of the two."""
+
+    def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
+        """The connection has added."""
+
+    def rectified(self, output: Tensor) -> None:
+        """A ReLU has run."""
+
+    def module_input(self, name: str, value: Any) -> None:
+        """A listed module is called; `value` is its first argument."""
+
+    def module_output(self, name: str, value: Any) -> None:
+        """A listed module returns `value`."""
+
+    def listen(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> None:
+        """Call `receive` with the gradient of `tensor` when a backward pass inside the context computes it."""
+        if tensor.requires_grad:
+            self.cleanup.callback(tensor.register_hook(receive).remove)
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            hooks = [self.model.register_forward_pre_hook(self.begin, prepend=True)]
+            for name in self.modules:
+                module = self.model.get_submodule(name)
+                hooks.append(module.register_forward_pre_hook(partial(self.enter_module, name), with_kwargs=True))
+                hooks.append(module.register_forward_hook(partial(self.leave_module, name)))
+            hooks.append(self.model.register_forward_hook(self.end))
+            for hook in hooks:
+                stack.callback(hook.remove)
+            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)  # it would run a whole layer as one operator
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self.cleanup = stack.pop_all()
+        return super().__enter__()
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
+        self.running = False
+        self.cleanup.close()
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        self.calls, self.running = 0, True
+        self.passes += 1
+        self.start()
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.running = False
+        missed = [connection for call, connection in self.additions.items() if call >= self.calls]
+        if missed:
+            raise changed(missed[0])
+
+    def enter_module(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.running:
+            with self.paused():
+                self.module_input(name, next(iter((*args, *kwargs.values())), None))
+
+    def leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self.running:
+            with self.paused():
+                self.module_output(name, output)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Additions in here are the subclass's own."""
+        self.running = False
+        try:
+            yield
+        finally:
+            self.running = True
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.running:
+            return func(*args, **kwargs)
+        if is_addition(func, args, kwargs):
+            connection = self.additions.get(self.calls)
+            self.calls += 1
+            if connection is not None:
+                return self.observe(connection, func, args, kwargs)
+        result = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in RECTIFIERS and isinstance(result, Tensor):
+            self.rectified(result)
+        return result
+
+    def observe(
+        self, connection: WatchedConnection, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Run one numbered addition."""
+        first, second = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)][:2]
+        if func.__name__ == "__radd__":
+            first, second = second, first
+        skip, branch = (first, second) if connection.seen.skip_first else (second, first)
+        self.in_place = func.__name__ in IN_PLACE
+        self.operands(connection, skip, branch)
+        result = func(*args, **kwargs)
+        shape, seen = result.shape, connection.seen.shape
+        # batch, resolution and length may be other than the example's, the number of channels may not
+        if len(shape) != len(seen) or (shape[1:2] != seen[1:2] and shape[-1:] != seen[-1:]):
+            raise changed(connection)
+        self.stream(connection, result)
+        return result
+
+
+def changed(connection: WatchedConnection) -> SkipwayError:
+    """The error for a forward pass whose additions are other than those of the chain."""
+    return SkipwayError(
+        f"the additions of this pass are not those that were watched (at connection {connection.name!r}): the model "
+        "does something else each time it runs, or in this mode, so its connections cannot be measured; make its "
+        "forward depend on shapes only, or measure it in evaluation mode: model.eval(), diagnose(..., training=False)"
+    )

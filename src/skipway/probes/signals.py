@@ -1,0 +1,278 @@
+"""`probe(model, example)`: the signal and the gradient at every residual connection of any network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from skipway.errors import SkipwayError, suggest
+from skipway.probes.measures import SIGNALS, Measure, as_measures
+from skipway.probes.objective import Loss, compute_loss
+from skipway.probes.observer import Observer
+from skipway.tracing import Example, as_batch, call_model, preserved_state
+from skipway.tracing.chain import WatchedConnection, chain
+
+__all__ = ["Probe", "Signals", "probe"]
+
+SHOWN = 12  # rows at either end of a printed table
+Readings = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The readings of a probe; `print` shows a table that fits on one screen at any depth.
+
+    Args:
+        connections: by name of the connection, in order, the value of each measure.
+        modules: the same for the modules that were measured.
+        loss: of the pass; nan where none was computed.
+    """
+
+    connections: dict[str, dict[str, float]] = field(default_factory=dict)
+    modules: dict[str, dict[str, float]] = field(default_factory=dict)
+    loss: float = math.nan
+
+    def __getitem__(self, name: str) -> dict[str, float]:
+        """The row of a connection or module.
+
+        Raises:
+            SkipwayError: neither has that name.
+        """
+        row = self.connections.get(name, self.modules.get(name))
+        if row is None:
+            raise SkipwayError(suggest("connection", name, [*self.connections, *self.modules]))
+        return row
+
+    def __len__(self) -> int:
+        return len(self.connections)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.connections)
+
+    def column(self, measure: str) -> list[float]:
+        """One measure at every connection, nan where it was not taken."""
+        return [row.get(measure, math.nan) for row in self.connections.values()]
+
+    def __str__(self) -> str:
+        rows = self.connections or self.modules
+        if not rows:
+            return "no connections"
+        columns = list(dict.fromkeys(measure for row in rows.values() for measure in row))
+        labels = {name: name if len(name) <= 40 else f"…{name[-39:]}" for name in rows}
+        width = max(len("connection"), *map(len, labels.values()))
+        lines = [f"{'connection':{width}}" + "".join(f"  {column:>9}" for column in columns)]
+        for name, row in rows.items():
+            cells = (f"  {row.get(column, math.nan):{max(9, len(column))}.3g}" for column in columns)
+            lines.append(f"{labels[name]:{width}}{''.join(cells)}")
+        hidden = len(rows) - 2 * SHOWN
+        return "\n".join(lines if hidden <= 0 else [*lines[: SHOWN + 1], f"… {hidden} more", *lines[-SHOWN:]])
+
+
+class Probe(Observer):
+    """Measures what passes the connections of a network in the passes that run inside the context.
+
+    For a training loop of one's own: put the forward and the backward pass of a step inside, then ask for `readings()`.
+    The step computes what it computes without a probe, bit for bit, and on exit no hook and no reference to the graph
+    is left. Where the model runs several times, the last forward pass counts. Under a loss scaler the gradients are
+    those of the scaled loss.
+
+    Args:
+        model: any network; `torch.compile` and `DistributedDataParallel` wrappers are looked through.
+        connections: its `chain(model, example)`, which is made once.
+        measures: names out of `skipway.probes.MEASURES`, or `Measure` objects.
+        modules: paths of modules at whose outputs the measures of "output" and "output_gradient" are taken.
+
+    Raises:
+        SkipwayError: an unknown measure; on leaving the forward pass, additions that are not those of the chain.
+
+    >>> import skipway as sw
+    >>> model, x = sw.build("resnet20"), torch.randn(4, 3, 8, 8)
+    >>> connections = sw.chain(model, x)
+    >>> with Probe(model, connections, ["branch", "gradient_after"]) as probe:
+    ...     model(x).square().mean().backward()
+    >>> list(probe.readings()["stages.0.0"])
+    ['branch', 'gradient_after']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        connections: Iterable[WatchedConnection],
+        measures: Iterable[str | Measure] = SIGNALS,
+        modules: Iterable[str] = (),
+    ) -> None:
+        connections = tuple(connections)
+        super().__init__(model, connections, modules)
+        self.names = [connection.name for connection in connections]
+        self.measures: dict[str, list[Measure]] = {}
+        for measure in as_measures(measures):
+            self.measures.setdefault(measure.moment, []).append(measure)
+        self.rows: Readings = {}
+        self.module_rows: Readings = {}
+        self.edges: list[GradientEdge] = []
+        self.kept: dict[str, Tensor] = {}
+        self.passed = 0
+
+    @property
+    def backward(self) -> bool:
+        """Whether a measure needs the backward pass."""
+        return not self.measures.keys().isdisjoint({"gradient", "gradients", "output_gradient"})
+
+    def readings(self) -> Signals:
+        """What the last forward pass and its backward pass read, fetched from the device at once.
+
+        Raises:
+            SkipwayError: the model was not called inside the context.
+        """
+        if not self.passes:
+            raise SkipwayError(
+                f"the probe has read nothing: {type(self.model).__name__} was not called inside `with Probe(…)`; call "
+                "the model itself there, not its forward() or parts of it"
+            )
+        tables = (self.rows, self.module_rows)
+        values = iter(to_floats([value for rows in tables for row in rows.values() for value in row.values()]))
+        connections, modules = (
+            {name: {key: next(values) for key in row} for name, row in rows.items()} for rows in tables
+        )
+        return Signals(connections, modules)
+
+    def release(self) -> None:
+        """Let go of the graph, from its end on, one connection after the other.
+
+        A graph with hooks that is dropped as a whole is taken apart by one call within the other, which overflows the
+        stack at more than 20,000 connections. So drop the loss first, then leave the context or call this.
+        """
+        while self.edges:
+            self.edges.pop()
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
+        self.kept.clear()
+        self.release()
+
+    def start(self) -> None:
+        self.rows, self.module_rows, self.passed = {name: {} for name in self.names}, {}, 0
+
+    def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> None:
+        row = self.rows[connection.name]
+        self.take("operands", row, skip=skip, branch=branch)
+        if self.reads_skip(connection):
+            self.follow(skip, partial(self.before_arrives, row, connection.name))
+
+    def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
+        row = self.rows[connection.name]
+        self.passed += 1
+        self.take("stream", row, stream=stream)
+        if "gradient" in self.measures or "gradients" in self.measures:
+            key = connection.name if self.reads_skip(connection) else None
+            self.follow(stream, partial(self.after_arrives, row, key))
+
+    def rectified(self, output: Tensor) -> None:
+        if "rectified" in self.measures and self.names and output.ndim > 1:
+            name = self.names[min(self.passed, len(self.names) - 1)]  # the connection that adds next
+            row, now = self.rows[name], {}
+            self.take("rectified", now, rectified=output)
+            row.update({key: torch.maximum(row[key], value) if key in row else value for key, value in now.items()})
+
+    def module_output(self, name: str, value: Any) -> None:
+        first = value[0] if isinstance(value, tuple | list) and value else value
+        if isinstance(first, Tensor) and first.is_floating_point():
+            row = self.module_rows.setdefault(name, {})
+            self.take("output", row, output=first)
+            if "output_gradient" in self.measures:
+                self.follow(first, partial(self.output_arrives, row))
+
+    def reads_skip(self, connection: WatchedConnection) -> bool:
+        """Whether ∂L/∂x is wanted and is that of the tensor which is added, since the branch reads this very tensor."""
+        return "gradients" in self.measures and connection.seen.numbers[0] == connection.seen.numbers[3]
+
+    @torch.no_grad()
+    def take(self, moment: str, row: dict[str, Tensor], **tensors: Tensor) -> None:
+        """Compute the measures of a moment."""
+        for measure in self.measures.get(moment, ()):
+            if all(point in tensors for point in measure.points):
+                row[measure.name] = measure(*(tensors[point].detach() for point in measure.points))
+
+    def follow(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> None:
+        if tensor.requires_grad:
+            self.edges.append(get_gradient_edge(tensor))
+            self.listen(tensor, receive)
+
+    def after_arrives(self, row: dict[str, Tensor], key: str | None, gradient: Tensor) -> None:
+        self.take("gradient", row, gradient_after=gradient)
+        if key is not None:
+            self.kept[key] = gradient.detach()
+
+    def before_arrives(self, row: dict[str, Tensor], key: str, gradient: Tensor) -> None:
+        after = self.kept.pop(key, None)
+        self.take("gradients", row, gradient_before=gradient, **({} if after is None else {"gradient_after": after}))
+
+    def output_arrives(self, row: dict[str, Tensor], gradient: Tensor) -> None:
+        self.take("output_gradient", row, output_gradient=gradient)
+
+
+def probe(
+    model: nn.Module,
+    example: Example,
+    targets: Any = None,
+    loss: Loss | None = None,
+    measures: Iterable[str | Measure] = SIGNALS,
+    *,
+    modules: Iterable[str] = (),
+    connections: Iterable[WatchedConnection] | None = None,
+) -> Signals:
+    """Measure the signal and the gradient at every residual connection of any network, and leave the model alone.
+
+    Costs one forward and one backward pass in the mode that the model is in; the forward pass alone, without
+    gradients, where no measure needs the backward one. Buffers, gradients and the random state are put back.
+
+    Args:
+        model: any `torch.nn.Module`.
+        example: what it is called with, see `skipway.tracing.call_model`.
+        targets: what the loss compares the output with; a loader's batch brings its own.
+        loss: (output, targets) → a number; None: see `skipway.probes.compute_loss`.
+        measures: names out of `skipway.probes.MEASURES`, or `Measure` objects.
+        modules: paths of modules to measure too, with the measures of "output" and "output_gradient".
+        connections: `chain(model, example)`, where it is known already.
+
+    Raises:
+        SkipwayError: an unknown measure; the model fails on the example, or does something else in each pass.
+
+    >>> layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+    >>> model = nn.TransformerEncoder(layer, 50, enable_nested_tensor=False)
+    >>> signals = probe(model, torch.randn(2, 5, 16), measures=["branch", "stream", "gradient_after"])
+    >>> len(signals), len(str(signals).splitlines()), signals.loss > 0
+    (100, 26, True)
+    """
+    example, targets = as_batch(example, targets)
+    watched = chain(model, example) if connections is None else connections
+    value: Tensor | None = None
+    with preserved_state(model), Probe(model, watched, measures, modules) as watcher:
+        with torch.set_grad_enabled(watcher.backward):
+            output = call_model(watcher.model, example)
+            if watcher.backward:
+                value = compute_loss(output, targets, loss)
+                if watcher.edges and value.requires_grad:
+                    torch.autograd.grad(value, watcher.edges, allow_unused=True)
+                value = value.detach()
+        del output
+    readings = watcher.readings()
+    return readings if value is None else replace(readings, loss=float(value))
+
+
+def to_floats(values: list[Tensor]) -> list[float]:
+    """Numbers as floats, fetched from each device at once."""
+    found = [math.nan] * len(values)
+    for device in {value.device for value in values}:
+        places = [place for place, value in enumerate(values) if value.device == device]
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        for place, number in zip(places, torch.stack([values[p].to(wide) for p in places]).tolist(), strict=True):
+            found[place] = number
+    return found
