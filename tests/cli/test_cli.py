@@ -23,8 +23,8 @@ from rich.console import Console
 from skipway.checkpoint.files import read_tensors
 from skipway.checkpoint.store import Checkpoints
 from skipway.cli import main
-from skipway.cli.help import SECTIONS
-from skipway.cli.interrupts import Stopping
+from skipway.cli.app import TRAIN_HEADINGS
+from skipway.cli.interrupts import StopSignal
 from skipway.cli.progress import LineScreen, LiveScreen
 from skipway.recipe import Recipe
 from skipway.training.reporter import StepReport
@@ -101,8 +101,24 @@ def test_help_of_train_fits_on_a_screen_and_names_every_field(capsys):
         option = entry.name.replace("_", "-")
         shown = everything if entry.metadata.get("more") else text
         assert f"--{option} " in shown or f"--[no-]{option} " in shown
-    for heading in SECTIONS.values():
+    for heading in TRAIN_HEADINGS.values():
         assert f"\n{heading}\n" in text
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "study", "diagnose", "rescheme"])
+def test_every_option_stands_under_the_heading_of_its_group(command, capsys):
+    assert main([command, "--help"]) == 0
+    section, found = "", {}
+    for line in capsys.readouterr().out.splitlines():
+        if line and not line.startswith(" "):
+            section = line
+        elif option := re.match(r"  (--[a-z-]+)", line):
+            found[option[1]] = section
+    assert found["--json" if command not in ("rescheme",) else "--out"] in ("Output", "Run")
+    if "--device" in found:
+        assert found["--device"] in ("Hardware", "Machine")
+    if "--batch-size" in found:
+        assert found["--batch-size"] in ("Prediction", "Evaluation")
 
 
 def test_no_command_and_an_unknown_one(capsys):
@@ -131,7 +147,7 @@ USAGE = [
     (["--width", "0"], 2, "width=0: the rule is width >= 1"),
     (["--lr", "-1"], 2, "lr=-1.0: the rule is lr > 0"),
     (["--lr", "fast"], 2, 'unable to convert "fast" into float'),
-    (["--optimizer", "sdg"], 2, "unknown optimiser 'sdg'; did you mean 'sgd'"),
+    (["--optimizer", "sdg"], 2, "unknown optimizer 'sdg'; did you mean 'sgd'"),
     (["--device", "gpu7"], 2, "device 'gpu7' cannot be used"),
     (["--resume"], 2, "--resume needs the folder of the run"),
     (["--out", "x", "--resume", "--overwrite"], 2, "give one of the two"),
@@ -240,7 +256,7 @@ def test_an_interrupted_run_can_be_continued(number, status, capsys):
 def test_a_second_interruption_ends_at_once(capsys):
     # a process that was started in the background may have come with SIGINT ignored
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with Stopping() as stopping:
+    with StopSignal() as stopping:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert not stopping.requested()
@@ -292,10 +308,15 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch):
 def test_models_and_schemes_are_listed(capsys):
     assert main(["models"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["model", "family", "parameters", "what it is"]
+    assert rows[0] == ["model", "family", "parameters", "description"]
     assert ["resnet50", "resnet", "25,557,032"] in [row[:3] for row in rows]
+    assert main(["models", "--json"]) == 0
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [tuple(each.values()) for each in objects] == [tuple(row) for row in rows[1:]]
     assert main(["schemes"]) == 0
     assert "fixup\t" in capsys.readouterr().out
+    assert main(["schemes", "--json"]) == 0
+    assert "fixup" in [json.loads(line)["scheme"] for line in capsys.readouterr().out.splitlines()]
     assert main(["schemes", "fixup"]) == 0
     assert capsys.readouterr().out.startswith("# Fixup\n")
     assert main(["schemes", "fixupp"]) == 2

@@ -1,4 +1,4 @@
-"""The command line. Commands load what they need when they run: `skipway --help` loads neither torch nor numpy."""
+"""The command line. A command imports what it needs when it runs: `skipway --help` imports neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -7,45 +7,44 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-# what a shell reports for a process that Ctrl-C ended
+# the exit status that shells report after Ctrl-C
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0 done, 1 the system failed (a full disk, say) or a diagnosis says that the network will not train, 2 wrong usage,
-    3 images that cannot be trained on, 4 weights or a run that cannot be used, 5 diverged, 130 after
-    Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
+    0 success, 1 system failure (a full disk, for instance) or a diagnosis that predicts failure, 2 wrong usage, 3
+    unusable images, 4 unusable weights or run, 5 divergence, 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
     """
     from cyclopts import CycloptsError
 
     from skipway.cli.app import app
-    from skipway.cli.help import EVERYTHING, Columns
+    from skipway.cli.help import HELP_ALL, HelpFormatter
     from skipway.errors import SkipwayError
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    Columns.everything = EVERYTHING in given
+    HelpFormatter.show_all = HELP_ALL in given
     try:
         result = app(given, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         command = f" {given[0]}" if given and not given[0].startswith("-") else ""
-        return failed(f"{error}\nSee: skipway{command} --help", 2)
+        return print_error(f"{error}\nSee: skipway{command} --help", 2)
     except SkipwayError as error:
-        return failed(str(error), error.exit_status)
+        return print_error(str(error), error.exit_status)
     except KeyboardInterrupt as error:
-        # `Stopping` says which signal it was
-        return failed("stopped", 128 + error.args[0] if error.args else INTERRUPTED)
+        # `StopSignal` passes the number of the signal
+        return print_error("stopped", 128 + error.args[0] if error.args else INTERRUPTED)
     except BrokenPipeError:
-        # whoever read the output has gone, `skipway models | head` for instance
+        # the reader of the output has exited, as in `skipway models | head`
         sys.stderr.close()
         return 0
     except OSError as error:
-        return failed(str(error), 1)
+        return print_error(str(error), 1)
     return result if isinstance(result, int) else 0
 
 
-def failed(message: str, status: int) -> int:
-    """Write a message to standard error and hand the exit status on."""
+def print_error(message: str, status: int) -> int:
+    """Print a message to standard error and return the exit status."""
     print(f"skipway: {message.strip()}", file=sys.stderr)
     return status

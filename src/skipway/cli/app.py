@@ -1,4 +1,4 @@
-"""The commands by name. Each is an import path that is followed when the command is called."""
+"""The commands by name. Each is an import path that is resolved when the command is called."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from dataclasses import fields
 from cyclopts import App, Parameter
 
 from skipway._version import __version__
-from skipway.cli.help import EVERYTHING, Columns
-from skipway.cli.run_options import options_of_a_run
+from skipway.cli.help import HELP_ALL, HelpFormatter
+from skipway.cli.run_options import fill_from_run
 
-__all__ = ["app"]
+__all__ = ["TRAIN_HEADINGS", "app"]
+
+# the option of `skipway train` that begins each section of its help
+TRAIN_HEADINGS = {
+    "--data": "Data",
+    "--model": "Model",
+    "--epochs": "Optimization",
+    "--device": "Hardware",
+    "--out": "Run",
+}
 
 
-def seldom_options() -> frozenset[str]:
-    """The options of a recipe that its help leaves to `--help-all`."""
+def advanced_options() -> frozenset[str]:
+    """The options of a recipe that only `--help-all` shows."""
     from skipway.recipe import Recipe
 
     return frozenset(f"--{field.name.replace('_', '-')}" for field in fields(Recipe) if field.metadata.get("more"))
@@ -22,74 +31,86 @@ def seldom_options() -> frozenset[str]:
 
 app = App(
     name="skipway",
-    help="Residual networks at any depth: build, train, look inside.",
+    help="Residual networks at any depth: build, diagnose, modify, train and study them.",
     version=__version__,
     help_format="plaintext",
-    help_flags=("--help", "-h", EVERYTHING),
-    help_formatter=Columns(),
-    # of an option that is given twice the last counts, so that scripts can be called with others
+    help_flags=("--help", "-h", HELP_ALL),
+    help_formatter=HelpFormatter(),
+    # the last of a repeated option counts, so that scripts can append options
     default_parameter=Parameter(allow_repeating=True),
-    # `main` turns it into the exit status of the signal; cyclopts would end every one with 130
+    # `main` turns it into the exit status of the signal; cyclopts would always exit with 130
     suppress_keyboard_interrupt=False,
 )
 app.command(
     "skipway.cli.train:train",
     name="train",
-    help="Train a network on a folder of images; without one, on handwritten digits.",
+    help="Train a network on a folder of images, by default on handwritten digits.",
     usage="skipway train [DATA] [OPTIONS]",
-    config=options_of_a_run,
-    help_formatter=Columns(seldom_options()),
-    help_epilogue=f"{EVERYTHING} shows the options that are seldom needed, too.",
+    config=fill_from_run,
+    help_formatter=HelpFormatter(TRAIN_HEADINGS, advanced_options()),
+    help_epilogue=f"{HELP_ALL} also shows the advanced options.",
     sort_key=0,
 )
 app.command(
     "skipway.cli.diagnose:diagnose",
     name="diagnose",
-    help="Say whether a network will train, what is at fault and what to do.",
+    help="Predict whether a network will train; name causes and remedies.",
     usage="skipway diagnose MODEL [OPTIONS]",
     sort_key=1,
 )
 app.command(
     "skipway.cli.rescheme:rescheme",
     name="rescheme",
-    help="Dress the residual connections of a network in a scheme, in place.",
+    help="Apply a residual scheme to the connections of a network.",
     usage="skipway rescheme MODEL --scheme SCHEME --out OUT [OPTIONS]",
     sort_key=2,
 )
 app.command(
     "skipway.cli.predict:predict",
     name="predict",
-    help="Say what images show, by a trained run.",
+    help="Classify images with a trained run.",
     usage="skipway predict RUN IMAGES… [OPTIONS]",
     sort_key=3,
 )
 app.command(
     "skipway.cli.evaluate:evaluate",
     name="evaluate",
-    help="Test a trained run on its own test images, or on others.",
+    help="Evaluate a trained run on its own test images, or on others.",
     usage="skipway evaluate RUN [DATA] [OPTIONS]",
     sort_key=4,
 )
 app.command(
     "skipway.cli.export:export",
     name="export",
-    help="Write a trained run as ONNX, as a program of torch.export, or for the Hugging Face hub.",
+    help="Export a trained run to ONNX, torch.export, or the Hugging Face hub.",
     usage="skipway export RUN [OPTIONS]",
     sort_key=5,
 )
 app.command(
     "skipway.cli.study:study",
     name="study",
-    help="Test what the literature says about residual learning, by a grid of small runs.",
+    help="Test a published claim about residual learning with a grid of small runs.",
     usage="skipway study NAME|all [OPTIONS]",
     sort_key=6,
 )
 app.command(
     "skipway.cli.report:report",
     name="report",
-    help="Write the pages of all studies in a folder, and an index over them.",
+    help="Write the pages of all studies in a folder, and an index.",
     usage="skipway report FOLDER",
     sort_key=7,
 )
-app.command("skipway.cli.catalogue:models", name="models", help="List the models with their parameter counts.")
-app.command("skipway.cli.catalogue:schemes", name="schemes", help="List the residual schemes, or show the card of one.")
+app.command(
+    "skipway.cli.catalogue:models",
+    name="models",
+    help="List the models with their parameter counts.",
+    usage="skipway models [--json]",
+    sort_key=8,
+)
+app.command(
+    "skipway.cli.catalogue:schemes",
+    name="schemes",
+    help="List the residual schemes, or show the card of one.",
+    usage="skipway schemes [NAME] [--json]",
+    sort_key=9,
+)

@@ -3,59 +3,49 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from skipway.cli.table import print_table
 
 __all__ = ["models", "schemes"]
 
-Rows = list[tuple[str, ...]]
+Flag = Annotated[bool, Parameter(negative=())]
 
 
-def models() -> int:
-    """List the published models; any depth of a family is built by --depth as well."""
-    from skipway.models import variants
-
-    rows: Rows = [(row.name, row.family, f"{row.parameters:,}", row.description) for row in variants()]
-    print_table(("model", "family", "parameters", "what it is"), rows, right=("parameters",))
-    return 0
-
-
-def schemes(name: str | None = None, /) -> int:
-    """List the residual schemes, or show the card of one: its equation, where it comes from, when to take it.
+def models(*, json: Flag = False) -> int:
+    """List the published models. --depth builds any other depth of a family.
 
     Args:
-        name: Scheme whose card is shown.
+        json: One JSON object per line.
     """
-    from skipway.schemes import all_schemes as all_schemes
-    from skipway.schemes import card
+    from skipway.models import variants
 
-    if name is not None:
-        show_card(card(name))
-        return 0
-    rows: Rows = [(key, entry.equation, entry.when) for key, entry in all_schemes().items()]
-    print_table(("scheme", "equation", "when to take it"), rows)
+    rows = [(row.name, row.family, f"{row.parameters:,}", row.description) for row in variants()]
+    print_table(("model", "family", "parameters", "description"), rows, right=("parameters",), as_json=json)
     return 0
 
 
-def print_table(columns: tuple[str, ...], rows: Rows, right: tuple[str, ...] = ()) -> None:
-    """A table on a terminal; in a file one line per row, separated by tabs."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def schemes(name: str | None = None, /, *, json: Flag = False) -> int:
+    """List the residual schemes, or show the card of one: equation, source, recommended use.
 
-    if not sys.stdout.isatty():
-        for row in (columns, *rows):
-            sys.stdout.write("\t".join(row) + "\n")
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=number < 2)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    Args:
+        name: Show the card of this scheme.
+        json: One JSON object per line.
+    """
+    from skipway.schemes import all_schemes, card
+
+    if name is not None:
+        print_card(card(name))
+        return 0
+    rows = [(key, entry.equation, entry.when) for key, entry in all_schemes().items()]
+    print_table(("scheme", "equation", "recommended use"), rows, as_json=json)
+    return 0
 
 
-def show_card(card: str) -> None:
-    """A card in Markdown: laid out on a terminal, as it is in a file."""
+def print_card(card: str) -> None:
+    """Print Markdown: rendered on a terminal, as source elsewhere."""
     if not sys.stdout.isatty():
         sys.stdout.write(card.rstrip() + "\n")
         return

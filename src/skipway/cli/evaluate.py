@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, printable
 
 if TYPE_CHECKING:
     from skipway.inference.run_evaluation import Judgement
 
 __all__ = ["evaluate"]
 
-OUTPUT, MACHINE = (Group(name, sort_key=number) for number, name in enumerate(("Output", "Machine")))
-# labels in front of the lines, as in `skipway train`
+EVALUATION, HARDWARE, OUTPUT = (
+    Group(name, sort_key=number) for number, name in enumerate(("Evaluation", "Hardware", "Output"))
+)
+# width of the labels, as in `skipway train`
 LABEL = 10
 SHOWN = 5
 
@@ -28,25 +30,25 @@ def evaluate(
     data: Path | None = None,
     /,
     *,
-    flip: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
+    flip: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
+    batch_size: Annotated[int | None, Parameter(group=EVALUATION)] = None,
+    device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
     json: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
-    batch_size: Annotated[int | None, Parameter(group=MACHINE)] = None,
-    device: Annotated[str, Parameter(group=MACHINE)] = "auto",
 ) -> int:
-    """Test a trained run: accuracy with its interval, and recall, precision and F1 of each class.
+    """Evaluate a trained run: accuracy with its interval, and recall, precision and F1 per class.
 
-    Without DATA it is tested on the images that it held back. Nothing that its folder holds is run.
+    Without DATA, on the test images of the run itself. No code from the run folder is executed.
 
     Args:
         run: Run folder, or a file of weights in it.
-        data: Other images in class folders with names that the run knows. [the run's own test part]
-        flip: See the mirror images too.
-        json: One JSON object, with the confusion matrix.
-        batch_size: Images at a time. [the run's]
+        data: Other images, in folders named after classes of the run. [test images of the run]
+        flip: Average the logits with those of the mirrored image.
+        json: Print JSON, with the confusion matrix.
+        batch_size: Images per forward pass. [as in training]
         device: auto, cpu, cuda, cuda:1.
     """
     if batch_size is not None and batch_size < 1:
-        raise SkipwayError(f"--batch-size {batch_size}: the rule is at least 1")
+        raise SkipwayError(f"--batch-size {batch_size}: the rule is --batch-size >= 1")
     from skipway.inference.run_evaluation import judge_images, judge_run
 
     if data is None:
@@ -56,14 +58,14 @@ def evaluate(
 
         judgement = judge_images(run, data, device=device, flip=flip, batch_size=batch_size or 64, workers=cpu_count())
     if json:
-        sys.stdout.write(as_json(judgement) + "\n")
+        sys.stdout.write(encode_evaluation(judgement) + "\n")
     else:
-        show(judgement)
+        print_evaluation(judgement)
     return 0
 
 
-def as_json(judgement: Judgement) -> str:
-    """Everything, as JSON."""
+def encode_evaluation(judgement: Judgement) -> str:
+    """Encode the evaluation with all metrics as JSON."""
     from skipway.inference.evaluation import wilson_interval
     from skipway.inference.metrics import class_scores
 
@@ -92,10 +94,10 @@ def as_json(judgement: Judgement) -> str:
     return json.dumps(values)
 
 
-def show(judgement: Judgement) -> None:
-    """The result in lines, and the classes in a table, the worst first."""
-    from skipway.cli.catalogue import print_table
-    from skipway.data.split import named, printable
+def print_evaluation(judgement: Judgement) -> None:
+    """Print the result, and the classes in a table, the worst first."""
+    from skipway.cli.table import print_table
+    from skipway.data.split import named
     from skipway.inference.metrics import class_scores, percent
     from skipway.report.summary import accuracy_text, mistakes_text
 

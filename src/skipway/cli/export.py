@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, printable
 
 __all__ = ["export"]
 
@@ -23,27 +23,28 @@ def export(
     pt2: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     hub: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
 ) -> int:
-    """Write a trained run in a form that others take, with its preprocessing, and check it.
+    """Export a trained run with its preprocessing to other formats, and verify the result.
 
     Args:
         run: Run folder, file of weights, or hub folder.
-        onnx: ONNX file, compared with the network in onnxruntime.
-        pt2: Program of torch.export, read again and compared.
-        hub: Folder for the Hugging Face hub: weights, config, model card.
+        onnx: Write this ONNX file; compare it in onnxruntime.
+        pt2: Write this torch.export program; reload and compare it.
+        hub: Write this folder for the Hugging Face hub: weights, config, model card.
     """
     if onnx is None and pt2 is None and hub is None:
-        raise SkipwayError("nothing to write: give --onnx FILE, --pt2 FILE or --hub FOLDER")
-    from skipway.data.split import printable
+        raise SkipwayError("nothing to export: give --onnx FILE, --pt2 FILE or --hub FOLDER")
     from skipway.inference.publish import write_hub_folder, write_onnx, write_program
 
     if onnx is not None:
         difference = write_onnx(run, onnx)
-        checked = "not checked: onnxruntime is not installed" if difference is None else f"differs by {difference:.2g}"
+        checked = "not verified: onnxruntime is not installed"
+        if difference is not None:
+            checked = f"largest difference {difference:.2g}"
         sys.stdout.write(f"onnx      {printable(onnx)}, {checked}\n")
     if pt2 is not None:
-        sys.stdout.write(f"pt2       {printable(pt2)}, differs by {write_program(run, pt2):.2g}\n")
+        sys.stdout.write(f"pt2       {printable(pt2)}, largest difference {write_program(run, pt2):.2g}\n")
     if hub is not None:
         write_hub_folder(run, hub)
-        sys.stdout.write(f"hub       {printable(hub)}; fill in the licence in {printable(hub / 'README.md')}\n")
+        sys.stdout.write(f"hub       {printable(hub)}; add the licence to {printable(hub / 'README.md')}\n")
         sys.stdout.write(f"load      skipway.from_pretrained({str(hub)!r})\n")
     return 0

@@ -1,70 +1,56 @@
-"""How help pages look: headings, two columns, one line per option where the terminal is wide enough."""
+"""The layout of help pages: headings and two columns, without boxes, the same on a terminal and in a file."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
     from rich.console import Console, ConsoleOptions
 
-__all__ = ["Columns"]
+__all__ = ["HelpFormatter"]
 
-# the option with which each section of a long list of parameters begins
-SECTIONS = {
-    "--data": "Data",
-    "--model": "Model",
-    "--epochs": "Optimisation",
-    "--device": "Machine",
-    "--out": "Run",
-}
 FIRST_COLUMN = 26
-WIDEST = 110
+MAX_WIDTH = 110
+# the flag that also shows advanced options
+HELP_ALL = "--help-all"
 
 
-# the flag that shows options which are seldom needed, too
-EVERYTHING = "--help-all"
-
-
-class Columns:
-    """A help formatter of cyclopts without boxes, the same on a terminal and in a file.
+class HelpFormatter:
+    """A help formatter for cyclopts.
 
     Args:
-        seldom: options that only `--help-all` shows.
+        headings: the option that begins a section → its heading, for the fields of a recipe, which know no groups.
+        advanced: options that only `--help-all` shows.
     """
 
-    everything = False
-
-    def __init__(self, seldom: frozenset[str] = frozenset()) -> None:
-        self.seldom = seldom
-
-    # cyclopts asks a formatter whether it shows the kind of value behind an option's name
+    show_all = False
+    # cyclopts asks a formatter whether it shows the metavar after an option's name
     show_metavar = True
 
+    def __init__(self, headings: Mapping[str, str] = {}, advanced: frozenset[str] = frozenset()) -> None:
+        self.headings = headings
+        self.advanced = advanced
+
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-        """Print one list of commands or parameters."""
-        entries = [entry for entry in panel.entries if entry.display_labels and self.shown(entry)]
+        """Print one panel of commands or parameters."""
+        entries = [entry for entry in panel.entries if entry.display_labels and self.is_shown(entry)]
         if not entries:
             return
-        if not any(SECTIONS.get(name) for entry in entries for name in entry.positive_names):
-            self.heading(console, str(panel.title))
+        if not any(name in self.headings for entry in entries for name in entry.positive_names):
+            print_heading(console, str(panel.title))
         for entry in entries:
             for name in entry.positive_names:
-                if name in SECTIONS:
-                    self.heading(console, SECTIONS[name])
-            for line in rows(entry, min(console.width, WIDEST)):
+                if name in self.headings:
+                    print_heading(console, self.headings[name])
+            for line in format_entry(entry, min(console.width, MAX_WIDTH)):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def shown(self, entry: HelpEntry) -> bool:
-        """Whether an option is for everybody, or everything was asked for."""
-        return Columns.everything or self.seldom.isdisjoint(entry.positive_names)
-
-    def heading(self, console: Console, title: str) -> None:
-        """Print the title of a section, after an empty line."""
-        console.print()
-        console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    def is_shown(self, entry: HelpEntry) -> bool:
+        """Whether an option is common, or `--help-all` was given."""
+        return HelpFormatter.show_all or self.advanced.isdisjoint(entry.positive_names)
 
     def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:
         """Print the usage line."""
@@ -72,17 +58,23 @@ class Columns:
             console.print(getattr(usage, "plain", str(usage)).strip(), highlight=False, markup=False)
 
     def render_description(self, console: Console, options: ConsoleOptions, description: Any) -> None:
-        """Print what the program or the command does."""
-        text = plain(description)
+        """Print the description of the program or of a command."""
+        text = to_text(description)
         if text:
             console.print()
             console.print(text, highlight=False, markup=False)
 
 
-def rows(entry: HelpEntry, width: int) -> Iterator[str]:
-    """The lines of one command or parameter: its names in the first column, what it does in the second."""
-    names = f"  {label(entry)}"
-    lines = textwrap.wrap(explanation(entry), max(20, width - FIRST_COLUMN - 2)) or [""]
+def print_heading(console: Console, title: str) -> None:
+    """Print the heading of a section after an empty line."""
+    console.print()
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
+
+
+def format_entry(entry: HelpEntry, width: int) -> Iterator[str]:
+    """The lines of one command or parameter: names in the first column, description in the second."""
+    names = f"  {format_names(entry)}"
+    lines = textwrap.wrap(format_description(entry), max(20, width - FIRST_COLUMN - 2)) or [""]
     if len(names) > FIRST_COLUMN:
         yield names
         names = ""
@@ -91,8 +83,8 @@ def rows(entry: HelpEntry, width: int) -> Iterator[str]:
         names = ""
 
 
-def label(entry: HelpEntry) -> str:
-    """The names of an option, and the values that it takes: its choices where they are short, else their kind."""
+def format_names(entry: HelpEntry) -> str:
+    """The names of an option with its choices, if they are short, or its metavar."""
     names = ", ".join([*entry.positive_names, *entry.positive_shorts])
     if entry.positional_label:
         return f"{entry.positional_label}, {names}" if names else entry.positional_label
@@ -100,30 +92,30 @@ def label(entry: HelpEntry) -> str:
         return f"--[no-]{names.removeprefix('--')}"
     if not entry.metavar:
         return names
-    return f"{names} {choices(entry) if fits(entry, names) else entry.metavar}"
+    return f"{names} {join_choices(entry) if has_short_choices(entry, names) else entry.metavar}"
 
 
-def explanation(entry: HelpEntry) -> str:
-    """What an option does, its choices unless they stand in the first column, and its default."""
+def format_description(entry: HelpEntry) -> str:
+    """The description of an option, its choices unless the first column has them, and its default."""
     names = ", ".join([*entry.positive_names, *entry.positive_shorts])
-    shown = "" if not entry.choices or fits(entry, names) else f"({choices(entry)})"
+    choices = "" if not entry.choices or has_short_choices(entry, names) else f"({join_choices(entry)})"
     default = "" if entry.default in (None, "False") else f"[{entry.default}]"
-    return " ".join(part for part in (plain(entry.description), shown, default) if part)
+    return " ".join(part for part in (to_text(entry.description), choices, default) if part)
 
 
-def choices(entry: HelpEntry) -> str:
-    """The values to choose from."""
+def join_choices(entry: HelpEntry) -> str:
+    """The choices of an option, separated by bars."""
     return "|".join(entry.choices or ())
 
 
-def fits(entry: HelpEntry, names: str) -> bool:
-    """Whether the choices have room in the first column."""
-    return bool(entry.choices) and len(f"  {names} {choices(entry)}") <= FIRST_COLUMN
+def has_short_choices(entry: HelpEntry, names: str) -> bool:
+    """Whether an option has choices that fit into the first column."""
+    return bool(entry.choices) and len(f"  {names} {join_choices(entry)}") <= FIRST_COLUMN
 
 
-def plain(text: Any) -> str:
-    """The characters of what cyclopts made for rich."""
-    if text is None:
+def to_text(renderable: Any) -> str:
+    """The plain text of what cyclopts prepared for rich."""
+    if renderable is None:
         return ""
-    primary = getattr(text, "primary_renderable", text)
+    primary = getattr(renderable, "primary_renderable", renderable)
     return str(getattr(primary, "plain", primary)).strip()

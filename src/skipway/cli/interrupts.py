@@ -1,4 +1,4 @@
-"""Ctrl-C and termination: the step is finished and saved; at a second Ctrl-C the program ends at once."""
+"""Ctrl-C and termination: the current step is finished and saved; a second Ctrl-C exits immediately."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Stopping"]
+__all__ = ["StopSignal"]
 
 
-# Slurm sends SIGUSR1 before the time of a job ends, if it is asked to (sbatch --signal)
+# Slurm sends SIGUSR1 before the time limit of a job, if requested (sbatch --signal)
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
 
-class Stopping:
-    """While it is entered, an interruption is remembered for `requested` to tell.
+class StopSignal:
+    """Context that records a stop signal for `requested` instead of raising.
 
-    Until `requested` is asked for the first time there is nothing to save, and an interruption ends the program at
-    once, as a second Ctrl-C does. Other signals may come twice, from torchrun and from the system, and mean the same.
+    Until `requested` is first called there is nothing to save, and a signal raises KeyboardInterrupt immediately, as a
+    second Ctrl-C does. Other signals may arrive twice, from torchrun and from the system; the second changes nothing.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.watched = False
+        self.is_polled = False
         self.earlier: dict[int, Any] = {}
 
     @property
     def exit_status(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1, as shells count; 0 if nothing came."""
+        """130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1, as shells count; 0 without a signal."""
         return 0 if self.signal is None else 128 + self.signal
 
     def requested(self) -> bool:
-        """Whether the program has been asked to stop."""
-        self.watched = True
+        """Whether a stop signal has arrived."""
+        self.is_polled = True
         return self.signal is not None
 
-    def __enter__(self) -> Stopping:
+    def __enter__(self) -> StopSignal:
         for number in SIGNALS:
             self.earlier[number] = signal.signal(number, self.handle)
         return self
@@ -48,10 +48,10 @@ class Stopping:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal; end at once if there is nothing to save, or at the second Ctrl-C."""
-        if not self.watched or (self.signal is not None and number == signal.SIGINT):
+        """Record the signal; raise if there is nothing to save yet, or at the second Ctrl-C."""
+        if not self.is_polled or (self.signal is not None and number == signal.SIGINT):
             raise KeyboardInterrupt(number)
         if self.signal is None:
             self.signal = number
-            sys.stderr.write("\nfinishing this step, then saving; Ctrl-C to end at once\n")
+            sys.stderr.write("\nfinishing this step, then saving; press Ctrl-C again to exit immediately\n")
             sys.stderr.flush()

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from skipway.errors import DataError, SkipwayError
+from skipway.errors import DataError, SkipwayError, printable
 
 if TYPE_CHECKING:
     from skipway.inference.predict import Prediction
 
 __all__ = ["predict"]
 
-OUTPUT, MACHINE = (Group(name, sort_key=number) for number, name in enumerate(("Output", "Machine")))
+PREDICTION, HARDWARE, OUTPUT = (
+    Group(name, sort_key=number) for number, name in enumerate(("Prediction", "Hardware", "Output"))
+)
 Write = Callable[["Prediction"], object]
 
 
@@ -28,37 +30,37 @@ def predict(
     run: str,
     /,
     *images: Path,
-    top: Annotated[int, Parameter(group=OUTPUT)] = 5,
+    top: Annotated[int, Parameter(group=PREDICTION)] = 5,
+    flip: Annotated[bool, Parameter(negative=(), group=PREDICTION)] = False,
+    batch_size: Annotated[int, Parameter(group=PREDICTION)] = 64,
+    device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
+    workers: Annotated[int | None, Parameter(group=HARDWARE)] = None,
     csv: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     json: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
-    flip: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
-    batch_size: Annotated[int, Parameter(group=MACHINE)] = 64,
-    workers: Annotated[int | None, Parameter(group=MACHINE)] = None,
-    device: Annotated[str, Parameter(group=MACHINE)] = "auto",
 ) -> int:
-    """Say what images show, by a trained run. Nothing that its folder holds is run.
+    """Classify images with a trained run. No code from the run folder is executed.
 
-    Writes a row per image: file, class, probability, and the classes that come next. An image that cannot be read has
-    the reason in its row; the exit status is 3 if that is so for all of them.
+    Prints one row per image: file, class, probability, and the next most probable classes. An image that cannot be read
+    has the reason in its row; if none can be read, the exit status is 3.
 
     Args:
         run: Run folder, file of weights, hub folder, or hf:ORG/NAME.
-        images: Image files, and folders of them.
-        top: Classes that are told, the most probable ones.
-        csv: Write the rows to this file.
-        json: One JSON object per line.
-        flip: See the mirror images too.
-        batch_size: Images at a time.
-        workers: Threads that decode. [one per core]
+        images: Image files and folders of images.
+        top: Number of classes per image, the most probable first.
+        flip: Average the logits with those of the mirrored image.
+        batch_size: Images per forward pass.
         device: auto, cpu, cuda, cuda:1.
+        workers: Threads that decode images. [one per core]
+        csv: Write the rows to this CSV file.
+        json: Print one JSON object per line.
     """
     if not images:
-        raise SkipwayError("no images: skipway predict RUN IMAGE…, files or folders")
+        raise SkipwayError("no images: give files or folders, skipway predict RUN IMAGES…")
     if json and csv is not None:
         raise SkipwayError("--json and --csv: give one of the two")
     for name, value in (("top", top), ("batch-size", batch_size)):
         if value < 1:
-            raise SkipwayError(f"--{name} {value}: the rule is at least 1")
+            raise SkipwayError(f"--{name} {value}: the rule is --{name} >= 1")
     from skipway.hardware.processor import cpu_count
     from skipway.inference.predict import Predictor, image_files
 
@@ -66,7 +68,7 @@ def predict(
     predictor = Predictor.load(run, device=device)
     top = min(top, len(predictor.classes))
     read, first = 0, ""
-    with writer(csv, as_json=json, top=top) as write:
+    with open_writer(csv, as_json=json, top=top) as write:
         for prediction in predictor.stream(
             files, top=top, flip=flip, batch_size=batch_size, workers=cpu_count() if workers is None else workers
         ):
@@ -75,17 +77,15 @@ def predict(
             if prediction.error and not first:
                 first = f"{prediction.file}: {prediction.error}"
     if not read:
-        from skipway.data.split import printable
-
         raise DataError(f"none of the {len(files)} images can be read; the first: {printable(first)}")
     return 0
 
 
 @contextmanager
-def writer(file: Path | None, *, as_json: bool, top: int) -> Iterator[Write]:
-    """What takes the rows: lines of JSON, a CSV file, or text with tabs between the columns."""
+def open_writer(file: Path | None, *, as_json: bool, top: int) -> Iterator[Write]:
+    """Yield a function that writes a prediction: as a line of JSON, to a CSV file, or as tab-separated text."""
     if as_json:
-        yield lambda prediction: print(json.dumps(row_of(prediction)))
+        yield lambda prediction: print(json.dumps(to_json(prediction)))
     elif file is not None:
         try:
             opened = file.open("w", encoding="utf-8", newline="")
@@ -93,14 +93,14 @@ def writer(file: Path | None, *, as_json: bool, top: int) -> Iterator[Write]:
             raise SkipwayError(f"--csv {file}: cannot be written: {error.strerror}") from error
         with opened as stream:
             table = csv.writer(stream)
-            table.writerow(columns(top))
-            yield lambda prediction: table.writerow(cells(prediction, top))
+            table.writerow(csv_header(top))
+            yield lambda prediction: table.writerow(csv_row(prediction, top))
     else:
-        yield lambda prediction: sys.stdout.write(line_of(prediction) + "\n")
+        yield lambda prediction: sys.stdout.write(format_row(prediction) + "\n")
 
 
-def row_of(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as JSON values; numbers that are none become null."""
+def to_json(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as JSON values; NaN and infinity become null."""
     if prediction.error:
         return {"file": prediction.file, "label": None, "probability": None, "error": prediction.error}
     shares = {name: share if math.isfinite(share) else None for name, share in prediction.probabilities.items()}
@@ -112,28 +112,24 @@ def row_of(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def columns(top: int) -> list[str]:
-    """The head of a table.
+def csv_header(top: int) -> list[str]:
+    """The titles of the CSV columns.
 
-    >>> columns(2)
+    >>> csv_header(2)
     ['file', 'label', 'probability', 'label_2', 'probability_2', 'error']
     """
     more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("label", "probability")]
     return ["file", "label", "probability", *more, "error"]
 
 
-def cells(prediction: Prediction, top: int) -> list[str]:
-    """A row of a table; names as a terminal can show them."""
-    from skipway.data.split import printable
-
+def csv_row(prediction: Prediction, top: int) -> list[str]:
+    """A prediction as a CSV row, with printable names."""
     pairs = list(prediction.probabilities.items())
-    told = [text for name, share in pairs for text in (printable(name), f"{share:.6f}")]
-    return [printable(prediction.file), *told, *[""] * (2 * top - len(told)), prediction.error]
+    named = [text for name, share in pairs for text in (printable(name), f"{share:.6f}")]
+    return [printable(prediction.file), *named, *[""] * (2 * top - len(named)), prediction.error]
 
 
-def line_of(prediction: Prediction) -> str:
-    """A row of text."""
-    from skipway.data.split import printable
-
-    told = [f"{printable(name)} {share:.4f}" for name, share in prediction.probabilities.items()]
-    return "\t".join([printable(prediction.file), *(told or [f"cannot be read: {prediction.error}"])])
+def format_row(prediction: Prediction) -> str:
+    """A prediction as tab-separated text."""
+    classes = [f"{printable(name)} {share:.4f}" for name, share in prediction.probabilities.items()]
+    return "\t".join([printable(prediction.file), *(classes or [f"cannot be read: {prediction.error}"])])

@@ -11,17 +11,17 @@ __all__ = ["report"]
 
 
 def report(folder: Path = Path("studies"), /) -> int:
-    """Write the page of every study in a folder, and index.html over them.
+    """Write the page of every study in a folder, and index.html.
 
-    Merges the tables that the jobs of an array left.
+    Also merges the tables that the jobs of an array wrote.
 
     Args:
-        folder: What skipway study wrote to.
+        folder: Output folder of skipway study.
     """
     from skipway.studies.index import write_index
 
     if not folder.is_dir():
-        raise SkipwayError(f"{folder} is no folder; skipway study all --out {folder} makes one")
+        raise SkipwayError(f"{folder} is not a folder; skipway study all --out {folder} creates it")
     index, pages = write_index(folder)
     for page in pages:
         sys.stdout.write(f"page   {page}\n")

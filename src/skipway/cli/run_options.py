@@ -1,4 +1,4 @@
-"""Options that a run folder remembers: `--config` and `--resume` fill in what the command line leaves out."""
+"""Options from a run folder: `--config` and `--resume` supply what the command line omits."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     from cyclopts import App
     from cyclopts.argument import ArgumentCollection
 
-__all__ = ["options_of_a_run"]
+__all__ = ["fill_from_run"]
 
 
-def options_of_a_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Give every option that is not on the command line its value in the run that is continued or repeated."""
+def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Set every option that is not on the command line to its value in the run that is resumed or repeated."""
     given = {argument.name: argument.tokens[0] for argument in arguments if argument.tokens}
     config, out = given.get("--config"), given.get("--out")
     if "--resume" in given:
         if config is not None:
-            raise SkipwayError("--resume and --config: a run that continues has a recipe already; give one of the two")
+            raise SkipwayError("--resume and --config: a resumed run already has a recipe; give one of the two")
         if out is None:
             raise SkipwayError("--resume needs the folder of the run: skipway train --out FOLDER --resume")
         path = Path(out.value)
         if set(given) - {"--resume", "--out", "--quiet"} and not (path / "config.json").exists():
-            return  # the first of several calls of one and the same command, which says what to train
+            return  # the first of several identical calls: it starts the run
     elif config is not None:
         path = Path(config.value)
     else:

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["study"]
 
-GRID, RUNNING, OUTPUT = (Group(name, sort_key=number) for number, name in enumerate(("Grid", "Running", "Output")))
+GRID, EXECUTION, HARDWARE, OUTPUT = (
+    Group(name, sort_key=number) for number, name in enumerate(("Grid", "Execution", "Hardware", "Output"))
+)
 FAILED = 1
-# finished cells that the live table keeps
-SHOWN = 12
+# finished cells in the live table
+MAX_FINISHED = 12
 
 
 def study(
@@ -37,78 +39,80 @@ def study(
     schemes: Annotated[str | None, Parameter(group=GRID)] = None,
     seeds: Annotated[str | None, Parameter(group=GRID)] = None,
     data: Annotated[Path | None, Parameter(group=GRID)] = None,
-    cell: Annotated[str | None, Parameter(group=GRID)] = None,
-    jobs: Annotated[int | None, Parameter(group=RUNNING)] = None,
-    array: Annotated[str | None, Parameter(group=RUNNING)] = None,
-    device: Annotated[str, Parameter(group=RUNNING)] = "auto",
+    cell: Annotated[str | None, Parameter(group=EXECUTION)] = None,
+    jobs: Annotated[int | None, Parameter(group=EXECUTION)] = None,
+    array: Annotated[str | None, Parameter(group=EXECUTION)] = None,
+    device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
     out: Annotated[Path, Parameter(name=("--out", "-o"), group=OUTPUT)] = Path("studies"),
     list_: Annotated[bool, Parameter(name="--list", negative="", group=OUTPUT)] = False,
+    json: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
 ) -> int:
-    """Test a claim about residual learning: a grid of small runs, a table, a verdict, a page.
+    """Test a published claim about residual learning: a grid of small runs, a table, a verdict, a page.
 
-    What is measured is on disk at once: the same command goes on where it was stopped.
+    Every measured cell is stored immediately; the same command resumes an interrupted study.
 
     Args:
-        name: A study of --list, or all.
-        budget: Grid: two CPU cores in minutes, one GPU, or the paper's.
-        depths: Instead of the budget's: 8,20,56.
-        schemes: Instead of the study's: plain,fixup,layerscale(init=1e-5).
-        seeds: 0,1,2 or 0-4. [three]
-        data: Folder of images in place of the digits, CIFAR-10 say.
-        cell: Measure this one again and print it; a key of the table.
-        jobs: Processes at a time. [one per core]
-        array: INDEX/COUNT: this job's share of the cells, 0/8 to 7/8.
+        name: A study from --list, or all.
+        budget: Size of the grid: minutes on two CPU cores, one GPU, or as in the paper.
+        depths: Comma-separated depths: 8,20,56. [the study's]
+        schemes: Comma-separated schemes: plain,fixup,layerscale(init=1e-5). [the study's]
+        seeds: Seeds: 0,1,2 or 0-4. [three]
+        data: Folder of images, for example CIFAR-10. [digits]
+        cell: Measure only the cell with this key of the table again, and print it.
+        jobs: Parallel processes. [one per core]
+        array: INDEX/COUNT, the share of a job in a job array: 0/8 to 7/8.
         device: auto, cpu, cuda.
         out: Folder for tables and pages.
-        list_: Say which studies there are.
+        list_: List the studies.
+        json: With --list, print one JSON object per line.
     """
     from skipway.studies.cell import Choices
     from skipway.studies.runner import Share, cell_by_key, remeasure
     from skipway.studies.study import find_study, studies
 
     if list_:
-        return show_list(list(studies().values()))
+        return print_studies(list(studies().values()), as_json=json)
     if name is None:
-        raise SkipwayError(f"which study? {', '.join(studies())}, or all; --list says what they are about")
+        raise SkipwayError(f"which study? {', '.join(studies())}, or all; --list describes them")
     chosen = list(studies().values()) if name == "all" else [find_study(name)]
     if cell is not None:
         if len(chosen) > 1:
-            raise SkipwayError("--cell belongs to one study; name it instead of all")
+            raise SkipwayError("--cell belongs to one study; name the study instead of all")
         row = remeasure(chosen[0], cell_by_key(chosen[0], out, cell, budget), budget=budget, device=device)
-        show_row(row)
+        print_row(row)
         return FAILED if row.get("error") else 0
     if jobs is not None and jobs < 1:
         raise SkipwayError(f"--jobs {jobs}: the rule is jobs >= 1")
     choices = Choices(
-        depths=None if depths is None else whole_numbers("depths", depths),
-        schemes=None if schemes is None else tuple(specs(schemes)),
-        seeds=None if seeds is None else whole_numbers("seeds", seeds),
+        depths=None if depths is None else parse_integers("depths", depths),
+        schemes=None if schemes is None else tuple(split_specs(schemes)),
+        seeds=None if seeds is None else parse_integers("seeds", seeds),
         data=None if data is None else str(data.resolve()),
     )
     share = None if array is None else Share.read(array)
-    how = {"budget": budget, "choices": choices, "jobs": jobs, "share": share, "device": device}
-    return sum(conducted(each, out, how) for each in chosen) and FAILED
+    options = {"budget": budget, "choices": choices, "jobs": jobs, "share": share, "device": device}
+    return sum(run_study(each, out, options) for each in chosen) and FAILED
 
 
-def conducted(chosen: Study, out: Path, how: dict[str, Any]) -> int:
-    """Run a study, say what follows, write its page; the number of cells that failed."""
+def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
+    """Run a study, print its verdicts, write its page, and return the number of failed cells."""
     from skipway.studies.page import write_page
     from skipway.studies.runner import failures, run
 
     begun = time.monotonic()
     try:
-        with screen() as shown:
-            rows = run(chosen, out, watcher=shown, **how)
+        with choose_progress() as progress:
+            rows = run(chosen, out, watcher=progress, **options)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nwhat is measured is in {out}; the same command goes on from there\n")
+        sys.stderr.write(f"\nthe measured cells are in {out}; the same command resumes from there\n")
         raise
     broken = failures(rows)
     sys.stdout.write(f"\n{chosen.title}: {len(rows)} cells, {time.monotonic() - begun:.0f} s\n")
-    for verdict in chosen.conclude([row for row in rows if not row.get("error")]) if how["share"] is None else ():
+    for verdict in chosen.conclude([row for row in rows if not row.get("error")]) if options["share"] is None else ():
         sys.stdout.write(f"\n{verdict.answer.upper():<16}{verdict.claim}\n{'':<16}{verdict.text}\n")
     if broken:
         sys.stdout.write(f"\n{len(broken)} cells failed; the first: {printable(str(broken[0]['error']))}\n")
-    if how["share"] is None:
+    if options["share"] is None:
         sys.stdout.write(f"\npage   {write_page(chosen, out)}\n")
     else:
         sys.stdout.write(f"\nmerge the shares with  skipway report {out}\n")
@@ -116,68 +120,60 @@ def conducted(chosen: Study, out: Path, how: dict[str, Any]) -> int:
     return len(broken)
 
 
-def whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    """Numbers with commas, and ranges.
+def parse_integers(name: str, text: str) -> tuple[int, ...]:
+    """Parse comma-separated integers and ranges.
 
-    >>> whole_numbers("seeds", "0-2,7")
+    >>> parse_integers("seeds", "0-2,7")
     (0, 1, 2, 7)
     """
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match:
-            raise SkipwayError(f"--{name} {text}: the rule is whole numbers with commas, or ranges: 8,20,56 or 0-4")
+            raise SkipwayError(f"--{name} {text}: the rule is comma-separated integers or ranges: 8,20,56 or 0-4")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(found)
 
 
-def specs(text: str) -> list[str]:
-    """Spec strings with commas between them, not those within brackets.
+def split_specs(text: str) -> list[str]:
+    """Split comma-separated spec strings, but not at commas within brackets.
 
-    >>> specs("plain, skipinit(init=0.0, norm='remove')")
+    >>> split_specs("plain, skipinit(init=0.0, norm='remove')")
     ['plain', "skipinit(init=0.0, norm='remove')"]
     """
     return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
 
 
-def show_list(found: list[Study]) -> int:
-    """The studies with their claims."""
-    if not sys.stdout.isatty():
-        for each in found:
-            sys.stdout.write("\t".join((each.name, each.claim, each.source, each.minutes)) + "\n")
-        return 0
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def print_studies(found: list[Study], *, as_json: bool) -> int:
+    """Print the studies with their claims."""
+    from skipway.cli.table import print_table
 
-    table = Table("study", "what the literature says", "source", "cpu budget", box=None, padding=(0, 2, 1, 0))
-    for each in found:
-        table.add_row(Text(each.name, "bold"), Text(each.claim), Text(each.source), Text(each.minutes))
-    Console().print(table)
+    rows = [(each.name, each.claim, each.source, each.minutes) for each in found]
+    print_table(("study", "claim", "source", "cpu budget"), rows, as_json=as_json)
     return 0
 
 
-def show_row(row: Row) -> None:
-    """A row, one value to a line."""
+def print_row(row: Row) -> None:
+    """Print a row, one value per line."""
     for name, value in row.items():
         if value is not None:
             sys.stdout.write(f"{name:<18}{printable(str(value))}\n")
 
 
-def screen() -> Lines:
-    """A live table on a terminal, else plain lines."""
+def choose_progress() -> LineProgress:
+    """A live table on a terminal, otherwise plain lines."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
-    return Live(console) if console.is_terminal and not console.is_dumb_terminal else Lines()
+    return LiveProgress(console) if console.is_terminal and not console.is_dumb_terminal else LineProgress()
 
 
-class Lines:
-    """One line for each cell that is done."""
+class LineProgress:
+    """Progress as one line per finished cell."""
 
     total = count = known = 0
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> LineProgress:
         return self
 
     def __exit__(
@@ -187,7 +183,7 @@ class Lines:
 
     def begin(self, study: Study, cells: int, known: int) -> None:
         self.total, self.count, self.known = cells, known, known
-        measured = f", {known} of them measured already" if known else ""
+        measured = f", {known} of them already measured" if known else ""
         self.write(f"{study.name}: {cells} cells{measured}")
 
     def started(self, cell: Cell) -> None:
@@ -195,17 +191,17 @@ class Lines:
 
     def done(self, study: Study, found: Measured) -> None:
         self.count += 1
-        what = f"failed: {found.error}" if found.error else results(study, found)
+        what = f"failed: {found.error}" if found.error else format_results(study, found)
         self.write(f"[{self.count}/{self.total}] {found.cell}  {what}  {found.seconds:.1f} s")
 
     def write(self, text: str) -> None:
-        """One line, at once: a log is looked at while it grows."""
+        """Write one line and flush, so that a log can be followed."""
         sys.stdout.write(printable(text) + "\n")
         sys.stdout.flush()
 
 
-def results(study: Study, found: Measured) -> str:
-    """The results of a cell that are shown."""
+def format_results(study: Study, found: Measured) -> str:
+    """The results of a cell in one line."""
     from skipway.report.figure import number
 
     shown = []
@@ -216,26 +212,26 @@ def results(study: Study, found: Measured) -> str:
     return "  ".join(shown)
 
 
-class Live(Lines):
-    """A table of what runs and what was done last, rewritten in place."""
+class LiveProgress(LineProgress):
+    """Progress as a table of running and recently finished cells, redrawn in place."""
 
     def __init__(self, console: Console) -> None:
-        from rich.live import Live as Region
+        from rich.live import Live
 
         self.running: dict[str, tuple[Cell, float]] = {}
         self.last: list[tuple[Cell, str, str]] = []
         self.study: Study | None = None
         self.began = time.monotonic()
-        self.region = Region(console=console, get_renderable=self.table, refresh_per_second=2, transient=True)
+        self.live = Live(console=console, get_renderable=self.table, refresh_per_second=2, transient=True)
 
-    def __enter__(self) -> Live:
-        self.region.start()
+    def __enter__(self) -> LiveProgress:
+        self.live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.region.stop()
+        self.live.stop()
 
     def begin(self, study: Study, cells: int, known: int) -> None:
         super().begin(study, cells, known)
@@ -247,28 +243,22 @@ class Live(Lines):
     def done(self, study: Study, found: Measured) -> None:
         self.count += 1
         self.running.pop(found.cell.key, None)
-        what = f"failed: {found.error}" if found.error else results(study, found)
-        self.last = [*self.last, (found.cell, printable(what), f"{found.seconds:.1f} s")][-SHOWN:]
+        what = f"failed: {found.error}" if found.error else format_results(study, found)
+        self.last = [*self.last, (found.cell, printable(what), f"{found.seconds:.1f} s")][-MAX_FINISHED:]
 
     def table(self) -> RenderableType:
-        """What the terminal shows now."""
-        from rich.table import Table
-        from rich.text import Text
+        """Build the table for the current state."""
+        from skipway.cli.table import build_table
 
         now = time.monotonic()
-        table = Table(
-            title=f"{'' if self.study is None else self.study.name} {self.count}/{self.total}{self.left(now)}"
-        )
-        for column in ("cell", "result", "time"):
-            table.add_column(column, justify="right" if column == "time" else "left")
-        for cell, what, seconds in self.last:
-            table.add_row(Text(printable(str(cell))), Text(what), Text(seconds))
-        for cell, began in self.running.values():
-            table.add_row(Text(printable(str(cell)), "dim"), Text("…"), Text(f"{now - began:.0f} s", "dim"))
+        running = [(cell, "…", f"{now - began:.0f} s") for cell, began in self.running.values()]
+        rows = [(printable(str(cell)), what, seconds) for cell, what, seconds in (*self.last, *running)]
+        table = build_table(("cell", "result", "time"), rows, right=("time",))
+        table.title = f"{'' if self.study is None else self.study.name} {self.count}/{self.total}{self.time_left(now)}"
         return table
 
-    def left(self, now: float) -> str:
-        """How long the rest will take, once it can be told."""
+    def time_left(self, now: float) -> str:
+        """The estimated remaining time, once a cell is finished."""
         done = self.count - self.known
         if not done:
             return ""

@@ -26,7 +26,7 @@ Flag = Annotated[bool, Parameter(negative=())]
 def train(
     recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 - frozen
     *,
-    out: Path | None = None,
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     resume: Flag = False,
     overwrite: Flag = False,
     config: Path | None = None,
@@ -34,30 +34,30 @@ def train(
 ) -> int:
     """Train a network on a folder of images: train/<class>/* with test/<class>/*, or <class>/*.
 
-    Without a folder it trains on scikit-learn's handwritten digits: no network, no download.
+    Without a folder it trains on the handwritten digits of scikit-learn, without a download.
     Ctrl-C saves the state; --resume continues from it.
 
     Args:
-        recipe: What to train, and how.
+        recipe: The recipe.
         out: Run folder. [runs/<data>-<number>]
-        resume: Continue the run in --out.
+        resume: Resume the run in --out.
         overwrite: Replace the run in --out.
-        config: Run whose options hold where none is given.
-        quiet: Print one line: accuracy and run folder.
+        config: Run folder that supplies omitted options.
+        quiet: Print only accuracy and run folder.
     """
     if resume and overwrite:
-        raise SkipwayError("--resume and --overwrite: a run is continued or replaced; give one of the two")
-    folder = fresh_folder(recipe.data) if out is None else out
-    # Threads that wait should sleep and not spin: on two cores of which another program used one, a step of the small
-    # default net took 5.4 s with libgomp's spinning and 0.16 s without. Has to be set before torch is loaded.
+        raise SkipwayError("--resume and --overwrite: a run is either resumed or replaced; give one of the two")
+    folder = unused_folder(recipe.data) if out is None else out
+    # Waiting threads should sleep, not spin: on two cores, one of them busy, a step of the small default network took
+    # 5.4 s with libgomp's spinning and 0.16 s without. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from skipway.cli.interrupts import Stopping
+    from skipway.cli.interrupts import StopSignal
     from skipway.cli.progress import choose_screen
     from skipway.training.loop import train as train_network
 
-    # of torchrun's processes the first speaks for all
+    # under torchrun only rank 0 reports
     quiet_here = quiet or os.environ.get("RANK", "0") != "0"
-    with Stopping() as stopping, choose_screen(quiet_here) as screen:
+    with StopSignal() as stopping, choose_screen(quiet_here) as screen:
         outcome = train_network(
             recipe, folder, resume=resume, overwrite=overwrite, screen=screen, stop=stopping.requested
         )
@@ -70,12 +70,12 @@ def train(
         show(*line)
     if quiet and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(f"{outcome.evaluation.accuracy:.4f} {outcome.folder.path}\n")
-    # told to stop while the report was written: the run is complete, and the same command writes the report
+    # nonzero if interrupted while writing the report: the run is complete, and the same command writes the report
     return stopping.exit_status
 
 
-def fresh_folder(data: Path | None) -> Path:
-    """`runs/<data>-<number>` with the first number that is free."""
+def unused_folder(data: Path | None) -> Path:
+    """Return `runs/<data>-<number>` with the lowest unused number."""
     name = "digits" if data is None else data.resolve().name
     number = 1
     while Path("runs", f"{name}-{number}").exists():
@@ -84,7 +84,7 @@ def fresh_folder(data: Path | None) -> Path:
 
 
 def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
-    """The result, where it is, and what to type next."""
+    """The result, where it is stored, and the next commands."""
     from skipway.report.summary import accuracy_text, duration, mistakes_text
 
     evaluation, folder, out = outcome.evaluation, outcome.folder, shlex.quote(str(outcome.folder.path))
@@ -93,7 +93,7 @@ def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
         ("", ""),
         ("accuracy", accuracy_text(evaluation, outcome.best_accuracy, outcome.best_epoch)),
         ("mistakes", mistakes_text(evaluation, outcome.classes)),
-        ("time", f"{duration(outcome.seconds)} of training; this command took {duration(seconds)}"),
+        ("time", f"{duration(outcome.seconds)} of training; {duration(seconds)} for this command"),
         ("weights", f"{folder.last} (last epoch), {folder.best} (epoch {outcome.best_epoch})"),
         ("report", f"{folder.report}; curves in {folder.metrics}, the recipe in {folder.config}"),
         ("use", f"skipway predict {out} photo.jpg"),
@@ -103,7 +103,7 @@ def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
 
 
 def stopped_lines(outcome: Outcome) -> list[tuple[str, str]]:
-    """Where the run stands, and how to continue."""
+    """The progress of an interrupted run, and how to resume it."""
     out = shlex.quote(str(outcome.folder.path))
     return [
         ("", ""),
