@@ -1,7 +1,7 @@
 """Skipway: residual networks at any depth.
 
-Every network is a stem, a chain of residual connections and a head; a scheme says how each connection is dressed.
-Names are imported when they are first used, so `import skipway` costs nothing.
+Every network is a stem, a chain of residual connections and a head; a scheme decides how each connection is scaled,
+normalised and initialised. Names and rooms are imported when they are first used, so `import skipway` costs nothing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,33 @@ from typing import TYPE_CHECKING, Any
 from skipway._version import __version__
 
 if TYPE_CHECKING:
-    from skipway.diagnosis import Diagnosis, diagnose
+    from skipway.diagnosis import Diagnosis, Finding, Treatment, diagnose
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
-    from skipway.inference.backend_choice import optimize
+    from skipway.inference.backend_choice import Optimized, optimize
     from skipway.inference.predict import from_pretrained
-    from skipway.models import BasicBlock, Bottleneck, ResNet, ResNetConfig, build, projection
+    from skipway.models import (
+        BasicBlock,
+        Bottleneck,
+        CaiT,
+        CaiTConfig,
+        ConvNeXt,
+        ConvNeXtConfig,
+        ResNet,
+        ResNetConfig,
+        Swin,
+        SwinConfig,
+        ViT,
+        ViTConfig,
+        build,
+        projection,
+    )
     from skipway.nn import Residual
     from skipway.nn.kit import Kit
     from skipway.nn.placement import Placement
     from skipway.nn.site import Site
     from skipway.optim.groups import param_groups
     from skipway.probes.features import features, stage_features
+    from skipway.recipe import Recipe
     from skipway.schemes import (
         DeepNorm,
         DepthScaled,
@@ -39,21 +55,71 @@ if TYPE_CHECKING:
         ZeroInit,
     )
     from skipway.schemes.initialisation import initialise_
-    from skipway.surgery import deepen, lesion, remove_norm, rescheme, shorten
+    from skipway.surgery import (
+        Operation,
+        checkpointed,
+        deepen,
+        fold_gains,
+        influence,
+        lesion,
+        remove_norm,
+        rescheme,
+        reversible,
+        shorten,
+        skip_compute,
+    )
     from skipway.surgery.acceleration import accelerate
     from skipway.surgery.fusion import fold
-    from skipway.tracing.chain import Chain, Connection, chain
+    from skipway.tracing.chain import Chain, Connection, WatchedConnection, chain
+    from skipway.training.loop import train
+    from skipway.training.run import Outcome
     from skipway.weights import load
 
 _HOME = {
-    "tracing.chain": ("Chain", "Connection", "chain"),
-    "diagnosis": ("Diagnosis", "diagnose"),
-    "errors": ("CheckpointError", "DataError", "DivergedError", "MissingExtraError", "SkipwayError"),
-    "surgery.fusion": ("fold",),
-    "optim.groups": ("param_groups",),
-    "schemes.initialisation": ("initialise_",),
-    "models": ("BasicBlock", "Bottleneck", "ResNet", "ResNetConfig", "build", "projection"),
+    "diagnosis": (
+        "Diagnosis",
+        "Finding",
+        "Treatment",
+        "diagnose",
+    ),
+    "errors": (
+        "CheckpointError",
+        "DataError",
+        "DivergedError",
+        "MissingExtraError",
+        "SkipwayError",
+    ),
+    "inference.backend_choice": (
+        "Optimized",
+        "optimize",
+    ),
+    "inference.predict": ("from_pretrained",),
+    "models": (
+        "BasicBlock",
+        "Bottleneck",
+        "CaiT",
+        "CaiTConfig",
+        "ConvNeXt",
+        "ConvNeXtConfig",
+        "ResNet",
+        "ResNetConfig",
+        "Swin",
+        "SwinConfig",
+        "ViT",
+        "ViTConfig",
+        "build",
+        "projection",
+    ),
     "nn": ("Residual",),
+    "nn.kit": ("Kit",),
+    "nn.placement": ("Placement",),
+    "nn.site": ("Site",),
+    "optim.groups": ("param_groups",),
+    "probes.features": (
+        "features",
+        "stage_features",
+    ),
+    "recipe": ("Recipe",),
     "schemes": (
         "DeepNorm",
         "DepthScaled",
@@ -69,19 +135,56 @@ _HOME = {
         "StochasticDepth",
         "ZeroInit",
     ),
-    "nn.kit": ("Kit",),
-    "nn.placement": ("Placement",),
-    "nn.site": ("Site",),
-    "inference.backend_choice": ("optimize",),
+    "schemes.initialisation": ("initialise_",),
+    "surgery": (
+        "Operation",
+        "checkpointed",
+        "deepen",
+        "fold_gains",
+        "influence",
+        "lesion",
+        "remove_norm",
+        "rescheme",
+        "reversible",
+        "shorten",
+        "skip_compute",
+    ),
     "surgery.acceleration": ("accelerate",),
-    "surgery": ("deepen", "lesion", "remove_norm", "rescheme", "shorten"),
-    "probes.features": ("features", "stage_features"),
-    "inference.predict": ("from_pretrained",),
+    "surgery.fusion": ("fold",),
+    "tracing.chain": (
+        "Chain",
+        "Connection",
+        "WatchedConnection",
+        "chain",
+    ),
+    "training.loop": ("train",),
+    "training.run": ("Outcome",),
     "weights": ("load",),
 }
+_ROOMS = (
+    "checkpoint",
+    "data",
+    "diagnosis",
+    "hardware",
+    "inference",
+    "kernels",
+    "models",
+    "monitor",
+    "nn",
+    "optim",
+    "probes",
+    "report",
+    "schemes",
+    "studies",
+    "surgery",
+    "tracing",
+    "training",
+    "weights",
+    "zoo",
+)
 _ORIGIN = {name: f"skipway.{module}" for module, names in _HOME.items() for name in names}
 
-__all__ = sorted(["__version__", *_ORIGIN])
+__all__ = sorted(["__version__", *_ORIGIN, *_ROOMS])
 
 
 def __getattr__(name: str) -> Any:
@@ -89,13 +192,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_ORIGIN[name]), name)
         globals()[name] = value
         return value
-    try:
+    if name in _ROOMS:
         return import_module(f"skipway.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"skipway.{name}":
-            raise
     raise AttributeError(f"module 'skipway' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ORIGIN])
+    return __all__
