@@ -11,17 +11,16 @@ from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.kernels.dispatch import KernelMode
-from skipway.surgery.block_rows import changed
 from skipway.surgery.operation import Operation
 from skipway.surgery.overrides import overridden
-from skipway.surgery.preconditions import admitted
-from skipway.surgery.verification import difference, outputs
-from skipway.tracing import Example
+from skipway.surgery.preconditions import require_operable
+from skipway.surgery.transaction import transaction
+from skipway.tracing import Example, as_example
 
 __all__ = ["accelerate"]
 
 TOLERANCE = 1e-3
-"""How far outputs may move, over the largest: sums in another order, through a hundred layers."""
+"""Bound on the relative difference of outputs: sums in another order, through a hundred layers."""
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -32,66 +31,56 @@ def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: f
 
     Classes are swapped for subclasses whose forward routes torch's functions (`kernels.dispatch.ROUTES`), so keys,
     `isinstance`, hooks and checkpointing survive, and code that calls functions instead of modules is reached. Each
-    kernel measures its ways at first use and never takes one that is slower or that differs. Gradients are those of
-    plain torch up to rounding; which way is the quickest may change from run to run, and the last bits with it. Under
-    `torch.compile` the network is left to the compiler and its own kernels, but for the first two on a GPU, where the
-    compiler calls others' as well.
+    kernel times its implementations at first use and never takes one that is slower than torch or differs from it.
+    Gradients are those of torch up to rounding; which implementation is the quickest may change from run to run, and
+    the last bits with it. Under `torch.compile` the network is left to the compiler and its own kernels, except for the
+    first two on a GPU, where the compiler calls external kernels as well.
 
     Args:
         model: any module.
-        example: what the model is called with; outputs are compared on it, and everything is put back where they move.
-        tolerance: the largest difference over the largest output that is allowed.
+        example: what the model is called with; outputs are compared on it.
+        tolerance: bound on the difference of the outputs, relative to their largest value.
 
     Raises:
-        SkipwayError: the model cannot be operated on, was accelerated already, or outputs moved.
+        SkipwayError: the model cannot be operated on, was accelerated already, or the output changed; the model is as
+            before.
 
     >>> layer = nn.Linear(512, 512)
     >>> operation = accelerate(layer, torch.randn(64, 512))
     >>> operation.report["difference"] < 1e-4, type(operation.undo())
     (True, <class 'torch.nn.modules.linear.Linear'>)
     """
-    model = admitted(model)
+    model, example = require_operable(model), None if example is None else as_example(example)
     if any(is_routed(module) for module in model.modules()):
         raise SkipwayError(f"{type(model).__name__} is accelerated already; undo that first")
-    before = None if example is None else outputs(model, example)
-    operation = Operation(model, f"{type(model).__name__} computes by kernels", {}, {}, {})
-    touched, refused = {}, {}
-    for name, module in model.named_modules():
-        kind = type(module)
-        if module is not model and not computing(module):
-            continue
-        try:
-            operation.steps.append(changed(module, routed(kind)))
-        except SkipwayError as problem:
-            refused[name] = str(problem)
-        except TypeError as problem:
-            refused[name] = f"the class {kind.__name__} cannot be derived from: {problem}"
-        else:
-            touched[name] = kind.__name__
-    operation.touched, operation.refused = touched, refused
-    if before is not None and example is not None:
-        try:
-            gap = difference(before, outputs(model, example))
-            if not gap <= tolerance:
-                raise SkipwayError(f"outputs moved by {gap:.2g} of the largest, more than tolerance={tolerance:g}")
-        except BaseException:
-            operation.undo()
-            raise
-        operation.report = {"difference": gap}
-    return operation
+    with transaction(model, example, title=f"{type(model).__name__} computes by kernels", tolerance=tolerance) as change:
+        for name, module in model.named_modules():
+            kind = type(module)
+            if module is not model and not has_weights(module):
+                continue
+            try:
+                change.set_class(module, routed(kind))
+            except SkipwayError as problem:
+                change.refused[name] = str(problem)
+            except TypeError as problem:
+                change.refused[name] = f"the class {kind.__name__} cannot be derived from: {problem}"
+            else:
+                change.touched[name] = kind.__name__
+        return change.commit()
 
 
-def computing(module: nn.Module) -> bool:
-    """Whether a module may be called by itself, by a checkpoint say, and has weights to compute with."""
+def has_weights(module: nn.Module) -> bool:
+    """Whether a module has weights, and may be called by itself, by an activation checkpoint for example."""
     return not isinstance(module, CONTAINERS) and next(module.parameters(), None) is not None
 
 
 def is_routed(module: nn.Module) -> bool:
+    """Whether a module was accelerated."""
     return hasattr(type(module), "unrouted")
 
 
 class Active(threading.local):
-    """Whether the functions of this thread's forward pass are routed already."""
+    """Flag of a thread whose forward pass is routed already."""
 
     now = False
 

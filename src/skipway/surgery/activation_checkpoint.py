@@ -1,4 +1,4 @@
-"""`checkpointed(model, example, segments)`: blocks of anybody's network computed again in the backward pass."""
+"""`checkpointed(model, example, segments)`: activation checkpointing of anybody's blocks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from skipway.errors import SkipwayError
 from skipway.registry import Registry, parse_spec
-from skipway.surgery.block_rows import Chained, plain, rows_of
-from skipway.surgery.operation import Operation
-from skipway.surgery.preconditions import admitted
-from skipway.surgery.recompute import Draws, Parts, replaying, statistics_kept
+from skipway.surgery.block_rows import BlockRow, rows_of, run_alone
+from skipway.surgery.operation import Operation, abbreviate
+from skipway.surgery.preconditions import require_operable
+from skipway.surgery.recompute import BlockParts, RandomState, buffers_kept, replaying
 from skipway.surgery.saved_tensors import Costs, costs_of, saved_bytes
-from skipway.surgery.verification import difference, outputs
-from skipway.tracing import Example, watch
+from skipway.surgery.transaction import transaction
+from skipway.tracing import Example, as_example, watch
 
 __all__ = ["Budget", "Every", "Segments", "SquareRoot", "checkpointed"]
 
@@ -30,13 +30,13 @@ SEGMENTS: Registry[type[Segments]] = Registry("segments")
 
 
 class Segments:
-    """Which blocks are computed again, and which of them together."""
+    """A choice of the blocks that are recomputed, and of those that are recomputed together."""
 
     def cut(self, rows: Sequence[Row], rest: float) -> list[list[str]]:
-        """The segments, each the names of blocks that follow one another; a block in none keeps what it computes.
+        """Return the segments, each the names of blocks that follow one another; a block in none keeps what it computes.
 
         Args:
-            rows: what each block keeps, in rows that follow one another directly, in the order of the signal.
+            rows: the costs of each block, in rows that follow one another directly, in the order of the signal.
             rest: bytes that are kept outside of the blocks.
         """
         raise NotImplementedError
@@ -44,7 +44,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Every(Segments):
-    """Each `blocks` blocks are a segment: L/blocks inputs are kept, and the inside of one segment at a time.
+    """Segments of `blocks` blocks: L/blocks inputs are kept, and the inside of one segment at a time.
 
     >>> Every(2).cut([[Costs("a", 8, 1), Costs("b", 8, 1), Costs("c", 8, 1)]], 0)
     [['a', 'b'], ['c']]
@@ -54,7 +54,7 @@ class Every(Segments):
 
     def __post_init__(self) -> None:
         if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
-            raise SkipwayError(f"blocks={self.blocks!r}: a segment holds a whole number of blocks, 1 at least")
+            raise SkipwayError(f"blocks={self.blocks!r}: the rule is a whole number of blocks per segment, at least 1")
 
     def cut(self, rows: Sequence[Row], rest: float) -> list[list[str]]:
         return [names(piece) for row in rows for piece in pieces(row, self.blocks)]
@@ -62,8 +62,8 @@ class Every(Segments):
 
 @dataclass(frozen=True)
 class SquareRoot(Segments):
-    """Segments of √(L g/a) blocks in a row of L, which keep g bytes of input and a bytes inside: what is kept at most,
-    (L/n) g + n a for segments of n, is then least, 2 √(L g a) (Chen et al. 2016, https://arxiv.org/abs/1604.06174,
+    """Segments of √(L g/a) blocks in a row of L, where each block keeps g bytes of input and a bytes inside: the peak,
+    (L/n) g + n a for segments of n, is then smallest, 2 √(L g a) (Chen et al. 2016, https://arxiv.org/abs/1604.06174,
     sec. 4.1). The last segment, which the backward pass meets first, keeps what it computes: that costs no byte.
 
     >>> row = [Costs(str(number), 4, 4) for number in range(9)]
@@ -81,14 +81,15 @@ class SquareRoot(Segments):
 
 @dataclass(frozen=True)
 class Budget(Segments):
-    """As few blocks as possible are computed again, so that no more than `bytes` are kept at any time of a pass over
-    the example: at the end of the forward pass, and while a segment is computed again.
+    """As few blocks as possible are recomputed, so that no more than `bytes` are kept at any time of a pass over the
+    example: at the end of the forward pass, and while a segment is recomputed.
 
-    The first blocks are, in segments, and the last ones keep what they compute: the backward pass has freed that when
-    it comes to the first segment, so that the room is used twice.
+    The first blocks are recomputed, in segments, and the last ones keep what they compute: the backward pass has freed
+    that when it comes to the first segment, so that the room is used twice.
 
     Args:
-        bytes: what autograd may keep, parameters not counted; of the whole model, on a batch as large as the example.
+        bytes: bytes that autograd may keep, parameters not counted; of the whole model, on a batch as large as the
+            example.
 
     >>> row = [Costs(str(number), 10, 1) for number in range(4)]
     >>> Budget(40).cut([row], 0), Budget(22).cut([row], 0), Budget(13).cut([row], 0)
@@ -99,7 +100,7 @@ class Budget(Segments):
 
     def __post_init__(self) -> None:
         if not self.bytes > 0:
-            raise SkipwayError(f"bytes={self.bytes!r}: a budget has to be above 0")
+            raise SkipwayError(f"bytes={self.bytes!r}: the rule is a number above 0")
 
     def cut(self, rows: Sequence[Row], rest: float) -> list[list[str]]:
         blocks = [block for row in rows for block in row]
@@ -107,14 +108,14 @@ class Budget(Segments):
         if sum(block.inside for block in blocks) <= room:
             return []
         plans = [plan(rows, room, most) for most in caps(blocks)]
-        found = [each for each in plans if each.peak <= room]
-        if not found:
+        fitting = [each for each in plans if each.peak <= room]
+        if not fitting:
             least = min(each.peak for each in plans) + rest
             raise SkipwayError(
                 f"bytes={self.bytes:.4g}: with any choice of segments {least:.4g} bytes are kept at some time of a "
                 "pass over this example; give that much, or a smaller batch"
             )
-        best = min(found, key=lambda each: (sum(map(len, each.segments)), each.peak))
+        best = min(fitting, key=lambda each: (sum(map(len, each.segments)), each.peak))
         return [names(segment) for segment in best.segments]
 
 
@@ -131,14 +132,14 @@ class Plan:
 
 
 def caps(blocks: Row) -> list[float]:
-    """How much a segment may hold inside: tried in steps of a twelfth from one block to all."""
+    """Bounds on the bytes inside of a segment that are tried, in steps of a twelfth from one block to all."""
     least, most = max(block.inside for block in blocks), sum(block.inside for block in blocks)
     steps = max(1, math.ceil(math.log(max(most / max(least, 1), 1)) / math.log(13 / 12)))
     return [least * (most / max(least, 1)) ** (step / steps) for step in range(steps + 1)]
 
 
 def plan(rows: Sequence[Row], room: float, most: float) -> Plan:
-    """Segments of at most `most` bytes inside, of which the last blocks are let off as far as there is room."""
+    """Segments of at most `most` bytes inside; the last blocks are not recomputed as far as there is room."""
     segments = [piece for row in rows for piece in filled(row, most)]
     kept, let_off = 0.0, 0
     inputs = sum(segment[0].given for segment in segments)
@@ -170,10 +171,12 @@ def filled(row: Row, most: float) -> Iterator[Row]:
 
 
 def pieces(row: Row, length: int) -> Iterator[Row]:
+    """A row cut into pieces of a length."""
     return (row[start : start + length] for start in range(0, len(row), length))
 
 
 def names(blocks: Row) -> list[str]:
+    """Paths of blocks."""
     return [block.name for block in blocks]
 
 
@@ -189,134 +192,129 @@ def read_segments(given: Segments | str | int) -> Segments:
 
 
 def checkpointed(model: nn.Module, example: Example, segments: Segments | str | int = 1) -> Operation:
-    """Keep the inputs of segments of blocks and compute their inside again in the backward pass (Chen et al. 2016,
-    https://arxiv.org/abs/1604.06174), for anybody's blocks, in place. The network computes what it did.
+    """Recompute the inside of segments of blocks in the backward pass, of which only the inputs are kept (Chen et al.
+    2016, https://arxiv.org/abs/1604.06174), for anybody's blocks, in place. The network computes what it did.
 
     Random numbers are the same in both computations, running statistics are updated once (P22), autocast is what it
-    was. Without gradients, in evaluation say, every block runs by itself as before. With them a segment runs within its
-    first block: forward hooks of the blocks themselves see the segment's input and output, those of their parts see
-    both computations, and a block of a longer segment cannot be called alone.
+    was. Without gradients, in evaluation for example, every block runs by itself as before. With gradients a segment
+    runs within its first block: forward hooks of the blocks themselves see the segment's input and output, those of
+    their parts see both computations, and a block of a longer segment cannot be called alone.
 
     Args:
         model: any module that `chain` can read.
         example: what the model is called with; bytes are measured on it, in training mode.
-        segments: which blocks are computed again, and together: `Every(n)` or n; `SquareRoot()`, `"squareroot"`;
+        segments: which blocks are recomputed, and together: `Every(n)` or n; `SquareRoot()`, `"squareroot"`;
             `Budget(bytes)`, `"budget(2e9)"`.
 
-    Shapes: as the blocks': each takes and puts out one tensor of one shape.
+    Shapes: as the blocks': each takes and returns one tensor of one shape.
 
     Returns:
         the operation: `touched` holds the segments by their first blocks, `refused` the blocks that could not be
         taken; the report the bytes that one training pass keeps for the backward pass, before and after, and the most
-        that are kept at any time, when the largest segment is computed again.
+        that are kept at any time, when the largest segment is recomputed.
 
     Raises:
         SkipwayError: the model has no block that carries x itself, or no choice of segments fits into the budget.
 
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
     >>> model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
-    >>> operation = checkpointed(model, torch.randn(2, 3, 8), 3)
-    >>> operation.touched
+    >>> operation = checkpointed(model, torch.randn(2, 3, 8), segments=3)
+    >>> dict(operation.touched)
     {'layers.0': 'computed again with layers.1, layers.2', 'layers.3': 'computed again with layers.4, layers.5'}
     >>> operation.report["bytes after"] < 0.1 * operation.report["bytes before"]
     True
     """
-    chosen = read_segments(segments)
-    model = admitted(model)
+    choice = read_segments(segments)
+    model, example = require_operable(model), as_example(example)
     rows, reasons = rows_of(model, example, watch(model, example))
-    member = {name for row in rows for name in row}
-    if not member:
+    members = {name for row in rows for name in row}
+    if not members:
         raise SkipwayError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
-    kept, costs = costs_of(model, example, member)
-    before = outputs(model, example)
-    cut = chosen.cut([[costs[name] for name in row] for row in rows], kept - sum(c.inside for c in costs.values()))
+    kept, costs = costs_of(model, example, members)
+    cut = choice.cut([[costs[name] for name in row] for row in rows], kept - sum(c.inside for c in costs.values()))
     title = f"{type(model).__name__} computes {sum(map(len, cut))} blocks again, in {len(cut)} segments"
-    refused = {name: reason for name, reason in reasons.items() if name not in member}
-    operation = Operation(model, title, {}, refused, {})
-    try:
-        recent = Recent()
-        for segment in cut:
-            operation.steps += Segment([model.get_submodule(name) for name in segment], recent).install()
+    with transaction(model, example, title=title) as change:
+        change.refused.update((name, reason) for name, reason in reasons.items() if name not in members)
+        random_state = LastRandomState()
+        for first, *others in cut:
+            CheckpointedRow([model.get_submodule(name) for name in (first, *others)], random_state).install(change)
+            change.touched[first] = "computed again" + (f" with {abbreviate(others)}" if others else "")
         after = saved_bytes(model, example)
-        operation.report = {
-            "difference": difference(before, outputs(model, example)),
+        change.report = {
             "bytes before": kept,
             "bytes after": after,
-            "bytes at most": most_bytes(cut, costs, after),
+            "bytes at most": peak_bytes(cut, costs, after),
         }
-    except BaseException:
-        operation.undo()
-        raise
-    operation.touched = {
-        first: "computed again" + (f" with {', '.join(others)}" if others else "") for first, *others in cut
-    }
-    return operation
+        return change.commit()
 
 
-def most_bytes(cut: Sequence[Sequence[str]], costs: dict[str, Costs], after: float) -> float:
-    """The most that is kept at any time: as the backward pass comes to a segment, all that was kept behind is free."""
-    again = {name for segment in cut for name in segment}
-    behind = freed = 0.0
+def peak_bytes(cut: Sequence[Sequence[str]], costs: dict[str, Costs], after: float) -> float:
+    """The most bytes that are kept at any time: when the backward pass comes to a segment, all that was kept after the
+    segment is free.
+    """
+    segment_of = {name: segment for segment in cut for name in segment}
+    kept_after = freed = 0.0
     peak = after
-    number = {name: index for index, segment in enumerate(cut) for name in segment}
     for name in reversed(costs):
-        if name not in again:
-            behind += costs[name].inside
-            continue
-        segment = cut[number[name]]
-        if name == segment[0]:
-            peak = max(peak, after - behind - freed + sum(costs[each].inside for each in segment))
+        segment = segment_of.get(name)
+        if segment is None:
+            kept_after += costs[name].inside
+        elif name == segment[0]:
+            peak = max(peak, after - kept_after - freed + sum(costs[each].inside for each in segment))
             freed += costs[name].given
     return peak
 
 
 @dataclass
-class Recent:
-    """The last state of the random numbers that was kept: segments between which nothing is drawn share it."""
+class LastRandomState:
+    """The random state that was kept last: segments between which nothing is drawn share it."""
 
-    draws: Draws | None = None
+    state: RandomState | None = None
 
-    def now(self, x: Tensor) -> Draws:
-        self.draws = Draws.now(x, self.draws)
-        return self.draws
+    def now(self, x: Tensor) -> RandomState:
+        """The state as it is now."""
+        self.state = RandomState.now(x, self.state)
+        return self.state
 
 
 @dataclass
-class Segment(Chained):
-    """Blocks whose inside is computed again in the backward pass, all of them together.
+class CheckpointedRow(BlockRow):
+    """Blocks whose inside is recomputed in the backward pass, all of them together.
 
     Args:
-        recent: shared by all segments of a model.
+        random_state: shared by all segments of a model.
     """
 
-    word = "part of a segment that is computed again"
+    operation = "part of a segment that is computed again"
 
-    recent: Recent = field(default_factory=Recent, repr=False)
+    random_state: LastRandomState = field(default_factory=LastRandomState, repr=False)
 
     def __post_init__(self) -> None:
-        self.parts = [Parts(block) for block in self.blocks]
+        self.parts = [BlockParts(block) for block in self.blocks]
 
-    def now(self) -> bool:
+    def active(self) -> bool:
         return torch.is_grad_enabled()
 
     def sealed(self) -> str | None:
         return None  # every other operation sees the blocks one by one: they are looked at without gradients
 
     def run(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        if torch.compiler.is_compiling():  # the compiler replays what was drawn, and writes into a buffer once
-            return checkpoint(self.inside, x, others, named, None, use_reentrant=False)
-        draws = self.recent.now(x)
-        return checkpoint(self.inside, x, others, named, draws, use_reentrant=False, preserve_rng_state=False)
+        if torch.compiler.is_compiling():  # the compiler replays random numbers, and writes into a buffer once
+            return checkpoint(self.compute, x, others, named, None, use_reentrant=False)
+        state = self.random_state.now(x)
+        return checkpoint(self.compute, x, others, named, state, use_reentrant=False, preserve_rng_state=False)
 
-    def inside(self, x: Tensor, others: Sequence[Any], named: dict[str, Any], draws: Draws | None) -> Tensor:
-        if draws is None or torch._C._current_graph_task_id() == -1:  # not within a backward pass
-            return self.all(x, others, named)
+    def compute(self, x: Tensor, others: Sequence[Any], named: dict[str, Any], state: RandomState | None) -> Tensor:
+        """Run all blocks, in the backward pass as they ran before."""
+        if state is None or torch._C._current_graph_task_id() == -1:  # not within a backward pass
+            return self.run_each(x, others, named)
         for parts in self.parts:
             parts.refresh()
-        with replaying(draws), statistics_kept([module for parts in self.parts for module in parts.writers()]):
-            return self.all(x, others, named)
+        with replaying(state), buffers_kept([module for parts in self.parts for module in parts.writers()]):
+            return self.run_each(x, others, named)
 
-    def all(self, x: Tensor, others: Sequence[Any], named: dict[str, Any]) -> Tensor:
+    def run_each(self, x: Tensor, others: Sequence[Any], named: dict[str, Any]) -> Tensor:
+        """Run one block after the other."""
         for block in self.blocks:
-            x = plain(block, x, others, named)
+            x = run_alone(block, x, others, named)
         return x

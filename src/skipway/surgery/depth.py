@@ -1,4 +1,4 @@
-"""Changing depth: lesion, influence, shorten, deepen."""
+"""Depth: `lesion`, `influence`, `shorten`, `deepen`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply
-from skipway.surgery.insertion import behind, on_slow_path
-from skipway.surgery.insertion_point import place_behind
-from skipway.surgery.operation import Operation
-from skipway.surgery.preconditions import admitted
-from skipway.surgery.verification import difference, outputs
-from skipway.tracing import Example, Program, preserved_state, watch
+from skipway.surgery.insertion import disable_fused_path, insert_after
+from skipway.surgery.insertion_point import find_insertion_point
+from skipway.surgery.operation import Operation, abbreviate
+from skipway.surgery.preconditions import require_operable
+from skipway.surgery.transaction import Transaction, transaction
+from skipway.surgery.verification import difference, forward_hooks, outputs
+from skipway.tracing import Example, Program, as_example, call_model, preserved_state, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
-from skipway.tracing.example import call_model
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
 
@@ -26,92 +26,78 @@ Score = Callable[[nn.Module], float]
 
 
 class Skipped(nn.Module):
-    """Stands where a block stood, and passes on the first thing that it is given."""
+    """Takes the place of a block that was left out, and returns its first argument."""
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         return x
 
 
-def lesion(model: nn.Module, connections: Iterable[str], example: Example) -> Operation:
+def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operation:
     """Silence branches, y = x + 0 · F(x), in place: the study of Veit et al. 2016 (https://arxiv.org/abs/1605.06431).
 
     Args:
         model: any module that `chain` can read.
-        connections: names as `chain(model, example)` gives them.
         example: what the model is called with.
+        names: of connections, as `chain(model, example)` gives them.
 
     Raises:
         SkipwayError: a name is unknown, or its branch has no place to be silenced at; the model is as before.
 
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True).eval()
     >>> x = torch.randn(2, 3, 8)
-    >>> operation = lesion(layer, [":1", ":2"], x)
+    >>> operation = lesion(layer, x, [":1", ":2"])
     >>> torch.equal(layer(x), x)
     True
     """
-    model = admitted(model)
+    model, example = require_operable(model), as_example(example)
     program = watch(model, example)
-    chain = chain_from_program(model, program)
-    known = {connection.name: connection for connection in chain}
-    operation = Operation(model, f"lesion of {type(model).__name__}", {}, {}, {})
-    before, touched = outputs(model, example), {}
-    try:
-        for name in connections:
+    known = {connection.name: connection for connection in chain_from_program(model, program)}
+    with transaction(model, example, title=f"lesion of {type(model).__name__}") as change:
+        for name in [names] if isinstance(names, str) else names:
             if name not in known:
-                raise SkipwayError(f"connection {name!r}: the model has {', '.join(map(repr, known)) or 'none'}")
-            place = place_behind(model, program, known[name])
-            if isinstance(place, str):
-                raise SkipwayError(f"connection {name!r} cannot be silenced: {place}")
-            operation.steps.append(behind(model.get_submodule(place.name), Multiply(0.0)))
-            operation.steps += on_slow_path(model, place.name)
-            touched[name] = place.name
-    except Exception:
-        operation.undo()
-        raise
-    operation.touched, operation.report = touched, {"difference": difference(before, outputs(model, example))}
-    return operation
+                listed = abbreviate(list(known)) or "none"
+                raise SkipwayError(f"connection {name!r} is unknown; chain(model, example) lists them: {listed}")
+            try:
+                point = find_insertion_point(model, program, known[name])
+            except SkipwayError as problem:
+                raise SkipwayError(f"connection {name!r} cannot be silenced: {problem}") from problem
+            insert_after(change, model.get_submodule(point.name), Multiply(0.0))
+            disable_fused_path(change, point.name)
+            change.touched[name] = point.name
+        return change.commit()
 
 
 def blocks_of(model: nn.Module, example: Example, program: Program | None = None) -> list[str]:
-    """Modules that add, and can be left out or put in twice: all their connections carry x itself, and what they put
-    out is shaped like what they take. In the order of the signal.
+    """Names of the modules that add and can be left out or repeated, in the order of the signal: all their connections
+    carry x itself, and their output is shaped like their input.
 
     Args:
-        model: any module that `chain` can read.
+        model: any module that `chain` can read; it is left alone.
         example: what the model is called with.
-        program: what it runs on it, where that was watched already.
+        program: what it runs on the example, if that was watched already.
     """
-    chain = chain_from_program(model, program or watch(model, example))
-    owners = owned(chain)
-    whole = [
+    owners = by_owner(chain_from_program(model, program or watch(model, example)))
+    candidates = [
         owner
         for owner, connections in owners.items()
         if owner
         and all(connection.seen.skip == "identity" for connection in connections)
         # a block within a block goes with it
-        and owners.keys().isdisjoint(outer(owner))
+        and owners.keys().isdisjoint(parents(owner))
     ]
-    shapes: dict[str, bool] = {}
+    shapes_agree: dict[str, bool] = {}
 
-    def watcher(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, given: Any, out: Any) -> None:
-            first = given[0] if given else None
-            same = isinstance(first, Tensor) and isinstance(out, Tensor) and first.shape == out.shape
-            shapes[name] = same and name not in shapes
+    def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+        first = args[0] if args else None
+        same = isinstance(first, Tensor) and isinstance(output, Tensor) and first.shape == output.shape
+        shapes_agree[name] = same and name not in shapes_agree
 
-        return look
-
-    handles = [model.get_submodule(name).register_forward_hook(watcher(name)) for name in whole]
-    try:
-        with preserved_state(model), torch.no_grad():
-            call_model(model.eval(), example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [name for name in whole if shapes.get(name)]
+    with forward_hooks(model, candidates, leave=look), preserved_state(model), torch.no_grad():
+        call_model(model.eval(), example)
+    return [name for name in candidates if shapes_agree.get(name)]
 
 
-def owned(chain: Chain[WatchedConnection]) -> dict[str, list[WatchedConnection]]:
+def by_owner(chain: Chain[WatchedConnection]) -> dict[str, list[WatchedConnection]]:
     """The connections of a chain by the module that adds, in the order of the signal."""
     owners: dict[str, list[WatchedConnection]] = {}
     for connection in chain:
@@ -119,10 +105,10 @@ def owned(chain: Chain[WatchedConnection]) -> dict[str, list[WatchedConnection]]
     return owners
 
 
-def outer(name: str) -> Iterator[str]:
+def parents(name: str) -> Iterator[str]:
     """The modules that a module is in, innermost first, without the model itself.
 
-    >>> list(outer("stages.0.3"))
+    >>> list(parents("stages.0.3"))
     ['stages.0', 'stages']
     """
     while name := name.rpartition(".")[0]:
@@ -130,109 +116,102 @@ def outer(name: str) -> Iterator[str]:
 
 
 def influence(model: nn.Module, example: Example, score: Score | None = None) -> dict[str, float]:
-    """How much each block that can be left out matters, least first.
+    """Return how much each block that can be left out matters, least first; the model is left alone.
 
     Args:
         model: any module that `chain` can read.
         example: a batch; outputs are compared on it.
-        score: model → number, higher is better (accuracy on a validation set, say); the influence is what is lost
-            without the block. By default the mean relative change of the output, |f(x) − f₋ₗ(x)| / |f(x)|.
+        score: model → number, higher is better (the accuracy on a validation set, for example); the influence is what
+            is lost without the block. By default the mean relative change of the output, |f(x) − f₋ₗ(x)| / |f(x)|.
     """
-    model = admitted(model)
-    whole = outputs(model, example) if score is None else score(model)
-    found = {}
+    model, example = require_operable(model), as_example(example)
+    before = outputs(model, example) if score is None else []
+
+    def agreement(changed: nn.Module) -> float:
+        return -difference(before, outputs(changed, example), mean=True)
+
+    measure, found = score or agreement, {}
+    full = measure(model)
     for name in blocks_of(model, example):
-        kept = model.get_submodule(name)
-        model.set_submodule(name, Skipped().train(kept.training))
-        try:
-            if score is None:
-                found[name] = difference(whole, outputs(model, example), mean=True)  # type: ignore[arg-type]
-            else:
-                found[name] = whole - score(model)  # type: ignore[operator]
-        finally:
-            model.set_submodule(name, kept)
+        with transaction(model, title=f"{name} left out") as trial:  # never committed
+            leave_out(trial, name)
+            found[name] = full - measure(model)
     return dict(sorted(found.items(), key=lambda entry: entry[1]))
 
 
-def shorten(model: nn.Module, to: int, example: Example, score: Score | None = None) -> Operation:
+def leave_out(change: Transaction, name: str) -> None:
+    """Put the identity in the place of a block, in place."""
+    change.set_submodule(name, Skipped().train(change.model.get_submodule(name).training))
+
+
+def shorten(model: nn.Module, example: Example, to: int, score: Score | None = None) -> Operation:
     """Leave out the blocks of least influence until `to` of those that can be left out remain, in place.
 
-    The parameters of what is left out are gone from the state dict until `undo`; train on for a little.
+    The parameters of the blocks are gone from the state dict until `undo`; the network is best trained a little more.
 
     Args:
         model: any module that `chain` can read.
+        example: a batch to measure the influence on.
         to: blocks that remain, ≥ 0, of those that `influence` lists (a transformer's block, or in networks of ours
             each of its two connections).
-        example: a batch to measure the influence on.
         score: see `influence`.
 
     Returns:
-        the operation; its report holds the influence of every block, and by how much the output changed.
+        the operation; its report holds the difference of the outputs and the influence of every block.
 
     Raises:
-        SkipwayError: fewer blocks can be left out than asked for.
+        SkipwayError: fewer blocks can be left out than asked for; the model is as before.
     """
-    model = admitted(model)
+    model, example = require_operable(model), as_example(example)
     measured = influence(model, example, score)
     surplus = len(measured) - to
     if to < 0 or surplus < 0:
-        raise SkipwayError(f"to={to}: {len(measured)} blocks of {type(model).__name__} can be left out, so 0 to that")
-    before = outputs(model, example)
-    operation = Operation(model, f"{type(model).__name__} shortened to {to} blocks", {}, {}, {})
-    for name in list(measured)[:surplus]:
-        kept = model.get_submodule(name)
-        model.set_submodule(name, Skipped().train(kept.training))
-        operation.steps.append(lambda name=name, kept=kept: model.set_submodule(name, kept))
-    operation.touched = {name: f"influence {measured[name]:.3g}" for name in list(measured)[:surplus]}
-    operation.report = {**measured, "difference": difference(before, outputs(model, example))}
-    return operation
+        raise SkipwayError(f"to={to}: {type(model).__name__} has {len(measured)} blocks that can be left out; give 0 to that")
+    with transaction(model, example, title=f"{type(model).__name__} shortened to {to} blocks") as change:
+        change.report = measured
+        for name in list(measured)[:surplus]:
+            leave_out(change, name)
+            change.touched[name] = f"influence {measured[name]:.3g}"
+        return change.commit()
 
 
-def deepen(model: nn.Module, by: int, example: Example, *, tolerance: float = 1e-5) -> Operation:
-    """Put a copy behind each of `by` blocks, evenly spread, that starts as the identity: its last maps are 0, in place.
+def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e-5) -> Operation:
+    """Insert a copy after each of `by` blocks, evenly spread, that starts as the identity: its last maps are 0, in
+    place.
 
     The network computes what it did, and every copy learns from the first step on. Existing keys stay.
 
     Args:
         model: any module that `chain` can read.
-        by: blocks that are added, 1 ≤ by ≤ the blocks that can be copied.
         example: what the model is called with.
-        tolerance: by how much the output may differ, relative to its largest value.
+        by: blocks that are added, 1 ≤ by ≤ the blocks that can be copied.
+        tolerance: bound on the difference of the outputs, relative to their largest value.
 
     Raises:
-        SkipwayError: too many are asked for, a block's branch has no last map, or the output changes (behind
-            post-norm a copy is no identity); the model is as before.
+        SkipwayError: too many are asked for, a block's branch has no last map, or the output changed (in a post-norm
+            network a copy is no identity); the model is as before.
     """
-    model = admitted(model)
-    blocks = blocks_of(model, example)
+    model, example = require_operable(model), as_example(example)
+    program = watch(model, example)
+    blocks, owners = blocks_of(model, example, program), by_owner(chain_from_program(model, program))
     if not 1 <= by <= len(blocks):
-        raise SkipwayError(f"by={by}: {len(blocks)} blocks of {type(model).__name__} can be copied, so 1 to that")
-    before = outputs(model, example)
-    owners = owned(chain_from_program(model, watch(model, example)))
+        raise SkipwayError(f"by={by}: {type(model).__name__} has {len(blocks)} blocks that can be copied; give 1 to that")
     chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * by)] for number in range(by)]
-    operation = Operation(model, f"{type(model).__name__} deepened by {by} blocks", {}, {}, {})
-    try:
+    title = f"{type(model).__name__} deepened by {by} blocks"
+    hint = "after the additions of these blocks follows something that is not the identity on its own output"
+    with transaction(model, example, title=title, tolerance=tolerance, hint=hint) as change:
         for name in chosen:
             block = model.get_submodule(name)
             twin = copy.deepcopy(block)
             silence(twin, [c.seen.closing or c.seen.last for c in owners[name]], name)
-            operation.steps.append(behind(block, twin))
-        report = {"difference": difference(before, outputs(model, example))}
-        if not report["difference"] <= tolerance:
-            raise SkipwayError(
-                f"with silent copies the output changes by {report['difference']:.3g} of its largest value: what "
-                "follows the additions of these blocks is not the identity on their own output"
-            )
-    except Exception:
-        operation.undo()
-        raise
-    operation.touched, operation.report = dict.fromkeys(chosen, "copied"), report
-    return operation
+            insert_after(change, block, twin)
+            change.touched[name] = "copied"
+        return change.commit()
 
 
 @torch.no_grad()
 def silence(block: nn.Module, modules: Sequence[str | None], name: str) -> None:
-    """Set what closes each branch of a copied block to 0: the gain of its closing norm, or its last map."""
+    """Set the gain of the closing norm, or the last map, of each branch of a copied block to 0, in place."""
     for path in modules:
         if path is None:
             raise SkipwayError(f"a branch of {name!r} ends in no linear map and no norm with a gain")

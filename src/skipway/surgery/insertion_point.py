@@ -1,4 +1,4 @@
-"""Where in somebody's network something can be put behind a branch: the last module that puts out what is added."""
+"""The module of somebody's network after which a branch can be multiplied: the last one that returns what is added."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from skipway.errors import SkipwayError
 from skipway.tracing import Program
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.program import Value
 
-__all__ = ["Place", "place_behind"]
+__all__ = ["InsertionPoint", "find_insertion_point"]
 
 COMMUTING = frozenset({"carry", "drop", "scale", "pad"})
-"""What a factor may stand in front of as well as behind."""
+"""Operators that a factor commutes with."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Behind which module the branch of a connection can be multiplied.
+class InsertionPoint:
+    """The module after which the branch of a connection can be multiplied.
 
     Args:
         name: path of the module.
-        axis: of its output that holds the channels of the stream; None where there is no telling.
-        ndim: axes of its output.
+        axis: axis of its output that holds the channels of the stream; None if several or none fit.
+        ndim: number of axes of its output.
         dim: channels of its output.
     """
 
@@ -33,46 +34,50 @@ class Place:
     dim: int
 
 
-def place_behind(model: nn.Module, program: Program, connection: WatchedConnection) -> Place | str:
-    """The place behind a connection's branch, or the reason why there is none.
+def find_insertion_point(model: nn.Module, program: Program, connection: WatchedConnection) -> InsertionPoint:
+    """Find the insertion point of a connection's branch.
 
-    From the value that is added, back through views, dropout and factors, to one that a module put out; a module that
-    ran once, inside of the one that adds, and whose output nothing else reads. A branch that is wider than the stream
-    is passed through its slice where the rest of it stands beside the sum: [x + F₁, F₂] is [x, 0] + F (ReXNet, DPN).
+    The search goes from the value that is added back through views, dropout and factors, to one that a module returned;
+    a module that ran once, inside of the one that adds, and whose output nothing else reads. A branch that is wider
+    than the stream is passed through its slice where the rest is joined to the sum: [x + F₁, F₂] is [x, 0] + F (ReXNet,
+    DPN).
+
+    Raises:
+        SkipwayError: there is none; says why.
     """
     seen = connection.seen
     _, branch, total, start = seen.numbers
     here, following, beside, dim = branch, total, frozenset[int](), connection.site.dim
-    reason = "what is added is put out by no module of its own, but made in the forward that adds"
+    reason = "what is added is returned by no module of its own, but made in the forward that adds"
     while True:
         value = program[here]
         others = [user for user in program.users[here] if user != following and program[user].signal]
         if not beside.issuperset(others):
-            return "what is added is read by something else too"
+            raise SkipwayError("what is added is read by something else too")
         for name in reversed(program.makers.get(here, [])):
             if not inside(name, seen.owner):
                 continue
-            # a container runs what is in it one after the other, and would run what is added to it a second time
+            # a container runs its children one after the other, and would run an inserted one a second time
             if isinstance(model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict):
                 continue
             if program.runs[name] > 1:
-                reason = f"{name} runs {program.runs[name]} times in a pass, so a scale behind it would be shared"
+                reason = f"{name} runs {program.runs[name]} times in a pass, so a scale after it would be shared"
                 continue
             if program.left[name] > total:  # what was added already was passed through it afterwards
                 continue
-            return Place(name, channel_axis(value, connection, dim), len(value.shape), dim)
+            return InsertionPoint(name, channel_axis(value, connection, dim), len(value.shape), dim)
         signals = program.signals(value)
         if here != start and value.part == "slice" and len(signals) == 1 and (rest := beside_sum(program, here, total)):
             dim = dim * program[signals[0]].numel // value.numel
             beside, here, following = rest, signals[0], here
             continue
         if here == start or value.part not in COMMUTING or len(signals) != 1 or value.norm is not None:
-            return reason
+            raise SkipwayError(reason)
         here, following = signals[0], here
 
 
 def beside_sum(program: Program, part: int, total: int) -> frozenset[int]:
-    """The other slices of what a branch is a slice of, if all that is done with them is to join them to the sum."""
+    """The other slices of the value that `part` is a slice of, if all of them are only joined to the sum."""
     (source,) = program.signals(program[part])
     joins = {user for user in program.users[total] if program[user].part == "join"}
     rest = frozenset(user for user in program.users[source] if user != part and program[user].signal)
@@ -86,7 +91,7 @@ def inside(name: str, owner: str) -> bool:
 
 
 def channel_axis(value: Value, connection: WatchedConnection, dim: int) -> int | None:
-    """Which axis of a value is as long as the stream is wide: that of images or of tokens, else the only one."""
+    """The axis of a value that is as long as the stream is wide: that of images or of tokens, else the only one."""
     shape = value.shape
     if connection.site.spatial == 2 and len(shape) == 4 and shape[1] == dim:
         return 1

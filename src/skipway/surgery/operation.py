@@ -1,58 +1,121 @@
-"""What an operation on a network did, and how to take it back."""
+"""The record of an operation on a network, and the journal that takes the operation back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from torch import nn
 
 from skipway.errors import SkipwayError
 
-__all__ = ["Operation", "undo"]
+__all__ = ["Journal", "Operation", "abbreviate", "undo"]
+
+LINES = 8
+"""Reasons and numbers that are printed of one operation."""
 
 
-@dataclass
+class Journal:
+    """Undo steps, each recorded before its change is made, run last one first.
+
+    A step restores a known state, so that running it twice, or without its change having been made, does no harm.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], None]] = []
+        self.undone = False
+
+    def undo(self) -> None:
+        """Run all steps, for good."""
+        self.roll_back()
+        self.undone = True
+
+    def roll_back(self, mark: int = 0) -> None:
+        """Run and drop the steps recorded after the first `mark`, all of them, whatever is raised on the way.
+
+        An interrupted step is run again. The last exception is raised when all steps are done.
+        """
+        problem: BaseException | None = None
+        while len(self.steps) > mark:
+            try:
+                while len(self.steps) > mark:
+                    self.steps[-1]()
+                    self.steps.pop()
+            except KeyboardInterrupt as interrupt:
+                problem = interrupt
+            except Exception as failure:
+                problem = failure
+                self.steps.pop()
+        if problem is not None:
+            raise problem
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Operation:
-    """An operation that was carried out in place.
+    """An operation that was carried out on a model, in place. Printed, it fits on one screen at any depth.
 
     Args:
         model: the network.
-        title: what was done, in words.
-        touched: names of connections and the modules that were changed for each.
-        refused: names of connections that were left alone, and why.
-        report: what was measured on the example.
-        steps: what takes it back, last one first.
+        title: the operation in words.
+        touched: what was done, by the name of a connection, block or module.
+        refused: why something was left alone, by its name.
+        report: numbers measured on the example; "difference" is the largest change of the output over its largest
+            magnitude.
+        journal: undo steps.
     """
 
-    model: nn.Module = field(repr=False)
+    model: nn.Module
     title: str
     touched: Mapping[str, str]
     refused: Mapping[str, str]
     report: Mapping[str, float]
-    steps: list[Callable[[], None]] = field(repr=False, default_factory=list)
-    undone: bool = False
+    journal: Journal = field(default_factory=Journal)
+
+    @property
+    def undone(self) -> bool:
+        """Whether the model was put back."""
+        return self.journal.undone
 
     def undo(self) -> nn.Module:
-        """Put everything back: outputs, keys of the state dict and classes are exactly as before.
+        """Put the model back, in place: outputs, classes, keys and order of the state dict are exactly as before.
+
+        An interrupted `undo` finishes first and raises then; parameters that the operation did not write keep what
+        was learned since.
 
         Raises:
-            SkipwayError: it was undone already.
+            SkipwayError: the operation was undone already.
         """
         if self.undone:
-            raise SkipwayError(f"{self.title!r} was undone already")
-        while self.steps:
-            self.steps.pop()()
-        self.undone = True
+            raise SkipwayError(f"{self.title!r} was undone already; repeat the operation to have it again")
+        self.journal.undo()
         return self.model
 
     def __str__(self) -> str:
-        measured = ", ".join(f"{name} {value:.3g}" for name, value in self.report.items())
-        lines = [f"{self.title}: {len(self.touched)} connections; {measured}"]
-        lines += [f"  left alone: {name or 'the model'}: {reason}" for name, reason in self.refused.items()]
-        return "\n".join(lines)
+        numbers = [f"{name} {value:.3g}" for name, value in islice(self.report.items(), LINES)]
+        numbers += [f"{len(self.report) - LINES} numbers more in report"] * (len(self.report) > LINES)
+        head = f"{self.title}: {len(self.touched)} changed" + (f"; {', '.join(numbers)}" if numbers else "")
+        names: dict[str, list[str]] = {}
+        for name, reason in self.refused.items():
+            names.setdefault(reason, []).append(name or "the model")
+        lines = [f"  left alone: {abbreviate(names[reason])}: {reason}" for reason in islice(names, LINES)]
+        lines += [f"  {len(names) - LINES} reasons more in refused"] * (len(names) > LINES)
+        return "\n".join([head, *lines])
+
+    __repr__ = __str__
 
 
 def undo(operation: Operation) -> nn.Module:
-    """Take an operation back; see `Operation.undo`."""
+    """Put a model back, in place, as it was before an operation; see `Operation.undo`."""
     return operation.undo()
+
+
+def abbreviate(names: Sequence[str], most: int = 4, separator: str = ", ") -> str:
+    """Names in one line, however many there are.
+
+    >>> abbreviate(["a", "b", "c"]), abbreviate([f"layers.{number}" for number in range(1000)])
+    ('a, b, c', 'layers.0, layers.1, layers.2, …, layers.999 (1000)')
+    """
+    if len(names) <= most:
+        return separator.join(names)
+    return separator.join((*names[: most - 1], "…", f"{names[-1]} ({len(names)})"))

@@ -1,4 +1,4 @@
-"""What is not operated on: TorchScript, quantised weights, what is reversed already; and forwards that read values."""
+"""Models that no operation accepts: TorchScript, quantised weights, reversible blocks, forwards that read values."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from skipway.errors import SkipwayError
-from skipway.tracing import Example, Program, preserved_state, unwrap
-from skipway.tracing.example import call_model
+from skipway.tracing import Example, Program, call_model, preserved_state, unwrap
 from skipway.tracing.watch import Recorder, copy_to_meta, refuse_scripted
 
-__all__ = ["SEALED", "admitted", "refuse_branching"]
+__all__ = ["SEALED", "refuse_branching", "require_operable"]
 
 SEALED = "sealed"
-"""Attribute of a class that an operation made, where no other operation can follow: it says which one it was."""
+"""Attribute of a class made by an operation that no other operation can follow; its value names that operation."""
 
 
-def admitted(model: nn.Module) -> nn.Module:
-    """The module behind wrappers, if it is one that can be operated on.
+def require_operable(model: nn.Module) -> nn.Module:
+    """Return the module inside of wrappers (DDP, `torch.compile`), which is left alone, if it can be operated on.
 
     Raises:
         SkipwayError: a part is TorchScript, holds quantised weights, or is run by `reversible`.
 
-    >>> admitted(nn.Linear(2, 2))
+    >>> require_operable(nn.Linear(2, 2))
     Linear(in_features=2, out_features=2, bias=True)
     """
     refuse_scripted(model)
@@ -43,7 +42,7 @@ def admitted(model: nn.Module) -> nn.Module:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module's weights are packed or integers, by what it holds."""
+    """Whether a module's own weights are packed or integers."""
     own = (*module._parameters.values(), *module._buffers.values())
     tensors = [tensor for tensor in own if isinstance(tensor, Tensor)]
     integers = any(not (p.is_floating_point() or p.is_complex()) for p in module.parameters(recurse=False))
@@ -51,13 +50,13 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def refuse_branching(model: nn.Module, example: Example, operation: str, program: Program | None = None) -> None:
-    """Refuse a model that decides by values of its input what it runs: another input may take another way.
+    """Refuse a model whose control flow depends on values of its input: another input may take another path.
 
     Args:
-        model: any module.
-        example: what it is called with.
-        operation: what is refused, in words.
-        program: what the model runs on the example, where that was watched already.
+        model: any module, which is left alone.
+        example: what the model is called with.
+        operation: name of the operation, for the message.
+        program: what the model runs on the example, if that was watched already.
 
     Raises:
         SkipwayError: a forward reads such a value.
@@ -67,17 +66,18 @@ def refuse_branching(model: nn.Module, example: Example, operation: str, program
     else:
         readers = []
         with suppress(Exception):  # on the meta device there is no value to read
-            readers = readers_of(copy_to_meta(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example))
+            readers = value_readers(copy_to_meta(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example))
     if readers:
         kind = type(model.get_submodule(readers[0])).__name__
         raise SkipwayError(
-            f"{readers[0] or 'the model'} ({kind}) reads values of a tensor that "
-            f"depends on the input, so another input may take another way; {operation} holds for the one way that was "
-            "seen only. Let it compute with the tensor (torch.where, say) instead"
+            f"{readers[0] or 'the model'} ({kind}) reads values of a tensor that depends on the input, so another input "
+            f"may take another path, and {operation} is verified on one path only. Compute with the tensor instead, "
+            "with torch.where for example"
         )
 
 
-def readers_of(model: nn.Module, example: Example) -> list[str]:
+def value_readers(model: nn.Module, example: Example) -> list[str]:
+    """Names of the modules whose forward reads a value of a tensor."""
     recorder = Recorder(model, example)
     with suppress(Exception), preserved_state(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(recorder.modules.following())

@@ -1,4 +1,4 @@
-"""Computing a second time what was computed before: the same random numbers, the same precision, statistics once."""
+"""Recomputation: the same random numbers, the same precision, statistics updated once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-__all__ = ["Draws", "Parts", "again", "autocasting", "precision", "replaying", "statistics_kept"]
+__all__ = ["BlockParts", "RandomState", "as_before", "autocasting", "buffers_kept", "precision", "replaying"]
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Where the random numbers stand, on the CPU and on the devices that a tensor is on."""
+class RandomState:
+    """State of the random number generators of the CPU and of the devices that a tensor is on."""
 
     cpu: Tensor
     devices: list[int]
@@ -23,39 +23,39 @@ class Draws:
     kind: str
 
     @classmethod
-    def now(cls, x: Tensor, last: Draws | None = None) -> Draws:
-        """Where they stand now: `last` itself if nothing was drawn since, so that as many are kept as are needed."""
+    def now(cls, x: Tensor, last: RandomState | None = None) -> RandomState:
+        """The state now; `last` itself if nothing was drawn since, so that no equal states are kept."""
         devices, states = ([], []) if x.device.type == "cpu" else get_device_states(x)
         found = cls(torch.get_rng_state(), devices, states, x.device.type if devices else "cuda")
         return last if last is not None and last.same(found) else found
 
-    def same(self, other: Draws) -> bool:
+    def same(self, other: RandomState) -> bool:
         """Whether nothing was drawn in between."""
         mine, others = (self.cpu, *self.states), (other.cpu, *other.states)
         return len(mine) == len(others) and all(torch.equal(one, two) for one, two in zip(mine, others, strict=True))
 
 
 @contextmanager
-def replaying(draws: Draws | None) -> Iterator[None]:
-    """The random numbers from where they stood then; afterwards they go on from where they stand now."""
-    if draws is None:
+def replaying(state: RandomState | None) -> Iterator[None]:
+    """Within it, random numbers are drawn from a state; afterwards they go on as if nothing had been drawn."""
+    if state is None:
         yield
         return
-    with torch.random.fork_rng(devices=draws.devices, device_type=draws.kind):
-        torch.set_rng_state(draws.cpu)
-        set_device_states(draws.devices, draws.states, device_type=draws.kind)
+    with torch.random.fork_rng(devices=state.devices, device_type=state.kind):
+        torch.set_rng_state(state.cpu)
+        set_device_states(state.devices, state.states, device_type=state.kind)
         yield
 
 
 def precision(kind: str) -> list[tuple[str, bool, torch.dtype]]:
-    """What autocast does now, on the CPU and on a kind of device."""
+    """Settings of autocast now, on the CPU and on a kind of device."""
     kinds = [each for each in dict.fromkeys(("cpu", kind)) if torch.amp.is_autocast_available(each)]
     return [(each, torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in kinds]
 
 
 @contextmanager
 def autocasting(settings: Sequence[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
-    """Autocast as it was; weights cast without gradients must not be taken from its cache later."""
+    """Autocast with these settings, and without its cache, which could hold weights that were cast without gradients."""
     if not any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in settings):
         yield
         return
@@ -65,11 +65,11 @@ def autocasting(settings: Sequence[tuple[str, bool, torch.dtype]]) -> Iterator[N
         yield
 
 
-class Parts:
-    """What a block consists of, without walking it anew in every pass.
+class BlockParts:
+    """Parameters and modules of a block, without walking it anew in every pass.
 
     Args:
-        block: any module; what is exchanged in it later is seen, since its modules' own tables are read.
+        block: any module; modules that are exchanged in it later are seen, since its modules' own tables are read.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -77,6 +77,7 @@ class Parts:
         self.walk()
 
     def walk(self) -> None:
+        """List the modules of the block."""
         self.modules = list(self.block.modules())
         self.tables = [module._modules for module in self.modules]
         self.children = [child for table in self.tables for child in table.values()]
@@ -88,7 +89,7 @@ class Parts:
             self.walk()
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those that are trained, each once."""
+        """Parameters that are trained, each once."""
         own = [parameter for module in self.modules for parameter in module._parameters.values()]
         return list(dict.fromkeys(p for p in own if p is not None and p.requires_grad))
 
@@ -98,8 +99,8 @@ class Parts:
 
 
 @contextmanager
-def statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Buffers as they were, running statistics among them, whatever a block writes into them."""
+def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it, buffers may be written into, running statistics among them; afterwards they are as before."""
     kept = [
         (module, name, buffer, buffer.clone())
         for module in modules
@@ -111,18 +112,18 @@ def statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, buffer, old in kept:
             module._buffers[name] = buffer
-            # past autograd, which may have kept a buffer that nothing wrote into
+            # without autograd's notice, which may have saved a buffer that nothing wrote into
             buffer.data.copy_(old)
 
 
 @contextmanager
-def again(
-    settings: Sequence[tuple[str, bool, torch.dtype]], draws: Draws | None, writers: Sequence[nn.Module]
+def as_before(
+    settings: Sequence[tuple[str, bool, torch.dtype]], state: RandomState | None, writers: Sequence[nn.Module]
 ) -> Iterator[None]:
-    """All of that, with gradients: what is computed within is what was computed then."""
+    """Within it, a block computes what it computed in the forward pass, with gradients."""
     with torch.enable_grad(), autocasting(settings):
-        if draws is None and not writers:
+        if state is None and not writers:
             yield
             return
-        with replaying(draws), statistics_kept(writers):
+        with replaying(state), buffers_kept(writers):
             yield

@@ -1,72 +1,71 @@
-"""`rescheme(model, scheme, example)`: dress the connections of anybody's network in a scheme, in place."""
+"""`rescheme(model, example, scheme)`: dress the connections of anybody's network in a scheme."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
-from typing import Any, Literal
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.nn import Gain, Multiply
-from skipway.schemes.scheme import Scheme
-from skipway.schemes.scheme import parse_scheme as read_scheme
-from skipway.surgery.insertion import behind, on_slow_path
-from skipway.surgery.insertion_point import Place, place_behind
-from skipway.surgery.operation import Operation
-from skipway.surgery.preconditions import admitted
-from skipway.surgery.transfer import Inside, inside_of, put_inside, step_over, takes_step
-from skipway.surgery.verification import difference, outputs
-from skipway.tracing import Example, Program, watch
+from skipway.schemes.scheme import Scheme, parse_scheme
+from skipway.surgery.insertion import OUTPUT, disable_fused_path, insert_after
+from skipway.surgery.insertion_point import InsertionPoint, find_insertion_point
+from skipway.surgery.operation import Operation, abbreviate
+from skipway.surgery.preconditions import require_operable
+from skipway.surgery.transaction import Transaction, transaction
+from skipway.surgery.transfer import branch_parts, has_global_start, insert_parts, start_network
+from skipway.surgery.verification import forward_hooks
+from skipway.tracing import Example, Program, as_example, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
+from skipway.validation import check_choice
 
-__all__ = ["rescheme"]
+__all__ = ["Start", "rescheme"]
 
-Preserve = Literal["one", "divide"]
+Start = Literal["identity", "divide", "scheme"]
 
 
 def rescheme(
     model: nn.Module,
-    scheme: str | Scheme,
     example: Example,
+    scheme: str | Scheme,
     *,
-    preserve: bool | Preserve = True,
+    start: Start = "identity",
     tolerance: float = 1e-5,
 ) -> Operation:
-    """Dress the residual connections of any network in a scheme, as far as that can be had from outside, in place.
+    """Dress the residual connections of any network in a scheme, as far as that is possible from outside, in place.
 
-    At each connection y = x + F(x) what the scheme puts behind the branch is put behind the module that puts out F(x):
+    At each connection y = x + F(x) the scheme's scale s is inserted after the module that returns F(x):
     y = x + s(F(x)). The module becomes an instance of a subclass of its own class and gets one submodule,
     `residual_scale`; every key of the state dict stays, hooks stay, `torch.compile` goes on working. In the same way
 
-    | the scheme | is had | where |
+    | capability of the scheme | mechanism | requirement |
     |---|---|---|
-    | multiplies or drops the branch | behind the branch | a module puts out what is added |
-    | puts something in front of maps (Fixup's biases) | `residual_entry` of the map | a plain map that runs once |
-    | standardises weights (NormFree) | `residual_standard` of the map | such a map, no norms, `preserve` |
-    | multiplies the skip (DeepNorm's α) | 1/α on the branch | a norm behind the addition: norm(αx + F) is \
+    | multiplies or drops the branch | `residual_scale` of a module | a module returns what is added |
+    | inserts something before maps (Fixup's biases) | `residual_entry` of the map | torch's own map, run once |
+    | standardises weights (NormFree) | `residual_standard` of the map | such a map, no norms, `start` not "scheme" |
+    | multiplies the skip (DeepNorm's α) | 1/α on the branch | a norm after the addition: norm(αx + F) is \
       norm(x + F/α) but for its ε |
-    | takes a step over the whole network (Fixup, DeepNorm) | with `preserve=False` | all connections can be dressed |
-    | moves norms, replaces them or cuts skips | not at all | |
+    | initialises the whole network (Fixup, DeepNorm) | `start="scheme"` | all connections can be dressed |
+    | moves norms, replaces them or cuts skips | none | |
 
-    The step begins with the scheme's distributions where it changes what branches are built from (He's for Fixup's
-    convolutions, Xavier's for DeepNorm; biases 0), and with the weights that are there otherwise. A projection shortcut
-    gets nothing in front.
+    The initialisation begins with the scheme's distributions if the scheme changes what branches are built from (He's
+    for Fixup's convolutions, Xavier's for DeepNorm; biases 0), and with the weights that are there otherwise. Nothing
+    is inserted before a projection shortcut.
 
     Args:
         model: any module that `chain` can read.
-        scheme: any, or a sum of them, or a spec string; Fixup and NormFree want a network without norms
-            (`remove_norm`), DeepNorm one with norms behind the additions.
         example: what the model is called with.
-        preserve: True or "one": learned gains start at 1, constants are divided out of the map in front, so that the
-            network computes what it did; "divide": gains start at the scheme's value, and the map in front is divided
-            by it; False: the scheme's value, from scratch, which wipes out what a pretrained network knows (P15).
-        tolerance: with `preserve`, by how much the output may differ, relative to its largest value; beyond it
-            everything is put back.
+        scheme: any, or a sum of them, or a spec string; Fixup and NormFree need a network without norms
+            (`remove_norm`), DeepNorm one with norms after the additions.
+        start: "identity": gains start at 1 and constants are divided out of the preceding map, so that the network
+            computes what it did; "divide": gains start at the scheme's value, which is divided out of the preceding map
+            as well; "scheme": the scheme's start from scratch, which wipes out what a pretrained network has learned
+            (P15).
+        tolerance: bound on the difference of the outputs, relative to their largest value, unless `start="scheme"`.
 
     Returns:
         the operation: what was touched, what was refused and why, what was measured, and `.undo()`.
@@ -76,171 +75,168 @@ def rescheme(
             the output changed; the model is as before.
 
     >>> layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True).eval()
-    >>> operation = rescheme(layer, "layerscale", torch.randn(2, 5, 16))
-    >>> operation.touched
+    >>> operation = rescheme(layer, torch.randn(2, 5, 16), "layerscale")
+    >>> dict(operation.touched)
     {':1': 'dropout1', ':2': 'dropout2'}
     >>> operation.report["difference"]
     0.0
     >>> "dropout1.residual_scale.gain" in layer.state_dict()
     True
     """
-    dressing = read_scheme(scheme)
-    model = admitted(model)
+    check_choice("start", start, get_args(Start))
+    dressing = parse_scheme(scheme)
+    model, example = require_operable(model), as_example(example)
     program = watch(model, example)
-    chain = chain_from_program(model, program)
+    chain = require_connections(chain_from_program(model, program))
+    with transaction(
+        model,
+        example,
+        title=f"{dressing} on {type(model).__name__}",
+        tolerance=None if start == "scheme" else tolerance,
+        hint='start="scheme" allows any change',
+    ) as change:
+        Dressing(change, chain, program, dressing, start).dress()
+        return change.commit()
+
+
+def require_connections(chain: Chain[WatchedConnection]) -> Chain[WatchedConnection]:
+    """The chain, which must not be empty."""
     if not chain:
+        first = f", the first since {chain.refused[0]}" if chain.refused else ""
         raise SkipwayError(
-            f"{type(model).__name__} has no residual connection: of its additions {len(chain.refused)} were looked at "
-            f"and refused{', the first since ' + str(chain.refused[0]) if chain.refused else ''}"
+            f"{type(chain.model).__name__} has no residual connection: {len(chain.refused)} additions were looked at "
+            f"and refused{first}"
         )
-    places = {connection.name: place_behind(model, program, connection) for connection in chain}
-    before = outputs(model, example)
-    operation = Operation(model, f"{dressing} on {type(model).__name__}", {}, {}, {})
-    try:
-        after = dressed_outputs(operation, chain, places, program, dressing, preserve, example)
-        operation.report = {"difference": difference(before, after)}
-        if preserve and not operation.report["difference"] <= tolerance:
-            raise SkipwayError(
-                f"the output changed by {operation.report['difference']:.3g} of its largest value, more than "
-                f"tolerance={tolerance:g}, and was put back; preserve=False does not ask for that"
-            )
-    except BaseException:
-        operation.undo()
-        raise
-    return operation
+    return chain
 
 
-def dressed_outputs(
-    operation: Operation,
-    chain: Chain[WatchedConnection],
-    places: dict[str, Place | str],
-    program: Program,
-    scheme: Scheme,
-    preserve: bool | Preserve,
-    example: Example,
-) -> list[Tensor]:
-    """Dress what can be dressed, and return what the model puts out then.
+@dataclass
+class Dressing:
+    """A scheme that is put on the connections of a network.
 
-    What was put behind a module has to run once in a pass. Where it does not (a forward that loops over all of its
-    children runs it twice), everything is taken back and done again without that connection.
+    Args:
+        change: the transaction.
+        chain: connections of the network.
+        program: what the network runs on the example.
+        scheme: the scheme.
+        start: see `rescheme`.
+        hosts: names of the modules after which something was inserted, by connection.
+        unfit: why a connection cannot be dressed, by its name.
     """
-    while True:
-        inserted = dress(operation, chain, places, program, scheme, preserve)
-        if not operation.touched:
-            reasons = "; ".join(dict.fromkeys(operation.refused.values()))
-            raise SkipwayError(f"no connection of {type(operation.model).__name__} can be dressed: {reasons}")
-        if preserve is False and takes_step(scheme):
-            if operation.refused:
-                reasons = "; ".join(dict.fromkeys(operation.refused.values()))
-                raise SkipwayError(
-                    f"{scheme} starts the whole network, and {len(operation.refused)} of {len(chain)} connections of "
-                    f"{type(operation.model).__name__} cannot be dressed: {reasons}"
-                )
-            operation.steps.append(step_over(chain, scheme))
-        with counting(inserted) as runs:
-            after = outputs(operation.model, example)
-        wrong = {name: count for name, count in runs.items() if count != 1}
-        if not wrong:
-            return after
-        while operation.steps:
-            operation.steps.pop()()
-        for name, count in wrong.items():
-            places[name] = f"what is put behind {operation.touched[name]} runs {count} times in a pass"
 
+    change: Transaction
+    chain: Chain[WatchedConnection]
+    program: Program
+    scheme: Scheme
+    start: Start
+    hosts: dict[str, str] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
 
-@contextmanager
-def counting(inserted: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """Within it, how often each module runs."""
-    runs = dict.fromkeys(inserted, 0)
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the scheme initialises the whole network."""
+        return self.start == "scheme" and has_global_start(self.scheme)
 
-    def count(name: str, *_: Any) -> None:
-        runs[name] += 1
+    def dress(self) -> None:
+        """Dress all connections that can be dressed.
 
-    handles = [module.register_forward_pre_hook(partial(count, name)) for name, module in inserted.items()]
-    try:
-        yield runs
-    finally:
-        for handle in handles:
-            handle.remove()
+        An inserted module has to run once in a pass. If one does not (a forward that loops over all of its children
+        runs it twice), everything is taken back and done again without that connection.
+        """
+        while True:
+            self.dress_each()
+            self.check_touched()
+            if self.from_scratch:
+                start_network(self.change, self.chain, self.scheme)
+            runs = self.count_runs()
+            repeated = [name for name in self.hosts if runs[name] != 1]
+            if not repeated:
+                return
+            self.change.roll_back()
+            for name in repeated:
+                self.unfit[name] = f"a module inserted after {self.hosts[name]} runs {runs[name]} times in a pass"
 
+    def dress_each(self) -> None:
+        """Dress each connection, or note why it cannot be dressed."""
+        self.hosts.clear()
+        self.change.touched.clear()
+        self.change.refused.clear()
+        for connection in self.chain:
+            try:
+                with self.change.savepoint():
+                    self.change.touched[connection.name] = self.dress_connection(connection)
+            except SkipwayError as problem:
+                self.change.refused[connection.name] = str(problem)
 
-def dress(
-    operation: Operation,
-    chain: Chain[WatchedConnection],
-    places: dict[str, Place | str],
-    program: Program,
-    scheme: Scheme,
-    preserve: bool | Preserve,
-) -> dict[str, nn.Module]:
-    """Put what the scheme makes behind each branch, where there is a place; returns it by the connections' names."""
-    made: dict[str, nn.Module] = {}
-    touched: dict[str, str] = {}
-    refused: dict[str, str] = {}
-    for connection in chain:
-        place = places[connection.name]
-        inside = inside_of(scheme, connection, program, preserve=preserve is not False)
-        if isinstance(inside, str):
-            refused[connection.name] = f"{scheme} means {inside}, which cannot be put on from outside"
-            continue
-        done = len(operation.steps)
+    def dress_connection(self, connection: WatchedConnection) -> str:
+        """Insert the scheme's modules into and after one branch; returns the modules that were touched."""
+        if connection.name in self.unfit:
+            raise SkipwayError(self.unfit[connection.name])
+        parts = branch_parts(self.scheme, connection, self.program, from_scratch=self.start == "scheme")
+        insert_parts(self.change, connection, parts, divide=self.start != "scheme")
+        obstacle, point, site = None, None, connection.site
         try:
-            inserted, where = put_on(operation, connection, place, scheme, inside, preserve)
-            if inserted is not None:
-                made[connection.name] = inserted
-            touched[connection.name] = where
+            point = find_insertion_point(self.change.model, self.program, connection)
+            if point.axis is None:
+                raise SkipwayError("no axis of what is added is as long as the stream is wide")
+            site = replace(site, dim=point.dim, spatial=point.ndim - 1 - point.axis)
         except SkipwayError as problem:
-            refused[connection.name] = str(problem)
-            while len(operation.steps) > done:
-                operation.steps.pop()()
-    operation.touched, operation.refused = touched, refused
-    return made
+            obstacle = problem
+        skip = None if parts.skip == 1 else Multiply(1 / parts.skip)
+        made = [module for module in (self.scheme.scale(site), skip, self.scheme.drop(site)) if module is not None]
+        if not made:
+            if not parts and not self.from_scratch:
+                raise SkipwayError(f"{self.scheme} inserts nothing after a branch")
+            return ", ".join(connection.seen.maps)
+        if obstacle is not None or point is None:
+            raise SkipwayError(str(obstacle))
+        self.insert_scale(connection, point, made[0] if len(made) == 1 else nn.Sequential(*made))
+        return point.name
+
+    def insert_scale(self, connection: WatchedConnection, point: InsertionPoint, scale: nn.Module) -> None:
+        """Let the branch pass through the scale."""
+        like = next((p for p in connection.owner.parameters() if p.is_floating_point()), None)
+        if like is not None:
+            scale.to(like.device, like.dtype)
+        host = connection.model.get_submodule(point.name)
+        insert_after(self.change, host, scale.train(host.training))
+        disable_fused_path(self.change, point.name)
+        if self.start != "scheme":
+            preserve_function(self.change, connection, scale, divide=self.start == "divide")
+        self.hosts[connection.name] = point.name
+
+    def check_touched(self) -> None:
+        """Refuse if nothing was dressed, or not everything where the scheme initialises the whole network."""
+        kind, refused = type(self.change.model).__name__, self.change.refused
+        reasons = abbreviate(list(dict.fromkeys(refused.values())), separator="; ")
+        if not self.change.touched:
+            raise SkipwayError(f"no connection of {kind} can be dressed: {reasons}")
+        if self.from_scratch and refused:
+            raise SkipwayError(
+                f"{self.scheme} starts the whole network, and {len(refused)} of {len(self.chain)} connections of {kind} "
+                f"cannot be dressed: {reasons}"
+            )
+
+    def count_runs(self) -> Counter[str]:
+        """Compare outputs, and count the runs of each inserted module by its connection's name."""
+        runs: Counter[str] = Counter()
+        slots = {f"{host}.{OUTPUT}": name for name, host in self.hosts.items()}
+
+        def count(slot: str, *_: Any) -> None:
+            runs[slots[slot]] += 1
+
+        with forward_hooks(self.change.model, slots, enter=count):
+            self.change.compare()
+        return runs
 
 
-def put_on(
-    operation: Operation,
-    connection: WatchedConnection,
-    place: Place | str,
-    scheme: Scheme,
-    inside: Inside,
-    preserve: bool | Preserve,
-) -> tuple[nn.Module | None, str]:
-    """Put what the scheme makes into and behind one branch; each step is noted as soon as it is taken.
-
-    Returns what was put behind the branch, and behind which module.
-    """
-    put_inside(connection, inside, operation.steps, preserve=preserve is not False)
-    site = connection.site
-    if isinstance(place, Place) and place.axis is not None:
-        site = replace(site, dim=place.dim, spatial=place.ndim - 1 - place.axis)
-    skip = None if inside.skip == 1 else Multiply(1 / inside.skip)
-    parts = [part for part in (scheme.scale(site), skip, scheme.drop(site)) if part is not None]
-    if not parts:
-        if not inside and (preserve is not False or not takes_step(scheme)):
-            raise SkipwayError(f"{scheme} puts nothing behind a branch")
-        return None, ", ".join(connection.seen.maps)
-    if isinstance(place, str):
-        raise SkipwayError(place)
-    if place.axis is None:
-        raise SkipwayError("no axis of what is added is as long as the stream is wide")
-    target = operation.model.get_submodule(place.name)
-    inserted = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-    like = next((p for p in connection.owner.parameters() if p.is_floating_point()), None)
-    if like is not None:
-        inserted.to(like.device, like.dtype)
-    operation.steps.append(behind(target, inserted.train(target.training)))
-    operation.steps += on_slow_path(operation.model, place.name)
-    operation.steps += settle(connection, inserted, preserve)
-    return inserted, place.name
-
-
-def settle(connection: WatchedConnection, inserted: nn.Module, preserve: bool | Preserve) -> list[Callable[[], None]]:
-    """Choose the start of what was inserted so that the network computes what it did; returns what takes it back."""
-    if preserve is False:
-        return []
-    steps: list[Callable[[], None]] = []
+def preserve_function(
+    change: Transaction, connection: WatchedConnection, inserted: nn.Module, *, divide: bool
+) -> None:
+    """Set the start of what was inserted, and the preceding map, so that the network computes what it did, in place."""
     divisor = 1.0
     for module in inserted.modules():
-        if isinstance(module, Gain) and preserve == "divide":
+        if isinstance(module, Gain) and divide:
             divisor *= module.init * module.factor
         elif isinstance(module, Gain):
             with torch.no_grad():
@@ -249,17 +245,8 @@ def settle(connection: WatchedConnection, inserted: nn.Module, preserve: bool | 
         elif isinstance(module, Multiply):
             divisor *= module.factor
     if divisor == 0:
-        raise SkipwayError("a gain that starts at 0 cannot be divided out; preserve=True starts it at 1")
+        raise SkipwayError('a gain that starts at 0 cannot be divided out; start="identity" starts it at 1')
     if divisor != 1:
         name = connection.seen.closing or connection.seen.last
-        parameters = [] if name is None else connection.model.get_submodule(name).parameters()
-        kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        change.keep_values([] if name is None else connection.model.get_submodule(name).parameters())
         connection.multiply_(1 / divisor)
-
-        @torch.no_grad()
-        def put_back() -> None:
-            for parameter, old in kept:
-                parameter.copy_(old)
-
-        steps.append(put_back)
-    return steps

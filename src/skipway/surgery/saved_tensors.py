@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward pass, in bytes: of the whole network and of each block."""
+"""Bytes that autograd keeps for the backward pass, of a whole network and of each block."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipway.tracing import Example, preserved_state
-from skipway.tracing.example import call_model
+from skipway.surgery.verification import forward_hooks
+from skipway.tracing import Example, call_model, preserved_state
 
-__all__ = ["Costs", "Saved", "costs_of", "saved_bytes"]
+__all__ = ["Costs", "SavedTensors", "costs_of", "saved_bytes"]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What one block keeps for the backward pass.
+    """Bytes that autograd keeps for one block.
 
     Args:
-        name: of the block.
-        inside: bytes that it keeps.
-        given: bytes of its input, which have to be kept instead where it is computed again.
+        name: path of the block.
+        inside: bytes kept within the block.
+        given: bytes of its input, which are kept instead if the block is computed again.
     """
 
     name: str
@@ -33,13 +32,13 @@ class Costs:
     given: float
 
 
-class Saved:
+class SavedTensors:
     """Counts the storages that autograd keeps, each once, and lets go of them, so that counting takes no memory.
 
     Args:
-        parameters: which are not counted.
+        parameters: tensors that are not counted.
 
-    >>> saved, layer = Saved([]), nn.Linear(2, 2, bias=False)
+    >>> saved, layer = SavedTensors([]), nn.Linear(2, 2, bias=False)
     >>> with saved.counting():
     ...     y = layer(torch.ones(3, 2))
     >>> saved.total
@@ -52,8 +51,8 @@ class Saved:
         self.bytes: dict[str, float] = {}
 
     def counting(self) -> AbstractContextManager[Any]:
-        """What is kept by passes within is counted, and gone: there is no backward pass behind them."""
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, unkept)
+        """Within it, what passes keep is counted and dropped: there is no backward pass after them."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, refuse_unpack)
 
     @property
     def total(self) -> float:
@@ -61,49 +60,42 @@ class Saved:
         return sum(self.bytes.values())
 
     def pack(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, unless it was counted."""
         storage = tensor.untyped_storage()
-        place = storage._cdata
-        if place not in self.alive:
+        address = storage._cdata
+        if address not in self.alive:
             # its address may be used again when it is gone
-            self.alive[place] = weakref.ref(storage, lambda _: self.alive.pop(place, None))  # type: ignore[assignment]
+            self.alive[address] = weakref.ref(storage, lambda _: self.alive.pop(address, None))  # type: ignore[assignment]
             name = self.within[-1]
             self.bytes[name] = self.bytes.get(name, 0.0) + storage.nbytes()
 
-    def enter(self, name: str, module: nn.Module, given: Any) -> None:
-        self.within.append(name)
 
-    def leave(self, module: nn.Module, given: Any, out: Any) -> None:
-        self.within.pop()
-
-
-def unkept(_: None) -> Tensor:
-    raise RuntimeError("what was counted was not kept")
+def refuse_unpack(_: None) -> Tensor:
+    """Refuse to give back a tensor that was counted only."""
+    raise RuntimeError("saved tensors were counted, not kept; there is no backward pass after this forward pass")
 
 
 def saved_bytes(model: nn.Module, example: Example) -> float:
-    """Bytes that one training pass keeps for its backward pass, parameters not counted, each storage once."""
+    """Bytes that one training pass keeps for its backward pass, parameters not counted, each storage once; the model is
+    left alone.
+    """
     return costs_of(model, example, ())[0]
 
 
 def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple[float, dict[str, Costs]]:
     """Bytes that one training pass keeps for its backward pass, parameters not counted, each storage once: of the whole
-    model, and of each of the blocks, in the order in which they run.
+    model, and of each of the blocks, in the order in which they run; the model is left alone.
     """
-    saved, given = Saved(model.parameters()), dict[str, float]()
+    saved, inputs = SavedTensors(model.parameters()), dict[str, float]()
 
-    def enter(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        given.setdefault(name, float(inputs[0].numel() * inputs[0].element_size()))
-        saved.enter(name, module, inputs)
+    def enter(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        inputs.setdefault(name, float(args[0].numel() * args[0].element_size()))
+        saved.within.append(name)
 
-    handles: list[Any] = []
-    for name in blocks:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(partial(enter, name)))
-        handles.append(module.register_forward_hook(saved.leave, always_call=True))
-    try:
+    def leave(name: str, *_: Any) -> None:
+        saved.within.pop()
+
+    with forward_hooks(model, blocks, enter=enter, leave=leave):
         with preserved_state(model), torch.enable_grad(), saved.counting():
             call_model(model.train(), example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return saved.total, {name: Costs(name, saved.bytes.get(name, 0.0), own) for name, own in given.items()}
+    return saved.total, {name: Costs(name, saved.bytes.get(name, 0.0), own) for name, own in inputs.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError
 from skipway.surgery.operation import Operation
-from skipway.surgery.rescheme import Preserve, rescheme
+from skipway.surgery.rescheme import Start, rescheme
 from skipway.tracing import Example
 from skipway.weights import read_weights
 from skipway.zoo import LoadedModel, ModelRequest, load_model
@@ -30,7 +30,7 @@ class Description:
     Args:
         model: where it comes from, "timm:resnet50" say; see `skipway.zoo.SOURCES`.
         scheme: what it was dressed in.
-        preserve: as `rescheme` was given it.
+        start: as `rescheme` was given it.
         input: shape of one sample.
         options: of the source: depth, classes.
         skipway: version that wrote it.
@@ -43,7 +43,7 @@ class Description:
     scheme: str
     input: tuple[int, ...]
     skipway: str
-    preserve: bool | Preserve = True
+    start: Start = "identity"
     options: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -71,7 +71,7 @@ class Description:
     def operate(self, loaded: LoadedModel, *, tolerance: float = 1e-5) -> Operation:
         """Dress a network as this says."""
         example = example_of(loaded)
-        return rescheme(loaded.model, self.scheme, example, preserve=self.preserve, tolerance=tolerance)
+        return rescheme(loaded.model, example, self.scheme, start=self.start, tolerance=tolerance)
 
 
 def example_of(loaded: LoadedModel) -> Example:

@@ -1,8 +1,7 @@
-"""What a scheme asks of the inside of somebody's branch, and how much of it can be had from outside."""
+"""Transfer of a scheme into somebody's branch: modules inserted at its maps, and the start of the whole network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,31 +16,32 @@ from skipway.nn.placement import Part, Placement
 from skipway.nn.role import Role
 from skipway.schemes.scheme import Scheme, members_of
 from skipway.surgery.fusion import MAPS
-from skipway.surgery.insertion import ENTRY, STANDARD, is_plain, put
+from skipway.surgery.insertion import INPUT, WEIGHT, computes_like, insert
+from skipway.surgery.transaction import Transaction
 from skipway.tracing import Program
 from skipway.tracing.chain import Chain, WatchedConnection
 
-__all__ = ["Inside", "Standardise", "inside_of", "put_inside", "step_over", "takes_step"]
+__all__ = ["BranchParts", "Standardise", "branch_parts", "has_global_start", "insert_parts", "start_network"]
 
 STANDARDISED = (ScaledStandardConv2d, ScaledStandardLinear)
 
 
 @dataclass
-class Inside:
-    """What is done to the maps of one branch, and what stands behind it beside the scheme's scale.
+class BranchParts:
+    """Changes inside of one branch, and a factor after it beside the scheme's scale.
 
     Args:
-        fronts: what stands in front of maps, by the maps' names.
+        entries: modules inserted before maps, by the maps' names.
         standardised: names of maps whose weights are standardised in every pass.
-        skip: α where the scheme multiplies the skip in front of a norm, by 1/α on the branch.
+        skip: α of a scheme that multiplies the skip before a norm; becomes 1/α on the branch.
     """
 
-    fronts: dict[str, nn.Module] = field(default_factory=dict)
+    entries: dict[str, nn.Module] = field(default_factory=dict)
     standardised: tuple[str, ...] = ()
     skip: float = 1.0
 
     def __bool__(self) -> bool:
-        return bool(self.fronts or self.standardised or self.skip != 1)
+        return bool(self.entries or self.standardised or self.skip != 1)
 
 
 class Standardise(nn.Module):
@@ -71,85 +71,96 @@ class Standardise(nn.Module):
 
     @torch.no_grad()
     def multiply_(self, factor: float) -> None:
-        """Multiply the weight that is made."""
+        """Multiply the weight that is computed, in place."""
         self.gain.mul_(factor)
         self.mean.mul_(factor)
 
 
-def probe(connection: WatchedConnection) -> Kit:
-    """A kit of the library's own parts, to see what a scheme makes of it: the parts that are known to be there."""
+def probe_kit(connection: WatchedConnection) -> Kit:
+    """A kit of the library's own parts in the place of the branch's, to ask a scheme what it makes of it."""
     norm = nn.LayerNorm if connection.seen.norms else None
     return Kit(conv=Conv2d, linear=Linear, norm=norm, act=nn.ReLU)
 
 
-def inside_of(scheme: Scheme, connection: WatchedConnection, program: Program, *, preserve: bool) -> Inside | str:
-    """What the scheme changes in a branch, or why that cannot be put on from outside.
+def branch_parts(
+    scheme: Scheme, connection: WatchedConnection, program: Program, *, from_scratch: bool
+) -> BranchParts:
+    """Return the parts that the scheme changes inside of a branch.
 
-    Each hook is asked with what stands there: a scheme that would move a norm that is not there moves nothing.
+    Each hook is asked with what is there: a scheme that would move a norm moves nothing where there is none.
+
+    Raises:
+        SkipwayError: the scheme needs something that is impossible from outside.
     """
+
+    def refuse(need: str) -> SkipwayError:
+        return SkipwayError(f"{scheme} means {need}, which cannot be put on from outside")
+
     site, seen = connection.site, connection.seen
-    parts: dict[str, tuple[Part, ...]] = dict.fromkeys(seen.norms, ("norm",))
-    placement = Placement(**parts)
+    norms: dict[str, tuple[Part, ...]] = dict.fromkeys(seen.norms, ("norm",))
+    placement = Placement(**norms)
     moved = scheme.place(site, placement)
     if moved != placement:
-        wanted = [where for where in ("pre", "inside", "end", "post") if getattr(moved, where)]
-        return (
-            f"norms or activations in other places ({'+'.join(seen.norms)} → {'+'.join(wanted) or 'none'}): their "
-            "order is written in the forward of the module that adds"
+        new = "+".join(where for where in ("pre", "inside", "end", "post") if getattr(moved, where)) or "none"
+        raise refuse(
+            f"norms or activations in other places ({'+'.join(seen.norms)} → {new}): their order is written in the "
+            "forward of the module that adds"
         )
-    kit = probe(connection)
+    kit = probe_kit(connection)
     other = scheme.kit(site, kit)
     if kit.norm is not None and other.norm is not kit.norm:
-        return "other norms inside of the branch (remove_norm takes BatchNorms out)"
-    if other.act is not kit.act and not preserve:
-        return "factors on the activations inside of the branch, called in its forward; preserve=True needs none"
-    enter, inside = scheme.enter(site), Inside()
-    if enter is not None and seen.maps:
-        inside.fronts[seen.maps[0]] = enter
+        raise refuse("other norms inside of the branch (remove_norm takes BatchNorms out)")
+    if other.act is not kit.act and from_scratch:
+        raise refuse(
+            'factors on the activations inside of the branch, called in its forward (start="identity" needs none)'
+        )
+    entry, parts = scheme.enter(site), BranchParts()
+    if entry is not None and seen.maps:
+        parts.entries[seen.maps[0]] = entry
     if other.before is not None:
-        inside.fronts |= {name: other.before() for name in seen.maps[1:]}
+        parts.entries |= {name: other.before() for name in seen.maps[1:]}
     if isinstance(other.conv(1, 1, 1), STANDARDISED):
-        inside.standardised = seen.maps
-    for name in dict.fromkeys((*inside.fronts, *inside.standardised)):
+        parts.standardised = seen.maps
+    for name in dict.fromkeys((*parts.entries, *parts.standardised)):
         module = connection.model.get_submodule(name)
-        if not is_plain(module, MAPS) or program.runs.get(name) != 1:
-            return f"something at {name} ({type(module).__name__}), which is no plain map that runs once"
+        if not computes_like(module, MAPS) or program.runs.get(name) != 1:
+            raise refuse(f"something at {name} ({type(module).__name__}), which is no map of torch's that runs once")
     carried = scheme.carry(site, None)
     if isinstance(carried, ScaledShortcut) and "post" in seen.norms:
-        inside.skip = carried.factor  # norm(αx + F) = norm(x + F/α) but for the norm's epsilon
+        parts.skip = carried.factor  # norm(αx + F) = norm(x + F/α) but for the norm's epsilon
     elif carried is not None:
-        return "another shortcut: the skip runs in no module, and no norm behind the addition makes up for its size"
-    return inside
+        raise refuse("another shortcut: the skip runs in no module, and no norm after the addition rescales the sum")
+    return parts
 
 
-def put_inside(
-    connection: WatchedConnection, inside: Inside, steps: list[Callable[[], None]], *, preserve: bool
+def insert_parts(
+    change: Transaction, connection: WatchedConnection, parts: BranchParts, *, divide: bool
 ) -> None:
-    """Do it; what takes it back is noted in `steps`."""
-    made: dict[str, Standardise] = {}
-    for name in inside.standardised:
-        target = connection.model.get_submodule(name)
-        made[name] = Standardise(target.weight)  # type: ignore[arg-type]
-        steps.append(put(target, STANDARD, made[name].train(target.training)))
-    for name, front in inside.fronts.items():
-        target = connection.model.get_submodule(name)
-        weight = target.weight
+    """Insert the parts into a branch, in place; with `divide` constants are divided out of the maps after them."""
+    standardised: dict[str, Standardise] = {}
+    for name in parts.standardised:
+        host = connection.model.get_submodule(name)
+        standardised[name] = Standardise(host.weight)  # type: ignore[arg-type]
+        insert(change, host, WEIGHT, standardised[name].train(host.training))
+    for name, entry in parts.entries.items():
+        host = connection.model.get_submodule(name)
+        weight = host.weight
         assert isinstance(weight, Tensor)
-        steps.append(put(target, ENTRY, front.to(weight.device, weight.dtype).train(target.training)))
-        if isinstance(front, Multiply) and preserve:
-            if name not in made:
-                raise SkipwayError(f"the constant in front of {name} could not be divided out of it")
-            made[name].multiply_(1 / front.factor)
+        insert(change, host, INPUT, entry.to(weight.device, weight.dtype).train(host.training))
+        if isinstance(entry, Multiply) and divide:
+            if name not in standardised:
+                raise SkipwayError(f"the constant before {name} could not be divided out of it")
+            standardised[name].multiply_(1 / entry.factor)
 
 
-def takes_step(scheme: Scheme) -> bool:
-    """Whether a scheme has a step over the whole network at the start."""
+def has_global_start(scheme: Scheme) -> bool:
+    """Whether a scheme initialises the network as a whole."""
     return any(type(member).init_ is not Scheme.init_ for member in members_of(scheme))
 
 
 @dataclass(frozen=True)
-class Values(LinearMap):
-    """The rows of torch's packed attention that make the values."""
+class ValueRows(LinearMap):
+    """The rows of torch's packed attention weight that make the values."""
 
     @property
     def weight(self) -> Tensor:
@@ -159,8 +170,8 @@ class Values(LinearMap):
 
 
 @dataclass(frozen=True)
-class Reached(WatchedConnection):
-    """A connection whose path holds the maps that a scheme's start is about: of attention values and outputs."""
+class StartedConnection(WatchedConnection):
+    """A connection whose path holds the maps that a scheme initialises: of attention values and outputs."""
 
     @property
     def path(self) -> list[LinearMap]:
@@ -168,61 +179,48 @@ class Reached(WatchedConnection):
         for name in self.seen.maps:
             module = self.model.get_submodule(name)
             if isinstance(module, nn.MultiheadAttention):
-                found.append(Values(module, slice(2 * module.embed_dim, 3 * module.embed_dim)))
+                found.append(ValueRows(module, slice(2 * module.embed_dim, 3 * module.embed_dim)))
             else:
                 found.append(LinearMap(module))
         return found
 
 
 @torch.no_grad()
-def step_over(chain: Chain[WatchedConnection], scheme: Scheme) -> Callable[[], None]:
-    """Take a scheme's step over the whole network, started anew where the scheme says from what; returns what puts all
-    values back.
+def start_network(change: Transaction, chain: Chain[WatchedConnection], scheme: Scheme) -> None:
+    """Initialise the whole network as a scheme does, in place.
 
-    A scheme that changes what branches are built from has a distribution that its step begins with: maps start from
-    it, biases from 0. Other schemes multiply what is there.
+    A scheme that changes what branches are built from brings a distribution: maps start from it, biases from 0. Other
+    schemes multiply what is there.
 
     Raises:
-        SkipwayError: a map on a branch is none of torch's, or one of attention whose values cannot be told apart; all
-            values are as before.
+        SkipwayError: a map on a branch is none of torch's, or belongs to attention whose values cannot be told apart.
     """
     model = chain.model
-    connections = [Reached(c.name, c.site, c.seen, model) for c in chain]
+    connections = [StartedConnection(c.name, c.site, c.seen, model) for c in chain]
     on_branches = {name for connection in connections for name in connection.seen.maps}
     last = chain.classifier
     own = last is not None and any(model.get_submodule(name) is last.module for name in on_branches)
-    kept = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-
-    @torch.no_grad()
-    def put_back() -> None:
-        for parameter, old in kept:
-            parameter.copy_(old)
-
-    try:
-        for connection in connections:
-            kit = probe(connection)
-            other = scheme.kit(connection.site, kit)
-            if other != kit:
-                check_path(connection)
-                for name in connection.seen.maps:
-                    restart(model.get_submodule(name), other.conv(1, 1, 1), other.linear(1, 1))
-        scheme.init_(Chain(model, connections, None if own else last))
-        bias = None if last is None else last.module._parameters.get("bias")
-        if last is not None and bias is not None and not own and not last.weight.any():
-            bias.zero_()  # a classifier that is silenced
-    except Exception:
-        put_back()
-        raise
-    return put_back
+    change.keep_values(model.parameters())
+    for connection in connections:
+        kit = probe_kit(connection)
+        other = scheme.kit(connection.site, kit)
+        if other != kit:
+            check_path(connection)
+            for name in connection.seen.maps:
+                restart(model.get_submodule(name), other.conv(1, 1, 1), other.linear(1, 1))
+    scheme.init_(Chain(model, connections, None if own else last))
+    bias = None if last is None else last.module._parameters.get("bias")
+    if last is not None and bias is not None and not own and not last.weight.any():
+        bias.zero_()  # a classifier that is silenced
 
 
-def check_path(connection: Reached) -> None:
-    """Refuse a path that holds more than the maps that a start is about."""
+def check_path(connection: StartedConnection) -> None:
+    """Refuse a path that holds more than the maps that a scheme initialises."""
     for name in connection.seen.maps:
         module = connection.model.get_submodule(name)
         packed = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
         output = isinstance(connection.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
-        if not (packed or output) and (connection.seen.kind == "attention" or not is_plain(module, MAPS)):
+        if not (packed or output) and (connection.seen.kind == "attention" or not computes_like(module, MAPS)):
             raise SkipwayError(
                 f"connection {connection.name!r}: {name} ({type(module).__name__}) is started with factors of its own "
                 "for values and outputs, and which of its rows are values cannot be told from outside"
@@ -230,7 +228,7 @@ def check_path(connection: Reached) -> None:
 
 
 def restart(module: nn.Module, conv: nn.Module, linear: nn.Module) -> None:
-    """Start a map from the distribution that the scheme's own maps start from, its biases from 0."""
+    """Initialise a map like the scheme's own maps, and its biases with 0, in place."""
     if isinstance(module, nn.MultiheadAttention):
         assert module.in_proj_weight is not None
         weights, biases = list(module.in_proj_weight.chunk(3)), [module.in_proj_bias]
