@@ -261,8 +261,8 @@ def modes_table(depth: int, rounds: int) -> str:
         "checkpointed, √L": lambda model: checkpointed(model, batch[0], SquareRoot()),
         "checkpointed, budget of a half": lambda model: checkpointed(model, batch[0], Budget(kept / 2)),
         "checkpointed, budget of a fifth": lambda model: checkpointed(model, batch[0], Budget(kept / 5)),
-        "reversible (another function)": lambda model: reversible(model, batch[0][:2], preserve=False),
-        "skip_compute(0.5), rising (another function in training)": lambda model: skip_compute(model, 0.5, batch[0]),
+        "reversible (another function)": lambda model: reversible(model, batch[0][:2]),
+        "skip_compute(0.5), rising (another function in training)": lambda model: skip_compute(model, batch[0], 0.5),
     }
     contestants, operations = {}, {}
     for name, operate in modes.items():
@@ -300,7 +300,7 @@ def reversible_table(depths: list[int], rounds: int) -> str:
         ordinary = copy.deepcopy(model)
         contestants = {"ordinary": ordinary, "one forward more": Twice(ordinary)} if depth <= 1000 else {}
         kept = saved_bytes(model, batch[0])
-        reversible(model, batch[0][:1], preserve=False)
+        reversible(model, batch[0][:1])
         steps = {name: partial(step, each, *batch) for name, each in {**contestants, "reversible": model}.items()}
         taken = interleaved(steps, max(1, min(rounds, 5000 // depth)))
         peaks[depth] = peak_bytes(model, *batch)

@@ -122,9 +122,9 @@ def memory_here(contender: dict[str, Any], cell: dict[str, Any]) -> dict[str, An
 
 def saved(step: Step) -> float:
     """Bytes that autograd keeps between forward and backward, each storage once, parameters not counted."""
-    from skipway.surgery.saved_tensors import Saved
+    from skipway.surgery.saved_tensors import SavedTensors
 
-    own = Saved(parameter for group in step.optimiser.param_groups for parameter in group["params"])
+    own = SavedTensors(parameter for group in step.optimiser.param_groups for parameter in group["params"])
     with own.counting():
         step.loss()
     return own.total

@@ -187,7 +187,7 @@ def examined(model: nn.Module, example: Any) -> dict[str, Any]:
     with torch.no_grad():
         train, plain = outputs(calm_(model), example), outputs(model.eval(), example)
     keys, kinds = list(model.state_dict()), classes(model)
-    operation: Operation = rescheme(model, "layerscale", example)
+    operation: Operation = rescheme(model, example, "layerscale")
     counts = Counter(operation.refused.values())
     with torch.no_grad():
         after = outputs(model, example)

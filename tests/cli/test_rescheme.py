@@ -45,16 +45,16 @@ def gains(model):
     return [module.gain for module in model.modules() if isinstance(module, Gain)]
 
 
-@pytest.mark.parametrize("preserve", ["one", "divide", "none"])
-def test_what_is_written_rebuilds_the_model(nets, monkeypatch, capsys, preserve):
+@pytest.mark.parametrize("start", ["identity", "divide", "scheme"])
+def test_what_is_written_rebuilds_the_model(nets, monkeypatch, capsys, start):
     torch.manual_seed(3)
     model = load_model("nets.py:make", ModelRequest()).model
     save_file(model.state_dict(), "weights.safetensors")
     arguments = ["--scheme", "skipinit(init=0.5)", "-o", "out", "--input", "4,6", "--weights", "weights.safetensors"]
-    assert main(["rescheme", "nets.py:make", *arguments, "--preserve", preserve]) == 0
+    assert main(["rescheme", "nets.py:make", *arguments, "--start", start]) == 0
     told = capsys.readouterr().out
     assert told.startswith("skipinit(init=0.5")
-    assert "2 connections; difference" in told
+    assert "2 changed; difference" in told
     described = json.loads((nets / "out/rebuild.json").read_text())
     assert described["model"] == f"{nets / 'nets.py'}:make"
     assert (described["input"], described["skipway"]) == ([4, 6], sw.__version__)
@@ -62,15 +62,15 @@ def test_what_is_written_rebuilds_the_model(nets, monkeypatch, capsys, preserve)
     monkeypatch.chdir(nets / "elsewhere")
     again, x = rebuild("../out"), torch.randn(2, 4, 6)
     assert len(gains(again)) == 2
-    assert all(gain.item() == (1.0 if preserve == "one" else 0.5) for gain in gains(again))
-    assert torch.allclose(again(x), model(x), atol=1e-6) is (preserve != "none")
+    assert all(gain.item() == (1.0 if start == "identity" else 0.5) for gain in gains(again))
+    assert torch.allclose(again(x), model(x), atol=1e-6) is (start != "scheme")
     assert set(again.state_dict()) == set(load_file("../out/model.safetensors"))
 
 
 def test_a_network_of_ours(tmp_path, capsys):
     arguments = ["--depth", "8", "--classes", "3", "--input", "3,16,16", "--scheme", "layerscale", "--out"]
     assert main(["rescheme", "resnet", *arguments, str(tmp_path / "out")]) == 0
-    assert "3 connections; difference 0" in capsys.readouterr().out
+    assert "3 changed; difference 0" in capsys.readouterr().out
     model = rebuild(tmp_path / "out")
     stored = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())
@@ -86,7 +86,7 @@ def test_a_network_of_ours(tmp_path, capsys):
         (["nets.py:make", "--scheme", "layerscal"], 2, "unknown scheme"),
         (["nets.py:make", "--scheme", "layerscale", "--input", "6;3"], 2, "the rule is whole numbers"),
         (["nets.py:make", "--scheme", "layerscale", "--weights", "w.safetensors"], 4, "there is no such file"),
-        (["nets.py:make", "--scheme", "layerscale", "--preserve", "two"], 2, "preserve"),
+        (["nets.py:make", "--scheme", "layerscale", "--start", "two"], 2, "start"),
         (["nets.py:make"], 2, "--scheme"),
     ],
 )

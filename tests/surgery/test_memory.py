@@ -25,7 +25,7 @@ def test_what_is_skipped_is_not_computed_and_the_expectation_stays():
     seen: list[int] = []
     net.blocks[3].conv1.register_forward_hook(lambda _, given, out: seen.append(len(given[0])))
     expected = net.eval().blocks(net.stem(X)).detach()
-    operation = skip_compute(net, 0.5, X)
+    operation = skip_compute(net, X, 0.5)
     assert operation.report["difference"] == 0
     seen.clear()
     stream = net.stem(X).detach()
@@ -43,7 +43,7 @@ def test_what_is_skipped_is_not_computed_and_the_expectation_stays():
 def test_every_parameter_has_a_gradient_and_the_graph_is_whole():
     torch.manual_seed(0)
     net = Net()
-    skip_compute(net, 0.9, X)
+    skip_compute(net, X, 0.9)
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     compiled(X).square().sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
@@ -95,7 +95,7 @@ def test_what_is_computed_again_is_what_was_computed(name, segments, autocast):
     keys, classes = list(twin.state_dict()), [type(module) for module in twin.modules()]
     operation.undo()
     assert (list(model.state_dict()), [type(module) for module in model.modules()]) == (keys, classes)
-    assert not any(hasattr(module, "chained") for module in model.modules())
+    assert not any(hasattr(module, "block_row") for module in model.modules())
 
 
 def deep(branches: int) -> nn.Module:
@@ -173,7 +173,7 @@ def test_others_see_the_blocks_one_by_one_and_none_can_be_called_alone():
     assert [connection.name for connection in sw.chain(model, TOKENS)] == names
     with torch.no_grad():
         torch.testing.assert_close(model.layers[2](TOKENS), lone)
-    with pytest.raises(sw.SkipwayError, match="given something else than they put out"):
+    with pytest.raises(sw.SkipwayError, match="given something else than their output"):
         model.layers[2](TOKENS)
     twin = copy.deepcopy(model)
     twin.train()(TOKENS).sum().backward()
@@ -197,7 +197,7 @@ def test_compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("operate", [lambda m: checkpointed(m, X, 2), lambda m: reversible(m, X, preserve=False)])
+@pytest.mark.parametrize("operate", [lambda m: checkpointed(m, X, 2), lambda m: reversible(m, X)])
 def test_data_parallel(operate, tmp_path):
     """One process over gloo: every gradient arrives once, and is the one without DDP."""
     torch.manual_seed(0)
@@ -237,7 +237,7 @@ def test_reading_a_chain_looks_at_every_value_a_few_times():
 
 def test_bad_input():
     with pytest.raises(sw.SkipwayError, match="between 0 and 1"):
-        skip_compute(Net(), 1.0, X)
+        skip_compute(Net(), X, 1.0)
     with pytest.raises(sw.SkipwayError, match="no block"):
         checkpointed(nn.Linear(4, 4), torch.randn(2, 4))
     for wrong in (0, True, "every(0)", "budget(0)", "cube"):

@@ -50,7 +50,7 @@ def test_torchs_own_quantised_modules():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True).eval()
     quantised = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})
     with pytest.raises(sw.SkipwayError, match="holds quantised weights"):
-        rescheme(quantised, "skipinit", torch.randn(2, 3, 8))
+        rescheme(quantised, torch.randn(2, 3, 8), "skipinit")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -72,7 +72,7 @@ def test_no_connection(operate):
         assert operate(model, X).touched == {"1": "into 0"}  # needs none
         return
     keys, classes, before = state(model)
-    with pytest.raises(sw.SkipwayError, match=r"no residual connection|no block|0 blocks|'blocks.2'|nothing was put"):
+    with pytest.raises(sw.SkipwayError, match=r"no residual connection|no block|0 blocks|'blocks.2'|nothing to fold"):
         operate(model, X)
     if operate is not OPERATIONS["fixup"]:  # two operations, of which the first is done
         assert state(model)[:2] == (keys, classes)
@@ -95,7 +95,7 @@ def test_forwards_that_decide_by_values(name):
     keys, classes, before = state(net)
     if name in ("fixup", "fold", "normfree", "skip_compute", "reversible"):
         with pytest.raises(
-            sw.SkipwayError, match=r"blocks\.1 \(Reading\) reads values .* another input may take another"
+            sw.SkipwayError, match=r"blocks\.1 \(Reading\) reads values .* another input may take another path"
         ):
             ALL[name](net, X)
         assert state(net)[:2] == (keys, classes)
@@ -115,7 +115,7 @@ def test_a_block_that_runs_twice():
     net.blocks[2] = net.blocks[1]
     keys, classes, before = state(net)
     assert set(influence(net, X)) == {"blocks.0", "blocks.3"}
-    operation = rescheme(net, "skipinit", X)
+    operation = rescheme(net, X, "skipinit")
     assert all("runs 2 times" in reason for reason in operation.refused.values())
     assert set(operation.touched) == {"blocks.0", "blocks.3"}
     operation.undo()
@@ -134,7 +134,7 @@ def test_a_failure_half_way_is_taken_back():
     net.blocks[3].forward = net.blocks[3].forward
     keys, classes, before = state(net)
     with pytest.raises(sw.SkipwayError, match="the forward of this Block was replaced on the instance"):
-        skip_compute(net, 0.5, X)
+        skip_compute(net, X, 0.5)
     assert state(net)[:2] == (keys, classes)
     assert torch.equal(state(net)[2], before)
     assert not any(hasattr(block, "skipped") for block in net.blocks)

@@ -28,15 +28,15 @@ NETS = {"transformer": (encoder, TOKENS), "batch norm": (lambda: Net(5), X)}
 def keep_everything(model: nn.Module) -> nn.Module:
     """The same two streams without the inversion."""
     for module in model.modules():
-        if hasattr(module, "chained"):
-            module.chained.inverts = False
+        if hasattr(module, "block_row"):
+            module.block_row.inverts = False
     return model
 
 
 def pair(build, x: Tensor) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     inverting = build().to(x.dtype)
-    reversible(inverting, x, preserve=False)
+    reversible(inverting, x)
     return inverting, keep_everything(copy.deepcopy(inverting))
 
 
@@ -82,7 +82,7 @@ def test_what_is_kept_does_not_grow_with_the_number_of_blocks(name):
     for blocks in (4, 12):
         model = encoder(blocks) if name == "transformer" else Net(blocks)
         before.append(saved_bytes(model, x))
-        reversible(model, x, preserve=False)
+        reversible(model, x)
         kept.append(saved_bytes(model, x))
     assert kept[0] == kept[1]
     assert before[1] > 2 * before[0]
@@ -145,15 +145,15 @@ def test_undo_is_exact_and_others_wait_for_it():
     torch.manual_seed(0)
     net = Net().eval()
     keys, classes, before = state(net)
-    operation = reversible(net, X, preserve=False)
+    operation = reversible(net, X)
     assert operation.report["gradient difference"] < 1e-5
     assert operation.report["difference"] > 1e-3  # another function
     assert state(net)[0] == keys
     with pytest.raises(sw.SkipwayError, match="was made reversible; undo that first"):
-        sw.rescheme(net, "skipinit", X)
+        sw.rescheme(net, X, "skipinit")
     operation.undo()
     assert state(net)[:2] == (keys, classes)
-    assert not hasattr(net.blocks[0], "chained")
+    assert not hasattr(net.blocks[0], "block_row")
     assert torch.equal(state(net)[2], before)
 
 
@@ -183,27 +183,25 @@ class Between(Net):
 )
 def test_chains_end_where_something_else_happens(between, reason):
     model = Between(between)
-    operation = reversible(model, X, preserve=False)
+    operation = reversible(model, X)
     assert list(operation.touched.values()) == [f"two streams through blocks.{n}, blocks.{n + 1}" for n in (0, 2)]
     model = Between(between)
     model.blocks = nn.Sequential(nn.Identity(), *model.blocks[:2], nn.Identity())  # nothing but that break
     with pytest.raises(sw.SkipwayError, match=rf"no two blocks .* follow one another: blocks\.1: .*{reason}"):
-        reversible(model, X, preserve=False)
+        reversible(model, X)
 
 
 def test_refusals():
     net = Net()
     keys, classes, _ = state(net)
-    with pytest.raises(sw.SkipwayError, match=r"not invertible.*checkpointed"):
-        reversible(net, X)
     with pytest.raises(sw.SkipwayError, match="no block that adds to x"):
-        reversible(nn.Linear(4, 4), torch.randn(2, 4), preserve=False)
+        reversible(nn.Linear(4, 4), torch.randn(2, 4))
     with pytest.raises(sw.SkipwayError, match="gradients through the inversion differ"):
-        reversible(net, X, preserve=False, tolerance=-1.0)
+        reversible(net, X, tolerance=-1.0)
     for block in net.blocks:
         block.forward = block.forward
     with pytest.raises(sw.SkipwayError, match="was replaced on the instance"):
-        reversible(net, X, preserve=False)
+        reversible(net, X)
     assert state(net)[:2] == (keys, classes)
 
     class Writing(nn.Module):
@@ -216,7 +214,7 @@ def test_refusals():
             return x
 
     with pytest.raises(sw.SkipwayError, match="writes into what it is given"):
-        reversible(nn.Sequential(nn.Linear(8, 8), Writing(), Writing()), TOKENS, preserve=False)
+        reversible(nn.Sequential(nn.Linear(8, 8), Writing(), Writing()), TOKENS)
 
 
 def small(branches: int) -> nn.Module:
@@ -232,14 +230,14 @@ def test_the_peak_is_flat_in_depth():
     peaks, labels = [], torch.zeros(64, dtype=torch.long)
     for branches in (10, 160):
         model = small(branches)
-        reversible(model, ROW[:2], preserve=False)
+        reversible(model, ROW[:2])
         peaks.append(peak_bytes(model, ROW, labels))
     assert peaks[1] <= 1.02 * peaks[0]
 
 
 def test_a_branch_runs_twice_in_a_step_and_not_more():
     model, runs = small(6), []
-    reversible(model, ROW[:2], preserve=False)
+    reversible(model, ROW[:2])
     for block in model[1:-1]:
         block.branch.register_forward_hook(lambda module, given, out: runs.append(id(module)))
     model(ROW).sum().backward()
@@ -249,7 +247,7 @@ def test_a_branch_runs_twice_in_a_step_and_not_more():
 def test_a_connection_of_ours_is_the_two_streams_of_anybodys_block():
     """What adds its branch alone is not added and taken away again; gradients are the same, of the input alone too."""
     model = small(5).double()
-    reversible(model, ROW[:2].double(), preserve=False)
+    reversible(model, ROW[:2].double())
     hooked = copy.deepcopy(model)
     for block in hooked[1:-1]:
         block.post.register_forward_hook(lambda module, given, out: None)
@@ -275,7 +273,7 @@ def test_compiled():
 
 def test_a_module_that_is_put_in_later_gets_its_gradient():
     model = small(4)
-    reversible(model, ROW[:2], preserve=False)
+    reversible(model, ROW[:2])
     model[2].branch.fc2 = nn.Linear(8, 8)
     model(ROW).sum().backward()
     assert model[2].branch.fc2.weight.grad is not None

@@ -30,16 +30,16 @@ Operate = Callable[..., Operation]
 
 # tolerances are for bfloat16 alone
 OPERATIONS: dict[str, Operate] = {
-    "rescheme": lambda m, x, **loose: rescheme(m, "layerscale + stochasticdepth", x, **loose),
-    "fixup": lambda m, x, **loose: (remove_norm(m, x, how="fold", **loose), rescheme(m, "fixup", x, **loose))[1],
+    "rescheme": lambda m, x, **loose: rescheme(m, x, "layerscale + stochasticdepth", **loose),
+    "fixup": lambda m, x, **loose: (remove_norm(m, x, how="fold", **loose), rescheme(m, x, "fixup", **loose))[1],
     "fold": lambda m, x, **loose: remove_norm(m, x, how="fold", **loose),
     "normfree": lambda m, x, **loose: remove_norm(m, x, how="normfree", **loose),
-    "lesion": lambda m, x, **loose: lesion(m, ["blocks.2"], x),
-    "shorten": lambda m, x, **loose: shorten(m, 3, x),
-    "deepen": lambda m, x, **loose: deepen(m, 2, x, **loose),
-    "skip_compute": lambda m, x, **loose: skip_compute(m, 0.5, x),
+    "lesion": lambda m, x, **loose: lesion(m, x, ["blocks.2"]),
+    "shorten": lambda m, x, **loose: shorten(m, x, 3),
+    "deepen": lambda m, x, **loose: deepen(m, x, 2, **loose),
+    "skip_compute": lambda m, x, **loose: skip_compute(m, x, 0.5),
     "checkpointed": lambda m, x, **loose: checkpointed(m, x),
-    "reversible": lambda m, x, **loose: reversible(m, x, preserve=False, **loose),
+    "reversible": lambda m, x, **loose: reversible(m, x, **loose),
 }
 
 

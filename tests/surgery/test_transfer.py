@@ -34,7 +34,7 @@ def test_fixup_starts_as_its_rule_says():
     spread = {}
     for blocks in (2, 32):
         net = without_norms(blocks)
-        operation = rescheme(net, "fixup", X, preserve=False)
+        operation = rescheme(net, X, "fixup", start="scheme")
         assert len(operation.touched) == blocks
         first = torch.stack([block.conv1.weight.detach() for block in net.blocks])
         assert not any(block.conv2.weight.any() or block.conv1.bias.any() for block in net.blocks)
@@ -58,7 +58,7 @@ def test_undo_puts_every_value_back(scheme):
     net = without_norms()
     keys, classes, before = state(net)
     values = {name: value.clone() for name, value in net.state_dict().items()}
-    rescheme(net, scheme, X, preserve=scheme == "normfree").undo()
+    rescheme(net, X, scheme, start="identity" if scheme == "normfree" else "scheme").undo()
     assert state(net)[:2] == (keys, classes)
     assert torch.equal(state(net)[2], before)
     assert all(torch.equal(value, values[name]) for name, value in net.state_dict().items())
@@ -67,7 +67,7 @@ def test_undo_puts_every_value_back(scheme):
 def test_fixup_around_trained_weights_changes_nothing():
     net = without_norms()
     before = net(X).detach()
-    assert rescheme(net, "fixup", X).report["difference"] == 0
+    assert rescheme(net, X, "fixup").report["difference"] == 0
     assert torch.equal(net(X), before)
 
 
@@ -81,7 +81,7 @@ def test_without_norms_a_deep_net_stays_finite_under_fixup_only():
                 for conv in (block.conv1, block.conv2):
                     nn.init.kaiming_normal_(conv.weight)
         if name == "fixup":
-            rescheme(net, "fixup", X, preserve=False)
+            rescheme(net, X, "fixup", start="scheme")
         stream = net.stem(X)
         sizes[name] = float((net.blocks(stream).std() / stream.std()).detach())
     assert sizes["fixup"] == pytest.approx(1, rel=1e-5)
@@ -91,7 +91,7 @@ def test_without_norms_a_deep_net_stays_finite_under_fixup_only():
 def test_deepnorm_scales_the_skip_and_starts_values_and_outputs_smaller():
     """norm(αx + F) = norm(x + F/α); Xavier's distribution times β on v, o and both maps of the MLP (P12)."""
     model = post_norm(8)
-    operation = rescheme(model, "deepnorm", TOKENS, preserve=False)
+    operation = rescheme(model, TOKENS, "deepnorm", start="scheme")
     assert len(operation.touched) == 16
     alpha, beta = 16**0.25, (4 * 16) ** -0.25
     factors = {module.residual_scale.factor for module in model.modules() if hasattr(module, "residual_scale")}
@@ -113,31 +113,31 @@ def test_deepnorm_scales_the_skip_and_starts_values_and_outputs_smaller():
 def test_deepnorm_needs_a_norm_behind_the_addition():
     layer = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True, norm_first=True).eval()
     with pytest.raises(sw.SkipwayError, match=r"norms or activations in other places \(pre → post\)"):
-        rescheme(layer, "deepnorm", TOKENS, preserve=False)
-    with pytest.raises(sw.SkipwayError, match="no norm behind the addition makes up for its size"):
-        rescheme(without_norms(), "deepnorm", X, preserve=False)
+        rescheme(layer, TOKENS, "deepnorm", start="scheme")
+    with pytest.raises(sw.SkipwayError, match="no norm after the addition rescales the sum"):
+        rescheme(without_norms(), X, "deepnorm", start="scheme")
 
 
 @pytest.mark.parametrize(
-    ("scheme", "preserve", "reason"),
+    ("scheme", "start", "reason"),
     [
-        ("fixup", False, "remove_norm takes BatchNorms out|in other places"),
-        ("normfree", True, r"in other places \(inside\+end → pre\)"),
-        ("preactivation", True, r"\+end → pre\): their order is written in the forward"),
+        ("fixup", "scheme", "remove_norm takes BatchNorms out|in other places"),
+        ("normfree", "identity", r"in other places \(inside\+end → pre\)"),
+        ("preactivation", "identity", r"\+end → pre\): their order is written in the forward"),
     ],
 )
-def test_norms_stand_in_the_way_and_it_is_said(scheme, preserve, reason):
+def test_norms_stand_in_the_way_and_it_is_said(scheme, start, reason):
     net = Net().eval()
     keys, classes, before = state(net)
     with pytest.raises(sw.SkipwayError, match=reason):
-        rescheme(net, scheme, X, preserve=preserve)
+        rescheme(net, X, scheme, start=start)
     assert state(net)[:2] == (keys, classes)
     assert torch.equal(state(net)[2], before)
 
 
 def test_normfree_from_scratch_is_refused():
     with pytest.raises(sw.SkipwayError, match="factors on the activations"):
-        rescheme(without_norms(), "normfree", X, preserve=False)
+        rescheme(without_norms(), X, "normfree", start="scheme")
 
 
 def test_a_step_over_the_whole_network_is_not_taken_over_a_part():
@@ -154,7 +154,7 @@ def test_a_step_over_the_whole_network_is_not_taken_over_a_part():
     model = nn.Sequential(*without_norms(2).blocks, Functional()).eval()
     values = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(sw.SkipwayError, match="1 of 3 connections of Sequential cannot be dressed"):
-        rescheme(model, "fixup", torch.randn(2, 6, 5, 5), preserve=False)
+        rescheme(model, torch.randn(2, 6, 5, 5), "fixup", start="scheme")
     assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
 
 
@@ -171,7 +171,7 @@ def test_attention_whose_values_cannot_be_told_apart_is_refused():
     model = nn.Sequential(Packed(), Packed()).eval()
     values = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(sw.SkipwayError, match="which of its rows are values cannot be told"):
-        rescheme(model, "deepnorm", TOKENS, preserve=False)
+        rescheme(model, TOKENS, "deepnorm", start="scheme")
     assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
 
 
@@ -203,7 +203,7 @@ def test_gains_are_folded_into_the_weights_in_front():
     torch.manual_seed(0)
     net = Net().eval()
     keys, classes, _ = state(net)
-    rescheme(net, "layerscale + skipinit + stochasticdepth", X)
+    rescheme(net, X, "layerscale + skipinit + stochasticdepth")
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, Gain):
@@ -221,13 +221,13 @@ def test_gains_are_folded_into_the_weights_in_front():
 def test_what_normfree_put_in_is_folded_and_what_is_no_factor_stays():
     net = without_norms()
     keys, classes, before = state(net)
-    rescheme(net, "normfree", X)
+    rescheme(net, X, "normfree")
     assert len(fold_gains(net, X).touched) == 4 * 4
     assert state(net)[:2] == (keys, classes)
     torch.testing.assert_close(net(X), before, rtol=1e-4, atol=1e-5)
-    rescheme(net, "fixup", X)
+    rescheme(net, X, "fixup")
     operation = fold_gains(net, X)
-    assert set(operation.refused.values()) == {"a shift in front of a map is none behind it where the map pads"}
+    assert set(operation.refused.values()) == {"a shift before a map is none after it where the map pads"}
     assert len(operation.touched) == 4
 
 
@@ -242,7 +242,7 @@ def test_a_gain_behind_what_does_not_commute_stays():
 
     torch.manual_seed(0)
     model = Gated().eval()
-    rescheme(model, "skipinit(init=0.5)", TOKENS, preserve=False)
+    rescheme(model, TOKENS, "skipinit(init=0.5)", start="scheme")
     before = model(TOKENS).detach()
     operation = fold_gains(model, TOKENS)
     assert list(operation.refused) == ["act.residual_scale"]

@@ -17,7 +17,7 @@ __all__ = ["rescheme"]
 MODEL, OPERATION, OUTPUT = (
     Group(name, sort_key=number) for number, name in enumerate(("Model", "Operation", "Output"))
 )
-Keep = Literal["one", "divide", "none"]
+Start = Literal["identity", "divide", "scheme"]
 
 
 def rescheme(
@@ -26,7 +26,7 @@ def rescheme(
     *,
     scheme: Annotated[str, Parameter(group=OPERATION)],
     out: Annotated[Path, Parameter(name=("--out", "-o"), group=OUTPUT)],
-    preserve: Annotated[Keep, Parameter(group=OPERATION)] = "one",
+    start: Annotated[Start, Parameter(group=OPERATION)] = "identity",
     weights: Annotated[Path | None, Parameter(group=MODEL)] = None,
     input: Annotated[str | None, Parameter(group=MODEL)] = None,
     depth: Annotated[int | None, Parameter(group=MODEL)] = None,
@@ -36,40 +36,40 @@ def rescheme(
 ) -> None:
     """Dress the residual connections of a network in a scheme: LayerScale, SkipInit, ReZero, stochastic depth.
 
-    Writes OUT/model.safetensors and OUT/rebuild.json; skipway.surgery.rebuild(OUT) gives the network back.
+    Writes OUT/model.safetensors and OUT/rebuild.json; skipway.surgery.rebuild(OUT) builds the network again.
 
     Args:
         model: A name of ours, timm:NAME, torchvision:NAME, hf:CLASS, or FILE.py:NAME: a module, or what makes one.
-        scheme: What stands behind every branch.
-        out: Folder for the weights and how to rebuild the model.
-        preserve: Gains start at 1; or at the scheme's value, divided out of the map in front; none: from scratch.
-        weights: Its .safetensors or .pth file. [random]
+        scheme: Scheme that is inserted after every branch.
+        out: Folder for the weights and the description of the model.
+        start: Gains start at 1; or at the scheme's value, divided out of the preceding map; or from scratch (scheme).
+        weights: A .safetensors or .pth file of the model. [random]
         input: Shape of one sample, 3,224,224. [the model's]
         depth: Weight layers, for a family. [the model's]
-        classes: Outputs. [the model's]
-        seed: Of weights and samples.
+        classes: Number of outputs. [the model's]
+        seed: Seed of weights and samples.
         overwrite: Replace what is in OUT.
     """
     import torch
 
     from skipway._version import __version__
     from skipway.checkpoint.files import write_json, write_tensors
-    from skipway.schemes.scheme import parse_scheme as read_scheme
+    from skipway.schemes.scheme import parse_scheme
     from skipway.surgery.storage import DESCRIPTION, WEIGHTS, Description, fill
     from skipway.zoo import ModelRequest, load_model
 
-    dressing = str(read_scheme(scheme))
+    dressing = str(parse_scheme(scheme))
     if (out / WEIGHTS).exists() and not overwrite:
         raise SkipwayError(f"--out {out}: it holds {WEIGHTS} already; --overwrite replaces it")
     torch.manual_seed(seed)
-    loaded = load_model(model, ModelRequest(depth=depth, classes=classes, shape=shape_of(input)))
+    loaded = load_model(model, ModelRequest(depth=depth, classes=classes, shape=parse_shape(input)))
     if weights is not None:
         fill(loaded.model, weights)
     options = {name: value for name, value in (("depth", depth), ("classes", classes)) if value is not None}
     description = Description(
-        model=standing(model),
+        model=with_absolute_file(model),
         scheme=dressing,
-        preserve=preserve if preserve != "none" else False,
+        start=start,
         input=tuple(loaded.shape),
         options=options,
         skipway=__version__,
@@ -81,24 +81,24 @@ def rescheme(
     sys.stdout.write(f"{operation}\nweights   {out / WEIGHTS}\nrebuild   {out / DESCRIPTION}\n")
 
 
-def standing(model: str) -> str:
-    """The text of a model, with the path of a file written out, so that it holds from any folder.
+def with_absolute_file(model: str) -> str:
+    """The source of a model with the absolute path of a file, so that it is valid in any folder.
 
-    >>> standing("timm:resnet18")
+    >>> with_absolute_file("timm:resnet18")
     'timm:resnet18'
     """
     file, colon, name = model.rpartition(":")
     return f"{Path(file).resolve()}{colon}{name}" if file.endswith(".py") else model
 
 
-def shape_of(text: str | None) -> tuple[int, ...] | None:
-    """A shape in numbers.
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """Parse a shape.
 
-    >>> shape_of("3,32,32")
+    >>> parse_shape("3,32,32")
     (3, 32, 32)
     """
     if text is None:
         return None
     if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*)*", text):
-        raise SkipwayError(f"--input {text}: the rule is whole numbers with commas, 3,224,224 for colour images")
+        raise SkipwayError(f"--input {text}: the rule is whole numbers with commas, 3,224,224 for example")
     return tuple(int(number) for number in re.split("[,x]", text))

@@ -15,7 +15,7 @@ from skipway.errors import SkipwayError
 from skipway.inference.backends import BACKENDS, PRECISIONS, Backend, Run
 from skipway.inference.race import Entrant, medians, race, reason
 from skipway.surgery.fusion import folding
-from skipway.surgery.preconditions import admitted
+from skipway.surgery.preconditions import require_operable
 from skipway.surgery.verification import difference
 
 __all__ = ["Attempt", "Optimized", "optimize"]
@@ -120,7 +120,7 @@ def optimize(
     if precision not in PRECISIONS:
         raise SkipwayError(f"precision={precision!r}: the rule is one of {', '.join(PRECISIONS)}")
     allowed = TOLERANCES[precision] if tolerance is None else tolerance
-    model = admitted(model)
+    model = require_operable(model)
     folded = folding(model, copy=True).model
     trial = Trial(model, folded, example, precision, allowed)
     for name in BACKENDS if backends is None else backends:

@@ -53,7 +53,9 @@ def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: f
     model, example = require_operable(model), None if example is None else as_example(example)
     if any(is_routed(module) for module in model.modules()):
         raise SkipwayError(f"{type(model).__name__} is accelerated already; undo that first")
-    with transaction(model, example, title=f"{type(model).__name__} computes by kernels", tolerance=tolerance) as change:
+    with transaction(
+        model, example, title=f"{type(model).__name__} computes by kernels", tolerance=tolerance
+    ) as change:
         for name, module in model.named_modules():
             kind = type(module)
             if module is not model and not has_weights(module):

@@ -33,7 +33,7 @@ class Segments:
     """A choice of the blocks that are recomputed, and of those that are recomputed together."""
 
     def cut(self, rows: Sequence[Row], rest: float) -> list[list[str]]:
-        """Return the segments, each the names of blocks that follow one another; a block in none keeps what it computes.
+        """Return segments, each the names of blocks that follow one another; a block in none keeps what it computes.
 
         Args:
             rows: the costs of each block, in rows that follow one another directly, in the order of the signal.

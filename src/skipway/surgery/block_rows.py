@@ -113,9 +113,7 @@ def row_obstacle(block: nn.Module, call: BlockCall) -> str | None:
     return "it writes into what it is given, which is needed again" if call.wrote else None
 
 
-def row_end(
-    calls: Mapping[str, BlockCall], name: str, other: str, readers: set[str], returned: set[str]
-) -> str | None:
+def row_end(calls: Mapping[str, BlockCall], name: str, other: str, readers: set[str], returned: set[str]) -> str | None:
     """Why two blocks that run one after the other are not run as one."""
     before, after = calls[name], calls[other]
     if after.before != name:

@@ -166,7 +166,9 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
     measured = influence(model, example, score)
     surplus = len(measured) - to
     if to < 0 or surplus < 0:
-        raise SkipwayError(f"to={to}: {type(model).__name__} has {len(measured)} blocks that can be left out; give 0 to that")
+        raise SkipwayError(
+            f"to={to}: {type(model).__name__} has {len(measured)} blocks that can be left out; give 0 to that"
+        )
     with transaction(model, example, title=f"{type(model).__name__} shortened to {to} blocks") as change:
         change.report = measured
         for name in list(measured)[:surplus]:
@@ -195,7 +197,9 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
     program = watch(model, example)
     blocks, owners = blocks_of(model, example, program), by_owner(chain_from_program(model, program))
     if not 1 <= by <= len(blocks):
-        raise SkipwayError(f"by={by}: {type(model).__name__} has {len(blocks)} blocks that can be copied; give 1 to that")
+        raise SkipwayError(
+            f"by={by}: {type(model).__name__} has {len(blocks)} blocks that can be copied; give 1 to that"
+        )
     chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * by)] for number in range(by)]
     title = f"{type(model).__name__} deepened by {by} blocks"
     hint = "after the additions of these blocks follows something that is not the identity on its own output"

@@ -50,7 +50,9 @@ def fold_gains(model: nn.Module, example: Example, *, tolerance: float = 1e-5) -
     model, example = require_operable(model), as_example(example)
     names = [name for name, module in model.named_modules() if has_slots(module)]
     if not names:
-        raise SkipwayError(f"nothing was inserted into {type(model).__name__}, so there is nothing to fold; see rescheme")
+        raise SkipwayError(
+            f"nothing was inserted into {type(model).__name__}, so there is nothing to fold; see rescheme"
+        )
     closing = closing_modules(model, example)
     with transaction(model, example, title=f"gains of {type(model).__name__} folded") as change:
         for slot in (WEIGHT, INPUT, OUTPUT):

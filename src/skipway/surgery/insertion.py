@@ -45,7 +45,9 @@ def with_slots(kind: type[nn.Module]) -> type[nn.Module]:
         entry, standard, scale = getattr(self, INPUT, None), getattr(self, WEIGHT, None), getattr(self, OUTPUT, None)
         if entry is not None:
             args = (entry(args[0]), *args[1:])
-        output = kind.forward(self, *args, **kwargs) if standard is None else apply(self, args[0], standard(self.weight))
+        output = (
+            kind.forward(self, *args, **kwargs) if standard is None else apply(self, args[0], standard(self.weight))
+        )
         if scale is None:
             return output
         if isinstance(output, tuple | list):

@@ -66,13 +66,15 @@ def refuse_branching(model: nn.Module, example: Example, operation: str, program
     else:
         readers = []
         with suppress(Exception):  # on the meta device there is no value to read
-            readers = value_readers(copy_to_meta(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example))
+            readers = value_readers(
+                copy_to_meta(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example)
+            )
     if readers:
         kind = type(model.get_submodule(readers[0])).__name__
         raise SkipwayError(
-            f"{readers[0] or 'the model'} ({kind}) reads values of a tensor that depends on the input, so another input "
-            f"may take another path, and {operation} is verified on one path only. Compute with the tensor instead, "
-            "with torch.where for example"
+            f"{readers[0] or 'the model'} ({kind}) reads values of a tensor that depends on the input, so another "
+            f"input may take another path, and {operation} is verified on one path only. Compute with the tensor "
+            "instead, with torch.where for example"
         )
 
 

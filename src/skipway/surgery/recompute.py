@@ -55,7 +55,7 @@ def precision(kind: str) -> list[tuple[str, bool, torch.dtype]]:
 
 @contextmanager
 def autocasting(settings: Sequence[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
-    """Autocast with these settings, and without its cache, which could hold weights that were cast without gradients."""
+    """Autocast with these settings, without its cache, which could hold weights that were cast without gradients."""
     if not any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in settings):
         yield
         return

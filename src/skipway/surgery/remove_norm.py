@@ -64,7 +64,7 @@ def remove_norm(
     title = f"{type(model).__name__} freed of {len(norms)} BatchNorms ({how})"
     with transaction(model, example, title=title, tolerance=tolerance) as change:
         if calibrate:
-            recalibrate(change, norms)
+            recalibrate(change, norms, example)
             change.compare_from_here()
         program = watch(model, example)
         for name in norms:
@@ -164,14 +164,14 @@ class FactorShift(nn.Module):
         return x * self.weight.view(shape) + self.bias.view(shape)
 
 
-def recalibrate(change: Transaction, norms: list[str]) -> None:
+def recalibrate(change: Transaction, norms: list[str], example: Example) -> None:
     """Set the running statistics to those of the example, in place."""
     model, modules = change.model, [change.model.get_submodule(name) for name in norms]
     mark = change.mark
     for module in modules:
         change.set_attribute(module, "momentum", 1.0)
     with preserved_state(model), torch.no_grad():
-        call_model(model.train(), change.example)
+        call_model(model.train(), example)
         statistics = [(m.running_mean.clone(), m.running_var.clone()) for m in modules]  # type: ignore[operator, union-attr]
     change.roll_back(mark)
     for module, (mean, variance) in zip(modules, statistics, strict=True):

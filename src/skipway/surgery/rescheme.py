@@ -213,8 +213,8 @@ class Dressing:
             raise SkipwayError(f"no connection of {kind} can be dressed: {reasons}")
         if self.from_scratch and refused:
             raise SkipwayError(
-                f"{self.scheme} starts the whole network, and {len(refused)} of {len(self.chain)} connections of {kind} "
-                f"cannot be dressed: {reasons}"
+                f"{self.scheme} starts the whole network, and {len(refused)} of {len(self.chain)} connections of "
+                f"{kind} cannot be dressed: {reasons}"
             )
 
     def count_runs(self) -> Counter[str]:
@@ -230,9 +230,7 @@ class Dressing:
         return runs
 
 
-def preserve_function(
-    change: Transaction, connection: WatchedConnection, inserted: nn.Module, *, divide: bool
-) -> None:
+def preserve_function(change: Transaction, connection: WatchedConnection, inserted: nn.Module, *, divide: bool) -> None:
     """Set the start of what was inserted, and the preceding map, so that the network computes what it did, in place."""
     divisor = 1.0
     for module in inserted.modules():

@@ -95,7 +95,7 @@ def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple
     def leave(name: str, *_: Any) -> None:
         saved.within.pop()
 
-    with forward_hooks(model, blocks, enter=enter, leave=leave):
-        with preserved_state(model), torch.enable_grad(), saved.counting():
-            call_model(model.train(), example)
+    hooks = forward_hooks(model, blocks, enter=enter, leave=leave)
+    with hooks, preserved_state(model), torch.enable_grad(), saved.counting():
+        call_model(model.train(), example)
     return saved.total, {name: Costs(name, saved.bytes.get(name, 0.0), own) for name, own in inputs.items()}

@@ -1,4 +1,4 @@
-"""Networks after an operation, kept in a folder: weights, and how the network was made that they belong to."""
+"""Networks after an operation in a folder: the weights, and a description of how to build the network again."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "rebuild.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """All that it takes to build a network that `rescheme` dressed.
+    """A description from which a network after `rescheme` is built again.
 
     Args:
-        model: where it comes from, "timm:resnet50" say; see `skipway.zoo.SOURCES`.
-        scheme: what it was dressed in.
-        start: as `rescheme` was given it.
+        model: source of the network, "timm:resnet50" for example; see `skipway.zoo.SOURCES`.
+        scheme: the scheme that it was dressed in.
+        start: see `rescheme`.
         input: shape of one sample.
-        options: of the source: depth, classes.
-        skipway: version that wrote it.
+        options: options of the source: depth, classes.
+        skipway: version that wrote the description.
 
-    >>> Description.read('{"model": "resnet20", "scheme": "skipinit", "input": [3, 32, 32], "skipway": "0.1"}').wanted
-    Wanted(depth=None, scheme=None, classes=None, shape=(3, 32, 32))
+    >>> Description.read('{"model": "resnet20", "scheme": "skipinit", "input": [3, 32, 32], "skipway": "0.1"}').request
+    ModelRequest(depth=None, scheme=None, classes=None, shape=(3, 32, 32))
     """
 
     model: str
@@ -48,7 +48,7 @@ class Description:
 
     @classmethod
     def read(cls, text: str) -> Description:
-        """From JSON.
+        """Read a description from JSON.
 
         Raises:
             CheckpointError: it is no JSON, or has other fields.
@@ -64,18 +64,18 @@ class Description:
             ) from problem
 
     @property
-    def wanted(self) -> ModelRequest:
-        """What its source is asked for."""
+    def request(self) -> ModelRequest:
+        """The request to the source of the network."""
         return ModelRequest(depth=self.options.get("depth"), classes=self.options.get("classes"), shape=self.input)
 
     def operate(self, loaded: LoadedModel, *, tolerance: float = 1e-5) -> Operation:
-        """Dress a network as this says."""
+        """Dress a network as described, in place."""
         example = example_of(loaded)
         return rescheme(loaded.model, example, self.scheme, start=self.start, tolerance=tolerance)
 
 
 def example_of(loaded: LoadedModel) -> Example:
-    """One random sample, or the inputs that the source brought along."""
+    """One random sample, or the inputs that the source provides."""
     batch = loaded.batch
     if batch is None:
         return loaded.random(1)
@@ -84,7 +84,7 @@ def example_of(loaded: LoadedModel) -> Example:
 
 
 def fill(model: nn.Module, path: Path) -> None:
-    """Load weights, strictly.
+    """Load weights into a model, in place and strictly.
 
     Raises:
         CheckpointError: a key is missing, too much, or of another shape; the model may be half filled.
@@ -96,10 +96,10 @@ def fill(model: nn.Module, path: Path) -> None:
 
 
 def rebuild(folder: str | Path) -> nn.Module:
-    """The network that `skipway rescheme … -o folder` wrote, in evaluation mode.
+    """Build the network that `skipway rescheme … -o folder` wrote, in evaluation mode; returns a new one.
 
-    It is built by its source, dressed again, and filled with the weights. Nothing in the folder is run as code; but a
-    network that was given as FILE.py:NAME is built by that file, at the path that the description holds.
+    The network is built by its source, dressed again, and loaded with the weights. Nothing in the folder is run as
+    code; but a network that was given as FILE.py:NAME is built by that file, at the path in the description.
 
     Args:
         folder: with `model.safetensors` and `rebuild.json`.
@@ -113,8 +113,8 @@ def rebuild(folder: str | Path) -> nn.Module:
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {DESCRIPTION}; skipway rescheme writes it")
     description = Description.read(path.read_text(encoding="utf-8"))
-    loaded = load_model(description.model, description.wanted)
-    # the weights come afterwards, so what the fresh ones compute is of no interest
+    loaded = load_model(description.model, description.request)
+    # the weights are loaded afterwards, so the outputs of the fresh ones do not matter
     description.operate(loaded, tolerance=math.inf)
     fill(loaded.model, folder / WEIGHTS)
     return loaded.model.eval()

@@ -147,8 +147,14 @@ class Transaction:
                 f"tolerance={self.tolerance:g}, so that the model was put back{self.hint and '; '}{self.hint}"
             )
         report = self.report if self.before is None else {"difference": gap, **self.report}
-        views = [MappingProxyType(dict(each)) for each in (self.touched, self.refused, report)]
-        operation = Operation(self.model, self.title, *views, self.journal)
+        operation = Operation(
+            self.model,
+            self.title,
+            MappingProxyType(dict(self.touched)),
+            MappingProxyType(dict(self.refused)),
+            MappingProxyType(dict(report)),
+            self.journal,
+        )
         self.committed = True
         return operation
 

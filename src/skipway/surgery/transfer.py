@@ -82,9 +82,7 @@ def probe_kit(connection: WatchedConnection) -> Kit:
     return Kit(conv=Conv2d, linear=Linear, norm=norm, act=nn.ReLU)
 
 
-def branch_parts(
-    scheme: Scheme, connection: WatchedConnection, program: Program, *, from_scratch: bool
-) -> BranchParts:
+def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program, *, from_scratch: bool) -> BranchParts:
     """Return the parts that the scheme changes inside of a branch.
 
     Each hook is asked with what is there: a scheme that would move a norm moves nothing where there is none.
@@ -133,9 +131,7 @@ def branch_parts(
     return parts
 
 
-def insert_parts(
-    change: Transaction, connection: WatchedConnection, parts: BranchParts, *, divide: bool
-) -> None:
+def insert_parts(change: Transaction, connection: WatchedConnection, parts: BranchParts, *, divide: bool) -> None:
     """Insert the parts into a branch, in place; with `divide` constants are divided out of the maps after them."""
     standardised: dict[str, Standardise] = {}
     for name in parts.standardised:
