@@ -17,7 +17,7 @@ from benchmarks.trainability.configurations import Configuration, configurations
 from benchmarks.trainability.measurements import read_measurements
 from benchmarks.trainability.truth import read_truth
 from skipway.diagnosis.indicators import Indicators
-from skipway.diagnosis.outlook import features
+from skipway.diagnosis.outlook import indicator_features
 
 __all__ = ["Example", "examples", "main"]
 
@@ -51,8 +51,8 @@ def main() -> None:
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     rows = examples(held_out=False)
-    names = list(features(rows[0][1]))
-    inputs = np.array([list(features(indicators).values()) for _, indicators, _ in rows])
+    names = list(indicator_features(rows[0][1]))
+    inputs = np.array([list(indicator_features(indicators).values()) for _, indicators, _ in rows])
     trains = np.array([outcome for *_, outcome in rows])
     folds = StratifiedKFold(10, shuffle=True, random_state=0)
     found = cross_val_predict(model(), inputs, trains, cv=folds)

@@ -18,9 +18,10 @@ from PIL import Image
 from torch import nn
 
 from skipway.cli import main
-from skipway.cli.diagnose import ENDINGS, Optimizer
+from skipway.cli.diagnose import OptimizerName
 from skipway.diagnosis.settings import OPTIMIZERS
 from skipway.errors import SkipwayError
+from skipway.report.files import ENDINGS
 from skipway.weights import read_weights
 from skipway.zoo import FIRST_LAYER, ModelRequest, input_shape_of, load_model
 
@@ -98,7 +99,9 @@ def test_the_table_goes_to_a_pipe_as_plain_text(capsys):
     status, out, err = run(capsys, *MINE, "--lr", "0.01")
     assert (status, err) == (0, "")
     assert "\x1b" not in out
-    assert out.startswith("batch     8 random normal samples of 3x2x2 with random labels; real ones: --batch FOLDER\n")
+    assert out.startswith(
+        "batch     8 random normal samples of 3x2x2 with random labels; use --batch FOLDER for real ones\n"
+    )
     assert "Sequential · no residual connection · 2 layers · sgd at 0.01" in out
 
 
@@ -116,10 +119,14 @@ def test_a_terminal_gets_colours(capsys, monkeypatch):
 
 
 def test_the_exit_status_tells_a_net_that_will_not_train(capsys):
-    assert run(capsys, "mine.py:dead", "--input", "3,2,2", "--quiet", *QUICK) == (1, "It will not train.\n", "")
+    assert run(capsys, "mine.py:dead", "--input", "3,2,2", "--quiet", *QUICK) == (
+        1,
+        "The network will not train.\n",
+        "",
+    )
     status, out, _ = run(capsys, *MINE, "--lr", "0.01", "--quiet")
     assert status == 0
-    assert re.fullmatch(r"It trains.*\n", out)
+    assert re.fullmatch(r"The network trains\..*\n", out)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +161,7 @@ ERRORS = [
     (["resnet20", "--input", "3,a"], 2, "--input 3,a: the rule is whole numbers"),
     (["resnet20", "--out", "x.txt"], 2, "--out x.txt: the rule is one of the endings .json"),
     (["resnet20", "--save-model", "x"], 2, "give --fix with it"),
-    (["resnet20", "--lint", "--fix"], 2, "--lint runs no training step"),
+    (["resnet20", "--lint", "--fix"], 2, "--lint runs no pass, so it excludes --fix and --thorough"),
     (["resnet20", "--device", "gpu7"], 2, "device 'gpu7' cannot be used"),
     (["resnet20", "--batch", "nowhere"], 3, "nowhere does not exist"),
     (["mine.py:net", "--batch", "."], 2, "the model takes 6; set --input"),
@@ -167,7 +174,7 @@ ERRORS = [
     (["mine.py:text"], 2, "mine.py:text gives a str; it has to give a torch.nn.Module"),
     (["mine.py:make", "--depth", "3"], 2, "--depth 3: FILE.py:NAME does not take it; set it in the file"),
     (["torn.py:make"], 2, "torn.py: SyntaxError"),
-    (["mine.py:picky"], 2, "shapes cannot be multiplied.*--input sets another"),
+    (["mine.py:picky"], 2, "shapes cannot be multiplied.*set another one by --input"),
     ([], 2, "MODEL"),
 ]
 
@@ -253,7 +260,7 @@ def test_the_linter_itself_is_called(capsys):
 
 
 def test_the_optimizers_are_those_of_the_library():
-    assert set(get_args(Optimizer)) == set(OPTIMIZERS)
+    assert set(get_args(OptimizerName)) == set(OPTIMIZERS)
 
 
 def test_shapes_are_read_from_what_a_model_says_or_from_its_first_layer():

@@ -15,7 +15,7 @@ import skipway as sw
 from skipway.diagnosis import Diagnosis, Settings, diagnose
 from skipway.diagnosis.indicators import read_indicators
 from skipway.diagnosis.measurement import measure
-from skipway.diagnosis.outlook import cause_of, features, probability
+from skipway.diagnosis.outlook import cause_of, indicator_features, probability
 from skipway.diagnosis.passes import curvature, jacobians, look_ahead, noise
 from skipway.diagnosis.remedies import AddSkips, Damp, LearningRate, NormFirst, Rescheme
 from skipway.diagnosis.rules import RULES
@@ -210,7 +210,7 @@ def test_a_loss_of_ones_own_and_no_targets():
     assert diagnose(model, torch.randn(32, 6)).measurement.finite
     found = diagnose(model, torch.randn(32, 6), loss=lambda output, _: output.square().mean())
     assert found.measurement.loss >= 0
-    with pytest.raises(sw.SkipwayError, match="one number"):
+    with pytest.raises(sw.SkipwayError, match=r"of shape \(16, 6\); the rule is a tensor of one number"):
         diagnose(model, torch.randn(32, 6), loss=lambda output, _: output)
 
 
@@ -227,7 +227,7 @@ def test_refusals_say_what_to_do():
         diagnosed(small(), images(), optimizer="lion")
     with pytest.raises(sw.SkipwayError, match=r"example=\(Tensor, Tensor\): .*targets go to targets="):
         diagnose(small(), images())
-    with pytest.raises(sw.SkipwayError, match="not the model's"):
+    with pytest.raises(sw.SkipwayError, match="holds parameters that ResNet does not have"):
         settings_of(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), small())
 
 
@@ -360,7 +360,7 @@ def test_the_odds_follow_what_is_better():
     model = small()
     measured = measure(Subject(model, *images(64)), lambda: torch.optim.SGD(model.parameters(), lr=0.05))
     indicators = read_indicators(measured, Settings())
-    assert set(features(indicators)) | {"bias"} == set(sw.diagnosis.outlook.WEIGHTS)
+    assert set(indicator_features(indicators)) | {"bias"} == set(sw.diagnosis.outlook.WEIGHTS)
     from dataclasses import replace
 
     assert probability(replace(indicators, distinct_after=0.5)) > probability(replace(indicators, distinct_after=1e-8))

@@ -20,7 +20,8 @@ from skipway.diagnosis import Diagnosis, Finding, diagnose
 from skipway.diagnosis.page import page
 from skipway.diagnosis.plot import bands_of, plot
 from skipway.diagnosis.remedies import LearningRate
-from skipway.diagnosis.table import findings_text, folded, render, rows_of, side_by_side, table
+from skipway.diagnosis.rows import folded
+from skipway.diagnosis.table import as_text, findings_view
 from skipway.errors import MissingExtraError
 
 VOID = {"meta", "br"}
@@ -49,7 +50,7 @@ def findings(places: list[str]) -> tuple[Finding, ...]:
 def diagnosed(model: nn.Module, *shape: int, **changes: object) -> Diagnosis:
     torch.manual_seed(0)
     found = diagnose(model, torch.randn(8, *shape), targets=torch.randint(4, (8,)))
-    return replace(found, findings=findings([row.name for row in rows_of(found)]), **changes)  # type: ignore[arg-type]
+    return replace(found, findings=findings([row.name for row in found.rows]), **changes)  # type: ignore[arg-type]
 
 
 def broken() -> nn.Module:
@@ -97,10 +98,10 @@ def deepened(diagnosis: Diagnosis, times: int) -> Diagnosis:
 
 
 def test_the_table_has_a_row_for_each_place_and_every_finding(diagnosis):
-    text = table(diagnosis)
+    text = diagnosis.table()
     assert max(map(len, text.splitlines())) <= 100
     assert "\x1b" not in text
-    rows = rows_of(diagnosis)
+    rows = diagnosis.rows
     for row in rows:
         assert any(line.startswith(row.name) for line in text.splitlines())
     marked = {mark: [row.name for row in rows if mark in row.marks] for mark in (1, 2, 3)}
@@ -114,51 +115,50 @@ def test_the_table_has_a_row_for_each_place_and_every_finding(diagnosis):
 def test_a_parameter_marks_the_connection_that_it_is_in(diagnoses):
     found = diagnoses["broken"]
     inside = replace(findings(["x"])[1], where=("stages.1.1.branch.conv2.weight", "stages.2.0.scale.gain"))
-    rows = rows_of(replace(found, findings=(inside,)))
+    rows = replace(found, findings=(inside,)).rows
     assert [row.name for row in rows if row.marks] == ["stages.1.1", "stages.2.0"]
 
 
 def test_deep_nets_are_folded_around_the_findings(diagnoses):
     deep = deepened(diagnoses["residual"], 70)
-    lines = table(deep).splitlines()
+    lines = deep.table().splitlines()
     assert len(lines) < 50
-    rows = rows_of(deep)
+    rows = deep.rows
     assert len(rows) == 210
     shown = folded(rows)
     assert sum(1 if not isinstance(entry, list) else len(entry) for entry in shown) == 210
     assert (shown[0], shown[-1]) == (rows[0], rows[-1])
     marked = next(row for row in rows if row.marks)
     assert any(line.startswith(marked.name) and "✗1" in line for line in lines)
-    assert any(re.match(r"… \d+ alike, ", line) for line in lines)
+    assert any(re.match(r"⋮ \d+ more ", line) for line in lines)
 
 
 def test_colours_say_nothing_that_the_text_does_not(diagnosis, diagnoses):
     file = io.StringIO()
-    render(diagnosis, Console(file=file, force_terminal=True, width=120, color_system="standard"))
+    Console(file=file, force_terminal=True, width=100, color_system="standard").print(diagnosis)
     assert "\x1b[" in file.getvalue()
     plain = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
-    assert [line.rstrip() for line in plain.splitlines()] == table(diagnosis).splitlines()
+    assert [line.rstrip() for line in plain.splitlines()] == diagnosis.table().splitlines()
     narrow = io.StringIO()
-    render(diagnosis, Console(file=narrow, width=72))
-    assert max(map(len, narrow.getvalue().splitlines())) <= 100
+    Console(file=narrow, width=72).print(diagnosis)
+    assert max(map(len, narrow.getvalue().splitlines())) <= 72
 
 
 def test_before_and_after_stand_side_by_side(diagnoses):
     treatment = diagnoses["residual"].fix(LearningRate(0.003))
-    text = side_by_side(treatment)
-    assert str(treatment) == text
+    text = str(treatment)
     assert re.search(r"^training +sgd at 0.1 +sgd at 0.003$", text, re.MULTILINE)
     assert re.search(r"^verdict +", text, re.MULTILINE)
     assert "→ set the learning rate to 0.003" in text
     assert max(map(len, text.splitlines())) <= 100
     file = io.StringIO()
-    render(treatment, Console(file=file, width=100))
+    Console(file=file, width=100).print(treatment)
     assert [line.rstrip() for line in file.getvalue().splitlines()] == text.splitlines()
 
 
 def test_findings_alone():
-    text = findings_text(findings(["a", "b", "c"]))
-    assert text.startswith("✗1 fatal · first-rule · b … c (2)\n")
+    text = as_text(findings_view(findings(["a", "b", "c"])))
+    assert text.startswith("✗1 fatal · first-rule · b, c\n")
     assert text.count("source: ") == 3
 
 
@@ -179,10 +179,10 @@ def test_a_deep_picture_has_few_names_and_one_band_a_stretch(diagnoses):
     deep = deepened(diagnoses["residual"], 70)
     figure = plot(deep)
     assert len(figure.axes[2].get_xticklabels()) <= 9
-    rows = rows_of(deep)
+    rows = deep.rows
     stretch = tuple(row.name for row in (*rows[5:9], rows[20]))
     found = replace(deep, findings=(replace(deep.findings[0], where=stretch),))
-    assert [(band.first, band.last, band.label) for band in bands_of(found, rows_of(found))] == [
+    assert [(band.first, band.last, band.label) for band in bands_of(found, found.rows)] == [
         (6, 9, "1 first-rule"),
         (21, 21, "1"),
     ]
@@ -238,7 +238,7 @@ def test_the_page_is_whole_and_fetches_nothing(diagnosis):
         assert finding.why in reader.text
     assert "https://arxiv.org/abs/1803.01719" in {attributes.get("href") for _, attributes in reader.seen}
     rows = [attributes for tag, attributes in reader.seen if tag == "tr"]
-    assert len(rows) == 1 + len(rows_of(diagnosis))
+    assert len(rows) == 1 + len(diagnosis.rows)
     assert f"Skipway {sw.__version__}" in reader.text
     assert "nan" not in " ".join(attributes.get("d") or "" for _, attributes in reader.seen)
 

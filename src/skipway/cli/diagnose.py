@@ -1,4 +1,4 @@
-"""`skipway diagnose`."""
+"""`skipway diagnose`: will a network train, what is at fault, what to do."""
 
 from __future__ import annotations
 
@@ -23,73 +23,71 @@ if TYPE_CHECKING:
     from skipway.diagnosis import Diagnosis, Finding, Treatment
     from skipway.zoo import LoadedModel
 
-__all__ = ["ENDINGS", "Optimizer", "Question", "diagnose"]
+__all__ = ["Question", "diagnose"]
 
-Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"]
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"]
 Flag = Annotated[bool, Parameter(negative=())]
 MODEL, BATCH, TRAINING, DIAGNOSIS, MACHINE, OUTPUT = (
     Group(name, sort_key=number)
     for number, name in enumerate(("Model", "Batch", "Training", "Diagnosis", "Machine", "Output"))
 )
-# what `Diagnosis.save` writes, asked for before anything is measured
-ENDINGS = (".json", ".html", ".htm", ".png", ".svg", ".pdf")
 WILL_NOT_TRAIN = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of a model. The line under each field is its help on the command line."""
+    """The options of `skipway diagnose`. The line under each field is its help on the command line."""
 
     scheme: Annotated[str | None, Parameter(group=MODEL)] = None
-    """Residual scheme. [the model's]"""
+    """Residual scheme. [the model's own]"""
 
     depth: Annotated[int | None, Parameter(group=MODEL)] = None
-    """Weight layers, for a family. [the model's]"""
+    """Weight layers, of a family. [the model's own]"""
 
     classes: Annotated[int | None, Parameter(group=MODEL)] = None
-    """Outputs. [the model's, or --batch's]"""
+    """Classes. [the model's, or those of --batch]"""
 
     input: Annotated[str | None, Parameter(group=BATCH)] = None
-    """Shape of one sample, 3,224,224. [the model's]"""
+    """Shape of a sample, 3,224,224. [the model's]"""
 
     samples: Annotated[int, Parameter(group=BATCH)] = 32
-    """Samples of the batch."""
+    """Samples in the batch."""
 
     batch: Annotated[Path | None, Parameter(group=BATCH)] = None
-    """Folder of images in class folders. [random]"""
+    """Folder of images by class. [random samples]"""
 
-    optimizer: Annotated[Optimizer, Parameter(group=TRAINING)] = "sgd"
-    """That will train it."""
+    optimizer: Annotated[OptimizerName, Parameter(group=TRAINING)] = "sgd"
+    """Optimizer used for training."""
 
     lr: Annotated[float | None, Parameter(group=TRAINING)] = None
-    """Learning rate. [sgd 0.1, the Adams 0.001]"""
+    """Learning rate. [sgd 0.1, adam 0.001]"""
 
     weight_decay: Annotated[float, Parameter(group=TRAINING)] = 0.0
-    """Decay of the weights."""
+    """Weight decay."""
 
     warmup: Annotated[int, Parameter(group=TRAINING)] = 0
-    """Steps over which the rate rises."""
+    """Steps of learning rate warm-up."""
 
     steps: Annotated[int, Parameter(group=TRAINING)] = 1000
-    """Steps planned."""
+    """Planned steps of training."""
 
     eval_mode: Annotated[Flag, Parameter(group=TRAINING)] = False
     """Measure in evaluation mode."""
 
     thorough: Annotated[Flag, Parameter(group=DIAGNOSIS)] = False
-    """Also the largest singular values."""
+    """Also measure largest singular values."""
 
     fix: Annotated[Flag, Parameter(group=DIAGNOSIS)] = False
-    """Apply the remedies; show before and after."""
+    """Apply remedies; compare before and after."""
 
     lint: Annotated[Flag, Parameter(group=DIAGNOSIS)] = False
-    """Only look for known mistakes; run nothing."""
+    """Only check for known mistakes; no passes."""
 
     device: Annotated[str, Parameter(group=MACHINE)] = "auto"
-    """auto, cpu, cuda, cuda:1."""
+    """auto, cpu, cuda or cuda:1."""
 
     seed: Annotated[int, Parameter(group=MACHINE)] = 0
-    """Of weights, samples and dropout."""
+    """Seed of weights, samples and dropout."""
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 8), ("warmup", 0), ("steps", 1), ("weight_decay", 0), ("classes", 1)):
@@ -99,7 +97,7 @@ class Question:
         if self.lr is not None and not self.lr > 0:
             raise SkipwayError(f"lr={self.lr}: the rule is lr > 0")
         if self.lint and (self.fix or self.thorough):
-            raise SkipwayError("--lint runs no training step; give it without --fix and --thorough")
+            raise SkipwayError("--lint runs no pass, so it excludes --fix and --thorough; leave them away")
         if self.shape is not None and self.batch is not None:
             image_side(self.shape)
 
@@ -129,116 +127,123 @@ def diagnose(
     json: Annotated[Flag, Parameter(group=OUTPUT)] = False,
     quiet: Annotated[Flag, Parameter(group=OUTPUT)] = False,
 ) -> int:
-    """Say whether a network will train, what is at fault and what to do, from one batch before training.
+    """Tell from one batch before training whether a network will train, what is at fault and what to do.
 
-    Ends with 1 where the verdict is "will not train" (of the mended model with --fix), else with 0.
+    Exit status 1: it will not train (with --fix: not even the mended model).
 
     Args:
-        model: A name of ours, timm:NAME, torchvision:NAME, hf:CLASS, or FILE.py:NAME: a module, or what makes one.
-        question: What is asked.
-        out: Also write .json, .html, .png, .svg, .pdf; repeatable.
-        save_model: With --fix: its weights, as safetensors.
-        json: Write JSON instead of a table.
-        quiet: Write the verdict only.
+        model: A Skipway model, timm:NAME, torchvision:NAME, hf:CLASS, or FILE.py:NAME of a module or its factory.
+        question: The options.
+        out: Save as .json, .html, .png, .svg or .pdf; repeatable.
+        save_model: Save the mended weights (with --fix), as safetensors.
+        json: Print JSON instead of a table.
+        quiet: Print the verdict only.
     """
     check_outputs(question, out or (), save_model)
-    # threads that wait should sleep; see `skipway train`
+    # waiting threads sleep; see `skipway train`
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    screen = Screen(json=json, quiet=quiet)
-    with screen.working(f"looking at {model}"):
+    output = Output(json=json, quiet=quiet)
+    with output.working(f"diagnosing {model}"):
         loaded, batch, remark = prepared(model, question)
-        screen.remark = remark
+        output.remark = remark
         if question.lint:
-            return linted(loaded, batch, screen)
-        found = examined(loaded, batch, question)
-        treatment = found.fix() if question.fix and found.verdict != "trains" and found.remedies else None
-    shown = found if treatment is None else treatment.after
-    screen.show(found, treatment, nothing_to_do=question.fix and treatment is None)
+            return lint_model(loaded, batch, output)
+        diagnosis = diagnose_loaded(loaded, batch, question)
+        treatment = diagnosis.fix() if question.fix and diagnosis.verdict != "trains" and diagnosis.remedies else None
+    last = diagnosis if treatment is None else treatment.after
+    output.diagnosed(diagnosis, treatment, healthy=question.fix and treatment is None)
     for path in out or ():
-        screen.say("report", str(shown.save(path)))
+        from skipway.report import save
+
+        output.labelled("report", str(save(last, path)))
     if save_model is not None:
-        screen.say("weights", saved(treatment.model if treatment is not None else loaded.model, save_model))
-    return 0 if shown.trains else WILL_NOT_TRAIN
+        model_to_save = loaded.model if treatment is None else treatment.model
+        output.labelled("weights", save_weights(model_to_save, save_model))
+    return 0 if last.trains else WILL_NOT_TRAIN
 
 
 def check_outputs(question: Question, out: Sequence[Path], save_model: Path | None) -> None:
-    """What is to be written has to make sense before anything is measured."""
+    """Refuse, before anything is measured, outputs that cannot be written."""
+    from skipway.report.files import ENDINGS
+
     for path in out:
         if path.suffix not in ENDINGS:
             raise SkipwayError(f"--out {path}: the rule is one of the endings {' '.join(ENDINGS)}")
     if save_model is not None and not question.fix:
-        raise SkipwayError("--save-model is for the mended model; give --fix with it")
+        raise SkipwayError("--save-model saves the mended model; give --fix with it")
     if question.lint and out:
-        raise SkipwayError("--lint has no report to write; leave --out away, or pipe what it prints")
+        raise SkipwayError("--lint writes no report, so it excludes --out; use --json and redirect the output")
 
 
-class Screen:
-    """Where the answer is written: a terminal in colours, a pipe in plain text, JSON, or one line.
+class Output:
+    """The command's output: colours on a terminal, plain text in a pipe, JSON, or one line.
 
     Args:
-        json: as JSON, to be read by a program.
+        json: JSON, for programs.
         quiet: the verdict only.
     """
 
     def __init__(self, *, json: bool, quiet: bool) -> None:
         self.json, self.quiet, self.remark = json, quiet, ""
 
-    def working(self, what: str) -> AbstractContextManager[Any]:
-        """A line on the terminal while the passes run."""
+    def working(self, message: str) -> AbstractContextManager[Any]:
+        """A status line on the terminal while the passes run."""
         if self.quiet or not sys.stderr.isatty():
             return nullcontext()
         from rich.console import Console
 
-        return Console(stderr=True).status(what)
+        return Console(stderr=True).status(message)
 
-    def say(self, label: str, text: str) -> None:
-        """One line with a label, where a person reads."""
+    def labelled(self, label: str, text: str) -> None:
+        """Print one line with a label, for people only."""
         if not (self.json or self.quiet):
             sys.stdout.write(f"{label:<10}{text}\n")
 
-    def show(self, found: Diagnosis, treatment: Treatment | None, *, nothing_to_do: bool) -> None:
-        """A diagnosis, and what came of its remedies."""
-        from skipway.diagnosis.table import side_by_side, table, verdict_text
+    def diagnosed(self, diagnosis: Diagnosis, treatment: Treatment | None, *, healthy: bool) -> None:
+        """Print a diagnosis, and the result of its remedies."""
+        from skipway.diagnosis.table import SENTENCES
 
-        last = found if treatment is None else treatment.after
+        last = diagnosis if treatment is None else treatment.after
         if self.json:
-            sys.stdout.write(json_text(found, treatment, self.remark))
+            sys.stdout.write(json_text(diagnosis, treatment, self.remark))
         elif self.quiet:
-            sys.stdout.write(f"{' '.join([verdict_text(last), '; '.join(last.conditions)]).strip()}\n")
+            sys.stdout.write(f"{' '.join([SENTENCES[last.verdict], '; '.join(last.conditions)]).strip()}\n")
         else:
-            self.say("batch", self.remark)
-            self.print(found, lambda: table(found))
+            self.labelled("batch", self.remark)
+            self.printed(diagnosis)
             if treatment is not None:
                 sys.stdout.write("\n")
-                self.print(treatment, lambda: side_by_side(treatment))
-            elif nothing_to_do:
-                sys.stdout.write("\nnothing to mend\n")
+                self.printed(treatment)
+            elif healthy:
+                sys.stdout.write("\nnothing to fix\n")
 
-    def print(self, shown: Any, text: Any) -> None:
-        """In colours on a terminal, else as plain text."""
+    def printed(self, view: Any) -> None:
+        """Print a result in colours on a terminal, up to 100 columns wide, else as plain text."""
+        from skipway.diagnosis.table import WIDTH, as_text
+
         if not sys.stdout.isatty():
-            sys.stdout.write(text().rstrip() + "\n")
+            sys.stdout.write(as_text(view) + "\n")
             return
         from rich.console import Console
 
-        from skipway.diagnosis.table import render
+        console = Console()
+        console.print(view, width=min(WIDTH, console.width))
 
-        render(shown, Console())
-
-    def list(self, findings: Sequence[Finding]) -> None:
-        """Findings alone."""
-        from skipway.diagnosis.table import counted, findings_text
+    def linted(self, findings: Sequence[Finding]) -> None:
+        """Print the findings of the linter."""
+        from skipway.diagnosis.findings import counted
+        from skipway.diagnosis.table import findings_view
 
         if self.json:
             sys.stdout.write(json.dumps([finding.to_json() for finding in findings], indent=1) + "\n")
         elif self.quiet or not findings:
             sys.stdout.write(f"{counted(len(findings), 'finding')}\n")
         else:
-            self.print(findings, lambda: findings_text(findings))
+            self.printed(findings_view(findings))
 
 
 def json_text(found: Diagnosis, treatment: Treatment | None, remark: str) -> str:
-    """A diagnosis as JSON; with a treatment {"applied": …, "before": …, "after": …}."""
+    """A diagnosis as JSON, or a treatment as {"applied": …, "before": …, "after": …}."""
     content = {"batch": remark, **json.loads(found.to_json())}
     if treatment is not None:
         applied = [str(remedy) for remedy in treatment.applied]
@@ -247,7 +252,7 @@ def json_text(found: Diagnosis, treatment: Treatment | None, remark: str) -> str
 
 
 def prepared(text: str, question: Question) -> tuple[LoadedModel, Any, str]:
-    """The model, the batch, and in words where the batch is from."""
+    """The model, its example and targets, and the origin of the batch in words."""
     import torch
 
     from skipway.hardware.device import choose_device
@@ -259,15 +264,15 @@ def prepared(text: str, question: Question) -> tuple[LoadedModel, Any, str]:
     classes = question.classes
     if classes is None and question.batch is not None and "classes" in source.takes:
         classes = len(class_names(question.batch))
-    wanted = ModelRequest(depth=question.depth, scheme=question.scheme, classes=classes, shape=question.shape)
-    loaded = load_model(text, wanted)
+    request = ModelRequest(depth=question.depth, scheme=question.scheme, classes=classes, shape=question.shape)
+    loaded = load_model(text, request)
     batch, remark = batch_for(loaded, question)
     loaded.model.to(device)
-    return loaded, moved(batch, device), remark
+    return loaded, to_device(batch, device), remark
 
 
-def moved(batch: Any, device: Any) -> Any:
-    """A batch on a device."""
+def to_device(batch: Any, device: Any) -> Any:
+    """The tensors of a batch on a device."""
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
 
@@ -275,42 +280,42 @@ def moved(batch: Any, device: Any) -> Any:
 
 
 def batch_for(loaded: LoadedModel, question: Question) -> tuple[tuple[Any, Any], str]:
-    """Example and targets: images of a folder, what the model's file brought along, or random samples; and which."""
+    """Example and targets: images of a folder, the batch of the model's file, or random samples; and which of them."""
     if question.batch is not None:
         images, labels = images_of(question.batch, loaded.shape, question.samples, question.seed)
         return (loaded.call_with(images), labels), f"{len(labels)} images of {question.batch} with their labels"
     if loaded.batch is not None:
         paired = isinstance(loaded.batch, tuple | list) and len(loaded.batch) == 2
-        return tuple(loaded.batch) if paired else (loaded.batch, None), "from the model's file"
+        return tuple(loaded.batch) if paired else (loaded.batch, None), "given by the model's file"
     size = "x".join(map(str, loaded.shape))
-    what = "random normal samples" if loaded.vocabulary is None else "random rows of tokens"
-    labels = "their own labels" if loaded.labels else "random labels"
-    remark = f"{question.samples} {what} of {size} with {labels}; real ones: --batch FOLDER"
+    what = "random normal samples" if loaded.vocabulary is None else "random token sequences"
+    labels = "the tokens as labels" if loaded.labels else "random labels"
+    remark = f"{question.samples} {what} of {size} with {labels}; use --batch FOLDER for real ones"
     return (loaded.random(question.samples), None), remark
 
 
 def image_side(shape: tuple[int, ...]) -> int:
-    """The side of square images of a shape."""
+    """The side length of images of a shape, which have to be square."""
     if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2]:
         raise SkipwayError(
-            f"--batch gives square images, grey or colour, and the model takes {','.join(map(str, shape))}; "
+            f"--batch: the rule is square images, grey or colour, and the model takes {','.join(map(str, shape))}; "
             "set --input 3,224,224, or leave --batch away"
         )
     return shape[1]
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """The classes of a folder of images."""
+    """The class names of a folder of images."""
     from skipway.data import list_folder
 
     return list_folder(folder).classes
 
 
 def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images of a folder with their labels, drawn without regard to class, normalised by their own statistics.
+    """Random images of a folder with their labels, normalised by their own mean and deviation.
 
     Raises:
-        DataError: the folder is not one of images in class folders, or none of those drawn can be read.
+        DataError: the folder holds no images by class, or none of the drawn ones can be read.
     """
     import torch
 
@@ -326,13 +331,15 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
     chosen = [listing.train[number] for number in order]
     part, bad = read_all(folder, chosen, channels=shape[0], size=size, workers=0)
     if not len(part):
-        raise DataError(f"none of {len(bad)} images of {folder} can be read; the first: {bad[0][0]}: {bad[0][1]}")
+        raise DataError(
+            f"--batch {folder}: none of the {len(bad)} drawn images can be read; the first: {bad[0][0]}: {bad[0][1]}"
+        )
     mean, std = (torch.tensor(values) for values in statistics(part.images))
     return ((part.images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(), part.labels
 
 
-def examined(loaded: LoadedModel, batch: Any, question: Question) -> Diagnosis:
-    """The diagnosis."""
+def diagnose_loaded(loaded: LoadedModel, batch: Any, question: Question) -> Diagnosis:
+    """Diagnose the model, and name the option behind an error."""
     from skipway.diagnosis import diagnose as diagnose_model
 
     try:
@@ -354,23 +361,23 @@ def examined(loaded: LoadedModel, batch: Any, question: Question) -> Diagnosis:
         if error.__cause__ is None or question.input is not None:
             raise
         shape = "x".join(map(str, loaded.shape))
-        raise SkipwayError(f"{error}; a sample was of shape {shape} here, --input sets another") from error
+        raise SkipwayError(f"{error}; the samples had shape {shape}: set another one by --input") from error
     except IndexError as error:
-        # what cross-entropy says to a label beyond the outputs
-        raise SkipwayError(f"{error}: the model has fewer outputs than the batch has classes") from error
+        # of cross-entropy, for a label beyond the outputs
+        raise SkipwayError(f"{error}: the model has fewer outputs than --batch has classes; set --classes") from error
 
 
-def linted(loaded: LoadedModel, batch: Any, screen: Screen) -> int:
-    """What the linter finds; 1 where something of it is fatal."""
+def lint_model(loaded: LoadedModel, batch: Any, output: Output) -> int:
+    """Print the findings of the linter; return exit status 1 where one is fatal."""
     from skipway.diagnosis.lint import lint
 
     findings = lint(loaded.model, batch[0])
-    screen.list(findings)
+    output.linted(findings)
     return WILL_NOT_TRAIN if any(finding.level == "fatal" for finding in findings) else 0
 
 
-def saved(model: Any, path: Path) -> str:
-    """Write a model's weights; says where they are."""
+def save_weights(model: Any, path: Path) -> str:
+    """Write the weights of a model as safetensors, and return the path."""
     from skipway.checkpoint.files import write_tensors
 
     write_tensors(path, model.state_dict(), {})

@@ -9,52 +9,56 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipway.diagnosis.findings import LEVELS, Finding
+from skipway.diagnosis.findings import LEVELS, Finding, Verdict, counted, format_number
 from skipway.diagnosis.indicators import Indicators, read_indicators
 from skipway.diagnosis.measurement import Measurement, measure
 from skipway.diagnosis.outlook import outlook, probability
 from skipway.diagnosis.passes import look_ahead
 from skipway.diagnosis.remedies import Case, Remedy
+from skipway.diagnosis.rows import SignalRow, signal_rows
 from skipway.diagnosis.rules import Context, findings_of, verdict_of
 from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Subject
+from skipway.diagnosis.table import as_text, comparison_view, diagnosis_view
 from skipway.errors import SkipwayError
 from skipway.optim.groups import role_of
 from skipway.probes.objective import Loss
 from skipway.tracing import Example, as_batch, unwrap
 from skipway.tracing.chain import Chain, WatchedConnection
 
-__all__ = ["Diagnosis", "Treatment", "Verdict", "diagnose"]
-
-Verdict = Literal["trains", "trains if", "will not train"]
+__all__ = ["Diagnosis", "Treatment", "diagnose"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What is wrong with a model at its start, and what to do.
+    """Result of `diagnose`: the verdict on a network at its start, what is wrong and what to do.
+
+    `print(diagnosis)` shows the verdict and a line for each finding, `print(diagnosis.table())` the signal at each
+    connection and the findings in full, as a rich console prints the diagnosis itself in colours;
+    `skipway.report.save(diagnosis, "report.html")` writes a page, a picture or JSON.
 
     Args:
         verdict: "trains", "trains if" (see `conditions`) or "will not train".
-        conditions: what "trains if" depends on, in words.
+        conditions: of "trains if", in words.
         findings: the worst first.
-        measurement: everything that was measured.
-        settings: of the training that was asked about.
+        measurement: all that was measured.
+        settings: optimizer, learning rate and length of the training that was asked about.
         chain: the residual connections, and the additions that are none.
-        seconds: that it took.
-        subject: the model, batch and loss, for `fix`.
+        seconds: time that the diagnosis took.
+        subject: the model with its example, targets and loss, for `fix`.
     """
 
     verdict: Verdict
     conditions: tuple[str, ...]
     findings: tuple[Finding, ...]
-    measurement: Measurement
+    measurement: Measurement = field(repr=False)
     settings: Settings
     chain: Chain[WatchedConnection] = field(repr=False)
     seconds: float
@@ -62,39 +66,42 @@ class Diagnosis:
 
     @property
     def trains(self) -> bool:
-        """False where the verdict is "will not train"."""
+        """Whether the verdict is "trains" or "trains if"."""
         return self.verdict != "will not train"
 
     @property
     def remedies(self) -> tuple[Remedy, ...]:
-        """The first remedy of every finding that is not a note, each once, in order."""
+        """The first remedy of every finding above the level "note", each once, in the findings' order."""
         first = (finding.remedies[0] for finding in self.findings if finding.remedies and finding.level != "note")
         return tuple(dict.fromkeys(first))
 
     @property
     def largest_rate(self) -> float:
-        """The learning rate above which gradient descent leaves a quadratic of this sharpness λ: 2/λ, with momentum β
-        2(1 + β)/λ (Cohen et al. 2021, https://arxiv.org/abs/2103.00065, sec. 2). For SGD; the Adams rescale λ.
+        """The learning rate above which SGD diverges on a quadratic of the loss's sharpness λ: 2/λ, with momentum β
+        2(1 + β)/λ (Cohen et al. 2021, https://arxiv.org/abs/2103.00065, sec. 2). Adaptive optimizers rescale λ: for
+        them it is 2/λ, and a hint at most.
         """
         return self.measurement.curvature.largest_rate * (1.0 if self.settings.adaptive else 1.9)
 
     def range_test(self, rates: Sequence[float] | None = None) -> dict[float, float]:
-        """A short look ahead at each learning rate: the probability, as far as the benchmark has seen, that it trains.
+        """Look a few steps ahead at each learning rate, and return the probability that the network trains at it.
+
+        The model is left as it is. Probabilities are those of `benchmarks/trainability`.
 
         Args:
-            rates: by default five, half a decade apart, around the one that was asked about.
+            rates: learning rates; None: five, half a decade apart, around the one that was asked about.
         """
         around = self.settings.rate
-        found: dict[float, float] = {}
+        chances: dict[float, float] = {}
         for rate in rates or [around * 10 ** (step / 2) for step in range(-2, 3)]:
             chosen = self.settings.at(rate)
             ahead = look_ahead(self.subject, lambda chosen=chosen: chosen.make(self.subject.model))
-            found[rate] = probability(read_indicators(replace(self.measurement, ahead=ahead), chosen))
-        return found
+            chances[rate] = probability(read_indicators(replace(self.measurement, ahead=ahead), chosen))
+        return chances
 
     @property
     def updates(self) -> dict[str, float]:
-        """Relative update |Δw|/|w| of the first step, the median over the parameters of each role."""
+        """Relative update |Δw|/|w| of the first step: the median over the parameters of each role."""
         by_role: dict[str, list[float]] = {}
         updates = {} if self.measurement.ahead is None else self.measurement.ahead.updates
         for name, size in updates.items():
@@ -103,6 +110,41 @@ class Diagnosis:
             by_role.setdefault(role, []).append(size)
         return {role: median(sizes) for role, sizes in by_role.items()}
 
+    @cached_property
+    def rows(self) -> tuple[SignalRow, ...]:
+        """The signal at each connection, or at each layer of a network without connections."""
+        return signal_rows(self.measurement, self.chain, self.findings)
+
+    @property
+    def heading(self) -> tuple[str, ...]:
+        """What was diagnosed, in a few words each: the network, its connections, the training and the batch."""
+        parts = [type(self.subject.model).__name__, counted(len(self.chain), "residual connection")]
+        if not len(self.chain):
+            parts = [parts[0], "no residual connection", counted(len(self.measurement.layers), "layer")]
+        if self.chain.refused:
+            parts.append(f"{counted(len(self.chain.refused), 'other addition')}")
+        parts += [str(self.settings), counted(self.subject.size, "sample")]
+        return (*parts,) if self.subject.training else (*parts, "evaluation mode")
+
+    @property
+    def key_numbers(self) -> tuple[tuple[str, float], ...]:
+        """The main numbers of the whole network, with their names; what was not measured is left out."""
+        measured = self.measurement
+        smoothness = measured.jacobians.shattering
+        numbers = (
+            ("loss", measured.loss),
+            ("gradient norm", measured.gradient),
+            ("output rms", measured.logits),
+            ("output distinctness", measured.distinct),
+            ("gradient cosine between samples", measured.noise.agreement),
+            ("gradient cosine between neighbouring inputs", math.nan if smoothness is None else smoothness),
+            ("sharpness λ", measured.curvature.sharpness),
+            ("2/λ", measured.curvature.largest_rate),
+            ("effective path length", measured.effective_path),
+        )
+        kept = ("loss", "gradient norm")
+        return tuple((name, value) for name, value in numbers if name in kept or not math.isnan(value))
+
     def __str__(self) -> str:
         lines = [f"{self.verdict}{': ' + '; '.join(self.conditions) if self.conditions else ''} ({self.settings})"]
         for finding in self.findings:
@@ -110,33 +152,24 @@ class Diagnosis:
             lines += [f"    → {remedy}" for remedy in finding.remedies]
         return "\n".join(lines)
 
+    def __rich__(self) -> Any:
+        return diagnosis_view(self.heading, self.verdict, self.conditions, self.key_numbers, self.rows, self.findings)
+
     def table(self) -> str:
-        """A row for each connection, with bars, as text."""
-        from skipway.diagnosis.table import table
+        """The diagnosis as plain text of at most 100 columns: a row with bars for each connection, all findings.
 
-        return table(self)
-
-    def plot(self, path: str | Path | None = None) -> Any:
-        """The signal forward and backward by depth, on a logarithmic scale, with the findings marked.
-
-        Args:
-            path: where to save it, by its ending (.png, .svg, .pdf); None: only return the matplotlib figure.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed (`pip install 'skipway[plot]'`).
+        Of more than 40 connections about 20 are shown.
         """
-        from skipway.diagnosis.plot import plot
-
-        return plot(self, path)
+        return as_text(self.__rich__())
 
     def to_json(self) -> str:
-        """Everything but the model, as JSON; numbers that are not finite as strings."""
+        """The diagnosis without the model, as JSON; numbers that are not finite as strings."""
         content = {
             "verdict": self.verdict,
             "conditions": list(self.conditions),
             "settings": str(self.settings),
             "findings": [finding.to_json() for finding in self.findings],
-            "measurement": plain(asdict(self.measurement)),
+            "measurement": json_ready(asdict(self.measurement)),
             "connections": [
                 {
                     "name": c.name,
@@ -154,43 +187,24 @@ class Diagnosis:
         }
         return json.dumps(content, indent=1)
 
-    def to_html(self) -> str:
-        """One page that needs nothing else."""
-        from skipway.diagnosis.page import page
-
-        return page(self)
-
-    def save(self, path: str | Path) -> Path:
-        """Write it to a file, by the ending: .json, .html, or a picture (.png, .svg, .pdf)."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
-            path.write_text(self.to_json() + "\n", encoding="utf-8")
-        elif path.suffix in {".html", ".htm"}:
-            path.write_text(self.to_html(), encoding="utf-8")
-        elif path.suffix in {".png", ".svg", ".pdf"}:
-            self.plot(path)
-        else:
-            raise SkipwayError(f"{path}: a diagnosis is saved as .json, .html, .png, .svg or .pdf")
-        return path
-
     def fix(self, *remedies: Remedy, inplace: bool = False) -> Treatment:
-        """Apply the remedies to a copy of the model, and diagnose that.
+        """Apply remedies to a copy of the model, diagnose the copy, and return both as a `Treatment`.
 
         Args:
-            remedies: what to do; by default, while the verdict is not "trains", the first remedy of the worst finding,
-                then diagnose again, at most three times.
-            inplace: work on the model itself. A remedy that builds anew returns another model all the same.
+            remedies: what to apply, in order. None given: while the verdict is not "trains", the first remedy of the
+                worst finding, then a new diagnosis, at most three times.
+            inplace: change the model itself instead of a copy. A remedy that builds anew (`Rescheme`) returns another
+                model all the same.
 
         Raises:
-            SkipwayError: there is nothing to apply.
+            SkipwayError: no remedy is given, and no finding has one.
         """
         return treat(self, remedies, inplace=inplace)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Treatment:
-    """What `Diagnosis.fix` did.
+    """Result of `Diagnosis.fix`. `print(treatment)` compares before and after.
 
     Args:
         model: the mended model.
@@ -201,14 +215,44 @@ class Treatment:
 
     model: nn.Module = field(repr=False)
     settings: Settings
-    applied: tuple[Remedy, ...]
+    applied: tuple[Remedy, ...] = field(repr=False)
     before: Diagnosis
     after: Diagnosis
 
-    def __str__(self) -> str:
-        from skipway.diagnosis.table import side_by_side
+    def __rich__(self) -> Any:
+        title = f"{type(self.before.subject.model).__name__}, remedies applied:"
+        before, after = summary_of(self.before), summary_of(self.after)
+        pairs = [(name, before[name] or "–", after[name] or "–") for name in before if before[name] or after[name]]
+        verdicts = self.before.verdict, self.after.verdict
+        return comparison_view(title, self.applied, verdicts, pairs, self.after.findings)
 
-        return side_by_side(self)
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+
+def summary_of(diagnosis: Diagnosis) -> dict[str, str]:
+    """The lines of a diagnosis that are compared with those of another one."""
+    measured = diagnosis.measurement
+    ahead = [] if measured.ahead is None else [measured.ahead.losses[0], measured.ahead.losses[-1]]
+    blamed = [finding for finding in diagnosis.findings if finding.level != "note"]
+    worst = dict.fromkeys(finding.rule for finding in blamed if finding.level == blamed[0].level)
+    return {
+        "condition": "; ".join(diagnosis.conditions),
+        "training": str(diagnosis.settings),
+        "loss": format_number(measured.loss),
+        "gradient norm": format_number(measured.gradient),
+        "stream, first → last": first_and_last([row.forward for row in diagnosis.rows]),
+        "gradient, first → last": first_and_last([row.backward for row in diagnosis.rows]),
+        "output distinctness": format_number(measured.distinct),
+        "loss over the first steps": first_and_last(ahead),
+        "worst findings": ", ".join(worst) or "none",
+    }
+
+
+def first_and_last(values: Sequence[float]) -> str:
+    """The first and the last of the measured values."""
+    known = [value for value in values if not math.isnan(value)]
+    return f"{format_number(known[0])} → {format_number(known[-1])}" if known else ""
 
 
 def diagnose(
@@ -226,30 +270,35 @@ def diagnose(
     thorough: bool = False,
     seed: int = 0,
 ) -> Diagnosis:
-    """Look at a model on one batch before it is trained: will it train, what is at fault, why, and what to do.
+    """Tell from one batch before training whether a network will train, what is at fault, why, and what to do.
 
-    Takes at most 10 forward-backward passes. The model, its gradients and buffers, the mode of its modules and the
-    random state are left as they were; no hook stays behind.
+    The model is left alone: its parameters, gradients and buffers, the mode of its modules and the random state are
+    afterwards as they were, and no hook stays. It takes at most 10 forward-backward passes over the batch, some of
+    them `optimizer`'s first steps, which are taken back. The verdict agrees with 300 steps of training for 85 % of
+    191 held-out networks (`benchmarks/trainability`).
 
     Args:
         model: any `torch.nn.Module`, on any device, not yet trained.
         example: what the model is called with, 32 to 128 samples, at least 8: a tensor, a tuple of positional
             arguments, a mapping of keyword arguments, or a `DataLoader`, whose first batch is taken.
         targets: what the loss compares the output with; None: those of the `DataLoader`, else drawn at random.
-        loss: (output, targets) → a number; by default cross-entropy, or the loss that the model itself puts out.
-        optimizer: "sgd" (with momentum 0.9), "adam", "adamw", "rmsprop", "adagrad", or an optimizer made for `model`,
-            whose class, groups and rates are then asked about; it takes no step.
-        lr: learning rate of the weights; by default 0.1 for SGD and 0.001 for the Adams.
-        weight_decay: by role, see `skipway.param_groups`.
+        loss: (output, targets) → a scalar; None: the `loss` of the model's output where it has one, else
+            cross-entropy for classes and the mean squared error for other outputs.
+        optimizer: "sgd" (momentum 0.9), "adam", "adamw", "rmsprop", "adagrad", or a torch optimizer made for `model`,
+            whose class, groups and learning rates are taken over; it takes no step itself.
+        lr: learning rate of the weights; None: the optimizer's own, else 0.1 for SGD, 0.01 for Adagrad and 0.001 for
+            the others.
+        weight_decay: of the weights; scales, norms and biases as `skipway.param_groups` has it.
         warmup: planned steps of warm-up.
-        steps: planned steps of training; a rate that gets nowhere in them is too low.
-        training: measure in training mode (batch statistics, dropout), or in evaluation mode.
-        thorough: also find the largest singular value of every connection's Jacobian by power iteration, six passes
-            more.
+        steps: planned steps of training; a learning rate that gets nowhere in them is too low.
+        training: measure in training mode (batch statistics, dropout); False: in evaluation mode.
+        thorough: also measure the largest singular value of every connection's Jacobian by power iteration, at six
+            more passes.
         seed: of dropout and of random targets.
 
     Raises:
-        SkipwayError: the forward pass fails, gives no tensor, or the batch is too small; says what to do.
+        SkipwayError: the model has nothing to train, no values (meta device) or fails on the example; the example has
+            fewer than 8 samples; the output holds no tensor; the loss is no scalar or depends on no parameter.
 
     >>> import torch, skipway as sw
     >>> model = sw.build("resnet", depth=20, scheme="skipinit(init=1.0, norm='remove')", classes=10, width=8)
@@ -273,7 +322,7 @@ def diagnose(
 
 
 def examine(subject: Subject, settings: Settings, *, thorough: bool = False, began: float | None = None) -> Diagnosis:
-    """Measure, judge and put together."""
+    """Measure a subject, judge it, and return the diagnosis."""
     began = time.perf_counter() if began is None else began
     labelled = subject.targets is not None or subject.loss is not None
     measurement = measure(subject, lambda: settings.make(subject.model), iterations=3 if thorough else 0)
@@ -301,10 +350,13 @@ def examine(subject: Subject, settings: Settings, *, thorough: bool = False, beg
 
 
 def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, rounds: int = 3) -> Treatment:
-    """Apply given remedies, or one after another until the verdict is "trains"."""
+    """Apply the given remedies, or without any the best ones until the verdict is "trains", at most `rounds` times."""
     subject = diagnosis.subject
     if not remedies and not diagnosis.remedies:
-        raise SkipwayError(f"nothing to apply: the verdict is {diagnosis.verdict!r} and no finding has a remedy")
+        raise SkipwayError(
+            f"fix(): the verdict is {diagnosis.verdict!r} and no finding names a remedy; give one of "
+            "skipway.diagnosis.remedies: fix(Damp())"
+        )
     model = subject.model if inplace else copy.deepcopy(subject.model)
     applied: list[Remedy] = []
     current = diagnosis
@@ -334,11 +386,14 @@ def check_subject(subject: Subject) -> None:
                 f"arguments, and {type(subject.model).__name__}.forward refuses them ({error}); targets go to targets="
             ) from error
     if not subject.parameters:
-        raise SkipwayError("the model has no trainable parameters; set requires_grad where it is to be trained")
+        raise SkipwayError(
+            f"model={type(subject.model).__name__}: no parameter has requires_grad=True, so there is nothing to train; "
+            "unfreeze some"
+        )
     if any(parameter.is_meta for parameter in subject.model.parameters()):
         raise SkipwayError(
-            "the model is on the meta device and has no values to measure; build it on a real device, or look at its "
-            "connections alone: chain(model, example)"
+            f"model={type(subject.model).__name__}: on the meta device it has no values to measure; initialise it on a "
+            "real device, or look at its connections alone: skipway.chain(model, example)"
         )
     if subject.size < 8:
         raise SkipwayError(
@@ -346,12 +401,12 @@ def check_subject(subject: Subject) -> None:
         )
 
 
-def plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are not finite become strings."""
+def json_ready(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are not finite become strings."""
     if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): json_ready(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [json_ready(entry) for entry in value]
     if isinstance(value, Tensor):
-        return plain(value.tolist())
+        return json_ready(value.tolist())
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)

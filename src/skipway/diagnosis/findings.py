@@ -1,4 +1,4 @@
-"""What a diagnosis says: findings with evidence, why they matter, and remedies that are objects."""
+"""Findings of a diagnosis or of lint: what is wrong, the numbers it rests on, why it matters, what to do."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["LEVELS", "Finding", "Level", "number"]
+from skipway.tracing.paths import condense_paths
+
+__all__ = ["LEVELS", "Finding", "Level", "Verdict", "counted", "format_number"]
 
 Level = Literal["fatal", "serious", "note"]
 LEVELS: tuple[Level, ...] = ("fatal", "serious", "note")
+Verdict = Literal["trains", "trains if", "will not train"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was found.
+    """One problem that a rule has found.
 
     Args:
-        rule: short name of the rule that found it, "vanishing-stream" say; lint rules cite their number, "P13".
-        level: "fatal" (it will not train), "serious" (it trains only if something is done), "note".
-        what: one sentence.
-        evidence: the numbers that it rests on, by name.
-        why: why it matters, one or two sentences.
-        source: where the rule comes from: paper, equation, link; or the measurement.
-        where: names of the connections, modules or parameters that are at fault, in order; empty: the whole.
-        remedies: objects that mend it, the one to be tried first in front; see `skipway.diagnosis.remedies`.
+        rule: short name of the rule, "vanishing-gradient"; lint rules have a number, "P13".
+        level: "fatal" (the network will not train), "serious" (it trains only if something is done) or "note".
+        what: the problem in one sentence, with its numbers.
+        evidence: the numbers that the finding rests on, by name.
+        why: the mechanism, in one or two sentences.
+        source: paper and equation, link, or measurement on which the rule rests.
+        where: names of the connections, modules or parameters at fault, in order; empty: the whole network.
+        remedies: objects that mend it, the one to try first in front; see `skipway.diagnosis.remedies`.
     """
 
     rule: str
@@ -39,18 +42,17 @@ class Finding:
 
     @property
     def place(self) -> str:
-        """Where, in a few words: "stages.2.8", or "stages.0.0 … stages.2.8 (27)"."""
-        if not self.where:
-            return "the network"
-        if len(self.where) == 1:
-            return self.where[0] or "the model"
-        return f"{self.where[0]} … {self.where[-1]} ({len(self.where)})"
+        """`where` in a few words: "stages.2.8", or "stages.{0..2}.{0..8} (27)"."""
+        return condense_paths(self.where) if self.where else "the network"
+
+    def __repr__(self) -> str:
+        return f"Finding({self})"
 
     def __str__(self) -> str:
         return f"{self.level} · {self.rule} · {self.place}: {self.what}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a file."""
+        """The finding as values that JSON can hold; numbers that are not finite as strings."""
         return {
             "rule": self.rule,
             "level": self.level,
@@ -63,10 +65,19 @@ class Finding:
         }
 
 
-def number(value: float) -> str:
-    """A number as people write it, three digits.
+def format_number(value: float) -> str:
+    """A number with three significant digits.
 
-    >>> number(0.0123456), number(123456.0), number(float("inf")), number(2.0)
+    >>> format_number(0.0123456), format_number(123456.0), format_number(float("inf")), format_number(2.0)
     ('0.0123', '1.23e+05', 'inf', '2')
     """
     return f"{value:.3g}"
+
+
+def counted(count: int, thing: str, things: str = "") -> str:
+    """A number of things in words.
+
+    >>> counted(1, "sample"), counted(2000, "sample"), counted(2, "branch", "branches")
+    ('1 sample', '2,000 samples', '2 branches')
+    """
+    return f"{count:,} {thing if count == 1 else things or thing + 's'}"

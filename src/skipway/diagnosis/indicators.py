@@ -1,4 +1,4 @@
-"""The few numbers of a measurement that the verdict rests on."""
+"""The indicators: the few numbers of a measurement on which the forecast rests."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from skipway.diagnosis.settings import Settings
 __all__ = ["Indicators", "read_indicators"]
 
 AROUND = 3
-"""Losses at either end of the look ahead that are averaged."""
+"""Losses at either end of the trial steps that are averaged."""
+WORST = 1e9
+"""Stands for a number that is not finite."""
 
 
 @dataclass(frozen=True)
 class Indicators:
-    """Numbers, each finite, that say how a training begins.
+    """How a training begins, in finite numbers. "Trial steps" are the optimizer's first ones, which are taken back.
 
     Args:
-        distinct_before: 1 − mean cosine between the outputs of unseen samples at the start.
-        distinct_after: the same behind the look ahead; a network that learns tells samples apart.
-        unseen: loss on unseen samples behind the look ahead over that before it.
-        highest: highest loss during the look ahead over the first.
-        last: mean of its last losses over the mean of its first.
-        progress: by how much the loss would fall over all planned steps if it fell as fast as in the look ahead.
-        reach: the same by the first gradient's promise, had the loss been linear.
-        trust: decrease of the loss by the first step over what its gradient promised.
-        agreement: cosine between the gradients of two chunks.
-        smoothness: cosine between the gradients at neighbouring inputs (1 − shattering).
-        moved: |Δw|/|w| behind the look ahead.
-        loss: at the start.
+        distinct_before: 1 − mean cosine between the outputs of held-out samples before the trial steps.
+        distinct_after: the same after them; a network that learns tells samples apart.
+        unseen: loss on held-out samples after the trial steps over the loss before.
+        highest: highest loss during the trial steps over the first.
+        last: mean of the last losses over the mean of the first.
+        progress: decrease of the loss over all planned steps, at the pace of the trial steps.
+        reach: decrease of the loss over all planned steps, had the loss been linear in the first gradient's direction.
+        trust: decrease of the loss by the first step over the decrease that its gradient predicts.
+        agreement: cosine between the gradients of two parts of the batch.
+        smoothness: cosine between the input's gradients at neighbouring inputs.
+        moved: |Δw|/|w| after the trial steps.
+        loss: before the first step.
     """
 
     distinct_before: float
@@ -48,21 +50,25 @@ class Indicators:
 
 
 def read_indicators(measured: Measurement, settings: Settings, *, labelled: bool = True) -> Indicators:
-    """Take the indicators from a measurement; what is not finite becomes the worst.
+    """The indicators of a measurement; a number that is not finite becomes the worst one.
 
-    Without labels the loss on unseen samples cannot fall, whatever is learnt: what was seen stands in for it.
+    Args:
+        measured: with trial steps.
+        settings: of the training.
+        labelled: whether targets belong to the samples. Of random targets nothing can be learned that lowers the loss
+            on held-out samples, so the loss on seen samples stands in for it.
     """
     ahead = measured.ahead
     if ahead is None:
-        raise ValueError("indicators are read from a measurement with a look ahead")
+        raise ValueError("measured.ahead is None: indicators need a measurement with an optimizer's trial steps")
     losses = ahead.losses
     broken = not all(map(math.isfinite, (*losses, *ahead.unseen)))
     first = sum(losses[:AROUND]) / len(losses[:AROUND])
     last = sum(losses[-AROUND:]) / len(losses[-AROUND:])
-    scale = gain(settings, settings.steps) / gain(settings, len(losses))
+    scale = distance_gain(settings, settings.steps) / distance_gain(settings, len(losses))
     return Indicators(
-        distinct_before=finite(ahead.distinct[0], 0.0),
-        distinct_after=0.0 if broken else finite(ahead.distinct[1], 0.0),
+        distinct_before=finite_or(ahead.distinct[0], 0.0),
+        distinct_after=0.0 if broken else finite_or(ahead.distinct[1], 0.0),
         unseen=WORST
         if broken
         else ahead.unseen[1] / max(ahead.unseen[0], 1e-9)
@@ -71,26 +77,24 @@ def read_indicators(measured: Measurement, settings: Settings, *, labelled: bool
         highest=WORST if broken else max(losses) / max(losses[0], 1e-9),
         last=WORST if broken else last / max(first, 1e-9),
         progress=-WORST if broken else (first - last) * scale,
-        reach=finite(ahead.predicted * gain(settings, settings.steps), WORST),
-        trust=finite(ahead.trust, 0.0),
-        agreement=finite(measured.noise.agreement, 0.0),
-        smoothness=finite(measured.jacobians.shattering, 1.0),
-        moved=finite(ahead.moved, WORST),
-        loss=finite(losses[0], WORST),
+        reach=finite_or(ahead.predicted * distance_gain(settings, settings.steps), WORST),
+        trust=finite_or(ahead.trust, 0.0),
+        agreement=finite_or(measured.noise.agreement, 0.0),
+        smoothness=finite_or(measured.jacobians.shattering, 1.0),
+        moved=finite_or(ahead.moved, WORST),
+        loss=finite_or(losses[0], WORST),
     )
 
 
-WORST = 1e9
-
-
-def finite(value: float | None, otherwise: float) -> float:
+def finite_or(value: float | None, otherwise: float) -> float:
+    """A value where it is a finite number, else another one."""
     return value if value is not None and math.isfinite(value) else otherwise
 
 
-def gain(settings: Settings, steps: int) -> float:
-    """How far `steps` steps go in units of the first: momentum β adds up to 1/(1 − β) times as far in the long run.
+def distance_gain(settings: Settings, steps: int) -> float:
+    """Distance that steps in one direction cover, in lengths of the first: momentum β makes each up to 1/(1 − β) long.
 
-    >>> gain(Settings(optimizer="adamw"), 10), round(gain(Settings(optimizer="sgd"), 2), 3)
+    >>> distance_gain(Settings(optimizer="adamw"), 10), round(distance_gain(Settings(optimizer="sgd"), 2), 3)
     (10.0, 2.9)
     """
     if settings.adaptive or steps < 1:

@@ -124,15 +124,15 @@ class Measurement:
     loss: float
     logits: float
     distinct: float
-    connections: tuple[ConnectionSignal, ...]
-    layers: tuple[LayerSignal, ...]
+    connections: tuple[ConnectionSignal, ...] = field(repr=False)
+    layers: tuple[LayerSignal, ...] = field(repr=False)
     gradient: float
     weight: float
     noise: Noise
     jacobians: Jacobians
     curvature: Curvature
     ahead: LookAhead | None
-    still: tuple[str, ...] = ()
+    still: tuple[str, ...] = field(default=(), repr=False)
     passes: float = field(default=0.0)
 
     @property

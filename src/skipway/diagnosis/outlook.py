@@ -1,4 +1,4 @@
-"""What a look ahead says of the training that it begins: the calibrated half of the verdict."""
+"""A forecast of the training from its first steps, calibrated on a benchmark: the measured half of the verdict."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from skipway.diagnosis.findings import number
-from skipway.diagnosis.indicators import Indicators
+from skipway.diagnosis.findings import format_number
+from skipway.diagnosis.indicators import WORST, Indicators
 
-__all__ = ["WEIGHTS", "Cause", "Outlook", "features", "outlook", "probability"]
+__all__ = ["PROBABILITY", "WEIGHTS", "Cause", "Outlook", "indicator_features", "outlook", "probability"]
 
 Cause = Literal["trains", "rate-too-high", "rate-too-low", "does-not-learn", "shattered"]
 
 
-def features(indicators: Indicators) -> dict[str, float]:
-    """The indicators on scales on which differences mean something: logarithms, cut where they say no more."""
+def indicator_features(indicators: Indicators) -> dict[str, float]:
+    """The indicators as inputs of the regression: logarithms, clipped where a difference means nothing more."""
     return {
-        "distinct before": log(indicators.distinct_before, 1e-10, 1.0),
-        "distinct after": log(indicators.distinct_after, 1e-10, 1.0),
-        "unseen loss": log(indicators.unseen, 0.1, 10.0),
-        "highest loss": log(indicators.highest, 0.9, 30.0),
-        "last loss": log(indicators.last, 0.05, 10.0),
+        "distinct before": clipped_log(indicators.distinct_before, 1e-10, 1.0),
+        "distinct after": clipped_log(indicators.distinct_after, 1e-10, 1.0),
+        "unseen loss": clipped_log(indicators.unseen, 0.1, 10.0),
+        "highest loss": clipped_log(indicators.highest, 0.9, 30.0),
+        "last loss": clipped_log(indicators.last, 0.05, 10.0),
         "progress": math.copysign(math.log1p(min(abs(indicators.progress), 1e3)), indicators.progress),
         "pace": max(-1.0, min(indicators.progress, 3.0) / 3),
-        "reach": log(indicators.reach, 1e-2, 1e5),
-        "trust": log(indicators.trust, 1e-8, 1.0),
+        "reach": clipped_log(indicators.reach, 1e-2, 1e5),
+        "trust": clipped_log(indicators.trust, 1e-8, 1.0),
         "agreement": indicators.agreement,
         "smoothness": indicators.smoothness,
-        "moved": log(indicators.moved, 1e-4, 1e2),
+        "moved": clipped_log(indicators.moved, 1e-4, 1e2),
     }
 
 
-def log(value: float, low: float, high: float) -> float:
+def clipped_log(value: float, low: float, high: float) -> float:
+    """log₁₀ of a value that is clipped to an interval."""
     return math.log10(min(max(value, low), high))
 
 
@@ -52,48 +53,64 @@ WEIGHTS: Mapping[str, float] = {
     "moved": 0.445,
     "bias": -0.0511,
 }
-"""Log-odds that a network trains, for each unit of a feature, and "bias".
+"""Change of the log-odds that a network trains per unit of each feature, and their "bias".
 
-A logistic regression on the 194 configurations of `benchmarks/trainability` that are not held out, made by
-`python -m benchmarks.trainability.fit`, 2026-11-23.
+A logistic regression on the 194 configurations of `benchmarks/trainability` that are not held out, fitted by
+`python -m benchmarks.trainability.fit` on 2026-11-23.
 """
 
 
 def probability(indicators: Indicators, weights: Mapping[str, float] = WEIGHTS) -> float:
-    """The share of trainings that begin like this one and reach their goal, as far as the benchmark has seen.
+    """Probability that a training that begins like this one reaches its goal, on networks as in the benchmark.
 
-    1 / (1 + e^−z), z = bias + Σ weight · feature; but one in five where gradients are shattered.
+    1 / (1 + e^−z) with z = bias + Σ weight · feature; one in five where gradients are shattered.
     """
     if is_shattered(indicators):
         return SHATTERED
-    score = weights["bias"] + sum(weights[name] * value for name, value in features(indicators).items())
+    score = weights["bias"] + sum(weights[name] * value for name, value in indicator_features(indicators).items())
     return 1 / (1 + math.exp(-max(-50.0, min(score, 50.0))))
 
 
 SILENT = 1e-7
-"""Distinctness up to which outputs differ by rounding."""
+"""Distinctness up to which outputs differ by rounding only."""
 SHATTERED = 0.2
-"""One in five of the shattered on the same half of the benchmark trained, whatever else they looked like."""
+"""One in five shattered networks in the fitted half of the benchmark trained, whatever their other indicators."""
 
 
 def is_shattered(indicators: Indicators) -> bool:
-    """Whether the gradient at a neighbouring input is another one, and no step keeps what the gradient promises.
-
-    Then the loss is rugged on every scale that a step can have, and a gradient is white noise (Balduzzi et al. 2017,
-    https://arxiv.org/abs/1702.08591).
+    """Whether gradients at neighbouring inputs are unrelated, and the first step achieves nothing that its gradient
+    predicts: the loss is rugged at the scale of a step (Balduzzi et al. 2017, https://arxiv.org/abs/1702.08591).
     """
     return indicators.smoothness < 0.05 and indicators.trust < 1e-4
 
 
+PROBABILITY = "probability of training"
+EVIDENCE: Mapping[str, str] = {
+    "distinct_before": "output distinctness before",
+    "distinct_after": "output distinctness after",
+    "unseen": "held-out loss, relative",
+    "highest": "highest loss, relative",
+    "last": "last losses, relative",
+    "progress": "loss decrease, extrapolated",
+    "reach": "loss decrease, by the first gradient",
+    "trust": "first decrease over predicted",
+    "agreement": "gradient cosine between samples",
+    "smoothness": "gradient cosine between neighbouring inputs",
+    "moved": "relative change of the weights",
+    "loss": "loss",
+}
+"""Names of the indicators in a finding's evidence."""
+
+
 @dataclass(frozen=True)
 class Outlook:
-    """What is to be expected.
+    """A forecast of the training.
 
     Args:
-        cause: "trains", or why not.
-        probability: that it trains, at the asked settings.
-        indicators: what it was read from.
-        better: another learning rate at which it is likelier to train than not; None where none was found.
+        cause: "trains", or why it is not expected to.
+        probability: of training, at the settings that were asked about.
+        indicators: on which it rests.
+        better: another learning rate, at which the probability is at least a half; None where none was found.
     """
 
     cause: Cause
@@ -103,66 +120,69 @@ class Outlook:
 
     @property
     def trains(self) -> bool:
+        """Whether the network is expected to train."""
         return self.cause == "trains"
 
     @property
     def wakes(self) -> bool:
-        """Whether the network starts silent, as Fixup's and ReZero's do, and begins to tell samples apart.
-
-        Then the look ahead is too short to judge by.
+        """Whether the network starts silent, as under Fixup or ReZero, and begins to tell samples apart: the trial
+        steps are then too few to judge by.
         """
-        return (
-            self.indicators.distinct_before < SILENT < self.indicators.distinct_after and self.indicators.unseen < 1.2
-        )
+        read = self.indicators
+        return read.distinct_before < SILENT < read.distinct_after and read.unseen < 1.2
 
     @property
     def evidence(self) -> Mapping[str, float]:
-        """The indicators, by name."""
-        return {"probability": self.probability, **asdict(self.indicators)}
+        """The probability and the indicators, by names that a reader understands."""
+        return {PROBABILITY: self.probability, **{EVIDENCE[k]: v for k, v in asdict(self.indicators).items()}}
 
     @property
     def what(self) -> str:
-        """One sentence with the numbers."""
+        """The forecast in one sentence with its numbers."""
         read = self.indicators
+        before, after = format_number(read.distinct_before), format_number(read.distinct_after)
+        unseen, progress = format_number(read.unseen), format_number(max(read.progress, 0.0))
         if self.wakes and not self.trains:
             return (
-                "it starts silent, with one output for all samples, and begins to wake (1 − cosine is "
-                f"{number(read.distinct_after)} behind the look ahead): too early to tell whether it learns"
+                "the network starts silent, with one output for all samples, and begins to tell them apart (1 − cosine "
+                f"similarity is {after} after the trial steps): too early to say whether it learns"
             )
-        told = {
-            "trains": f"the loss falls to {number(read.last)} of its start within the look ahead",
-            "rate-too-high": f"within the look ahead the loss reaches {number(read.highest)} times its start, and on "
-            f"unseen samples {number(read.unseen)} times",
-            "rate-too-low": f"at the pace of the look ahead the loss falls by {number(read.progress)} over all "
-            "planned steps",
-            "shattered": f"gradients at neighbouring inputs agree to {number(read.smoothness)}, and the first step "
-            f"keeps {number(read.trust)} of what its gradient promises",
-            "does-not-learn": "behind the look ahead the outputs of different samples are the same: 1 − cosine is "
-            f"{number(read.distinct_after)}, from {number(read.distinct_before)}",
-        }[self.cause]
-        return f"{told}; trainings that begin so succeed in {self.probability:.0%} of cases"
+        sentences: dict[Cause, str] = {
+            "trains": f"the trial steps lower the loss to {read.last:.0%} of its start",
+            "rate-too-high": "the trial steps make the loss infinite or NaN"
+            if max(read.highest, read.unseen) >= WORST
+            else f"the trial steps raise the loss to {format_number(read.highest)} times its start, "
+            f"and to {unseen} times on held-out samples",
+            "rate-too-low": f"at the pace of the trial steps the loss falls by {progress} over all planned steps",
+            "shattered": f"gradients at neighbouring inputs have cosine similarity {format_number(read.smoothness)}, "
+            f"and the first step lowers the loss by {max(read.trust, 0.0):.2%} of what its gradient predicts",
+            "does-not-learn": "the trial steps do not separate the samples: 1 − cosine similarity of their outputs "
+            f"goes from {before} to {after}, and the loss on held-out samples to {unseen} of its start",
+        }
+        return f"{sentences[self.cause]}; {self.probability:.0%} of similar starts trained"
 
     @property
     def why(self) -> str:
-        """Why it matters."""
-        return {
-            "trains": "a network that learns tells samples apart",
-            "rate-too-high": "steps that overshoot raise the loss instead of lowering it",
-            "rate-too-low": "the planned steps end before anything is learnt",
-            "shattered": "the loss is so rugged that its gradient says nothing of a step's outcome",
-            "does-not-learn": "a network that learns tells samples apart; this one learns no more than how frequent "
-            "the classes are",
-        }[self.cause]
+        """The mechanism."""
+        reasons: dict[Cause, str] = {
+            "trains": "A network that learns tells samples apart.",
+            "rate-too-high": "Steps that are too long overshoot and raise the loss instead of lowering it.",
+            "rate-too-low": "The planned steps end before anything is learned.",
+            "shattered": "The loss is so rugged that its gradient says nothing about the outcome of a step.",
+            "does-not-learn": "A network that learns tells samples apart; this one learns at most how frequent the "
+            "classes are.",
+        }
+        return reasons[self.cause]
 
     @property
     def source(self) -> str:
-        """Where the odds come from."""
-        return "measured: benchmarks/trainability, 194 trainings"
+        """The measurement on which the probability rests."""
+        return "measured: logistic regression on 194 trainings, benchmarks/trainability"
 
 
 def cause_of(indicators: Indicators) -> Cause:
-    """What stands out most where a training is not expected to succeed: overshooting, a gradient that is no guide,
-    samples that stay the same, or a pace that is too slow.
+    """The most conspicuous reason for a bad forecast: shattered gradients, overshooting, too slow a pace, or samples
+    that stay alike.
     """
     if is_shattered(indicators):
         return "shattered"
@@ -172,12 +192,12 @@ def cause_of(indicators: Indicators) -> Cause:
 
 
 def outlook(indicators: Indicators, rate: float, look_again: Callable[[float], Indicators] | None = None) -> Outlook:
-    """Judge, and where it does not train look once more at a tenth, or ten times, of the learning rate.
+    """Forecast, and where the forecast is bad try once more at a tenth of the learning rate, or at ten times it.
 
     Args:
-        indicators: of the look ahead at the asked settings.
+        indicators: of the trial steps at the settings that were asked about.
         rate: the learning rate that was asked about.
-        look_again: indicators at another learning rate; None: do not look again.
+        look_again: returns the indicators at another learning rate; None: do not try.
     """
     chance = probability(indicators)
     if chance >= 0.5:

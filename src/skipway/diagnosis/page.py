@@ -10,20 +10,10 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from skipway._version import __version__
-from skipway.diagnosis.findings import Finding, number
+from skipway.diagnosis.findings import Finding, counted, format_number
+from skipway.diagnosis.rows import SignalRow
 from skipway.diagnosis.sheet import definitions, document, linked, listed, size_cell, word_cell
-from skipway.diagnosis.table import (
-    LEAST_SPAN,
-    SYMBOLS,
-    Row,
-    counted,
-    heading,
-    marks_text,
-    remarks,
-    rows_of,
-    short,
-    verdict_text,
-)
+from skipway.diagnosis.table import LEAST_SPAN, SENTENCES, SYMBOLS, compact, marks_text
 from skipway.tracing.residual_adds import REASONS
 
 if TYPE_CHECKING:
@@ -71,12 +61,12 @@ def page(diagnosis: Diagnosis) -> str:
         diagnosis: what `diagnose` gave.
     """
     model = type(diagnosis.subject.model).__name__
-    rows = rows_of(diagnosis)
+    rows, numbers = diagnosis.rows, (*diagnosis.key_numbers, *ahead_numbers(diagnosis))
     parts = [
         f"<h1>{escape(model)}</h1>",
-        f'<p class="asked">{escape(" · ".join(heading(diagnosis)[1:]))}</p>',
+        f'<p class="asked">{escape(" · ".join(diagnosis.heading[1:]))}</p>',
         *banner(diagnosis),
-        definitions((name, number(value)) for name, value in [*remarks(diagnosis), *ahead_numbers(diagnosis)]),
+        definitions((name, format_number(value)) for name, value in numbers),
         *cards(diagnosis.findings),
         *picture_section(rows, diagnosis),
         *table_section(rows, diagnosis),
@@ -90,7 +80,7 @@ def banner(diagnosis: Diagnosis) -> Iterator[str]:
     """The verdict with its conditions."""
     verdict = diagnosis.verdict
     yield f'<div class="verdict {KIND[verdict]}" role="status">'
-    yield f"<strong>{escape(verdict_text(diagnosis))}</strong>"
+    yield f"<strong>{escape(SENTENCES[verdict])}</strong>"
     if MEANING[verdict]:
         yield f"<p>{escape(MEANING[verdict])}</p>"
     if diagnosis.conditions:
@@ -121,7 +111,7 @@ def cards(findings: Sequence[Finding]) -> Iterator[str]:
             f'<span class="place" title="{escape(", ".join(finding.where))}">at {escape(finding.place)}</span></h3>'
         )
         yield f"<p>{escape(finding.what)}</p>"
-        yield definitions((name, number(value)) for name, value in finding.evidence.items())
+        yield definitions((name, format_number(value)) for name, value in finding.evidence.items())
         yield f'<p class="soft">Why: {escape(finding.why)}</p>'
         yield f'<p class="soft">Source: {linked(finding.source)}</p>'
         if finding.remedies:
@@ -169,7 +159,7 @@ def scale_for(values: Iterable[float], top: float, bottom: float) -> Scale:
     return Scale(low / missing / room, high * missing * room, top, bottom)
 
 
-def picture_section(rows: Sequence[Row], diagnosis: Diagnosis) -> Iterator[str]:
+def picture_section(rows: Sequence[SignalRow], diagnosis: Diagnosis) -> Iterator[str]:
     """The signal by depth, forward, backward and how distinct samples stay."""
     if not rows:
         return
@@ -198,7 +188,7 @@ def picture_section(rows: Sequence[Row], diagnosis: Diagnosis) -> Iterator[str]:
         yield '<p class="soft">Hollow points lie at the edges: 0 below, infinite above.</p>'
 
 
-def branch_lines(rows: Sequence[Row], title: str, values: Sequence[float]) -> Iterator[Line]:
+def branch_lines(rows: Sequence[SignalRow], title: str, values: Sequence[float]) -> Iterator[Line]:
     """A line for each kind of branch, attention and mlp apart."""
     kinds = [row.form.split()[0] for row in rows]
     for count, kind in enumerate(dict.fromkeys(kinds), 1):
@@ -206,7 +196,7 @@ def branch_lines(rows: Sequence[Row], title: str, values: Sequence[float]) -> It
         yield Line(f"through kind{count}", title.format(kind), own)
 
 
-def panel(lines: Sequence[Line], rows: Sequence[Row], top: float, bottom: float) -> Iterator[str]:
+def panel(lines: Sequence[Line], rows: Sequence[SignalRow], top: float, bottom: float) -> Iterator[str]:
     """One panel: grid, title, lines, and a point with a tooltip for each row."""
     scale = scale_for((value for line in lines for value in line.values if value is not None), top, bottom)
     for power in scale.ticks:
@@ -223,14 +213,14 @@ def panel(lines: Sequence[Line], rows: Sequence[Row], top: float, bottom: float)
         yield from points(line, rows, scale)
 
 
-def points(line: Line, rows: Sequence[Row], scale: Scale) -> Iterator[str]:
+def points(line: Line, rows: Sequence[SignalRow], scale: Scale) -> Iterator[str]:
     """A point with a tooltip at each value: unseen where they are many, hollow at the edge for 0 and infinity."""
     for place, value in enumerate(line.values):
         if value is None or math.isnan(value):
             continue
         kind = "" if 0 < value < math.inf else " edge"
         kind = kind or ("" if len(rows) <= DOTS else " unseen")
-        told = f"{rows[place].name}: {line.title.partition(':')[0]} {number(value)}"
+        told = f"{rows[place].name}: {line.title.partition(':')[0]} {format_number(value)}"
         yield (
             f'<circle class="dot {line.kind}{kind}" cx="{across(place, len(rows)):.1f}" cy="{scale.at(value):.1f}" '
             f'r="{5 if kind == " unseen" else 3.5}"><title>{escape(told)}</title></circle>'
@@ -255,7 +245,7 @@ def across(place: float, count: int) -> float:
     return LEFT + (place + 0.5) * (WIDTH - LEFT - RIGHT) / max(count, 1)
 
 
-def name_labels(rows: Sequence[Row], y: float) -> Iterator[str]:
+def name_labels(rows: Sequence[SignalRow], y: float) -> Iterator[str]:
     """As many of the rows' names as have room, first and last among them, within the picture."""
     longest = max(len(row.name) for row in rows) + 2
     most = max(2, min(len(rows), int((WIDTH - LEFT) / (longest * LETTER))))
@@ -265,7 +255,7 @@ def name_labels(rows: Sequence[Row], y: float) -> Iterator[str]:
         yield f'<text x="{x:.1f}" y="{y:.0f}" text-anchor="middle">{escape(rows[place].name)}</text>'
 
 
-def band_marks(rows: Sequence[Row], diagnosis: Diagnosis, bottom: float) -> Iterator[str]:
+def band_marks(rows: Sequence[SignalRow], diagnosis: Diagnosis, bottom: float) -> Iterator[str]:
     """A band at each row to which a finding points, with the findings' numbers where a stretch of them begins."""
     width = (WIDTH - LEFT - RIGHT) / max(len(rows), 1)
     before: tuple[int, ...] = ()
@@ -283,7 +273,7 @@ def band_marks(rows: Sequence[Row], diagnosis: Diagnosis, bottom: float) -> Iter
         before = row.marks
 
 
-def table_section(rows: Sequence[Row], diagnosis: Diagnosis) -> Iterator[str]:
+def table_section(rows: Sequence[SignalRow], diagnosis: Diagnosis) -> Iterator[str]:
     """All connections, or layers, as a table that a press on a heading sorts."""
     if not rows:
         return
@@ -302,13 +292,13 @@ def table_section(rows: Sequence[Row], diagnosis: Diagnosis) -> Iterator[str]:
         sizes += [row.forward, row.backward, *([row.through] if connected else []), row.distinct]
         names = [row.name or "the model", *([row.form, row.norms] if connected else [])]
         cells = [size_cell(count, str(count)), *(word_cell(escape(name), name) for name in names)]
-        cells += [size_cell(size, short(size)) for size in sizes]
-        cells.append(word_cell(mark_links(row, diagnosis), marks_text(row, diagnosis.findings)))
+        cells += [size_cell(size, compact(size)) for size in sizes]
+        cells.append(word_cell(mark_links(row, diagnosis), marks_text(row.marks, diagnosis.findings)))
         yield f"<tr>{''.join(cells)}</tr>"
     yield "</tbody></table></div>"
 
 
-def mark_links(row: Row, diagnosis: Diagnosis) -> str:
+def mark_links(row: SignalRow, diagnosis: Diagnosis) -> str:
     """Links to the findings that point to a row."""
     levels = [(mark, diagnosis.findings[mark - 1].level) for mark in row.marks]
     return " ".join(f'<a class="{level}" href="#finding-{mark}">{SYMBOLS[level]}{mark}</a>' for mark, level in levels)

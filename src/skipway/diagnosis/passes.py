@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -94,9 +94,9 @@ class Jacobians:
             https://arxiv.org/abs/1702.08591): 1 is smooth, 0 is white noise. None for inputs that are not real.
     """
 
-    mean_square: dict[str, float]
+    mean_square: dict[str, float] = field(repr=False)
     whole: float | None
-    largest: dict[str, float]
+    largest: dict[str, float] = field(repr=False)
     shattering: float | None
     whole_largest: float | None = None
 
@@ -287,7 +287,7 @@ class LookAhead:
     predicted: float
     decreased: float
     moved: float
-    updates: dict[str, float]
+    updates: dict[str, float] = field(repr=False)
     size: int
 
     @property

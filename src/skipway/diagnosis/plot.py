@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skipway.diagnosis.findings import Level
-from skipway.diagnosis.table import LEAST_SPAN, Row, fitted, heading, rows_of
+from skipway.diagnosis.rows import SignalRow
+from skipway.diagnosis.table import LEAST_SPAN, elided
 from skipway.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def plot(diagnosis: Diagnosis, path: str | Path | None = None) -> Figure:
 
 def draw(figure: Figure, diagnosis: Diagnosis) -> None:
     """Three panels along one depth axis."""
-    rows = rows_of(diagnosis)
+    rows = diagnosis.rows
     connected = bool(diagnosis.measurement.connections)
     panels: Any = figure.subplots(3, 1, sharex=True, height_ratios=(5, 5, 2))
     forward, backward, distinct = panels
@@ -103,7 +104,7 @@ class Curve(NamedTuple):
     marker: str = ""
 
 
-def forward_curves(rows: Sequence[Row], connected: bool) -> list[Curve]:
+def forward_curves(rows: Sequence[SignalRow], connected: bool) -> list[Curve]:
     """Sizes of the stream and the branches, or of the layers' outputs."""
     points = [(place, row.forward) for place, row in enumerate(rows, 1)]
     if not connected:
@@ -112,7 +113,7 @@ def forward_curves(rows: Sequence[Row], connected: bool) -> list[Curve]:
     return [Curve("stream, rms", STREAM, points), *branch_curves("{} branch, rms", branches)]
 
 
-def backward_curves(rows: Sequence[Row], connected: bool) -> list[Curve]:
+def backward_curves(rows: Sequence[SignalRow], connected: bool) -> list[Curve]:
     """Sizes of the gradient at the stream and through the branches, or at the layers' outputs."""
     points = [(place, row.backward) for place, row in enumerate(rows, 1)]
     if not connected:
@@ -170,7 +171,7 @@ def limits(values: Sequence[float], ceiling: float = math.inf) -> tuple[float, f
     return low / missing / room, max(min(high * missing * room, ceiling), high * 1.1)
 
 
-def bands_of(diagnosis: Diagnosis, rows: Sequence[Row]) -> list[Band]:
+def bands_of(diagnosis: Diagnosis, rows: Sequence[SignalRow]) -> list[Band]:
     """Where the findings point, as stretches of rows; findings about the whole have none."""
     bands = []
     for number, finding in enumerate(diagnosis.findings, 1):
@@ -214,14 +215,14 @@ def mark_bands(panels: Sequence[Axes], bands: Sequence[Band], count: int) -> Non
         )
 
 
-def name_ticks(axes: Axes, rows: Sequence[Row], thing: str) -> None:
+def name_ticks(axes: Axes, rows: Sequence[SignalRow], thing: str) -> None:
     """As many of the names along the depth axis as have room, first and last among them."""
     longest = max((len(row.name) for row in rows), default=1)
     most = max(2, min(MOST_NAMES, len(rows), LETTERS // (min(longest, LONGEST_NAME) + 1)))
     places = sorted({round(tick * (len(rows) - 1) / (most - 1)) for tick in range(most)}) if rows else []
     names = [rows[place].name or "the model" for place in places]
     axes.set_xticks([place + 1 for place in places])
-    axes.set_xticklabels([fitted(name, min(len(name), LONGEST_NAME)) for name in names], fontsize=8)
+    axes.set_xticklabels([elided(name, LONGEST_NAME) for name in names], fontsize=8)
     axes.set_xlabel(f"{thing}, from the input to the output")
 
 
@@ -238,9 +239,9 @@ def headline(figure: Figure, diagnosis: Diagnosis) -> None:
         x=0.01,
         ha="left",
     )
-    marked = {mark for row in rows_of(diagnosis) for mark in row.marks}
+    marked = {mark for row in diagnosis.rows for mark in row.marks}
     whole = [f"{n} {finding.rule}" for n, finding in enumerate(diagnosis.findings, 1) if n not in marked]
-    lines = [" · ".join(heading(diagnosis)), *([f"of the whole: {', '.join(whole)}"] if whole else [])]
+    lines = [" · ".join(diagnosis.heading), *([f"of the whole: {', '.join(whole)}"] if whole else [])]
     text = "\n".join(shortened(line, FOOT_LETTERS) for line in lines)
     figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=INK)
 

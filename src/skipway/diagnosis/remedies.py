@@ -1,4 +1,4 @@
-"""What can be done: objects that change a model or the settings of its training."""
+"""Remedies: objects that change a model, or the settings of its training."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from skipway.schemes.scheme import parse_scheme as read_scheme
 from skipway.tracing import Example, preserved_state
 from skipway.tracing.chain import Chain, WatchedConnection
 from skipway.tracing.example import call_model
+from skipway.tracing.paths import condense_paths
 
 __all__ = [
     "AddSkips",
@@ -34,10 +35,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Case:
-    """What a remedy works on.
+    """A model under treatment.
 
     Args:
-        model: changed in place, or replaced in what the remedy returns.
+        model: changed in place by a remedy, or replaced by another one.
         settings: of its training.
         example: what the model is called with.
         chain: its connections.
@@ -51,10 +52,10 @@ class Case:
 
 @runtime_checkable
 class Remedy(Protocol):
-    """Something that can be done. `str(remedy)` says it as an instruction."""
+    """A way to mend a model or the settings of its training. `str(remedy)` is the instruction in words."""
 
     def apply(self, case: Case) -> Case:
-        """The case with it done: the model changed in place or another one, or other settings."""
+        """Apply the remedy, and return the case: with its model changed in place, another model, or other settings."""
         ...
 
 
@@ -73,7 +74,7 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Let the learning rate rise from 0 over the first steps."""
+    """Let the learning rate rise linearly from 0 over the first steps."""
 
     steps: int
 
@@ -81,12 +82,12 @@ class WarmUp:
         return replace(case, settings=replace(case.settings, warmup=self.steps))
 
     def __str__(self) -> str:
-        return f"warm up over {self.steps} steps"
+        return f"warm the learning rate up over {self.steps} steps"
 
 
 @dataclass(frozen=True)
 class Damp:
-    """Multiply what every branch puts out, at its last map or closing norm: y = x + λ F(x) at the start.
+    """Multiply the output of every branch, in place at its last map or closing norm: y = x + λ F(x).
 
     λ = 1/√L keeps the stream's variance below e times its start over L branches (Hayou et al. 2021, "Stable ResNet",
     https://arxiv.org/abs/2010.12859); λ = 0 makes the network the identity (De & Smith 2020; Zhang et al. 2019).
@@ -105,12 +106,12 @@ class Damp:
 
     def __str__(self) -> str:
         factor = "1/√L" if self.factor is None else f"{self.factor:.2g}"
-        return f"multiply every branch's last weights by {factor}"
+        return f"multiply the last weights of every branch by {factor}"
 
 
 @dataclass(frozen=True)
 class Rescheme:
-    """Build the same network anew in another scheme, with fresh weights; for networks of ours.
+    """Rebuild a network of `skipway.build` with another scheme and fresh weights; the old one is left alone.
 
     Args:
         scheme: a scheme or its spec string.
@@ -122,7 +123,8 @@ class Rescheme:
         config: Any = getattr(case.model, "config", None)
         if config is None or not hasattr(config, "scheme"):
             raise SkipwayError(
-                f"{type(case.model).__name__} was not built by skipway.build, so it has no scheme to change"
+                f"model={type(case.model).__name__}: Rescheme rebuilds networks of skipway.build only; "
+                "AddSkips and Damp change any network"
             )
         device = next(case.model.parameters()).device
         with torch.device("meta"):
@@ -130,12 +132,12 @@ class Rescheme:
         return replace(case, model=initialise_(network, device=device))
 
     def __str__(self) -> str:
-        return f"build it with scheme {str(self.scheme)!r}"
+        return f"rebuild the network with scheme {self.scheme}"
 
 
 @dataclass(frozen=True)
 class NormFirst:
-    """Move the norms in front of the branches, where a layer has a switch for it (`norm_first` of torch's own)."""
+    """Move the norms to the start of the branches, in place, by the switch `norm_first` of torch's own layers."""
 
     def apply(self, case: Case) -> Case:
         for module in layers_with_switch(case.model):
@@ -143,7 +145,7 @@ class NormFirst:
         return case
 
     def __str__(self) -> str:
-        return "put the norms in front of the branches (norm_first=True)"
+        return "move the norms to the start of the branches (norm_first=True)"
 
 
 def layers_with_switch(model: nn.Module) -> list[nn.Module]:
@@ -153,10 +155,10 @@ def layers_with_switch(model: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class UnitVariance:
-    """Orthogonal weights, then each map divided by the deviation of what it puts out on this batch, first to last.
+    """Draw orthogonal weights and scale them, first to last, so that each map's output has unit variance; in place.
 
     LSUV, "All you need is a good init" (Mishkin & Matas 2016, https://arxiv.org/abs/1511.06422, algorithm 1). Maps
-    that are 0 on purpose stay so.
+    that are 0 stay 0.
 
     Args:
         maps: paths of the modules, in the order in which the signal meets them.
@@ -180,6 +182,7 @@ class UnitVariance:
         return case
 
     def normalise(self, case: Case, module: nn.Module) -> None:
+        """Divide the weight of one map by the standard deviation of its output."""
         found: list[Tensor] = []
         handle = module.register_forward_hook(lambda _, given, out: found.append(out.detach()))
         try:
@@ -191,12 +194,12 @@ class UnitVariance:
             module.weight.div_(deviation)  # type: ignore[operator]
 
     def __str__(self) -> str:
-        return f"orthogonal weights at unit variance, layer by layer ({len(self.maps)} maps)"
+        return f"draw orthogonal weights of unit output variance, layer by layer: {condense_paths(self.maps)}"
 
 
 @dataclass(frozen=True)
 class Revive:
-    """Draw the zero last map of a branch anew, where something else silences the branch already.
+    """Re-initialise, in place, zero last maps of branches that another zero silences already.
 
     Args:
         modules: paths of the maps.
@@ -215,14 +218,12 @@ class Revive:
         return case
 
     def __str__(self) -> str:
-        return (
-            f"draw {', '.join(self.modules[:2])}{' …' if len(self.modules) > 2 else ''} anew, so that one zero is left"
-        )
+        return f"re-initialise {condense_paths(self.modules)}, so that one zero per branch is left"
 
 
 @dataclass(frozen=True)
 class AddSkips:
-    """Put a skip around each of these modules, y = x + α F(x), where what they put out is shaped like what they take.
+    """Put a skip around each of these modules, in place: y = x + α F(x). Their outputs are shaped like their inputs.
 
     Args:
         modules: paths of the modules, in order.
@@ -242,4 +243,4 @@ class AddSkips:
         return case
 
     def __str__(self) -> str:
-        return f"put a skip around {self.modules[0]} … {self.modules[-1]} ({len(self.modules)} modules)"
+        return f"put a skip around {condense_paths(self.modules)}"

@@ -1,17 +1,16 @@
-"""From measurements to findings: each rule has a source, each threshold a theory or a measurement behind it."""
+"""From measurements to findings: each rule has a source, each threshold a theory or a measurement."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
-from skipway.diagnosis.findings import Finding, number
+from skipway.diagnosis.findings import Finding, Verdict, counted, format_number
 from skipway.diagnosis.measurement import ConnectionSignal, LayerSignal, Measurement
-from skipway.diagnosis.outlook import Outlook
+from skipway.diagnosis.outlook import PROBABILITY, Outlook
 from skipway.diagnosis.remedies import (
     AddSkips,
     Damp,
@@ -29,18 +28,16 @@ from skipway.diagnosis.subject import Subject
 
 __all__ = ["RULES", "Context", "findings_of", "verdict_of"]
 
-Verdict = Literal["trains", "trains if", "will not train"]
-
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may look at.
+    """All that a rule may look at.
 
     Args:
         measured: the model at its start.
         settings: of the training that is asked about.
-        subject: the model, to read its structure and to aim remedies.
-        outlook: what the look ahead says, with these settings and perhaps with others.
+        subject: the model, for its structure and for remedies.
+        outlook: the forecast from the trial steps, with these settings and perhaps with another learning rate.
     """
 
     measured: Measurement
@@ -50,12 +47,12 @@ class Context:
 
     @property
     def ours(self) -> bool:
-        """Whether the network was built by `skipway.build`, and can be built anew in another scheme."""
+        """Whether the network was built by `skipway.build`, and so can be rebuilt with another scheme."""
         return hasattr(getattr(self.subject.model, "config", None), "scheme")
 
     @property
     def maps(self) -> tuple[str, ...]:
-        """Modules with a weight of two axes or more, in the order of the signal, that can be drawn anew."""
+        """Modules whose weight has two axes or more, in the order of the signal: those that can be re-initialised."""
         modules = ((name, self.subject.model.get_submodule(name)) for name in self.subject.layers)
         return tuple(name for name, module in modules if getattr(getattr(module, "weight", None), "ndim", 0) > 1)
 
@@ -64,7 +61,7 @@ Rule = Callable[[Context], Iterator[Finding]]
 
 
 def not_finite(context: Context) -> Iterator[Finding]:
-    """Loss or gradient are no numbers."""
+    """The loss or its gradient is not finite."""
     measured = context.measured
     if measured.finite:
         return
@@ -73,28 +70,30 @@ def not_finite(context: Context) -> Iterator[Finding]:
     yield Finding(
         rule="not-finite",
         level="fatal",
-        what=f"the loss is {number(measured.loss)} and the gradient {number(measured.gradient)} at the start",
-        why="a step along a gradient that is not finite makes every weight not finite",
+        what=f"before the first step the loss is {format_number(measured.loss)} "
+        f"and the gradient norm {format_number(measured.gradient)}",
+        why="A step along a gradient that is not finite makes the weights NaN.",
         source="IEEE 754-2019, sec. 6",
-        evidence={"loss": measured.loss, "gradient": measured.gradient},
+        evidence={"loss": measured.loss, "gradient norm": measured.gradient},
         where=() if first is None else (first,),
         remedies=calming(context),
     )
 
 
 def size_of(point: ConnectionSignal | LayerSignal) -> float:
+    """The size of the signal at a connection or layer."""
     return point.stream if isinstance(point, ConnectionSignal) else point.std
 
 
 def calming(context: Context) -> tuple[Remedy, ...]:
-    """What keeps a signal in bounds: for connections a smaller branch, without them weights at unit variance."""
+    """Remedies that bound the signal: smaller branches, or weights of unit variance where there is no connection."""
     if not context.measured.connections:
         return (UnitVariance(context.maps),)
     return (Rescheme("skipinit(init='depth')"), Damp()) if context.ours else (Damp(), UnitVariance(context.maps))
 
 
 def stream_grows(context: Context) -> Iterator[Finding]:
-    """The stream's variance grows faster than one unit for each branch."""
+    """The variance of the stream grows far faster than by one unit per branch."""
     points = [c for c in context.measured.connections if c.variance_after > 0 and c.variance_before > 0]
     if len(points) < 2:
         return
@@ -107,22 +106,23 @@ def stream_grows(context: Context) -> Iterator[Finding]:
     yield Finding(
         rule="stream-grows",
         level="note",
-        what=f"the variance of the stream grows {number(growth)}-fold over {len(points)} connections, "
-        f"{number(rate)}-fold each",
-        why="branches as large as their stream double its variance, 2^L over L of them, and with it the curvature; "
-        "with a norm in each branch it grows by about one unit a branch, L + 1",
-        source="De & Smith 2020, sec. 2 (https://arxiv.org/abs/2002.10444); allowed is ten times L + 1",
-        evidence={"growth": growth, "allowed": float(allowed), "per connection": rate},
+        what=f"the variance of the residual stream grows {format_number(growth)}-fold over {len(points)} connections, "
+        f"{format_number(rate)}-fold per connection",
+        why="A branch whose output is as large as its input doubles the variance of the stream, so L of them multiply "
+        "it by 2^L, and the curvature of the loss grows with it. With a norm at the start of every branch the variance "
+        "grows by one unit per branch, to L + 1.",
+        source="De & Smith 2020, sec. 2 (https://arxiv.org/abs/2002.10444); the rule allows ten times L + 1",
+        evidence={"growth": growth, "allowed growth": float(allowed), "growth per connection": rate},
         where=tuple(worst or [points[-1].name]),
         remedies=calming(context),
     )
 
 
 def two_zeros(context: Context) -> Iterator[Finding]:
-    """A branch in which no weight has a gradient, although one reaches the sum."""
+    """A branch in which no weight has a gradient, although a gradient reaches the addition."""
     still = set(context.measured.still)
     parameters, model = context.subject.parameters, context.subject.model
-    # a bias behind both zeros moves, and what it adds is the same for all samples
+    # a bias after both zeros moves, and adds the same to all samples
     biases = {id(getattr(module, "bias", None)) for module in model.modules()}
     weights: dict[str, list[str]] = {}
     for name, parameter in parameters.items():
@@ -141,23 +141,23 @@ def two_zeros(context: Context) -> Iterator[Finding]:
     yield Finding(
         rule="two-zeros",
         level="fatal" if len(dead) > len(context.subject.chain) / 2 else "serious",
-        what=f"no weight of {len(dead)} of {len(context.subject.chain)} branches has a gradient",
-        why="two factors of one branch are zero: each hides the other's gradient, so neither ever moves. One zero "
-        "is enough to silence a branch at the start",
-        source="product rule; pitfall P13: a zero gain over a zero last map",
+        what=f"in {len(dead)} of {len(context.subject.chain)} branches no weight has a gradient",
+        why="Two factors of the branch are zero, such as its last map and its scale. The gradient of each is a "
+        "multiple of the other, so neither ever moves. One zero is enough for a silent start.",
+        source="product rule: ∂(ab)/∂a = b",
         evidence={"branches": float(len(dead))},
         where=tuple(dead),
         remedies=(Revive(tuple(maps)),) if maps else (),
     )
 
 
-def collapse(context: Context) -> Iterator[Finding]:
-    """The samples, or the tokens of one sample, become one direction."""
+def similarity_collapse(context: Context) -> Iterator[Finding]:
+    """Different samples, or the tokens of one sample, end up in the same direction."""
     points: Sequence[ConnectionSignal | LayerSignal] = context.measured.connections or context.measured.layers[:-1]
     same = [p for p in points if p.distinct < INDISTINCT]
     tokens = [p for p in points if p.tokens_distinct < INDISTINCT]
     for found, name, who in ((same, "samples-collapse", "samples"), (tokens, "rank-collapse", "tokens of a sample")):
-        # not what the model's own start puts there: a class token or a silent head is the same for all
+        # a class token or a silent head is the same for all samples by design
         if not found or len(found) < len(points) / 4:
             continue
         last = found[-1]
@@ -165,12 +165,13 @@ def collapse(context: Context) -> Iterator[Finding]:
         yield Finding(
             rule=name,
             level="note",
-            what=f"from {found[0].name} on, different {who} are the same direction: 1 − cosine is {number(distinct)}",
-            why="what has become the same cannot be told apart by any later layer, and gradients of all of them agree "
-            "on the mean alone",
+            what=f"from {found[0].name} on, different {who} have the same direction: "
+            f"1 − cosine similarity is {format_number(distinct)} at {last.name}",
+            why="No later layer can tell apart what has become equal, and the gradient carries only what all of them "
+            "have in common.",
             source="Schoenholz et al. 2017, eq. 5 (https://arxiv.org/abs/1611.01232); for tokens Dong et al. 2021, "
             "theorem 2.2 (https://arxiv.org/abs/2103.03404)",
-            evidence={"distinct": distinct, "points": float(len(found))},
+            evidence={"1 − cosine": distinct, "places": float(len(found))},
             where=tuple(p.name for p in found),
             remedies=skips(context) if not context.measured.connections else calming(context),
         )
@@ -180,29 +181,32 @@ INDISTINCT = 1e-3
 
 
 def no_skips(context: Context) -> Iterator[Finding]:
-    """Deep, and no connection at all."""
-    depth = len(context.maps)
+    """A deep network without any residual connection."""
+    depth, smoothness = len(context.maps), context.measured.jacobians.shattering
     if context.subject.chain or depth < 12:
         return
     yield Finding(
         rule="no-skips",
         level="serious" if depth >= DEEP_WITHOUT_SKIPS else "note",
-        what=f"{depth} maps one behind the other and no residual connection",
-        why="without skips the gradient's size is a product over the layers and the correlation between gradients at "
-        "neighbouring inputs falls as 2^−L; plain networks of 56 layers are worse than of 20",
+        what=f"{depth} linear maps in sequence, and no residual connection",
+        why="Without skips the size of the gradient is a product over the layers, and gradients at neighbouring inputs "
+        "lose their correlation as 2^−L. Plain networks of 56 layers end with a higher training error than of 20.",
         source="He et al. 2015, fig. 6 (https://arxiv.org/abs/1512.03385); Balduzzi et al. 2017, theorem 1",
-        evidence={"maps": float(depth), "smoothness": context.measured.jacobians.shattering or math.nan},
+        evidence={
+            "linear maps": float(depth),
+            "gradient cosine between neighbouring inputs": smoothness or math.nan,
+        },
         where=(),
         remedies=skips(context),
     )
 
 
 DEEP_WITHOUT_SKIPS = 40
-"""Of the networks without skips and with at least 40 layers in the chosen half of the benchmark 2 of 16 trained."""
+"""Layers: 2 of the 16 deeper networks without skips in the fitted half of the benchmark trained."""
 
 
 def skips(context: Context) -> tuple[Remedy, ...]:
-    """Ways to give a network skips."""
+    """Remedies that give a network skips."""
     if context.ours:
         return (Rescheme("identity"), Rescheme("preactivation"))
     found = context.subject.skippable
@@ -210,7 +214,7 @@ def skips(context: Context) -> tuple[Remedy, ...]:
 
 
 def gradients_differ(context: Context) -> Iterator[Finding]:
-    """The gradient of the first layers and that of the last are of different orders."""
+    """The gradients of the first and of the last layers differ by orders of magnitude."""
     layers = [layer for layer in context.measured.layers if layer.weight > 0 and math.isfinite(layer.weight)]
     if len(layers) < 4:
         return
@@ -222,12 +226,13 @@ def gradients_differ(context: Context) -> Iterator[Finding]:
     yield Finding(
         rule="exploding-gradient" if grows else "vanishing-gradient",
         level="note",
-        what=f"the gradient is {number(ratio)} times as large at the first map as at the last but one",
-        why="one learning rate cannot suit both ends: where it suits one, the other is torn apart or stands still"
+        what=f"the gradient at {layers[0].name or 'the model'} is {format_number(ratio)} times the gradient at "
+        f"{layers[-2].name}",
+        why="No learning rate suits both ends: one that is right for the last layers is far too high for the first."
         if grows
-        else "the first layers learn nothing while the last ones fit what they are given",
+        else "The first layers hardly learn, and the last ones fit whatever the first happen to put out.",
         source="Glorot & Bengio 2010, sec. 4.2; Yang et al. 2019 for BatchNorm (https://arxiv.org/abs/1902.08129)",
-        evidence={"first": early, "last": late, "ratio": ratio},
+        evidence={"first gradient": early, "last gradient": late, "ratio": ratio},
         where=(layers[0].name, layers[-2].name),
         remedies=skips(context) if not context.subject.chain else calming(context),
     )
@@ -237,7 +242,7 @@ UNEVEN = 1e3
 
 
 def post_norm(context: Context) -> Iterator[Finding]:
-    """A deep network whose stream itself is normed after every addition."""
+    """A deep network that normalises the stream itself, after every addition."""
     chain = context.subject.chain
     normed = [c.name for c in chain if "post" in c.seen.norms]
     if len(normed) < 12 or len(normed) < len(chain) / 2:
@@ -247,9 +252,9 @@ def post_norm(context: Context) -> Iterator[Finding]:
     yield Finding(
         rule="post-norm",
         level="serious" if len(normed) >= DEEP_POST_NORM and not context.settings.warmup else "note",
-        what=f"{len(normed)} of {len(chain)} connections norm the stream behind the addition",
-        why="every norm scales the skip down by about √2, so that the gradient of the first layers shrinks with depth "
-        "while that of the last stays large: such networks need warm-up, or norms inside of the branches",
+        what=f"{len(normed)} of {len(chain)} connections normalise the stream after the addition (post-norm)",
+        why="Every norm shrinks the skip by about √2, so that the gradient of the first layers falls with depth while "
+        "that of the last layers stays large. Such networks need warm-up, or norms inside of the branches (pre-norm).",
         source="Xiong et al. 2020, theorem 1 (https://arxiv.org/abs/2002.04745)",
         evidence={"connections": float(len(normed))},
         where=tuple(normed),
@@ -258,52 +263,52 @@ def post_norm(context: Context) -> Iterator[Finding]:
 
 
 DEEP_POST_NORM = 24
-"""Connections, of a 12-layer transformer: from there on Xiong et al. find warm-up indispensable behind post-norm."""
+"""Connections of a 12-layer transformer, from which on Xiong et al. find that post-norm cannot do without warm-up."""
 
 
 def dead_units(context: Context) -> Iterator[Finding]:
-    """Channels that are zero for every sample."""
+    """Rectified channels that are zero for every sample."""
     found = [c for c in context.measured.connections if c.dead > 0.5]
     if not found:
         return
     yield Finding(
         rule="dead-units",
         level="note",
-        what=f"more than half of the channels are 0 for every sample in {len(found)} branches",
-        why="a rectifier that is 0 for every sample passes no gradient",
+        what=f"in {counted(len(found), 'branch', 'branches')} more than half of the channels are 0 for every sample",
+        why="A rectifier that is 0 for every sample passes no gradient, so the weights before it never move.",
         source="Lu et al. 2019 (https://arxiv.org/abs/1903.06733)",
-        evidence={"share": max(c.dead for c in found)},
+        evidence={"largest share of dead channels": max(c.dead for c in found)},
         where=tuple(c.name for c in found),
         remedies=(UnitVariance(context.maps),),
     )
 
 
 def low_precision(context: Context) -> Iterator[Finding]:
-    """What float16 cannot hold, and what bfloat16 would round away."""
+    """Values that float16 cannot hold, and additions that bfloat16 rounds away."""
     over = [c for c in context.measured.connections if c.overflow > 1 / 16]
     if over:
         most = max(c.overflow for c in over)
         yield Finding(
             rule="overflow",
             level="serious" if most > 1 and in_half() else "note",
-            what=f"values reach {number(most)} times what float16 can hold",
-            why="above 65504 float16 is infinite; activations grow further in training",
+            what=f"values reach {format_number(most * 65504)}, and float16 ends at 65504",
+            why="Larger values are infinite in float16, and activations grow further during training.",
             source="IEEE 754-2019, table 3.5",
-            evidence={"times float16": most},
+            evidence={"largest value over float16's": most},
             where=tuple(c.name for c in over),
             remedies=calming(context),
         )
     lost = [c for c in context.measured.connections if c.swallowed > 0.9]
     if lost:
         yield Finding(
-            rule="swallowed",
+            rule="lost-in-bfloat16",
             level="note",
-            what=f"bfloat16 would round away what {len(lost)} branches add: |F(x)|/|x| is "
-            f"{number(max(c.ratio for c in lost))} at most",
-            why="bfloat16 has 8 bits: an addition below 1/256 of the stream is lost. Keep the stream in float32 "
-            "(autocast does) until the branches have grown",
+            what=f"bfloat16 would round away the output of {counted(len(lost), 'branch', 'branches')}: |F(x)|/|x| is "
+            f"{format_number(max(c.ratio for c in lost))} at most",
+            why="bfloat16 has 8 significant bits, so an addend below 1/256 of the stream is lost. Keep the stream in "
+            "float32, as autocast does, until the branches have grown.",
             source="bfloat16: 8 significant bits",
-            evidence={"share": max(c.swallowed for c in lost)},
+            evidence={"largest share of lost elements": max(c.swallowed for c in lost)},
             where=tuple(c.name for c in lost),
         )
 
@@ -314,17 +319,19 @@ def in_half() -> bool:
 
 
 def loud_start(context: Context) -> Iterator[Finding]:
-    """Logits far from 0 at the start."""
+    """Outputs far from 0 before training."""
     measured = context.measured
     if not (measured.finite and measured.logits > LOUD):
         return
     yield Finding(
         rule="loud-start",
         level="note",
-        what=f"the output has size {number(measured.logits)} at the start, the loss is {number(measured.loss)}",
-        why="the first steps only undo what chance put there; the loss of a network that knows nothing is log(classes)",
-        source="Zhang et al. 2019 start the classifier at 0 (https://arxiv.org/abs/1901.09321, sec. 3)",
-        evidence={"logits": measured.logits, "loss": measured.loss},
+        what=f"before training the output has rms {format_number(measured.logits)} and the loss is "
+        f"{format_number(measured.loss)}",
+        why="The first steps only undo what the random start put there. A classifier that knows nothing should have "
+        "the loss log(number of classes).",
+        source="Zhang et al. 2019, sec. 3, start the classifier at 0 (https://arxiv.org/abs/1901.09321)",
+        evidence={"output rms": measured.logits, "loss": measured.loss},
         remedies=calming(context),
     )
 
@@ -335,7 +342,7 @@ RULES: tuple[Rule, ...] = (
     not_finite,
     two_zeros,
     stream_grows,
-    collapse,
+    similarity_collapse,
     no_skips,
     gradients_differ,
     post_norm,
@@ -345,13 +352,13 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-# of the configurations of benchmarks/trainability with smaller odds, 3 of 93 trained all the same; of those with odds
-# between this and a half, 17 of 71 did: too many to say that they will not
 HOPELESS = 0.1
+"""Probability below which the verdict is no: of the benchmark's configurations 3 of 93 below it trained all the same,
+and 17 of 71 between it and a half, too many to say that they will not."""
 
 
 def looks_ahead(context: Context) -> Iterator[Finding]:
-    """What the look ahead says, and the settings under which it says otherwise."""
+    """A bad forecast from the trial steps, with the learning rate at which it is good."""
     outlook = context.outlook
     if outlook.trains or not context.measured.finite:
         return
@@ -368,8 +375,8 @@ def looks_ahead(context: Context) -> Iterator[Finding]:
 
 
 def findings_of(context: Context) -> list[Finding]:
-    """What all rules find. Where the look ahead says no and no other rate helps, the causes that were found are what
-    is at fault, and their remedies what to do.
+    """All findings. A bad forecast that no other learning rate mends raises the level of the causes that rules found:
+    they are at fault, and their remedies are what to do.
     """
     causes = [finding for rule in RULES for finding in rule(context)]
     ahead = list(looks_ahead(context))
@@ -379,7 +386,7 @@ def findings_of(context: Context) -> list[Finding]:
         and any(cause.rule in STRUCTURAL for cause in causes)
         and not context.outlook.wakes
     ):
-        ahead = [replace(ahead[0], level="fatal")]  # bad odds, and a reason for them
+        ahead = [replace(ahead[0], level="fatal")]  # a bad forecast with a reason
     if ahead:
         level = ahead[0].level
         blamed = STRUCTURAL if level == "serious" else STRUCTURAL | SIGNAL
@@ -390,32 +397,32 @@ def findings_of(context: Context) -> list[Finding]:
 
 
 STRUCTURAL = frozenset({"no-skips", "two-zeros", "stream-grows", "post-norm"})
-"""Rules that blame the way a network is put together: where another rate would help too, it is a way around."""
+"""Rules about the architecture: another learning rate that helps as well only works around them."""
 SIGNAL = frozenset({"samples-collapse", "rank-collapse", "exploding-gradient", "vanishing-gradient", "dead-units"})
-"""Rules that say what the network does to its signal."""
+"""Rules about what the network does to its signal."""
 
 
 def last_resorts(context: Context) -> tuple[Remedy, ...]:
-    """What to try where nothing but the outcome is known."""
+    """Remedies to try where no cause is known."""
     rate = context.settings.rate
     fresh: tuple[Remedy, ...] = (UnitVariance(context.maps),) if context.maps else ()
     return (*calming(context), *fresh, LearningRate(rate / 10), LearningRate(rate * 10))
 
 
 def verdict_of(findings: Sequence[Finding]) -> tuple[Verdict, tuple[str, ...]]:
-    """Fatal findings say no; serious ones say on which condition."""
+    """The verdict of findings, and its conditions: fatal findings say no, serious ones make conditions."""
     if any(finding.level == "fatal" for finding in findings):
         return "will not train", ()
     serious = [finding for finding in findings if finding.level == "serious"]
-    conditions = tuple(dict.fromkeys(condition(finding) for finding in serious))
+    conditions = tuple(dict.fromkeys(condition_of(finding) for finding in serious))
     return ("trains if", conditions) if serious else ("trains", ())
 
 
-def condition(finding: Finding) -> str:
-    """What a serious finding makes the training depend on."""
+def condition_of(finding: Finding) -> str:
+    """The condition that a serious finding puts on the training."""
     if not finding.remedies:
-        chance = finding.evidence.get("probability")
-        return finding.what if chance is None else f"it is lucky: so begun, {chance:.0%} do"
+        chance = finding.evidence.get(PROBABILITY)
+        return finding.what if chance is None else f"chance favours it: {chance:.0%} of similar starts trained"
     remedy = finding.remedies[0]
     if isinstance(remedy, LearningRate):
         return f"learning rate {'at most' if finding.rule == 'rate-too-high' else 'about'} {remedy.value:.2g}"

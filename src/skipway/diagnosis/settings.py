@@ -1,4 +1,4 @@
-"""How a network is going to be trained: optimizer, learning rate, warm-up."""
+"""The training that a diagnosis is asked about: optimizer, learning rate, warm-up, steps."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
 }
-CUSTOMARY = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "adagrad": 1e-2}
+USUAL_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "adagrad": 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a network is going to be trained.
+    """The training that a diagnosis is asked about.
 
     Args:
         optimizer: "sgd" (momentum 0.9), "adam", "adamw", "rmsprop" or "adagrad".
-        lr: learning rate of the weights after warm-up; None: the customary one of the optimizer.
-        weight_decay: by role, as `skipway.param_groups` gives it.
+        lr: learning rate of the weights after warm-up; None: the usual one of the optimizer.
+        weight_decay: of the weights; other roles as `skipway.param_groups` has it.
         warmup: steps over which the learning rate rises from 0.
-        steps: how many steps are planned; a learning rate that gets nowhere in them is too low.
-        exact: an optimizer's class and its own groups, taken over instead of `param_groups`.
+        steps: planned; a learning rate that gets nowhere in them is too low.
+        exact: makes the optimizer of a model at a learning rate, instead of the name and `param_groups`.
     """
 
     optimizer: str = "sgd"
@@ -46,29 +46,31 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS and self.exact is None:
-            raise SkipwayError(f"optimizer={self.optimizer!r}: one of {', '.join(OPTIMIZERS)}, or a torch optimizer")
+            raise SkipwayError(
+                f"optimizer={self.optimizer!r}: the rule is one of {', '.join(OPTIMIZERS)}, or a torch optimizer"
+            )
         if self.lr is not None and not self.lr > 0:
-            raise SkipwayError(f"lr={self.lr}: the learning rate has to be above 0")
+            raise SkipwayError(f"lr={self.lr}: the rule is lr > 0")
 
     @property
     def rate(self) -> float:
         """The learning rate of the weights."""
-        return CUSTOMARY.get(self.optimizer, 1e-3) if self.lr is None else self.lr
+        return USUAL_RATES.get(self.optimizer, 1e-3) if self.lr is None else self.lr
 
     @property
     def adaptive(self) -> bool:
-        """Whether every step has about the size of the learning rate, whatever the gradient's is."""
+        """Whether the size of a step hardly depends on the size of the gradient."""
         return "sgd" not in self.optimizer.lower()
 
     def make(self, model: nn.Module) -> torch.optim.Optimizer:
-        """A fresh optimizer over the model's parameters."""
+        """Make a fresh optimizer over the parameters of `model`."""
         if self.exact is not None:
             return self.exact(model, self.rate)
         groups = param_groups(model, lr=self.rate, weight_decay=self.weight_decay)
         return OPTIMIZERS[self.optimizer](groups, lr=self.rate)
 
     def at(self, lr: float) -> Settings:
-        """The same with another learning rate."""
+        """The same settings with another learning rate."""
         return replace(self, lr=lr)
 
     def __str__(self) -> str:
@@ -77,12 +79,15 @@ class Settings:
 
 
 def settings_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> Settings:
-    """The settings of an optimizer that somebody has made for `model`; the optimizer itself is not touched."""
+    """Read the settings of a torch optimizer made for `model`; the optimizer is left alone."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     members = [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
     if any(name is None for group in members for name in group):
-        raise SkipwayError("the optimizer holds parameters that are not the model's; make it from model.parameters()")
+        raise SkipwayError(
+            f"optimizer={type(optimizer).__name__}: it holds parameters that {type(model).__name__} does not have; "
+            "make it from model.parameters()"
+        )
     highest = max(float(group["lr"]) for group in options)
 
     def make(other: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""A model with a batch and a loss: what can be run, forward and backward, without leaving a trace."""
+"""A model with its example, targets and loss, and the passes over them that leave no trace."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Gradients = list[Tensor]
 
 @dataclass
 class Subject:
-    """What is diagnosed.
+    """The subject of a diagnosis.
 
     Args:
         model: any module.
-        inputs: what it is called with; every tensor's first axis counts the samples.
+        inputs: what the model is called with; the first axis of every tensor counts the samples.
         targets: what the loss compares the output with; None: labels drawn at random.
-        loss: (output, targets) → a number; None: cross-entropy, or the loss that the model itself puts out.
-        training: run it in training mode.
+        loss: (output, targets) → a scalar; None: as in `skipway.probes.objective.compute_loss`.
+        training: run the model in training mode.
         seed: of dropout, stochastic depth and targets, the same in every pass.
     """
 
@@ -49,17 +49,17 @@ class Subject:
 
     @cached_property
     def program(self) -> Program:
-        """What the model runs on the samples that are probed."""
+        """The program that the model runs on the probed samples."""
         return watch(self.model, self.probed_part[0], training=self.training)
 
     @cached_property
     def chain(self) -> Chain[WatchedConnection]:
-        """The residual connections, numbered as they run in the chosen mode."""
+        """The residual connections, in the order in which they run."""
         return chain_from_program(self.model, self.program)
 
     @cached_property
     def layers(self) -> list[str]:
-        """The modules that hold the network's linear maps, in the order in which the signal meets them."""
+        """The modules with linear maps, in the order in which the signal meets them."""
         maps = [value for value in self.program.values if value.part == "map" and value.norm is None]
         return list(dict.fromkeys(self.program.weight_owner(value) for value in maps))
 
@@ -70,24 +70,24 @@ class Subject:
 
     @property
     def chunk(self) -> int:
-        """Samples in one step of the look ahead: an eighth of the batch, but 8 where a quarter of it has as many."""
+        """Samples in one trial step: an eighth of the batch, at least 8 where a quarter of the batch has as many."""
         return max(min(8, self.size // 4), self.size // 8)
 
     @cached_property
     def probed_part(self) -> tuple[Example, Any]:
-        """The first quarter of the batch, at least two chunks of it: enough to read signals from."""
+        """The first quarter of the batch, at least two chunks: enough to measure signals on."""
         return self.part(0, min(self.size, max(2 * self.chunk, self.size // 4)))
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained."""
+        """The parameters that require a gradient, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     @cached_property
     def skippable(self) -> tuple[str, ...]:
-        """Modules that a skip fits around: in a row, they put out what is shaped like what they take, and hold maps.
+        """The modules that a skip fits around: siblings with linear maps whose outputs are shaped like their inputs.
 
-        Of several rows (blocks, and the layers in them) that of most modules is taken, and of equally many the outer.
+        Of several levels of nesting (blocks, the layers in them) the one with most such modules, of equals the outer.
         """
         shapes: dict[str, bool] = {}
         handles = []
@@ -116,7 +116,7 @@ class Subject:
         rows: dict[str, list[str]] = {}
         for name in (name for name, _ in self.model.named_modules() if shapes.get(name)):
             rows.setdefault(name.rpartition(".")[0], []).append(name)
-        # blocks of several stages stand in rows of their own; rows on one level are one
+        # the blocks of several stages have several parents on one level, and are taken together
         levels: dict[int, list[str]] = {}
         for parent, members in rows.items():
             if len(members) > 1:
@@ -125,14 +125,14 @@ class Subject:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """In the chosen mode, with the same random numbers each time, and everything put back afterwards."""
+        """Enter the chosen mode with the same random numbers each time, and put everything back afterwards."""
         with preserved_state(self.model), seeded(self.seed), torch.enable_grad():
             if any(module.training != self.training for module in self.model.modules()):
                 self.model.train(self.training)
             yield
 
     def part(self, start: int, stop: int) -> tuple[Example, Any]:
-        """Some of the samples."""
+        """Example and targets of some of the samples."""
         size = self.size
 
         def cut(tensor: Tensor) -> Tensor:
@@ -141,15 +141,15 @@ class Subject:
         return tree_map_only(Tensor, cut, self.inputs), tree_map_only(Tensor, cut, self.targets)
 
     def value(self, output: Any, targets: Any) -> Tensor:
-        """The loss."""
+        """The loss of an output."""
         return compute_loss(output, targets, self.loss)
 
     def share(self, part: tuple[Example, Any]) -> float:
-        """How much of the batch a part is."""
+        """Fraction of the batch that is in a part."""
         return count(part[0]) / self.size
 
     def gradients(self, part: tuple[Example, Any]) -> tuple[Tensor, Gradients]:
-        """Loss on a part of the batch and the gradient of each parameter, zeros where none arrives."""
+        """Loss on a part of the batch, and the gradient of each parameter, 0 where none arrives."""
         self.passes += self.share(part)
         with self.running():
             loss = self.value(call_model(self.model, part[0]), part[1])
@@ -162,7 +162,7 @@ class Subject:
         return loss.detach(), gradients
 
     def probed(self) -> tuple[Tensor, Tensor, Gradients, Signals]:
-        """Loss, output, gradients and all readings of one pass."""
+        """Loss, output, gradients and the probe's readings of one pass."""
         inputs, targets = self.probed_part
         self.passes += self.share(self.probed_part)
         parameters = list(self.parameters.values())
@@ -171,7 +171,10 @@ class Subject:
             output = call_model(self.model, inputs)
             loss = self.value(output, targets)
             if not loss.requires_grad:
-                raise SkipwayError("the loss depends on no trainable parameter; unfreeze some to diagnose training")
+                raise SkipwayError(
+                    f"the loss {float(loss):.3g} depends on no parameter with requires_grad=True; unfreeze some, "
+                    "or give a loss that uses the output"
+                )
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             loss, output = loss.detach(), main_output(output).detach()
         gradients = [
@@ -182,7 +185,7 @@ class Subject:
 
 
 def count(inputs: Example) -> int:
-    """Samples in a batch: the first axis of its first tensor."""
+    """Number of samples in an example: the first axis of its first tensor."""
     return next((leaf.shape[0] for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 

@@ -1,4 +1,4 @@
-"""The loss of any model's output: the caller's, the model's own, or a default by the shapes."""
+"""The loss of a model's output: the caller's, the model's own, or a default by the shapes."""
 
 from __future__ import annotations
 
@@ -37,12 +37,15 @@ def compute_loss(output: Any, targets: Any = None, loss: Loss | None = None) -> 
     else:
         value = default_loss(main_output(output), targets)
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise SkipwayError("loss(output, targets) has to give one number; average over the samples")
+        raise SkipwayError(
+            f"loss(output, targets) gives a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}; "
+            "the rule is a tensor of one number: average over the samples"
+        )
     return value
 
 
 def main_output(output: Any) -> Tensor:
-    """The tensor that a model is about: itself, `.logits`, `.last_hidden_state`, or the first tensor it holds."""
+    """The main tensor of an output: itself, its `logits`, `last_hidden_state` or `out`, else its first tensor."""
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "last_hidden_state", "out"):
@@ -54,21 +57,25 @@ def main_output(output: Any) -> Tensor:
         tensors = [leaf for leaf in output if isinstance(leaf, Tensor)]
     if not tensors:
         raise SkipwayError(
-            f"the model put out a {type(output).__name__} without tensors; pass loss=(output, targets) → …"
+            f"the model's output, a {type(output).__name__}, holds no tensor; give loss=(output, targets) → a scalar"
         )
     return tensors[0]
 
 
 def default_loss(output: Tensor, targets: Any) -> Tensor:
-    """Cross-entropy over the classes on axis 1; without targets against labels drawn at random, and for an output
-    that is no row of classes the mean square to standard normal noise.
+    """Cross-entropy over the classes on axis 1, or the mean squared error for real targets in the output's shape.
+
+    Without targets: labels drawn at random, or standard normal noise for an output that is no row of classes.
     """
     if targets is None and output.ndim == 2 and output.shape[1] > 1:
         targets = torch.randint(output.shape[1], (output.shape[0],), device=output.device)
     if targets is None:
         return F.mse_loss(output.float(), torch.randn_like(output, dtype=torch.float32))
     if not isinstance(targets, Tensor):
-        raise SkipwayError("targets has to be a tensor where no loss is given; pass loss=(output, targets) → a number")
+        raise SkipwayError(
+            f"targets={type(targets).__name__}: the rule is a tensor where no loss is given; "
+            "give loss=(output, targets) → a scalar"
+        )
     if targets.is_floating_point() and targets.shape == output.shape and output.ndim != 2:
         return F.mse_loss(output.float(), targets.float())
     return F.cross_entropy(output.float(), targets)

@@ -1,3 +1,5 @@
-"""Pages and text that show what was found: one frame, one set of charts."""
+"""Pages, pictures and text of results: one frame, one set of charts."""
 
-__all__: list[str] = []
+from skipway.report.files import save
+
+__all__ = ["save"]

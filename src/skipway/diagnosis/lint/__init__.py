@@ -1,7 +1,7 @@
-"""Lint: known mistakes, found without training and without a batch, by rules on a model and its optimizer."""
+"""Lint: rules that find known mistakes in a model and its optimizer, without data and without training."""
 
 from skipway.diagnosis.lint.catalogue import RULES, lint
-from skipway.diagnosis.lint.rule import Hit, Rule
+from skipway.diagnosis.lint.rule import Hit, LintRule
 from skipway.diagnosis.lint.survey import Link, Survey
 
-__all__ = ["RULES", "Hit", "Link", "Rule", "Survey", "lint"]
+__all__ = ["RULES", "Hit", "Link", "LintRule", "Survey", "lint"]

@@ -1,4 +1,4 @@
-"""All rules in their order, and the function that asks them."""
+"""All lint rules in order, and `lint`, which applies them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import nn
 
 from skipway.diagnosis.findings import LEVELS, Finding
 from skipway.diagnosis.lint.drops import by_python, in_evaluation, odd_rates, without_skip
-from skipway.diagnosis.lint.modules import batch_of_one, hooked
-from skipway.diagnosis.lint.optimizer import decayed, fast_scalars, frozen, left_out
-from skipway.diagnosis.lint.rule import Rule
+from skipway.diagnosis.lint.modules import batch_of_one, hooks_beside_inplace
+from skipway.diagnosis.lint.optimizer import decayed, fast_scalars, frozen_in_branch, left_out
+from skipway.diagnosis.lint.rule import LintRule
 from skipway.diagnosis.lint.scales import (
     forgetful_scales,
     idle_scales,
@@ -17,15 +17,15 @@ from skipway.diagnosis.lint.scales import (
     unusual_scales,
     wiped_features,
 )
-from skipway.diagnosis.lint.start import closing_norms, loud_branches, own_index, two_zeros, wiped_stream
+from skipway.diagnosis.lint.start import closing_norms, loud_branches, own_index, two_zero_factors, wiped_stream
 from skipway.diagnosis.lint.survey import Survey
 from skipway.tracing import Example, unwrap
 
 __all__ = ["RULES", "lint"]
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[LintRule, ...] = (
     # the start
-    two_zeros,
+    two_zero_factors,
     wiped_stream,
     loud_branches,
     idle_scales,
@@ -39,17 +39,17 @@ RULES: tuple[Rule, ...] = (
     decayed,
     left_out,
     fast_scalars,
-    frozen,
+    frozen_in_branch,
     # stochastic depth
     in_evaluation,
     by_python,
     without_skip,
     odd_rates,
     # other modules
-    hooked,
+    hooks_beside_inplace,
     batch_of_one,
 )
-"""All rules in the order in which `lint` gives findings of one level: by theme, as a training meets them."""
+"""All rules by theme: the order of findings of one level."""
 
 
 def lint(
@@ -59,18 +59,18 @@ def lint(
     *,
     pretrained: bool = False,
 ) -> list[Finding]:
-    """Known mistakes in a model and its optimizer, the worst first; nothing is trained, nothing is changed.
+    """Find known mistakes in a model and its optimizer, the worst first. Both are left as they are; nothing is trained.
 
-    Call it before training: most rules are about the start and read the values that the parameters have now. All rules
+    Call it before training: most rules are about the start, and read the present values of the parameters. All rules
     are in docs/lint.md.
 
     Args:
         model: any module; rules that read values are silent on the meta device.
-        example: what it is called with; only shapes matter. With it the connections of any network are watched on the
-            meta device; without it those of `skipway.nn.Residual` are read by type, and other networks' optimizers and
-            modules only (a scale that is a parameter of the block itself, as ConvNeXt's, is then not known as one).
-        optimizer: that will train it; its groups are checked.
-        pretrained: the weights were trained before, so rules about a start from scratch do not apply.
+        example: what the model is called with; only its shapes matter. With it the connections of any network are
+            traced on the meta device. None: only connections of `skipway.nn.Residual` are known, and a scale that is a
+            parameter of the block itself (as in ConvNeXt) is not recognised.
+        optimizer: used for training; its parameter groups are checked.
+        pretrained: the weights are trained, so rules about a start from scratch do not apply.
 
     Raises:
         SkipwayError: the model fails on the example.
@@ -79,9 +79,9 @@ def lint(
     >>> model = sw.build("resnet20", scheme="skipinit")
     >>> for finding in lint(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)):
     ...     print(finding.level, finding.rule, finding.place)
-    serious P4 stages.0.0.scale.gain … stages.2.2.scale.gain (9)
-    note P19 stages.0.0 … stages.2.2 (9)
-    note P4 stem.norm.weight … head.classifier.bias (39)
+    serious P4 stages.{0..2}.{0..2}.scale.gain (9)
+    note P19 stages.{0..2}.{0..2} (9)
+    note P4 stem.norm.weight, stem.norm.bias, … head.classifier.bias (39)
     """
     survey = Survey(unwrap(model), example, optimizer, pretrained)
     findings = [finding for rule in RULES for finding in rule.findings(survey)]

@@ -1,4 +1,4 @@
-"""What a rule is: a check with its level, why it matters and where it comes from."""
+"""A lint rule: a check with its level, its reason and its source."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from skipway.diagnosis.findings import Finding, Level
 from skipway.diagnosis.lint.survey import Survey
 from skipway.diagnosis.remedies import Remedy
 
-__all__ = ["Check", "Hit", "Rule", "rule"]
+__all__ = ["Check", "Hit", "LintRule", "lint_rule"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """What a rule found, before the rule's own words are put to it.
+    """A case that a check has found; the rule adds why it matters and the source.
 
     Args:
-        what: one sentence with the numbers.
-        where: names at fault.
-        evidence: the numbers.
+        what: the problem in one sentence, with its numbers.
+        where: names of the modules or parameters at fault.
+        evidence: the numbers, by name.
         remedies: objects that mend it.
         level: where it differs from the rule's.
     """
 
     what: str
-    where: tuple[str, ...] = ()
+    where: tuple[str, ...] = field(default=(), repr=False)
     evidence: Mapping[str, float] = field(default_factory=dict)
     remedies: tuple[Remedy, ...] = ()
     level: Level | None = None
@@ -36,16 +36,16 @@ Check: TypeAlias = Callable[[Survey], Iterator[Hit]]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One known mistake.
+class LintRule:
+    """A rule that finds one known mistake.
 
     Args:
-        number: "P13"; stable, several rules may be about one mistake.
-        title: what it looks for, in a few words.
-        level: of what it finds, unless a hit says otherwise.
-        why: why it matters.
+        number: "P13", a row of docs/lint.md; stable, and shared by rules about one mistake.
+        title: the mistake in a few words.
+        level: of its findings, unless a hit has another.
+        why: the mechanism.
         source: paper or thread.
-        check: finds it.
+        check: yields the hits.
     """
 
     number: str
@@ -56,7 +56,7 @@ class Rule:
     check: Check = field(repr=False)
 
     def findings(self, survey: Survey) -> list[Finding]:
-        """What it finds."""
+        """The findings in a surveyed model."""
         return [
             Finding(
                 rule=self.number,
@@ -72,6 +72,6 @@ class Rule:
         ]
 
 
-def rule(number: str, title: str, level: Level, *, why: str, source: str) -> Callable[[Check], Rule]:
-    """Make a rule of a check."""
-    return lambda check: Rule(number, title, level, why, source, check)
+def lint_rule(number: str, title: str, level: Level, *, why: str, source: str) -> Callable[[Check], LintRule]:
+    """Decorate a check to make it a rule."""
+    return lambda check: LintRule(number, title, level, why, source, check)

@@ -1,4 +1,4 @@
-"""Rules on the values of scales: LayerScale, SkipInit, ReZero and what else multiplies a branch."""
+"""Rules on the values of scales: LayerScale, SkipInit, ReZero and other factors of a branch."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from skipway.diagnosis.findings import number
-from skipway.diagnosis.lint.rule import Hit, rule
+from skipway.diagnosis.findings import counted, format_number
+from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import DEEP, Survey
 from skipway.diagnosis.remedies import Damp
 
 __all__ = ["forgetful_scales", "idle_scales", "unequal_scales", "unusual_scales", "wiped_features"]
 
 DEEP_WITH_NORMS = 40
-"""Connections up to which a network with norms may have scales of 1: XCiT-12 has as many, and by design (P6)."""
+"""Connections up to which a network with norms may have scales of 1: XCiT-12 has as many by design."""
 
 
-@rule(
+@lint_rule(
     "P6",
     "scales that start at 1 in a deep network",
     "note",
-    why="A scale of 1 scales nothing: the start is that of the bare network, which the scale was put there to tame. "
-    "DINOv2's 1.0 belongs to its pretrained weights, ConvNeXt's 1.0 to its detection configurations.",
+    why="A scale of 1 does nothing: the network starts like one without scales, which they are there to tame. "
+    "DINOv2's 1.0 belongs to its pretrained weights, ConvNeXt's to its detection configurations.",
     source="https://github.com/huggingface/pytorch-image-models/issues/1823; "
     "1.0 in XCiT-12, 1e-5 in XCiT-24: https://github.com/facebookresearch/xcit/blob/main/xcit.py",
 )
 def idle_scales(survey: Survey) -> Iterator[Hit]:
-    """From scratch, beyond 24 connections without norms or 40 with them, in branches that nothing else silences
+    """From scratch, beyond 24 connections without norms or 40 with norms, in branches that nothing else silences
     (Fixup's multiplier starts at 1).
     """
     if survey.pretrained or len(survey.links) <= (DEEP if survey.bare else DEEP_WITH_NORMS):
@@ -40,7 +40,7 @@ def idle_scales(survey: Survey) -> Iterator[Hit]:
         return
     small = "0, or 1/√L" if survey.bare else "1e-4 or smaller per channel"
     yield Hit(
-        what=f"{len(idle)} of {len(survey.links)} branches are scaled by exactly 1 at the start; use {small}",
+        what=f"{len(idle)} of {len(survey.links)} branches start with a scale of exactly 1; use {small}",
         where=tuple(name for link in idle for name in link.scales),
         evidence={"scales at 1": len(idle), "branches": len(survey.links)},
         remedies=(Damp(),) if survey.bare else (),
@@ -48,7 +48,7 @@ def idle_scales(survey: Survey) -> Iterator[Hit]:
     )
 
 
-@rule(
+@lint_rule(
     "P2",
     "scales that start at different values",
     "note",
@@ -57,7 +57,7 @@ def idle_scales(survey: Survey) -> Iterator[Hit]:
     "Touvron et al. 2021, sec. 2: https://arxiv.org/abs/2103.17239",
 )
 def unequal_scales(survey: Survey) -> Iterator[Hit]:
-    """Only scales per channel that still hold one value on all channels: training has not made them differ."""
+    """Only per-channel scales whose channels are still equal, so that training cannot have changed them."""
     named = ((name, survey.factor(name)) for name in survey.branch_scales if survey.parameters[name].numel() > 1)
     values = {name: value for name, value in named if value is not None}
     counts = Counter(values.values())
@@ -65,25 +65,26 @@ def unequal_scales(survey: Survey) -> Iterator[Hit]:
         return
     low, high = min(map(abs, counts)), max(map(abs, counts))
     usual = counts.most_common(1)[0][0]
-    listed = ", ".join(f"{number(value)} ({count})" for value, count in sorted(counts.items()))
+    common = [f"{format_number(value)} ({count})" for value, count in counts.most_common(4)]
+    shown = ", ".join([*common[:3], "…"] if len(common) > 3 else common)
     yield Hit(
-        what=f"scales per channel start at {len(counts)} values in one network: {listed}; use one",
+        what=f"per-channel scales start at {len(counts)} different values: {shown}; use one",
         where=tuple(name for name, value in values.items() if value != usual),
         evidence={"smallest": low, "largest": high, "values": len(counts)},
         level="serious" if high > 10 * low else "note",
     )
 
 
-@rule(
+@lint_rule(
     "P2",
-    "a scale far from the paper's for this depth",
+    "a scale far from the published value for this depth",
     "note",
-    why="CaiT's authors found 0.1 right up to 18 blocks, 1e-5 up to 24 and 1e-6 beyond.",
+    why="The authors of CaiT found that 0.1 works up to 18 blocks, 1e-5 up to 24 and 1e-6 beyond.",
     source="Touvron et al. 2021, sec. 2: https://arxiv.org/abs/2103.17239; "
     "https://github.com/facebookresearch/deit/issues/122",
 )
 def unusual_scales(survey: Survey) -> Iterator[Hit]:
-    """Per channel, from scratch, beyond 24 blocks, a factor of 100 from 1e-6; 1 and 0 are others' business."""
+    """Per channel, from scratch, beyond 24 blocks, 100 times off 1e-6; scales of 1 and 0 have rules of their own."""
     if survey.pretrained or survey.blocks <= 24:
         return
     far = {
@@ -94,23 +95,23 @@ def unusual_scales(survey: Survey) -> Iterator[Hit]:
     if far:
         first = next(iter(far.values()))
         yield Hit(
-            what=f"{len(far)} scales start at {number(first)} at a depth of {number(survey.blocks)} blocks; "
-            "the paper's value is 1e-06",
+            what=f"{counted(len(far), 'scale')} at {format_number(first)} in {format_number(survey.blocks)} blocks; "
+            "the published value is 1e-06",
             where=tuple(far),
-            evidence={"scale": first, "paper's scale": 1e-6, "blocks": survey.blocks},
+            evidence={"scale": first, "published scale": 1e-6, "blocks": survey.blocks},
         )
 
 
-@rule(
+@lint_rule(
     "P15",
-    "scales from scratch in a pretrained network",
+    "freshly initialised scales in a pretrained network",
     "note",
-    why="A scale that is tiny and the same on all channels was never trained: what the branches behind it learned is "
-    "multiplied away. Put scales into a trained network at 1, or divide the last weights by them.",
+    why="A scale that is tiny and equal on all channels was never trained, and multiplies away what its branch has "
+    "learned. Insert scales into a trained network at 1, or divide the last weights by them.",
     source="https://github.com/czczup/ViT-Adapter/issues/157",
 )
 def wiped_features(survey: Survey) -> Iterator[Hit]:
-    """Below 1e-3 and uniform, 0 included. New branches (adapters) may start so: it is serious only where all do."""
+    """Uniform and below 1e-3, 0 included. New branches (adapters) may start that way: serious only where all do."""
     if not survey.pretrained:
         return
     tiny = {
@@ -121,26 +122,26 @@ def wiped_features(survey: Survey) -> Iterator[Hit]:
     if tiny:
         first = next(iter(tiny.values()))
         yield Hit(
-            what=f"{len(tiny)} of {len(survey.links)} branches of a pretrained network are scaled by {number(first)}",
+            what=f"{len(tiny)} of {len(survey.links)} branches of the pretrained network have a scale of "
+            f"{format_number(first)}",
             where=tuple(tiny),
             evidence={"scale": first, "branches": len(tiny)},
             level="serious" if len(tiny) == len(survey.links) else "note",
         )
 
 
-@rule(
+@lint_rule(
     "P7",
-    "scales that a re-initialisation changes",
+    "scales that reset_parameters changes",
     "serious",
-    why="Whoever builds on the meta device or calls reset_parameters on every module gets another start than this one.",
+    why="A model built on the meta device, or re-initialised module by module, starts differently from this one.",
     source="https://github.com/huggingface/pytorch-image-models/issues/2605; "
     "https://github.com/facebookresearch/dinov2/issues/476",
 )
 def forgetful_scales(survey: Survey) -> Iterator[Hit]:
-    """reset_parameters is called on a copy of the module that owns the scale, where it is a leaf.
+    """Calls reset_parameters on a copy of the module that owns the scale, where it is a leaf.
 
-    Only where the scale still holds one value, and a single number's value is held by another one too: a trained scale
-    differs from its start as it should.
+    Only for scales that cannot have been trained: equal on all channels, and a scalar equal to another scalar.
     """
     if survey.pretrained:
         return
@@ -151,20 +152,21 @@ def forgetful_scales(survey: Survey) -> Iterator[Hit]:
         now = survey.parameters[name].detach()
         if value is None or (now.numel() == 1 and counts[value] == 1 and len(values) > 1):
             continue
-        anew = restarted(survey.owner(name), name.rpartition(".")[2])
+        anew = parameter_after_reset(survey.owner(name), name.rpartition(".")[2])
         if anew is not None and not torch.allclose(anew, now, rtol=1e-3, atol=0.0):
             changed[name] = value, float(anew.float().mean())
     if changed:
         before, after = next(iter(changed.values()))
         yield Hit(
-            what=f"reset_parameters turns {len(changed)} scales from {number(before)} to {number(after)}",
+            what=f"reset_parameters changes {counted(len(changed), 'scale')} from {format_number(before)} to "
+            f"{format_number(after)}; reset to the value that the scale was made with",
             where=tuple(changed),
             evidence={"now": before, "after reset_parameters": after},
         )
 
 
-def restarted(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter after `reset_parameters` of a copy; None where there is none, it fails, or there are children."""
+def parameter_after_reset(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter after `reset_parameters` on a copy; None where that is missing or fails, or there are children."""
     if not callable(getattr(module, "reset_parameters", None)) or list(module.children()):
         return None
     twin = copy.copy(module)
@@ -176,7 +178,7 @@ def restarted(module: nn.Module, name: str) -> Tensor | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             twin.reset_parameters()  # type: ignore[operator]
-    except Exception:  # a stranger's reset_parameters
+    except Exception:  # any error of a foreign reset_parameters
         return None
     after = twin._parameters.get(name)
     return None if after is None or after.is_meta else after.detach()

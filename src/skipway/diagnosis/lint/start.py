@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from skipway.diagnosis.findings import number
-from skipway.diagnosis.lint.rule import Hit, rule
+from skipway.diagnosis.findings import counted, format_number
+from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import DEEP, Link, Survey
 from skipway.diagnosis.remedies import Damp, Revive
 
-__all__ = ["closing_norms", "loud_branches", "own_index", "two_zeros", "wiped_stream"]
+__all__ = ["closing_norms", "loud_branches", "own_index", "two_zero_factors", "wiped_stream"]
 
 
-@rule(
+@lint_rule(
     "P13",
     "two zero factors in one branch",
     "fatal",
-    why="Each factor's gradient is multiplied by the other, so both stay exactly zero and the branch never learns.",
-    source="product rule: ∂(ab)/∂a = b; pitfall P13; one zero alone is a scheme (Zhang et al. 2019, Goyal et al. 2017)",
+    why="The gradient of each factor is a multiple of the other, so both stay zero and the branch never learns. "
+    "One zero is enough for a silent start.",
+    source="product rule: ∂(ab)/∂a = b; for a single zero Zhang et al. 2019, Goyal et al. 2017",
 )
-def two_zeros(survey: Survey) -> Iterator[Hit]:
-    """Last map, closing norm and scale: two of them are 0, and no bias between them carries a gradient."""
+def two_zero_factors(survey: Survey) -> Iterator[Hit]:
+    """Two of last map, closing norm and scale are 0, and no bias between them carries a gradient."""
     dead: list[Link] = []
     maps: list[str] = []
     for link in survey.links:
@@ -31,45 +32,45 @@ def two_zeros(survey: Survey) -> Iterator[Hit]:
             dead.append(link)
             maps.extend([link.last] if last and link.last is not None else [])
     if dead:
-        way = "" if maps else "; start the closing norms' weights at 1, or the scales above 0"
+        advice = "" if maps else "; start the closing norms' weights at 1, or the scales above 0"
         yield Hit(
-            what=f"{len(dead)} of {len(survey.links)} branches hold two factors that are 0{way}",
+            what=f"{len(dead)} of {len(survey.links)} branches have two factors that are 0{advice}",
             where=tuple(link.name for link in dead),
             evidence={"branches with two zeros": len(dead), "branches": len(survey.links)},
             remedies=(Revive(tuple(maps)),) if maps else (),
         )
 
 
-@rule(
+@lint_rule(
     "P8",
-    "zeroed norms behind the additions",
+    "zeroed norms after the additions",
     "fatal",
-    why="A norm behind the addition stands on the stream: with weight 0 it passes nothing but its bias.",
-    source="He et al. 2016, 'Identity Mappings', fig. 4b: https://arxiv.org/abs/1603.05027; pitfall P8",
+    why="A norm after the addition is on the stream: with weight 0 it passes on nothing but its bias.",
+    source="He et al. 2016, 'Identity Mappings', fig. 4b: https://arxiv.org/abs/1603.05027",
 )
 def wiped_stream(survey: Survey) -> Iterator[Hit]:
-    """True post-norm must not be zeroed."""
-    closing = {link.closing for link in survey.links}  # of an outer branch, which may start at 0
+    """Norms of post-norm networks, as opposed to norms at the ends of branches."""
+    closing = {link.closing for link in survey.links}  # norms of an outer branch, which may start at 0
     after = dict.fromkeys(path for link in survey.links for path in link.after if path not in closing)
     wiped = [path for path in after if survey.is_zero(f"{path}.weight")]
     if wiped:
         yield Hit(
-            what=f"{len(wiped)} norms behind additions have weight 0, which wipes the stream; start them at 1",
+            what=f"{counted(len(wiped), 'norm')} after additions with weight 0, which wipes out the stream; start at 1",
             where=tuple(wiped),
             evidence={"zero norms on the stream": len(wiped)},
         )
 
 
-@rule(
+@lint_rule(
     "P8",
-    "residual-post-norm that starts at full size",
+    "residual post-norm that starts at full size",
     "note",
-    why="With norms only at the ends of the branches every branch adds variance 1 to the stream from the start; "
-    "the authors start these norms' weights at 0.",
+    why="With norms at the ends of the branches only, every branch adds a variance of 1 to the stream from the start. "
+    "The authors of Swin V2 start the weights of these norms at 0.",
     source="Liu et al. 2022, 'Swin Transformer V2', https://arxiv.org/abs/2111.09883, and the authors' code",
 )
 def loud_branches(survey: Survey) -> Iterator[Hit]:
-    """Swin V2's placing in a network of attention, from a variance of 2 on; ConvMixer has it too, and trains."""
+    """The placement of Swin V2, in networks with attention and from a variance of 2 on; ConvMixer trains with it."""
     if survey.pretrained or not any(link.kind == "attention" for link in survey.links):
         return
     placed = [link for link in survey.links if link.norms == ("end",) and link.identity]
@@ -82,8 +83,8 @@ def loud_branches(survey: Survey) -> Iterator[Hit]:
     total = sum(added.values())
     if total > 2:
         yield Hit(
-            what=f"the norms at the ends of {len(added)} branches do not start at 0, and add a variance of "
-            f"{number(total)} to the stream; multiply their weights by 0",
+            what=f"the norms at the ends of {len(added)} branches do not start at 0 and add a variance of "
+            f"{format_number(total)} to the stream; start their weights at 0",
             where=tuple(name for name, variance in added.items() if variance > 0),
             evidence={"branches": len(added), "variance added": total},
             remedies=(Damp(0.0),) if len(placed) == len(survey.links) else (),
@@ -91,12 +92,12 @@ def loud_branches(survey: Survey) -> Iterator[Hit]:
         )
 
 
-@rule(
+@lint_rule(
     "P1",
-    "Fixup's factor from a layer's own index",
+    "Fixup's factor from the branch's own index",
     "serious",
-    why="Fixup's L^(-1/(2m-2)) has L, the number of branches of the network, in all branches; with the own index the "
-    "first branches start too large and the last as they should.",
+    why="In Fixup's L^(-1/(2m-2)), L is the number of branches of the whole network. With the index of each branch "
+    "instead, all but the last start too large.",
     source="https://github.com/ajbrock/BoilerPlate/issues/1; Zhang et al. 2019, sec. 3: https://arxiv.org/abs/1901.09321",
 )
 def own_index(survey: Survey) -> Iterator[Hit]:
@@ -113,30 +114,30 @@ def own_index(survey: Survey) -> Iterator[Hit]:
     if len(known) != len(links) or not all(survey.zeros(link)[0] for link in links):
         return
     power = 1 / (2 * lengths.pop() - 2)
-    for axis in (0, 1):  # He's fan in, then fan out: the weights behind one index of the axis
+    for axis in (0, 1):  # He's fan in, then fan out: the weights at one index of the axis
         ratios = [float(weight.std()) * (weight.select(axis, 0).numel() / 2) ** 0.5 for weight in known]
         straight = [ratio * index**power for index, ratio in enumerate(ratios, start=1)]
         if min(ratios) > 0 and max(ratios) > 1.6 * min(ratios) and max(straight) < 1.25 * min(straight):
             yield Hit(
-                what=f"first maps start at {number(ratios[0])} of He's deviation in branch 1 and at "
-                f"{number(ratios[-1])} in branch {len(links)}, as l^(-{number(power)}) with the branch's own index l; "
-                f"multiply all by {len(links)}^(-{number(power)}) instead",
+                what=f"the first maps start at {format_number(ratios[0])} of He's deviation in branch 1, and at "
+                f"{format_number(ratios[-1])} in branch {len(links)}: l^(-{format_number(power)}) for branch l; "
+                f"multiply all by {len(links)}^(-{format_number(power)}) instead",
                 where=tuple(link.maps[0] for link in links),
                 evidence={"first over He": ratios[0], "last over He": ratios[-1], "branches": len(links)},
             )
             return
 
 
-@rule(
+@lint_rule(
     "P19",
-    "whether closing norms start at zero",
+    "start of the closing norms, to be stated",
     "note",
-    why="Libraries differ (on in timm's ResNet, mmpretrain, fastai; off in torchvision), and it moves accuracy at "
-    "large batches: a baseline has to say it.",
+    why="Libraries differ (0 in timm's ResNet, mmpretrain and fastai, 1 in torchvision), and the accuracy at large "
+    "batches depends on it: state it with a baseline.",
     source="Goyal et al. 2017, sec. 5.1: https://arxiv.org/abs/1706.02677",
 )
 def closing_norms(survey: Survey) -> Iterator[Hit]:
-    """Said once for a network of convolutions that starts from scratch."""
+    """One finding per network of convolutions that starts from scratch."""
     closed = [link for link in survey.links if link.closing is not None and link.kind == "conv"]
     if survey.pretrained or not closed or any(survey.value(f"{link.closing}.weight") is None for link in closed):
         return

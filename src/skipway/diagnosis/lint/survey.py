@@ -1,4 +1,4 @@
-"""What the rules see: a model, its optimizer, its connections, and what the parameters of both are for."""
+"""A survey of a model for the lint rules: its connections, the roles of its parameters, its optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from skipway.tracing.chain import Connection, WatchedConnection, chain, chain_fr
 __all__ = ["DEEP", "Link", "Survey"]
 
 DEEP = 24
-"""Connections, or units of variance, up to which networks train from any start: ViT-B/16 has as many (P6, P8)."""
+"""Connections, or units of variance, up to which networks train from any start: ViT-B/16 has as many."""
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 NORM = re.compile(r"norm", re.IGNORECASE)
 SCALE = re.compile(r"layer_?scale|skip_?init|re_?zero", re.IGNORECASE)
@@ -29,20 +29,20 @@ SCALE = re.compile(r"layer_?scale|skip_?init|re_?zero", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What the rules know of a connection, watched or read from our types.
+    """A connection as the rules see it, traced or read from Skipway modules.
 
     Args:
         name: of the connection.
-        kind: what its branch does: "attention", "conv" or "mlp".
+        kind: of the branch: "attention", "conv" or "mlp".
         identity: whether the skip is x itself.
-        norms: where norms stand: "pre", "inside" or "end" of the branch, "post" behind the sum.
+        norms: places of the norms: "pre", "inside" or "end" of the branch, "post" after the addition.
         maps: paths of the linear maps of the branch, in order.
-        last: path of the linear map that makes what the branch puts out.
+        last: path of the linear map that makes the branch's output.
         closing: path of the norm at the end of the branch.
-        after: paths of the norms that all of the sum passes, be they part of the connection or not.
+        after: paths of the norms through which the whole sum passes, part of the connection or not.
         scales: names of the parameters that multiply the branch.
         modules: paths of the modules that the branch runs in.
-        constant: number that multiplies the branch, as far as a module of ours says it.
+        constant: constant factor of the branch, as far as a Skipway module states it.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Link:
 
 @dataclass
 class Survey:
-    """A model under lint, with what the rules ask of it.
+    """A model under lint, with all that the rules ask about it.
 
     Args:
         model: any module.
-        example: what it is called with; None: connections of ours are read by type, other models have none.
-        optimizer: that will train it.
-        pretrained: whether its weights were trained before.
+        example: what the model is called with; None: only `skipway.nn.Residual` connections are known, by type.
+        optimizer: used for training.
+        pretrained: its weights are trained.
     """
 
     model: nn.Module
@@ -76,7 +76,7 @@ class Survey:
 
     @cached_property
     def program(self) -> Program | None:
-        """What the model runs on the example."""
+        """The program that the model runs on the example."""
         return None if self.example is None else watch(self.model, self.example)
 
     @cached_property
@@ -84,13 +84,13 @@ class Survey:
         """The connections in order."""
         if self.program is not None:
             return tuple(
-                watched(self.program, connection) for connection in chain_from_program(self.model, self.program)
+                link_of_traced(self.program, connection) for connection in chain_from_program(self.model, self.program)
             )
         if not any(isinstance(module, Residual) for module in self.model.modules()):
             return ()
         paths = {id(module): path for path, module in self.model.named_modules()}
         ours = [connection for connection in chain(self.model) if not isinstance(connection.residual.shortcut, Cut)]
-        return tuple(typed(paths, connection) for connection in ours)
+        return tuple(link_of_residual(paths, connection) for connection in ours)
 
     @cached_property
     def blocks(self) -> float:
@@ -100,7 +100,7 @@ class Survey:
 
     @cached_property
     def bare(self) -> bool:
-        """Whether the branches go without norms: none is in one, and at most a final one or so in the network."""
+        """Whether the network is norm-free: no norm in a branch, and hardly any elsewhere."""
         norms = sum(is_norm(module) for module in self.model.modules())
         return bool(self.links) and not any(link.norms for link in self.links) and 2 * norms <= len(self.links)
 
@@ -115,16 +115,16 @@ class Survey:
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        """What each parameter is for: "scale", "norm", "bias", "weight" or "embedding".
+        """The role of each parameter: "scale", "norm", "bias", "weight" or "embedding".
 
-        The roles of `param_groups`, and what the connections and the classes' names say beyond them.
+        The roles of `param_groups`, corrected by the connections and by the names of classes.
         """
-        behind = {name for link in self.links for name in link.scales}
+        scales = {name for link in self.links for name in link.scales}
         found: dict[str, str] = {}
         for name in self.parameters:
             owner, own = self.owner(name), name.rpartition(".")[2]
             role = role_of(owner, own).name
-            if name in behind or role == "gain" or SCALE.search(type(owner).__name__):
+            if name in scales or role == "gain" or SCALE.search(type(owner).__name__):
                 role = "scale"
             elif role == "embedding" and is_norm(owner):
                 role = "norm"
@@ -135,7 +135,7 @@ class Survey:
 
     @cached_property
     def branch_scales(self) -> tuple[str, ...]:
-        """The parameters that multiply a branch; without known connections those of modules that are called so."""
+        """The parameters that multiply a branch; without known connections, those of modules with such a class name."""
         if self.links:
             names = dict.fromkeys(name for link in self.links for name in link.scales)
             return tuple(name for name in names if name in self.parameters)
@@ -150,7 +150,7 @@ class Survey:
         return {name: found[id(value)] for name, value in self.parameters.items() if id(value) in found}
 
     def value(self, name: str) -> Tensor | None:
-        """What a parameter holds; None where there is no such parameter, or no values (meta device)."""
+        """The value of a parameter; None where there is no such parameter, or it has no values (meta device)."""
         value = self.parameters.get(name)
         return None if value is None or value.is_meta else value.detach()
 
@@ -160,7 +160,7 @@ class Survey:
         return value is not None and not bool(value.any()) and passage(self.program, name) is not None
 
     def is_absent(self, name: str) -> bool:
-        """Whether a bias is not there, or known to be 0."""
+        """Whether a bias is missing, or known to be 0."""
         value = self.value(name)
         return name not in self.parameters if value is None else not bool(value.any())
 
@@ -171,8 +171,8 @@ class Survey:
         return last, closing, any(self.is_zero(name) for name in link.scales)
 
     def factor(self, name: str) -> float | None:
-        """By what number a scale multiplies now: None where it differs from channel to channel (so it was trained),
-        has no values (meta device), or reaches the signal through a function (1 + γ, a sigmoid).
+        """The present factor of a scale; None where its channels differ (so it was trained), it has no values (meta
+        device), or it reaches the signal through a function (1 + γ, a sigmoid).
         """
         value = self.value(name)
         if value is None or not value.numel() or not value.is_floating_point():
@@ -186,19 +186,19 @@ class Survey:
         return low if passage(self.program, name) == "exact" else None
 
     def link_factor(self, link: Link) -> float | None:
-        """By what number a branch is multiplied, where one parameter says it."""
+        """The factor of a branch, where one parameter states it."""
         return self.factor(link.scales[0]) if len(link.scales) == 1 else None
 
     @cached_property
     def factors(self) -> dict[str, float]:
-        """By what number each scale multiplies its branch, where it alone says it."""
+        """The factor of each scale that is the only one of its branch."""
         return {link.scales[0]: factor for link in self.links if (factor := self.link_factor(link)) is not None}
 
 
-def watched(program: Program, connection: WatchedConnection) -> Link:
-    """The link of a watched connection."""
+def link_of_traced(program: Program, connection: WatchedConnection) -> Link:
+    """The link of a traced connection."""
     seen = connection.seen
-    behind = {program[user].norm: None for user in program.users[seen.numbers[2]] if program[user].signal}
+    norms = {program[user].norm: None for user in program.users[seen.numbers[2]] if program[user].signal}
     return Link(
         name=connection.name,
         kind=seen.kind,
@@ -207,19 +207,19 @@ def watched(program: Program, connection: WatchedConnection) -> Link:
         maps=seen.maps,
         last=seen.last,
         closing=seen.closing,
-        after=() if None in behind else tuple(norm for norm in behind if norm is not None),
+        after=() if None in norms else tuple(norm for norm in norms if norm is not None),
         scales=() if seen.scale is None else seen.scale.parameters,
         modules=seen.modules,
         constant=1.0 if connection.residual is None else constant(connection.residual),
     )
 
 
-def typed(paths: Mapping[int, str], connection: Connection) -> Link:
-    """The link of a connection of ours, read from its modules.
+def link_of_residual(paths: Mapping[int, str], connection: Connection) -> Link:
+    """The link of a Skipway connection, read from its modules.
 
     Args:
         paths: of the network's modules, by identity.
-        connection: one of the network's.
+        connection: of the network.
     """
     residual, branch = connection.residual, connection.residual.branch
     maps, end = (branch.path(), branch.closing_norm()) if isinstance(branch, Branch) else ([], None)
@@ -236,7 +236,7 @@ def typed(paths: Mapping[int, str], connection: Connection) -> Link:
         name=connection.name,
         kind=connection.site.kind,
         identity=isinstance(residual.shortcut, Carry),
-        norms=tuple(place for place, there in present.items() if there),
+        norms=tuple(position for position, there in present.items() if there),
         maps=names,
         last=names[-1] if names else None,
         closing=None if closing is None else paths[id(closing)],
@@ -248,12 +248,12 @@ def typed(paths: Mapping[int, str], connection: Connection) -> Link:
 
 
 def constant(residual: Residual) -> float:
-    """The number that stands behind a branch of ours."""
+    """The constant factor of a Skipway branch."""
     return math.prod(part.factor for part in residual.scale.modules() if isinstance(part, Multiply))
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises: torch's own classes, others by their name and parameters of at most one axis."""
+    """Whether a module is a norm: a class of torch, or a class named so with parameters of at most one axis."""
     if isinstance(module, NORMS):
         return True
     small = all(parameter.ndim <= 1 for parameter in module.parameters())
@@ -261,16 +261,16 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def passage(program: Program | None, name: str) -> str | None:
-    """How a parameter reaches the signal: "exact" as it is, "multiple" times constants, None through a function.
+    """How a parameter reaches the signal: "exact" unchanged, "multiple" times constants, None through a function.
 
-    Without a program it is taken to be exact: so are the parameters of our own modules.
+    Without a program it is "exact", as for the parameters of Skipway modules.
     """
     if program is None:
         return "exact"
     waiting = [v.number for v in program.values if v.operator == "parameter" and v.parameters == frozenset({name})]
     if not waiting:
         return None
-    way = "exact"
+    kind = "exact"
     while waiting:
         for user in program.users[waiting.pop()]:
             value = program[user]
@@ -278,6 +278,6 @@ def passage(program: Program | None, name: str) -> str | None:
                 continue
             if value.part not in {"carry", "scale"}:
                 return None
-            way = "multiple" if value.part == "scale" else way
+            kind = "multiple" if value.part == "scale" else kind
             waiting.append(user)
-    return way
+    return kind
