@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skipway.data.split import hold_out, list_folder, printable
+from skipway.data.split import hold_out, list_splits, printable
 from skipway.errors import DataError
 
 
@@ -33,7 +33,7 @@ def test_train_and_test_folders(tmp_path, test_name):
         *many(f"{test_name}/cat", 1),
         *many(f"{test_name}/dog", 1),
     )
-    listing = list_folder(tmp_path)
+    listing = list_splits(tmp_path)
     assert listing.classes == ("cat", "dog")
     assert listing.held_out is None
     assert [sample.label for sample in listing.train] == [0, 0, 1, 1, 1]
@@ -42,7 +42,7 @@ def test_train_and_test_folders(tmp_path, test_name):
 
 def test_class_folders_are_split_class_by_class(tmp_path):
     touch(tmp_path, *many("cat", 10), *many("dog", 25), *many("emu", 2))
-    listing = list_folder(tmp_path, held_out=0.2)
+    listing = list_splits(tmp_path, held_out=0.2)
     counts = [sum(sample.label == label for sample in listing.test) for label in range(3)]
     assert counts == [2, 5, 1]
     assert {s.file for s in listing.train}.isdisjoint(s.file for s in listing.test)
@@ -51,12 +51,12 @@ def test_class_folders_are_split_class_by_class(tmp_path):
 
 def test_a_train_folder_alone_is_split(tmp_path):
     touch(tmp_path, *many("train/cat", 10), *many("train/dog", 10))
-    assert len(list_folder(tmp_path, held_out=0.3).test) == 6
+    assert len(list_splits(tmp_path, held_out=0.3).test) == 6
 
 
 def test_the_split_is_a_function_of_the_seed(tmp_path):
     touch(tmp_path, *many("cat", 50), *many("dog", 50))
-    first, again, other = (list_folder(tmp_path, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (list_splits(tmp_path, seed=seed) for seed in (1, 1, 2))
     assert first.test == again.test
     assert first.fingerprint == again.fingerprint
     assert first.test != other.test
@@ -72,14 +72,14 @@ def test_an_added_file_moves_at_most_one_other():
 
 def test_images_below_subfolders_of_a_class_belong_to_it(tmp_path):
     touch(tmp_path, "cat/a/b/1.jpg", "cat/2.JPEG", "dog/1.webp", "dog/2.tif")
-    listing = list_folder(tmp_path)
+    listing = list_splits(tmp_path)
     assert len(listing.train) + len(listing.test) == 4
 
 
 def test_other_files_are_counted_and_hidden_ones_are_not(tmp_path):
     touch(tmp_path, *many("cat", 2), *many("dog", 2), "cat/notes.txt", "dog/photo.heic", "dog/LICENSE", "labels.csv")
     touch(tmp_path, "cat/.DS_Store", "cat/Thumbs.db", ".git/x.png", "__MACOSX/cat/._1.png")
-    listing = list_folder(tmp_path)
+    listing = list_splits(tmp_path)
     assert listing.classes == ("cat", "dog")
     assert dict(listing.ignored) == {".txt": 1, ".heic": 1, "no suffix": 1, ".csv outside the class folders": 1}
 
@@ -87,13 +87,13 @@ def test_other_files_are_counted_and_hidden_ones_are_not(tmp_path):
 def test_linked_folders_are_not_entered(tmp_path):
     touch(tmp_path, *many("cat", 2), *many("dog", 2))
     (tmp_path / "cat" / "loop").symlink_to(tmp_path, target_is_directory=True)
-    assert len(list_folder(tmp_path).train) + len(list_folder(tmp_path).test) == 4
+    assert len(list_splits(tmp_path).train) + len(list_splits(tmp_path).test) == 4
 
 
 @pytest.mark.parametrize("name", ["Ærø", "two words", "new\nline", "\x1b[31mred", "日本"])
 def test_class_names_of_any_kind(tmp_path, name):
     touch(tmp_path, *many(name, 2), *many("plain", 2))
-    assert set(list_folder(tmp_path).classes) == {name, "plain"}
+    assert set(list_splits(tmp_path).classes) == {name, "plain"}
     assert printable(name).isprintable()
 
 
@@ -107,16 +107,16 @@ def test_names_that_are_not_unicode(tmp_path):
     for number in (b"1", b"2"):
         open(folder + b"/" + number + b".png", "w").close()
     touch(tmp_path, *many("dog", 2))
-    listing = list_folder(tmp_path)
+    listing = list_splits(tmp_path)
     assert len(listing.fingerprint) == 16
     assert printable(listing.classes[0]).isprintable()
 
 
 def test_the_fingerprint_follows_the_files(tmp_path):
     touch(tmp_path, *many("cat", 4), *many("dog", 4))
-    before = list_folder(tmp_path).fingerprint
+    before = list_splits(tmp_path).fingerprint
     (tmp_path / "cat/000.png").rename(tmp_path / "cat/900.png")
-    assert list_folder(tmp_path).fingerprint != before
+    assert list_splits(tmp_path).fingerprint != before
 
 
 BAD = {
@@ -139,12 +139,12 @@ def test_a_folder_that_cannot_be_trained_on_is_named(tmp_path, name):
     files, message = BAD[name]
     touch(tmp_path, *files)
     with pytest.raises(DataError, match=message):
-        list_folder(tmp_path)
+        list_splits(tmp_path)
 
 
 def test_no_folder_at_all(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
-        list_folder(tmp_path / "nowhere")
+        list_splits(tmp_path / "nowhere")
     (tmp_path / "photos.zip").touch()
     with pytest.raises(DataError, match="is a file; unpack it"):
-        list_folder(tmp_path / "photos.zip")
+        list_splits(tmp_path / "photos.zip")

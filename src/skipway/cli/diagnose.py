@@ -306,9 +306,9 @@ def image_side(shape: tuple[int, ...]) -> int:
 
 def class_names(folder: Path) -> tuple[str, ...]:
     """The class names of a folder of images."""
-    from skipway.data import list_folder
+    from skipway.data import list_splits
 
-    return list_folder(folder).classes
+    return list_splits(folder).classes
 
 
 def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -319,14 +319,14 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
     """
     import torch
 
-    from skipway.data import list_folder
+    from skipway.data import list_splits
     from skipway.data.loader import statistics
     from skipway.data.parts import read_all
     from skipway.data.randomness import permutation
     from skipway.errors import DataError
 
     size = image_side(shape)
-    listing = list_folder(folder)
+    listing = list_splits(folder)
     order = permutation(len(listing.train), seed, 0)[:count].tolist()
     chosen = [listing.train[number] for number in order]
     part, bad = read_all(folder, chosen, channels=shape[0], size=size, workers=0)

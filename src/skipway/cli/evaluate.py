@@ -97,7 +97,7 @@ def encode_evaluation(judgement: Judgement) -> str:
 def print_evaluation(judgement: Judgement) -> None:
     """Print the result, and the classes in a table, the worst first."""
     from skipway.cli.table import print_table
-    from skipway.data.split import named
+    from skipway.data.split import name_list
     from skipway.inference.metrics import class_scores, percent
     from skipway.report.summary import accuracy_text, mistakes_text
 
@@ -113,7 +113,7 @@ def print_evaluation(judgement: Judgement) -> None:
     if len(judgement.unreadable) > SHOWN:
         say("damaged", f"and {len(judgement.unreadable) - SHOWN:,} more")
     if judgement.absent:
-        say("note", f"no image of class {named(judgement.absent)}")
+        say("note", f"no image of class {name_list(judgement.absent)}")
     say("accuracy", accuracy_text(evaluation, 0.0, 0))
     say("mean", f"recall {percent(scores.balanced_accuracy)} and F1 {percent(scores.macro_f1)} over the classes")
     say("mistakes", mistakes_text(evaluation, judgement.classes))

@@ -14,17 +14,17 @@ from skipway.data.decode import UnreadableImage, decode
 from skipway.data.digits import digits
 from skipway.data.loader import load
 from skipway.data.options import DataChoices
-from skipway.data.split import Listing, list_folder
+from skipway.data.split import Splits, list_splits
 
 __all__ = [
     "Augmentation",
     "Batch",
     "Data",
     "DataChoices",
-    "Listing",
+    "Splits",
     "UnreadableImage",
     "decode",
     "digits",
-    "list_folder",
+    "list_splits",
     "load",
 ]

@@ -12,7 +12,7 @@ from skipway.data.augment import Augmentation
 from skipway.data.batches import Batch, Draws, Variation, check_ranks, normalised, rank_share, test_share
 from skipway.data.parts import Part
 from skipway.data.randomness import permutation
-from skipway.data.split import Listing
+from skipway.data.split import Splits
 
 __all__ = ["Data"]
 
@@ -49,7 +49,7 @@ class Data:
     augmentation: Augmentation
     fingerprint: str
     held_out: float | None
-    listing: Listing | None = None
+    listing: Splits | None = None
     unreadable: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, ...], ...] = ()

@@ -10,7 +10,7 @@ import numpy as np
 
 from skipway.data.augment.crops import random_box
 from skipway.data.decode import LEAST_SIDE, Chooser, Grey16, UnreadableImage, central_share, decode, probe
-from skipway.data.sources.index import Found, named
+from skipway.data.sources.index import SourceIndex, name_list
 from skipway.data.sources.readers import Store
 
 __all__ = ["Decoding", "Examining", "Finding", "Reading", "content_remarks", "groups_of"]
@@ -128,7 +128,7 @@ def groups_of(findings: dict[str, Finding]) -> dict[str, tuple[str, ...]]:
     return {file: tuple(files) for files in by_digest.values() if len(files) > 1 for file in files}
 
 
-def content_remarks(found: Found, findings: dict[str, Finding]) -> list[str]:
+def content_remarks(found: SourceIndex, findings: dict[str, Finding]) -> list[str]:
     """What the images' headers and numbers tell that a user may not expect."""
     remarks = []
     counts, transparent, moving, long = {}, {}, 0, []
@@ -144,16 +144,16 @@ def content_remarks(found: Found, findings: dict[str, Finding]) -> list[str]:
     if full and max(full.values()) >= IMBALANCE * min(full.values()):
         most, least = max(full, key=full.__getitem__), min(full, key=full.__getitem__)
         remarks.append(
-            f"classes differ in size: {named([most])} has {full[most]} images, {named([least])} {full[least]}"
+            f"classes differ in size: {name_list([most])} has {full[most]} images, {name_list([least])} {full[least]}"
         )
     high, low = max(transparent, key=transparent.__getitem__), min(transparent, key=transparent.__getitem__)
     if transparent[high] - transparent[low] > ALPHA_DIFFERENCE:
         remarks.append(
-            f"transparent images: {100 * transparent[high]:.0f} % of {named([high])}, {100 * transparent[low]:.0f} % "
-            f"of {named([low])}; laid on white, so the background may give the class away"
+            f"transparent images: {100 * transparent[high]:.0f} % of {name_list([high])}, {100 * transparent[low]:.0f} % "
+            f"of {name_list([low])}; laid on white, so the background may give the class away"
         )
     if moving:
         remarks.append(f"{moving} animated images: their first frame is used")
     if long:
-        remarks.append(f"{len(long)} images are more than {LONGEST_ASPECT} times as long as wide: {named(long, 3)}")
+        remarks.append(f"{len(long)} images are more than {LONGEST_ASPECT} times as long as wide: {name_list(long, 3)}")
     return remarks

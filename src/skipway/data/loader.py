@@ -22,8 +22,8 @@ from skipway.data.options import SMALL_SIDE, DataChoices
 from skipway.data.parts import FilePart, Held, MemoryPart, Part, Progress, examine
 from skipway.data.pool import FEW_FILES, Pool, Remark, default_workers
 from skipway.data.sources.detect import find
-from skipway.data.sources.index import Found, named, printable
-from skipway.data.split import Listing, divide
+from skipway.data.sources.index import SourceIndex, name_list, printable
+from skipway.data.split import Splits, split_index
 from skipway.errors import DataError
 
 __all__ = ["load", "statistics"]
@@ -96,7 +96,7 @@ def load(
 class Reader:
     """Reads every image of a source once, or the cache instead."""
 
-    found: Found
+    found: SourceIndex
     files: list[str]
     choices: DataChoices
     reading: Reading
@@ -176,7 +176,7 @@ def assembled(reader: Reader, findings: dict[str, Finding], pixels: Held | Pixel
     groups = groups_of(findings) if choices.duplicates else {}
     without = {file for file, _ in bad}
     try:
-        listing = divide(found, held_out=choices.held_out, seed=choices.seed, without=without, groups=groups)
+        listing = split_index(found, held_out=choices.held_out, seed=choices.seed, without=without, groups=groups)
     except DataError as error:
         raise DataError(f"{error}; {len(bad)} files cannot be read and do not count") if bad else error from None
     if not listing.test:
@@ -245,7 +245,7 @@ def load_digits(choices: DataChoices) -> Data:
     )
 
 
-def choose_input(found: Found, files: list[str], choices: DataChoices) -> tuple[Reading, list[str]]:
+def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> tuple[Reading, list[str]]:
     """Input size and channels, from the headers of up to 1,000 images spread evenly over both parts."""
     headers: list[Header] = []
     for file in files[:: max(1, len(files) // PROBED)]:
@@ -267,7 +267,7 @@ def choose_input(found: Found, files: list[str], choices: DataChoices) -> tuple[
     return Reading(channels, size, choices.grey16), remarks
 
 
-def check_readable(found: Found, choices: DataChoices, bad: Sequence[tuple[str, str]]) -> None:
+def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple[str, str]]) -> None:
     """Damaged files must be few, and must not leave a class without training images."""
     if not bad:
         return
@@ -278,7 +278,7 @@ def check_readable(found: Found, choices: DataChoices, bad: Sequence[tuple[str, 
     empty = [name for name, files in found.train.items() if files and without.issuperset(files)]
     if empty:
         raise DataError(
-            f"class {named(empty)} has no readable training image; {len(bad)} files cannot be read, the first: {first}"
+            f"class {name_list(empty)} has no readable training image; {len(bad)} files cannot be read, the first: {first}"
         )
     total = len(found.files)
     if len(bad) > math.ceil(choices.most_unreadable * total):
@@ -288,7 +288,7 @@ def check_readable(found: Found, choices: DataChoices, bad: Sequence[tuple[str, 
         )
 
 
-def leaks(listing: Listing, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
+def leaks(listing: Splits, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
     """(training file, test file) of the same content; of each test file, the first."""
     training = {sample.file for sample in listing.train}
     found = []
@@ -299,13 +299,13 @@ def leaks(listing: Listing, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[s
     return tuple(found)
 
 
-def copy_remarks(listing: Listing, groups: dict[str, tuple[str, ...]], leaked: Sequence[tuple[str, str]]) -> list[str]:
+def copy_remarks(listing: Splits, groups: dict[str, tuple[str, ...]], leaked: Sequence[tuple[str, str]]) -> list[str]:
     """What files of the same content mean."""
     remarks = []
     distinct = tuple(dict.fromkeys(groups.values()))
     if distinct:
         extra = sum(len(group) - 1 for group in distinct)
-        remarks.append(f"{extra} images are copies of others, the first: {named(distinct[0], 3)}")
+        remarks.append(f"{extra} images are copies of others, the first: {name_list(distinct[0], 3)}")
     label = {sample.file: sample.label for sample in listing.train + listing.test}
     torn = [group for group in distinct if len({label[file] for file in group}) > 1]
     if torn:
@@ -320,7 +320,7 @@ def copy_remarks(listing: Listing, groups: dict[str, tuple[str, ...]], leaked: S
     return remarks
 
 
-def listing_remarks(listing: Listing) -> list[str]:
+def listing_remarks(listing: Splits) -> list[str]:
     """What was found in the source and is not used."""
     remarks = []
     if listing.ignored:
@@ -334,7 +334,7 @@ def listing_remarks(listing: Listing) -> list[str]:
         present = {sample.label for sample in part}
         missing = [name for number, name in enumerate(listing.classes) if number not in present]
         if missing:
-            remarks.append(f"no {verb} image of class {named(missing)}")
+            remarks.append(f"no {verb} image of class {name_list(missing)}")
     return remarks
 
 

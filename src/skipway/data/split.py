@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from skipway.data.randomness import draw_key
 from skipway.data.sources.detect import find
-from skipway.data.sources.index import FilesByClass, Found, named, printable
+from skipway.data.sources.index import FilesByClass, SourceIndex, name_list, printable
 from skipway.data.sources.readers import Files, Store
 from skipway.errors import DataError
 
-__all__ = ["Listing", "Sample", "divide", "hold_out", "list_folder", "named", "printable"]
+__all__ = ["Sample", "Splits", "hold_out", "list_splits", "name_list", "printable", "split_index"]
 
 
 class Sample(NamedTuple):
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listing:
+class Splits:
     """The images of a source, sorted into classes and into a training and a test part.
 
     `held_out` is the share of each class that was held out here, None when the source brings its own test part.
@@ -59,7 +59,7 @@ class Listing:
         return digest.hexdigest()
 
 
-def list_folder(root: Path, *, held_out: float = 0.2, seed: int = 0) -> Listing:
+def list_splits(root: Path, *, held_out: float = 0.2, seed: int = 0) -> Splits:
     """Find the images of a source, see `skipway.data.sources.detect.find`, and divide them.
 
     Without a test part, the share `held_out` of each class is held out, the same files for the same seed.
@@ -68,17 +68,17 @@ def list_folder(root: Path, *, held_out: float = 0.2, seed: int = 0) -> Listing:
         DataError: the source is missing or empty, has fewer than two classes, an empty class, or a class in its
             test part that the training part lacks.
     """
-    return divide(find(root), held_out=held_out, seed=seed)
+    return split_index(find(root), held_out=held_out, seed=seed)
 
 
-def divide(
-    found: Found,
+def split_index(
+    found: SourceIndex,
     *,
     held_out: float,
     seed: int,
     without: Collection[str] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
-) -> Listing:
+) -> Splits:
     """The two parts of a source.
 
     Args:
@@ -100,7 +100,7 @@ def divide(
     else:
         train, test = kept(found.train), kept(found.test)
     numbers = {name: number for number, name in enumerate(found.classes)}
-    return Listing(
+    return Splits(
         root=found.root,
         classes=found.classes,
         train=samples(train, numbers),

@@ -11,7 +11,7 @@ import torch
 from skipway.checkpoint.files import read_json
 from skipway.data import load
 from skipway.data.sources.detect import find
-from skipway.data.sources.index import named
+from skipway.data.sources.index import name_list
 from skipway.data.split import printable
 from skipway.errors import CheckpointError, DataError
 from skipway.inference.evaluation import Evaluation, evaluate
@@ -110,7 +110,7 @@ def judge_images(
     unknown = [name for name in files if files[name] and name not in numbers]
     if unknown:
         raise DataError(
-            f"class {named(unknown)} in {printable(data)} is not one of the network's: {named(predictor.classes, 20)}"
+            f"class {name_list(unknown)} in {printable(data)} is not one of the network's: {name_list(predictor.classes, 20)}"
         )
     pairs = [(file, numbers[name]) for name in files if name in numbers for file in files[name]]
     unreadable: list[tuple[str, str]] = []

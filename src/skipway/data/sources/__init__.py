@@ -1,9 +1,9 @@
-"""Where images are: class folders, lists, tar shards, Hugging Face data sets. All give the same `Found`."""
+"""Where images are: class folders, lists, tar shards, Hugging Face data sets. All give the same `SourceIndex`."""
 
 from __future__ import annotations
 
 from skipway.data.sources.detect import find
-from skipway.data.sources.index import Found
+from skipway.data.sources.index import SourceIndex
 from skipway.data.sources.readers import Store
 
-__all__ = ["Found", "Store", "find"]
+__all__ = ["SourceIndex", "Store", "find"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from skipway.data.sources.folders import find_folders
 from skipway.data.sources.hub import HUB_PREFIX, find_rows, is_saved
-from skipway.data.sources.index import Found, printable
+from skipway.data.sources.index import SourceIndex, printable
 from skipway.data.sources.lists import LIST_SUFFIXES, find_list
 from skipway.data.sources.shards import find_shards
 from skipway.errors import DataError, SkipwayError
@@ -20,7 +20,7 @@ COLUMNS = ("image", "label", "split")
 
 def find(
     source: Path | str, *, allow_empty: bool = False, outside: bool = False, columns: Sequence[str] = COLUMNS
-) -> Found:
+) -> SourceIndex:
     """The images of a source: a folder of class folders, of tar shards or of `save_to_disk`; a list in CSV, TSV or
     Parquet; a tar file or a brace pattern of them; "hf:NAME".
 

@@ -11,10 +11,10 @@ from skipway.data.sources.index import (
     SUFFIXES,
     TEST_NAMES,
     FilesByClass,
-    Found,
+    SourceIndex,
     check_classes,
     check_test_classes,
-    named,
+    name_list,
     printable,
 )
 from skipway.data.sources.readers import Files
@@ -94,7 +94,7 @@ def hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX")) or name in ("Thumbs.db", "desktop.ini")
 
 
-def find_folders(root: Path, *, allow_empty: bool = False, outside: bool = False) -> Found:
+def find_folders(root: Path, *, allow_empty: bool = False, outside: bool = False) -> SourceIndex:
     """The images of class folders.
 
     Args:
@@ -117,8 +117,8 @@ def find_folders(root: Path, *, allow_empty: bool = False, outside: bool = False
         check_test_classes(test, classes, printable(root / tests[0]))
     remarks = []
     if walk.links:
-        remarks.append(f"links not followed, to folders or out of the data: {named(walk.links, 3)}")
-    return Found(
+        remarks.append(f"links not followed, to folders or out of the data: {name_list(walk.links, 3)}")
+    return SourceIndex(
         store=Files(root),
         name=root.resolve().name,
         classes=classes,

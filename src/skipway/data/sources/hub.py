@@ -9,10 +9,10 @@ from typing import Any
 
 from skipway.data.sources.index import (
     FilesByClass,
-    Found,
+    SourceIndex,
     check_classes,
     check_test_classes,
-    named,
+    name_list,
     part_of,
     printable,
     sorted_classes,
@@ -32,7 +32,7 @@ def is_saved(folder: Path) -> bool:
     )
 
 
-def find_rows(source: Path | str, *, columns: Sequence[str], outside: bool = False) -> Found:
+def find_rows(source: Path | str, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
     """The images of a data set.
 
     Args:
@@ -82,14 +82,14 @@ def find_rows(source: Path | str, *, columns: Sequence[str], outside: bool = Fal
             table = table.cast_column(image, datasets.Image(decode=False))
         tables[split] = table.select_columns([image])
     if "train" not in parts:
-        raise DataError(f"{where} has no split called train; it has {named(splits)}")
+        raise DataError(f"{where} has no split called train; it has {name_list(splits)}")
     train = parts["train"]
     classes = tuple(name for name in names if name in train) if names else sorted_classes(train)
     check_classes(train, where, allow_empty=False)
     if "test" in parts:
         check_test_classes(parts["test"], classes, where)
     root = Path(str(source).replace(":", "/") if fetched else source)
-    return Found(
+    return SourceIndex(
         store=Rows(root, image, tables, outside or fetched),
         name=root.name,
         classes=classes,
@@ -110,5 +110,5 @@ def choose_columns(splits: dict[str, Any], columns: Sequence[str], where: str, d
         elif len(fitting) == 1:
             chosen.append(fitting[0])
         else:
-            raise DataError(f"{where} has no column {wanted!r}; it has {named(features)}. Name it with columns")
+            raise DataError(f"{where} has no column {wanted!r}; it has {name_list(features)}. Name it with columns")
     return chosen[0], chosen[1]

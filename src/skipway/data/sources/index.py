@@ -11,7 +11,7 @@ from skipway.data.decode import readable
 from skipway.data.sources.readers import Store
 from skipway.errors import DataError
 
-__all__ = ["SUFFIXES", "TEST_NAMES", "Found", "named", "part_of", "printable", "sorted_classes"]
+__all__ = ["SUFFIXES", "TEST_NAMES", "SourceIndex", "name_list", "part_of", "printable", "sorted_classes"]
 
 SUFFIXES = frozenset(
     {
@@ -25,7 +25,7 @@ FilesByClass = dict[str, list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SourceIndex:
     """The images of a source by class.
 
     Args:
@@ -73,10 +73,10 @@ def printable(name: str | Path) -> str:
     )
 
 
-def named(names: Iterable[str], limit: int = 5) -> str:
+def name_list(names: Iterable[str], limit: int = 5) -> str:
     """Some names for a message, the rest as a count.
 
-    >>> named(["a", "b", "c"], limit=2)
+    >>> name_list(["a", "b", "c"], limit=2)
     "'a', 'b' and 1 more"
     """
     names = [repr(printable(name)) for name in names]
@@ -125,7 +125,7 @@ def check_classes(files: FilesByClass, where: str, *, allow_empty: bool) -> tupl
     empty = [name for name in files if not files[name]]
     if empty and not allow_empty:
         raise DataError(
-            f"class folder {named(empty)} in {where} holds no image; fill it, remove it, or keep the class without "
+            f"class folder {name_list(empty)} in {where} holds no image; fill it, remove it, or keep the class without "
             "images with allow_empty"
         )
     if len(full) < 2:
@@ -143,6 +143,8 @@ def check_test_classes(files: FilesByClass, classes: tuple[str, ...], where: str
     """
     unknown = [name for name in files if name not in classes and files[name]]
     if unknown:
-        raise DataError(f"class {named(unknown)} in {where} is not in the training part, which has {named(classes)}")
+        raise DataError(
+            f"class {name_list(unknown)} in {where} is not in the training part, which has {name_list(classes)}"
+        )
     if not any(files.values()):
         raise DataError(f"no images in {where}: fill it, or remove it and a part of train is held out")

@@ -11,9 +11,9 @@ from typing import Any
 
 from skipway.data.sources.index import (
     FilesByClass,
-    Found,
+    SourceIndex,
     check_test_classes,
-    named,
+    name_list,
     part_of,
     printable,
     sorted_classes,
@@ -28,7 +28,7 @@ LIST_SUFFIXES = {".csv": ",", ".tsv": "\t", ".parquet": ""}
 Row = tuple[str, str, str]
 
 
-def find_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> Found:
+def find_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
     """The images of a list.
 
     Args:
@@ -72,7 +72,7 @@ def find_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> F
     return found_of(path, parts, repeated)
 
 
-def found_of(path: Path, parts: dict[str, FilesByClass], repeated: int) -> Found:
+def found_of(path: Path, parts: dict[str, FilesByClass], repeated: int) -> SourceIndex:
     """The classes of a list's parts, checked."""
     where = printable(path)
     classes = sorted_classes(name for name, files in parts["train"].items() if files)
@@ -82,7 +82,7 @@ def found_of(path: Path, parts: dict[str, FilesByClass], repeated: int) -> Found
     if test is not None:
         check_test_classes(test, classes, where)
     remarks = (f"{repeated} images are listed more than once; each is used once",) if repeated else ()
-    return Found(
+    return SourceIndex(
         store=Files(path.parent),
         name=path.stem,
         classes=classes,
@@ -141,6 +141,6 @@ def check_columns(path: Path, columns: Sequence[str], names: Sequence[str]) -> N
     missing = [name for name in columns[:2] if name not in names]
     if missing:
         raise DataError(
-            f"{printable(path)} has no column {named(missing)}; it has {named(names) or 'none'}. Name them with "
+            f"{printable(path)} has no column {name_list(missing)}; it has {name_list(names) or 'none'}. Name them with "
             "columns=(image, label, split)"
         )

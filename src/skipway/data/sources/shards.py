@@ -21,7 +21,7 @@ from skipway.data.sources.index import (
     SUFFIXES,
     TEST_NAMES,
     FilesByClass,
-    Found,
+    SourceIndex,
     check_classes,
     check_test_classes,
     printable,
@@ -82,7 +82,7 @@ def shard_paths(source: Path) -> list[Path]:
     return [Path(name) for name in expand(str(source))]
 
 
-def find_shards(source: Path, *, allow_empty: bool = False) -> Found:
+def find_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
     """The images of tar shards. A shard that is called, or lies in a folder called, test, val, valid or validation is
     the test part.
 
@@ -113,7 +113,7 @@ def find_shards(source: Path, *, allow_empty: bool = False) -> Found:
     test = parts["test"] or None
     if test is not None:
         check_test_classes(test, classes, where)
-    return Found(
+    return SourceIndex(
         store=Shards(root, members),
         name=paths[0].stem if len(paths) == 1 else root.resolve().name,
         classes=classes,
