@@ -61,7 +61,7 @@ def torchvision_recipe(root: Path, workers: int) -> Callable[[], Iterable[Any]]:
 
 def skipway_recipe(root: Path, **choices: Any) -> Callable[[], Iterable[Any]]:
     """An epoch of ours."""
-    data = load(root, size=224, crop="resized", held_out=0.01, **choices)
+    data = load(root, size=224, crop="resized", holdout=0.01, validation=0.0, **choices)
     return lambda: data.train_batches(seed=0, epoch=0, batch_size=BATCH, device=CPU)
 
 

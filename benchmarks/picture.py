@@ -63,7 +63,7 @@ def main() -> None:
     left.legend(frameon=False, fontsize=8)
     rows = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((options.run / "config.json").read_text())
-    for key, label in (("train_accuracy", "train"), ("test_accuracy", "test")):
+    for key, label in (("train_accuracy", "train"), ("validation_accuracy", "validation")):
         right.plot(
             [row["epoch"] for row in rows], [100 * row[key] for row in rows], marker="o", markersize=3, label=label
         )

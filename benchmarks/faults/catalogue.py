@@ -182,7 +182,7 @@ def skipway_folder(root: Path) -> dict[str, Pixels]:
     """skipway.data.loader"""
     from skipway.data import load
 
-    data = load(root, size=SIDE, channels=3, held_out=0.25, workers=0, cache=False, most_unreadable=0.5)
+    data = load(root, size=SIDE, channels=3, holdout=0.25, validation=0.0, workers=0, cache=False, most_unreadable=0.5)
     if data.unreadable:
         raise LeftOut(" ".join(f"{file}: {reason}" for file, reason in data.unreadable))
     found: dict[str, Pixels] = {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import skipway as sw
 from benchmarks.trainability import nets
 from benchmarks.trainability.truth import batches, training_images
-from skipway.data.digits import digits
+from skipway.data import load
 from skipway.diagnosis import Settings
 from skipway.surgery import Operation, deepen, remove_norm, rescheme, shorten
 
@@ -30,10 +30,9 @@ GREY = {"channels": 1, "classes": 10}
 
 def test_images() -> tuple[Tensor, Tensor]:
     """The held-out digits, standardised like the others."""
-    _, train, test = digits()
-    seen = train.images.permute(0, 3, 1, 2).float()
-    images = test.images.permute(0, 3, 1, 2).float()
-    return (images - seen.mean()) / seen.std(), test.labels
+    data = load(validation=0.0)
+    seen, images = (split.images.permute(0, 3, 1, 2).float() for split in (data.train, data.test))
+    return (images - seen.mean()) / seen.std(), data.test.labels
 
 
 def learn(model: nn.Module, settings: Settings, steps: int, seed: int = 0) -> nn.Module:

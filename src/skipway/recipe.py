@@ -19,7 +19,9 @@ from skipway.optim.optimizers import OptimizerSpec, parse_optimizer
 from skipway.optim.schedules import ScheduleShape, parse_schedule
 from skipway.registry import Registry, parse_spec
 
-__all__ = ["Recipe", "read_recipe"]
+__all__ = ["NO_PATIENCE", "Recipe", "read_recipe"]
+
+NO_PATIENCE = "patience needs a validation split, and there is none: set validation above 0, or leave patience out"
 
 # the batch size that the default learning rates are meant for; they grow in proportion (Goyal 2017)
 REFERENCE_BATCH = 128
@@ -98,7 +100,13 @@ class Recipe:
     """Grey or colour. [as the images]"""
 
     holdout: float = 0.2
-    """Share of each class to test on without test/."""
+    """Fraction of each class to test on, where there is no test/."""
+
+    validation: float = 0.1
+    """Fraction of the rest to choose the best epoch on, where there is no val/."""
+
+    fold: str | None = more(None)
+    """Test on this fold of the training images, 2/5; --folds trains all. [no folds]"""
 
     crop: Literal["auto", "pad", "resized", "none"] = "auto"
     """Random crop."""
@@ -173,7 +181,7 @@ class Recipe:
     """trivial, rand, mixup, cutmix, erasing; a+b."""
 
     ema: float | None = more(None)
-    """Average the weights with this decay, 0.999 say; the average is tested and kept. [no]"""
+    """Average the weights with this decay, 0.999 say; the average is evaluated and kept. [no]"""
 
     clip: str | None = more(None)
     """Hold gradients in bounds: norm(1.0), or agc(0.01) unit by unit. [no]"""
@@ -191,13 +199,13 @@ class Recipe:
     """Weigh the classes in the loss by 1 / images."""
 
     patience: int | None = more(None)
-    """Stop when so many epochs in a row bring no better accuracy. [never]"""
+    """Stop after so many epochs without a better validation accuracy. [never]"""
 
     grow_from: int | None = more(None)
     """Side to begin with; it grows to --size over two thirds of the epochs. [--size]"""
 
     flip_test: bool = more(False)
-    """Test with the mirrored image too, logits averaged."""
+    """Evaluate with the mirrored image too, logits averaged."""
 
     seed: int = 0
     """Of split, weights, order and augmentation."""
@@ -254,11 +262,13 @@ class Recipe:
             raise SkipwayError(f"lr={self.lr}: the rule is lr > 0")
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise SkipwayError(f"weight_decay={self.weight_decay}: the rule is weight_decay >= 0")
+        if self.patience is not None and self.validation == 0 and self.data is None:
+            raise SkipwayError(NO_PATIENCE)
         for name in ("holdout", "ema"):
             share = getattr(self, name)
             if share is not None and not 0 < share < 1:
                 raise SkipwayError(f"{name}={share}: the rule is 0 < {name} < 1")
-        for name in ("warmup", "label_smoothing", "health"):
+        for name in ("validation", "warmup", "label_smoothing", "health"):
             if not 0 <= getattr(self, name) < 1:
                 raise SkipwayError(f"{name}={getattr(self, name)}: the rule is 0 <= {name} < 1")
         if not 0 < self.layer_decay <= 1:
@@ -276,6 +286,7 @@ class Recipe:
             lambda: self.shape,
             lambda: self.clipper,
             lambda: self.budget,
+            lambda: self.fold_number,
             lambda: variations(self.augment),
         ):
             read()
@@ -305,6 +316,21 @@ class Recipe:
         return None if self.time is None else seconds(self.time)
 
     @property
+    def fold_number(self) -> tuple[int, int] | None:
+        """`fold` as (number, count).
+
+        >>> Recipe(fold="2/5").fold_number
+        (2, 5)
+        """
+        if self.fold is None:
+            return None
+        found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.fold)
+        number, count = (int(part) for part in found.groups()) if found else (0, 0)
+        if not 1 <= number <= count or count < 2:
+            raise SkipwayError(f"fold={self.fold!r}: the rule is NUMBER/COUNT, from 1/2: 2/5 is the second of five")
+        return number, count
+
+    @property
     def peak_lr(self) -> float:
         """The learning rate at the end of the warm-up: `lr`, or the optimiser's own, grown with the batch.
 
@@ -329,8 +355,8 @@ class Recipe:
         """
         names = ("size", "channels", "seed", "crop", "flip", "unreadable", "workers", "most_unreadable", "allow_empty")
         return {
-            **{name: getattr(self, name) for name in (*names, "grey16", "cache")},
-            "held_out": self.holdout,
+            **{name: getattr(self, name) for name in (*names, "grey16", "cache", "holdout", "validation")},
+            "fold": self.fold_number,
             "columns": tuple(name.strip() for name in self.columns.split(",")),
             **variations(self.augment),
         }

@@ -326,9 +326,9 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
     from skipway.errors import DataError
 
     size = image_side(shape)
-    listing = list_splits(folder)
-    order = permutation(len(listing.train), seed, 0)[:count].tolist()
-    chosen = [listing.train[number] for number in order]
+    splits = list_splits(folder, validation=0.0)
+    order = permutation(len(splits.train), seed, 0)[:count].tolist()
+    chosen = [splits.train[number] for number in order]
     part, bad = read_all(folder, chosen, channels=shape[0], size=size, workers=0)
     if not len(part):
         raise DataError(

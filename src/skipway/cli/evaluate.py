@@ -37,7 +37,8 @@ def evaluate(
 ) -> int:
     """Evaluate a trained run: accuracy with its interval, and recall, precision and F1 per class.
 
-    Without DATA, on the test images of the run itself. No code from the run folder is executed.
+    Without DATA, the best weights on the test images of the run itself. No code from the run folder
+    is executed.
 
     Args:
         run: Run folder, or a file of weights in it.
@@ -114,7 +115,7 @@ def print_evaluation(judgement: Judgement) -> None:
         say("damaged", f"and {len(judgement.unreadable) - SHOWN:,} more")
     if judgement.absent:
         say("note", f"no image of class {name_list(judgement.absent)}")
-    say("accuracy", accuracy_text(evaluation, 0.0, 0))
+    say("accuracy", accuracy_text(evaluation))
     say("mean", f"recall {percent(scores.balanced_accuracy)} and F1 {percent(scores.macro_f1)} over the classes")
     say("mistakes", mistakes_text(evaluation, judgement.classes))
     sys.stdout.write("\n")

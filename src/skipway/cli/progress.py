@@ -134,9 +134,11 @@ def running(report: StepReport) -> str:
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """How an epoch went, in 80 characters."""
     number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
-    test_loss = "  nan" if row["test_loss"] is None else f"{row['test_loss']:.3f}"
+    validation = ""
+    if row["validation_accuracy"] is not None:
+        loss = "  nan" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
+        validation = f"  val loss {loss} {percent(row['validation_accuracy']):>7}"
     return (
         f"epoch {number}  train loss {row['train_loss']:.3f} {percent(row['train_accuracy']):>7}"
-        f"  test loss {test_loss} {percent(row['test_accuracy']):>7}"
-        f"  {row['images_per_second']:,.0f} img/s  {duration(row['seconds'])}"
+        f"{validation}  {row['images_per_second']:,.0f} img/s  {duration(row['seconds'])}"
     )

@@ -32,8 +32,10 @@ def train(
     config: Path | None = None,
     quiet: Flag = False,
 ) -> int:
-    """Train a network on a folder of images: train/<class>/* with test/<class>/*, or <class>/*.
+    """Train a network on a folder of images: <class>/*, or train/<class>/* with val/ and test/.
 
+    The training images are learned from, the validation images choose the epoch, and the test
+    images measure it, once, at the end. What a folder lacks is split off its training images.
     Without a folder it trains on the handwritten digits of scikit-learn, without a download.
     Ctrl-C saves the state; --resume continues from it.
 
@@ -85,16 +87,17 @@ def unused_folder(data: Path | None) -> Path:
 
 def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
     """The result, where it is stored, and the next commands."""
-    from skipway.report.summary import accuracy_text, duration, mistakes_text
+    from skipway.report.summary import accuracy_text, chosen_text, duration, mistakes_text
 
     evaluation, folder, out = outcome.evaluation, outcome.folder, shlex.quote(str(outcome.folder.path))
     assert evaluation is not None
     return [
         ("", ""),
-        ("accuracy", accuracy_text(evaluation, outcome.best_accuracy, outcome.best_epoch)),
+        ("accuracy", accuracy_text(evaluation)),
+        ("chosen", chosen_text(outcome.validation_images, outcome.best_accuracy, outcome.best_epoch)),
         ("mistakes", mistakes_text(evaluation, outcome.classes)),
         ("time", f"{duration(outcome.seconds)} of training; {duration(seconds)} for this command"),
-        ("weights", f"{folder.last} (last epoch), {folder.best} (epoch {outcome.best_epoch})"),
+        ("weights", f"{folder.best} (epoch {outcome.best_epoch}, tested), {folder.last} (epoch {outcome.epoch})"),
         ("report", f"{folder.report}; curves in {folder.metrics}, the recipe in {folder.config}"),
         ("use", f"skipway predict {out} photo.jpg"),
         ("longer", f"skipway train --out {out} --resume --epochs {2 * outcome.recipe.epochs}"),

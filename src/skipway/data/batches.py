@@ -15,7 +15,7 @@ from skipway.data.augment.policy import POLICY_DRAWS
 from skipway.data.randomness import uniforms
 from skipway.errors import DataError
 
-__all__ = ["Batch", "Draws", "Variation", "check_ranks", "normalised", "rank_share", "resized", "test_share"]
+__all__ = ["Batch", "Draws", "Variation", "check_ranks", "evaluation_share", "normalised", "rank_share", "resized"]
 
 
 class Batch(NamedTuple):
@@ -94,10 +94,10 @@ def rank_share(order: Tensor, batch_size: int, start: int, rank: int, world: int
     return list(whole[start:, rank].unbind(0))
 
 
-def test_share(count: int, batch_size: int, rank: int, world: int) -> list[Tensor]:
-    """The numbers of each test batch of a rank: a contiguous share, so that every image is on exactly one rank.
+def evaluation_share(count: int, batch_size: int, rank: int, world: int) -> list[Tensor]:
+    """The numbers of each evaluation batch of a rank: a contiguous share, so that every image is on exactly one rank.
 
-    >>> [numbers.tolist() for numbers in test_share(5, 4, rank=0, world=2)]
+    >>> [numbers.tolist() for numbers in evaluation_share(5, 4, rank=0, world=2)]
     [[0, 1], [2]]
     """
     own = torch.arange(count).tensor_split(world)[rank]

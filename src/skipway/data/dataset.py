@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from skipway.data.augment import Augmentation
-from skipway.data.batches import Batch, Draws, Variation, check_ranks, normalised, rank_share, test_share
+from skipway.data.batches import Batch, Draws, Variation, check_ranks, evaluation_share, normalised, rank_share
 from skipway.data.parts import Part
 from skipway.data.randomness import permutation
+from skipway.data.sources.splits import SPLITS
 from skipway.data.split import Splits
 
 __all__ = ["Data"]
@@ -19,7 +21,7 @@ __all__ = ["Data"]
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Images to train and to test on, with everything that another image needs to be treated alike.
+    """Images to train, to validate and to test on, with everything that another image needs to be treated alike.
 
     Args:
         name: of the folder, or "digits".
@@ -29,12 +31,13 @@ class Data:
         mean: per channel in [0, 1]; subtracted from the input.
         std: per channel; the input is divided by it.
         augmentation: how training images are varied.
-        fingerprint: changes when the folder's files change.
-        held_out: share of each class that was held out here to test on; None if the folder brought a test part.
-        listing: which image is where; None for the embedded digits.
+        train: images that are learned from.
+        validation: images that the best epoch is chosen on; empty where there is no such split.
+        test: images that the result is measured on, once, at the end.
+        splits: which image is in which split, and which splits were split off here.
         unreadable: (file, reason) of every image that was left out.
         duplicates: groups of files with the same content.
-        leaked: (training file, test file) with the same content.
+        leaked: (file of another split, test file) with the same content.
         remarks: one sentence each about what a user may not expect.
     """
 
@@ -43,17 +46,26 @@ class Data:
     channels: int
     size: int
     train: Part
+    validation: Part
     test: Part
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation
-    fingerprint: str
-    held_out: float | None
-    listing: Splits | None = None
+    splits: Splits
     unreadable: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, ...], ...] = ()
     leaked: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change when an image is added, removed, renamed or changes its split."""
+        return self.splits.fingerprint
+
+    @property
+    def listed(self) -> dict[str, list[str]]:
+        """The names of the images of each split; `DataChoices.listed` takes them."""
+        return {split: list(getattr(self, split).names) for split in SPLITS}
 
     def train_batches(
         self,
@@ -97,15 +109,24 @@ class Data:
         for images, numbers in zip(self.train.fetch(batches, device, cut), batches, strict=True):
             yield vary(images, numbers)
 
-    def test_batches(self, *, batch_size: int, device: torch.device, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """All test images once, in order and unvaried; with ranks, each image on exactly one of them."""
+    def evaluation_batches(
+        self,
+        split: Literal["validation", "test"],
+        *,
+        batch_size: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        """All images of the validation or test split once, in order and unvaried; each on exactly one of the ranks."""
         check_ranks(max(batch_size, world) // world * world, rank, world, False)
-        batches = test_share(len(self.test), batch_size, rank, world)
+        images: Part = getattr(self, split)
+        batches = evaluation_share(len(images), batch_size, rank, world)
         if not batches:
             return
-        for images, numbers in zip(self.test.fetch(batches, device, None), batches, strict=True):
-            labels = self.test.labels[numbers].to(device)
-            yield Batch(self.normalised(images), labels, labels, numbers)
+        for pixels, numbers in zip(images.fetch(batches, device, None), batches, strict=True):
+            labels = images.labels[numbers].to(device)
+            yield Batch(self.normalised(pixels), labels, labels, numbers)
 
     def sample(self, count: int, *, seed: int, device: torch.device) -> Batch:
         """Up to `count` training images as they are, drawn without regard to class."""

@@ -149,8 +149,9 @@ def content_remarks(found: SourceIndex, findings: dict[str, Finding]) -> list[st
     high, low = max(transparent, key=transparent.__getitem__), min(transparent, key=transparent.__getitem__)
     if transparent[high] - transparent[low] > ALPHA_DIFFERENCE:
         remarks.append(
-            f"transparent images: {100 * transparent[high]:.0f} % of {name_list([high])}, {100 * transparent[low]:.0f} % "
-            f"of {name_list([low])}; laid on white, so the background may give the class away"
+            f"transparent images: {100 * transparent[high]:.0f} % of {name_list([high])}, "
+            f"{100 * transparent[low]:.0f} % of {name_list([low])}; laid on white, so the background may "
+            "give the class away"
         )
     if moving:
         remarks.append(f"{moving} animated images: their first frame is used")

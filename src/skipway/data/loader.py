@@ -22,8 +22,9 @@ from skipway.data.options import SMALL_SIDE, DataChoices
 from skipway.data.parts import FilePart, Held, MemoryPart, Part, Progress, examine
 from skipway.data.pool import FEW_FILES, Pool, Remark, default_workers
 from skipway.data.sources.detect import find
-from skipway.data.sources.index import SourceIndex, name_list, printable
-from skipway.data.split import Splits, split_index
+from skipway.data.sources.index import SourceIndex, name_list, printable, sorted_classes
+from skipway.data.sources.readers import Files
+from skipway.data.split import FEWEST_TO_VALIDATE, Sample, Splits, split_index
 from skipway.errors import DataError
 
 __all__ = ["load", "statistics"]
@@ -74,8 +75,10 @@ def load(
         MissingExtraError: the source needs a library that is not installed; the digits need scikit-learn.
 
     >>> data = load()
-    >>> data.name, len(data.train) + len(data.test), len(data.classes), data.size, data.channels
-    ('digits', 1797, 10, 8, 1)
+    >>> data.name, len(data.classes), data.size, data.channels
+    ('digits', 10, 8, 1)
+    >>> len(data.train), len(data.validation), len(data.test)
+    (1295, 143, 359)
     """
     if isinstance(source, DataChoices):
         chosen = replace(source, **choices) if choices else source
@@ -176,31 +179,30 @@ def assembled(reader: Reader, findings: dict[str, Finding], pixels: Held | Pixel
     groups = groups_of(findings) if choices.duplicates else {}
     without = {file for file, _ in bad}
     try:
-        listing = split_index(found, held_out=choices.held_out, seed=choices.seed, without=without, groups=groups)
+        splits = split_index(found, **choices.splitting, without=without, groups=groups)
     except DataError as error:
         raise DataError(f"{error}; {len(bad)} files cannot be read and do not count") if bad else error from None
-    if not listing.test:
+    if not splits.test:
         raise DataError(f"no test image in {printable(found.root)} can be read")
     augmentation = choices.augmentation(reading.size)
     place = {file: number for number, file in enumerate(reader.files)}
 
-    def part(samples: Sequence[Any]) -> Part:
+    def part(samples: Sequence[Sample]) -> Part:
         rows = torch.tensor([place[sample.file] for sample in samples], dtype=torch.int64)
         if isinstance(pixels, Held):
-            labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
-            return MemoryPart(pixels, labels, [sample.file for sample in samples], rows)
+            return memory_part(pixels, samples, rows)
         stored = None if pixels is None else (pixels, len(reader.files), rows.numpy())
         return FilePart(found.store, samples, reading=reading, crop=reader.cuts, pool=reader.pool, stored=stored)
 
-    train, test = part(listing.train), part(listing.test)
+    train, validation, test = part(splits.train), part(splits.validation), part(splits.test)
     mean, std = statistics_of(train) if isinstance(train, MemoryPart) else known_statistics(reading.channels)
-    leaked = leaks(listing, groups)
+    leaked = leaks(splits, groups)
     remarks = [
         *reader.remarks,
         *found.remarks,
-        *listing_remarks(listing),
+        *split_remarks(splits),
         *content_remarks(found, findings),
-        *copy_remarks(listing, groups, leaked),
+        *copy_remarks(splits, groups, leaked),
     ]
     return Data(
         name=found.name,
@@ -208,13 +210,12 @@ def assembled(reader: Reader, findings: dict[str, Finding], pixels: Held | Pixel
         channels=reading.channels,
         size=reading.size,
         train=train,
+        validation=validation,
         test=test,
         mean=mean,
         std=std,
         augmentation=augmentation,
-        fingerprint=listing.fingerprint,
-        held_out=listing.held_out,
-        listing=listing,
+        splits=splits,
         unreadable=bad,
         remarks=tuple(remarks),
         duplicates=tuple(dict.fromkeys(groups.values())),
@@ -222,13 +223,28 @@ def assembled(reader: Reader, findings: dict[str, Finding], pixels: Held | Pixel
     )
 
 
+def memory_part(pixels: Held, samples: Sequence[Sample], rows: Tensor) -> MemoryPart:
+    """A split of images that are decoded: row `rows[i]` of `pixels` is sample i."""
+    labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+    return MemoryPart(pixels, labels, [sample.file for sample in samples], rows)
+
+
 def load_digits(choices: DataChoices) -> Data:
     """The embedded digits; scaled and repeated in every channel where another size or colour is asked for."""
-    classes, train, test = digits(held_out=choices.held_out, seed=choices.seed)
-    size, channels = choices.size or train.images.shape[1], choices.channels or 1
     if choices.crop == "resized":
         raise DataError("crop 'resized' cuts parts out of image files; the embedded digits have none: use 'pad'")
-    train, test = (MemoryPart(enlarged(part.images, size, channels), part.labels, part.names) for part in (train, test))
+    images, names = digits()
+    size, channels = choices.size or images.shape[1], choices.channels or 1
+    pixels = Held(enlarged(images, size, channels))
+    classes = sorted_classes(name[0] for name in names)
+    by_class = {label: [name for name in names if name[0] == label] for label in classes}
+    index = SourceIndex(store=Files(Path("digits")), name="digits", classes=classes, train=by_class)
+    splits = split_index(index, **choices.splitting)
+
+    def part(samples: Sequence[Sample]) -> MemoryPart:
+        return memory_part(pixels, samples, torch.tensor([int(sample.file[2:]) for sample in samples]).long())
+
+    train, validation, test = part(splits.train), part(splits.validation), part(splits.test)
     mean, std = statistics(train.images)
     return Data(
         name="digits",
@@ -236,17 +252,17 @@ def load_digits(choices: DataChoices) -> Data:
         channels=channels,
         size=size,
         train=train,
+        validation=validation,
         test=test,
         mean=mean,
         std=std,
         augmentation=replace(choices, crop="pad" if choices.crop == "auto" else choices.crop).augmentation(size),
-        fingerprint="digits",
-        held_out=choices.held_out,
+        splits=splits,
     )
 
 
 def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> tuple[Reading, list[str]]:
-    """Input size and channels, from the headers of up to 1,000 images spread evenly over both parts."""
+    """Input size and channels, from the headers of up to 1,000 images spread evenly over all splits."""
     headers: list[Header] = []
     for file in files[:: max(1, len(files) // PROBED)]:
         try:
@@ -278,7 +294,8 @@ def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple
     empty = [name for name, files in found.train.items() if files and without.issuperset(files)]
     if empty:
         raise DataError(
-            f"class {name_list(empty)} has no readable training image; {len(bad)} files cannot be read, the first: {first}"
+            f"class {name_list(empty)} has no readable training image; {len(bad)} files cannot be read, the first: "
+            f"{first}"
         )
     total = len(found.files)
     if len(bad) > math.ceil(choices.most_unreadable * total):
@@ -288,53 +305,57 @@ def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple
         )
 
 
-def leaks(listing: Splits, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
-    """(training file, test file) of the same content; of each test file, the first."""
-    training = {sample.file for sample in listing.train}
-    found = []
-    for sample in listing.test:
-        twin = next((file for file in groups.get(sample.file, ()) if file in training), None)
+def leaks(splits: Splits, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
+    """(file, test file) of the same content, the first of them to train on or in the validation split; one pair for
+    each test image.
+    """
+    others = {sample.file for sample in splits.train + splits.validation}
+    pairs = []
+    for sample in splits.test:
+        twin = next((file for file in groups.get(sample.file, ()) if file in others), None)
         if twin is not None:
-            found.append((twin, sample.file))
-    return tuple(found)
+            pairs.append((twin, sample.file))
+    return tuple(pairs)
 
 
-def copy_remarks(listing: Splits, groups: dict[str, tuple[str, ...]], leaked: Sequence[tuple[str, str]]) -> list[str]:
-    """What files of the same content mean."""
+def copy_remarks(splits: Splits, groups: dict[str, tuple[str, ...]], leaked: Sequence[tuple[str, str]]) -> list[str]:
+    """Remarks about files of the same content."""
     remarks = []
-    distinct = tuple(dict.fromkeys(groups.values()))
+    label = {sample.file: sample.label for sample in splits.samples}
+    distinct = [group for group in dict.fromkeys(groups.values()) if all(file in label for file in group)]
     if distinct:
         extra = sum(len(group) - 1 for group in distinct)
         remarks.append(f"{extra} images are copies of others, the first: {name_list(distinct[0], 3)}")
-    label = {sample.file: sample.label for sample in listing.train + listing.test}
     torn = [group for group in distinct if len({label[file] for file in group}) > 1]
     if torn:
-        said = ", ".join(f"{printable(file)!r} as {printable(listing.classes[label[file]])!r}" for file in torn[0][:3])
+        said = ", ".join(f"{printable(file)!r} as {printable(splits.classes[label[file]])!r}" for file in torn[0][:3])
         remarks.append(f"{len(torn)} images stand in more than one class, the first: {said}")
     if leaked:
         twin, file = leaked[0]
+        trained = {sample.file for sample in splits.train}
+        where = "also trained on" if all(pair[0] in trained for pair in leaked) else "in other splits as well"
         remarks.append(
-            f"{len(leaked)} test images are also trained on, so the accuracy will look better than it is; the first: "
+            f"{len(leaked)} test images are {where}, so the accuracy will look better than it is; the first: "
             f"{printable(file)!r} is {printable(twin)!r}"
         )
     return remarks
 
 
-def listing_remarks(listing: Splits) -> list[str]:
-    """What was found in the source and is not used."""
+def split_remarks(splits: Splits) -> list[str]:
+    """Remarks about what the source holds and is not used, and classes without an image in a split."""
     remarks = []
-    if listing.ignored:
-        counted = ", ".join(f"{count} {printable(suffix)}" for suffix, count in listing.ignored.most_common(5))
+    if splits.ignored:
+        counted = ", ".join(f"{count} {printable(suffix)}" for suffix, count in splits.ignored.most_common(5))
         remarks.append(f"files ignored as not images: {counted}")
-        advised = {FOREIGN[suffix]: suffix for suffix in listing.ignored if suffix in FOREIGN}
+        advised = {FOREIGN[suffix]: suffix for suffix in splits.ignored if suffix in FOREIGN}
         remarks += [f"Pillow does not read {suffix} files: {advice}" for advice, suffix in advised.items()]
-    if listing.unused:
-        remarks.append(f"folder not used: {', '.join(map(printable, listing.unused))}")
-    for verb, part in (("test", listing.test), ("training", listing.train)):
-        present = {sample.label for sample in part}
-        missing = [name for number, name in enumerate(listing.classes) if number not in present]
-        if missing:
-            remarks.append(f"no {verb} image of class {name_list(missing)}")
+    remarks += [f"not used: {entry}" for entry in splits.unused]
+    for word, samples in (("test", splits.test), ("validation", splits.validation), ("training", splits.train)):
+        present = {sample.label for sample in samples}
+        missing = [name for number, name in enumerate(splits.classes) if number not in present]
+        if missing and samples:
+            few = f", which has fewer than {FEWEST_TO_VALIDATE} to train on" if word in splits.split_off else ""
+            remarks.append(f"no {word} image of class {name_list(missing)}{few}")
     return remarks
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from skipway.data.augment.settings import Policy
 from skipway.data.decode import Grey16
 from skipway.data.pool import Helpers
 from skipway.data.sources.detect import COLUMNS
+from skipway.data.split import Fold
 from skipway.errors import DataError
 
 __all__ = ["SMALL_SIDE", "Crop", "DataChoices"]
@@ -25,7 +26,9 @@ SMALL_SIDE = 64
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "size": (lambda value: value is None or 8 <= value <= 4096, "8 to 4096 pixels, or None"),
     "channels": (lambda value: value in (None, 1, 3), "1 (grey), 3 (colour) or None"),
-    "held_out": (lambda value: 0 < value < 1, "between 0 and 1"),
+    "holdout": (lambda value: 0 < value < 1, "between 0 and 1"),
+    "validation": (lambda value: 0 <= value < 1, "from 0 to below 1"),
+    "fold": (lambda value: value is None or 1 <= value[0] <= value[1] >= 2, "(number, count), 1 <= number <= count"),
     "crop": (lambda value: value in ("auto", "pad", "resized", "none"), "auto, pad, resized or none"),
     "unreadable": (lambda value: value in ("skip", "stop"), "skip or stop"),
     "most_unreadable": (lambda value: 0 <= value <= 1, "from 0 to 1"),
@@ -50,8 +53,12 @@ class DataChoices:
             None: the embedded digits.
         size: side of the input in pixels; None takes the images' own up to 64, else 224.
         channels: 1 or 3; None takes 1 if all images are grey.
-        held_out: share of each class to test on when the source has no test part, 0 < share < 1.
-        seed: chooses which images are held out.
+        holdout: fraction of each class to hold out as the test split where the source has none, 0 < holdout < 1.
+        validation: fraction of each class of the training split to hold out as the validation split where the source
+            has none; 0: no validation split.
+        fold: (number, count): fold `number`, from 1, of a cross-validation is the test split.
+        listed: names of the images of each split, as `Data.listed` had them; nothing is split anew then.
+        seed: chooses the images that are held out.
         crop: see `Augmentation`; "auto" pads inputs up to 64 pixels by an eighth and cuts parts out of larger ones.
         flip: mirror half of the training images; None does, except for the digits, which it would turn into others.
         unreadable: leave damaged files out, or raise at the first.
@@ -75,16 +82,19 @@ class DataChoices:
     Raises:
         DataError: a value outside its rule.
 
-    >>> DataChoices(held_out=2.0)
+    >>> DataChoices(holdout=2.0)
     Traceback (most recent call last):
     ...
-    skipway.errors.DataError: held_out=2.0: the rule is between 0 and 1
+    skipway.errors.DataError: holdout=2.0: the rule is between 0 and 1
     """
 
     source: Path | str | None = None
     size: int | None = None
     channels: int | None = None
-    held_out: float = 0.2
+    holdout: float = 0.2
+    validation: float = 0.1
+    fold: tuple[int, int] | None = None
+    listed: Mapping[str, Sequence[str]] | None = None
     seed: int = 0
     crop: Crop = "auto"
     flip: bool | None = None
@@ -112,6 +122,13 @@ class DataChoices:
                 good = False
             if not good:
                 raise DataError(f"{name}={value!r}: the rule is {rule}")
+
+    @property
+    def splitting(self) -> dict[str, Any]:
+        """The arguments of `split_index` that are chosen here."""
+        fold = None if self.fold is None else Fold(*self.fold)
+        names = ("holdout", "validation", "seed", "listed")
+        return {**{name: getattr(self, name) for name in names}, "fold": fold}
 
     def augmentation(self, size: int) -> Augmentation:
         """Padding by an eighth of the side, 4 pixels at 32 as in He 2015, for small inputs; cut-out parts for large.

@@ -86,10 +86,14 @@ def evaluate(
     flip: bool = False,
     total: Callable[[Tensor], Tensor] = lambda values: values,
     rounds: int = 0,
+    observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> Evaluation | None:
     """Run the network in evaluation mode over all batches; None if `stop` said so before the end.
 
+    The network is in its earlier mode again afterwards.
+
     Args:
+        observe: called with each batch and its logits, float32 (B, classes).
         flip: see each image and its mirror image, and take the mean of the logits.
         total: sums over the processes that share the batches; each of them gets the evaluation of all.
         rounds: how often the network has to run at least, if need be on a batch that was counted.
@@ -104,6 +108,8 @@ def evaluate(
             logits = model(batch.inputs).float()
             if flip:
                 logits = (logits + model(batch.inputs.flip(-1)).float()) / 2
+        if observe is not None:
+            observe(batch, logits)
         losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
         pairs = torch.bincount(batch.labels * classes + logits.argmax(1), minlength=classes * classes)
         counts[:-1] += pairs

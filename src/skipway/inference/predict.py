@@ -27,8 +27,8 @@ from skipway.weights.hub import PREFIX, download
 
 __all__ = ["Prediction", "Predictor", "from_pretrained", "image_files", "weights_file"]
 
-# what holds a folder's weights: a run's last, whose accuracy its summary gives; else its best; else the hub's layout
-NAMES = ("last.safetensors", "best.safetensors", "model.safetensors")
+# the weights of a folder: those that a run chose by validation and tested, else its last, else the hub's layout
+NAMES = ("best.safetensors", "last.safetensors", "model.safetensors")
 BATCH = 64
 
 
@@ -38,8 +38,8 @@ def from_pretrained(path: str | Path) -> nn.Module:
     Nothing that the folder holds is run: weights are safetensors, and the network is one that `build` knows.
 
     Args:
-        path: a run folder (its last weights, or best ones while it has no last); a folder that `skipway export --hub`
-            made, or the name of one on the hub, "hf:org/name"; or a file, `runs/first/best.safetensors`.
+        path: a run folder (the weights that it chose by validation and tested); a folder that `skipway export --hub`
+            made, or the name of one on the hub, "hf:org/name"; or a file, `runs/first/last.safetensors`.
 
     Returns:
         the network on the CPU; `.preprocessing` says what images it takes and what its outputs mean.

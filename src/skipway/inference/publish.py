@@ -9,14 +9,7 @@ from typing import Any
 from torch import nn
 
 from skipway._version import __version__
-from skipway.checkpoint.files import (
-    decode_json,
-    encode_json,
-    read_json,
-    read_safetensors,
-    write_atomically,
-    write_tensors,
-)
+from skipway.checkpoint.files import decode_json, encode_json, read_safetensors, write_atomically, write_tensors
 from skipway.data.preprocessing import Preprocessing
 from skipway.data.split import printable
 from skipway.errors import CheckpointError, SkipwayError
@@ -123,14 +116,13 @@ def ours(entry: Path) -> bool:
 
 
 def result_of(file: Path) -> dict[str, Any] | None:
-    """The result of the run that left these weights behind; None unless they are its last, which it speaks of."""
-    if file.name != "last.safetensors":
+    """The test result in the header of a file of weights; None where they were not tested."""
+    _, header = read_safetensors(file)
+    if "result" not in header:
         return None
-    try:
-        result = read_json(file.with_name("summary.json"))
-    except CheckpointError:
-        return None
-    return result if isinstance(result, dict) and isinstance(result.get("test_images"), int) else None
+    result = decode_json(header["result"].encode(), file)
+    counts = [result.get(name) if isinstance(result, dict) else None for name in ("test_correct", "test_images")]
+    return result if all(isinstance(count, int) and count >= 0 for count in counts) else None
 
 
 def model_card(about: dict[str, Any], made: Preprocessing, result: dict[str, Any] | None) -> str:
@@ -146,9 +138,11 @@ def model_card(about: dict[str, Any], made: Preprocessing, result: dict[str, Any
     if result is not None:
         correct, images = int(result["test_correct"]), int(result["test_images"])
         low, high = wilson_interval(correct, images)
+        validation = int(result.get("validation_images") or 0)
         figures = (
             f"{percent(correct / max(1, images))} of {images:,} test images are classified correctly "
-            f"(95 % interval {100 * low:.1f} to {percent(high)})."
+            f"(95 % interval {100 * low:.1f} to {percent(high)}). They were looked at once, after these weights had "
+            f"been chosen{f' on {validation:,} validation images' if validation else ' as those of the last epoch'}."
         )
         metric = {"type": "accuracy", "value": correct / max(1, images)}
         task = {"type": "image-classification"}

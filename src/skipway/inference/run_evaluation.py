@@ -12,7 +12,7 @@ from skipway.checkpoint.files import read_json
 from skipway.data import load
 from skipway.data.sources.detect import find
 from skipway.data.sources.index import name_list
-from skipway.data.split import printable
+from skipway.data.split import printable, read_split
 from skipway.errors import CheckpointError, DataError
 from skipway.inference.evaluation import Evaluation, evaluate
 from skipway.inference.predict import Predictor, weights_file
@@ -43,10 +43,10 @@ class Judgement:
 def judge_run(
     path: Path, *, device: str = "auto", flip: bool | None = None, batch_size: int | None = None
 ) -> Judgement:
-    """Test a run's weights on the images that it held back, in the arithmetic in which it was trained.
+    """Test a run's weights on its test images, in the arithmetic in which it was trained.
 
     Args:
-        path: the run folder, or a file of weights in it.
+        path: the run folder, of which the best weights by validation are tested, or a file of weights in it.
         device: see `Predictor`.
         flip: also see the mirror images; None: as the run did.
         batch_size: None: the run's.
@@ -61,7 +61,7 @@ def judge_run(
     if not isinstance(stored, dict) or not isinstance(stored.get("recipe"), dict):
         raise CheckpointError(f"{printable(file)} holds no recipe, so which images to test on is not known; give them")
     recipe = Recipe.from_json(stored["recipe"], printable(file))
-    data = load(recipe.data, **recipe.data_choices())
+    data = load(recipe.data, **recipe.data_choices(), listed=read_split(file.with_name("split.json")))
     fingerprint = stored["data"].get("fingerprint") if isinstance(stored.get("data"), dict) else None
     if data.classes != predictor.classes or data.fingerprint != fingerprint:
         raise DataError(
@@ -70,13 +70,13 @@ def judge_run(
         )
     evaluation = evaluate(
         predictor.model,
-        data.test_batches(batch_size=batch_size or recipe.batch_size, device=predictor.device),
+        data.evaluation_batches("test", batch_size=batch_size or recipe.batch_size, device=predictor.device),
         classes=len(data.classes),
         autocast=lambda: arithmetic(recipe.precision, predictor.device),
         flip=recipe.flip_test if flip is None else flip,
     )
     assert evaluation is not None
-    return Judgement(f"{data.name}, test part", data.classes, evaluation)
+    return Judgement(f"{data.name}, test split", data.classes, evaluation)
 
 
 def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -89,7 +89,8 @@ def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[o
 def judge_images(
     path: Path, data: Path, *, device: str = "auto", flip: bool = False, batch_size: int = 64, workers: int = 1
 ) -> Judgement:
-    """Test a network on images that are sorted into classes: on their test part if they have one, else on all.
+    """Test a network on images that are sorted into classes: on their test split if they have one, else on their
+    validation split, else on all.
 
     Args:
         path: see `from_pretrained`.
@@ -105,12 +106,13 @@ def judge_images(
     """
     predictor = Predictor.load(path, device=device)
     found = find(data, allow_empty=True)
-    files = found.train if found.test is None else found.test
+    files = found.test or found.validation or found.train
     numbers = {name: number for number, name in enumerate(predictor.classes)}
     unknown = [name for name in files if files[name] and name not in numbers]
     if unknown:
         raise DataError(
-            f"class {name_list(unknown)} in {printable(data)} is not one of the network's: {name_list(predictor.classes, 20)}"
+            f"class {name_list(unknown)} in {printable(data)} is not one of the network's: "
+            f"{name_list(predictor.classes, 20)}"
         )
     pairs = [(file, numbers[name]) for name in files if name in numbers for file in files[name]]
     unreadable: list[tuple[str, str]] = []

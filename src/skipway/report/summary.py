@@ -15,7 +15,7 @@ from skipway.inference.metrics import percent
 from skipway.probes.signal_check import StageSignal
 from skipway.recipe import Recipe
 
-__all__ = ["accuracy_text", "data_lines", "duration", "mistakes_text", "model_lines", "signal_lines"]
+__all__ = ["accuracy_text", "chosen_text", "data_lines", "duration", "mistakes_text", "model_lines", "signal_lines"]
 
 Line = tuple[str, str]
 
@@ -24,17 +24,14 @@ def data_lines(data: Data) -> Iterator[Line]:
     """What was found: images, classes, the split, damaged files, remarks."""
     counts = torch.bincount(data.train.labels, minlength=len(data.classes))
     smallest = int(counts.argmin())
-    total = len(data.train) + len(data.test)
+    total = len(data.splits.samples)
     yield (
         "data",
         f"{data.name}: {total:,} images, {len(data.classes)} classes, "
         f"input {data.size}x{data.size} {'grey' if data.channels == 1 else 'colour'}; "
         f"smallest class {printable(data.classes[smallest])!r} with {int(counts[smallest]):,} to train on",
     )
-    how = "as the folders say"
-    if data.held_out is not None:
-        how = f"{100 * data.held_out:g} % of each class held out"
-    yield "split", f"{len(data.train):,} to train on, {len(data.test):,} to test on: {how}"
+    yield "split", split_text(data)
     if data.unreadable:
         yield "damaged", f"{len(data.unreadable):,} images left out:"
         for file, reason in data.unreadable[:3]:
@@ -43,6 +40,22 @@ def data_lines(data: Data) -> Iterator[Line]:
             yield "", f"  and {len(data.unreadable) - 3:,} more, all in config.json"
     for remark in data.remarks:
         yield "note", remark
+
+
+def split_text(data: Data) -> str:
+    """The number of images of each split, and which option decides it where it was split off the training images."""
+    off, fold = data.splits.split_off, data.splits.fold
+    validation = f"{len(data.validation):,} to validate on"
+    if not len(data.validation):
+        validation = "none to validate on, so the last epoch counts as the best (--validation)"
+    elif "validation" in off:
+        validation += f" ({100 * off['validation']:g} % of the rest, --validation)"
+    test = f"{len(data.test):,} to test on"
+    if fold is not None:
+        test += f" (fold {fold.number} of {fold.count} of the training images)"
+    elif "test" in off:
+        test += f" ({100 * off['test']:g} % of each class, --holdout)"
+    return f"{len(data.train):,} images to train on, {validation}, {test}{'' if off else '; as the source has them'}"
 
 
 def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int, flops: float = 0.0) -> Iterator[Line]:
@@ -124,16 +137,24 @@ def duration(seconds: float) -> str:
     return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
 
 
-def accuracy_text(evaluation: Evaluation, best_accuracy: float, best_epoch: int) -> str:
-    """The result with its 95 % interval, and the best epoch where that was another."""
+def accuracy_text(evaluation: Evaluation) -> str:
+    """The test result with its 95 % interval."""
     low, high = wilson_interval(evaluation.correct, evaluation.total)
-    text = (
+    return (
         f"{percent(evaluation.accuracy)} of {evaluation.total:,} test images "
         f"(95 % interval {100 * low:.1f} to {percent(high)})"
     )
-    if best_accuracy > evaluation.accuracy:
-        text += f"; best {percent(best_accuracy)} after epoch {best_epoch}, chosen on these images"
-    return text
+
+
+def chosen_text(validation_images: int, accuracy: float, epoch: int) -> str:
+    """Which weights were tested, and by what they were chosen.
+
+    >>> chosen_text(143, 0.972, 7)
+    'weights of epoch 7, the best on 143 validation images (97.2 %)'
+    """
+    if not validation_images:
+        return f"weights of epoch {epoch}, the last, as there are no validation images"
+    return f"weights of epoch {epoch}, the best on {validation_images:,} validation images ({percent(accuracy)})"
 
 
 def mistakes_text(evaluation: Evaluation, classes: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skipway.data import Batch, Data, load
+from skipway.data import Batch, Data, DataChoices, load
 from skipway.optim.groups import param_groups
 from skipway.optim.optimizers import parse_optimizer
 from skipway.optim.schedules import lr_factor, parse_schedule, set_lr
@@ -54,10 +54,14 @@ class Plan:
 
 @lru_cache(maxsize=2)
 def data_of(source: str | None, *, vary: bool = True) -> Data:
-    """The embedded digits, unvaried, for None; else a folder of images, padded, cropped and mirrored if they `vary`."""
+    """The embedded digits, unvaried, for None; else a folder of images, padded, cropped and mirrored if they `vary`.
+
+    A study tests the last weights and chooses nothing, so no validation images are split off.
+    """
     if source is None:
-        return load(None, crop="none")
-    return load(Path(source)) if vary else load(Path(source), crop="none", flip=False)
+        return load(None, crop="none", validation=0.0)
+    choices = DataChoices(source=Path(source), validation=0.0)
+    return load(choices if vary else replace(choices, crop="none", flip=False))
 
 
 def name_of(data: Data) -> str:
@@ -151,7 +155,7 @@ def test(model: nn.Module, data: Data, device: torch.device) -> tuple[float, flo
     """Error and loss on the test images; the model trains on afterwards."""
     model.eval()
     wrong, loss, total = 0.0, 0.0, 0
-    for batch in data.test_batches(batch_size=512, device=device):
+    for batch in data.evaluation_batches("test", batch_size=512, device=device):
         logits = model(batch.inputs).float()
         wrong += float((logits.argmax(1) != batch.labels).sum())
         loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))

@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from skipway.checkpoint.files import write_json
-from skipway.checkpoint.state import full_tensor
+from skipway.checkpoint.files import read_tensors, write_json
+from skipway.checkpoint.state import full_tensor, load_model_state
 from skipway.data import Batch
 from skipway.errors import DivergedError, SkipwayError, printable
 from skipway.hardware.device import choose_device, choose_precision
@@ -29,10 +31,11 @@ from skipway.optim.clip import total_norm
 from skipway.optim.schedules import set_lr
 from skipway.recipe import Recipe
 from skipway.report.run import write_report
+from skipway.report.run.answers import AnswerLog, Answers
 from skipway.training import step as stepping
 from skipway.training.distributed import joined
 from skipway.training.preflight import introduce
-from skipway.training.recording import note_step, record, save, save_is_due, write_weights
+from skipway.training.recording import note_step, record, save, save_is_due, write_result, write_weights
 from skipway.training.recovery import diverged, out_of_memory, retry, split
 from skipway.training.reporter import Screen, Silent, StepReport
 from skipway.training.run import Outcome, Pending, Run
@@ -53,8 +56,8 @@ __all__ = ["train"]
 GPU_STEPS_PER_CHECK = 25
 # steps that are timed before `Recipe.time` is turned into epochs, and the first of them, which are slow
 TIMED_STEPS, WARMING_STEPS = 20, 3
-# what a test image costs, in training images: the forward pass of three passes
-TEST_COST = 1 / 3
+# what an image costs in an evaluation, in training images: the forward pass of three passes
+EVALUATION_COST = 1 / 3
 
 
 def train(
@@ -67,6 +70,10 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train a network as `recipe` says and leave everything in the folder `out`.
+
+    The training images are learned from. After each epoch the validation images choose: the weights of the best epoch
+    so far are kept, and `Recipe.patience` counts by them. The test images are looked at once, after the last epoch,
+    with the weights that were chosen.
 
     Under torchrun every process calls it alike; the first writes and reports.
 
@@ -100,7 +107,7 @@ def train(
         stack.enter_context(repeatable(recipe))
         device = choose_device(recipe.device, ranks.local)
         precision, reason = choose_precision(recipe.precision, device)
-        data = load_data(recipe, screen, ranks)
+        data = load_data(recipe, screen, ranks, None if stored is None else folder.read_split())
         recipe = resolved(recipe, data, precision, ranks.world)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         run = assemble(recipe, data, folder, screen, device, ranks, stop)
@@ -144,8 +151,8 @@ def fit(run: Run) -> None:
         except DivergedError as error:
             retry(run, error)
             continue
-        evaluation = test(run) if complete else None
-        if evaluation is None:
+        evaluation = validate(run) if complete else None
+        if not complete or (evaluation is None and len(run.data.validation)):
             save(run)
             break
         record(run, evaluation)
@@ -249,8 +256,11 @@ def plan(run: Run) -> None:
         return
     timed = run.steps_taken - WARMING_STEPS
     per_step = (time.monotonic() - run.timed_from) / max(1, timed)
-    test_steps = TEST_COST * len(run.data.test) / run.recipe.batch_size
-    epochs = int((budget - run.seconds + per_step * run.steps_done) / (per_step * (run.steps + test_steps)))
+    each, once = (
+        EVALUATION_COST * len(images) / run.recipe.batch_size for images in (run.data.validation, run.data.test)
+    )
+    left = budget - run.seconds + per_step * (run.steps_done - once)
+    epochs = int(left / (per_step * (run.steps + each)))
     told = run.ranks.total(torch.tensor(float(max(1, epochs)) if run.ranks.first else 0.0, device=run.device))
     position.epochs, position.planned = int(told), True
     word = "epoch" if position.epochs == 1 else "epochs"
@@ -270,61 +280,83 @@ def watch(run: Run, batch: Batch) -> None:
         run.screen.say("warning", f"step {run.steps_done}: {sentence}")
 
 
-def test(run: Run) -> Evaluation | None:
-    """Evaluate on the test images, the averaged weights if there are any; None if `stop` ended it early."""
+def validate(run: Run) -> Evaluation | None:
+    """Evaluate the network, or its averaged weights, on the validation images; None if there are none, or if `stop`
+    ended it early.
+    """
+    if not len(run.data.validation):
+        return None
+    with nullcontext() if run.average is None else run.average.applied(run.model):
+        return evaluate_split(run, "validation")
+
+
+def evaluate_split(
+    run: Run, split: Literal["validation", "test"], observe: Callable[[Batch, Tensor], None] | None = None
+) -> Evaluation | None:
+    """Evaluate the network as it is on a split, each process on its share; None if `stop` ended it early."""
     size = max(1, run.recipe.batch_size // run.position.parts)
     # the processes of a network that is spread over them have to run it equally often
-    rounds = math.ceil(math.ceil(len(run.data.test) / run.ranks.world) / max(1, size // run.ranks.world))
-    shares = run.data.test_batches(
-        batch_size=size,
-        device=run.device,
-        rank=run.ranks.rank,
-        world=run.ranks.world,
+    images = len(run.data.validation if split == "validation" else run.data.test)
+    rounds = math.ceil(math.ceil(images / run.ranks.world) / max(1, size // run.ranks.world))
+    batches = run.data.evaluation_batches(
+        split, batch_size=size, device=run.device, rank=run.ranks.rank, world=run.ranks.world
     )
-    with nullcontext() if run.average is None else run.average.applied(run.model):
-        return evaluate(
-            run.model,
-            shares,
-            classes=len(run.data.classes),
-            autocast=run.autocast,
-            stop=run.stop,
-            flip=run.recipe.flip_test,
-            total=run.ranks.total,
-            rounds=rounds if run.recipe.sharding == "full" else 0,
-        )
+    return evaluate(
+        run.model,
+        batches,
+        classes=len(run.data.classes),
+        autocast=run.autocast,
+        stop=run.stop,
+        flip=run.recipe.flip_test,
+        total=run.ranks.total,
+        rounds=rounds if run.recipe.sharding == "full" else 0,
+        observe=observe,
+    )
 
 
 def conclude(run: Run) -> Outcome:
-    """Write the last weights and the summary."""
-    evaluation = run.evaluation
-    if run.finished and evaluation is None:
-        evaluation = test(run)
+    """Write the last weights; test the best ones, if all epochs are done; write the summary and the report."""
     write_weights(run, run.folder.last)
+    if not len(run.data.validation):
+        write_weights(run, run.folder.best)
+    answers = AnswerLog()
+    evaluation = test(run, answers) if run.finished else None
     position = run.position
     outcome = Outcome(
         finished=run.finished,
         folder=run.folder,
         recipe=run.recipe,
         classes=run.data.classes,
-        evaluation=evaluation if run.finished else None,
+        evaluation=evaluation,
+        validation_images=len(run.data.validation),
         best_accuracy=position.best_accuracy,
         best_epoch=position.best_epoch,
         epoch=position.epoch,
         step=position.step,
         seconds=run.seconds,
     )
-    if outcome.evaluation is not None and run.ranks.first:
+    if evaluation is not None and run.ranks.first:
+        write_result(run, run.folder.best, evaluation)
         write_json(run.folder.summary, outcome.to_json())
     run.ranks.wait()
-    if outcome.evaluation is not None and run.ranks.first:
-        report_on(run, outcome.evaluation)
+    if evaluation is not None and run.ranks.first:
+        # the other processes saw the rest of the test images
+        report_on(run, evaluation, answers.answers() if run.ranks.world == 1 else None)
     return outcome
 
 
-def report_on(run: Run, evaluation: Evaluation) -> None:
+def test(run: Run, answers: AnswerLog) -> Evaluation | None:
+    """Load the best weights into the network and evaluate them on the test images; None if `stop` ended it early."""
+    run.ranks.wait()
+    tensors, _ = read_tensors(run.folder.best)
+    load_model_state(run.model, tensors)
+    return evaluate_split(run, "test", observe=answers.add)
+
+
+def report_on(run: Run, evaluation: Evaluation, answers: Answers | None) -> None:
     """Write the page. The run is safe by now, so whatever goes wrong here is said, and no more."""
     try:
-        if write_report(run, evaluation) is None:
+        if write_report(run, evaluation, answers) is None:
             run.screen.say("note", "told to stop before the report was written; the run itself is complete")
     except Exception as error:
         run.screen.say("warning", f"no report: {printable(str(error) or type(error).__name__)}")

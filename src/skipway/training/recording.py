@@ -6,19 +6,20 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from skipway.checkpoint.files import write_tensors
+from skipway.checkpoint.files import read_tensors, write_tensors
 from skipway.checkpoint.state import all_finite, gather_tensors, model_state, optimizer_state
 from skipway.checkpoint.store import Snapshot
 from skipway.errors import CheckpointError, DivergedError
-from skipway.inference.evaluation import Evaluation
+from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.training.run import Run
 from skipway.training.setup import model_of, preprocessing_of, snapshot_state
 from skipway.training.tensorboard import write_board
 
-__all__ = ["note_step", "record", "save", "save_is_due", "write_weights"]
+__all__ = ["note_step", "record", "save", "save_is_due", "write_result", "write_weights"]
 
 SECONDS_BETWEEN_SAVES = 600.0
 # rows of `steps.jsonl` in an epoch
@@ -33,13 +34,19 @@ def note_step(run: Run, step: int, loss: float, norm: float) -> None:
         run.rows.append({"step": done, "epoch": run.position.epoch + 1, "loss": loss, "norm": norm, "lr": rate})
 
 
-def record(run: Run, evaluation: Evaluation) -> None:
-    """Enter a complete epoch into the metrics, keep its weights if they are the best, and move on to the next."""
+def record(run: Run, evaluation: Evaluation | None) -> None:
+    """Enter a complete epoch into the metrics, keep its weights if they are the best, and move on to the next.
+
+    Args:
+        evaluation: of the epoch's weights on the validation images; None: there are none, and the last epoch counts as
+            the best.
+    """
     position, images = run.position, run.steps * run.recipe.batch_size
-    run.evaluation = evaluation
     last_rate = run.recipe.peak_lr * run.rate_factor(run.steps_done - 1)
     position.epoch, position.step = position.epoch + 1, 0
-    if evaluation.accuracy > position.best_accuracy:
+    if evaluation is None:
+        position.best_epoch = position.epoch
+    elif evaluation.accuracy > position.best_accuracy:
         position.best_accuracy, position.best_epoch = evaluation.accuracy, position.epoch
         write_weights(run, run.folder.best)
     elif run.recipe.patience is not None and position.epoch - position.best_epoch >= run.recipe.patience:
@@ -50,8 +57,8 @@ def record(run: Run, evaluation: Evaluation) -> None:
         "lr": last_rate,
         "train_loss": position.loss_sum / images,
         "train_accuracy": position.correct / images,
-        "test_loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
-        "test_accuracy": evaluation.accuracy,
+        "validation_loss": None if evaluation is None or not math.isfinite(evaluation.loss) else evaluation.loss,
+        "validation_accuracy": None if evaluation is None else evaluation.accuracy,
         "images_per_second": round(run.images_per_second, 1),
         "seconds": round(run.seconds, 3),
     }
@@ -110,9 +117,29 @@ def save(run: Run) -> None:
         run.screen.say("warning", str(error))
 
 
+def about_weights(run: Run) -> dict[str, Any]:
+    """What the header of a file of weights says: the network, how images are prepared, and the epoch."""
+    return {"model": model_of(run), "preprocessing": preprocessing_of(run), "epoch": run.position.epoch}
+
+
+def write_result(run: Run, path: Path, evaluation: Evaluation) -> None:
+    """Add the test result to the header of a file of weights."""
+    tensors, about = read_tensors(path)
+    low, high = wilson_interval(evaluation.correct, evaluation.total)
+    result = {
+        "test_accuracy": evaluation.accuracy,
+        "test_correct": evaluation.correct,
+        "test_images": evaluation.total,
+        "test_interval": [low, high],
+        "validation_images": len(run.data.validation),
+        "validation_accuracy": run.position.best_accuracy if len(run.data.validation) else None,
+    }
+    write_tensors(path, tensors, {**about, "result": result})
+
+
 def write_weights(run: Run, path: Path) -> None:
     """Write the weights alone, the averaged ones if there are any, with what is needed to use them in the header."""
-    about = {"model": model_of(run), "preprocessing": preprocessing_of(run), "epoch": run.position.epoch}
+    about = about_weights(run)
     with nullcontext() if run.average is None else run.average.applied(run.model):
         tensors = model_state(run.model)
         if run.ranks.first:

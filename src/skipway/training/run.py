@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from skipway.checkpoint.store import Checkpoints
 from skipway.data import Data
-from skipway.inference.evaluation import Evaluation
+from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.monitor.health import Health
 from skipway.optim.schedules import lr_factor
 from skipway.recipe import Recipe
@@ -34,6 +34,8 @@ class Position:
         epochs: planned in all; `Recipe.time` decides it on the way.
         parts: a batch goes through the network in so many parts.
         rate: factor on all learning rates, less than 1 once a run went back.
+        best_accuracy: on the validation images, over all epochs; -1 before the first.
+        best_epoch: the epoch of that, from 1; the last one where there are no validation images.
         ended: no better accuracy for as long as `Recipe.patience` says.
     """
 
@@ -165,9 +167,10 @@ class Outcome:
         folder: where everything is.
         recipe: with every choice resolved.
         classes: names in the order of their numbers.
-        evaluation: of the last weights on the test images; None if the run was stopped.
-        best_accuracy: over all epochs, on the same test images; -1 before the first.
-        best_epoch: the epoch of that, from 1.
+        evaluation: of the weights in `best.safetensors` on the test images; None if the run was stopped.
+        validation_images: number of images that the best epoch was chosen on.
+        best_accuracy: on these images, over all epochs; -1 where there are none.
+        best_epoch: the epoch of that, from 1; the last one where there are no validation images.
         epoch: complete epochs.
         step: steps into the next.
         seconds: spent in training, over all sessions.
@@ -178,6 +181,7 @@ class Outcome:
     recipe: Recipe
     classes: tuple[str, ...]
     evaluation: Evaluation | None
+    validation_images: int
     best_accuracy: float
     best_epoch: int
     epoch: int
@@ -194,8 +198,11 @@ class Outcome:
             "test_loss": loss if math.isfinite(loss) else None,
             "test_correct": self.evaluation.correct,
             "test_images": self.evaluation.total,
-            "best_test_accuracy": self.best_accuracy,
+            "test_interval": list(wilson_interval(self.evaluation.correct, self.evaluation.total)),
+            "tested": self.folder.best.name,
             "best_epoch": self.best_epoch,
+            "best_validation_accuracy": self.best_accuracy if self.validation_images else None,
+            "validation_images": self.validation_images,
             "epochs": self.epoch,
             "seconds": round(self.seconds, 3),
             "confusion": self.evaluation.confusion.tolist() if few else None,

@@ -4,12 +4,13 @@
 |---|---|
 | `config.json` | the recipe with every choice resolved, how to build the model, preprocessing, versions |
 | `environment.json` | machine, versions and settings of each session |
-| `split.json` | the files of each part, where the split was made here |
+| `split.json` | the files of the training, validation and test split, where one of them was split off here |
 | `metrics.jsonl`, `steps.jsonl` | one JSON object per epoch, and per so many steps |
 | `health.jsonl` | samples of how every connection fares |
 | `checkpoints/` | weights, optimiser state and position at a few steps, with hashes: what `--resume` continues from |
 | `checkpoint.safetensors` | the same in one file, as earlier versions wrote it |
-| `best.safetensors`, `last.safetensors` | weights alone, with the preprocessing in their header |
+| `best.safetensors` | weights of the epoch with the best validation accuracy; the test result is theirs |
+| `last.safetensors` | weights of the last epoch; both with preprocessing and epoch in their header |
 | `tensorboard/` | the curves once more, where that was asked for |
 | `bundle/` | what a step that diverged was made of, to run it again |
 | `summary.json`, `report.html` | the result, and a page to read |
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from skipway.checkpoint import store as checkpoints
 from skipway.checkpoint.files import describe_os_error, read_json, write_atomically, write_json, write_tensors
 from skipway.checkpoint.lock import hold_lock
+from skipway.data.split import read_split
 from skipway.errors import CheckpointError, SkipwayError, printable
 
 if TYPE_CHECKING:
@@ -136,6 +138,14 @@ class RunFolder:
                 write_json(self.split, split)
         except OSError as error:
             raise SkipwayError(f"out={printable(self.path)}: cannot be written: {describe_os_error(error)}") from error
+
+    def read_split(self) -> dict[str, Any] | None:
+        """What `begin` wrote about the splits; None: the source has them all.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        return read_split(self.split)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one epoch's line."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from skipway.errors import CheckpointError, DataError, SkipwayError
 from skipway.models import build, find_config
 from skipway.monitor.health import Health
 from skipway.optim.groups import layer_indices, param_groups
-from skipway.recipe import Recipe
+from skipway.recipe import NO_PATIENCE, Recipe
 from skipway.training.averaging import Average
 from skipway.training.distributed import Ranks
 from skipway.training.reporter import Screen
@@ -92,14 +92,19 @@ def absolute(recipe: Recipe) -> Recipe:
     )
 
 
-def load_data(recipe: Recipe, screen: Screen, ranks: Ranks) -> Data:
-    """The images that the recipe asks for; the first process looks first and leaves what it found in the cache."""
+def load_data(recipe: Recipe, screen: Screen, ranks: Ranks, listed: Mapping[str, Sequence[str]] | None = None) -> Data:
+    """The images that the recipe asks for; the first process looks first and leaves what it found in the cache.
+
+    Args:
+        listed: the names of the images of each split, of a run that continues; None: the splits are made anew.
+    """
     if not ranks.first:
         ranks.wait()
     try:
         return load(
             recipe.data,
             **recipe.data_choices(),
+            listed=listed,
             progress=screen.reading,
             remark=lambda sentence: screen.say("note", sentence),
         )
@@ -116,6 +121,8 @@ def resolved(recipe: Recipe, data: Data, precision: Any, world: int) -> Recipe:
             f"{len(data.train)} images to train on are fewer than {world} processes x {recipe.accumulate} parts of a "
             "batch; use fewer of either"
         )
+    if recipe.patience is not None and not len(data.validation):
+        raise SkipwayError(NO_PATIENCE)
     recipe = replace(absolute(recipe), batch_size=min(recipe.batch_size, most))
     return replace(
         recipe,
@@ -255,7 +262,7 @@ def freeze(run: Run) -> None:
 def begin(run: Run) -> None:
     """Write what is known before training."""
     if run.ranks.first:
-        run.folder.begin(config_of(run), split_of(run.data))
+        run.folder.begin(config_of(run), file_list(run.data))
         write_json(run.folder.environment, environment(run))
 
 
@@ -285,8 +292,7 @@ def config_of(run: Run) -> dict[str, Any]:
         "preprocessing": preprocessing_of(run),
         "data": {
             "fingerprint": run.data.fingerprint,
-            "train": len(run.data.train),
-            "test": len(run.data.test),
+            **sizes_of(run.data),
             "unreadable": [list(entry) for entry in run.data.unreadable],
         },
     }
@@ -306,11 +312,16 @@ def preprocessing_of(run: Run) -> dict[str, Any]:
     return {**values, "crop": run.data.augmentation.crop}
 
 
-def split_of(data: Data) -> dict[str, Any] | None:
-    """The file list of both parts, where the split was made here."""
-    if data.held_out is None:
+def sizes_of(data: Data) -> dict[str, int]:
+    """The number of images of each split."""
+    return {split: len(files) for split, files in data.listed.items()}
+
+
+def file_list(data: Data) -> dict[str, Any] | None:
+    """What `split.json` holds: the files of all splits, where one of them was split off here."""
+    if not data.splits.split_off:
         return None
-    return {"held_out": data.held_out, "train": list(data.train.names), "test": list(data.test.names)}
+    return {"split_off": dict(data.splits.split_off), "fold": data.splits.fold, **data.listed}
 
 
 def restore(run: Run, stored: dict[str, Any]) -> None:
@@ -324,10 +335,10 @@ def restore(run: Run, stored: dict[str, Any]) -> None:
     if classes != run.data.classes:
         lost, new = set(classes) - set(run.data.classes), set(run.data.classes) - set(classes)
         raise CheckpointError(f"the classes have changed since the run began: gone {sorted(lost)}, new {sorted(new)}")
-    counts = {"train": len(run.data.train), "test": len(run.data.test)}
+    counts = sizes_of(run.data)
     found = {"fingerprint": run.data.fingerprint, **counts}
     if {name: stored["data"][name] for name in found} != found:
-        was, now = stored["data"]["train"] + stored["data"]["test"], sum(counts.values())
+        was, now = sum(stored["data"][split] for split in counts), sum(counts.values())
         raise DataError(
             f"the files have changed since the run began: {was:,} images then, {now:,} now; start a new run"
         )

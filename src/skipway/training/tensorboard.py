@@ -11,7 +11,7 @@ from skipway.errors import MissingExtraError
 __all__ = ["write_board"]
 
 # rows of the metrics that are curves
-CURVES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
+CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr")
 
 
 def write_board(folder: Path, row: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:

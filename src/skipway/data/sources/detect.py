@@ -11,6 +11,7 @@ from skipway.data.sources.hub import HUB_PREFIX, find_rows, is_saved
 from skipway.data.sources.index import SourceIndex, printable
 from skipway.data.sources.lists import LIST_SUFFIXES, find_list
 from skipway.data.sources.shards import find_shards
+from skipway.data.sources.splits import split_of
 from skipway.errors import DataError, SkipwayError
 
 __all__ = ["COLUMNS", "find"]
@@ -55,10 +56,9 @@ def find(
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder, or its train folder, holds tar files."""
-    for place in (folder, folder / "train"):
-        if place.is_dir():
-            with os.scandir(place) as entries:
-                if any(entry.name.endswith(".tar") and entry.is_file() for entry in entries):
-                    return True
-    return False
+    """Whether a folder, or a training folder in it, holds tar files."""
+    with os.scandir(folder) as entries:
+        inside = [Path(entry.path) for entry in entries]
+    training = [path for path in inside if split_of(path.name) == "train" and path.is_dir()]
+    files = [*inside, *(path for place in training for path in place.iterdir())]
+    return any(path.suffix == ".tar" and path.is_file() for path in files)

@@ -11,13 +11,13 @@ from skipway.data.sources.index import (
     FilesByClass,
     SourceIndex,
     check_classes,
-    check_test_classes,
+    check_known_classes,
     name_list,
-    part_of,
     printable,
     sorted_classes,
 )
 from skipway.data.sources.readers import Rows
+from skipway.data.sources.splits import SPLITS, Split, split_of
 from skipway.errors import DataError, MissingExtraError
 
 __all__ = ["HUB_PREFIX", "find_rows", "is_saved"]
@@ -62,40 +62,53 @@ def find_rows(source: Path | str, *, columns: Sequence[str], outside: bool = Fal
         raise DataError(f"{where} cannot be read as a data set: {reason}") from error
     splits = {str(split): table for split, table in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
     image, label = choose_columns(splits, columns, where, datasets)
-    tables, parts, unused = {}, {}, []
+    tables: dict[str, Any] = {}
+    by_split: dict[Split, FilesByClass] = {}
+    unused, remarks = [], []
     names: tuple[str, ...] | None = None
     for split, table in splits.items():
-        part = part_of(split, where)
-        if part in parts:
-            unused.append(split)
+        known = split_of(split)
+        if known is None or known in by_split:
+            reason = f"there is another {known} split" if known else "its name is none of train, val, test"
+            unused.append(f"{printable(split)!r}: {reason}")
+            continue
+        labels = table[label] if label in table.features else []
+        if known != "train" and all(value is None or value == -1 for value in labels):
+            remarks.append(
+                f"{printable(split)!r} has no labels: it is left alone, and {known} images are split off the training "
+                "split"
+            )
             continue
         feature = table.features[label]
         own = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
         names = names or own
         by_class: FilesByClass = {}
-        for row, value in enumerate(table[label]):
+        for row, value in enumerate(labels):
             if value is None or (own and not 0 <= int(value) < len(own)):
                 raise DataError(f"{where}: row {row} of {split} has no label")
             by_class.setdefault(own[int(value)] if own else str(value), []).append(f"{split}/{row}")
-        parts[part] = by_class
+        by_split[known] = by_class
         if isinstance(table.features[image], datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))
         tables[split] = table.select_columns([image])
-    if "train" not in parts:
+    if "train" not in by_split:
         raise DataError(f"{where} has no split called train; it has {name_list(splits)}")
-    train = parts["train"]
+    train = by_split["train"]
     classes = tuple(name for name in names if name in train) if names else sorted_classes(train)
     check_classes(train, where, allow_empty=False)
-    if "test" in parts:
-        check_test_classes(parts["test"], classes, where)
+    for other in SPLITS[1:]:
+        if other in by_split:
+            check_known_classes(by_split[other], classes, where, other)
     root = Path(str(source).replace(":", "/") if fetched else source)
     return SourceIndex(
         store=Rows(root, image, tables, outside or fetched),
         name=root.name,
         classes=classes,
         train={name: train[name] for name in classes},
-        test=parts.get("test"),
+        validation=by_split.get("validation"),
+        test=by_split.get("test"),
         unused=tuple(unused),
+        remarks=tuple(remarks),
     )
 
 

@@ -1,4 +1,4 @@
-"""What was found in a source, before any image is opened."""
+"""The images of a source by split and class, before any of them is opened."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 from skipway.data.decode import readable
 from skipway.data.sources.readers import Store
+from skipway.data.sources.splits import SPLITS
 from skipway.errors import DataError
 
-__all__ = ["SUFFIXES", "TEST_NAMES", "SourceIndex", "name_list", "part_of", "printable", "sorted_classes"]
+__all__ = ["SUFFIXES", "FilesByClass", "SourceIndex", "name_list", "printable", "sorted_classes"]
 
 SUFFIXES = frozenset(
     {
@@ -19,23 +20,23 @@ SUFFIXES = frozenset(
         *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
     }
 )
-TEST_NAMES = ("test", "val", "valid", "validation")
 
 FilesByClass = dict[str, list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceIndex:
-    """The images of a source by class.
+    """The images of a source by split and class.
 
     Args:
-        store: reads them.
+        store: reads the images.
         name: of the source.
         classes: in the order of their numbers, those without an image included.
-        train: the images of each class by name; of all parts where the source brings no test part.
-        test: likewise; None: the source brings none.
-        ignored: files that are not images, counted by suffix; hidden files are not counted.
-        unused: further test parts.
+        train: names of the training images of each class.
+        validation: names of the validation images of each class; None: the source has no such split.
+        test: names of the test images of each class; None: the source has no such split.
+        ignored: number of files that are not images, by suffix; hidden files are not counted.
+        unused: folders, shards and splits that are left alone, with the reason.
         remarks: sentences about what a user may not expect.
     """
 
@@ -43,6 +44,7 @@ class SourceIndex:
     name: str
     classes: tuple[str, ...]
     train: FilesByClass
+    validation: FilesByClass | None = None
     test: FilesByClass | None = None
     ignored: Counter[str] = field(default_factory=Counter)
     unused: tuple[str, ...] = ()
@@ -50,14 +52,14 @@ class SourceIndex:
 
     @property
     def root(self) -> Path:
-        """What the images' names are relative to."""
+        """The folder that the names of the images are relative to."""
         return self.store.root
 
     @property
     def files(self) -> list[str]:
-        """All images of both parts."""
-        parts = (self.train, self.test or {})
-        return [file for part in parts for name in self.classes for file in part.get(name, [])]
+        """The names of all images, split by split and class by class."""
+        splits = [getattr(self, split) or {} for split in SPLITS]
+        return [file for files in splits for name in self.classes for file in files.get(name, [])]
 
 
 def printable(name: str | Path) -> str:
@@ -95,22 +97,6 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int(name), name) if numeric else (0, name)))
 
 
-def part_of(split: str, source: Path | str) -> str:
-    """ "train" or "test", from the name of a split.
-
-    >>> part_of("validation", "list.csv")
-    'test'
-    """
-    name = split.strip().lower()
-    if name in ("train", "training"):
-        return "train"
-    if name in (*TEST_NAMES, "testing"):
-        return "test"
-    raise DataError(
-        f"{printable(Path(source))}: split {split!r} is not known; there are: train, {', '.join(TEST_NAMES)}"
-    )
-
-
 def check_classes(files: FilesByClass, where: str, *, allow_empty: bool) -> tuple[str, ...]:
     """The classes, after checking that there are two and that none is empty.
 
@@ -135,16 +121,18 @@ def check_classes(files: FilesByClass, where: str, *, allow_empty: bool) -> tupl
     return tuple(files)
 
 
-def check_test_classes(files: FilesByClass, classes: tuple[str, ...], where: str) -> None:
-    """Class numbers come from the training part alone, so a test class that it lacks has none.
+def check_known_classes(files: FilesByClass, classes: tuple[str, ...], where: str, split: str) -> None:
+    """Check that the classes of a validation or test split occur in the training split, which numbers them.
 
     Raises:
-        DataError: there is such a class, or no test image at all.
+        DataError: a class is missing there, or the split holds no image at all.
     """
     unknown = [name for name in files if name not in classes and files[name]]
     if unknown:
         raise DataError(
-            f"class {name_list(unknown)} in {where} is not in the training part, which has {name_list(classes)}"
+            f"class {name_list(unknown)} in {where} is not in the training split, which has {name_list(classes)}"
         )
     if not any(files.values()):
-        raise DataError(f"no images in {where}: fill it, or remove it and a part of train is held out")
+        raise DataError(
+            f"no images in {where}: fill it, or remove it and {split} images are split off the training split"
+        )

@@ -12,13 +12,13 @@ from typing import Any
 from skipway.data.sources.index import (
     FilesByClass,
     SourceIndex,
-    check_test_classes,
+    check_known_classes,
     name_list,
-    part_of,
     printable,
     sorted_classes,
 )
 from skipway.data.sources.readers import Files
+from skipway.data.sources.splits import SPLITS, known_names, split_of
 from skipway.errors import DataError, MissingExtraError
 
 __all__ = ["LIST_SUFFIXES", "find_list"]
@@ -44,7 +44,7 @@ def find_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> S
     rows = parquet_rows(path, columns) if path.suffix.lower() == ".parquet" else csv_rows(path, columns)
     where, root = printable(path), path.parent
     home = os.path.realpath(root)
-    parts: dict[str, FilesByClass] = {"train": {}, "test": {}}
+    splits: dict[str, FilesByClass] = {split: {} for split in SPLITS}
     seen: dict[str, tuple[str, str]] = {}
     repeated = distinct = 0
     for number, (image, label, split) in enumerate(rows, 2):
@@ -57,7 +57,11 @@ def find_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> S
                     f"{where}, row {number}: {printable(image)!r} leads out of {printable(root)}; move the images "
                     "below the list, or allow it with outside"
                 )
-        part = part_of(split, path) if split else "train"
+        part = split_of(split) if split else "train"
+        if part is None:
+            raise DataError(
+                f"{where}, row {number}: split {printable(split)!r} is not known; known are {known_names()}"
+            )
         before = seen.setdefault(image, (label, part))
         if before != (label, part):
             raise DataError(
@@ -68,26 +72,27 @@ def find_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> S
             repeated += 1
             continue
         distinct = len(seen)
-        parts[part].setdefault(label, []).append(image)
-    return found_of(path, parts, repeated)
+        splits[part].setdefault(label, []).append(image)
+    return index_of_list(path, splits, repeated)
 
 
-def found_of(path: Path, parts: dict[str, FilesByClass], repeated: int) -> SourceIndex:
-    """The classes of a list's parts, checked."""
+def index_of_list(path: Path, splits: dict[str, FilesByClass], repeated: int) -> SourceIndex:
+    """The index of a list's splits, after checking their classes."""
     where = printable(path)
-    classes = sorted_classes(name for name, files in parts["train"].items() if files)
+    classes = sorted_classes(name for name, files in splits["train"].items() if files)
     if len(classes) < 2:
         raise DataError(f"{where} lists training images of {len(classes)} classes; a classifier needs at least two")
-    test = parts["test"] or None
-    if test is not None:
-        check_test_classes(test, classes, where)
+    for split in SPLITS[1:]:
+        if splits[split]:
+            check_known_classes(splits[split], classes, where, split)
     remarks = (f"{repeated} images are listed more than once; each is used once",) if repeated else ()
     return SourceIndex(
         store=Files(path.parent),
         name=path.stem,
         classes=classes,
-        train={name: parts["train"][name] for name in classes},
-        test=test,
+        train={name: splits["train"][name] for name in classes},
+        validation=splits["validation"] or None,
+        test=splits["test"] or None,
         remarks=remarks,
     )
 
@@ -141,6 +146,6 @@ def check_columns(path: Path, columns: Sequence[str], names: Sequence[str]) -> N
     missing = [name for name in columns[:2] if name not in names]
     if missing:
         raise DataError(
-            f"{printable(path)} has no column {name_list(missing)}; it has {name_list(names) or 'none'}. Name them with "
-            "columns=(image, label, split)"
+            f"{printable(path)} has no column {name_list(missing)}; it has {name_list(names) or 'none'}. Name them "
+            "with columns=(image, label, split)"
         )

@@ -19,15 +19,16 @@ from typing import Any
 from skipway.data.decode import MOST_BYTES
 from skipway.data.sources.index import (
     SUFFIXES,
-    TEST_NAMES,
     FilesByClass,
     SourceIndex,
     check_classes,
-    check_test_classes,
+    check_known_classes,
+    name_list,
     printable,
     sorted_classes,
 )
 from skipway.data.sources.readers import Member, Shards, check_name
+from skipway.data.sources.splits import SPLITS, looks_like_split, split_in
 from skipway.errors import DataError
 
 __all__ = ["expand", "find_shards", "key_and_suffix", "shard_paths"]
@@ -83,8 +84,9 @@ def shard_paths(source: Path) -> list[Path]:
 
 
 def find_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
-    """The images of tar shards. A shard that is called, or lies in a folder called, test, val, valid or validation is
-    the test part.
+    """The images of tar shards. A shard belongs to the split that its name, or its folder's, has as one of its words.
+
+    Where some shards name a split, one that sounds like another split, such as `extra-000.tar`, is left alone.
 
     Raises:
         DataError: a shard is missing, compressed, damaged, holds a link or a name that leads out of it, or too many
@@ -96,30 +98,38 @@ def find_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
         raise DataError(f"shard {printable(missing[0])} does not exist ({len(missing)} of {len(paths)} do not)")
     root = source if source.is_dir() else Path(*common(paths))
     members: dict[str, Member] = {}
-    parts: dict[str, FilesByClass] = {"train": {}, "test": {}}
+    splits: dict[str, FilesByClass] = {split: {} for split in SPLITS}
     ignored: Counter[str] = Counter()
+    unused = []
     for path in paths:
         shard = path.relative_to(root).as_posix()
-        part = "test" if is_test(shard) else "train"
+        split = split_in(shard)
+        if split is None and looks_like_split(path.stem):
+            unused.append(shard)
+            continue
         for member, label, place in index(path, ignored):
             name = f"{shard}/{member}"
             members[name] = Member(shard, *place)
-            parts[part].setdefault(label, []).append(name)
+            splits[split or "train"].setdefault(label, []).append(name)
         if len(members) > MOST_MEMBERS:
             raise DataError(f"{printable(source)} holds more than {MOST_MEMBERS:,} images")
-    classes = sorted_classes(parts["train"])
-    where = printable(source)
-    check_classes(parts["train"], where, allow_empty=allow_empty)
-    test = parts["test"] or None
-    if test is not None:
-        check_test_classes(test, classes, where)
+    where, train = printable(source), splits["train"]
+    classes = sorted_classes(train)
+    if unused and not train:
+        raise DataError(f"{where} holds {name_list(unused)} but no training shard: name it train-000.tar")
+    check_classes(train, where, allow_empty=allow_empty)
+    for other in SPLITS[1:]:
+        if splits[other]:
+            check_known_classes(splits[other], classes, where, other)
     return SourceIndex(
         store=Shards(root, members),
         name=paths[0].stem if len(paths) == 1 else root.resolve().name,
         classes=classes,
-        train={name: parts["train"][name] for name in classes},
-        test=test,
+        train={name: train[name] for name in classes},
+        validation=splits["validation"] or None,
+        test=splits["test"] or None,
         ignored=ignored,
+        unused=tuple(f"{printable(shard)!r}: its name is none of train, val, test" for shard in unused),
     )
 
 
@@ -131,15 +141,6 @@ def common(paths: Sequence[Path]) -> tuple[str, ...]:
             break
         shared.append(names[0])
     return tuple(shared)
-
-
-def is_test(shard: str) -> bool:
-    """Whether a shard belongs to the test part.
-
-    >>> is_test("val/000.tar"), is_test("imagenet-val-000.tar"), is_test("valley-000.tar")
-    (True, True, False)
-    """
-    return any(word in TEST_NAMES for word in re.split(r"[/\-_.\d]+", shard.lower()))
 
 
 def index(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[int, int]]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from skipway.data import Batch
 
-__all__ = ["Answers", "Mistake", "answers"]
+__all__ = ["AnswerLog", "Answers", "Mistake", "answers"]
 
 
 # wrong answers whose images are kept
@@ -46,6 +46,31 @@ class Answers:
     mistakes: tuple[Mistake, ...]
 
 
+class AnswerLog:
+    """Collects the answers to batches, one after the other."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[Tensor, ...]] = []
+        self.mistakes: list[Mistake] = []
+        self.done = 0
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        """Take in a batch and the logits (B, classes) of the network for it."""
+        confidence, taken = logits.softmax(1).max(1)
+        losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        losses = torch.where(taken == batch.labels, -1.0, losses.nan_to_num(torch.inf))
+        for loss, place in zip(*(each.tolist() for each in losses.topk(min(MISTAKES, len(losses)))), strict=True):
+            if loss >= 0 and (len(self.mistakes) < MISTAKES or loss > self.mistakes[-1].loss):
+                self.mistakes.append(Mistake(loss, self.done + place, batch.inputs[place].cpu()))
+        self.mistakes = sorted(self.mistakes, key=lambda mistake: -mistake.loss)[:MISTAKES]
+        self.rows.append((batch.numbers.cpu(), batch.labels.cpu(), taken.cpu(), confidence.cpu()))
+        self.done += len(batch.labels)
+
+    def answers(self) -> Answers:
+        """The answers so far; at least one batch was added."""
+        return Answers(*(torch.cat(column) for column in zip(*self.rows, strict=True)), mistakes=tuple(self.mistakes))
+
+
 @torch.inference_mode()
 def answers(
     model: nn.Module,
@@ -55,24 +80,14 @@ def answers(
     flip: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Answers | None:
-    """Ask a network that is in evaluation mode; None if `stop` said so before the end."""
-    rows: list[tuple[Tensor, ...]] = []
-    mistakes: list[Mistake] = []
-    done = 0
+    """The answers of a network that is in evaluation mode; None if `stop` said so before the end."""
+    log = AnswerLog()
     for batch in batches:
         with autocast():
             logits = model(batch.inputs).float()
             if flip:
                 logits = (logits + model(batch.inputs.flip(-1)).float()) / 2
-        confidence, taken = logits.softmax(1).max(1)
-        losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-        losses = torch.where(taken == batch.labels, -1.0, losses.nan_to_num(torch.inf))
-        for loss, place in zip(*(each.tolist() for each in losses.topk(min(MISTAKES, len(losses)))), strict=True):
-            if loss >= 0 and (len(mistakes) < MISTAKES or loss > mistakes[-1].loss):
-                mistakes.append(Mistake(loss, done + place, batch.inputs[place].cpu()))
-        mistakes = sorted(mistakes, key=lambda mistake: -mistake.loss)[:MISTAKES]
-        rows.append((batch.numbers.cpu(), batch.labels.cpu(), taken.cpu(), confidence.cpu()))
-        done += len(batch.labels)
+        log.add(batch, logits)
         if stop():
             return None
-    return Answers(*(torch.cat(column) for column in zip(*rows, strict=True)), mistakes=tuple(mistakes))
+    return log.answers()

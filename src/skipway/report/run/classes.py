@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 import torch
@@ -118,21 +118,23 @@ def class_table(confusion: Tensor, names: Sequence[str]) -> Iterator[str]:
     )
 
 
-def sizes_section(train: Tensor, test: Tensor, names: Sequence[str]) -> str:
-    """How many images each class has, in both parts.
+def sizes_section(labels: Mapping[str, Tensor], names: Sequence[str]) -> str:
+    """A chart of the number of images of each class in each split.
 
     Args:
-        train: class numbers of the training images (N,).
-        test: class numbers of the test images (M,).
+        labels: class numbers (N,) of the images of each split; splits without an image are left out.
+        names: of the classes.
     """
-    counts = [torch.bincount(labels, minlength=len(names)).tolist() for labels in (train, test)]
+    present = {split: numbers for split, numbers in labels.items() if len(numbers)}
+    counts = [torch.bincount(numbers, minlength=len(names)).tolist() for numbers in present.values()]
+    kinds = list(zip("acb" if len(present) > 2 else "ab", present, strict=False))
     if len(names) <= MOST_BARS:
-        rows = [(name, (float(a), float(b))) for name, a, b in zip(names, *counts, strict=True)]
-        return bars("Images of each class", rows, [("a", "to train on"), ("b", "to test on")])
+        rows = [(name, tuple(map(float, each))) for name, *each in zip(names, *counts, strict=True)]
+        return bars("Images of each class", rows, kinds)
     order = sorted(range(len(names)), key=lambda place: -counts[0][place])
     series = [
         Series(kind, what, [(float(rank), float(column[place])) for rank, place in enumerate(order, 1)])
-        for kind, what, column in (("a", "to train on", counts[0]), ("b", "to test on", counts[1]))
+        for (kind, what), column in zip(kinds, counts, strict=True)
     ]
     told = [f"{cut(names[place], 40)}, {counts[0][place]:,}" for place in (order[0], order[-1])]
     note = f"Largest: {told[0]}. Smallest: {told[1]}."

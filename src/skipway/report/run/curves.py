@@ -20,7 +20,7 @@ def curves(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) -> Iterato
         epochs: the lines of `metrics.jsonl`.
         steps: the lines of `steps.jsonl`.
         steps_in_epoch: turns steps into epochs.
-        best: the epoch with the best accuracy, from 1.
+        best: the epoch with the best validation accuracy, from 1.
     """
     span = (0.0, max([value(row, "epoch") for row in epochs] + [1.0]))
     marks = [Mark(float(best), f"best: {best}")] if best else []
@@ -30,7 +30,7 @@ def curves(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) -> Iterato
         [
             Series("faint", "train, single steps", by_step(steps, "loss", steps_in_epoch)),
             Series("a", "train, mean", by_epoch(epochs, "train_loss"), dots=len(epochs) < 30),
-            Series("b", "test", by_epoch(epochs, "test_loss"), dots=len(epochs) < 30),
+            Series("b", "validation", by_epoch(epochs, "validation_loss"), dots=len(epochs) < 30),
         ],
         marks=marks,
         **made,
@@ -39,7 +39,7 @@ def curves(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) -> Iterato
         "Accuracy",
         [
             Series("a", "train", by_epoch(epochs, "train_accuracy"), dots=len(epochs) < 30),
-            Series("b", "test", by_epoch(epochs, "test_accuracy"), dots=len(epochs) < 30),
+            Series("b", "validation", by_epoch(epochs, "validation_accuracy"), dots=len(epochs) < 30),
         ],
         whole=True,
         log=False,

@@ -12,6 +12,7 @@ from torch import nn
 
 from skipway._version import __version__
 from skipway.checkpoint.files import read_json, write_atomically
+from skipway.data.sources.splits import SPLITS
 from skipway.data.split import printable
 from skipway.diagnosis.sheet import definitions, document
 from skipway.errors import CheckpointError
@@ -26,7 +27,7 @@ from skipway.report.run.origin import environment_section, recipe_section
 from skipway.report.run.pictures import mistakes_section, seen_section
 from skipway.report.run.style import STYLE
 from skipway.report.run.sureness import sureness_section
-from skipway.report.summary import data_lines, duration, model_lines
+from skipway.report.summary import chosen_text, data_lines, duration, model_lines
 from skipway.tracing.chain import chain
 
 __all__ = ["SECTIONS", "render", "write_report"]
@@ -64,24 +65,26 @@ SECTIONS = {
 }
 
 
-def write_report(run: FinishedRun, evaluation: Evaluation) -> Path | None:
+def write_report(run: FinishedRun, evaluation: Evaluation, found: Answers | None = None) -> Path | None:
     """Write `report.html` of a run that has ended; None if the run is told to stop before it is done.
 
-    The page tells of the weights in `last.safetensors`, which are loaded for it, so it is the same whether they are
-    averages, and however the run had them spread over processes. It needs one pass over the test images.
+    The page is about the weights in `best.safetensors`, which are loaded for it, so it is the same whether they are
+    averages, and however the run had them spread over processes.
 
     Args:
-        run: finished, with its last weights written.
+        run: finished, with its best weights written.
         evaluation: of these weights on the test images.
+        found: their answers to the test images; None: they are asked once more.
 
     Raises:
         SkipwayError: the weights or an image cannot be read, or the page cannot be written.
     """
-    network = from_pretrained(run.folder.last).to(run.device)
+    network = from_pretrained(run.folder.best).to(run.device)
     network = network.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
-    batches = run.data.test_batches(batch_size=run.recipe.batch_size, device=run.device)
-    found = answers(network, batches, autocast=run.autocast, flip=run.recipe.flip_test, stop=run.stop)
     if found is None:
+        batches = run.data.evaluation_batches("test", batch_size=run.recipe.batch_size, device=run.device)
+        found = answers(network, batches, autocast=run.autocast, flip=run.recipe.flip_test, stop=run.stop)
+    if found is None or run.stop():
         return None
     content = render(run, evaluation, network, found).encode("utf-8", "backslashreplace")
     write_atomically(run.folder.report, lambda aside: aside.write_bytes(content))
@@ -128,14 +131,22 @@ def headline(run: FinishedRun, evaluation: Evaluation, title: str, network: nn.M
             ("balanced accuracy", percent(scores.balanced_accuracy)),
             ("mean F1", percent(scores.macro_f1)),
             ("test loss", f"{evaluation.loss:.4f}"),
-            ("best epoch", f"{position.best_epoch}, {percent(max(0.0, position.best_accuracy))}"),
+            ("weights", f"epoch {position.best_epoch}"),
+            ("validation", validation_text(run)),
             ("epochs", f"{position.epoch:,}"),
             ("time", duration(run.seconds)),
             ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
             ("connections", f"{len(chain(network)):,}"),
         ]
     )
-    yield '<p class="soft">The best epoch is chosen on the test images, so its accuracy is a little too good.</p>'
+    chosen = chosen_text(len(run.data.validation), position.best_accuracy, position.best_epoch)
+    said = f"{chosen[0].upper()}{chosen[1:]}. The test images were looked at once, at the end."
+    yield f'<p class="soft">{escape(said)}</p>'
+
+
+def validation_text(run: FinishedRun) -> str:
+    """The best validation accuracy."""
+    return percent(max(0.0, run.position.best_accuracy)) if len(run.data.validation) else "none"
 
 
 def curves_of(run: FinishedRun) -> Iterator[str]:
@@ -157,7 +168,7 @@ def data_section(run: FinishedRun, names: list[str]) -> Iterator[str]:
     rows = "".join(f"<tr><td>{escape(label)}</td><td>{escape(printable(text))}</td></tr>" for label, text in lines)
     yield f'<table class="plain"><tbody>{rows}</tbody></table>'
     yield '<div class="charts">'
-    yield sizes_section(run.data.train.labels, run.data.test.labels, names)
+    yield sizes_section({split: getattr(run.data, split).labels for split in SPLITS}, names)
     yield "</div>"
 
 
