@@ -51,8 +51,8 @@ ROW = {
     "epoch": 2,
     "train_loss": 0.5,
     "train_accuracy": 0.9,
-    "test_loss": None,
-    "test_accuracy": 0.8,
+    "validation_loss": None,
+    "validation_accuracy": 0.8,
     "images_per_second": 1234.0,
     "seconds": 65.0,
 }
@@ -278,7 +278,7 @@ def test_the_live_screen_keeps_one_line_per_epoch(monkeypatch):
     text = file.getvalue()
     assert "step 4/5  loss 0.500  75.0 %  1,234 img/s  1 min 05 s left" in text
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
-    assert "epoch  2/30  train loss 0.500  90.0 %  test loss   nan  80.0 %  1,234 img/s  1 min 05 s" in plain
+    assert "epoch  2/30  train loss 0.500  90.0 %  val loss   nan  80.0 %  1,234 img/s  1 min 05 s" in plain
     assert max(len(line) for line in plain.splitlines() if "word" in line) <= 80
     assert "\x1b[1;36m" in text
 

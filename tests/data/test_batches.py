@@ -64,7 +64,7 @@ def test_every_test_image_is_on_one_rank(world):
     seen = [
         batch.numbers
         for rank in range(world)
-        for batch in data.test_batches(batch_size=50, device=CPU, rank=rank, world=world)
+        for batch in data.evaluation_batches("test", batch_size=50, device=CPU, rank=rank, world=world)
     ]
     assert torch.equal(torch.cat(seen), torch.arange(len(data.test)))
 
@@ -88,7 +88,9 @@ def test_what_ranks_cannot_share_is_refused():
 
 
 WRONG = {
-    "held_out": 1.5,
+    "holdout": 1.5,
+    "validation": 1.0,
+    "fold": (3, 2),
     "size": 3,
     "channels": 2,
     "crop": "corner",

@@ -190,7 +190,7 @@ def test_files(tmp_path, kind, variant):
     path.write_bytes(content(variant))
     before = tree_hash(tmp_path)
     data = loaded(tmp_path / "photos", crop=("none", "resized", "pad")[variant])
-    names = [*data.train.names, *data.test.names]
+    names = [*data.train.names, *data.validation.names, *data.test.names]
     if outcome in ("used", "ignored"):
         assert data.unreadable == ()
         assert ("cat/odd." + suffix in names) == (outcome == "used")
@@ -265,7 +265,7 @@ def test_places(tmp_path, kind, variant):
     change(root, variant)
     before = [(path, os.lstat(path).st_mtime_ns, os.lstat(path).st_size) for path in sorted(root.rglob("*"))]
     data = loaded(root, seed=variant)
-    assert len(data.train) + len(data.test) == used
+    assert len(data.splits.samples) == used
     assert [reason in given for _, given in data.unreadable] == [True] * (reason is not None)
     assert all(printable(remark) == remark for remark in data.remarks)
     assert [(path, os.lstat(path).st_mtime_ns, os.lstat(path).st_size) for path in sorted(root.rglob("*"))] == before
@@ -310,7 +310,7 @@ REFUSED: dict[str, tuple[Callable[[Path, int], object], str]] = {
     "all bad": (lambda r, v: spoil(r, *(f"{c}/{n}.png" for c in ("cat", "dog") for n in range(5))), "none of the 10"),
     "an unknown test class": (
         lambda r, v: (sound(r / "train"), sound(r / ("test", "val", "valid")[v], ("cow",))),
-        "class 'cow' .* is not in the training part",
+        "class 'cow' .* is not in the training split",
     ),
 }
 

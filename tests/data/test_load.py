@@ -55,8 +55,8 @@ def test_the_input_is_chosen_from_the_images(tmp_path):
 
 
 def test_the_choices_can_be_made(tmp_path):
-    data = load(pictures(tmp_path), size=16, channels=1, crop="none", flip=False, held_out=0.5)
-    inputs, *_ = next(data.test_batches(batch_size=4, device=CPU))
+    data = load(pictures(tmp_path), size=16, channels=1, crop="none", flip=False, holdout=0.5)
+    inputs, *_ = next(data.evaluation_batches("test", batch_size=4, device=CPU))
     assert inputs.shape == (4, 1, 16, 16)
     assert len(data.test) == 6
     assert data.remarks == ("images are scaled and cut to a central 16x16; most are 12x12",)
@@ -72,7 +72,7 @@ def test_statistics_are_those_of_the_pixels():
 
 
 def test_inputs_are_normalised_and_channels_last(tmp_path):
-    data = load(pictures(tmp_path, each=20), crop="none", flip=False)
+    data = load(pictures(tmp_path, each=20), crop="none", flip=False, validation=0.0)
     inputs, _, labels, _ = zip(*data.train_batches(seed=0, epoch=0, batch_size=32, device=CPU), strict=True)
     assert inputs[0].is_contiguous(memory_format=torch.channels_last)
     assert labels[0].dtype == torch.int64
@@ -122,7 +122,7 @@ def test_random_keys_depend_on_every_part():
 
 
 def test_an_epoch_is_a_permutation_and_can_begin_anywhere(tmp_path):
-    data = load(pictures(tmp_path, each=12), held_out=0.25)
+    data = load(pictures(tmp_path, each=12), holdout=0.25, validation=0.0)
 
     def epoch(number: int, batch_size: int, start: int = 0) -> list[torch.Tensor]:
         return [x for x, *_ in data.train_batches(seed=3, epoch=number, batch_size=batch_size, device=CPU, start=start)]
@@ -155,7 +155,7 @@ def test_files_give_what_memory_gives_with_any_number_of_workers(tmp_path, crop,
     ]
     assert torch.equal(torch.cat(batches[0]), torch.cat(batches[1]))
     if crop == "none":
-        first, second = (next(data.test_batches(batch_size=2, device=CPU))[2] for data in (memory, alone))
+        first, second = (next(data.evaluation_batches("test", batch_size=2, device=CPU))[2] for data in (memory, alone))
         assert torch.equal(first, second)
         raw = [next(data.test.fetch([torch.arange(2)], CPU, None)) for data in (memory, alone)]
         assert torch.equal(raw[0], raw[1])
@@ -184,7 +184,7 @@ def test_damaged_images_are_left_out_and_named(tmp_path, size):
         ("class0/1.png", "not an image but HTML"),
         ("class1/4.png", "not an image but HTML"),
     ]
-    assert len(data.train) + len(data.test) == 10
+    assert len(data.splits.samples) == 10
     with pytest.raises(UnreadableImage, match=r"class./..png: not an image but HTML"):
         load(tmp_path, size=size, unreadable="stop")
     with pytest.raises(DataError, match="2 of 12 images cannot be read, .* most_unreadable=0.01 of all"):
@@ -223,7 +223,7 @@ def test_the_folder_is_never_written_to(tmp_path):
 
 
 def test_what_is_not_used_is_said(tmp_path):
-    for part in ("train", "test", "val"):
+    for part in ("train", "test", "Testing", "extra"):
         pictures(tmp_path / part, seed=len(part))
     (tmp_path / "train/class0/notes.txt").touch()
     for file in (tmp_path / "test/class1").iterdir():
@@ -231,7 +231,8 @@ def test_what_is_not_used_is_said(tmp_path):
     remarks = load(tmp_path).remarks
     assert remarks == (
         "files ignored as not images: 1 .txt",
-        "folder not used: val",
+        "not used: 'Testing': 'test' is the test split",
+        "not used: 'extra': its name is none of train, val, test",
         "no test image of class 'class1'",
     )
 
@@ -240,7 +241,7 @@ def test_the_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     data = load()
-    assert len(data.train) + len(data.test) == 1797
+    assert len(data.splits.samples) == 1797
     number = int(data.train.names[5].split("/")[1])
     source = load_digits()
     assert int(data.train.labels[5]) == source.target[number]

@@ -145,7 +145,7 @@ def test_the_second_start_opens_no_image(tmp_path, monkeypatch):
     photos = pictures(tmp_path / "photos", each=50)
     load(photos, cache=True)
     monkeypatch.setattr("skipway.data.inspection.decode", None)
-    assert len(load(photos, cache=True).train) == 80
+    assert len(load(photos, cache=True).splits.samples) == 100
 
 
 def test_a_change_is_noticed(tmp_path):
@@ -218,7 +218,7 @@ def test_pixels_of_another_source_are_not_taken(tmp_path):
         assert other.open(2, 1) is None
     assert file.open(3, 1) is None
     assert file.open(2, 3) is None
-    assert load_findings(tmp_path, load(pictures(tmp_path / "p")).listing.images, ["class0/0.png"]) == {}
+    assert load_findings(tmp_path, load(pictures(tmp_path / "p")).splits.images, ["class0/0.png"]) == {}
 
 
 def test_duplicates_stay_on_one_side(tmp_path):
@@ -232,7 +232,7 @@ def test_duplicates_stay_on_one_side(tmp_path):
         data = load(photos, seed=seed)
         assert data.leaked == ()
         assert len(data.duplicates) == 6
-        sides = {name: side for side, part in (("train", data.train), ("test", data.test)) for name in part.names}
+        sides = {name: side for side, files in data.listed.items() for name in files}
         assert all(len({sides[file] for file in group}) == 1 for group in data.duplicates)
         assert 6 <= len(data.test) <= 13
     assert "13 images are copies of others" in " ".join(data.remarks)

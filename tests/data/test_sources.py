@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from skipway.data import UnreadableImage, load
-from skipway.data.sources.index import part_of
 from skipway.data.sources.readers import Rows
 from skipway.data.sources.shards import expand, key_and_suffix
+from skipway.data.sources.splits import split_of
 from skipway.errors import DataError, MissingExtraError
 
 CPU = torch.device("cpu")
@@ -70,7 +70,9 @@ def shard(path: Path, numbers, label: Callable[[int], tuple[str, bytes]]) -> Pat
 def by_class(data) -> dict[str, set[bytes]]:
     """The pixels of both parts by class name."""
     found: dict[str, set[bytes]] = {name: set() for name in data.classes}
-    for part in (data.train, data.test):
+    for part in (data.train, data.validation, data.test):
+        if not len(part):
+            continue
         (images,) = part.fetch([torch.arange(len(part))], CPU, None)
         for image, label in zip(images, part.labels.tolist(), strict=True):
             found[data.classes[label]].add(image.numpy().tobytes())
@@ -137,10 +139,10 @@ def test_every_source_gives_the_same_images(tmp_path, make):
     data = load(make(tmp_path / "source"), crop="none")
     assert by_class(data) == by_class(load(folder(tmp_path / "plain"), crop="none"))
     if make in (as_csv, as_parquet, as_shards_with_json):
-        assert data.held_out is None
-        assert len(data.test) == 4
+        assert data.splits.split_off == {"test": 0.2}
+        assert len(data.validation) == 4
     else:
-        assert data.held_out == 0.2
+        assert data.splits.split_off == {"test": 0.2, "validation": 0.1}
 
 
 @pytest.mark.parametrize("make", [as_shards_with_classes, as_data_set])
@@ -174,7 +176,8 @@ def test_patterns_mean_what_braceexpand_says():
 
 
 def test_splits_have_known_names():
-    assert [part_of(name, "x") for name in ("train", "Validation", "testing ")] == ["train", "test", "test"]
+    names = ("train", "Validation", "testing ", "Valid_Set", "dev", "my test")
+    assert [split_of(name) for name in names] == ["train", "validation", "test", "validation", "validation", None]
 
 
 def member(name: str, **fields) -> tarfile.TarInfo:
@@ -279,8 +282,8 @@ def test_lists_with_other_faults(tmp_path):
     folder(tmp_path)
     with pytest.raises(DataError, match=r"no column 'image', 'label'; it has 'a', 'b'"):
         load(write_list(tmp_path / "a.csv", rows(), ("a", "b")))
-    with pytest.raises(DataError, match="split 'dev' is not known"):
-        load(write_list(tmp_path / "b.csv", [(*row[:2], "dev") for row in rows()]))
+    with pytest.raises(DataError, match="split 'extra' is not known; known are train"):
+        load(write_list(tmp_path / "b.csv", [(*row[:2], "extra") for row in rows()]))
     (tmp_path / "c.csv").write_text('image,label\n"cat/0.png,cat\n')
     with pytest.raises(DataError, match="not a list that can be read"):
         load(tmp_path / "c.csv")
@@ -295,7 +298,8 @@ def test_lists_with_other_faults(tmp_path):
     outside = write_list(
         tmp_path / "cat/f.csv", [(f"../{name}", label) for name, label, _ in rows()], ("image", "label")
     )
-    assert len(load(outside, outside=True).train) == 8
+    data = load(outside, outside=True)
+    assert len(data.splits.samples) == 10
 
 
 @pytest.mark.parametrize("library", ["pyarrow", "datasets"])
@@ -342,7 +346,7 @@ def test_links_out_of_a_folder_are_not_followed(tmp_path):
     (photos / "emu").symlink_to(tmp_path / "elsewhere/dog", target_is_directory=True)
     data = load(photos)
     assert data.classes == LABELS
-    assert len(data.train) + len(data.test) == 13
+    assert len(data.splits.samples) == 13
     assert any(remark.startswith("links not followed") and "secret" in remark for remark in data.remarks)
     followed = load(photos, outside=True)
     assert followed.classes == ("cat", "dog", "emu")

@@ -206,7 +206,14 @@ def test_a_report_that_fails_loses_no_run(tmp_path, monkeypatch):
 def test_a_long_run_stays_small(digits):
     """100 epochs of 50 rows, 64 pictures of 224 pixels, each in its share of the page."""
     epochs = [
-        {"epoch": n, "lr": 0.1 / n, "train_loss": 2 / n, "train_accuracy": 0.9, "test_loss": None, "test_accuracy": 0.8}
+        {
+            "epoch": n,
+            "lr": 0.1 / n,
+            "train_loss": 2 / n,
+            "train_accuracy": 0.9,
+            "validation_loss": None,
+            "validation_accuracy": 0.8,
+        }
         for n in range(1, 101)
     ]
     steps = [{"step": n, "loss": 1 + n % 7, "norm": 0.1 * n, "lr": 0.1} for n in range(1, 5001)]

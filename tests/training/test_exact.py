@@ -66,7 +66,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(tmp_path):
     whole = train(recipe, tmp_path / "whole").folder.read_metrics()[0]
     parts = train(dataclasses.replace(recipe, accumulate=4), tmp_path / "parts").folder.read_metrics()[0]
     assert parts["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
-    assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-4)
+    assert parts["validation_loss"] == pytest.approx(whole["validation_loss"], rel=1e-4)
 
 
 def test_the_average_is_what_is_tested_and_kept(tmp_path):

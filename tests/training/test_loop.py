@@ -88,10 +88,10 @@ def test_the_run_folder_is_complete_and_holds_no_pickle(tmp_path):
     rows = outcome.folder.read_metrics()
     assert [row["epoch"] for row in rows] == [1, 2]
     summary = json.loads(outcome.folder.summary.read_text())
-    assert summary["test_accuracy"] == rows[-1]["test_accuracy"]
+    assert summary["best_validation_accuracy"] == max(row["validation_accuracy"] for row in rows)
     assert np.array(summary["confusion"]).sum() == summary["test_images"]
     split = json.loads(outcome.folder.split.read_text())
-    assert len(split["train"]) + len(split["test"]) == 1797
+    assert [len(split[name]) for name in ("train", "validation", "test")] == [1295, 143, 359]
 
 
 def test_the_weights_can_be_used_elsewhere(tmp_path):
@@ -161,7 +161,7 @@ def test_a_run_whose_data_folder_moved_continues(tmp_path):
     whole = train(recipe, tmp_path / "whole")
     train(recipe, tmp_path / "run", stop=StopAfter(1))
     moved = data.rename(tmp_path / "elsewhere")
-    assert_same(whole, train(changed(recipe, data=moved, batch_size=16), tmp_path / "run", resume=True))
+    assert_same(whole, train(changed(recipe, data=moved, batch_size=14), tmp_path / "run", resume=True))
 
 
 def test_a_folder_that_is_taken_is_refused(tmp_path):
@@ -198,8 +198,14 @@ def test_the_data_folder_is_never_written_to(tmp_path):
 
 def test_a_folder_smaller_than_a_batch(tmp_path):
     outcome = train(changed(TINY, data=pictures(tmp_path / "data"), epochs=3), tmp_path / "run")
+    assert outcome.recipe.batch_size == 14
+    assert outcome.recipe.lr == pytest.approx(0.1 * 14 / 128)
+    assert json.loads(outcome.folder.split.read_text())["split_off"] == {"validation": 0.1}
+
+
+def test_a_source_with_all_splits_needs_no_file_list(tmp_path):
+    outcome = train(changed(TINY, data=pictures(tmp_path / "data", ("Train", "Valid", "Testing"))), tmp_path / "run")
     assert outcome.recipe.batch_size == 16
-    assert outcome.recipe.lr == pytest.approx(0.1 * 16 / 128)
     assert not outcome.folder.split.exists()
 
 
@@ -222,7 +228,7 @@ def test_data_that_changed_is_noticed(tmp_path):
     data = pictures(tmp_path / "data")
     train(changed(TINY, data=data), tmp_path / "run", stop=StopAfter(1))
     shutil.copy(data / "train/dark/0.png", data / "train/dark/extra.png")
-    with pytest.raises(DataError, match="the files have changed since the run began: 32 images then, 33 now"):
+    with pytest.raises(DataError, match=r"since the run began: 32 images then, 33 now; new 'train/dark/extra.png'"):
         train(None, tmp_path / "run", resume=True)
     shutil.copytree(data / "train/dark", data / "train/new")
     with pytest.raises(CheckpointError, match=r"gone \[\], new \['new'\]"):

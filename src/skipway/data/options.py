@@ -57,7 +57,7 @@ class DataChoices:
         validation: fraction of each class of the training split to hold out as the validation split where the source
             has none; 0: no validation split.
         fold: (number, count): fold `number`, from 1, of a cross-validation is the test split.
-        listed: names of the images of each split, as `Data.listed` had them; nothing is split anew then.
+        listed: names of the images of each split, as `Data.listed` has them: taken if the images are still the same.
         seed: chooses the images that are held out.
         crop: see `Augmentation`; "auto" pads inputs up to 64 pixels by an eighth and cuts parts out of larger ones.
         flip: mirror half of the training images; None does, except for the digits, which it would turn into others.

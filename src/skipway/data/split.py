@@ -135,10 +135,11 @@ def split_index(
         fold: take this fold of the training images as the test split, and leave the source's own test split alone.
         without: images to leave out.
         groups: for each image that has copies, the names of all of them: they stay together.
-        listed: names of the images of each split, as an earlier call split them; nothing is chosen anew then.
+        listed: names of the images of each split, as an earlier call split them. If they are all images of the source,
+            nothing is chosen anew.
 
     Raises:
-        DataError: a class has too few images, or `listed` does not hold the images of the source.
+        DataError: a class has too few images.
     """
 
     def kept(files: FilesByClass | None) -> FilesByClass:
@@ -156,8 +157,10 @@ def split_index(
         split_off["test"] = holdout
     if index.validation is None and validation:
         split_off["validation"] = validation
-    if listed is not None:
-        train, held, test = take_listed(index, {"train": train, "validation": held, "test": test}, listed)
+    present = {"train": train, "validation": held, "test": test}
+    known = None if listed is None else take_listed(index, present, listed)
+    if known is not None:
+        train, held, test = (known[split] for split in SPLITS)
     else:
         if fold is not None:
             train, test = take_fold(train, fold, seed, groups)
@@ -299,27 +302,16 @@ def take_fold(
 
 def take_listed(
     index: SourceIndex, present: Mapping[str, FilesByClass], listed: Mapping[str, Sequence[str]]
-) -> tuple[FilesByClass, FilesByClass, FilesByClass]:
-    """The splits as a file list has them.
-
-    Raises:
-        DataError: the source holds other images than the list.
-    """
+) -> dict[str, FilesByClass] | None:
+    """The images of each split as a file list has them; None if the source holds other images than the list."""
     split_of_file = {file: split for split in SPLITS for file in listed.get(split, ())}
     files = {name: [file for split in SPLITS for file in present[split].get(name, [])] for name in index.classes}
-    now = {file for members in files.values() for file in members}
-    if now != split_of_file.keys():
-        new, gone = sorted(now - split_of_file.keys()), sorted(split_of_file.keys() - now)
-        which = "; ".join(f"{verb} {name_list(names, 3)}" for verb, names in (("new", new), ("gone", gone)) if names)
-        raise DataError(
-            f"the files have changed since the run began: {len(split_of_file):,} images then, {len(now):,} now; "
-            f"{which}; start a new run"
-        )
-    train, held, test = (
-        {name: [file for file in members if split_of_file[file] == split] for name, members in files.items()}
+    if {file for members in files.values() for file in members} != split_of_file.keys():
+        return None
+    return {
+        split: {name: [file for file in members if split_of_file[file] == split] for name, members in files.items()}
         for split in SPLITS
-    )
-    return train, held, test
+    }
 
 
 def read_split(path: Path) -> dict[str, Any] | None:

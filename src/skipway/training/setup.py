@@ -17,6 +17,7 @@ from skipway.checkpoint.state import load_model_state, load_optimizer_state
 from skipway.checkpoint.store import Checkpoints
 from skipway.data import Data, load
 from skipway.data.randomness import draw_key
+from skipway.data.split import name_list
 from skipway.errors import CheckpointError, DataError, SkipwayError
 from skipway.models import build, find_config
 from skipway.monitor.health import Health
@@ -340,7 +341,8 @@ def restore(run: Run, stored: dict[str, Any]) -> None:
     if {name: stored["data"][name] for name in found} != found:
         was, now = sum(stored["data"][split] for split in counts), sum(counts.values())
         raise DataError(
-            f"the files have changed since the run began: {was:,} images then, {now:,} now; start a new run"
+            f"the files have changed since the run began: {was:,} images then, {now:,} now{difference(run)}; start a "
+            "new run"
         )
     go_back(run)
     planned = stored["recipe"]["epochs"]
@@ -351,6 +353,16 @@ def restore(run: Run, stored: dict[str, Any]) -> None:
         run.folder.keep_metrics(run.position.epoch)
         run.folder.keep_steps(run.steps_done)
         write_json(run.folder.config, {**stored, "recipe": run.recipe.to_json()})
+
+
+def difference(run: Run) -> str:
+    """The images by which the source differs from the run's file list, if it has one, for a message."""
+    listed = run.folder.read_split()
+    if listed is None:
+        return ""
+    then, now = ({file for files in each.values() for file in files} for each in (listed, run.data.listed))
+    changes = (("new", now - then), ("gone", then - now))
+    return "".join(f"; {word} {name_list(sorted(files), 3)}" for word, files in changes if files)
 
 
 def go_back(run: Run) -> None:
