@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from skipway.data import Batch
+from skipway.errors import SkipwayError
 from skipway.probes.signal_check import check_signal
 from skipway.report.summary import data_lines, model_lines, signal_lines
 from skipway.tracing.chain import chain
@@ -74,17 +75,20 @@ def verdict_text(run: Run, sample: Batch) -> str:
     if name not in OPTIMIZERS:
         return f"none: a diagnosis knows {', '.join(OPTIMIZERS)}"
     steps = run.recipe.epochs * run.steps
-    found = diagnose(
-        run.model,
-        sample.inputs,
-        targets=sample.labels,
-        optimizer=name,
-        lr=run.recipe.peak_lr,
-        weight_decay=run.recipe.decay,
-        warmup=round(run.recipe.warmup * steps),
-        steps=steps,
-        seed=run.recipe.seed,
-    )
+    try:
+        found = diagnose(
+            run.model,
+            sample.inputs,
+            targets=sample.labels,
+            optimizer=name,
+            lr=run.recipe.peak_lr,
+            weight_decay=run.recipe.decay,
+            warmup=round(run.recipe.warmup * steps),
+            steps=steps,
+            seed=run.recipe.seed,
+        )
+    except SkipwayError as error:  # fewer images than a diagnosis needs, say
+        return f"none: {error}"
     conditions = f": {'; '.join(found.conditions)}" if found.conditions else ""
     causes = ", ".join(finding.rule for finding in found.findings)
     return f"{found.verdict}{conditions}{f' ({causes})' if causes else ''}; more: skipway diagnose --help"
