@@ -4,14 +4,14 @@ Claims    time and memory per branch of build, initialise, diagnose and a step a
           the peak of a reversible chain, parameters and their gradients aside, grows by 2 % at most from 100 to 10,000
           branches, at 1.35 of the ordinary chain's time per branch at most
 Command   python -m benchmarks.depth [--deepest 10000] [--only growth|steps|modes|reversible], eight minutes on one core
-Method    growth: fully connected branches of 16 channels, as many networks of a depth as make 1,000 branches, each
-          depth in a process of its own; time is CPU time of one thread, bytes are what the process grew by.
-          steps, modes, reversible: contestants take turns in one process, each round in an order of its own, and ratios
-          are medians over the rounds. steps: the same branches, as many networks of a depth as make as many branches as
-          the deepest has, forward through all of them and then backward through all, so that every depth works on as
-          many bytes (in growth those of 10 and 100 stay in the processor's cache). modes, reversible: convolutional
-          branches of 64 channels on 8 x 8 maps. Peak bytes are those of all live tensors at the worst moment of a step,
-          seen below autograd, less parameters and their gradients.
+Method    growth: fully connected branches of 16 channels; each depth runs in a process of its own, with as many
+          networks as make 1,000 branches. Time is the CPU time of one thread, bytes are the growth of the process.
+          steps, modes, reversible: candidates take turns in one process, in a new order each round; ratios are
+          medians over the rounds. steps: the same branches, with as many networks per depth as make the number of
+          branches of the deepest one, forward through all of them and then backward through all, so that every depth
+          works on the same number of bytes (in growth, depths 10 and 100 stay in the processor's cache). modes,
+          reversible: convolutional branches of 64 channels on 8 x 8 maps. Peak bytes are those of all live tensors at
+          the worst moment of a step, counted below autograd, without parameters and their gradients.
 Result    benchmarks/depth.md
 """
 

@@ -164,7 +164,7 @@ def main(names: list[str]) -> int:
     """Show all, or the named; status 1 if one was not named or not mended."""
     chosen = [failure for failure in FAILURES if not names or failure.name in names]
     done = [show(failure) for failure in chosen]
-    print(f"{sum(done)} of {len(done)} failures named and mended")
+    print(f"{sum(done)} of {len(done)} failures named and repaired")
     return 0 if all(done) else 1
 
 

@@ -58,7 +58,7 @@ def truncate(chance: random.Random, folder: Path, earlier: Path) -> str:
 
 
 def append(chance: random.Random, folder: Path, earlier: Path) -> str:
-    """Something behind the end."""
+    """Bytes appended to the end of the file."""
     path = file_in(chance, folder)
     with path.open("ab") as file:
         file.write(chance.randbytes(chance.randrange(1, 40)))

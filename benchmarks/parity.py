@@ -150,7 +150,7 @@ HUGGINGFACE: tuple[Row, ...] = (
     ("resnet", "ResNet", BASIC, "resnet18", OUR_PYRAMID),
     ("resnet", "ResNet", BOTTLENECK, "resnet50", OUR_PYRAMID),
 )
-"""Our family, their class (in front of `Config` and `ForImageClassification`) and its config, our name and options."""
+"""Our family, their class (before `Config` and `ForImageClassification`) and its config, our name and options."""
 
 
 def huggingface_entries() -> Iterator[Entry]:

@@ -1,7 +1,7 @@
 """The picture in the README: what the schemes do to the signal at any depth, and a real run.
 
 Command   python -m benchmarks.picture RUN --out docs/result.png     (RUN: a folder that `skipway train` made)
-Left      variance of the stream behind each of the 600 connections of resnet1202 at initialisation, relative to the
+Left      variance of the stream after each of the 600 connections of resnet1202 at initialisation, relative to the
           first, on random images (no training; one forward pass a scheme)
 Right     accuracy by epoch of the run, from its metrics.jsonl
 """
@@ -32,7 +32,7 @@ SCHEMES = {
 
 @torch.no_grad()
 def variances(spec: str) -> list[float]:
-    """Variance of the stream behind every connection, relative to the first."""
+    """Variance of the stream after every connection, relative to the first."""
     torch.manual_seed(0)
     model = sw.build("resnetv2-1202", scheme=spec, width=32, stem_width=32, dtype=torch.float64)
     out: list[float] = []

@@ -1081,7 +1081,7 @@ class Attention(nn.Module):
 
 
 class TokenEncoder(nn.Module):
-    """A transformer over patches that norms every sum, with a constant in front of the skip unless it is one."""
+    """A transformer over patches that norms every sum, with a constant factor on the skip unless it is one."""
 
     def __init__(self, alpha: float = 1.0, width: int = 32, depth: int = 4) -> None:
         super().__init__()
@@ -1120,7 +1120,7 @@ class ParallelEncoder(TokenEncoder):
 
 
 class ReZero(nn.Module):
-    """Four branches without a norm, each behind a learned scalar."""
+    """Four branches without a norm, each multiplied by a learned scalar."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()

@@ -459,22 +459,24 @@ Python {python}, {versions}. It took {minutes:.0f} minutes.
 
 The programs are in [`recipes.py`](recipes.py), each after its library's documentation: {usages}
 
-* **Kills**: SIGKILL, half at a random moment of the run, half within 20 ms after a file in the folder changed. Then the
-  same command once more; no file is touched by hand. Equal is bit for bit. A run that is killed before its first
-  checkpoint starts again, and is equal with everybody. The documented ways restore weights, optimiser and schedule, and
-  some the state of the random numbers; but what was drawn for the order, the augmentation or the dropout of the
-  interrupted epoch is not always drawn again alike. The rows below "equal" tell where: in these every run is ended by
-  itself at the same step of its last epoch. Skipway's run has shifts and stochastic depth throughout.
-* **Damage**: one bit flipped, an end cut off, or up to 4 KiB zeroed, a third each, at a place drawn over all bytes of
-  the newest checkpoint. Noticed is an exception while loading, or for Skipway that it says so and takes the one before.
+* **Kills**: SIGKILL, half of them at a random moment of the run, half within 20 ms after a file in the folder
+  changed. Then the same command is run once more; no file is touched by hand. "Equal" means bit for bit. A run that
+  is killed before its first checkpoint starts from the beginning and is equal for every library. The documented
+  procedures restore weights, optimizer and schedule, some also the state of the random numbers, but not always the
+  order, augmentation and dropout of the interrupted epoch. The rows below "equal" show where they differ: there,
+  every run is stopped at the same step of its last epoch. Skipway's run uses random shifts and stochastic depth
+  throughout.
+* **Damage**: one bit flipped, the end cut off, or up to 4 KiB zeroed, a third each, at a position drawn over all
+  bytes of the newest checkpoint. It counts as noticed if loading raises an exception or, for Skipway, if it reports
+  the damage and takes the checkpoint before.
 * **Code**: a pickle that runs a command in the place of each file of the checkpoint in turn, as `torch.save` and as
   `pickle.dump` write it. {ran}
 * **NaN**: the loss of step {nan} is multiplied by NaN.
-* **Save**: with fsync, hashes and reading back in Skipway's case, without in the others'. Milliseconds on a machine
-  that was at work on other things, too.
-* **Images**: twelve files, each beside eight sound ones, read through {readers}. By one rule for
-  all, and not by what each documents: a damaged file is handled if it is left out or refused *and* named, in an error
-  or in a log; a sound one if its pixels are right.
+* **Save**: with fsync, hashes and reading back for Skipway, without for the others. Milliseconds, on a machine that
+  did other work at the same time.
+* **Images**: twelve files, each next to eight intact ones, read through {readers}. The same rule applies to all,
+  whatever each documents: a damaged file is handled if it is left out or refused *and* named, in an error or in a
+  log; an intact one if its pixels are right.
 
 {images}
 """

@@ -88,7 +88,7 @@ def main() -> None:
     operate("ViT, 24 → 8 sublayers (12 → 4 blocks' worth)", vit, adam, lambda m: shorten(m, batch, 8))
     operate("ViT, 8 sublayers more", vit, adam, lambda m: deepen(m, batch, 8))
     operate("ViT, LayerScale at 1", vit, adam, lambda m: rescheme(m, batch, "layerscale"))
-    print("\nA stranger's network that does not train (100 layers, no norm, no scale), 300 steps at 0.1:")
+    print("\nA network of someone else's that does not train (100 layers, no norm, no scale), after 300 steps at 0.1:")
     torch.manual_seed(0)
     stranger = nets.ResidualConvNet(100, 1.0)
     dressed = copy.deepcopy(stranger)

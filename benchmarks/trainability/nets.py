@@ -62,7 +62,7 @@ class MLP(nn.Module):
         depth: hidden layers.
         act: "relu", "tanh" or "gelu".
         start: see `start_`.
-        norm: "none", or "post", a LayerNorm in front of every activation.
+        norm: "none", or "post", a LayerNorm before every activation.
     """
 
     def __init__(self, depth: int, act: str, start: str = "default", norm: str = "none", width: int = 64) -> None:
@@ -82,7 +82,7 @@ class MLP(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """x = x + W₂ act(W₁ x), a LayerNorm in front of the branch ("pre"), behind the addition ("post"), or "none".
+    """x = x + W₂ act(W₁ x), a LayerNorm before the branch ("pre"), after the addition ("post"), or "none".
 
     Args:
         depth: weight layers, two to a connection.
@@ -322,7 +322,7 @@ class SkiplessTransformer(nn.Module):
 
     Args:
         depth: weight layers, four to a layer.
-        placement: "pre", a LayerNorm in front of attention and MLP, or "none".
+        placement: "pre", a LayerNorm before attention and MLP, or "none".
         start: see `start_`.
     """
 
@@ -382,7 +382,7 @@ class ConvNeXtLike(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Tolstikhin et al. 2021: an MLP over the tokens, then one over the channels; norm in front or behind the sum."""
+    """Tolstikhin et al. 2021: an MLP over tokens, then one over channels; norm before the branch or after the sum."""
 
     def __init__(self, dim: int, tokens: int, placement: str) -> None:
         super().__init__()

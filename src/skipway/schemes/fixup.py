@@ -56,7 +56,7 @@ class Fixup(Scheme):
 
     equation: ClassVar[str] = "y = x + s F(x) + b, F₀ = 0"
     norm_note: ClassVar[str] = "removes it"
-    when: ClassVar[str] = "no normalisation, any depth, small batches; wants strong augmentation"
+    when: ClassVar[str] = "no normalisation, any depth, small batches; needs strong augmentation"
     source: ClassVar[str] = "Zhang et al. 2019, sec. 3"
 
     @property

@@ -20,7 +20,7 @@ class SkipInit(Scheme):
     Args:
         init: α₀. 0.1 is the text-book's "small coefficient"; the paper advocates 0.0 and also shows 1/√L, here
             `"depth"`.
-        norm: "keep" leaves normalisation in the branch, as text-books do; "remove" takes it out of the whole network,
+        norm: "keep" leaves normalisation in the branch, as textbooks do; "remove" takes it out of the whole network,
             as the paper does, and gives the convolutions biases.
         rate: factor on the learning rate of α.
 
