@@ -56,7 +56,7 @@ def import_transformers() -> ModuleType:
 
 @torch.no_grad()
 def randomise_(model: nn.Module) -> nn.Module:
-    """Move every parameter and statistic away from its initial value, in place: no zero or tiny gain may hide anything."""
+    """Move all parameters and statistics away from their initial values, in place: no tiny gain may hide anything."""
     for parameter in model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
         if parameter.ndim == 1:

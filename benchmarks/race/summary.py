@@ -166,9 +166,9 @@ def machine_text(journal: Journal) -> str:
     if absent:
         lines.append(f"Not installed, hence not measured: {', '.join(absent)}.")
     lines.append(
-        "A ratio is the median over the rounds of one run in which all take turns, with its quartiles. The best peer is "
-        "the fastest of all libraries and modes; a peer that uses our switches (our kernels; on a CPU also freed memory "
-        "kept and single precision sent to oneDNN) has a column of its own."
+        "A ratio is the median over the rounds of one run in which all take turns, with its quartiles. The best peer "
+        "is the fastest of all libraries and modes; a peer that uses our switches (our kernels; on a CPU also freed "
+        "memory kept and single precision sent to oneDNN) has a column of its own."
     )
     return "\n".join(f"* {line}" for line in lines)
 
