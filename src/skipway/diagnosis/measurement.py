@@ -1,4 +1,4 @@
-"""All that is measured of a model at its start."""
+"""The measurement of a model at its start: signals of connections and layers, and the results of all passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAN = math.nan
 
 @dataclass(frozen=True)
 class ConnectionSignal:
-    """What one residual connection does to the signal, at y = x + F(x). Sizes are root mean squares.
+    """The signal at one residual connection y = x + F(x). Sizes are root mean squares.
 
     Args:
         name: of the connection.
@@ -30,17 +30,17 @@ class ConnectionSignal:
         stream: size of y.
         variance_before, variance_branch, variance_after: of x, F(x) and y.
         cosine: between x and F(x); near 0 the variances add.
-        dead: largest share of channels at a rectifier in the branch that are 0 everywhere.
+        dead: largest share of channels of a rectifier in the branch that are 0 for every sample.
         distinct: 1 − mean cosine between the streams of different samples; 0 is collapse.
         tokens_distinct: the same between the positions of one sample.
-        overflow: largest magnitude of x and F(x) over float16's largest number; above 1 it overflows.
-        swallowed: share of elements at which bfloat16 would lose the branch.
+        overflow: largest magnitude of x and F(x) over float16's largest number, 65504; above 1 it overflows.
+        swallowed: share of elements at which bfloat16 rounds the branch away.
         gradient_after: size of ∂loss/∂y.
-        gradient_before: size of ∂loss/∂x, where the branch reads the tensor that is added.
+        gradient_before: size of ∂loss/∂x; measured where the branch reads the tensor that is added.
         gradient_branch: size of the part of ∂loss/∂x that comes through the branch.
         weights: |gradient| / |weight| over the branch's maps.
         jacobian: mean squared singular value of ∂y/∂x.
-        jacobian_largest: largest singular value of ∂y/∂x, where asked.
+        jacobian_largest: largest singular value of ∂y/∂x; measured only if `thorough`.
     """
 
     name: str
@@ -70,7 +70,7 @@ class ConnectionSignal:
 
     @property
     def growth(self) -> float:
-        """|∂loss/∂x| / |∂loss/∂y|, above 1 where the gradient grows on its way back."""
+        """|∂loss/∂x| / |∂loss/∂y|, above 1 where the gradient grows backward."""
         return self.gradient_before / self.gradient_after if self.gradient_after else NAN
 
     @property
@@ -82,7 +82,7 @@ class ConnectionSignal:
 
 @dataclass(frozen=True)
 class LayerSignal:
-    """What one module with a linear map puts out.
+    """The output of one module with a linear map.
 
     Args:
         name: path of the module.
@@ -103,7 +103,7 @@ class LayerSignal:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model at its start, on one batch, with one optimizer.
+    """The measurement of a model at its start, on one batch, with one optimizer.
 
     Args:
         loss: at the start.
@@ -113,12 +113,12 @@ class Measurement:
         layers: modules with linear maps, in order.
         gradient: |∇loss| over all parameters.
         weight: |w| over all parameters.
-        noise: between the gradients of two chunks of the batch.
-        jacobians: of connections and of the whole.
+        noise: gradient noise between two chunks of the batch.
+        jacobians: of connections and of the whole network.
         curvature: of the loss.
-        ahead: a few steps of the optimizer; None without one.
+        ahead: trial steps of the optimizer; None without one.
         still: names of the parameters whose gradient is exactly 0.
-        passes: forward-backward passes that all of it took.
+        passes: forward-backward passes that the measurement took.
     """
 
     loss: float
@@ -137,15 +137,15 @@ class Measurement:
 
     @property
     def effective_path(self) -> float:
-        """Expected number of branches that the gradient's paths cross, Σ of the shares through the branches, where
-        the paths are many and independent (Veit et al. 2016, https://arxiv.org/abs/1605.06431).
+        """Expected number of branches on a path of the gradient: the sum of the shares that come through the branches,
+        if paths are many and independent (Veit et al. 2016, https://arxiv.org/abs/1605.06431).
         """
         shares = [c.through_branch for c in self.connections if not math.isnan(c.through_branch)]
         return sum(shares) if shares else NAN
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradients are numbers."""
+        """Whether loss and gradient are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient)
 
 
@@ -156,7 +156,7 @@ def measure(
     steps: int = 24,
     iterations: int = 0,
 ) -> Measurement:
-    """Make all passes; the model, its gradients, buffers and the random state are as before."""
+    """Make all passes over a subject; the model, its gradients and buffers and the random state stay as they are."""
     subject.passes = 0.0
     chain = subject.chain
     loss, output, gradients, readings = subject.probed()
@@ -187,11 +187,12 @@ def measure(
 
 
 def norm(tensors: Gradients) -> float:
+    """Euclidean norm of all tensors together."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 def relative_gradients(subject: Subject, gradients: Gradients) -> dict[str, float]:
-    """|∂loss/∂W| / |W| of each module's weights of two and more axes."""
+    """|∂loss/∂W| / |W| of each module, over its parameters with two or more axes."""
     sizes: dict[str, list[float]] = {}
     for (name, parameter), gradient in zip(subject.parameters.items(), gradients, strict=True):
         if parameter.ndim < 2:
@@ -205,7 +206,7 @@ def relative_gradients(subject: Subject, gradients: Gradients) -> dict[str, floa
 def connection_signals(
     chain: Chain[WatchedConnection], rows: dict[str, Any], relative: dict[str, float], found: Jacobians
 ) -> list[ConnectionSignal]:
-    """What was read at each connection, with what was found of its weights and its Jacobian."""
+    """The signals of each connection, with its relative gradient and its Jacobian."""
     signals = []
     for connection in chain:
         name = connection.name

@@ -1,4 +1,4 @@
-"""The passes of a diagnosis, each a function of a subject: noise, Jacobians, shattering, curvature, a look ahead."""
+"""The passes of a diagnosis, each a function of a subject: noise, Jacobians, shattering, curvature, trial steps."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def dot(first: Gradients, second: Gradients) -> float:
 
 @dataclass(frozen=True)
 class Noise:
-    """How much the gradients of two chunks of the batch have in common.
+    """Agreement of the gradients of two chunks of the batch.
 
     Args:
         agreement: cosine between the two gradients.
-        scale: the batch at which noise and gradient are equally large, tr Σ / |G|² (McCandlish et al. 2018,
-            https://arxiv.org/abs/1812.06162, eq. 2.9), estimated from the two; inf where they do not agree.
+        scale: noise scale tr Σ / |G|², the batch size at which noise and gradient are equally large (McCandlish et al.
+            2018, https://arxiv.org/abs/1812.06162, eq. 2.9), estimated from the two chunks; inf where they disagree.
     """
 
     agreement: float
@@ -47,7 +47,7 @@ class Noise:
 
 
 def noise(subject: Subject) -> tuple[Noise, Gradients, float]:
-    """Gradient noise between two chunks; also the first one's gradient and loss, which later passes use again."""
+    """Gradient noise between two chunks, and gradient and loss of the first, which later passes reuse."""
     size = subject.chunk
     loss, first = subject.gradients(subject.part(0, size))
     _, second = subject.gradients(subject.part(size, 2 * size))
@@ -59,7 +59,7 @@ def noise(subject: Subject) -> tuple[Noise, Gradients, float]:
 
 
 class Edges(NamedTuple):
-    """Where the stream of a connection enters and leaves it, as places in the graph of gradients."""
+    """The edges of the gradient graph at which the stream enters and leaves a connection."""
 
     before: GradientEdge
     after: GradientEdge
@@ -67,7 +67,7 @@ class Edges(NamedTuple):
 
 
 class EdgeObserver(Observer):
-    """Keeps the edges of every connection of a pass, for Jacobians."""
+    """Records the edges of every connection during a pass, for Jacobians."""
 
     def start(self) -> None:
         self.edges: dict[str, Edges] = {}
@@ -86,12 +86,12 @@ class Jacobians:
     """Singular values of the Jacobians of connections and of the whole network, from random projections.
 
     Args:
-        mean_square: E σ² = |J|²_F / n of each connection's map of the stream, by name.
+        mean_square: E σ² = |J|²_F / n of the map from x to y of each connection, by name.
         whole: the same of the map from input to output, per output element.
-        largest: largest singular value of each connection's map; only where asked.
+        largest: largest singular value of the map of each connection; empty unless asked for.
         whole_largest: the same of the map from input to output.
-        shattering: correlation of the input's gradient with that at a neighbouring input (Balduzzi et al. 2017,
-            https://arxiv.org/abs/1702.08591): 1 is smooth, 0 is white noise. None for inputs that are not real.
+        shattering: correlation of the input's gradient with the one at a neighbouring input (Balduzzi et al. 2017,
+            https://arxiv.org/abs/1702.08591): 1 is smooth, 0 is white noise. None for integer inputs.
     """
 
     mean_square: dict[str, float] = field(repr=False)
@@ -102,8 +102,8 @@ class Jacobians:
 
 
 def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) -> Jacobians:
-    """Vector–Jacobian products with a random vector: at each connection, and through the whole network at the batch
-    and at a neighbour of it, `distance` away relative to its size.
+    """Vector–Jacobian products with a random vector: at each connection, and through the whole network at the example
+    and at a neighbour, `distance` away relative to the example's deviation.
     """
     part = subject.probed_part
     share = subject.share(part)
@@ -137,7 +137,7 @@ def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) 
 
 
 WHOLE = " the whole"
-"""No module has this name."""
+"""Key of the whole network among the connections; no module has this name."""
 
 
 def squared(edges: dict[str, Edges], output: Tensor) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def squared(edges: dict[str, Edges], output: Tensor) -> dict[str, Tensor]:
 
 
 def neighbour_correlation(subject: Subject, first: Tensor, cotangent: Tensor, distance: float) -> float:
-    """Mean cosine, over samples, between the input's gradient here and at an input close by."""
+    """Mean cosine, over samples, between the gradients at the input and at a neighbouring one."""
     moved, real = with_gradients(subject.probed_part[0], distance)
     with subject.running():
         second = gradient_of(main_output(call_model(subject.model, moved)), real, cotangent)
@@ -183,7 +183,7 @@ def largest_values(edges: dict[str, Any], output: Tensor, iterations: int) -> di
 
 
 def with_gradients(inputs: Any, distance: float = 0.0) -> tuple[Any, Tensor | None]:
-    """A copy of the inputs, moved by `distance`, whose first real tensor collects a gradient; and that tensor."""
+    """A copy of the inputs whose first real tensor is shifted by `distance` and requires a gradient, and that tensor."""
     real: list[Tensor] = []
 
     def prepare(tensor: Tensor) -> Tensor:
@@ -202,6 +202,7 @@ def with_gradients(inputs: Any, distance: float = 0.0) -> tuple[Any, Tensor | No
 
 
 def gradient_of(output: Tensor, real: Tensor | None, cotangent: Tensor, **how: bool) -> Tensor | None:
+    """The gradient of ⟨output, cotangent⟩ with respect to the input, None where there is none."""
     if real is None or not output.requires_grad:
         return None
     (found,) = torch.autograd.grad(output, real, cotangent, allow_unused=True, **how)
@@ -210,7 +211,7 @@ def gradient_of(output: Tensor, real: Tensor | None, cotangent: Tensor, **how: b
 
 @dataclass(frozen=True)
 class Curvature:
-    """How sharply the loss bends.
+    """Curvature of the loss.
 
     Args:
         sharpness: largest eigenvalue of the Hessian, by power iteration from the gradient.
@@ -222,13 +223,13 @@ class Curvature:
 
     @property
     def largest_rate(self) -> float:
-        """2/λ, above which gradient descent on a quadratic diverges."""
+        """2/λ, the learning rate above which gradient descent on a quadratic diverges."""
         return 2 / self.sharpness if self.sharpness > 0 else math.inf
 
 
 def curvature(subject: Subject, gradient: Gradients, *, iterations: int = 2, reach: float = 1e-3) -> Curvature:
-    """Hessian-vector products on the first chunk of the batch as differences of gradients, so that kernels without a
-    second derivative do: Hv ≈ (∇L(w + εv) − ∇L(w)) / ε, with |εv| = `reach` |w|.
+    """Hessian-vector products on the first chunk of the batch, as differences of gradients so that kernels need no
+    second derivative: Hv ≈ (∇L(w + εv) − ∇L(w)) / ε, with |εv| = `reach` |w|.
     """
     parameters = list(subject.parameters.values())
     part = subject.part(0, subject.chunk)
@@ -240,7 +241,7 @@ def curvature(subject: Subject, gradient: Gradients, *, iterations: int = 2, rea
     values: list[float] = []
     for _ in range(iterations):
         step = reach * weight
-        with moved(parameters, direction, step):
+        with shifted_parameters(parameters, direction, step):
             _, ahead = subject.gradients(part)
         product = [(a - g) / step for a, g in zip(ahead, gradient, strict=True)]
         values.append(dot(product, direction))
@@ -252,8 +253,8 @@ def curvature(subject: Subject, gradient: Gradients, *, iterations: int = 2, rea
 
 
 @contextmanager
-def moved(parameters: Sequence[Tensor], direction: Gradients, step: float) -> Iterator[None]:
-    """Parameters a step away, put back exactly afterwards."""
+def shifted_parameters(parameters: Sequence[Tensor], direction: Gradients, step: float) -> Iterator[None]:
+    """Parameters a step away inside the context, put back exactly afterwards."""
     kept = [parameter.detach().clone() for parameter in parameters]
     try:
         with torch.no_grad():
@@ -268,14 +269,14 @@ def moved(parameters: Sequence[Tensor], direction: Gradients, step: float) -> It
 
 @dataclass(frozen=True)
 class LookAhead:
-    """What the optimizer would do: some of its own steps on chunks of the batch, taken back afterwards.
+    """Trial steps: the optimizer's first steps on chunks of the batch, taken back afterwards.
 
     Args:
-        losses: on the chunk of each step, before the step.
-        unseen: loss on a chunk that no step used, before and after all steps.
+        losses: of the chunk of each step, before the step.
+        unseen: loss on a held-out chunk, before and after all steps.
         distinct: 1 − mean cosine between the outputs of different samples of that chunk, before and after.
         predicted: decrease of the loss by the first step, had the loss been linear: ⟨g, −Δw⟩.
-        decreased: by how much the first step lowered the loss of its own chunk.
+        decreased: decrease of the loss on its own chunk by the first step.
         moved: |Δw|/|w| of all parameters together over all steps.
         updates: |Δw|/|w| of the first step, by parameter.
         size: samples in a chunk.
@@ -292,14 +293,14 @@ class LookAhead:
 
     @property
     def trust(self) -> float:
-        """Decrease of the loss by the first step over what its gradient promised; 1 where the step is small enough."""
+        """Decrease of the loss by the first step over the predicted one; near 1 for small steps."""
         return self.decreased / self.predicted if self.predicted else math.nan
 
 
 def look_ahead(subject: Subject, optimizer: OptimizerFactory, *, steps: int = 24) -> LookAhead:
-    """Take `steps` steps with a fresh optimizer, each on the next chunk, and go back to the start exactly.
+    """Take `steps` steps with a fresh optimizer, each on the next chunk, then put all parameters back exactly.
 
-    Of small batches, whose chunks are a quarter of them, no more steps than three passes are.
+    With small batches, whose chunks are a quarter of them, as many steps as three passes hold.
     """
     parameters = list(subject.parameters.values())
     size = subject.chunk
@@ -311,7 +312,7 @@ def look_ahead(subject: Subject, optimizer: OptimizerFactory, *, steps: int = 24
     losses: list[float] = []
     changes: Gradients = []
     predicted = decreased = 0.0
-    before = evaluate(subject, unseen)
+    before = loss_and_distinctness(subject, unseen)
     try:
         chosen = optimizer()
         for number in range(steps):
@@ -325,8 +326,8 @@ def look_ahead(subject: Subject, optimizer: OptimizerFactory, *, steps: int = 24
             if number == 0:
                 changes = [parameter.detach() - old for parameter, old in zip(parameters, kept, strict=True)]
                 predicted = -dot(gradient, changes)
-                decreased = losses[0] - evaluate(subject, seen[0])[0]
-        after = evaluate(subject, unseen)
+                decreased = losses[0] - loss_and_distinctness(subject, seen[0])[0]
+        after = loss_and_distinctness(subject, unseen)
         moved = [parameter.detach() - old for parameter, old in zip(parameters, kept, strict=True)]
         distance = math.sqrt(dot(moved, moved) / max(dot(kept, kept), 1e-30))
     finally:
@@ -347,13 +348,13 @@ def look_ahead(subject: Subject, optimizer: OptimizerFactory, *, steps: int = 24
 
 
 def relative_updates(names: Sequence[str], changes: Gradients, weights: Gradients) -> dict[str, float]:
-    """|Δw|/|w| of every parameter; inf where one leaves 0."""
+    """|Δw|/|w| of every parameter; inf for one that leaves 0."""
     sizes = {name: (float(c.norm()), float(w.norm())) for name, c, w in zip(names, changes, weights, strict=False)}
     return {name: c / w if w else (math.inf if c else 0.0) for name, (c, w) in sizes.items()}
 
 
-def evaluate(subject: Subject, part: Any) -> tuple[float, float]:
-    """Loss and distinctness of the outputs on a part of the batch, in the subject's mode."""
+def loss_and_distinctness(subject: Subject, part: Any) -> tuple[float, float]:
+    """Loss and distinctness of the outputs on a part of the batch."""
     subject.passes += subject.share(part) / 3
     with subject.running(), torch.no_grad():
         output = call_model(subject.model, part[0])

@@ -13,6 +13,7 @@ from skipway.errors import SkipwayError
 from skipway.nn import Branch, Classifier, LinearMap, Residual
 from skipway.nn.site import Site
 from skipway.tracing import Example, Program, Refusal, ResidualAdd, find_residual_adds, unwrap, watch
+from skipway.tracing.paths import condense_paths
 
 __all__ = ["Chain", "Connection", "WatchedConnection", "chain", "chain_from_program"]
 
@@ -30,6 +31,12 @@ class Connection:
     name: str
     residual: Residual
     site: Site
+
+    @property
+    def summary(self) -> tuple[str, str, str]:
+        """Classes of the shortcut and of the branch, and the number of channels."""
+        classes = type(self.residual.shortcut).__name__, type(self.residual.branch).__name__
+        return *classes, f"{self.site.dim} channels"
 
     @property
     def branch(self) -> Branch:
@@ -81,6 +88,12 @@ class WatchedConnection:
     model: nn.Module = field(repr=False)
 
     @property
+    def summary(self) -> tuple[str, str, str, str]:
+        """Kind of the skip and of the branch, places of the norms, kind of the scale."""
+        scale = "" if self.seen.scale is None else "scale per channel" if self.seen.scale.per_channel else "scalar"
+        return self.seen.skip, self.seen.kind, f"{'+'.join(self.seen.norms) or 'no'} norm", scale
+
+    @property
     def owner(self) -> nn.Module:
         """The module whose forward adds."""
         return self.model.get_submodule(self.seen.owner)
@@ -125,7 +138,9 @@ class WatchedConnection:
     def __str__(self) -> str:
         scale = "" if self.seen.scale is None else f" · scale {', '.join(self.seen.scale.parameters)}"
         norms = "+".join(self.seen.norms) or "no"
-        return f"{self.name}: {self.seen.skip} + {self.seen.kind}({', '.join(self.seen.maps)}) · {norms} norm{scale}"
+        return (
+            f"{self.name}: {self.seen.skip} + {self.seen.kind}({condense_paths(self.seen.maps)}) · {norms} norm{scale}"
+        )
 
 
 AnyConnection = TypeVar("AnyConnection", Connection, WatchedConnection)
@@ -161,8 +176,18 @@ class Chain(Sequence[AnyConnection], Generic[AnyConnection]):
         return iter(self.connections)
 
     def __repr__(self) -> str:
-        refused = f", {len(self.refused)} additions refused" if self.refused else ""
+        refused = f", {len(self.refused)} other additions" if self.refused else ""
         return f"Chain of {len(self)} connections in {type(self.model).__name__}{refused}"
+
+    def __str__(self) -> str:
+        """A line for each connection; of more than 12, the first 8 and the last 3."""
+        shown = self.connections if len(self) <= 12 else (*self.connections[:8], *self.connections[-3:])
+        cells = [(connection.name, *connection.summary) for connection in shown]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        if len(shown) < len(self):
+            lines.insert(8, f"⋮ {len(self) - len(shown)} more")
+        return "\n".join([repr(self), *(f"  {line}" for line in lines)])
 
 
 @overload
@@ -199,6 +224,20 @@ def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection]
     ...     print(connection)
     :1: identity + attention(self_attn, self_attn.out_proj) · pre norm
     :2: identity + mlp(linear1, linear2) · pre norm
+    >>> print(sw.chain(torch.nn.TransformerEncoder(layer, 50, enable_nested_tensor=False), torch.zeros(1, 5, 32)))
+    Chain of 100 connections in TransformerEncoder
+      layers.0:1   identity  attention  pre norm
+      layers.0:2   identity  mlp        pre norm
+      layers.1:1   identity  attention  pre norm
+      layers.1:2   identity  mlp        pre norm
+      layers.2:1   identity  attention  pre norm
+      layers.2:2   identity  mlp        pre norm
+      layers.3:1   identity  attention  pre norm
+      layers.3:2   identity  mlp        pre norm
+      ⋮ 89 more
+      layers.48:2  identity  mlp        pre norm
+      layers.49:1  identity  attention  pre norm
+      layers.49:2  identity  mlp        pre norm
     """
     if example is not None:
         program = watch(model, example)
