@@ -183,7 +183,7 @@ def largest_values(edges: dict[str, Any], output: Tensor, iterations: int) -> di
 
 
 def with_gradients(inputs: Any, distance: float = 0.0) -> tuple[Any, Tensor | None]:
-    """A copy of the inputs whose first real tensor is shifted by `distance` and requires a gradient, and that tensor."""
+    """A copy of the inputs whose first real tensor, shifted by `distance`, requires a gradient; and that tensor."""
     real: list[Tensor] = []
 
     def prepare(tensor: Tensor) -> Tensor:
