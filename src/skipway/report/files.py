@@ -37,11 +37,11 @@ def save(diagnosis: Diagnosis, path: str | Path) -> Path:
     if path.suffix == ".json":
         path.write_text(diagnosis.to_json() + "\n", encoding="utf-8")
     elif path.suffix in PICTURES:
-        from skipway.diagnosis.plot import plot
+        from skipway.report.pyplot import plot
 
         plot(diagnosis, path)
     else:
-        from skipway.diagnosis.page import page
+        from skipway.report.diagnosis import page
 
         path.write_text(page(diagnosis), encoding="utf-8")
     return path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from skipway._version import __version__
 from skipway.checkpoint.files import write_atomically
-from skipway.diagnosis.sheet import document
+from skipway.report.sheet import document
 from skipway.report.svg import picture
 from skipway.studies.page import STYLE, answers, sound, write_page
 from skipway.studies.runner import read_rows

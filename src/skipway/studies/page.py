@@ -8,8 +8,8 @@ from pathlib import Path
 
 from skipway._version import __version__
 from skipway.checkpoint.files import write_atomically
-from skipway.diagnosis.sheet import definitions, document, size_cell, word_cell
 from skipway.report.figure import Figure, Sample, grouped, number
+from skipway.report.sheet import definitions, document, size_cell, word_cell
 from skipway.report.svg import colour_rules, kinds_of, picture, svg_file
 from skipway.studies.cell import Budget, Choices, Row, Value
 from skipway.studies.runner import read_rows

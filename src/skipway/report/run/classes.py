@@ -8,9 +8,9 @@ from html import escape
 import torch
 from torch import Tensor
 
-from skipway.diagnosis.sheet import size_cell, word_cell
 from skipway.inference.metrics import class_scores, confused_pairs, percent
 from skipway.report.charts import Series, bars, chart, cut, figure
+from skipway.report.sheet import size_cell, word_cell
 
 __all__ = ["class_table", "confusion_section", "sizes_section"]
 

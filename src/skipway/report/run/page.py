@@ -14,7 +14,6 @@ from skipway._version import __version__
 from skipway.checkpoint.files import read_json, write_atomically
 from skipway.data.sources.splits import SPLITS
 from skipway.data.split import printable
-from skipway.diagnosis.sheet import definitions, document
 from skipway.errors import CheckpointError
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import class_scores, percent
@@ -27,6 +26,7 @@ from skipway.report.run.origin import environment_section, recipe_section
 from skipway.report.run.pictures import mistakes_section, seen_section
 from skipway.report.run.style import STYLE
 from skipway.report.run.sureness import sureness_section
+from skipway.report.sheet import definitions, document
 from skipway.report.summary import chosen_text, data_lines, duration, model_lines
 from skipway.tracing.chain import chain
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from skipway._version import __version__
 from skipway.diagnosis.findings import Finding, counted, format_number
 from skipway.diagnosis.rows import SignalRow
-from skipway.diagnosis.sheet import definitions, document, linked, listed, size_cell, word_cell
 from skipway.diagnosis.table import LEAST_SPAN, SENTENCES, SYMBOLS, compact, marks_text
+from skipway.report.sheet import definitions, document, linked, listed, size_cell, word_cell
 from skipway.tracing.residual_adds import REASONS
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from torch import nn
 
 import skipway as sw
 from skipway.diagnosis import Diagnosis, Finding, diagnose
-from skipway.diagnosis.page import page
-from skipway.diagnosis.plot import bands_of, plot
 from skipway.diagnosis.remedies import LearningRate
 from skipway.diagnosis.rows import folded
 from skipway.diagnosis.table import as_text, findings_view
 from skipway.errors import MissingExtraError
+from skipway.report.diagnosis import page
+from skipway.report.pyplot import bands_of, plot
 
 VOID = {"meta", "br"}
 EVIL = "<script>alert('1')</script> & more"
