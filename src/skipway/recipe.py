@@ -100,10 +100,10 @@ class Recipe:
     """Grey or colour. [as the images]"""
 
     holdout: float = 0.2
-    """Fraction of each class to test on, where there is no test/."""
+    """Fraction of each class to test on without test/."""
 
     validation: float = 0.1
-    """Fraction of the rest to choose the best epoch on, where there is no val/."""
+    """Fraction of the rest to validate on without val/."""
 
     fold: str | None = more(None)
     """Test on this fold of the training images, 2/5; --folds trains all. [no folds]"""

@@ -15,6 +15,7 @@ from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
 
 if TYPE_CHECKING:
+    from skipway.training.cross_validation import CrossValidation
     from skipway.training.run import Outcome
 
 __all__ = ["train"]
@@ -27,6 +28,7 @@ def train(
     recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 - frozen
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
+    folds: int | None = None,
     resume: Flag = False,
     overwrite: Flag = False,
     config: Path | None = None,
@@ -42,6 +44,7 @@ def train(
     Args:
         recipe: The recipe.
         out: Run folder. [runs/<data>-<number>]
+        folds: Cross-validate: one run per fold of the training images. [none]
         resume: Resume the run in --out.
         overwrite: Replace the run in --out.
         config: Run folder that supplies omitted options.
@@ -55,10 +58,21 @@ def train(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from skipway.cli.interrupts import StopSignal
     from skipway.cli.progress import choose_screen
+    from skipway.training.cross_validation import cross_validate
     from skipway.training.loop import train as train_network
 
     # under torchrun only rank 0 reports
     quiet_here = quiet or os.environ.get("RANK", "0") != "0"
+    if folds is not None or (resume and is_cross_validation(folder)):
+        with StopSignal() as stopping, choose_screen(quiet_here) as screen:
+            found = cross_validate(
+                recipe, folder, folds, resume=resume, overwrite=overwrite, screen=screen, stop=stopping.requested
+            )
+            for line in fold_lines(found):
+                screen.say(*line)
+        if found.finished and quiet and os.environ.get("RANK", "0") == "0":
+            sys.stdout.write(f"{found.accuracy:.4f} {found.folder}\n")
+        return stopping.exit_status
     with StopSignal() as stopping, choose_screen(quiet_here) as screen:
         outcome = train_network(
             recipe, folder, resume=resume, overwrite=overwrite, screen=screen, stop=stopping.requested
@@ -83,6 +97,40 @@ def unused_folder(data: Path | None) -> Path:
     while Path("runs", f"{name}-{number}").exists():
         number += 1
     return Path("runs", f"{name}-{number}")
+
+
+def is_cross_validation(folder: Path) -> bool:
+    """Whether a folder holds a cross-validation that `skipway train --folds` began."""
+    from skipway.checkpoint.files import read_json
+
+    config = folder / "config.json"
+    return config.exists() and "folds" in read_json(config)
+
+
+def fold_lines(found: CrossValidation) -> list[tuple[str, str]]:
+    """The results of a cross-validation together, or how to continue it."""
+    from skipway.inference.metrics import percent
+
+    out = shlex.quote(str(found.folder))
+    if not found.finished:
+        done = f"after {len(found.results)} of {found.folds} folds"
+        return [("", ""), ("stopped", done), ("continue", f"skipway train --out {out} --resume")]
+    low, high = found.interval
+    pooled = f"{percent(found.accuracy)} of {found.images:,} images, each tested in one fold"
+    least, most = (pick(result.accuracy for result in found.results) for pick in (min, max))
+    return [
+        ("", ""),
+        ("accuracy", f"{pooled} (95 % interval {100 * low:.1f} to {percent(high)})"),
+        (
+            "folds",
+            f"mean {percent(found.mean)}, standard deviation {percent(found.deviation)}, "
+            f"from {percent(least)} to {percent(most)}",
+        ),
+        (
+            "summary",
+            f"{found.folder / 'summary.json'}; the runs are in fold-1 to fold-{found.folds} beside it",
+        ),
+    ]
 
 
 def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:

@@ -29,7 +29,8 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     share, square = correct / total, Z_95**2 / total
     centre = share + square / 2
     half = math.sqrt(square * (share * (1 - share) + square / 4))
-    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+    # the bounds at 0 and 1 are exact, and rounding must not leave the proportion outside
+    return max(0.0, min(share, (centre - half) / (1 + square))), min(1.0, max(share, (centre + half) / (1 + square)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Training: a recipe in, a run folder out.
 
     outcome = skipway.training.train(skipway.recipe.Recipe(epochs=3), Path("runs/first"))
+    folds = skipway.training.cross_validate(skipway.recipe.Recipe(epochs=3), Path("runs/folds"), folds=5)
 
 The names are loaded when they are first used, so that the command line loads torch only when it trains.
 """
@@ -11,12 +12,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipway.training.cross_validation import CrossValidation, cross_validate
     from skipway.training.loop import train
     from skipway.training.reporter import Screen, Silent, StepReport
     from skipway.training.run import Outcome
     from skipway.training.run_folder import RunFolder
 
 HOMES = {
+    "CrossValidation": "cross_validation",
+    "cross_validate": "cross_validation",
     "Outcome": "run",
     "RunFolder": "run_folder",
     "Screen": "reporter",
@@ -25,7 +29,7 @@ HOMES = {
     "train": "loop",
 }
 
-__all__ = ["Outcome", "RunFolder", "Screen", "Silent", "StepReport", "train"]
+__all__ = ["CrossValidation", "Outcome", "RunFolder", "Screen", "Silent", "StepReport", "cross_validate", "train"]
 
 
 def __getattr__(name: str) -> Any:

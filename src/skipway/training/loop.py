@@ -94,8 +94,10 @@ def train(
     folder = RunFolder(out)
     # one and the same command starts a run and continues it
     stored = folder.read_config() if resume and (recipe is None or folder.config.exists()) else None
+    if stored is not None and "folds" in stored:
+        raise SkipwayError(f"out={printable(out)}: the folder holds a cross-validation; cross_validate continues it")
     if stored is not None:
-        recipe = continued(Recipe.from_json(stored["recipe"], str(folder.config)), recipe)
+        recipe = continued(stored, folder.config, recipe)
     elif recipe is None:
         raise SkipwayError("recipe=None: a run that starts needs a recipe; only resume=True finds one in the folder")
     else:

@@ -6,6 +6,7 @@ import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,14 +66,27 @@ FREE_TO_CHANGE = frozenset(
 STEPS_TO_PLAN = 25
 
 
-def continued(stored: Recipe, given: Recipe | None) -> Recipe:
+def continued(config: dict[str, Any], source: Path, given: Recipe | None) -> Recipe:
     """The recipe with which a run continues: the stored one, with those changes that do not decide its result.
 
-    A field of `given` that leaves the choice open (None or "auto") does not count as a change.
+    A field of `given` that leaves the choice open (None or "auto"), or a batch that is larger than the training split,
+    does not count as a change.
+
+    Args:
+        config: what `config.json` holds.
+        source: that file, for messages.
+        given: the recipe that was asked for; None: the stored one.
+
+    Raises:
+        SkipwayError: `given` changes something that decides the result.
+        CheckpointError: `config` holds no recipe.
     """
+    stored = Recipe.from_json(config["recipe"], str(source))
     if given is None:
         return stored
     given = absolute(given)
+    if given.batch_size > config.get("data", {}).get("train", given.batch_size):
+        given = replace(given, batch_size=stored.batch_size)
     changes = {
         name: (old, new) for name, (old, new) in stored.changes(given).items() if new is not None and new != "auto"
     }

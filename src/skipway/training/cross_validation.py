@@ -1,0 +1,270 @@
+"""Cross-validation of a recipe: one run for each fold of the training images, and the results together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipway._version import __version__
+from skipway.checkpoint.files import read_json, write_json
+from skipway.checkpoint.store import remove_path
+from skipway.errors import CheckpointError, SkipwayError, printable
+from skipway.inference.evaluation import wilson_interval
+from skipway.inference.metrics import percent
+from skipway.recipe import Recipe
+from skipway.training.distributed import joined
+from skipway.training.loop import train
+from skipway.training.reporter import Screen, Silent, StepReport
+from skipway.training.run_folder import RunFolder
+from skipway.training.setup import absolute, continued
+
+__all__ = ["CrossValidation", "FoldResult", "cross_validate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldResult:
+    """The test result of one fold.
+
+    Args:
+        number: of the fold, from 1.
+        correct: images of the fold that the network classifies correctly.
+        images: in the fold.
+        best_epoch: the epoch, from 1, whose weights were tested.
+    """
+
+    number: int
+    correct: int
+    images: int
+    best_epoch: int
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the images classified correctly, 0 to 1."""
+        return self.correct / max(1, self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossValidation:
+    """The results of the folds that are done.
+
+    Args:
+        folder: of the cross-validation; fold k is the run in `fold-k`.
+        folds: their number.
+        results: of the folds that are done.
+
+    >>> results = tuple(FoldResult(number=n, correct=c, images=20, best_epoch=1) for n, c in ((1, 18), (2, 16)))
+    >>> found = CrossValidation(folder=Path("runs/cv"), folds=2, results=results)
+    >>> found.accuracy, found.mean, round(found.deviation, 4)
+    (0.85, 0.85, 0.0707)
+    >>> print(found)
+    85.0 % of 40 images (95 % interval 70.9 to 92.9 %); 2 of 2 folds: mean 85.0 %, standard deviation 7.1 %
+    """
+
+    folder: Path
+    folds: int
+    results: tuple[FoldResult, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all folds are done."""
+        return len(self.results) == self.folds
+
+    @property
+    def correct(self) -> int:
+        """Images of all folds that are classified correctly by the network that was not trained on them."""
+        return sum(result.correct for result in self.results)
+
+    @property
+    def images(self) -> int:
+        """Images of all folds that are done."""
+        return sum(result.images for result in self.results)
+
+    @property
+    def accuracy(self) -> float:
+        """Pooled accuracy: the fraction of all images classified correctly, 0 to 1."""
+        return self.correct / max(1, self.images)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the pooled accuracy, as if one network had classified one sample of all images."""
+        return wilson_interval(self.correct, self.images)
+
+    @property
+    def mean(self) -> float:
+        """Mean of the folds' accuracies; nan without a fold."""
+        return statistics.fmean(result.accuracy for result in self.results) if self.results else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the folds' accuracies, with n - 1; nan with fewer than two folds."""
+        return statistics.stdev(result.accuracy for result in self.results) if len(self.results) > 1 else math.nan
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"{percent(self.accuracy)} of {self.images:,} images (95 % interval {100 * low:.1f} to {percent(high)}); "
+            f"{len(self.results)} of {self.folds} folds: mean {percent(self.mean)}, standard deviation "
+            f"{percent(self.deviation)}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `summary.json`."""
+        return {
+            "folds": self.folds,
+            "test_accuracy": self.accuracy,
+            "test_correct": self.correct,
+            "test_images": self.images,
+            "test_interval": list(self.interval),
+            "mean_accuracy": self.mean,
+            "standard_deviation": self.deviation,
+            "results": [{**dataclasses.asdict(result), "accuracy": result.accuracy} for result in self.results],
+        }
+
+
+class FoldScreen(Silent):
+    """Reports a fold to another screen, without what is the same for all of them."""
+
+    def __init__(self, screen: Screen, *, first: bool) -> None:
+        self.screen = screen
+        self.quiet = screen.quiet or not first
+
+    def say(self, label: str, text: str) -> None:
+        self.screen.say(label, text)
+
+    def reading(self, done: int, total: int) -> None:
+        self.screen.reading(done, total)
+
+    def step(self, report: StepReport) -> None:
+        self.screen.step(report)
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        self.screen.epoch(row, epochs)
+
+
+def cross_validate(
+    recipe: Recipe | None,
+    out: Path,
+    folds: int | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    screen: Screen | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> CrossValidation:
+    """Train `recipe` once for each fold of the training images and test every network on the fold it has not seen.
+
+    Every class is divided evenly over the folds, by `Recipe.seed` and the names of the images; copies stay together.
+    A test split that the source has itself is left alone. The validation split, which chooses the epoch, is the
+    source's own, or split off the images outside the fold.
+
+    Args:
+        recipe: how each network is trained; None with `resume` takes the one in `out`.
+        out: the folder; fold k becomes the run `out/fold-k`, and `out/summary.json` holds the results together.
+        folds: their number, 2 or more and at most the number of images of the smallest class; None: 5, or as begun.
+        resume: continue in `out`: folds that are done are not repeated. Where there is nothing yet, begin.
+        overwrite: replace the cross-validation in `out`.
+        screen: where to report; None reports nowhere.
+        stop: asked after every step; once it returns True the state is saved and the call returns.
+
+    Raises:
+        DataError: a class has fewer images than there are folds, or the images cannot be trained on.
+        SkipwayError: the folder is taken, or holds another number of folds.
+        CheckpointError: a run that is to continue cannot be used.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     quick = Recipe(depth=8, width=4, epochs=1, device="cpu")
+    ...     found = cross_validate(quick, Path(folder, "cv"), folds=2)
+    >>> found.images, [result.images for result in found.results]
+    (1797, [899, 898])
+    """
+    folder = RunFolder(out)
+    stored = folder.read_config() if resume and (recipe is None or folder.config.exists()) else None
+    if stored is not None:
+        begun = stored.get("folds")
+        if not isinstance(begun, int):
+            raise SkipwayError(f"out={printable(out)}: the folder holds a single run, which is continued without folds")
+        if folds not in (None, begun):
+            raise SkipwayError(f"folds={folds}: the cross-validation in {printable(out)} has {begun}; leave that out")
+        folds = begun
+        recipe = continued(stored, folder.config, recipe)
+    elif recipe is None:
+        raise SkipwayError("recipe=None: a new cross-validation needs one; only resume=True finds it in the folder")
+    else:
+        folder.check_free(overwrite=overwrite)
+    folds = 5 if folds is None else folds
+    if folds < 2:
+        raise SkipwayError(f"folds={folds}: the rule is folds >= 2")
+    if recipe.fold is not None:
+        raise SkipwayError(f"fold={recipe.fold!r}: one fold is a single run, folds={folds} are all of them; give one")
+    folder.check_apart(recipe.data)
+    with joined(recipe.device) as ranks:
+        if ranks.first:
+            if overwrite:
+                for path in out.glob("fold-*"):
+                    remove_path(path)
+                remove_path(folder.summary)
+            out.mkdir(parents=True, exist_ok=True)
+            values = {"skipway": __version__, "folds": folds, "recipe": absolute(recipe).to_json()}
+            write_json(folder.config, values)
+        ranks.wait()
+        results: list[FoldResult] = []
+        for number in range(1, folds + 1):
+            own = RunFolder(out / f"fold-{number}")
+            planned = dataclasses.replace(recipe, fold=f"{number}/{folds}")
+            if not is_done(own, planned):
+                if screen is not None:
+                    screen.say("fold", f"{number} of {folds}, in {own.path}")
+                try:
+                    outcome = train(
+                        planned,
+                        own.path,
+                        resume=True,
+                        screen=None if screen is None else FoldScreen(screen, first=number == 1),
+                        stop=stop,
+                    )
+                except SkipwayError:
+                    if ranks.first and number == 1 and not own.path.exists():
+                        remove_path(folder.config)
+                        out.rmdir()
+                    raise
+                if outcome.evaluation is None:
+                    break
+            results.append(read_result(own, number))
+            if screen is not None:
+                last = results[-1]
+                screen.say("fold", f"{number} of {folds}: {percent(last.accuracy)} of {last.images:,} test images")
+        found = CrossValidation(folder=out, folds=folds, results=tuple(results))
+        if found.finished and ranks.first:
+            write_json(folder.summary, found.to_json())
+        return found
+
+
+def is_done(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether a fold has been trained for the epochs of the recipe and tested.
+
+    Raises:
+        SkipwayError: it was trained by another recipe.
+    """
+    if not folder.summary.exists() or not folder.config.exists():
+        return False
+    stored = folder.read_config()
+    return continued(stored, folder.config, recipe).epochs == stored["recipe"]["epochs"]
+
+
+def read_result(folder: RunFolder, number: int) -> FoldResult:
+    """The result of a fold, from its `summary.json`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    values = read_json(folder.summary)
+    names = {"correct": "test_correct", "images": "test_images", "best_epoch": "best_epoch"}
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), int) for name in names.values()):
+        raise CheckpointError(f"{printable(folder.summary)} is damaged: remove it and resume to test the fold again")
+    return FoldResult(number=number, **{field: values[name] for field, name in names.items()})

@@ -1,0 +1,137 @@
+"""Validation chooses and the test split measures: each on images that nothing else has seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from skipway.checkpoint.files import read_tensors
+from skipway.data.parts import MemoryPart
+from skipway.errors import SkipwayError
+from skipway.inference.publish import write_hub_folder
+from skipway.inference.run_evaluation import judge_run
+from skipway.recipe import Recipe
+from skipway.training.loop import train
+from skipway.training.reporter import Silent
+
+TINY = Recipe(depth=8, width=4, epochs=6, batch_size=16, device="cpu", precision="float32", health=0.0)
+
+
+def pictures(root: Path, each: int = 24, swapped: tuple[str, ...] = (), contrast: int = 150) -> Path:
+    """Dark and light images in train, val and test; in `swapped` splits the light ones are called dark."""
+    noise = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for label, name in enumerate(("dark", "light")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            light = label != (split in swapped)
+            for number in range(each):
+                pixels = noise.integers(0, 100, (8, 8, 3), dtype=np.uint8) + np.uint8(contrast * light)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def misled(tmp_path_factory):
+    """A run whose validation images carry the wrong labels, so that learning looks like getting worse."""
+    root = tmp_path_factory.mktemp("misled")
+    data = pictures(root / "data", swapped=("val",), contrast=12)
+    return train(dataclasses.replace(TINY, data=data, warmup=0.5, lr=0.05, crop="none"), root / "run")
+
+
+def test_the_best_epoch_follows_validation_and_not_the_test_split(misled):
+    rows = misled.folder.read_metrics()
+    accuracies = [row["validation_accuracy"] for row in rows]
+    assert accuracies[-1] < max(accuracies), "the network learns, and validation punishes it"
+    assert misled.best_epoch == 1 + accuracies.index(max(accuracies))
+    assert misled.best_accuracy == max(accuracies)
+    tensors, about = read_tensors(misled.folder.best)
+    assert about["epoch"] == misled.best_epoch
+    best, last = (judge_run(misled.folder.path / name).evaluation for name in ("best.safetensors", "last.safetensors"))
+    assert misled.evaluation.accuracy == best.accuracy < last.accuracy
+    assert not torch.equal(tensors["stem.conv.weight"], read_tensors(misled.folder.last)[0]["stem.conv.weight"])
+
+
+def test_the_same_result_everywhere(misled, tmp_path):
+    """Summary, header of the weights, report, hub card and `skipway evaluate` speak of the same weights."""
+    summary = json.loads(misled.folder.summary.read_text())
+    assert summary["tested"] == "best.safetensors"
+    assert summary["test_correct"] == misled.evaluation.correct
+    low, high = summary["test_interval"]
+    assert low < summary["test_accuracy"] < high
+    result = read_tensors(misled.folder.best)[1]["result"]
+    assert {name: result[name] for name in ("test_correct", "test_images")} == {
+        name: summary[name] for name in ("test_correct", "test_images")
+    }
+    assert "result" not in read_tensors(misled.folder.last)[1]
+    assert judge_run(misled.folder.path).evaluation.correct == summary["test_correct"]
+    told = f"{100 * summary['test_accuracy']:.1f} %"
+    assert told in misled.folder.report.read_text()
+    write_hub_folder(misled.folder.path, tmp_path / "hub")
+    assert f"{told} of 48 test images" in (tmp_path / "hub/README.md").read_text()
+    write_hub_folder(misled.folder.last, tmp_path / "other")
+    assert "Not measured here" in (tmp_path / "other/README.md").read_text()
+
+
+def test_patience_counts_by_validation(tmp_path):
+    data = pictures(tmp_path / "data", swapped=("val",))
+    outcome = train(dataclasses.replace(TINY, data=data, epochs=30, patience=3), tmp_path / "run")
+    assert outcome.epoch == outcome.best_epoch + 3 < 30
+
+
+def test_the_test_split_is_read_once(tmp_path, monkeypatch):
+    """Report included, in a run that was stopped and continued on the way."""
+    reads: dict[int, int] = {}
+    fetch = MemoryPart.fetch
+
+    def counted(part, batches, device, draws):
+        reads[len(part)] = reads.get(len(part), 0) + 1
+        return fetch(part, batches, device, draws)
+
+    monkeypatch.setattr(MemoryPart, "fetch", counted)
+    recipe = dataclasses.replace(TINY, epochs=3, batch_size=256)
+    steps = iter(range(100))
+    train(recipe, tmp_path / "run", stop=lambda: next(steps) == 7)
+    assert 359 not in reads
+    assert train(None, tmp_path / "run", resume=True).finished
+    assert (tmp_path / "run/report.html").exists()
+    assert reads[359] == 1
+    assert reads[143] == 3
+
+
+def test_without_validation_images_the_last_epoch_is_the_best(tmp_path):
+    class Heard(Silent):
+        quiet = False
+
+        def say(self, label, text):
+            lines[label] = text
+
+    lines: dict[str, str] = {}
+    outcome = train(dataclasses.replace(TINY, epochs=2, validation=0.0), tmp_path / "run", screen=Heard())
+    assert outcome.best_epoch == outcome.epoch == 2
+    assert "none to validate on, so the last epoch counts as the best (--validation)" in lines["split"]
+    best, last = (read_tensors(path)[0] for path in (outcome.folder.best, outcome.folder.last))
+    assert all(torch.equal(best[name], last[name]) for name in last)
+    assert [row["validation_accuracy"] for row in outcome.folder.read_metrics()] == [None, None]
+    assert json.loads(outcome.folder.summary.read_text())["best_validation_accuracy"] is None
+    with pytest.raises(SkipwayError, match="patience needs a validation split"):
+        train(dataclasses.replace(TINY, validation=0.0, patience=2), tmp_path / "other")
+
+
+def test_a_run_continues_with_its_own_file_list(tmp_path, monkeypatch):
+    """Also where the rule by which images are split has changed since."""
+    recipe = dataclasses.replace(TINY, epochs=2, batch_size=256)
+    steps = iter(range(100))
+    train(recipe, tmp_path / "run", stop=lambda: next(steps) == 2)
+    listed = json.loads((tmp_path / "run/split.json").read_text())
+    monkeypatch.setattr("skipway.data.split.draw_key", lambda *purpose: hash(purpose[-1]))
+    outcome = train(None, tmp_path / "run", resume=True)
+    assert outcome.finished
+    assert judge_run(tmp_path / "run").evaluation.correct == outcome.evaluation.correct
+    assert json.loads((tmp_path / "run/split.json").read_text()) == listed
