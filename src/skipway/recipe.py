@@ -100,10 +100,10 @@ class Recipe:
     """Grey or colour. [as the images]"""
 
     holdout: float = 0.2
-    """Fraction of each class to test on without test/."""
+    """Without test/: fraction of a class to test on."""
 
     validation: float = 0.1
-    """Fraction of the rest to validate on without val/."""
+    """Without val/: fraction of the rest to tune on."""
 
     fold: str | None = more(None)
     """Test on this fold of the training images, 2/5; --folds trains all. [no folds]"""

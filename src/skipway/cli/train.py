@@ -44,7 +44,7 @@ def train(
     Args:
         recipe: The recipe.
         out: Run folder. [runs/<data>-<number>]
-        folds: Cross-validate: one run per fold of the training images. [none]
+        folds: Cross-validate: one run per fold.
         resume: Resume the run in --out.
         overwrite: Replace the run in --out.
         config: Run folder that supplies omitted options.
