@@ -232,8 +232,8 @@ def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
             f"{name} gives a {type(model).__name__}; it has to give a torch.nn.Module, or (model, batch)"
         )
     vocabulary = (
-        next(config_values(model)).num_embeddings
-        if isinstance(next(config_values(model), None), nn.Embedding)
+        next(parameter_owners(model)).num_embeddings
+        if isinstance(next(parameter_owners(model), None), nn.Embedding)
         else None
     )
     return LoadedModel(model=model, shape=input_shape_of(model), vocabulary=vocabulary, batch=batch)
@@ -307,7 +307,7 @@ def call_factory(value: Any, name: str) -> Any:
         return value()
 
 
-def config_values(model: nn.Module) -> Iterator[Any]:
+def parameter_owners(model: nn.Module) -> Iterator[Any]:
     """The modules with parameters of their own, in the order of their registration."""
     return (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
 
@@ -334,7 +334,7 @@ def input_shape_of(model: nn.Module) -> Shape:
     if hasattr(config, "channels"):
         side = SMALL_SIDE if getattr(config, "stem", None) == "cifar" else getattr(config, "image", IMAGE[-1])
         return (config.channels, side, side)
-    first = next(config_values(model), None)
+    first = next(parameter_owners(model), None)
     guess = next((guess for kind, guess in FIRST_LAYER.items() if isinstance(first, kind)), None)
     return IMAGE if guess is None else guess(first)
 

@@ -36,9 +36,10 @@ def test_files_of_both_kinds_load(tmp_path):
     torch.save(state, tmp_path / "b.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, tmp_path / "c.pt")
     x = torch.randn(2, 3, 32, 32)
+    remarks = []
     for name in ("a.safetensors", "b.pth", "c.pt"):
         model = sw.build("resnet-imagenet14", block="bottleneck", classes=3).eval()
-        assert sw.load(model, tmp_path / name, names="torchvision") is model
+        assert sw.load(model, tmp_path / name, names="torchvision", remark=remarks.append) is model
         torch.testing.assert_close(model(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
 
 
@@ -106,10 +107,12 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, kind):
     ("name", "content", "message"),
     [
         ("gone.safetensors", None, "no such file"),
-        ("weights.txt", b"hello", "suffix"),
+        ("weights.txt", b"hello", "no file of weights"),
         ("weights.safetensors", b"", "damaged"),
         ("weights.safetensors", b"\xff" * 64, "damaged"),
-        ("weights.pth", b"<html>not found</html>", r"damaged|would run code"),
+        ("weights.pth", b"<html>not found</html>", "a page of HTML"),
+        ("weights.bin", b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        ("weights.ckpt", b"\x1f\x8b\x08" + b"0" * 99, "a gzip archive"),
         ("weights.pth", b"", "damaged"),
     ],
 )

@@ -85,6 +85,25 @@ def adapt_size(misfit: Misfit) -> Change:
     return change
 
 
+def adapt_channels(misfit: Misfit) -> Change:
+    """The first map takes images of C channels instead of the file's I: summed for C = 1, else W[:, c mod I] · I/C.
+
+    A grey image copied to I channels gives the same output through the old map as the grey image through the sum, and
+    the scale I/C keeps the size of the output (timm, `adapt_input_conv`).
+    """
+    change = Change()
+    own = misfit.model.state_dict()
+    first = next((key for key, tensor in own.items() if tensor.ndim == 4), None)
+    if first not in misfit.misshapen or misfit.misshapen[first].ndim != 4:
+        return change
+    found, wanted = misfit.misshapen[first], own[first]
+    old, new = found.shape[1], wanted.shape[1]
+    if old != new and found.shape[0] == wanted.shape[0] and found.shape[2:] == wanted.shape[2:]:
+        channels = [channel % old for channel in range(new)]
+        change.resampled[first] = found.sum(1, keepdim=True) if new == 1 else found[:, channels] * (old / new)
+    return change
+
+
 def adapt_depth(misfit: Misfit) -> Change:
     """Connections that the file lacks keep their start, those that the model lacks are left out; some have to fit."""
     change = Change()
@@ -101,12 +120,12 @@ def adapt_depth(misfit: Misfit) -> Change:
     numberless = {numberless_name(name) for name in names}
     for theirs in misfit.unexpected:
         candidates = (ours for row in misfit.keymap.rules if (ours := row.to_ours(theirs)) is not None)
-        if any(elsewhere(ours, names, numberless) for ours in candidates):
+        if any(belongs_to_missing_connection(ours, names, numberless) for ours in candidates):
             change.left_out.append(theirs)
     return change
 
 
-def elsewhere(ours: str, names: set[str], numberless: set[str]) -> bool:
+def belongs_to_missing_connection(ours: str, names: set[str], numberless: set[str]) -> bool:
     """True if a key belongs to a connection that the model lacks while it has others of the same kind."""
     parts = ours.split(".")
     owners = (".".join(parts[:length]) for length in range(1, len(parts)))
@@ -118,7 +137,12 @@ def numberless_name(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
 
 
-CHOICES: dict[str, Callable[[Misfit], Change]] = {"classes": adapt_classes, "size": adapt_size, "depth": adapt_depth}
+CHOICES: dict[str, Callable[[Misfit], Change]] = {
+    "classes": adapt_classes,
+    "size": adapt_size,
+    "channels": adapt_channels,
+    "depth": adapt_depth,
+}
 
 
 def read_choices(adapt: Iterable[str]) -> frozenset[str]:

@@ -3,64 +3,64 @@
 from __future__ import annotations
 
 import json
-import pickle
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from skipway.errors import CheckpointError, printable
+from skipway.weights.container import file_format, read_torch, select_state_dict
 
 __all__ = ["read_weights"]
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MOST_HEADER = 100_000_000
 """Largest header that safetensors itself accepts."""
 LAYOUT = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Weight files of a folder in Hugging Face's layout; the first that exists is read."""
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file, or of a `.pth`, `.pt`, `.bin` file (read with `weights_only=True`).
+def read_weights(
+    path: str | Path, entry: str | None = None, remark: Callable[[str], None] = warnings.warn
+) -> dict[str, Tensor]:
+    """The state dict of a file, known by its content whatever its suffix, or of a folder in Hugging Face's layout.
 
-    A folder in Hugging Face's layout is read as well, in one file or in shards.
+    Read are safetensors files and those of `torch.save`, the latter without ever running code from them. A checkpoint
+    may hold the state dict in an entry, beside numbers, paths, dates and the like; of several state dicts the averaged
+    weights are taken, and a remark says so.
+
+    Args:
+        path: of the file or folder.
+        entry: which state dict of a checkpoint to take, "model" or "ema.module" for example.
+        remark: called with a sentence about a choice that was made.
 
     Raises:
-        CheckpointError: no such file, a suffix that is not known, a damaged file, one that wants to run code, one that
-            holds no state dict, or a folder without weights.
+        CheckpointError: no such file, one that is damaged, of another kind or would run code, one without a state
+            dict or without that entry, or a folder without weights.
     """
     path = Path(path)
-    return read_folder(path) if path.is_dir() else read_file(path)
+    return read_folder(path) if path.is_dir() else read_file(path, entry, remark)
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file."""
+def read_file(path: Path, entry: str | None = None, remark: Callable[[str], None] = warnings.warn) -> dict[str, Tensor]:
+    """The state dict of one file."""
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file (a name on the Hugging Face hub begins with hf:)")
-    if path.suffix not in SUFFIXES:
-        raise CheckpointError(f"{path}: the suffix says nothing of the format; known are {', '.join(SUFFIXES)}")
-    if path.suffix == ".safetensors":
-        try:
-            check_names(path)
-            return load_file(path)
-        except Exception as error:  # a foreign reader on a foreign file: its kinds of failure are not listed anywhere
-            raise CheckpointError(f"{path} is damaged or no safetensors file: {printable(str(error))}") from error
+    if file_format(path) == "torch":
+        state, choice = select_state_dict(read_torch(path), path, entry)
+        if choice:
+            remark(choice)
+        return state
+    if entry is not None:
+        raise CheckpointError(f"entry={entry!r}: {path} is a safetensors file, which holds one state dict")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a foreign pickle's protocol number; what it holds is judged below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and would run code when read, which Skipway never does; convert it to "
-            "safetensors where you trust it"
-        ) from error
-    except Exception as error:  # as above
-        raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {printable(str(error))}") from error
-    return as_state_dict(content, path)
+        check_names(path)
+        return load_file(path)
+    except Exception as error:  # a foreign reader on a foreign file: its kinds of failure are listed nowhere
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {printable(str(error))}") from error
 
 
 def check_names(path: Path) -> None:
@@ -115,15 +115,3 @@ def read_shards(index: Path) -> dict[str, Tensor]:
             f"{index} lists {len(lost)} tensors that are not in its files, {printable(lost[0])!r} first"
         )
     return state
-
-
-def as_state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in what a checkpoint held: itself, or the one entry that is known to hold it."""
-    if isinstance(content, dict):
-        for key in ("state_dict", "model", "model_state_dict"):
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return {str(key).removeprefix("module."): value for key, value in content.items()}
-    raise CheckpointError(f"{path} holds no state dict (names to tensors)")

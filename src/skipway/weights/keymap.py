@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,6 +82,11 @@ class KeyMap:
         found = [(row, names) for row in self.rules if (names := row.to_theirs(key)) is not None]
         here = (each for each in found if all(name in present for name in each[1]))
         return next(here, found[0] if found else None)
+
+    def names(self, key: str) -> Iterator[str]:
+        """All their names for our key, of every row that matches it."""
+        for row in self.rules:
+            yield from row.to_theirs(key) or ()
 
     def to_ours(self, key: str) -> str | None:
         """Our name for their key, or None if no row matches it."""

@@ -1,9 +1,10 @@
-"""`load`: strict, with a word about every key; what may differ all the same is the caller's explicit choice."""
+"""`load`: strict, with an account of every key; any difference to be allowed is the caller's explicit choice."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, overload
@@ -15,9 +16,11 @@ from skipway.errors import CheckpointError
 from skipway.models import build
 from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
 from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
+from skipway.weights.container import select_state_dict
 from skipway.weights.files import read_weights
 from skipway.weights.hub import PREFIX, download
 from skipway.weights.keymap import KeyMap
+from skipway.weights.prefixes import strip_prefixes
 from skipway.weights.tables import find_keymap, guess_architecture
 
 __all__ = ["LoadReport", "Source", "export_names", "load", "match"]
@@ -47,6 +50,7 @@ class LoadReport:
         fresh: ours that keep their value since `adapt` allowed that.
         left_out: theirs that are not loaded since `adapt` allowed that.
         ways: choices of `adapt` that would allow a part of what does not fit.
+        remarks: sentences about the prefixes that were dropped.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -62,6 +66,7 @@ class LoadReport:
     fresh: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
@@ -106,31 +111,60 @@ def group(title: str, rows: list[str]) -> list[str]:
 
 
 @overload
-def load(model: str, source: Source, *, names: str = ..., adapt: Iterable[str] = ...) -> nn.Module: ...
+def load(
+    model: str,
+    source: Source,
+    *,
+    names: str = ...,
+    adapt: Iterable[str] = ...,
+    entry: str | None = ...,
+    remark: Callable[[str], None] = ...,
+) -> nn.Module: ...
 
 
 @overload
-def load(model: M, source: Source, *, names: str = ..., adapt: Iterable[str] = ...) -> M: ...
+def load(
+    model: M,
+    source: Source,
+    *,
+    names: str = ...,
+    adapt: Iterable[str] = ...,
+    entry: str | None = ...,
+    remark: Callable[[str], None] = ...,
+) -> M: ...
 
 
-def load(model: nn.Module | str, source: Source, *, names: str = "skipway", adapt: Iterable[str] = ()) -> nn.Module:
-    """Load weights into `model`, strictly: all keys of both sides have to fit, else nothing is changed.
+def load(
+    model: nn.Module | str,
+    source: Source,
+    *,
+    names: str = "skipway",
+    adapt: Iterable[str] = (),
+    entry: str | None = None,
+    remark: Callable[[str], None] = warnings.warn,
+) -> nn.Module:
+    """Load weights into `model` in place, strictly: every key on both sides has to fit, else nothing is changed.
 
-    What may differ all the same is said in `adapt`, one word each; `match` tells what each of them did:
+    Prefixes of wrappers (`module.`, `_orig_mod.`, `model.`, any other) are dropped where the names fit without them.
+    Each difference that is to be allowed is one word of `adapt`; `match` tells the effect of each:
 
     | choice | what may differ | what happens |
     |---|---|---|
     | `"classes"` | the number of classes, or the file has no classifier | the model's classifier stays as it is |
     | `"size"` | the size of the images or windows that tables of positions are for | they are resampled, bicubic |
+    | `"channels"` | the image channels of the first map | summed for one channel, else repeated at 3/C (as timm does) |
     | `"depth"` | the number of blocks | by their numbers: what the model lacks is left out, the rest stays |
 
     Args:
         model: a network or a block, or the name of a network, which is built first (`build(name)`).
-        source: a `.safetensors` or `.pth` file, a folder in Hugging Face's layout (`model.safetensors`, its shards, or
-            `pytorch_model.bin`), a name on its hub (`"hf:org/name"`), or a state dict.
-        names: whose names the file uses: "skipway", or a library that has a key map for the model ("torchvision",
+        source: a file of weights of any suffix (safetensors, or written by `torch.save`), a folder in Hugging Face's
+            layout (`model.safetensors`, its shards, or `pytorch_model.bin`), a name on its hub (`"hf:org/name"`), or a
+            state dict.
+        names: the naming scheme of the file: "skipway", or a library with a key map for the model ("torchvision",
             "timm", "huggingface").
-        adapt: the choices.
+        adapt: the differences to allow.
+        entry: the state dict to take from a checkpoint that holds several; by default the averaged weights.
+        remark: called with a sentence for each choice that was made unasked: the entry taken, prefixes dropped.
 
     Returns:
         the model.
@@ -147,13 +181,16 @@ def load(model: nn.Module | str, source: Source, *, names: str = "skipway", adap
     True
     >>> deeper = sw.load("resnet32", sw.build("resnet20", classes=7).state_dict(), adapt=("classes", "depth"))
     """
-    state = read_source(source)
+    state = read_source(source, entry, remark)
     network = build(model) if isinstance(model, str) else model
     report = match(network, state, names=names, adapt=adapt)
+    for sentence in report.remarks if report.fits else ():
+        remark(sentence)
     if not report.fits:
         hint = guess_architecture(state)
         known = f"\nIts keys look like {hint}." if hint else ""
         ways = f"\nA part of this is allowed by load(…, adapt={tuple(report.ways)!r})." if report.ways else ""
+        known += "".join(f"\n{sentence[:1].upper()}{sentence[1:]}." for sentence in report.remarks)
         raise CheckpointError(
             f"the weights do not fit this {type(network).__name__} (names={names!r}):\n{report}{known}{ways}"
         )
@@ -164,11 +201,15 @@ def load(model: nn.Module | str, source: Source, *, names: str = "skipway", adap
     return network
 
 
-def read_source(source: Source) -> dict[str, Tensor]:
-    """The state dict that a source holds."""
+def read_source(source: Source, entry: str | None, remark: Callable[[str], None]) -> dict[str, Tensor]:
+    """The state dict of a source."""
     if isinstance(source, Mapping):
-        return dict(source)
-    return read_weights(download(source) if isinstance(source, str) and source.startswith(PREFIX) else source)
+        state, choice = select_state_dict(source, Path("the mapping"), entry) if source else ({}, "")
+        if choice:
+            remark(choice)
+        return state
+    path = download(source) if isinstance(source, str) and source.startswith(PREFIX) else source
+    return read_weights(path, entry, remark)
 
 
 def match(
@@ -176,8 +217,10 @@ def match(
 ) -> LoadReport:
     """Match the keys of `state` with the model under the given choices, without changing the model."""
     keymap, made = find_keymap(model, names), read_choices(adapt)
-    report, misshapen, taken = LoadReport(), {}, set()
-    for ours, tensor in model.state_dict().items():
+    own = model.state_dict()
+    state, remarks = strip_prefixes(state, {name for ours in own for name in keymap.names(ours)})
+    report, misshapen, taken = LoadReport(remarks=remarks), {}, set()
+    for ours, tensor in own.items():
         theirs, found = fetch_tensor(keymap, ours, state)
         taken.update(theirs)
         if found is None and ours.endswith("num_batches_tracked"):
@@ -193,7 +236,7 @@ def match(
         change = choice(Misfit(model, keymap, fitting, still, missing, unexpected))
         if change and name in made:
             report.adapt(change)
-        elif change:
+        elif change and 2 * len(report.tensors) >= len(own):  # else it is another network, and no choice helps
             report.ways.append(name)
     report.near.update({key: nearest_keys(key, keymap, taken) for key in report.unexpected[:SHOWN]})
     return report

@@ -1,0 +1,70 @@
+"""Prefixes that wrappers put before the names of parameters: `module.`, `_orig_mod.`, `model.` and any other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from skipway.errors import CheckpointError
+
+__all__ = ["strip_prefixes"]
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Path segments that DataParallel, torch.compile, FSDP and activation checkpointing insert, anywhere in a path."""
+COUNTERS = frozenset({"n_averaged"})
+"""Buffers of wrappers that are no weights: `torch.optim.swa_utils.AveragedModel` counts its updates."""
+
+
+def strip_prefixes(state: Mapping[str, Tensor], expected: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict without the prefixes of wrappers, and a remark if any was dropped.
+
+    A name that is expected stays. Of any other, segments of wrappers are dropped, then leading segments until the rest
+    is expected; whatever stood before expected names is a prefix, and is dropped from the file's other names, too. So
+    no list of prefixes is needed, and nothing is dropped unless most names of the file become expected ones by it: a
+    stray name in a file that fits stays a stray name.
+
+    Args:
+        state: names as the file has them.
+        expected: all names that the model could take.
+
+    Raises:
+        CheckpointError: two prefixes lead to the same parameters, such as those of a student and a teacher.
+
+    >>> state, remarks = strip_prefixes({"module.backbone.fc.weight": Tensor(), "module.head": Tensor()}, {"fc.weight"})
+    >>> list(state), remarks
+    (['fc.weight', 'head'], ["the prefixes 'module.', 'backbone.' were dropped from 2 of 2 names"])
+    """
+    state = {key: tensor for key, tensor in state.items() if key not in COUNTERS}
+    strange = [key for key in state if key not in expected]
+    unwrapped = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) or key for key in strange}
+    prefixes = Counter(prefix for name in unwrapped.values() if (prefix := prefix_of(name, expected)) is not None)
+    if sum(prefixes.values()) < len(state) / 2:  # most names are right as they are, or wrong altogether
+        return state, []
+    longest_first = sorted(prefixes, key=len, reverse=True)
+    names = {key: key for key in state}
+    for key, name in unwrapped.items():
+        names[key] = name.removeprefix(next((each for each in longest_first if name.startswith(each)), ""))
+    twins = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twins and len(prefixes) > 2:  # the parts of a network, each of which would fit
+        return state, []
+    if twins:
+        keys = " and ".join(repr(key) for key, name in names.items() if name == twins[0])
+        raise CheckpointError(
+            f"{keys} both lead to {twins[0]!r}: the file holds two sets of weights. Give those of one prefix alone, "
+            "load(model, {key: tensor for key, tensor in state.items() if key.startswith(prefix)})"
+        )
+    parts = [f"{part}." for part in sorted(WRAPPERS) if any(part in key.split(".") for key in strange)]
+    dropped = ", ".join(map(repr, [*parts, *filter(None, prefixes)]))
+    changed = sum(key != name for key, name in names.items())
+    form = "prefixes {} were" if "," in dropped else "prefix {} was"
+    remark = f"the {form.format(dropped)} dropped from {changed} of {len(state)} names"
+    return {names[key]: tensor for key, tensor in state.items()}, [remark] if changed else []
+
+
+def prefix_of(name: str, expected: Collection[str]) -> str | None:
+    """The leading segments of a name without which it is expected; None if it never is."""
+    parts = name.split(".")
+    cut = next((at for at in range(len(parts)) if ".".join(parts[at:]) in expected), None)
+    return None if cut is None else ".".join((*parts[:cut], ""))
