@@ -27,7 +27,7 @@ from benchmarks.race.devices import DEVICES
 from benchmarks.race.summary import table
 from skipway.hardware.allocator import keep_memory
 from skipway.inference.backends import PRECISIONS
-from skipway.inference.race import Entrant, medians, race
+from skipway.inference.timer import Candidate, median_seconds, time_interleaved
 from skipway.kernels.autotune import KERNELS, TOLERANCE, mismatch
 
 HERE = Path(__file__).parent
@@ -124,9 +124,9 @@ def measure_case(case: Case, device: str, rate: float) -> Iterator[list[str]]:
             yield [case.kernel, case.sizes, each.name, "–", "–", problem]
             continue
         run = partial(each.compute, *given)
-        entrants.append(Entrant(each.name, run, each.name, calls=kind.calls, finish=kind.finish))
+        entrants.append(Candidate(each.name, run, each.name, calls=kind.calls, finish=kind.finish))
     with keep_memory():
-        found = medians(race(entrants, ROUNDS))
+        found = median_seconds(time_interleaved(entrants, ROUNDS))
     moved = case.moved * given[0].numel() * given[0].element_size()
     for name, seconds in found.items():
         gain = found["reference"] / seconds

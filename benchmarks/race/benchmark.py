@@ -24,7 +24,7 @@ from benchmarks.race.devices import DEVICES, Device
 from benchmarks.race.journal import Journal, Race, stopped
 from skipway.errors import SkipwayError, suggest
 from skipway.hardware.processor import cpu_count
-from skipway.inference.race import Entrant, Turn, race, reason
+from skipway.inference.timer import Candidate, Timing, error_line, time_interleaved
 
 __all__ = ["BRANCHES", "PRECISIONS", "WHAT", "Plan", "What", "measure"]
 
@@ -259,8 +259,8 @@ def prepare_all(
                 raise TimeoutError("half of the budget was spent before its turn to be prepared came")
             found = ready[contender] = prepared(contender, cell, ready)
         except Exception as error:
-            say(f"  {name}: {reason(error)}")
-            journal.write({**row, "error": reason(error)})
+            say(f"  {name}: {error_line(error)}")
+            journal.write({**row, "error": error_line(error)})
             continue
         times = {"build_seconds": found.build_seconds, "prepare_seconds": found.prepare_seconds}
         say(f"  {name}: prepared in {sum(times.values()):.1f} s")
@@ -272,7 +272,7 @@ def run_race(plan: Plan, cell: Cell, ready: dict[Contender, Prepared], known: Ra
     """Turn after turn, each written as it comes."""
     limit = None if plan.budget is None else plan.budget / 2
     by_name = {str(each): each for each in ready}
-    for turn in race(entrants(ready, DEVICES[cell.device]), plan.rounds, known=known.turns, limit=limit):
+    for turn in time_interleaved(entrants(ready, DEVICES[cell.device]), plan.rounds, known=known.turns, limit=limit):
         say(f"  round {turn.round + 1}/{plan.rounds}  {turn.name}: {told(turn, cell)}")
         row = {key: value for key, value in asdict(turn).items() if key != "seconds" or value == value}
         journal.write({"kind": "turn", "cell": asdict(cell), **row})
@@ -280,15 +280,15 @@ def run_race(plan: Plan, cell: Cell, ready: dict[Contender, Prepared], known: Ra
             del ready[by_name[turn.name]]
 
 
-def entrants(ready: dict[Contender, Prepared], device: Device) -> list[Entrant]:
+def entrants(ready: dict[Contender, Prepared], device: Device) -> list[Candidate]:
     """Contenders as a race takes them; the fastest mode of each library stays to the end."""
     return [
-        Entrant(str(each), found.run, f"{each.library} {each.switched}", found.within, device.calls, device.finish)
+        Candidate(str(each), found.run, f"{each.library} {each.switched}", found.within, device.calls, device.finish)
         for each, found in ready.items()
     ]
 
 
-def told(turn: Turn, cell: Cell) -> str:
+def told(turn: Timing, cell: Cell) -> str:
     """A turn in words."""
     if stopped(turn):
         return turn.error or f"left, {turn.dropped}"
@@ -341,7 +341,7 @@ def measure_apart(
     try:
         found = work()
     except Exception as error:
-        found = {"error": reason(error)}
+        found = {"error": error_line(error)}
     shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float | int) else value for key, value in found.items())
     name = row.get("name", row["library"])
     where = row.get("network") or row["cell"]["network"]

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from benchmarks.race.architectures import PEERS, config_of, made
 from benchmarks.race.devices import DEVICES
-from skipway.inference.backends import BACKENDS, PRECISIONS, frozen
+from skipway.inference.backends import BACKENDS, PRECISIONS, compile_frozen
 from skipway.kernels.onednn import onednn_matmul
 
 __all__ = ["MODES", "OURS", "Cell", "Contender", "Mode", "Prepared", "Step", "contenders", "prepared", "switches"]
@@ -278,7 +278,7 @@ def accelerated_compiled(model: nn.Module, images: Tensor, precision: str) -> Ca
 
 
 def constant(model: nn.Module, images: Tensor, precision: str) -> Call:
-    return frozen(model, images)
+    return compile_frozen(model, images)
 
 
 def accelerated(model: nn.Module, images: Tensor, precision: str) -> nn.Module:
@@ -289,7 +289,7 @@ def accelerated(model: nn.Module, images: Tensor, precision: str) -> nn.Module:
 
 
 def optimized(backend: str, model: nn.Module, images: Tensor, precision: str) -> Call:
-    from skipway.inference.backend_choice import optimize
+    from skipway.inference.backend_selection import optimize
 
     return optimize(model, images, precision=precision, backends=[backend])
 

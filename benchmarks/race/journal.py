@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.race.contenders import Cell
 from skipway.errors import SkipwayError
-from skipway.inference.race import Turn
+from skipway.inference.timer import Timing
 
 __all__ = ["FILE", "Journal", "Race", "stopped"]
 
@@ -88,7 +88,7 @@ class Race:
     def __init__(self, row: Row) -> None:
         self.cell, self.names, self.rounds = Cell(**row["cell"]), tuple(row["names"]), int(row["rounds"])
         self.prepared: dict[str, Row] = {}
-        self.turns: list[Turn] = []
+        self.turns: list[Timing] = []
         self.flops, self.ended = 0, False
 
     def take(self, row: Row) -> None:
@@ -116,14 +116,14 @@ class Race:
         return str(failed or (late[-1] if late else ""))
 
 
-def stopped(turn: Turn) -> bool:
+def stopped(turn: Timing) -> bool:
     """Whether it was the last of its contender."""
     return bool(turn.error or turn.dropped)
 
 
-def turn_of(row: Row) -> Turn:
+def turn_of(row: Row) -> Timing:
     """A turn as it was written."""
-    return Turn(row["name"], row["round"], row.get("seconds") or float("nan"), row["error"], row["dropped"])
+    return Timing(row["name"], row["round"], row.get("seconds") or float("nan"), row["error"], row["dropped"])
 
 
 def ends_line(path: Path) -> bool:

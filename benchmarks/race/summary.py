@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.race.journal import Journal, Race
-from skipway.inference.race import Spread, ratios, spread
+from skipway.inference.timer import Quartiles, quartiles, round_speedups
 
 __all__ = ["Standing", "markdown", "standing", "standings", "titled", "write_markdown"]
 
@@ -35,13 +35,13 @@ class Standing:
     rates: dict[str, float]
     ceiling: float
 
-    def gain(self, name: str, over: str) -> Spread | None:
+    def gain(self, name: str, over: str) -> Quartiles | None:
         """How many times as fast as the best of a side, over the rounds that both took part in."""
         reference = self.best.get(over)
         if reference is None or name not in self.rates:
             return None
-        found = ratios(self.race.seconds, name, reference)
-        return spread(found) if found else None
+        found = round_speedups(self.race.seconds, name, reference)
+        return quartiles(found) if found else None
 
     def rate(self, side: str) -> float:
         """Images a second of the best of a side; NaN where there is none."""

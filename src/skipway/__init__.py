@@ -14,7 +14,7 @@ from skipway._version import __version__
 if TYPE_CHECKING:
     from skipway.diagnosis import Diagnosis, Finding, Treatment, diagnose
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
-    from skipway.inference.backend_choice import Optimized, optimize
+    from skipway.inference.backend_selection import OptimizedModel, optimize
     from skipway.inference.predict import from_pretrained
     from skipway.models import (
         BasicBlock,
@@ -89,8 +89,8 @@ _HOME = {
         "MissingExtraError",
         "SkipwayError",
     ),
-    "inference.backend_choice": (
-        "Optimized",
+    "inference.backend_selection": (
+        "OptimizedModel",
         "optimize",
     ),
     "inference.predict": ("from_pretrained",),

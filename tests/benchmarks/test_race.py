@@ -19,7 +19,7 @@ from benchmarks.race.contenders import MODES, Cell, Contender, Prepared, contend
 from benchmarks.race.journal import Journal
 from benchmarks.race.summary import markdown, standings
 from skipway.errors import SkipwayError
-from skipway.inference.race import Entrant, Turn, race, ratios
+from skipway.inference.timer import Candidate, Timing, round_speedups, time_interleaved
 
 CELL = Cell(network="resnet50", what="infer", precision="float32", batch=4, size=64)
 
@@ -45,7 +45,7 @@ def broken() -> None:
 
 def test_each_takes_a_turn_a_round_in_rotated_order():
     clock = Clock()
-    turns = list(race([Entrant(name, clock.takes(1.0), name) for name in "abc"], 3, clock=clock))
+    turns = list(time_interleaved([Candidate(name, clock.takes(1.0), name) for name in "abc"], 3, clock=clock))
     assert ["".join(turn.name for turn in turns if turn.round == number) for number in range(3)] == [
         "abc",
         "bca",
@@ -56,7 +56,7 @@ def test_each_takes_a_turn_a_round_in_rotated_order():
 
 def test_a_failure_is_a_turn_with_its_reason_and_the_others_go_on():
     clock = Clock()
-    turns = list(race([Entrant("a", clock.takes(1.0)), Entrant("b", broken)], 2, clock=clock))
+    turns = list(time_interleaved([Candidate("a", clock.takes(1.0)), Candidate("b", broken)], 2, clock=clock))
     assert [(turn.name, turn.round) for turn in turns] == [("a", 0), ("b", 0), ("a", 1)]
     assert turns[1].error == "RuntimeError: no such operator"
 
@@ -64,34 +64,42 @@ def test_a_failure_is_a_turn_with_its_reason_and_the_others_go_on():
 def test_slow_ones_leave_their_group_and_the_best_of_each_stays():
     clock = Clock()
     seconds = {"fast": ("ours", 1.0), "best": ("peer", 5.0), "slow": ("peer", 11.0)}
-    turns = list(race([Entrant(name, clock.takes(s), group) for name, (group, s) in seconds.items()], 3, clock=clock))
-    assert [(turn.name, turn.dropped) for turn in turns if turn.dropped] == [("slow", "2.2x the time of its best")]
+    turns = list(
+        time_interleaved(
+            [Candidate(name, clock.takes(s), group) for name, (group, s) in seconds.items()], 3, clock=clock
+        )
+    )
+    assert [(turn.name, turn.dropped) for turn in turns if turn.dropped] == [("slow", "2.2x the fastest")]
     assert [turn.name for turn in turns if turn.round == 2] == ["fast", "best"]
 
 
 def test_a_turn_of_several_calls_is_the_time_of_one_and_waits_for_all():
     clock = Clock()
     waits = clock.takes(8.0)  # what a GPU still has to do when the calls are through
-    (turn,) = race([Entrant("a", clock.takes(1.0), calls=4, finish=waits)], 1, clock=clock)
+    (turn,) = time_interleaved([Candidate("a", clock.takes(1.0), calls=4, finish=waits)], 1, clock=clock)
     assert turn.seconds == (4 * 1.0 + 8.0) / 4
 
 
 def test_the_limit_ends_a_race_after_one_round():
     clock = Clock()
-    turns = list(race([Entrant(name, clock.takes(9.0), name) for name in "ab"], 5, limit=1.0, clock=clock))
+    turns = list(
+        time_interleaved([Candidate(name, clock.takes(9.0), name) for name in "ab"], 5, limit=1.0, clock=clock)
+    )
     assert [(turn.name, turn.round) for turn in turns] == [("a", 0), ("b", 0)]
 
 
 def test_known_turns_are_not_taken_again():
     clock = Clock()
-    known = [Turn("a", 0, 1.0), Turn("b", 0, error="gone"), Turn("c", 0, 1.0)]
-    turns = list(race([Entrant(name, clock.takes(1.0), name) for name in "abc"], 2, known=known, clock=clock))
+    known = [Timing("a", 0, 1.0), Timing("b", 0, error="gone"), Timing("c", 0, 1.0)]
+    turns = list(
+        time_interleaved([Candidate(name, clock.takes(1.0), name) for name in "abc"], 2, known=known, clock=clock)
+    )
     assert sorted((turn.name, turn.round) for turn in turns) == [("a", 1), ("c", 1)]
 
 
 def test_ratios_are_of_rounds_that_both_were_in():
     seconds = {"ours": {0: 1.0, 2: 2.0}, "theirs": {0: 3.0, 1: 9.0, 2: 3.0}}
-    assert ratios(seconds, "ours", "theirs") == [3.0, 1.5]
+    assert round_speedups(seconds, "ours", "theirs") == [3.0, 1.5]
 
 
 def test_the_same_architecture_in_every_library():
@@ -290,7 +298,7 @@ def test_a_plan_that_cannot_be_is_refused(given, message):
 def test_our_switches_are_on_in_their_turns_and_off_between(tmp_path, monkeypatch):
     """With stand-ins for the allocator, the kernels and the backends."""
     import skipway.hardware.allocator as allocator
-    import skipway.inference.backend_choice as backend_choice
+    import skipway.inference.backend_selection as backend_choice
     import skipway.surgery.acceleration as acceleration
 
     kept: list[str] = []

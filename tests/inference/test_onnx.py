@@ -42,7 +42,7 @@ def test_every_family_runs_elsewhere(tmp_path, family, scheme):
     """At other batch sizes than the example's; the check itself compares with the model."""
     name, options = MODELS[family]
     model = sw.build(name, scheme=scheme, **options)
-    worst = export_onnx(model, tmp_path / "model.onnx", torch.randn(1, 3, 16, 16))
+    worst = export_onnx(model, torch.randn(1, 3, 16, 16), tmp_path / "model.onnx")
     assert worst is not None
     assert worst < 1e-5
     assert all(module.training for module in model.modules())
@@ -68,17 +68,17 @@ class Net(nn.Module):
 )
 def test_a_wrong_file_is_not_left_behind(tmp_path, how, message):
     with pytest.raises(sw.SkipwayError, match=message):
-        export_onnx(Net(how), tmp_path / "model.onnx", torch.zeros(2, 4))
+        export_onnx(Net(how), torch.zeros(2, 4), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 @needs_onnx
 def test_there_has_to_be_a_folder(tmp_path):
     with pytest.raises(sw.SkipwayError, match="there is no folder"):
-        export_onnx(Net("fine"), tmp_path / "gone" / "model.onnx", torch.zeros(2, 4))
+        export_onnx(Net("fine"), torch.zeros(2, 4), tmp_path / "gone" / "model.onnx")
 
 
 def test_without_the_extra_the_line_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(sw.MissingExtraError, match=r"onnx, which is not installed: pip install 'skipway\[onnx\]'"):
-        export_onnx(Net("fine"), tmp_path / "model.onnx", torch.zeros(2, 4))
+        export_onnx(Net("fine"), torch.zeros(2, 4), tmp_path / "model.onnx")

@@ -1,4 +1,4 @@
-"""Kernels in whole networks, and inference by backends: the same numbers, verified, undoable, with a way back."""
+"""Kernels in whole networks, and inference on other backends: equal outputs, refusals, undo."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import skipway as sw
 from skipway.errors import MissingExtraError, SkipwayError
 from skipway.hardware.allocator import keep_memory
-from skipway.inference.backend_choice import optimize
+from skipway.inference.backend_selection import optimize
 from skipway.inference.backends import BACKENDS, Backend
+from skipway.kernels.dispatch import KernelMode
 from skipway.surgery.acceleration import accelerate
 
 NETWORKS = {
@@ -28,6 +29,14 @@ NETWORKS = {
     ),
 }
 
+ROUTED = {
+    "resnet-cifar": {"linear"},
+    "vit": {"linear", "scaled_dot_product_attention"},
+    "convnext": {"linear", "conv2d"},
+    "swin": {"linear"},
+}
+"""Functions of torch that kernels compute; the attention of Swin is a method of its own."""
+
 
 def gradients(model, x):
     model.zero_grad()
@@ -36,11 +45,26 @@ def gradients(model, x):
     return y.detach(), [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("training", [True, False])
-def test_accelerated_networks_compute_and_learn_the_same(name, training, monkeypatch):
+@pytest.fixture
+def routed(monkeypatch):
+    """Names of torch's functions, one for each call that a kernel computed; sizes do not matter."""
     monkeypatch.setattr("skipway.kernels.dispatch.LARGE", 1)
     monkeypatch.setattr("skipway.kernels.matmul.SMALL", 1)
+    names, route = [], KernelMode.route
+
+    def record(self, func, args, kwargs):
+        result = route(self, func, args, kwargs)
+        if result is not NotImplemented:
+            names.append(func.__name__)
+        return result
+
+    monkeypatch.setattr(KernelMode, "route", record)
+    return names
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_accelerated_networks_compute_and_learn_the_same(name, training, routed):
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
     model = make().train(training)
@@ -48,6 +72,7 @@ def test_accelerated_networks_compute_and_learn_the_same(name, training, monkeyp
     plain = copy.deepcopy(model)
     operation = accelerate(model, x)
     assert operation.report["difference"] < 1e-4
+    assert set(routed) == ROUTED[name]
     y, ours = gradients(model, x)
     z, theirs = gradients(plain, x)
     assert torch.allclose(y, z, rtol=1e-3, atol=1e-4 * z.abs().max())
@@ -62,9 +87,9 @@ def test_accelerated_networks_compute_and_learn_the_same(name, training, monkeyp
 
 
 def test_the_bias_of_windows_is_not_written_out_for_every_image(monkeypatch):
-    from skipway.kernels import dispatch as routing
+    from skipway.kernels import dispatch
 
-    monkeypatch.setattr(routing, "LARGE", 1)
+    monkeypatch.setattr(dispatch, "LARGE", 1)
     biases = []
     attention = sw.kernels.attention
     monkeypatch.setattr(sw.kernels, "attention", lambda q, k, v, b=None: biases.append(b) or attention(q, k, v, b))
@@ -104,8 +129,10 @@ def test_shortcuts_are_added_in_place_where_nobody_needs_the_branch(scheme, watc
     assert all(torch.equal(out, copied) for out, copied in kept)
 
 
-def test_stochastic_depth_draws_what_it_drew():
+def test_stochastic_depth_draws_what_it_drew(monkeypatch):
     """One pass in place of three, from the same random numbers."""
+    passes, residual = [], sw.kernels.residual
+    monkeypatch.setattr(sw.kernels, "residual", lambda *given: passes.append(given) or residual(*given))
     torch.manual_seed(0)
     model = sw.build(
         "vit-tiny-16", image=32, patch=8, classes=5, scheme="layerscale(init=0.5) + stochasticdepth(0.5)"
@@ -116,10 +143,12 @@ def test_stochastic_depth_draws_what_it_drew():
     accelerate(model)
     torch.manual_seed(1)
     assert torch.allclose(model(x), plain, atol=1e-4)
+    assert len(passes) == len(sw.chain(model))
+    assert all(gain is not None and set(mask.unique().tolist()) <= {0.0, 2.0} for *_, gain, mask in passes[-1:])
 
 
-def test_checkpointed_blocks_are_routed_in_backward_too(monkeypatch):
-    monkeypatch.setattr("skipway.kernels.matmul.SMALL", 1)
+def test_checkpointed_blocks_are_routed_in_backward_too(routed):
+    """A checkpoint calls a block again, outside the network's own forward."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -133,7 +162,12 @@ def test_checkpointed_blocks_are_routed_in_backward_too(monkeypatch):
 
     model = Net()
     accelerate(model)
-    model(torch.randn(2, 4, 16, requires_grad=True)).sum().backward()
+    loss = model(torch.randn(2, 4, 16, requires_grad=True)).sum()
+    forward = routed.copy()
+    assert forward.count("linear") >= 2 * len(model.blocks)  # the two maps of each feed-forward part
+    loss.backward()
+    # recomputation stops at the last tensor that backward needs, which may be before a block's last map
+    assert routed[len(forward) :].count("linear") >= forward.count("linear") - len(model.blocks)
 
 
 def test_accelerate_refuses_and_puts_back():
@@ -147,14 +181,25 @@ def test_accelerate_refuses_and_puts_back():
     assert type(model[0]) is nn.Linear
 
 
-def test_compiled_models_are_left_to_the_compiler():
+def test_compiled_models_are_left_to_the_compiler(routed):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
     x = torch.randn(3, 8)
     expected = model(x)
     accelerate(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    targets = []
+
+    def record(graph, given):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, backend=record, fullgraph=True)
     assert torch.allclose(compiled(x), expected)
+    assert targets
+    assert not routed
+    assert not [target for target in targets if "skipway" in target]
+    model(x)
+    assert routed == ["linear"]
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
@@ -177,7 +222,7 @@ def test_every_backend_agrees(backend, precision):
     assert backend in str(fast)
 
 
-def test_what_fails_or_differs_is_told_and_not_taken(monkeypatch):
+def test_backends_that_fail_or_differ_are_refused_with_the_reason(monkeypatch):
     def explode(model, example, precision):
         raise RuntimeError("no such device")
 
@@ -201,6 +246,23 @@ def test_what_fails_or_differs_is_told_and_not_taken(monkeypatch):
 def test_optimize_refuses(arguments, message):
     with pytest.raises(SkipwayError, match=message):
         optimize(nn.Linear(2, 2), torch.ones(1, 2), **arguments)
+
+
+def test_examples_are_one_tensor():
+    loader = torch.utils.data.DataLoader([(torch.ones(2), 0), (torch.zeros(2), 1)], batch_size=2)
+    fast = optimize(nn.Linear(2, 3), loader, backends=["eager"])
+    assert fast.example.shape == (2, 2)
+    for example, message in (
+        ((torch.ones(1, 2), torch.ones(1, 2)), "2 positional arguments; the rule is one tensor"),
+        ({"input_ids": torch.ones(1, 2)}, "keyword arguments input_ids; the rule is one tensor"),
+    ):
+        with pytest.raises(SkipwayError, match=message):
+            optimize(nn.Linear(2, 2), example)
+
+
+def test_outputs_are_one_tensor():
+    with pytest.raises(SkipwayError, match="returns a tuple: the rule is one tensor"):
+        optimize(nn.LSTM(2, 2), torch.ones(1, 2))
 
 
 def test_a_backend_that_is_not_installed(monkeypatch):

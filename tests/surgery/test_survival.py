@@ -109,7 +109,7 @@ def test_exports(net, name, tmp_path):
     OPERATIONS[name](net, X)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        gap = export_onnx(net, tmp_path / "model.onnx", X)
+        gap = export_onnx(net, X, tmp_path / "model.onnx")
     assert gap < 1e-4
 
 

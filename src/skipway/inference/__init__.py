@@ -1,3 +1,24 @@
 """Trained networks in use: predict, evaluate, optimize, export, publish."""
 
-__all__: list[str] = []
+from skipway.inference.backend_selection import BackendResult, OptimizedModel, optimize
+from skipway.inference.backends import BACKENDS, PRECISIONS, Backend
+from skipway.inference.evaluation import Evaluation, evaluate, wilson_interval
+from skipway.inference.onnx import export_onnx, export_program
+from skipway.inference.predict import Prediction, Predictor, from_pretrained
+
+__all__ = [
+    "BACKENDS",
+    "PRECISIONS",
+    "Backend",
+    "BackendResult",
+    "Evaluation",
+    "OptimizedModel",
+    "Prediction",
+    "Predictor",
+    "evaluate",
+    "export_onnx",
+    "export_program",
+    "from_pretrained",
+    "optimize",
+    "wilson_interval",
+]

@@ -1,4 +1,4 @@
-"""What runs a network in inference: torch's operators, its compiler, onnxruntime, OpenVINO."""
+"""Backends that run a network in inference: torch's operators, its compiler, onnxruntime, OpenVINO."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from skipway.kernels.dispatch import PackedKernelMode
 from skipway.registry import Registry
 from skipway.surgery.acceleration import accelerate, is_routed
 
-__all__ = ["BACKENDS", "PRECISIONS", "Backend", "frozen"]
+__all__ = ["BACKENDS", "PRECISIONS", "Backend", "Run", "compile_frozen"]
 
 Run = Callable[[Tensor], Tensor]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What products are computed in."""
+"""Types of the products by name."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run a network that is in eval and folded.
+    """A runtime for networks in eval mode whose norms are folded.
 
     Args:
-        build: a network, an example input and a precision → what takes inputs of the example's shape.
-        needs: packages beside torch.
-        extra: the extra of Skipway that installs them.
-        precisions: those that it offers.
-        devices: the types of device that it runs on; any, where none is named.
+        build: takes a network, which it may change, an example input and a precision; returns a function of inputs of
+            the example's shape.
+        needs: packages required in addition to torch.
+        extra: extra of Skipway that installs them.
+        precisions: supported ones.
+        devices: supported types of device; all, where none is named.
     """
 
     build: Callable[[nn.Module, Tensor, str], Run]
@@ -47,7 +48,7 @@ class Backend:
     devices: tuple[str, ...] = ()
 
     def obstacle(self, example: Tensor, precision: str) -> SkipwayError | None:
-        """Why it cannot be used here; None where it can."""
+        """Return why the backend cannot be used for this input here; None where it can."""
         missing = next((package for package in self.needs if find_spec(package) is None), None)
         if missing is not None:
             return MissingExtraError(missing, self.extra, "this backend")
@@ -60,23 +61,23 @@ class Backend:
         return None
 
 
-def laid_out(model: nn.Module, precision: str) -> nn.Module:
-    """The model in a precision, its maps channels-last, in place; in float32 it keeps the type that it has."""
+def prepare_model(model: nn.Module, precision: str) -> nn.Module:
+    """Cast the model, in place, to a precision and to channels-last; in float32 it keeps the type that it has."""
     model = model if precision == "float32" else model.to(dtype=PRECISIONS[precision])
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def entering(x: Tensor, precision: str) -> Tensor:
-    """An input as a model that is `laid_out` takes it."""
+def prepare_input(x: Tensor, precision: str) -> Tensor:
+    """Cast an input as `prepare_model` casts the model."""
     x = x if precision == "float32" else x.to(PRECISIONS[precision])
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
-def frozen(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
-    """Compiled for inputs like the example with the weights as constants, which are folded and packed.
+def compile_frozen(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
+    """Return the model compiled for inputs like the example, its weights folded and packed as constants.
 
-    It is an option of the compiler as well: without one of its own, a second model of a class would be run by what was
-    compiled, unfrozen, for the first.
+    Freezing is passed as an option of the compiler, too: without it, a second model of a class would run the code that
+    was compiled, not frozen, for the first.
     """
     from torch._inductor import config
 
@@ -86,34 +87,34 @@ def frozen(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
     return forward
 
 
-def eager(model: nn.Module, example: Tensor, precision: str) -> Run:
-    """torch's own operators, channels-last, with kernels, packed weights, and freed memory kept during the call."""
-    model = laid_out(model, precision)
+def build_eager(model: nn.Module, example: Tensor, precision: str) -> Run:
+    """torch's own operators, channels-last, with kernels and packed weights; freed memory is kept for the next call."""
+    model = prepare_model(model, precision)
     rows = example.shape[0] * (example[0, 0].numel() // 64 if example.ndim == 4 else 1)
     packed = PackedKernelMode(model, max(rows, 1))
 
     def run(x: Tensor) -> Tensor:
         with keep_memory(release=False), packed:
-            return model(entering(x, precision)).to(x.dtype)
+            return model(prepare_input(x, precision)).to(x.dtype)
 
     return run
 
 
-def inductor(model: nn.Module, example: Tensor, precision: str) -> Run:
-    """torch's compiler with weights as constants, folded and packed for the machine; on a GPU with our kernels."""
-    model = laid_out(model, precision)
+def build_inductor(model: nn.Module, example: Tensor, precision: str) -> Run:
+    """torch's compiler with frozen weights; on a GPU with Skipway's kernels."""
+    model = prepare_model(model, precision)
     if example.is_cuda and not any(map(is_routed, model.modules())):
         accelerate(model)
-    compiled = frozen(model, entering(example, precision))
+    compiled = compile_frozen(model, prepare_input(example, precision))
 
     def run(x: Tensor) -> Tensor:
         with keep_memory(release=False):
-            return compiled(entering(x, precision)).to(x.dtype)
+            return compiled(prepare_input(x, precision)).to(x.dtype)
 
     return run
 
 
-def onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Run:
+def build_onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Run:
     """onnxruntime on the CPU, through an export to ONNX."""
     import onnxruntime as ort
 
@@ -122,7 +123,7 @@ def onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Run:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export_onnx(model, path, example, tolerance=None)
+        export_onnx(model, example, path, tolerance=None)
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
@@ -132,13 +133,13 @@ def onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Run:
     return run
 
 
-def openvino(model: nn.Module, example: Tensor, precision: str) -> Run:
-    """OpenVINO on the CPU, through its own reader of torch's traces."""
+def build_openvino(model: nn.Module, example: Tensor, precision: str) -> Run:
+    """OpenVINO on the CPU, through its own conversion of traced modules."""
     import openvino
 
     core = openvino.Core()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer tells of every Python branch
+        warnings.simplefilter("ignore")  # the tracer warns about every Python branch
         converted = openvino.convert_model(model, example_input=example, input=[tuple(example.shape)])
     settings = {
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
@@ -155,8 +156,10 @@ def openvino(model: nn.Module, example: Tensor, precision: str) -> Run:
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
-"""Backends by name, those that are ready at once first."""
-BACKENDS.add("eager", Backend(eager))
-BACKENDS.add("openvino", Backend(openvino, ("openvino",), "openvino", devices=("cpu",)))
-BACKENDS.add("onnxruntime", Backend(onnxruntime, ("onnx", "onnxscript", "onnxruntime"), "onnx", ("float32",), ("cpu",)))
-BACKENDS.add("inductor", Backend(inductor))
+"""Backends by name, those that build fastest first."""
+BACKENDS.add("eager", Backend(build_eager))
+BACKENDS.add("openvino", Backend(build_openvino, ("openvino",), "openvino", devices=("cpu",)))
+BACKENDS.add(
+    "onnxruntime", Backend(build_onnxruntime, ("onnx", "onnxscript", "onnxruntime"), "onnx", ("float32",), ("cpu",))
+)
+BACKENDS.add("inductor", Backend(build_inductor))

@@ -37,7 +37,7 @@ def write_onnx(path: str | Path, file: Path) -> float | None:
     """
     model = from_pretrained(path)
     made = preprocessing_of(model)
-    difference = export_onnx(model, file, made.example)
+    difference = export_onnx(model, made.example, file)
     import onnx
 
     # the weights of a large network are in a file of their own, which stays as it is
@@ -61,7 +61,7 @@ def write_program(path: str | Path, file: Path) -> float:
     model = from_pretrained(path)
     made = preprocessing_of(model)
     extra = {name: json.dumps(value) for name, value in described(path, made).items()}
-    return export_program(model, file, made.example, extra=extra)
+    return export_program(model, made.example, file, extra=extra)
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
