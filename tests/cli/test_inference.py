@@ -116,7 +116,7 @@ def test_export_writes_a_hub_folder_that_predicts(run, test_images, tmp_path, ca
     assert main(["predict", str(tmp_path / "hub"), str(test_images), "--json"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 12
     assert main(["evaluate", str(tmp_path / "hub")]) == 4
-    assert "give them" in capsys.readouterr().err
+    assert "pass images to evaluate on" in capsys.readouterr().err
     assert main(["export", run]) == 2
     assert main(["export", run, "--hub", run]) == 2
 

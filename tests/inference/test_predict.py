@@ -19,7 +19,7 @@ from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError, DataError, SkipwayError
 from skipway.inference.predict import Predictor, from_pretrained, image_files
 from skipway.inference.publish import write_hub_folder, write_onnx, write_program
-from skipway.inference.run_evaluation import judge_images, judge_run
+from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 from skipway.recipe import Recipe
 from skipway.training.loop import train
 from skipway.training.run import Outcome
@@ -58,7 +58,7 @@ def test_it_says_what_the_run_said_in_its_test(digits):
     predictions = Predictor.load(digits.folder.path).predict(data.test.images.permute(0, 3, 1, 2))
     right = [told.label == data.classes[label] for told, label in zip(predictions, data.test.labels, strict=True)]
     assert sum(right) == digits.evaluation.correct
-    judgement = judge_run(digits.folder.path, device="cpu")
+    judgement = evaluate_run(digits.folder.path, device="cpu")
     assert torch.equal(judgement.evaluation.confusion, digits.evaluation.confusion)
     assert judgement.evaluation.loss == pytest.approx(digits.evaluation.loss, abs=1e-6)
 
@@ -83,7 +83,7 @@ def test_it_says_so_of_files_too(folder):
         [told.probability for told in predictions], abs=1e-6
     )
     assert pictures[0].file == str(files[0])
-    judgement = judge_images(folder.folder.path, folder.recipe.data, device="cpu")
+    judgement = evaluate_images(folder.folder.path, folder.recipe.data, device="cpu")
     assert torch.equal(judgement.evaluation.confusion, folder.evaluation.confusion)
 
 
@@ -121,7 +121,7 @@ def test_what_is_given_has_to_fit(folder, tmp_path):
         Predictor(sw.build("resnet20"))
     with pytest.raises(DataError, match="does not exist"):
         image_files([tmp_path / "none"])
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         image_files([tmp_path])
     assert predictor.predict([]) == []
     uint8 = predictor.predict(torch.full((1, 3, 12, 12), 51, dtype=torch.uint8))[0]
@@ -155,7 +155,7 @@ def test_every_form_of_a_run_loads(digits, tmp_path):
     assert f"{100 * digits.evaluation.accuracy:.1f} % of 359 test images" in card
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "novel.txt").write_text("mine")
-    with pytest.raises(SkipwayError, match="holds something else"):
+    with pytest.raises(SkipwayError, match="contains other files"):
         write_hub_folder(digits.folder.path, tmp_path / "other")
     assert (tmp_path / "other" / "novel.txt").exists()
 
@@ -187,23 +187,23 @@ def header(file: Path) -> dict:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda about: about.pop("model"), "does not say which network"),
-        (lambda about: about.pop("preprocessing"), "does not say which network"),
+        (lambda about: about.pop("model"), "does not describe its network"),
+        (lambda about: about.pop("preprocessing"), "does not describe its network"),
         (lambda about: about.update(model=[]), "names no network"),
         (lambda about: about["model"].update(name="os.system"), "cannot be built"),
-        (lambda about: about["model"].update(name="resnet100000000000001"), "cannot be built|another network"),
-        (lambda about: about["model"].update(depth=6_000_002), "another network"),
+        (lambda about: about["model"].update(name="resnet100000000000001"), "cannot be built|does not fit"),
+        (lambda about: about["model"].update(depth=6_000_002), "describes a network that does not fit"),
         (lambda about: about["model"].update(depth="8"), "cannot be built"),
-        (lambda about: about["model"].update(width=64), "not those of"),
-        (lambda about: about["model"].update(width=10**9), "cannot be built|not those of"),
-        (lambda about: about["model"].update(width=10**30), "cannot be built|not those of"),
-        (lambda about: about["model"].update(width=-1), "cannot be built|not those of"),
+        (lambda about: about["model"].update(width=64), "the tensors do not fit"),
+        (lambda about: about["model"].update(width=10**9), "cannot be built|do not fit"),
+        (lambda about: about["model"].update(width=10**30), "cannot be built|do not fit"),
+        (lambda about: about["model"].update(width=-1), "cannot be built|do not fit"),
         (lambda about: about["model"].update(device="meta"), "'device'"),
         (lambda about: about["model"].update(dtype="float64"), "'dtype'"),
         (lambda about: about["model"].update(scheme={"a": 1}), "'scheme'"),
         (lambda about: about["model"].update(scheme="__import__('os')"), "cannot be built"),
         (lambda about: about["model"].update(nonsense=1), "cannot be built"),
-        (lambda about: about["preprocessing"].update(classes=["a", "b"]), "other classes"),
+        (lambda about: about["preprocessing"].update(classes=["a", "b"]), "classes or channels of the network differ"),
         (lambda about: about["preprocessing"].update(classes="abcdefghij"), "classes"),
         (lambda about: about["preprocessing"].update(size=10**9), "size"),
         (lambda about: about["preprocessing"].update(size=True), "size"),
@@ -232,7 +232,7 @@ def test_a_file_that_is_damaged_or_no_run_is_refused(digits, tmp_path):
         from_pretrained(tmp_path)
     tensors, about = read_tensors(digits.folder.last)
     write_tensors(file, {name: value for name, value in tensors.items() if "head" not in name}, about)
-    with pytest.raises(CheckpointError, match="not those of"):
+    with pytest.raises(CheckpointError, match="the tensors do not fit"):
         from_pretrained(file)
     torch.save(tensors, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
@@ -242,25 +242,25 @@ def test_a_file_that_is_damaged_or_no_run_is_refused(digits, tmp_path):
 def test_other_images_are_judged_by_the_stored_classes(folder, tmp_path):
     data = photos(tmp_path / "more", parts=("",), each=2, side=20)
     (data / "dark" / "broken.png").write_bytes(b"")
-    judgement = judge_images(folder.folder.path, data, device="cpu")
+    judgement = evaluate_images(folder.folder.path, data, device="cpu")
     assert judgement.evaluation.total == 4
     assert judgement.unreadable == (("dark/broken.png", "an empty file"),)
     (data / "light").rename(data / "purple")
     with pytest.raises(DataError, match="class 'purple'"):
-        judge_images(folder.folder.path, data, device="cpu")
+        evaluate_images(folder.folder.path, data, device="cpu")
 
 
 def test_a_run_whose_images_have_changed_is_not_judged_on_them(tmp_path):
     data = photos(tmp_path / "data")
     outcome = train(dataclasses.replace(TINY, data=data, batch_size=8, epochs=1), tmp_path / "run")
-    assert judge_run(tmp_path / "run", device="cpu").evaluation.total == 16
+    assert evaluate_run(tmp_path / "run", device="cpu").evaluation.total == 16
     (data / "test" / "dark" / "0.png").unlink()
     with pytest.raises(DataError, match="have changed"):
-        judge_run(tmp_path / "run", device="cpu")
+        evaluate_run(tmp_path / "run", device="cpu")
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "last.safetensors").write_bytes(outcome.folder.last.read_bytes())
     with pytest.raises(CheckpointError, match="does not exist"):
-        judge_run(tmp_path / "alone", device="cpu")
+        evaluate_run(tmp_path / "alone", device="cpu")
 
 
 def test_exports_compute_the_same_and_carry_the_preprocessing(digits, tmp_path):

@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 from skipway.errors import SkipwayError, printable
 
 if TYPE_CHECKING:
-    from skipway.inference.run_evaluation import Judgement
+    from skipway.inference.run_evaluation import RunEvaluation
 
 __all__ = ["evaluate"]
 
@@ -50,30 +50,30 @@ def evaluate(
     """
     if batch_size is not None and batch_size < 1:
         raise SkipwayError(f"--batch-size {batch_size}: the rule is --batch-size >= 1")
-    from skipway.inference.run_evaluation import judge_images, judge_run
+    from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
     if data is None:
-        judgement = judge_run(run, device=device, flip=flip or None, batch_size=batch_size)
+        result = evaluate_run(run, device=device, flip=flip or None, batch_size=batch_size)
     else:
         from skipway.hardware.processor import cpu_count
 
-        judgement = judge_images(run, data, device=device, flip=flip, batch_size=batch_size or 64, workers=cpu_count())
+        result = evaluate_images(run, data, device=device, flip=flip, batch_size=batch_size or 64, workers=cpu_count())
     if json:
-        sys.stdout.write(encode_evaluation(judgement) + "\n")
+        sys.stdout.write(encode_evaluation(result) + "\n")
     else:
-        print_evaluation(judgement)
+        print_evaluation(result)
     return 0
 
 
-def encode_evaluation(judgement: Judgement) -> str:
+def encode_evaluation(result: RunEvaluation) -> str:
     """Encode the evaluation with all metrics as JSON."""
     from skipway.inference.evaluation import wilson_interval
     from skipway.inference.metrics import class_scores
 
-    evaluation = judgement.evaluation
+    evaluation = result.evaluation
     scores = class_scores(evaluation.confusion)
     values: dict[str, Any] = {
-        "data": judgement.name,
+        "data": result.name,
         "accuracy": evaluation.accuracy,
         "interval": wilson_interval(evaluation.correct, evaluation.total),
         "correct": evaluation.correct,
@@ -84,44 +84,44 @@ def encode_evaluation(judgement: Judgement) -> str:
         "classes": [
             {"name": name, "images": int(images), "recall": recall, "precision": precision, "f1": f1}
             for name, images, recall, precision, f1 in zip(
-                judgement.classes,
+                result.classes,
                 *(column.tolist() for column in (scores.images, scores.recall, scores.precision, scores.f1)),
                 strict=True,
             )
         ],
         "confusion": evaluation.confusion.tolist(),
-        "unreadable": [list(entry) for entry in judgement.unreadable],
+        "unreadable": [list(entry) for entry in result.unreadable],
     }
     return json.dumps(values)
 
 
-def print_evaluation(judgement: Judgement) -> None:
+def print_evaluation(result: RunEvaluation) -> None:
     """Print the result, and the classes in a table, the worst first."""
     from skipway.cli.table import print_table
     from skipway.data.split import name_list
     from skipway.inference.metrics import class_scores, percent
     from skipway.report.summary import accuracy_text, mistakes_text
 
-    evaluation = judgement.evaluation
+    evaluation = result.evaluation
     scores = class_scores(evaluation.confusion)
 
     def say(label: str, text: str) -> None:
         sys.stdout.write(f"{label:<{LABEL}}{text}\n")
 
-    say("data", f"{printable(judgement.name)}: {evaluation.total:,} images, {len(judgement.classes)} classes")
-    for file, reason in judgement.unreadable[:SHOWN]:
+    say("data", f"{printable(result.name)}: {evaluation.total:,} images, {len(result.classes)} classes")
+    for file, reason in result.unreadable[:SHOWN]:
         say("damaged", f"{printable(file)}: {reason}")
-    if len(judgement.unreadable) > SHOWN:
-        say("damaged", f"and {len(judgement.unreadable) - SHOWN:,} more")
-    if judgement.absent:
-        say("note", f"no image of class {name_list(judgement.absent)}")
+    if len(result.unreadable) > SHOWN:
+        say("damaged", f"and {len(result.unreadable) - SHOWN:,} more")
+    if result.absent:
+        say("note", f"no image of class {name_list(result.absent)}")
     say("accuracy", accuracy_text(evaluation))
     say("mean", f"recall {percent(scores.balanced_accuracy)} and F1 {percent(scores.macro_f1)} over the classes")
-    say("mistakes", mistakes_text(evaluation, judgement.classes))
+    say("mistakes", mistakes_text(evaluation, result.classes))
     sys.stdout.write("\n")
     titles = ("class", "recall", "precision", "F1", "images")
     rows: list[tuple[str, ...]] = []
     for place in scores.f1.sort(stable=True).indices.tolist():
         shares = [percent(float(column[place])) for column in (scores.recall, scores.precision, scores.f1)]
-        rows.append((printable(judgement.classes[place]), *shares, f"{int(scores.images[place]):,}"))
+        rows.append((printable(result.classes[place]), *shares, f"{int(scores.images[place]):,}"))
     print_table(titles, rows, right=titles[1:])

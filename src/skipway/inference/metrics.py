@@ -1,4 +1,4 @@
-"""Numbers that follow from what a classifier said: recall, precision, F1, confused pairs, calibration."""
+"""Classification metrics: recall, precision, F1, confused pairs, calibration."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BINS = 15
 
 @dataclass(frozen=True)
 class ClassScores:
-    """How well each class is told; float64 of shape (classes,), 0 where a share of nothing is asked for.
+    """Metrics per class; float64 of shape (classes,), 0 where the denominator is 0.
 
     Args:
-        images: that belong to the class.
-        recall: share of these that are taken for the class.
-        precision: share of what is taken for the class that belongs to it.
-        f1: harmonic mean of both, 2 hits / (images + taken).
+        images: number of images of the class.
+        recall: fraction of the images of the class that are predicted as it.
+        precision: fraction of the predictions of the class that are correct.
+        f1: harmonic mean of both, 2 TP / (images + predictions).
     """
 
     images: Tensor
@@ -31,36 +31,36 @@ class ClassScores:
 
     @property
     def balanced_accuracy(self) -> float:
-        """Mean recall over the classes with images; nan without any."""
+        """Mean recall over the classes with images; nan if there are none."""
         return float(self.recall[self.images > 0].mean())
 
     @property
     def macro_f1(self) -> float:
-        """Mean F1 over the classes with images; nan without any."""
+        """Mean F1 over the classes with images; nan if there are none."""
         return float(self.f1[self.images > 0].mean())
 
 
 def class_scores(confusion: Tensor) -> ClassScores:
-    """The scores of each class.
+    """Compute recall, precision and F1 of each class.
 
     Args:
-        confusion: (classes, classes): images of class [row] taken for class [column].
+        confusion: (classes, classes): images of class [row] predicted as class [column].
 
     >>> scores = class_scores(torch.tensor([[3, 1], [0, 4]]))
     >>> scores.recall.tolist(), scores.precision.tolist()
     ([0.75, 1.0], [1.0, 0.8])
     """
     counts = confusion.double()
-    hits, images, taken = counts.diagonal(), counts.sum(1), counts.sum(0)
+    hits, images, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
 
-    def share(of: Tensor, whole: Tensor) -> Tensor:
-        return torch.where(whole > 0, of / whole.clamp(min=1), 0.0)
+    def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+        return torch.where(denominator > 0, numerator / denominator.clamp(min=1), 0.0)
 
-    return ClassScores(images, share(hits, images), share(hits, taken), share(2 * hits, images + taken))
+    return ClassScores(images, divide(hits, images), divide(hits, predicted), divide(2 * hits, images + predicted))
 
 
 def confused_pairs(confusion: Tensor, most: int) -> list[tuple[int, int, int]]:
-    """The most frequent mistakes: (true class, taken for, how often), at most `most`, the most frequent first.
+    """Return up to `most` (true class, predicted class, count) of misclassified images, in descending order of count.
 
     >>> confused_pairs(torch.tensor([[3, 1], [2, 4]]), 5)
     [(1, 0, 2), (0, 1, 1)]
@@ -73,7 +73,7 @@ def confused_pairs(confusion: Tensor, most: int) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Bin:
-    """Images whose confidence c is in low < c <= high, with their mean confidence and the share that is right."""
+    """Images with confidence in (low, high]: their number, mean confidence and accuracy."""
 
     low: float
     high: float
@@ -84,11 +84,11 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far confidence can be taken at its word.
+    """Reliability of the predicted confidence.
 
     Args:
-        bins: those that hold images, by rising confidence.
-        error: expected calibration error: mean of |accuracy - confidence| over the bins, weighed by their images.
+        bins: the bins with images, by ascending confidence.
+        error: expected calibration error: mean of |accuracy - confidence| over the bins, weighted by their images.
     """
 
     bins: tuple[Bin, ...]
@@ -96,12 +96,12 @@ class Calibration:
 
 
 def calibration(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> Calibration:
-    """Confidence against accuracy in bins of equal width (Guo 2017).
+    """Compare confidence with accuracy in bins of equal width (Guo 2017).
 
     Args:
-        confidence: (N,), the largest probability of each image, in [0, 1]; what is not finite is left out.
-        correct: (N,), whether the image is taken for what it is.
-        bins: their number.
+        confidence: (N,), the largest probability of each image, in [0, 1]; non-finite values are ignored.
+        correct: (N,), whether the prediction is correct.
+        bins: number of bins.
 
     >>> calibration(torch.tensor([0.9, 0.9, 0.6]), torch.tensor([True, False, True]), bins=2).bins[0].images
     3
@@ -110,18 +110,18 @@ def calibration(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> Cal
     confidence, correct = confidence[known].double(), correct[known].double()
     number = (confidence * bins).ceil().long().clamp(1, bins) - 1
     images = torch.bincount(number, minlength=bins)
-    surest = torch.bincount(number, weights=confidence, minlength=bins) / images.clamp(min=1)
+    mean_confidence = torch.bincount(number, weights=confidence, minlength=bins) / images.clamp(min=1)
     right = torch.bincount(number, weights=correct, minlength=bins) / images.clamp(min=1)
-    rows = zip(images.tolist(), surest.tolist(), right.tolist(), strict=True)
+    rows = zip(images.tolist(), mean_confidence.tolist(), right.tolist(), strict=True)
     found = tuple(Bin(place / bins, (place + 1) / bins, *row) for place, row in enumerate(rows) if row[0])
     gaps = sum(each.images * abs(each.accuracy - each.confidence) for each in found)
     return Calibration(found, gaps / max(1, len(confidence)))
 
 
-def percent(share: float) -> str:
-    """A share between 0 and 1 as people read it.
+def percent(fraction: float) -> str:
+    """Format a fraction between 0 and 1 as a percentage.
 
     >>> percent(0.9861), percent(1.0)
     ('98.6 %', '100.0 %')
     """
-    return f"{100 * share:.1f} %"
+    return f"{100 * fraction:.1f} %"

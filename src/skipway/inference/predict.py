@@ -1,4 +1,4 @@
-"""A trained network, loaded to be used: from a run folder, a folder for the hub, or one file of weights."""
+"""Prediction with a trained network, loaded from a run folder, a hub folder, or a file of weights."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ from skipway.weights.hub import PREFIX, download
 
 __all__ = ["Prediction", "Predictor", "from_pretrained", "image_files", "weights_file"]
 
-# the weights of a folder: those that a run chose by validation and tested, else its last, else the hub's layout
-NAMES = ("best.safetensors", "last.safetensors", "model.safetensors")
-BATCH = 64
+# weight files of a folder by preference: those that a run chose by validation and tested; its last; the hub's layout
+WEIGHT_FILES = ("best.safetensors", "last.safetensors", "model.safetensors")
+BATCH_SIZE = 64
 
 
 def from_pretrained(path: str | Path) -> nn.Module:
-    """The network that a training run left behind, in evaluation mode, with its `preprocessing`.
+    """Load the network of a training run, in evaluation mode, with its `preprocessing`.
 
-    Nothing that the folder holds is run: weights are safetensors, and the network is one that `build` knows.
+    No code from the folder is executed: weights are safetensors, and the network is one that `build` knows.
 
     Args:
-        path: a run folder (the weights that it chose by validation and tested); a folder that `skipway export --hub`
-            made, or the name of one on the hub, "hf:org/name"; or a file, `runs/first/last.safetensors`.
+        path: a run folder (its best weights by validation, which were tested); a folder written by
+            `skipway export --hub`, or the name of one on the hub, "hf:org/name"; or a file,
+            `runs/first/last.safetensors`.
 
     Returns:
-        the network on the CPU; `.preprocessing` says what images it takes and what its outputs mean.
+        the network on the CPU; `.preprocessing` describes its input images and the classes of its outputs.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one that does not tell its network and preprocessing.
-        MissingExtraError: a name on the hub without huggingface_hub.
+        CheckpointError: the file is missing, damaged, or does not describe its network and preprocessing.
+        MissingExtraError: a hub name is given and huggingface_hub is not installed.
 
     >>> import skipway as sw
     >>> model = sw.from_pretrained("runs/first")  # doctest: +SKIP
@@ -57,85 +58,85 @@ def from_pretrained(path: str | Path) -> nn.Module:
     tensors, header = read_safetensors(file)
     if not {"model", "preprocessing"} <= header.keys():
         raise CheckpointError(
-            f"{printable(file)} does not say which network it is for and how images are prepared, so nothing can be "
-            "predicted with it; take the weights of a run of skipway train, or skipway.load for weights alone"
+            f"{printable(file)} does not describe its network and preprocessing, so it cannot be used for prediction; "
+            "use the weights of a run of skipway train, or skipway.load for weights alone"
         )
     model = decode_json(header["model"].encode(), file)
     preprocessing = Preprocessing.from_json(decode_json(header["preprocessing"].encode(), file), printable(file))
-    network = fitting_network(model, preprocessing, tensors, file)
+    network = build_network(model, preprocessing, tensors, file)
     network.load_state_dict(tensors)
     network.preprocessing = preprocessing  # type: ignore[assignment]
     return network.eval()
 
 
 def weights_file(path: str | Path) -> Path:
-    """The weights that `from_pretrained` reads.
+    """Return the weight file that `from_pretrained` reads.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there is none.
     """
     if isinstance(path, str) and path.startswith(PREFIX):
         path = download(path)
     path = Path(path)
     if not path.is_dir():
         if not path.exists():
-            raise CheckpointError(f"{printable(path)} does not exist (a name on the Hugging Face hub begins with hf:)")
+            raise CheckpointError(f"{printable(path)} does not exist (a name on the Hugging Face hub starts with hf:)")
         return path
-    for name in NAMES:
+    for name in WEIGHT_FILES:
         if (path / name).is_file():
             return path / name
-    raise CheckpointError(f"{printable(path)} holds no trained network: none of {', '.join(NAMES)}")
+    raise CheckpointError(f"{printable(path)} holds no trained network: none of {', '.join(WEIGHT_FILES)}")
 
 
-def fitting_network(model: object, preprocessing: Preprocessing, tensors: dict[str, Tensor], file: Path) -> nn.Module:
-    """The network of a header, after checking that it is the one whose weights the file holds.
+def build_network(model: object, preprocessing: Preprocessing, tensors: dict[str, Tensor], file: Path) -> nn.Module:
+    """Build the network that a header describes, after checking that the tensors of the file fit it.
 
-    A header can ask for any size; so the network is made without memory first, and none with more connections than
-    the file has tensors.
+    A malicious header could describe a network of any size, so it is first built on the meta device, and refused if it
+    has more branches than the file has tensors.
     """
     source = printable(file)
     if not isinstance(model, dict) or not isinstance(model.get("name"), str):
         raise CheckpointError(f"{source}: the header names no network")
     options = {name: value for name, value in model.items() if name != "name"}
-    # where and in which type the network is made is not the file's to say
-    odd = [name for name, value in options.items() if name in ("device", "dtype") or not plain(value)]
+    # a file must not choose device or dtype
+    odd = [name for name, value in options.items() if name in ("device", "dtype") or not is_json_value(value)]
     if odd:
-        raise CheckpointError(f"{source}: the header gives an option {printable(odd[0])!r}, which a network has not")
+        raise CheckpointError(f"{source}: the header has {printable(odd[0])!r}, which is not an option of this network")
     try:
         _, config = find_config(model["name"], options.get("depth"))
         changes = {name: value for name, value in options.items() if name not in ("depth", "scheme")}
         if dataclasses.replace(config, **changes).branches > len(tensors):
-            raise CheckpointError(f"{source}: the header speaks of another network than the file holds")
+            raise CheckpointError(f"{source}: the header describes a network that does not fit the tensors")
         shapes = {name: tensor.shape for name, tensor in build(**model, device="meta").state_dict().items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise CheckpointError(f"{source}: the tensors are not those of a {printable(model['name'])}")
+            raise CheckpointError(f"{source}: the tensors do not fit {printable(model['name'])}")
         network = build(**model)
     except CheckpointError:
         raise
     except (SkipwayError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{source}: its network cannot be built: {printable(str(error))}") from error
     if options.get("classes") != len(preprocessing.classes) or options.get("channels") != preprocessing.channels:
-        raise CheckpointError(f"{source}: the network has other classes or channels than the preprocessing")
+        raise CheckpointError(f"{source}: classes or channels of the network differ from the preprocessing")
     return network
 
 
-def plain(value: object) -> bool:
-    """Whether an option is a number, a text, a truth value, none, or a list of these."""
+def is_json_value(value: object) -> bool:
+    """Whether an option is a number, a string, a boolean, None, or a list of these."""
     if isinstance(value, list):
-        return all(plain(each) for each in value)
+        return all(is_json_value(each) for each in value)
     return value is None or isinstance(value, bool | int | float | str)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network takes one image for.
+    """The classification of one image.
 
     Args:
-        file: its path, empty for an image that came without.
-        label: the class with the largest probability; empty where the image cannot be read.
-        probability: of that class, 0 to 1; nan where the image cannot be read.
-        probabilities: of the most probable classes, in falling order.
-        error: why the image cannot be read, else empty.
+        file: path of the image; empty if it has none.
+        label: the most probable class; empty if the image cannot be read.
+        probability: probability of that class, 0 to 1; nan if the image cannot be read.
+        probabilities: the most probable classes with their probabilities, in descending order.
+        error: the reason why the image cannot be read, else empty.
     """
 
     file: str
@@ -153,10 +154,10 @@ class Predictor:
 
     Args:
         model: a network of `from_pretrained`.
-        device: where it computes, see `skipway train --device`.
+        device: auto, cpu, cuda, cuda:1.
 
     Raises:
-        SkipwayError: the network has no preprocessing, or there is no such device.
+        SkipwayError: the network has no preprocessing, or the device cannot be used.
 
     >>> predictor = Predictor.load("runs/first")  # doctest: +SKIP
     >>> predictor.predict(["photo.jpg"])[0].label  # doctest: +SKIP
@@ -166,53 +167,53 @@ class Predictor:
     def __init__(self, model: nn.Module, *, device: str = "cpu") -> None:
         preprocessing = getattr(model, "preprocessing", None)
         if not isinstance(preprocessing, Preprocessing):
-            raise SkipwayError("the network has no preprocessing: take one of skipway.from_pretrained")
+            raise SkipwayError("the network has no preprocessing: load it with skipway.from_pretrained")
         self.device = choose_device(device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.preprocessing = preprocessing
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu") -> Predictor:
-        """Of what `from_pretrained` reads."""
+        """Load the network with `from_pretrained`."""
         return cls(from_pretrained(path), device=device)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names in the order of the outputs."""
+        """Class names in the order of the outputs."""
         return self.preprocessing.classes
 
     def predict(
-        self, images: Images, *, top: int | None = 5, flip: bool = False, batch_size: int = BATCH, workers: int = 1
+        self, images: Images, *, top: int | None = 5, flip: bool = False, batch_size: int = BATCH_SIZE, workers: int = 1
     ) -> list[Prediction]:
-        """What the images show, in their order.
+        """Classify images; the predictions are in the order of the images.
 
         Args:
-            images: paths of files, images of Pillow, or one of either; or a tensor (N, C, H, W) of the input's size,
+            images: paths or Pillow images, one or a sequence; or a tensor (N, C, H, W) of the network's input size,
                 uint8 or floating point from 0 to 1, not normalised.
-            top: how many classes are told, the most probable ones; None tells all.
-            flip: see each image and its mirror image, and take the mean of the logits.
-            batch_size: images that go through the network at a time.
+            top: number of classes per prediction, the most probable first; None for all.
+            flip: average the logits of each image and its mirror image.
+            batch_size: images per forward pass.
             workers: threads that decode files while the network computes.
 
         Raises:
-            DataError: a tensor or an image of Pillow that cannot be used. A file that cannot be read is no reason to
-                stop: its prediction says why in `error`.
+            DataError: a tensor or Pillow image that cannot be used. A file that cannot be read does not raise; the
+                reason is in `error` of its prediction.
         """
         if isinstance(images, Tensor):
             batches = (self.preprocessing.of_tensor(part) for part in images.split(batch_size))
-            return [told for part in batches for told in self.told(part, [""] * len(part), top, flip)]
+            return [prediction for part in batches for prediction in self.classify(part, [""] * len(part), top, flip)]
         given = [images] if isinstance(images, str | Path | Image.Image) else list(images)
         files = [each for each in given if not isinstance(each, Image.Image)]
         if len(files) == len(given):
             return list(self.stream(files, top=top, flip=flip, batch_size=batch_size, workers=workers))
         if files:
-            raise DataError("files and images of Pillow in one call: give one of the two")
+            raise DataError("paths and Pillow images in one call: give one of the two")
         found: list[Prediction] = []
         for start in range(0, len(given), batch_size):
             part = given[start : start + batch_size]
             pixels = torch.stack([self.preprocessing.of_picture(each) for each in part])  # type: ignore[arg-type]
-            found += self.told(
-                self.normalised(pixels), [str(getattr(each, "filename", "")) for each in part], top, flip
+            found += self.classify(
+                self.normalize(pixels), [str(getattr(each, "filename", "")) for each in part], top, flip
             )
         return found
 
@@ -222,35 +223,35 @@ class Predictor:
         *,
         top: int | None = 5,
         flip: bool = False,
-        batch_size: int = BATCH,
+        batch_size: int = BATCH_SIZE,
         workers: int = 1,
     ) -> Iterator[Prediction]:
-        """The predictions for files one after the other, while the files behind them are still unread."""
-        for numbers, inputs, failures in self.read(files, batch_size, workers):
+        """Yield the predictions for files one by one, reading ahead by one batch."""
+        for numbers, inputs, failures in self.read_batches(files, batch_size, workers):
             names = [str(files[number]) for number in numbers]
-            told = dict(zip(numbers, self.told(inputs, names, top, flip), strict=True))
+            predictions = dict(zip(numbers, self.classify(inputs, names, top, flip), strict=True))
             for number, reason in failures:
-                told[number] = Prediction(str(files[number]), "", float("nan"), {}, reason)
-            yield from (told[number] for number in sorted(told))
+                predictions[number] = Prediction(str(files[number]), "", float("nan"), {}, reason)
+            yield from (predictions[number] for number in sorted(predictions))
 
     def batches(
         self,
         files: Sequence[str | Path],
         labels: Tensor,
         *,
-        batch_size: int = BATCH,
+        batch_size: int = BATCH_SIZE,
         workers: int = 1,
         opened: Callable[[str], Path | bytes] = Path,
         failed: Callable[[str, str], object] = lambda file, reason: None,
     ) -> Iterator[Batch]:
-        """Files with their class numbers as batches for `evaluate`.
+        """Yield files with their class indices as batches for `evaluate`.
 
         Args:
-            labels: int64 class numbers, one per file.
-            opened: from a file's name to where it is, or to what is in it.
-            failed: is told of each file that cannot be read, and why.
+            labels: int64 class indices, one per file.
+            opened: maps a file name to its path or content.
+            failed: called with each file that cannot be read, and the reason.
         """
-        for numbers, inputs, failures in self.read(files, batch_size, workers, opened):
+        for numbers, inputs, failures in self.read_batches(files, batch_size, workers, opened):
             for number, reason in failures:
                 failed(str(files[number]), reason)
             chosen = torch.tensor(numbers, dtype=torch.int64)
@@ -258,70 +259,70 @@ class Predictor:
             if numbers:
                 yield Batch(inputs, own, own, chosen)
 
-    def read(
+    def read_batches(
         self,
         files: Sequence[str | Path],
         batch_size: int,
         workers: int,
         opened: Callable[[str], Path | bytes] = Path,
     ) -> Iterator[tuple[list[int], Tensor, list[tuple[int, str]]]]:
-        """Batch by batch: numbers of the files that could be read, their inputs, and the others with the reason.
+        """Yield per batch the indices of readable files, their inputs, and the unreadable ones with the reason.
 
-        While one batch is used, threads decode the next: Pillow lets go of Python's lock.
+        Threads decode the next batch meanwhile: Pillow releases the GIL.
         """
         parts = [range(len(files))[start : start + batch_size] for start in range(0, len(files), batch_size)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             ahead = deque[list[Future[Tensor | str]]]()
             for number, part in enumerate(parts):
                 for later in parts[number + len(ahead) : number + 2]:
-                    ahead.append([pool.submit(self.pixels, str(files[place]), opened) for place in later])
+                    ahead.append([pool.submit(self.decode, str(files[place]), opened) for place in later])
                 read = [(place, decoding.result()) for place, decoding in zip(part, ahead.popleft(), strict=True)]
                 images = [(place, found) for place, found in read if isinstance(found, Tensor)]
                 failures = [(place, found) for place, found in read if isinstance(found, str)]
                 stack = torch.stack([image for _, image in images]) if images else None
-                inputs = self.preprocessing.example[:0] if stack is None else self.normalised(stack)
+                inputs = self.preprocessing.example[:0] if stack is None else self.normalize(stack)
                 yield [place for place, _ in images], inputs, failures
 
-    def pixels(self, file: str, opened: Callable[[str], Path | bytes]) -> Tensor | str:
-        """The pixels of a file, or why it cannot be read."""
+    def decode(self, file: str, opened: Callable[[str], Path | bytes]) -> Tensor | str:
+        """Decode a file; return its pixels, or the reason why it cannot be read."""
         try:
             return self.preprocessing.of_file(opened(file))
         except UnreadableImage as error:
             return error.reason
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """uint8 (N, H, W, C) -> inputs (N, C, H, W) on the device."""
+    def normalize(self, images: Tensor) -> Tensor:
+        """Convert uint8 (N, H, W, C) to normalised inputs (N, C, H, W) on the device."""
         return normalised(images.to(self.device), self.preprocessing.mean, self.preprocessing.std)
 
     @torch.inference_mode()
-    def told(self, inputs: Tensor, files: Sequence[str], top: int | None, flip: bool) -> list[Prediction]:
-        """What the network says of inputs."""
+    def classify(self, inputs: Tensor, files: Sequence[str], top: int | None, flip: bool) -> list[Prediction]:
+        """Run the network on inputs and return one prediction each."""
         if not len(inputs):
             return []
         inputs = inputs.to(self.device)
         logits = self.model(inputs).float()
         if flip:
             logits = (logits + self.model(inputs.flip(-1)).float()) / 2
-        shares, places = logits.softmax(1).topk(min(top or len(self.classes), len(self.classes)))
+        probabilities, indices = logits.softmax(1).topk(min(top or len(self.classes), len(self.classes)))
         found = []
-        for file, own, order in zip(files, shares.tolist(), places.tolist(), strict=True):
-            told = {self.classes[place]: share for place, share in zip(order, own, strict=True)}
-            found.append(Prediction(file, self.classes[order[0]], own[0], told))
+        for file, own, order in zip(files, probabilities.tolist(), indices.tolist(), strict=True):
+            named = {self.classes[index]: probability for index, probability in zip(order, own, strict=True)}
+            found.append(Prediction(file, self.classes[order[0]], own[0], named))
         return found
 
 
 def image_files(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are given, and all images below folders, sorted; hidden ones and linked folders are left out.
+    """Expand folders to the images inside, sorted and recursive; hidden files and linked folders are skipped.
 
     Raises:
-        DataError: a path does not exist, or a folder holds no image.
+        DataError: a path does not exist, or a folder contains no image.
     """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            below = sorted(images_below(path))
+            below = sorted(walk_images(path))
             if not below:
-                raise DataError(f"{printable(path)} holds no images")
+                raise DataError(f"{printable(path)} contains no images")
             found += below
         elif path.exists():
             found.append(path)
@@ -330,8 +331,8 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """The files with an image's suffix anywhere below a folder."""
+def walk_images(folder: Path) -> Iterator[Path]:
+    """Yield the files with an image suffix anywhere below a folder."""
     for parent, subfolders, names in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
         for name in names:

@@ -1,4 +1,4 @@
-"""A trained run as others take it: an ONNX file, a program of torch.export, a folder for the Hugging Face hub."""
+"""Export of a trained run: an ONNX file, a torch.export program, or a folder for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from skipway.inference.predict import from_pretrained, weights_file
 __all__ = ["write_hub_folder", "write_onnx", "write_program"]
 
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
-# class names in a model card
-MOST_NAMED = 100
+# class names listed in a model card
+MAX_CLASSES_LISTED = 100
 
 
 def write_onnx(path: str | Path, file: Path) -> float | None:
-    """An ONNX file, checked in onnxruntime, with the preprocessing as JSON in its metadata.
+    """Write an ONNX file with the preprocessing as JSON in its metadata, and verify it in onnxruntime.
 
     Args:
         path: see `from_pretrained`.
-        file: where to; `skipway.export_onnx` says what it takes and yields.
+        file: output path; see `skipway.export_onnx` for its inputs and outputs.
 
     Returns:
-        the largest difference to the network; None where onnxruntime is not installed.
+        the largest absolute difference to the network; None if onnxruntime is not installed.
     """
     model = from_pretrained(path)
-    made = preprocessing_of(model)
-    difference = export_onnx(model, made.example, file)
+    preprocessing = get_preprocessing(model)
+    difference = export_onnx(model, preprocessing.example, file)
     import onnx
 
-    # the weights of a large network are in a file of their own, which stays as it is
+    # a large network has its weights in a separate file, which is not touched
     proto = onnx.load(file, load_external_data=False)
-    for name, value in described(path, made).items():
+    for name, value in build_metadata(path, preprocessing).items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = name, json.dumps(value)
     content = proto.SerializeToString()
@@ -51,55 +51,55 @@ def write_onnx(path: str | Path, file: Path) -> float | None:
 
 
 def write_program(path: str | Path, file: Path) -> float:
-    """A `.pt2` file of torch.export, read again and compared, with the preprocessing in its extra files.
+    """Write a torch.export program (`.pt2`) with the preprocessing in its extra files, reload and compare it.
 
-    `torch.export.load(file, extra_files={"preprocessing": ""})` gives both back. That call trusts the file.
+    `torch.export.load(file, extra_files={"preprocessing": ""})` returns both. Only load files that you trust.
 
     Returns:
-        the largest difference to the network.
+        the largest absolute difference to the network.
     """
     model = from_pretrained(path)
-    made = preprocessing_of(model)
-    extra = {name: json.dumps(value) for name, value in described(path, made).items()}
-    return export_program(model, made.example, file, extra=extra)
+    preprocessing = get_preprocessing(model)
+    extra = {name: json.dumps(value) for name, value in build_metadata(path, preprocessing).items()}
+    return export_program(model, preprocessing.example, file, extra=extra)
 
 
-def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """That of a network of `from_pretrained`."""
-    made = getattr(model, "preprocessing", None)
-    assert isinstance(made, Preprocessing)
-    return made
+def get_preprocessing(model: nn.Module) -> Preprocessing:
+    """The preprocessing of a network from `from_pretrained`."""
+    preprocessing = getattr(model, "preprocessing", None)
+    assert isinstance(preprocessing, Preprocessing)
+    return preprocessing
 
 
-def described(path: str | Path, made: Preprocessing) -> dict[str, Any]:
-    """What goes with the weights: network, preprocessing, version."""
+def build_metadata(path: str | Path, preprocessing: Preprocessing) -> dict[str, Any]:
+    """The metadata stored with the weights: network, preprocessing, version."""
     file = weights_file(path)
     _, header = read_safetensors(file)
     return {
         "model": decode_json(header["model"].encode(), file),
-        "preprocessing": made.to_json(),
+        "preprocessing": preprocessing.to_json(),
         "skipway": __version__,
     }
 
 
 def write_hub_folder(path: str | Path, folder: Path) -> None:
-    """Weights, config and model card in the layout of the Hugging Face hub; `from_pretrained` loads the folder.
+    """Write weights, config and model card in the layout of the Hugging Face hub; `from_pretrained` loads the folder.
 
     Args:
         path: a run folder, or a file of weights in it.
-        folder: new, empty, or holding what this function wrote before.
+        folder: output folder: new, empty, or written by this function before.
 
     Raises:
-        SkipwayError: the folder holds something else.
-        CheckpointError: weights that cannot be used, or the folder cannot be written.
+        SkipwayError: the folder contains other files.
+        CheckpointError: the weights cannot be used, or the folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(not ours(entry) for entry in folder.iterdir())):
-        raise SkipwayError(f"{printable(folder)} holds something else; choose a new or an empty folder")
-    made = preprocessing_of(from_pretrained(path))
+    if folder.exists() and (not folder.is_dir() or any(not is_hub_file(entry) for entry in folder.iterdir())):
+        raise SkipwayError(f"{printable(folder)} contains other files; choose a new or empty folder")
+    preprocessing = get_preprocessing(from_pretrained(path))
     file = weights_file(path)
     tensors, _ = read_safetensors(file)
-    about = described(path, made)
-    card = model_card(about, made, result_of(file))
+    about = build_metadata(path, preprocessing)
+    card = model_card(about, preprocessing, read_result(file))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "model.safetensors", tensors, about)
@@ -110,13 +110,13 @@ def write_hub_folder(path: str | Path, folder: Path) -> None:
         raise CheckpointError(f"{printable(folder)} cannot be written: {error.strerror or error}") from error
 
 
-def ours(entry: Path) -> bool:
-    """Whether a file is one of a hub folder's, or git's."""
+def is_hub_file(entry: Path) -> bool:
+    """Whether a file belongs to a hub folder or to git."""
     return entry.name in HUB_FILES or entry.name.startswith(".git")
 
 
-def result_of(file: Path) -> dict[str, Any] | None:
-    """The test result in the header of a file of weights; None where they were not tested."""
+def read_result(file: Path) -> dict[str, Any] | None:
+    """Read the test result from the header of a weight file; None if the weights were not tested."""
     _, header = read_safetensors(file)
     if "result" not in header:
         return None
@@ -125,8 +125,8 @@ def result_of(file: Path) -> dict[str, Any] | None:
     return result if all(isinstance(count, int) and count >= 0 for count in counts) else None
 
 
-def model_card(about: dict[str, Any], made: Preprocessing, result: dict[str, Any] | None) -> str:
-    """The card in Markdown. Its head is YAML, of which JSON is a part, so every text in it is quoted."""
+def model_card(about: dict[str, Any], preprocessing: Preprocessing, result: dict[str, Any] | None) -> str:
+    """The model card in Markdown. Its header is YAML, a superset of JSON, so every string in it is quoted."""
     name = str(about["model"]["name"])
     head: dict[str, Any] = {
         "library_name": "skipway",
@@ -149,16 +149,20 @@ def model_card(about: dict[str, Any], made: Preprocessing, result: dict[str, Any
         dataset = {"name": "the run's test images", "type": "image-folder"}
         head["model-index"] = [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": [metric]}]}]
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
-    classes = ", ".join(code(each) for each in made.classes[:MOST_NAMED])
-    more = f" and {len(made.classes) - MOST_NAMED:,} more, see config.json" if len(made.classes) > MOST_NAMED else ""
-    colour = "grey" if made.channels == 1 else "colour"
+    classes = ", ".join(format_code(each) for each in preprocessing.classes[:MAX_CLASSES_LISTED])
+    more = (
+        f" and {len(preprocessing.classes) - MAX_CLASSES_LISTED:,} more, see config.json"
+        if len(preprocessing.classes) > MAX_CLASSES_LISTED
+        else ""
+    )
+    colour = "grey" if preprocessing.channels == 1 else "colour"
     return f"""---
 {yaml}
 ---
 
 # {name}
 
-A residual network for {len(made.classes):,} classes, trained with Skipway {__version__}.
+A residual network for {len(preprocessing.classes):,} classes, trained with Skipway {__version__}.
 
 ## How to use it
 
@@ -172,7 +176,7 @@ model = sw.from_pretrained("FOLDER OR hf:ORG/NAME")  # evaluation mode, model.pr
 skipway predict FOLDER photo.jpg
 ```
 
-The weights are safetensors; nothing in this repository is run when it is loaded.
+The weights are safetensors; loading them executes no code from this repository.
 
 ## Result
 
@@ -180,8 +184,9 @@ The weights are safetensors; nothing in this repository is run when it is loaded
 
 ## Images
 
-{made.size} x {made.size} {colour}; mean {list(made.mean)}, standard deviation {list(made.std)} of values from 0 to 1;
-the central {percent(made.share)} of the shorter side.
+{preprocessing.size} x {preprocessing.size} {colour}, values from 0 to 1; mean {list(preprocessing.mean)},
+standard deviation {list(preprocessing.std)};
+the central {percent(preprocessing.share)} of the shorter side.
 
 ## Classes
 
@@ -193,6 +198,6 @@ To be filled in: the licence of these weights, which may depend on that of the i
 """
 
 
-def code(name: str) -> str:
-    """A name as it can stand in Markdown."""
+def format_code(name: str) -> str:
+    """Format a name as inline code in Markdown."""
     return "`" + printable(name).replace("`", "'") + "`"

@@ -1,4 +1,4 @@
-"""A trained run, tested again: on its own test images, or on others."""
+"""Evaluation of a trained run, on its own test images or on others."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from skipway.inference.evaluation import Evaluation, evaluate
 from skipway.inference.predict import Predictor, weights_file
 from skipway.recipe import Recipe
 
-__all__ = ["Judgement", "judge_images", "judge_run"]
+__all__ = ["RunEvaluation", "evaluate_images", "evaluate_run"]
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a trained network did on a set of images.
+class RunEvaluation:
+    """The evaluation of a trained network on a set of images.
 
     Args:
-        name: of the images.
-        classes: in the order of their numbers.
-        evaluation: what is taken for what.
-        unreadable: (file, reason) of each image that was left out.
-        absent: classes without an image.
+        name: name of the image set.
+        classes: class names in the order of the outputs.
+        evaluation: loss and confusion matrix.
+        unreadable: (file, reason) of each image that was skipped.
+        absent: classes without images.
     """
 
     name: str
@@ -40,26 +40,28 @@ class Judgement:
     absent: tuple[str, ...] = ()
 
 
-def judge_run(
+def evaluate_run(
     path: Path, *, device: str = "auto", flip: bool | None = None, batch_size: int | None = None
-) -> Judgement:
-    """Test a run's weights on its test images, in the arithmetic in which it was trained.
+) -> RunEvaluation:
+    """Evaluate a run on its test images, in the precision in which it was trained.
 
     Args:
-        path: the run folder, of which the best weights by validation are tested, or a file of weights in it.
+        path: the run folder, whose best weights by validation are evaluated, or a file of weights in it.
         device: see `Predictor`.
-        flip: also see the mirror images; None: as the run did.
-        batch_size: None: the run's.
+        flip: average the logits with those of the mirrored image; None for the setting of the run.
+        batch_size: images per forward pass; None for that of the run.
 
     Raises:
         CheckpointError: there is no run, or its weights cannot be used.
-        DataError: the run's images have changed since.
+        DataError: the images have changed since the run.
     """
     predictor = Predictor.load(path, device=device)
     file = weights_file(path).parent / "config.json"
     stored = read_json(file)
     if not isinstance(stored, dict) or not isinstance(stored.get("recipe"), dict):
-        raise CheckpointError(f"{printable(file)} holds no recipe, so which images to test on is not known; give them")
+        raise CheckpointError(
+            f"{printable(file)} contains no recipe, so its test images are unknown; pass images to evaluate on"
+        )
     recipe = Recipe.from_json(stored["recipe"], printable(file))
     data = load(recipe.data, **recipe.data_choices(), listed=read_split(file.with_name("split.json")))
     fingerprint = stored["data"].get("fingerprint") if isinstance(stored.get("data"), dict) else None
@@ -72,37 +74,36 @@ def judge_run(
         predictor.model,
         data.evaluation_batches("test", batch_size=batch_size or recipe.batch_size, device=predictor.device),
         classes=len(data.classes),
-        autocast=lambda: arithmetic(recipe.precision, predictor.device),
+        autocast=lambda: autocast_for(recipe.precision, predictor.device),
         flip=recipe.flip_test if flip is None else flip,
     )
     assert evaluation is not None
-    return Judgement(f"{data.name}, test split", data.classes, evaluation)
+    return RunEvaluation(f"{data.name}, test split", data.classes, evaluation)
 
 
-def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """That of a run; float32 where the device has no other."""
+def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """The autocast context of a run's precision; float32 if the device does not support it."""
     if precision in ("auto", "float32") or (precision == "float16" and device.type == "cpu"):
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
-def judge_images(
+def evaluate_images(
     path: Path, data: Path, *, device: str = "auto", flip: bool = False, batch_size: int = 64, workers: int = 1
-) -> Judgement:
-    """Test a network on images that are sorted into classes: on their test split if they have one, else on their
-    validation split, else on all.
+) -> RunEvaluation:
+    """Evaluate a network on images in class folders: on their test split, else their validation split, else on all.
 
     Args:
         path: see `from_pretrained`.
-        data: what `skipway train` can be trained on; its class names have to be known to the network.
+        data: images as for `skipway train`; the network must know their classes.
         device: see `Predictor`.
-        flip: also see the mirror images.
-        batch_size: images that go through the network at a time.
-        workers: threads that decode.
+        flip: average the logits with those of the mirrored image.
+        batch_size: images per forward pass.
+        workers: threads that decode images.
 
     Raises:
-        CheckpointError: weights that cannot be used.
-        DataError: unknown classes, no image, or none that can be read.
+        CheckpointError: the weights cannot be used.
+        DataError: unknown classes, or no readable image.
     """
     predictor = Predictor.load(path, device=device)
     found = find(data, allow_empty=True)
@@ -131,4 +132,4 @@ def judge_images(
         first = f"; the first: {printable(unreadable[0][0])}: {unreadable[0][1]}" if unreadable else ""
         raise DataError(f"none of the {len(pairs)} images in {printable(data)} can be read{first}")
     absent = tuple(name for name in predictor.classes if not files.get(name))
-    return Judgement(found.name, predictor.classes, evaluation, tuple(unreadable), absent)
+    return RunEvaluation(found.name, predictor.classes, evaluation, tuple(unreadable), absent)
