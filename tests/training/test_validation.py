@@ -15,7 +15,7 @@ from skipway.checkpoint.files import read_tensors
 from skipway.data.parts import MemoryPart
 from skipway.errors import SkipwayError
 from skipway.inference.publish import write_hub_folder
-from skipway.inference.run_evaluation import judge_run
+from skipway.inference.run_evaluation import evaluate_run
 from skipway.recipe import Recipe
 from skipway.training.loop import train
 from skipway.training.reporter import Silent
@@ -53,7 +53,9 @@ def test_the_best_epoch_follows_validation_and_not_the_test_split(misled):
     assert misled.best_accuracy == max(accuracies)
     tensors, about = read_tensors(misled.folder.best)
     assert about["epoch"] == misled.best_epoch
-    best, last = (judge_run(misled.folder.path / name).evaluation for name in ("best.safetensors", "last.safetensors"))
+    best, last = (
+        evaluate_run(misled.folder.path / name).evaluation for name in ("best.safetensors", "last.safetensors")
+    )
     assert misled.evaluation.accuracy == best.accuracy < last.accuracy
     assert not torch.equal(tensors["stem.conv.weight"], read_tensors(misled.folder.last)[0]["stem.conv.weight"])
 
@@ -70,7 +72,7 @@ def test_the_same_result_everywhere(misled, tmp_path):
         name: summary[name] for name in ("test_correct", "test_images")
     }
     assert "result" not in read_tensors(misled.folder.last)[1]
-    assert judge_run(misled.folder.path).evaluation.correct == summary["test_correct"]
+    assert evaluate_run(misled.folder.path).evaluation.correct == summary["test_correct"]
     told = f"{100 * summary['test_accuracy']:.1f} %"
     assert told in misled.folder.report.read_text()
     write_hub_folder(misled.folder.path, tmp_path / "hub")
@@ -133,5 +135,5 @@ def test_a_run_continues_with_its_own_file_list(tmp_path, monkeypatch):
     monkeypatch.setattr("skipway.data.split.draw_key", lambda *purpose: hash(purpose[-1]))
     outcome = train(None, tmp_path / "run", resume=True)
     assert outcome.finished
-    assert judge_run(tmp_path / "run").evaluation.correct == outcome.evaluation.correct
+    assert evaluate_run(tmp_path / "run").evaluation.correct == outcome.evaluation.correct
     assert json.loads((tmp_path / "run/split.json").read_text()) == listed
