@@ -221,7 +221,7 @@ def test_reading_a_chain_looks_at_every_value_a_few_times():
     for branches in (80, 240):
         program = watch(deep(branches), ROW)
         count = 0
-        plain = Ancestry.look_behind
+        plain = Ancestry.look_back
 
         def look(self, number, plain=plain):
             nonlocal count
@@ -229,7 +229,7 @@ def test_reading_a_chain_looks_at_every_value_a_few_times():
             plain(self, number)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Ancestry, "look_behind", look)
+            patch.setattr(Ancestry, "look_back", look)
             assert len(find_residual_adds(program)[0]) == branches
         looks.append(count / len(program))
     assert looks[1] == pytest.approx(looks[0], rel=0.1)

@@ -104,6 +104,11 @@ class Transaction:
         self.journal.steps.append(step)
 
     @property
+    def finished(self) -> bool:
+        """Whether the changes were committed or taken back."""
+        return self.committed or self.journal.undone
+
+    @property
     def mark(self) -> int:
         """The place in the journal to `roll_back` to."""
         return len(self.journal.steps)
@@ -188,7 +193,7 @@ def transaction(
     """
     change = Transaction(model, example, title=title, tolerance=tolerance, hint=hint)
     outer = OPEN.get()
-    if outer is not None and any(module is model for module in outer.model.modules()):
+    if outer is not None and not outer.finished and any(module is model for module in outer.model.modules()):
         outer.record(change.journal.undo)
     # twice, for an exception that arrives while the first one is about to roll back
     with rolled_back(change), rolled_back(change), opened(change):
@@ -201,7 +206,7 @@ def rolled_back(change: Transaction) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        change.roll_back()
+        change.journal.undo()
         raise
 
 
@@ -212,7 +217,7 @@ def opened(change: Transaction) -> Iterator[None]:
     try:
         yield
         if not change.committed:
-            change.roll_back()
+            change.journal.undo()
     finally:
         OPEN.reset(token)
 

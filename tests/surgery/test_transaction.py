@@ -1,0 +1,291 @@
+"""A transaction changes a model completely or not at all: after any exception, Ctrl-C included, all is as before."""
+
+from __future__ import annotations
+
+import copy
+import dis
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tests.surgery.test_depth import Net, X
+from torch import Tensor, nn
+
+import skipway as sw
+from skipway.surgery import (
+    Operation,
+    checkpointed,
+    deepen,
+    fold_gains,
+    influence,
+    lesion,
+    remove_norm,
+    rescheme,
+    reversible,
+    shorten,
+    skip_compute,
+)
+from skipway.surgery.operation import Journal
+from skipway.surgery.transaction import transaction
+
+OPERATIONS: dict[str, Callable[[nn.Module], object]] = {
+    "rescheme": lambda m: rescheme(m, X, "layerscale + stochasticdepth"),
+    "rescheme, divide": lambda m: rescheme(m, X, "skipinit(init=0.5)", start="divide"),
+    "rescheme, scheme": lambda m: rescheme(m, X, "zeroinit", start="scheme"),
+    "fold": lambda m: remove_norm(m, X, how="fold"),
+    "calibrate": lambda m: remove_norm(m, X, how="fold", calibrate=True),
+    "skipinit": lambda m: remove_norm(m, X),
+    "normfree": lambda m: remove_norm(m, X, how="normfree"),
+    "lesion": lambda m: lesion(m, X, ["blocks.0", "blocks.1"]),
+    "influence": lambda m: influence(m, X),
+    "shorten": lambda m: shorten(m, X, to=1),
+    "deepen": lambda m: deepen(m, X, by=2),
+    "skip_compute": lambda m: skip_compute(m, X, rate=0.5),
+    "checkpointed": lambda m: checkpointed(m, X, segments=2),
+    "reversible": lambda m: reversible(m, X),
+    "accelerate": lambda m: sw.accelerate(m, X),
+    "fold_gains": lambda m: fold_gains(m, X),
+}
+SURGERY = str(Path(sw.__file__).parent / "surgery")
+
+
+def network(name: str = "") -> Net:
+    """A network whose modes, statistics, hooks and frozen parameters are not the default ones."""
+    torch.manual_seed(0)
+    net = Net(2)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.running_var.uniform_(0.5, 2)
+    net.blocks[0].bn1.eval()
+    net.stem[0].weight.requires_grad_(False)
+    net.blocks[1].conv1.register_forward_hook(lambda *_: None)
+    if name == "fold_gains":
+        rescheme(net, X, "layerscale", start="divide")
+    return net
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """Everything that a module holds: classes, tables in their order, attributes, hooks, and copies of the values."""
+    found: list[object] = [list(model.state_dict()), torch.is_grad_enabled()]
+    for name, module in model.named_modules():
+        held = {key: list(value) if isinstance(value, dict) else value for key, value in sorted(vars(module).items())}
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        own = [(key, id(t), t.requires_grad, t.grad, t.detach().clone()) for key, t in tensors if t is not None]
+        found.append((name, type(module), held, list(map(id, module._modules.values())), own))
+    return found
+
+
+def assert_equal(found: object, expected: object) -> None:
+    """Equal to the bit, tensors by value."""
+    if isinstance(found, Tensor) and isinstance(expected, Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(found, list | tuple) and isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other)
+    else:
+        assert found == expected
+
+
+@contextmanager
+def interrupted(*numbers: int) -> Iterator[list[str]]:
+    """Raise KeyboardInterrupt at some of the lines that run in skipway.surgery, counted from the start.
+
+    At the end of a `with` statement Python does not look for signals, and what a callback of a weak reference raises is
+    lost, so these are no places to raise at.
+    """
+    lines: list[str] = []
+
+    def follow(frame, event, argument):
+        code = frame.f_code
+        return line if code.co_filename.startswith(SURGERY) and code.co_name != "<lambda>" else None
+
+    def line(frame, event, argument):
+        code, number = frame.f_code, frame.f_lineno
+        ends_with = dis.opname[code.co_code[frame.f_lasti]] in ("LOAD_CONST", "PUSH_EXC_INFO")
+        if event == "line" and not (ends_with and source(code.co_filename)[number - 1].lstrip().startswith("with ")):
+            lines.append(f"{Path(code.co_filename).name}:{number}")
+            if len(lines) in numbers:
+                raise KeyboardInterrupt
+        return line
+
+    sys.settrace(follow)
+    try:
+        yield lines
+    finally:
+        sys.settrace(None)
+
+
+@cache
+def source(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+def stopped(operate: Callable[[nn.Module], object], model: nn.Module, *numbers: int) -> str:
+    """Interrupt an operation; returns the last line that ran before, or "" if it ran to its end."""
+    try:
+        with interrupted(*numbers) as lines:
+            operate(model)
+    except KeyboardInterrupt:
+        return lines[numbers[0] - 1]
+    return ""
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(name):
+    """At lines spread over each operation, and once more while the first interrupt rolls back."""
+    operate = OPERATIONS[name]
+    operate(network(name))  # classes and kernels are made once
+    model = network(name)
+    twin = copy.deepcopy(model)
+    with interrupted() as lines:
+        operate(twin)
+    before, total = snapshot(model), len(lines)
+    for place in range(8):
+        number = total * (2 * place + 1) // 16
+        for numbers in ((number,), (number, number + 3 + place)):
+            assert stopped(operate, model, *numbers), "the operation ran to its end"
+            assert_equal(snapshot(model), before)
+    operation = operate(model)
+    if isinstance(operation, Operation):
+        operation.undo()
+    assert_equal(snapshot(model), before)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_interrupt_within_the_forward_pass_leaves_the_model_as_it_was(name):
+    operate, model = OPERATIONS[name], network(name)
+    countdown = [10**6]
+
+    def count(*_: object) -> None:
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise KeyboardInterrupt
+
+    model.blocks[1].register_forward_hook(count)
+    before = snapshot(model)
+    operation = operate(model)
+    if isinstance(operation, Operation):
+        operation.undo()
+    calls = 10**6 - countdown[0]
+    for number in sorted({1, 2, calls // 2, calls - 1, calls} - {0}):
+        countdown[0] = number
+        with pytest.raises(KeyboardInterrupt):
+            operate(model)
+        assert_equal(snapshot(model), before)
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "influence"])
+def test_an_interrupted_undo_is_finished_by_the_next_one(name):
+    model = network(name)
+    before = snapshot(model)
+    operation = OPERATIONS[name](model)
+    assert isinstance(operation, Operation)
+    with interrupted() as lines:
+        operation.undo()
+    for number in range(2, len(lines), max(1, len(lines) // 6)):
+        operation = OPERATIONS[name](model)
+        assert isinstance(operation, Operation)
+        stopped(lambda _, operation=operation: operation.undo(), model, number)
+        if not operation.undone:
+            operation.undo()
+        assert_equal(snapshot(model), before)
+
+
+def test_a_step_is_run_again_after_an_interrupt_and_others_after_a_failure():
+    journal, ran, stops = Journal(), [], [KeyboardInterrupt(), KeyboardInterrupt()]
+
+    def step(name: str, *problems: BaseException) -> None:
+        ran.append(name)
+        if problems or (name == "second" and stops):
+            raise (problems or (stops.pop(),))[0]
+
+    journal.steps = [lambda: step("first"), lambda: step("second"), lambda: step("third", OSError("no room"))]
+    with pytest.raises(KeyboardInterrupt):
+        journal.undo()
+    assert ran == ["third", "second", "second", "second", "first"]
+    assert not journal.steps
+
+
+def test_what_is_not_committed_is_put_back_in_its_old_order():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU())
+    before = snapshot(model)
+    with transaction(model, title="a trial") as trial:
+        trial.remove_module(model, "1")
+        trial.set_submodule("0", nn.Identity())
+        trial.set_submodule("3", nn.Linear(2, 2))
+        trial.set_attribute(model, "note", 1)
+        trial.set_parameter(model[1], "weight", None)
+        assert list(model._modules) == ["0", "2", "3"]
+    assert_equal(snapshot(model), before)
+
+
+def test_a_transaction_within_another_goes_with_it():
+    model = network()
+    before = snapshot(model)
+    with transaction(model, title="a trial"):
+        inner = rescheme(model, X, "layerscale")
+    assert inner.undone
+    assert_equal(snapshot(model), before)
+    with transaction(model, title="two operations") as change:
+        inner = remove_norm(model, X, how="fold")
+        rescheme(model, X, "fixup")
+        outer = change.commit()
+    outer.undo()
+    assert_equal(snapshot(model), before)
+    with pytest.raises(sw.SkipwayError, match="undone already"):
+        inner.undo()
+    other = network()
+    with transaction(model, title="a trial"):
+        kept = rescheme(other, X, "layerscale")
+    assert not kept.undone
+
+
+def test_what_was_learned_since_stays():
+    model = network()
+    operation = rescheme(model, X, "layerscale")
+    with torch.no_grad():
+        model.head.weight.fill_(3.0)
+    model.train()
+    handle = model.blocks[0].bn2.register_forward_hook(lambda *_: None)
+    operation.undo()
+    assert model.head.weight.eq(3.0).all()
+    assert model.training
+    assert handle.id in model.blocks[0].bn2._forward_hooks
+
+
+def test_an_operation_cannot_be_changed_and_fits_on_a_screen_at_any_depth():
+    with transaction(network(), X, title="many") as change:
+        change.touched.update((f"blocks.{number}", "done") for number in range(3000))
+        change.refused.update((f"layers.{number}", f"reason {number % 30}") for number in range(3000))
+        change.report.update((f"blocks.{number}", 0.1) for number in range(3000))
+        operation = change.commit()
+    with pytest.raises(AttributeError):
+        operation.title = "other"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        operation.touched["blocks.0"] = "undone"  # type: ignore[index]
+    change.touched.clear()
+    assert len(operation.touched) == 3000
+    assert len(str(operation).splitlines()) < 12
+    assert max(map(len, str(operation).splitlines())) < 200
+    assert str(operation).startswith("many: 3000 changed; difference 0,")
+    assert repr(operation) == str(operation)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_example_is_a_tensor_a_tuple_a_mapping_or_a_loader(name):
+    """A loader that shuffles is read once, so that outputs before and after are those of one batch."""
+    data = torch.utils.data.TensorDataset(torch.cat([X, X + 1]), torch.zeros(16))
+    loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+    for example in ((X,), {"x": X}, loader):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tests.surgery.test_transaction.X", example)
+            model = network() if name != "fold_gains" else network(name)
+            assert OPERATIONS[name](model) is not None
