@@ -106,7 +106,7 @@ def test_no_family_knows_a_schemes_name():
 
 PUBLIC = """
 BasicBlock Bottleneck CaiT CaiTConfig Chain CheckpointError Connection ConvNeXt ConvNeXtConfig DataError DeepNorm
-DepthScaled Diagnosis DivergedError Finding Fixup Identity Kit LayerScale MissingExtraError NormFree Operation Optimized
+DepthScaled Diagnosis DivergedError Finding Fixup Identity Kit LayerScale MissingExtraError NormFree Operation OptimizedModel
 Outcome Placement Plain PreActivation ReZero Recipe ResNet ResNetConfig Residual Scheme Site SkipInit SkipwayError
 StochasticDepth Swin SwinConfig Treatment ViT ViTConfig WatchedConnection ZeroInit __version__ accelerate build chain
 checkpoint checkpointed data deepen diagnose diagnosis features fold fold_gains from_pretrained hardware inference

@@ -298,7 +298,7 @@ def test_a_plan_that_cannot_be_is_refused(given, message):
 def test_our_switches_are_on_in_their_turns_and_off_between(tmp_path, monkeypatch):
     """With stand-ins for the allocator, the kernels and the backends."""
     import skipway.hardware.allocator as allocator
-    import skipway.inference.backend_selection as backend_choice
+    import skipway.inference.backend_selection as backend_selection
     import skipway.surgery.acceleration as acceleration
 
     kept: list[str] = []
@@ -311,7 +311,7 @@ def test_our_switches_are_on_in_their_turns_and_off_between(tmp_path, monkeypatc
 
     monkeypatch.setattr(allocator, "keep_memory", keep_memory)
     monkeypatch.setattr(acceleration, "accelerate", lambda model, example=None: kept.append("kernels"))
-    monkeypatch.setattr(backend_choice, "optimize", lambda model, example, **how: model)
+    monkeypatch.setattr(backend_selection, "optimize", lambda model, example, **how: model)
     before = torch.backends.mkldnn.matmul.fp32_precision
     modes = ["eager", "accelerate", "optimize-onnxruntime"]
     journal = measure(tiny_plan(what=["infer", "train"], modes=modes, switches=True), tmp_path)
