@@ -106,13 +106,13 @@ def test_no_family_knows_a_schemes_name():
 
 PUBLIC = """
 BasicBlock Bottleneck CaiT CaiTConfig Chain CheckpointError Connection ConvNeXt ConvNeXtConfig DataError DeepNorm
-DepthScaled Diagnosis DivergedError Finding Fixup Identity Kit LayerScale MissingExtraError NormFree Operation OptimizedModel
-Outcome Placement Plain PreActivation ReZero Recipe ResNet ResNetConfig Residual Scheme Site SkipInit SkipwayError
-StochasticDepth Swin SwinConfig Treatment ViT ViTConfig WatchedConnection ZeroInit __version__ accelerate build chain
-checkpoint checkpointed data deepen diagnose diagnosis features fold fold_gains from_pretrained hardware inference
-influence initialise_ kernels lesion load models monitor nn optim optimize param_groups probes projection remove_norm
-report reversible rescheme schemes shorten skip_compute stage_features studies surgery tracing train training weights
-zoo
+DepthScaled Diagnosis DivergedError Finding Fixup Identity Kit LayerScale MissingExtraError NormFree Operation
+OptimizedModel Outcome Placement Plain PreActivation ReZero Recipe ResNet ResNetConfig Residual Scheme Site SkipInit
+SkipwayError StochasticDepth Swin SwinConfig Treatment ViT ViTConfig WatchedConnection ZeroInit __version__ accelerate
+build chain checkpoint checkpointed data deepen diagnose diagnosis features fold fold_gains from_pretrained hardware
+inference influence initialise_ kernels lesion load models monitor nn optim optimize param_groups probes projection
+remove_norm report reversible rescheme schemes shorten skip_compute stage_features studies surgery tracing train
+training weights zoo
 """
 
 
