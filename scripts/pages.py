@@ -1,8 +1,10 @@
-"""What `scripts/docs` does around the site builder: the studies into the chapters, formulas into the built pages."""
+"""Steps of `scripts/docs` around the site builder: studies into chapters, formulas and linked files into the site."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 from html import unescape
 from pathlib import Path
@@ -18,14 +20,15 @@ RUSSIAN = {
 HEADS = {"guide": "| claim | answer |\n|---|---|", "ru": "| утверждение | ответ |\n|---|---|"}
 PAGE = {"guide": "figures and numbers", "ru": "графики и числа"}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
+OUTWARD = re.compile(r'href="(\.\./[^"#:]+)"')
 SECTION = r"(?<=<!-- study: {name} -->\n)(.*?)(?=^<!-- |\Z)"
 
 
 def claims() -> None:
-    """Bring the answers of `docs/*/09-what-held.md` up to what the studies' tables say.
+    """Update the answers in `docs/*/09-what-held.md` from the tables of the studies.
 
-    In English a row says what the study says. In Russian its wording stays; a claim that has no row yet gets one in
-    English, to be put into good words by hand.
+    An English row takes the words of the study. A Russian row keeps its wording; a claim without a row gets one in
+    English, to be translated by hand.
     """
     from skipway.studies import studies
     from skipway.studies.page import sound
@@ -77,7 +80,7 @@ def claims() -> None:
 
 
 def figures() -> None:
-    """Behind every `<!-- figure: NAME | CAPTION -->` of a chapter, show the studies' picture of that name, if any."""
+    """After every `<!-- figure: NAME | CAPTION -->` of a chapter, show the picture of that name, if there is one."""
     mark = re.compile(r"^(<!-- figure: ([\w-]+) \| (.+) -->)\n(?:!\[.*\]\(.*\)\n)?", re.MULTILINE)
 
     def shown(match: re.Match[str]) -> str:
@@ -90,7 +93,9 @@ def figures() -> None:
 
 
 def finish() -> None:
-    """Formulas as MathML, which browsers draw themselves, and the right language on every Russian page."""
+    """Complete the built pages: formulas as MathML, which browsers draw themselves; the language of Russian pages; and
+    files outside docs/ that a page links to, copied to `repository/` in the site.
+    """
     from latex2mathml.converter import convert
 
     def drawn(match: re.Match[str]) -> str:
@@ -103,7 +108,21 @@ def finish() -> None:
         text = FORMULA.sub(drawn, page.read_text("utf-8"))
         if page.parent.name == "ru":
             text = text.replace('<html lang="en"', '<html lang="ru"', 1)
-        page.write_text(text, "utf-8")
+        page.write_text(OUTWARD.sub(lambda match, page=page: copied(match, page), text), "utf-8")
+
+
+def copied(match: re.Match[str], page: Path) -> str:
+    """The link of a built page to a file of the repository, led to a copy in the site; any other link as it is."""
+    link = (ROOT / "docs" / page.relative_to(SITE).parent / match[1]).resolve()
+    # the builder takes a link to X.md for one to X.html, and README.md for a folder's index
+    candidates = (link, link.with_suffix(".md"), link.with_name("README.md"))
+    file = next((each for each in candidates if each.is_file()), None)
+    if file is None or not file.is_relative_to(ROOT) or file.is_relative_to(ROOT / "docs"):
+        return match[0]
+    copy = SITE / "repository" / file.relative_to(ROOT)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, copy)
+    return f'href="{os.path.relpath(copy, page.parent)}"'
 
 
 if __name__ == "__main__":
