@@ -1,10 +1,10 @@
-"""The classic failures: what a diagnosis says of each, what it does about it, and real trainings before and after.
+"""The classic failures: diagnosis, remedy, and real trainings before and after.
 
     python -m benchmarks.failures [NAME…]       # all of them take about ten minutes on one core
 
-Every network is trained on the embedded digits for 300 steps of 64 images, before and after `Diagnosis.fix()`, with the
-settings that were asked about before, and with the ones that the remedies chose after. Shown is the mean training
-accuracy of the last 20 steps; chance is 0.1.
+Every network is trained on the embedded digits for 300 steps of 64 images, before `Diagnosis.fix()` with the settings
+that were asked about, and after it with those that the remedies chose. Shown is the mean training accuracy of the last
+20 steps; chance is 0.1.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ VIT = {"dim": 32, "heads": 2, "ratio": 2.0, "patch": 2, "image": 8, "pooling": "
 
 @dataclass(frozen=True)
 class Failure:
-    """A network that does not train, or not so.
+    """A network that does not train, or not with these settings.
 
     Args:
-        name: what everybody calls it.
-        make: the network.
-        causes: names of rules of which a diagnosis should find one.
+        name: usual name of the failure.
+        make: returns the network.
+        causes: rules of which the diagnosis should find at least one.
         settings: of its training.
         half: train in float16.
     """
@@ -51,7 +51,7 @@ class Failure:
 
 
 def two_zeros() -> nn.Module:
-    """A pre-norm transformer whose branches end in a zero gain over a zero last map (P13)."""
+    """A pre-norm transformer whose branches end in a zero scale after a zero last map (lint rule P13)."""
     model = sw.build("vit-tiny-16", blocks=6, scheme="layerscale(init=0.0)", **VIT)
     for connection in sw.chain(model):
         nn.init.zeros_(connection.path[-1].module.weight)
@@ -63,7 +63,7 @@ SHATTERED = frozenset({"no-skips", "exploding-gradient", "vanishing-gradient", "
 ADAM = {"optimizer": "adamw", "lr": 1e-3}
 FAILURES = [
     Failure("plain 56 layers", lambda: sw.build("resnet", depth=56, scheme="plain", width=8, **GREY), SHATTERED),
-    Failure("plain 56 layers, a stranger's", lambda: nets.VGG(56, "relu", "he", True), SHATTERED),
+    Failure("plain 56 layers, in plain torch", lambda: nets.VGG(56, "relu", "he", True), SHATTERED),
     Failure(
         "post-norm ViT, 48 layers",
         lambda: sw.build("vit-tiny-16", blocks=24, norm="post", **VIT),
@@ -105,7 +105,7 @@ FAILURES = [
 
 
 def accuracy(model: nn.Module, settings: Settings, *, half: bool) -> float:
-    """Train a copy, and the mean training accuracy of the last 20 of 300 steps; NaN where it diverged."""
+    """Train a copy, and return the mean training accuracy of the last 20 of 300 steps; NaN if it diverged."""
     model = copy.deepcopy(model).train()
     images, labels = training_images()
     optimizer = settings.make(model)
@@ -129,7 +129,7 @@ def accuracy(model: nn.Module, settings: Settings, *, half: bool) -> float:
 
 
 def show(failure: Failure) -> bool:
-    """Diagnose, fix, train both, print; whether the cause was named and the mended network learns."""
+    """Diagnose, fix, train both and print; True if a cause was named and the mended network learns."""
     torch.manual_seed(0)
     model = failure.make()
     images, labels = training_images()
@@ -161,7 +161,7 @@ def similarities(diagnosis: Diagnosis) -> tuple[float, float]:
 
 
 def main(names: list[str]) -> int:
-    """Show all, or the named; status 1 if one was not named or not mended."""
+    """Show all failures, or those named; exit status 1 if one was not diagnosed or not mended."""
     chosen = [failure for failure in FAILURES if not names or failure.name in names]
     done = [show(failure) for failure in chosen]
     print(f"{sum(done)} of {len(done)} failures named and repaired")

@@ -1,8 +1,8 @@
-"""Does `skipway.chain` say what a reader of the source says?
+"""Compare `skipway.chain` with what a person read in the source.
 
     python -m benchmarks.chain.check            # all architectures of truth.py, or the names given
 
-Prints a line for each architecture, then what differs, and ends with status 1 where anything does.
+Prints a line for each architecture with its differences; the exit status is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["compare", "main"]
 
 
 def compare(truth: Truth) -> list[str]:
-    """What `chain` says differently about one architecture."""
+    """The differences between `chain` and the truth about one architecture."""
     model, example = build(truth.model)
     chain = sw.chain(model, example)
     placements = Counter("+".join(connection.seen.norms) or "none" for connection in chain)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.chain.coverage [timm|torchvision|transformers] [--every N]
 
-Every model is built on the meta device and watched; a line for each goes to coverage.csv beside this file: how many
-connections were found by kind of skip, how many additions refused by reason, seconds, and what went wrong where
-something did. Resumes: models that the file holds already are skipped.
+Every model is built on the meta device and traced. A line for each goes to coverage.csv next to this file: connections
+by kind of skip, refused additions by reason, seconds, and the error if there was one. Resumes: models that are in the
+file are skipped.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ LIBRARIES = {"timm": timm_models, "torchvision": torchvision_models, "transforme
 
 
 def built(build: Callable[[], Built]) -> Built:
-    """On the meta device; torchvision's RegNets compute their widths with tensors, and are built with real weights."""
+    """Build on the meta device, or with real weights where that fails (torchvision's RegNets compute with tensors)."""
     try:
         with torch.device("meta"):
             return build()
@@ -87,13 +87,13 @@ def built(build: Callable[[], Built]) -> Built:
 
 
 def row(name: str, build: Callable[[], Built]) -> dict[str, Any]:
-    """What `chain` says of one model, or the problem."""
+    """The row of one model in the table, with the error where it could not be traced."""
     start = time.perf_counter()
     try:
         model, example = built(build)
         start = time.perf_counter()
         chain = sw.chain(model.eval(), example)
-    except Exception as problem:  # the table is there to show it
+    except Exception as problem:  # the table shows it
         return {"model": name, "seconds": f"{time.perf_counter() - start:.2f}", "problem": str(problem)[:200]}
     counts = Counter(connection.seen.skip for connection in chain)
     refused = Counter(refusal.reason for refusal in chain.refused)
@@ -108,7 +108,7 @@ def row(name: str, build: Callable[[], Built]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Watch them all, and count the failures."""
+    """Trace all models, and count the failures."""
     every = int(arguments[arguments.index("--every") + 1]) if "--every" in arguments else 1
     chosen = [library for library in LIBRARIES if library in arguments] or list(LIBRARIES)
     done = {line["model"] for line in csv.DictReader(FILE.open())} if FILE.exists() else set()

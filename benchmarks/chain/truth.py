@@ -1,16 +1,16 @@
-"""What the right answer of `chain` is for models that we did not write, counted by hand from their sources.
+"""The right answers of `chain` for foreign models, counted by hand in their sources.
 
-Every row was written by reading the forward function that its `source` names and the configuration of the model, and
-not by running a tool that finds connections. A count is the number of adds of one forward pass in eval mode.
+Every row was written by reading the forward function that its `source` names, and the configuration of the model, not
+by running a tool that finds connections. A count is the number of additions in one forward pass in eval mode.
 
-Decisions where the definition leaves room, marked in the rows that they concern:
+Decisions where the definition leaves room:
 
 * Reasons for refusing come before the test for a connection: x + mlp(global context of x) is `broadcast`, although x
   is carried, and an add whose carried side does not depend on the input is `constant`.
 * A raw tensor plus a linear map of itself (x + depthwise(x), DLA's residual root, RepMixer) is an `identity`
   connection; `parallel` without a non-linearity needs a map or norm on both sides.
 * Placement is that of the most frequent set; where two sets are equally frequent, the one that holds a norm. A norm
-  that lies only on the keys' and values' way (spatial reduction) is `inside`; `functional.normalize` of queries and
+  that only keys and values pass (spatial reduction) is `inside`; `functional.normalize` of queries and
   keys, ResMLP's affine map, global response normalisation and standardised weights are no norms. A norm that the
   stream passes between two stages (pre-activation) does not make the last sum of a stage `post`.
 * Where no connection exists, or none holds a norm, the placement is `none`.

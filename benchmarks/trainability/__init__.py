@@ -1,1 +1,1 @@
-"""Does a network train? The truth, by training: configurations of ours and of plain torch, and what came of each."""
+"""Trainability: configurations of Skipway and plain torch networks, with the outcome of their training."""

@@ -21,22 +21,22 @@ __all__ = ["FAMILIES", "Configuration", "Design", "configurations"]
 SEED = 20261123
 SHALLOWEST, DEEPEST = 4, 200
 DEEP_IS_RARE = 1.6
-"""Depth is 4 · 50^(u^1.6), u uniform: as cost grows with depth, fewer deep ones than log-uniform would have."""
+"""Depth is 4 · 50^(u^1.6) with u uniform: fewer deep networks than log-uniform, since cost grows with depth."""
 RATES = {"sgd": (-2.75, 0.5), "adamw": (-4.25, -1.0)}
-"""log₁₀ of the learning rates, 0.0018 to 3.2 and 0.000056 to 0.1: they hold the customary 0.1 and 0.001."""
+"""log₁₀ of the learning rates, 0.0018 to 3.2 and 0.000056 to 0.1, around the usual 0.1 and 0.001."""
 OWN_START = 0.6
-"""Share of the configurations whose weights keep the scale they were made with."""
+"""Share of the configurations that keep the scale of their initialisation."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One network, how it starts, and how it is trained.
+    """A network, its start and its training.
 
     Args:
         family: a key of `FAMILIES`.
         depth: weight layers between stem and head, two to a residual connection.
-        scheme: a scheme's spec string for ours; for plain torch the variation: activation and start, or a scale.
-        placement: where the norms stand, in the family's words.
+        scheme: spec string of a Skipway scheme; for plain torch the variation: activation and start, or a scale.
+        placement: of the norms, in the terms of the family.
         init_scale: factor on the weights of all linear maps and convolutions after the initialisation.
         optimizer: "sgd" (momentum 0.9, no decay) or "adamw" (decay 0.01).
         lr: constant learning rate.
@@ -62,12 +62,12 @@ class Configuration:
 
     @property
     def kind(self) -> Literal["skipway", "plain torch"]:
-        """Whose network it is."""
+        """Library of the network."""
         return FAMILIES[self.family].kind
 
     @property
     def held_out(self) -> bool:
-        """Whether it belongs to the half that no threshold may be chosen on: a bit of the name's SHA-256."""
+        """Whether it is in the half on which nothing may be tuned, by a bit of the name's SHA-256."""
         return hashlib.sha256(self.name.encode()).digest()[0] % 2 == 1
 
     def build(self) -> nn.Module:
@@ -80,7 +80,7 @@ class Configuration:
         return model.train()
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over all parameters: groups by role for ours, `model.parameters()` for plain torch."""
+        """The optimizer over all parameters: groups by role for Skipway, `model.parameters()` for plain torch."""
         decay = {"sgd": 0.0, "adamw": 0.01}[self.optimizer]
         ours = self.kind == "skipway"
         parameters: Any = sw.param_groups(model, lr=self.lr, weight_decay=decay) if ours else model.parameters()
@@ -101,17 +101,17 @@ def scale_(model: nn.Module, factor: float) -> None:
 
 @dataclass(frozen=True)
 class Design:
-    """What is drawn for a family.
+    """The distribution from which the configurations of a family are drawn.
 
     Args:
-        make: the network of a (depth, scheme, placement).
+        make: (depth, scheme, placement) → network.
         schemes: drawn evenly; a tuple inside is drawn from evenly in turn.
         placements: drawn evenly.
         count: configurations.
-        step: depths are multiples of it.
+        step: of which depths are multiples.
         least: smallest depth.
-        most: largest depth; smaller where a step is dear.
-        kind: whose network it is.
+        most: largest depth; smaller where a step is expensive.
+        kind: library of the network.
     """
 
     make: Callable[[int, str, str], nn.Module]

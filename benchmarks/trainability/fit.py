@@ -1,9 +1,9 @@
-"""Fitting the odds of the outlook on the configurations that are not held out.
+"""Fit the probability of the outlook on the configurations that are not held out.
 
     python -m benchmarks.trainability.fit
 
 A logistic regression on standardised features, classes weighted equally, its strength the library's default. Prints
-`WEIGHTS` of `skipway/diagnosis/outlook.py`, and what ten-fold cross-validation on the same half says.
+`WEIGHTS` of `skipway/diagnosis/outlook.py`, and the accuracy of ten-fold cross-validation on the same half.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from benchmarks.trainability.truth import read_truth
 from skipway.diagnosis.indicators import Indicators
 from skipway.diagnosis.outlook import indicator_features
 
-__all__ = ["Example", "examples", "main"]
+__all__ = ["Trial", "examples", "main"]
 
-Example = tuple[Configuration, Indicators, bool]
+Trial = tuple[Configuration, Indicators, bool]
 
 
-def examples(*, held_out: bool | None) -> list[Example]:
-    """Configurations with indicators and truth: of one half, or all."""
+def examples(*, held_out: bool | None) -> list[Trial]:
+    """Configurations with their indicators and outcomes, of one half, or all (None)."""
     truth = {row["name"]: row["outcome"] == "reached" for row in read_truth()}
     measured = read_measurements()
     names = [field.name for field in fields(Indicators)]
@@ -37,7 +37,7 @@ def examples(*, held_out: bool | None) -> list[Example]:
 
 
 def model() -> Any:
-    """The regression."""
+    """The unfitted regression."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -1,9 +1,9 @@
-"""What a diagnosis says of every untrained configuration, and the numbers that its verdict rests on.
+"""Diagnose every untrained configuration: the verdict, and the indicators on which it rests.
 
     python -m benchmarks.trainability.measurements      # resumes: names that the file holds already are skipped
 
-128 images that are drawn in another order than in training; a line for each configuration goes to
-measurements.jsonl beside this file.
+The 128 images are drawn in another order than in training. Appends a line for each configuration to
+measurements.jsonl next to this file.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["IMAGES", "main", "measured", "read_measurements", "settings_for"]
 FILE = Path(__file__).with_name("measurements.jsonl")
 IMAGES = 128
 OTHER_ORDER = 1000
-"""Added to the seed, so that the images that are looked at are not the first that training sees."""
+"""Added to the seed, so that the diagnosis does not see the first images of the training."""
 
 
 def settings_for(configuration: Configuration) -> Settings:
-    """The question that is asked of a diagnosis."""
+    """Settings of the training that the diagnosis is asked about."""
     return Settings(
         optimizer=configuration.optimizer,
         lr=configuration.lr,
@@ -42,7 +42,7 @@ def settings_for(configuration: Configuration) -> Settings:
 
 
 def subject_for(configuration: Configuration, images: torch.Tensor, labels: torch.Tensor) -> Subject:
-    """The untrained network with its images."""
+    """The untrained network with its batch."""
     stream = batches(images, labels, configuration.seed + OTHER_ORDER)
     pairs = [next(stream) for _ in range(-(-IMAGES // BATCH))]
     shown = torch.cat([pair[0] for pair in pairs])[:IMAGES]

@@ -1,4 +1,4 @@
-"""Train every configuration on the embedded digits and write down what came of it.
+"""Train every configuration on the embedded digits, and record the outcome.
 
     python -m benchmarks.trainability.truth [--limit N] [--out FILE]
 
@@ -43,7 +43,7 @@ def training_images() -> tuple[Tensor, Tensor]:
 
 
 def batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Full batches without end, a new order each pass; what remains of a pass is left out."""
+    """Full batches without end, in a new order each pass; the incomplete last batch of a pass is left out."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(labels), generator=generator)
@@ -52,9 +52,9 @@ def batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor,
 
 
 def train(configuration: Configuration, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Train for 300 steps, or until it is clear: the fields of `truth.jsonl`.
+    """Train for 300 steps, or until the outcome is clear; return the fields of `truth.jsonl`.
 
-    `seconds` is processor time of the training alone, which other people's work on the machine does not change.
+    `seconds` is processor time of the training alone, which does not depend on other work on the machine.
     """
     model = configuration.build()
     optimizer = configuration.make_optimizer(model)

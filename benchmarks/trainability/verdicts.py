@@ -1,9 +1,9 @@
-"""How often the verdict, made of the untrained network, agrees with what training did.
+"""Agreement of the verdicts on untrained networks with the outcome of their training.
 
     python -m benchmarks.trainability.verdicts
 
-Reads `truth.jsonl` and `measurements.jsonl`. "trains if" is about other settings or another network than the one that
-was trained, so it counts as saying that this one does not. What counts is the half that no weight was fitted on.
+Reads `truth.jsonl` and `measurements.jsonl`. "trains if" is about other settings, or another network, than the
+one that was trained, so it counts as "does not train". What counts is the half on which no weight was fitted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from benchmarks.trainability.fit import Example, examples
+from benchmarks.trainability.fit import Trial, examples
 from benchmarks.trainability.measurements import read_measurements
 from benchmarks.trainability.truth import BATCH, STEPS, read_truth
 from skipway.diagnosis.outlook import probability
@@ -22,14 +22,14 @@ __all__ = ["balanced", "confusion", "main"]
 Counts = Counter[tuple[bool, bool]]
 
 
-def confusion(rows: Iterable[Example]) -> Counts:
-    """How many (train, are said to train)."""
+def confusion(rows: Iterable[Trial]) -> Counts:
+    """Counts of (trains, is said to train)."""
     said = read_measurements()
     return Counter((trains, said[configuration.name]["verdict"] == "trains") for configuration, _, trains in rows)
 
 
 def balanced(counts: Counts) -> float:
-    """Mean of the shares of right verdicts among those that train and among those that do not."""
+    """Balanced accuracy: mean of the shares of right verdicts among those that train and those that do not."""
     shares = [
         counts[truth, truth] / total for truth in (True, False) if (total := counts[truth, True] + counts[truth, False])
     ]
@@ -42,9 +42,9 @@ def line(name: str, counts: Counts) -> str:
     return f"| {name} | {' | '.join(map(str, cells))} | {right:.0%} | {balanced(counts):.0%} |"
 
 
-def table(rows: list[Example]) -> list[str]:
-    """By family, and all."""
-    by_family: dict[str, list[Example]] = defaultdict(list)
+def table(rows: list[Trial]) -> list[str]:
+    """The table in Markdown: a row for each family, and one for all."""
+    by_family: dict[str, list[Trial]] = defaultdict(list)
     for row in rows:
         by_family[row[0].family].append(row)
     return [
@@ -56,7 +56,7 @@ def table(rows: list[Example]) -> list[str]:
 
 
 def cost() -> str:
-    """What a diagnosis takes of a training of 300 steps."""
+    """Cost of a diagnosis relative to a training of 300 steps."""
     truth = {row["name"]: row for row in read_truth()}
     measured = read_measurements()
     shares = sorted(
@@ -71,19 +71,19 @@ def cost() -> str:
 
 
 def main() -> None:
-    """Print the table of the held-out half, both halves' numbers, the cost, and what is wrong."""
+    """Print the table of the held-out half, the accuracy on both halves, the cost and the wrong verdicts."""
     held, chosen = examples(held_out=True), examples(held_out=False)
     print("\n".join(table(held)))
     print(f"\nbalanced accuracy held out: {balanced(confusion(held)):.1%} of {len(held)} configurations; ", end="")
     print(f"on the half that the weights were fitted on: {balanced(confusion(chosen)):.1%} of {len(chosen)}")
     print(cost())
     outcomes = {row["name"]: row for row in read_truth()}
-    print("\nwrong, of those held out:")
+    print("\nwrong verdicts of the held-out half:")
     for configuration, indicators, trains in held:
         said = read_measurements()[configuration.name]
         if (said["verdict"] == "trains") != trains:
             row = outcomes[configuration.name]
-            chance = f"odds {probability(indicators):.0%}"
+            chance = f"probability {probability(indicators):.0%}"
             why = f"{said['verdict']}, {chance}{''.join(', ' + rule for rule in said['rules'])}"
             print(f"  {configuration.name}: {row['outcome']} ({row['accuracy']:.2f}); said {why}")
 

@@ -1,4 +1,4 @@
-"""Diagnosis: what is measured agrees with theory, nothing is left behind, causes are named and mended."""
+"""Diagnosis: what is measured agrees with theory, no trace is left, causes are named and mended."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_silent_start_is_not_taken_for_a_dead_one():
     assert diagnosis.verdict != "will not train"
 
 
-class Stranger(nn.Module):
+class ForeignTransformer(nn.Module):
     """A transformer with dropout, a mapping for input and an object for output."""
 
     class Output(dict):
@@ -195,7 +195,7 @@ class Stranger(nn.Module):
 
 def test_mappings_dropout_autocast_and_an_optimizer_of_ones_own():
     torch.manual_seed(0)
-    model = Stranger()
+    model = ForeignTransformer()
     optimizer = torch.optim.AdamW(
         [{"params": model.body.parameters()}, {"params": model.head.parameters(), "lr": 1e-2}], lr=1e-3
     )
@@ -214,7 +214,7 @@ def test_a_mapping_of_any_class_is_keyword_arguments():
         """As transformers' BatchEncoding."""
 
     torch.manual_seed(0)
-    model, tokens, targets = Stranger().eval(), torch.randn(32, 5, 16), torch.randint(4, (32,))
+    model, tokens, targets = ForeignTransformer().eval(), torch.randn(32, 5, 16), torch.randint(4, (32,))
     whole = diagnose(model, tokens, targets=targets).measurement
     assert diagnose(model, Encoding(tokens=tokens), targets=targets).measurement.loss == whole.loss
     assert diagnose(model, (tokens, None), targets=targets).measurement.loss == whole.loss
@@ -287,7 +287,7 @@ def test_plain_depth_is_blamed_and_mended():
     assert re.search(r"^verdict +will not train +trains", str(treatment), re.MULTILINE)
 
 
-def test_a_strangers_plain_network_is_given_skips():
+def test_a_plain_torch_network_is_given_skips():
     torch.manual_seed(0)
     layers = [m for _ in range(20) for m in (nn.Linear(16, 16), nn.ReLU())]
     model = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(16, 4))
@@ -321,7 +321,7 @@ def test_a_stream_that_doubles_is_blamed_and_damped():
     assert growth.evidence["growth"] > 2**24
     treatment = diagnosis.fix(Damp())
     after = treatment.after.measurement.connections
-    # a branch adds E[W₂ relu(W₁x)]² = 2 |x|² at He's gain of 2 behind no rectifier; 1/√L of it, over L: e² at most
+    # a branch adds E[W₂ relu(W₁x)]² = 2 |x|² at He's gain of 2 after no rectifier; 1/√L of it, over L: e² at most
     assert after[-1].variance_after / after[0].variance_before < math.e**2 * 2
     assert "stream-grows" not in rules(treatment.after)
 
@@ -340,7 +340,7 @@ def test_two_zeros_are_blamed_and_one_is_not():
 
 def test_post_norm_has_a_switch_in_torchs_own_layers():
     torch.manual_seed(0)
-    model = Stranger(8, norm_first=False)
+    model = ForeignTransformer(8, norm_first=False)
     batch = {"tokens": torch.randn(32, 5, 16)}, torch.randint(4, (32,))
     found = next(f for f in diagnosed(model, batch, optimizer="adamw").findings if f.rule == "post-norm")
     assert found.remedies[0] == NormFirst()

@@ -478,7 +478,7 @@ def test_p9_without_a_skip():
 
 @pytest.mark.parametrize("read", [True, False])
 def test_p9_on_the_skip_or_on_what_nothing_reads(read):
-    """timm 1.0.31's ResNeSt drops x behind the branch: the skip where it is projected, nothing where it is not."""
+    """timm 1.0.31's ResNeSt drops x after the branch: the skip where it is projected, nothing where it is not."""
 
     class Skipping(Block):
         def forward(self, x):
