@@ -215,3 +215,46 @@ def test_stage_features_are_timms(name, names, first):
     info = theirs.feature_info
     assert [stage.channels for stage in stage_maps(ours)] == info.channels()[first:]
     assert [stage.reduction for stage in stage_maps(ours)] == info.reduction()[first:]
+
+
+def test_points_of_a_strangers_connections():
+    """x, F(x) and y = x + F(x) as they are added; also where the sum overwrites an operand."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x + torch.tanh(self.first(x))
+            out = torch.sin(self.second(x))
+            out += x
+            return out
+
+    model, x = nn.Sequential(nn.Linear(4, 8), Block(), Block()), torch.randn(3, 4)
+    got = sw.features(model, x, ["0", "1:1:before", "1:1:after", "1:2:before", "1:2:branch", "-1:after", "2"])
+    assert torch.equal(got["0"], got["1:1:before"])
+    assert torch.equal(got["1:1:after"], got["1:2:before"])
+    assert torch.equal(got["1:2:branch"], torch.sin(model[1].second(got["1:2:before"])))
+    assert torch.equal(got["-1:after"], got["2"])
+    assert list(sw.features(model, x)) == [f"{block}:{number}:after" for block in (1, 2) for number in (1, 2)]
+    (gradient,) = torch.autograd.grad(got["-1:after"].sum(), got["1:1:before"])
+    assert gradient.abs().sum() > 0
+    assert hooks(model) == 0
+    with pytest.raises(sw.SkipwayError, match="there are no residual connections"):
+        sw.features(nn.Linear(4, 4), x, ["0:before"])
+
+
+def test_an_example_of_keyword_arguments():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = sw.Residual(nn.Linear(4, 4))
+
+        def forward(self, *, x, scale):
+            return self.body(x * scale)
+
+    model, x = Named(), torch.randn(2, 4)
+    got = sw.features(model, {"x": x, "scale": 2.0}, ["0:before", "0:after"])
+    assert torch.equal(got["0:before"], 2 * x)
+    assert torch.equal(got["0:after"], model(x=x, scale=2.0))

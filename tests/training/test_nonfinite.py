@@ -8,13 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from benchmarks.peers import import_timm, import_transformers
 from skipway.checkpoint.files import read_json
 from skipway.errors import DivergedError
 from skipway.recipe import Recipe
 from skipway.tracing.chain import chain
 from skipway.training import loop
 from skipway.training.loop import train
+from skipway.training.nonfinite import Culprit, find_culprit
 from skipway.training.run import Run
 
 RECIPE = Recipe(depth=8, width=4, epochs=2, batch_size=128, device="cpu", precision="float32", ema=0.9, save_every=4)
@@ -129,3 +132,110 @@ def test_a_fault_that_passes_is_overcome(tmp_path, monkeypatch):
     assert (armed[0].position.rate, armed[0].position.retries) == (0.5, 1)
     rows = outcome.folder.read_steps()
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+
+
+class Spoiler(torch.autograd.Function):
+    """The identity, whose output or gradient is multiplied by `value`."""
+
+    @staticmethod
+    def forward(context, x, value, backward):
+        context.value = value if backward else 1.0
+        return x * (1.0 if backward else value)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * context.value, None, None
+
+
+class Block(nn.Module):
+    """A block of somebody's network with two connections; `spoil` is where and how it goes wrong."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mix, self.mlp = nn.Linear(width, width), nn.Sequential(nn.Linear(width, width), nn.GELU())
+        self.spoil: tuple[int, float, bool] | None = None
+
+    def forward(self, x):
+        for number, branch in enumerate(((self.norm1, self.mix), (self.norm2, self.mlp))):
+            h = branch[0](x)
+            if self.spoil is not None and self.spoil[0] == number:
+                h = Spoiler.apply(h, *self.spoil[1:])
+            x = x + branch[1](h)
+        return x
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["forward", "gradient"])
+@pytest.mark.parametrize("k", range(6))
+def test_the_connection_is_named_in_anybodys_network(k, kind, value):
+    model = nn.Sequential(nn.Linear(4, 8), *(Block() for _ in range(3)), nn.LayerNorm(8), nn.Linear(8, 2))
+    model[1 + k // 2].spoil = (k % 2, value, kind == "gradient")
+    x = torch.randn(5, 4)
+    culprit = find_culprit(model, x, lambda: model(x).square().sum())
+    assert (culprit.kind, culprit.name) == (kind, f"{1 + k // 2}:{1 + k % 2}")
+    assert str(culprit).startswith(
+        f"first in the {'forward pass' if kind == 'forward' else 'gradient'} of {culprit.name}"
+    )
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model[1 + k // 2].spoil = None
+    assert find_culprit(model, x, lambda: model(x).square().sum()).kind == "gone"
+
+
+def test_stem_and_head_and_overflow_are_named():
+    model = nn.Sequential(nn.Linear(4, 8), Block(), Block(), nn.Linear(8, 2))
+    x = torch.randn(5, 4)
+    hook = model[3].register_forward_hook(lambda _, given, out: out * math.inf)
+    assert find_culprit(model, x, lambda: model(x).sum()) == Culprit("forward", "3")
+    hook.remove()
+    hook = model[0].register_forward_hook(lambda _, given, out: out * math.nan)
+    assert find_culprit(model, x, lambda: model(x).sum()) == Culprit("forward", "0")
+    hook.remove()
+    with torch.no_grad():
+        model[2].mlp[0].weight.fill_(3e38)
+    assert find_culprit(model, x, lambda: model(x).sum()) == Culprit("forward", "2:2", "2.mlp.0")
+    assert (
+        str(find_culprit(model, x, lambda: model(x).sum())) == "first in the forward pass of 2:2, in its module 2.mlp.0"
+    )
+
+
+def test_a_network_that_cannot_be_watched_is_searched_by_module():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x + self.one(x)
+            if self.training:  # other additions than in evaluation mode
+                x = self.two(x) * math.inf
+            return x + self.two(x)
+
+    model = Reader().train()
+    x = torch.randn(3, 4)
+    culprit = find_culprit(model, x, lambda: model(x).sum())
+    assert culprit.kind == "forward"
+
+
+def test_timm_and_transformers():
+    try:
+        timm, transformers = import_timm(), import_transformers()
+    except ImportError:
+        pytest.skip("timm or transformers is not installed")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4)
+    x = torch.randn(2, 3, 32, 32)
+    hook = model.blocks[2].mlp.fc1.register_forward_hook(lambda _, given, out: out * math.nan)
+    assert find_culprit(model, x, lambda: model(x).sum()) == Culprit("forward", "blocks.2:2", "blocks.2.mlp.fc1")
+    hook.remove()
+    config = transformers.GPT2Config(
+        n_layer=3, n_embd=16, n_head=2, vocab_size=50, n_positions=32, activation_function="gelu"
+    )
+    model, ids = transformers.GPT2LMHeadModel(config), torch.randint(50, (2, 7))
+
+    def spoil(module, given, out):
+        if out.requires_grad:
+            out.register_hook(lambda gradient: gradient * math.inf)
+
+    model.transformer.h[1].mlp.c_fc.register_forward_hook(spoil)
+    culprit = find_culprit(model, {"input_ids": ids}, lambda: model(ids, labels=ids).loss)
+    assert (culprit.kind, culprit.name) == ("gradient", "transformer.h.1:2")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from skipway.errors import SkipwayError
-from skipway.probes import Probe, Signals
+from skipway.probes import Observer, Probe, Signals
 from skipway.probes.measures import DIAGNOSIS_MEASURES, MODULE_MEASURES
 from skipway.probes.objective import Loss, compute_loss, main_output
 from skipway.tracing import Example, Program, preserved_state, watch
@@ -89,32 +89,16 @@ class Subject:
 
         Of several levels of nesting (blocks, the layers in them) the one with most such modules, of equals the outer.
         """
-        shapes: dict[str, bool] = {}
-        handles = []
-
-        def watcher(name: str) -> Callable[..., None]:
-            def look(module: nn.Module, given: Any, out: Any) -> None:
-                first = given[0] if given else None
-                shapes[name] = isinstance(first, Tensor) and isinstance(out, Tensor) and first.shape == out.shape
-
-            return look
-
         holding = {
             ".".join(parts[:length])
             for parts in (path.split(".") for path in self.layers)
             for length in range(1, len(parts) + 1)
         }
-        for name, module in self.model.named_modules():
-            if name in holding:
-                handles.append(module.register_forward_hook(watcher(name)))
-        try:
-            with self.running(), torch.no_grad():
-                call_model(self.model, self.probed_part[0])
-        finally:
-            for handle in handles:
-                handle.remove()
+        names = [name for name, _ in self.model.named_modules() if name in holding]
+        with self.running(), torch.no_grad(), ShapeObserver(self.model, (), names) as observer:
+            call_model(observer.model, self.probed_part[0])
         rows: dict[str, list[str]] = {}
-        for name in (name for name, _ in self.model.named_modules() if shapes.get(name)):
+        for name in (name for name in names if observer.kept.get(name)):
             rows.setdefault(name.rpartition(".")[0], []).append(name)
         # the blocks of several stages have several parents on one level, and are taken together
         levels: dict[int, list[str]] = {}
@@ -187,6 +171,20 @@ class Subject:
 def count(inputs: Example) -> int:
     """Number of samples in an example: the first axis of its first tensor."""
     return next((leaf.shape[0] for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+class ShapeObserver(Observer):
+    """Notes of each module whether its output has the shape of its input."""
+
+    def start(self) -> None:
+        self.kept: dict[str, bool] = {}
+        self.shapes: dict[str, torch.Size | None] = {}
+
+    def module_input(self, name: str, value: Any) -> None:
+        self.shapes[name] = value.shape if isinstance(value, Tensor) else None
+
+    def module_output(self, name: str, value: Any) -> None:
+        self.kept[name] = isinstance(value, Tensor) and value.shape == self.shapes[name]
 
 
 @contextmanager

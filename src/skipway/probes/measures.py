@@ -78,7 +78,8 @@ def largest_magnitude(x: Tensor) -> Tensor:
     >>> largest_magnitude(torch.tensor([1.0, -3.0])).item()
     3.0
     """
-    return wide(x).abs().amax()
+    low, high = wide(x).aminmax()
+    return torch.maximum(-low, high)
 
 
 def is_finite(x: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ def rescaled(size: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = wide(x)
     if x.device.type == "cpu" and SMALL < float(value := size(x)) < LARGE:
         return value
-    largest = x.abs().amax().clamp_min(1e-30)
+    largest = largest_magnitude(x).clamp_min(1e-30)
     return size(x / largest) * largest
 
 

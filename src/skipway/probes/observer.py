@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from skipway.errors import SkipwayError
 from skipway.tracing import unwrap
 from skipway.tracing.chain import WatchedConnection
-from skipway.tracing.watch import is_addition
+from skipway.tracing.watch import ADDITIONS, is_addition
 
 __all__ = ["Observer"]
 
@@ -126,15 +126,14 @@ class Observer(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not self.running:
-            return func(*args, **kwargs)
-        if is_addition(func, args, kwargs):
+        name = getattr(func, "__name__", "") if self.running else ""
+        if name in ADDITIONS and is_addition(func, args, kwargs):
             connection = self.additions.get(self.calls)
             self.calls += 1
             if connection is not None:
                 return self.observe(connection, func, args, kwargs)
         result = func(*args, **kwargs)
-        if getattr(func, "__name__", "") in RECTIFIERS and isinstance(result, Tensor):
+        if name in RECTIFIERS and isinstance(result, Tensor):
             self.rectified(result)
         return result
 

@@ -193,12 +193,11 @@ class Probe(Observer):
         """Whether ∂L/∂x is wanted and is that of the tensor which is added, since the branch reads this very tensor."""
         return "gradients" in self.measures and connection.seen.numbers[0] == connection.seen.numbers[3]
 
-    @torch.no_grad()
     def take(self, moment: str, row: dict[str, Tensor], **tensors: Tensor) -> None:
         """Compute the measures of a moment."""
         for measure in self.measures.get(moment, ()):
             if all(point in tensors for point in measure.points):
-                row[measure.name] = measure(*(tensors[point].detach() for point in measure.points))
+                row[measure.name] = measure(*(tensors[point].detach() for point in measure.points)).detach()
 
     def follow(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> None:
         if tensor.requires_grad:

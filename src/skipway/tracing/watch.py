@@ -19,7 +19,7 @@ from skipway.tracing.example import Example, as_example, call_model
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
 
-__all__ = ["copy_to_meta", "is_addition", "preserved_state", "unwrap", "watch"]
+__all__ = ["ADDITIONS", "copy_to_meta", "is_addition", "preserved_state", "unwrap", "watch"]
 
 # one addition under its many names (P20)
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
