@@ -463,7 +463,7 @@ def test_logits_equal_hugging_faces(version, image, window):
 @needs_transformers
 @pytest.mark.parametrize("version", VERSIONS)
 def test_hugging_faces_names_in_files_load_too(version, tmp_path):
-    """P18: transformers 5 has other names in memory than in the files that it writes."""
+    """Transformers 5 has other names in memory than in the files that it writes."""
     theirs = of_huggingface(version, 64, 4)
     theirs.save_pretrained(tmp_path)
     in_memory, from_file = small(version), small(version)

@@ -106,7 +106,7 @@ def test_gradcheck_of_the_mlp():
 
 
 def test_the_path_of_attention_is_values_then_projection():
-    """P12: DeepNorm and Fixup work on values and projection, not on queries and keys."""
+    """DeepNorm and Fixup work on values and projection, not on queries and keys."""
     attention = Attention(8, 2, **BUILD)
     values, projection = attention.path()
     before = attention.qkv.weight.clone()
@@ -117,7 +117,7 @@ def test_the_path_of_attention_is_values_then_projection():
 
 
 def test_deepnorm_in_a_vit_is_xavier_times_beta():
-    """P12: Xavier-normal; β on value, projection and both MLP maps, 1 on queries and keys."""
+    """Xavier-normal; β on value, projection and both MLP maps, 1 on queries and keys."""
     model = sw.build("vit-small-16", depth=12, norm="post", scheme="deepnorm", image=32)
     beta = (8 * 12) ** -0.25
     attention, mlp = sw.chain(model)[0].branch, sw.chain(model)[1].branch
@@ -235,7 +235,7 @@ SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
     ],
 )
 def test_parity_with_hugging_face_in_memory_and_on_disk(tmp_path, config, kind, options, own):
-    """P18: names in memory and names in the file differ; both load."""
+    """Names in memory and names in the file differ; both load."""
     transformers = peer("transformers", lambda: import_module("transformers"))
     theirs = getattr(transformers, kind)(getattr(transformers, config)(**SHAPE, **options, num_labels=5))
     randomise_(theirs)

@@ -225,7 +225,7 @@ def test_layerscale_follows_the_depth_of_the_network(blocks, value):
 
 
 def test_deepnorm_constants():
-    """[C] α = (2N)^(1/4), β = (8N)^(-1/4) of an encoder alone with N layers."""
+    """α = (2N)^(1/4), β = (8N)^(-1/4) of an encoder alone with N layers."""
     scheme = sw.DeepNorm()
     for layers, alpha, beta in (
         (12, 2.2134, 0.3195),
@@ -238,7 +238,7 @@ def test_deepnorm_constants():
 
 
 def test_normfree_betas_of_resnet50():
-    """[C] P10: 1/β from the variance accumulated before the reset at each transition."""
+    """1/β from the variance accumulated before the reset at each transition."""
     network = sw.build("resnet50", scheme="normfree", width=8, stem_width=8)
     betas = [c.residual.pre.enter.factor for c in sw.chain(network)]
     expected = [
@@ -288,7 +288,7 @@ def test_stochastic_depth_keeps_the_expectation_and_is_off_in_eval():
 
 
 def test_zero_is_a_value():
-    """P3: an initial value of 0 does not switch the scheme off."""
+    """An initial value of 0 does not switch the scheme off."""
     network = sw.build("resnet20", scheme="layerscale(init=0)")
     assert all(isinstance(c.residual.scale, Gain) for c in sw.chain(network))
 

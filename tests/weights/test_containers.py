@@ -87,7 +87,7 @@ def test_our_own_compiled_network_loads():
 
 
 def test_a_stray_name_stays_a_stray_name():
-    """P24: a name that would fit without its beginning is no prefix where the file fits as it is."""
+    """A name that would fit without its beginning is no prefix where the file fits as it is."""
     state = network().state_dict()
     tensor = state.pop("stem.conv.weight")
     state["elsewhere.stem.conv.weight"] = tensor

@@ -51,7 +51,7 @@ def test_old_files_without_batch_counters_load():
 
 
 def test_what_does_not_fit_is_named_and_nothing_changes():
-    """P24: strict, and the model is as it was."""
+    """Strict, and the model is as it was."""
     model = sw.build("resnet20")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = export_names(sw.build("resnet20", classes=7), "torchvision")
@@ -342,7 +342,7 @@ def test_depth_with_batch_norm_and_all_choices_at_once():
 
 
 def test_a_choice_allows_nothing_else():
-    """P24: no choice makes a wrong file a silent success."""
+    """No choice makes a wrong file a silent success."""
     every = ("classes", "size", "depth")
     for state in ({}, {"a": torch.zeros(1)}, swin().state_dict()):
         with pytest.raises(sw.CheckpointError):

@@ -21,7 +21,7 @@ from skipway.tracing.program import Program, Value
 
 __all__ = ["ADDITIONS", "copy_to_meta", "is_addition", "preserved_state", "unwrap", "watch"]
 
-# one addition under its many names (P20)
+# one addition under its many names
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 # they take the shape of a tensor and not its values
 FACTORIES = frozenset(
