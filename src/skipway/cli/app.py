@@ -87,30 +87,37 @@ app.command(
     sort_key=5,
 )
 app.command(
+    "skipway.cli.bench:bench",
+    name="bench",
+    help="Time a network on this machine on every backend and in every precision.",
+    usage="skipway bench MODEL [OPTIONS]",
+    sort_key=6,
+)
+app.command(
     "skipway.cli.study:study",
     name="study",
     help="Test a published claim about residual learning with a grid of small runs.",
     usage="skipway study NAME|all [OPTIONS]",
-    sort_key=6,
+    sort_key=7,
 )
 app.command(
     "skipway.cli.report:report",
     name="report",
     help="Write the pages of all studies in a folder, and an index.",
     usage="skipway report FOLDER",
-    sort_key=7,
+    sort_key=8,
 )
 app.command(
     "skipway.cli.catalogue:models",
     name="models",
     help="List the models with their parameter counts.",
     usage="skipway models [--json]",
-    sort_key=8,
+    sort_key=9,
 )
 app.command(
     "skipway.cli.catalogue:schemes",
     name="schemes",
     help="List the residual schemes, or show the card of one.",
     usage="skipway schemes [NAME] [--json]",
-    sort_key=9,
+    sort_key=10,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,13 +15,22 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.inference.backends import BACKENDS, PRECISIONS, Backend, Run
 from skipway.inference.inputs import single_tensor
-from skipway.inference.timer import Candidate, error_line, median_seconds, time_interleaved
+from skipway.inference.timer import Candidate, Timing, error_line, median_seconds, time_interleaved
 from skipway.surgery.fusion import folding
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.verification import difference
 from skipway.tracing.example import Example
 
-__all__ = ["TOLERANCES", "BackendComparison", "BackendResult", "OptimizedModel", "optimize"]
+__all__ = [
+    "ORIGINAL",
+    "ROUNDS",
+    "TOLERANCES",
+    "BackendComparison",
+    "BackendResult",
+    "OptimizedModel",
+    "optimize",
+    "with_timings",
+]
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 """The largest difference over the largest output: rounding through a hundred layers in each type."""
@@ -30,6 +39,7 @@ ROUNDS = 5
 SECONDS = 30.0
 """Time after which no timing is started: a network that takes seconds is judged by fewer rounds."""
 ORIGINAL = "original"
+"""Name of the model itself among the backends."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,21 @@ def optimize(
     )
 
 
+def with_timings(
+    results: Mapping[tuple[str, str], BackendResult], timings: Iterable[Timing]
+) -> dict[tuple[str, str], BackendResult]:
+    """Return results by backend and precision with the median seconds of timings named "BACKEND PRECISION"."""
+    timed, made = dict(results), list(timings)
+    for timing in made:
+        if timing.error:
+            backend, precision = timing.name.split(" ")
+            timed[backend, precision] = replace(timed[backend, precision], note=f"failed: {timing.error}")
+    for name, seconds in median_seconds(made).items():
+        backend, precision = name.split(" ")
+        timed[backend, precision] = replace(timed[backend, precision], seconds=seconds)
+    return timed
+
+
 class BackendComparison:
     """Backends built for one model and one example, compared with the original and timed interleaved.
 
@@ -208,17 +233,10 @@ class BackendComparison:
     def time(self, rounds: int = ROUNDS, seconds: float = SECONDS) -> None:
         """Time those that agree, up to `rounds` times each within `seconds`; much slower ones are dropped early."""
         finish = partial(torch.cuda.synchronize, self.example.device) if self.example.is_cuda else lambda: None
-        keys = {" ".join(key): key for key in self.runs}
         candidates = [
-            Candidate(name, partial(self.runs[key], self.example), finish=finish) for name, key in keys.items()
+            Candidate(" ".join(key), partial(run, self.example), finish=finish) for key, run in self.runs.items()
         ]
-        timings = list(time_interleaved(candidates, rounds, limit=seconds))
-        for timing in timings:
-            if timing.error:
-                key = keys[timing.name]
-                self.results[key] = replace(self.results[key], note=f"failed: {timing.error}")
-        for name, middle in median_seconds(timings).items():
-            self.results[keys[name]] = replace(self.results[keys[name]], seconds=middle)
+        self.results = with_timings(self.results, time_interleaved(candidates, rounds, limit=seconds))
 
     def fastest(self) -> BackendResult:
         """Return the fastest backend that agrees, the original not counted.
