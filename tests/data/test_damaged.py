@@ -26,8 +26,7 @@ from PIL import Image
 from tests.data.test_load import tree_hash
 
 from skipway.data import load
-from skipway.data.sources.index import printable
-from skipway.errors import DataError
+from skipway.errors import DataError, printable
 
 VARIANTS = 3
 

@@ -9,8 +9,8 @@ import pytest
 
 from skipway.data.sources.folders import find_folders
 from skipway.data.sources.splits import looks_like_split, split_in, split_of
-from skipway.data.split import Fold, hold_out, list_splits, printable, split_index, take_fold
-from skipway.errors import DataError
+from skipway.data.split import Fold, hold_out, list_splits, split_index, take_fold
+from skipway.errors import DataError, printable
 
 
 def touch(root: Path, *files: str) -> Path:

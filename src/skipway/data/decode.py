@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from skipway.data.jpeg import jpeg_pixels
-from skipway.errors import DataError
+from skipway.errors import DataError, printable
 
 __all__ = [
     *("LEAST_SIDE", "MOST_BYTES", "Box", "Chooser", "Grey16", "Header", "UnreadableImage", "central_share", "check"),
@@ -61,7 +61,7 @@ class UnreadableImage(DataError):
     """A file that no training image can be made of; `reason` says why in a few words."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{readable(path)}: {reason}")
+        super().__init__(f"{printable(path)}: {reason}")
         self.path = path
         self.reason = reason
 
@@ -77,11 +77,6 @@ class Header(NamedTuple):
     grey: bool
     alpha: bool = False
     moving: bool = False
-
-
-def readable(path: Path) -> str:
-    """A path that a terminal can show."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
 
 
 def decode(

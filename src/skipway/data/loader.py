@@ -22,10 +22,10 @@ from skipway.data.options import SMALL_SIDE, DataChoices
 from skipway.data.parts import FilePart, Held, MemoryPart, Part, Progress, examine
 from skipway.data.pool import FEW_FILES, Pool, Remark, default_workers
 from skipway.data.sources.detect import find
-from skipway.data.sources.index import SourceIndex, name_list, printable, sorted_classes
+from skipway.data.sources.index import SourceIndex, name_list, sorted_classes
 from skipway.data.sources.readers import Files
 from skipway.data.split import FEWEST_TO_VALIDATE, Sample, Splits, split_index
-from skipway.errors import DataError
+from skipway.errors import DataError, printable
 
 __all__ = ["load", "statistics"]
 

@@ -24,8 +24,7 @@ from skipway.data.decode import (
     silence_pillow,
 )
 from skipway.data.parts import TEST_SHARE
-from skipway.data.split import printable
-from skipway.errors import CheckpointError, DataError
+from skipway.errors import CheckpointError, DataError, printable
 
 __all__ = ["Preprocessing"]
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from skipway.checkpoint.files import read_json
 from skipway.data.randomness import draw_key
 from skipway.data.sources.detect import find
-from skipway.data.sources.index import FilesByClass, SourceIndex, name_list, printable
+from skipway.data.sources.index import FilesByClass, SourceIndex, name_list
 from skipway.data.sources.readers import Files, Store
 from skipway.data.sources.splits import SPLITS
-from skipway.errors import CheckpointError, DataError
+from skipway.errors import CheckpointError, DataError, printable
 
 __all__ = [
     "Fold",
@@ -24,7 +24,6 @@ __all__ = [
     "hold_out",
     "list_splits",
     "name_list",
-    "printable",
     "read_split",
     "split_index",
     "take_fold",

@@ -19,8 +19,7 @@ from skipway.data.batches import Batch, normalised
 from skipway.data.decode import UnreadableImage
 from skipway.data.preprocessing import Preprocessing
 from skipway.data.sources.index import SUFFIXES
-from skipway.data.split import printable
-from skipway.errors import CheckpointError, DataError, SkipwayError
+from skipway.errors import CheckpointError, DataError, SkipwayError, printable
 from skipway.hardware.device import choose_device
 from skipway.models import build, find_config
 from skipway.weights.hub import PREFIX, download

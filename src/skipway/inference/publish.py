@@ -11,8 +11,7 @@ from torch import nn
 from skipway._version import __version__
 from skipway.checkpoint.files import decode_json, encode_json, read_safetensors, write_atomically, write_tensors
 from skipway.data.preprocessing import Preprocessing
-from skipway.data.split import printable
-from skipway.errors import CheckpointError, SkipwayError
+from skipway.errors import CheckpointError, SkipwayError, printable
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.inference.onnx import export_onnx, export_program

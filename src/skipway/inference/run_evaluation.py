@@ -12,8 +12,8 @@ from skipway.checkpoint.files import read_json
 from skipway.data import load
 from skipway.data.sources.detect import find
 from skipway.data.sources.index import name_list
-from skipway.data.split import printable, read_split
-from skipway.errors import CheckpointError, DataError
+from skipway.data.split import read_split
+from skipway.errors import CheckpointError, DataError, printable
 from skipway.inference.evaluation import Evaluation, evaluate
 from skipway.inference.predict import Predictor, weights_file
 from skipway.recipe import Recipe

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from skipway.data import Data
-from skipway.data.split import printable
+from skipway.errors import printable
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import percent
 from skipway.probes.signal_check import StageSignal

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from skipway.data.sources.folders import find_folders
 from skipway.data.sources.hub import HUB_PREFIX, find_rows, is_saved
-from skipway.data.sources.index import SourceIndex, printable
+from skipway.data.sources.index import SourceIndex
 from skipway.data.sources.lists import LIST_SUFFIXES, find_list
 from skipway.data.sources.shards import find_shards
 from skipway.data.sources.splits import split_of
-from skipway.errors import DataError, SkipwayError
+from skipway.errors import DataError, SkipwayError, printable
 
 __all__ = ["COLUMNS", "find"]
 

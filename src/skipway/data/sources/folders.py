@@ -19,11 +19,10 @@ from skipway.data.sources.index import (
     check_classes,
     check_known_classes,
     name_list,
-    printable,
 )
 from skipway.data.sources.readers import Files
 from skipway.data.sources.splits import SPLIT_NAMES, SPLITS, Split, looks_like_split, split_of
-from skipway.errors import DataError
+from skipway.errors import DataError, printable
 
 __all__ = ["find_folders", "hidden"]
 

@@ -13,12 +13,11 @@ from skipway.data.sources.index import (
     check_classes,
     check_known_classes,
     name_list,
-    printable,
     sorted_classes,
 )
 from skipway.data.sources.readers import Rows
 from skipway.data.sources.splits import SPLITS, Split, split_of
-from skipway.errors import DataError, MissingExtraError
+from skipway.errors import DataError, MissingExtraError, printable
 
 __all__ = ["HUB_PREFIX", "find_rows", "is_saved"]
 

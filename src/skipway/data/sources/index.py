@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from skipway.data.decode import readable
 from skipway.data.sources.readers import Store
 from skipway.data.sources.splits import SPLITS
-from skipway.errors import DataError
+from skipway.errors import DataError, printable
 
-__all__ = ["SUFFIXES", "FilesByClass", "SourceIndex", "name_list", "printable", "sorted_classes"]
+__all__ = ["SUFFIXES", "FilesByClass", "SourceIndex", "name_list", "sorted_classes"]
 
 SUFFIXES = frozenset(
     {
@@ -60,19 +59,6 @@ class SourceIndex:
         """The names of all images, split by split and class by class."""
         splits = [getattr(self, split) or {} for split in SPLITS]
         return [file for files in splits for name in self.classes for file in files.get(name, [])]
-
-
-def printable(name: str | Path) -> str:
-    r"""A name that a terminal can show: what is not text becomes an escape.
-
-    >>> printable("caf\u00e9\x1b[31m")
-    'café\\x1b[31m'
-    """
-    return (
-        readable(Path(name))
-        if isinstance(name, Path)
-        else "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
-    )
 
 
 def name_list(names: Iterable[str], limit: int = 5) -> str:

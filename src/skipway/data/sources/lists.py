@@ -9,17 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from skipway.data.sources.index import (
-    FilesByClass,
-    SourceIndex,
-    check_known_classes,
-    name_list,
-    printable,
-    sorted_classes,
-)
+from skipway.data.sources.index import FilesByClass, SourceIndex, check_known_classes, name_list, sorted_classes
 from skipway.data.sources.readers import Files
 from skipway.data.sources.splits import SPLITS, known_names, split_of
-from skipway.errors import DataError, MissingExtraError
+from skipway.errors import DataError, MissingExtraError, printable
 
 __all__ = ["LIST_SUFFIXES", "find_list"]
 

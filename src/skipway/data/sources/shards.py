@@ -24,12 +24,11 @@ from skipway.data.sources.index import (
     check_classes,
     check_known_classes,
     name_list,
-    printable,
     sorted_classes,
 )
 from skipway.data.sources.readers import Member, Shards, check_name
 from skipway.data.sources.splits import SPLITS, looks_like_split, split_in
-from skipway.errors import DataError
+from skipway.errors import DataError, printable
 
 __all__ = ["expand", "find_shards", "key_and_suffix", "shard_paths"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from skipway.data.split import printable
+from skipway.errors import printable
 from skipway.recipe import Recipe
 
 __all__ = ["command_of", "environment_section", "recipe_section"]

@@ -13,8 +13,7 @@ from torch import nn
 from skipway._version import __version__
 from skipway.checkpoint.files import read_json, write_atomically
 from skipway.data.sources.splits import SPLITS
-from skipway.data.split import printable
-from skipway.errors import CheckpointError
+from skipway.errors import CheckpointError, printable
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import class_scores, percent
 from skipway.inference.predict import from_pretrained

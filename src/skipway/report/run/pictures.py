@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from skipway.data import Data
-from skipway.data.split import printable
+from skipway.errors import printable
 from skipway.inference.metrics import percent
 from skipway.report.charts import cut
 from skipway.report.run.answers import Answers
