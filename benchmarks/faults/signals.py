@@ -68,16 +68,16 @@ def act_at(owner: Any, name: str, number: int, act: Act, wanted: Callable[..., b
 
 def in_reading(act: Act) -> None:
     """While the images are read for the first time, when half of them are."""
-    from skipway.data.inspection import Examining
+    from skipway.data.inspection import InspectTask
 
-    act_at(Examining, "__call__", CLASSES * EACH // 2, act)
+    act_at(InspectTask, "__call__", CLASSES * EACH // 2, act)
 
 
 def in_batch(act: Act) -> None:
     """While a batch of the second epoch is made."""
-    from skipway.data.batches import Variation
+    from skipway.data.batches import BatchTransform
 
-    act_at(Variation, "__call__", 8, act)
+    act_at(BatchTransform, "__call__", 8, act)
 
 
 def in_forward(act: Act) -> None:

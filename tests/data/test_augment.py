@@ -11,9 +11,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
 from skipway.data.augment import colours
-from skipway.data.augment.erase import ERASING_DRAWS, erased
-from skipway.data.augment.mix import MIXING_DRAWS, beta, mixed, partners
-from skipway.data.augment.policy import OPERATIONS, POLICY_DRAWS, moved, rotation, shear_x, shift_y, varied
+from skipway.data.augment.erase import ERASING_DRAWS, erase_rectangles
+from skipway.data.augment.mix import MIXING_DRAWS, beta, mix_images, partners
+from skipway.data.augment.policy import OPERATIONS, POLICY_DRAWS, apply_policy, rotation, shear_x, shift_y, warp
 
 
 def pictures(channels: int = 3, side: int = 24) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_equalize_of_one_value_stays():
 )
 def test_geometry_is_pillows_affine_transform(make, amount, matrix):
     images, side, centre = pictures(), 24, 12
-    out = moved(images, make(torch.full((len(images),), amount)), torch.zeros(3))
+    out = warp(images, make(torch.full((len(images),), amount)), torch.zeros(3))
     a, b, c, d = matrix
     # Pillow maps the output's places to the input's, in pixels from the corner
     data = (a, b, centre - a * centre - b * centre, c, d, centre - c * centre - d * centre)
@@ -82,7 +82,7 @@ def test_geometry_is_pillows_affine_transform(make, amount, matrix):
 
 def test_what_comes_in_from_outside_has_the_fill_colour():
     images = pictures()
-    out = moved(images, shift_y(torch.full((5,), 0.25)), torch.tensor([9.0, 8.0, 7.0]))
+    out = warp(images, shift_y(torch.full((5,), 0.25)), torch.tensor([9.0, 8.0, 7.0]))
     assert torch.equal(out[:, :18], images[:, 6:])
     assert (out[:, 18:] == torch.tensor([9, 8, 7])).all()
 
@@ -90,9 +90,9 @@ def test_what_comes_in_from_outside_has_the_fill_colour():
 @pytest.mark.parametrize("policy", ["trivial", "rand"])
 def test_an_image_is_varied_alike_in_every_batch(policy):
     images, draws = pictures().repeat(8, 1, 1, 1), torch.rand(40, POLICY_DRAWS)
-    whole = varied(images, draws, torch.full((3,), 100.0), policy)
+    whole = apply_policy(images, draws, torch.full((3,), 100.0), policy)
     assert whole.dtype == torch.uint8
-    halves = [varied(images[s], draws[s], torch.full((3,), 100.0), policy) for s in (slice(0, 13), slice(13, 40))]
+    halves = [apply_policy(images[s], draws[s], torch.full((3,), 100.0), policy) for s in (slice(0, 13), slice(13, 40))]
     assert torch.equal(whole, torch.cat(halves))
     assert not torch.equal(whole, images)
 
@@ -101,7 +101,7 @@ def test_operations_are_chosen_uniformly_and_identity_leaves_the_image():
     images = pictures()[:1].repeat(14, 1, 1, 1)
     draws = torch.full((14, POLICY_DRAWS), 0.99)
     draws[:, 0] = (torch.arange(14) + 0.5) / 14
-    out = varied(images, draws, torch.zeros(3), "trivial")
+    out = apply_policy(images, draws, torch.zeros(3), "trivial")
     same = [bool(torch.equal(a, b)) for a, b in zip(images, out, strict=True)]
     assert same == [name == "identity" for name in OPERATIONS]
 
@@ -121,7 +121,7 @@ def test_weights_follow_the_beta_distribution(alpha):
 def test_mixup_blends_neighbours_and_their_targets():
     inputs, labels = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 1])
     draws = torch.rand(6, MIXING_DRAWS)
-    images, targets = mixed(inputs, labels, draws, classes=3, mixup=0.4, cutmix=0.0)
+    images, targets = mix_images(inputs, labels, draws, classes=3, mixup=0.4, cutmix=0.0)
     weight = beta(draws[:, -4:], 0.4)
     other = [1, 0, 3, 2, 5, 4]
     for n in range(6):
@@ -136,7 +136,7 @@ def test_mixup_blends_neighbours_and_their_targets():
 def test_cutmix_weighs_by_the_area_that_is_left():
     inputs = torch.arange(32.0)[:, None, None, None].expand(32, 1, 12, 12)
     labels = torch.arange(32)
-    images, targets = mixed(inputs, labels, torch.rand(32, MIXING_DRAWS), classes=32, mixup=0.0, cutmix=1.0)
+    images, targets = mix_images(inputs, labels, torch.rand(32, MIXING_DRAWS), classes=32, mixup=0.0, cutmix=1.0)
     own = (images == inputs).float().mean((1, 2, 3))
     assert torch.allclose(targets[torch.arange(32), labels], own)
     assert torch.allclose(targets.sum(1), torch.ones(32))
@@ -146,14 +146,16 @@ def test_cutmix_weighs_by_the_area_that_is_left():
 
 def test_both_mixings_share_the_images_evenly():
     inputs = torch.arange(2000.0)[:, None, None, None].expand(2000, 1, 6, 6)
-    images, _ = mixed(inputs, torch.zeros(2000).long(), torch.rand(2000, MIXING_DRAWS), classes=2, mixup=1, cutmix=1)
+    images, _ = mix_images(
+        inputs, torch.zeros(2000).long(), torch.rand(2000, MIXING_DRAWS), classes=2, mixup=1, cutmix=1
+    )
     blended = (images % 1 != 0).flatten(1).all(1).float().mean()
     assert 0.45 < float(blended) < 0.55
 
 
 def test_erasing_has_the_probability_and_the_areas_of_the_paper():
     images = torch.ones(4000, 20, 20, 1, dtype=torch.uint8)
-    out = erased(images, torch.rand(4000, ERASING_DRAWS), torch.zeros(1), 0.3)
+    out = erase_rectangles(images, torch.rand(4000, ERASING_DRAWS), torch.zeros(1), 0.3)
     gone = (out == 0).float().mean((1, 2, 3))
     hit = gone > 0
     assert abs(float(hit.float().mean()) - 0.3) < 0.03

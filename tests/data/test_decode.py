@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from skipway.data.decode import UnreadableImage, check, decode, probe
+from skipway.data.decode import UnreadableImage, decode, find_fault, read_header
 
 SIDE = 8
 
@@ -54,7 +54,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
     values = np.linspace(0, 65_535, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
     pixels = read(save(tmp_path / f"deep.{suffix}", values), channels=1)[..., 0]
     assert np.array_equal(pixels, np.round(values / 257))
-    assert probe(tmp_path / f"deep.{suffix}")[:3] == (SIDE, SIDE, True)
+    assert read_header(tmp_path / f"deep.{suffix}")[:3] == (SIDE, SIDE, True)
 
 
 def test_alpha_is_laid_on_white(tmp_path):
@@ -182,11 +182,11 @@ def test_what_cannot_be_read_is_refused_with_a_reason(tmp_path):
             decode(path, channels=3, size=SIDE)
         assert reason in caught.value.reason, name
         assert name in str(caught.value)
-        assert check(path) == caught.value.reason, name
+        assert find_fault(path) == caught.value.reason, name
 
 
 def test_check_passes_what_decode_reads(tmp_path):
-    assert check(save(tmp_path / "c.jpg", np.zeros((64, 48, 3), np.uint8))) == ""
+    assert find_fault(save(tmp_path / "c.jpg", np.zeros((64, 48, 3), np.uint8))) == ""
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,9 +16,9 @@ from PIL import Image
 
 from skipway.data import UnreadableImage, load
 from skipway.data.augment import DRAWS, crop_and_flip, random_box
-from skipway.data.inspection import Decoding, Reading
+from skipway.data.image_dataset import FileDataset, MemoryDataset
+from skipway.data.inspection import DecodeSpec, DecodeTask
 from skipway.data.loader import statistics
-from skipway.data.parts import FilePart, MemoryPart
 from skipway.data.randomness import draw_key, permutation, uniforms
 from skipway.errors import DataError, MissingExtraError
 
@@ -50,8 +50,8 @@ def test_the_input_is_chosen_from_the_images(tmp_path):
     assert grey.channels == 1
     large = load(pictures(tmp_path / "large", shape=(70, 90, 3)))
     assert (large.size, large.augmentation.crop) == (224, "resized")
-    assert isinstance(small.train, MemoryPart)
-    assert isinstance(large.train, FilePart)
+    assert isinstance(small.train, MemoryDataset)
+    assert isinstance(large.train, FileDataset)
 
 
 def test_the_choices_can_be_made(tmp_path):
@@ -149,7 +149,7 @@ def test_files_give_what_memory_gives_with_any_number_of_workers(tmp_path, crop,
     memory = load(tmp_path, size=20, crop="none", flip=True)
     monkeypatch.setattr("skipway.data.loader.MEMORY_BYTES", 0)
     alone, helped = (load(tmp_path, size=20, crop=crop, flip=True, workers=workers) for workers in (0, 2))
-    assert isinstance(alone.train, FilePart)
+    assert isinstance(alone.train, FileDataset)
     batches = [
         [x for x, *_ in data.train_batches(seed=0, epoch=0, batch_size=5, device=CPU)] for data in (alone, helped)
     ]
@@ -164,7 +164,9 @@ def test_files_give_what_memory_gives_with_any_number_of_workers(tmp_path, crop,
 def test_workers_that_are_started_afresh_can_be_told_what_to_decode(tmp_path):
     """Python 3.14 and macOS send the data set to a worker as bytes."""
     data = load(pictures(tmp_path), size=224)
-    work = Decoding(data.train.store, data.train.names, Reading(3, 8), torch.rand(len(data.train), DRAWS).numpy(), 0.9)
+    work = DecodeTask(
+        data.train.store, data.train.names, DecodeSpec(3, 8), torch.rand(len(data.train), DRAWS).numpy(), 0.9
+    )
     row = np.zeros((8, 8, 3), np.uint8)
     assert pickle.loads(pickle.dumps(work))(1, row) == ""
     assert row.any()

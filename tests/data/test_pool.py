@@ -15,9 +15,9 @@ import torch
 from tests.data.test_load import damage, pictures, tree_hash
 
 from skipway.data import Data, load
-from skipway.data.cache.store import PixelFile, cache_folder, load_findings
-from skipway.data.parts import FilePart, MemoryPart
-from skipway.data.pool import Pool
+from skipway.data.cache.store import PixelFile, cache_folder, load_image_infos
+from skipway.data.image_dataset import FileDataset, MemoryDataset
+from skipway.data.pool import WorkerPool
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ class Counting:
 BATCHES = [list(range(start, start + 13)) for start in range(0, 91, 13)]
 
 
-def results(pool: Pool, work: Counting) -> list[tuple[list[int], list[int]]]:
+def results(pool: WorkerPool, work: Counting) -> list[tuple[list[int], list[int]]]:
     return [(images[:, 0, 0, 0].tolist(), given) for images, given in pool.batches(work, BATCHES)]
 
 
@@ -71,7 +71,7 @@ EXPECTED = [(batch, [2 * index for index in batch]) for batch in BATCHES]
 @pytest.mark.parametrize("helpers", ["threads", "processes"])
 @pytest.mark.parametrize("workers", [0, 1, 2, 5])
 def test_any_number_of_workers_gives_the_same(helpers, workers):
-    assert results(Pool(workers, helpers), Counting()) == EXPECTED
+    assert results(WorkerPool(workers, helpers), Counting()) == EXPECTED
 
 
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSEGV", "SIGABRT", "exit", "hang"])
@@ -80,7 +80,7 @@ def test_workers_that_die_cost_nothing(tmp_path, fault, times):
     notes = tmp_path / "notes"
     notes.mkdir()
     said: list[str] = []
-    pool = Pool(2, "processes", said.append, stall=1.0)
+    pool = WorkerPool(2, "processes", said.append, stall=1.0)
     assert results(pool, Counting(fault, times=times, notes=notes)) == EXPECTED
     assert len(said) == (1 if times == 1 else 3)
     what = "gave nothing for 1 s" if fault == "hang" else "died"
@@ -92,7 +92,7 @@ def test_workers_that_die_cost_nothing(tmp_path, fault, times):
 def test_workers_end_when_batches_are_no_longer_wanted(helpers):
     import threading
 
-    batches: Iterator = Pool(2, helpers).batches(Counting(), BATCHES)
+    batches: Iterator = WorkerPool(2, helpers).batches(Counting(), BATCHES)
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("skipway-decode")]
@@ -133,7 +133,7 @@ def test_what_is_kept_gives_the_same_data(tmp_path, own_cache, crop):
         assert data.unreadable == fresh.unreadable
         assert data.train.names == fresh.train.names
         assert data.mean == fresh.mean
-        assert type(data.train) is (FilePart if crop == "resized" else MemoryPart)
+        assert type(data.train) is (FileDataset if crop == "resized" else MemoryDataset)
     assert torch.equal(epoch(first), epoch(second))
     # parts are cut out of images that were made smaller before
     tolerance = 0.0 if crop == "none" else 1.0
@@ -218,7 +218,7 @@ def test_pixels_of_another_source_are_not_taken(tmp_path):
         assert other.open(2, 1) is None
     assert file.open(3, 1) is None
     assert file.open(2, 3) is None
-    assert load_findings(tmp_path, load(pictures(tmp_path / "p")).splits.images, ["class0/0.png"]) == {}
+    assert load_image_infos(tmp_path, load(pictures(tmp_path / "p")).splits.images, ["class0/0.png"]) == {}
 
 
 def test_duplicates_stay_on_one_side(tmp_path):

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from skipway.data import UnreadableImage, load
-from skipway.data.sources.readers import Rows
-from skipway.data.sources.shards import expand, key_and_suffix
+from skipway.data.sources.readers import TableStore
+from skipway.data.sources.shards import expand_braces, key_and_suffix
 from skipway.data.sources.splits import split_of
 from skipway.errors import DataError, MissingExtraError
 
@@ -170,9 +170,9 @@ def test_names_are_keyed_as_webdataset_does():
 def test_patterns_mean_what_braceexpand_says():
     braceexpand = pytest.importorskip("braceexpand").braceexpand
     for pattern in ("a-{000..012}.tar", "{1..11}.tar", "{train,val}/{0..1}.tar", "plain.tar", "{3..1}"):
-        assert expand(pattern) == list(braceexpand(pattern))
+        assert expand_braces(pattern) == list(braceexpand(pattern))
     with pytest.raises(DataError, match="more than 100,000 shards"):
-        expand("{0..999}{0..999}.tar")
+        expand_braces("{0..999}{0..999}.tar")
 
 
 def test_splits_have_known_names():
@@ -322,7 +322,7 @@ def test_a_data_set_that_points_elsewhere_is_not_followed(tmp_path):
         path.write_bytes(picture(0))
     cells = [{"bytes": None, "path": str(path)} for path in (tmp_path / "secret.png", tmp_path / "set/own.png")]
     cells += [{"bytes": picture(1), "path": None}, {"bytes": None, "path": None}, 5]
-    store = Rows(tmp_path / "set", "image", {"train": [{"image": cell} for cell in cells]})
+    store = TableStore(tmp_path / "set", "image", {"train": [{"image": cell} for cell in cells]})
     assert (store.read("train/1"), store.read("train/2")) == (picture(0), picture(1))
     for row, reason in [(0, "leads out of the data set"), (3, "an empty cell"), (4, "holds int"), (9, "out of range")]:
         with pytest.raises(UnreadableImage, match=reason):

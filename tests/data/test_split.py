@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skipway.data.sources.folders import find_folders
+from skipway.data.sources.folders import index_folders
 from skipway.data.sources.splits import looks_like_split, split_in, split_of
 from skipway.data.split import Fold, hold_out, list_splits, split_index, take_fold
 from skipway.errors import DataError, printable
@@ -177,7 +177,7 @@ def test_trains_are_a_class(tmp_path):
 @pytest.mark.parametrize("train", ["train/", ""])
 def test_an_unlabelled_test_folder_is_named_and_left_alone(tmp_path, files, train):
     touch(tmp_path, *many(f"{train}cat", 5), *many(f"{train}dog", 5), *files)
-    index = find_folders(tmp_path)
+    index = index_folders(tmp_path)
     (remark,) = index.remarks
     assert remark == (
         "'test' holds 5 images that are not in class folders: it is left alone, and test images are split off the "
@@ -226,9 +226,9 @@ def test_copies_are_on_one_side_of_every_split():
     copies = [files["cat"][start : start + 3] for start in range(0, 30, 3)] + [["c39", "d00", "d01"]]
     groups = {file: tuple(group) for group in copies for file in group}
     from skipway.data.sources.index import SourceIndex
-    from skipway.data.sources.readers import Files
+    from skipway.data.sources.readers import FileStore
 
-    index = SourceIndex(store=Files(Path("x")), name="x", classes=("cat", "dog"), train=files)
+    index = SourceIndex(store=FileStore(Path("x")), name="x", classes=("cat", "dog"), train=files)
     for seed in range(5):
         for fold in (None, Fold(2, 4)):
             splits = split_index(index, holdout=0.25, validation=0.2, seed=seed, fold=fold, groups=groups)
@@ -237,7 +237,7 @@ def test_copies_are_on_one_side_of_every_split():
             assert all(len({side[file] for file in group}) == 1 for group in copies)
             assert {s.label for s in splits.validation} == {0, 1}
     # nor does a copy of an image of the source's own test split become a validation image
-    index = SourceIndex(store=Files(Path("x")), name="x", classes=("cat", "dog"), train=files, test={"cat": ["t"]})
+    index = SourceIndex(store=FileStore(Path("x")), name="x", classes=("cat", "dog"), train=files, test={"cat": ["t"]})
     for seed in range(5):
         twins = dict.fromkeys((*files["cat"][:20], "t"), (*files["cat"][:20], "t"))
         splits = split_index(index, holdout=0.2, validation=0.4, seed=seed, groups=twins)

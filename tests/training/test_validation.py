@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from skipway.checkpoint.files import read_tensors
-from skipway.data.parts import MemoryPart
+from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import SkipwayError
 from skipway.inference.publish import write_hub_folder
 from skipway.inference.run_evaluation import evaluate_run
@@ -90,13 +90,13 @@ def test_patience_counts_by_validation(tmp_path):
 def test_the_test_split_is_read_once(tmp_path, monkeypatch):
     """Report included, in a run that was stopped and continued on the way."""
     reads: dict[int, int] = {}
-    fetch = MemoryPart.fetch
+    fetch = MemoryDataset.fetch
 
     def counted(part, batches, device, draws):
         reads[len(part)] = reads.get(len(part), 0) + 1
         return fetch(part, batches, device, draws)
 
-    monkeypatch.setattr(MemoryPart, "fetch", counted)
+    monkeypatch.setattr(MemoryDataset, "fetch", counted)
     recipe = dataclasses.replace(TINY, epochs=3, batch_size=256)
     steps = iter(range(100))
     train(recipe, tmp_path / "run", stop=lambda: next(steps) == 7)

@@ -320,8 +320,8 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
     import torch
 
     from skipway.data import list_splits
+    from skipway.data.image_dataset import decode_files
     from skipway.data.loader import statistics
-    from skipway.data.parts import read_all
     from skipway.data.randomness import permutation
     from skipway.errors import DataError
 
@@ -329,7 +329,7 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
     splits = list_splits(folder, validation=0.0)
     order = permutation(len(splits.train), seed, 0)[:count].tolist()
     chosen = [splits.train[number] for number in order]
-    part, bad = read_all(folder, chosen, channels=shape[0], size=size, workers=0)
+    part, bad = decode_files(folder, chosen, channels=shape[0], size=size, workers=0)
     if not len(part):
         raise DataError(
             f"--batch {folder}: none of the {len(bad)} drawn images can be read; the first: {bad[0][0]}: {bad[0][1]}"

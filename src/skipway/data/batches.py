@@ -8,14 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from skipway.data.augment import DRAWS, Augmentation, crop_and_flip, erased, mixed, varied
+from skipway.data.augment import DRAWS, Augmentation, apply_policy, crop_and_flip, erase_rectangles, mix_images
 from skipway.data.augment.erase import ERASING_DRAWS
 from skipway.data.augment.mix import MIXING_DRAWS
 from skipway.data.augment.policy import POLICY_DRAWS
 from skipway.data.randomness import uniforms
 from skipway.errors import DataError
 
-__all__ = ["Batch", "Draws", "Variation", "check_ranks", "evaluation_share", "normalised", "rank_share", "resized"]
+__all__ = [
+    "AugmentationDraws",
+    "Batch",
+    "BatchTransform",
+    "check_ranks",
+    "normalise",
+    "rank_batches",
+    "rank_evaluation_batches",
+    "resize_batch",
+]
 
 
 class Batch(NamedTuple):
@@ -34,7 +43,7 @@ class Batch(NamedTuple):
     numbers: Tensor
 
 
-class Draws(NamedTuple):
+class AugmentationDraws(NamedTuple):
     """The random numbers of all images in one epoch, one row per image, for each variation that is on."""
 
     crop: Tensor
@@ -43,7 +52,7 @@ class Draws(NamedTuple):
     mixing: Tensor | None
 
     @classmethod
-    def of(cls, augmentation: Augmentation, count: int, seed: int, epoch: int) -> Draws:
+    def of(cls, augmentation: Augmentation, count: int, seed: int, epoch: int) -> AugmentationDraws:
         """Those of epoch `epoch`."""
 
         def drawn(needed: bool, columns: int, purpose: str) -> Tensor | None:
@@ -80,12 +89,12 @@ def check_ranks(batch_size: int, rank: int, world: int, mixes: bool) -> None:
         raise DataError(f"batch_size={batch_size}: {world} ranks cannot share it evenly{pairs}; {take}")
 
 
-def rank_share(order: Tensor, batch_size: int, start: int, rank: int, world: int) -> list[Tensor]:
+def rank_batches(order: Tensor, batch_size: int, start: int, rank: int, world: int) -> list[Tensor]:
     """The numbers of each batch from `start` on that rank `rank` of `world` works on: a contiguous slice of each.
 
     Incomplete last batches are dropped.
 
-    >>> [numbers.tolist() for numbers in rank_share(torch.arange(9), 4, 0, rank=1, world=2)]
+    >>> [numbers.tolist() for numbers in rank_batches(torch.arange(9), 4, 0, rank=1, world=2)]
     [[2, 3], [6, 7]]
     """
     steps = len(order) // batch_size
@@ -94,17 +103,17 @@ def rank_share(order: Tensor, batch_size: int, start: int, rank: int, world: int
     return list(whole[start:, rank].unbind(0))
 
 
-def evaluation_share(count: int, batch_size: int, rank: int, world: int) -> list[Tensor]:
+def rank_evaluation_batches(count: int, batch_size: int, rank: int, world: int) -> list[Tensor]:
     """The numbers of each evaluation batch of a rank: a contiguous share, so that every image is on exactly one rank.
 
-    >>> [numbers.tolist() for numbers in evaluation_share(5, 4, rank=0, world=2)]
+    >>> [numbers.tolist() for numbers in rank_evaluation_batches(5, 4, rank=0, world=2)]
     [[0, 1], [2]]
     """
     own = torch.arange(count).tensor_split(world)[rank]
     return list(own.split(max(1, batch_size // world))) if len(own) else []
 
 
-class Variation:
+class BatchTransform:
     """Applies an epoch's augmentation to fetched images.
 
     Args:
@@ -120,7 +129,7 @@ class Variation:
     def __init__(
         self,
         augmentation: Augmentation,
-        draws: Draws,
+        draws: AugmentationDraws,
         mean: Sequence[float],
         std: Sequence[float],
         labels: Tensor,
@@ -141,31 +150,31 @@ class Variation:
         fill = torch.tensor(self.mean, device=device).mul(255).round()
         images = crop_and_flip(images, draws.crop[numbers], fill, pad=vary.pad, flip=vary.flip)
         if self.size is not None:
-            images = resized(images, self.size)
+            images = resize_batch(images, self.size)
         if draws.policy is not None:
-            images = varied(images, draws.policy[numbers], fill, vary.policy)
+            images = apply_policy(images, draws.policy[numbers], fill, vary.policy)
         if draws.erasing is not None:
-            images = erased(images, draws.erasing[numbers], fill, vary.erasing)
-        inputs, labels = normalised(images, self.mean, self.std), self.labels[numbers].to(device)
+            images = erase_rectangles(images, draws.erasing[numbers], fill, vary.erasing)
+        inputs, labels = normalise(images, self.mean, self.std), self.labels[numbers].to(device)
         if draws.mixing is None:
             return Batch(inputs, labels, labels, numbers)
-        inputs, targets = mixed(
+        inputs, targets = mix_images(
             inputs, labels, draws.mixing[numbers], classes=self.classes, mixup=vary.mixup, cutmix=vary.cutmix
         )
         return Batch(inputs.contiguous(memory_format=torch.channels_last), targets, labels, numbers)
 
 
-def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x / 255 - mean) / std; uint8 (N, H, W, C) -> float32 (N, C, H, W) in channels-last memory."""
     middle = torch.tensor(mean, device=images.device).mul(255)
     scale = torch.tensor(std, device=images.device).mul(255).reciprocal()
     return images.float().sub_(middle).mul_(scale).permute(0, 3, 1, 2)
 
 
-def resized(images: Tensor, size: int) -> Tensor:
+def resize_batch(images: Tensor, size: int) -> Tensor:
     """uint8 images (N, H, W, C) at size x size: bilinear, antialiased where they shrink.
 
-    >>> resized(torch.full((1, 8, 8, 3), 9, dtype=torch.uint8), 4).shape
+    >>> resize_batch(torch.full((1, 8, 8, 3), 9, dtype=torch.uint8), 4).shape
     torch.Size([1, 4, 4, 3])
     """
     if images.shape[1:3] == (size, size):

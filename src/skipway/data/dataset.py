@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from skipway.data.augment import Augmentation
-from skipway.data.batches import Batch, Draws, Variation, check_ranks, evaluation_share, normalised, rank_share
-from skipway.data.parts import Part
+from skipway.data.batches import (
+    AugmentationDraws,
+    Batch,
+    BatchTransform,
+    check_ranks,
+    normalise,
+    rank_batches,
+    rank_evaluation_batches,
+)
+from skipway.data.image_dataset import ImageDataset
 from skipway.data.randomness import permutation
 from skipway.data.sources.splits import SPLITS
 from skipway.data.split import Splits
@@ -45,9 +53,9 @@ class Data:
     classes: tuple[str, ...]
     channels: int
     size: int
-    train: Part
-    validation: Part
-    test: Part
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation
@@ -100,11 +108,11 @@ class Data:
         """
         check_ranks(batch_size, rank, world, self.augmentation.mixes)
         order = permutation(len(self.train), seed, epoch)
-        batches = rank_share(order, batch_size, start, rank, world)
+        batches = rank_batches(order, batch_size, start, rank, world)
         if not batches:
             return
-        draws = Draws.of(self.augmentation, len(self.train), seed, epoch)
-        vary = Variation(self.augmentation, draws, self.mean, self.std, self.train.labels, len(self.classes), size)
+        draws = AugmentationDraws.of(self.augmentation, len(self.train), seed, epoch)
+        vary = BatchTransform(self.augmentation, draws, self.mean, self.std, self.train.labels, len(self.classes), size)
         cut = draws.crop if self.augmentation.crop == "resized" else None
         for images, numbers in zip(self.train.fetch(batches, device, cut), batches, strict=True):
             yield vary(images, numbers)
@@ -120,8 +128,8 @@ class Data:
     ) -> Iterator[Batch]:
         """All images of the validation or test split once, in order and unvaried; each on exactly one of the ranks."""
         check_ranks(max(batch_size, world) // world * world, rank, world, False)
-        images: Part = getattr(self, split)
-        batches = evaluation_share(len(images), batch_size, rank, world)
+        images: ImageDataset = getattr(self, split)
+        batches = rank_evaluation_batches(len(images), batch_size, rank, world)
         if not batches:
             return
         for pixels, numbers in zip(images.fetch(batches, device, None), batches, strict=True):
@@ -140,4 +148,4 @@ class Data:
 
     def normalised(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / std; uint8 (N, H, W, C) -> float32 (N, C, H, W) in channels-last memory."""
-        return normalised(images, self.mean, self.std)
+        return normalise(images, self.mean, self.std)

@@ -29,20 +29,30 @@ from skipway.data.jpeg import jpeg_pixels
 from skipway.errors import DataError, printable
 
 __all__ = [
-    *("LEAST_SIDE", "MOST_BYTES", "Box", "Chooser", "Grey16", "Header", "UnreadableImage", "central_share", "check"),
-    *("crop_and_scale", "decode", "flat_image", "probe", "reasons", "silence_pillow"),
+    *(
+        "MIN_SIDE",
+        "MAX_BYTES",
+        "Box",
+        "ChooseBox",
+        "Grey16",
+        "Header",
+        "UnreadableImage",
+        "central_share",
+        "find_fault",
+    ),
+    *("crop_and_scale", "decode", "upright_image", "read_header", "reading", "silence_pillow"),
 ]
 
-MOST_PIXELS = 64_000_000
-MOST_BYTES = 256 * 1024**2
-LEAST_SIDE = 8
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 256 * 1024**2
+MIN_SIDE = 8
 # Pillow's readers of pixels; others run programs (EPS runs Ghostscript) or read what nobody trains on
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # what may hold an orientation; looking into it costs more than decoding a small image, so it is asked for first
 ORIENTATION_KEYS = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
 ORIENTATION_TAG = 274
 # EXIF 2.3, table 6: how the stored rows and columns are to be shown
-SHOWN = {
+ORIENTATION_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -53,7 +63,7 @@ SHOWN = {
 }
 
 Box = tuple[float, float, float, float]
-Chooser = Callable[[int, int], Box]
+ChooseBox = Callable[[int, int], Box]
 Grey16 = Literal["range", "minmax"]
 
 
@@ -84,7 +94,7 @@ def decode(
     *,
     channels: int,
     size: int,
-    box: Chooser | None = None,
+    box: ChooseBox | None = None,
     grey16: Grey16 = "range",
     name: Path | None = None,
     quick: bool = False,
@@ -104,17 +114,17 @@ def decode(
     Raises:
         UnreadableImage: the file is missing, damaged, not an image, or outside the limits above.
     """
-    with reasons(source, name) as (content, path):
-        image = flat_image(content, path, channels=channels, least=2 * size, grey16=grey16)
+    with reading(source, name) as (content, path):
+        image = upright_image(content, path, channels=channels, least=2 * size, grey16=grey16)
         return crop_and_scale(image, size, box, quick=quick).reshape(size, size, channels)
 
 
-def flat_image(content: bytes, path: Path, *, channels: int, least: int, grey16: Grey16 = "range") -> Image.Image:
+def upright_image(content: bytes, path: Path, *, channels: int, least: int, grey16: Grey16 = "range") -> Image.Image:
     """The upright image, grey or RGB, with both sides at least `least` where the file's own are.
 
     A JPEG decodes at 1/2, 1/4 or 1/8 of its size in a fraction of the time.
     """
-    with opened(content, path) as image:
+    with open_image(content, path) as image:
         pixels = jpeg_pixels(content, image, channels, least)
         if pixels is None:
             image.draft("RGB" if channels == 3 else "L", (least, least))
@@ -122,24 +132,24 @@ def flat_image(content: bytes, path: Path, *, channels: int, least: int, grey16:
             pixels = image
         # behind loading: Pillow itself turns a TIFF then, and a PNG may hold its orientation behind its pixels
         orientation = orientation_of(image)
-        flat = flattened(pixels, channels, grey16)
-        return flat.transpose(SHOWN[orientation]) if orientation in SHOWN else flat
+        flat = to_eight_bit(pixels, channels, grey16)
+        return flat.transpose(ORIENTATION_TRANSPOSE[orientation]) if orientation in ORIENTATION_TRANSPOSE else flat
 
 
-def probe(source: Path | bytes, name: Path | None = None) -> Header:
+def read_header(source: Path | bytes, name: Path | None = None) -> Header:
     """What the header alone tells.
 
     Raises:
         UnreadableImage: as `decode`, for what the header can tell.
     """
-    with reasons(source, name) as (content, path), opened(content, path) as image:
+    with reading(source, name) as (content, path), open_image(content, path) as image:
         return header_of(image)
 
 
-def check(source: Path | bytes, name: Path | None = None) -> str:
+def find_fault(source: Path | bytes, name: Path | None = None) -> str:
     """Read a file to its end at the lowest resolution; the reason why it cannot be used, or an empty string."""
     try:
-        decode(source, channels=1, size=LEAST_SIDE, name=name)
+        decode(source, channels=1, size=MIN_SIDE, name=name)
     except UnreadableImage as error:
         return error.reason
     return ""
@@ -162,7 +172,7 @@ def silence_pillow() -> None:
 
 
 @contextmanager
-def reasons(source: Path | bytes, name: Path | None) -> Iterator[tuple[bytes, Path]]:
+def reading(source: Path | bytes, name: Path | None) -> Iterator[tuple[bytes, Path]]:
     """The bytes and their name; within it whatever goes wrong becomes an `UnreadableImage`."""
     path = source if isinstance(source, Path) else name or Path("image")
     silence_pillow()
@@ -170,13 +180,13 @@ def reasons(source: Path | bytes, name: Path | None) -> Iterator[tuple[bytes, Pa
     try:
         if content is None:
             content = path.read_bytes()
-        if len(content) > MOST_BYTES:
-            raise UnreadableImage(path, f"a file of more than {MOST_BYTES >> 20} MB")
+        if len(content) > MAX_BYTES:
+            raise UnreadableImage(path, f"a file of more than {MAX_BYTES >> 20} MB")
         yield content, path
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers do: OSError, SyntaxError, struct.error
-        raise UnreadableImage(path, reason_for(content or b"", error)) from error
+        raise UnreadableImage(path, describe_fault(content or b"", error)) from error
 
 
 @cache
@@ -187,13 +197,13 @@ def formats() -> tuple[str, ...]:
 
 
 @contextmanager
-def opened(content: bytes, path: Path) -> Iterator[Image.Image]:
+def open_image(content: bytes, path: Path) -> Iterator[Image.Image]:
     """The image with its header read and its size within the limits; nothing is decoded yet."""
     with Image.open(io.BytesIO(content), formats=formats()) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise UnreadableImage(path, f"{image.width}x{image.height}: more than {MOST_PIXELS // 10**6} megapixels")
-        if min(image.size) < LEAST_SIDE:
-            raise UnreadableImage(path, f"{image.width}x{image.height}: smaller than {LEAST_SIDE} pixels")
+        if image.width * image.height > MAX_PIXELS:
+            raise UnreadableImage(path, f"{image.width}x{image.height}: more than {MAX_PIXELS // 10**6} megapixels")
+        if min(image.size) < MIN_SIDE:
+            raise UnreadableImage(path, f"{image.width}x{image.height}: smaller than {MIN_SIDE} pixels")
         if image.mode == "F":
             raise UnreadableImage(path, "32-bit float values of unknown range; save it with 8 or 16 bits")
         yield image
@@ -209,7 +219,7 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def flattened(image: Image.Image, channels: int, grey16: Grey16) -> Image.Image:
+def to_eight_bit(image: Image.Image, channels: int, grey16: Grey16) -> Image.Image:
     """The image as 8-bit grey (1 channel) or RGB (3 channels), laid on white where it is transparent."""
     if image.mode.startswith("I"):
         image = eight_bits(image, grey16)
@@ -235,7 +245,7 @@ def eight_bits(image: Image.Image, grey16: Grey16) -> Image.Image:
     return Image.fromarray(table[values])
 
 
-def crop_and_scale(image: Image.Image, size: int, choose: Chooser | None, *, quick: bool = False) -> np.ndarray:
+def crop_and_scale(image: Image.Image, size: int, choose: ChooseBox | None, *, quick: bool = False) -> np.ndarray:
     """The chosen part at size x size, antialiased when it shrinks; uint8 of the image's shape.
 
     Bicubic, or, `quick`, bilinear in two thirds of the time, for parts that are cut out at random.
@@ -255,7 +265,7 @@ def central_square(width: int, height: int) -> Box:
     return central_share(1.0)(width, height)
 
 
-def central_share(share: float) -> Chooser:
+def central_share(share: float) -> ChooseBox:
     """A chooser of the central square whose side is `share` of the shorter side."""
 
     def choose(width: int, height: int) -> Box:
@@ -266,7 +276,7 @@ def central_share(share: float) -> Chooser:
     return choose
 
 
-def reason_for(content: bytes, error: Exception) -> str:
+def describe_fault(content: bytes, error: Exception) -> str:
     """A few words for what went wrong."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
@@ -275,14 +285,14 @@ def reason_for(content: bytes, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"more than {MOST_PIXELS // 10**6} megapixels"
+        return f"more than {MAX_PIXELS // 10**6} megapixels"
     if isinstance(error, UnidentifiedImageError):
-        return what_it_is(content)
+        return guess_content(content)
     text = (str(error) or type(error).__name__).splitlines()[0][:100]
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def what_it_is(content: bytes) -> str:
+def guess_content(content: bytes) -> str:
     """What a file without a known image header seems to be."""
     head = content[:256].lstrip().lower()
     if not head:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from skipway.data.augment.crops import random_box
-from skipway.data.decode import LEAST_SIDE, Chooser, Grey16, UnreadableImage, central_share, decode, probe
+from skipway.data.decode import MIN_SIDE, ChooseBox, Grey16, UnreadableImage, central_share, decode, read_header
 from skipway.data.sources.index import SourceIndex, name_list
-from skipway.data.sources.readers import Store
+from skipway.data.sources.readers import ImageStore
 
-__all__ = ["Decoding", "Examining", "Finding", "Reading", "content_remarks", "groups_of"]
+__all__ = ["DecodeSpec", "DecodeTask", "ImageInfo", "InspectTask", "content_remarks", "duplicate_groups"]
 
 # a class may have so many times the images of another before that is said
 IMBALANCE = 10
@@ -22,7 +22,7 @@ LONGEST_ASPECT = 10
 ALPHA_DIFFERENCE = 0.5
 
 
-class Finding(NamedTuple):
+class ImageInfo(NamedTuple):
     """What a file turned out to be: why it cannot be used, or "", and what its header tells.
 
     `digest` is the SHA-256 of the content in hexadecimal, "" where nothing could be read.
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
     moving: bool = False
 
 
-class Reading(NamedTuple):
+class DecodeSpec(NamedTuple):
     """How images become pixels: channels, side, and what is done with 16-bit grey."""
 
     channels: int
@@ -44,34 +44,34 @@ class Reading(NamedTuple):
     grey16: Grey16 = "range"
 
 
-class Examining:
+class InspectTask:
     """Work that reads each image to its end and says what it is; with a `reading`, it also keeps the pixels."""
 
-    def __init__(self, store: Store, files: Sequence[str], reading: Reading | None) -> None:
+    def __init__(self, store: ImageStore, files: Sequence[str], reading: DecodeSpec | None) -> None:
         self.store = store
         self.files = files
         self.reading = reading
         self.shape = None if reading is None else (reading.size, reading.size, reading.channels)
 
-    def __call__(self, index: int, row: np.ndarray | None) -> Finding:
+    def __call__(self, index: int, row: np.ndarray | None) -> ImageInfo:
         file = self.files[index]
         name = self.store.root / file
         digest = ""
         try:
             content = self.store.read(file)
             digest = hashlib.sha256(content).hexdigest()
-            header = probe(content, name)
+            header = read_header(content, name)
             if self.reading is None or row is None:
-                decode(content, channels=1, size=LEAST_SIDE, name=name)
+                decode(content, channels=1, size=MIN_SIDE, name=name)
             else:
                 channels, size, grey16 = self.reading
                 row[:] = decode(content, channels=channels, size=size, grey16=grey16, name=name)
         except UnreadableImage as error:
-            return Finding(error.reason, digest)
-        return Finding("", digest, header.width, header.height, header.alpha, header.moving)
+            return ImageInfo(error.reason, digest)
+        return ImageInfo("", digest, header.width, header.height, header.alpha, header.moving)
 
 
-class Decoding:
+class DecodeTask:
     """Work that fills rows with images, each cut out by its own draws; returns why that failed, or "".
 
     Args:
@@ -83,7 +83,7 @@ class Decoding:
     """
 
     def __init__(
-        self, store: Store, files: Sequence[str], reading: Reading, draws: np.ndarray | None, share: float
+        self, store: ImageStore, files: Sequence[str], reading: DecodeSpec, draws: np.ndarray | None, share: float
     ) -> None:
         self.store = store
         self.files = files
@@ -92,7 +92,7 @@ class Decoding:
         self.share = share
         self.shape = (reading.size, reading.size, reading.channels)
 
-    def box(self, index: int) -> Chooser:
+    def box(self, index: int) -> ChooseBox:
         """The part of image `index` to cut out."""
         return central_share(self.share) if self.draws is None else random_box(self.draws[index])
 
@@ -115,10 +115,10 @@ class Decoding:
         return ""
 
 
-def groups_of(findings: dict[str, Finding]) -> dict[str, tuple[str, ...]]:
+def duplicate_groups(findings: dict[str, ImageInfo]) -> dict[str, tuple[str, ...]]:
     """Files with the same content, by each of them; only those that have such a twin.
 
-    >>> groups_of({"a": Finding("", "1"), "b": Finding("", "2"), "c": Finding("", "1")})
+    >>> duplicate_groups({"a": ImageInfo("", "1"), "b": ImageInfo("", "2"), "c": ImageInfo("", "1")})
     {'a': ('a', 'c'), 'c': ('a', 'c')}
     """
     by_digest: dict[str, list[str]] = {}
@@ -128,7 +128,7 @@ def groups_of(findings: dict[str, Finding]) -> dict[str, tuple[str, ...]]:
     return {file: tuple(files) for files in by_digest.values() if len(files) > 1 for file in files}
 
 
-def content_remarks(found: SourceIndex, findings: dict[str, Finding]) -> list[str]:
+def content_remarks(found: SourceIndex, findings: dict[str, ImageInfo]) -> list[str]:
     """What the images' headers and numbers tell that a user may not expect."""
     remarks = []
     counts, transparent, moving, long = {}, {}, 0, []

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data.cache.images import open_square, write_rows, write_shrunk, write_square
-from skipway.data.cache.store import PixelFile, cache_folder, key_of, load_findings, save_findings
+from skipway.data.cache.store import PixelFile, cache_folder, cache_key, load_image_infos, save_image_infos
 from skipway.data.dataset import Data
-from skipway.data.decode import Header, UnreadableImage, probe
+from skipway.data.decode import Header, UnreadableImage, read_header
 from skipway.data.digits import digits
-from skipway.data.inspection import Decoding, Finding, Reading, content_remarks, groups_of
+from skipway.data.image_dataset import DecodedImages, FileDataset, ImageDataset, MemoryDataset, Progress, inspect_images
+from skipway.data.inspection import DecodeSpec, DecodeTask, ImageInfo, content_remarks, duplicate_groups
 from skipway.data.options import SMALL_SIDE, DataChoices
-from skipway.data.parts import FilePart, Held, MemoryPart, Part, Progress, examine
-from skipway.data.pool import FEW_FILES, Pool, Remark, default_workers
-from skipway.data.sources.detect import find
+from skipway.data.pool import FEW_FILES, Remark, WorkerPool, default_workers
+from skipway.data.sources.detect import index_source
 from skipway.data.sources.index import SourceIndex, name_list, sorted_classes
-from skipway.data.sources.readers import Files
-from skipway.data.split import FEWEST_TO_VALIDATE, Sample, Splits, split_index
+from skipway.data.sources.readers import FileStore
+from skipway.data.split import FEWEST_TO_VALIDATE, ImageSample, Splits, split_index
 from skipway.errors import DataError, printable
 
 __all__ = ["load", "statistics"]
@@ -32,7 +32,7 @@ __all__ = ["load", "statistics"]
 # the input size of He 2015 and of ImageNet practice since
 LARGE_SIZE = 224
 # headers that are read to choose the input
-PROBED = 1_000
+MAX_HEADERS = 1_000
 # decoded sets up to this many bytes are kept in memory
 MEMORY_BYTES = 2 * 1024**3
 
@@ -41,7 +41,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # what Pillow does not read, and what to do about it
-FOREIGN = {
+UNSUPPORTED_FORMATS = {
     ".heic": "pip install pillow-heif and convert them",
     ".heif": "pip install pillow-heif and convert them",
     ".jxl": "pip install pillow-jxl-plugin and convert them",
@@ -86,24 +86,24 @@ def load(
         chosen = DataChoices(source=source, **choices)
     if chosen.source is None:
         return load_digits(chosen)
-    found = find(chosen.source, allow_empty=chosen.allow_empty, outside=chosen.outside, columns=chosen.columns)
+    found = index_source(chosen.source, allow_empty=chosen.allow_empty, outside=chosen.outside, columns=chosen.columns)
     files = found.files
-    pool = Pool(default_workers(len(files)) if chosen.workers is None else chosen.workers, chosen.helpers, remark)
+    pool = WorkerPool(default_workers(len(files)) if chosen.workers is None else chosen.workers, chosen.helpers, remark)
     reading, remarks = choose_input(found, files, chosen)
-    reader = Reader(found, files, chosen, reading, pool, progress, remarks)
+    reader = SourceReader(found, files, chosen, reading, pool, progress, remarks)
     findings, source_of = reader.read()
-    return assembled(reader, dict(zip(files, findings, strict=True)), source_of)
+    return assemble_data(reader, dict(zip(files, findings, strict=True)), source_of)
 
 
 @dataclass
-class Reader:
+class SourceReader:
     """Reads every image of a source once, or the cache instead."""
 
     found: SourceIndex
     files: list[str]
     choices: DataChoices
-    reading: Reading
-    pool: Pool
+    reading: DecodeSpec
+    pool: WorkerPool
     progress: Progress | None
     remarks: list[str]
 
@@ -122,28 +122,30 @@ class Reader:
         """Whether training images are cut out of larger ones."""
         return self.choices.augmentation(self.reading.size).crop == "resized"
 
-    def read(self) -> tuple[list[Finding], Held | PixelFile | None]:
+    def read(self) -> tuple[list[ImageInfo], DecodedImages | PixelFile | None]:
         """What every image turned out to be, and where its pixels are: held at the input's size, in a file to cut
         parts out of, or, None, in the source.
         """
         folder, store = cache_folder(self.choices.cache), self.found.store
-        known = load_findings(folder, store, self.files) if self.caches else {}
+        known = load_image_infos(folder, store, self.files) if self.caches else {}
         channels, size, grey16 = self.reading
         needed = len(self.files) * size * size * channels
         small = not self.cuts and needed <= MEMORY_BYTES
         kind = f"{'parts' if self.cuts else 'whole'}-{size}-{channels}-{grey16}"
         keeps = self.explicit or (self.caches and small)
-        pixels = PixelFile.of(folder, store, kind, key_of(store, self.files, kind)) if keeps else None
+        pixels = PixelFile.of(folder, store, kind, cache_key(store, self.files, kind)) if keeps else None
         complete = len(known) == len(self.files)
         if pixels is not None and complete and (ready := self.ready(pixels)) is not None:
             return [known[file] for file in self.files], ready
         todo = self.files if small else [file for file in self.files if file not in known]
-        found, images = examine(store, todo, self.pool, reading=self.reading if small else None, progress=self.progress)
+        found, images = inspect_images(
+            store, todo, self.pool, reading=self.reading if small else None, progress=self.progress
+        )
         known.update(zip(todo, found, strict=True))
         findings = [known[file] for file in self.files]
         try:
             if self.caches and todo:
-                save_findings(folder, store, known)
+                save_image_infos(folder, store, known)
             if pixels is not None:
                 refused = self.write(pixels, images)
                 if refused:
@@ -152,14 +154,14 @@ class Reader:
                     return findings, self.ready(pixels)
         except OSError as error:
             self.remarks.append(f"nothing is kept in {printable(folder)}: {(error.strerror or str(error)).lower()}")
-        return findings, None if images is None else Held(images)
+        return findings, None if images is None else DecodedImages(images)
 
-    def ready(self, pixels: PixelFile) -> Held | PixelFile | None:
+    def ready(self, pixels: PixelFile) -> DecodedImages | PixelFile | None:
         """What a file of decoded images gives, None if it is absent or of other images."""
         if self.cuts:
             return pixels if pixels.open(len(self.files), self.reading.channels) is not None else None
         images = open_square(pixels, len(self.files), self.reading)
-        return None if images is None else Held(images)
+        return None if images is None else DecodedImages(images)
 
     def write(self, pixels: PixelFile, images: Tensor | None) -> str:
         """Keep the decoded images; why that is not possible, or ""."""
@@ -167,16 +169,18 @@ class Reader:
             return write_square(pixels, images)
         if self.cuts:
             return write_shrunk(pixels, self.found.store, self.files, self.reading, self.pool)
-        work = Decoding(self.found.store, self.files, self.reading, None, 1.0)
+        work = DecodeTask(self.found.store, self.files, self.reading, None, 1.0)
         return write_rows(pixels, work, len(self.files), self.reading, self.pool)
 
 
-def assembled(reader: Reader, findings: dict[str, Finding], pixels: Held | PixelFile | None) -> Data:
+def assemble_data(
+    reader: SourceReader, findings: dict[str, ImageInfo], pixels: DecodedImages | PixelFile | None
+) -> Data:
     """The data of a source whose images have been read."""
     found, choices, reading = reader.found, reader.choices, reader.reading
     bad = tuple((file, finding.reason) for file, finding in findings.items() if finding.reason)
     check_readable(found, choices, bad)
-    groups = groups_of(findings) if choices.duplicates else {}
+    groups = duplicate_groups(findings) if choices.duplicates else {}
     without = {file for file, _ in bad}
     try:
         splits = split_index(found, **choices.splitting, without=without, groups=groups)
@@ -187,16 +191,16 @@ def assembled(reader: Reader, findings: dict[str, Finding], pixels: Held | Pixel
     augmentation = choices.augmentation(reading.size)
     place = {file: number for number, file in enumerate(reader.files)}
 
-    def part(samples: Sequence[Sample]) -> Part:
+    def part(samples: Sequence[ImageSample]) -> ImageDataset:
         rows = torch.tensor([place[sample.file] for sample in samples], dtype=torch.int64)
-        if isinstance(pixels, Held):
-            return memory_part(pixels, samples, rows)
+        if isinstance(pixels, DecodedImages):
+            return memory_dataset(pixels, samples, rows)
         stored = None if pixels is None else (pixels, len(reader.files), rows.numpy())
-        return FilePart(found.store, samples, reading=reading, crop=reader.cuts, pool=reader.pool, stored=stored)
+        return FileDataset(found.store, samples, reading=reading, crop=reader.cuts, pool=reader.pool, stored=stored)
 
     train, validation, test = part(splits.train), part(splits.validation), part(splits.test)
-    mean, std = statistics_of(train) if isinstance(train, MemoryPart) else known_statistics(reading.channels)
-    leaked = leaks(splits, groups)
+    mean, std = dataset_statistics(train) if isinstance(train, MemoryDataset) else imagenet_statistics(reading.channels)
+    leaked = find_leaks(splits, groups)
     remarks = [
         *reader.remarks,
         *found.remarks,
@@ -223,10 +227,10 @@ def assembled(reader: Reader, findings: dict[str, Finding], pixels: Held | Pixel
     )
 
 
-def memory_part(pixels: Held, samples: Sequence[Sample], rows: Tensor) -> MemoryPart:
+def memory_dataset(pixels: DecodedImages, samples: Sequence[ImageSample], rows: Tensor) -> MemoryDataset:
     """A split of images that are decoded: row `rows[i]` of `pixels` is sample i."""
     labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
-    return MemoryPart(pixels, labels, [sample.file for sample in samples], rows)
+    return MemoryDataset(pixels, labels, [sample.file for sample in samples], rows)
 
 
 def load_digits(choices: DataChoices) -> Data:
@@ -235,14 +239,14 @@ def load_digits(choices: DataChoices) -> Data:
         raise DataError("crop 'resized' cuts parts out of image files; the embedded digits have none: use 'pad'")
     images, names = digits()
     size, channels = choices.size or images.shape[1], choices.channels or 1
-    pixels = Held(enlarged(images, size, channels))
+    pixels = DecodedImages(resize_digits(images, size, channels))
     classes = sorted_classes(name[0] for name in names)
     by_class = {label: [name for name in names if name[0] == label] for label in classes}
-    index = SourceIndex(store=Files(Path("digits")), name="digits", classes=classes, train=by_class)
+    index = SourceIndex(store=FileStore(Path("digits")), name="digits", classes=classes, train=by_class)
     splits = split_index(index, **choices.splitting)
 
-    def part(samples: Sequence[Sample]) -> MemoryPart:
-        return memory_part(pixels, samples, torch.tensor([int(sample.file[2:]) for sample in samples]).long())
+    def part(samples: Sequence[ImageSample]) -> MemoryDataset:
+        return memory_dataset(pixels, samples, torch.tensor([int(sample.file[2:]) for sample in samples]).long())
 
     train, validation, test = part(splits.train), part(splits.validation), part(splits.test)
     mean, std = statistics(train.images)
@@ -261,12 +265,12 @@ def load_digits(choices: DataChoices) -> Data:
     )
 
 
-def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> tuple[Reading, list[str]]:
+def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> tuple[DecodeSpec, list[str]]:
     """Input size and channels, from the headers of up to 1,000 images spread evenly over all splits."""
     headers: list[Header] = []
-    for file in files[:: max(1, len(files) // PROBED)]:
+    for file in files[:: max(1, len(files) // MAX_HEADERS)]:
         try:
-            headers.append(probe(found.store.read(file), found.root / file))
+            headers.append(read_header(found.store.read(file), found.root / file))
         except UnreadableImage:
             continue
     if not headers:
@@ -280,7 +284,7 @@ def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> 
     if size <= SMALL_SIDE and set(shapes) != {(size, size)}:
         (width, height), _ = shapes.most_common(1)[0]
         remarks.append(f"images are scaled and cut to a central {size}x{size}; most are {width}x{height}")
-    return Reading(channels, size, choices.grey16), remarks
+    return DecodeSpec(channels, size, choices.grey16), remarks
 
 
 def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple[str, str]]) -> None:
@@ -305,7 +309,7 @@ def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple
         )
 
 
-def leaks(splits: Splits, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
+def find_leaks(splits: Splits, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
     """(file, test file) of the same content, the first of them to train on or in the validation split; one pair for
     each test image.
     """
@@ -347,7 +351,7 @@ def split_remarks(splits: Splits) -> list[str]:
     if splits.ignored:
         counted = ", ".join(f"{count} {printable(suffix)}" for suffix, count in splits.ignored.most_common(5))
         remarks.append(f"files ignored as not images: {counted}")
-        advised = {FOREIGN[suffix]: suffix for suffix in splits.ignored if suffix in FOREIGN}
+        advised = {UNSUPPORTED_FORMATS[suffix]: suffix for suffix in splits.ignored if suffix in UNSUPPORTED_FORMATS}
         remarks += [f"Pillow does not read {suffix} files: {advice}" for advice, suffix in advised.items()]
     remarks += [f"not used: {entry}" for entry in splits.unused]
     for word, samples in (("test", splits.test), ("validation", splits.validation), ("training", splits.train)):
@@ -370,7 +374,7 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return moments(histogram(images))
 
 
-def statistics_of(part: MemoryPart) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def dataset_statistics(part: MemoryDataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The same of a part, a chunk at a time: it may be larger than memory."""
     chunks: Iterator[Tensor] = part.fetch(torch.arange(len(part)).split(1024), torch.device("cpu"), None)
     return moments(torch.stack([histogram(images) for images in chunks]).sum(0))
@@ -393,14 +397,14 @@ def moments(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(means), tuple(deviations)
 
 
-def known_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """ImageNet's statistics, or their means over the colours for grey images."""
     if channels == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
 
 
-def enlarged(images: Tensor, size: int, channels: int) -> Tensor:
+def resize_digits(images: Tensor, size: int, channels: int) -> Tensor:
     """Grey images (N, H, W, 1) at another size, repeated in every channel: (N, size, size, channels)."""
     if images.shape[1] != size:
         planes = images.permute(0, 3, 1, 2).float()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from skipway.data.augment import Augmentation
 from skipway.data.augment.settings import Policy
 from skipway.data.decode import Grey16
-from skipway.data.pool import Helpers
+from skipway.data.pool import WorkerKind
 from skipway.data.sources.detect import COLUMNS
 from skipway.data.split import Fold
 from skipway.errors import DataError
@@ -104,7 +104,7 @@ class DataChoices:
     allow_empty: bool = False
     outside: bool = False
     workers: int | None = None
-    helpers: Helpers = "threads"
+    helpers: WorkerKind = "threads"
     cache: bool | Path | None = None
     duplicates: bool = True
     policy: Policy = "none"

@@ -26,24 +26,24 @@ from torch import Tensor
 from skipway.data.decode import silence_pillow
 from skipway.hardware.processor import cpu_count
 
-__all__ = ["Helpers", "Pool", "Remark", "Work", "default_workers"]
+__all__ = ["ImageTask", "Remark", "WorkerKind", "WorkerPool", "default_workers"]
 
 Remark = Callable[[str], None]
-Helpers = Literal["threads", "processes"]
+WorkerKind = Literal["threads", "processes"]
 
 # below this many files, starting workers costs more than it saves
 FEW_FILES = 2_000
-MOST_WORKERS = 16
+MAX_WORKERS = 16
 # images that a worker takes at once, and batches that are worked on ahead
-RUN = 8
-AHEAD = 3
+CHUNK_IMAGES = 8
+PREFETCH_BATCHES = 3
 # a worker that gives nothing for so long hangs
 STALL_SECONDS = 300.0
 # how often workers are started again before this process does the work alone
-RESTARTS = 2
+MAX_RESTARTS = 2
 
 
-class Work(Protocol):
+class ImageTask(Protocol):
     """What is done to an image."""
 
     @property
@@ -62,11 +62,11 @@ def default_workers(files: int) -> int:
     >>> default_workers(10)
     0
     """
-    return 0 if files < FEW_FILES else min(cpu_count(), MOST_WORKERS)
+    return 0 if files < FEW_FILES else min(cpu_count(), MAX_WORKERS)
 
 
 @dataclass
-class Pool:
+class WorkerPool:
     """Workers, and what to do when they die.
 
     Args:
@@ -77,107 +77,113 @@ class Pool:
     """
 
     workers: int = 0
-    helpers: Helpers = "threads"
+    helpers: WorkerKind = "threads"
     remark: Remark | None = None
     stall: float = STALL_SECONDS
 
     def batches(
-        self, work: Work, batches: Sequence[Sequence[int]], *, pin: bool = False
+        self, work: ImageTask, batches: Sequence[Sequence[int]], *, pin: bool = False
     ) -> Iterator[tuple[Tensor, list[Any]]]:
         """For each batch of image numbers, in order: a uint8 tensor (B, *shape) and what `work` returned."""
         if not self.workers or not batches:
-            yield from alone(work, batches, pin)
+            yield from run_serially(work, batches, pin)
         elif self.helpers == "threads":
-            yield from in_threads(work, batches, pin, self.workers)
+            yield from run_in_threads(work, batches, pin, self.workers)
         else:
             yield from self.in_processes(work, batches, pin)
 
     def in_processes(
-        self, work: Work, batches: Sequence[Sequence[int]], pin: bool
+        self, work: ImageTask, batches: Sequence[Sequence[int]], pin: bool
     ) -> Iterator[tuple[Tensor, list[Any]]]:
         """As `batches`, starting workers again from the same batch when one dies or hangs."""
         done, failures = 0, 0
-        while failures <= RESTARTS:
+        while failures <= MAX_RESTARTS:
             try:
-                for result in in_processes(work, batches[done:], pin, self.workers, self.stall):
+                for result in run_in_processes(work, batches[done:], pin, self.workers, self.stall):
                     yield result
                     done += 1
                 return
             except (BrokenExecutor, Stalled, OSError) as error:
                 failures += 1
                 self.say(error, done, failures)
-        yield from alone(work, batches[done:], pin)
+        yield from run_serially(work, batches[done:], pin)
 
     def say(self, error: Exception, done: int, failures: int) -> None:
         """Report a failure."""
         what = f"gave nothing for {self.stall:g} s" if isinstance(error, Stalled) else "died"
-        then = "workers start again" if failures <= RESTARTS else "this process decodes alone from here on"
+        then = "workers start again" if failures <= MAX_RESTARTS else "this process decodes alone from here on"
         if self.remark is not None:
             self.remark(f"a worker process {what} at batch {done}: {then}; nothing is lost")
 
 
-def new_buffer(work: Work, count: int, pin: bool) -> Tensor:
+def allocate_batch(work: ImageTask, count: int, pin: bool) -> Tensor:
     """Room for a batch; page-locked where it goes to a GPU."""
     return torch.empty(count, *(work.shape or (0,)), dtype=torch.uint8, pin_memory=pin)
 
 
-def fill(work: Work, indices: Sequence[int], rows: np.ndarray | None) -> list[Any]:
+def run_task(work: ImageTask, indices: Sequence[int], rows: np.ndarray | None) -> list[Any]:
     """Work on some images one after the other."""
     return [work(index, None if rows is None else rows[place]) for place, index in enumerate(indices)]
 
 
-def rows_of(work: Work, buffer: Tensor) -> np.ndarray | None:
+def buffer_rows(work: ImageTask, buffer: Tensor) -> np.ndarray | None:
     """The buffer as what workers write to."""
     return None if work.shape is None else buffer.numpy()
 
 
-def alone(work: Work, batches: Sequence[Sequence[int]], pin: bool) -> Iterator[tuple[Tensor, list[Any]]]:
+def run_serially(work: ImageTask, batches: Sequence[Sequence[int]], pin: bool) -> Iterator[tuple[Tensor, list[Any]]]:
     """In this thread, a batch when it is asked for."""
     for batch in batches:
-        buffer = new_buffer(work, len(batch), pin)
-        yield buffer, fill(work, batch, rows_of(work, buffer))
+        buffer = allocate_batch(work, len(batch), pin)
+        yield buffer, run_task(work, batch, buffer_rows(work, buffer))
 
 
-def in_threads(
-    work: Work, batches: Sequence[Sequence[int]], pin: bool, workers: int
+def run_in_threads(
+    work: ImageTask, batches: Sequence[Sequence[int]], pin: bool, workers: int
 ) -> Iterator[tuple[Tensor, list[Any]]]:
-    """In threads that decode up to `AHEAD` batches ahead. Pillow and simplejpeg let go of the interpreter's lock."""
+    """In threads that decode up to `PREFETCH_BATCHES` batches ahead. Pillow and simplejpeg let go of the interpreter's lock."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="skipway-decode")
     waiting: deque[tuple[Tensor, list[Future[list[Any]]]]] = deque()
     try:
         for batch in batches:
             silence_pillow()
-            buffer = new_buffer(work, len(batch), pin)
-            rows = rows_of(work, buffer)
-            waiting.append((buffer, [submit_run(pool, work, batch, rows, at) for at in range(0, len(batch), RUN)]))
-            if len(waiting) == AHEAD:
-                yield finished(*waiting.popleft())
+            buffer = allocate_batch(work, len(batch), pin)
+            rows = buffer_rows(work, buffer)
+            waiting.append(
+                (buffer, [submit_chunk(pool, work, batch, rows, at) for at in range(0, len(batch), CHUNK_IMAGES)])
+            )
+            if len(waiting) == PREFETCH_BATCHES:
+                yield collect_batch(*waiting.popleft())
         while waiting:
-            yield finished(*waiting.popleft())
+            yield collect_batch(*waiting.popleft())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def submit_run(pool: Executor, work: Work, batch: Sequence[int], rows: np.ndarray | None, at: int) -> Future[list[Any]]:
+def submit_chunk(
+    pool: Executor, work: ImageTask, batch: Sequence[int], rows: np.ndarray | None, at: int
+) -> Future[list[Any]]:
     """Give some images of a batch to a thread."""
-    return pool.submit(fill, work, batch[at : at + RUN], None if rows is None else rows[at : at + RUN])
+    return pool.submit(
+        run_task, work, batch[at : at + CHUNK_IMAGES], None if rows is None else rows[at : at + CHUNK_IMAGES]
+    )
 
 
-def finished(buffer: Tensor, futures: list[Future[list[Any]]]) -> tuple[Tensor, list[Any]]:
+def collect_batch(buffer: Tensor, futures: list[Future[list[Any]]]) -> tuple[Tensor, list[Any]]:
     """A batch whose images are all there."""
     return buffer, [result for future in futures for result in future.result()]
 
 
 # what a worker process holds: the work, and the buffers that it shares with the main process
-Held = tuple[Work, Tensor]
-HELD: list[Held] = []
+WorkerState = tuple[ImageTask, Tensor]
+WORKER_STATE: list[WorkerState] = []
 
 
-def start_process(work: Work, buffers: Tensor, parent: int) -> None:
+def initialise_worker(work: ImageTask, buffers: Tensor, parent: int) -> None:
     """A worker leaves Ctrl-C to the main process, computes on one thread, and ends when the main process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    HELD[:] = [(work, buffers)]
+    WORKER_STATE[:] = [(work, buffers)]
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -187,38 +193,38 @@ def start_process(work: Work, buffers: Tensor, parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_in_process(indices: Sequence[int], slot: int, at: int) -> list[Any]:
+def run_chunk(indices: Sequence[int], slot: int, at: int) -> list[Any]:
     """Some images, into rows `at`, `at + 1`, ... of a shared buffer."""
-    work, buffers = HELD[0]
+    work, buffers = WORKER_STATE[0]
     rows = None if work.shape is None else buffers[slot, at : at + len(indices)].numpy()
-    return fill(work, indices, rows)
+    return run_task(work, indices, rows)
 
 
-def in_processes(
-    work: Work, batches: Sequence[Sequence[int]], pin: bool, workers: int, stall: float
+def run_in_processes(
+    work: ImageTask, batches: Sequence[Sequence[int]], pin: bool, workers: int, stall: float
 ) -> Iterator[tuple[Tensor, list[Any]]]:
-    """In processes that write into `AHEAD` shared buffers, each copied out before it is written to again."""
+    """In processes that write into `PREFETCH_BATCHES` shared buffers, each copied out before it is written to again."""
     longest = max(map(len, batches), default=0)
     try:
-        shared = torch.empty(AHEAD, longest, *(work.shape or (0,)), dtype=torch.uint8).share_memory_()
+        shared = torch.empty(PREFETCH_BATCHES, longest, *(work.shape or (0,)), dtype=torch.uint8).share_memory_()
     except RuntimeError as error:
         raise OSError(f"no room for shared batches: {error}") from error
-    pool = ProcessPoolExecutor(workers, initializer=start_process, initargs=(work, shared, os.getpid()))
+    pool = ProcessPoolExecutor(workers, initializer=initialise_worker, initargs=(work, shared, os.getpid()))
     waiting: deque[tuple[int, int, list[Future[list[Any]]]]] = deque()
 
     def take() -> tuple[Tensor, list[Any]]:
         slot, count, futures = waiting.popleft()
         results = [result for future in futures for result in future.result(timeout=stall)]
-        buffer = new_buffer(work, count, pin)
+        buffer = allocate_batch(work, count, pin)
         return buffer.copy_(shared[slot, :count]) if work.shape is not None else buffer, results
 
     try:
         for number, batch in enumerate(batches):
-            slot = number % AHEAD
-            runs = range(0, len(batch), RUN)
-            futures = [pool.submit(run_in_process, batch[at : at + RUN], slot, at) for at in runs]
+            slot = number % PREFETCH_BATCHES
+            runs = range(0, len(batch), CHUNK_IMAGES)
+            futures = [pool.submit(run_chunk, batch[at : at + CHUNK_IMAGES], slot, at) for at in runs]
             waiting.append((slot, len(batch), futures))
-            if len(waiting) == AHEAD:
+            if len(waiting) == PREFETCH_BATCHES:
                 yield take()
         while waiting:
             yield take()

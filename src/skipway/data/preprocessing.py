@@ -12,25 +12,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skipway.data.batches import normalised
+from skipway.data.batches import normalise
 from skipway.data.decode import (
-    SHOWN,
+    ORIENTATION_TRANSPOSE,
     UnreadableImage,
     central_share,
     crop_and_scale,
     decode,
-    flattened,
     orientation_of,
     silence_pillow,
+    to_eight_bit,
 )
-from skipway.data.parts import TEST_SHARE
+from skipway.data.image_dataset import TEST_SHARE
 from skipway.errors import CheckpointError, DataError, printable
 
 __all__ = ["Preprocessing"]
 
 Crop = Literal["pad", "resized", "none"]
 Grey16 = Literal["range", "minmax"]
-MOST_SIDE = 4096
+MAX_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Preprocessing:
             raise CheckpointError(f"{source}: the preprocessing has to hold {', '.join(names)}, and nothing else")
         classes, channels, size, crop = (values[name] for name in ("classes", "channels", "size", "crop"))
         grey16 = values.get("grey16", "range")
-        mean, std = numbers(values["mean"]), numbers(values["std"])
+        mean, std = finite_numbers(values["mean"]), finite_numbers(values["std"])
         rules = {
-            "classes": texts(classes) and len(set(classes)) == len(classes) >= 2,
+            "classes": is_text_list(classes) and len(set(classes)) == len(classes) >= 2,
             "channels": channels in (1, 3) and isinstance(channels, int),
-            "size": isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MOST_SIDE,
+            "size": isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MAX_SIDE,
             "mean": mean is not None and len(mean) == channels,
             "std": std is not None and len(std) == channels and min(std) > 0,
             "crop": crop in get_args(Crop),
@@ -117,7 +117,7 @@ class Preprocessing:
                     "not yet normalised"
                 )
             images = images.float() * 255
-        return normalised(images.permute(0, 2, 3, 1), self.mean, self.std)
+        return normalise(images.permute(0, 2, 3, 1), self.mean, self.std)
 
     def of_file(self, source: Path | bytes) -> Tensor:
         """uint8 (size, size, channels) from a file, or from what is in it.
@@ -141,20 +141,24 @@ class Preprocessing:
             if image.mode == "F":
                 raise ValueError("32-bit float values of unknown range; give it 8 or 16 bits")
             image.load()
-            flat = flattened(image, self.channels, self.grey16)
-            turned = flat.transpose(SHOWN[turn]) if (turn := orientation_of(image)) in SHOWN else flat
+            flat = to_eight_bit(image, self.channels, self.grey16)
+            turned = (
+                flat.transpose(ORIENTATION_TRANSPOSE[turn])
+                if (turn := orientation_of(image)) in ORIENTATION_TRANSPOSE
+                else flat
+            )
             pixels = crop_and_scale(turned, self.size, central_share(self.share))
         except Exception as error:  # Pillow's plugins raise whatever their parsers do
             raise UnreadableImage(name, printable(str(error))) from error
         return torch.from_numpy(pixels.copy()).reshape(self.size, self.size, self.channels)
 
 
-def texts(values: object) -> bool:
+def is_text_list(values: object) -> bool:
     """Whether these are a list of texts."""
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def numbers(values: object) -> tuple[float, ...] | None:
+def finite_numbers(values: object) -> tuple[float, ...] | None:
     """Finite numbers, or None where it is anything else."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         return None

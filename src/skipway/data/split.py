@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 from skipway.checkpoint.files import read_json
 from skipway.data.randomness import draw_key
-from skipway.data.sources.detect import find
+from skipway.data.sources.detect import index_source
 from skipway.data.sources.index import FilesByClass, SourceIndex, name_list
-from skipway.data.sources.readers import Files, Store
+from skipway.data.sources.readers import FileStore, ImageStore
 from skipway.data.sources.splits import SPLITS
 from skipway.errors import CheckpointError, DataError, printable
 
 __all__ = [
     "Fold",
-    "Sample",
+    "ImageSample",
     "Splits",
     "hold_out",
     "list_splits",
@@ -35,7 +35,7 @@ FEWEST_TO_VALIDATE = 3
 Groups = Mapping[str, Sequence[str]]
 
 
-class Sample(NamedTuple):
+class ImageSample(NamedTuple):
     """An image: its name in its source, for a file the path below the root with forward slashes, and its class."""
 
     file: str
@@ -68,22 +68,22 @@ class Splits:
 
     root: Path
     classes: tuple[str, ...]
-    train: tuple[Sample, ...]
-    validation: tuple[Sample, ...]
-    test: tuple[Sample, ...]
+    train: tuple[ImageSample, ...]
+    validation: tuple[ImageSample, ...]
+    test: tuple[ImageSample, ...]
     split_off: Mapping[str, float]
     fold: Fold | None = None
     ignored: Counter[str] = field(default_factory=Counter)
     unused: tuple[str, ...] = ()
-    store: Store | None = field(default=None, repr=False, compare=False)
+    store: ImageStore | None = field(default=None, repr=False, compare=False)
 
     @property
-    def images(self) -> Store:
+    def images(self) -> ImageStore:
         """The store that reads the images."""
-        return Files(self.root) if self.store is None else self.store
+        return FileStore(self.root) if self.store is None else self.store
 
     @property
-    def samples(self) -> tuple[Sample, ...]:
+    def samples(self) -> tuple[ImageSample, ...]:
         """The images of all splits."""
         return self.train + self.validation + self.test
 
@@ -105,7 +105,7 @@ def list_splits(root: Path, *, holdout: float = 0.2, validation: float = 0.1, se
         DataError: the source is missing or empty, has fewer than two classes, an empty class, or a class in its
             validation or test split that the training split lacks.
     """
-    return split_index(find(root), holdout=holdout, validation=validation, seed=seed)
+    return split_index(index_source(root), holdout=holdout, validation=validation, seed=seed)
 
 
 def split_index(
@@ -327,6 +327,6 @@ def read_split(path: Path) -> dict[str, Any] | None:
     return {split: values[split] for split in SPLITS}
 
 
-def samples_of(files: FilesByClass, numbers: Mapping[str, int]) -> tuple[Sample, ...]:
+def samples_of(files: FilesByClass, numbers: Mapping[str, int]) -> tuple[ImageSample, ...]:
     """All files of a split with their class numbers, class by class."""
-    return tuple(Sample(file, numbers[name]) for name, members in files.items() for file in members)
+    return tuple(ImageSample(file, numbers[name]) for name, members in files.items() for file in members)

@@ -10,7 +10,7 @@ import torch
 
 from skipway.checkpoint.files import read_json
 from skipway.data import load
-from skipway.data.sources.detect import find
+from skipway.data.sources.detect import index_source
 from skipway.data.sources.index import name_list
 from skipway.data.split import read_split
 from skipway.errors import CheckpointError, DataError, printable
@@ -106,7 +106,7 @@ def evaluate_images(
         DataError: unknown classes, or no readable image.
     """
     predictor = Predictor.load(path, device=device)
-    found = find(data, allow_empty=True)
+    found = index_source(data, allow_empty=True)
     files = found.test or found.validation or found.train
     numbers = {name: number for number, name in enumerate(predictor.classes)}
     unknown = [name for name in files if files[name] and name not in numbers]

@@ -8,9 +8,9 @@ number of ranks changes how an image is varied.
 from __future__ import annotations
 
 from skipway.data.augment.crops import DRAWS, crop_and_flip, random_box
-from skipway.data.augment.erase import erased
-from skipway.data.augment.mix import mixed
-from skipway.data.augment.policy import varied
+from skipway.data.augment.erase import erase_rectangles
+from skipway.data.augment.mix import mix_images
+from skipway.data.augment.policy import apply_policy
 from skipway.data.augment.settings import Augmentation
 
-__all__ = ["DRAWS", "Augmentation", "crop_and_flip", "erased", "mixed", "random_box", "varied"]
+__all__ = ["DRAWS", "Augmentation", "apply_policy", "crop_and_flip", "erase_rectangles", "mix_images", "random_box"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipway.data.decode import Box, Chooser
+from skipway.data.decode import Box, ChooseBox
 
 __all__ = ["DRAWS", "crop_and_flip", "random_box"]
 
@@ -50,7 +50,7 @@ def crop_and_flip(images: Tensor, draws: Tensor, fill: Tensor, *, pad: int, flip
     return images
 
 
-def random_box(draws: Tensor | np.ndarray) -> Chooser:
+def random_box(draws: Tensor | np.ndarray) -> ChooseBox:
     """A chooser of a random part: area share uniform in [0.35, 1], log aspect uniform in ±log(4/3), place uniform.
 
     A part that would stick out is cut to the image's own width or height. One draw per image, never a retry, so that

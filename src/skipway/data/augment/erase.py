@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["ERASING_DRAWS", "erased"]
+__all__ = ["ERASING_DRAWS", "erase_rectangles"]
 
 # columns of the drawn numbers: whether, how large, of which shape, where
 ERASING_DRAWS = 5
@@ -18,14 +18,14 @@ AREAS = (0.02, 0.4)
 WIDEST_ASPECT = 1 / 0.3
 
 
-def erased(images: Tensor, draws: Tensor, fill: Tensor, probability: float) -> Tensor:
+def erase_rectangles(images: Tensor, draws: Tensor, fill: Tensor, probability: float) -> Tensor:
     """Images (N, H, W, C) of which each has, with `probability`, a rectangle in the colour `fill` (C,).
 
     The paper draws a rectangle again until it fits; here one that would stick out is cut to the image's own height or
     width, so that one row of `draws` (N, ERASING_DRAWS) on the CPU decides. The colour is the paper's variant RE-M.
 
     >>> draws = torch.tensor([[0.1, 1.0, 0.5, 0.0, 0.0]])
-    >>> int((erased(torch.ones(1, 10, 10, 1), draws, torch.zeros(1), 0.5) == 0).sum())
+    >>> int((erase_rectangles(torch.ones(1, 10, 10, 1), draws, torch.zeros(1), 0.5) == 0).sum())
     36
     """
     _, height, width, _ = images.shape

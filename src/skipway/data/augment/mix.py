@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from skipway.data.augment.erase import rectangles
 
-__all__ = ["MIXING_DRAWS", "beta", "mixed", "partners"]
+__all__ = ["MIXING_DRAWS", "beta", "mix_images", "partners"]
 
 # columns of the drawn numbers: which of both, where the part is cut, and four for the weight
 MIXING_DRAWS = 7
@@ -48,7 +48,7 @@ def partners(count: int) -> Tensor:
     return torch.where(positions ^ 1 < count, positions ^ 1, positions)
 
 
-def mixed(
+def mix_images(
     inputs: Tensor, labels: Tensor, draws: Tensor, *, classes: int, mixup: float, cutmix: float
 ) -> tuple[Tensor, Tensor]:
     """Mixed inputs (N, C, H, W) and their targets, float32 (N, classes), which sum to 1.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from skipway.data.augment import colours
 
-__all__ = ["LAYERS", "OPERATIONS", "POLICY_DRAWS", "varied"]
+__all__ = ["LAYERS", "OPERATIONS", "POLICY_DRAWS", "apply_policy"]
 
 # operations in a row and the strength in 30ths, as in both papers
 LAYERS = {"trivial": 1, "rand": 2}
@@ -28,7 +28,7 @@ COLUMNS = 3
 POLICY_DRAWS = COLUMNS * max(LAYERS.values())
 
 
-class Operation(NamedTuple):
+class PolicyOp(NamedTuple):
     """One operation: the strength that 30 of 30 stands for, and how an image changes.
 
     `most` holds the values for RandAugment (table 6 of AutoAugment) and for TrivialAugment's wide ranges. `colour`
@@ -40,7 +40,7 @@ class Operation(NamedTuple):
     matrix: Callable[[Tensor], Tensor] | None = None
 
 
-def linear(a: Tensor, b: Tensor, c: Tensor, d: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def affine_matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Matrices (N, 3, 3) of x' = a x + b y + x0, y' = c x + d y + y0, in halves of the side from the centre."""
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     return torch.stack([a, b, x, c, d, y, zero, zero, one], 1).reshape(-1, 3, 3)
@@ -50,53 +50,53 @@ def rotation(degrees: Tensor) -> Tensor:
     """Turns about the centre."""
     angle = degrees * (math.pi / 180)
     zero = torch.zeros_like(angle)
-    return linear(angle.cos(), -angle.sin(), angle.sin(), angle.cos(), zero, zero)
+    return affine_matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos(), zero, zero)
 
 
 def shear_x(share: Tensor) -> Tensor:
     """Rows move sideways in proportion to their distance from the middle."""
     zero, one = torch.zeros_like(share), torch.ones_like(share)
-    return linear(one, share, zero, one, zero, zero)
+    return affine_matrix(one, share, zero, one, zero, zero)
 
 
 def shear_y(share: Tensor) -> Tensor:
     """Columns move up or down in proportion to their distance from the middle."""
     zero, one = torch.zeros_like(share), torch.ones_like(share)
-    return linear(one, zero, share, one, zero, zero)
+    return affine_matrix(one, zero, share, one, zero, zero)
 
 
 def shift_x(share: Tensor) -> Tensor:
     """Sideways by a share of the width."""
     zero, one = torch.zeros_like(share), torch.ones_like(share)
-    return linear(one, zero, zero, one, 2 * share, zero)
+    return affine_matrix(one, zero, zero, one, 2 * share, zero)
 
 
 def shift_y(share: Tensor) -> Tensor:
     """Up or down by a share of the height."""
     zero, one = torch.zeros_like(share), torch.ones_like(share)
-    return linear(one, zero, zero, one, zero, 2 * share)
+    return affine_matrix(one, zero, zero, one, zero, 2 * share)
 
 
 # shifts are shares of the side: AutoAugment's 150 of ImageNet's mean width of 331; TrivialAugment's 32 of CIFAR's 32
-OPERATIONS: dict[str, Operation] = {
-    "identity": Operation((0, 0)),
-    "shear_x": Operation((0.3, 0.99), matrix=shear_x),
-    "shear_y": Operation((0.3, 0.99), matrix=shear_y),
-    "shift_x": Operation((150 / 331, 1.0), matrix=shift_x),
-    "shift_y": Operation((150 / 331, 1.0), matrix=shift_y),
-    "rotate": Operation((30, 135), matrix=rotation),
-    "brightness": Operation((0.9, 0.99), colours.brightness),
-    "colour": Operation((0.9, 0.99), colours.colour),
-    "contrast": Operation((0.9, 0.99), colours.contrast),
-    "sharpness": Operation((0.9, 0.99), colours.sharpness),
-    "posterize": Operation((4, 6), colours.posterize),
-    "solarize": Operation((255, 255), colours.solarize),
-    "autocontrast": Operation((0, 0), colours.autocontrast),
-    "equalize": Operation((0, 0), colours.equalize),
+OPERATIONS: dict[str, PolicyOp] = {
+    "identity": PolicyOp((0, 0)),
+    "shear_x": PolicyOp((0.3, 0.99), matrix=shear_x),
+    "shear_y": PolicyOp((0.3, 0.99), matrix=shear_y),
+    "shift_x": PolicyOp((150 / 331, 1.0), matrix=shift_x),
+    "shift_y": PolicyOp((150 / 331, 1.0), matrix=shift_y),
+    "rotate": PolicyOp((30, 135), matrix=rotation),
+    "brightness": PolicyOp((0.9, 0.99), colours.brightness),
+    "colour": PolicyOp((0.9, 0.99), colours.colour),
+    "contrast": PolicyOp((0.9, 0.99), colours.contrast),
+    "sharpness": PolicyOp((0.9, 0.99), colours.sharpness),
+    "posterize": PolicyOp((4, 6), colours.posterize),
+    "solarize": PolicyOp((255, 255), colours.solarize),
+    "autocontrast": PolicyOp((0, 0), colours.autocontrast),
+    "equalize": PolicyOp((0, 0), colours.equalize),
 }
 
 
-def varied(images: Tensor, draws: Tensor, fill: Tensor, policy: str) -> Tensor:
+def apply_policy(images: Tensor, draws: Tensor, fill: Tensor, policy: str) -> Tensor:
     """Images uint8 (N, H, W, C), H = W, each changed by the operations that its row of `draws` chooses.
 
     Args:
@@ -124,10 +124,10 @@ def varied(images: Tensor, draws: Tensor, fill: Tensor, policy: str) -> Tensor:
                 amount = (signed[rows] * operation.most[column]).to(images.device)
                 changed = operation.colour(images[place].float(), amount[:, None, None, None])
                 images = images.index_copy(0, place, changed.to(images.dtype))
-    return images if matrices is None else moved(images, matrices, fill)
+    return images if matrices is None else warp(images, matrices, fill)
 
 
-def moved(images: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
+def warp(images: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
     """Images sampled bilinearly where the matrices (N, 3, 3) on the CPU say; those of the identity stay as they are."""
     rows = (matrices != torch.eye(3)).flatten(1).any(1).nonzero()[:, 0]
     if not len(rows):

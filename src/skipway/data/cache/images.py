@@ -11,12 +11,12 @@ from torch import Tensor
 
 from skipway.data.augment.crops import random_box
 from skipway.data.cache.store import PixelFile
-from skipway.data.decode import UnreadableImage, central_share, crop_and_scale, flat_image, reasons
-from skipway.data.inspection import Decoding, Reading
-from skipway.data.pool import Pool
-from skipway.data.sources.readers import Store
+from skipway.data.decode import UnreadableImage, central_share, crop_and_scale, reading, upright_image
+from skipway.data.inspection import DecodeSpec, DecodeTask
+from skipway.data.pool import WorkerPool
+from skipway.data.sources.readers import ImageStore
 
-__all__ = ["Cropping", "Shrinking", "open_square", "write_rows", "write_shrunk", "write_square"]
+__all__ = ["CropTask", "ShrinkTask", "open_square", "write_rows", "write_shrunk", "write_square"]
 
 # shorter side of what is kept to cut parts out of, relative to the input's
 KEPT_SHARE = 256 / 224
@@ -24,12 +24,12 @@ KEPT_SHARE = 256 / 224
 KEPT_ASPECT = 4
 
 
-class Shrinking:
+class ShrinkTask:
     """Work that gives each image with its shorter side at 256/224 of the input's; it fills no rows."""
 
     shape = None
 
-    def __init__(self, store: Store, files: Sequence[str], reading: Reading) -> None:
+    def __init__(self, store: ImageStore, files: Sequence[str], reading: DecodeSpec) -> None:
         self.store = store
         self.files = files
         self.reading = reading
@@ -39,8 +39,8 @@ class Shrinking:
         file, (channels, size, grey16) = self.files[index], self.reading
         side = round(KEPT_SHARE * size)
         try:
-            with reasons(self.store.read(file), self.store.root / file) as (content, path):
-                image = flat_image(content, path, channels=channels, least=side, grey16=grey16)
+            with reading(self.store.read(file), self.store.root / file) as (content, path):
+                image = upright_image(content, path, channels=channels, least=side, grey16=grey16)
                 long, short = max(image.size), min(image.size)
                 if long > KEPT_ASPECT * short:
                     cut = (long - KEPT_ASPECT * short) // 2
@@ -56,7 +56,7 @@ class Shrinking:
             return np.zeros((1, 1, channels), np.uint8)
 
 
-class Cropping:
+class CropTask:
     """Work that fills rows with parts of images that lie decoded in a file.
 
     Args:
@@ -69,7 +69,13 @@ class Cropping:
     """
 
     def __init__(
-        self, pixels: PixelFile, count: int, rows: np.ndarray, reading: Reading, draws: np.ndarray | None, share: float
+        self,
+        pixels: PixelFile,
+        count: int,
+        rows: np.ndarray,
+        reading: DecodeSpec,
+        draws: np.ndarray | None,
+        share: float,
     ) -> None:
         self.pixels = pixels
         self.count = count
@@ -99,7 +105,7 @@ class Cropping:
         return ""
 
 
-def open_square(pixels: PixelFile, count: int, reading: Reading) -> Tensor | None:
+def open_square(pixels: PixelFile, count: int, reading: DecodeSpec) -> Tensor | None:
     """All images at the input's size, uint8 (N, H, W, C), mapped from the file; None if there is no such file."""
     opened = pixels.open(count, reading.channels)
     if opened is None:
@@ -120,7 +126,9 @@ def write_square(pixels: PixelFile, images: Tensor) -> str:
     return pixels.write(sizes, channels, (image.numpy() for image in images))
 
 
-def write_rows(pixels: PixelFile, work: Decoding, count: int, reading: Reading, pool: Pool, chunk: int = 64) -> str:
+def write_rows(
+    pixels: PixelFile, work: DecodeTask, count: int, reading: DecodeSpec, pool: WorkerPool, chunk: int = 64
+) -> str:
     """Decode all images at the input's size and keep them; why that is not possible, or "".
 
     Raises:
@@ -134,7 +142,7 @@ def write_rows(pixels: PixelFile, work: Decoding, count: int, reading: Reading, 
 
 
 def write_shrunk(
-    pixels: PixelFile, store: Store, files: Sequence[str], reading: Reading, pool: Pool, chunk: int = 64
+    pixels: PixelFile, store: ImageStore, files: Sequence[str], reading: DecodeSpec, pool: WorkerPool, chunk: int = 64
 ) -> str:
     """Decode all images and keep them with their shorter side at 256/224 of the input's.
 
@@ -144,7 +152,7 @@ def write_shrunk(
         OSError: the cache cannot be written to.
     """
     batches = [range(start, min(start + chunk, len(files))) for start in range(0, len(files), chunk)]
-    work = Shrinking(store, files, reading)
+    work = ShrinkTask(store, files, reading)
 
     def decoded() -> Iterator[np.ndarray]:
         for _, images in pool.batches(work, batches):

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import PIL
 
-from skipway.data.inspection import Finding
-from skipway.data.sources.readers import Store
+from skipway.data.inspection import ImageInfo
+from skipway.data.sources.readers import ImageStore
 
-__all__ = ["PixelFile", "cache_folder", "key_of", "load_findings", "save_findings"]
+__all__ = ["PixelFile", "cache_folder", "cache_key", "load_image_infos", "save_image_infos"]
 
 FORMAT = 1
 MAGIC = b"skipway\x00pixels\x01\n"
@@ -51,7 +51,7 @@ def cache_folder(choice: bool | Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipway"
 
 
-def key_of(store: Store, files: Sequence[str], *settings: Any) -> str:
+def cache_key(store: ImageStore, files: Sequence[str], *settings: Any) -> str:
     """32 hexadecimal digits that depend on every file's name, size and time of change, and on the settings."""
     digest = hashlib.sha256(ascii((FORMAT, PIL.__version__, str(store.root.absolute()), settings)).encode())
     for file in files:
@@ -59,13 +59,13 @@ def key_of(store: Store, files: Sequence[str], *settings: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def place_of(folder: Path, store: Store, kind: str) -> Path:
+def cache_path(folder: Path, store: ImageStore, kind: str) -> Path:
     """The file in the cache that belongs to a source."""
     name = hashlib.sha256(ascii(str(store.root.absolute())).encode()).hexdigest()[:16]
     return folder / f"{kind}-{name}"
 
 
-def replaced(path: Path, content: Iterable[bytes]) -> None:
+def replace_file(path: Path, content: Iterable[bytes]) -> None:
     """Write a file aside, sync it and rename it, so that no reader ever sees half of it.
 
     Raises:
@@ -85,10 +85,10 @@ def replaced(path: Path, content: Iterable[bytes]) -> None:
             aside.unlink()
 
 
-def load_findings(folder: Path, store: Store, files: Iterable[str]) -> dict[str, Finding]:
+def load_image_infos(folder: Path, store: ImageStore, files: Iterable[str]) -> dict[str, ImageInfo]:
     """What is known of those files that did not change since; empty if the cache is absent or damaged."""
     try:
-        entries = json.loads(place_of(folder, store, "index").with_suffix(".json").read_bytes())
+        entries = json.loads(cache_path(folder, store, "index").with_suffix(".json").read_bytes())
         if entries["format"] != FORMAT:
             return {}
         known = entries["files"]
@@ -96,7 +96,7 @@ def load_findings(folder: Path, store: Store, files: Iterable[str]) -> dict[str,
         for file in files:
             entry = known.get(ascii(file))
             if entry is not None and tuple(entry[0]) == store.stamp(file):
-                finding = Finding(*entry[1])
+                finding = ImageInfo(*entry[1])
                 if [type(value) for value in finding] == [str, str, int, int, bool, bool]:
                     found[file] = finding
         return found
@@ -104,7 +104,7 @@ def load_findings(folder: Path, store: Store, files: Iterable[str]) -> dict[str,
         return {}
 
 
-def save_findings(folder: Path, store: Store, findings: dict[str, Finding]) -> None:
+def save_image_infos(folder: Path, store: ImageStore, findings: dict[str, ImageInfo]) -> None:
     """Keep what was found out.
 
     Raises:
@@ -116,7 +116,7 @@ def save_findings(folder: Path, store: Store, findings: dict[str, Finding]) -> N
         if (stamp := store.stamp(file)) != (-1, -1)
     }
     text = json.dumps({"format": FORMAT, "files": files}, separators=(",", ":"))
-    replaced(place_of(folder, store, "index").with_suffix(".json"), [text.encode()])
+    replace_file(cache_path(folder, store, "index").with_suffix(".json"), [text.encode()])
 
 
 class PixelFile:
@@ -131,9 +131,9 @@ class PixelFile:
         self.key = key
 
     @classmethod
-    def of(cls, folder: Path, store: Store, kind: str, key: str) -> PixelFile:
+    def of(cls, folder: Path, store: ImageStore, kind: str, key: str) -> PixelFile:
         """The one of a source, settings in `kind` and content in `key`: a source that changed replaces its own."""
-        base = place_of(folder, store, "pixels")
+        base = cache_path(folder, store, "pixels")
         return cls(base.with_name(f"{base.name}-{kind}.bin"), key)
 
     def open(self, count: int, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -166,7 +166,7 @@ class PixelFile:
         """Write all images; `sizes` is int64 (N, 2) of heights and widths. Why that is not possible, or "".
 
         Raises:
-            OSError: as `replaced`.
+            OSError: as `replace_file`.
         """
         count = len(sizes)
         lengths = sizes.prod(1) * channels
@@ -194,5 +194,5 @@ class PixelFile:
             for row in rows:
                 yield np.ascontiguousarray(row).tobytes()
 
-        replaced(self.path, pieces())
+        replace_file(self.path, pieces())
         return ""

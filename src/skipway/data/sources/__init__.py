@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from skipway.data.sources.detect import find
+from skipway.data.sources.detect import index_source
 from skipway.data.sources.index import SourceIndex
-from skipway.data.sources.readers import Store
+from skipway.data.sources.readers import ImageStore
 
-__all__ = ["SourceIndex", "Store", "find"]
+__all__ = ["ImageStore", "SourceIndex", "index_source"]

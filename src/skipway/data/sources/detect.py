@@ -6,20 +6,20 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from skipway.data.sources.folders import find_folders
-from skipway.data.sources.hub import HUB_PREFIX, find_rows, is_saved
+from skipway.data.sources.folders import index_folders
+from skipway.data.sources.hub import HUB_PREFIX, index_dataset, is_saved_dataset
 from skipway.data.sources.index import SourceIndex
-from skipway.data.sources.lists import LIST_SUFFIXES, find_list
-from skipway.data.sources.shards import find_shards
+from skipway.data.sources.lists import LIST_SUFFIXES, index_list
+from skipway.data.sources.shards import index_shards
 from skipway.data.sources.splits import split_of
 from skipway.errors import DataError, SkipwayError, printable
 
-__all__ = ["COLUMNS", "find"]
+__all__ = ["COLUMNS", "index_source"]
 
 COLUMNS = ("image", "label", "split")
 
 
-def find(
+def index_source(
     source: Path | str, *, allow_empty: bool = False, outside: bool = False, columns: Sequence[str] = COLUMNS
 ) -> SourceIndex:
     """The images of a source: a folder of class folders, of tar shards or of `save_to_disk`; a list in CSV, TSV or
@@ -30,22 +30,22 @@ def find(
         MissingExtraError: it needs a library that is not installed.
     """
     if str(source).startswith(HUB_PREFIX):
-        return find_rows(str(source), columns=columns, outside=outside)
+        return index_dataset(str(source), columns=columns, outside=outside)
     path = Path(source)
     try:
         if path.is_dir():
-            if is_saved(path):
-                return find_rows(path, columns=columns, outside=outside)
+            if is_saved_dataset(path):
+                return index_dataset(path, columns=columns, outside=outside)
             return (
-                find_shards(path)
+                index_shards(path)
                 if holds_shards(path)
-                else find_folders(path, allow_empty=allow_empty, outside=outside)
+                else index_folders(path, allow_empty=allow_empty, outside=outside)
             )
         suffix = path.suffix.lower()
         if suffix in LIST_SUFFIXES and path.is_file():
-            return find_list(path, columns=columns, outside=outside)
+            return index_list(path, columns=columns, outside=outside)
         if suffix == ".tar" and (path.is_file() or "{" in path.name or "{" in str(path.parent)):
-            return find_shards(path)
+            return index_shards(path)
     except (OSError, ValueError) as error:
         if isinstance(error, SkipwayError):
             raise

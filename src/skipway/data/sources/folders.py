@@ -20,15 +20,15 @@ from skipway.data.sources.index import (
     check_known_classes,
     name_list,
 )
-from skipway.data.sources.readers import Files
+from skipway.data.sources.readers import FileStore
 from skipway.data.sources.splits import SPLIT_NAMES, SPLITS, Split, looks_like_split, split_of
 from skipway.errors import DataError, printable
 
-__all__ = ["find_folders", "hidden"]
+__all__ = ["index_folders", "is_hidden"]
 
 
 @dataclass
-class Walk:
+class FolderWalk:
     """Finds the images below class folders and counts what it passes by."""
 
     root: Path
@@ -45,7 +45,7 @@ class Walk:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         found = {}
         for entry in entries:
-            if hidden(entry.name) or entry.name in skip:
+            if is_hidden(entry.name) or entry.name in skip:
                 continue
             if entry.is_dir() and self.stays(entry):
                 found[entry.name] = sorted(self.below(folder / entry.name))
@@ -59,11 +59,11 @@ class Walk:
         waiting = [folder]
         while waiting:
             for entry in os.scandir(waiting.pop()):
-                if hidden(entry.name):
+                if is_hidden(entry.name):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(Path(entry.path))
-                elif entry.is_symlink() and entry_is_folder(entry):
+                elif entry.is_symlink() and is_folder(entry):
                     self.links.append(self.relative(entry))
                 elif (suffix := Path(entry.name).suffix.lower()) not in SUFFIXES:
                     self.ignored[suffix or "no suffix"] += 1
@@ -86,7 +86,7 @@ class Walk:
         return False
 
 
-def entry_is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether a link leads to a folder; a link to itself leads nowhere."""
     try:
         return entry.is_dir()
@@ -94,7 +94,7 @@ def entry_is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Whether a file or folder is the file system's or an archiver's own."""
     return name.startswith((".", "__MACOSX")) or name in ("Thumbs.db", "desktop.ini")
 
@@ -127,7 +127,7 @@ def layout_of(root: Path) -> Layout:
         DataError: there are split folders but no training images, or class folders beside one whose name sounds like
             a split that is not known.
     """
-    names = sorted(entry.name for entry in os.scandir(root) if not hidden(entry.name) and entry_is_folder(entry))
+    names = sorted(entry.name for entry in os.scandir(root) if not is_hidden(entry.name) and is_folder(entry))
     by_split: dict[Split | None, list[str]] = {}
     for name in names:
         by_split.setdefault(split_of(name), []).append(name)
@@ -166,19 +166,19 @@ def rank_of(split: Split, name: str) -> tuple[int, str]:
 def holds_folders(folder: Path) -> bool:
     """Whether a folder holds another one that is not hidden."""
     with os.scandir(folder) as entries:
-        return any(not hidden(entry.name) and entry_is_folder(entry) for entry in entries)
+        return any(not is_hidden(entry.name) and is_folder(entry) for entry in entries)
 
 
 def innermost(folder: Path, split: Split) -> Path:
     """The folder itself, or, as archives unpack to `train/train`, the only folder in it that names the same split."""
     while True:
-        inner = [entry for entry in os.scandir(folder) if not hidden(entry.name)]
-        if len(inner) != 1 or split_of(inner[0].name) != split or not entry_is_folder(inner[0]):
+        inner = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
+        if len(inner) != 1 or split_of(inner[0].name) != split or not is_folder(inner[0]):
             return folder
         folder = folder / inner[0].name
 
 
-def find_folders(root: Path, *, allow_empty: bool = False, outside: bool = False) -> SourceIndex:
+def index_folders(root: Path, *, allow_empty: bool = False, outside: bool = False) -> SourceIndex:
     """The images of class folders.
 
     Args:
@@ -192,7 +192,7 @@ def find_folders(root: Path, *, allow_empty: bool = False, outside: bool = False
     """
     layout = layout_of(root)
     folder = layout.folders["train"]
-    walk = Walk(root, outside)
+    walk = FolderWalk(root, outside)
     train = walk.by_class(folder, skip=layout.splits)
     classes = check_classes(train, printable(folder), allow_empty=allow_empty)
     held: dict[str, FilesByClass | None] = {}
@@ -200,7 +200,7 @@ def find_folders(root: Path, *, allow_empty: bool = False, outside: bool = False
     for split, folder in layout.folders.items():
         if split == "train":
             continue
-        own = Walk(root, outside)
+        own = FolderWalk(root, outside)
         held[split], unsorted = labelled(own, folder, classes)
         if unsorted:
             remarks.append(
@@ -214,7 +214,7 @@ def find_folders(root: Path, *, allow_empty: bool = False, outside: bool = False
     if walk.links:
         remarks.append(f"links not followed, to folders or out of the data: {name_list(walk.links, 3)}")
     return SourceIndex(
-        store=Files(root),
+        store=FileStore(root),
         name=root.resolve().name,
         classes=classes,
         train=train,
@@ -226,13 +226,13 @@ def find_folders(root: Path, *, allow_empty: bool = False, outside: bool = False
     )
 
 
-def labelled(walk: Walk, folder: Path, classes: Collection[str]) -> tuple[FilesByClass | None, int]:
+def labelled(walk: FolderWalk, folder: Path, classes: Collection[str]) -> tuple[FilesByClass | None, int]:
     """The images of a validation or test folder by class, and 0; or None and how many images have no class."""
     files = walk.by_class(folder)
     full = {name for name in files if files[name]}
     if full - (PLACEHOLDERS - set(classes)):
         return files, 0
     with os.scandir(folder) as entries:
-        loose = sum(Path(entry.name).suffix.lower() in SUFFIXES and not hidden(entry.name) for entry in entries)
+        loose = sum(Path(entry.name).suffix.lower() in SUFFIXES and not is_hidden(entry.name) for entry in entries)
     count = loose + sum(map(len, files.values()))
     return (None, count) if count else (files, 0)

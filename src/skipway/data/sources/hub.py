@@ -15,23 +15,23 @@ from skipway.data.sources.index import (
     name_list,
     sorted_classes,
 )
-from skipway.data.sources.readers import Rows
+from skipway.data.sources.readers import TableStore
 from skipway.data.sources.splits import SPLITS, Split, split_of
 from skipway.errors import DataError, MissingExtraError, printable
 
-__all__ = ["HUB_PREFIX", "find_rows", "is_saved"]
+__all__ = ["HUB_PREFIX", "index_dataset", "is_saved_dataset"]
 
 HUB_PREFIX = "hf:"
 
 
-def is_saved(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` wrote a folder."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )
 
 
-def find_rows(source: Path | str, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
+def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
     """The images of a data set.
 
     Args:
@@ -100,7 +100,7 @@ def find_rows(source: Path | str, *, columns: Sequence[str], outside: bool = Fal
             check_known_classes(by_split[other], classes, where, other)
     root = Path(str(source).replace(":", "/") if fetched else source)
     return SourceIndex(
-        store=Rows(root, image, tables, outside or fetched),
+        store=TableStore(root, image, tables, outside or fetched),
         name=root.name,
         classes=classes,
         train={name: train[name] for name in classes},

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from skipway.data.sources.readers import Store
+from skipway.data.sources.readers import ImageStore
 from skipway.data.sources.splits import SPLITS
 from skipway.errors import DataError, printable
 
@@ -39,7 +39,7 @@ class SourceIndex:
         remarks: sentences about what a user may not expect.
     """
 
-    store: Store
+    store: ImageStore
     name: str
     classes: tuple[str, ...]
     train: FilesByClass

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from skipway.data.sources.index import FilesByClass, SourceIndex, check_known_classes, name_list, sorted_classes
-from skipway.data.sources.readers import Files
+from skipway.data.sources.readers import FileStore
 from skipway.data.sources.splits import SPLITS, known_names, split_of
 from skipway.errors import DataError, MissingExtraError, printable
 
-__all__ = ["LIST_SUFFIXES", "find_list"]
+__all__ = ["LIST_SUFFIXES", "index_list"]
 
 LIST_SUFFIXES = {".csv": ",", ".tsv": "\t", ".parquet": ""}
 
 Row = tuple[str, str, str]
 
 
-def find_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
+def index_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
     """The images of a list.
 
     Args:
@@ -80,7 +80,7 @@ def index_of_list(path: Path, splits: dict[str, FilesByClass], repeated: int) ->
             check_known_classes(splits[split], classes, where, split)
     remarks = (f"{repeated} images are listed more than once; each is used once",) if repeated else ()
     return SourceIndex(
-        store=Files(path.parent),
+        store=FileStore(path.parent),
         name=path.stem,
         classes=classes,
         train={name: splits["train"][name] for name in classes},
@@ -118,13 +118,13 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             present = [name for name in columns if name in names]
             for batch in file.iter_batches(columns=present):
                 for row in batch.to_pylist():
-                    image, label, split = (text(path, name, row.get(name)) for name in columns)
+                    image, label, split = (cell_text(path, name, row.get(name)) for name in columns)
                     yield image, label, split
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{printable(path)}: not a list that can be read: {str(error).splitlines()[0]}") from error
 
 
-def text(path: Path, column: str, value: object) -> str:
+def cell_text(path: Path, column: str, value: object) -> str:
     """A cell as text."""
     if isinstance(value, (bytes, dict, list)):
         raise DataError(

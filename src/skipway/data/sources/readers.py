@@ -14,21 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-from skipway.data.decode import MOST_BYTES, UnreadableImage
+from skipway.data.decode import MAX_BYTES, UnreadableImage
 from skipway.errors import DataError
 
-__all__ = ["Files", "Member", "Rows", "Shards", "Stamp", "Store"]
+__all__ = ["FileStore", "ImageStore", "ShardMember", "ShardStore", "Stamp", "TableStore"]
 
 Stamp = tuple[int, int]
 
 
-class Store(ABC):
+class ImageStore(ABC):
     """Images by name. `root / name` is what messages call one.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = Path(folder, "a.png").write_bytes(b"pixels")
-    ...     Files(Path(folder)).read("a.png")
+    ...     FileStore(Path(folder)).read("a.png")
     b'pixels'
     """
 
@@ -49,7 +49,7 @@ class Store(ABC):
 
 @final
 @dataclass
-class Files(Store):
+class FileStore(ImageStore):
     """Files below a folder, or, where a name is absolute, elsewhere."""
 
     root: Path
@@ -64,8 +64,8 @@ class Files(Store):
                 about = os.fstat(f.fileno())
                 if not stat.S_ISREG(about.st_mode):
                     raise UnreadableImage(path, "not a regular file")
-                check_bytes(path, about.st_size)
-                return f.read(MOST_BYTES + 1)
+                check_file_size(path, about.st_size)
+                return f.read(MAX_BYTES + 1)
         except UnreadableImage:
             raise
         except FileNotFoundError as error:
@@ -83,7 +83,7 @@ class Files(Store):
         return about.st_size, about.st_mtime_ns
 
 
-class Member(NamedTuple):
+class ShardMember(NamedTuple):
     """A stretch of a tar file: which file, where it begins, how long it is."""
 
     shard: str
@@ -93,16 +93,16 @@ class Member(NamedTuple):
 
 @final
 @dataclass
-class Shards(Store):
+class ShardStore(ImageStore):
     """Members of tar files, read where they lie; nothing is unpacked."""
 
     root: Path
-    members: Mapping[str, Member]
+    members: Mapping[str, ShardMember]
 
     def read(self, name: str) -> bytes:
         member = self.members[name]
         path = self.root / name
-        check_bytes(path, member.size)
+        check_file_size(path, member.size)
         try:
             with open(self.root / member.shard, "rb") as file:
                 file.seek(member.offset)
@@ -124,7 +124,7 @@ class Shards(Store):
 
 @final
 @dataclass
-class Rows(Store):
+class TableStore(ImageStore):
     """Cells of Hugging Face data sets: `tables` by split, the name of an image is `split/row`.
 
     The cells hold bytes, or paths; a path must not leave `root` unless `outside` is asked for.
@@ -146,13 +146,13 @@ class Rows(Store):
             raise UnreadableImage(path, f"the column {self.column!r} holds {type(cell).__name__}, not an image")
         content, file = cell.get("bytes"), cell.get("path")
         if content is not None:
-            check_bytes(path, len(content))
+            check_file_size(path, len(content))
             return bytes(content)
         if not file:
             raise UnreadableImage(path, "an empty cell")
         if not self.outside and not Path(file).resolve().is_relative_to(self.root.resolve()):
             raise UnreadableImage(path, "a path that leads out of the data set")
-        return Files(self.root).read(file)
+        return FileStore(self.root).read(file)
 
     def stamp(self, name: str) -> Stamp:
         split, row = name.rsplit("/", 1)
@@ -162,13 +162,13 @@ class Rows(Store):
         return int(row), int.from_bytes(print_of.encode()[:8], "big") >> 1
 
 
-def check_bytes(path: Path, size: int) -> None:
+def check_file_size(path: Path, size: int) -> None:
     """Refuses what no image needs."""
-    if size > MOST_BYTES:
-        raise UnreadableImage(path, f"a file of more than {MOST_BYTES >> 20} MB")
+    if size > MAX_BYTES:
+        raise UnreadableImage(path, f"a file of more than {MAX_BYTES >> 20} MB")
 
 
-def check_name(name: str, source: Path) -> None:
+def check_member_name(name: str, source: Path) -> None:
     """A member's name must stay below its archive.
 
     Raises:

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from skipway.data.decode import MOST_BYTES
+from skipway.data.decode import MAX_BYTES
 from skipway.data.sources.index import (
     SUFFIXES,
     FilesByClass,
@@ -26,21 +26,21 @@ from skipway.data.sources.index import (
     name_list,
     sorted_classes,
 )
-from skipway.data.sources.readers import Member, Shards, check_name
+from skipway.data.sources.readers import ShardMember, ShardStore, check_member_name
 from skipway.data.sources.splits import SPLITS, looks_like_split, split_in
 from skipway.errors import DataError, printable
 
-__all__ = ["expand", "find_shards", "key_and_suffix", "shard_paths"]
+__all__ = ["expand_braces", "index_shards", "key_and_suffix", "shard_paths"]
 
-MOST_MEMBERS = 20_000_000
-MOST_SHARDS = 100_000
-MOST_LABEL_BYTES = 1024**2
+MAX_MEMBERS = 20_000_000
+MAX_SHARDS = 100_000
+MAX_LABEL_BYTES = 1024**2
 
 
-def expand(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """A brace pattern written out, as a shell does: ranges of numbers, which keep leading zeros, and lists.
 
-    >>> expand("train-{08..10}.tar"), expand("{train,val}.tar")
+    >>> expand_braces("train-{08..10}.tar"), expand_braces("{train,val}.tar")
     (['train-08.tar', 'train-09.tar', 'train-10.tar'], ['train.tar', 'val.tar'])
     """
     pieces = re.split(r"\{([^{}]*)\}", pattern)
@@ -52,15 +52,15 @@ def expand(pattern: str) -> list[str]:
             first, last = span.groups()
             width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
             total *= abs(int(last) - int(first)) + 1
-            if total > MOST_SHARDS:
+            if total > MAX_SHARDS:
                 break
             step = 1 if int(first) <= int(last) else -1
             options.append([str(n).zfill(width) for n in range(int(first), int(last) + step, step)])
         else:
             options.append(piece.split(",") if number % 2 else [piece])
             total *= len(options[-1])
-    if total > MOST_SHARDS:
-        raise DataError(f"{pattern!r} means more than {MOST_SHARDS:,} shards")
+    if total > MAX_SHARDS:
+        raise DataError(f"{pattern!r} means more than {MAX_SHARDS:,} shards")
     return ["".join(choice) for choice in product(*options)]
 
 
@@ -79,10 +79,10 @@ def shard_paths(source: Path) -> list[Path]:
     """The tar files that a file, a folder or a brace pattern means."""
     if source.is_dir():
         return sorted(path for path in source.rglob("*.tar") if path.is_file())
-    return [Path(name) for name in expand(str(source))]
+    return [Path(name) for name in expand_braces(str(source))]
 
 
-def find_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
+def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
     """The images of tar shards. A shard belongs to the split that its name, or its folder's, has as one of its words.
 
     Where some shards name a split, one that sounds like another split, such as `extra-000.tar`, is left alone.
@@ -95,8 +95,8 @@ def find_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"shard {printable(missing[0])} does not exist ({len(missing)} of {len(paths)} do not)")
-    root = source if source.is_dir() else Path(*common(paths))
-    members: dict[str, Member] = {}
+    root = source if source.is_dir() else Path(*common_folder(paths))
+    members: dict[str, ShardMember] = {}
     splits: dict[str, FilesByClass] = {split: {} for split in SPLITS}
     ignored: Counter[str] = Counter()
     unused = []
@@ -106,12 +106,12 @@ def find_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
         if split is None and looks_like_split(path.stem):
             unused.append(shard)
             continue
-        for member, label, place in index(path, ignored):
+        for member, label, place in scan_shard(path, ignored):
             name = f"{shard}/{member}"
-            members[name] = Member(shard, *place)
+            members[name] = ShardMember(shard, *place)
             splits[split or "train"].setdefault(label, []).append(name)
-        if len(members) > MOST_MEMBERS:
-            raise DataError(f"{printable(source)} holds more than {MOST_MEMBERS:,} images")
+        if len(members) > MAX_MEMBERS:
+            raise DataError(f"{printable(source)} holds more than {MAX_MEMBERS:,} images")
     where, train = printable(source), splits["train"]
     classes = sorted_classes(train)
     if unused and not train:
@@ -121,7 +121,7 @@ def find_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
         if splits[other]:
             check_known_classes(splits[other], classes, where, other)
     return SourceIndex(
-        store=Shards(root, members),
+        store=ShardStore(root, members),
         name=paths[0].stem if len(paths) == 1 else root.resolve().name,
         classes=classes,
         train={name: train[name] for name in classes},
@@ -132,7 +132,7 @@ def find_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
     )
 
 
-def common(paths: Sequence[Path]) -> tuple[str, ...]:
+def common_folder(paths: Sequence[Path]) -> tuple[str, ...]:
     """The folders that all paths share."""
     shared = []
     for names in zip(*(path.parent.parts for path in paths), strict=False):
@@ -142,7 +142,7 @@ def common(paths: Sequence[Path]) -> tuple[str, ...]:
     return tuple(shared)
 
 
-def index(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[int, int]]]:
+def scan_shard(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[int, int]]]:
     """(name, label, (offset, size)) of every image of a shard; images and links are not read, labels are."""
     images: list[tuple[str, str, tuple[int, int]]] = []
     labels: dict[str, tuple[str, tuple[int, int]]] = {}
@@ -153,7 +153,7 @@ def index(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[int, 
                 # tarfile would keep every member that it has seen
                 tar.members = []  # pyrefly: ignore[missing-attribute]
                 count += 1
-                refuse(path, member, size, count)
+                check_member(path, member, size, count)
                 if not member.isreg() or Path(member.name).name.startswith("."):
                     continue
                 key, suffix = key_and_suffix(member.name)
@@ -168,15 +168,15 @@ def index(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[int, 
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise DataError(
-            f"{printable(path)}: not a tar file that can be read in place: {error}{advice(path)}"
+            f"{printable(path)}: not a tar file that can be read in place: {error}{compression_advice(path)}"
         ) from error
     with path.open("rb") as file:
         return [(name, label_of(path, file, name, labels.get(key)), place) for name, key, place in images]
 
 
-def refuse(path: Path, member: tarfile.TarInfo, size: int, count: int) -> None:
+def check_member(path: Path, member: tarfile.TarInfo, size: int, count: int) -> None:
     """What no shard needs and what a hostile one may hold."""
-    check_name(member.name, path)
+    check_member_name(member.name, path)
     what = f"{printable(path)}: member {printable(member.name)!r}"
     if member.issym() or member.islnk():
         raise DataError(f"{what} is a link; shards hold files only")
@@ -184,11 +184,11 @@ def refuse(path: Path, member: tarfile.TarInfo, size: int, count: int) -> None:
         raise DataError(f"{what} is a device, a pipe or a sparse file; shards hold plain files only")
     if member.offset_data + member.size > size:
         raise DataError(f"{what} ends behind the end of the file: the shard is cut off")
-    if count > MOST_MEMBERS:
-        raise DataError(f"{printable(path)} holds more than {MOST_MEMBERS:,} members")
+    if count > MAX_MEMBERS:
+        raise DataError(f"{printable(path)} holds more than {MAX_MEMBERS:,} members")
 
 
-def advice(path: Path) -> str:
+def compression_advice(path: Path) -> str:
     """What to do about a compressed shard."""
     with path.open("rb") as file:
         head = file.read(6)
@@ -206,8 +206,8 @@ def label_of(path: Path, file: Any, name: str, beside: tuple[str, tuple[int, int
             raise DataError(f"{what} is missing: there is no .cls or .json beside it and it lies in no folder")
         return folder
     suffix, (offset, size) = beside
-    if size > min(MOST_LABEL_BYTES, MOST_BYTES):
-        raise DataError(f"{what} takes {size:,} bytes; the rule is at most {MOST_LABEL_BYTES:,}")
+    if size > min(MAX_LABEL_BYTES, MAX_BYTES):
+        raise DataError(f"{what} takes {size:,} bytes; the rule is at most {MAX_LABEL_BYTES:,}")
     file.seek(offset)
     content = file.read(size)
     try:

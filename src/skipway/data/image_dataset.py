@@ -11,15 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipway.data.cache.images import Cropping
+from skipway.data.cache.images import CropTask
 from skipway.data.cache.store import PixelFile
 from skipway.data.decode import UnreadableImage
-from skipway.data.inspection import Decoding, Examining, Finding, Reading
-from skipway.data.pool import Pool
-from skipway.data.sources.readers import Files, Store
-from skipway.data.split import Sample
+from skipway.data.inspection import DecodeSpec, DecodeTask, ImageInfo, InspectTask
+from skipway.data.pool import WorkerPool
+from skipway.data.sources.readers import FileStore, ImageStore
+from skipway.data.split import ImageSample
 
-__all__ = ["FilePart", "Held", "MemoryPart", "Part", "Progress", "examine", "read_all"]
+__all__ = [
+    "DecodedImages",
+    "FileDataset",
+    "ImageDataset",
+    "MemoryDataset",
+    "Progress",
+    "decode_files",
+    "inspect_images",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -30,7 +38,7 @@ RESIDENT_BYTES = 2 * 1024**3
 CHUNK = 256
 
 
-class Part(ABC):
+class ImageDataset(ABC):
     """Images with class numbers that can be asked for in any order.
 
     `labels` is int64 of shape (N,); `names` holds N names for messages.
@@ -50,7 +58,7 @@ class Part(ABC):
         """
 
 
-class Held:
+class DecodedImages:
     """Decoded images, uint8 (N, H, W, C), which several parts may share; in memory or mapped from a file."""
 
     def __init__(self, images: Tensor) -> None:
@@ -69,11 +77,13 @@ class Held:
 
 
 @final
-class MemoryPart(Part):
+class MemoryDataset(ImageDataset):
     """Images decoded once: those rows of the `held` ones."""
 
-    def __init__(self, held: Held | Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None) -> None:
-        self.held = Held(held) if isinstance(held, Tensor) else held
+    def __init__(
+        self, held: DecodedImages | Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None
+    ) -> None:
+        self.held = DecodedImages(held) if isinstance(held, Tensor) else held
         self.labels = labels
         self.names = names
         self.rows = torch.arange(len(labels)) if rows is None else rows
@@ -89,7 +99,7 @@ class MemoryPart(Part):
 
 
 @final
-class FilePart(Part):
+class FileDataset(ImageDataset):
     """Images that stay in their source: each is decoded, and cut to size, when its batch comes.
 
     Args:
@@ -104,12 +114,12 @@ class FilePart(Part):
 
     def __init__(
         self,
-        store: Store,
-        samples: Sequence[Sample],
+        store: ImageStore,
+        samples: Sequence[ImageSample],
         *,
-        reading: Reading,
+        reading: DecodeSpec,
         crop: bool,
-        pool: Pool,
+        pool: WorkerPool,
         stored: tuple[PixelFile, int, np.ndarray] | None = None,
     ) -> None:
         self.store = store
@@ -125,9 +135,9 @@ class FilePart(Part):
         rows = draws.numpy() if self.crop and draws is not None else None
         share = TEST_SHARE if self.crop else 1.0
         if self.stored is None:
-            work = Decoding(self.store, self.names, self.reading, rows, share)
+            work = DecodeTask(self.store, self.names, self.reading, rows, share)
         else:
-            work = Cropping(*self.stored, self.reading, rows, share)
+            work = CropTask(*self.stored, self.reading, rows, share)
         numbers = [chosen.tolist() for chosen in batches]
         for (images, reasons), batch in zip(
             self.pool.batches(work, numbers, pin=device.type == "cuda"), numbers, strict=True
@@ -138,23 +148,23 @@ class FilePart(Part):
             yield images.to(device, non_blocking=True)
 
 
-def examine(
-    store: Store,
+def inspect_images(
+    store: ImageStore,
     files: Sequence[str],
-    pool: Pool,
+    pool: WorkerPool,
     *,
-    reading: Reading | None = None,
+    reading: DecodeSpec | None = None,
     progress: Progress | None = None,
-) -> tuple[list[Finding], Tensor | None]:
+) -> tuple[list[ImageInfo], Tensor | None]:
     """Read every image to its end once: what each turned out to be, and with a `reading` the pixels (N, H, W, C).
 
     Rows of images that cannot be read hold zeros.
     """
     shape = None if reading is None else (reading.size, reading.size, reading.channels)
     pixels = None if shape is None else torch.zeros(len(files), *shape, dtype=torch.uint8)
-    findings: list[Finding] = []
+    findings: list[ImageInfo] = []
     batches = [range(start, min(start + CHUNK, len(files))) for start in range(0, len(files), CHUNK)]
-    for images, found in pool.batches(Examining(store, files, reading), batches):
+    for images, found in pool.batches(InspectTask(store, files, reading), batches):
         if pixels is not None:
             sound = torch.tensor([not finding.reason for finding in found])
             pixels[len(findings) : len(findings) + len(found)][sound] = images[sound]
@@ -164,14 +174,24 @@ def examine(
     return findings, pixels
 
 
-def read_all(
-    root: Path, samples: Sequence[Sample], *, channels: int, size: int, workers: int, progress: Progress | None = None
-) -> tuple[MemoryPart, list[tuple[str, str]]]:
+def decode_files(
+    root: Path,
+    samples: Sequence[ImageSample],
+    *,
+    channels: int,
+    size: int,
+    workers: int,
+    progress: Progress | None = None,
+) -> tuple[MemoryDataset, list[tuple[str, str]]]:
     """Decode files into memory; the ones that cannot be read are left out and returned with their reasons."""
     files = [sample.file for sample in samples]
-    findings, pixels = examine(Files(root), files, Pool(workers), reading=Reading(channels, size), progress=progress)
+    findings, pixels = inspect_images(
+        FileStore(root), files, WorkerPool(workers), reading=DecodeSpec(channels, size), progress=progress
+    )
     assert pixels is not None
     sound = [number for number, finding in enumerate(findings) if not finding.reason]
     labels = torch.tensor([samples[number].label for number in sound], dtype=torch.int64)
     bad = [(file, finding.reason) for file, finding in zip(files, findings, strict=True) if finding.reason]
-    return MemoryPart(Held(pixels), labels, [files[number] for number in sound], torch.tensor(sound).long()), bad
+    return MemoryDataset(
+        DecodedImages(pixels), labels, [files[number] for number in sound], torch.tensor(sound).long()
+    ), bad
