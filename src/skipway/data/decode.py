@@ -40,7 +40,7 @@ __all__ = [
         "central_share",
         "find_fault",
     ),
-    *("crop_and_scale", "decode", "upright_image", "read_header", "reading", "silence_pillow"),
+    *("crop_and_scale", "decode", "upright_image", "read_header", "reporting_faults", "silence_pillow"),
 ]
 
 MAX_PIXELS = 64_000_000
@@ -114,7 +114,7 @@ def decode(
     Raises:
         UnreadableImage: the file is missing, damaged, not an image, or outside the limits above.
     """
-    with reading(source, name) as (content, path):
+    with reporting_faults(source, name) as (content, path):
         image = upright_image(content, path, channels=channels, least=2 * size, grey16=grey16)
         return crop_and_scale(image, size, box, quick=quick).reshape(size, size, channels)
 
@@ -142,7 +142,7 @@ def read_header(source: Path | bytes, name: Path | None = None) -> Header:
     Raises:
         UnreadableImage: as `decode`, for what the header can tell.
     """
-    with reading(source, name) as (content, path), open_image(content, path) as image:
+    with reporting_faults(source, name) as (content, path), open_image(content, path) as image:
         return header_of(image)
 
 
@@ -172,7 +172,7 @@ def silence_pillow() -> None:
 
 
 @contextmanager
-def reading(source: Path | bytes, name: Path | None) -> Iterator[tuple[bytes, Path]]:
+def reporting_faults(source: Path | bytes, name: Path | None) -> Iterator[tuple[bytes, Path]]:
     """The bytes and their name; within it whatever goes wrong becomes an `UnreadableImage`."""
     path = source if isinstance(source, Path) else name or Path("image")
     silence_pillow()

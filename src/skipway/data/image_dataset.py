@@ -65,7 +65,7 @@ class DecodedImages:
         self.images = images
         self.resident: Tensor | None = None
 
-    def taken(self, rows: Tensor, device: torch.device) -> Tensor:
+    def gather(self, rows: Tensor, device: torch.device) -> Tensor:
         """The images `rows`, int64 (B,) on the CPU, on `device`: a set that fits is moved there once."""
         if device.type == "cpu":
             return self.images[rows]
@@ -78,12 +78,12 @@ class DecodedImages:
 
 @final
 class MemoryDataset(ImageDataset):
-    """Images decoded once: those rows of the `held` ones."""
+    """Images decoded once: those rows of the decoded ones."""
 
     def __init__(
-        self, held: DecodedImages | Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None
+        self, decoded: DecodedImages | Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None
     ) -> None:
-        self.held = DecodedImages(held) if isinstance(held, Tensor) else held
+        self.decoded = DecodedImages(decoded) if isinstance(decoded, Tensor) else decoded
         self.labels = labels
         self.names = names
         self.rows = torch.arange(len(labels)) if rows is None else rows
@@ -91,11 +91,11 @@ class MemoryDataset(ImageDataset):
     @property
     def images(self) -> Tensor:
         """All of them: uint8 (N, H, W, C)."""
-        return self.held.images[self.rows]
+        return self.decoded.images[self.rows]
 
     def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
         for chosen in batches:
-            yield self.held.taken(self.rows[chosen], device)
+            yield self.decoded.gather(self.rows[chosen], device)
 
 
 @final
@@ -105,7 +105,7 @@ class FileDataset(ImageDataset):
     Args:
         store: reads them.
         samples: which.
-        reading: how they become pixels.
+        spec: how they become pixels.
         crop: whether training images are cut out at random, and test images centrally from a wider view.
         pool: who decodes.
         pixels: decoded at a higher resolution than the input's, as (file, table, bytes, row of each sample); cut out
@@ -117,14 +117,14 @@ class FileDataset(ImageDataset):
         store: ImageStore,
         samples: Sequence[ImageSample],
         *,
-        reading: DecodeSpec,
+        spec: DecodeSpec,
         crop: bool,
         pool: WorkerPool,
         stored: tuple[PixelFile, int, np.ndarray] | None = None,
     ) -> None:
         self.store = store
         self.samples = samples
-        self.reading = reading
+        self.spec = spec
         self.crop = crop
         self.pool = pool
         self.stored = stored
@@ -135,9 +135,9 @@ class FileDataset(ImageDataset):
         rows = draws.numpy() if self.crop and draws is not None else None
         share = TEST_SHARE if self.crop else 1.0
         if self.stored is None:
-            work = DecodeTask(self.store, self.names, self.reading, rows, share)
+            work = DecodeTask(self.store, self.names, self.spec, rows, share)
         else:
-            work = CropTask(*self.stored, self.reading, rows, share)
+            work = CropTask(*self.stored, self.spec, rows, share)
         numbers = [chosen.tolist() for chosen in batches]
         for (images, reasons), batch in zip(
             self.pool.batches(work, numbers, pin=device.type == "cuda"), numbers, strict=True
@@ -153,25 +153,25 @@ def inspect_images(
     files: Sequence[str],
     pool: WorkerPool,
     *,
-    reading: DecodeSpec | None = None,
+    spec: DecodeSpec | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[ImageInfo], Tensor | None]:
-    """Read every image to its end once: what each turned out to be, and with a `reading` the pixels (N, H, W, C).
+    """Read every image to its end once: what each turned out to be, and with a `spec` the pixels (N, H, W, C).
 
     Rows of images that cannot be read hold zeros.
     """
-    shape = None if reading is None else (reading.size, reading.size, reading.channels)
+    shape = None if spec is None else (spec.size, spec.size, spec.channels)
     pixels = None if shape is None else torch.zeros(len(files), *shape, dtype=torch.uint8)
-    findings: list[ImageInfo] = []
+    infos: list[ImageInfo] = []
     batches = [range(start, min(start + CHUNK, len(files))) for start in range(0, len(files), CHUNK)]
-    for images, found in pool.batches(InspectTask(store, files, reading), batches):
+    for images, found in pool.batches(InspectTask(store, files, spec), batches):
         if pixels is not None:
-            sound = torch.tensor([not finding.reason for finding in found])
-            pixels[len(findings) : len(findings) + len(found)][sound] = images[sound]
-        findings += found
+            sound = torch.tensor([not info.reason for info in found])
+            pixels[len(infos) : len(infos) + len(found)][sound] = images[sound]
+        infos += found
         if progress is not None:
-            progress(len(findings), len(files))
-    return findings, pixels
+            progress(len(infos), len(files))
+    return infos, pixels
 
 
 def decode_files(
@@ -185,13 +185,13 @@ def decode_files(
 ) -> tuple[MemoryDataset, list[tuple[str, str]]]:
     """Decode files into memory; the ones that cannot be read are left out and returned with their reasons."""
     files = [sample.file for sample in samples]
-    findings, pixels = inspect_images(
-        FileStore(root), files, WorkerPool(workers), reading=DecodeSpec(channels, size), progress=progress
+    infos, pixels = inspect_images(
+        FileStore(root), files, WorkerPool(workers), spec=DecodeSpec(channels, size), progress=progress
     )
     assert pixels is not None
-    sound = [number for number, finding in enumerate(findings) if not finding.reason]
+    sound = [number for number, info in enumerate(infos) if not info.reason]
     labels = torch.tensor([samples[number].label for number in sound], dtype=torch.int64)
-    bad = [(file, finding.reason) for file, finding in zip(files, findings, strict=True) if finding.reason]
+    bad = [(file, info.reason) for file, info in zip(files, infos, strict=True) if info.reason]
     return MemoryDataset(
         DecodedImages(pixels), labels, [files[number] for number in sound], torch.tensor(sound).long()
     ), bad

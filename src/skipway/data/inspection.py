@@ -45,13 +45,13 @@ class DecodeSpec(NamedTuple):
 
 
 class InspectTask:
-    """Work that reads each image to its end and says what it is; with a `reading`, it also keeps the pixels."""
+    """Work that reads each image to its end and says what it is; with a `spec`, it also keeps the pixels."""
 
-    def __init__(self, store: ImageStore, files: Sequence[str], reading: DecodeSpec | None) -> None:
+    def __init__(self, store: ImageStore, files: Sequence[str], spec: DecodeSpec | None) -> None:
         self.store = store
         self.files = files
-        self.reading = reading
-        self.shape = None if reading is None else (reading.size, reading.size, reading.channels)
+        self.spec = spec
+        self.shape = None if spec is None else (spec.size, spec.size, spec.channels)
 
     def __call__(self, index: int, row: np.ndarray | None) -> ImageInfo:
         file = self.files[index]
@@ -61,10 +61,10 @@ class InspectTask:
             content = self.store.read(file)
             digest = hashlib.sha256(content).hexdigest()
             header = read_header(content, name)
-            if self.reading is None or row is None:
+            if self.spec is None or row is None:
                 decode(content, channels=1, size=MIN_SIDE, name=name)
             else:
-                channels, size, grey16 = self.reading
+                channels, size, grey16 = self.spec
                 row[:] = decode(content, channels=channels, size=size, grey16=grey16, name=name)
         except UnreadableImage as error:
             return ImageInfo(error.reason, digest)
@@ -77,27 +77,27 @@ class DecodeTask:
     Args:
         store: reads them.
         files: their names.
-        reading: how they become pixels.
+        spec: how they become pixels.
         draws: float (N, DRAWS), what the parts are cut out by; None takes the middle.
         share: of the shorter side, for the middle.
     """
 
     def __init__(
-        self, store: ImageStore, files: Sequence[str], reading: DecodeSpec, draws: np.ndarray | None, share: float
+        self, store: ImageStore, files: Sequence[str], spec: DecodeSpec, draws: np.ndarray | None, share: float
     ) -> None:
         self.store = store
         self.files = files
-        self.reading = reading
+        self.spec = spec
         self.draws = draws
         self.share = share
-        self.shape = (reading.size, reading.size, reading.channels)
+        self.shape = (spec.size, spec.size, spec.channels)
 
     def box(self, index: int) -> ChooseBox:
         """The part of image `index` to cut out."""
         return central_share(self.share) if self.draws is None else random_box(self.draws[index])
 
     def __call__(self, index: int, row: np.ndarray | None) -> str:
-        file, (channels, size, grey16) = self.files[index], self.reading
+        file, (channels, size, grey16) = self.files[index], self.spec
         try:
             pixels = decode(
                 self.store.read(file),
@@ -115,30 +115,30 @@ class DecodeTask:
         return ""
 
 
-def duplicate_groups(findings: dict[str, ImageInfo]) -> dict[str, tuple[str, ...]]:
+def duplicate_groups(infos: dict[str, ImageInfo]) -> dict[str, tuple[str, ...]]:
     """Files with the same content, by each of them; only those that have such a twin.
 
     >>> duplicate_groups({"a": ImageInfo("", "1"), "b": ImageInfo("", "2"), "c": ImageInfo("", "1")})
     {'a': ('a', 'c'), 'c': ('a', 'c')}
     """
     by_digest: dict[str, list[str]] = {}
-    for file, finding in findings.items():
-        if finding.digest and not finding.reason:
-            by_digest.setdefault(finding.digest, []).append(file)
+    for file, info in infos.items():
+        if info.digest and not info.reason:
+            by_digest.setdefault(info.digest, []).append(file)
     return {file: tuple(files) for files in by_digest.values() if len(files) > 1 for file in files}
 
 
-def content_remarks(found: SourceIndex, findings: dict[str, ImageInfo]) -> list[str]:
+def content_remarks(found: SourceIndex, infos: dict[str, ImageInfo]) -> list[str]:
     """What the images' headers and numbers tell that a user may not expect."""
     remarks = []
     counts, transparent, moving, long = {}, {}, 0, []
     for name in found.classes:
-        usable = [findings[file] for file in found.train.get(name, []) if not findings[file].reason]
+        usable = [infos[file] for file in found.train.get(name, []) if not infos[file].reason]
         counts[name] = len(usable)
-        transparent[name] = sum(finding.alpha for finding in usable) / max(1, len(usable))
-    for file, finding in findings.items():
-        moving += finding.moving
-        if finding.width and max(finding.width, finding.height) > LONGEST_ASPECT * min(finding.width, finding.height):
+        transparent[name] = sum(info.alpha for info in usable) / max(1, len(usable))
+    for file, info in infos.items():
+        moving += info.moving
+        if info.width and max(info.width, info.height) > LONGEST_ASPECT * min(info.width, info.height):
             long.append(file)
     full = {name: count for name, count in counts.items() if count}
     if full and max(full.values()) >= IMBALANCE * min(full.values()):

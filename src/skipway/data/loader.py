@@ -89,10 +89,10 @@ def load(
     found = index_source(chosen.source, allow_empty=chosen.allow_empty, outside=chosen.outside, columns=chosen.columns)
     files = found.files
     pool = WorkerPool(default_workers(len(files)) if chosen.workers is None else chosen.workers, chosen.helpers, remark)
-    reading, remarks = choose_input(found, files, chosen)
-    reader = SourceReader(found, files, chosen, reading, pool, progress, remarks)
-    findings, source_of = reader.read()
-    return assemble_data(reader, dict(zip(files, findings, strict=True)), source_of)
+    spec, remarks = choose_input(found, files, chosen)
+    reader = SourceReader(found, files, chosen, spec, pool, progress, remarks)
+    infos, source_of = reader.read()
+    return assemble_data(reader, dict(zip(files, infos, strict=True)), source_of)
 
 
 @dataclass
@@ -102,7 +102,7 @@ class SourceReader:
     found: SourceIndex
     files: list[str]
     choices: DataChoices
-    reading: DecodeSpec
+    spec: DecodeSpec
     pool: WorkerPool
     progress: Progress | None
     remarks: list[str]
@@ -120,7 +120,7 @@ class SourceReader:
     @property
     def cuts(self) -> bool:
         """Whether training images are cut out of larger ones."""
-        return self.choices.augmentation(self.reading.size).crop == "resized"
+        return self.choices.augmentation(self.spec.size).crop == "resized"
 
     def read(self) -> tuple[list[ImageInfo], DecodedImages | PixelFile | None]:
         """What every image turned out to be, and where its pixels are: held at the input's size, in a file to cut
@@ -128,7 +128,7 @@ class SourceReader:
         """
         folder, store = cache_folder(self.choices.cache), self.found.store
         known = load_image_infos(folder, store, self.files) if self.caches else {}
-        channels, size, grey16 = self.reading
+        channels, size, grey16 = self.spec
         needed = len(self.files) * size * size * channels
         small = not self.cuts and needed <= MEMORY_BYTES
         kind = f"{'parts' if self.cuts else 'whole'}-{size}-{channels}-{grey16}"
@@ -139,10 +139,10 @@ class SourceReader:
             return [known[file] for file in self.files], ready
         todo = self.files if small else [file for file in self.files if file not in known]
         found, images = inspect_images(
-            store, todo, self.pool, reading=self.reading if small else None, progress=self.progress
+            store, todo, self.pool, spec=self.spec if small else None, progress=self.progress
         )
         known.update(zip(todo, found, strict=True))
-        findings = [known[file] for file in self.files]
+        infos = [known[file] for file in self.files]
         try:
             if self.caches and todo:
                 save_image_infos(folder, store, known)
@@ -151,16 +151,16 @@ class SourceReader:
                 if refused:
                     self.remarks.append(refused + ": they are decoded anew every time")
                 elif images is None:
-                    return findings, self.ready(pixels)
+                    return infos, self.ready(pixels)
         except OSError as error:
             self.remarks.append(f"nothing is kept in {printable(folder)}: {(error.strerror or str(error)).lower()}")
-        return findings, None if images is None else DecodedImages(images)
+        return infos, None if images is None else DecodedImages(images)
 
     def ready(self, pixels: PixelFile) -> DecodedImages | PixelFile | None:
         """What a file of decoded images gives, None if it is absent or of other images."""
         if self.cuts:
-            return pixels if pixels.open(len(self.files), self.reading.channels) is not None else None
-        images = open_square(pixels, len(self.files), self.reading)
+            return pixels if pixels.open(len(self.files), self.spec.channels) is not None else None
+        images = open_square(pixels, len(self.files), self.spec)
         return None if images is None else DecodedImages(images)
 
     def write(self, pixels: PixelFile, images: Tensor | None) -> str:
@@ -168,19 +168,17 @@ class SourceReader:
         if images is not None:
             return write_square(pixels, images)
         if self.cuts:
-            return write_shrunk(pixels, self.found.store, self.files, self.reading, self.pool)
-        work = DecodeTask(self.found.store, self.files, self.reading, None, 1.0)
-        return write_rows(pixels, work, len(self.files), self.reading, self.pool)
+            return write_shrunk(pixels, self.found.store, self.files, self.spec, self.pool)
+        work = DecodeTask(self.found.store, self.files, self.spec, None, 1.0)
+        return write_rows(pixels, work, len(self.files), self.spec, self.pool)
 
 
-def assemble_data(
-    reader: SourceReader, findings: dict[str, ImageInfo], pixels: DecodedImages | PixelFile | None
-) -> Data:
+def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: DecodedImages | PixelFile | None) -> Data:
     """The data of a source whose images have been read."""
-    found, choices, reading = reader.found, reader.choices, reader.reading
-    bad = tuple((file, finding.reason) for file, finding in findings.items() if finding.reason)
+    found, choices, spec = reader.found, reader.choices, reader.spec
+    bad = tuple((file, info.reason) for file, info in infos.items() if info.reason)
     check_readable(found, choices, bad)
-    groups = duplicate_groups(findings) if choices.duplicates else {}
+    groups = duplicate_groups(infos) if choices.duplicates else {}
     without = {file for file, _ in bad}
     try:
         splits = split_index(found, **choices.splitting, without=without, groups=groups)
@@ -188,7 +186,7 @@ def assemble_data(
         raise DataError(f"{error}; {len(bad)} files cannot be read and do not count") if bad else error from None
     if not splits.test:
         raise DataError(f"no test image in {printable(found.root)} can be read")
-    augmentation = choices.augmentation(reading.size)
+    augmentation = choices.augmentation(spec.size)
     place = {file: number for number, file in enumerate(reader.files)}
 
     def part(samples: Sequence[ImageSample]) -> ImageDataset:
@@ -196,23 +194,23 @@ def assemble_data(
         if isinstance(pixels, DecodedImages):
             return memory_dataset(pixels, samples, rows)
         stored = None if pixels is None else (pixels, len(reader.files), rows.numpy())
-        return FileDataset(found.store, samples, reading=reading, crop=reader.cuts, pool=reader.pool, stored=stored)
+        return FileDataset(found.store, samples, spec=spec, crop=reader.cuts, pool=reader.pool, stored=stored)
 
     train, validation, test = part(splits.train), part(splits.validation), part(splits.test)
-    mean, std = dataset_statistics(train) if isinstance(train, MemoryDataset) else imagenet_statistics(reading.channels)
+    mean, std = dataset_statistics(train) if isinstance(train, MemoryDataset) else imagenet_statistics(spec.channels)
     leaked = find_leaks(splits, groups)
     remarks = [
         *reader.remarks,
         *found.remarks,
         *split_remarks(splits),
-        *content_remarks(found, findings),
+        *content_remarks(found, infos),
         *copy_remarks(splits, groups, leaked),
     ]
     return Data(
         name=found.name,
         classes=found.classes,
-        channels=reading.channels,
-        size=reading.size,
+        channels=spec.channels,
+        size=spec.size,
         train=train,
         validation=validation,
         test=test,

@@ -105,10 +105,10 @@ class WorkerPool:
                 return
             except (BrokenExecutor, Stalled, OSError) as error:
                 failures += 1
-                self.say(error, done, failures)
+                self.report_failure(error, done, failures)
         yield from run_serially(work, batches[done:], pin)
 
-    def say(self, error: Exception, done: int, failures: int) -> None:
+    def report_failure(self, error: Exception, done: int, failures: int) -> None:
         """Report a failure."""
         what = f"gave nothing for {self.stall:g} s" if isinstance(error, Stalled) else "died"
         then = "workers start again" if failures <= MAX_RESTARTS else "this process decodes alone from here on"
@@ -141,7 +141,7 @@ def run_serially(work: ImageTask, batches: Sequence[Sequence[int]], pin: bool) -
 def run_in_threads(
     work: ImageTask, batches: Sequence[Sequence[int]], pin: bool, workers: int
 ) -> Iterator[tuple[Tensor, list[Any]]]:
-    """In threads that decode up to `PREFETCH_BATCHES` batches ahead. Pillow and simplejpeg let go of the interpreter's lock."""
+    """Yield the batches from threads, up to `PREFETCH_BATCHES` ahead: Pillow and simplejpeg release the GIL."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="skipway-decode")
     waiting: deque[tuple[Tensor, list[Future[list[Any]]]]] = deque()
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skipway.data.augment.crops import random_box
 from skipway.data.cache.store import PixelFile
-from skipway.data.decode import UnreadableImage, central_share, crop_and_scale, reading, upright_image
+from skipway.data.decode import UnreadableImage, central_share, crop_and_scale, reporting_faults, upright_image
 from skipway.data.inspection import DecodeSpec, DecodeTask
 from skipway.data.pool import WorkerPool
 from skipway.data.sources.readers import ImageStore
@@ -29,17 +29,17 @@ class ShrinkTask:
 
     shape = None
 
-    def __init__(self, store: ImageStore, files: Sequence[str], reading: DecodeSpec) -> None:
+    def __init__(self, store: ImageStore, files: Sequence[str], spec: DecodeSpec) -> None:
         self.store = store
         self.files = files
-        self.reading = reading
+        self.spec = spec
 
     def __call__(self, index: int, row: np.ndarray | None) -> np.ndarray:
         """uint8 (H, W, C); an image that cannot be read, one black pixel."""
-        file, (channels, size, grey16) = self.files[index], self.reading
+        file, (channels, size, grey16) = self.files[index], self.spec
         side = round(KEPT_SHARE * size)
         try:
-            with reading(self.store.read(file), self.store.root / file) as (content, path):
+            with reporting_faults(self.store.read(file), self.store.root / file) as (content, path):
                 image = upright_image(content, path, channels=channels, least=side, grey16=grey16)
                 long, short = max(image.size), min(image.size)
                 if long > KEPT_ASPECT * short:
@@ -63,7 +63,7 @@ class CropTask:
         pixels: the file.
         count: images in it.
         rows: which of them each image of the part is.
-        reading: side and channels of the result.
+        spec: side and channels of the result.
         draws: what the parts are cut out by; None takes the middle.
         share: of the shorter side, for the middle.
     """
@@ -73,17 +73,17 @@ class CropTask:
         pixels: PixelFile,
         count: int,
         rows: np.ndarray,
-        reading: DecodeSpec,
+        spec: DecodeSpec,
         draws: np.ndarray | None,
         share: float,
     ) -> None:
         self.pixels = pixels
         self.count = count
         self.rows = rows
-        self.reading = reading
+        self.spec = spec
         self.draws = draws
         self.share = share
-        self.shape = (reading.size, reading.size, reading.channels)
+        self.shape = (spec.size, spec.size, spec.channels)
         self.opened: tuple[np.ndarray, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -92,26 +92,26 @@ class CropTask:
 
     def __call__(self, index: int, row: np.ndarray | None) -> str:
         if self.opened is None:
-            self.opened = self.pixels.open(self.count, self.reading.channels)
+            self.opened = self.pixels.open(self.count, self.spec.channels)
         if self.opened is None or row is None:
             return f"the decoded images in {self.pixels.path} are gone or damaged; start again and they are made anew"
         table, content = self.opened
         offset, height, width = table[self.rows[index]].tolist()
-        channels = self.reading.channels
+        channels = self.spec.channels
         flat = content[offset : offset + height * width * channels]
         image = Image.fromarray(flat.reshape(height, width, channels) if channels == 3 else flat.reshape(height, width))
         box = central_share(self.share) if self.draws is None else random_box(self.draws[index])
-        row[:] = crop_and_scale(image, self.reading.size, box, quick=self.draws is not None).reshape(self.shape)
+        row[:] = crop_and_scale(image, self.spec.size, box, quick=self.draws is not None).reshape(self.shape)
         return ""
 
 
-def open_square(pixels: PixelFile, count: int, reading: DecodeSpec) -> Tensor | None:
+def open_square(pixels: PixelFile, count: int, spec: DecodeSpec) -> Tensor | None:
     """All images at the input's size, uint8 (N, H, W, C), mapped from the file; None if there is no such file."""
-    opened = pixels.open(count, reading.channels)
+    opened = pixels.open(count, spec.channels)
     if opened is None:
         return None
     table, content = opened
-    start, shape = int(table[0, 0]), (count, reading.size, reading.size, reading.channels)
+    start, shape = int(table[0, 0]), (count, spec.size, spec.size, spec.channels)
     return torch.from_numpy(content[start : start + int(np.prod(shape))].reshape(shape))
 
 
@@ -127,7 +127,7 @@ def write_square(pixels: PixelFile, images: Tensor) -> str:
 
 
 def write_rows(
-    pixels: PixelFile, work: DecodeTask, count: int, reading: DecodeSpec, pool: WorkerPool, chunk: int = 64
+    pixels: PixelFile, work: DecodeTask, count: int, spec: DecodeSpec, pool: WorkerPool, chunk: int = 64
 ) -> str:
     """Decode all images at the input's size and keep them; why that is not possible, or "".
 
@@ -135,14 +135,12 @@ def write_rows(
         OSError: the cache cannot be written to.
     """
     batches = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
-    sizes = np.full((count, 2), reading.size, np.int64)
-    return pixels.write(
-        sizes, reading.channels, (row for rows, _ in pool.batches(work, batches) for row in rows.numpy())
-    )
+    sizes = np.full((count, 2), spec.size, np.int64)
+    return pixels.write(sizes, spec.channels, (row for rows, _ in pool.batches(work, batches) for row in rows.numpy()))
 
 
 def write_shrunk(
-    pixels: PixelFile, store: ImageStore, files: Sequence[str], reading: DecodeSpec, pool: WorkerPool, chunk: int = 64
+    pixels: PixelFile, store: ImageStore, files: Sequence[str], spec: DecodeSpec, pool: WorkerPool, chunk: int = 64
 ) -> str:
     """Decode all images and keep them with their shorter side at 256/224 of the input's.
 
@@ -152,11 +150,11 @@ def write_shrunk(
         OSError: the cache cannot be written to.
     """
     batches = [range(start, min(start + chunk, len(files))) for start in range(0, len(files), chunk)]
-    work = ShrinkTask(store, files, reading)
+    work = ShrinkTask(store, files, spec)
 
     def decoded() -> Iterator[np.ndarray]:
         for _, images in pool.batches(work, batches):
             yield from images
 
     sizes = np.array([image.shape[:2] for image in decoded()], np.int64).reshape(-1, 2)
-    return pixels.write(sizes, reading.channels, decoded())
+    return pixels.write(sizes, spec.channels, decoded())

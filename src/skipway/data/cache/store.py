@@ -96,24 +96,22 @@ def load_image_infos(folder: Path, store: ImageStore, files: Iterable[str]) -> d
         for file in files:
             entry = known.get(ascii(file))
             if entry is not None and tuple(entry[0]) == store.stamp(file):
-                finding = ImageInfo(*entry[1])
-                if [type(value) for value in finding] == [str, str, int, int, bool, bool]:
-                    found[file] = finding
+                info = ImageInfo(*entry[1])
+                if [type(value) for value in info] == [str, str, int, int, bool, bool]:
+                    found[file] = info
         return found
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return {}
 
 
-def save_image_infos(folder: Path, store: ImageStore, findings: dict[str, ImageInfo]) -> None:
+def save_image_infos(folder: Path, store: ImageStore, infos: dict[str, ImageInfo]) -> None:
     """Keep what was found out.
 
     Raises:
         OSError: the cache cannot be written to.
     """
     files = {
-        ascii(file): [stamp, list(finding)]
-        for file, finding in findings.items()
-        if (stamp := store.stamp(file)) != (-1, -1)
+        ascii(file): [stamp, list(info)] for file, info in infos.items() if (stamp := store.stamp(file)) != (-1, -1)
     }
     text = json.dumps({"format": FORMAT, "files": files}, separators=(",", ":"))
     replace_file(cache_path(folder, store, "index").with_suffix(".json"), [text.encode()])
