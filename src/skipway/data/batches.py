@@ -20,7 +20,7 @@ __all__ = [
     "Batch",
     "BatchTransform",
     "check_ranks",
-    "normalise",
+    "normalize",
     "rank_batches",
     "rank_evaluation_batches",
     "resize_batch",
@@ -155,7 +155,7 @@ class BatchTransform:
             images = apply_policy(images, draws.policy[numbers], fill, vary.policy)
         if draws.erasing is not None:
             images = erase_rectangles(images, draws.erasing[numbers], fill, vary.erasing)
-        inputs, labels = normalise(images, self.mean, self.std), self.labels[numbers].to(device)
+        inputs, labels = normalize(images, self.mean, self.std), self.labels[numbers].to(device)
         if draws.mixing is None:
             return Batch(inputs, labels, labels, numbers)
         inputs, targets = mix_images(
@@ -164,7 +164,7 @@ class BatchTransform:
         return Batch(inputs.contiguous(memory_format=torch.channels_last), targets, labels, numbers)
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x / 255 - mean) / std; uint8 (N, H, W, C) -> float32 (N, C, H, W) in channels-last memory."""
     middle = torch.tensor(mean, device=images.device).mul(255)
     scale = torch.tensor(std, device=images.device).mul(255).reciprocal()

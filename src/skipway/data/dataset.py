@@ -15,7 +15,7 @@ from skipway.data.batches import (
     Batch,
     BatchTransform,
     check_ranks,
-    normalise,
+    normalize,
     rank_batches,
     rank_evaluation_batches,
 )
@@ -148,4 +148,4 @@ class Data:
 
     def normalised(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / std; uint8 (N, H, W, C) -> float32 (N, C, H, W) in channels-last memory."""
-        return normalise(images, self.mean, self.std)
+        return normalize(images, self.mean, self.std)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skipway.data.batches import normalise
+from skipway.data.batches import normalize
 from skipway.data.decode import (
     ORIENTATION_TRANSPOSE,
     UnreadableImage,
@@ -117,7 +117,7 @@ class Preprocessing:
                     "not yet normalised"
                 )
             images = images.float() * 255
-        return normalise(images.permute(0, 2, 3, 1), self.mean, self.std)
+        return normalize(images.permute(0, 2, 3, 1), self.mean, self.std)
 
     def of_file(self, source: Path | bytes) -> Tensor:
         """uint8 (size, size, channels) from a file, or from what is in it.

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from skipway.checkpoint.files import decode_json, read_safetensors
-from skipway.data.batches import Batch, normalise
+from skipway.data.batches import Batch, normalize
 from skipway.data.decode import UnreadableImage
 from skipway.data.preprocessing import Preprocessing
 from skipway.data.sources.index import SUFFIXES
@@ -291,7 +291,7 @@ class Predictor:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Convert uint8 (N, H, W, C) to normalised inputs (N, C, H, W) on the device."""
-        return normalise(images.to(self.device), self.preprocessing.mean, self.preprocessing.std)
+        return normalize(images.to(self.device), self.preprocessing.mean, self.preprocessing.std)
 
     @torch.inference_mode()
     def classify(self, inputs: Tensor, files: Sequence[str], top: int | None, flip: bool) -> list[Prediction]:
