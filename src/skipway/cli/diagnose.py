@@ -81,7 +81,7 @@ class Question:
     """Apply remedies; compare before and after."""
 
     lint: Annotated[Flag, Parameter(group=DIAGNOSIS)] = False
-    """Only check for known mistakes; no passes."""
+    """Only check for known mistakes; runs nothing."""
 
     device: Annotated[str, Parameter(group=MACHINE)] = "auto"
     """auto, cpu, cuda or cuda:1."""
