@@ -172,8 +172,7 @@ def measure(
         distinct=float(distinctness(output)),
         connections=tuple(connection_signals(chain, readings.connections, relative, found)),
         layers=tuple(
-            LayerSignal(name, **readings.modules.get(name, {}), weight=relative.get(name, NAN))
-            for name in subject.layers
+            layer_signal(name, readings.modules.get(name, {}), relative.get(name, NAN)) for name in subject.layers
         ),
         gradient=size,
         weight=norm([parameter.detach() for parameter in subject.parameters.values()]),
@@ -201,6 +200,18 @@ def relative_gradients(subject: Subject, gradients: Gradients) -> dict[str, floa
         row[0] += float(gradient.double().square().sum())
         row[1] += float(parameter.detach().double().square().sum())
     return {name: math.sqrt(g / w) if w else (math.inf if g else 0.0) for name, (g, w) in sizes.items()}
+
+
+def layer_signal(name: str, row: dict[str, float], weight: float) -> LayerSignal:
+    """What was read at the output of a linear map."""
+    return LayerSignal(
+        name,
+        std=math.sqrt(row.get("variance_after", NAN)),
+        distinct=row.get("distinct", NAN),
+        tokens_distinct=row.get("tokens_distinct", NAN),
+        gradient=row.get("gradient_after", NAN),
+        weight=weight,
+    )
 
 
 def connection_signals(

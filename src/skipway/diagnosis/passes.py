@@ -70,7 +70,7 @@ class EdgeObserver(Observer):
     """Records the edges of every connection during a pass, for Jacobians."""
 
     def start(self) -> None:
-        self.edges: dict[str, Edges] = {}
+        self.spans: dict[str, Edges] = {}
         self.before: GradientEdge | None = None
 
     def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> None:
@@ -78,7 +78,7 @@ class EdgeObserver(Observer):
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
         if self.before is not None and stream.requires_grad:
-            self.edges[connection.name] = Edges(self.before, get_gradient_edge(stream), stream.shape)
+            self.spans[connection.name] = Edges(self.before, get_gradient_edge(stream), stream.shape)
 
 
 @dataclass(frozen=True)
@@ -116,19 +116,19 @@ def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) 
         cotangent = torch.randn_like(output)
         first = gradient_of(output, real, cotangent, retain_graph=True)
         subject.passes += share
-        pending = squared(observer.edges, output)
+        pending = squared(observer.spans, output)
         subject.passes += share * 2 / 3
         mean_square = dict(zip(pending, torch.stack(list(pending.values())).tolist() if pending else [], strict=True))
         if iterations:
             whole_edges = {}
             if first is not None and real is not None:
                 whole_edges[WHOLE] = Edges(get_gradient_edge(real), get_gradient_edge(output), output.shape)
-            largest = largest_values({**observer.edges, **whole_edges}, output, iterations)
+            largest = largest_values({**observer.spans, **whole_edges}, output, iterations)
             del whole_edges
             subject.passes += 2 * iterations * share
         del output
-        while observer.edges:  # from the end on: a deep graph that is dropped as a whole may overflow the stack
-            observer.edges.popitem()
+        while observer.spans:  # from the end on: a deep graph that is dropped as a whole may overflow the stack
+            observer.spans.popitem()
     shattering = whole = None
     if first is not None:
         whole = float(first.float().square().sum() / cotangent.float().square().sum())

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from skipway.errors import SkipwayError
-from skipway.probes import Observer, Probe, Signals
-from skipway.probes.measures import DIAGNOSIS_MEASURES, MODULE_MEASURES
+from skipway.probes import MEASURES, Observer, Probe, Signals
 from skipway.probes.objective import Loss, compute_loss, main_output
 from skipway.tracing import Example, Program, preserved_state, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
@@ -150,7 +149,7 @@ class Subject:
         inputs, targets = self.probed_part
         self.passes += self.share(self.probed_part)
         parameters = list(self.parameters.values())
-        measures = (*DIAGNOSIS_MEASURES, *MODULE_MEASURES)
+        measures = [name for name in MEASURES if name not in ("largest", "finite")]
         with self.running(), Probe(self.model, self.chain, measures, self.layers) as probe:
             output = call_model(self.model, inputs)
             loss = self.value(output, targets)

@@ -12,10 +12,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from skipway.probes import MEASURES, Measure, probe
-from skipway.probes.measures import largest_magnitude, rms
+from skipway.probes import probe
 from skipway.probes.objective import Loss
-from skipway.probes.signal_check import blocks_without_skip
 from skipway.tracing import Example, as_example
 from skipway.tracing.chain import Chain, WatchedConnection, chain
 
@@ -31,14 +29,6 @@ GROWN = 1e3
 NEAR_OVERFLOW = 1 / 16
 
 Rows = dict[str, dict[str, float]]
-
-MEASURED = (
-    *(MEASURES[name] for name in ("stream", "largest", "branch")),
-    Measure("gradient", rms, ("gradient_after",)),
-    Measure("stream", rms, ("output",)),
-    Measure("largest", largest_magnitude, ("output",)),
-    Measure("gradient", rms, ("output_gradient",)),
-)
 
 
 def sample_health(
@@ -66,14 +56,13 @@ def sample_health(
     >>> list(rows["stages.0.0"])
     ['stream', 'largest', 'branch', 'gradient']
     """
-    watched = tuple(chain(model, example) if connections is None else connections)
-    modules = () if watched else blocks_without_skip(model)
-    signals = probe(model, example, targets, loss, MEASURED, modules=modules, connections=watched)
-    order = ("stream", "largest", "branch", "gradient")
-    return {
-        name: {key: row.get(key, 0.0) for key in order if key in row or key == "gradient"}
-        for name, row in (signals.connections or signals.modules).items()
-    }
+    measures = ("stream", "largest", "branch", "gradient_after")
+    signals = probe(model, example, targets, loss, measures, connections=connections)
+    rows: Rows = {}
+    for name, row in (signals.connections or signals.modules).items():
+        gradient = row.pop("gradient_after", 0.0)
+        rows[name] = {key: row[key] for key in measures if key in row} | {"gradient": gradient}
+    return rows
 
 
 @dataclass

@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from skipway.errors import SkipwayError, suggest
+from skipway.errors import SkipwayError
 
-__all__ = [
-    "DIAGNOSIS_MEASURES",
-    "MEASURES",
-    "MODULE_MEASURES",
-    "SIGNALS",
-    "Measure",
-    "as_measures",
-    "cosine",
-    "dead_share",
-    "distinctness",
-    "is_finite",
-    "largest_magnitude",
-    "overflow",
-    "rms",
-    "std",
-    "swallowed_share",
-    "token_distinctness",
-    "variance",
-]
-
-POINTS = {
-    "operands": {"skip", "branch"},
-    "stream": {"stream"},
-    "rectified": {"rectified"},
-    "gradient": {"gradient_after"},
-    "gradients": {"gradient_before", "gradient_after"},
-    "output": {"output"},
-    "output_gradient": {"output_gradient"},
-}
-"""The moments of a pass at which measures are taken, and the points whose tensors exist then."""
+__all__ = ["MEASURES", "SIGNALS", "Measure", "cosine", "dead_share", "distinctness", "rms", "std", "variance"]
 
 SMALL, LARGE = 1e-12, 1e15  # between them squares neither vanish nor overflow in float32
 
@@ -193,6 +164,15 @@ def rescaled(size: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return size(x / largest) * largest
 
 
+SIMULTANEOUS = (
+    {"skip", "branch"},
+    {"stream"},
+    {"rectified"},
+    {"gradient_before", "gradient_after"},
+)
+"""Points whose tensors exist at the same moment of a pass."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """One quantity of a signal.
@@ -202,14 +182,11 @@ class Measure:
         function: of the tensors at `points`, with a 0-dimensional tensor as its result.
         points: where the tensors are taken. At a connection y = x + F(x): "skip" (x), "branch" (F(x)); "stream" (y);
             "rectified" (the output of each ReLU in the branch, of which the largest value counts); "gradient_before"
-            (∂L/∂x, where the branch reads the tensor that is added) and "gradient_after" (∂L/∂y). At a module:
-            "output"; "output_gradient".
+            (∂L/∂x, where the branch reads the tensor that is added), "gradient_after" (∂L/∂y). At a module, "stream" is
+            its output.
 
     Raises:
         SkipwayError: the points do not exist at the same time.
-
-    >>> Measure("skew", lambda x: (x.mean() - x.median()) / x.std(), ("branch",)).moment
-    'operands'
     """
 
     name: str
@@ -217,19 +194,11 @@ class Measure:
     points: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not any(points.issuperset(self.points) for points in POINTS.values()):
-            groups = "; ".join(", ".join(sorted(points)) for points in POINTS.values())
+        if not any(points.issuperset(self.points) for points in SIMULTANEOUS):
+            groups = "; ".join(", ".join(sorted(points)) for points in SIMULTANEOUS)
             raise SkipwayError(
                 f"measure {self.name!r}: points={self.points}: the rule is points that exist at one moment: {groups}"
             )
-
-    @property
-    def moment(self) -> str:
-        """The moment of a pass at which all points exist, a key of `POINTS`."""
-        return next(moment for moment, points in POINTS.items() if points.issuperset(self.points))
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        return self.function(*tensors)
 
 
 MEASURES: dict[str, Measure] = {
@@ -257,29 +226,4 @@ MEASURES: dict[str, Measure] = {
 """The measures at connections that can be asked for by name."""
 
 SIGNALS = ("skip", "branch", "stream", "cosine", "gradient_after", "gradient_before", "gradient_branch")
-"""What `probe` measures unless told otherwise: sizes forward and backward."""
-
-DIAGNOSIS_MEASURES = tuple(name for name in MEASURES if name not in ("largest", "finite"))
-"""What a diagnosis reads at every connection."""
-
-MODULE_MEASURES = (
-    Measure("std", std, ("output",)),
-    Measure("distinct", distinctness, ("output",)),
-    Measure("tokens_distinct", token_distinctness, ("output",)),
-    Measure("gradient", rms, ("output_gradient",)),
-)
-"""What a diagnosis reads at the output of every linear map."""
-
-
-def as_measures(given: Iterable[str | Measure]) -> list[Measure]:
-    """Look up the measures that are given by name.
-
-    Raises:
-        SkipwayError: no measure has that name.
-    """
-    found = []
-    for each in given:
-        if isinstance(each, str) and each not in MEASURES:
-            raise SkipwayError(suggest("measure", each, MEASURES))
-        found.append(MEASURES[each] if isinstance(each, str) else each)
-    return found
+"""The measures of `probe` by default: sizes forward and backward."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from skipway.errors import SkipwayError
@@ -48,6 +49,7 @@ class Observer(TorchFunctionMode):
         self.calls = self.passes = 0
         self.running = self.in_place = False
         self.cleanup = ExitStack()
+        self.edges: list[GradientEdge] = []
 
     def start(self) -> None:
         """A forward pass begins."""
@@ -70,6 +72,7 @@ class Observer(TorchFunctionMode):
     def listen(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> None:
         """Call `receive` with the gradient of `tensor` when a backward pass inside the context computes it."""
         if tensor.requires_grad:
+            self.edges.append(get_gradient_edge(tensor))
             self.cleanup.callback(tensor.register_hook(receive).remove)
 
     def __enter__(self):
@@ -93,6 +96,8 @@ class Observer(TorchFunctionMode):
         super().__exit__(exc_type, exc_val, exc_tb)
         self.running = False
         self.cleanup.close()
+        while self.edges:  # from the end on: a graph with hooks that is dropped as a whole may overflow the stack
+            self.edges.pop()
 
     def begin(self, module: nn.Module, args: Any) -> None:
         self.calls, self.running = 0, True

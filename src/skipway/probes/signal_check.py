@@ -8,18 +8,10 @@ from statistics import median
 
 from torch import nn
 
-from skipway.nn import Residual
-from skipway.probes.measures import Measure, std
 from skipway.probes.signals import probe
-from skipway.tracing import Example, as_example, preserved_state
-from skipway.tracing.chain import chain
+from skipway.tracing import Example, preserved_state
 
-__all__ = ["StageSignal", "blocks_without_skip", "check_signal"]
-
-STDS = (
-    *(Measure(point, std, (point,)) for point in ("skip", "branch", "stream")),
-    Measure("stream", std, ("output",)),
-)
+__all__ = ["StageSignal", "check_signal"]
 
 # factor by which a stream may grow or shrink within one stage, and a branch exceed its stream
 MANY_ORDERS = 1e4
@@ -71,25 +63,20 @@ def check_signal(model: nn.Module, example: Example) -> list[StageSignal]:
     >>> [(row.name, row.connections) for row in rows]
     [('stages.0', 3), ('stages.1', 3), ('stages.2', 3)]
     """
-    example = as_example(example)
-    connections = chain(model, example)
-    modules = () if connections else blocks_without_skip(model)
     with preserved_state(model):
         model.train()
-        signals = probe(model, example, measures=STDS, modules=modules, connections=connections)
-    rows = signals.connections or {
-        name: {"skip": row["stream"], "stream": row["stream"]} for name, row in signals.modules.items()
-    }
+        signals = probe(model, example, measures=("variance_before", "variance_branch", "variance_after"))
+    rows = signals.connections or signals.modules
     stages: dict[str, list[dict[str, float]]] = {}
     for stage, row in zip(stages_of(list(rows)), rows.values(), strict=True):
-        stages.setdefault(stage, []).append(row)
+        stages.setdefault(stage, []).append({key: math.sqrt(value) for key, value in row.items()})
     return [
         StageSignal(
             name=name,
             connections=len(inside),
-            std_in=inside[0].get("skip", math.nan),
-            std_out=inside[-1].get("stream", math.nan),
-            ratio=median(branch_share(row) for row in inside),
+            std_in=inside[0].get("variance_before", inside[0]["variance_after"]),
+            std_out=inside[-1]["variance_after"],
+            ratio=median(map(branch_share, inside)),
         )
         for name, inside in stages.items()
     ]
@@ -97,13 +84,8 @@ def check_signal(model: nn.Module, example: Example) -> list[StageSignal]:
 
 def branch_share(row: dict[str, float]) -> float:
     """std(F(x)) / std(x) of a connection; nan without a skip."""
-    branch, skip = row.get("branch", math.nan), row.get("skip", math.nan)
+    branch, skip = row.get("variance_branch", math.nan), row.get("variance_before", math.nan)
     return branch / skip if skip else math.inf
-
-
-def blocks_without_skip(model: nn.Module) -> list[str]:
-    """The blocks of a network of ours whose skips were cut: there is nothing to watch at an addition."""
-    return [name for name, module in model.named_modules() if isinstance(module, Residual)]
 
 
 def stages_of(names: list[str]) -> list[str]:

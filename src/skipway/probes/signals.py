@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from skipway.errors import SkipwayError, suggest
-from skipway.probes.measures import SIGNALS, Measure, as_measures
+from skipway.nn import Residual
+from skipway.probes.measures import MEASURES, SIGNALS, Measure
 from skipway.probes.objective import Loss, compute_loss
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_batch, call_model, preserved_state
@@ -53,13 +53,6 @@ class Signals:
     def __len__(self) -> int:
         return len(self.connections)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.connections)
-
-    def column(self, measure: str) -> list[float]:
-        """One measure at every connection, nan where it was not taken."""
-        return [row.get(measure, math.nan) for row in self.connections.values()]
-
     def __str__(self) -> str:
         rows = self.connections or self.modules
         if not rows:
@@ -87,7 +80,7 @@ class Probe(Observer):
         model: any network; `torch.compile` and `DistributedDataParallel` wrappers are looked through.
         connections: its `chain(model, example)`, which is made once.
         measures: names out of `skipway.probes.MEASURES`, or `Measure` objects.
-        modules: paths of modules at whose outputs the measures of "output" and "output_gradient" are taken.
+        modules: paths of modules at whose outputs the measures of "stream" and "gradient_after" are taken too.
 
     Raises:
         SkipwayError: an unknown measure; on leaving the forward pass, additions that are not those of the chain.
@@ -111,19 +104,17 @@ class Probe(Observer):
         connections = tuple(connections)
         super().__init__(model, connections, modules)
         self.names = [connection.name for connection in connections]
-        self.measures: dict[str, list[Measure]] = {}
-        for measure in as_measures(measures):
-            self.measures.setdefault(measure.moment, []).append(measure)
+        self.measures = [find_measure(each) if isinstance(each, str) else each for each in measures]
+        self.points = {point for measure in self.measures for point in measure.points}
         self.rows: Readings = {}
         self.module_rows: Readings = {}
-        self.edges: list[GradientEdge] = []
-        self.kept: dict[str, Tensor] = {}
+        self.after: dict[str, Tensor] | None = None
         self.passed = 0
 
     @property
     def backward(self) -> bool:
         """Whether a measure needs the backward pass."""
-        return not self.measures.keys().isdisjoint({"gradient", "gradients", "output_gradient"})
+        return not self.points.isdisjoint({"gradient_before", "gradient_after"})
 
     def readings(self) -> Signals:
         """What the last forward pass and its backward pass read, fetched from the device at once.
@@ -143,78 +134,54 @@ class Probe(Observer):
         )
         return Signals(connections, modules)
 
-    def release(self) -> None:
-        """Let go of the graph, from its end on, one connection after the other.
-
-        A graph with hooks that is dropped as a whole is taken apart by one call within the other, which overflows the
-        stack at more than 20,000 connections. So drop the loss first, then leave the context or call this.
-        """
-        while self.edges:
-            self.edges.pop()
-
-    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        super().__exit__(exc_type, exc_val, exc_tb)
-        self.kept.clear()
-        self.release()
-
     def start(self) -> None:
         self.rows, self.module_rows, self.passed = {name: {} for name in self.names}, {}, 0
 
     def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> None:
-        row = self.rows[connection.name]
-        self.take("operands", row, skip=skip, branch=branch)
-        if self.reads_skip(connection):
-            self.follow(skip, partial(self.before_arrives, row, connection.name))
+        row, self.after = self.rows[connection.name], None
+        self.take(row, skip=skip, branch=branch)
+        numbers = connection.seen.numbers
+        if "gradient_before" in self.points and numbers[0] == numbers[3]:  # the branch reads the tensor that is added
+            self.after = {}
+            self.listen(skip, partial(self.receive_before, row, self.after))
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
-        row = self.rows[connection.name]
         self.passed += 1
-        self.take("stream", row, stream=stream)
-        if "gradient" in self.measures or "gradients" in self.measures:
-            key = connection.name if self.reads_skip(connection) else None
-            self.follow(stream, partial(self.after_arrives, row, key))
+        self.take_output(self.rows[connection.name], stream, self.after)
 
     def rectified(self, output: Tensor) -> None:
-        if "rectified" in self.measures and self.names and output.ndim > 1:
-            name = self.names[min(self.passed, len(self.names) - 1)]  # the connection that adds next
-            row, now = self.rows[name], {}
-            self.take("rectified", now, rectified=output)
-            row.update({key: torch.maximum(row[key], value) if key in row else value for key, value in now.items()})
+        if "rectified" in self.points and self.names and output.ndim > 1:
+            row = self.rows[self.names[min(self.passed, len(self.names) - 1)]]  # of the connection that adds next
+            now: dict[str, Tensor] = {}
+            self.take(now, rectified=output)
+            row.update({key: torch.maximum(row.get(key, value), value) for key, value in now.items()})
 
     def module_output(self, name: str, value: Any) -> None:
         first = value[0] if isinstance(value, tuple | list) and value else value
         if isinstance(first, Tensor) and first.is_floating_point():
-            row = self.module_rows.setdefault(name, {})
-            self.take("output", row, output=first)
-            if "output_gradient" in self.measures:
-                self.follow(first, partial(self.output_arrives, row))
+            self.module_rows[name] = {}
+            self.take_output(self.module_rows[name], first, None)
 
-    def reads_skip(self, connection: WatchedConnection) -> bool:
-        """Whether ∂L/∂x is wanted and is that of the tensor which is added, since the branch reads this very tensor."""
-        return "gradients" in self.measures and connection.seen.numbers[0] == connection.seen.numbers[3]
+    def take_output(self, row: dict[str, Tensor], stream: Tensor, after: dict[str, Tensor] | None) -> None:
+        """Measure a sum or output, and its gradient when it comes."""
+        self.take(row, stream=stream)
+        if self.backward:
+            self.listen(stream, partial(self.receive_after, row, after))
 
-    def take(self, moment: str, row: dict[str, Tensor], **tensors: Tensor) -> None:
-        """Compute the measures of a moment."""
-        for measure in self.measures.get(moment, ()):
-            if all(point in tensors for point in measure.points):
-                row[measure.name] = measure(*(tensors[point].detach() for point in measure.points)).detach()
+    def receive_after(self, row: dict[str, Tensor], after: dict[str, Tensor] | None, gradient: Tensor) -> None:
+        self.take(row, gradient_after=gradient)
+        if after is not None:
+            after["gradient_after"] = gradient.detach()
 
-    def follow(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> None:
-        if tensor.requires_grad:
-            self.edges.append(get_gradient_edge(tensor))
-            self.listen(tensor, receive)
+    def receive_before(self, row: dict[str, Tensor], after: dict[str, Tensor], gradient: Tensor) -> None:
+        self.take(row, gradient_before=gradient, **after)
+        after.clear()
 
-    def after_arrives(self, row: dict[str, Tensor], key: str | None, gradient: Tensor) -> None:
-        self.take("gradient", row, gradient_after=gradient)
-        if key is not None:
-            self.kept[key] = gradient.detach()
-
-    def before_arrives(self, row: dict[str, Tensor], key: str, gradient: Tensor) -> None:
-        after = self.kept.pop(key, None)
-        self.take("gradients", row, gradient_before=gradient, **({} if after is None else {"gradient_after": after}))
-
-    def output_arrives(self, row: dict[str, Tensor], gradient: Tensor) -> None:
-        self.take("output_gradient", row, output_gradient=gradient)
+    def take(self, row: dict[str, Tensor], **tensors: Tensor) -> None:
+        """Compute the measures of these points that are not in the row yet."""
+        for measure in self.measures:
+            if measure.name not in row and tensors.keys() >= set(measure.points):
+                row[measure.name] = measure.function(*(tensors[point].detach() for point in measure.points)).detach()
 
 
 def probe(
@@ -224,7 +191,7 @@ def probe(
     loss: Loss | None = None,
     measures: Iterable[str | Measure] = SIGNALS,
     *,
-    modules: Iterable[str] = (),
+    modules: Iterable[str] | None = None,
     connections: Iterable[WatchedConnection] | None = None,
 ) -> Signals:
     """Measure the signal and the gradient at every residual connection of any network, and leave the model alone.
@@ -238,7 +205,8 @@ def probe(
         targets: what the loss compares the output with; a loader's batch brings its own.
         loss: (output, targets) → a number; None: see `skipway.probes.compute_loss`.
         measures: names out of `skipway.probes.MEASURES`, or `Measure` objects.
-        modules: paths of modules to measure too, with the measures of "output" and "output_gradient".
+        modules: paths of modules at whose outputs the measures of "stream" and "gradient_after" are taken too; None:
+            none, or in a network of ours whose skips were cut the blocks that had them.
         connections: `chain(model, example)`, where it is known already.
 
     Raises:
@@ -251,7 +219,10 @@ def probe(
     (100, 26, True)
     """
     example, targets = as_batch(example, targets)
-    watched = chain(model, example) if connections is None else connections
+    watched = tuple(chain(model, example) if connections is None else connections)
+    if modules is None:
+        own = model.named_modules() if not watched else ()
+        modules = [name for name, module in own if isinstance(module, Residual)]
     value: Tensor | None = None
     with preserved_state(model), Probe(model, watched, measures, modules) as watcher:
         with torch.set_grad_enabled(watcher.backward):
@@ -264,6 +235,13 @@ def probe(
         del output
     readings = watcher.readings()
     return readings if value is None else replace(readings, loss=float(value))
+
+
+def find_measure(name: str) -> Measure:
+    """The measure of that name."""
+    if name not in MEASURES:
+        raise SkipwayError(suggest("measure", name, MEASURES))
+    return MEASURES[name]
 
 
 def to_floats(values: list[Tensor]) -> list[float]:
