@@ -28,7 +28,7 @@ from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.table import as_text, comparison_view, diagnosis_view
 from skipway.errors import SkipwayError
-from skipway.optim.groups import role_of
+from skipway.optim.roles import parameter_roles
 from skipway.probes.objective import Loss
 from skipway.tracing import Example, as_batch, unwrap
 from skipway.tracing.chain import Chain, WatchedConnection
@@ -104,10 +104,9 @@ class Diagnosis:
         """Relative update |Δw|/|w| of the first step: the median over the parameters of each role."""
         by_role: dict[str, list[float]] = {}
         updates = {} if self.measurement.ahead is None else self.measurement.ahead.updates
+        roles = parameter_roles(self.subject.model, self.subject.probed_part[0]) if updates else {}
         for name, size in updates.items():
-            owner, _, own = name.rpartition(".")
-            role = role_of(self.subject.model.get_submodule(owner), own).name
-            by_role.setdefault(role, []).append(size)
+            by_role.setdefault(roles[name].name, []).append(size)
         return {role: median(sizes) for role, sizes in by_role.items()}
 
     @cached_property

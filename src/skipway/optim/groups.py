@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from skipway.nn import Role, ScaledStandardConv2d, ScaledStandardLinear
+from skipway.nn import Role
+from skipway.optim.roles import UNKNOWN, parameter_roles
+from skipway.tracing import Example
 from skipway.tracing.chain import chain
 
-__all__ = ["param_groups", "role_of"]
-
-WEIGHT = Role("weight", decay=True)
-BIAS = Role("bias")
-NORM = Role("norm")
-GAIN = Role("gain")
-EMBEDDING = Role("embedding")
-
-LINEAR_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
-NORM_MODULES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+__all__ = ["param_groups"]
 
 
 def param_groups(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0
+    model: nn.Module,
+    example: Example | None = None,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups for any `torch.optim` optimizer: weights of linear maps are decayed, biases, norms and gains are
     not, and parameters of a scheme have the decay and the learning rate of their role. The model is left unchanged.
 
-    The role comes from the owning module, never from a parameter's shape or name: a 0-dimensional SkipInit gain and a
-    LayerScale of shape (C,) are gains, and a bias of any shape is a bias. Unknown modules' parameters are not decayed.
+    The role comes from the owning module, or from what the parameter does in a watched forward pass where the module's
+    class is not known (`skipway.optim.roles.parameter_roles`); never from a parameter's shape or name: a 0-dimensional
+    SkipInit gain and a LayerScale of shape (C,) are gains, and a bias of any shape is a bias. Parameters whose role
+    cannot be found are not decayed, and a warning names them.
 
     Args:
         model: any module; frozen parameters are left out, shared ones counted once.
+        example: what the model is called with, for modules of unknown class; see `parameter_roles`.
         lr: learning rate of the weights; multiplied by the factor of each role.
         weight_decay: weight decay of the roles that are decayed.
         layer_decay: the rate of layer l of L + 1 is multiplied by layer_decay^(L + 1 - l), where the blocks of the
@@ -50,24 +51,31 @@ def param_groups(
     gain×0.1 9 0.01 0.0005
     bias 1 0.1 0.0
     """
+    roles = parameter_roles(model, example)
     layers = layer_indices(model) if layer_decay != 1 else {}
     last = max(layers.values(), default=0)
     groups: dict[tuple[Role, int], dict[str, Any]] = {}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            role, layer = role_of(module, name), layers.get(f"{path}.{name}" if path else name, last)
-            title = role.name if role.rate == 1.0 else f"{role.name}×{role.rate:g}"
-            empty = {
-                "params": [],
-                "lr": lr * role.rate * layer_decay ** (last - layer),
-                "weight_decay": weight_decay * role.decay,
-                "name": title if layer_decay == 1 else f"{title}, layer {layer}",
-            }
-            groups.setdefault((role, layer), empty)["params"].append(parameter)
+    unknown: list[str] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role, layer = roles[name], layers.get(name, last)
+        unknown += [name] if role is UNKNOWN else []
+        title = role.name if role.rate == 1.0 else f"{role.name}×{role.rate:g}"
+        empty = {
+            "params": [],
+            "lr": lr * role.rate * layer_decay ** (last - layer),
+            "weight_decay": weight_decay * role.decay,
+            "name": title if layer_decay == 1 else f"{title}, layer {layer}",
+        }
+        groups.setdefault((role, layer), empty)["params"].append(parameter)
+    if unknown and weight_decay:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        warnings.warn(
+            f"the role of {', '.join(unknown[:3])}{more} is not known, so weight decay leaves them out; give an "
+            "example of what the model is called with, param_groups(model, example, …), and it is found by watching",
+            stacklevel=2,
+        )
     return list(groups.values())
 
 
@@ -89,21 +97,3 @@ def layer_indices(model: nn.Module) -> dict[str, int]:
         here = inside if inside is not None else here
         layers[name] = len(blocks) + 1 if inside is None and here == len(blocks) else here
     return layers
-
-
-def role_of(module: nn.Module, name: str) -> Role:
-    """Return the role of the parameter `name` that `module` itself owns.
-
-    >>> role_of(nn.BatchNorm2d(4), "weight").name, role_of(nn.Linear(4, 4), "weight").name
-    ('norm', 'weight')
-    """
-    own = getattr(module, "role", None)
-    if isinstance(own, Role):
-        return own
-    if isinstance(module, ScaledStandardConv2d | ScaledStandardLinear) and name == "gain":
-        return GAIN
-    if isinstance(module, NORM_MODULES):
-        return NORM
-    if isinstance(module, LINEAR_MODULES):
-        return BIAS if "bias" in name else WEIGHT
-    return EMBEDDING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["Part", "part_of"]
+__all__ = ["Part", "is_linear_map", "part_of"]
 
 Part = Literal[
     "carry",  # the same values, moved, copied or multiplied by a number
@@ -48,7 +48,8 @@ NAMES: dict[Part, str] = {
     "_native_batch_norm_legit_no_stats",
     "map": "convolution _convolution mm addmm bmm baddbmm mv linear addbmm addmv convolution_overrideable conv2d "
     "conv1d cudnn_convolution mkldnn_convolution cudnn_convolution_transpose _linear embedding embedding_bag matmul "
-    "mkldnn_rnn_layer _thnn_fused_lstm_cell lstm gru einsum",
+    "_grouped_mm grouped_mm _scaled_mm _scaled_grouped_mm _int_mm mkldnn_rnn_layer _thnn_fused_lstm_cell lstm gru "
+    "einsum",
     "nonlinear": "relu gelu silu sigmoid hardswish hardsigmoid leaky_relu tanh elu mish clamp clamp_min clamp_max "
     "hardtanh threshold softplus selu celu prelu _prelu_kernel rrelu_with_noise log_sigmoid_forward glu exp log pow "
     "sqrt rsqrt abs sin cos erf reciprocal square relu6 maximum minimum logaddexp sign round floor ceil fft_r2c "
@@ -90,3 +91,12 @@ def part_of(name: str, signals: int, *, transposed: bool = False) -> Part:
     if part == "join" and signals < 2:
         return "pad"
     return part
+
+
+def is_linear_map(name: str) -> bool:
+    """True for operators that multiply by a matrix or kernel, however many of their operands are signals.
+
+    >>> is_linear_map("addmm"), is_linear_map("mul")
+    (True, False)
+    """
+    return PARTS.get(name) == "map"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from skipway.nn import Branch, Carry, Cut, Gain, Multiply, Residual
-from skipway.optim.groups import role_of
+from skipway.optim.roles import parameter_roles, role_of
 from skipway.tracing import Example, Program, watch
 from skipway.tracing.chain import Connection, WatchedConnection, chain, chain_from_program
 
@@ -120,15 +120,16 @@ class Survey:
         The roles of `param_groups`, corrected by the connections and by the names of classes.
         """
         scales = {name for link in self.links for name in link.scales}
+        known = parameter_roles(self.model, self.example)
         found: dict[str, str] = {}
         for name in self.parameters:
             owner, own = self.owner(name), name.rpartition(".")[2]
-            role = role_of(owner, own).name
-            if name in scales or role == "gain" or SCALE.search(type(owner).__name__):
+            role = known[name].name
+            if name in scales or role_of(owner, own).name == "gain" or SCALE.search(type(owner).__name__):
                 role = "scale"
-            elif role == "embedding" and is_norm(owner):
+            elif role == "unknown" and is_norm(owner):
                 role = "norm"
-            elif role == "embedding" and own == "bias":
+            elif role == "unknown" and own == "bias":
                 role = "bias"
             found[name] = role
         return found

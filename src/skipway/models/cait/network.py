@@ -12,7 +12,7 @@ from skipway.models.cait.config import CaiTConfig
 from skipway.models.transformer import TOKEN_KIT, MakeAttention, MakeMlp, quarter_maps, transformer_block
 from skipway.models.vit.config import ViTConfig
 from skipway.models.vit.network import TokenStem, vit_head
-from skipway.nn import ClassAttention, FirstToken, Mlp, StageMap, TalkingHeads
+from skipway.nn import ClassAttention, FirstToken, Mlp, Role, StageMap, TalkingHeads
 from skipway.nn.branch import Branch
 from skipway.nn.kit import Kit
 from skipway.nn.placement import PRE_NORM, Placement
@@ -66,7 +66,9 @@ class CaiT(nn.Module):
 
 
 class ClassToken(nn.Module):
-    """Put a learned token in front: (N, T, dim) → (N, 1 + T, dim)."""
+    """Put a learned token before the others: (N, T, dim) → (N, 1 + T, dim)."""
+
+    role = Role("embedding")
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.models.transformer import NORM_PLACEMENTS, TOKEN_KIT, TokenPool, quarter_maps, transformer_block
 from skipway.models.vit.config import ViTConfig
-from skipway.nn import Attention, Classifier, QuickGELU, StageMap, TruncatedNormal, sequence
+from skipway.nn import Attention, Classifier, QuickGELU, Role, StageMap, TruncatedNormal, sequence
 from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
 from skipway.nn.positions import resample
@@ -82,6 +82,8 @@ class TokenStem(nn.Module):
     Raises:
         SkipwayError: the patch does not divide the image.
     """
+
+    role = Role("embedding")
 
     def __init__(self, config: ViTConfig, kit: Kit, placement: Placement) -> None:
         super().__init__()
