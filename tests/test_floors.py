@@ -109,7 +109,7 @@ BasicBlock Bottleneck CaiT CaiTConfig Chain CheckpointError Connection ConvNeXt 
 DepthScaled Diagnosis DivergedError Finding Fixup Identity Kit LayerScale MissingExtraError NormFree Operation
 OptimizedModel Outcome Placement Plain PreActivation ReZero Recipe ResNet ResNetConfig Residual Scheme Site SkipInit
 SkipwayError StochasticDepth Swin SwinConfig Treatment ViT ViTConfig WatchedConnection ZeroInit __version__ accelerate
-build chain checkpoint checkpointed data deepen diagnose diagnosis features fold fold_gains from_pretrained hardware
+build chain checkpoint checkpointed data deepen diagnose diagnosis features fold_gains from_pretrained fuse hardware
 inference influence initialise_ kernels lesion load models monitor nn optim optimize param_groups probes projection
 remove_norm report reversible rescheme schemes shorten skip_compute stage_features studies surgery tracing train
 training weights zoo

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
         skip_compute,
     )
     from skipway.surgery.acceleration import accelerate
-    from skipway.surgery.fusion import fold
+    from skipway.surgery.fusion import fuse
     from skipway.tracing.chain import Chain, Connection, WatchedConnection, chain
     from skipway.training.loop import train
     from skipway.training.run import Outcome
@@ -150,7 +150,7 @@ _HOME = {
         "skip_compute",
     ),
     "surgery.acceleration": ("accelerate",),
-    "surgery.fusion": ("fold",),
+    "surgery.fusion": ("fuse",),
     "tracing.chain": (
         "Chain",
         "Connection",

@@ -299,7 +299,7 @@ def test_freed_memory_is_kept_within_and_given_back_after():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_card_gets_our_kernels_under_the_compiler_too(name, operator, autocast, monkeypatch):
     """Where Triton's programs can run they are operators of the compiled graph: here as if they could."""
-    monkeypatch.setattr("skipway.surgery.overrides.on_card", lambda x: True)
+    monkeypatch.setattr("skipway.surgery.overrides.runs_triton", lambda x: True)
     monkeypatch.setattr("skipway.kernels.dispatch.LARGE", 1)
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
@@ -326,7 +326,7 @@ def test_a_card_gets_our_kernels_under_the_compiler_too(name, operator, autocast
 
 def test_maps_of_broken_windows_on_a_card(monkeypatch):
     """Padded as without: padding tokens are keys like others."""
-    monkeypatch.setattr("skipway.surgery.overrides.on_card", lambda x: True)
+    monkeypatch.setattr("skipway.surgery.overrides.runs_triton", lambda x: True)
     torch.manual_seed(0)
     model = sw.build("swin-tiny", dim=32, heads=2, blocks=(2, 2), window=4, image=40, classes=10)
     assert accelerate(model, torch.randn(2, 3, 40, 40)).report["difference"] < 1e-4

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import skipway as sw
 from skipway.nn import Bias, Branch, DropPath, Gain, LinearMap, Multiply, Residual, ScaledStandardConv2d
-from skipway.surgery.fusion import folding
+from skipway.surgery.fusion import fuse_with_report
 
 SPECS = [
     "plain",
@@ -80,7 +80,7 @@ def assert_same(folded: nn.Module, model: nn.Module, x: Tensor) -> None:
 def test_outputs_are_equal_and_the_original_is_untouched(model, spec):
     network = make(model, spec)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    done = folding(network)
+    done = fuse_with_report(network)
     assert network.training
     assert not done.model.training
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
@@ -88,13 +88,13 @@ def test_outputs_are_equal_and_the_original_is_untouched(model, spec):
     assert_same(done.model, network, torch.randn(2, 3, 32, 32))
     # the report is about every norm and factor that there was
     gone = set(left(network, _BatchNorm, Gain, Multiply, Bias, DropPath, ScaledStandardConv2d))
-    assert gone <= done.folded.keys() | done.kept.keys()
+    assert gone <= done.fused.keys() | done.kept.keys()
     assert set(left(done.model, _BatchNorm, Gain, Multiply, Bias)) == done.kept.keys()
 
 
 @pytest.mark.parametrize("spec", ["identity", "skipinit", "layerscale", "depthscaled", "zeroinit"])
 def test_nothing_is_left_to_fold_in_a_resnet(spec):
-    folded = sw.fold(make("bottleneck", spec))
+    folded = sw.fuse(make("bottleneck", spec))
     assert left(folded, _BatchNorm, Gain, Multiply) == []
     assert type(folded.stages[0][0].scale) is nn.Identity
 
@@ -102,15 +102,15 @@ def test_nothing_is_left_to_fold_in_a_resnet(spec):
 @pytest.mark.parametrize("model", ["vit", "cait", "convnext", "swin", "swinv2"])
 def test_gains_of_transformers_and_convnext_go(model):
     """Swin V2's branch closes with a LayerNorm, whose affine takes the gain."""
-    done = folding(make(model, "layerscale + stochasticdepth(0.1)"))
+    done = fuse_with_report(make(model, "layerscale + stochasticdepth(0.1)"))
     assert left(done.model, Gain, DropPath) == []
-    hosts = {home for name, home in done.folded.items() if name.endswith("scale")}
+    hosts = {home for name, home in done.fused.items() if name.endswith("scale")}
     assert all(home.endswith("norm" if model == "swinv2" else ("proj", "fc2")) for home in hosts)
 
 
 def test_standardised_weights_are_standardised_once():
     network = make("resnet", "normfree(gain=1.0)")
-    folded = sw.fold(network)
+    folded = sw.fuse(network)
     assert left(folded, ScaledStandardConv2d, Gain) == []
     torch.testing.assert_close(
         folded.stages[0][0].branch.conv1.weight, network.stages[0][0].branch.conv1.standardised()
@@ -120,50 +120,52 @@ def test_standardised_weights_are_standardised_once():
 def test_exact_in_double_precision():
     network = make("resnet", "preactivation + layerscale").double().eval()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    torch.testing.assert_close(sw.fold(network)(x), network(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sw.fuse(network)(x), network(x), rtol=1e-12, atol=1e-12)
 
 
 def test_the_weights_are_those_that_torch_fuses():
     conv, norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
     network = trained(nn.Sequential(conv, norm)).eval()
-    expected, folded = fuse_conv_bn_eval(conv, norm), sw.fold(network)
+    expected, folded = fuse_conv_bn_eval(conv, norm), sw.fuse(network)
     torch.testing.assert_close(folded[0].weight, expected.weight)
     torch.testing.assert_close(folded[0].bias, expected.bias)
 
 
-def test_in_place_on_demand():
-    network = make("resnet", "identity")
-    assert sw.fold(network, copy=False) is network
-    assert left(network, _BatchNorm) == []
+def test_a_report_fits_on_a_screen():
+    report = fuse_with_report(make("resnet", "identity"))
+    lines = str(report).splitlines()
+    assert lines[0] == f"{len(report.fused)} fused"
+    assert f"{len(report.kept)} kept" in lines
+    assert len(lines) < 20
 
 
 def test_twice_is_once():
-    once = folding(make("squeeze", "skipinit"))
-    twice = folding(once.model)
-    assert not twice.folded
+    once = fuse_with_report(make("squeeze", "skipinit"))
+    twice = fuse_with_report(once.model)
+    assert not twice.fused
     assert twice.kept.keys() == once.kept.keys()
 
 
 def test_folded_networks_are_still_chains_that_export():
     network, x = make("resnet", "skipinit"), torch.randn(2, 3, 32, 32)
-    folded = sw.fold(network)
+    folded = sw.fuse(network)
     assert len(sw.chain(folded)) == len(sw.chain(network))
     assert all(connection.branch.closing_norm() is None for connection in sw.chain(folded))
     assert_same(torch.export.export(folded, (x,)).module(), network, x)
 
 
 def test_a_gate_and_an_activation_keep_the_gain_behind_them():
-    kept = folding(make("squeeze", "skipinit")).kept
+    kept = fuse_with_report(make("squeeze", "skipinit")).kept
     assert kept["stages.0.0.scale"] == "behind stages.0.0.branch.gate (SqueezeExcitation)"
-    kept = folding(make("resnet", "rezero")).kept
+    kept = fuse_with_report(make("resnet", "rezero")).kept
     assert kept["stages.0.0.scale"] == "behind stages.0.0.branch.act2 (ReLU)"
 
 
 def test_a_bias_does_not_go_into_a_branch_of_one_token():
     """The branch is zero on the other tokens, the bias is not."""
-    done = folding(make("cait", "fixup"))
+    done = fuse_with_report(make("cait", "fixup"))
     assert "puts zeros beside" in done.kept["class_blocks.0.attention.scale.bias"]
-    assert done.folded["class_blocks.0.attention.scale.multiplier"] == "class_blocks.0.attention.branch.proj"
+    assert done.fused["class_blocks.0.attention.scale.multiplier"] == "class_blocks.0.attention.branch.proj"
 
 
 def shared() -> nn.Module:
@@ -239,8 +241,8 @@ def undeclared() -> nn.Module:
 )
 def test_what_cannot_be_folded_exactly_is_left_alone(build):
     network = trained(build())
-    done = folding(network)
-    assert not done.folded
+    done = fuse_with_report(network)
+    assert not done.fused
     assert done.kept
     assert_same(done.model, network, torch.randn(2, 4, 4, 4))
 
@@ -255,11 +257,11 @@ def test_somebodys_network_folds_where_it_is_plain():
             Residual(nn.Conv2d(8, 8, 1), scale=Gain(8)),
         )
     )
-    done = folding(network)
+    done = fuse_with_report(network)
     assert not done.kept
     assert_same(done.model, network, torch.randn(2, 3, 8, 8))
 
 
 def test_without_values_there_is_nothing_to_fold():
     with pytest.raises(sw.SkipwayError, match="meta device"):
-        sw.fold(sw.build("resnet20", device="meta"))
+        sw.fuse(sw.build("resnet20", device="meta"))

@@ -55,7 +55,7 @@ def rescheme(
     from skipway._version import __version__
     from skipway.checkpoint.files import write_json, write_tensors
     from skipway.schemes.scheme import parse_scheme
-    from skipway.surgery.storage import DESCRIPTION, WEIGHTS, Description, fill
+    from skipway.surgery.storage import DESCRIPTION, WEIGHTS, Description, load_strictly
     from skipway.zoo import ModelRequest, load_model
 
     dressing = str(parse_scheme(scheme))
@@ -64,7 +64,7 @@ def rescheme(
     torch.manual_seed(seed)
     loaded = load_model(model, ModelRequest(depth=depth, classes=classes, shape=parse_shape(input)))
     if weights is not None:
-        fill(loaded.model, weights)
+        load_strictly(loaded.model, weights)
     options = {name: value for name, value in (("depth", depth), ("classes", classes)) if value is not None}
     description = Description(
         model=with_absolute_file(model),

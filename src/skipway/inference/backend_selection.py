@@ -16,7 +16,7 @@ from skipway.errors import SkipwayError
 from skipway.inference.backends import BACKENDS, PRECISIONS, Backend, Run
 from skipway.inference.inputs import single_tensor
 from skipway.inference.timer import Candidate, Timing, error_line, median_seconds, time_interleaved
-from skipway.surgery.fusion import folding
+from skipway.surgery.fusion import fuse
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.verification import difference
 from skipway.tracing.example import Example
@@ -118,7 +118,7 @@ def optimize(
     """Return a new network for inference on the fastest installed backend that agrees with the model; the model stays
     as it is.
 
-    A copy of the model is put into eval mode and folded (`skipway.fold`: norms and gains multiplied into the weights).
+    A copy of the model is put into eval mode and folded (`skipway.fuse`: norms and gains multiplied into the weights).
     Every backend is built for the example's shape, compared with the original on the example and on random input of its
     shape, and timed interleaved with the others; the fastest that agrees is chosen. A backend that fails or differs is
     in the report with the reason, and the others go on.
@@ -190,7 +190,7 @@ class BackendComparison:
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         model = require_operable(model)
-        self.example, self.folded = example, folding(model, copy=True).model
+        self.example, self.folded = example, fuse(model)
         generator = torch.Generator().manual_seed(0)
         other = torch.randn(example.shape, generator=generator).to(example) if example.is_floating_point() else example
         original = copy.deepcopy(model).eval()

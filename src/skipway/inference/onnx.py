@@ -25,8 +25,8 @@ def export_onnx(
     """Write a model in eval mode to an ONNX file for any batch size, and check the file in onnxruntime where that is
     installed; the model stays as it is.
 
-    The file's input "images" has the example's shape, (N, …) for any N ≥ 1; its output is "outputs". A model folded by
-    `skipway.fold` gives a smaller and faster file. Weights of more than 2 GB are written beside it, to `<path>.data`.
+    The file's input "images" has the example's shape, (N, …) for any N ≥ 1; its output is "outputs". A model fused by
+    `skipway.fuse` gives a smaller and faster file. Weights of more than 2 GB are written beside it, to `<path>.data`.
 
     Args:
         model: a network that takes one tensor and returns one.

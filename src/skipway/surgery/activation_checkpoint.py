@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from skipway.errors import SkipwayError
 from skipway.registry import Registry, parse_spec
-from skipway.surgery.block_rows import BlockRow, rows_of, run_alone
+from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.recompute import BlockParts, RandomState, buffers_kept, replaying
@@ -24,7 +24,7 @@ from skipway.tracing import Example, as_example, watch
 
 __all__ = ["Budget", "Every", "Segments", "SquareRoot", "checkpointed"]
 
-Row = Sequence[Costs]
+RowCosts = Sequence[Costs]
 
 SEGMENTS: Registry[type[Segments]] = Registry("segments")
 
@@ -32,7 +32,7 @@ SEGMENTS: Registry[type[Segments]] = Registry("segments")
 class Segments:
     """A choice of the blocks that are recomputed, and of those that are recomputed together."""
 
-    def cut(self, rows: Sequence[Row], rest: float) -> list[list[str]]:
+    def cut(self, rows: Sequence[RowCosts], rest: float) -> list[list[str]]:
         """Return segments, each the names of blocks that follow one another; a block in none keeps what it computes.
 
         Args:
@@ -56,7 +56,7 @@ class Every(Segments):
         if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
             raise SkipwayError(f"blocks={self.blocks!r}: the rule is a whole number of blocks per segment, at least 1")
 
-    def cut(self, rows: Sequence[Row], rest: float) -> list[list[str]]:
+    def cut(self, rows: Sequence[RowCosts], rest: float) -> list[list[str]]:
         return [names(piece) for row in rows for piece in pieces(row, self.blocks)]
 
 
@@ -71,10 +71,10 @@ class SquareRoot(Segments):
     [['0', '1', '2'], ['3', '4', '5']]
     """
 
-    def cut(self, rows: Sequence[Row], rest: float) -> list[list[str]]:
+    def cut(self, rows: Sequence[RowCosts], rest: float) -> list[list[str]]:
         return [names(piece) for row in rows for piece in pieces(row, self.length(row))][:-1]
 
-    def length(self, row: Row) -> int:
+    def length(self, row: RowCosts) -> int:
         given, inside = sum(block.given for block in row), sum(block.inside for block in row)
         return min(len(row), max(1, round(math.sqrt(len(row) * given / max(inside, 1)))))
 
@@ -102,12 +102,12 @@ class Budget(Segments):
         if not self.bytes > 0:
             raise SkipwayError(f"bytes={self.bytes!r}: the rule is a number above 0")
 
-    def cut(self, rows: Sequence[Row], rest: float) -> list[list[str]]:
+    def cut(self, rows: Sequence[RowCosts], rest: float) -> list[list[str]]:
         blocks = [block for row in rows for block in row]
         room = self.bytes - rest
         if sum(block.inside for block in blocks) <= room:
             return []
-        plans = [plan(rows, room, most) for most in caps(blocks)]
+        plans = [plan_segments(rows, room, most) for most in caps(blocks)]
         fitting = [each for each in plans if each.peak <= room]
         if not fitting:
             least = min(each.peak for each in plans) + rest
@@ -124,21 +124,21 @@ for kind in (Every, SquareRoot, Budget):
 
 
 @dataclass(frozen=True)
-class Plan:
+class SegmentPlan:
     """Segments and the most bytes that are kept with them."""
 
-    segments: list[Row]
+    segments: list[RowCosts]
     peak: float
 
 
-def caps(blocks: Row) -> list[float]:
+def caps(blocks: RowCosts) -> list[float]:
     """Bounds on the bytes inside of a segment that are tried, in steps of a twelfth from one block to all."""
     least, most = max(block.inside for block in blocks), sum(block.inside for block in blocks)
     steps = max(1, math.ceil(math.log(max(most / max(least, 1), 1)) / math.log(13 / 12)))
     return [least * (most / max(least, 1)) ** (step / steps) for step in range(steps + 1)]
 
 
-def plan(rows: Sequence[Row], room: float, most: float) -> Plan:
+def plan_segments(rows: Sequence[RowCosts], room: float, most: float) -> SegmentPlan:
     """Segments of at most `most` bytes inside; the last blocks are not recomputed as far as there is room."""
     segments = [piece for row in rows for piece in filled(row, most)]
     kept, let_off = 0.0, 0
@@ -156,10 +156,10 @@ def plan(rows: Sequence[Row], room: float, most: float) -> Plan:
         kept += inside[off - 1] if off else 0.0
         segments[-1] = segments[-1][: len(segments[-1]) - off]
     widest = max((sum(block.inside for block in segment) for segment in segments), default=0.0)
-    return Plan(segments, inputs + max(kept, widest))
+    return SegmentPlan(segments, inputs + max(kept, widest))
 
 
-def filled(row: Row, most: float) -> Iterator[Row]:
+def filled(row: RowCosts, most: float) -> Iterator[RowCosts]:
     """A row cut where the blocks' insides fill `most` bytes."""
     start, held = 0, 0.0
     for number, block in enumerate(row):
@@ -170,12 +170,12 @@ def filled(row: Row, most: float) -> Iterator[Row]:
     yield row[start:]
 
 
-def pieces(row: Row, length: int) -> Iterator[Row]:
+def pieces(row: RowCosts, length: int) -> Iterator[RowCosts]:
     """A row cut into pieces of a length."""
     return (row[start : start + length] for start in range(0, len(row), length))
 
 
-def names(blocks: Row) -> list[str]:
+def names(blocks: RowCosts) -> list[str]:
     """Paths of blocks."""
     return [block.name for block in blocks]
 
@@ -226,7 +226,7 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
     """
     choice = read_segments(segments)
     model, example = require_operable(model), as_example(example)
-    rows, reasons = rows_of(model, example, watch(model, example))
+    rows, reasons = find_block_rows(model, example, watch(model, example))
     members = {name for row in rows for name in row}
     if not members:
         raise SkipwayError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

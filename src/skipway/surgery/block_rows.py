@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from skipway.errors import SkipwayError
-from skipway.surgery.depth import blocks_of
+from skipway.surgery.depth import find_blocks
 from skipway.surgery.preconditions import SEALED
 from skipway.surgery.transaction import Transaction
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, Program, call_model, preserved_state
 
-__all__ = ["BlockRow", "require_blocks", "rows_of", "run_alone"]
+__all__ = ["BlockRow", "find_block_rows", "require_blocks", "run_alone"]
 
 
 def require_blocks(model: nn.Module, example: Example, program: Program | None = None) -> list[str]:
     """The blocks that carry x itself, of which there has to be one."""
-    blocks = blocks_of(model, example, program)
+    blocks = find_blocks(model, example, program)
     if not blocks:
         raise SkipwayError(
             f"{type(model).__name__} has no block that adds to x itself and returns what is shaped like it"
@@ -58,7 +58,7 @@ class BlockCall:
     wrote: bool = False
 
 
-def rows_of(model: nn.Module, example: Example, program: Program) -> tuple[list[list[str]], dict[str, str]]:
+def find_block_rows(model: nn.Module, example: Example, program: Program) -> tuple[list[list[str]], dict[str, str]]:
     """Return blocks in rows that follow one another directly, a lone block in a row of its own; and why a row ends, or
     why a block is in none, by the block's name.
     """

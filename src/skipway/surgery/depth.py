@@ -67,7 +67,7 @@ def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operatio
         return change.commit()
 
 
-def blocks_of(model: nn.Module, example: Example, program: Program | None = None) -> list[str]:
+def find_blocks(model: nn.Module, example: Example, program: Program | None = None) -> list[str]:
     """Names of the modules that add and can be left out or repeated, in the order of the signal: all their connections
     carry x itself, and their output is shaped like their input.
 
@@ -132,7 +132,7 @@ def influence(model: nn.Module, example: Example, score: Score | None = None) ->
 
     measure, found = score or agreement, {}
     full = measure(model)
-    for name in blocks_of(model, example):
+    for name in find_blocks(model, example):
         with transaction(model, title=f"{name} left out") as trial:  # never committed
             leave_out(trial, name)
             found[name] = full - measure(model)
@@ -195,7 +195,7 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
     """
     model, example = require_operable(model), as_example(example)
     program = watch(model, example)
-    blocks, owners = blocks_of(model, example, program), by_owner(chain_from_program(model, program))
+    blocks, owners = find_blocks(model, example, program), by_owner(chain_from_program(model, program))
     if not 1 <= by <= len(blocks):
         raise SkipwayError(
             f"by={by}: {type(model).__name__} has {len(blocks)} blocks that can be copied; give 1 to that"
@@ -207,14 +207,14 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
         for name in chosen:
             block = model.get_submodule(name)
             twin = copy.deepcopy(block)
-            silence(twin, [c.seen.closing or c.seen.last for c in owners[name]], name)
+            silence_branches(twin, [c.seen.closing or c.seen.last for c in owners[name]], name)
             insert_after(change, block, twin)
             change.touched[name] = "copied"
         return change.commit()
 
 
 @torch.no_grad()
-def silence(block: nn.Module, modules: Sequence[str | None], name: str) -> None:
+def silence_branches(block: nn.Module, modules: Sequence[str | None], name: str) -> None:
     """Set the gain of the closing norm, or the last map, of each branch of a copied block to 0, in place."""
     for path in modules:
         if path is None:

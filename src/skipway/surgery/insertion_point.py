@@ -55,7 +55,7 @@ def find_insertion_point(model: nn.Module, program: Program, connection: Watched
         if not beside.issuperset(others):
             raise SkipwayError("what is added is read by something else too")
         for name in reversed(program.makers.get(here, [])):
-            if not inside(name, seen.owner):
+            if not is_part_of(name, seen.owner):
                 continue
             # a container runs its children one after the other, and would run an inserted one a second time
             if isinstance(model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -85,7 +85,7 @@ def beside_sum(program: Program, part: int, total: int) -> frozenset[int]:
     return rest if joined and joins else frozenset()
 
 
-def inside(name: str, owner: str) -> bool:
+def is_part_of(name: str, owner: str) -> bool:
     """Whether a module is a part of the one that adds."""
     return bool(name) and name != owner and (not owner or name.startswith(owner + "."))
 

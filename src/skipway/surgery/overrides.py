@@ -1,4 +1,4 @@
-"""What accelerated modules compute in another way: methods by the class that they are overridden in."""
+"""Methods of accelerated modules that call kernels, by the class whose methods they override."""
 
 from __future__ import annotations
 
@@ -17,58 +17,60 @@ from skipway.surgery.fusion import computes, hooked
 __all__ = ["OVERRIDES", "overridden"]
 
 
-def on_card(x: Tensor) -> bool:
-    """Whether Triton's programs can run where x is: under `torch.compile` as well, but not in what is exported to run
-    without us."""
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton kernels can run on the device of x: under `torch.compile` as well, but not in exported programs,
+    which run without this package."""
     return HAS_TRITON and x.is_cuda and kernels.enabled() and not torch.compiler.is_exporting()
 
 
-def simple(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a slot holds what the kernel computes, and nobody watches it."""
+def computes_only(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what `kind` does, which the kernel computes too, and has no hooks."""
     routed_kind = getattr(type(module), "unrouted", None)
     return not hooked(module) and (routed_kind is kind or computes(module, (kind,)))
 
 
-def epilogue(self: Any, x: Tensor) -> Tensor:
-    """A connection whose gain, stochastic depth and addition are one pass."""
+def add_in_one_pass(self: Any, x: Tensor) -> Tensor:
+    """Forward of a connection whose gain, stochastic depth and addition are one pass over memory."""
     h = self.pre(x)
     branch, gain, mask = self.branch(h), None, None
-    if simple(self.scale, Gain):
+    if computes_only(self.scale, Gain):
         gain = (self.scale.factor * self.scale.gain).view(self.scale.shape)
     else:
         branch = self.scale(branch)
-    if simple(self.drop, DropPath):
+    if computes_only(self.drop, DropPath):
         mask = self.drop.mask(branch)
     else:
         branch = self.drop(branch)
     shortcut = self.shortcut(x, h)
-    if gain is None and mask is None and unneeded(self.branch) and fits(shortcut, branch):
+    if gain is None and mask is None and is_unsaved(self.branch) and same_layout(shortcut, branch):
         return self.post(branch.add_(shortcut))
     return self.post(kernels.residual(shortcut, branch, gain, mask))
 
 
-FORGETTING = (nn.Identity, nn.BatchNorm2d, nn.LayerNorm)
-"""Modules whose gradients are not computed from what they put out, as those of linear maps are not."""
+OUTPUT_UNSAVED = (nn.Identity, nn.BatchNorm2d, nn.LayerNorm)
+"""Modules whose gradients are not computed from their output; those of linear maps are not either."""
 
 
-def unneeded(branch: nn.Module) -> bool:
-    """Whether what a branch puts out is needed by the addition alone, so that the shortcut may be added in place."""
+def is_unsaved(branch: nn.Module) -> bool:
+    """Whether the output of a branch is read by the addition alone, so that the shortcut may be added in place."""
     if not isinstance(branch, Branch) or (closing := branch.closing()) is None:
         return False
     watched = hooked(branch) or hooked(branch.path()[-1].module)
-    return not watched and all(any(simple(each, kind) for kind in FORGETTING) for each in closing)
+    return not watched and all(any(computes_only(each, kind) for kind in OUTPUT_UNSAVED) for each in closing)
 
 
-def fits(shortcut: Tensor, branch: Tensor) -> bool:
-    """Whether the sum has the place and type of the branch; autograd copies what is changed through a view."""
+def same_layout(shortcut: Tensor, branch: Tensor) -> bool:
+    """Whether the sum fits into the memory of the branch; autograd copies a view that is written into."""
     alike = shortcut.shape == branch.shape and shortcut.dtype == branch.dtype and shortcut.stride() == branch.stride()
     return alike and not branch._is_view()
 
 
-def mixed(self: Any, h: Tensor) -> Tensor:
-    """Windows where they lie on the map: nothing is cut, rolled or copied, on a GPU."""
+def mix_on_map(self: Any, h: Tensor) -> Tensor:
+    """Attention within windows read from the map directly, on a GPU: nothing is partitioned, rolled or copied."""
     fits = fits_windows(self.window.side**2, self.dim // self.heads)
-    if not (fits and on_card(h) and simple(self.norm_q, nn.Identity) and simple(self.norm_k, nn.Identity)):
+    if not (
+        fits and runs_triton(h) and computes_only(self.norm_q, nn.Identity) and computes_only(self.norm_k, nn.Identity)
+    ):
         return WindowAttention.mixed(self, h)
     height, width = h.shape[1:3]
     qkv = self.inside(self.bias(self.qkv(self.window.padded(h)))).contiguous()
@@ -76,17 +78,17 @@ def mixed(self: Any, h: Tensor) -> Tensor:
     return out[:, :height, :width]
 
 
-def weighed(self: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor, images: int) -> Tensor:
-    """B + M of one image for all, by broadcasting, on a CPU."""
+def attend(self: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor, images: int) -> Tensor:
+    """Attention whose bias and mask of one image are broadcast to all, on a CPU."""
     if torch.compiler.is_compiling() or q.device.type != "cpu" or q.numel() < dispatch.LARGE or not kernels.enabled():
         return WindowAttention.weighed(self, q, k, v, added, images)
     return kernels.attention(q, k, v, added)
 
 
-def convolved(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A depthwise convolution of a map that lies channels-last, on a GPU."""
+def convolve_depthwise(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise convolution of a channels-last map, on a GPU."""
     if (
-        on_card(x)
+        runs_triton(x)
         and self.padding_mode == "zeros"
         and dispatch.is_depthwise(x, weight, self.stride, self.padding, self.dilation, self.groups)
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -96,14 +98,14 @@ def convolved(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 OVERRIDES: dict[type[nn.Module], dict[str, Callable[..., Any]]] = {
-    Residual: {"forward": epilogue},
-    WindowAttention: {"mixed": mixed, "weighed": weighed},
-    nn.Conv2d: {"_conv_forward": convolved},
+    Residual: {"forward": add_in_one_pass},
+    WindowAttention: {"mixed": mix_on_map, "weighed": attend},
+    nn.Conv2d: {"_conv_forward": convolve_depthwise},
 }
 
 
 def overridden(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-    """The methods of a class that are overridden; those that it has of its own are not.
+    """Methods of a class to override; methods that the class defines itself are left.
 
     >>> sorted(overridden(WindowAttention)), overridden(nn.Linear)
     (['mixed', 'weighed'], {})

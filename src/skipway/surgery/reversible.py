@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from skipway.errors import SkipwayError
 from skipway.nn import Residual
 from skipway.nn.shortcut import Carry
-from skipway.surgery.block_rows import BlockRow, rows_of, run_alone
+from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import refuse_branching, require_operable
 from skipway.surgery.recompute import BlockParts, RandomState, as_before, autocasting, precision
@@ -106,7 +106,7 @@ def reversible_rows(model: nn.Module, example: Example) -> tuple[list[list[str]]
     """Rows of two blocks and more, of which there has to be one, and why other blocks are in none."""
     program = watch(model, example)
     refuse_branching(model, example, "reversible", program)
-    rows, reasons = rows_of(model, example, program)
+    rows, reasons = find_block_rows(model, example, program)
     longer = [row for row in rows if len(row) > 1]
     members = {name for row in longer for name in row}
     single = [row[0] for row in rows if len(row) == 1]
@@ -119,16 +119,16 @@ def reversible_rows(model: nn.Module, example: Example) -> tuple[list[list[str]]
 
 def inversion_error(model: nn.Module, example: Example, rows: Sequence[ReversibleRow]) -> float:
     """Difference of the gradients with inversion from those with everything kept, over the largest gradient."""
-    inverted = gradients(model, example)
+    inverted = output_gradients(model, example)
     for row in rows:
         row.inverts = False
-    kept = gradients(model, example)
+    kept = output_gradients(model, example)
     for row in rows:
         row.inverts = True
     return difference(kept, inverted)
 
 
-def gradients(model: nn.Module, example: Example) -> list[Tensor]:
+def output_gradients(model: nn.Module, example: Example) -> list[Tensor]:
     """Gradients of the mean square of the outputs in training mode, in one vector; the model is left alone."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with preserved_state(model), torch.enable_grad():

@@ -18,7 +18,7 @@ from skipway.tracing import Example
 from skipway.weights import read_weights
 from skipway.zoo import LoadedModel, ModelRequest, load_model
 
-__all__ = ["DESCRIPTION", "WEIGHTS", "Description", "example_of", "fill", "rebuild"]
+__all__ = ["DESCRIPTION", "WEIGHTS", "Description", "example_of", "load_strictly", "rebuild"]
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "rebuild.json"
 
@@ -83,7 +83,7 @@ def example_of(loaded: LoadedModel) -> Example:
     return batch[0] if pair else batch
 
 
-def fill(model: nn.Module, path: Path) -> None:
+def load_strictly(model: nn.Module, path: Path) -> None:
     """Load weights into a model, in place and strictly.
 
     Raises:
@@ -116,5 +116,5 @@ def rebuild(folder: str | Path) -> nn.Module:
     loaded = load_model(description.model, description.request)
     # the weights are loaded afterwards, so the outputs of the fresh ones do not matter
     description.operate(loaded, tolerance=math.inf)
-    fill(loaded.model, folder / WEIGHTS)
+    load_strictly(loaded.model, folder / WEIGHTS)
     return loaded.model.eval()

@@ -196,7 +196,7 @@ def transaction(
     if outer is not None and not outer.finished and any(module is model for module in outer.model.modules()):
         outer.record(change.journal.undo)
     # twice, for an exception that arrives while the first one is about to roll back
-    with rolled_back(change), rolled_back(change), opened(change):
+    with rolled_back(change), rolled_back(change), joinable(change):
         yield change
 
 
@@ -211,7 +211,7 @@ def rolled_back(change: Transaction) -> Iterator[None]:
 
 
 @contextmanager
-def opened(change: Transaction) -> Iterator[None]:
+def joinable(change: Transaction) -> Iterator[None]:
     """Let transactions within join, and take back what was not committed."""
     token = OPEN.set(change)
     try:
