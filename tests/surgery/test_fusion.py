@@ -156,15 +156,15 @@ def test_folded_networks_are_still_chains_that_export():
 
 def test_a_gate_and_an_activation_keep_the_gain_behind_them():
     kept = fuse_with_report(make("squeeze", "skipinit")).kept
-    assert kept["stages.0.0.scale"] == "behind stages.0.0.branch.gate (SqueezeExcitation)"
+    assert kept["stages.0.0.scale"] == "after stages.0.0.branch.gate (SqueezeExcitation)"
     kept = fuse_with_report(make("resnet", "rezero")).kept
-    assert kept["stages.0.0.scale"] == "behind stages.0.0.branch.act2 (ReLU)"
+    assert kept["stages.0.0.scale"] == "after stages.0.0.branch.act2 (ReLU)"
 
 
 def test_a_bias_does_not_go_into_a_branch_of_one_token():
     """The branch is zero on the other tokens, the bias is not."""
     done = fuse_with_report(make("cait", "fixup"))
-    assert "puts zeros beside" in done.kept["class_blocks.0.attention.scale.bias"]
+    assert "concatenates zeros" in done.kept["class_blocks.0.attention.scale.bias"]
     assert done.fused["class_blocks.0.attention.scale.multiplier"] == "class_blocks.0.attention.branch.proj"
 
 

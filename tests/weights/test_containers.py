@@ -53,6 +53,16 @@ def test_the_content_tells_a_safetensors_file(tmp_path, suffix):
     assert loads(tmp_path / f"weights{suffix}", state) == []
 
 
+def test_a_safetensors_header_of_any_length_is_no_pickle(tmp_path):
+    """The length is the first bytes of the file, and 128 = 0x80 is how a pickle begins."""
+    lengths = set()
+    for letters in range(1, 300, 4):
+        save_file({"x" * letters: torch.ones(40)}, tmp_path / "weights")
+        lengths.add((tmp_path / "weights").read_bytes()[0])
+        assert read_weights(tmp_path / "weights")
+    assert 0x80 in lengths
+
+
 PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "backbone.", "student.net."]
 
 

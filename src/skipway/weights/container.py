@@ -73,10 +73,11 @@ def file_format(path: Path) -> Format:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(264)
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" or head[257:262] == b"ustar":
-        return "torch"
+    # first, since the length of a header may begin with the byte of a pickle
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" or head[257:262] == b"ustar":
+        return "torch"
     for start, kind in FOREIGN:
         if head.lstrip().startswith(start):
             raise CheckpointError(f"{path} is {kind}")
