@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from zlib import crc32
 
 import pytest
 import torch
@@ -16,14 +17,12 @@ def seed() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Measure coverage in the first case of each parametrised test only, before Python 3.12: its tracer makes tests
-    half as slow again, and further cases reach few further lines.
-    """
+    """Measure coverage in a third of the tests only, before Python 3.12: its tracer makes a test half as slow again."""
     if not config.pluginmanager.hasplugin("_cov") or sys.version_info >= (3, 12):
         return
     seen = set()
     for item in items:
         function = item.nodeid.partition("[")[0]
-        if function in seen:
+        if function in seen or crc32(function.encode()) % 3:
             item.add_marker("no_cover")
         seen.add(function)

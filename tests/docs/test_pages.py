@@ -66,7 +66,7 @@ def test_commands_exist(page):
     """`skipway NAME` in a line of code or in backticks; prose may say what Skipway does."""
     text = read(page)
     code = [*commands(text), *re.findall(r"`([^`\n]+)`", FENCED.sub("", text))]
-    named = {name for each in code for name in NAMED.findall(each)} - {"bench"}  # until the command is back
+    named = {name for each in code for name in NAMED.findall(each)}
     assert named - {name for name in app if not name.startswith("-")} == set()
 
 
