@@ -241,6 +241,10 @@ def test_a_loss_of_ones_own_and_no_targets():
 def test_refusals_say_what_to_do():
     with pytest.raises(sw.SkipwayError, match="at least 8"):
         diagnosed(small(), images(4))
+    with pytest.raises(sw.SkipwayError, match=r"targets of shape \(3,\): the rule is one for each of the 32 samples"):
+        diagnose(small(), images()[0], targets=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(sw.SkipwayError, match="largest label is 4, and the output has 4 classes"):
+        diagnose(small(), images()[0], targets=torch.full((32,), 4))
     with torch.device("meta"):
         model = nn.Linear(4, 4)
     with pytest.raises(sw.SkipwayError, match="meta"):

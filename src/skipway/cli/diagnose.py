@@ -362,9 +362,6 @@ def diagnose_loaded(loaded: LoadedModel, batch: Any, question: Question) -> Diag
             raise
         shape = "x".join(map(str, loaded.shape))
         raise SkipwayError(f"{error}; the samples had shape {shape}: set another one by --input") from error
-    except IndexError as error:
-        # of cross-entropy, for a label beyond the outputs
-        raise SkipwayError(f"{error}: the model has fewer outputs than --batch has classes; set --classes") from error
 
 
 def lint_model(loaded: LoadedModel, batch: Any, output: Output) -> int:

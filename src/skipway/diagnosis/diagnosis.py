@@ -394,6 +394,12 @@ def check_subject(subject: Subject) -> None:
             f"model={type(subject.model).__name__}: on the meta device it has no values to measure; initialise it on a "
             "real device, or look at its connections alone: skipway.chain(model, example)"
         )
+    targets = subject.targets
+    if isinstance(targets, Tensor) and subject.loss is None and targets.shape[:1] != (subject.size,):
+        raise SkipwayError(
+            f"targets of shape {tuple(targets.shape)}: the rule is one for each of the {subject.size} samples; or give "
+            "loss=(output, targets) → a scalar"
+        )
     if subject.size < 8:
         raise SkipwayError(
             f"example of {subject.size} samples: the rule is at least 8, 32 to 128 are better; give a larger batch"

@@ -78,4 +78,10 @@ def default_loss(output: Tensor, targets: Any) -> Tensor:
         )
     if targets.is_floating_point() and targets.shape == output.shape and output.ndim != 2:
         return F.mse_loss(output.float(), targets.float())
+    classes = output.shape[1] if output.ndim > 1 else 1
+    if not targets.is_floating_point() and targets.numel() and int(targets.max()) >= classes:
+        raise SkipwayError(
+            f"targets: the largest label is {int(targets.max())}, and the output has {classes} classes on axis 1; "
+            "the rule is label < classes: build the model with more classes, or give a loss"
+        )
     return F.cross_entropy(output.float(), targets)
