@@ -156,7 +156,7 @@ def bad_files(root: Path) -> dict[str, tuple[Path, str]]:
         "flipped.png": (png[:200] + bytes([png[200] ^ 255]) + png[201:], ""),
         "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not an image but HTML"),
         "empty.png": (b"", "an empty file"),
-        "text.png": (b"hello", "not an image in a format"),
+        "text.png": (b"hello", "not an image in a supported format"),
         "bundle.jpg": (b"PK\x03\x04....", "an archive"),
         "bomb.png": (png_of(9_000, 9_000), "more than 64 megapixels"),
         "larger_bomb.png": (png_of(50_000, 50_000), "more than 64 megapixels"),

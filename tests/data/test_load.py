@@ -59,7 +59,7 @@ def test_the_choices_can_be_made(tmp_path):
     inputs, *_ = next(data.evaluation_batches("test", batch_size=4, device=CPU))
     assert inputs.shape == (4, 1, 16, 16)
     assert len(data.test) == 6
-    assert data.remarks == ("images are scaled and cut to a central 16x16; most are 12x12",)
+    assert data.remarks == ("images are scaled and center-cropped to 16x16; most are 12x12",)
 
 
 def test_statistics_are_those_of_the_pixels():
@@ -255,7 +255,7 @@ def test_the_digits_are_scikit_learns():
 def test_the_digits_in_another_shape():
     data = load(size=16, channels=3)
     assert data.train.images.shape[1:] == (16, 16, 3)
-    with pytest.raises(DataError, match="crop 'resized'"):
+    with pytest.raises(DataError, match="crop='resized' needs image files"):
         load(crop="resized")
 
 

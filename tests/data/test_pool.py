@@ -83,9 +83,9 @@ def test_workers_that_die_cost_nothing(tmp_path, fault, times):
     pool = WorkerPool(2, "processes", said.append, stall=1.0)
     assert results(pool, Counting(fault, times=times, notes=notes)) == EXPECTED
     assert len(said) == (1 if times == 1 else 3)
-    what = "gave nothing for 1 s" if fault == "hang" else "died"
+    what = "gave no result for 1 s" if fault == "hang" else "died"
     assert said[0].startswith(f"a worker process {what} at batch ")
-    assert ("decodes alone" in said[-1]) == (times == 99)
+    assert ("goes on without workers" in said[-1]) == (times == 99)
 
 
 @pytest.mark.parametrize("helpers", ["threads", "processes"])
@@ -184,11 +184,11 @@ def test_a_full_disk_or_a_closed_folder_is_no_obstacle(tmp_path, own_cache, monk
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr("skipway.data.cache.store.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
     data = load(photos, cache=True)
-    assert any("GB free: they are decoded anew" in remark for remark in data.remarks)
+    assert any("GB free: they are decoded in every epoch" in remark for remark in data.remarks)
     monkeypatch.undo()
     (tmp_path / "taken").write_text("a file")
     data = load(photos, cache=tmp_path / "taken" / "x")
-    assert any(remark.startswith("nothing is kept in") for remark in data.remarks)
+    assert any(remark.startswith("nothing is cached in") for remark in data.remarks)
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
 
 
@@ -236,7 +236,7 @@ def test_duplicates_stay_on_one_side(tmp_path):
         assert all(len({sides[file] for file in group}) == 1 for group in data.duplicates)
         assert 6 <= len(data.test) <= 13
     assert "13 images are copies of others" in " ".join(data.remarks)
-    assert "1 images stand in more than one class, the first: 'class0/0.png' as 'class0'" in " ".join(data.remarks)
+    assert "1 images occur in more than one class, the first: 'class0/0.png' as 'class0'" in " ".join(data.remarks)
     assert load(photos, duplicates=False).duplicates == ()
 
 

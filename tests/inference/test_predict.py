@@ -212,7 +212,7 @@ def header(file: Path) -> dict:
         (lambda about: about["preprocessing"].update(mean=["0.5"]), "mean"),
         (lambda about: about["preprocessing"].update(crop="eval"), "crop"),
         (lambda about: about["preprocessing"].update(more=1), "nothing else"),
-        (lambda about: about["preprocessing"].pop("mean"), "has to hold"),
+        (lambda about: about["preprocessing"].pop("mean"), "and nothing else"),
     ],
 )
 def test_a_header_that_lies_is_refused(digits, tmp_path, change, reason):

@@ -28,13 +28,13 @@ __all__ = [
 
 
 class Batch(NamedTuple):
-    """Images with what a network is to say of them.
+    """Images with their targets.
 
     Args:
         inputs: normalised float32 (B, C, H, W) in channels-last memory.
         targets: int64 class numbers (B,), or float32 probabilities (B, K) when images are mixed.
-        labels: int64 class numbers (B,): of a mixed image, its own.
-        numbers: int64 (B,) on the CPU: which images of the part these are.
+        labels: int64 class numbers (B,); for a mixed image, the class of the first.
+        numbers: int64 (B,) on the CPU: the index of each image in its split.
     """
 
     inputs: Tensor
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class AugmentationDraws(NamedTuple):
-    """The random numbers of all images in one epoch, one row per image, for each variation that is on."""
+    """The random numbers of an epoch, one row per image, for each augmentation that is on."""
 
     crop: Tensor
     policy: Tensor | None
@@ -53,7 +53,7 @@ class AugmentationDraws(NamedTuple):
 
     @classmethod
     def of(cls, augmentation: Augmentation, count: int, seed: int, epoch: int) -> AugmentationDraws:
-        """Those of epoch `epoch`."""
+        """Draw the numbers of epoch `epoch` for `count` images."""
 
         def drawn(needed: bool, columns: int, purpose: str) -> Tensor | None:
             return uniforms(count, columns, seed, epoch, purpose) if needed else None
@@ -67,10 +67,10 @@ class AugmentationDraws(NamedTuple):
 
 
 def check_ranks(batch_size: int, rank: int, world: int, mixes: bool) -> None:
-    """Whether a batch of `batch_size` images can be divided among `world` ranks.
+    """Check that a batch of `batch_size` images can be divided among `world` ranks.
 
     Raises:
-        DataError: it cannot be divided evenly, or partners that are mixed would be on different ranks.
+        DataError: it cannot be divided evenly, or images that are mixed would be on different ranks.
 
     >>> check_ranks(10, 0, 4, mixes=False)
     Traceback (most recent call last):
@@ -90,7 +90,7 @@ def check_ranks(batch_size: int, rank: int, world: int, mixes: bool) -> None:
 
 
 def rank_batches(order: Tensor, batch_size: int, start: int, rank: int, world: int) -> list[Tensor]:
-    """The numbers of each batch from `start` on that rank `rank` of `world` works on: a contiguous slice of each.
+    """The image numbers of rank `rank` in each batch from `start` on: a contiguous slice of each batch.
 
     Incomplete last batches are dropped.
 
@@ -104,7 +104,7 @@ def rank_batches(order: Tensor, batch_size: int, start: int, rank: int, world: i
 
 
 def rank_evaluation_batches(count: int, batch_size: int, rank: int, world: int) -> list[Tensor]:
-    """The numbers of each evaluation batch of a rank: a contiguous share, so that every image is on exactly one rank.
+    """The image numbers of each evaluation batch of a rank: contiguous, every image on exactly one rank.
 
     >>> [numbers.tolist() for numbers in rank_evaluation_batches(5, 4, rank=0, world=2)]
     [[0, 1], [2]]
@@ -114,16 +114,16 @@ def rank_evaluation_batches(count: int, batch_size: int, rank: int, world: int) 
 
 
 class BatchTransform:
-    """Applies an epoch's augmentation to fetched images.
+    """Augment and normalise batches of one epoch.
 
     Args:
-        augmentation: which variations are on.
-        draws: the epoch's numbers.
-        mean: colour of what is painted over and of what comes in from outside, per channel in [0, 1].
-        std: with the mean, what inputs are normalised by.
+        augmentation: the augmentations that are on.
+        draws: the random numbers of the epoch.
+        mean: per channel in [0, 1]; subtracted from the inputs, and the fill colour of padding and erasing.
+        std: per channel; the inputs are divided by it.
         labels: class number of every image (N,), on the CPU.
-        classes: their number.
-        size: side to scale the batch to; None leaves it.
+        classes: number of classes.
+        size: side to resize the batch to; None keeps it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Images made ready to train on."""
+"""`Data`: the splits of a source as batches."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ __all__ = ["Data"]
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Images to train, to validate and to test on, with everything that another image needs to be treated alike.
+    """The training, validation and test images of a source, with the preprocessing that any other image needs.
 
     Args:
-        name: of the folder, or "digits".
+        name: of the source, or "digits".
         classes: names in the order of their numbers.
         channels: 1 (grey) or 3 (RGB).
         size: side of the square input in pixels.
         mean: per channel in [0, 1]; subtracted from the input.
         std: per channel; the input is divided by it.
-        augmentation: how training images are varied.
+        augmentation: of the training images.
         train: images that are learned from.
         validation: images that the best epoch is chosen on; empty where there is no such split.
         test: images that the result is measured on, once, at the end.
         splits: which image is in which split, and which splits were split off here.
-        unreadable: (file, reason) of every image that was left out.
+        unreadable: (file, reason) of every image that was skipped.
         duplicates: groups of files with the same content.
         leaked: (file of another split, test file) with the same content.
-        remarks: one sentence each about what a user may not expect.
+        remarks: sentences about what a user may not expect.
     """
 
     name: str
@@ -87,24 +87,24 @@ class Data:
         world: int = 1,
         size: int | None = None,
     ) -> Iterator[Batch]:
-        """Batches `start`, `start + 1`, ... of an epoch, varied and normalised.
+        """Yield the batches `start`, `start + 1`, … of an epoch, augmented and normalised.
 
-        Order and augmentation are functions of (seed, epoch, image), so a run that starts again at any batch sees
-        what it would have seen. Incomplete last batches are dropped; another epoch leaves out other images.
+        Order and augmentation are functions of (seed, epoch, image), so a run that resumes at any batch sees the same
+        batches. The incomplete last batch is dropped; each epoch leaves out other images.
 
         Args:
             seed: of the run.
             epoch: from 0.
-            batch_size: images per step over all ranks.
-            device: where the batches go and the augmentation happens.
+            batch_size: images per step, over all ranks.
+            device: of the batches; augmentation runs there.
             start: the first batch.
-            rank: which contiguous slice of every batch to give; with mixing it is what the whole batch holds there.
+            rank: the contiguous slice of every batch to yield; mixing is as in the whole batch.
             world: number of ranks.
-            size: side to scale the batch to, for progressive resizing; None keeps the input size.
+            size: side to resize the batch to, for progressive resizing; None keeps the input size.
 
         Raises:
-            DataError: the ranks cannot share `batch_size` evenly, or in pairs where images are mixed.
-            UnreadableImage: a file changed since it was checked.
+            DataError: `batch_size` is not divisible by the ranks, or by twice as many where images are mixed in pairs.
+            UnreadableImage: a file changed since it was inspected.
         """
         check_ranks(batch_size, rank, world, self.augmentation.mixes)
         order = permutation(len(self.train), seed, epoch)
@@ -126,7 +126,7 @@ class Data:
         rank: int = 0,
         world: int = 1,
     ) -> Iterator[Batch]:
-        """All images of the validation or test split once, in order and unvaried; each on exactly one of the ranks."""
+        """Yield all images of a split once, in order and not augmented; each on exactly one of the ranks."""
         check_ranks(max(batch_size, world) // world * world, rank, world, False)
         images: ImageDataset = getattr(self, split)
         batches = rank_evaluation_batches(len(images), batch_size, rank, world)
@@ -137,13 +137,13 @@ class Data:
             yield Batch(self.normalised(pixels), labels, labels, numbers)
 
     def sample(self, count: int, *, seed: int, device: torch.device) -> Batch:
-        """Up to `count` training images as they are, drawn without regard to class."""
+        """Up to `count` training images, not augmented, drawn regardless of class."""
         order = permutation(len(self.train), seed, 0)[:count]
         inputs, labels = self.normalised(next(self.train.fetch([order], device, None))), self.train.labels[order]
         return Batch(inputs, labels.to(device), labels.to(device), order)
 
     def steps(self, batch_size: int) -> int:
-        """Complete batches in an epoch."""
+        """Number of complete batches in an epoch."""
         return len(self.train) // batch_size
 
     def normalised(self, images: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""One image file -> an upright uint8 array of grey or colour, whatever the file's own mode; or the reason why not.
+"""Decoding of an image file to an upright uint8 array, grey or RGB, or the reason why that is impossible.
 
-| in the file | what comes out |
+| in the file | result |
 |---|---|
 | EXIF orientation | applied |
 | alpha, transparent palette entries | laid on white |
@@ -9,7 +9,7 @@
 | animation, several pages | the first frame |
 | 32-bit float, 32-bit integers beyond 16 bits | refused: their range is unknown |
 | truncated, not an image, over 64 megapixels, under 8 pixels, over 256 MB | refused |
-| EPS, PDF and other formats that run programs or have no pixels | refused, whatever the suffix says |
+| EPS, PDF and other formats that run programs or have no pixels | refused, whatever the suffix |
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ __all__ = [
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 1024**2
 MIN_SIDE = 8
-# Pillow's readers of pixels; others run programs (EPS runs Ghostscript) or read what nobody trains on
+# Pillow's plugins for pixels; others run programs (EPS runs Ghostscript) or read formats that nobody trains on
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
-# what may hold an orientation; looking into it costs more than decoding a small image, so it is asked for first
+# entries that may hold an orientation: parsing them costs more than decoding a small image
 ORIENTATION_KEYS = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
 ORIENTATION_TAG = 274
 # EXIF 2.3, table 6: how the stored rows and columns are to be shown
@@ -68,7 +68,7 @@ Grey16 = Literal["range", "minmax"]
 
 
 class UnreadableImage(DataError):
-    """A file that no training image can be made of; `reason` says why in a few words."""
+    """A file that cannot be decoded; `reason` is a phrase."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{printable(path)}: {reason}")
@@ -80,7 +80,7 @@ class UnreadableImage(DataError):
 
 
 class Header(NamedTuple):
-    """What a file says of itself: width and height as stored, whether it is grey, has transparency, or moves."""
+    """The header of a file: width and height as stored, and whether it is grey, transparent or animated."""
 
     width: int
     height: int
@@ -102,13 +102,13 @@ def decode(
     """Decode a file, or its bytes, into a uint8 array of shape (size, size, channels).
 
     Args:
-        source: the file, or what is in it.
+        source: the file, or its bytes.
         channels: 1 (grey) or 3 (RGB).
         size: side of the result.
-        box: `box(width, height)` chooses the part of the upright image that is scaled to size x size, in pixels
-            (left, top, right, bottom); None takes the largest central square.
-        grey16: how 16-bit grey becomes 8-bit, see above.
-        name: of the bytes, for messages.
+        box: `box(width, height)` returns the crop of the upright image that is scaled to size x size, in pixels (left,
+            top, right, bottom); None: the largest central square.
+        grey16: conversion of 16-bit grey to 8 bits, see above.
+        name: name of the bytes in messages.
         quick: scale bilinearly instead of bicubically.
 
     Raises:
@@ -120,7 +120,7 @@ def decode(
 
 
 def upright_image(content: bytes, path: Path, *, channels: int, least: int, grey16: Grey16 = "range") -> Image.Image:
-    """The upright image, grey or RGB, with both sides at least `least` where the file's own are.
+    """Decode the upright image, grey or RGB, with both sides at least `least` if those of the file are.
 
     A JPEG decodes at 1/2, 1/4 or 1/8 of its size in a fraction of the time.
     """
@@ -130,24 +130,24 @@ def upright_image(content: bytes, path: Path, *, channels: int, least: int, grey
             image.draft("RGB" if channels == 3 else "L", (least, least))
             image.load()
             pixels = image
-        # behind loading: Pillow itself turns a TIFF then, and a PNG may hold its orientation behind its pixels
+        # after loading: Pillow itself turns a TIFF then, and a PNG may store its orientation after its pixels
         orientation = orientation_of(image)
         flat = to_eight_bit(pixels, channels, grey16)
         return flat.transpose(ORIENTATION_TRANSPOSE[orientation]) if orientation in ORIENTATION_TRANSPOSE else flat
 
 
 def read_header(source: Path | bytes, name: Path | None = None) -> Header:
-    """What the header alone tells.
+    """Read the header of a file.
 
     Raises:
-        UnreadableImage: as `decode`, for what the header can tell.
+        UnreadableImage: as `decode`, as far as the header shows it.
     """
     with reporting_faults(source, name) as (content, path), open_image(content, path) as image:
         return header_of(image)
 
 
 def find_fault(source: Path | bytes, name: Path | None = None) -> str:
-    """Read a file to its end at the lowest resolution; the reason why it cannot be used, or an empty string."""
+    """Decode a file to its end at the lowest resolution; return the reason why it cannot be used, else ""."""
     try:
         decode(source, channels=1, size=MIN_SIDE, name=name)
     except UnreadableImage as error:
@@ -156,15 +156,15 @@ def find_fault(source: Path | bytes, name: Path | None = None) -> str:
 
 
 def header_of(image: Image.Image) -> Header:
-    """What an opened image says of itself."""
+    """The header of an image that Pillow has opened."""
     grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
     return Header(image.width, image.height, grey, image.has_transparency_data, getattr(image, "is_animated", False))
 
 
 def silence_pillow() -> None:
-    """Pillow's warnings are not printed from now on: what they warn of is refused here, or harmless.
+    """Silence Pillow's warnings: what they are about is refused here, or harmless.
 
-    Python's warning filters belong to the whole process and threads decode, so they are not put back.
+    Warning filters belong to the whole process and threads decode, so the filter stays.
     """
     pattern = r"PIL\."
     if not any(entry[0] == "ignore" and getattr(entry[3], "pattern", "") == pattern for entry in warnings.filters[:8]):
@@ -173,7 +173,7 @@ def silence_pillow() -> None:
 
 @contextmanager
 def reporting_faults(source: Path | bytes, name: Path | None) -> Iterator[tuple[bytes, Path]]:
-    """The bytes and their name; within it whatever goes wrong becomes an `UnreadableImage`."""
+    """Yield the bytes and their name; any exception in the block becomes an `UnreadableImage`."""
     path = source if isinstance(source, Path) else name or Path("image")
     silence_pillow()
     content: bytes | None = source if isinstance(source, bytes) else None
@@ -191,14 +191,14 @@ def reporting_faults(source: Path | bytes, name: Path | None) -> Iterator[tuple[
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with."""
+    """The formats of `FORMATS` that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @contextmanager
 def open_image(content: bytes, path: Path) -> Iterator[Image.Image]:
-    """The image with its header read and its size within the limits; nothing is decoded yet."""
+    """Open an image and check its size by the header; nothing is decoded."""
     with Image.open(io.BytesIO(content), formats=formats()) as image:
         if image.width * image.height > MAX_PIXELS:
             raise UnreadableImage(path, f"{image.width}x{image.height}: more than {MAX_PIXELS // 10**6} megapixels")
@@ -210,7 +210,7 @@ def open_image(content: bytes, path: Path) -> Iterator[Image.Image]:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; one that cannot be read, damaged metadata around sound pixels, counts as 1."""
+    """The EXIF orientation, 1 to 8; 1 if the metadata is damaged."""
     if not (image.info.keys() & ORIENTATION_KEYS or image.format == "TIFF"):
         return 1
     try:
@@ -220,7 +220,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def to_eight_bit(image: Image.Image, channels: int, grey16: Grey16) -> Image.Image:
-    """The image as 8-bit grey (1 channel) or RGB (3 channels), laid on white where it is transparent."""
+    """Convert to 8-bit grey (1 channel) or RGB (3 channels), with transparency on white."""
     if image.mode.startswith("I"):
         image = eight_bits(image, grey16)
     if image.has_transparency_data:
@@ -233,7 +233,7 @@ def to_eight_bit(image: Image.Image, channels: int, grey16: Grey16) -> Image.Ima
 
 
 def eight_bits(image: Image.Image, grey16: Grey16) -> Image.Image:
-    """16-bit grey scaled to 8 bits: round(value / 257), or the image's own range. Pillow itself clips at 255."""
+    """Scale 16-bit grey to 8 bits: round(value / 257), or by the range of the image. Pillow alone clips at 255."""
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65_535:
@@ -246,9 +246,9 @@ def eight_bits(image: Image.Image, grey16: Grey16) -> Image.Image:
 
 
 def crop_and_scale(image: Image.Image, size: int, choose: ChooseBox | None, *, quick: bool = False) -> np.ndarray:
-    """The chosen part at size x size, antialiased when it shrinks; uint8 of the image's shape.
+    """Crop and scale to size x size, antialiased; uint8 (size, size) or (size, size, 3).
 
-    Bicubic, or, `quick`, bilinear in two thirds of the time, for parts that are cut out at random.
+    Bicubic; with `quick` bilinear, in two thirds of the time, for random crops.
     """
     box = (choose or central_square)(image.width, image.height)
     if box != (0, 0, size, size) or image.size != (size, size):
@@ -257,7 +257,7 @@ def crop_and_scale(image: Image.Image, size: int, choose: ChooseBox | None, *, q
 
 
 def central_square(width: int, height: int) -> Box:
-    """The largest square in the middle.
+    """The largest central square.
 
     >>> central_square(40, 20)
     (10.0, 0.0, 30.0, 20.0)
@@ -266,7 +266,7 @@ def central_square(width: int, height: int) -> Box:
 
 
 def central_share(share: float) -> ChooseBox:
-    """A chooser of the central square whose side is `share` of the shorter side."""
+    """The crop to the central square whose side is `share` times the shorter side."""
 
     def choose(width: int, height: int) -> Box:
         side = share * min(width, height)
@@ -277,7 +277,7 @@ def central_share(share: float) -> ChooseBox:
 
 
 def describe_fault(content: bytes, error: Exception) -> str:
-    """A few words for what went wrong."""
+    """Describe an exception in a phrase."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, PermissionError):
@@ -293,7 +293,7 @@ def describe_fault(content: bytes, error: Exception) -> str:
 
 
 def guess_content(content: bytes) -> str:
-    """What a file without a known image header seems to be."""
+    """Guess the kind of a file without the header of a known image format."""
     head = content[:256].lstrip().lower()
     if not head:
         return "an empty file"
@@ -301,4 +301,4 @@ def guess_content(content: bytes) -> str:
         return "not an image but HTML"
     if head.startswith((b"%pdf", b"%!ps", b"pk\x03\x04", b"\x1f\x8b")):
         return "not an image but a document or an archive"
-    return "not an image in a format that is known here"
+    return "not an image in a supported format"

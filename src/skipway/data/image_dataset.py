@@ -39,7 +39,7 @@ CHUNK = 256
 
 
 class ImageDataset(ABC):
-    """Images with class numbers that can be asked for in any order.
+    """Images with class numbers, in any order.
 
     `labels` is int64 of shape (N,); `names` holds N names for messages.
     """
@@ -52,21 +52,22 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
-        """For each of `batches`, int64 numbers (B,) on the CPU: uint8 images (B, H, W, C) on `device`.
+        """Yield, for each of `batches`, int64 numbers (B,) on the CPU, the uint8 images (B, H, W, C) on `device`.
 
-        With `draws` each image is cut out by its own row, where this part decodes files; None is the central part.
+        `draws` has a row for each image, which its random crop is made by where files are decoded; None: central
+        crops.
         """
 
 
 class DecodedImages:
-    """Decoded images, uint8 (N, H, W, C), which several parts may share; in memory or mapped from a file."""
+    """Decoded images, uint8 (N, H, W, C), in memory or memory-mapped; several data sets may share them."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
         self.resident: Tensor | None = None
 
     def gather(self, rows: Tensor, device: torch.device) -> Tensor:
-        """The images `rows`, int64 (B,) on the CPU, on `device`: a set that fits is moved there once."""
+        """The images of `rows`, int64 (B,) on the CPU, on `device`; up to 2 GB are moved there once as a whole."""
         if device.type == "cpu":
             return self.images[rows]
         if self.images.nbytes > RESIDENT_BYTES:
@@ -78,7 +79,7 @@ class DecodedImages:
 
 @final
 class MemoryDataset(ImageDataset):
-    """Images decoded once: those rows of the decoded ones."""
+    """Images that are decoded: the given rows of a `DecodedImages`."""
 
     def __init__(
         self, decoded: DecodedImages | Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None
@@ -90,7 +91,7 @@ class MemoryDataset(ImageDataset):
 
     @property
     def images(self) -> Tensor:
-        """All of them: uint8 (N, H, W, C)."""
+        """All images: uint8 (N, H, W, C)."""
         return self.decoded.images[self.rows]
 
     def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
@@ -100,16 +101,16 @@ class MemoryDataset(ImageDataset):
 
 @final
 class FileDataset(ImageDataset):
-    """Images that stay in their source: each is decoded, and cut to size, when its batch comes.
+    """Images that stay in their source: each is decoded and cropped when its batch is fetched.
 
     Args:
-        store: reads them.
-        samples: which.
-        spec: how they become pixels.
-        crop: whether training images are cut out at random, and test images centrally from a wider view.
-        pool: who decodes.
-        pixels: decoded at a higher resolution than the input's, as (file, table, bytes, row of each sample); cut out
-            of those instead of decoding. None: there are none.
+        store: reads the files.
+        samples: names and classes.
+        spec: format of the result.
+        crop: random crops in training, and central crops of 224/256 of the shorter side in evaluation.
+        pool: workers that decode.
+        stored: images decoded at a higher resolution than the input's, which are cropped instead: (file, number of its
+            images, row of each sample). None: decode the files.
     """
 
     def __init__(
@@ -156,10 +157,7 @@ def inspect_images(
     spec: DecodeSpec | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[ImageInfo], Tensor | None]:
-    """Read every image to its end once: what each turned out to be, and with a `spec` the pixels (N, H, W, C).
-
-    Rows of images that cannot be read hold zeros.
-    """
+    """Inspect every image; with a `spec`, also decode them: uint8 (N, H, W, C), zeros where an image cannot be read."""
     shape = None if spec is None else (spec.size, spec.size, spec.channels)
     pixels = None if shape is None else torch.zeros(len(files), *shape, dtype=torch.uint8)
     infos: list[ImageInfo] = []
@@ -183,7 +181,7 @@ def decode_files(
     workers: int,
     progress: Progress | None = None,
 ) -> tuple[MemoryDataset, list[tuple[str, str]]]:
-    """Decode files into memory; the ones that cannot be read are left out and returned with their reasons."""
+    """Decode files into memory. Returns the data set, and (file, reason) of each file that cannot be read."""
     files = [sample.file for sample in samples]
     infos, pixels = inspect_images(
         FileStore(root), files, WorkerPool(workers), spec=DecodeSpec(channels, size), progress=progress

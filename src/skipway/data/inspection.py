@@ -1,4 +1,4 @@
-"""What every image file turned out to be: readable or why not, its content's hash, transparency; and what follows."""
+"""Inspection of image files: readable or not, content hash, size, transparency; and remarks about a whole source."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from skipway.data.sources.readers import ImageStore
 
 __all__ = ["DecodeSpec", "DecodeTask", "ImageInfo", "InspectTask", "content_remarks", "duplicate_groups"]
 
-# a class may have so many times the images of another before that is said
+# ratio of class sizes from which imbalance is remarked
 IMBALANCE = 10
 LONGEST_ASPECT = 10
-# difference between two classes' shares of transparent images that is said
+# difference between the fractions of transparent images of two classes that is remarked
 ALPHA_DIFFERENCE = 0.5
 
 
 class ImageInfo(NamedTuple):
-    """What a file turned out to be: why it cannot be used, or "", and what its header tells.
+    """The result of inspecting a file: the reason why it cannot be used, or "", and its header.
 
-    `digest` is the SHA-256 of the content in hexadecimal, "" where nothing could be read.
+    `digest` is the SHA-256 of the content in hexadecimal, "" if nothing could be read.
     """
 
     reason: str
@@ -37,7 +37,7 @@ class ImageInfo(NamedTuple):
 
 
 class DecodeSpec(NamedTuple):
-    """How images become pixels: channels, side, and what is done with 16-bit grey."""
+    """The format of decoded images: channels, side, and conversion of 16-bit grey."""
 
     channels: int
     size: int
@@ -45,7 +45,7 @@ class DecodeSpec(NamedTuple):
 
 
 class InspectTask:
-    """Work that reads each image to its end and says what it is; with a `spec`, it also keeps the pixels."""
+    """Task: inspect each image; with a `spec`, also decode it into its row."""
 
     def __init__(self, store: ImageStore, files: Sequence[str], spec: DecodeSpec | None) -> None:
         self.store = store
@@ -72,14 +72,14 @@ class InspectTask:
 
 
 class DecodeTask:
-    """Work that fills rows with images, each cut out by its own draws; returns why that failed, or "".
+    """Task: decode each image into its row, cropped by its own draws. Returns the reason of a failure, or "".
 
     Args:
-        store: reads them.
-        files: their names.
-        spec: how they become pixels.
-        draws: float (N, DRAWS), what the parts are cut out by; None takes the middle.
-        share: of the shorter side, for the middle.
+        store: reads the files.
+        files: names of the images.
+        spec: format of the result.
+        draws: random numbers of the crops, float (N, DRAWS); None: central crops.
+        share: side of the central crop over the shorter side.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DecodeTask:
         self.shape = (spec.size, spec.size, spec.channels)
 
     def box(self, index: int) -> ChooseBox:
-        """The part of image `index` to cut out."""
+        """The crop of image `index`."""
         return central_share(self.share) if self.draws is None else random_box(self.draws[index])
 
     def __call__(self, index: int, row: np.ndarray | None) -> str:
@@ -116,7 +116,7 @@ class DecodeTask:
 
 
 def duplicate_groups(infos: dict[str, ImageInfo]) -> dict[str, tuple[str, ...]]:
-    """Files with the same content, by each of them; only those that have such a twin.
+    """For each file that has copies, the names of all files with its content.
 
     >>> duplicate_groups({"a": ImageInfo("", "1"), "b": ImageInfo("", "2"), "c": ImageInfo("", "1")})
     {'a': ('a', 'c'), 'c': ('a', 'c')}
@@ -129,7 +129,7 @@ def duplicate_groups(infos: dict[str, ImageInfo]) -> dict[str, tuple[str, ...]]:
 
 
 def content_remarks(found: SourceIndex, infos: dict[str, ImageInfo]) -> list[str]:
-    """What the images' headers and numbers tell that a user may not expect."""
+    """Remarks about imbalance, transparency, animation and extreme shapes of the images."""
     remarks = []
     counts, transparent, moving, long = {}, {}, 0, []
     for name in found.classes:
@@ -150,8 +150,8 @@ def content_remarks(found: SourceIndex, infos: dict[str, ImageInfo]) -> list[str
     if transparent[high] - transparent[low] > ALPHA_DIFFERENCE:
         remarks.append(
             f"transparent images: {100 * transparent[high]:.0f} % of {name_list([high])}, "
-            f"{100 * transparent[low]:.0f} % of {name_list([low])}; laid on white, so the background may "
-            "give the class away"
+            f"{100 * transparent[low]:.0f} % of {name_list([low])}; they are put on white, so the background may "
+            "reveal the class"
         )
     if moving:
         remarks.append(f"{moving} animated images: their first frame is used")

@@ -1,7 +1,7 @@
-"""JPEG pixels from simplejpeg (libjpeg-turbo in one call), where it is installed and the file is a plain one.
+"""JPEG decoding by simplejpeg (libjpeg-turbo in one call), where it is installed.
 
-Pillow has read the header before, and decodes whatever this does not: CMYK, files that libjpeg warns of, everything
-on a machine without simplejpeg. Both use libjpeg-turbo with the same settings and the same scale, so the pixels are
+Pillow reads the header, and decodes what simplejpeg does not: CMYK, files that libjpeg warns about, and everything
+where simplejpeg is not installed. Both use libjpeg-turbo with the same settings and the same scale, so the pixels are
 the same (`tests/data/test_decode.py`); `benchmarks/decoding.py` has the times.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["jpeg_pixels", "simplejpeg"]
 
 @cache
 def simplejpeg() -> Any:
-    """The library, or None where it is not installed."""
+    """The module simplejpeg; None if it is not installed."""
     try:
         return import_module("simplejpeg")
     except ImportError:
@@ -26,9 +26,9 @@ def simplejpeg() -> Any:
 
 
 def jpeg_pixels(content: bytes, image: Image.Image, channels: int, least: int) -> Image.Image | None:
-    """The pixels of an image whose header Pillow has read, both sides at least `least` where the file's own are.
+    """Decode an image whose header Pillow has read, with both sides at least `least` if those of the file are.
 
-    Grey for one channel or a grey file, else RGB. None where Pillow is to decode.
+    Returns a grey image for one channel or a grey file, else RGB; None: Pillow has to decode it.
     """
     library = simplejpeg()
     if library is None or image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):

@@ -1,4 +1,4 @@
-"""A source of images, or the embedded digits, made ready to train on."""
+"""`load`: read a source of images, or the embedded digits, and return a `Data` that is ready for training."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from skipway.errors import DataError, printable
 
 __all__ = ["load", "statistics"]
 
-# the input size of He 2015 and of ImageNet practice since
+# input size of He 2015, customary for ImageNet
 LARGE_SIZE = 224
-# headers that are read to choose the input
+# headers that are read to choose size and channels of the input
 MAX_HEADERS = 1_000
-# decoded sets up to this many bytes are kept in memory
+# data sets up to this size are decoded into memory
 MEMORY_BYTES = 2 * 1024**3
 
 # per-channel statistics of ImageNet's training set in [0, 1], as torchvision and timm use them
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# what Pillow does not read, and what to do about it
+# suffixes of formats that Pillow does not read → advice
 UNSUPPORTED_FORMATS = {
     ".heic": "pip install pillow-heif and convert them",
     ".heif": "pip install pillow-heif and convert them",
@@ -59,15 +59,15 @@ def load(
     remark: Remark | None = None,
     **choices: Any,
 ) -> Data:
-    """The images of `source`, or scikit-learn's handwritten digits for None.
+    """Read the images of `source`, or scikit-learn's handwritten digits for None, and split them.
 
-    Small images are decoded once into memory; larger ones stay where they are. All are read once here, so that a
-    damaged one is found now and not in the middle of an epoch. Nothing is written beside them.
+    Small images are decoded into memory once; larger ones are decoded batch by batch. Every file is read to its end
+    here, so that damaged ones are found now and not in the middle of an epoch. Nothing is written to the source.
 
     Args:
-        source: see `DataChoices`, or all choices in one object.
-        progress: called with (done, all) while images are read.
-        remark: called with a sentence when something goes wrong later and is put right, such as a worker that dies.
+        source: see `DataChoices`; or a `DataChoices`.
+        progress: called with (images done, images in all) while files are read.
+        remark: called with a sentence when a later failure was recovered from, such as a worker that died.
         choices: fields of `DataChoices`.
 
     Raises:
@@ -97,7 +97,7 @@ def load(
 
 @dataclass
 class SourceReader:
-    """Reads every image of a source once, or the cache instead."""
+    """Reads every image of a source once, or what the cache knows about it."""
 
     found: SourceIndex
     files: list[str]
@@ -109,22 +109,22 @@ class SourceReader:
 
     @property
     def explicit(self) -> bool:
-        """Whether a cache was asked for."""
+        """Whether the caller asked for a cache."""
         return self.choices.cache is not None and self.choices.cache is not False
 
     @property
     def caches(self) -> bool:
-        """Whether anything is kept: where it was asked for, or reading takes a while."""
+        """Whether anything is cached: on request, and by default where there are thousands of files."""
         return self.explicit or (self.choices.cache is None and len(self.files) >= FEW_FILES)
 
     @property
     def cuts(self) -> bool:
-        """Whether training images are cut out of larger ones."""
+        """Whether training images are random crops of larger ones."""
         return self.choices.augmentation(self.spec.size).crop == "resized"
 
     def read(self) -> tuple[list[ImageInfo], DecodedImages | PixelFile | None]:
-        """What every image turned out to be, and where its pixels are: held at the input's size, in a file to cut
-        parts out of, or, None, in the source.
+        """Inspect every image. Returns an `ImageInfo` for each, and the pixels: decoded at input size, or a cache file
+        to crop from, or None where they are decoded from the source.
         """
         folder, store = cache_folder(self.choices.cache), self.found.store
         known = load_image_infos(folder, store, self.files) if self.caches else {}
@@ -149,22 +149,22 @@ class SourceReader:
             if pixels is not None:
                 refused = self.write(pixels, images)
                 if refused:
-                    self.remarks.append(refused + ": they are decoded anew every time")
+                    self.remarks.append(refused + ": they are decoded in every epoch")
                 elif images is None:
                     return infos, self.ready(pixels)
         except OSError as error:
-            self.remarks.append(f"nothing is kept in {printable(folder)}: {(error.strerror or str(error)).lower()}")
+            self.remarks.append(f"nothing is cached in {printable(folder)}: {(error.strerror or str(error)).lower()}")
         return infos, None if images is None else DecodedImages(images)
 
     def ready(self, pixels: PixelFile) -> DecodedImages | PixelFile | None:
-        """What a file of decoded images gives, None if it is absent or of other images."""
+        """Open the cached pixels; None if they are absent or of other images."""
         if self.cuts:
             return pixels if pixels.open(len(self.files), self.spec.channels) is not None else None
         images = open_square(pixels, len(self.files), self.spec)
         return None if images is None else DecodedImages(images)
 
     def write(self, pixels: PixelFile, images: Tensor | None) -> str:
-        """Keep the decoded images; why that is not possible, or ""."""
+        """Cache the decoded images; return the reason if that is impossible, else ""."""
         if images is not None:
             return write_square(pixels, images)
         if self.cuts:
@@ -174,7 +174,7 @@ class SourceReader:
 
 
 def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: DecodedImages | PixelFile | None) -> Data:
-    """The data of a source whose images have been read."""
+    """Split a source whose images have been inspected and make the `Data` of it."""
     found, choices, spec = reader.found, reader.choices, reader.spec
     bad = tuple((file, info.reason) for file, info in infos.items() if info.reason)
     check_readable(found, choices, bad)
@@ -226,15 +226,15 @@ def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: Dec
 
 
 def memory_dataset(pixels: DecodedImages, samples: Sequence[ImageSample], rows: Tensor) -> MemoryDataset:
-    """A split of images that are decoded: row `rows[i]` of `pixels` is sample i."""
+    """The data set of one split whose images are decoded: row `rows[i]` of `pixels` is sample i."""
     labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
     return MemoryDataset(pixels, labels, [sample.file for sample in samples], rows)
 
 
 def load_digits(choices: DataChoices) -> Data:
-    """The embedded digits; scaled and repeated in every channel where another size or colour is asked for."""
+    """The embedded digits, scaled to the requested size and repeated over the requested channels."""
     if choices.crop == "resized":
-        raise DataError("crop 'resized' cuts parts out of image files; the embedded digits have none: use 'pad'")
+        raise DataError("crop='resized' needs image files, and the embedded digits are arrays: use 'pad' or 'none'")
     images, names = digits()
     size, channels = choices.size or images.shape[1], choices.channels or 1
     pixels = DecodedImages(resize_digits(images, size, channels))
@@ -264,7 +264,7 @@ def load_digits(choices: DataChoices) -> Data:
 
 
 def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> tuple[DecodeSpec, list[str]]:
-    """Input size and channels, from the headers of up to 1,000 images spread evenly over all splits."""
+    """Choose input size and channels by the headers of up to 1,000 images, spread evenly over all splits."""
     headers: list[Header] = []
     for file in files[:: max(1, len(files) // MAX_HEADERS)]:
         try:
@@ -281,12 +281,17 @@ def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> 
     remarks = []
     if size <= SMALL_SIDE and set(shapes) != {(size, size)}:
         (width, height), _ = shapes.most_common(1)[0]
-        remarks.append(f"images are scaled and cut to a central {size}x{size}; most are {width}x{height}")
+        remarks.append(f"images are scaled and center-cropped to {size}x{size}; most are {width}x{height}")
     return DecodeSpec(channels, size, choices.grey16), remarks
 
 
 def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple[str, str]]) -> None:
-    """Damaged files must be few, and must not leave a class without training images."""
+    """Check that few files are damaged, and that every class keeps training images.
+
+    Raises:
+        UnreadableImage: a file is damaged and `unreadable` is "stop".
+        DataError: too many files are damaged, or all training images of a class.
+    """
     if not bad:
         return
     (file, reason), without = bad[0], {file for file, _ in bad}
@@ -303,13 +308,13 @@ def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple
     if len(bad) > math.ceil(choices.most_unreadable * total):
         raise DataError(
             f"{len(bad)} of {total} images cannot be read, the first: {first}. The rule is at most most_unreadable="
-            f"{choices.most_unreadable:g} of all; mend or remove them, or raise that"
+            f"{choices.most_unreadable:g} of all; repair or remove them, or raise that limit"
         )
 
 
 def find_leaks(splits: Splits, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
-    """(file, test file) of the same content, the first of them to train on or in the validation split; one pair for
-    each test image.
+    """Pairs (file, test file) of the same content, where `file` is in the training or validation split; one pair per
+    test image.
     """
     others = {sample.file for sample in splits.train + splits.validation}
     pairs = []
@@ -321,7 +326,7 @@ def find_leaks(splits: Splits, groups: dict[str, tuple[str, ...]]) -> tuple[tupl
 
 
 def copy_remarks(splits: Splits, groups: dict[str, tuple[str, ...]], leaked: Sequence[tuple[str, str]]) -> list[str]:
-    """Remarks about files of the same content."""
+    """Remarks about files with the same content."""
     remarks = []
     label = {sample.file: sample.label for sample in splits.samples}
     distinct = [group for group in dict.fromkeys(groups.values()) if all(file in label for file in group)]
@@ -331,20 +336,20 @@ def copy_remarks(splits: Splits, groups: dict[str, tuple[str, ...]], leaked: Seq
     torn = [group for group in distinct if len({label[file] for file in group}) > 1]
     if torn:
         said = ", ".join(f"{printable(file)!r} as {printable(splits.classes[label[file]])!r}" for file in torn[0][:3])
-        remarks.append(f"{len(torn)} images stand in more than one class, the first: {said}")
+        remarks.append(f"{len(torn)} images occur in more than one class, the first: {said}")
     if leaked:
         twin, file = leaked[0]
         trained = {sample.file for sample in splits.train}
         where = "also trained on" if all(pair[0] in trained for pair in leaked) else "in other splits as well"
         remarks.append(
-            f"{len(leaked)} test images are {where}, so the accuracy will look better than it is; the first: "
+            f"{len(leaked)} test images are {where}, so the accuracy is too optimistic; the first: "
             f"{printable(file)!r} is {printable(twin)!r}"
         )
     return remarks
 
 
 def split_remarks(splits: Splits) -> list[str]:
-    """Remarks about what the source holds and is not used, and classes without an image in a split."""
+    """Remarks about files and folders that are not used, and about classes missing from a split."""
     remarks = []
     if splits.ignored:
         counted = ", ".join(f"{count} {printable(suffix)}" for suffix, count in splits.ignored.most_common(5))
@@ -364,7 +369,7 @@ def split_remarks(splits: Splits) -> list[str]:
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of uint8 images (N, H, W, C), in [0, 1], exact by their histogram.
 
-    A channel that is the same everywhere gets the standard deviation 1.
+    A constant channel gets the standard deviation 1.
 
     >>> statistics(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
     ((0.5,), (0.5,))
@@ -373,13 +378,13 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def dataset_statistics(part: MemoryDataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The same of a part, a chunk at a time: it may be larger than memory."""
+    """Mean and standard deviation of a data set, computed in chunks."""
     chunks: Iterator[Tensor] = part.fetch(torch.arange(len(part)).split(1024), torch.device("cpu"), None)
     return moments(torch.stack([histogram(images) for images in chunks]).sum(0))
 
 
 def histogram(images: Tensor) -> Tensor:
-    """How often each value occurs in each channel: int64 (C, 256)."""
+    """Histogram of uint8 images (N, H, W, C): counts, int64 (C, 256)."""
     return torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(images.shape[-1])])
 
 
@@ -396,14 +401,14 @@ def moments(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """ImageNet's statistics, or their means over the colours for grey images."""
+    """The mean and standard deviation of ImageNet; for grey images, averaged over the colours."""
     if channels == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
 
 
 def resize_digits(images: Tensor, size: int, channels: int) -> Tensor:
-    """Grey images (N, H, W, 1) at another size, repeated in every channel: (N, size, size, channels)."""
+    """Resize grey images (N, H, W, 1) and repeat them over the channels: (N, size, size, channels)."""
     if images.shape[1] != size:
         planes = images.permute(0, 3, 1, 2).float()
         planes = nn.functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)

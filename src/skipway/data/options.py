@@ -1,4 +1,4 @@
-"""What can be chosen about the data, as one object."""
+"""The options of `skipway.data.load`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["SMALL_SIDE", "Crop", "DataChoices"]
 
 Crop = Literal["auto", "pad", "resized", "none"]
 
-# images up to this side are trained on at their own size
+# images up to this side are used at their own size
 SMALL_SIDE = 64
 
-# field: (whether a value is allowed, the rule in words)
+# field: (predicate, the rule in words)
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "size": (lambda value: value is None or 8 <= value <= 4096, "8 to 4096 pixels, or None"),
     "channels": (lambda value: value in (None, 1, 3), "1 (grey), 3 (colour) or None"),
@@ -45,39 +45,40 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataChoices:
-    """Which images, and how they are read, checked, kept and varied.
+    """The source of the images, and how they are split, decoded, checked, cached and augmented.
 
     Args:
-        source: a folder of class folders, with or without `train` and `test`; a list in CSV, TSV or Parquet; a tar
-            file, a folder or a brace pattern of tar shards; a folder that `datasets` saved, or "hf:NAME" to fetch;
+        source: a folder of class folders, with or without `train`, `val` and `test`; a list in CSV, TSV or Parquet; a
+            tar file, a folder or a brace pattern of tar shards; a folder that `datasets` saved, or "hf:NAME" to fetch;
             None: the embedded digits.
-        size: side of the input in pixels; None takes the images' own up to 64, else 224.
-        channels: 1 or 3; None takes 1 if all images are grey.
+        size: side of the square input in pixels; None: the size of the images up to 64, else 224.
+        channels: 1 (grey) or 3 (RGB); None: 1 if all images are grey.
         holdout: fraction of each class to hold out as the test split where the source has none, 0 < holdout < 1.
         validation: fraction of each class of the training split to hold out as the validation split where the source
             has none; 0: no validation split.
         fold: (number, count): fold `number`, from 1, of a cross-validation is the test split.
         listed: names of the images of each split, as `Data.listed` has them: taken if the images are still the same.
         seed: chooses the images that are held out.
-        crop: see `Augmentation`; "auto" pads inputs up to 64 pixels by an eighth and cuts parts out of larger ones.
-        flip: mirror half of the training images; None does, except for the digits, which it would turn into others.
-        unreadable: leave damaged files out, or raise at the first.
-        most_unreadable: share of damaged files, rounded up to a whole file, above which it raises all the same.
-        grey16: 16-bit grey from its full range ("range"), or from each image's own ("minmax").
+        crop: random crop, see `Augmentation`; "auto": "pad" by an eighth of the side for inputs up to 64 pixels, else
+            "resized".
+        flip: random horizontal flip; None: on, but for the digits, which it would make illegible.
+        unreadable: "skip" damaged files, or "stop" at the first with an error.
+        most_unreadable: fraction of damaged files, rounded up to a whole file, above which it is an error in any case.
+        grey16: scale 16-bit grey by its full range ("range"), or by the range of each image ("minmax").
         allow_empty: keep a class that has no image.
         outside: follow links, and paths in lists, that lead out of the source's folder.
-        workers: how many decode at once; None takes one per CPU core, none for a few files.
-        helpers: threads or processes.
-        cache: keep what is known of the files, and decoded images, in the platform's cache folder or
-            `$SKIPWAY_CACHE` (True), or in another folder. None keeps them for thousands of files that are decoded once
-            into memory, and findings only for larger images; True also keeps images to cut parts out of, at 256/224 of
-            the input's side, which is faster and a little less sharp. False keeps nothing.
-        duplicates: look for files with the same content; an own split keeps those together.
+        workers: number of workers that decode; None: one per CPU core, and 0, this process, for few files.
+        helpers: "threads" or "processes".
+        cache: True: cache the inspection of the files and the decoded images, in the user cache folder of the platform
+            or `$SKIPWAY_CACHE`; a path: in that folder. Images for random crops are cached at 256/224 of the input's
+            side, which is faster and a little less sharp. None: cache thousands of files that are decoded into memory,
+            and only the inspection of larger images. False: cache nothing.
+        duplicates: look for files with the same content, and keep them together when images are split.
         policy: see `Augmentation`.
         mixup: see `Augmentation`.
         cutmix: see `Augmentation`.
         erasing: see `Augmentation`.
-        columns: of a list: the image, its label, and its split, which need not be there.
+        columns: names of the columns of a list: image, label, and split, which is optional.
 
     Raises:
         DataError: a value outside its rule.
@@ -131,7 +132,7 @@ class DataChoices:
         return {**{name: getattr(self, name) for name in names}, "fold": fold}
 
     def augmentation(self, size: int) -> Augmentation:
-        """Padding by an eighth of the side, 4 pixels at 32 as in He 2015, for small inputs; cut-out parts for large.
+        """The augmentation at an input size: padding is an eighth of the side, 4 pixels at 32 as in He 2015.
 
         >>> small, large = (DataChoices().augmentation(size) for size in (32, 224))
         >>> small.crop, small.pad, large.crop

@@ -1,8 +1,7 @@
-"""Work on many images at once: in this process, in threads, or in worker processes that may die.
+"""`WorkerPool`: run a task on many images in this process, in threads, or in worker processes.
 
-A batch is one uint8 buffer; every worker writes its images into their rows. Which worker does what decides nothing, so
-the result is the same for any number of them. A worker that is killed, crashes or hangs costs time and nothing else:
-what it was working on is done again.
+A batch is one uint8 buffer, and workers write images into its rows, so the result does not depend on the number of
+workers. A worker process that is killed, crashes or hangs costs time only: its images are processed again.
 """
 
 from __future__ import annotations
@@ -34,30 +33,30 @@ WorkerKind = Literal["threads", "processes"]
 # below this many files, starting workers costs more than it saves
 FEW_FILES = 2_000
 MAX_WORKERS = 16
-# images that a worker takes at once, and batches that are worked on ahead
+# images that a worker takes at a time, and batches that are prepared in advance
 CHUNK_IMAGES = 8
 PREFETCH_BATCHES = 3
-# a worker that gives nothing for so long hangs
+# a worker without a result for so long counts as hanging
 STALL_SECONDS = 300.0
-# how often workers are started again before this process does the work alone
+# number of restarts after which this process goes on without workers
 MAX_RESTARTS = 2
 
 
 class ImageTask(Protocol):
-    """What is done to an image."""
+    """A task on images by index."""
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Of the row that it fills; None if it fills none."""
+        """Shape of the row that an image fills; None: the task fills no rows."""
         ...
 
     def __call__(self, index: int, row: np.ndarray | None) -> Any:
-        """Work on image `index`, fill `row` (uint8), return something small that pickle knows."""
+        """Process image `index`: fill `row` (uint8) and return a small picklable object."""
         ...
 
 
 def default_workers(files: int) -> int:
-    """Workers for that many files: one per CPU core that this process may use, none for a few files.
+    """Default number of workers: one per CPU core that this process may use, 0 for fewer than 2,000 files.
 
     >>> default_workers(10)
     0
@@ -67,13 +66,13 @@ def default_workers(files: int) -> int:
 
 @dataclass
 class WorkerPool:
-    """Workers, and what to do when they die.
+    """Workers, restarted when they die.
 
     Args:
-        workers: their number; 0 works in this process.
-        helpers: threads, or processes, which cost a copy of each batch but never wait for each other.
-        remark: told in a sentence when workers had to be started again.
-        stall: seconds after which a worker process counts as hanging.
+        workers: number of workers; 0: this process.
+        helpers: "threads", or "processes", which cost a copy of each batch but do not share the GIL.
+        remark: called with a sentence when workers are restarted.
+        stall: seconds without a result after which a worker process counts as hanging.
     """
 
     workers: int = 0
@@ -84,7 +83,7 @@ class WorkerPool:
     def batches(
         self, work: ImageTask, batches: Sequence[Sequence[int]], *, pin: bool = False
     ) -> Iterator[tuple[Tensor, list[Any]]]:
-        """For each batch of image numbers, in order: a uint8 tensor (B, *shape) and what `work` returned."""
+        """Yield, for each batch of image numbers in order, a uint8 tensor (B, *shape) and the results of `work`."""
         if not self.workers or not batches:
             yield from run_serially(work, batches, pin)
         elif self.helpers == "threads":
@@ -95,7 +94,7 @@ class WorkerPool:
     def in_processes(
         self, work: ImageTask, batches: Sequence[Sequence[int]], pin: bool
     ) -> Iterator[tuple[Tensor, list[Any]]]:
-        """As `batches`, starting workers again from the same batch when one dies or hangs."""
+        """As `batches`, restarting the workers at the same batch when one dies or hangs."""
         done, failures = 0, 0
         while failures <= MAX_RESTARTS:
             try:
@@ -109,30 +108,30 @@ class WorkerPool:
         yield from run_serially(work, batches[done:], pin)
 
     def report_failure(self, error: Exception, done: int, failures: int) -> None:
-        """Report a failure."""
-        what = f"gave nothing for {self.stall:g} s" if isinstance(error, Stalled) else "died"
-        then = "workers start again" if failures <= MAX_RESTARTS else "this process decodes alone from here on"
+        """Report that a worker died or hangs, and what follows."""
+        what = f"gave no result for {self.stall:g} s" if isinstance(error, Stalled) else "died"
+        then = "workers are restarted" if failures <= MAX_RESTARTS else "this process goes on without workers"
         if self.remark is not None:
             self.remark(f"a worker process {what} at batch {done}: {then}; nothing is lost")
 
 
 def allocate_batch(work: ImageTask, count: int, pin: bool) -> Tensor:
-    """Room for a batch; page-locked where it goes to a GPU."""
+    """Allocate a batch; in pinned memory with `pin`."""
     return torch.empty(count, *(work.shape or (0,)), dtype=torch.uint8, pin_memory=pin)
 
 
 def run_task(work: ImageTask, indices: Sequence[int], rows: np.ndarray | None) -> list[Any]:
-    """Work on some images one after the other."""
+    """Run a task on images one after the other."""
     return [work(index, None if rows is None else rows[place]) for place, index in enumerate(indices)]
 
 
 def buffer_rows(work: ImageTask, buffer: Tensor) -> np.ndarray | None:
-    """The buffer as what workers write to."""
+    """The rows of a batch that workers write to; None if the task fills none."""
     return None if work.shape is None else buffer.numpy()
 
 
 def run_serially(work: ImageTask, batches: Sequence[Sequence[int]], pin: bool) -> Iterator[tuple[Tensor, list[Any]]]:
-    """In this thread, a batch when it is asked for."""
+    """Yield the batches, each processed in this thread when it is requested."""
     for batch in batches:
         buffer = allocate_batch(work, len(batch), pin)
         yield buffer, run_task(work, batch, buffer_rows(work, buffer))
@@ -163,24 +162,24 @@ def run_in_threads(
 def submit_chunk(
     pool: Executor, work: ImageTask, batch: Sequence[int], rows: np.ndarray | None, at: int
 ) -> Future[list[Any]]:
-    """Give some images of a batch to a thread."""
+    """Submit some images of a batch."""
     return pool.submit(
         run_task, work, batch[at : at + CHUNK_IMAGES], None if rows is None else rows[at : at + CHUNK_IMAGES]
     )
 
 
 def collect_batch(buffer: Tensor, futures: list[Future[list[Any]]]) -> tuple[Tensor, list[Any]]:
-    """A batch whose images are all there."""
+    """Wait for all images of a batch."""
     return buffer, [result for future in futures for result in future.result()]
 
 
-# what a worker process holds: the work, and the buffers that it shares with the main process
+# state of a worker process: its task, and the buffers that it shares with the main process
 WorkerState = tuple[ImageTask, Tensor]
 WORKER_STATE: list[WorkerState] = []
 
 
 def initialise_worker(work: ImageTask, buffers: Tensor, parent: int) -> None:
-    """A worker leaves Ctrl-C to the main process, computes on one thread, and ends when the main process does."""
+    """Set up a worker: ignore Ctrl-C, compute on one thread, and exit when the main process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     WORKER_STATE[:] = [(work, buffers)]
@@ -194,7 +193,7 @@ def initialise_worker(work: ImageTask, buffers: Tensor, parent: int) -> None:
 
 
 def run_chunk(indices: Sequence[int], slot: int, at: int) -> list[Any]:
-    """Some images, into rows `at`, `at + 1`, ... of a shared buffer."""
+    """Process images into rows `at`, `at + 1`, … of a shared buffer."""
     work, buffers = WORKER_STATE[0]
     rows = None if work.shape is None else buffers[slot, at : at + len(indices)].numpy()
     return run_task(work, indices, rows)
@@ -203,12 +202,12 @@ def run_chunk(indices: Sequence[int], slot: int, at: int) -> list[Any]:
 def run_in_processes(
     work: ImageTask, batches: Sequence[Sequence[int]], pin: bool, workers: int, stall: float
 ) -> Iterator[tuple[Tensor, list[Any]]]:
-    """In processes that write into `PREFETCH_BATCHES` shared buffers, each copied out before it is written to again."""
+    """Yield the batches from processes that write into `PREFETCH_BATCHES` shared buffers in turn."""
     longest = max(map(len, batches), default=0)
     try:
         shared = torch.empty(PREFETCH_BATCHES, longest, *(work.shape or (0,)), dtype=torch.uint8).share_memory_()
     except RuntimeError as error:
-        raise OSError(f"no room for shared batches: {error}") from error
+        raise OSError(f"no shared memory for batches: {error}") from error
     pool = ProcessPoolExecutor(workers, initializer=initialise_worker, initargs=(work, shared, os.getpid()))
     waiting: deque[tuple[int, int, list[Future[list[Any]]]]] = deque()
 
@@ -229,7 +228,7 @@ def run_in_processes(
         while waiting:
             yield take()
     except Stalled:
-        # hanging processes are not waited for
+        # do not wait for hanging processes
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             with suppress(OSError):
                 process.kill()

@@ -1,4 +1,4 @@
-"""What happens to an image before the network sees it, as the header of a weights file tells."""
+"""`Preprocessing`: from an image to an input of the network, as stored in the header of a weights file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_SIDE = 4096
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are treated in a test, and what the outputs mean.
+    """The preprocessing of images in evaluation, and the classes of the outputs.
 
     Args:
         classes: names in the order of the outputs.
@@ -43,8 +43,8 @@ class Preprocessing:
         size: side of the square input in pixels.
         mean: per channel in [0, 1]; subtracted from the input.
         std: per channel; the input is divided by it.
-        crop: how training images were cut; a test image loses its border where it was "resized".
-        grey16: how 16-bit grey becomes 8-bit, see `skipway.data.decode`.
+        crop: random crop of the training images; with "resized", the central 224/256 is used in evaluation.
+        grey16: conversion of 16-bit grey to 8 bits, see `skipway.data.decode`.
 
     >>> Preprocessing(("cat", "dog"), 1, 8, (0.5,), (0.5,), "none").share
     1.0
@@ -60,7 +60,7 @@ class Preprocessing:
 
     @property
     def share(self) -> float:
-        """Side of the central square that is used, over the image's shorter side."""
+        """Side of the central crop over the shorter side of the image."""
         return TEST_SHARE if self.crop == "resized" else 1.0
 
     @property
@@ -74,14 +74,14 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, values: object, source: str) -> Preprocessing:
-        """What `to_json` gave, or the header of a run's weights.
+        """Read the result of `to_json`, or the header of a run's weights.
 
         Raises:
             CheckpointError: a field is missing, unknown, or outside its range.
         """
         names = cls.__dataclass_fields__.keys()
         if not isinstance(values, dict) or not names - {"grey16"} <= values.keys() <= names:
-            raise CheckpointError(f"{source}: the preprocessing has to hold {', '.join(names)}, and nothing else")
+            raise CheckpointError(f"{source}: the rule is a preprocessing with {', '.join(names)} and nothing else")
         classes, channels, size, crop = (values[name] for name in ("classes", "channels", "size", "crop"))
         grey16 = values.get("grey16", "range")
         mean, std = finite_numbers(values["mean"]), finite_numbers(values["std"])
@@ -120,7 +120,7 @@ class Preprocessing:
         return normalize(images.permute(0, 2, 3, 1), self.mean, self.std)
 
     def of_file(self, source: Path | bytes) -> Tensor:
-        """uint8 (size, size, channels) from a file, or from what is in it.
+        """Decode a file, or its bytes: uint8 (size, size, channels).
 
         Raises:
             UnreadableImage: see `skipway.data.decode`.
@@ -130,7 +130,7 @@ class Preprocessing:
         return torch.from_numpy(pixels.copy())
 
     def of_picture(self, image: Image.Image) -> Tensor:
-        """uint8 (size, size, channels) from an image of Pillow, treated as one in a file.
+        """Convert an image of Pillow, as if read from a file: uint8 (size, size, channels).
 
         Raises:
             UnreadableImage: it cannot be decoded, or its values have no known range.
@@ -154,12 +154,12 @@ class Preprocessing:
 
 
 def is_text_list(values: object) -> bool:
-    """Whether these are a list of texts."""
+    """Whether a JSON value is a list of strings."""
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def finite_numbers(values: object) -> tuple[float, ...] | None:
-    """Finite numbers, or None where it is anything else."""
+    """Read a list of finite numbers; None if it is anything else."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         return None
     fine = [isinstance(value, int | float) and math.isfinite(value) for value in values]

@@ -1,6 +1,6 @@
-"""Randomness as a function of what it is for: the same seed, purpose and epoch always give the same draws.
+"""Stateless random numbers: functions of seed, purpose and epoch.
 
-Nothing here has a state, so there is nothing to save: a run that continues draws what an uninterrupted one draws.
+There is no state to save: a resumed run draws the numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["draw_key", "permutation", "uniforms"]
 
 
 def draw_key(seed: int, *purpose: str | int) -> int:
-    """A 63-bit integer that depends on the seed and on every part of the purpose, and on nothing else.
+    """Hash the seed and the purpose to a 63-bit integer.
 
     >>> draw_key(0, "order", 3) == draw_key(0, "order", 3)
     True
@@ -26,12 +26,12 @@ def draw_key(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A fresh generator on the CPU for one purpose."""
+    """A CPU generator for one purpose."""
     return torch.Generator().manual_seed(draw_key(seed, *purpose))
 
 
 def permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """The order in which epoch `epoch` visits `count` images; int64 of shape (count,).
+    """The order of `count` images in epoch `epoch`: int64 (count,).
 
     >>> sorted(permutation(5, seed=0, epoch=1).tolist())
     [0, 1, 2, 3, 4]
@@ -40,11 +40,10 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def uniforms(count: int, columns: int, seed: int, epoch: int, purpose: str = "augmentation") -> Tensor:
-    """Numbers in [0, 1) for the augmentation of every image in epoch `epoch`; float32 of shape (count, columns).
+    """Uniform numbers in [0, 1) for the augmentation in epoch `epoch`: float32 (count, columns).
 
-    Row i belongs to image i wherever the order places it, so neither the batch size nor the number of worker
-    processes changes how an image is augmented. Each purpose has its own numbers, so that one variation more leaves
-    the others as they were.
+    Row i belongs to image i at any position, so an augmentation depends neither on the batch size nor on the number of
+    workers. Each purpose has its own numbers, so that one augmentation more leaves the others unchanged.
 
     >>> uniforms(2, 3, seed=0, epoch=0).shape
     torch.Size([2, 3])

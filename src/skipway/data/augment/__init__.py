@@ -1,8 +1,8 @@
-"""How training images are varied: crops, flips, policies, erasing and mixing, on whole batches and on the device.
+"""Augmentation of training images: crops, flips, policies, erasing and mixing, on whole batches and on the device.
 
-Every random number is drawn beforehand, per image, as a function of (seed, epoch, image): see
-`skipway.data.randomness`. So neither the batch size, the place in the order, the number of worker processes nor the
-number of ranks changes how an image is varied.
+Random numbers are drawn in advance, per image, as a function of (seed, epoch, image): see `skipway.data.randomness`. So
+the augmentation of an image depends neither on the batch size, nor on its position, nor on the number of workers or
+ranks.
 """
 
 from __future__ import annotations

@@ -97,11 +97,11 @@ OPERATIONS: dict[str, PolicyOp] = {
 
 
 def apply_policy(images: Tensor, draws: Tensor, fill: Tensor, policy: str) -> Tensor:
-    """Images uint8 (N, H, W, C), H = W, each changed by the operations that its row of `draws` chooses.
+    """Apply to each of the uint8 images (N, H, W, C), H = W, the operations that its row of `draws` selects.
 
     Args:
         draws: (N, POLICY_DRAWS) on the CPU, so that no operation waits for the device.
-        fill: colour (C,) of what comes in from outside.
+        fill: colour (C,) of the area outside the image.
         policy: "trivial" or "rand".
     """
     column = ("rand", "trivial").index(policy)
@@ -128,7 +128,7 @@ def apply_policy(images: Tensor, draws: Tensor, fill: Tensor, policy: str) -> Te
 
 
 def warp(images: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
-    """Images sampled bilinearly where the matrices (N, 3, 3) on the CPU say; those of the identity stay as they are."""
+    """Warp images bilinearly by matrices (N, 3, 3) on the CPU; images of the identity are not resampled."""
     rows = (matrices != torch.eye(3)).flatten(1).any(1).nonzero()[:, 0]
     if not len(rows):
         return images

@@ -1,4 +1,4 @@
-"""Which variations are on."""
+"""The augmentations that are on."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Policy = Literal["none", "trivial", "rand"]
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How training images are varied, in this order.
+    """The augmentations of training images, applied in this order.
 
     Args:
-        crop: "pad": shift by up to `pad` pixels each way, filling with the mean colour (He 2015, section 4.2);
-            "resized": cut out a random part and scale it to the input size; "none": the image as it is.
-        pad: pixels of padding for "pad".
-        flip: mirror each image left to right with probability 1/2.
+        crop: "pad": a random crop after padding with the mean colour, torchvision's `RandomCrop(padding=pad)` (He 2015,
+            section 4.2); "resized": a random part scaled to the input size, `RandomResizedCrop`; "none": neither.
+        pad: padding in pixels, for "pad".
+        flip: horizontal flip with probability 1/2.
         policy: "trivial": one operation of random strength per image (Müller 2021, TrivialAugment, "wide" ranges);
             "rand": two operations of strength 9 of 30 (Cubuk 2020, RandAugment); "none": neither.
-        erasing: probability that a rectangle of an image is painted in the mean colour (Zhong 2020).
+        erasing: probability that a rectangle is erased with the mean colour (Zhong 2020, random erasing).
         mixup: α of Beta(α, α) for the weight at which an image is blended with its partner (Zhang 2018); 0: off.
-        cutmix: α of Beta(α, α) for the share of an image that its partner replaces (Yun 2019); 0: off. With both on,
+        cutmix: α of Beta(α, α) for the fraction of an image that its partner replaces (Yun 2019); 0: off. With both on,
             each image takes either with probability 1/2.
     """
 
@@ -37,5 +37,5 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether an image's target is more than its own class."""
+        """Whether targets are probabilities over several classes."""
         return self.mixup > 0 or self.cutmix > 0

@@ -1,3 +1,3 @@
-"""What is kept in the user's cache folder: which files are sound, and decoded pixels."""
+"""The cache in the user's cache folder: inspections of files, and decoded pixels."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Decoded images in the cache: built once, then cut out of a memory map instead of decoded."""
+"""Decoded images in the cache: written once, then cropped from a memory map instead of decoded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from skipway.data.sources.readers import ImageStore
 
 __all__ = ["CropTask", "ShrinkTask", "open_square", "write_rows", "write_shrunk", "write_square"]
 
-# shorter side of what is kept to cut parts out of, relative to the input's
+# shorter side of cached images for random crops, relative to the input's
 KEPT_SHARE = 256 / 224
-# an image that is longer is cut to its middle
+# images of a larger aspect ratio are cropped to their middle
 KEPT_ASPECT = 4
 
 
 class ShrinkTask:
-    """Work that gives each image with its shorter side at 256/224 of the input's; it fills no rows."""
+    """Task: decode each image with its shorter side at 256/224 of the input's, and return it."""
 
     shape = None
 
@@ -35,7 +35,7 @@ class ShrinkTask:
         self.spec = spec
 
     def __call__(self, index: int, row: np.ndarray | None) -> np.ndarray:
-        """uint8 (H, W, C); an image that cannot be read, one black pixel."""
+        """The image, uint8 (H, W, C); one black pixel if it cannot be read."""
         file, (channels, size, grey16) = self.files[index], self.spec
         side = round(KEPT_SHARE * size)
         try:
@@ -57,15 +57,15 @@ class ShrinkTask:
 
 
 class CropTask:
-    """Work that fills rows with parts of images that lie decoded in a file.
+    """Task: crop each image from a file of decoded images into its row.
 
     Args:
         pixels: the file.
-        count: images in it.
-        rows: which of them each image of the part is.
-        spec: side and channels of the result.
-        draws: what the parts are cut out by; None takes the middle.
-        share: of the shorter side, for the middle.
+        count: number of images in the file.
+        rows: index in the file of each image of the data set.
+        spec: format of the result.
+        draws: random numbers of the crops; None: central crops.
+        share: side of the central crop over the shorter side.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class CropTask:
         self.opened: tuple[np.ndarray, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        """A worker process maps the file itself."""
+        """Leave out the memory map: a worker process opens the file itself."""
         return {**self.__dict__, "opened": None}
 
     def __call__(self, index: int, row: np.ndarray | None) -> str:
         if self.opened is None:
             self.opened = self.pixels.open(self.count, self.spec.channels)
         if self.opened is None or row is None:
-            return f"the decoded images in {self.pixels.path} are gone or damaged; start again and they are made anew"
+            return f"the decoded images in {self.pixels.path} are missing or damaged; start again to decode them anew"
         table, content = self.opened
         offset, height, width = table[self.rows[index]].tolist()
         channels = self.spec.channels
@@ -106,7 +106,7 @@ class CropTask:
 
 
 def open_square(pixels: PixelFile, count: int, spec: DecodeSpec) -> Tensor | None:
-    """All images at the input's size, uint8 (N, H, W, C), mapped from the file; None if there is no such file."""
+    """Map all images at input size, uint8 (N, H, W, C); None if there is no valid file."""
     opened = pixels.open(count, spec.channels)
     if opened is None:
         return None
@@ -116,7 +116,7 @@ def open_square(pixels: PixelFile, count: int, spec: DecodeSpec) -> Tensor | Non
 
 
 def write_square(pixels: PixelFile, images: Tensor) -> str:
-    """Keep images that are decoded at the input's size; why that is not possible, or "".
+    """Cache images that are decoded at input size. Returns the reason if that is impossible, else "".
 
     Raises:
         OSError: the cache cannot be written to.
@@ -129,7 +129,7 @@ def write_square(pixels: PixelFile, images: Tensor) -> str:
 def write_rows(
     pixels: PixelFile, work: DecodeTask, count: int, spec: DecodeSpec, pool: WorkerPool, chunk: int = 64
 ) -> str:
-    """Decode all images at the input's size and keep them; why that is not possible, or "".
+    """Decode all images at input size into the cache. Returns the reason if that is impossible, else "".
 
     Raises:
         OSError: the cache cannot be written to.
@@ -142,9 +142,9 @@ def write_rows(
 def write_shrunk(
     pixels: PixelFile, store: ImageStore, files: Sequence[str], spec: DecodeSpec, pool: WorkerPool, chunk: int = 64
 ) -> str:
-    """Decode all images and keep them with their shorter side at 256/224 of the input's.
+    """Decode all images into the cache, with their shorter side at 256/224 of the input's.
 
-    They are decoded twice: once for their sizes, which stand in front, and once for their pixels.
+    They are decoded twice: for the table of sizes, which comes first, and for the pixels.
 
     Raises:
         OSError: the cache cannot be written to.

@@ -1,7 +1,7 @@
-"""What is kept in the user's cache folder: which files are sound, and decoded pixels. Nothing else is written.
+"""The files in the cache folder: inspections of image files, and decoded pixels.
 
-Both are found by what they were made of: names, sizes, times of change, and the settings of decoding. So a file that
-changes, a folder that moves or another input size means another entry, and an entry is never wrong, only absent.
+Entries are keyed by the names, sizes and modification times of the files and by the settings of decoding. A file that
+changes, a folder that moves or another input size has another key, so an entry may be missing but is never wrong.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = ["PixelFile", "cache_folder", "cache_key", "load_image_infos", "save_i
 
 FORMAT = 1
 MAGIC = b"skipway\x00pixels\x01\n"
-# where the rows begin: behind the header, at a whole number of pages
+# the pixels begin after the header, aligned to pages
 PAGE = 4096
-# room that is left on the disk
+# space to leave free on the disk
 SPARE_BYTES = 1024**3
 
 
 def cache_folder(choice: bool | Path | None) -> Path:
-    """Skipway's cache folder: the one given, `$SKIPWAY_CACHE`, or the platform's place for such things.
+    """The cache folder: the one given, `$SKIPWAY_CACHE`, or Skipway's in the user cache folder of the platform.
 
     >>> str(cache_folder(Path("here")))
     'here'
@@ -52,7 +52,7 @@ def cache_folder(choice: bool | Path | None) -> Path:
 
 
 def cache_key(store: ImageStore, files: Sequence[str], *settings: Any) -> str:
-    """32 hexadecimal digits that depend on every file's name, size and time of change, and on the settings."""
+    """Hash the names, sizes and modification times of the files and the settings to 32 hexadecimal digits."""
     digest = hashlib.sha256(ascii((FORMAT, PIL.__version__, str(store.root.absolute()), settings)).encode())
     for file in files:
         digest.update(ascii((file, store.stamp(file))).encode())
@@ -60,16 +60,16 @@ def cache_key(store: ImageStore, files: Sequence[str], *settings: Any) -> str:
 
 
 def cache_path(folder: Path, store: ImageStore, kind: str) -> Path:
-    """The file in the cache that belongs to a source."""
+    """The cache file of a source."""
     name = hashlib.sha256(ascii(str(store.root.absolute())).encode()).hexdigest()[:16]
     return folder / f"{kind}-{name}"
 
 
 def replace_file(path: Path, content: Iterable[bytes]) -> None:
-    """Write a file aside, sync it and rename it, so that no reader ever sees half of it.
+    """Write a file atomically: under another name, synced, then renamed.
 
     Raises:
-        OSError: the folder cannot be written to, or is full; nothing is left behind.
+        OSError: the folder cannot be written to, or the disk is full; no temporary file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -86,7 +86,7 @@ def replace_file(path: Path, content: Iterable[bytes]) -> None:
 
 
 def load_image_infos(folder: Path, store: ImageStore, files: Iterable[str]) -> dict[str, ImageInfo]:
-    """What is known of those files that did not change since; empty if the cache is absent or damaged."""
+    """Load the infos of those files that have not changed; empty if the cache is missing or damaged."""
     try:
         entries = json.loads(cache_path(folder, store, "index").with_suffix(".json").read_bytes())
         if entries["format"] != FORMAT:
@@ -105,7 +105,7 @@ def load_image_infos(folder: Path, store: ImageStore, files: Iterable[str]) -> d
 
 
 def save_image_infos(folder: Path, store: ImageStore, infos: dict[str, ImageInfo]) -> None:
-    """Keep what was found out.
+    """Save the infos of files.
 
     Raises:
         OSError: the cache cannot be written to.
@@ -118,10 +118,10 @@ def save_image_infos(folder: Path, store: ImageStore, infos: dict[str, ImageInfo
 
 
 class PixelFile:
-    """Decoded images of one source: uint8 (H, W, C) each, one behind the other, read through a memory map.
+    """Decoded images of one source: uint8 (H, W, C) each, one after the other, read through a memory map.
 
-    The file is a header (JSON with its SHA-256), a table of (offset, height, width) per image, and the pixels. It holds
-    no code and no pickle.
+    The file holds a JSON header with its SHA-256, a table of (offset, height, width) per image, and the pixels; no code
+    and no pickle.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -130,12 +130,12 @@ class PixelFile:
 
     @classmethod
     def of(cls, folder: Path, store: ImageStore, kind: str, key: str) -> PixelFile:
-        """The one of a source, settings in `kind` and content in `key`: a source that changed replaces its own."""
+        """The file of a source for the settings in `kind`; a source with another `key` replaces it."""
         base = cache_path(folder, store, "pixels")
         return cls(base.with_name(f"{base.name}-{kind}.bin"), key)
 
     def open(self, count: int, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The table, int64 (count, 3), and the bytes; None if the file is absent, damaged or of another source."""
+        """Map the table, int64 (count, 3), and the bytes; None if the file is missing, damaged or of another key."""
         try:
             with open(self.path, "rb") as file:
                 magic, length = file.read(len(MAGIC)), file.read(8)
@@ -161,7 +161,7 @@ class PixelFile:
             return None
 
     def write(self, sizes: np.ndarray, channels: int, rows: Iterable[np.ndarray]) -> str:
-        """Write all images; `sizes` is int64 (N, 2) of heights and widths. Why that is not possible, or "".
+        """Write all images, with `sizes` int64 (N, 2) of heights and widths. Returns the reason if impossible, else "".
 
         Raises:
             OSError: as `replace_file`.
@@ -174,7 +174,9 @@ class PixelFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.path.parent).free
         if needed + SPARE_BYTES > free:
-            return f"the decoded images need {needed / 1e9:.1f} GB and the cache's disk has {free / 1e9:.1f} GB free"
+            return (
+                f"the decoded images need {needed / 1e9:.1f} GB and the disk of the cache has {free / 1e9:.1f} GB free"
+            )
         table = np.concatenate([offsets[:, None], sizes], 1).astype("<i8").tobytes()
         header = json.dumps(
             {

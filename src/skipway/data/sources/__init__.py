@@ -1,4 +1,4 @@
-"""Where images are: class folders, lists, tar shards, Hugging Face data sets. All give the same `SourceIndex`."""
+"""Sources of images: class folders, lists, tar shards, Hugging Face data sets. Each is read into a `SourceIndex`."""
 
 from __future__ import annotations
 

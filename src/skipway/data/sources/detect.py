@@ -1,4 +1,4 @@
-"""Which kind of source a path is."""
+"""`index_source`: detect the kind of a source and index it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ COLUMNS = ("image", "label", "split")
 def index_source(
     source: Path | str, *, allow_empty: bool = False, outside: bool = False, columns: Sequence[str] = COLUMNS
 ) -> SourceIndex:
-    """The images of a source: a folder of class folders, of tar shards or of `save_to_disk`; a list in CSV, TSV or
-    Parquet; a tar file or a brace pattern of them; "hf:NAME".
+    """Index the images of a source.
+
+    Args:
+        source: a folder of class folders, of tar shards or of `save_to_disk`; a list in CSV, TSV or Parquet; a tar file
+            or a brace pattern of them; or "hf:NAME".
+        allow_empty: keep a class without an image.
+        outside: follow links, and paths in lists, that lead out of the source.
+        columns: names of the columns for image, label and split.
 
     Raises:
-        DataError: there is no such source, or it cannot be trained on.
+        DataError: there is no such source, or it cannot be used for training.
         MissingExtraError: it needs a library that is not installed.
     """
     if str(source).startswith(HUB_PREFIX):

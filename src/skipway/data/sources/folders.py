@@ -29,7 +29,7 @@ __all__ = ["index_folders", "is_hidden"]
 
 @dataclass
 class FolderWalk:
-    """Finds the images below class folders and counts what it passes by."""
+    """Collects the images below class folders, and counts the files that are ignored."""
 
     root: Path
     outside: bool
@@ -54,7 +54,7 @@ class FolderWalk:
         return found
 
     def below(self, folder: Path) -> list[str]:
-        """The image files anywhere below `folder`; linked folders are not entered, so there are no loops."""
+        """The image files anywhere below `folder`; linked folders are not followed, so there are no cycles."""
         found: list[str] = []
         waiting = [folder]
         while waiting:
@@ -76,7 +76,7 @@ class FolderWalk:
         return Path(entry.path).relative_to(self.root).as_posix()
 
     def stays(self, entry: os.DirEntry[str]) -> bool:
-        """Whether an entry is no link, or a link that does not lead out of the root, or leading out is asked for."""
+        """Whether an entry is not a link out of the root, or such links are allowed."""
         if self.outside or not entry.is_symlink():
             return True
         target = os.path.realpath(entry.path)
@@ -87,7 +87,7 @@ class FolderWalk:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether a link leads to a folder; a link to itself leads nowhere."""
+    """Whether an entry is a folder or a link to one; False for a link to itself."""
     try:
         return entry.is_dir()
     except OSError:
@@ -95,7 +95,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is the file system's or an archiver's own."""
+    """Whether a file or folder is hidden, or made by the operating system or an archiver."""
     return name.startswith((".", "__MACOSX")) or name in ("Thumbs.db", "desktop.ini")
 
 
@@ -179,7 +179,7 @@ def innermost(folder: Path, split: Split) -> Path:
 
 
 def index_folders(root: Path, *, allow_empty: bool = False, outside: bool = False) -> SourceIndex:
-    """The images of class folders.
+    """Index the images of class folders.
 
     Args:
         root: the folder.
@@ -227,7 +227,7 @@ def index_folders(root: Path, *, allow_empty: bool = False, outside: bool = Fals
 
 
 def labelled(walk: FolderWalk, folder: Path, classes: Collection[str]) -> tuple[FilesByClass | None, int]:
-    """The images of a validation or test folder by class, and 0; or None and how many images have no class."""
+    """The images of a validation or test folder by class, and 0; or None and the number of images without a class."""
     files = walk.by_class(folder)
     full = {name for name in files if files[name]}
     if full - (PLACEHOLDERS - set(classes)):

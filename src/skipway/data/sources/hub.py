@@ -1,4 +1,4 @@
-"""Hugging Face data sets: a folder that `save_to_disk` wrote, or `hf:NAME`, which is fetched when it is named."""
+"""Hugging Face data sets: a folder that `save_to_disk` wrote, or `hf:NAME`, which is downloaded."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ HUB_PREFIX = "hf:"
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote a folder."""
+    """Whether a folder was written by `save_to_disk`."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )
 
 
 def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
-    """The images of a data set.
+    """Index the images of a data set.
 
     Args:
-        source: a folder that `save_to_disk` wrote, or "hf:NAME" or "hf:NAME:CONFIGURATION" to fetch from the hub. Code
-            that comes with a data set is never run.
-        columns: names of the columns for the image and its label; where one is not there, the only column of images
-            and the only column of classes.
+        source: a folder that `save_to_disk` wrote, or "hf:NAME" or "hf:NAME:CONFIGURATION" to download. Code of a data
+            set is never run.
+        columns: names of the columns for image and label; where one is missing, the only column of images and the
+            only column of classes.
         outside: allow paths in the image column that lead out of the folder.
 
     Raises:
@@ -112,7 +112,7 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
 
 
 def choose_columns(splits: dict[str, Any], columns: Sequence[str], where: str, datasets: Any) -> tuple[str, str]:
-    """The columns of images and of labels."""
+    """Choose the columns of images and of labels."""
     features = next(iter(splits.values())).features
     chosen = []
     for wanted, kind in zip(columns, (datasets.Image, datasets.ClassLabel), strict=False):
@@ -122,5 +122,8 @@ def choose_columns(splits: dict[str, Any], columns: Sequence[str], where: str, d
         elif len(fitting) == 1:
             chosen.append(fitting[0])
         else:
-            raise DataError(f"{where} has no column {wanted!r}; it has {name_list(features)}. Name it with columns")
+            raise DataError(
+                f"{where} has no column {wanted!r}; it has {name_list(features)}. "
+                "Name it with columns=(image, label, split)"
+            )
     return chosen[0], chosen[1]

@@ -1,4 +1,4 @@
-"""Lists of images: CSV, TSV or Parquet with the columns image, label and, if the list is divided, split."""
+"""Lists of images: CSV, TSV or Parquet with the columns image, label and, optionally, split."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Row = tuple[str, str, str]
 
 
 def index_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
-    """The images of a list.
+    """Index the images of a list.
 
     Args:
         path: the list; its images are relative to its folder.
-        columns: names of the columns for the image, its label and its split; the last need not be there.
+        columns: names of the columns for image, label and split; the last is optional.
         outside: allow images outside the list's folder.
 
     Raises:
@@ -125,7 +125,7 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def cell_text(path: Path, column: str, value: object) -> str:
-    """A cell as text."""
+    """Convert a cell to text."""
     if isinstance(value, (bytes, dict, list)):
         raise DataError(
             f"{printable(path)}: column {column!r} holds {type(value).__name__}, not paths or labels; a data set that "
@@ -135,7 +135,7 @@ def cell_text(path: Path, column: str, value: object) -> str:
 
 
 def check_columns(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
-    """Whether the list has the columns for images and labels."""
+    """Check that the list has the columns for images and labels."""
     missing = [name for name in columns[:2] if name not in names]
     if missing:
         raise DataError(

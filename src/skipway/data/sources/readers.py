@@ -1,7 +1,7 @@
-"""Where the bytes of an image are: a file, a stretch of a tar file, a cell of a table.
+"""Image stores: the bytes of an image in a file, in a tar file, or in a cell of a table.
 
-A store is all that decoding, checking and caching know of a source, so each of them works for every source. Stores
-travel to worker processes by pickle, which opens nothing; threads may share one.
+Decoding, inspection and caching know a source by its store alone, so they work for every source. Stores are picklable
+and thread-safe.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Stamp = tuple[int, int]
 
 
 class ImageStore(ABC):
-    """Images by name. `root / name` is what messages call one.
+    """Images by name; messages call an image `root / name`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +36,7 @@ class ImageStore(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """All bytes of an image.
+        """Read all bytes of an image.
 
         Raises:
             UnreadableImage: they cannot be read, or are more than 256 MB.
@@ -44,20 +44,20 @@ class ImageStore(ABC):
 
     @abstractmethod
     def stamp(self, name: str) -> Stamp:
-        """Two numbers that change when the image does: size and time of change in nanoseconds; (-1, -1): none."""
+        """Two numbers that change with the image: size and modification time in nanoseconds; (-1, -1): unknown."""
 
 
 @final
 @dataclass
 class FileStore(ImageStore):
-    """Files below a folder, or, where a name is absolute, elsewhere."""
+    """Files below a folder, or anywhere if the name is absolute."""
 
     root: Path
 
     def read(self, name: str) -> bytes:
         path = self.root / name
         try:
-            # a pipe would keep its reader waiting for ever
+            # opening a pipe would block
             with open(
                 os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
             ) as f:
@@ -84,7 +84,7 @@ class FileStore(ImageStore):
 
 
 class ShardMember(NamedTuple):
-    """A stretch of a tar file: which file, where it begins, how long it is."""
+    """A member of a tar file: the file, its offset and its size."""
 
     shard: str
     offset: int
@@ -94,7 +94,7 @@ class ShardMember(NamedTuple):
 @final
 @dataclass
 class ShardStore(ImageStore):
-    """Members of tar files, read where they lie; nothing is unpacked."""
+    """Members of tar files, read in place; nothing is unpacked."""
 
     root: Path
     members: Mapping[str, ShardMember]
@@ -127,7 +127,7 @@ class ShardStore(ImageStore):
 class TableStore(ImageStore):
     """Cells of Hugging Face data sets: `tables` by split, the name of an image is `split/row`.
 
-    The cells hold bytes, or paths; a path must not leave `root` unless `outside` is asked for.
+    Cells hold bytes or paths; a path must not leave `root` unless `outside` is set.
     """
 
     root: Path
@@ -163,13 +163,17 @@ class TableStore(ImageStore):
 
 
 def check_file_size(path: Path, size: int) -> None:
-    """Refuses what no image needs."""
+    """Check that an image has at most 256 MB.
+
+    Raises:
+        UnreadableImage: it has more.
+    """
     if size > MAX_BYTES:
         raise UnreadableImage(path, f"a file of more than {MAX_BYTES >> 20} MB")
 
 
 def check_member_name(name: str, source: Path) -> None:
-    """A member's name must stay below its archive.
+    """Check that the name of a member stays inside its archive.
 
     Raises:
         DataError: it is absolute or goes up.

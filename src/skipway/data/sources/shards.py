@@ -1,8 +1,8 @@
-"""Tar shards as the webdataset library writes them: `key.jpg` beside `key.cls` or `key.json`, read where they lie.
+"""Tar shards as the webdataset library writes them: `key.jpg` beside `key.cls` or `key.json`, read in place.
 
-That library reads shards from front to back; here every member is asked for by itself, so only its naming rules are
-used (`tests/data/test_sources.py` compares them): the key of a member is its path up to the first dot of its name. A
-member without a label beside it has its folder's name for a label, so a tar file of class folders works as it is.
+webdataset reads shards sequentially; here members are read at random, so only its naming rules are used
+(`tests/data/test_sources.py` compares them): the key of a member is its path up to the first dot of its name. A member
+without a label beside it has its folder's name for a label, so a tar file of class folders works as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_LABEL_BYTES = 1024**2
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """A brace pattern written out, as a shell does: ranges of numbers, which keep leading zeros, and lists.
+    """Expand a brace pattern as a shell does: ranges of numbers, which keep leading zeros, and lists.
 
     >>> expand_braces("train-{08..10}.tar"), expand_braces("{train,val}.tar")
     (['train-08.tar', 'train-09.tar', 'train-10.tar'], ['train.tar', 'val.tar'])
@@ -65,7 +65,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def key_and_suffix(name: str) -> tuple[str, str]:
-    """The key of a member and what follows the first dot of its name, in lower case.
+    """The key of a member, and the suffix after the first dot of its name in lower case.
 
     >>> key_and_suffix("a.b/c.seg.PNG")
     ('a.b/c', 'seg.png')
@@ -76,16 +76,16 @@ def key_and_suffix(name: str) -> tuple[str, str]:
 
 
 def shard_paths(source: Path) -> list[Path]:
-    """The tar files that a file, a folder or a brace pattern means."""
+    """The tar files of a file, a folder or a brace pattern."""
     if source.is_dir():
         return sorted(path for path in source.rglob("*.tar") if path.is_file())
     return [Path(name) for name in expand_braces(str(source))]
 
 
 def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
-    """The images of tar shards. A shard belongs to the split that its name, or its folder's, has as one of its words.
+    """Index the images of tar shards.
 
-    Where some shards name a split, one that sounds like another split, such as `extra-000.tar`, is left alone.
+    A shard belongs to the split that is one of the words of its name or its folder's name; to train if none is. Where some shards name a split, one that sounds like another split, such as `extra-000.tar`, is left alone.
 
     Raises:
         DataError: a shard is missing, compressed, damaged, holds a link or a name that leads out of it, or too many
@@ -133,7 +133,7 @@ def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
 
 
 def common_folder(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The folders that all paths share."""
+    """The folder that all paths share, as its parts."""
     shared = []
     for names in zip(*(path.parent.parts for path in paths), strict=False):
         if len(set(names)) > 1:
@@ -143,7 +143,7 @@ def common_folder(paths: Sequence[Path]) -> tuple[str, ...]:
 
 
 def scan_shard(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[int, int]]]:
-    """(name, label, (offset, size)) of every image of a shard; images and links are not read, labels are."""
+    """(name, label, (offset, size)) of every image of a shard; only labels are read."""
     images: list[tuple[str, str, tuple[int, int]]] = []
     labels: dict[str, tuple[str, tuple[int, int]]] = {}
     size, count = path.stat().st_size, 0
@@ -175,7 +175,11 @@ def scan_shard(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[
 
 
 def check_member(path: Path, member: tarfile.TarInfo, size: int, count: int) -> None:
-    """What no shard needs and what a hostile one may hold."""
+    """Check that a member is a plain file inside its shard.
+
+    Raises:
+        DataError: a link, a device, a name that leads out of the shard, a cut-off file, or too many members.
+    """
     check_member_name(member.name, path)
     what = f"{printable(path)}: member {printable(member.name)!r}"
     if member.issym() or member.islnk():
@@ -183,13 +187,13 @@ def check_member(path: Path, member: tarfile.TarInfo, size: int, count: int) -> 
     if member.isdev() or member.issparse():
         raise DataError(f"{what} is a device, a pipe or a sparse file; shards hold plain files only")
     if member.offset_data + member.size > size:
-        raise DataError(f"{what} ends behind the end of the file: the shard is cut off")
+        raise DataError(f"{what} ends after the end of the file: the shard is cut off")
     if count > MAX_MEMBERS:
         raise DataError(f"{printable(path)} holds more than {MAX_MEMBERS:,} members")
 
 
 def compression_advice(path: Path) -> str:
-    """What to do about a compressed shard."""
+    """Advice about a compressed shard, for a message."""
     with path.open("rb") as file:
         head = file.read(6)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
@@ -198,7 +202,7 @@ def compression_advice(path: Path) -> str:
 
 
 def label_of(path: Path, file: Any, name: str, beside: tuple[str, tuple[int, int]] | None) -> str:
-    """The label of an image: of the .cls or .json beside it, or of its folder."""
+    """The label of an image, from the .cls or .json with its key, or its folder."""
     what = f"{printable(path)}: the label of {printable(name)!r}"
     if beside is None:
         folder = name.strip("/").rpartition("/")[0].rpartition("/")[2]
