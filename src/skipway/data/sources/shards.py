@@ -85,7 +85,8 @@ def shard_paths(source: Path) -> list[Path]:
 def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
     """Index the images of tar shards.
 
-    A shard belongs to the split that is one of the words of its name or its folder's name; to train if none is. Where some shards name a split, one that sounds like another split, such as `extra-000.tar`, is left alone.
+    A shard belongs to the split that is one of the words of its name or its folder's name; to train if none
+    is. A shard whose name sounds like another split, such as `extra-000.tar`, is left alone.
 
     Raises:
         DataError: a shard is missing, compressed, damaged, holds a link or a name that leads out of it, or too many
