@@ -82,9 +82,9 @@ def in_batch(act: Act) -> None:
 
 def in_forward(act: Act) -> None:
     """In the forward pass of the eighth step."""
-    from skipway.training import step as stepping
+    from skipway.training import step
 
-    act_at(stepping, "gradients", 8, lambda: act_inside(act))
+    act_at(step, "backward", 8, lambda: act_inside(act))
 
 
 def in_evaluation(act: Act) -> None:
@@ -105,7 +105,7 @@ def in_save(act: Act) -> None:
     """In the middle of a file of the second checkpoint."""
     from skipway.checkpoint import files as storage
 
-    act_at(storage, "reached", 6, act, lambda point: point == "file half written")
+    act_at(storage, "fault_point", 6, act, lambda point: point == "file half written")
 
 
 def in_answers(act: Act) -> None:

@@ -25,7 +25,7 @@ from skipway.checkpoint.store import Checkpoints
 from skipway.cli import main
 from skipway.cli.app import TRAIN_HEADINGS
 from skipway.cli.interrupts import StopSignal
-from skipway.cli.progress import LineScreen, LiveScreen
+from skipway.cli.progress import LineReporter, LiveReporter
 from skipway.recipe import Recipe
 from skipway.training.reporter import StepReport
 
@@ -247,7 +247,7 @@ def test_an_interrupted_run_can_be_continued(number, status, capsys):
     assert process.returncode == status, err
     assert "continue  skipway train --out run --resume" in out
     assert "Traceback" not in err
-    position = Checkpoints(Path("run/checkpoints")).newest()[0].state["position"]
+    position = Checkpoints(Path("run/checkpoints")).newest()[0].state["progress"]
     assert position["epoch"] >= 2
     epochs = str(position["epoch"] + 1)
     assert main(["train", "--out", "run", "--resume", "--epochs", epochs, "--quiet"]) == 0
@@ -271,10 +271,10 @@ def test_a_second_interruption_ends_at_once(capsys):
 def test_the_live_screen_keeps_one_line_per_epoch(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     file = io.StringIO()
-    with LiveScreen(Console(file=file, force_terminal=True, width=80, color_system="standard")) as screen:
-        screen.say("data", "word " * 20)
-        screen.step(REPORT)
-        screen.epoch(ROW, 30)
+    with LiveReporter(Console(file=file, force_terminal=True, width=80, color_system="standard")) as reporter:
+        reporter.message("data", "word " * 20)
+        reporter.step(REPORT)
+        reporter.epoch(ROW, 30)
     text = file.getvalue()
     assert "step 4/5  loss 0.500  75.0 %  1,234 img/s  1 min 05 s left" in text
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
@@ -286,9 +286,9 @@ def test_the_live_screen_keeps_one_line_per_epoch(monkeypatch):
 def test_no_color_is_honoured(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     file = io.StringIO()
-    with LiveScreen(Console(file=file, force_terminal=True, width=100)) as screen:
-        screen.say("data", "text")
-        screen.step(REPORT)
+    with LiveReporter(Console(file=file, force_terminal=True, width=100)) as reporter:
+        reporter.message("data", "text")
+        reporter.step(REPORT)
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", file.getvalue())
 
 
@@ -296,11 +296,11 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     file = io.StringIO()
-    screen = LineScreen(Console(file=file, width=20))
+    reporter = LineReporter(Console(file=file, width=20))
     for second in range(100):
         now[0] = float(second)
-        screen.step(REPORT)
-        screen.reading(second, 100)
+        reporter.step(REPORT)
+        reporter.images_read(second, 100)
     assert file.getvalue().count("epoch 2/3  step 4/5") == 3
     assert all(len(line) > 20 for line in file.getvalue().splitlines()), "no line is folded"
 

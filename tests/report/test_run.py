@@ -25,7 +25,7 @@ from skipway.report.run.origin import command_of
 from skipway.report.run.page import SECTIONS
 from skipway.report.run.pictures import data_address
 from skipway.training.loop import train
-from skipway.training.reporter import Silent
+from skipway.training.reporter import SilentReporter
 from skipway.training.run import Outcome
 from skipway.training.run_folder import RunFolder, append_rows
 
@@ -105,13 +105,13 @@ def pictures(root: Path, names: tuple[str, ...], each: int = 4, side: int = 8) -
     return root
 
 
-class Said(Silent):
+class Said(SilentReporter):
     """Keeps what is said."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
 
-    def say(self, label: str, text: str) -> None:
+    def message(self, label: str, text: str) -> None:
         self.lines.append((label, text))
 
 
@@ -162,7 +162,7 @@ def test_names_are_text_and_nothing_else(tmp_path):
     data = pictures(tmp_path / "data<b>", HOSTILE)
     recipe = dataclasses.replace(TINY, data=data, epochs=1, batch_size=8, augment="mixup(0.5)")
     said = Said()
-    outcome = train(recipe, tmp_path / "run", screen=said)
+    outcome = train(recipe, tmp_path / "run", reporter=said)
     assert not [text for label, text in said.lines if label == "warning"]
     page = check(outcome.folder.report)
     assert page.count("b") == sum(1 for _ in re.finditer("<b>", outcome.folder.report.read_text()))
@@ -197,7 +197,7 @@ def test_a_report_that_fails_loses_no_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr("skipway.training.loop.write_report", broken)
     said = Said()
-    outcome = train(dataclasses.replace(TINY, epochs=1), tmp_path / "run", screen=said)
+    outcome = train(dataclasses.replace(TINY, epochs=1), tmp_path / "run", reporter=said)
     assert outcome.finished
     assert outcome.folder.summary.exists()
     assert ("warning", "no report: out of ink \\x1b[2J") in said.lines

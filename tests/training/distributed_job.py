@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from skipway.recipe import Recipe
-from skipway.training.distributed import joined
+from skipway.training.distributed import join_ranks
 from skipway.training.loop import train
 
 RECIPE = Recipe(
@@ -40,7 +40,7 @@ class StopAfter:
 
 def main(out: Path) -> None:
     """Every case in one start, and in one group: one that ends and begins again may meet its own leavings."""
-    with joined("cpu"):
+    with join_ranks("cpu"):
         every_case(out)
 
 

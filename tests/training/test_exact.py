@@ -11,7 +11,7 @@ from tests.training.test_loop import StopAfter, assert_same
 from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
 from skipway.training.loop import train
-from skipway.training.reporter import Silent
+from skipway.training.reporter import SilentReporter
 
 BASE = Recipe(epochs=2, batch_size=256, device="cpu", precision="float32", ema=0.9, accumulate=2)
 FAMILIES = {
@@ -71,11 +71,11 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(tmp_path):
 
 def test_the_average_is_what_is_tested_and_kept(tmp_path):
     """With a decay near 1 the rising decay (1 + t)/(10 + t) holds: a_t = d a + (1 - d) w, by hand."""
-    from skipway.training.averaging import Average
+    from skipway.training.ema import ModelEMA
 
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    average, expected = Average(model, 0.9999), 0.0
+    average, expected = ModelEMA(model, 0.9999), 0.0
     for update in range(1, 30):
         torch.nn.init.constant_(model.weight, float(update))
         average.update(model, update)
@@ -108,12 +108,12 @@ def test_patience_ends_a_run(tmp_path):
 def test_a_time_budget_becomes_epochs(tmp_path):
     lines: list[str] = []
 
-    class Heard(Silent):
-        def say(self, label: str, text: str) -> None:
+    class Heard(SilentReporter):
+        def message(self, label: str, text: str) -> None:
             lines.append(label)
 
     recipe = dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=1, time="4s", ema=None)
-    outcome = train(recipe, tmp_path / "run", screen=Heard())
+    outcome = train(recipe, tmp_path / "run", reporter=Heard())
     assert "plan" in lines
     assert outcome.finished
     assert outcome.epoch > 1
@@ -137,19 +137,19 @@ def test_balanced_class_weights_are_scikit_learns(tmp_path):
 
 def test_memory_that_runs_out_says_what_fits_or_splits(tmp_path, monkeypatch):
     """More than 64 images at a time do not fit here."""
-    from skipway.training import step as stepping
+    from skipway.training import step
 
-    real = stepping.gradients
+    real = step.backward
 
     def small(run, batch):
-        if len(batch.inputs) // run.position.parts > 64:
+        if len(batch.inputs) // run.progress.accumulation > 64:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
         return real(run, batch)
 
-    monkeypatch.setattr(stepping, "gradients", small)
+    monkeypatch.setattr(step, "backward", small)
     recipe = Recipe(**FAMILIES["vit"], epochs=1, batch_size=256, device="cpu", precision="float32")
     with pytest.raises(SkipwayError, match=r"64 at a time do \(tried\): --batch-size 64, or --accumulate 4"):
         train(recipe, tmp_path / "stop")
     split = train(dataclasses.replace(recipe, memory="split"), tmp_path / "split")
-    monkeypatch.setattr(stepping, "gradients", real)
+    monkeypatch.setattr(step, "backward", real)
     assert_same(split, train(dataclasses.replace(recipe, accumulate=4), tmp_path / "parts"))

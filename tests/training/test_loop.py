@@ -17,7 +17,7 @@ from skipway.checkpoint.store import Checkpoints
 from skipway.errors import CheckpointError, DataError, DivergedError, SkipwayError
 from skipway.recipe import Recipe, read_recipe
 from skipway.training.loop import train
-from skipway.training.reporter import Silent
+from skipway.training.reporter import SilentReporter
 from skipway.training.run import Outcome
 
 TINY = Recipe(depth=8, width=4, epochs=2, batch_size=256, device="cpu", precision="float32")
@@ -132,14 +132,14 @@ def test_a_run_that_continues_ends_in_the_same_weights(tmp_path, optimizer):
 
 
 def test_a_crash_between_metrics_and_checkpoint_repeats_the_epoch(tmp_path):
-    class Crash(Silent):
+    class Crash(SilentReporter):
         def epoch(self, row, epochs):
             if row["epoch"] == 2:
                 raise RuntimeError("power cut")
 
     recipe = changed(TINY, epochs=3)
     with pytest.raises(RuntimeError, match="power cut"):
-        train(recipe, tmp_path / "crashed", screen=Crash())
+        train(recipe, tmp_path / "crashed", reporter=Crash())
     assert_same(train(recipe, tmp_path / "whole"), train(None, tmp_path / "crashed", resume=True))
 
 
@@ -251,7 +251,7 @@ def test_divergence_says_where_and_keeps_the_last_good_state(tmp_path):
     with pytest.raises(DivergedError, match=r"the loss is (nan|inf) in epoch 1, step \d of 5.*Try a lower --lr"):
         train(changed(TINY, lr=1e30, warmup=0.0), tmp_path / "run")
     snapshot, damaged = Checkpoints(tmp_path / "run/checkpoints").newest()
-    assert snapshot.state["position"]["epoch"] == 0
+    assert snapshot.state["progress"]["epoch"] == 0
     assert not damaged
     tensors = [tensor for part in snapshot.tensors.values() for tensor in part.values()]
     assert all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point())
@@ -276,20 +276,20 @@ def test_every_role_of_parameter_gets_its_own_rate():
 
 
 def test_what_is_said_before_training(tmp_path):
-    class Heard(Silent):
+    class Heard(SilentReporter):
         quiet = False
 
         def __init__(self):
             self.lines: list[tuple[str, str]] = []
 
-        def say(self, label, text):
+        def message(self, label, text):
             self.lines.append((label, text))
 
-    screen = Heard()
-    train(changed(TINY, epochs=1), tmp_path / "run", screen=screen)
-    labels = [label for label, _ in screen.lines if label]
+    reporter = Heard()
+    train(changed(TINY, epochs=1), tmp_path / "run", reporter=reporter)
+    labels = [label for label, _ in reporter.lines if label]
     assert labels == ["data", "split", "model", "recipe", "device", "signal", "verdict"]
-    text = dict(screen.lines)
+    text = dict(reporter.lines)
     assert text["data"].startswith("digits: 1,797 images, 10 classes, input 8x8 grey; smallest class '8'")
     assert "3 residual connections" in text["model"]
     assert "float32 (as requested)" in text["device"]

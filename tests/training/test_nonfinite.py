@@ -1,4 +1,4 @@
-"""Numbers that are not finite never reach weights, average or optimiser, and the right place is blamed."""
+"""Numbers that are not finite never reach weights, average or optimiser, and the right place is describe_culprit."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ STEPS = 10  # in an epoch of 1,295 images
 
 
 def poison(run: Run, kind: str, step: int, value: float) -> str:
-    """Let a number go wrong at a step of the first epoch; returns what has to be blamed."""
+    """Let a number go wrong at a step of the first epoch; returns what has to be describe_culprit."""
     connections = list(chain(run.model))
     target = connections[step % len(connections)]
 
     def now() -> bool:
-        return run.position.epoch == 0 and run.position.step == step
+        return run.progress.epoch == 0 and run.progress.step == step
 
     if kind == "input":
         real = type(run.data).train_batches
@@ -70,10 +70,10 @@ def poison(run: Run, kind: str, step: int, value: float) -> str:
 
 @pytest.mark.parametrize("kind", ["input", "activation", "gradient", "loss", "weight"])
 def test_fifty_injections(tmp_path, monkeypatch, kind):
-    """Ten steps for each of five kinds: blamed rightly each time, and nothing is spoilt."""
-    real, seen = loop.assemble, []
-    monkeypatch.setattr(loop, "assemble", lambda *given: seen.append(real(*given)) or seen[-1])
-    begun = loop.introduce
+    """Ten steps for each of five kinds: describe_culprit rightly each time, and nothing is spoilt."""
+    real, seen = loop.build_run, []
+    monkeypatch.setattr(loop, "build_run", lambda *given: seen.append(real(*given)) or seen[-1])
+    begun = loop.report_preflight
     for step in range(10):
         expected: list[str] = []
         value = math.nan if step % 2 else math.inf
@@ -82,7 +82,7 @@ def test_fifty_injections(tmp_path, monkeypatch, kind):
             begun(run, *rest)
             expected.append(poison(run, kind, step, value))
 
-        monkeypatch.setattr(loop, "introduce", arm)
+        monkeypatch.setattr(loop, "report_preflight", arm)
         out = tmp_path / str(step)
         with pytest.raises(DivergedError) as caught:
             train(RECIPE, out)
@@ -93,7 +93,7 @@ def test_fifty_injections(tmp_path, monkeypatch, kind):
         assert len(about["files"]) == 128
         assert (out / "bundle/batch.safetensors").exists()
         states = [value for state in run.optimizer.state.values() for value in state.values()]
-        kept = [*run.average.tensors.values(), *(each for each in states if isinstance(each, torch.Tensor))]
+        kept = [*run.ema.tensors.values(), *(each for each in states if isinstance(each, torch.Tensor))]
         if kind != "weight":
             kept += list(run.model.parameters())
         assert all(bool(torch.isfinite(tensor).all()) for tensor in kept)
@@ -110,7 +110,7 @@ def test_going_back_with_half_the_rate(tmp_path):
 
 def test_a_fault_that_passes_is_overcome(tmp_path, monkeypatch):
     """One bad step: the run goes back to its last checkpoint and ends, at half the rate."""
-    begun, armed = loop.introduce, []
+    begun, armed = loop.report_preflight, []
 
     def arm(run, *rest):
         begun(run, *rest)
@@ -118,7 +118,7 @@ def test_a_fault_that_passes_is_overcome(tmp_path, monkeypatch):
         real = run.loss
 
         def loss(logits, targets):
-            if run.position.step == 6 and left[0]:
+            if run.progress.step == 6 and left[0]:
                 left[0] -= 1
                 return real(logits, targets) * math.nan
             return real(logits, targets)
@@ -126,10 +126,10 @@ def test_a_fault_that_passes_is_overcome(tmp_path, monkeypatch):
         run.loss = loss
         armed.append(run)
 
-    monkeypatch.setattr(loop, "introduce", arm)
+    monkeypatch.setattr(loop, "report_preflight", arm)
     outcome = train(replace(RECIPE, diverged="retry"), tmp_path / "run")
     assert outcome.finished
-    assert (armed[0].position.rate, armed[0].position.retries) == (0.5, 1)
+    assert (armed[0].progress.lr_scale, armed[0].progress.retries) == (0.5, 1)
     rows = outcome.folder.read_steps()
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
 

@@ -18,7 +18,7 @@ from skipway.inference.publish import write_hub_folder
 from skipway.inference.run_evaluation import evaluate_run
 from skipway.recipe import Recipe
 from skipway.training.loop import train
-from skipway.training.reporter import Silent
+from skipway.training.reporter import SilentReporter
 
 TINY = Recipe(depth=8, width=4, epochs=6, batch_size=16, device="cpu", precision="float32", health=0.0)
 
@@ -108,14 +108,14 @@ def test_the_test_split_is_read_once(tmp_path, monkeypatch):
 
 
 def test_without_validation_images_the_last_epoch_is_the_best(tmp_path):
-    class Heard(Silent):
+    class Heard(SilentReporter):
         quiet = False
 
-        def say(self, label, text):
+        def message(self, label, text):
             lines[label] = text
 
     lines: dict[str, str] = {}
-    outcome = train(dataclasses.replace(TINY, epochs=2, validation=0.0), tmp_path / "run", screen=Heard())
+    outcome = train(dataclasses.replace(TINY, epochs=2, validation=0.0), tmp_path / "run", reporter=Heard())
     assert outcome.best_epoch == outcome.epoch == 2
     assert "none to validate on, so the last epoch counts as the best (--validation)" in lines["split"]
     best, last = (read_tensors(path)[0] for path in (outcome.folder.best, outcome.folder.last))

@@ -13,19 +13,19 @@ from rich.text import Text
 
 from skipway.inference.metrics import percent
 from skipway.report.summary import duration
-from skipway.training.reporter import Silent, StepReport
+from skipway.training.reporter import SilentReporter, StepReport
 
-__all__ = ["LineScreen", "LiveScreen", "QuietScreen", "choose_screen"]
+__all__ = ["LineReporter", "LiveReporter", "QuietReporter", "choose_reporter"]
 
 LABEL_WIDTH = 10
 # how often a file gets a line while an epoch or the reading of images goes on
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class QuietScreen(Silent):
+class QuietReporter(SilentReporter):
     """Shows nothing, as a context."""
 
-    def __enter__(self) -> QuietScreen:
+    def __enter__(self) -> QuietReporter:
         return self
 
     def __exit__(
@@ -34,7 +34,7 @@ class QuietScreen(Silent):
         pass
 
 
-class LineScreen(QuietScreen):
+class LineReporter(QuietReporter):
     """Plain lines: one per epoch, and one now and then while an epoch takes long."""
 
     quiet = False
@@ -48,19 +48,19 @@ class LineScreen(QuietScreen):
         self.console.print(text, soft_wrap=True)
         self.last_line = time.monotonic()
 
-    def say(self, label: str, text: str) -> None:
+    def message(self, label: str, text: str) -> None:
         self.write(Text(f"{label:<{LABEL_WIDTH}}{text}".rstrip()))
 
-    def reading(self, done: int, total: int) -> None:
+    def images_read(self, done: int, total: int) -> None:
         if self.due():
-            self.say("reading", f"{done:,} of {total:,} images")
+            self.message("reading", f"{done:,} of {total:,} images")
 
     def step(self, report: StepReport) -> None:
         if self.due():
             self.write(Text(f"epoch {report.epoch}/{report.epochs}  {running(report)}"))
 
     def estimate(self, seconds: float) -> None:
-        self.say("time", f"about {duration(seconds)} to go, by the first steps")
+        self.message("time", f"about {duration(seconds)} to go, by the first steps")
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         self.write(Text(epoch_line(row, epochs)))
@@ -70,7 +70,7 @@ class LineScreen(QuietScreen):
         return time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES
 
 
-class LiveScreen(LineScreen):
+class LiveReporter(LineReporter):
     """The same lines, wrapped to the terminal, and below them one that is rewritten in place."""
 
     def __init__(self, console: Console) -> None:
@@ -85,7 +85,7 @@ class LiveScreen(LineScreen):
         )
         self.task: TaskID | None = None
 
-    def __enter__(self) -> LiveScreen:
+    def __enter__(self) -> LiveReporter:
         self.progress.start()
         return self
 
@@ -94,13 +94,13 @@ class LiveScreen(LineScreen):
     ) -> None:
         self.progress.stop()
 
-    def say(self, label: str, text: str) -> None:
+    def message(self, label: str, text: str) -> None:
         lines = textwrap.wrap(text, max(40, self.console.width - LABEL_WIDTH - 1)) or [""]
         for number, line in enumerate(lines):
             start = f"{label if number == 0 else '':<{LABEL_WIDTH}}"
             self.write(Text.assemble((start, "bold cyan"), line))
 
-    def reading(self, done: int, total: int) -> None:
+    def images_read(self, done: int, total: int) -> None:
         self.show("reading", done, total, f"{done:,} of {total:,} images")
 
     def step(self, report: StepReport) -> None:
@@ -114,13 +114,13 @@ class LiveScreen(LineScreen):
         self.progress.update(self.task, description=what, completed=done, total=total, text=text)
 
 
-def choose_screen(quiet: bool) -> QuietScreen:
+def choose_reporter(quiet: bool) -> QuietReporter:
     """The screen for where standard output goes."""
     if quiet:
-        return QuietScreen()
+        return QuietReporter()
     console = Console(highlight=False, markup=False, emoji=False)
     live = console.is_terminal and not console.is_dumb_terminal
-    return LiveScreen(console) if live else LineScreen(console)
+    return LiveReporter(console) if live else LineReporter(console)
 
 
 def running(report: StepReport) -> str:

@@ -57,27 +57,27 @@ def train(
     # 5.4 s with libgomp's spinning and 0.16 s without. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from skipway.cli.interrupts import StopSignal
-    from skipway.cli.progress import choose_screen
+    from skipway.cli.progress import choose_reporter
     from skipway.training.cross_validation import cross_validate
     from skipway.training.loop import train as train_network
 
     # under torchrun only rank 0 reports
     quiet_here = quiet or os.environ.get("RANK", "0") != "0"
     if folds is not None or (resume and is_cross_validation(folder)):
-        with StopSignal() as stopping, choose_screen(quiet_here) as screen:
+        with StopSignal() as stopping, choose_reporter(quiet_here) as reporter:
             found = cross_validate(
-                recipe, folder, folds, resume=resume, overwrite=overwrite, screen=screen, stop=stopping.requested
+                recipe, folder, folds, resume=resume, overwrite=overwrite, reporter=reporter, stop=stopping.requested
             )
             for line in fold_lines(found):
-                screen.say(*line)
+                reporter.message(*line)
         if found.finished and quiet and os.environ.get("RANK", "0") == "0":
             sys.stdout.write(f"{found.accuracy:.4f} {found.folder}\n")
         return stopping.exit_status
-    with StopSignal() as stopping, choose_screen(quiet_here) as screen:
+    with StopSignal() as stopping, choose_reporter(quiet_here) as reporter:
         outcome = train_network(
-            recipe, folder, resume=resume, overwrite=overwrite, screen=screen, stop=stopping.requested
+            recipe, folder, resume=resume, overwrite=overwrite, reporter=reporter, stop=stopping.requested
         )
-    show = screen.say if not quiet_here else lambda label, text: None
+    show = reporter.message if not quiet_here else lambda label, text: None
     if not outcome.finished or outcome.evaluation is None:
         for line in stopped_lines(outcome):
             show(*line)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipway.training.cross_validation import CrossValidation, cross_validate
     from skipway.training.loop import train
-    from skipway.training.reporter import Screen, Silent, StepReport
+    from skipway.training.reporter import Reporter, SilentReporter, StepReport
     from skipway.training.run import Outcome
     from skipway.training.run_folder import RunFolder
 
@@ -23,13 +23,22 @@ HOMES = {
     "cross_validate": "cross_validation",
     "Outcome": "run",
     "RunFolder": "run_folder",
-    "Screen": "reporter",
-    "Silent": "reporter",
+    "Reporter": "reporter",
+    "SilentReporter": "reporter",
     "StepReport": "reporter",
     "train": "loop",
 }
 
-__all__ = ["CrossValidation", "Outcome", "RunFolder", "Screen", "Silent", "StepReport", "cross_validate", "train"]
+__all__ = [
+    "CrossValidation",
+    "Outcome",
+    "Reporter",
+    "RunFolder",
+    "SilentReporter",
+    "StepReport",
+    "cross_validate",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,11 +17,12 @@ from skipway.errors import CheckpointError, SkipwayError, printable
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.recipe import Recipe
-from skipway.training.distributed import joined
+from skipway.training.distributed import join_ranks
 from skipway.training.loop import train
-from skipway.training.reporter import Screen, Silent, StepReport
+from skipway.training.reporter import Reporter, SilentReporter, StepReport
+from skipway.training.resume import resume_recipe
 from skipway.training.run_folder import RunFolder
-from skipway.training.setup import absolute, continued
+from skipway.training.setup import resolve_paths
 
 __all__ = ["CrossValidation", "FoldResult", "cross_validate"]
 
@@ -126,24 +127,24 @@ class CrossValidation:
         }
 
 
-class FoldScreen(Silent):
-    """Reports a fold to another screen, without what is the same for all of them."""
+class FoldReporter(SilentReporter):
+    """Passes the reports of a fold to another reporter, except those that are the same for all folds."""
 
-    def __init__(self, screen: Screen, *, first: bool) -> None:
-        self.screen = screen
-        self.quiet = screen.quiet or not first
+    def __init__(self, reporter: Reporter, *, first: bool) -> None:
+        self.reporter = reporter
+        self.quiet = reporter.quiet or not first
 
-    def say(self, label: str, text: str) -> None:
-        self.screen.say(label, text)
+    def message(self, label: str, text: str) -> None:
+        self.reporter.message(label, text)
 
-    def reading(self, done: int, total: int) -> None:
-        self.screen.reading(done, total)
+    def images_read(self, done: int, total: int) -> None:
+        self.reporter.images_read(done, total)
 
     def step(self, report: StepReport) -> None:
-        self.screen.step(report)
+        self.reporter.step(report)
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
-        self.screen.epoch(row, epochs)
+        self.reporter.epoch(row, epochs)
 
 
 def cross_validate(
@@ -153,7 +154,7 @@ def cross_validate(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    screen: Screen | None = None,
+    reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> CrossValidation:
     """Train `recipe` once for each fold of the training images and test every network on the fold it has not seen.
@@ -168,7 +169,7 @@ def cross_validate(
         folds: their number, 2 or more and at most the number of images of the smallest class; None: 5, or as begun.
         resume: continue in `out`: folds that are done are not repeated. Where there is nothing yet, begin.
         overwrite: replace the cross-validation in `out`.
-        screen: where to report; None reports nowhere.
+        reporter: where to report; None reports nowhere.
         stop: asked after every step; once it returns True the state is saved and the call returns.
 
     Raises:
@@ -188,11 +189,11 @@ def cross_validate(
     if stored is not None:
         begun = stored.get("folds")
         if not isinstance(begun, int):
-            raise SkipwayError(f"out={printable(out)}: the folder holds a single run, which is continued without folds")
+            raise SkipwayError(f"out={printable(out)}: the folder holds a single run, which is resumed without folds")
         if folds not in (None, begun):
             raise SkipwayError(f"folds={folds}: the cross-validation in {printable(out)} has {begun}; leave that out")
         folds = begun
-        recipe = continued(stored, folder.config, recipe)
+        recipe = resume_recipe(stored, folder.config, recipe)
     elif recipe is None:
         raise SkipwayError("recipe=None: a new cross-validation needs one; only resume=True finds it in the folder")
     else:
@@ -203,29 +204,29 @@ def cross_validate(
     if recipe.fold is not None:
         raise SkipwayError(f"fold={recipe.fold!r}: one fold is a single run, folds={folds} are all of them; give one")
     folder.check_apart(recipe.data)
-    with joined(recipe.device) as ranks:
+    with join_ranks(recipe.device) as ranks:
         if ranks.first:
             if overwrite:
                 for path in out.glob("fold-*"):
                     remove_path(path)
                 remove_path(folder.summary)
             out.mkdir(parents=True, exist_ok=True)
-            values = {"skipway": __version__, "folds": folds, "recipe": absolute(recipe).to_json()}
+            values = {"skipway": __version__, "folds": folds, "recipe": resolve_paths(recipe).to_json()}
             write_json(folder.config, values)
-        ranks.wait()
+        ranks.barrier()
         results: list[FoldResult] = []
         for number in range(1, folds + 1):
             own = RunFolder(out / f"fold-{number}")
             planned = dataclasses.replace(recipe, fold=f"{number}/{folds}")
             if not is_done(own, planned):
-                if screen is not None:
-                    screen.say("fold", f"{number} of {folds}, in {own.path}")
+                if reporter is not None:
+                    reporter.message("fold", f"{number} of {folds}, in {own.path}")
                 try:
                     outcome = train(
                         planned,
                         own.path,
                         resume=True,
-                        screen=None if screen is None else FoldScreen(screen, first=number == 1),
+                        reporter=None if reporter is None else FoldReporter(reporter, first=number == 1),
                         stop=stop,
                     )
                 except SkipwayError:
@@ -236,9 +237,11 @@ def cross_validate(
                 if outcome.evaluation is None:
                     break
             results.append(read_result(own, number))
-            if screen is not None:
+            if reporter is not None:
                 last = results[-1]
-                screen.say("fold", f"{number} of {folds}: {percent(last.accuracy)} of {last.images:,} test images")
+                reporter.message(
+                    "fold", f"{number} of {folds}: {percent(last.accuracy)} of {last.images:,} test images"
+                )
         found = CrossValidation(folder=out, folds=folds, results=tuple(results))
         if found.finished and ranks.first:
             write_json(folder.summary, found.to_json())
@@ -254,7 +257,7 @@ def is_done(folder: RunFolder, recipe: Recipe) -> bool:
     if not folder.summary.exists() or not folder.config.exists():
         return False
     stored = folder.read_config()
-    return continued(stored, folder.config, recipe).epochs == stored["recipe"]["epochs"]
+    return resume_recipe(stored, folder.config, recipe).epochs == stored["recipe"]["epochs"]
 
 
 def read_result(folder: RunFolder, number: int) -> FoldResult:

@@ -1,6 +1,6 @@
-"""One process or many: torchrun's processes joined, the network wrapped, sums taken over all of them.
+"""Distributed training: join the processes of torchrun, wrap the network, reduce over ranks.
 
-A single process is the case of one rank; every function here is then free.
+A single process is one rank, for which every function here is a no-op.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from skipway.tracing.chain import chain
 
-__all__ = ["Ranks", "joined"]
+__all__ = ["Ranks", "join_ranks"]
 
 TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run.
+    """The rank of this process among the processes of a run.
 
     Args:
-        rank: its number, 0 <= rank < world; 0 writes and reports.
-        world: how many there are.
-        local: its number on this machine, which is its GPU's.
+        rank: 0 <= rank < world; rank 0 writes and reports.
+        world: number of processes.
+        local: rank on this machine, the index of its GPU.
 
-    >>> Ranks().first, Ranks().total(torch.tensor([2.0])).item()
+    >>> Ranks().first, Ranks().all_reduce(torch.tensor([2.0])).item()
     (True, 2.0)
     """
 
@@ -43,29 +43,29 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in each of them."""
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, in place; returns the sum on every rank."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process; asked on the CPU, so that no GPU waits."""
-        return here if self.world == 1 else bool(self.total(torch.tensor(float(here))) > 0)
+        """Whether the condition holds on any rank; reduced on the CPU, so that no GPU synchronises."""
+        return here if self.world == 1 else bool(self.all_reduce(torch.tensor(float(here))) > 0)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.world > 1:
             dist.barrier()
 
     def wrap(self, model: nn.Module, device: torch.device, *, shard: bool) -> nn.Module:
-        """The network as all processes train it together: DDP, or with `shard` FSDP2 block by block, in place.
+        """Wrap the network for training on all ranks: DDP, or with `shard` FSDP2 block by block, in place.
 
-        DDP averages the gradients of equal shares of a batch, which is the gradient of the whole batch as long as no
-        module takes statistics over a batch; BatchNorms become synchronised ones on a GPU and stay apart on a CPU,
-        where torch has no synchronised one.
+        DDP averages the gradients of equal shares of a batch, which is the gradient of the whole batch unless a module
+        computes batch statistics. BatchNorm becomes SyncBatchNorm on a GPU and stays local on a CPU, where torch has
+        no SyncBatchNorm.
         """
-        if self.world == 1:  # one process holds the whole network anyway
+        if self.world == 1:  # nothing to share
             return model
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -84,17 +84,17 @@ class Ranks:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """The processes that torchrun started, as long as the context lasts; one rank where it did not.
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Context of the process group that torchrun started; a single rank without torchrun.
 
-    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. Gloo joins CPUs, NCCL GPUs.
+    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. The backend is Gloo for CPUs and NCCL for GPUs.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
     ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
-    if dist.is_initialized():  # by the caller, who runs several trainings and ends it himself
+    if dist.is_initialized():  # by the caller, who also destroys it
         yield ranks
         return
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -102,6 +102,6 @@ def joined(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     yield ranks
-    # not after an error: the others may wait for this process somewhere else; torchrun ends them when it exits
+    # not after an error: other ranks may be waiting elsewhere; torchrun ends them when this process exits
     dist.barrier()
     dist.destroy_process_group()

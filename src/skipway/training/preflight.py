@@ -1,4 +1,4 @@
-"""What is said before the first step: what was found, what will be trained, and whether it looks as if it will."""
+"""The report before the first step: data, model, device, signal, and a diagnosis of the untrained network."""
 
 from __future__ import annotations
 
@@ -14,47 +14,50 @@ from skipway.report.summary import data_lines, model_lines, signal_lines
 from skipway.tracing.chain import chain
 from skipway.training.run import Run
 
-__all__ = ["introduce"]
+__all__ = ["report_preflight"]
 
-# images that the untrained network is diagnosed on
-DIAGNOSED = 32
-# what a diagnosis costs in forward passes of its batch, about, and how long it may take
+# number of images for the diagnosis of the untrained network
+DIAGNOSIS_IMAGES = 32
+# approximate cost of a diagnosis in forward passes of its batch, and its time limit
 DIAGNOSIS_COST, DIAGNOSIS_SECONDS = 40, 4.0
 
 
-def introduce(run: Run, reason: str, stored: dict[str, Any] | None) -> None:
-    """Say what was found and what will be done, and whether the network looks as if it will train."""
-    if run.screen.quiet:
+def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> None:
+    """Report data, model and device, and the diagnosis of a fresh run."""
+    if run.reporter.quiet:
         return
     for line in data_lines(run.data):
-        run.screen.say(*line)
-    # a network that is spread runs only in all processes together, and this is said in the first
-    flops = flops_of(run) if run.recipe.sharding == "none" or run.ranks.world == 1 else 0.0
-    for line in model_lines(run.model, run.recipe, len(chain(run.model)), run.steps, flops):
-        run.screen.say(*line)
+        run.reporter.message(*line)
+    # a sharded network runs only on all ranks together, and only rank 0 reports
+    flops = count_flops(run) if run.recipe.sharding == "none" or run.ranks.world == 1 else 0.0
+    for line in model_lines(run.model, run.recipe, len(chain(run.model)), run.steps_per_epoch, flops):
+        run.reporter.message(*line)
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     reason = reason if stored is None else "as before"
     many = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
-    run.screen.say(
+    run.reporter.message(
         "device", f"{run.device}, {name}, {run.recipe.precision} ({reason}), torch {torch.__version__}{many}"
     )
     if stored is not None:
-        run.screen.say("resume", f"after epoch {run.position.epoch}, step {run.position.step}")
+        run.reporter.message("resume", f"after epoch {run.progress.epoch}, step {run.progress.step}")
         earlier = stored["recipe"]["epochs"]
         if earlier != run.recipe.epochs:
-            run.screen.say("note", f"{earlier} epochs were planned: the schedule now spans all {run.recipe.epochs}")
+            run.reporter.message(
+                "note",
+                f"the number of epochs changed from {earlier} to {run.recipe.epochs}; the schedule spans all of them",
+            )
         return
     if run.ranks.world == 1:
-        sample = run.data.sample(DIAGNOSED, seed=run.recipe.seed, device=run.device)
+        sample = run.data.sample(DIAGNOSIS_IMAGES, seed=run.recipe.seed, device=run.device)
         start = time.monotonic()
         for line in signal_lines(check_signal(run.model, sample.inputs)):
-            run.screen.say(*line)
+            run.reporter.message(*line)
         if (time.monotonic() - start) * DIAGNOSIS_COST < DIAGNOSIS_SECONDS:
-            run.screen.say("verdict", verdict_text(run, sample))
+            run.reporter.message("verdict", diagnosis_line(run, sample))
 
 
-def flops_of(run: Run) -> float:
-    """Floating-point operations of one image's forward pass, two for each multiplication with addition."""
+def count_flops(run: Run) -> float:
+    """Floating-point operations of the forward pass of one image; a multiply-add counts as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
@@ -66,15 +69,15 @@ def flops_of(run: Run) -> float:
     return counter.get_total_flops()
 
 
-def verdict_text(run: Run, sample: Batch) -> str:
-    """What a diagnosis of the untrained network says, in a line; right in 84 % of cases, it never stops a run."""
+def diagnosis_line(run: Run, sample: Batch) -> str:
+    """The verdict of a diagnosis of the untrained network in one line; 84 % accurate, it never stops a run."""
     from skipway.diagnosis import diagnose
     from skipway.diagnosis.settings import OPTIMIZERS
 
     name = run.recipe.optimizer.partition("(")[0]
     if name not in OPTIMIZERS:
         return f"none: a diagnosis knows {', '.join(OPTIMIZERS)}"
-    steps = run.recipe.epochs * run.steps
+    steps = run.recipe.epochs * run.steps_per_epoch
     try:
         found = diagnose(
             run.model,

@@ -1,4 +1,4 @@
-"""What is done about numbers that are not finite and memory that runs out."""
+"""Recovery from failed steps: values that are not finite, and out of memory."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ from torch import Tensor
 
 from skipway.data import Batch
 from skipway.errors import DivergedError, SkipwayError
-from skipway.training import step as stepping
+from skipway.training import step as steps
 from skipway.training.nonfinite import find_culprit
-from skipway.training.recording import save
-from skipway.training.run import Pending, Run
-from skipway.training.setup import go_back
+from skipway.training.recording import save_checkpoint
+from skipway.training.resume import load_newest_checkpoint
+from skipway.training.run import Run, StepResult
 
-__all__ = ["diverged", "out_of_memory", "retry", "split"]
+__all__ = ["divergence_error", "retry_from_checkpoint", "split_batch"]
 
-MOST_RETRIES = 3
-RETRY_RATE = 0.5
+MAX_RETRIES = 3
+RETRY_LR_SCALE = 0.5
 
 
-def diverged(run: Run, what: str, step: int, pending: Pending) -> DivergedError:
-    """The error for numbers that are not finite: what, where, which images, and what to do."""
-    where = f"in epoch {run.position.epoch + 1}, step {step} of {run.steps}"
+def divergence_error(run: Run, cause: str, step: int, result: StepResult) -> DivergedError:
+    """Build the error for a step that is not finite: cause, step, images and remedies."""
+    where = f"in epoch {run.progress.epoch + 1}, step {step} of {run.steps_per_epoch}"
     at = ""
     if run.ranks.world == 1:
-        run.position.step = step - 1
-        batch = next(iter(stepping.batches(run)))
-        at = f": {blamed(run, batch)}"
+        run.progress.step = step - 1
+        batch = next(iter(steps.train_batches(run)))
+        at = f": {describe_culprit(run, batch)}"
         run.folder.write_bundle(
             {"images": batch.inputs, "targets": batch.targets},
             {
-                "what": what,
+                "cause": cause,
                 "where": where,
                 "blame": at.removeprefix(": "),
-                "position": asdict(run.position),
-                "files": [str(run.data.train.names[number]) for number in pending.numbers.tolist()],
+                "progress": asdict(run.progress),
+                "files": [str(run.data.train.names[number]) for number in result.indices.tolist()],
             },
         )
     return DivergedError(
-        f"{what} {where}{at}. The weights are as before that step; at learning rate "
+        f"{cause} {where}{at}. The weights are unchanged by that step; the learning rate is "
         f"{run.optimizer.param_groups[0]['lr']:.3g}. The last good checkpoint is in {run.folder.checkpoints}, the "
-        f"batch and its files in {run.folder.bundle}. Try a lower --lr, a longer --warmup, another --scheme, or "
+        f"batch and its file names in {run.folder.bundle}. Try a lower --lr, a longer --warmup, another --scheme, or "
         "--diverged retry"
     )
 
 
-def blamed(run: Run, batch: Batch) -> str:
-    """What was not finite first in a step, in words."""
+def describe_culprit(run: Run, batch: Batch) -> str:
+    """Name the first value of a step that is not finite."""
 
     def loss() -> Tensor:
-        stepping.seed_step(run, run.position.step)
+        steps.seed_step(run, run.progress.step)
         with run.autocast():
             return run.loss(run.model(batch.inputs), batch.targets)
 
@@ -59,33 +59,41 @@ def blamed(run: Run, batch: Batch) -> str:
     return str(find_culprit(run.model, batch.inputs, loss))
 
 
-def retry(run: Run, error: DivergedError) -> None:
-    """With `diverged="retry"` go back to the last checkpoint and on with half the rate, some times; else raise."""
-    retries = run.position.retries
-    if run.recipe.diverged != "retry" or retries >= MOST_RETRIES:
+def retry_from_checkpoint(run: Run, error: DivergedError) -> None:
+    """With `diverged="retry"`, resume from the last checkpoint with half the learning rate, 3 times; else raise."""
+    retries = run.progress.retries
+    if run.recipe.diverged != "retry" or retries >= MAX_RETRIES:
         raise error
-    run.screen.say("diverged", str(error))
-    rate = run.position.rate * RETRY_RATE
+    run.reporter.message("diverged", str(error))
+    lr_scale = run.progress.lr_scale * RETRY_LR_SCALE
     run.pending.clear()
     run.rows.clear()
     run.optimizer.state.clear()
-    go_back(run)
-    run.position.rate, run.position.retries = rate, retries + 1
+    load_newest_checkpoint(run)
+    run.progress.lr_scale, run.progress.retries = lr_scale, retries + 1
     if run.ranks.first:
-        run.folder.keep_metrics(run.position.epoch)
-        run.folder.keep_steps(run.steps_done)
-    run.screen.say("retry", f"from epoch {run.position.epoch}, step {run.position.step}, rates times {rate:g}")
-    save(run)
+        run.folder.keep_metrics(run.progress.epoch)
+        run.folder.keep_steps(run.global_step)
+    run.reporter.message(
+        "retry", f"from epoch {run.progress.epoch}, step {run.progress.step}, learning rates times {lr_scale:g}"
+    )
+    save_checkpoint(run)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error means out of memory, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def split(run: Run, batch: Batch, error: RuntimeError) -> None:
-    """Find in how many parts a batch fits into memory, by trying; go on with that, or stop and say it."""
-    local, parts = len(batch.inputs), run.position.parts
+def split_batch(run: Run, batch: Batch, error: RuntimeError) -> None:
+    """After an out-of-memory error, try smaller parts of the batch until one fits; other errors are raised again.
+
+    Raises:
+        SkipwayError: with `memory="stop"`, naming the batch size that fits; or not even one image fits.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    local, parts = len(batch.inputs), run.progress.accumulation
     while True:
         parts *= 2
         run.optimizer.zero_grad(set_to_none=True)
@@ -93,19 +101,19 @@ def split(run: Run, batch: Batch, error: RuntimeError) -> None:
             torch.cuda.empty_cache()
         if parts > local:
             raise SkipwayError(f"out of memory: not even one image of {batch.inputs.shape[-1]} pixels fits") from error
-        before, run.position.parts = run.position.parts, parts
+        before, run.progress.accumulation = run.progress.accumulation, parts
         try:
-            stepping.gradients(run, batch)
+            steps.backward(run, batch)
             break
         except RuntimeError as again:
-            run.position.parts = before
-            if not out_of_memory(again):
+            run.progress.accumulation = before
+            if not is_out_of_memory(again):
                 raise
     fits = local // parts
     if run.recipe.memory == "stop":
-        run.position.parts = before
+        run.progress.accumulation = before
         raise SkipwayError(
-            f"out of memory: a batch of {local} does not fit, {fits} at a time do (tried): --batch-size {fits}, or "
-            f"--accumulate {parts} for the same batch in parts, or --memory split to let that happen by itself"
+            f"out of memory: a batch of {local} does not fit, one of {fits} does (measured): use --batch-size {fits}, "
+            f"--accumulate {parts} for the same batch in parts, or --memory split to do so automatically"
         ) from error
-    run.screen.say("memory", f"{local} images at a time do not fit: from here on {parts} parts of {fits}")
+    run.reporter.message("memory", f"a batch of {local} does not fit: continuing with {parts} parts of {fits}")

@@ -1,26 +1,26 @@
-"""What training has to say, apart from how it is shown; the command line shows it, a library call stays silent."""
+"""The interface through which training reports; the command line prints, a library call is silent by default."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Screen", "Silent", "StepReport"]
+__all__ = ["Reporter", "SilentReporter", "StepReport"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """How a run stands after a step.
+    """The progress of a run after a step.
 
     Args:
-        epoch: running number of the epoch, from 1.
-        epochs: of the whole run.
-        step: steps done in this epoch.
-        steps: in an epoch.
-        loss: mean over this epoch so far.
-        accuracy: on the varied training images of this epoch so far, 0 to 1.
-        images_per_second: in this epoch so far.
-        seconds_left: estimate until the run ends.
+        epoch: current epoch, from 1.
+        epochs: epochs of the run.
+        step: finished steps of this epoch.
+        steps: steps per epoch.
+        loss: mean training loss of this epoch so far.
+        accuracy: training accuracy of this epoch so far, on augmented images, 0 to 1.
+        images_per_second: throughput of this epoch so far.
+        seconds_left: estimated seconds until the end of the run.
     """
 
     epoch: int
@@ -33,39 +33,39 @@ class StepReport:
     seconds_left: float
 
 
-class Screen(Protocol):
-    """Where training reports to.
+class Reporter(Protocol):
+    """Receives messages and progress of training.
 
-    `quiet` says that nobody looks: what is made for the eye alone is left out.
+    If `quiet` is true, work that only serves the display is skipped.
     """
 
     quiet: bool
 
-    def say(self, label: str, text: str) -> None:
-        """One labelled line, before or after training."""
+    def message(self, label: str, text: str) -> None:
+        """A message with a label."""
 
-    def reading(self, done: int, total: int) -> None:
-        """Image files read so far."""
+    def images_read(self, done: int, total: int) -> None:
+        """Number of image files read so far."""
 
     def step(self, report: StepReport) -> None:
-        """After a step; called often."""
+        """Called after steps, often."""
 
     def estimate(self, seconds: float) -> None:
-        """Once, when enough steps are timed: how long the rest will take."""
+        """Called once, when enough steps are timed, with the estimated remaining time."""
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """After an epoch, with its line of the metrics."""
+        """Called after an epoch with its row of the metrics."""
 
 
-class Silent:
-    """Shows nothing."""
+class SilentReporter:
+    """Ignores everything."""
 
     quiet = True
 
-    def say(self, label: str, text: str) -> None:
+    def message(self, label: str, text: str) -> None:
         pass
 
-    def reading(self, done: int, total: int) -> None:
+    def images_read(self, done: int, total: int) -> None:
         pass
 
     def step(self, report: StepReport) -> None:

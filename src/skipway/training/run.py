@@ -1,4 +1,4 @@
-"""What one run of training is: its parts, where it stands, and what it comes to."""
+"""The state of a run: its parts, its progress, and its outcome."""
 
 from __future__ import annotations
 
@@ -18,56 +18,73 @@ from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.monitor.health import Health
 from skipway.optim.schedules import lr_factor
 from skipway.recipe import Recipe
-from skipway.training.averaging import Average
 from skipway.training.distributed import Ranks
-from skipway.training.reporter import Screen
+from skipway.training.ema import ModelEMA
+from skipway.training.reporter import Reporter
 from skipway.training.run_folder import RunFolder
 
-__all__ = ["Outcome", "Pending", "Position", "Run"]
+__all__ = ["Outcome", "Progress", "Run", "StepResult"]
 
 
 @dataclass
-class Position:
-    """Where a run stands: `step` steps into epoch `epoch`, both from 0, with the sums of that epoch so far.
+class Progress:
+    """The progress of a run: `step` steps into epoch `epoch`, both from 0, with the sums of this epoch so far.
 
     Args:
-        epochs: planned in all; `Recipe.time` decides it on the way.
-        parts: a batch goes through the network in so many parts.
-        rate: factor on all learning rates, less than 1 once a run went back.
-        best_accuracy: on the validation images, over all epochs; -1 before the first.
-        best_epoch: the epoch of that, from 1; the last one where there are no validation images.
-        ended: no better accuracy for as long as `Recipe.patience` says.
+        epochs: planned epochs; `Recipe.time` decides them during the run.
+        accumulation: number of parts in which a batch passes through the network.
+        planned: whether `Recipe.time` has been converted to epochs.
+        lr_scale: factor on all learning rates, less than 1 after a retry.
+        retries: number of retries after a divergence.
+        loss_sum: sum of the losses of the images of this epoch.
+        correct: number of correct predictions in this epoch.
+        seconds: seconds spent in training up to the checkpoint.
+        best_accuracy: best validation accuracy over all epochs; -1 before the first.
+        best_epoch: epoch of the best accuracy, from 1; the last one without validation images.
+        stopped_early: whether `Recipe.patience` has ended the run.
     """
 
     epoch: int = 0
     step: int = 0
     epochs: int = 0
-    parts: int = 1
+    accumulation: int = 1
     planned: bool = False
-    rate: float = 1.0
+    lr_scale: float = 1.0
     retries: int = 0
     loss_sum: float = 0.0
     correct: int = 0
     seconds: float = 0.0
     best_accuracy: float = -1.0
     best_epoch: int = 0
-    ended: bool = False
+    stopped_early: bool = False
 
 
 @dataclass(frozen=True)
-class Pending:
-    """What a step left on the device: its loss, its hits, whether its numbers were finite; and its images."""
+class StepResult:
+    """The result of a step, still on the device, reduced over all ranks.
+
+    Args:
+        loss: mean over the batch.
+        correct: number of correct predictions.
+        grad_norm: 2-norm of the gradient before clipping.
+        is_finite: whether loss and gradient are finite.
+        indices: indices of the images in the training split.
+    """
 
     loss: Tensor
     correct: Tensor
-    norm: Tensor
-    fine: Tensor
-    numbers: Tensor
+    grad_norm: Tensor
+    is_finite: Tensor
+    indices: Tensor
+
+    def to_tensor(self) -> Tensor:
+        """Loss, correct predictions, gradient norm and finiteness in one float64 tensor, to be read at once."""
+        return torch.stack([self.loss, self.correct, self.grad_norm.double(), self.is_finite.double()])
 
 
 @dataclass
 class Run:
-    """What the functions of the loop share."""
+    """Everything that a run consists of: recipe, data, network, optimizer, and progress."""
 
     recipe: Recipe
     data: Data
@@ -75,17 +92,17 @@ class Run:
     network: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    average: Average | None
+    ema: ModelEMA | None
     folder: RunFolder
     checkpoints: Checkpoints
-    screen: Screen
+    reporter: Reporter
     device: torch.device
     ranks: Ranks
     stop: Callable[[], bool]
     health: Health
     class_weights: Tensor | None = None
-    position: Position = field(default_factory=Position)
-    pending: list[Pending] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    pending: list[StepResult] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     earlier_seconds: float = 0.0
@@ -100,54 +117,54 @@ class Run:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The parameters that are trained."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
-    def steps(self) -> int:
-        """Steps in an epoch."""
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
         return self.data.steps(self.recipe.batch_size)
 
     @property
-    def steps_done(self) -> int:
-        """Steps since the start of training, over all sessions."""
-        return self.position.epoch * self.steps + self.position.step
+    def global_step(self) -> int:
+        """Optimizer steps since the start of the run, over all sessions."""
+        return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
     @property
     def seconds(self) -> float:
-        """Time spent in training, over all sessions."""
+        """Seconds spent in training, over all sessions."""
         return self.earlier_seconds + time.monotonic() - self.began
 
     @property
     def finished(self) -> bool:
-        return self.position.ended or self.position.epoch >= self.position.epochs
+        return self.progress.stopped_early or self.progress.epoch >= self.progress.epochs
 
     @property
     def side(self) -> int | None:
-        """The side of this epoch's images while they grow: from `grow_from` in a line to the full size at two thirds of
-        the epochs, in multiples of 16 pixels (of 4 below 64); None at full size (Howard 2018; Tan 2021).
+        """The image size of this epoch with `grow_from`: linear up to the full size at two thirds of the epochs, in
+        multiples of 16 pixels (4 below 64); None at full size (Howard 2018; Tan 2021).
         """
         start, full = self.recipe.grow_from, self.data.size
         if start is None:
             return None
-        grown = start + (full - start) * self.position.epoch / max(1.0, 2 / 3 * self.position.epochs)
+        grown = start + (full - start) * self.progress.epoch / max(1.0, 2 / 3 * self.progress.epochs)
         grain = 16 if full > 64 else 4
         side = max(start, int(grown) // grain * grain)
         return side if side < full else None
 
-    def rate_factor(self, step: int) -> float:
-        """What multiplies the peak learning rate at a step of the whole run."""
-        total = self.position.epochs * self.steps
-        return self.position.rate * lr_factor(min(step, total - 1), total, self.recipe.warmup, self.recipe.shape)
+    def lr_factor(self, step: int) -> float:
+        """The factor on the peak learning rate at a step of the run."""
+        total = self.progress.epochs * self.steps_per_epoch
+        return self.progress.lr_scale * lr_factor(min(step, total - 1), total, self.recipe.warmup, self.recipe.shape)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The arithmetic of forward passes."""
+        """The autocast context of forward passes."""
         if self.recipe.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.recipe.precision))
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy; with class weights each image counts with that of its class."""
+        """The mean cross-entropy; with class weights, each image is weighted by its class."""
         losses = nn.functional.cross_entropy(
             logits.float(),
             targets,
@@ -160,20 +177,20 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a call of `train` came to.
+    """The outcome of a call of `train`.
 
     Args:
         finished: whether all epochs are done; False after `stop`.
-        folder: where everything is.
-        recipe: with every choice resolved.
-        classes: names in the order of their numbers.
-        evaluation: of the weights in `best.safetensors` on the test images; None if the run was stopped.
-        validation_images: number of images that the best epoch was chosen on.
-        best_accuracy: on these images, over all epochs; -1 where there are none.
-        best_epoch: the epoch of that, from 1; the last one where there are no validation images.
+        folder: the run folder.
+        recipe: the recipe with every choice resolved.
+        classes: class names in the order of the outputs.
+        evaluation: test result of `best.safetensors`; None if the run was stopped.
+        validation_images: number of validation images.
+        best_accuracy: best validation accuracy over all epochs; -1 without validation images.
+        best_epoch: epoch of the best accuracy, from 1; the last one without validation images.
         epoch: complete epochs.
-        step: steps into the next.
-        seconds: spent in training, over all sessions.
+        step: steps into the next epoch.
+        seconds: seconds spent in training, over all sessions.
     """
 
     finished: bool
@@ -188,10 +205,28 @@ class Outcome:
     step: int
     seconds: float
 
+    @classmethod
+    def of(cls, run: Run, evaluation: Evaluation | None) -> Outcome:
+        """The outcome of a run as it stands."""
+        progress = run.progress
+        return cls(
+            finished=run.finished,
+            folder=run.folder,
+            recipe=run.recipe,
+            classes=run.data.classes,
+            evaluation=evaluation,
+            validation_images=len(run.data.validation),
+            best_accuracy=progress.best_accuracy,
+            best_epoch=progress.best_epoch,
+            epoch=progress.epoch,
+            step=progress.step,
+            seconds=run.seconds,
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """What `summary.json` holds."""
+        """The content of `summary.json`."""
         assert self.evaluation is not None
-        few = len(self.classes) <= MOST_CLASSES_IN_CONFUSION
+        few = len(self.classes) <= MAX_CONFUSION_CLASSES
         loss = self.evaluation.loss
         return {
             "test_accuracy": self.evaluation.accuracy,
@@ -209,5 +244,5 @@ class Outcome:
         }
 
 
-# the confusion matrix of more classes than this would be most of the summary
-MOST_CLASSES_IN_CONFUSION = 100
+# the confusion matrix of more classes would be most of the summary
+MAX_CONFUSION_CLASSES = 100

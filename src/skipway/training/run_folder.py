@@ -7,7 +7,7 @@
 | `split.json` | the files of the training, validation and test split, where one of them was split off here |
 | `metrics.jsonl`, `steps.jsonl` | one JSON object per epoch, and per so many steps |
 | `health.jsonl` | samples of how every connection fares |
-| `checkpoints/` | weights, optimiser state and position at a few steps, with hashes: what `--resume` continues from |
+| `checkpoints/` | weights, optimiser state and progress at a few steps, with hashes: what `--resume` continues from |
 | `checkpoint.safetensors` | the same in one file, as earlier versions wrote it |
 | `best.safetensors` | weights of the epoch with the best validation accuracy; the test result is theirs |
 | `last.safetensors` | weights of the last epoch; both with preprocessing and epoch in their header |

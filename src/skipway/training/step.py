@@ -1,4 +1,4 @@
-"""One step: its batch, its gradient, its update."""
+"""One optimizer step: its batch, its gradient, its update."""
 
 from __future__ import annotations
 
@@ -8,37 +8,40 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from skipway.checkpoint.state import full_tensor
 from skipway.data import Batch
 from skipway.data.randomness import draw_key
-from skipway.training.run import Run
+from skipway.optim.clip import total_norm
+from skipway.training.run import Run, StepResult
 
-__all__ = ["batches", "gradients", "seed_step", "update"]
+__all__ = ["backward", "clip_gradients", "reduce_result", "seed_step", "train_batches", "update_weights"]
 
 
-def batches(run: Run) -> Iterator[Batch]:
-    """The batches of this epoch from the run's position on, this process's share of each."""
+def train_batches(run: Run) -> Iterator[Batch]:
+    """The batches of this epoch from the current step on, the share of this rank of each."""
     return run.data.train_batches(
         seed=run.recipe.seed,
-        epoch=run.position.epoch,
+        epoch=run.progress.epoch,
         batch_size=run.recipe.batch_size,
         device=run.device,
-        start=run.position.step,
+        start=run.progress.step,
         rank=run.ranks.rank,
         world=run.ranks.world,
         size=run.side,
     )
 
 
-def gradients(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The gradient of the mean loss in every parameter; that loss, and the logits."""
-    seed_step(run, run.position.step)
+def backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Compute the gradient of the mean loss, accumulated over the parts of the batch; return loss and logits."""
+    seed_step(run, run.progress.step)
     run.optimizer.zero_grad(set_to_none=True)
-    parts = list(zip(batch.inputs.chunk(run.position.parts), batch.targets.chunk(run.position.parts), strict=True))
+    count = run.progress.accumulation
+    parts = list(zip(batch.inputs.chunk(count), batch.targets.chunk(count), strict=True))
     losses, logits = [], []
     for number, (inputs, targets) in enumerate(parts):
         last = number == len(parts) - 1
-        waiting = getattr(run.network, "no_sync", None)
-        with nullcontext() if last or waiting is None else waiting():
+        no_sync = getattr(run.network, "no_sync", None)
+        with nullcontext() if last or no_sync is None else no_sync():
             with run.autocast():
                 out = run.network(inputs)
             loss = run.loss(out, targets) * (len(inputs) / len(batch.inputs))
@@ -48,27 +51,46 @@ def gradients(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.stack(losses).sum(), torch.cat(logits)
 
 
-def seed_step(run: Run, step: int) -> None:
-    """The random state of a step: dropout and stochastic depth draw from it."""
-    rank = (run.ranks.rank,) if run.ranks.rank else ()
-    torch.manual_seed(draw_key(run.recipe.seed, "step", run.position.epoch, step, *rank))
-
-
-def update(run: Run, fine: Tensor) -> bool:
-    """Change the weights by the gradient, if its numbers are finite; False where they are known not to be."""
+def clip_gradients(run: Run) -> Tensor:
+    """Clip the gradients as the recipe says; return their norm before clipping."""
     if run.scaler.is_enabled():
-        if not bool(fine):
+        run.scaler.unscale_(run.optimizer)
+    clip = run.recipe.clipper
+    return full_tensor(total_norm(run.parameters) if clip is None else clip(run.parameters))
+
+
+def reduce_result(run: Run, batch: Batch, loss: Tensor, logits: Tensor, norm: Tensor) -> StepResult:
+    """Reduce the result of a step over all ranks, without a synchronisation with the device."""
+    is_finite = torch.isfinite(loss)
+    if not run.scaler.is_enabled():  # the scaler skips steps whose gradient overflows, and lowers its scale
+        is_finite = is_finite & torch.isfinite(norm)
+    correct = (logits.argmax(1) == batch.labels).sum()
+    values = torch.stack([loss.double() / run.ranks.world, correct.double(), (~is_finite).double()])
+    loss, correct, failures = run.ranks.all_reduce(values)
+    return StepResult(loss, correct, norm.detach(), failures == 0, batch.numbers)
+
+
+def update_weights(run: Run, is_finite: Tensor) -> bool:
+    """Update the weights if loss and gradient are finite; False if the update is known to have been skipped."""
+    if run.scaler.is_enabled():
+        if not bool(is_finite):
             return False
         run.scaler.step(run.optimizer)
         run.scaler.update()
     elif run.device.type == "cuda" and getattr(run.optimizer, "_step_supports_amp_scaling", False):
-        # torch's fused updates look at this flag on the device, as they do for the gradient scaler
-        run.optimizer.found_inf = (~fine).float()  # type: ignore[attr-defined]
+        # torch's fused optimizers check this flag on the device, as they do for the gradient scaler
+        run.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         run.optimizer.step()
-    elif not bool(fine):
+    elif not bool(is_finite):
         return False
     else:
         run.optimizer.step()
-    if run.average is not None:
-        run.average.update(run.model, run.steps_done)
+    if run.ema is not None:
+        run.ema.update(run.model, run.global_step)
     return True
+
+
+def seed_step(run: Run, step: int) -> None:
+    """Seed the random state of a step, which dropout and stochastic depth draw from."""
+    rank = (run.ranks.rank,) if run.ranks.rank else ()
+    torch.manual_seed(draw_key(run.recipe.seed, "step", run.progress.epoch, step, *rank))

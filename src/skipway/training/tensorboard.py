@@ -1,4 +1,4 @@
-"""The curves of a run for TensorBoard, where somebody asks for them."""
+"""The curves of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from skipway.errors import MissingExtraError
 
-__all__ = ["write_board"]
+__all__ = ["write_tensorboard"]
 
-# rows of the metrics that are curves
+# metrics that become curves
 CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr")
 
 
-def write_board(folder: Path, row: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
-    """Add an epoch, and the losses of its steps, to the event files in `folder`.
+def write_tensorboard(folder: Path, row: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
+    """Add an epoch and its step losses to the event files in `folder`.
 
-    Rows that a run writes again after it went back stand there twice, and TensorBoard shows the later ones.
+    Rows that a run writes again after a restart appear twice; TensorBoard shows the later ones.
 
     Raises:
         MissingExtraError: tensorboard is not installed.

@@ -40,11 +40,11 @@ class FinishedRun(Protocol):
     model: nn.Module
     folder: Any
     device: torch.device
-    position: Any
+    progress: Any
     stop: Any
 
     @property
-    def steps(self) -> int: ...
+    def steps_per_epoch(self) -> int: ...
     @property
     def seconds(self) -> float: ...
     def autocast(self) -> Any: ...
@@ -119,7 +119,7 @@ def headline(run: FinishedRun, evaluation: Evaluation, title: str, network: nn.M
     """The accuracy with its interval, and the numbers that come with it."""
     low, high = wilson_interval(evaluation.correct, evaluation.total)
     scores = class_scores(evaluation.confusion)
-    position = run.position
+    progress = run.progress
     yield f"<h1>{escape(title)}</h1>"
     yield (
         f'<p class="result"><strong>{percent(evaluation.accuracy)}</strong> of {evaluation.total:,} test images '
@@ -130,27 +130,27 @@ def headline(run: FinishedRun, evaluation: Evaluation, title: str, network: nn.M
             ("balanced accuracy", percent(scores.balanced_accuracy)),
             ("mean F1", percent(scores.macro_f1)),
             ("test loss", f"{evaluation.loss:.4f}"),
-            ("weights", f"epoch {position.best_epoch}"),
+            ("weights", f"epoch {progress.best_epoch}"),
             ("validation", validation_text(run)),
-            ("epochs", f"{position.epoch:,}"),
+            ("epochs", f"{progress.epoch:,}"),
             ("time", duration(run.seconds)),
             ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
             ("connections", f"{len(chain(network)):,}"),
         ]
     )
-    chosen = chosen_text(len(run.data.validation), position.best_accuracy, position.best_epoch)
+    chosen = chosen_text(len(run.data.validation), progress.best_accuracy, progress.best_epoch)
     said = f"{chosen[0].upper()}{chosen[1:]}. The test images were looked at once, at the end."
     yield f'<p class="soft">{escape(said)}</p>'
 
 
 def validation_text(run: FinishedRun) -> str:
     """The best validation accuracy."""
-    return percent(max(0.0, run.position.best_accuracy)) if len(run.data.validation) else "none"
+    return percent(max(0.0, run.progress.best_accuracy)) if len(run.data.validation) else "none"
 
 
 def curves_of(run: FinishedRun) -> Iterator[str]:
     """The charts of the training."""
-    yield from curves(run.folder.read_metrics(), run.folder.read_steps(), run.steps, run.position.best_epoch)
+    yield from curves(run.folder.read_metrics(), run.folder.read_steps(), run.steps_per_epoch, run.progress.best_epoch)
 
 
 def depth_section(run: FinishedRun, network: nn.Module) -> Iterator[str]:
@@ -163,7 +163,7 @@ def depth_section(run: FinishedRun, network: nn.Module) -> Iterator[str]:
 
 def data_section(run: FinishedRun, names: list[str]) -> Iterator[str]:
     """What was found, and how many images each class has."""
-    lines = [*data_lines(run.data), *model_lines(run.model, run.recipe, len(chain(run.model)), run.steps)]
+    lines = [*data_lines(run.data), *model_lines(run.model, run.recipe, len(chain(run.model)), run.steps_per_epoch)]
     rows = "".join(f"<tr><td>{escape(label)}</td><td>{escape(printable(text))}</td></tr>" for label, text in lines)
     yield f'<table class="plain"><tbody>{rows}</tbody></table>'
     yield '<div class="charts">'

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which is what is tested and kept."""
+"""An exponential moving average of the weights, which is evaluated and kept in their place."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from torch import Tensor, nn
 from skipway.checkpoint.state import local_tensor, place_like
 from skipway.errors import CheckpointError
 
-__all__ = ["Average"]
+__all__ = ["ModelEMA"]
 
 
-class Average:
+class ModelEMA:
     """a <- d a + (1 - d) w after each update, with d = min(decay, (1 + t) / (10 + t)) at update t = 1, 2, …
 
-    The rising decay forgets the start (as in TensorFlow's ExponentialMovingAverage and in timm). Buffers of floating
-    point, running statistics say, are averaged too, so that they belong to the averaged weights; counters are copied.
+    The decay rises, so that the initial weights are forgotten (as in TensorFlow's ExponentialMovingAverage and timm).
+    Floating-point buffers such as running statistics are averaged too, so that they fit the averaged weights; counters
+    are copied.
 
     Args:
-        model: whose parameters and buffers are averaged.
+        model: the model whose parameters and buffers are averaged; left unchanged.
         decay: 0 < decay < 1.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.constant_(model.weight, 0.0)
-    >>> average = Average(model, decay=0.9)
+    >>> average = ModelEMA(model, decay=0.9)
     >>> _ = nn.init.constant_(model.weight, 1.0)
     >>> average.update(model, 1)
     >>> with average.applied(model):
@@ -42,7 +43,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, update: int) -> None:
-        """Take in the weights behind the update of that number, from 1."""
+        """Include the weights after optimizer update number `update`, from 1."""
         weight = 1 - min(self.decay, (1 + update) / (10 + update))
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
@@ -52,7 +53,7 @@ class Average:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averages within."""
+        """Context in which the model has the averaged weights."""
         with torch.no_grad():
             self.swap(model)
             try:
@@ -61,7 +62,7 @@ class Average:
                 self.swap(model)
 
     def swap(self, model: nn.Module) -> None:
-        """Exchange the model's tensors with the averages, in place."""
+        """Swap the tensors of the model with the averages, in place."""
         for name, tensor in model.state_dict().items():
             kept = tensor.detach().clone()
             tensor.copy_(self.tensors[name])
@@ -69,13 +70,13 @@ class Average:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put averages of a checkpoint in place.
+        """Load averages from a checkpoint.
 
         Raises:
-            CheckpointError: other names or shapes.
+            CheckpointError: names or shapes differ.
         """
         if tensors.keys() != self.tensors.keys():
-            raise CheckpointError("the checkpoint's averaged weights belong to another network")
+            raise CheckpointError("the averaged weights of the checkpoint belong to another network")
         for name, tensor in tensors.items():
             if tensor.shape != self.tensors[name].shape:
                 raise CheckpointError(f"the averaged {name} is {tuple(tensor.shape)} in the checkpoint")

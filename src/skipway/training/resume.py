@@ -1,0 +1,138 @@
+"""Resume a run: which recipe changes are allowed, and what a checkpoint restores."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from skipway.checkpoint.files import write_json
+from skipway.checkpoint.state import load_model_state, load_optimizer_state
+from skipway.data.split import name_list
+from skipway.errors import CheckpointError, DataError, SkipwayError
+from skipway.recipe import Recipe
+from skipway.training.run import Progress, Run
+from skipway.training.setup import count_images, resolve_paths
+
+__all__ = ["load_newest_checkpoint", "resume_recipe", "resume_run", "training_state"]
+
+# fields that may change when a run resumes; all others decide the weights (whether the files of a data folder that was
+# moved are the same is checked separately)
+CHANGEABLE = frozenset(
+    {
+        "data",
+        "epochs",
+        "time",
+        "patience",
+        "device",
+        "workers",
+        "cache",
+        "sharding",
+        "save_every",
+        "health",
+        "diverged",
+        "memory",
+        "tensorboard",
+    }
+)
+
+
+def resume_recipe(config: dict[str, Any], source: Path, given: Recipe | None) -> Recipe:
+    """Return the stored recipe with those changes of `given` that do not affect the result of the run.
+
+    A field of `given` that is None or "auto", or a batch larger than the training split, does not count as a change.
+
+    Args:
+        config: content of `config.json`.
+        source: path of that file, for error messages.
+        given: the requested recipe; None for the stored one.
+
+    Raises:
+        SkipwayError: `given` changes a field that affects the result.
+        CheckpointError: `config` has no valid recipe.
+    """
+    stored = Recipe.from_json(config["recipe"], str(source))
+    if given is None:
+        return stored
+    given = resolve_paths(given)
+    if given.batch_size > config.get("data", {}).get("train", given.batch_size):
+        given = replace(given, batch_size=stored.batch_size)
+    changes = {
+        name: (old, new) for name, (old, new) in stored.changes(given).items() if new is not None and new != "auto"
+    }
+    fixed = {name: change for name, change in changes.items() if name not in CHANGEABLE}
+    if fixed:
+        text = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in fixed.items())
+        raise SkipwayError(f"a resumed run cannot change {text}; omit that, or start a new run with --config and --out")
+    return replace(stored, **{name: getattr(given, name) for name in changes})
+
+
+def resume_run(run: Run, stored: dict[str, Any]) -> None:
+    """Load the newest valid checkpoint into the run, in place, after checking that the images are the same.
+
+    Raises:
+        CheckpointError: the classes have changed, or no checkpoint can be used.
+        DataError: files were added, removed or renamed.
+    """
+    classes = tuple(stored["preprocessing"]["classes"])
+    if classes != run.data.classes:
+        lost, new = set(classes) - set(run.data.classes), set(run.data.classes) - set(classes)
+        raise CheckpointError(f"the classes have changed since the run began: gone {sorted(lost)}, new {sorted(new)}")
+    counts = count_images(run.data)
+    found = {"fingerprint": run.data.fingerprint, **counts}
+    if {name: stored["data"][name] for name in found} != found:
+        was, now = sum(stored["data"][split] for split in counts), sum(counts.values())
+        raise DataError(
+            f"the files have changed since the run began: {was:,} images then, {now:,} "
+            f"now{describe_file_changes(run)}; start a new run"
+        )
+    load_newest_checkpoint(run)
+    planned = stored["recipe"]["epochs"]
+    if run.recipe.time is None and run.recipe.epochs != planned:
+        run.progress.epochs, run.progress.stopped_early = run.recipe.epochs, False
+    run.earlier_seconds = run.progress.seconds
+    if run.ranks.first:
+        run.folder.keep_metrics(run.progress.epoch)
+        run.folder.keep_steps(run.global_step)
+        write_json(run.folder.config, {**stored, "recipe": run.recipe.to_json()})
+
+
+def describe_file_changes(run: Run) -> str:
+    """The new and missing files compared with the file list of the run, if it has one, for an error message."""
+    listed = run.folder.read_split()
+    if listed is None:
+        return ""
+    then, now = ({file for files in each.values() for file in files} for each in (listed, run.data.listed))
+    changes = (("new", now - then), ("gone", then - now))
+    return "".join(f"; {word} {name_list(sorted(files), 3)}" for word, files in changes if files)
+
+
+def training_state(run: Run) -> dict[str, Any]:
+    """The state of a run that a checkpoint stores besides tensors."""
+    return {
+        "progress": asdict(run.progress),
+        "scaler": run.scaler.state_dict(),
+        "world": run.ranks.world,
+    }
+
+
+def load_newest_checkpoint(run: Run) -> None:
+    """Load the newest valid checkpoint: weights, optimizer, EMA, gradient scaler and progress, in place."""
+    snapshot, damaged = run.checkpoints.newest()
+    for sentence in damaged:
+        run.reporter.message("damaged", sentence)
+    load_model_state(run.model, snapshot.tensors["model"])
+    load_optimizer_state(run.model, run.optimizer, snapshot.tensors["optimizer"])
+    if run.ema is not None:
+        if "ema" not in snapshot.tensors:
+            raise CheckpointError("the checkpoint has no averaged weights, but the recipe sets ema")
+        run.ema.load(dict(snapshot.tensors["ema"]))
+    state = snapshot.state
+    if state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    run.progress = Progress(**state["progress"])
+    if state["world"] != run.ranks.world:
+        was, now = state["world"], run.ranks.world
+        run.reporter.message(
+            "note", f"{was} processes wrote the checkpoint and {now} resume it: equal up to rounding, not bit for bit"
+        )
