@@ -1,6 +1,6 @@
-"""Everything that decides how a network is trained, in one frozen object that a file can hold.
+"""The recipe of a training run: every option in one frozen dataclass that can be stored as JSON.
 
-This file imports no torch: the command line reads its fields, their docstrings and their defaults to make its help.
+Importable without torch: the command line builds its help from the fields, their docstrings and defaults.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ __all__ = ["NO_PATIENCE", "Recipe", "read_recipe"]
 
 NO_PATIENCE = "patience needs a validation split, and there is none: set validation above 0, or leave patience out"
 
-# the batch size that the default learning rates are meant for; they grow in proportion (Goyal 2017)
+# the batch size of the default learning rates, which scale with the batch (Goyal 2017)
 REFERENCE_BATCH = 128
 
 
-def more(default: Any) -> Any:
-    """A field that `skipway train --help` leaves to `--help-all`."""
-    return field(default=default, metadata={"more": True})
+def advanced(default: Any) -> Any:
+    """An advanced field, which only `skipway train --help-all` shows."""
+    return field(default=default, metadata={"advanced": True})
 
 
-def seconds(text: str) -> float:
-    """A duration in seconds.
+def parse_duration(text: str) -> float:
+    """Parse a duration into seconds.
 
     Raises:
-        SkipwayError: it is none.
+        SkipwayError: the text is not a duration.
 
-    >>> seconds("90s"), seconds("2h"), seconds("1h30m")
+    >>> parse_duration("90s"), parse_duration("2h"), parse_duration("1h30m")
     (90.0, 7200.0, 5400.0)
     """
     parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip().lower())
@@ -52,24 +52,24 @@ def seconds(text: str) -> float:
     return found
 
 
-VARIATIONS: Registry[Callable[..., dict[str, Any]]] = Registry("augmentation")
-VARIATIONS.add("none", dict)
-VARIATIONS.add("trivial", lambda: {"policy": "trivial"})
-VARIATIONS.add("rand", lambda: {"policy": "rand"})
-VARIATIONS.add("mixup", lambda alpha=0.2: {"mixup": alpha})
-VARIATIONS.add("cutmix", lambda alpha=1.0: {"cutmix": alpha})
-VARIATIONS.add("erasing", lambda probability=0.25: {"erasing": probability})
+AUGMENTATIONS: Registry[Callable[..., dict[str, Any]]] = Registry("augmentation")
+AUGMENTATIONS.add("none", dict)
+AUGMENTATIONS.add("trivial", lambda: {"policy": "trivial"})
+AUGMENTATIONS.add("rand", lambda: {"policy": "rand"})
+AUGMENTATIONS.add("mixup", lambda alpha=0.2: {"mixup": alpha})
+AUGMENTATIONS.add("cutmix", lambda alpha=1.0: {"cutmix": alpha})
+AUGMENTATIONS.add("erasing", lambda probability=0.25: {"erasing": probability})
 
 
-def variations(text: str) -> dict[str, Any]:
-    """The choices of `skipway.data` that a sum of augmentations means.
+def parse_augmentations(text: str) -> dict[str, Any]:
+    """Parse a sum of augmentations into arguments of `skipway.data.load`.
 
-    >>> variations("rand+cutmix+erasing(0.1)")
+    >>> parse_augmentations("rand+cutmix+erasing(0.1)")
     {'policy': 'rand', 'cutmix': 1.0, 'erasing': 0.1}
     """
     found: dict[str, Any] = {}
     for part in text.split("+"):
-        own = parse_spec(part.strip(), VARIATIONS.__getitem__)
+        own = parse_spec(part.strip(), AUGMENTATIONS.__getitem__)
         twice = [name for name in own if name in found]
         if twice:
             raise SkipwayError(f"augment={text!r}: {twice[0]} is given twice")
@@ -79,11 +79,11 @@ def variations(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a network is trained. None leaves a choice to the data; a run's `config.json` says what was chosen.
+    """The options of a training run. None lets the data decide; `config.json` of a run records the choice.
 
-    The line under each field is its help on the command line, with the default in brackets where it is a choice.
-    Optimisers, schedules and clippings are spec strings of objects in `skipway.training`; their own learning rates are
-    for a batch of 128 and grow with it.
+    The docstring of each field is its help on the command line, with a default that depends on the data in brackets.
+    Optimizers, schedules and clippers are spec strings of objects in `skipway.optim`; their default learning rates are
+    for a batch of 128 and scale with it.
 
     >>> Recipe(lr=-1.0)
     Traceback (most recent call last):
@@ -91,52 +91,52 @@ class Recipe:
     """
 
     data: Path | None = field(default=None, kw_only=False)
-    """Folder, list, tar shards, hf:NAME. [digits]"""
+    """Folder, list, tar shards, or hf:NAME. [digits]"""
 
     size: int | None = None
-    """Input side in pixels. [own up to 64, else 224]"""
+    """Image size in pixels. [own up to 64, else 224]"""
 
     channels: Literal[1, 3] | None = None
     """Grey or colour. [as the images]"""
 
     holdout: float = 0.2
-    """Without test/: fraction of a class to test on."""
+    """Test fraction of each class, without test/."""
 
     validation: float = 0.1
-    """Without val/: fraction of the rest to tune on."""
+    """Validation fraction of the rest, without val/."""
 
-    fold: str | None = more(None)
+    fold: str | None = advanced(None)
     """Test on this fold of the training images, 2/5; --folds trains all. [no folds]"""
 
     crop: Literal["auto", "pad", "resized", "none"] = "auto"
     """Random crop."""
 
     flip: bool | None = None
-    """Mirror half of the images. [yes; digits no]"""
+    """Random horizontal flip. [yes; digits no]"""
 
     unreadable: Literal["skip", "stop"] = "skip"
-    """What to do about damaged images."""
+    """Handling of damaged images."""
 
-    most_unreadable: float = more(0.01)
-    """Share of damaged images above which it stops all the same."""
+    most_unreadable: float = advanced(0.01)
+    """With --unreadable skip: stop above this fraction of damaged images."""
 
-    allow_empty: bool = more(False)
-    """Keep a class without images."""
+    allow_empty: bool = advanced(False)
+    """Allow classes without images."""
 
-    grey16: Literal["range", "minmax"] = more("range")
-    """16-bit grey from its full range, or from each image's own."""
+    grey16: Literal["range", "minmax"] = advanced("range")
+    """Scale 16-bit grey by its full range, or by the range of each image."""
 
-    columns: str = more("image,label,split")
-    """Of a list in CSV, TSV or Parquet."""
+    columns: str = advanced("image,label,split")
+    """Column names of a list in CSV, TSV or Parquet."""
 
-    cache: bool | None = more(None)
-    """Keep decoded images in the cache folder, larger ones too. [small ones]"""
+    cache: bool | None = advanced(None)
+    """Cache decoded images on disk. [small images only]"""
 
     model: str | None = None
-    """See skipway models. [resnet20, above 64 px resnet50]"""
+    """See skipway models. [resnet20; above 64 px resnet50]"""
 
     depth: int | None = None
-    """Weight layers, the 110 of resnet110. [the model's]"""
+    """Weight layers: 110 for resnet110. [the model's]"""
 
     width: int | None = None
     """Channels of the first stage. [the model's]"""
@@ -145,16 +145,16 @@ class Recipe:
     """See skipway schemes. [the model's]"""
 
     weights: Path | None = None
-    """Start from this file, or hf:ORG/NAME. [random]"""
+    """Initial weights: file or hf:ORG/NAME. [random]"""
 
-    weights_names: Literal["skipway", "timm", "torchvision", "huggingface"] = more("skipway")
-    """Whose names the weights have."""
+    weights_names: Literal["skipway", "timm", "torchvision", "huggingface"] = advanced("skipway")
+    """Naming scheme of the checkpoint."""
 
     epochs: int = 30
     """Passes over the training images."""
 
     time: str | None = None
-    """As many epochs as fit: 30m, 2h. [--epochs]"""
+    """Time budget instead of epochs: 30m, 2h. [none]"""
 
     batch_size: int = 128
     """Images per step, over all processes."""
@@ -166,82 +166,82 @@ class Recipe:
     """Peak learning rate. [sgd 0.1, adamw 0.001 per 128]"""
 
     weight_decay: float | None = None
-    """Decay of the weights. [sgd 5e-4, adamw 0.05]"""
+    """Weight decay. [sgd 5e-4, adamw 0.05]"""
 
     schedule: str = "cosine"
     """cosine, step, onecycle, trapezoid."""
 
     warmup: float = 0.05
-    """Share of the steps to rise in beforehand."""
+    """Fraction of the steps used for warm-up."""
 
     label_smoothing: float = 0.0
-    """Share of the target that all classes get."""
+    """Label smoothing."""
 
     augment: str = "none"
     """trivial, rand, mixup, cutmix, erasing; a+b."""
 
-    ema: float | None = more(None)
-    """Average the weights with this decay, 0.999 say; the average is evaluated and kept. [no]"""
+    ema: float | None = advanced(None)
+    """Decay of an exponential moving average of the weights, e.g. 0.999. [none]"""
 
-    clip: str | None = more(None)
-    """Hold gradients in bounds: norm(1.0), or agc(0.01) unit by unit. [no]"""
+    clip: str | None = advanced(None)
+    """Gradient clipping: norm(1.0), or adaptive per unit, agc(0.01). [none]"""
 
-    accumulate: int = more(1)
-    """Parts of a batch that go through the network one after the other, for less memory."""
+    accumulate: int = advanced(1)
+    """Gradient accumulation: number of parts of a batch."""
 
-    layer_decay: float = more(1.0)
-    """Rate of a block over that of the block behind it, for fine-tuning: 0.75."""
+    layer_decay: float = advanced(1.0)
+    """Learning rate of a block relative to the next one, for fine-tuning: 0.75."""
 
-    freeze: int = more(0)
-    """Epochs in which only the classifier learns, for fine-tuning."""
+    freeze: int = advanced(0)
+    """Initial epochs that train only the classifier, for fine-tuning."""
 
-    class_weights: Literal["none", "balanced"] = more("none")
-    """Weigh the classes in the loss by 1 / images."""
+    class_weights: Literal["none", "balanced"] = advanced("none")
+    """Class weights in the loss; balanced: inversely proportional to the class size."""
 
-    patience: int | None = more(None)
-    """Stop after so many epochs without a better validation accuracy. [never]"""
+    patience: int | None = advanced(None)
+    """Early stopping: epochs without a better validation accuracy. [never]"""
 
-    grow_from: int | None = more(None)
-    """Side to begin with; it grows to --size over two thirds of the epochs. [--size]"""
+    grow_from: int | None = advanced(None)
+    """Initial image size, which grows to --size over two thirds of the epochs. [--size]"""
 
-    flip_test: bool = more(False)
-    """Evaluate with the mirrored image too, logits averaged."""
+    flip_test: bool = advanced(False)
+    """In evaluation, average the logits with those of the mirrored image."""
 
     seed: int = 0
-    """Of split, weights, order and augmentation."""
+    """Seed of split, weights, order and augmentation."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of forward passes."""
+    """Precision of forward passes."""
 
     workers: int | None = None
     """Processes that decode images. [one per core]"""
 
-    compile: bool = more(False)
-    """torch.compile the network."""
+    compile: bool = advanced(False)
+    """Compile the network with torch.compile."""
 
-    deterministic: bool = more(False)
-    """Only algorithms that give the same bits again; on a CPU they do anyway."""
+    deterministic: bool = advanced(False)
+    """Use only deterministic algorithms; on a CPU they always are."""
 
-    sharding: Literal["none", "full"] = more("none")
-    """Under torchrun: every process holds the whole network (DDP), or a part of it (FSDP2)."""
+    sharding: Literal["none", "full"] = advanced("none")
+    """Under torchrun: none replicates the network (DDP), full shards it (FSDP2)."""
 
-    save_every: int | None = more(None)
-    """Steps between checkpoints within an epoch. [ten minutes]"""
+    save_every: int | None = advanced(None)
+    """Steps between checkpoints within an epoch. [every ten minutes]"""
 
-    health: float = more(0.01)
-    """Share of the time spent on watching the connections, at most; 0 is off."""
+    health: float = advanced(0.01)
+    """Maximum fraction of the time spent on monitoring the connections; 0 disables it."""
 
-    diverged: Literal["stop", "retry"] = more("stop")
-    """When a number is not finite: stop, or go back and on with half the rate, three times."""
+    diverged: Literal["stop", "retry"] = advanced("stop")
+    """On non-finite values: stop, or retry from the checkpoint with half the learning rate."""
 
-    memory: Literal["stop", "split"] = more("stop")
-    """When memory runs out: stop and say what fits, or split the batch and go on."""
+    memory: Literal["stop", "split"] = advanced("stop")
+    """When out of memory: stop with the batch size that fits, or split the batch."""
 
-    tensorboard: bool = more(False)
-    """Write the curves for TensorBoard, too."""
+    tensorboard: bool = advanced(False)
+    """Also write curves for TensorBoard."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -283,27 +283,27 @@ class Recipe:
             )
         for read in (
             lambda: self.optimizer_spec,
-            lambda: self.shape,
+            lambda: self.schedule_shape,
             lambda: self.clipper,
             lambda: self.budget,
             lambda: self.fold_number,
-            lambda: variations(self.augment),
+            lambda: parse_augmentations(self.augment),
         ):
             read()
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:
-        """What `parse_optimizer` names."""
+        """The optimizer that `optimizer` describes."""
         return parse_optimizer(self.optimizer)
 
     @property
-    def shape(self) -> ScheduleShape:
-        """What `parse_schedule` names."""
+    def schedule_shape(self) -> ScheduleShape:
+        """The schedule shape that `schedule` describes."""
         return parse_schedule(self.schedule)
 
     @property
     def clipper(self) -> Clipper | None:
-        """What `clip` names."""
+        """The clipper that `clip` describes; None without clipping."""
         return None if self.clip is None else parse_clipper(self.clip)
 
     @property
@@ -313,7 +313,7 @@ class Recipe:
         >>> Recipe(time="1h30m").budget
         5400.0
         """
-        return None if self.time is None else seconds(self.time)
+        return None if self.time is None else parse_duration(self.time)
 
     @property
     def fold_number(self) -> tuple[int, int] | None:
@@ -332,7 +332,7 @@ class Recipe:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate at the end of the warm-up: `lr`, or the optimiser's own, grown with the batch.
+        """The learning rate after the warm-up: `lr`, or the default of the optimizer, scaled with the batch.
 
         >>> Recipe(batch_size=256).peak_lr
         0.2
@@ -344,11 +344,11 @@ class Recipe:
 
     @property
     def decay(self) -> float:
-        """Weight decay: as given, or the optimiser's own."""
+        """Weight decay: `weight_decay`, or the default of the optimizer."""
         return self.optimizer_spec.weight_decay if self.weight_decay is None else self.weight_decay
 
     def data_choices(self) -> dict[str, Any]:
-        """What `skipway.data.load` is told.
+        """The arguments for `skipway.data.load`.
 
         >>> Recipe(augment="trivial + mixup(0.2)").data_choices()["mixup"]
         0.2
@@ -358,11 +358,11 @@ class Recipe:
             **{name: getattr(self, name) for name in (*names, "grey16", "cache", "holdout", "validation")},
             "fold": self.fold_number,
             "columns": tuple(name.strip() for name in self.columns.split(",")),
-            **variations(self.augment),
+            **parse_augmentations(self.augment),
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; `read_recipe` makes the same recipe of them.
+        """The fields as JSON values; `from_json` restores the recipe.
 
         >>> Recipe(data=Path("photos")).to_json()["data"]
         'photos'
@@ -372,7 +372,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], source: str) -> Recipe:
-        """The recipe of `to_json`'s values; unknown names raise, absent ones take their defaults."""
+        """Build a recipe from `to_json` values; unknown names raise, missing ones use the default."""
         known = [entry.name for entry in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
@@ -387,7 +387,7 @@ class Recipe:
             raise CheckpointError(f"{source}: {error}") from error
 
     def changes(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """The fields in which two recipes differ, as (this one's value, the other's).
+        """The fields in which two recipes differ, as (value here, value in `other`).
 
         >>> Recipe(epochs=3).changes(Recipe(epochs=5))
         {'epochs': (3, 5)}
@@ -397,10 +397,10 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a run folder's `config.json`.
+    """Read the recipe from the `config.json` of a run.
 
     Raises:
-        CheckpointError: the file is missing, not JSON, or not a recipe.
+        CheckpointError: the file is missing, not JSON, or has no recipe.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -409,5 +409,5 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("recipe"), dict):
-        raise CheckpointError(f"{path} holds no recipe: the rule is a JSON object with the key 'recipe'")
+        raise CheckpointError(f"{path} has no recipe: the rule is a JSON object with the key 'recipe'")
     return Recipe.from_json(values["recipe"], str(path))

@@ -99,7 +99,7 @@ def test_help_of_train_fits_on_a_screen_and_names_every_field(capsys):
     assert len(everything) > len(text)
     for entry in dataclasses.fields(Recipe):
         option = entry.name.replace("_", "-")
-        shown = everything if entry.metadata.get("more") else text
+        shown = everything if entry.metadata.get("advanced") else text
         assert f"--{option} " in shown or f"--[no-]{option} " in shown
     for heading in TRAIN_HEADINGS.values():
         assert f"\n{heading}\n" in text

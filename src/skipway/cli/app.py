@@ -26,7 +26,7 @@ def advanced_options() -> frozenset[str]:
     """The options of a recipe that only `--help-all` shows."""
     from skipway.recipe import Recipe
 
-    return frozenset(f"--{field.name.replace('_', '-')}" for field in fields(Recipe) if field.metadata.get("more"))
+    return frozenset(f"--{field.name.replace('_', '-')}" for field in fields(Recipe) if field.metadata.get("advanced"))
 
 
 app = App(

@@ -155,7 +155,9 @@ class Run:
     def lr_factor(self, step: int) -> float:
         """The factor on the peak learning rate at a step of the run."""
         total = self.progress.epochs * self.steps_per_epoch
-        return self.progress.lr_scale * lr_factor(min(step, total - 1), total, self.recipe.warmup, self.recipe.shape)
+        return self.progress.lr_scale * lr_factor(
+            min(step, total - 1), total, self.recipe.warmup, self.recipe.schedule_shape
+        )
 
     def autocast(self) -> AbstractContextManager[object]:
         """The autocast context of forward passes."""
