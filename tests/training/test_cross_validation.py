@@ -111,5 +111,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert first.splitlines()[-3:] == capsys.readouterr().out.splitlines()[-3:]
     assert main(["train", "--out", "cv", "--resume", "--quiet"]) == 0
     assert capsys.readouterr().out.endswith("cv\n")
-    with pytest.raises(SkipwayError, match="holds a cross-validation; cross_validate continues it"):
+    with pytest.raises(SkipwayError, match="holds a cross-validation; cross_validate resumes it"):
         train(None, Path("cv"), resume=True)

@@ -148,7 +148,7 @@ def test_memory_that_runs_out_says_what_fits_or_splits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(step, "backward", small)
     recipe = Recipe(**FAMILIES["vit"], epochs=1, batch_size=256, device="cpu", precision="float32")
-    with pytest.raises(SkipwayError, match=r"64 at a time do \(tried\): --batch-size 64, or --accumulate 4"):
+    with pytest.raises(SkipwayError, match=r"one of 64 does \(measured\): use --batch-size 64, --accumulate 4"):
         train(recipe, tmp_path / "stop")
     split = train(dataclasses.replace(recipe, memory="split"), tmp_path / "split")
     monkeypatch.setattr(step, "backward", real)

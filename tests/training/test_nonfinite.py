@@ -1,4 +1,4 @@
-"""Numbers that are not finite never reach weights, average or optimiser, and the right place is describe_culprit."""
+"""Values that are not finite never reach weights, EMA or optimizer, and the right place is named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 10  # in an epoch of 1,295 images
 
 
 def poison(run: Run, kind: str, step: int, value: float) -> str:
-    """Let a number go wrong at a step of the first epoch; returns what has to be describe_culprit."""
+    """Let a number go wrong at a step of the first epoch; returns what has to be named."""
     connections = list(chain(run.model))
     target = connections[step % len(connections)]
 
@@ -70,7 +70,7 @@ def poison(run: Run, kind: str, step: int, value: float) -> str:
 
 @pytest.mark.parametrize("kind", ["input", "activation", "gradient", "loss", "weight"])
 def test_fifty_injections(tmp_path, monkeypatch, kind):
-    """Ten steps for each of five kinds: describe_culprit rightly each time, and nothing is spoilt."""
+    """Ten steps for each of five kinds: named correctly each time, and nothing is spoilt."""
     real, seen = loop.build_run, []
     monkeypatch.setattr(loop, "build_run", lambda *given: seen.append(real(*given)) or seen[-1])
     begun = loop.report_preflight

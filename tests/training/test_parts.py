@@ -139,7 +139,7 @@ def test_a_recipe_survives_json(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot be read"), ("[]", "holds no recipe"), ('{"recipe": {"epoch": 3}}', "did you mean 'epochs'")],
+    [("{", "cannot be read"), ("[]", "has no recipe"), ('{"recipe": {"epoch": 3}}', "did you mean 'epochs'")],
 )
 def test_files_that_are_no_recipe(tmp_path, text, message):
     path = tmp_path / "config.json"
