@@ -1,4 +1,4 @@
-"""How well a network classifies: loss, confusion matrix, and what follows from it."""
+"""Evaluation of a classifier: loss, confusion matrix, accuracy and its interval."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network did on a set of images.
+    """The evaluation of a classifier on a set of images.
 
     Args:
         loss: mean cross-entropy, without label smoothing.
-        confusion: int64 of shape (classes, classes): images of class [row] taken for class [column].
+        confusion: int64 of shape (classes, classes): images of class [row] predicted as class [column].
     """
 
     loss: float
@@ -47,28 +47,28 @@ class Evaluation:
 
     @property
     def total(self) -> int:
-        """Images evaluated."""
+        """Number of images."""
         return int(self.confusion.sum())
 
     @property
     def correct(self) -> int:
-        """Images taken for what they are."""
+        """Number of correctly classified images."""
         return int(self.confusion.diagonal().sum())
 
     @property
     def accuracy(self) -> float:
-        """Share of the images taken for what they are, 0 to 1."""
+        """Fraction of the images that are classified correctly, 0 to 1."""
         return self.correct / max(1, self.total)
 
     def worst_class(self) -> tuple[int, float, int]:
-        """The class with the lowest accuracy among those with images: its number, its accuracy, its images."""
+        """Return index, accuracy and number of images of the class with the lowest accuracy."""
         counts = self.confusion.sum(1)
         shares = torch.where(counts > 0, self.confusion.diagonal() / counts.clamp(min=1), torch.inf)
         worst = int(shares.argmin())
         return worst, float(shares[worst]), int(counts[worst])
 
     def top_confusion(self) -> tuple[int, int, int] | None:
-        """The most frequent mistake: (true class, taken for, how often); None without mistakes."""
+        """Return the most frequent mistake as (true class, predicted class, count); None without mistakes."""
         mistakes = self.confusion.clone().fill_diagonal_(0)
         place = int(mistakes.argmax())
         row, column = divmod(place, mistakes.shape[1])
@@ -95,9 +95,9 @@ def evaluate(
 
     Args:
         observe: called with each batch and its logits, float32 (B, classes).
-        flip: see each image and its mirror image, and take the mean of the logits.
-        total: sums over the processes that share the batches; each of them gets the evaluation of all.
-        rounds: how often the network has to run at least, if need be on a batch that was counted.
+        flip: average the logits of each image and its mirror image.
+        total: sums a tensor over the processes that share the batches; all of them get the full evaluation.
+        rounds: minimum number of forward passes; the last batch is repeated if there are fewer.
     """
     was_training = model.training
     model.eval()

@@ -1,18 +1,18 @@
-"""What one run leaves behind, and where.
+"""The files of a run.
 
 | file | holds |
 |---|---|
 | `config.json` | the recipe with every choice resolved, how to build the model, preprocessing, versions |
-| `environment.json` | machine, versions and settings of each session |
+| `environment.json` | hardware, versions and settings |
 | `split.json` | the files of the training, validation and test split, where one of them was split off here |
 | `metrics.jsonl`, `steps.jsonl` | one JSON object per epoch, and per so many steps |
-| `health.jsonl` | samples of how every connection fares |
-| `checkpoints/` | weights, optimiser state and progress at a few steps, with hashes: what `--resume` continues from |
+| `health.jsonl` | measurements of every residual connection |
+| `checkpoints/` | weights, optimizer state and progress at a few steps, with hashes: what `--resume` continues from |
 | `checkpoint.safetensors` | the same in one file, as earlier versions wrote it |
 | `best.safetensors` | weights of the epoch with the best validation accuracy; the test result is theirs |
 | `last.safetensors` | weights of the last epoch; both with preprocessing and epoch in their header |
-| `tensorboard/` | the curves once more, where that was asked for |
-| `bundle/` | what a step that diverged was made of, to run it again |
+| `tensorboard/` | the curves for TensorBoard, with `tensorboard=True` |
+| `bundle/` | the batch of a step that diverged, to repeat it |
 | `summary.json`, `report.html` | the result, and a page to read |
 | `lock.json`, `.lock` | the process that works in the folder, and its lock; gone when it ends |
 """
@@ -39,7 +39,7 @@ __all__ = ["RunFolder"]
 
 
 class RunFolder:
-    """The files of one run. Nothing is touched until `begin`.
+    """The files of one run. Nothing is written before `begin`.
 
     >>> RunFolder(Path("runs/first")).checkpoint.as_posix()
     'runs/first/checkpoint.safetensors'
@@ -66,7 +66,7 @@ class RunFolder:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Everything a run leaves behind, files and folders, whether it is there or not."""
+        """All files and folders that a run may write, whether they exist or not."""
         return (
             *(self.config, self.environment, self.split, self.metrics, self.steps, self.checkpoints, self.checkpoint),
             *(self.health, self.board, self.best, self.last, self.bundle, self.summary, self.report),
@@ -74,17 +74,17 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[str | None]:
-        """Keep every other run out of the folder, which is made if need be, and unmade if nothing came into it.
+        """Lock the folder against other runs; it is created if necessary, and removed at the end if it is empty.
 
-        Gives a sentence where a run that was killed had left its lock behind, else None.
+        Yields a sentence if a killed run had left its lock, else None.
 
         Raises:
-            SkipwayError: another run works in the folder, or it cannot be written to.
+            SkipwayError: another run uses the folder, or it cannot be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SkipwayError(f"out={printable(self.path)}: cannot be made: {describe_os_error(error)}") from error
+            raise SkipwayError(f"out={printable(self.path)}: cannot be created: {describe_os_error(error)}") from error
         try:
             with hold_lock(self.lock_file, self.holder) as note:
                 yield note
@@ -93,10 +93,10 @@ class RunFolder:
                 self.path.rmdir()
 
     def check_free(self, *, overwrite: bool) -> None:
-        """Refuse a folder that holds something, unless that is a run which may be overwritten.
+        """Raise unless the folder is free, or holds a run that may be overwritten.
 
         Raises:
-            SkipwayError: the folder holds a run and `overwrite` is not set, or something that is not a run.
+            SkipwayError: the folder holds a run and `overwrite` is False, or other files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise SkipwayError(f"out={printable(self.path)}: a file has that name; choose another folder")
@@ -113,7 +113,7 @@ class RunFolder:
             )
 
     def leftover(self, entry: Path) -> bool:
-        """Whether a run that died before it began has left this: its lock, or a file that was being written."""
+        """Whether an interrupted run left this entry before it began: its lock, or a temporary file."""
         return (
             entry == self.holder
             or entry.name.startswith(self.lock_file.name)
@@ -121,14 +121,14 @@ class RunFolder:
         )
 
     def check_apart(self, data: Path | None) -> None:
-        """Refuse a folder inside the data folder, which is never written to."""
+        """Raise if the folder is inside the data folder, which is never written to."""
         if data is not None and self.path.resolve().is_relative_to(data.resolve()):
             raise SkipwayError(
                 f"out={printable(self.path)}: that is inside the data folder; choose a folder outside {data}"
             )
 
     def begin(self, config: dict[str, Any], split: dict[str, Any] | None) -> None:
-        """Make the folder, remove an earlier run's files, write what is known before training."""
+        """Create the folder, remove the files of an earlier run, and write `config.json` and `split.json`."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in self.files:
@@ -148,45 +148,45 @@ class RunFolder:
         return read_split(self.split)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one epoch's line."""
+        """Append the row of an epoch."""
         append_rows(self.metrics, [row])
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of the metrics; a line that a crash cut short is left out."""
+        """Read all complete rows of the metrics; a row that a crash truncated is skipped."""
         return read_rows(self.metrics)
 
     def keep_metrics(self, epochs: int) -> None:
-        """Drop the lines behind epoch `epochs`, which a run that continues from there writes again."""
+        """Drop the rows after epoch `epochs`, which a resumed run writes again."""
         keep_rows(self.metrics, "epoch", epochs)
 
     def append_steps(self, rows: list[dict[str, Any]]) -> None:
-        """Add lines to the metrics of steps; each has a `step`, counted from the start of training."""
+        """Append rows to the step metrics; each has a `step`, counted from the start of the run."""
         append_rows(self.steps, rows)
 
     def read_steps(self) -> list[dict[str, Any]]:
-        """All complete lines of the metrics of steps."""
+        """Read all complete rows of the step metrics."""
         return read_rows(self.steps)
 
     def keep_steps(self, step: int) -> None:
-        """Drop the lines behind step `step`, which a run that continues from there writes again."""
+        """Drop the rows after step `step`, which a resumed run writes again."""
         keep_rows(self.steps, "step", step)
 
     def append_health(self, row: dict[str, Any]) -> None:
-        """Add a sample of how the connections fare."""
+        """Append a measurement of the connections."""
         append_rows(self.health, [row])
 
     def read_health(self) -> list[dict[str, Any]]:
-        """All complete samples."""
+        """Read all complete measurements."""
         return read_rows(self.health)
 
     def write_bundle(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Keep the batch of a step that went wrong, and what is known of it."""
+        """Write the batch of a failed step, and its description."""
         self.bundle.mkdir(exist_ok=True)
         write_tensors(self.bundle / "batch.safetensors", tensors, {})
         write_json(self.bundle / "about.json", about)
 
     def read_config(self) -> dict[str, Any]:
-        """What `begin` wrote.
+        """Read `config.json`.
 
         Raises:
             CheckpointError: there is no run in the folder, or its config is damaged.
@@ -202,7 +202,7 @@ class RunFolder:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add one line of JSON for each row and force them to the disk."""
+    """Append one line of JSON per row, and flush to the disk."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -214,7 +214,7 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines up to the first that is not whole."""
+    """Read a file of JSON lines up to the first incomplete one."""
     rows: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_bytes().splitlines():
@@ -229,7 +229,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(path: Path, count: str, last: int) -> None:
-    """Drop the rows whose `count` is greater than `last` or no number, and a row that a crash cut short."""
+    """Drop the rows whose `count` is greater than `last` or not an integer, and a truncated last row."""
     rows = [row for row in read_rows(path) if isinstance(row.get(count), int) and row[count] <= last]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     try:
