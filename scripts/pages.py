@@ -31,7 +31,7 @@ def claims() -> None:
     English, to be translated by hand.
     """
     from skipway.studies import studies
-    from skipway.studies.page import sound
+    from skipway.studies.page import measured_rows
     from skipway.studies.runner import read_rows
 
     for folder in ("guide", "ru"):
@@ -43,7 +43,7 @@ def claims() -> None:
                 text += f"\n<!-- study: {name} -->\n### {study.title}\n\n`skipway study {name}`\n\n{HEADS[folder]}\n"
                 section = re.search(SECTION.format(name=name), text, re.MULTILINE | re.DOTALL)
                 assert section is not None
-            rows = sound(read_rows(STUDIES, study))
+            rows = measured_rows(read_rows(STUDIES, study))
             verdicts = study.conclude(rows)
             lines = section[1].split("\n")
             head = next(place for place, line in enumerate(lines) if line.startswith("|---"))

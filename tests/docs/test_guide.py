@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from skipway.studies import studies
-from skipway.studies.page import sound
+from skipway.studies.page import measured_rows
 from skipway.studies.runner import read_rows
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -94,7 +94,7 @@ def test_a_page_shows_its_figures_that_were_drawn(page):
 @pytest.mark.parametrize("name", studies())
 def test_the_table_of_claims_is_that_of_the_studies(name):
     study = studies()[name]
-    rows = sound(read_rows(DOCS / "studies", study))
+    rows = measured_rows(read_rows(DOCS / "studies", study))
     english, russian = (answers(folder / "09-what-held.md") for folder in (ENGLISH, RUSSIAN))
     said = [verdict.answer for verdict in study.conclude(rows)] if rows else ["open"] * len(study.conclude([]))
     assert english.get(name) == said, "run scripts/docs --studies"

@@ -21,8 +21,10 @@ from skipway.diagnosis.remedies import LearningRate
 from skipway.diagnosis.rows import folded
 from skipway.diagnosis.table import as_text, findings_view
 from skipway.errors import MissingExtraError
-from skipway.report.diagnosis import page
-from skipway.report.pyplot import bands_of, plot
+from skipway.report import save
+from skipway.report.diagnosis import bands_of, diagnosis_figures, diagnosis_page
+from skipway.report.pyplot import save_picture
+from skipway.report.svg import MOST_TOOLTIPS, draw
 
 VOID = {"meta", "br"}
 EVIL = "<script>alert('1')</script> & more"
@@ -164,7 +166,7 @@ def test_findings_alone():
 
 def test_the_picture_is_drawn_and_saved(diagnosis, tmp_path):
     pytest.importorskip("matplotlib")
-    figure = plot(diagnosis, tmp_path / "seen.png")
+    figure = save_picture(tmp_path / "seen.png", diagnosis_figures(diagnosis), title=diagnosis.verdict)
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
     assert len(figure.axes) == 3
     assert figure.axes[0].get_shared_x_axes().joined(figure.axes[0], figure.axes[1])
@@ -174,24 +176,25 @@ def test_the_picture_is_drawn_and_saved(diagnosis, tmp_path):
     assert diagnosis.verdict.lower() in figure.get_suptitle().lower()
 
 
-def test_a_deep_picture_has_few_names_and_one_band_a_stretch(diagnoses):
+def test_a_deep_picture_has_few_names_and_one_band_a_stretch(diagnoses, tmp_path):
     pytest.importorskip("matplotlib")
     deep = deepened(diagnoses["residual"], 70)
-    figure = plot(deep)
+    figure = save_picture(tmp_path / "deep.png", diagnosis_figures(deep))
     assert len(figure.axes[2].get_xticklabels()) <= 9
     rows = deep.rows
     stretch = tuple(row.name for row in (*rows[5:9], rows[20]))
     found = replace(deep, findings=(replace(deep.findings[0], where=stretch),))
-    assert [(band.first, band.last, band.label) for band in bands_of(found, found.rows)] == [
+    assert [(band.first, band.last, band.label) for band in bands_of(found)] == [
         (6, 9, "1 first-rule"),
         (21, 21, "1"),
     ]
 
 
-def test_without_matplotlib_the_picture_says_how_to_get_it(diagnoses, monkeypatch):
+def test_without_matplotlib_the_picture_says_how_to_get_it(diagnoses, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'skipway\[plot\]'"):
-        plot(diagnoses["residual"])
+        save(diagnoses["residual"], tmp_path / "seen.png")
+    assert save(diagnoses["residual"], tmp_path / "seen.svg").read_text().startswith("<svg xmlns=")
 
 
 class Reader(HTMLParser):
@@ -219,7 +222,7 @@ class Reader(HTMLParser):
 
 
 def test_the_page_is_whole_and_fetches_nothing(diagnosis):
-    text = page(diagnosis)
+    text = diagnosis_page(diagnosis)
     reader = Reader()
     reader.feed(text)
     reader.close()
@@ -245,10 +248,42 @@ def test_the_page_is_whole_and_fetches_nothing(diagnosis):
 
 def test_the_page_groups_what_was_refused(diagnoses):
     refused = diagnoses["transformer"].chain.refused
-    text = page(diagnoses["transformer"])
+    text = diagnosis_page(diagnoses["transformer"])
     assert refused
     assert "Additions that are no residual connections" in text
-    assert "Additions that are no" not in page(diagnoses["layers"])
+    assert "Additions that are no" not in diagnosis_page(diagnoses["layers"])
+
+
+def test_the_charts_of_a_page_have_a_style_for_every_class(diagnoses):
+    """Shapes without a rule are drawn as black blocks."""
+    text = diagnosis_page(diagnoses["residual"])
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]  # type: ignore[index]
+    drawn = {
+        name for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL) for name in re.findall(r'class="([^"]+)"', svg)
+    }
+    names = {name for group in drawn for name in group.split()}
+    assert {"line", "marker", "band", "grid", "c0", "d0"} <= names
+    assert [name for name in sorted(names) if f".{name}" not in style] == []
+
+
+def test_a_deep_page_has_tooltips_and_stays_small(diagnoses):
+    deep = deepened(diagnoses["residual"], 70)
+    assert len(deep.rows) <= MOST_TOOLTIPS
+    svg = draw(diagnosis_figures(deep)[0])
+    assert svg.count("<title>") >= 2 * len(deep.rows)
+    assert len(diagnosis_page(deep)) < 1_000_000
+
+
+def test_the_page_of_a_treatment_compares_before_and_after(diagnoses):
+    treatment = diagnoses["residual"].fix(LearningRate(0.003))
+    text = diagnosis_page(treatment, "skipway diagnose x --fix")
+    reader = Reader()
+    reader.feed(text)
+    assert "sgd at 0.1" in reader.text
+    assert "sgd at 0.003" in reader.text
+    assert "set the learning rate to 0.003" in reader.text
+    assert "skipway diagnose x --fix" in reader.text
+    assert text.count('role="img"') == 6
 
 
 def test_json_parses_though_numbers_are_not_finite(diagnosis):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -18,12 +19,13 @@ import skipway as sw
 from skipway.cli.app import app
 from skipway.inference.metrics import calibration, class_scores, confused_pairs
 from skipway.recipe import Recipe
-from skipway.report.charts import Axis, Series, bars, chart, thinned
-from skipway.report.run.curves import curves
-from skipway.report.run.depth import gains_of, signal_section
-from skipway.report.run.origin import command_of
+from skipway.report.chart import Axis, Bars, Figure, Point, Series, thinned
+from skipway.report.run.command import command_of
+from skipway.report.run.curves import training_figures
+from skipway.report.run.depth import gain_rows, signal_figures
 from skipway.report.run.page import SECTIONS
-from skipway.report.run.pictures import data_address
+from skipway.report.run.pictures import data_url
+from skipway.report.svg import draw
 from skipway.training.loop import train
 from skipway.training.reporter import SilentReporter
 from skipway.training.run import Outcome
@@ -132,7 +134,7 @@ def test_the_page_of_a_run_shows_everything(digits):
         "Loss",
         "Accuracy",
         "Learning rate",
-        "Gradient",
+        "Gradient norm",
         "Confusion matrix",
         "Reliability",
         "Images of each class",
@@ -185,9 +187,9 @@ def test_connections_that_were_watched_and_gains_are_drawn(tmp_path):
     recipe = dataclasses.replace(TINY, batch_size=64, health=0.9, scheme="layerscale(init=0.1)")
     outcome = train(recipe, tmp_path / "run")
     page = check(outcome.folder.report)
-    for title in ("Signal behind each connection", "Gradient behind each connection", "Learned gain of each branch"):
+    for title in ("Stream after each connection", "Gradient after each connection", "Learned gain of each branch"):
         assert title in page.text
-    names = [row.name for row in gains_of(sw.from_pretrained(tmp_path / "run"))]
+    names = [row.name for row in gain_rows(sw.from_pretrained(tmp_path / "run"))]
     assert names == ["stages.0.0", "stages.1.0", "stages.2.0"]
 
 
@@ -217,21 +219,24 @@ def test_a_long_run_stays_small(digits):
         for n in range(1, 101)
     ]
     steps = [{"step": n, "loss": 1 + n % 7, "norm": 0.1 * n, "lr": 0.1} for n in range(1, 5001)]
-    assert sum(map(len, curves(epochs, steps, 50, 90))) < 200_000
+    assert sum(len(draw(figure)) for figure in training_figures(epochs, steps, 50, 90)) < 200_000
     noise = torch.randint(256, (224, 224, 3), dtype=torch.uint8)
-    assert 64 * len(data_address(noise)) < 2_000_000
+    assert 64 * len(data_url(noise)) < 2_000_000
 
 
 def test_numbers_that_are_not_finite_leave_gaps():
     points = [(1.0, 2.0), (2.0, float("nan")), (3.0, float("inf")), (4.0, 0.0), (5.0, 1.0)]
-    text = chart("Title", [Series("a", "line", points, names=["n"] * 5)], across="x", log=True)
+    figure = Figure(title="Title", x_label="x", series=(Series.of("line", points),), log_y=True)
+    text = draw(figure)
     assert re.search(r'd="M[\d.]+ [\d.]+M[\d.]+ [\d.]+"', text)
-    assert text.count("<circle") == 4
-    assert chart("Title", [Series("a", "line", [(1.0, float("nan"))])], across="x") == ""
+    assert text.count("data-x") == 4
+    assert not Figure(title="Title", x_label="x", series=(Series.of("line", [(1.0, float("nan"))]),)).drawn
     samples = [{"step": 1, "connections": {"a": {"stream": float("nan"), "branch": 1.0, "gradient": 0.0}}}]
-    assert "Hollow points" in "".join(signal_section(samples))
-    assert "not watched" in "".join(signal_section([{"step": 1, "connections": []}]))
-    assert thinned([(0.0, float("nan"))] * 1000)
+    branch, *others = signal_figures(samples)
+    assert branch.title.startswith("Branch")
+    assert "Hollow" in others[0].note
+    assert signal_figures([{"step": 1, "connections": []}]) == []
+    assert thinned([Point(0.0, float("nan"))] * 1000)
 
 
 @pytest.mark.parametrize(("low", "high", "log"), [(0, 1, False), (0, 3e-7, False), (1e-9, 1e9, True), (0.4, 3.0, True)])
@@ -242,7 +247,17 @@ def test_axes_have_a_few_ticks(low, high, log):
 
 
 def test_bars_of_empty_classes():
-    assert bars("Images", [("a", (0.0, 0.0)), ("b", (0.0, 0.0))], [("a", "x"), ("b", "y")]).count("<rect") == 4
+    chart = Bars(title="Images", categories=("a", "b"), series=(("x", (0.0, 0.0)), ("y", (0.0, 0.0))))
+    assert draw(chart).count("<rect") == 4
+
+
+def test_a_dozen_series_differ_in_colour_or_dashes_and_are_labelled():
+    series = tuple(Series.of(f"series {n}", [(1.0, float(n)), (2.0, 1.0)]) for n in range(16))
+    text = draw(Figure(title="Title", x_label="x", series=series))
+    assert len(set(re.findall(r'<g class="(c\d d\d)"><path class="line"', text))) == 16
+    heights = sorted(float(y) for y in re.findall(r'class="label" x="[\d.]+" y="([\d.]+)"', text))
+    assert len(heights) == 16
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 10
 
 
 def test_the_command_means_the_recipe(digits):

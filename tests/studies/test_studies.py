@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 from skipway.errors import CheckpointError, SkipwayError
-from skipway.report.figure import Figure, Line, Point, Sample, grouped, lines_over
-from skipway.report.svg import picture, svg_file
+from skipway.report.chart import Figure, Point, Series
+from skipway.report.svg import draw, svg_file
 from skipway.studies.cell import Cell, Choices
 from skipway.studies.index import write_index
-from skipway.studies.page import write_page
+from skipway.studies.page import write_study_page
 from skipway.studies.runner import Share, cell_by_key, read_rows, remeasure, run
+from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import Published, Study, Verdict, find_study, studies
-from skipway.studies.table import Table, merged, parts_of
+from skipway.studies.table import StudyTable, merged, parts_of
 from skipway.studies.workers import measured
 
 
@@ -49,13 +50,15 @@ class Squares(Study):
         return {"square": float(cell["x"] ** 2 + 0.1 * cell["seed"]), "word": "1e5", "flag": True}
 
     def conclude(self, rows):
-        found = grouped(rows, ["x"], "square")
+        found = group_values(rows, ["x"], "square")
         return [Verdict("It grows & grows.", "holds", "; ".join(f"{key[0]}: {each}" for key, each in found.items()))]
 
     def figures(self, rows):
-        lines = lines_over(rows, "x", "square", "how", lambda name: f"x² <{name}>")
-        theory = Line.of("theory", [(1.0, 1.0), (3.0, 9.0)])
-        return [Figure(name="curve", title="Curve & <more>", across="x", up="x²", lines=(theory, *lines))]
+        lines = series_over(rows, "x", "square", "how", lambda name: f"x² <{name}>")
+        theory = Series.of("theory", [(1.0, 1.0), (3.0, 9.0)], "theory")
+        return [
+            Figure(name="curve", title="Curve & <more>", x_label="x", y_label="x²", log_x=True, series=(theory, *lines))
+        ]
 
     def summary(self, rows):
         return [{"x <all>": row["x"], "root & more": row["x"] ** 0.5} for row in rows if row["x"] == 1]
@@ -69,14 +72,14 @@ def test_a_key_is_of_the_settings_whatever_their_order():
 
 
 def test_the_spread_is_of_the_seeds():
-    sample = grouped([{"d": 8, "e": value} for value in (1.0, 2.0, 3.0)] + [{"d": 8, "e": None}], ["d"], "e")[8,]
-    assert sample == Sample((1.0, 2.0, 3.0))
+    sample = group_values([{"d": 8, "e": value} for value in (1.0, 2.0, 3.0)] + [{"d": 8, "e": None}], ["d"], "e")[8,]
+    assert sample == SeedValues((1.0, 2.0, 3.0))
     assert (sample.mean, sample.deviation, sample.low, sample.high) == (2.0, 1.0, 1.0, 3.0)
     assert sample.error == pytest.approx(1 / 3**0.5)
 
 
 def test_values_come_back_from_a_table_as_they_were(tmp_path):
-    table = Table(tmp_path / "t.csv", ("scheme",))
+    table = StudyTable(tmp_path / "t.csv", ("scheme",))
     rows = [
         {"key": "a", "scheme": "skipinit(init=0.0, norm='remove')", "loss": float("inf"), "error": None},
         {"key": "b", "scheme": '"q", true', "loss": 1e-300, "error": "a\nb", "new": False},
@@ -157,7 +160,7 @@ def test_shares_of_an_array_are_disjoint_and_merge(tmp_path):
     for index in range(4):
         run(study, tmp_path, jobs=0, share=Share.read(f"{index}/4"))
     assert len(parts_of(tmp_path, "squares")) == 4
-    assert sorted(len(Table(path).rows()) for path in parts_of(tmp_path, "squares")) == [1, 1, 2, 2]
+    assert sorted(len(StudyTable(path).rows()) for path in parts_of(tmp_path, "squares")) == [1, 1, 2, 2]
     assert len(read_rows(tmp_path, study)) == 6
     for wrong in ("4/4", "1", "-1/4", "a/b"):
         with pytest.raises(SkipwayError, match="INDEX/COUNT"):
@@ -210,7 +213,7 @@ def test_a_process_that_dies_stops_no_other(tmp_path):
 @pytest.fixture
 def page(tmp_path):
     run(Squares(), tmp_path, jobs=0, choices=Choices(schemes=("raise",)))
-    return write_page(Squares(), tmp_path)
+    return write_study_page(Squares(), tmp_path)
 
 
 def test_a_page_is_whole_and_fetches_nothing(page):
@@ -235,7 +238,7 @@ def test_a_page_shows_verdict_command_published_number_and_what_failed(page):
     assert "It grows &amp; grows." in text
     assert "skipway study squares --budget cpu" in text
     assert "4.50" in text
-    assert "In one table" in text
+    assert "Summary" in text
     assert "x &lt;all&gt;" in text
     assert "Failed cells" in text
     assert "two is too &lt;much&gt;" in text
@@ -247,7 +250,7 @@ def test_a_page_shows_verdict_command_published_number_and_what_failed(page):
 def test_a_browser_reads_values_hides_lines_and_blocks_nothing(page):
     """The script works; and what the policy allows is enough, told by the browser's console."""
     probe = """
-      const figure = document.querySelector("figure"), svg = figure.querySelector("svg");
+      const figure = document.querySelector("figure"), svg = figure.querySelector("svg[role=img]");
       const box = svg.getBoundingClientRect();
       const mark = svg.querySelector("[data-x]"), unit = box.width / svg.viewBox.baseVal.width;
       const [x, y] = [box.left + mark.dataset.x * unit + 2, box.top + mark.dataset.y * unit];
@@ -272,29 +275,29 @@ def test_a_browser_reads_values_hides_lines_and_blocks_nothing(page):
 
 
 def test_a_study_without_rows_has_no_page(tmp_path):
-    assert write_page(Squares(), tmp_path) is None
+    assert write_study_page(Squares(), tmp_path) is None
 
 
 def test_an_svg_file_is_xml_with_title_legend_and_both_colours():
     from xml.etree import ElementTree
 
     lines = (
-        Line("a & b", (Point(1, 0.5, 0.4, 0.6, 3), Point(10, float("inf"), 1, 1), Point(100, float("nan"), 0, 0))),
+        Series("a & b", (Point(1, 0.5, 0.4, 0.6, 3), Point(10, float("inf"), 1, 1, 1), Point(100, float("nan"), 0, 0))),
     )
-    figure = Figure(name="f", title="<t>", across="depth", up="error", lines=lines, share=True)
+    figure = Figure(name="f", title="<t>", x_label="depth", y_label="error", log_x=True, series=lines, percent=True)
     root = ElementTree.fromstring(svg_file(figure))
     words = " ".join(root.itertext())
     assert "<t>" in words
     assert "a & b, 1 depth: 50.0 %, 40.0 % to 60.0 % (3 seeds)" in words
     assert "prefers-color-scheme: dark" in words
-    assert "NaN" not in picture(figure)
-    assert "not finite (1 seed)" in picture(figure)
+    assert "NaN" not in draw(figure)
+    assert "not finite (1 seed)" in draw(figure)
 
 
 def test_a_logarithmic_axis_takes_zero(tmp_path):
-    line = Line("a", tuple(Point(x, y, y, y) for x, y in ((1, 1.0), (2, 0.0), (4, 1e-200))))
-    figure = Figure(name="f", title="t", across="x", up="y", lines=(line,), tall=True)
-    assert "nan" not in picture(figure)
+    line = Series("a", tuple(Point(x, y, y, y) for x, y in ((1, 1.0), (2, 0.0), (4, 1e-200))))
+    figure = Figure(name="f", title="t", x_label="x", y_label="y", log_x=True, series=(line,), log_y=True)
+    assert "nan" not in draw(figure)
 
 
 @pytest.mark.parametrize("name", list(studies()))
@@ -320,11 +323,11 @@ def test_any_part_of_the_rows_gives_verdicts_and_figures(name):
     """A run that was stopped has a page, too."""
     study = find_study(name)
     rows = read_rows(Path(__file__).parents[2] / "docs/studies", study)
-    draw = random.Random(0)
+    generator = random.Random(0)
     for _ in range(25):
-        some = draw.sample(rows, draw.randint(0, min(len(rows), draw.choice([3, 20, 1000]))))
+        some = generator.sample(rows, generator.randint(0, min(len(rows), generator.choice([3, 20, 1000]))))
         assert all(verdict.text for verdict in study.conclude(some))
-        assert all(picture(figure) for figure in study.figures(some))
+        assert all(draw(figure) for figure in study.figures(some))
 
 
 def test_the_index_has_every_study_with_rows(tmp_path):

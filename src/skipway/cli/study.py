@@ -96,7 +96,7 @@ def study(
 
 def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     """Run a study, print its verdicts, write its page, and return the number of failed cells."""
-    from skipway.studies.page import write_page
+    from skipway.studies.page import write_study_page
     from skipway.studies.runner import failures, run
 
     begun = time.monotonic()
@@ -113,7 +113,7 @@ def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     if broken:
         sys.stdout.write(f"\n{len(broken)} cells failed; the first: {printable(str(broken[0]['error']))}\n")
     if options["share"] is None:
-        sys.stdout.write(f"\npage   {write_page(chosen, out)}\n")
+        sys.stdout.write(f"\npage   {write_study_page(chosen, out)}\n")
     else:
         sys.stdout.write(f"\nmerge the shares with  skipway report {out}\n")
     sys.stdout.flush()
@@ -202,13 +202,13 @@ class LineProgress:
 
 def format_results(study: Study, found: Measured) -> str:
     """The results of a cell in one line."""
-    from skipway.report.figure import number
+    from skipway.report.chart import format_value
 
     shown = []
     for name in study.results:
         value = found.results.get(name)
         if value is not None:
-            shown.append(f"{name} {number(value) if isinstance(value, float) else value}")
+            shown.append(f"{name} {format_value(value) if isinstance(value, float) else value}")
     return "  ".join(shown)
 
 

@@ -1,4 +1,4 @@
-"""`save(diagnosis, "report.html")`: a result as a file of the kind that its ending says."""
+"""`save(diagnosis, "report.html")`: a result as a file of the format that its ending names."""
 
 from __future__ import annotations
 
@@ -8,40 +8,64 @@ from typing import TYPE_CHECKING
 from skipway.errors import SkipwayError
 
 if TYPE_CHECKING:
-    from skipway.diagnosis import Diagnosis
+    from skipway.diagnosis import Diagnosis, Treatment
 
 __all__ = ["ENDINGS", "save"]
 
-PICTURES = (".png", ".svg", ".pdf")
-ENDINGS = (".json", ".html", ".htm", *PICTURES)
+ENDINGS = (".json", ".html", ".htm", ".png", ".svg", ".pdf")
 
 
-def save(diagnosis: Diagnosis, path: str | Path) -> Path:
+def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "") -> Path:
     """Write a diagnosis to a file: .json, .html (one page that loads nothing), or a picture (.png, .svg, .pdf).
 
     Args:
-        diagnosis: result of `skipway.diagnose`.
+        result: of `skipway.diagnose`, or of `Diagnosis.fix`: the page then shows before and after, the other formats
+            the diagnosis after.
         path: of the file; missing folders are made.
+        command: the command line that made it, for the page.
 
     Returns:
         the path.
 
     Raises:
         SkipwayError: another ending.
-        MissingExtraError: a picture is asked for, and matplotlib is not installed (`pip install 'skipway[plot]'`).
+        MissingExtraError: a .png or .pdf is asked for, and matplotlib is not installed (`pip install 'skipway[plot]'`).
     """
+    from skipway.diagnosis import Treatment
+
     path = Path(path)
     if path.suffix not in ENDINGS:
         raise SkipwayError(f"path={path}: the rule is one of the endings {' '.join(ENDINGS)}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    diagnosis = result.after if isinstance(result, Treatment) else result
     if path.suffix == ".json":
         path.write_text(diagnosis.to_json() + "\n", encoding="utf-8")
-    elif path.suffix in PICTURES:
-        from skipway.report.pyplot import plot
+    elif path.suffix in (".html", ".htm"):
+        from skipway.report.diagnosis import diagnosis_page
 
-        plot(diagnosis, path)
+        path.write_text(diagnosis_page(result, command), encoding="utf-8")
     else:
-        from skipway.report.diagnosis import page
+        from skipway.report.diagnosis import diagnosis_figures
+        from skipway.report.pyplot import save_picture
+        from skipway.report.svg import svg_file
 
-        path.write_text(page(diagnosis), encoding="utf-8")
+        figures, title, note = diagnosis_figures(diagnosis), picture_title(diagnosis), picture_note(diagnosis)
+        if path.suffix == ".svg":
+            path.write_text(svg_file(*figures, title=title, note=note), encoding="utf-8")
+        else:
+            save_picture(path, figures, title=title, note=note)
     return path
+
+
+def picture_title(diagnosis: Diagnosis) -> str:
+    """The verdict with its conditions."""
+    text = ": ".join(filter(None, [diagnosis.verdict, "; ".join(diagnosis.conditions)]))
+    return text[0].upper() + text[1:]
+
+
+def picture_note(diagnosis: Diagnosis) -> str:
+    """What was diagnosed, and the findings about the whole network."""
+    marked = {mark for row in diagnosis.rows for mark in row.marks}
+    whole = [f"{number} {each.rule}" for number, each in enumerate(diagnosis.findings, 1) if number not in marked]
+    lines = [" · ".join(diagnosis.heading), *([f"about the whole network: {', '.join(whole)}"] if whole else [])]
+    return "\n".join(lines)

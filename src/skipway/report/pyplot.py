@@ -1,251 +1,146 @@
-"""A diagnosis as a picture: signal forward, gradient backward and distinctness by depth, with the findings marked."""
+"""Figures as pictures for papers and slides (.png, .pdf), drawn by matplotlib from the same data as in the pages."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from skipway.diagnosis.findings import Level
-from skipway.diagnosis.rows import SignalRow
-from skipway.diagnosis.table import LEAST_SPAN, elided
 from skipway.errors import MissingExtraError
+from skipway.report.chart import Band, Figure, Series
+from skipway.report.svg import COLORS, clipped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Picture
 
-    from skipway.diagnosis.diagnosis import Diagnosis
+__all__ = ["save_picture"]
 
-__all__ = ["Band", "bands_of", "plot"]
-
-# Okabe & Ito's colours, which people with any kind of colour vision tell apart
-STREAM, DISTINCT, INK, EDGE = "#0072B2", "#009E73", "#333333", "#888888"
-# colour and marker of the first, second and third kind of branch
-BRANCHES = (("#D55E00", "s"), ("#CC79A7", "D"), ("#56B4E9", "P"))
-BAND: dict[Level, str] = {"fatal": "#CC3311", "serious": "#E69F00", "note": "#888888"}
-VERDICT = {"trains": "#00664B", "trains if": "#8A5A00", "will not train": "#B2182B"}
-SIZE = (8.6, 5.8)
-RESOLUTION = 160
+LEVELS = {"fatal": "#b2182b", "serious": "#c98500", "note": "#5c6166"}
+MARKERS, DASHES = "osD^v", ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.5, 2)))
+INK, EDGE, FAINT = "#333333", "#888888", "#b9bfc5"
+WIDTH, PANEL, RESOLUTION = 8.6, 2.1, 160
 FONT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": EDGE}
-# up to so many places each is a dot on its line
-DOTS = 60
-MOST_NAMES = 9
-LONGEST_NAME = 24
-MOST_LANES = 4
-# characters of a band's label that fit along the axis, and what a letter takes of it
-LETTERS = 100
-FOOT_LETTERS = 125
-TITLE_LETTERS = 84
+MOST_MARKERS, MOST_NAMES, NAME_LETTERS, LETTERS, MOST_LANES = 60, 9, 24, 100, 4
 
 
-class Band(NamedTuple):
-    """A stretch of rows, from `first` to `last`, to which finding `number` (from 1) points."""
-
-    first: int
-    last: int
-    number: int
-    level: Level
-    label: str
-
-
-def plot(diagnosis: Diagnosis, path: str | Path | None = None) -> Figure:
-    """Draw the signal forward and backward by depth, on logarithmic scales, with the findings' places marked.
+def save_picture(
+    path: str | Path, figures: Sequence[Figure], *, columns: int = 1, title: str = "", note: str = ""
+) -> Picture:
+    """Draw figures into one picture and write it, by the ending of `path`; returns the matplotlib figure.
 
     Args:
-        diagnosis: what `diagnose` gave.
-        path: where to save it, by its ending (.png, .svg, .pdf); None: only return the figure.
-
-    Returns:
-        the matplotlib figure; it belongs to no window and needs no display.
+        path: of the file.
+        figures: panels, row by row.
+        columns: panels beside each other; panels in one column share their horizontal axis.
+        title, note: above and below the panels.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed (`pip install 'skipway[plot]'`).
     """
     try:
         from matplotlib import rc_context
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure as Picture
     except ImportError as error:
-        raise MissingExtraError("matplotlib", "plot", "the picture of a diagnosis") from error
+        raise MissingExtraError("matplotlib", "plot", "a picture") from error
+    rows = math.ceil(len(figures) / columns)
     with rc_context(FONT):
-        figure = Figure(figsize=SIZE, dpi=RESOLUTION, facecolor="white", layout="constrained")
-        draw(figure, diagnosis)
-        if path is not None:
-            figure.savefig(path)
-    return figure
+        height = (PANEL if columns == 1 else 3.6) * rows + 0.4
+        picture = Picture(figsize=(WIDTH, height), dpi=RESOLUTION, facecolor="white", layout="constrained")
+        panels = picture.subplots(rows, columns, sharex=columns == 1, squeeze=False).flat
+        for place, (axes, figure) in enumerate(zip(panels, figures, strict=True)):
+            draw_panel(axes, figure, outermost=columns > 1 or place == len(figures) - 1, labelled=place == 0)
+        lines = textwrap.wrap(title, 84, max_lines=2, placeholder=" …")
+        picture.suptitle("\n".join(lines), fontsize=11, fontweight="bold", x=0.01, ha="left")
+        below = [line for part in note.splitlines() for line in textwrap.wrap(part, 125, max_lines=2, placeholder=" …")]
+        picture.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=8, color=INK)
+        picture.savefig(path)
+    return picture
 
 
-def draw(figure: Figure, diagnosis: Diagnosis) -> None:
-    """Three panels along one depth axis."""
-    rows = diagnosis.rows
-    connected = bool(diagnosis.measurement.connections)
-    panels: Any = figure.subplots(3, 1, sharex=True, height_ratios=(5, 5, 2))
-    forward, backward, distinct = panels
-    draw_curves(forward, forward_curves(rows, connected))
-    draw_curves(backward, backward_curves(rows, connected))
-    draw_curves(distinct, [Curve("", DISTINCT, [(n, row.distinct) for n, row in enumerate(rows, 1)])], ceiling=1.5)
-    for panel, title in zip(panels, ("forward", "backward", "distinct"), strict=True):
-        panel.set_ylabel(title)
-        panel.grid(axis="y", color="#E5E5E5", linewidth=0.6)
-        panel.set_axisbelow(True)
-    mark_bands(panels, bands_of(diagnosis, rows), len(rows))
-    name_ticks(distinct, rows, "residual connection" if connected else "layer")
-    headline(figure, diagnosis)
-
-
-class Curve(NamedTuple):
-    """A line of a panel: its label, its colour, its points (place from 1, value); dashed with a marker for branches."""
-
-    label: str
-    colour: str
-    points: Sequence[tuple[int, float]]
-    marker: str = ""
-
-
-def forward_curves(rows: Sequence[SignalRow], connected: bool) -> list[Curve]:
-    """Sizes of the stream and the branches, or of the layers' outputs."""
-    points = [(place, row.forward) for place, row in enumerate(rows, 1)]
-    if not connected:
-        return [Curve("layer's output, deviation", STREAM, points)]
-    branches = [(place, row.form, row.branch) for place, row in enumerate(rows, 1)]
-    return [Curve("stream, rms", STREAM, points), *branch_curves("{} branch, rms", branches)]
-
-
-def backward_curves(rows: Sequence[SignalRow], connected: bool) -> list[Curve]:
-    """Sizes of the gradient at the stream and through the branches, or at the layers' outputs."""
-    points = [(place, row.backward) for place, row in enumerate(rows, 1)]
-    if not connected:
-        return [Curve("gradient at the layer's output", STREAM, points)]
-    branches = [(place, row.form, row.through) for place, row in enumerate(rows, 1)]
-    return [Curve("gradient at the stream", STREAM, points), *branch_curves("gradient through {}", branches)]
-
-
-def branch_curves(label: str, branches: Sequence[tuple[int, str, float]]) -> Iterator[Curve]:
-    """A curve for each kind of branch, attention and mlp apart."""
-    kinds = list(dict.fromkeys(form.split()[0] for _, form, _ in branches))
-    for kind, (colour, marker) in zip(kinds, BRANCHES, strict=False):
-        points = [(place, value) for place, form, value in branches if form.split()[0] == kind]
-        yield Curve(label.format(kind), colour, points, marker)
-
-
-def draw_curves(axes: Axes, curves: Sequence[Curve], ceiling: float = math.inf) -> None:
-    """Lines on a logarithmic axis; gaps where nothing was measured, arrows at the edge for 0 and infinity."""
-    axes.set_yscale("log")
-    edges: dict[str, str] = {}
-    drawn: list[float] = []
-    for curve in curves:
-        places = [place for place, _ in curve.points]
-        values = [value if 0 < value < math.inf else math.nan for _, value in curve.points]
-        drawn += [value for value in values if value == value]
-        if any(value == value for value in values):
-            line: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.2} if curve.marker else {"linewidth": 1.6}
-            dots = (curve.marker or "o") if len(values) <= DOTS else ""
-            axes.plot(places, values, color=curve.colour, label=curve.label, marker=dots, markersize=3, **line)
-        inset = 0.07 if curve.marker else 0.03
-        for text, shape, height, wanted in (("∞", "^", 1 - inset, math.inf), ("0", "v", inset, 0.0)):
-            found = [place for place, value in curve.points if value == wanted]
-            if found:
-                where = axes.get_xaxis_transform()
-                axes.plot(found, [height] * len(found), shape, color=curve.colour, markersize=4, transform=where)
-                edges[text] = shape
-    for text, shape in edges.items():
-        axes.plot([], [], shape, color=EDGE, markersize=4, label=text)
-    axes.set_ylim(*limits(drawn, ceiling))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03), frameon=False, fontsize=8, handlelength=2.2)
-
-
-def limits(values: Sequence[float], ceiling: float = math.inf) -> tuple[float, float]:
-    """Two decades at least, so that a signal that hardly changes looks so, with some room at both ends.
-
-    >>> [round(limit, 3) for limit in limits([1.0, 1.0])]
-    [0.069, 14.454]
-    """
-    if not values:
-        return 0.1, 10.0
-    low, high = min(values), max(values)
-    missing = math.sqrt(max(1.0, LEAST_SPAN / (high / low)))
-    room = (high / low * missing**2) ** 0.08
-    return low / missing / room, max(min(high * missing * room, ceiling), high * 1.1)
-
-
-def bands_of(diagnosis: Diagnosis, rows: Sequence[SignalRow]) -> list[Band]:
-    """Where the findings point, as stretches of rows; findings about the whole have none."""
-    bands = []
-    for number, finding in enumerate(diagnosis.findings, 1):
-        places = [place for place, row in enumerate(rows, 1) if number in row.marks]
-        start = 0
-        for index, place in enumerate(places):
-            if index + 1 == len(places) or places[index + 1] != place + 1:
-                label = f"{number} {finding.rule}" if start == 0 else str(number)
-                bands.append(Band(places[start], place, number, finding.level, label))
-                start = index + 1
-    return bands
-
-
-def mark_bands(panels: Sequence[Axes], bands: Sequence[Band], count: int) -> None:
-    """Shade each band in all panels, and label it above the first."""
-    panels[0].set_xlim(0.5 - 0.01 * count, count + 0.5 + 0.01 * count)
-    ends: list[float] = []
-    for band in sorted(bands, key=lambda band: band.first):
-        for panel in panels:
-            panel.axvspan(band.first - 0.5, band.last + 0.5, color=BAND[band.level], alpha=0.13, linewidth=0)
-            for side in (band.first - 0.5, band.last + 0.5):
-                panel.axvline(side, color=BAND[band.level], linewidth=0.5, alpha=0.6)
-        middle, half = (band.first + band.last) / 2, len(band.label) * count / LETTERS / 2
-        middle = min(max(middle, 0.5 + half), count + 0.5 - half)
-        lane = next((lane for lane, end in enumerate(ends) if end < middle - half), len(ends))
-        if lane == MOST_LANES:
-            continue
-        ends[lane : lane + 1] = [middle + half]
-        panels[0].annotate(
-            band.label,
-            (middle, 1),
-            xycoords=panels[0].get_xaxis_transform(),
-            xytext=(0, 3 + 11 * lane),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=INK
-            if band.level == "note"
-            else VERDICT["trains if" if band.level == "serious" else "will not train"],
+def draw_panel(axes: Axes, figure: Figure, *, outermost: bool, labelled: bool) -> None:
+    """One figure; names along the horizontal axis on the outermost panel, labels of bands on the first."""
+    y_axis, names = figure.y_axis(0.0, 1.0), figure.names
+    axes.set_xscale("log" if figure.log_x else "linear")
+    axes.set_yscale("log" if y_axis.log else "linear")
+    axes.set_ylim(y_axis.low, y_axis.high)
+    if figure.span:
+        axes.set_xlim(*figure.span)
+    for series in figure.series:
+        draw_series(axes, series, names.index(series.name) if series.name in names else -1, figure)
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_title(figure.title, fontsize=9, loc="left", pad=4 + 11 * draw_bands(axes, figure, labelled))
+    if figure.percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    for mark in figure.marks:
+        axes.axvline(mark.x, color=EDGE, linewidth=0.8, linestyle="--")
+    if outermost:
+        axes.set_xlabel(figure.x_label)
+    if figure.categories:
+        name_ticks(axes, figure.categories)
+    if len(names) > 1:
+        beside: dict[str, Any] = (
+            {"loc": "upper left", "bbox_to_anchor": (1.0, 1.03)} if labelled or figure.bands else {}
         )
+        axes.legend(frameon=False, fontsize=8, handlelength=2.2, **beside)
 
 
-def name_ticks(axes: Axes, rows: Sequence[SignalRow], thing: str) -> None:
-    """As many of the names along the depth axis as have room, first and last among them."""
-    longest = max((len(row.name) for row in rows), default=1)
-    most = max(2, min(MOST_NAMES, len(rows), LETTERS // (min(longest, LONGEST_NAME) + 1)))
-    places = sorted({round(tick * (len(rows) - 1) / (most - 1)) for tick in range(most)}) if rows else []
-    names = [rows[place].name or "the model" for place in places]
+def draw_series(axes: Axes, series: Series, index: int, figure: Figure) -> None:
+    """A line with markers and error bars; arrows at the edge for 0 on a logarithmic axis and for infinity."""
+    points = series.points
+    log = axes.get_yscale() == "log"
+    values = [point.y if math.isfinite(point.y) and not (log and point.y <= 0) else math.nan for point in points]
+    look: dict[str, Any] = {"color": FAINT, "linewidth": 0.9}
+    if series.style != "faint":
+        dash = (0, (4, 3)) if series.style == "theory" else DASHES[index // len(COLORS) % len(DASHES)]
+        look = {"color": COLORS[index % len(COLORS)][0], "linestyle": dash, "linewidth": 1.5}
+    if series.style == "measured" and len(points) <= MOST_MARKERS:
+        look |= {"marker": MARKERS[index % len(MARKERS)], "markersize": 3}
+    x = [point.x for point in points]
+    axes.plot(x, values, label=series.name, **look)
+    if any(point.low < point.high for point in points):
+        axes.vlines(x, [p.low for p in points], [p.high for p in points], color=look["color"], linewidth=0.8, alpha=0.6)
+    for edge, shape, height in ((math.inf, "^", 0.96), (0.0, "v", 0.04)):
+        outside = [point.x for point in points if point.y == edge] if log or edge else []
+        if outside:
+            where = axes.get_xaxis_transform()
+            axes.plot(outside, [height] * len(outside), shape, color=look["color"], markersize=4, transform=where)
+
+
+def draw_bands(axes: Axes, figure: Figure, labelled: bool) -> int:
+    """Shade the bands, label them above the panel, and return the number of lanes that the labels take."""
+    ends: list[float] = []
+    count = max(1.0, (figure.span or (0.0, 1.0))[1] - 0.5)
+    for band in sorted(figure.bands, key=lambda band: band.first):
+        color = LEVELS[band.level]
+        axes.axvspan(band.first - 0.5, band.last + 0.5, color=color, alpha=0.13, linewidth=0)
+        for side in (band.first - 0.5, band.last + 0.5):
+            axes.axvline(side, color=color, linewidth=0.5, alpha=0.6)
+        if labelled:
+            label_band(axes, band, ends, count)
+    return len(ends)
+
+
+def label_band(axes: Axes, band: Band, ends: list[float], count: float) -> None:
+    """Label a band in the first lane with room for it; not at all where the lanes are used up."""
+    middle, half = (band.first + band.last) / 2, len(band.label) * count / LETTERS / 2
+    middle = min(max(middle, 0.5 + half), count + 0.5 - half)
+    lane = next((lane for lane, end in enumerate(ends) if end < middle - half), len(ends))
+    if lane == MOST_LANES:
+        return
+    ends[lane : lane + 1] = [middle + half]
+    where: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+    look = {"ha": "center", "va": "bottom", "fontsize": 8, "color": LEVELS[band.level]}
+    axes.annotate(band.label, (middle, 1), xytext=(0, 3 + 11 * lane), **where, **look)
+
+
+def name_ticks(axes: Axes, names: Sequence[str]) -> None:
+    """As many names along the horizontal axis as have room, the first and the last among them."""
+    longest = min(max(map(len, names)), NAME_LETTERS)
+    most = max(2, min(MOST_NAMES, len(names), LETTERS // (longest + 1)))
+    places = sorted({round(tick * (len(names) - 1) / (most - 1)) for tick in range(most)})
     axes.set_xticks([place + 1 for place in places])
-    axes.set_xticklabels([elided(name, LONGEST_NAME) for name in names], fontsize=8)
-    axes.set_xlabel(f"{thing}, from the input to the output")
-
-
-def headline(figure: Figure, diagnosis: Diagnosis) -> None:
-    """The verdict as title; below it what was asked, and the findings that point to no place."""
-    conditions = "; ".join(diagnosis.conditions)
-    verdict = f"{diagnosis.verdict}: {conditions}" if conditions else diagnosis.verdict
-    verdict = verdict[0].upper() + verdict[1:]
-    figure.suptitle(
-        shortened(verdict, TITLE_LETTERS),
-        fontsize=11,
-        fontweight="bold",
-        color=VERDICT[diagnosis.verdict],
-        x=0.01,
-        ha="left",
-    )
-    marked = {mark for row in diagnosis.rows for mark in row.marks}
-    whole = [f"{n} {finding.rule}" for n, finding in enumerate(diagnosis.findings, 1) if n not in marked]
-    lines = [" · ".join(diagnosis.heading), *([f"of the whole: {', '.join(whole)}"] if whole else [])]
-    text = "\n".join(shortened(line, FOOT_LETTERS) for line in lines)
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=INK)
-
-
-def shortened(text: str, width: int, most: int = 2) -> str:
-    """Text in lines of a width, the first few of them."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=most, placeholder=" …"))
+    axes.set_xticklabels([clipped(names[place], NAME_LETTERS) for place in places], fontsize=8)

@@ -1,23 +1,28 @@
-"""A figure as SVG: in a page, where its legend stands outside, and as a file of its own."""
+"""Charts as SVG: inline in a page, whose legend stands outside of the picture, and as a file of their own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
+from importlib.resources import files
 
-from skipway.report.charts import Axis, clean
-from skipway.report.figure import Figure, Line, Point, number
+from markupsafe import Markup
 
-__all__ = ["COLOURS", "picture", "svg_file"]
+from skipway.report.chart import Axis, Bars, Figure, Heatmap, Point, Series, format_tick, format_value, thinned
 
-WIDTH, HEIGHT = 400, 260
-LEFT, RIGHT, TOP, BOTTOM = 46, 22, 12, 36
-# letters of an axis need so much room
-ROOM = 30.0
-# a logarithmic axis spans no more decades than this, what lies outside is drawn at the edge
-MOST_DECADES = 20
-COLOURS = (
+__all__ = ["COLORS", "chart_css", "clipped", "draw", "svg_file"]
+
+WIDTH, HEIGHT = 420, 262
+LEFT, RIGHT, TOP, BOTTOM = 48, 14, 16, 38
+LETTER = 6.6
+"""Width of a character."""
+MOST_MARKERS, MOST_TOOLTIPS = 60, 250
+"""Points up to which a series shows a marker for each, and up to which each has a tooltip."""
+MOST_TICKS, TICK_ROOM = 12, 30.0
+FEW_SERIES, LABEL_LETTERS, LABEL_GAP = 4, 15, 12.0
+"""Series beyond which each is labelled at its end as well, letters of such a label, and the distance of two."""
+COLORS = (
     ("#0072b2", "#56b4e9"),
     ("#c65300", "#f0975a"),
     ("#00805f", "#3cc79c"),
@@ -25,185 +30,321 @@ COLOURS = (
     ("#8a6d00", "#e6c14e"),
     ("#b2182b", "#ff8b94"),
     ("#5048b8", "#a9a4f5"),
-    ("#007a87", "#5fd0da"),
     ("#5a7d00", "#b5d35a"),
-    ("#5c6166", "#a0a6ab"),
 )
-"""In light and in dark surroundings; each has a shape of its own as well."""
-RULES = """
-.line { fill: none; stroke: var(--kind); stroke-width: 1.8; stroke-linejoin: round; }
-.line.theory { stroke-dasharray: 5 4; stroke-width: 1.3; }
-.spread { stroke: var(--kind); stroke-width: 1.2; opacity: .65; }
-.mark { fill: var(--kind); stroke: var(--paper); stroke-width: 1; }
-.mark.edge { fill: var(--paper); stroke: var(--kind); }
-"""
+"""Of the series, on light and on dark paper; dashes and markers tell apart those that share a colour."""
+DASHES = ("none", "7 3", "2 2.5", "9 3 2 3")
+NAME_LETTERS = 14
+MATRIX_SIDE, LEAST_CELL, COUNT_CELL, PERCENT_CELL = 440, 15, 24, 40
+"""Side of a matrix and of its smallest cell, and cells that have room for a count and for a percentage as well."""
 
 
-def colour_rules() -> str:
-    """The style of every kind of line, light and dark."""
-    light = " ".join(f".k{place} {{ --kind: {pair[0]}; }}" for place, pair in enumerate(COLOURS))
-    dark = " ".join(f".k{place} {{ --kind: {pair[1]}; }}" for place, pair in enumerate(COLOURS))
-    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n{RULES}"
+def draw(chart: Figure | Bars | Heatmap) -> Markup:
+    """A chart as an SVG element without legend; empty for a figure without a finite value."""
+    if isinstance(chart, Bars):
+        return element(chart.title, *bar_parts(chart))
+    if isinstance(chart, Heatmap):
+        return element(chart.title, *matrix_parts(chart))
+    label = f"{chart.title}: {chart.y_label} over {chart.x_label}" if chart.y_label else chart.title
+    return element(label, WIDTH, HEIGHT, figure_parts(chart))
 
 
-def kinds_of(figure: Figure) -> dict[str, str]:
-    """The class of each name; a closed form has that of what it is about.
+def element(label: str, width: float, height: float, parts: Iterable[str]) -> Markup:
+    """An SVG element of a size."""
+    text = escape(label)
+    inside = "".join(parts)
+    return Markup(f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{text}">{inside}</svg>')
 
-    >>> kinds_of(Figure(name="", title="", across="", up="", lines=(Line("a", (), True), Line("a", ()), Line("b", ()))))
-    {'a': 'k0', 'b': 'k1'}
+
+def series_class(index: int) -> str:
+    """The style classes of the series at an index among the names.
+
+    >>> series_class(1), series_class(9)
+    ('c1 d0', 'c1 d1')
     """
-    names = dict.fromkeys(line.name for line in figure.lines)
-    return {name: f"k{place % len(COLOURS)}" for place, name in enumerate(names)}
+    return f"c{index % len(COLORS)} d{index // len(COLORS) % len(DASHES)}"
 
 
-def picture(figure: Figure) -> str:
-    """The figure as an SVG element without a legend."""
-    label = escape(f"{figure.title}: {figure.up} over {figure.across}")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(inside(figure))}</svg>'
+def chart_css() -> str:
+    """The style of charts, the same in a page and in a file."""
+    light = " ".join(f".c{index} {{ --series: {pair[0]}; }}" for index, pair in enumerate(COLORS))
+    dark = " ".join(f".c{index} {{ --series: {pair[1]}; }}" for index, pair in enumerate(COLORS))
+    dashes = " ".join(f".d{index} .line {{ stroke-dasharray: {dash}; }}" for index, dash in enumerate(DASHES))
+    rules = files("skipway.report").joinpath("templates/chart.css").read_text("utf-8")
+    return f"{rules}{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n{dashes}\n"
 
 
-def svg_file(figure: Figure) -> str:
-    """The figure as a file: with title, legend and style, light or dark as the viewer is."""
-    kinds = kinds_of(figure)
-    rows = math.ceil(len(kinds) / 2)
-    height = HEIGHT + 30 + 17 * rows + 8
-    legend = []
-    for place, (name, kind) in enumerate(kinds.items()):
-        x, y = LEFT + (place % 2) * 180, HEIGHT + 46 + 17 * (place // 2)
-        legend.append(f'<g class="{kind}"><path class="line" d="M{x} {y - 4}h16"/>{mark(place, x + 8, y - 4, "")}</g>')
-        legend.append(f'<text x="{x + 22}" y="{y}">{escape(name)}</text>')
-    style = (
-        "svg { color-scheme: light dark; --paper: #fff; --ink: #1d1f21; --soft: #5c6166; --rule: #dfe3e6; }\n"
-        "@media (prefers-color-scheme: dark) { svg { --paper: #16181a; --ink: #e7e9ea; --soft: #a0a6ab; "
-        "--rule: #33383c; } }\n"
-        'text { fill: var(--soft); font: 12px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }\n'
-        ".title { fill: var(--ink); font-weight: 600; } .grid { stroke: var(--rule); } .paper { fill: var(--paper); }\n"
-        + colour_rules()
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{2 * WIDTH}" '
-        f'height="{2 * height}"><style>{style}</style><rect class="paper" width="{WIDTH}" height="{height}"/>'
-        f'<text class="title" x="{LEFT - 34}" y="20">{escape(figure.title)}</text>'
-        f'<g transform="translate(0 26)">{"".join(inside(figure))}</g>{"".join(legend)}</svg>\n'
-    )
+def svg_file(*figures: Figure, title: str = "", note: str = "") -> str:
+    """Figures below each other as the text of an SVG file, light or dark as its viewer is.
+
+    Args:
+        figures: each is drawn with its title and legend.
+        title, note: above and below all of them.
+    """
+    parts, y = [], 8.0
+    for line in wrapped_text(title):
+        parts.append(f'<text class="title" x="12" y="{y + 14:.0f}">{escape(line)}</text>')
+        y += 18
+    for figure in figures:
+        parts.append(f'<text class="title" x="12" y="{y + 14:.0f}">{escape(figure.title)}</text>')
+        parts.append(f'<g transform="translate(0 {y + 20:.0f})">{"".join(figure_parts(figure))}</g>')
+        y += 20 + HEIGHT
+        x = 12.0
+        for index, name in enumerate(figure.names):
+            width = 34 + LETTER * len(name)
+            if x + width > WIDTH and x > 12:
+                x, y = 12.0, y + 18
+            sample = f'<path class="line" d="M{x:.0f} {y + 9:.0f}h20"/>{marker(index, x + 10, y + 9)}'
+            parts.append(f'<g class="{series_class(index)}">{sample}</g>')
+            parts.append(f'<text x="{x + 26:.0f}" y="{y + 13:.0f}">{escape(name)}</text>')
+            x += width + 8
+        y += 26 if figure.names else 0
+    for line in wrapped_text(note):
+        parts.append(f'<text x="12" y="{y + 12:.0f}">{escape(line)}</text>')
+        y += 16
+    size = f'viewBox="0 0 {WIDTH} {y + 8:.0f}" width="{2 * WIDTH}" height="{2 * y + 16:.0f}"'
+    paper = f'<rect class="paper" width="{WIDTH}" height="{y + 8:.0f}"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{chart_css()}</style>{paper}{"".join(parts)}</svg>\n'
 
 
-def inside(figure: Figure) -> Iterator[str]:
-    """Axes, lines and marks."""
-    points = [point for line in figure.lines for point in line.points]
-    across = across_axis([point.x for point in points], figure.wide)
-    up = up_axis([value for point in points for value in (point.y, point.low, point.high)], figure)
-    yield from frame(figure, across, up, sorted({point.x for point in points}))
-    kinds = kinds_of(figure)
-    for line in figure.lines:
-        kind = "line theory" if line.theory else "line"
-        yield f'<g class="{kinds[line.name]}"><path class="{kind}" d="{path(line, across, up)}"/></g>'
-    for line in figure.lines:
-        if not line.theory:
-            place = list(kinds).index(line.name)
-            yield f'<g class="{kinds[line.name]}">{"".join(marks(line, place, across, up, figure))}</g>'
+def wrapped_text(text: str) -> list[str]:
+    """Text in lines as wide as a figure."""
+    import textwrap
+
+    return textwrap.wrap(text, int((WIDTH - 24) / LETTER))
 
 
-def across_axis(values: list[float], wide: bool) -> Axis:
-    """From the smallest to the largest value with some room."""
-    low, high = (min(values), max(values)) if values else (1.0, 10.0)
-    if wide and low > 0:
-        room = max(high / low, 2.0) ** 0.04
-        return Axis(low / room, high * room, LEFT, WIDTH - RIGHT, log=True)
-    room = 0.04 * (high - low or 1.0)
-    return Axis(low - room, high + room, LEFT, WIDTH - RIGHT)
+def figure_parts(figure: Figure) -> Iterator[str]:
+    """Bands, axes, lines and markers of a figure."""
+    names = figure.names
+    labelled = len(names) > FEW_SERIES
+    letters = min(LABEL_LETTERS, max(map(len, names), default=0))
+    right = WIDTH - RIGHT - (labelled * (letters * LETTER * 0.85 + 12))
+    x_axis, y_axis = figure.x_axis(LEFT, right), figure.y_axis(HEIGHT - BOTTOM, TOP)
+    yield from band_parts(figure, x_axis)
+    yield from grid_parts(figure, x_axis, y_axis)
+    for each in figure.series:
+        path = path_of(thinned(each.points), x_axis, y_axis)
+        if each.style == "faint":
+            yield f'<path class="line faint" d="{path}"/>'
+        else:
+            kind = "line theory" if each.style == "theory" else "line"
+            yield f'<g class="{series_class(names.index(each.name))}"><path class="{kind}" d="{path}"/></g>'
+    for each in figure.series:
+        if each.style == "measured":
+            index = names.index(each.name)
+            yield f'<g class="{series_class(index)}">{"".join(point_parts(each, index, figure, x_axis, y_axis))}</g>'
+    if labelled:
+        yield from label_parts(figure, x_axis, y_axis, right + 12, letters)
 
 
-def up_axis(values: list[float], figure: Figure) -> Axis:
-    """From 0 or the smallest value; shares end at 1 at most; a logarithmic axis spans so many decades at most."""
-    finite = [value for value in values if math.isfinite(value)]
-    if figure.tall:
-        above = [value for value in finite if value > 0] or [1.0]
-        high = max(above)
-        low = max(min(above), high / 10.0**MOST_DECADES)
-        room = max(high / low, 4.0) ** 0.05
-        return Axis(low / room, high * room, HEIGHT - BOTTOM, TOP, log=True)
-    low, high = min([0.0, *finite]), max(finite, default=1.0)
-    if high <= low:
-        high = low + 1.0
-    high = min(1.0, 1.05 * high) if figure.share else high + 0.05 * (high - low)
-    return Axis(low - 0.03 * (high - low) * (low < 0), high, HEIGHT - BOTTOM, TOP)
+def grid_parts(figure: Figure, x_axis: Axis, y_axis: Axis) -> Iterator[str]:
+    """Grid, ticks and labels of both axes, and the marks."""
+    bottom, left, right = HEIGHT - BOTTOM, x_axis.start, x_axis.end
+    for value in y_axis.ticks:
+        y = y_axis.at(value)
+        yield f'<path class="grid" d="M{left} {y:.1f}H{right:.1f}"/>'
+        yield f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{format_tick(value, figure.percent)}</text>'
+    yield f'<path class="grid" d="M{left} {bottom}H{right:.1f}"/>'
+    for x, text, anchor in x_ticks(figure, x_axis):
+        yield f'<path class="grid" d="M{x:.1f} {bottom}v4"/>'
+        yield f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="{anchor}">{escape(text)}</text>'
+    yield f'<text x="{(left + right) / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">{escape(figure.x_label)}</text>'
+    for mark in figure.marks:
+        x = x_axis.at(mark.x)
+        anchor, text_x = ("end", x - 4) if x > WIDTH / 2 else ("start", x + 4)
+        yield f'<path class="rule" d="M{x:.1f} {TOP}V{bottom}"/>'
+        yield f'<text x="{text_x:.1f}" y="{bottom - 6}" text-anchor="{anchor}">{escape(mark.label)}</text>'
 
 
-def frame(figure: Figure, across: Axis, up: Axis, places: list[float]) -> Iterator[str]:
-    """Grid, numbers and what the axes are."""
-    for value in up.ticks:
-        y = up.at(value)
-        text = f"{100 * value:g} %" if figure.share else plain(value)
-        yield f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-        yield f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
-    bottom = HEIGHT - BOTTOM
-    yield f'<path class="grid" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>'
-    # the depths that were measured, where there is room for them, the largest first
+def x_ticks(figure: Figure, axis: Axis) -> Iterator[tuple[float, str, str]]:
+    """Position, text and anchor: first and last category, the measured values where they are few, or round numbers."""
+    if figure.categories:
+        count = len(figure.categories)
+        letters = int((axis.end - axis.start) / 2 / LETTER) - 1
+        yield axis.at(1), clipped(figure.categories[0] or "the model", letters), "start"
+        if count > 1:
+            yield axis.at(count), clipped(figure.categories[-1], letters), "end"
+        return
+    measured = sorted({point.x for each in figure.series if each.style != "faint" for point in each.points})
     taken: list[float] = []
-    for value in reversed(places if len(places) <= 12 else across.ticks):
-        x = across.at(value)
-        if all(abs(x - other) >= ROOM for other in taken):
+    # the largest first, as it is what a study of depth is about
+    for value in reversed(measured if len(measured) <= MOST_TICKS else axis.ticks):
+        x = axis.at(value)
+        if all(abs(x - other) >= TICK_ROOM for other in taken):
             taken.append(x)
-            yield f'<path class="grid" d="M{x:.1f} {bottom}v4"/>'
-            yield f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{plain(value)}</text>'
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    yield f'<text x="{middle:.0f}" y="{HEIGHT - 5}" text-anchor="middle">{escape(figure.across)}</text>'
+            yield x, format_tick(value), "middle"
 
 
-def plain(value: float) -> str:
-    """A depth as people write it.
+def band_parts(figure: Figure, axis: Axis) -> Iterator[str]:
+    """Shaded stretches, with the first word of each label above them where there is room."""
+    free = -math.inf
+    for band in sorted(figure.bands, key=lambda band: band.first):
+        x, end = axis.at(band.first - 0.5), axis.at(band.last + 0.5)
+        yield (
+            f'<rect class="band {band.level}" x="{x:.1f}" y="{TOP}" width="{max(end - x, 1.5):.1f}" '
+            f'height="{HEIGHT - BOTTOM - TOP}"><title>{escape(band.label)}</title></rect>'
+        )
+        word = band.label.partition(" ")[0]
+        if x >= free:
+            yield f'<text class="{band.level}" x="{x:.1f}" y="{TOP - 4}">{escape(word)}</text>'
+            free = x + LETTER * (len(word) + 1)
 
-    >>> plain(10000.0), plain(0.01), plain(1e9)
-    ('10,000', '0.01', '1e+9')
-    """
-    return f"{value:,.0f}" if 1 <= abs(value) < 1e6 and float(value).is_integer() else clean(value)
 
-
-def path(line: Line, across: Axis, up: Axis) -> str:
+def path_of(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
     """The path through the finite values, with gaps at the others."""
     steps, pen = [], "M"
-    for point in line.points:
-        drawn = math.isfinite(point.y) and not (up.log and point.y <= 0)
-        if drawn:
-            steps.append(f"{pen}{across.at(point.x):.1f} {up.at(point.y):.1f}")
-        pen = "L" if drawn else "M"
+    for point in points:
+        visible = math.isfinite(point.y) and not (y_axis.log and point.y <= 0)
+        if visible:
+            steps.append(f"{pen}{x_axis.at(point.x):.1f} {y_axis.at(point.y):.1f}")
+        pen = "L" if visible else "M"
     return "".join(steps)
 
 
-def marks(line: Line, place: int, across: Axis, up: Axis, figure: Figure) -> Iterable[str]:
-    """A mark at each value with the range of the seeds, hollow at the edge where it lies outside."""
-    for point in line.points:
+def point_parts(series: Series, index: int, figure: Figure, x_axis: Axis, y_axis: Axis) -> Iterator[str]:
+    """Markers with tooltips and error bars; hollow at the edge for what lies outside of the axis."""
+    points = thinned(series.points)
+    for point in points:
         if math.isnan(point.y):
             continue
-        x, y = across.at(point.x), up.at(point.y) if not (up.log and point.y <= 0) else up.start
+        edge = not y_axis.low <= point.y <= y_axis.high
+        if len(points) > MOST_TOOLTIPS and not edge:
+            continue
+        x, y = x_axis.at(point.x), y_axis.at(point.y)
         if math.isfinite(point.low) and math.isfinite(point.high) and point.low < point.high:
-            low, high = (up.at(max(value, up.low)) for value in (point.low, point.high))
-            yield f'<path class="spread" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
-        told = escape(f"{line.name}, {plain(point.x)} {figure.across}: {reading(point, figure)}")
-        edge = "" if up.low <= point.y <= up.high else " edge"
-        yield mark(place, x, y, edge, told)
+            yield f'<path class="spread" d="M{x:.1f} {y_axis.at(point.low):.1f}V{y_axis.at(point.high):.1f}"/>'
+        kind = "edge" if edge else "" if len(points) <= MOST_MARKERS else "unseen"
+        yield marker(index, x, y, kind, tooltip(series.name, point, figure))
 
 
-def reading(point: Point, figure: Figure) -> str:
+def tooltip(name: str, point: Point, figure: Figure) -> str:
     """A point in words."""
 
     def show(value: float) -> str:
-        return f"{100 * value:.1f} %" if figure.share and math.isfinite(value) else number(value)
+        return f"{100 * value:.1f} %" if figure.percent and math.isfinite(value) else format_value(value)
 
-    if point.seeds == 1:
-        return f"{show(point.y)} (1 seed)"
-    return f"{show(point.y)}, {show(point.low)} to {show(point.high)} ({point.seeds} seeds)"
+    text = f"{name}, {point.name or f'{format_tick(point.x)} {figure.x_label}'}: {show(point.y)}"
+    if not point.count:
+        return text
+    spread = f", {show(point.low)} to {show(point.high)}" if point.count > 1 else ""
+    return f"{text}{spread} ({point.count} seed{'s' * (point.count > 1)})"
 
 
-def mark(place: int, x: float, y: float, edge: str, told: str = "") -> str:
-    """A mark of the shape that belongs to a line's number."""
+def marker(index: int, x: float, y: float, kind: str = "", text: str = "") -> str:
+    """A marker of the shape that belongs to a series."""
     shape = (
-        f"M{x - 3.4:.1f} {y:.1f}a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0",
-        f"M{x - 3:.1f} {y - 3:.1f}h6v6h-6z",
+        f"M{x - 3.2:.1f} {y:.1f}a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0 -6.4 0",
+        f"M{x - 2.9:.1f} {y - 2.9:.1f}h5.8v5.8h-5.8z",
         f"M{x:.1f} {y - 4:.1f}l4 7h-8z",
         f"M{x:.1f} {y - 4.2:.1f}l4.2 4.2l-4.2 4.2l-4.2 -4.2z",
-    )[place % 4]
-    where = f' data-x="{x:.1f}" data-y="{y:.1f}"' if told else ""
-    title = f"<title>{told}</title>" if told else ""
-    return f'<path class="mark{edge}"{where} d="{shape}">{title}</path>'
+        f"M{x:.1f} {y + 4:.1f}l4 -7h-8z",
+    )[index % 5]
+    if not text:
+        return f'<path class="marker" d="{shape}"/>'
+    where = f'data-x="{x:.1f}" data-y="{y:.1f}"'
+    return f'<path class="marker {kind}" {where} d="{shape}"><title>{escape(text)}</title></path>'
+
+
+def label_parts(figure: Figure, x_axis: Axis, y_axis: Axis, left: float, letters: int) -> Iterator[str]:
+    """The name of each series at its right end, moved apart where they would overlap."""
+    ends: dict[str, tuple[float, float]] = {}
+    for each in figure.series:
+        finite = [point for point in each.points if math.isfinite(point.y) and not (y_axis.log and point.y <= 0)]
+        if finite and each.style == "measured":
+            ends[each.name] = x_axis.at(finite[-1].x), y_axis.at(finite[-1].y)
+    top, bottom = TOP + 2.0, HEIGHT - BOTTOM - 2.0
+    gap = min(LABEL_GAP, (bottom - top) / max(1, len(ends) - 1))
+    names = sorted(ends, key=lambda name: ends[name][1])
+    heights: list[float] = []
+    for name in names:
+        heights.append(max(ends[name][1], heights[-1] + gap if heights else top))
+    limit = bottom
+    for place in reversed(range(len(heights))):
+        heights[place] = min(heights[place], limit)
+        limit = heights[place] - gap
+    for name, height in zip(names, heights, strict=True):
+        x, y = ends[name]
+        group = series_class(figure.names.index(name))
+        yield (
+            f'<g class="{group}"><path class="leader" d="M{x + 5:.1f} {y:.1f}L{left - 3:.1f} {height:.1f}"/>'
+            f'<text class="label" x="{left:.1f}" y="{height + 3.5:.1f}">{escape(clipped(name, letters))}</text></g>'
+        )
+
+
+def bar_parts(chart: Bars) -> tuple[float, float, list[str]]:
+    """Width, height and parts of a bar chart."""
+    thickness, gap, letters = 10, 8, 17
+    left = 12 + LETTER * min(letters, max(map(len, chart.categories)))
+    largest = max([value for _, values in chart.series for value in values] + [1.0])
+    axis = Axis(0.0, largest, left, WIDTH - 50)
+    parts, y = [], 6.0
+    for place, name in enumerate(chart.categories):
+        middle = y + thickness * len(chart.series) / 2 + 4
+        title = f"<title>{escape(name)}</title>"
+        text = escape(clipped(name, letters))
+        parts.append(f'<text x="{left - 6:.1f}" y="{middle:.1f}" text-anchor="end">{text}{title}</text>')
+        for index, (series, values) in enumerate(chart.series):
+            value = values[place]
+            end = axis.at(value)
+            words = escape(f"{name}: {value:,.0f} {series}")
+            parts.append(
+                f'<g class="{series_class(index)}"><rect class="bar" x="{left:.1f}" y="{y:.1f}" '
+                f'width="{end - left:.1f}" height="{thickness - 1}"><title>{words}</title></rect></g>'
+                f'<text class="small" x="{end + 4:.1f}" y="{y + 8:.1f}">{value:,.0f}</text>'
+            )
+            y += thickness
+        y += gap
+    return WIDTH, y, parts
+
+
+def matrix_parts(chart: Heatmap) -> tuple[float, float, list[str]]:
+    """Width, height and parts of a confusion matrix."""
+    names = chart.categories
+    letters = min(NAME_LETTERS, max(map(len, names)))
+    left = top = 26 + LETTER * letters
+    cell = max(LEAST_CELL, (MATRIX_SIDE - left) / len(names))
+    side = cell * len(names)
+    parts = [
+        f'<text class="title" x="{left + side / 2:.0f}" y="13" text-anchor="middle">predicted class</text>',
+        f'<text class="title" transform="translate(12 {top + side / 2:.0f}) rotate(-90)" text-anchor="middle">'
+        "true class</text>",
+    ]
+    for place, name in enumerate(names):
+        middle = (place + 0.5) * cell + 4
+        text = f"{escape(clipped(name, letters))}<title>{escape(name)}</title>"
+        parts.append(f'<text x="{left - 6:.1f}" y="{top + middle:.1f}" text-anchor="end">{text}</text>')
+        parts.append(f'<text transform="translate({left + middle:.1f} {top - 6:.1f}) rotate(-90)">{text}</text>')
+    for true, row in enumerate(chart.counts):
+        total = sum(row)
+        for predicted, count in enumerate(row):
+            fraction = count / max(1, total)
+            x, y = left + predicted * cell, top + true * cell
+            words = f"{names[true]} predicted as {names[predicted]}: {count:,} of {total:,}, {100 * fraction:.1f} %"
+            opacity = 0.04 if count == 0 else 0.12 + 0.88 * fraction
+            parts.append(
+                f'<rect class="cell {"hit" if true == predicted else "miss"}" x="{x:.1f}" y="{y:.1f}" '
+                f'width="{cell - 1:.1f}" height="{cell - 1:.1f}" fill-opacity="{opacity:.2f}">'
+                f"<title>{escape(words)}</title></rect>"
+            )
+            if count and cell >= COUNT_CELL:
+                kind = "on" if fraction > 0.5 else "in"
+                both = cell >= PERCENT_CELL
+                middle_x, middle_y = x + (cell - 1) / 2, y + cell / 2 + (0 if both else 4)
+                below = (
+                    f'<tspan class="small" x="{middle_x:.1f}" dy="13">{100 * fraction:.0f} %</tspan>' if both else ""
+                )
+                parts.append(
+                    f'<text class="{kind}" x="{middle_x:.1f}" y="{middle_y:.1f}" text-anchor="middle">'
+                    f"{count:,}{below}</text>"
+                )
+    return left + side, top + side + 2, parts
+
+
+def clipped(text: str, letters: int) -> str:
+    """Text of at most so many letters.
+
+    >>> clipped("abcdefgh", 4)
+    'abc…'
+    """
+    return text if len(text) <= letters else f"{text[: max(1, letters - 1)]}…"

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipway.studies.cell import Cell, Choices
     from skipway.studies.index import write_index
-    from skipway.studies.page import write_page
+    from skipway.studies.page import write_study_page
     from skipway.studies.runner import run
     from skipway.studies.study import STUDIES, Published, Study, Verdict, find_study, studies
-    from skipway.studies.table import Table
+    from skipway.studies.table import StudyTable
 
 HOMES = {
     "STUDIES": "study",
@@ -25,13 +25,13 @@ HOMES = {
     "Choices": "cell",
     "Published": "study",
     "Study": "study",
-    "Table": "table",
+    "StudyTable": "table",
     "Verdict": "study",
     "find_study": "study",
     "run": "runner",
     "studies": "study",
     "write_index": "index",
-    "write_page": "page",
+    "write_study_page": "page",
 }
 
 __all__ = [
@@ -40,13 +40,13 @@ __all__ = [
     "Choices",
     "Published",
     "Study",
-    "Table",
+    "StudyTable",
     "Verdict",
     "find_study",
     "run",
     "studies",
     "write_index",
-    "write_page",
+    "write_study_page",
 ]
 
 

@@ -1,4 +1,4 @@
-"""What one measurement of a study is told: a few plain values, which name it."""
+"""Cells of a study: the settings of one measurement, and the choices of a user among them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from skipway.report.figure import Row, Value
-
 __all__ = ["BUDGETS", "Budget", "Cell", "Choices", "Row", "Value"]
 
+Value = str | int | float | bool | None
+"""A value in a row."""
+Row = dict[str, Value]
+"""A line of a study's table: settings, results, and where and when they were measured."""
 Budget = Literal["cpu", "gpu", "paper"]
 BUDGETS: tuple[Budget, ...] = ("cpu", "gpu", "paper")
 

@@ -13,7 +13,7 @@ from skipway.errors import SkipwayError
 from skipway.hardware.processor import cpu_count, cpu_name
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
 from skipway.studies.study import Study
-from skipway.studies.table import Table, merged, parts_of
+from skipway.studies.table import StudyTable, merged, parts_of
 from skipway.studies.workers import Measured, attempt, measured
 
 __all__ = ["Quiet", "Share", "Watcher", "cell_by_key", "machine", "read_rows", "remeasure", "run"]
@@ -112,7 +112,7 @@ def run(
     if not todo:
         return [rows[cell.key] for cell in cells]
     name = study.name if share is None else f"{study.name}.share-{share.index}-of-{share.count}"
-    table = Table(folder / f"{name}.csv", study.settings)
+    table = StudyTable(folder / f"{name}.csv", study.settings)
     devices = devices_for(device, budget)
     if jobs is None:
         jobs = cpu_count() if devices == ["cpu"] else JOBS_PER_GPU * len(devices)
@@ -127,7 +127,7 @@ def run(
 
 def read_rows(folder: Path, study: Study) -> list[Row]:
     """All rows of a study in a folder, one for each cell, as its grids order them; none of an earlier revision."""
-    rows = merged(Table(path).rows() for path in parts_of(folder, study.name))
+    rows = merged(StudyTable(path).rows() for path in parts_of(folder, study.name))
     rows = [row for row in rows if row["key"] == study.cell_of(row).key]
     sources = {None, *(str(row["data"]) for row in rows if row.get("data"))}
     grids = [study.cells(budget, Choices(data=source)) for budget in BUDGETS for source in sources]

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import ClassVar, Literal
 
 from skipway.registry import Registry
-from skipway.report.figure import Figure, grouped
+from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
+from skipway.studies.statistics import group_values
 
 __all__ = ["STUDIES", "Answer", "Published", "Study", "Verdict", "find_study", "studies"]
 
@@ -53,7 +54,7 @@ class Published:
     def ours(self, rows: Sequence[Row]):
         """Our sample of the same thing; None where there is no such row."""
         same = [row for row in rows if all(row.get(name) == value for name, value in self.where.items())]
-        return grouped(same, [], self.column).get(())
+        return group_values(same, [], self.column).get(())
 
 
 class Study:

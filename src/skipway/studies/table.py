@@ -12,13 +12,13 @@ from pathlib import Path
 from skipway.errors import CheckpointError
 from skipway.studies.cell import Row, Value
 
-__all__ = ["Table", "merged", "parts_of"]
+__all__ = ["StudyTable", "merged", "parts_of"]
 
 BEFORE = ("study", "key")
 BEHIND = ("error", "seconds", "budget", "date", "device", "machine", "skipway", "torch", "python")
 
 
-class Table:
+class StudyTable:
     """Rows in a CSV file. Text that could be read as a number is quoted as in JSON, so that values come back as they
     were; empty is None.
 

@@ -1,20 +1,20 @@
-"""How a run went: loss, accuracy, learning rate and gradient over the epochs."""
+"""The course of a training: loss, accuracy, learning rate and gradient norm over the epochs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from skipway.report.charts import Mark, Series, chart
+from skipway.report.chart import Figure, Mark, Series
 
-__all__ = ["curves"]
+__all__ = ["number_of", "training_figures"]
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Mapping[str, Any]]
 
 
-def curves(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) -> Iterator[str]:
-    """Four charts, as far as there is something to draw.
+def training_figures(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) -> list[Figure]:
+    """Up to four figures; those without a value are left out.
 
     Args:
         epochs: the lines of `metrics.jsonl`.
@@ -22,51 +22,60 @@ def curves(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) -> Iterato
         steps_in_epoch: turns steps into epochs.
         best: the epoch with the best validation accuracy, from 1.
     """
-    span = (0.0, max([value(row, "epoch") for row in epochs] + [1.0]))
-    marks = [Mark(float(best), f"best: {best}")] if best else []
-    made = {"across": "epoch", "span": span}
-    yield chart(
-        "Loss",
-        [
-            Series("faint", "train, single steps", by_step(steps, "loss", steps_in_epoch)),
-            Series("a", "train, mean", by_epoch(epochs, "train_loss"), dots=len(epochs) < 30),
-            Series("b", "validation", by_epoch(epochs, "validation_loss"), dots=len(epochs) < 30),
-        ],
-        marks=marks,
-        **made,
-    )
-    yield chart(
-        "Accuracy",
-        [
-            Series("a", "train", by_epoch(epochs, "train_accuracy"), dots=len(epochs) < 30),
-            Series("b", "validation", by_epoch(epochs, "validation_accuracy"), dots=len(epochs) < 30),
-        ],
-        whole=True,
-        log=False,
-        marks=marks,
-        **made,
-    )
+    span = (0.0, max([number_of(row, "epoch") for row in epochs] + [1.0]))
+    marks = (Mark(float(best), f"best: {best}"),) if best else ()
     rates = by_step(steps, "lr", steps_in_epoch) or by_epoch(epochs, "lr")
-    yield chart("Learning rate", [Series("a", "learning rate", rates)], log=False, **made)
-    norms = by_step(steps, "norm", steps_in_epoch)
-    yield chart("Gradient", [Series("a", "norm before clipping", norms)], log=True, **made)
+    figures = [
+        Figure(
+            title="Loss",
+            x_label="epoch",
+            series=(
+                Series.of("single training steps", by_step(steps, "loss", steps_in_epoch), "faint"),
+                Series.of("training", by_epoch(epochs, "train_loss")),
+                Series.of("validation", by_epoch(epochs, "validation_loss")),
+            ),
+            log_y=None,
+            span=span,
+            marks=marks,
+        ),
+        Figure(
+            title="Accuracy",
+            x_label="epoch",
+            series=(
+                Series.of("training", by_epoch(epochs, "train_accuracy")),
+                Series.of("validation", by_epoch(epochs, "validation_accuracy")),
+            ),
+            percent=True,
+            span=span,
+            marks=marks,
+        ),
+        Figure(title="Learning rate", x_label="epoch", series=(Series.of("learning rate", rates),), span=span),
+        Figure(
+            title="Gradient norm before clipping",
+            x_label="epoch",
+            series=(Series.of("gradient norm", by_step(steps, "norm", steps_in_epoch)),),
+            log_y=True,
+            span=span,
+        ),
+    ]
+    return [figure for figure in figures if figure.drawn]
 
 
 def by_epoch(rows: Rows, name: str) -> list[tuple[float, float]]:
     """A column of the metrics, at the end of each epoch."""
-    return [(value(row, "epoch"), value(row, name)) for row in rows]
+    return [(number_of(row, "epoch"), number_of(row, name)) for row in rows]
 
 
 def by_step(rows: Rows, name: str, steps_in_epoch: int) -> list[tuple[float, float]]:
-    """A column of the steps, in epochs."""
-    return [(value(row, "step") / max(1, steps_in_epoch), value(row, name)) for row in rows]
+    """A column of the steps, over epochs."""
+    return [(number_of(row, "step") / max(1, steps_in_epoch), number_of(row, name)) for row in rows]
 
 
-def value(row: dict[str, Any], name: str) -> float:
-    """A number of a row; nan where it has none.
+def number_of(row: Mapping[str, Any], name: str) -> float:
+    """A number of a row; NaN where there is none.
 
-    >>> value({"loss": None}, "loss")
+    >>> number_of({"loss": None}, "loss")
     nan
     """
-    found = row.get(name)
-    return float(found) if isinstance(found, int | float) else math.nan
+    value = row.get(name)
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -1,9 +1,9 @@
-"""What becomes of the signal and of the gradient along the depth, and what the connections' gains have learned."""
+"""Signal and gradient along the depth of a network during training, and the gains that its connections have learned."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,48 +11,52 @@ import torch
 from torch import nn
 
 from skipway.nn import Gain
-from skipway.report.charts import Series, chart
-from skipway.report.run.curves import value
+from skipway.report.chart import Figure, Point, Series
+from skipway.report.run.curves import number_of
 from skipway.tracing.chain import chain
 
-__all__ = ["GainRow", "gains_of", "gains_section", "signal_section"]
+__all__ = ["GainRow", "gain_figures", "gain_rows", "signal_figures"]
 
-Sample = dict[str, Any]
+QUANTITIES = (
+    ("stream", "Stream after each connection, rms"),
+    ("branch", "Branch of each connection, rms"),
+    ("gradient", "Gradient after each connection, rms"),
+)
 
 
-def signal_section(samples: Sequence[Sample]) -> Iterator[str]:
-    """Root mean squares by depth, at the first sample, in the middle, and at the last.
+def signal_figures(samples: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Root mean squares by depth at the first, the middle and the last sample; empty without samples.
 
     Args:
         samples: the lines of `health.jsonl`.
     """
     samples = [sample for sample in samples if isinstance(sample.get("connections"), dict) and sample["connections"]]
     if not samples:
-        yield '<p class="soft">The connections were not watched in this run: too few steps, or health = 0.</p>'
-        return
-    places = sorted({0, (len(samples) - 1) // 2, len(samples) - 1})
-    kinds = ("faint", "c", "b")[-len(places) :]
-    for key, title in (
-        ("stream", "Signal behind each connection, rms"),
-        ("branch", "Branch of each connection, rms"),
-        ("gradient", "Gradient behind each connection, rms"),
-    ):
-        series = []
-        for kind, place in zip(kinds, places, strict=True):
-            rows = {str(name): row for name, row in samples[place]["connections"].items() if isinstance(row, dict)}
-            points = [(float(count), value(row, key)) for count, row in enumerate(rows.values(), 1)]
-            step = samples[place].get("step")
-            series.append(Series(kind, f"step {step}", points, names=list(rows), dots=len(points) < 60))
-        names = series[0].names or ("",)
-        ends = (names[0], names[-1])
-        hollow = any(y == 0 or math.isinf(y) for each in series for _, y in each.points)
-        note = "Hollow points lie outside: 0 below, infinite above." if hollow else ""
-        yield chart(title, series, across="depth", log=True, ends=ends, note=note)
+        return []
+    shown = [samples[place] for place in sorted({0, (len(samples) - 1) // 2, len(samples) - 1})]
+    figures = []
+    for key, title in QUANTITIES:
+        series, names = [], ()
+        for sample in shown:
+            rows = {str(name): row for name, row in sample["connections"].items() if isinstance(row, dict)}
+            points = tuple(
+                Point(float(place), number_of(row, key), name=name) for place, (name, row) in enumerate(rows.items(), 1)
+            )
+            series.append(Series(f"step {sample.get('step')}", points))
+            names = names or tuple(rows)
+        hollow = any(point.y == 0 or math.isinf(point.y) for each in series for point in each.points)
+        note = "Hollow markers lie outside of the axis: 0 below, infinite above." if hollow else ""
+        figure = Figure(
+            title=title, x_label="depth", series=tuple(series), log_y=True, span=(0.5, len(names) + 0.5),
+            categories=names, note=note,
+        )  # fmt: skip
+        figures += [figure] if figure.drawn else []
+    return figures
 
 
 @dataclass(frozen=True)
 class GainRow:
-    """The gains of one connection: root mean square, smallest and largest magnitude, and the one it started at."""
+    """The gains of one connection: root mean square, smallest and largest magnitude, and the initial one."""
 
     name: str
     mean: float
@@ -61,11 +65,11 @@ class GainRow:
     start: float
 
 
-def gains_of(model: nn.Module) -> list[GainRow]:
-    """The learned gains behind the branches, in the order of the chain; empty where the network has none.
+def gain_rows(model: nn.Module) -> list[GainRow]:
+    """The learned gains after the branches, in the order of the chain; empty where the network has none.
 
     >>> import skipway as sw
-    >>> [row.start for row in gains_of(sw.build("resnet", depth=8, scheme="layerscale(init=0.1)"))]
+    >>> [row.start for row in gain_rows(sw.build("resnet", depth=8, scheme="layerscale(init=0.1)"))]
     [0.1, 0.1, 0.1]
     """
     rows = []
@@ -79,22 +83,21 @@ def gains_of(model: nn.Module) -> list[GainRow]:
     return rows
 
 
-def gains_section(model: nn.Module) -> str:
+def gain_figures(model: nn.Module) -> list[Figure]:
     """The gains by depth, before and after training; empty without any."""
-    rows = gains_of(model)
+    rows = gain_rows(model)
     if not rows:
-        return ""
-    names = [row.name for row in rows]
-
-    def line(kind: str, title: str, values: Sequence[float], dots: bool = False) -> Series:
-        return Series(kind, title, list(enumerate(values, 1)), names=names, dots=dots)
-
-    series = [line("faint", "at the start", [row.start for row in rows])]
-    if any(row.low != row.high for row in rows):
-        series += [
-            line("c", "smallest and largest", [row.low for row in rows]),
-            line("c", "smallest and largest", [row.high for row in rows]),
-        ]
-    series.append(line("b", "at the end, rms", [row.mean for row in rows], dots=len(rows) < 60))
-    log = all(row.mean > 0 for row in rows) and None
-    return chart("Learned gain of each branch", series, across="depth", log=log, ends=(names[0], names[-1]))
+        return []
+    last = [Point(place, row.mean, row.low, row.high, name=row.name) for place, row in enumerate(rows, 1)]
+    start = [Point(place, row.start, name=row.name) for place, row in enumerate(rows, 1)]
+    return [
+        Figure(
+            title="Learned gain of each branch, rms",
+            x_label="depth",
+            series=(Series("after training", tuple(last)), Series("at the start", tuple(start), "theory")),
+            log_y=None if all(row.mean > 0 for row in rows) else False,
+            span=(0.5, len(rows) + 0.5),
+            categories=tuple(row.name for row in rows),
+            note="Bars: smallest and largest magnitude." if any(row.low != row.high for row in rows) else "",
+        )
+    ]

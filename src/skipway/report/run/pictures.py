@@ -1,11 +1,11 @@
-"""Images in the page itself: the worst mistakes, and what the network sees while it trains."""
+"""Images embedded in the page: the worst mistakes, and training inputs after augmentation."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -14,47 +14,54 @@ from torch import Tensor
 from skipway.data import Data
 from skipway.errors import printable
 from skipway.inference.metrics import percent
-from skipway.report.charts import cut
 from skipway.report.run.answers import Answers
+from skipway.report.svg import clipped
 
-__all__ = ["SEEN", "data_address", "mistakes_section", "seen_section"]
+__all__ = ["INPUTS", "Picture", "data_url", "input_pictures", "mistake_pictures"]
 
 # images of the augmented batch
-SEEN = 24
+INPUTS = 24
 # side in pixels up to which an image is stored as it is, and to which a larger one is scaled
 EXACT, SHOWN = 40, 128
 QUALITY = 80
 CPU = torch.device("cpu")
 
 
-def mistakes_section(data: Data, found: Answers, names: Sequence[str]) -> Iterator[str]:
-    """The wrong answers with the largest losses, as pictures."""
-    if not found.mistakes:
-        yield "<p>No mistakes.</p>"
-        return
-    yield '<div class="pictures">'
+class Picture(NamedTuple):
+    """An image of the page: its data URL, whether it is shown pixel by pixel, and its caption."""
+
+    address: str
+    pixels: bool
+    alt: str
+    title: str
+    lines: tuple[str, ...]
+    file: str = ""
+
+
+def mistake_pictures(data: Data, found: Answers, names: Sequence[str]) -> list[Picture]:
+    """The misclassified images with the largest losses."""
+    pictures = []
     for _, place, inputs in found.mistakes:
-        true, taken = names[int(found.labels[place])], names[int(found.taken[place])]
+        true, predicted = names[int(found.labels[place])], names[int(found.taken[place])]
         file = printable(data.test.names[int(found.numbers[place])])
-        told = f"{taken}, {percent(float(found.confidence[place]))} sure"
-        yield (
-            f"<figure>{picture(pixels_of(inputs, data), file)}<figcaption><b>{escape(cut(told, 60))}</b>"
-            f"<span>is {escape(cut(true, 40))}</span>"
-            f'<span class="file" title="{escape(file)}">{escape(ending(file))}</span></figcaption></figure>'
-        )
-    yield "</div>"
+        confidence = percent(float(found.confidence[place]))
+        title = clipped(f"{predicted}, {confidence}", 60)
+        pictures.append(picture_of(inputs, data, file, title, (f"true: {clipped(true, 40)}",), ending(file)))
+    return pictures
 
 
-def seen_section(data: Data, seed: int, names: Sequence[str]) -> Iterator[str]:
-    """The beginning of the first epoch, varied as the network got it."""
-    count = min(SEEN, len(data.train))
+def input_pictures(data: Data, seed: int, names: Sequence[str]) -> list[Picture]:
+    """The beginning of the first epoch, augmented as the network was given it."""
+    count = min(INPUTS, len(data.train))
     batch = next(data.train_batches(seed=seed, epoch=0, batch_size=count, device=CPU))
-    yield '<div class="pictures">'
-    for inputs, target in zip(batch.inputs, batch.targets, strict=True):
-        told = target_text(target, names)
-        image = picture(pixels_of(inputs, data), told)
-        yield f"<figure>{image}<figcaption>{escape(cut(told, 60))}</figcaption></figure>"
-    yield "</div>"
+    labelled = zip(batch.inputs, (target_text(target, names) for target in batch.targets), strict=True)
+    return [picture_of(inputs, data, text, "", (clipped(text, 60),)) for inputs, text in labelled]
+
+
+def picture_of(inputs: Tensor, data: Data, alt: str, title: str, lines: tuple[str, ...], file: str = "") -> Picture:
+    """The picture of an input (C, H, W)."""
+    pixels = pixels_of(inputs, data)
+    return Picture(data_url(pixels), max(pixels.shape[:2]) <= EXACT, alt, title, lines, file)
 
 
 def pixels_of(inputs: Tensor, data: Data) -> Tensor:
@@ -64,28 +71,22 @@ def pixels_of(inputs: Tensor, data: Data) -> Tensor:
 
 
 def target_text(target: Tensor, names: Sequence[str]) -> str:
-    """What the network is to say: a class, or the shares of two.
+    """The target in words: a class, or the fractions of two.
 
     >>> target_text(torch.tensor([0.25, 0.75, 0.0]), ["cat", "dog", "cow"])
     'dog 75 %, cat 25 %'
     """
     if target.ndim == 0:
         return names[int(target)]
-    shares, places = target.topk(min(2, len(target)))
-    told = [(names[place], share) for share, place in zip(shares.tolist(), places.tolist(), strict=True) if share > 0]
-    return told[0][0] if len(told) == 1 else ", ".join(f"{name} {100 * share:.0f} %" for name, share in told)
+    fractions, classes = (column.tolist() for column in target.topk(min(2, len(target))))
+    mixed = [(names[number], fraction) for fraction, number in zip(fractions, classes, strict=True) if fraction > 0]
+    return mixed[0][0] if len(mixed) == 1 else ", ".join(f"{name} {100 * fraction:.0f} %" for name, fraction in mixed)
 
 
-def picture(pixels: Tensor, told: str) -> str:
-    """An `img` with the pixels in itself; uint8 (H, W, C)."""
-    kind = ' class="small"' if max(pixels.shape[:2]) <= EXACT else ""
-    return f'<img{kind} src="{data_address(pixels)}" alt="{escape(told)}" width="{SHOWN}" height="{SHOWN}">'
+def data_url(pixels: Tensor) -> str:
+    """The pixels of uint8 (H, W, C) as a data URL: a PNG of small images, a JPEG of larger ones, scaled down.
 
-
-def data_address(pixels: Tensor) -> str:
-    """The pixels of uint8 (H, W, C) as an address: a PNG of small images, a JPEG of larger ones, scaled down.
-
-    >>> data_address(torch.zeros(8, 8, 1, dtype=torch.uint8)).partition(",")[0]
+    >>> data_url(torch.zeros(8, 8, 1, dtype=torch.uint8)).partition(",")[0]
     'data:image/png;base64'
     """
     image = Image.fromarray(pixels.squeeze(-1).contiguous().numpy() if pixels.shape[-1] == 1 else pixels.numpy())

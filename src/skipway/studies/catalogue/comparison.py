@@ -26,10 +26,11 @@ from torch import nn
 
 from skipway.data import Data
 from skipway.models import build
-from skipway.report.figure import Figure, Sample, best_rows, grouped, lines_over
+from skipway.report.chart import Figure
 from skipway.schemes import all_schemes
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, name_of, percent, step
+from skipway.studies.statistics import SeedValues, group_values, select_best, series_over
 from skipway.studies.study import STUDIES, Study, Verdict
 from skipway.surgery.saved_tensors import saved_bytes
 
@@ -127,19 +128,21 @@ class Comparison(Study):
             Figure(
                 name="depth",
                 title="Test error at the best learning rate",
-                across="weight layers",
-                up="test error",
-                lines=lines_over(best(whole), "depth", "test_error", "scheme"),
-                share=True,
+                x_label="weight layers",
+                y_label="test error",
+                log_x=True,
+                series=series_over(best(whole), "depth", "test_error", "scheme"),
+                percent=True,
                 note="Chance is 90 %.",
             ),
             Figure(
                 name="rate",
                 title=f"Test error by learning rate, {deepest} layers",
-                across="learning rate",
-                up="test error",
-                lines=lines_over([row for row in whole if row["depth"] == deepest], "lr", "test_error", "scheme"),
-                share=True,
+                x_label="learning rate",
+                y_label="test error",
+                log_x=True,
+                series=series_over([row for row in whole if row["depth"] == deepest], "lr", "test_error", "scheme"),
+                percent=True,
                 note="Chance is 90 %.",
             ),
         ]
@@ -148,8 +151,8 @@ class Comparison(Study):
         """A line for each scheme: what it needs, stands, reaches and costs."""
         whole = [row for row in rows if row["kind"] == "as it is"]
         errors, bare = errors_of(whole), errors_of([row for row in rows if row["kind"] == "no norm"])
-        reached = grouped(best(whole), ["scheme", "depth"], "test_error")
-        kept, times = grouped(whole, ["scheme"], "kept"), grouped(rows, ["scheme"], "times")
+        reached = group_values(best(whole), ["scheme", "depth"], "test_error")
+        kept, times = group_values(whole, ["scheme"], "kept"), group_values(rows, ["scheme"], "times")
         lines: list[Row] = []
         deep = deepest_of(errors)
         for name in dict.fromkeys(str(row["scheme"]) for row in whole):
@@ -183,15 +186,15 @@ def network(spec: str, cell: Cell, channels: int, classes: int) -> nn.Module:
 
 def best(rows: Sequence[Row]) -> list[Row]:
     """The rows of the best learning rate of each scheme and depth."""
-    return best_rows(rows, ["scheme", "depth"], "lr", "train_error")
+    return select_best(rows, ["scheme", "depth"], "lr", "train_error")
 
 
-def errors_of(rows: Sequence[Row]) -> dict[tuple, Sample]:
+def errors_of(rows: Sequence[Row]) -> dict[tuple, SeedValues]:
     """Test errors by scheme, depth and rate."""
-    return grouped(rows, ["scheme", "depth", "lr"], "test_error")
+    return group_values(rows, ["scheme", "depth", "lr"], "test_error")
 
 
-def learned(sample: Sample) -> bool:
+def learned(sample: SeedValues) -> bool:
     """Whether most seeds have learned."""
     return median(sample.values) < TRAINED
 
@@ -213,19 +216,19 @@ def step_times(models: Sequence[nn.Module], data: Data, batch_size: int, device:
     return least
 
 
-def deepest_of(errors: Mapping[tuple, Sample]) -> int:
+def deepest_of(errors: Mapping[tuple, SeedValues]) -> int:
     """The largest depth."""
     return max((depth for _, depth, _ in errors), default=0)
 
 
-def listed(errors: Mapping[tuple, Sample], depth: int) -> tuple[list[str], list[str]]:
+def listed(errors: Mapping[tuple, SeedValues], depth: int) -> tuple[list[str], list[str]]:
     """The schemes that learn at a depth at some rate, and those that do not."""
     names = dict.fromkeys(name for name, own, _ in errors if own == depth)
     good = [n for n in names if any(learned(s) for (name, own, _), s in errors.items() if (name, own) == (n, depth))]
     return good, [name for name in names if name not in good]
 
 
-def skips_decide(errors: Mapping[tuple, Sample]) -> Verdict:
+def skips_decide(errors: Mapping[tuple, SeedValues]) -> Verdict:
     """The deepest nets, every scheme at its best rate."""
     claim = "At the largest depth every scheme with a skip trains at some rate, the plain net at none."
     depth = deepest_of(errors)
@@ -242,7 +245,7 @@ def skips_decide(errors: Mapping[tuple, Sample]) -> Verdict:
     return Verdict(claim, "holds only when", f"the scheme is {', '.join(good)}. {text}")
 
 
-def silent_stand(errors: Mapping[tuple, Sample]) -> Verdict:
+def silent_stand(errors: Mapping[tuple, SeedValues]) -> Verdict:
     """The deepest nets by rate."""
     claim = "Schemes whose branches are silent at the start stand a larger rate at the largest depth than identity."
     depth = deepest_of(errors)

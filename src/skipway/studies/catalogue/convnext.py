@@ -21,9 +21,10 @@ from torch import nn
 
 from skipway.models import build
 from skipway.nn import LayerNorm2d
-from skipway.report.figure import Figure, Sample, best_rows, grouped, lines_over
+from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
+from skipway.studies.statistics import SeedValues, group_values, select_best, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
 
@@ -139,7 +140,7 @@ class ConvNeXtParts(Study):
         return fit(model, data, plan, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        errors = grouped(best(rows), ["scheme", "depth"], "test_error")
+        errors = group_values(best(rows), ["scheme", "depth"], "test_error")
         return [
             brings(errors, "Without skips a ConvNeXt learns worse (both without LayerScale).", NO_GAMMA, NO_SKIP),
             brings(errors, "A kernel of 3 is worse than one of 7.", WHOLE, SMALL),
@@ -154,10 +155,11 @@ class ConvNeXtParts(Study):
             Figure(
                 name=value.replace("_", "-"),
                 title=f"{what} at the best learning rate",
-                across="blocks",
-                up=what.lower(),
-                lines=lines_over(best(rows), "depth", value, "scheme"),
-                share=True,
+                x_label="blocks",
+                y_label=what.lower(),
+                log_x=True,
+                series=series_over(best(rows), "depth", value, "scheme"),
+                percent=True,
                 note="Of the learning rates tried, the one with the least training error in the mean over the seeds.",
             )
             for value, what in (("test_error", "Test error"), ("train_error", "Training error"))
@@ -175,10 +177,10 @@ def start_(model: nn.Module) -> None:
 
 def best(rows: Sequence[Row]) -> list[Row]:
     """The rows of the best learning rate of each variant and depth."""
-    return best_rows(rows, ["scheme", "depth"], "lr", "train_error")
+    return select_best(rows, ["scheme", "depth"], "lr", "train_error")
 
 
-def brings(errors: dict[tuple, Sample], claim: str, whole: str, less: str) -> Verdict:
+def brings(errors: dict[tuple, SeedValues], claim: str, whole: str, less: str) -> Verdict:
     """Whether a part brings something, by depth: the seeds with and without it apart."""
     depths = sorted(depth for name, depth in errors if name == less and (whole, depth) in errors)
     if not depths:

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import torch
 
 from skipway.models import build
-from skipway.report.figure import Figure, Sample, grouped, lines_over
+from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, percent
+from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
 __all__ = ["Degradation"]
@@ -82,7 +83,7 @@ class Degradation(Study):
         return fit(model, data, plan, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        errors = grouped(rows, ["scheme", "depth"], "train_error")
+        errors = group_values(rows, ["scheme", "depth"], "train_error")
         return [
             by_depth(errors, "plain", "The training error of plain networks rises with depth.", rises=True),
             by_depth(errors, "identity", "That of residual networks does not.", rises=False),
@@ -94,10 +95,11 @@ class Degradation(Study):
             Figure(
                 name=value.replace("_", "-"),
                 title=title,
-                across="weight layers",
-                up=title.lower(),
-                lines=lines_over(rows, "depth", value, "scheme", lambda name: NAMES.get(str(name), str(name))),
-                share=True,
+                x_label="weight layers",
+                y_label=title.lower(),
+                log_x=True,
+                series=series_over(rows, "depth", value, "scheme", lambda name: NAMES.get(str(name), str(name))),
+                percent=True,
             )
             for value, title in (("train_error", "Training error"), ("test_error", "Test error"))
         ]
@@ -105,7 +107,7 @@ class Degradation(Study):
 
 def by_depth(errors: dict, scheme: str, claim: str, *, rises: bool) -> Verdict:
     """Whether the error of the deepest is above that of the best shallower one by more than its spread."""
-    own: dict[int, Sample] = {depth: sample for (name, depth), sample in errors.items() if name == scheme}
+    own: dict[int, SeedValues] = {depth: sample for (name, depth), sample in errors.items() if name == scheme}
     if len(own) < 2:
         return Verdict(claim, "open", "not measured at two depths")
     depths = sorted(own)

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 import torch
 
 from skipway.models import build
-from skipway.report.figure import Figure, Sample, grouped, lines_over
+from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, percent
+from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import STUDIES, Study, Verdict
 
 __all__ = ["FixupStudy"]
@@ -109,8 +110,8 @@ class FixupStudy(Study):
         return fit(model, data, plan, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        deep = grouped([row for row in rows if row["kind"] == "depth"], ["scheme", "depth"], "test_error")
-        small = grouped([row for row in rows if row["kind"] == "batch"], ["scheme", "batch"], "test_error")
+        deep = group_values([row for row in rows if row["kind"] == "depth"], ["scheme", "depth"], "test_error")
+        small = group_values([row for row in rows if row["kind"] == "batch"], ["scheme", "batch"], "test_error")
         return [any_depth(deep), factor(deep), batches(small)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
@@ -119,25 +120,27 @@ class FixupStudy(Study):
             Figure(
                 name="depth",
                 title="Test error after the first steps, by depth",
-                across="weight layers",
-                up="test error",
-                lines=lines_over([row for row in rows if row["kind"] == "depth"], "depth", "test_error", "scheme"),
-                share=True,
+                x_label="weight layers",
+                y_label="test error",
+                log_x=True,
+                series=series_over([row for row in rows if row["kind"] == "depth"], "depth", "test_error", "scheme"),
+                percent=True,
                 note=note,
             ),
             Figure(
                 name="batch",
                 title=f"Test error after {PASSES} epochs, by batch, {SMALL_DEPTH} layers",
-                across="images in a batch",
-                up="test error",
-                lines=lines_over([row for row in rows if row["kind"] == "batch"], "batch", "test_error", "scheme"),
-                share=True,
+                x_label="images in a batch",
+                y_label="test error",
+                log_x=True,
+                series=series_over([row for row in rows if row["kind"] == "batch"], "batch", "test_error", "scheme"),
+                percent=True,
                 note=note,
             ),
         ]
 
 
-def told(found: dict[tuple, Sample], names: Sequence[str], unit: str) -> str:
+def told(found: dict[tuple, SeedValues], names: Sequence[str], unit: str) -> str:
     """Errors over the second setting."""
     places = sorted({place for _, place in found})
     return "; ".join(
@@ -147,7 +150,7 @@ def told(found: dict[tuple, Sample], names: Sequence[str], unit: str) -> str:
     )
 
 
-def any_depth(found: dict[tuple, Sample]) -> Verdict:
+def any_depth(found: dict[tuple, SeedValues]) -> Verdict:
     """Fixup by depth."""
     claim = "With Fixup a net without normalisation learns in the first epoch at every depth."
     own = {depth: sample for (name, depth), sample in found.items() if name == "Fixup"}
@@ -162,7 +165,7 @@ def any_depth(found: dict[tuple, Sample]) -> Verdict:
     return Verdict(claim, "holds only when", f"there are {', '.join(map(str, sorted(learned)))} layers. {text}")
 
 
-def factor(found: dict[tuple, Sample]) -> Verdict:
+def factor(found: dict[tuple, SeedValues]) -> Verdict:
     """With and without L^(-1/(2m-2))."""
     claim = "Without the factor of depth the deepest net learns worse."
     depths = [depth for name, depth in found if name == FEWER and ("Fixup", depth) in found]
@@ -173,7 +176,7 @@ def factor(found: dict[tuple, Sample]) -> Verdict:
     return Verdict(claim, "holds" if found[FEWER, last].low > found["Fixup", last].high else "does not hold", text)
 
 
-def batches(found: dict[tuple, Sample]) -> Verdict:
+def batches(found: dict[tuple, SeedValues]) -> Verdict:
     """Fixup and BatchNorm by batch."""
     claim = "Batches of 2 hurt BatchNorm more than Fixup."
     if any((name, 2) not in found for name in BY_BATCH):

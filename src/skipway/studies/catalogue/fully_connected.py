@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skipway.report.figure import Figure, Line, Point, grouped, lines_over, number
+from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import data_of, name_of, test
+from skipway.studies.statistics import group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
 __all__ = ["FullyConnected", "Net"]
@@ -123,26 +124,26 @@ class FullyConnected(Study):
         lines = []
         for scheme in dict.fromkeys(str(row["scheme"]) for row in deep):
             own = [row for row in deep if row["scheme"] == scheme]
-            samples = [(int(name[5:]), grouped(own, [], name).get(())) for name in epochs]
+            samples = [(int(name[5:]), group_values(own, [], name).get(())) for name in epochs]
             points = [Point(epoch, s.mean, s.low, s.high, len(s.values)) for epoch, s in samples if s is not None]
-            lines.append(Line(scheme, tuple(points)))
+            lines.append(Series(scheme, tuple(points)))
         return [
             Figure(
                 name="losses",
                 title="Training loss of the deepest nets by epoch",
-                across="epoch",
-                up="mean training loss",
-                lines=tuple(lines),
-                wide=False,
-                tall=True,
+                x_label="epoch",
+                y_label="mean training loss",
+                series=tuple(lines),
+                log_y=True,
             ),
             Figure(
                 name="test-error",
                 title="Test error after the last epoch",
-                across="hidden layers",
-                up="test error",
-                lines=lines_over(rows, "depth", "test_error", "scheme"),
-                share=True,
+                x_label="hidden layers",
+                y_label="test error",
+                log_x=True,
+                series=series_over(rows, "depth", "test_error", "scheme"),
+                percent=True,
             ),
         ]
 
@@ -171,7 +172,7 @@ class Net(nn.Module):
 
 def last_losses(rows: Sequence[Row], depth: int) -> dict:
     """The losses of the third epoch by scheme."""
-    found = grouped([row for row in rows if row["depth"] == depth], ["scheme"], "loss_3")
+    found = group_values([row for row in rows if row["depth"] == depth], ["scheme"], "loss_3")
     return {key[0]: sample for key, sample in found.items()}
 
 
@@ -189,11 +190,11 @@ def fastest(rows: Sequence[Row], depth: int) -> Verdict:
 def starts(rows: Sequence[Row]) -> Verdict:
     """The first epoch's loss."""
     claim = "Without ReZero or normalisation the first epoch's loss is a hundred times that of guessing or more."
-    found = grouped([row for row in rows if row["depth"] == 64], ["scheme"], "loss_1")
+    found = group_values([row for row in rows if row["depth"] == 64], ["scheme"], "loss_1")
     if not {("vanilla",), ("residual",)} <= set(found):
         return Verdict(claim, "open", "not measured")
     text = "Training loss of epoch 1: " + ", ".join(
-        f"{key[0]} {number(sample.low)} to {number(sample.high)}" for key, sample in found.items()
+        f"{key[0]} {format_value(sample.low)} to {format_value(sample.high)}" for key, sample in found.items()
     )
     large = [name for name in ("vanilla", "residual") if found[name,].low > 230]
     answer = "holds" if len(large) == 2 else "holds only when" if large else "does not hold"
@@ -204,7 +205,7 @@ def starts(rows: Sequence[Row]) -> Verdict:
 def shallow(rows: Sequence[Row]) -> Verdict:
     """Depth is what it is about."""
     claim = "At 8 layers all four learn."
-    found = grouped([row for row in rows if row["depth"] == 8], ["scheme"], "test_error")
+    found = group_values([row for row in rows if row["depth"] == 8], ["scheme"], "test_error")
     if len(found) < len(VARIANTS):
         return Verdict(claim, "open", "not measured")
     text = "Test error: " + ", ".join(f"{key[0]} {sample}" for key, sample in found.items()) + "."

@@ -25,9 +25,10 @@ from torch import nn
 from skipway.data import Data
 from skipway.models import build
 from skipway.nn import Gain
-from skipway.report.figure import Figure, Line, Point, Sample, best_rows, grouped, lines_over, number
+from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
+from skipway.studies.statistics import SeedValues, group_values, select_best, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
 
@@ -127,10 +128,11 @@ class LayerScaleStudy(Study):
             Figure(
                 name=f"{family}-rates",
                 title=f"{title}, {deepest} blocks: test error by learning rate",
-                across="learning rate",
-                up="test error",
-                lines=lines_over([row for row in deep if row["family"] == family], "lr", "test_error", "scheme"),
-                share=True,
+                x_label="learning rate",
+                y_label="test error",
+                log_x=True,
+                series=series_over([row for row in deep if row["family"] == family], "lr", "test_error", "scheme"),
+                percent=True,
             )
             for family, title in TITLES.items()
         ]
@@ -138,11 +140,10 @@ class LayerScaleStudy(Study):
             Figure(
                 name="gains",
                 title="Mean |γ| behind training from 1e-4, by place",
-                across="place of the branch, last = 1",
-                up="mean |γ|",
-                lines=tuple(by_place(best(rows))),
-                wide=False,
-                tall=True,
+                x_label="place of the branch, last = 1",
+                y_label="mean |γ|",
+                series=tuple(by_place(best(rows))),
+                log_y=True,
                 note="At the best learning rate of those tried.",
             )
         )
@@ -150,11 +151,10 @@ class LayerScaleStudy(Study):
             Figure(
                 name="growth",
                 title=f"ViT, {deepest} blocks: mean |γ| by epoch",
-                across="epochs",
-                up="mean |γ|",
-                lines=tuple(by_epoch(best([row for row in deep if row["family"] == "vit"]))),
-                wide=False,
-                tall=True,
+                x_label="epochs",
+                y_label="mean |γ|",
+                series=tuple(by_epoch(best([row for row in deep if row["family"] == "vit"]))),
+                log_y=True,
                 note="At the best learning rate of those tried.",
             )
         )
@@ -186,10 +186,10 @@ def network(cell: Cell, data: Data) -> nn.Module:
 
 def best(rows: Sequence[Row]) -> list[Row]:
     """The rows of the best learning rate of each family, start and depth."""
-    return best_rows(rows, ["family", "scheme", "depth"], "lr", "train_error")
+    return select_best(rows, ["family", "scheme", "depth"], "lr", "train_error")
 
 
-def by_place(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Line]:
+def by_place(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Series]:
     """Mean |γ| by place of the branch, a line per family and depth."""
     lines = []
     for family, title in TITLES.items():
@@ -198,35 +198,35 @@ def by_place(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Line]:
             if points := over_seeds(own, "gains", first=1):
                 last = points[-1].x
                 lines.append(
-                    Line(
+                    Series(
                         f"{title.partition(',')[0]}, {depth} blocks",
-                        tuple(Point(p.x / last, p.y, p.low, p.high, p.seeds) for p in points),
+                        tuple(Point(p.x / last, p.y, p.low, p.high, p.count) for p in points),
                     )
                 )
     return lines
 
 
-def by_epoch(rows: Sequence[Row]) -> list[Line]:
+def by_epoch(rows: Sequence[Row]) -> list[Series]:
     """Mean |γ| by epoch, a line per start."""
     found = [(name, over_seeds([row for row in rows if row["scheme"] == name], "gains_by_epoch")) for name in STARTS]
-    return [Line(name, points) for name, points in found if points]
+    return [Series(name, points) for name, points in found if points]
 
 
 def over_seeds(rows: Sequence[Row], column: str, first: int = 0) -> tuple[Point, ...]:
     """Points of a column of several numbers, mean and range over the seeds."""
     series = [[float(each) for each in str(row[column]).split()] for row in rows if row.get(column)]
-    samples = [Sample(values) for values in zip(*series, strict=False)]
+    samples = [SeedValues(values) for values in zip(*series, strict=False)]
     return tuple(Point(x, s.mean, s.low, s.high, len(s.values)) for x, s in enumerate(samples, first))
 
 
-def listed(errors: dict[Any, Sample], names: Sequence[str]) -> str:
+def listed(errors: dict[Any, SeedValues], names: Sequence[str]) -> str:
     """Errors by start."""
     return ", ".join(f"{name} {errors[name,].text(percent)}" for name in names if (name,) in errors)
 
 
-def among(rows: Sequence[Row], by: Sequence[str] = ("scheme",), **where: object) -> dict[Any, Sample]:
+def among(rows: Sequence[Row], by: Sequence[str] = ("scheme",), **where: object) -> dict[Any, SeedValues]:
     """Test errors of the rows with these values."""
-    return grouped([row for row in rows if all(row[k] == v for k, v in where.items())], by, "test_error")
+    return group_values([row for row in rows if all(row[k] == v for k, v in where.items())], by, "test_error")
 
 
 def deepest_of(rows: Sequence[Row], family: str) -> int:
@@ -313,12 +313,12 @@ def descent(rows: Sequence[Row]) -> Verdict:
 def leaves(rows: Sequence[Row]) -> Verdict:
     """How far γ comes from its tiny start."""
     claim = "From 1e-6 AdamW takes γ a thousand times further and more, SGD does not."
-    found = grouped([row for row in rows if row["scheme"] == SMALL[-1]], ["family", "depth", "lr"], "gain")
+    found = group_values([row for row in rows if row["scheme"] == SMALL[-1]], ["family", "depth", "lr"], "gain")
     families = {family for family, _, _ in found}
     if families != set(TITLES):
         return Verdict(claim, "open", "not measured")
     text = "; ".join(
-        f"{TITLES[family]}, {depth} blocks, rate {rate:g}: {number(sample.mean)}"
+        f"{TITLES[family]}, {depth} blocks, rate {rate:g}: {format_value(sample.mean)}"
         for (family, depth, rate), sample in found.items()
     )
     far = {key: sample.low > 1e-3 for key, sample in found.items()}

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 import torch
 
 from skipway.models import build
-from skipway.report.figure import Figure, grouped, lines_over
+from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
+from skipway.studies.statistics import group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
 __all__ = ["NormPlacement"]
@@ -136,10 +137,11 @@ class NormPlacement(Study):
                     Figure(
                         name=f"{family}-{value.replace('_', '-')}",
                         title=f"{title}: {what}",
-                        across="weight layers" if family == "resnet" else "transformer blocks",
-                        up=what,
-                        lines=lines_over(own, "depth", value, "variant"),
-                        share=True,
+                        x_label="weight layers" if family == "resnet" else "transformer blocks",
+                        y_label=what,
+                        log_x=True,
+                        series=series_over(own, "depth", value, "variant"),
+                        percent=True,
                     )
                 )
         return figures
@@ -164,7 +166,7 @@ def told(errors: dict, names: Sequence[str], depth: int) -> str:
 def needs_warmup(rows: Sequence[Row]) -> Verdict:
     """Post-norm: apart by more than the spread of the seeds."""
     claim = "A post-norm transformer trains much worse without a warm-up, at the same peak rate."
-    errors = grouped(rows, ["scheme", "depth", "warmup"], "train_error")
+    errors = group_values(rows, ["scheme", "depth", "warmup"], "train_error")
     depths = sorted({depth for name, depth, _ in errors if name == "post-norm"})
     both = [depth for depth in depths if {("post-norm", depth, 0.0), ("post-norm", depth, WARM)} <= set(errors)]
     if not both:
@@ -181,7 +183,7 @@ def needs_warmup(rows: Sequence[Row]) -> Verdict:
 def needs_none(rows: Sequence[Row]) -> Verdict:
     """Pre-norm: not apart by more than the spread, or little."""
     claim = "A pre-norm transformer needs none: it trains without, and as well."
-    errors = grouped(rows, ["scheme", "depth", "warmup"], "train_error")
+    errors = group_values(rows, ["scheme", "depth", "warmup"], "train_error")
     depths = sorted({depth for name, depth, _ in errors if name == "pre-norm"})
     both = [depth for depth in depths if {("pre-norm", depth, 0.0), ("pre-norm", depth, WARM)} <= set(errors)]
     if not both:
@@ -196,7 +198,7 @@ def needs_none(rows: Sequence[Row]) -> Verdict:
 def deeper_helps(rows: Sequence[Row]) -> Verdict:
     """What pre-activation brings at the smallest and the largest depth."""
     claim = "Pre-activation helps a ResNet the more, the deeper it is."
-    errors = grouped([row for row in rows if row["warmup"]], ["scheme", "depth"], "test_error")
+    errors = group_values([row for row in rows if row["warmup"]], ["scheme", "depth"], "test_error")
     post, pre = RESNETS
     depths = sorted(depth for name, depth in errors if name == post and (pre, depth) in errors)
     if len(depths) < 2:

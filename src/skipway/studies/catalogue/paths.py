@@ -30,9 +30,10 @@ from skipway.diagnosis import diagnose
 from skipway.models import build
 from skipway.nn import Multiply
 from skipway.nn.shortcut import Carry
-from skipway.report.figure import Figure, Line, Point, Sample, grouped, lines_over, number
+from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, percent, test
+from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import Connection, chain
 
@@ -146,35 +147,34 @@ class Paths(Study):
         lines = []
         for net in dict.fromkeys(str(row["net"]) for row in named):
             own = [row for row in named if row["net"] == net]
-            samples = [(0, grouped(own, [], "intact").get(()))]
-            samples += [(count, grouped(own, [], f"deleted_{count}").get(())) for count in COUNTS]
+            samples = [(0, group_values(own, [], "intact").get(()))]
+            samples += [(count, group_values(own, [], f"deleted_{count}").get(())) for count in COUNTS]
             points = [Point(count, s.mean, s.low, s.high, len(s.values)) for count, s in samples if s is not None]
-            lines.append(Line(net, tuple(points)))
+            lines.append(Series(net, tuple(points)))
         residual = [row for row in named if row["scheme"] == "identity"]
         lengths = (
-            *lines_over([{**row, "of": "the gradient's paths"} for row in residual], "blocks", "effective_path", "of"),
-            Line.of(
+            *series_over([{**row, "of": "the gradient's paths"} for row in residual], "blocks", "effective_path", "of"),
+            Series.of(
                 "all paths, L / 2",
                 sorted({(float(row["blocks"] or 0), float(row["blocks"] or 0) / 2) for row in residual}),
+                "theory",
             ),
         )
         return [
             Figure(
                 name="deleted",
                 title="Test error by blocks deleted",
-                across="blocks deleted",
-                up="test error",
-                lines=tuple(lines),
-                wide=False,
-                share=True,
+                x_label="blocks deleted",
+                y_label="test error",
+                series=tuple(lines),
+                percent=True,
             ),
             Figure(
                 name="lengths",
                 title="Mean length of paths, in blocks",
-                across="blocks",
-                up="blocks that a path crosses",
-                lines=lengths,
-                wide=False,
+                x_label="blocks",
+                y_label="blocks that a path crosses",
+                series=lengths,
             ),
         ]
 
@@ -258,7 +258,7 @@ def binomial_share(blocks: int, low: int, high: int) -> float:
 def one_block(rows: Sequence[Row]) -> Verdict:
     """Residual against plain."""
     claim = "Without one block a residual net is nearly as good (within 3 points), a plain net is not."
-    found = {name: grouped(rows, ["scheme", "depth"], name) for name in ("intact", "deleted_1", "worst")}
+    found = {name: group_values(rows, ["scheme", "depth"], name) for name in ("intact", "deleted_1", "worst")}
     if not {key[0] for key in found["intact"]} >= set(NAMES):
         return Verdict(claim, "open", "not measured")
     parts, little, much = [], [], []
@@ -288,7 +288,7 @@ def smooth(rows: Sequence[Row]) -> Verdict:
     own = [row for row in rows if row["scheme"] == "identity"]
     deepest = max((int(row["depth"] or 0) for row in own), default=0)
     chosen = [row for row in own if row["depth"] == deepest]
-    found = [(count, grouped(chosen, [], f"deleted_{count}").get(())) for count in COUNTS]
+    found = [(count, group_values(chosen, [], f"deleted_{count}").get(())) for count in COUNTS]
     means = [sample.mean for _, sample in found if sample is not None]
     if len(means) < len(COUNTS):
         return Verdict(claim, "open", "not measured")
@@ -303,21 +303,21 @@ def short(rows: Sequence[Row]) -> Verdict:
     own = [row for row in rows if row["scheme"] == "identity"]
     deepest = max((int(row["depth"] or 0) for row in own), default=0)
     chosen = [row for row in own if row["depth"] == deepest]
-    lengths = grouped(chosen, [], "effective_path").get(())
+    lengths = group_values(chosen, [], "effective_path").get(())
     if lengths is None:
         return Verdict(claim, "open", "not measured")
     blocks = float(chosen[0]["blocks"] or 0)
-    low, high = (grouped(chosen, [], name)[()].mean for name in ("path_5", "path_95"))
+    low, high = (group_values(chosen, [], name)[()].mean for name in ("path_5", "path_95"))
     text = (
-        f"{deepest} layers, {blocks:.0f} blocks: {lengths} blocks in the mean, 90 % of it from {number(low)} to "
-        f"{number(high)}, where the average path crosses {blocks / 2:.0f}. The paper: 5 to 17 of 54."
+        f"{deepest} layers, {blocks:.0f} blocks: {lengths} blocks in the mean, 90 % of it from {format_value(low)} to "
+        f"{format_value(high)}, where the average path crosses {blocks / 2:.0f}. The paper: 5 to 17 of 54."
     )
     return Verdict(claim, "holds" if lengths.high < 0.75 * blocks / 2 else "does not hold", text)
 
 
-def with_and_without(rows: Sequence[Row], value: str) -> dict[int, tuple[Sample, Sample]]:
+def with_and_without(rows: Sequence[Row], value: str) -> dict[int, tuple[SeedValues, SeedValues]]:
     """A result without and with stochastic depth, by depth."""
-    found = grouped(rows, ["scheme", "depth"], value)
+    found = group_values(rows, ["scheme", "depth"], value)
     depths = sorted(depth for scheme, depth in found if scheme == DROPPED and ("identity", depth) in found)
     return {depth: (found["identity", depth], found[DROPPED, depth]) for depth in depths}
 

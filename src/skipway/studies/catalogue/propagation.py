@@ -23,10 +23,11 @@ import torch
 from torch.nn import functional as F
 
 from skipway.models import build
-from skipway.report.figure import Figure, Line, grouped, lines_over, number
+from skipway.report.chart import Figure, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.chains import block_chain, cross
 from skipway.studies.fit import xavier_
+from skipway.studies.statistics import group_values, series_over
 from skipway.studies.study import STUDIES, Study, Verdict
 
 __all__ = ["Propagation"]
@@ -180,10 +181,12 @@ class Propagation(Study):
         for value, what in (("forward", "Variance of the stream"), ("backward", "Gradient at the first block")):
             for some, tail in ((True, "where it can explode"), (False, "where it is tamed")):
                 chosen = [row for row in chains if (row["scheme"] in growing) == some]
-                found = grouped(chosen, ["scheme", "depth"], f"{value}_theory")
+                found = group_values(chosen, ["scheme", "depth"], f"{value}_theory")
                 theory = tuple(
-                    Line.of(
-                        name, sorted((float(depth), each.mean) for (own, depth), each in found.items() if own == name)
+                    Series.of(
+                        name,
+                        sorted((float(depth), each.mean) for (own, depth), each in found.items() if own == name),
+                        "theory",
                     )
                     for name in dict.fromkeys(own for own, _ in found)
                 )
@@ -191,9 +194,10 @@ class Propagation(Study):
                     Figure(
                         name=f"{value}-{'exploding' if some else 'tamed'}",
                         title=f"{what}, {tail}",
-                        across="residual branches L",
-                        up="log₂ of the ratio of second moments",
-                        lines=(*theory, *lines_over(chosen, "depth", value, "scheme")),
+                        x_label="residual branches L",
+                        y_label="log₂ of the ratio of second moments",
+                        log_x=True,
+                        series=(*theory, *series_over(chosen, "depth", value, "scheme")),
                         note="Dashed: closed form. One bit is a factor of 2.",
                     )
                 )
@@ -201,10 +205,11 @@ class Propagation(Study):
             Figure(
                 name="last-gradient",
                 title="Gradient of a ViT's last MLP map",
-                across="transformer blocks",
-                up="norm of the gradient",
-                lines=lines_over([row for row in rows if row["kind"] == "vit"], "depth", "last_gradient", "scheme"),
-                tall=True,
+                x_label="transformer blocks",
+                y_label="norm of the gradient",
+                log_x=True,
+                series=series_over([row for row in rows if row["kind"] == "vit"], "depth", "last_gradient", "scheme"),
+                log_y=True,
                 note="Xiong et al. 2020, theorem 1: flat for post-norm, L^-½ for pre-norm.",
             )
         )
@@ -214,7 +219,7 @@ class Propagation(Study):
 def agreement(rows: Sequence[Row], scheme: str, claim: str, tolerance: float, value: str = "forward") -> Verdict:
     """Whether measured bits are those of the theory: to a share of them, half a bit, or two standard errors."""
     own = [row for row in rows if row["scheme"] == scheme]
-    measured, theory = grouped(own, ["depth"], value), grouped(own, ["depth"], f"{value}_theory")
+    measured, theory = group_values(own, ["depth"], value), group_values(own, ["depth"], f"{value}_theory")
     if not measured:
         return Verdict(claim, "open", "not measured")
     fits = [
@@ -223,11 +228,11 @@ def agreement(rows: Sequence[Row], scheme: str, claim: str, tolerance: float, va
         if abs(sample.mean - theory[key].mean) <= max(0.5, tolerance * abs(theory[key].mean), 2 * sample.error)
     ]
     words = "; ".join(
-        f"L = {key[0]}: {number(measured[key].mean)} bits, theory {number(theory[key].mean)}"
+        f"L = {key[0]}: {format_value(measured[key].mean)} bits, theory {format_value(theory[key].mean)}"
         for key in sorted(measured, key=lambda key: float(key[0] or 0))
     )
     worst = max(abs(measured[key].mean - theory[key].mean) / float(key[0] or 1) for key in measured)
-    text = f"{words}. Largest deviation {number(worst)} bits a branch."
+    text = f"{words}. Largest deviation {format_value(worst)} bits a branch."
     if len(fits) == len(measured):
         return Verdict(claim, "holds", text)
     if not fits:
@@ -240,7 +245,7 @@ def agreement(rows: Sequence[Row], scheme: str, claim: str, tolerance: float, va
 def limits(rows: Sequence[Row]) -> Verdict:
     """Branches times L^-β."""
     claim = "Branches times L^-β: the variance explodes for β = ¼, tends to e for ½ and to 1 for 1."
-    found = grouped([row for row in rows if str(row["scheme"]).startswith("L^-")], ["scheme", "depth"], "forward")
+    found = group_values([row for row in rows if str(row["scheme"]).startswith("L^-")], ["scheme", "depth"], "forward")
     names = ("L^-1/4", "L^-1/2", "L^-1")
     depths = [depth for _, depth in found if all((name, depth) in found for name in names)]
     if not depths:
@@ -249,8 +254,8 @@ def limits(rows: Sequence[Row]) -> Verdict:
     quarter, half, whole = (found[name, deepest].mean for name in names)
     expected = power(0.25)(deepest, 0)
     text = (
-        f"At L = {deepest:,} the variance grew by 2^{number(quarter)} (theory 2^{number(expected)}), "
-        f"{number(2**half)} (theory e = 2.72) and {number(2**whole)} (theory 1)."
+        f"At L = {deepest:,} the variance grew by 2^{format_value(quarter)} (theory 2^{format_value(expected)}), "
+        f"{format_value(2**half)} (theory e = 2.72) and {format_value(2**whole)} (theory 1)."
     )
     holds = quarter > 10 and abs(half - math.log2(math.e)) < 0.75 and abs(whole) < 0.1
     return Verdict(claim, "holds" if holds else "does not hold", text)
@@ -265,8 +270,8 @@ def silence(rows: Sequence[Row]) -> Verdict:
         return Verdict(claim, "open", "not measured")
     deepest = max(int(row["depth"] or 0) for row in own)
     text = (
-        f"{', '.join(SILENT)}: largest deviation {number(max(off))} bits a branch up to L = {deepest:,}, where one "
-        "rounding in single precision is 1.7e-7."
+        f"{', '.join(SILENT)}: largest deviation {format_value(max(off))} bits a branch up to L = {deepest:,}, where "
+        "one rounding in single precision is 1.7e-7."
     )
     return Verdict(claim, "holds" if max(off) < 4e-7 else "does not hold", text)
 
@@ -276,13 +281,15 @@ def transformers(rows: Sequence[Row]) -> Verdict:
     claim = "The last MLP's gradient is flat in depth for post-norm and falls as L^-½ for pre-norm."
     slopes = {}
     for name in TRANSFORMERS:
-        found = grouped([row for row in rows if row["scheme"] == name], ["depth"], "last_gradient")
+        found = group_values([row for row in rows if row["scheme"] == name], ["depth"], "last_gradient")
         points = [(math.log(float(key[0] or 1)), math.log(sample.mean)) for key, sample in found.items()]
         if len(points) < 2:
             return Verdict(claim, "open", "not measured at two depths")
         slopes[name] = slope(points)
     pre, post = slopes.values()
-    text = f"Exponent of the depth: pre-norm {number(pre)} (theory -0.5), post-norm {number(post)} (theory 0)."
+    text = (
+        f"Exponent of the depth: pre-norm {format_value(pre)} (theory -0.5), post-norm {format_value(post)} (theory 0)."
+    )
     return Verdict(claim, "holds" if abs(pre + 0.5) < 0.15 and abs(post) < 0.15 else "does not hold", text)
 
 

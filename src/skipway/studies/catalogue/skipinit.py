@@ -21,9 +21,10 @@ from torch import nn
 
 from skipway.models import build
 from skipway.nn import Multiply
-from skipway.report.figure import Figure, Sample, best_rows, grouped, lines_over
+from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, percent
+from skipway.studies.statistics import SeedValues, group_values, select_best, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
 
@@ -101,7 +102,7 @@ class SkipInitStudy(Study):
         return fit(model, data, plan, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        errors = grouped(best_rates(rows), ["scheme", "depth"], "test_error")
+        errors = group_values(best_rates(rows), ["scheme", "depth"], "test_error")
         return [small_trains(errors), large_fails(errors), rate_is_lower(rows)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
@@ -110,10 +111,11 @@ class SkipInitStudy(Study):
             Figure(
                 name=value.replace("_", "-"),
                 title=f"{what} at the best learning rate",
-                across="weight layers",
-                up=what.lower(),
-                lines=lines_over(chosen, "depth", value, "scheme"),
-                share=True,
+                x_label="weight layers",
+                y_label=what.lower(),
+                log_x=True,
+                series=series_over(chosen, "depth", value, "scheme"),
+                percent=True,
                 note="Of the learning rates tried, the one with the least training error in the mean over the seeds.",
             )
             for value, what in (("test_error", "Test error"), ("train_error", "Training error"))
@@ -123,10 +125,11 @@ class SkipInitStudy(Study):
             Figure(
                 name="rates",
                 title=f"Test error by learning rate, {deepest} layers",
-                across="learning rate",
-                up="test error",
-                lines=lines_over([row for row in rows if row["depth"] == deepest], "lr", "test_error", "scheme"),
-                share=True,
+                x_label="learning rate",
+                y_label="test error",
+                log_x=True,
+                series=series_over([row for row in rows if row["depth"] == deepest], "lr", "test_error", "scheme"),
+                percent=True,
             )
         )
         return figures
@@ -141,16 +144,16 @@ def divide(model: nn.Module) -> None:
 
 def best_rates(rows: Sequence[Row]) -> list[Row]:
     """The rows of the learning rate that trains each scheme best at each depth."""
-    return best_rows(rows, ["scheme", "depth"], "lr", "train_error")
+    return select_best(rows, ["scheme", "depth"], "lr", "train_error")
 
 
-def listed(errors: dict[tuple, Sample], names: Sequence[str], depth: int) -> str:
+def listed(errors: dict[tuple, SeedValues], names: Sequence[str], depth: int) -> str:
     """The errors of some variants at a depth."""
     shown = [f"{name} {errors[name, depth].text(percent)}" for name in names if (name, depth) in errors]
     return f"{depth} layers: {', '.join(shown)}"
 
 
-def small_trains(errors: dict[tuple, Sample]) -> Verdict:
+def small_trains(errors: dict[tuple, SeedValues]) -> Verdict:
     """Small starts against BatchNorm, at the largest depth."""
     claim = "Without normalisation a small start trains the deepest net to within 3 points of BatchNorm."
     depths = sorted({depth for _, depth in errors})
@@ -164,7 +167,7 @@ def small_trains(errors: dict[tuple, Sample]) -> Verdict:
     return Verdict(claim, "holds" if good else "does not hold", text)
 
 
-def large_fails(errors: dict[tuple, Sample]) -> Verdict:
+def large_fails(errors: dict[tuple, SeedValues]) -> Verdict:
     """Starts at full size."""
     claim = "Started at 1 the deepest net does not train at any rate, the shallow one does."
     depths = sorted({depth for name, depth in errors if name == "α₀ = 1"})

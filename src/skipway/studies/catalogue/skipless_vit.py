@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from skipway.models import build
-from skipway.report.figure import Figure, Sample, grouped, lines_over, number
+from skipway.report.chart import Figure, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
+from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
 __all__ = ["SkiplessViT", "look_at_self"]
@@ -133,8 +134,8 @@ class SkiplessViT(Study):
         return fit(model, data, plan, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        start = grouped([row for row in rows if row["kind"] == "start"], ["scheme", "depth"], "distinct")
-        errors = grouped([row for row in rows if row["kind"] == "trained"], ["scheme", "depth"], "test_error")
+        start = group_values([row for row in rows if row["kind"] == "start"], ["scheme", "depth"], "distinct")
+        errors = group_values([row for row in rows if row["kind"] == "trained"], ["scheme", "depth"], "test_error")
         return [collapse(start), degradation(errors), which_matters(errors), repair(errors)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
@@ -144,26 +145,29 @@ class SkiplessViT(Study):
             Figure(
                 name="test-error",
                 title="Test error",
-                across="transformer blocks",
-                up="test error",
-                lines=lines_over(trained, "depth", "test_error", "scheme"),
-                share=True,
+                x_label="transformer blocks",
+                y_label="test error",
+                log_x=True,
+                series=series_over(trained, "depth", "test_error", "scheme"),
+                percent=True,
             ),
             Figure(
                 name="train-error",
                 title="Training error",
-                across="transformer blocks",
-                up="training error",
-                lines=lines_over(trained, "depth", "train_error", "scheme"),
-                share=True,
+                x_label="transformer blocks",
+                y_label="training error",
+                log_x=True,
+                series=series_over(trained, "depth", "train_error", "scheme"),
+                percent=True,
             ),
             Figure(
                 name="rank-collapse",
                 title="How far apart the tokens are at the start",
-                across="transformer blocks",
-                up="|X - mean token| / |X|",
-                lines=lines_over(start, "depth", "distinct", "scheme"),
-                tall=True,
+                x_label="transformer blocks",
+                y_label="|X - mean token| / |X|",
+                log_x=True,
+                series=series_over(start, "depth", "distinct", "scheme"),
+                log_y=True,
                 note="In double precision; 1e-16 is as good as 0.",
             ),
         ]
@@ -201,7 +205,7 @@ def blocks_of(model: nn.Module) -> list[Any]:
     return list(model.get_submodule("blocks").children())
 
 
-def collapse(start: dict[tuple, Sample]) -> Verdict:
+def collapse(start: dict[tuple, SeedValues]) -> Verdict:
     """At the start."""
     claim = "Without skips the tokens become one as depth grows, with skips they stay apart (at the start)."
     chosen = {name: {d: s for (n, d), s in start.items() if n == name} for name in (*VARIANTS, *ATTENTION_ALONE)}
@@ -210,15 +214,15 @@ def collapse(start: dict[tuple, Sample]) -> Verdict:
     if not (pure and common):
         return Verdict(claim, "open", "not measured")
     deep = max(common)
-    first = [f"{number(pure[depth].mean)} behind {depth}" for depth in sorted(pure) if depth <= 4]
+    first = [f"{format_value(pure[depth].mean)} behind {depth}" for depth in sorted(pure) if depth <= 4]
     text = (
-        f"Attention alone: {', '.join(first)} blocks. Behind {deep} blocks: no skip {number(none[deep].mean)}, "
-        f"both skips {number(kept[deep].mean)}, {REPAIRED} {number(chosen[REPAIRED][deep].mean)}."
+        f"Attention alone: {', '.join(first)} blocks. Behind {deep} blocks: no skip {format_value(none[deep].mean)}, "
+        f"both skips {format_value(kept[deep].mean)}, {REPAIRED} {format_value(chosen[REPAIRED][deep].mean)}."
     )
     return Verdict(claim, "holds" if none[deep].high < 1e-6 and kept[deep].low > 1e-2 else "does not hold", text)
 
 
-def degradation(errors: dict[tuple, Sample]) -> Verdict:
+def degradation(errors: dict[tuple, SeedValues]) -> Verdict:
     """Without any skip."""
     claim = "A deep ViT without skips does not train where one with skips does."
     depths = sorted({depth for name, depth in errors if name == "no skip" and ("both skips", depth) in errors})
@@ -235,7 +239,7 @@ def degradation(errors: dict[tuple, Sample]) -> Verdict:
     return Verdict(claim, "holds" if failed else "does not hold", f"Test error, {text}.")
 
 
-def which_matters(errors: dict[tuple, Sample]) -> Verdict:
+def which_matters(errors: dict[tuple, SeedValues]) -> Verdict:
     """Attention against MLP."""
     claim = "The attention's skip matters more than the MLP's."
     mlp, attention = "no MLP skip", "no attention skip"
@@ -253,7 +257,7 @@ def which_matters(errors: dict[tuple, Sample]) -> Verdict:
     return Verdict(claim, "holds" if more else "does not hold", f"Test error, {text}.")
 
 
-def repair(errors: dict[tuple, Sample]) -> Verdict:
+def repair(errors: dict[tuple, SeedValues]) -> Verdict:
     """The start alone."""
     claim = "A start at which every token looks at itself lets a ViT without skips train."
     depths = sorted({depth for name, depth in errors if name == REPAIRED and ("no skip", depth) in errors})

@@ -1,0 +1,151 @@
+"""The frame of all pages: Jinja2 templates with one style and script, tables whose columns sort, linked sources.
+
+A page is one file. Its content security policy lets a browser apply and run what is written in it and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from skipway._version import __version__
+from skipway.checkpoint.files import write_atomically
+from skipway.report.chart import Bars, Figure, Heatmap
+from skipway.report.svg import chart_css, draw, marker, series_class
+
+__all__ = ["PageTable", "TableCell", "linked", "number_cell", "render", "text_cell", "write_page"]
+
+LINK = re.compile(r"https?://[^\s<>\"'()]+[^\s<>\"'().,;:]")
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Render a template and write it to `path`, completely or not at all; returns the path."""
+    content = render(template, **values).encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda aside: aside.write_bytes(content))
+    return path
+
+
+def render(template: str, **values: Any) -> str:
+    """The page of a template in `report/templates`, as text. Values that are not `Markup` are escaped."""
+    style, script = assets()
+    policy = f"default-src 'none'; img-src data:; style-src '{digest(style)}'; script-src '{digest(script)}'"
+    frame = {"policy": Markup(policy), "style": Markup(style), "script": Markup(script), "version": __version__}
+    return environment().get_template(template).render(**frame, **values)
+
+
+@lru_cache(maxsize=1)
+def environment() -> Environment:
+    """The Jinja2 environment of all pages."""
+    made = Environment(
+        loader=PackageLoader("skipway.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    made.filters.update(draw=draw, legend=legend, linked=linked)
+    return made
+
+
+@lru_cache(maxsize=1)
+def assets() -> tuple[str, str]:
+    """Style and script of all pages."""
+    folder = files("skipway.report").joinpath("templates")
+    return chart_css() + folder.joinpath("page.css").read_text("utf-8"), folder.joinpath("page.js").read_text("utf-8")
+
+
+def digest(text: str) -> str:
+    """The hash by which a content security policy names a style or script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+class Key(NamedTuple):
+    """An entry of a legend: the series' name, its style class, and a sample of its line."""
+
+    name: str
+    kind: str
+    sample: Markup
+
+
+def legend(chart: Figure | Bars | Heatmap) -> list[Key]:
+    """The legend of a chart; empty where the title says it all."""
+    if isinstance(chart, Heatmap):
+        return []
+    if isinstance(chart, Bars):
+        keys = [Key(name, series_class(index), line_sample("bar")) for index, name in enumerate(chart.names)]
+    else:
+        faint = dict.fromkeys(series.name for series in chart.series if series.style == "faint")
+        measured = {series.name for series in chart.series if series.style == "measured"}
+        keys = [Key(name, "faint", line_sample("line faint")) for name in faint]
+        for index, name in enumerate(chart.names):
+            own = name in measured
+            sample = line_sample("line", marker(index, 11, 5)) if own else line_sample("line theory")
+            keys.append(Key(name, series_class(index), sample))
+    return keys if len(keys) > 1 else []
+
+
+def line_sample(kind: str, mark: str = "") -> Markup:
+    """A short piece of a line with its marker, or of a bar."""
+    return Markup(f'<svg class="sample" viewBox="0 0 22 10"><path class="{kind}" d="M1 5h20"/>{mark}</svg>')
+
+
+class TableCell(NamedTuple):
+    """A cell of a table: what it shows, what its column is sorted by, whether that is a number."""
+
+    text: str
+    key: str
+    number: bool = False
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table whose columns sort at a press on their headings.
+
+    Args:
+        columns: headings.
+        rows: cells, as many as there are columns.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[TableCell]]
+
+    @property
+    def headings(self) -> list[tuple[str, bool]]:
+        """Each heading, and whether its column holds numbers."""
+        return [(name, all(row[place].number for row in self.rows)) for place, name in enumerate(self.columns)]
+
+
+def number_cell(value: float, text: str) -> TableCell:
+    """A cell with a number; what was not measured is sorted first, infinity last."""
+    return TableCell(text, f"{-1.0 if math.isnan(value) else min(value, 1e308):.6g}", number=True)
+
+
+def text_cell(text: str, key: str = "") -> TableCell:
+    """A cell with words, sorted by `key` or by themselves."""
+    return TableCell(text, key or text)
+
+
+def linked(text: str) -> Markup:
+    """Escape text and make links of its web addresses.
+
+    >>> linked("a & b, https://arxiv.org/abs/1502.01852.")
+    Markup('a &amp; b, <a href="https://arxiv.org/abs/1502.01852" rel="noreferrer">https://arxiv.org/abs/1502.01852</a>.')
+    """
+    done, parts = 0, []
+    for match in LINK.finditer(text):
+        address = escape(match.group())
+        parts += [escape(text[done : match.start()]), f'<a href="{address}" rel="noreferrer">{address}</a>']
+        done = match.end()
+    return Markup("".join([*parts, escape(text[done:])]))

@@ -1,0 +1,106 @@
+"""Statistics of a study's rows: values over the seeds, the best of a swept setting, series for a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from skipway.report.chart import Point, Series, format_value
+from skipway.studies.cell import Row, Value
+
+__all__ = ["SeedValues", "group_values", "select_best", "series_over"]
+
+
+@dataclass(frozen=True)
+class SeedValues:
+    """A number measured with several seeds.
+
+    >>> str(SeedValues((0.9, 0.92, 0.94)))
+    '0.920 ± 0.0200 (3 seeds)'
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values) if self.values else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds; NaN for a single one."""
+        finite = all(map(math.isfinite, self.values))
+        return stdev(self.values) if len(self.values) > 1 and finite else math.nan
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; 0 for a single seed, where it is unknown."""
+        return self.deviation / len(self.values) ** 0.5 if len(self.values) > 1 else 0.0
+
+    @property
+    def low(self) -> float:
+        return min(self.values, default=math.nan)
+
+    @property
+    def high(self) -> float:
+        return max(self.values, default=math.nan)
+
+    def text(self, form: Callable[[float], str] | None = None) -> str:
+        """Mean and spread, each through `form`."""
+        shown = format_value if form is None else form
+        if len(self.values) == 1:
+            return f"{shown(self.mean)} (1 seed)"
+        return f"{shown(self.mean)} ± {shown(self.deviation)} ({len(self.values)} seeds)"
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def group_values(rows: Iterable[Row], by: Sequence[str], value: str) -> dict[tuple[Any, ...], SeedValues]:
+    """Group `value` over the rows that agree in `by`, in order of appearance; rows without it are left out.
+
+    >>> rows = [{"depth": 8, "seed": 0, "loss": 1.0}, {"depth": 8, "seed": 1, "loss": 3.0}]
+    >>> group_values(rows, ["depth"], "loss")[8,].mean
+    2.0
+    """
+    found: dict[tuple[Value, ...], list[float]] = {}
+    for row in rows:
+        measured = row.get(value)
+        if isinstance(measured, int | float):
+            found.setdefault(tuple(row.get(name) for name in by), []).append(float(measured))
+    return {key: SeedValues(tuple(values)) for key, values in found.items()}
+
+
+def select_best(rows: Sequence[Row], by: Sequence[str], over: str, value: str) -> list[Row]:
+    """Of the rows that agree in `by`, keep those with the value of `over` whose mean of `value` is smallest.
+
+    >>> rows = [{"depth": 8, "lr": rate, "loss": loss} for rate, loss in ((0.1, 2.0), (0.3, 1.0))]
+    >>> select_best(rows, ["depth"], "lr", "loss")
+    [{'depth': 8, 'lr': 0.3, 'loss': 1.0}]
+    """
+    best: dict[tuple[Any, ...], tuple[float, Any]] = {}
+    for (*key, tried), sample in group_values(rows, [*by, over], value).items():
+        known = best.get(tuple(key))
+        if known is None or sample.mean < known[0]:
+            best[tuple(key)] = (sample.mean, tried)
+    chosen = {(*key, tried) for key, (_, tried) in best.items()}
+    return [row for row in rows if tuple(row.get(name) for name in (*by, over)) in chosen]
+
+
+def series_over(
+    rows: Iterable[Row], across: str, value: str, by: str, names: Callable[[Value], str] = str
+) -> tuple[Series, ...]:
+    """A series for each value of `by`: the mean of `value` over `across`, with the range of the seeds."""
+    samples = group_values(rows, [by, across], value)
+    series = []
+    for kind in dict.fromkeys(key[0] for key in samples):
+        found = [(key[1], sample) for key, sample in samples.items() if key[0] == kind]
+        points = [
+            Point(float(x), sample.mean, sample.low, sample.high, len(sample.values))
+            for x, sample in found
+            if isinstance(x, int | float)
+        ]
+        series.append(Series(names(kind), tuple(sorted(points, key=lambda point: point.x))))
+    return tuple(series)
