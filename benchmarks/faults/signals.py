@@ -108,11 +108,11 @@ def in_save(act: Act) -> None:
     act_at(storage, "fault_point", 6, act, lambda point: point == "file half written")
 
 
-def in_answers(act: Act) -> None:
-    """While the network is asked about the test images for the report."""
+def in_report(act: Act) -> None:
+    """At the section of the report for which the network runs once more."""
     from skipway.report.run import page
 
-    act_at(page, "answers", 1, lambda: act_inside(act))
+    act_at(page, "depth_section", 1, act)
 
 
 def in_page(act: Act) -> None:
@@ -128,7 +128,7 @@ PHASES: dict[str, Callable[[Act], None]] = {
     "forward": in_forward,
     "evaluation": in_evaluation,
     "save": in_save,
-    "report": in_answers,
+    "report": in_report,
     "page": in_page,
 }
 

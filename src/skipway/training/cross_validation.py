@@ -60,7 +60,7 @@ class CrossValidation:
 
     >>> results = tuple(FoldResult(number=n, correct=c, images=20, best_epoch=1) for n, c in ((1, 18), (2, 16)))
     >>> found = CrossValidation(folder=Path("runs/cv"), folds=2, results=results)
-    >>> found.accuracy, found.mean, round(found.deviation, 4)
+    >>> found.accuracy, round(found.mean, 4), round(found.deviation, 4)
     (0.85, 0.85, 0.0707)
     >>> print(found)
     85.0 % of 40 images (95 % interval 70.9 to 92.9 %); 2 of 2 folds: mean 85.0 %, standard deviation 7.1 %
@@ -181,8 +181,8 @@ def cross_validate(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     quick = Recipe(depth=8, width=4, epochs=1, device="cpu")
     ...     found = cross_validate(quick, Path(folder, "cv"), folds=2)
-    >>> found.images, [result.images for result in found.results]
-    (1797, [899, 898])
+    >>> found.images, sorted(result.images for result in found.results)
+    (1797, [898, 899])
     """
     folder = RunFolder(out)
     stored = folder.read_config() if resume and (recipe is None or folder.config.exists()) else None
