@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -155,11 +157,25 @@ def diagnose(
     for path in out or ():
         from skipway.report import save
 
-        output.labelled("report", str(save(last, path)))
+        output.labelled("report", str(save(treatment or diagnosis, path, command=command_of(model, question))))
     if save_model is not None:
         model_to_save = loaded.model if treatment is None else treatment.model
         output.labelled("weights", save_weights(model_to_save, save_model))
     return 0 if last.trains else WILL_NOT_TRAIN
+
+
+def command_of(model: str, question: Question) -> str:
+    """The command line of a diagnosis, with every option that is not the default.
+
+    >>> command_of("resnet20", Question(input="3,32,32", fix=True))
+    'skipway diagnose resnet20 --input 3,32,32 --fix'
+    """
+    words = ["skipway", "diagnose", model]
+    for field in dataclasses.fields(question):
+        value = getattr(question, field.name)
+        if value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def check_outputs(question: Question, out: Sequence[Path], save_model: Path | None) -> None:
