@@ -247,7 +247,7 @@ def skips_decide(errors: Mapping[tuple, SeedValues]) -> Verdict:
 
 def silent_stand(errors: Mapping[tuple, SeedValues]) -> Verdict:
     """The deepest nets by rate."""
-    claim = "Schemes whose branches are silent at the start stand a larger rate at the largest depth than identity."
+    claim = "Schemes whose branches are silent at the start tolerate a larger rate at the largest depth than identity."
     depth = deepest_of(errors)
     most = {
         name: max((rate for (n, d, rate), s in errors.items() if (n, d) == (name, depth) and learned(s)), default=0.0)

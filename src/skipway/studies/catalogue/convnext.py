@@ -146,7 +146,7 @@ class ConvNeXtParts(Study):
             brings(errors, "A kernel of 3 is worse than one of 7.", WHOLE, SMALL),
             brings(errors, "Without LayerScale it learns worse.", WHOLE, NO_GAMMA),
             brings(errors, "The norm before the branch is worse than inside.", WHOLE, BEFORE),
-            brings(errors, "The norm behind the addition is worse than inside.", WHOLE, BEHIND),
+            brings(errors, "The norm after the addition is worse than inside.", WHOLE, BEHIND),
             brings(errors, "Without norm in the branches it learns worse.", WHOLE, NO_NORM),
         ]
 
@@ -160,7 +160,7 @@ class ConvNeXtParts(Study):
                 log_x=True,
                 series=series_over(best(rows), "depth", value, "scheme"),
                 percent=True,
-                note="Of the learning rates tried, the one with the least training error in the mean over the seeds.",
+                note="Of the learning rates tried, the one with the lowest mean training error over the seeds.",
             )
             for value, what in (("test_error", "Test error"), ("train_error", "Training error"))
         ]

@@ -86,7 +86,7 @@ class Degradation(Study):
         errors = group_values(rows, ["scheme", "depth"], "train_error")
         return [
             by_depth(errors, "plain", "The training error of plain networks rises with depth.", rises=True),
-            by_depth(errors, "identity", "That of residual networks does not.", rises=False),
+            by_depth(errors, "identity", "The training error of residual networks does not.", rises=False),
             deepest(errors),
         ]
 

@@ -167,7 +167,7 @@ def any_depth(found: dict[tuple, SeedValues]) -> Verdict:
 
 def factor(found: dict[tuple, SeedValues]) -> Verdict:
     """With and without L^(-1/(2m-2))."""
-    claim = "Without the factor of depth the deepest net learns worse."
+    claim = "Without the depth-dependent factor the deepest net learns worse."
     depths = [depth for name, depth in found if name == FEWER and ("Fixup", depth) in found]
     if not depths:
         return Verdict(claim, "open", "not measured")

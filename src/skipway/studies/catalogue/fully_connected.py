@@ -178,7 +178,7 @@ def last_losses(rows: Sequence[Row], depth: int) -> dict:
 
 def fastest(rows: Sequence[Row], depth: int) -> Verdict:
     """The third epoch's loss."""
-    claim = "At 64 layers ReZero has the least training loss after three epochs."
+    claim = "At 64 layers ReZero has the lowest training loss after three epochs."
     found = last_losses(rows, depth)
     if len(found) < len(VARIANTS):
         return Verdict(claim, "open", "not measured")

@@ -139,7 +139,7 @@ class LayerScaleStudy(Study):
         figures.append(
             Figure(
                 name="gains",
-                title="Mean |γ| behind training from 1e-4, by place",
+                title="Mean |γ| after training from 1e-4, by place",
                 x_label="place of the branch, last = 1",
                 y_label="mean |γ|",
                 series=tuple(by_place(best(rows))),
@@ -324,7 +324,7 @@ def leaves(rows: Sequence[Row]) -> Verdict:
     far = {key: sample.low > 1e-3 for key, sample in found.items()}
     adam = all(value for key, value in far.items() if key[0] != "resnet")
     still = not any(value for key, value in far.items() if key[0] == "resnet")
-    return Verdict(claim, "holds" if adam and still else "does not hold", f"Mean |γ| behind training: {text}.")
+    return Verdict(claim, "holds" if adam and still else "does not hold", f"Mean |γ| after training: {text}.")
 
 
 STUDIES.add("layerscale", LayerScaleStudy())

@@ -39,10 +39,10 @@ WARM = 0.2
 
 
 class NormPlacement(Study):
-    """Norm before the branch, or behind the addition."""
+    """Norm before the branch, or after the addition."""
 
     name = "norm-placement"
-    title = "Where the norm stands: before the branch or behind the addition"
+    title = "Where the norm stands: before the branch or after the addition"
     claim = (
         "Post-norm transformers need a warm-up, pre-norm ones do not; in ResNets pre-activation helps more, the deeper "
         "they are."
@@ -182,7 +182,7 @@ def needs_warmup(rows: Sequence[Row]) -> Verdict:
 
 def needs_none(rows: Sequence[Row]) -> Verdict:
     """Pre-norm: not apart by more than the spread, or little."""
-    claim = "A pre-norm transformer needs none: it trains without, and as well."
+    claim = "A pre-norm transformer needs no warm-up: it trains without one, and as well."
     errors = group_values(rows, ["scheme", "depth", "warmup"], "train_error")
     depths = sorted({depth for name, depth, _ in errors if name == "pre-norm"})
     both = [depth for depth in depths if {("pre-norm", depth, 0.0), ("pre-norm", depth, WARM)} <= set(errors)]
@@ -197,7 +197,7 @@ def needs_none(rows: Sequence[Row]) -> Verdict:
 
 def deeper_helps(rows: Sequence[Row]) -> Verdict:
     """What pre-activation brings at the smallest and the largest depth."""
-    claim = "Pre-activation helps a ResNet the more, the deeper it is."
+    claim = "Pre-activation helps a ResNet more, the deeper it is."
     errors = group_values([row for row in rows if row["warmup"]], ["scheme", "depth"], "test_error")
     post, pre = RESNETS
     depths = sorted(depth for name, depth in errors if name == post and (pre, depth) in errors)

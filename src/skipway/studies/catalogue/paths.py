@@ -299,7 +299,7 @@ def smooth(rows: Sequence[Row]) -> Verdict:
 
 def short(rows: Sequence[Row]) -> Verdict:
     """The gradient's paths against the average one."""
-    claim = "The gradient of the deepest net comes through paths much shorter than the average path of L / 2 blocks."
+    claim = "The gradient of the deepest net flows along paths much shorter than the average path of L / 2 blocks."
     own = [row for row in rows if row["scheme"] == "identity"]
     deepest = max((int(row["depth"] or 0) for row in own), default=0)
     chosen = [row for row in own if row["depth"] == deepest]
@@ -309,7 +309,7 @@ def short(rows: Sequence[Row]) -> Verdict:
     blocks = float(chosen[0]["blocks"] or 0)
     low, high = (group_values(chosen, [], name)[()].mean for name in ("path_5", "path_95"))
     text = (
-        f"{deepest} layers, {blocks:.0f} blocks: {lengths} blocks in the mean, 90 % of it from {format_value(low)} to "
+        f"{deepest} layers, {blocks:.0f} blocks: {lengths} blocks on average, 90 % of it from {format_value(low)} to "
         f"{format_value(high)}, where the average path crosses {blocks / 2:.0f}. The paper: 5 to 17 of 54."
     )
     return Verdict(claim, "holds" if lengths.high < 0.75 * blocks / 2 else "does not hold", text)
@@ -340,7 +340,7 @@ def dropped(rows: Sequence[Row]) -> Verdict:
 
 def robust(rows: Sequence[Row]) -> Verdict:
     """Stochastic depth against deleted blocks."""
-    claim = "A net trained with stochastic depth loses less by eight deleted blocks."
+    claim = "A net trained with stochastic depth loses less when eight blocks are deleted."
     pairs = with_and_without([{**row, "rise": rise(row)} for row in rows], "rise")
     if not pairs:
         return Verdict(claim, "open", "not measured")

@@ -154,13 +154,13 @@ class Propagation(Study):
                 rows, "residual, no norm", "Without normalisation the variance doubles at every branch: 2^l.", 0.1
             ),
             agreement(rows, "residual, LayerNorm", "With normalisation before the branch it grows as 1 + l.", 0.1),
-            agreement(rows, "NormFree", "Of a NormFree net it is 1 + α² l.", 0.1),
+            agreement(rows, "NormFree", "In a NormFree net it is 1 + α² l.", 0.1),
             limits(rows),
             silence(rows),
             agreement(
                 rows,
                 "plain, no norm",
-                "A plain net of He's start keeps the variance in the mean, but its logarithm falls by 5 / (2 · width) "
+                "A plain net of He's start keeps the variance on average, but its logarithm falls by 5 / (2 · width) "
                 "a layer (Hanin & Nica 2019).",
                 0.1,
             ),

@@ -116,7 +116,7 @@ class SkipInitStudy(Study):
                 log_x=True,
                 series=series_over(chosen, "depth", value, "scheme"),
                 percent=True,
-                note="Of the learning rates tried, the one with the least training error in the mean over the seeds.",
+                note="Of the learning rates tried, the one with the lowest mean training error over the seeds.",
             )
             for value, what in (("test_error", "Test error"), ("train_error", "Training error"))
         ]

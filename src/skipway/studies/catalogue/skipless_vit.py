@@ -259,7 +259,7 @@ def which_matters(errors: dict[tuple, SeedValues]) -> Verdict:
 
 def repair(errors: dict[tuple, SeedValues]) -> Verdict:
     """The start alone."""
-    claim = "A start at which every token looks at itself lets a ViT without skips train."
+    claim = "An initialisation in which every token attends to itself lets a ViT without skips train."
     depths = sorted({depth for name, depth in errors if name == REPAIRED and ("no skip", depth) in errors})
     if not depths:
         return Verdict(claim, "open", "not measured")
