@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.race.ceilings import copy_rate
+from benchmarks.race.ceilings import measure_copy_rate
 from benchmarks.race.devices import DEVICES
-from benchmarks.race.summary import table
+from benchmarks.race.summary import markdown_table
 from skipway.hardware.allocator import keep_memory
 from skipway.inference.backends import PRECISIONS
 from skipway.inference.timer import Candidate, median_seconds, time_interleaved
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=list(PRECISIONS), default="bfloat16")
     parser.add_argument("--only", nargs="+", default=())
     options = parser.parse_args()
-    rate = copy_rate(device=options.device)
+    rate = measure_copy_rate(device=options.device)
     rows = []
     for case in cases(options.device, PRECISIONS[options.precision]):
         if not options.only or any(case.kernel.startswith(name) for name in options.only):
@@ -150,7 +150,7 @@ def main() -> None:
     columns = ("kernel", "sizes", "implementation", "µs", "of copy rate", "speed over plain torch")
     text = (
         f"# Kernels in {options.precision}\n\n{machine}; copying {rate / 1e9:,.1f} GB/s read and written. Made by "
-        f"`python -m benchmarks.kernels`.\n\n{table(columns, rows)}\n"
+        f"`python -m benchmarks.kernels`.\n\n{markdown_table(columns, rows)}\n"
     )
     path = HERE / f"kernels-{options.device}-{options.precision}.md"
     if not options.only:

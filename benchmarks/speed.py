@@ -12,20 +12,22 @@ Result    benchmarks/NAME.md and .png, with date and machine: speed of a process
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.race.architectures import PEERS
-from benchmarks.race.benchmark import PRECISIONS, WHAT, Plan, measure
-from benchmarks.race.chart import draw
+from benchmarks.race.chart import draw_chart
 from benchmarks.race.contenders import MODES
 from benchmarks.race.devices import DEVICES
-from benchmarks.race.summary import standings, write_markdown
+from benchmarks.race.runner import BRANCHES, PRECISIONS, WHAT, BenchmarkPlan, run_plan
+from benchmarks.race.summary import race_results, write_markdown
 from skipway.hardware.device import choose_device
 
 HERE = Path(__file__).parent
+SHARED = ("device", "precisions", "peers", "modes", "rounds", "budget", "switches")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--rounds", type=int, default=7)
@@ -36,17 +38,24 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", default=WHAT)
     parser.add_argument("--peers", nargs="+", default=PEERS)
     parser.add_argument("--modes", nargs="+", default=tuple(MODES))
+    parser.add_argument("--batches", type=int, nargs="+", default=())
+    parser.add_argument("--sizes", type=int, nargs="+", default=(224,))
+    parser.add_argument("--branches", type=int, nargs="+", default=BRANCHES)
+    parser.add_argument("--switches", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--tables", type=Path, default=HERE, help="folder of tables and chart")
     parser.add_argument("--name", help="of the tables and the chart [speed; speed-cuda of a GPU]")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     choose_device(options.device)
-    chosen = {name: getattr(options, name) for name in ("device", "precisions", "peers", "modes", "rounds", "budget")}
-    plan = Plan(what=options.what, networks=options.networks, **chosen)
-    journal = measure(plan, options.out, lambda text: print(text, flush=True))
+    chosen = {name: getattr(options, name) for name in SHARED}
+    own = {name: getattr(options, name) for name in ("what", "networks", "batches", "sizes", "branches", "ceilings")}
+    plan = BenchmarkPlan(**own, **chosen)
+    journal = run_plan(plan, options.out, lambda text: print(text, flush=True))
     # speed as batch and image size grow, of one network that convolves and one that attends
     for batches, sizes in (((1, 4, 16, 64), (224,)), ((16,), (128, 224, 288))):
-        if "growth" in options.what:
+        if "growth" in options.what and not options.networks:
             networks = ("resnet50", "vit-small-16")
-            grown = Plan(
+            grown = BenchmarkPlan(
                 networks=networks,
                 what=["infer"],
                 batches=batches,
@@ -54,14 +63,14 @@ def main() -> None:
                 ceilings=False,
                 **chosen,
             )
-            journal = measure(grown, options.out, lambda text: print(text, flush=True))
+            journal = run_plan(grown, options.out, lambda text: print(text, flush=True))
     name = options.name or ("speed" if options.device == "cpu" else f"speed-{options.device}")
-    print(write_markdown(journal, HERE / f"{name}.md"))
+    print(write_markdown(journal, options.tables / f"{name}.md"))
     usual = [(each.batch, 224, device) for device, each in DEVICES.items()]
-    cells = [(each, each.race.cell) for each in standings(journal)]
-    drawn = [each for each, cell in cells if (cell.batch, cell.size, cell.device) in usual]
+    workloads = [(each, each.race.workload) for each in race_results(journal)]
+    drawn = [each for each, workload in workloads if (workload.batch, workload.size, workload.device) in usual]
     if drawn:
-        print(draw(drawn, HERE / f"{name}.png"))
+        print(draw_chart(drawn, options.tables / f"{name}.png"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from skipway.models import ConvNeXtConfig, ResNetConfig, SwinConfig, ViTConfig, 
 from skipway.models.family import build, resolve
 from skipway.zoo import import_with_torchvision
 
-__all__ = ["CHAINS", "LIBRARIES", "PEERS", "AbsentError", "aliases", "config_of", "made", "missing"]
+__all__ = ["CHAINS", "LIBRARIES", "PEERS", "AbsentError", "aliases", "config_of", "make_model", "missing_libraries"]
 
 CLASSES = 10
 
@@ -79,7 +79,7 @@ def aliases(network: str) -> tuple[str, ...]:
     return tuple(alias for family in families() for alias in family.aliases if find_config(alias)[1] == config)
 
 
-def made(library: str, network: str, size: int) -> nn.Module:
+def make_model(library: str, network: str, size: int) -> nn.Module:
     """A network as a library makes it, with fresh weights and without stochastic depth.
 
     Args:
@@ -91,18 +91,18 @@ def made(library: str, network: str, size: int) -> nn.Module:
         AbsentError: the library does not have this network.
         SkipwayError: the library is not installed, or no such network.
 
-    >>> type(made("skipway", "vit@8", 32)).__name__
+    >>> type(make_model("skipway", "vit@8", 32)).__name__
     'ViT'
     """
     return LIBRARIES[library](network, size, config_of(network, size))
 
 
-def missing() -> tuple[str, ...]:
+def missing_libraries() -> tuple[str, ...]:
     """The peers that are not installed."""
     return tuple(name for name in PEERS if find_spec(name) is None)
 
 
-def ours(network: str, size: int, config: Any) -> nn.Module:
+def make_ours(network: str, size: int, config: Any) -> nn.Module:
     if "@" not in network:
         name, own = resolve(network, {})
         known = {field.name for field in fields(config)}
@@ -113,7 +113,7 @@ def ours(network: str, size: int, config: Any) -> nn.Module:
     return build("vit-tiny-16" if family == "vit" else "resnet20", **own)
 
 
-def timm(network: str, size: int, config: Any) -> nn.Module:
+def make_timm(network: str, size: int, config: Any) -> nn.Module:
     library = import_with_torchvision("timm", network)
     if isinstance(config, ViTConfig) and "@" in network:
         return library.models.VisionTransformer(
@@ -125,12 +125,12 @@ def timm(network: str, size: int, config: Any) -> nn.Module:
             mlp_ratio=config.ratio,
             num_classes=config.classes,
         )
-    name = entry("timm", network, library.is_model)
+    name = entry_point("timm", network, library.is_model)
     sized = isinstance(config, ViTConfig | SwinConfig) and size != library.get_pretrained_cfg(name).input_size[-1]
     return library.create_model(name, **({"img_size": size} if sized else {}))
 
 
-def torchvision(network: str, size: int, config: Any) -> nn.Module:
+def make_torchvision(network: str, size: int, config: Any) -> nn.Module:
     models = import_with_torchvision("torchvision", network).models
     if isinstance(config, ViTConfig):
         return models.VisionTransformer(
@@ -142,14 +142,14 @@ def torchvision(network: str, size: int, config: Any) -> nn.Module:
             mlp_dim=int(config.dim * config.ratio),
             num_classes=config.classes,
         )
-    model = models.get_model(entry("torchvision", network, models.list_models().__contains__), weights=None)
+    model = models.get_model(entry_point("torchvision", network, models.list_models().__contains__), weights=None)
     for module in model.modules():
         if type(module).__name__ == "StochasticDepth":
             module.p = 0.0
     return model
 
 
-def entry(library: str, network: str, has: Callable[[str], bool]) -> str:
+def entry_point(library: str, network: str, has: Callable[[str], bool]) -> str:
     """The library's own name of a network."""
     for name in aliases(network):
         if has(name):
@@ -157,7 +157,7 @@ def entry(library: str, network: str, has: Callable[[str], bool]) -> str:
     raise AbsentError(f"{library} has no {network}")
 
 
-def transformers(network: str, size: int, config: Any) -> nn.Module:
+def make_transformers(network: str, size: int, config: Any) -> nn.Module:
     library = import_with_torchvision("transformers", network)
     for kind, translate in HUGGING_FACE.items():
         if isinstance(config, kind):
@@ -210,10 +210,10 @@ HUGGING_FACE: dict[type, Callable[[Any], tuple[str, dict[str, Any]]]] = {
     SwinConfig: hugging_face_swin,
 }
 LIBRARIES: dict[str, Callable[[str, int, Any], nn.Module]] = {
-    "skipway": ours,
-    "timm": timm,
-    "torchvision": torchvision,
-    "transformers": transformers,
+    "skipway": make_ours,
+    "timm": make_timm,
+    "torchvision": make_torchvision,
+    "transformers": make_transformers,
 }
 """Who makes networks; each entry takes a network's name, the side of its images and our config of it."""
 PEERS = tuple(name for name in LIBRARIES if name != "skipway")

@@ -14,7 +14,7 @@ from benchmarks.race.devices import DEVICES
 from skipway.inference.backends import PRECISIONS
 from skipway.kernels.matmul import linear_by_onednn, pack_weight
 
-__all__ = ["Ceiling", "ceiling", "copy_rate", "flops_of"]
+__all__ = ["Ceiling", "count_flops", "measure_ceiling", "measure_copy_rate"]
 
 SECONDS = 0.4
 
@@ -34,7 +34,7 @@ class Ceiling:
     how: str
 
 
-def ceiling(
+def measure_ceiling(
     precision: str,
     sizes: Sequence[tuple[int, int, int]] | None = None,
     *,
@@ -49,7 +49,7 @@ def ceiling(
         device: one of `benchmarks.race.devices.DEVICES`.
         seconds: time that each operator gets for each product.
 
-    >>> found = ceiling("float32", [(64, 64, 64)], seconds=0.01)
+    >>> found = measure_ceiling("float32", [(64, 64, 64)], seconds=0.01)
     >>> found.flops > 0, found.how.endswith("64x64x64")
     (True, True)
     """
@@ -59,7 +59,7 @@ def ceiling(
             left = torch.randn(rows, inner, dtype=PRECISIONS[precision], device=device)
             weight = torch.randn(columns, inner, dtype=PRECISIONS[precision], device=device)
             for name, product in products(left, weight):
-                rate = 2 * rows * columns * inner / fastest(product, seconds, finish=kind.finish)
+                rate = 2 * rows * columns * inner / fastest_call(product, seconds, finish=kind.finish)
                 found.append(Ceiling(precision, rate, f"{name} {rows}x{columns}x{inner}"))
     return max(found, key=lambda each: each.flops)
 
@@ -73,7 +73,7 @@ def products(left: Tensor, weight: Tensor) -> Iterator[tuple[str, Callable[[], T
         yield "oneDNN linear", lambda: linear_by_onednn(left, pack, None)
 
 
-def fastest(
+def fastest_call(
     work: Callable[[], object],
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
@@ -91,7 +91,7 @@ def fastest(
     return best
 
 
-def copy_rate(size: int | None = None, *, device: str = "cpu", seconds: float = SECONDS) -> float:
+def measure_copy_rate(size: int | None = None, *, device: str = "cpu", seconds: float = SECONDS) -> float:
     """Bytes read and written in a second by copying memory that no cache holds.
 
     Args:
@@ -99,21 +99,21 @@ def copy_rate(size: int | None = None, *, device: str = "cpu", seconds: float = 
         device: one of `benchmarks.race.devices.DEVICES`.
         seconds: time it gets.
 
-    >>> copy_rate(1 << 16, seconds=0.01) > 0
+    >>> measure_copy_rate(1 << 16, seconds=0.01) > 0
     True
     """
     kind = DEVICES[device]
     size = size or kind.copied
     source = torch.zeros(size // 4, device=device)
     target = torch.empty_like(source).copy_(source)
-    return 2 * size / fastest(lambda: target.copy_(source), seconds, finish=kind.finish)
+    return 2 * size / fastest_call(lambda: target.copy_(source), seconds, finish=kind.finish)
 
 
-def flops_of(work: Callable[[], object]) -> int:
+def count_flops(work: Callable[[], object]) -> int:
     """Floating point operations of a piece of work in torch, those of convolutions, products and attention.
 
     >>> layer, images = torch.nn.Linear(3, 5), torch.randn(2, 3)
-    >>> flops_of(lambda: layer(images))
+    >>> count_flops(lambda: layer(images))
     60
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.race.summary import Standing, titled
+from benchmarks.race.summary import RaceResult, with_device
 from skipway.errors import MissingExtraError, SkipwayError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw"]
+__all__ = ["draw_chart"]
 
 BARS = (
     ("peer", "best peer", "#a0a6ab"),
@@ -25,28 +25,30 @@ WIDTH = 0.27
 TITLES = {"infer": "Inference", "train": "Training"}
 
 
-def draw(standings: Sequence[Standing], path: str | Path) -> Path:
+def draw_chart(results: Sequence[RaceResult], path: str | Path) -> Path:
     """Bars of images a second, a panel for each of inference and training in each precision.
 
     Args:
-        standings: of networks; those of chains of a given number of branches are left out.
+        results: of networks; those of chains of a given number of branches are left out.
         path: where to, by its ending: .png, .svg, .pdf.
 
     Raises:
         MissingExtraError: matplotlib is not installed (`pip install 'skipway[plot]'`).
         SkipwayError: there is nothing to draw.
 
-    >>> draw([], "speed.png")
+    >>> draw_chart([], "speed.png")
     Traceback (most recent call last):
-    skipway.errors.SkipwayError: no race of a network to draw; measure some: skipway bench resnet50 --what infer
+    skipway.errors.SkipwayError: no race of a network to draw; run python -m benchmarks.speed first
     """
-    panels: dict[str, list[Standing]] = {}
-    for each in standings:
-        cell = each.race.cell
-        if "@" not in cell.network:
-            panels.setdefault(titled(f"{TITLES[cell.what]}, {cell.precision}", cell.device), []).append(each)
+    panels: dict[str, list[RaceResult]] = {}
+    for each in results:
+        workload = each.race.workload
+        if "@" not in workload.network:
+            panels.setdefault(
+                with_device(f"{TITLES[workload.what]}, {workload.precision}", workload.device), []
+            ).append(each)
     if not panels:
-        raise SkipwayError("no race of a network to draw; measure some: skipway bench resnet50 --what infer")
+        raise SkipwayError("no race of a network to draw; run python -m benchmarks.speed first")
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -58,7 +60,7 @@ def draw(standings: Sequence[Standing], path: str | Path) -> Path:
         figure = Figure(figsize=(6.2 * across, 3.6 * down + 0.5), layout="constrained", facecolor="white")
         axes = figure.subplots(down, across, squeeze=False).flat
         for axis, (title, chosen) in zip(axes, panels.items(), strict=False):
-            panel(axis, title, chosen)
+            draw_panel(axis, title, chosen)
         for axis in list(axes)[len(panels) :]:
             axis.set_axis_off()
         first = figure.axes[0]
@@ -69,16 +71,16 @@ def draw(standings: Sequence[Standing], path: str | Path) -> Path:
     return path
 
 
-def panel(axis: Axes, title: str, standings: Sequence[Standing]) -> None:
-    """A group of bars for each cell."""
-    places = range(len(standings))
+def draw_panel(axis: Axes, title: str, results: Sequence[RaceResult]) -> None:
+    """A group of bars for each workload."""
+    places = range(len(results))
     for number, (side, name, colour) in enumerate(BARS):
-        rates = [each.rate(side) for each in standings]
+        rates = [each.rate(side) for each in results]
         at = [place + (number - 1) * WIDTH for place in places]
         heights = [rate if math.isfinite(rate) else 0.0 for rate in rates]
         bars = axis.bar(at, heights, WIDTH * 0.92, label=name, color=colour)
-        axis.bar_label(bars, labels=labels(standings, side, rates), fontsize=7.5, padding=1, color=INK)
-    ceilings = [each.ceiling or math.nan for each in standings]
+        axis.bar_label(bars, labels=bar_labels(results, side, rates), fontsize=7.5, padding=1, color=INK)
+    ceilings = [each.ceiling or math.nan for each in results]
     axis.hlines(
         ceilings,
         [place - 1.6 * WIDTH for place in places],
@@ -88,7 +90,7 @@ def panel(axis: Axes, title: str, standings: Sequence[Standing]) -> None:
         linewidth=1,
         label="ceiling: products alone",
     )
-    axis.set_xticks(list(places), [named(each, standings) for each in standings])
+    axis.set_xticks(list(places), [workload_label(each, results) for each in results])
     axis.set_title(title, loc="left", fontweight="bold", fontsize=10)
     axis.set_ylabel("images a second")
     axis.margins(y=0.12)
@@ -99,18 +101,18 @@ def panel(axis: Axes, title: str, standings: Sequence[Standing]) -> None:
     axis.tick_params(axis="y", colors=SOFT, length=0)
 
 
-def labels(standings: Sequence[Standing], side: str, rates: Sequence[float]) -> list[str]:
+def bar_labels(results: Sequence[RaceResult], side: str, rates: Sequence[float]) -> list[str]:
     """The rate, and over ours how many times the best peer's it is."""
     texts = []
-    for each, rate in zip(standings, rates, strict=True):
+    for each, rate in zip(results, rates, strict=True):
         gain: Any = each.gain(each.best.get("ours", ""), "peer") if side == "ours" else None
         number = f"{rate:.3g}" if rate < 1000 else f"{rate:,.0f}"
         texts.append("" if not math.isfinite(rate) else number if gain is None else f"{number}\n{gain.median:.2f}x")
     return texts
 
 
-def named(each: Standing, standings: Sequence[Standing]) -> str:
-    """A cell by its network, and by what else tells it apart."""
-    cell = each.race.cell
-    alone = sum(other.race.cell.network == cell.network for other in standings) == 1
-    return cell.network if alone else f"{cell.network}\n{cell.batch}x{cell.size}"
+def workload_label(each: RaceResult, results: Sequence[RaceResult]) -> str:
+    """A workload by its network, and by what else tells it apart."""
+    workload = each.race.workload
+    alone = sum(other.race.workload.network == workload.network for other in results) == 1
+    return workload.network if alone else f"{workload.network}\n{workload.batch}x{workload.size}"

@@ -1,7 +1,7 @@
-"""Who takes part: a library, a mode of running it, a precision, and whether it infers or trains.
+"""Contenders: a library, a mode of running it, a precision, for inference or training.
 
-A mode is a row of `MODES`. Peers are run in every mode that torch offers them, and once more under our switches, which
-is told apart: what a switch of ours does for a stranger is no merit of the stranger's library, nor of our kernels.
+Modes are the rows of `MODES`. Peers run in every mode that torch offers, and again with our process-wide switches. The
+latter are listed separately: a gain by our switches is to the credit neither of the peer nor of our kernels.
 """
 
 from __future__ import annotations
@@ -17,20 +17,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.race.architectures import PEERS, config_of, made
+from benchmarks.race.architectures import PEERS, config_of, make_model
 from benchmarks.race.devices import DEVICES
 from skipway.inference.backends import BACKENDS, PRECISIONS, compile_frozen
 from skipway.kernels.onednn import onednn_matmul
 
-__all__ = ["MODES", "OURS", "Cell", "Contender", "Mode", "Prepared", "Step", "contenders", "prepared", "switches"]
+__all__ = [
+    "MODES",
+    "OURS",
+    "Contender",
+    "Mode",
+    "ReadyContender",
+    "TrainingWork",
+    "Workload",
+    "contenders",
+    "prepare",
+    "switches",
+]
 
 OURS = "skipway"
 Call = Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One piece of work.
+class Workload:
+    """One piece of work, the same for all contenders.
 
     Args:
         network: see `benchmarks.race.architectures.config_of`.
@@ -40,7 +51,7 @@ class Cell:
         size: their side, in pixels.
         device: one of `benchmarks.race.devices.DEVICES`.
 
-    >>> print(Cell(network="vit@8", what="train", precision="bfloat16", batch=2, size=32, device="cuda"))
+    >>> print(Workload(network="vit@8", what="train", precision="bfloat16", batch=2, size=32, device="cuda"))
     train vit@8 bfloat16 2x32 on cuda
     """
 
@@ -56,12 +67,12 @@ class Cell:
         return f"{self.what} {self.network} {self.precision} {self.batch}x{self.size}{where}"
 
     def images(self) -> Tensor:
-        """Random images, the same in each process."""
+        """Return random images, the same in each process."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.batch, 3, self.size, self.size, generator=generator).to(self.device)
 
     def labels(self) -> Tensor:
-        """Random classes."""
+        """Return random classes."""
         classes = config_of(self.network, self.size).classes
         return torch.randint(classes, (self.batch,), generator=torch.Generator().manual_seed(1)).to(self.device)
 
@@ -72,14 +83,13 @@ class Mode:
 
     Args:
         what: "infer", "train", or both.
-        who: the libraries that are run like this.
-        ready: a model, example images and a precision → what is called in the model's place.
-        channels_last: the model and its images are laid out by pixels.
-        keeps: the model stays in single precision, what `ready` gives takes care of the precision.
-        patched: our kernels are put in where the switches are asked for and it trains; else it runs under the switches
-            as it was prepared without.
-        devices: that it makes sense on.
-        compiles: torch's compiler has to be waited for.
+        who: libraries that run in this mode.
+        ready: takes a model, example images and a precision; returns the function that is called instead of the model.
+        channels_last: lay out the model and its images channels-last.
+        keeps: leave the model in float32; the function that `ready` returns handles the precision.
+        patched: with switches, training uses our kernels; otherwise switches change nothing in how it is prepared.
+        devices: supported ones.
+        compiles: whether torch's compiler runs, which takes minutes.
     """
 
     what: frozenset[str]
@@ -94,14 +104,14 @@ class Mode:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One that takes part.
+    """A library in one mode and precision.
 
     Args:
         library: one of `benchmarks.race.architectures.LIBRARIES`.
         mode: one of `MODES`.
         what: "infer" or "train".
         precision: "float32" or "bfloat16".
-        switched: under our switches.
+        switched: with our process-wide switches.
 
     >>> print(Contender(library="timm", mode="compiled", what="infer", precision="float32", switched=True))
     timm compiled + switches
@@ -121,29 +131,29 @@ class Contender:
         """ "ours", "peer", or "switched": a peer under our switches."""
         return "ours" if self.library == OURS else "switched" if self.switched else "peer"
 
-    def prepare(self, cell: Cell) -> Prepared:
-        """Build, compile, run once; seconds of each are kept.
+    def prepare(self, workload: Workload) -> ReadyContender:
+        """Build and compile the network and run it once, timing each.
 
         Raises:
             Exception: whatever the library, the compiler or the backend raises.
         """
-        mode, finish = MODES[self.mode], DEVICES[cell.device].finish
-        loaded(self.library, cell.network, cell.size)
+        mode, finish = MODES[self.mode], DEVICES[workload.device].finish
+        import_library(self.library, workload.network, workload.size)
         torch.manual_seed(0)
         begun = time.perf_counter()
-        model = made(self.library, cell.network, cell.size)
+        model = make_model(self.library, workload.network, workload.size)
         built = time.perf_counter()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        run = RUNS[self.what](self, mode, model.to(cell.device), cell)
+        run = RUNS[self.what](self, mode, model.to(workload.device), workload)
         run()
         finish()
         now = time.perf_counter()
-        return Prepared(
-            run, self.within(cell.device), parameters, build_seconds=built - begun, prepare_seconds=now - built
+        return ReadyContender(
+            run, self.within(workload.device), parameters, build_seconds=built - begun, prepare_seconds=now - built
         )
 
     def within(self, device: str) -> Callable[[], AbstractContextManager[Any]]:
-        """What its turns happen in; the switches are those of a CPU."""
+        """Return the context of its timings; the switches exist on a CPU only."""
         if not self.switched or device != "cpu":
             return nullcontext
         # a setting that on some machines gives up precision is the peers' alone
@@ -151,15 +161,15 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ReadyContender:
     """A contender that can run.
 
     Args:
         run: does the work once.
-        within: what its turns happen in.
-        parameters: of its network.
-        build_seconds: of making the network.
-        prepare_seconds: of compiling it and of the first call.
+        within: context of its timings.
+        parameters: number of the network's parameters.
+        build_seconds: time to build the network.
+        prepare_seconds: time to compile it and for the first call.
     """
 
     run: Callable[[], object]
@@ -169,29 +179,29 @@ class Prepared:
     prepare_seconds: float
 
 
-def loaded(library: str, network: str, size: int) -> None:
-    """Import what a library builds a family with, so that the time of building is that alone."""
+def import_library(library: str, network: str, size: int) -> None:
+    """Import the modules that a library builds a family with, so that they do not count as build time."""
     kind = (library, type(config_of(network, size)))
     if kind not in LOADED:
-        made(library, network, size)
+        make_model(library, network, size)
         LOADED.add(kind)
 
 
 LOADED: set[tuple[str, type]] = set()
 
 
-class Step:
+class TrainingWork:
     """A training step: forward, cross entropy, backward, SGD with momentum, under autocast in bfloat16.
 
     Args:
-        model: whose parameters are trained.
-        forward: called in its place.
-        images: with
+        model: network whose parameters are trained.
+        forward: called instead of the model.
+        images: inputs.
         labels: their classes.
         precision: "float32" or "bfloat16".
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    >>> step = Step(model, model, torch.ones(2, 3, 2, 2), torch.tensor([0, 1]))
+    >>> step = TrainingWork(model, model, torch.ones(2, 3, 2, 2), torch.tensor([0, 1]))
     >>> first, second = step().item(), step().item()
     >>> second < first
     True
@@ -202,28 +212,28 @@ class Step:
     ) -> None:
         self.forward, self.images, self.labels = forward, images, labels
         self.half = precision == "bfloat16"
-        self.optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
     def __call__(self) -> Tensor:
         loss = self.loss()
         loss.backward()
-        self.optimiser.step()
-        # whoever waits for a turn holds no gradients
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        # a contender that waits for its next timing holds no gradients
+        self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def loss(self) -> Tensor:
-        """The forward half of the step."""
+        """Return the loss: the forward half of the step."""
         with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.half):
-            return functional.cross_entropy(logits(self.forward(self.images)).float(), self.labels)
+            return functional.cross_entropy(logits_of(self.forward(self.images)).float(), self.labels)
 
 
-class Inference:
-    """The logits of images, without gradients.
+class InferenceWork:
+    """Inference: the logits of images, without gradients.
 
     Args:
-        forward: what is called.
-        images: with what.
+        forward: called.
+        images: inputs.
     """
 
     def __init__(self, forward: Call, images: Tensor) -> None:
@@ -231,64 +241,66 @@ class Inference:
 
     def __call__(self) -> Tensor:
         with torch.no_grad():
-            return logits(self.forward(self.images))
+            return logits_of(self.forward(self.images))
 
 
-def logits(out: Any) -> Tensor:
-    """What transformers wrap into an object."""
+def logits_of(out: Any) -> Tensor:
+    """Return the logits, which transformers wraps into an object."""
     return getattr(out, "logits", out)
 
 
-def laid_out(mode: Mode, value: Any) -> Any:
-    """A model or images, by pixels where the mode says so."""
+def to_layout(mode: Mode, value: Any) -> Any:
+    """Lay out a model or images channels-last where the mode says so."""
     return value.to(memory_format=torch.channels_last) if mode.channels_last else value
 
 
-def inference(contender: Contender, mode: Mode, model: nn.Module, cell: Cell) -> Inference:
-    """The work of a contender that infers; in bfloat16 its weights are, which is faster than autocast."""
+def make_inference(contender: Contender, mode: Mode, model: nn.Module, workload: Workload) -> InferenceWork:
+    """Prepare inference; in bfloat16 the weights are cast, which is faster than autocast."""
     dtype = PRECISIONS["float32" if mode.keeps else contender.precision]
-    model, images = laid_out(mode, model.eval().to(dtype)), laid_out(mode, cell.images().to(dtype))
-    return Inference(mode.ready(model, images, contender.precision), images)
+    model, images = to_layout(mode, model.eval().to(dtype)), to_layout(mode, workload.images().to(dtype))
+    return InferenceWork(mode.ready(model, images, contender.precision), images)
 
 
-def training(contender: Contender, mode: Mode, model: nn.Module, cell: Cell) -> Step:
-    """The work of a contender that trains."""
-    model, images = laid_out(mode, model.train()), laid_out(mode, cell.images())
+def make_training(contender: Contender, mode: Mode, model: nn.Module, workload: Workload) -> TrainingWork:
+    """Prepare training."""
+    model, images = to_layout(mode, model.train()), to_layout(mode, workload.images())
     if contender.switched and mode.patched:
-        accelerated(model, images, contender.precision)
-    return Step(model, mode.ready(model, images, contender.precision), images, cell.labels(), contender.precision)
+        run_accelerated(model, images, contender.precision)
+    return TrainingWork(
+        model, mode.ready(model, images, contender.precision), images, workload.labels(), contender.precision
+    )
 
 
-RUNS: dict[str, Callable[[Contender, Mode, nn.Module, Cell], Callable[[], Tensor]]] = {
-    "infer": inference,
-    "train": training,
+RUNS: dict[str, Callable[[Contender, Mode, nn.Module, Workload], Callable[[], Tensor]]] = {
+    "infer": make_inference,
+    "train": make_training,
 }
 
 
-def as_it_is(model: nn.Module, images: Tensor, precision: str) -> Call:
+def run_eager(model: nn.Module, images: Tensor, precision: str) -> Call:
     return model
 
 
-def compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
+def run_compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
     return torch.compile(model, dynamic=False)
 
 
-def accelerated_compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
-    return compiled(accelerated(model, images, precision), images, precision)
+def run_accelerated_compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
+    return run_compiled(run_accelerated(model, images, precision), images, precision)
 
 
-def constant(model: nn.Module, images: Tensor, precision: str) -> Call:
+def run_frozen(model: nn.Module, images: Tensor, precision: str) -> Call:
     return compile_frozen(model, images)
 
 
-def accelerated(model: nn.Module, images: Tensor, precision: str) -> nn.Module:
+def run_accelerated(model: nn.Module, images: Tensor, precision: str) -> nn.Module:
     from skipway.surgery.acceleration import accelerate
 
     accelerate(model, images)
     return model
 
 
-def optimized(backend: str, model: nn.Module, images: Tensor, precision: str) -> Call:
+def run_optimized(backend: str, model: nn.Module, images: Tensor, precision: str) -> Call:
     from skipway.inference.backend_selection import optimize
 
     return optimize(model, images, precision=precision, backends=[backend])
@@ -296,10 +308,10 @@ def optimized(backend: str, model: nn.Module, images: Tensor, precision: str) ->
 
 @contextmanager
 def switches(*, routed: bool = False) -> Iterator[None]:
-    """Our process-wide switches, for a while: freed memory is kept, and products in single precision go to oneDNN.
+    """Turn our process-wide switches on within the context: freed memory is kept, float32 products go to oneDNN.
 
     Args:
-        routed: the second, too.
+        routed: also send float32 products to oneDNN.
     """
     from skipway.hardware.allocator import keep_memory
 
@@ -312,33 +324,33 @@ EVERYBODY, STRANGERS, SELF = frozenset({OURS, *PEERS}), frozenset(PEERS), frozen
 CARD = frozenset({"cuda"})
 
 MODES: dict[str, Mode] = {
-    "eager": Mode(what=BOTH, who=EVERYBODY, ready=as_it_is, patched=True),
-    "channels-last": Mode(what=BOTH, who=EVERYBODY, ready=as_it_is, channels_last=True, patched=True),
-    "accelerate": Mode(what=TRAIN, who=SELF, ready=accelerated),
-    "accelerate-channels-last": Mode(what=TRAIN, who=SELF, ready=accelerated, channels_last=True),
+    "eager": Mode(what=BOTH, who=EVERYBODY, ready=run_eager, patched=True),
+    "channels-last": Mode(what=BOTH, who=EVERYBODY, ready=run_eager, channels_last=True, patched=True),
+    "accelerate": Mode(what=TRAIN, who=SELF, ready=run_accelerated),
+    "accelerate-channels-last": Mode(what=TRAIN, who=SELF, ready=run_accelerated, channels_last=True),
     **{
         f"optimize-{name}": Mode(
             what=INFER,
             who=SELF,
-            ready=partial(optimized, name),
+            ready=partial(run_optimized, name),
             keeps=True,
             devices=frozenset(BACKENDS[name].devices or DEVICES),
             compiles=name == "inductor",
         )
         for name in BACKENDS
     },
-    "compiled": Mode(what=BOTH, who=EVERYBODY, ready=compiled, compiles=True),
-    # on a CPU the compiler lays maps out by pixels of itself
+    "compiled": Mode(what=BOTH, who=EVERYBODY, ready=run_compiled, compiles=True),
+    # on a CPU the compiler chooses channels-last by itself
     "compiled-channels-last": Mode(
-        what=BOTH, who=EVERYBODY, ready=compiled, channels_last=True, devices=CARD, compiles=True
+        what=BOTH, who=EVERYBODY, ready=run_compiled, channels_last=True, devices=CARD, compiles=True
     ),
-    "accelerate-compiled": Mode(what=TRAIN, who=SELF, ready=accelerated_compiled, devices=CARD, compiles=True),
+    "accelerate-compiled": Mode(what=TRAIN, who=SELF, ready=run_accelerated_compiled, devices=CARD, compiles=True),
     "accelerate-compiled-channels-last": Mode(
-        what=TRAIN, who=SELF, ready=accelerated_compiled, channels_last=True, devices=CARD, compiles=True
+        what=TRAIN, who=SELF, ready=run_accelerated_compiled, channels_last=True, devices=CARD, compiles=True
     ),
-    "frozen": Mode(what=INFER, who=STRANGERS, ready=constant, compiles=True),
+    "frozen": Mode(what=INFER, who=STRANGERS, ready=run_frozen, compiles=True),
 }
-"""Ways of running a network, those that are ready at once first."""
+"""Modes of running a network, those that are ready at once first."""
 
 
 def contenders(
@@ -350,47 +362,47 @@ def contenders(
     switched: bool = True,
     device: str = "cpu",
 ) -> list[Contender]:
-    """Everybody that takes part in a cell.
+    """Return all contenders of a workload.
 
     Args:
         what: "infer" or "train".
         precision: "float32" or "bfloat16".
-        peers: beside our library.
-        modes: of those in `MODES` that fit.
-        switched: each under our switches, too.
+        peers: libraries to compare with ours.
+        modes: names in `MODES`; those that do not fit are left out.
+        switched: also include each with our switches.
         device: one of `benchmarks.race.devices.DEVICES`.
 
     >>> [str(each) for each in contenders("infer", "float32", peers=["timm"], modes=["eager"])]
     ['skipway eager', 'timm eager', 'skipway eager + switches', 'timm eager + switches']
     """
-    plain = [
+    unswitched = [
         Contender(library=library, mode=name, what=what, precision=precision)
         for name, mode in MODES.items()
         for library in (OURS, *peers)
         if name in modes and what in mode.what and library in mode.who and device in mode.devices
     ]
-    # in eager training the switches put our kernels in, which of ours is a mode of its own; on a GPU they do nothing
-    # else. `optimize` has its own
+    # in eager training the switches include our kernels, which for our library is a mode of its own, and on a GPU they
+    # do nothing else; `optimize` sets its own switches
     again = [
         replace(each, switched=True)
-        for each in plain
+        for each in unswitched
         if switched
         and not MODES[each.mode].keeps
         and (device == "cpu" or (what == "train" and MODES[each.mode].patched))
         and not (each.library == OURS and what == "train" and MODES[each.mode].patched)
     ]
-    return [*plain, *again]
+    return [*unswitched, *again]
 
 
-def prepared(contender: Contender, cell: Cell, known: Mapping[Contender, Prepared]) -> Prepared:
-    """Prepare a contender, or take over what runs under the switches as it does without.
+def prepare(contender: Contender, workload: Workload, known: Mapping[Contender, ReadyContender]) -> ReadyContender:
+    """Prepare a contender, or reuse its twin without switches where the switches change nothing in how it is prepared.
 
     Args:
-        contender: who.
-        cell: for what.
-        known: those that are prepared.
+        contender: library and mode.
+        workload: network, batch and precision.
+        known: contenders that are ready.
     """
     twin = known.get(replace(contender, switched=False))
     if contender.switched and twin is not None and not (contender.what == "train" and MODES[contender.mode].patched):
-        return replace(twin, within=contender.within(cell.device), build_seconds=0.0, prepare_seconds=0.0)
-    return contender.prepare(cell)
+        return replace(twin, within=contender.within(workload.device), build_seconds=0.0, prepare_seconds=0.0)
+    return contender.prepare(workload)

@@ -14,20 +14,20 @@ from skipway.errors import SkipwayError
 from skipway.hardware.allocator import trim_memory
 from skipway.hardware.processor import cpu_name
 
-__all__ = ["DEVICES", "Device"]
+__all__ = ["DEVICES", "DeviceProfile"]
 
 Sizes = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class DeviceProfile:
     """A type of device.
 
     Args:
         title: what its processor is called.
         finish: waits until everything that was begun is done.
         peak: a piece of work → the most bytes that it took beyond what was there before.
-        calls: of the work in a timed turn; a GPU is fed ahead of time, as training and serving do it.
+        calls: of the work in a timed timing; a GPU is fed ahead of time, as training and serving do it.
         networks: raced by default.
         batch: images at a time, by default.
         products: rows, columns and inner size of the products whose rate is the ceiling.
@@ -47,7 +47,7 @@ class Device:
     loosened: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def status(field: str) -> int:
+def process_status(field: str) -> int:
     """Bytes of a field of this process's status, on Linux."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -65,14 +65,14 @@ def peak_bytes(work: Callable[[], object]) -> int:
     try:
         # the high water mark starts anew
         Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
+        before = process_status("VmRSS")
     except OSError as error:
         raise SkipwayError("peak memory is read from /proc/self, which only Linux has") from error
     work()
-    return max(0, status("VmHWM") - before)
+    return max(0, process_status("VmHWM") - before)
 
 
-def allocated(work: Callable[[], object]) -> int:
+def peak_cuda_bytes(work: Callable[[], object]) -> int:
     """The most that a piece of work had allocated on the GPU beyond what was before, in bytes."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -93,8 +93,8 @@ def tensor_cores() -> Iterator[None]:
         matmul.allow_tf32 = before
 
 
-DEVICES: Mapping[str, Device] = {
-    "cpu": Device(
+DEVICES: Mapping[str, DeviceProfile] = {
+    "cpu": DeviceProfile(
         title=lambda: f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         finish=lambda: None,
         peak=peak_bytes,
@@ -104,10 +104,10 @@ DEVICES: Mapping[str, Device] = {
         products=((3136, 1536, 384), (2048, 2048, 2048), (4096, 1024, 1024), (3136, 384, 1536)),
         copied=1 << 28,
     ),
-    "cuda": Device(
+    "cuda": DeviceProfile(
         title=torch.cuda.get_device_name,
         finish=torch.cuda.synchronize,
-        peak=allocated,
+        peak=peak_cuda_bytes,
         calls=8,
         networks=("resnet50", "vit-base-16", "convnext-base", "swin-base"),
         batch=128,

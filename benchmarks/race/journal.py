@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.race.contenders import Cell
+from benchmarks.race.contenders import Workload
 from skipway.errors import SkipwayError
 from skipway.inference.timer import Timing
 
-__all__ = ["FILE", "Journal", "Race", "stopped"]
+__all__ = ["FILE", "Journal", "RaceRecord", "is_final"]
 
 FILE = "rows.jsonl"
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ class Journal:
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / FILE
-        self.rows: list[Row] = list(read(self.path)) if self.path.exists() else []
+        self.rows: list[Row] = list(read_rows(self.path)) if self.path.exists() else []
 
     def write(self, row: Row) -> None:
         """One more row, on disk at once."""
@@ -44,7 +44,7 @@ class Journal:
         line = json.dumps(row) + "\n"
         with self.path.open("ab+") as file:
             # a line that an interruption cut off stays a line of its own
-            if file.tell() and not ends_line(self.path):
+            if file.tell() and not ends_with_newline(self.path):
                 line = "\n" + line
             file.write(line.encode())
         self.rows.append(row)
@@ -57,28 +57,30 @@ class Journal:
         """Whether there is a row of this kind with these values that did not fail."""
         return any(values.items() <= row.items() and not row.get("error") for row in self.of(kind))
 
-    def races(self) -> list[Race]:
-        """The last race of each cell, in the order in which the cells were first measured."""
-        found: dict[Cell, Race] = {}
+    def races(self) -> list[RaceRecord]:
+        """The last race of each workload, in the order in which the workloads were first measured."""
+        found: dict[Workload, RaceRecord] = {}
         for row in self.rows:
             if row.get("kind") == "race":
-                found[Cell(**row["cell"])] = Race(row)
-            elif row.get("kind") in ("prepared", "turn", "end") and Cell(**row["cell"]) in found:
-                found[Cell(**row["cell"])].take(row)
+                found[Workload(**row["workload"])] = RaceRecord(row)
+            elif row.get("kind") in ("prepared", "timing", "end") and Workload(**row["workload"]) in found:
+                found[Workload(**row["workload"])].take(row)
         return list(found.values())
 
-    def race(self, cell: Cell, names: Sequence[str], rounds: int) -> Race:
-        """The last race of a cell where it had these contenders and at least so many rounds, else a new one."""
+    def race(self, workload: Workload, names: Sequence[str], rounds: int) -> RaceRecord:
+        """The last race of a workload where it had these contenders and at least so many rounds, else a new one."""
         for race in self.races():
             enough = race.ended and set(names) <= set(race.names) and rounds <= race.rounds
-            if race.cell == cell and (enough or (sorted(names) == sorted(race.names) and rounds == race.rounds)):
+            if race.workload == workload and (
+                enough or (sorted(names) == sorted(race.names) and rounds == race.rounds)
+            ):
                 return race
-        row = {"kind": "race", "cell": asdict(cell), "names": list(names), "rounds": rounds}
+        row = {"kind": "race", "workload": asdict(workload), "names": list(names), "rounds": rounds}
         self.write(row)
-        return Race(row)
+        return RaceRecord(row)
 
 
-class Race:
+class RaceRecord:
     """What is known of one race.
 
     Args:
@@ -86,17 +88,17 @@ class Race:
     """
 
     def __init__(self, row: Row) -> None:
-        self.cell, self.names, self.rounds = Cell(**row["cell"]), tuple(row["names"]), int(row["rounds"])
+        self.workload, self.names, self.rounds = Workload(**row["workload"]), tuple(row["names"]), int(row["rounds"])
         self.prepared: dict[str, Row] = {}
-        self.turns: list[Timing] = []
+        self.timings: list[Timing] = []
         self.flops, self.ended = 0, False
 
     def take(self, row: Row) -> None:
         """One more row of it."""
         if row["kind"] == "prepared":
             self.prepared[row["name"]] = row
-        elif row["kind"] == "turn":
-            self.turns.append(turn_of(row))
+        elif row["kind"] == "timing":
+            self.timings.append(read_timing(row))
         else:
             self.flops, self.ended = row["flops"], True
 
@@ -104,36 +106,40 @@ class Race:
     def seconds(self) -> dict[str, dict[int, float]]:
         """Of each contender that was timed, by round."""
         taken: dict[str, dict[int, float]] = {}
-        for turn in self.turns:
-            if not stopped(turn):
-                taken.setdefault(turn.name, {})[turn.round] = turn.seconds
+        for timing in self.timings:
+            if not is_final(timing):
+                taken.setdefault(timing.name, {})[timing.round] = timing.seconds
         return taken
 
     def remark(self, name: str) -> str:
         """Why a contender failed, or took part in some of the rounds alone."""
         failed = self.prepared.get(name, {}).get("error", "")
-        late = [turn.error or f"left, {turn.dropped}" for turn in self.turns if turn.name == name and stopped(turn)]
+        late = [
+            timing.error or f"left, {timing.dropped}"
+            for timing in self.timings
+            if timing.name == name and is_final(timing)
+        ]
         return str(failed or (late[-1] if late else ""))
 
 
-def stopped(turn: Timing) -> bool:
+def is_final(timing: Timing) -> bool:
     """Whether it was the last of its contender."""
-    return bool(turn.error or turn.dropped)
+    return bool(timing.error or timing.dropped)
 
 
-def turn_of(row: Row) -> Timing:
-    """A turn as it was written."""
+def read_timing(row: Row) -> Timing:
+    """A timing as it was written."""
     return Timing(row["name"], row["round"], row.get("seconds") or float("nan"), row["error"], row["dropped"])
 
 
-def ends_line(path: Path) -> bool:
+def ends_with_newline(path: Path) -> bool:
     """Whether the last line of a file is whole."""
     with path.open("rb") as file:
         file.seek(-1, 2)
         return file.read(1) == b"\n"
 
 
-def read(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a file; a last line that was cut off is left out."""
     text = path.read_text(encoding="utf-8")
     lines = text.split("\n")

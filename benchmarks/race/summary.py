@@ -1,4 +1,4 @@
-"""What the rows of a benchmark say: the best of the peers and of ours in each cell, as tables in Markdown."""
+"""Tables of a benchmark in Markdown: the best peer and the best of ours for each workload."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.race.journal import Journal, Race
+from benchmarks.race.journal import Journal, RaceRecord
 from skipway.inference.timer import Quartiles, quartiles, round_speedups
 
-__all__ = ["Standing", "markdown", "standing", "standings", "titled", "write_markdown"]
+__all__ = ["RaceResult", "markdown", "race_result", "race_results", "with_device", "write_markdown"]
 
 SIDES = {"ours": "ours", "peer": "peers", "switched": "peers under our switches"}
 NOTHING = "–"
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Standing:
+class RaceResult:
     """What came of a race.
 
     Args:
@@ -30,7 +30,7 @@ class Standing:
         ceiling: images a second of a machine that does nothing but multiply, as fast as was measured; 0: not known.
     """
 
-    race: Race
+    race: RaceRecord
     best: dict[str, str]
     rates: dict[str, float]
     ceiling: float
@@ -52,13 +52,13 @@ class Standing:
         return self.rates[name] / self.ceiling if self.ceiling else math.nan
 
 
-def standings(journal: Journal) -> list[Standing]:
+def race_results(journal: Journal) -> list[RaceResult]:
     """Every race of a journal that has timed anybody."""
     known = ceilings(journal)
     races = [race for race in journal.races() if race.seconds]
-    rows = [known.get((race.cell.device, race.cell.precision), ()) for race in races]
+    rows = [known.get((race.workload.device, race.workload.precision), ()) for race in races]
     best = [max((row["flops"] for row in own), default=0.0) for own in rows]
-    return [standing(race, flops) for race, flops in zip(races, best, strict=True)]
+    return [race_result(race, flops) for race, flops in zip(races, best, strict=True)]
 
 
 def ceilings(journal: Journal) -> dict[tuple[str, str], list[Row]]:
@@ -69,34 +69,34 @@ def ceilings(journal: Journal) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def titled(text: str, device: str) -> str:
+def with_device(text: str, device: str) -> str:
     """A title, with the device where it is not the CPU.
 
-    >>> titled("Training in bfloat16", "cpu"), titled("Training in bfloat16", "cuda")
+    >>> with_device("Training in bfloat16", "cpu"), with_device("Training in bfloat16", "cuda")
     ('Training in bfloat16', 'Training in bfloat16 on cuda')
     """
     return text if device == "cpu" else f"{text} on {device}"
 
 
-def standing(race: Race, ceiling: float) -> Standing:
+def race_result(race: RaceRecord, ceiling: float) -> RaceResult:
     """What came of a race.
 
     Args:
         race: its rows.
         ceiling: operations a second; 0: not known.
     """
-    rates = {name: race.cell.batch / median(taken.values()) for name, taken in race.seconds.items()}
+    rates = {name: race.workload.batch / median(taken.values()) for name, taken in race.seconds.items()}
     best: dict[str, str] = {}
     for name, rate in rates.items():
         side = race.prepared[name]["side"]
         if rate > rates.get(best.get(side, ""), 0.0):
             best[side] = name
-    return Standing(race, best, rates, race.cell.batch * ceiling / race.flops if race.flops else 0.0)
+    return RaceResult(race, best, rates, race.workload.batch * ceiling / race.flops if race.flops else 0.0)
 
 
 def markdown(journal: Journal) -> str:
     """The tables of a benchmark in Markdown."""
-    every = standings(journal)
+    every = race_results(journal)
     parts = [
         machine_text(journal),
         *(section(title, table) for title, table in overview(every)),
@@ -119,10 +119,10 @@ def section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}" if text else ""
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; nothing where it has no rows.
 
-    >>> print(table(["net", "rate"], [["a", "1|2"]]))
+    >>> print(markdown_table(["net", "rate"], [["a", "1|2"]]))
     | net | rate |
     |---|---|
     | a | 1\\|2 |
@@ -131,10 +131,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines]) if lines else ""
 
 
-def show(value: float, form: str = ".1f", unit: str = "") -> str:
+def format_number(value: float, form: str = ".1f", unit: str = "") -> str:
     """A number, or that there is none.
 
-    >>> show(1234.56), show(float("nan")), show(0.5, ".0%")
+    >>> format_number(1234.56), format_number(float("nan")), format_number(0.5, ".0%")
     ('1,234.6', '–', '50%')
     """
     return f"{value:,{form}}{unit}" if math.isfinite(value) else NOTHING
@@ -152,15 +152,15 @@ def machine_text(journal: Journal) -> str:
     for (device, precision), rows in ceilings(journal).items():
         best = max(rows, key=lambda row: row["flops"])
         lines.append(
-            f"{titled(f'Ceiling in {precision}', device)}: {best['flops'] / 1e9:,.0f} GFLOP/s ({best['how']}; measured "
-            f"{len(rows)} times, {min(row['flops'] for row in rows) / 1e9:,.0f} at least)."
+            f"{with_device(f'Ceiling in {precision}', device)}: {best['flops'] / 1e9:,.0f} GFLOP/s ({best['how']}; "
+            f"measured {len(rows)} times, {min(row['flops'] for row in rows) / 1e9:,.0f} at least)."
         )
     copies: dict[str, list[float]] = {}
     for row in journal.of("copy"):
         copies.setdefault(row.get("device", "cpu"), []).append(row["bytes"] / 1e9)
     for device, rates in copies.items():
         lines.append(
-            f"{titled('Copying', device)}: {max(rates):,.1f} GB/s read and written ({min(rates):,.1f} at least)."
+            f"{with_device('Copying', device)}: {max(rates):,.1f} GB/s read and written ({min(rates):,.1f} at least)."
         )
     absent = dict.fromkeys(row["library"] for row in journal.of("missing"))
     if absent:
@@ -173,66 +173,69 @@ def machine_text(journal: Journal) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
-def overview(every: Sequence[Standing]) -> Iterator[tuple[str, str]]:
+def overview(every: Sequence[RaceResult]) -> Iterator[tuple[str, str]]:
     """A table for inference and one for training, of each precision."""
     titles = {"infer": "Inference", "train": "Training"}
     for what, title in titles.items():
-        for device, precision in dict.fromkeys((each.race.cell.device, each.race.cell.precision) for each in every):
+        for device, precision in dict.fromkeys(
+            (each.race.workload.device, each.race.workload.precision) for each in every
+        ):
             chosen = [
                 each
                 for each in every
-                if (each.race.cell.what, each.race.cell.device, each.race.cell.precision) == (what, device, precision)
-                and "@" not in each.race.cell.network
+                if (each.race.workload.what, each.race.workload.device, each.race.workload.precision)
+                == (what, device, precision)
+                and "@" not in each.race.workload.network
             ]
-            yield titled(f"{title} in {precision}, images a second", device), overview_table(chosen)
+            yield with_device(f"{title} in {precision}, images a second", device), overview_table(chosen)
 
 
-def overview_table(every: Iterable[Standing]) -> str:
-    """Best peer against ours, a row for each cell."""
+def overview_table(every: Iterable[RaceResult]) -> str:
+    """Best peer against ours, a row for each workload."""
     columns = (
         *("network", "batch x size", "best peer", "", "best peer + switches", "ours", "", "ours / peer"),
         *("ours / peer + switches", "ours of ceiling"),
     )
-    return table(columns, map(overview_row, every))
+    return markdown_table(columns, map(overview_row, every))
 
 
-def overview_row(each: Standing) -> list[str]:
-    cell, best = each.race.cell, each.best
+def overview_row(each: RaceResult) -> list[str]:
+    workload, best = each.race.workload, each.best
     mine = best.get("ours", "")
     gains = [each.gain(mine, side) for side in ("peer", "switched")]
     return [
-        cell.network,
-        f"{cell.batch}x{cell.size}",
-        show(each.rate("peer")),
+        workload.network,
+        f"{workload.batch}x{workload.size}",
+        format_number(each.rate("peer")),
         best.get("peer", NOTHING),
-        show(each.rate("switched")),
-        show(each.rate("ours")),
+        format_number(each.rate("switched")),
+        format_number(each.rate("ours")),
         mine.removeprefix("skipway ") or NOTHING,
         *(NOTHING if gain is None else str(gain) for gain in gains),
-        show(each.share(mine), ".0%") if mine else NOTHING,
+        format_number(each.share(mine), ".0%") if mine else NOTHING,
     ]
 
 
-def growth_table(every: Iterable[Standing]) -> str:
+def growth_table(every: Iterable[RaceResult]) -> str:
     """Milliseconds a step and seconds to build, by depth."""
     rows = []
     for each in every:
-        cell = each.race.cell
-        family, at, branches = cell.network.partition("@")
+        workload = each.race.workload
+        family, at, branches = workload.network.partition("@")
         if not at:
             continue
         mine, peer = each.best.get("ours", ""), each.best.get("peer", "")
         gain = each.gain(mine, "peer")
         rows.append(
             (
-                titled(f"{cell.what} {family} {cell.batch}x{cell.size}", cell.device),
+                with_device(f"{workload.what} {family} {workload.batch}x{workload.size}", workload.device),
                 f"{int(branches):,}",
-                *(show(1000 * cell.batch / each.rate(side)) for side in ("peer", "ours")),
+                *(format_number(1000 * workload.batch / each.rate(side)) for side in ("peer", "ours")),
                 f"{peer or NOTHING}",
                 mine or NOTHING,
                 NOTHING if gain is None else str(gain),
                 *(
-                    show(each.race.prepared.get(name, {}).get("build_seconds", math.nan), ".2f")
+                    format_number(each.race.prepared.get(name, {}).get("build_seconds", math.nan), ".2f")
                     for name in (peer, mine)
                 ),
             )
@@ -241,19 +244,19 @@ def growth_table(every: Iterable[Standing]) -> str:
         *("work", "branches", "best peer, ms", "ours, ms", "peer", "ours", "ours / peer", "peer builds in s"),
         "ours builds in s",
     )
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def memory_table(journal: Journal) -> str:
     """Peak and kept bytes of a training step."""
     rows = []
     for row in journal.of("memory"):
-        cell = row["cell"]
-        amounts = [show(row.get(name, math.nan) / 2**20, ".0f") for name in ("peak_bytes", "saved_bytes")]
-        size = titled(f"{cell['batch']}x{cell['size']}", cell.get("device", "cpu"))
-        rows.append((cell["network"], cell["precision"], size, row["name"], *amounts, row["error"]))
+        workload = row["workload"]
+        amounts = [format_number(row.get(name, math.nan) / 2**20, ".0f") for name in ("peak_bytes", "saved_bytes")]
+        size = with_device(f"{workload['batch']}x{workload['size']}", workload.get("device", "cpu"))
+        rows.append((workload["network"], workload["precision"], size, row["name"], *amounts, row["error"]))
     columns = ("network", "precision", "batch x size", "contender", "peak MiB", "kept for backward MiB", "remark")
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def startup_table(journal: Journal) -> str:
@@ -268,32 +271,32 @@ def startup_table(journal: Journal) -> str:
             median(row[name] for row in good) if good else math.nan for name in ("import_seconds", "build_seconds")
         ]
         remark = "" if good else measured[-1]["error"]
-        rows.append((network, library, *(show(value, ".2f") for value in (*halves, sum(halves))), remark))
-    return table(("network", "library", "import s", "build s", "both s", "remark"), rows)
+        rows.append((network, library, *(format_number(value, ".2f") for value in (*halves, sum(halves))), remark))
+    return markdown_table(("network", "library", "import s", "build s", "both s", "remark"), rows)
 
 
-def details(every: Iterable[Standing]) -> str:
+def details(every: Iterable[RaceResult]) -> str:
     """Every contender of every race, the fastest first, those without a time last."""
     columns = (
-        *("cell", "side", "contender", "images/s", "over best peer", "of ceiling", "build s", "prepare s"),
+        *("workload", "side", "contender", "images/s", "over best peer", "of ceiling", "build s", "prepare s"),
         *("rounds", "parameters", "remark"),
     )
-    return table(columns, (row for each in every for row in detail_rows(each)))
+    return markdown_table(columns, (row for each in every for row in detail_rows(each)))
 
 
-def detail_rows(each: Standing) -> Iterator[list[str]]:
+def detail_rows(each: RaceResult) -> Iterator[list[str]]:
     race = each.race
     known: Callable[[str], Row] = lambda name: race.prepared.get(name, {})  # noqa: E731
     for name in sorted(race.names, key=lambda name: -each.rates.get(name, 0.0)):
         gain = each.gain(name, "peer")
         yield [
-            str(race.cell),
+            str(race.workload),
             SIDES.get(known(name).get("side", ""), NOTHING),
             f"**{name}**" if name in each.best.values() else name,
-            show(each.rates.get(name, math.nan)),
+            format_number(each.rates.get(name, math.nan)),
             NOTHING if gain is None else str(gain),
-            show(each.share(name), ".0%") if name in each.rates else NOTHING,
-            *(show(known(name).get(key, math.nan), ".1f") for key in ("build_seconds", "prepare_seconds")),
+            format_number(each.share(name), ".0%") if name in each.rates else NOTHING,
+            *(format_number(known(name).get(key, math.nan), ".1f") for key in ("build_seconds", "prepare_seconds")),
             str(len(race.seconds.get(name, {}))),
             f"{known(name)['parameters']:,}" if "parameters" in known(name) else NOTHING,
             race.remark(name),

@@ -1,4 +1,4 @@
-"""Benchmarks: turns, medians, failures, resuming, tables. Nothing here asserts on a time."""
+"""Benchmarks: timings, medians, failures, resuming, tables. Nothing here asserts on a time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.race import benchmark
 from benchmarks.race import contenders as field
-from benchmarks.race.architectures import AbsentError, config_of, made
-from benchmarks.race.benchmark import Plan, measure
-from benchmarks.race.chart import draw
-from benchmarks.race.contenders import MODES, Cell, Contender, Prepared, contenders
+from benchmarks.race import runner
+from benchmarks.race.architectures import AbsentError, config_of, make_model
+from benchmarks.race.chart import draw_chart
+from benchmarks.race.contenders import MODES, Contender, ReadyContender, Workload, contenders
 from benchmarks.race.journal import Journal
-from benchmarks.race.summary import markdown, standings
+from benchmarks.race.runner import BenchmarkPlan, run_plan
+from benchmarks.race.summary import markdown, race_results
 from skipway.errors import SkipwayError
 from skipway.inference.timer import Candidate, Timing, round_speedups, time_interleaved
 
-CELL = Cell(network="resnet50", what="infer", precision="float32", batch=4, size=64)
+WORKLOAD = Workload(network="resnet50", what="infer", precision="float32", batch=4, size=64)
 
 
 class Clock:
@@ -45,56 +45,56 @@ def broken() -> None:
 
 def test_each_takes_a_turn_a_round_in_rotated_order():
     clock = Clock()
-    turns = list(time_interleaved([Candidate(name, clock.takes(1.0), name) for name in "abc"], 3, clock=clock))
-    assert ["".join(turn.name for turn in turns if turn.round == number) for number in range(3)] == [
+    timings = list(time_interleaved([Candidate(name, clock.takes(1.0), name) for name in "abc"], 3, clock=clock))
+    assert ["".join(timing.name for timing in timings if timing.round == number) for number in range(3)] == [
         "abc",
         "bca",
         "cab",
     ]
-    assert {turn.seconds for turn in turns} == {1.0}
+    assert {timing.seconds for timing in timings} == {1.0}
 
 
 def test_a_failure_is_a_turn_with_its_reason_and_the_others_go_on():
     clock = Clock()
-    turns = list(time_interleaved([Candidate("a", clock.takes(1.0)), Candidate("b", broken)], 2, clock=clock))
-    assert [(turn.name, turn.round) for turn in turns] == [("a", 0), ("b", 0), ("a", 1)]
-    assert turns[1].error == "RuntimeError: no such operator"
+    timings = list(time_interleaved([Candidate("a", clock.takes(1.0)), Candidate("b", broken)], 2, clock=clock))
+    assert [(timing.name, timing.round) for timing in timings] == [("a", 0), ("b", 0), ("a", 1)]
+    assert timings[1].error == "RuntimeError: no such operator"
 
 
 def test_slow_ones_leave_their_group_and_the_best_of_each_stays():
     clock = Clock()
     seconds = {"fast": ("ours", 1.0), "best": ("peer", 5.0), "slow": ("peer", 11.0)}
-    turns = list(
+    timings = list(
         time_interleaved(
             [Candidate(name, clock.takes(s), group) for name, (group, s) in seconds.items()], 3, clock=clock
         )
     )
-    assert [(turn.name, turn.dropped) for turn in turns if turn.dropped] == [("slow", "2.2x the fastest")]
-    assert [turn.name for turn in turns if turn.round == 2] == ["fast", "best"]
+    assert [(timing.name, timing.dropped) for timing in timings if timing.dropped] == [("slow", "2.2x the fastest")]
+    assert [timing.name for timing in timings if timing.round == 2] == ["fast", "best"]
 
 
 def test_a_turn_of_several_calls_is_the_time_of_one_and_waits_for_all():
     clock = Clock()
     waits = clock.takes(8.0)  # what a GPU still has to do when the calls are through
-    (turn,) = time_interleaved([Candidate("a", clock.takes(1.0), calls=4, finish=waits)], 1, clock=clock)
-    assert turn.seconds == (4 * 1.0 + 8.0) / 4
+    (timing,) = time_interleaved([Candidate("a", clock.takes(1.0), calls=4, finish=waits)], 1, clock=clock)
+    assert timing.seconds == (4 * 1.0 + 8.0) / 4
 
 
 def test_the_limit_ends_a_race_after_one_round():
     clock = Clock()
-    turns = list(
+    timings = list(
         time_interleaved([Candidate(name, clock.takes(9.0), name) for name in "ab"], 5, limit=1.0, clock=clock)
     )
-    assert [(turn.name, turn.round) for turn in turns] == [("a", 0), ("b", 0)]
+    assert [(timing.name, timing.round) for timing in timings] == [("a", 0), ("b", 0)]
 
 
 def test_known_turns_are_not_taken_again():
     clock = Clock()
     known = [Timing("a", 0, 1.0), Timing("b", 0, error="gone"), Timing("c", 0, 1.0)]
-    turns = list(
+    timings = list(
         time_interleaved([Candidate(name, clock.takes(1.0), name) for name in "abc"], 2, known=known, clock=clock)
     )
-    assert sorted((turn.name, turn.round) for turn in turns) == [("a", 1), ("c", 1)]
+    assert sorted((timing.name, timing.round) for timing in timings) == [("a", 1), ("c", 1)]
 
 
 def test_ratios_are_of_rounds_that_both_were_in():
@@ -106,11 +106,13 @@ def test_the_same_architecture_in_every_library():
     for library in ("timm", "torchvision", "transformers"):
         if find_spec(library) is None:
             continue
-        counts = {name: sum(p.numel() for p in made(name, "vit@6", 32).parameters()) for name in ("skipway", library)}
+        counts = {
+            name: sum(p.numel() for p in make_model(name, "vit@6", 32).parameters()) for name in ("skipway", library)
+        }
         assert len(set(counts.values())) == 1, counts
     if find_spec("timm") is not None:
         with pytest.raises(AbsentError, match="timm has no resnet@9"):
-            made("timm", "resnet@9", 32)
+            make_model("timm", "resnet@9", 32)
     assert config_of("resnet@10", 32).branches == 10
 
 
@@ -149,9 +151,9 @@ def test_peers_under_our_switches_are_told_apart():
 
 
 def test_a_gpu_has_its_own_field():
-    plan = Plan(device="cuda", what=["infer", "train"], peers=["timm"], precisions=["bfloat16"])
-    assert {cell.device for cell in plan.cells()} == {"cuda"}
-    assert {cell.batch for cell in plan.cells()} == {128}
+    plan = BenchmarkPlan(device="cuda", what=["infer", "train"], peers=["timm"], precisions=["bfloat16"])
+    assert {workload.device for workload in plan.workloads()} == {"cuda"}
+    assert {workload.batch for workload in plan.workloads()} == {128}
     assert plan.networks == ("resnet50", "vit-base-16", "convnext-base", "swin-base")
     given = {"peers": ["timm"], "device": "cuda"}
     trains = [str(each) for each in contenders("train", "bfloat16", **given)]
@@ -166,9 +168,9 @@ def test_a_gpu_has_its_own_field():
     assert not [name for name in here if "compiled-channels-last" in name]
 
 
-def tiny_plan(**others) -> Plan:
+def tiny_plan(**others) -> BenchmarkPlan:
     given = {"networks": ["vit@4"], "what": ["infer"], "precisions": ["float32"], "batches": [2], "sizes": [32]}
-    return Plan(
+    return BenchmarkPlan(
         **{**given, "peers": [], "modes": ["eager"], "rounds": 2, "switches": False, "ceilings": False, **others}
     )
 
@@ -179,31 +181,31 @@ def test_a_contender_that_fails_becomes_a_row(tmp_path, monkeypatch):
 
     mode = field.Mode(what=field.BOTH, who=field.SELF, ready=refuse)
     monkeypatch.setitem(MODES, "hopeless", mode)
-    journal = measure(tiny_plan(modes=["eager", "hopeless"]), tmp_path)
+    journal = run_plan(tiny_plan(modes=["eager", "hopeless"]), tmp_path)
     (row,) = [row for row in journal.of("prepared") if row["error"]]
     assert row["name"] == "skipway hopeless"
     assert row["error"] == "RuntimeError: not on this machine"
     assert "not on this machine" in markdown(journal)
-    assert len(journal.of("turn")) == 2
+    assert len(journal.of("timing")) == 2
 
 
 def test_what_is_there_is_not_measured_again(tmp_path):
-    measure(tiny_plan(), tmp_path)
+    run_plan(tiny_plan(), tmp_path)
     said: list[str] = []
-    before = len(Journal(tmp_path).of("turn"))
-    measure(tiny_plan(), tmp_path, said.append)
+    before = len(Journal(tmp_path).of("timing"))
+    run_plan(tiny_plan(), tmp_path, said.append)
     assert said == ["infer vit@4 float32 2x32: measured already"]
-    assert len(Journal(tmp_path).of("turn")) == before == 2
+    assert len(Journal(tmp_path).of("timing")) == before == 2
 
 
 def test_an_interrupted_race_goes_on_with_the_rounds_that_are_left(tmp_path):
-    journal = measure(tiny_plan(), tmp_path)
+    journal = run_plan(tiny_plan(), tmp_path)
     lines = journal.path.read_text().splitlines()
-    last = next(place for place in range(len(lines) - 1, 0, -1) if '"turn"' in lines[place])
-    journal.path.write_text("\n".join(lines[:last]) + '\n{"kind": "turn", "ce')
-    assert [turn.round for turn in Journal(tmp_path).races()[0].turns] == [0]
-    again = measure(tiny_plan(), tmp_path)
-    assert [turn.round for turn in again.races()[0].turns] == [0, 1]
+    last = next(place for place in range(len(lines) - 1, 0, -1) if '"timing"' in lines[place])
+    journal.path.write_text("\n".join(lines[:last]) + '\n{"kind": "timing", "ce')
+    assert [timing.round for timing in Journal(tmp_path).races()[0].timings] == [0]
+    again = run_plan(tiny_plan(), tmp_path)
+    assert [timing.round for timing in again.races()[0].timings] == [0, 1]
 
 
 def recorded(folder) -> Journal:
@@ -212,19 +214,26 @@ def recorded(folder) -> Journal:
     sides = {"timm frozen": "peer", "timm eager": "peer", "timm eager + switches": "switched", "skipway eager": "ours"}
     seconds = dict(zip(sides, ((0.2, 0.4), (0.4, 0.8), (0.15, 0.3), (0.1, 0.2)), strict=True))
     journal.write({"kind": "ceiling", "when": "start", "precision": "float32", "flops": 8e9, "how": "matmul 1x1x1"})
-    journal.write({"kind": "race", "cell": asdict(CELL), "names": list(sides), "rounds": 2})
+    journal.write({"kind": "race", "workload": asdict(WORKLOAD), "names": list(sides), "rounds": 2})
     for name, side in sides.items():
-        row = {"kind": "prepared", "cell": asdict(CELL), "name": name, "side": side, "parameters": 7, "error": ""}
+        row = {
+            "kind": "prepared",
+            "workload": asdict(WORKLOAD),
+            "name": name,
+            "side": side,
+            "parameters": 7,
+            "error": "",
+        }
         journal.write({**row, "build_seconds": 0.5, "prepare_seconds": 2.0})
         for number, taken in enumerate(seconds[name]):
-            turn = {"name": name, "round": number, "seconds": taken, "error": "", "dropped": ""}
-            journal.write({"kind": "turn", "cell": asdict(CELL), **turn})
-    journal.write({"kind": "end", "cell": asdict(CELL), "flops": 400_000_000})
+            timing = {"name": name, "round": number, "seconds": taken, "error": "", "dropped": ""}
+            journal.write({"kind": "timing", "workload": asdict(WORKLOAD), **timing})
+    journal.write({"kind": "end", "workload": asdict(WORKLOAD), "flops": 400_000_000})
     return journal
 
 
 def test_the_best_peer_is_one_without_our_switches(tmp_path):
-    (found,) = standings(recorded(tmp_path))
+    (found,) = race_results(recorded(tmp_path))
     assert found.best == {"peer": "timm frozen", "switched": "timm eager + switches", "ours": "skipway eager"}
     assert found.gain("skipway eager", "peer").median == pytest.approx(2.0)
     assert found.gain("skipway eager", "switched").median == pytest.approx(1.5)
@@ -237,7 +246,7 @@ def test_the_table_and_the_chart(tmp_path):
     assert "| resnet50 | 4x64 | 13.3 | timm frozen | 17.8 | 26.7 | eager | 2.00 (2.00 to 2.00) | 1.50" in text
     assert "Ceiling in float32: 8 GFLOP/s" in text
     pytest.importorskip("matplotlib")
-    assert draw(standings(journal), tmp_path / "speed.png").stat().st_size > 5000
+    assert draw_chart(race_results(journal), tmp_path / "speed.png").stat().st_size > 5000
 
 
 def test_devices_have_tables_of_their_own(tmp_path):
@@ -248,8 +257,8 @@ def test_devices_have_tables_of_their_own(tmp_path):
         '"precision": "float32", "flops"', '"device": "cuda", "precision": "float32", "flops"'
     )
     journal.path.write_text(text.replace(', "device": "cpu"', "") + other)  # rows of before there were devices, too
-    found = standings(Journal(tmp_path))
-    assert [each.race.cell.device for each in found] == ["cpu", "cuda"]
+    found = race_results(Journal(tmp_path))
+    assert [each.race.workload.device for each in found] == ["cpu", "cuda"]
     assert found[0].ceiling == found[1].ceiling == pytest.approx(80.0)
     text = markdown(Journal(tmp_path))
     for title in ("## Inference in float32, images a second\n", "## Inference in float32, images a second on cuda\n"):
@@ -259,17 +268,17 @@ def test_devices_have_tables_of_their_own(tmp_path):
 
 def test_where_preparing_takes_the_budget_ours_are_left_out_and_no_peer(tmp_path, monkeypatch):
     clock, journal = Clock(), Journal(tmp_path)
-    monkeypatch.setattr(benchmark.time, "perf_counter", clock)
+    monkeypatch.setattr(runner.time, "perf_counter", clock)
 
-    def slow(contender, cell, known):
+    def slow(contender, workload, known):
         clock.takes(10.0)()
-        return Prepared(clock, contender.within, 7, 0.0, 10.0)
+        return ReadyContender(clock, contender.within, 7, 0.0, 10.0)
 
-    monkeypatch.setattr(benchmark, "prepared", slow)
-    plan = Plan(networks=["resnet50"], peers=["timm", "torchvision"], budget=30.0)
+    monkeypatch.setattr(runner, "prepare", slow)
+    plan = BenchmarkPlan(networks=["resnet50"], peers=["timm", "torchvision"], budget=30.0)
     wanted = contenders("infer", "float32", peers=["timm", "torchvision"], modes=["eager"], switched=False)
-    known = journal.race(CELL, [str(each) for each in wanted], 1)
-    ready = benchmark.prepare_all(plan, CELL, wanted, known, journal, lambda text: None)
+    known = journal.race(WORKLOAD, [str(each) for each in wanted], 1)
+    ready = runner.prepare_all(plan, WORKLOAD, wanted, known, journal, lambda text: None)
     assert [each.library for each in ready] == ["timm", "torchvision"]
 
 
@@ -314,12 +323,12 @@ def test_our_switches_are_on_in_their_turns_and_off_between(tmp_path, monkeypatc
     monkeypatch.setattr(backend_selection, "optimize", lambda model, example, **how: model)
     before = torch.backends.mkldnn.matmul.fp32_precision
     modes = ["eager", "accelerate", "optimize-onnxruntime"]
-    journal = measure(tiny_plan(what=["infer", "train"], modes=modes, switches=True), tmp_path)
+    journal = run_plan(tiny_plan(what=["infer", "train"], modes=modes, switches=True), tmp_path)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    assert not [row for row in journal.of("prepared") + journal.of("turn") if row["error"]]
+    assert not [row for row in journal.of("prepared") + journal.of("timing") if row["error"]]
     assert kept.count("on") == kept.count("off") > 0
     assert "kernels" in kept
-    names = {row["name"] for row in journal.of("turn") if not row["dropped"]}
+    names = {row["name"] for row in journal.of("timing") if not row["dropped"]}
     assert {"skipway eager + switches", "skipway accelerate + switches", "skipway optimize-onnxruntime"} <= names
 
 

@@ -1,4 +1,4 @@
-"""A benchmark: ceilings, then each cell's race, then what is measured in processes of their own; all into a journal."""
+"""Run of a benchmark: ceilings, the race of each workload, measurements in fresh processes; all into a journal."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.race import subprocess_measure as apart
-from benchmarks.race.architectures import PEERS, config_of, missing
-from benchmarks.race.ceilings import ceiling, copy_rate, flops_of
-from benchmarks.race.contenders import MODES, OURS, Cell, Contender, Prepared, contenders, prepared
-from benchmarks.race.devices import DEVICES, Device
-from benchmarks.race.journal import Journal, Race, stopped
+from benchmarks.race import subprocesses
+from benchmarks.race.architectures import PEERS, config_of, missing_libraries
+from benchmarks.race.ceilings import count_flops, measure_ceiling, measure_copy_rate
+from benchmarks.race.contenders import MODES, OURS, Contender, ReadyContender, Workload, contenders, prepare
+from benchmarks.race.devices import DEVICES, DeviceProfile
+from benchmarks.race.journal import Journal, RaceRecord, is_final
 from skipway.errors import SkipwayError, suggest
 from skipway.hardware.processor import cpu_count
 from skipway.inference.timer import Candidate, Timing, error_line, time_interleaved
 
-__all__ = ["BRANCHES", "PRECISIONS", "WHAT", "Plan", "What", "measure"]
+__all__ = ["BRANCHES", "PRECISIONS", "WHAT", "BenchmarkPlan", "What", "run_plan"]
 
 What = Literal["infer", "train", "memory", "startup", "growth"]
 WHAT: tuple[What, ...] = ("infer", "train", "memory", "startup", "growth")
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BenchmarkPlan:
     """What to measure.
 
     Args:
@@ -45,8 +45,8 @@ class Plan:
         networks: see `benchmarks.race.architectures.config_of`; by default the device's.
         what: of `WHAT`.
         precisions: of `PRECISIONS`.
-        batches: images at a time; each is a cell; by default the device's.
-        sizes: sides of the images, in pixels; each is a cell.
+        batches: images at a time; each is a workload; by default the device's.
+        sizes: sides of the images, in pixels; each is a workload.
         branches: depths of the growth.
         peers: libraries beside ours.
         modes: of `benchmarks.race.contenders.MODES`.
@@ -58,7 +58,8 @@ class Plan:
     Raises:
         SkipwayError: a value that cannot be, with those that can.
 
-    >>> [str(cell) for cell in Plan(networks=["resnet50"], what=["infer"], batches=[1, 8]).cells()][:2]
+    >>> plan = BenchmarkPlan(networks=["resnet50"], what=["infer"], batches=[1, 8])
+    >>> [str(workload) for workload in plan.workloads()][:2]
     ['infer resnet50 float32 1x224', 'infer resnet50 float32 8x224']
     """
 
@@ -103,10 +104,10 @@ class Plan:
             for number in self.branches:
                 config_of(f"vit@{number}", GROWN_SIZE)
 
-    def cells(self) -> list[Cell]:
+    def workloads(self) -> list[Workload]:
         """The races, growth last."""
         found = [
-            Cell(network=network, what=what, precision=precision, batch=batch, size=size, device=self.device)
+            Workload(network=network, what=what, precision=precision, batch=batch, size=size, device=self.device)
             for what, precision, network, size, batch in product(
                 [what for what in ("infer", "train") if what in self.what],
                 self.precisions,
@@ -117,10 +118,10 @@ class Plan:
         ]
         return [*found, *self.growth()]
 
-    def growth(self) -> list[Cell]:
+    def growth(self) -> list[Workload]:
         """Training of narrow ViTs of ever more branches."""
         return [
-            Cell(
+            Workload(
                 network=f"vit@{number}",
                 what="train",
                 precision="float32",
@@ -133,16 +134,16 @@ class Plan:
 
     def present(self) -> list[str]:
         """The peers that are installed."""
-        return [name for name in self.peers if name not in missing()]
+        return [name for name in self.peers if name not in missing_libraries()]
 
-    def contenders(self, cell: Cell) -> list[Contender]:
-        """Who takes part in a cell; compiling nets of thousands of blocks would take hours."""
-        modes = [mode for mode in self.modes if not MODES[mode].compiles or cell not in self.growth()]
+    def contenders(self, workload: Workload) -> list[Contender]:
+        """Who takes part in a workload; compiling nets of thousands of blocks would take hours."""
+        modes = [mode for mode in self.modes if not MODES[mode].compiles or workload not in self.growth()]
         chosen = {"peers": self.present(), "modes": modes, "switched": self.switches, "device": self.device}
-        return contenders(cell.what, cell.precision, **chosen)
+        return contenders(workload.what, workload.precision, **chosen)
 
 
-def measure(plan: Plan, out: str | Path, say: Say = lambda text: None) -> Journal:
+def run_plan(plan: BenchmarkPlan, out: str | Path, say: Say = lambda text: None) -> Journal:
     """Measure what a plan asks for and is not yet in the folder.
 
     Args:
@@ -154,25 +155,25 @@ def measure(plan: Plan, out: str | Path, say: Say = lambda text: None) -> Journa
         the rows, those of earlier calls with them.
     """
     journal = Journal(out)
-    journal.write(machine(plan.device))
+    journal.write(describe_machine(plan.device))
     for name in plan.peers:
-        if name in missing():
+        if name in missing_libraries():
             say(f"{name} is not installed and takes no part: pip install {name}")
             journal.write({"kind": "missing", "library": name})
-    ceilings = plan.ceilings and not all(known(plan, cell, journal) for cell in plan.cells())
+    ceilings = plan.ceilings and not all(is_measured(plan, workload, journal) for workload in plan.workloads())
     if ceilings:
         measure_ceilings(plan, journal, "start", say)
-    for cell in plan.cells():
-        measure_cell(plan, cell, journal, say)
+    for workload in plan.workloads():
+        measure_workload(plan, workload, journal, say)
     if ceilings:
         measure_ceilings(plan, journal, "end", say)
-    for what, orders in (("memory", memory_orders(plan)), ("startup", startup_orders(plan))):
+    for what, orders in (("memory", memory_jobs(plan)), ("startup", startup_jobs(plan))):
         for row, work in orders if what in plan.what else ():
-            measure_apart(what, row, work, journal, say)
+            measure_in_subprocess(what, row, work, journal, say)
     return journal
 
 
-def machine(device: str) -> dict[str, Any]:
+def describe_machine(device: str) -> dict[str, Any]:
     """What it is measured on."""
     return {
         "kind": "machine",
@@ -188,46 +189,46 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def measure_ceilings(plan: Plan, journal: Journal, when: str, say: Say) -> None:
+def measure_ceilings(plan: BenchmarkPlan, journal: Journal, when: str, say: Say) -> None:
     """Products and copies, at the start and at the end of what is raced between them."""
     for precision in plan.precisions:
-        found = ceiling(precision, device=plan.device)
+        found = measure_ceiling(precision, device=plan.device)
         say(f"ceiling  {precision} {found.flops / 1e9:.0f} GFLOP/s ({found.how})")
         journal.write({"kind": "ceiling", "when": when, "device": plan.device, **asdict(found)})
-    rate = copy_rate(device=plan.device)
+    rate = measure_copy_rate(device=plan.device)
     say(f"ceiling  copying {rate / 1e9:.1f} GB/s")
     journal.write({"kind": "copy", "when": when, "device": plan.device, "bytes": rate})
 
 
-def known(plan: Plan, cell: Cell, journal: Journal) -> bool:
-    """Whether nothing is left to be measured of a cell."""
-    names = {str(each) for each in plan.contenders(cell)}
+def is_measured(plan: BenchmarkPlan, workload: Workload, journal: Journal) -> bool:
+    """Whether nothing is left to be measured of a workload."""
+    names = {str(each) for each in plan.contenders(workload)}
     return any(
-        race.cell == cell and race.ended and names <= set(race.names) and plan.rounds <= race.rounds
+        race.workload == workload and race.ended and names <= set(race.names) and plan.rounds <= race.rounds
         for race in journal.races()
     )
 
 
-def measure_cell(plan: Plan, cell: Cell, journal: Journal, say: Say) -> None:
-    """The race of a cell, or the rest of it."""
-    wanted = plan.contenders(cell)
+def measure_workload(plan: BenchmarkPlan, workload: Workload, journal: Journal, say: Say) -> None:
+    """The race of a workload, or the rest of it."""
+    wanted = plan.contenders(workload)
     if not wanted:
-        say(f"{cell}: no mode of {', '.join(plan.modes)} fits; it is left out")
+        say(f"{workload}: no mode of {', '.join(plan.modes)} fits; it is left out")
         return
-    known = journal.race(cell, [str(each) for each in wanted], plan.rounds)
+    known = journal.race(workload, [str(each) for each in wanted], plan.rounds)
     if known.ended:
-        say(f"{cell}: measured already")
+        say(f"{workload}: measured already")
         return
-    say(f"{cell}: {len(wanted)} contenders")
+    say(f"{workload}: {len(wanted)} contenders")
     with compiler_reset():
-        ready = prepare_all(plan, cell, wanted, known, journal, say)
-        run_race(plan, cell, ready, known, journal, say)
-        journal.write({"kind": "end", "cell": asdict(cell), "flops": count_flops(cell)})
+        ready = prepare_all(plan, workload, wanted, known, journal, say)
+        run_race(plan, workload, ready, known, journal, say)
+        journal.write({"kind": "end", "workload": asdict(workload), "flops": workload_flops(workload)})
 
 
 @contextmanager
 def compiler_reset() -> Iterator[None]:
-    """torch.compile's limit of versions of one function is not used up by other cells."""
+    """torch.compile's limit of versions of one function is not used up by other workloads."""
     try:
         yield
     finally:
@@ -237,27 +238,27 @@ def compiler_reset() -> Iterator[None]:
 
 
 def prepare_all(
-    plan: Plan, cell: Cell, wanted: Iterable[Contender], known: Race, journal: Journal, say: Say
-) -> dict[Contender, Prepared]:
+    plan: BenchmarkPlan, workload: Workload, wanted: Iterable[Contender], known: RaceRecord, journal: Journal, say: Say
+) -> dict[Contender, ReadyContender]:
     """Everybody that can be prepared in the time; who cannot becomes a row with the reason.
 
     Peers come first: what a budget leaves out is one of ours before it is one of them.
     """
-    ready: dict[Contender, Prepared] = {}
-    gone = {turn.name for turn in known.turns if turn.error or turn.dropped}
+    ready: dict[Contender, ReadyContender] = {}
+    gone = {timing.name for timing in known.timings if timing.error or timing.dropped}
     begun = time.perf_counter()
     for contender in sorted(wanted, key=lambda each: each.library == OURS):
         name, row = (
             str(contender),
-            {"kind": "prepared", "cell": asdict(cell), **asdict(contender), "side": contender.side},
+            {"kind": "prepared", "workload": asdict(workload), **asdict(contender), "side": contender.side},
         )
         row["name"] = name
         if name in gone:
             continue
         try:
             if plan.budget is not None and time.perf_counter() - begun > plan.budget / 2:
-                raise TimeoutError("half of the budget was spent before its turn to be prepared came")
-            found = ready[contender] = prepared(contender, cell, ready)
+                raise TimeoutError("half of the budget was spent before its timing to be prepared came")
+            found = ready[contender] = prepare(contender, workload, ready)
         except Exception as error:
             say(f"  {name}: {error_line(error)}")
             journal.write({**row, "error": error_line(error)})
@@ -268,19 +269,28 @@ def prepare_all(
     return ready
 
 
-def run_race(plan: Plan, cell: Cell, ready: dict[Contender, Prepared], known: Race, journal: Journal, say: Say) -> None:
-    """Turn after turn, each written as it comes."""
+def run_race(
+    plan: BenchmarkPlan,
+    workload: Workload,
+    ready: dict[Contender, ReadyContender],
+    known: RaceRecord,
+    journal: Journal,
+    say: Say,
+) -> None:
+    """Turn after timing, each written as it comes."""
     limit = None if plan.budget is None else plan.budget / 2
     by_name = {str(each): each for each in ready}
-    for turn in time_interleaved(entrants(ready, DEVICES[cell.device]), plan.rounds, known=known.turns, limit=limit):
-        say(f"  round {turn.round + 1}/{plan.rounds}  {turn.name}: {told(turn, cell)}")
-        row = {key: value for key, value in asdict(turn).items() if key != "seconds" or value == value}
-        journal.write({"kind": "turn", "cell": asdict(cell), **row})
-        if stopped(turn):
-            del ready[by_name[turn.name]]
+    for timing in time_interleaved(
+        timer_candidates(ready, DEVICES[workload.device]), plan.rounds, known=known.timings, limit=limit
+    ):
+        say(f"  round {timing.round + 1}/{plan.rounds}  {timing.name}: {format_timing(timing, workload)}")
+        row = {key: value for key, value in asdict(timing).items() if key != "seconds" or value == value}
+        journal.write({"kind": "timing", "workload": asdict(workload), **row})
+        if is_final(timing):
+            del ready[by_name[timing.name]]
 
 
-def entrants(ready: dict[Contender, Prepared], device: Device) -> list[Candidate]:
+def timer_candidates(ready: dict[Contender, ReadyContender], device: DeviceProfile) -> list[Candidate]:
     """Contenders as a race takes them; the fastest mode of each library stays to the end."""
     return [
         Candidate(str(each), found.run, f"{each.library} {each.switched}", found.within, device.calls, device.finish)
@@ -288,51 +298,58 @@ def entrants(ready: dict[Contender, Prepared], device: Device) -> list[Candidate
     ]
 
 
-def told(turn: Timing, cell: Cell) -> str:
-    """A turn in words."""
-    if stopped(turn):
-        return turn.error or f"left, {turn.dropped}"
-    return f"{1000 * turn.seconds:.1f} ms, {cell.batch / turn.seconds:.1f} images/s"
+def format_timing(timing: Timing, workload: Workload) -> str:
+    """A timing in words."""
+    if is_final(timing):
+        return timing.error or f"left, {timing.dropped}"
+    return f"{1000 * timing.seconds:.1f} ms, {workload.batch / timing.seconds:.1f} images/s"
 
 
-def count_flops(cell: Cell) -> int:
-    """Operations of a cell, counted on two of its images; 0 where they cannot be counted.
+def workload_flops(workload: Workload) -> int:
+    """Operations of a workload, counted on two of its images; 0 where they cannot be counted.
 
     A training step is three forward passes: torch's counter takes the gradients of a depthwise convolution for those of
     a full one. The gradient of the images, which nobody needs, is counted with it: 1 % of a ResNet-50.
     """
     eager = Contender(library=OURS, mode="eager", what="infer", precision="float32")
-    small = Cell(network=cell.network, what="infer", precision="float32", batch=2, size=cell.size)
-    passes = {"infer": 1, "train": 3}[cell.what]
+    small = Workload(network=workload.network, what="infer", precision="float32", batch=2, size=workload.size)
+    passes = {"infer": 1, "train": 3}[workload.what]
     try:
-        return passes * flops_of(eager.prepare(small).run) * cell.batch // 2
+        return passes * count_flops(eager.prepare(small).run) * workload.batch // 2
     except Exception:
         return 0
 
 
-Order = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
+SubprocessJob = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
-def memory_orders(plan: Plan) -> Iterator[Order]:
+def memory_jobs(plan: BenchmarkPlan) -> Iterator[SubprocessJob]:
     """Training steps whose memory is asked for; on a CPU, where it takes minutes to compile one, of eager modes."""
     modes = [mode for mode in plan.modes if plan.device != "cpu" or not MODES[mode].compiles]
     for network, precision, size, batch in product(plan.networks, plan.precisions, plan.sizes, plan.batches):
-        cell = Cell(network=network, what="train", precision=precision, batch=batch, size=size, device=plan.device)
+        workload = Workload(
+            network=network, what="train", precision=precision, batch=batch, size=size, device=plan.device
+        )
         chosen = {"peers": plan.present(), "modes": modes, "switched": False, "device": plan.device}
         for contender in contenders("train", precision, **chosen):
-            row = {"cell": asdict(cell), "library": contender.library, "name": str(contender), "side": contender.side}
-            yield row, partial(apart.memory, contender, cell)
+            row = {
+                "workload": asdict(workload),
+                "library": contender.library,
+                "name": str(contender),
+                "side": contender.side,
+            }
+            yield row, partial(subprocesses.measure_memory, contender, workload)
 
 
-def startup_orders(plan: Plan) -> Iterator[Order]:
+def startup_jobs(plan: BenchmarkPlan) -> Iterator[SubprocessJob]:
     """Libraries taking turns at being imported."""
     for network, number in product(plan.networks, range(plan.rounds)):
         for library in (OURS, *plan.present()):
             row = {"library": library, "network": network, "size": plan.sizes[0], "round": number}
-            yield row, partial(apart.startup, library, network, plan.sizes[0])
+            yield row, partial(subprocesses.measure_startup, library, network, plan.sizes[0])
 
 
-def measure_apart(
+def measure_in_subprocess(
     kind: str, row: dict[str, Any], work: Callable[[], dict[str, Any]], journal: Journal, say: Say
 ) -> None:
     """One process, or what is known of it; a failure becomes a row with the reason."""
@@ -344,6 +361,6 @@ def measure_apart(
         found = {"error": error_line(error)}
     shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float | int) else value for key, value in found.items())
     name = row.get("name", row["library"])
-    where = row.get("network") or row["cell"]["network"]
+    where = row.get("network") or row["workload"]["network"]
     say(f"{kind} {where}  {name}: {shown}")
     journal.write({"kind": kind, **row, "error": "", **found})
