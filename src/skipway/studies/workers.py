@@ -34,11 +34,11 @@ def attempt(study: Study, cell: Cell, device: str) -> Measured:
     try:
         results, error = study.measure(cell, device), None
     except Exception as raised:
-        results, error = {}, told(raised)
+        results, error = {}, describe_exception(raised)
     return Measured(cell, results, error, time.perf_counter() - began)
 
 
-def told(raised: BaseException) -> str:
+def describe_exception(raised: BaseException) -> str:
     """An exception in one line, with the place where it was raised."""
     frames = traceback.extract_tb(raised.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

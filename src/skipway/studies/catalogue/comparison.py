@@ -99,9 +99,9 @@ class Comparison(Study):
         if cell["kind"] == "no norm":
             spec = NORMLESS.get(spec, f"{spec} + skipinit(init=1.0, norm='remove')")
         torch.manual_seed(cell["seed"])
-        model = network(spec, cell, data.channels, len(data.classes))
+        model = build_network(spec, cell, data.channels, len(data.classes))
         batch = 32 if data.size < 32 else 128
-        twin = network("identity", cell, data.channels, len(data.classes))
+        twin = build_network("identity", cell, data.channels, len(data.classes))
         if cell["kind"] == "cost":
             own, other = step_times([model, twin], data, batch, device)
             return {"times": own / other, "dataset": name_of(data)}
@@ -131,7 +131,7 @@ class Comparison(Study):
                 x_label="weight layers",
                 y_label="test error",
                 log_x=True,
-                series=series_over(best(whole), "depth", "test_error", "scheme"),
+                series=series_over(best_rates(whole), "depth", "test_error", "scheme"),
                 percent=True,
                 note="Chance is 90 %.",
             ),
@@ -151,7 +151,7 @@ class Comparison(Study):
         """A line for each scheme: what it needs, stands, reaches and costs."""
         whole = [row for row in rows if row["kind"] == "as it is"]
         errors, bare = errors_of(whole), errors_of([row for row in rows if row["kind"] == "no norm"])
-        reached = group_values(best(whole), ["scheme", "depth"], "test_error")
+        reached = group_values(best_rates(whole), ["scheme", "depth"], "test_error")
         kept, times = group_values(whole, ["scheme"], "kept"), group_values(rows, ["scheme"], "times")
         lines: list[Row] = []
         deep = deepest_of(errors)
@@ -178,13 +178,13 @@ class Comparison(Study):
         return lines
 
 
-def network(spec: str, cell: Cell, channels: int, classes: int) -> nn.Module:
+def build_network(spec: str, cell: Cell, channels: int, classes: int) -> nn.Module:
     """A ResNet for small images, dressed by a scheme."""
     sizes = {"width": cell["width"], "stem_width": cell["width"], "channels": channels, "classes": classes}
     return build("resnet-cifar", depth=cell["depth"], scheme=spec, **sizes)
 
 
-def best(rows: Sequence[Row]) -> list[Row]:
+def best_rates(rows: Sequence[Row]) -> list[Row]:
     """The rows of the best learning rate of each scheme and depth."""
     return select_best(rows, ["scheme", "depth"], "lr", "train_error")
 
@@ -221,7 +221,7 @@ def deepest_of(errors: Mapping[tuple, SeedValues]) -> int:
     return max((depth for _, depth, _ in errors), default=0)
 
 
-def listed(errors: Mapping[tuple, SeedValues], depth: int) -> tuple[list[str], list[str]]:
+def trained_and_failed(errors: Mapping[tuple, SeedValues], depth: int) -> tuple[list[str], list[str]]:
     """The schemes that learn at a depth at some rate, and those that do not."""
     names = dict.fromkeys(name for name, own, _ in errors if own == depth)
     good = [n for n in names if any(learned(s) for (name, own, _), s in errors.items() if (name, own) == (n, depth))]
@@ -232,7 +232,7 @@ def skips_decide(errors: Mapping[tuple, SeedValues]) -> Verdict:
     """The deepest nets, every scheme at its best rate."""
     claim = "At the largest depth every scheme with a skip trains at some rate, the plain net at none."
     depth = deepest_of(errors)
-    good, bad = listed(errors, depth)
+    good, bad = trained_and_failed(errors, depth)
     if "plain" not in {*good, *bad} or len(good) + len(bad) < 3:
         return Verdict(claim, "open", "not measured")
     text = (
@@ -269,7 +269,7 @@ def norm_needed(rows: Sequence[Row]) -> Verdict:
     """Without norms."""
     claim = "Without normalisation only nets train whose branches start small."
     errors = errors_of([row for row in rows if row["kind"] == "no norm"])
-    found = {depth: listed(errors, depth) for depth in sorted({depth for _, depth, _ in errors})}
+    found = {depth: trained_and_failed(errors, depth) for depth in sorted({depth for _, depth, _ in errors})}
     if not found or any(not {"identity", *SMALL} <= {*good, *bad} for good, bad in found.values()):
         return Verdict(claim, "open", "not measured")
     parts = "; ".join(

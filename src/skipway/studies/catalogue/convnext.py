@@ -140,7 +140,7 @@ class ConvNeXtParts(Study):
         return fit(model, data, plan, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        errors = group_values(best(rows), ["scheme", "depth"], "test_error")
+        errors = group_values(best_rates(rows), ["scheme", "depth"], "test_error")
         return [
             brings(errors, "Without skips a ConvNeXt learns worse (both without LayerScale).", NO_GAMMA, NO_SKIP),
             brings(errors, "A kernel of 3 is worse than one of 7.", WHOLE, SMALL),
@@ -158,7 +158,7 @@ class ConvNeXtParts(Study):
                 x_label="blocks",
                 y_label=what.lower(),
                 log_x=True,
-                series=series_over(best(rows), "depth", value, "scheme"),
+                series=series_over(best_rates(rows), "depth", value, "scheme"),
                 percent=True,
                 note="Of the learning rates tried, the one with the lowest mean training error over the seeds.",
             )
@@ -175,7 +175,7 @@ def start_(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
 
-def best(rows: Sequence[Row]) -> list[Row]:
+def best_rates(rows: Sequence[Row]) -> list[Row]:
     """The rows of the best learning rate of each variant and depth."""
     return select_best(rows, ["scheme", "depth"], "lr", "train_error")
 

@@ -92,7 +92,7 @@ class LayerScaleStudy(Study):
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         torch.manual_seed(cell["seed"])
-        model = network(cell, data)
+        model = build_network(cell, data)
         gains = [c.residual.scale.gain for c in chain(model) if isinstance(c.residual.scale, Gain)]
         means: list[float] = []
 
@@ -142,7 +142,7 @@ class LayerScaleStudy(Study):
                 title="Mean |γ| after training from 1e-4, by place",
                 x_label="place of the branch, last = 1",
                 y_label="mean |γ|",
-                series=tuple(by_place(best(rows))),
+                series=tuple(by_place(best_rates(rows))),
                 log_y=True,
                 note="At the best learning rate of those tried.",
             )
@@ -153,7 +153,7 @@ class LayerScaleStudy(Study):
                 title=f"ViT, {deepest} blocks: mean |γ| by epoch",
                 x_label="epochs",
                 y_label="mean |γ|",
-                series=tuple(by_epoch(best([row for row in deep if row["family"] == "vit"]))),
+                series=tuple(by_epoch(best_rates([row for row in deep if row["family"] == "vit"]))),
                 log_y=True,
                 note="At the best learning rate of those tried.",
             )
@@ -161,7 +161,7 @@ class LayerScaleStudy(Study):
         return figures
 
 
-def network(cell: Cell, data: Data) -> nn.Module:
+def build_network(cell: Cell, data: Data) -> nn.Module:
     """The network of a cell; ConvNeXt and ResNet have their blocks in two equal stages."""
     start, depth, width = STARTS.get(cell["scheme"]), cell["depth"], cell["width"]
     given = {NONE: "identity"}.get(cell["scheme"], cell["scheme"])
@@ -184,7 +184,7 @@ def network(cell: Cell, data: Data) -> nn.Module:
     return model
 
 
-def best(rows: Sequence[Row]) -> list[Row]:
+def best_rates(rows: Sequence[Row]) -> list[Row]:
     """The rows of the best learning rate of each family, start and depth."""
     return select_best(rows, ["family", "scheme", "depth"], "lr", "train_error")
 
@@ -219,7 +219,7 @@ def over_seeds(rows: Sequence[Row], column: str, first: int = 0) -> tuple[Point,
     return tuple(Point(x, s.mean, s.low, s.high, len(s.values)) for x, s in enumerate(samples, first))
 
 
-def listed(errors: dict[Any, SeedValues], names: Sequence[str]) -> str:
+def error_list(errors: dict[Any, SeedValues], names: Sequence[str]) -> str:
     """Errors by start."""
     return ", ".join(f"{name} {errors[name,].text(percent)}" for name in names if (name,) in errors)
 
@@ -251,14 +251,14 @@ def more_rates(rows: Sequence[Row]) -> Verdict:
     if any((name,) not in errors for name in (NONE, *SMALL)):
         return Verdict(claim, "open", "not measured")
     good = [name for name in SMALL if errors[name,].high < errors[NONE,].low]
-    text = f"Test error, {depth} blocks, rate {rate:g}: {listed(errors, (NONE, *STARTS))}."
+    text = f"Test error, {depth} blocks, rate {rate:g}: {error_list(errors, (NONE, *STARTS))}."
     return decided(claim, good, len(SMALL), text, "{}")
 
 
 def better(rows: Sequence[Row]) -> Verdict:
     """Each at its best rate."""
     claim = "Each at its best rate, a deep net learns better with a small start than without LayerScale."
-    good, parts, chosen = [], [], best(rows)
+    good, parts, chosen = [], [], best_rates(rows)
     for family, title in TITLES.items():
         depth = deepest_of(rows, family)
         errors = among(chosen, family=family, depth=depth)
@@ -267,7 +267,7 @@ def better(rows: Sequence[Row]) -> Verdict:
             return Verdict(claim, "open", "not measured")
         if min(small, key=lambda sample: sample.mean).high < errors[NONE,].low:
             good.append(title.partition(",")[0])
-        parts.append(f"{title}, {depth} blocks: {listed(errors, (NONE, *STARTS))}")
+        parts.append(f"{title}, {depth} blocks: {error_list(errors, (NONE, *STARTS))}")
     text = f"Test error, {'; '.join(parts)}."
     return decided(claim, good, len(TITLES), text, "the net is a {}")
 
@@ -275,7 +275,7 @@ def better(rows: Sequence[Row]) -> Verdict:
 def start_matters(rows: Sequence[Row]) -> Verdict:
     """How far the starts are apart, over depth."""
     claim = "The start of γ matters more, the deeper the net is."
-    good, parts, chosen = [], [], best(rows)
+    good, parts, chosen = [], [], best_rates(rows)
     for family, title in TITLES.items():
         spread = {}
         for depth in sorted({int(row["depth"] or 0) for row in chosen if row["family"] == family}):

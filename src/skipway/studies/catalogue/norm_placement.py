@@ -152,7 +152,7 @@ def variant(row: Row) -> str:
     return f"{row['scheme']}, {'warm-up' if row['warmup'] else 'no warm-up'}"
 
 
-def told(errors: dict, names: Sequence[str], depth: int) -> str:
+def errors_text(errors: dict, names: Sequence[str], depth: int) -> str:
     """The errors of some variants at a depth, with and without warm-up."""
     parts = [
         f"{name} {'with' if warmup else 'without'} warm-up {errors[name, depth, warmup].text(percent)}"
@@ -172,7 +172,7 @@ def needs_warmup(rows: Sequence[Row]) -> Verdict:
     if not both:
         return Verdict(claim, "open", "not measured")
     worse = [d for d in both if errors["post-norm", d, 0.0].low > errors["post-norm", d, WARM].high]
-    text = "Training error at depth " + "; ".join(told(errors, ["post-norm"], depth) for depth in both) + "."
+    text = "Training error at depth " + "; ".join(errors_text(errors, ["post-norm"], depth) for depth in both) + "."
     if len(worse) == len(both):
         return Verdict(claim, "holds", text)
     if worse:
@@ -189,7 +189,7 @@ def needs_none(rows: Sequence[Row]) -> Verdict:
     if not both:
         return Verdict(claim, "open", "not measured")
     worse = [d for d in both if errors["pre-norm", d, 0.0].low > errors["pre-norm", d, WARM].high + 0.01]
-    text = "Training error at depth " + "; ".join(told(errors, ["pre-norm"], depth) for depth in both) + "."
+    text = "Training error at depth " + "; ".join(errors_text(errors, ["pre-norm"], depth) for depth in both) + "."
     if worse and all(errors["pre-norm", depth, 0.0].high < 0.5 for depth in both):
         return Verdict(claim, "holds only when", f"it is to train at all, not to train as well. {text}")
     return Verdict(claim, "does not hold" if worse else "holds", text)

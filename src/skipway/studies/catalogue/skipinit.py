@@ -147,7 +147,7 @@ def best_rates(rows: Sequence[Row]) -> list[Row]:
     return select_best(rows, ["scheme", "depth"], "lr", "train_error")
 
 
-def listed(errors: dict[tuple, SeedValues], names: Sequence[str], depth: int) -> str:
+def error_list(errors: dict[tuple, SeedValues], names: Sequence[str], depth: int) -> str:
     """The errors of some variants at a depth."""
     shown = [f"{name} {errors[name, depth].text(percent)}" for name in names if (name, depth) in errors]
     return f"{depth} layers: {', '.join(shown)}"
@@ -159,7 +159,7 @@ def small_trains(errors: dict[tuple, SeedValues]) -> Verdict:
     depths = sorted({depth for _, depth in errors})
     if not depths or any((name, depths[-1]) not in errors for name in ("BatchNorm", *SMALL)):
         return Verdict(claim, "open", "not measured")
-    text = "Test error, " + "; ".join(listed(errors, ("BatchNorm", *SMALL), depth) for depth in depths) + "."
+    text = "Test error, " + "; ".join(error_list(errors, ("BatchNorm", *SMALL), depth) for depth in depths) + "."
     bound = errors["BatchNorm", depths[-1]].mean + 0.03
     good = [name for name in SMALL if errors[name, depths[-1]].mean <= bound]
     if good and len(good) < len(SMALL):
@@ -173,7 +173,7 @@ def large_fails(errors: dict[tuple, SeedValues]) -> Verdict:
     depths = sorted({depth for name, depth in errors if name == "α₀ = 1"})
     if len(depths) < 2:
         return Verdict(claim, "open", "not measured at two depths")
-    text = "Test error, " + "; ".join(listed(errors, ("α₀ = 1", DIVIDED), depth) for depth in depths) + "."
+    text = "Test error, " + "; ".join(error_list(errors, ("α₀ = 1", DIVIDED), depth) for depth in depths) + "."
     holds = errors["α₀ = 1", depths[-1]].low > 0.5 and errors["α₀ = 1", depths[0]].high < 0.5
     return Verdict(claim, "holds" if holds else "does not hold", text)
 
