@@ -1,1 +1,1 @@
-"""What surgery does to networks of others: equality on every architecture, and trainings before and after."""
+"""Surgery on third-party networks: equal outputs on every architecture, and accuracy before and after."""

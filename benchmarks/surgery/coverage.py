@@ -132,7 +132,7 @@ LIBRARIES = {"timm": timm_models, "torchvision": torchvision_models, "transforme
 
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    """What the model puts out in the mode it is in, random numbers being the same each time."""
+    """Floating-point outputs of the model in its current mode, with the same random numbers each time."""
     torch.manual_seed(0)
     output = call_model(model, example)
     leaves = tree_flatten(output)[0]
@@ -141,7 +141,7 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     return [value for value in found if value.is_floating_point()]
 
 
-def calm_(model: nn.Module) -> nn.Module:
+def set_deterministic_(model: nn.Module) -> nn.Module:
     """Training mode without anything random: dropout and stochastic depth at 0, batch statistics fixed."""
     model.train()
     for module in model.modules():
@@ -153,15 +153,15 @@ def calm_(model: nn.Module) -> nn.Module:
     return model
 
 
-def fitting(model: nn.Module, example: Any) -> Any:
-    """One small image if the model takes it, else what it was built for, one or two images."""
+def smallest_example(model: nn.Module, example: Any) -> Any:
+    """One small image if the model takes it, else one or two images of the size that the model was built for."""
     smaller = tree_map_only(Tensor, lambda image: image[:1, :, :SMALL_IMAGE, :SMALL_IMAGE].contiguous(), example)
     single = tree_map_only(Tensor, lambda image: image[:1], example)
     with torch.no_grad():
         for candidate in (smaller, single):
             try:
                 outputs(model.eval(), candidate)
-                outputs(calm_(model), candidate)
+                outputs(set_deterministic_(model), candidate)
                 return candidate
             except Exception:
                 continue
@@ -169,11 +169,12 @@ def fitting(model: nn.Module, example: Any) -> Any:
 
 
 def classes(model: nn.Module) -> list[type]:
+    """Classes of all modules."""
     return [type(module) for module in model.modules()]
 
 
-def gradients(model: nn.Module, example: Any) -> tuple[int, int]:
-    """How many gains there are, and how many get a gradient."""
+def count_gains(model: nn.Module, example: Any) -> tuple[int, int]:
+    """Number of gains, and number of gains that get a gradient."""
     gains = [module.gain for module in model.modules() if isinstance(module, Gain)]
     loss = sum((value * torch.randn_like(value)).mean() for value in outputs(model, example) if value.requires_grad)
     assert isinstance(loss, Tensor)
@@ -181,28 +182,28 @@ def gradients(model: nn.Module, example: Any) -> tuple[int, int]:
     return len(gains), sum(gain.grad is not None and bool(gain.grad.abs().max() > 0) for gain in gains)
 
 
-def examined(model: nn.Module, example: Any) -> dict[str, Any]:
-    """What `rescheme` and `undo` do to a model that stands as it was built."""
-    example = fitting(randomise_(model), example)
+def measure(model: nn.Module, example: Any) -> dict[str, Any]:
+    """Differences of outputs after `rescheme`, gradients of the gains, and whether `undo` is exact."""
+    example = smallest_example(randomise_(model), example)
     with torch.no_grad():
-        train, plain = outputs(calm_(model), example), outputs(model.eval(), example)
+        train, evaluation = outputs(set_deterministic_(model), example), outputs(model.eval(), example)
     keys, kinds = list(model.state_dict()), classes(model)
     operation: Operation = rescheme(model, example, "layerscale")
     counts = Counter(operation.refused.values())
     with torch.no_grad():
         after = outputs(model, example)
-        after_train = outputs(calm_(model), example)
-    gains, reached = gradients(model, example)
+        after_train = outputs(set_deterministic_(model), example)
+    gains, reached = count_gains(model, example)
     operation.undo()
     with torch.no_grad():
         back = outputs(model.eval(), example)
-    same = all(torch.equal(old, new) for old, new in zip(plain, back, strict=True))
+    same = all(torch.equal(old, new) for old, new in zip(evaluation, back, strict=True))
     return {
         "connections": len(operation.touched) + len(operation.refused),
         "touched": len(operation.touched),
         "refused": len(operation.refused),
         "reason": re.sub(r"^[\w.]+ (?=runs)", "", counts.most_common(1)[0][0])[:120] if counts else "",
-        "eval": f"{difference(plain, after):.2g}",
+        "eval": f"{difference(evaluation, after):.2g}",
         "train": f"{difference(train, after_train):.2g}",
         "gains": gains,
         "reached": reached,
@@ -212,11 +213,11 @@ def examined(model: nn.Module, example: Any) -> dict[str, Any]:
 
 
 def row(name: str, build: Build) -> dict[str, Any] | None:
-    """What was found of one model, or the problem; None of one that is too large."""
+    """The row of one model, with the problem if there is one; None for a model that is too large."""
     start = time.perf_counter()
     torch.manual_seed(0)
     try:
-        found = examined(*build(name.partition(":")[2]))
+        found = measure(*build(name.partition(":")[2]))
     except OverflowError:
         return None
     except SkipwayError as problem:
@@ -240,23 +241,23 @@ def passes(line: dict[str, str]) -> bool:
 
 
 def summary() -> str:
-    """Shares of the table."""
+    """Shares of the models that pass, from the table."""
     lines = list(csv.DictReader(FILE.open()))
     without = [line for line in lines if line["reason"] == NO_CONNECTION]
     rest = [line for line in lines if line["reason"] != NO_CONNECTION]
     passed = [line for line in rest if passes(line)]
-    whole = sum(line["refused"] == "0" for line in passed)
-    told = [
+    complete = sum(line["refused"] == "0" for line in passed)
+    text = [
         f"{len(lines)} models; {len(without)} without any residual connection:",
         "  " + ", ".join(line["model"] for line in without),
         f"of the other {len(rest)} pass {len(passed)} ({len(passed) / max(1, len(rest)):.1%}), "
-        f"{whole} of them with every connection touched",
+        f"{complete} of them with every connection touched",
     ]
     for library in LIBRARIES:
         own = [line for line in rest if line["model"].startswith(library + ":")]
-        told.append(f"  {library}: {sum(map(passes, own))} of {len(own)}")
-    told += [f"  {line['model']}: {line['problem'] or line}" for line in rest if not passes(line)]
-    return "\n".join(told)
+        text.append(f"  {library}: {sum(map(passes, own))} of {len(own)}")
+    text += [f"  {line['model']}: {line['problem'] or line}" for line in rest if not passes(line)]
+    return "\n".join(text)
 
 
 def main(arguments: list[str]) -> int:

@@ -38,17 +38,17 @@ def test_images() -> tuple[Tensor, Tensor]:
 def learn(model: nn.Module, settings: Settings, steps: int, seed: int = 0) -> nn.Module:
     """Train with a rate that falls to 0 along a cosine."""
     images, labels = training_images()
-    optimiser = settings.make(model.train())
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimizer = settings.make(model.train())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     stream = batches(images, labels, seed)
     for _ in range(steps):
         x, y = next(stream)
         loss = F.cross_entropy(model(x), y)
         if not bool(loss.isfinite()):
             break
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return model.eval()
 
