@@ -45,7 +45,7 @@ def images(root: Path) -> Path:
 
 
 def command(data: Path, out: Path) -> list[str]:
-    """The one command that starts and continues a run: two epochs of six steps, a checkpoint every second step."""
+    """The one command that starts and continues a run: two epochs of five steps, a checkpoint every second step."""
     return [
         *("train", str(data), "--out", str(out), "--resume", "--quiet", "--device", "cpu", "--precision", "float32"),
         *("--epochs", "2", "--batch-size", "32", "--save-every", "2", "--workers", "0", "--ema", "0.9"),
@@ -88,7 +88,7 @@ def in_forward(act: Act) -> None:
 
 
 def in_evaluation(act: Act) -> None:
-    """In the forward pass on the first test images."""
+    """In the forward pass on the first validation images."""
     from skipway.training import loop
 
     act_at(loop, "evaluate", 1, lambda: act_inside(act))
@@ -106,6 +106,13 @@ def in_save(act: Act) -> None:
     from skipway.checkpoint import files as storage
 
     act_at(storage, "fault_point", 6, act, lambda point: point == "file half written")
+
+
+def in_test(act: Act) -> None:
+    """In the forward pass on the first test images, after the validations of both epochs."""
+    from skipway.training import loop
+
+    act_at(loop, "evaluate", 3, lambda: act_inside(act))
 
 
 def in_report(act: Act) -> None:
@@ -128,6 +135,7 @@ PHASES: dict[str, Callable[[Act], None]] = {
     "forward": in_forward,
     "evaluation": in_evaluation,
     "save": in_save,
+    "test": in_test,
     "report": in_report,
     "page": in_page,
 }

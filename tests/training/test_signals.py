@@ -12,7 +12,7 @@ import pytest
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-def test_three_signals_in_each_of_seven_phases():
+def test_three_signals_in_each_of_eight_phases():
     """In a process of its own, which forks the cases: a fork of pytest's would have its threads' locks."""
     ran = subprocess.run(
         [sys.executable, "-m", "benchmarks.faults.signals"],
@@ -25,7 +25,7 @@ def test_three_signals_in_each_of_seven_phases():
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     *cases, counts = map(json.loads, ran.stdout.splitlines())
-    assert len(cases) == 7 * 3, "data, batch, forward, evaluation, save, report, page"
+    assert len(cases) == 8 * 3, "data, batch, forward, evaluation, save, test, report, page"
     for case in cases:
         assert case["status"] == case["documented"], case
         assert case["seconds"] < 5, case
