@@ -101,7 +101,7 @@ class NetForTrainer(nn.Module):
 
 
 def parts(steps: int) -> tuple[Net, torch.optim.Optimizer, Any]:
-    """Network, optimiser and schedule."""
+    """Network, optimizer and schedule."""
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, weight_decay=5e-4)
     return net, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -120,7 +120,7 @@ def seeded(seed: int) -> None:
 
 
 def momenta(optimizer: torch.optim.Optimizer) -> State:
-    """The optimiser's tensors by name."""
+    """The optimizer's tensors by name."""
     return {
         f"optimizer.{number}.{name}": value
         for number, entries in optimizer.state_dict()["state"].items()
@@ -277,7 +277,7 @@ def trainer(out: Path, save_every: int = SAVE_EVERY) -> None:
 def trainer_state(out: Path) -> State:
     """What a resumed run starts from: a Trainer resumes, and is stopped before its first step.
 
-    By the documented way in: `train(resume_from_checkpoint=...)` loads weights, optimiser, schedule and state.
+    By the documented way in: `train(resume_from_checkpoint=...)` loads weights, optimizer, schedule and state.
     """
     from transformers import TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint

@@ -270,7 +270,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, name):
 
 
 class Counting(torch.optim.SGD):
-    """An optimiser that counts steps as Python numbers, for a parameter and for a group, as some libraries do."""
+    """An optimizer that counts steps as Python numbers, for a parameter and for a group, as some libraries do."""
 
     def step(self, closure=None):
         result = super().step(closure)

@@ -12,12 +12,12 @@ from skipway.schemes import all_schemes
 
 def step(model: nn.Module, images: torch.Tensor) -> float:
     """One step of SGD; the largest gradient."""
-    optimiser = torch.optim.SGD(sw.param_groups(model, lr=1e-3), lr=1e-3)
+    optimizer = torch.optim.SGD(sw.param_groups(model, lr=1e-3), lr=1e-3)
     loss = nn.functional.cross_entropy(model(images), torch.arange(len(images)) % 2)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     largest = max(torch._foreach_norm(gradients, ord=float("inf"))).item()
-    optimiser.step()
+    optimizer.step()
     assert torch.isfinite(loss)
     return largest
 

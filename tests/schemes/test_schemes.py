@@ -121,12 +121,12 @@ def test_every_parameter_learns_within_two_steps(model, spec):
     """
     steps = 3 if model == "cait" else 2
     network = make(model, spec)
-    optimiser = torch.optim.SGD(sw.param_groups(network, lr=0.05), lr=0.05)
+    optimizer = torch.optim.SGD(sw.param_groups(network, lr=0.05), lr=0.05)
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
     for _ in range(steps + 1):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(network(x), y).backward()
-        optimiser.step()
+        optimizer.step()
     still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     # a ReLU-gated squeeze unit that is dead on this batch is not the scheme's doing; stochastic depth may drop a branch
     assert not [name for name in still if ".gate." not in name]

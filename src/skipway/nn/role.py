@@ -12,7 +12,7 @@ class Role:
     """The role of a parameter.
 
     Args:
-        name: "weight", "bias", "norm", "gain" or "embedding"; the name of its optimiser group.
+        name: "weight", "bias", "norm", "gain" or "embedding"; the name of its optimizer group.
         decay: whether weight decay applies.
         rate: factor on the learning rate, > 0.
     """

@@ -26,7 +26,7 @@ class LayerScale(Scheme):
     1e-5 up to 24, 1e-6 beyond. A block is two branches, so the limits are L ≤ 36, L ≤ 48. Released models differ:
     CaiT XXS-36 1e-5, DeiT III 1e-4, ConvNeXt 1e-6 at all sizes.
 
-    Decay and learning rate: γ is not decayed (ConvNeXt's and timm's optimiser groups); full rate. The tiny start
+    Decay and learning rate: γ is not decayed (ConvNeXt's and timm's optimizer groups); full rate. The tiny start
     belongs to AdamW, whose steps do not depend on the gradient's size; with SGD it needs a larger rate.
 
     Theory at the start (pre-norm): Var(x_l) = Var(x_0) + γ² l.

@@ -28,7 +28,7 @@ class ReZero(Scheme):
     Depth: none enters. In transformers every branch has its own α (the authors' layer shares one between attention
     and feed-forward; most ports do as we do).
 
-    Decay and learning rate: α is not decayed; full rate. The authors use lr/10 or an optimiser of its own where
+    Decay and learning rate: α is not decayed; full rate. The authors use lr/10 or an optimizer of its own where
     training is unstable: set `rate`.
 
     Theory at the start: the network is its shortcuts; Var(x_l) = Var(x_0) for every l, the Jacobian is the identity.

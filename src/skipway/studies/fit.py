@@ -1,7 +1,7 @@
 """The small loop that trains a network for a study: what it returns are numbers, also where training fails.
 
 `skipway train` saves, resumes, watches and reports; a study wants none of that and trains a few hundred small nets.
-Both share data, schedules, optimisers and optimiser groups.
+Both share data, schedules, optimizers and optimizer groups.
 """
 
 from __future__ import annotations

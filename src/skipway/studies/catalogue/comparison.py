@@ -205,11 +205,11 @@ def step_times(models: Sequence[nn.Module], data: Data, batch_size: int, device:
     """
     place = torch.device(device)
     batch = next(iter(data.train_batches(seed=0, epoch=0, batch_size=batch_size, device=place)))
-    optimisers = [torch.optim.SGD(model.to(place).train().parameters(), lr=0.0) for model in models]
+    optimizers = [torch.optim.SGD(model.to(place).train().parameters(), lr=0.0) for model in models]
     clock = time.process_time if place.type == "cpu" else time.perf_counter
     least = [math.inf] * len(models)
     for _ in range(ROUNDS):
-        for number, (model, chosen) in enumerate(zip(models, optimisers, strict=True)):
+        for number, (model, chosen) in enumerate(zip(models, optimizers, strict=True)):
             began = clock()
             float(step(model, chosen, batch, None).sum())  # waits for a GPU
             least[number] = min(least[number], clock() - began)

@@ -97,7 +97,7 @@ class FullyConnected(Study):
         torch.manual_seed(cell["seed"])
         inputs = data.channels * data.size**2
         net = Net(VARIANTS[cell["scheme"]], inputs, cell["width"], cell["depth"], len(data.classes)).to(device)
-        optimiser = torch.optim.Adagrad(net.parameters(), lr=cell["lr"])
+        optimizer = torch.optim.Adagrad(net.parameters(), lr=cell["lr"])
         row: Row = {}
         # the notebook's batch is 100; the digits are few, so theirs is smaller
         batch = 100 if data.size >= 32 else 20
@@ -106,9 +106,9 @@ class FullyConnected(Study):
             place = torch.device(device)
             for each in data.train_batches(seed=cell["seed"], epoch=epoch, batch_size=batch, device=place):
                 loss = F.cross_entropy(net(each.inputs), each.targets)
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
                 total, steps = total + float(loss.detach()), steps + 1
             row[f"loss_{epoch + 1}"] = total / steps
         row["diverged"] = not math.isfinite(float(row[f"loss_{cell['epochs']}"] or 0.0))
