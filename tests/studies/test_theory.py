@@ -151,12 +151,12 @@ def test_variants_of_convnext_have_their_norms_where_they_say():
 
 @pytest.mark.parametrize("family", ["vit", "convnext", "resnet"])
 def test_layerscale_starts_where_its_name_says(family):
-    from skipway.studies.catalogue.layerscale import NONE, STARTS, network
+    from skipway.studies.catalogue.layerscale import NONE, STARTS, build_network
     from skipway.tracing.chain import chain
 
     for name in (NONE, *STARTS):
         cell = find_study("layerscale").cell(family=family, scheme=name, depth=4, width=16)
-        scales = [connection.residual.scale for connection in chain(network(cell, data_of(None)))]
+        scales = [connection.residual.scale for connection in chain(build_network(cell, data_of(None)))]
         assert len(scales) == (8 if family == "vit" else 4)
         starts = {float(each) for scale in scales for gain in scale.parameters() for each in gain.detach()}
         assert sorted(starts) == pytest.approx([] if name == NONE else [STARTS[name]])
@@ -165,12 +165,12 @@ def test_layerscale_starts_where_its_name_says(family):
 def test_every_scheme_is_compared_with_and_without_norm():
     """Without norm there is none left in the network; the deepest nets of the comparison are the paper's 110 layers."""
     from skipway.schemes import all_schemes
-    from skipway.studies.catalogue.comparison import FREE, NORMLESS, network
+    from skipway.studies.catalogue.comparison import FREE, NORMLESS, build_network
 
     study = find_study("schemes")
     cells = study.cells("cpu", Choices())
     assert {cell["scheme"] for cell in cells if cell["kind"] == "as it is"} == set(all_schemes())
     for name in all_schemes():
         bare = name if name in FREE else NORMLESS.get(name, f"{name} + skipinit(init=1.0, norm='remove')")
-        model = network(bare, study.cell(depth=8, width=4), 1, 10)
+        model = build_network(bare, study.cell(depth=8, width=4), 1, 10)
         assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()), name
