@@ -108,10 +108,10 @@ class LinearWeight(Operator, name="linear_weight"):
     @staticmethod
     def backward(ctx: Any, second: Tensor) -> tuple[Tensor, Tensor]:
         gradient, x = ctx.saved_tensors
-        return Linear.apply(x, second, None), Linear.apply(gradient, second.t().contiguous(), None)
+        return LinearOperator.apply(x, second, None), LinearOperator.apply(gradient, second.t().contiguous(), None)
 
 
-class Linear(Operator, name="linear"):
+class LinearOperator(Operator, name="linear"):
     """x Wᵀ + b."""
 
     @staticmethod
@@ -133,7 +133,7 @@ class Linear(Operator, name="linear"):
         x, weight = ctx.saved_tensors
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_x = Linear.apply(gradient, weight.t().contiguous(), None)
+            to_x = LinearOperator.apply(gradient, weight.t().contiguous(), None)
         if ctx.needs_input_grad[1]:
             to_weight = LinearWeight.apply(gradient.flatten(0, -2), x.flatten(0, -2))
         if ctx.has_bias and ctx.needs_input_grad[2]:
@@ -165,7 +165,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     torch.Size([2, 4])
     """
     x, weight, bias = to_autocast(x, weight, bias)  # type: ignore[assignment]
-    return Linear.apply(x, weight, bias) if is_large_linear(x, weight) else F.linear(x, weight, bias)
+    return LinearOperator.apply(x, weight, bias) if is_large_linear(x, weight) else F.linear(x, weight, bias)
 
 
 def is_by_pixels(x: Tensor) -> bool:

@@ -98,7 +98,7 @@ class ResidualBackward(Operator, name="residual_backward"):
         return torch.empty_like(gradient), torch.empty_like(gain) if learned else gradient.new_empty(0)
 
 
-class ResidualAdd(Operator, name="residual"):
+class ResidualOperator(Operator, name="residual"):
     """shortcut + g ⊙ m ⊙ branch."""
 
     @staticmethod
@@ -146,4 +146,4 @@ def residual(shortcut: Tensor, branch: Tensor, gain: Tensor | None = None, mask:
     """
     if not enabled() or (gain is None and mask is None):
         return residual_reference(shortcut, branch, gain, mask)
-    return ResidualAdd.apply(shortcut, branch, gain, mask)
+    return ResidualOperator.apply(shortcut, branch, gain, mask)

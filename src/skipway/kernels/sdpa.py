@@ -147,7 +147,7 @@ class AttentionBackward(Operator, name="attention_backward"):
         return *(each.new_empty(each.shape) for each in (q, k, v)), to_bias
 
 
-class Attention(Operator, name="attention"):
+class AttentionOperator(Operator, name="attention"):
     """Output and, where they are kept, weights; the weights have no gradient of their own."""
 
     @staticmethod
@@ -207,4 +207,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     if not enabled() or not q.numel():
         return attention_reference(q, k, v, bias, False)[0]
     learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (q, k, v, bias))
-    return Attention.apply(q, k, v, bias, learns and weights_are_small(q, k, v))[0]
+    return AttentionOperator.apply(q, k, v, bias, learns and weights_are_small(q, k, v))[0]
