@@ -201,4 +201,5 @@ def test_a_fresh_gain_is_not_decayed(net):
     assert {name for name in names if "residual_" in name} == set()
     assert "blocks.0.conv1.weight" in names
     gains = next(group for group in groups if group["name"] == "gain")
-    assert len(gains["params"]) == len(net.blocks) * (2 * 2 + 1)  # g and m of both maps, and the branch's own
+    # g and m of both maps and the branch's own; and the factor that replaced the last norm
+    assert len(gains["params"]) == len(net.blocks) * (2 * 2 + 1) + 1
