@@ -20,7 +20,7 @@ from skipway.cli.app import app
 from skipway.inference.metrics import calibration, class_scores, confused_pairs
 from skipway.recipe import Recipe
 from skipway.report.chart import Axis, Bars, Figure, Point, Series, thinned
-from skipway.report.run.command import command_of
+from skipway.report.run.command import train_command
 from skipway.report.run.curves import training_figures
 from skipway.report.run.depth import gain_rows, signal_figures
 from skipway.report.run.page import SECTIONS
@@ -143,7 +143,7 @@ def test_the_page_of_a_run_shows_everything(digits):
         assert text in page.text
     assert "were not watched" in page.text, "ten steps are too few for a sample"
     assert page.count("img") == 32 + 24
-    assert command_of(digits.recipe) in page.text
+    assert train_command(digits.recipe) in page.text
     assert f"skipway{sw.__version__}" in page.text, "the machine"
     cells = [a for t, a in page.seen if t == "rect" and (a.get("class") or "").startswith("cell")]
     assert len(cells) == 100
@@ -267,7 +267,7 @@ def test_the_command_means_the_recipe(digits):
         Recipe(data=Path("my photos"), flip=True, flip_test=True, time="1h", clip="norm(1.0)", workers=0),
     ]
     for recipe in recipes:
-        words = shlex.split(command_of(recipe))
+        words = shlex.split(train_command(recipe))
         _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
         assert bound.arguments.get("recipe", Recipe()) == recipe
 

@@ -22,8 +22,8 @@ from skipway.studies.page import write_study_page
 from skipway.studies.runner import Share, cell_by_key, read_rows, remeasure, run
 from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import Published, Study, Verdict, find_study, studies
-from skipway.studies.table import StudyTable, merged, parts_of
-from skipway.studies.workers import measured
+from skipway.studies.table import StudyTable, merge_rows, parts_of
+from skipway.studies.workers import measure_cells
 
 
 class Squares(Study):
@@ -169,16 +169,17 @@ def test_shares_of_an_array_are_disjoint_and_merge(tmp_path):
 
 def test_the_last_row_without_an_error_counts():
     good, bad, later = {"key": "a", "v": 1}, {"key": "a", "error": "x"}, {"key": "a", "v": 2}
-    assert merged([[good], [bad]]) == [good]
-    assert merged([[bad], [good]]) == [good]
-    assert merged([[good], [later]]) == [later]
+    assert merge_rows([[good], [bad]]) == [good]
+    assert merge_rows([[bad], [good]]) == [good]
+    assert merge_rows([[good], [later]]) == [later]
 
 
 def test_processes_measure_the_same_as_this_one():
     study = find_study("propagation")
     cells = study.cells("cpu", Choices(depths=(4,), schemes=("Fixup", "nonsense", "residual, no norm"), seeds=(0,)))
-    here = {found.cell: found for found in measured(study, cells, jobs=0, devices=["cpu"], started=lambda cell: None)}
-    there = {found.cell: found for found in measured(study, cells, jobs=2, devices=["cpu"], started=lambda cell: None)}
+    options = {"devices": ["cpu"], "started": lambda cell: None}
+    here = {found.cell: found for found in measure_cells(study, cells, jobs=0, **options)}
+    there = {found.cell: found for found in measure_cells(study, cells, jobs=2, **options)}
     assert len(there) == len(cells)
     for cell, found in there.items():
         assert found.results == here[cell].results

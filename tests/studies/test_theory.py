@@ -10,9 +10,9 @@ import torch
 from skipway.models import build
 from skipway.studies.cell import Choices
 from skipway.studies.chains import block_chain, cross
-from skipway.studies.fit import Plan, data_of, fit
+from skipway.studies.fit import FitSettings, data_of, fit
 from skipway.studies.study import find_study
-from skipway.studies.table import merged
+from skipway.studies.table import merge_rows
 
 
 def bits(scheme: str, depth: int, **how: object) -> tuple[float, float]:
@@ -88,7 +88,7 @@ def test_a_training_that_diverges_is_a_result():
     model = build(
         "resnet-cifar", depth=8, width=4, stem_width=4, channels=1, scheme="skipinit(init=1.0, norm='remove')"
     )
-    row = fit(model, data, Plan(epochs=1, lr=1e6, warmup=0.0))
+    row = fit(model, data, FitSettings(epochs=1, lr=1e6, warmup=0.0))
     assert row["diverged"]
     assert row["train_error"] == pytest.approx(0.9)
     assert 0.5 < row["test_error"] <= 1.0
@@ -99,7 +99,7 @@ def test_a_training_is_the_same_twice_and_learns():
     for _ in range(2):
         torch.manual_seed(0)
         model = build("resnet-cifar", depth=8, width=4, stem_width=4, channels=1)
-        rows.append(fit(model, data, Plan(epochs=2, lr=0.1, batch_size=64)))
+        rows.append(fit(model, data, FitSettings(epochs=2, lr=0.1, batch_size=64)))
     first, second = ({name: value for name, value in row.items() if name != "seconds_per_step"} for row in rows)
     assert first == second
     assert first["test_error"] < first["first_test_error"] < 0.9
@@ -120,8 +120,8 @@ def errors(scheme: str, depth: int, values: tuple[float, ...]) -> list[dict]:
 def test_degradation_is_judged_by_more_than_the_spread():
     study = find_study("degradation")
     good = errors("plain", 8, (0.1, 0.12)) + errors("identity", 8, (0.1, 0.11)) + errors("identity", 56, (0.05, 0.1))
-    worse = merged([good, errors("plain", 56, (0.5, 0.7))])
-    overlapping = merged([good, errors("plain", 56, (0.11, 0.7))])
+    worse = merge_rows([good, errors("plain", 56, (0.5, 0.7))])
+    overlapping = merge_rows([good, errors("plain", 56, (0.11, 0.7))])
     assert [verdict.answer for verdict in study.conclude(worse)] == ["holds"] * 3
     assert study.conclude(overlapping)[0].answer == "does not hold"
     assert study.published[0].ours(worse) is None
@@ -134,7 +134,7 @@ def norms(module: torch.nn.Module) -> int:
 
 
 def test_variants_of_convnext_have_their_norms_where_they_say():
-    from skipway.studies.catalogue.convnext import BEFORE, BEHIND, NO_NORM, VARIANTS
+    from skipway.studies.catalogue.convnext import AFTER, BEFORE, NO_NORM, VARIANTS
     from skipway.tracing.chain import chain
 
     places = {}
@@ -145,18 +145,18 @@ def test_variants_of_convnext_have_their_norms_where_they_say():
         residuals = [connection.residual for connection in chain(model)]
         places[name] = tuple(sum(norms(getattr(r, slot)) for r in residuals) for slot in ("pre", "branch", "post"))
         model(torch.randn(2, 3, 32, 32)).sum().backward()
-    assert (places.pop(BEFORE), places.pop(BEHIND), places.pop(NO_NORM)) == ((4, 0, 0), (0, 0, 4), (0, 0, 0))
+    assert (places.pop(BEFORE), places.pop(AFTER), places.pop(NO_NORM)) == ((4, 0, 0), (0, 0, 4), (0, 0, 0))
     assert set(places.values()) == {(0, 4, 0)}
 
 
 @pytest.mark.parametrize("family", ["vit", "convnext", "resnet"])
 def test_layerscale_starts_where_its_name_says(family):
-    from skipway.studies.catalogue.layerscale import NONE, STARTS, build_network
+    from skipway.studies.catalogue.layerscale import NONE, STARTS, build_layerscale_network
     from skipway.tracing.chain import chain
 
     for name in (NONE, *STARTS):
         cell = find_study("layerscale").cell(family=family, scheme=name, depth=4, width=16)
-        scales = [connection.residual.scale for connection in chain(build_network(cell, data_of(None)))]
+        scales = [connection.residual.scale for connection in chain(build_layerscale_network(cell, data_of(None)))]
         assert len(scales) == (8 if family == "vit" else 4)
         starts = {float(each) for scale in scales for gain in scale.parameters() for each in gain.detach()}
         assert sorted(starts) == pytest.approx([] if name == NONE else [STARTS[name]])
@@ -165,12 +165,12 @@ def test_layerscale_starts_where_its_name_says(family):
 def test_every_scheme_is_compared_with_and_without_norm():
     """Without norm there is none left in the network; the deepest nets of the comparison are the paper's 110 layers."""
     from skipway.schemes import all_schemes
-    from skipway.studies.catalogue.comparison import FREE, NORMLESS, build_network
+    from skipway.studies.catalogue.comparison import FREE, NORMLESS, build_resnet
 
     study = find_study("schemes")
     cells = study.cells("cpu", Choices())
     assert {cell["scheme"] for cell in cells if cell["kind"] == "as it is"} == set(all_schemes())
     for name in all_schemes():
         bare = name if name in FREE else NORMLESS.get(name, f"{name} + skipinit(init=1.0, norm='remove')")
-        model = build_network(bare, study.cell(depth=8, width=4), 1, 10)
+        model = build_resnet(bare, study.cell(depth=8, width=4), 1, 10)
         assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()), name

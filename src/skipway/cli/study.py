@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from skipway.studies.cell import Cell, Row
     from skipway.studies.study import Study
-    from skipway.studies.workers import Measured
+    from skipway.studies.workers import CellResult
 
 __all__ = ["study"]
 
@@ -97,7 +97,7 @@ def study(
 def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     """Run a study, print its verdicts, write its page, and return the number of failed cells."""
     from skipway.studies.page import write_study_page
-    from skipway.studies.runner import failures, run
+    from skipway.studies.runner import failed_rows, run
 
     begun = time.monotonic()
     try:
@@ -106,7 +106,7 @@ def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"\nthe measured cells are in {out}; the same command resumes from there\n")
         raise
-    broken = failures(rows)
+    broken = failed_rows(rows)
     sys.stdout.write(f"\n{chosen.title}: {len(rows)} cells, {time.monotonic() - begun:.0f} s\n")
     for verdict in chosen.conclude([row for row in rows if not row.get("error")]) if options["share"] is None else ():
         sys.stdout.write(f"\n{verdict.answer.upper():<16}{verdict.claim}\n{'':<16}{verdict.text}\n")
@@ -189,7 +189,7 @@ class LineProgress:
     def started(self, cell: Cell) -> None:
         pass
 
-    def done(self, study: Study, found: Measured) -> None:
+    def done(self, study: Study, found: CellResult) -> None:
         self.count += 1
         what = f"failed: {found.error}" if found.error else format_results(study, found)
         self.write(f"[{self.count}/{self.total}] {found.cell}  {what}  {found.seconds:.1f} s")
@@ -200,7 +200,7 @@ class LineProgress:
         sys.stdout.flush()
 
 
-def format_results(study: Study, found: Measured) -> str:
+def format_results(study: Study, found: CellResult) -> str:
     """The results of a cell in one line."""
     from skipway.report.chart import format_value
 
@@ -240,7 +240,7 @@ class LiveProgress(LineProgress):
     def started(self, cell: Cell) -> None:
         self.running[cell.key] = (cell, time.monotonic())
 
-    def done(self, study: Study, found: Measured) -> None:
+    def done(self, study: Study, found: CellResult) -> None:
         self.count += 1
         self.running.pop(found.cell.key, None)
         what = f"failed: {found.error}" if found.error else format_results(study, found)

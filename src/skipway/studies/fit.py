@@ -23,11 +23,11 @@ from skipway.optim.optimizers import parse_optimizer
 from skipway.optim.schedules import lr_factor, parse_schedule, set_lr
 from skipway.studies.cell import Row
 
-__all__ = ["Plan", "data_of", "fit", "name_of", "percent", "step", "xavier_"]
+__all__ = ["FitSettings", "data_of", "dataset_name", "fit", "update", "xavier_"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class FitSettings:
     """How a network is trained.
 
     Args:
@@ -64,7 +64,7 @@ def data_of(source: str | None, *, vary: bool = True) -> Data:
     return load(choices if vary else replace(choices, crop="none", flip=False))
 
 
-def name_of(data: Data) -> str:
+def dataset_name(data: Data) -> str:
     """What the data are, by what they hold: the published numbers are about CIFAR-10."""
     whole = (len(data.train), len(data.test), len(data.classes), data.size, data.channels)
     return "cifar10" if whole == (50_000, 10_000, 10, 32, 3) else data.name
@@ -80,7 +80,7 @@ def xavier_(model: nn.Module) -> None:
 
 
 def fit(
-    model: nn.Module, data: Data, plan: Plan, device: str = "cpu", watch: Callable[[int], None] | None = None
+    model: nn.Module, data: Data, plan: FitSettings, device: str = "cpu", watch: Callable[[int], None] | None = None
 ) -> Row:
     """Train `model` and return what became of it.
 
@@ -105,7 +105,7 @@ def fit(
         totals = torch.zeros(2, dtype=torch.float64, device=place)
         for batch in data.train_batches(seed=plan.seed, epoch=epoch, batch_size=plan.batch_size, device=place):
             set_lr(chosen, lr_factor(taken, plan.epochs * steps, plan.warmup, shape))
-            totals += step(model, chosen, batch, plan.clip)
+            totals += update(model, chosen, batch, plan.clip)
             taken += 1
             # a GPU is not asked after every step
             if place.type == "cpu" and not math.isfinite(float(totals[0])):
@@ -115,13 +115,13 @@ def fit(
         errors.append(1 - float(totals[1]) / seen)
         diverged = not math.isfinite(losses[-1])
         if epoch == 0:
-            first = test(model, data, place)[0]
+            first = test_error_and_loss(model, data, place)[0]
         if diverged:
             break
         if watch is not None:
             watch(epoch + 1)
     seconds = (time.perf_counter() - began) / max(1, taken)
-    error, loss = test(model, data, place)
+    error, loss = test_error_and_loss(model, data, place)
     return {
         "train_loss": losses[-1],
         "train_error": 1 - 1 / len(data.classes) if diverged else errors[-1],
@@ -132,12 +132,12 @@ def fit(
         "epochs_done": len(losses),
         "seconds_per_step": round(seconds, 5),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dataset": name_of(data),
+        "dataset": dataset_name(data),
         "losses": " ".join(f"{loss:.4g}" for loss in losses),
     }
 
 
-def step(model: nn.Module, chosen: torch.optim.Optimizer, batch: Batch, clip: float | None) -> Tensor:
+def update(model: nn.Module, chosen: torch.optim.Optimizer, batch: Batch, clip: float | None) -> Tensor:
     """One update; the loss and the share of right answers, left on the device."""
     logits = model(batch.inputs)
     loss = F.cross_entropy(logits.float(), batch.targets)
@@ -151,7 +151,7 @@ def step(model: nn.Module, chosen: torch.optim.Optimizer, batch: Batch, clip: fl
 
 
 @torch.no_grad()
-def test(model: nn.Module, data: Data, device: torch.device) -> tuple[float, float]:
+def test_error_and_loss(model: nn.Module, data: Data, device: torch.device) -> tuple[float, float]:
     """Error and loss on the test images; the model trains on afterwards."""
     model.eval()
     wrong, loss, total = 0.0, 0.0, 0
@@ -162,12 +162,3 @@ def test(model: nn.Module, data: Data, device: torch.device) -> tuple[float, flo
         total += len(batch.labels)
     model.train()
     return wrong / total, loss / total
-
-
-def percent(share: float) -> str:
-    """A share in per cent.
-
-    >>> percent(0.0661)
-    '6.6 %'
-    """
-    return f"{100 * share:.1f} %"

@@ -72,7 +72,7 @@ def write_study_page(study: Study, folder: Path) -> Path | None:
     values: dict[str, Any] = {
         "title": study.title,
         "study": study,
-        "command": command_of(study, rows),
+        "command": study_command(study, rows),
         "verdicts": shown_verdicts(study.conclude(measured)),
         "figures": figures,
         "summary": summary_table(study.summary(measured)),
@@ -92,7 +92,7 @@ def measured_rows(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if not row.get("error")]
 
 
-def command_of(study: Study, rows: Sequence[Row]) -> str:
+def study_command(study: Study, rows: Sequence[Row]) -> str:
     """The command that measures these rows: the budget's grid, with options if other depths or seeds were measured."""
     budget: Budget = next((each for each in BUDGETS if rows[-1].get("budget") == each), "cpu")
     data = next((str(row["data"]) for row in rows if row.get("data")), None)

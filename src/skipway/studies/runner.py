@@ -13,10 +13,10 @@ from skipway.errors import SkipwayError
 from skipway.hardware.processor import cpu_count, cpu_name
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
 from skipway.studies.study import Study
-from skipway.studies.table import StudyTable, merged, parts_of
-from skipway.studies.workers import Measured, attempt, measured
+from skipway.studies.table import StudyTable, merge_rows, parts_of
+from skipway.studies.workers import CellResult, measure_cell, measure_cells
 
-__all__ = ["Quiet", "Share", "Watcher", "cell_by_key", "machine", "read_rows", "remeasure", "run"]
+__all__ = ["Share", "SilentWatcher", "Watcher", "cell_by_key", "describe_machine", "read_rows", "remeasure", "run"]
 
 # on a GPU small nets wait for their launches, not for each other
 JOBS_PER_GPU = 4
@@ -31,11 +31,11 @@ class Watcher(Protocol):
     def started(self, cell: Cell) -> None:
         """A cell is being measured."""
 
-    def done(self, study: Study, found: Measured) -> None:
+    def done(self, study: Study, found: CellResult) -> None:
         """A cell has been measured."""
 
 
-class Quiet:
+class SilentWatcher:
     """Shows nothing."""
 
     def begin(self, study: Study, cells: int, known: int) -> None:
@@ -44,7 +44,7 @@ class Quiet:
     def started(self, cell: Cell) -> None:
         pass
 
-    def done(self, study: Study, found: Measured) -> None:
+    def done(self, study: Study, found: CellResult) -> None:
         pass
 
 
@@ -107,7 +107,7 @@ def run(
     known = {row["key"]: row for row in read_rows(folder, study)}
     rows: dict[str, Row] = {cell.key: known[cell.key] for cell in cells if cell.key in known}
     todo = [cell for cell in cells if cell.key not in rows or rows[cell.key].get("error")]
-    watcher = Quiet() if watcher is None else watcher
+    watcher = SilentWatcher() if watcher is None else watcher
     watcher.begin(study, len(cells), len(cells) - len(todo))
     if not todo:
         return [rows[cell.key] for cell in cells]
@@ -116,9 +116,9 @@ def run(
     devices = devices_for(device, budget)
     if jobs is None:
         jobs = cpu_count() if devices == ["cpu"] else JOBS_PER_GPU * len(devices)
-    where = machine()
-    for found in measured(study, todo, jobs=jobs, devices=devices, started=watcher.started):
-        row = row_of(study, found, budget, devices[0].partition(":")[0], where)
+    where = describe_machine()
+    for found in measure_cells(study, todo, jobs=jobs, devices=devices, started=watcher.started):
+        row = make_row(study, found, budget, devices[0].partition(":")[0], where)
         table.append(row)
         rows[found.cell.key] = row
         watcher.done(study, found)
@@ -127,7 +127,7 @@ def run(
 
 def read_rows(folder: Path, study: Study) -> list[Row]:
     """All rows of a study in a folder, one for each cell, as its grids order them; none of an earlier revision."""
-    rows = merged(StudyTable(path).rows() for path in parts_of(folder, study.name))
+    rows = merge_rows(StudyTable(path).rows() for path in parts_of(folder, study.name))
     rows = [row for row in rows if row["key"] == study.cell_of(row).key]
     sources = {None, *(str(row["data"]) for row in rows if row.get("data"))}
     grids = [study.cells(budget, Choices(data=source)) for budget in BUDGETS for source in sources]
@@ -158,13 +158,13 @@ def remeasure(study: Study, cell: Cell, *, budget: Budget = "cpu", device: str =
     torch.set_flush_denormal(True)
     try:
         chosen = devices_for(device, budget)[0]
-        return row_of(study, attempt(study, cell, chosen), budget, chosen.partition(":")[0], machine())
+        return make_row(study, measure_cell(study, cell, chosen), budget, chosen.partition(":")[0], describe_machine())
     finally:  # the process is the caller's
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
 
 
-def row_of(study: Study, found: Measured, budget: Budget, device: str, where: str) -> Row:
+def make_row(study: Study, found: CellResult, budget: Budget, device: str, where: str) -> Row:
     """A line of the table."""
     import torch
 
@@ -199,11 +199,11 @@ def devices_for(device: str, budget: Budget) -> list[str]:
     return [str(choose_device(device))]
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """This machine in a few words."""
     return f"{cpu_count()} cores, {cpu_name()}"
 
 
-def failures(rows: Sequence[Row]) -> list[Row]:
+def failed_rows(rows: Sequence[Row]) -> list[Row]:
     """The rows with an error."""
     return [row for row in rows if row.get("error")]

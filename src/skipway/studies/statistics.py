@@ -11,7 +11,7 @@ from typing import Any
 from skipway.report.chart import Point, Series, format_value
 from skipway.studies.cell import Row, Value
 
-__all__ = ["SeedValues", "group_values", "select_best", "series_over"]
+__all__ = ["SeedValues", "best_rate_rows", "group_values", "select_best", "series_over"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ def select_best(rows: Sequence[Row], by: Sequence[str], over: str, value: str) -
             best[tuple(key)] = (sample.mean, tried)
     chosen = {(*key, tried) for key, (_, tried) in best.items()}
     return [row for row in rows if tuple(row.get(name) for name in (*by, over)) in chosen]
+
+
+def best_rate_rows(rows: Sequence[Row]) -> list[Row]:
+    """Keep, for each family, scheme and depth, the rows of the learning rate with the lowest mean training error."""
+    return select_best(rows, ["family", "scheme", "depth"], "lr", "train_error")
 
 
 def series_over(

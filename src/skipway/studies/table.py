@@ -12,10 +12,10 @@ from pathlib import Path
 from skipway.errors import CheckpointError
 from skipway.studies.cell import Row, Value
 
-__all__ = ["StudyTable", "merged", "parts_of"]
+__all__ = ["StudyTable", "merge_rows", "parts_of"]
 
-BEFORE = ("study", "key")
-BEHIND = ("error", "seconds", "budget", "date", "device", "machine", "skipway", "torch", "python")
+LEADING_COLUMNS = ("study", "key")
+TRAILING_COLUMNS = ("error", "seconds", "budget", "date", "device", "machine", "skipway", "torch", "python")
 
 
 class StudyTable:
@@ -26,8 +26,8 @@ class StudyTable:
         path: of the file; need not exist.
         settings: columns that stand first, behind study and key.
 
-    >>> decoded(encoded(1e-05)), decoded(encoded("1e-05")), decoded(encoded(True)), decoded(encoded("plain"))
-    (1e-05, '1e-05', True, 'plain')
+    >>> [decode_value(encode_value(value)) for value in (1e-05, "1e-05", True, "plain")]
+    [1e-05, '1e-05', True, 'plain']
     """
 
     def __init__(self, path: Path, settings: Sequence[str] = ()) -> None:
@@ -48,7 +48,7 @@ class StudyTable:
         if header and "key" not in header:
             raise CheckpointError(f"{self.path} is no table of a study: its first line has no column 'key'")
         return [
-            {name: decoded(text) for name, text in zip(header, line, strict=True)}
+            {name: decode_value(text) for name, text in zip(header, line, strict=True)}
             for line in lines
             if len(line) == len(header)
         ]
@@ -61,7 +61,7 @@ class StudyTable:
             self.rewrite([*self.rows(), row])
             return
         with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(line_of(encoded(row.get(name)) for name in names))
+            file.write(csv_line(encode_value(row.get(name)) for name in names))
             file.flush()
             os.fsync(file.fileno())
 
@@ -71,8 +71,8 @@ class StudyTable:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         with aside.open("w", encoding="utf-8", newline="") as file:
-            file.write(line_of(names))
-            file.writelines(line_of(encoded(row.get(name)) for name in names) for row in rows)
+            file.write(csv_line(names))
+            file.writelines(csv_line(encode_value(row.get(name)) for name in names) for row in rows)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(self.path)
@@ -96,12 +96,12 @@ class StudyTable:
     def order(self, names: Iterable[str]) -> list[str]:
         """Each name once: study and key, settings, results, and what was noted beside them."""
         found = dict.fromkeys(names)
-        first = [name for name in (*BEFORE, *self.settings) if name in found]
-        last = [name for name in BEHIND if name in found]
+        first = [name for name in (*LEADING_COLUMNS, *self.settings) if name in found]
+        last = [name for name in TRAILING_COLUMNS if name in found]
         return [*first, *(name for name in found if name not in first and name not in last), *last]
 
 
-def merged(tables: Iterable[Sequence[Row]]) -> list[Row]:
+def merge_rows(tables: Iterable[Sequence[Row]]) -> list[Row]:
     """The rows of several tables, one for each key: the last that was measured, before one with an error."""
     found: dict[Value, Row] = {}
     for row in (row for rows in tables for row in rows):
@@ -116,17 +116,17 @@ def parts_of(folder: Path, study: str) -> list[Path]:
     return sorted([*folder.glob(f"{study}.csv"), *folder.glob(f"{study}.share-*.csv")])
 
 
-def encoded(value: Value) -> str:
-    """A value as text that `decoded` reads back."""
+def encode_value(value: Value) -> str:
+    """A value as text that `decode_value` reads back."""
     if value is None:
         return ""
     if not isinstance(value, str):
         return json.dumps(value)
     flat = " ".join(value.split())
-    return flat if isinstance(decoded(flat), str) and flat and not flat.startswith('"') else json.dumps(flat)
+    return flat if isinstance(decode_value(flat), str) and flat and not flat.startswith('"') else json.dumps(flat)
 
 
-def decoded(text: str) -> Value:
+def decode_value(text: str) -> Value:
     """The value of a text: JSON's numbers, true, false and quoted text; everything else is itself."""
     if not text:
         return None
@@ -137,7 +137,7 @@ def decoded(text: str) -> Value:
     return value if isinstance(value, str | int | float | bool) else text
 
 
-def line_of(cells: Iterable[str]) -> str:
+def csv_line(cells: Iterable[str]) -> str:
     """A line of CSV."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(list(cells))

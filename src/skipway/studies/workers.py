@@ -15,11 +15,11 @@ from pathlib import Path
 from skipway.studies.cell import Cell, Row
 from skipway.studies.study import Study
 
-__all__ = ["Measured", "attempt", "measured"]
+__all__ = ["CellResult", "measure_cell", "measure_cells"]
 
 
 @dataclass(frozen=True)
-class Measured:
+class CellResult:
     """What came of a cell: its results, or the error in one line."""
 
     cell: Cell
@@ -28,14 +28,14 @@ class Measured:
     seconds: float
 
 
-def attempt(study: Study, cell: Cell, device: str) -> Measured:
+def measure_cell(study: Study, cell: Cell, device: str) -> CellResult:
     """Measure a cell here; an exception becomes an error."""
     began = time.perf_counter()
     try:
         results, error = study.measure(cell, device), None
     except Exception as raised:
         results, error = {}, describe_exception(raised)
-    return Measured(cell, results, error, time.perf_counter() - began)
+    return CellResult(cell, results, error, time.perf_counter() - began)
 
 
 def describe_exception(raised: BaseException) -> str:
@@ -45,9 +45,9 @@ def describe_exception(raised: BaseException) -> str:
     return f"{type(raised).__name__}: {raised}{place}"
 
 
-def measured(
+def measure_cells(
     study: Study, cells: Sequence[Cell], *, jobs: int, devices: Sequence[str], started: Callable[[Cell], None]
-) -> Iterator[Measured]:
+) -> Iterator[CellResult]:
     """Measure cells, in the order in which they are done.
 
     Args:
@@ -58,7 +58,7 @@ def measured(
     if not jobs:
         for cell in cells:
             started(cell)
-            yield attempt(study, cell, devices[0])
+            yield measure_cell(study, cell, devices[0])
         return
     waiting = list(reversed(cells))
     workers: list[Worker] = []
@@ -96,7 +96,7 @@ class Worker:
         # a fresh interpreter: forked ones inherit the threads' locks of torch
         context = multiprocessing.get_context("spawn")
         self.line, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, self.study, self.device), daemon=True)
+        self.process = context.Process(target=serve_cells, args=(theirs, self.study, self.device), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -105,7 +105,7 @@ class Worker:
         self.cell, self.began = cell, time.perf_counter()
         self.line.send(cell)
 
-    def finish(self) -> Measured:
+    def finish(self) -> CellResult:
         """Take the result of a cell."""
         cell = self.cell
         assert cell is not None
@@ -118,7 +118,7 @@ class Worker:
             reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             self.line.close()
             self.start()
-            return Measured(cell, {}, f"the process died: {reason}", time.perf_counter() - self.began)
+            return CellResult(cell, {}, f"the process died: {reason}", time.perf_counter() - self.began)
 
     def end(self) -> None:
         """Stop at once."""
@@ -127,7 +127,7 @@ class Worker:
         self.line.close()
 
 
-def work(line: Connection, study: Study, device: str) -> None:
+def serve_cells(line: Connection, study: Study, device: str) -> None:
     """What a process does: cells in, results out, until nobody asks any more."""
     import torch
 
@@ -140,4 +140,4 @@ def work(line: Connection, study: Study, device: str) -> None:
             cell = line.recv()
         except EOFError:
             return
-        line.send(attempt(study, cell, device))
+        line.send(measure_cell(study, cell, device))

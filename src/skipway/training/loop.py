@@ -30,7 +30,7 @@ from skipway.inference.evaluation import Evaluation, evaluate
 from skipway.optim.schedules import set_lr
 from skipway.recipe import Recipe
 from skipway.report.run import write_report
-from skipway.report.run.answers import AnswerLog, Answers
+from skipway.report.run.predictions import PredictionLog, Predictions
 from skipway.training import step
 from skipway.training.budget import plan_epochs
 from skipway.training.distributed import join_ranks
@@ -195,12 +195,12 @@ class Trainer:
         with nullcontext() if run.ema is None else run.ema.applied(run.model):
             return self.evaluate("validation")
 
-    def test(self, answers: AnswerLog) -> Evaluation | None:
+    def test(self, log: PredictionLog) -> Evaluation | None:
         """Load the best weights into the network and evaluate them on the test images; None if told to stop."""
         self.run.ranks.barrier()
         tensors, _ = read_tensors(self.run.folder.best)
         load_model_state(self.run.model, tensors)
-        return self.evaluate("test", observe=answers.add)
+        return self.evaluate("test", observe=log.add)
 
     def evaluate(
         self, split: Literal["validation", "test"], observe: Callable[[Batch, Tensor], None] | None = None
@@ -231,8 +231,8 @@ class Trainer:
         write_weights(run, run.folder.last)
         if not len(run.data.validation):
             write_weights(run, run.folder.best)
-        answers = AnswerLog()
-        evaluation = self.test(answers) if run.finished else None
+        log = PredictionLog()
+        evaluation = self.test(log) if run.finished else None
         outcome = Outcome.of(run, evaluation)
         if evaluation is not None and run.ranks.first:
             write_result(run, run.folder.best, evaluation)
@@ -240,14 +240,14 @@ class Trainer:
         run.ranks.barrier()
         if evaluation is not None and run.ranks.first:
             # with several ranks, each saw only a share of the test images
-            report_run(run, evaluation, answers.answers() if run.ranks.world == 1 else None)
+            report_run(run, evaluation, log.predictions() if run.ranks.world == 1 else None)
         return outcome
 
 
-def report_run(run: Run, evaluation: Evaluation, answers: Answers | None) -> None:
+def report_run(run: Run, evaluation: Evaluation, predictions: Predictions | None) -> None:
     """Write `report.html`. The run is complete by now, so a failure is reported as a warning and not raised."""
     try:
-        if write_report(run, evaluation, answers) is None:
+        if write_report(run, evaluation, predictions) is None:
             run.reporter.message("note", "told to stop before the report was written; the run itself is complete")
     except Exception as error:
         run.reporter.message("warning", f"no report: {printable(str(error) or type(error).__name__)}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import BINS, calibration, percent
 from skipway.report.chart import Bars, Figure, Point, Series
-from skipway.report.run.answers import Answers
+from skipway.report.run.predictions import Predictions
 
 __all__ = ["calibration_charts"]
 
 
-def calibration_charts(found: Answers) -> tuple[list[Figure | Bars], str]:
+def calibration_charts(predictions: Predictions) -> tuple[list[Figure | Bars], str]:
     """The reliability diagram and the images by confidence, and a sentence with the expected calibration error."""
-    measured = calibration(found.confidence, found.taken == found.labels)
+    measured = calibration(predictions.confidence, predictions.predicted == predictions.labels)
     if not measured.bins:
         return [], "No confidence is finite."
     points, names = [], []
@@ -37,8 +37,8 @@ def calibration_charts(found: Answers) -> tuple[list[Figure | Bars], str]:
         categories=tuple(names),
         series=(("images", tuple(float(each.images) for each in measured.bins)),),
     )
-    confidence = float(found.confidence[found.confidence.isfinite()].mean())
-    accuracy = float((found.taken == found.labels).double().mean())
+    confidence = float(predictions.confidence[predictions.confidence.isfinite()].mean())
+    accuracy = float((predictions.predicted == predictions.labels).double().mean())
     word = "over" if confidence > accuracy else "under"
     return [reliability, images], (
         f"Expected calibration error {percent(measured.error)} in {BINS} bins. Mean confidence {percent(confidence)}, "

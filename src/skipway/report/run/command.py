@@ -8,13 +8,13 @@ import shlex
 from skipway.errors import printable
 from skipway.recipe import Recipe
 
-__all__ = ["command_of"]
+__all__ = ["train_command"]
 
 
-def command_of(recipe: Recipe) -> str:
+def train_command(recipe: Recipe) -> str:
     """Return the command line of a recipe: `skipway train` with every option that is not the default.
 
-    >>> command_of(Recipe(depth=8, flip=False, scheme="skipinit(0.1)"))
+    >>> train_command(Recipe(depth=8, flip=False, scheme="skipinit(0.1)"))
     "skipway train --no-flip --depth 8 --scheme 'skipinit(0.1)'"
     """
     words = ["skipway", "train"]

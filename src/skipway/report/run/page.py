@@ -1,4 +1,4 @@
-"""The page of a finished run, from its folder and its network's predictions for the test images."""
+"""The page of a finished run, made from its folder and the predictions for the test images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import class_scores, percent
 from skipway.inference.predict import from_pretrained
 from skipway.report.page import write_page
-from skipway.report.run.answers import Answers, answers
 from skipway.report.run.calibration import calibration_charts
 from skipway.report.run.classes import class_sizes, class_table, confused_table, confusion_matrix
-from skipway.report.run.command import command_of
+from skipway.report.run.command import train_command
 from skipway.report.run.curves import training_figures
 from skipway.report.run.depth import gain_figures, signal_figures
 from skipway.report.run.pictures import input_pictures, mistake_pictures
+from skipway.report.run.predictions import Predictions, collect_predictions
 from skipway.report.summary import chosen_text, data_lines, duration, model_lines
 from skipway.tracing.chain import chain
 
@@ -61,37 +61,41 @@ SECTIONS = {
 }
 
 
-def write_report(run: FinishedRun, evaluation: Evaluation, found: Answers | None = None) -> Path | None:
-    """Write `report.html` of a run that has ended; None if the run is told to stop before it is done.
+def write_report(run: FinishedRun, evaluation: Evaluation, predictions: Predictions | None = None) -> Path | None:
+    """Write `report.html` of a run that has ended; None if the run is stopped before the page is complete.
 
-    The page is about the weights in `best.safetensors`, which are loaded for it, so it is the same whether they are
-    averages, and however the run had them spread over processes.
+    The page describes the weights in `best.safetensors`, which are loaded for it, so that weight averaging and sharding
+    make no difference. The network of `run` is not changed.
 
     Args:
         run: finished, with its best weights written.
         evaluation: of these weights on the test images.
-        found: their answers to the test images; None: they are asked once more.
+        predictions: of these weights for the test images; None computes them again.
 
     Raises:
         SkipwayError: the weights or an image cannot be read, or the page cannot be written.
     """
     network = from_pretrained(run.folder.best).to(run.device)
     network = network.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
-    if found is None:
+    if predictions is None:
         batches = run.data.evaluation_batches("test", batch_size=run.recipe.batch_size, device=run.device)
-        found = answers(network, batches, autocast=run.autocast, flip=run.recipe.flip_test, stop=run.stop)
-    if found is None or run.stop():
+        predictions = collect_predictions(
+            network, batches, autocast=run.autocast, flip=run.recipe.flip_test, stop=run.stop
+        )
+    if predictions is None or run.stop():
         return None
-    return write_page(run.folder.report, "run.html.j2", **page_values(run, evaluation, network, found))
+    return write_page(run.folder.report, "run.html.j2", **page_values(run, evaluation, network, predictions))
 
 
-def page_values(run: FinishedRun, evaluation: Evaluation, network: nn.Module, found: Answers) -> dict[str, Any]:
+def page_values(
+    run: FinishedRun, evaluation: Evaluation, network: nn.Module, predictions: Predictions
+) -> dict[str, Any]:
     """Values of the template `run.html.j2`."""
     names = [printable(name) for name in run.data.classes]
     scores = class_scores(evaluation.confusion)
     low, high = wilson_interval(evaluation.correct, evaluation.total)
     choice = chosen_text(len(run.data.validation), run.progress.best_accuracy, run.progress.best_epoch)
-    calibration, calibration_text = calibration_charts(found)
+    calibration, calibration_text = calibration_charts(predictions)
     signals = signal_figures(run.folder.read_health())
     classes = class_table(scores, names)
     lines = [*data_lines(run.data), *model_lines(run.model, run.recipe, len(chain(run.model)), run.steps_per_epoch)]
@@ -100,7 +104,7 @@ def page_values(run: FinishedRun, evaluation: Evaluation, network: nn.Module, fo
     metrics, steps = folder.read_metrics(), folder.read_steps()
     return {
         "title": f"{run.recipe.model} on {printable(run.data.name)}",
-        "command": command_of(run.recipe),
+        "command": train_command(run.recipe),
         "accuracy": percent(evaluation.accuracy),
         "images": f"{evaluation.total:,}",
         "interval": f"{100 * low:.1f} to {percent(high)}",
@@ -126,7 +130,7 @@ def page_values(run: FinishedRun, evaluation: Evaluation, network: nn.Module, fo
             f"Mean over the classes: recall {percent(scores.balanced_accuracy)} (balanced accuracy), "
             f"F1 {percent(scores.macro_f1)}."
         ),
-        "mistakes": mistake_pictures(run.data, found, names),
+        "mistakes": mistake_pictures(run.data, predictions, names),
         "inputs": input_pictures(run.data, run.recipe.seed, names),
         "calibration": calibration,
         "calibration_text": calibration_text,

@@ -14,7 +14,7 @@ from torch import Tensor
 from skipway.data import Data
 from skipway.errors import printable
 from skipway.inference.metrics import percent
-from skipway.report.run.answers import Answers
+from skipway.report.run.predictions import Predictions
 from skipway.report.svg import clipped
 
 __all__ = ["INPUTS", "Picture", "data_url", "input_pictures", "mistake_pictures"]
@@ -38,13 +38,13 @@ class Picture(NamedTuple):
     file: str = ""
 
 
-def mistake_pictures(data: Data, found: Answers, names: Sequence[str]) -> list[Picture]:
+def mistake_pictures(data: Data, predictions: Predictions, names: Sequence[str]) -> list[Picture]:
     """The misclassified images with the largest losses."""
     pictures = []
-    for _, place, inputs in found.mistakes:
-        true, predicted = names[int(found.labels[place])], names[int(found.taken[place])]
-        file = printable(data.test.names[int(found.numbers[place])])
-        confidence = percent(float(found.confidence[place]))
+    for _, index, inputs in predictions.mistakes:
+        true, predicted = names[int(predictions.labels[index])], names[int(predictions.predicted[index])]
+        file = printable(data.test.names[int(predictions.numbers[index])])
+        confidence = percent(float(predictions.confidence[index]))
         title = clipped(f"{predicted}, {confidence}", 60)
         pictures.append(picture_of(inputs, data, file, title, (f"true: {clipped(true, 40)}",), ending(file)))
     return pictures

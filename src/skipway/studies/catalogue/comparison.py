@@ -25,12 +25,13 @@ import torch
 from torch import nn
 
 from skipway.data import Data
+from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.report.chart import Figure
 from skipway.schemes import all_schemes
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import Plan, data_of, fit, name_of, percent, step
-from skipway.studies.statistics import SeedValues, group_values, select_best, series_over
+from skipway.studies.fit import FitSettings, data_of, dataset_name, fit, update
+from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
 from skipway.studies.study import STUDIES, Study, Verdict
 from skipway.surgery.saved_tensors import saved_bytes
 
@@ -99,15 +100,15 @@ class Comparison(Study):
         if cell["kind"] == "no norm":
             spec = NORMLESS.get(spec, f"{spec} + skipinit(init=1.0, norm='remove')")
         torch.manual_seed(cell["seed"])
-        model = build_network(spec, cell, data.channels, len(data.classes))
+        model = build_resnet(spec, cell, data.channels, len(data.classes))
         batch = 32 if data.size < 32 else 128
-        twin = build_network("identity", cell, data.channels, len(data.classes))
+        twin = build_resnet("identity", cell, data.channels, len(data.classes))
         if cell["kind"] == "cost":
             own, other = step_times([model, twin], data, batch, device)
-            return {"times": own / other, "dataset": name_of(data)}
+            return {"times": own / other, "dataset": dataset_name(data)}
         images = data.sample(batch, seed=cell["seed"], device=torch.device("cpu")).inputs
         kept = saved_bytes(model, images) / saved_bytes(twin, images)
-        plan = Plan(epochs=cell["epochs"], lr=cell["lr"], warmup=0.1, seed=cell["seed"], batch_size=batch)
+        plan = FitSettings(epochs=cell["epochs"], lr=cell["lr"], warmup=0.1, seed=cell["seed"], batch_size=batch)
         return {**fit(model, data, plan, device), "kept": kept}
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
@@ -131,7 +132,7 @@ class Comparison(Study):
                 x_label="weight layers",
                 y_label="test error",
                 log_x=True,
-                series=series_over(best_rates(whole), "depth", "test_error", "scheme"),
+                series=series_over(best_rate_rows(whole), "depth", "test_error", "scheme"),
                 percent=True,
                 note="Chance is 90 %.",
             ),
@@ -151,10 +152,10 @@ class Comparison(Study):
         """A line for each scheme: what it needs, stands, reaches and costs."""
         whole = [row for row in rows if row["kind"] == "as it is"]
         errors, bare = errors_of(whole), errors_of([row for row in rows if row["kind"] == "no norm"])
-        reached = group_values(best_rates(whole), ["scheme", "depth"], "test_error")
+        reached = group_values(best_rate_rows(whole), ["scheme", "depth"], "test_error")
         kept, times = group_values(whole, ["scheme"], "kept"), group_values(rows, ["scheme"], "times")
         lines: list[Row] = []
-        deep = deepest_of(errors)
+        deep = largest_depth(errors)
         for name in dict.fromkeys(str(row["scheme"]) for row in whole):
             trained = [
                 (depth, rate) for (own, depth, rate), sample in errors.items() if own == name and learned(sample)
@@ -178,15 +179,10 @@ class Comparison(Study):
         return lines
 
 
-def build_network(spec: str, cell: Cell, channels: int, classes: int) -> nn.Module:
+def build_resnet(spec: str, cell: Cell, channels: int, classes: int) -> nn.Module:
     """A ResNet for small images, dressed by a scheme."""
     sizes = {"width": cell["width"], "stem_width": cell["width"], "channels": channels, "classes": classes}
     return build("resnet-cifar", depth=cell["depth"], scheme=spec, **sizes)
-
-
-def best_rates(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the best learning rate of each scheme and depth."""
-    return select_best(rows, ["scheme", "depth"], "lr", "train_error")
 
 
 def errors_of(rows: Sequence[Row]) -> dict[tuple, SeedValues]:
@@ -211,12 +207,12 @@ def step_times(models: Sequence[nn.Module], data: Data, batch_size: int, device:
     for _ in range(ROUNDS):
         for number, (model, chosen) in enumerate(zip(models, optimizers, strict=True)):
             began = clock()
-            float(step(model, chosen, batch, None).sum())  # waits for a GPU
+            float(update(model, chosen, batch, None).sum())  # waits for a GPU
             least[number] = min(least[number], clock() - began)
     return least
 
 
-def deepest_of(errors: Mapping[tuple, SeedValues]) -> int:
+def largest_depth(errors: Mapping[tuple, SeedValues]) -> int:
     """The largest depth."""
     return max((depth for _, depth, _ in errors), default=0)
 
@@ -231,7 +227,7 @@ def trained_and_failed(errors: Mapping[tuple, SeedValues], depth: int) -> tuple[
 def skips_decide(errors: Mapping[tuple, SeedValues]) -> Verdict:
     """The deepest nets, every scheme at its best rate."""
     claim = "At the largest depth every scheme with a skip trains at some rate, the plain net at none."
-    depth = deepest_of(errors)
+    depth = largest_depth(errors)
     good, bad = trained_and_failed(errors, depth)
     if "plain" not in {*good, *bad} or len(good) + len(bad) < 3:
         return Verdict(claim, "open", "not measured")
@@ -248,7 +244,7 @@ def skips_decide(errors: Mapping[tuple, SeedValues]) -> Verdict:
 def silent_stand(errors: Mapping[tuple, SeedValues]) -> Verdict:
     """The deepest nets by rate."""
     claim = "Schemes whose branches are silent at the start tolerate a larger rate at the largest depth than identity."
-    depth = deepest_of(errors)
+    depth = largest_depth(errors)
     most = {
         name: max((rate for (n, d, rate), s in errors.items() if (n, d) == (name, depth) and learned(s)), default=0.0)
         for name in dict.fromkeys(name for name, own, _ in errors if own == depth)

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.nn import LayerNorm2d
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
-from skipway.studies.statistics import SeedValues, group_values, select_best, series_over
+from skipway.studies.fit import FitSettings, data_of, fit, xavier_
+from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
 
@@ -34,7 +35,7 @@ GAMMA = "layerscale(init=1e-6)"
 
 
 @dataclass(frozen=True)
-class Variant:
+class ConvNeXtVariant:
     """A ConvNeXt with a part changed: another scheme or kernel, or what is done to the network when it is built."""
 
     scheme: str = GAMMA
@@ -42,30 +43,30 @@ class Variant:
     change: Callable[[nn.Module], None] | None = None
 
 
-def without_norm(model: nn.Module) -> None:
+def remove_norms(model: nn.Module) -> None:
     """No norm in the branches, in place; stem, downsampling and head keep theirs."""
     for connection in chain(model):
         connection.residual.branch.inside = nn.Identity()
 
 
-def behind_addition(model: nn.Module) -> None:
+def norm_after_addition(model: nn.Module) -> None:
     """The norm of every branch behind the addition instead, in place."""
-    without_norm(model)
+    remove_norms(model)
     for connection in chain(model):
         connection.residual.post = LayerNorm2d(connection.site.dim)
 
 
 WHOLE, NO_GAMMA, NO_SKIP = "all parts", "no LayerScale", "no skip, no LayerScale"
-BEFORE, BEHIND, NO_NORM, SMALL = "norm before the branch", "norm behind the addition", "no norm in branches", "kernel 3"
+BEFORE, AFTER, NO_NORM, SMALL = "norm before the branch", "norm behind the addition", "no norm in branches", "kernel 3"
 VARIANTS = {
-    WHOLE: Variant(),
-    NO_GAMMA: Variant("identity"),
+    WHOLE: ConvNeXtVariant(),
+    NO_GAMMA: ConvNeXtVariant("identity"),
     # without the skip nothing would pass a γ of 1e-6
-    NO_SKIP: Variant("plain"),
-    SMALL: Variant(kernel=3),
-    BEFORE: Variant(f"preactivation + {GAMMA}"),
-    BEHIND: Variant(change=behind_addition),
-    NO_NORM: Variant(change=without_norm),
+    NO_SKIP: ConvNeXtVariant("plain"),
+    SMALL: ConvNeXtVariant(kernel=3),
+    BEFORE: ConvNeXtVariant(f"preactivation + {GAMMA}"),
+    AFTER: ConvNeXtVariant(change=norm_after_addition),
+    NO_NORM: ConvNeXtVariant(change=remove_norms),
 }
 # depths in blocks, width, epochs, learning rates
 GRIDS: dict[Budget, tuple[tuple[int, ...], int, int, tuple[float, ...]]] = {
@@ -111,7 +112,7 @@ class ConvNeXtParts(Study):
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         torch.manual_seed(cell["seed"])
-        variant, depth = VARIANTS.get(cell["scheme"], Variant(cell["scheme"])), cell["depth"]
+        variant, depth = VARIANTS.get(cell["scheme"], ConvNeXtVariant(cell["scheme"])), cell["depth"]
         small = data.size < 32
         model = build(
             "convnext",
@@ -124,10 +125,10 @@ class ConvNeXtParts(Study):
             channels=data.channels,
             classes=len(data.classes),
         )
-        start_(model)
+        initialise_convnext_(model)
         if variant.change is not None:
             variant.change(model)
-        plan = Plan(
+        plan = FitSettings(
             epochs=cell["epochs"],
             lr=cell["lr"],
             batch_size=64 if small else 128,
@@ -140,13 +141,13 @@ class ConvNeXtParts(Study):
         return fit(model, data, plan, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        errors = group_values(best_rates(rows), ["scheme", "depth"], "test_error")
+        errors = group_values(best_rate_rows(rows), ["scheme", "depth"], "test_error")
         return [
             brings(errors, "Without skips a ConvNeXt learns worse (both without LayerScale).", NO_GAMMA, NO_SKIP),
             brings(errors, "A kernel of 3 is worse than one of 7.", WHOLE, SMALL),
             brings(errors, "Without LayerScale it learns worse.", WHOLE, NO_GAMMA),
             brings(errors, "The norm before the branch is worse than inside.", WHOLE, BEFORE),
-            brings(errors, "The norm after the addition is worse than inside.", WHOLE, BEHIND),
+            brings(errors, "The norm after the addition is worse than inside.", WHOLE, AFTER),
             brings(errors, "Without norm in the branches it learns worse.", WHOLE, NO_NORM),
         ]
 
@@ -158,7 +159,7 @@ class ConvNeXtParts(Study):
                 x_label="blocks",
                 y_label=what.lower(),
                 log_x=True,
-                series=series_over(best_rates(rows), "depth", value, "scheme"),
+                series=series_over(best_rate_rows(rows), "depth", value, "scheme"),
                 percent=True,
                 note="Of the learning rates tried, the one with the lowest mean training error over the seeds.",
             )
@@ -167,17 +168,12 @@ class ConvNeXtParts(Study):
 
 
 @torch.no_grad()
-def start_(model: nn.Module) -> None:
+def initialise_convnext_(model: nn.Module) -> None:
     """A start that keeps the signal's size, in place: N(0, 0.02²) is meant for hundreds of channels."""
     xavier_(model)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-
-
-def best_rates(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the best learning rate of each variant and depth."""
-    return select_best(rows, ["scheme", "depth"], "lr", "train_error")
 
 
 def brings(errors: dict[tuple, SeedValues], claim: str, whole: str, less: str) -> Verdict:

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 
 import torch
 
+from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import Plan, data_of, fit, percent
+from skipway.studies.fit import FitSettings, data_of, fit
 from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
@@ -79,7 +80,7 @@ class Degradation(Study):
             classes=len(data.classes),
         )
         batch = 64 if data.size < 32 else 128
-        plan = Plan(epochs=cell["epochs"], lr=cell["lr"], warmup=WARMUP, seed=cell["seed"], batch_size=batch)
+        plan = FitSettings(epochs=cell["epochs"], lr=cell["lr"], warmup=WARMUP, seed=cell["seed"], batch_size=batch)
         return fit(model, data, plan, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:

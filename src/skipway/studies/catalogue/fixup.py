@@ -17,10 +17,11 @@ from collections.abc import Sequence
 
 import torch
 
+from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import Plan, data_of, fit, percent
+from skipway.studies.fit import FitSettings, data_of, fit
 from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import STUDIES, Study, Verdict
 
@@ -99,7 +100,7 @@ class FixupStudy(Study):
             channels=data.channels,
             classes=len(data.classes),
         )
-        plan = Plan(
+        plan = FitSettings(
             epochs=cell["epochs"],
             lr=cell["lr"],
             batch_size=cell["batch"],
@@ -140,7 +141,7 @@ class FixupStudy(Study):
         ]
 
 
-def errors_text(found: dict[tuple, SeedValues], names: Sequence[str], unit: str) -> str:
+def errors_by_setting(found: dict[tuple, SeedValues], names: Sequence[str], unit: str) -> str:
     """Errors over the second setting."""
     places = sorted({place for _, place in found})
     return "; ".join(
@@ -156,7 +157,7 @@ def any_depth(found: dict[tuple, SeedValues]) -> Verdict:
     own = {depth: sample for (name, depth), sample in found.items() if name == "Fixup"}
     if len(own) < 2:
         return Verdict(claim, "open", "not measured at two depths")
-    text = f"Test error, {errors_text(found, ('Fixup', 'BatchNorm', HE), 'layers')}."
+    text = f"Test error, {errors_by_setting(found, ('Fixup', 'BatchNorm', HE), 'layers')}."
     learned = [depth for depth, sample in own.items() if sample.high < 0.8]
     if len(learned) == len(own):
         return Verdict(claim, "holds", text)
@@ -172,7 +173,7 @@ def factor(found: dict[tuple, SeedValues]) -> Verdict:
     if not depths:
         return Verdict(claim, "open", "not measured")
     last = max(depths)
-    text = f"Test error, {errors_text(found, ('Fixup', FEWER), 'layers')}."
+    text = f"Test error, {errors_by_setting(found, ('Fixup', FEWER), 'layers')}."
     return Verdict(claim, "holds" if found[FEWER, last].low > found["Fixup", last].high else "does not hold", text)
 
 
@@ -181,7 +182,7 @@ def batches(found: dict[tuple, SeedValues]) -> Verdict:
     claim = "Batches of 2 hurt BatchNorm more than Fixup."
     if any((name, 2) not in found for name in BY_BATCH):
         return Verdict(claim, "open", "not measured")
-    text = f"Test error after {PASSES} epochs, {errors_text(found, BY_BATCH, 'images')}."
+    text = f"Test error after {PASSES} epochs, {errors_by_setting(found, BY_BATCH, 'images')}."
     apart = found["BatchNorm", 2].low > found["Fixup", 2].high
     return Verdict(claim, "holds" if apart else "does not hold", text)
 

@@ -23,12 +23,13 @@ import torch
 from torch import nn
 
 from skipway.data import Data
+from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.nn import Gain
 from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
-from skipway.studies.statistics import SeedValues, group_values, select_best, series_over
+from skipway.studies.fit import FitSettings, data_of, fit, xavier_
+from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
 
@@ -92,7 +93,7 @@ class LayerScaleStudy(Study):
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         torch.manual_seed(cell["seed"])
-        model = build_network(cell, data)
+        model = build_layerscale_network(cell, data)
         gains = [c.residual.scale.gain for c in chain(model) if isinstance(c.residual.scale, Gain)]
         means: list[float] = []
 
@@ -101,7 +102,7 @@ class LayerScaleStudy(Study):
                 means.append(float(torch.cat([gain.detach().flatten() for gain in gains]).abs().mean()))
 
         adam = cell["family"] != "resnet"
-        plan = Plan(
+        plan = FitSettings(
             epochs=cell["epochs"],
             lr=cell["lr"],
             batch_size=64 if data.size < 32 else 128,
@@ -142,7 +143,7 @@ class LayerScaleStudy(Study):
                 title="Mean |γ| after training from 1e-4, by place",
                 x_label="place of the branch, last = 1",
                 y_label="mean |γ|",
-                series=tuple(by_place(best_rates(rows))),
+                series=tuple(gains_by_depth(best_rate_rows(rows))),
                 log_y=True,
                 note="At the best learning rate of those tried.",
             )
@@ -153,7 +154,7 @@ class LayerScaleStudy(Study):
                 title=f"ViT, {deepest} blocks: mean |γ| by epoch",
                 x_label="epochs",
                 y_label="mean |γ|",
-                series=tuple(by_epoch(best_rates([row for row in deep if row["family"] == "vit"]))),
+                series=tuple(gains_by_epoch(best_rate_rows([row for row in deep if row["family"] == "vit"]))),
                 log_y=True,
                 note="At the best learning rate of those tried.",
             )
@@ -161,7 +162,7 @@ class LayerScaleStudy(Study):
         return figures
 
 
-def build_network(cell: Cell, data: Data) -> nn.Module:
+def build_layerscale_network(cell: Cell, data: Data) -> nn.Module:
     """The network of a cell; ConvNeXt and ResNet have their blocks in two equal stages."""
     start, depth, width = STARTS.get(cell["scheme"]), cell["depth"], cell["width"]
     given = {NONE: "identity"}.get(cell["scheme"], cell["scheme"])
@@ -184,12 +185,7 @@ def build_network(cell: Cell, data: Data) -> nn.Module:
     return model
 
 
-def best_rates(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the best learning rate of each family, start and depth."""
-    return select_best(rows, ["family", "scheme", "depth"], "lr", "train_error")
-
-
-def by_place(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Series]:
+def gains_by_depth(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Series]:
     """Mean |γ| by place of the branch, a line per family and depth."""
     lines = []
     for family, title in TITLES.items():
@@ -206,7 +202,7 @@ def by_place(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Series]:
     return lines
 
 
-def by_epoch(rows: Sequence[Row]) -> list[Series]:
+def gains_by_epoch(rows: Sequence[Row]) -> list[Series]:
     """Mean |γ| by epoch, a line per start."""
     found = [(name, over_seeds([row for row in rows if row["scheme"] == name], "gains_by_epoch")) for name in STARTS]
     return [Series(name, points) for name, points in found if points]
@@ -219,23 +215,23 @@ def over_seeds(rows: Sequence[Row], column: str, first: int = 0) -> tuple[Point,
     return tuple(Point(x, s.mean, s.low, s.high, len(s.values)) for x, s in enumerate(samples, first))
 
 
-def error_list(errors: dict[Any, SeedValues], names: Sequence[str]) -> str:
+def errors_by_start(errors: dict[Any, SeedValues], names: Sequence[str]) -> str:
     """Errors by start."""
     return ", ".join(f"{name} {errors[name,].text(percent)}" for name in names if (name,) in errors)
 
 
-def among(rows: Sequence[Row], by: Sequence[str] = ("scheme",), **where: object) -> dict[Any, SeedValues]:
+def grouped_errors(rows: Sequence[Row], by: Sequence[str] = ("scheme",), **where: object) -> dict[Any, SeedValues]:
     """Test errors of the rows with these values."""
     return group_values([row for row in rows if all(row[k] == v for k, v in where.items())], by, "test_error")
 
 
-def deepest_of(rows: Sequence[Row], family: str) -> int:
+def deepest_baseline(rows: Sequence[Row], family: str) -> int:
     """The largest depth of a family at which there is a net without LayerScale."""
     found = [row for row in rows if row["family"] == family and row["scheme"] == NONE]
     return max((int(row["depth"] or 0) for row in found), default=0)
 
 
-def decided(claim: str, good: Sequence[str], asked: int, text: str, condition: str) -> Verdict:
+def judge_cases(claim: str, good: Sequence[str], asked: int, text: str, condition: str) -> Verdict:
     """Holds for all, for some, or for none of what was asked about."""
     if good and len(good) < asked:
         return Verdict(claim, "holds only when", f"{condition.format(' or '.join(good))}. {text}")
@@ -245,43 +241,42 @@ def decided(claim: str, good: Sequence[str], asked: int, text: str, condition: s
 def more_rates(rows: Sequence[Row]) -> Verdict:
     """The largest rate, small starts against none."""
     claim = "At the largest learning rate a deep ViT learns better with a small start than without LayerScale."
-    depth = deepest_of(rows, "vit")
+    depth = deepest_baseline(rows, "vit")
     rate = max((float(row["lr"] or 0) for row in rows if row["family"] == "vit"), default=0.0)
-    errors = among(rows, family="vit", depth=depth, lr=rate)
+    errors = grouped_errors(rows, family="vit", depth=depth, lr=rate)
     if any((name,) not in errors for name in (NONE, *SMALL)):
         return Verdict(claim, "open", "not measured")
     good = [name for name in SMALL if errors[name,].high < errors[NONE,].low]
-    text = f"Test error, {depth} blocks, rate {rate:g}: {error_list(errors, (NONE, *STARTS))}."
-    return decided(claim, good, len(SMALL), text, "{}")
+    text = f"Test error, {depth} blocks, rate {rate:g}: {errors_by_start(errors, (NONE, *STARTS))}."
+    return judge_cases(claim, good, len(SMALL), text, "{}")
 
 
 def better(rows: Sequence[Row]) -> Verdict:
     """Each at its best rate."""
     claim = "Each at its best rate, a deep net learns better with a small start than without LayerScale."
-    good, parts, chosen = [], [], best_rates(rows)
+    good, parts, chosen = [], [], best_rate_rows(rows)
     for family, title in TITLES.items():
-        depth = deepest_of(rows, family)
-        errors = among(chosen, family=family, depth=depth)
+        depth = deepest_baseline(rows, family)
+        errors = grouped_errors(chosen, family=family, depth=depth)
         small = [errors[name,] for name in SMALL if (name,) in errors]
         if (NONE,) not in errors or len(small) < len(SMALL):
             return Verdict(claim, "open", "not measured")
         if min(small, key=lambda sample: sample.mean).high < errors[NONE,].low:
             good.append(title.partition(",")[0])
-        parts.append(f"{title}, {depth} blocks: {error_list(errors, (NONE, *STARTS))}")
+        parts.append(f"{title}, {depth} blocks: {errors_by_start(errors, (NONE, *STARTS))}")
     text = f"Test error, {'; '.join(parts)}."
-    return decided(claim, good, len(TITLES), text, "the net is a {}")
+    return judge_cases(claim, good, len(TITLES), text, "the net is a {}")
 
 
 def start_matters(rows: Sequence[Row]) -> Verdict:
     """How far the starts are apart, over depth."""
     claim = "The start of γ matters more, the deeper the net is."
-    good, parts, chosen = [], [], best_rates(rows)
+    good, parts, chosen = [], [], best_rate_rows(rows)
     for family, title in TITLES.items():
         spread = {}
         for depth in sorted({int(row["depth"] or 0) for row in chosen if row["family"] == family}):
-            means = [
-                sample.mean for (name,), sample in among(chosen, family=family, depth=depth).items() if name in STARTS
-            ]
+            errors = grouped_errors(chosen, family=family, depth=depth)
+            means = [sample.mean for (name,), sample in errors.items() if name in STARTS]
             if len(means) == len(STARTS):
                 spread[depth] = max(means) - min(means)
         if len(spread) < 2:
@@ -291,14 +286,14 @@ def start_matters(rows: Sequence[Row]) -> Verdict:
             good.append(title.partition(",")[0])
         parts.append(f"{title} " + ", ".join(f"{100 * far:.1f} at {depth} blocks" for depth, far in spread.items()))
     text = f"Points of test error between the best and the worst start, each at its best rate: {'; '.join(parts)}."
-    return decided(claim, good, len(TITLES), text, "the net is a {}")
+    return judge_cases(claim, good, len(TITLES), text, "the net is a {}")
 
 
 def descent(rows: Sequence[Row]) -> Verdict:
     """A tiny start with SGD."""
     claim = "With SGD a deep ResNet learns worse with γ₀ = 1e-6 than without LayerScale."
-    depth, tiny = deepest_of(rows, "resnet"), SMALL[-1]
-    errors = among(rows, ("scheme", "lr"), family="resnet", depth=depth)
+    depth, tiny = deepest_baseline(rows, "resnet"), SMALL[-1]
+    errors = grouped_errors(rows, ("scheme", "lr"), family="resnet", depth=depth)
     rates = sorted({rate for _, rate in errors if {(NONE, rate), (tiny, rate)} <= set(errors)})
     if not rates:
         return Verdict(claim, "open", "not measured")
@@ -307,7 +302,7 @@ def descent(rows: Sequence[Row]) -> Verdict:
         f"rate {rate:g}: {errors[tiny, rate].text(percent)} against {errors[NONE, rate].text(percent)}"
         for rate in rates
     )
-    return decided(claim, worse, len(rates), f"Test error, {depth} blocks, {text}.", "the learning rate is {}")
+    return judge_cases(claim, worse, len(rates), f"Test error, {depth} blocks, {text}.", "the learning rate is {}")
 
 
 def leaves(rows: Sequence[Row]) -> Verdict:

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 
 import torch
 
+from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
+from skipway.studies.fit import FitSettings, data_of, fit, xavier_
 from skipway.studies.statistics import group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
@@ -111,7 +112,7 @@ class NormPlacement(Study):
             )
             xavier_(model)
             how = {"optimizer": "adamw", "weight_decay": 0.01}
-        plan = Plan(
+        plan = FitSettings(
             epochs=cell["epochs"],
             lr=cell["lr"],
             warmup=cell["warmup"],
@@ -152,7 +153,7 @@ def variant(row: Row) -> str:
     return f"{row['scheme']}, {'warm-up' if row['warmup'] else 'no warm-up'}"
 
 
-def errors_text(errors: dict, names: Sequence[str], depth: int) -> str:
+def warmup_errors(errors: dict, names: Sequence[str], depth: int) -> str:
     """The errors of some variants at a depth, with and without warm-up."""
     parts = [
         f"{name} {'with' if warmup else 'without'} warm-up {errors[name, depth, warmup].text(percent)}"
@@ -172,7 +173,7 @@ def needs_warmup(rows: Sequence[Row]) -> Verdict:
     if not both:
         return Verdict(claim, "open", "not measured")
     worse = [d for d in both if errors["post-norm", d, 0.0].low > errors["post-norm", d, WARM].high]
-    text = "Training error at depth " + "; ".join(errors_text(errors, ["post-norm"], depth) for depth in both) + "."
+    text = "Training error at depth " + "; ".join(warmup_errors(errors, ["post-norm"], depth) for depth in both) + "."
     if len(worse) == len(both):
         return Verdict(claim, "holds", text)
     if worse:
@@ -189,7 +190,7 @@ def needs_none(rows: Sequence[Row]) -> Verdict:
     if not both:
         return Verdict(claim, "open", "not measured")
     worse = [d for d in both if errors["pre-norm", d, 0.0].low > errors["pre-norm", d, WARM].high + 0.01]
-    text = "Training error at depth " + "; ".join(errors_text(errors, ["pre-norm"], depth) for depth in both) + "."
+    text = "Training error at depth " + "; ".join(warmup_errors(errors, ["pre-norm"], depth) for depth in both) + "."
     if worse and all(errors["pre-norm", depth, 0.0].high < 0.5 for depth in both):
         return Verdict(claim, "holds only when", f"it is to train at all, not to train as well. {text}")
     return Verdict(claim, "does not hold" if worse else "holds", text)

@@ -27,12 +27,13 @@ from torch import nn
 
 from skipway.data import Data
 from skipway.diagnosis import diagnose
+from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.nn import Multiply
 from skipway.nn.shortcut import Carry
 from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import Plan, data_of, fit, percent, test
+from skipway.studies.fit import FitSettings, data_of, fit, test_error_and_loss
 from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import Connection, chain
@@ -127,7 +128,7 @@ class Paths(Study):
             classes=len(data.classes),
         )
         batch = 64 if data.size < 32 else 128
-        plan = Plan(epochs=cell["epochs"], lr=cell["lr"], warmup=0.2, seed=cell["seed"], batch_size=batch)
+        plan = FitSettings(epochs=cell["epochs"], lr=cell["lr"], warmup=0.2, seed=cell["seed"], batch_size=batch)
         row = fit(model, data, plan, device)
         row["intact"] = row["test_error"]
         connections = list(chain(model))
@@ -199,7 +200,7 @@ def lesions(model: nn.Module, connections: Sequence[Connection], data: Data, see
     alone = []
     for each in whole if len(whole) <= ALONE else random.Random(f"alone {seed}").sample(whole, ALONE):
         with deleted([each]):
-            alone.append(test(model, data, device)[0])
+            alone.append(test_error_and_loss(model, data, device)[0])
     row: Row = {"deleted_1": sum(alone) / len(alone), "worst": max(alone)}
     draw = random.Random(seed)
     for count in COUNTS[1:]:
@@ -207,7 +208,7 @@ def lesions(model: nn.Module, connections: Sequence[Connection], data: Data, see
         for _ in range(5):
             if count < len(whole):
                 with deleted(draw.sample(whole, count)):
-                    found.append(test(model, data, device)[0])
+                    found.append(test_error_and_loss(model, data, device)[0])
         if found:
             row[f"deleted_{count}"] = sum(found) / len(found)
     return row

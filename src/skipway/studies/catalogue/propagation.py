@@ -38,7 +38,7 @@ ALPHA = 0.2
 
 
 @dataclass(frozen=True)
-class Variant:
+class ChainVariant:
     """A scheme in a chain, with its closed forms: log₂ of the second moments' ratios at a depth L and a width."""
 
     scheme: str
@@ -66,31 +66,33 @@ def drift(depth: int, width: int) -> float:
 
 
 VARIANTS = {
-    "residual, no norm": Variant("identity", forward=lambda depth, width: float(depth)),
-    "residual, LayerNorm": Variant("identity", "layer", forward=lambda depth, width: math.log2(1 + depth)),
-    "residual, BatchNorm": Variant(
+    "residual, no norm": ChainVariant("identity", forward=lambda depth, width: float(depth)),
+    "residual, LayerNorm": ChainVariant("identity", "layer", forward=lambda depth, width: math.log2(1 + depth)),
+    "residual, BatchNorm": ChainVariant(
         "identity",
         "batch",
         forward=lambda depth, width: math.log2(1 + depth),
         backward=lambda depth, width: product(lambda place: 1 / KEPT / (1 + KEPT * place), depth),
     ),
-    "plain, no norm": Variant("plain", forward=drift),
-    "plain, BatchNorm": Variant("plain", "batch", backward=lambda depth, width: -(2 * depth - 1) * math.log2(KEPT)),
-    "L^-1/4": Variant("depthscaled(exponent=0.25)", forward=power(0.25)),
-    "L^-1/2": Variant("depthscaled(exponent=0.5)", forward=power(0.5)),
-    "L^-1": Variant("depthscaled(exponent=1.0)", forward=power(1.0)),
-    "SkipInit 0": Variant("skipinit(init=0.0, norm='remove')"),
-    "Fixup": Variant("fixup"),
-    "zero-γ, LayerNorm": Variant("zeroinit", "layer"),
-    "NormFree": Variant(
+    "plain, no norm": ChainVariant("plain", forward=drift),
+    "plain, BatchNorm": ChainVariant(
+        "plain", "batch", backward=lambda depth, width: -(2 * depth - 1) * math.log2(KEPT)
+    ),
+    "L^-1/4": ChainVariant("depthscaled(exponent=0.25)", forward=power(0.25)),
+    "L^-1/2": ChainVariant("depthscaled(exponent=0.5)", forward=power(0.5)),
+    "L^-1": ChainVariant("depthscaled(exponent=1.0)", forward=power(1.0)),
+    "SkipInit 0": ChainVariant("skipinit(init=0.0, norm='remove')"),
+    "Fixup": ChainVariant("fixup"),
+    "zero-γ, LayerNorm": ChainVariant("zeroinit", "layer"),
+    "NormFree": ChainVariant(
         "normfree(gain=1.0)",
         forward=lambda depth, width: math.log2(1 + ALPHA**2 * depth),
         backward=lambda depth, width: product(lambda place: (ALPHA / KEPT) ** 2 / (1 + ALPHA**2 * place), depth),
     ),
-    "LayerScale 0.1": Variant(
+    "LayerScale 0.1": ChainVariant(
         "layerscale(init=0.1)", "layer", forward=lambda depth, width: math.log2(1 + 0.01 * depth)
     ),
-    "DeepNorm": Variant("deepnorm", "layer", "post"),
+    "DeepNorm": ChainVariant("deepnorm", "layer", "post"),
 }
 SILENT = ("SkipInit 0", "Fixup", "zero-γ, LayerNorm")
 TRANSFORMERS = {"pre-norm ViT": "pre", "post-norm ViT": "post"}
@@ -137,7 +139,7 @@ class Propagation(Study):
         if cell["kind"] == "vit":
             return last_gradient(TRANSFORMERS[cell["scheme"]], cell["depth"], cell["width"])
         known = cell["scheme"] in VARIANTS
-        variant = VARIANTS[cell["scheme"]] if known else Variant(cell["scheme"], "layer")
+        variant = VARIANTS[cell["scheme"]] if known else ChainVariant(cell["scheme"], "layer")
         chain = block_chain(variant.scheme, cell["depth"], width=cell["width"], norm=variant.norm, place=variant.place)
         # BatchNorm's closed form is about many samples
         found = cross(chain, batch=256 if variant.norm == "batch" else 16, seed=cell["seed"])

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.nn import Multiply
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import Plan, data_of, fit, percent
-from skipway.studies.statistics import SeedValues, group_values, select_best, series_over
+from skipway.studies.fit import FitSettings, data_of, fit
+from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
 
@@ -95,18 +96,18 @@ class SkipInitStudy(Study):
             classes=len(data.classes),
         )
         if cell["scheme"] == DIVIDED:
-            divide(model)
-        plan = Plan(
+            divide_sums(model)
+        plan = FitSettings(
             epochs=cell["epochs"], lr=cell["lr"], weight_decay=5e-4, batch_size=64, seed=cell["seed"], schedule="cosine"
         )
         return fit(model, data, plan, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        errors = group_values(best_rates(rows), ["scheme", "depth"], "test_error")
+        errors = group_values(best_rate_rows(rows), ["scheme", "depth"], "test_error")
         return [small_trains(errors), large_fails(errors), rate_is_lower(rows)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
-        chosen = best_rates(rows)
+        chosen = best_rate_rows(rows)
         figures = [
             Figure(
                 name=value.replace("_", "-"),
@@ -135,19 +136,14 @@ class SkipInitStudy(Study):
         return figures
 
 
-def divide(model: nn.Module) -> None:
+def divide_sums(model: nn.Module) -> None:
     """Every sum divided by √2, in place; the scalars stay at 1 and are not learned."""
     for connection in chain(model):
         connection.residual.scale = nn.Identity()
         connection.residual.post = nn.Sequential(connection.residual.post, Multiply(2**-0.5))
 
 
-def best_rates(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the learning rate that trains each scheme best at each depth."""
-    return select_best(rows, ["scheme", "depth"], "lr", "train_error")
-
-
-def error_list(errors: dict[tuple, SeedValues], names: Sequence[str], depth: int) -> str:
+def errors_by_variant(errors: dict[tuple, SeedValues], names: Sequence[str], depth: int) -> str:
     """The errors of some variants at a depth."""
     shown = [f"{name} {errors[name, depth].text(percent)}" for name in names if (name, depth) in errors]
     return f"{depth} layers: {', '.join(shown)}"
@@ -159,7 +155,7 @@ def small_trains(errors: dict[tuple, SeedValues]) -> Verdict:
     depths = sorted({depth for _, depth in errors})
     if not depths or any((name, depths[-1]) not in errors for name in ("BatchNorm", *SMALL)):
         return Verdict(claim, "open", "not measured")
-    text = "Test error, " + "; ".join(error_list(errors, ("BatchNorm", *SMALL), depth) for depth in depths) + "."
+    text = "Test error, " + "; ".join(errors_by_variant(errors, ("BatchNorm", *SMALL), depth) for depth in depths) + "."
     bound = errors["BatchNorm", depths[-1]].mean + 0.03
     good = [name for name in SMALL if errors[name, depths[-1]].mean <= bound]
     if good and len(good) < len(SMALL):
@@ -173,7 +169,7 @@ def large_fails(errors: dict[tuple, SeedValues]) -> Verdict:
     depths = sorted({depth for name, depth in errors if name == "α₀ = 1"})
     if len(depths) < 2:
         return Verdict(claim, "open", "not measured at two depths")
-    text = "Test error, " + "; ".join(error_list(errors, ("α₀ = 1", DIVIDED), depth) for depth in depths) + "."
+    text = "Test error, " + "; ".join(errors_by_variant(errors, ("α₀ = 1", DIVIDED), depth) for depth in depths) + "."
     holds = errors["α₀ = 1", depths[-1]].low > 0.5 and errors["α₀ = 1", depths[0]].high < 0.5
     return Verdict(claim, "holds" if holds else "does not hold", text)
 
@@ -181,7 +177,7 @@ def large_fails(errors: dict[tuple, SeedValues]) -> Verdict:
 def rate_is_lower(rows: Sequence[Row]) -> Verdict:
     """The best of the rates."""
     claim = "The best learning rate is lower without normalisation than with it."
-    chosen = {(row["scheme"], row["depth"]): float(row["lr"] or 0) for row in best_rates(rows)}
+    chosen = {(row["scheme"], row["depth"]): float(row["lr"] or 0) for row in best_rate_rows(rows)}
     names = [name for name in ("BatchNorm", *SMALL) if any(key[0] == name for key in chosen)]
     if "BatchNorm" not in names or len(names) < 2:
         return Verdict(claim, "open", "not measured")

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.report.chart import Figure, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import Plan, data_of, fit, percent, xavier_
+from skipway.studies.fit import FitSettings, data_of, fit, xavier_
 from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
-__all__ = ["SkiplessViT", "look_at_self"]
+__all__ = ["SkiplessViT", "attend_to_self_"]
 
 VARIANTS = {
     "both skips": "identity",
@@ -114,14 +115,14 @@ class SkiplessViT(Study):
         )
         xavier_(model)
         if cell["scheme"] == REPAIRED:
-            look_at_self(model)
+            attend_to_self_(model)
         if cell["kind"] == "start":
             if cell["scheme"] in ATTENTION_ALONE:
                 for block in blocks_of(model):
                     block.mlp = nn.Identity()
             images = data.sample(16, seed=cell["seed"], device=torch.device("cpu")).inputs.double()
-            return {"distinct": apart(model.double(), images), "dataset": data.name}
-        plan = Plan(
+            return {"distinct": token_distinctness(model.double(), images), "dataset": data.name}
+        plan = FitSettings(
             epochs=cell["epochs"],
             lr=cell["lr"],
             optimizer="adamw",
@@ -174,7 +175,7 @@ class SkiplessViT(Study):
 
 
 @torch.no_grad()
-def apart(model: nn.Module, images: Tensor) -> float:
+def token_distinctness(model: nn.Module, images: Tensor) -> float:
     """|X - 1 x̄ᵀ| / |X| of the tokens behind the last block, the mean over images: 0 is rank one (Dong et al. 2021)."""
     tokens = model.blocks(model.stem(images))  # type: ignore[operator]
     rest = tokens - tokens.mean(1, keepdim=True)
@@ -182,7 +183,7 @@ def apart(model: nn.Module, images: Tensor) -> float:
 
 
 @torch.no_grad()
-def look_at_self(model: nn.Module, sharpness: float = 4.0) -> None:
+def attend_to_self_(model: nn.Module, sharpness: float = 4.0) -> None:
     """Attention that starts near the identity, in place: queries and keys alike, so that a token resembles itself most,
     W_q = W_k = c I, and values that the output map gives back, W_v orthogonal and W_o its transpose; the MLP's two maps
     orthogonal. Towards what pre-trained ViTs look like (Trockman & Kolter 2023, eq. 3-5), taken to its end.

@@ -23,15 +23,15 @@ from torch.nn import functional as F
 
 from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import data_of, name_of, test
+from skipway.studies.fit import data_of, dataset_name, test_error_and_loss
 from skipway.studies.statistics import group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
-__all__ = ["FullyConnected", "Net"]
+__all__ = ["FullyConnected", "NotebookMlp"]
 
 
 @dataclass(frozen=True)
-class Variant:
+class HiddenLayer:
     """A hidden layer as in the authors' notebook: x ← skip · x + α relu(W x), normed where it says so."""
 
     gain: float
@@ -41,10 +41,10 @@ class Variant:
 
 
 VARIANTS = {
-    "vanilla": Variant(2**0.5),
-    "residual": Variant(0.25**0.5, skip=True),
-    "LayerNorm": Variant(2**0.5, norm=True),
-    "ReZero": Variant(2**0.5, skip=True, zero=True),
+    "vanilla": HiddenLayer(2**0.5),
+    "residual": HiddenLayer(0.25**0.5, skip=True),
+    "LayerNorm": HiddenLayer(2**0.5, norm=True),
+    "ReZero": HiddenLayer(2**0.5, skip=True, zero=True),
 }
 # mean training losses of epochs 1, 2 and 3 (the notebook's output; epoch 1 of vanilla and residual differs by machine)
 LOSSES = {
@@ -96,7 +96,7 @@ class FullyConnected(Study):
         data = data_of(cell.get("data"), vary=False)  # as in the notebook
         torch.manual_seed(cell["seed"])
         inputs = data.channels * data.size**2
-        net = Net(VARIANTS[cell["scheme"]], inputs, cell["width"], cell["depth"], len(data.classes)).to(device)
+        net = NotebookMlp(VARIANTS[cell["scheme"]], inputs, cell["width"], cell["depth"], len(data.classes)).to(device)
         optimizer = torch.optim.Adagrad(net.parameters(), lr=cell["lr"])
         row: Row = {}
         # the notebook's batch is 100; the digits are few, so theirs is smaller
@@ -112,7 +112,7 @@ class FullyConnected(Study):
                 total, steps = total + float(loss.detach()), steps + 1
             row[f"loss_{epoch + 1}"] = total / steps
         row["diverged"] = not math.isfinite(float(row[f"loss_{cell['epochs']}"] or 0.0))
-        row["test_error"], row["dataset"] = test(net, data, torch.device(device))[0], name_of(data)
+        row["test_error"], row["dataset"] = test_error_and_loss(net, data, torch.device(device))[0], dataset_name(data)
         return row
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
@@ -148,10 +148,10 @@ class FullyConnected(Study):
         ]
 
 
-class Net(nn.Module):
+class NotebookMlp(nn.Module):
     """The notebook's net: a map in, `depth` hidden layers, a map out; one LayerNorm is shared by all layers."""
 
-    def __init__(self, variant: Variant, inputs: int, width: int, depth: int, classes: int) -> None:
+    def __init__(self, variant: HiddenLayer, inputs: int, width: int, depth: int, classes: int) -> None:
         super().__init__()
         self.variant = variant
         self.entry, self.exit = nn.Linear(inputs, width), nn.Linear(width, classes)
