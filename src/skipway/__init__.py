@@ -76,113 +76,41 @@ if TYPE_CHECKING:
     from skipway.weights import load
 
 _HOME = {
-    "diagnosis": (
-        "Diagnosis",
-        "Finding",
-        "Treatment",
-        "diagnose",
-    ),
-    "errors": (
-        "CheckpointError",
-        "DataError",
-        "DivergedError",
-        "MissingExtraError",
-        "SkipwayError",
-    ),
-    "inference.backend_selection": (
-        "OptimizedModel",
-        "optimize",
-    ),
-    "inference.predict": ("from_pretrained",),
+    "diagnosis": "Diagnosis Finding Treatment diagnose",
+    "errors": "CheckpointError DataError DivergedError MissingExtraError SkipwayError",
+    "inference.backend_selection": "OptimizedModel optimize",
+    "inference.predict": "from_pretrained",
     "models": (
-        "BasicBlock",
-        "Bottleneck",
-        "CaiT",
-        "CaiTConfig",
-        "ConvNeXt",
-        "ConvNeXtConfig",
-        "ResNet",
-        "ResNetConfig",
-        "Swin",
-        "SwinConfig",
-        "ViT",
-        "ViTConfig",
-        "build",
-        "projection",
+        "BasicBlock Bottleneck CaiT CaiTConfig ConvNeXt ConvNeXtConfig ResNet ResNetConfig Swin SwinConfig "
+        "ViT ViTConfig build projection"
     ),
-    "nn": ("Residual",),
-    "nn.kit": ("Kit",),
-    "nn.placement": ("Placement",),
-    "nn.site": ("Site",),
-    "optim.groups": ("param_groups",),
-    "probes.features": (
-        "features",
-        "stage_features",
-    ),
-    "recipe": ("Recipe",),
+    "nn": "Residual",
+    "nn.kit": "Kit",
+    "nn.placement": "Placement",
+    "nn.site": "Site",
+    "optim.groups": "param_groups",
+    "probes.features": "features stage_features",
+    "recipe": "Recipe",
     "schemes": (
-        "DeepNorm",
-        "DepthScaled",
-        "Fixup",
-        "Identity",
-        "LayerScale",
-        "NormFree",
-        "Plain",
-        "PreActivation",
-        "ReZero",
-        "Scheme",
-        "SkipInit",
-        "StochasticDepth",
-        "ZeroInit",
+        "DeepNorm DepthScaled Fixup Identity LayerScale NormFree Plain PreActivation ReZero Scheme SkipInit "
+        "StochasticDepth ZeroInit"
     ),
-    "schemes.initialisation": ("initialise_",),
+    "schemes.initialisation": "initialise_",
     "surgery": (
-        "Operation",
-        "checkpointed",
-        "deepen",
-        "fold_gains",
-        "influence",
-        "lesion",
-        "remove_norm",
-        "rescheme",
-        "reversible",
-        "shorten",
-        "skip_compute",
+        "Operation checkpointed deepen fold_gains influence lesion remove_norm rescheme reversible shorten skip_compute"
     ),
-    "surgery.acceleration": ("accelerate",),
-    "surgery.fusion": ("fuse",),
-    "tracing.chain": (
-        "Chain",
-        "Connection",
-        "WatchedConnection",
-        "chain",
-    ),
-    "training.loop": ("train",),
-    "training.run": ("Outcome",),
-    "weights": ("load",),
+    "surgery.acceleration": "accelerate",
+    "surgery.fusion": "fuse",
+    "tracing.chain": "Chain Connection WatchedConnection chain",
+    "training.loop": "train",
+    "training.run": "Outcome",
+    "weights": "load",
 }
 _ROOMS = (
-    "checkpoint",
-    "data",
-    "diagnosis",
-    "hardware",
-    "inference",
-    "kernels",
-    "models",
-    "monitor",
-    "nn",
-    "optim",
-    "probes",
-    "report",
-    "schemes",
-    "studies",
-    "surgery",
-    "tracing",
-    "training",
-    "weights",
-    "zoo",
-)
-_ORIGIN = {name: f"skipway.{module}" for module, names in _HOME.items() for name in names}
+    "checkpoint data diagnosis hardware inference kernels models monitor nn optim probes report schemes "
+    "studies surgery tracing training weights zoo"
+).split()
+_ORIGIN = {name: f"skipway.{module}" for module, names in _HOME.items() for name in names.split()}
 
 __all__ = sorted(["__version__", *_ORIGIN, *_ROOMS])
 
