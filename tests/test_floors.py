@@ -90,6 +90,38 @@ def test_every_file_says_what_it_offers(path):
     assert named, f"{path} has no __all__"
 
 
+# Words --------------------------------------------------------------------------------------------------------------
+
+NOUNS_OF_THE_FIELD = {"distributed", "fully_connected", "preprocessing", "speed", "tracing", "training"}
+
+
+def definitions(kinds: tuple[type, ...]) -> dict[str, set[Path]]:
+    """The files that define each top-level name."""
+    found: dict[str, set[Path]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, kinds) and not node.name.startswith("_"):
+                found.setdefault(node.name, set()).add(path)
+    return found
+
+
+def test_no_two_classes_share_a_name():
+    twice = {name: paths for name, paths in definitions((ast.ClassDef,)).items() if len(paths) > 1}
+    assert not twice
+
+
+def test_a_function_name_stands_in_two_files_at_most():
+    """Twice is a command and the function behind it, or the two halves of an interface."""
+    often = {name: paths for name, paths in definitions((ast.FunctionDef,)).items() if len(paths) > 2}
+    assert not often
+
+
+def test_no_module_is_named_by_a_participle():
+    schemes = {path.stem for path in (SOURCE / "schemes").iterdir()}
+    stems = {path.stem for path in FILES} - schemes - NOUNS_OF_THE_FIELD
+    assert not {stem for stem in stems if stem.endswith(("ing", "ed"))}
+
+
 def test_no_drawers_for_odds_and_ends():
     assert not {"utils", "common", "helpers", "misc"} & {path.stem for path in FILES}
 

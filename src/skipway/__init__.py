@@ -106,10 +106,27 @@ _HOME = {
     "training.run": "Outcome",
     "weights": "load",
 }
-_ROOMS = (
-    "checkpoint data diagnosis hardware inference kernels models monitor nn optim probes report schemes "
-    "studies surgery tracing training weights zoo"
-).split()
+_ROOMS = [
+    "checkpoint",
+    "data",
+    "diagnosis",
+    "hardware",
+    "inference",
+    "kernels",
+    "models",
+    "monitor",
+    "nn",
+    "optim",
+    "probes",
+    "report",
+    "schemes",
+    "studies",
+    "surgery",
+    "tracing",
+    "training",
+    "weights",
+    "zoo",
+]
 _ORIGIN = {name: f"skipway.{module}" for module, names in _HOME.items() for name in names.split()}
 
 __all__ = sorted(["__version__", *_ORIGIN, *_ROOMS])

@@ -1,7 +1,7 @@
 """The training loop: a recipe in, a trained network and its run folder out.
 
 `train` opens a run (setup.py builds a fresh one, resume.py restores one) and `Trainer` trains it. One optimizer step is
-in step.py, the handling of failed steps in recovery.py, everything that is written in recording.py, and the time budget
+in step.py, the handling of failed steps in recovery.py, everything that is written in records.py, and the time budget
 in budget.py.
 
 Order, augmentation and every other random draw are functions of (seed, epoch, step), and the learning rate is a
@@ -35,7 +35,7 @@ from skipway.training import step
 from skipway.training.budget import plan_epochs
 from skipway.training.distributed import join_ranks
 from skipway.training.preflight import report_preflight
-from skipway.training.recording import (
+from skipway.training.records import (
     is_save_due,
     record_epoch,
     record_health,

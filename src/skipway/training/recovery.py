@@ -11,7 +11,7 @@ from skipway.data import Batch
 from skipway.errors import DivergedError, SkipwayError
 from skipway.training import step as steps
 from skipway.training.nonfinite import find_culprit
-from skipway.training.recording import save_checkpoint
+from skipway.training.records import save_checkpoint
 from skipway.training.resume import load_newest_checkpoint
 from skipway.training.run import Run, StepResult
 
