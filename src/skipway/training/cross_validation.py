@@ -185,15 +185,53 @@ def cross_validate(
     (1797, [898, 899])
     """
     folder = RunFolder(out)
+    recipe, folds = resolve_folds(recipe, folder, folds, resume=resume, overwrite=overwrite)
+    with join_ranks(recipe.device) as ranks:
+        if ranks.first:
+            prepare_folder(folder, recipe, folds, overwrite=overwrite)
+        ranks.barrier()
+        results: list[FoldResult] = []
+        for number in range(1, folds + 1):
+            own = RunFolder(out / f"fold-{number}")
+            try:
+                done = train_fold(dataclasses.replace(recipe, fold=f"{number}/{folds}"), own, reporter, stop)
+            except SkipwayError:
+                if ranks.first and number == 1 and not own.path.exists():  # refused before anything was trained
+                    remove_path(folder.config)
+                    out.rmdir()
+                raise
+            if not done:
+                break
+            results.append(read_result(own, number))
+            if reporter is not None:
+                told = f"{percent(results[-1].accuracy)} of {results[-1].images:,} test images"
+                reporter.message("fold", f"{number} of {folds}: {told}")
+        found = CrossValidation(folder=out, folds=folds, results=tuple(results))
+        if found.finished and ranks.first:
+            write_json(folder.summary, found.to_json())
+        return found
+
+
+def resolve_folds(
+    recipe: Recipe | None, folder: RunFolder, folds: int | None, *, resume: bool, overwrite: bool
+) -> tuple[Recipe, int]:
+    """The recipe and the number of folds: as begun in the folder, else as given.
+
+    Raises:
+        SkipwayError: the folder is taken, holds a single run or another number of folds, or an impossible number.
+    """
     stored = folder.read_config() if resume and (recipe is None or folder.config.exists()) else None
     if stored is not None:
         begun = stored.get("folds")
         if not isinstance(begun, int):
-            raise SkipwayError(f"out={printable(out)}: the folder holds a single run, which is resumed without folds")
+            raise SkipwayError(
+                f"out={printable(folder.path)}: the folder holds a single run, which is resumed without folds"
+            )
         if folds not in (None, begun):
-            raise SkipwayError(f"folds={folds}: the cross-validation in {printable(out)} has {begun}; leave that out")
-        folds = begun
-        recipe = resume_recipe(stored, folder.config, recipe)
+            raise SkipwayError(
+                f"folds={folds}: the cross-validation in {printable(folder.path)} has {begun}; leave that out"
+            )
+        recipe, folds = resume_recipe(stored, folder.config, recipe), begun
     elif recipe is None:
         raise SkipwayError("recipe=None: a new cross-validation needs one; only resume=True finds it in the folder")
     else:
@@ -204,48 +242,29 @@ def cross_validate(
     if recipe.fold is not None:
         raise SkipwayError(f"fold={recipe.fold!r}: one fold is a single run, folds={folds} are all of them; give one")
     folder.check_apart(recipe.data)
-    with join_ranks(recipe.device) as ranks:
-        if ranks.first:
-            if overwrite:
-                for path in out.glob("fold-*"):
-                    remove_path(path)
-                remove_path(folder.summary)
-            out.mkdir(parents=True, exist_ok=True)
-            values = {"skipway": __version__, "folds": folds, "recipe": resolve_paths(recipe).to_json()}
-            write_json(folder.config, values)
-        ranks.barrier()
-        results: list[FoldResult] = []
-        for number in range(1, folds + 1):
-            own = RunFolder(out / f"fold-{number}")
-            planned = dataclasses.replace(recipe, fold=f"{number}/{folds}")
-            if not is_done(own, planned):
-                if reporter is not None:
-                    reporter.message("fold", f"{number} of {folds}, in {own.path}")
-                try:
-                    outcome = train(
-                        planned,
-                        own.path,
-                        resume=True,
-                        reporter=None if reporter is None else FoldReporter(reporter, first=number == 1),
-                        stop=stop,
-                    )
-                except SkipwayError:
-                    if ranks.first and number == 1 and not own.path.exists():
-                        remove_path(folder.config)
-                        out.rmdir()
-                    raise
-                if outcome.evaluation is None:
-                    break
-            results.append(read_result(own, number))
-            if reporter is not None:
-                last = results[-1]
-                reporter.message(
-                    "fold", f"{number} of {folds}: {percent(last.accuracy)} of {last.images:,} test images"
-                )
-        found = CrossValidation(folder=out, folds=folds, results=tuple(results))
-        if found.finished and ranks.first:
-            write_json(folder.summary, found.to_json())
-        return found
+    return recipe, folds
+
+
+def prepare_folder(folder: RunFolder, recipe: Recipe, folds: int, *, overwrite: bool) -> None:
+    """Make the folder and write what the cross-validation is; with `overwrite` remove the one that was there."""
+    if overwrite:
+        for path in (*folder.path.glob("fold-*"), folder.summary):
+            remove_path(path)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    values = {"skipway": __version__, "folds": folds, "recipe": resolve_paths(recipe).to_json()}
+    write_json(folder.config, values)
+
+
+def train_fold(recipe: Recipe, folder: RunFolder, reporter: Reporter | None, stop: Callable[[], bool]) -> bool:
+    """Train and test one fold unless that is done already; False if told to stop before its end."""
+    if is_done(folder, recipe):
+        return True
+    inner = None
+    if reporter is not None:
+        number, _, folds = str(recipe.fold).partition("/")
+        reporter.message("fold", f"{number} of {folds}, in {folder.path}")
+        inner = FoldReporter(reporter, first=number == "1")
+    return train(recipe, folder.path, resume=True, reporter=inner, stop=stop).evaluation is not None
 
 
 def is_done(folder: RunFolder, recipe: Recipe) -> bool:
