@@ -124,9 +124,9 @@ def test_degradation_is_judged_by_more_than_the_spread():
     overlapping = merge_rows([good, errors("plain", 56, (0.11, 0.7))])
     assert [verdict.answer for verdict in study.conclude(worse)] == ["holds"] * 3
     assert study.conclude(overlapping)[0].answer == "does not hold"
-    assert study.published[0].ours(worse) is None
+    assert study.published[0].measured_values(worse) is None
     cifar = [row("degradation", scheme="identity", depth=20, seed=0, test_error=0.0875, dataset="cifar10", width=16)]
-    assert study.published[0].ours(cifar).mean == study.published[0].value
+    assert study.published[0].measured_values(cifar).mean == study.published[0].value
 
 
 def norms(module: torch.nn.Module) -> int:

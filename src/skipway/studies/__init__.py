@@ -1,9 +1,9 @@
-"""Studies: what the literature says about residual learning, tested.
+"""Studies: tests of published claims about residual learning.
 
     rows = skipway.studies.run(skipway.studies.find_study("propagation"), Path("studies"))
 
-A study is an object of `Study` in a file of `studies.catalogue`; nothing else knows its name. The names are loaded when
-they are first used.
+A study is an instance of a subclass of `Study` in a module of `studies.catalogue`; no other module knows its name. The
+names below are imported at first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cells of a study: the settings of one measurement, and the choices of a user among them."""
+"""Cells of a study: the settings of one measurement, and the user's choices of settings."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["BUDGETS", "Budget", "Cell", "Choices", "Row", "Value"]
 Value = str | int | float | bool | None
 """A value in a row."""
 Row = dict[str, Value]
-"""A line of a study's table: settings, results, and where and when they were measured."""
+"""A row of a study's table: settings, results, and where and when they were measured."""
 Budget = Literal["cpu", "gpu", "paper"]
 BUDGETS: tuple[Budget, ...] = ("cpu", "gpu", "paper")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement of a study: `settings` decide everything about it, seed included.
+    """One measurement of a study, fully defined by its settings, seed included.
 
     Args:
-        study: its name.
-        settings: (name, value) in order; a value that is None is left out.
-        revision: of what the study measures; another one makes another key.
+        study: name of the study.
+        settings: pairs (name, value); without those whose value is None.
+        revision: of the study; another revision gives another key.
 
     >>> cell = Cell.of("degradation", scheme="plain", depth=56, width=None)
     >>> cell["depth"], cell.get("width", 16), cell.key
@@ -37,12 +37,12 @@ class Cell:
 
     @classmethod
     def of(cls, study: str, *, revision: int = 1, **settings: Value) -> Cell:
-        """The cell of these settings."""
+        """Return the cell with these settings; those that are None are left out."""
         return cls(study, tuple((name, value) for name, value in settings.items() if value is not None), revision)
 
     @property
     def key(self) -> str:
-        """Twelve hexadecimal digits of the SHA-256 of study, revision and settings, whatever their order."""
+        """First twelve hexadecimal digits of the SHA-256 of study, revision and settings, in any order."""
         text = json.dumps([self.study, self.revision, dict(self.settings)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -50,7 +50,7 @@ class Cell:
         return dict(self.settings)[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A setting, or what stands for an absent one."""
+        """Return a setting, or `default` if it is absent."""
         return dict(self.settings).get(name, default)
 
     def __str__(self) -> str:
@@ -59,13 +59,13 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a user asks of a study instead of its own grid; None leaves it to the study.
+    """The user's choices in place of the study's grid; None keeps the study's values.
 
     Args:
-        depths: in the study's own unit.
-        schemes: spec strings, or the names that the study gives its variants.
-        seeds: of weights and order.
-        data: folder of images in place of the embedded digits.
+        depths: in the unit of the study (layers, blocks or branches).
+        schemes: spec strings, or names of the study's variants.
+        seeds: of weights and data order.
+        data: folder of images used in place of the embedded digits.
     """
 
     depths: tuple[int, ...] | None = None
@@ -75,11 +75,11 @@ class Choices:
 
     @property
     def narrowed(self) -> bool:
-        """Whether anything was chosen."""
+        """Whether any choice was made."""
         return any(value is not None for value in (self.depths, self.schemes, self.seeds, self.data))
 
     def options(self) -> str:
-        """The same as options of the command line.
+        """Return the choices as command-line options.
 
         >>> Choices(depths=(8, 20), data="cifar 10").options()
         " --depths 8,20 --data 'cifar 10'"

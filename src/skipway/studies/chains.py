@@ -1,7 +1,7 @@
-"""A chain of fully connected residual blocks of any scheme, thousands deep, and how a signal crosses it.
+"""Chains of fully connected residual blocks with any scheme, thousands of blocks deep, and the signal through them.
 
-The blocks are dressed by the library's own schemes, through the same hooks as every family's, so that what is measured
-is what the networks are built from. Sizes are kept as logarithms, so nothing overflows at any depth.
+Schemes are applied by the same hooks as in every model family, so that the measured blocks are those of real networks.
+Sizes are kept as logarithms, so that nothing overflows at any depth.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from skipway.schemes.initialisation import initialise_
 
 __all__ = ["Crossing", "block_chain", "cross"]
 
-# act(norm(x)), a map, norm, act, a map: with He's start a branch puts out as much as it takes in
+# norm, act, linear, norm, act, linear: with He initialisation a branch preserves the second moment
 PLACEMENTS = {"pre": Placement(pre=("norm", "act"), inside=("norm",)), "post": POST_NORM}
 NORMS = {"none": None, "layer": partial(nn.LayerNorm, eps=1e-12), "batch": partial(nn.BatchNorm1d, eps=1e-12)}
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """How a signal crossed a chain.
+    """Change of signal and gradient across a chain.
 
     Args:
-        forward: log₂ of the stream's second moment behind the last block over that in front of the first.
-        backward: log₂ of the gradient's second moment in front of the first block over that behind the last.
+        forward: log₂ of the ratio of the stream's second moments after the last and before the first block.
+        backward: log₂ of the ratio of the gradient's second moments before the first and after the last block.
     """
 
     forward: float
@@ -43,13 +43,13 @@ class Crossing:
 
 
 def block_chain(
-    dressing: str | Scheme, depth: int, *, width: int = 64, norm: str = "none", place: str = "pre"
+    scheme: str | Scheme, depth: int, *, width: int = 64, norm: str = "none", place: str = "pre"
 ) -> nn.Sequential:
-    """`depth` blocks y = x + W₂ relu(norm(W₁ relu(norm(x)))), dressed in a scheme and initialised.
+    """Build `depth` blocks y = x + W₂ relu(norm(W₁ relu(norm(x)))) with a scheme, initialised.
 
     Args:
-        dressing: a scheme or its spec string.
-        depth: residual branches L.
+        scheme: a scheme or its spec string.
+        depth: number of residual branches L.
         width: of the stream.
         norm: none, layer or batch.
         place: pre, or post: y = norm(x + W₂ relu(W₁ x)).
@@ -57,7 +57,7 @@ def block_chain(
     >>> round(cross(block_chain("rezero", 50)).forward, 3), round(cross(block_chain("fixup", 9)).backward, 3)
     (0.0, 0.0)
     """
-    chosen = parse_scheme(dressing)
+    chosen = parse_scheme(scheme)
     linear = partial(Linear, initial=HeNormal("fan_in"))
     kit = Kit(conv=linear, linear=linear, norm=NORMS[norm], act=nn.ReLU)
     with torch.device("meta"):
@@ -73,16 +73,16 @@ def block_chain(
 
 
 def cross(chain: nn.Sequential, *, batch: int = 16, seed: int = 0, homogeneous: bool | None = None) -> Crossing:
-    """Send normal inputs forward and a normal gradient backward, block by block.
+    """Send normal inputs forward and a normal gradient backward through a chain, block by block.
 
-    Where nothing normalises, a block is homogeneous, f(c x) = c f(x) for c > 0 (the biases are 0 at the start), so the
-    stream is brought back to size 1 behind every block and the logarithm of its size kept. The gradient is linear in
-    what comes from behind, so it is brought back everywhere.
+    Without norms a block is homogeneous, f(c x) = c f(x) for c > 0 (biases are 0 at initialisation), so the stream is
+    rescaled to size 1 after every block and the logarithm of its size added up. The backward pass is linear in the
+    gradient, which is therefore always rescaled. The parameters of `chain` are set to require no gradient, in place.
 
     Args:
-        batch: samples.
+        batch: number of samples.
         seed: of input and gradient.
-        homogeneous: whether that holds; None looks for norms.
+        homogeneous: whether the blocks are homogeneous; None means that there are no norms.
     """
     if homogeneous is None:
         homogeneous = not any(isinstance(module, nn.LayerNorm | nn.BatchNorm1d) for module in chain.modules())
@@ -112,6 +112,7 @@ def cross(chain: nn.Sequential, *, batch: int = 16, seed: int = 0, homogeneous: 
 
 
 def size(x: Tensor) -> Tensor:
+    """Root mean square."""
     return x.double().square().mean().sqrt().float()
 
 

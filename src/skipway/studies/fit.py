@@ -1,7 +1,7 @@
-"""The small loop that trains a network for a study: what it returns are numbers, also where training fails.
+"""Training loop of the studies: it returns numbers, also if training diverges.
 
-`skipway train` saves, resumes, watches and reports; a study wants none of that and trains a few hundred small nets.
-Both share data, schedules, optimizers and optimizer groups.
+Studies train hundreds of small networks and need none of the checkpoints, monitoring and reports of `skipway train`.
+Both share data, schedules, optimizers and parameter groups.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from skipway.optim.optimizers import parse_optimizer
 from skipway.optim.schedules import lr_factor, parse_schedule, set_lr
 from skipway.studies.cell import Row
 
-__all__ = ["FitSettings", "data_of", "dataset_name", "fit", "update", "xavier_"]
+__all__ = ["FitSettings", "data_of", "dataset_name", "fit", "update_weights", "xavier_"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
-    """How a network is trained.
+    """Hyperparameters of a training run.
 
     Args:
-        epochs: passes over the training images.
+        epochs: number of passes over the training images.
         batch_size: images per step.
         optimizer, schedule: spec strings as in a recipe.
-        lr: at the end of the warm-up.
-        weight_decay: of the roles that are decayed.
-        warmup: share of the steps.
-        clip: norm of the gradient at most; None does not clip.
-        seed: of the order.
+        lr: peak learning rate, reached at the end of the warm-up.
+        weight_decay: of the parameters that are decayed.
+        warmup: fraction of the steps used for warm-up.
+        clip: maximum gradient norm; None does not clip.
+        seed: of the data order.
     """
 
     epochs: int
@@ -54,9 +54,12 @@ class FitSettings:
 
 @lru_cache(maxsize=2)
 def data_of(source: str | None, *, vary: bool = True) -> Data:
-    """The embedded digits, unvaried, for None; else a folder of images, padded, cropped and mirrored if they `vary`.
+    """Load the embedded digits, without augmentation, for None, otherwise a folder of images.
 
-    A study tests the last weights and chooses nothing, so no validation images are split off.
+    A study tests the last weights and selects nothing, so that no validation images are split off.
+
+    Args:
+        vary: pad, crop and flip the images of a folder at random.
     """
     if source is None:
         return load(None, crop="none", validation=0.0)
@@ -65,14 +68,15 @@ def data_of(source: str | None, *, vary: bool = True) -> Data:
 
 
 def dataset_name(data: Data) -> str:
-    """What the data are, by what they hold: the published numbers are about CIFAR-10."""
-    whole = (len(data.train), len(data.test), len(data.classes), data.size, data.channels)
-    return "cifar10" if whole == (50_000, 10_000, 10, 32, 3) else data.name
+    """Return the name of a dataset; CIFAR-10, to which published numbers refer, is recognised by its dimensions."""
+    dimensions = (len(data.train), len(data.test), len(data.classes), data.size, data.channels)
+    return "cifar10" if dimensions == (50_000, 10_000, 10, 32, 3) else data.name
 
 
 def xavier_(model: nn.Module) -> None:
-    """Xavier's start for all linear maps, in place: the ViTs' N(0, 0.02²) is meant for hundreds of channels, and a
-    study's few start far too small in it.
+    """Initialise all linear layers of `model` with Xavier's normal distribution, in place.
+
+    The N(0, 0.02²) of ViTs suits hundreds of channels and is far too small for the few channels of a study.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -80,48 +84,53 @@ def xavier_(model: nn.Module) -> None:
 
 
 def fit(
-    model: nn.Module, data: Data, plan: FitSettings, device: str = "cpu", watch: Callable[[int], None] | None = None
+    model: nn.Module, data: Data, settings: FitSettings, device: str = "cpu", watch: Callable[[int], None] | None = None
 ) -> Row:
-    """Train `model` and return what became of it.
+    """Train `model` in place and return its errors and losses.
 
-    `train_error` is of the last epoch, while it trained; `test_error` of the last weights, `first_test_error` after one
-    epoch. A loss that is not finite ends the training: `diverged`; the weights are then as they are.
+    `train_error` is measured during the last epoch, `test_error` with the last weights, `first_test_error` after the
+    first epoch. A non-finite loss ends the training and sets `diverged`.
 
     Args:
-        watch: called with the number of complete epochs, 0 included.
+        model: any classifier of the images of `data`.
+        data: of `data_of`.
+        settings: hyperparameters.
+        device: on which to train.
+        watch: called with the number of completed epochs, from 0.
     """
-    place = torch.device(device)
-    model.to(place).train()
-    kind = parse_optimizer(plan.optimizer)
-    chosen = kind.build(param_groups(model, lr=plan.lr, weight_decay=plan.weight_decay))
-    steps, shape = data.steps(plan.batch_size), parse_schedule(plan.schedule)
+    target = torch.device(device)
+    model.to(target).train()
+    optimizer = parse_optimizer(settings.optimizer).build(
+        param_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
+    )
+    steps, shape = data.steps(settings.batch_size), parse_schedule(settings.schedule)
     losses: list[float] = []
     errors: list[float] = []
     first, taken, diverged = math.nan, 0, False
     began = time.perf_counter()
     if watch is not None:
         watch(0)
-    for epoch in range(plan.epochs):
-        totals = torch.zeros(2, dtype=torch.float64, device=place)
-        for batch in data.train_batches(seed=plan.seed, epoch=epoch, batch_size=plan.batch_size, device=place):
-            set_lr(chosen, lr_factor(taken, plan.epochs * steps, plan.warmup, shape))
-            totals += update(model, chosen, batch, plan.clip)
+    for epoch in range(settings.epochs):
+        totals = torch.zeros(2, dtype=torch.float64, device=target)
+        for batch in data.train_batches(seed=settings.seed, epoch=epoch, batch_size=settings.batch_size, device=target):
+            set_lr(optimizer, lr_factor(taken, settings.epochs * steps, settings.warmup, shape))
+            totals += update_weights(model, optimizer, batch, settings.clip)
             taken += 1
-            # a GPU is not asked after every step
-            if place.type == "cpu" and not math.isfinite(float(totals[0])):
+            # reading the loss after every step would stall a GPU
+            if target.type == "cpu" and not math.isfinite(float(totals[0])):
                 break
         seen = max(1, taken - epoch * steps)
         losses.append(float(totals[0]) / seen)
         errors.append(1 - float(totals[1]) / seen)
         diverged = not math.isfinite(losses[-1])
         if epoch == 0:
-            first = test_error_and_loss(model, data, place)[0]
+            first = test_error_and_loss(model, data, target)[0]
         if diverged:
             break
         if watch is not None:
             watch(epoch + 1)
     seconds = (time.perf_counter() - began) / max(1, taken)
-    error, loss = test_error_and_loss(model, data, place)
+    error, loss = test_error_and_loss(model, data, target)
     return {
         "train_loss": losses[-1],
         "train_error": 1 - 1 / len(data.classes) if diverged else errors[-1],
@@ -137,22 +146,22 @@ def fit(
     }
 
 
-def update(model: nn.Module, chosen: torch.optim.Optimizer, batch: Batch, clip: float | None) -> Tensor:
-    """One update; the loss and the share of right answers, left on the device."""
+def update_weights(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, clip: float | None) -> Tensor:
+    """Update `model` in place by one batch; return loss and accuracy as a tensor on the device."""
     logits = model(batch.inputs)
     loss = F.cross_entropy(logits.float(), batch.targets)
-    chosen.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
     if clip is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
-    chosen.step()
-    right = (logits.detach().argmax(1) == batch.labels).double().mean()
-    return torch.stack([loss.detach().double(), right])
+    optimizer.step()
+    accuracy = (logits.detach().argmax(1) == batch.labels).double().mean()
+    return torch.stack([loss.detach().double(), accuracy])
 
 
 @torch.no_grad()
 def test_error_and_loss(model: nn.Module, data: Data, device: torch.device) -> tuple[float, float]:
-    """Error and loss on the test images; the model trains on afterwards."""
+    """Measure error and loss on the test images; `model` is left in training mode."""
     model.eval()
     wrong, loss, total = 0.0, 0.0, 0
     for batch in data.evaluation_batches("test", batch_size=512, device=device):

@@ -1,4 +1,4 @@
-"""The page over all studies of a folder."""
+"""The index page of the studies in a folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["merge_shares", "write_index"]
 
 
 def write_index(folder: Path) -> tuple[Path, list[Path]]:
-    """Merge the shares of job arrays, write the page of every study that has rows, and `index.html` over them.
+    """Merge the shares of job arrays, and write the page of every study with rows and `index.html`.
 
     Returns:
-        the index, and the pages.
+        paths of the index and of the pages.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pages, entries = [], []
@@ -41,6 +41,6 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def merge_shares(folder: Path, study: Study) -> None:
-    """Merge the tables of a job array into one. The shares stay, as a job may still be writing to its own."""
+    """Merge the tables of a job array into one; the shares are kept, since a job may still be writing to one."""
     if any(path.name != f"{study.name}.csv" for path in parts_of(folder, study.name)):
         StudyTable(folder / f"{study.name}.csv", study.settings).rewrite(read_rows(folder, study))

@@ -1,4 +1,4 @@
-"""The page of a study: verdicts, figures, published numbers beside the measured ones, means with their spread, rows."""
+"""The page of a study: verdicts, figures, published and measured numbers, means with their spread, all rows."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ COLORS: dict[Answer, str] = {"holds": "good", "does not hold": "bad", "holds onl
 CIRCUMSTANCES = frozenset(
     ("study", "key", "error", "seconds", "budget", "date", "device", "machine", "skipway", "torch", "python", "losses")
 )
-"""Columns that say where and when a row was measured."""
+"""Columns that record where and when a row was measured."""
 
 
 @dataclass(frozen=True)
 class ShownVerdict:
-    """A verdict with its colour on a page and, for "holds only when", its condition."""
+    """A verdict with its colour on the page and, for "holds only when", its condition."""
 
     claim: str
     answer: Answer
@@ -39,7 +39,7 @@ class ShownVerdict:
 
 
 def shown_verdicts(verdicts: Sequence[Verdict]) -> list[ShownVerdict]:
-    """Verdicts as pages show them."""
+    """Prepare verdicts for a page."""
     return [
         ShownVerdict(
             each.claim,
@@ -53,10 +53,10 @@ def shown_verdicts(verdicts: Sequence[Verdict]) -> list[ShownVerdict]:
 
 
 def write_study_page(study: Study, folder: Path) -> Path | None:
-    """Write `NAME.html` and a file `NAME-FIGURE.svg` for each figure into `folder`, from the study's tables there.
+    """Write `NAME.html` and one `NAME-FIGURE.svg` per figure into `folder`, from the tables of the study there.
 
     Returns:
-        the page; None where nothing is measured yet.
+        path of the page; None if nothing has been measured yet.
     """
     rows = read_rows(folder, study)
     if not rows:
@@ -88,12 +88,12 @@ def write_study_page(study: Study, folder: Path) -> Path | None:
 
 
 def measured_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows without an error."""
+    """Return the rows without an error."""
     return [row for row in rows if not row.get("error")]
 
 
 def study_command(study: Study, rows: Sequence[Row]) -> str:
-    """The command that measures these rows: the budget's grid, with options if other depths or seeds were measured."""
+    """Return the command that measures these rows, with options if depths or seeds differ from the budget's grid."""
     budget: Budget = next((each for each in BUDGETS if rows[-1].get("budget") == each), "cpu")
     data = next((str(row["data"]) for row in rows if row.get("data")), None)
     choices = Choices(data=data)
@@ -103,21 +103,21 @@ def study_command(study: Study, rows: Sequence[Row]) -> str:
 
 
 def integers_in(rows: Sequence[Row], name: str) -> tuple[int, ...] | None:
-    """The integers in a column, in ascending order; None where there are none."""
+    """Return the integers of a column in ascending order; None if there are none."""
     return tuple(sorted({value for row in rows if isinstance(value := row.get(name), int)})) or None
 
 
 def summary_table(lines: Sequence[Row]) -> PageTable:
-    """The table that a study makes itself."""
+    """Build the summary table of a study."""
     columns = list(dict.fromkeys(name for line in lines for name in line))
     return PageTable(columns, [[value_cell(line.get(name)) for name in columns] for line in lines])
 
 
 def published_table(study: Study, rows: Sequence[Row]) -> tuple[PageTable, bool]:
-    """Published numbers beside the measured ones, and whether one of them was not measured."""
+    """Build the table of published and measured numbers, and report whether one was not measured."""
     lines, unmatched = [], False
     for each in study.published:
-        ours = each.ours(rows)
+        ours = each.measured_values(rows)
         unmatched |= ours is None
         mean, difference = (ours.mean, ours.mean - each.value) if ours else (math.nan, math.nan)
         lines.append(
@@ -133,7 +133,7 @@ def published_table(study: Study, rows: Sequence[Row]) -> tuple[PageTable, bool]
 
 
 def means_table(study: Study, rows: Sequence[Row]) -> PageTable:
-    """Mean and standard deviation over the seeds of each setting's results."""
+    """Build the table of mean and standard deviation over seeds for each combination of settings."""
     by = [name for name in study.settings if name != "seed" and len({row.get(name) for row in rows}) > 1]
     results = [name for name in study.results if any(is_number(row.get(name)) for row in rows)]
     values = {name: group_values(rows, by, name) for name in results}
@@ -147,7 +147,7 @@ def means_table(study: Study, rows: Sequence[Row]) -> PageTable:
 
 
 def rows_table(rows: Sequence[Row]) -> PageTable:
-    """The first rows, without the columns that are the same in all of them."""
+    """Build the table of the first rows, without constant columns."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in CIRCUMSTANCES]
     shown = ["key", *(name for name in names if len({row.get(name) for row in rows}) > 1), "seconds"]
     lines = [[value_cell(row.get(name)) for name in shown] for row in rows[:MOST_ROWS]]
@@ -155,12 +155,12 @@ def rows_table(rows: Sequence[Row]) -> PageTable:
 
 
 def is_number(value: Value) -> bool:
-    """Whether a mean can be taken of a value."""
+    """Return whether a value is a number or a flag."""
     return isinstance(value, int | float)
 
 
 def seeds_cell(values: SeedValues | None, flag: bool) -> TableCell:
-    """Mean and standard deviation; of yes or no, the number of seeds with yes."""
+    """Show mean and standard deviation; for a flag, the number of seeds for which it is true."""
     if values is None:
         return number_cell(math.nan, "")
     if flag:
@@ -169,7 +169,7 @@ def seeds_cell(values: SeedValues | None, flag: bool) -> TableCell:
 
 
 def value_cell(value: Value) -> TableCell:
-    """A cell with a value; an absent one is empty and sorted as a number."""
+    """Show a value; an absent one is empty and sorts as a number."""
     if value is None:
         return number_cell(math.nan, "")
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -178,11 +178,11 @@ def value_cell(value: Value) -> TableCell:
 
 
 def facts(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Number of cells and seeds, and where and when they were measured."""
+    """Number of cells and seeds, measuring time, dataset, date and hardware."""
     seconds = sum(float(row.get("seconds") or 0) for row in rows)
     yield "cells", f"{len(rows):,}"
     yield "seeds", str(len({row.get("seed") for row in rows}))
-    yield "time of all cells", f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+    yield "total time", f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
     columns = {"data": "dataset", **{name: name for name in ("budget", "date", "device", "machine", "torch")}}
     for name, column in columns.items():
         text = ", ".join(dict.fromkeys(str(row[column]) for row in rows if row.get(column) is not None))

@@ -1,4 +1,4 @@
-"""Run a study: which cells there are, which are measured already, the others in parallel, each on disk when done."""
+"""Run a study: measure the missing cells of its grid in parallel, and store each as soon as it is done."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from skipway.studies.workers import CellResult, measure_cell, measure_cells
 
 __all__ = ["Share", "SilentWatcher", "Watcher", "cell_by_key", "describe_machine", "read_rows", "remeasure", "run"]
 
-# on a GPU small nets wait for their launches, not for each other
+# small networks on a GPU are limited by kernel launches, so several run at a time
 JOBS_PER_GPU = 4
 
 
 class Watcher(Protocol):
-    """Where a run reports to."""
+    """Receives the progress of a run."""
 
     def begin(self, study: Study, cells: int, known: int) -> None:
-        """Before the first cell."""
+        """Called before the first cell, with the number of cells and of those already measured."""
 
     def started(self, cell: Cell) -> None:
-        """A cell is being measured."""
+        """Called before a cell is measured."""
 
     def done(self, study: Study, found: CellResult) -> None:
-        """A cell has been measured."""
+        """Called after a cell is measured."""
 
 
 class SilentWatcher:
-    """Shows nothing."""
+    """Reports nothing."""
 
     def begin(self, study: Study, cells: int, known: int) -> None:
         pass
@@ -49,7 +49,7 @@ class SilentWatcher:
 
 
 class Share:
-    """Every `count`-th cell, from number `index`: what one job of an array does.
+    """Every `count`-th cell from number `index` on: the share of one job of a job array.
 
     >>> str(Share.read("3/8"))
     '3/8'
@@ -60,7 +60,11 @@ class Share:
 
     @classmethod
     def read(cls, text: str) -> Share:
-        """Of the form INDEX/COUNT, from 0, as Slurm's $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT."""
+        """Parse INDEX/COUNT, from 0, as in Slurm's $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT.
+
+        Raises:
+            SkipwayError: the text has another form.
+        """
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise SkipwayError(f"array={text!r}: the rule is INDEX/COUNT with 0 <= INDEX < COUNT, 0/8 to 7/8")
@@ -81,27 +85,27 @@ def run(
     device: str = "auto",
     watcher: Watcher | None = None,
 ) -> list[Row]:
-    """Measure the cells of a study that `folder` does not hold yet; a row is on the disk as soon as it is there.
+    """Measure the cells of a study that are not in `folder` yet; each row is stored as soon as it is measured.
 
     Args:
-        study: what is measured.
-        folder: of the tables; made where there is none.
-        budget: how much may be spent.
-        choices: what replaces the study's own grid.
-        jobs: processes at a time; None takes one per core, on a GPU four; 0 measures in this process.
-        share: a part of the cells, for one of several machines; it gets a table of its own.
-        device: auto, cpu, cuda; auto is the GPU for other budgets than `cpu`, where there is one.
-        watcher: told of every cell.
+        study: to run.
+        folder: of the tables; created if missing.
+        budget: size of the grid.
+        choices: values in place of those of the grid.
+        jobs: number of processes; None means one per core, or four per GPU; 0 measures in this process.
+        share: part of the cells, for one job of several; written to a table of its own.
+        device: auto, cpu or cuda; auto is a GPU, if there is one, except for the budget `cpu`.
+        watcher: receives the progress.
 
     Returns:
-        the rows of the cells that were asked for, measured now or before; failed ones have an `error`.
+        rows of the requested cells, measured now or earlier; failed cells have an `error`.
 
     Raises:
-        SkipwayError: no cell is left of the choices.
+        SkipwayError: the choices leave no cell.
     """
     cells = list({cell.key: cell for cell in study.cells(budget, choices)}.values())
     if not cells:
-        raise SkipwayError(f"{study.name} has no cell for these choices; leave one away, or see skipway study --list")
+        raise SkipwayError(f"{study.name} has no cell for these choices; omit one of them, or see skipway study --list")
     if share is not None:
         cells = cells[share.index :: share.count]
     known = {row["key"]: row for row in read_rows(folder, study)}
@@ -126,7 +130,7 @@ def run(
 
 
 def read_rows(folder: Path, study: Study) -> list[Row]:
-    """All rows of a study in a folder, one for each cell, as its grids order them; none of an earlier revision."""
+    """Return the rows of a study in a folder, one per cell, in grid order; earlier revisions are left out."""
     rows = merge_rows(StudyTable(path).rows() for path in parts_of(folder, study.name))
     rows = [row for row in rows if row["key"] == study.cell_of(row).key]
     sources = {None, *(str(row["data"]) for row in rows if row.get("data"))}
@@ -136,21 +140,23 @@ def read_rows(folder: Path, study: Study) -> list[Row]:
 
 
 def cell_by_key(study: Study, folder: Path, key: str, budget: Budget) -> Cell:
-    """The cell whose key begins so, in the table or in the grid of a budget.
+    """Return the cell whose key begins with `key`, from the table or the grid of a budget.
 
     Raises:
-        SkipwayError: there is none, or several.
+        SkipwayError: no cell matches, or several do.
     """
     cells = [*(study.cell_of(row) for row in read_rows(folder, study)), *study.cells(budget, Choices())]
     found = {cell.key: cell for cell in cells if cell.key.startswith(key)}
     if len(found) != 1:
         known = "none" if not found else f"{len(found)}: {', '.join(found)}"
-        raise SkipwayError(f"--cell {key}: {known} of the cells of {study.name} begin so; see the column 'key'")
+        raise SkipwayError(
+            f"--cell {key}: {known} of the keys of {study.name} match; see the column 'key' of its table"
+        )
     return next(iter(found.values()))
 
 
 def remeasure(study: Study, cell: Cell, *, budget: Budget = "cpu", device: str = "auto") -> Row:
-    """Measure one cell again, in this process, and write nothing."""
+    """Measure one cell again in this process, without storing the row."""
     import torch
 
     threads = torch.get_num_threads()
@@ -159,13 +165,13 @@ def remeasure(study: Study, cell: Cell, *, budget: Budget = "cpu", device: str =
     try:
         chosen = devices_for(device, budget)[0]
         return make_row(study, measure_cell(study, cell, chosen), budget, chosen.partition(":")[0], describe_machine())
-    finally:  # the process is the caller's
+    finally:  # restore the settings of the caller's process
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
 
 
 def make_row(study: Study, found: CellResult, budget: Budget, device: str, where: str) -> Row:
-    """A line of the table."""
+    """Build the row of a measured cell."""
     import torch
 
     return {
@@ -186,7 +192,7 @@ def make_row(study: Study, found: CellResult, budget: Budget, device: str, where
 
 
 def devices_for(device: str, budget: Budget) -> list[str]:
-    """Where the cells are measured."""
+    """Return the devices on which to measure."""
     import torch
 
     gpus = torch.cuda.device_count() if device != "cpu" else 0
@@ -200,10 +206,10 @@ def devices_for(device: str, budget: Budget) -> list[str]:
 
 
 def describe_machine() -> str:
-    """This machine in a few words."""
+    """Describe this machine in a few words."""
     return f"{cpu_count()} cores, {cpu_name()}"
 
 
 def failed_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows with an error."""
+    """Return the rows with an error."""
     return [row for row in rows if row.get("error")]

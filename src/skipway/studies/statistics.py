@@ -1,9 +1,9 @@
-"""Statistics of a study's rows: values over the seeds, the best of a swept setting, series for a figure."""
+"""Statistics of a study's rows: values over seeds, the best value of a swept setting, series for figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from skipway.report.chart import Point, Series, format_value
 from skipway.studies.cell import Row, Value
 
-__all__ = ["SeedValues", "best_rate_rows", "group_values", "select_best", "series_over"]
+__all__ = ["SeedValues", "best_rate_rows", "group_values", "select_best", "series_over", "value_labels"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SeedValues:
         return max(self.values, default=math.nan)
 
     def text(self, form: Callable[[float], str] | None = None) -> str:
-        """Mean and spread, each through `form`."""
+        """Format mean and standard deviation, each with `form`."""
         shown = format_value if form is None else form
         if len(self.values) == 1:
             return f"{shown(self.mean)} (1 seed)"
@@ -59,7 +59,7 @@ class SeedValues:
 
 
 def group_values(rows: Iterable[Row], by: Sequence[str], value: str) -> dict[tuple[Any, ...], SeedValues]:
-    """Group `value` over the rows that agree in `by`, in order of appearance; rows without it are left out.
+    """Group the column `value` by the columns `by`, in order of appearance; rows without a number are left out.
 
     >>> rows = [{"depth": 8, "seed": 0, "loss": 1.0}, {"depth": 8, "seed": 1, "loss": 3.0}]
     >>> group_values(rows, ["depth"], "loss")[8,].mean
@@ -74,7 +74,7 @@ def group_values(rows: Iterable[Row], by: Sequence[str], value: str) -> dict[tup
 
 
 def select_best(rows: Sequence[Row], by: Sequence[str], over: str, value: str) -> list[Row]:
-    """Of the rows that agree in `by`, keep those with the value of `over` whose mean of `value` is smallest.
+    """Keep, for each combination of `by`, the rows with the value of `over` whose mean of `value` is smallest.
 
     >>> rows = [{"depth": 8, "lr": rate, "loss": loss} for rate, loss in ((0.1, 2.0), (0.3, 1.0))]
     >>> select_best(rows, ["depth"], "lr", "loss")
@@ -97,7 +97,11 @@ def best_rate_rows(rows: Sequence[Row]) -> list[Row]:
 def series_over(
     rows: Iterable[Row], across: str, value: str, by: str, names: Callable[[Value], str] = str
 ) -> tuple[Series, ...]:
-    """A series for each value of `by`: the mean of `value` over `across`, with the range of the seeds."""
+    """Return one series per value of `by`: mean and range over seeds of `value` as a function of `across`.
+
+    Args:
+        names: displayed name of a value of `by`.
+    """
     samples = group_values(rows, [by, across], value)
     series = []
     for kind in dict.fromkeys(key[0] for key in samples):
@@ -109,3 +113,11 @@ def series_over(
         ]
         series.append(Series(names(kind), tuple(sorted(points, key=lambda point: point.x))))
     return tuple(series)
+
+
+def value_labels(labels: Mapping[str, str]) -> Callable[[Value], str]:
+    """Return a function that gives the displayed name of a value: its label, or the value itself without one.
+
+    Stored values are part of a row's key and cannot be renamed.
+    """
+    return lambda value: labels.get(str(value), str(value))

@@ -1,4 +1,4 @@
-"""What a study is: a claim, a grid of cells, how one is measured, and what follows from all of them."""
+"""Base class of studies: a claim, a grid of cells, the measurement of a cell, and verdicts from all rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from skipway.registry import Registry
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.statistics import group_values
+from skipway.studies.statistics import SeedValues, group_values
 
 __all__ = ["STUDIES", "Answer", "Published", "Study", "Verdict", "find_study", "studies"]
 
@@ -20,12 +20,12 @@ Answer = Literal["holds", "does not hold", "holds only when", "open"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim.
+    """Verdict on a claim.
 
     Args:
         claim: one sentence.
-        answer: "open" where the rows do not decide it.
-        text: the numbers behind the answer, with their spread; after "holds only when", the condition first.
+        answer: "open" if the rows do not decide.
+        text: the numbers that support the answer, with their spread; begins with the condition of "holds only when".
     """
 
     claim: str
@@ -35,13 +35,13 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A number of a paper beside which ours is set.
+    """A published number, for comparison with the measured one.
 
     Args:
-        what: in words.
+        what: description of the quantity.
         value: as published.
-        where: values that the rows of the same thing have; all of them, also `dataset`, or there is no difference.
-        column: result that it is compared with.
+        where: columns and their values that select the comparable rows, `dataset` included.
+        column: result to compare with.
         source: paper and table.
     """
 
@@ -51,68 +51,68 @@ class Published:
     column: str
     source: str
 
-    def ours(self, rows: Sequence[Row]):
-        """Our sample of the same thing; None where there is no such row."""
+    def measured_values(self, rows: Sequence[Row]) -> SeedValues | None:
+        """Return the measured values of the same quantity; None if no row is comparable."""
         same = [row for row in rows if all(row.get(name) == value for name, value in self.where.items())]
         return group_values(same, [], self.column).get(())
 
 
 class Study:
-    """A claim that is tested; abstract. A study is one object of a derived class, in a file of `studies.catalogue`.
+    """A test of a claim; abstract. A study is one instance of a subclass, in a module of `studies.catalogue`.
 
-    `measure` runs in a process of its own and must depend on its cell alone; `conclude` and `figures` see rows without
-    errors only, perhaps few of them.
+    `measure` runs in a worker process and must depend on its cell alone; `conclude`, `figures` and `summary` are given
+    the rows without errors, possibly few.
     """
 
     name: ClassVar[str]
-    """As people type it."""
+    """Name on the command line."""
     title: ClassVar[str]
-    """In words."""
+    """Heading of the page."""
     claim: ClassVar[str]
-    """What the literature says, one or two sentences."""
+    """The published claim in one or two sentences."""
     source: ClassVar[str]
     """Paper, year, table or figure."""
     settings: ClassVar[tuple[str, ...]]
-    """Names of what decides a cell, in the order of the table."""
+    """Names of the settings that define a cell, in the order of the table."""
     results: ClassVar[tuple[str, ...]]
-    """What the live table shows of a row."""
+    """Columns that the live table shows."""
     revision: ClassVar[int] = 1
-    """Counts up when `measure` changes its meaning; rows of before are then measured again."""
+    """Incremented when `measure` changes its meaning; older rows are then measured again."""
     minutes: ClassVar[str] = ""
-    """How long the cpu budget takes, and where that was measured."""
+    """Duration of the cpu budget and the hardware on which it was measured."""
     published: ClassVar[tuple[Published, ...]] = ()
-    """Numbers of papers for the page."""
+    """Published numbers that the page compares with."""
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
-        """The grid of a budget, with the user's choices in place of its own."""
+        """Return the grid of a budget; the user's choices replace its values."""
         raise NotImplementedError
 
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
-        """The results of one cell."""
+        """Measure one cell and return its results."""
         raise NotImplementedError
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        """What the rows say, a verdict for each claim."""
+        """Return a verdict for each claim."""
         raise NotImplementedError
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
-        """What the page shows."""
+        """Return the figures of the page."""
         raise NotImplementedError
 
     def summary(self, rows: Sequence[Row]) -> list[Row]:
-        """A table of the study's own for the page, a dictionary to a line; none unless told."""
+        """Return the rows of a summary table for the page; none by default."""
         return []
 
     def cell(self, **settings: str | int | float | bool | None) -> Cell:
-        """A cell of this study."""
+        """Return the cell with these settings."""
         return Cell.of(self.name, revision=self.revision, **settings)
 
     def cell_of(self, row: Row) -> Cell:
-        """The cell that a row was measured by."""
+        """Return the cell of a row."""
         return self.cell(**{name: row.get(name) for name in self.settings})
 
     def opening(self) -> str:
-        """What the file of the study opens with."""
+        """Return the docstring of the study's module."""
         return (import_module(type(self).__module__).__doc__ or "").strip()
 
 
@@ -120,7 +120,7 @@ STUDIES: Registry[Study] = Registry("study")
 
 
 def studies() -> dict[str, Study]:
-    """All studies by name; a file in `studies.catalogue` is found by being there."""
+    """Return all studies by name: those of every module in `studies.catalogue`."""
     catalogue = import_module("skipway.studies.catalogue")
     for found in sorted(pkgutil.iter_modules(catalogue.__path__), key=lambda each: each.name):
         import_module(f"{catalogue.__name__}.{found.name}")
@@ -128,6 +128,10 @@ def studies() -> dict[str, Study]:
 
 
 def find_study(name: str) -> Study:
-    """The study of that name; an unknown one raises with the closest."""
+    """Return the study of that name.
+
+    Raises:
+        SkipwayError: no study has that name; the message suggests the closest.
+    """
     studies()
     return STUDIES[name]

@@ -1,4 +1,4 @@
-"""The table of a study: one CSV file, one line per cell, safe against being cut off at any moment."""
+"""The table of a study: a CSV file with one line per cell, intact after an interruption at any moment."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TRAILING_COLUMNS = ("error", "seconds", "budget", "date", "device", "machine", "
 
 
 class StudyTable:
-    """Rows in a CSV file. Text that could be read as a number is quoted as in JSON, so that values come back as they
-    were; empty is None.
+    """Rows in a CSV file. Text that could be read as a number is quoted as in JSON, so that values are read back
+    exactly; an empty field is None.
 
     Args:
-        path: of the file; need not exist.
-        settings: columns that stand first, behind study and key.
+        path: of the file, which need not exist.
+        settings: columns that come first, after study and key.
 
     >>> [decode_value(encode_value(value)) for value in (1e-05, "1e-05", True, "plain")]
     [1e-05, '1e-05', True, 'plain']
@@ -34,19 +34,19 @@ class StudyTable:
         self.path, self.settings = path, tuple(settings)
 
     def rows(self) -> list[Row]:
-        """All complete lines; one that was cut off in the middle is left out.
+        """Return the rows of all complete lines; a truncated last line is left out.
 
         Raises:
-            CheckpointError: the file is no table.
+            CheckpointError: the file is not a table of a study.
         """
         try:
             content = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
-        whole = content[: content.rfind("\n") + 1]
-        header, *lines = list(csv.reader(io.StringIO(whole, newline=""))) or [[]]
+        complete = content[: content.rfind("\n") + 1]
+        header, *lines = list(csv.reader(io.StringIO(complete, newline=""))) or [[]]
         if header and "key" not in header:
-            raise CheckpointError(f"{self.path} is no table of a study: its first line has no column 'key'")
+            raise CheckpointError(f"{self.path} is not a table of a study: its first line has no column 'key'")
         return [
             {name: decode_value(text) for name, text in zip(header, line, strict=True)}
             for line in lines
@@ -54,7 +54,7 @@ class StudyTable:
         ]
 
     def append(self, row: Row) -> None:
-        """Write a row and wait until it is on the disk."""
+        """Append a row and flush it to disk."""
         header = self.header()
         names = self.order([*header, *row])
         if [*header] != names or not self.complete():
@@ -66,7 +66,7 @@ class StudyTable:
             os.fsync(file.fileno())
 
     def rewrite(self, rows: Sequence[Row]) -> None:
-        """Replace the file by these rows, all of it or nothing."""
+        """Replace the file by these rows atomically."""
         names = self.order([name for row in rows for name in row])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
@@ -78,14 +78,14 @@ class StudyTable:
         aside.replace(self.path)
 
     def header(self) -> list[str]:
-        """The names of the columns; none where there is no file."""
+        """Return the column names; none if the file does not exist."""
         if not self.path.exists():
             return []
         with self.path.open(encoding="utf-8", newline="") as file:
             return next(csv.reader(file), [])
 
     def complete(self) -> bool:
-        """Whether the file ends with a whole line."""
+        """Return whether the file ends with a complete line."""
         with self.path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             if not file.tell():
@@ -94,7 +94,7 @@ class StudyTable:
             return file.read(1) == b"\n"
 
     def order(self, names: Iterable[str]) -> list[str]:
-        """Each name once: study and key, settings, results, and what was noted beside them."""
+        """Order the column names, each once: study and key, settings, results, circumstances."""
         found = dict.fromkeys(names)
         first = [name for name in (*LEADING_COLUMNS, *self.settings) if name in found]
         last = [name for name in TRAILING_COLUMNS if name in found]
@@ -102,7 +102,7 @@ class StudyTable:
 
 
 def merge_rows(tables: Iterable[Sequence[Row]]) -> list[Row]:
-    """The rows of several tables, one for each key: the last that was measured, before one with an error."""
+    """Merge the rows of several tables, one per key: the last without an error, else the last."""
     found: dict[Value, Row] = {}
     for row in (row for rows in tables for row in rows):
         known = found.get(row["key"])
@@ -112,12 +112,12 @@ def merge_rows(tables: Iterable[Sequence[Row]]) -> list[Row]:
 
 
 def parts_of(folder: Path, study: str) -> list[Path]:
-    """The files that hold a study's rows: the table, and the shares of an array of jobs."""
+    """Return the files with a study's rows: its table and the shares of a job array."""
     return sorted([*folder.glob(f"{study}.csv"), *folder.glob(f"{study}.share-*.csv")])
 
 
 def encode_value(value: Value) -> str:
-    """A value as text that `decode_value` reads back."""
+    """Encode a value as text that `decode_value` reads back."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -127,7 +127,7 @@ def encode_value(value: Value) -> str:
 
 
 def decode_value(text: str) -> Value:
-    """The value of a text: JSON's numbers, true, false and quoted text; everything else is itself."""
+    """Decode JSON numbers, true, false and quoted text; other text is returned as it is."""
     if not text:
         return None
     try:
@@ -138,7 +138,7 @@ def decode_value(text: str) -> Value:
 
 
 def csv_line(cells: Iterable[str]) -> str:
-    """A line of CSV."""
+    """Format a line of CSV."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(list(cells))
     return buffer.getvalue()

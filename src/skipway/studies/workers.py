@@ -1,4 +1,4 @@
-"""Cells measured in processes of their own, one thread each: what goes wrong in one stops no other."""
+"""Measurement of cells in worker processes of one thread each, so that a failing cell stops no other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["CellResult", "measure_cell", "measure_cells"]
 
 @dataclass(frozen=True)
 class CellResult:
-    """What came of a cell: its results, or the error in one line."""
+    """Results of a cell, or its error in one line."""
 
     cell: Cell
     results: Row
@@ -29,7 +29,7 @@ class CellResult:
 
 
 def measure_cell(study: Study, cell: Cell, device: str) -> CellResult:
-    """Measure a cell here; an exception becomes an error."""
+    """Measure a cell in this process; an exception becomes the `error` of the result."""
     began = time.perf_counter()
     try:
         results, error = study.measure(cell, device), None
@@ -39,21 +39,21 @@ def measure_cell(study: Study, cell: Cell, device: str) -> CellResult:
 
 
 def describe_exception(raised: BaseException) -> str:
-    """An exception in one line, with the place where it was raised."""
+    """Format an exception in one line, with the file and line that raised it."""
     frames = traceback.extract_tb(raised.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(raised).__name__}: {raised}{place}"
+    origin = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(raised).__name__}: {raised}{origin}"
 
 
 def measure_cells(
     study: Study, cells: Sequence[Cell], *, jobs: int, devices: Sequence[str], started: Callable[[Cell], None]
 ) -> Iterator[CellResult]:
-    """Measure cells, in the order in which they are done.
+    """Measure cells, and yield each result when it is complete.
 
     Args:
-        jobs: processes at a time; 0 measures here, one after the other.
-        devices: dealt to the processes in turn.
-        started: called when a cell is begun.
+        jobs: number of worker processes; 0 measures one cell after the other in this process.
+        devices: assigned to the processes in turn.
+        started: called before each cell.
     """
     if not jobs:
         for cell in cells:
@@ -81,7 +81,7 @@ def measure_cells(
 
 
 class Worker:
-    """A process that measures one cell after the other; one that dies is replaced."""
+    """A process that measures one cell after another, and is replaced if it dies."""
 
     process: BaseProcess
     line: Connection
@@ -93,7 +93,7 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        # a fresh interpreter: forked ones inherit the threads' locks of torch
+        # a new interpreter: a fork would inherit torch's thread locks
         context = multiprocessing.get_context("spawn")
         self.line, theirs = context.Pipe()
         self.process = context.Process(target=serve_cells, args=(theirs, self.study, self.device), daemon=True)
@@ -101,12 +101,12 @@ class Worker:
         theirs.close()
 
     def begin(self, cell: Cell) -> None:
-        """Hand over a cell."""
+        """Send a cell to the process."""
         self.cell, self.began = cell, time.perf_counter()
         self.line.send(cell)
 
     def finish(self) -> CellResult:
-        """Take the result of a cell."""
+        """Receive the result of the cell; if the process has died, replace it and return an error."""
         cell = self.cell
         assert cell is not None
         self.cell = None
@@ -121,20 +121,20 @@ class Worker:
             return CellResult(cell, {}, f"the process died: {reason}", time.perf_counter() - self.began)
 
     def end(self) -> None:
-        """Stop at once."""
+        """Terminate the process."""
         self.process.terminate()
         self.process.join(5)
         self.line.close()
 
 
 def serve_cells(line: Connection, study: Study, device: str) -> None:
-    """What a process does: cells in, results out, until nobody asks any more."""
+    """Main loop of a process: receive cells and send results until the connection is closed."""
     import torch
 
-    # Ctrl-C is for the parent, which ends its workers
+    # Ctrl-C is handled by the parent, which ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # vanishing signals would otherwise cost a hundred times as much
+    torch.set_flush_denormal(True)  # denormal numbers of vanishing signals are a hundred times slower
     while True:
         try:
             cell = line.recv()

@@ -1,17 +1,18 @@
-"""All schemes side by side: depth and learning rate that they stand, need of a norm, time of a step, memory.
+"""All schemes side by side: depth and learning rate they tolerate, need for a norm, time per step, memory.
 
-Claim:    a skip decides whether deep nets train; starts at which branches are silent stand the larger depths and rates;
-          schemes cost next to nothing, and those without normalisation keep less for the backward pass.
-Source:   the papers of `skipway schemes`; the first epochs by depth after Bachlechner et al. 2020, "ReZero is All You
+Claim:    a skip decides whether deep networks train; schemes whose branches are silent at initialisation tolerate
+          larger depths and learning rates; schemes cost next to nothing, and those without normalisation need less
+          memory for the backward pass.
+Source:   the papers of `skipway schemes`; the first epochs by depth follow Bachlechner et al. 2020, "ReZero is All You
           Need", and Zhang et al. 2019, "Fixup Initialization".
 Command:  skipway study schemes
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 10 minutes (588 cells), reckoned from single cells; 21 minutes beside other work.
-Result:   27 November 2026, digits, width 4, 90 steps, 3 seeds: every scheme with a
-          skip trains 110 layers, the plain net does not (86.4 % test error); rezero, skipinit and depthscaled do best
-          (4.9 to 5.9 %). At a rate of 1 only preactivation, normfree and depthscaled train, identity at 0.01 only.
-          Without norms 56 layers train where branches start small. Neither is every scheme free (normfree takes 1.5
-          times the step), nor do those without norm keep less (1.2 to 1.4 times as much).
+Time:     about 10 minutes (588 cells), estimated from single cells; 21 minutes on a loaded machine.
+Result:   27 November 2026, digits, width 4, 90 steps, 3 seeds: every scheme with a skip trains 110 layers, the plain
+          network does not (86.4 % test error); rezero, skipinit and depthscaled are best (4.9 to 5.9 %). At a learning
+          rate of 1 only preactivation, normfree and depthscaled train; identity trains at 0.01 only. Without norms, 56
+          layers train if the branches start small. Not every scheme is free (a step of normfree takes 1.5 times as
+          long), and those without norm need more memory (1.2 to 1.4 times as much).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from skipway.models import build
 from skipway.report.chart import Figure
 from skipway.schemes import all_schemes
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import FitSettings, data_of, dataset_name, fit, update
+from skipway.studies.fit import FitSettings, data_of, dataset_name, fit, update_weights
 from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
 from skipway.studies.study import STUDIES, Study, Verdict
 from skipway.surgery.saved_tensors import saved_bytes
@@ -38,12 +39,12 @@ from skipway.surgery.saved_tensors import saved_bytes
 __all__ = ["Comparison"]
 
 TRAINED = 0.5
-"""Test error of the median seed below which a net has learned: without norm one seed hardly does at any depth."""
+"""Test error of the median seed below which a network has learned; without norm, single seeds fail at any depth."""
 RATES = (0.01, 0.1, 1.0)
 ROUNDS = 20
-# schemes whose own option takes the norm out; the others get a scalar of 1 whose scheme does
+# schemes with an option of their own that removes the norm; the others are combined with skipinit, its scalar at 1
 NORMLESS = {"skipinit": "skipinit(norm='remove')", "rezero": "rezero(norm='remove')"}
-FREE = {"fixup": "no: removes it", "normfree": "no: standardises weights"}
+FREE = {"fixup": "no (removes it)", "normfree": "no (standardises weights)"}
 SMALL = {"zeroinit", "skipinit", "rezero", "layerscale", "depthscaled"}
 SILENT = ("zeroinit", "rezero", "normfree", "fixup")
 # depths, depths without norm, width, epochs
@@ -55,18 +56,18 @@ GRIDS: dict[Budget, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {
 
 
 class Comparison(Study):
-    """The table of schemes."""
+    """Trainability, error, time and memory of every scheme."""
 
     name = "schemes"
     title = "All schemes side by side"
     claim = (
-        "A skip decides whether deep nets train; schemes whose branches are silent at the start stand larger depths "
-        "and rates; none costs much."
+        "A skip decides whether deep networks train; schemes whose branches are silent at initialisation tolerate "
+        "larger depths and learning rates; no scheme costs much."
     )
     source = "the schemes' papers"
     settings = ("kind", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
     results = ("train_error", "test_error", "diverged", "kept", "times")
-    minutes = "10 minutes on two cores, 21 beside other work"
+    minutes = "10 minutes on two cores, 21 under load"
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         depths, without, width, epochs = GRIDS[budget]
@@ -108,23 +109,23 @@ class Comparison(Study):
             return {"times": own / other, "dataset": dataset_name(data)}
         images = data.sample(batch, seed=cell["seed"], device=torch.device("cpu")).inputs
         kept = saved_bytes(model, images) / saved_bytes(twin, images)
-        plan = FitSettings(epochs=cell["epochs"], lr=cell["lr"], warmup=0.1, seed=cell["seed"], batch_size=batch)
-        return {**fit(model, data, plan, device), "kept": kept}
+        settings = FitSettings(epochs=cell["epochs"], lr=cell["lr"], warmup=0.1, seed=cell["seed"], batch_size=batch)
+        return {**fit(model, data, settings, device), "kept": kept}
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         found = {str(line["scheme"]): line for line in self.summary(rows)}
-        whole = [row for row in rows if row["kind"] == "as it is"]
+        unchanged = [row for row in rows if row["kind"] == "as it is"]
         return [
-            skips_decide(errors_of(whole)),
-            silent_stand(errors_of(whole)),
+            skips_decide(errors_of(unchanged)),
+            silent_stand(errors_of(unchanged)),
             norm_needed(rows),
             cheap(found),
             less_memory(found),
         ]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
-        whole = [row for row in rows if row["kind"] == "as it is"]
-        deepest = max((int(row["depth"] or 0) for row in whole), default=0)
+        unchanged = [row for row in rows if row["kind"] == "as it is"]
+        deepest = max((int(row["depth"] or 0) for row in unchanged), default=0)
         return [
             Figure(
                 name="depth",
@@ -132,7 +133,7 @@ class Comparison(Study):
                 x_label="weight layers",
                 y_label="test error",
                 log_x=True,
-                series=series_over(best_rate_rows(whole), "depth", "test_error", "scheme"),
+                series=series_over(best_rate_rows(unchanged), "depth", "test_error", "scheme"),
                 percent=True,
                 note="Chance is 90 %.",
             ),
@@ -142,21 +143,21 @@ class Comparison(Study):
                 x_label="learning rate",
                 y_label="test error",
                 log_x=True,
-                series=series_over([row for row in whole if row["depth"] == deepest], "lr", "test_error", "scheme"),
+                series=series_over([row for row in unchanged if row["depth"] == deepest], "lr", "test_error", "scheme"),
                 percent=True,
                 note="Chance is 90 %.",
             ),
         ]
 
     def summary(self, rows: Sequence[Row]) -> list[Row]:
-        """A line for each scheme: what it needs, stands, reaches and costs."""
-        whole = [row for row in rows if row["kind"] == "as it is"]
-        errors, bare = errors_of(whole), errors_of([row for row in rows if row["kind"] == "no norm"])
-        reached = group_values(best_rate_rows(whole), ["scheme", "depth"], "test_error")
-        kept, times = group_values(whole, ["scheme"], "kept"), group_values(rows, ["scheme"], "times")
+        """One row per scheme: need for a norm, largest depth and learning rate, test errors, time and memory."""
+        unchanged = [row for row in rows if row["kind"] == "as it is"]
+        errors, bare = errors_of(unchanged), errors_of([row for row in rows if row["kind"] == "no norm"])
+        reached = group_values(best_rate_rows(unchanged), ["scheme", "depth"], "test_error")
+        kept, times = group_values(unchanged, ["scheme"], "kept"), group_values(rows, ["scheme"], "times")
         lines: list[Row] = []
         deep = largest_depth(errors)
-        for name in dict.fromkeys(str(row["scheme"]) for row in whole):
+        for name in dict.fromkeys(str(row["scheme"]) for row in unchanged):
             trained = [
                 (depth, rate) for (own, depth, rate), sample in errors.items() if own == name and learned(sample)
             ]
@@ -169,35 +170,37 @@ class Comparison(Study):
                 "scheme": name,
                 "needs normalisation": needs,
                 "largest depth that trains": max((depth for depth, _ in trained), default=None),
-                f"largest rate, {deep} layers": max((rate for depth, rate in trained if depth == deep), default=None),
+                f"largest learning rate, {deep} layers": max(
+                    (rate for depth, rate in trained if depth == deep), default=None
+                ),
             }
             for depth in depths:
                 line[f"test error, {depth} layers"] = reached[name, depth].text(percent).partition(" (")[0]
-            line["time of a step"] = times[name,].mean if (name,) in times else None
-            line["kept for backward"] = kept[name,].mean if (name,) in kept else None
+            line["time per step"] = times[name,].mean if (name,) in times else None
+            line["memory for backward"] = kept[name,].mean if (name,) in kept else None
             lines.append(line)
         return lines
 
 
 def build_resnet(spec: str, cell: Cell, channels: int, classes: int) -> nn.Module:
-    """A ResNet for small images, dressed by a scheme."""
+    """Build a ResNet for small images with a scheme."""
     sizes = {"width": cell["width"], "stem_width": cell["width"], "channels": channels, "classes": classes}
     return build("resnet-cifar", depth=cell["depth"], scheme=spec, **sizes)
 
 
 def errors_of(rows: Sequence[Row]) -> dict[tuple, SeedValues]:
-    """Test errors by scheme, depth and rate."""
+    """Group test errors by scheme, depth and learning rate."""
     return group_values(rows, ["scheme", "depth", "lr"], "test_error")
 
 
 def learned(sample: SeedValues) -> bool:
-    """Whether most seeds have learned."""
+    """Return whether the median seed has learned."""
     return median(sample.values) < TRAINED
 
 
 def step_times(models: Sequence[nn.Module], data: Data, batch_size: int, device: str) -> list[float]:
-    """Seconds per step of several networks, in turn and the least of the rounds, so that what else the machine does is
-    in none; on a CPU of processor time.
+    """Measure the seconds per step of several networks: the minimum over rounds in which they alternate, so that other
+    load on the machine has little influence; on a CPU, processor time. The weights do not change (learning rate 0).
     """
     place = torch.device(device)
     batch = next(iter(data.train_batches(seed=0, epoch=0, batch_size=batch_size, device=place)))
@@ -207,32 +210,33 @@ def step_times(models: Sequence[nn.Module], data: Data, batch_size: int, device:
     for _ in range(ROUNDS):
         for number, (model, chosen) in enumerate(zip(models, optimizers, strict=True)):
             began = clock()
-            float(update(model, chosen, batch, None).sum())  # waits for a GPU
+            float(update_weights(model, chosen, batch, None).sum())  # waits for a GPU
             least[number] = min(least[number], clock() - began)
     return least
 
 
 def largest_depth(errors: Mapping[tuple, SeedValues]) -> int:
-    """The largest depth."""
+    """Return the largest depth; 0 without errors."""
     return max((depth for _, depth, _ in errors), default=0)
 
 
 def trained_and_failed(errors: Mapping[tuple, SeedValues], depth: int) -> tuple[list[str], list[str]]:
-    """The schemes that learn at a depth at some rate, and those that do not."""
+    """Return the schemes that learn at a depth at some learning rate, and those that do not."""
     names = dict.fromkeys(name for name, own, _ in errors if own == depth)
     good = [n for n in names if any(learned(s) for (name, own, _), s in errors.items() if (name, own) == (n, depth))]
     return good, [name for name in names if name not in good]
 
 
 def skips_decide(errors: Mapping[tuple, SeedValues]) -> Verdict:
-    """The deepest nets, every scheme at its best rate."""
-    claim = "At the largest depth every scheme with a skip trains at some rate, the plain net at none."
+    """Judge whether every scheme but plain trains the deepest networks."""
+    claim = "At the largest depth, every scheme with a skip trains at some learning rate, the plain network at none."
     depth = largest_depth(errors)
     good, bad = trained_and_failed(errors, depth)
     if "plain" not in {*good, *bad} or len(good) + len(bad) < 3:
         return Verdict(claim, "open", "not measured")
     text = (
-        f"{depth} layers, test error of the median seed below 50 %: {', '.join(good) or 'none'}; not: {', '.join(bad)}."
+        f"{depth} layers, test error of the median seed below 50 %: {', '.join(good) or 'none'}; "
+        f"not below: {', '.join(bad)}."
     )
     if bad == ["plain"]:
         return Verdict(claim, "holds", text)
@@ -242,8 +246,11 @@ def skips_decide(errors: Mapping[tuple, SeedValues]) -> Verdict:
 
 
 def silent_stand(errors: Mapping[tuple, SeedValues]) -> Verdict:
-    """The deepest nets by rate."""
-    claim = "Schemes whose branches are silent at the start tolerate a larger rate at the largest depth than identity."
+    """Compare the largest learning rates at which the deepest networks train."""
+    claim = (
+        "At the largest depth, schemes whose branches are silent at initialisation tolerate a larger learning rate "
+        "than identity."
+    )
     depth = largest_depth(errors)
     most = {
         name: max((rate for (n, d, rate), s in errors.items() if (n, d) == (name, depth) and learned(s)), default=0.0)
@@ -252,7 +259,7 @@ def silent_stand(errors: Mapping[tuple, SeedValues]) -> Verdict:
     asked = [name for name in SILENT if name in most]
     if "identity" not in most or not asked:
         return Verdict(claim, "open", "not measured")
-    text = f"Largest rate that trains {depth} layers: " + ", ".join(
+    text = f"Largest learning rate that trains {depth} layers: " + ", ".join(
         f"{name} {f'{rate:g}' if rate else 'none'}" for name, rate in most.items()
     )
     larger = [name for name in asked if most[name] > most["identity"]]
@@ -262,41 +269,43 @@ def silent_stand(errors: Mapping[tuple, SeedValues]) -> Verdict:
 
 
 def norm_needed(rows: Sequence[Row]) -> Verdict:
-    """Without norms."""
-    claim = "Without normalisation only nets train whose branches start small."
+    """Judge whether branches that start small are needed to train without norms."""
+    claim = "Without normalisation, only networks whose branches start small train."
     errors = errors_of([row for row in rows if row["kind"] == "no norm"])
     found = {depth: trained_and_failed(errors, depth) for depth in sorted({depth for _, depth, _ in errors})}
     if not found or any(not {"identity", *SMALL} <= {*good, *bad} for good, bad in found.values()):
         return Verdict(claim, "open", "not measured")
     parts = "; ".join(
-        f"{depth} layers: {', '.join(good) or 'none'}; not {', '.join(bad) or 'none'}"
+        f"{depth} layers: {', '.join(good) or 'none'}; not below: {', '.join(bad) or 'none'}"
         for depth, (good, bad) in found.items()
     )
-    text = f"Test error of the median seed below 50 % at a rate of 0.01 or 0.1, {parts}."
+    text = f"Test error of the median seed below 50 % at a learning rate of 0.01 or 0.1, {parts}."
     kept = [depth for depth, (good, _) in found.items() if good and set(good) <= SMALL]
     if kept and len(kept) < len(found):
-        return Verdict(claim, "holds only when", f"there are {', '.join(map(str, kept))} layers. {text}")
+        return Verdict(claim, "holds only when", f"the network has {', '.join(map(str, kept))} layers. {text}")
     return Verdict(claim, "holds" if kept else "does not hold", text)
 
 
 def cheap(found: Mapping[str, Row]) -> Verdict:
-    """The time of a step."""
-    claim = "No scheme takes a quarter longer for a step than the plain residual connection."
-    ratios = {name: line["time of a step"] for name, line in found.items() if line["time of a step"] is not None}
+    """Judge whether a step takes at most 1.25 times as long as with identity."""
+    claim = "No scheme makes a step more than 25 % slower than the plain residual connection."
+    ratios = {name: line["time per step"] for name, line in found.items() if line["time per step"] is not None}
     if len(ratios) < 3:
         return Verdict(claim, "open", "not measured")
-    text = "Times the step of identity: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    text = "Time per step relative to identity: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
     slow = [name for name, ratio in ratios.items() if float(ratio or 0) > 1.25]
     return Verdict(claim, "does not hold" if slow else "holds", f"{text}.")
 
 
 def less_memory(found: Mapping[str, Row]) -> Verdict:
-    """What is kept for the backward pass."""
-    claim = "Schemes that remove the norm keep less for the backward pass than identity."
-    kept = {name: float(line["kept for backward"] or 0) for name, line in found.items()}
+    """Compare the memory for the backward pass with and without norm."""
+    claim = "Schemes that remove the norm need less memory for the backward pass than identity."
+    kept = {name: float(line["memory for backward"] or 0) for name, line in found.items()}
     if "identity" not in kept or not set(FREE) <= set(kept):
         return Verdict(claim, "open", "not measured")
-    text = "Bytes kept, over identity's: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in kept.items())
+    text = "Bytes saved for the backward pass, relative to identity: " + ", ".join(
+        f"{name} {ratio:.2f}" for name, ratio in kept.items()
+    )
     less = [name for name in FREE if kept[name] < 0.99]
     if less and len(less) < len(FREE):
         return Verdict(claim, "holds only when", f"the scheme is {', '.join(less)}. {text}.")

@@ -1,14 +1,15 @@
-"""ConvNeXt taken apart: what the skip, the place of the norm, the large kernel and LayerScale bring without attention.
+"""ConvNeXt ablation: effect of the skip, the position of the norm, the large kernel and LayerScale without attention.
 
-Claim:    a block without attention is as good as a transformer's: depthwise 7×7, one norm inside of the branch, a
-          clean skip; each of the parts brings something.
+Claim:    a block without attention performs as well as a transformer block: depthwise 7×7 convolution, one norm inside
+          the branch, a clean skip; each of these parts lowers the error.
 Source:   Liu et al. 2022, "A ConvNet for the 2020s", sec. 2 and fig. 2.
 Command:  skipway study convnext-parts
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 6 minutes (84 cells), beside other work.
-Result:   27 November 2026, digits, width 8, 4 epochs, 3 seeds: the skip decides (24 blocks: 47.7 % test error without,
-          5.8 % with), the kernel matters at 6 blocks (11.8 % with 3, 7.7 % with 7). The place of the norm, the norm
-          itself and LayerScale bring nothing here beyond the spread; at 6 blocks LayerScale costs 2 points.
+Time:     about 6 minutes (84 cells), on a loaded machine.
+Result:   27 November 2026, digits, width 8, 4 epochs, 3 seeds: the skip is decisive (24 blocks: 47.7 % test error
+          without, 5.8 % with), the kernel matters at 6 blocks (11.8 % with 3, 7.7 % with 7). The position of the norm,
+          the norm itself and LayerScale make no difference beyond the range of the seeds; at 6 blocks LayerScale costs
+          2 points.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from skipway.nn import LayerNorm2d
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import FitSettings, data_of, fit, xavier_
-from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
+from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over, value_labels
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
 
@@ -36,7 +37,7 @@ GAMMA = "layerscale(init=1e-6)"
 
 @dataclass(frozen=True)
 class ConvNeXtVariant:
-    """A ConvNeXt with a part changed: another scheme or kernel, or what is done to the network when it is built."""
+    """A ConvNeXt with one part changed: scheme, kernel size, or a change in place after the network is built."""
 
     scheme: str = GAMMA
     kernel: int = 7
@@ -44,30 +45,31 @@ class ConvNeXtVariant:
 
 
 def remove_norms(model: nn.Module) -> None:
-    """No norm in the branches, in place; stem, downsampling and head keep theirs."""
+    """Remove the norms of all branches of `model`, in place; stem, downsampling and head keep theirs."""
     for connection in chain(model):
         connection.residual.branch.inside = nn.Identity()
 
 
 def norm_after_addition(model: nn.Module) -> None:
-    """The norm of every branch behind the addition instead, in place."""
+    """Move the norm of every branch of `model` to after the addition, in place."""
     remove_norms(model)
     for connection in chain(model):
         connection.residual.post = LayerNorm2d(connection.site.dim)
 
 
-WHOLE, NO_GAMMA, NO_SKIP = "all parts", "no LayerScale", "no skip, no LayerScale"
+COMPLETE, NO_GAMMA, NO_SKIP = "all parts", "no LayerScale", "no skip, no LayerScale"
 BEFORE, AFTER, NO_NORM, SMALL = "norm before the branch", "norm behind the addition", "no norm in branches", "kernel 3"
 VARIANTS = {
-    WHOLE: ConvNeXtVariant(),
+    COMPLETE: ConvNeXtVariant(),
     NO_GAMMA: ConvNeXtVariant("identity"),
-    # without the skip nothing would pass a γ of 1e-6
+    # without the skip, a γ of 1e-6 would block the signal
     NO_SKIP: ConvNeXtVariant("plain"),
     SMALL: ConvNeXtVariant(kernel=3),
     BEFORE: ConvNeXtVariant(f"preactivation + {GAMMA}"),
     AFTER: ConvNeXtVariant(change=norm_after_addition),
     NO_NORM: ConvNeXtVariant(change=remove_norms),
 }
+label = value_labels({AFTER: "norm after the addition"})
 # depths in blocks, width, epochs, learning rates
 GRIDS: dict[Budget, tuple[tuple[int, ...], int, int, tuple[float, ...]]] = {
     "cpu": ((6, 24), 8, 4, (4e-3, 1.6e-2)),
@@ -77,23 +79,23 @@ GRIDS: dict[Budget, tuple[tuple[int, ...], int, int, tuple[float, ...]]] = {
 
 
 class ConvNeXtParts(Study):
-    """Each part of the block left out or moved."""
+    """Test error with each part of the block removed or moved."""
 
     name = "convnext-parts"
-    title = "ConvNeXt taken apart: skip, norm, kernel, LayerScale"
+    title = "ConvNeXt ablation: skip, norm, kernel, LayerScale"
     claim = (
-        "Blocks without attention train as deep as transformers: with a clean skip, one norm inside of the branch, a "
-        "large kernel and LayerScale, each of which brings something."
+        "Blocks without attention train at the depths of transformers with a clean skip, one norm inside the branch, a "
+        "large kernel and LayerScale, each of which lowers the error."
     )
     source = "Liu et al. 2022, sec. 2 and fig. 2"
     settings = ("scheme", "depth", "lr", "seed", "width", "epochs", "data")
     results = ("train_error", "test_error", "train_loss", "diverged")
-    minutes = "6 minutes on two cores, beside other work"
+    minutes = "6 minutes on two cores under load"
     published = (
         Published(
             what="ConvNeXt-T, 18 blocks, test error on ImageNet",
             value=0.179,
-            where={"scheme": WHOLE, "depth": 18, "width": 96, "dataset": "imagenet"},
+            where={"scheme": COMPLETE, "depth": 18, "width": 96, "dataset": "imagenet"},
             column="test_error",
             source="Liu et al. 2022, table 1",
         ),
@@ -128,7 +130,7 @@ class ConvNeXtParts(Study):
         initialise_convnext_(model)
         if variant.change is not None:
             variant.change(model)
-        plan = FitSettings(
+        settings = FitSettings(
             epochs=cell["epochs"],
             lr=cell["lr"],
             batch_size=64 if small else 128,
@@ -138,17 +140,17 @@ class ConvNeXtParts(Study):
             clip=1.0,
             seed=cell["seed"],
         )
-        return fit(model, data, plan, device)
+        return fit(model, data, settings, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         errors = group_values(best_rate_rows(rows), ["scheme", "depth"], "test_error")
         return [
-            brings(errors, "Without skips a ConvNeXt learns worse (both without LayerScale).", NO_GAMMA, NO_SKIP),
-            brings(errors, "A kernel of 3 is worse than one of 7.", WHOLE, SMALL),
-            brings(errors, "Without LayerScale it learns worse.", WHOLE, NO_GAMMA),
-            brings(errors, "The norm before the branch is worse than inside.", WHOLE, BEFORE),
-            brings(errors, "The norm after the addition is worse than inside.", WHOLE, AFTER),
-            brings(errors, "Without norm in the branches it learns worse.", WHOLE, NO_NORM),
+            judge_part(errors, "A ConvNeXt without skips learns worse (both without LayerScale).", NO_GAMMA, NO_SKIP),
+            judge_part(errors, "A 3×3 kernel is worse than a 7×7 kernel.", COMPLETE, SMALL),
+            judge_part(errors, "A ConvNeXt without LayerScale learns worse.", COMPLETE, NO_GAMMA),
+            judge_part(errors, "A norm before the branch is worse than a norm inside it.", COMPLETE, BEFORE),
+            judge_part(errors, "A norm after the addition is worse than a norm inside the branch.", COMPLETE, AFTER),
+            judge_part(errors, "A ConvNeXt without norms in its branches learns worse.", COMPLETE, NO_NORM),
         ]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
@@ -159,9 +161,9 @@ class ConvNeXtParts(Study):
                 x_label="blocks",
                 y_label=what.lower(),
                 log_x=True,
-                series=series_over(best_rate_rows(rows), "depth", value, "scheme"),
+                series=series_over(best_rate_rows(rows), "depth", value, "scheme", label),
                 percent=True,
-                note="Of the learning rates tried, the one with the lowest mean training error over the seeds.",
+                note="Learning rate with the lowest mean training error over the seeds.",
             )
             for value, what in (("test_error", "Test error"), ("train_error", "Training error"))
         ]
@@ -169,27 +171,28 @@ class ConvNeXtParts(Study):
 
 @torch.no_grad()
 def initialise_convnext_(model: nn.Module) -> None:
-    """A start that keeps the signal's size, in place: N(0, 0.02²) is meant for hundreds of channels."""
+    """Initialise `model`, in place, so that the signal keeps its size; N(0, 0.02²) suits hundreds of channels."""
     xavier_(model)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
 
-def brings(errors: dict[tuple, SeedValues], claim: str, whole: str, less: str) -> Verdict:
-    """Whether a part brings something, by depth: the seeds with and without it apart."""
-    depths = sorted(depth for name, depth in errors if name == less and (whole, depth) in errors)
+def judge_part(errors: dict[tuple, SeedValues], claim: str, complete: str, reduced: str) -> Verdict:
+    """Judge whether the error is higher without a part, by depth and beyond the range of the seeds."""
+    depths = sorted(depth for name, depth in errors if name == reduced and (complete, depth) in errors)
     if not depths:
         return Verdict(claim, "open", "not measured")
     text = "; ".join(
-        f"{depth} blocks: {less} {errors[less, depth].text(percent)}, {whole} {errors[whole, depth].text(percent)}"
+        f"{depth} blocks: {label(reduced)} {errors[reduced, depth].text(percent)}, "
+        f"{complete} {errors[complete, depth].text(percent)}"
         for depth in depths
     )
     text = f"Test error, {text}."
-    worse = [depth for depth in depths if errors[less, depth].low > errors[whole, depth].high]
-    better = [depth for depth in depths if errors[less, depth].high < errors[whole, depth].low]
+    worse = [depth for depth in depths if errors[reduced, depth].low > errors[complete, depth].high]
+    better = [depth for depth in depths if errors[reduced, depth].high < errors[complete, depth].low]
     if worse and worse != depths:
-        return Verdict(claim, "holds only when", f"there are {', '.join(map(str, worse))} blocks. {text}")
+        return Verdict(claim, "holds only when", f"the network has {', '.join(map(str, worse))} blocks. {text}")
     if worse or better:
         return Verdict(claim, "holds" if worse else "does not hold", text)
     return Verdict(claim, "open", f"{text} The seeds overlap.")

@@ -1,16 +1,16 @@
-"""LayerScale: learning rate and start of γ, by depth, with AdamW and with SGD.
+"""LayerScale: learning rate and initial γ by depth, with AdamW and with SGD.
 
-Claim:    one small learned number per channel of every branch lets deep transformers train, over more learning rates,
-          and the smaller it starts the deeper they are; it belongs to AdamW, with SGD a tiny γ hardly leaves its start.
-Source:   Touvron et al. 2021, "Going Deeper with Image Transformers" (CaiT), eq. 4, sec. 2 and table 1; ConvNeXt's
-          start after Liu et al. 2022, "A ConvNet for the 2020s".
+Claim:    one small learned gain per channel of every branch lets deep transformers train, at more learning rates, and
+          should start smaller, the deeper the network is; it suits AdamW, whereas SGD hardly moves a tiny γ.
+Source:   Touvron et al. 2021, "Going Deeper with Image Transformers" (CaiT), eq. 4, sec. 2 and table 1; initial γ of
+          ConvNeXt from Liu et al. 2022, "A ConvNet for the 2020s".
 Command:  skipway study layerscale
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 8 minutes (270 cells), reckoned from single cells; 18 minutes beside other work.
-Result:   27 November 2026, digits, 3 seeds, 3 rates: at 24 blocks a ViT has 4.6 % test error with γ₀ = 1e-4 and 23.8 %
-          without; 0.1 is not enough (18.3 %). ConvNeXt and ResNet gain nothing at their best rates, but move them: a
-          ResNet with SGD and γ₀ = 1e-6 fails at 0.03 (65.3 against 8.4 %) and trains at 0.3 (5.9 against 75.4 %).
-          That γ stays at its start with SGD does not hold: it comes to 0.03 and more.
+Time:     about 8 minutes (270 cells), estimated from single cells; 18 minutes on a loaded machine.
+Result:   27 November 2026, digits, 3 seeds, 3 learning rates: a ViT of 24 blocks has 4.6 % test error with γ₀ = 1e-4
+          and 23.8 % without LayerScale; γ₀ = 0.1 is not enough (18.3 %). ConvNeXt and ResNet gain nothing at their best
+          learning rates, but these shift: a ResNet with SGD and γ₀ = 1e-6 fails at 0.03 (65.3 %, 8.4 % without) and
+          trains at 0.3 (5.9 %, 75.4 % without). SGD does move γ from its initial value, to 0.03 and more.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ GRIDS: dict[Budget, tuple[tuple[int, ...], dict[str, tuple[int, int]]]] = {
 
 
 class LayerScaleStudy(Study):
-    """A learned number per channel, small at the start."""
+    """Errors with and without small learned gains, by family, depth and learning rate."""
 
     name = "layerscale"
-    title = "LayerScale: learning rate and start of γ, by depth"
+    title = "LayerScale: learning rate and initial γ by depth"
     claim = (
-        "A small learned number per channel of every branch lets deep transformers train, and over more learning "
-        "rates; it is for AdamW, with SGD a tiny γ hardly leaves its start."
+        "A small learned gain per channel of every branch lets deep transformers train, and at more learning rates; it "
+        "suits AdamW, whereas SGD hardly moves a tiny γ."
     )
     source = "Touvron et al. 2021, sec. 2 and table 1"
     settings = ("family", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
     results = ("train_error", "test_error", "gain", "diverged")
-    minutes = "8 minutes on two cores, 18 beside other work"
+    minutes = "8 minutes on two cores, 18 under load"
     published = tuple(
         Published(
             what=f"DeiT-S of {depth} blocks, {what}, test error",
             value=error,
             where={"family": "vit", "scheme": scheme, "depth": depth, "width": 384, "dataset": "imagenet"},
             column="test_error",
-            source="Touvron et al. 2021, table 1, as read in notes on it",
+            source="Touvron et al. 2021, table 1, from secondary notes",
         )
         for depth, what, scheme, error in (
             (24, "no LayerScale", NONE, 0.190),
@@ -102,7 +102,7 @@ class LayerScaleStudy(Study):
                 means.append(float(torch.cat([gain.detach().flatten() for gain in gains]).abs().mean()))
 
         adam = cell["family"] != "resnet"
-        plan = FitSettings(
+        settings = FitSettings(
             epochs=cell["epochs"],
             lr=cell["lr"],
             batch_size=64 if data.size < 32 else 128,
@@ -112,7 +112,7 @@ class LayerScaleStudy(Study):
             clip=1.0 if adam else None,
             seed=cell["seed"],
         )
-        row = fit(model, data, plan, device, watch)
+        row = fit(model, data, settings, device, watch)
         if gains:
             row["gain"] = means[-1]
             row["gains_by_epoch"] = " ".join(f"{mean:.4g}" for mean in means)
@@ -120,7 +120,7 @@ class LayerScaleStudy(Study):
         return row
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
-        return [more_rates(rows), better(rows), start_matters(rows), descent(rows), leaves(rows)]
+        return [more_rates(rows), small_gain_helps(rows), start_matters(rows), sgd_learns_worse(rows), gain_moves(rows)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
         deepest = max((int(row["depth"] or 0) for row in rows), default=0)
@@ -140,12 +140,12 @@ class LayerScaleStudy(Study):
         figures.append(
             Figure(
                 name="gains",
-                title="Mean |γ| after training from 1e-4, by place",
-                x_label="place of the branch, last = 1",
+                title="Mean |γ| after training from 1e-4 by depth of the branch",
+                x_label="position of the branch, last = 1",
                 y_label="mean |γ|",
                 series=tuple(gains_by_depth(best_rate_rows(rows))),
                 log_y=True,
-                note="At the best learning rate of those tried.",
+                note="Learning rate with the lowest mean training error.",
             )
         )
         figures.append(
@@ -156,14 +156,14 @@ class LayerScaleStudy(Study):
                 y_label="mean |γ|",
                 series=tuple(gains_by_epoch(best_rate_rows([row for row in deep if row["family"] == "vit"]))),
                 log_y=True,
-                note="At the best learning rate of those tried.",
+                note="Learning rate with the lowest mean training error.",
             )
         )
         return figures
 
 
 def build_layerscale_network(cell: Cell, data: Data) -> nn.Module:
-    """The network of a cell; ConvNeXt and ResNet have their blocks in two equal stages."""
+    """Build the network of a cell; the blocks of ConvNeXt and ResNet form two equal stages."""
     start, depth, width = STARTS.get(cell["scheme"]), cell["depth"], cell["width"]
     given = {NONE: "identity"}.get(cell["scheme"], cell["scheme"])
     common: dict[str, Any] = {
@@ -186,7 +186,7 @@ def build_layerscale_network(cell: Cell, data: Data) -> nn.Module:
 
 
 def gains_by_depth(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Series]:
-    """Mean |γ| by place of the branch, a line per family and depth."""
+    """Mean |γ| by relative position of the branch, one series per family and depth."""
     lines = []
     for family, title in TITLES.items():
         for depth in sorted({int(row["depth"] or 0) for row in rows}):
@@ -203,57 +203,57 @@ def gains_by_depth(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Se
 
 
 def gains_by_epoch(rows: Sequence[Row]) -> list[Series]:
-    """Mean |γ| by epoch, a line per start."""
+    """Mean |γ| by epoch, one series per initial γ."""
     found = [(name, over_seeds([row for row in rows if row["scheme"] == name], "gains_by_epoch")) for name in STARTS]
     return [Series(name, points) for name, points in found if points]
 
 
 def over_seeds(rows: Sequence[Row], column: str, first: int = 0) -> tuple[Point, ...]:
-    """Points of a column of several numbers, mean and range over the seeds."""
+    """Mean and range over the seeds of a column whose values are lists of numbers."""
     series = [[float(each) for each in str(row[column]).split()] for row in rows if row.get(column)]
     samples = [SeedValues(values) for values in zip(*series, strict=False)]
     return tuple(Point(x, s.mean, s.low, s.high, len(s.values)) for x, s in enumerate(samples, first))
 
 
 def errors_by_start(errors: dict[Any, SeedValues], names: Sequence[str]) -> str:
-    """Errors by start."""
+    """Format the errors by initial γ."""
     return ", ".join(f"{name} {errors[name,].text(percent)}" for name in names if (name,) in errors)
 
 
 def grouped_errors(rows: Sequence[Row], by: Sequence[str] = ("scheme",), **where: object) -> dict[Any, SeedValues]:
-    """Test errors of the rows with these values."""
+    """Group the test errors of the rows with these values."""
     return group_values([row for row in rows if all(row[k] == v for k, v in where.items())], by, "test_error")
 
 
 def deepest_baseline(rows: Sequence[Row], family: str) -> int:
-    """The largest depth of a family at which there is a net without LayerScale."""
+    """Return the largest depth of a family at which a network without LayerScale was measured."""
     found = [row for row in rows if row["family"] == family and row["scheme"] == NONE]
     return max((int(row["depth"] or 0) for row in found), default=0)
 
 
 def judge_cases(claim: str, good: Sequence[str], asked: int, text: str, condition: str) -> Verdict:
-    """Holds for all, for some, or for none of what was asked about."""
+    """Return the verdict for a claim that holds in all, some or none of the cases asked about."""
     if good and len(good) < asked:
         return Verdict(claim, "holds only when", f"{condition.format(' or '.join(good))}. {text}")
     return Verdict(claim, "holds" if good else "does not hold", text)
 
 
 def more_rates(rows: Sequence[Row]) -> Verdict:
-    """The largest rate, small starts against none."""
-    claim = "At the largest learning rate a deep ViT learns better with a small start than without LayerScale."
+    """Compare small initial γ with no LayerScale at the largest learning rate."""
+    claim = "At the largest learning rate, a deep ViT learns better with a small initial γ than without LayerScale."
     depth = deepest_baseline(rows, "vit")
     rate = max((float(row["lr"] or 0) for row in rows if row["family"] == "vit"), default=0.0)
     errors = grouped_errors(rows, family="vit", depth=depth, lr=rate)
     if any((name,) not in errors for name in (NONE, *SMALL)):
         return Verdict(claim, "open", "not measured")
     good = [name for name in SMALL if errors[name,].high < errors[NONE,].low]
-    text = f"Test error, {depth} blocks, rate {rate:g}: {errors_by_start(errors, (NONE, *STARTS))}."
+    text = f"Test error, {depth} blocks, learning rate {rate:g}: {errors_by_start(errors, (NONE, *STARTS))}."
     return judge_cases(claim, good, len(SMALL), text, "{}")
 
 
-def better(rows: Sequence[Row]) -> Verdict:
-    """Each at its best rate."""
-    claim = "Each at its best rate, a deep net learns better with a small start than without LayerScale."
+def small_gain_helps(rows: Sequence[Row]) -> Verdict:
+    """Compare small initial γ with no LayerScale, each at its best learning rate."""
+    claim = "At its best learning rate, a deep network learns better with a small initial γ than without LayerScale."
     good, parts, chosen = [], [], best_rate_rows(rows)
     for family, title in TITLES.items():
         depth = deepest_baseline(rows, family)
@@ -265,12 +265,12 @@ def better(rows: Sequence[Row]) -> Verdict:
             good.append(title.partition(",")[0])
         parts.append(f"{title}, {depth} blocks: {errors_by_start(errors, (NONE, *STARTS))}")
     text = f"Test error, {'; '.join(parts)}."
-    return judge_cases(claim, good, len(TITLES), text, "the net is a {}")
+    return judge_cases(claim, good, len(TITLES), text, "the network is a {}")
 
 
 def start_matters(rows: Sequence[Row]) -> Verdict:
-    """How far the starts are apart, over depth."""
-    claim = "The start of γ matters more, the deeper the net is."
+    """Compare the range of errors over initial γ at the smallest and the largest depth."""
+    claim = "The initial γ matters more, the deeper the network is."
     good, parts, chosen = [], [], best_rate_rows(rows)
     for family, title in TITLES.items():
         spread = {}
@@ -285,13 +285,16 @@ def start_matters(rows: Sequence[Row]) -> Verdict:
         if spread[deep] > spread[shallow] + 0.01:
             good.append(title.partition(",")[0])
         parts.append(f"{title} " + ", ".join(f"{100 * far:.1f} at {depth} blocks" for depth, far in spread.items()))
-    text = f"Points of test error between the best and the worst start, each at its best rate: {'; '.join(parts)}."
-    return judge_cases(claim, good, len(TITLES), text, "the net is a {}")
+    text = (
+        "Difference in test error (points) between the best and the worst initial γ, each at its best learning rate: "
+        f"{'; '.join(parts)}."
+    )
+    return judge_cases(claim, good, len(TITLES), text, "the network is a {}")
 
 
-def descent(rows: Sequence[Row]) -> Verdict:
-    """A tiny start with SGD."""
-    claim = "With SGD a deep ResNet learns worse with γ₀ = 1e-6 than without LayerScale."
+def sgd_learns_worse(rows: Sequence[Row]) -> Verdict:
+    """Compare a tiny initial γ with no LayerScale under SGD."""
+    claim = "With SGD, a deep ResNet learns worse with γ₀ = 1e-6 than without LayerScale."
     depth, tiny = deepest_baseline(rows, "resnet"), SMALL[-1]
     errors = grouped_errors(rows, ("scheme", "lr"), family="resnet", depth=depth)
     rates = sorted({rate for _, rate in errors if {(NONE, rate), (tiny, rate)} <= set(errors)})
@@ -299,21 +302,21 @@ def descent(rows: Sequence[Row]) -> Verdict:
         return Verdict(claim, "open", "not measured")
     worse = [f"{rate:g}" for rate in rates if errors[tiny, rate].low > errors[NONE, rate].high]
     text = "; ".join(
-        f"rate {rate:g}: {errors[tiny, rate].text(percent)} against {errors[NONE, rate].text(percent)}"
+        f"learning rate {rate:g}: {errors[tiny, rate].text(percent)} with, {errors[NONE, rate].text(percent)} without"
         for rate in rates
     )
     return judge_cases(claim, worse, len(rates), f"Test error, {depth} blocks, {text}.", "the learning rate is {}")
 
 
-def leaves(rows: Sequence[Row]) -> Verdict:
-    """How far γ comes from its tiny start."""
-    claim = "From 1e-6 AdamW takes γ a thousand times further and more, SGD does not."
+def gain_moves(rows: Sequence[Row]) -> Verdict:
+    """Judge whether AdamW moves γ far from 1e-6 and SGD does not."""
+    claim = "From 1e-6, AdamW raises γ at least a thousandfold; SGD does not."
     found = group_values([row for row in rows if row["scheme"] == SMALL[-1]], ["family", "depth", "lr"], "gain")
     families = {family for family, _, _ in found}
     if families != set(TITLES):
         return Verdict(claim, "open", "not measured")
     text = "; ".join(
-        f"{TITLES[family]}, {depth} blocks, rate {rate:g}: {format_value(sample.mean)}"
+        f"{TITLES[family]}, {depth} blocks, learning rate {rate:g}: {format_value(sample.mean)}"
         for (family, depth, rate), sample in found.items()
     )
     far = {key: sample.low > 1e-3 for key, sample in found.items()}

@@ -1,14 +1,14 @@
-"""A deep fully connected net: vanilla, residual, LayerNorm, ReZero.
+"""A deep fully connected network: vanilla, residual, LayerNorm, ReZero.
 
-Claim:    of fully connected nets of 64 layers only that with ReZero learns quickly; vanilla and plainly residual ones
-          begin with losses in the ten thousands, LayerNorm without skips is slow.
+Claim:    of fully connected networks of 64 layers only the one with ReZero learns quickly; vanilla and residual
+          networks begin with losses of tens of thousands, and LayerNorm without skips is slow.
 Source:   Bachlechner et al. 2020, "ReZero is All You Need", sec. 4; the authors' notebook on CIFAR-10, whose losses
           are the published numbers.
 Command:  skipway study fully-connected
 Hardware: two shared cores of a virtual machine, one process each.
 Time:     about 4 minutes (24 cells).
-Result:   24 November 2026, digits, 3 seeds: holds. Loss of the third epoch at 64 layers: ReZero 0.017, vanilla 2.30,
-          LayerNorm 2.33, residual 62.8; of the first up to 5e+7 without either, as published.
+Result:   24 November 2026, digits, 3 seeds: holds. Losses of the third epoch at 64 layers: ReZero 0.017, vanilla 2.30,
+          LayerNorm 2.33, residual 62.8; without ReZero or LayerNorm the first epoch's loss reaches 5e+7, as published.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ __all__ = ["FullyConnected", "NotebookMlp"]
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """A hidden layer as in the authors' notebook: x ← skip · x + α relu(W x), normed where it says so."""
+    """A hidden layer of the authors' notebook: x ← skip · x + α relu(W x), followed by LayerNorm if `norm`.
+
+    Args:
+        gain: of the Xavier initialisation of W.
+        skip: add x.
+        norm: normalise the sum.
+        zero: learn α, from 0; otherwise α = 1.
+    """
 
     gain: float
     skip: bool = False
@@ -62,11 +69,14 @@ GRIDS: dict[Budget, tuple[tuple[int, ...], int, int]] = {
 
 
 class FullyConnected(Study):
-    """64 fully connected layers."""
+    """Training loss by epoch of deep fully connected networks."""
 
     name = "fully-connected"
     title = "64 fully connected layers: vanilla, residual, LayerNorm, ReZero"
-    claim = "Of 64 fully connected layers only those with ReZero learn quickly; the others start badly or slowly."
+    claim = (
+        "Of networks of 64 fully connected layers, only the one with ReZero learns quickly; the others begin with huge "
+        "losses or learn slowly."
+    )
     source = "Bachlechner et al. 2020, sec. 4, and the authors' notebook"
     settings = ("scheme", "depth", "seed", "width", "epochs", "lr", "data")
     results = ("loss_1", "loss_2", "loss_3", "test_error", "diverged")
@@ -96,23 +106,28 @@ class FullyConnected(Study):
         data = data_of(cell.get("data"), vary=False)  # as in the notebook
         torch.manual_seed(cell["seed"])
         inputs = data.channels * data.size**2
-        net = NotebookMlp(VARIANTS[cell["scheme"]], inputs, cell["width"], cell["depth"], len(data.classes)).to(device)
-        optimizer = torch.optim.Adagrad(net.parameters(), lr=cell["lr"])
+        network = NotebookMlp(VARIANTS[cell["scheme"]], inputs, cell["width"], cell["depth"], len(data.classes)).to(
+            device
+        )
+        optimizer = torch.optim.Adagrad(network.parameters(), lr=cell["lr"])
         row: Row = {}
-        # the notebook's batch is 100; the digits are few, so theirs is smaller
+        # the notebook's batch size is 100; smaller for the digits, which are few
         batch = 100 if data.size >= 32 else 20
         for epoch in range(cell["epochs"]):
             total, steps = 0.0, 0
             place = torch.device(device)
             for each in data.train_batches(seed=cell["seed"], epoch=epoch, batch_size=batch, device=place):
-                loss = F.cross_entropy(net(each.inputs), each.targets)
+                loss = F.cross_entropy(network(each.inputs), each.targets)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 total, steps = total + float(loss.detach()), steps + 1
             row[f"loss_{epoch + 1}"] = total / steps
         row["diverged"] = not math.isfinite(float(row[f"loss_{cell['epochs']}"] or 0.0))
-        row["test_error"], row["dataset"] = test_error_and_loss(net, data, torch.device(device))[0], dataset_name(data)
+        row["test_error"], row["dataset"] = (
+            test_error_and_loss(network, data, torch.device(device))[0],
+            dataset_name(data),
+        )
         return row
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
@@ -130,7 +145,7 @@ class FullyConnected(Study):
         return [
             Figure(
                 name="losses",
-                title="Training loss of the deepest nets by epoch",
+                title="Training loss of the deepest networks by epoch",
                 x_label="epoch",
                 y_label="mean training loss",
                 series=tuple(lines),
@@ -149,7 +164,7 @@ class FullyConnected(Study):
 
 
 class NotebookMlp(nn.Module):
-    """The notebook's net: a map in, `depth` hidden layers, a map out; one LayerNorm is shared by all layers."""
+    """The notebook's network: input layer, `depth` hidden layers, output layer; all layers share one LayerNorm."""
 
     def __init__(self, variant: HiddenLayer, inputs: int, width: int, depth: int, classes: int) -> None:
         super().__init__()
@@ -171,14 +186,14 @@ class NotebookMlp(nn.Module):
 
 
 def last_losses(rows: Sequence[Row], depth: int) -> dict:
-    """The losses of the third epoch by scheme."""
+    """Group the losses of the third epoch by scheme."""
     found = group_values([row for row in rows if row["depth"] == depth], ["scheme"], "loss_3")
     return {key[0]: sample for key, sample in found.items()}
 
 
 def fastest(rows: Sequence[Row], depth: int) -> Verdict:
-    """The third epoch's loss."""
-    claim = "At 64 layers ReZero has the lowest training loss after three epochs."
+    """Judge whether ReZero has the lowest loss in the third epoch."""
+    claim = "At 64 layers, ReZero has the lowest training loss after three epochs."
     found = last_losses(rows, depth)
     if len(found) < len(VARIANTS):
         return Verdict(claim, "open", "not measured")
@@ -188,8 +203,8 @@ def fastest(rows: Sequence[Row], depth: int) -> Verdict:
 
 
 def starts(rows: Sequence[Row]) -> Verdict:
-    """The first epoch's loss."""
-    claim = "Without ReZero or normalisation the first epoch's loss is a hundred times that of guessing or more."
+    """Judge whether the first epoch's losses without ReZero or LayerNorm are huge."""
+    claim = "Without ReZero or normalisation, the first epoch's loss is at least a hundred times that of guessing."
     found = group_values([row for row in rows if row["depth"] == 64], ["scheme"], "loss_1")
     if not {("vanilla",), ("residual",)} <= set(found):
         return Verdict(claim, "open", "not measured")
@@ -198,13 +213,13 @@ def starts(rows: Sequence[Row]) -> Verdict:
     )
     large = [name for name in ("vanilla", "residual") if found[name,].low > 230]
     answer = "holds" if len(large) == 2 else "holds only when" if large else "does not hold"
-    condition = f"the net is {large[0]}. " if answer == "holds only when" else ""
+    condition = f"the network is {large[0]}. " if answer == "holds only when" else ""
     return Verdict(claim, answer, f"{condition}{text}.")
 
 
 def shallow(rows: Sequence[Row]) -> Verdict:
-    """Depth is what it is about."""
-    claim = "At 8 layers all four learn."
+    """Judge whether all four variants learn at 8 layers."""
+    claim = "At 8 layers, all four networks learn."
     found = group_values([row for row in rows if row["depth"] == 8], ["scheme"], "test_error")
     if len(found) < len(VARIANTS):
         return Verdict(claim, "open", "not measured")

@@ -1,15 +1,15 @@
-"""Where the norm stands: pre- against post-activation, pre- against post-norm, with and without warm-up.
+"""Position of the norm: pre- or post-activation, pre- or post-norm, with and without warm-up.
 
-Claim:    a post-norm transformer needs a warm-up, a pre-norm one does not; pre-activation brings a ResNet little at 110
-          layers and much at 1001.
+Claim:    a post-norm transformer needs a warm-up, a pre-norm transformer does not; pre-activation improves a ResNet
+          slightly at 110 layers and considerably at 1001.
 Source:   He et al. 2016, "Identity Mappings in Deep Residual Networks", tables 2-4; Xiong et al. 2020, "On Layer
           Normalization in the Transformer Architecture", fig. 2 and sec. 3.
 Command:  skipway study norm-placement
 Hardware: two shared cores of a virtual machine, one process each.
 Time:     about 5 minutes (48 cells).
-Result:   24 November 2026, digits, 3 seeds: post-norm needs its warm-up at 16 blocks (90.6 % training error without,
-          43.7 ± 42.3 % with) and not at 4; pre-norm trains without one, though better with (10.3 against 2.8 %);
-          between pre- and post-activation at 56 layers the seeds overlap.
+Result:   24 November 2026, digits, 3 seeds: post-norm needs its warm-up at 16 blocks (training error 90.6 % without,
+          43.7 ± 42.3 % with) but not at 4; pre-norm trains without a warm-up, though better with one (10.3 and 2.8 %);
+          at 56 layers the seeds of pre- and post-activation overlap.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ WARM = 0.2
 
 
 class NormPlacement(Study):
-    """Norm before the branch, or after the addition."""
+    """Errors with the norm before the branch and after the addition, by depth."""
 
     name = "norm-placement"
-    title = "Where the norm stands: before the branch or after the addition"
+    title = "Position of the norm: before the branch or after the addition"
     claim = (
-        "Post-norm transformers need a warm-up, pre-norm ones do not; in ResNets pre-activation helps more, the deeper "
-        "they are."
+        "Post-norm transformers need a warm-up, pre-norm transformers do not; pre-activation improves a ResNet more, "
+        "the deeper it is."
     )
     source = "He et al. 2016, tables 2-4; Xiong et al. 2020, sec. 3 and fig. 2"
     settings = ("family", "scheme", "depth", "warmup", "seed", "width", "epochs", "lr", "data")
@@ -112,7 +112,7 @@ class NormPlacement(Study):
             )
             xavier_(model)
             how = {"optimizer": "adamw", "weight_decay": 0.01}
-        plan = FitSettings(
+        settings = FitSettings(
             epochs=cell["epochs"],
             lr=cell["lr"],
             warmup=cell["warmup"],
@@ -120,7 +120,7 @@ class NormPlacement(Study):
             batch_size=(64 if cell["family"] == "resnet" else 32) if small else 128,
             **how,  # type: ignore[arg-type]
         )
-        return fit(model, data, plan, device)
+        return fit(model, data, settings, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         return [
@@ -149,56 +149,56 @@ class NormPlacement(Study):
 
 
 def variant(row: Row) -> str:
-    """What a line of a figure is called."""
+    """Name of a row's series in a figure."""
     return f"{row['scheme']}, {'warm-up' if row['warmup'] else 'no warm-up'}"
 
 
 def warmup_errors(errors: dict, names: Sequence[str], depth: int) -> str:
-    """The errors of some variants at a depth, with and without warm-up."""
+    """Format the errors of some variants at a depth, with and without warm-up."""
     parts = [
         f"{name} {'with' if warmup else 'without'} warm-up {errors[name, depth, warmup].text(percent)}"
         for name in names
         for warmup in (0.0, WARM)
         if (name, depth, warmup) in errors
     ]
-    return f"{depth}: " + ", ".join(parts)
+    return f"{depth} blocks: " + ", ".join(parts)
 
 
 def needs_warmup(rows: Sequence[Row]) -> Verdict:
-    """Post-norm: apart by more than the spread of the seeds."""
-    claim = "A post-norm transformer trains much worse without a warm-up, at the same peak rate."
+    """Judge whether post-norm is worse without warm-up, beyond the range of the seeds."""
+    claim = "A post-norm transformer trains much worse without a warm-up at the same peak learning rate."
     errors = group_values(rows, ["scheme", "depth", "warmup"], "train_error")
     depths = sorted({depth for name, depth, _ in errors if name == "post-norm"})
     both = [depth for depth in depths if {("post-norm", depth, 0.0), ("post-norm", depth, WARM)} <= set(errors)]
     if not both:
         return Verdict(claim, "open", "not measured")
     worse = [d for d in both if errors["post-norm", d, 0.0].low > errors["post-norm", d, WARM].high]
-    text = "Training error at depth " + "; ".join(warmup_errors(errors, ["post-norm"], depth) for depth in both) + "."
+    text = "Training error, " + "; ".join(warmup_errors(errors, ["post-norm"], depth) for depth in both) + "."
     if len(worse) == len(both):
         return Verdict(claim, "holds", text)
     if worse:
-        return Verdict(claim, "holds only when", f"the depth is {', '.join(map(str, worse))} blocks. {text}")
+        return Verdict(claim, "holds only when", f"the network has {', '.join(map(str, worse))} blocks. {text}")
     return Verdict(claim, "does not hold", text)
 
 
 def needs_none(rows: Sequence[Row]) -> Verdict:
-    """Pre-norm: not apart by more than the spread, or little."""
-    claim = "A pre-norm transformer needs no warm-up: it trains without one, and as well."
+    """Judge whether pre-norm without warm-up is at most a point worse, beyond the range of the seeds."""
+    claim = "A pre-norm transformer needs no warm-up: it trains equally well without one."
     errors = group_values(rows, ["scheme", "depth", "warmup"], "train_error")
     depths = sorted({depth for name, depth, _ in errors if name == "pre-norm"})
     both = [depth for depth in depths if {("pre-norm", depth, 0.0), ("pre-norm", depth, WARM)} <= set(errors)]
     if not both:
         return Verdict(claim, "open", "not measured")
     worse = [d for d in both if errors["pre-norm", d, 0.0].low > errors["pre-norm", d, WARM].high + 0.01]
-    text = "Training error at depth " + "; ".join(warmup_errors(errors, ["pre-norm"], depth) for depth in both) + "."
+    text = "Training error, " + "; ".join(warmup_errors(errors, ["pre-norm"], depth) for depth in both) + "."
     if worse and all(errors["pre-norm", depth, 0.0].high < 0.5 for depth in both):
-        return Verdict(claim, "holds only when", f"it is to train at all, not to train as well. {text}")
+        return Verdict(claim, "holds only when", f"it need only train, not reach the same error. {text}")
     return Verdict(claim, "does not hold" if worse else "holds", text)
 
 
 def deeper_helps(rows: Sequence[Row]) -> Verdict:
-    """What pre-activation brings at the smallest and the largest depth."""
-    claim = "Pre-activation helps a ResNet more, the deeper it is."
+    """Compare the gain from pre-activation at the smallest and the largest depth."""
+    claim = "Pre-activation improves a ResNet more, the deeper it is."
     errors = group_values([row for row in rows if row["warmup"]], ["scheme", "depth"], "test_error")
     post, pre = RESNETS
     depths = sorted(depth for name, depth in errors if name == post and (pre, depth) in errors)

@@ -1,17 +1,18 @@
-"""A residual network as an ensemble of paths: blocks deleted after training, and how long the paths are that matter.
+"""A residual network as an ensemble of paths: blocks deleted after training, and the lengths of the paths that matter.
 
-Claim:    deleting a block of a trained residual net changes little, one of a plain net everything; the error rises
-          smoothly with the number of deleted blocks; the gradient comes through paths shorter than the average one;
-          stochastic depth trains such an ensemble, and 1202 layers with it are better than without.
+Claim:    deleting a block of a trained residual network changes little, deleting one of a plain network everything; the
+          error rises smoothly with the number of deleted blocks; the gradient flows along paths shorter than the
+          average path; stochastic depth trains such an ensemble and improves a network of 1202 layers.
 Source:   Veit et al. 2016, "Residual Networks Behave Like Ensembles of Relatively Shallow Networks", fig. 3, 5 and 6;
           Huang et al. 2016, "Deep Networks with Stochastic Depth", sec. 4.
 Command:  skipway study paths
 Hardware: two shared cores of a virtual machine, one process each.
-Time:     about 4 minutes (12 cells), beside other work.
-Result:   24 November 2026, digits, width 8, 10 epochs, 3 seeds: one block deleted costs a residual net of 110 layers
-          0.9 points of test error, one of 20 layers 9, a plain one of 20 layers 83; the gradient of 54 blocks comes
-          through paths of 3.8 in the mean (the average path has 27). 27 November: stochastic depth at 110 layers, 3.8 %
-          test error against 2.4 % without, the seeds overlap; 1202 layers are in the other budgets, not measured here.
+Time:     about 4 minutes (12 cells), on a loaded machine.
+Result:   24 November 2026, digits, width 8, 10 epochs, 3 seeds: deleting one block costs a residual network of 110
+          layers 0.9 points of test error, one of 20 layers 9 points, a plain network of 20 layers 83 points; with 54
+          blocks the gradient flows along paths of 3.8 blocks on average (the average path crosses 27). 27 November:
+          110 layers have 3.8 % test error with stochastic depth and 2.4 % without, and the seeds overlap; 1202 layers
+          belong to the other budgets and were not measured here.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ DROPPED = "stochasticdepth(0.5)"
 TITLES = {**NAMES, DROPPED: "stochastic depth"}
 COUNTS = (1, 2, 4, 8)
 VERY_DEEP = (("identity", 1202), (DROPPED, 1202))
-# blocks that are deleted one at a time at most; of more, so many are drawn
+# blocks deleted one at a time; if there are more, this many are drawn at random
 ALONE = 54
-# (scheme, depth), width, epochs; the plain net as deep as still trains
+# (scheme, depth), width, epochs; plain only at a depth at which it trains
 GRIDS: dict[Budget, tuple[tuple[tuple[str, int], ...], int, int]] = {
     "cpu": ((("identity", 110), ("identity", 20), ("plain", 20), (DROPPED, 110)), 8, 10),
     "gpu": ((*VERY_DEEP, ("identity", 110), ("identity", 56), ("identity", 20), ("plain", 20), (DROPPED, 110)), 16, 60),
@@ -60,28 +61,28 @@ GRIDS: dict[Budget, tuple[tuple[tuple[str, int], ...], int, int]] = {
 
 
 class Paths(Study):
-    """Blocks deleted, and the lengths of paths."""
+    """Test error with blocks deleted, and the lengths of the gradient's paths."""
 
     name = "paths"
-    title = "An ensemble of paths: blocks deleted, and the paths that matter"
+    title = "Ensemble of paths: deleted blocks and path lengths"
     claim = (
-        "Deleting a block of a trained residual network changes little, of a plain one everything; most of the "
-        "gradient comes through short paths."
+        "Deleting a block of a trained residual network changes little, deleting one of a plain network everything; "
+        "most of the gradient flows along short paths."
     )
     source = "Veit et al. 2016, fig. 3, 5 and 6; Huang et al. 2016, sec. 4"
     settings = ("scheme", "depth", "seed", "width", "epochs", "lr", "data")
     results = ("intact", "deleted_1", "deleted_8", "worst", "effective_path")
-    minutes = "4 minutes on two cores, beside other work"
+    minutes = "4 minutes on two cores under load"
     published = (
         Published(
-            what="ResNet-110, share of all paths that cross 19 to 35 of 54 blocks",
+            what="ResNet-110, fraction of all paths that cross 19 to 35 of 54 blocks",
             value=0.980,
             where={"scheme": "identity", "depth": 110},
             column="paths_19_35",
             source="closed form, Veit et al. 2016, sec. 3 (95 % there)",
         ),
         Published(
-            what="ResNet-110, share of all paths that cross 5 to 17 of 54 blocks",
+            what="ResNet-110, fraction of all paths that cross 5 to 17 of 54 blocks",
             value=0.00454,
             where={"scheme": "identity", "depth": 110},
             column="paths_5_17",
@@ -128,8 +129,8 @@ class Paths(Study):
             classes=len(data.classes),
         )
         batch = 64 if data.size < 32 else 128
-        plan = FitSettings(epochs=cell["epochs"], lr=cell["lr"], warmup=0.2, seed=cell["seed"], batch_size=batch)
-        row = fit(model, data, plan, device)
+        settings = FitSettings(epochs=cell["epochs"], lr=cell["lr"], warmup=0.2, seed=cell["seed"], batch_size=batch)
+        row = fit(model, data, settings, device)
         row["intact"] = row["test_error"]
         connections = list(chain(model))
         row["blocks"] = len(connections)
@@ -144,17 +145,19 @@ class Paths(Study):
         return [one_block(rows), smooth(rows), short(rows), dropped(rows), robust(rows)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
-        named = [{**row, "net": f"{TITLES.get(str(row['scheme']), row['scheme'])} {row['depth']}"} for row in rows]
+        named = [{**row, "network": f"{TITLES.get(str(row['scheme']), row['scheme'])} {row['depth']}"} for row in rows]
         lines = []
-        for net in dict.fromkeys(str(row["net"]) for row in named):
-            own = [row for row in named if row["net"] == net]
+        for network in dict.fromkeys(str(row["network"]) for row in named):
+            own = [row for row in named if row["network"] == network]
             samples = [(0, group_values(own, [], "intact").get(()))]
             samples += [(count, group_values(own, [], f"deleted_{count}").get(())) for count in COUNTS]
             points = [Point(count, s.mean, s.low, s.high, len(s.values)) for count, s in samples if s is not None]
-            lines.append(Series(net, tuple(points)))
+            lines.append(Series(network, tuple(points)))
         residual = [row for row in named if row["scheme"] == "identity"]
         lengths = (
-            *series_over([{**row, "of": "the gradient's paths"} for row in residual], "blocks", "effective_path", "of"),
+            *series_over(
+                [{**row, "of": "paths of the gradient"} for row in residual], "blocks", "effective_path", "of"
+            ),
             Series.of(
                 "all paths, L / 2",
                 sorted({(float(row["blocks"] or 0), float(row["blocks"] or 0) / 2) for row in residual}),
@@ -164,17 +167,17 @@ class Paths(Study):
         return [
             Figure(
                 name="deleted",
-                title="Test error by blocks deleted",
-                x_label="blocks deleted",
+                title="Test error by number of deleted blocks",
+                x_label="deleted blocks",
                 y_label="test error",
                 series=tuple(lines),
                 percent=True,
             ),
             Figure(
                 name="lengths",
-                title="Mean length of paths, in blocks",
+                title="Mean path length in blocks",
                 x_label="blocks",
-                y_label="blocks that a path crosses",
+                y_label="blocks crossed by a path",
                 series=lengths,
             ),
         ]
@@ -182,7 +185,7 @@ class Paths(Study):
 
 @contextmanager
 def deleted(connections: Sequence[Connection]) -> Iterator[None]:
-    """The connections pass on what they are given: the branch silenced, a cut skip closed; undone afterwards."""
+    """Replace connections by the identity within the context, in place: the branch times 0, a cut skip restored."""
     kept = [(each.residual, each.residual.scale, each.residual.shortcut) for each in connections]
     try:
         for residual, _, shortcut in kept:
@@ -195,7 +198,10 @@ def deleted(connections: Sequence[Connection]) -> Iterator[None]:
 
 
 def lesions(model: nn.Module, connections: Sequence[Connection], data: Data, seed: int, device: torch.device) -> Row:
-    """Test errors without one block, each in turn, and without several, drawn; blocks that change shapes stay."""
+    """Measure the test error without each single block, and without several drawn at random.
+
+    Blocks that change the shape are never deleted. The model is restored after each measurement.
+    """
     whole = [each for each in connections if each.site.entry == each.site.dim]
     alone = []
     for each in whole if len(whole) <= ALONE else random.Random(f"alone {seed}").sample(whole, ALONE):
@@ -215,8 +221,10 @@ def lesions(model: nn.Module, connections: Sequence[Connection], data: Data, see
 
 
 def path_lengths(model: nn.Module, data: Data, device: str) -> Row:
-    """How many branches the gradient's paths cross: of each connection the share of the squared gradient that comes
-    through the branch; with independent connections the length is the sum of as many coins.
+    """Measure the number of branches that the gradient's paths cross: mean, 5 % and 95 % quantile.
+
+    The probability of crossing a branch is the fraction of the squared gradient that flows through it; connections are
+    taken as independent, so that the length has a Poisson binomial distribution. The model is not changed.
     """
     batch = data.sample(64, seed=0, device=torch.device(device))
     shares = [
@@ -234,7 +242,7 @@ def path_lengths(model: nn.Module, data: Data, device: str) -> Row:
 
 
 def quantile(chances: Sequence[float], share: float) -> int:
-    """The smallest length up to which so much lies.
+    """Return the smallest length whose cumulative probability reaches `share`.
 
     >>> quantile([0.25, 0.5, 0.25], 0.5)
     1
@@ -248,7 +256,7 @@ def quantile(chances: Sequence[float], share: float) -> int:
 
 
 def binomial_share(blocks: int, low: int, high: int) -> float:
-    """Share of the 2^n paths through n blocks that cross `low` to `high` of them.
+    """Return the fraction of the 2^n paths through n blocks that cross `low` to `high` of them.
 
     >>> round(binomial_share(54, 19, 35), 3), round(binomial_share(54, 5, 17), 5)
     (0.98, 0.00454)
@@ -257,8 +265,8 @@ def binomial_share(blocks: int, low: int, high: int) -> float:
 
 
 def one_block(rows: Sequence[Row]) -> Verdict:
-    """Residual against plain."""
-    claim = "Without one block a residual net is nearly as good (within 3 points), a plain net is not."
+    """Compare the errors with one block deleted, residual and plain."""
+    claim = "Without one block, a residual network is nearly as good (within 3 points), a plain network is not."
     found = {name: group_values(rows, ["scheme", "depth"], name) for name in ("intact", "deleted_1", "worst")}
     if not {key[0] for key in found["intact"]} >= set(NAMES):
         return Verdict(claim, "open", "not measured")
@@ -272,20 +280,20 @@ def one_block(rows: Sequence[Row]) -> Verdict:
         elif rise < 0.03:
             little.append(key[1])
         parts.append(
-            f"{NAMES[key[0]]} {key[1]}: intact {sample.text(percent)}, one deleted "
-            f"{found['deleted_1'][key].text(percent)}, the worst {found['worst'][key].text(percent)}"
+            f"{NAMES[key[0]]}, {key[1]} layers: intact {sample.text(percent)}, one block deleted "
+            f"{found['deleted_1'][key].text(percent)}, worst block {found['worst'][key].text(percent)}"
         )
     text = f"Test error, {'; '.join(parts)}."
     if not little or not all(much):
         return Verdict(claim, "does not hold", text)
     if len(little) + len(much) < len(parts):
-        return Verdict(claim, "holds only when", f"there are {', '.join(map(str, little))} layers. {text}")
+        return Verdict(claim, "holds only when", f"the network has {', '.join(map(str, little))} layers. {text}")
     return Verdict(claim, "holds", text)
 
 
 def smooth(rows: Sequence[Row]) -> Verdict:
-    """More and more blocks."""
-    claim = "The error of the deepest residual net rises smoothly with the number of deleted blocks."
+    """Judge whether the error rises smoothly with the number of deleted blocks."""
+    claim = "The error of the deepest residual network rises smoothly with the number of deleted blocks."
     own = [row for row in rows if row["scheme"] == "identity"]
     deepest = max((int(row["depth"] or 0) for row in own), default=0)
     chosen = [row for row in own if row["depth"] == deepest]
@@ -293,14 +301,14 @@ def smooth(rows: Sequence[Row]) -> Verdict:
     means = [sample.mean for _, sample in found if sample is not None]
     if len(means) < len(COUNTS):
         return Verdict(claim, "open", "not measured")
-    text = ", ".join(f"{count} deleted {sample.text(percent)}" for count, sample in found if sample is not None)
+    text = ", ".join(f"{count} deleted: {sample.text(percent)}" for count, sample in found if sample is not None)
     holds = all(later >= earlier - 0.01 for earlier, later in pairwise(means)) and means[0] < 0.2
-    return Verdict(claim, "holds" if holds else "does not hold", f"{deepest} layers: {text}.")
+    return Verdict(claim, "holds" if holds else "does not hold", f"Test error, {deepest} layers, blocks {text}.")
 
 
 def short(rows: Sequence[Row]) -> Verdict:
-    """The gradient's paths against the average one."""
-    claim = "The gradient of the deepest net flows along paths much shorter than the average path of L / 2 blocks."
+    """Compare the gradient's paths with the average path."""
+    claim = "The gradient of the deepest network flows along paths much shorter than the average path of L / 2 blocks."
     own = [row for row in rows if row["scheme"] == "identity"]
     deepest = max((int(row["depth"] or 0) for row in own), default=0)
     chosen = [row for row in own if row["depth"] == deepest]
@@ -310,22 +318,23 @@ def short(rows: Sequence[Row]) -> Verdict:
     blocks = float(chosen[0]["blocks"] or 0)
     low, high = (group_values(chosen, [], name)[()].mean for name in ("path_5", "path_95"))
     text = (
-        f"{deepest} layers, {blocks:.0f} blocks: {lengths} blocks on average, 90 % of it from {format_value(low)} to "
-        f"{format_value(high)}, where the average path crosses {blocks / 2:.0f}. The paper: 5 to 17 of 54."
+        f"{deepest} layers, {blocks:.0f} blocks: the gradient's paths cross {lengths} blocks on average, 90 % of them "
+        f"{format_value(low)} to {format_value(high)}; the average path crosses {blocks / 2:.0f}. In the paper: 5 to "
+        "17 of 54."
     )
     return Verdict(claim, "holds" if lengths.high < 0.75 * blocks / 2 else "does not hold", text)
 
 
 def with_and_without(rows: Sequence[Row], value: str) -> dict[int, tuple[SeedValues, SeedValues]]:
-    """A result without and with stochastic depth, by depth."""
+    """Pair a result without and with stochastic depth, by depth."""
     found = group_values(rows, ["scheme", "depth"], value)
     depths = sorted(depth for scheme, depth in found if scheme == DROPPED and ("identity", depth) in found)
     return {depth: (found["identity", depth], found[DROPPED, depth]) for depth in depths}
 
 
 def dropped(rows: Sequence[Row]) -> Verdict:
-    """Stochastic depth as a regulariser."""
-    claim = "With stochastic depth the deepest net has the smaller test error."
+    """Compare test errors with and without stochastic depth."""
+    claim = "Stochastic depth lowers the test error of the deepest network."
     pairs = with_and_without(rows, "intact")
     if not pairs:
         return Verdict(claim, "open", "not measured")
@@ -340,8 +349,8 @@ def dropped(rows: Sequence[Row]) -> Verdict:
 
 
 def robust(rows: Sequence[Row]) -> Verdict:
-    """Stochastic depth against deleted blocks."""
-    claim = "A net trained with stochastic depth loses less when eight blocks are deleted."
+    """Compare the rise of the error after eight deleted blocks with and without stochastic depth."""
+    claim = "A network trained with stochastic depth loses less accuracy when eight blocks are deleted."
     pairs = with_and_without([{**row, "rise": rise(row)} for row in rows], "rise")
     if not pairs:
         return Verdict(claim, "open", "not measured")
@@ -351,12 +360,12 @@ def robust(rows: Sequence[Row]) -> Verdict:
     )
     twin, own = pairs[max(pairs)]
     if own.low <= twin.high and twin.low <= own.high:
-        return Verdict(claim, "open", f"Test error rises, {text}. The seeds overlap.")
-    return Verdict(claim, "holds" if own.high < twin.low else "does not hold", f"Test error rises, {text}.")
+        return Verdict(claim, "open", f"Rise in test error, {text}. The seeds overlap.")
+    return Verdict(claim, "holds" if own.high < twin.low else "does not hold", f"Rise in test error, {text}.")
 
 
 def rise(row: Row) -> float | None:
-    """What eight deleted blocks cost."""
+    """Return the rise in test error after eight deleted blocks."""
     intact, less = row.get("intact"), row.get("deleted_8")
     return less - intact if isinstance(intact, float) and isinstance(less, float) else None
 

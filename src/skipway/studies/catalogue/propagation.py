@@ -1,16 +1,17 @@
-"""Signal and gradient at the start, by depth and scheme: closed forms against exact measurement, no training.
+"""Signal and gradient at initialisation by depth and scheme: closed forms and exact measurement, no training.
 
-Claim:    without normalisation a residual net's variance doubles with every branch, 2^l; with it, it grows as 1 + l,
-          NormFree's as 1 + α² l; branches times L^-β explode for β < ½, reach a limit for ½ and vanish above; schemes
-          that start at zero are the identity at any depth; BatchNorm without skips makes the gradient explode by
-          π/(π-1) a layer; the last gradient of a post-norm transformer is flat in depth, that of a pre-norm falls.
+Claim:    without normalisation the variance of a residual network doubles at every branch, 2^l; with normalisation it
+          grows as 1 + l, in NormFree as 1 + α² l; with branches scaled by L^-β it explodes for β < ½, reaches a limit
+          for ½, and stays at 1 above; schemes that start at zero are the identity at any depth; BatchNorm without skips
+          makes the gradient explode by π/(π-1) per layer; the gradient of the last MLP is independent of depth in a
+          post-norm transformer and falls with depth in a pre-norm transformer.
 Source:   De & Smith 2020, sec. 2; Brock et al. 2021, eq. 1; Marion et al. 2022; Yang et al. 2019; Xiong et al. 2020.
 Command:  skipway study propagation
 Hardware: two shared cores of a virtual machine, one process each.
 Time:     about 10 minutes (254 cells).
-Result:   24 November 2026: holds, from 10 to 10,000 branches, within a few per cent of the bits; BatchNorm's 1.467 a
-          layer from 30 branches on; a plain net of width 128 loses 588 bits over 10,000 blocks, as Hanin & Nica say
-          it must.
+Result:   24 November 2026: holds from 10 to 10,000 branches, within a few per cent of the predicted bits; BatchNorm's
+          factor of 1.467 per layer from 30 branches on; a plain network of width 128 loses 588 bits over 10,000 blocks,
+          as Hanin & Nica predict.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from skipway.studies.study import STUDIES, Study, Verdict
 
 __all__ = ["Propagation"]
 
-# BatchNorm behind a ReLU: the batch's variance is 1 - 1/π of the second moment (Yang et al. 2019)
+# BatchNorm after a ReLU: the variance over the batch is 1 - 1/π of the second moment (Yang et al. 2019)
 KEPT = 1 - 1 / math.pi
 ALPHA = 0.2
 
 
 @dataclass(frozen=True)
 class ChainVariant:
-    """A scheme in a chain, with its closed forms: log₂ of the second moments' ratios at a depth L and a width."""
+    """A scheme in a chain, with log₂ of the ratio of second moments as a function of depth and width."""
 
     scheme: str
     norm: str = "none"
@@ -59,8 +60,10 @@ def power(exponent: float) -> Callable[[int, int], float]:
 
 
 def drift(depth: int, width: int) -> float:
-    """ln |x|² of a plain ReLU net falls by 5 / (2 n) a layer, two layers to a block, while |x|² keeps its mean: it is
-    normal with mean -β/2 and variance β = 5 · layers / n (Hanin & Nica 2019).
+    """log₂ of the typical change of |x|² in a plain ReLU network with two layers per block.
+
+    ln |x|² is normal with mean -β/2 and variance β = 5 · layers / width, so that |x|² keeps its mean while ln |x|²
+    falls by 5 / (2 · width) per layer (Hanin & Nica 2019).
     """
     return -5 / (2 * width) * 2 * depth / math.log(2)
 
@@ -101,20 +104,20 @@ GRIDS: dict[Budget, tuple[tuple[int, ...], int]] = {
     "gpu": ((10, 30, 100, 300, 1000, 3000, 10_000), 256),
     "paper": ((10, 30, 100, 300, 1000, 3000, 10_000), 512),
 }
-# the deepest chains cost half a minute each
+# deeper chains take half a minute each
 MOST_SEEDED = 1000
 BLOCKS = (6, 12, 24, 48, 96)
 
 
 class Propagation(Study):
-    """Closed forms at the start."""
+    """Measured and predicted signal and gradient at initialisation."""
 
     name = "propagation"
-    title = "Signal and gradient at the start, by depth and scheme"
+    title = "Signal and gradient at initialisation by depth and scheme"
     claim = (
-        "What a scheme does to variance and gradient at initialisation follows closed forms at any depth: 2^l without "
-        "normalisation, 1 + l with it, 1 + α² l for NormFree, a limit at L^-½, and nothing at all where branches start "
-        "at zero."
+        "At initialisation, variance and gradient follow closed forms at any depth: 2^l without normalisation, 1 + l "
+        "with it, 1 + α² l for NormFree, a limit for branches scaled by L^-½, and the identity if branches start at "
+        "zero."
     )
     source = (
         "De & Smith 2020, sec. 2; Brock et al. 2021, eq. 1; Marion et al. 2022; Yang et al. 2019; Xiong et al. 2020"
@@ -141,7 +144,7 @@ class Propagation(Study):
         known = cell["scheme"] in VARIANTS
         variant = VARIANTS[cell["scheme"]] if known else ChainVariant(cell["scheme"], "layer")
         chain = block_chain(variant.scheme, cell["depth"], width=cell["width"], norm=variant.norm, place=variant.place)
-        # BatchNorm's closed form is about many samples
+        # the closed form of BatchNorm assumes many samples
         found = cross(chain, batch=256 if variant.norm == "batch" else 16, seed=cell["seed"])
         row: Row = {"forward": found.forward, "backward": found.backward}
         if known:
@@ -153,23 +156,23 @@ class Propagation(Study):
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         return [
             agreement(
-                rows, "residual, no norm", "Without normalisation the variance doubles at every branch: 2^l.", 0.1
+                rows, "residual, no norm", "Without normalisation, the variance doubles at every branch: 2^l.", 0.1
             ),
-            agreement(rows, "residual, LayerNorm", "With normalisation before the branch it grows as 1 + l.", 0.1),
-            agreement(rows, "NormFree", "In a NormFree net it is 1 + α² l.", 0.1),
+            agreement(rows, "residual, LayerNorm", "With a norm before the branch, the variance grows as 1 + l.", 0.1),
+            agreement(rows, "NormFree", "In a NormFree network, the variance grows as 1 + α² l.", 0.1),
             limits(rows),
             silence(rows),
             agreement(
                 rows,
                 "plain, no norm",
-                "A plain net of He's start keeps the variance on average, but its logarithm falls by 5 / (2 · width) "
-                "a layer (Hanin & Nica 2019).",
+                "A plain network with He initialisation keeps the variance on average, but the logarithm of the "
+                "variance falls by 5 / (2 · width) per layer (Hanin & Nica 2019).",
                 0.1,
             ),
             agreement(
                 rows,
                 "plain, BatchNorm",
-                "BatchNorm without skips makes the gradient explode, by π/(π-1) = 1.467 a layer.",
+                "BatchNorm without skips makes the gradient explode by a factor of π/(π-1) = 1.467 per layer.",
                 0.1,
                 "backward",
             ),
@@ -181,7 +184,10 @@ class Propagation(Study):
         growing = ("residual, no norm", "plain, no norm", "plain, BatchNorm", "L^-1/4")
         figures = []
         for value, what in (("forward", "Variance of the stream"), ("backward", "Gradient at the first block")):
-            for some, tail in ((True, "where it can explode"), (False, "where it is tamed")):
+            for some, tail in (
+                (True, "schemes with fast growth or decay"),
+                (False, "schemes with slow growth or none"),
+            ):
                 chosen = [row for row in chains if (row["scheme"] in growing) == some]
                 found = group_values(chosen, ["scheme", "depth"], f"{value}_theory")
                 theory = tuple(
@@ -206,20 +212,20 @@ class Propagation(Study):
         figures.append(
             Figure(
                 name="last-gradient",
-                title="Gradient of a ViT's last MLP map",
+                title="Gradient of the last MLP weight of a ViT",
                 x_label="transformer blocks",
                 y_label="norm of the gradient",
                 log_x=True,
                 series=series_over([row for row in rows if row["kind"] == "vit"], "depth", "last_gradient", "scheme"),
                 log_y=True,
-                note="Xiong et al. 2020, theorem 1: flat for post-norm, L^-½ for pre-norm.",
+                note="Xiong et al. 2020, theorem 1: independent of depth for post-norm, L^-½ for pre-norm.",
             )
         )
         return figures
 
 
 def agreement(rows: Sequence[Row], scheme: str, claim: str, tolerance: float, value: str = "forward") -> Verdict:
-    """Whether measured bits are those of the theory: to a share of them, half a bit, or two standard errors."""
+    """Judge whether bits agree with theory within `tolerance` (relative), half a bit, or two standard errors."""
     own = [row for row in rows if row["scheme"] == scheme]
     measured, theory = group_values(own, ["depth"], value), group_values(own, ["depth"], f"{value}_theory")
     if not measured:
@@ -234,19 +240,19 @@ def agreement(rows: Sequence[Row], scheme: str, claim: str, tolerance: float, va
         for key in sorted(measured, key=lambda key: float(key[0] or 0))
     )
     worst = max(abs(measured[key].mean - theory[key].mean) / float(key[0] or 1) for key in measured)
-    text = f"{words}. Largest deviation {format_value(worst)} bits a branch."
+    text = f"{words}. Largest deviation {format_value(worst)} bits per branch."
     if len(fits) == len(measured):
         return Verdict(claim, "holds", text)
     if not fits:
         return Verdict(claim, "does not hold", text)
     depths = ", ".join(f"{depth:,.0f}" for depth in sorted(float(key[0] or 0) for key in fits))
-    reason = f"L is {depths}, at width {own[0]['width']}. "
+    reason = f"L is {depths} at width {own[0]['width']}. "
     return Verdict(claim, "holds only when", reason + text)
 
 
 def limits(rows: Sequence[Row]) -> Verdict:
-    """Branches times L^-β."""
-    claim = "Branches times L^-β: the variance explodes for β = ¼, tends to e for ½ and to 1 for 1."
+    """Judge the limits of the variance for branches scaled by L^-β."""
+    claim = "With branches scaled by L^-β, the variance explodes for β = ¼, tends to e for β = ½ and to 1 for β = 1."
     found = group_values([row for row in rows if str(row["scheme"]).startswith("L^-")], ["scheme", "depth"], "forward")
     names = ("L^-1/4", "L^-1/2", "L^-1")
     depths = [depth for _, depth in found if all((name, depth) in found for name in names)]
@@ -264,23 +270,23 @@ def limits(rows: Sequence[Row]) -> Verdict:
 
 
 def silence(rows: Sequence[Row]) -> Verdict:
-    """Zero starts."""
-    claim = "Where branches start at zero, forward and backward pass are the identity at every depth."
+    """Judge whether schemes that start at zero are the identity."""
+    claim = "If branches start at zero, forward and backward pass are the identity at every depth."
     own = [row for row in rows if row["scheme"] in SILENT]
     off = [abs(float(row[side] or 0.0)) / float(row["depth"] or 1) for row in own for side in ("forward", "backward")]
     if not off:
         return Verdict(claim, "open", "not measured")
     deepest = max(int(row["depth"] or 0) for row in own)
     text = (
-        f"{', '.join(SILENT)}: largest deviation {format_value(max(off))} bits a branch up to L = {deepest:,}, where "
+        f"{', '.join(SILENT)}: largest deviation {format_value(max(off))} bits per branch up to L = {deepest:,}, where "
         "one rounding in single precision is 1.7e-7."
     )
     return Verdict(claim, "holds" if max(off) < 4e-7 else "does not hold", text)
 
 
 def transformers(rows: Sequence[Row]) -> Verdict:
-    """Slopes of the last gradient."""
-    claim = "The last MLP's gradient is flat in depth for post-norm and falls as L^-½ for pre-norm."
+    """Judge the exponents of the last gradient as a function of depth."""
+    claim = "The gradient of the last MLP is independent of depth for post-norm and falls as L^-½ for pre-norm."
     slopes = {}
     for name in TRANSFORMERS:
         found = group_values([row for row in rows if row["scheme"] == name], ["depth"], "last_gradient")
@@ -296,7 +302,7 @@ def transformers(rows: Sequence[Row]) -> Verdict:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the straight line with the least squares.
+    """Return the slope of the least-squares line through points (x, y).
 
     >>> slope([(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)])
     2.0
@@ -306,8 +312,10 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def last_gradient(place: str, blocks: int, width: int) -> Row:
-    """The gradient of the last block's second MLP map in a ViT that starts from Xavier's distribution: as in the
-    theorem, of the loss of one sample that one token decides. Summed over many it grows where their streams collapse.
+    """Measure the gradient norm of the last block's second MLP weight in a ViT with Xavier initialisation.
+
+    As in the theorem, the loss is that of one sample, read from one token; the norms of 16 samples are averaged. The
+    gradient of a summed loss would grow as the streams of the samples collapse.
     """
     model = build("vit", depth=blocks, dim=width, heads=4, patch=2, image=8, channels=1, classes=10, norm=place)
     xavier_(model)

@@ -1,15 +1,15 @@
 """SkipInit: one small scalar per branch in place of BatchNorm.
 
 Claim:    a scalar that starts at 0 or 1/√L lets a ResNet without normalisation train at any depth, nearly as well as
-          BatchNorm; a start of 1, or dividing the sum by √2, fails at depth 100 or 1000.
+          with BatchNorm; starting at 1, or dividing the sum by √2, fails at a depth of 100 or 1000.
 Source:   De & Smith 2020, "Batch Normalization Biases Residual Blocks Towards the Identity Function in Deep Networks",
           tables 1 and 2.
 Command:  skipway study skipinit
 Hardware: two shared cores of a virtual machine, one process each.
 Time:     about 6 minutes (84 cells).
 Result:   24 November 2026, digits, width 8, 6 epochs, 3 seeds: at 64 layers α₀ = 0 and 1/√L come within 3 points of
-          BatchNorm's 2.6 % (5.4 and 4.5 %), 0.1 by luck of the seed only (14.2 ± 13.6 %); a start of 1 and the sum
-          divided by √2 fail (90 %). Which rate is best, two rates do not decide.
+          BatchNorm's 2.6 % (5.4 and 4.5 %), while 0.1 depends on the seed (14.2 ± 13.6 %); α₀ = 1 and the sum divided
+          by √2 fail (90 %). Two learning rates are too few to decide which is best.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VARIANTS = {
     DIVIDED: "skipinit(init=1.0, norm='remove')",
 }
 SMALL = ("α₀ = 0", "α₀ = 0.1", "α₀ = 1/√L")
-# depths, factor of the width, epochs, learning rates
+# depths, width, epochs, learning rates
 GRIDS: dict[Budget, tuple[tuple[int, ...], int, int, tuple[float, ...]]] = {
     "cpu": ((16, 64), 8, 6, (0.1, 0.03)),
     "gpu": ((16, 100), 32, 30, (0.5, 0.25, 0.125, 0.03)),
@@ -51,13 +51,13 @@ GRIDS: dict[Budget, tuple[tuple[int, ...], int, int, tuple[float, ...]]] = {
 
 
 class SkipInitStudy(Study):
-    """A scalar in place of BatchNorm."""
+    """Errors of small and large initial scalars by depth and learning rate."""
 
     name = "skipinit"
     title = "SkipInit: a small scalar in place of BatchNorm"
     claim = (
-        "A scalar on every branch that starts at 0 or 1/√L trains ResNets without normalisation at any depth, nearly "
-        "as well as BatchNorm; started at 1, or with the sum divided by √2, deep ones fail."
+        "With a scalar on every branch that starts at 0 or 1/√L, ResNets without normalisation train at any depth, "
+        "nearly as well as with BatchNorm; with a start of 1, or the sum divided by √2, deep ResNets fail."
     )
     source = "De & Smith 2020, tables 1-2"
     settings = ("scheme", "depth", "lr", "seed", "width", "epochs", "data")
@@ -97,10 +97,10 @@ class SkipInitStudy(Study):
         )
         if cell["scheme"] == DIVIDED:
             divide_sums(model)
-        plan = FitSettings(
+        settings = FitSettings(
             epochs=cell["epochs"], lr=cell["lr"], weight_decay=5e-4, batch_size=64, seed=cell["seed"], schedule="cosine"
         )
-        return fit(model, data, plan, device)
+        return fit(model, data, settings, device)
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         errors = group_values(best_rate_rows(rows), ["scheme", "depth"], "test_error")
@@ -117,7 +117,7 @@ class SkipInitStudy(Study):
                 log_x=True,
                 series=series_over(chosen, "depth", value, "scheme"),
                 percent=True,
-                note="Of the learning rates tried, the one with the lowest mean training error over the seeds.",
+                note="Learning rate with the lowest mean training error over the seeds.",
             )
             for value, what in (("test_error", "Test error"), ("train_error", "Training error"))
         ]
@@ -137,21 +137,21 @@ class SkipInitStudy(Study):
 
 
 def divide_sums(model: nn.Module) -> None:
-    """Every sum divided by √2, in place; the scalars stay at 1 and are not learned."""
+    """Divide every sum of `model` by √2, in place; the scalars stay at 1 and are not learned."""
     for connection in chain(model):
         connection.residual.scale = nn.Identity()
         connection.residual.post = nn.Sequential(connection.residual.post, Multiply(2**-0.5))
 
 
 def errors_by_variant(errors: dict[tuple, SeedValues], names: Sequence[str], depth: int) -> str:
-    """The errors of some variants at a depth."""
+    """Format the errors of some variants at a depth."""
     shown = [f"{name} {errors[name, depth].text(percent)}" for name in names if (name, depth) in errors]
     return f"{depth} layers: {', '.join(shown)}"
 
 
 def small_trains(errors: dict[tuple, SeedValues]) -> Verdict:
-    """Small starts against BatchNorm, at the largest depth."""
-    claim = "Without normalisation a small start trains the deepest net to within 3 points of BatchNorm."
+    """Compare small initial scalars with BatchNorm at the largest depth."""
+    claim = "Without normalisation, a small initial scalar brings the deepest network to within 3 points of BatchNorm."
     depths = sorted({depth for _, depth in errors})
     if not depths or any((name, depths[-1]) not in errors for name in ("BatchNorm", *SMALL)):
         return Verdict(claim, "open", "not measured")
@@ -164,8 +164,8 @@ def small_trains(errors: dict[tuple, SeedValues]) -> Verdict:
 
 
 def large_fails(errors: dict[tuple, SeedValues]) -> Verdict:
-    """Starts at full size."""
-    claim = "Started at 1 the deepest net does not train at any rate, the shallow one does."
+    """Judge whether initial scalars of 1 fail at the largest depth only."""
+    claim = "With an initial scalar of 1, the deepest network trains at no learning rate, while the shallowest trains."
     depths = sorted({depth for name, depth in errors if name == "α₀ = 1"})
     if len(depths) < 2:
         return Verdict(claim, "open", "not measured at two depths")
@@ -175,7 +175,7 @@ def large_fails(errors: dict[tuple, SeedValues]) -> Verdict:
 
 
 def rate_is_lower(rows: Sequence[Row]) -> Verdict:
-    """The best of the rates."""
+    """Compare the best learning rates with and without normalisation."""
     claim = "The best learning rate is lower without normalisation than with it."
     chosen = {(row["scheme"], row["depth"]): float(row["lr"] or 0) for row in best_rate_rows(rows)}
     names = [name for name in ("BatchNorm", *SMALL) if any(key[0] == name for key in chosen)]
