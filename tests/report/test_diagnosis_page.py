@@ -250,7 +250,7 @@ def test_the_page_groups_what_was_refused(diagnoses):
     refused = diagnoses["transformer"].chain.refused
     text = diagnosis_page(diagnoses["transformer"])
     assert refused
-    assert "Additions that are no residual connections" in text
+    assert "Additions that are not residual connections" in text
     assert "Additions that are no" not in diagnosis_page(diagnoses["layers"])
 
 

@@ -1,4 +1,4 @@
-"""Pages, pictures and text of results: one frame, one set of charts."""
+"""Results as pages, pictures and text, with one page layout and one chart module."""
 
 from skipway.report.files import save
 

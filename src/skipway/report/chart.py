@@ -24,7 +24,7 @@ __all__ = [
 Style = Literal["measured", "theory", "faint"]
 TICKS = 5
 MOST_POINTS = 400
-"""A line of more points is thinned."""
+"""Lines with more points are thinned."""
 LEAST_RATIO, WIDE_RATIO, MOST_DECADES = 20.0, 30.0, 20
 """A logarithmic axis spans at least this ratio, and at most so many decades; an axis of unspecified scale is
 logarithmic if its largest value exceeds its smallest by more than `WIDE_RATIO`."""
@@ -248,7 +248,7 @@ class Axis:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most `MOST_POINTS` points: the lowest and the highest of each stretch, so that no peak is lost.
+    """Reduce points to at most `MOST_POINTS`: lowest and highest of each interval, so that no peak is lost.
 
     >>> len(thinned([Point(float(x), 0.0) for x in range(10_000)])) <= MOST_POINTS
     True
@@ -266,7 +266,7 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def format_tick(value: float, percent: bool = False) -> str:
-    """A number at an axis.
+    """Format a number on an axis.
 
     >>> format_tick(10000.0), format_tick(0.01), format_tick(1e9), format_tick(1e-5), format_tick(0.2, percent=True)
     ('10,000', '0.01', '1e9', '1e-5', '20 %')
@@ -279,7 +279,7 @@ def format_tick(value: float, percent: bool = False) -> str:
 
 
 def format_value(value: float) -> str:
-    """A number with three significant digits, without an exponent where it is readable.
+    """Format a number with three significant digits, without an exponent if it is readable.
 
     >>> format_value(0.92), format_value(12345.0), format_value(1e-9), format_value(0.0)
     ('0.920', '12,345', '1e-9', '0')

@@ -22,18 +22,18 @@ __all__ = ["bands_of", "diagnosis_figures", "diagnosis_page"]
 MOST_OWNERS = 8
 COLORS: dict[Verdict, str] = {"trains": "good", "trains if": "fair", "will not train": "bad"}
 MEANINGS: dict[Verdict, str] = {
-    "trains": "No measurement speaks against it.",
+    "trains": "No measurement indicates otherwise.",
     "trains if": "",
-    "will not train": "Something at the start keeps it from learning; see the findings.",
+    "will not train": "The network cannot learn from its initial state; see the findings.",
 }
 
 
 def diagnosis_page(shown: Diagnosis | Treatment, command: str = "") -> str:
-    """The page of a diagnosis, or of a treatment with the diagnoses before and after, as text.
+    """Render the page of a diagnosis, or of a treatment with the diagnoses before and after, as text.
 
     Args:
         shown: result of `skipway.diagnose` or of `Diagnosis.fix`.
-        command: the command line that made it.
+        command: command line that produced it, shown in the footer.
     """
     treatment = shown if isinstance(shown, Treatment) else None
     diagnosis = treatment.after if treatment else shown
@@ -67,12 +67,12 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "") -> str:
 
 
 def evidence_of(finding: Finding) -> list[tuple[str, str]]:
-    """The numbers of a finding with their names."""
+    """Return the names and formatted numbers of a finding's evidence."""
     return [(name, format_number(value)) for name, value in finding.evidence.items()]
 
 
 def comparison_table(treatment: Treatment) -> PageTable:
-    """Verdict and main numbers before and after."""
+    """Build the table of verdict and key numbers before and after a treatment."""
     before, after = ({"verdict": each.verdict, **summary_of(each)} for each in (treatment.before, treatment.after))
     names = [name for name in before if before[name] or after[name]]
     return PageTable(
@@ -81,7 +81,7 @@ def comparison_table(treatment: Treatment) -> PageTable:
 
 
 def diagnosis_figures(diagnosis: Diagnosis) -> list[Figure]:
-    """Signal forward, gradient backward and distinctness of samples by depth, with the findings' places shaded."""
+    """Return the figures of signal, gradient and distinctness of samples by depth, with the rows of findings shaded."""
     rows = diagnosis.rows
     if not rows:
         return []
@@ -114,20 +114,20 @@ def diagnosis_figures(diagnosis: Diagnosis) -> list[Figure]:
 
 
 def signal_series(name: str, rows: Sequence[SignalRow], values: Sequence[float], kind: str = "") -> Series:
-    """A series with a value for each row, or for each row with that kind of branch."""
+    """Return a series with a value for each row, or for each row whose branch is of the given kind."""
     pairs = enumerate(zip(rows, values, strict=True), 1)
     points = (Point(x, y, name=row.name) for x, (row, y) in pairs if not kind or row.form.split()[0] == kind)
     return Series(name, tuple(points))
 
 
 def branch_series(name: str, rows: Sequence[SignalRow], values: Sequence[float]) -> Iterator[Series]:
-    """A series for each kind of branch, attention and mlp apart."""
+    """Return one series per kind of branch, such as attention and mlp."""
     for kind in dict.fromkeys(row.form.split()[0] for row in rows):
         yield signal_series(name.format(kind), rows, values, kind)
 
 
 def bands_of(diagnosis: Diagnosis) -> list[Band]:
-    """The places of the findings as stretches of rows; findings about the whole network have none."""
+    """Return the ranges of rows that findings refer to; findings about the whole network have none."""
     bands = []
     for number, finding in enumerate(diagnosis.findings, 1):
         places = [place for place, row in enumerate(diagnosis.rows, 1) if number in row.marks]
@@ -141,7 +141,7 @@ def bands_of(diagnosis: Diagnosis) -> list[Band]:
 
 
 def row_table(diagnosis: Diagnosis) -> PageTable:
-    """All connections, or all layers."""
+    """Build the table of all connections, or of all layers if there are none."""
     connected = bool(diagnosis.measurement.connections)
     columns = ["#", "name", *(["branch", "norm", "|F|/|x|", "|F|"] if connected else [])]
     columns += ["|y|" if connected else "std", "|∂loss/∂y|", *(["through branch"] if connected else [])]
@@ -157,7 +157,7 @@ def row_table(diagnosis: Diagnosis) -> PageTable:
 
 
 def mark_cell(row: SignalRow, findings: Sequence[Finding]) -> TableCell:
-    """Links to the findings that point to a row."""
+    """Return a cell with links to the findings that refer to a row."""
     links = [
         Markup('<a class="level {0}" href="#finding-{1}">{2}{1}</a>').format(level, mark, SYMBOLS[level])
         for mark in row.marks
@@ -167,7 +167,7 @@ def mark_cell(row: SignalRow, findings: Sequence[Finding]) -> TableCell:
 
 
 def refusals(diagnosis: Diagnosis) -> Iterator[tuple[str, str, str]]:
-    """The additions that are no residual connections: reason, number and modules."""
+    """Return reason, number and modules of the additions that are not residual connections."""
     refused = diagnosis.chain.refused
     for reason, count in Counter(refusal.reason for refusal in refused).most_common():
         owners = list(dict.fromkeys(each.owner or "the model" for each in refused if each.reason == reason))

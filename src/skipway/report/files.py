@@ -1,4 +1,4 @@
-"""`save(diagnosis, "report.html")`: a result as a file of the format that its ending names."""
+"""`save(diagnosis, "report.html")`: write a result to a file in the format of its ending."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ENDINGS = (".json", ".html", ".htm", ".png", ".svg", ".pdf")
 
 
 def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "") -> Path:
-    """Write a diagnosis to a file: .json, .html (one page that loads nothing), or a picture (.png, .svg, .pdf).
+    """Write a diagnosis to a file: .json, .html (a self-contained page), or a picture (.png, .svg, .pdf).
 
     Args:
         result: of `skipway.diagnose`, or of `Diagnosis.fix`: the page then shows before and after, the other formats
             the diagnosis after.
-        path: of the file; missing folders are made.
-        command: the command line that made it, for the page.
+        path: of the file; missing folders are created.
+        command: command line that produced it, for the page.
 
     Returns:
         the path.
 
     Raises:
-        SkipwayError: another ending.
+        SkipwayError: the ending is not one of these.
         MissingExtraError: a .png or .pdf is asked for, and matplotlib is not installed (`pip install 'skipway[plot]'`).
     """
     from skipway.diagnosis import Treatment
@@ -58,13 +58,13 @@ def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "") 
 
 
 def picture_title(diagnosis: Diagnosis) -> str:
-    """The verdict with its conditions."""
+    """Return the verdict with its conditions."""
     text = ": ".join(filter(None, [diagnosis.verdict, "; ".join(diagnosis.conditions)]))
     return text[0].upper() + text[1:]
 
 
 def picture_note(diagnosis: Diagnosis) -> str:
-    """What was diagnosed, and the findings about the whole network."""
+    """Describe what was diagnosed, and list the findings about the whole network."""
     marked = {mark for row in diagnosis.rows for mark in row.marks}
     whole = [f"{number} {each.rule}" for number, each in enumerate(diagnosis.findings, 1) if number not in marked]
     lines = [" · ".join(diagnosis.heading), *([f"about the whole network: {', '.join(whole)}"] if whole else [])]

@@ -1,6 +1,7 @@
-"""The frame of all pages: Jinja2 templates with one style and script, tables whose columns sort, linked sources.
+"""Layout of all pages: Jinja2 templates with one style sheet and script, sortable tables, linked sources.
 
-A page is one file. Its content security policy lets a browser apply and run what is written in it and load nothing.
+A page is a single file. Its content security policy permits only the embedded style sheet, script and images, so that a
+browser loads nothing else.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ LINK = re.compile(r"https?://[^\s<>\"'()]+[^\s<>\"'().,;:]")
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Render a template and write it to `path`, completely or not at all; returns the path."""
+    """Render a template, write it to `path` atomically, and return the path."""
     content = render(template, **values).encode("utf-8", "backslashreplace")
     write_atomically(path, lambda aside: aside.write_bytes(content))
     return path
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template in `report/templates`, as text. Values that are not `Markup` are escaped."""
+    """Render a template of `report/templates` as text; values that are not `Markup` are escaped."""
     style, script = assets()
     policy = f"default-src 'none'; img-src data:; style-src '{digest(style)}'; script-src '{digest(script)}'"
     frame = {"policy": Markup(policy), "style": Markup(style), "script": Markup(script), "version": __version__}
@@ -47,27 +48,27 @@ def render(template: str, **values: Any) -> str:
 
 @lru_cache(maxsize=1)
 def environment() -> Environment:
-    """The Jinja2 environment of all pages."""
-    made = Environment(
+    """Return the Jinja2 environment of all pages."""
+    jinja = Environment(
         loader=PackageLoader("skipway.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    made.filters.update(draw=draw, legend=legend, linked=linked)
-    return made
+    jinja.filters.update(draw=draw, legend=legend, linked=linked)
+    return jinja
 
 
 @lru_cache(maxsize=1)
 def assets() -> tuple[str, str]:
-    """Style and script of all pages."""
+    """Return style sheet and script of all pages."""
     folder = files("skipway.report").joinpath("templates")
     return chart_css() + folder.joinpath("page.css").read_text("utf-8"), folder.joinpath("page.js").read_text("utf-8")
 
 
 def digest(text: str) -> str:
-    """The hash by which a content security policy names a style or script."""
+    """Return the hash that identifies a style sheet or script in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
@@ -80,7 +81,7 @@ class Key(NamedTuple):
 
 
 def legend(chart: Figure | Bars | Heatmap) -> list[Key]:
-    """The legend of a chart; empty where the title says it all."""
+    """Return the legend of a chart; empty for a single series and for a confusion matrix."""
     if isinstance(chart, Heatmap):
         return []
     if isinstance(chart, Bars):
@@ -97,12 +98,12 @@ def legend(chart: Figure | Bars | Heatmap) -> list[Key]:
 
 
 def line_sample(kind: str, mark: str = "") -> Markup:
-    """A short piece of a line with its marker, or of a bar."""
+    """Draw a short sample of a line with its marker, or of a bar."""
     return Markup(f'<svg class="sample" viewBox="0 0 22 10"><path class="{kind}" d="M1 5h20"/>{mark}</svg>')
 
 
 class TableCell(NamedTuple):
-    """A cell of a table: what it shows, what its column is sorted by, whether that is a number."""
+    """A cell of a table: displayed text, sort key, and whether the key is a number."""
 
     text: str
     key: str
@@ -111,11 +112,11 @@ class TableCell(NamedTuple):
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table whose columns sort at a press on their headings.
+    """A table that sorts by a column when its heading is pressed.
 
     Args:
         columns: headings.
-        rows: cells, as many as there are columns.
+        rows: of one cell per column.
     """
 
     columns: Sequence[str]
@@ -123,22 +124,22 @@ class PageTable:
 
     @property
     def headings(self) -> list[tuple[str, bool]]:
-        """Each heading, and whether its column holds numbers."""
+        """Pairs of heading and whether the column holds numbers only."""
         return [(name, all(row[place].number for row in self.rows)) for place, name in enumerate(self.columns)]
 
 
 def number_cell(value: float, text: str) -> TableCell:
-    """A cell with a number; what was not measured is sorted first, infinity last."""
+    """Return a cell with a number; NaN sorts first and infinity last."""
     return TableCell(text, f"{-1.0 if math.isnan(value) else min(value, 1e308):.6g}", number=True)
 
 
 def text_cell(text: str, key: str = "") -> TableCell:
-    """A cell with words, sorted by `key` or by themselves."""
+    """Return a cell with text, sorted by `key` or by the text itself."""
     return TableCell(text, key or text)
 
 
 def linked(text: str) -> Markup:
-    """Escape text and make links of its web addresses.
+    """Escape text and turn web addresses into links.
 
     >>> linked("a & b, https://arxiv.org/abs/1502.01852.")
     Markup('a &amp; b, <a href="https://arxiv.org/abs/1502.01852" rel="noreferrer">https://arxiv.org/abs/1502.01852</a>.')

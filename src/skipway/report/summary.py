@@ -1,4 +1,4 @@
-"""The lines before and after training: (label, text) pairs in plain words, the same on a terminal and in a file."""
+"""Lines printed before and after training as (label, text) pairs, the same on a terminal and in a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Line = tuple[str, str]
 
 
 def data_lines(data: Data) -> Iterator[Line]:
-    """What was found: images, classes, the split, damaged files, remarks."""
+    """Describe the data: images, classes, splits, damaged files, remarks."""
     counts = torch.bincount(data.train.labels, minlength=len(data.classes))
     smallest = int(counts.argmin())
     total = len(data.splits.samples)
@@ -43,7 +43,7 @@ def data_lines(data: Data) -> Iterator[Line]:
 
 
 def split_text(data: Data) -> str:
-    """The number of images of each split, and which option decides it where it was split off the training images."""
+    """Describe the size of each split, with the option that controls it if it was split off the training images."""
     off, fold = data.splits.split_off, data.splits.fold
     validation = f"{len(data.validation):,} to validate on"
     if not len(data.validation):
@@ -59,7 +59,7 @@ def split_text(data: Data) -> str:
 
 
 def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int, flops: float = 0.0) -> Iterator[Line]:
-    """What will be trained, and how."""
+    """Describe the network and the recipe of a run."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = getattr(model, "config", None)
     scheme = getattr(config, "scheme", None)
@@ -83,7 +83,7 @@ def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int, 
 
 
 def count_text(number: float) -> str:
-    """A large number with its prefix.
+    """Format a large number with its metric prefix.
 
     >>> count_text(4.1e9), count_text(81e6)
     ('4.1 G', '81 M')
@@ -95,7 +95,7 @@ def count_text(number: float) -> str:
 
 
 def extras(recipe: Recipe) -> str:
-    """What of a recipe is not as it is without asking, in a line."""
+    """Describe the fields of a recipe that differ from their defaults."""
     shown = [
         (recipe.augment != "none", f"augmentation {recipe.augment}"),
         (recipe.ema is not None, f"weights averaged, {recipe.ema}"),
@@ -103,7 +103,7 @@ def extras(recipe: Recipe) -> str:
         (recipe.accumulate > 1, f"batches in {recipe.accumulate} parts"),
         (recipe.layer_decay < 1, f"layer decay {recipe.layer_decay:g}"),
         (recipe.freeze > 0, f"blocks frozen for {recipe.freeze} epochs"),
-        (recipe.class_weights != "none", "classes weighed by 1 / images"),
+        (recipe.class_weights != "none", "classes weighted by 1 / images"),
         (recipe.grow_from is not None, f"images grow from {recipe.grow_from} pixels"),
         (recipe.label_smoothing > 0, f"label smoothing {recipe.label_smoothing:g}"),
         (recipe.patience is not None, f"patience {recipe.patience} epochs"),
@@ -112,7 +112,7 @@ def extras(recipe: Recipe) -> str:
 
 
 def signal_lines(rows: list[StageSignal]) -> Iterator[Line]:
-    """What the first batch shows of each stage."""
+    """Describe the signal of the first batch in each stage."""
     label = "signal"
     for row in rows:
         warning = f"  {row.warning.upper()}" if row.warning else ""
@@ -125,7 +125,7 @@ def signal_lines(rows: list[StageSignal]) -> Iterator[Line]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them.
+    """Format a duration for people.
 
     >>> duration(12.34), duration(75), duration(7322)
     ('12.3 s', '1 min 15 s', '2 h 02 min')
@@ -138,7 +138,7 @@ def duration(seconds: float) -> str:
 
 
 def accuracy_text(evaluation: Evaluation) -> str:
-    """The test result with its 95 % interval."""
+    """Format the test accuracy with its 95 % interval."""
     low, high = wilson_interval(evaluation.correct, evaluation.total)
     return (
         f"{percent(evaluation.accuracy)} of {evaluation.total:,} test images "
@@ -147,7 +147,7 @@ def accuracy_text(evaluation: Evaluation) -> str:
 
 
 def chosen_text(validation_images: int, accuracy: float, epoch: int) -> str:
-    """Which weights were tested, and by what they were chosen.
+    """Describe which weights were tested, and how they were chosen.
 
     >>> chosen_text(143, 0.972, 7)
     'weights of epoch 7, the best on 143 validation images (97.2 %)'
@@ -158,7 +158,7 @@ def chosen_text(validation_images: int, accuracy: float, epoch: int) -> str:
 
 
 def mistakes_text(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
-    """The worst class and the most frequent mistake."""
+    """Describe the worst class and the most frequent mistake."""
     number, share, images = evaluation.worst_class()
     text = f"worst class {printable(classes[number])!r}, {percent(share)} of {images:,}"
     confusion = evaluation.top_confusion()

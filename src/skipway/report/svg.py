@@ -1,4 +1,4 @@
-"""Charts as SVG: inline in a page, whose legend stands outside of the picture, and as a file of their own."""
+"""Charts as SVG, inline in a page, which draws the legend outside the picture, or as files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def series_class(index: int) -> str:
 
 
 def chart_css() -> str:
-    """The style of charts, the same in a page and in a file."""
+    """Return the style sheet of charts, the same in a page and in a file."""
     light = " ".join(f".c{index} {{ --series: {pair[0]}; }}" for index, pair in enumerate(COLORS))
     dark = " ".join(f".c{index} {{ --series: {pair[1]}; }}" for index, pair in enumerate(COLORS))
     dashes = " ".join(f".d{index} .line {{ stroke-dasharray: {dash}; }}" for index, dash in enumerate(DASHES))
@@ -75,7 +75,7 @@ def chart_css() -> str:
 
 
 def svg_file(*figures: Figure, title: str = "", note: str = "") -> str:
-    """Figures below each other as the text of an SVG file, light or dark as its viewer is.
+    """Render figures below each other as the text of an SVG file, light or dark like its viewer.
 
     Args:
         figures: each is drawn with its title and legend.
@@ -108,7 +108,7 @@ def svg_file(*figures: Figure, title: str = "", note: str = "") -> str:
 
 
 def wrapped_text(text: str) -> list[str]:
-    """Text in lines as wide as a figure."""
+    """Wrap text to the width of a figure."""
     import textwrap
 
     return textwrap.wrap(text, int((WIDTH - 24) / LETTER))
@@ -203,7 +203,7 @@ def path_of(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
 
 
 def point_parts(series: Series, index: int, figure: Figure, x_axis: Axis, y_axis: Axis) -> Iterator[str]:
-    """Markers with tooltips and error bars; hollow at the edge for what lies outside of the axis."""
+    """Markers with tooltips and error bars; hollow at the edge for values outside the axis."""
     points = thinned(series.points)
     for point in points:
         if math.isnan(point.y):
@@ -219,7 +219,7 @@ def point_parts(series: Series, index: int, figure: Figure, x_axis: Axis, y_axis
 
 
 def tooltip(name: str, point: Point, figure: Figure) -> str:
-    """A point in words."""
+    """Describe a point."""
 
     def show(value: float) -> str:
         return f"{100 * value:.1f} %" if figure.percent and math.isfinite(value) else format_value(value)
@@ -342,7 +342,7 @@ def matrix_parts(chart: Heatmap) -> tuple[float, float, list[str]]:
 
 
 def clipped(text: str, letters: int) -> str:
-    """Text of at most so many letters.
+    """Shorten text to at most so many letters.
 
     >>> clipped("abcdefgh", 4)
     'abc…'

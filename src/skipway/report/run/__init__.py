@@ -1,4 +1,4 @@
-"""`report.html`: what came of a run, on one page that loads nothing."""
+"""`report.html`: the results of a training run on a self-contained page."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ __all__ = ["calibration_charts"]
 
 
 def calibration_charts(predictions: Predictions) -> tuple[list[Figure | Bars], str]:
-    """The reliability diagram and the images by confidence, and a sentence with the expected calibration error."""
+    """Return the reliability diagram, the images by confidence, and a text with the expected calibration error."""
     measured = calibration(predictions.confidence, predictions.predicted == predictions.labels)
     if not measured.bins:
         return [], "No confidence is finite."

@@ -19,7 +19,7 @@ MOST_IN_MATRIX, PAIRS, FEW_PAIRS, MOST_ROWS, MOST_BARS = 30, 30, 10, 1000, 40
 
 
 def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Heatmap | None:
-    """The confusion matrix of at most 30 classes."""
+    """Return the confusion matrix; None for more than 30 classes."""
     if len(names) > MOST_IN_MATRIX:
         return None
     return Heatmap(
@@ -31,18 +31,18 @@ def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Heatmap | None:
 
 
 def confused_table(confusion: Tensor, names: Sequence[str]) -> PageTable:
-    """The most frequent mistakes; without rows if there is no mistake."""
+    """Build the table of the most frequent mistakes; without rows if there are none."""
     images = confusion.sum(1).tolist()
     rows = []
     for true, predicted, count in confused_pairs(confusion, PAIRS if len(names) > MOST_IN_MATRIX else FEW_PAIRS):
         fraction = count / max(1, images[true])
         numbers = number_cell(count, f"{count:,}"), number_cell(fraction, percent(fraction))
         rows.append([text_cell(names[true]), text_cell(names[predicted]), *numbers])
-    return PageTable(["true class", "predicted class", "images", "of the class"], rows)
+    return PageTable(["true class", "predicted class", "images", "fraction of class"], rows)
 
 
 def class_table(scores: ClassScores, names: Sequence[str]) -> PageTable:
-    """Recall, precision, F1 and number of test images of each class, the worst first."""
+    """Build the table of recall, precision, F1 and test images of each class, the lowest F1 first."""
     order = torch.where(scores.images > 0, scores.f1, 2.0).sort(stable=True).indices.tolist()
     columns = [scores.recall.tolist(), scores.precision.tolist(), scores.f1.tolist()]
     images = scores.images.long().tolist()
@@ -58,7 +58,7 @@ def class_table(scores: ClassScores, names: Sequence[str]) -> PageTable:
 
 
 def class_sizes(labels: Mapping[str, Tensor], names: Sequence[str]) -> Bars | Figure:
-    """The number of images of each class in each split.
+    """Return the chart of the number of images of each class in each split.
 
     Args:
         labels: class numbers (N,) of the images of each split; splits without an image are left out.
@@ -85,7 +85,7 @@ def class_sizes(labels: Mapping[str, Tensor], names: Sequence[str]) -> Bars | Fi
     largest, smallest = (f"{clipped(names[place], 40)}, {first[place]:,}" for place in (order[0], order[-1]))
     return Figure(
         title=title,
-        x_label="classes, the largest first",
+        x_label="classes, largest first",
         series=tuple(series),
         log_y=None,
         note=f"Largest: {largest}. Smallest: {smallest}.",

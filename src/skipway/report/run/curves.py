@@ -1,4 +1,4 @@
-"""The course of a training: loss, accuracy, learning rate and gradient norm over the epochs."""
+"""Training curves: loss, accuracy, learning rate and gradient norm by epoch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def training_figures(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) -> list[Figure]:
-    """Up to four figures; those without a value are left out.
+    """Return up to four figures; those without a value are left out.
 
     Args:
         epochs: the lines of `metrics.jsonl`.
         steps: the lines of `steps.jsonl`.
-        steps_in_epoch: turns steps into epochs.
+        steps_in_epoch: number of steps per epoch.
         best: the epoch with the best validation accuracy, from 1.
     """
     span = (0.0, max([number_of(row, "epoch") for row in epochs] + [1.0]))
@@ -62,17 +62,17 @@ def training_figures(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) 
 
 
 def by_epoch(rows: Rows, name: str) -> list[tuple[float, float]]:
-    """A column of the metrics, at the end of each epoch."""
+    """Return a column of the metrics by epoch."""
     return [(number_of(row, "epoch"), number_of(row, name)) for row in rows]
 
 
 def by_step(rows: Rows, name: str, steps_in_epoch: int) -> list[tuple[float, float]]:
-    """A column of the steps, over epochs."""
+    """Return a column of the steps as a function of the epoch."""
     return [(number_of(row, "step") / max(1, steps_in_epoch), number_of(row, name)) for row in rows]
 
 
 def number_of(row: Mapping[str, Any], name: str) -> float:
-    """A number of a row; NaN where there is none.
+    """Return a number of a row; NaN if there is none.
 
     >>> number_of({"loss": None}, "loss")
     nan

@@ -25,7 +25,7 @@ QUANTITIES = (
 
 
 def signal_figures(samples: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Root mean squares by depth at the first, the middle and the last sample; empty without samples.
+    """Return figures of root mean squares by depth in the first, the middle and the last sample; none without samples.
 
     Args:
         samples: the lines of `health.jsonl`.
@@ -45,7 +45,7 @@ def signal_figures(samples: Sequence[Mapping[str, Any]]) -> list[Figure]:
             series.append(Series(f"step {sample.get('step')}", points))
             names = names or tuple(rows)
         hollow = any(point.y == 0 or math.isinf(point.y) for each in series for point in each.points)
-        note = "Hollow markers lie outside of the axis: 0 below, infinite above." if hollow else ""
+        note = "Hollow markers lie outside the axis: 0 below, infinity above." if hollow else ""
         figure = Figure(
             title=title, x_label="depth", series=tuple(series), log_y=True, span=(0.5, len(names) + 0.5),
             categories=names, note=note,
@@ -66,7 +66,7 @@ class GainRow:
 
 
 def gain_rows(model: nn.Module) -> list[GainRow]:
-    """The learned gains after the branches, in the order of the chain; empty where the network has none.
+    """Return the learned gains after the branches in the order of the chain; none if the network has none.
 
     >>> import skipway as sw
     >>> [row.start for row in gain_rows(sw.build("resnet", depth=8, scheme="layerscale(init=0.1)"))]
@@ -84,7 +84,7 @@ def gain_rows(model: nn.Module) -> list[GainRow]:
 
 
 def gain_figures(model: nn.Module) -> list[Figure]:
-    """The gains by depth, before and after training; empty without any."""
+    """Return the figure of the gains by depth before and after training; none without gains."""
     rows = gain_rows(model)
     if not rows:
         return []
@@ -94,7 +94,7 @@ def gain_figures(model: nn.Module) -> list[Figure]:
         Figure(
             title="Learned gain of each branch, rms",
             x_label="depth",
-            series=(Series("after training", tuple(last)), Series("at the start", tuple(start), "theory")),
+            series=(Series("after training", tuple(last)), Series("at initialisation", tuple(start), "theory")),
             log_y=None if all(row.mean > 0 for row in rows) else False,
             span=(0.5, len(rows) + 0.5),
             categories=tuple(row.name for row in rows),

@@ -21,14 +21,14 @@ __all__ = ["INPUTS", "Picture", "data_url", "input_pictures", "mistake_pictures"
 
 # images of the augmented batch
 INPUTS = 24
-# side in pixels up to which an image is stored as it is, and to which a larger one is scaled
+# images up to EXACT pixels a side are stored unchanged, larger ones are reduced to SHOWN
 EXACT, SHOWN = 40, 128
 QUALITY = 80
 CPU = torch.device("cpu")
 
 
 class Picture(NamedTuple):
-    """An image of the page: its data URL, whether it is shown pixel by pixel, and its caption."""
+    """An image on the page: data URL, whether its pixels are shown enlarged, and caption."""
 
     address: str
     pixels: bool
@@ -39,7 +39,7 @@ class Picture(NamedTuple):
 
 
 def mistake_pictures(data: Data, predictions: Predictions, names: Sequence[str]) -> list[Picture]:
-    """The misclassified images with the largest losses."""
+    """Return the misclassified images with the largest losses."""
     pictures = []
     for _, index, inputs in predictions.mistakes:
         true, predicted = names[int(predictions.labels[index])], names[int(predictions.predicted[index])]
@@ -51,7 +51,7 @@ def mistake_pictures(data: Data, predictions: Predictions, names: Sequence[str])
 
 
 def input_pictures(data: Data, seed: int, names: Sequence[str]) -> list[Picture]:
-    """The beginning of the first epoch, augmented as the network was given it."""
+    """Return the first training images of the first epoch after augmentation, as the network received them."""
     count = min(INPUTS, len(data.train))
     batch = next(data.train_batches(seed=seed, epoch=0, batch_size=count, device=CPU))
     labelled = zip(batch.inputs, (target_text(target, names) for target in batch.targets), strict=True)
@@ -59,19 +59,19 @@ def input_pictures(data: Data, seed: int, names: Sequence[str]) -> list[Picture]
 
 
 def picture_of(inputs: Tensor, data: Data, alt: str, title: str, lines: tuple[str, ...], file: str = "") -> Picture:
-    """The picture of an input (C, H, W)."""
+    """Return the picture of an input (C, H, W)."""
     pixels = pixels_of(inputs, data)
     return Picture(data_url(pixels), max(pixels.shape[:2]) <= EXACT, alt, title, lines, file)
 
 
 def pixels_of(inputs: Tensor, data: Data) -> Tensor:
-    """uint8 (H, W, C) from an input of the network (C, H, W)."""
+    """Convert a normalised input (C, H, W) to pixels, uint8 (H, W, C)."""
     mean, std = (torch.tensor(each).reshape(-1, 1, 1) for each in (data.mean, data.std))
     return ((inputs.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
 
 def target_text(target: Tensor, names: Sequence[str]) -> str:
-    """The target in words: a class, or the fractions of two.
+    """Describe a target: a class, or the fractions of two classes.
 
     >>> target_text(torch.tensor([0.25, 0.75, 0.0]), ["cat", "dog", "cow"])
     'dog 75 %, cat 25 %'
@@ -84,7 +84,7 @@ def target_text(target: Tensor, names: Sequence[str]) -> str:
 
 
 def data_url(pixels: Tensor) -> str:
-    """The pixels of uint8 (H, W, C) as a data URL: a PNG of small images, a JPEG of larger ones, scaled down.
+    """Encode pixels, uint8 (H, W, C), as a data URL: PNG for small images, a reduced JPEG for larger ones.
 
     >>> data_url(torch.zeros(8, 8, 1, dtype=torch.uint8)).partition(",")[0]
     'data:image/png;base64'
@@ -102,7 +102,7 @@ def data_url(pixels: Tensor) -> str:
 
 
 def ending(file: str) -> str:
-    """The end of a long path, which tells files apart.
+    """Shorten a long path to its end, which identifies the file.
 
     >>> ending("a" * 40 + "/b.png")
     '…aaaaaaaaaaaaaaaaaaaaaaa/b.png'
