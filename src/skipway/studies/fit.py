@@ -23,7 +23,7 @@ from skipway.optim.optimizers import parse_optimizer
 from skipway.optim.schedules import lr_factor, parse_schedule, set_lr
 from skipway.studies.cell import Row
 
-__all__ = ["FitSettings", "data_of", "dataset_name", "fit", "update_weights", "xavier_"]
+__all__ = ["FitSettings", "data_of", "dataset_name", "fit", "fit_batch", "xavier_"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def fit(
         totals = torch.zeros(2, dtype=torch.float64, device=target)
         for batch in data.train_batches(seed=settings.seed, epoch=epoch, batch_size=settings.batch_size, device=target):
             set_lr(optimizer, lr_factor(taken, settings.epochs * steps, settings.warmup, shape))
-            totals += update_weights(model, optimizer, batch, settings.clip)
+            totals += fit_batch(model, optimizer, batch, settings.clip)
             taken += 1
             # reading the loss after every step would stall a GPU
             if target.type == "cpu" and not math.isfinite(float(totals[0])):
@@ -146,7 +146,7 @@ def fit(
     }
 
 
-def update_weights(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, clip: float | None) -> Tensor:
+def fit_batch(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, clip: float | None) -> Tensor:
     """Update `model` in place by one batch; return loss and accuracy as a tensor on the device."""
     logits = model(batch.inputs)
     loss = F.cross_entropy(logits.float(), batch.targets)

@@ -31,7 +31,7 @@ from skipway.models import build
 from skipway.report.chart import Figure
 from skipway.schemes import all_schemes
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import FitSettings, data_of, dataset_name, fit, update_weights
+from skipway.studies.fit import FitSettings, data_of, dataset_name, fit, fit_batch
 from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
 from skipway.studies.study import STUDIES, Study, Verdict
 from skipway.surgery.saved_tensors import saved_bytes
@@ -210,7 +210,7 @@ def step_times(models: Sequence[nn.Module], data: Data, batch_size: int, device:
     for _ in range(ROUNDS):
         for number, (model, chosen) in enumerate(zip(models, optimizers, strict=True)):
             began = clock()
-            float(update_weights(model, chosen, batch, None).sum())  # waits for a GPU
+            float(fit_batch(model, chosen, batch, None).sum())  # waits for a GPU
             least[number] = min(least[number], clock() - began)
     return least
 

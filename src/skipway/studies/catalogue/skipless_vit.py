@@ -122,7 +122,7 @@ class SkiplessViT(Study):
                 for block in blocks_of(model):
                     block.mlp = nn.Identity()
             images = data.sample(16, seed=cell["seed"], device=torch.device("cpu")).inputs.double()
-            return {"distinct": token_distinctness(model.double(), images), "dataset": data.name}
+            return {"distinct": rank_one_distance(model.double(), images), "dataset": data.name}
         settings = FitSettings(
             epochs=cell["epochs"],
             lr=cell["lr"],
@@ -176,7 +176,7 @@ class SkiplessViT(Study):
 
 
 @torch.no_grad()
-def token_distinctness(model: nn.Module, images: Tensor) -> float:
+def rank_one_distance(model: nn.Module, images: Tensor) -> float:
     """Measure |X - 1 x̄ᵀ| / |X| of the tokens after the last block, averaged over images.
 
     0 means rank one (Dong et al. 2021). The model is not changed.
