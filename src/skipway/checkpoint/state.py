@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, printable
+from skipway.tracing import unwrap
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,29 +29,12 @@ __all__ = [
     "load_optimizer_state",
     "model_state",
     "optimizer_state",
-    "unwrap",
 ]
 
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float}
 # the step count of optimizers that keep it per group and not per parameter
 GROUP_STEP = "group_step"
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside DDP and `torch.compile`.
-
-    >>> network = nn.Linear(2, 1)
-    >>> unwrap(torch.compile(network)) is network
-    True
-    """
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 def clean_name(name: str) -> str:

@@ -75,11 +75,19 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, `DataParallel` or `DistributedDataParallel`."""
-    if type(model).__name__ not in {"OptimizedModule", "DataParallel", "DistributedDataParallel"}:
-        return model
-    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-    return unwrap(inner) if isinstance(inner, nn.Module) else model
+    """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    >>> network = nn.Linear(2, 1)
+    >>> unwrap(torch.compile(network)) is network
+    True
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def refuse_scripted(model: nn.Module) -> None:
