@@ -116,17 +116,17 @@ def in_test(act: Act) -> None:
 
 
 def in_report(act: Act) -> None:
-    """At the section of the report for which the network runs once more."""
+    """Before the report's network is loaded."""
     from skipway.report.run import page
 
-    act_at(page, "depth_section", 1, act)
+    act_at(page, "from_pretrained", 1, act)
 
 
 def in_page(act: Act) -> None:
     """While the page of the report is put together."""
     from skipway.report.run import page
 
-    act_at(page, "curves_of", 1, act)
+    act_at(page, "training_figures", 1, act)
 
 
 PHASES: dict[str, Callable[[Act], None]] = {

@@ -76,7 +76,7 @@ def overview() -> str:
     """The page that compares all schemes: equation, normalisation, and when to use each.
 
     >>> [line for line in overview().splitlines() if "ReZero" in line]
-    ['| [ReZero](rezero.md) | y = x + α F(x), α₀ = 0 | keeps or removes it | fast first epochs at any depth; …
+    ['| [ReZero](rezero.md) | y = x + α F(x), α₀ = 0 | keeps or removes it | fast first epochs at any depth; ...
     """
     rows = [
         f"| [{kind.__name__}]({name}.md) | {kind.equation} | {kind.norm_note} | {kind.when} |"

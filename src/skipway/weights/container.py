@@ -102,7 +102,7 @@ def read_torch(path: Path) -> object:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        what = f"an object of {named[1]}" if named else "more than tensors"
+        what = f"an object of {printable(named[1])}" if named else "more than tensors"
         raise CheckpointError(
             f"{path} holds {what} and would run code when read, which Skipway never does. If you trust the file, read "
             "it with torch.load(…, weights_only=False) and save its state dict as safetensors"
