@@ -14,7 +14,7 @@ from torch import nn
 from skipway.errors import SkipwayError
 from skipway.models import ConvNeXtConfig, ResNetConfig, SwinConfig, ViTConfig, families, find_config
 from skipway.models.family import build, resolve
-from skipway.zoo import import_with_torchvision
+from skipway.zoo import import_library
 
 __all__ = ["CHAINS", "LIBRARIES", "PEERS", "AbsentError", "aliases", "config_of", "make_model", "missing_libraries"]
 
@@ -114,7 +114,7 @@ def make_ours(network: str, size: int, config: Any) -> nn.Module:
 
 
 def make_timm(network: str, size: int, config: Any) -> nn.Module:
-    library = import_with_torchvision("timm", network)
+    library = import_library("timm", network)
     if isinstance(config, ViTConfig) and "@" in network:
         return library.models.VisionTransformer(
             img_size=size,
@@ -131,7 +131,7 @@ def make_timm(network: str, size: int, config: Any) -> nn.Module:
 
 
 def make_torchvision(network: str, size: int, config: Any) -> nn.Module:
-    models = import_with_torchvision("torchvision", network).models
+    models = import_library("torchvision", network).models
     if isinstance(config, ViTConfig):
         return models.VisionTransformer(
             image_size=size,
@@ -158,7 +158,7 @@ def entry_point(library: str, network: str, has: Callable[[str], bool]) -> str:
 
 
 def make_transformers(network: str, size: int, config: Any) -> nn.Module:
-    library = import_with_torchvision("transformers", network)
+    library = import_library("transformers", network)
     for kind, translate in HUGGING_FACE.items():
         if isinstance(config, kind):
             name, options = translate(config)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError, suggest
 from skipway.models.family import build, find_config, resolve
 
-__all__ = ["SOURCES", "LoadedModel", "ModelRequest", "Source", "load_model", "source_of"]
+__all__ = ["SOURCES", "LoadedModel", "ModelRequest", "Source", "import_library", "load_model", "source_of"]
 
 Shape = tuple[int, ...]
 
@@ -159,7 +159,7 @@ def load_ours(name: str, wanted: ModelRequest) -> LoadedModel:
 
 def load_timm(name: str, wanted: ModelRequest) -> LoadedModel:
     """A model of timm."""
-    timm = import_with_torchvision("timm", f"timm:{name}")
+    timm = import_library("timm", f"timm:{name}")
     if not timm.is_model(name):
         raise SkipwayError(suggest("model of timm", name, timm.list_models()))
     options: dict[str, Any] = {} if wanted.classes is None else {"num_classes": wanted.classes}
@@ -173,7 +173,7 @@ def load_timm(name: str, wanted: ModelRequest) -> LoadedModel:
 
 def load_torchvision(name: str, wanted: ModelRequest) -> LoadedModel:
     """A model of torchvision."""
-    models = import_with_torchvision("torchvision", f"torchvision:{name}").models
+    models = import_library("torchvision", f"torchvision:{name}").models
     if name not in models.list_models():
         raise SkipwayError(suggest("model of torchvision", name, models.list_models()))
     options = {} if wanted.classes is None else {"num_classes": wanted.classes}
@@ -184,7 +184,7 @@ def load_torchvision(name: str, wanted: ModelRequest) -> LoadedModel:
 
 def load_transformers(name: str, wanted: ModelRequest) -> LoadedModel:
     """A class of Hugging Face transformers, with its default config."""
-    transformers = import_with_torchvision("transformers", f"hf:{name}")
+    transformers = import_library("transformers", f"hf:{name}")
     made: Any = getattr(transformers, name, None)
     if getattr(made, "config_class", None) is None:
         known = [each for each in dir(transformers) if each.endswith("Model") or "For" in each]
@@ -339,8 +339,8 @@ def input_shape_of(model: nn.Module) -> Shape:
     return IMAGE if guess is None else guess(first)
 
 
-def import_with_torchvision(package: str, purpose: str) -> ModuleType:
-    """An optional library that imports torchvision.
+def import_library(package: str, purpose: str = "this") -> ModuleType:
+    """Import timm, torchvision or transformers, also beside a torchvision whose compiled half does not fit this torch.
 
     torchvision registers shape functions for two operators of its compiled half at import; on a torch without that
     half their schemas are absent, and with them defined its Python models import.
@@ -349,7 +349,9 @@ def import_with_torchvision(package: str, purpose: str) -> ModuleType:
         SkipwayError: the library is not installed; says how to install it.
     """
     if importlib.util.find_spec(package) is None:
-        raise SkipwayError(f"{purpose} needs {package}, which is not installed: pip install {package}")
+        raise SkipwayError(
+            f"{purpose} needs {package}, which is not installed: pip install {package} (docs/install.md: how to keep a CPU build)"
+        )
     if importlib.util.find_spec("torchvision") is not None and "torchvision" not in sys.modules:
         for name, schema in MISSING_OPERATORS.items():
             if not hasattr(torch.ops.torchvision, name):
