@@ -350,7 +350,8 @@ def import_library(package: str, purpose: str = "this") -> ModuleType:
     """
     if importlib.util.find_spec(package) is None:
         raise SkipwayError(
-            f"{purpose} needs {package}, which is not installed: pip install {package} (docs/install.md: how to keep a CPU build)"
+            f"{purpose} needs {package}, which is not installed: pip install {package} "
+            "(docs/install.md: how to keep a CPU build of PyTorch)"
         )
     if importlib.util.find_spec("torchvision") is not None and "torchvision" not in sys.modules:
         for name, schema in MISSING_OPERATORS.items():
