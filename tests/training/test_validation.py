@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from PIL import Image
 from skipway.checkpoint.files import read_tensors
 from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import SkipwayError
+from skipway.inference.evaluation import Evaluation
 from skipway.inference.publish import write_hub_folder
 from skipway.inference.run_evaluation import evaluate_run
 from skipway.recipe import Recipe
 from skipway.training.loop import train
+from skipway.training.records import is_better
 from skipway.training.reporter import SilentReporter
+from skipway.training.run import Progress
 
 TINY = Recipe(depth=8, width=4, epochs=6, batch_size=16, device="cpu", precision="float32", health=0.0)
 
@@ -58,6 +62,20 @@ def test_the_best_epoch_follows_validation_and_not_the_test_split(misled):
     )
     assert misled.evaluation.accuracy == best.accuracy < last.accuracy
     assert not torch.equal(tensors["stem.conv.weight"], read_tensors(misled.folder.last)[0]["stem.conv.weight"])
+
+
+def test_at_equal_accuracy_the_lower_loss_is_better():
+    """Nine validation images tell few epochs apart; a loss that is not a number is never better."""
+    progress = Progress()
+    confusion = torch.tensor([[3, 0], [1, 2]])
+    results = [Evaluation(loss=loss, confusion=confusion) for loss in (1.2, 0.9, 1.0, math.nan)]
+    kept = []
+    for epoch, result in enumerate(results, start=1):
+        if is_better(result, progress):
+            progress.best_accuracy, progress.best_loss = result.accuracy, result.loss
+            kept.append(epoch)
+    assert kept == [1, 2]
+    assert not is_better(Evaluation(loss=0.1, confusion=torch.tensor([[2, 1], [1, 2]])), progress)
 
 
 def test_the_same_result_everywhere(misled, tmp_path):

@@ -78,8 +78,8 @@ def train(
     """Train a network by a recipe and write everything to the run folder `out`.
 
     The network learns from the training images. After each epoch it is evaluated on the validation images: the weights
-    of the best epoch are kept, and `Recipe.patience` counts epochs without improvement. The test images are evaluated
-    once, after the last epoch, with the weights of the best epoch.
+    of the best epoch (highest accuracy, at equal accuracy lowest loss) are kept, and `Recipe.patience` counts epochs
+    without improvement. The test images are evaluated once, after the last epoch, with the weights of the best epoch.
 
     Under torchrun every process calls this function alike; rank 0 writes and reports.
 

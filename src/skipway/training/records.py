@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.training.budget import TIMED_STEPS, shorten_plan
 from skipway.training.reporter import StepReport
 from skipway.training.resume import training_state
-from skipway.training.run import Run
+from skipway.training.run import Progress, Run
 from skipway.training.setup import model_config, preprocessing_config
 from skipway.training.tensorboard import write_tensorboard
 
@@ -90,8 +91,10 @@ def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
     progress.epoch, progress.step = progress.epoch + 1, 0
     if evaluation is None:
         progress.best_epoch = progress.epoch
-    elif evaluation.accuracy > progress.best_accuracy:
-        progress.best_accuracy, progress.best_epoch = evaluation.accuracy, progress.epoch
+    elif is_better(evaluation, progress):
+        progress.best_accuracy = evaluation.accuracy
+        progress.best_loss = evaluation.loss if math.isfinite(evaluation.loss) else sys.float_info.max
+        progress.best_epoch = progress.epoch
         write_weights(run, run.folder.best)
     elif run.recipe.patience is not None and progress.epoch - progress.best_epoch >= run.recipe.patience:
         progress.stopped_early = True
@@ -117,6 +120,16 @@ def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
         )
     progress.loss_sum, progress.correct = 0.0, 0
     shorten_plan(run)
+
+
+def is_better(evaluation: Evaluation, progress: Progress) -> bool:
+    """True if a validation result is better than the best so far: a higher accuracy, or the same and a lower loss.
+
+    A few validation images give many epochs the same accuracy, of which the first is the least trained one.
+    """
+    if evaluation.accuracy != progress.best_accuracy:
+        return evaluation.accuracy > progress.best_accuracy
+    return evaluation.loss < progress.best_loss
 
 
 def is_save_due(run: Run) -> bool:

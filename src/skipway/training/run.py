@@ -40,6 +40,7 @@ class Progress:
         correct: number of correct predictions in this epoch.
         seconds: seconds spent in training up to the checkpoint.
         best_accuracy: best validation accuracy over all epochs; -1 before the first.
+        best_loss: validation loss of the best epoch, which decides between epochs of equal accuracy.
         best_epoch: epoch of the best accuracy, from 1; the last one without validation images.
         stopped_early: whether `Recipe.patience` has ended the run.
     """
@@ -55,6 +56,7 @@ class Progress:
     correct: int = 0
     seconds: float = 0.0
     best_accuracy: float = -1.0
+    best_loss: float = 0.0
     best_epoch: int = 0
     stopped_early: bool = False
 
