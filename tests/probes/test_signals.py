@@ -19,6 +19,7 @@ import skipway as sw
 from benchmarks.peers import import_timm, import_transformers
 from skipway.probes import MEASURES, Measure, Probe, probe
 from skipway.probes.measures import branch_gradient, cosine, is_finite, largest_magnitude, rms, std, variance
+from skipway.probes.objective import default_loss
 
 
 class Linear(nn.Module):
@@ -307,3 +308,10 @@ def test_measures_of_ones_own_and_modules():
     assert signals["1"]["mean"] == pytest.approx((0.5 * model[1].map(model[0](x))).mean().item(), abs=1e-6)
     assert signals["0"]["std"] == pytest.approx(model[0](x).std(correction=0).item(), rel=1e-5)
     assert signals["0"]["gradient"] > 0
+
+
+def test_real_targets_are_regressed_unless_their_rows_are_distributions():
+    output = torch.randn(6, 4)
+    values, shares = torch.randn(6, 4), torch.rand(6, 4).softmax(1)
+    assert torch.equal(default_loss(output, values), torch.nn.functional.mse_loss(output, values))
+    assert torch.equal(default_loss(output, shares), torch.nn.functional.cross_entropy(output, shares))

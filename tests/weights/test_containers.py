@@ -218,3 +218,21 @@ def test_hints_only_where_they_help():
     with pytest.raises(sw.CheckpointError) as caught:
         sw.load(network(), {f"wrong{number}": torch.zeros(1) for number in range(200)})
     assert "adapt=" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
+def test_numbers_of_another_kind_do_not_fit(kind):
+    """Quantised weights are no weights."""
+    state = network().state_dict()
+    state["head.classifier.weight"] = state["head.classifier.weight"].to(kind)
+    with pytest.raises(sw.CheckpointError, match=r"(int8|complex64) in the file, float32 in the model"):
+        sw.load(network(), state)
+
+
+def test_a_tensor_that_cannot_be_copied_leaves_the_model_as_it_was():
+    model, state = network(), other(network().state_dict())
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state["head.classifier.weight"] = state["head.classifier.weight"].to("meta")
+    with pytest.raises(sw.CheckpointError, match="head.classifier.weight: a tensor without values"):
+        sw.load(model, state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())

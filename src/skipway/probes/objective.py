@@ -65,6 +65,7 @@ def main_output(output: Any) -> Tensor:
 def default_loss(output: Tensor, targets: Any) -> Tensor:
     """Cross-entropy over the classes on axis 1, or the mean squared error for real targets in the output's shape.
 
+    Real targets (N, C) whose rows are distributions, as label smoothing and mixup make them, are class probabilities.
     Without targets: labels drawn at random, or standard normal noise for an output that is no row of classes.
     """
     if targets is None and output.ndim == 2 and output.shape[1] > 1:
@@ -76,7 +77,7 @@ def default_loss(output: Tensor, targets: Any) -> Tensor:
             f"targets={type(targets).__name__}: the rule is a tensor where no loss is given; "
             "give loss=(output, targets) → a scalar"
         )
-    if targets.is_floating_point() and targets.shape == output.shape and output.ndim != 2:
+    if targets.is_floating_point() and targets.shape == output.shape and not are_distributions(targets):
         return F.mse_loss(output.float(), targets.float())
     classes = output.shape[1] if output.ndim > 1 else 1
     if not targets.is_floating_point() and targets.numel() and int(targets.max()) >= classes:
@@ -85,3 +86,10 @@ def default_loss(output: Tensor, targets: Any) -> Tensor:
             "the rule is label < classes: build the model with more classes, or give a loss"
         )
     return F.cross_entropy(output.float(), targets)
+
+
+def are_distributions(targets: Tensor) -> bool:
+    """True if targets (N, C), C > 1, are non-negative and every row adds up to 1."""
+    if targets.ndim != 2 or targets.shape[1] < 2 or targets.is_meta:
+        return False
+    return bool((targets >= 0).all()) and bool(((targets.double().sum(1) - 1).abs() < 1e-2).all())

@@ -174,6 +174,8 @@ class BlockRow:
     def install(self, change: Transaction) -> None:
         """Let the first block run the row, and the others return what they are given, in place."""
         for block in self.blocks:
+            if earlier := getattr(block, "block_row", None):
+                raise SkipwayError(f"this {type(block).__name__} was made {earlier.operation} already; undo that first")
             kind = row_head if block is self.blocks[0] else row_member
             change.set_class(block, kind(type(block), self.sealed()))
             change.set_attribute(block, "block_row", self)

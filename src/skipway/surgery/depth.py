@@ -166,9 +166,8 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
     measured = influence(model, example, score)
     surplus = len(measured) - to
     if to < 0 or surplus < 0:
-        raise SkipwayError(
-            f"to={to}: {type(model).__name__} has {len(measured)} blocks that can be left out; give 0 to that"
-        )
+        offer = f"the rule is 0 <= to <= {len(measured)}" if measured else "it cannot be shortened"
+        raise SkipwayError(f"to={to}: {type(model).__name__} has {len(measured)} blocks that can be left out; {offer}")
     with transaction(model, example, title=f"{type(model).__name__} shortened to {to} blocks") as change:
         change.report = measured
         for name in list(measured)[:surplus]:
@@ -197,9 +196,8 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
     program = watch(model, example)
     blocks, owners = find_blocks(model, example, program), by_owner(chain_from_program(model, program))
     if not 1 <= by <= len(blocks):
-        raise SkipwayError(
-            f"by={by}: {type(model).__name__} has {len(blocks)} blocks that can be copied; give 1 to that"
-        )
+        offer = f"the rule is 1 <= by <= {len(blocks)}" if blocks else "it cannot be deepened"
+        raise SkipwayError(f"by={by}: {type(model).__name__} has {len(blocks)} blocks that can be copied; {offer}")
     chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * by)] for number in range(by)]
     title = f"{type(model).__name__} deepened by {by} blocks"
     hint = "after the additions of these blocks follows something that is not the identity on its own output"
@@ -210,7 +208,13 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
             silence_branches(twin, [c.seen.closing or c.seen.last for c in owners[name]], name)
             insert_after(change, block, twin)
             change.touched[name] = "copied"
-        return change.commit()
+        try:
+            return change.commit()
+        except (TypeError, ValueError, AttributeError) as problem:  # the copy is called with the block's output alone
+            raise SkipwayError(
+                f"a copy of {chosen[0]} does not run on the output of that block alone ({problem}): blocks that take "
+                "several arguments, such as attention masks or positions, cannot be copied"
+            ) from problem
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -16,20 +17,53 @@ LINES = 8
 """Reasons and numbers that are printed of one operation."""
 
 
+@dataclass(eq=False)
+class Entry:
+    """An operation in the history of a model, which holds nothing of the model itself."""
+
+    title: str
+    number: int = field(default_factory=count().__next__)
+    undone: bool = False
+
+
+HISTORY: WeakKeyDictionary[nn.Module, list[Entry]] = WeakKeyDictionary()
+"""The committed operations of each model, in order."""
+
+
 class Journal:
     """Undo steps, each recorded before its change is made, run last one first.
 
-    A step restores a known state, so that running it twice, or without its change having been made, does no harm.
+    A step restores a known state, so that running it twice, or without its change having been made, does no harm. For
+    the same reason operations are undone in reverse order.
     """
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
-        self.undone = False
+        self.entry = Entry("")
+
+    @property
+    def undone(self) -> bool:
+        """Whether all steps were run."""
+        return self.entry.undone
 
     def undo(self) -> None:
         """Run all steps, for good."""
         self.roll_back()
-        self.undone = True
+        self.entry.undone = True
+
+    def commit(self, model: nn.Module, title: str) -> None:
+        """Enter the operation into the history of its model."""
+        self.entry = Entry(title)
+        HISTORY.setdefault(model, []).append(self.entry)
+
+    def later(self, model: nn.Module) -> list[str]:
+        """Titles of the operations on the model, a part of it or a whole that it is part of, that were committed later
+        and not undone.
+        """
+        parts = set(model.modules())
+        related = (other for other in HISTORY if other in parts or any(part is model for part in other.modules()))
+        entries = sorted((entry for other in related for entry in HISTORY[other]), key=lambda entry: entry.number)
+        return [entry.title for entry in entries if entry.number > self.entry.number and not entry.undone]
 
     def roll_back(self, mark: int = 0) -> None:
         """Run and drop the steps recorded after the first `mark`, all of them, whatever is raised on the way.
@@ -84,10 +118,12 @@ class Operation:
         was learned since.
 
         Raises:
-            SkipwayError: the operation was undone already.
+            SkipwayError: the operation was undone already, or another one came later and has to be undone first.
         """
         if self.undone:
             raise SkipwayError(f"{self.title!r} was undone already; repeat the operation to have it again")
+        if later := self.journal.later(self.model):
+            raise SkipwayError(f"{self.title!r}: a later operation builds on it; undo {later[-1]!r} first")
         self.journal.undo()
         return self.model
 

@@ -160,6 +160,7 @@ class Transaction:
             MappingProxyType(dict(report)),
             self.journal,
         )
+        self.journal.commit(self.model, self.title)
         self.committed = True
         return operation
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from skipway.errors import SkipwayError
 from skipway.tracing import Example, call_model, preserved_state
 
 __all__ = ["difference", "forward_hooks", "outputs"]
@@ -20,18 +21,38 @@ def outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """Tensors that the model returns in evaluation mode, without gradients; the model stays as it is."""
     with preserved_state(model), torch.no_grad():
         output = call_model(model.eval(), example)
+    return tensors_in(output)
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """Tensors of an output: of a tree of containers, or of an object whose attributes are such trees."""
     found = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-    # an object that is no tree
-    return found or [value for value in vars(output).values() if isinstance(value, Tensor)]
+    if found or not hasattr(output, "__dict__"):
+        return found
+    return [leaf for leaf in tree_flatten(list(vars(output).values()))[0] if isinstance(leaf, Tensor)]
 
 
 def difference(before: Sequence[Tensor], after: Sequence[Tensor], *, mean: bool = False) -> float:
-    """Largest difference over the largest magnitude, or with `mean` the ratio of their root mean squares."""
+    """Largest difference over the largest magnitude, or with `mean` the ratio of their root mean squares.
+
+    Values of every type count, complex and whole numbers too; equal ones differ by 0, infinite ones included. Tensors
+    on the meta device have no values.
+
+    Raises:
+        SkipwayError: there are no values to compare, so that nothing could be verified.
+    """
+    if not any(old.numel() for old in before):
+        raise SkipwayError(
+            "the model returns no values on this example, so nothing can be compared before and after: the rule is an "
+            "example of at least one sample, and tensors among the outputs"
+        )
     worst = 0.0
     for old, new in zip(before, after, strict=True):
-        if not old.is_floating_point() or old.is_meta or not old.numel():
+        if old.is_meta or not old.numel():
             continue
-        gap, size = (old - new).float(), old.float()
+        old, new = (torch.view_as_real(each) if each.is_complex() else each for each in (old, new))
+        gap = torch.where(old == new, 0.0, new.float() - old.float())
+        size = torch.where(old.isfinite(), old.float(), 0.0)
         pair = (gap.norm(), size.norm()) if mean else (gap.abs().max(), size.abs().max())
         ratio = float(pair[0]) / (float(pair[1]) or 1.0)
         worst = max(worst, ratio if ratio == ratio else float("inf"))  # not a number is no agreement

@@ -195,8 +195,15 @@ def load(
             f"the weights do not fit this {type(network).__name__} (names={names!r}):\n{report}{known}{ways}"
         )
     own = network.state_dict()
+    bare = next(
+        (key for key, tensor in report.tensors.items() if tensor.is_meta or tensor.layout != torch.strided), None
+    )
+    if bare is not None and not own[bare].is_meta:
+        raise CheckpointError(f"{bare}: a tensor without values (meta) or a sparse one; the rule is dense tensors")
+    # all are converted before the first is written
+    ready = {key: tensor.to(own[key].device, own[key].dtype) for key, tensor in report.tensors.items()}
     with torch.no_grad():
-        for key, tensor in report.tensors.items():
+        for key, tensor in ready.items():
             own[key].copy_(tensor)
     return network
 
@@ -264,6 +271,9 @@ def fetch_tensor(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tupl
 def copy_tensor(report: LoadReport, ours: str, theirs: tuple[str, ...], found: Tensor, wanted: Tensor) -> bool:
     """Write one pair into the report; whether it fits."""
     shapes = f"{tuple(found.shape)} in the file, {tuple(wanted.shape)} in the model"
+    if found.is_floating_point() != wanted.is_floating_point() or found.is_complex() != wanted.is_complex():
+        report.misshapen[ours] = f"{found.dtype} in the file, {wanted.dtype} in the model".replace("torch.", "")
+        return False
     if found.shape != wanted.shape and found.squeeze().shape != wanted.squeeze().shape:
         report.misshapen[ours] = shapes
         return False
