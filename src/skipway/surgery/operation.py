@@ -18,7 +18,7 @@ LINES = 8
 
 
 @dataclass(eq=False)
-class Entry:
+class HistoryEntry:
     """An operation in the history of a model, which holds nothing of the model itself."""
 
     title: str
@@ -26,7 +26,7 @@ class Entry:
     undone: bool = False
 
 
-HISTORY: WeakKeyDictionary[nn.Module, list[Entry]] = WeakKeyDictionary()
+HISTORY: WeakKeyDictionary[nn.Module, list[HistoryEntry]] = WeakKeyDictionary()
 """The committed operations of each model, in order."""
 
 
@@ -39,7 +39,7 @@ class Journal:
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
-        self.entry = Entry("")
+        self.entry = HistoryEntry("")
 
     @property
     def undone(self) -> bool:
@@ -53,7 +53,7 @@ class Journal:
 
     def commit(self, model: nn.Module, title: str) -> None:
         """Enter the operation into the history of its model."""
-        self.entry = Entry(title)
+        self.entry = HistoryEntry(title)
         HISTORY.setdefault(model, []).append(self.entry)
 
     def later(self, model: nn.Module) -> list[str]:
