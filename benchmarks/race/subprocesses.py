@@ -36,11 +36,11 @@ if library == "skipway":
     skipway.build
     seconds += time.perf_counter() - begun
 from benchmarks.race.architectures import aliases, config_of, make_model
-from skipway.zoo import import_with_torchvision
+from skipway.zoo import import_library
 config_of(network, size), aliases(network)
 if library != "skipway":
     begun = time.perf_counter()
-    import_with_torchvision(library, library)
+    import_library(library, library)
     seconds += time.perf_counter() - begun
 begun = time.perf_counter()
 make_model(library, network, size)

@@ -293,3 +293,4 @@ def test_what_is_said_before_training(tmp_path):
     assert text["data"].startswith("digits: 1,797 images, 10 classes, input 8x8 grey; smallest class '8'")
     assert "3 residual connections" in text["model"]
     assert "float32 (as requested)" in text["device"]
+    assert text["verdict"]

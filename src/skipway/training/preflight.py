@@ -11,6 +11,7 @@ from skipway.data import Batch
 from skipway.errors import SkipwayError
 from skipway.probes.signal_check import check_signal
 from skipway.report.summary import data_lines, model_lines, signal_lines
+from skipway.tracing import preserved_state
 from skipway.tracing.chain import chain
 from skipway.training.run import Run
 
@@ -19,7 +20,7 @@ __all__ = ["report_preflight"]
 # number of images for the diagnosis of the untrained network
 DIAGNOSIS_IMAGES = 32
 # approximate cost of a diagnosis in forward passes of its batch, and its time limit
-DIAGNOSIS_COST, DIAGNOSIS_SECONDS = 40, 4.0
+DIAGNOSIS_COST, DIAGNOSIS_SECONDS = 40, 10.0
 
 
 def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> None:
@@ -49,11 +50,20 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
         return
     if run.ranks.world == 1:
         sample = run.data.sample(DIAGNOSIS_IMAGES, seed=run.recipe.seed, device=run.device)
-        start = time.monotonic()
         for line in signal_lines(check_signal(run.model, sample.inputs)):
             run.reporter.message(*line)
-        if (time.monotonic() - start) * DIAGNOSIS_COST < DIAGNOSIS_SECONDS:
-            run.reporter.message("verdict", diagnosis_line(run, sample))
+        run.reporter.message("verdict", verdict_line(run, sample))
+
+
+def verdict_line(run: Run, sample: Batch) -> str:
+    """The verdict of a diagnosis, or how long it would take if that is more than a moment."""
+    start = time.monotonic()
+    with preserved_state(run.model), torch.no_grad(), run.autocast():
+        run.model(sample.inputs)
+    seconds = (time.monotonic() - start) * DIAGNOSIS_COST
+    if seconds > DIAGNOSIS_SECONDS:
+        return f"not computed, it would take about {seconds:,.0f} s; skipway diagnose gives it"
+    return diagnosis_line(run, sample)
 
 
 def count_flops(run: Run) -> float:
