@@ -6,7 +6,19 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["CheckpointError", "DataError", "DivergedError", "MissingExtraError", "SkipwayError", "printable", "suggest"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DivergedError",
+    "MissingExtraError",
+    "SkipwayError",
+    "counted",
+    "printable",
+    "suggest",
+]
+
+# names that `suggest` shows: close ones, and others
+MAX_CLOSE, MAX_LISTED = 5, 10
 
 
 class SkipwayError(ValueError):
@@ -52,8 +64,17 @@ def printable(name: str | Path) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
 
 
+def counted(count: int, thing: str, things: str = "") -> str:
+    """A number of things in words.
+
+    >>> counted(1, "sample"), counted(2000, "sample"), counted(2, "branch", "branches")
+    ('1 sample', '2,000 samples', '2 branches')
+    """
+    return f"{count:,} {thing if count == 1 else things or thing + 's'}"
+
+
 def suggest(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence for an unknown `name`: the closest known ones if any is close, else where to look.
+    """One sentence for an unknown `name`: the closest known ones, at most five, or else at most ten of all.
 
     >>> suggest("scheme", "layerscal", ["layerscale", "skipinit"])
     "unknown scheme 'layerscal'; did you mean 'layerscale'?"
@@ -61,8 +82,9 @@ def suggest(kind: str, name: str, known: Iterable[str]) -> str:
     "unknown scheme 'zzz'; there are: layerscale, skipinit"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=MAX_CLOSE, cutoff=0.6)
     if close:
         options = " or ".join(repr(option) for option in close)
         return f"unknown {kind} {name!r}; did you mean {options}?"
-    return f"unknown {kind} {name!r}; there are: {', '.join(known)}"
+    rest = f" … and {len(known) - MAX_LISTED:,} more" if len(known) > MAX_LISTED else ""
+    return f"unknown {kind} {name!r}; there are: {', '.join(known[:MAX_LISTED])}{rest}"

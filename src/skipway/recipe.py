@@ -199,7 +199,7 @@ class Recipe:
     """Class weights in the loss; balanced: inversely proportional to the class size."""
 
     patience: int | None = advanced(None)
-    """Early stopping: epochs without a better validation accuracy. [never]"""
+    """Early stopping: epochs without a better validation accuracy, ties by loss. [never]"""
 
     grow_from: int | None = advanced(None)
     """Initial image size, which grows to --size over two thirds of the epochs. [--size]"""

@@ -197,7 +197,7 @@ def test_damaged_images_are_named_and_skipped_or_fatal(capsys):
     Path("data/dark/3.png").write_bytes(b"<html>")
     assert main(["train", "data", *QUICK]) == 0
     out = capsys.readouterr().out
-    assert "damaged   1 images left out:" in out
+    assert "damaged   1 image left out:" in out
     assert "data/dark/3.png" not in out, "names are relative to the folder"
     assert "dark/3.png: not an image but HTML" in out
     assert main(["train", "data", *QUICK, "--unreadable", "stop"]) == 3

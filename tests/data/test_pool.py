@@ -235,8 +235,8 @@ def test_duplicates_stay_on_one_side(tmp_path):
         sides = {name: side for side, files in data.listed.items() for name in files}
         assert all(len({sides[file] for file in group}) == 1 for group in data.duplicates)
         assert 6 <= len(data.test) <= 13
-    assert "13 images are copies of others" in " ".join(data.remarks)
-    assert "1 images occur in more than one class, the first: 'class0/0.png' as 'class0'" in " ".join(data.remarks)
+    assert "13 duplicates, kept: " in " ".join(data.remarks)
+    assert "1 image occurs in more than one class, the first: 'class0/0.png' as 'class0'" in " ".join(data.remarks)
     assert load(photos, duplicates=False).duplicates == ()
 
 
@@ -246,4 +246,4 @@ def test_a_leak_between_parts_is_named(tmp_path):
     (tmp_path / "test/class0/0.png").write_bytes((tmp_path / "train/class0/5.png").read_bytes())
     data = load(tmp_path)
     assert data.leaked == (("train/class0/5.png", "test/class0/0.png"),)
-    assert any(remark.startswith("1 test images are also trained on") for remark in data.remarks)
+    assert any(remark.startswith("1 test image is also trained on") for remark in data.remarks)

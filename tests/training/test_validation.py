@@ -19,7 +19,7 @@ from skipway.inference.evaluation import Evaluation
 from skipway.inference.publish import write_hub_folder
 from skipway.inference.run_evaluation import evaluate_run
 from skipway.recipe import Recipe
-from skipway.training.loop import train
+from skipway.training.loop import Trainer, train
 from skipway.training.records import is_better
 from skipway.training.reporter import SilentReporter
 from skipway.training.run import Progress
@@ -155,3 +155,41 @@ def test_a_run_continues_with_its_own_file_list(tmp_path, monkeypatch):
     assert outcome.finished
     assert evaluate_run(tmp_path / "run").evaluation.correct == outcome.evaluation.correct
     assert json.loads((tmp_path / "run/split.json").read_text()) == listed
+
+
+def test_ties_of_accuracy_go_to_the_lower_loss_and_patience_counts_alike(tmp_path, monkeypatch):
+    """Also in a run that was stopped between the epochs and resumed."""
+    losses, checks = [3.0, 2.0, 2.0, 1.0, 1.5, float("nan"), 0.5], iter(range(1000))
+    confusion = torch.tensor([[3, 1], [1, 3]])
+
+    def constructed(trainer):
+        return Evaluation(losses[trainer.run.progress.epoch], confusion)
+
+    monkeypatch.setattr(Trainer, "validate", constructed)
+    recipe = dataclasses.replace(TINY, epochs=7, batch_size=256, patience=2)
+    whole = train(recipe, tmp_path / "whole")
+    assert (whole.best_epoch, whole.epoch) == (4, 6)
+    assert read_tensors(whole.folder.best)[1]["epoch"] == 4
+    steps = whole.folder.read_metrics()[0]["step"]
+    first = train(recipe, tmp_path / "parts", stop=lambda: next(checks) == 4 * steps)
+    assert (first.finished, first.best_epoch) == (False, 4)
+    parts = train(None, tmp_path / "parts", resume=True)
+    assert (parts.best_epoch, parts.epoch) == (4, 6)
+
+
+def test_few_images_and_few_steps_are_noted_before_training(tmp_path):
+    class Heard(SilentReporter):
+        quiet = False
+
+        def message(self, label, text):
+            lines.append((label, text))
+
+    lines: list[tuple[str, str]] = []
+    recipe = dataclasses.replace(TINY, epochs=1, batch_size=1000, validation=0.01, lr=0.0123456)
+    train(recipe, tmp_path / "run", reporter=Heard())
+    texts = [text for _, text in lines]
+    assert ("run", str(tmp_path / "run")) in lines
+    assert any(text.startswith("only ") and "to validate on" in text and "--folds 5" in text for text in texts)
+    assert "only 1 step in all: a smaller --batch-size or more --epochs gives more" in texts
+    assert any("learning rate 0.0123," in text and "1 epoch of 1 step," in text for text in texts)
+    assert any("to test on (20 %, --holdout), " in text and text.endswith(" to train on") for text in texts)

@@ -247,8 +247,8 @@ class Output:
 
     def linted(self, findings: Sequence[Finding]) -> None:
         """Print the findings of the linter."""
-        from skipway.diagnosis.findings import counted
         from skipway.diagnosis.table import findings_view
+        from skipway.errors import counted
 
         if self.json:
             sys.stdout.write(json.dumps([finding.to_json() for finding in findings], indent=1) + "\n")

@@ -12,6 +12,7 @@ from skipway.data.augment.crops import random_box
 from skipway.data.decode import MIN_SIDE, ChooseBox, Grey16, UnreadableImage, central_share, decode, read_header
 from skipway.data.sources.index import SourceIndex, name_list
 from skipway.data.sources.readers import ImageStore
+from skipway.errors import counted
 
 __all__ = ["DecodeSpec", "DecodeTask", "ImageInfo", "InspectTask", "content_remarks", "duplicate_groups"]
 
@@ -144,7 +145,8 @@ def content_remarks(found: SourceIndex, infos: dict[str, ImageInfo]) -> list[str
     if full and max(full.values()) >= IMBALANCE * min(full.values()):
         most, least = max(full, key=full.__getitem__), min(full, key=full.__getitem__)
         remarks.append(
-            f"classes differ in size: {name_list([most])} has {full[most]} images, {name_list([least])} {full[least]}"
+            f"classes differ in size: {name_list([most])} has {counted(full[most], 'image')}, "
+            f"{name_list([least])} {full[least]}"
         )
     high, low = max(transparent, key=transparent.__getitem__), min(transparent, key=transparent.__getitem__)
     if transparent[high] - transparent[low] > ALPHA_DIFFERENCE:
@@ -154,7 +156,9 @@ def content_remarks(found: SourceIndex, infos: dict[str, ImageInfo]) -> list[str
             "reveal the class"
         )
     if moving:
-        remarks.append(f"{moving} animated images: their first frame is used")
+        remarks.append(f"{counted(moving, 'animated image')}: only the first frame is used")
     if long:
-        remarks.append(f"{len(long)} images are more than {LONGEST_ASPECT} times as long as wide: {name_list(long, 3)}")
+        remarks.append(
+            f"{counted(len(long), 'image')} more than {LONGEST_ASPECT} times as long as wide: {name_list(long, 3)}"
+        )
     return remarks

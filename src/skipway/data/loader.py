@@ -25,7 +25,7 @@ from skipway.data.sources.detect import index_source
 from skipway.data.sources.index import SourceIndex, name_list, sorted_classes
 from skipway.data.sources.readers import FileStore
 from skipway.data.split import FEWEST_TO_VALIDATE, ImageSample, Splits, split_index
-from skipway.errors import DataError, printable
+from skipway.errors import DataError, counted, printable
 
 __all__ = ["load", "statistics"]
 
@@ -332,17 +332,21 @@ def copy_remarks(splits: Splits, groups: dict[str, tuple[str, ...]], leaked: Seq
     distinct = [group for group in dict.fromkeys(groups.values()) if all(file in label for file in group)]
     if distinct:
         extra = sum(len(group) - 1 for group in distinct)
-        remarks.append(f"{extra} images are copies of others, the first: {name_list(distinct[0], 3)}")
+        pairs = "; ".join(" = ".join(printable(file) for file in group[:3]) for group in distinct[:3])
+        rest = f"; and {len(distinct) - 3:,} more" if len(distinct) > 3 else ""
+        remarks.append(f"{counted(extra, 'duplicate')}, kept: {pairs}{rest}")
     torn = [group for group in distinct if len({label[file] for file in group}) > 1]
     if torn:
         said = ", ".join(f"{printable(file)!r} as {printable(splits.classes[label[file]])!r}" for file in torn[0][:3])
-        remarks.append(f"{len(torn)} images occur in more than one class, the first: {said}")
+        verb = "occurs" if len(torn) == 1 else "occur"
+        remarks.append(f"{counted(len(torn), 'image')} {verb} in more than one class, the first: {said}")
     if leaked:
         twin, file = leaked[0]
+        verb = "is" if len(leaked) == 1 else "are"
         trained = {sample.file for sample in splits.train}
         where = "also trained on" if all(pair[0] in trained for pair in leaked) else "in other splits as well"
         remarks.append(
-            f"{len(leaked)} test images are {where}, so the accuracy is too optimistic; the first: "
+            f"{counted(len(leaked), 'test image')} {verb} {where}, so the accuracy is too optimistic; the first: "
             f"{printable(file)!r} is {printable(twin)!r}"
         )
     return remarks

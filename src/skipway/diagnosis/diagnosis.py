@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.diagnosis.findings import LEVELS, Finding, Verdict, counted, format_number
+from skipway.diagnosis.findings import LEVELS, Finding, Verdict, format_number
 from skipway.diagnosis.indicators import Indicators, read_indicators
 from skipway.diagnosis.measurement import Measurement, measure
 from skipway.diagnosis.outlook import outlook, probability
@@ -27,7 +27,7 @@ from skipway.diagnosis.rules import Context, findings_of, verdict_of
 from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.table import as_text, comparison_view, diagnosis_view
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.optim.roles import parameter_roles
 from skipway.probes.objective import Loss
 from skipway.tracing import Example, as_batch, unwrap

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from skipway.tracing.paths import condense_paths
 
-__all__ = ["LEVELS", "Finding", "Level", "Verdict", "counted", "format_number"]
+__all__ = ["LEVELS", "Finding", "Level", "Verdict", "format_number"]
 
 Level = Literal["fatal", "serious", "note"]
 LEVELS: tuple[Level, ...] = ("fatal", "serious", "note")
@@ -72,12 +72,3 @@ def format_number(value: float) -> str:
     ('0.0123', '1.23e+05', 'inf', '2')
     """
     return f"{value:.3g}"
-
-
-def counted(count: int, thing: str, things: str = "") -> str:
-    """A number of things in words.
-
-    >>> counted(1, "sample"), counted(2000, "sample"), counted(2, "branch", "branches")
-    ('1 sample', '2,000 samples', '2 branches')
-    """
-    return f"{count:,} {thing if count == 1 else things or thing + 's'}"

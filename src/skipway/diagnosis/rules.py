@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from skipway.diagnosis.findings import Finding, Verdict, counted, format_number
+from skipway.diagnosis.findings import Finding, Verdict, format_number
 from skipway.diagnosis.measurement import ConnectionSignal, LayerSignal, Measurement
 from skipway.diagnosis.outlook import PROBABILITY, Outlook
 from skipway.diagnosis.remedies import (
@@ -25,6 +25,7 @@ from skipway.diagnosis.remedies import (
 )
 from skipway.diagnosis.settings import Settings
 from skipway.diagnosis.subject import Subject
+from skipway.errors import counted
 
 __all__ = ["RULES", "Context", "findings_of", "verdict_of"]
 

@@ -10,9 +10,10 @@ from markupsafe import Markup
 
 from skipway.diagnosis import Diagnosis, Finding, Treatment
 from skipway.diagnosis.diagnosis import summary_of
-from skipway.diagnosis.findings import Verdict, counted, format_number
+from skipway.diagnosis.findings import Verdict, format_number
 from skipway.diagnosis.rows import SignalRow
 from skipway.diagnosis.table import SENTENCES, SYMBOLS, compact, marks_text
+from skipway.errors import counted
 from skipway.report.chart import Band, Figure, Point, Series
 from skipway.report.page import PageTable, TableCell, number_cell, render, text_cell
 from skipway.tracing.residual_adds import REASONS

@@ -9,15 +9,28 @@ import torch
 from torch import nn
 
 from skipway.data import Data
-from skipway.errors import printable
+from skipway.errors import counted, printable
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import percent
 from skipway.probes.signal_check import StageSignal
 from skipway.recipe import Recipe
 
-__all__ = ["accuracy_text", "chosen_text", "data_lines", "duration", "mistakes_text", "model_lines", "signal_lines"]
+__all__ = [
+    "accuracy_text",
+    "advice_lines",
+    "chosen_text",
+    "data_lines",
+    "duration",
+    "mistakes_text",
+    "model_lines",
+    "signal_lines",
+]
 
 Line = tuple[str, str]
+
+# below it, the 95 % Wilson interval is wider than 20 percentage points at an accuracy of 90 %
+FEW_VALIDATION_IMAGES = 30
+FEW_STEPS = 100
 
 
 def data_lines(data: Data) -> Iterator[Line]:
@@ -27,13 +40,13 @@ def data_lines(data: Data) -> Iterator[Line]:
     total = len(data.splits.samples)
     yield (
         "data",
-        f"{data.name}: {total:,} images, {len(data.classes)} classes, "
+        f"{data.name}: {counted(total, 'image')}, {counted(len(data.classes), 'class', 'classes')}, "
         f"input {data.size}x{data.size} {'grey' if data.channels == 1 else 'colour'}; "
         f"smallest class {printable(data.classes[smallest])!r} with {int(counts[smallest]):,} to train on",
     )
     yield "split", split_text(data)
     if data.unreadable:
-        yield "damaged", f"{len(data.unreadable):,} images left out:"
+        yield "damaged", f"{counted(len(data.unreadable), 'image')} left out:"
         for file, reason in data.unreadable[:3]:
             yield "", f"  {printable(file)}: {reason}"
         if len(data.unreadable) > 3:
@@ -43,19 +56,37 @@ def data_lines(data: Data) -> Iterator[Line]:
 
 
 def split_text(data: Data) -> str:
-    """Describe the size of each split, with the option that controls it if it was split off the training images."""
+    """Describe the size of each split, in the order in which they are split off, with the option that controls it."""
     off, fold = data.splits.split_off, data.splits.fold
-    validation = f"{len(data.validation):,} to validate on"
-    if not len(data.validation):
-        validation = "none to validate on, so the last epoch counts as the best (--validation)"
-    elif "validation" in off:
-        validation += f" ({100 * off['validation']:g} % of the rest, --validation)"
     test = f"{len(data.test):,} to test on"
     if fold is not None:
         test += f" (fold {fold.number} of {fold.count} of the training images)"
     elif "test" in off:
-        test += f" ({100 * off['test']:g} % of each class, --holdout)"
-    return f"{len(data.train):,} images to train on, {validation}, {test}{'' if off else '; as the source has them'}"
+        test += f" ({100 * off['test']:g} %, --holdout)"
+    validation = f"{len(data.validation):,} to validate on"
+    if not len(data.validation):
+        validation = "none to validate on, so the last epoch counts as the best (--validation)"
+    elif "validation" in off:
+        rest = len(data.train) + len(data.validation)
+        validation = (
+            f"{len(data.validation):,} of the other {rest:,} to validate on "
+            f"({100 * off['validation']:g} %, --validation)"
+        )
+    return f"{test}, {validation}, {len(data.train):,} to train on{'' if off else '; as the source has them'}"
+
+
+def advice_lines(data: Data, recipe: Recipe, steps: int) -> Iterator[Line]:
+    """Warn of few validation images and of few optimizer steps; `steps` is their number per epoch."""
+    images, total = len(data.validation), recipe.epochs * steps
+    if 0 < images < FEW_VALIDATION_IMAGES:
+        folds = "; --folds 5 uses every image" if data.splits.fold is None and "test" in data.splits.split_off else ""
+        yield (
+            "note",
+            f"only {counted(images, 'image')} to validate on: the choice of the epoch is little more than "
+            f"chance{folds}",
+        )
+    if recipe.time is None and total < FEW_STEPS:
+        yield "note", f"only {counted(total, 'step')} in all: a smaller --batch-size or more --epochs gives more"
 
 
 def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int, flops: float = 0.0) -> Iterator[Line]:
@@ -67,15 +98,15 @@ def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int, 
     work = f"{count_text(flops)}FLOP per image, " if flops else ""
     yield (
         "model",
-        f"{recipe.model}{depth}: {parameters:,} parameters, {work}{connections} residual connections, "
+        f"{recipe.model}{depth}: {parameters:,} parameters, {work}{counted(connections, 'residual connection')}, "
         f"scheme {scheme if scheme is not None else recipe.scheme}",
     )
     warm = f" after {100 * recipe.warmup:g} % warm-up" if recipe.warmup else ""
-    length = recipe.time or f"{recipe.epochs} epochs"
+    length = recipe.time or counted(recipe.epochs, "epoch")
     yield (
         "recipe",
-        f"{recipe.optimizer}, learning rate {recipe.peak_lr:g}, weight decay {recipe.decay:g}, batch "
-        f"{recipe.batch_size}, {length} of {steps:,} steps, {recipe.schedule}{warm}, seed {recipe.seed}",
+        f"{recipe.optimizer}, learning rate {recipe.peak_lr:.3g}, weight decay {recipe.decay:g}, batch "
+        f"{recipe.batch_size}, {length} of {counted(steps, 'step')}, {recipe.schedule}{warm}, seed {recipe.seed}",
     )
     others = extras(recipe)
     if others:
@@ -102,11 +133,11 @@ def extras(recipe: Recipe) -> str:
         (recipe.clip is not None, f"gradients clipped, {recipe.clip}"),
         (recipe.accumulate > 1, f"batches in {recipe.accumulate} parts"),
         (recipe.layer_decay < 1, f"layer decay {recipe.layer_decay:g}"),
-        (recipe.freeze > 0, f"blocks frozen for {recipe.freeze} epochs"),
+        (recipe.freeze > 0, f"blocks frozen for {counted(recipe.freeze, 'epoch')}"),
         (recipe.class_weights != "none", "classes weighted by 1 / images"),
         (recipe.grow_from is not None, f"images grow from {recipe.grow_from} pixels"),
         (recipe.label_smoothing > 0, f"label smoothing {recipe.label_smoothing:g}"),
-        (recipe.patience is not None, f"patience {recipe.patience} epochs"),
+        (recipe.patience is not None, f"patience {counted(recipe.patience or 0, 'epoch')}"),
     ]
     return ", ".join(text for holds, text in shown if holds)
 
@@ -119,7 +150,8 @@ def signal_lines(rows: list[StageSignal]) -> Iterator[Line]:
         ratio = "" if math.isnan(row.ratio) else f", branch/stream {row.ratio:.3g}"
         yield (
             label,
-            f"{row.name}: {row.connections} connections, std {row.std_in:.3g} -> {row.std_out:.3g}{ratio}{warning}",
+            f"{row.name}: {counted(row.connections, 'connection')}, "
+            f"std {row.std_in:.3g} -> {row.std_out:.3g}{ratio}{warning}",
         )
         label = ""
 
@@ -154,7 +186,9 @@ def chosen_text(validation_images: int, accuracy: float, epoch: int) -> str:
     """
     if not validation_images:
         return f"weights of epoch {epoch}, the last, as there are no validation images"
-    return f"weights of epoch {epoch}, the best on {validation_images:,} validation images ({percent(accuracy)})"
+    return (
+        f"weights of epoch {epoch}, the best on {counted(validation_images, 'validation image')} ({percent(accuracy)})"
+    )
 
 
 def mistakes_text(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
@@ -164,6 +198,6 @@ def mistakes_text(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     confusion = evaluation.top_confusion()
     if confusion is not None:
         true, taken, count = confusion
-        often = "1 time" if count == 1 else f"{count:,} times"
+        often = counted(count, "time")
         text += f"; most often {printable(classes[true])!r} is taken for {printable(classes[taken])!r} ({often})"
     return text

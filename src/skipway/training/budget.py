@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from skipway.errors import counted
 from skipway.training.run import Run
 
 __all__ = ["TIMED_STEPS", "plan_epochs", "shorten_plan"]
@@ -30,9 +31,9 @@ def plan_epochs(run: Run) -> None:
     left = budget - run.seconds + per_step * (run.global_step - test)
     epochs = int(left / (per_step * (run.steps_per_epoch + validation)))
     progress.epochs, progress.planned = share_from_first(run, max(1, epochs)), True
-    word = "epoch" if progress.epochs == 1 else "epochs"
     run.reporter.message(
-        "plan", f"{progress.epochs} {word} fit into {run.recipe.time}, at {1 / per_step:.3g} steps per second"
+        "plan",
+        f"time for {counted(progress.epochs, 'epoch')} in {run.recipe.time}, at {1 / per_step:.3g} steps per second",
     )
 
 
@@ -45,7 +46,7 @@ def shorten_plan(run: Run) -> None:
     epochs = share_from_first(run, progress.epoch + max(0, int((budget - run.seconds) / seconds_per_epoch)))
     if epochs < progress.epochs:
         progress.epochs = epochs
-        run.reporter.message("plan", f"slower than planned: {epochs} epochs fit into {run.recipe.time}")
+        run.reporter.message("plan", f"slower than planned: time for {counted(epochs, 'epoch')} in {run.recipe.time}")
 
 
 def share_from_first(run: Run, number: int) -> int:

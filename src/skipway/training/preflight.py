@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from skipway.data import Batch
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, printable
 from skipway.probes.signal_check import check_signal
-from skipway.report.summary import data_lines, model_lines, signal_lines
+from skipway.report.summary import advice_lines, data_lines, model_lines, signal_lines
 from skipway.tracing import preserved_state
 from skipway.tracing.chain import chain
 from skipway.training.run import Run
@@ -27,6 +27,7 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
     """Report data, model and device, and the diagnosis of a fresh run."""
     if run.reporter.quiet:
         return
+    run.reporter.message("run", printable(run.folder.path))
     for line in data_lines(run.data):
         run.reporter.message(*line)
     # a sharded network runs only on all ranks together, and only rank 0 reports
@@ -48,6 +49,8 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
                 f"the number of epochs changed from {earlier} to {run.recipe.epochs}; the schedule spans all of them",
             )
         return
+    for line in advice_lines(run.data, run.recipe, run.steps_per_epoch):
+        run.reporter.message(*line)
     if run.ranks.world == 1:
         sample = run.data.sample(DIAGNOSIS_IMAGES, seed=run.recipe.seed, device=run.device)
         for line in signal_lines(check_signal(run.model, sample.inputs)):

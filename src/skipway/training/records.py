@@ -13,7 +13,7 @@ from skipway.checkpoint.files import read_tensors, write_tensors
 from skipway.checkpoint.state import all_finite, gather_tensors, model_state, optimizer_state
 from skipway.checkpoint.store import Snapshot
 from skipway.data import Batch
-from skipway.errors import CheckpointError, DivergedError
+from skipway.errors import CheckpointError, DivergedError, counted
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.training.budget import TIMED_STEPS, shorten_plan
 from skipway.training.reporter import StepReport
@@ -116,7 +116,8 @@ def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
     run.reporter.epoch(row, progress.epochs)
     if progress.stopped_early:
         run.reporter.message(
-            "patience", f"no better validation accuracy for {run.recipe.patience} epochs: the run stops early"
+            "patience",
+            f"no better validation result for {counted(run.recipe.patience or 0, 'epoch')}: the run stops early",
         )
     progress.loss_sum, progress.correct = 0.0, 0
     shorten_plan(run)

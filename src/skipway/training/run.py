@@ -191,7 +191,7 @@ class Outcome:
         evaluation: test result of `best.safetensors`; None if the run was stopped.
         validation_images: number of validation images.
         best_accuracy: best validation accuracy over all epochs; -1 without validation images.
-        best_epoch: epoch of the best accuracy, from 1; the last one without validation images.
+        best_epoch: epoch of the best accuracy, ties by the lower loss, from 1; the last one without validation images.
         epoch: complete epochs.
         step: steps into the next epoch.
         seconds: seconds spent in training, over all sessions.

@@ -9,7 +9,7 @@
 | `health.jsonl` | measurements of every residual connection |
 | `checkpoints/` | weights, optimizer state and progress at a few steps, with hashes: what `--resume` continues from |
 | `checkpoint.safetensors` | the same in one file, as earlier versions wrote it |
-| `best.safetensors` | weights of the epoch with the best validation accuracy; the test result is theirs |
+| `best.safetensors` | weights of the epoch with the best validation accuracy, ties by loss; the test result is theirs |
 | `last.safetensors` | weights of the last epoch; both with preprocessing and epoch in their header |
 | `tensorboard/` | the curves for TensorBoard, with `tensorboard=True` |
 | `bundle/` | the batch of a step that diverged, to repeat it |

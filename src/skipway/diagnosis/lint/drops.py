@@ -12,10 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from skipway.diagnosis.findings import counted, format_number
+from skipway.diagnosis.findings import format_number
 from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import Survey
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.tracing import Program, find_residual_adds, watch
 
 __all__ = ["by_python", "in_evaluation", "odd_rates", "without_skip"]

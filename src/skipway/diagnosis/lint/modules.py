@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
-from skipway.diagnosis.findings import counted
 from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import Survey
+from skipway.errors import counted
 
 __all__ = ["batch_of_one", "hooks_beside_inplace"]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from skipway.diagnosis.findings import Level, counted, format_number
+from skipway.diagnosis.findings import Level, format_number
 from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import Survey
+from skipway.errors import counted
 from skipway.nn import Role
 
 __all__ = ["decayed", "fast_scalars", "frozen_in_branch", "left_out"]

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from skipway.diagnosis.findings import counted, format_number
+from skipway.diagnosis.findings import format_number
 from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import DEEP, Survey
 from skipway.diagnosis.remedies import Damp
+from skipway.errors import counted
 
 __all__ = ["forgetful_scales", "idle_scales", "unequal_scales", "unusual_scales", "wiped_features"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from skipway.diagnosis.findings import counted, format_number
+from skipway.diagnosis.findings import format_number
 from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import DEEP, Link, Survey
 from skipway.diagnosis.remedies import Damp, Revive
+from skipway.errors import counted
 
 __all__ = ["closing_norms", "loud_branches", "own_index", "two_zero_factors", "wiped_stream"]
 
