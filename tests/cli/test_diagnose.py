@@ -217,13 +217,16 @@ def test_fix_shows_before_and_after_and_saves_the_weights(capsys):
     assert run(capsys, *deep, "--quiet") == (1, "The network will not train.\n", "")
     status, out, err = run(capsys, *deep, "--fix", "--save-model", "mended.safetensors")
     assert (status, err) == (0, "")
-    assert "  → put a skip around {2..49} (48)\n" in out
+    assert "  → add a skip around each of 48 layers (2, 3, …, 49): x = x + layer(x) / √48\n" in out
     assert re.search(r"^ +before +after$", out, re.MULTILINE)
     assert re.search(r"^verdict +will not train +trains$", out, re.MULTILINE)
     assert sum(name.endswith(".gain") for name in read_weights("mended.safetensors")) == 48
     status, text, _ = run(capsys, *deep, "--fix", "--json")
     content = json.loads(text)
-    assert (status, content["applied"]) == (0, ["put a skip around {2..49} (48)"])
+    assert (status, content["applied"]) == (
+        0,
+        ["add a skip around each of 48 layers (2, 3, …, 49): x = x + layer(x) / √48"],
+    )
     assert [content[when]["verdict"] for when in ("before", "after")] == ["will not train", "trains"]
 
 

@@ -45,7 +45,10 @@ def test_ten_thousand_connections_print_on_one_screen(diagnosis, marked):
 
 def test_remedies_and_treatments_name_many_modules_by_a_pattern(diagnosis):
     remedy = AddSkips(tuple(f"blocks.{index}" for index in range(DEPTH)))
-    assert str(remedy) == "put a skip around blocks.{0..9999} (10000)"
+    assert (
+        str(remedy)
+        == "add a skip around each of 10,000 layers (blocks.0, blocks.1, …, blocks.9999): x = x + layer(x) / √10000"
+    )
     treatment = replace(diagnosis.fix(LearningRate(0.01)), applied=(remedy,))
     assert len(str(treatment).splitlines()) < 40
     assert len(repr(treatment)) < 3000

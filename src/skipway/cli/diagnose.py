@@ -157,7 +157,8 @@ def diagnose(
     for path in out or ():
         from skipway.report import save
 
-        output.labelled("report", str(save(treatment or diagnosis, path, command=command_of(model, question))))
+        written = save(treatment or diagnosis, path, command=command_of(model, question), name=model)
+        output.labelled("report", str(written))
     if save_model is not None:
         model_to_save = loaded.model if treatment is None else treatment.model
         output.labelled("weights", save_weights(model_to_save, save_model))

@@ -138,7 +138,7 @@ class Diagnosis:
             ("gradient cosine between samples", measured.noise.agreement),
             ("gradient cosine between neighbouring inputs", math.nan if smoothness is None else smoothness),
             ("sharpness λ", measured.curvature.sharpness),
-            ("2/λ", measured.curvature.largest_rate),
+            ("2/λ", measured.curvature.largest_rate if measured.curvature.sharpness > 0 else math.nan),
             ("effective path length", measured.effective_path),
         )
         kept = ("loss", "gradient norm")

@@ -10,7 +10,16 @@ from typing import Literal
 from skipway.diagnosis.findings import format_number
 from skipway.diagnosis.indicators import WORST, Indicators
 
-__all__ = ["PROBABILITY", "WEIGHTS", "Cause", "Outlook", "indicator_features", "outlook", "probability"]
+__all__ = [
+    "PROBABILITY",
+    "WEIGHTS",
+    "Cause",
+    "Outlook",
+    "chance_text",
+    "indicator_features",
+    "outlook",
+    "probability",
+]
 
 Cause = Literal["trains", "rate-too-high", "rate-too-low", "does-not-learn", "shattered"]
 
@@ -84,6 +93,16 @@ def is_shattered(indicators: Indicators) -> bool:
     return indicators.smoothness < 0.05 and indicators.trust < 1e-4
 
 
+def chance_text(chance: float) -> str:
+    """Describe a probability of training.
+
+    >>> chance_text(0.2), chance_text(0.001)
+    ('20 % of similar starts trained', 'none of the similar starts trained')
+    """
+    number = round(100 * chance)
+    return f"{number} % of similar starts trained" if number else "none of the similar starts trained"
+
+
 PROBABILITY = "probability of training"
 EVIDENCE: Mapping[str, str] = {
     "distinct_before": "output distinctness before",
@@ -141,6 +160,7 @@ class Outlook:
         """The forecast in one sentence with its numbers."""
         read = self.indicators
         before, after = format_number(read.distinct_before), format_number(read.distinct_after)
+        change = f"stays at {after}" if before == after else f"goes from {before} to {after}"
         unseen, progress = format_number(read.unseen), format_number(max(read.progress, 0.0))
         if self.wakes and not self.trains:
             return (
@@ -148,18 +168,18 @@ class Outlook:
                 f"similarity is {after} after the trial steps): too early to say whether it learns"
             )
         sentences: dict[Cause, str] = {
-            "trains": f"the trial steps lower the loss to {read.last:.0%} of its start",
+            "trains": f"the trial steps lower the loss to {100 * read.last:.0f} % of its start",
             "rate-too-high": "the trial steps make the loss infinite or NaN"
             if max(read.highest, read.unseen) >= WORST
             else f"the trial steps raise the loss to {format_number(read.highest)} times its start, "
             f"and to {unseen} times on held-out samples",
             "rate-too-low": f"at the pace of the trial steps the loss falls by {progress} over all planned steps",
             "shattered": f"gradients at neighbouring inputs have cosine similarity {format_number(read.smoothness)}, "
-            f"and the first step lowers the loss by {max(read.trust, 0.0):.2%} of what its gradient predicts",
+            f"and the first step lowers the loss by {100 * max(read.trust, 0.0):.2f} % of what its gradient predicts",
             "does-not-learn": "the trial steps do not separate the samples: 1 − cosine similarity of their outputs "
-            f"goes from {before} to {after}, and the loss on held-out samples to {unseen} of its start",
+            f"{change}, and the loss on held-out samples becomes {unseen} times its start",
         }
-        return f"{sentences[self.cause]}; {self.probability:.0%} of similar starts trained"
+        return f"{sentences[self.cause]}; {chance_text(self.probability)}"
 
     @property
     def why(self) -> str:

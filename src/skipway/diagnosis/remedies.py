@@ -223,7 +223,7 @@ class Revive:
 
 @dataclass(frozen=True)
 class AddSkips:
-    """Put a skip around each of these modules, in place: y = x + α F(x). Their outputs are shaped like their inputs.
+    """Add a skip around each of these modules, in place: y = x + α F(x). Their outputs are shaped like their inputs.
 
     Args:
         modules: paths of the modules, in order.
@@ -243,4 +243,8 @@ class AddSkips:
         return case
 
     def __str__(self) -> str:
-        return f"put a skip around {condense_paths(self.modules)}"
+        count, names = len(self.modules), self.modules
+        shown = ", ".join(names if count <= 3 else [names[0], names[1], "…", names[-1]])
+        where = f"each of {count:,} layers ({shown})" if count > 1 else shown
+        branch = f"layer(x) / √{count}" if self.gain is None else f"{self.gain:.2g} · layer(x)"
+        return f"add a skip around {where}: x = x + {branch}"

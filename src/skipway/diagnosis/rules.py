@@ -10,7 +10,7 @@ import torch
 
 from skipway.diagnosis.findings import Finding, Verdict, format_number
 from skipway.diagnosis.measurement import ConnectionSignal, LayerSignal, Measurement
-from skipway.diagnosis.outlook import PROBABILITY, Outlook
+from skipway.diagnosis.outlook import PROBABILITY, Outlook, chance_text
 from skipway.diagnosis.remedies import (
     AddSkips,
     Damp,
@@ -231,7 +231,7 @@ def gradients_differ(context: Context) -> Iterator[Finding]:
         f"{layers[-2].name}",
         why="No learning rate suits both ends: one that is right for the last layers is far too high for the first."
         if grows
-        else "The first layers hardly learn, and the last ones fit whatever the first happen to put out.",
+        else "The first layers hardly learn, and the last ones fit whatever noise the first layers produce.",
         source="Glorot & Bengio 2010, sec. 4.2; Yang et al. 2019 for BatchNorm (https://arxiv.org/abs/1902.08129)",
         evidence={"first gradient": early, "last gradient": late, "ratio": ratio},
         where=(layers[0].name, layers[-2].name),
@@ -423,7 +423,7 @@ def condition_of(finding: Finding) -> str:
     """The condition that a serious finding puts on the training."""
     if not finding.remedies:
         chance = finding.evidence.get(PROBABILITY)
-        return finding.what if chance is None else f"chance favours it: {chance:.0%} of similar starts trained"
+        return finding.what if chance is None else f"chance favours it: {chance_text(chance)}"
     remedy = finding.remedies[0]
     if isinstance(remedy, LearningRate):
         return f"learning rate {'at most' if finding.rule == 'rate-too-high' else 'about'} {remedy.value:.2g}"

@@ -201,27 +201,32 @@ def signal_table(rows: Sequence[SignalRow], findings: Sequence[Finding]) -> Tabl
         table.add_column(title, no_wrap=True)
     if connected:
         table.add_column("|F|/|x|", justify="right", no_wrap=True)
-    for title, bar, style in (("|y|" if connected else "std", "forward", "blue"), ("|∂L/∂y|", "backward", "magenta")):
-        table.add_column(title, justify="right", no_wrap=True)
-        table.add_column(bar, style=style, no_wrap=True)
+    titles = "|y|" if connected else "std", "|∂L/∂y|"
+    columns = [row.forward for row in rows], [row.backward for row in rows]
+    widths = [max(len(title), *map(len, map(compact, column))) for title, column in zip(titles, columns, strict=True)]
+    for title, width, bar in zip(titles, widths, ("forward", "backward"), strict=True):
+        table.add_column(f"{title:>{width}} {bar}", no_wrap=True)
     table.add_column("distinct", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for entry in folded(rows):
         if isinstance(entry, list):
             marks = tuple(sorted({mark for row in entry for mark in row.marks}))
             ratio = [f"≤{compact(most(row.ratio for row in entry))}"] if connected else []
-            cells = [*([""] * 2 if connected else []), *ratio]
-            cells += [*interval([row.forward for row in entry]), *interval([row.backward for row in entry]), ""]
+            cells: list[str | Text] = [*([""] * 2 if connected else []), *ratio]
+            spans = interval([row.forward for row in entry]), interval([row.backward for row in entry])
+            cells += [f"{low:>{width}}{high}" for (low, high), width in zip(spans, widths, strict=True)] + [""]
             name: Any = f"⋮ {len(entry)} more"
         else:
             marks = entry.marks
             cells = [entry.form, entry.norms, compact(entry.ratio)] if connected else []
-            cells += [compact(entry.forward), forward(entry.forward), compact(entry.backward), backward(entry.backward)]
+            values = (entry.forward, forward, "blue"), (entry.backward, backward, "magenta")
+            for (value, bar_of, color), width in zip(values, widths, strict=True):
+                cells.append(Text.assemble(f"{compact(value):>{width}} ", (bar_of(value), color)))
             cells.append(compact(entry.distinct))
             name = ElidedName(entry.name or "the model", worst_style(marks, findings))
         style = "dim" if isinstance(entry, list) else ""
         mark = Text(marks_text(marks, findings), worst_style(marks, findings))
-        table.add_row(name, *map(Text, cells), mark, style=style)
+        table.add_row(name, *(Text(cell) if isinstance(cell, str) else cell for cell in cells), mark, style=style)
     return table
 
 
@@ -304,5 +309,6 @@ def most(values: Iterable[float]) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[str, str]:
-    """The smallest and the largest measured value: "0.98", "to 1.2"."""
-    return compact(-most(-value for value in values)), f"to {compact(most(values))}"
+    """The smallest measured value and, after a dash, the largest: "0.98", "–1.2"; the second is empty if they agree."""
+    low, high = compact(-most(-value for value in values)), compact(most(values))
+    return low, "" if low == high else f"–{high}"

@@ -102,7 +102,7 @@ class Figure:
         x_label, y_label: of the axes.
         series: what is drawn, in order.
         log_x, log_y: whether an axis is logarithmic; None leaves y to the values.
-        percent: the values are fractions, shown in per cent.
+        percent, percent_x: the values, or the positions along x, are fractions, shown in per cent.
         span: of the horizontal axis; None: that of the points.
         categories: names of x = 1, 2, … in place of numbers.
         marks, bands: what is marked along the horizontal axis.
@@ -117,6 +117,7 @@ class Figure:
     log_x: bool = False
     log_y: bool | None = False
     percent: bool = False
+    percent_x: bool = False
     span: tuple[float, float] | None = None
     categories: tuple[str, ...] = ()
     marks: tuple[Mark, ...] = ()
@@ -132,6 +133,17 @@ class Figure:
     def drawn(self) -> bool:
         """Whether there is a finite value to draw."""
         return any(math.isfinite(point.y) for series in self.series for point in series.points)
+
+    @property
+    def outside(self) -> set[str]:
+        """The sides of the vertical axis, "below" and "above", at which hollow markers stand for values outside."""
+        axis = self.y_axis(1.0, 0.0)
+        values = [point.y for series in self.series if series.style == "measured" for point in series.points]
+        sides = {
+            "below": any(value < axis.low for value in values),
+            "above": any(value > axis.high for value in values),
+        }
+        return {side for side, holds in sides.items() if holds}
 
     def x_axis(self, start: float, end: float) -> Axis:
         """The horizontal axis from `start` to `end`."""

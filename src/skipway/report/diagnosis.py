@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -29,17 +28,20 @@ MEANINGS: dict[Verdict, str] = {
 }
 
 
-def diagnosis_page(shown: Diagnosis | Treatment, command: str = "") -> str:
+def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = "") -> str:
     """Render the page of a diagnosis, or of a treatment with the diagnoses before and after, as text.
 
     Args:
         shown: result of `skipway.diagnose` or of `Diagnosis.fix`.
         command: command line that produced it, shown in the footer.
+        name: of the network, shown in the title before its class.
     """
     treatment = shown if isinstance(shown, Treatment) else None
     diagnosis = treatment.after if treatment else shown
     assert isinstance(diagnosis, Diagnosis)
     figures = diagnosis_figures(diagnosis)
+    figures_before = diagnosis_figures(treatment.before) if treatment else []
+    kind = type((treatment.before if treatment else diagnosis).subject.model).__name__
     ahead = diagnosis.measurement.ahead
     numbers = [*diagnosis.key_numbers]
     if ahead is not None:
@@ -47,24 +49,52 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "") -> str:
         numbers.append((f"loss after {steps} of {diagnosis.settings.optimizer}", ahead.losses[-1]))
     return render(
         "diagnosis.html.j2",
-        title=type(diagnosis.subject.model).__name__,
+        title=f"{name} ({kind})" if name else kind,
         command=command,
         diagnosis=diagnosis,
         treatment=treatment,
         comparison=comparison_table(treatment) if treatment else None,
-        color=COLORS[diagnosis.verdict],
-        sentence=SENTENCES[diagnosis.verdict],
-        meaning=MEANINGS[diagnosis.verdict],
+        color="fair" if treatment and treatment.before.verdict != diagnosis.verdict else COLORS[diagnosis.verdict],
+        sentence=treatment_sentence(treatment) if treatment else SENTENCES[diagnosis.verdict],
+        meaning="" if treatment else MEANINGS[diagnosis.verdict],
         key_numbers=[(name, format_number(value)) for name, value in numbers],
         symbols=SYMBOLS,
         evidence=evidence_of,
         figures=figures,
-        figures_before=diagnosis_figures(treatment.before) if treatment else [],
-        hollow=any(point.y in (0.0, math.inf) for each in figures for line in each.series for point in line.points),
+        figures_before=figures_before,
+        note=chart_note(figures),
+        note_before=chart_note(figures_before),
         thing="Connections" if diagnosis.measurement.connections else "Layers",
         rows=row_table(diagnosis) if diagnosis.rows else None,
         refused=list(refusals(diagnosis)),
     )
+
+
+def treatment_sentence(treatment: Treatment) -> str:
+    """Return the headline of a treatment: the verdict before, and the one after the remedies."""
+    before, after = treatment.before.verdict, treatment.after.verdict
+    still = "still " if before == after else ""
+    first: dict[Verdict, str] = {
+        "trains": "trains",
+        "trains if": "trains only under conditions",
+        "will not train": "will not train",
+    }
+    last: dict[Verdict, str] = {
+        "trains": f"{still}trains.",
+        "trains if": f"{still}trains only if:",
+        "will not train": f"{still}will not train.",
+    }
+    return f"As it is, the network {first[before]}. With the remedies below it {last[after]}"
+
+
+def chart_note(figures: Sequence[Figure]) -> str:
+    """Explain the shading and the hollow markers of figures, where there are any."""
+    parts = ["Shaded: rows that a finding refers to, with its number."] if any(each.bands for each in figures) else []
+    outside = {side for each in figures for side in each.outside}
+    sides = {"below": "below the axis, 0 or too small for it", "above": "above the axis, infinite"}
+    if outside:
+        parts.append(f"Hollow: {'; or '.join(sides[side] for side in sides if side in outside)}.")
+    return " ".join(parts)
 
 
 def evidence_of(finding: Finding) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ __all__ = ["ENDINGS", "save"]
 ENDINGS = (".json", ".html", ".htm", ".png", ".svg", ".pdf")
 
 
-def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "") -> Path:
+def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "", name: str = "") -> Path:
     """Write a diagnosis to a file: .json, .html (a self-contained page), or a picture (.png, .svg, .pdf).
 
     Args:
@@ -23,6 +23,7 @@ def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "") 
             the diagnosis after.
         path: of the file; missing folders are created.
         command: command line that produced it, for the page.
+        name: of the network, such as the argument of the command line, for the title of the page.
 
     Returns:
         the path.
@@ -43,7 +44,7 @@ def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "") 
     elif path.suffix in (".html", ".htm"):
         from skipway.report.diagnosis import diagnosis_page
 
-        path.write_text(diagnosis_page(result, command), encoding="utf-8")
+        path.write_text(diagnosis_page(result, command, name), encoding="utf-8")
     else:
         from skipway.report.diagnosis import diagnosis_figures
         from skipway.report.pyplot import save_picture

@@ -169,11 +169,11 @@ def x_ticks(figure: Figure, axis: Axis) -> Iterator[tuple[float, str, str]]:
     measured = sorted({point.x for each in figure.series if each.style != "faint" for point in each.points})
     taken: list[float] = []
     # the largest first, as it is what a study of depth is about
-    for value in reversed(measured if len(measured) <= MOST_TICKS else axis.ticks):
+    for value in reversed(axis.ticks if figure.percent_x or len(measured) > MOST_TICKS else measured):
         x = axis.at(value)
         if all(abs(x - other) >= TICK_ROOM for other in taken):
             taken.append(x)
-            yield x, format_tick(value), "middle"
+            yield x, format_tick(value, figure.percent_x), "middle"
 
 
 def band_parts(figure: Figure, axis: Axis) -> Iterator[str]:

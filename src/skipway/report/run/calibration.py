@@ -30,6 +30,7 @@ def calibration_charts(predictions: Predictions) -> tuple[list[Figure | Bars], s
             Series.of("perfect calibration", [(0.0, 0.0), (1.0, 1.0)], "theory"),
         ),
         percent=True,
+        percent_x=True,
         span=(0.0, 1.0),
     )
     images = Bars(

@@ -26,7 +26,7 @@ def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Heatmap | None:
         title="Confusion matrix of the test images",
         categories=tuple(names),
         counts=tuple(map(tuple, confusion.tolist())),
-        note="Darker: a larger fraction of the true class.",
+        note="Stronger colour: a larger fraction of the true class.",
     )
 
 
