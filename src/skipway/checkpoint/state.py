@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, printable
 from skipway.tracing import unwrap
+from skipway.weights.prefixes import INSERTED
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,7 +32,6 @@ __all__ = [
     "optimizer_state",
 ]
 
-WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float}
 # the step count of optimizers that keep it per group and not per parameter
 GROUP_STEP = "group_step"
@@ -43,7 +43,7 @@ def clean_name(name: str) -> str:
     >>> clean_name("layer1._orig_mod.0.weight")
     'layer1.0.weight'
     """
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in INSERTED)
 
 
 def model_state(model: nn.Module, *, gather: bool = True) -> dict[str, Tensor]:

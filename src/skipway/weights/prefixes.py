@@ -9,9 +9,11 @@ from torch import Tensor
 
 from skipway.errors import CheckpointError
 
-__all__ = ["strip_prefixes"]
+__all__ = ["INSERTED", "strip_prefixes"]
 
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Path segments that torch.compile, FSDP and activation checkpointing insert; no module of a network is called so."""
+WRAPPERS = INSERTED | {"module"}
 """Path segments that DataParallel, torch.compile, FSDP and activation checkpointing insert, anywhere in a path."""
 COUNTERS = frozenset({"n_averaged"})
 """Buffers of wrappers that are no weights: `torch.optim.swa_utils.AveragedModel` counts its updates."""
