@@ -1,0 +1,1 @@
+"""Random inputs of the kinds that people have: `python -m benchmarks.fuzz folders|lists|checkpoints`."""
