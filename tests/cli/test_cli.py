@@ -141,11 +141,11 @@ def pictures(root: Path, classes: tuple[str, ...] = ("dark", "light"), each: int
 
 
 USAGE = [
-    (["--model", "resnet21"], 2, r"unknown model 'resnet21'; did you mean|depth=21"),
+    (["--model", "resnet21"], 2, r"unknown model 'resnet21'; did you mean|depth 21"),
     (["--scheme", "fixupp"], 2, "unknown scheme 'fixupp'; did you mean 'fixup'"),
-    (["--depth", "21"], 2, "depth=21"),
-    (["--width", "0"], 2, "width=0: the rule is width >= 1"),
-    (["--lr", "-1"], 2, "lr=-1.0: the rule is lr > 0"),
+    (["--depth", "21"], 2, "--depth 21"),
+    (["--width", "0"], 2, "--width 0: the rule is width >= 1"),
+    (["--lr", "-1"], 2, "--lr -1.0: the rule is lr > 0"),
     (["--lr", "fast"], 2, 'unable to convert "fast" into float'),
     (["--optimizer", "sdg"], 2, "unknown optimizer 'sdg'; did you mean 'sgd'"),
     (["--device", "gpu7"], 2, "device 'gpu7' cannot be used"),

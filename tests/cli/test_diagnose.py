@@ -163,11 +163,11 @@ def test_names_of_ours_take_every_option(capsys):
 
 
 ERRORS = [
-    (["resnet21"], 2, "unknown model 'resnet21'; did you mean|depth=21"),
+    (["resnet21"], 2, "unknown model 'resnet21'; did you mean|--depth 21"),
     (["resnet20", "--scheme", "fixupp"], 2, "did you mean 'fixup'"),
     (["resnet20", "--optimizer", "sdg"], 2, 'Invalid value "sdg"'),
     (["resnet20", "--samples", "4"], 2, "samples=4: the rule is samples >= 8"),
-    (["resnet20", "--lr", "0"], 2, "lr=0.0: the rule is lr > 0"),
+    (["resnet20", "--lr", "0"], 2, "--lr 0.0: the rule is lr > 0"),
     (["resnet20", "--input", "3,a"], 2, "--input 3,a: the rule is whole numbers"),
     (["resnet20", "--out", "x.txt"], 2, "--out x.txt: the rule is one of the endings .json"),
     (["resnet20", "--save-model", "x"], 2, "give --fix with it"),

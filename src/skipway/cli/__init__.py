@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from skipway.cli.app import app
     from skipway.cli.help import HELP_ALL, HelpFormatter
+    from skipway.cli.option_names import option_spelling
     from skipway.errors import SkipwayError
 
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = f" {given[0]}" if given and not given[0].startswith("-") else ""
         return print_error(f"{error}\nSee: skipway{command} --help", 2)
     except SkipwayError as error:
-        return print_error(str(error), error.exit_status)
+        return print_error(option_spelling(str(error)), error.exit_status)
     except KeyboardInterrupt as error:
         # `StopSignal` passes the number of the signal
         return print_error("stopped", 128 + error.args[0] if error.args else INTERRUPTED)

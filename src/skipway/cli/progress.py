@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from skipway.cli.option_names import option_spelling
 from skipway.inference.metrics import percent
 from skipway.report.summary import duration
 from skipway.training.reporter import SilentReporter, StepReport
@@ -49,7 +50,7 @@ class LineReporter(QuietReporter):
         self.last_line = time.monotonic()
 
     def message(self, label: str, text: str) -> None:
-        self.write(Text(f"{label:<{LABEL_WIDTH}}{text}".rstrip()))
+        self.write(Text(f"{label:<{LABEL_WIDTH}}{option_spelling(text)}".rstrip()))
 
     def images_read(self, done: int, total: int) -> None:
         if self.due():
@@ -95,7 +96,7 @@ class LiveReporter(LineReporter):
         self.progress.stop()
 
     def message(self, label: str, text: str) -> None:
-        lines = textwrap.wrap(text, max(40, self.console.width - LABEL_WIDTH - 1)) or [""]
+        lines = textwrap.wrap(option_spelling(text), max(40, self.console.width - LABEL_WIDTH - 1)) or [""]
         for number, line in enumerate(lines):
             start = f"{label if number == 0 else '':<{LABEL_WIDTH}}"
             self.write(Text.assemble((start, "bold cyan"), line))

@@ -1,0 +1,40 @@
+"""The arguments that messages name, in the spelling of the command line."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from dataclasses import fields
+
+__all__ = ["option_spelling"]
+
+ARGUMENT = re.compile(r"""(?<![\w.\-])([a-z]\w*)=(\([^()]*\)|'[^']*'|"[^"]*"|[\w+-]+(?:\.\w+)?)(?!\()""")
+
+
+def option_spelling(text: str) -> str:
+    """Spell every `name=value` in a message whose name is a field of the recipe as an option.
+
+    >>> option_spelling("keep it with allow_empty=True, or name them with columns=('image', 'label')")
+    'keep it with --allow-empty, or name them with --columns image,label'
+    >>> option_spelling("lr=-1.0: the rule is lr > 0")
+    '--lr -1.0: the rule is lr > 0'
+    """
+    from skipway.recipe import Recipe
+
+    known = {field.name for field in fields(Recipe)}
+
+    def spelled(found: re.Match[str]) -> str:
+        name, text = found.groups()
+        if name not in known:
+            return found[0]
+        option = name.replace("_", "-")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        if isinstance(value, bool):
+            return f"--{'' if value else 'no-'}{option}"
+        return f"--{option} {shlex.quote(','.join(map(str, value)) if isinstance(value, tuple) else str(value))}"
+
+    return ARGUMENT.sub(spelled, text)
