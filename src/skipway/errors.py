@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "SkipwayError",
     "counted",
     "printable",
+    "spell",
+    "spelling",
     "suggest",
 ]
 
@@ -71,6 +75,38 @@ def counted(count: int, thing: str, things: str = "") -> str:
     ('1 sample', '2,000 samples', '2 branches')
     """
     return f"{count:,} {thing if count == 1 else things or thing + 's'}"
+
+
+RENAMED: ContextVar[dict[str, str]] = ContextVar("RENAMED")
+
+
+@contextmanager
+def spelling(**names: str) -> Iterator[None]:
+    """Context in which messages call arguments by the names that the caller knows them by: fields of a recipe, say.
+
+    >>> with spelling(entry="weights_entry"):
+    ...     spell("entry", "ema")
+    "weights_entry='ema'"
+    """
+    token = RENAMED.set(names)
+    try:
+        yield
+    finally:
+        RENAMED.reset(token)
+
+
+def spell(name: str, value: object) -> str:
+    """An argument with its value, for a message, by the name that the caller knows it by.
+
+    A recipe's fields hold several words as one text. The command line spells them as options (`cli.option_names`).
+
+    >>> spell("adapt", ("classes", "size"))
+    "adapt=('classes', 'size')"
+    """
+    renamed = RENAMED.get({}).get(name)
+    if renamed is None:
+        return f"{name}={value!r}"
+    return f"{renamed}={(','.join(value) if isinstance(value, tuple) else value)!r}"
 
 
 def suggest(kind: str, name: str, known: Iterable[str]) -> str:

@@ -150,6 +150,12 @@ class Recipe:
     weights_names: Literal["skipway", "timm", "torchvision", "huggingface"] = advanced("skipway")
     """Naming scheme of the checkpoint."""
 
+    weights_entry: str | None = advanced(None)
+    """State dict of a checkpoint with several: model, ema.module. [averaged weights]"""
+
+    weights_adapt: str = advanced("classes,size")
+    """Differences allowed: classes, size, channels, depth, unexpected."""
+
     epochs: int = 30
     """Passes over the training images."""
 

@@ -107,5 +107,5 @@ def test_folders_that_cannot_be_rebuilt(nets):
     stored = load_file("out/model.safetensors")
     del stored["0.down.residual_scale.gain"]
     save_file(stored, "out/model.safetensors")
-    with pytest.raises(CheckpointError, match=r"does not fit Sequential: (.|\n)*0\.down\.residual_scale\.gain"):
+    with pytest.raises(CheckpointError, match=r"do not fit this Sequential(.|\n)*0\.down\.residual_scale\.gain"):
         rebuild("out")

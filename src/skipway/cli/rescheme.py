@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from skipway.errors import SkipwayError
+from skipway.cli.option_names import option_spelling
+from skipway.errors import SkipwayError, spelling
 
 __all__ = ["rescheme"]
 
@@ -28,6 +29,9 @@ def rescheme(
     out: Annotated[Path, Parameter(name=("--out", "-o"), group=OUTPUT)],
     start: Annotated[Start, Parameter(group=OPERATION)] = "identity",
     weights: Annotated[Path | None, Parameter(group=MODEL)] = None,
+    weights_names: Annotated[str, Parameter(group=MODEL)] = "skipway",
+    weights_entry: Annotated[str | None, Parameter(group=MODEL)] = None,
+    weights_adapt: Annotated[str, Parameter(group=MODEL)] = "",
     input: Annotated[str | None, Parameter(group=MODEL)] = None,
     depth: Annotated[int | None, Parameter(group=MODEL)] = None,
     classes: Annotated[int | None, Parameter(group=MODEL)] = None,
@@ -43,7 +47,10 @@ def rescheme(
         scheme: Scheme that is inserted after every branch.
         out: Folder for the weights and the description of the model.
         start: Gains start at 1; or at the scheme's value, divided out of the preceding map; or from scratch (scheme).
-        weights: A .safetensors or .pth file of the model. [random]
+        weights: File of weights of the model. [random]
+        weights_names: Naming scheme of the file; skipway: the model's own names.
+        weights_entry: State dict of a checkpoint with several. [averaged weights]
+        weights_adapt: Differences allowed: classes, size, channels, depth, unexpected. [none]
         input: Shape of one sample, 3,224,224. [the model's]
         depth: Weight layers, for a family. [the model's]
         classes: Number of outputs. [the model's]
@@ -55,7 +62,8 @@ def rescheme(
     from skipway._version import __version__
     from skipway.checkpoint.files import write_json, write_tensors
     from skipway.schemes.scheme import parse_scheme
-    from skipway.surgery.storage import DESCRIPTION, WEIGHTS, Description, load_strictly
+    from skipway.surgery.storage import DESCRIPTION, WEIGHTS, Description
+    from skipway.weights import load_state, read_source
     from skipway.zoo import ModelRequest, load_model
 
     dressing = str(parse_scheme(scheme))
@@ -64,7 +72,10 @@ def rescheme(
     torch.manual_seed(seed)
     loaded = load_model(model, ModelRequest(depth=depth, classes=classes, shape=parse_shape(input)))
     if weights is not None:
-        load_strictly(loaded.model, weights)
+        with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
+            allowed = tuple(filter(None, weights_adapt.split(",")))
+            source = read_source(str(weights), weights_entry, print_note)
+            load_state(loaded.model, source, names=weights_names, adapt=allowed, remark=print_note)
     options = {name: value for name, value in (("depth", depth), ("classes", classes)) if value is not None}
     description = Description(
         model=with_absolute_file(model),
@@ -79,6 +90,11 @@ def rescheme(
     write_tensors(out / WEIGHTS, loaded.model.state_dict(), {})
     write_json(out / DESCRIPTION, asdict(description))
     sys.stdout.write(f"{operation}\nweights   {out / WEIGHTS}\nrebuild   {out / DESCRIPTION}\n")
+
+
+def print_note(sentence: str) -> None:
+    """Print a remark to standard error."""
+    print(f"note      {option_spelling(sentence)}", file=sys.stderr)
 
 
 def with_absolute_file(model: str) -> str:

@@ -15,10 +15,10 @@ from skipway.errors import CheckpointError
 from skipway.surgery.operation import Operation
 from skipway.surgery.rescheme import Start, rescheme
 from skipway.tracing import Example
-from skipway.weights import read_weights
+from skipway.weights import load
 from skipway.zoo import LoadedModel, ModelRequest, load_model
 
-__all__ = ["DESCRIPTION", "WEIGHTS", "Description", "example_of", "load_strictly", "rebuild"]
+__all__ = ["DESCRIPTION", "WEIGHTS", "Description", "example_of", "rebuild"]
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "rebuild.json"
 
@@ -83,18 +83,6 @@ def example_of(loaded: LoadedModel) -> Example:
     return batch[0] if pair else batch
 
 
-def load_strictly(model: nn.Module, path: Path) -> None:
-    """Load weights into a model, in place and strictly.
-
-    Raises:
-        CheckpointError: a key is missing, too much, or of another shape; the model may be half filled.
-    """
-    try:
-        model.load_state_dict(read_weights(path))
-    except RuntimeError as problem:
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {problem}") from problem
-
-
 def rebuild(folder: str | Path) -> nn.Module:
     """Build the network that `skipway rescheme … -o folder` wrote, in evaluation mode; returns a new one.
 
@@ -116,5 +104,5 @@ def rebuild(folder: str | Path) -> nn.Module:
     loaded = load_model(description.model, description.request)
     # the weights are loaded afterwards, so the outputs of the fresh ones do not matter
     description.operate(loaded, tolerance=math.inf)
-    load_strictly(loaded.model, folder / WEIGHTS)
+    load(loaded.model, folder / WEIGHTS)
     return loaded.model.eval()

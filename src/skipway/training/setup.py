@@ -18,7 +18,7 @@ from skipway.checkpoint.files import write_json
 from skipway.checkpoint.store import Checkpoints
 from skipway.data import Data, load
 from skipway.data.randomness import draw_key
-from skipway.errors import CheckpointError, DataError, SkipwayError
+from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell, spelling
 from skipway.models import build, find_config
 from skipway.monitor.health import Health
 from skipway.optim.groups import layer_indices, param_groups
@@ -28,7 +28,8 @@ from skipway.training.ema import ModelEMA
 from skipway.training.reporter import Reporter
 from skipway.training.run import Progress, Run
 from skipway.training.run_folder import RunFolder
-from skipway.weights import load as load_weights
+from skipway.weights import load_state, match, read_source
+from skipway.weights.adapt import CHOICES
 
 __all__ = [
     "build_run",
@@ -45,6 +46,8 @@ __all__ = [
 
 # more steps than are timed before `Recipe.time` is converted to epochs
 STEPS_TO_PLAN = 25
+# names of parameters that a message lists
+MAX_KEYS = 8
 
 
 @contextmanager
@@ -128,7 +131,7 @@ def build_run(
     torch.manual_seed(draw_key(recipe.seed, "weights"))
     model = build(str(recipe.model), **model_options(recipe, data))
     if recipe.weights is not None:
-        loaded = load_initial_weights(model, recipe)
+        loaded = load_initial_weights(model, recipe, lambda sentence: reporter.message("note", sentence))
         reporter.message("weights", loaded)
     model = model.to(device)
     if recipe.sharding == "none":  # FSDP2 shards the first axis and requires contiguous weights
@@ -176,29 +179,33 @@ def model_options(recipe: Recipe, data: Data) -> dict[str, Any]:
     return {**given, **image, "classes": len(data.classes), "channels": data.channels}
 
 
-def load_initial_weights(model: nn.Module, recipe: Recipe) -> str:
-    """Load the weights to start from; in words, what of them was used.
-
-    The classifier may be another one, and progress tables are resampled; every other tensor has to fit.
+def load_initial_weights(model: nn.Module, recipe: Recipe, remark: Callable[[str], None]) -> str:
+    """Load the weights to start from; in words, what of them was used. Every difference that the recipe does not allow
+    is an error.
     """
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    try:
-        load_weights(model, str(recipe.weights), names=recipe.weights_names, adapt=("classes", "size"))
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}\nSelect the naming scheme of the file with --weights-names timm, torchvision or huggingface; it "
-            f"is {recipe.weights_names} now."
-        ) from error
-    after = model.state_dict()
-    same = [name for name, tensor in before.items() if tensor.is_floating_point() and torch.equal(tensor, after[name])]
-    head = [name for name in same if is_head(model, name)]
-    loaded = f"{len(before) - len(head)} of {len(before)} tensors from {recipe.weights}"
-    return f"{loaded}; newly initialised: {', '.join(head)}" if head else loaded
+    adapt = tuple(choice.strip() for choice in recipe.weights_adapt.split(",") if choice.strip())
+    names = recipe.weights_names
+    with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
+        state = read_source(str(recipe.weights), recipe.weights_entry, remark)
+        try:
+            report = load_state(model, state, names=names, adapt=adapt, remark=remark)
+        except CheckpointError as error:
+            trial = match(model, state, names=names, adapt=CHOICES)
+            if trial.fits and "channels" in trial.used and recipe.channels == 1:
+                raise CheckpointError(f"{error}\nOr take the images in colour: {spell('channels', 3)}.") from error
+            raise
+    parts = [
+        f"{len(report.tensors)} of {len(model.state_dict())} tensors from {printable(str(recipe.weights))}",
+        *(f"{title}: {list_keys(keys)}" for title, keys in report.differences().items()),
+    ]
+    return "; ".join(parts)
 
 
-def is_head(model: nn.Module, name: str) -> bool:
-    """Whether a tensor belongs to the classifier."""
-    return name.startswith("head.")
+def list_keys(keys: Sequence[str]) -> str:
+    """Names of parameters, cut."""
+    return ", ".join(map(printable, keys[:MAX_KEYS])) + (
+        f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else ""
+    )
 
 
 def check_grow_from(recipe: Recipe, data: Data, model: nn.Module) -> None:

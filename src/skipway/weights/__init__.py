@@ -3,7 +3,7 @@
 from skipway.weights import cait, convnext, resnet, swin, vit
 from skipway.weights.files import read_weights
 from skipway.weights.keymap import Convert, KeyMap, KeyRule, module_rule
-from skipway.weights.loader import LoadReport, Source, export_names, load, match
+from skipway.weights.loader import LoadReport, Source, export_names, load, load_state, match, read_source
 from skipway.weights.tables import register_keymap
 
 __all__ = [
@@ -16,8 +16,10 @@ __all__ = [
     "convnext",
     "export_names",
     "load",
+    "load_state",
     "match",
     "module_rule",
+    "read_source",
     "read_weights",
     "register_keymap",
     "resnet",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from skipway.errors import CheckpointError, suggest
+from skipway.errors import CheckpointError, spell, suggest
 from skipway.nn import Classifier, Residual
 from skipway.tracing.chain import chain
 from skipway.weights.keymap import KeyMap
@@ -30,6 +30,7 @@ class Misfit:
         misshapen: our key → the file's tensor, of another shape.
         missing: our keys that the file lacks.
         unexpected: their keys that match none of ours.
+        taken: their keys that match one of ours.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Misfit:
     misshapen: Mapping[str, Tensor]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    taken: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,17 @@ def adapt_depth(misfit: Misfit) -> Change:
     return change
 
 
+def adapt_unexpected(misfit: Misfit) -> Change:
+    """Names in modules that the model lacks altogether, a loss or metrics, are left out where all of the model fits.
+
+    What stands beside parameters of the model is a part of another network, and stays unexpected.
+    """
+    if misfit.missing or misfit.misshapen:
+        return Change()
+    modules = {key.partition(".")[0] for key in misfit.taken}
+    return Change(left_out=[key for key in misfit.unexpected if key.partition(".")[0] not in modules])
+
+
 def belongs_to_missing_connection(ours: str, names: set[str], numberless: set[str]) -> bool:
     """True if a key belongs to a connection that the model lacks while it has others of the same kind."""
     parts = ours.split(".")
@@ -142,6 +155,7 @@ CHOICES: dict[str, Callable[[Misfit], Change]] = {
     "size": adapt_size,
     "channels": adapt_channels,
     "depth": adapt_depth,
+    "unexpected": adapt_unexpected,
 }
 
 
@@ -153,5 +167,5 @@ def read_choices(adapt: Iterable[str]) -> frozenset[str]:
     """
     made = frozenset([adapt] if isinstance(adapt, str) else adapt)
     for choice in sorted(made - CHOICES.keys()):
-        raise CheckpointError(f"adapt={choice!r}: {suggest('choice', choice, CHOICES)}")
+        raise CheckpointError(f"{spell('adapt', choice)}: {suggest('choice', choice, CHOICES)}")
     return made

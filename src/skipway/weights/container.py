@@ -1,4 +1,4 @@
-"""Checkpoint containers: the format of a file by its content, and the state dicts that a checkpoint holds."""
+"""Checkpoint containers: what `torch.save` wrote, read without running code, and the state dicts in it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,17 @@ import re
 import types
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skipway.errors import CheckpointError, printable
+from skipway.errors import CheckpointError, counted, printable, spell
 
-__all__ = ["file_format", "find_state_dicts", "read_torch", "select_state_dict"]
-
-Format = Literal["safetensors", "torch"]
-
-FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; fetch it with git lfs pull"),
-    (b"<", "a page of HTML or XML, as a failed download leaves it; download the file again"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"BZh", "a bzip2 archive; unpack it first"),
-    (b"\xfd7zXZ", "an xz archive; unpack it first"),
-    (b"GGUF", "a GGUF file of llama.cpp, which is not read; use the safetensors file of the same model"),
-    (b"\x89HDF", "an HDF5 file of Keras, which is not read; convert it to safetensors"),
-    (b"\x93NUMPY", "a NumPy array, not a state dict"),
-)
-"""First bytes of files that people mistake for weights, and what such a file is."""
+__all__ = ["StateDict", "find_state_dicts", "read_torch", "select_state_dict"]
 
 
 def as_dict(*_: object) -> dict[Any, Any]:
@@ -62,84 +49,182 @@ AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema"
 LIVE = ("state_dict", "model_state_dict", "model_state", "model", "params", "weights", "net", "network", "student")
 DEPTH = 3
 """How deep entries are nested at most: {"ema": {"module": {…}}}."""
+SHOWN = 12
+"""Names that a message lists."""
 
 
-def file_format(path: Path) -> Format:
-    """The format of a file of weights, read from its first bytes; its suffix does not matter.
+class Unread:
+    """A stand-in for an object of a type that is not allowed: it keeps what the file stored, and runs nothing."""
+
+    state: object = None
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """The attributes that the file stored for the object."""
+        return self.state if isinstance(self.state, Mapping) else {}
+
+
+class UnreadDict:
+    """The same for a subclass of dict, which torch's unpickler fills only where it is a plain one."""
+
+    def __new__(cls, *args: object) -> dict[Any, Any]:  # type: ignore[misc]
+        return {}
+
+
+class UnreadList:
+    """The same for a subclass of list."""
+
+    def __new__(cls, *args: object) -> list[Any]:  # type: ignore[misc]
+        return []
+
+
+def read_torch(path: Path) -> tuple[object, list[str]]:
+    """The content of a file that `torch.save` wrote, without ever running code from it.
+
+    Tensors, plain containers and `HARMLESS` objects are read. For an object of any other type stands an `Unread`.
+
+    Returns:
+        the content, and the names of the other types.
 
     Raises:
-        CheckpointError: an empty file, or one of another kind, which is named.
+        CheckpointError: a damaged file, a TorchScript archive, or a function of the operating system.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(264)
-    # first, since the length of a header may begin with the byte of a pickle
-    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
-        return "safetensors"
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" or head[257:262] == b"ustar":
-        return "torch"
-    for start, kind in FOREIGN:
-        if head.lstrip().startswith(start):
-            raise CheckpointError(f"{path} is {kind}")
-    if path.suffix.lower() == ".safetensors" or head[8:9] == b"{":
-        raise CheckpointError(f"{path} is a damaged safetensors file: its header does not fit its {size:,} bytes")
-    raise CheckpointError(
-        f"{path} is damaged or no file of weights ({size:,} bytes, beginning {head[:8]!r}): the rule is a safetensors "
-        "file, or one that torch.save wrote"
-    )
+    unread: dict[str, type] = dict.fromkeys(unknown_types(path), Unread)
+    while True:
+        stand_ins = [(type(name, (kind,), {}), name) for name, kind in unread.items()]
+        try:
+            # by a file object, since torch.load takes a path that ends in .safetensors for what it says
+            with (
+                path.open("rb") as file,
+                warnings.catch_warnings(),
+                torch.serialization.safe_globals([*HARMLESS, *stand_ins]),
+            ):
+                warnings.simplefilter("ignore")  # about the protocol of a foreign pickle; its content is judged here
+                return torch.load(file, map_location="cpu", weights_only=True), sorted(unread)
+        except pickle.UnpicklingError as error:
+            if not add_stand_in(unread, str(error)):
+                named = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"got <class '(.+?)'>", str(error))
+                what = f"an object of {printable(named[1])}" if named else "more than tensors"
+                raise CheckpointError(
+                    f"{printable(path)} holds {what} and would run code when read, which Skipway never does. If you "
+                    "trust the file, read it with torch.load(…, weights_only=False) and save its state dict as "
+                    "safetensors"
+                ) from error
+        except Exception as error:  # a foreign reader on a foreign file: its kinds of failure are listed nowhere
+            if "TorchScript" in str(error):
+                raise CheckpointError(
+                    f"{printable(path)} is a TorchScript archive; save the state dict of the module that it was made "
+                    "from, torch.jit.load(…).state_dict()"
+                ) from error
+            reason = printable(str(error)).partition("\\n")[0]
+            raise CheckpointError(f"{printable(path)} is damaged or no PyTorch checkpoint: {reason}") from error
 
 
-def read_torch(path: Path) -> object:
-    """The content of a file that `torch.save` wrote: tensors, plain containers and `HARMLESS` objects, never code.
-
-    Raises:
-        CheckpointError: a damaged file, a TorchScript archive, or an object of another type, which is named.
-    """
+def unknown_types(path: Path) -> list[str]:
+    """The types in a zipped checkpoint that are not allowed; none for an older or damaged one."""
     try:
-        # by a file object, since torch.load takes a path that ends in .safetensors for what it says
-        with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(list(HARMLESS)):
-            warnings.simplefilter("ignore")  # about the protocol of a foreign pickle; its content is judged here
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        what = f"an object of {printable(named[1])}" if named else "more than tensors"
-        raise CheckpointError(
-            f"{path} holds {what} and would run code when read, which Skipway never does. If you trust the file, read "
-            "it with torch.load(…, weights_only=False) and save its state dict as safetensors"
-        ) from error
-    except Exception as error:  # a foreign reader on a foreign file: its kinds of failure are listed nowhere
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                f"{path} is a TorchScript archive; save the state dict of the module that it was made from, "
-                "torch.jit.load(…).state_dict()"
-            ) from error
-        raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {printable(str(error))}") from error
+        with torch.serialization.safe_globals(list(HARMLESS)):
+            return torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # as above; reading the file tells what is wrong
+        return []
 
 
-def find_state_dicts(content: object) -> dict[str, dict[str, Tensor]]:
+def add_stand_in(unread: dict[str, type], reason: str) -> bool:
+    """Let something inert stand for the type that the unpickler refused, and tell whether that is new."""
+    named = re.search(r"GLOBAL (\S+) was not an allowed", reason)
+    if named is not None:
+        new = {name for name in (named[1], f"builtins.{named[1]}") if name not in unread}
+        unread.update(dict.fromkeys(new, Unread))
+        return bool(new)
+    kinds = {"SETITEM": UnreadDict, "append to": UnreadList, "extend lists": UnreadList}
+    kind = next((kind for words, kind in kinds.items() if words in reason), Unread)
+    refused = [name for name, known in unread.items() if known is not kind and f".{name}'" in reason]
+    unread.update(dict.fromkeys(refused, kind))
+    return bool(refused)
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """The parameters of a network by name.
+
+    Args:
+        tensors: by name.
+        others: the names of values that are left out, with their types: those among the tensors that are none, and
+            tensors beside the entry.
+    """
+
+    tensors: dict[str, Tensor]
+    others: tuple[str, ...] = ()
+
+
+def find_state_dicts(content: object) -> dict[str, StateDict]:
     """All state dicts in a checkpoint by the path of their entry, "" for the content itself.
 
-    A state dict is a mapping from names to tensors in which nothing else stands, NumPy arrays taken as tensors and
-    empty extra states left out. Optimizers' and schedulers' states are none.
+    A state dict is a mapping from names to tensors (or NumPy arrays) that holds no other state dict, or a network that
+    was pickled as a whole. The states of optimizers and schedulers are none.
 
     >>> found = find_state_dicts({"epoch": 3, "ema": {"module": {"fc.weight": torch.zeros(2)}}})
     >>> list(found)
     ['ema.module']
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, StateDict] = {}
 
     def search(value: object, path: tuple[str, ...]) -> None:
-        if not isinstance(value, Mapping) or len(path) > DEPTH or any("optim" in part for part in path):
+        if isinstance(value, Unread) and "_parameters" in value.attributes:
+            value = read_module(value, ())
+        if isinstance(value, list | tuple):
+            value = {str(number): each for number, each in enumerate(value) if isinstance(each, Mapping)}
+        if not isinstance(value, Mapping) or len(path) > DEPTH or is_optimizer(value, path):
             return
-        tensors = {str(name): as_tensor(each) for name, each in value.items() if each is not None}
-        if tensors and all(tensor is not None for tensor in tensors.values()):
-            found[".".join(path)] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-            return
+        before = set(found)
         for name, each in value.items():
             search(each, (*path, str(name)))
+        tensors = {str(name): tensor for name, each in value.items() if (tensor := as_tensor(each)) is not None}
+        inner = found.keys() - before
+        for name in inner if tensors else ():
+            beside = tuple(f"{printable('.'.join((*path, each)))} (a tensor)" for each in tensors)
+            found[name] = replace(found[name], others=found[name].others + beside)
+        if tensors and not inner:
+            rest = {name: each for name, each in value.items() if str(name) not in tensors and each is not None}
+            others = tuple(f"{printable(str(name))} ({type(each).__name__})" for name, each in rest.items())
+            found[".".join(path)] = StateDict(tensors, others)
 
     search(content, ())
     return found
+
+
+def is_optimizer(value: Mapping[Any, Any], path: tuple[str, ...]) -> bool:
+    """Whether a mapping is an optimizer's state, or has no names but numbers, as the parts of one do."""
+    return (
+        not any(isinstance(name, str) for name in value)
+        or "param_groups" in value
+        or any("optim" in part for part in path)
+    )
+
+
+def read_module(module: Unread, owners: tuple[int, ...]) -> dict[str, Tensor]:
+    """The state dict of a network that was pickled as a whole."""
+    own = module.attributes
+    passing = own.get("_non_persistent_buffers_set")
+    tables = [own.get(name) for name in ("_parameters", "_buffers")]
+    tensors = {
+        str(name): tensor
+        for table in tables
+        for name, tensor in (table.items() if isinstance(table, Mapping) else ())
+        if isinstance(tensor, Tensor) and name not in (passing if isinstance(passing, set) else ())
+    }
+    parts = own.get("_modules")
+    for name, part in parts.items() if isinstance(parts, Mapping) else ():
+        if isinstance(part, Unread) and id(part) not in owners:
+            inner = read_module(part, (*owners, id(module)))
+            tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in inner.items()})
+    return tensors
 
 
 def as_tensor(value: object) -> Tensor | None:
@@ -147,12 +232,15 @@ def as_tensor(value: object) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(value.copy())
+        try:
+            return torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
+        except TypeError:  # a type of numbers that torch lacks, such as longdouble
+            return None
     return None
 
 
-def select_state_dict(content: object, path: Path, entry: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """The state dict of a checkpoint, and a remark on the choice, empty if there was none.
+def select_state_dict(content: object, where: str, entry: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict of a checkpoint, and remarks on what was chosen and what was left out.
 
     Averaged weights (an entry such as "model_ema") are preferred to the live ones, as timm does; `entry` names another.
 
@@ -160,25 +248,53 @@ def select_state_dict(content: object, path: Path, entry: str | None = None) -> 
         CheckpointError: no state dict, several of which none is known to be meant, or no such entry.
     """
     found = find_state_dicts(content)
-    if not found:
-        keys = ", ".join(printable(str(key)) for key in list(content)[:12]) if isinstance(content, Mapping) else ""
-        held = f"its entries are {keys}" if keys else f"it holds a {type(content).__name__}"
-        raise CheckpointError(f"{path} holds no state dict (names to tensors): {held}")
     names = list(found)
+    if not found:
+        raise CheckpointError(f"{where} holds no state dict (names to tensors): {describe_content(content)}")
+    remarks = []
     if entry is not None:
         close = [name for name in names if name == entry or name.startswith(f"{entry}.")]
         if len(close) != 1:
-            raise CheckpointError(f"entry={entry!r}: {path} holds the state dicts {', '.join(map(repr, names))}")
-        return found[close[0]], ""
-    ranked = [name for kind in (AVERAGED, LIVE) for known in kind for name in names if known in name.split(".")]
-    chosen = (ranked or (names if len(names) == 1 else [""]))[0]
-    if chosen not in found:
-        listed = ", ".join(repr(name) for name in names)
-        raise CheckpointError(f"{path} holds several state dicts, {listed}; name one of them: entry={names[0]!r}")
-    others = [name for name in names if name != chosen]
-    if not others:
-        return found[chosen], ""
-    kind = "averaged weights" if set(AVERAGED) & set(chosen.split(".")) else "weights"
-    return found[chosen], (
-        f"{path.name}: the {kind} {chosen!r} are taken; also there: {', '.join(map(repr, others))} (choose by entry=…)"
-    )
+            raise CheckpointError(f"{spell('entry', entry)}: {where} holds the state dicts {list_names(names)}")
+        chosen = close[0]
+    else:
+        ranked = [name for kind in (AVERAGED, LIVE) for known in kind for name in names if known in name.split(".")]
+        chosen = (ranked or (names if len(names) == 1 else [""]))[0]
+        others = [name for name in names if name != chosen]
+        if chosen not in found:
+            raise CheckpointError(
+                f"{where} holds several state dicts, {list_names(names)}; name one of them: {spell('entry', names[0])}"
+            )
+        if others:
+            kind = "averaged weights" if set(AVERAGED) & set(chosen.split(".")) else "weights"
+            remarks.append(
+                f"{where}: the {kind} {chosen!r} are taken; also there: {list_names(others)} "
+                f"(choose by {spell('entry', others[0])})"
+            )
+    left_out = found[chosen].others
+    if left_out:
+        remarks.append(f"{where}: {counted(len(left_out), 'value')} beside the weights left out: {cut([*left_out])}")
+    return found[chosen].tensors, remarks
+
+
+def describe_content(content: object) -> str:
+    """What a checkpoint without a state dict holds."""
+    if isinstance(content, Mapping) and content:
+        return f"its entries are {cut([f'{printable(str(key))}{name_type(value)}' for key, value in content.items()])}"
+    return f"it holds an object of {printable(type(content).__name__)}, which is not read: that could run code"
+
+
+def name_type(value: object) -> str:
+    """The type of an object that was not read, in brackets."""
+    kind = printable(type(value).__name__)
+    return f" (an object of {kind}, which is not read: that could run code)" if isinstance(value, Unread) else ""
+
+
+def list_names(names: list[str]) -> str:
+    """Names in quotation marks, cut."""
+    return cut([repr(name) for name in names])
+
+
+def cut(rows: list[str]) -> str:
+    """A list for a sentence, cut."""
+    return ", ".join(rows[:SHOWN]) + (f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else "")

@@ -7,7 +7,7 @@ Face's head has ε = 1e-12 unless its config says otherwise; ours is the authors
 from __future__ import annotations
 
 from skipway.models.convnext import ConvNeXt
-from skipway.weights.keymap import KeyMap, KeyRule, module_rule
+from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
 from skipway.weights.tables import register_keymap
 
 __all__: list[str] = []
@@ -78,9 +78,11 @@ register_keymap(ConvNeXt, KeyMap("timm", TIMM))
 register_keymap(ConvNeXt, KeyMap("torchvision", TORCHVISION))
 register_keymap(
     ConvNeXt,
-    KeyMap("huggingface", convnext_huggingface_rules("convnext")),
+    KeyMap("huggingface", with_base_names("convnext", convnext_huggingface_rules("convnext"))),
     when=lambda model: not model.config.response,
 )
 register_keymap(
-    ConvNeXt, KeyMap("huggingface", convnext_huggingface_rules("convnextv2")), when=lambda model: model.config.response
+    ConvNeXt,
+    KeyMap("huggingface", with_base_names("convnextv2", convnext_huggingface_rules("convnextv2"))),
+    when=lambda model: model.config.response,
 )

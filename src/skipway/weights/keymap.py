@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Convert", "KeyMap", "KeyRule", "module_rule"]
+__all__ = ["Convert", "KeyMap", "KeyRule", "module_rule", "with_base_names"]
 
 FIELD = re.compile(r"\{(\w+?)(?:\+(\d+))?\}")
 
@@ -71,11 +71,13 @@ class KeyMap:
         library: whose names these are.
         rules: the rows.
         ignored: regular expressions of their keys that need not be loaded (tables computed at construction).
+        unused: regular expressions of their keys for which ours has no use; they are left out and named (a pooler).
     """
 
     library: str
     rules: tuple[KeyRule, ...]
     ignored: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def find(self, key: str, present: Container[str] = ()) -> tuple[KeyRule, tuple[str, ...]] | None:
         """The row that matches our key, and their names for it: those that are present, else those of the first row."""
@@ -96,6 +98,10 @@ class KeyMap:
         """True if their key need not be loaded."""
         return any(re.fullmatch(expression, key) for expression in self.ignored)
 
+    def leaves_out(self, key: str) -> bool:
+        """True if our model has no use for their key."""
+        return any(re.fullmatch(expression, key) for expression in self.unused)
+
     def known(self, keys: Iterable[str]) -> float:
         """Fraction of their keys that the table matches."""
         keys = list(keys)
@@ -115,6 +121,18 @@ def module_rule(ours: str, *theirs: str, convert: Convert | None = None) -> KeyR
     """
     names = tuple(f"{name}.{{leaf}}" for name in theirs)
     return KeyRule(f"{ours}.{{leaf}}", names[0] if len(names) == 1 else names, convert)
+
+
+def with_base_names(root: str, rules: tuple[KeyRule, ...]) -> tuple[KeyRule, ...]:
+    """The rows of a model class of Hugging Face, and of its base model, published alone: without root and classifier.
+
+    >>> [row.theirs for row in with_base_names("vit", (KeyRule("head.norm", "vit.layernorm"),))]
+    ['vit.layernorm', 'layernorm']
+    """
+    inside = [row for row in rules if all(name.startswith(f"{root}.") for name in row.sources)]
+    bare = (replace(row, theirs=tuple(name.removeprefix(f"{root}.") for name in row.sources)) for row in inside)
+    base = (replace(row, theirs=row.sources[0]) if len(row.sources) == 1 else row for row in bare)
+    return (*rules, *base)
 
 
 def translate_key(source: str, target: str, key: str) -> str | None:

@@ -12,18 +12,18 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import CheckpointError
+from skipway.errors import CheckpointError, counted, spell
 from skipway.models import build
 from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
 from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
-from skipway.weights.container import select_state_dict
+from skipway.weights.container import cut, select_state_dict
 from skipway.weights.files import read_weights
 from skipway.weights.hub import PREFIX, download
 from skipway.weights.keymap import KeyMap
 from skipway.weights.prefixes import strip_prefixes
-from skipway.weights.tables import find_keymap, guess_architecture
+from skipway.weights.tables import find_keymap, guess_architecture, known_libraries
 
-__all__ = ["LoadReport", "Source", "export_names", "load", "match"]
+__all__ = ["LoadReport", "Source", "export_names", "load", "load_state", "match", "read_source"]
 
 M = TypeVar("M", bound=nn.Module)
 Source = str | Path | Mapping[str, Tensor]
@@ -48,9 +48,9 @@ class LoadReport:
         near: one of `unexpected` → what comes closest to it.
         resampled: ours → both shapes, where `adapt` allowed to resample.
         fresh: ours that keep their value since `adapt` allowed that.
-        left_out: theirs that are not loaded since `adapt` allowed that.
-        ways: choices of `adapt` that would allow a part of what does not fit.
-        remarks: sentences about the prefixes that were dropped.
+        left_out: theirs that are not loaded, since `adapt` allowed that or the library's class alone has them.
+        used: the choices of `adapt` that allowed something.
+        remarks: sentences about what was decided unasked: prefixes dropped, names without use left out.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -65,13 +65,18 @@ class LoadReport:
     resampled: dict[str, str] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    ways: list[str] = field(default_factory=list)
+    used: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
         """True if every key on both sides has its counterpart."""
         return not (self.missing or self.unexpected or self.misshapen)
+
+    def differences(self) -> dict[str, list[str]]:
+        """What was allowed to differ, and the names that it concerns."""
+        parts = {"newly initialised": self.fresh, "resampled": list(self.resampled), "left out": self.left_out}
+        return {title: keys for title, keys in parts.items() if keys}
 
     def __str__(self) -> str:
         missing = [f"{' + '.join(theirs)} (for {ours})" for ours, theirs in self.missing.items()]
@@ -154,6 +159,7 @@ def load(
     | `"size"` | the size of the images or windows that tables of positions are for | they are resampled, bicubic |
     | `"channels"` | the image channels of the first map | summed for one channel, else repeated at 3/C (as timm does) |
     | `"depth"` | the number of blocks | by their numbers: what the model lacks is left out, the rest stays |
+    | `"unexpected"` | names in modules that the model lacks altogether (a loss, metrics) | they are left out |
 
     Args:
         model: a network or a block, or the name of a network, which is built first (`build(name)`).
@@ -181,18 +187,29 @@ def load(
     True
     >>> deeper = sw.load("resnet32", sw.build("resnet20", classes=7).state_dict(), adapt=("classes", "depth"))
     """
-    state = read_source(source, entry, remark)
     network = build(model) if isinstance(model, str) else model
+    load_state(network, read_source(source, entry, remark), names=names, adapt=adapt, remark=remark)
+    return network
+
+
+def load_state(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    names: str = "skipway",
+    adapt: Iterable[str] = (),
+    remark: Callable[[str], None] = warnings.warn,
+) -> LoadReport:
+    """Load a state dict into a network in place, as `load` does, and return the account of every key.
+
+    Raises:
+        CheckpointError: as `load`; the network is unchanged.
+    """
     report = match(network, state, names=names, adapt=adapt)
-    for sentence in report.remarks if report.fits else ():
-        remark(sentence)
     if not report.fits:
-        hint = guess_architecture(state)
-        known = f"\nIts keys look like {hint}." if hint else ""
-        ways = f"\nA part of this is allowed by load(…, adapt={tuple(report.ways)!r})." if report.ways else ""
-        known += "".join(f"\n{sentence[:1].upper()}{sentence[1:]}." for sentence in report.remarks)
         raise CheckpointError(
-            f"the weights do not fit this {type(network).__name__} (names={names!r}):\n{report}{known}{ways}"
+            f"the weights do not fit this {type(network).__name__} ({spell('names', names)}):\n"
+            + "\n".join([str(report), *misfit_hints(network, state, report, names, read_choices(adapt))])
         )
     own = network.state_dict()
     bare = next(
@@ -205,15 +222,44 @@ def load(
     with torch.no_grad():
         for key, tensor in ready.items():
             own[key].copy_(tensor)
-    return network
+    for sentence in report.remarks:
+        remark(sentence)
+    return report
+
+
+def misfit_hints(
+    network: nn.Module, state: Mapping[str, Tensor], report: LoadReport, names: str, made: frozenset[str]
+) -> list[str]:
+    """Sentences about what is known of weights that do not fit, and ways out, each of which was tried."""
+    known = [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in report.remarks]
+    libraries = [names, *(each for each in known_libraries(network) if each != names)]
+    trials = {library: match(network, state, names=library, adapt=CHOICES) for library in libraries}
+    fitting = [
+        each for each, trial in trials.items() if trial.fits and 2 * len(trial.tensors) >= len(network.state_dict())
+    ]
+    if fitting:
+        best = min(fitting, key=lambda each: len(trials[each].used))
+        needed = [choice for choice in CHOICES if choice in made or choice in trials[best].used]
+        ways = [spell("names", best)] if best != names else []
+        ways += [spell("adapt", tuple(needed))] if set(needed) - made else []
+        return [*known, f"All of it fits with {' and '.join(ways)}."]
+    counts = {library: len(trial.tensors) for library, trial in trials.items()}
+    best = max(libraries, key=lambda library: counts[library])
+    if 2 * counts[best] >= len(network.state_dict()) and counts[best] > counts[names]:
+        rest = str(trials[best]).partition("\n")[2]
+        return [*known, f"By {spell('names', best)} {counts[best]} keys fit; there would remain:", rest]
+    guess = guess_architecture(state)
+    if guess is not None and not isinstance(network, guess[0]):
+        known.append(f"Its keys look like a {guess[0].__name__} of {guess[1]}.")
+    return known
 
 
 def read_source(source: Source, entry: str | None, remark: Callable[[str], None]) -> dict[str, Tensor]:
     """The state dict of a source."""
     if isinstance(source, Mapping):
-        state, choice = select_state_dict(source, Path("the mapping"), entry) if source else ({}, "")
-        if choice:
-            remark(choice)
+        state, remarks = select_state_dict(source, "the mapping", entry) if source else ({}, [])
+        for sentence in remarks:
+            remark(sentence)
         return state
     path = download(source) if isinstance(source, str) and source.startswith(PREFIX) else source
     return read_weights(path, entry, remark)
@@ -236,15 +282,23 @@ def match(
             report.missing[ours] = theirs
         elif not copy_tensor(report, ours, theirs, found, tensor):
             misshapen[ours] = found
-    report.unexpected.extend(key for key in state if key not in taken and not keymap.ignores(key))
-    for name, choice in CHOICES.items() if not report.fits else ():
-        fitting, missing, unexpected = frozenset(report.tensors), tuple(report.missing), tuple(report.unexpected)
+    rest = [key for key in state if key not in taken and not keymap.ignores(key)]
+    report.left_out.extend(key for key in rest if keymap.leaves_out(key))
+    report.unexpected.extend(key for key in rest if not keymap.leaves_out(key))
+    if report.left_out:
+        listed = cut(report.left_out)
+        report.remarks.append(
+            f"{counted(len(report.left_out), 'name')} that this model has no use for left out: {listed}"
+        )
+    for name, choice in CHOICES.items():
+        if report.fits or name not in made:
+            continue
         still = {ours: tensor for ours, tensor in misshapen.items() if ours in report.misshapen}
-        change = choice(Misfit(model, keymap, fitting, still, missing, unexpected))
-        if change and name in made:
+        lists = (frozenset(report.tensors), still, tuple(report.missing), tuple(report.unexpected), frozenset(taken))
+        change = choice(Misfit(model, keymap, *lists))
+        if change:
             report.adapt(change)
-        elif change and 2 * len(report.tensors) >= len(own):  # else it is another network, and no choice helps
-            report.ways.append(name)
+            report.used.append(name)
     report.near.update({key: nearest_keys(key, keymap, taken) for key in report.unexpected[:SHOWN]})
     return report
 

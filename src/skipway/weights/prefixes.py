@@ -55,7 +55,7 @@ def strip_prefixes(state: Mapping[str, Tensor], expected: Collection[str]) -> tu
         keys = " and ".join(repr(key) for key, name in names.items() if name == twins[0])
         raise CheckpointError(
             f"{keys} both lead to {twins[0]!r}: the file holds two sets of weights. Give those of one prefix alone, "
-            "load(model, {key: tensor for key, tensor in state.items() if key.startswith(prefix)})"
+            f"load(model, {{key: tensor for key, tensor in state.items() if key.startswith({keys.split('.')[0]}.')}})"
         )
     parts = [f"{part}." for part in sorted(WRAPPERS) if any(part in key.split(".") for key in strange)]
     dropped = ", ".join(map(repr, [*parts, *filter(None, prefixes)]))

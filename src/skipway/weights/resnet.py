@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from skipway.models.resnet import Block, ResNet
-from skipway.weights.keymap import KeyMap, KeyRule, module_rule
+from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
 from skipway.weights.tables import register_keymap
 
 __all__: list[str] = []
@@ -81,6 +83,7 @@ register_keymap(
     resnet_keymap("timm", OUTSIDE_V2, PREACTIVATION, "stages.{i}.blocks.{j}."),
     when=lambda model: model.config.placement == "preactivation",
 )
-register_keymap(
-    ResNet, resnet_keymap("huggingface", OUTSIDE_HUGGINGFACE, HUGGINGFACE, "resnet.encoder.stages.{i}.layers.{j}.")
+FROM_HUGGINGFACE = resnet_keymap(
+    "huggingface", OUTSIDE_HUGGINGFACE, HUGGINGFACE, "resnet.encoder.stages.{i}.layers.{j}."
 )
+register_keymap(ResNet, replace(FROM_HUGGINGFACE, rules=with_base_names("resnet", FROM_HUGGINGFACE.rules)))

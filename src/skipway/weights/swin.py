@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skipway.models.swin import Swin
-from skipway.weights.keymap import KeyMap, KeyRule, module_rule
+from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
 from skipway.weights.tables import register_keymap
 
 __all__: list[str] = []
@@ -152,11 +152,17 @@ UNUSED = (*TABLES, r".*\.mask_token")
 register_keymap(
     Swin,
     KeyMap(
-        "huggingface", (*swin_huggingface_rules("swin"), *swin_in_memory_rules(V1), *swin_in_file_rules(V1)), UNUSED
+        "huggingface",
+        with_base_names("swin", (*swin_huggingface_rules("swin"), *swin_in_memory_rules(V1), *swin_in_file_rules(V1))),
+        UNUSED,
     ),
 )
 register_keymap(
     Swin,
-    KeyMap("huggingface", (*swin_huggingface_rules("swinv2"), *swin_in_file_rules(V2)), UNUSED),
+    KeyMap(
+        "huggingface",
+        with_base_names("swinv2", (*swin_huggingface_rules("swinv2"), *swin_in_file_rules(V2))),
+        UNUSED,
+    ),
     when=uses_cosine_attention,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from skipway.models.vit import ViT
-from skipway.weights.keymap import KeyMap, KeyRule, module_rule
+from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
 from skipway.weights.tables import register_keymap
 
 __all__: list[str] = []
@@ -93,7 +93,11 @@ register_keymap(
     ViT,
     KeyMap(
         "huggingface",
-        tuple(row for root in ("vit", "dinov2", "dinov2_with_registers") for row in vit_huggingface_rules(root)),
+        (
+            *with_base_names("vit", vit_huggingface_rules("vit")),
+            *(row for root in ("dinov2", "dinov2_with_registers") for row in vit_huggingface_rules(root)),
+        ),
         ignored=(r".*\.mask_token",),
+        unused=(r"(vit\.)?pooler\.dense\.(weight|bias)",),
     ),
 )
