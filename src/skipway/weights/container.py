@@ -109,7 +109,7 @@ def read_torch(path: Path) -> tuple[object, list[str]]:
                 return torch.load(file, map_location="cpu", weights_only=True), sorted(unread)
         except pickle.UnpicklingError as error:
             if not add_stand_in(unread, str(error)):
-                named = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"got <class '(.+?)'>", str(error))
+                named = re.search(r"GLOBAL (\S+)", str(error))
                 what = f"an object of {printable(named[1])}" if named else "more than tensors"
                 raise CheckpointError(
                     f"{printable(path)} holds {what} and would run code when read, which Skipway never does. If you "
@@ -174,29 +174,28 @@ def find_state_dicts(content: object) -> dict[str, StateDict]:
     ['ema.module']
     """
     found: dict[str, StateDict] = {}
+    loose: list[str] = []
 
     def search(value: object, path: tuple[str, ...]) -> None:
         if isinstance(value, Unread) and "_parameters" in value.attributes:
             value = read_module(value, ())
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple) and not path:
             value = {str(number): each for number, each in enumerate(value) if isinstance(each, Mapping)}
         if not isinstance(value, Mapping) or len(path) > DEPTH or is_optimizer(value, path):
             return
-        before = set(found)
+        before = len(found)
         for name, each in value.items():
             search(each, (*path, str(name)))
         tensors = {str(name): tensor for name, each in value.items() if (tensor := as_tensor(each)) is not None}
-        inner = found.keys() - before
-        for name in inner if tensors else ():
-            beside = tuple(f"{printable('.'.join((*path, each)))} (a tensor)" for each in tensors)
-            found[name] = replace(found[name], others=found[name].others + beside)
-        if tensors and not inner:
-            rest = {name: each for name, each in value.items() if str(name) not in tensors and each is not None}
-            others = tuple(f"{printable(str(name))} ({type(each).__name__})" for name, each in rest.items())
-            found[".".join(path)] = StateDict(tensors, others)
+        if len(found) > before or not any(tensor.ndim for tensor in tensors.values()):
+            loose.extend(f"{printable('.'.join((*path, name)))} (a tensor)" for name in tensors)
+            return
+        rest = {name: each for name, each in value.items() if str(name) not in tensors and each is not None}
+        others = tuple(f"{printable(str(name))} ({type(each).__name__})" for name, each in rest.items())
+        found[".".join(path)] = StateDict(tensors, others)
 
     search(content, ())
-    return found
+    return {path: replace(each, others=(*each.others, *loose)) for path, each in found.items()}
 
 
 def is_optimizer(value: Mapping[Any, Any], path: tuple[str, ...]) -> bool:

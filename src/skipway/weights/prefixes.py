@@ -22,10 +22,10 @@ COUNTERS = frozenset({"n_averaged"})
 def strip_prefixes(state: Mapping[str, Tensor], expected: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
     """A state dict without the prefixes of wrappers, and a remark if any was dropped.
 
-    A name that is expected stays. Of any other, segments of wrappers are dropped, then leading segments until the rest
-    is expected; whatever stood before expected names is a prefix, and is dropped from the file's other names, too. So
-    no list of prefixes is needed, and nothing is dropped unless most names of the file become expected ones by it: a
-    stray name in a file that fits stays a stray name.
+    A name that is expected stays. Of any other, segments that only wrappers insert are dropped, then `module.` and
+    leading segments until the rest is expected; whatever stood before expected names is a prefix, and is dropped from
+    the file's other names, too. So no list of prefixes is needed, and none is dropped unless most names of the file
+    become expected ones by it: a stray name in a file that fits stays a stray name.
 
     Args:
         state: names as the file has them.
@@ -40,29 +40,39 @@ def strip_prefixes(state: Mapping[str, Tensor], expected: Collection[str]) -> tu
     """
     state = {key: tensor for key, tensor in state.items() if key not in COUNTERS}
     strange = [key for key in state if key not in expected]
-    unwrapped = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) or key for key in strange}
-    prefixes = Counter(prefix for name in unwrapped.values() if (prefix := prefix_of(name, expected)) is not None)
-    if sum(prefixes.values()) < len(state) / 2:  # most names are right as they are, or wrong altogether
-        return state, []
-    longest_first = sorted(prefixes, key=len, reverse=True)
     names = {key: key for key in state}
-    for key, name in unwrapped.items():
+    names.update((key, without_segments(key, INSERTED)) for key in strange)
+    unwrapped = {key: without_segments(key, WRAPPERS) for key in strange}
+    prefixes = Counter(prefix for name in unwrapped.values() if (prefix := prefix_of(name, expected)) is not None)
+    dropped = WRAPPERS
+    if sum(prefixes.values()) < len(state) / 2:  # most names are right as they are, or wrong altogether
+        prefixes.clear()
+        dropped = INSERTED
+    longest_first = sorted(prefixes, key=len, reverse=True)
+    for key, name in unwrapped.items() if prefixes else ():
         names[key] = name.removeprefix(next((each for each in longest_first if name.startswith(each)), ""))
     twins = [name for name, count in Counter(names.values()).items() if count > 1]
     if twins and len(prefixes) > 2:  # the parts of a network, each of which would fit
         return state, []
     if twins:
-        keys = " and ".join(repr(key) for key, name in names.items() if name == twins[0])
+        keys = [key for key, name in names.items() if name == twins[0]]
+        prefix = keys[0].removesuffix(twins[0])
         raise CheckpointError(
-            f"{keys} both lead to {twins[0]!r}: the file holds two sets of weights. Give those of one prefix alone, "
-            f"load(model, {{key: tensor for key, tensor in state.items() if key.startswith({keys.split('.')[0]}.')}})"
+            f"{' and '.join(map(repr, keys))} both lead to {twins[0]!r}: the file holds two sets of weights. Give "
+            f"those of one prefix alone, load(model, {{key: tensor for key, tensor in state.items() if "
+            f"key.startswith({prefix!r})}})"
         )
-    parts = [f"{part}." for part in sorted(WRAPPERS) if any(part in key.split(".") for key in strange)]
-    dropped = ", ".join(map(repr, [*parts, *filter(None, prefixes)]))
+    parts = [f"{part}." for part in sorted(dropped) if any(part in key.split(".") for key in strange)]
+    listed = ", ".join(map(repr, [*parts, *filter(None, prefixes)]))
     changed = sum(key != name for key, name in names.items())
-    form = "prefixes {} were" if "," in dropped else "prefix {} was"
-    remark = f"the {form.format(dropped)} dropped from {changed} of {len(state)} names"
+    form = "prefixes {} were" if "," in listed else "prefix {} was"
+    remark = f"the {form.format(listed)} dropped from {changed} of {len(state)} names"
     return {names[key]: tensor for key, tensor in state.items()}, [remark] if changed else []
+
+
+def without_segments(key: str, segments: Collection[str]) -> str:
+    """A name without the given segments of its path."""
+    return ".".join(part for part in key.split(".") if part not in segments) or key
 
 
 def prefix_of(name: str, expected: Collection[str]) -> str | None:
