@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import skipway as sw
-from benchmarks.peers import difference, import_timm, import_torchvision, randomise_
+from benchmarks.peers import difference, import_timm, import_torchvision, import_transformers, randomise_
 from skipway.models import variants
 from skipway.models.transformer import TOKEN_KIT
 from skipway.nn import Attention, ClassAttention, Mlp, TalkingHeads
@@ -236,7 +235,7 @@ SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 )
 def test_parity_with_hugging_face_in_memory_and_on_disk(tmp_path, config, kind, options, own):
     """Names in memory and names in the file differ; both load."""
-    transformers = peer("transformers", lambda: import_module("transformers"))
+    transformers = peer("transformers", import_transformers)
     theirs = getattr(transformers, kind)(getattr(transformers, config)(**SHAPE, **options, num_labels=5))
     randomise_(theirs)
     images = torch.randn(2, 3, 32, 32)
