@@ -126,6 +126,18 @@ class Recipe:
     grey16: Literal["range", "minmax"] = advanced("range")
     """Scale 16-bit grey by its full range, or by the range of each image."""
 
+    fit: Literal["crop", "pad", "squeeze"] = "crop"
+    """Make rectangular images square: crop, pad, squeeze."""
+
+    max_megapixels: float = advanced(64.0)
+    """Refuse images that decode to more megapixels; JPEG counts as reduced."""
+
+    subfolders: Literal["merge", "classes"] = advanced("merge")
+    """Subfolders of a class folder: merge them into the class, or make each a class."""
+
+    outside: bool = advanced(False)
+    """Follow links, and paths in lists, that lead out of the data's folder."""
+
     columns: str = advanced("image,label,split")
     """Column names of a list in CSV, TSV or Parquet."""
 
@@ -360,8 +372,9 @@ class Recipe:
         0.2
         """
         names = ("size", "channels", "seed", "crop", "flip", "unreadable", "workers", "most_unreadable", "allow_empty")
+        more = ("grey16", "fit", "max_megapixels", "subfolders", "outside", "cache", "holdout", "validation")
         return {
-            **{name: getattr(self, name) for name in (*names, "grey16", "cache", "holdout", "validation")},
+            **{name: getattr(self, name) for name in (*names, *more)},
             "fold": self.fold_number,
             "columns": tuple(name.strip() for name in self.columns.split(",")),
             **parse_augmentations(self.augment),

@@ -16,8 +16,9 @@ from PIL import Image
 
 from skipway.data import UnreadableImage, load
 from skipway.data.augment import DRAWS, crop_and_flip, random_box
+from skipway.data.decode import DecodeSpec
 from skipway.data.image_dataset import FileDataset, MemoryDataset
-from skipway.data.inspection import DecodeSpec, DecodeTask
+from skipway.data.inspection import DecodeTask
 from skipway.data.loader import statistics
 from skipway.data.randomness import draw_key, permutation, uniforms
 from skipway.errors import DataError, MissingExtraError
@@ -232,9 +233,10 @@ def test_what_is_not_used_is_said(tmp_path):
         file.unlink()
     remarks = load(tmp_path).remarks
     assert remarks == (
-        "files ignored as not images: 1 .txt",
-        "not used: 'Testing': 'test' is the test split",
+        "24 files left out, in a folder that is not used: 'Testing/class0/0.png', …",
+        "1 file left out, an empty file: 'train/class0/notes.txt'",
         "not used: 'extra': its name is none of train, val, test",
+        "not used: 'Testing': 'test' is the test split",
         "no test image of class 'class1'",
     )
 

@@ -80,12 +80,18 @@ def test_images_below_subfolders_of_a_class_belong_to_it(tmp_path):
     assert len(splits.samples) == 4
 
 
-def test_other_files_are_counted_and_hidden_ones_are_not(tmp_path):
-    touch(tmp_path, *many("cat", 2), *many("dog", 2), "cat/notes.txt", "dog/photo.heic", "dog/LICENSE", "labels.csv")
+def test_other_files_are_counted(tmp_path):
+    touch(tmp_path, *many("cat", 2), *many("dog", 2), "cat/notes.txt", "dog/photo.heic", "dog/LICENSE", "0.png")
     touch(tmp_path, "cat/.DS_Store", "cat/Thumbs.db", ".git/x.png", "__MACOSX/cat/._1.png")
     splits = list_splits(tmp_path)
     assert splits.classes == ("cat", "dog")
-    assert dict(splits.ignored) == {".txt": 1, ".heic": 1, "no suffix": 1, ".csv outside the class folders": 1}
+    assert splits.left_out.counts == {
+        "an empty file": 4,
+        "hidden": 1,
+        "in hidden folders": 1,
+        "in folders that a system made": 1,
+        "outside the class folders": 1,
+    }
 
 
 def test_linked_folders_are_not_entered(tmp_path):
@@ -186,7 +192,7 @@ def test_an_unlabelled_test_folder_is_named_and_left_alone(tmp_path, files, trai
     splits = list_splits(tmp_path)
     assert splits.classes == ("cat", "dog")
     assert [sample.file.removeprefix(train)[:4] for sample in splits.test] == ["cat/", "dog/"]
-    assert not splits.ignored
+    assert splits.left_out.counts == {"outside the class folders": 5}
 
 
 def test_the_split_is_stratified_and_hardly_moves(tmp_path):

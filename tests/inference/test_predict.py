@@ -66,7 +66,7 @@ def test_it_says_what_the_run_said_in_its_test(digits):
 def test_it_says_so_of_files_too(folder):
     """Decoded, cut and normalised as in the test; in any batches and threads."""
     predictor = Predictor.load(folder.folder.last)
-    files = image_files([folder.recipe.data / "test"])
+    files = image_files([folder.recipe.data / "test"])[0]
     assert len(files) == 16
     predictions = predictor.predict(files, top=None)
     right = sum(told.label == Path(told.file).parent.name for told in predictions)
@@ -89,7 +89,7 @@ def test_it_says_so_of_files_too(folder):
 
 def test_mirror_images_are_seen_on_request(folder):
     predictor = Predictor.load(folder.folder.path)
-    file = image_files([folder.recipe.data / "test"])[0]
+    file = image_files([folder.recipe.data / "test"])[0][0]
     image = Image.open(file)
     both = predictor.predict([image], flip=True)[0].probability
     mirrored = predictor.predict(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip=True)[0].probability
@@ -98,7 +98,7 @@ def test_mirror_images_are_seen_on_request(folder):
 
 def test_images_that_cannot_be_read_are_told_in_their_place(folder, tmp_path):
     (tmp_path / "page.png").write_text("<html>")
-    good = image_files([folder.recipe.data / "test"])[0]
+    good = image_files([folder.recipe.data / "test"])[0][0]
     files = [tmp_path / "page.png", good, tmp_path / "none.png"]
     told = Predictor.load(folder.folder.path).predict(files)
     assert [each.error for each in told] == ["not an image but HTML", "", "no such file"]
@@ -131,7 +131,7 @@ def test_what_is_given_has_to_fit(folder, tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "YCbCr"])
 def test_images_of_pillow_are_treated_as_files(folder, tmp_path, mode):
     predictor = Predictor.load(folder.folder.path)
-    image = Image.open(image_files([folder.recipe.data / "test"])[0])
+    image = Image.open(image_files([folder.recipe.data / "test"])[0][0])
     image = image.convert("L").convert(mode) if mode == "I;16" else image.convert(mode)
     image.save(tmp_path / "x.tiff")
     one, other = predictor.predict(image)[0], predictor.predict(tmp_path / "x.tiff")[0]

@@ -32,6 +32,8 @@ def evaluate(
     *,
     flip: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
     batch_size: Annotated[int | None, Parameter(group=EVALUATION)] = None,
+    outside: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
+    max_megapixels: Annotated[float, Parameter(group=EVALUATION)] = 64.0,
     device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
     json: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
 ) -> int:
@@ -46,6 +48,8 @@ def evaluate(
         flip: Average the logits with those of the mirrored image.
         json: Print JSON, with the confusion matrix.
         batch_size: Images per forward pass. [as in training]
+        outside: Follow links out of DATA.
+        max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
         device: auto, cpu, cuda, cuda:1.
     """
     if batch_size is not None and batch_size < 1:
@@ -57,7 +61,16 @@ def evaluate(
     else:
         from skipway.hardware.processor import cpu_count
 
-        result = evaluate_images(run, data, device=device, flip=flip, batch_size=batch_size or 64, workers=cpu_count())
+        result = evaluate_images(
+            run,
+            data,
+            device=device,
+            flip=flip,
+            batch_size=batch_size or 64,
+            workers=cpu_count(),
+            outside=outside,
+            max_megapixels=max_megapixels,
+        )
     if json:
         sys.stdout.write(encode_evaluation(result) + "\n")
     else:
@@ -91,12 +104,14 @@ def encode_evaluation(result: RunEvaluation) -> str:
         ],
         "confusion": evaluation.confusion.tolist(),
         "unreadable": [list(entry) for entry in result.unreadable],
+        "remarks": list(result.remarks),
     }
     return json.dumps(values)
 
 
 def print_evaluation(result: RunEvaluation) -> None:
     """Print the result, and the classes in a table, the worst first."""
+    from skipway.cli.option_names import option_spelling
     from skipway.cli.table import print_table
     from skipway.data.split import name_list
     from skipway.inference.metrics import class_scores, percent
@@ -113,6 +128,8 @@ def print_evaluation(result: RunEvaluation) -> None:
         say("damaged", f"{printable(file)}: {reason}")
     if len(result.unreadable) > SHOWN:
         say("damaged", f"and {len(result.unreadable) - SHOWN:,} more")
+    for remark in result.remarks:
+        say("note", option_spelling(remark))
     if result.absent:
         say("note", f"no image of class {name_list(result.absent)}")
     say("accuracy", accuracy_text(evaluation))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from skipway.cli.option_names import option_spelling
 from skipway.errors import DataError, SkipwayError, printable
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def predict(
     top: Annotated[int, Parameter(group=PREDICTION)] = 5,
     flip: Annotated[bool, Parameter(negative=(), group=PREDICTION)] = False,
     batch_size: Annotated[int, Parameter(group=PREDICTION)] = 64,
+    outside: Annotated[bool, Parameter(negative=(), group=PREDICTION)] = False,
+    max_megapixels: Annotated[float, Parameter(group=PREDICTION)] = 64.0,
     device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
     workers: Annotated[int | None, Parameter(group=HARDWARE)] = None,
     csv: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
@@ -49,6 +52,8 @@ def predict(
         top: Number of classes per image, the most probable first.
         flip: Average the logits with those of the mirrored image.
         batch_size: Images per forward pass.
+        outside: Follow links out of the folders of images.
+        max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
         device: auto, cpu, cuda, cuda:1.
         workers: Threads that decode images. [one per core]
         csv: Write the rows to this CSV file.
@@ -64,8 +69,10 @@ def predict(
     from skipway.hardware.processor import cpu_count
     from skipway.inference.predict import Predictor, image_files
 
-    files = image_files(images)
-    predictor = Predictor.load(run, device=device)
+    files, left_out = image_files(images, outside=outside)
+    for sentence in left_out.sentences():
+        print(f"skipway: {option_spelling(sentence)}", file=sys.stderr)
+    predictor = Predictor.load(run, device=device, max_megapixels=max_megapixels)
     top = min(top, len(predictor.classes))
     read, first = 0, ""
     with open_writer(csv, as_json=json, top=top) as write:

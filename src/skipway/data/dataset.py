@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -19,9 +20,11 @@ from skipway.data.batches import (
     rank_batches,
     rank_evaluation_batches,
 )
+from skipway.data.fit import Fit
 from skipway.data.image_dataset import ImageDataset
 from skipway.data.randomness import permutation
-from skipway.data.sources.splits import SPLITS
+from skipway.data.sources.index import Inventory
+from skipway.data.sources.splits import SPLITS, Split
 from skipway.data.split import Splits
 
 __all__ = ["Data"]
@@ -43,6 +46,7 @@ class Data:
         validation: images that the best epoch is chosen on; empty where there is no such split.
         test: images that the result is measured on, once, at the end.
         splits: which image is in which split, and which splits were split off here.
+        fit: how rectangular images became square, see `skipway.data.fit`.
         unreadable: (file, reason) of every image that was skipped.
         duplicates: groups of files with the same content.
         leaked: (file of another split, test file) with the same content.
@@ -60,6 +64,7 @@ class Data:
     std: tuple[float, ...]
     augmentation: Augmentation
     splits: Splits
+    fit: Fit = "crop"
     unreadable: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, ...], ...] = ()
@@ -69,6 +74,15 @@ class Data:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when an image is added, removed, renamed or changes its split."""
         return self.splits.fingerprint
+
+    @property
+    def inventory(self) -> Inventory:
+        """Every file of the source: read, by split and class, or left out, by reason; damaged ones are left out."""
+        read: Counter[tuple[Split, str]] = Counter()
+        for split in SPLITS:
+            read.update((split, self.classes[sample.label]) for sample in getattr(self.splits, split))
+        left_out = self.splits.left_out.counts + Counter(reason for _, reason in self.unreadable)
+        return Inventory(read=read, left_out=left_out)
 
     @property
     def listed(self) -> dict[str, list[str]]:

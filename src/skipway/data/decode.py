@@ -8,46 +8,49 @@
 | 16-bit grey | divided by 257, so that 65,535 becomes 255; or each image's own range stretched (`grey16="minmax"`) |
 | animation, several pages | the first frame |
 | 32-bit float, 32-bit integers beyond 16 bits | refused: their range is unknown |
-| truncated, not an image, over 64 megapixels, under 8 pixels, over 256 MB | refused |
+| truncated, not an image, under 8 pixels, over 256 MB | refused |
+| over 64 megapixels as decoded | refused; `max_megapixels` is the limit, and a large JPEG is decoded at reduced scale |
+| raw photographs, whose readable part is a thumbnail | refused |
 | EPS, PDF and other formats that run programs or have no pixels | refused, whatever the suffix |
 """
 
 from __future__ import annotations
 
 import io
+import math
+import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from skipway.data.jpeg import jpeg_pixels
+from skipway.data.content import describe_content, describe_raw, image_format
+from skipway.data.fit import ChooseBox, Fit, fit_square
+from skipway.data.jpeg import jpeg_pixels, jpeg_reduction
 from skipway.errors import DataError, printable
 
 __all__ = [
     *(
-        "MIN_SIDE",
         "MAX_BYTES",
-        "Box",
-        "ChooseBox",
+        "MAX_MEGAPIXELS",
+        "MIN_SIDE",
+        "DecodeSpec",
         "Grey16",
         "Header",
         "UnreadableImage",
-        "central_share",
+        "decode",
         "find_fault",
     ),
-    *("crop_and_scale", "decode", "upright_image", "read_header", "reporting_faults", "silence_pillow"),
+    *("read_header", "reporting_faults", "silence_pillow", "upright_image"),
 ]
 
-MAX_PIXELS = 64_000_000
+MAX_MEGAPIXELS = 64.0
 MAX_BYTES = 256 * 1024**2
 MIN_SIDE = 8
-# Pillow's plugins for pixels; others run programs (EPS runs Ghostscript) or read formats that nobody trains on
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # entries that may hold an orientation: parsing them costs more than decoding a small image
 ORIENTATION_KEYS = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
 ORIENTATION_TAG = 274
@@ -62,8 +65,6 @@ ORIENTATION_TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
-Box = tuple[float, float, float, float]
-ChooseBox = Callable[[int, int], Box]
 Grey16 = Literal["range", "minmax"]
 
 
@@ -89,13 +90,29 @@ class Header(NamedTuple):
     moving: bool = False
 
 
+class DecodeSpec(NamedTuple):
+    """How images are decoded.
+
+    Args:
+        channels: 1 (grey) or 3 (RGB).
+        size: side of the square result in pixels.
+        grey16: conversion of 16-bit grey to 8 bits, see above.
+        fit: how a rectangle becomes a square, see `skipway.data.fit`.
+        max_megapixels: images of more are refused. A baseline JPEG counts at the reduced scale that it is decoded at.
+    """
+
+    channels: int
+    size: int
+    grey16: Grey16 = "range"
+    fit: Fit = "crop"
+    max_megapixels: float = MAX_MEGAPIXELS
+
+
 def decode(
     source: Path | bytes,
+    spec: DecodeSpec,
     *,
-    channels: int,
-    size: int,
     box: ChooseBox | None = None,
-    grey16: Grey16 = "range",
     name: Path | None = None,
     quick: bool = False,
 ) -> np.ndarray:
@@ -103,11 +120,9 @@ def decode(
 
     Args:
         source: the file, or its bytes.
-        channels: 1 (grey) or 3 (RGB).
-        size: side of the result.
+        spec: format of the result.
         box: `box(width, height)` returns the crop of the upright image that is scaled to size x size, in pixels (left,
             top, right, bottom); None: the largest central square.
-        grey16: conversion of 16-bit grey to 8 bits, see above.
         name: name of the bytes in messages.
         quick: scale bilinearly instead of bicubically.
 
@@ -115,44 +130,68 @@ def decode(
         UnreadableImage: the file is missing, damaged, not an image, or outside the limits above.
     """
     with reporting_faults(source, name) as (content, path):
-        image = upright_image(content, path, channels=channels, least=2 * size, grey16=grey16)
-        return crop_and_scale(image, size, box, quick=quick).reshape(size, size, channels)
+        image = upright_image(content, path, spec, least=2 * spec.size)
+        square = fit_square(image, spec.size, box, spec.fit, quick=quick)
+        return square.reshape(spec.size, spec.size, spec.channels)
 
 
-def upright_image(content: bytes, path: Path, *, channels: int, least: int, grey16: Grey16 = "range") -> Image.Image:
+def upright_image(content: bytes, path: Path, spec: DecodeSpec, *, least: int) -> Image.Image:
     """Decode the upright image, grey or RGB, with both sides at least `least` if those of the file are.
 
-    A JPEG decodes at 1/2, 1/4 or 1/8 of its size in a fraction of the time.
+    A JPEG decodes at 1/2, 1/4 or 1/8 of its size in a fraction of the time; one that would be over the limit of pixels
+    is reduced further, while its sides are at least `spec.size`.
     """
     with open_image(content, path) as image:
-        pixels = jpeg_pixels(content, image, channels, least)
+        scale = choose_reduction(image, path, spec, least)
+        pixels = jpeg_pixels(content, image, spec.channels, scale)
         if pixels is None:
-            image.draft("RGB" if channels == 3 else "L", (least, least))
+            image.draft("RGB" if spec.channels == 3 else "L", (image.width // scale, image.height // scale))
             image.load()
             pixels = image
         # after loading: Pillow itself turns a TIFF then, and a PNG may store its orientation after its pixels
         orientation = orientation_of(image)
-        flat = to_eight_bit(pixels, channels, grey16)
+        flat = to_eight_bit(pixels, spec.channels, spec.grey16)
         return flat.transpose(ORIENTATION_TRANSPOSE[orientation]) if orientation in ORIENTATION_TRANSPOSE else flat
 
 
-def read_header(source: Path | bytes, name: Path | None = None) -> Header:
-    """Read the header of a file.
+def read_header(source: Path | bytes, name: Path | None = None, spec: DecodeSpec | None = None) -> Header:
+    """Read the header of a file; with a `spec`, check the size of the image against its limit.
 
     Raises:
         UnreadableImage: as `decode`, as far as the header shows it.
     """
     with reporting_faults(source, name) as (content, path), open_image(content, path) as image:
+        if spec is not None:
+            choose_reduction(image, path, spec, 2 * spec.size)
         return header_of(image)
 
 
 def find_fault(source: Path | bytes, name: Path | None = None) -> str:
     """Decode a file to its end at the lowest resolution; return the reason why it cannot be used, else ""."""
     try:
-        decode(source, channels=1, size=MIN_SIDE, name=name)
+        decode(source, DecodeSpec(1, MIN_SIDE), name=name)
     except UnreadableImage as error:
         return error.reason
     return ""
+
+
+def choose_reduction(image: Image.Image, path: Path, spec: DecodeSpec, least: int) -> int:
+    """The factor by which an image is reduced while it is decoded.
+
+    Raises:
+        UnreadableImage: it has too many pixels all the same.
+    """
+    megapixels = image.width * image.height / 1e6
+    scale = jpeg_reduction(image, least)
+    while megapixels > spec.max_megapixels * scale**2 and jpeg_reduction(image, spec.size) > scale:
+        scale *= 2
+    if megapixels > spec.max_megapixels * scale**2:
+        raise UnreadableImage(
+            path,
+            f"{image.width}x{image.height}: more than {spec.max_megapixels:g} megapixels; "
+            f"max_megapixels={math.ceil(megapixels / scale**2)} allows it",
+        )
+    return scale
 
 
 def header_of(image: Image.Image) -> Header:
@@ -189,23 +228,20 @@ def reporting_faults(source: Path | bytes, name: Path | None) -> Iterator[tuple[
         raise UnreadableImage(path, describe_fault(content or b"", error)) from error
 
 
-@cache
-def formats() -> tuple[str, ...]:
-    """The formats of `FORMATS` that this build of Pillow supports."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
 @contextmanager
 def open_image(content: bytes, path: Path) -> Iterator[Image.Image]:
-    """Open an image and check its size by the header; nothing is decoded."""
-    with Image.open(io.BytesIO(content), formats=formats()) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise UnreadableImage(path, f"{image.width}x{image.height}: more than {MAX_PIXELS // 10**6} megapixels")
+    """Open an image by its first bytes and check its header; nothing is decoded."""
+    form = image_format(content, path.suffix)
+    if not form:
+        raise UnreadableImage(path, describe_content(content))
+    # Pillow's `open` without its limit of pixels, which belongs to the whole process: ours is checked before decoding
+    with Image.OPEN[form][0](io.BytesIO(content), "") as image:
         if min(image.size) < MIN_SIDE:
             raise UnreadableImage(path, f"{image.width}x{image.height}: smaller than {MIN_SIDE} pixels")
         if image.mode == "F":
             raise UnreadableImage(path, "32-bit float values of unknown range; save it with 8 or 16 bits")
+        if form == "TIFF" and (raw := describe_raw(image)):
+            raise UnreadableImage(path, raw)
         yield image
 
 
@@ -245,37 +281,6 @@ def eight_bits(image: Image.Image, grey16: Grey16) -> Image.Image:
     return Image.fromarray(table[values])
 
 
-def crop_and_scale(image: Image.Image, size: int, choose: ChooseBox | None, *, quick: bool = False) -> np.ndarray:
-    """Crop and scale to size x size, antialiased; uint8 (size, size) or (size, size, 3).
-
-    Bicubic; with `quick` bilinear, in two thirds of the time, for random crops.
-    """
-    box = (choose or central_square)(image.width, image.height)
-    if box != (0, 0, size, size) or image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR if quick else Image.Resampling.BICUBIC, box=box)
-    return np.asarray(image)
-
-
-def central_square(width: int, height: int) -> Box:
-    """The largest central square.
-
-    >>> central_square(40, 20)
-    (10.0, 0.0, 30.0, 20.0)
-    """
-    return central_share(1.0)(width, height)
-
-
-def central_share(share: float) -> ChooseBox:
-    """The crop to the central square whose side is `share` times the shorter side."""
-
-    def choose(width: int, height: int) -> Box:
-        side = share * min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return left, top, left + side, top + side
-
-    return choose
-
-
 def describe_fault(content: bytes, error: Exception) -> str:
     """Describe an exception in a phrase."""
     if isinstance(error, FileNotFoundError):
@@ -285,20 +290,8 @@ def describe_fault(content: bytes, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"more than {MAX_PIXELS // 10**6} megapixels"
-    if isinstance(error, UnidentifiedImageError):
-        return guess_content(content)
+        return "more pixels than Pillow allows"
     text = (str(error) or type(error).__name__).splitlines()[0][:100]
+    if isinstance(error, (UnidentifiedImageError, SyntaxError, IndexError, TypeError, struct.error)):
+        text = f"a damaged {image_format(content) or 'TGA'} image: {text}"
     return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def guess_content(content: bytes) -> str:
-    """Guess the kind of a file without the header of a known image format."""
-    head = content[:256].lstrip().lower()
-    if not head:
-        return "an empty file"
-    if head.startswith((b"<!doctype html", b"<html")):
-        return "not an image but HTML"
-    if head.startswith((b"%pdf", b"%!ps", b"pk\x03\x04", b"\x1f\x8b")):
-        return "not an image but a document or an archive"
-    return "not an image in a supported format"

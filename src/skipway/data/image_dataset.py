@@ -13,8 +13,9 @@ from torch import Tensor
 
 from skipway.data.cache.images import CropTask
 from skipway.data.cache.store import PixelFile
-from skipway.data.decode import UnreadableImage
-from skipway.data.inspection import DecodeSpec, DecodeTask, ImageInfo, InspectTask
+from skipway.data.decode import DecodeSpec, UnreadableImage
+from skipway.data.fit import evaluation_share
+from skipway.data.inspection import DecodeTask, ImageInfo, InspectTask
 from skipway.data.pool import WorkerPool
 from skipway.data.sources.readers import FileStore, ImageStore
 from skipway.data.split import ImageSample
@@ -31,8 +32,6 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 
-# He 2015 and torchvision test on the central 224 of a shorter side of 256
-TEST_SHARE = 224 / 256
 # decoded images up to so many bytes are moved to the device as a whole
 RESIDENT_BYTES = 2 * 1024**3
 CHUNK = 256
@@ -134,7 +133,7 @@ class FileDataset(ImageDataset):
 
     def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
         rows = draws.numpy() if self.crop and draws is not None else None
-        share = TEST_SHARE if self.crop else 1.0
+        share = evaluation_share("resized" if self.crop else "none", self.spec.fit)
         if self.stored is None:
             work = DecodeTask(self.store, self.names, self.spec, rows, share)
         else:
@@ -154,15 +153,16 @@ def inspect_images(
     files: Sequence[str],
     pool: WorkerPool,
     *,
-    spec: DecodeSpec | None = None,
+    spec: DecodeSpec,
+    decoded: bool = False,
     progress: Progress | None = None,
 ) -> tuple[list[ImageInfo], Tensor | None]:
-    """Inspect every image; with a `spec`, also decode them: uint8 (N, H, W, C), zeros where an image cannot be read."""
-    shape = None if spec is None else (spec.size, spec.size, spec.channels)
-    pixels = None if shape is None else torch.zeros(len(files), *shape, dtype=torch.uint8)
+    """Inspect every image; with `decoded`, also decode them: uint8 (N, H, W, C), zeros where one cannot be read."""
+    shape = (len(files), spec.size, spec.size, spec.channels)
+    pixels = torch.zeros(shape, dtype=torch.uint8) if decoded else None
     infos: list[ImageInfo] = []
     batches = [range(start, min(start + CHUNK, len(files))) for start in range(0, len(files), CHUNK)]
-    for images, found in pool.batches(InspectTask(store, files, spec), batches):
+    for images, found in pool.batches(InspectTask(store, files, spec, decoded), batches):
         if pixels is not None:
             sound = torch.tensor([not info.reason for info in found])
             pixels[len(infos) : len(infos) + len(found)][sound] = images[sound]
@@ -184,7 +184,7 @@ def decode_files(
     """Decode files into memory. Returns the data set, and (file, reason) of each file that cannot be read."""
     files = [sample.file for sample in samples]
     infos, pixels = inspect_images(
-        FileStore(root), files, WorkerPool(workers), spec=DecodeSpec(channels, size), progress=progress
+        FileStore(root), files, WorkerPool(workers), spec=DecodeSpec(channels, size), decoded=True, progress=progress
     )
     assert pixels is not None
     sound = [number for number, info in enumerate(infos) if not info.reason]

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from skipway.data.augment.crops import random_box
-from skipway.data.decode import MIN_SIDE, ChooseBox, Grey16, UnreadableImage, central_share, decode, read_header
+from skipway.data.decode import MIN_SIDE, DecodeSpec, UnreadableImage, decode, read_header
+from skipway.data.fit import ChooseBox, central_share
 from skipway.data.sources.index import SourceIndex, name_list
 from skipway.data.sources.readers import ImageStore
 from skipway.errors import counted
 
-__all__ = ["DecodeSpec", "DecodeTask", "ImageInfo", "InspectTask", "content_remarks", "duplicate_groups"]
+__all__ = ["DecodeTask", "ImageInfo", "InspectTask", "content_remarks", "duplicate_groups"]
 
 # ratio of class sizes from which imbalance is remarked
 IMBALANCE = 10
@@ -37,22 +38,16 @@ class ImageInfo(NamedTuple):
     moving: bool = False
 
 
-class DecodeSpec(NamedTuple):
-    """The format of decoded images: channels, side, and conversion of 16-bit grey."""
-
-    channels: int
-    size: int
-    grey16: Grey16 = "range"
-
-
 class InspectTask:
-    """Task: inspect each image; with a `spec`, also decode it into its row."""
+    """Task: inspect each image; with `pixels`, also decode it into its row."""
 
-    def __init__(self, store: ImageStore, files: Sequence[str], spec: DecodeSpec | None) -> None:
+    def __init__(self, store: ImageStore, files: Sequence[str], spec: DecodeSpec, pixels: bool) -> None:
         self.store = store
         self.files = files
         self.spec = spec
-        self.shape = None if spec is None else (spec.size, spec.size, spec.channels)
+        # without pixels, at the lowest resolution
+        self.decoding = spec if pixels else spec._replace(channels=1, size=MIN_SIDE)
+        self.shape = (spec.size, spec.size, spec.channels) if pixels else None
 
     def __call__(self, index: int, row: np.ndarray | None) -> ImageInfo:
         file = self.files[index]
@@ -61,12 +56,10 @@ class InspectTask:
         try:
             content = self.store.read(file)
             digest = hashlib.sha256(content).hexdigest()
-            header = read_header(content, name)
-            if self.spec is None or row is None:
-                decode(content, channels=1, size=MIN_SIDE, name=name)
-            else:
-                channels, size, grey16 = self.spec
-                row[:] = decode(content, channels=channels, size=size, grey16=grey16, name=name)
+            header = read_header(content, name, self.spec)
+            pixels = decode(content, self.decoding, name=name)
+            if row is not None:
+                row[:] = pixels
         except UnreadableImage as error:
             return ImageInfo(error.reason, digest)
         return ImageInfo("", digest, header.width, header.height, header.alpha, header.moving)
@@ -98,16 +91,10 @@ class DecodeTask:
         return central_share(self.share) if self.draws is None else random_box(self.draws[index])
 
     def __call__(self, index: int, row: np.ndarray | None) -> str:
-        file, (channels, size, grey16) = self.files[index], self.spec
+        file, quick = self.files[index], self.draws is not None
         try:
             pixels = decode(
-                self.store.read(file),
-                channels=channels,
-                size=size,
-                box=self.box(index),
-                grey16=grey16,
-                name=self.store.root / file,
-                quick=self.draws is not None,
+                self.store.read(file), self.spec, box=self.box(index), name=self.store.root / file, quick=quick
             )
         except UnreadableImage as error:
             return error.reason

@@ -13,7 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-__all__ = ["jpeg_pixels", "simplejpeg"]
+__all__ = ["jpeg_pixels", "jpeg_reduction", "simplejpeg"]
+
+# a progressive image is held in memory at its full size, whatever the scale
+MAX_PROGRESSIVE = 64_000_000
 
 
 @cache
@@ -25,17 +28,27 @@ def simplejpeg() -> Any:
         return None
 
 
-def jpeg_pixels(content: bytes, image: Image.Image, channels: int, least: int) -> Image.Image | None:
-    """Decode an image whose header Pillow has read, with both sides at least `least` if those of the file are.
+def jpeg_reduction(image: Image.Image, least: int) -> int:
+    """The factor, 8, 4, 2 or 1, by which libjpeg reduces an image while both of its sides stay at least `least`.
+
+    1 for other formats, and for progressive JPEG where it would not save memory: more than `MAX_PROGRESSIVE` pixels.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    if image.info.get("progressive") and image.width * image.height > MAX_PROGRESSIVE:
+        return 1
+    factor = min(image.width // least, image.height // least)
+    return next((scale for scale in (8, 4, 2) if scale <= factor), 1)
+
+
+def jpeg_pixels(content: bytes, image: Image.Image, channels: int, scale: int) -> Image.Image | None:
+    """Decode an image whose header Pillow has read, reduced by `scale` as `jpeg_reduction` has it.
 
     Returns a grey image for one channel or a grey file, else RGB; None: Pillow has to decode it.
     """
     library = simplejpeg()
     if library is None or image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
-    # Pillow's `draft` rounds the factor down to a power of two
-    factor = min(image.width // least, image.height // least)
-    scale = next((scale for scale in (8, 4, 2) if scale <= factor), 1)
     width, height = -(-image.width // scale), -(-image.height // scale)
     grey = channels == 1 or image.mode == "L"
     try:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from skipway.data.cache.images import open_square, write_rows, write_shrunk, write_square
 from skipway.data.cache.store import PixelFile, cache_folder, cache_key, load_image_infos, save_image_infos
 from skipway.data.dataset import Data
-from skipway.data.decode import Header, UnreadableImage, read_header
+from skipway.data.decode import DecodeSpec, Header, UnreadableImage, read_header
 from skipway.data.digits import digits
 from skipway.data.image_dataset import DecodedImages, FileDataset, ImageDataset, MemoryDataset, Progress, inspect_images
-from skipway.data.inspection import DecodeSpec, DecodeTask, ImageInfo, content_remarks, duplicate_groups
+from skipway.data.inspection import DecodeTask, ImageInfo, content_remarks, duplicate_groups
 from skipway.data.options import SMALL_SIDE, DataChoices
 from skipway.data.pool import FEW_FILES, Remark, WorkerPool, default_workers
 from skipway.data.sources.detect import index_source
@@ -39,17 +39,6 @@ MEMORY_BYTES = 2 * 1024**3
 # per-channel statistics of ImageNet's training set in [0, 1], as torchvision and timm use them
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# suffixes of formats that Pillow does not read → advice
-UNSUPPORTED_FORMATS = {
-    ".heic": "pip install pillow-heif and convert them",
-    ".heif": "pip install pillow-heif and convert them",
-    ".jxl": "pip install pillow-jxl-plugin and convert them",
-    ".dng": "a raw format: develop them",
-    ".cr2": "a raw format: develop them",
-    ".nef": "a raw format: develop them",
-    ".arw": "a raw format: develop them",
-}
 
 
 def load(
@@ -86,7 +75,8 @@ def load(
         chosen = DataChoices(source=source, **choices)
     if chosen.source is None:
         return load_digits(chosen)
-    found = index_source(chosen.source, allow_empty=chosen.allow_empty, outside=chosen.outside, columns=chosen.columns)
+    names = ("allow_empty", "outside", "columns", "subfolders")
+    found = index_source(chosen.source, **{name: getattr(chosen, name) for name in names})
     files = found.files
     pool = WorkerPool(default_workers(len(files)) if chosen.workers is None else chosen.workers, chosen.helpers, remark)
     spec, remarks = choose_input(found, files, chosen)
@@ -128,19 +118,17 @@ class SourceReader:
         """
         folder, store = cache_folder(self.choices.cache), self.found.store
         known = load_image_infos(folder, store, self.files) if self.caches else {}
-        channels, size, grey16 = self.spec
+        channels, size, grey16, fit, _ = self.spec
         needed = len(self.files) * size * size * channels
         small = not self.cuts and needed <= MEMORY_BYTES
-        kind = f"{'parts' if self.cuts else 'whole'}-{size}-{channels}-{grey16}"
+        kind = f"{'parts' if self.cuts else 'whole'}-{size}-{channels}-{grey16}-{fit}"
         keeps = self.explicit or (self.caches and small)
         pixels = PixelFile.of(folder, store, kind, cache_key(store, self.files, kind)) if keeps else None
         complete = len(known) == len(self.files)
         if pixels is not None and complete and (ready := self.ready(pixels)) is not None:
             return [known[file] for file in self.files], ready
         todo = self.files if small else [file for file in self.files if file not in known]
-        found, images = inspect_images(
-            store, todo, self.pool, spec=self.spec if small else None, progress=self.progress
-        )
+        found, images = inspect_images(store, todo, self.pool, spec=self.spec, decoded=small, progress=self.progress)
         known.update(zip(todo, found, strict=True))
         infos = [known[file] for file in self.files]
         try:
@@ -218,6 +206,7 @@ def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: Dec
         std=std,
         augmentation=augmentation,
         splits=splits,
+        fit=spec.fit,
         unreadable=bad,
         remarks=tuple(remarks),
         duplicates=tuple(dict.fromkeys(groups.values())),
@@ -266,14 +255,14 @@ def load_digits(choices: DataChoices) -> Data:
 def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> tuple[DecodeSpec, list[str]]:
     """Choose input size and channels by the headers of up to 1,000 images, spread evenly over all splits."""
     headers: list[Header] = []
+    fault = ""
     for file in files[:: max(1, len(files) // MAX_HEADERS)]:
         try:
             headers.append(read_header(found.store.read(file), found.root / file))
-        except UnreadableImage:
-            continue
+        except UnreadableImage as error:
+            fault = fault or str(error)
     if not headers:
-        first = printable(found.root / files[0])
-        raise DataError(f"none of the {len(files)} images in {printable(found.root)} can be read; the first: {first}")
+        raise DataError(f"none of the {len(files)} images in {printable(found.root)} can be read; the first: {fault}")
     shorter = max(min(header.width, header.height) for header in headers)
     size = choices.size or (shorter if shorter <= SMALL_SIDE else LARGE_SIZE)
     channels = choices.channels or (1 if all(header.grey for header in headers) else 3)
@@ -281,8 +270,9 @@ def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> 
     remarks = []
     if size <= SMALL_SIDE and set(shapes) != {(size, size)}:
         (width, height), _ = shapes.most_common(1)[0]
-        remarks.append(f"images are scaled and center-cropped to {size}x{size}; most are {width}x{height}")
-    return DecodeSpec(channels, size, choices.grey16), remarks
+        fitted = {"crop": "scaled and center-cropped", "pad": "scaled and padded", "squeeze": "squeezed"}[choices.fit]
+        remarks.append(f"images are {fitted} to {size}x{size}; most are {width}x{height}")
+    return DecodeSpec(channels, size, choices.grey16, choices.fit, choices.max_megapixels), remarks
 
 
 def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple[str, str]]) -> None:
@@ -354,12 +344,7 @@ def copy_remarks(splits: Splits, groups: dict[str, tuple[str, ...]], leaked: Seq
 
 def split_remarks(splits: Splits) -> list[str]:
     """Remarks about files and folders that are not used, and about classes missing from a split."""
-    remarks = []
-    if splits.ignored:
-        counted = ", ".join(f"{count} {printable(suffix)}" for suffix, count in splits.ignored.most_common(5))
-        remarks.append(f"files ignored as not images: {counted}")
-        advised = {UNSUPPORTED_FORMATS[suffix]: suffix for suffix in splits.ignored if suffix in UNSUPPORTED_FORMATS}
-        remarks += [f"Pillow does not read {suffix} files: {advice}" for advice, suffix in advised.items()]
+    remarks = splits.left_out.sentences()
     remarks += [f"not used: {entry}" for entry in splits.unused]
     for word, samples in (("test", splits.test), ("validation", splits.validation), ("training", splits.train)):
         present = {sample.label for sample in samples}

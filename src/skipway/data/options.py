@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from skipway.data.augment import Augmentation
 from skipway.data.augment.settings import Policy
-from skipway.data.decode import Grey16
+from skipway.data.decode import MAX_MEGAPIXELS, Grey16
+from skipway.data.fit import FITS, Fit
 from skipway.data.pool import WorkerKind
 from skipway.data.sources.detect import COLUMNS
 from skipway.data.split import Fold
@@ -33,6 +34,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "unreadable": (lambda value: value in ("skip", "stop"), "skip or stop"),
     "most_unreadable": (lambda value: 0 <= value <= 1, "from 0 to 1"),
     "grey16": (lambda value: value in ("range", "minmax"), "range or minmax"),
+    "fit": (lambda value: value in FITS, "crop, pad or squeeze"),
+    "max_megapixels": (lambda value: 0 < value <= 10_000, "above 0, to 10000"),
+    "subfolders": (lambda value: value in ("merge", "classes"), "merge or classes"),
     "workers": (lambda value: value is None or 0 <= value <= 256, "from 0 to 256, or None"),
     "helpers": (lambda value: value in ("threads", "processes"), "threads or processes"),
     "policy": (lambda value: value in ("none", "trivial", "rand"), "none, trivial or rand"),
@@ -65,6 +69,12 @@ class DataChoices:
         unreadable: "skip" damaged files, or "stop" at the first with an error.
         most_unreadable: fraction of damaged files, rounded up to a whole file, above which it is an error in any case.
         grey16: scale 16-bit grey by its full range ("range"), or by the range of each image ("minmax").
+        fit: how a rectangular image becomes a square input: its centre is cropped ("crop"), it is scaled as a whole and
+            padded with grey ("pad"), or scaled to a square by different factors ("squeeze").
+        max_megapixels: limit for the pixels of one image as it is decoded; a larger one is refused. A JPEG that is not
+            progressive is decoded at reduced scale and counts with that.
+        subfolders: subfolders of class folders belong to the class ("merge"), or each folder that directly holds images
+            is a class, named by its path ("classes").
         allow_empty: keep a class that has no image.
         outside: follow links, and paths in lists, that lead out of the source's folder.
         workers: number of workers that decode; None: one per CPU core, and 0, this process, for few files.
@@ -102,6 +112,9 @@ class DataChoices:
     unreadable: Literal["skip", "stop"] = "skip"
     most_unreadable: float = 0.01
     grey16: Grey16 = "range"
+    fit: Fit = "crop"
+    max_megapixels: float = MAX_MEGAPIXELS
+    subfolders: Literal["merge", "classes"] = "merge"
     allow_empty: bool = False
     outside: bool = False
     workers: int | None = None

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from skipway.data.batches import normalize
 from skipway.data.decode import (
+    MAX_MEGAPIXELS,
     ORIENTATION_TRANSPOSE,
+    DecodeSpec,
     UnreadableImage,
-    central_share,
-    crop_and_scale,
     decode,
     orientation_of,
     silence_pillow,
     to_eight_bit,
 )
-from skipway.data.image_dataset import TEST_SHARE
+from skipway.data.fit import FITS, Fit, central_share, evaluation_share, fit_square
 from skipway.errors import CheckpointError, DataError, printable
 
 __all__ = ["Preprocessing"]
@@ -45,6 +45,7 @@ class Preprocessing:
         std: per channel; the input is divided by it.
         crop: random crop of the training images; with "resized", the central 224/256 is used in evaluation.
         grey16: conversion of 16-bit grey to 8 bits, see `skipway.data.decode`.
+        fit: how a rectangle becomes a square, see `skipway.data.fit`.
 
     >>> Preprocessing(("cat", "dog"), 1, 8, (0.5,), (0.5,), "none").share
     1.0
@@ -57,11 +58,12 @@ class Preprocessing:
     std: tuple[float, ...]
     crop: Crop
     grey16: Grey16 = "range"
+    fit: Fit = "crop"
 
     @property
     def share(self) -> float:
-        """Side of the central crop over the shorter side of the image."""
-        return TEST_SHARE if self.crop == "resized" else 1.0
+        """Side of the central crop over the shorter side of the image, or of the square that `fit` makes of it."""
+        return evaluation_share(self.crop, self.fit)
 
     @property
     def example(self) -> Tensor:
@@ -80,10 +82,10 @@ class Preprocessing:
             CheckpointError: a field is missing, unknown, or outside its range.
         """
         names = cls.__dataclass_fields__.keys()
-        if not isinstance(values, dict) or not names - {"grey16"} <= values.keys() <= names:
+        if not isinstance(values, dict) or not names - {"grey16", "fit"} <= values.keys() <= names:
             raise CheckpointError(f"{source}: the rule is a preprocessing with {', '.join(names)} and nothing else")
         classes, channels, size, crop = (values[name] for name in ("classes", "channels", "size", "crop"))
-        grey16 = values.get("grey16", "range")
+        grey16, fit = values.get("grey16", "range"), values.get("fit", "crop")
         mean, std = finite_numbers(values["mean"]), finite_numbers(values["std"])
         rules = {
             "classes": is_text_list(classes) and len(set(classes)) == len(classes) >= 2,
@@ -93,13 +95,14 @@ class Preprocessing:
             "std": std is not None and len(std) == channels and min(std) > 0,
             "crop": crop in get_args(Crop),
             "grey16": grey16 in get_args(Grey16),
+            "fit": fit in FITS,
         }
         wrong = [name for name, holds in rules.items() if not holds]
         if wrong:
             raise CheckpointError(f"{source}: the preprocessing holds a {wrong[0]} that cannot be")
         assert mean is not None
         assert std is not None
-        return cls(tuple(classes), channels, size, mean, std, crop, grey16)
+        return cls(tuple(classes), channels, size, mean, std, crop, grey16, fit)
 
     def of_tensor(self, images: Tensor) -> Tensor:
         """Inputs (N, C, H, W) from images (N, C, H, W) with H = W = `size`, uint8 or floating point in [0, 1].
@@ -119,15 +122,14 @@ class Preprocessing:
             images = images.float() * 255
         return normalize(images.permute(0, 2, 3, 1), self.mean, self.std)
 
-    def of_file(self, source: Path | bytes) -> Tensor:
+    def of_file(self, source: Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
         """Decode a file, or its bytes: uint8 (size, size, channels).
 
         Raises:
             UnreadableImage: see `skipway.data.decode`.
         """
-        choose = central_share(self.share)
-        pixels = decode(source, channels=self.channels, size=self.size, box=choose, grey16=self.grey16)
-        return torch.from_numpy(pixels.copy())
+        spec = DecodeSpec(self.channels, self.size, self.grey16, self.fit, max_megapixels)
+        return torch.from_numpy(decode(source, spec, box=central_share(self.share)).copy())
 
     def of_picture(self, image: Image.Image) -> Tensor:
         """Convert an image of Pillow, as if read from a file: uint8 (size, size, channels).
@@ -147,7 +149,7 @@ class Preprocessing:
                 if (turn := orientation_of(image)) in ORIENTATION_TRANSPOSE
                 else flat
             )
-            pixels = crop_and_scale(turned, self.size, central_share(self.share))
+            pixels = fit_square(turned, self.size, central_share(self.share), self.fit)
         except Exception as error:  # Pillow's plugins raise whatever their parsers do
             raise UnreadableImage(name, printable(str(error))) from error
         return torch.from_numpy(pixels.copy()).reshape(self.size, self.size, self.channels)

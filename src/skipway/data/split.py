@@ -14,6 +14,7 @@ from skipway.data.randomness import draw_key
 from skipway.data.sources.detect import index_source
 from skipway.data.sources.index import FilesByClass, SourceIndex, name_list
 from skipway.data.sources.readers import FileStore, ImageStore
+from skipway.data.sources.scan import LeftOut
 from skipway.data.sources.splits import SPLITS
 from skipway.errors import CheckpointError, DataError, printable
 
@@ -61,7 +62,7 @@ class Splits:
         test: images that the result is measured on.
         split_off: for each split that was split off the training images here, the fraction of each class.
         fold: the fold of a cross-validation that `test` is; None: no cross-validation.
-        ignored: number of files that are not images, by suffix; hidden files are not counted.
+        left_out: files that are not read, by reason.
         unused: folders, shards and splits that are left alone, with the reason.
         store: reads the images; None stands for files below the root.
     """
@@ -73,7 +74,7 @@ class Splits:
     test: tuple[ImageSample, ...]
     split_off: Mapping[str, float]
     fold: Fold | None = None
-    ignored: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOut = field(default_factory=LeftOut)
     unused: tuple[str, ...] = ()
     store: ImageStore | None = field(default=None, repr=False, compare=False)
 
@@ -178,7 +179,7 @@ def split_index(
         test=samples_of(test, numbers),
         split_off=split_off,
         fold=fold,
-        ignored=index.ignored,
+        left_out=index.left_out,
         unused=index.unused,
         store=index.store,
     )

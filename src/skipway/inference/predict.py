@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from skipway.checkpoint.files import decode_json, read_safetensors
 from skipway.data.batches import Batch, normalize
-from skipway.data.decode import UnreadableImage
+from skipway.data.decode import MAX_MEGAPIXELS, UnreadableImage
 from skipway.data.preprocessing import Preprocessing
-from skipway.data.sources.index import SUFFIXES
+from skipway.data.sources.scan import LeftOut, scan_folder
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable
 from skipway.hardware.device import choose_device
 from skipway.models import build, find_config
@@ -154,6 +153,7 @@ class Predictor:
     Args:
         model: a network of `from_pretrained`.
         device: auto, cpu, cuda, cuda:1.
+        max_megapixels: limit for the pixels of one image, see `skipway.data.DataChoices`.
 
     Raises:
         SkipwayError: the network has no preprocessing, or the device cannot be used.
@@ -163,18 +163,19 @@ class Predictor:
     'cat'
     """
 
-    def __init__(self, model: nn.Module, *, device: str = "cpu") -> None:
+    def __init__(self, model: nn.Module, *, device: str = "cpu", max_megapixels: float = MAX_MEGAPIXELS) -> None:
         preprocessing = getattr(model, "preprocessing", None)
         if not isinstance(preprocessing, Preprocessing):
             raise SkipwayError("the network has no preprocessing: load it with skipway.from_pretrained")
         self.device = choose_device(device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.preprocessing = preprocessing
+        self.max_megapixels = max_megapixels
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "cpu") -> Predictor:
+    def load(cls, path: str | Path, *, device: str = "cpu", max_megapixels: float = MAX_MEGAPIXELS) -> Predictor:
         """Load the network with `from_pretrained`."""
-        return cls(from_pretrained(path), device=device)
+        return cls(from_pretrained(path), device=device, max_megapixels=max_megapixels)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -285,7 +286,7 @@ class Predictor:
     def decode(self, file: str, opened: Callable[[str], Path | bytes]) -> Tensor | str:
         """Decode a file; return its pixels, or the reason why it cannot be read."""
         try:
-            return self.preprocessing.of_file(opened(file))
+            return self.preprocessing.of_file(opened(file), max_megapixels=self.max_megapixels)
         except UnreadableImage as error:
             return error.reason
 
@@ -310,30 +311,34 @@ class Predictor:
         return found
 
 
-def image_files(paths: Iterable[Path]) -> list[Path]:
-    """Expand folders to the images inside, sorted and recursive; hidden files and linked folders are skipped.
+def image_files(paths: Iterable[Path], *, outside: bool = False) -> tuple[list[Path], LeftOut]:
+    """Expand folders to the images inside, found as for training, sorted and recursive.
+
+    Args:
+        paths: files, which are taken as they are, and folders.
+        outside: follow links that lead out of a folder.
+
+    Returns:
+        the files, and those below the folders that are left out, with reasons.
 
     Raises:
         DataError: a path does not exist, or a folder contains no image.
     """
     found: list[Path] = []
+    left_out = LeftOut()
     for path in paths:
         if path.is_dir():
-            below = sorted(walk_images(path))
-            if not below:
-                raise DataError(f"{printable(path)} contains no images")
-            found += below
+            try:
+                folder, others = scan_folder(path, outside=outside)
+            except OSError as error:
+                raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+            if not (below := folder.below()):
+                raise DataError("; ".join([f"{printable(path)} contains no images", *others.sentences()]))
+            found += [path / name for name in below]
+            for reason, count in others.counts.items():
+                left_out.add(reason, str(path / others.first[reason]), count)
         elif path.exists():
             found.append(path)
         else:
             raise DataError(f"{printable(path)} does not exist")
-    return found
-
-
-def walk_images(folder: Path) -> Iterator[Path]:
-    """Yield the files with an image suffix anywhere below a folder."""
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
-        for name in names:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield Path(parent, name)
+    return found, left_out

@@ -154,6 +154,11 @@ def model_card(about: dict[str, Any], preprocessing: Preprocessing, result: dict
         if len(preprocessing.classes) > MAX_CLASSES_LISTED
         else ""
     )
+    shape = {
+        "crop": f"the central {percent(preprocessing.share)} of the shorter side",
+        "pad": "the whole image, scaled to the longer side and centred on grey (128)",
+        "squeeze": "the whole image, scaled to a square",
+    }[preprocessing.fit]
     colour = "grey" if preprocessing.channels == 1 else "colour"
     return f"""---
 {yaml}
@@ -185,7 +190,7 @@ The weights are safetensors; loading them executes no code from this repository.
 
 {preprocessing.size} x {preprocessing.size} {colour}, values from 0 to 1; mean {list(preprocessing.mean)},
 standard deviation {list(preprocessing.std)};
-the central {percent(preprocessing.share)} of the shorter side.
+{shape}.
 
 ## Classes
 

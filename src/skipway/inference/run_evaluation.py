@@ -10,8 +10,9 @@ import torch
 
 from skipway.checkpoint.files import read_json
 from skipway.data import load
+from skipway.data.decode import MAX_MEGAPIXELS
 from skipway.data.sources.detect import index_source
-from skipway.data.sources.index import name_list
+from skipway.data.sources.index import class_name, name_list
 from skipway.data.split import read_split
 from skipway.errors import CheckpointError, DataError, printable
 from skipway.inference.evaluation import Evaluation, evaluate
@@ -31,6 +32,7 @@ class RunEvaluation:
         evaluation: loss and confusion matrix.
         unreadable: (file, reason) of each image that was skipped.
         absent: classes without images.
+        remarks: sentences about files that were left out and what else a user may not expect.
     """
 
     name: str
@@ -38,6 +40,7 @@ class RunEvaluation:
     evaluation: Evaluation
     unreadable: tuple[tuple[str, str], ...] = ()
     absent: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def evaluate_run(
@@ -89,7 +92,15 @@ def autocast_for(precision: str, device: torch.device) -> AbstractContextManager
 
 
 def evaluate_images(
-    path: Path, data: Path, *, device: str = "auto", flip: bool = False, batch_size: int = 64, workers: int = 1
+    path: Path,
+    data: Path,
+    *,
+    device: str = "auto",
+    flip: bool = False,
+    batch_size: int = 64,
+    workers: int = 1,
+    outside: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> RunEvaluation:
     """Evaluate a network on images in class folders: on their test split, else their validation split, else on all.
 
@@ -100,15 +111,18 @@ def evaluate_images(
         flip: average the logits with those of the mirrored image.
         batch_size: images per forward pass.
         workers: threads that decode images.
+        outside: follow links, and paths in lists, that lead out of the data.
+        max_megapixels: limit for the pixels of one image, see `skipway.data.DataChoices`.
 
     Raises:
         CheckpointError: the weights cannot be used.
         DataError: unknown classes, or no readable image.
     """
-    predictor = Predictor.load(path, device=device)
-    found = index_source(data, allow_empty=True)
+    predictor = Predictor.load(path, device=device, max_megapixels=max_megapixels)
+    numbers = {class_name(name): number for number, name in enumerate(predictor.classes)}
+    nested = any("/" in name for name in numbers)
+    found = index_source(data, allow_empty=True, outside=outside, subfolders="classes" if nested else "merge")
     files = found.test or found.validation or found.train
-    numbers = {name: number for number, name in enumerate(predictor.classes)}
     unknown = [name for name in files if files[name] and name not in numbers]
     if unknown:
         raise DataError(
@@ -131,5 +145,7 @@ def evaluate_images(
     if not evaluation.total:
         first = f"; the first: {printable(unreadable[0][0])}: {unreadable[0][1]}" if unreadable else ""
         raise DataError(f"none of the {len(pairs)} images in {printable(data)} can be read{first}")
-    absent = tuple(name for name in predictor.classes if not files.get(name))
-    return RunEvaluation(found.name, predictor.classes, evaluation, tuple(unreadable), absent)
+    absent = tuple(name for name in predictor.classes if not files.get(class_name(name)))
+    part = "" if files is found.train else f", {'test' if files is found.test else 'validation'} split"
+    remarks = (*found.left_out.sentences(), *found.remarks)
+    return RunEvaluation(found.name + part, predictor.classes, evaluation, tuple(unreadable), absent, remarks)

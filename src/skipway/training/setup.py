@@ -296,7 +296,7 @@ def model_config(run: Run) -> dict[str, Any]:
 
 def preprocessing_config(run: Run) -> dict[str, Any]:
     """The preprocessing of images, and the classes of the outputs."""
-    names = ("classes", "channels", "size", "mean", "std")
+    names = ("classes", "channels", "size", "mean", "std", "fit")
     values = {name: getattr(run.data, name) for name in names}
     return {**values, "crop": run.data.augmentation.crop}
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipway.data.decode import Box, ChooseBox
+from skipway.data.fit import Box, ChooseBox
 
 __all__ = ["DRAWS", "crop_and_flip", "random_box"]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from skipway.data.augment.crops import random_box
 from skipway.data.cache.store import PixelFile
-from skipway.data.decode import UnreadableImage, central_share, crop_and_scale, reporting_faults, upright_image
-from skipway.data.inspection import DecodeSpec, DecodeTask
+from skipway.data.decode import DecodeSpec, UnreadableImage, reporting_faults, upright_image
+from skipway.data.fit import central_share, fit_square, kept_size
+from skipway.data.inspection import DecodeTask
 from skipway.data.pool import WorkerPool
 from skipway.data.sources.readers import ImageStore
 
@@ -25,7 +26,7 @@ KEPT_ASPECT = 4
 
 
 class ShrinkTask:
-    """Task: decode each image with its shorter side at 256/224 of the input's, and return it."""
+    """Task: decode each image at the size that it is kept at for later crops, 256/224 of the input's, and return it."""
 
     shape = None
 
@@ -36,24 +37,22 @@ class ShrinkTask:
 
     def __call__(self, index: int, row: np.ndarray | None) -> np.ndarray:
         """The image, uint8 (H, W, C); one black pixel if it cannot be read."""
-        file, (channels, size, grey16) = self.files[index], self.spec
-        side = round(KEPT_SHARE * size)
+        file, side = self.files[index], round(KEPT_SHARE * self.spec.size)
         try:
             with reporting_faults(self.store.read(file), self.store.root / file) as (content, path):
-                image = upright_image(content, path, channels=channels, least=side, grey16=grey16)
+                image = upright_image(content, path, self.spec, least=side)
                 long, short = max(image.size), min(image.size)
-                if long > KEPT_ASPECT * short:
+                if self.spec.fit == "crop" and long > KEPT_ASPECT * short:
                     cut = (long - KEPT_ASPECT * short) // 2
                     wide = image.width > image.height
                     box = (cut, 0, image.width - cut, short) if wide else (0, cut, short, image.height - cut)
                     image = image.crop(box)
-                if short > side:
-                    factor = side / short
-                    shape = (max(side, round(image.width * factor)), max(side, round(image.height * factor)))
-                    image = image.resize(shape, Image.Resampling.BICUBIC)
-                return np.asarray(image).reshape(image.height, image.width, channels)
+                size = kept_size(*image.size, side, self.spec.fit)
+                if size != image.size:
+                    image = image.resize(size, Image.Resampling.BICUBIC)
+                return np.asarray(image).reshape(image.height, image.width, self.spec.channels)
         except UnreadableImage:
-            return np.zeros((1, 1, channels), np.uint8)
+            return np.zeros((1, 1, self.spec.channels), np.uint8)
 
 
 class CropTask:
@@ -101,7 +100,8 @@ class CropTask:
         flat = content[offset : offset + height * width * channels]
         image = Image.fromarray(flat.reshape(height, width, channels) if channels == 3 else flat.reshape(height, width))
         box = central_share(self.share) if self.draws is None else random_box(self.draws[index])
-        row[:] = crop_and_scale(image, self.spec.size, box, quick=self.draws is not None).reshape(self.shape)
+        square = fit_square(image, self.spec.size, box, self.spec.fit, quick=self.draws is not None)
+        row[:] = square.reshape(self.shape)
         return ""
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from skipway.data.sources.folders import index_folders
+from skipway.data.sources.folders import Subfolders, index_folders
 from skipway.data.sources.hub import HUB_PREFIX, index_dataset, is_saved_dataset
 from skipway.data.sources.index import SourceIndex
 from skipway.data.sources.lists import LIST_SUFFIXES, index_list
@@ -20,7 +20,12 @@ COLUMNS = ("image", "label", "split")
 
 
 def index_source(
-    source: Path | str, *, allow_empty: bool = False, outside: bool = False, columns: Sequence[str] = COLUMNS
+    source: Path | str,
+    *,
+    allow_empty: bool = False,
+    outside: bool = False,
+    columns: Sequence[str] = COLUMNS,
+    subfolders: Subfolders = "merge",
 ) -> SourceIndex:
     """Index the images of a source.
 
@@ -30,6 +35,7 @@ def index_source(
         allow_empty: keep a class without an image.
         outside: follow links, and paths in lists, that lead out of the source.
         columns: names of the columns for image, label and split.
+        subfolders: see `index_folders`.
 
     Raises:
         DataError: there is no such source, or it cannot be used for training.
@@ -42,11 +48,9 @@ def index_source(
         if path.is_dir():
             if is_saved_dataset(path):
                 return index_dataset(path, columns=columns, outside=outside)
-            return (
-                index_shards(path)
-                if holds_shards(path)
-                else index_folders(path, allow_empty=allow_empty, outside=outside)
-            )
+            if holds_shards(path):
+                return index_shards(path)
+            return index_folders(path, allow_empty=allow_empty, outside=outside, subfolders=subfolders)
         suffix = path.suffix.lower()
         if suffix in LIST_SUFFIXES and path.is_file():
             return index_list(path, columns=columns, outside=outside)

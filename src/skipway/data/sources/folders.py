@@ -1,124 +1,59 @@
 """Class folders: `train/<class>/*`, with `val/<class>/*` and `test/<class>/*` where they exist, or `<class>/*`.
 
-`skipway.data.sources.splits` has the names of the splits. A folder whose name is not among them, beside `train`, is
-named and left alone; so are validation and test folders whose images are not sorted into classes.
+`skipway.data.sources.splits` has the names of the splits. Of several folders that name the same split, the first that
+holds class folders is taken. A folder whose name is not among them, beside `train`, is named and left alone; so are
+validation and test folders whose images are not sorted into classes.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from skipway.data.sources.index import (
-    SUFFIXES,
     FilesByClass,
     SourceIndex,
     check_classes,
     check_known_classes,
+    class_name,
     name_list,
+    names_alike,
 )
 from skipway.data.sources.readers import FileStore
+from skipway.data.sources.scan import ImageFolder, LeftOut, scan_folder
 from skipway.data.sources.splits import SPLIT_NAMES, SPLITS, Split, looks_like_split, split_of
-from skipway.errors import DataError, printable
+from skipway.errors import DataError, counted, printable
 
-__all__ = ["index_folders", "is_hidden"]
+__all__ = ["Subfolders", "index_folders"]
 
-
-@dataclass
-class FolderWalk:
-    """Collects the images below class folders, and counts the files that are ignored."""
-
-    root: Path
-    outside: bool
-    ignored: Counter[str] = field(default_factory=Counter)
-    links: list[str] = field(default_factory=list)
-    home: str = ""
-
-    def __post_init__(self) -> None:
-        self.home = os.path.realpath(self.root)
-
-    def by_class(self, folder: Path, skip: Collection[str] = ()) -> FilesByClass:
-        """The image files below each subfolder of `folder` that is not in `skip`, as sorted paths below the root."""
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        found = {}
-        for entry in entries:
-            if is_hidden(entry.name) or entry.name in skip:
-                continue
-            if entry.is_dir() and self.stays(entry):
-                found[entry.name] = sorted(self.below(folder / entry.name))
-            elif entry.is_file():
-                self.ignored[f"{Path(entry.name).suffix.lower() or 'no suffix'} outside the class folders"] += 1
-        return found
-
-    def below(self, folder: Path) -> list[str]:
-        """The image files anywhere below `folder`; linked folders are not followed, so there are no cycles."""
-        found: list[str] = []
-        waiting = [folder]
-        while waiting:
-            for entry in os.scandir(waiting.pop()):
-                if is_hidden(entry.name):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(Path(entry.path))
-                elif entry.is_symlink() and is_folder(entry):
-                    self.links.append(self.relative(entry))
-                elif (suffix := Path(entry.name).suffix.lower()) not in SUFFIXES:
-                    self.ignored[suffix or "no suffix"] += 1
-                elif self.stays(entry):
-                    found.append(self.relative(entry))
-        return found
-
-    def relative(self, entry: os.DirEntry[str]) -> str:
-        """The path below the root, with forward slashes."""
-        return Path(entry.path).relative_to(self.root).as_posix()
-
-    def stays(self, entry: os.DirEntry[str]) -> bool:
-        """Whether an entry is not a link out of the root, or such links are allowed."""
-        if self.outside or not entry.is_symlink():
-            return True
-        target = os.path.realpath(entry.path)
-        if os.path.commonpath([self.home, target]) == self.home:
-            return True
-        self.links.append(self.relative(entry))
-        return False
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one; False for a link to itself."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or made by the operating system or an archiver."""
-    return name.startswith((".", "__MACOSX")) or name in ("Thumbs.db", "desktop.ini")
-
+Subfolders = Literal["merge", "classes"]
 
 # folders of a validation or test split that stand for images without a class
-PLACEHOLDERS = frozenset({"unknown", "unlabeled", "unlabelled", "images"})
+PLACEHOLDERS = frozenset(
+    {"unknown", "unlabeled", "unlabelled", "unclassified", "images", "image", "imgs", "img", "all"}
+)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Layout:
     """Which folders of a source hold which split.
 
     Args:
-        folders: the folder of each split; that of `train` is the source itself where it has no training folder.
-        unused: the other folders beside `train`, each with the reason.
-        splits: names of the folders in the source that are splits and therefore no classes.
+        train: the folder of the training split; the source itself where it has no training folder.
+        held: the folders that name each other split, by preference.
+        unused: path of each folder that is left alone → the reason.
+        splits: names of the folders in `train` that are splits and therefore no classes.
     """
 
-    folders: dict[Split, Path]
-    unused: tuple[str, ...] = ()
+    train: ImageFolder
+    held: dict[Split, list[ImageFolder]] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
     splits: frozenset[str] = frozenset()
 
 
-def layout_of(root: Path) -> Layout:
+def layout_of(top: ImageFolder, where: str) -> Layout:
     """The layout of a folder of images, by the names of its subfolders.
 
     A folder `train` that holds images but no folders is a class beside other classes: trains are vehicles.
@@ -127,34 +62,30 @@ def layout_of(root: Path) -> Layout:
         DataError: there are split folders but no training images, or class folders beside one whose name sounds like
             a split that is not known.
     """
-    names = sorted(entry.name for entry in os.scandir(root) if not is_hidden(entry.name) and is_folder(entry))
-    by_split: dict[Split | None, list[str]] = {}
-    for name in names:
-        by_split.setdefault(split_of(name), []).append(name)
-    others = by_split.get(None, [])
-    train = [name for name in by_split.get("train", []) if not others or holds_folders(root / name)]
-    folders: dict[Split, Path] = {"train": root}
-    unused = []
+    by_split: dict[Split | None, list[ImageFolder]] = {}
+    for folder in top.folders.values():
+        by_split.setdefault(split_of(folder.name), []).append(folder)
     for split in SPLITS:
-        candidates = train if split == "train" else by_split.get(split, [])
-        ranked = sorted(candidates, key=lambda name: rank_of(split, name))
-        if ranked:
-            folders[split] = innermost(root / ranked[0], split)
-        unused += [f"{printable(name)!r}: {printable(ranked[0])!r} is the {split} split" for name in ranked[1:]]
-    if folders["train"] != root:
-        unused += [f"{printable(name)!r}: its name is none of train, val, test" for name in others]
-        return Layout(folders=folders, unused=tuple(unused))
-    where = printable(root)
-    unclear = [name for name in others if looks_like_split(name)]
+        by_split.get(split, []).sort(key=lambda folder: rank_of(split, folder.name))
+    others = by_split.get(None, [])
+    train = [folder for folder in by_split.get("train", []) if not others or folder.folders]
+    layout = Layout(train=top, held={split: by_split.get(split, []) for split in SPLITS[1:]})
+    for folder in train[1:]:
+        layout.unused[folder.path] = f"{printable(train[0].name)!r} is the train split"
+    if train:
+        layout.train = innermost(train[0], "train")
+        layout.unused.update({folder.path: "its name is none of train, val, test" for folder in others})
+        return layout
+    unclear = [folder.name for folder in others if looks_like_split(folder.name)]
     if unclear:
         raise DataError(
             f"{name_list(unclear)} in {where} sounds like a split, not like a class: name it train, val or test, or, "
             "if it is a class, move all class folders into a folder named train"
         )
-    splits = frozenset(name for split in ("validation", "test") for name in by_split.get(split, []))
-    if splits and len(names) == len(splits):
-        raise DataError(f"{where} has {name_list(splits)} but no training folder: add one named train")
-    return Layout(folders=folders, unused=tuple(unused), splits=splits)
+    layout.splits = frozenset(folder.name for folders in layout.held.values() for folder in folders)
+    if layout.splits and len(top.folders) == len(layout.splits):
+        raise DataError(f"{where} has {name_list(sorted(layout.splits))} but no training folder: add one named train")
+    return layout
 
 
 def rank_of(split: Split, name: str) -> tuple[int, str]:
@@ -163,56 +94,65 @@ def rank_of(split: Split, name: str) -> tuple[int, str]:
     return known.index(name.lower()) if name.lower() in known else len(known), name
 
 
-def holds_folders(folder: Path) -> bool:
-    """Whether a folder holds another one that is not hidden."""
-    with os.scandir(folder) as entries:
-        return any(not is_hidden(entry.name) and is_folder(entry) for entry in entries)
+def innermost(folder: ImageFolder, split: Split | None = None) -> ImageFolder:
+    """The folder itself; or, while its only content is a folder of the same split, as archives unpack to `train/train`,
+    or one that holds several folders itself, that folder.
+    """
+    while not folder.images and len(folder.folders) == 1:
+        (inner,) = folder.folders.values()
+        same = split is not None and split_of(inner.name) == split
+        if not same and (inner.images or len(inner.folders) < 2):
+            break
+        folder = inner
+    return folder
 
 
-def innermost(folder: Path, split: Split) -> Path:
-    """The folder itself, or, as archives unpack to `train/train`, the only folder in it that names the same split."""
-    while True:
-        inner = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
-        if len(inner) != 1 or split_of(inner[0].name) != split or not is_folder(inner[0]):
-            return folder
-        folder = folder / inner[0].name
+def classes_in(folder: ImageFolder, skip: Collection[str], subfolders: Subfolders) -> FilesByClass:
+    """The images of each class in the folder of a split, but for the subfolders in `skip`."""
+    found: FilesByClass = {}
+    start = f"{folder.path}/" if folder.path else ""
+    for child in folder.folders.values():
+        if child.name in skip:
+            continue
+        nested = [each for each in child.walk() if each.images] if subfolders == "classes" else []
+        for each in sorted(nested, key=lambda each: each.path) or [child]:
+            files = each.images if nested else child.below()
+            found.setdefault(class_name(each.path.removeprefix(start)), []).extend(files)
+    return {name: sorted(files) for name, files in found.items()}
 
 
-def index_folders(root: Path, *, allow_empty: bool = False, outside: bool = False) -> SourceIndex:
+def index_folders(
+    root: Path, *, allow_empty: bool = False, outside: bool = False, subfolders: Subfolders = "merge"
+) -> SourceIndex:
     """Index the images of class folders.
 
     Args:
         root: the folder.
         allow_empty: keep a class whose folder holds no image.
-        outside: follow links to files, and class folders that are links, out of the root.
+        outside: follow links out of the root.
+        subfolders: "merge": subfolders of a class folder belong to the class; "classes": each folder that directly
+            holds images is a class, named by its path.
 
     Raises:
         DataError: the folder is empty, has fewer than two classes, an empty class, or a class in its validation or
             test split that the training split lacks; or a name is neither clearly a split nor clearly a class.
+        OSError: the folder cannot be opened.
     """
-    layout = layout_of(root)
-    folder = layout.folders["train"]
-    walk = FolderWalk(root, outside)
-    train = walk.by_class(folder, skip=layout.splits)
-    classes = check_classes(train, printable(folder), allow_empty=allow_empty)
-    held: dict[str, FilesByClass | None] = {}
+    top, left_out = scan_folder(root, outside=outside)
+    layout = layout_of(innermost(top), printable(root))
+    train = classes_in(layout.train, layout.splits, subfolders)
+    held: dict[Split, FilesByClass] = {}
     remarks = []
-    for split, folder in layout.folders.items():
-        if split == "train":
-            continue
-        own = FolderWalk(root, outside)
-        held[split], unsorted = labelled(own, folder, classes)
-        if unsorted:
-            remarks.append(
-                f"{printable(folder.name)!r} holds {unsorted:,} images that are not in class folders: it is left "
-                f"alone, and {split} images are split off the training split"
-            )
-            continue
-        check_known_classes(held[split] or {}, classes, printable(folder), split)
-        walk.ignored.update(own.ignored)
-        walk.links += own.links
-    if walk.links:
-        remarks.append(f"links not followed, to folders or out of the data: {name_list(walk.links, 3)}")
+    for split, folders in layout.held.items():
+        files, remark = choose_held(split, folders, layout, train, subfolders)
+        remarks += [remark] if remark else []
+        if files is not None:
+            held[split] = files
+    count_unread(top, [train, *held.values()], layout.unused, left_out)
+    where = printable(root / layout.train.path)
+    classes = check_classes(train, where, allow_empty=allow_empty, left_out=left_out)
+    for split, files in held.items():
+        check_known_classes(files, classes, printable(root / layout.held[split][0].path), split)
     return SourceIndex(
         store=FileStore(root),
         name=root.resolve().name,
@@ -220,19 +160,76 @@ def index_folders(root: Path, *, allow_empty: bool = False, outside: bool = Fals
         train=train,
         validation=held.get("validation"),
         test=held.get("test"),
-        ignored=walk.ignored,
-        unused=layout.unused,
-        remarks=tuple(remarks),
+        left_out=left_out,
+        unused=tuple(f"{printable(path)!r}: {reason}" for path, reason in layout.unused.items()),
+        remarks=tuple(remarks + folder_remarks(top, layout, classes, subfolders)),
     )
 
 
-def labelled(walk: FolderWalk, folder: Path, classes: Collection[str]) -> tuple[FilesByClass | None, int]:
-    """The images of a validation or test folder by class, and 0; or None and the number of images without a class."""
-    files = walk.by_class(folder)
-    full = {name for name in files if files[name]}
-    if full - (PLACEHOLDERS - set(classes)):
-        return files, 0
-    with os.scandir(folder) as entries:
-        loose = sum(Path(entry.name).suffix.lower() in SUFFIXES and not is_hidden(entry.name) for entry in entries)
-    count = loose + sum(map(len, files.values()))
-    return (None, count) if count else (files, 0)
+def choose_held(
+    split: Split, folders: list[ImageFolder], layout: Layout, train: FilesByClass, subfolders: Subfolders
+) -> tuple[FilesByClass | None, str]:
+    """The images of a validation or test split by class, from the first of its folders that has class folders, and a
+    remark; None: it has none. The chosen folder comes first in `folders`, the others are added to `layout.unused`.
+    """
+    if not folders:
+        return None, ""
+    sorted_out = [(unlabelled_images(innermost(folder, split), train, subfolders), folder) for folder in folders]
+    # those with class folders, then those with other images, then empty ones
+    sorted_out.sort(key=lambda pair: (pair[0] > 0) + 2 * (not any(each.images for each in pair[1].walk())))
+    folders[:] = [folder for _, folder in sorted_out]
+    for unlabelled, folder in sorted_out[1:]:
+        taken = f"{printable(folders[0].name)!r} is the {split} split"
+        layout.unused[folder.path] = (
+            f"its {counted(unlabelled, 'image')} are not in class folders" if unlabelled else taken
+        )
+    unlabelled, chosen = sorted_out[0]
+    if not unlabelled:
+        return classes_in(innermost(chosen, split), (), subfolders), ""
+    return None, (
+        f"{printable(chosen.name)!r} holds {counted(unlabelled, 'image')} that are not in class folders: it is left "
+        f"alone, and {split} images are split off the training split"
+    )
+
+
+def unlabelled_images(folder: ImageFolder, classes: Collection[str], subfolders: Subfolders) -> int:
+    """The number of images in the folder of a split if none of them is in a class folder; else 0."""
+    full = {name for name, files in classes_in(folder, (), subfolders).items() if files}
+    labelled = {name for name in full if name in classes or name.lower() not in PLACEHOLDERS}
+    return 0 if labelled else len(folder.below())
+
+
+def count_unread(top: ImageFolder, parts: list[FilesByClass], unused: Collection[str], left_out: LeftOut) -> None:
+    """Add every image that is in no class of no split to the files that are left out."""
+    read = {file for part in parts for files in part.values() for file in files}
+    for image in top.below():
+        if image not in read:
+            in_unused = any(image.startswith(f"{path}/") for path in unused)
+            left_out.add("in a folder that is not used" if in_unused else "outside the class folders", image)
+
+
+def folder_remarks(top: ImageFolder, layout: Layout, classes: Collection[str], subfolders: Subfolders) -> list[str]:
+    """Remarks about where classes were found, merged folders, and names that hardly differ."""
+    remarks = []
+    if (found := innermost(top)) is not top:
+        remarks.append(f"the class folders are taken from {printable(found.path)!r}, the only folder in the source")
+    merged = {}
+    for child in layout.train.folders.values():
+        holding = [each for each in child.walk() if each.images]
+        if child.name not in layout.splits and len(holding) > 1:
+            merged[child.name] = sorted(holding, key=lambda each: each.path)
+    if merged and subfolders == "merge":
+        name, holding = next(iter(merged.items()))
+        counts = ", ".join(f"{printable(each.path)!r} {len(each.images):,}" for each in holding[:4])
+        rest = f" and {len(holding) - 4} more" if len(holding) > 4 else ""
+        remarks.append(
+            f"subfolders are merged in {counted(len(merged), 'class', 'classes')}, the first {printable(name)!r}: "
+            f"{counts}{rest}; subfolders='classes' makes each of them a class"
+        )
+    forms = [child.name for child in layout.train.folders.values()]
+    twice = sorted({class_name(name) for name in forms if class_name(name) != name and class_name(name) in forms})
+    if twice:
+        remarks.append(f"folders whose names are equal but for their Unicode form are one class: {name_list(twice)}")
+    for group in names_alike(classes)[:3]:
+        remarks.append(f"classes {name_list(group)} differ by case or spaces only: merge them if they mean the same")
+    return remarks

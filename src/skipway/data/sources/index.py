@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from skipway.data.sources.readers import ImageStore
-from skipway.data.sources.splits import SPLITS
+from skipway.data.sources.scan import LeftOut
+from skipway.data.sources.splits import SPLITS, Split
 from skipway.errors import DataError, printable
 
-__all__ = ["SUFFIXES", "FilesByClass", "SourceIndex", "name_list", "sorted_classes"]
-
-SUFFIXES = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
-        *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
-    }
-)
+__all__ = ["FilesByClass", "Inventory", "SourceIndex", "class_name", "name_list", "names_alike", "sorted_classes"]
 
 FilesByClass = dict[str, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """Every file of a source: how many are read, by split and class, and how many are left out, by reason.
+
+    >>> Inventory(read={("train", "cat"): 8, ("test", "cat"): 2}, left_out={"hidden": 1}).total
+    11
+    """
+
+    read: Mapping[tuple[Split, str], int]
+    left_out: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """The number of all files."""
+        return sum(self.read.values()) + sum(self.left_out.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +45,7 @@ class SourceIndex:
         train: names of the training images of each class.
         validation: names of the validation images of each class; None: the source has no such split.
         test: names of the test images of each class; None: the source has no such split.
-        ignored: number of files that are not images, by suffix; hidden files are not counted.
+        left_out: files that are not read, by reason.
         unused: folders, shards and splits that are left alone, with the reason.
         remarks: sentences about what a user may not expect.
     """
@@ -45,7 +56,7 @@ class SourceIndex:
     train: FilesByClass
     validation: FilesByClass | None = None
     test: FilesByClass | None = None
-    ignored: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOut = field(default_factory=LeftOut)
     unused: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -59,6 +70,15 @@ class SourceIndex:
         """The names of all images, split by split and class by class."""
         splits = [getattr(self, split) or {} for split in SPLITS]
         return [file for files in splits for name in self.classes for file in files.get(name, [])]
+
+    @property
+    def inventory(self) -> Inventory:
+        """Every file of the source, before any image is read."""
+        read: dict[tuple[Split, str], int] = {}
+        for split in SPLITS:
+            part: FilesByClass = getattr(self, split) or {}
+            read.update({(split, name): len(files) for name, files in part.items() if files})
+        return Inventory(read=read, left_out=dict(self.left_out.counts))
 
 
 def name_list(names: Iterable[str], limit: int = 5) -> str:
@@ -83,40 +103,72 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int(name), name) if numeric else (0, name)))
 
 
-def check_classes(files: FilesByClass, where: str, *, allow_empty: bool) -> tuple[str, ...]:
+def class_name(name: str) -> str:
+    """The name of a class from that of a folder: in Unicode's composed form, since systems store names in either."""
+    return unicodedata.normalize("NFC", name)
+
+
+def names_alike(names: Iterable[str]) -> list[list[str]]:
+    """Groups of names that differ by case or spaces only.
+
+    >>> names_alike(["Cat", "dog", "cat "])
+    [['Cat', 'cat ']]
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault("".join(name.casefold().split()), []).append(name)
+    return [group for group in alike.values() if len(group) > 1]
+
+
+def check_classes(
+    files: FilesByClass, where: str, *, allow_empty: bool, left_out: LeftOut | None = None
+) -> tuple[str, ...]:
     """The classes, after checking that there are two and that none is empty.
 
     Raises:
         DataError: there are fewer, or one is empty and that is not allowed.
     """
     full = [name for name in files if files[name]]
+    others = [] if left_out is None else left_out.sentences()
     if not full:
-        raise DataError(
-            f"no images in {where}: the layout is <class>/<image>, with the suffixes {' '.join(sorted(SUFFIXES))}"
-        )
+        raise DataError("; ".join([f"no images in {where}: the layout is <class>/<image>", *others]))
     empty = [name for name in files if not files[name]]
     if empty and not allow_empty:
         raise DataError(
-            f"class folder {name_list(empty)} in {where} holds no image; fill it, remove it, or keep the class without "
-            "images with allow_empty"
+            "; ".join(
+                [
+                    f"class folder {name_list(empty)} in {where} holds no image",
+                    "fill it, remove it, or keep the class without images with allow_empty=True",
+                    *others,
+                ]
+            )
         )
     if len(full) < 2:
         raise DataError(
-            f"only one class, {printable(full[0])!r}, in {where}: a classifier needs at least two class folders"
+            "; ".join(
+                [f"only one class, {printable(full[0])!r}, in {where}: a classifier needs two class folders", *others]
+            )
         )
     return tuple(files)
 
 
-def check_known_classes(files: FilesByClass, classes: tuple[str, ...], where: str, split: str) -> None:
+def check_known_classes(files: FilesByClass, classes: Collection[str], where: str, split: str) -> None:
     """Check that the classes of a validation or test split occur in the training split, which numbers them.
 
     Raises:
         DataError: a class is missing there, or the split holds no image at all.
     """
-    unknown = [name for name in files if name not in classes and files[name]]
+    known = set(classes)
+    unknown = [name for name in files if name not in known and files[name]]
     if unknown:
+        alike = [group for group in names_alike([*classes, unknown[0]]) if unknown[0] in group]
         raise DataError(
-            f"class {name_list(unknown)} in {where} is not in the training split, which has {name_list(classes)}"
+            f"class {name_list(unknown)} in {where} is not in the training split, which has {name_list(classes)}; "
+            + (
+                f"{unknown[0]!r} differs from {alike[0][0]!r} by case or spaces only: name both alike"
+                if alike
+                else "images without labels belong into a folder named unlabeled there"
+            )
         )
     if not any(files.values()):
         raise DataError(

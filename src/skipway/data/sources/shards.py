@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 from skipway.data.decode import MAX_BYTES
 from skipway.data.sources.index import (
-    SUFFIXES,
     FilesByClass,
     SourceIndex,
     check_classes,
@@ -27,6 +25,7 @@ from skipway.data.sources.index import (
     sorted_classes,
 )
 from skipway.data.sources.readers import ShardMember, ShardStore, check_member_name
+from skipway.data.sources.scan import SUFFIXES, LeftOut
 from skipway.data.sources.splits import SPLITS, looks_like_split, split_in
 from skipway.errors import DataError, printable
 
@@ -99,7 +98,7 @@ def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
     root = source if source.is_dir() else Path(*common_folder(paths))
     members: dict[str, ShardMember] = {}
     splits: dict[str, FilesByClass] = {split: {} for split in SPLITS}
-    ignored: Counter[str] = Counter()
+    left_out = LeftOut()
     unused = []
     for path in paths:
         shard = path.relative_to(root).as_posix()
@@ -107,7 +106,7 @@ def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
         if split is None and looks_like_split(path.stem):
             unused.append(shard)
             continue
-        for member, label, place in scan_shard(path, ignored):
+        for member, label, place in scan_shard(path, left_out):
             name = f"{shard}/{member}"
             members[name] = ShardMember(shard, *place)
             splits[split or "train"].setdefault(label, []).append(name)
@@ -117,7 +116,7 @@ def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
     classes = sorted_classes(train)
     if unused and not train:
         raise DataError(f"{where} holds {name_list(unused)} but no training shard: name it train-000.tar")
-    check_classes(train, where, allow_empty=allow_empty)
+    check_classes(train, where, allow_empty=allow_empty, left_out=left_out)
     for other in SPLITS[1:]:
         if splits[other]:
             check_known_classes(splits[other], classes, where, other)
@@ -128,7 +127,7 @@ def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
         train={name: train[name] for name in classes},
         validation=splits["validation"] or None,
         test=splits["test"] or None,
-        ignored=ignored,
+        left_out=left_out,
         unused=tuple(f"{printable(shard)!r}: its name is none of train, val, test" for shard in unused),
     )
 
@@ -143,7 +142,7 @@ def common_folder(paths: Sequence[Path]) -> tuple[str, ...]:
     return tuple(shared)
 
 
-def scan_shard(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[int, int]]]:
+def scan_shard(path: Path, left_out: LeftOut) -> list[tuple[str, str, tuple[int, int]]]:
     """(name, label, (offset, size)) of every image of a shard; only labels are read."""
     images: list[tuple[str, str, tuple[int, int]]] = []
     labels: dict[str, tuple[str, tuple[int, int]]] = {}
@@ -155,7 +154,10 @@ def scan_shard(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[
                 tar.members = []  # pyrefly: ignore[missing-attribute]
                 count += 1
                 check_member(path, member, size, count)
-                if not member.isreg() or Path(member.name).name.startswith("."):
+                if not member.isreg():
+                    continue
+                if Path(member.name).name.startswith("."):
+                    left_out.add("hidden", f"{path.name}/{member.name}")
                     continue
                 key, suffix = key_and_suffix(member.name)
                 place = (member.offset_data, member.size)
@@ -164,7 +166,8 @@ def scan_shard(path: Path, ignored: Counter[str]) -> list[tuple[str, str, tuple[
                 elif suffix in ("cls", "json"):
                     labels[key] = (suffix, place)
                 else:
-                    ignored["." + suffix if suffix else "no suffix"] += 1
+                    reason = f"neither an image nor a label by its suffix .{suffix}" if suffix else "without a suffix"
+                    left_out.add(reason, f"{path.name}/{member.name}")
     except DataError:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:

@@ -1,0 +1,212 @@
+"""The files below a folder: images by their content, subfolders, and what is left out with the reason.
+
+A file with an image suffix is an image, to be judged when it is read; any other is one if its first bytes say so.
+Hidden files and folders that a system makes are left out. Links are followed below the folder, and out of it where that
+is allowed; a link to a folder that contains it is not, nor is one behind `MAX_LINKS` others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from skipway.data.content import is_image_content
+from skipway.errors import counted, printable
+
+__all__ = ["SUFFIXES", "ImageFolder", "LeftOut", "scan_folder"]
+
+# suffixes of formats that Pillow reads and nothing else has: their files need not be opened to be found
+SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
+    }
+)
+# folders that systems make; hidden ones begin with a dot
+SYSTEM_FOLDERS = frozenset(
+    {
+        *("__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+        *("__pycache__",),
+    }
+)
+# links to folders on the way to a file, so that folders that link to each other end
+MAX_LINKS = 2
+
+
+@dataclass
+class LeftOut:
+    """The files of a source that are not read: their number and the first of them, by reason."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        """Count `count` files that are left out for a reason, the first of them `name`."""
+        if count:
+            self.counts[reason] += count
+            self.first.setdefault(reason, name)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def sentences(self, limit: int = 6) -> list[str]:
+        """One sentence for each of the most frequent reasons.
+
+        >>> left_out = LeftOut()
+        >>> left_out.add("hidden", "cat/.x.jpg", 2)
+        >>> left_out.sentences()
+        ["2 files left out, hidden: 'cat/.x.jpg', …"]
+        """
+        shown = self.counts.most_common(limit)
+        found = []
+        for reason, count in shown:
+            first = repr(printable(self.first[reason])) + (", …" if count > 1 else "")
+            found.append(f"{counted(count, 'file')} left out, {reason}: {first}")
+        rest = self.counts.total() - sum(count for _, count in shown)
+        return [*found, *([f"{counted(rest, 'more file')} left out, for other reasons"] if rest else [])]
+
+
+@dataclass
+class ImageFolder:
+    """A folder with the images directly in it, as sorted paths below the root, and its subfolders in order of name."""
+
+    path: str
+    images: list[str] = field(default_factory=list)
+    folders: dict[str, ImageFolder] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder itself."""
+        return self.path.rpartition("/")[2]
+
+    def walk(self) -> Iterator[ImageFolder]:
+        """This folder and all below it."""
+        waiting = [self]
+        while waiting:
+            yield (folder := waiting.pop())
+            waiting += list(folder.folders.values())
+
+    def below(self) -> list[str]:
+        """All images in this folder and below it, sorted."""
+        return sorted(image for folder in self.walk() for image in folder.images)
+
+
+@dataclass
+class Scan:
+    """One scan: where it began, where links may lead, and what has been left out."""
+
+    root: Path
+    outside: bool
+    left_out: LeftOut = field(default_factory=LeftOut)
+    home: str = ""
+
+    def __post_init__(self) -> None:
+        self.home = os.path.realpath(self.root)
+
+    def fill(self, top: ImageFolder) -> None:
+        """Fill a folder with everything below it.
+
+        Raises:
+            OSError: the folder itself cannot be opened; one below it is left out.
+        """
+        waiting = [(top, 0)]
+        while waiting:
+            here, links = waiting.pop()
+            try:
+                with os.scandir(self.root / here.path) as found:
+                    entries = sorted(found, key=lambda entry: entry.name)
+            except OSError as error:
+                if here is top:
+                    raise
+                self.left_out.add(f"folders that cannot be opened ({(error.strerror or '').lower()})", here.path)
+                continue
+            inside = []
+            for entry in entries:
+                path = f"{here.path}/{entry.name}" if here.path else entry.name
+                kind = self.kind_of(entry, links)
+                if kind == "image":
+                    here.images.append(path)
+                elif kind == "folder":
+                    here.folders[entry.name] = ImageFolder(path)
+                    inside.append((here.folders[entry.name], links + entry.is_symlink()))
+                else:
+                    self.left_out.add(kind, path, count_files(entry))
+            waiting += reversed(inside)
+
+    def kind_of(self, entry: os.DirEntry[str], links: int) -> str:
+        """ "image", "folder", or the reason why an entry is left out."""
+        folder, suffix = leads_to(entry, os.DirEntry.is_dir), os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith("."):
+            return "in hidden folders" if folder and not entry.is_symlink() else "hidden"
+        if folder and entry.name in SYSTEM_FOLDERS and not entry.is_symlink():
+            return "in folders that a system made"
+        if entry.is_symlink() and (reason := self.link_fault(entry, folder, links)):
+            return reason
+        if folder:
+            return "folder"
+        if suffix in SUFFIXES:
+            return "image"
+        if not leads_to(entry, os.DirEntry.is_file):
+            return "a broken link" if entry.is_symlink() else "not a regular file"
+        try:
+            with open(entry.path, "rb") as file:
+                return is_image_content(file, suffix) or "image"
+        except OSError as error:
+            return f"cannot be opened ({(error.strerror or str(error)).lower()})"
+
+    def link_fault(self, entry: os.DirEntry[str], folder: bool, links: int) -> str:
+        """The reason why a link is not followed, else ""."""
+        target = os.path.realpath(entry.path)
+        if not self.outside and not is_below(target, self.home):
+            return "a link out of the folder, which outside=True follows"
+        if folder and is_below(os.path.realpath(os.path.dirname(entry.path)), target):
+            return "a link to a folder that contains it"
+        return f"a link to a folder behind {MAX_LINKS} others" if folder and links >= MAX_LINKS else ""
+
+
+def leads_to(entry: os.DirEntry[str], kind: Callable[[os.DirEntry[str]], bool]) -> bool:
+    """Whether an entry, or what it links to, is a folder or a file; False for a link to itself."""
+    try:
+        return kind(entry)
+    except OSError:
+        return False
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path is a folder or below it; both are absolute and without links."""
+    try:
+        return os.path.commonpath([folder, path]) == folder
+    except ValueError:  # on another drive
+        return False
+
+
+def count_files(entry: os.DirEntry[str]) -> int:
+    """The number of files and links in a folder that is left out; 1 for a file or a link."""
+    if entry.is_symlink() or not entry.is_dir():
+        return 1
+    count = 0
+    for parent, folders, files in os.walk(entry.path):
+        count += len(files) + sum(os.path.islink(os.path.join(parent, name)) for name in folders)
+    return count
+
+
+def scan_folder(root: Path, *, outside: bool = False) -> tuple[ImageFolder, LeftOut]:
+    """Scan a folder.
+
+    Args:
+        root: the folder.
+        outside: follow links that lead out of it.
+
+    Returns:
+        the folder with its images and subfolders, and the files that are left out; together every file below the root,
+        and every link that is not followed, once.
+
+    Raises:
+        OSError: the folder cannot be opened.
+    """
+    scan, top = Scan(root, outside), ImageFolder("")
+    scan.fill(top)
+    return top, scan.left_out
