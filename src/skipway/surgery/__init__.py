@@ -1,6 +1,7 @@
 """Surgery: operations on networks that others wrote, in place, verified, undoable."""
 
 from skipway.surgery.activation_checkpoint import Budget, Every, SquareRoot, checkpointed
+from skipway.surgery.classifier import replace_classifier
 from skipway.surgery.depth import deepen, influence, lesion, shorten
 from skipway.surgery.fold_gains import fold_gains
 from skipway.surgery.operation import Operation, undo
@@ -22,6 +23,7 @@ __all__ = [
     "lesion",
     "rebuild",
     "remove_norm",
+    "replace_classifier",
     "rescheme",
     "reversible",
     "shorten",

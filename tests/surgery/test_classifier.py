@@ -1,0 +1,113 @@
+"""`replace_classifier`: the classifier is found by what the network computes, in networks of every library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from skipway.errors import SkipwayError
+from skipway.surgery import replace_classifier
+from skipway.surgery.classifier import find_classifiers
+from skipway.zoo import ModelRequest, load_model
+
+KNOWN = {
+    "resnet20": ["head.classifier"],
+    "timm:resnet18": ["fc"],
+    "timm:tf_efficientnet_lite0": ["classifier"],
+    "timm:levit_128s": ["head.linear", "head_dist.linear"],  # two, averaged
+    "timm:deit_tiny_distilled_patch16_224": ["head", "head_dist"],
+    "torchvision:squeezenet1_0": ["classifier.1"],  # a convolution, an activation, a pool
+    "torchvision:mobilenet_v2": ["classifier.1"],
+}
+
+
+def load(name):
+    try:
+        return load_model(name, ModelRequest())
+    except SkipwayError as error:
+        if "not installed" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_classifier_of_every_library_is_found_and_replaced(name):
+    torch.manual_seed(0)
+    loaded = load(name)
+    model, images = loaded.model.eval(), torch.randn(2, *loaded.shape)
+    before, state = model(images), model.state_dict()
+    assert find_classifiers(model, images) == KNOWN[name]
+    operation = replace_classifier(model, images, 7)
+    assert list(operation.touched) == KNOWN[name]
+    assert model(images).shape == (2, 7)
+    operation.undo()
+    assert torch.equal(model(images), before)
+    assert all(tensor is state[key] or torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+def test_the_first_loss_is_that_of_equal_probabilities():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 64), nn.LayerNorm(64), nn.Linear(64, 1000))
+    replace_classifier(model, torch.zeros(1, 3, 2, 2), 10)
+    logits = model(torch.randn(64, 3, 2, 2))
+    loss = nn.functional.cross_entropy(logits, torch.arange(64) % 10)
+    assert abs(loss.item() - 2.302585) < 0.05  # ln 10
+
+
+def test_hugging_face_configs_follow():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    model = transformers.ViTForImageClassification(config)
+    example = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    operation = replace_classifier(model, example, 5)
+    assert model(**example).logits.shape == (2, 5)
+    assert (model.config.num_labels, len(model.config.id2label), model.num_labels) == (5, 5, 5)
+    operation.undo()
+    assert model.config is config
+    assert config.num_labels == 2
+
+
+class Stream(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "trunk",
+    [Stream(), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), nn.Sequential(Stream(), nn.Unflatten(1, (2, 4)))],
+    ids=["stream", "norm", "three axes"],
+)
+def test_a_trunk_has_none(trunk):
+    assert find_classifiers(trunk, torch.randn(3, 8)) == []
+    with pytest.raises(SkipwayError, match="has no classifier: the rule is an output"):
+        replace_classifier(trunk, torch.randn(3, 8), 5)
+
+
+@pytest.mark.parametrize("classes", [0, -1, True, 2.0, "3"])
+def test_numbers_of_classes_are_checked(classes):
+    with pytest.raises(SkipwayError, match="classes=.*the rule is a whole number"):
+        replace_classifier(nn.Linear(2, 2), torch.zeros(1, 2), classes)
+
+
+def test_a_classifier_that_something_else_depends_on_is_refused_and_put_back():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map, self.temperature = nn.Linear(4, 6), nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return self.map(x) * self.temperature
+
+    model = Scaled()
+    with pytest.raises(Exception, match=r"6|size"):
+        replace_classifier(model, torch.randn(2, 4), 3)
+    assert model(torch.randn(2, 4)).shape == (2, 6)

@@ -1,0 +1,72 @@
+"""The classifier on features of a frozen trunk: agrees with scikit-learn, and selects its penalty on validation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from skipway.errors import SkipwayError
+from skipway.training.linear_head import fit_linear_head, moments, select_linear_head
+
+
+def digits():
+    datasets = pytest.importorskip("sklearn.datasets")
+    features, labels = datasets.load_digits(return_X_y=True)
+    return torch.tensor(features, dtype=torch.float32), torch.tensor(labels)
+
+
+@pytest.mark.parametrize("penalty", [0.1, 0.001])
+def test_probabilities_are_those_of_scikit_learn(penalty):
+    features, labels = digits()
+    mean, deviation = moments(features)
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    other = linear_model.LogisticRegression(C=1 / (penalty * len(labels)), max_iter=5000, tol=1e-8)
+    other.fit(((features - mean) / deviation).numpy(), labels.numpy())
+    expected = torch.tensor(other.predict_proba(((features - mean) / deviation).numpy()), dtype=torch.float32)
+    head = fit_linear_head(features, labels, 10, penalty)
+    assert (head.scores(features).softmax(1) - expected).abs().max() < 2e-3
+
+
+def test_the_gradient_is_zero_at_the_minimum():
+    torch.manual_seed(0)
+    features, labels, penalty = 5 + 3 * torch.randn(60, 4), torch.arange(60) % 3, 0.05
+    head = fit_linear_head(features, labels, 3, penalty)
+    _, deviation = moments(features)
+    weight, bias = head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()
+    loss = nn.functional.cross_entropy(nn.functional.linear(features, weight, bias), labels)
+    (loss + penalty / 2 * (weight * deviation).square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-3 * 5
+    assert bias.grad.abs().max() < 1e-3
+
+
+def test_scale_and_shift_of_features_change_nothing():
+    torch.manual_seed(0)
+    features, labels = torch.randn(60, 4), torch.arange(60) % 3
+    first = fit_linear_head(features, labels, 3, 0.01).scores(features)
+    second = fit_linear_head(features * 100 + 7, labels, 3, 0.01).scores(features * 100 + 7)
+    assert (first - second).abs().max() < 1e-2
+
+
+def test_the_penalty_of_the_best_validation_accuracy_is_selected():
+    features, labels = digits()
+    heads = []
+    best = select_linear_head(
+        (features[:300], labels[:300]), (features[300:600], labels[300:600]), 10, report=heads.append
+    )
+    assert (best.accuracy, -best.loss) == max((head.accuracy, -head.loss) for head in heads)
+    assert heads[0].penalty > heads[-1].penalty
+
+
+def test_constant_features_and_those_not_finite():
+    features, labels = torch.ones(6, 2), torch.arange(6) % 2
+    assert fit_linear_head(features, labels, 2, 0.1).weight.isfinite().all()
+    features[0, 0] = float("nan")
+    with pytest.raises(SkipwayError, match="features that are not finite"):
+        fit_linear_head(features, labels, 2, 0.1)
+    with pytest.raises(SkipwayError, match="no features"):
+        fit_linear_head(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), 2, 0.1)
+    with pytest.raises(SkipwayError, match="penalty=0"):
+        fit_linear_head(torch.ones(2, 1), torch.tensor([0, 1]), 2, 0)
+    with pytest.raises(SkipwayError, match="no validation images"):
+        select_linear_head((torch.ones(2, 1), torch.tensor([0, 1])), (torch.zeros(0, 1), torch.zeros(0).long()), 2)
