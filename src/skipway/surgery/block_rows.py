@@ -15,56 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten
 
 from skipway.errors import SkipwayError
-from skipway.surgery.depth import find_blocks
+from skipway.surgery.block_call import BlockCall
+from skipway.surgery.block_survey import BlockSurvey, require_blocks
 from skipway.surgery.preconditions import SEALED
 from skipway.surgery.transaction import Transaction
-from skipway.surgery.verification import forward_hooks
-from skipway.tracing import Example, Program, call_model, preserved_state
+from skipway.tracing import Example, Program
 
-__all__ = ["BlockRow", "find_block_rows", "require_blocks", "run_alone"]
-
-
-def require_blocks(model: nn.Module, example: Example, program: Program | None = None) -> list[str]:
-    """The blocks that carry x itself, of which there has to be one."""
-    blocks = find_blocks(model, example, program)
-    if not blocks:
-        raise SkipwayError(
-            f"{type(model).__name__} has no block that adds to x itself and returns what is shaped like it"
-        )
-    return blocks
-
-
-@dataclass
-class BlockCall:
-    """One call of a block. Tensors are held as long as the call lasts, so that many calls take no memory.
-
-    Args:
-        x: the first argument, while the block runs.
-        version: how often x had been written into before.
-        others: the other arguments.
-        before: the block whose very output x is, if one ran before.
-        output: a weak reference to the output.
-        wrote: whether the block wrote into x.
-    """
-
-    x: Tensor | None
-    version: int
-    others: tuple[list[Any], TreeSpec]
-    before: str | None
-    output: Callable[[], Any] = field(default=lambda: None)
-    wrote: bool = False
+__all__ = ["BlockRow", "find_block_rows", "run_alone"]
 
 
 def find_block_rows(model: nn.Module, example: Example, program: Program) -> tuple[list[list[str]], dict[str, str]]:
     """Return blocks in rows that follow one another directly, a lone block in a row of its own; and why a row ends, or
     why a block is in none, by the block's name.
     """
-    blocks = require_blocks(model, example, program)
-    calls, returned = record_calls(model, example, blocks)
-    readers: dict[str, set[str]] = {name: set() for name in blocks}
+    survey = require_blocks(model, example, program)
+    calls = survey.calls
+    readers: dict[str, set[str]] = {name: set() for name in calls}
     for number, makers in program.makers.items():
         for name in makers:
             if name in readers:
@@ -76,53 +44,37 @@ def find_block_rows(model: nn.Module, example: Example, program: Program) -> tup
         if obstacle := row_obstacle(model.get_submodule(name), calls[name]):
             reasons[name], last = obstacle, None
             continue
-        end = None if last is None else row_end(calls, last, name, readers[last], returned)
+        end = None if last is None else row_end(survey, last, name, readers[last])
         if last is None or end is not None:
             rows.append([])
         if last is not None and end is not None:
             reasons[last] = end
         rows[-1].append(name)
         last = name
+    reasons.update((name, reason) for name, reason in survey.refused.items() if name)
     return rows, reasons
-
-
-def record_calls(model: nn.Module, example: Example, blocks: Sequence[str]) -> tuple[dict[str, BlockCall], set[str]]:
-    """Each block's call in a pass in evaluation mode, in order, and the blocks whose output the model returns."""
-    calls: dict[str, BlockCall] = {}
-    finished: list[str] = []
-
-    def enter(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        follows = finished[-1] if finished and calls[finished[-1]].output() is args[0] else None
-        calls[name] = BlockCall(args[0], args[0]._version, tree_flatten((args[1:], dict(kwargs))), follows)
-
-    def leave(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        own = calls[name]
-        if own.x is not None and isinstance(output, Tensor):
-            own.wrote, own.x, own.output = own.x._version != own.version, None, weakref.ref(output)
-        finished.append(name)
-
-    with forward_hooks(model, blocks, enter=enter, leave=leave), preserved_state(model), torch.no_grad():
-        leaves = [leaf for leaf in tree_flatten(call_model(model.eval(), example))[0] if isinstance(leaf, Tensor)]
-    return calls, {name for name, own in calls.items() if any(leaf is own.output() for leaf in leaves)}
 
 
 def row_obstacle(block: nn.Module, call: BlockCall) -> str | None:
     """Why a block can be part of no row."""
     if "forward" in vars(block):
         return f"the forward of this {type(block).__name__} was replaced on the instance"
-    return "it writes into what it is given, which is needed again" if call.wrote else None
+    if call.stream != (0,) or call.output:
+        return "x is not its first argument and its output, alone"
+    return "it writes into what it is given, which is needed again" if call.writes_stream else None
 
 
-def row_end(calls: Mapping[str, BlockCall], name: str, other: str, readers: set[str], returned: set[str]) -> str | None:
+def row_end(survey: BlockSurvey, name: str, other: str, readers: set[str]) -> str | None:
     """Why two blocks that run one after the other are not run as one."""
-    before, after = calls[name], calls[other]
+    before, after = survey.calls[name], survey.calls[other]
     if after.before != name:
         return f"its output is not what {other} is given: something is done with it in between"
-    if name in returned:
+    if before.returned:
         return "its output is returned by the model too"
     if strangers := sorted(reader for reader in readers if not f"{reader}.".startswith(f"{other}.")):
         return f"its output is read by {strangers[0] or 'the model'}, not by {other} alone"
-    same = before.others[1] == after.others[1] and all(map(same_argument, before.others[0], after.others[0]))
+    (one, tree), (two, other_tree) = survey.others[name], survey.others[other]
+    same = tree == other_tree and all(map(same_argument, one, two))
     return None if same else f"{other} is given other arguments than {name}"
 
 

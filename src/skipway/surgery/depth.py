@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply
-from skipway.surgery.insertion import disable_fused_path, insert_after
+from skipway.surgery.block_call import BlockCall
+from skipway.surgery.block_list import edit_container, has_config, numbered_attributes
+from skipway.surgery.block_survey import BlockSurvey, find_blocks
+from skipway.surgery.insertion import OUTPUT, disable_fused_path, insert_after, repeat
 from skipway.surgery.insertion_point import find_insertion_point
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
+from skipway.surgery.silence import copy_module, silence_branch
 from skipway.surgery.transaction import Transaction, transaction
-from skipway.surgery.verification import difference, forward_hooks, outputs
-from skipway.tracing import Example, Program, as_example, call_model, preserved_state, watch
-from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
+from skipway.surgery.verification import difference, outputs
+from skipway.tracing import Example, Program, as_example, watch
+from skipway.tracing.arguments import path_text
+from skipway.tracing.chain import chain_from_program
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
 
@@ -26,10 +30,33 @@ Score = Callable[[nn.Module], float]
 
 
 class Skipped(nn.Module):
-    """Takes the place of a block that was left out, and returns its first argument."""
+    """Takes the place of a block that was left out, and returns x in the form of the block's output.
 
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        return x
+    It has the plain attributes of the block and, without their weights, of the modules in it, since the module that
+    calls a block may read them.
+
+    Args:
+        block: that is left out.
+        call: how it is called.
+        form: its output without tensors.
+    """
+
+    def __init__(self, block: nn.Module, call: BlockCall, form: Any) -> None:
+        super().__init__()
+        vars(self).update(plain_attributes(block))
+        self.call, self.form = call, form
+        self.train(block.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call.skip(self.form, args, kwargs)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module that are neither weights nor hooks; modules in it stand for themselves with theirs."""
+    own = {
+        name: value for name, value in vars(module).items() if not (name.startswith("_") or isinstance(value, Tensor))
+    }
+    return {name: SimpleNamespace(**plain_attributes(child)) for name, child in module.named_children()} | own
 
 
 def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operation:
@@ -43,6 +70,7 @@ def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operatio
     Raises:
         SkipwayError: a name is unknown, or its branch has no place to be silenced at; the model is as before.
 
+    >>> import torch
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True).eval()
     >>> x = torch.randn(2, 3, 8)
     >>> operation = lesion(layer, x, [":1", ":2"])
@@ -67,54 +95,6 @@ def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operatio
         return change.commit()
 
 
-def find_blocks(model: nn.Module, example: Example, program: Program | None = None) -> list[str]:
-    """Names of the modules that add and can be left out or repeated, in the order of the signal: all their connections
-    carry x itself, and their output is shaped like their input.
-
-    Args:
-        model: any module that `chain` can read; it is left alone.
-        example: what the model is called with.
-        program: what it runs on the example, if that was watched already.
-    """
-    owners = by_owner(chain_from_program(model, program or watch(model, example)))
-    candidates = [
-        owner
-        for owner, connections in owners.items()
-        if owner
-        and all(connection.seen.skip == "identity" for connection in connections)
-        # a block within a block goes with it
-        and owners.keys().isdisjoint(parents(owner))
-    ]
-    shapes_agree: dict[str, bool] = {}
-
-    def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-        first = args[0] if args else None
-        same = isinstance(first, Tensor) and isinstance(output, Tensor) and first.shape == output.shape
-        shapes_agree[name] = same and name not in shapes_agree
-
-    with forward_hooks(model, candidates, leave=look), preserved_state(model), torch.no_grad():
-        call_model(model.eval(), example)
-    return [name for name in candidates if shapes_agree.get(name)]
-
-
-def by_owner(chain: Chain[WatchedConnection]) -> dict[str, list[WatchedConnection]]:
-    """The connections of a chain by the module that adds, in the order of the signal."""
-    owners: dict[str, list[WatchedConnection]] = {}
-    for connection in chain:
-        owners.setdefault(connection.seen.owner, []).append(connection)
-    return owners
-
-
-def parents(name: str) -> Iterator[str]:
-    """The modules that a module is in, innermost first, without the model itself.
-
-    >>> list(parents("stages.0.3"))
-    ['stages.0', 'stages']
-    """
-    while name := name.rpartition(".")[0]:
-        yield name
-
-
 def influence(model: nn.Module, example: Example, score: Score | None = None) -> dict[str, float]:
     """Return how much each block that can be left out matters, least first; the model is left alone.
 
@@ -125,6 +105,11 @@ def influence(model: nn.Module, example: Example, score: Score | None = None) ->
             is lost without the block. By default the mean relative change of the output, |f(x) − f₋ₗ(x)| / |f(x)|.
     """
     model, example = require_operable(model), as_example(example)
+    return measure_influence(model, example, score, find_blocks(model, example))
+
+
+def measure_influence(model: nn.Module, example: Example, score: Score | None, survey: BlockSurvey) -> dict[str, float]:
+    """The influence of each block; why others cannot be left out is noted in the survey."""
     before = outputs(model, example) if score is None else []
 
     def agreement(changed: nn.Module) -> float:
@@ -132,16 +117,22 @@ def influence(model: nn.Module, example: Example, score: Score | None = None) ->
 
     measure, found = score or agreement, {}
     full = measure(model)
-    for name in find_blocks(model, example):
+    for name, call in survey.calls.items():
         with transaction(model, title=f"{name} left out") as trial:  # never committed
-            leave_out(trial, name)
-            found[name] = full - measure(model)
+            leave_out(trial, name, survey)
+            try:
+                found[name] = full - measure(model)
+            except Exception as problem:  # whatever a network raises that is not given what it expects
+                what = abbreviate([path_text(path).replace("argument", "output") for path in call.computed])
+                returned = f", which returns {what} as well" if what else ""
+                survey.refused[name] = f"the network does not run without it{returned} ({problem})"
     return dict(sorted(found.items(), key=lambda entry: entry[1]))
 
 
-def leave_out(change: Transaction, name: str) -> None:
+def leave_out(change: Transaction, name: str, survey: BlockSurvey) -> None:
     """Put the identity in the place of a block, in place."""
-    change.set_submodule(name, Skipped().train(change.model.get_submodule(name).training))
+    block = change.model.get_submodule(name)
+    change.set_submodule(name, Skipped(block, survey.calls[name], survey.forms[name]))
 
 
 def shorten(model: nn.Module, example: Example, to: int, score: Score | None = None) -> Operation:
@@ -163,24 +154,28 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
         SkipwayError: fewer blocks can be left out than asked for; the model is as before.
     """
     model, example = require_operable(model), as_example(example)
-    measured = influence(model, example, score)
+    check_whole("to", to)
+    survey = find_blocks(model, example)
+    measured = measure_influence(model, example, score, survey)
+    check_range("to", to, 0, len(measured), f"{type(model).__name__} has {{}} blocks that can be left out", survey)
     surplus = len(measured) - to
-    if to < 0 or surplus < 0:
-        offer = f"the rule is 0 <= to <= {len(measured)}" if measured else "it cannot be shortened"
-        raise SkipwayError(f"to={to}: {type(model).__name__} has {len(measured)} blocks that can be left out; {offer}")
     with transaction(model, example, title=f"{type(model).__name__} shortened to {to} blocks") as change:
         change.report = measured
         for name in list(measured)[:surplus]:
-            leave_out(change, name)
+            leave_out(change, name, survey)
             change.touched[name] = f"influence {measured[name]:.3g}"
         return change.commit()
 
 
 def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e-5) -> Operation:
-    """Insert a copy after each of `by` blocks, evenly spread, that starts as the identity: its last maps are 0, in
-    place.
+    """Insert a copy after each of `by` blocks, evenly spread, that starts as the identity: what its branches end in is
+    0, in place.
 
-    The network computes what it did, and every copy learns from the first step on. Existing keys stay.
+    The network computes what it did, and every copy learns from the first step on. A copy is given the block's output
+    as x and all other arguments of the block, masks, positions and caches, and is numbered where blocks are numbered.
+    In a network that is built from a config which counts its blocks (transformers), the copy becomes the next block of
+    the container: later blocks and their keys are renumbered, and the config is changed, so that weights and config
+    build the same network again. Elsewhere the copy is a part of its block, and existing keys stay.
 
     Args:
         model: any module that `chain` can read.
@@ -189,41 +184,130 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
         tolerance: bound on the difference of the outputs, relative to their largest value.
 
     Raises:
-        SkipwayError: too many are asked for, a block's branch has no last map, or the output changed (in a post-norm
-            network a copy is no identity); the model is as before.
+        SkipwayError: too many are asked for, a branch cannot be silenced, a block writes into a cache that has no
+            place for its copy, or the output changed (in a post-norm network whose norms are trained a copy is no
+            identity); the model is as before.
     """
     model, example = require_operable(model), as_example(example)
+    check_whole("by", by)
     program = watch(model, example)
-    blocks, owners = find_blocks(model, example, program), by_owner(chain_from_program(model, program))
-    if not 1 <= by <= len(blocks):
-        offer = f"the rule is 1 <= by <= {len(blocks)}" if blocks else "it cannot be deepened"
-        raise SkipwayError(f"by={by}: {type(model).__name__} has {len(blocks)} blocks that can be copied; {offer}")
+    survey = find_blocks(model, example, program)
+    blocks = list(survey.calls)
+    check_range("by", by, 1, len(blocks), f"{type(model).__name__} has {{}} blocks that can be copied", survey)
     chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * by)] for number in range(by)]
     title = f"{type(model).__name__} deepened by {by} blocks"
     hint = "after the additions of these blocks follows something that is not the identity on its own output"
     with transaction(model, example, title=title, tolerance=tolerance, hint=hint) as change:
-        for name in chosen:
-            block = model.get_submodule(name)
-            twin = copy.deepcopy(block)
-            silence_branches(twin, [c.seen.closing or c.seen.last for c in owners[name]], name)
-            insert_after(change, block, twin)
-            change.touched[name] = "copied"
+        for container, names in by_container(chosen).items():
+            copies = {name: silent_copy(change, survey, name, program) for name in names}
+            if not listed_copies(change, container, copies):
+                for number, name in enumerate(names):
+                    slotted_copy(change, survey, name, copies[name], number)
         try:
             return change.commit()
-        except (TypeError, ValueError, AttributeError) as problem:  # the copy is called with the block's output alone
+        except SkipwayError:
+            raise
+        except Exception as problem:  # whatever a copy of somebody's block raises
             raise SkipwayError(
-                f"a copy of {chosen[0]} does not run on the output of that block alone ({problem}): blocks that take "
-                "several arguments, such as attention masks or positions, cannot be copied"
+                f"a copy of {abbreviate(chosen)} does not run with the arguments of the block before it "
+                f"({type(problem).__name__}: {problem}){cache_hint(survey)}"
             ) from problem
 
 
-@torch.no_grad()
-def silence_branches(block: nn.Module, modules: Sequence[str | None], name: str) -> None:
-    """Set the gain of the closing norm, or the last map, of each branch of a copied block to 0, in place."""
-    for path in modules:
-        if path is None:
-            raise SkipwayError(f"a branch of {name!r} ends in no linear map and no norm with a gain")
-        closing = block.get_submodule(path.removeprefix(name + "."))
-        for parameter in (closing.weight, getattr(closing, "bias", None)):
-            if isinstance(parameter, Tensor):
-                parameter.zero_()
+def check_whole(name: str, value: int) -> None:
+    """Refuse a number of blocks that is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SkipwayError(f"{name}={value!r}: the rule is a whole number of blocks")
+
+
+def check_range(name: str, value: int, least: int, most: int, what: str, survey: BlockSurvey) -> None:
+    """Refuse a number of blocks that is out of range; says why there are no more."""
+    if least <= value <= most:
+        return
+    rule = f"the rule is {least} <= {name} <= {most}" if most >= least else f"no {name} will do"
+    reasons = f"; no such blocks: {survey.reasons()}" if survey.refused else ""
+    raise SkipwayError(f"{name}={value}: {what.format(most)}; {rule}{reasons}")
+
+
+def cache_hint(survey: BlockSurvey) -> str:
+    """The way out where blocks write into what they are given."""
+    written = sorted({what for call in survey.calls.values() for what in call.writes})
+    return f"; blocks write into {abbreviate(written)}: give an example with use_cache=False" if written else ""
+
+
+def by_container(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of blocks by the container that they are in."""
+    containers: dict[str, list[str]] = {}
+    for name in names:
+        containers.setdefault(name.rpartition(".")[0], []).append(name)
+    return containers
+
+
+def silent_copy(change: Transaction, survey: BlockSurvey, name: str, program: Program) -> nn.Module:
+    """A copy of a block whose branches put out 0."""
+    twin = copy_module(change.model.get_submodule(name))
+    for connection in survey.connections[name]:
+        silence_branch(change, twin, name, program, connection)
+    return twin
+
+
+def listed_copies(change: Transaction, container: str, copies: Mapping[str, nn.Module]) -> bool:
+    """Put copies into a container that the network's config counts, each after its block, in place; False, and nothing
+    is changed, if there is none or the output would change.
+    """
+    if not has_config(change.model):
+        return False
+    touched = dict(change.touched)
+    members = list(change.model.get_submodule(container)._modules)
+    places = {members.index(name.rpartition(".")[2]): name for name in copies}
+    order = [place for place in range(len(members)) for _ in range(2 if place in places else 1)]
+    try:
+        with change.savepoint():
+            edit_container(change, container, order, {place: copies[name] for place, name in places.items()})
+            if change.tolerance is not None and not change.compare() <= change.tolerance:
+                raise SkipwayError("the output would change")
+    except Exception as problem:  # whatever a network raises that was not made for it
+        change.touched = touched
+        change.refused["config"] = (
+            f"it describes the network without the copies, and does not build this one: {problem}"
+        )
+        return False
+    entries = {name: value for name, value in change.touched.items() if name not in touched}
+    later = [order.index(place) + 1 for place in places]
+    change.touched = {
+        **touched,
+        **{
+            name: f"copied to {container}.{number}; later blocks are renumbered"
+            for name, number in zip(copies, later, strict=True)
+        },
+        **entries,
+    }
+    return True
+
+
+def slotted_copy(change: Transaction, survey: BlockSurvey, name: str, twin: nn.Module, added: int) -> None:
+    """Register a copy in its block, so that it runs after it with its arguments, in place; it gets a number of its own
+    where blocks are numbered, and so its own slot in a cache.
+
+    Raises:
+        SkipwayError: the block writes into an argument, and has no number there.
+    """
+    model, call = change.model, survey.calls[name]
+    row = [model.get_submodule(each) for each in by_container(survey.calls)[name.rpartition(".")[0]]]
+    numbers = numbered_attributes(row)
+    for path, attribute, first in numbers:
+        setattr(twin.get_submodule(path), attribute, first + len(row) + added)
+    arguments = [what for what in call.writes if not what.startswith("its attribute")]
+    if arguments and not numbers:
+        raise SkipwayError(
+            f"{name} writes into {abbreviate(arguments)}, and its copy would write into the same place: give an "
+            "example without it (use_cache=False)"
+        )
+    repeat(change, model.get_submodule(name), twin, call)
+    disable_fused_path(change, f"{name}.{OUTPUT}")
+    rest = [
+        path_text(path).replace("argument", "output")
+        for path in call.computed
+        if path not in dict(call.threads).values()
+    ]
+    change.touched[name] = "copied" + (f"; the copy's {abbreviate(rest)} is dropped" if rest else "")

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skipway.errors import SkipwayError
+from skipway.surgery.block_call import BlockCall
 from skipway.surgery.transaction import Transaction
 
 __all__ = [
+    "CALL",
     "INPUT",
     "OUTPUT",
     "WEIGHT",
@@ -22,6 +24,7 @@ __all__ = [
     "insert",
     "insert_after",
     "remove",
+    "repeat",
 ]
 
 OUTPUT = "residual_scale"
@@ -31,6 +34,8 @@ INPUT = "residual_entry"
 WEIGHT = "residual_standard"
 """Slot of the module that a map's weight passes through."""
 SLOTS = (OUTPUT, INPUT, WEIGHT)
+CALL = "residual_call"
+"""Attribute of a block with how it is called, if what is in its output slot is called like the block itself."""
 
 
 @cache
@@ -50,6 +55,8 @@ def with_slots(kind: type[nn.Module]) -> type[nn.Module]:
         )
         if scale is None:
             return output
+        if (call := getattr(self, CALL, None)) is not None:
+            return call.follow(output, scale, args, kwargs)
         if isinstance(output, tuple | list):
             first = scale(output[0])
             if isinstance(output, tuple) and hasattr(output, "_replace"):
@@ -87,6 +94,12 @@ def computes_like(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
 def insert_after(change: Transaction, host: nn.Module, inserted: nn.Module) -> None:
     """Let the output of `host` pass through `inserted`, in place."""
     insert(change, host, OUTPUT, inserted)
+
+
+def repeat(change: Transaction, host: nn.Module, twin: nn.Module, call: BlockCall) -> None:
+    """Let `twin` run after `host`, on what that puts out and with the host's own other arguments, in place."""
+    insert(change, host, OUTPUT, twin)
+    change.set_attribute(host, CALL, call)
 
 
 def insert(change: Transaction, host: nn.Module, slot: str, inserted: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.surgery.block_rows import require_blocks
+from skipway.surgery.block_survey import require_blocks
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import refuse_branching, require_operable
 from skipway.surgery.transaction import transaction
@@ -45,7 +45,7 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
         raise SkipwayError(f"rate={rate}: the rule is a share of samples between 0 and 1, 0.1 for example")
     model, example = require_operable(model), as_example(example)
     refuse_branching(model, example, "skip_compute")
-    blocks = require_blocks(model, example)
+    blocks = require_blocks(model, example).calls
     title = f"{type(model).__name__} skips up to {rate:g} of its blocks' samples"
     with transaction(model, example, title=title) as change:
         for number, name in enumerate(blocks, start=1):

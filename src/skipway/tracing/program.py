@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappop, heappush
 
+from skipway.tracing.arguments import Path
 from skipway.tracing.operators import Part
 
 __all__ = ["Ancestry", "Program", "Value"]
@@ -63,6 +64,8 @@ class Program:
         makers: for a value the modules that put it out, innermost first.
         runs: how often each module ran.
         left: how many values there were when each module was left, the last time that it ran.
+        given: the values that each module was called with the last time that it ran, by their paths in the arguments.
+        returned: the values that it returned then, by their paths in the output.
         readers: modules that read values of the signal, so that Python can decide by them, in order.
         on_meta: whether it was watched on the meta device.
         ancestries: those that were asked for last.
@@ -73,6 +76,8 @@ class Program:
     makers: dict[int, list[str]] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
+    given: dict[str, dict[Path, int]] = field(default_factory=dict)
+    returned: dict[str, dict[Path, int]] = field(default_factory=dict)
     readers: list[str] = field(default_factory=list)
     on_meta: bool = False
     ancestries: dict[int, Ancestry] = field(default_factory=dict, repr=False)

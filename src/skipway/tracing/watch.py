@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from skipway.errors import SkipwayError
+from skipway.tracing.arguments import Path, tensor_paths
 from skipway.tracing.example import Example, as_example, call_model
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
@@ -202,6 +203,7 @@ class Modules:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.entered: Callable[[str, Any, Any], None] = lambda name, args, kwargs: None
         self.left: Callable[[str, Any], None] = lambda name, out: None
         self.stack: list[tuple[str, bool]] = [("", False)]
         self.handles: list[Any] = []
@@ -211,7 +213,9 @@ class Modules:
         for name, module in self.model.named_modules():
             named_so = bool(NORM.search(type(module).__name__))
             is_norm = named_so and all(parameter.ndim <= 1 for parameter in module.parameters())
-            self.handles.append(module.register_forward_pre_hook(self.enter(name, is_norm), prepend=True))
+            self.handles.append(
+                module.register_forward_pre_hook(self.enter(name, is_norm), prepend=True, with_kwargs=True)
+            )
             self.handles.append(module.register_forward_hook(self.leave, always_call=True))
         try:
             yield
@@ -219,7 +223,11 @@ class Modules:
             self.close()
 
     def enter(self, name: str, is_norm: bool) -> Callable[..., None]:
-        return lambda *_: self.stack.append((name, is_norm))
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.stack.append((name, is_norm))
+            self.entered(name, args, kwargs)
+
+        return hook
 
     def leave(self, module: nn.Module, given: Any, out: Any) -> None:
         name, _ = self.stack.pop()
@@ -276,7 +284,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.program = Program()
         self.modules = Modules(model)
-        self.modules.left = self.put_out
+        self.modules.entered, self.modules.left = self.take_in, self.put_out
         self.call: int | None = None
         self.held: list[Tensor] = []  # a storage's address must not be used twice
         self.known: dict[int, dict[tuple[Any, ...], int]] = {}
@@ -308,11 +316,30 @@ class Recorder(TorchDispatchMode):
             self.note(next(iter(args)), name, part=part, operands=tuple(operands), written=True)
         return result
 
+    def take_in(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the values that a module is called with."""
+        self.program.given[name] = self.values_in(args) | self.values_in(kwargs)
+
+    def values_in(self, container: Any) -> dict[Path, int]:
+        """The known values in arguments or outputs, by their paths; nothing is written down for it."""
+        found = ((path, self.look_up(tensor)) for path, tensor in tensor_paths(container))
+        return {path: number for path, number in found if number is not None}
+
+    def look_up(self, tensor: Tensor) -> int | None:
+        """The value that a tensor holds now, if it or its storage is known."""
+        storage, place = address(tensor)
+        places, write = self.known.get(storage, {}), self.written.get(storage)
+        number = places.get(place)
+        if number is not None and (write is None or number >= write):
+            return number
+        return write if write is not None else min(places.values(), default=None)
+
     def put_out(self, name: str, out: Any) -> None:
         """Note which module has put out the value that its output holds, or the first of its outputs."""
         program = self.program
         program.runs[name] = program.runs.get(name, 0) + 1
         program.left[name] = len(program)
+        program.returned[name] = self.values_in(out)
         first = out[0] if isinstance(out, tuple | list) and out else out
         if isinstance(first, Tensor):
             program.makers.setdefault(self.read(first), []).append(name)
