@@ -20,7 +20,7 @@ from skipway.surgery.operation import abbreviate
 from skipway.tracing import Example, Program, watch
 from skipway.tracing.chain import WatchedConnection, chain_from_program
 
-__all__ = ["BlockSurvey", "find_blocks", "require_blocks"]
+__all__ = ["BlockSurvey", "find_blocks", "parents", "require_blocks"]
 
 
 @dataclass(frozen=True)

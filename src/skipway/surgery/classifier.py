@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.surgery.depth import parents
+from skipway.surgery.block_survey import parents
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.transaction import Transaction, transaction
