@@ -132,7 +132,18 @@ def test_the_fingerprint_follows_the_files(tmp_path):
 WORDS = {
     "train": ("train", "Train", "TRAINING", "training_set", "TrainSet", "train-images", "train2017", "trainval"),
     "validation": ("val", "Val", "valid", "validation", "Validation Set", "val2017", "dev", "dev_set", "validset"),
-    "test": ("test", "Testing", "test_set", "TestData", "test-images", "testset", "test1"),
+    "test": (
+        "test",
+        "Testing",
+        "test_set",
+        "TestData",
+        "testset",
+        "test1",
+        "eval",
+        "Evaluation",
+        "hold-out",
+        "heldout",
+    ),
     None: ("cat", "valley", "contest", "trains", "device", "tester", "protest", "train station", "invalid", "extra"),
 }
 
@@ -143,7 +154,7 @@ def test_the_vocabulary(split):
 
 
 def test_names_that_sound_like_a_split():
-    unclear = ("holdout", "Hold-Out", "extra", "unlabeled", "eval", "test_a", "train_val", "val-test", "test_dev")
+    unclear = ("extra", "unlabeled", "test_a", "train_val", "val-test", "test_dev", "minival")
     assert all(looks_like_split(name) for name in unclear)
     assert not any(looks_like_split(name) for name in ("cat", "train station", "extra virgin", "test", "a"))
     assert [split_in(path) for path in ("val/1.tar", "x-train-1.tar", "a/b.tar")] == ["validation", "train", None]
@@ -277,9 +288,9 @@ BAD = {
         "class 'cow' in .*test is not in the training split, which has 'cat', 'dog'",
     ),
     "an empty test folder": ([*many("train/cat", 2), *many("train/dog", 2), "test/cat/x.txt"], "no images in .*test"),
-    "holdout beside classes": (
-        [*many("cat", 5), *many("dog", 5), *many("holdout/cat", 2)],
-        "'holdout' in .* sounds like a split, not like a class: name it train, val or test",
+    "extra beside classes": (
+        [*many("cat", 5), *many("dog", 5), *many("extra/cat", 2)],
+        "'extra' in .* sounds like a split, not like a class: name it train, val or test",
     ),
     "no training folder": ([*many("test/cat", 2), *many("val/cat", 2)], "has 'test', 'val'.* but no training folder"),
     "one training class": ([*many("train/cat", 2), *many("test/cat", 2)], "only one class"),

@@ -125,7 +125,7 @@ def print_evaluation(result: RunEvaluation) -> None:
 
     say("data", f"{printable(result.name)}: {evaluation.total:,} images, {len(result.classes)} classes")
     for file, reason in result.unreadable[:SHOWN]:
-        say("damaged", f"{printable(file)}: {reason}")
+        say("damaged", f"{printable(file)}: {option_spelling(reason)}")
     if len(result.unreadable) > SHOWN:
         say("damaged", f"and {len(result.unreadable) - SHOWN:,} more")
     for remark in result.remarks:

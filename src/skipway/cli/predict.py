@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,7 +80,7 @@ def predict(
         for prediction in predictor.stream(
             files, top=top, flip=flip, batch_size=batch_size, workers=cpu_count() if workers is None else workers
         ):
-            write(prediction)
+            write(replace(prediction, error=option_spelling(prediction.error)))
             read += not prediction.error
             if prediction.error and not first:
                 first = f"{prediction.file}: {prediction.error}"

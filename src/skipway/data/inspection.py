@@ -10,7 +10,7 @@ import numpy as np
 
 from skipway.data.augment.crops import random_box
 from skipway.data.decode import MIN_SIDE, DecodeSpec, UnreadableImage, decode, read_header
-from skipway.data.fit import ChooseBox, central_share
+from skipway.data.fit import ChooseBox, Fit, central_share
 from skipway.data.sources.index import SourceIndex, name_list
 from skipway.data.sources.readers import ImageStore
 from skipway.errors import counted
@@ -20,6 +20,8 @@ __all__ = ["DecodeTask", "ImageInfo", "InspectTask", "content_remarks", "duplica
 # ratio of class sizes from which imbalance is remarked
 IMBALANCE = 10
 LONGEST_ASPECT = 10
+# share of the area that a central crop loses, over all images, from which it is remarked
+LOST_AREA = 1 / 3
 # difference between the fractions of transparent images of two classes that is remarked
 ALPHA_DIFFERENCE = 0.5
 
@@ -116,9 +118,16 @@ def duplicate_groups(infos: dict[str, ImageInfo]) -> dict[str, tuple[str, ...]]:
     return {file: tuple(files) for files in by_digest.values() if len(files) > 1 for file in files}
 
 
-def content_remarks(found: SourceIndex, infos: dict[str, ImageInfo]) -> list[str]:
+def content_remarks(found: SourceIndex, infos: dict[str, ImageInfo], fit: Fit) -> list[str]:
     """Remarks about imbalance, transparency, animation and extreme shapes of the images."""
     remarks = []
+    shapes = [(info.width, info.height) for info in infos.values() if info.width]
+    lost = 1 - sum(min(shape) / max(shape) for shape in shapes) / max(1, len(shapes))
+    if fit == "crop" and lost > LOST_AREA:
+        remarks.append(
+            f"the central crop leaves out {100 * lost:.0f} % of the area of the images; fit='pad' or fit='squeeze' "
+            "keeps all of it"
+        )
     counts, transparent, moving, long = {}, {}, 0, []
     for name in found.classes:
         usable = [infos[file] for file in found.train.get(name, []) if not infos[file].reason]

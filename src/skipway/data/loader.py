@@ -191,7 +191,7 @@ def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: Dec
         *reader.remarks,
         *found.remarks,
         *split_remarks(splits),
-        *content_remarks(found, infos),
+        *content_remarks(found, infos, spec.fit),
         *copy_remarks(splits, groups, leaked),
     ]
     return Data(

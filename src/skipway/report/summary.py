@@ -45,6 +45,9 @@ def data_lines(data: Data) -> Iterator[Line]:
         f"smallest class {printable(data.classes[smallest])!r} with {int(counts[smallest]):,} to train on",
     )
     yield "split", split_text(data)
+    inventory = data.inventory
+    if left_out := sum(inventory.left_out.values()):
+        yield "files", f"{inventory.total:,} in all: {inventory.total - left_out:,} read, {left_out:,} left out"
     if data.unreadable:
         yield "damaged", f"{counted(len(data.unreadable), 'image')} left out:"
         for file, reason in data.unreadable[:3]:

@@ -82,6 +82,12 @@ def layout_of(top: ImageFolder, where: str) -> Layout:
             f"{name_list(unclear)} in {where} sounds like a split, not like a class: name it train, val or test, or, "
             "if it is a class, move all class folders into a folder named train"
         )
+    turned = [folder.name for folder in others if {"train", "test"} <= set(map(split_of, folder.folders))]
+    if turned and len(turned) == sum(bool(folder.below()) for folder in others):
+        raise DataError(
+            f"the folders {name_list(turned)} in {where} each hold a train and a test folder: put the splits outside, "
+            "train/<class>/<image>, or name those folders otherwise if they are one class"
+        )
     layout.splits = frozenset(folder.name for folders in layout.held.values() for folder in folders)
     if layout.splits and len(top.folders) == len(layout.splits):
         raise DataError(f"{where} has {name_list(sorted(layout.splits))} but no training folder: add one named train")
@@ -95,15 +101,15 @@ def rank_of(split: Split, name: str) -> tuple[int, str]:
 
 
 def innermost(folder: ImageFolder, split: Split | None = None) -> ImageFolder:
-    """The folder itself; or, while its only content is a folder of the same split, as archives unpack to `train/train`,
-    or one that holds several folders itself, that folder.
+    """The folder itself, or, where folders that hold nothing but one folder lead to it, the last that has the name of
+    the same split, as archives unpack to `train/train`, or that holds several folders.
     """
-    while not folder.images and len(folder.folders) == 1:
-        (inner,) = folder.folders.values()
-        same = split is not None and split_of(inner.name) == split
-        if not same and (inner.images or len(inner.folders) < 2):
-            break
-        folder = inner
+    here = folder
+    while not here.images and len(here.folders) == 1:
+        (here,) = here.folders.values()
+        named = split is not None and split_of(here.name) == split
+        if named or (len(here.folders) > 1 and not here.images):
+            folder = here
     return folder
 
 

@@ -69,7 +69,8 @@ class FileStore(ImageStore):
         except UnreadableImage:
             raise
         except FileNotFoundError as error:
-            raise UnreadableImage(path, "no such file") from error
+            broken = " behind this link" if path.is_symlink() else ""
+            raise UnreadableImage(path, f"no such file{broken}") from error
         except PermissionError as error:
             raise UnreadableImage(path, "no permission to read it") from error
         except (OSError, ValueError) as error:  # a loop of links, a null byte in the name, a disk that fails

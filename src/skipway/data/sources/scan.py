@@ -112,7 +112,8 @@ class Scan:
         Raises:
             OSError: the folder itself cannot be opened; one below it is left out.
         """
-        waiting = [(top, 0)]
+        # with each folder, where the links lie that lead to it
+        waiting: list[tuple[ImageFolder, tuple[str, ...]]] = [(top, ())]
         while waiting:
             here, links = waiting.pop()
             try:
@@ -131,12 +132,13 @@ class Scan:
                     here.images.append(path)
                 elif kind == "folder":
                     here.folders[entry.name] = ImageFolder(path)
-                    inside.append((here.folders[entry.name], links + entry.is_symlink()))
+                    passed = (os.path.realpath(self.root / here.path),) if entry.is_symlink() else ()
+                    inside.append((here.folders[entry.name], links + passed))
                 else:
                     self.left_out.add(kind, path, count_files(entry))
             waiting += reversed(inside)
 
-    def kind_of(self, entry: os.DirEntry[str], links: int) -> str:
+    def kind_of(self, entry: os.DirEntry[str], links: tuple[str, ...]) -> str:
         """ "image", "folder", or the reason why an entry is left out."""
         folder, suffix = leads_to(entry, os.DirEntry.is_dir), os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
@@ -157,14 +159,14 @@ class Scan:
         except OSError as error:
             return f"cannot be opened ({(error.strerror or str(error)).lower()})"
 
-    def link_fault(self, entry: os.DirEntry[str], folder: bool, links: int) -> str:
+    def link_fault(self, entry: os.DirEntry[str], folder: bool, links: tuple[str, ...]) -> str:
         """The reason why a link is not followed, else ""."""
         target = os.path.realpath(entry.path)
         if not self.outside and not is_below(target, self.home):
             return "a link out of the folder, which outside=True follows"
-        if folder and is_below(os.path.realpath(os.path.dirname(entry.path)), target):
+        if folder and any(is_below(place, target) for place in (*links, os.path.realpath(os.path.dirname(entry.path)))):
             return "a link to a folder that contains it"
-        return f"a link to a folder behind {MAX_LINKS} others" if folder and links >= MAX_LINKS else ""
+        return f"a link to a folder behind {MAX_LINKS} others" if folder and len(links) >= MAX_LINKS else ""
 
 
 def leads_to(entry: os.DirEntry[str], kind: Callable[[os.DirEntry[str]], bool]) -> bool:

@@ -14,13 +14,14 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training", "trn", "trainval"),
     "validation": ("val", "valid", "validation", "dev", "devel", "development"),
-    "test": ("test", "testing", "tst"),
+    # "eval" as Hugging Face's datasets reads it; held-out images are test images
+    "test": ("test", "testing", "tst", "eval", "evaluation", "holdout", "heldout"),
 }
 # words that may follow the name of a split: train_set, test-images, ValidationData
 FILLERS = ("set", "data", "dataset", "images", "imgs", "split", "part", "folder")
 # names of parts that say neither train, nor validation, nor test
 UNCLEAR = (
-    *("holdout", "heldout", "extra", "eval", "evaluation", "unlabeled", "unlabelled", "unsupervised"),
+    *("extra", "unlabeled", "unlabelled", "unsupervised"),
     *("additional", "minival", "testdev", "traintest", "challenge"),
 )
 
@@ -44,17 +45,19 @@ def split_of(name: str) -> Split | None:
 
     Case, digits, punctuation and a trailing "set", "data", "images", "split", "part" or "folder" do not matter.
 
-    >>> [split_of(name) for name in ("Training_Set", "val2017", "dev", "Testing", "trainset", "holdout", "valley")]
-    ['train', 'validation', 'validation', 'test', 'train', None, None]
+    >>> [split_of(name) for name in ("Training_Set", "val2017", "dev", "Testing", "trainset", "hold-out", "valley")]
+    ['train', 'validation', 'validation', 'test', 'train', 'test', None]
     """
     words = words_of(name)
-    return SPLIT_OF_WORD.get(words[0]) if len(words) == 1 else None
+    if len(words) > 1 and any(word in SPLIT_OF_WORD for word in words):
+        return None
+    return SPLIT_OF_WORD.get("".join(words))
 
 
 def looks_like_split(name: str) -> bool:
     """Whether a name sounds like a split that `split_of` does not know.
 
-    >>> [looks_like_split(name) for name in ("hold-out", "extra", "test_a", "train_val", "train station", "test")]
+    >>> [looks_like_split(name) for name in ("un-labeled", "extra", "test_a", "train_val", "train station", "test")]
     [True, True, True, True, False, False]
     """
     if split_of(name) is not None:
@@ -79,6 +82,6 @@ def known_names(splits: Iterable[Split] = SPLITS) -> str:
     """The vocabulary for a message.
 
     >>> known_names(["test"])
-    'test (test, testing, tst)'
+    'test (test, testing, tst, eval, evaluation, holdout, heldout)'
     """
     return "; ".join(f"{split} ({', '.join(SPLIT_NAMES[split])})" for split in splits)
