@@ -44,6 +44,11 @@ class BlockCall:
     before: str | None = None
     returned: bool = False
 
+    @property
+    def written_arguments(self) -> tuple[str, ...]:
+        """Arguments other than x that the block writes into, in words."""
+        return tuple(what for what in self.writes if not what.startswith("its attribute"))
+
     def locate(self, path: Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Path:
         """The path of an argument in this call, which may give it by keyword or by position."""
         first, *rest = path

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import has_module, own_class
+from skipway.surgery.side_effects import ATOMS
 from skipway.surgery.transaction import Transaction
 
-__all__ = ["edit_container", "has_config", "numbered_attributes"]
+__all__ = ["edit_container", "has_config", "number_blocks", "numbered_attributes"]
 
 ConfigPath = tuple[str | int, ...]
-Shapes = dict[str, tuple[int, ...]]
+Structure = dict[tuple[str, str], Any]
 
 MOST_COUNTS = 3
 """Numbers of a config that are changed together at most."""
@@ -61,9 +62,7 @@ def edit_container(
     numbers = numbered_attributes(before)
     change.record(partial(refill, container._modules, dict(container._modules)))
     refill(container._modules, {str(number): block for number, block in enumerate(after)})
-    for number, block in enumerate(after):
-        for part, attribute, first in numbers:
-            change.set_attribute(block.get_submodule(part), attribute, first + number)
+    number_blocks(change, after, numbers)
     fit_configs(change, plans, order)
 
 
@@ -85,6 +84,13 @@ def numbered_attributes(row: Sequence[nn.Module]) -> list[tuple[str, str, int]]:
             if type(first) is int and values == list(range(first, first + len(row))):
                 found.append((path, attribute, first))
     return found
+
+
+def number_blocks(change: Transaction, blocks: Sequence[nn.Module], numbers: Sequence[tuple[str, str, int]]) -> None:
+    """Number blocks in their order by the attributes that `numbered_attributes` found, in place."""
+    for number, block in enumerate(blocks):
+        for path, attribute, first in numbers:
+            change.set_attribute(block.get_submodule(path), attribute, first + number)
 
 
 def has_config(model: nn.Module) -> bool:
@@ -135,17 +141,29 @@ def set_entry(config: Any, path: ConfigPath, value: Any) -> None:
     vars(holder)[last] = value
 
 
-def built_shapes(module: nn.Module, config: Any) -> Shapes:
-    """Keys and shapes of a network of the module's class that is built from a config, as it is after it was written
-    down and read again where the config can do that.
-    """
+def built_structure(module: nn.Module, config: Any) -> Structure:
+    """The structure of a network of the module's class that is built from a config."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return shapes_of(own_class(module)(config))
+        return structure_of(own_class(module)(config))
 
 
-def shapes_of(module: nn.Module) -> Shapes:
-    """Keys and shapes of a module's state dict."""
-    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+def structure_of(module: nn.Module) -> Structure:
+    """What makes two networks with the same weights the same: the shapes of the weights, and of each module its class
+    and its numbers and names.
+    """
+    found: Structure = {("", key): tuple(tensor.shape) for key, tensor in module.state_dict().items() if key}
+    for path, part in module.named_modules():
+        found[path, "its class"] = own_class(part)
+        for name, value in vars(part).items():
+            if isinstance(value, ATOMS) and not name.startswith("_"):
+                found[path, name] = value
+    return found
+
+
+def mismatch(one: Structure, other: Structure) -> set[str]:
+    """Names of weights and attributes that differ."""
+    absent = object()
+    return {key[1] for key in one.keys() | other.keys() if one.get(key, absent) != other.get(key, absent)}
 
 
 def read_again(config: Any) -> Any:
@@ -163,11 +181,13 @@ class ConfigPlan:
         module: that keeps the config.
         counts: numbers equal to the number of blocks.
         lists: with one entry for each block, which were read by the number of a block when the network was built.
+        ignored: attributes that differed from those of a network that is built now: rates that were set, for example.
     """
 
     module: nn.Module
     counts: list[ConfigPath]
     lists: list[ConfigPath]
+    ignored: set[str]
 
     @classmethod
     def of(cls, module: nn.Module, blocks: int) -> ConfigPlan:
@@ -181,17 +201,16 @@ class ConfigPlan:
         counts = [path for path, value in entries if type(value) is int and value == blocks]
         lists = [path for path, value in entries if isinstance(value, list | tuple) and len(value) == blocks]
         reads: set[ConfigPath] = set()
-        problem = ""
         try:
             watched = read_again(config)
             for path in lists:
                 set_entry(watched, path, reading_list(partial(reads.add, path))(dict(config_entries(config))[path]))
-            fits = built_shapes(module, watched) == shapes_of(module)
+            ignored = mismatch(built_structure(module, watched), structure_of(module))
         except Exception as failure:  # a class of somebody's may want more than a config
-            fits, problem = False, f" ({type(failure).__name__}: {failure})"
-        if not fits:
-            raise SkipwayError(f"a {type(module).__name__} is not built from its config alone{problem}")
-        return cls(module, counts, [path for path in lists if path in reads])
+            raise SkipwayError(f"a {type(module).__name__} is not built from its config alone: {failure}") from failure
+        if ignored & module.state_dict().keys():
+            raise SkipwayError(f"a {type(module).__name__} that is built from its config has other weights already")
+        return cls(module, counts, [path for path in lists if path in reads], ignored)
 
 
 def reading_list(note: Callable[[], None]) -> type[list[Any]]:
@@ -248,7 +267,7 @@ def fit_configs(change: Transaction, plans: Sequence[ConfigPlan], order: Sequenc
 def fitting_changes(plan: ConfigPlan, order: Sequence[int], size: int) -> Iterator[ConfigChange]:
     """Changes of at most `size` counts with which a network is built that has the keys of the one that is there."""
     config = vars(plan.module)["config"]
-    shapes, entries = shapes_of(plan.module), dict(config_entries(config))
+    structure, entries = structure_of(plan.module), dict(config_entries(config))
     for counts in (chosen for number in range(1, size + 1) for chosen in combinations(plan.counts, number)):
         memo: dict[int, Any] = {}
         changed = copy.deepcopy(config, memo)
@@ -258,7 +277,7 @@ def fitting_changes(plan: ConfigPlan, order: Sequence[int], size: int) -> Iterat
             set_entry(changed, path, len(order))
         after = dict(config_entries(changed))
         with suppress(Exception):  # a config that is refused, or a class that is not built from it
-            if built_shapes(plan.module, read_again(changed)) == shapes:
+            if mismatch(built_structure(plan.module, read_again(changed)), structure) <= plan.ignored:
                 paths = [*counts, *plan.lists]
                 yield ConfigChange(memo, {entry_name(path): f"{entries[path]} → {after[path]}" for path in paths})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply
 from skipway.surgery.block_call import BlockCall
-from skipway.surgery.block_list import edit_container, has_config, numbered_attributes
+from skipway.surgery.block_list import edit_container, has_config, number_blocks, numbered_attributes
 from skipway.surgery.block_survey import BlockSurvey, find_blocks
 from skipway.surgery.insertion import OUTPUT, disable_fused_path, insert_after, repeat
 from skipway.surgery.insertion_point import find_insertion_point
@@ -26,6 +26,8 @@ from skipway.tracing.chain import chain_from_program
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
 
+ROUNDING = 1e-5
+"""Difference of outputs, relative to their largest value, up to which two networks compute the same."""
 Score = Callable[[nn.Module], float]
 
 
@@ -139,6 +141,9 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
     """Leave out the blocks of least influence until `to` of those that can be left out remain, in place.
 
     The parameters of the blocks are gone from the state dict until `undo`; the network is best trained a little more.
+    In a network that is built from a config which counts its blocks (transformers), later blocks and their keys are
+    renumbered and the config is changed, so that weights and config build the same network again. Elsewhere an
+    identity is in the place of a block, and the keys of the others stay.
 
     Args:
         model: any module that `chain` can read.
@@ -161,10 +166,53 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
     surplus = len(measured) - to
     with transaction(model, example, title=f"{type(model).__name__} shortened to {to} blocks") as change:
         change.report = measured
-        for name in list(measured)[:surplus]:
-            leave_out(change, name, survey)
-            change.touched[name] = f"influence {measured[name]:.3g}"
+        for container, names in by_container(list(measured)[:surplus]).items():
+            how = take_out(change, survey, container, names)
+            change.touched = {name: f"influence {measured[name]:.3g}; {how}" for name in names} | change.touched
         return change.commit()
+
+
+def take_out(change: Transaction, survey: BlockSurvey, container: str, names: Sequence[str]) -> str:
+    """Take blocks out of a container that the network's config counts, or put identities in their places, in place;
+    returns which in words.
+
+    Raises:
+        SkipwayError: an identity leaves a slot in a cache empty that the network may read.
+    """
+    assert change.example is not None
+    mark = change.mark
+    for name in names:
+        leave_out(change, name, survey)
+    expected = outputs(change.model, change.example)
+    change.roll_back(mark)
+
+    def check() -> None:
+        if not difference(expected, outputs(change.model, change.example)) <= ROUNDING:
+            raise SkipwayError("the output would not be that with identities in their places")
+
+    members = list(change.model.get_submodule(container)._modules)
+    gone = {members.index(name.rpartition(".")[2]) for name in names}
+    if has_config(change.model):
+        try:
+            with change.savepoint():
+                edit_container(change, container, [place for place in range(len(members)) if place not in gone])
+                check()
+            return "taken out; later blocks are renumbered"
+        except Exception as problem:  # whatever a network raises that was not made for it
+            change.refused["config"] = f"it does not build the shortened network: {problem}"
+    row = list(change.model.get_submodule(container).children())
+    numbers = numbered_attributes(row)
+    for name in names:
+        leave_out(change, name, survey)
+    if written := {what for name in names for what in survey.calls[name].written_arguments}:
+        if not numbers:
+            raise SkipwayError(
+                f"{abbreviate(names)} cannot be left out: an identity in its place would write nothing into "
+                f"{abbreviate(sorted(written))}, which is read later; give an example without it (use_cache=False)"
+            )
+        number_blocks(change, [block for place, block in enumerate(row) if place not in gone], numbers)
+        check()
+    return "an identity is in its place, so that other keys stay"
 
 
 def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e-5) -> Operation:
@@ -268,9 +316,7 @@ def listed_copies(change: Transaction, container: str, copies: Mapping[str, nn.M
                 raise SkipwayError("the output would change")
     except Exception as problem:  # whatever a network raises that was not made for it
         change.touched = touched
-        change.refused["config"] = (
-            f"it describes the network without the copies, and does not build this one: {problem}"
-        )
+        change.refused["config"] = f"it does not build the network with these copies: {problem}"
         return False
     entries = {name: value for name, value in change.touched.items() if name not in touched}
     later = [order.index(place) + 1 for place in places]
@@ -297,11 +343,10 @@ def slotted_copy(change: Transaction, survey: BlockSurvey, name: str, twin: nn.M
     numbers = numbered_attributes(row)
     for path, attribute, first in numbers:
         setattr(twin.get_submodule(path), attribute, first + len(row) + added)
-    arguments = [what for what in call.writes if not what.startswith("its attribute")]
-    if arguments and not numbers:
+    if call.written_arguments and not numbers:
         raise SkipwayError(
-            f"{name} writes into {abbreviate(arguments)}, and its copy would write into the same place: give an "
-            "example without it (use_cache=False)"
+            f"{name} writes into {abbreviate(call.written_arguments)}, and its copy would write into the same place: "
+            "give an example without it (use_cache=False)"
         )
     repeat(change, model.get_submodule(name), twin, call)
     disable_fused_path(change, f"{name}.{OUTPUT}")
