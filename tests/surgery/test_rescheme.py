@@ -303,7 +303,7 @@ def test_a_slice_whose_rest_goes_elsewhere_is_no_branch_to_scale():
             out = self.down(functional.relu(self.up(x)))
             return (x + out[:, : self.dim]) * out[:, self.dim :].mean(1, keepdim=True)
 
-    with pytest.raises(SkipwayError, match="made in the forward that adds"):
+    with pytest.raises(SkipwayError, match="read by something else too"):
         rescheme(Gated().eval(), images(), "layerscale")
 
 

@@ -16,12 +16,11 @@ from torch.overrides import TorchFunctionMode
 from skipway.errors import SkipwayError
 from skipway.tracing import unwrap
 from skipway.tracing.chain import WatchedConnection
-from skipway.tracing.watch import ADDITIONS, is_addition
+from skipway.tracing.sums import REDUCTIONS, is_addition, slices_of, terms_of
 
 __all__ = ["Observer"]
 
 RECTIFIERS = frozenset({"relu", "relu_", "relu6", "threshold", "threshold_"})
-IN_PLACE = frozenset({"add_", "__iadd__"})
 
 
 class Observer(TorchFunctionMode):
@@ -44,7 +43,10 @@ class Observer(TorchFunctionMode):
     def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection], modules: Iterable[str] = ()) -> None:
         super().__init__()
         self.model = unwrap(model)
-        self.additions = {each.seen.call: each for each in connections if each.seen.call is not None}
+        self.additions: dict[int, list[WatchedConnection]] = {}
+        for each in connections:
+            if each.seen.call is not None:
+                self.additions.setdefault(each.seen.call, []).append(each)
         self.modules = tuple(modules)
         self.calls = self.passes = 0
         self.running = self.in_place = False
@@ -106,7 +108,7 @@ class Observer(TorchFunctionMode):
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         self.running = False
-        missed = [connection for call, connection in self.additions.items() if call >= self.calls]
+        missed = [each for call, connections in self.additions.items() if call >= self.calls for each in connections]
         if missed:
             raise changed(missed[0])
 
@@ -132,32 +134,46 @@ class Observer(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "") if self.running else ""
-        if name in ADDITIONS and is_addition(func, args, kwargs):
-            connection = self.additions.get(self.calls)
+        if name and is_addition(func, args, kwargs):
+            connections = self.additions.get(self.calls)
             self.calls += 1
-            if connection is not None:
-                return self.observe(connection, func, args, kwargs)
+            if connections is not None:
+                return self.observe(connections, func, args, kwargs)
         result = func(*args, **kwargs)
         if name in RECTIFIERS and isinstance(result, Tensor):
             self.rectified(result)
         return result
 
     def observe(
-        self, connection: WatchedConnection, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        connections: list[WatchedConnection],
+        func: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
-        """Run one numbered addition."""
-        first, second = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)][:2]
-        if func.__name__ == "__radd__":
-            first, second = second, first
-        skip, branch = (first, second) if connection.seen.skip_first else (second, first)
-        self.in_place = func.__name__ in IN_PLACE
-        self.operands(connection, skip, branch)
+        """Run one numbered addition, which of a stack of several tensors is several connections."""
+        name = func.__name__
+        terms = slices_of(name, *args, **kwargs) if name in REDUCTIONS else terms_of(name, args, kwargs)
+        last = connections[-1]
+        if len(terms) <= last.seen.term:
+            raise changed(last)
+        self.in_place = name.endswith("_") and (name.startswith("__i") or not name.startswith("__"))
+        total, done = terms[0].value(), 1
+        for connection in connections:
+            for term in terms[done : connection.seen.term]:
+                total = total + term.value()
+            done, addend = connection.seen.term + 1, terms[connection.seen.term].value()
+            skip, branch = (total, addend) if connection.seen.skip_first else (addend, total)
+            self.operands(connection, skip, branch)
+            if connection is not last:
+                total = total + addend
+                self.stream(connection, total)
         result = func(*args, **kwargs)
-        shape, seen = result.shape, connection.seen.shape
+        shape, seen = result.shape, last.seen.shape
         # batch, resolution and length may be other than the example's, the number of channels may not
         if len(shape) != len(seen) or (shape[1:2] != seen[1:2] and shape[-1:] != seen[-1:]):
-            raise changed(connection)
-        self.stream(connection, result)
+            raise changed(last)
+        self.stream(last, result)
         return result
 
 

@@ -14,7 +14,7 @@ from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_list import edit_container, has_config, number_blocks, numbered_attributes
 from skipway.surgery.block_survey import BlockSurvey, find_blocks
 from skipway.surgery.insertion import OUTPUT, disable_fused_path, insert_after, repeat
-from skipway.surgery.insertion_point import find_insertion_point
+from skipway.surgery.insertion_point import find_insertion_points
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.silence import copy_module, silence_branch
@@ -88,12 +88,13 @@ def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operatio
                 listed = abbreviate(list(known)) or "none"
                 raise SkipwayError(f"connection {name!r} is unknown; chain(model, example) lists them: {listed}")
             try:
-                point = find_insertion_point(model, program, known[name])
+                points = find_insertion_points(model, program, known[name])
             except SkipwayError as problem:
                 raise SkipwayError(f"connection {name!r} cannot be silenced: {problem}") from problem
-            insert_after(change, model.get_submodule(point.name), Multiply(0.0))
-            disable_fused_path(change, point.name)
-            change.touched[name] = point.name
+            for point in points:
+                insert_after(change, model.get_submodule(point.name), Multiply(0.0))
+                disable_fused_path(change, point.name)
+            change.touched[name] = ", ".join(point.name for point in points)
         return change.commit()
 
 

@@ -9,7 +9,7 @@ from skipway.errors import SkipwayError
 from skipway.nn import Multiply
 from skipway.surgery.fusion import IDLE, MAPS, NORMS, Affine, absorb, affine_of, parts
 from skipway.surgery.insertion import INPUT, OUTPUT, WEIGHT, computes_like, has_slots, remove
-from skipway.surgery.insertion_point import find_insertion_point
+from skipway.surgery.insertion_point import find_insertion_points
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.transaction import Transaction, transaction
@@ -75,14 +75,13 @@ def closing_modules(model: nn.Module, example: Example) -> dict[str, str]:
     program = watch(model, example)
     closing: dict[str, str] = {}
     for connection in chain_from_program(model, program):
-        last = connection.seen.closing or connection.seen.last
-        if last is None:
-            continue
         try:
-            point = find_insertion_point(model, program, connection)
+            points = find_insertion_points(model, program, connection)
         except SkipwayError:
             continue
-        closing[point.name] = last.removesuffix(f".{WEIGHT}")  # a standardised weight is made in the slot
+        if len(points) == len(connection.seen.ends):
+            for point, end in zip(points, connection.seen.ends, strict=True):
+                closing[point.name] = end.removesuffix(f".{WEIGHT}")  # a standardised weight is made in the slot
     return closing
 
 

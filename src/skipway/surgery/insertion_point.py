@@ -1,4 +1,4 @@
-"""The module of somebody's network after which a branch can be multiplied: the last one that returns what is added."""
+"""The modules of somebody's network after which a branch can be multiplied: the last ones that return what is added."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from torch import nn
 from skipway.errors import SkipwayError
 from skipway.tracing import Program
 from skipway.tracing.chain import WatchedConnection
+from skipway.tracing.operators import is_linear_map
 from skipway.tracing.program import Value
 
-__all__ = ["InsertionPoint", "find_insertion_point"]
+__all__ = ["InsertionPoint", "find_insertion_points"]
 
-COMMUTING = frozenset({"carry", "drop", "scale", "pad"})
-"""Operators that a factor commutes with."""
+COMMUTING = frozenset({"carry", "slice", "stride", "drop", "scale", "pad"})
+"""Parts of operators that a factor commutes with."""
+RESAMPLING = ("upsample_", "_upsample_", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool")
+"""Beginnings of the names of operators that average within a channel, with which a factor commutes too."""
 
 
 @dataclass(frozen=True)
 class InsertionPoint:
-    """The module after which the branch of a connection can be multiplied.
+    """A module after which the branch of a connection, or one of the branches that it is a sum of, can be multiplied.
 
     Args:
         name: path of the module.
-        axis: axis of its output that holds the channels of the stream; None if several or none fit.
+        axis: axis of its output that holds the channels of the stream; None if that is unknown.
         ndim: number of axes of its output.
         dim: channels of its output.
     """
@@ -34,46 +37,112 @@ class InsertionPoint:
     dim: int
 
 
-def find_insertion_point(model: nn.Module, program: Program, connection: WatchedConnection) -> InsertionPoint:
-    """Find the insertion point of a connection's branch.
+def find_insertion_points(
+    model: nn.Module, program: Program, connection: WatchedConnection
+) -> tuple[InsertionPoint, ...]:
+    """Find the insertion points of a connection's branch: one, or one for each of the branches that it is a sum of.
 
-    The search goes from the value that is added back through views, dropout and factors, to one that a module returned;
-    a module that ran once, inside of the one that adds, and whose output nothing else reads. A branch that is wider
-    than the stream is passed through its slice where the rest is joined to the sum: [x + F₁, F₂] is [x, 0] + F (ReXNet,
-    DPN).
+    The search goes from the value that is added back through views, dropout, factors and gates, to one that a module
+    returned; a module that ran once, inside of the one that adds, and whose output nothing else reads. A factor
+    commutes with a gate, so that it stands behind either of the two that are multiplied, and is distributed over a sum:
+    s (F + G) = s F + s G. A branch that is wider than the stream is passed through its slice where the rest is joined
+    to the sum: [x + F₁, F₂] is [x, 0] + F (ReXNet, DPN).
 
     Raises:
-        SkipwayError: there is none; says why.
+        SkipwayError: there is none; says what is in between.
     """
-    seen = connection.seen
-    _, branch, total, start = seen.numbers
-    here, following, beside, dim = branch, total, frozenset[int](), connection.site.dim
-    reason = "what is added is returned by no module of its own, but made in the forward that adds"
-    while True:
-        value = program[here]
-        others = [user for user in program.users[here] if user != following and program[user].signal]
-        if not beside.issuperset(others):
-            raise SkipwayError("what is added is read by something else too")
-        for name in reversed(program.makers.get(here, [])):
-            if not is_part_of(name, seen.owner):
+    _, branch, total, _ = connection.seen.numbers
+    return Search(model, program, connection).points(branch, total)
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for the insertion points of one connection."""
+
+    model: nn.Module
+    program: Program
+    connection: WatchedConnection
+
+    def points(self, here: int, following: int, reason: str = "") -> tuple[InsertionPoint, ...]:
+        """The points before the value `here`, which only `following` reads."""
+        program, (_, _, total, start) = self.program, self.connection.seen.numbers
+        beside = frozenset[int]()
+        while True:
+            value = program[here]
+            if not beside.issuperset(user for user in program.signal_users(here) if user != following):
+                raise SkipwayError("what is added is read by something else too")
+            found, why = self.host(value, total)
+            if found is not None:
+                return (self.point(found, value),)
+            reason = reason or why
+            if here == start:
+                raise SkipwayError(reason or "what is added holds the stream itself, which a factor would multiply too")
+            signals = program.signals(value)
+            if value.norm is None and len(signals) > 1 and value.part in ("sum", "product"):
+                return self.points_of_several(value, signals, reason)
+            commutes = value.part in COMMUTING or value.operator.startswith(RESAMPLING)
+            if not commutes or len(signals) != 1 or value.norm is not None:
+                raise SkipwayError(reason or self.in_between(value))
+            beside = beside_sum(program, here, total) if value.part == "slice" else frozenset()
+            here, following = signals[0], here
+
+    def points_of_several(self, value: Value, signals: list[int], reason: str) -> tuple[InsertionPoint, ...]:
+        """The points behind all summands, or behind one factor, preferably one as large as the product."""
+        if value.part == "sum":
+            return tuple(point for each in signals for point in self.points(each, value.number, reason))
+        if is_linear_map(value.operator):
+            raise SkipwayError(reason or self.in_between(value))
+        problems = []
+        for factor in sorted(signals, key=lambda each: (-self.program[each].numel, -each)):
+            if not has_channels_of(self.program[factor], value):
+                problems.append(SkipwayError(reason or self.in_between(value)))
+                continue
+            try:
+                return self.points(factor, value.number, reason)
+            except SkipwayError as problem:
+                problems.append(problem)
+        raise problems[0]
+
+    def host(self, value: Value, total: int) -> tuple[str | None, str]:
+        """The outermost module that returned a value and can be extended, else None and why not."""
+        program, reason = self.program, ""
+        for name in reversed(program.makers.get(value.number, [])):
+            if not is_part_of(name, self.connection.seen.owner):
                 continue
             # a container runs its children one after the other, and would run an inserted one a second time
-            if isinstance(model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            if isinstance(self.model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict):
                 continue
             if program.runs[name] > 1:
                 reason = f"{name} runs {program.runs[name]} times in a pass, so a scale after it would be shared"
                 continue
             if program.left[name] > total:  # what was added already was passed through it afterwards
                 continue
-            return InsertionPoint(name, channel_axis(value, connection, dim), len(value.shape), dim)
-        signals = program.signals(value)
-        if here != start and value.part == "slice" and len(signals) == 1 and (rest := beside_sum(program, here, total)):
-            dim = dim * program[signals[0]].numel // value.numel
-            beside, here, following = rest, signals[0], here
-            continue
-        if here == start or value.part not in COMMUTING or len(signals) != 1 or value.norm is not None:
-            raise SkipwayError(reason)
-        here, following = signals[0], here
+            return name, ""
+        return None, reason
+
+    def point(self, name: str, value: Value) -> InsertionPoint:
+        axis = self.channel_axis_of(value)
+        return InsertionPoint(name, axis, len(value.shape), value.shape[axis] if axis is not None else 0)
+
+    def channel_axis_of(self, value: Value) -> int | None:
+        """The axis of a value that holds the channels of the stream. Where the last map of the branch wrote another
+        axis, as in an MLP over positions, it is the only one that is as long.
+        """
+        seen, branch = self.connection.seen, self.program[self.connection.seen.numbers[1]]
+        if value.channel is not None and seen.channel in (None, branch.channel):
+            return value.channel
+        if seen.channel is None:
+            return None
+        fitting = [axis for axis, size in enumerate(value.shape) if axis and size == self.connection.site.dim]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def in_between(self, value: Value) -> str:
+        """The reason why no module returns what is added."""
+        what = f"{value.operator} by a norm" if value.norm is not None else value.operator
+        return (
+            f"what is added is made in the forward that adds, by {what} in {value.owner or 'the model'}, and a factor "
+            "before that is none after it"
+        )
 
 
 def beside_sum(program: Program, part: int, total: int) -> frozenset[int]:
@@ -90,12 +159,9 @@ def is_part_of(name: str, owner: str) -> bool:
     return bool(name) and name != owner and (not owner or name.startswith(owner + "."))
 
 
-def channel_axis(value: Value, connection: WatchedConnection, dim: int) -> int | None:
-    """The axis of a value that is as long as the stream is wide: that of images or of tokens, else the only one."""
-    shape = value.shape
-    if connection.site.spatial == 2 and len(shape) == 4 and shape[1] == dim:
-        return 1
-    if shape and shape[-1] == dim:
-        return len(shape) - 1
-    fitting = [axis for axis, size in enumerate(shape) if axis and size == dim]
-    return fitting[0] if len(fitting) == 1 else None
+def has_channels_of(factor: Value, product: Value) -> bool:
+    """Whether a factor has a number for each channel of the product, at the same axis."""
+    if factor.channel is None or product.channel is None:
+        return factor.shape == product.shape
+    aligned = factor.channel - len(factor.shape) == product.channel - len(product.shape)
+    return aligned and factor.shape[factor.channel] == product.shape[product.channel]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -11,9 +12,10 @@ from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.nn import Gain, Multiply
+from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme, parse_scheme
 from skipway.surgery.insertion import OUTPUT, disable_fused_path, insert_after
-from skipway.surgery.insertion_point import InsertionPoint, find_insertion_point
+from skipway.surgery.insertion_point import InsertionPoint, find_insertion_points
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.transaction import Transaction, transaction
@@ -39,8 +41,10 @@ def rescheme(
     """Dress the residual connections of any network in a scheme, as far as that is possible from outside, in place.
 
     At each connection y = x + F(x) the scheme's scale s is inserted after the module that returns F(x):
-    y = x + s(F(x)). The module becomes an instance of a subclass of its own class and gets one submodule,
-    `residual_scale`; every key of the state dict stays, hooks stay, `torch.compile` goes on working. In the same way
+    y = x + s(F(x)). Of parallel branches that are added to each other first, y = x + (F(x) + G(x)), each gets a scale
+    of its own and is dropped by itself; a scale of g(c) F(x) stands behind F or the gate g. The module becomes an
+    instance of a subclass of its own class and gets one submodule, `residual_scale`; every key of the state dict stays,
+    hooks stay, `torch.compile` goes on working. In the same way
 
     | capability of the scheme | mechanism | requirement |
     |---|---|---|
@@ -120,7 +124,7 @@ class Dressing:
         program: what the network runs on the example.
         scheme: the scheme.
         start: see `rescheme`.
-        hosts: names of the modules after which something was inserted, by connection.
+        hosts: the connection for each module after which something was inserted, by their names.
         unfit: why a connection cannot be dressed, by its name.
     """
 
@@ -149,12 +153,12 @@ class Dressing:
             if self.from_scratch:
                 start_network(self.change, self.chain, self.scheme)
             runs = self.count_runs()
-            repeated = [name for name in self.hosts if runs[name] != 1]
+            repeated = {host: name for host, name in self.hosts.items() if runs[host] != 1}
             if not repeated:
                 return
             self.change.roll_back()
-            for name in repeated:
-                self.unfit[name] = f"a module inserted after {self.hosts[name]} runs {runs[name]} times in a pass"
+            for host, name in repeated.items():
+                self.unfit[name] = f"a module inserted after {host} runs {runs[host]} times in a pass"
 
     def dress_each(self) -> None:
         """Dress each connection, or note why it cannot be dressed."""
@@ -174,36 +178,43 @@ class Dressing:
             raise SkipwayError(self.unfit[connection.name])
         parts = branch_parts(self.scheme, connection, self.program, from_scratch=self.start == "scheme")
         insert_parts(self.change, connection, parts, divide=self.start != "scheme")
-        obstacle, point, site = None, None, connection.site
-        try:
-            point = find_insertion_point(self.change.model, self.program, connection)
-            if point.axis is None:
-                raise SkipwayError("no axis of what is added is as long as the stream is wide")
-            site = replace(site, dim=point.dim, spatial=point.ndim - 1 - point.axis)
-        except SkipwayError as problem:
-            obstacle = problem
         skip = None if parts.skip == 1 else Multiply(1 / parts.skip)
-        made = [module for module in (self.scheme.scale(site), skip, self.scheme.drop(site)) if module is not None]
-        if not made:
+        try:
+            points = find_insertion_points(self.change.model, self.program, connection)
+            if any(point.axis is None for point in points):
+                raise SkipwayError("which axis of what is added holds the channels is said by no weight")
+            obstacle, sites = None, [site_at(connection, point) for point in points]
+        except SkipwayError as problem:
+            obstacle, points, sites = problem, (), [connection.site]
+        inserted = [self.scales(site, skip) for site in sites]
+        if not any(inserted):
             if not parts and not self.from_scratch:
                 raise SkipwayError(f"{self.scheme} inserts nothing after a branch")
             return ", ".join(connection.seen.maps)
-        if obstacle is not None or point is None:
+        if obstacle is not None:
             raise SkipwayError(str(obstacle))
-        self.insert_scale(connection, point, made[0] if len(made) == 1 else nn.Sequential(*made))
-        return point.name
+        modules = [made[0] if len(made) == 1 else nn.Sequential(*made) for made in inserted]
+        self.insert_scales(connection, points, modules)
+        return ", ".join(point.name for point in points)
 
-    def insert_scale(self, connection: WatchedConnection, point: InsertionPoint, scale: nn.Module) -> None:
-        """Let the branch pass through the scale."""
+    def scales(self, site: Site, skip: nn.Module | None) -> list[nn.Module]:
+        """The modules that the scheme puts after a branch."""
+        return [module for module in (self.scheme.scale(site), skip, self.scheme.drop(site)) if module is not None]
+
+    def insert_scales(
+        self, connection: WatchedConnection, points: Sequence[InsertionPoint], scales: Sequence[nn.Module]
+    ) -> None:
+        """Let the branch, or each of those that it is a sum of, pass through a scale."""
         like = next((p for p in connection.owner.parameters() if p.is_floating_point()), None)
-        if like is not None:
-            scale.to(like.device, like.dtype)
-        host = connection.model.get_submodule(point.name)
-        insert_after(self.change, host, scale.train(host.training))
-        disable_fused_path(self.change, point.name)
+        for point, scale in zip(points, scales, strict=True):
+            if like is not None:
+                scale.to(like.device, like.dtype)
+            host = connection.model.get_submodule(point.name)
+            insert_after(self.change, host, scale.train(host.training))
+            disable_fused_path(self.change, point.name)
+            self.hosts[point.name] = connection.name
         if self.start != "scheme":
-            preserve_function(self.change, connection, scale, divide=self.start == "divide")
-        self.hosts[connection.name] = point.name
+            preserve_function(self.change, connection, scales, divide=self.start == "divide")
 
     def check_touched(self) -> None:
         """Refuse if nothing was dressed, or not everything where the scheme initialises the whole network."""
@@ -218,9 +229,9 @@ class Dressing:
             )
 
     def count_runs(self) -> Counter[str]:
-        """Compare outputs, and count the runs of each inserted module by its connection's name."""
+        """Compare outputs, and count the runs of each inserted module by the name of its host."""
         runs: Counter[str] = Counter()
-        slots = {f"{host}.{OUTPUT}": name for name, host in self.hosts.items()}
+        slots = {f"{host}.{OUTPUT}": host for host in self.hosts}
 
         def count(slot: str, *_: Any) -> None:
             runs[slots[slot]] += 1
@@ -230,8 +241,30 @@ class Dressing:
         return runs
 
 
-def preserve_function(change: Transaction, connection: WatchedConnection, inserted: nn.Module, *, divide: bool) -> None:
-    """Set the start of what was inserted, and the preceding map, so that the network computes what it did, in place."""
+def site_at(connection: WatchedConnection, point: InsertionPoint) -> Site:
+    """The place of a connection as a module sees it that is inserted there."""
+    assert point.axis is not None
+    return replace(connection.site, dim=point.dim, spatial=point.ndim - 1 - point.axis)
+
+
+def preserve_function(
+    change: Transaction, connection: WatchedConnection, inserted: Sequence[nn.Module], *, divide: bool
+) -> None:
+    """Set the start of what was inserted and the maps before it so that the network computes what it did, in place."""
+    divisors = {set_start(module, divide=divide) for module in inserted}
+    divisor = divisors.pop()
+    if divisors:
+        raise SkipwayError("the branches that are added start with different factors")
+    if divisor == 0:
+        raise SkipwayError('a gain that starts at 0 cannot be divided out; start="identity" starts it at 1')
+    if divisor != 1:
+        modules = [connection.model.get_submodule(name) for name in connection.seen.ends]
+        change.keep_values(parameter for module in modules for parameter in module.parameters())
+        connection.multiply_(1 / divisor)
+
+
+def set_start(inserted: nn.Module, *, divide: bool) -> float:
+    """Let gains start at 1 unless they are divided out, in place; returns the factor that is left to divide out."""
     divisor = 1.0
     for module in inserted.modules():
         if isinstance(module, Gain) and divide:
@@ -242,9 +275,4 @@ def preserve_function(change: Transaction, connection: WatchedConnection, insert
             module.init = 1 / module.factor
         elif isinstance(module, Multiply):
             divisor *= module.factor
-    if divisor == 0:
-        raise SkipwayError('a gain that starts at 0 cannot be divided out; start="identity" starts it at 1')
-    if divisor != 1:
-        name = connection.seen.closing or connection.seen.last
-        change.keep_values([] if name is None else connection.model.get_submodule(name).parameters())
-        connection.multiply_(1 / divisor)
+    return divisor

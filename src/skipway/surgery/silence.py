@@ -14,7 +14,7 @@ from skipway.nn import Gain
 from skipway.surgery.block_call import has_module
 from skipway.surgery.fusion import NORMS
 from skipway.surgery.insertion import insert_after
-from skipway.surgery.insertion_point import find_insertion_point
+from skipway.surgery.insertion_point import find_insertion_points
 from skipway.surgery.transaction import Transaction
 from skipway.tracing import Program
 from skipway.tracing.chain import WatchedConnection
@@ -69,14 +69,15 @@ def silence_branch(
         return
     restore(twin, old)
     try:
-        point = find_insertion_point(change.model, program, connection)
+        points = find_insertion_points(change.model, program, connection)
     except SkipwayError as problem:
         raise SkipwayError(
             f"a branch of {name!r} ends in no linear map and no norm with a gain, and cannot be multiplied: {problem}"
         ) from problem
-    if not f"{point.name}.".startswith(prefix):
-        raise SkipwayError(f"a branch of {name!r} ends outside of it, in {point.name!r}")
-    insert_after(change, twin.get_submodule(point.name.removeprefix(prefix)), Gain(init=0.0))
+    for point in points:
+        if not f"{point.name}.".startswith(prefix):
+            raise SkipwayError(f"a branch of {name!r} ends outside of it, in {point.name!r}")
+        insert_after(change, twin.get_submodule(point.name.removeprefix(prefix)), Gain(init=0.0))
 
 
 @torch.no_grad()

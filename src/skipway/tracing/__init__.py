@@ -1,8 +1,9 @@
 """Reading a forward pass: what was computed from what, and which additions are residual connections."""
 
+from skipway.tracing.classifier import find_residual_adds
 from skipway.tracing.example import Example, as_batch, as_example, call_model
 from skipway.tracing.program import Program, Value
-from skipway.tracing.residual_adds import REASONS, BranchScale, Refusal, ResidualAdd, find_residual_adds
+from skipway.tracing.residual_adds import REASONS, BranchScale, Refusal, ResidualAdd
 from skipway.tracing.watch import preserved_state, unwrap, watch
 
 __all__ = [

@@ -114,33 +114,31 @@ class WatchedConnection:
 
     @torch.no_grad()
     def multiply_(self, factor: float) -> None:
-        """Multiply what the branch puts out, in place: at its closing norm where it has one, else at its last map.
+        """Multiply what the branch puts out, in place: at its closing norm where it has one, else at its last map; of a
+        sum of branches, at the end of each.
 
         The bias goes with the weight: what was trained stays what it was, times the factor.
 
         Raises:
             SkipwayError: the branch ends in neither, so nothing can be multiplied without changing its code.
         """
-        name = self.seen.closing or self.seen.last
-        module = None if name is None else self.model.get_submodule(name)
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.MultiheadAttention):
-            module, weight = module.out_proj, module.out_proj.weight
-        if module is None or not isinstance(weight, Tensor):
+        modules = [self.model.get_submodule(name) for name in self.seen.ends]
+        modules = [module.out_proj if isinstance(module, nn.MultiheadAttention) else module for module in modules]
+        if not modules or not all(isinstance(getattr(module, "weight", None), Tensor) for module in modules):
             raise SkipwayError(
                 f"the branch of connection {self.name!r} ends in no linear map and no norm with a gain, so what it "
                 "puts out cannot be multiplied in place"
             )
-        weight.mul_(factor)
-        if isinstance(getattr(module, "bias", None), Tensor):
-            module.bias.mul_(factor)  # type: ignore[operator, union-attr]
+        for module in modules:
+            for parameter in (module.weight, getattr(module, "bias", None)):
+                if isinstance(parameter, Tensor):
+                    parameter.mul_(factor)
 
     def __str__(self) -> str:
         scale = "" if self.seen.scale is None else f" · scale {', '.join(self.seen.scale.parameters)}"
         norms = "+".join(self.seen.norms) or "no"
-        return (
-            f"{self.name}: {self.seen.skip} + {self.seen.kind}({condense_paths(self.seen.maps)}) · {norms} norm{scale}"
-        )
+        branch = f"{'−' if self.seen.sign < 0 else '+'} {self.seen.kind}({condense_paths(self.seen.maps)})"
+        return f"{self.name}: {self.seen.skip} {branch} · {norms} norm{scale}"
 
 
 AnyConnection = TypeVar("AnyConnection", Connection, WatchedConnection)
@@ -205,7 +203,10 @@ def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection]
     With an example: those of any network. One forward pass in evaluation mode is watched at the dispatcher, on a copy
     on the meta device, so nothing is computed and no weights are allocated. An addition y = u + v is a connection
     where u is a tensor x carried on (or pooled, or projected by linear maps alone) and v was computed from the same x
-    by more than that. All other additions are in `refused`, each with its reason.
+    by more than that, and by more than elementwise operators, which are an activation. In whatever form it is written
+    (`x - f(x)`, `torch.lerp`, `addcmul`, `index_add`, a sum over a stack, …), an addition is read as a x + b F(x);
+    `seen.weights` holds the numbers a and b. All other additions are in `refused`, each with its reason, and so are
+    operators that are not known and join two signals of one shape.
 
     Args:
         model: a Skipway network, or, with an example, any `torch.nn.Module`.
@@ -261,22 +262,18 @@ def chain_from_program(model: nn.Module, program: Program) -> Chain[WatchedConne
     connections, since = [], 0
     for index, seen in enumerate(sums):
         since = 0 if seen.skip == "projection" else since
-        connections.append(WatchedConnection(seen.name, site_of(model, seen, index, len(sums), since), seen, model))
+        connections.append(WatchedConnection(seen.name, site_of(seen, index, len(sums), since), seen, model))
         since += 1
     maps = [value for value in program.values if value.part == "map" and value.norm is None]
     owner = program.weight_owner(maps[-1]) if maps else None
     return Chain(model, connections, None if owner is None else LinearMap(model.get_submodule(owner)), refused)
 
 
-def site_of(model: nn.Module, seen: ResidualAdd, index: int, depth: int, since: int) -> Site:
-    """The place of a watched connection; its channels are on the axis that is as long as the last map is wide."""
-    spatial = 2 if len(seen.shape) == 4 and seen.kind == "conv" else 0
-    weight = getattr(model.get_submodule(seen.last), "weight", None) if seen.last is not None else None
-    width = weight.shape[0] if isinstance(weight, Tensor) else None
-    if width is not None and width == seen.shape[-1]:
-        spatial = 0
-    dim = seen.shape[1] if spatial else seen.shape[-1]
-    return Site(dim=dim, index=index, depth=depth, since=since, spatial=spatial, kind=seen.kind)
+def site_of(seen: ResidualAdd, index: int, depth: int, since: int) -> Site:
+    """The place of a watched connection; where no weight says which axis holds the channels, the last one is taken."""
+    axis = len(seen.shape) - 1 if seen.channel is None else seen.channel
+    spatial = len(seen.shape) - 1 - axis
+    return Site(dim=seen.shape[axis], index=index, depth=depth, since=since, spatial=spatial, kind=seen.kind)
 
 
 def site_in_chain(residual: Residual, index: int, depth: int) -> Site:

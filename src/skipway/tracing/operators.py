@@ -31,7 +31,7 @@ NAMES: dict[Part, str] = {
     "carry": "view _unsafe_view reshape _reshape_alias permute transpose t expand squeeze unsqueeze contiguous clone "
     "_to_copy alias detach roll flip rot90 as_strided view_as_real view_as_complex unfold im2col neg lift_fresh "
     "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle movedim repeat _conj copy copy_ write "
-    "slice_scatter select_scatter diagonal positive _to_dense index_copy",
+    "slice_scatter select_scatter diagonal positive _to_dense",
     "slice": "slice select split split_with_sizes chunk unbind narrow index index_select gather unsafe_split "
     "unsafe_split_with_sizes unsafe_chunk masked_select take",
     "pad": "constant_pad_nd reflection_pad2d replication_pad2d pad reflection_pad1d replication_pad1d",
@@ -53,14 +53,15 @@ NAMES: dict[Part, str] = {
     "nonlinear": "relu gelu silu sigmoid hardswish hardsigmoid leaky_relu tanh elu mish clamp clamp_min clamp_max "
     "hardtanh threshold softplus selu celu prelu _prelu_kernel rrelu_with_noise log_sigmoid_forward glu exp log pow "
     "sqrt rsqrt abs sin cos erf reciprocal square relu6 maximum minimum logaddexp sign round floor ceil fft_r2c "
-    "_fft_r2c _fft_c2r _fft_c2c where max_unpool2d",
+    "_fft_r2c _fft_c2r _fft_c2c where max_unpool2d atan2 hypot fmax fmin logaddexp2 xlogy copysign remainder fmod",
     "softmax": "_softmax softmax _log_softmax log_softmax _safe_softmax _scaled_dot_product_attention_math "
     "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
     "_scaled_dot_product_efficient_attention scaled_dot_product_attention _scaled_dot_product_cudnn_attention "
     "_scaled_dot_product_fused_attention_overrideable _transformer_encoder_layer_fwd _native_multi_head_attention "
     "_scaled_dot_product_attention_math_for_mps flex_attention",
     "mean": "mean sum var std cumsum var_mean std_mean linalg_vector_norm",
-    "join": "cat stack concat hstack vstack",
+    "join": "cat stack concat hstack vstack complex index_copy index_add scatter_add index_put scatter scatter_reduce "
+    "masked_scatter",
 }
 PARTS: dict[str, Part] = {name: part for part, names in NAMES.items() for name in names.split()}
 # with one signal they carry it; with two they are a product, a sum, a map of one by the other
@@ -68,11 +69,11 @@ ARITHMETIC: dict[str, tuple[Part, Part]] = {
     "mul": ("scale", "product"),
     "div": ("scale", "product"),
     "add": ("shift", "sum"),
-    "sub": ("shift", "join"),
-    "rsub": ("shift", "join"),
-    "lerp": ("shift", "join"),
-    "addcmul": ("shift", "product"),
-    "addcdiv": ("shift", "product"),
+    "sub": ("shift", "sum"),
+    "rsub": ("shift", "sum"),
+    "lerp": ("shift", "sum"),
+    "addcmul": ("shift", "sum"),
+    "addcdiv": ("shift", "sum"),
 }
 
 

@@ -32,6 +32,10 @@ class Value:
         signal: whether it depends on the input.
         parameters: names of the parameters and buffers that it was computed from, where it is no signal.
         call: running number of the Python-level addition that made it, None where none did.
+        term: which of the terms of that addition it adds, from 0: 1 unless more than two are added.
+        factor: the number that the operator multiplies its signal by.
+        floating: whether its elements are real or complex numbers, rather than integers or truth values.
+        channel: the axis that holds the channels, see `skipway.tracing.channels`; None where that is unknown.
     """
 
     number: int
@@ -45,6 +49,10 @@ class Value:
     signal: bool
     parameters: frozenset[str] = frozenset()
     call: int | None = None
+    term: int = 1
+    factor: float = 1.0
+    floating: bool = True
+    channel: int | None = None
 
     @property
     def numel(self) -> int:
@@ -112,6 +120,18 @@ class Program:
     def signals(self, value: Value) -> list[int]:
         """The operands that depend on the input, each once."""
         return [operand for operand in dict.fromkeys(value.operands) if self.values[operand].signal]
+
+    def signal_users(self, number: int) -> list[int]:
+        """The values of the signal that are computed from a value.
+
+        A stack that is summed over is no reader, since that sum is written down as one of the stack's members.
+        """
+        signals = [user for user in self.users[number] if self.values[user].signal]
+        return [user for user in signals if self.values[user].part != "join" or not self.is_summed(user)]
+
+    def is_summed(self, number: int) -> bool:
+        """True if nothing is computed from a value and it is not put out."""
+        return number not in self.makers and all(self.is_summed(user) for user in self.users[number])
 
     def between(self, start: int, end: int) -> Iterator[Value]:
         """The values on the way from `start` (excluded) to `end` (included), in order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from skipway.errors import SkipwayError
 from skipway.tracing.arguments import Path, tensor_paths
+from skipway.tracing.channels import channel_axis
 from skipway.tracing.example import Example, as_example, call_model
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
+from skipway.tracing.sums import StackedAxis, Term, is_addition, number_of, terms_of
 
-__all__ = ["ADDITIONS", "copy_to_meta", "is_addition", "preserved_state", "unwrap", "watch"]
+__all__ = ["copy_to_meta", "preserved_state", "unwrap", "watch"]
 
-# one addition under its many names
-ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 # they take the shape of a tensor and not its values
 FACTORIES = frozenset(
     {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like"}
@@ -248,15 +248,8 @@ class Modules:
         return name if is_norm else None
 
 
-def is_addition(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether Python adds two tensors here. `num_batches_tracked.add_(1)` is none, so a norm's mode does not matter."""
-    if getattr(func, "__name__", "") not in ADDITIONS:
-        return False
-    return sum(isinstance(each, Tensor) for each in (*args, *kwargs.values())) > 1
-
-
 class Calls(TorchFunctionMode):
-    """Numbers the additions of two tensors that Python calls, so that a later pass can find the same ones."""
+    """Numbers the calls of Python that may add tensors, so that a later pass can find the same ones."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -289,6 +282,7 @@ class Recorder(TorchDispatchMode):
         self.held: list[Tensor] = []  # a storage's address must not be used twice
         self.known: dict[int, dict[tuple[Any, ...], int]] = {}
         self.written: dict[int, int] = {}
+        self.stacks: dict[int, StackedAxis] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.note(tensor, "parameter", signal=False, parameters=frozenset({name}))
         for tensor in tree_flatten(example)[0]:
@@ -298,22 +292,30 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        given = () if name in FACTORIES else (args, kwargs)
+        terms = terms_of(name, args, kwargs)
+        given = [t for term in terms for t in term.tensors] or (() if name in FACTORIES else (args, kwargs))
         operands = [self.read(leaf) for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
         if name in READS and any(self.program[operand].signal for operand in operands):
             self.program.readers.append(self.modules.owner)
+        addends = self.addends(name, args, terms)
         result = func(*args, **kwargs)
-        values = self.program.values
-        signals = sum(values[operand].signal for operand in dict.fromkeys(operands))
+        mutates = func._schema.is_mutable
+        if len(addends) > 1 and isinstance(result, Tensor):
+            self.note_sum(result, addends, written=mutates)
+            return result
+        signals = self.count_signals(operands)
         transposed = "convolution" in name and len(args) > 6 and bool(args[6])
         strided = name == "slice" and len(args) > 4 and args[4] != 1
         part = "stride" if strided else part_of(name, signals, transposed=transposed)
-        mutates = func._schema.is_mutable
+        factor = number_of(name, args, terms)
         for output, leaf in enumerate(tree_flatten(result)[0]):
             if isinstance(leaf, Tensor):
-                self.note(leaf, name, part=part, operands=tuple(operands), output=output, written=mutates)
+                more = {"output": output, "factor": factor, "args": args}
+                self.note(leaf, name, part, tuple(operands), written=mutates, **more)
         if mutates and not tree_flatten(result)[0]:
-            self.note(next(iter(args)), name, part=part, operands=tuple(operands), written=True)
+            self.note(next(iter(args)), name, part, tuple(operands), written=True)
+        if stack := StackedAxis.of(name, args, kwargs, result, operands):
+            self.stacks[address(result)[0]] = stack
         return result
 
     def take_in(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -333,6 +335,50 @@ class Recorder(TorchDispatchMode):
         if number is not None and (write is None or number >= write):
             return number
         return write if write is not None else min(places.values(), default=None)
+
+    def count_signals(self, operands: Iterable[int]) -> int:
+        return sum(self.program[operand].signal for operand in dict.fromkeys(operands))
+
+    def addends(self, name: str, args: tuple[Any, ...], terms: list[Term]) -> list[int]:
+        """The values that an operator adds, where several tensors of the signal take part; none otherwise."""
+        for tensor in args:
+            stack = self.stacks.get(address(tensor)[0]) if isinstance(tensor, Tensor) else None
+            if stack is not None and stack.is_contracted(name, args, tensor) and address(tensor)[0] not in self.written:
+                others = [self.read(other) for other in args if isinstance(other, Tensor) and other is not tensor]
+                factor = 1 / len(stack.members) if name == "mean" else 1.0
+                return [self.weighted(member, others, factor) for member in stack.members]
+        if self.count_signals(self.read(tensor) for term in terms for tensor in term.tensors) < 2:
+            return []
+        return [self.read_term(term) for term in terms]
+
+    def weighted(self, member: int, weights: list[int], factor: float) -> int:
+        """A member of a stack times its weight in a sum over the stack."""
+        if not weights and factor == 1:
+            return member
+        part = part_of("mul", self.count_signals((member, *weights)))
+        return self.append("mul", part, (member, *weights), self.program[member].shape, factor=factor)
+
+    def read_term(self, term: Term) -> int:
+        """The value of a term, written down as operators of its own."""
+        operands = tuple(self.read(tensor) for tensor in term.tensors)
+        number, shapes = operands[0], [tensor.shape for tensor in term.tensors]
+        if term.operator:
+            part = part_of(term.operator, self.count_signals(operands))
+            shape = term.shape or torch.broadcast_shapes(*shapes)
+            number = self.append(term.operator, part, operands, tuple(shape))
+        if term.factor != 1:
+            number = self.append("mul", "scale", (number,), self.program[number].shape, factor=term.factor)
+        return number
+
+    def note_sum(self, result: Tensor, addends: list[int], *, written: bool) -> None:
+        """Write down the additions of several values, one after the other."""
+        total = addends[0]
+        for term, addend in enumerate(addends[1:], 1):
+            part = part_of("add", self.count_signals((total, addend)))
+            if term == len(addends) - 1:
+                self.note(result, "add", part, (total, addend), term=term, written=written)
+            else:
+                total = self.append("add", part, (total, addend), tuple(result.shape), term=term)
 
     def put_out(self, name: str, out: Any) -> None:
         """Note which module has put out the value that its output holds, or the first of its outputs."""
@@ -355,21 +401,42 @@ class Recorder(TorchDispatchMode):
         if source is None:  # a constant made outside of the watch
             return self.note(tensor, "constant", signal=False)
         operands = (source,) if number is None else (number, source)
-        return self.note(tensor, "alias", operands=operands)
+        return self.note(tensor, "alias", "carry", operands)
 
     def note(
         self,
         tensor: Tensor,
         operator: str,
-        *,
         part: Any = "carry",
         operands: tuple[int, ...] = (),
-        output: int = 0,
-        signal: bool | None = None,
-        parameters: frozenset[str] | None = None,
+        *,
         written: bool = False,
+        **more: Any,
     ) -> int:
         """Write down that `tensor` now holds what `operator` made of `operands`."""
+        floating = tensor.is_floating_point() or tensor.is_complex()
+        number = self.append(operator, part, operands, tuple(tensor.shape), floating=floating, **more)
+        storage, place = address(tensor)
+        self.held.append(tensor)
+        self.known.setdefault(storage, {})[place] = number
+        if written:
+            self.written[storage] = number
+        return number
+
+    def append(
+        self,
+        operator: str,
+        part: Any,
+        operands: tuple[int, ...],
+        shape: tuple[int, ...],
+        *,
+        signal: bool | None = None,
+        parameters: frozenset[str] | None = None,
+        output: int = 0,
+        args: tuple[Any, ...] = (),
+        **more: Any,
+    ) -> int:
+        """Write down a value, which no tensor has to hold: a term of a sum, for example."""
         values = self.program.values
         if signal is None:
             signal = any(values[operand].signal for operand in operands)
@@ -377,26 +444,10 @@ class Recorder(TorchDispatchMode):
             constants = (values[operand] for operand in operands if not values[operand].signal)
             parameters = frozenset().union(*(value.parameters for value in constants))
         number = len(values)
-        values.append(
-            Value(
-                number=number,
-                operator=operator,
-                part=part,
-                operands=operands,
-                output=output,
-                owner=self.modules.owner,
-                norm=self.modules.norm,
-                shape=tuple(tensor.shape),
-                signal=signal,
-                parameters=parameters,
-                call=self.call,
-            )
-        )
-        storage, place = address(tensor)
-        self.held.append(tensor)
-        self.known.setdefault(storage, {})[place] = number
-        if written:
-            self.written[storage] = number
+        owner, norm = self.modules.owner, self.modules.norm
+        channel = channel_axis(operator, args, [values[operand] for operand in operands], shape) if signal else None
+        place = {"owner": owner, "norm": norm, "shape": shape, "signal": signal, "parameters": parameters}
+        values.append(Value(number, operator, part, operands, output, **place, call=self.call, channel=channel, **more))
         return number
 
 

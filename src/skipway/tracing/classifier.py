@@ -1,0 +1,237 @@
+"""Which additions of a program are residual connections, and why the others are none."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import combinations, islice
+
+from skipway.tracing.branch import BranchReader, FoundAdd
+from skipway.tracing.operators import Part, is_linear_map
+from skipway.tracing.program import Program, Value
+from skipway.tracing.residual_adds import Reason, Refusal, ResidualAdd
+from skipway.tracing.sums import PLACING, REDUCTIONS, operator_of
+from skipway.tracing.walks import CARRYING, SkipPath, Walker, effective_part
+
+__all__ = ["find_residual_adds"]
+
+NONLINEAR: frozenset[str] = frozenset({"nonlinear", "softmax", "product", "other"})
+WORK: frozenset[str] = NONLINEAR | {"map", "norm", "pool", "mean"}
+ELEMENTWISE: frozenset[str] = CARRYING | {"nonlinear", "product", "sum"}
+MIXING = frozenset(
+    {"roll", "flip", "rot90", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle"}
+    | {"_fft_r2c", "_fft_c2r", "_fft_c2c", "max_unpool2d"}
+)
+"""Operators without a weight that let positions or channels meet."""
+REPLACING = PLACING | {"where", "masked_scatter", "index_copy"}
+"""Operators that put one tensor in the place of parts of another one."""
+SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
+FAR = 8
+"""Operators between a stack and the sum over it."""
+
+
+def find_residual_adds(program: Program) -> tuple[list[ResidualAdd], list[Refusal]]:
+    """All additions of a program: the residual connections in order, and the refused with their reasons.
+
+    What a norm adds within itself is listed only where it is a connection.
+    """
+    classifier = AddClassifier(program)
+    refused: list[Refusal] = []
+    for value in program.values:
+        reason = classifier.reason(value) if value.signal else None
+        if reason is not None and value.norm is None:
+            operator = value.operator if reason == "unknown" else ""
+            refused.append(Refusal(value.owner, reason, value.shape, operator))
+    return BranchReader(program, classifier.skips, classifier.found).describe_all(), refused
+
+
+class AddClassifier(Walker):
+    """Judges the additions of a program, in order."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program, {})
+        self.found: list[FoundAdd] = []
+
+    def reason(self, value: Value) -> Reason | None:
+        """Accept a value as a connection or return why it is none; None too for what cannot add."""
+        if value.part == "sum":
+            reason = self.judge(value)
+            # without a call of Python it is a step of a composite operator, for example of an LSTM
+            return reason if value.call is not None else None
+        operator = operator_of(value.operator)
+        if value.part == "shift":
+            return "constant" if value.call is not None and self.adds_constant(value) else None
+        if value.part == "other":
+            alike = [each for each in self.real_signals(value) if self.program[each].shape == value.shape]
+            return "unknown" if len(alike) > 1 and value.floating and not value.output else None
+        if operator in REPLACING:
+            return "selected" if self.join_branch(self.real_signals(value)) else None
+        if operator in REDUCTIONS or is_linear_map(value.operator):
+            return "joined" if any(self.sums_over_stack(each) for each in self.program.signals(value)) else None
+        return None
+
+    def adds_constant(self, value: Value) -> bool:
+        """True if a tensor was added that does not depend on the input, not a number."""
+        return any(not self.program[operand].signal for operand in value.operands)
+
+    def real_signals(self, value: Value) -> list[int]:
+        """The operands that depend on the input, without indices and masks."""
+        return [each for each in self.program.signals(value) if self.program[each].floating]
+
+    def join_branch(self, numbers: list[int]) -> bool:
+        """True if one of two values carries a tensor that the other was computed from by more than an activation."""
+        if len(numbers) != 2:
+            return False
+        return any(
+            way is not None and self.idle(way, branch) is None
+            for side, branch in (numbers, numbers[::-1])
+            if (way := self.way(side, branch)) is not None and way.skip != "projection"
+        )
+
+    def sums_over_stack(self, number: int) -> bool:
+        """True if a value is a stack of a stream and a branch, perhaps weighted."""
+        for _ in range(FAR):
+            value = self.program[number]
+            if value.operator == "stack":
+                members = self.real_signals(value)
+                return any(self.join_branch([*pair]) for pair in islice(combinations(members, 2), FAR))
+            operand = self.main_operand(value)
+            if value.part not in {"carry", "scale", "product"} or operand is None:
+                return False
+            number = operand
+        return False
+
+    def judge(self, value: Value) -> Reason | None:
+        """Accept the sum as a connection and return None, or return the reason why it is none."""
+        first, second = value.operands
+        if first == second:
+            return "parallel"
+        if value.number in self.into_softmax:
+            return "attention"
+        if self.positional[first] != self.positional[second]:
+            return "constant"
+        ways = [(self.way(u, v), u, v) for u, v in ((first, second), (second, first))]
+        found = [(way, u, v) for way, u, v in ways if way is not None]
+        if not found:
+            return self.gated(value, first, second) or self.unrelated(value, first, second)
+        way, skip, branch = min(found, key=lambda entry: (entry[0].weight, len(entry[0].crossed)))
+        reason = self.objection(value, way, skip, branch)
+        if reason is None:
+            self.found.append(FoundAdd(value, skip, branch, way))
+            self.skips[value.number] = skip
+        return reason
+
+    def idle(self, way: SkipPath, branch: int) -> Reason | None:
+        """The reason why a branch does no work: it only carries, or it is an activation."""
+        crossed = list(self.program.between(way.start, branch))
+        parts = {effective_part(member) for member in crossed}
+        if not parts & WORK:
+            return "rotary"
+        if not parts <= ELEMENTWISE or any(self.mixes(member) for member in crossed):
+            return None
+        members = {way.start, *(member.number for member in crossed)}
+        bends = any(
+            member.part == "nonlinear"
+            or (member.part == "product" and members.issuperset(self.program.signals(member)))
+            for member in crossed
+        )
+        return "activation" if bends else "rotary"
+
+    def mixes(self, value: Value) -> bool:
+        """True if an operator lets positions or channels meet."""
+        operator = operator_of(value.operator)
+        return operator in MIXING or is_linear_map(operator)
+
+    def objection(self, value: Value, way: SkipPath, skip: int, branch: int) -> Reason | None:
+        """The reason to refuse a sum although one side leads back to a tensor that the other was computed from."""
+        idle = self.idle(way, branch)
+        if idle is not None:
+            return idle
+        if way.factor < 0:
+            return "difference"
+        if min(self.spread(skip), self.spread(branch)) < value.numel:
+            return "broadcast"
+        crossed = list(self.program.between(way.start, branch))
+        parts = {effective_part(member) for member in crossed}
+        if way.skip == "projection" and (
+            "upsample" in parts or any(member.part == "upsample" for member in way.crossed)
+        ):
+            return "pyramid"
+        if self.reads_other_slices(way, branch):
+            return "hierarchical"
+        if way.skip != "projection":
+            return None
+        if not parts & NONLINEAR or self.is_local_encoding(value, way, parts):
+            return "parallel"
+        activated = any(member.part == "nonlinear" for member in way.crossed)
+        if activated and sum(effective_part(member) == "map" for member in crossed) <= 1:
+            return "parallel"
+        return None
+
+    def gated(self, value: Value, first: int, second: int) -> Reason | None:
+        """The reason for a sum of which a side is a tensor that the other was computed from, times a gate."""
+        factors = {side: self.gate_factors(side) for side in (first, second)}
+        reasons: list[Reason] = []
+        for side, other in ((first, second), (second, first)):
+            for operand in factors[side]:
+                way = self.way(operand, other)
+                if way is not None and way.skip != "projection":
+                    reasons.append(self.objection(value, way, side, other) or "gated")
+        return "gated" if "gated" in reasons else reasons[0] if reasons and all(factors.values()) else None
+
+    def gate_factors(self, number: int) -> list[int]:
+        """The factors of a value that is a product of two signals, element by element."""
+        value = self.program[number]
+        while value.part in CARRYING and len(signals := self.program.signals(value)) == 1:
+            value = self.program[signals[0]]
+        return self.program.signals(value) if value.part == "product" and not self.mixes(value) else []
+
+    def unrelated(self, value: Value, first: int, second: int) -> Reason:
+        """The reason to refuse a sum neither side of which leads back to the origin of the other."""
+        if min(self.spread(first), self.spread(second)) < max(self.program[first].numel, self.program[second].numel):
+            return "broadcast"
+        sides = [{number, *self.program.ancestry(number).since(0)} for number in (first, second)]
+        shared = sides[0] & sides[1]
+        own = [[self.program[number] for number in side - shared] for side in sides]
+        sizes = [max((spatial_size(member) for member in members), default=0) for members in own]
+        resampled = any(member.part == "upsample" for members in own for member in members) or sizes[0] != sizes[1]
+        if resampled and value.channel != len(value.shape) - 1:
+            return "pyramid"
+        latest = max(shared, default=-1)
+        members = [member for side in own for member in side if effective_part(member) not in CARRYING]
+        at_home = all(self.belongs(member, value.owner) for member in members)
+        since = all(member.number > latest for member in members)
+        return "parallel" if shared and (at_home or since) else "unrelated"
+
+    @cached_property
+    def into_softmax(self) -> frozenset[int]:
+        """The values between which and a softmax stand nothing but carrying and sums."""
+        found: set[int] = set()
+        for value in reversed(self.program.values):
+            softmax = value.part == "softmax" and value.operator in SOFTMAX
+            if softmax or (value.number in found and value.part in CARRYING | {"sum"}):
+                found.update(value.operands)
+        return frozenset(found)
+
+    def reads_other_slices(self, way: SkipPath, branch: int) -> bool:
+        """True if the skip is a slice of a tensor of which the branch reads only other slices."""
+        if not any(value.part == "slice" for value in way.crossed):
+            return False
+        users = [user for user in self.program.users[way.start] if user == branch or self.program.depends(branch, user)]
+        return all(self.program[user].part == "slice" for user in users)
+
+    def is_local_encoding(self, value: Value, way: SkipPath, parts: set[Part]) -> bool:
+        """True if the skip is a shape-preserving map in parallel to attention: a local position encoding."""
+        if not parts & {"product", "softmax"} or self.program[way.start].numel != value.numel:
+            return False
+        # a product by a gate (squeeze-and-excitation) is no attention: one side of it is a vector
+        return any(
+            member.part in {"product", "softmax"}
+            and all(self.program[operand].numel >= 1 for operand in member.operands)
+            and member.operator not in {"mul", "mul_", "div", "sigmoid"}
+            for member in self.program.between(way.start, value.number)
+        )
+
+
+def spatial_size(value: Value) -> int:
+    """Positions of a map (N, C, H, W); 0 of anything else."""
+    return value.shape[2] * value.shape[3] if len(value.shape) == 4 else 0
