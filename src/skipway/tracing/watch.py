@@ -303,10 +303,13 @@ class Recorder(TorchDispatchMode):
         if len(addends) > 1 and isinstance(result, Tensor):
             self.note_sum(result, addends, written=mutates)
             return result
-        signals = self.count_signals(operands)
+        # x + x carries x, while x · x is a product of two
+        signals = self.count_signals(operands) if terms else sum(self.program[each].signal for each in operands)
         transposed = "convolution" in name and len(args) > 6 and bool(args[6])
         strided = name == "slice" and len(args) > 4 and args[4] != 1
         part = "stride" if strided else part_of(name, signals, transposed=transposed)
+        if part == "other" and signals < 2 and torch.Tag.pointwise in func.tags:
+            part = "nonlinear"
         factor = number_of(name, args, terms)
         for output, leaf in enumerate(tree_flatten(result)[0]):
             if isinstance(leaf, Tensor):
