@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from skipway.cli.option_names import print_note
 from skipway.errors import SkipwayError, printable
 
 __all__ = ["export"]
@@ -22,6 +23,8 @@ def export(
     onnx: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     pt2: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     hub: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+    sides: Annotated[Literal["dynamic", "fixed"], Parameter(group=OUTPUT)] = "dynamic",
+    opset: Annotated[int | None, Parameter(group=OUTPUT)] = None,
 ) -> int:
     """Export a trained run with its preprocessing to other formats, and verify the result.
 
@@ -30,19 +33,22 @@ def export(
         onnx: Write this ONNX file; compare it in onnxruntime.
         pt2: Write this torch.export program; reload and compare it.
         hub: Write this folder for the Hugging Face hub: weights, config, model card.
+        sides: dynamic: other image sizes, too, if the network allows them; fixed: that of the run.
+        opset: Version of the operators of ONNX. [the exporter's]
     """
     if onnx is None and pt2 is None and hub is None:
         raise SkipwayError("nothing to export: give --onnx FILE, --pt2 FILE or --hub FOLDER")
     from skipway.inference.publish import write_hub_folder, write_onnx, write_program
 
     if onnx is not None:
-        difference = write_onnx(run, onnx)
+        difference = write_onnx(run, onnx, sides=sides, opset=opset, remark=print_note)
         checked = "not verified: onnxruntime is not installed"
         if difference is not None:
             checked = f"largest difference {difference:.2g}"
         sys.stdout.write(f"onnx      {printable(onnx)}, {checked}\n")
     if pt2 is not None:
-        sys.stdout.write(f"pt2       {printable(pt2)}, largest difference {write_program(run, pt2):.2g}\n")
+        difference = write_program(run, pt2, sides=sides, remark=print_note)
+        sys.stdout.write(f"pt2       {printable(pt2)}, largest difference {difference:.2g}\n")
     if hub is not None:
         write_hub_folder(run, hub)
         sys.stdout.write(f"hub       {printable(hub)}; add the licence to {printable(hub / 'README.md')}\n")

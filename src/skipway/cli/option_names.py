@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
 from dataclasses import fields
 
-__all__ = ["option_spelling"]
+__all__ = ["option_spelling", "print_note"]
 
 ARGUMENT = re.compile(r"""(?<![\w.\-])([a-z]\w*)=(\([^()]*\)|'[^']*'|"[^"]*"|[\w+-]+(?:\.\w+)?)(?!\()""")
 
 
 def option_spelling(text: str) -> str:
-    """Spell every `name=value` in a message whose name is a field of the recipe as an option.
+    """Spell every `name=value` in a message whose name is a field of the recipe, or of an export, as an option.
 
     >>> option_spelling("keep it with allow_empty=True, or name them with columns=('image', 'label')")
     'keep it with --allow-empty, or name them with --columns image,label'
@@ -22,7 +23,7 @@ def option_spelling(text: str) -> str:
     """
     from skipway.recipe import Recipe
 
-    known = {field.name for field in fields(Recipe)}
+    known = {"opset", "sides", *(field.name for field in fields(Recipe))}
 
     def spelled(found: re.Match[str]) -> str:
         name, text = found.groups()
@@ -38,3 +39,8 @@ def option_spelling(text: str) -> str:
         return f"--{option} {shlex.quote(','.join(map(str, value)) if isinstance(value, tuple) else str(value))}"
 
     return ARGUMENT.sub(spelled, text)
+
+
+def print_note(sentence: str) -> None:
+    """Print a remark to standard error."""
+    print(f"note      {option_spelling(sentence)}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from skipway.cli.option_names import option_spelling
+from skipway.cli.option_names import print_note
 from skipway.errors import SkipwayError, spelling
 
 __all__ = ["rescheme"]
@@ -90,11 +90,6 @@ def rescheme(
     write_tensors(out / WEIGHTS, loaded.model.state_dict(), {})
     write_json(out / DESCRIPTION, asdict(description))
     sys.stdout.write(f"{operation}\nweights   {out / WEIGHTS}\nrebuild   {out / DESCRIPTION}\n")
-
-
-def print_note(sentence: str) -> None:
-    """Print a remark to standard error."""
-    print(f"note      {option_spelling(sentence)}", file=sys.stderr)
 
 
 def with_absolute_file(model: str) -> str:

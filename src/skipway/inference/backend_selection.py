@@ -177,6 +177,11 @@ def with_timings(
     return timed
 
 
+def in_type(kind: torch.dtype, run: Run) -> Run:
+    """A backend whose output has the type that the original's has."""
+    return lambda x: run(x).to(kind)
+
+
 class BackendComparison:
     """Backends built for one model and one example, compared with the original and timed interleaved.
 
@@ -217,7 +222,7 @@ class BackendComparison:
             self.results[key] = replace(result, note=str(problem))
             return
         try:
-            run = backend.build(copy.deepcopy(self.folded), self.example, precision)
+            run = in_type(self.expected[0][1].dtype, backend.build(copy.deepcopy(self.folded), self.example, precision))
             gap = max(difference([expected], [run(given)]) for given, expected in self.expected)
         except Exception as error:  # other libraries raise errors of their own
             self.results[key] = replace(result, note=f"failed: {error_line(error)}")

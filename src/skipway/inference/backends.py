@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skipway.errors import MissingExtraError, SkipwayError
 from skipway.hardware.allocator import keep_memory
-from skipway.inference.onnx import export_onnx
+from skipway.inference.onnx import CAST, export_onnx
 from skipway.kernels.dispatch import PackedKernelMode
 from skipway.registry import Registry
 from skipway.surgery.acceleration import accelerate, is_routed
@@ -34,7 +34,7 @@ class Backend:
 
     Args:
         build: takes a network, which it may change, an example input and a precision; returns a function of inputs of
-            the example's shape.
+            the example's shape, whose output may have the type of the products.
         needs: packages required in addition to torch.
         extra: extra of Skipway that installs them.
         precisions: supported ones.
@@ -69,7 +69,7 @@ def prepare_model(model: nn.Module, precision: str) -> nn.Module:
 
 def prepare_input(x: Tensor, precision: str) -> Tensor:
     """Cast an input as `prepare_model` casts the model."""
-    x = x if precision == "float32" else x.to(PRECISIONS[precision])
+    x = x.to(PRECISIONS[precision]) if precision != "float32" and x.is_floating_point() else x
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
@@ -95,7 +95,7 @@ def build_eager(model: nn.Module, example: Tensor, precision: str) -> Run:
 
     def run(x: Tensor) -> Tensor:
         with keep_memory(release=False), packed:
-            return model(prepare_input(x, precision)).to(x.dtype)
+            return model(prepare_input(x, precision))
 
     return run
 
@@ -109,7 +109,7 @@ def build_inductor(model: nn.Module, example: Tensor, precision: str) -> Run:
 
     def run(x: Tensor) -> Tensor:
         with keep_memory(release=False):
-            return compiled(prepare_input(x, precision)).to(x.dtype)
+            return compiled(prepare_input(x, precision))
 
     return run
 
@@ -123,12 +123,13 @@ def build_onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Run:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export_onnx(model, example, path, tolerance=None)
+        export_onnx(model, example, path, tolerance=None, sides="fixed", remark=lambda sentence: None)
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: x.contiguous().numpy()})[0])
+        given = x.float() if x.dtype in CAST else x
+        return torch.from_numpy(session.run(None, {name: given.contiguous().numpy()})[0])
 
     return run
 

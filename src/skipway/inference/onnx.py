@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skipway.errors import MissingExtraError, SkipwayError
+from skipway.checkpoint.files import describe_os_error
+from skipway.errors import MissingExtraError, SkipwayError, printable, spell
 from skipway.inference.inputs import single_tensor
 from skipway.tracing.example import Example
 
-__all__ = ["export_onnx", "export_program"]
+__all__ = ["CAST", "Sides", "export_onnx", "export_program"]
+
+Sides = Literal["dynamic", "fixed"]
+Write = Callable[[nn.Module, Path, Tensor, bool], None]
+Verify = Callable[[nn.Module, Path, list[Tensor]], float | None]
+
+CAST = (torch.bfloat16, torch.float64)
+"""Types in which onnxruntime lacks operators on a CPU, convolutions among them."""
+STEPS = (1, 2, 4, 7, 8, 14, 16, 32)
+"""Steps in which networks take the sides of images: patches, windows, strides."""
+FURTHEST = 2**20
+"""A side up to which a program has to hold that is said to take any."""
+REASON = 200
+"""Letters of a foreign error that a message repeats."""
 
 
 def export_onnx(
-    model: nn.Module, example: Example, path: str | Path, *, tolerance: float | None = 1e-4
+    model: nn.Module,
+    example: Example,
+    path: str | Path,
+    *,
+    tolerance: float | None = 1e-4,
+    sides: Sides = "dynamic",
+    opset: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    remark: Callable[[str], None] = warnings.warn,
 ) -> float | None:
-    """Write a model in eval mode to an ONNX file for any batch size, and check the file in onnxruntime where that is
-    installed; the model stays as it is.
+    """Write a model in eval mode to an ONNX file for any batch size, and for any image size where the model allows it,
+    and check the file in onnxruntime where that is installed; the model stays as it is.
 
-    The file's input "images" has the example's shape, (N, …) for any N ≥ 1; its output is "outputs". A model fused by
-    `skipway.fuse` gives a smaller and faster file. Weights of more than 2 GB are written beside it, to `<path>.data`.
+    The file's input is "images", its output "outputs". A model fused by `skipway.fuse` gives a smaller and faster
+    file. Weights of more than 2 GB are written beside it, to `<path>.data`. A model in bfloat16 or float64 is written
+    in float32, which onnxruntime runs.
 
     Args:
         model: a network that takes one tensor and returns one.
@@ -35,6 +64,11 @@ def export_onnx(
         path: of the file, by custom with the suffix `.onnx`.
         tolerance: largest difference allowed between onnxruntime and torch, over the largest output; None allows any.
             Half precision needs some 1e-2.
+        sides: "dynamic": the axes after the channels may have other lengths than the example's, if the file then
+            agrees with the model at the example's and at larger ones; else they are fixed, and a remark says why.
+        opset: version of the ONNX operators; by default the exporter's.
+        metadata: texts by name that are stored in the file.
+        remark: called with a sentence about a decision: sides that are fixed, a type that was converted.
 
     Returns:
         the largest absolute difference between the file in onnxruntime, on the CPU, and the model, over random inputs
@@ -42,8 +76,9 @@ def export_onnx(
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
-        SkipwayError: no such folder, an example of several tensors, a network that fixes its batch size, or outputs
-            that differ; no file is left then.
+        SkipwayError: no such folder, an example of several tensors, a network that cannot be exported, that fixes its
+            batch size or gives no tensor, or outputs that differ. No file is left then, nor after Ctrl-C, and a file
+            that was there before stays.
 
     >>> import skipway as sw
     >>> export_onnx(sw.build("resnet20"), torch.zeros(1, 3, 32, 32), "model.onnx")  # doctest: +SKIP
@@ -52,31 +87,38 @@ def export_onnx(
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
             raise MissingExtraError(package, "onnx", "an export to ONNX")
-    path, given = existing_folder(path), single_tensor(example)
-    with eval_mode(model), torch.no_grad():
-        write_onnx_file(model, path, given)
-        if find_spec("onnxruntime") is None:
-            return None
-        try:
-            return verify_onnx(model, path, given, tolerance)
-        except SkipwayError:
-            path.unlink()
-            path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-            raise
+    path, given = check_path(path), single_tensor(example)
+    model, given = in_float32(model, given, remark)
+
+    def write(model: nn.Module, file: Path, images: Tensor, free: bool) -> None:
+        write_onnx_file(model, file, images, free, opset, metadata or {})
+
+    def verify(model: nn.Module, file: Path, batches: list[Tensor]) -> float | None:
+        return verify_onnx(model, file, batches, tolerance) if find_spec("onnxruntime") is not None else None
+
+    return export_verified(model, given, path, sides, write, verify, remark)
 
 
 def export_program(
-    model: nn.Module, example: Example, path: str | Path, *, extra: Mapping[str, str] | None = None
+    model: nn.Module,
+    example: Example,
+    path: str | Path,
+    *,
+    sides: Sides = "dynamic",
+    extra: Mapping[str, str] | None = None,
+    remark: Callable[[str], None] = warnings.warn,
 ) -> float:
-    """Write a model in eval mode to a `.pt2` file of torch.export for any batch size, and check the file; the model is
-    not changed.
+    """Write a model in eval mode to a `.pt2` file of torch.export for any batch size, and for any image size where the
+    model allows it, and check the file; the model is not changed.
 
     Args:
         model: a network that takes one tensor and returns one.
         example: an input of the shape that the file is for: a tensor, or a `DataLoader` whose first batch is one. The
             batch size does not matter.
         path: of the file, with the suffix `.pt2`.
+        sides: see `export_onnx`.
         extra: texts by name that are stored in the file, `torch.export.load`'s `extra_files`.
+        remark: called with a sentence if the sides are fixed.
 
     Returns:
         the largest absolute difference between the file's program and the model, over random inputs of two batch sizes.
@@ -85,28 +127,134 @@ def export_program(
         SkipwayError: no such folder, another suffix, an example of several tensors, or a network that cannot be
             exported; no file is left then.
     """
-    path, given = existing_folder(path), single_tensor(example)
+    path, given = check_path(path), single_tensor(example)
     if path.suffix != ".pt2":
-        raise SkipwayError(f"{path}: the rule is the suffix .pt2, which torch.export requires")
-    with eval_mode(model), torch.no_grad():
+        raise SkipwayError(f"{printable(path)}: the rule is the suffix .pt2, which torch.export requires")
+
+    def write(model: nn.Module, file: Path, images: Tensor, free: bool) -> None:
+        program = torch.export.export(model, (images,), dynamic_shapes=(free_axes(images, free),))
+        refuse_limits(program)
+        torch.export.save(program, file, extra_files=dict(extra or {}))
+
+    def verify(model: nn.Module, file: Path, batches: list[Tensor]) -> float:
+        written = torch.export.load(file).module()
+        return max(float((written(images) - model(images)).abs().max()) for images in batches)
+
+    difference = export_verified(model, given, path, sides, write, verify, remark)
+    assert difference is not None
+    return difference
+
+
+def export_verified(
+    model: nn.Module,
+    given: Tensor,
+    path: Path,
+    sides: Sides,
+    write: Write,
+    verify: Verify,
+    remark: Callable[[str], None],
+) -> float | None:
+    """Write a file with free sides if it agrees with the model at two sizes, else with fixed ones, and move it to its
+    place only then.
+    """
+    if sides not in get_args(Sides):
+        raise SkipwayError(f"{spell('sides', sides)}: the rule is dynamic or fixed")
+    with eval_mode(model), torch.no_grad(), file_aside(path) as file:
+        check_output(model, given)
+        batches = random_batches(given)
+        others, fault = other_sizes(model, given) if sides == "dynamic" else ([], "")
+        if others:
+            try:
+                # traced at the largest, since sides of length 1 within the network would count as constants
+                write(model, file, at_least_two(others[-1]), True)
+                return verify(model, file, [*batches, *others])
+            except Exception as error:  # the exporter and the runtime raise whatever they like
+                fault = f"with free sides the export fails: {first_line(error)}"
         try:
-            program = torch.export.export(
-                model, (at_least_two(given),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-            )
-            torch.export.save(program, path, extra_files=dict(extra or {}))
-            written = torch.export.load(path).module()
-        except Exception as error:  # tracing raises whatever the network makes it raise
-            path.unlink(missing_ok=True)
-            raise SkipwayError(f"this {type(model).__name__} cannot be exported: {error}") from error
-        return max(float((written(images) - model(images)).abs().max()) for images in random_batches(given))
+            write(model, file, at_least_two(given), False)
+            difference = verify(model, file, batches)
+        except (SkipwayError, OSError):
+            raise
+        except Exception as error:  # as above
+            raise SkipwayError(f"this {type(model).__name__} cannot be exported: {first_line(error)}") from error
+        if fault:
+            remark(f"{printable(path)} is for images of {sides_of(given)} only: {fault}")
+        return difference
 
 
-def existing_folder(path: str | Path) -> Path:
-    """Return the path; refuse one in a folder that does not exist."""
+def check_path(path: str | Path) -> Path:
+    """Return the path of a file to write; refuse one in a folder that does not exist, and a folder."""
     path = Path(path)
-    if not path.parent.is_dir():
-        raise SkipwayError(f"{path}: there is no folder {path.parent}; make it first")
+    if not os.path.isdir(path.parent):
+        raise SkipwayError(f"{printable(path)}: there is no folder {printable(path.parent)}; make it first")
+    if os.path.isdir(path):  # False for a name that is too long
+        raise SkipwayError(f"{printable(path)} is a folder; give the name of a file")
     return path
+
+
+@contextmanager
+def file_aside(path: Path) -> Iterator[Path]:
+    """Yield a path in a temporary folder beside `path`. What is written there is moved to its place at the end, and
+    removed on any exception.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".skipway-", dir=path.parent))
+    except OSError as error:
+        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error
+    try:
+        yield folder / path.name
+        # the file itself last, after what it refers to
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
+    except OSError as error:
+        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_float32(model: nn.Module, given: Tensor, remark: Callable[[str], None]) -> tuple[nn.Module, Tensor]:
+    """A model and its input in a type that onnxruntime runs; a copy where they have another."""
+    types = {tensor.dtype for tensor in (given, *model.parameters(), *model.buffers())}
+    foreign = [kind for kind in CAST if kind in types]
+    if not foreign:
+        return model, given
+    try:
+        twin = copy.deepcopy(model).float()
+    except Exception as error:  # a module that refuses to be copied
+        raise SkipwayError(
+            f"this {type(model).__name__} is in {name_of(foreign[0])}, which onnxruntime does not run, and cannot be "
+            f"copied ({first_line(error)}); give model.float()"
+        ) from error
+    remark(f"the file computes in float32, since onnxruntime does not run {name_of(foreign[0])} on a CPU")
+    return twin, given.float() if given.is_floating_point() else given
+
+
+def name_of(kind: torch.dtype) -> str:
+    """The name of a type of numbers."""
+    return str(kind).removeprefix("torch.")
+
+
+def check_output(model: nn.Module, given: Tensor) -> None:
+    """Refuse a model that fails on its example, or that does not return one tensor."""
+    try:
+        output = model(given)
+    except Exception as error:  # a network raises whatever it likes
+        raise SkipwayError(
+            f"this {type(model).__name__} fails on its example of shape {tuple(given.shape)}: {first_line(error)}"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise SkipwayError(
+            f"this {type(model).__name__} returns a {type(output).__name__}; the rule is one tensor: wrap the model in "
+            "a module that returns the one that is wanted"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentences of a foreign error, or of the one that caused it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(printable(line) for line in str(error).splitlines() if line.strip())
+    return f"{type(error).__name__}: {text[:REASON]}{' …' if len(text) > REASON else ''}"
 
 
 def at_least_two(example: Tensor) -> Tensor:
@@ -114,12 +262,66 @@ def at_least_two(example: Tensor) -> Tensor:
     return torch.cat([example, example]) if example.shape[0] == 1 else example
 
 
-def random_batches(example: Tensor) -> Iterator[Tensor]:
-    """Yield random inputs of the example's shape and type, of one sample and of three."""
+def random_batches(example: Tensor) -> list[Tensor]:
+    """Inputs of the example's shape and type, of one sample and of three: random numbers, or the example's own."""
     generator = torch.Generator().manual_seed(0)
-    for size in (1, 3):
-        images = torch.randn(size, *example.shape[1:], generator=generator, dtype=example.dtype)
-        yield images.to(example.device)
+    if not example.is_floating_point():
+        return [example[[number % len(example) for number in range(size)]] for size in (1, 3)]
+    shapes = [(size, *example.shape[1:]) for size in (1, 3)]
+    batches = (torch.randn(*shape, generator=generator, dtype=torch.float32) for shape in shapes)
+    return [images.to(example) for images in batches]
+
+
+def other_sizes(model: nn.Module, example: Tensor) -> tuple[list[Tensor], str]:
+    """Inputs with other sides, odd multiples of the smallest step that the model allows, the largest last; without
+    any, the reason.
+    """
+    if example.ndim != 4 or not example.is_floating_point():
+        return [], ""
+    count, channels, height, width = example.shape
+    generator, fault = torch.Generator().manual_seed(1), ""
+
+    def sample(high: int, wide: int) -> Tensor:
+        return torch.randn(count, channels, high, wide, generator=generator).to(example)
+
+    for step in sorted({*STEPS, height}):
+        half = max(height // (2 * step), 1) * step
+        made = [
+            sample(height + step, width + 2 * step),
+            sample(height + half, width + 2 * half + step),
+            sample(3 * height + step, width + 4 * step),
+            sample(2 * height + 3 * step, 2 * width + step),
+        ]
+        try:
+            for images in made:
+                model(images)
+        except Exception as error:  # a network raises whatever it likes
+            fault = f"the network fails at {sides_of(made[0])}: {first_line(error)}"
+        else:
+            return made, ""
+    return [], fault
+
+
+def sides_of(images: Tensor) -> str:
+    """The sides of images in words."""
+    return " x ".join(map(str, images.shape[2:] or images.shape[1:]))
+
+
+def free_axes(images: Tensor, free: bool) -> dict[int, Any]:
+    """The axes that may have any length: samples, and the sides if they are free."""
+    dim = torch.export.Dim
+    return {0: dim("batch"), **{axis: dim.DYNAMIC for axis in range(2, images.ndim) if free}}
+
+
+def refuse_limits(program: torch.export.ExportedProgram) -> None:
+    """Refuse a program that holds only up to some length of an axis, since it was traced for a case.
+
+    Raises:
+        SkipwayError: it does.
+    """
+    for values in program.range_constraints.values():
+        if bool(values.upper < FURTHEST):
+            raise SkipwayError(f"the traced program holds only for {values.lower} to {values.upper} along an axis")
 
 
 @contextmanager
@@ -134,45 +336,62 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def write_onnx_file(model: nn.Module, path: Path, example: Tensor) -> None:
+def write_onnx_file(
+    model: nn.Module, path: Path, images: Tensor, free: bool, opset: int | None, metadata: Mapping[str, str]
+) -> None:
     """Trace the model and write the file."""
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         # torch's exporter warns about its own code. It decomposes fused attention into operators whose output has other
         # strides than the traced one, so that a later view fails: the plain form is traced instead
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,
-            (at_least_two(example),),
+            (images,),
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=(free_axes(images, free),),
             input_names=["images"],
             output_names=["outputs"],
+            opset_version=opset,
             verbose=False,
         )
     assert program is not None
+    if program.exported_program is not None:
+        refuse_limits(program.exported_program)
+    written = program.model.opset_imports.get("", opset)
+    if opset is not None and written != opset:
+        raise SkipwayError(f"{spell('opset', opset)}: this network can be written by opset {written}, not by this one")
+    program.model.metadata_props.update(metadata)
     program.save(path)
 
 
-def verify_onnx(model: nn.Module, path: Path, example: Tensor, tolerance: float | None) -> float:
+def verify_onnx(model: nn.Module, path: Path, batches: list[Tensor], tolerance: float | None) -> float:
     """Return the largest difference between the file in onnxruntime and the model."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised, and told from here
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     if isinstance(size := session.get_inputs()[0].shape[0], int):
         raise SkipwayError(
             f"this {type(model).__name__} fixes its batch size at {size}: it reads the size as a plain number, "
             "by len(x) or int(x.shape[0]); use x.shape[0]"
         )
     worst = largest = 0.0
-    for images in random_batches(example):
+    expected = batches[0]
+    for images in batches:
         expected = model(images).cpu()
-        (found,) = session.run(None, {"images": images.cpu().numpy()})
-        worst = max(worst, float((torch.from_numpy(found) - expected).abs().max()))
+        outputs = np.asarray(session.run(None, {"images": images.cpu().numpy()})[0])
+        if outputs.shape != tuple(expected.shape):
+            raise SkipwayError(
+                f"{printable(path.name)} in onnxruntime gives {outputs.shape} for images of {sides_of(images)}, the "
+                f"model {tuple(expected.shape)}"
+            )
+        worst = max(worst, float((torch.from_numpy(outputs) - expected).abs().max()))
         largest = max(largest, float(expected.abs().max()))
     if tolerance is not None and not worst <= tolerance * largest:
         raise SkipwayError(
-            f"{path} in onnxruntime differs from the model by {worst:.2g}, where the largest output is {largest:.2g}; "
-            f"tolerance={tolerance:g} allows {tolerance * largest:.2g}"
+            f"{printable(path.name)} in onnxruntime differs from the model by {worst:.2g}, where the largest output is "
+            f"{largest:.2g}; {spell('tolerance', tolerance)} allows {tolerance * largest:.2g}"
+            + ("; half precision needs some 1e-2, or give model.float()" if expected.dtype == torch.float16 else "")
         )
     return worst

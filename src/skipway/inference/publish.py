@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError, SkipwayError, printable
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
-from skipway.inference.onnx import export_onnx, export_program
+from skipway.inference.onnx import Sides, export_onnx, export_program
 from skipway.inference.predict import from_pretrained, weights_file
 
 __all__ = ["write_hub_folder", "write_onnx", "write_program"]
@@ -24,32 +26,32 @@ HUB_FILES = ("model.safetensors", "config.json", "README.md")
 MAX_CLASSES_LISTED = 100
 
 
-def write_onnx(path: str | Path, file: Path) -> float | None:
+def write_onnx(
+    path: str | Path,
+    file: Path,
+    *,
+    sides: Sides = "dynamic",
+    opset: int | None = None,
+    remark: Callable[[str], None] = warnings.warn,
+) -> float | None:
     """Write an ONNX file with the preprocessing as JSON in its metadata, and verify it in onnxruntime.
 
     Args:
         path: see `from_pretrained`.
-        file: output path; see `skipway.export_onnx` for its inputs and outputs.
+        file: output path; see `skipway.export_onnx` for its inputs and outputs, and for the other arguments.
 
     Returns:
         the largest absolute difference to the network; None if onnxruntime is not installed.
     """
     model = from_pretrained(path)
     preprocessing = get_preprocessing(model)
-    difference = export_onnx(model, preprocessing.example, file)
-    import onnx
-
-    # a large network has its weights in a separate file, which is not touched
-    proto = onnx.load(file, load_external_data=False)
-    for name, value in build_metadata(path, preprocessing).items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = name, json.dumps(value)
-    content = proto.SerializeToString()
-    write_atomically(file, lambda aside: aside.write_bytes(content))
-    return difference
+    metadata = {name: json.dumps(value) for name, value in build_metadata(path, preprocessing).items()}
+    return export_onnx(model, preprocessing.example, file, sides=sides, opset=opset, metadata=metadata, remark=remark)
 
 
-def write_program(path: str | Path, file: Path) -> float:
+def write_program(
+    path: str | Path, file: Path, *, sides: Sides = "dynamic", remark: Callable[[str], None] = warnings.warn
+) -> float:
     """Write a torch.export program (`.pt2`) with the preprocessing in its extra files, reload and compare it.
 
     `torch.export.load(file, extra_files={"preprocessing": ""})` returns both. Only load files that you trust.
@@ -60,7 +62,7 @@ def write_program(path: str | Path, file: Path) -> float:
     model = from_pretrained(path)
     preprocessing = get_preprocessing(model)
     extra = {name: json.dumps(value) for name, value in build_metadata(path, preprocessing).items()}
-    return export_program(model, preprocessing.example, file, extra=extra)
+    return export_program(model, preprocessing.example, file, sides=sides, extra=extra, remark=remark)
 
 
 def get_preprocessing(model: nn.Module) -> Preprocessing:

@@ -64,7 +64,7 @@ def build_autocast(model: nn.Module, folded: nn.Module, example: Tensor, precisi
 
     def run(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
-            return original(x).to(x.dtype)
+            return original(x)
 
     return run
 
