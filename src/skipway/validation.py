@@ -6,7 +6,7 @@ import math
 
 from skipway.errors import SkipwayError
 
-__all__ = ["check_choice", "check_finite", "check_fraction", "check_positive", "check_positive_int"]
+__all__ = ["check_choice", "check_finite", "check_fraction", "check_least", "check_positive", "check_positive_int"]
 
 
 def check_choice(argument: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -26,8 +26,8 @@ def check_finite(argument: str, value: object, *, also: str | None = None) -> No
 
 def check_positive(argument: str, value: float) -> None:
     """Raise unless `value` > 0."""
-    if not value > 0:
-        raise SkipwayError(f"{argument}={value}: the rule is {argument} > 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise SkipwayError(f"{argument}={value!r}: the rule is {argument} > 0")
 
 
 def check_fraction(argument: str, value: float) -> None:
@@ -50,3 +50,14 @@ def check_positive_int(argument: str, value: object) -> None:
     """
     if not isinstance(value, int) or value < 1:
         raise SkipwayError(f"{argument}={value!r}: the rule is a whole number of at least 1")
+
+
+def check_least(argument: str, value: object, least: float) -> None:
+    """Raise unless `value` is a number of at least `least`.
+
+    >>> check_least("warmup", -1, 0)
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: warmup=-1: the rule is warmup >= 0
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise SkipwayError(f"{argument}={value!r}: the rule is {argument} >= {least}")

@@ -19,7 +19,7 @@ import skipway as sw
 from benchmarks.peers import import_timm, import_transformers
 from skipway.probes import MEASURES, Measure, Probe, probe
 from skipway.probes.measures import branch_gradient, cosine, is_finite, largest_magnitude, rms, std, variance
-from skipway.probes.objective import default_loss
+from skipway.probes.objective import compute_loss
 
 
 class Linear(nn.Module):
@@ -313,5 +313,5 @@ def test_measures_of_ones_own_and_modules():
 def test_real_targets_are_regressed_unless_their_rows_are_distributions():
     output = torch.randn(6, 4)
     values, shares = torch.randn(6, 4), torch.rand(6, 4).softmax(1)
-    assert torch.equal(default_loss(output, values), torch.nn.functional.mse_loss(output, values))
-    assert torch.equal(default_loss(output, shares), torch.nn.functional.cross_entropy(output, shares))
+    assert torch.equal(compute_loss(output, values), torch.nn.functional.mse_loss(output, values))
+    assert torch.equal(compute_loss(output, shares), torch.nn.functional.cross_entropy(output, shares))

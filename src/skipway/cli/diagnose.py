@@ -290,10 +290,9 @@ def prepared(text: str, question: Question) -> tuple[LoadedModel, Any, str]:
 
 def to_device(batch: Any, device: Any) -> Any:
     """The tensors of a batch on a device."""
-    from torch import Tensor
-    from torch.utils._pytree import tree_map_only
+    from skipway.tracing.containers import map_tensors
 
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+    return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 def batch_for(loaded: LoadedModel, question: Question) -> tuple[tuple[Any, Any], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import math
@@ -21,6 +20,7 @@ from skipway.diagnosis.indicators import Indicators, read_indicators
 from skipway.diagnosis.measurement import Measurement, measure
 from skipway.diagnosis.outlook import outlook, probability
 from skipway.diagnosis.passes import look_ahead
+from skipway.diagnosis.progress import Progress
 from skipway.diagnosis.remedies import Case, Remedy
 from skipway.diagnosis.rows import SignalRow, signal_rows
 from skipway.diagnosis.rules import Context, findings_of, verdict_of
@@ -32,8 +32,14 @@ from skipway.optim.roles import parameter_roles
 from skipway.probes.objective import Loss
 from skipway.tracing import Example, as_batch, unwrap
 from skipway.tracing.chain import Chain, WatchedConnection
+from skipway.tracing.foreign_errors import ForeignErrors
+from skipway.tracing.module_state import copy_module
+from skipway.tracing.paths import condense_paths
 
 __all__ = ["Diagnosis", "Treatment", "diagnose"]
+
+PASSES = 10
+"""Forward-backward passes that a diagnosis takes at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +99,10 @@ class Diagnosis:
         """
         around = self.settings.rate
         chances: dict[float, float] = {}
+        subject = self.subject
         for rate in rates or [around * 10 ** (step / 2) for step in range(-2, 3)]:
             chosen = self.settings.at(rate)
-            ahead = look_ahead(self.subject, lambda chosen=chosen: chosen.make(self.subject.model))
+            ahead = look_ahead(subject, lambda chosen=chosen: chosen.make(subject.model, subject.program))
             chances[rate] = probability(read_indicators(replace(self.measurement, ahead=ahead), chosen))
         return chances
 
@@ -104,7 +111,7 @@ class Diagnosis:
         """Relative update |Δw|/|w| of the first step: the median over the parameters of each role."""
         by_role: dict[str, list[float]] = {}
         updates = {} if self.measurement.ahead is None else self.measurement.ahead.updates
-        roles = parameter_roles(self.subject.model, self.subject.probed_part[0]) if updates else {}
+        roles = parameter_roles(self.subject.model, self.subject.program) if updates else {}
         for name, size in updates.items():
             by_role.setdefault(roles[name].name, []).append(size)
         return {role: median(sizes) for role, sizes in by_role.items()}
@@ -124,6 +131,19 @@ class Diagnosis:
             parts.append(f"{counted(len(self.chain.refused), 'other addition')}")
         parts += [str(self.settings), counted(self.subject.size, "sample")]
         return (*parts,) if self.subject.training else (*parts, "evaluation mode")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was decided about the batch and its training, and could have been decided otherwise: the loss, the axis
+        of the samples, the parameters that no optimizer holds.
+        """
+        objective, outside = self.subject.objective, self.settings.outside
+        remarks = [] if objective is None else [f"loss: {objective.description}"]
+        remarks += [f"samples: {self.subject.samples.remark}"] if self.subject.samples.remark else []
+        if outside:
+            stay = f"{counted(len(outside), 'trainable parameter')} in none, which stay as they are"
+            remarks.append(f"optimizer: {stay}: {condense_paths(outside)}")
+        return tuple(remarks)
 
     @property
     def key_numbers(self) -> tuple[tuple[str, float], ...]:
@@ -146,13 +166,17 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [f"{self.verdict}{': ' + '; '.join(self.conditions) if self.conditions else ''} ({self.settings})"]
+        lines += [f"  {remark}" for remark in self.remarks]
         for finding in self.findings:
             lines.append(f"  {finding}")
             lines += [f"    → {remedy}" for remedy in finding.remedies]
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
-        return diagnosis_view(self.heading, self.verdict, self.conditions, self.key_numbers, self.rows, self.findings)
+        heading, numbers = self.heading, self.key_numbers
+        return diagnosis_view(
+            heading, self.verdict, self.conditions, numbers, self.rows, self.findings, remarks=self.remarks
+        )
 
     def table(self) -> str:
         """The diagnosis as plain text of at most 100 columns: a row with bars for each connection, all findings.
@@ -167,6 +191,7 @@ class Diagnosis:
             "verdict": self.verdict,
             "conditions": list(self.conditions),
             "settings": str(self.settings),
+            "remarks": list(self.remarks),
             "findings": [finding.to_json() for finding in self.findings],
             "measurement": json_ready(asdict(self.measurement)),
             "connections": [
@@ -260,7 +285,7 @@ def diagnose(
     *,
     targets: Any = None,
     loss: Loss | None = None,
-    optimizer: str | torch.optim.Optimizer = "sgd",
+    optimizer: str | torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = "sgd",
     lr: float | None = None,
     weight_decay: float = 0.0,
     warmup: int = 0,
@@ -273,18 +298,21 @@ def diagnose(
 
     The model is left alone: its parameters, gradients and buffers, the mode of its modules and the random state are
     afterwards as they were, and no hook stays. It takes at most 10 forward-backward passes over the batch, some of
-    them `optimizer`'s first steps, which are taken back. The verdict was right for 84 % of 191 held-out networks, both
-    outcomes weighted equally (`benchmarks/trainability`).
+    them `optimizer`'s first steps, which are taken back, and says on a terminal how long they will take. The verdict
+    was right for 84 % of 191 held-out networks, both outcomes weighted equally (`benchmarks/trainability`).
 
     Args:
         model: any `torch.nn.Module`, on any device, not yet trained.
-        example: what the model is called with, 32 to 128 samples, at least 8: a tensor, a tuple of positional
-            arguments, a mapping of keyword arguments, or a `DataLoader`, whose first batch is taken.
-        targets: what the loss compares the output with; None: those of the `DataLoader`, else drawn at random.
-        loss: (output, targets) → a scalar; None: the `loss` of the model's output where it has one, else
-            cross-entropy for classes and the mean squared error for other outputs.
+        example: what the model is called with, 32 to 128 samples, at least 8 (or 4 sequences whose tokens have
+            labels): a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a `DataLoader`, whose
+            first batch is taken. The samples are on the first axis, or on the second one if targets or outputs tell so.
+        targets: what the loss compares the output with, a tensor or one for each part of the output; None: those of
+            the `DataLoader`, the next tokens of a language model, else drawn at random.
+        loss: (output, targets) → a scalar; None: as `skipway.probes.objective.choose_objective` chooses it, which
+            `Diagnosis.remarks` tells: the model's own where it puts one out, else by the shapes of output and targets.
         optimizer: "sgd" (momentum 0.9), "adam", "adamw", "rmsprop", "adagrad", or a torch optimizer made for `model`,
-            whose class, groups and learning rates are taken over; it takes no step itself.
+            or several for parts of it, whose classes, groups and learning rates are taken over; they take no step
+            themselves, and parameters outside of them stay as they are.
         lr: learning rate of the weights; None: the optimizer's own, else 0.1 for SGD, 0.01 for Adagrad and 0.001 for
             the others.
         weight_decay: of the weights; scales, norms and biases as `skipway.param_groups` has it.
@@ -297,7 +325,8 @@ def diagnose(
 
     Raises:
         SkipwayError: the model has nothing to train, no values (meta device) or fails on the example; the example has
-            fewer than 8 samples; the output holds no tensor; the loss is no scalar or depends on no parameter.
+            fewer than 8 samples; the targets fit no output; the output holds no tensor; the loss is no scalar or
+            depends on no parameter.
 
     >>> import torch, skipway as sw
     >>> model = sw.build("resnet", depth=20, scheme="skipinit(init=1.0, norm='remove')", classes=10, width=8)
@@ -310,24 +339,32 @@ def diagnose(
     model = unwrap(model)
     inputs, targets = as_batch(example, targets)
     settings = (
-        settings_of(optimizer, model)
-        if isinstance(optimizer, torch.optim.Optimizer)
-        else Settings(optimizer=optimizer, weight_decay=weight_decay)
+        Settings(optimizer=optimizer, weight_decay=weight_decay)
+        if isinstance(optimizer, str)
+        else settings_of(optimizer, model)
     )
     settings = replace(settings, warmup=warmup, steps=steps, lr=settings.lr if lr is None else lr)
-    subject = Subject(model, inputs, targets, loss, training=training, seed=seed)
-    check_subject(subject)
-    return examine(subject, settings, thorough=thorough, began=began)
+    if loss is not None and not callable(loss):
+        raise SkipwayError(f"loss={loss!r:.40}: the rule is a function (output, targets) → a scalar")
+    progress = Progress(PASSES + (6 if thorough else 0))
+    subject = Subject(model, inputs, targets, loss, training=training, seed=seed, progress=progress)
+    try:
+        with ForeignErrors(model, inputs):
+            check_subject(subject)
+            return examine(subject, settings, thorough=thorough, began=began)
+    finally:
+        progress.finish()
 
 
 def examine(subject: Subject, settings: Settings, *, thorough: bool = False, began: float | None = None) -> Diagnosis:
     """Measure a subject, judge it, and return the diagnosis."""
     began = time.perf_counter() if began is None else began
-    labelled = subject.targets is not None or subject.loss is not None
-    measurement = measure(subject, lambda: settings.make(subject.model), iterations=3 if thorough else 0)
+    iterations = 3 if thorough else 0
+    measurement = measure(subject, lambda: settings.make(subject.model, subject.program), iterations=iterations)
+    labelled = subject.objective is None or subject.objective.labelled
 
     def look_again(rate: float) -> Indicators:
-        ahead = look_ahead(subject, lambda: settings.at(rate).make(subject.model))
+        ahead = look_ahead(subject, lambda: settings.at(rate).make(subject.model, subject.program))
         return read_indicators(replace(measurement, ahead=ahead), settings.at(rate), labelled=labelled)
 
     indicators = read_indicators(measurement, settings, labelled=labelled)
@@ -356,7 +393,7 @@ def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, ro
             f"fix(): the verdict is {diagnosis.verdict!r} and no finding names a remedy; give one of "
             "skipway.diagnosis.remedies: fix(Damp())"
         )
-    model = subject.model if inplace else copy.deepcopy(subject.model)
+    model = subject.model if inplace else copy_module(subject.model)
     applied: list[Remedy] = []
     current = diagnosis
     case = Case(model, diagnosis.settings, subject.inputs, subject.chain)
@@ -394,15 +431,10 @@ def check_subject(subject: Subject) -> None:
             f"model={type(subject.model).__name__}: on the meta device it has no values to measure; initialise it on a "
             "real device, or look at its connections alone: skipway.chain(model, example)"
         )
-    targets = subject.targets
-    if isinstance(targets, Tensor) and subject.loss is None and targets.shape[:1] != (subject.size,):
+    if subject.size < (4 if subject.terms >= 8 else 8):
         raise SkipwayError(
-            f"targets of shape {tuple(targets.shape)}: the rule is one for each of the {subject.size} samples; or give "
-            "loss=(output, targets) → a scalar"
-        )
-    if subject.size < 8:
-        raise SkipwayError(
-            f"example of {subject.size} samples: the rule is at least 8, 32 to 128 are better; give a larger batch"
+            f"example of {counted(subject.size, 'sample')}: the rule is at least 8 (4 sequences whose tokens have "
+            "labels), 32 to 128 are better; give a larger batch"
         )
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from skipway.diagnosis.passes import Curvature, Jacobians, LookAhead, Noise, curvature, jacobians, look_ahead, noise
+from skipway.diagnosis.passes import (
+    Curvature,
+    Jacobians,
+    LookAhead,
+    Noise,
+    OptimizerFactory,
+    curvature,
+    jacobians,
+    look_ahead,
+    noise,
+)
 from skipway.diagnosis.subject import Gradients, Subject
 from skipway.probes.measures import distinctness, rms
 from skipway.tracing.chain import Chain, WatchedConnection
@@ -151,7 +158,7 @@ class Measurement:
 
 def measure(
     subject: Subject,
-    optimizer: Callable[[], torch.optim.Optimizer] | None = None,
+    optimizer: OptimizerFactory | None = None,
     *,
     steps: int = 24,
     iterations: int = 0,

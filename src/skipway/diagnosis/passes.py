@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map_only
 
+from skipway.diagnosis.settings import OptimizerParts
 from skipway.diagnosis.subject import Gradients, Subject
 from skipway.probes import Observer
+from skipway.probes.differentiation import GradientFlags
 from skipway.probes.measures import distinctness
-from skipway.probes.objective import main_output
 from skipway.tracing.chain import WatchedConnection
+from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model
 
 __all__ = ["Curvature", "Jacobians", "LookAhead", "Noise", "curvature", "jacobians", "look_ahead", "noise"]
 
-OptimizerFactory = Callable[[], torch.optim.Optimizer]
+OptimizerFactory = Callable[[], torch.optim.Optimizer | OptimizerParts]
 
 
 def dot(first: Gradients, second: Gradients) -> float:
@@ -107,17 +108,17 @@ def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) 
     """
     part = subject.probed_part
     share = subject.share(part)
-    clean, real = with_gradients(part[0])
+    clean, real = with_gradients(subject)
     mean_square: dict[str, float] = {}
     largest: dict[str, float] = {}
     with subject.running():
-        with EdgeObserver(subject.model, subject.chain) as observer:
-            output = main_output(call_model(subject.model, clean))
+        with EdgeObserver(subject.model, subject.chain) as observer, GradientFlags():
+            output = subject.signal(call_model(subject.model, clean), part)
         cotangent = torch.randn_like(output)
         first = gradient_of(output, real, cotangent, retain_graph=True)
-        subject.passes += share
+        subject.spend(share)
         pending = squared(observer.spans, output)
-        subject.passes += share * 2 / 3
+        subject.spend(share * 2 / 3)
         mean_square = dict(zip(pending, torch.stack(list(pending.values())).tolist() if pending else [], strict=True))
         if iterations:
             whole_edges = {}
@@ -125,7 +126,7 @@ def jacobians(subject: Subject, *, distance: float = 0.01, iterations: int = 0) 
                 whole_edges[WHOLE] = Edges(get_gradient_edge(real), get_gradient_edge(output), output.shape)
             largest = largest_values({**observer.spans, **whole_edges}, output, iterations)
             del whole_edges
-            subject.passes += 2 * iterations * share
+            subject.spend(2 * iterations * share)
         del output
         while observer.spans:  # from the end on: a deep graph that is dropped as a whole may overflow the stack
             observer.spans.popitem()
@@ -153,13 +154,16 @@ def squared(edges: dict[str, Edges], output: Tensor) -> dict[str, Tensor]:
 
 def neighbour_correlation(subject: Subject, first: Tensor, cotangent: Tensor, distance: float) -> float:
     """Mean cosine, over samples, between the gradients at the input and at a neighbouring one."""
-    moved, real = with_gradients(subject.probed_part[0], distance)
-    with subject.running():
-        second = gradient_of(main_output(call_model(subject.model, moved)), real, cotangent)
-    subject.passes += subject.share(subject.probed_part)
+    moved, real = with_gradients(subject, distance)
+    with subject.running(), GradientFlags():
+        output = subject.signal(call_model(subject.model, moved), subject.probed_part)
+        second = gradient_of(output, real, cotangent)
+    subject.spend(subject.share(subject.probed_part))
     if second is None or not bool(first.any()) or not bool(second.any()):
         return math.nan
-    return float(torch.cosine_similarity(first.flatten(1).double(), second.flatten(1).double()).mean())
+    count = subject.count(subject.probed_part)
+    first, second = (subject.samples.samples_first(each, count).flatten(1) for each in (first, second))
+    return float(torch.cosine_similarity(first.double(), second.double()).mean())
 
 
 def largest_values(edges: dict[str, Any], output: Tensor, iterations: int) -> dict[str, float]:
@@ -182,22 +186,25 @@ def largest_values(edges: dict[str, Any], output: Tensor, iterations: int) -> di
     return found
 
 
-def with_gradients(inputs: Any, distance: float = 0.0) -> tuple[Any, Tensor | None]:
-    """A copy of the inputs whose first real tensor, shifted by `distance`, requires a gradient; and that tensor."""
+def with_gradients(subject: Subject, distance: float = 0.0) -> tuple[Any, Tensor | None]:
+    """The probed inputs with a gradient for the first real tensor that has samples, shifted by `distance`; and the
+    leaf of it. The model gets a copy of the leaf, since it may write into its input.
+    """
     real: list[Tensor] = []
+    sampled = iter([id(each) in subject.samples.axes for each in tensors_in(subject.inputs)])
 
     def prepare(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or real:
-            return tensor
+        if not next(sampled) or not tensor.is_floating_point() or real:
+            return tensor.clone()
         moved = tensor.detach().clone()
         if distance:
             generator = torch.Generator(device=moved.device).manual_seed(1)
             step = torch.randn(moved.shape, generator=generator, device=moved.device, dtype=moved.dtype)
             moved += distance * moved.std() * step
         real.append(moved.requires_grad_())
-        return real[0]
+        return moved.clone()
 
-    prepared = tree_map_only(Tensor, prepare, inputs)
+    prepared = map_tensors(prepare, subject.probed_part[0])
     return prepared, real[0] if real else None
 
 
@@ -355,9 +362,8 @@ def relative_updates(names: Sequence[str], changes: Gradients, weights: Gradient
 
 def loss_and_distinctness(subject: Subject, part: Any) -> tuple[float, float]:
     """Loss and distinctness of the outputs on a part of the batch."""
-    subject.passes += subject.share(part) / 3
+    subject.spend(subject.share(part) / 3)
     with subject.running(), torch.no_grad():
-        output = call_model(subject.model, part[0])
-        values = main_output(output)
-        spread = float(distinctness(values))
-        return float(subject.value(output, part[1]).detach()), spread
+        output = subject.call(part)
+        spread = float(distinctness(subject.signal(output, part)))
+        return float(subject.value(output, part).detach()), spread

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +13,10 @@ from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.optim.groups import param_groups
+from skipway.tracing import Program
+from skipway.validation import check_finite, check_least, check_positive
 
-__all__ = ["OPTIMIZERS", "Settings", "settings_of"]
+__all__ = ["OPTIMIZERS", "OptimizerParts", "Settings", "require_optimizers", "settings_of"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda groups, **options: torch.optim.SGD(groups, momentum=0.9, **options),
@@ -35,6 +39,7 @@ class Settings:
         warmup: steps over which the learning rate rises from 0.
         steps: planned; a learning rate that gets nowhere in them is too low.
         exact: makes the optimizer of a model at a learning rate, instead of the name and `param_groups`.
+        outside: names of trainable parameters that the optimizer does not hold; they stay as they are.
     """
 
     optimizer: str = "sgd"
@@ -42,15 +47,22 @@ class Settings:
     weight_decay: float = 0.0
     warmup: int = 0
     steps: int = 1000
-    exact: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None
+    exact: Callable[[nn.Module, float], OptimizerParts] | None = None
+    outside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS and self.exact is None:
+        if self.exact is None and (not isinstance(self.optimizer, str) or self.optimizer not in OPTIMIZERS):
             raise SkipwayError(
-                f"optimizer={self.optimizer!r}: the rule is one of {', '.join(OPTIMIZERS)}, or a torch optimizer"
+                f"optimizer={self.optimizer!r}: the rule is one of {', '.join(OPTIMIZERS)}, a torch optimizer, or a "
+                "list of torch optimizers for parts of the model"
             )
-        if self.lr is not None and not self.lr > 0:
-            raise SkipwayError(f"lr={self.lr}: the rule is lr > 0")
+        for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
+            if value is not None:
+                check_finite(name, value)
+        if self.lr is not None:
+            check_positive("lr", self.lr)
+        for name, least in (("weight_decay", 0), ("warmup", 0), ("steps", 1)):
+            check_least(name, getattr(self, name), least)
 
     @property
     def rate(self) -> float:
@@ -62,11 +74,11 @@ class Settings:
         """Whether the size of a step hardly depends on the size of the gradient."""
         return "sgd" not in self.optimizer.lower()
 
-    def make(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Make a fresh optimizer over the parameters of `model`."""
+    def make(self, model: nn.Module, program: Program | None = None) -> torch.optim.Optimizer | OptimizerParts:
+        """Make a fresh optimizer over the parameters of `model`, whose roles are read from its program if given."""
         if self.exact is not None:
             return self.exact(model, self.rate)
-        groups = param_groups(model, lr=self.rate, weight_decay=self.weight_decay)
+        groups = param_groups(model, program, lr=self.rate, weight_decay=self.weight_decay)
         return OPTIMIZERS[self.optimizer](groups, lr=self.rate)
 
     def at(self, lr: float) -> Settings:
@@ -78,29 +90,90 @@ class Settings:
         return f"{self.optimizer} at {self.rate:.3g}{warm}"
 
 
-def settings_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> Settings:
-    """Read the settings of a torch optimizer made for `model`; the optimizer is left alone."""
+def settings_of(optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], model: nn.Module) -> Settings:
+    """Read the settings of torch optimizers made for parts of `model`; they are left alone.
+
+    Parameters that none of them holds stay as they are. Those that a remedy adds go to the first that takes them.
+    """
+    given = require_optimizers(optimizers)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    members = [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
-    if any(name is None for group in members for name in group):
+    members = [{id(each): each for group in one.param_groups for each in group["params"]} for one in given]
+    title = "+".join(type(each).__name__ for each in given)
+    if any(key not in names for held in members for key in held):
         raise SkipwayError(
-            f"optimizer={type(optimizer).__name__}: it holds parameters that {type(model).__name__} does not have; "
+            f"optimizer={title}: it holds parameters that {type(model).__name__} does not have; "
             "make it from model.parameters()"
         )
-    highest = max(float(group["lr"]) for group in options)
+    if sum(map(len, members)) > len({key for held in members for key in held}):
+        raise SkipwayError(f"optimizer={title}: two of them hold the same parameter; the rule is one for each")
+    held = {names[key] for each in members for key in each}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    outside = tuple(name for name in trained if name not in held)
+    highest = max(float(group["lr"]) for one in given for group in one.param_groups)
 
-    def make(other: nn.Module, lr: float) -> torch.optim.Optimizer:
+    def make(other: nn.Module, lr: float) -> OptimizerParts:
         parameters = dict(other.named_parameters())
-        groups: list[dict[str, Any]] = []
-        for chosen, own in zip(members, options, strict=True):
-            present = [parameters[name] for name in chosen if name in parameters]
-            groups.append({**own, "params": present, "lr": float(own["lr"]) * lr / highest})
-        known = {name for chosen in members for name in chosen}
-        new = [parameter for name, parameter in parameters.items() if name not in known and parameter.requires_grad]
-        if new:
-            groups.append({**options[0], "params": new, "lr": lr, "weight_decay": 0.0})
-        kind: Any = type(optimizer)
-        return kind([group for group in groups if group["params"]])
+        parts = [fresh_copy(one, {key: parameters.get(names[key]) for key in names}, lr / highest) for one in given]
+        new = [each for name, each in parameters.items() if name not in names.values() and each.requires_grad]
+        return OptimizerParts([*parts, *taking(parts, new, lr)])
 
-    return Settings(optimizer=type(optimizer).__name__.lower(), lr=highest, exact=make)
+    return Settings(optimizer=title.lower(), lr=highest, exact=make, outside=outside)
+
+
+def require_optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    """One or several torch optimizers as a list; anything else is refused."""
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    if not several or not all(isinstance(each, torch.optim.Optimizer) for each in several):
+        raise SkipwayError(
+            f"optimizer={given if isinstance(given, str) else type(given).__name__}: the rule is one of "
+            f"{', '.join(OPTIMIZERS)}, a torch optimizer, or a list of torch optimizers for parts of the model"
+        )
+    return several
+
+
+class OptimizerParts:
+    """Several optimizers that step together, each on a part of a model."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all of them."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def fresh_copy(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[int, nn.Parameter | None], factor: float
+) -> torch.optim.Optimizer:
+    """A copy of an optimizer without state, over other parameters and with its rates times a factor.
+
+    Its constructor is not called, since it may refuse parameters or have arguments of its own.
+    """
+    memo: dict[int, Any] = dict(parameters)
+    copied: Any = object.__new__(type(optimizer))
+    memo |= {id(optimizer): copied, id(optimizer.state): defaultdict(dict)}
+    for name, value in vars(optimizer).items():
+        if name != "step":  # a schedule has put its own there, which steps the optimizer that it was made for
+            copied.__dict__[name] = copy.deepcopy(value, memo)
+    for group in copied.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter is not None]
+        group["lr"] = float(group["lr"]) * factor
+    return copied
+
+
+def taking(
+    parts: Sequence[torch.optim.Optimizer], new: Sequence[nn.Parameter], lr: float
+) -> list[torch.optim.Optimizer]:
+    """Add new parameters, undecayed, to the first optimizer that takes them; else return one of their own, AdamW."""
+    for part in parts if new else ():
+        try:
+            part.add_param_group({"params": list(new), "lr": lr, "weight_decay": 0.0})
+        except (ValueError, TypeError):  # Muon takes matrices only
+            continue
+        return []
+    return [torch.optim.AdamW(new, lr=lr, weight_decay=0.0)] if new else []

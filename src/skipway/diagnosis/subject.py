@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
 
+from skipway.diagnosis.progress import Progress
 from skipway.errors import SkipwayError
 from skipway.probes import MEASURES, Observer, Probe, Signals
-from skipway.probes.objective import Loss, compute_loss, main_output
+from skipway.probes.differentiation import without_reentry
+from skipway.probes.objective import Loss, Objective, choose_objective, output_heads
 from skipway.tracing import Example, Program, preserved_state, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
+from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model
+from skipway.tracing.samples import SampleAxes, find_sample_axes
 
 __all__ = ["Gradients", "Subject"]
 
@@ -30,11 +33,12 @@ class Subject:
 
     Args:
         model: any module.
-        inputs: what the model is called with; the first axis of every tensor counts the samples.
+        inputs: what the model is called with.
         targets: what the loss compares the output with; None: labels drawn at random.
-        loss: (output, targets) → a scalar; None: as in `skipway.probes.objective.compute_loss`.
+        loss: (output, targets) → a scalar; None: as `skipway.probes.objective.choose_objective` chooses it.
         training: run the model in training mode.
         seed: of dropout, stochastic depth and targets, the same in every pass.
+        progress: is told of every pass.
     """
 
     model: nn.Module
@@ -45,6 +49,9 @@ class Subject:
     seed: int = 0
     passes: float = field(default=0.0, init=False)
     """Forward-backward passes over the whole batch so far; a backward pass counts two forward passes."""
+    progress: Progress | None = field(default=None, repr=False)
+    objective: Objective | None = field(default=None, init=False)
+    """The loss, chosen on the first output."""
 
     @cached_property
     def program(self) -> Program:
@@ -62,15 +69,35 @@ class Subject:
         maps = [value for value in self.program.values if value.part == "map" and value.norm is None]
         return list(dict.fromkeys(self.program.weight_owner(value) for value in maps))
 
+    @cached_property
+    def samples(self) -> SampleAxes:
+        """The axis of the samples in every tensor of the batch."""
+        compared = None if self.loss is not None and not isinstance(self.targets, Tensor) else self.targets
+        return find_sample_axes(self.model, self.inputs, compared)
+
     @property
     def size(self) -> int:
         """Samples in the batch."""
-        return count(self.inputs)
+        return self.samples.size
+
+    @cached_property
+    def terms(self) -> int:
+        """Terms that the loss averages over: a sequence whose tokens have labels counts as many as they are."""
+        labels = self.targets
+        if labels is None and isinstance(self.inputs, Mapping):
+            labels = next((self.inputs[name] for name in ("labels", "label", "targets") if name in self.inputs), None)
+        if labels is None:
+            labels = [each for each in tensors_in(self.inputs) if not each.is_floating_point()]
+        counts = (each.numel() for each in tensors_in(labels) if not each.is_floating_point())
+        return max(self.size, max(counts, default=0))
 
     @property
     def chunk(self) -> int:
-        """Samples in one trial step: an eighth of the batch, at least 8 where a quarter of the batch has as many."""
-        return max(min(8, self.size // 4), self.size // 8)
+        """Samples in one trial step: an eighth of the batch, at least 8 where a quarter of the batch has as many.
+
+        Of fewer than 8 sequences it is a half.
+        """
+        return max(min(8, self.size // 4), self.size // 8) if self.size >= 8 else self.size // 2
 
     @cached_property
     def probed_part(self) -> tuple[Example, Any]:
@@ -95,7 +122,7 @@ class Subject:
         }
         names = [name for name, _ in self.model.named_modules() if name in holding]
         with self.running(), torch.no_grad(), ShapeObserver(self.model, (), names) as observer:
-            call_model(observer.model, self.probed_part[0])
+            self.call(self.probed_part)
         rows: dict[str, list[str]] = {}
         for name in (name for name in names if observer.kept.get(name)):
             rows.setdefault(name.rpartition(".")[0], []).append(name)
@@ -109,33 +136,56 @@ class Subject:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Enter the chosen mode with the same random numbers each time, and put everything back afterwards."""
-        with preserved_state(self.model), seeded(self.seed), torch.enable_grad():
+        with preserved_state(self.model), seeded(self.seed), torch.enable_grad(), without_reentry():
             if any(module.training != self.training for module in self.model.modules()):
                 self.model.train(self.training)
             yield
 
     def part(self, start: int, stop: int) -> tuple[Example, Any]:
         """Example and targets of some of the samples."""
-        size = self.size
+        return self.samples.part(self.inputs, start, stop), self.samples.part(self.targets, start, stop)
 
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[start:stop] if tensor.ndim and tensor.shape[0] == size else tensor
+    def call(self, part: tuple[Example, Any]) -> Any:
+        """The model's output for a part of the batch; the model gets copies, since it may write into its inputs."""
+        return call_model(self.model, map_tensors(torch.clone, part[0]))
 
-        return tree_map_only(Tensor, cut, self.inputs), tree_map_only(Tensor, cut, self.targets)
+    def count(self, part: tuple[Example, Any]) -> int:
+        """Samples in a part of the batch."""
+        pairs = zip(tensors_in(self.inputs), tensors_in(part[0]), strict=True)
+        axes = self.samples.axes
+        return next((cut.shape[axes[id(each)]] for each, cut in pairs if id(each) in axes), self.size)
 
-    def value(self, output: Any, targets: Any) -> Tensor:
-        """The loss of an output."""
-        return compute_loss(output, targets, self.loss)
+    def value(self, output: Any, part: tuple[Example, Any]) -> Tensor:
+        """The loss of an output for a part of the batch."""
+        inputs, targets = part
+        if self.objective is None:
+            self.objective = choose_objective(
+                output, targets, self.loss, inputs=inputs, vocabularies=vocabularies(self.model)
+            )
+        return self.objective(output, targets, inputs)
+
+    def signal(self, output: Any, part: tuple[Example, Any]) -> Tensor:
+        """All heads of an output as one tensor, its first axis the samples."""
+        heads = [self.samples.samples_first(head, self.count(part)) for head in output_heads(output)[0].values()]
+        if len(heads) == 1 or any(head.shape[0] != heads[0].shape[0] for head in heads):
+            return heads[0] if len(heads) == 1 else torch.cat([head.flatten() for head in heads])[None]
+        return torch.cat([head.flatten(1) if head.ndim > 1 else head[:, None] for head in heads], 1)
+
+    def spend(self, passes: float) -> None:
+        """Count passes, and tell the progress."""
+        self.passes += passes
+        if self.progress is not None:
+            self.progress.report(self.passes)
 
     def share(self, part: tuple[Example, Any]) -> float:
         """Fraction of the batch that is in a part."""
-        return count(part[0]) / self.size
+        return self.count(part) / self.size
 
     def gradients(self, part: tuple[Example, Any]) -> tuple[Tensor, Gradients]:
         """Loss on a part of the batch, and the gradient of each parameter, 0 where none arrives."""
-        self.passes += self.share(part)
+        self.spend(self.share(part))
         with self.running():
-            loss = self.value(call_model(self.model, part[0]), part[1])
+            loss = self.value(self.call(part), part)
             parameters = list(self.parameters.values())
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = [
@@ -146,20 +196,21 @@ class Subject:
 
     def probed(self) -> tuple[Tensor, Tensor, Gradients, Signals]:
         """Loss, output, gradients and the probe's readings of one pass."""
-        inputs, targets = self.probed_part
-        self.passes += self.share(self.probed_part)
+        part = self.probed_part
+        self.spend(self.share(self.probed_part))
         parameters = list(self.parameters.values())
         measures = [name for name in MEASURES if name not in ("largest", "finite")]
         with self.running(), Probe(self.model, self.chain, measures, self.layers) as probe:
-            output = call_model(self.model, inputs)
-            loss = self.value(output, targets)
+            probe.arrange = partial(self.samples.samples_first, count=self.count(part))
+            output = self.call(part)
+            loss = self.value(output, part)
             if not loss.requires_grad:
                 raise SkipwayError(
                     f"the loss {float(loss):.3g} depends on no parameter with requires_grad=True; unfreeze some, "
                     "or give a loss that uses the output"
                 )
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            loss, output = loss.detach(), main_output(output).detach()
+            loss, output = loss.detach(), self.signal(output, part).detach()
         gradients = [
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(parameters, found, strict=True)
@@ -167,9 +218,9 @@ class Subject:
         return loss, output, gradients, probe.readings()
 
 
-def count(inputs: Example) -> int:
-    """Number of samples in an example: the first axis of its first tensor."""
-    return next((leaf.shape[0] for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.ndim), 0)
+def vocabularies(model: nn.Module) -> tuple[int, ...]:
+    """Numbers of tokens that a model knows: the lengths of its tables."""
+    return tuple({each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding)})
 
 
 class ShapeObserver(Observer):

@@ -65,6 +65,8 @@ def diagnosis_view(
     numbers: Sequence[tuple[str, float]],
     rows: Sequence[SignalRow],
     findings: Sequence[Finding],
+    *,
+    remarks: Sequence[str] = (),
 ) -> RenderableType:
     """A diagnosis: its heading, verdict and main numbers, a row with bars for each connection, its findings.
 
@@ -77,12 +79,14 @@ def diagnosis_view(
         numbers: of the whole network, with their names.
         rows: of `signal_rows`.
         findings: the worst first.
+        remarks: on what was decided about the batch and the training.
     """
     from rich.console import Group
     from rich.text import Text
 
     parts: list[RenderableType] = [
         Flow(heading, " · ", "bold"),
+        *(Text(remark, "dim") for remark in remarks),
         Text(SENTENCES[verdict], VERDICT_STYLES[verdict]),
         *(bullet("  → ", condition) for condition in conditions),
         Flow([f"{name} {format_number(value)}" for name, value in numbers], "   ", "dim"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from skipway.surgery.fusion import fuse
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.verification import difference
 from skipway.tracing.example import Example
+from skipway.tracing.module_state import copy_module
 
 __all__ = [
     "ORIGINAL",
@@ -198,7 +198,7 @@ class BackendComparison:
         self.example, self.folded = example, fuse(model)
         generator = torch.Generator().manual_seed(0)
         other = torch.randn(example.shape, generator=generator).to(example) if example.is_floating_point() else example
-        original = copy.deepcopy(model).eval()
+        original = copy_module(model).eval()
         self.expected = []
         with torch.no_grad():
             for given in (example, other):
@@ -222,7 +222,7 @@ class BackendComparison:
             self.results[key] = replace(result, note=str(problem))
             return
         try:
-            run = in_type(self.expected[0][1].dtype, backend.build(copy.deepcopy(self.folded), self.example, precision))
+            run = in_type(self.expected[0][1].dtype, backend.build(copy_module(self.folded), self.example, precision))
             gap = max(difference([expected], [run(given)]) for given, expected in self.expected)
         except Exception as error:  # other libraries raise errors of their own
             self.results[key] = replace(result, note=f"failed: {error_line(error)}")

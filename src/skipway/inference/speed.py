@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from skipway.inference.backends import BACKENDS, Backend, Run
 from skipway.inference.timer import Candidate, error_line, time_interleaved
 from skipway.surgery.acceleration import accelerate
 from skipway.surgery.verification import difference
+from skipway.tracing.module_state import copy_module
 
 __all__ = ["TrainingStep", "time_inference", "time_training"]
 
@@ -60,7 +60,7 @@ def time_inference(model: nn.Module, example: Tensor, seconds: float = 10.0) -> 
 
 def build_autocast(model: nn.Module, folded: nn.Module, example: Tensor, precision: str) -> Run:
     """Return a copy of the model as it is, under autocast; the folded network is not used."""
-    original = copy.deepcopy(model).eval()
+    original = copy_module(model).eval()
 
     def run(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -119,7 +119,7 @@ def time_training(model: nn.Module, example: Tensor, seconds: float = 10.0) -> l
         for name in (ORIGINAL, "accelerate"):
             started = time.perf_counter()
             try:
-                trained = copy.deepcopy(model)
+                trained = copy_module(model)
                 if name == "accelerate":
                     accelerate(trained)
                 step = TrainingStep(trained, example, precision)

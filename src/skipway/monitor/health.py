@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from skipway.probes import probe
 from skipway.probes.objective import Loss
 from skipway.tracing import Example, as_example
 from skipway.tracing.chain import Chain, WatchedConnection, chain
+from skipway.tracing.containers import map_tensors
 
 __all__ = ["Health", "sample_health"]
 
@@ -93,7 +93,9 @@ class Health:
     def sample(self, model: nn.Module, example: Example, targets: Any, loss: Loss) -> tuple[Rows, list[str]]:
         """Take a sample of the first images of a batch: its rows, and one sentence for each new warning."""
         start = time.monotonic()
-        example, targets = tree_map_only(torch.Tensor, lambda each: each[:IMAGES], (as_example(example), targets))
+        example, targets = map_tensors(
+            lambda each: each[:IMAGES] if each.ndim else each, (as_example(example), targets)
+        )
         if self.connections is None:
             self.connections = chain(model, example)
         rows = sample_health(model, example, targets, loss, self.connections)

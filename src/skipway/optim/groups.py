@@ -9,15 +9,16 @@ from torch import nn
 
 from skipway.nn import Role
 from skipway.optim.roles import UNKNOWN, parameter_roles
-from skipway.tracing import Example
+from skipway.tracing import Example, Program, unwrap
 from skipway.tracing.chain import chain
+from skipway.validation import check_least, check_positive
 
 __all__ = ["param_groups"]
 
 
 def param_groups(
     model: nn.Module,
-    example: Example | None = None,
+    example: Example | Program | None = None,
     *,
     lr: float,
     weight_decay: float = 0.0,
@@ -33,12 +34,16 @@ def param_groups(
 
     Args:
         model: any module; frozen parameters are left out, shared ones counted once.
-        example: what the model is called with, for modules of unknown class; see `parameter_roles`.
-        lr: learning rate of the weights; multiplied by the factor of each role.
-        weight_decay: weight decay of the roles that are decayed.
+        example: what the model is called with, or the program that it runs, for modules of unknown class; see
+            `parameter_roles`.
+        lr: learning rate of the weights, >= 0; multiplied by the factor of each role.
+        weight_decay: weight decay of the roles that are decayed, >= 0.
         layer_decay: the rate of layer l of L + 1 is multiplied by layer_decay^(L + 1 - l), where the blocks of the
             chain are layers 1 to L, everything before them is layer 0 and after them L + 1 (Clark 2020; Bao 2021,
             BEiT).
+
+    Raises:
+        SkipwayError: a rate or decay out of range; the model fails on `example`.
 
     Returns:
         dicts with `params`, `lr`, `weight_decay` and `name`, in the order of first appearance.
@@ -51,6 +56,10 @@ def param_groups(
     gain×0.1 9 0.01 0.0005
     bias 1 0.1 0.0
     """
+    model = unwrap(model)
+    check_least("lr", lr, 0)
+    check_least("weight_decay", weight_decay, 0)
+    check_positive("layer_decay", layer_decay)
     roles = parameter_roles(model, example)
     layers = layer_indices(model) if layer_decay != 1 else {}
     last = max(layers.values(), default=0)

@@ -55,7 +55,7 @@ def role_of(module: nn.Module, name: str) -> Role:
     return UNKNOWN
 
 
-def parameter_roles(model: nn.Module, example: Example | None = None) -> dict[str, Role]:
+def parameter_roles(model: nn.Module, example: Example | Program | None = None) -> dict[str, Role]:
     """The role of every parameter of any model by name; the model is left unchanged.
 
     The class of the owning module decides where it is known: torch's and Skipway's linear maps, norms, embeddings and
@@ -66,8 +66,9 @@ def parameter_roles(model: nn.Module, example: Example | None = None) -> dict[st
 
     Args:
         model: any module.
-        example: what it is called with; by default `model.dummy_inputs` or `model.default_cfg["input_size"]`, as
-            transformers and timm state them, else modules of unknown class are watched one by one.
+        example: what it is called with, or the program that it runs, where that is known; by default
+            `model.dummy_inputs` or `model.default_cfg["input_size"]`, as transformers and timm state them, else modules
+            of unknown class are watched one by one.
 
     Raises:
         SkipwayError: the model fails on `example`.
@@ -87,7 +88,8 @@ def parameter_roles(model: nn.Module, example: Example | None = None) -> dict[st
             roles[f"{path}.{name}" if path else name] = role_of(module, name)
     unknown = [name for name, role in roles.items() if role is UNKNOWN]
     if unknown and example is not None:
-        roles |= only(unknown, watched_roles(watch(model, example)))
+        program = example if isinstance(example, Program) else watch(model, example)
+        roles |= only(unknown, watched_roles(program))
     elif unknown and (given := stated_example(model)) is not None:
         roles |= only(unknown, watched_roles_or_none(model, given))
     for path in dict.fromkeys(owner_of(name) for name in unknown if roles[name] is UNKNOWN):

@@ -1,91 +1,384 @@
-"""The loss of a model's output: the caller's, the model's own, or a default by the shapes."""
+"""The loss of a model's output: the caller's, the model's own, or one that the shapes of output and targets decide."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
+from skipway.tracing.containers import tensors_in
+from skipway.tracing.example import Example
 
-__all__ = ["Loss", "compute_loss", "main_output"]
+__all__ = ["Loss", "Objective", "choose_objective", "compute_loss", "output_heads"]
 
 Loss = Callable[[Any, Any], Tensor]
+IGNORED = -100
+"""The label that torch's cross-entropy and transformers' models leave out."""
+GIVE = "give loss=(output, targets) → a scalar"
 
 
-def compute_loss(output: Any, targets: Any = None, loss: Loss | None = None) -> Tensor:
-    """The loss of a model's output, a tensor with one element.
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a model's output, chosen once, from the first output, and the same in every later pass.
 
     Args:
-        output: what the model returned.
-        targets: what the loss compares it with.
-        loss: (output, targets) → a number. None: the output's own `.loss` where it has one; else cross-entropy over
-            the classes on axis 1; without targets against labels drawn at random, and for an output that is no row of
-            classes the mean square to standard normal noise.
+        function: (output, targets, inputs) → the loss.
+        description: of it in words.
+        labelled: whether it compares with something given, and not with what is drawn at random.
+    """
+
+    function: Callable[[Any, Any, Example | None], Tensor]
+    description: str
+    labelled: bool = True
+
+    def __call__(self, output: Any, targets: Any = None, inputs: Example | None = None) -> Tensor:
+        """The loss of an output, a tensor with one element.
+
+        Raises:
+            SkipwayError: it is not one number.
+        """
+        value = self.function(output, targets, inputs)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise SkipwayError(
+                f"loss(output, targets) gives a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}; "
+                "the rule is a tensor of one number: average over the samples"
+            )
+        return value
+
+
+def compute_loss(output: Any, targets: Any = None, loss: Loss | None = None, inputs: Example | None = None) -> Tensor:
+    """The loss of a model's output, a tensor with one element, as `choose_objective` chooses it."""
+    return choose_objective(output, targets, loss, inputs=inputs)(output, targets, inputs)
+
+
+def choose_objective(
+    output: Any,
+    targets: Any = None,
+    loss: Loss | None = None,
+    *,
+    inputs: Example | None = None,
+    vocabularies: Sequence[int] = (),
+) -> Objective:
+    """Choose the loss of a model's output: the first row that fits.
+
+    | what there is | loss |
+    |---|---|
+    | `loss` | it |
+    | an output with one number that requires a gradient, or with `.loss` | the model's own |
+    | an output of such numbers alone by name, as torchvision's detectors put out | their sum |
+    | targets | of each part of the output that they fit, added: cross-entropy over the axis that they lack, the mean square for real targets of the output's shape, binary cross-entropy for 0 and 1 of the output's shape |
+    | tokens and an output over their vocabulary | cross-entropy of each next token |
+    | none | of each part of the output, added: cross-entropy to labels drawn at random, or the mean square to noise |
+
+    Args:
+        output: what the model returned, with its graph.
+        targets: what the loss compares it with: a tensor, or a tensor for each part of the output.
+        loss: (output, targets) → a number.
+        inputs: what the model was called with.
+        vocabularies: numbers of tokens that the model knows: an output with as many classes predicts tokens.
 
     Raises:
-        SkipwayError: the loss is not one number, or the targets are no tensor and no loss is given.
-    """
+        SkipwayError: targets that fit no part of the output, labels beyond the classes, only ignored labels (−100).
+    """  # noqa: E501 (a row of a table)
     if loss is not None:
-        value = loss(output, targets)
-    elif isinstance(getattr(output, "loss", None), Tensor):
-        value = output.loss
-    else:
-        value = default_loss(main_output(output), targets)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise SkipwayError(
-            f"loss(output, targets) gives a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}; "
-            "the rule is a tensor of one number: average over the samples"
-        )
-    return value
+        return Objective(lambda output, targets, _: loss(output, targets), "the given loss")
+    own = own_loss(output)
+    if own is not None:
+        refuse_ignored_labels(own, output, inputs)
+        unused = "" if targets is None else "; the targets are not used"
+        return Objective(lambda output, *_: own.function(output, None, None), own.description + unused)
+    heads, deeper = output_heads(output)
+    left = f"; {counted(deeper, 'tensor')} further down in the output left out" if deeper else ""
+    if targets is not None:
+        return supervised(heads, targets, inputs, left)
+    tokens = predicted_tokens(heads, inputs, vocabularies)
+    if tokens is not None:
+        return Objective(next_token_loss, f"no targets given: cross-entropy of each next token{left}")
+    return unsupervised(heads, left)
 
 
-def main_output(output: Any) -> Tensor:
-    """The main tensor of an output: itself, its `logits`, `last_hidden_state` or `out`, else its first tensor."""
+def own_loss(output: Any) -> Objective | None:
+    """The loss that a model puts out itself."""
+    entries = named_parts(output)
     if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "last_hidden_state", "out"):
-        inner = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(inner, Tensor):
-            return inner
-    tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not tensors and isinstance(output, Sequence):
-        tensors = [leaf for leaf in output if isinstance(leaf, Tensor)]
-    if not tensors:
-        raise SkipwayError(
-            f"the model's output, a {type(output).__name__}, holds no tensor; give loss=(output, targets) → a scalar"
-        )
-    return tensors[0]
+        return Objective(lambda output, *_: output, "the model's own") if is_loss(output) else None
+    given = entries.get("loss")
+    if isinstance(given, Tensor) and given.requires_grad:
+        if given.numel() != 1:
+            raise SkipwayError(
+                f"the model's own loss has shape {tuple(given.shape)}; the rule is one number: average over the "
+                f"samples, or {GIVE}"
+            )
+        return Objective(lambda output, *_: named_parts(output)["loss"].reshape(()), "the model's own")
+    losses = [name for name, value in entries.items() if is_loss(value)]
+    if len(losses) == 1:
+        name = losses[0]
+        return Objective(lambda output, *_: named_parts(output)[name], f"the model's own (output {name})")
+    if not losses:
+        return None
+    if isinstance(output, Mapping) and all("loss" in name for name in losses):
+        total = f"the sum of the model's own: {', '.join(losses)}"
+        return Objective(lambda output, *_: sum(named_parts(output)[name] for name in losses), total)  # type: ignore[misc]
+    raise SkipwayError(f"the model puts out {len(losses)} numbers ({', '.join(losses)}); say which is the loss: {GIVE}")
 
 
-def default_loss(output: Tensor, targets: Any) -> Tensor:
-    """Cross-entropy over the classes on axis 1, or the mean squared error for real targets in the output's shape.
+def is_loss(value: Any) -> bool:
+    """Whether a part of an output is one number with a gradient."""
+    return isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad
 
-    Real targets (N, C) whose rows are distributions, as label smoothing and mixup make them, are class probabilities.
-    Without targets: labels drawn at random, or standard normal noise for an output that is no row of classes.
+
+def refuse_ignored_labels(own: Objective, output: Any, inputs: Example | None) -> None:
+    """Name labels that are all left out, the cause of a loss that is not a number."""
+    integers = (each for each in tensors_in(inputs) if not each.is_floating_point() and not each.is_meta)
+    if bool(own(output).isnan()) and any(bool((each == IGNORED).all()) for each in integers if each.numel()):
+        raise only_ignored()
+
+
+def only_ignored() -> SkipwayError:
+    return SkipwayError(f"targets: every label is {IGNORED}, which cross-entropy leaves out; give other labels")
+
+
+def named_parts(output: Any) -> dict[str, Any]:
+    """The parts at the top of an output by name: keys, fields, attributes, or positions."""
+    if isinstance(output, Tensor):
+        return {"": output}
+    if isinstance(output, Mapping):
+        return {str(name): output[name] for name in output}
+    if isinstance(output, tuple | list):
+        return dict(zip(getattr(output, "_fields", map(str, range(len(output)))), output, strict=True))
+    return dict(getattr(output, "__dict__", {}))
+
+
+def output_heads(output: Any) -> tuple[dict[str, Tensor], int]:
+    """The tensors at the top of an output by name, and how many more it holds further down (states, caches).
+
+    Where an output has `logits`, they are the heads, auxiliary ones included. Where no tensor is at the top, all are.
+
+    Raises:
+        SkipwayError: it holds no real tensor.
+
+    >>> output_heads([torch.zeros(2), torch.zeros(3)])[0].keys(), output_heads((torch.zeros(2), [torch.zeros(3)]))[1]
+    (dict_keys(['0', '1']), 1)
     """
-    if targets is None and output.ndim == 2 and output.shape[1] > 1:
-        targets = torch.randint(output.shape[1], (output.shape[0],), device=output.device)
-    if targets is None:
-        return F.mse_loss(output.float(), torch.randn_like(output, dtype=torch.float32))
-    if not isinstance(targets, Tensor):
+    parts = {name: part for name, part in named_parts(output).items() if is_head(part)}
+    everything = [each for each in tensors_in(output) if is_head(each)]
+    if not parts:
+        parts = {str(number): each for number, each in enumerate(everything)}
+    if any("logits" in name for name in parts):
+        parts = {name: part for name, part in parts.items() if "logits" in name}
+    if not parts:
+        raise SkipwayError(f"the model's output, a {type(output).__name__}, holds no tensor of real numbers; {GIVE}")
+    return parts, len(everything) - len(parts)
+
+
+def is_head(part: Any) -> bool:
+    """Whether a part of an output is a tensor of real numbers with axes."""
+    return isinstance(part, Tensor) and part.ndim > 0 and part.is_floating_point()
+
+
+class Match(NamedTuple):
+    """A loss of one head that its targets fit.
+
+    Args:
+        words: its name.
+        function: (head, targets) → the loss.
+        shape: of the head without its sample axis, which heads that share targets have in common.
+    """
+
+    words: str
+    function: Callable[[Tensor, Tensor], Tensor]
+    shape: torch.Size
+
+
+def supervised(heads: Mapping[str, Tensor], targets: Any, inputs: Example | None, left: str) -> Objective:
+    """The sum of the losses of all heads that the targets fit."""
+    given = targets_of_heads(heads, targets)
+    tokens = [each.shape for each in tensors_in(inputs) if not each.is_floating_point()]
+    matches = {name: match_targets(heads[name], each, tokens) for name, each in given.items()}
+    fitting = {name: match for name, match in matches.items() if match is not None}
+    if isinstance(targets, Tensor):
+        if len(heads) == 1:
+            check_labels(next(iter(heads.values())), targets, fitting)
+        if len({match.shape for match in fitting.values()}) > 1:
+            raise SkipwayError(f"the targets fit several outputs of other shapes ({', '.join(fitting)}); {GIVE}")
+    if not fitting or (not isinstance(targets, Tensor) and len(fitting) < len(given)):
+        raise unfitting(heads, given)
+
+    def total(output: Any, targets: Any, inputs: Example | None) -> Tensor:
+        heads, _ = output_heads(output)
+        given = targets_of_heads(heads, targets)
+        return sum_of([match.function(heads[name], given[name]) for name, match in fitting.items()])
+
+    others = [name for name in heads if name not in fitting]
+    skipped = f"; no target fits output {', '.join(others)}" if others else ""
+    return Objective(total, sum_words([match.words for match in fitting.values()], list(fitting)) + skipped + left)
+
+
+def targets_of_heads(heads: Mapping[str, Tensor], targets: Any) -> dict[str, Tensor]:
+    """The targets of each head: one tensor for all of them, or tensors by the names or positions of the heads."""
+    if isinstance(targets, Tensor):
+        return dict.fromkeys(heads, targets)
+    parts = {name: part for name, part in named_parts(targets).items() if isinstance(part, Tensor)}
+    if len(parts) == len(heads) > 0 and not parts.keys() <= heads.keys():
+        parts = dict(zip(heads, parts.values(), strict=True))
+    if not parts or not parts.keys() <= heads.keys():
         raise SkipwayError(
-            f"targets={type(targets).__name__}: the rule is a tensor where no loss is given; "
-            "give loss=(output, targets) → a scalar"
+            f"targets={type(targets).__name__}: the rule is a tensor, or one for each of the model's "
+            f"{counted(len(heads), 'output')}, where no loss is given; {GIVE}"
         )
-    if targets.is_floating_point() and targets.shape == output.shape and not are_distributions(targets):
-        return F.mse_loss(output.float(), targets.float())
-    classes = output.shape[1] if output.ndim > 1 else 1
-    if not targets.is_floating_point() and targets.numel() and int(targets.max()) >= classes:
+    return parts
+
+
+def sum_of(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack([loss.float() for loss in losses]).sum() if len(losses) > 1 else losses[0]
+
+
+def sum_words(words: Sequence[str], names: Sequence[str]) -> str:
+    """The words of a sum of losses over heads."""
+    kinds = " and ".join(dict.fromkeys(words))
+    if len(words) == 1:
+        return f"{kinds} of output {names[0]}" if names[0] else kinds
+    return f"{kinds}, the sum over {len(words)} outputs ({', '.join(names)})"
+
+
+def match_targets(head: Tensor, targets: Tensor, tokens: Sequence[torch.Size]) -> Match | None:
+    """The loss that fits the shapes and values of one head and its targets; None if none does."""
+    if targets.is_floating_point():
+        return match_real(head, targets)
+    labels = without_unit_axes(targets, head)
+    axes = [axis for axis in range(1, head.ndim) if (*head.shape[:axis], *head.shape[axis + 1 :]) == labels.shape]
+    if axes and head.shape[axes[-1]] > 1:
+        if not labels_fit(labels, max(head.shape[axis] for axis in axes)):
+            return None
+        axis = axes[-1] if labels.shape in tokens else axes[0]  # tokens keep their place, as in language models
+        over = f" over axis {axis} of the output {tuple(head.shape)}" if head.ndim > 2 else ""
+        doubt = f" (axis {(set(axes) - {axis}).pop()} fits as well: if it is the classes, {GIVE})" if axes[1:] else ""
+        return Match(f"cross-entropy{over}{doubt}", partial(cross_entropy, axis=axis), head.shape[1:])
+    if squeezed(head) == squeezed(targets):
+        return match_real(head, targets.to(head.dtype))
+    return None
+
+
+def match_real(head: Tensor, targets: Tensor) -> Match | None:
+    """The loss for real targets: class probabilities, 0 and 1, or values."""
+    if squeezed(head) != squeezed(targets):
+        return None
+    words, loss = "mean squared error", F.mse_loss
+    if head.shape == targets.shape and are_distributions(targets):
+        words, loss = "cross-entropy to class probabilities", F.cross_entropy
+    elif are_binary(targets):
+        words, loss = "binary cross-entropy of logits", F.binary_cross_entropy_with_logits
+    return Match(words, partial(compare, loss), head.shape[1:])
+
+
+def are_binary(targets: Tensor) -> bool:
+    """True if targets are 0 and 1, and both."""
+    return not targets.is_meta and set(targets.unique().tolist()) == {0, 1}
+
+
+def compare(loss: Callable[[Tensor, Tensor], Tensor], head: Tensor, targets: Tensor) -> Tensor:
+    """A loss of elements; axes of length 1 are not broadcast."""
+    return loss(head.float(), targets.reshape(head.shape).float())
+
+
+def cross_entropy(head: Tensor, targets: Tensor, *, axis: int) -> Tensor:
+    """Cross-entropy over one axis, averaged over the labels that are not ignored."""
+    return F.cross_entropy(head.movedim(axis, 1).float(), without_unit_axes(targets, head).long(), ignore_index=IGNORED)
+
+
+def squeezed(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor without axes of length 1, the samples' aside."""
+    return (*tensor.shape[:1], *(size for size in tensor.shape[1:] if size != 1))
+
+
+def without_unit_axes(targets: Tensor, head: Tensor) -> Tensor:
+    """Labels (N, 1) as (N,), and masks (N, 1, H, W) as (N, H, W), beside an output with as many axes."""
+    return targets.squeeze(1) if targets.ndim == head.ndim > 1 and targets.shape[1] == 1 < head.shape[1] else targets
+
+
+def labels_fit(labels: Tensor, classes: int) -> bool:
+    """Whether every label that counts is a class."""
+    if labels.is_meta or not labels.numel():
+        return True
+    counted_in = labels[labels != IGNORED]
+    if not counted_in.numel():
+        raise only_ignored()
+    low, high = (int(each) for each in torch.aminmax(counted_in.long()))
+    return low >= 0 and high < classes
+
+
+def check_labels(head: Tensor, targets: Tensor, fitting: Mapping[str, Match]) -> None:
+    """Refuse labels beyond the classes of the only head."""
+    labels = without_unit_axes(targets, head)
+    binary = any("binary" in match.words for match in fitting.values())
+    if targets.is_floating_point() or binary or labels.ndim != head.ndim - 1 or not labels.numel() or labels.is_meta:
+        return
+    rest = [a for a in range(1, head.ndim) if (*head.shape[:a], *head.shape[a + 1 :]) == labels.shape]
+    if (rest and not fitting) or (rest and head.shape[rest[0]] == 1):
+        low, high = (int(each) for each in torch.aminmax(labels[labels != IGNORED].long()))
+        classes = head.shape[rest[-1]]
+        what = f"the largest label is {high}" if high >= classes else f"the smallest label is {low}"
+        rule = "0 <= label < classes" if low < 0 else "label < classes"
         raise SkipwayError(
-            f"targets: the largest label is {int(targets.max())}, and the output has {classes} classes on axis 1; "
-            "the rule is label < classes: build the model with more classes, or give a loss"
+            f"targets: {what}, and the output has {classes} classes on axis {rest[-1]}; the rule is {rule}: build the "
+            "model with more classes, or give a loss"
         )
-    return F.cross_entropy(output.float(), targets)
+
+
+def unfitting(heads: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> SkipwayError:
+    """Name the shapes of outputs and targets that do not fit each other."""
+    shapes = ", ".join(f"{name + ' ' if name else ''}{tuple(head.shape)}" for name, head in heads.items())
+    given = ", ".join(dict.fromkeys(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in targets.values()))
+    return SkipwayError(
+        f"targets: {given} beside the output {shapes}: the rule is class numbers (int64) in the output's shape without "
+        f"the axis of classes, or real numbers in its shape; {GIVE}"
+    )
+
+
+def predicted_tokens(heads: Mapping[str, Tensor], inputs: Example | None, vocabularies: Sequence[int]) -> Tensor | None:
+    """The tokens that the first head predicts: whole numbers in its shape without the last axis, its vocabulary."""
+    head = next(iter(heads.values()))
+    if head.ndim < 3 or head.shape[-1] not in vocabularies or head.shape[1] < 2:
+        return None
+    names = ("decoder_input_ids", "input_ids")
+    named = [inputs[name] for name in names if name in inputs] if isinstance(inputs, Mapping) else []
+    fitting = (each for each in tensors_in([*named, inputs]) if each.shape == head.shape[:-1])
+    return next((each for each in fitting if not each.is_floating_point()), None)
+
+
+def next_token_loss(output: Any, targets: Any, inputs: Example | None) -> Tensor:
+    """Cross-entropy between the output at each position and the token at the next one."""
+    heads, _ = output_heads(output)
+    head = next(iter(heads.values()))
+    tokens = predicted_tokens(heads, inputs, (head.shape[-1],))
+    if tokens is None:
+        raise SkipwayError(f"the output has shape {tuple(head.shape)}, and no tokens of the input have it; {GIVE}")
+    return F.cross_entropy(head[:, :-1].flatten(0, -2).float(), tokens[:, 1:].flatten().long())
+
+
+def unsupervised(heads: Mapping[str, Tensor], left: str) -> Objective:
+    """The sum, over all heads, of a loss to labels or values drawn at random."""
+    rows = {name: head.ndim == 2 and head.shape[1] > 1 for name, head in heads.items()}
+
+    def total(output: Any, targets: Any, inputs: Example | None) -> Tensor:
+        return sum_of([random_loss(head) for head in output_heads(output)[0].values()])
+
+    words = ["cross-entropy to random labels" if is_row else "mean square to noise" for is_row in rows.values()]
+    return Objective(total, f"no targets given: {sum_words(words, list(rows))}{left}", labelled=False)
+
+
+def random_loss(head: Tensor) -> Tensor:
+    """Cross-entropy to labels drawn at random, or the mean square to noise where the output is no row of classes."""
+    if head.ndim == 2 and head.shape[1] > 1:
+        labels = torch.randint(head.shape[1], (head.shape[0],), device=head.device)
+        return F.cross_entropy(head.float(), labels)
+    return F.mse_loss(head.float(), torch.randn_like(head, dtype=torch.float32))
 
 
 def are_distributions(targets: Tensor) -> bool:

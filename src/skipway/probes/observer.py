@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from skipway.errors import SkipwayError
+from skipway.probes.differentiation import without_reentry
 from skipway.tracing import unwrap
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.sums import REDUCTIONS, is_addition, slices_of, terms_of
@@ -89,6 +90,7 @@ class Observer(TorchFunctionMode):
                 stack.callback(hook.remove)
             stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)  # it would run a whole layer as one operator
+            stack.enter_context(without_reentry())
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self.cleanup = stack.pop_all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -110,6 +110,8 @@ class Probe(Observer):
         self.module_rows: Readings = {}
         self.after: dict[str, Tensor] | None = None
         self.passed = 0
+        self.arrange: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        """Brings the axis of the samples to the front, where it is another one."""
 
     @property
     def backward(self) -> bool:
@@ -181,7 +183,8 @@ class Probe(Observer):
         """Compute the measures of these points that are not in the row yet."""
         for measure in self.measures:
             if measure.name not in row and tensors.keys() >= set(measure.points):
-                row[measure.name] = measure.function(*(tensors[point].detach() for point in measure.points)).detach()
+                taken = [self.arrange(tensors[point].detach()) for point in measure.points]
+                row[measure.name] = measure.function(*taken).detach()
 
 
 def probe(
@@ -228,7 +231,7 @@ def probe(
         with torch.set_grad_enabled(watcher.backward):
             output = call_model(watcher.model, example)
             if watcher.backward:
-                value = compute_loss(output, targets, loss)
+                value = compute_loss(output, targets, loss, example)
                 if watcher.edges and value.requires_grad:
                     torch.autograd.grad(value, watcher.edges, allow_unused=True)
                 value = value.detach()

@@ -68,5 +68,9 @@ def picture_note(diagnosis: Diagnosis) -> str:
     """Describe what was diagnosed, and list the findings about the whole network."""
     marked = {mark for row in diagnosis.rows for mark in row.marks}
     whole = [f"{number} {each.rule}" for number, each in enumerate(diagnosis.findings, 1) if number not in marked]
-    lines = [" · ".join(diagnosis.heading), *([f"about the whole network: {', '.join(whole)}"] if whole else [])]
+    lines = [
+        " · ".join(diagnosis.heading),
+        *diagnosis.remarks,
+        *([f"about the whole network: {', '.join(whole)}"] if whole else []),
+    ]
     return "\n".join(lines)

@@ -17,12 +17,13 @@ from skipway.surgery.insertion import OUTPUT, disable_fused_path, insert_after, 
 from skipway.surgery.insertion_point import find_insertion_points
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
-from skipway.surgery.silence import copy_module, silence_branch
+from skipway.surgery.silence import silence_branch
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.surgery.verification import difference, outputs
 from skipway.tracing import Example, Program, as_example, watch
 from skipway.tracing.arguments import path_text
 from skipway.tracing.chain import chain_from_program
+from skipway.tracing.module_state import copy_module
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
 

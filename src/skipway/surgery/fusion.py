@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from skipway.nn import (
     ScaledStandardConv2d,
     ScaledStandardLinear,
 )
+from skipway.tracing.module_state import copy_module
 
 __all__ = ["Fusion", "fuse", "fuse_with_report"]
 
@@ -144,7 +144,7 @@ def fuse_with_report(model: M) -> Fusion[M]:
         raise SkipwayError(
             f"{type(model).__name__} is on the meta device: there are no values to fuse; load weights first"
         )
-    model = copy.deepcopy(model).eval()
+    model = copy_module(model).eval()
     fuser = Fuser(model, Fusion(model))
     fuser.fix_standardised_weights()
     for find in (sequence_row, branch_row):

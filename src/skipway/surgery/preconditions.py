@@ -6,10 +6,10 @@ from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from skipway.errors import SkipwayError
 from skipway.tracing import Example, Program, call_model, preserved_state, unwrap
+from skipway.tracing.containers import map_tensors
 from skipway.tracing.watch import Recorder, copy_to_meta, refuse_scripted
 
 __all__ = ["SEALED", "refuse_branching", "require_operable"]
@@ -66,9 +66,7 @@ def refuse_branching(model: nn.Module, example: Example, operation: str, program
     else:
         readers = []
         with suppress(Exception):  # on the meta device there is no value to read
-            readers = value_readers(
-                copy_to_meta(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example)
-            )
+            readers = value_readers(copy_to_meta(model), map_tensors(lambda tensor: tensor.to("meta"), example))
     if readers:
         kind = type(model.get_submodule(readers[0])).__name__
         raise SkipwayError(

@@ -1,10 +1,8 @@
-"""Branches that put out 0, and copies of modules whose weights are computed in every forward pass."""
+"""Branches that put out 0."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +19,12 @@ from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.operators import is_linear_map
 from skipway.tracing.program import Value
 
-__all__ = ["copy_module", "silence_branch"]
-
-M = TypeVar("M", bound=nn.Module)
+__all__ = ["silence_branch"]
 
 THROUGH = frozenset({"carry", "slice", "stride", "pad", "pool", "drop", "scale", "mean", "upsample"})
 """Parts of a program that make 0 of 0."""
 ODD = frozenset({"relu", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "elu", "mish", "prelu", "selu", "celu"})
 """Non-linearities that make 0 of 0."""
-
-
-def copy_module(module: M) -> M:
-    """A copy of a module; of a weight that is computed in every forward pass (weight norm in its older form) the copy
-    holds the present values.
-    """
-    memo: dict[int, object] = {}
-    for part in module.modules():
-        for value in vars(part).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
 
 
 def silence_branch(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
+from skipway.tracing.containers import entries_of, tensors_in
+from skipway.tracing.foreign_errors import ForeignErrors
 
 __all__ = ["Example", "as_batch", "as_example", "call_model"]
 
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Iterable[Any]
 """A tensor is one argument, a tuple or list positional arguments, a mapping keyword arguments; an iterable of batches,
-such as a `DataLoader`, stands for its first batch."""
+such as a `DataLoader`, stands for its first batch; any other object that holds tensors is one argument."""
 
 
 def call_model(model: nn.Module, example: Example) -> Any:
@@ -24,23 +28,47 @@ def call_model(model: nn.Module, example: Example) -> Any:
     | a tensor `x` | `model(x)` |
     | a tuple or list `(x, c)` | `model(x, c)` |
     | a mapping, such as a tokenizer's `BatchEncoding` | `model(**example)` |
+    | the same, where `forward` takes no such names but one argument | `model(example)` |
+    | another object that holds tensors, such as a dataclass | `model(example)` |
     | an iterable of batches, such as a `DataLoader` | the first batch without its targets, see `as_batch` |
+
+    Raises:
+        SkipwayError: the model fails; says with what, where, and what the example was.
 
     >>> import torch
     >>> call_model(nn.Bilinear(2, 3, 4), (torch.zeros(5, 2), torch.zeros(5, 3))).shape
     torch.Size([5, 4])
     """
     example = as_example(example)
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
+    with ForeignErrors(model, example):
+        if isinstance(example, Mapping):
+            return model(example) if takes_whole(model, example) else model(**example)
+        return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def takes_whole(model: nn.Module, entries: Mapping[str, Any]) -> bool:
+    """Whether `forward` takes a mapping as one argument: it refuses the entries as keywords, and takes the one."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return False
+    return not binds(signature, **entries) and binds(signature, entries)
+
+
+def binds(signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called with these arguments."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def as_example(given: Example) -> Tensor | tuple[Any, ...] | dict[str, Any]:
     """Bring an example into one of three forms: a tensor, a tuple of positional or a dict of keyword arguments.
 
     Raises:
-        SkipwayError: `given` is none of the forms of `call_model`, or a loader without batches.
+        SkipwayError: `given` is none of the forms of `call_model`, holds no tensor, or is a loader without batches.
     """
     return as_batch(given)[0]
 
@@ -57,7 +85,7 @@ def as_batch(given: Example, targets: Any = None) -> tuple[Tensor | tuple[Any, .
         targets: given by the caller; they take precedence over the loader's.
 
     Raises:
-        SkipwayError: `given` is none of the forms of `call_model`, or a loader without batches.
+        SkipwayError: `given` is none of the forms of `call_model`, holds no tensor, or is a loader without batches.
 
     >>> import torch
     >>> loader = torch.utils.data.DataLoader([(torch.zeros(3), 0), (torch.ones(3), 1)], batch_size=2)
@@ -67,15 +95,18 @@ def as_batch(given: Example, targets: Any = None) -> tuple[Tensor | tuple[Any, .
     """
     if isinstance(given, Tensor):
         return given, targets
-    if isinstance(given, Mapping):
-        return dict(given.items()), targets
-    if isinstance(given, tuple | list):
-        return tuple(given), targets
-    if isinstance(given, str | bytes | nn.Module) or not isinstance(given, Iterable):
+    entries = entries_of(given)
+    if entries is not None or isinstance(given, tuple | list):
+        return require_tensors(tuple(given) if entries is None else entries, given), targets
+    if isinstance(given, torch.utils.data.Dataset):
         raise SkipwayError(
-            f"example={type(given).__name__}: the rule is what the model is called with (a tensor, a tuple of "
-            "positional arguments, a mapping of keyword arguments) or a DataLoader of such batches"
+            f"example={type(given).__name__}: a data set holds single samples; give a batch of them, or "
+            "torch.utils.data.DataLoader(dataset, batch_size=32)"
         )
+    if isinstance(given, str | bytes | nn.Module | type) or not isinstance(given, Iterable):
+        return require_tensors((given,), given), targets
+    if hasattr(given, "__array__"):
+        raise SkipwayError(f"example={type(given).__name__}: the rule is tensors; give torch.as_tensor(example)")
     batch = next(iter(given), None)
     if batch is None:
         raise SkipwayError(f"example={type(given).__name__}: the loader yields no batch; give one that does")
@@ -86,3 +117,14 @@ def as_batch(given: Example, targets: Any = None) -> tuple[Tensor | tuple[Any, .
     if isinstance(batch, tuple | list) and len(batch) == 1:
         batch = batch[0]
     return as_example(batch), targets
+
+
+def require_tensors(example: Any, given: Any) -> Any:
+    """The example, if it holds a tensor at all."""
+    if next(tensors_in(example), None) is not None:
+        return example
+    held = f" of {', '.join(type(each).__name__ for each in given)}" if isinstance(given, tuple | list) else ""
+    raise SkipwayError(
+        f"example={type(given).__name__}{held}: it holds no tensor; the rule is what the model is called with (a "
+        "tensor, a tuple of positional arguments, a mapping of keyword arguments) or a DataLoader of such batches"
+    )

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from skipway.errors import SkipwayError
 from skipway.tracing.arguments import Path, tensor_paths
 from skipway.tracing.channels import channel_axis
+from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import Example, as_example, call_model
+from skipway.tracing.module_state import kept_tensors, preserved_attributes
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
 from skipway.tracing.sums import StackedAxis, Term, is_addition, number_of, terms_of
@@ -50,11 +52,11 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     Raises:
         SkipwayError: the forward pass failed; says with what.
     """
-    refuse_scripted(model)
     model, example = unwrap(model), as_example(example)
+    refuse_scripted(model)
     try:
         copied = copy_to_meta(model)
-        given = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example)
+        given = map_tensors(lambda tensor: tensor.to("meta"), example)
         program = record_program(copied.train(training), given)
         program.on_meta = True
         return program
@@ -67,21 +69,30 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     try:
         with preserved_state(model):
             return record_program(model.train(training), example)
+    except SkipwayError:
+        raise
     except Exception as second:
         raise SkipwayError(
-            f"{type(model).__name__} fails on this example: {type(second).__name__}: {second}; the example has to be "
-            "what the model is called with (a tensor, a tuple of arguments or a dict of keyword arguments), on the "
-            "model's device"
+            f"{type(model).__name__} cannot be watched on this example: {type(second).__name__}: {second}"
         ) from second
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
+    Raises:
+        SkipwayError: what was given is no module.
+
     >>> network = nn.Linear(2, 1)
     >>> unwrap(torch.compile(network)) is network
     True
     """
+    if not isinstance(model, nn.Module):
+        made = " (an instance of it, not the class)" if isinstance(model, type) else ""
+        raise SkipwayError(
+            f"model={getattr(model, '__name__', None) or repr(model):.60}: the rule is a torch.nn.Module{made}; a "
+            "network by name is made by skipway.build"
+        )
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -105,7 +116,7 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     modules = list(model.modules())
     for module in modules:
-        held = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
+        held = (*module._parameters.values(), *kept_tensors([module]), *module.__dict__.values())
         for tensor in held:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
                 empty: Tensor = torch.empty_like(tensor, device="meta", requires_grad=False)
@@ -158,7 +169,7 @@ def is_frozen(value: object) -> bool:
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Context that restores what a forward pass changes: buffers, the mode of every module, the random state."""
+    """Context that restores what a forward pass changes: buffers, kept tensors, modes of modules, the random state."""
     modules = list(model.modules())  # walked once: of thousands of modules that takes as long as a forward pass
     modes = [module.training for module in modules]
     buffers = [
@@ -169,7 +180,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     ]
     devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
     try:
-        with torch.random.fork_rng(devices=sorted(devices)):
+        with torch.random.fork_rng(devices=sorted(devices)), preserved_attributes(modules):
             yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
@@ -285,9 +296,8 @@ class Recorder(TorchDispatchMode):
         self.stacks: dict[int, StackedAxis] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.note(tensor, "parameter", signal=False, parameters=frozenset({name}))
-        for tensor in tree_flatten(example)[0]:
-            if isinstance(tensor, Tensor):
-                self.note(tensor, "input", signal=True)
+        for tensor in tensors_in(example):
+            self.note(tensor, "input", signal=True)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -19,6 +21,7 @@ from skipway.diagnosis.lint.scales import (
 )
 from skipway.diagnosis.lint.start import closing_norms, loud_branches, own_index, two_zero_factors, wiped_stream
 from skipway.diagnosis.lint.survey import Survey
+from skipway.diagnosis.settings import require_optimizers
 from skipway.tracing import Example, unwrap
 
 __all__ = ["RULES", "lint"]
@@ -55,7 +58,7 @@ RULES: tuple[LintRule, ...] = (
 def lint(
     model: nn.Module,
     example: Example | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     *,
     pretrained: bool = False,
 ) -> list[Finding]:
@@ -69,11 +72,11 @@ def lint(
         example: what the model is called with; only its shapes matter. With it the connections of any network are
             traced on the meta device. None: only connections of `skipway.nn.Residual` are known, and a scale that is a
             parameter of the block itself (as in ConvNeXt) is not recognised.
-        optimizer: used for training; its parameter groups are checked.
+        optimizer: used for training, or several for parts of the model; their parameter groups are checked.
         pretrained: the weights are trained, so rules about a start from scratch do not apply.
 
     Raises:
-        SkipwayError: the model fails on the example.
+        SkipwayError: the model fails on the example; `optimizer` is none.
 
     >>> import skipway as sw
     >>> model = sw.build("resnet20", scheme="skipinit")
@@ -83,6 +86,9 @@ def lint(
     note P19 stages.{0..2}.{0..2} (9)
     note P4 stem.norm.weight, stem.norm.bias, … head.classifier.bias (39)
     """
-    survey = Survey(unwrap(model), example, optimizer, pretrained)
+    model = unwrap(model)
+    if optimizer is not None:
+        optimizer = require_optimizers(optimizer)
+    survey = Survey(model, example, optimizer, pretrained)
     findings = [finding for rule in RULES for finding in rule.findings(survey)]
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))

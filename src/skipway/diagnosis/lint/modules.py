@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten
 
 from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import Survey
 from skipway.errors import counted
+from skipway.tracing.containers import tensors_in
 
 __all__ = ["batch_of_one", "hooks_beside_inplace"]
 
@@ -49,7 +48,7 @@ def hooks_beside_inplace(survey: Survey) -> Iterator[Hit]:
 )
 def batch_of_one(survey: Survey) -> Iterator[Hit]:
     """The first axis of the example has length 1; harmless where training uses other batches."""
-    tensors = [leaf for leaf in tree_flatten(survey.example)[0] if isinstance(leaf, Tensor) and leaf.ndim > 1]
+    tensors = [leaf for leaf in tensors_in(survey.example) if leaf.ndim > 1]
     norms = [path for path, module in survey.model.named_modules() if isinstance(module, _BatchNorm)]
     if tensors and norms and tensors[0].shape[0] == 1:
         yield Hit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from skipway.diagnosis.settings import require_optimizers
 from skipway.nn import Branch, Carry, Cut, Gain, Multiply, Residual
 from skipway.optim.roles import parameter_roles, role_of
 from skipway.tracing import Example, Program, watch
@@ -65,13 +66,13 @@ class Survey:
     Args:
         model: any module.
         example: what the model is called with; None: only `skipway.nn.Residual` connections are known, by type.
-        optimizer: used for training.
+        optimizer: used for training, or several for parts of the model.
         pretrained: its weights are trained.
     """
 
     model: nn.Module
     example: Example | None = None
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None
     pretrained: bool = False
 
     @cached_property
@@ -120,7 +121,7 @@ class Survey:
         The roles of `param_groups`, corrected by the connections and by the names of classes.
         """
         scales = {name for link in self.links for name in link.scales}
-        known = parameter_roles(self.model, self.example)
+        known = parameter_roles(self.model, self.program)
         found: dict[str, str] = {}
         for name in self.parameters:
             owner, own = self.owner(name), name.rpartition(".")[2]
@@ -147,7 +148,8 @@ class Survey:
         """The optimizer's group of each parameter that it holds."""
         if self.optimizer is None:
             return {}
-        found = {id(member): group for group in self.optimizer.param_groups for member in group["params"]}
+        parts = require_optimizers(self.optimizer)
+        found = {id(each): group for part in parts for group in part.param_groups for each in group["params"]}
         return {name: found[id(value)] for name, value in self.parameters.items() if id(value) in found}
 
     def value(self, name: str) -> Tensor | None:

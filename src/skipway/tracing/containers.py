@@ -1,0 +1,107 @@
+"""Tensors in whatever holds them: tuples, mappings of any class, dataclasses, and objects of a library's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["entries_of", "map_tensors", "tensors_in"]
+
+CLOSED = (nn.Module, type, FunctionType, MethodType, ModuleType, torch.Generator, torch.device, torch.dtype)
+"""Objects whose attributes are no part of an example."""
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, in order: of containers that torch's pytree knows, of every other sequence and mapping,
+    and of the attributes of objects, such as dataclasses, `UserDict`, caches and structures of a library's own.
+
+    >>> from collections import UserDict
+    >>> [tensor.shape[0] for tensor in tensors_in(({"a": torch.zeros(2)}, UserDict(b=torch.zeros(3))))]
+    [2, 3]
+    """
+    yield from walk(value, set())
+
+
+def walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in a value; objects that were seen already are passed over, since they may hold each other."""
+    for leaf in tree_flatten(value)[0]:
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            for _, part in parts_of(leaf):
+                yield from walk(part, seen)
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The value with `function` applied to each of its tensors; what holds no tensor stays the same object.
+
+    Containers are copied and keep their class; the given ones are not changed.
+
+    >>> from collections import UserDict
+    >>> type(map_tensors(torch.neg, UserDict(a=torch.ones(1)))), map_tensors(torch.neg, (torch.ones(1), "text"))
+    (<class 'collections.UserDict'>, (tensor([-1.]), 'text'))
+    """
+    return rebuild(function, value, {})
+
+
+def rebuild(function: Callable[[Tensor], Any], value: Any, memo: dict[int, Any]) -> Any:
+    """`map_tensors`, with the objects that were rebuilt already."""
+    leaves, structure = tree_flatten(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        if isinstance(value, Tensor):
+            return function(value)
+        return rebuild_object(function, value, memo) if any(True for _ in walk(value, set())) else value
+    return tree_unflatten([rebuild(function, leaf, memo) for leaf in leaves], structure)
+
+
+def rebuild_object(function: Callable[[Tensor], Any], value: Any, memo: dict[int, Any]) -> Any:
+    """A shallow copy of a container or object whose entries and attributes are rebuilt."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, tuple):
+        return tuple(rebuild(function, each, memo) for each in value)
+    made = memo[id(value)] = copy.copy(value)
+    for name, held in list(parts_of(value)):
+        changed = rebuild(function, held, memo)
+        if isinstance(value, dict | list) and (isinstance(value, list) or name in value):
+            made[name] = changed
+        else:
+            object.__setattr__(made, name, changed)
+    return made
+
+
+def parts_of(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Entries of a dict or list and attributes of an object, with their names."""
+    if isinstance(value, CLOSED):
+        return
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, list | tuple):
+        yield from enumerate(value)
+    yield from getattr(value, "__dict__", {}).items()
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                yield name, getattr(value, name)
+
+
+def entries_of(value: Any) -> dict[str, Any] | None:
+    """The entries of a mapping, or of an object with its `keys`, `values` and indexing; None for others.
+
+    >>> from collections import UserDict
+    >>> entries_of(UserDict(a=1)), entries_of([1])
+    ({'a': 1}, None)
+    """
+    if isinstance(value, Tensor | nn.Module | type):
+        return None
+    if not isinstance(value, Mapping) and not (callable(getattr(value, "keys", None)) and hasattr(value, "values")):
+        return None
+    return {name: value[name] for name in value.keys()}  # noqa: SIM118 (not every one iterates over its keys)

@@ -1,0 +1,72 @@
+"""Tensors that modules keep as plain attributes: copied with the module, and put back after a pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from skipway.tracing.containers import tensors_in
+
+__all__ = ["copy_module", "kept_tensors", "preserved_attributes"]
+
+Model = TypeVar("Model", bound=nn.Module)
+STANDARD = frozenset({*vars(nn.Module()), "training"})
+"""The names in the `__dict__` of every module."""
+HOLDERS = (Tensor, list, tuple, dict)
+
+
+def copy_module(module: Model) -> Model:
+    """A deep copy of any module, also of one that keeps tensors of a graph, which `copy.deepcopy` refuses: the weights
+    that `torch.nn.utils.weight_norm` computes, activations of an earlier pass. They are detached in the copy.
+
+    >>> import torch
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
+    >>> layer.kept = layer(torch.zeros(1, 2))
+    >>> copy_module(layer).kept.requires_grad
+    False
+    """
+    memo: dict[int, Any] = {}
+    for tensor in kept_tensors(module.modules()):
+        if not tensor.is_leaf:
+            memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def kept_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The tensors among the plain attributes of modules, in containers too, and those with a graph among buffers."""
+    for module in modules:
+        yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+        for name, value in module.__dict__.items():
+            if name not in STANDARD and isinstance(value, HOLDERS):
+                yield from tensors_in(value)
+
+
+@contextmanager
+def preserved_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Context that puts back the plain attributes with tensors that a forward pass sets, replaces or fills."""
+    before = [(module.__dict__, held_by(module)) for module in modules]
+    held_lists = (value for _, held in before for value in held.values() if type(value) in (list, dict))
+    lists = [(value, type(value)(value)) for value in held_lists]
+    try:
+        yield
+    finally:
+        for own, held in before:
+            for name in [each for each, value in own.items() if each not in STANDARD and isinstance(value, HOLDERS)]:
+                if own[name] is not held.get(name) and next(tensors_in(own[name]), None) is not None:
+                    if name in held:
+                        own[name] = held[name]
+                    else:
+                        del own[name]
+        for value, old in lists:
+            if len(value) != len(old) and next(tensors_in(value), None) is not None:
+                value.clear()
+                value.extend(old) if isinstance(value, list) else value.update(old)
+
+
+def held_by(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module beside those of every module."""
+    return {name: value for name, value in module.__dict__.items() if name not in STANDARD}
