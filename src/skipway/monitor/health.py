@@ -93,9 +93,8 @@ class Health:
     def sample(self, model: nn.Module, example: Example, targets: Any, loss: Loss) -> tuple[Rows, list[str]]:
         """Take a sample of the first images of a batch: its rows, and one sentence for each new warning."""
         start = time.monotonic()
-        example, targets = map_tensors(
-            lambda each: each[:IMAGES] if each.ndim else each, (as_example(example), targets)
-        )
+        batch = as_example(example), targets
+        example, targets = map_tensors(lambda each: each[:IMAGES] if each.ndim else each, batch)
         if self.connections is None:
             self.connections = chain(model, example)
         rows = sample_health(model, example, targets, loss, self.connections)
