@@ -20,7 +20,7 @@ from skipway.diagnosis.indicators import Indicators, read_indicators
 from skipway.diagnosis.measurement import Measurement, measure
 from skipway.diagnosis.outlook import outlook, probability
 from skipway.diagnosis.passes import look_ahead
-from skipway.diagnosis.progress import Progress
+from skipway.diagnosis.progress import PassCounter
 from skipway.diagnosis.remedies import Case, Remedy
 from skipway.diagnosis.rows import SignalRow, signal_rows
 from skipway.diagnosis.rules import Context, findings_of, verdict_of
@@ -346,7 +346,7 @@ def diagnose(
     settings = replace(settings, warmup=warmup, steps=steps, lr=settings.lr if lr is None else lr)
     if loss is not None and not callable(loss):
         raise SkipwayError(f"loss={loss!r:.40}: the rule is a function (output, targets) → a scalar")
-    progress = Progress(PASSES + (6 if thorough else 0))
+    progress = PassCounter(PASSES + (6 if thorough else 0))
     subject = Subject(model, inputs, targets, loss, training=training, seed=seed, progress=progress)
     try:
         with ForeignErrors(model, inputs):

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TextIO
 
-__all__ = ["Progress"]
+__all__ = ["PassCounter"]
 
 QUIET = 2.0
 """Seconds before the first line: most diagnoses are done by then."""
@@ -16,7 +16,7 @@ INTERVAL = 0.5
 
 
 @dataclass
-class Progress:
+class PassCounter:
     """A line on a terminal that says how far a diagnosis is and how long it will take; elsewhere nothing.
 
     Args:
@@ -40,7 +40,7 @@ class Progress:
     def line(self, passes: float, spent: float) -> str:
         """The line after some passes and seconds.
 
-        >>> Progress(10).line(2.5, 30)
+        >>> PassCounter(10).line(2.5, 30)
         'diagnosing: 25 % after 30 s, about 90 s more'
         """
         done = min(passes / self.expected, 0.99)

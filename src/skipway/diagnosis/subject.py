@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.diagnosis.progress import Progress
+from skipway.diagnosis.progress import PassCounter
 from skipway.errors import SkipwayError
 from skipway.probes import MEASURES, Observer, Probe, Signals
 from skipway.probes.differentiation import without_reentry
@@ -49,7 +49,7 @@ class Subject:
     seed: int = 0
     passes: float = field(default=0.0, init=False)
     """Forward-backward passes over the whole batch so far; a backward pass counts two forward passes."""
-    progress: Progress | None = field(default=None, repr=False)
+    progress: PassCounter | None = field(default=None, repr=False)
     objective: Objective | None = field(default=None, init=False)
     """The loss, chosen on the first output."""
 
