@@ -129,6 +129,18 @@ class Recipe:
     fit: Literal["crop", "pad", "squeeze"] = "crop"
     """Make rectangular images square: crop, pad, squeeze."""
 
+    crop_share: float | None = advanced(None)
+    """Side of the central crop in evaluation, over the shorter side. [0.875 with random crops, else 1]"""
+
+    resample: Literal["bicubic", "bilinear"] | None = advanced(None)
+    """Filter that images are scaled with in evaluation. [bicubic]"""
+
+    mean: str | None = advanced(None)
+    """Mean subtracted from each channel in [0, 1]: 0.5, or 0.485,0.456,0.406. [what the weights expect]"""
+
+    std: str | None = advanced(None)
+    """Deviation that each channel is divided by: 0.5. [what the weights expect]"""
+
     max_megapixels: float = advanced(64.0)
     """Refuse images that decode to more megapixels; JPEG counts as reduced."""
 
@@ -305,6 +317,8 @@ class Recipe:
             lambda: self.clipper,
             lambda: self.budget,
             lambda: self.fold_number,
+            lambda: self.numbers("mean"),
+            lambda: self.numbers("std"),
             lambda: parse_augmentations(self.augment),
         ):
             read()
@@ -348,6 +362,20 @@ class Recipe:
             raise SkipwayError(f"fold={self.fold!r}: the rule is NUMBER/COUNT, from 1/2: 2/5 is the second of five")
         return number, count
 
+    def numbers(self, name: Literal["mean", "std"]) -> tuple[float, ...] | None:
+        """`mean` or `std` as numbers.
+
+        >>> Recipe(mean="0.485, 0.456, 0.406").numbers("mean")
+        (0.485, 0.456, 0.406)
+        """
+        text = getattr(self, name)
+        try:
+            return None if text is None else tuple(float(part) for part in text.split(","))
+        except ValueError:
+            raise SkipwayError(
+                f"{name}={text!r}: the rule is one number, or one for each channel: 0.485,0.456,0.406"
+            ) from None
+
     @property
     def peak_lr(self) -> float:
         """The learning rate after the warm-up: `lr`, or the default of the optimizer, scaled with the batch.
@@ -372,10 +400,15 @@ class Recipe:
         0.2
         """
         names = ("size", "channels", "seed", "crop", "flip", "unreadable", "workers", "most_unreadable", "allow_empty")
-        more = ("grey16", "fit", "max_megapixels", "subfolders", "outside", "cache", "holdout", "validation")
+        more = (
+            *("grey16", "fit", "crop_share", "resample", "max_megapixels", "subfolders", "outside", "cache"),
+            *("holdout", "validation"),
+        )
         return {
             **{name: getattr(self, name) for name in (*names, *more)},
             "fold": self.fold_number,
+            "mean": self.numbers("mean"),
+            "std": self.numbers("std"),
             "columns": tuple(name.strip() for name in self.columns.split(",")),
             **parse_augmentations(self.augment),
         }

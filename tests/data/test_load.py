@@ -165,9 +165,7 @@ def test_files_give_what_memory_gives_with_any_number_of_workers(tmp_path, crop,
 def test_workers_that_are_started_afresh_can_be_told_what_to_decode(tmp_path):
     """Python 3.14 and macOS send the data set to a worker as bytes."""
     data = load(pictures(tmp_path), size=224)
-    work = DecodeTask(
-        data.train.store, data.train.names, DecodeSpec(3, 8), torch.rand(len(data.train), DRAWS).numpy(), 0.9
-    )
+    work = DecodeTask(data.train.store, data.train.names, DecodeSpec(3, 8), torch.rand(len(data.train), DRAWS).numpy())
     row = np.zeros((8, 8, 3), np.uint8)
     assert pickle.loads(pickle.dumps(work))(1, row) == ""
     assert row.any()

@@ -71,7 +71,7 @@ def test_it_says_so_of_files_too(folder):
     predictions = predictor.predict(files, top=None)
     right = sum(told.label == Path(told.file).parent.name for told in predictions)
     assert right == folder.evaluation.correct
-    assert predictor.preprocessing.share == 224 / 256
+    assert predictor.preprocessing.crop_share == 224 / 256
     again = predictor.predict(files, top=None, batch_size=3, workers=3)
     for one, other in zip(predictions, again, strict=True):
         assert (one.file, one.label) == (other.file, other.label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 import skipway as sw
 from skipway.checkpoint.files import read_tensors, write_tensors
 from skipway.checkpoint.store import Checkpoints
+from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError, DataError, DivergedError, SkipwayError
 from skipway.recipe import Recipe, read_recipe
 from skipway.training.loop import train
@@ -101,7 +103,7 @@ def test_the_weights_can_be_used_elsewhere(tmp_path):
     sw.load(model, outcome.folder.last)
     assert all(torch.equal(value, weights(outcome)[name]) for name, value in model.state_dict().items())
     assert metadata["preprocessing"]["classes"] == [str(digit) for digit in range(10)]
-    assert metadata["preprocessing"].keys() == {"classes", "channels", "size", "mean", "std", "crop"}
+    assert metadata["preprocessing"].keys() == {field.name for field in dataclasses.fields(Preprocessing)}
 
 
 def test_training_again_gives_the_same_and_another_seed_does_not(tmp_path):

@@ -20,8 +20,8 @@ from skipway.data.batches import (
     rank_batches,
     rank_evaluation_batches,
 )
-from skipway.data.fit import Fit
 from skipway.data.image_dataset import ImageDataset
+from skipway.data.preprocessing import Preprocessing
 from skipway.data.randomness import permutation
 from skipway.data.sources.index import Inventory
 from skipway.data.sources.splits import SPLITS, Split
@@ -36,17 +36,12 @@ class Data:
 
     Args:
         name: of the source, or "digits".
-        classes: names in the order of their numbers.
-        channels: 1 (grey) or 3 (RGB).
-        size: side of the square input in pixels.
-        mean: per channel in [0, 1]; subtracted from the input.
-        std: per channel; the input is divided by it.
+        preprocessing: classes, size, mean and deviation, and all else that any other image needs.
         augmentation: of the training images.
         train: images that are learned from.
         validation: images that the best epoch is chosen on; empty where there is no such split.
         test: images that the result is measured on, once, at the end.
         splits: which image is in which split, and which splits were split off here.
-        fit: how rectangular images became square, see `skipway.data.fit`.
         unreadable: (file, reason) of every image that was skipped.
         duplicates: groups of files with the same content.
         leaked: (file of another split, test file) with the same content.
@@ -54,21 +49,41 @@ class Data:
     """
 
     name: str
-    classes: tuple[str, ...]
-    channels: int
-    size: int
+    preprocessing: Preprocessing
     train: ImageDataset
     validation: ImageDataset
     test: ImageDataset
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     augmentation: Augmentation
     splits: Splits
-    fit: Fit = "crop"
     unreadable: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, ...], ...] = ()
     leaked: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of their numbers."""
+        return self.preprocessing.classes
+
+    @property
+    def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
+        return self.preprocessing.channels
+
+    @property
+    def size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.preprocessing.size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel in [0, 1]; subtracted from the input."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel; the input is divided by it."""
+        return self.preprocessing.std
 
     @property
     def fingerprint(self) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from skipway.data.content import describe_content, describe_raw, image_format
-from skipway.data.fit import ChooseBox, Fit, fit_square
+from skipway.data.fit import ChooseBox, Fit, Resample, central_share, fit_square
 from skipway.data.jpeg import jpeg_pixels, jpeg_reduction
 from skipway.errors import DataError, printable
 
@@ -99,6 +99,8 @@ class DecodeSpec(NamedTuple):
         grey16: conversion of 16-bit grey to 8 bits, see above.
         fit: how a rectangle becomes a square, see `skipway.data.fit`.
         max_megapixels: images of more are refused. A baseline JPEG counts at the reduced scale that it is decoded at.
+        crop_share: side of the central crop over the shorter side of the image, or of the square that `fit` makes.
+        resample: the filter that images are scaled with.
     """
 
     channels: int
@@ -106,6 +108,8 @@ class DecodeSpec(NamedTuple):
     grey16: Grey16 = "range"
     fit: Fit = "crop"
     max_megapixels: float = MAX_MEGAPIXELS
+    crop_share: float = 1.0
+    resample: Resample = "bicubic"
 
 
 def decode(
@@ -122,16 +126,17 @@ def decode(
         source: the file, or its bytes.
         spec: format of the result.
         box: `box(width, height)` returns the crop of the upright image that is scaled to size x size, in pixels (left,
-            top, right, bottom); None: the largest central square.
+            top, right, bottom); None: the central crop of the spec.
         name: name of the bytes in messages.
-        quick: scale bilinearly instead of bicubically.
+        quick: scale bilinearly, whatever the spec says.
 
     Raises:
         UnreadableImage: the file is missing, damaged, not an image, or outside the limits above.
     """
     with reporting_faults(source, name) as (content, path):
         image = upright_image(content, path, spec, least=2 * spec.size)
-        square = fit_square(image, spec.size, box, spec.fit, quick=quick)
+        resample = "bilinear" if quick else spec.resample
+        square = fit_square(image, spec.size, box or central_share(spec.crop_share), spec.fit, resample)
         return square.reshape(spec.size, spec.size, spec.channels)
 
 

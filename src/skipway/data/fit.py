@@ -15,10 +15,15 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-__all__ = ["FITS", "Box", "ChooseBox", "Fit", "central_share", "evaluation_share", "fit_square", "kept_size"]
+__all__ = [
+    *("FITS", "RESAMPLES", "Box", "ChooseBox", "Fit", "Resample"),
+    *("central_share", "evaluation_share", "fit_square", "kept_size"),
+]
 
 Fit = Literal["crop", "pad", "squeeze"]
 FITS = get_args(Fit)
+Resample = Literal["bicubic", "bilinear"]
+RESAMPLES = get_args(Resample)
 Box = tuple[float, float, float, float]
 ChooseBox = Callable[[int, int], Box]
 
@@ -48,23 +53,25 @@ def central_share(share: float) -> ChooseBox:
 
 
 def fit_square(
-    image: Image.Image, size: int, choose: ChooseBox | None = None, fit: Fit = "crop", *, quick: bool = False
+    image: Image.Image,
+    size: int,
+    choose: ChooseBox | None = None,
+    fit: Fit = "crop",
+    resample: Resample = "bicubic",
 ) -> np.ndarray:
     """Crop and scale to size x size, antialiased; uint8 (size, size) or (size, size, 3).
-
-    Bicubic; with `quick` bilinear, in two thirds of the time, for random crops.
 
     Args:
         image: 8 bits, grey or RGB.
         size: side of the result.
         choose: the part to take of the image, or of the square that `fit` makes of it; None: its centre.
         fit: see above.
-        quick: scale bilinearly.
+        resample: the filter; "bilinear" takes two thirds of the time.
     """
-    resample = Image.Resampling.BILINEAR if quick else Image.Resampling.BICUBIC
+    pillow_filter = Image.Resampling[resample.upper()]
     choose = choose or central_share(1.0)
     if fit == "pad" and image.width != image.height:
-        return padded(image, size, choose(*[max(image.size)] * 2), resample)
+        return padded(image, size, choose(*[max(image.size)] * 2), pillow_filter)
     if fit == "squeeze":
         side = max(image.size)
         left, top, right, bottom = choose(side, side)
@@ -73,7 +80,7 @@ def fit_square(
     else:
         box = choose(image.width, image.height)
     if box != (0, 0, size, size) or image.size != (size, size):
-        image = image.resize((size, size), resample, box=box)
+        image = image.resize((size, size), pillow_filter, box=box)
     return np.asarray(image)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from skipway.data.cache.images import CropTask
 from skipway.data.cache.store import PixelFile
 from skipway.data.decode import DecodeSpec, UnreadableImage
-from skipway.data.fit import evaluation_share
 from skipway.data.inspection import DecodeTask, ImageInfo, InspectTask
 from skipway.data.pool import WorkerPool
 from skipway.data.sources.readers import FileStore, ImageStore
@@ -106,7 +105,7 @@ class FileDataset(ImageDataset):
         store: reads the files.
         samples: names and classes.
         spec: format of the result.
-        crop: random crops in training, and central crops of 224/256 of the shorter side in evaluation.
+        crop: random crops in training; in evaluation always the central crop of the spec.
         pool: workers that decode.
         stored: images decoded at a higher resolution than the input's, which are cropped instead: (file, number of its
             images, row of each sample). None: decode the files.
@@ -133,11 +132,10 @@ class FileDataset(ImageDataset):
 
     def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
         rows = draws.numpy() if self.crop and draws is not None else None
-        share = evaluation_share("resized" if self.crop else "none", self.spec.fit)
         if self.stored is None:
-            work = DecodeTask(self.store, self.names, self.spec, rows, share)
+            work = DecodeTask(self.store, self.names, self.spec, rows)
         else:
-            work = CropTask(*self.stored, self.spec, rows, share)
+            work = CropTask(*self.stored, self.spec, rows)
         numbers = [chosen.tolist() for chosen in batches]
         for (images, reasons), batch in zip(
             self.pool.batches(work, numbers, pin=device.type == "cuda"), numbers, strict=True

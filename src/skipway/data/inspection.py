@@ -10,7 +10,7 @@ import numpy as np
 
 from skipway.data.augment.crops import random_box
 from skipway.data.decode import MIN_SIDE, DecodeSpec, UnreadableImage, decode, read_header
-from skipway.data.fit import ChooseBox, Fit, central_share
+from skipway.data.fit import ChooseBox, Fit
 from skipway.data.sources.index import SourceIndex, name_list
 from skipway.data.sources.readers import ImageStore
 from skipway.errors import counted
@@ -75,22 +75,20 @@ class DecodeTask:
         files: names of the images.
         spec: format of the result.
         draws: random numbers of the crops, float (N, DRAWS); None: central crops.
-        share: side of the central crop over the shorter side.
     """
 
     def __init__(
-        self, store: ImageStore, files: Sequence[str], spec: DecodeSpec, draws: np.ndarray | None, share: float
+        self, store: ImageStore, files: Sequence[str], spec: DecodeSpec, draws: np.ndarray | None = None
     ) -> None:
         self.store = store
         self.files = files
         self.spec = spec
         self.draws = draws
-        self.share = share
         self.shape = (spec.size, spec.size, spec.channels)
 
-    def box(self, index: int) -> ChooseBox:
+    def box(self, index: int) -> ChooseBox | None:
         """The crop of image `index`."""
-        return central_share(self.share) if self.draws is None else random_box(self.draws[index])
+        return None if self.draws is None else random_box(self.draws[index])
 
     def __call__(self, index: int, row: np.ndarray | None) -> str:
         file, quick = self.files[index], self.draws is not None

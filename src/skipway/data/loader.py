@@ -21,6 +21,7 @@ from skipway.data.image_dataset import DecodedImages, FileDataset, ImageDataset,
 from skipway.data.inspection import DecodeTask, ImageInfo, content_remarks, duplicate_groups
 from skipway.data.options import SMALL_SIDE, DataChoices
 from skipway.data.pool import FEW_FILES, Remark, WorkerPool, default_workers
+from skipway.data.preprocessing import Preprocessing
 from skipway.data.sources.detect import index_source
 from skipway.data.sources.index import SourceIndex, name_list, sorted_classes
 from skipway.data.sources.readers import FileStore
@@ -118,10 +119,10 @@ class SourceReader:
         """
         folder, store = cache_folder(self.choices.cache), self.found.store
         known = load_image_infos(folder, store, self.files) if self.caches else {}
-        channels, size, grey16, fit, _ = self.spec
+        channels, size = self.spec.channels, self.spec.size
         needed = len(self.files) * size * size * channels
         small = not self.cuts and needed <= MEMORY_BYTES
-        kind = f"{'parts' if self.cuts else 'whole'}-{size}-{channels}-{grey16}-{fit}"
+        kind = "-".join(map(str, ("parts" if self.cuts else "whole", *self.spec)))
         keeps = self.explicit or (self.caches and small)
         pixels = PixelFile.of(folder, store, kind, cache_key(store, self.files, kind)) if keeps else None
         complete = len(known) == len(self.files)
@@ -157,7 +158,7 @@ class SourceReader:
             return write_square(pixels, images)
         if self.cuts:
             return write_shrunk(pixels, self.found.store, self.files, self.spec, self.pool)
-        work = DecodeTask(self.found.store, self.files, self.spec, None, 1.0)
+        work = DecodeTask(self.found.store, self.files, self.spec)
         return write_rows(pixels, work, len(self.files), self.spec, self.pool)
 
 
@@ -196,21 +197,25 @@ def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: Dec
     ]
     return Data(
         name=found.name,
-        classes=found.classes,
-        channels=spec.channels,
-        size=spec.size,
+        preprocessing=preprocessing_of(found.classes, spec, augmentation.crop, *choices.statistics(mean, std)),
         train=train,
         validation=validation,
         test=test,
-        mean=mean,
-        std=std,
         augmentation=augmentation,
         splits=splits,
-        fit=spec.fit,
         unreadable=bad,
         remarks=tuple(remarks),
         duplicates=tuple(dict.fromkeys(groups.values())),
         leaked=leaked,
+    )
+
+
+def preprocessing_of(
+    classes: tuple[str, ...], spec: DecodeSpec, crop: Any, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Preprocessing:
+    """The preprocessing that any other image needs, from what the images of the source were decoded with."""
+    return Preprocessing(
+        classes, spec.channels, spec.size, mean, std, crop, spec.grey16, spec.fit, spec.crop_share, spec.resample
     )
 
 
@@ -237,17 +242,16 @@ def load_digits(choices: DataChoices) -> Data:
 
     train, validation, test = part(splits.train), part(splits.validation), part(splits.test)
     mean, std = statistics(train.images)
+    augmentation = replace(choices, crop="pad" if choices.crop == "auto" else choices.crop).augmentation(size)
     return Data(
         name="digits",
-        classes=classes,
-        channels=channels,
-        size=size,
+        preprocessing=preprocessing_of(
+            classes, choices.decode_spec(channels, size), augmentation.crop, *choices.statistics(mean, std)
+        ),
         train=train,
         validation=validation,
         test=test,
-        mean=mean,
-        std=std,
-        augmentation=replace(choices, crop="pad" if choices.crop == "auto" else choices.crop).augmentation(size),
+        augmentation=augmentation,
         splits=splits,
     )
 
@@ -272,7 +276,7 @@ def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> 
         (width, height), _ = shapes.most_common(1)[0]
         fitted = {"crop": "scaled and center-cropped", "pad": "scaled and padded", "squeeze": "squeezed"}[choices.fit]
         remarks.append(f"images are {fitted} to {size}x{size}; most are {width}x{height}")
-    return DecodeSpec(channels, size, choices.grey16, choices.fit, choices.max_megapixels), remarks
+    return choices.decode_spec(channels, size), remarks
 
 
 def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple[str, str]]) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from skipway.data.augment import Augmentation
 from skipway.data.augment.settings import Policy
-from skipway.data.decode import MAX_MEGAPIXELS, Grey16
-from skipway.data.fit import FITS, Fit
+from skipway.data.decode import MAX_MEGAPIXELS, DecodeSpec, Grey16
+from skipway.data.fit import FITS, RESAMPLES, Fit, Resample, evaluation_share
 from skipway.data.pool import WorkerKind
 from skipway.data.sources.detect import COLUMNS
 from skipway.data.split import Fold
@@ -35,6 +35,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "most_unreadable": (lambda value: 0 <= value <= 1, "from 0 to 1"),
     "grey16": (lambda value: value in ("range", "minmax"), "range or minmax"),
     "fit": (lambda value: value in FITS, "crop, pad or squeeze"),
+    "crop_share": (lambda value: value is None or 0 < value <= 1, "above 0, to 1, or None"),
+    "resample": (lambda value: value is None or value in RESAMPLES, "bicubic or bilinear, or None"),
+    "mean": (lambda value: value is None or all(0 <= each <= 1 for each in value), "numbers from 0 to 1, or None"),
+    "std": (lambda value: value is None or all(0 < each <= 1 for each in value), "numbers above 0, to 1, or None"),
     "max_megapixels": (lambda value: 0 < value <= 10_000, "above 0, to 10000"),
     "subfolders": (lambda value: value in ("merge", "classes"), "merge or classes"),
     "workers": (lambda value: value is None or 0 <= value <= 256, "from 0 to 256, or None"),
@@ -71,6 +75,12 @@ class DataChoices:
         grey16: scale 16-bit grey by its full range ("range"), or by the range of each image ("minmax").
         fit: how a rectangular image becomes a square input: its centre is cropped ("crop"), it is scaled as a whole and
             padded with grey ("pad"), or scaled to a square by different factors ("squeeze").
+        crop_share: side of the central crop in evaluation, over the shorter side; None: 224/256 where training images
+            are random crops, else 1.
+        resample: the filter that images are scaled with; None: "bicubic". Random crops are always bilinear.
+        mean: subtracted from each channel in [0, 1], one number or one per channel, of which grey images take the mean;
+            None: the mean of the training images if they are decoded into memory, else that of ImageNet.
+        std: each channel is divided by it; None: as `mean`.
         max_megapixels: limit for the pixels of one image as it is decoded; a larger one is refused. A JPEG that is not
             progressive is decoded at reduced scale and counts with that.
         subfolders: subfolders of class folders belong to the class ("merge"), or each folder that directly holds images
@@ -113,6 +123,10 @@ class DataChoices:
     most_unreadable: float = 0.01
     grey16: Grey16 = "range"
     fit: Fit = "crop"
+    crop_share: float | None = None
+    resample: Resample | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     max_megapixels: float = MAX_MEGAPIXELS
     subfolders: Literal["merge", "classes"] = "merge"
     allow_empty: bool = False
@@ -143,6 +157,37 @@ class DataChoices:
         fold = None if self.fold is None else Fold(*self.fold)
         names = ("holdout", "validation", "seed", "listed")
         return {**{name: getattr(self, name) for name in names}, "fold": fold}
+
+    def decode_spec(self, channels: int, size: int) -> DecodeSpec:
+        """How images are decoded for inputs of a number of channels and a size."""
+        share = evaluation_share(self.augmentation(size).crop, self.fit) if self.crop_share is None else self.crop_share
+        return DecodeSpec(channels, size, self.grey16, self.fit, self.max_megapixels, share, self.resample or "bicubic")
+
+    def statistics(
+        self, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation for each channel: as chosen, else the given ones.
+
+        Raises:
+            DataError: another number of channels was chosen for.
+
+        >>> DataChoices(mean=(0.5,)).statistics((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+        ((0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+        """
+        found = []
+        for name, own in (("mean", mean), ("std", std)):
+            chosen = getattr(self, name)
+            if chosen is None:
+                found.append(own)
+            elif len(chosen) in (1, len(own)):
+                found.append(tuple(chosen) * (len(own) // len(chosen)))
+            elif len(own) == 1:
+                found.append((sum(chosen) / len(chosen),))
+            else:
+                raise DataError(
+                    f"{name}={chosen}: the rule is one number, or one for each of the {len(own)} channels of the images"
+                )
+        return found[0], found[1]
 
     def augmentation(self, size: int) -> Augmentation:
         """The augmentation at an input size: padding is an eighth of the side, 4 pixels at 32 as in He 2015.

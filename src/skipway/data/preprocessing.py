@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,7 +23,7 @@ from skipway.data.decode import (
     silence_pillow,
     to_eight_bit,
 )
-from skipway.data.fit import FITS, Fit, central_share, evaluation_share, fit_square
+from skipway.data.fit import FITS, RESAMPLES, Fit, Resample, central_share, evaluation_share, fit_square
 from skipway.errors import CheckpointError, DataError, printable
 
 __all__ = ["Preprocessing"]
@@ -35,7 +35,9 @@ MAX_SIDE = 4096
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The preprocessing of images in evaluation, and the classes of the outputs.
+    """The preprocessing of images in evaluation, and the classes of the outputs: all that changes an input, or the
+    meaning of an output, and is not in the weights. It travels in the header of weights, the run's `config.json`, ONNX
+    files and hub folders, and everything that reads these follows it.
 
     Args:
         classes: names in the order of the outputs.
@@ -43,12 +45,14 @@ class Preprocessing:
         size: side of the square input in pixels.
         mean: per channel in [0, 1]; subtracted from the input.
         std: per channel; the input is divided by it.
-        crop: random crop of the training images; with "resized", the central 224/256 is used in evaluation.
+        crop: random crop of the training images.
         grey16: conversion of 16-bit grey to 8 bits, see `skipway.data.decode`.
         fit: how a rectangle becomes a square, see `skipway.data.fit`.
+        crop_share: side of the central crop over the shorter side of the image, or of the square that `fit` makes.
+        resample: the filter that images are scaled with, antialiased as Pillow does it.
 
-    >>> Preprocessing(("cat", "dog"), 1, 8, (0.5,), (0.5,), "none").share
-    1.0
+    >>> Preprocessing(("cat", "dog"), 1, 8, (0.5,), (0.5,), "none").spec(max_megapixels=64)
+    DecodeSpec(channels=1, size=8, grey16='range', fit='crop', max_megapixels=64, crop_share=1.0, resample='bicubic')
     """
 
     classes: tuple[str, ...]
@@ -59,11 +63,14 @@ class Preprocessing:
     crop: Crop
     grey16: Grey16 = "range"
     fit: Fit = "crop"
+    crop_share: float = 1.0
+    resample: Resample = "bicubic"
 
-    @property
-    def share(self) -> float:
-        """Side of the central crop over the shorter side of the image, or of the square that `fit` makes of it."""
-        return evaluation_share(self.crop, self.fit)
+    def spec(self, max_megapixels: float = MAX_MEGAPIXELS) -> DecodeSpec:
+        """How image files are decoded."""
+        return DecodeSpec(
+            self.channels, self.size, self.grey16, self.fit, max_megapixels, self.crop_share, self.resample
+        )
 
     @property
     def example(self) -> Tensor:
@@ -81,28 +88,32 @@ class Preprocessing:
         Raises:
             CheckpointError: a field is missing, unknown, or outside its range.
         """
-        names = cls.__dataclass_fields__.keys()
-        if not isinstance(values, dict) or not names - {"grey16", "fit"} <= values.keys() <= names:
-            raise CheckpointError(f"{source}: the rule is a preprocessing with {', '.join(names)} and nothing else")
-        classes, channels, size, crop = (values[name] for name in ("classes", "channels", "size", "crop"))
-        grey16, fit = values.get("grey16", "range"), values.get("fit", "crop")
-        mean, std = finite_numbers(values["mean"]), finite_numbers(values["std"])
+        defaults = {field.name: field.default for field in fields(cls)}
+        needed = {name for name, default in defaults.items() if default is MISSING}
+        if not isinstance(values, dict) or not needed <= values.keys() <= defaults.keys():
+            raise CheckpointError(f"{source}: the rule is a preprocessing with {', '.join(defaults)} and nothing else")
+        if "crop_share" not in values:  # weights of an earlier version, which did not store it
+            defaults["crop_share"] = evaluation_share(values["crop"], values.get("fit", "crop"))
+        read: dict[str, Any] = {**defaults, **values}
+        classes, channels, size, share = (read[name] for name in ("classes", "channels", "size", "crop_share"))
+        mean, std = finite_numbers(read["mean"]), finite_numbers(read["std"])
         rules = {
             "classes": is_text_list(classes) and len(set(classes)) == len(classes) >= 2,
             "channels": channels in (1, 3) and isinstance(channels, int),
             "size": isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MAX_SIDE,
             "mean": mean is not None and len(mean) == channels,
             "std": std is not None and len(std) == channels and min(std) > 0,
-            "crop": crop in get_args(Crop),
-            "grey16": grey16 in get_args(Grey16),
-            "fit": fit in FITS,
+            "crop": read["crop"] in get_args(Crop),
+            "grey16": read["grey16"] in get_args(Grey16),
+            "fit": read["fit"] in FITS,
+            "crop_share": isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1,
+            "resample": read["resample"] in RESAMPLES,
         }
         wrong = [name for name, holds in rules.items() if not holds]
         if wrong:
             raise CheckpointError(f"{source}: the preprocessing holds a {wrong[0]} that cannot be")
-        assert mean is not None
-        assert std is not None
-        return cls(tuple(classes), channels, size, mean, std, crop, grey16, fit)
+        read |= {"classes": tuple(classes), "mean": mean, "std": std}
+        return cls(**read)
 
     def of_tensor(self, images: Tensor) -> Tensor:
         """Inputs (N, C, H, W) from images (N, C, H, W) with H = W = `size`, uint8 or floating point in [0, 1].
@@ -128,8 +139,7 @@ class Preprocessing:
         Raises:
             UnreadableImage: see `skipway.data.decode`.
         """
-        spec = DecodeSpec(self.channels, self.size, self.grey16, self.fit, max_megapixels)
-        return torch.from_numpy(decode(source, spec, box=central_share(self.share)).copy())
+        return torch.from_numpy(decode(source, self.spec(max_megapixels)).copy())
 
     def of_picture(self, image: Image.Image) -> Tensor:
         """Convert an image of Pillow, as if read from a file: uint8 (size, size, channels).
@@ -149,7 +159,7 @@ class Preprocessing:
                 if (turn := orientation_of(image)) in ORIENTATION_TRANSPOSE
                 else flat
             )
-            pixels = fit_square(turned, self.size, central_share(self.share), self.fit)
+            pixels = fit_square(turned, self.size, central_share(self.crop_share), self.fit, self.resample)
         except Exception as error:  # Pillow's plugins raise whatever their parsers do
             raise UnreadableImage(name, printable(str(error))) from error
         return torch.from_numpy(pixels.copy()).reshape(self.size, self.size, self.channels)

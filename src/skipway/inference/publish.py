@@ -157,7 +157,7 @@ def model_card(about: dict[str, Any], preprocessing: Preprocessing, result: dict
         else ""
     )
     shape = {
-        "crop": f"the central {percent(preprocessing.share)} of the shorter side",
+        "crop": f"the central {percent(preprocessing.crop_share)} of the shorter side",
         "pad": "the whole image, scaled to the longer side and centred on grey (128)",
         "squeeze": "the whole image, scaled to a square",
     }[preprocessing.fit]

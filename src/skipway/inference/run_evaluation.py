@@ -73,6 +73,11 @@ def evaluate_run(
             f"the images in {printable(str(recipe.data))} have changed since the run, so which of them it was not "
             "trained on is not known; give a folder of images to test on"
         )
+    if data.preprocessing != predictor.preprocessing:
+        raise CheckpointError(
+            f"{printable(str(path))}: these weights expect another preprocessing than {printable(file)} describes; "
+            "give a folder of images to test on, which are read as the weights expect"
+        )
     evaluation = evaluate(
         predictor.model,
         data.evaluation_batches("test", batch_size=batch_size or recipe.batch_size, device=predictor.device),

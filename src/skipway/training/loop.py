@@ -51,6 +51,7 @@ from skipway.training.resume import resume_recipe, resume_run
 from skipway.training.run import Outcome, Run
 from skipway.training.run_folder import RunFolder
 from skipway.training.setup import (
+    adopt_data_config,
     build_run,
     deterministic_algorithms,
     freeze_blocks,
@@ -283,6 +284,8 @@ def open_run(
         stack.enter_context(deterministic_algorithms(recipe))
         device = choose_device(recipe.device, ranks.local)
         precision, reason = choose_precision(recipe.precision, device)
+        if stored is None:
+            recipe = adopt_data_config(recipe, lambda sentence: reporter.message("note", sentence))
         data = load_data(recipe, reporter, ranks, None if stored is None else folder.read_split())
         recipe = resolve_recipe(recipe, data, precision, ranks.world)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))

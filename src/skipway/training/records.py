@@ -19,7 +19,7 @@ from skipway.training.budget import TIMED_STEPS, shorten_plan
 from skipway.training.reporter import StepReport
 from skipway.training.resume import training_state
 from skipway.training.run import Progress, Run
-from skipway.training.setup import model_config, preprocessing_config
+from skipway.training.setup import model_config
 from skipway.training.tensorboard import write_tensorboard
 
 __all__ = [
@@ -169,8 +169,14 @@ def save_checkpoint(run: Run) -> None:
 
 
 def weights_header(run: Run) -> dict[str, Any]:
-    """The header of a weight file: network, preprocessing, epoch."""
-    return {"model": model_config(run), "preprocessing": preprocessing_config(run), "epoch": run.progress.epoch}
+    """The header of a weight file: network, preprocessing, epoch, and the decay of averaged weights."""
+    averaged = {} if run.recipe.ema is None else {"ema": run.recipe.ema}
+    return {
+        "model": model_config(run),
+        "preprocessing": run.data.preprocessing.to_json(),
+        "epoch": run.progress.epoch,
+        **averaged,
+    }
 
 
 def write_result(run: Run, path: Path, evaluation: Evaluation) -> None:

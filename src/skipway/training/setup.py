@@ -17,6 +17,7 @@ from skipway._version import __version__
 from skipway.checkpoint.files import write_json
 from skipway.checkpoint.store import Checkpoints
 from skipway.data import Data, load
+from skipway.data.data_config import find_data_config
 from skipway.data.randomness import draw_key
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell, spelling
 from skipway.models import build, find_config
@@ -32,13 +33,13 @@ from skipway.weights import load_state, match, read_source
 from skipway.weights.adapt import CHOICES
 
 __all__ = [
+    "adopt_data_config",
     "build_run",
     "count_images",
     "deterministic_algorithms",
     "freeze_blocks",
     "load_data",
     "model_config",
-    "preprocessing_config",
     "resolve_paths",
     "resolve_recipe",
     "write_run_files",
@@ -94,6 +95,28 @@ def load_data(
             ranks.barrier()
 
 
+def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
+    """Return the recipe with the preprocessing that the initial weights expect, where it is not chosen; says so."""
+    if recipe.weights is None or (recipe.mean is not None and recipe.std is not None):
+        return recipe
+    config = find_data_config(str(recipe.weights), recipe.weights_names, recipe.model)
+    if config is None:
+        remark(
+            "nothing beside the weights states the mean and deviation that they expect, so those of the images are "
+            f"taken; {spell('mean', '0.5')} and {spell('std', '0.5')} for example set others"
+        )
+        return recipe
+    values: dict[str, Any] = {
+        "mean": ",".join(map(repr, config.mean)),
+        "std": ",".join(map(repr, config.std)),
+        "crop_share": config.crop_share,
+        "resample": config.resample,
+    }
+    taken = {name: value for name, value in values.items() if getattr(recipe, name) is None and value is not None}
+    remark(f"as {config.origin} expects: {', '.join(spell(name, value) for name, value in taken.items())}")
+    return replace(recipe, **taken)
+
+
 def resolve_recipe(recipe: Recipe, data: Data, precision: Any, world: int) -> Recipe:
     """Return the recipe with every open choice resolved from the data, except device and workers."""
     most = len(data.train) // (world * recipe.accumulate) * world * recipe.accumulate
@@ -111,6 +134,10 @@ def resolve_recipe(recipe: Recipe, data: Data, precision: Any, world: int) -> Re
         channels=1 if data.channels == 1 else 3,
         crop=data.augmentation.crop,
         flip=data.augmentation.flip,
+        crop_share=data.preprocessing.crop_share,
+        resample=data.preprocessing.resample,
+        mean=",".join(map(repr, data.mean)),
+        std=",".join(map(repr, data.std)),
         model=recipe.model or ("resnet20" if data.size <= 64 else "resnet50"),
         lr=recipe.peak_lr,
         weight_decay=recipe.decay,
@@ -278,7 +305,7 @@ def run_config(run: Run) -> dict[str, Any]:
         "torch": torch.__version__,
         "recipe": run.recipe.to_json(),
         "model": model_config(run),
-        "preprocessing": preprocessing_config(run),
+        "preprocessing": run.data.preprocessing.to_json(),
         "data": {
             "fingerprint": run.data.fingerprint,
             **count_images(run.data),
@@ -292,13 +319,6 @@ def model_config(run: Run) -> dict[str, Any]:
     options = model_options(run.recipe, run.data)
     scheme = getattr(getattr(run.model, "config", None), "scheme", None)
     return {"name": run.recipe.model, **options, **({} if scheme is None else {"scheme": str(scheme)})}
-
-
-def preprocessing_config(run: Run) -> dict[str, Any]:
-    """The preprocessing of images, and the classes of the outputs."""
-    names = ("classes", "channels", "size", "mean", "std", "fit")
-    values = {name: getattr(run.data, name) for name in names}
-    return {**values, "crop": run.data.augmentation.crop}
 
 
 def count_images(data: Data) -> dict[str, int]:

@@ -64,7 +64,6 @@ class CropTask:
         rows: index in the file of each image of the data set.
         spec: format of the result.
         draws: random numbers of the crops; None: central crops.
-        share: side of the central crop over the shorter side.
     """
 
     def __init__(
@@ -74,14 +73,12 @@ class CropTask:
         rows: np.ndarray,
         spec: DecodeSpec,
         draws: np.ndarray | None,
-        share: float,
     ) -> None:
         self.pixels = pixels
         self.count = count
         self.rows = rows
         self.spec = spec
         self.draws = draws
-        self.share = share
         self.shape = (spec.size, spec.size, spec.channels)
         self.opened: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -99,8 +96,12 @@ class CropTask:
         channels = self.spec.channels
         flat = content[offset : offset + height * width * channels]
         image = Image.fromarray(flat.reshape(height, width, channels) if channels == 3 else flat.reshape(height, width))
-        box = central_share(self.share) if self.draws is None else random_box(self.draws[index])
-        square = fit_square(image, self.spec.size, box, self.spec.fit, quick=self.draws is not None)
+        if self.draws is None:
+            square = fit_square(
+                image, self.spec.size, central_share(self.spec.crop_share), self.spec.fit, self.spec.resample
+            )
+        else:
+            square = fit_square(image, self.spec.size, random_box(self.draws[index]), self.spec.fit, "bilinear")
         row[:] = square.reshape(self.shape)
         return ""
 

@@ -1,0 +1,151 @@
+"""The preprocessing that published weights expect, where their file, its folder or their library states it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from skipway.errors import CheckpointError, printable
+from skipway.zoo import import_library
+
+__all__ = ["DataConfig", "find_data_config"]
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+RESAMPLES = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
+"""Pillow's numbers, which Hugging Face stores, and timm's names. Other filters are not ours."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How images were made inputs when weights were trained.
+
+    Args:
+        mean: subtracted from each channel in [0, 1].
+        std: each channel is divided by it.
+        origin: where that is stated, in words.
+        crop_share: side of the central crop over the shorter side; None where it is not stated.
+        resample: "bicubic" or "bilinear"; None where it is not stated, or another filter.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    origin: str
+    crop_share: float | None = None
+    resample: str | None = None
+
+
+def find_data_config(source: str | Path, names: str, model: str | None) -> DataConfig | None:
+    """Find the preprocessing that weights expect; None where nothing states it.
+
+    In this order: the header of a file of ours; `preprocessor_config.json` (transformers) and `config.json` with a
+    `pretrained_cfg` (timm) in the same folder; timm, if it is installed and has the model; torchvision's, which is
+    ImageNet's for all of its classifiers.
+
+    Args:
+        source: file or folder of the weights.
+        names: library that the names of the weights come from, see `skipway.load`.
+        model: name of the network, as timm knows it.
+
+    Raises:
+        CheckpointError: a description beside the weights is damaged.
+
+    >>> find_data_config("resnet50.pth", "torchvision", None).mean
+    (0.485, 0.456, 0.406)
+    """
+    path = Path(source)
+    for found in (own_header(path), *described_beside(path)):
+        if found is not None:
+            return found
+    if names == "timm" and model is not None and find_spec("timm") is not None:
+        return of_timm(model)
+    if names == "torchvision":
+        return DataConfig(*IMAGENET, "torchvision's weights", crop_share=None)
+    return None
+
+
+def own_header(path: Path) -> DataConfig | None:
+    """The preprocessing in the header of a file that a run wrote, or of the first such file of a run's folder."""
+    files = [path] if path.is_file() else [path / name for name in ("best.safetensors", "model.safetensors")]
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as content:
+                stated = json.loads((content.metadata() or {}).get("preprocessing", "null"))
+        except (OSError, ValueError, SafetensorError):  # no file of ours; what is wrong with it, its reader says
+            continue
+        if isinstance(stated, dict):
+            return of_mapping(stated, "mean", "std", printable(file), stated.get("crop_share"), stated.get("resample"))
+    return None
+
+
+def described_beside(path: Path) -> Iterator[DataConfig | None]:
+    """What the folder of the weights says in the files of transformers and of timm."""
+    folder = path if path.is_dir() else path.parent
+    file = folder / "preprocessor_config.json"
+    if file.is_file():
+        stated = read_description(file)
+        if stated.get("do_normalize") is False:
+            stated = {**stated, "image_mean": [0.0], "image_std": [1.0]}
+        yield of_mapping(
+            stated, "image_mean", "image_std", printable(file), hugging_face_share(stated), stated.get("resample")
+        )
+    file = folder / "config.json"
+    if file.is_file():
+        stated = read_description(file).get("pretrained_cfg")
+        if isinstance(stated, dict):
+            share, resample = stated.get("crop_pct"), stated.get("interpolation")
+            yield of_mapping(stated, "mean", "std", printable(file), share, resample)
+
+
+def read_description(file: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{printable(file)} is damaged: {printable(str(error))}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def hugging_face_share(stated: Mapping[str, Any]) -> float | None:
+    """`crop_pct`, or the crop over the shorter side before it."""
+    size, crop = stated.get("size"), stated.get("crop_size")
+    if isinstance(stated.get("crop_pct"), int | float):
+        return stated["crop_pct"]
+    edge = size.get("shortest_edge") if isinstance(size, dict) else size
+    side = crop.get("height") if isinstance(crop, dict) else crop
+    if stated.get("do_center_crop") and isinstance(edge, int) and isinstance(side, int) and 0 < side <= edge:
+        return side / edge
+    return None
+
+
+def of_timm(model: str) -> DataConfig | None:
+    """What timm says about the weights that it has under a name, with their tag or the first."""
+    config = import_library("timm").get_pretrained_cfg(model.replace("-", "_"))
+    if config is None:
+        return None
+    stated = {"mean": config.mean, "std": config.std}
+    tag = f" ({config.tag})" if config.tag else ""
+    return of_mapping(stated, "mean", "std", f"timm's weights of {model}{tag}", config.crop_pct, config.interpolation)
+
+
+def of_mapping(
+    stated: Mapping[str, Any], mean: str, std: str, origin: str, share: Any, resample: Any
+) -> DataConfig | None:
+    """The config of a description that has mean and deviation, each a list of numbers or one number."""
+    middle, scale = numbers(stated.get(mean)), numbers(stated.get(std))
+    if middle is None or scale is None or len(middle) != len(scale) or min(scale) <= 0:
+        return None
+    fitting = share if isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1 else None
+    return DataConfig(middle, scale, origin, fitting, RESAMPLES.get(resample))
+
+
+def numbers(value: Any) -> tuple[float, ...] | None:
+    """A number or several, as floats; None for anything else."""
+    given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    fine = given and all(isinstance(each, int | float) and not isinstance(each, bool) for each in given)
+    return tuple(map(float, given)) if fine else None
