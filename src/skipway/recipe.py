@@ -127,7 +127,7 @@ class Recipe:
     """Scale 16-bit grey by its full range, or by the range of each image."""
 
     fit: Literal["crop", "pad", "squeeze"] = "crop"
-    """Make rectangular images square: crop, pad, squeeze."""
+    """How rectangles become square."""
 
     crop_share: float | None = advanced(None)
     """Side of the central crop in evaluation, over the shorter side. [0.875 with random crops, else 1]"""
