@@ -13,6 +13,8 @@ from skipway.tracing.arguments import Path, exchange_at, item_at
 
 __all__ = ["CONTAINERS", "BlockCall", "has_module", "own_class", "parameter_names"]
 
+BASES = ("without_slots", "outside_row", "without_skipping")
+"""Attributes of classes made by operations that hold the class that they were derived from."""
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -102,8 +104,8 @@ class BlockCall:
 def own_class(module: nn.Module) -> Any:
     """The class of a module before operations derived others from it."""
     kind: Any = type(module)
-    while (base := getattr(kind, "without_slots", None) or getattr(kind, "outside_row", None)) is not None:
-        kind = base
+    while bases := [getattr(kind, name) for name in BASES if hasattr(kind, name)]:
+        kind = bases[0]
     return kind
 
 

@@ -18,10 +18,10 @@ from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import refuse_branching, require_operable
 from skipway.surgery.recompute import BlockParts, RandomState, as_before, autocasting, precision
-from skipway.surgery.saved_tensors import saved_bytes
+from skipway.surgery.saved_tensors import output_gradients, saved_bytes
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
-from skipway.tracing import Example, as_example, call_model, preserved_state, watch
+from skipway.tracing import Example, as_example, watch
 
 __all__ = ["reversible"]
 
@@ -126,19 +126,6 @@ def inversion_error(model: nn.Module, example: Example, rows: Sequence[Reversibl
     for row in rows:
         row.inverts = True
     return difference(kept, inverted)
-
-
-def output_gradients(model: nn.Module, example: Example) -> list[Tensor]:
-    """Gradients of the mean square of the outputs in training mode, in one vector; the model is left alone."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with preserved_state(model), torch.enable_grad():
-        leaves = tree_flatten(call_model(model.train(), example))[0]
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not trained or not tensors:
-            return []
-        loss = torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
-        found = torch.autograd.grad(loss, trained, allow_unused=True)
-    return [torch.cat([gradient.flatten().float() for gradient in found if gradient is not None])]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps for the backward pass, of a whole network and of each block."""
+"""Training passes: bytes that autograd keeps for the backward pass, of a network and of each block, and gradients."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 
-__all__ = ["Costs", "SavedTensors", "costs_of", "saved_bytes"]
+__all__ = ["Costs", "SavedTensors", "costs_of", "output_gradients", "saved_bytes"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,16 @@ def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple
     with hooks, preserved_state(model), torch.enable_grad(), saved.counting():
         call_model(model.train(), example)
     return saved.total, {name: Costs(name, saved.bytes.get(name, 0.0), own) for name, own in inputs.items()}
+
+
+def output_gradients(model: nn.Module, example: Example) -> list[Tensor]:
+    """Gradients of the mean square of the outputs in training mode, in one vector; the model is left alone."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with preserved_state(model), torch.enable_grad():
+        leaves = tree_flatten(call_model(model.train(), example))[0]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not trained or not tensors:
+            return []
+        loss = torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+    return [torch.cat([gradient.flatten().float() for gradient in found if gradient is not None])]

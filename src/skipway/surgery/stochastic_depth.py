@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
+from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_survey import require_blocks
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import refuse_branching, require_operable
+from skipway.surgery.sample_axes import SampleAxes, find_sample_axes
+from skipway.surgery.saved_tensors import output_gradients
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, as_example
+from skipway.tracing.arguments import Path, exchange_at, item_at, path_text, tensor_paths
 
 __all__ = ["skip_compute"]
 
@@ -26,6 +32,10 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     not depend on what is drawn, and is at least 1: shapes stay static for `torch.compile`, and every parameter has a
     gradient for DDP. In evaluation the block is what it was. Stochastic depth of the block's own is best switched off.
 
+    Which axis holds the samples, of x and of every other argument (masks, positions, conditioning, encoder states), is
+    found by passes with more and with other samples, so that sequence-first networks drop samples and not positions.
+    An argument that the example does not have is cut on the only axis that is as long as there are samples.
+
     Args:
         model: any module that `chain` can read, with blocks that carry x itself.
         example: what the model is called with.
@@ -33,7 +43,8 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
         rising: p_l = p · l/L, as in Huang et al. 2016 (https://arxiv.org/abs/1603.09382, eq. 4); else p everywhere.
 
     Raises:
-        SkipwayError: the rate is not between 0 and 1, or the model has no such block; the model is as before.
+        SkipwayError: the rate is not between 0 and 1, the model has no such block, its samples have an influence on one
+            another (edge lists), or a training pass fails; the model is as before.
 
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
     >>> model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
@@ -45,29 +56,104 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
         raise SkipwayError(f"rate={rate}: the rule is a share of samples between 0 and 1, 0.1 for example")
     model, example = require_operable(model), as_example(example)
     refuse_branching(model, example, "skip_compute")
-    blocks = require_blocks(model, example).calls
     title = f"{type(model).__name__} skips up to {rate:g} of its blocks' samples"
+    calls = require_blocks(model, example).calls
+    axes = find_sample_axes(model, example, calls)
     with transaction(model, example, title=title) as change:
-        for number, name in enumerate(blocks, start=1):
-            block, own = model.get_submodule(name), rate * (number / len(blocks) if rising else 1)
+        for number, (name, call) in enumerate(calls.items(), start=1):
+            block, own = model.get_submodule(name), rate * (number / len(calls) if rising else 1)
             change.set_class(block, skipping(type(block)))
             change.set_attribute(block, "skipped", own)
-            change.touched[name] = f"rate {own:.3g}"
+            change.set_attribute(block, "drawing", SampleDraw(call, axes[name]))
+            change.touched[name] = f"rate {own:.3g}, samples on axis {axes[name].stream}"
+        check_training_pass(model, example)
         return change.commit()
+
+
+def check_training_pass(model: nn.Module, example: Example) -> None:
+    """Run a training pass forward and backward.
+
+    Raises:
+        SkipwayError: it fails; says with what.
+    """
+    try:
+        output_gradients(model, example)
+    except SkipwayError:
+        raise
+    except Exception as problem:  # whatever somebody's network raises
+        raise SkipwayError(
+            f"a training pass with a share of the samples fails ({type(problem).__name__}: {problem}): a block is "
+            "given something for each sample in a form that is not known, or keeps something for the next pass; give "
+            "an example without it (use_cache=False)"
+        ) from problem
+
+
+@dataclass(frozen=True)
+class SampleDraw:
+    """How a block is computed for some of the samples.
+
+    Args:
+        call: how the block is called.
+        axes: of the samples.
+    """
+
+    call: BlockCall
+    axes: SampleAxes
+
+    def run(self, compute: Callable[..., Any], rate: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a block that is computed for k = ⌈n(1 − rate)⌉ of n samples, x for the others."""
+        call, axis = self.call, self.axes.stream
+        x = call.take(args, kwargs)
+        count = x.shape[axis]
+        kept = max(1, int(-(-count * (1 - rate) // 1)))
+        drawn = torch.randperm(count, device=x.device)[:kept]
+        known = {call.locate(path, args, kwargs): own for path, own in self.axes.arguments}
+        some_args, some_kwargs = args, kwargs
+        for path, tensor in (*tensor_paths(args), *tensor_paths(kwargs)):
+            own = known[path] if path in known else self.guess(path, tensor, count)
+            if own is not None and tensor.shape[own] == count:
+                part = tensor.index_select(own, drawn)
+                some_args, some_kwargs = call.exchange(path, some_args, some_kwargs, part)
+        output = compute(*some_args, **some_kwargs)
+        change = item_at(output, call.output) - call.take(some_args, some_kwargs)
+        for path in call.computed:
+            output = exchange_at(output, path, spread(item_at(output, path), axis, drawn, count))
+        for path, argument in call.passed:
+            output = exchange_at(output, path, call.argument(argument, args, kwargs))
+        return exchange_at(output, call.output, x.index_add(axis, drawn, (change * (count / kept)).to(x.dtype)))
+
+    def guess(self, path: Path, tensor: Tensor, count: int) -> int | None:
+        """The axis of the samples in an argument that the example did not have: the only one that is as long.
+
+        Raises:
+            SkipwayError: several are.
+        """
+        fitting = [axis for axis, size in enumerate(tensor.shape) if size == count]
+        if len(fitting) > 1 or (fitting and not (tensor.is_floating_point() or tensor.dtype == torch.bool)):
+            raise SkipwayError(
+                f"{path_text(path, self.call.names)} of shape {tuple(tensor.shape)} was not in the example of "
+                f"skip_compute, so that its axis of the {count} samples is not known; undo the operation and give an "
+                "example with it"
+            )
+        return fitting[0] if fitting else None
+
+
+def spread(part: Tensor | None, axis: int, drawn: Tensor, count: int) -> Tensor | None:
+    """Another output of a block for all samples: 0 for those that were not drawn."""
+    if part is None or part.ndim <= axis or part.shape[axis] != len(drawn):
+        return part
+    shape = (*part.shape[:axis], count, *part.shape[axis + 1 :])
+    return part.new_zeros(shape).index_add(axis, drawn, part)
 
 
 @cache
 def skipping(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `kind` that computes only some of the samples in training."""
 
-    def forward(self: nn.Module, x: Tensor, *others: Any, **named: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
-            return kind.forward(self, x, *others, **named)
-        count = x.shape[0]
-        kept = max(1, int(-(-count * (1 - self.skipped) // 1)))  # type: ignore[operator]
-        drawn = torch.randperm(count, device=x.device)[:kept]
-        part = x[drawn]
-        change = kind.forward(self, part, *others, **named) - part
-        return x.index_add(0, drawn, (change * (count / kept)).to(x.dtype))
+            return kind.forward(self, *args, **kwargs)
+        return self.drawing.run(partial(kind.forward, self), self.skipped, args, kwargs)
 
-    return type(f"{kind.__name__}Skipping", (kind,), {"forward": forward, "__module__": kind.__module__})
+    body = {"forward": forward, "__module__": kind.__module__, "without_skipping": kind}
+    return type(f"{kind.__name__}Skipping", (kind,), body)

@@ -1,0 +1,185 @@
+"""Which axis of each argument of a block holds the samples: found by passes with more and with other samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipway.errors import SkipwayError
+from skipway.surgery.block_call import BlockCall
+from skipway.surgery.verification import forward_hooks
+from skipway.tracing import Example, call_model, preserved_state
+from skipway.tracing.arguments import Path, exchange_at, item_at, tensor_paths
+
+__all__ = ["SampleAxes", "find_sample_axes"]
+
+MOST_TRIES = 64
+"""Choices of axes of the example that are tried."""
+AXES = 3
+"""Axes of an input that may be that of the samples."""
+CLOSE = 1e-4
+"""Difference, relative to the largest value, of what other samples must not change."""
+
+Shapes = dict[Path, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class SampleAxes:
+    """Axes of a block's arguments and outputs that hold the samples.
+
+    Args:
+        stream: axis of x.
+        arguments: axes of all tensors that it was given, by their paths; None is shared by all samples.
+    """
+
+    stream: int
+    arguments: tuple[tuple[Path, int | None], ...]
+
+
+@dataclass
+class BlockPass:
+    """Shapes of what blocks are given in one pass, and what the last of them makes of x."""
+
+    shapes: dict[str, Shapes]
+    last: Tensor
+
+
+def find_sample_axes(model: nn.Module, example: Example, calls: Mapping[str, BlockCall]) -> dict[str, SampleAxes]:
+    """The axes of the samples in the calls of blocks; the model is left alone.
+
+    An axis of the example is that of the samples if further entries on it, with other values, do not change what the
+    blocks compute of the first ones, and another first entry does not change what they compute of the rest. With the
+    further entries, the axes of the samples are the longer ones everywhere.
+
+    Args:
+        model: any module.
+        example: what the model is called with.
+        calls: of its blocks, in order.
+
+    Raises:
+        SkipwayError: there is no such axis, or a block is given the samples in groups.
+    """
+    before = run_blocks(model, example, calls)
+    problem = ""
+    for axes in islice(axis_choices(example), MOST_TRIES):
+        try:
+            more = run_blocks(model, changed_example(example, axes, extend), calls)
+            found = {name: compare_shapes(name, calls[name], before.shapes[name], more.shapes[name]) for name in calls}
+            axis = next(reversed(found.values())).stream
+            count = before.last.shape[axis]
+            if gap(before.last, more.last.narrow(axis, 0, count)) > CLOSE:
+                continue
+            if count > 1:
+                other = run_blocks(model, changed_example(example, axes, exchange_first), calls)
+                rest = (each.last.narrow(axis, 1, count - 1) for each in (before, other))
+                if gap(*rest) > CLOSE:
+                    continue
+        except SkipwayError as refusal:
+            problem = problem or str(refusal)
+            continue
+        except Exception:
+            continue
+        return found
+    raise SkipwayError(
+        "no axis of the example holds independent samples: "
+        + (problem or "another entry on any axis changes what blocks compute of the rest, as with edge lists")
+        + "; a block can be computed for some of the samples only where none has an influence on the others"
+    )
+
+
+def axis_choices(example: Example) -> Iterator[dict[Path, int]]:
+    """Choices of an axis for each tensor of an example, of equal lengths; a tensor that is in none has no samples."""
+    tensors = list(tensor_paths(example))
+    if not tensors:
+        raise SkipwayError("the example holds no tensor, so that it has no samples")
+    first = tensors[0][1]
+    for axis in range(min(first.ndim, AXES)):
+        size = first.shape[axis]
+        options: list[list[int | None]] = [[axis]]
+        for _, tensor in tensors[1:]:
+            options.append([*(own for own in range(min(tensor.ndim, AXES)) if tensor.shape[own] == size), None])
+        for chosen in product(*options):
+            yield {path: own for (path, _), own in zip(tensors, chosen, strict=True) if own is not None}
+
+
+def changed_example(example: Example, axes: Mapping[Path, int], change: Any) -> Example:
+    """An example whose tensors are changed on the axes of the samples."""
+    for path, axis in axes.items():
+        example = exchange_at(example, path, change(item_at(example, path), axis))
+    return example
+
+
+def extend(tensor: Tensor, axis: int) -> Tensor:
+    """As many samples more, with other values."""
+    return torch.cat([tensor, other_values(tensor, axis)], axis)
+
+
+def exchange_first(tensor: Tensor, axis: int) -> Tensor:
+    """Another first sample."""
+    rest = tensor.narrow(axis, 1, tensor.shape[axis] - 1)
+    return torch.cat([other_values(tensor.narrow(axis, 0, 1), axis), rest], axis)
+
+
+def other_values(tensor: Tensor, axis: int) -> Tensor:
+    """Values of the same kind: moved along another axis and, floating ones, with noise."""
+    others = [each for each in range(tensor.ndim) if each != axis and tensor.shape[each] > 1]
+    moved = tensor.roll(1, others[-1]) if others else tensor
+    if not tensor.is_floating_point():
+        return moved
+    return moved + torch.randn_like(moved) * (0.1 + moved.nan_to_num(0, 0, 0).abs().mean())
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """Largest difference of two tensors over their largest value."""
+    return float((one - other).abs().max()) / (float(one.abs().max()) or 1.0)
+
+
+def run_blocks(model: nn.Module, example: Example, calls: Mapping[str, BlockCall]) -> BlockPass:
+    """Run the model in evaluation mode, and note what its blocks are given."""
+    shapes: dict[str, Shapes] = {}
+    last: list[Tensor] = []
+
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if output is not None:
+            leaves = (*tensor_paths(args), *tensor_paths(kwargs))
+            shapes[name] = {path: tuple(tensor.shape) for path, tensor in leaves}
+            last[:] = [item_at(output, calls[name].output).float()]
+
+    with forward_hooks(model, calls, leave=leave), preserved_state(model), torch.no_grad():
+        call_model(model.eval(), example)
+    return BlockPass(shapes, last[0])
+
+
+def compare_shapes(name: str, call: BlockCall, before: Shapes, more: Shapes) -> SampleAxes:
+    """The axes that became twice as long.
+
+    Raises:
+        SkipwayError: none did, several did, or the samples of an argument are in groups.
+    """
+    longer = partial(doubled_axis, name)
+    axes = {path: longer(path, shape, more[path]) for path, shape in before.items()}
+    stream = axes.get(call.stream)
+    if stream is None:
+        raise SkipwayError(f"{name} is given the same x whatever samples there are")
+    count = before[call.stream][stream]
+    for path, axis in axes.items():
+        if axis is not None and before[path][axis] != count:
+            raise SkipwayError(
+                f"{name} is given an argument of shape {before[path]}, with several entries for each of the {count} "
+                "samples of x"
+            )
+    return SampleAxes(stream, tuple(axes.items()))
+
+
+def doubled_axis(name: str, path: Path, before: tuple[int, ...], more: tuple[int, ...]) -> int | None:
+    """The axis that became twice as long, None where none did."""
+    changed = [axis for axis, (old, new) in enumerate(zip(before, more, strict=True)) if old != new]
+    if len(changed) > 1 or any(more[axis] != 2 * before[axis] for axis in changed):
+        raise SkipwayError(f"an argument of {name} became {more} of {before} with twice as many samples")
+    return changed[0] if changed else None
