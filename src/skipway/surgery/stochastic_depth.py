@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
+from skipway.surgery.block_axes import BlockAxes, find_block_axes
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_survey import require_blocks
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import refuse_branching, require_operable
-from skipway.surgery.sample_axes import SampleAxes, find_sample_axes
 from skipway.surgery.saved_tensors import output_gradients
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, as_example
@@ -58,7 +58,7 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     refuse_branching(model, example, "skip_compute")
     title = f"{type(model).__name__} skips up to {rate:g} of its blocks' samples"
     calls = require_blocks(model, example).calls
-    axes = find_sample_axes(model, example, calls)
+    axes = find_block_axes(model, example, calls)
     with transaction(model, example, title=title) as change:
         for number, (name, call) in enumerate(calls.items(), start=1):
             block, own = model.get_submodule(name), rate * (number / len(calls) if rising else 1)
@@ -98,7 +98,7 @@ class SampleDraw:
     """
 
     call: BlockCall
-    axes: SampleAxes
+    axes: BlockAxes
 
     def run(self, compute: Callable[..., Any], rate: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a block that is computed for k = ⌈n(1 − rate)⌉ of n samples, x for the others."""

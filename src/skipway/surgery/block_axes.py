@@ -17,7 +17,7 @@ from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.arguments import Path, exchange_at, item_at, tensor_paths
 
-__all__ = ["SampleAxes", "find_sample_axes"]
+__all__ = ["BlockAxes", "find_block_axes"]
 
 MOST_TRIES = 64
 """Choices of axes of the example that are tried."""
@@ -30,7 +30,7 @@ Shapes = dict[Path, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class SampleAxes:
+class BlockAxes:
     """Axes of a block's arguments and outputs that hold the samples.
 
     Args:
@@ -50,7 +50,7 @@ class BlockPass:
     last: Tensor
 
 
-def find_sample_axes(model: nn.Module, example: Example, calls: Mapping[str, BlockCall]) -> dict[str, SampleAxes]:
+def find_block_axes(model: nn.Module, example: Example, calls: Mapping[str, BlockCall]) -> dict[str, BlockAxes]:
     """The axes of the samples in the calls of blocks; the model is left alone.
 
     An axis of the example is that of the samples if further entries on it, with other values, do not change what the
@@ -156,7 +156,7 @@ def run_blocks(model: nn.Module, example: Example, calls: Mapping[str, BlockCall
     return BlockPass(shapes, last[0])
 
 
-def compare_shapes(name: str, call: BlockCall, before: Shapes, more: Shapes) -> SampleAxes:
+def compare_shapes(name: str, call: BlockCall, before: Shapes, more: Shapes) -> BlockAxes:
     """The axes that became twice as long.
 
     Raises:
@@ -174,7 +174,7 @@ def compare_shapes(name: str, call: BlockCall, before: Shapes, more: Shapes) -> 
                 f"{name} is given an argument of shape {before[path]}, with several entries for each of the {count} "
                 "samples of x"
             )
-    return SampleAxes(stream, tuple(axes.items()))
+    return BlockAxes(stream, tuple(axes.items()))
 
 
 def doubled_axis(name: str, path: Path, before: tuple[int, ...], more: tuple[int, ...]) -> int | None:
