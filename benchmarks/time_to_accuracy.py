@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skipway.hardware.processor import cpu_count, cpu_name
+from skipway.hardware import cpu_count, cpu_name
 
 __all__ = ["Contestant", "plain", "race"]
 

@@ -23,7 +23,7 @@ from benchmarks.race.contenders import MODES, OURS, Contender, ReadyContender, W
 from benchmarks.race.devices import DEVICES, DeviceProfile
 from benchmarks.race.journal import Journal, RaceRecord, is_final
 from skipway.errors import SkipwayError, suggest
-from skipway.hardware.processor import cpu_count
+from skipway.hardware import cpu_count
 from skipway.inference.timer import Candidate, Timing, error_line, time_interleaved
 
 __all__ = ["BRANCHES", "PRECISIONS", "WHAT", "BenchmarkPlan", "What", "run_plan"]

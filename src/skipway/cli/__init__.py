@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from skipway.cli.help import HELP_ALL, HelpFormatter
     from skipway.cli.option_names import option_spelling
     from skipway.errors import SkipwayError
+    from skipway.hardware.limits import limit_threads
 
+    limit_threads()
     given = list(sys.argv[1:] if arguments is None else arguments)
     HelpFormatter.show_all = HELP_ALL in given
     try:

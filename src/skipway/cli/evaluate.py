@@ -59,7 +59,7 @@ def evaluate(
     if data is None:
         result = evaluate_run(run, device=device, flip=flip or None, batch_size=batch_size)
     else:
-        from skipway.hardware.processor import cpu_count
+        from skipway.hardware.limits import cpu_count
 
         result = evaluate_images(
             run,

@@ -67,7 +67,7 @@ def predict(
     for name, value in (("top", top), ("batch-size", batch_size)):
         if value < 1:
             raise SkipwayError(f"--{name} {value}: the rule is --{name} >= 1")
-    from skipway.hardware.processor import cpu_count
+    from skipway.hardware.limits import cpu_count
     from skipway.inference.predict import Predictor, image_files
 
     files, left_out = image_files(images, outside=outside)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from skipway.data.sources.index import SourceIndex, name_list, sorted_classes
 from skipway.data.sources.readers import FileStore
 from skipway.data.split import FEWEST_TO_VALIDATE, ImageSample, Splits, split_index
 from skipway.errors import DataError, counted, printable
+from skipway.hardware.limits import available_memory
 
 __all__ = ["load", "statistics"]
 
@@ -36,6 +38,8 @@ LARGE_SIZE = 224
 MAX_HEADERS = 1_000
 # data sets up to this size are decoded into memory
 MEMORY_BYTES = 2 * 1024**3
+# and up to this fraction of the memory that is left
+MEMORY_SHARE = 0.8
 
 # per-channel statistics of ImageNet's training set in [0, 1], as torchvision and timm use them
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -108,6 +112,27 @@ class SourceReader:
         """Whether anything is cached: on request, and by default where there are thousands of files."""
         return self.explicit or (self.choices.cache is None and len(self.files) >= FEW_FILES)
 
+    @cached_property
+    def folder(self) -> Path | None:
+        """The folder of the cache; None, with a remark, if there can be none."""
+        try:
+            return cache_folder(self.choices.cache)
+        except OSError as error:
+            if self.caches:
+                self.remarks.append(f"nothing is cached: {error}")
+            return None
+
+    def fits_in_memory(self, needed: int) -> bool:
+        """Whether the decoded images fit into the memory that is left, with room for the network."""
+        left = available_memory()
+        if left is None or needed <= MEMORY_SHARE * left:
+            return True
+        self.remarks.append(
+            f"the decoded images need {needed / 1e9:.1f} GB and {left / 1e9:.1f} GB of memory are left: they are "
+            "decoded in every epoch"
+        )
+        return False
+
     @property
     def cuts(self) -> bool:
         """Whether training images are random crops of larger ones."""
@@ -117,14 +142,18 @@ class SourceReader:
         """Inspect every image. Returns an `ImageInfo` for each, and the pixels: decoded at input size, or a cache file
         to crop from, or None where they are decoded from the source.
         """
-        folder, store = cache_folder(self.choices.cache), self.found.store
-        known = load_image_infos(folder, store, self.files) if self.caches else {}
+        folder, store = self.folder, self.found.store
+        known = load_image_infos(folder, store, self.files) if folder is not None and self.caches else {}
         channels, size = self.spec.channels, self.spec.size
         needed = len(self.files) * size * size * channels
-        small = not self.cuts and needed <= MEMORY_BYTES
+        small = not self.cuts and needed <= MEMORY_BYTES and self.fits_in_memory(needed)
         kind = "-".join(map(str, ("parts" if self.cuts else "whole", *self.spec)))
         keeps = self.explicit or (self.caches and small)
-        pixels = PixelFile.of(folder, store, kind, cache_key(store, self.files, kind)) if keeps else None
+        pixels = (
+            PixelFile.of(folder, store, kind, cache_key(store, self.files, kind))
+            if folder is not None and keeps
+            else None
+        )
         complete = len(known) == len(self.files)
         if pixels is not None and complete and (ready := self.ready(pixels)) is not None:
             return [known[file] for file in self.files], ready
@@ -133,7 +162,7 @@ class SourceReader:
         known.update(zip(todo, found, strict=True))
         infos = [known[file] for file in self.files]
         try:
-            if self.caches and todo:
+            if folder is not None and self.caches and todo:
                 save_image_infos(folder, store, known)
             if pixels is not None:
                 refused = self.write(pixels, images)
@@ -142,7 +171,8 @@ class SourceReader:
                 elif images is None:
                     return infos, self.ready(pixels)
         except OSError as error:
-            self.remarks.append(f"nothing is cached in {printable(folder)}: {(error.strerror or str(error)).lower()}")
+            where = "" if folder is None else f" in {printable(folder)}"
+            self.remarks.append(f"nothing is cached{where}: {(error.strerror or str(error)).lower()}")
         return infos, None if images is None else DecodedImages(images)
 
     def ready(self, pixels: PixelFile) -> DecodedImages | PixelFile | None:

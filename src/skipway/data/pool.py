@@ -6,6 +6,7 @@ workers. A worker process that is killed, crashes or hangs costs time only: its 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from skipway.data.decode import silence_pillow
-from skipway.hardware.processor import cpu_count
+from skipway.errors import printable
+from skipway.hardware.limits import cpu_count, shared_memory
 
 __all__ = ["ImageTask", "Remark", "WorkerKind", "WorkerPool", "default_workers"]
 
@@ -94,7 +96,10 @@ class WorkerPool:
     def in_processes(
         self, work: ImageTask, batches: Sequence[Sequence[int]], pin: bool
     ) -> Iterator[tuple[Tensor, list[Any]]]:
-        """As `batches`, restarting the workers at the same batch when one dies or hangs."""
+        """As `batches`, restarting the workers at the same batch when one dies or hangs.
+
+        Threads take their place where processes cannot share memory or be started.
+        """
         done, failures = 0, 0
         while failures <= MAX_RESTARTS:
             try:
@@ -102,9 +107,16 @@ class WorkerPool:
                     yield result
                     done += 1
                 return
-            except (BrokenExecutor, Stalled, OSError) as error:
+            except (BrokenExecutor, Stalled) as error:
                 failures += 1
                 self.report_failure(error, done, failures)
+            except OSError as error:
+                if self.remark is not None:
+                    self.remark(
+                        f"threads decode instead of worker processes: {printable(error.strerror or str(error))}"
+                    )
+                yield from run_in_threads(work, batches[done:], pin, self.workers)
+                return
         yield from run_serially(work, batches[done:], pin)
 
     def report_failure(self, error: Exception, done: int, failures: int) -> None:
@@ -199,11 +211,20 @@ def run_chunk(indices: Sequence[int], slot: int, at: int) -> list[Any]:
     return run_task(work, indices, rows)
 
 
+def refuse_small_memory(needed: int) -> None:
+    """Raise OSError if processes cannot share so many bytes: a write beyond the limit would kill this process."""
+    room = shared_memory()
+    if room is not None and needed > room:
+        free = f"{room / 1e6:.0f} MB are free (docker run --shm-size)"
+        raise OSError(f"{needed / 1e6:.0f} MB of shared memory are needed and {free}")
+
+
 def run_in_processes(
     work: ImageTask, batches: Sequence[Sequence[int]], pin: bool, workers: int, stall: float
 ) -> Iterator[tuple[Tensor, list[Any]]]:
     """Yield the batches from processes that write into `PREFETCH_BATCHES` shared buffers in turn."""
     longest = max(map(len, batches), default=0)
+    refuse_small_memory(PREFETCH_BATCHES * longest * math.prod(work.shape or (0,)))
     try:
         shared = torch.empty(PREFETCH_BATCHES, longest, *(work.shape or (0,)), dtype=torch.uint8).share_memory_()
     except RuntimeError as error:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
-__all__ = ["cpu_count", "cpu_name"]
-
-
-def cpu_count() -> int:
-    """Return the number of CPU cores that this process may use.
-
-    >>> cpu_count() >= 1
-    True
-    """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+__all__ = ["cpu_name"]
 
 
 def cpu_name() -> str:

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from skipway._version import __version__
 from skipway.errors import SkipwayError
-from skipway.hardware.processor import cpu_count, cpu_name
+from skipway.hardware.limits import cpu_count
+from skipway.hardware.processor import cpu_name
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
 from skipway.studies.study import Study
 from skipway.studies.table import StudyTable, merge_rows, parts_of

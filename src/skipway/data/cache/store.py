@@ -36,19 +36,27 @@ SPARE_BYTES = 1024**3
 def cache_folder(choice: bool | Path | None) -> Path:
     """The cache folder: the one given, `$SKIPWAY_CACHE`, or Skipway's in the user cache folder of the platform.
 
+    Raises:
+        OSError: the home folder of the user is unknown, as in a container that runs under a number without a name.
+
     >>> str(cache_folder(Path("here")))
     'here'
     """
     if isinstance(choice, Path):
         return choice
     named = os.environ.get("SKIPWAY_CACHE")
-    if named:
-        return Path(named).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "skipway" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "skipway"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipway"
+    try:
+        if named:
+            return Path(named).expanduser()
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "skipway" / "cache"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "skipway"
+        users = Path(os.environ.get("XDG_CACHE_HOME") or "")
+        # by its specification a relative path there does not count
+        return (users if users.is_absolute() else Path.home() / ".cache") / "skipway"
+    except RuntimeError as error:  # what pathlib raises without a home
+        raise OSError("the home folder is unknown; SKIPWAY_CACHE names a folder for the cache") from error
 
 
 def cache_key(store: ImageStore, files: Sequence[str], *settings: Any) -> str:
