@@ -13,8 +13,8 @@ from skipway.nn import Multiply
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_list import edit_container, has_config, number_blocks, numbered_attributes
 from skipway.surgery.block_survey import BlockSurvey, find_blocks
-from skipway.surgery.insertion import OUTPUT, disable_fused_path, insert_after, repeat
-from skipway.surgery.insertion_point import find_insertion_points
+from skipway.surgery.insertion import OUTPUT, disable_fused_path, repeat
+from skipway.surgery.insertion_point import find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.silence import silence_branch
@@ -93,9 +93,9 @@ def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operatio
             except SkipwayError as problem:
                 raise SkipwayError(f"connection {name!r} cannot be silenced: {problem}") from problem
             for point in points:
-                insert_after(change, model.get_submodule(point.name), Multiply(0.0))
-                disable_fused_path(change, point.name)
-            change.touched[name] = ", ".join(point.name for point in points)
+                insert_at(change, model.get_submodule(point.name), point, Multiply(0.0))
+                disable_fused_path(change, point.slot)
+            change.touched[name] = ", ".join(map(str, points))
         return change.commit()
 
 

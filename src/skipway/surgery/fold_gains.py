@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply
 from skipway.surgery.fusion import IDLE, MAPS, NORMS, Affine, absorb, affine_of, parts
-from skipway.surgery.insertion import INPUT, OUTPUT, WEIGHT, computes_like, has_slots, remove
+from skipway.surgery.insertion import BRANCH, INPUT, OUTPUT, WEIGHT, computes_like, has_slots, remove
 from skipway.surgery.insertion_point import find_insertion_points
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import require_operable
@@ -55,12 +55,13 @@ def fold_gains(model: nn.Module, example: Example, *, tolerance: float = 1e-5) -
         )
     closing = closing_modules(model, example)
     with transaction(model, example, title=f"gains of {type(model).__name__} folded") as change:
-        for slot in (WEIGHT, INPUT, OUTPUT):
+        for slot in (WEIGHT, INPUT, OUTPUT, BRANCH):
             for name in names:
                 host = model.get_submodule(name)
                 if slot not in host._modules:
                     continue
-                into = name if slot != OUTPUT or computes_like(host, (*MAPS, *NORMS)) else closing.get(name)
+                itself = slot in (WEIGHT, INPUT) or (slot == OUTPUT and computes_like(host, (*MAPS, *NORMS)))
+                into = name if itself else closing.get(name) if slot == OUTPUT else None
                 try:
                     with change.savepoint():
                         fold_slot(change, host, slot, into, tolerance)
@@ -79,7 +80,7 @@ def closing_modules(model: nn.Module, example: Example) -> dict[str, str]:
             points = find_insertion_points(model, program, connection)
         except SkipwayError:
             continue
-        if len(points) == len(connection.seen.ends):
+        if len(points) == len(connection.seen.ends) and all(point.call is None for point in points):
             for point, end in zip(points, connection.seen.ends, strict=True):
                 closing[point.name] = end.removesuffix(f".{WEIGHT}")  # a standardised weight is made in the slot
     return closing

@@ -12,8 +12,10 @@ from torch.nn import functional
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.transaction import Transaction
+from skipway.tracing.arguments import exchange_at, item_at
 
 __all__ = [
+    "BRANCH",
     "CALL",
     "INPUT",
     "OUTPUT",
@@ -23,6 +25,7 @@ __all__ = [
     "has_slots",
     "insert",
     "insert_after",
+    "insert_into_branch",
     "remove",
     "repeat",
 ]
@@ -33,15 +36,19 @@ INPUT = "residual_entry"
 """Slot of the module that a map's input passes through."""
 WEIGHT = "residual_standard"
 """Slot of the module that a map's weight passes through."""
-SLOTS = (OUTPUT, INPUT, WEIGHT)
+BRANCH = "residual_branch"
+"""Slot of the module that passes what a block adds to its input: x + residual_branch(block(x) − x)."""
+SLOTS = (OUTPUT, INPUT, WEIGHT, BRANCH)
 CALL = "residual_call"
 """Attribute of a block with how it is called, if what is in its output slot is called like the block itself."""
+BRANCH_CALL = "residual_branch_call"
+"""Attribute of a block with where x is in its arguments and its output, if something is in its slot for the branch."""
 
 
 @cache
 def with_slots(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `kind` whose input, weight and output pass through the modules in its slots; of a tuple that is
-    returned the first tensor does.
+    """A subclass of `kind` whose input, weight, branch and output pass through the modules in its slots; of a tuple
+    that is returned the first tensor does.
 
     A subclass keeps `isinstance`, attributes, hooks and state-dict keys, and `torch.compile` traces through it.
     """
@@ -53,6 +60,10 @@ def with_slots(kind: type[nn.Module]) -> type[nn.Module]:
         output = (
             kind.forward(self, *args, **kwargs) if standard is None else apply(self, args[0], standard(self.weight))
         )
+        if (branch := getattr(self, BRANCH, None)) is not None:
+            block: BlockCall = getattr(self, BRANCH_CALL)
+            x = block.take(args, kwargs)
+            output = exchange_at(output, block.output, x + branch(item_at(output, block.output) - x))
         if scale is None:
             return output
         if (call := getattr(self, CALL, None)) is not None:
@@ -94,6 +105,12 @@ def computes_like(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
 def insert_after(change: Transaction, host: nn.Module, inserted: nn.Module) -> None:
     """Let the output of `host` pass through `inserted`, in place."""
     insert(change, host, OUTPUT, inserted)
+
+
+def insert_into_branch(change: Transaction, host: nn.Module, inserted: nn.Module, call: BlockCall) -> None:
+    """Let what `host` adds to its input pass through `inserted`, in place."""
+    insert(change, host, BRANCH, inserted)
+    change.set_attribute(host, BRANCH_CALL, call)
 
 
 def repeat(change: Transaction, host: nn.Module, twin: nn.Module, call: BlockCall) -> None:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from skipway.errors import SkipwayError
+from skipway.surgery.block_call import CONTAINERS, BlockCall, parameter_names
+from skipway.surgery.insertion import BRANCH, OUTPUT, insert_after, insert_into_branch
+from skipway.surgery.transaction import Transaction
 from skipway.tracing import Program
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.operators import is_linear_map
 from skipway.tracing.program import Value
 
-__all__ = ["InsertionPoint", "find_insertion_points"]
+__all__ = ["InsertionPoint", "find_insertion_points", "insert_at"]
 
 COMMUTING = frozenset({"carry", "slice", "stride", "drop", "scale", "pad"})
 """Parts of operators that a factor commutes with."""
@@ -29,12 +32,31 @@ class InsertionPoint:
         axis: axis of its output that holds the channels of the stream; None if that is unknown.
         ndim: number of axes of its output.
         dim: channels of its output.
+        call: where x is in the arguments and the output of the module, if it is the one that adds; what it adds is
+            multiplied then.
     """
 
     name: str
     axis: int | None
     ndim: int
     dim: int
+    call: BlockCall | None = None
+
+    @property
+    def slot(self) -> str:
+        """Path of what is inserted."""
+        return f"{self.name}.{OUTPUT if self.call is None else BRANCH}".removeprefix(".")
+
+    def __str__(self) -> str:
+        return self.name if self.call is None else f"{self.name or 'the model'}, on its output minus its input"
+
+
+def insert_at(change: Transaction, host: nn.Module, point: InsertionPoint, inserted: nn.Module) -> None:
+    """Let what `host`, the module of a point or a copy of it, puts out or adds pass through `inserted`, in place."""
+    if point.call is None:
+        insert_after(change, host, inserted)
+    else:
+        insert_into_branch(change, host, inserted, point.call)
 
 
 def find_insertion_points(
@@ -46,13 +68,40 @@ def find_insertion_points(
     returned; a module that ran once, inside of the one that adds, and whose output nothing else reads. A factor
     commutes with a gate, so that it stands behind either of the two that are multiplied, and is distributed over a sum:
     s (F + G) = s F + s G. A branch that is wider than the stream is passed through its slice where the rest is joined
-    to the sum: [x + F₁, F₂] is [x, 0] + F (ReXNet, DPN).
+    to the sum: [x + F₁, F₂] is [x, 0] + F (ReXNet, DPN). Where there is none, but the module that adds was given x and
+    returned y = x + F(x), it is that module, with F(x) = y − x.
 
     Raises:
         SkipwayError: there is none; says what is in between.
     """
     _, branch, total, _ = connection.seen.numbers
-    return Search(model, program, connection).points(branch, total)
+    whole = adding_module(model, program, connection)
+    try:
+        points = Search(model, program, connection).points(branch, total)
+    except SkipwayError:
+        if whole is None:
+            raise
+        return (whole,)
+    return points if whole is None or all(point.axis is not None for point in points) else (whole,)
+
+
+def adding_module(model: nn.Module, program: Program, connection: WatchedConnection) -> InsertionPoint | None:
+    """The module that adds, if it was given x, returned x + F(x), and left x as it was."""
+    seen, owner = connection.seen, connection.seen.owner
+    skip, branch, total, start = seen.numbers
+    given = [path for path, number in program.given.get(owner, {}).items() if number == skip]
+    returned = [path for path, number in program.returned.get(owner, {}).items() if number == total]
+    exact = seen.skip == "identity" and skip == start and seen.weights[0] == 1 and seen.channel is not None
+    if not (given and returned and exact) or program.runs.get(owner) != 1:
+        return None
+    members = [*program.between(start, branch), program[total]]
+    if any(program.writes_into(member, start) for member in members):
+        return None
+    module = model.get_submodule(owner)
+    if isinstance(module, CONTAINERS):
+        return None
+    call = BlockCall(given[0], returned[0], parameter_names(module))
+    return InsertionPoint(owner, seen.channel, len(seen.shape), connection.site.dim, call)
 
 
 @dataclass(frozen=True)
@@ -77,6 +126,8 @@ class Search:
             reason = reason or why
             if here == start:
                 raise SkipwayError(reason or "what is added holds the stream itself, which a factor would multiply too")
+            if here in self.connection.seen.inner:
+                raise SkipwayError(reason or "what is added is the sum of another connection")
             signals = program.signals(value)
             if value.norm is None and len(signals) > 1 and value.part in ("sum", "product"):
                 return self.points_of_several(value, signals, reason)
@@ -110,7 +161,7 @@ class Search:
             if not is_part_of(name, self.connection.seen.owner):
                 continue
             # a container runs its children one after the other, and would run an inserted one a second time
-            if isinstance(self.model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            if isinstance(self.model.get_submodule(name), CONTAINERS):
                 continue
             if program.runs[name] > 1:
                 reason = f"{name} runs {program.runs[name]} times in a pass, so a scale after it would be shared"

@@ -14,8 +14,8 @@ from skipway.errors import SkipwayError
 from skipway.nn import Gain, Multiply
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme, parse_scheme
-from skipway.surgery.insertion import OUTPUT, disable_fused_path, insert_after
-from skipway.surgery.insertion_point import InsertionPoint, find_insertion_points
+from skipway.surgery.insertion import disable_fused_path
+from skipway.surgery.insertion_point import InsertionPoint, find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.transaction import Transaction, transaction
@@ -124,7 +124,7 @@ class Dressing:
         program: what the network runs on the example.
         scheme: the scheme.
         start: see `rescheme`.
-        hosts: the connection for each module after which something was inserted, by their names.
+        slots: the connection for each path where something was inserted.
         unfit: why a connection cannot be dressed, by its name.
     """
 
@@ -133,7 +133,7 @@ class Dressing:
     program: Program
     scheme: Scheme
     start: Start
-    hosts: dict[str, str] = field(default_factory=dict)
+    slots: dict[str, str] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -153,16 +153,17 @@ class Dressing:
             if self.from_scratch:
                 start_network(self.change, self.chain, self.scheme)
             runs = self.count_runs()
-            repeated = {host: name for host, name in self.hosts.items() if runs[host] != 1}
+            repeated = {slot: name for slot, name in self.slots.items() if runs[slot] != 1}
             if not repeated:
                 return
             self.change.roll_back()
-            for host, name in repeated.items():
-                self.unfit[name] = f"a module inserted after {host} runs {runs[host]} times in a pass"
+            for slot, name in repeated.items():
+                host = slot.rpartition(".")[0] or "the model"
+                self.unfit[name] = f"a module inserted after {host} runs {runs[slot]} times in a pass"
 
     def dress_each(self) -> None:
         """Dress each connection, or note why it cannot be dressed."""
-        self.hosts.clear()
+        self.slots.clear()
         self.change.touched.clear()
         self.change.refused.clear()
         for connection in self.chain:
@@ -195,7 +196,7 @@ class Dressing:
             raise SkipwayError(str(obstacle))
         modules = [made[0] if len(made) == 1 else nn.Sequential(*made) for made in inserted]
         self.insert_scales(connection, points, modules)
-        return ", ".join(point.name for point in points)
+        return ", ".join(map(str, points))
 
     def scales(self, site: Site, skip: nn.Module | None) -> list[nn.Module]:
         """The modules that the scheme puts after a branch."""
@@ -210,9 +211,9 @@ class Dressing:
             if like is not None:
                 scale.to(like.device, like.dtype)
             host = connection.model.get_submodule(point.name)
-            insert_after(self.change, host, scale.train(host.training))
-            disable_fused_path(self.change, point.name)
-            self.hosts[point.name] = connection.name
+            insert_at(self.change, host, point, scale.train(host.training))
+            disable_fused_path(self.change, point.slot)
+        self.slots.update((point.slot, connection.name) for point in points)
         if self.start != "scheme":
             preserve_function(self.change, connection, scales, divide=self.start == "divide")
 
@@ -229,14 +230,13 @@ class Dressing:
             )
 
     def count_runs(self) -> Counter[str]:
-        """Compare outputs, and count the runs of each inserted module by the name of its host."""
+        """Compare outputs, and count the runs of each inserted module."""
         runs: Counter[str] = Counter()
-        slots = {f"{host}.{OUTPUT}": host for host in self.hosts}
 
         def count(slot: str, *_: Any) -> None:
-            runs[slots[slot]] += 1
+            runs[slot] += 1
 
-        with forward_hooks(self.change.model, slots, enter=count):
+        with forward_hooks(self.change.model, self.slots, enter=count):
             self.change.compare()
         return runs
 

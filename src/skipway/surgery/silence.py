@@ -11,8 +11,7 @@ from skipway.errors import SkipwayError
 from skipway.nn import Gain
 from skipway.surgery.block_call import has_module
 from skipway.surgery.fusion import NORMS
-from skipway.surgery.insertion import insert_after
-from skipway.surgery.insertion_point import find_insertion_points
+from skipway.surgery.insertion_point import find_insertion_points, insert_at
 from skipway.surgery.transaction import Transaction
 from skipway.tracing import Program
 from skipway.tracing.chain import WatchedConnection
@@ -61,7 +60,7 @@ def silence_branch(
     for point in points:
         if not f"{point.name}.".startswith(prefix):
             raise SkipwayError(f"a branch of {name!r} ends outside of it, in {point.name!r}")
-        insert_after(change, twin.get_submodule(point.name.removeprefix(prefix)), Gain(init=0.0))
+        insert_at(change, twin.get_submodule(point.name[len(prefix) :]), point, Gain(init=0.0))
 
 
 @torch.no_grad()

@@ -39,11 +39,14 @@ class BranchReader(Walker):
     Args:
         program: that they were found in.
         skips: the sums, each with the operand that is the skip.
+        cancelled: differences (x + F) − x, each with F.
         found: the connections in order.
     """
 
-    def __init__(self, program: Program, skips: dict[int, int], found: Sequence[FoundAdd]) -> None:
-        super().__init__(program, skips)
+    def __init__(
+        self, program: Program, skips: dict[int, int], cancelled: dict[int, int], found: Sequence[FoundAdd]
+    ) -> None:
+        super().__init__(program, skips, cancelled)
         self.found = found
 
     def describe_all(self) -> list[ResidualAdd]:
@@ -94,6 +97,7 @@ class BranchReader(Walker):
             shape=value.shape,
             channel=self.stream_channel(value),
             kind=kind_of(crossed),
+            inner=tuple(member.number for member in crossed if member.number in self.skips),
             numbers=(skip, branch, value.number, way.start),
         )
 
@@ -148,12 +152,15 @@ class BranchReader(Walker):
             value = self.program[here]
             if effective_part(value) in {"map", "norm"}:
                 return (value.norm or self.program.weight_owner(value),)
-            if value.part == "sum" and here not in self.skips and self.program.signal_users(here) == [following]:
+            if self.is_sum_of_branches(value) and self.program.signal_users(here) == [following]:
                 found = [self.ends(operand, start, here) for operand in value.operands]
                 alone = all(self.program.signal_users(operand) == [here] for operand in value.operands)
                 return tuple(name for names in found for name in names) if alone and all(found) else ()
             here, following = self.main_operand(value), here
         return ()
+
+    def is_sum_of_branches(self, value: Value) -> bool:
+        return value.part == "sum" and value.number not in self.skips and value.number not in self.cancelled
 
     def closing(self, branch: int, start: int) -> Value | None:
         """The last map or norm of a branch."""
@@ -168,7 +175,7 @@ class BranchReader(Walker):
             if effective_part(value) == "scale" and self.factors(value):
                 constants = [self.program[o] for o in value.operands if not self.program[o].signal]
                 return BranchScale(tuple(sorted(value.parameters)), any(constant.numel > 1 for constant in constants))
-            if value.part == "sum" and value.number not in self.skips:  # of branches, each with a scale of its own
+            if self.is_sum_of_branches(value):  # each with a scale of its own
                 scales = [scale for operand in value.operands if (scale := self.scale(operand, start)) is not None]
                 names = sorted({name for scale in scales for name in scale.parameters})
                 each = len(scales) == len(value.operands)

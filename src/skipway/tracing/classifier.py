@@ -41,14 +41,14 @@ def find_residual_adds(program: Program) -> tuple[list[ResidualAdd], list[Refusa
         if reason is not None and value.norm is None:
             operator = value.operator if reason == "unknown" else ""
             refused.append(Refusal(value.owner, reason, value.shape, operator))
-    return BranchReader(program, classifier.skips, classifier.found).describe_all(), refused
+    return BranchReader(program, classifier.skips, classifier.cancelled, classifier.found).describe_all(), refused
 
 
 class AddClassifier(Walker):
     """Judges the additions of a program, in order."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(program, {})
+        super().__init__(program, {}, {})
         self.found: list[FoundAdd] = []
 
     def reason(self, value: Value) -> Reason | None:
@@ -109,6 +109,8 @@ class AddClassifier(Walker):
             return "attention"
         if self.positional[first] != self.positional[second]:
             return "constant"
+        if self.cancels(value, first, second):
+            return "difference"
         ways = [(self.way(u, v), u, v) for u, v in ((first, second), (second, first))]
         found = [(way, u, v) for way, u, v in ways if way is not None]
         if not found:
@@ -119,6 +121,22 @@ class AddClassifier(Walker):
             self.found.append(FoundAdd(value, skip, branch, way))
             self.skips[value.number] = skip
         return reason
+
+    def cancels(self, value: Value, total: int, subtracted: int) -> bool:
+        """True for the difference y − x of which y = x + F(x) is read by nothing else: it is F(x), and y none of the
+        network's connections.
+        """
+        minus = self.program[subtracted]
+        skip = self.skips.get(total)
+        if skip is None or minus.factor != -1 or minus.operands != (skip,):
+            return False
+        if self.program.signal_users(total) != [value.number]:
+            return False
+        (found,) = (each for each in self.found if each.value.number == total)
+        self.found.remove(found)
+        del self.skips[total]
+        self.cancelled[value.number] = found.branch
+        return True
 
     def idle(self, way: SkipPath, branch: int) -> Reason | None:
         """The reason why a branch does no work: it only carries, or it is an activation."""

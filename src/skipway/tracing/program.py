@@ -34,6 +34,7 @@ class Value:
         call: running number of the Python-level addition that made it, None where none did.
         term: which of the terms of that addition it adds, from 0: 1 unless more than two are added.
         factor: the number that the operator multiplies its signal by.
+        written: whether it was written into the tensor that held its first operand.
         floating: whether its elements are real or complex numbers, rather than integers or truth values.
         channel: the axis that holds the channels, see `skipway.tracing.channels`; None where that is unknown.
     """
@@ -51,6 +52,7 @@ class Value:
     call: int | None = None
     term: int = 1
     factor: float = 1.0
+    written: bool = False
     floating: bool = True
     channel: int | None = None
 
@@ -132,6 +134,16 @@ class Program:
     def is_summed(self, number: int) -> bool:
         """True if nothing is computed from a value and it is not put out."""
         return number not in self.makers and all(self.is_summed(user) for user in self.users[number])
+
+    def writes_into(self, value: Value, number: int) -> bool:
+        """True if a value was written into a tensor that held another one, or a view of it."""
+        while value.written or value.part in {"carry", "slice"}:
+            if value.written and number in value.operands[:1]:
+                return True
+            if not value.operands or value.operands[0] < number:
+                return False
+            value = self.values[value.operands[0]]
+        return False
 
     def between(self, start: int, end: int) -> Iterator[Value]:
         """The values on the way from `start` (excluded) to `end` (included), in order."""

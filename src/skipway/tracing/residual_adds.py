@@ -83,6 +83,7 @@ class ResidualAdd:
         shape: of the sum.
         channel: the axis of the sum that holds its channels, as the weights say; None where none does.
         kind: what the branch does: "attention", "conv" or "mlp".
+        inner: numbers of the sums of other connections within the branch.
         numbers: of the values skip, branch and sum in the program, and of the x that both were computed from.
     """
 
@@ -105,6 +106,7 @@ class ResidualAdd:
     shape: tuple[int, ...]
     channel: int | None
     kind: Literal["attention", "conv", "mlp"]
+    inner: tuple[int, ...]
     numbers: tuple[int, int, int, int]
 
     @property

@@ -59,10 +59,11 @@ class Walker:
     Args:
         program: that is walked through.
         skips: accepted sums, each with the operand that a walk goes on with.
+        cancelled: differences (x + F) − x, each with F.
     """
 
-    def __init__(self, program: Program, skips: dict[int, int]) -> None:
-        self.program, self.skips = program, skips
+    def __init__(self, program: Program, skips: dict[int, int], cancelled: dict[int, int]) -> None:
+        self.program, self.skips, self.cancelled = program, skips, cancelled
 
     def way(self, side: int, other: int) -> SkipPath | None:
         """Back from `side` through carrying, pooling, norms and linear maps to what `other` was computed from."""
@@ -152,6 +153,8 @@ class Walker:
         """The operand that carries the branch on: the only signal, or at a gate the larger one."""
         if value.norm is not None:
             return self.before_norm(value)
+        if value.number in self.cancelled:
+            return self.cancelled[value.number]
         signals = self.program.signals(value)
         if len(signals) == 1:
             return signals[0]

@@ -428,7 +428,7 @@ class Recorder(TorchDispatchMode):
     ) -> int:
         """Write down that `tensor` now holds what `operator` made of `operands`."""
         floating = tensor.is_floating_point() or tensor.is_complex()
-        number = self.append(operator, part, operands, tuple(tensor.shape), floating=floating, **more)
+        number = self.append(operator, part, operands, tuple(tensor.shape), floating=floating, written=written, **more)
         storage, place = address(tensor)
         self.held.append(tensor)
         self.known.setdefault(storage, {})[place] = number
