@@ -46,7 +46,7 @@ def evaluate(
         run: Run folder, or a file of weights in it.
         data: Other images, in folders named after classes of the run. [test images of the run]
         flip: Average the logits with those of the mirrored image.
-        json: Print JSON, with the confusion matrix.
+        json: Print JSON, with the confusion matrix up to 1,000 classes.
         batch_size: Images per forward pass. [as in training]
         outside: Follow links out of DATA.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
@@ -102,7 +102,7 @@ def encode_evaluation(result: RunEvaluation) -> str:
                 strict=True,
             )
         ],
-        "confusion": evaluation.confusion.tolist(),
+        "confusion": None if evaluation.confusion.is_sparse else evaluation.confusion.tolist(),
         "unreadable": [list(entry) for entry in result.unreadable],
         "remarks": list(result.remarks),
     }

@@ -222,10 +222,10 @@ def hold_out(
     """
     groups = groups or {}
     train, test, side = {}, {}, {}
+    if least == 2:
+        check_class_sizes(files, groups)
     for name, members in files.items():
         size = Counter(unit_of(member, groups) for member in members)
-        if members and least == 2:
-            check_class(name, members, len(size))
         count = min(max(1, round(fraction * len(members))), len(members) - 1) if len(members) >= least else 0
         order = sorted(size, key=lambda unit: (draw_key(seed, purpose, unit), unit))
         held = sum(size[unit] for unit in order if side.get(unit) == "test")
@@ -247,18 +247,22 @@ def unit_of(file: str, groups: Groups) -> str:
     return min(groups.get(file, (file,)))
 
 
-def check_class(name: str, members: Sequence[str], units: int) -> None:
-    """Check that a class has two different images.
+def check_class_sizes(files: FilesByClass, groups: Groups) -> None:
+    """Check that every class has two different images.
 
     Raises:
-        DataError: it has one.
+        DataError: one has a single image.
     """
-    if units >= 2:
+    units = {name: len({unit_of(member, groups) for member in members}) for name, members in files.items() if members}
+    single = [name for name, count in units.items() if count == 1]
+    if not single:
         return
-    single = "has a single image" if len(members) < 2 else f"has {len(members)} copies of a single image"
+    name, copies = single[0], len(files[single[0]])
+    what = "has a single image" if copies < 2 else f"has {copies} copies of a single image"
+    more = f", as {len(single):,} of {len(units):,} classes do," if len(single) > 1 else ""
     raise DataError(
-        f"class {printable(name)!r} {single}: two are needed, one to train on and one to test on; add images or remove "
-        "the class"
+        f"class {printable(name)!r} {what}{more} and two are needed, one to train on and one to test on; add images, "
+        "remove the class, or give test images in a folder named test"
     )
 
 

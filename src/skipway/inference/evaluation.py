@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data import Batch
+from skipway.inference.metrics import class_scores, confused_pairs, confusion_entries
 
 __all__ = ["Evaluation", "evaluate", "wilson_interval"]
 
 # the 97.5 % point of the normal distribution
 Z_95 = 1.959963984540054
+# confusion matrices of more classes are sparse
+MAX_DENSE_CLASSES = 1_000
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -39,7 +42,8 @@ class Evaluation:
 
     Args:
         loss: mean cross-entropy, without label smoothing.
-        confusion: int64 of shape (classes, classes): images of class [row] predicted as class [column].
+        confusion: int64 of shape (classes, classes): images of class [row] predicted as class [column]; sparse for
+            more than 1,000 classes, so that its size is that of the images.
     """
 
     loss: float
@@ -53,7 +57,8 @@ class Evaluation:
     @property
     def correct(self) -> int:
         """Number of correctly classified images."""
-        return int(self.confusion.diagonal().sum())
+        rows, columns, counts = confusion_entries(self.confusion)
+        return int(counts[rows == columns].sum())
 
     @property
     def accuracy(self) -> float:
@@ -62,18 +67,13 @@ class Evaluation:
 
     def worst_class(self) -> tuple[int, float, int]:
         """Return index, accuracy and number of images of the class with the lowest accuracy."""
-        counts = self.confusion.sum(1)
-        shares = torch.where(counts > 0, self.confusion.diagonal() / counts.clamp(min=1), torch.inf)
-        worst = int(shares.argmin())
-        return worst, float(shares[worst]), int(counts[worst])
+        scores = class_scores(self.confusion)
+        worst = int(torch.where(scores.images > 0, scores.recall, torch.inf).argmin())
+        return worst, float(scores.recall[worst]), int(scores.images[worst])
 
     def top_confusion(self) -> tuple[int, int, int] | None:
         """Return the most frequent mistake as (true class, predicted class, count); None without mistakes."""
-        mistakes = self.confusion.clone().fill_diagonal_(0)
-        place = int(mistakes.argmax())
-        row, column = divmod(place, mistakes.shape[1])
-        count = int(mistakes[row, column])
-        return (row, column, count) if count else None
+        return next(iter(confused_pairs(self.confusion, 1)), None)
 
 
 @torch.no_grad()
@@ -102,7 +102,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    counts = torch.zeros(classes * classes + 1, dtype=torch.float64, device=device)
+    pairs, numbers = [torch.zeros(0, dtype=torch.int64, device=device)], [torch.zeros(0, dtype=torch.int64)]
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     stopped, done, batch = False, 0, None
     for batch in batches:
         with autocast():
@@ -112,9 +113,9 @@ def evaluate(
         if observe is not None:
             observe(batch, logits)
         losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-        pairs = torch.bincount(batch.labels * classes + logits.argmax(1), minlength=classes * classes)
-        counts[:-1] += pairs
-        counts[-1] += losses.double().sum()
+        pairs.append(batch.labels * classes + logits.argmax(1))
+        numbers.append(batch.numbers)
+        loss += losses.double().sum()
         done += 1
         stopped = stop()
         if stopped:
@@ -125,6 +126,20 @@ def evaluate(
     model.train(was_training)
     if bool(total(torch.tensor(float(stopped), device=device)) > 0):
         return None
-    *found, loss = total(counts).tolist()
-    confusion = torch.tensor(found, dtype=torch.float64).round().long().reshape(classes, classes)
-    return Evaluation(loss / confusion.sum().item() if confusion.sum() else math.nan, confusion)
+    seen = torch.cat(pairs)
+    every, images, ranks = total(torch.stack([loss, loss.new_tensor(len(seen)), loss.new_tensor(1.0)])).tolist()
+    if ranks > 1:
+        # each image is on one rank, so that the sum over the ranks has all of them
+        shared = torch.zeros(int(images), dtype=torch.int64, device=device)
+        shared[torch.cat(numbers).to(device)] = seen
+        seen = total(shared)
+    return Evaluation(every / images if images else math.nan, confusion_of(seen.cpu(), classes))
+
+
+def confusion_of(pairs: Tensor, classes: int) -> Tensor:
+    """The confusion matrix of images, given as true class * classes + predicted class, int64 (N,)."""
+    if classes <= MAX_DENSE_CLASSES:
+        return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+    places, counts = pairs.unique(return_counts=True)
+    indices = torch.stack([places // classes, places % classes])
+    return torch.sparse_coo_tensor(indices, counts, (classes, classes), is_coalesced=True)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Bin", "Calibration", "ClassScores", "calibration", "class_scores", "confused_pairs", "percent"]
+__all__ = [
+    *("Bin", "Calibration", "ClassScores", "calibration", "class_scores", "confused_pairs", "confusion_entries"),
+    "percent",
+]
 
 # as in Guo 2017, "On calibration of modern neural networks"
 BINS = 15
@@ -40,18 +43,33 @@ class ClassScores:
         return float(self.f1[self.images > 0].mean())
 
 
+def confusion_entries(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of a confusion matrix that are not 0, row by row: row, column and count, each int64 (M,).
+
+    >>> [part.tolist() for part in confusion_entries(torch.tensor([[3, 1], [0, 4]]))]
+    [[0, 0, 1], [0, 1, 1], [3, 1, 4]]
+    """
+    entries = (confusion if confusion.is_sparse else confusion.to_sparse()).coalesce()
+    rows, columns = entries.indices()
+    return rows, columns, entries.values()
+
+
 def class_scores(confusion: Tensor) -> ClassScores:
     """Compute recall, precision and F1 of each class.
 
     Args:
-        confusion: (classes, classes): images of class [row] predicted as class [column].
+        confusion: (classes, classes), dense or sparse: images of class [row] predicted as class [column].
 
     >>> scores = class_scores(torch.tensor([[3, 1], [0, 4]]))
     >>> scores.recall.tolist(), scores.precision.tolist()
     ([0.75, 1.0], [1.0, 0.8])
     """
-    counts = confusion.double()
-    hits, images, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    rows, columns, counts = confusion_entries(confusion)
+
+    def summed(places: Tensor, values: Tensor) -> Tensor:
+        return torch.zeros(confusion.shape[0], dtype=torch.float64).index_add_(0, places, values.double())
+
+    hits, images, predicted = summed(rows, counts * (rows == columns)), summed(rows, counts), summed(columns, counts)
 
     def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
         return torch.where(denominator > 0, numerator / denominator.clamp(min=1), 0.0)
@@ -65,10 +83,10 @@ def confused_pairs(confusion: Tensor, most: int) -> list[tuple[int, int, int]]:
     >>> confused_pairs(torch.tensor([[3, 1], [2, 4]]), 5)
     [(1, 0, 2), (0, 1, 1)]
     """
-    mistakes = confusion.clone().fill_diagonal_(0).flatten()
-    counts, places = mistakes.sort(descending=True, stable=True)
-    rows = zip(places[:most].tolist(), counts[:most].tolist(), strict=True)
-    return [(*divmod(place, confusion.shape[1]), int(count)) for place, count in rows if count]
+    rows, columns, counts = confusion_entries(confusion)
+    wrong = (rows != columns).nonzero()[:, 0]
+    order = wrong[counts[wrong].sort(descending=True, stable=True).indices[:most]]
+    return list(zip(*(part[order].tolist() for part in (rows, columns, counts)), strict=True))
 
 
 @dataclass(frozen=True)

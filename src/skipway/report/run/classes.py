@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from skipway.inference.metrics import ClassScores, confused_pairs, percent
+from skipway.inference.metrics import ClassScores, class_scores, confused_pairs, percent
 from skipway.report.chart import Bars, Figure, Heatmap, Series
 from skipway.report.page import PageTable, number_cell, text_cell
 from skipway.report.svg import clipped
@@ -32,7 +32,7 @@ def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Heatmap | None:
 
 def confused_table(confusion: Tensor, names: Sequence[str]) -> PageTable:
     """Build the table of the most frequent mistakes; without rows if there are none."""
-    images = confusion.sum(1).tolist()
+    images = class_scores(confusion).images.tolist()
     rows = []
     for true, predicted, count in confused_pairs(confusion, PAIRS if len(names) > MOST_IN_MATRIX else FEW_PAIRS):
         fraction = count / max(1, images[true])
