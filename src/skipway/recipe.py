@@ -144,6 +144,9 @@ class Recipe:
     max_megapixels: float = advanced(64.0)
     """Refuse images that decode to more megapixels; JPEG counts as reduced."""
 
+    inspect: int | None = advanced(None)
+    """Images of a large set to inspect before training. [all]"""
+
     subfolders: Literal["merge", "classes"] = advanced("merge")
     """Subfolders of a class folder: merge them into the class, or make each a class."""
 
@@ -402,7 +405,7 @@ class Recipe:
         names = ("size", "channels", "seed", "crop", "flip", "unreadable", "workers", "most_unreadable", "allow_empty")
         more = (
             *("grey16", "fit", "crop_share", "resample", "max_megapixels", "subfolders", "outside", "cache"),
-            *("holdout", "validation"),
+            *("holdout", "validation", "inspect"),
         )
         return {
             **{name: getattr(self, name) for name in (*names, *more)},

@@ -148,7 +148,7 @@ def test_every_training_image_is_seen_once(tmp_path):
 def test_files_give_what_memory_gives_with_any_number_of_workers(tmp_path, crop, monkeypatch):
     pictures(tmp_path, shape=(20, 20, 3))
     memory = load(tmp_path, size=20, crop="none", flip=True)
-    monkeypatch.setattr("skipway.data.loader.MEMORY_BYTES", 0)
+    monkeypatch.setattr("skipway.data.source_reader.MEMORY_BYTES", 0)
     alone, helped = (load(tmp_path, size=20, crop=crop, flip=True, workers=workers) for workers in (0, 2))
     assert isinstance(alone.train, FileDataset)
     batches = [

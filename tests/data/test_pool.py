@@ -218,7 +218,7 @@ def test_pixels_of_another_source_are_not_taken(tmp_path):
         assert other.open(2, 1) is None
     assert file.open(3, 1) is None
     assert file.open(2, 3) is None
-    assert load_image_infos(tmp_path, load(pictures(tmp_path / "p")).splits.images, ["class0/0.png"]) == {}
+    assert load_image_infos(tmp_path, load(pictures(tmp_path / "p")).splits.images, ["class0/0.png"], []) == {}
 
 
 def test_duplicates_stay_on_one_side(tmp_path):

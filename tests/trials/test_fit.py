@@ -131,7 +131,7 @@ def test_every_reader_obeys_the_fit_of_the_training(tmp_path, fit, capsys):
     model = from_pretrained(run)
     preprocessing = model.preprocessing
     assert isinstance(preprocessing, Preprocessing)
-    assert (preprocessing.fit, preprocessing.share) == (fit, 1.0)
+    assert (preprocessing.fit, preprocessing.crop_share) == (fit, 1.0)
     path = folder / "left/0.png"
     expected = decode(path, DecodeSpec(3, 16, fit=fit))
     assert (preprocessing.of_file(path).numpy() == expected).all()

@@ -213,7 +213,7 @@ def no_home():
 @pytest.mark.parametrize("kind", ["no home", "a file", "below a file", "full", "read-only"])
 @pytest.mark.parametrize("asked", [True, None])
 def test_caches_that_cannot_be_written(images, tmp_path, monkeypatch, kind, asked):
-    monkeypatch.setattr("skipway.data.loader.FEW_FILES", 1)
+    monkeypatch.setattr("skipway.data.source_reader.FEW_FILES", 1)
     monkeypatch.delenv("SKIPWAY_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if kind == "no home":

@@ -43,6 +43,8 @@ class LineReporter(QuietReporter):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.last_line = time.monotonic()
+        # when the images began to be read, and how many were then
+        self.reading: tuple[float, int] | None = None
 
     def write(self, text: Text) -> None:
         """One line, however long."""
@@ -54,7 +56,16 @@ class LineReporter(QuietReporter):
 
     def images_read(self, done: int, total: int) -> None:
         if self.due():
-            self.message("reading", f"{done:,} of {total:,} images")
+            self.message("reading", self.reading_text(done, total))
+
+    def reading_text(self, done: int, total: int) -> str:
+        """How far the images are read, and how long it will take by the speed so far."""
+        now = time.monotonic()
+        if self.reading is None or done < self.reading[1]:
+            self.reading = now, done
+        began, before = self.reading
+        left = (total - done) * (now - began) / (done - before) if done > before else 0
+        return f"{done:,} of {total:,} images{f', {duration(left)} left' if left >= 1 else ''}"
 
     def step(self, report: StepReport) -> None:
         if self.due():
@@ -102,7 +113,7 @@ class LiveReporter(LineReporter):
             self.write(Text.assemble((start, "bold cyan"), line))
 
     def images_read(self, done: int, total: int) -> None:
-        self.show("reading", done, total, f"{done:,} of {total:,} images")
+        self.show("reading", done, total, self.reading_text(done, total))
 
     def step(self, report: StepReport) -> None:
         done = (report.epoch - 1) * report.steps + report.step

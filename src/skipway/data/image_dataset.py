@@ -109,6 +109,7 @@ class FileDataset(ImageDataset):
         pool: workers that decode.
         stored: images decoded at a higher resolution than the input's, which are cropped instead: (file, number of its
             images, row of each sample). None: decode the files.
+        inspected: whether all files have been read before.
     """
 
     def __init__(
@@ -120,7 +121,9 @@ class FileDataset(ImageDataset):
         crop: bool,
         pool: WorkerPool,
         stored: tuple[PixelFile, int, np.ndarray] | None = None,
+        inspected: bool = True,
     ) -> None:
+        self.inspected = inspected
         self.store = store
         self.samples = samples
         self.spec = spec
@@ -142,7 +145,8 @@ class FileDataset(ImageDataset):
         ):
             for index, reason in zip(batch, reasons, strict=True):
                 if reason:
-                    raise UnreadableImage(self.store.root / self.names[index], f"changed while training: {reason}")
+                    when = "changed while training" if self.inspected else "not inspected before training"
+                    raise UnreadableImage(self.store.root / self.names[index], f"{when}: {reason}")
             yield images.to(device, non_blocking=True)
 
 
@@ -152,22 +156,26 @@ def inspect_images(
     pool: WorkerPool,
     *,
     spec: DecodeSpec,
+    keep: Callable[[Sequence[str], Sequence[ImageInfo]], object],
     decoded: bool = False,
     progress: Progress | None = None,
-) -> tuple[list[ImageInfo], Tensor | None]:
-    """Inspect every image; with `decoded`, also decode them: uint8 (N, H, W, C), zeros where one cannot be read."""
+) -> Tensor | None:
+    """Inspect every image, and give names and infos of each part to `keep` as soon as they are known; with `decoded`,
+    also decode them: uint8 (N, H, W, C), zeros where one cannot be read.
+    """
     shape = (len(files), spec.size, spec.size, spec.channels)
     pixels = torch.zeros(shape, dtype=torch.uint8) if decoded else None
-    infos: list[ImageInfo] = []
+    done = 0
     batches = [range(start, min(start + CHUNK, len(files))) for start in range(0, len(files), CHUNK)]
     for images, found in pool.batches(InspectTask(store, files, spec, decoded), batches):
         if pixels is not None:
             sound = torch.tensor([not info.reason for info in found])
-            pixels[len(infos) : len(infos) + len(found)][sound] = images[sound]
-        infos += found
+            pixels[done : done + len(found)][sound] = images[sound]
+        keep(files[done : done + len(found)], found)
+        done += len(found)
         if progress is not None:
-            progress(len(infos), len(files))
-    return infos, pixels
+            progress(done, len(files))
+    return pixels
 
 
 def decode_files(
@@ -181,8 +189,15 @@ def decode_files(
 ) -> tuple[MemoryDataset, list[tuple[str, str]]]:
     """Decode files into memory. Returns the data set, and (file, reason) of each file that cannot be read."""
     files = [sample.file for sample in samples]
-    infos, pixels = inspect_images(
-        FileStore(root), files, WorkerPool(workers), spec=DecodeSpec(channels, size), decoded=True, progress=progress
+    infos: list[ImageInfo] = []
+    pixels = inspect_images(
+        FileStore(root),
+        files,
+        WorkerPool(workers),
+        spec=DecodeSpec(channels, size),
+        keep=lambda _, found: infos.extend(found),
+        decoded=True,
+        progress=progress,
     )
     assert pixels is not None
     sound = [number for number, info in enumerate(infos) if not info.reason]

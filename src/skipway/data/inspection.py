@@ -128,7 +128,7 @@ def content_remarks(found: SourceIndex, infos: dict[str, ImageInfo], fit: Fit) -
         )
     counts, transparent, moving, long = {}, {}, 0, []
     for name in found.classes:
-        usable = [infos[file] for file in found.train.get(name, []) if not infos[file].reason]
+        usable = [info for file in found.train.get(name, []) if (info := infos.get(file)) and not info.reason]
         counts[name] = len(usable)
         transparent[name] = sum(info.alpha for info in usable) / max(1, len(usable))
     for file, info in infos.items():

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipway.data.cache.images import open_square, write_rows, write_shrunk, write_square
-from skipway.data.cache.store import PixelFile, cache_folder, cache_key, load_image_infos, save_image_infos
+from skipway.data.cache.store import PixelFile
 from skipway.data.dataset import Data
-from skipway.data.decode import DecodeSpec, Header, UnreadableImage, read_header
+from skipway.data.decode import DecodeSpec, UnreadableImage
 from skipway.data.digits import digits
-from skipway.data.image_dataset import DecodedImages, FileDataset, ImageDataset, MemoryDataset, Progress, inspect_images
-from skipway.data.inspection import DecodeTask, ImageInfo, content_remarks, duplicate_groups
-from skipway.data.options import SMALL_SIDE, DataChoices
-from skipway.data.pool import FEW_FILES, Remark, WorkerPool, default_workers
+from skipway.data.image_dataset import DecodedImages, FileDataset, ImageDataset, MemoryDataset, Progress
+from skipway.data.inspection import ImageInfo, content_remarks, duplicate_groups
+from skipway.data.options import DataChoices
+from skipway.data.pool import Remark, WorkerPool, default_workers
 from skipway.data.preprocessing import Preprocessing
+from skipway.data.source_reader import SourceReader, choose_input
 from skipway.data.sources.detect import index_source
 from skipway.data.sources.index import SourceIndex, name_list, sorted_classes
 from skipway.data.sources.readers import FileStore
 from skipway.data.split import FEWEST_TO_VALIDATE, ImageSample, Splits, split_index
 from skipway.errors import DataError, counted, printable
-from skipway.hardware.limits import available_memory
 
 __all__ = ["load", "statistics"]
 
-# input size of He 2015, customary for ImageNet
-LARGE_SIZE = 224
-# headers that are read to choose size and channels of the input
-MAX_HEADERS = 1_000
-# data sets up to this size are decoded into memory
-MEMORY_BYTES = 2 * 1024**3
-# and up to this fraction of the memory that is left
-MEMORY_SHARE = 0.8
 
 # per-channel statistics of ImageNet's training set in [0, 1], as torchvision and timm use them
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -86,117 +75,15 @@ def load(
     pool = WorkerPool(default_workers(len(files)) if chosen.workers is None else chosen.workers, chosen.helpers, remark)
     spec, remarks = choose_input(found, files, chosen)
     reader = SourceReader(found, files, chosen, spec, pool, progress, remarks)
-    infos, source_of = reader.read()
-    return assemble_data(reader, dict(zip(files, infos, strict=True)), source_of)
-
-
-@dataclass
-class SourceReader:
-    """Reads every image of a source once, or what the cache knows about it."""
-
-    found: SourceIndex
-    files: list[str]
-    choices: DataChoices
-    spec: DecodeSpec
-    pool: WorkerPool
-    progress: Progress | None
-    remarks: list[str]
-
-    @property
-    def explicit(self) -> bool:
-        """Whether the caller asked for a cache."""
-        return self.choices.cache is not None and self.choices.cache is not False
-
-    @property
-    def caches(self) -> bool:
-        """Whether anything is cached: on request, and by default where there are thousands of files."""
-        return self.explicit or (self.choices.cache is None and len(self.files) >= FEW_FILES)
-
-    @cached_property
-    def folder(self) -> Path | None:
-        """The folder of the cache; None, with a remark, if there can be none."""
-        try:
-            return cache_folder(self.choices.cache)
-        except OSError as error:
-            if self.caches:
-                self.remarks.append(f"nothing is cached: {error}")
-            return None
-
-    def fits_in_memory(self, needed: int) -> bool:
-        """Whether the decoded images fit into the memory that is left, with room for the network."""
-        left = available_memory()
-        if left is None or needed <= MEMORY_SHARE * left:
-            return True
-        self.remarks.append(
-            f"the decoded images need {needed / 1e9:.1f} GB and {left / 1e9:.1f} GB of memory are left: they are "
-            "decoded in every epoch"
-        )
-        return False
-
-    @property
-    def cuts(self) -> bool:
-        """Whether training images are random crops of larger ones."""
-        return self.choices.augmentation(self.spec.size).crop == "resized"
-
-    def read(self) -> tuple[list[ImageInfo], DecodedImages | PixelFile | None]:
-        """Inspect every image. Returns an `ImageInfo` for each, and the pixels: decoded at input size, or a cache file
-        to crop from, or None where they are decoded from the source.
-        """
-        folder, store = self.folder, self.found.store
-        known = load_image_infos(folder, store, self.files) if folder is not None and self.caches else {}
-        channels, size = self.spec.channels, self.spec.size
-        needed = len(self.files) * size * size * channels
-        small = not self.cuts and needed <= MEMORY_BYTES and self.fits_in_memory(needed)
-        kind = "-".join(map(str, ("parts" if self.cuts else "whole", *self.spec)))
-        keeps = self.explicit or (self.caches and small)
-        pixels = (
-            PixelFile.of(folder, store, kind, cache_key(store, self.files, kind))
-            if folder is not None and keeps
-            else None
-        )
-        complete = len(known) == len(self.files)
-        if pixels is not None and complete and (ready := self.ready(pixels)) is not None:
-            return [known[file] for file in self.files], ready
-        todo = self.files if small else [file for file in self.files if file not in known]
-        found, images = inspect_images(store, todo, self.pool, spec=self.spec, decoded=small, progress=self.progress)
-        known.update(zip(todo, found, strict=True))
-        infos = [known[file] for file in self.files]
-        try:
-            if folder is not None and self.caches and todo:
-                save_image_infos(folder, store, known)
-            if pixels is not None:
-                refused = self.write(pixels, images)
-                if refused:
-                    self.remarks.append(refused + ": they are decoded in every epoch")
-                elif images is None:
-                    return infos, self.ready(pixels)
-        except OSError as error:
-            where = "" if folder is None else f" in {printable(folder)}"
-            self.remarks.append(f"nothing is cached{where}: {(error.strerror or str(error)).lower()}")
-        return infos, None if images is None else DecodedImages(images)
-
-    def ready(self, pixels: PixelFile) -> DecodedImages | PixelFile | None:
-        """Open the cached pixels; None if they are absent or of other images."""
-        if self.cuts:
-            return pixels if pixels.open(len(self.files), self.spec.channels) is not None else None
-        images = open_square(pixels, len(self.files), self.spec)
-        return None if images is None else DecodedImages(images)
-
-    def write(self, pixels: PixelFile, images: Tensor | None) -> str:
-        """Cache the decoded images; return the reason if that is impossible, else ""."""
-        if images is not None:
-            return write_square(pixels, images)
-        if self.cuts:
-            return write_shrunk(pixels, self.found.store, self.files, self.spec, self.pool)
-        work = DecodeTask(self.found.store, self.files, self.spec)
-        return write_rows(pixels, work, len(self.files), self.spec, self.pool)
+    pixels = reader.read()
+    return assemble_data(reader, reader.known, pixels)
 
 
 def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: DecodedImages | PixelFile | None) -> Data:
     """Split a source whose images have been inspected and make the `Data` of it."""
     found, choices, spec = reader.found, reader.choices, reader.spec
     bad = tuple((file, info.reason) for file, info in infos.items() if info.reason)
-    check_readable(found, choices, bad)
+    check_readable(found, choices, bad, len(infos))
     groups = duplicate_groups(infos) if choices.duplicates else {}
     without = {file for file, _ in bad}
     try:
@@ -213,7 +100,10 @@ def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: Dec
         if isinstance(pixels, DecodedImages):
             return memory_dataset(pixels, samples, rows)
         stored = None if pixels is None else (pixels, len(reader.files), rows.numpy())
-        return FileDataset(found.store, samples, spec=spec, crop=reader.cuts, pool=reader.pool, stored=stored)
+        complete = len(infos) == len(reader.files)
+        return FileDataset(
+            found.store, samples, spec=spec, crop=reader.cuts, pool=reader.pool, stored=stored, inspected=complete
+        )
 
     train, validation, test = part(splits.train), part(splits.validation), part(splits.test)
     mean, std = dataset_statistics(train) if isinstance(train, MemoryDataset) else imagenet_statistics(spec.channels)
@@ -286,31 +176,8 @@ def load_digits(choices: DataChoices) -> Data:
     )
 
 
-def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> tuple[DecodeSpec, list[str]]:
-    """Choose input size and channels by the headers of up to 1,000 images, spread evenly over all splits."""
-    headers: list[Header] = []
-    fault = ""
-    for file in files[:: max(1, len(files) // MAX_HEADERS)]:
-        try:
-            headers.append(read_header(found.store.read(file), found.root / file))
-        except UnreadableImage as error:
-            fault = fault or str(error)
-    if not headers:
-        raise DataError(f"none of the {len(files)} images in {printable(found.root)} can be read; the first: {fault}")
-    shorter = max(min(header.width, header.height) for header in headers)
-    size = choices.size or (shorter if shorter <= SMALL_SIDE else LARGE_SIZE)
-    channels = choices.channels or (1 if all(header.grey for header in headers) else 3)
-    shapes = Counter((header.width, header.height) for header in headers)
-    remarks = []
-    if size <= SMALL_SIDE and set(shapes) != {(size, size)}:
-        (width, height), _ = shapes.most_common(1)[0]
-        fitted = {"crop": "scaled and center-cropped", "pad": "scaled and padded", "squeeze": "squeezed"}[choices.fit]
-        remarks.append(f"images are {fitted} to {size}x{size}; most are {width}x{height}")
-    return choices.decode_spec(channels, size), remarks
-
-
-def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple[str, str]]) -> None:
-    """Check that few files are damaged, and that every class keeps training images.
+def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple[str, str]], total: int) -> None:
+    """Check that few of the inspected files are damaged, and that every class keeps training images.
 
     Raises:
         UnreadableImage: a file is damaged and `unreadable` is "stop".
@@ -328,7 +195,6 @@ def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple
             f"class {name_list(empty)} has no readable training image; {len(bad)} files cannot be read, the first: "
             f"{first}"
         )
-    total = len(found.files)
     if len(bad) > math.ceil(choices.most_unreadable * total):
         raise DataError(
             f"{len(bad)} of {total} images cannot be read, the first: {first}. The rule is at most most_unreadable="

@@ -39,6 +39,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "resample": (lambda value: value is None or value in RESAMPLES, "bicubic or bilinear, or None"),
     "mean": (lambda value: value is None or all(0 <= each <= 1 for each in value), "numbers from 0 to 1, or None"),
     "std": (lambda value: value is None or all(0 < each <= 1 for each in value), "numbers above 0, to 1, or None"),
+    "inspect": (lambda value: value is None or value >= 1, "1 or more, or None"),
     "max_megapixels": (lambda value: 0 < value <= 10_000, "above 0, to 10000"),
     "subfolders": (lambda value: value in ("merge", "classes"), "merge or classes"),
     "workers": (lambda value: value is None or 0 <= value <= 256, "from 0 to 256, or None"),
@@ -85,6 +86,8 @@ class DataChoices:
             progressive is decoded at reduced scale and counts with that.
         subfolders: subfolders of class folders belong to the class ("merge"), or each folder that directly holds images
             is a class, named by its path ("classes").
+        inspect: number of images to inspect before training, evenly spread, where they are not decoded into memory; a
+            damaged one among the others raises in training. None: all.
         allow_empty: keep a class that has no image.
         outside: follow links, and paths in lists, that lead out of the source's folder.
         workers: number of workers that decode; None: one per CPU core, and 0, this process, for few files.
@@ -129,6 +132,7 @@ class DataChoices:
     std: tuple[float, ...] | None = None
     max_megapixels: float = MAX_MEGAPIXELS
     subfolders: Literal["merge", "classes"] = "merge"
+    inspect: int | None = None
     allow_empty: bool = False
     outside: bool = False
     workers: int | None = None

@@ -142,4 +142,4 @@ def confusion_of(pairs: Tensor, classes: int) -> Tensor:
         return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
     places, counts = pairs.unique(return_counts=True)
     indices = torch.stack([places // classes, places % classes])
-    return torch.sparse_coo_tensor(indices, counts, (classes, classes), is_coalesced=True)
+    return torch.sparse_coo_tensor(indices, counts, (classes, classes), is_coalesced=True, check_invariants=True)

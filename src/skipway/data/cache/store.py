@@ -93,11 +93,13 @@ def replace_file(path: Path, content: Iterable[bytes]) -> None:
             aside.unlink()
 
 
-def load_image_infos(folder: Path, store: ImageStore, files: Iterable[str]) -> dict[str, ImageInfo]:
-    """Load the infos of those files that have not changed; empty if the cache is missing or damaged."""
+def load_image_infos(
+    folder: Path, store: ImageStore, files: Iterable[str], settings: Sequence[Any]
+) -> dict[str, ImageInfo]:
+    """Load the infos of files that have not changed; empty if the cache is missing, damaged or of other settings."""
     try:
         entries = json.loads(cache_path(folder, store, "index").with_suffix(".json").read_bytes())
-        if entries["format"] != FORMAT:
+        if entries["format"] != FORMAT or entries["settings"] != list(settings):
             return {}
         known = entries["files"]
         found = {}
@@ -112,8 +114,8 @@ def load_image_infos(folder: Path, store: ImageStore, files: Iterable[str]) -> d
         return {}
 
 
-def save_image_infos(folder: Path, store: ImageStore, infos: dict[str, ImageInfo]) -> None:
-    """Save the infos of files.
+def save_image_infos(folder: Path, store: ImageStore, infos: dict[str, ImageInfo], settings: Sequence[Any]) -> None:
+    """Save the infos of files, which depend on `settings`, JSON values.
 
     Raises:
         OSError: the cache cannot be written to.
@@ -121,7 +123,7 @@ def save_image_infos(folder: Path, store: ImageStore, infos: dict[str, ImageInfo
     files = {
         ascii(file): [stamp, list(info)] for file, info in infos.items() if (stamp := store.stamp(file)) != (-1, -1)
     }
-    text = json.dumps({"format": FORMAT, "files": files}, separators=(",", ":"))
+    text = json.dumps({"format": FORMAT, "settings": list(settings), "files": files}, separators=(",", ":"))
     replace_file(cache_path(folder, store, "index").with_suffix(".json"), [text.encode()])
 
 
