@@ -79,8 +79,35 @@ def build_metadata(path: str | Path, preprocessing: Preprocessing) -> dict[str, 
     return {
         "model": decode_json(header["model"].encode(), file),
         "preprocessing": preprocessing.to_json(),
+        "input_steps": input_steps(preprocessing),
         "skipway": __version__,
     }
+
+
+def input_steps(preprocessing: Preprocessing) -> list[str]:
+    """What has to be done to an image file before the network sees it, for a reader without Skipway."""
+    size, share = preprocessing.size, f"{100 * preprocessing.crop_share:g} %"
+    square = {
+        "crop": f"take the central square of {share} of the shorter side",
+        "pad": f"centre it on a square of grey 128 as wide as its longer side, and take the central {share} of that",
+        "squeeze": f"take the central {share} of both sides",
+    }[preprocessing.fit]
+    grey16 = {
+        "range": "scale 16-bit grey to 8 bits by round(value / 257)",
+        "minmax": "scale 16-bit grey to 8 bits by the least and the largest value of the image",
+    }[preprocessing.grey16]
+    mode = "8-bit grey (L = 0.299 R + 0.587 G + 0.114 B)" if preprocessing.channels == 1 else "8-bit RGB"
+    return [
+        "decode the first frame (a JPEG of many times the size may be decoded at 1/2, 1/4 or 1/8 of its size)",
+        "turn it upright by its EXIF orientation",
+        grey16,
+        f"lay transparency on white, and convert to {mode}",
+        square,
+        f"scale it to {size} x {size}, {preprocessing.resample}, antialiased as Pillow does it",
+        "divide by 255",
+        f"subtract the mean {list(preprocessing.mean)}, divide by the standard deviation {list(preprocessing.std)}",
+        f"order as (N, {preprocessing.channels}, {size}, {size}), float32",
+    ]
 
 
 def write_hub_folder(path: str | Path, folder: Path) -> None:
@@ -156,12 +183,7 @@ def model_card(about: dict[str, Any], preprocessing: Preprocessing, result: dict
         if len(preprocessing.classes) > MAX_CLASSES_LISTED
         else ""
     )
-    shape = {
-        "crop": f"the central {percent(preprocessing.crop_share)} of the shorter side",
-        "pad": "the whole image, scaled to the longer side and centred on grey (128)",
-        "squeeze": "the whole image, scaled to a square",
-    }[preprocessing.fit]
-    colour = "grey" if preprocessing.channels == 1 else "colour"
+    steps = "\n".join(f"{number}. {step}." for number, step in enumerate(input_steps(preprocessing), 1))
     return f"""---
 {yaml}
 ---
@@ -190,9 +212,7 @@ The weights are safetensors; loading them executes no code from this repository.
 
 ## Images
 
-{preprocessing.size} x {preprocessing.size} {colour}, values from 0 to 1; mean {list(preprocessing.mean)},
-standard deviation {list(preprocessing.std)};
-{shape}.
+{steps}
 
 ## Classes
 
