@@ -8,7 +8,9 @@
 | D12 | x + g(c) f(n(x)): the gate before, behind, chunked from one map, of a sum; of relu(f) | behind f; behind g |
 | D12 | squeeze-and-excitation f(x) · σ(g(f(x))): the gate reads f | on the block's y − x |
 | – | x and y in tuples, keyword arguments and mappings | dressed |
-| – | a block that writes into x, one that norms its sum, a constant in between | refused, the operator is named |
+| – | a block that writes into x | it gets a copy of x, and is dressed |
+| – | a block that norms its sum, a constant in between and a function behind the sum | refused, the operator is named |
+| – | the remedy "add skips" on layers of `nn.TransformerEncoder` that have none, and on its own, with masks | skips |
 | – | y = x + s F(x) for any s; s = 1 changes nothing; chain, undo, lesion, gradients | as in theory |
 | – | (N, L, C) and (N, C, L) with L = C; token mixing; temporal convolutions | the gain is on the channels |
 """
@@ -22,8 +24,11 @@ from torch.nn import functional
 
 import skipway as sw
 from benchmarks.peers import import_transformers
+from skipway.diagnosis.remedies import AddSkips, Case
+from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
 from skipway.surgery import fold_gains, lesion, rescheme
+from skipway.tracing import call_model
 
 C = 8
 
@@ -184,7 +189,53 @@ class Shifted(Block):
         return (x + (self.a(x) + self.ls)).relu()
 
 
-@pytest.mark.parametrize(("kind", "between"), [(InPlace, "relu"), (Normed, "relu"), (Shifted, "add")])
+def test_a_block_that_writes_into_x_is_given_a_copy():
+    model, x = Around(InPlace(None)).eval(), inputs()[0]
+    before = model(x)
+    rescheme(model, x, "skipinit")
+    torch.testing.assert_close(model(x), before)
+    with torch.no_grad():
+        model.block.residual_branch.gain.fill_(3.0)
+    torch.testing.assert_close(model(x), x + 3 * (before - x))
+
+
+class Bare(nn.TransformerEncoderLayer):
+    """Without skips."""
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        h = self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
+        return self._ff_block(self.norm2(h))
+
+
+class BareTuples(Tuples):
+    def forward(self, c: Tensor, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return {"hidden": functional.relu_(hidden.mul_(0.5)) @ self.a.weight}, c
+
+
+@pytest.mark.parametrize("kind", [Bare, nn.TransformerEncoderLayer, BareTuples])
+def test_added_skips_leave_a_module_what_it_is(kind):
+    if kind is BareTuples:
+        model, given = Caller().eval(), inputs()
+        model.blocks = nn.ModuleList(BareTuples(None) for _ in range(3))
+        names = [f"blocks.{n}" for n in range(3)]
+    else:
+        layer = kind(C, 2, 16, batch_first=True, dropout=0.0)
+        model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+        given = {"src": inputs()[0], "mask": nn.Transformer.generate_square_subsequent_mask(5)}
+        names = [f"layers.{n}" for n in range(3)]
+    with torch.no_grad():
+        x = given["src"] if isinstance(given, dict) else given[0]
+        case = AddSkips(tuple(names), gain=0.5).apply(Case(model, Settings(), given, sw.chain(model, given)))
+        assert all(isinstance(model.get_submodule(name), kind) for name in names)
+        after = call_model(case.model, given)
+        for block in [model.get_submodule(name) for name in names]:
+            block.residual_branch.gain.fill_(0.0)
+        torch.testing.assert_close(call_model(case.model, given), x)
+    assert not torch.allclose(after, x)
+    assert len(sw.chain(model, given)) >= 3
+
+
+@pytest.mark.parametrize(("kind", "between"), [(Normed, "relu"), (Shifted, "add")])
 def test_where_no_place_is_equal_the_reason_says_what_is_in_between(kind, between):
     with pytest.raises(SkipwayError, match=f"made in the forward that adds, by {between}"):
         rescheme(Around(kind(None)).eval(), inputs()[0], "layerscale")

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
-from skipway.nn import Gain, Residual
+from skipway.nn import Gain
 from skipway.schemes.initialisation import initialise_
 from skipway.schemes.scheme import Scheme
 from skipway.schemes.scheme import parse_scheme as read_scheme
-from skipway.tracing import Example, preserved_state
+from skipway.surgery.block_call import BlockCall, parameter_names
+from skipway.surgery.insertion import BRANCH, Around, disable_fused_path, insert_into_branch
+from skipway.surgery.transaction import transaction
+from skipway.tracing import Example, Program, preserved_state, watch
 from skipway.tracing.chain import Chain, WatchedConnection
 from skipway.tracing.example import call_model
 from skipway.tracing.paths import condense_paths
@@ -225,6 +228,8 @@ class Revive:
 class AddSkips:
     """Add a skip around each of these modules, in place: y = x + α F(x). Their outputs are shaped like their inputs.
 
+    Each module stays what it is, with its attributes and arguments, which the module around it may read and give.
+
     Args:
         modules: paths of the modules, in order.
         gain: α at the start, a learnable factor (De & Smith 2020, sec. 4); None: 1/√L.
@@ -235,11 +240,15 @@ class AddSkips:
 
     def apply(self, case: Case) -> Case:
         gain = len(self.modules) ** -0.5 if self.gain is None else self.gain
-        for name in self.modules:
-            branch = case.model.get_submodule(name)
-            like = next(branch.parameters())
-            scale = Gain(init=gain).to(like.device, like.dtype)
-            case.model.set_submodule(name, Residual(branch, scale=scale))
+        program = watch(case.model, case.example)
+        with transaction(case.model, title=str(self)) as change:
+            for name in self.modules:
+                branch = case.model.get_submodule(name)
+                like = next(branch.parameters())
+                scale = Gain(init=gain).to(like.device, like.dtype).train(branch.training)
+                insert_into_branch(change, branch, scale, Around(call_of(program, name, branch), bare=True))
+                disable_fused_path(change, f"{name}.{BRANCH}")
+            change.commit()
         return case
 
     def __str__(self) -> str:
@@ -248,3 +257,14 @@ class AddSkips:
         where = f"each of {count:,} layers ({shown})" if count > 1 else shown
         branch = f"layer(x) / √{count}" if self.gain is None else f"{self.gain:.2g} · layer(x)"
         return f"add a skip around {where}: x = x + {branch}"
+
+
+def call_of(program: Program, name: str, module: nn.Module) -> BlockCall:
+    """Where the input and the output of a module that are of one shape are in its arguments and what it returns."""
+    given, returned = program.given.get(name, {}), program.returned.get(name, {})
+    for output, after in returned.items():
+        for path, before in given.items():
+            if program[before].shape == program[after].shape and program[before].floating:
+                writes = any(program.writes_into(value, before) for value in program.between(before, after))
+                return BlockCall(path, output, parameter_names(module), writes_stream=writes)
+    raise SkipwayError(f"{name} returns no tensor of the shape of one that it is given, so no skip fits around it")

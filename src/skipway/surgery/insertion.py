@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "INPUT",
     "OUTPUT",
     "WEIGHT",
+    "Around",
     "computes_like",
     "disable_fused_path",
     "has_slots",
@@ -37,12 +39,26 @@ INPUT = "residual_entry"
 WEIGHT = "residual_standard"
 """Slot of the module that a map's weight passes through."""
 BRANCH = "residual_branch"
-"""Slot of the module that passes what a block adds to its input: x + residual_branch(block(x) − x)."""
+"""Slot of the module that what a block adds to x passes through: x + residual_branch(block(x) − x), or x +
+residual_branch(block(x)) if the block carries no x itself."""
 SLOTS = (OUTPUT, INPUT, WEIGHT, BRANCH)
 CALL = "residual_call"
 """Attribute of a block with how it is called, if what is in its output slot is called like the block itself."""
-BRANCH_CALL = "residual_branch_call"
-"""Attribute of a block with where x is in its arguments and its output, if something is in its slot for the branch."""
+AROUND = "residual_around"
+"""Attribute of a block with an `Around`, if something is in its slot for the branch."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a block whose branch passes through a slot does with x.
+
+    Args:
+        call: where x is in the arguments and the output of the block, and whether it writes into it.
+        bare: whether its output is the branch alone, without x.
+    """
+
+    call: BlockCall
+    bare: bool = False
 
 
 @cache
@@ -55,15 +71,19 @@ def with_slots(kind: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         entry, standard, scale = getattr(self, INPUT, None), getattr(self, WEIGHT, None), getattr(self, OUTPUT, None)
+        around: Around | None = getattr(self, AROUND, None)
         if entry is not None:
             args = (entry(args[0]), *args[1:])
+        x = None if around is None else around.call.take(args, kwargs)
+        if around is not None and x is not None and around.call.writes_stream:
+            args, kwargs = around.call.given(args, kwargs, x.clone())
         output = (
             kind.forward(self, *args, **kwargs) if standard is None else apply(self, args[0], standard(self.weight))
         )
-        if (branch := getattr(self, BRANCH, None)) is not None:
-            block: BlockCall = getattr(self, BRANCH_CALL)
-            x = block.take(args, kwargs)
-            output = exchange_at(output, block.output, x + branch(item_at(output, block.output) - x))
+        if around is not None and x is not None:
+            y = item_at(output, around.call.output)
+            added = getattr(self, BRANCH)(y if around.bare else y - x)
+            output = exchange_at(output, around.call.output, x + added)
         if scale is None:
             return output
         if (call := getattr(self, CALL, None)) is not None:
@@ -107,10 +127,10 @@ def insert_after(change: Transaction, host: nn.Module, inserted: nn.Module) -> N
     insert(change, host, OUTPUT, inserted)
 
 
-def insert_into_branch(change: Transaction, host: nn.Module, inserted: nn.Module, call: BlockCall) -> None:
-    """Let what `host` adds to its input pass through `inserted`, in place."""
+def insert_into_branch(change: Transaction, host: nn.Module, inserted: nn.Module, around: Around) -> None:
+    """Let what `host` adds to x pass through `inserted`, in place."""
     insert(change, host, BRANCH, inserted)
-    change.set_attribute(host, BRANCH_CALL, call)
+    change.set_attribute(host, AROUND, around)
 
 
 def repeat(change: Transaction, host: nn.Module, twin: nn.Module, call: BlockCall) -> None:

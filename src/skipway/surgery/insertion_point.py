@@ -8,7 +8,7 @@ from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import CONTAINERS, BlockCall, parameter_names
-from skipway.surgery.insertion import BRANCH, OUTPUT, insert_after, insert_into_branch
+from skipway.surgery.insertion import BRANCH, OUTPUT, Around, insert_after, insert_into_branch
 from skipway.surgery.transaction import Transaction
 from skipway.tracing import Program
 from skipway.tracing.chain import WatchedConnection
@@ -56,7 +56,7 @@ def insert_at(change: Transaction, host: nn.Module, point: InsertionPoint, inser
     if point.call is None:
         insert_after(change, host, inserted)
     else:
-        insert_into_branch(change, host, inserted, point.call)
+        insert_into_branch(change, host, inserted, Around(point.call))
 
 
 def find_insertion_points(
@@ -86,7 +86,7 @@ def find_insertion_points(
 
 
 def adding_module(model: nn.Module, program: Program, connection: WatchedConnection) -> InsertionPoint | None:
-    """The module that adds, if it was given x, returned x + F(x), and left x as it was."""
+    """The module that adds, if it was given x and returned x + F(x)."""
     seen, owner = connection.seen, connection.seen.owner
     skip, branch, total, start = seen.numbers
     given = [path for path, number in program.given.get(owner, {}).items() if number == skip]
@@ -95,12 +95,11 @@ def adding_module(model: nn.Module, program: Program, connection: WatchedConnect
     if not (given and returned and exact) or program.runs.get(owner) != 1:
         return None
     members = [*program.between(start, branch), program[total]]
-    if any(program.writes_into(member, start) for member in members):
-        return None
+    writes = any(program.writes_into(member, start) for member in members)
     module = model.get_submodule(owner)
     if isinstance(module, CONTAINERS):
         return None
-    call = BlockCall(given[0], returned[0], parameter_names(module))
+    call = BlockCall(given[0], returned[0], parameter_names(module), writes_stream=writes)
     return InsertionPoint(owner, seen.channel, len(seen.shape), connection.site.dim, call)
 
 
