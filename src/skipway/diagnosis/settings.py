@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,9 +172,12 @@ def taking(
 ) -> list[torch.optim.Optimizer]:
     """Add new parameters, undecayed, to the first optimizer that takes them; else return one of their own, AdamW."""
     for part in parts if new else ():
-        try:
-            part.add_param_group({"params": list(new), "lr": lr, "weight_decay": 0.0})
-        except (ValueError, TypeError):  # Muon takes matrices only
-            continue
+        kind: Any = type(part)
+        with suppress(TypeError):  # a constructor with arguments of its own
+            try:
+                kind([{**part.defaults, "params": list(new)}])
+            except ValueError:  # Muon takes matrices only
+                continue
+        part.add_param_group({"params": list(new), "lr": lr, "weight_decay": 0.0})
         return []
     return [torch.optim.AdamW(new, lr=lr, weight_decay=0.0)] if new else []

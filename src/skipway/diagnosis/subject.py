@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from skipway.diagnosis.progress import PassCounter
 from skipway.errors import SkipwayError
 from skipway.probes import MEASURES, Observer, Probe, Signals
-from skipway.probes.differentiation import without_reentry
 from skipway.probes.objective import Loss, Objective, choose_objective, output_heads
 from skipway.tracing import Example, Program, preserved_state, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model
+from skipway.tracing.reentrant_checkpoints import without_reentry
 from skipway.tracing.samples import SampleAxes, find_sample_axes
 
 __all__ = ["Gradients", "Subject"]

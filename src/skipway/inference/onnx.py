@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from skipway.checkpoint.files import describe_os_error
 from skipway.errors import MissingExtraError, SkipwayError, printable, spell
 from skipway.inference.inputs import single_tensor
 from skipway.tracing.example import Example
+from skipway.tracing.module_state import copy_module
 
 __all__ = ["CAST", "Sides", "export_onnx", "export_program"]
 
@@ -219,7 +219,7 @@ def in_float32(model: nn.Module, given: Tensor, remark: Callable[[str], None]) -
     if not foreign:
         return model, given
     try:
-        twin = copy.deepcopy(model).float()
+        twin = copy_module(model).float()
     except Exception as error:  # a module that refuses to be copied
         raise SkipwayError(
             f"this {type(model).__name__} is in {name_of(foreign[0])}, which onnxruntime does not run, and cannot be "

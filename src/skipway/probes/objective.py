@@ -158,7 +158,8 @@ def named_parts(output: Any) -> dict[str, Any]:
 def output_heads(output: Any) -> tuple[dict[str, Tensor], int]:
     """The tensors at the top of an output by name, and how many more it holds further down (states, caches).
 
-    Where an output has `logits`, they are the heads, auxiliary ones included. Where no tensor is at the top, all are.
+    Where an output has `logits`, they are the heads, auxiliary ones included. Where no tensor is at the top, all are,
+    and of an output of numbers alone they are.
 
     Raises:
         SkipwayError: it holds no real tensor.
@@ -167,7 +168,8 @@ def output_heads(output: Any) -> tuple[dict[str, Tensor], int]:
     (dict_keys(['0', '1']), 1)
     """
     parts = {name: part for name, part in named_parts(output).items() if is_head(part)}
-    everything = [each for each in tensors_in(output) if is_head(each)]
+    real = [each for each in tensors_in(output) if each.is_floating_point()]
+    everything = [each for each in real if each.ndim] or real
     if not parts:
         parts = {str(number): each for number, each in enumerate(everything)}
     if any("logits" in name for name in parts):

@@ -14,9 +14,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from skipway.errors import SkipwayError
-from skipway.probes.differentiation import without_reentry
 from skipway.tracing import unwrap
 from skipway.tracing.chain import WatchedConnection
+from skipway.tracing.reentrant_checkpoints import without_reentry
 from skipway.tracing.sums import REDUCTIONS, is_addition, slices_of, terms_of
 
 __all__ = ["Observer"]

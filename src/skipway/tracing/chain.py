@@ -8,6 +8,7 @@ from typing import Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from skipway.errors import SkipwayError
 from skipway.nn import Branch, Classifier, LinearMap, Residual
@@ -122,7 +123,7 @@ class WatchedConnection:
         Raises:
             SkipwayError: the branch ends in neither, so nothing can be multiplied without changing its code.
         """
-        modules = [self.model.get_submodule(name) for name in self.seen.ends]
+        modules = [self.model.get_submodule(name.partition(".parametrizations.")[0]) for name in self.seen.ends]
         modules = [module.out_proj if isinstance(module, nn.MultiheadAttention) else module for module in modules]
         if not modules or not all(isinstance(getattr(module, "weight", None), Tensor) for module in modules):
             raise SkipwayError(
@@ -130,15 +131,44 @@ class WatchedConnection:
                 "puts out cannot be multiplied in place"
             )
         for module in modules:
-            for parameter in (module.weight, getattr(module, "bias", None)):
-                if isinstance(parameter, Tensor):
-                    parameter.mul_(factor)
+            for name in ("weight", "bias"):
+                if not multiply_tensor(module, name, factor):
+                    raise SkipwayError(
+                        f"the {name} of the last map of connection {self.name!r} is computed in every pass from other "
+                        "parameters, which do not multiply it; take the parametrization away first "
+                        "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_spectral_norm)"
+                    )
 
     def __str__(self) -> str:
         scale = "" if self.seen.scale is None else f" · scale {', '.join(self.seen.scale.parameters)}"
         norms = "+".join(self.seen.norms) or "no"
         branch = f"{'−' if self.seen.sign < 0 else '+'} {self.seen.kind}({condense_paths(self.seen.maps)})"
         return f"{self.name}: {self.seen.skip} {branch} · {norms} norm{scale}"
+
+
+def multiply_tensor(module: nn.Module, name: str, factor: float) -> bool:
+    """Multiply a weight or bias in place, also one that weight norm or another parametrization computes in every pass;
+    False if what it is computed from does not multiply it. A bias that is absent is multiplied.
+    """
+    value = getattr(module, name, None)
+    if not isinstance(value, Tensor):
+        return True
+    if isinstance(value, nn.Parameter):
+        value.mul_(factor)
+    elif parametrize.is_parametrized(module, name):
+        before, wanted = value.clone(), value * factor
+        try:
+            setattr(module, name, wanted)
+        except (NotImplementedError, RuntimeError, ValueError):  # it has no inverse, or the factor is out of its range
+            return False
+        if not torch.allclose(getattr(module, name), wanted, rtol=1e-3, atol=1e-6):
+            setattr(module, name, before)
+            return False
+    elif isinstance(gain := module._parameters.get(f"{name}_g"), Tensor):  # torch.nn.utils.weight_norm
+        gain.mul_(factor)
+    else:
+        return False
+    return True
 
 
 AnyConnection = TypeVar("AnyConnection", Connection, WatchedConnection)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.tracing.containers import entries_of, tensors_in
 from skipway.tracing.foreign_errors import ForeignErrors
+from skipway.tracing.reentrant_checkpoints import without_reentry
 
 __all__ = ["Example", "as_batch", "as_example", "call_model"]
 
@@ -40,7 +41,7 @@ def call_model(model: nn.Module, example: Example) -> Any:
     torch.Size([5, 4])
     """
     example = as_example(example)
-    with ForeignErrors(model, example):
+    with ForeignErrors(model, example), without_reentry():
         if isinstance(example, Mapping):
             return model(example) if takes_whole(model, example) else model(**example)
         return model(*example) if isinstance(example, tuple) else model(example)

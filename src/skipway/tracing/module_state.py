@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from skipway.tracing.containers import tensors_in
+from skipway.tracing.containers import map_tensors, tensors_in
 
 __all__ = ["copy_module", "kept_tensors", "preserved_attributes"]
 
@@ -23,7 +24,6 @@ def copy_module(module: Model) -> Model:
     """A deep copy of any module, also of one that keeps tensors of a graph, which `copy.deepcopy` refuses: the weights
     that `torch.nn.utils.weight_norm` computes, activations of an earlier pass. They are detached in the copy.
 
-    >>> import torch
     >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
     >>> layer.kept = layer(torch.zeros(1, 2))
     >>> copy_module(layer).kept.requires_grad
@@ -47,10 +47,17 @@ def kept_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 @contextmanager
 def preserved_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Context that puts back the plain attributes with tensors that a forward pass sets, replaces or fills."""
+    """Context that puts back the plain attributes with tensors that a forward pass sets, replaces or fills.
+
+    Inside, tensors that an earlier pass left there are cut off from its graph, which may have been freed.
+    """
     before = [(module.__dict__, held_by(module)) for module in modules]
     held_lists = (value for _, held in before for value in held.values() if type(value) in (list, dict))
     lists = [(value, type(value)(value)) for value in held_lists]
+    for own, held in before:
+        for name, value in held.items():
+            if isinstance(value, HOLDERS) and any(not tensor.is_leaf for tensor in tensors_in(value)):
+                own[name] = map_tensors(torch.detach, value)
     try:
         yield
     finally:
