@@ -11,10 +11,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from skipway.data.sources.index import class_name
 from skipway.errors import CheckpointError, printable
 from skipway.zoo import import_library
 
-__all__ = ["DataConfig", "find_data_config"]
+__all__ = ["DataConfig", "find_class_names", "find_data_config"]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 RESAMPLES = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
@@ -69,7 +70,26 @@ def find_data_config(source: str | Path, names: str, model: str | None) -> DataC
     return None
 
 
-def own_header(path: Path) -> DataConfig | None:
+def find_class_names(source: str | Path) -> tuple[str, ...] | None:
+    """Find the names of the classes that weights put out, in the order of the outputs; None where nothing states them.
+
+    In this order: the header of a file of ours; `config.json` in the same folder, with `id2label` (transformers) or
+    `label_names` (timm).
+    """
+    path = Path(source)
+    stated: Any = (own_preprocessing(path) or ("", {}))[1].get("classes")
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if stated is None and file.is_file():
+        config = read_description(file)
+        stated = config.get("label_names")
+        by_number = config.get("id2label")
+        if isinstance(by_number, dict) and all(str(number) in by_number for number in range(len(by_number))):
+            stated = [by_number[str(number)] for number in range(len(by_number))]
+    named = isinstance(stated, list) and all(isinstance(name, str) for name in stated) and len(set(stated)) > 1
+    return tuple(map(class_name, stated)) if named else None
+
+
+def own_preprocessing(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """The preprocessing in the header of a file that a run wrote, or of the first such file of a run's folder."""
     files = [path] if path.is_file() else [path / name for name in ("best.safetensors", "model.safetensors")]
     for file in files:
@@ -79,8 +99,17 @@ def own_header(path: Path) -> DataConfig | None:
         except (OSError, ValueError, SafetensorError):  # no file of ours; what is wrong with it, its reader says
             continue
         if isinstance(stated, dict):
-            return of_mapping(stated, "mean", "std", printable(file), stated.get("crop_share"), stated.get("resample"))
+            return file, stated
     return None
+
+
+def own_header(path: Path) -> DataConfig | None:
+    """What the header of a file of ours states."""
+    found = own_preprocessing(path)
+    if found is None:
+        return None
+    file, stated = found
+    return of_mapping(stated, "mean", "std", printable(file), stated.get("crop_share"), stated.get("resample"))
 
 
 def described_beside(path: Path) -> Iterator[DataConfig | None]:

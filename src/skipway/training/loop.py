@@ -59,6 +59,7 @@ from skipway.training.setup import (
     resolve_recipe,
     write_run_files,
 )
+from skipway.training.trial_pass import check_forward
 
 __all__ = ["Trainer", "train"]
 
@@ -290,6 +291,7 @@ def open_run(
         recipe = resolve_recipe(recipe, data, precision, ranks.world)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         run = build_run(recipe, data, folder, reporter, device, ranks, stop)
+        check_forward(run)
         if ranks.first:
             note = stack.enter_context(folder.lock())
             if note:

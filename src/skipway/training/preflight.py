@@ -13,7 +13,9 @@ from skipway.probes.signal_check import check_signal
 from skipway.report.summary import advice_lines, data_lines, model_lines, signal_lines
 from skipway.tracing import preserved_state
 from skipway.tracing.chain import chain
+from skipway.training.remarks import image_remarks, option_remarks
 from skipway.training.run import Run
+from skipway.training.trial_pass import statistics_remarks
 
 __all__ = ["report_preflight"]
 
@@ -51,8 +53,12 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
         return
     for line in advice_lines(run.data, run.recipe, run.steps_per_epoch):
         run.reporter.message(*line)
+    for sentence in option_remarks(run):
+        run.reporter.message("note", sentence)
     if run.ranks.world == 1:
         sample = run.data.sample(DIAGNOSIS_IMAGES, seed=run.recipe.seed, device=run.device)
+        for sentence in (*image_remarks(run.data, sample), *statistics_remarks(run)):
+            run.reporter.message("note", sentence)
         for line in signal_lines(check_signal(run.model, sample.inputs)):
             run.reporter.message(*line)
         run.reporter.message("verdict", verdict_line(run, sample))

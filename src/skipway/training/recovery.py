@@ -105,8 +105,13 @@ def split_batch(run: Run, batch: Batch, error: RuntimeError) -> None:
         try:
             steps.backward(run, batch)
             break
-        except RuntimeError as again:
+        except (RuntimeError, ValueError) as again:  # batch statistics refuse a single value with a ValueError
             run.progress.accumulation = before
+            if isinstance(again, ValueError):
+                raise SkipwayError(
+                    f"out of memory: a batch of {local} does not fit, and parts of {local // parts} cannot be trained: "
+                    f"{again}"
+                ) from error
             if not is_out_of_memory(again):
                 raise
     fits = local // parts

@@ -168,14 +168,16 @@ class Run:
         return torch.autocast(self.device.type, dtype=getattr(torch, self.recipe.precision))
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy; with class weights, each image is weighted by its class."""
+        """The mean cross-entropy. With class weights w each image has the weight of its own class, w[y], whatever mass
+        label smoothing puts on others; a mixed image, the weights of its classes in their shares. They are 1 on average
+        over the training images, so the mean over a batch does not depend on how it is divided.
+        """
         losses = nn.functional.cross_entropy(
-            logits.float(),
-            targets,
-            weight=self.class_weights,
-            label_smoothing=self.recipe.label_smoothing,
-            reduction="none",
+            logits.float(), targets, label_smoothing=self.recipe.label_smoothing, reduction="none"
         )
+        if self.class_weights is not None:
+            mixed = targets.is_floating_point()
+            losses = losses * (targets @ self.class_weights if mixed else self.class_weights[targets])
         return losses.mean()
 
 

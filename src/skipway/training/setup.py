@@ -17,7 +17,7 @@ from skipway._version import __version__
 from skipway.checkpoint.files import write_json
 from skipway.checkpoint.store import Checkpoints
 from skipway.data import Data, load
-from skipway.data.data_config import find_data_config
+from skipway.data.data_config import find_class_names, find_data_config
 from skipway.data.randomness import draw_key
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell, spelling
 from skipway.models import build, find_config
@@ -31,6 +31,7 @@ from skipway.training.run import Progress, Run
 from skipway.training.run_folder import RunFolder
 from skipway.weights import load_state, match, read_source
 from skipway.weights.adapt import CHOICES
+from skipway.weights.class_rows import arrange_classes
 
 __all__ = [
     "adopt_data_config",
@@ -158,7 +159,7 @@ def build_run(
     torch.manual_seed(draw_key(recipe.seed, "weights"))
     model = build(str(recipe.model), **model_options(recipe, data))
     if recipe.weights is not None:
-        loaded = load_initial_weights(model, recipe, lambda sentence: reporter.message("note", sentence))
+        loaded = load_initial_weights(model, recipe, data.classes, lambda sentence: reporter.message("note", sentence))
         reporter.message("weights", loaded)
     model = model.to(device)
     if recipe.sharding == "none":  # FSDP2 shards the first axis and requires contiguous weights
@@ -206,14 +207,19 @@ def model_options(recipe: Recipe, data: Data) -> dict[str, Any]:
     return {**given, **image, "classes": len(data.classes), "channels": data.channels}
 
 
-def load_initial_weights(model: nn.Module, recipe: Recipe, remark: Callable[[str], None]) -> str:
+def load_initial_weights(
+    model: nn.Module, recipe: Recipe, classes: Sequence[str], remark: Callable[[str], None]
+) -> str:
     """Load the weights to start from; in words, what of them was used. Every difference that the recipe does not allow
     is an error.
     """
     adapt = tuple(choice.strip() for choice in recipe.weights_adapt.split(",") if choice.strip())
     names = recipe.weights_names
     with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
-        state = read_source(str(recipe.weights), recipe.weights_entry, remark)
+        state: Mapping[str, Tensor] = read_source(str(recipe.weights), recipe.weights_entry, remark)
+        state, remarks = arrange_classes(model, state, names, find_class_names(str(recipe.weights)), classes, adapt)
+        for sentence in remarks:
+            remark(sentence)
         try:
             report = load_state(model, state, names=names, adapt=adapt, remark=remark)
         except CheckpointError as error:
