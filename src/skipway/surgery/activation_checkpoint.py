@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from skipway.errors import SkipwayError
 from skipway.registry import Registry, parse_spec
@@ -18,12 +18,16 @@ from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.recompute import BlockParts, RandomState, buffers_kept, replaying
-from skipway.surgery.saved_tensors import Costs, costs_of, saved_bytes
+from skipway.surgery.saved_tensors import Costs, costs_of, run_training_pass, saved_bytes
+from skipway.surgery.side_effects import attributes_kept, copy_state
 from skipway.surgery.transaction import transaction
+from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
 
 __all__ = ["Budget", "Every", "Segments", "SquareRoot", "checkpointed"]
 
+ROUNDING = 1e-3
+"""Difference between two computations of a block, relative to its largest value, that rounding may make."""
 RowCosts = Sequence[Costs]
 
 SEGMENTS: Registry[type[Segments]] = Registry("segments")
@@ -196,9 +200,11 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
     2016, https://arxiv.org/abs/1604.06174), for anybody's blocks, in place. The network computes what it did.
 
     Random numbers are the same in both computations, running statistics are updated once (P22), autocast is what it
-    was. Without gradients, in evaluation for example, every block runs by itself as before. With gradients a segment
-    runs within its first block: forward hooks of the blocks themselves see the segment's input and output, those of
-    their parts see both computations, and a block of a longer segment cannot be called alone.
+    was. What blocks write into, caches and their own attributes, is written into once: the second computation gets
+    copies of them as they were before the first. Without gradients, in evaluation for example, every block runs by
+    itself as before. With gradients a segment runs within its first block: forward hooks of the blocks themselves see
+    the segment's input and output, those of their parts see both computations, and a block of a longer segment cannot
+    be called alone.
 
     Args:
         model: any module that `chain` can read.
@@ -214,7 +220,8 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
         that are kept at any time, when the largest segment is recomputed.
 
     Raises:
-        SkipwayError: the model has no block that carries x itself, or no choice of segments fits into the budget.
+        SkipwayError: the model has no block that carries x itself, no choice of segments fits into the budget, or a
+            block does not compute the same again; the model is as before.
 
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
     >>> model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
@@ -236,9 +243,12 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
     with transaction(model, example, title=title) as change:
         change.refused.update((name, reason) for name, reason in reasons.items() if name not in members)
         random_state = LastRandomState()
+        installed = []
         for first, *others in cut:
-            CheckpointedRow([model.get_submodule(name) for name in (first, *others)], random_state).install(change)
+            installed.append(CheckpointedRow([model.get_submodule(name) for name in (first, *others)], random_state))
+            installed[-1].install(change)
             change.touched[first] = "computed again" + (f" with {abbreviate(others)}" if others else "")
+        check_recomputation(model, example, installed)
         after = saved_bytes(model, example)
         change.report = {
             "bytes before": kept,
@@ -246,6 +256,22 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
             "bytes at most": peak_bytes(cut, costs, after),
         }
         return change.commit()
+
+
+def check_recomputation(model: nn.Module, example: Example, rows: Sequence[CheckpointedRow]) -> None:
+    """Run a training pass in which each segment compares what it computes again with what it computed.
+
+    Raises:
+        SkipwayError: they differ, or the pass fails; says with what.
+    """
+    for row in rows:
+        row.compares = True
+    try:
+        with set_checkpoint_early_stop(False):  # it would stop before the output
+            run_training_pass(model, example, "in which blocks are computed again")
+    finally:
+        for row in rows:
+            row.compares, row.first_outputs = False, []
 
 
 def peak_bytes(cut: Sequence[Sequence[str]], costs: dict[str, Costs], after: float) -> float:
@@ -288,6 +314,8 @@ class CheckpointedRow(BlockRow):
     operation = "part of a segment that is computed again"
 
     random_state: LastRandomState = field(default_factory=LastRandomState, repr=False)
+    compares: bool = False
+    first_outputs: list[Tensor] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.parts = [BlockParts(block) for block in self.blocks]
@@ -300,21 +328,42 @@ class CheckpointedRow(BlockRow):
 
     def run(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler replays random numbers, and writes into a buffer once
-            return checkpoint(self.compute, x, others, named, None, use_reentrant=False)
-        state = self.random_state.now(x)
-        return checkpoint(self.compute, x, others, named, state, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self.compute, x, others, named, None, None, use_reentrant=False)
+        kept, state = copy_state((others, named)), self.random_state.now(x)
+        return checkpoint(self.compute, x, others, named, kept, state, use_reentrant=False, preserve_rng_state=False)
 
-    def compute(self, x: Tensor, others: Sequence[Any], named: dict[str, Any], state: RandomState | None) -> Tensor:
-        """Run all blocks, in the backward pass as they ran before."""
-        if state is None or torch._C._current_graph_task_id() == -1:  # not within a backward pass
-            return self.run_each(x, others, named)
+    def compute(
+        self,
+        x: Tensor,
+        others: Sequence[Any],
+        named: dict[str, Any],
+        kept: tuple[Sequence[Any], dict[str, Any]] | None,
+        state: RandomState | None,
+    ) -> Tensor:
+        """Run all blocks, in the backward pass as they ran before: on what was there before they wrote into it."""
+        if state is None or kept is None or torch._C._current_graph_task_id() == -1:  # not within a backward pass
+            output = self.run_each(x, others, named)
+            if self.compares:
+                self.first_outputs.append(output.detach())
+            return output
         for parts in self.parts:
             parts.refresh()
-        with replaying(state), buffers_kept([module for parts in self.parts for module in parts.writers()]):
-            return self.run_each(x, others, named)
+        others, named = copy_state(kept)
+        modules = [module for parts in self.parts for module in parts.modules]
+        writers = [module for parts in self.parts for module in parts.writers()]
+        with replaying(state), buffers_kept(writers), attributes_kept(modules):
+            output = self.run_each(x, others, named)
+        if self.compares and not any(same_values(output.detach(), first) for first in self.first_outputs):
+            raise SkipwayError("a block computes something else when it is computed again")
+        return output
 
     def run_each(self, x: Tensor, others: Sequence[Any], named: dict[str, Any]) -> Tensor:
         """Run one block after the other."""
         for block in self.blocks:
             x = run_alone(block, x, others, named)
         return x
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding."""
+    return one.shape == other.shape and difference([other], [one]) <= ROUNDING

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import BlockCall
@@ -73,14 +74,20 @@ def row_end(survey: BlockSurvey, name: str, other: str, readers: set[str]) -> st
         return "its output is returned by the model too"
     if strangers := sorted(reader for reader in readers if not f"{reader}.".startswith(f"{other}.")):
         return f"its output is read by {strangers[0] or 'the model'}, not by {other} alone"
-    (one, tree), (two, other_tree) = survey.others[name], survey.others[other]
-    same = tree == other_tree and all(map(same_argument, one, two))
+    one, two = survey.others[name], survey.others[other]
+    same = one.keys() == two.keys() and all(same_argument(one[key], two[key]) for key in one)
     return None if same else f"{other} is given other arguments than {name}"
 
 
 def same_argument(one: Any, other: Any) -> bool:
-    """Whether two arguments are the same object, or equal values that are no tensors."""
-    return one is other or (not (isinstance(one, Tensor) or isinstance(other, Tensor)) and bool(one == other))
+    """Whether two arguments are the same object, or hold the same tensors and equal values."""
+    if one is other:
+        return True
+    (leaves, tree), (others, other_tree) = tree_flatten(one), tree_flatten(other)
+    pairs = zip(leaves, others, strict=False)
+    return tree == other_tree and all(
+        a is b or (not (isinstance(a, Tensor) or isinstance(b, Tensor)) and bool(a == b)) for a, b in pairs
+    )
 
 
 @dataclass

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import TreeSpec
 
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import CONTAINERS, BlockCall, parameter_names
@@ -31,14 +30,14 @@ class BlockSurvey:
         calls: how each is called, by its name.
         connections: of each block.
         forms: the output of each block without its tensors.
-        others: the arguments of each block beside its first.
+        others: the arguments of each block beside its first, by position or keyword.
         refused: why a module that adds is no such block, by its name.
     """
 
     calls: dict[str, BlockCall]
     connections: dict[str, list[WatchedConnection]]
     forms: dict[str, Any]
-    others: dict[str, tuple[list[Any], TreeSpec]]
+    others: dict[str, dict[int | str, Any]]
     refused: dict[str, str]
 
     def reasons(self) -> str:

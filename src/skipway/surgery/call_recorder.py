@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten
 
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.side_effects import ATOMS, ObjectStates, version_of
@@ -31,7 +30,7 @@ class CallRecorder:
     expected: Mapping[str, BlockCall]
     finished: dict[str, BlockCall] = field(default_factory=dict)
     forms: dict[str, Any] = field(default_factory=dict)
-    others: dict[str, tuple[list[Any], TreeSpec]] = field(default_factory=dict)
+    others: dict[str, dict[int | str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
     def watch(self, model: nn.Module, example: Example) -> None:
@@ -61,7 +60,7 @@ class CallRecorder:
                         self.threads.append((argument, path))
         self.x = call.take(args, kwargs)
         self.version = version_of(self.x)
-        self.others[name] = tree_flatten((args[1:], kwargs))
+        self.others[name] = {**dict(enumerate(args[1:], start=1)), **kwargs}
         self.state: ObjectStates | None = ObjectStates(module, args, kwargs, call.names, self.x)
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 
 import torch
@@ -49,7 +50,13 @@ def is_quantised(module: nn.Module) -> bool:
     return integers or hasattr(module, "_packed_params") or any(tensor.is_quantized for tensor in tensors)
 
 
-def refuse_branching(model: nn.Module, example: Example, operation: str, program: Program | None = None) -> None:
+def refuse_branching(
+    model: nn.Module,
+    example: Example,
+    operation: str,
+    program: Program | None = None,
+    blocks: Iterable[str] | None = None,
+) -> None:
     """Refuse a model whose control flow depends on values of its input: another input may take another path.
 
     Args:
@@ -57,6 +64,7 @@ def refuse_branching(model: nn.Module, example: Example, operation: str, program
         example: what the model is called with.
         operation: name of the operation, for the message.
         program: what the model runs on the example, if that was watched already.
+        blocks: where only the control flow within these modules matters; by default that of the whole model does.
 
     Raises:
         SkipwayError: a forward reads such a value.
@@ -67,6 +75,9 @@ def refuse_branching(model: nn.Module, example: Example, operation: str, program
         readers = []
         with suppress(Exception):  # on the meta device there is no value to read
             readers = value_readers(copy_to_meta(model), map_tensors(lambda tensor: tensor.to("meta"), example))
+    if blocks is not None:
+        prefixes = tuple(f"{name}." for name in blocks)
+        readers = [name for name in readers if f"{name}.".startswith(prefixes)]
     if readers:
         kind = type(model.get_submodule(readers[0])).__name__
         raise SkipwayError(

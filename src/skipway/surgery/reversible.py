@@ -18,7 +18,8 @@ from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import refuse_branching, require_operable
 from skipway.surgery.recompute import BlockParts, RandomState, as_before, autocasting, precision
-from skipway.surgery.saved_tensors import output_gradients, saved_bytes
+from skipway.surgery.saved_tensors import run_training_pass, saved_bytes
+from skipway.surgery.side_effects import attributes_kept, copy_state
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
@@ -38,7 +39,7 @@ def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -
     step with whole blocks for F and G: no branch has to be taken apart. **The network computes another function** than
     x ← x + R(x): a block sees one of the streams, every second branch. Up to the first order in R both agree.
     (`checkpointed` saves memory and keeps the function.) Inside of the backward pass random numbers are those of the
-    forward pass, and buffers are not updated a second time (P22).
+    forward pass, buffers are not updated a second time (P22), and caches not written into a second time.
 
     Guarantees: streams are kept in float32 at least (a bfloat16 stream does not invert), whatever the blocks are
     computed in. Inputs do not come back bit for bit: each inversion rounds once, and the error grows with the depth and
@@ -97,7 +98,8 @@ def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -
             raise SkipwayError(
                 f"gradients through the inversion differ by {change.report['gradient difference']:.3g} of the largest "
                 f"from those with everything kept, more than tolerance={tolerance:g}: blocks are not computed twice "
-                "alike, or precision is too low; checkpointed(model, example) recomputes without inverting"
+                "alike (where they read a cache, give an example with use_cache=False), or precision is too low; "
+                "checkpointed(model, example) recomputes without inverting"
             )
         return change.commit()
 
@@ -105,10 +107,10 @@ def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -
 def reversible_rows(model: nn.Module, example: Example) -> tuple[list[list[str]], dict[str, str]]:
     """Rows of two blocks and more, of which there has to be one, and why other blocks are in none."""
     program = watch(model, example)
-    refuse_branching(model, example, "reversible", program)
     rows, reasons = find_block_rows(model, example, program)
     longer = [row for row in rows if len(row) > 1]
     members = {name for row in longer for name in row}
+    refuse_branching(model, example, "reversible", program, members)
     single = [row[0] for row in rows if len(row) == 1]
     refused = {name: reasons.get(name, "no block follows it") for name in (*reasons, *single) if name not in members}
     if not longer:
@@ -119,10 +121,10 @@ def reversible_rows(model: nn.Module, example: Example) -> tuple[list[list[str]]
 
 def inversion_error(model: nn.Module, example: Example, rows: Sequence[ReversibleRow]) -> float:
     """Difference of the gradients with inversion from those with everything kept, over the largest gradient."""
-    inverted = output_gradients(model, example)
+    inverted = run_training_pass(model, example, "in which inputs are computed from outputs")
     for row in rows:
         row.inverts = False
-    kept = output_gradients(model, example)
+    kept = run_training_pass(model, example, "on two streams")
     for row in rows:
         row.inverts = True
     return difference(kept, inverted)
@@ -158,6 +160,7 @@ class ReversibleRow(BlockRow):
                 parts.block,
                 adds_branch_only(parts.block),
                 parts.writers(),
+                parts.modules,
                 [indices[parameter] for parameter in parts.parameters()],
             )
             for parts in self.parts
@@ -180,22 +183,29 @@ class SharedArguments:
         leaves: of the tree of positional and keyword arguments.
         spec: structure of the tree.
         indices: of the tensors among the leaves.
+        given: the arguments themselves, into which blocks may write.
     """
 
     leaves: list[Any]
     spec: TreeSpec
     indices: list[int]
+    given: tuple[Sequence[Any], Mapping[str, Any]]
 
     @classmethod
     def of(cls, others: Sequence[Any], named: Mapping[str, Any]) -> SharedArguments:
         """The arguments of a call."""
         leaves, spec = tree_flatten((others, named))
-        return cls(leaves, spec, [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)])
+        indices = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        return cls(leaves, spec, indices, (others, named))
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
         return [self.leaves[index] for index in self.indices]
+
+    def kept(self) -> SharedArguments:
+        """The arguments with copies of what blocks may write into, as it is now."""
+        return SharedArguments([copy_state(leaf) for leaf in self.leaves], self.spec, self.indices, ((), {}))
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments with other tensors."""
@@ -213,12 +223,14 @@ class Step:
         block: the module.
         branch_only: whether it does nothing but add its branch to x; see `adds_branch_only`.
         writers: modules in it that may write into buffers.
+        modules: in it.
         indices: of its parameters among the tensors that the row is given.
     """
 
     block: Any
     branch_only: bool
     writers: Sequence[nn.Module] = ()
+    modules: Sequence[nn.Module] = ()
     indices: Sequence[int] = ()
 
     def output(self, x: Tensor, others: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
@@ -257,16 +269,18 @@ class TwoStreams(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, steps: list[Step], arguments: SharedArguments, x: Tensor, *tensors: Tensor) -> Tensor:
-        others, named = arguments.with_tensors(tensors[: len(arguments.indices)])
+        others, named = arguments.given
         ctx.precision = precision(x.device.type)
         u, v, states, last = widened(x), widened(x), [], RandomState.now(x)
+        kept: list[SharedArguments] = []
         with autocasting(ctx.precision):
             for step in steps:
+                kept.append(arguments.kept())
                 u, v = v, u + step.residual(v, x.dtype, others, named)
                 now = RandomState.now(x, last)
                 states.append(None if now is last else last)  # None where nothing was drawn
                 last = now
-        ctx.steps, ctx.arguments, ctx.states, ctx.dtype = steps, arguments, states, x.dtype
+        ctx.steps, ctx.kept, ctx.states, ctx.dtype = steps, kept, states, x.dtype
         ctx.save_for_backward(u, v, *tensors)
         return (u + v - widened(x)).to(x.dtype)
 
@@ -276,15 +290,15 @@ class TwoStreams(torch.autograd.Function):
         u, v, *tensors = ctx.saved_tensors
         grad_output = grad_outputs[0].to(u.dtype)
         grad_u, grad_v = grad_output, grad_output
-        count = len(ctx.arguments.indices)
+        count = len(ctx.kept[0].indices)
         for index in range(count):
             tensors[index] = tensors[index].detach().requires_grad_(ctx.needs_input_grad[3 + index])
-        others, named = ctx.arguments.with_tensors(tensors[:count])
         shared = [index for index in range(count) if tensors[index].requires_grad]
         grads: list[Tensor | None] = [None] * len(tensors)
-        for step, state in zip(reversed(ctx.steps), reversed(ctx.states), strict=True):
+        for step, state, kept in zip(*map(reversed, (ctx.steps, ctx.states, ctx.kept)), strict=True):
             x = u.to(ctx.dtype).detach().requires_grad_()
-            with as_before(ctx.precision, state, step.writers):
+            others, named = kept.kept().with_tensors(tensors[:count])
+            with as_before(ctx.precision, state, step.writers), attributes_kept(step.modules):
                 output = step.output(x, others, named)
             indices = [*shared, *step.indices]
             grad_x, *rest = torch.autograd.grad(

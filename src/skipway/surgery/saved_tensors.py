@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from skipway.errors import SkipwayError
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 
-__all__ = ["Costs", "SavedTensors", "costs_of", "output_gradients", "saved_bytes"]
+__all__ = ["Costs", "SavedTensors", "costs_of", "output_gradients", "run_training_pass", "saved_bytes"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple
 
     hooks = forward_hooks(model, blocks, enter=enter, leave=leave)
     with hooks, preserved_state(model), torch.enable_grad(), saved.counting():
-        call_model(model.train(), example)
+        refuse_reentrant(model, call_model(model.train(), example))
     return saved.total, {name: Costs(name, saved.bytes.get(name, 0.0), own) for name, own in inputs.items()}
 
 
@@ -113,3 +114,45 @@ def output_gradients(model: nn.Module, example: Example) -> list[Tensor]:
         loss = torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
         found = torch.autograd.grad(loss, trained, allow_unused=True)
     return [torch.cat([gradient.flatten().float() for gradient in found if gradient is not None])]
+
+
+def refuse_reentrant(model: nn.Module, output: Any) -> None:
+    """Refuse a model that checkpoints blocks by itself, re-entrantly: its gradients can be computed in one way only.
+
+    Raises:
+        SkipwayError: the graph of an output holds such a step.
+    """
+    tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            raise SkipwayError(
+                f"{type(model).__name__} checkpoints blocks by itself, re-entrantly; switch that off with "
+                "gradient_checkpointing_disable(), or give use_reentrant=False: "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
+        following = {each for each, _ in node.next_functions if each is not None} - seen
+        seen |= following
+        waiting += following
+
+
+def run_training_pass(model: nn.Module, example: Example, how: str) -> list[Tensor]:
+    """Gradients of a training pass, as `output_gradients`.
+
+    Args:
+        model: any module, which is left alone.
+        example: what it is called with.
+        how: the pass in words, for the message.
+
+    Raises:
+        SkipwayError: the pass fails; says with what.
+    """
+    try:
+        return output_gradients(model, example)
+    except Exception as problem:  # whatever somebody's network raises
+        raise SkipwayError(
+            f"a training pass {how} fails: {problem}. Blocks that write into what they are given, a cache for example, "
+            "are best run without it: use_cache=False in the example or in the config"
+        ) from problem

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from skipway.tracing.arguments import path_text
 
-__all__ = ["ATOMS", "ObjectStates", "version_of"]
+__all__ = ["ATOMS", "ObjectStates", "attributes_kept", "copy_state", "version_of"]
 
 DEPTH = 6
 """Levels of attributes and containers that are compared."""
@@ -81,3 +83,52 @@ class ObjectStates:
         return tuple(
             name for name, state in self.states.items() if name in before.states and state != before.states[name]
         )
+
+
+def copy_state(value: Any, depth: int = DEPTH) -> Any:
+    """A copy of containers and objects, caches for example, that holds the same tensors: what a block writes into it
+    does not reach the original.
+
+    >>> import torch
+    >>> cache = {"keys": [torch.ones(1)]}
+    >>> copied = copy_state(cache)
+    >>> copied["keys"].append(torch.ones(1))
+    >>> len(cache["keys"]), copied["keys"][0] is cache["keys"][0]
+    (1, True)
+    """
+    if depth == 0 or isinstance(value, (*ATOMS, Tensor, nn.Module, type)) or callable(value):
+        return value
+    if isinstance(value, tuple):
+        items = [copy_state(item, depth - 1) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    copied = value
+    with suppress(Exception):  # what cannot be copied (a lock, a stream) is shared
+        copied = copy.copy(value)
+    if isinstance(copied, list):
+        copied[:] = [copy_state(item, depth - 1) for item in copied]
+    elif isinstance(copied, dict):
+        for key in copied:
+            copied[key] = copy_state(copied[key], depth - 1)
+    if copied is not value and hasattr(copied, "__dict__"):
+        for name, item in vars(copied).items():
+            vars(copied)[name] = copy_state(item, depth - 1)
+    return copied
+
+
+@contextmanager
+def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it, modules may count and collect in their attributes; afterwards those are as before."""
+    kept = [(module, dict(vars(module))) for module in modules]
+    for module, attributes in kept:
+        for name, value in attributes.items():
+            if name not in OWN and not name.startswith("_") and isinstance(value, list | dict | set):
+                vars(module)[name] = copy_state(value)
+    try:
+        yield
+    finally:
+        for module, attributes in kept:
+            for name in [name for name in vars(module) if name not in attributes]:
+                del vars(module)[name]
+            for name, value in attributes.items():
+                if vars(module).get(name) is not value:
+                    vars(module)[name] = value

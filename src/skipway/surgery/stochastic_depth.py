@@ -16,7 +16,7 @@ from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_survey import require_blocks
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import refuse_branching, require_operable
-from skipway.surgery.saved_tensors import output_gradients
+from skipway.surgery.saved_tensors import run_training_pass
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, as_example
 from skipway.tracing.arguments import Path, exchange_at, item_at, path_text, tensor_paths
@@ -55,9 +55,9 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     if not 0 < rate < 1:
         raise SkipwayError(f"rate={rate}: the rule is a share of samples between 0 and 1, 0.1 for example")
     model, example = require_operable(model), as_example(example)
-    refuse_branching(model, example, "skip_compute")
     title = f"{type(model).__name__} skips up to {rate:g} of its blocks' samples"
     calls = require_blocks(model, example).calls
+    refuse_branching(model, example, "skip_compute", blocks=calls)
     axes = find_block_axes(model, example, calls)
     with transaction(model, example, title=title) as change:
         for number, (name, call) in enumerate(calls.items(), start=1):
@@ -66,26 +66,8 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
             change.set_attribute(block, "skipped", own)
             change.set_attribute(block, "drawing", SampleDraw(call, axes[name]))
             change.touched[name] = f"rate {own:.3g}, samples on axis {axes[name].stream}"
-        check_training_pass(model, example)
+        run_training_pass(model, example, "with a share of the samples")
         return change.commit()
-
-
-def check_training_pass(model: nn.Module, example: Example) -> None:
-    """Run a training pass forward and backward.
-
-    Raises:
-        SkipwayError: it fails; says with what.
-    """
-    try:
-        output_gradients(model, example)
-    except SkipwayError:
-        raise
-    except Exception as problem:  # whatever somebody's network raises
-        raise SkipwayError(
-            f"a training pass with a share of the samples fails ({type(problem).__name__}: {problem}): a block is "
-            "given something for each sample in a form that is not known, or keeps something for the next pass; give "
-            "an example without it (use_cache=False)"
-        ) from problem
 
 
 @dataclass(frozen=True)
