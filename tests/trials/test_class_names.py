@@ -61,10 +61,9 @@ def test_names_that_hardly_differ_are_named(tmp_path, one, other):
     write_images(tmp_path, {one: 3, other: 3, "dog": 3})
     if len(os.listdir(tmp_path)) == 2:
         pytest.skip("names are one here")
-    (remark,) = index_folders(tmp_path).remarks
+    (remark,) = [remark for remark in load(tmp_path).remarks if "differ by case or spaces only" in remark]
     assert repr(one) in remark
     assert repr(other) in remark
-    assert "differ by case or spaces only" in remark
 
 
 @pytest.mark.parametrize("name", ["x" * 200, "  ", "😀", "a\tb", "-", "None", "0", "caf\udce9", "con", "a'b\"c"])

@@ -225,7 +225,7 @@ def reporting_faults(source: Path | bytes, name: Path | None) -> Iterator[tuple[
         if content is None:
             content = path.read_bytes()
         if len(content) > MAX_BYTES:
-            raise UnreadableImage(path, f"a file of more than {MAX_BYTES >> 20} MB")
+            raise UnreadableImage(path, f"a file of more than {MAX_BYTES >> 20} MB: convert it to PNG or JPEG")
         yield content, path
     except UnreadableImage:
         raise
@@ -242,7 +242,7 @@ def open_image(content: bytes, path: Path) -> Iterator[Image.Image]:
     # Pillow's `open` without its limit of pixels, which belongs to the whole process: ours is checked before decoding
     with Image.OPEN[form][0](io.BytesIO(content), "") as image:
         if min(image.size) < MIN_SIDE:
-            raise UnreadableImage(path, f"{image.width}x{image.height}: smaller than {MIN_SIDE} pixels")
+            raise UnreadableImage(path, f"{image.width}x{image.height}: smaller than {MIN_SIDE} pixels: enlarge it")
         if image.mode == "F":
             raise UnreadableImage(path, "32-bit float values of unknown range; save it with 8 or 16 bits")
         if form == "TIFF" and (raw := describe_raw(image)):

@@ -22,7 +22,7 @@ from skipway.data.pool import Remark, WorkerPool, default_workers
 from skipway.data.preprocessing import Preprocessing
 from skipway.data.source_reader import SourceReader, choose_input
 from skipway.data.sources.detect import index_source
-from skipway.data.sources.index import SourceIndex, name_list, sorted_classes
+from skipway.data.sources.index import SourceIndex, name_list, names_alike, sorted_classes
 from skipway.data.sources.readers import FileStore
 from skipway.data.split import FEWEST_TO_VALIDATE, ImageSample, Splits, split_index
 from skipway.errors import DataError, counted, printable
@@ -246,6 +246,8 @@ def split_remarks(splits: Splits) -> list[str]:
     """Remarks about files and folders that are not used, and about classes missing from a split."""
     remarks = splits.left_out.sentences()
     remarks += [f"not used: {entry}" for entry in splits.unused]
+    for group in names_alike(splits.classes)[:3]:
+        remarks.append(f"classes {name_list(group)} differ by case or spaces only: merge them if they mean the same")
     for word, samples in (("test", splits.test), ("validation", splits.validation), ("training", splits.train)):
         present = {sample.label for sample in samples}
         missing = [name for number, name in enumerate(splits.classes) if number not in present]

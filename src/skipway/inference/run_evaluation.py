@@ -12,9 +12,9 @@ from skipway.checkpoint.files import read_json
 from skipway.data import load
 from skipway.data.decode import MAX_MEGAPIXELS
 from skipway.data.sources.detect import index_source
-from skipway.data.sources.index import class_name, name_list
+from skipway.data.sources.index import FilesByClass, class_name, name_list
 from skipway.data.split import read_split
-from skipway.errors import CheckpointError, DataError, printable
+from skipway.errors import CheckpointError, DataError, counted, printable
 from skipway.inference.evaluation import Evaluation, evaluate
 from skipway.inference.predict import Predictor, weights_file
 from skipway.recipe import Recipe
@@ -127,7 +127,11 @@ def evaluate_images(
     numbers = {class_name(name): number for number, name in enumerate(predictor.classes)}
     nested = any("/" in name for name in numbers)
     found = index_source(data, allow_empty=True, outside=outside, subfolders="classes" if nested else "merge")
-    files = found.test or found.validation or found.train
+    parts = {"test": found.test, "validation": found.validation, "train": found.train}
+    chosen = next((split for split, part in parts.items() if part), "train")
+    files: FilesByClass = {}
+    for name, members in (parts[chosen] or {}).items():
+        files.setdefault(class_name(name), []).extend(members)
     unknown = [name for name in files if files[name] and name not in numbers]
     if unknown:
         raise DataError(
@@ -151,6 +155,8 @@ def evaluate_images(
         first = f"; the first: {printable(unreadable[0][0])}: {unreadable[0][1]}" if unreadable else ""
         raise DataError(f"none of the {len(pairs)} images in {printable(data)} can be read{first}")
     absent = tuple(name for name in predictor.classes if not files.get(class_name(name)))
-    part = "" if files is found.train else f", {'test' if files is found.test else 'validation'} split"
-    remarks = (*found.left_out.sentences(), *found.remarks)
-    return RunEvaluation(found.name + part, predictor.classes, evaluation, tuple(unreadable), absent, remarks)
+    remarks = [*found.left_out.sentences(), *found.remarks]
+    if others := len(found.files) - sum(map(len, files.values())):
+        remarks.append(f"the {chosen} split is evaluated, not the {counted(others, 'image')} of other splits")
+    name = found.name if chosen == "train" else f"{found.name}, {chosen} split"
+    return RunEvaluation(name, predictor.classes, evaluation, tuple(unreadable), absent, tuple(remarks))

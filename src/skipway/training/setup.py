@@ -316,6 +316,7 @@ def run_config(run: Run) -> dict[str, Any]:
             "fingerprint": run.data.fingerprint,
             **count_images(run.data),
             "unreadable": [list(entry) for entry in run.data.unreadable],
+            "left_out": dict(run.data.splits.left_out.counts),
         },
     }
 

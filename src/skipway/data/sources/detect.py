@@ -8,8 +8,9 @@ from pathlib import Path
 
 from skipway.data.sources.folders import Subfolders, index_folders
 from skipway.data.sources.hub import HUB_PREFIX, index_dataset, is_saved_dataset
-from skipway.data.sources.index import SourceIndex
+from skipway.data.sources.index import SourceIndex, name_list
 from skipway.data.sources.lists import LIST_SUFFIXES, index_list
+from skipway.data.sources.scan import scan_folder
 from skipway.data.sources.shards import index_shards
 from skipway.data.sources.splits import split_of
 from skipway.errors import DataError, SkipwayError, printable
@@ -50,7 +51,12 @@ def index_source(
                 return index_dataset(path, columns=columns, outside=outside)
             if holds_shards(path):
                 return index_shards(path)
-            return index_folders(path, allow_empty=allow_empty, outside=outside, subfolders=subfolders)
+            try:
+                return index_folders(path, allow_empty=allow_empty, outside=outside, subfolders=subfolders)
+            except DataError as error:
+                lists = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in LIST_SUFFIXES)
+                hint = f"; if {name_list(lists, 2)} lists the images, give the list instead of the folder"
+                raise DataError(f"{error}{hint}") if lists else error from None
         suffix = path.suffix.lower()
         if suffix in LIST_SUFFIXES and path.is_file():
             return index_list(path, columns=columns, outside=outside)
@@ -66,9 +72,14 @@ def index_source(
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder, or a training folder in it, holds tar files."""
+    """Whether a folder, or a training folder in it, holds tar files, and no folder in it holds images beside them, as
+    after a download that was unpacked.
+    """
     with os.scandir(folder) as entries:
         inside = [Path(entry.path) for entry in entries]
     training = [path for path in inside if split_of(path.name) == "train" and path.is_dir()]
     files = [*inside, *(path for place in training for path in place.iterdir())]
-    return any(path.suffix == ".tar" and path.is_file() for path in files)
+    if not any(path.suffix == ".tar" and path.is_file() for path in files):
+        return False
+    top, _ = scan_folder(folder)
+    return not any(inner.images for inner in top.walk() if inner is not top)

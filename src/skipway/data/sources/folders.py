@@ -19,7 +19,6 @@ from skipway.data.sources.index import (
     check_known_classes,
     class_name,
     name_list,
-    names_alike,
 )
 from skipway.data.sources.readers import FileStore
 from skipway.data.sources.scan import ImageFolder, LeftOut, scan_folder
@@ -168,7 +167,7 @@ def index_folders(
         test=held.get("test"),
         left_out=left_out,
         unused=tuple(f"{printable(path)!r}: {reason}" for path, reason in layout.unused.items()),
-        remarks=tuple(remarks + folder_remarks(top, layout, classes, subfolders)),
+        remarks=tuple(remarks + folder_remarks(top, layout, subfolders)),
     )
 
 
@@ -214,8 +213,8 @@ def count_unread(top: ImageFolder, parts: list[FilesByClass], unused: Collection
             left_out.add("in a folder that is not used" if in_unused else "outside the class folders", image)
 
 
-def folder_remarks(top: ImageFolder, layout: Layout, classes: Collection[str], subfolders: Subfolders) -> list[str]:
-    """Remarks about where classes were found, merged folders, and names that hardly differ."""
+def folder_remarks(top: ImageFolder, layout: Layout, subfolders: Subfolders) -> list[str]:
+    """Remarks about where classes were found, and about merged folders."""
     remarks = []
     if (found := innermost(top)) is not top:
         remarks.append(f"the class folders are taken from {printable(found.path)!r}, the only folder in the source")
@@ -236,6 +235,4 @@ def folder_remarks(top: ImageFolder, layout: Layout, classes: Collection[str], s
     twice = sorted({class_name(name) for name in forms if class_name(name) != name and class_name(name) in forms})
     if twice:
         remarks.append(f"folders whose names are equal but for their Unicode form are one class: {name_list(twice)}")
-    for group in names_alike(classes)[:3]:
-        remarks.append(f"classes {name_list(group)} differ by case or spaces only: merge them if they mean the same")
     return remarks

@@ -170,7 +170,7 @@ def check_file_size(path: Path, size: int) -> None:
         UnreadableImage: it has more.
     """
     if size > MAX_BYTES:
-        raise UnreadableImage(path, f"a file of more than {MAX_BYTES >> 20} MB")
+        raise UnreadableImage(path, f"a file of more than {MAX_BYTES >> 20} MB: convert it to PNG or JPEG")
 
 
 def check_member_name(name: str, source: Path) -> None:

@@ -7,6 +7,7 @@ without a label beside it has its folder's name for a label, so a tar file of cl
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tarfile
@@ -15,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from skipway.data.content import HEAD_BYTES, is_image_content
 from skipway.data.decode import MAX_BYTES
 from skipway.data.sources.index import (
     FilesByClass,
@@ -34,6 +36,8 @@ __all__ = ["expand_braces", "index_shards", "key_and_suffix", "shard_paths"]
 MAX_MEMBERS = 20_000_000
 MAX_SHARDS = 100_000
 MAX_LABEL_BYTES = 1024**2
+# larger members of unknown suffixes are judged by their first bytes
+MAX_SNIFFED_BYTES = 16 * 1024**2
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -145,6 +149,7 @@ def common_folder(paths: Sequence[Path]) -> tuple[str, ...]:
 def scan_shard(path: Path, left_out: LeftOut) -> list[tuple[str, str, tuple[int, int]]]:
     """(name, label, (offset, size)) of every image of a shard; only labels are read."""
     images: list[tuple[str, str, tuple[int, int]]] = []
+    others: list[tuple[str, str, tuple[int, int]]] = []
     labels: dict[str, tuple[str, tuple[int, int]]] = {}
     size, count = path.stat().st_size, 0
     try:
@@ -166,8 +171,7 @@ def scan_shard(path: Path, left_out: LeftOut) -> list[tuple[str, str, tuple[int,
                 elif suffix in ("cls", "json"):
                     labels[key] = (suffix, place)
                 else:
-                    reason = f"neither an image nor a label by its suffix .{suffix}" if suffix else "without a suffix"
-                    left_out.add(reason, f"{path.name}/{member.name}")
+                    others.append((member.name, key, place))
     except DataError:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
@@ -175,7 +179,22 @@ def scan_shard(path: Path, left_out: LeftOut) -> list[tuple[str, str, tuple[int,
             f"{printable(path)}: not a tar file that can be read in place: {error}{compression_advice(path)}"
         ) from error
     with path.open("rb") as file:
+        for other in others:
+            what = describe_member(file, *other)
+            if what:
+                left_out.add(what, f"{path.name}/{other[0]}")
+            else:
+                images.append(other)
+        images.sort(key=lambda image: image[2])
         return [(name, label_of(path, file, name, labels.get(key)), place) for name, key, place in images]
+
+
+def describe_member(file: Any, name: str, key: str, place: tuple[int, int]) -> str:
+    """ "" for a member that is an image by its content, else what it is."""
+    offset, size = place
+    file.seek(offset)
+    content = file.read(size if size <= MAX_SNIFFED_BYTES else HEAD_BYTES)
+    return is_image_content(io.BytesIO(content), Path(name).suffix)
 
 
 def check_member(path: Path, member: tarfile.TarInfo, size: int, count: int) -> None:
