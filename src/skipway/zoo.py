@@ -98,6 +98,7 @@ class Source:
         load: makes the model.
         takes: the fields of `ModelRequest`, `shape` aside, that it can follow.
         refusal: what to do instead where it cannot.
+        library: name of the library, "skipway" for ours; None for a file of Python code.
     """
 
     form: str
@@ -105,6 +106,7 @@ class Source:
     load: Callable[[str, ModelRequest], LoadedModel]
     takes: frozenset[str] = frozenset()
     refusal: str = ""
+    library: str | None = None
 
 
 def source_of(text: str) -> tuple[Source, str]:
@@ -176,7 +178,9 @@ def load_torchvision(name: str, wanted: ModelRequest) -> LoadedModel:
     models = import_library("torchvision", f"torchvision:{name}").models
     if name not in models.list_models():
         raise SkipwayError(suggest("model of torchvision", name, models.list_models()))
-    options = {} if wanted.classes is None else {"num_classes": wanted.classes}
+    options: dict[str, Any] = {} if wanted.classes is None else {"num_classes": wanted.classes}
+    if wanted.shape is not None and name.startswith("vit_"):  # the others take images of any size
+        options["image_size"] = wanted.shape[-1]
     transforms = getattr(models.get_model_weights(name).DEFAULT, "transforms", None)
     size = getattr(transforms, "keywords", {}).get("crop_size", IMAGE[-1])
     return LoadedModel(model=models.get_model(name, weights=None, **options), shape=(3, size, size))
@@ -189,7 +193,10 @@ def load_transformers(name: str, wanted: ModelRequest) -> LoadedModel:
     if getattr(made, "config_class", None) is None:
         known = [each for each in dir(transformers) if each.endswith("Model") or "For" in each]
         raise SkipwayError(suggest("model class of transformers", name, known))
-    options = {} if wanted.classes is None else {"num_labels": wanted.classes}
+    options: dict[str, Any] = {} if wanted.classes is None else {"num_labels": wanted.classes}
+    if wanted.shape is not None and len(wanted.shape) == 3:
+        image = {"image_size": wanted.shape[-1], "num_channels": wanted.shape[0]}
+        options |= {key: value for key, value in image.items() if hasattr(made.config_class(), key)}
     config = made.config_class(**options)
     argument = made.main_input_name
     if argument != "input_ids":
@@ -366,9 +373,9 @@ FRAGMENTS: dict[str, torch.library.Library] = {}
 OTHERS = "use it with a Skipway model, or build the model in a file: FILE.py:NAME"
 CLASSES = frozenset({"classes"})
 SOURCES: tuple[Source, ...] = (
-    Source("timm:NAME", r"timm:(?P<name>.+)", load_timm, CLASSES, OTHERS),
-    Source("torchvision:NAME", r"torchvision:(?P<name>.+)", load_torchvision, CLASSES, OTHERS),
-    Source("hf:CLASS", r"(?:hf|transformers):(?P<name>.+)", load_transformers, CLASSES, OTHERS),
+    Source("timm:NAME", r"timm:(?P<name>.+)", load_timm, CLASSES, OTHERS, "timm"),
+    Source("torchvision:NAME", r"torchvision:(?P<name>.+)", load_torchvision, CLASSES, OTHERS, "torchvision"),
+    Source("hf:CLASS", r"(?:hf|transformers):(?P<name>.+)", load_transformers, CLASSES, OTHERS, "huggingface"),
     Source("FILE.py:NAME", r"(?P<name>.+\.py(?::\w*)?)", load_file, frozenset(), "set it in the file"),
-    Source("a Skipway model", r"(?P<name>[^:]+)", load_ours, frozenset({"depth", "scheme", "classes"})),
+    Source("a Skipway model", r"(?P<name>[^:]+)", load_ours, CLASSES | {"depth", "scheme"}, library="skipway"),
 )

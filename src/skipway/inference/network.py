@@ -1,0 +1,147 @@
+"""Image classifiers by description: ours, or a network of timm, torchvision, transformers or a Python file with a
+classifier for other classes.
+
+A run stores the description with its weights, and whatever reads the weights builds the network from it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from skipway.errors import SkipwayError, printable
+from skipway.models import build
+from skipway.surgery import replace_classifier, rescheme
+from skipway.surgery.classifier import find_classifiers
+from skipway.tracing import call_model, preserved_state
+from skipway.zoo import ModelRequest, load_model, source_of
+
+__all__ = ["build_classifier", "is_ours"]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name is one that `skipway.build` knows, or could know.
+
+    >>> is_ours("resnet20"), is_ours("timm:resnet18"), is_ours("nets/mine.py:make")
+    (True, False, False)
+    """
+    return source_of(name)[0].library == "skipway"
+
+
+def build_classifier(description: Mapping[str, Any]) -> nn.Module:
+    """Build a network that takes images (N, channels, image, image) and returns logits (N, classes).
+
+    Args:
+        description: "name" and, for a network of ours, the options of `skipway.build`; for any other "classes",
+            "channels", "image" and, if it is dressed in a scheme, "scheme". A file of Python code named in it is run.
+
+    Raises:
+        SkipwayError: no such network, one that does not run on such images, or one whose classifier is not found.
+    """
+    options = dict(description)
+    name = options.pop("name")
+    if is_ours(name):
+        return build(name, **options)
+    classes, channels, image = (options.pop(key) for key in ("classes", "channels", "image"))
+    scheme = options.pop("scheme", None)
+    if options:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise SkipwayError(f"{given}: options of Skipway's own networks, and model={printable(name)!r} is none")
+    loaded = load_model(name, ModelRequest(shape=(channels, image, image)))
+    example = torch.zeros(2, channels, image, image)
+    model = with_logits(loaded.model, loaded.argument, example, name)
+    if find_classifiers(model, example):
+        if count_outputs(model, example) != classes:
+            replace_classifier(model, example, classes)
+    else:
+        model = PooledClassifier(model, example, classes)
+    if scheme is not None:
+        rescheme(model, example, scheme)
+    return model
+
+
+def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: str) -> nn.Module:
+    """Let a model take images as its only argument and return one tensor, in place; state-dict names stay.
+
+    Raises:
+        SkipwayError: it does not run on such images.
+    """
+    try:
+        outputs = []
+        with preserved_state(model), torch.no_grad():
+            for training in (False, True):
+                outputs.append(call_model(model.train(training), example if argument is None else {argument: example}))
+    except Exception as error:  # a stranger's forward raises what it likes
+        shape = "x".join(map(str, example.shape[1:]))
+        raise SkipwayError(
+            f"model={printable(name)!r} does not run on images of {shape}: {printable(str(error))}; give the size and "
+            "channels that it takes"
+        ) from error
+    if argument is not None or not all(isinstance(output, Tensor) for output in outputs):
+        model.__class__ = first_output_class(type(model), argument)
+    return model
+
+
+@cache
+def first_output_class(kind: type[nn.Module], argument: str | None) -> type[nn.Module]:
+    """A subclass of `kind` that takes images and returns the first tensor that `kind` puts out.
+
+    transformers put out dataclasses, GoogLeNet and Inception the scores of their auxiliary classifiers in training.
+    """
+
+    def forward(self: nn.Module, images: Tensor) -> Tensor:
+        output = kind.forward(self, images) if argument is None else kind.forward(self, **{argument: images})
+        return first_tensor(output)
+
+    return type(f"{kind.__name__}Logits", (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor of an output."""
+    return next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+
+
+def count_outputs(model: nn.Module, example: Tensor) -> int:
+    """Columns of the output."""
+    with preserved_state(model), torch.no_grad():
+        return model.eval()(example).shape[1]
+
+
+# axes of features that are averaged, by the number of all axes
+POOLED_AXES: dict[int, tuple[int, ...]] = {2: (), 3: (1,), 4: (2, 3)}
+
+
+class PooledClassifier(nn.Module):
+    """A trunk with a linear classifier of its features, averaged over tokens or positions.
+
+    Args:
+        trunk: puts out features (N, D), tokens (N, L, D) or a map (N, D, H, W).
+        example: images that it takes.
+        classes: outputs.
+    """
+
+    def __init__(self, trunk: nn.Module, example: Tensor, classes: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        with preserved_state(trunk), torch.no_grad():
+            features = self.pool(trunk.eval()(example))
+        self.classifier = nn.Linear(features.shape[1], classes)
+
+    @staticmethod
+    def pool(features: Tensor) -> Tensor:
+        """Features of whole images, (N, D)."""
+        if features.ndim not in POOLED_AXES:
+            raise SkipwayError(
+                f"a trunk that puts out {tuple(features.shape)}: the rule is features (N, D), tokens (N, L, D) or a "
+                "map (N, D, H, W)"
+            )
+        axes = POOLED_AXES[features.ndim]
+        return features.mean(axes) if axes else features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.trunk(images)))
