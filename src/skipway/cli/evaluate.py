@@ -34,6 +34,7 @@ def evaluate(
     batch_size: Annotated[int | None, Parameter(group=EVALUATION)] = None,
     outside: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
     max_megapixels: Annotated[float, Parameter(group=EVALUATION)] = 64.0,
+    trust_code: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
     device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
     json: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
 ) -> int:
@@ -50,6 +51,7 @@ def evaluate(
         batch_size: Images per forward pass. [as in training]
         outside: Follow links out of DATA.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
+        trust_code: Run the Python file that the run's network was built from.
         device: auto, cpu, cuda, cuda:1.
     """
     if batch_size is not None and batch_size < 1:
@@ -57,7 +59,7 @@ def evaluate(
     from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
     if data is None:
-        result = evaluate_run(run, device=device, flip=flip or None, batch_size=batch_size)
+        result = evaluate_run(run, device=device, flip=flip or None, batch_size=batch_size, trust_code=trust_code)
     else:
         from skipway.hardware.limits import cpu_count
 
@@ -70,6 +72,7 @@ def evaluate(
             workers=cpu_count(),
             outside=outside,
             max_megapixels=max_megapixels,
+            trust_code=trust_code,
         )
     if json:
         sys.stdout.write(encode_evaluation(result) + "\n")

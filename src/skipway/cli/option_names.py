@@ -23,7 +23,7 @@ def option_spelling(text: str) -> str:
     """
     from skipway.recipe import Recipe
 
-    known = {"opset", "sides", *(field.name for field in fields(Recipe))}
+    known = {"opset", "sides", "trust_code", *(field.name for field in fields(Recipe))}
 
     def spelled(found: re.Match[str]) -> str:
         name, text = found.groups()

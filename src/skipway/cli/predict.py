@@ -37,6 +37,7 @@ def predict(
     batch_size: Annotated[int, Parameter(group=PREDICTION)] = 64,
     outside: Annotated[bool, Parameter(negative=(), group=PREDICTION)] = False,
     max_megapixels: Annotated[float, Parameter(group=PREDICTION)] = 64.0,
+    trust_code: Annotated[bool, Parameter(negative=(), group=PREDICTION)] = False,
     device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
     workers: Annotated[int | None, Parameter(group=HARDWARE)] = None,
     csv: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
@@ -55,6 +56,7 @@ def predict(
         batch_size: Images per forward pass.
         outside: Follow links out of the folders of images.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
+        trust_code: Run the Python file that the run's network was built from.
         device: auto, cpu, cuda, cuda:1.
         workers: Threads that decode images. [one per core]
         csv: Write the rows to this CSV file.
@@ -73,7 +75,7 @@ def predict(
     files, left_out = image_files(images, outside=outside)
     for sentence in left_out.sentences():
         print(f"skipway: {option_spelling(sentence)}", file=sys.stderr)
-    predictor = Predictor.load(run, device=device, max_megapixels=max_megapixels)
+    predictor = Predictor.load(run, device=device, max_megapixels=max_megapixels, trust_code=trust_code)
     top = min(top, len(predictor.classes))
     read, first = 0, ""
     with open_writer(csv, as_json=json, top=top) as write:

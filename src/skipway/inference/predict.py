@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,10 +19,12 @@ from skipway.data.batches import Batch, normalize
 from skipway.data.decode import MAX_MEGAPIXELS, UnreadableImage
 from skipway.data.preprocessing import Preprocessing
 from skipway.data.sources.scan import LeftOut, scan_folder
-from skipway.errors import CheckpointError, DataError, SkipwayError, printable
+from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell
 from skipway.hardware.device import choose_device
+from skipway.inference.network import build_classifier, is_ours
 from skipway.models import build, find_config
 from skipway.weights.hub import PREFIX, download
+from skipway.zoo import source_of
 
 __all__ = ["Prediction", "Predictor", "from_pretrained", "image_files", "weights_file"]
 
@@ -30,15 +33,17 @@ WEIGHT_FILES = ("best.safetensors", "last.safetensors", "model.safetensors")
 BATCH_SIZE = 64
 
 
-def from_pretrained(path: str | Path) -> nn.Module:
+def from_pretrained(path: str | Path, *, trust_code: bool = False) -> nn.Module:
     """Load the network of a training run, in evaluation mode, with its `preprocessing`.
 
-    No code from the folder is executed: weights are safetensors, and the network is one that `build` knows.
+    No code from the folder is executed: weights are safetensors, and the network is one of ours or of an installed
+    library. A network from a Python file is only built with `trust_code`.
 
     Args:
         path: a run folder (its best weights by validation, which were tested); a folder written by
             `skipway export --hub`, or the name of one on the hub, "hf:org/name"; or a file,
             `runs/first/last.safetensors`.
+        trust_code: run the Python file that the network was built from, at the path where it was.
 
     Returns:
         the network on the CPU; `.preprocessing` describes its input images and the classes of its outputs.
@@ -61,7 +66,7 @@ def from_pretrained(path: str | Path) -> nn.Module:
         )
     model = decode_json(header["model"].encode(), file)
     preprocessing = Preprocessing.from_json(decode_json(header["preprocessing"].encode(), file), printable(file))
-    network = build_network(model, preprocessing, tensors, file)
+    network = build_network(model, preprocessing, tensors, file, trust_code=trust_code)
     network.load_state_dict(tensors)
     network.preprocessing = preprocessing  # type: ignore[assignment]
     return network.eval()
@@ -86,7 +91,9 @@ def weights_file(path: str | Path) -> Path:
     raise CheckpointError(f"{printable(path)} holds no trained network: none of {', '.join(WEIGHT_FILES)}")
 
 
-def build_network(model: object, preprocessing: Preprocessing, tensors: dict[str, Tensor], file: Path) -> nn.Module:
+def build_network(
+    model: object, preprocessing: Preprocessing, tensors: dict[str, Tensor], file: Path, *, trust_code: bool = False
+) -> nn.Module:
     """Build the network that a header describes, after checking that the tensors of the file fit it.
 
     A malicious header could describe a network of any size, so it is first built on the meta device, and refused if it
@@ -100,6 +107,10 @@ def build_network(model: object, preprocessing: Preprocessing, tensors: dict[str
     odd = [name for name, value in options.items() if name in ("device", "dtype") or not is_json_value(value)]
     if odd:
         raise CheckpointError(f"{source}: the header has {printable(odd[0])!r}, which is not an option of this network")
+    if not is_ours(model["name"]):
+        network = build_foreign(model, tensors, source, trust_code)
+        check_shape(options, preprocessing, source)
+        return network
     try:
         _, config = find_config(model["name"], options.get("depth"))
         changes = {name: value for name, value in options.items() if name not in ("depth", "scheme")}
@@ -113,9 +124,35 @@ def build_network(model: object, preprocessing: Preprocessing, tensors: dict[str
         raise
     except (SkipwayError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{source}: its network cannot be built: {printable(str(error))}") from error
+    check_shape(options, preprocessing, source)
+    return network
+
+
+def build_foreign(model: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, trust_code: bool) -> nn.Module:
+    """Build a network of another library, or of a Python file, that a header describes."""
+    name = printable(model["name"])
+    try:
+        runs_code = source_of(model["name"])[0].library is None
+        if runs_code and not trust_code:
+            raise CheckpointError(
+                f"{source}: its network is made by the Python file {name}, which is not run unasked; "
+                f"{spell('trust_code', True)} runs it, if you trust it"
+            )
+        network = build_classifier(model)
+    except CheckpointError:
+        raise
+    except (SkipwayError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: its network {name} cannot be built: {printable(str(error))}") from error
+    shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
+        raise CheckpointError(f"{source}: the tensors do not fit {name}; it may be of another version")
+    return network
+
+
+def check_shape(options: Mapping[str, Any], preprocessing: Preprocessing, source: str) -> None:
+    """Raise if a network and its preprocessing differ."""
     if options.get("classes") != len(preprocessing.classes) or options.get("channels") != preprocessing.channels:
         raise CheckpointError(f"{source}: classes or channels of the network differ from the preprocessing")
-    return network
 
 
 def is_json_value(value: object) -> bool:
@@ -173,9 +210,16 @@ class Predictor:
         self.max_megapixels = max_megapixels
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "cpu", max_megapixels: float = MAX_MEGAPIXELS) -> Predictor:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        max_megapixels: float = MAX_MEGAPIXELS,
+        trust_code: bool = False,
+    ) -> Predictor:
         """Load the network with `from_pretrained`."""
-        return cls(from_pretrained(path), device=device, max_megapixels=max_megapixels)
+        return cls(from_pretrained(path, trust_code=trust_code), device=device, max_megapixels=max_megapixels)
 
     @property
     def classes(self) -> tuple[str, ...]:

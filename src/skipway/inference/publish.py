@@ -32,25 +32,31 @@ def write_onnx(
     *,
     sides: Sides = "dynamic",
     opset: int | None = None,
+    trust_code: bool = False,
     remark: Callable[[str], None] = warnings.warn,
 ) -> float | None:
     """Write an ONNX file with the preprocessing as JSON in its metadata, and verify it in onnxruntime.
 
     Args:
-        path: see `from_pretrained`.
+        path: see `from_pretrained`, as for `trust_code`.
         file: output path; see `skipway.export_onnx` for its inputs and outputs, and for the other arguments.
 
     Returns:
         the largest absolute difference to the network; None if onnxruntime is not installed.
     """
-    model = from_pretrained(path)
+    model = from_pretrained(path, trust_code=trust_code)
     preprocessing = get_preprocessing(model)
     metadata = {name: json.dumps(value) for name, value in build_metadata(path, preprocessing).items()}
     return export_onnx(model, preprocessing.example, file, sides=sides, opset=opset, metadata=metadata, remark=remark)
 
 
 def write_program(
-    path: str | Path, file: Path, *, sides: Sides = "dynamic", remark: Callable[[str], None] = warnings.warn
+    path: str | Path,
+    file: Path,
+    *,
+    sides: Sides = "dynamic",
+    trust_code: bool = False,
+    remark: Callable[[str], None] = warnings.warn,
 ) -> float:
     """Write a torch.export program (`.pt2`) with the preprocessing in its extra files, reload and compare it.
 
@@ -59,7 +65,7 @@ def write_program(
     Returns:
         the largest absolute difference to the network.
     """
-    model = from_pretrained(path)
+    model = from_pretrained(path, trust_code=trust_code)
     preprocessing = get_preprocessing(model)
     extra = {name: json.dumps(value) for name, value in build_metadata(path, preprocessing).items()}
     return export_program(model, preprocessing.example, file, sides=sides, extra=extra, remark=remark)
@@ -110,12 +116,13 @@ def input_steps(preprocessing: Preprocessing) -> list[str]:
     ]
 
 
-def write_hub_folder(path: str | Path, folder: Path) -> None:
+def write_hub_folder(path: str | Path, folder: Path, *, trust_code: bool = False) -> None:
     """Write weights, config and model card in the layout of the Hugging Face hub; `from_pretrained` loads the folder.
 
     Args:
         path: a run folder, or a file of weights in it.
         folder: output folder: new, empty, or written by this function before.
+        trust_code: see `from_pretrained`.
 
     Raises:
         SkipwayError: the folder contains other files.
@@ -123,7 +130,7 @@ def write_hub_folder(path: str | Path, folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(not is_hub_file(entry) for entry in folder.iterdir())):
         raise SkipwayError(f"{printable(folder)} contains other files; choose a new or empty folder")
-    preprocessing = get_preprocessing(from_pretrained(path))
+    preprocessing = get_preprocessing(from_pretrained(path, trust_code=trust_code))
     file = weights_file(path)
     tensors, _ = read_safetensors(file)
     about = build_metadata(path, preprocessing)

@@ -10,7 +10,7 @@ from torch import nn
 from skipway.nn import Role
 from skipway.optim.roles import UNKNOWN, parameter_roles
 from skipway.tracing import Example, Program, unwrap
-from skipway.tracing.chain import chain
+from skipway.tracing.chain import Chain, chain, chain_from_program, read_chain
 from skipway.validation import check_least, check_positive
 
 __all__ = ["param_groups"]
@@ -61,7 +61,7 @@ def param_groups(
     check_least("weight_decay", weight_decay, 0)
     check_positive("layer_decay", layer_decay)
     roles = parameter_roles(model, example)
-    layers = layer_indices(model) if layer_decay != 1 else {}
+    layers = layer_indices(model, example) if layer_decay != 1 else {}
     last = max(layers.values(), default=0)
     groups: dict[tuple[Role, int], dict[str, Any]] = {}
     unknown: list[str] = []
@@ -88,14 +88,22 @@ def param_groups(
     return list(groups.values())
 
 
-def layer_indices(model: nn.Module) -> dict[str, int]:
+def connections_of(model: nn.Module, example: Example | Program | None) -> Chain[Any]:
+    """The chain of a model, by type without an example."""
+    if example is None:
+        return chain(model)
+    return chain_from_program(model, example) if isinstance(example, Program) else read_chain(model, example)
+
+
+def layer_indices(model: nn.Module, example: Example | Program | None = None) -> dict[str, int]:
     """The layer index of every parameter by name: 0 before the blocks, 1 … L inside them, L + 1 after them.
 
     A block is a connection's place up to its last number: `blocks.3` for `blocks.3.attention`. A parameter between two
-    blocks, Swin's patch merging say, belongs to the layer before it.
+    blocks, Swin's patch merging say, belongs to the layer before it. Connections that are not ours are found by
+    watching the model on the example.
     """
     blocks: dict[str, int] = {}
-    for connection in chain(model):
+    for connection in connections_of(model, example):
         parts = connection.name.split(".")
         numbers = [place for place, part in enumerate(parts) if part.isdigit()]
         blocks.setdefault(".".join(parts[: numbers[-1] + 1] if numbers else parts), len(blocks) + 1)

@@ -16,7 +16,7 @@ from skipway.nn.site import Site
 from skipway.tracing import Example, Program, Refusal, ResidualAdd, find_residual_adds, unwrap, watch
 from skipway.tracing.paths import condense_paths
 
-__all__ = ["Chain", "Connection", "WatchedConnection", "chain", "chain_from_program"]
+__all__ = ["Chain", "Connection", "WatchedConnection", "chain", "chain_from_program", "read_chain"]
 
 
 @dataclass(frozen=True)
@@ -284,6 +284,16 @@ def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection]
     ]
     classifiers = [module for module in model.modules() if isinstance(module, Classifier)]
     return Chain(model, connections, LinearMap(classifiers[-1]) if classifiers else None)
+
+
+def read_chain(model: nn.Module, example: Example) -> Chain[Connection] | Chain[WatchedConnection]:
+    """The chain of any network: by type, if it holds connections of ours, else by watching. The model is left alone.
+
+    >>> len(read_chain(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2)))
+    0
+    """
+    ours = any(isinstance(module, Residual) for module in model.modules())
+    return chain(model) if ours else chain(model, example)
 
 
 def chain_from_program(model: nn.Module, program: Program) -> Chain[WatchedConnection]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from skipway.tracing.chain import chain
+from skipway.nn import Residual
 
 __all__ = ["Ranks", "join_ranks"]
 
@@ -77,8 +77,9 @@ class Ranks:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (self.world,))
-        for connection in chain(model):
-            fully_shard(connection.residual, mesh=mesh)
+        for module in list(model.modules()):
+            if isinstance(module, Residual):
+                fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
 

@@ -12,7 +12,6 @@ from skipway.errors import SkipwayError, printable
 from skipway.probes.signal_check import check_signal
 from skipway.report.summary import advice_lines, data_lines, model_lines, signal_lines
 from skipway.tracing import preserved_state
-from skipway.tracing.chain import chain
 from skipway.training.remarks import image_remarks, option_remarks
 from skipway.training.run import Run
 from skipway.training.trial_pass import statistics_remarks
@@ -34,7 +33,7 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
         run.reporter.message(*line)
     # a sharded network runs only on all ranks together, and only rank 0 reports
     flops = count_flops(run) if run.recipe.sharding == "none" or run.ranks.world == 1 else 0.0
-    for line in model_lines(run.model, run.recipe, len(chain(run.model)), run.steps_per_epoch, flops):
+    for line in model_lines(run.model, run.recipe, len(run.connections), run.steps_per_epoch, flops):
         run.reporter.message(*line)
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     reason = reason if stored is None else "as before"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.monitor.health import Health
 from skipway.optim.schedules import lr_factor
 from skipway.recipe import Recipe
+from skipway.tracing.chain import Chain, read_chain
 from skipway.training.distributed import Ranks
 from skipway.training.ema import ModelEMA
 from skipway.training.reporter import Reporter
@@ -116,6 +118,16 @@ class Run:
     timed_from: float = 0.0
     evaluation: Evaluation | None = None
     stopping: bool = False
+
+    @property
+    def example(self) -> Tensor:
+        """Two black images, as the network takes them."""
+        return self.data.preprocessing.example.expand(2, -1, -1, -1).to(self.device)
+
+    @cached_property
+    def connections(self) -> Chain[Any]:
+        """The residual connections of the network."""
+        return read_chain(self.model, self.example)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from skipway.data import Data, load
 from skipway.data.data_config import find_class_names, find_data_config
 from skipway.data.randomness import draw_key
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell, spelling
-from skipway.models import build, find_config
+from skipway.inference.network import build_classifier, is_ours
+from skipway.models import find_config
 from skipway.monitor.health import Health
 from skipway.optim.groups import layer_indices, param_groups
 from skipway.recipe import NO_PATIENCE, Recipe
+from skipway.surgery.classifier import find_classifiers
+from skipway.tracing import preserved_state
 from skipway.training.distributed import Ranks
 from skipway.training.ema import ModelEMA
 from skipway.training.reporter import Reporter
@@ -32,6 +36,7 @@ from skipway.training.run_folder import RunFolder
 from skipway.weights import load_state, match, read_source
 from skipway.weights.adapt import CHOICES
 from skipway.weights.class_rows import arrange_classes
+from skipway.zoo import source_of
 
 __all__ = [
     "adopt_data_config",
@@ -68,9 +73,13 @@ def deterministic_algorithms(recipe: Recipe) -> Iterator[None]:
 def resolve_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths."""
     paths = {name: getattr(recipe, name) for name in ("data", "weights")}
-    return replace(
-        recipe, **{name: path.resolve() for name, path in paths.items() if path is not None and path.exists()}
-    )
+    resolved: dict[str, Any] = {
+        name: path.resolve() for name, path in paths.items() if path is not None and path.exists()
+    }
+    if recipe.model is not None and source_of(recipe.model)[0].library is None:
+        file, _, attribute = recipe.model.rpartition(":")
+        resolved["model"] = f"{Path(file).resolve()}:{attribute}"
+    return replace(recipe, **resolved)
 
 
 def load_data(
@@ -97,10 +106,25 @@ def load_data(
 
 
 def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
-    """Return the recipe with the preprocessing that the initial weights expect, where it is not chosen; says so."""
+    """Return the recipe with the inputs that the model and its initial weights expect, where they are not chosen.
+
+    Networks of other libraries take colour images; what weights expect is said.
+    """
+    if recipe.model is not None and not is_ours(recipe.model):
+        for name in ("depth", "width"):
+            if getattr(recipe, name) is not None:
+                raise SkipwayError(
+                    f"{spell(name, getattr(recipe, name))}: a choice for Skipway's own networks, and {recipe.model} is "
+                    "none; name another model"
+                )
+        recipe = replace(recipe, channels=recipe.channels or 3)
     if recipe.weights is None or (recipe.mean is not None and recipe.std is not None):
         return recipe
-    config = find_data_config(str(recipe.weights), recipe.weights_names, recipe.model)
+    names, model = recipe.weights_names, recipe.model
+    if model is not None and not is_ours(model):
+        source, model = source_of(model)
+        names = source.library or names
+    config = find_data_config(str(recipe.weights), names, model)
     if config is None:
         remark(
             "nothing beside the weights states the mean and deviation that they expect, so those of the images are "
@@ -157,19 +181,22 @@ def build_run(
 ) -> Run:
     """Build network, optimizer and everything else of a run on the device."""
     torch.manual_seed(draw_key(recipe.seed, "weights"))
-    model = build(str(recipe.model), **model_options(recipe, data))
+    model = build_classifier({"name": recipe.model, **model_options(recipe, data)})
+    example = data.preprocessing.example.expand(2, -1, -1, -1)
     if recipe.weights is not None:
-        loaded = load_initial_weights(model, recipe, data.classes, lambda sentence: reporter.message("note", sentence))
+        notes = lambda sentence: reporter.message("note", sentence)  # noqa: E731
+        loaded = load_initial_weights(model, recipe, data.classes, example, notes)
         reporter.message("weights", loaded)
+    check_grow_from(recipe, data, model)
     model = model.to(device)
     if recipe.sharding == "none":  # FSDP2 shards the first axis and requires contiguous weights
         model = model.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
-    check_grow_from(recipe, data, model)
     if recipe.sharding == "full" and (recipe.freeze or recipe.clip == "agc"):
         raise SkipwayError("sharding='full' cannot be combined with freeze or clip='agc': both need unsharded weights")
     network = ranks.wrap(model, device, shard=recipe.sharding == "full")
     # after wrapping: FSDP2 replaces the parameters
-    groups = param_groups(model, lr=recipe.peak_lr, weight_decay=recipe.decay, layer_decay=recipe.layer_decay)
+    watched = None if is_ours(str(recipe.model)) else example.to(device)
+    groups = param_groups(model, watched, lr=recipe.peak_lr, weight_decay=recipe.decay, layer_decay=recipe.layer_decay)
     ema = None if recipe.ema is None else ModelEMA(model, recipe.ema)
     run = Run(
         recipe=recipe,
@@ -197,7 +224,12 @@ def build_run(
 
 
 def model_options(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """The options of `skipway.build` besides the name, with the image size for families whose weights depend on it."""
+    """The options of `build_classifier` besides the name: those of `skipway.build` for a network of ours, with the
+    image size for families whose weights depend on it.
+    """
+    if not is_ours(str(recipe.model)):
+        shape = {"classes": len(data.classes), "channels": data.channels, "image": data.size}
+        return shape if recipe.scheme is None else {**shape, "scheme": recipe.scheme}
     _, config = find_config(str(recipe.model), recipe.depth)
     # transformers call the channels of their stream its dimension
     width = "dim" if hasattr(config, "dim") else "width"
@@ -208,20 +240,24 @@ def model_options(recipe: Recipe, data: Data) -> dict[str, Any]:
 
 
 def load_initial_weights(
-    model: nn.Module, recipe: Recipe, classes: Sequence[str], remark: Callable[[str], None]
+    model: nn.Module, recipe: Recipe, classes: Sequence[str], example: Tensor, remark: Callable[[str], None]
 ) -> str:
     """Load the weights to start from; in words, what of them was used. Every difference that the recipe does not allow
     is an error.
     """
     adapt = tuple(choice.strip() for choice in recipe.weights_adapt.split(",") if choice.strip())
-    names = recipe.weights_names
+    names, classifiers = recipe.weights_names, ()
+    if not is_ours(str(recipe.model)):  # its names are its library's
+        names, classifiers = "skipway", find_classifiers(model, example)
     with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
         state: Mapping[str, Tensor] = read_source(str(recipe.weights), recipe.weights_entry, remark)
-        state, remarks = arrange_classes(model, state, names, find_class_names(str(recipe.weights)), classes, adapt)
+        state, remarks = arrange_classes(
+            model, state, names, find_class_names(str(recipe.weights)), classes, adapt, classifiers
+        )
         for sentence in remarks:
             remark(sentence)
         try:
-            report = load_state(model, state, names=names, adapt=adapt, remark=remark)
+            report = load_state(model, state, names=names, adapt=adapt, classifiers=classifiers, remark=remark)
         except CheckpointError as error:
             trial = match(model, state, names=names, adapt=CHOICES)
             if trial.fits and "channels" in trial.used and recipe.channels == 1:
@@ -247,10 +283,13 @@ def check_grow_from(recipe: Recipe, data: Data, model: nn.Module) -> None:
         return
     if recipe.grow_from > data.size:
         raise SkipwayError(f"grow_from={recipe.grow_from}: the rule is grow_from <= size, which is {data.size}")
-    if hasattr(getattr(model, "config", None), "image"):
+    try:
+        with preserved_state(model), torch.no_grad():
+            model.eval()(torch.zeros(1, data.channels, recipe.grow_from, recipe.grow_from))
+    except Exception as error:  # of any kind, in a network that is not ours
         raise SkipwayError(
-            f"grow_from={recipe.grow_from}: the weights of {recipe.model} depend on the image size, so it cannot grow"
-        )
+            f"grow_from={recipe.grow_from}: {recipe.model} does not take images of that size: {printable(str(error))}"
+        ) from error
 
 
 def class_weights(recipe: Recipe, data: Data, device: torch.device) -> Tensor | None:
@@ -266,7 +305,7 @@ def freeze_blocks(run: Run) -> None:
     if not run.recipe.freeze:
         return
     frozen = run.progress.epoch < run.recipe.freeze
-    layers = layer_indices(run.model)
+    layers = layer_indices(run.model, run.example)
     last = max(layers.values())
     changed = False
     for name, parameter in run.model.named_parameters():
@@ -322,9 +361,9 @@ def run_config(run: Run) -> dict[str, Any]:
 
 
 def model_config(run: Run) -> dict[str, Any]:
-    """The arguments of `skipway.build` that rebuild the network."""
+    """The description that `build_classifier` builds the network from."""
     options = model_options(run.recipe, run.data)
-    scheme = getattr(getattr(run.model, "config", None), "scheme", None)
+    scheme = getattr(getattr(run.model, "config", None), "scheme", None) if is_ours(str(run.recipe.model)) else None
     return {"name": run.recipe.model, **options, **({} if scheme is None else {"scheme": str(scheme)})}
 
 

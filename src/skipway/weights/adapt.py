@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ class Misfit:
         missing: our keys that the file lacks.
         unexpected: their keys that match none of ours.
         taken: their keys that match one of ours.
+        classifiers: paths of classifiers in a network that is not ours.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Misfit:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     taken: frozenset[str]
+    classifiers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ def adapt_classes(misfit: Misfit) -> Change:
     """The classifier keeps its fresh start where the file's has another number of classes, or the file has none."""
     change = Change()
     for name, module in misfit.model.named_modules():
-        if not isinstance(module, Classifier):
+        if not isinstance(module, Classifier) and name not in misfit.classifiers:
             continue
         keys = [f"{name}.{leaf}".removeprefix(".") for leaf, _ in module.named_parameters()]
         found = misfit.misshapen.get(keys[0])
-        other = found is not None and found.flatten(1).shape[1:] == module.weight.shape[1:]
+        own: Any = module
+        other = found is not None and found.flatten(1).shape[1:] == own.weight.flatten(1).shape[1:]
         if other or all(key in misfit.missing for key in keys):
             change.fresh.extend(key for key in keys if key in misfit.misshapen or key in misfit.missing)
     return change

@@ -23,6 +23,7 @@ def arrange_classes(
     theirs: Sequence[str] | None,
     ours: Sequence[str],
     adapt: Iterable[str],
+    classifiers: Iterable[str] = (),
 ) -> tuple[Mapping[str, Tensor], list[str]]:
     """A state dict whose classifier has the model's classes in the model's order, and remarks about what was changed.
 
@@ -35,6 +36,7 @@ def arrange_classes(
         names: the naming scheme of the weights.
         theirs: the classes of the weights in the order of their outputs; None: not known.
         ours: the classes of the model in the order of its outputs.
+        classifiers: paths of the classifiers of a network that is not ours.
         adapt: the differences that are allowed, see `load`. Without "classes", unnamed rows are taken by their order.
 
     Raises:
@@ -42,9 +44,10 @@ def arrange_classes(
     """
     if theirs is not None and tuple(theirs) == tuple(ours):
         return state, []
+    others = frozenset(classifiers)
     keymap, own = find_keymap(model, names), model.state_dict()
     bare, remarks = strip_prefixes(state, {name for key in own for name in keymap.names(key)})
-    rows = {key: place for key in classifier_keys(model) if (place := place_of(keymap, key, bare)) is not None}
+    rows = {key: place for key in classifier_keys(model, others) if (place := place_of(keymap, key, bare)) is not None}
     if theirs is not None and any(len(bare[place]) != len(theirs) for place in rows.values()):
         theirs = None  # names of something else
     same_count = all(len(bare[place]) == len(ours) for place in rows.values())
@@ -78,12 +81,12 @@ def arrange_classes(
     return bare, [*remarks, f"rows of the classifier: {', '.join(parts)}"]
 
 
-def classifier_keys(model: nn.Module) -> list[str]:
-    """Names of the parameters of the classifiers."""
+def classifier_keys(model: nn.Module, others: Iterable[str] = ()) -> list[str]:
+    """Names of the parameters of the classifiers: those of ours, and others by their paths."""
     return [
         f"{name}.{leaf}".removeprefix(".")
         for name, module in model.named_modules()
-        if isinstance(module, Classifier)
+        if isinstance(module, Classifier) or name in others
         for leaf, _ in module.named_parameters()
     ]
 

@@ -198,14 +198,23 @@ def load_state(
     *,
     names: str = "skipway",
     adapt: Iterable[str] = (),
+    classifiers: Iterable[str] = (),
     remark: Callable[[str], None] = warnings.warn,
 ) -> LoadReport:
     """Load a state dict into a network in place, as `load` does, and return the account of every key.
 
+    Args:
+        network: any module.
+        state: names and tensors.
+        names: library that the names come from, see `load`; those of a network that is not ours are "skipway".
+        adapt: differences to allow, see `load`.
+        classifiers: paths of the classifiers of a network that is not ours, for `adapt=("classes",)`.
+        remark: called with each choice that was made unasked.
+
     Raises:
         CheckpointError: as `load`; the network is unchanged.
     """
-    report = match(network, state, names=names, adapt=adapt)
+    report = match(network, state, names=names, adapt=adapt, classifiers=classifiers)
     if not report.fits:
         raise CheckpointError(
             f"the weights do not fit this {type(network).__name__} ({spell('names', names)}):\n"
@@ -266,7 +275,12 @@ def read_source(source: Source, entry: str | None, remark: Callable[[str], None]
 
 
 def match(
-    model: nn.Module, state: Mapping[str, Tensor], *, names: str = "skipway", adapt: Iterable[str] = ()
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    names: str = "skipway",
+    adapt: Iterable[str] = (),
+    classifiers: Iterable[str] = (),
 ) -> LoadReport:
     """Match the keys of `state` with the model under the given choices, without changing the model."""
     keymap, made = find_keymap(model, names), read_choices(adapt)
@@ -295,7 +309,7 @@ def match(
             continue
         still = {ours: tensor for ours, tensor in misshapen.items() if ours in report.misshapen}
         lists = (frozenset(report.tensors), still, tuple(report.missing), tuple(report.unexpected), frozenset(taken))
-        change = choice(Misfit(model, keymap, *lists))
+        change = choice(Misfit(model, keymap, *lists, frozenset(classifiers)))
         if change:
             report.adapt(change)
             report.used.append(name)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipway.nn import Gain
+from skipway.nn import Gain, Residual
 from skipway.report.chart import Figure, Point, Series
 from skipway.report.run.curves import number_of
-from skipway.tracing.chain import chain
 
 __all__ = ["GainRow", "gain_figures", "gain_rows", "signal_figures"]
 
@@ -73,13 +72,15 @@ def gain_rows(model: nn.Module) -> list[GainRow]:
     [0.1, 0.1, 0.1]
     """
     rows = []
-    for connection in chain(model):
-        gains = [module for module in connection.residual.scale.modules() if isinstance(module, Gain)]
+    for name, residual in model.named_modules():
+        if not isinstance(residual, Residual):
+            continue
+        gains = [module for module in residual.scale.modules() if isinstance(module, Gain)]
         if gains:
             sizes = torch.cat([(gain.factor * gain.gain.detach()).float().abs().flatten() for gain in gains])
             mean = float(sizes.square().mean().sqrt())
             start = abs(gains[0].factor * gains[0].init)
-            rows.append(GainRow(connection.name, mean, float(sizes.min()), float(sizes.max()), start))
+            rows.append(GainRow(name, mean, float(sizes.min()), float(sizes.max()), start))
     return rows
 
 

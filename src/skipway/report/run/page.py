@@ -24,7 +24,7 @@ from skipway.report.run.depth import gain_figures, signal_figures
 from skipway.report.run.pictures import input_pictures, mistake_pictures
 from skipway.report.run.predictions import Predictions, collect_predictions
 from skipway.report.summary import chosen_text, data_lines, duration, model_lines
-from skipway.tracing.chain import chain
+from skipway.tracing.chain import read_chain
 
 __all__ = ["SECTIONS", "write_report"]
 
@@ -75,7 +75,7 @@ def write_report(run: FinishedRun, evaluation: Evaluation, predictions: Predicti
     Raises:
         SkipwayError: the weights or an image cannot be read, or the page cannot be written.
     """
-    network = from_pretrained(run.folder.best).to(run.device)
+    network = from_pretrained(run.folder.best, trust_code=True).to(run.device)
     network = network.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
     if predictions is None:
         batches = run.data.evaluation_batches("test", batch_size=run.recipe.batch_size, device=run.device)
@@ -98,7 +98,8 @@ def page_values(
     calibration, calibration_text = calibration_charts(predictions)
     signals = signal_figures(run.folder.read_health())
     classes = class_table(scores, names)
-    lines = [*data_lines(run.data), *model_lines(run.model, run.recipe, len(chain(run.model)), run.steps_per_epoch)]
+    connections = read_chain(network, run.data.preprocessing.example.to(run.device))
+    lines = [*data_lines(run.data), *model_lines(run.model, run.recipe, len(connections), run.steps_per_epoch)]
     splits: dict[str, torch.Tensor] = {split: getattr(run.data, split).labels for split in SPLITS}
     progress, folder = run.progress, run.folder
     metrics, steps = folder.read_metrics(), folder.read_steps()
@@ -118,7 +119,7 @@ def page_values(
             ("epochs", f"{progress.epoch:,}"),
             ("time", duration(run.seconds)),
             ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
-            ("connections", f"{len(chain(network)):,}"),
+            ("connections", f"{len(connections):,}"),
         ],
         "sections": SECTIONS,
         "curves": training_figures(metrics, steps, run.steps_per_epoch, progress.best_epoch),
