@@ -114,7 +114,7 @@ class Recipe:
     flip: bool | None = None
     """Random horizontal flip. [yes; digits no]"""
 
-    unreadable: Literal["skip", "stop"] = advanced("skip")
+    unreadable: Literal["skip", "stop"] = "skip"
     """Handling of damaged images."""
 
     most_unreadable: float = advanced(0.01)
@@ -160,7 +160,7 @@ class Recipe:
     """Cache decoded images on disk. [small images only]"""
 
     model: str | None = None
-    """See skipway models; also timm:NAME, torchvision:NAME, hf:CLASS, FILE.py:NAME. [resnet20; above 64 px resnet50]"""
+    """Ours, timm:NAME, FILE.py:NAME. [by the image size]"""
 
     depth: int | None = None
     """Weight layers: 110 for resnet110. [the model's]"""
