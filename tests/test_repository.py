@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,16 @@ def test_the_sdist_holds_a_folder_whole(sdist, folder):
 def test_the_sdist_holds_what_is_read_at_the_top(sdist):
     names = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "NOTICE", "CITATION.cff", "constraints.txt"}
     assert names | {"pyproject.toml", "zensical.toml", ".pre-commit-config.yaml", ".gitignore"} <= sdist
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    """Templates and the marker of types among it; no benchmarks, no tests."""
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        found = {name for name in opened.namelist() if ".dist-info/" not in name}
+    package = ROOT / "src" / "skipway"
+    own = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert found == {f"skipway/{path.relative_to(package).as_posix()}" for path in own}

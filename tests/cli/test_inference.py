@@ -74,7 +74,7 @@ def test_predict_fails_as_documented(run, tmp_path, capsys):
     (tmp_path / "bad.png").write_text("")
     assert main(["predict", run, str(tmp_path / "bad.png")]) == 3
     captured = capsys.readouterr()
-    assert "none of the 1 images can be read" in captured.err
+    assert "none of 1 image can be read" in captured.err
     assert "an empty file" in captured.out
     assert main(["predict", run]) == 2
     assert main(["predict", run, str(tmp_path), "--json", "--csv", "x.csv"]) == 2

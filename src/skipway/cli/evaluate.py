@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from skipway.errors import SkipwayError, printable
+from skipway.errors import SkipwayError, counted, printable
 
 if TYPE_CHECKING:
     from skipway.inference.run_evaluation import RunEvaluation
@@ -126,7 +126,7 @@ def print_evaluation(result: RunEvaluation) -> None:
     def say(label: str, text: str) -> None:
         sys.stdout.write(f"{label:<{LABEL}}{text}\n")
 
-    say("data", f"{printable(result.name)}: {evaluation.total:,} images, {len(result.classes)} classes")
+    say("data", f"{printable(result.name)}: {counted(evaluation.total, 'image')}, {len(result.classes)} classes")
     for file, reason in result.unreadable[:SHOWN]:
         say("damaged", f"{printable(file)}: {option_spelling(reason)}")
     if len(result.unreadable) > SHOWN:

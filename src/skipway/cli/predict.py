@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from skipway.cli.option_names import option_spelling
-from skipway.errors import DataError, SkipwayError, printable
+from skipway.errors import DataError, SkipwayError, counted, printable
 
 if TYPE_CHECKING:
     from skipway.inference.predict import Prediction
@@ -87,7 +87,7 @@ def predict(
             if prediction.error and not first:
                 first = f"{prediction.file}: {prediction.error}"
     if not read:
-        raise DataError(f"none of the {len(files)} images can be read; the first: {printable(first)}")
+        raise DataError(f"none of {counted(len(files), 'image')} can be read; the first: {printable(first)}")
     return 0
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.inference.backends import BACKENDS, PRECISIONS, Backend, Run
-from skipway.inference.inputs import single_tensor
+from skipway.inference.inputs import call_for_tensor, single_tensor
 from skipway.inference.timer import Candidate, Timing, error_line, median_seconds, time_interleaved
 from skipway.surgery.fusion import fuse
 from skipway.surgery.preconditions import require_operable
@@ -202,13 +202,7 @@ class BackendComparison:
         self.expected = []
         with torch.no_grad():
             for given in (example, other):
-                output = original(given)
-                if not isinstance(output, Tensor):
-                    raise SkipwayError(
-                        f"{type(model).__name__} returns a {type(output).__name__}: the rule is one tensor; wrap it in "
-                        "a module that returns one"
-                    )
-                self.expected.append((given, output))
+                self.expected.append((given, call_for_tensor(original, given)))
         self.runs: dict[tuple[str, str], Run] = {(ORIGINAL, "float32"): original}
         self.results = {(ORIGINAL, "float32"): BackendResult(ORIGINAL, difference=0.0, build_seconds=0.0)}
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, printable
 from skipway.tracing.example import Example, as_example
 
-__all__ = ["single_tensor"]
+__all__ = ["call_for_tensor", "first_line", "single_tensor"]
+
+REASON = 200
+"""Letters of a foreign error that a message repeats."""
 
 
 def single_tensor(example: Example) -> Tensor:
@@ -29,3 +32,31 @@ def single_tensor(example: Example) -> Tensor:
     raise SkipwayError(
         f"example: {form}; the rule is one tensor; wrap the model in a module that takes one and makes the others"
     )
+
+
+def call_for_tensor(model: nn.Module, given: Tensor) -> Tensor:
+    """Call a model with its example.
+
+    Raises:
+        SkipwayError: the model fails, or does not return one tensor.
+    """
+    try:
+        output = model(given)
+    except Exception as error:  # a network raises whatever it likes
+        raise SkipwayError(
+            f"this {type(model).__name__} fails on its example of shape {tuple(given.shape)}: {first_line(error)}"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise SkipwayError(
+            f"this {type(model).__name__} returns a {type(output).__name__}; the rule is one tensor: wrap the model in "
+            "a module that returns the one that is wanted"
+        )
+    return output
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentences of a foreign error, or of the one that caused it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(printable(line) for line in str(error).splitlines() if line.strip())
+    return f"{type(error).__name__}: {text[:REASON]}{' …' if len(text) > REASON else ''}"

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipway.checkpoint.files import describe_os_error
 from skipway.errors import MissingExtraError, SkipwayError, printable, spell
-from skipway.inference.inputs import single_tensor
+from skipway.inference.inputs import call_for_tensor, first_line, single_tensor
 from skipway.tracing.example import Example
 from skipway.tracing.module_state import copy_module
 
@@ -35,8 +35,6 @@ STEPS = (1, 2, 4, 7, 8, 14, 16, 32)
 """Steps in which networks take the sides of images: patches, windows, strides."""
 FURTHEST = 2**20
 """A side up to which a program has to hold that is said to take any."""
-REASON = 200
-"""Letters of a foreign error that a message repeats."""
 
 
 def export_onnx(
@@ -160,7 +158,7 @@ def export_verified(
     if sides not in get_args(Sides):
         raise SkipwayError(f"{spell('sides', sides)}: the rule is dynamic or fixed")
     with eval_mode(model), torch.no_grad(), file_aside(path) as file:
-        check_output(model, given)
+        call_for_tensor(model, given)
         batches = random_batches(given)
         others, fault = other_sizes(model, given) if sides == "dynamic" else ([], "")
         if others:
@@ -232,29 +230,6 @@ def in_float32(model: nn.Module, given: Tensor, remark: Callable[[str], None]) -
 def name_of(kind: torch.dtype) -> str:
     """The name of a type of numbers."""
     return str(kind).removeprefix("torch.")
-
-
-def check_output(model: nn.Module, given: Tensor) -> None:
-    """Refuse a model that fails on its example, or that does not return one tensor."""
-    try:
-        output = model(given)
-    except Exception as error:  # a network raises whatever it likes
-        raise SkipwayError(
-            f"this {type(model).__name__} fails on its example of shape {tuple(given.shape)}: {first_line(error)}"
-        ) from error
-    if not isinstance(output, Tensor):
-        raise SkipwayError(
-            f"this {type(model).__name__} returns a {type(output).__name__}; the rule is one tensor: wrap the model in "
-            "a module that returns the one that is wanted"
-        )
-
-
-def first_line(error: BaseException) -> str:
-    """The first sentences of a foreign error, or of the one that caused it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(printable(line) for line in str(error).splitlines() if line.strip())
-    return f"{type(error).__name__}: {text[:REASON]}{' …' if len(text) > REASON else ''}"
 
 
 def at_least_two(example: Tensor) -> Tensor:

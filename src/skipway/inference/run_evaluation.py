@@ -161,7 +161,7 @@ def evaluate_images(
     assert evaluation is not None
     if not evaluation.total:
         first = f"; the first: {printable(unreadable[0][0])}: {unreadable[0][1]}" if unreadable else ""
-        raise DataError(f"none of the {len(pairs)} images in {printable(data)} can be read{first}")
+        raise DataError(f"none of {counted(len(pairs), 'image')} in {printable(data)} can be read{first}")
     absent = tuple(name for name in predictor.classes if not files.get(class_name(name)))
     remarks = [*found.left_out.sentences(), *found.remarks]
     if others := len(found.files) - sum(map(len, files.values())):

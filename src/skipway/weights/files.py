@@ -16,6 +16,7 @@ from torch import Tensor
 from skipway.errors import CheckpointError, printable, spell
 from skipway.weights.container import cut, read_torch, select_state_dict
 from skipway.weights.formats import Format, describe_folder, file_format
+from skipway.weights.hub import PREFIX, download
 
 __all__ = ["read_weights"]
 
@@ -39,15 +40,16 @@ def read_weights(
     taken. A folder is one in Hugging Face's layout, a run of Skipway, or holds one file of weights.
 
     Args:
-        path: of the file or folder.
+        path: of the file or folder, or a name on the Hugging Face hub, "hf:org/name".
         entry: which state dict of a checkpoint to take, "model" or "ema.module" for example.
         remark: called with a sentence about each choice that was made, and about what was left out.
 
     Raises:
+        MissingExtraError: a name on the hub without huggingface_hub.
         CheckpointError: no such file, one that is damaged, of another kind or would run code, one without a state
             dict or without that entry, or a folder without weights.
     """
-    path = Path(path)
+    path = download(str(path)) if str(path).startswith(PREFIX) else Path(path)
     if not path.is_dir():
         return read_file(path, entry, remark)
     file = find_file(path, remark)

@@ -18,7 +18,6 @@ from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
 from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
 from skipway.weights.container import cut, select_state_dict
 from skipway.weights.files import read_weights
-from skipway.weights.hub import PREFIX, download
 from skipway.weights.keymap import KeyMap
 from skipway.weights.prefixes import strip_prefixes
 from skipway.weights.tables import find_keymap, guess_architecture, known_libraries
@@ -221,11 +220,9 @@ def load_state(
             + "\n".join([str(report), *misfit_hints(network, state, report, names, read_choices(adapt))])
         )
     own = network.state_dict()
-    bare = next(
-        (key for key, tensor in report.tensors.items() if tensor.is_meta or tensor.layout != torch.strided), None
-    )
-    if bare is not None and not own[bare].is_meta:
-        raise CheckpointError(f"{bare}: a tensor without values (meta) or a sparse one; the rule is dense tensors")
+    bare = next((key for key, tensor in report.tensors.items() if tensor.is_meta and not own[key].is_meta), None)
+    if bare is not None:
+        raise CheckpointError(f"{bare}: a tensor without values (meta); the rule is dense tensors")
     # all are converted before the first is written
     ready = {key: tensor.to(own[key].device, own[key].dtype) for key, tensor in report.tensors.items()}
     with torch.no_grad():
@@ -270,8 +267,7 @@ def read_source(source: Source, entry: str | None, remark: Callable[[str], None]
         for sentence in remarks:
             remark(sentence)
         return state
-    path = download(source) if isinstance(source, str) and source.startswith(PREFIX) else source
-    return read_weights(path, entry, remark)
+    return read_weights(source, entry, remark)
 
 
 def match(
@@ -294,7 +290,7 @@ def match(
             report.absent.append(ours)
         elif found is None:
             report.missing[ours] = theirs
-        elif not copy_tensor(report, ours, theirs, found, tensor):
+        elif not copy_tensor(report, ours, theirs, found, tensor) and layout_of(found) == "dense":
             misshapen[ours] = found
     rest = [key for key in state if key not in taken and not keymap.ignores(key)]
     report.left_out.extend(key for key in rest if keymap.leaves_out(key))
@@ -332,12 +328,25 @@ def fetch_tensor(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tupl
     if any(name not in state for name in theirs):
         return theirs, None
     parts = [state[name] for name in theirs]
+    odd = next((part for part in parts if layout_of(part) != "dense"), None)
+    if odd is not None:
+        return theirs, odd
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return theirs, tensor if row is None or row.convert is None else row.convert.to_ours(tensor)
 
 
+def layout_of(tensor: Tensor) -> str:
+    """How a tensor is stored: dense, sparse, quantised or nested."""
+    if tensor.is_nested:
+        return "nested"
+    return "quantised" if tensor.is_quantized else "dense" if tensor.layout == torch.strided else "sparse"
+
+
 def copy_tensor(report: LoadReport, ours: str, theirs: tuple[str, ...], found: Tensor, wanted: Tensor) -> bool:
     """Write one pair into the report; whether it fits."""
+    if layout_of(found) != "dense":
+        report.misshapen[ours] = f"{layout_of(found)} in the file, dense in the model"
+        return False
     shapes = f"{tuple(found.shape)} in the file, {tuple(wanted.shape)} in the model"
     if found.is_floating_point() != wanted.is_floating_point() or found.is_complex() != wanted.is_complex():
         report.misshapen[ours] = f"{found.dtype} in the file, {wanted.dtype} in the model".replace("torch.", "")
