@@ -254,14 +254,13 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
                 for number, name in enumerate(names):
                     slotted_copy(change, survey, name, copies[name], number)
         try:
-            return change.commit()
-        except SkipwayError:
-            raise
+            outputs(model, example)
         except Exception as problem:  # whatever a copy of somebody's block raises
             raise SkipwayError(
-                f"a copy of {abbreviate(chosen)} does not run with the arguments of the block before it "
-                f"({type(problem).__name__}: {problem}){cache_hint(survey)}"
+                f"a copy of {abbreviate(chosen)} does not run with the arguments of its block{cache_hint(survey)}: "
+                f"{problem}"
             ) from problem
+        return change.commit()
 
 
 def check_whole(name: str, value: int) -> None:
@@ -282,7 +281,7 @@ def check_range(name: str, value: int, least: int, most: int, what: str, survey:
 def cache_hint(survey: BlockSurvey) -> str:
     """The way out where blocks write into what they are given."""
     written = sorted({what for call in survey.calls.values() for what in call.writes})
-    return f"; blocks write into {abbreviate(written)}: give an example with use_cache=False" if written else ""
+    return f", which writes into {abbreviate(written)} (give an example with use_cache=False)" if written else ""
 
 
 def by_container(names: Iterable[str]) -> dict[str, list[str]]:

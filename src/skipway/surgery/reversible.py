@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from skipway.errors import SkipwayError
 from skipway.nn import Residual
@@ -180,39 +180,27 @@ class SharedArguments:
     """Arguments that all blocks are given beside x.
 
     Args:
-        leaves: of the tree of positional and keyword arguments.
-        spec: structure of the tree.
-        indices: of the tensors among the leaves.
-        given: the arguments themselves, into which blocks may write.
+        given: positional and keyword arguments, into which blocks may write.
+        tensors: among them, before anything was written, each once.
     """
 
-    leaves: list[Any]
-    spec: TreeSpec
-    indices: list[int]
     given: tuple[Sequence[Any], Mapping[str, Any]]
+    tensors: list[Tensor]
 
     @classmethod
     def of(cls, others: Sequence[Any], named: Mapping[str, Any]) -> SharedArguments:
         """The arguments of a call."""
-        leaves, spec = tree_flatten((others, named))
-        indices = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        return cls(leaves, spec, indices, (others, named))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors among the arguments."""
-        return [self.leaves[index] for index in self.indices]
+        leaves = [leaf for leaf in tree_flatten((others, named))[0] if isinstance(leaf, Tensor)]
+        return cls((others, named), list({id(leaf): leaf for leaf in leaves}.values()))
 
     def kept(self) -> SharedArguments:
         """The arguments with copies of what blocks may write into, as it is now."""
-        return SharedArguments([copy_state(leaf) for leaf in self.leaves], self.spec, self.indices, ((), {}))
+        return SharedArguments(copy_state(self.given), self.tensors)
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments with other tensors."""
-        leaves = list(self.leaves)
-        for index, tensor in zip(self.indices, tensors, strict=True):
-            leaves[index] = tensor
-        return tree_unflatten(leaves, self.spec)
+    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Copies of the arguments with other tensors."""
+        others = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
+        return tree_map_only(Tensor, lambda leaf: others.get(id(leaf), leaf), copy_state(self.given))
 
 
 @dataclass(frozen=True)
@@ -290,14 +278,14 @@ class TwoStreams(torch.autograd.Function):
         u, v, *tensors = ctx.saved_tensors
         grad_output = grad_outputs[0].to(u.dtype)
         grad_u, grad_v = grad_output, grad_output
-        count = len(ctx.kept[0].indices)
+        count = len(ctx.kept[0].tensors)
         for index in range(count):
             tensors[index] = tensors[index].detach().requires_grad_(ctx.needs_input_grad[3 + index])
         shared = [index for index in range(count) if tensors[index].requires_grad]
         grads: list[Tensor | None] = [None] * len(tensors)
         for step, state, kept in zip(*map(reversed, (ctx.steps, ctx.states, ctx.kept)), strict=True):
             x = u.to(ctx.dtype).detach().requires_grad_()
-            others, named = kept.kept().with_tensors(tensors[:count])
+            others, named = kept.with_tensors(tensors[:count])
             with as_before(ctx.precision, state, step.writers), attributes_kept(step.modules):
                 output = step.output(x, others, named)
             indices = [*shared, *step.indices]

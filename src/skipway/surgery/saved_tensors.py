@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from skipway.errors import SkipwayError
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
+from skipway.tracing.reentrant_checkpoints import NonReentrant
 
 __all__ = ["Costs", "SavedTensors", "costs_of", "output_gradients", "run_training_pass", "saved_bytes"]
 
@@ -87,6 +88,9 @@ def saved_bytes(model: nn.Module, example: Example) -> float:
 def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple[float, dict[str, Costs]]:
     """Bytes that one training pass keeps for its backward pass, parameters not counted, each storage once: of the whole
     model, and of each of the blocks, in the order in which they run; the model is left alone.
+
+    Raises:
+        SkipwayError: the model has re-entrant checkpoints of its own.
     """
     saved, inputs = SavedTensors(model.parameters()), dict[str, float]()
 
@@ -99,7 +103,14 @@ def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple
 
     hooks = forward_hooks(model, blocks, enter=enter, leave=leave)
     with hooks, preserved_state(model), torch.enable_grad(), saved.counting():
-        refuse_reentrant(model, call_model(model.train(), example))
+        before = NonReentrant.calls
+        call_model(model.train(), example)
+    if NonReentrant.calls > before:
+        raise SkipwayError(
+            f"{type(model).__name__} checkpoints blocks by itself, re-entrantly, which computes them without gradients "
+            "first; switch that off with gradient_checkpointing_disable(), or give use_reentrant=False: "
+            'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+        )
     return saved.total, {name: Costs(name, saved.bytes.get(name, 0.0), own) for name, own in inputs.items()}
 
 
@@ -114,28 +125,6 @@ def output_gradients(model: nn.Module, example: Example) -> list[Tensor]:
         loss = torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
         found = torch.autograd.grad(loss, trained, allow_unused=True)
     return [torch.cat([gradient.flatten().float() for gradient in found if gradient is not None])]
-
-
-def refuse_reentrant(model: nn.Module, output: Any) -> None:
-    """Refuse a model that checkpoints blocks by itself, re-entrantly: its gradients can be computed in one way only.
-
-    Raises:
-        SkipwayError: the graph of an output holds such a step.
-    """
-    tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            raise SkipwayError(
-                f"{type(model).__name__} checkpoints blocks by itself, re-entrantly; switch that off with "
-                "gradient_checkpointing_disable(), or give use_reentrant=False: "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
-            )
-        following = {each for each, _ in node.next_functions if each is not None} - seen
-        seen |= following
-        waiting += following
 
 
 def run_training_pass(model: nn.Module, example: Example, how: str) -> list[Tensor]:
