@@ -27,6 +27,7 @@ from benchmarks.peers import import_transformers
 from skipway.diagnosis.remedies import AddSkips, Case
 from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
+from skipway.probes import probe
 from skipway.surgery import fold_gains, lesion, rescheme
 from skipway.tracing import call_model
 
@@ -316,3 +317,41 @@ def test_a_temporal_convolution_has_its_gain_on_the_channels(length):
     assert (connection.site.dim, connection.site.spatial) == (C, 1)
     rescheme(model, x, "layerscale")
     assert model.conv.residual_scale.gain.numel() == C
+
+
+@pytest.mark.parametrize("form", ["tokens", "channels first", "maps", "maps with channels last"])
+def test_positions_are_told_from_channels_where_both_are_equally_many(form):
+    """Every position of a sample holds the same vector, so that they are not distinct at all."""
+    shape = {"tokens": (1, 1, C), "channels first": (1, C, 1), "maps": (1, C, 1, 1)}.get(form, (1, 1, 1, C))
+    size = tuple(C if length == 1 else length for length in shape[1:])
+    layer: nn.Module = {"tokens": nn.Linear(C, C), "channels first": nn.Conv1d(C, C, 1)}.get(form, nn.Conv2d(C, C, 1))
+    layer = nn.Linear(C, C) if form == "maps with channels last" else layer
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.layer(x).relu()
+
+    x = torch.randn(3, *shape[1:]).expand(3, *size).contiguous()
+    signals = probe(One(), x, measures=["tokens_distinct"])
+    assert signals[""]["tokens_distinct"] == pytest.approx(0, abs=1e-5)
+
+
+def test_dead_channels_of_a_temporal_convolution_are_counted_by_channel():
+    conv = nn.Conv1d(C, C, 1)
+    with torch.no_grad():
+        conv.bias[: C // 2] = -100.0
+        conv.bias[C // 2 :] = 100.0
+
+    class Temporal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = conv, nn.Conv1d(C, C, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.second(functional.relu(self.first(x)))
+
+    assert probe(Temporal(), torch.randn(3, C, 5), measures=["dead"])[""]["dead"] == 0.5

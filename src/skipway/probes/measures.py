@@ -87,17 +87,22 @@ def distinctness(x: Tensor) -> Tensor:
     return distinct_rows(wide(x).flatten(1)[None]) if x.ndim > 1 else torch.ones((), device=x.device)
 
 
-def token_distinctness(x: Tensor) -> Tensor:
-    """1 − the mean cosine between different positions of one sample, x of shape (N, T, C) or (N, C, H, W).
+def token_distinctness(x: Tensor, channel: int | None = None) -> Tensor:
+    """1 − the mean cosine between different positions of one sample, x of shape (N, …) with channels on an axis.
 
     Goes to 0 in rank collapse (Dong et al. 2021, https://arxiv.org/abs/2103.03404). 1 where there are no positions.
+
+    Args:
+        x: the signal.
+        channel: the axis of its channels; None: 1 of maps (N, C, H, W), else the last one.
 
     >>> token_distinctness(torch.ones(2, 5, 3)).item()
     0.0
     """
     if x.ndim < 3:
         return torch.ones((), device=x.device)
-    tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 and x.shape[1] != x.shape[2] else x.flatten(1, -2)
+    guess = 1 if x.ndim == 4 and x.shape[1] != x.shape[2] else -1
+    tokens = x.movedim(guess if channel is None else channel, -1).flatten(1, -2)
     return distinct_rows(wide(tokens)) if tokens.shape[1] > 1 else torch.ones((), device=x.device)
 
 
@@ -112,14 +117,18 @@ def distinct_rows(rows: Tensor) -> Tensor:
     return spread * count / (count - 1)
 
 
-def dead_share(x: Tensor) -> Tensor:
-    """Share of channels, in [0, 1], that are 0 for every sample at every position; x is (N, C, H, W) or (N, …, C).
+def dead_share(x: Tensor, channel: int | None = None) -> Tensor:
+    """Share of channels, in [0, 1], that are 0 for every sample at every position.
+
+    Args:
+        x: the output of a rectifier.
+        channel: the axis of its channels; None: 1 of maps (N, C, H, W), else the last one.
 
     >>> dead_share(torch.tensor([[1.0, 0.0], [2.0, 0.0]])).item()
     0.5
     """
-    channel = 1 if x.ndim == 4 else -1
-    live = (x != 0).movedim(channel, 0).flatten(1).any(1)
+    guess = 1 if x.ndim == 4 else -1
+    live = (x != 0).movedim(guess if channel is None else channel, 0).flatten(1).any(1)
     return 1 - live.float().mean()
 
 
@@ -184,6 +193,7 @@ class Measure:
             "rectified" (the output of each ReLU in the branch, of which the largest value counts); "gradient_before"
             (∂L/∂x, where the branch reads the tensor that is added), "gradient_after" (∂L/∂y). At a module, "stream" is
             its output.
+        by_channel: whether the function takes the axis of the channels too, as `channel`; None where it is unknown.
 
     Raises:
         SkipwayError: the points do not exist at the same time.
@@ -192,6 +202,7 @@ class Measure:
     name: str
     function: Callable[..., Tensor]
     points: tuple[str, ...]
+    by_channel: bool = False
 
     def __post_init__(self) -> None:
         if not any(points.issuperset(self.points) for points in SIMULTANEOUS):
@@ -215,9 +226,9 @@ MEASURES: dict[str, Measure] = {
         Measure("overflow", overflow, ("skip", "branch")),
         Measure("cosine", cosine, ("skip", "branch")),
         Measure("swallowed", swallowed_share, ("skip", "branch")),
-        Measure("dead", dead_share, ("rectified",)),
+        Measure("dead", dead_share, ("rectified",), by_channel=True),
         Measure("distinct", distinctness, ("stream",)),
-        Measure("tokens_distinct", token_distinctness, ("stream",)),
+        Measure("tokens_distinct", token_distinctness, ("stream",), by_channel=True),
         Measure("gradient_after", rms, ("gradient_after",)),
         Measure("gradient_before", rms, ("gradient_before",)),
         Measure("gradient_branch", branch_gradient, ("gradient_before", "gradient_after")),

@@ -104,6 +104,7 @@ class Probe(Observer):
         connections = tuple(connections)
         super().__init__(model, connections, modules)
         self.names = [connection.name for connection in connections]
+        self.channels = [channel_from_the_end(connection) for connection in connections]
         self.measures = [find_measure(each) if isinstance(each, str) else each for each in measures]
         self.points = {point for measure in self.measures for point in measure.points}
         self.rows: Readings = {}
@@ -149,13 +150,15 @@ class Probe(Observer):
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
         self.passed += 1
-        self.take_output(self.rows[connection.name], stream, self.after)
+        self.take_output(self.rows[connection.name], stream, self.after, channel_from_the_end(connection)[1])
 
     def rectified(self, output: Tensor) -> None:
         if "rectified" in self.points and self.names and output.ndim > 1:
-            row = self.rows[self.names[min(self.passed, len(self.names) - 1)]]  # of the connection that adds next
+            place = min(self.passed, len(self.names) - 1)
+            row = self.rows[self.names[place]]  # of the connection that adds next
             now: dict[str, Tensor] = {}
-            self.take(now, rectified=output)
+            ndim, channel = self.channels[place]
+            self.take(now, channel if output.ndim == ndim else None, rectified=output)
             row.update({key: torch.maximum(row.get(key, value), value) for key, value in now.items()})
 
     def module_output(self, name: str, value: Any) -> None:
@@ -164,9 +167,11 @@ class Probe(Observer):
             self.module_rows[name] = {}
             self.take_output(self.module_rows[name], first, None)
 
-    def take_output(self, row: dict[str, Tensor], stream: Tensor, after: dict[str, Tensor] | None) -> None:
+    def take_output(
+        self, row: dict[str, Tensor], stream: Tensor, after: dict[str, Tensor] | None, channel: int | None = None
+    ) -> None:
         """Measure a sum or output, and its gradient when it comes."""
-        self.take(row, stream=stream)
+        self.take(row, channel, stream=stream)
         if self.backward:
             self.listen(stream, partial(self.receive_after, row, after))
 
@@ -179,12 +184,13 @@ class Probe(Observer):
         self.take(row, gradient_before=gradient, **after)
         after.clear()
 
-    def take(self, row: dict[str, Tensor], **tensors: Tensor) -> None:
+    def take(self, row: dict[str, Tensor], channel: int | None = None, /, **tensors: Tensor) -> None:
         """Compute the measures of these points that are not in the row yet."""
         for measure in self.measures:
             if measure.name not in row and tensors.keys() >= set(measure.points):
                 taken = [self.arrange(tensors[point].detach()) for point in measure.points]
-                row[measure.name] = measure.function(*taken).detach()
+                axis = {"channel": channel} if measure.by_channel else {}
+                row[measure.name] = measure.function(*taken, **axis).detach()
 
 
 def probe(
@@ -238,6 +244,14 @@ def probe(
         del output
     readings = watcher.readings()
     return readings if value is None else replace(readings, loss=float(value))
+
+
+def channel_from_the_end(connection: WatchedConnection) -> tuple[int, int | None]:
+    """Axes of a connection's stream, and the one with the channels counted from the end, so that moving the samples to
+    the front leaves it where it is.
+    """
+    ndim, channel = len(connection.seen.shape), connection.seen.channel
+    return ndim, None if channel is None else channel - ndim
 
 
 def find_measure(name: str) -> Measure:
