@@ -111,7 +111,10 @@ def main(arguments: list[str]) -> int:
     """Trace all models, and count the failures."""
     every = int(arguments[arguments.index("--every") + 1]) if "--every" in arguments else 1
     chosen = [library for library in LIBRARIES if library in arguments] or list(LIBRARIES)
-    done = {line["model"] for line in csv.DictReader(FILE.open())} if FILE.exists() else set()
+    rows = csv.DictReader(FILE.open()) if FILE.exists() else None
+    if rows is not None and rows.fieldnames != HEADER:
+        raise SystemExit(f"{FILE.name} has columns of another revision; move it away, and it is made anew")
+    done = {line["model"] for line in rows or ()}
     failures = 0
     with FILE.open("a", newline="") as file:
         table = csv.DictWriter(file, HEADER)

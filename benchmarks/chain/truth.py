@@ -13,6 +13,8 @@ Decisions where the definition leaves room:
   that only keys and values pass (spatial reduction) is `inside`; `functional.normalize` of queries and
   keys, ResMLP's affine map, global response normalisation and standardised weights are no norms. A norm that the
   stream passes between two stages (pre-activation) does not make the last sum of a stage `post`.
+* Subtractions and fused forms (`addcmul`, a sum over a stack) count as additions. F(x) - x is a `difference`; a carried
+  tensor times a gate that depends on the input is `gated`, also where both sides work alike.
 * Where no connection exists, or none holds a norm, the placement is `none`.
 """
 
@@ -373,7 +375,7 @@ TIMM = [
     Truth(
         "timm:coat_lite_tiny",
         {"identity": 24},
-        {"parallel": 8},
+        {"gated": 8},
         "pre",
         "none",
         "timm/models/coat.py ConvPosEnc, SerialBlock.forward: 8 blocks of 3, x + depthwise(x) among them (no norm); "
@@ -478,11 +480,11 @@ TIMM = [
     Truth(
         "timm:resmlp_12_224",
         {"identity": 24},
-        {},
+        {"constant": 25},
         "none",
         "per channel",
         "timm/models/mlp_mixer.py ResBlock.forward. Unclear: Affine takes a norm's place and normalises nothing, "
-        "decided none (else pre); its addcmul is no add.",
+        "decided none (else pre); its addcmul adds beta, twice a block and once at the end.",
     ),
     Truth(
         "timm:gmlp_s16_224",
@@ -519,11 +521,11 @@ TIMM = [
     Truth(
         "timm:vit_small_patch16_18x2_224",
         {"identity": 36},
-        {"constant": 1},
+        {"constant": 1, "parallel": 36},
         "pre",
         "per channel",
         "timm/models/vision_transformer.py ParallelThingsBlock.forward: x + stack(branches).sum(0), 18 blocks of 2; "
-        "the scale lies within each of the stacked branches.",
+        "the scale lies within each of the stacked branches. each sum over a stack adds two parallel branches.",
     ),
     Truth(
         "timm:eva02_tiny_patch14_224",
@@ -555,7 +557,7 @@ TIMM = [
     Truth(
         "timm:poolformer_s12",
         {"identity": 24},
-        {},
+        {"difference": 12},
         "pre",
         "per channel",
         "timm/models/metaformer.py MetaFormerBlock.forward: 12 blocks of 2; pool(x) - x subtracts.",
@@ -563,7 +565,7 @@ TIMM = [
     Truth(
         "timm:efficientformer_l1",
         {"identity": 30},
-        {"constant": 1, "parallel": 1},
+        {"constant": 1, "parallel": 1, "difference": 14},
         "inside+end",
         "per channel",
         "timm/models/efficientformer.py MetaBlock2d 14 x 2, MetaBlock1d.forward 2; one attention bias; head(x) + "
@@ -572,7 +574,7 @@ TIMM = [
     Truth(
         "timm:fastvit_t8",
         {"identity": 20},
-        {"parallel": 30},
+        {"parallel": 30, "difference": 10},
         "inside",
         "per channel",
         "timm/models/fastvit.py RepMixerBlock.forward 10 and RepMixer.forward 10 (x + scale * (mixer(x) - norm(x))); "
@@ -582,11 +584,11 @@ TIMM = [
     Truth(
         "timm:crossvit_9_240",
         {"identity": 30},
-        {"constant": 2},
+        {"constant": 2, "parallel": 1},
         "pre",
         "none",
         "timm/models/crossvit.py: three times 1 + 3 ViT blocks of 2; CrossAttentionBlock.forward x[:, 0:1] + "
-        "attn(norm1(x)) 6 times.",
+        "attn(norm1(x)) 6 times. The head is the mean over a stack of both branches' logits.",
     ),
     Truth(
         "timm:levit_128s",
@@ -668,11 +670,11 @@ TIMM = [
     Truth(
         "timm:focalnet_tiny_srf",
         {"identity": 24},
-        {"parallel": 24},
+        {"gated": 12, "parallel": 12},
         "pre",
         "none",
         "timm/models/focalnet.py FocalNetBlock 12 x 2; FocalModulation.forward adds gated contexts, the first to 0 "
-        "and then two a block.",
+        "and then two a block. The first of both sums carries ctx times a gate, of which the next ctx is computed.",
     ),
     Truth(
         "timm:davit_tiny",
@@ -867,7 +869,7 @@ TRANSFORMERS = [
     Truth(
         "transformers:PoolFormerModel",
         {"identity": 24},
-        {},
+        {"difference": 12},
         "pre",
         "per channel",
         "transformers/models/poolformer/modeling_poolformer.py PoolFormerLayer.forward: depths 2, 2, 6, 2 of 2.",
@@ -947,6 +949,14 @@ PLAIN = [
         "none",
         "scalar",
         "ReZero.forward: x + alpha * conv(relu(conv(x))), alpha a learned scalar that starts at zero.",
+    ),
+    Truth(
+        "plain:dit",
+        {"identity": 8},
+        {"constant": 1, "broadcast": 8},
+        "pre",
+        "none",
+        "GatedEncoder.forward below: x + gate(c) * f(norm(x) * (1 + scale(c)) + shift(c)), twice in each of 4 blocks.",
     ),
 ]
 
@@ -1119,6 +1129,25 @@ class ParallelEncoder(TokenEncoder):
         return self.head(x.mean(dim=1))
 
 
+class GatedEncoder(TokenEncoder):
+    """Attention and mlp whose input is shifted and scaled and whose output is gated by a vector of the image (DiT)."""
+
+    def __init__(self, width: int = 32, depth: int = 4) -> None:
+        super().__init__(width=width, depth=depth)
+        self.modulate = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        vector = functional.silu(x.mean(dim=1, keepdim=True))
+        x = x + self.position
+        for layer, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
+            parts = self.modulate[layer](vector).chunk(6, dim=-1)
+            for place, branch in ((0, attention), (1, mlp)):
+                shift, scale, gate = parts[3 * place : 3 * place + 3]
+                x = x + gate * branch(self.norms[2 * layer + place](x) * (1 + scale) + shift)
+        return self.head(x.mean(dim=1))
+
+
 class ReZero(nn.Module):
     """Four branches without a norm, each multiplied by a learned scalar."""
 
@@ -1146,6 +1175,7 @@ PLAIN_MODELS: dict[str, Callable[[], nn.Module]] = {
     "post_norm": TokenEncoder,
     "deep_norm": lambda: TokenEncoder(alpha=1.5),
     "three_terms": ParallelEncoder,
+    "dit": GatedEncoder,
     "rezero": ReZero,
 }
 

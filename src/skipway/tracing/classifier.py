@@ -161,13 +161,13 @@ class AddClassifier(Walker):
 
     def objection(self, value: Value, way: SkipPath, skip: int, branch: int) -> Reason | None:
         """The reason to refuse a sum although one side leads back to a tensor that the other was computed from."""
+        if min(self.spread(skip), self.spread(branch)) < value.numel:
+            return "broadcast"
         idle = self.idle(way, branch)
         if idle is not None:
             return idle
         if way.factor < 0:
             return "difference"
-        if min(self.spread(skip), self.spread(branch)) < value.numel:
-            return "broadcast"
         crossed = list(self.program.between(way.start, branch))
         parts = {effective_part(member) for member in crossed}
         if way.skip == "projection" and (
@@ -186,15 +186,19 @@ class AddClassifier(Walker):
         return None
 
     def gated(self, value: Value, first: int, second: int) -> Reason | None:
-        """The reason for a sum of which a side is a tensor that the other was computed from, times a gate."""
-        factors = {side: self.gate_factors(side) for side in (first, second)}
-        reasons: list[Reason] = []
+        """The reason for a sum of which a side is a tensor that the other was computed from, times a gate. Where both
+        sides are one tensor times something, neither works.
+        """
+        found: dict[int, dict[int, Reason]] = {}
         for side, other in ((first, second), (second, first)):
-            for operand in factors[side]:
+            for operand in self.gate_factors(side):
                 way = self.way(operand, other)
                 if way is not None and way.skip != "projection":
-                    reasons.append(self.objection(value, way, side, other) or "gated")
-        return "gated" if "gated" in reasons else reasons[0] if reasons and all(factors.values()) else None
+                    reason = self.objection(value, way, side, other)
+                    if reason is None:
+                        return "gated"
+                    found.setdefault(way.start, {})[side] = reason
+        return next((next(iter(reasons.values())) for reasons in found.values() if len(reasons) == 2), None)
 
     def gate_factors(self, number: int) -> list[int]:
         """The factors of a value that is a product of two signals, element by element."""

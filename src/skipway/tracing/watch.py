@@ -354,15 +354,14 @@ class Recorder(TorchDispatchMode):
 
     def addends(self, name: str, args: tuple[Any, ...], terms: list[Term]) -> list[int]:
         """The values that an operator adds, where several tensors of the signal take part; none otherwise."""
-        for tensor in args:
+        for tensor in args if self.stacks else ():
             stack = self.stacks.get(address(tensor)[0]) if isinstance(tensor, Tensor) else None
             if stack is not None and stack.is_contracted(name, args, tensor) and address(tensor)[0] not in self.written:
                 others = [self.read(other) for other in args if isinstance(other, Tensor) and other is not tensor]
                 factor = 1 / len(stack.members) if name == "mean" else 1.0
                 return [self.weighted(member, others, factor) for member in stack.members]
-        if self.count_signals(self.read(tensor) for term in terms for tensor in term.tensors) < 2:
-            return []
-        return [self.read_term(term) for term in terms]
+        several = len(terms) > 1 and self.count_signals(self.read(each) for term in terms for each in term.tensors) > 1
+        return [self.read_term(term) for term in terms] if several else []
 
     def weighted(self, member: int, weights: list[int], factor: float) -> int:
         """A member of a stack times its weight in a sum over the stack."""

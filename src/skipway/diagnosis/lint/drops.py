@@ -22,7 +22,7 @@ __all__ = ["by_python", "in_evaluation", "odd_rates", "without_skip"]
 
 DROP = re.compile(r"drop_?path|stochastic_?depth|drop_?block", re.IGNORECASE)
 PROBABILITIES = ("probability", "drop_prob", "p", "prob", "drop_path_rate", "drop_rate", "drop_path", "rate")
-UNSURE = {"parallel", "unrelated", "pyramid", "hierarchical"}
+UNSURE = {"parallel", "unrelated", "pyramid", "hierarchical", "gated", "selected", "joined", "unknown"}
 """Reasons for refusing an addition one side of which may be a branch after all."""
 
 
