@@ -7,7 +7,6 @@ A run stores the description with its weights, and whatever reads the weights bu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 from skipway.errors import SkipwayError, printable
 from skipway.models import build
 from skipway.surgery import replace_classifier, rescheme
+from skipway.surgery.class_factory import class_factory
 from skipway.surgery.classifier import find_classifiers
 from skipway.tracing import call_model, preserved_state
 from skipway.zoo import ModelRequest, load_model, source_of
@@ -87,8 +87,8 @@ def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: s
     return model
 
 
-@cache
-def first_output_class(kind: type[nn.Module], argument: str | None) -> type[nn.Module]:
+@class_factory
+def first_output_class(kind: type[nn.Module], argument: str | None) -> tuple[str, dict[str, Any]]:
     """A subclass of `kind` that takes images and returns the first tensor that `kind` puts out.
 
     transformers put out dataclasses, GoogLeNet and Inception the scores of their auxiliary classifiers in training.
@@ -98,7 +98,7 @@ def first_output_class(kind: type[nn.Module], argument: str | None) -> type[nn.M
         output = kind.forward(self, images) if argument is None else kind.forward(self, **{argument: images})
         return first_tensor(output)
 
-    return type(f"{kind.__name__}Logits", (kind,), {"forward": forward, "__module__": kind.__module__})
+    return f"{kind.__name__}Logits", {"forward": forward}
 
 
 def first_tensor(output: Any) -> Tensor:

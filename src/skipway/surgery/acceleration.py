@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.kernels.dispatch import KernelMode
+from skipway.surgery.class_factory import class_factory
 from skipway.surgery.operation import Operation
 from skipway.surgery.overrides import overridden
 from skipway.surgery.preconditions import require_operable
@@ -90,8 +90,8 @@ class Active(threading.local):
 ACTIVE = Active()
 
 
-@cache
-def routed(kind: type[nn.Module]) -> type[nn.Module]:
+@class_factory
+def routed(kind: type[nn.Module]) -> tuple[str, dict[str, Any]]:
     """A subclass of `kind` whose forward is routed; the outermost module of a call routes for all within."""
     methods = overridden(kind)
     own = methods.pop("forward", kind.forward)
@@ -108,5 +108,4 @@ def routed(kind: type[nn.Module]) -> type[nn.Module]:
         finally:
             ACTIVE.now = False
 
-    named = {"forward": forward, "__module__": kind.__module__, "unrouted": kind}
-    return type(kind.__name__, (kind,), {**methods, **named})
+    return kind.__name__, {**methods, "forward": forward, "unrouted": kind}

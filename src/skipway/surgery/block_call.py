@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from skipway.surgery.class_factory import own_class
 from skipway.tracing.arguments import Path, exchange_at, item_at
 
-__all__ = ["CONTAINERS", "BlockCall", "has_module", "own_class", "parameter_names"]
+__all__ = ["CONTAINERS", "BlockCall", "has_module", "parameter_names"]
 
-BASES = ("without_slots", "outside_row", "without_skipping")
-"""Attributes of classes made by operations that hold the class that they were derived from."""
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -99,14 +98,6 @@ class BlockCall:
         for path, argument in self.passed:
             output = exchange_at(output, path, self.argument(argument, args, kwargs))
         return exchange_at(output, self.output, self.take(args, kwargs))
-
-
-def own_class(module: nn.Module) -> Any:
-    """The class of a module before operations derived others from it."""
-    kind: Any = type(module)
-    while bases := [getattr(kind, name) for name in BASES if hasattr(kind, name)]:
-        kind = bases[0]
-    return kind
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:

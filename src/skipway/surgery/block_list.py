@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.surgery.block_call import has_module, own_class
+from skipway.surgery.block_call import has_module
+from skipway.surgery.class_factory import own_class
 from skipway.surgery.side_effects import ATOMS
 from skipway.surgery.transaction import Transaction
 

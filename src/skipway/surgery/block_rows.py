@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_survey import BlockSurvey, require_blocks
+from skipway.surgery.class_factory import class_factory
 from skipway.surgery.preconditions import SEALED
 from skipway.surgery.transaction import Transaction
 from skipway.tracing import Example, Program
@@ -90,6 +90,10 @@ def same_argument(one: Any, other: Any) -> bool:
     )
 
 
+def no_output() -> None:
+    """The output of a row that did not run yet."""
+
+
 @dataclass
 class BlockRow:
     """Blocks that are run as one; a subclass says how.
@@ -102,7 +106,7 @@ class BlockRow:
     """What was done to the blocks, in error messages."""
 
     blocks: list[nn.Module] = field(repr=False)
-    output: Callable[[], Any] = field(default=lambda: None, repr=False, init=False)
+    output: Callable[[], Any] = field(default=no_output, repr=False, init=False)
 
     def active(self) -> bool:
         """Whether the row is run as one in this pass; if not, each block computes what it always did."""
@@ -117,6 +121,9 @@ class BlockRow:
         if not torch.compiler.is_compiling():
             self.output = weakref.ref(output)
         return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "output": no_output}  # a weak reference, which no file or copy can hold
 
     def check(self, x: Tensor) -> None:
         """Refuse to return an x that is not the output of the row: a block that is called alone would do nothing.
@@ -149,18 +156,18 @@ def run_alone(block: nn.Module, x: Tensor, others: Sequence[Any], named: Mapping
     return type(block).outside_row.forward(block, x, *others, **named)  # type: ignore[attr-defined]
 
 
-@cache
-def row_head(kind: type[nn.Module], sealed: str | None) -> type[nn.Module]:
+@class_factory
+def row_head(kind: type[nn.Module], sealed: str | None) -> tuple[str, dict[str, Any]]:
     """A subclass of `kind` that runs its whole row."""
 
     def forward(self: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
         return self.block_row(x, *others, **named) if self.block_row.active() else run_alone(self, x, others, named)
 
-    return derive(kind, "RowHead", forward, sealed)
+    return described(kind, "RowHead", forward, sealed)
 
 
-@cache
-def row_member(kind: type[nn.Module], sealed: str | None) -> type[nn.Module]:
+@class_factory
+def row_member(kind: type[nn.Module], sealed: str | None) -> tuple[str, dict[str, Any]]:
     """A subclass of `kind` that was run by the first block of its row, and returns what it is given."""
 
     def forward(self: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
@@ -169,12 +176,12 @@ def row_member(kind: type[nn.Module], sealed: str | None) -> type[nn.Module]:
         self.block_row.check(x)
         return x
 
-    return derive(kind, "RowMember", forward, sealed)
+    return described(kind, "RowMember", forward, sealed)
 
 
-def derive(kind: type[nn.Module], suffix: str, forward: Callable[..., Tensor], sealed: str | None) -> type[nn.Module]:
-    """A subclass of `kind` with another forward."""
-    body: dict[str, Any] = {"forward": forward, "__module__": kind.__module__, "outside_row": kind}
-    if sealed is not None:
-        body[SEALED] = sealed
-    return type(f"{kind.__name__}{suffix}", (kind,), body)
+def described(
+    kind: type[nn.Module], suffix: str, forward: Callable[..., Tensor], sealed: str | None
+) -> tuple[str, dict[str, Any]]:
+    """Name and body of a subclass of `kind` with another forward."""
+    body: dict[str, Any] = {"forward": forward, "outside_row": kind}
+    return f"{kind.__name__}{suffix}", body if sealed is None else {**body, SEALED: sealed}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.nn import functional
 
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import BlockCall
+from skipway.surgery.class_factory import class_factory
 from skipway.surgery.transaction import Transaction
 from skipway.tracing.arguments import exchange_at, item_at
 
@@ -61,8 +61,8 @@ class Around:
     bare: bool = False
 
 
-@cache
-def with_slots(kind: type[nn.Module]) -> type[nn.Module]:
+@class_factory
+def with_slots(kind: type[nn.Module]) -> tuple[str, dict[str, Any]]:
     """A subclass of `kind` whose input, weight, branch and output pass through the modules in its slots; of a tuple
     that is returned the first tensor does.
 
@@ -95,8 +95,7 @@ def with_slots(kind: type[nn.Module]) -> type[nn.Module]:
             return type(output)((first, *output[1:]))
         return scale(output)
 
-    body: dict[str, Any] = {"forward": forward, "__module__": kind.__module__, "without_slots": kind}
-    return type(f"{kind.__name__}WithScale", (kind,), body)
+    return f"{kind.__name__}WithScale", {"forward": forward, "without_slots": kind}
 
 
 def apply(module: Any, x: Tensor, weight: Tensor) -> Tensor:

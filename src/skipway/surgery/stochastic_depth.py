@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from skipway.errors import SkipwayError
 from skipway.surgery.block_axes import BlockAxes, find_block_axes
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_survey import require_blocks
+from skipway.surgery.class_factory import class_factory
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import refuse_branching, require_operable
 from skipway.surgery.saved_tensors import run_training_pass
@@ -128,8 +129,8 @@ def spread(part: Tensor | None, axis: int, drawn: Tensor, count: int) -> Tensor 
     return part.new_zeros(shape).index_add(axis, drawn, part)
 
 
-@cache
-def skipping(kind: type[nn.Module]) -> type[nn.Module]:
+@class_factory
+def skipping(kind: type[nn.Module]) -> tuple[str, dict[str, Any]]:
     """A subclass of `kind` that computes only some of the samples in training."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,5 +138,4 @@ def skipping(kind: type[nn.Module]) -> type[nn.Module]:
             return kind.forward(self, *args, **kwargs)
         return self.drawing.run(partial(kind.forward, self), self.skipped, args, kwargs)
 
-    body = {"forward": forward, "__module__": kind.__module__, "without_skipping": kind}
-    return type(f"{kind.__name__}Skipping", (kind,), body)
+    return f"{kind.__name__}Skipping", {"forward": forward, "without_skipping": kind}
