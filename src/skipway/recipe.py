@@ -228,6 +228,9 @@ class Recipe:
     freeze: int = advanced(0)
     """Initial epochs that train only the classifier, for fine-tuning."""
 
+    linear_probe: Literal["none", "only", "first"] = advanced("none")
+    """Fit the classifier to features of the frozen network: only that, or first, before everything is trained."""
+
     class_weights: Literal["none", "balanced"] = advanced("none")
     """Class weights in the loss; balanced: inversely proportional to the class size."""
 

@@ -148,9 +148,16 @@ def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
         ("weights", f"{folder.best} (epoch {outcome.best_epoch}, tested), {folder.last} (epoch {outcome.epoch})"),
         ("report", f"{folder.report}; curves in {folder.metrics}, the recipe in {folder.config}"),
         ("use", f"skipway predict {out} photo.jpg"),
-        ("longer", f"skipway train --out {out} --resume --epochs {2 * outcome.recipe.epochs}"),
+        continuation(outcome, out),
         ("again", f"skipway train --config {out} --seed {outcome.recipe.seed + 1}"),
     ]
+
+
+def continuation(outcome: Outcome, out: str) -> tuple[str, str]:
+    """The command that goes on from here."""
+    if outcome.recipe.linear_probe == "only":
+        return "tune", f"skipway train --config {out} --linear-probe first --layer-decay 0.75, to train everything"
+    return "longer", f"skipway train --out {out} --resume --epochs {2 * outcome.recipe.epochs}"
 
 
 def stopped_lines(outcome: Outcome) -> list[tuple[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -148,17 +147,20 @@ class Data:
 
     def evaluation_batches(
         self,
-        split: Literal["validation", "test"],
+        split: Split,
         *,
         batch_size: int,
         device: torch.device,
+        start: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> Iterator[Batch]:
-        """Yield all images of a split once, in order and not augmented; each on exactly one of the ranks."""
+        """Yield the images of a split from number `start` on once, in order and not augmented; each on exactly one of
+        the ranks.
+        """
         check_ranks(max(batch_size, world) // world * world, rank, world, False)
         images: ImageDataset = getattr(self, split)
-        batches = rank_evaluation_batches(len(images), batch_size, rank, world)
+        batches = [part + start for part in rank_evaluation_batches(len(images) - start, batch_size, rank, world)]
         if not batches:
             return
         for pixels, numbers in zip(images.fetch(batches, device, None), batches, strict=True):

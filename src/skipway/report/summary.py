@@ -189,6 +189,9 @@ def chosen_text(validation_images: int, accuracy: float, epoch: int) -> str:
     """
     if not validation_images:
         return f"weights of epoch {epoch}, the last, as there are no validation images"
+    if not epoch:
+        images = counted(validation_images, "validation image")
+        return f"the classifier fitted to features, right for {percent(accuracy)} of {images}"
     return (
         f"weights of epoch {epoch}, the best on {counted(validation_images, 'validation image')} ({percent(accuracy)})"
     )

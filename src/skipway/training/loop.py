@@ -34,6 +34,7 @@ from skipway.report.run.predictions import PredictionLog, Predictions
 from skipway.training import step
 from skipway.training.budget import plan_epochs
 from skipway.training.distributed import join_ranks
+from skipway.training.linear_probe import fit_classifier
 from skipway.training.preflight import report_preflight
 from skipway.training.records import (
     is_save_due,
@@ -116,6 +117,11 @@ class Trainer:
     def train(self) -> Outcome:
         """Train until all epochs are done or the run is told to stop, and write the result."""
         run = self.run
+        if run.recipe.linear_probe != "none" and not run.progress.head_fitted:
+            if not fit_classifier(run):
+                save_checkpoint(run)
+                return self.finish()
+            save_checkpoint(run)
         while not run.finished:
             try:
                 complete = self.train_epoch()

@@ -45,6 +45,7 @@ class Progress:
         best_loss: validation loss of the best epoch, which decides between epochs of equal accuracy.
         best_epoch: epoch of the best accuracy, from 1; the last one without validation images.
         stopped_early: whether `Recipe.patience` has ended the run.
+        head_fitted: whether `Recipe.linear_probe` is done.
     """
 
     epoch: int = 0
@@ -61,6 +62,7 @@ class Progress:
     best_loss: float = 0.0
     best_epoch: int = 0
     stopped_early: bool = False
+    head_fitted: bool = False
 
 
 @dataclass(frozen=True)
