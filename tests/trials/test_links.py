@@ -12,7 +12,7 @@
 | | a link to itself, links to each other | damaged, with the reason |
 | | a link to a folder that contains it | left out |
 | | folders that all link to each other | ends; every file that is not reached is counted |
-| | `predict` and `evaluate` on a folder of links | as `train` |
+| | `predict`, `evaluate`, `diagnose --batch` on a folder of links | as `train` |
 """
 
 from __future__ import annotations
@@ -170,3 +170,13 @@ def test_prediction_takes_files_behind_links(tmp_path):
     files, left_out = image_files([folder])
     assert (len(files), dict(left_out.counts)) == (15, {OUT: 1})
     assert len(image_files([folder], outside=True)[0]) == 18
+
+
+def test_diagnosis_follows_links_by_the_same_option(tmp_path, capsys):
+    folder = linked_folders(tmp_path)
+    (tmp_path / "store/cat/000.png").write_bytes(b"<html>")
+    command = ["diagnose", "resnet20", "--input", "3,8,8", "--batch", str(folder), "--samples", "8", "--device", "cpu"]
+    assert main(command) == 3
+    assert "a link out of the folder, which --outside follows" in capsys.readouterr().err
+    assert main([*command, "--outside"]) in (0, 1)
+    assert "images of" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +57,9 @@ class Question:
 
     batch: Annotated[Path | None, Parameter(group=BATCH)] = None
     """Folder of images by class. [random samples]"""
+
+    outside: Annotated[bool, Parameter(negative=(), group=BATCH)] = False
+    """Follow links out of the folder of images."""
 
     optimizer: Annotated[OptimizerName, Parameter(group=TRAINING)] = "sgd"
     """Optimizer used for training."""
@@ -280,7 +283,7 @@ def prepared(text: str, question: Question) -> tuple[LoadedModel, Any, str]:
     source, _ = source_of(text)
     classes = question.classes
     if classes is None and question.batch is not None and "classes" in source.takes:
-        classes = len(class_names(question.batch))
+        classes = len(class_names(question.batch, question.outside))
     request = ModelRequest(depth=question.depth, scheme=question.scheme, classes=classes, shape=question.shape)
     loaded = load_model(text, request)
     batch, remark = batch_for(loaded, question)
@@ -298,8 +301,10 @@ def to_device(batch: Any, device: Any) -> Any:
 def batch_for(loaded: LoadedModel, question: Question) -> tuple[tuple[Any, Any], str]:
     """Example and targets: images of a folder, the batch of the model's file, or random samples; and which of them."""
     if question.batch is not None:
-        images, labels = images_of(question.batch, loaded.shape, question.samples, question.seed)
-        return (loaded.call_with(images), labels), f"{len(labels)} images of {question.batch} with their labels"
+        images, labels, bad = images_of(question, question.batch, loaded.shape)
+        damaged = f"; {bad[0][0]} cannot be read, {bad[0][1]}" if bad else ""
+        remark = f"{len(labels)} images of {question.batch} with their labels{damaged}"
+        return (loaded.call_with(images), labels), printable(remark)
     if loaded.batch is not None:
         paired = isinstance(loaded.batch, tuple | list) and len(loaded.batch) == 2
         return tuple(loaded.batch) if paired else (loaded.batch, None), "given by the model's file"
@@ -320,15 +325,16 @@ def image_side(shape: tuple[int, ...]) -> int:
     return shape[1]
 
 
-def class_names(folder: Path) -> tuple[str, ...]:
+def class_names(folder: Path, outside: bool) -> tuple[str, ...]:
     """The class names of a folder of images."""
     from skipway.data import list_splits
 
-    return list_splits(folder).classes
+    return list_splits(folder, outside=outside).classes
 
 
-def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random images of a folder with their labels, normalised by their own mean and deviation.
+def images_of(question: Question, folder: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    """Random images of a folder with their labels, normalised by their own mean and deviation, and those that cannot be
+    read with the reasons.
 
     Raises:
         DataError: the folder holds no images by class, or none of the drawn ones can be read.
@@ -342,8 +348,8 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
     from skipway.errors import DataError
 
     size = image_side(shape)
-    splits = list_splits(folder, validation=0.0)
-    order = permutation(len(splits.train), seed, 0)[:count].tolist()
+    splits = list_splits(folder, validation=0.0, outside=question.outside)
+    order = permutation(len(splits.train), question.seed, 0)[: question.samples].tolist()
     chosen = [splits.train[number] for number in order]
     part, bad = decode_files(folder, chosen, channels=shape[0], size=size, workers=0)
     if not len(part):
@@ -351,7 +357,7 @@ def images_of(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> tu
             f"--batch {folder}: none of the {len(bad)} drawn images can be read; the first: {bad[0][0]}: {bad[0][1]}"
         )
     mean, std = (torch.tensor(values) for values in statistics(part.images))
-    return ((part.images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(), part.labels
+    return ((part.images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(), part.labels, bad
 
 
 def diagnose_loaded(loaded: LoadedModel, batch: Any, question: Question) -> Diagnosis:

@@ -99,14 +99,16 @@ class Splits:
         return digest.hexdigest()
 
 
-def list_splits(root: Path, *, holdout: float = 0.2, validation: float = 0.1, seed: int = 0) -> Splits:
-    """Find the images of a source, see `skipway.data.sources.detect.find`, and split them, see `split_index`.
+def list_splits(
+    root: Path, *, holdout: float = 0.2, validation: float = 0.1, seed: int = 0, outside: bool = False
+) -> Splits:
+    """Find the images of a source, see `skipway.data.sources.detect.index_source`, and split them, see `split_index`.
 
     Raises:
         DataError: the source is missing or empty, has fewer than two classes, an empty class, or a class in its
             validation or test split that the training split lacks.
     """
-    return split_index(index_source(root), holdout=holdout, validation=validation, seed=seed)
+    return split_index(index_source(root, outside=outside), holdout=holdout, validation=validation, seed=seed)
 
 
 def split_index(
