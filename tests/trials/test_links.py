@@ -174,9 +174,12 @@ def test_prediction_takes_files_behind_links(tmp_path):
 
 def test_diagnosis_follows_links_by_the_same_option(tmp_path, capsys):
     folder = linked_folders(tmp_path)
+    write_images(tmp_path / "store", {"cat": 20})
     (tmp_path / "store/cat/000.png").write_bytes(b"<html>")
-    command = ["diagnose", "resnet20", "--input", "3,8,8", "--batch", str(folder), "--samples", "8", "--device", "cpu"]
+    command = ["diagnose", "resnet20", "--input", "3,8,8", "--batch", str(folder), "--samples", "30", "--device", "cpu"]
     assert main(command) == 3
     assert "a link out of the folder, which --outside follows" in capsys.readouterr().err
     assert main([*command, "--outside"]) in (0, 1)
-    assert "images of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "with their labels" in said
+    assert "cat/000.png cannot be read, not an image but HTML" in said or "20 images of" in said
