@@ -50,7 +50,7 @@ OPERATIONS: dict[str, Callable[[nn.Module], object]] = {
     "accelerate": lambda m: sw.accelerate(m, X),
     "fold_gains": lambda m: fold_gains(m, X),
 }
-SURGERY = str(Path(sw.__file__).parent / "surgery")
+PLACES = tuple(str(Path(sw.__file__).parent / part) for part in ("surgery", "tracing/restoration.py"))
 
 
 def network(name: str = "") -> Net:
@@ -95,7 +95,7 @@ def assert_equal(found: object, expected: object) -> None:
 
 @contextmanager
 def interrupted(*numbers: int) -> Iterator[list[str]]:
-    """Raise KeyboardInterrupt at some of the lines that run in skipway.surgery, counted from the start.
+    """Raise KeyboardInterrupt at some of the lines of surgery and of what puts states back, counted from the start.
 
     At the end of a `with` statement Python does not look for signals, and what a callback of a weak reference raises is
     lost, so these are no places to raise at.
@@ -104,7 +104,7 @@ def interrupted(*numbers: int) -> Iterator[list[str]]:
 
     def follow(frame, event, argument):
         code = frame.f_code
-        return line if code.co_filename.startswith(SURGERY) and code.co_name != "<lambda>" else None
+        return line if code.co_filename.startswith(PLACES) and code.co_name != "<lambda>" else None
 
     def line(frame, event, argument):
         code, number = frame.f_code, frame.f_lineno

@@ -23,7 +23,6 @@ from tests.trials.pictures import write_images
 from skipway.cli import main
 from skipway.data import load
 from skipway.data.sources.folders import index_folders
-from skipway.errors import printable
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 SMALL = ("--epochs", "1", "--model", "resnet8", "--width", "4", "--workers", "0", "--device", "cpu")
@@ -57,24 +56,14 @@ def test_evaluation_knows_a_class_in_either_form(tmp_path, capsys):
     assert "8 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("cat", "Cat"),
-        ("cat", "cat "),
-        ("big cat", "bigcat"),
-        ("CAT", "cat"),
-        ("big-cat", "Big_Cat"),
-        ("cat", "cat\u200b"),
-    ],
-)
+@pytest.mark.parametrize(("one", "other"), [("cat", "Cat"), ("cat", "cat "), ("big cat", "bigcat"), ("CAT", "cat")])
 def test_names_that_hardly_differ_are_named(tmp_path, one, other):
     write_images(tmp_path, {one: 3, other: 3, "dog": 3})
     if len(os.listdir(tmp_path)) == 2:
         pytest.skip("names are one here")
-    (remark,) = [remark for remark in load(tmp_path).remarks if "differ by case, spaces or hyphens only" in remark]
-    assert repr(printable(one)) in remark
-    assert repr(printable(other)) in remark
+    (remark,) = [remark for remark in load(tmp_path).remarks if "differ by case or spaces only" in remark]
+    assert repr(one) in remark
+    assert repr(other) in remark
 
 
 @pytest.mark.parametrize("name", ["x" * 200, "  ", "😀", "a\tb", "-", "None", "0", "caf\udce9", "con", "a'b\"c"])

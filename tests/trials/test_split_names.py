@@ -10,10 +10,6 @@
 | B5 | test/unknown, test/Unlabelled, test/images | the same |
 | B5 | test/ without class folders, testing/ with them | testing is the test split, test is named |
 | | an empty test/ beside testing/ with class folders | testing is the test split |
-| | seg_train/seg_train, seg_test/seg_test, seg_pred/seg_pred | the splits; seg_pred is named and left alone |
-| | images_train, images_test; x-Training, x-Validation | the splits |
-| | cats_train, cats_test, dogs_train, dogs_test | refused with the way out |
-| | classes with the word of a split: train station, bus station; test pilot, dev | classes |
 | | a folder beside train/ that names no split | named and left alone |
 | | splits within each class, cat/train, cat/test | refused with the way out |
 | | a class of the test split that differs by case or spaces | refused with both names |
@@ -133,9 +129,7 @@ def test_splits_within_classes_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["Cat", "cat ", "CAT"])
 def test_a_class_that_differs_by_case_is_named_with_its_twin(tmp_path, name):
     write_images(tmp_path, {"train/cat": 3, "train/dog": 3, f"test/{name}": 2})
-    with pytest.raises(
-        DataError, match=f"{name!r} differs from 'cat' by case, spaces or hyphens only: name both alike"
-    ):
+    with pytest.raises(DataError, match=f"{name!r} differs from 'cat' by case or spaces only: name both alike"):
         index_folders(tmp_path)
 
 
@@ -143,32 +137,3 @@ def test_an_unknown_class_has_a_way_out(tmp_path):
     write_images(tmp_path, {"train/cat": 3, "train/dog": 3, "test/cow": 2})
     with pytest.raises(DataError, match="'cow' .*not in the training split.*into a folder named unlabeled"):
         index_folders(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "names", [("seg_train", "seg_test"), ("images_train", "images_test"), ("x-Training", "x-Holdout")]
-)
-@pytest.mark.parametrize("twice", [True, False])
-def test_names_that_share_a_word_with_their_split(tmp_path, names, twice):
-    """As the Intel image classification set is laid out: seg_train/seg_train/<class>."""
-    train, test = (f"{name}/{name}" if twice else name for name in names)
-    split_folders(tmp_path, train, "", test)
-    write_images(tmp_path, {"seg_pred": 4})
-    index = index_folders(tmp_path)
-    assert (index.classes, sizes(tmp_path)) == (("cat", "dog"), {"train": 10, "test": 6})
-    assert index.unused == ("'seg_pred': its name is none of train, val, test",)
-    assert index.inventory.left_out == {"in a folder that is not used": 4}
-
-
-def test_names_of_class_and_split_are_refused(tmp_path):
-    write_images(tmp_path, {f"{name}_{split}": 3 for name in ("cats", "dogs") for split in ("train", "test")})
-    with pytest.raises(DataError, match="hold a split and a class, 'cats_test', 'cats_train'.* train/<class>/<image>"):
-        index_folders(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "names", [("train station", "bus station"), ("test pilot", "pilot"), ("model train", "model car")]
-)
-def test_classes_with_the_word_of_a_split_are_classes(tmp_path, names):
-    write_images(tmp_path, dict.fromkeys(names, 3))
-    assert set(index_folders(tmp_path).classes) == set(names)

@@ -290,8 +290,6 @@ def describe_fault(content: bytes, error: Exception) -> str:
     """Describe an exception in a phrase."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if isinstance(error, MemoryError):
-        return "too large for the memory that is left"
     if isinstance(error, PermissionError):
         return "no permission to read it"
     if isinstance(error, OSError) and error.strerror:

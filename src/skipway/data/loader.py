@@ -247,9 +247,7 @@ def split_remarks(splits: Splits) -> list[str]:
     remarks = splits.left_out.sentences()
     remarks += [f"not used: {entry}" for entry in splits.unused]
     for group in names_alike(splits.classes)[:3]:
-        remarks.append(
-            f"classes {name_list(group)} differ by case, spaces or hyphens only: merge them if they mean the same"
-        )
+        remarks.append(f"classes {name_list(group)} differ by case or spaces only: merge them if they mean the same")
     for word, samples in (("test", splits.test), ("validation", splits.validation), ("training", splits.train)):
         present = {sample.label for sample in samples}
         missing = [name for number, name in enumerate(splits.classes) if number not in present]

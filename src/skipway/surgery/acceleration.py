@@ -10,6 +10,7 @@ from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.kernels.dispatch import KernelMode
+from skipway.surgery.checks import EQUAL
 from skipway.surgery.class_factory import class_factory
 from skipway.surgery.operation import Operation
 from skipway.surgery.overrides import overridden
@@ -54,7 +55,7 @@ def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: f
     if any(is_routed(module) for module in model.modules()):
         raise SkipwayError(f"{type(model).__name__} is accelerated already; undo that first")
     with transaction(
-        model, example, title=f"{type(model).__name__} computes by kernels", tolerance=tolerance
+        model, example, title=f"{type(model).__name__} computes by kernels", tolerance=tolerance, checks=EQUAL
     ) as change:
         for name, module in model.named_modules():
             kind = type(module)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from skipway.errors import SkipwayError
 from skipway.registry import Registry, parse_spec
 from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
+from skipway.surgery.checks import EQUAL
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.recompute import BlockParts, RandomState, buffers_kept, replaying
@@ -29,6 +30,9 @@ __all__ = ["Budget", "Every", "Segments", "SquareRoot", "checkpointed"]
 ROUNDING = 1e-3
 """Difference between two computations of a block, relative to its largest value, that rounding may make."""
 RowCosts = Sequence[Costs]
+
+TOLERANCE = 1e-5
+"""Bound on the relative difference of outputs: in some modes torch computes a part of a block by another kernel."""
 
 SEGMENTS: Registry[type[Segments]] = Registry("segments")
 
@@ -238,9 +242,14 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
     if not members:
         raise SkipwayError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     kept, costs = costs_of(model, example, members)
+    if skipped := sorted(members - costs.keys()):
+        raise SkipwayError(
+            f"{abbreviate(skipped)} did not run in a training pass: the network skips blocks at random, and "
+            "blocks that are computed again have to run in every pass; set the rate of its LayerDrop to 0"
+        )
     cut = choice.cut([[costs[name] for name in row] for row in rows], kept - sum(c.inside for c in costs.values()))
     title = f"{type(model).__name__} computes {sum(map(len, cut))} blocks again, in {len(cut)} segments"
-    with transaction(model, example, title=title) as change:
+    with transaction(model, example, title=title, tolerance=TOLERANCE, checks=EQUAL) as change:
         change.refused.update((name, reason) for name, reason in reasons.items() if name not in members)
         random_state = LastRandomState()
         installed = []

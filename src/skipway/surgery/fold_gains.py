@@ -54,7 +54,8 @@ def fold_gains(model: nn.Module, example: Example, *, tolerance: float = 1e-5) -
             f"nothing was inserted into {type(model).__name__}, so there is nothing to fold; see rescheme"
         )
     closing = closing_modules(model, example)
-    with transaction(model, example, title=f"gains of {type(model).__name__} folded") as change:
+    title = f"gains of {type(model).__name__} folded"
+    with transaction(model, example, title=title, tolerance=len(names) * tolerance) as change:
         for slot in (WEIGHT, INPUT, OUTPUT, BRANCH):
             for name in names:
                 host = model.get_submodule(name)

@@ -159,6 +159,8 @@ def insert(change: Transaction, host: nn.Module, slot: str, inserted: nn.Module)
         except TypeError as problem:
             raise SkipwayError(f"the class {kind.__name__} cannot be derived from: {problem}") from problem
     change.add_module(host, slot, inserted)
+    if slot == WEIGHT:
+        change.recast.update(host.parameters(recurse=False))
 
 
 def remove(change: Transaction, host: nn.Module, slot: str) -> None:

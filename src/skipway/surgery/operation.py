@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from skipway.errors import SkipwayError
+from skipway.tracing.restoration import run_to_end
 
 __all__ = ["Journal", "Operation", "abbreviate", "undo"]
 
@@ -70,19 +71,7 @@ class Journal:
 
         An interrupted step is run again. The last exception is raised when all steps are done.
         """
-        problem: BaseException | None = None
-        while len(self.steps) > mark:
-            try:
-                while len(self.steps) > mark:
-                    self.steps[-1]()
-                    self.steps.pop()
-            except KeyboardInterrupt as interrupt:
-                problem = interrupt
-            except Exception as failure:
-                problem = failure
-                self.steps.pop()
-        if problem is not None:
-            raise problem
+        run_to_end(self.steps, mark)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,6 +86,7 @@ class Operation:
         report: numbers measured on the example; "difference" is the largest change of the output over its largest
             magnitude.
         journal: undo steps.
+        verified: what was compared with before and holds, in words, or why it could not be compared.
     """
 
     model: nn.Module
@@ -105,6 +95,7 @@ class Operation:
     refused: Mapping[str, str]
     report: Mapping[str, float]
     journal: Journal = field(default_factory=Journal)
+    verified: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def undone(self) -> bool:
@@ -136,7 +127,8 @@ class Operation:
             names.setdefault(reason, []).append(name or "the model")
         lines = [f"  left alone: {abbreviate(names[reason])}: {reason}" for reason in islice(names, LINES)]
         lines += [f"  {len(names) - LINES} reasons more in refused"] * (len(names) > LINES)
-        return "\n".join([head, *lines])
+        compared = [f"  compared: {name}: {words}" for name, words in self.verified.items()]
+        return "\n".join([head, *lines, *compared, *(["  it was undone"] if self.undone else [])])
 
     __repr__ = __str__
 

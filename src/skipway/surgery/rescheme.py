@@ -14,6 +14,7 @@ from skipway.errors import SkipwayError
 from skipway.nn import Gain, Multiply
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme, parse_scheme
+from skipway.surgery.checks import CHECKS, EQUAL
 from skipway.surgery.insertion import disable_fused_path
 from skipway.surgery.insertion_point import InsertionPoint, find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
@@ -92,12 +93,14 @@ def rescheme(
     model, example = require_operable(model), as_example(example)
     program = watch(model, example)
     chain = require_connections(chain_from_program(model, program))
+    drops = any(dressing.drop(connection.site) is not None for connection in chain)
     with transaction(
         model,
         example,
         title=f"{dressing} on {type(model).__name__}",
         tolerance=None if start == "scheme" else tolerance,
         hint='start="scheme" allows any change',
+        checks=CHECKS if drops or start == "scheme" else EQUAL,
     ) as change:
         Dressing(change, chain, program, dressing, start).dress()
         return change.commit()

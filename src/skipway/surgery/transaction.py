@@ -6,15 +6,15 @@ exception.
         change.touched["norm"] = "left out"
         return change.commit()
 
-The model is as before if the block raises anything, `KeyboardInterrupt` included, if outputs differ by more than the
-tolerance, or if the block ends without `commit`, so that a trial is a transaction that is never committed. Nothing else
-writes into somebody's network.
+The model is as before if the block raises anything, `KeyboardInterrupt` included, if a check fails, or if the block
+ends without `commit`, so that a trial is a transaction that is never committed. Nothing else writes into somebody's
+network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
+from skipway.surgery.checks import CHECKS, Check, Comparison, EvaluatedOutputs, NotComparedError
 from skipway.surgery.operation import Journal, Operation
-from skipway.surgery.verification import difference, outputs
-from skipway.tracing import Example
+from skipway.surgery.verification import aligned, difference, outputs
+from skipway.tracing import Example, as_example
+from skipway.tracing.containers import tensors_in
 
 __all__ = ["Transaction", "transaction"]
 
@@ -42,12 +44,22 @@ class Transaction:
         touched: what was done, by name; becomes `Operation.touched`.
         refused: why something was left alone, by name.
         report: numbers measured beside the difference of the outputs.
+        checks: what has to hold afterwards; an operation may exchange those that compare for weaker ones.
+        recast: parameters that enter in another way than before, so that their gradients are others.
     """
 
     def __init__(
-        self, model: nn.Module, example: Example | None, *, title: str, tolerance: float | None, hint: str
+        self,
+        model: nn.Module,
+        example: Example | None,
+        *,
+        title: str,
+        tolerance: float | None,
+        hint: str,
+        checks: Sequence[Check],
     ) -> None:
         self.model, self.example, self.title, self.tolerance, self.hint = model, example, title, tolerance, hint
+        self.checks, self.recast = tuple(checks), set[nn.Parameter]()
         self.touched: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         self.report: dict[str, float] = {}
@@ -100,7 +112,7 @@ class Transaction:
 
     def record(self, step: Callable[[], None]) -> None:
         """Record an undo step; it has to restore a known state, so that it can run twice."""
-        self.gap: float | None = None
+        self.now.clear()
         self.journal.steps.append(step)
 
     @property
@@ -115,7 +127,7 @@ class Transaction:
 
     def roll_back(self, mark: int = 0) -> None:
         """Take back all changes since a mark."""
-        self.gap = None
+        self.now.clear()
         self.journal.roll_back(mark)
 
     @contextmanager
@@ -129,29 +141,97 @@ class Transaction:
             raise
 
     def compare_from_here(self) -> None:
-        """Compare outputs with those of the model as it is now."""
-        self.gap = None
-        self.before = None if self.example is None else outputs(self.model, self.example)
+        """Measure what is compared at the end on the model as it is now."""
+        self.versions = {parameter: parameter._version for parameter in self.model.parameters()}
+        self.before: dict[Check, Any] = {}
+        self.now: dict[Check, Any] = {}
+        self.reason = why_not_compared(self.model, self.example)
+        if self.reason is None and self.example is not None:
+            for check in self.checks:
+                try:
+                    self.before[check] = check.measure(self.model, self.example)
+                except NotComparedError as problem:
+                    self.before[check] = problem
 
     def compare(self) -> float:
-        """Largest difference of the outputs from those before, over their largest magnitude; 0 without an example."""
-        if self.gap is None and self.before is not None and self.example is not None:
-            self.gap = difference(self.before, outputs(self.model, self.example))
-        return self.gap or 0.0
+        """Largest difference of the outputs in evaluation mode from those before, over their largest magnitude; 0 where
+        they are not compared.
+        """
+        for check, before in self.before.items():
+            if isinstance(check, EvaluatedOutputs):
+                return difference(before, aligned(before, self.measure(check)))
+        if self.example is not None:
+            outputs(self.model, self.example)  # it has to run
+        return 0.0
 
-    def commit(self) -> Operation:
-        """Compare outputs and keep the changes; the last statement of a transaction.
+    def measure(self, check: Check) -> Any:
+        """What a check measures now; once, until something is changed."""
+        if check not in self.now and self.example is not None:
+            self.now[check] = check.measure(self.model, self.example, self.before.get(check))
+        return self.now[check]
+
+    def verify(self) -> dict[str, str]:
+        """Compare with what was measured before, in words, by the names of the checks.
 
         Raises:
-            SkipwayError: outputs differ by more than the tolerance.
+            SkipwayError: a check does not hold any more.
+        """
+        if self.reason is not None:
+            return {"nothing": self.reason}
+        verified: dict[str, str] = {}
+        for check, before in self.before.items():
+            try:
+                if isinstance(before, NotComparedError):
+                    raise before
+                verified[check.name] = self.verify_one(check, before)
+            except NotComparedError as problem:
+                verified[check.name] = f"not compared: {problem}"
+            except SkipwayError as problem:
+                raise SkipwayError(
+                    f"{self.title}: {problem}, so that the model was put back{self.hint and '; '}{self.hint}"
+                ) from problem
+        return verified
+
+    def verify_one(self, check: Check, before: Any) -> str:
+        """Measure one check again and compare."""
+        with self.random_values() if check.awake else nullcontext():
+            try:
+                after = self.measure(check)
+            except NotComparedError as problem:
+                raise SkipwayError(f"{check.name}: {problem}, and could be measured before") from problem
+            return check.compare(before, after, Comparison(self.tolerance, self.recast))
+
+    @contextmanager
+    def random_values(self) -> Iterator[None]:
+        """Within it, parameters that were added or written and are 0, or -1 as in gains of 1 + g, hold random values:
+        what puts out 0 hides what it depends on.
+        """
+        mark = self.mark
+        silent = [
+            parameter
+            for parameter in self.model.parameters()
+            if self.versions.get(parameter) != parameter._version
+            and parameter.numel()
+            and bool((parameter == 0).all() or (parameter == -1).all())
+        ]
+        try:
+            self.keep_values(silent)
+            for parameter in silent:
+                draw(parameter, len(silent))
+            yield
+        finally:
+            self.roll_back(mark)
+
+    def commit(self) -> Operation:
+        """Check what has to hold, and keep the changes; the last statement of a transaction.
+
+        Raises:
+            SkipwayError: outputs differ by more than the tolerance, or another check fails.
         """
         gap = self.compare()
-        if self.tolerance is not None and not gap <= self.tolerance:
-            raise SkipwayError(
-                f"{self.title}: the output changed by {gap:.3g} of its largest value, more than "
-                f"tolerance={self.tolerance:g}, so that the model was put back{self.hint and '; '}{self.hint}"
-            )
-        report = self.report if self.before is None else {"difference": gap, **self.report}
+        verified = self.verify()
+        compared = any(isinstance(check, EvaluatedOutputs) for check in self.before)
+        report = {"difference": gap, **self.report} if compared else self.report
         operation = Operation(
             self.model,
             self.title,
@@ -159,10 +239,28 @@ class Transaction:
             MappingProxyType(dict(self.refused)),
             MappingProxyType(dict(report)),
             self.journal,
+            MappingProxyType(verified),
         )
         self.journal.commit(self.model, self.title)
         self.committed = True
         return operation
+
+
+def why_not_compared(model: nn.Module, example: Example | None) -> str | None:
+    """Why nothing can be compared before and after, if so."""
+    if example is None:
+        return "no example was given"
+    tensors = (*model.parameters(), *model.buffers(), *tensors_in(example))
+    return "the model is on the meta device" if any(tensor.is_meta for tensor in tensors) else None
+
+
+@torch.no_grad()
+def draw(parameter: nn.Parameter, count: int) -> None:
+    """Write random values into one of so many parameters, so small that all together do not let the signal overflow."""
+    fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+    generator = torch.Generator().manual_seed(parameter.numel())
+    drawn = torch.randn(parameter.shape, generator=generator) / (fan_in * count) ** 0.5
+    parameter.add_(drawn.to(parameter.device, parameter.dtype))
 
 
 @contextmanager
@@ -173,6 +271,7 @@ def transaction(
     title: str,
     tolerance: float | None = None,
     hint: str = "",
+    checks: Sequence[Check] = CHECKS,
 ) -> Iterator[Transaction]:
     """Change a model in place, completely or not at all.
 
@@ -180,10 +279,14 @@ def transaction(
 
     Args:
         model: any module.
-        example: what the model is called with; outputs in evaluation mode are compared on it.
+        example: what the model is called with; what has to hold is checked on it.
         title: the operation in words.
         tolerance: bound on the difference of the outputs, relative to their largest value; None reports it only.
-        hint: the way out, at the end of the error message if outputs differ.
+        hint: the way out, at the end of the error message if a check fails.
+        checks: what has to hold afterwards: `CHECKS`, or `EQUAL` where the function stays in training mode, too.
+
+    Raises:
+        SkipwayError: the tolerance is no number, or below 0.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> with transaction(model, title="without rectifier") as change:
@@ -192,7 +295,12 @@ def transaction(
     >>> model[1], operation.undo()[1]
     (Identity(), ReLU())
     """
-    change = Transaction(model, example, title=title, tolerance=tolerance, hint=hint)
+    if tolerance is not None and (type(tolerance) not in (int, float) or not tolerance >= 0):
+        raise SkipwayError(
+            f"tolerance={tolerance!r}: the rule is a number of at least 0, by which outputs may differ, such as 1e-5"
+        )
+    example = None if example is None else as_example(example)
+    change = Transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=checks)
     outer = OPEN.get()
     if outer is not None and not outer.finished and any(module is model for module in outer.model.modules()):
         outer.record(change.journal.undo)

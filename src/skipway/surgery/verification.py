@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -9,27 +10,57 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from skipway.errors import SkipwayError
-from skipway.tracing import Example, call_model, preserved_state
+from skipway.tracing import Example, as_example, call_model, preserved_state
+from skipway.tracing.containers import map_tensors, tensors_in
 
-__all__ = ["difference", "forward_hooks", "outputs"]
+__all__ = ["aligned", "copy_example", "difference", "forward_hooks", "outputs"]
 
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """Tensors that the model returns in evaluation mode, without gradients; the model stays as it is."""
     with preserved_state(model), torch.no_grad():
-        output = call_model(model.eval(), example)
-    return tensors_in(output)
+        output = call_model(model.eval(), copy_example(example))
+    return list(tensors_in(output))
 
 
-def tensors_in(output: Any) -> list[Tensor]:
-    """Tensors of an output: of a tree of containers, or of an object whose attributes are such trees."""
-    found = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-    if found or not hasattr(output, "__dict__"):
-        return found
-    return [leaf for leaf in tree_flatten(list(vars(output).values()))[0] if isinstance(leaf, Tensor)]
+def copy_example(example: Example) -> Example:
+    """A copy of an example, since a network may write into what it is given, a cache above all."""
+    copied = map_tensors(lambda tensor: tensor.detach().clone(), as_example(example))
+    try:
+        return copy.deepcopy(copied)
+    except Exception:  # somebody's object
+        return copied
+
+
+def aligned(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
+    """For each output before, the output after that is compared with it. Where a network returns more than before (the
+    caches of blocks that were added), that is the next one that agrees best.
+
+    Raises:
+        SkipwayError: the network returns fewer outputs, or outputs of other shapes.
+    """
+    if len(before) == len(after) and all(old.shape == new.shape for old, new in zip(before, after, strict=True)):
+        return list(after)
+    found: list[Tensor] = []
+    first = 0
+    for number, old in enumerate(before):
+        last = len(after) - (len(before) - number)
+        gaps = {
+            place: difference([old], [after[place].detach()]) if old.numel() else 0.0
+            for place in range(first, last + 1)
+            if after[place].shape == old.shape
+        }
+        if not gaps:
+            raise SkipwayError(
+                f"the network returned {len(before)} tensors and returns {len(after)}, none of which is like output "
+                f"{number} of shape {tuple(old.shape)}"
+            )
+        best = min(gaps, key=lambda place: (gaps[place], place))
+        found.append(after[best])
+        first = best + 1
+    return found
 
 
 def difference(before: Sequence[Tensor], after: Sequence[Tensor], *, mean: bool = False) -> float:

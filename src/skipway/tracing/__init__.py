@@ -4,7 +4,8 @@ from skipway.tracing.classifier import find_residual_adds
 from skipway.tracing.example import Example, as_batch, as_example, call_model
 from skipway.tracing.program import Program, Value
 from skipway.tracing.residual_adds import REASONS, BranchScale, Refusal, ResidualAdd
-from skipway.tracing.watch import preserved_state, unwrap, watch
+from skipway.tracing.restoration import preserved_state
+from skipway.tracing.watch import unwrap, watch
 
 __all__ = [
     "REASONS",

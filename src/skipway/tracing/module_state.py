@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from skipway.tracing.containers import map_tensors, tensors_in
 
-__all__ = ["copy_module", "kept_tensors", "preserved_attributes"]
+__all__ = ["attribute_restoration", "copy_module", "detach_attributes", "kept_tensors"]
 
 Model = TypeVar("Model", bound=nn.Module)
 STANDARD = frozenset({*vars(nn.Module()), "training"})
@@ -45,33 +45,36 @@ def kept_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
                 yield from tensors_in(value)
 
 
-@contextmanager
-def preserved_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Context that puts back the plain attributes with tensors that a forward pass sets, replaces or fills.
+def detach_attributes(modules: Iterable[nn.Module]) -> None:
+    """Cut tensors that an earlier pass left in plain attributes off from its graph, which may have been freed."""
+    for module in modules:
+        for name, value in held_by(module).items():
+            if isinstance(value, HOLDERS) and any(not tensor.is_leaf for tensor in tensors_in(value)):
+                module.__dict__[name] = map_tensors(torch.detach, value)
 
-    Inside, tensors that an earlier pass left there are cut off from its graph, which may have been freed.
-    """
+
+def attribute_restoration(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """A step that puts back the plain attributes with tensors that a forward pass sets, replaces or fills."""
     before = [(module.__dict__, held_by(module)) for module in modules]
     held_lists = (value for _, held in before for value in held.values() if type(value) in (list, dict))
     lists = [(value, type(value)(value)) for value in held_lists]
+    return partial(put_back_attributes, before, lists)
+
+
+def put_back_attributes(before: Sequence[tuple[dict[str, Any], dict[str, Any]]], lists: Sequence[Any]) -> None:
+    """Put back attributes, by the tables of their modules, and what lists and mappings held."""
     for own, held in before:
-        for name, value in held.items():
-            if isinstance(value, HOLDERS) and any(not tensor.is_leaf for tensor in tensors_in(value)):
-                own[name] = map_tensors(torch.detach, value)
-    try:
-        yield
-    finally:
-        for own, held in before:
-            for name in [each for each, value in own.items() if each not in STANDARD and isinstance(value, HOLDERS)]:
-                if own[name] is not held.get(name) and next(tensors_in(own[name]), None) is not None:
-                    if name in held:
-                        own[name] = held[name]
-                    else:
-                        del own[name]
-        for value, old in lists:
-            if len(value) != len(old) and next(tensors_in(value), None) is not None:
-                value.clear()
-                value.extend(old) if isinstance(value, list) else value.update(old)
+        for name in [each for each, value in own.items() if each not in STANDARD and isinstance(value, HOLDERS)]:
+            if own[name] is not held.get(name) and next(tensors_in(own[name]), None) is not None:
+                if name in held:
+                    own[name] = held[name]
+                else:
+                    del own[name]
+    for value, old in lists:
+        if len(value) != len(old) and (not value or next(tensors_in(value), None) is not None):
+            filled = list(old) if isinstance(value, list) else dict(old)
+            value.clear()
+            value.extend(filled) if isinstance(value, list) else value.update(filled)
 
 
 def held_by(module: nn.Module) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from skipway.tracing.arguments import Path, tensor_paths
 from skipway.tracing.channels import channel_axis
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import Example, as_example, call_model
-from skipway.tracing.module_state import kept_tensors, preserved_attributes
+from skipway.tracing.module_state import kept_tensors
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
+from skipway.tracing.restoration import preserved_state
 from skipway.tracing.sums import StackedAxis, Term, is_addition, number_of, terms_of
 
-__all__ = ["copy_to_meta", "preserved_state", "unwrap", "watch"]
+__all__ = ["copy_to_meta", "unwrap", "watch"]
 
 # they take the shape of a tensor and not its values
 FACTORIES = frozenset(
@@ -165,31 +166,6 @@ def is_frozen(value: object) -> bool:
     """True for immutable values, such as a `Site` or a scheme, which need no copy."""
     parameters = getattr(type(value), "__dataclass_params__", None)
     return parameters is not None and parameters.frozen
-
-
-@contextmanager
-def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Context that restores what a forward pass changes: buffers, kept tensors, modes of modules, the random state."""
-    modules = list(model.modules())  # walked once: of thousands of modules that takes as long as a forward pass
-    modes = [module.training for module in modules]
-    buffers = [
-        (module, name, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)), preserved_attributes(modules):
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            if module.training != mode:  # to set it costs much more than to look
-                module.training = mode
-        with torch.no_grad():
-            for module, name, old in buffers:
-                if isinstance(buffer := module._buffers.get(name), Tensor):
-                    buffer.copy_(old)
 
 
 def record_program(model: nn.Module, example: Example) -> Program:

@@ -22,7 +22,7 @@ from skipway.data.sources.index import (
 )
 from skipway.data.sources.readers import FileStore
 from skipway.data.sources.scan import ImageFolder, LeftOut, scan_folder
-from skipway.data.sources.splits import SPLIT_NAMES, SPLITS, Split, looks_like_split, split_of, splits_among
+from skipway.data.sources.splits import SPLIT_NAMES, SPLITS, Split, looks_like_split, split_of
 from skipway.errors import DataError, counted, printable
 
 __all__ = ["Subfolders", "index_folders"]
@@ -61,19 +61,9 @@ def layout_of(top: ImageFolder, where: str) -> Layout:
         DataError: there are split folders but no training images, or class folders beside one whose name sounds like
             a split that is not known.
     """
-    named = {name: split_of(name) for name in top.folders}
-    if "train" not in named.values():
-        alike = splits_among(top.folders)
-        if len(alike) > 1:
-            mixed = name_list(name for members in alike.values() for name in members)
-            raise DataError(
-                f"names in {where} hold a split and a class, {mixed}: move them to train/<class>/<image> and "
-                "test/<class>/<image>"
-            )
-        named.update(*alike.values())
     by_split: dict[Split | None, list[ImageFolder]] = {}
-    for name, folder in top.folders.items():
-        by_split.setdefault(named[name], []).append(folder)
+    for folder in top.folders.values():
+        by_split.setdefault(split_of(folder.name), []).append(folder)
     for split in SPLITS:
         by_split.get(split, []).sort(key=lambda folder: rank_of(split, folder.name))
     others = by_split.get(None, [])
@@ -116,7 +106,7 @@ def innermost(folder: ImageFolder, split: Split | None = None) -> ImageFolder:
     here = folder
     while not here.images and len(here.folders) == 1:
         (here,) = here.folders.values()
-        named = split is not None and (split_of(here.name) == split or here.name == folder.name)
+        named = split is not None and split_of(here.name) == split
         if named or (len(here.folders) > 1 and not here.images):
             folder = here
     return folder

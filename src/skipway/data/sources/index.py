@@ -109,16 +109,14 @@ def class_name(name: str) -> str:
 
 
 def names_alike(names: Iterable[str]) -> list[list[str]]:
-    """Groups of names that differ by case, spaces, hyphens, underscores and invisible characters only.
+    """Groups of names that differ by case or spaces only.
 
-    >>> names_alike(["Big Cat", "dog", "big-cat", "-"])
-    [['Big Cat', 'big-cat']]
+    >>> names_alike(["Cat", "dog", "cat "])
+    [['Cat', 'cat ']]
     """
     alike: dict[str, list[str]] = {}
     for name in names:
-        letters = (letter for letter in unicodedata.normalize("NFKC", name).casefold() if letter not in "-_")
-        key = "".join(letter for letter in letters if not letter.isspace() and unicodedata.category(letter) != "Cf")
-        alike.setdefault(key or name, []).append(name)
+        alike.setdefault("".join(name.casefold().split()), []).append(name)
     return [group for group in alike.values() if len(group) > 1]
 
 
@@ -167,7 +165,7 @@ def check_known_classes(files: FilesByClass, classes: Collection[str], where: st
         raise DataError(
             f"class {name_list(unknown)} in {where} is not in the training split, which has {name_list(classes)}; "
             + (
-                f"{unknown[0]!r} differs from {alike[0][0]!r} by case, spaces or hyphens only: name both alike"
+                f"{unknown[0]!r} differs from {alike[0][0]!r} by case or spaces only: name both alike"
                 if alike
                 else "images without labels belong into a folder named unlabeled there"
             )

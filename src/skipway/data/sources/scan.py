@@ -25,12 +25,11 @@ SUFFIXES = frozenset(
         *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
     }
 )
-# folders that systems make, in lower case; hidden ones begin with a dot
+# folders that systems make; hidden ones begin with a dot
 SYSTEM_FOLDERS = frozenset(
     {
-        *("__macosx", "@eadir", "@tmp", "@recycle", "@__thumb", "#recycle", "#snapshot", "$recycle.bin", "recycler"),
-        *("system volume information", "found.000", "lost+found", "network trash folder", "temporary items"),
-        *("__pycache__", "__thumbs"),
+        *("__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+        *("__pycache__",),
     }
 )
 # links to folders on the way to a file, so that folders that link to each other end
@@ -144,7 +143,7 @@ class Scan:
         folder, suffix = leads_to(entry, os.DirEntry.is_dir), os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             return "in hidden folders" if folder and not entry.is_symlink() else "hidden"
-        if folder and entry.name.lower() in SYSTEM_FOLDERS and not entry.is_symlink():
+        if folder and entry.name in SYSTEM_FOLDERS and not entry.is_symlink():
             return "in folders that a system made"
         if entry.is_symlink() and (reason := self.link_fault(entry, folder, links)):
             return reason

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-__all__ = ["SPLITS", "SPLIT_NAMES", "Split", "known_names", "looks_like_split", "split_in", "split_of", "splits_among"]
+__all__ = ["SPLITS", "SPLIT_NAMES", "Split", "known_names", "looks_like_split", "split_in", "split_of"]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -52,26 +52,6 @@ def split_of(name: str) -> Split | None:
     if len(words) > 1 and any(word in SPLIT_OF_WORD for word in words):
         return None
     return SPLIT_OF_WORD.get("".join(words))
-
-
-def splits_among(names: Iterable[str]) -> dict[str, dict[str, Split]]:
-    """Names that are alike but for the word of a split, by what they share, where a training split is among them.
-
-    >>> splits_among(["seg_train", "seg_test", "seg_pred", "train station"])
-    {'seg': {'seg_train': 'train', 'seg_test': 'test'}}
-    """
-    found: dict[str, dict[str, Split]] = {}
-    for name in names:
-        words = words_of(name)
-        named = [word for word in words if word in SPLIT_OF_WORD]
-        if len(named) == 1 and len(words) > 1:
-            shared = " ".join(word for word in words if word != named[0])
-            found.setdefault(shared, {})[name] = SPLIT_OF_WORD[named[0]]
-    return {
-        shared: members
-        for shared, members in found.items()
-        if len(set(members.values())) > 1 and "train" in members.values()
-    }
 
 
 def looks_like_split(name: str) -> bool:

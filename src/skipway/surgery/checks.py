@@ -1,0 +1,223 @@
+"""What an operation promises: properties that are measured before it and have to hold after it."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from skipway.errors import SkipwayError
+from skipway.surgery.independence import Leaks, Perturbation, measure_leaks
+from skipway.surgery.operation import abbreviate
+from skipway.surgery.training_pass import TrainingPass, run_training_pass
+from skipway.surgery.verification import aligned, difference, outputs
+from skipway.tracing import Example
+from skipway.tracing.containers import tensors_in
+
+__all__ = [
+    "CHECKS",
+    "EQUAL",
+    "Check",
+    "Comparison",
+    "EqualTraining",
+    "EvaluatedOutputs",
+    "Independence",
+    "NotComparedError",
+    "TrainingStep",
+]
+
+GRADIENT_TOLERANCE = 1e-2
+"""Bound on relative differences of gradients: rounding through many layers. A wrong gradient differs by more."""
+SMALL = 1e-2
+"""A gradient below this share of the average one is compared with the average one."""
+LEAK = 1e-5
+"""A change of an output below this share of its largest value is rounding."""
+
+
+class NotComparedError(SkipwayError):
+    """A property that cannot be measured on this network and example; the message says why."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How values before and after an operation are compared.
+
+    Args:
+        tolerance: bound on the difference of the outputs, relative to their largest value; None if they may change.
+        recast: parameters that enter in another way than before, so that their gradients are others.
+    """
+
+    tolerance: float | None
+    recast: AbstractSet[nn.Parameter] = frozenset()
+
+
+class Check:
+    """A property of a network. One that has no property to lose is measured as None."""
+
+    name: ClassVar[str]
+    awake: ClassVar[bool] = False
+    """Whether parameters that the operation added or set to 0 are drawn at random when it is measured afterwards."""
+
+    def measure(self, model: nn.Module, example: Example, before: Any = None) -> Any:
+        """Measure it; the model is left alone. `before` is what was measured before the operation, after it.
+
+        Raises:
+            NotComparedError: that is not possible.
+        """
+        raise NotImplementedError
+
+    def compare(self, before: Any, after: Any, how: Comparison) -> str:
+        """Say in words what holds.
+
+        Raises:
+            SkipwayError: it does not hold any more.
+        """
+        raise NotImplementedError
+
+
+class EvaluatedOutputs(Check):
+    """All outputs in evaluation mode are equal up to the tolerance."""
+
+    name = "outputs in evaluation"
+
+    def measure(self, model: nn.Module, example: Example, before: Any = None) -> list[Tensor]:
+        return outputs(model, example)
+
+    def compare(self, before: list[Tensor], after: list[Tensor], how: Comparison) -> str:
+        gap = difference(before, aligned(before, after))
+        if how.tolerance is not None and not gap <= how.tolerance:
+            raise SkipwayError(
+                f"the output changed by {gap:.3g} of its largest value, more than tolerance={how.tolerance:g}"
+            )
+        return f"{len(before)} compared, difference {gap:.3g}"
+
+
+class TrainingStep(Check):
+    """A training pass runs, forward and backward."""
+
+    name = "training"
+
+    def measure(self, model: nn.Module, example: Example, before: Any = None) -> TrainingPass:
+        try:
+            found = run_training_pass(model, example, self.like(before))
+        except Exception as problem:  # whatever a network raises in training mode, and a batch of one sample makes it
+            what = f"{type(problem).__name__}: " * (not isinstance(problem, SkipwayError))
+            raise NotComparedError(f"a training pass does not run ({what}{problem})") from problem
+        if found is None:
+            raise NotComparedError("no output has a gradient")
+        return found
+
+    def like(self, before: TrainingPass | None) -> list[Tensor] | None:
+        """The outputs whose gradients are compared, as they were before the operation."""
+        return None
+
+    def compare(self, before: TrainingPass, after: TrainingPass, how: Comparison) -> str:
+        count = sum(gradient is not None for gradient in after.gradients.values())
+        return f"a pass runs forward and backward; {count} of {len(after.parameters)} parameters have a gradient"
+
+
+class EqualTraining(TrainingStep):
+    """A training pass computes the same outputs, running statistics and gradients, of the inputs and of all parameters
+    that were there before and kept their values. Random numbers are the same in both.
+    """
+
+    def like(self, before: TrainingPass | None) -> list[Tensor] | None:
+        return None if before is None else before.outputs
+
+    def compare(self, before: TrainingPass, after: TrainingPass, how: Comparison) -> str:
+        loosest = 1.0 if how.tolerance is None else how.tolerance
+        gap = difference(before.outputs, aligned(before.outputs, after.outputs))
+        if not gap <= max(10 * loosest, LEAK):
+            raise SkipwayError(f"in training mode the output changed by {gap:.3g} of its largest value")
+        kept = [(key, old, after.buffers[key]) for key, old in before.buffers.items() if key in after.buffers]
+        wrong = [
+            f"{type(module).__name__}.{name}"
+            for (module, name), old, new in kept
+            if old.numel() and not (old.shape == new.shape and difference([old], [new]) <= max(10 * loosest, LEAK))
+        ]
+        if wrong:
+            raise SkipwayError(f"after a training pass {abbreviate(wrong)} hold other values than before")
+        count, worst, name = compare_gradients(before, after, how.recast)
+        if not worst <= max(GRADIENT_TOLERANCE, 10 * loosest):
+            raise SkipwayError(f"the gradient of {name} changed by {worst:.3g} of its size")
+        return (
+            f"outputs (difference {gap:.3g}), {len(kept)} buffers and {count} gradients (difference {worst:.3g}) are "
+            "equal"
+        )
+
+
+def compare_gradients(
+    before: TrainingPass, after: TrainingPass, recast: AbstractSet[nn.Parameter]
+) -> tuple[int, float, str]:
+    """How many gradients were compared, the largest relative difference, and whose that is: of the inputs, and of the
+    parameters that kept their values.
+    """
+    names = {parameter: name for name, parameter in after.parameters.items()}
+    pairs = [(f"input {number}", *pair) for number, pair in enumerate(zip(before.inputs, after.inputs, strict=True))]
+    for name, parameter in before.parameters.items():
+        now = names.get(parameter)
+        if now is not None and parameter not in recast and before.versions[name] == after.versions[now]:
+            pairs.append((name, before.gradients[name], after.gradients[now]))
+    known = [(name, old, new) for name, old, new in pairs if old is not None or new is not None]
+    if not known:
+        return 0, 0.0, ""
+    sizes = [root_mean_square(new if old is None else old) for _, old, new in known]
+    floor = SMALL * sum(sizes) / len(sizes) or 1.0
+    gaps: dict[str, float] = {}
+    for (name, old, new), size in zip(known, sizes, strict=True):
+        gap = new if old is None else old if new is None else new - old
+        ratio = 0.0 if gap is None else root_mean_square(gap) / max(size, floor)
+        gaps[name] = ratio if ratio == ratio else float("inf")
+    worst = max(gaps, key=gaps.__getitem__)
+    return len(known), gaps[worst], worst
+
+
+def root_mean_square(tensor: Tensor | None) -> float:
+    """The size of a tensor's values."""
+    if tensor is None or not tensor.numel():
+        return 0.0
+    dense = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    return float(torch.linalg.vector_norm(dense.abs().float())) / dense.numel() ** 0.5
+
+
+class Independence(Check):
+    """Outputs depend on no more than before: on no later position in a causal network, on no other sample, on nothing
+    that a padding mask hides; with random values in what was added or set to 0, since parts that put out 0 hide it.
+    """
+
+    name = "what outputs depend on"
+    awake = True
+
+    def measure(self, model: nn.Module, example: Example, before: Any = None) -> Leaks:
+        if not any(tensor.numel() for tensor in tensors_in(example)):
+            raise NotComparedError("the example holds no values")
+        leaks = measure_leaks(model, example)
+        if any(stays != stays for found in leaks.values() for stays, _ in found.values()):
+            raise NotComparedError("outputs are not finite")
+        return leaks
+
+    def compare(self, before: Leaks, after: Leaks, how: Comparison) -> str:
+        kept: list[Perturbation] = []
+        for perturbation, leaks in before.items():
+            independent = [key for key, (stays, moves) in leaks.items() if stays <= LEAK < moves]
+            changed = after.get(perturbation, {})
+            worst = max((changed[key][0] for key in independent if key in changed), default=0.0)
+            if worst > 10 * LEAK:
+                raise SkipwayError(
+                    f"outputs did not depend on {perturbation}, and change with it by {worst:.3g} of the largest once "
+                    "what was added does not put out 0 any more"
+                )
+            if independent:
+                kept.append(perturbation)
+        if not kept:
+            return "no independence was seen before, so none can be lost"
+        return f"still not on {', nor on '.join(map(str, kept))}"
+
+
+CHECKS: tuple[Check, ...] = (EvaluatedOutputs(), TrainingStep(), Independence())
+"""What is checked of every operation; outputs in evaluation mode may change as far as its tolerance says."""
+EQUAL: tuple[Check, ...] = (EvaluatedOutputs(), EqualTraining(), Independence())
+"""What is checked of an operation that keeps the function in training, too."""

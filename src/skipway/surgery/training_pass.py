@@ -1,0 +1,119 @@
+"""One training pass with gradients, repeatable to the bit."""
+
+from __future__ import annotations
+
+import random
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skipway.surgery.verification import aligned, copy_example
+from skipway.tracing import Example, call_model, preserved_state
+from skipway.tracing.containers import map_tensors, tensors_in
+
+__all__ = ["DrawsByShape", "TrainingPass", "run_training_pass"]
+
+
+class DrawsByShape(TorchDispatchMode):
+    """Within it, random numbers depend on the operator and on what it is given, but not on what was drawn before.
+
+    A module that draws numbers of its own does not change those of others, so that a network can be compared with
+    itself before and after something was added to it.
+
+    >>> with DrawsByShape():
+    ...     one, _, other = torch.rand(2), torch.rand(3), torch.rand(2)
+    >>> torch.equal(one, other)
+    True
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+            given = [tuple(each.shape) if isinstance(each, Tensor) else each for each in args]
+            torch.manual_seed(zlib.crc32(repr((str(func), given)).encode()))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class TrainingPass:
+    """What one training pass computes.
+
+    Args:
+        outputs: tensors in the output, as they are after the backward pass.
+        inputs: gradients of the inputs that have one, in order.
+        parameters: those that are trained, by name.
+        versions: how often each of these was written into.
+        gradients: by name; None where the outputs do not depend on a parameter.
+        buffers: their values after the pass, by module and name.
+    """
+
+    outputs: list[Tensor]
+    inputs: list[Tensor | None]
+    parameters: dict[str, nn.Parameter]
+    versions: dict[str, int]
+    gradients: dict[str, Tensor | None]
+    buffers: dict[tuple[nn.Module, str], Tensor]
+
+
+def run_training_pass(model: nn.Module, example: Example, like: Sequence[Tensor] | None = None) -> TrainingPass | None:
+    """Run a model in training mode, forward and backward; the model is left alone, gradients included. None if no
+    output has a gradient.
+
+    What is differentiated is the sum of all outputs, or of those that are like the ones given, each value multiplied by
+    a random constant: neither the norm at the end of a network nor a symmetric loss makes gradients vanish.
+    """
+    leaves: list[Tensor] = []
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.inference_mode(False), preserved_state(model), torch.enable_grad(), DrawsByShape():
+        seed_python()
+        given = map_tensors(partial(as_leaf, leaves), copy_example(example))
+        output = call_model(model.train(), given)
+        put_out = list(tensors_in(output))
+        compared = put_out if like is None else aligned(like, put_out)
+        tensors = [each for each in compared if each.requires_grad and each.numel()]
+        if not tensors:
+            return None
+        loss = torch.stack([weighted_sum(tensor) for tensor in tensors]).sum()
+        wanted: list[Tensor] = [*leaves, *trained.values()]
+        found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+        return TrainingPass(
+            [tensor.detach().clone() for tensor in tensors_in(output)],
+            list(found[: len(leaves)]),
+            trained,
+            {name: parameter._version for name, parameter in trained.items()},
+            dict(zip(trained, found[len(leaves) :], strict=True)),
+            {
+                (module, name): buffer.clone()
+                for module in model.modules()
+                for name, buffer in module._buffers.items()
+                if buffer is not None
+            },
+        )
+
+
+def as_leaf(leaves: list[Tensor], tensor: Tensor) -> Tensor:
+    """An input that has a gradient; the network is given no leaf, since some begin with an operator in place."""
+    if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):  # a mask is no signal
+        return tensor
+    leaves.append(tensor.requires_grad_())
+    return tensor.clone()
+
+
+def weighted_sum(tensor: Tensor) -> Tensor:
+    """The sum of the values of an output, each times a random constant."""
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    generator = torch.Generator().manual_seed(values.numel())
+    weights = torch.randn(values.shape, generator=generator).to(values.device)
+    return (values.float() * weights).sum().cpu()
+
+
+def seed_python() -> None:
+    """Let Python's and NumPy's random numbers begin at the same place; `preserved_state` puts their states back."""
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)

@@ -1,0 +1,105 @@
+"""Putting back what a pass changed, to the end, whatever interrupts it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from skipway.tracing.module_state import attribute_restoration, detach_attributes
+
+__all__ = ["preserved_state", "restored", "run_to_end"]
+
+Steps = list[Callable[[], None]]
+
+
+def run_to_end(steps: Steps, remaining: int = 0) -> None:
+    """Run and drop steps, last one first, until so many remain; all of them, whatever is raised on the way.
+
+    A step has to restore a known state, so that it can run twice: an interrupted step is run again. A step that fails
+    is dropped. The last exception is raised when all steps are done.
+    """
+    problem: BaseException | None = None
+    while len(steps) > remaining:
+        try:
+            while len(steps) > remaining:
+                steps[-1]()
+                steps.pop()
+        except KeyboardInterrupt as interrupt:
+            problem = interrupt
+        except Exception as failure:
+            problem = failure
+            steps.pop()
+    if problem is not None:
+        raise problem
+
+
+@contextmanager
+def restored(steps: Sequence[Callable[[], None]]) -> Iterator[None]:
+    """Run the steps at the end, also if an exception arrives while that begins."""
+    with restoring(steps), restoring(steps):
+        yield
+
+
+@contextmanager
+def restoring(steps: Sequence[Callable[[], None]]) -> Iterator[None]:
+    """Run the steps at the end."""
+    try:
+        yield
+    finally:
+        run_to_end(list(steps))
+
+
+@contextmanager
+def preserved_state(model: nn.Module) -> Iterator[None]:
+    """Context that restores what a forward pass changes: buffers, tensors kept as attributes, the mode of every module,
+    the random states of torch, Python and NumPy. An interrupt while that is done is raised when all is restored.
+    """
+    modules = list(model.modules())  # walked once: of thousands of modules that takes as long as a forward pass
+    modes = [module.training for module in modules]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    steps = [
+        *random_states(model),
+        attribute_restoration(modules),
+        partial(write_buffers, buffers),
+        partial(set_modes, modules, modes),
+    ]
+    with restored(steps):
+        detach_attributes(modules)
+        yield
+
+
+def random_states(model: nn.Module) -> Steps:
+    """Steps that put back the states of the random number generators, of the CPU and of the model's GPUs."""
+    steps: Steps = [partial(torch.set_rng_state, torch.get_rng_state()), partial(random.setstate, random.getstate())]
+    for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
+        steps.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
+    if (numpy := sys.modules.get("numpy")) is not None:
+        steps.append(partial(numpy.random.set_state, numpy.random.get_state()))
+    return steps
+
+
+@torch.no_grad()
+def write_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    """Put buffers back, those whose names are still there, and their values."""
+    for module, name, buffer, old in buffers:
+        if name in module._buffers:
+            module._buffers[name] = buffer
+            buffer.copy_(old)
+
+
+def set_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> None:
+    """Set the mode of each module."""
+    for module, mode in zip(modules, modes, strict=True):
+        if module.training != mode:  # to set it costs much more than to look
+            module.training = mode

@@ -1,0 +1,104 @@
+"""What a pass changes is put back to the bit, wherever an interrupt arrives."""
+
+from __future__ import annotations
+
+import dis
+import linecache
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from skipway.tracing import preserved_state, restoration
+
+
+@contextmanager
+def interrupted_line(number: int) -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt at the n-th line that runs in the module.
+
+    At the end of a `with` statement Python does not look for signals.
+    """
+    lines: list[int] = []
+
+    def line(frame, event, argument):
+        code = frame.f_code
+        text = linecache.getline(code.co_filename, frame.f_lineno).lstrip()
+        ends_with = dis.opname[code.co_code[frame.f_lasti]] in ("LOAD_CONST", "PUSH_EXC_INFO")
+        if event == "line" and not (ends_with and text.startswith("with ")):
+            lines.append(frame.f_lineno)
+            if len(lines) == number:
+                raise KeyboardInterrupt
+        return line
+
+    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename == restoration.__file__ else None)
+    try:
+        yield lines
+    finally:
+        sys.settrace(None)
+
+
+def states(model: nn.Module) -> list[object]:
+    drawn = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    modules = [(module.training, *map(id, module._buffers.values())) for module in model.modules()]
+    return [*drawn, modules, *(buffer.tolist() for buffer in model.buffers())]
+
+
+class Replacing(nn.Module):
+    """Gives its buffer another object in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        return x + torch.rand(()) + random.random() + np.random.rand()
+
+
+def network() -> nn.Module:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Replacing(), nn.Dropout(), nn.BatchNorm1d(4)).eval()
+    net[1].train()
+    return net
+
+
+def run(net: nn.Module) -> None:
+    with preserved_state(net):
+        net.train()(torch.randn(5, 3))
+
+
+def test_every_kind_of_state_is_put_back():
+    net = network()
+    before = states(net)
+    run(net)
+    assert states(net) == before
+
+
+def test_an_interrupt_at_any_line_leaves_everything_as_it_was():
+    net = network()
+    before = states(net)
+    with interrupted_line(-1) as lines:
+        run(net)
+    assert len(lines) > 60
+    for number in range(1, len(lines) + 1):
+        with interrupted_line(number), pytest.raises(KeyboardInterrupt):
+            run(net)
+        assert states(net) == before, lines[number - 1]
+
+
+def test_a_pass_that_raises_leaves_everything_as_it_was():
+    net = network()
+    before = states(net)
+
+    def fail() -> None:
+        with preserved_state(net):
+            net.train()(torch.randn(5, 3))
+            net(torch.randn(5, 2))
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert states(net) == before
