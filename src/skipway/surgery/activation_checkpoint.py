@@ -19,8 +19,9 @@ from skipway.surgery.checks import EQUAL
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.recompute import BlockParts, RandomState, buffers_kept, replaying
-from skipway.surgery.saved_tensors import Costs, costs_of, run_training_pass, saved_bytes
+from skipway.surgery.saved_tensors import Costs, costs_of, saved_bytes
 from skipway.surgery.side_effects import attributes_kept, copy_state
+from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
@@ -277,7 +278,7 @@ def check_recomputation(model: nn.Module, example: Example, rows: Sequence[Check
         row.compares = True
     try:
         with set_checkpoint_early_stop(False):  # it would stop before the output
-            run_training_pass(model, example, "in which blocks are computed again")
+            training_gradients(model, example, "in which blocks are computed again")
     finally:
         for row in rows:
             row.compares, row.first_outputs = False, []

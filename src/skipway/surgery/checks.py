@@ -20,9 +20,11 @@ from skipway.tracing.containers import tensors_in
 __all__ = [
     "CHECKS",
     "EQUAL",
+    "EQUAL_WITH_DRAWS",
     "Check",
     "Comparison",
     "EqualTraining",
+    "EqualTrainingWithDraws",
     "EvaluatedOutputs",
     "Independence",
     "NotComparedError",
@@ -99,10 +101,11 @@ class TrainingStep(Check):
     """A training pass runs, forward and backward."""
 
     name = "training"
+    draws_by_shape: ClassVar[bool] = False
 
     def measure(self, model: nn.Module, example: Example, before: Any = None) -> TrainingPass:
         try:
-            found = run_training_pass(model, example, self.like(before))
+            found = run_training_pass(model, example, self.like(before), draws_by_shape=self.draws_by_shape)
         except Exception as problem:  # whatever a network raises in training mode, and a batch of one sample makes it
             what = f"{type(problem).__name__}: " * (not isinstance(problem, SkipwayError))
             raise NotComparedError(f"a training pass does not run ({what}{problem})") from problem
@@ -147,6 +150,14 @@ class EqualTraining(TrainingStep):
             f"outputs (difference {gap:.3g}), {len(kept)} buffers and {count} gradients (difference {worst:.3g}) are "
             "equal"
         )
+
+
+class EqualTrainingWithDraws(EqualTraining):
+    """The same where parts that were added draw random numbers of their own, which changes those of all others: random
+    numbers depend on what they are drawn for.
+    """
+
+    draws_by_shape = True
 
 
 def compare_gradients(
@@ -219,5 +230,7 @@ class Independence(Check):
 
 CHECKS: tuple[Check, ...] = (EvaluatedOutputs(), TrainingStep(), Independence())
 """What is checked of every operation; outputs in evaluation mode may change as far as its tolerance says."""
+EQUAL_WITH_DRAWS: tuple[Check, ...] = (EvaluatedOutputs(), EqualTrainingWithDraws(), Independence())
+"""The same where parts that were added draw random numbers."""
 EQUAL: tuple[Check, ...] = (EvaluatedOutputs(), EqualTraining(), Independence())
 """What is checked of an operation that keeps the function in training, too."""

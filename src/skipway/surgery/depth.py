@@ -13,7 +13,7 @@ from skipway.nn import Multiply
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_list import edit_container, has_config, number_blocks, numbered_attributes
 from skipway.surgery.block_survey import BlockSurvey, find_blocks
-from skipway.surgery.checks import EQUAL
+from skipway.surgery.checks import EQUAL_WITH_DRAWS
 from skipway.surgery.insertion import OUTPUT, disable_fused_path, repeat
 from skipway.surgery.insertion_point import find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
@@ -248,7 +248,7 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
     chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * by)] for number in range(by)]
     title = f"{type(model).__name__} deepened by {by} blocks"
     hint = "after the additions of these blocks follows something that is not the identity on its own output"
-    with transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=EQUAL) as change:
+    with transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=EQUAL_WITH_DRAWS) as change:
         for name in chosen:
             if norm := program[program.returned[name][survey.calls[name].output]].norm:
                 change.recast.update(model.get_submodule(norm).parameters())  # the copy ends in this norm again

@@ -18,8 +18,9 @@ from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import refuse_branching, require_operable
 from skipway.surgery.recompute import BlockParts, RandomState, as_before, autocasting, precision
-from skipway.surgery.saved_tensors import run_training_pass, saved_bytes
+from skipway.surgery.saved_tensors import saved_bytes
 from skipway.surgery.side_effects import attributes_kept, copy_state
+from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
@@ -121,10 +122,10 @@ def reversible_rows(model: nn.Module, example: Example) -> tuple[list[list[str]]
 
 def inversion_error(model: nn.Module, example: Example, rows: Sequence[ReversibleRow]) -> float:
     """Difference of the gradients with inversion from those with everything kept, over the largest gradient."""
-    inverted = run_training_pass(model, example, "in which inputs are computed from outputs")
+    inverted = training_gradients(model, example, "in which inputs are computed from outputs")
     for row in rows:
         row.inverts = False
-    kept = run_training_pass(model, example, "on two streams")
+    kept = training_gradients(model, example, "on two streams")
     for row in rows:
         row.inverts = True
     return difference(kept, inverted)

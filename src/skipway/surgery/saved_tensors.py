@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from skipway.errors import SkipwayError
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.reentrant_checkpoints import NonReentrant
 
-__all__ = ["Costs", "SavedTensors", "costs_of", "output_gradients", "run_training_pass", "saved_bytes"]
+__all__ = ["Costs", "SavedTensors", "costs_of", "saved_bytes"]
 
 
 @dataclass(frozen=True)
@@ -112,36 +111,3 @@ def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple
             'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
         )
     return saved.total, {name: Costs(name, saved.bytes.get(name, 0.0), own) for name, own in inputs.items()}
-
-
-def output_gradients(model: nn.Module, example: Example) -> list[Tensor]:
-    """Gradients of the mean square of the outputs in training mode, in one vector; the model is left alone."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with preserved_state(model), torch.enable_grad():
-        leaves = tree_flatten(call_model(model.train(), example))[0]
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not trained or not tensors:
-            return []
-        loss = torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
-        found = torch.autograd.grad(loss, trained, allow_unused=True)
-    return [torch.cat([gradient.flatten().float() for gradient in found if gradient is not None])]
-
-
-def run_training_pass(model: nn.Module, example: Example, how: str) -> list[Tensor]:
-    """Gradients of a training pass, as `output_gradients`.
-
-    Args:
-        model: any module, which is left alone.
-        example: what it is called with.
-        how: the pass in words, for the message.
-
-    Raises:
-        SkipwayError: the pass fails; says with what.
-    """
-    try:
-        return output_gradients(model, example)
-    except Exception as problem:  # whatever somebody's network raises
-        raise SkipwayError(
-            f"a training pass {how} fails: {problem}. Blocks that write into what they are given, a cache for example, "
-            "are best run without it: use_cache=False in the example or in the config"
-        ) from problem

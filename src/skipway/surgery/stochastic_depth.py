@@ -17,7 +17,7 @@ from skipway.surgery.block_survey import require_blocks
 from skipway.surgery.class_factory import class_factory
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import refuse_branching, require_operable
-from skipway.surgery.saved_tensors import run_training_pass
+from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, as_example
 from skipway.tracing.arguments import Path, exchange_at, item_at, path_text, tensor_paths
@@ -67,7 +67,7 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
             change.set_attribute(block, "skipped", own)
             change.set_attribute(block, "drawing", SampleDraw(call, axes[name]))
             change.touched[name] = f"rate {own:.3g}, samples on axis {axes[name].stream}"
-        run_training_pass(model, example, "with a share of the samples")
+        training_gradients(model, example, "with a share of the samples")
         return change.commit()
 
 

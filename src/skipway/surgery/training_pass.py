@@ -6,6 +6,7 @@ import random
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from skipway.errors import SkipwayError
 from skipway.surgery.verification import aligned, copy_example
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.containers import map_tensors, tensors_in
 
-__all__ = ["DrawsByShape", "TrainingPass", "run_training_pass"]
+__all__ = ["DrawsByShape", "TrainingPass", "run_training_pass", "training_gradients"]
 
 
 class DrawsByShape(TorchDispatchMode):
@@ -60,17 +62,26 @@ class TrainingPass:
     buffers: dict[tuple[nn.Module, str], Tensor]
 
 
-def run_training_pass(model: nn.Module, example: Example, like: Sequence[Tensor] | None = None) -> TrainingPass | None:
+def run_training_pass(
+    model: nn.Module, example: Example, like: Sequence[Tensor] | None = None, *, draws_by_shape: bool = False
+) -> TrainingPass | None:
     """Run a model in training mode, forward and backward; the model is left alone, gradients included. None if no
     output has a gradient.
 
     What is differentiated is the sum of all outputs, or of those that are like the ones given, each value multiplied by
     a random constant: neither the norm at the end of a network nor a symmetric loss makes gradients vanish.
+
+    Args:
+        model: any module.
+        example: what it is called with.
+        like: outputs of another pass; of more outputs than these only those that agree best count.
+        draws_by_shape: see `DrawsByShape`; otherwise random numbers begin at the same place in every pass.
     """
     leaves: list[Tensor] = []
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.inference_mode(False), preserved_state(model), torch.enable_grad(), DrawsByShape():
-        seed_python()
+    draws = DrawsByShape() if draws_by_shape else nullcontext()
+    with torch.inference_mode(False), preserved_state(model), torch.enable_grad(), draws:
+        seed_all()
         given = map_tensors(partial(as_leaf, leaves), copy_example(example))
         output = call_model(model.train(), given)
         put_out = list(tensors_in(output))
@@ -112,8 +123,32 @@ def weighted_sum(tensor: Tensor) -> Tensor:
     return (values.float() * weights).sum().cpu()
 
 
-def seed_python() -> None:
-    """Let Python's and NumPy's random numbers begin at the same place; `preserved_state` puts their states back."""
+def seed_all() -> None:
+    """Let random numbers begin at the same place every time; `preserved_state` puts the states back."""
+    torch.manual_seed(0)
     random.seed(0)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(0)
+
+
+def training_gradients(model: nn.Module, example: Example, how: str) -> list[Tensor]:
+    """All gradients of a training pass in one vector, an empty list if there is none; the model is left alone.
+
+    Args:
+        model: any module.
+        example: what it is called with.
+        how: the pass in words, for the message.
+
+    Raises:
+        SkipwayError: the pass fails; says with what.
+    """
+    try:
+        found = run_training_pass(model, example)
+    except Exception as problem:  # whatever somebody's network raises
+        raise SkipwayError(
+            f"a training pass {how} fails: {problem}. Blocks that write into what they are given, a cache for example, "
+            "are best run without it: use_cache=False in the example or in the config"
+        ) from problem
+    gradients = [] if found is None else [*found.inputs, *found.gradients.values()]
+    known = [gradient.flatten().float() for gradient in gradients if gradient is not None]
+    return [torch.cat(known)] if known else []
