@@ -28,7 +28,7 @@ __all__ = [
     "EvaluatedOutputs",
     "Independence",
     "NotComparedError",
-    "TrainingStep",
+    "RunnableTraining",
 ]
 
 GRADIENT_TOLERANCE = 1e-2
@@ -97,7 +97,7 @@ class EvaluatedOutputs(Check):
         return f"{len(before)} compared, difference {gap:.3g}"
 
 
-class TrainingStep(Check):
+class RunnableTraining(Check):
     """A training pass runs, forward and backward."""
 
     name = "training"
@@ -122,7 +122,7 @@ class TrainingStep(Check):
         return f"a pass runs forward and backward; {count} of {len(after.parameters)} parameters have a gradient"
 
 
-class EqualTraining(TrainingStep):
+class EqualTraining(RunnableTraining):
     """A training pass computes the same outputs, running statistics and gradients, of the inputs and of all parameters
     that were there before and kept their values. Random numbers are the same in both.
     """
@@ -228,7 +228,7 @@ class Independence(Check):
         return f"still not on {', nor on '.join(map(str, kept))}"
 
 
-CHECKS: tuple[Check, ...] = (EvaluatedOutputs(), TrainingStep(), Independence())
+CHECKS: tuple[Check, ...] = (EvaluatedOutputs(), RunnableTraining(), Independence())
 """What is checked of every operation; outputs in evaluation mode may change as far as its tolerance says."""
 EQUAL_WITH_DRAWS: tuple[Check, ...] = (EvaluatedOutputs(), EqualTrainingWithDraws(), Independence())
 """The same where parts that were added draw random numbers."""
