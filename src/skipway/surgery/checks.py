@@ -22,7 +22,7 @@ __all__ = [
     "EQUAL",
     "EQUAL_WITH_DRAWS",
     "Check",
-    "Comparison",
+    "ComparisonRule",
     "EqualTraining",
     "EqualTrainingWithDraws",
     "EvaluatedOutputs",
@@ -44,7 +44,7 @@ class NotComparedError(SkipwayError):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonRule:
     """How values before and after an operation are compared.
 
     Args:
@@ -71,7 +71,7 @@ class Check:
         """
         raise NotImplementedError
 
-    def compare(self, before: Any, after: Any, how: Comparison) -> str:
+    def compare(self, before: Any, after: Any, how: ComparisonRule) -> str:
         """Say in words what holds.
 
         Raises:
@@ -88,7 +88,7 @@ class EvaluatedOutputs(Check):
     def measure(self, model: nn.Module, example: Example, before: Any = None) -> list[Tensor]:
         return outputs(model, example)
 
-    def compare(self, before: list[Tensor], after: list[Tensor], how: Comparison) -> str:
+    def compare(self, before: list[Tensor], after: list[Tensor], how: ComparisonRule) -> str:
         gap = difference(before, aligned(before, after))
         if how.tolerance is not None and not gap <= how.tolerance:
             raise SkipwayError(
@@ -117,7 +117,7 @@ class RunnableTraining(Check):
         """The outputs whose gradients are compared, as they were before the operation."""
         return None
 
-    def compare(self, before: TrainingPass, after: TrainingPass, how: Comparison) -> str:
+    def compare(self, before: TrainingPass, after: TrainingPass, how: ComparisonRule) -> str:
         count = sum(gradient is not None for gradient in after.gradients.values())
         return f"a pass runs forward and backward; {count} of {len(after.parameters)} parameters have a gradient"
 
@@ -130,7 +130,7 @@ class EqualTraining(RunnableTraining):
     def like(self, before: TrainingPass | None) -> list[Tensor] | None:
         return None if before is None else before.outputs
 
-    def compare(self, before: TrainingPass, after: TrainingPass, how: Comparison) -> str:
+    def compare(self, before: TrainingPass, after: TrainingPass, how: ComparisonRule) -> str:
         loosest = 1.0 if how.tolerance is None else how.tolerance
         gap = difference(before.outputs, aligned(before.outputs, after.outputs))
         if not gap <= max(10 * loosest, LEAK):
@@ -210,7 +210,7 @@ class Independence(Check):
             raise NotComparedError("outputs are not finite")
         return leaks
 
-    def compare(self, before: Leaks, after: Leaks, how: Comparison) -> str:
+    def compare(self, before: Leaks, after: Leaks, how: ComparisonRule) -> str:
         kept: list[Perturbation] = []
         for perturbation, leaks in before.items():
             independent = [key for key, (stays, moves) in leaks.items() if stays <= LEAK < moves]

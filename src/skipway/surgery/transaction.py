@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.surgery.checks import CHECKS, Check, Comparison, EvaluatedOutputs, NotComparedError
+from skipway.surgery.checks import CHECKS, Check, ComparisonRule, EvaluatedOutputs, NotComparedError
 from skipway.surgery.operation import Journal, Operation
 from skipway.surgery.verification import aligned, difference, outputs
 from skipway.tracing import Example, as_example
@@ -199,7 +199,7 @@ class Transaction:
                 after = self.measure(check)
             except NotComparedError as problem:
                 raise SkipwayError(f"{check.name}: {problem}, and could be measured before") from problem
-            return check.compare(before, after, Comparison(self.tolerance, self.recast))
+            return check.compare(before, after, ComparisonRule(self.tolerance, self.recast))
 
     @contextmanager
     def random_values(self) -> Iterator[None]:
