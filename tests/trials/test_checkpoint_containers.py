@@ -14,6 +14,7 @@
 | C4 | numbers, texts and tensors beside the weights | left out and named |
 | – | .npz of NumPy with names of the model | read |
 | – | Git LFS pointer, HTML, JSON, archives, GGUF, Keras, ONNX, Flax, TensorFlow, a program of torch.export | named |
+| – | any of these in place of a run, for predict, evaluate and export | named |
 | – | an empty file, one that is cut off, a folder in place of a file | named |
 | – | folders: a run's, with one file or several, of FSDP, DeepSpeed, TensorFlow, Flax, Orbax, PEFT | read or named |
 """
@@ -456,7 +457,7 @@ def test_the_command_line_chooses_among_several_sets_in_its_own_words(tmp_path, 
     assert "the averaged weights 'ema' are taken; also there: 'model' (choose by --weights-entry model)" in text
     assert "left out: loss (a tensor)" in text
     assert f"not read, since that could run code: {__name__}.Trainer" in text
-    assert f"{len(state)} of {len(state)} tensors from" in text
+    assert f"{len(state) - 2} of {len(state)} tensors from" in text  # all but the classifier, whose classes are unknown
     assert main(["train", *TRAIN, "--weights", "c.pth", "--weights-entry", "swa", "--out", "b"]) == 4
     assert "--weights-entry swa: " in capsys.readouterr().err
 
@@ -487,3 +488,19 @@ def test_pickled_types_are_not_imported(tmp_path):
     read_weights(tmp_path / "c.pth", remark=remarks.append)
     assert "only_in_the_file.Thing" in remarks[0]
     assert module.__name__ not in sys.modules
+
+
+FOREIGN_RUNS = {
+    "torch": (lambda path: torch.save(network().state_dict(), path), "is a file of torch.save"),
+    "lfs": (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1"), "Git LFS"),
+    "empty": (lambda path: path.write_bytes(b""), "an empty file"),
+    "bare": (lambda path: save_file(network().state_dict(), path), "does not describe its network"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN_RUNS)
+def test_files_that_are_no_run_are_named(tmp_path, kind):
+    write, message = FOREIGN_RUNS[kind]
+    write(tmp_path / "w.safetensors")
+    with pytest.raises(sw.CheckpointError, match=message):
+        sw.from_pretrained(tmp_path / "w.safetensors")

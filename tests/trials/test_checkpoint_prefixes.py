@@ -8,7 +8,7 @@
 | C2 | Lightning: `state_dict` with `model.`, a loss weight and metrics beside it | named, left out by a choice |
 | C2 | MMPretrain: `backbone.` and `head.fc`, a log of foreign types beside them | read by torchvision's names |
 | C2 | MoCo and DINO: `module.base_encoder.`, `teacher.backbone.` | dropped and said |
-| C2 | two sets of weights under two prefixes | refused, with a line that takes one |
+| C2 | two sets of weights under two prefixes | refused, with the option that takes one |
 | C2 | a stray name in a file that fits; a whole network for a block | refused as before |
 """
 
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.trials.test_checkpoint_containers import TRAIN, loads, network
+from safetensors.torch import save_file
+from tests.trials.test_checkpoint_containers import TRAIN, loads, network, other
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -165,7 +166,22 @@ def test_a_whole_network_is_no_block_with_prefixes():
 
 def test_two_sets_under_two_prefixes_are_refused():
     state = network().state_dict()
-    both = {f"{who}.{key}": tensor for who in ("student", "teacher") for key, tensor in state.items()}
-    with pytest.raises(sw.CheckpointError, match=r"two sets of weights.*key.startswith\('student\.'\)"):
+    both = {f"student.{key}": tensor for key, tensor in state.items()}
+    both |= {f"teacher.{key}": tensor for key, tensor in other(state).items()}
+    with pytest.raises(sw.CheckpointError, match=r"two sets of weights.*Take those of one prefix: entry='student'"):
         sw.load(network(), both)
-    assert len(loads({key: tensor for key, tensor in both.items() if key.startswith("student.")}, state)) == 1
+    for source in (both, {"model": both, "epoch": 3}):
+        (remark,) = loads(source, other(state), entry="teacher")
+        assert f"the {len(state)} names that begin with 'teacher.' are taken; {len(state)} are left out" in remark
+    with pytest.raises(
+        sw.CheckpointError, match="holds one state dict, with names that begin with 'student', 'teacher'"
+    ):
+        sw.load(network(), both, entry="neither")
+
+
+def test_two_sets_under_two_prefixes_of_a_safetensors_file(tmp_path):
+    state = network().state_dict()
+    both = {f"{who}.net.{key}": tensor.clone() for who in ("student", "teacher") for key, tensor in state.items()}
+    save_file(both, tmp_path / "w.safetensors")
+    assert "'net.'" in loads(tmp_path / "w.safetensors", state, entry="student")[1]
+    assert len(loads(tmp_path / "w.safetensors", state, entry="student.net")) == 1

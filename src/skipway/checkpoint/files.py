@@ -18,6 +18,7 @@ from torch import Tensor
 
 from skipway.errors import CheckpointError, printable
 from skipway.weights.files import check_names, without_twins
+from skipway.weights.formats import file_format
 
 __all__ = [
     "copy_to_host",
@@ -168,8 +169,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
             return tensors, dict(file.metadata() or {})
     except Exception as error:  # safetensors documents no list of its exceptions
+        refuse_foreign(path)
         text = printable(str(error))
         raise CheckpointError(f"{printable(path)} is damaged or not a safetensors file: {text}") from error
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise CheckpointError for a file of another format, and say what it is."""
+    kind = file_format(path)
+    if kind != "safetensors":
+        wrote = {"torch": "torch.save", "numpy": "NumPy"}[kind]
+        raise CheckpointError(
+            f"{printable(path)} is a file of {wrote}; the rule is the safetensors file of a run (skipway.load reads "
+            "weights alone)"
+        )
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

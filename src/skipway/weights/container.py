@@ -254,7 +254,7 @@ def select_state_dict(content: object, where: str, entry: str | None = None) -> 
     if entry is not None:
         close = [name for name in names if name == entry or name.startswith(f"{entry}.")]
         if len(close) != 1:
-            raise CheckpointError(f"{spell('entry', entry)}: {where} holds the state dicts {list_names(names)}")
+            return select_prefix(found, where, entry)
         chosen = close[0]
     else:
         ranked = [name for kind in (AVERAGED, LIVE) for known in kind for name in names if known in name.split(".")]
@@ -274,6 +274,27 @@ def select_state_dict(content: object, where: str, entry: str | None = None) -> 
     if left_out:
         remarks.append(f"{where}: {counted(len(left_out), 'value')} beside the weights left out: {cut([*left_out])}")
     return found[chosen].tensors, remarks
+
+
+def select_prefix(found: dict[str, StateDict], where: str, prefix: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of the one state dict that has names with a prefix, without it, and a remark on the rest.
+
+    Raises:
+        CheckpointError: none has such names, or several have.
+    """
+    start = f"{prefix}."
+    having = [each for each in found.values() if any(name.startswith(start) for name in each.tensors)]
+    if len(having) != 1:
+        prefixes = {name.partition(".")[0] for each in found.values() for name in each.tensors}
+        known = f"the state dicts {list_names(list(found))}" if set(found) != {""} else "one state dict"
+        begin = list_names(sorted(prefixes))
+        raise CheckpointError(f"{spell('entry', prefix)}: {where} holds {known}, with names that begin with {begin}")
+    chosen = {name[len(start) :]: tensor for name, tensor in having[0].tensors.items() if name.startswith(start)}
+    rest = [name for name in having[0].tensors if not name.startswith(start)]
+    remark = (
+        f"{where}: the {len(chosen)} names that begin with {start!r} are taken; {len(rest)} are left out: {cut(rest)}"
+    )
+    return chosen, [remark] if rest else []
 
 
 def describe_content(content: object) -> str:

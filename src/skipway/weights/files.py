@@ -41,7 +41,8 @@ def read_weights(
 
     Args:
         path: of the file or folder, or a name on the Hugging Face hub, "hf:org/name".
-        entry: which state dict of a checkpoint to take, "model" or "ema.module" for example.
+        entry: which state dict of a checkpoint to take, "model" or "ema.module" for example, or which of several
+            prefixes of names, "student".
         remark: called with a sentence about each choice that was made, and about what was left out.
 
     Raises:
@@ -68,10 +69,6 @@ def read_file(path: Path, entry: str | None = None, remark: Callable[[str], None
         kind = file_format(path)
         if kind == "safetensors" and entry is None:
             return read_plain(path, kind)
-        if kind == "safetensors":
-            raise CheckpointError(
-                f"{spell('entry', entry)}: {printable(path)} is a safetensors file, which holds one state dict"
-            )
         content, unread = read_torch(path) if kind == "torch" else (read_plain(path, kind), [])
     except OSError as error:
         raise CheckpointError(f"{printable(path)} cannot be read: {error.strerror or error}") from error

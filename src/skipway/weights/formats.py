@@ -89,11 +89,14 @@ def describe_foreign(path: Path, head: bytes, size: int) -> str:
     """What a file that holds no weights is."""
     if not size:
         return "damaged: an empty file, as an interrupted download or copy leaves it"
-    if path.suffix.lower() == ".safetensors" or (head[8:9] == b"{" and not any(head[4:8])):
-        return f"a damaged safetensors file: its header does not fit its {size:,} bytes"
+    damaged = f"a damaged safetensors file: its header does not fit its {size:,} bytes"
+    if head[8:9] == b"{" and not any(head[4:8]):
+        return damaged
     for start, kind in FOREIGN:
         if head.lstrip().startswith(start):
             return kind
+    if path.suffix.lower() == ".safetensors":
+        return damaged
     if head[4:8] == b"TFL3":
         return SUFFIXES[".tflite"]
     return SUFFIXES.get(path.suffix.lower()) or (

@@ -168,7 +168,8 @@ def load(
         names: the naming scheme of the file: "skipway", or a library with a key map for the model ("torchvision",
             "timm", "huggingface").
         adapt: the differences to allow.
-        entry: the state dict to take from a checkpoint that holds several; by default the averaged weights.
+        entry: the state dict to take from a checkpoint that holds several, by default the averaged weights; or the
+            prefix of names to take, where a file holds several sets under prefixes.
         remark: called with a sentence for each choice that was made unasked: the entry taken, prefixes dropped.
 
     Returns:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from skipway.errors import CheckpointError
+from skipway.errors import CheckpointError, spell
 
 __all__ = ["INSERTED", "strip_prefixes"]
 
@@ -56,11 +56,10 @@ def strip_prefixes(state: Mapping[str, Tensor], expected: Collection[str]) -> tu
         return state, []
     if twins:
         keys = [key for key, name in names.items() if name == twins[0]]
-        prefix = keys[0].removesuffix(twins[0])
+        prefix = keys[0].removesuffix(twins[0]).rstrip(".")
         raise CheckpointError(
-            f"{' and '.join(map(repr, keys))} both lead to {twins[0]!r}: the file holds two sets of weights. Give "
-            f"those of one prefix alone, load(model, {{key: tensor for key, tensor in state.items() if "
-            f"key.startswith({prefix!r})}})"
+            f"{' and '.join(map(repr, keys))} both lead to {twins[0]!r}: the file holds two sets of weights. Take "
+            f"those of one prefix: {spell('entry', prefix)}"
         )
     parts = [f"{part}." for part in sorted(dropped) if any(part in key.split(".") for key in strange)]
     listed = ", ".join(map(repr, [*parts, *filter(None, prefixes)]))
