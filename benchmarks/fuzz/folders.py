@@ -27,9 +27,31 @@ from skipway.inference.predict import image_files
 __all__ = ["CASES", "Case", "outcome"]
 
 SPLITS = {
-    "train": ("train", "Train", "TRAINING", "training_set", "trn", "train2017", "train/train"),
+    "train": (
+        "train",
+        "Train",
+        "TRAINING",
+        "training_set",
+        "trn",
+        "train2017",
+        "train/train",
+        "seg_train",
+        "seg_train/seg_train",
+    ),
     "validation": ("", "", "val", "Valid", "validation", "dev", "VAL", "val/val"),
-    "test": ("", "", "test", "Testing", "TEST", "eval", "holdout", "test_images", "test/test"),
+    "test": (
+        "",
+        "",
+        "test",
+        "Testing",
+        "TEST",
+        "eval",
+        "holdout",
+        "test_images",
+        "test/test",
+        "seg_test",
+        "seg_test/seg_test",
+    ),
 }
 CLASSES = (
     "cat",

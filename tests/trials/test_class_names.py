@@ -8,6 +8,7 @@
 | | 'Cat' beside 'cat', 'cat ' beside 'cat' | two classes, and a remark |
 | | names that are not Unicode, of 200 letters, of spaces, of emoji | classes |
 | | subfolders of class folders | merged, with counts in a remark; or classes by `subfolders` |
+| | fold1/cat, fold1/dog, fold2/cat, fold2/dog | a remark that the subfolders may be the classes |
 | | images in a class folder and in its subfolders, with `subfolders="classes"` | both are classes |
 | | nested classes, trained and evaluated by the command line | the names are paths, and `evaluate` reads them so |
 """
@@ -83,6 +84,13 @@ def test_merged_subfolders_are_said_with_counts(tmp_path):
         "subfolders are merged in 2 classes, the first 'farm': 'farm' 2, 'farm/cow' 4, 'farm/old/goat' 3; "
         "subfolders='classes' makes each of them a class",
     )
+
+
+def test_subfolders_that_are_the_same_everywhere_may_be_the_classes(tmp_path):
+    write_images(tmp_path, {f"fold{fold}/{name}": 3 for fold in (1, 2, 3) for name in ("cat", "dog")})
+    merged, same = index_folders(tmp_path).remarks
+    assert merged.startswith("subfolders are merged in 3 classes, the first 'fold1': 'fold1/cat' 3, 'fold1/dog' 3")
+    assert same.startswith("every class has the same subfolders: if they are the classes")
 
 
 def test_subfolders_are_classes_by_choice(tmp_path):

@@ -218,21 +218,34 @@ def folder_remarks(top: ImageFolder, layout: Layout, subfolders: Subfolders) -> 
     remarks = []
     if (found := innermost(top)) is not top:
         remarks.append(f"the class folders are taken from {printable(found.path)!r}, the only folder in the source")
-    merged = {}
-    for child in layout.train.folders.values():
-        holding = [each for each in child.walk() if each.images]
-        if child.name not in layout.splits and len(holding) > 1:
-            merged[child.name] = sorted(holding, key=lambda each: each.path)
-    if merged and subfolders == "merge":
-        name, holding = next(iter(merged.items()))
-        counts = ", ".join(f"{printable(each.path)!r} {len(each.images):,}" for each in holding[:4])
-        rest = f" and {len(holding) - 4} more" if len(holding) > 4 else ""
-        remarks.append(
-            f"subfolders are merged in {counted(len(merged), 'class', 'classes')}, the first {printable(name)!r}: "
-            f"{counts}{rest}; subfolders='classes' makes each of them a class"
-        )
-    forms = [child.name for child in layout.train.folders.values()]
-    twice = sorted({class_name(name) for name in forms if class_name(name) != name and class_name(name) in forms})
+    classes = {name: folder for name, folder in layout.train.folders.items() if name not in layout.splits}
+    if subfolders == "merge":
+        remarks += merge_remarks(classes)
+    twice = {class_name(name) for name in classes if class_name(name) != name} & classes.keys()
     if twice:
         remarks.append(f"folders whose names are equal but for their Unicode form are one class: {name_list(twice)}")
+    return remarks
+
+
+def merge_remarks(classes: dict[str, ImageFolder]) -> list[str]:
+    """Remarks about classes whose images are in several folders, with counts."""
+    merged: dict[str, dict[str, int]] = {}
+    for name, folder in classes.items():
+        counts = {each.path.removeprefix(folder.path): len(each.images) for each in folder.walk() if each.images}
+        if len(counts) > 1:
+            merged[name] = dict(sorted(counts.items()))
+    if not merged:
+        return []
+    name, counts = next(iter(merged.items()))
+    shown = ", ".join(f"{printable(name + inner)!r} {count:,}" for inner, count in list(counts.items())[:4])
+    rest = f" and {len(counts) - 4} more" if len(counts) > 4 else ""
+    remarks = [
+        f"subfolders are merged in {counted(len(merged), 'class', 'classes')}, the first {printable(name)!r}: "
+        f"{shown}{rest}; subfolders='classes' makes each of them a class"
+    ]
+    if len(merged) == len(classes) > 1 and len({tuple(counts) for counts in merged.values()}) == 1:
+        remarks.append(
+            "every class has the same subfolders: if they are the classes, as in fold1/<class>/<image>, move the "
+            "images to <class>/<image>"
+        )
     return remarks
