@@ -142,6 +142,13 @@ FORMS = {
         lambda m, x: m.f(x) / 2,
     ),
     "cat sum": (lambda m, x: torch.cat([x[None], m.f(x)[None]]).sum(0), (1, 1), X, F),
+    "cat, view, sum": (lambda m, x: torch.cat([x, m.f(x)], 1).view(N, 2, C).sum(1), (1, 1), X, F),
+    "map of a stack": (
+        lambda m, x: functional.linear(torch.stack([x, m.f(x)], -1), m.two[None])[..., 0],
+        (1, 1),
+        None,
+        None,
+    ),
     "sum of a list": (lambda m, x: sum([x, m.f(x)]), (1, 1), X, F),
     "einsum": (lambda m, x: torch.einsum("nbd->bd", torch.stack([x, m.f(x)])), (1, 1), None, None),
     "einsum weighted": (lambda m, x: torch.einsum("n,nbd->bd", m.two, torch.stack([x, m.f(x)])), (1, 1), None, None),
@@ -157,6 +164,7 @@ PARAMETERS = {  # of the skip and of the branch
     "addcmul": ((), ("g",)),
     "addcdiv": ((), ("g",)),
     "einsum weighted": (("two",), ("two",)),
+    "map of a stack": (("two",), ("two",)),
     "highway learned": (("g",), ("g",)),
 }
 
@@ -267,8 +275,13 @@ REFUSED = {
         lambda m, x: x.index_put((rows(x),), m.f(x[:2])),
         lambda m, x: x.index_copy(0, rows(x), m.f(x[:2])),
     ],
-    "joined": [lambda m, x: (torch.stack([x, m.f(x)]) * m.two[:, None, None]).sum(0)],
-    "unknown": [lambda m, x: torch._foreach_add([x], [m.f(x)])[0]],
+    "joined": [
+        lambda m, x: (torch.stack([x, m.f(x)]) * m.two[:, None, None]).sum(0),
+        lambda m, x: torch.einsum("bn,nbd->bd", m.gate(x)[:, :2], torch.stack([x, m.f(x)])),
+        lambda m, x: functional.linear(torch.stack([x, m.f(x)], -1), m.two[None], m.two[:1])[..., 0],
+        lambda m, x: torch.stack([x, m.f(x)]).cumsum(0)[1],
+    ],
+    "unknown": [lambda m, x: torch._foreach_add([x], [m.f(x)])[0], lambda m, x: torch.ldexp(x, m.f(x))],
     "parallel": [lambda m, x: m.f(x) + m.gate(x).relu(), lambda m, x: m.f(x) - m.gate(x).relu()],
     "broadcast": [lambda m, x: x - m.gate(x).relu().mean(1, keepdim=True)],
     "rotary": [lambda m, x: x - m.g * x.roll(1, 0), lambda m, x: x + (x.roll(1, 0) - x) * m.g],

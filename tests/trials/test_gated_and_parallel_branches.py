@@ -70,6 +70,8 @@ BRANCHES = {  # what is added, and behind what a scale stands
     "chunked gates": (lambda m, h, c: m.gates(c).chunk(2, -1)[1][:, None] * m.a(h), "a"),
     "tanh gate": (lambda m, h, c: m.b(c).tanh()[:, None] * m.a(h), "a"),
     "gate on a sum": (lambda m, h, c: m.d(c)[:, None] * (m.a(h) + m.b(h)), "a, b"),
+    "divided": (lambda m, h, c: m.a(h) / (m.b(c)[:, None] + 9), "a"),
+    "divisor": (lambda m, h, c: h.tanh() / m.b(c)[:, None].exp(), WHOLE),
     "squeeze and excitation": (squeeze, WHOLE),
 }
 

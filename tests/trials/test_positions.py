@@ -5,6 +5,7 @@
 | D16 | RoBERTa, CamemBERT, XLM-R, MPNet, ESM, M2M100 of 4 layers | 2 per encoder layer, 3 per decoder layer |
 | D16 | embeddings of running counts of tokens, of the mask, of lengths; sinusoids looked up by counts | constant |
 | – | positions by `arange`, a parameter, a buffer | constant as before |
+| – | rotary embeddings by positions that are given | rotary, as without |
 | – | token types that are given, one-hot tokens, whole numbers as numbers | signals; connections are found |
 | – | padding set to zero after every layer (`x * mask`) | the connections stay |
 """
@@ -46,6 +47,15 @@ def test_positions_from_tokens_are_constant(name):
     assert {connection.seen.kind for connection in chain} == {"attention", "mlp"}
     reasons = [refusal.reason for refusal in chain.refused if refusal.reason != "rotary"]
     assert set(reasons) <= {"constant"}
+
+
+def test_rotary_embeddings_are_rotary_whether_positions_are_given_or_not():
+    transformers = import_transformers()
+    model = transformers.LlamaModel(transformers.LlamaConfig(**SIZES))
+    ids = torch.randint(3, 50, (2, 12))
+    for positions in ({}, {"position_ids": torch.arange(12)[None].expand(2, -1)}):
+        chain = sw.chain(model, {"input_ids": ids, **positions})
+        assert (len(chain), {refusal.reason for refusal in chain.refused}) == (8, {"rotary"})
 
 
 class Encoder(nn.Module):

@@ -143,6 +143,8 @@ class Search:
         if is_linear_map(value.operator):
             raise SkipwayError(reason or self.in_between(value))
         problems = []
+        if value.operator.removesuffix("_") == "div":
+            signals = [operand for operand in value.operands[:1] if operand in signals]
         for factor in sorted(signals, key=lambda each: (-self.program[each].numel, -each)):
             if not has_channels_of(self.program[factor], value):
                 problems.append(SkipwayError(reason or self.in_between(value)))
@@ -151,7 +153,7 @@ class Search:
                 return self.points(factor, value.number, reason)
             except SkipwayError as problem:
                 problems.append(problem)
-        raise problems[0]
+        raise problems[0] if problems else SkipwayError(reason or self.in_between(value))
 
     def host(self, value: Value, total: int) -> tuple[str | None, str]:
         """The outermost module that returned a value and can be extended, else None and why not."""

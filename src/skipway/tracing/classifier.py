@@ -9,14 +9,14 @@ from skipway.tracing.branch import BranchReader, FoundAdd
 from skipway.tracing.operators import Part, is_linear_map
 from skipway.tracing.program import Program, Value
 from skipway.tracing.residual_adds import Reason, Refusal, ResidualAdd
-from skipway.tracing.sums import PLACING, REDUCTIONS, operator_of
+from skipway.tracing.sums import PLACING, operator_of
 from skipway.tracing.walks import CARRYING, SkipPath, Walker, effective_part
 
 __all__ = ["find_residual_adds"]
 
 NONLINEAR: frozenset[str] = frozenset({"nonlinear", "softmax", "product", "other"})
 WORK: frozenset[str] = NONLINEAR | {"map", "norm", "pool", "mean"}
-ELEMENTWISE: frozenset[str] = CARRYING | {"nonlinear", "product", "sum"}
+ELEMENTWISE: frozenset[str] = CARRYING | {"nonlinear", "product", "sum", "join"}
 MIXING = frozenset(
     {"roll", "flip", "rot90", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle"}
     | {"_fft_r2c", "_fft_c2r", "_fft_c2c", "max_unpool2d"}
@@ -65,7 +65,7 @@ class AddClassifier(Walker):
             return "unknown" if len(alike) > 1 and value.floating and not value.output else None
         if operator in REPLACING:
             return "selected" if self.join_branch(self.real_signals(value)) else None
-        if operator in REDUCTIONS or is_linear_map(value.operator):
+        if value.part == "mean" or is_linear_map(value.operator):
             return "joined" if any(self.sums_over_stack(each) for each in self.program.signals(value)) else None
         return None
 
@@ -187,18 +187,19 @@ class AddClassifier(Walker):
 
     def gated(self, value: Value, first: int, second: int) -> Reason | None:
         """The reason for a sum of which a side is a tensor that the other was computed from, times a gate. Where both
-        sides are one tensor times something, neither works.
+        sides are products and one is such a tensor without work on the other, it is a rotation by given angles; those
+        angles may be shared by many layers, so that a path through other connections says nothing.
         """
-        found: dict[int, dict[int, Reason]] = {}
+        factors = {side: self.gate_factors(side) for side in (first, second)}
+        reasons: list[Reason] = []
         for side, other in ((first, second), (second, first)):
-            for operand in self.gate_factors(side):
+            for operand in factors[side]:
                 way = self.way(operand, other)
-                if way is not None and way.skip != "projection":
-                    reason = self.objection(value, way, side, other)
-                    if reason is None:
-                        return "gated"
-                    found.setdefault(way.start, {})[side] = reason
-        return next((next(iter(reasons.values())) for reasons in found.values() if len(reasons) == 2), None)
+                if way is None or way.skip == "projection":
+                    continue
+                if not any(member.number in self.skips for member in self.program.between(way.start, other)):
+                    reasons.append(self.objection(value, way, side, other) or "gated")
+        return "gated" if "gated" in reasons else reasons[0] if reasons and all(factors.values()) else None
 
     def gate_factors(self, number: int) -> list[int]:
         """The factors of a value that is a product of two signals, element by element."""

@@ -225,25 +225,31 @@ def number_of(name: str, args: Sequence[Any], terms: Sequence[Term]) -> float:
 
 @dataclass(frozen=True)
 class StackedAxis:
-    """Tensors stacked along an axis, of which views are known by that axis' stride.
+    """Tensors of one shape that were stacked, or laid end to end, of which views are known by the stride between them.
 
     Args:
         members: the values that were stacked.
-        stride: of the axis.
+        stride: from one to the next.
+        numel: elements of all of them.
     """
 
     members: tuple[int, ...]
     stride: int
+    numel: int
 
     @classmethod
     def of(
         cls, name: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any, members: Sequence[int]
     ) -> StackedAxis | None:
-        """What `stack` or a `cat` along an axis of length 1 has made, else None."""
+        """What `stack`, or `cat` of tensors of one size, has made, else None."""
         if name not in ("stack", "cat") or len(members) < 2:
             return None
         axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-        return cls(tuple(members), result.stride(axis)) if result.shape[axis] == len(members) else None
+        shapes = {tensor.shape for tensor in args[0]}
+        if len(shapes) > 1:
+            return None
+        size = 1 if name == "stack" else shapes.pop()[axis]
+        return cls(tuple(members), result.stride(axis) * size, result.numel())
 
     def is_contracted(self, name: str, args: Sequence[Any], view: Tensor) -> bool:
         """Whether an operator sums over the axis of the stack in `view`, with weights or without."""
@@ -256,4 +262,6 @@ class StackedAxis:
             axis = view.ndim - (1 if left else 2)
         else:
             return False
-        return axis is not None and view.shape[axis] == len(self.members) and view.stride(axis) == self.stride
+        if axis is None or view.numel() != self.numel:
+            return False
+        return view.shape[axis] == len(self.members) and view.stride(axis) == self.stride
