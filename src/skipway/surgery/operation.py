@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from skipway.errors import SkipwayError
+from skipway.surgery.parameter_values import ParameterValues
 from skipway.tracing.restoration import run_to_end
 
 __all__ = ["Journal", "Operation", "abbreviate", "undo"]
@@ -38,9 +40,11 @@ class Journal:
     the same reason operations are undone in reverse order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         self.steps: list[Callable[[], None]] = []
         self.entry = HistoryEntry("")
+        self.before = {} if model is None else dict(model.named_parameters())
+        self.values = ParameterValues()
 
     @property
     def undone(self) -> bool:
@@ -49,12 +53,16 @@ class Journal:
 
     def undo(self) -> None:
         """Run all steps, for good."""
+        self.values = ParameterValues()  # the next call finishes an interrupted one
         self.roll_back()
         self.entry.undone = True
 
     def commit(self, model: nn.Module, title: str) -> None:
         """Enter the operation into the history of its model."""
         self.entry = HistoryEntry(title)
+        arguments = [step.args[0] for step in self.steps if isinstance(step, partial) and step.args]
+        written = [each for each in arguments if isinstance(each, nn.Parameter)]
+        self.values, self.before = ParameterValues.of(model, self.before, written), {}
         HISTORY.setdefault(model, []).append(self.entry)
 
     def later(self, model: nn.Module) -> list[str]:
@@ -102,21 +110,45 @@ class Operation:
         """Whether the model was put back."""
         return self.journal.undone
 
-    def undo(self) -> nn.Module:
+    def undo(self, *, force: bool = False) -> nn.Module:
         """Put the model back, in place: outputs, classes, keys and order of the state dict are exactly as before.
 
-        An interrupted `undo` finishes first and raises then; parameters that the operation did not write keep what
-        was learned since.
+        An interrupted `undo` finishes first and raises then. After training, parameters that the operation neither put
+        in nor wrote into keep what they learned; where others were trained since, the network would become a mixture of
+        what it was and what it learned, which is refused.
+
+        Args:
+            force: put the model back even so: parameters that the operation put in are dropped, those that it wrote
+                into or took out are as before it, and all others as they are now.
 
         Raises:
-            SkipwayError: the operation was undone already, or another one came later and has to be undone first.
+            SkipwayError: the operation was undone already, another one came later and has to be undone first, or
+                parameters were trained since that would be lost or no longer go together.
         """
         if self.undone:
             raise SkipwayError(f"{self.title!r} was undone already; repeat the operation to have it again")
         if later := self.journal.later(self.model):
             raise SkipwayError(f"{self.title!r}: a later operation builds on it; undo {later[-1]!r} first")
+        if not force:
+            self.refuse_mixture()
         self.journal.undo()
         return self.model
+
+    def refuse_mixture(self) -> None:
+        """Refuse if the model would be neither what it was before the operation nor what it learned since."""
+        own, others = self.journal.values.changed_in(self.model)
+        if own:
+            problem = f"{abbreviate(own)} changed since (by training, for example), and undo would discard that"
+        elif others:
+            back = abbreviate(self.journal.values.put_back)
+            problem = f"{abbreviate(others)} changed since (by training, for example), and undo would put {back} back"
+        else:
+            return
+        raise SkipwayError(
+            f"{self.title!r}: {problem}, so that the network would be neither the one before nor the one that was "
+            "trained; load the state dict from before the training first, or undo(force=True) puts back what the "
+            "operation changed and leaves all other parameters as they are"
+        )
 
     def __str__(self) -> str:
         numbers = [f"{name} {value:.3g}" for name, value in islice(self.report.items(), LINES)]
@@ -133,9 +165,9 @@ class Operation:
     __repr__ = __str__
 
 
-def undo(operation: Operation) -> nn.Module:
+def undo(operation: Operation, *, force: bool = False) -> nn.Module:
     """Put a model back, in place, as it was before an operation; see `Operation.undo`."""
-    return operation.undo()
+    return operation.undo(force=force)
 
 
 def abbreviate(names: Sequence[str], most: int = 4, separator: str = ", ") -> str:

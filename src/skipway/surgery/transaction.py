@@ -63,7 +63,7 @@ class Transaction:
         self.touched: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         self.report: dict[str, float] = {}
-        self.journal = Journal()
+        self.journal = Journal(model)
         self.committed = False
         self.compare_from_here()
 
