@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -109,6 +109,19 @@ def spell(name: str, value: object) -> str:
     return f"{renamed}={(','.join(value) if isinstance(value, tuple) else value)!r}"
 
 
+def beginning_alike(name: str, known: Sequence[str]) -> list[str]:
+    """Known names that share the longest beginning with a name, three letters at least; the most similar first.
+
+    >>> beginning_alike("vit_nope", ["resnet18", "vit_base_patch16_224", "vit_tiny"])
+    ['vit_tiny', 'vit_base_patch16_224']
+    """
+    for length in range(len(name), 2, -1):
+        alike = [each for each in known if each.startswith(name[:length])]
+        if alike:
+            return difflib.get_close_matches(name, alike, n=MAX_CLOSE, cutoff=0.0)
+    return []
+
+
 def suggest(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence for an unknown `name`: the closest known ones, at most five, or else at most ten of all.
 
@@ -118,7 +131,7 @@ def suggest(kind: str, name: str, known: Iterable[str]) -> str:
     "unknown scheme 'zzz'; there are: layerscale, skipinit"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=MAX_CLOSE, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=MAX_CLOSE, cutoff=0.6) or beginning_alike(name, known)
     if close:
         options = " or ".join(repr(option) for option in close)
         return f"unknown {kind} {name!r}; did you mean {options}?"

@@ -306,13 +306,23 @@ def batch_for(loaded: LoadedModel, question: Question) -> tuple[tuple[Any, Any],
         remark = f"{len(labels)} images of {question.batch} with their labels{damaged}"
         return (loaded.call_with(images), labels), printable(remark)
     if loaded.batch is not None:
-        paired = isinstance(loaded.batch, tuple | list) and len(loaded.batch) == 2
-        return tuple(loaded.batch) if paired else (loaded.batch, None), "given by the model's file"
+        return inputs_and_targets(loaded.model, loaded.batch), "given by the model's file"
     size = "x".join(map(str, loaded.shape))
     what = "random normal samples" if loaded.vocabulary is None else "random token sequences"
-    labels = "the tokens as labels" if loaded.labels else "random labels"
+    labels = "the tokens as labels" if loaded.labels else ", ".join(map(str, loaded.others)) or "random labels"
     remark = f"{question.samples} {what} of {size} with {labels}; use --batch FOLDER for real ones"
     return (loaded.random(question.samples), None), remark
+
+
+def inputs_and_targets(model: Any, batch: Any) -> tuple[Any, Any]:
+    """What a file gives beside a model: inputs, or (inputs, targets); two are inputs if forward needs both."""
+    import inspect
+
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        return batch, None
+    needed = [each for each in inspect.signature(model.forward).parameters.values() if each.default is each.empty]
+    positional = [each for each in needed if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    return (tuple(batch), None) if len(positional) == 2 and not isinstance(batch[0], tuple) else tuple(batch)
 
 
 def image_side(shape: tuple[int, ...]) -> int:

@@ -55,8 +55,9 @@ class Subject:
 
     @cached_property
     def program(self) -> Program:
-        """The program that the model runs on the probed samples."""
-        return watch(self.model, self.probed_part[0], training=self.training)
+        """The program that the model runs on the probed samples, with the random choices of the passes (LayerDrop)."""
+        with seeded(self.seed):
+            return watch(self.model, self.probed_part[0], training=self.training)
 
     @cached_property
     def chain(self) -> Chain[WatchedConnection]:

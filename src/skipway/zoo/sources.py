@@ -23,9 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, suggest
+from skipway.hardware.limits import available_memory
 from skipway.models.family import build, find_config, resolve
+from skipway.zoo.random_inputs import RandomInput, find_inputs
 
-__all__ = ["SOURCES", "LoadedModel", "ModelRequest", "Source", "import_library", "load_model", "source_of"]
+__all__ = [
+    "FIRST_LAYER",
+    "SOURCES",
+    "LoadedModel",
+    "ModelRequest",
+    "Source",
+    "import_library",
+    "input_shape_of",
+    "load_model",
+    "source_of",
+]
 
 Shape = tuple[int, ...]
 
@@ -65,6 +77,7 @@ class LoadedModel:
         vocabulary: samples are whole numbers below it; None: they are real numbers.
         argument: name of the argument that takes the samples; None: the first.
         labels: the samples are their own labels, for language models, which then put out a loss.
+        others: further arguments.
         batch: inputs, or (inputs, targets), that the source brought along.
     """
 
@@ -73,13 +86,15 @@ class LoadedModel:
     vocabulary: int | None = None
     argument: str | None = None
     labels: bool = False
+    others: tuple[RandomInput, ...] = ()
     batch: Any = None
 
     def call_with(self, samples: Tensor) -> Any:
         """Samples as the model takes them."""
         if self.argument is None:
             return samples
-        return {self.argument: samples, **({"labels": samples} if self.labels else {})}
+        others = {each.name: each.draw(len(samples)) for each in self.others}
+        return {self.argument: samples, **others, **({"labels": samples} if self.labels else {})}
 
     def random(self, count: int) -> Any:
         """That many random samples: standard normal numbers, or tokens."""
@@ -187,30 +202,50 @@ def load_torchvision(name: str, wanted: ModelRequest) -> LoadedModel:
 
 
 def load_transformers(name: str, wanted: ModelRequest) -> LoadedModel:
-    """A class of Hugging Face transformers, with its default config."""
+    """A class of Hugging Face transformers, with its default config, and the inputs that it runs on."""
     transformers = import_library("transformers", f"hf:{name}")
     made: Any = getattr(transformers, name, None)
     if getattr(made, "config_class", None) is None:
         known = [each for each in dir(transformers) if each.endswith("Model") or "For" in each]
         raise SkipwayError(suggest("model class of transformers", name, known))
     options: dict[str, Any] = {} if wanted.classes is None else {"num_labels": wanted.classes}
-    if wanted.shape is not None and len(wanted.shape) == 3:
-        image = {"image_size": wanted.shape[-1], "num_channels": wanted.shape[0]}
-        options |= {key: value for key, value in image.items() if hasattr(made.config_class(), key)}
-    config = made.config_class(**options)
-    argument = made.main_input_name
-    if argument != "input_ids":
-        size = getattr(config, "image_size", IMAGE[-1])
-        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        shape = (getattr(config, "num_channels", 3), *sides)
-        return LoadedModel(model=made(config), shape=shape, argument=argument)
+    try:
+        if wanted.shape is not None and len(wanted.shape) == 3:
+            image = {"image_size": wanted.shape[-1], "num_channels": wanted.shape[0]}
+            options |= {key: value for key, value in image.items() if hasattr(made.config_class(), key)}
+        config = made.config_class(**options)
+        if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
+        refuse_too_large(name, made, config)
+        model = made(config)
+        main, *others = find_inputs(model, wanted.shape)
+    except Exception as error:  # a class that needs a config, weights or inputs of its own raises anything
+        text = " ".join(str(error).split())
+        raise SkipwayError(
+            f"hf:{name} does not run by its default config and random inputs ({text:.200}); give a file with a "
+            "function that returns (model, inputs): FILE.py:NAME"
+        ) from error
+    labels = any(each.name == "labels" for each in others) and main.name == "input_ids"
     return LoadedModel(
-        model=made(config),
-        shape=(min(getattr(config, "max_position_embeddings", TOKENS), TOKENS),),
-        vocabulary=config.vocab_size,
-        argument=argument,
-        labels=name.endswith(("LM", "LMHeadModel", "ForConditionalGeneration")),
+        model=model,
+        shape=main.shape,
+        vocabulary=main.vocabulary,
+        argument=main.name,
+        labels=labels,
+        others=tuple(each for each in others if not (labels and each.name == "labels")),
     )
+
+
+def refuse_too_large(name: str, made: Any, config: Any) -> None:
+    """Refuse a network whose weights, with the copies that an analysis makes, do not fit into memory."""
+    with torch.device("meta"):
+        count = sum(each.numel() for each in made(config).parameters())
+    free, needed = available_memory(), 4 * 4 * count
+    if free is not None and needed > free:
+        raise SkipwayError(
+            f"{count / 1e9:.2g} billion parameters need {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free; make one "
+            "of fewer layers"
+        )
 
 
 def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
