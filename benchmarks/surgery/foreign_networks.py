@@ -302,6 +302,7 @@ TIMM: dict[str, Callable[[], Built]] = {
         depths=(2, 2),
         num_heads=(2, 2),
         num_classes=5,
+        drop_path_rate=0.0,
     ),
     "mixer": lambda: (
         import_timm().models.mlp_mixer.MlpMixer(img_size=32, patch_size=8, embed_dim=32, num_blocks=4, num_classes=5),

@@ -13,7 +13,7 @@ from skipway.errors import SkipwayError
 from skipway.surgery.independence import Leaks, Perturbation, measure_leaks
 from skipway.surgery.operation import abbreviate
 from skipway.surgery.training_pass import TrainingPass, run_training_pass
-from skipway.surgery.verification import aligned, difference, outputs
+from skipway.surgery.verification import difference, output_gap, outputs
 from skipway.tracing import Example
 from skipway.tracing.containers import tensors_in
 
@@ -89,7 +89,9 @@ class EvaluatedOutputs(Check):
         return outputs(model, example)
 
     def compare(self, before: list[Tensor], after: list[Tensor], how: ComparisonRule) -> str:
-        gap = difference(before, aligned(before, after))
+        if how.tolerance is not None and len(after) < len(before):
+            raise SkipwayError(f"the network returned {len(before)} tensors, and returns {len(after)}")
+        gap = output_gap(before, after)
         if how.tolerance is not None and not gap <= how.tolerance:
             raise SkipwayError(
                 f"the output changed by {gap:.3g} of its largest value, more than tolerance={how.tolerance:g}"
@@ -105,7 +107,7 @@ class RunnableTraining(Check):
 
     def measure(self, model: nn.Module, example: Example, before: Any = None) -> TrainingPass:
         try:
-            found = run_training_pass(model, example, self.like(before), draws_by_shape=self.draws_by_shape)
+            found = run_training_pass(model, example, self.reference(before), draws_by_shape=self.draws_by_shape)
         except Exception as problem:  # whatever a network raises in training mode, and a batch of one sample makes it
             what = f"{type(problem).__name__}: " * (not isinstance(problem, SkipwayError))
             raise NotComparedError(f"a training pass does not run ({what}{problem})") from problem
@@ -113,8 +115,8 @@ class RunnableTraining(Check):
             raise NotComparedError("no output has a gradient")
         return found
 
-    def like(self, before: TrainingPass | None) -> list[Tensor] | None:
-        """The outputs whose gradients are compared, as they were before the operation."""
+    def reference(self, before: TrainingPass | None) -> TrainingPass | None:
+        """The pass before the operation, if gradients are compared with it."""
         return None
 
     def compare(self, before: TrainingPass, after: TrainingPass, how: ComparisonRule) -> str:
@@ -127,12 +129,12 @@ class EqualTraining(RunnableTraining):
     that were there before and kept their values. Random numbers are the same in both.
     """
 
-    def like(self, before: TrainingPass | None) -> list[Tensor] | None:
-        return None if before is None else before.outputs
+    def reference(self, before: TrainingPass | None) -> TrainingPass | None:
+        return before
 
     def compare(self, before: TrainingPass, after: TrainingPass, how: ComparisonRule) -> str:
         loosest = 1.0 if how.tolerance is None else how.tolerance
-        gap = difference(before.outputs, aligned(before.outputs, after.outputs))
+        gap = output_gap(before.outputs, after.outputs)
         if not gap <= max(10 * loosest, LEAK):
             raise SkipwayError(f"in training mode the output changed by {gap:.3g} of its largest value")
         kept = [(key, old, after.buffers[key]) for key, old in before.buffers.items() if key in after.buffers]

@@ -20,7 +20,7 @@ from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.silence import silence_branch
 from skipway.surgery.transaction import Transaction, transaction
-from skipway.surgery.verification import difference, outputs
+from skipway.surgery.verification import output_gap, outputs
 from skipway.tracing import Example, Program, as_example, watch
 from skipway.tracing.arguments import path_text
 from skipway.tracing.chain import chain_from_program
@@ -118,7 +118,7 @@ def measure_influence(model: nn.Module, example: Example, score: Score | None, s
     before = outputs(model, example) if score is None else []
 
     def agreement(changed: nn.Module) -> float:
-        return -difference(before, outputs(changed, example), mean=True)
+        return -output_gap(before, outputs(changed, example), mean=True)
 
     measure, found = score or agreement, {}
     full = measure(model)
@@ -190,7 +190,7 @@ def take_out(change: Transaction, survey: BlockSurvey, container: str, names: Se
     change.roll_back(mark)
 
     def check() -> None:
-        if not difference(expected, outputs(change.model, change.example)) <= ROUNDING:
+        if not output_gap(expected, outputs(change.model, change.example)) <= ROUNDING:
             raise SkipwayError("the output would not be that with identities in their places")
 
     members = list(change.model.get_submodule(container)._modules)

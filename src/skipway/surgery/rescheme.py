@@ -216,9 +216,9 @@ class Dressing:
             host = connection.model.get_submodule(point.name)
             insert_at(self.change, host, point, scale.train(host.training))
             disable_fused_path(self.change, point.slot)
-        self.slots.update((point.slot, connection.name) for point in points)
         if self.start != "scheme":
             preserve_function(self.change, connection, scales, divide=self.start == "divide")
+        self.slots.update((point.slot, connection.name) for point in points)
 
     def check_touched(self) -> None:
         """Refuse if nothing was dressed, or not everything where the scheme initialises the whole network."""
@@ -261,7 +261,8 @@ def preserve_function(
     if divisor == 0:
         raise SkipwayError('a gain that starts at 0 cannot be divided out; start="identity" starts it at 1')
     if divisor != 1:
-        modules = [connection.model.get_submodule(name) for name in connection.seen.ends]
+        names = [name.partition(".parametrizations.")[0] for name in connection.seen.ends]
+        modules = [connection.model.get_submodule(name) for name in names]
         change.keep_values(parameter for module in modules for parameter in module.parameters())
         connection.multiply_(1 / divisor)
 

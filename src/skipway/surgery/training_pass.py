@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 import zlib
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from skipway.errors import SkipwayError
 from skipway.surgery.verification import aligned, copy_example
@@ -63,30 +63,45 @@ class TrainingPass:
 
 
 def run_training_pass(
-    model: nn.Module, example: Example, like: Sequence[Tensor] | None = None, *, draws_by_shape: bool = False
+    model: nn.Module, example: Example, before: TrainingPass | None = None, *, draws_by_shape: bool = False
 ) -> TrainingPass | None:
     """Run a model in training mode, forward and backward; the model is left alone, gradients included. None if no
     output has a gradient.
 
-    What is differentiated is the sum of all outputs, or of those that are like the ones given, each value multiplied by
-    a random constant: neither the norm at the end of a network nor a symmetric loss makes gradients vanish.
+    What is differentiated is the sum of all outputs but caches, each value multiplied by a random constant: neither the
+    norm at the end of a network nor a symmetric loss makes gradients vanish. Inputs have gradients unless the network
+    does not run then (some set `requires_grad` themselves).
 
     Args:
         model: any module.
         example: what it is called with.
-        like: outputs of another pass; of more outputs than these only those that agree best count.
+        before: another pass that this one is compared with: gradients are those of the outputs that agree best with its
+            outputs, and of the inputs if they have one there.
         draws_by_shape: see `DrawsByShape`; otherwise random numbers begin at the same place in every pass.
     """
+    if before is not None:
+        return differentiate(model, example, before, draws_by_shape, inputs=bool(before.inputs))
+    try:
+        return differentiate(model, example, None, draws_by_shape, inputs=True)
+    except Exception:  # whatever a network raises
+        return differentiate(model, example, None, draws_by_shape, inputs=False)
+
+
+def differentiate(
+    model: nn.Module, example: Example, before: TrainingPass | None, draws_by_shape: bool, *, inputs: bool
+) -> TrainingPass | None:
+    """One pass of `run_training_pass`, with gradients of the inputs or without."""
     leaves: list[Tensor] = []
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     draws = DrawsByShape() if draws_by_shape else nullcontext()
     with torch.inference_mode(False), preserved_state(model), torch.enable_grad(), draws:
         seed_all()
-        given = map_tensors(partial(as_leaf, leaves), copy_example(example))
-        output = call_model(model.train(), given)
+        given = copy_example(example)
+        output = call_model(model.train(), map_tensors(partial(as_leaf, leaves), given) if inputs else given)
         put_out = list(tensors_in(output))
-        compared = put_out if like is None else aligned(like, put_out)
-        tensors = [each for each in compared if each.requires_grad and each.numel()]
+        compared = put_out if before is None else aligned(before.outputs, put_out)
+        direct = {id(leaf) for leaf in tree_leaves(output)} & set(map(id, put_out)) or set(map(id, put_out))
+        tensors = [each for each in compared if each.requires_grad and each.numel() and id(each) in direct]
         if not tensors:
             return None
         loss = torch.stack([weighted_sum(tensor) for tensor in tensors]).sum()

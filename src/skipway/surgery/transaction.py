@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.surgery.checks import CHECKS, Check, ComparisonRule, EvaluatedOutputs, NotComparedError
 from skipway.surgery.operation import Journal, Operation
-from skipway.surgery.verification import aligned, difference, outputs
+from skipway.surgery.verification import output_gap, outputs
 from skipway.tracing import Example, as_example
 from skipway.tracing.containers import tensors_in
 
@@ -159,7 +159,7 @@ class Transaction:
         """
         for check, before in self.before.items():
             if isinstance(check, EvaluatedOutputs):
-                return difference(before, aligned(before, self.measure(check)))
+                return output_gap(before, self.measure(check))
         if self.example is not None:
             outputs(self.model, self.example)  # it has to run
         return 0.0

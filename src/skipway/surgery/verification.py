@@ -15,7 +15,7 @@ from skipway.errors import SkipwayError
 from skipway.tracing import Example, as_example, call_model, preserved_state
 from skipway.tracing.containers import map_tensors, tensors_in
 
-__all__ = ["aligned", "copy_example", "difference", "forward_hooks", "outputs"]
+__all__ = ["aligned", "copy_example", "difference", "forward_hooks", "output_gap", "outputs"]
 
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
@@ -61,6 +61,15 @@ def aligned(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
         found.append(after[best])
         first = best + 1
     return found
+
+
+def output_gap(before: Sequence[Tensor], after: Sequence[Tensor], *, mean: bool = False) -> float:
+    """The `difference` of outputs that agree in number or not: a network returns more or fewer caches after blocks were
+    added or left out.
+    """
+    if len(after) < len(before):
+        return difference(aligned(after, before), after, mean=mean)
+    return difference(before, aligned(before, after), mean=mean)
 
 
 def difference(before: Sequence[Tensor], after: Sequence[Tensor], *, mean: bool = False) -> float:
