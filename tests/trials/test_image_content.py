@@ -101,6 +101,10 @@ OTHERS = {
     "nothing": (b"", "an empty file"),
     "AppleDouble": (b"\0\5\x16\7\0\2\0\0Mac OS X", "a resource fork of macOS"),
     "Thumbs.db": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99), "a thumbnail database of Windows"),
+    "a shortcut": (
+        b"L\0\0\0\x01\x14\x02\0" + bytes(60),
+        "a shortcut of Windows or macOS, not followed: copy the image",
+    ),
     "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image, which is read after pip install 'skipway[heif]'"),
     "HEIF of mif1": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "a HEIC image, which is read after"),
     "JPEG XL": (b"\xff\x0a\x10\x10", "a JPEG XL image: convert it"),

@@ -7,6 +7,8 @@
 | | a folder of tar shards alone, beside a README | shards |
 | | images in one folder beside a list with their labels | refused, with the list to give instead |
 | | tar members known by content: .jfif, no suffix, upper case; texts and heic beside them | read; named |
+| | `evaluate` on one class alone, on test/ alone | evaluates; names the folder |
+| | `evaluate` on val/ and test/ alone | refused with the way out |
 | | `evaluate` on a folder with several splits | says which split, and how many images it leaves |
 """
 
@@ -101,3 +103,18 @@ def test_evaluation_says_which_split_it_took(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "d, test split: 8 images" in said
     assert "the test split is evaluated, not the 8 images of other splits" in said
+
+
+def test_evaluation_needs_no_training_images(tmp_path, capsys):
+    folder = write_images(tmp_path / "d", {"cat": 4, "dog": 4})
+    small = ("--epochs", "1", "--model", "resnet8", "--width", "4", "--workers", "0", "--device", "cpu")
+    run = str(tmp_path / "run")
+    assert main(["train", str(folder), "--out", run, "--quiet", *small]) == 0
+    assert main(["evaluate", run, str(write_images(tmp_path / "one", {"dog": 3})), "--device", "cpu"]) == 0
+    assert "no image of class 'cat'" in capsys.readouterr().out
+    both = write_images(tmp_path / "both", {"test/cat": 2, "test/dog": 2})
+    assert main(["evaluate", run, str(both), "--device", "cpu"]) == 0
+    assert "the class folders are taken from 'test'" in capsys.readouterr().out
+    write_images(both, {"val/cat": 2, "val/dog": 2})
+    assert main(["evaluate", run, str(both), "--device", "cpu"]) == 3
+    assert "or give one of them" in capsys.readouterr().err

@@ -47,6 +47,7 @@ OTHERS = (
     (rb"PK\x03\x04|PK\x05\x06|\x1f\x8b|BZh\d|7z\xbc\xaf|Rar!|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar",
      "not an image but an archive"),
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|\0\0\x01\xba", "not an image but a video"),
+    (rb"L\0\0\0\x01\x14\x02\0|book\0\0\0\0mark", "a shortcut of Windows or macOS, not followed: copy the image"),
     (rb"\x89HDF|\x93NUMPY|SQLite format 3|PAR1|.{128}DICM|SIMPLE  =", "not an image but a data file"),
 )  # fmt: skip
 MARKUP = (

@@ -134,7 +134,7 @@ def evaluate_images(
     predictor = Predictor.load(path, device=device, max_megapixels=max_megapixels, trust_code=trust_code)
     numbers = {class_name(name): number for number, name in enumerate(predictor.classes)}
     nested = any("/" in name for name in numbers)
-    found = index_source(data, allow_empty=True, outside=outside, subfolders="classes" if nested else "merge")
+    found = index_source(data, allow_empty=True, outside=outside, subfolders="classes" if nested else "merge", fewest=1)
     parts = {"test": found.test, "validation": found.validation, "train": found.train}
     chosen = next((split for split, part in parts.items() if part), "train")
     files: FilesByClass = {}

@@ -27,6 +27,7 @@ def index_source(
     outside: bool = False,
     columns: Sequence[str] = COLUMNS,
     subfolders: Subfolders = "merge",
+    fewest: int = 2,
 ) -> SourceIndex:
     """Index the images of a source.
 
@@ -37,6 +38,7 @@ def index_source(
         outside: follow links, and paths in lists, that lead out of the source.
         columns: names of the columns for image, label and split.
         subfolders: see `index_folders`.
+        fewest: classes with images that class folders must have; 1 suffices to evaluate.
 
     Raises:
         DataError: there is no such source, or it cannot be used for training.
@@ -52,7 +54,9 @@ def index_source(
             if holds_shards(path):
                 return index_shards(path)
             try:
-                return index_folders(path, allow_empty=allow_empty, outside=outside, subfolders=subfolders)
+                return index_folders(
+                    path, allow_empty=allow_empty, outside=outside, subfolders=subfolders, fewest=fewest
+                )
             except DataError as error:
                 lists = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in LIST_SUFFIXES)
                 hint = f"; if {name_list(lists, 2)} lists the images, give the list instead of the folder"

@@ -89,7 +89,10 @@ def layout_of(top: ImageFolder, where: str) -> Layout:
         )
     layout.splits = frozenset(folder.name for folders in layout.held.values() for folder in folders)
     if layout.splits and len(top.folders) == len(layout.splits):
-        raise DataError(f"{where} has {name_list(sorted(layout.splits))} but no training folder: add one named train")
+        raise DataError(
+            f"{where} has {name_list(sorted(layout.splits))} but no training folder: add one named train, "
+            "or give one of them"
+        )
     return layout
 
 
@@ -127,7 +130,12 @@ def classes_in(folder: ImageFolder, skip: Collection[str], subfolders: Subfolder
 
 
 def index_folders(
-    root: Path, *, allow_empty: bool = False, outside: bool = False, subfolders: Subfolders = "merge"
+    root: Path,
+    *,
+    allow_empty: bool = False,
+    outside: bool = False,
+    subfolders: Subfolders = "merge",
+    fewest: int = 2,
 ) -> SourceIndex:
     """Index the images of class folders.
 
@@ -137,9 +145,10 @@ def index_folders(
         outside: follow links out of the root.
         subfolders: "merge": subfolders of a class folder belong to the class; "classes": each folder that directly
             holds images is a class, named by its path.
+        fewest: number of classes with images that are needed.
 
     Raises:
-        DataError: the folder is empty, has fewer than two classes, an empty class, or a class in its validation or
+        DataError: the folder is empty, has fewer classes, an empty class, or a class in its validation or
             test split that the training split lacks; or a name is neither clearly a split nor clearly a class.
         OSError: the folder cannot be opened.
     """
@@ -155,7 +164,7 @@ def index_folders(
             held[split] = files
     count_unread(top, [train, *held.values()], layout.unused, left_out)
     where = printable(root / layout.train.path)
-    classes = check_classes(train, where, allow_empty=allow_empty, left_out=left_out)
+    classes = check_classes(train, where, allow_empty=allow_empty, left_out=left_out, fewest=fewest)
     for split, files in held.items():
         check_known_classes(files, classes, printable(root / layout.held[split][0].path), split)
     return SourceIndex(

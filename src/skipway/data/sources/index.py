@@ -121,9 +121,9 @@ def names_alike(names: Iterable[str]) -> list[list[str]]:
 
 
 def check_classes(
-    files: FilesByClass, where: str, *, allow_empty: bool, left_out: LeftOut | None = None
+    files: FilesByClass, where: str, *, allow_empty: bool, left_out: LeftOut | None = None, fewest: int = 2
 ) -> tuple[str, ...]:
-    """The classes, after checking that there are two and that none is empty.
+    """The classes, after checking that there are as many as are needed and that none is empty.
 
     Raises:
         DataError: there are fewer, or one is empty and that is not allowed.
@@ -143,7 +143,7 @@ def check_classes(
                 ]
             )
         )
-    if len(full) < 2:
+    if len(full) < fewest:
         raise DataError(
             "; ".join(
                 [f"only one class, {printable(full[0])!r}, in {where}: a classifier needs two class folders", *others]
