@@ -235,7 +235,7 @@ def test_a_file_that_is_damaged_or_no_run_is_refused(digits, tmp_path):
     with pytest.raises(CheckpointError, match="the tensors do not fit"):
         from_pretrained(file)
     torch.save(tensors, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
+    with pytest.raises(CheckpointError, match="is a file of torch.save; the rule is the safetensors file of a run"):
         from_pretrained(tmp_path / "x.pt")
 
 
