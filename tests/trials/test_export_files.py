@@ -211,7 +211,7 @@ def test_a_full_disk_is_said_as_such(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export.os, "replace", refuse)
+    monkeypatch.setattr("skipway.checkpoint.files.os.replace", refuse)
     with pytest.raises(sw.SkipwayError, match="m.onnx cannot be written: the disk is full"):
         export_onnx(Faulty("fine"), torch.zeros(2, 4), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -27,12 +27,14 @@ import pytest
 import torch
 from PIL import Image
 from tests.trials.test_checkpoint_containers import TRAIN
+from tests.trials.test_export_preprocessing import RECORDS, save_weights
 
 import skipway as sw
 from skipway.checkpoint import files as storage
 from skipway.cli import main
 from skipway.data import load, pool
 from skipway.hardware import available_memory, cpu_count, limits
+from skipway.inference.publish import write_hub_folder
 
 CORES = 64
 
@@ -254,6 +256,38 @@ def test_a_file_that_cannot_be_replaced_stays(tmp_path, monkeypatch, code):
     monkeypatch.undo()
     assert [entry.name for entry in tmp_path.iterdir()] == ["w"]
     assert storage.read_tensors(tmp_path / "w")[0]["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("ending", [".html", ".json", ".svg"])
+def test_a_report_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch, ending):
+    model = sw.build("resnet", depth=8, width=4, classes=3)
+    found = sw.diagnose(model, torch.randn(8, 3, 8, 8), targets=torch.arange(8) % 3)
+    sw.report.save(found, tmp_path / f"r{ending}")
+    before = (tmp_path / f"r{ending}").read_bytes()
+
+    def refuse(path, text, **options):
+        path.write_bytes(text[:10].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(sw.SkipwayError, match=f"r{ending} cannot be written: the disk is full"):
+        sw.report.save(found, tmp_path / f"r{ending}")
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [(f"r{ending}", before)]
+
+
+def test_a_hub_folder_is_whole_or_not_there(tmp_path, monkeypatch):
+    weights = save_weights(tmp_path, RECORDS["grey"])
+
+    def refuse(path, text, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(sw.SkipwayError, match="the disk is full"):
+        write_hub_folder(weights, tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+    monkeypatch.undo()
+    write_hub_folder(weights, tmp_path / "hub")
+    assert {entry.name for entry in (tmp_path / "hub").iterdir()} == {"model.safetensors", "config.json", "README.md"}
 
 
 @pytest.mark.parametrize("name", ["a b/c'd\"", "модель-モデル", "line\nbreak", "a" * 200, "-o", "con", "%20&<b>"])

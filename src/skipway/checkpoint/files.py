@@ -6,8 +6,11 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from skipway.errors import CheckpointError, printable
+from skipway.errors import CheckpointError, SkipwayError, printable
 from skipway.weights.files import check_names, without_twins
 from skipway.weights.formats import file_format
 
@@ -24,6 +27,7 @@ __all__ = [
     "copy_to_host",
     "encode_tensors",
     "fault_point",
+    "file_aside",
     "fsync_path",
     "read_json",
     "read_tensors",
@@ -202,6 +206,29 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         fsync_path(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def file_aside(path: Path) -> Iterator[Path]:
+    """Yield a path in a temporary folder beside `path`. What is written there is moved to its place at the end, and
+    removed on any exception.
+
+    Raises:
+        SkipwayError: the disk is full, the folder cannot be written to; a file that was there before stays.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".skipway-", dir=path.parent))
+    except OSError as error:
+        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error
+    try:
+        yield folder / path.name
+        # the file itself last, after what it refers to
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
+    except OSError as error:
+        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_hashed(path: Path, content: bytes) -> str:

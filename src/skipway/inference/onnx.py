@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skipway.checkpoint.files import describe_os_error
+from skipway.checkpoint.files import file_aside
 from skipway.errors import MissingExtraError, SkipwayError, printable, spell
 from skipway.inference.inputs import call_for_tensor, first_line, single_tensor
 from skipway.tracing.example import Example
@@ -188,26 +186,6 @@ def check_path(path: str | Path) -> Path:
     if os.path.isdir(path):  # False for a name that is too long
         raise SkipwayError(f"{printable(path)} is a folder; give the name of a file")
     return path
-
-
-@contextmanager
-def file_aside(path: Path) -> Iterator[Path]:
-    """Yield a path in a temporary folder beside `path`. What is written there is moved to its place at the end, and
-    removed on any exception.
-    """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".skipway-", dir=path.parent))
-    except OSError as error:
-        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error
-    try:
-        yield folder / path.name
-        # the file itself last, after what it refers to
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-            os.replace(file, path.with_name(file.name))
-    except OSError as error:
-        raise SkipwayError(f"{printable(path)} cannot be written: {describe_os_error(error)}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def in_float32(model: nn.Module, given: Tensor, remark: Callable[[str], None]) -> tuple[nn.Module, Tensor]:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from skipway._version import __version__
-from skipway.checkpoint.files import decode_json, encode_json, read_safetensors, write_atomically, write_tensors
+from skipway.checkpoint.files import (
+    decode_json,
+    describe_os_error,
+    encode_json,
+    file_aside,
+    read_safetensors,
+    write_tensors,
+)
 from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError, SkipwayError, printable
 from skipway.inference.evaluation import wilson_interval
@@ -135,14 +143,19 @@ def write_hub_folder(path: str | Path, folder: Path, *, trust_code: bool = False
     tensors, _ = read_safetensors(file)
     about = build_metadata(path, preprocessing)
     card = model_card(about, preprocessing, read_result(file))
+    config = {"library_name": "skipway", "architecture": about["model"]["name"], **about}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "model.safetensors", tensors, about)
-        config = {"library_name": "skipway", "architecture": about["model"]["name"], **about}
-        write_atomically(folder / "config.json", lambda aside: aside.write_bytes(encode_json(config)))
-        write_atomically(folder / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{printable(folder)} cannot be written: {error.strerror or error}") from error
+        raise CheckpointError(f"{printable(folder)} cannot be written: {describe_os_error(error)}") from error
+    try:
+        with file_aside(folder / "config.json") as file:
+            write_tensors(file.with_name("model.safetensors"), tensors, about)
+            file.with_name("README.md").write_text(card, encoding="utf-8")
+            file.write_bytes(encode_json(config))
+    finally:
+        with suppress(OSError):  # holds something, as it should
+            folder.rmdir()
 
 
 def is_hub_file(entry: Path) -> bool:

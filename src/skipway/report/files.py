@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skipway.checkpoint.files import file_aside
 from skipway.errors import SkipwayError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "", 
         the path.
 
     Raises:
-        SkipwayError: the ending is not one of these.
+        SkipwayError: the ending is not one of these, or the file cannot be written; one that was there before stays.
         MissingExtraError: a .png or .pdf is asked for, and matplotlib is not installed (`pip install 'skipway[plot]'`).
     """
     from skipway.diagnosis import Treatment
@@ -39,22 +40,23 @@ def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "", 
         raise SkipwayError(f"path={path}: the rule is one of the endings {' '.join(ENDINGS)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     diagnosis = result.after if isinstance(result, Treatment) else result
-    if path.suffix == ".json":
-        path.write_text(diagnosis.to_json() + "\n", encoding="utf-8")
-    elif path.suffix in (".html", ".htm"):
-        from skipway.report.diagnosis import diagnosis_page
+    with file_aside(path) as file:
+        if path.suffix == ".json":
+            file.write_text(diagnosis.to_json() + "\n", encoding="utf-8")
+        elif path.suffix in (".html", ".htm"):
+            from skipway.report.diagnosis import diagnosis_page
 
-        path.write_text(diagnosis_page(result, command, name), encoding="utf-8")
-    else:
-        from skipway.report.diagnosis import diagnosis_figures
-        from skipway.report.pyplot import save_picture
-        from skipway.report.svg import svg_file
-
-        figures, title, note = diagnosis_figures(diagnosis), picture_title(diagnosis), picture_note(diagnosis)
-        if path.suffix == ".svg":
-            path.write_text(svg_file(*figures, title=title, note=note), encoding="utf-8")
+            file.write_text(diagnosis_page(result, command, name), encoding="utf-8")
         else:
-            save_picture(path, figures, title=title, note=note)
+            from skipway.report.diagnosis import diagnosis_figures
+            from skipway.report.pyplot import save_picture
+            from skipway.report.svg import svg_file
+
+            figures, title, note = diagnosis_figures(diagnosis), picture_title(diagnosis), picture_note(diagnosis)
+            if path.suffix == ".svg":
+                file.write_text(svg_file(*figures, title=title, note=note), encoding="utf-8")
+            else:
+                save_picture(file, figures, title=title, note=note)
     return path
 
 
