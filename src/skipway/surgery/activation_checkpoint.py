@@ -17,8 +17,8 @@ from skipway.registry import Registry, parse_spec
 from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.checks import EQUAL
 from skipway.surgery.operation import Operation, abbreviate
-from skipway.surgery.preconditions import require_operable
-from skipway.surgery.recompute import BlockParts, RandomState, buffers_kept, replaying
+from skipway.surgery.preconditions import require_values
+from skipway.surgery.recompute import BlockParts, KeptBuffer, RandomState, buffers_kept, replaying
 from skipway.surgery.saved_tensors import Costs, costs_of, saved_bytes
 from skipway.surgery.side_effects import attributes_kept, copy_state
 from skipway.surgery.training_pass import training_gradients
@@ -237,7 +237,7 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
     True
     """
     choice = read_segments(segments)
-    model, example = require_operable(model), as_example(example)
+    model, example = require_values(model, "checkpointed"), as_example(example)
     rows, reasons = find_block_rows(model, example, watch(model, example))
     members = {name for row in rows for name in row}
     if not members:
@@ -313,12 +313,24 @@ class LastRandomState:
         return self.state
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a segment finds in a forward pass, and has to find again when it is computed again."""
+
+    arguments: tuple[Sequence[Any], dict[str, Any]]
+    random: RandomState
+    buffers: list[KeptBuffer]
+
+
 @dataclass
 class CheckpointedRow(BlockRow):
     """Blocks whose inside is recomputed in the backward pass, all of them together.
 
     Args:
         random_state: shared by all segments of a model.
+        compares: whether what is computed again is compared with what was computed first, `first_outputs`.
+        writes: the buffers that blocks write into in training, known after the first pass: running statistics, the
+            vectors of a spectral norm.
     """
 
     operation = "part of a segment that is computed again"
@@ -326,6 +338,7 @@ class CheckpointedRow(BlockRow):
     random_state: LastRandomState = field(default_factory=LastRandomState, repr=False)
     compares: bool = False
     first_outputs: list[Tensor] = field(default_factory=list, repr=False)
+    writes: list[tuple[nn.Module, str]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.parts = [BlockParts(block) for block in self.blocks]
@@ -338,30 +351,35 @@ class CheckpointedRow(BlockRow):
 
     def run(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler replays random numbers, and writes into a buffer once
-            return checkpoint(self.compute, x, others, named, None, None, use_reentrant=False)
-        kept, state = copy_state((others, named)), self.random_state.now(x)
-        return checkpoint(self.compute, x, others, named, kept, state, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self.compute, x, others, named, None, use_reentrant=False)
+        before = Before(copy_state((others, named)), self.random_state.now(x), self.written_buffers())
+        output = checkpoint(self.compute, x, others, named, before, use_reentrant=False, preserve_rng_state=False)
+        if self.writes is None:
+            self.writes = [(each.module, each.name) for each in before.buffers if each.changed()]
+        return output
 
-    def compute(
-        self,
-        x: Tensor,
-        others: Sequence[Any],
-        named: dict[str, Any],
-        kept: tuple[Sequence[Any], dict[str, Any]] | None,
-        state: RandomState | None,
-    ) -> Tensor:
+    def written_buffers(self) -> list[KeptBuffer]:
+        """The buffers that blocks write into in training, as they are; all of them before the first pass."""
+        if self.writes is None:
+            modules = [module for parts in self.parts for module in parts.modules if module.training]
+            return [KeptBuffer.of(module, name) for module in modules for name in module._buffers]
+        return [KeptBuffer.of(module, name) for module, name in self.writes if module.training]
+
+    def compute(self, x: Tensor, others: Sequence[Any], named: dict[str, Any], before: Before | None) -> Tensor:
         """Run all blocks, in the backward pass as they ran before: on what was there before they wrote into it."""
-        if state is None or kept is None or torch._C._current_graph_task_id() == -1:  # not within a backward pass
+        if before is None or torch._C._current_graph_task_id() == -1:  # not within a backward pass
             output = self.run_each(x, others, named)
             if self.compares:
                 self.first_outputs.append(output.detach())
             return output
         for parts in self.parts:
             parts.refresh()
-        others, named = copy_state(kept)
+        others, named = copy_state(before.arguments)
         modules = [module for parts in self.parts for module in parts.modules]
         writers = [module for parts in self.parts for module in parts.writers()]
-        with replaying(state), buffers_kept(writers), attributes_kept(modules):
+        with replaying(before.random), buffers_kept(writers), attributes_kept(modules):
+            for buffer in before.buffers:
+                buffer.put_back()
             output = self.run_each(x, others, named)
         if self.compares and not any(same_values(output.detach(), first) for first in self.first_outputs):
             raise SkipwayError("a block computes something else when it is computed again")

@@ -17,7 +17,7 @@ from skipway.surgery.checks import EQUAL_WITH_DRAWS
 from skipway.surgery.insertion import OUTPUT, disable_fused_path, repeat
 from skipway.surgery.insertion_point import find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
-from skipway.surgery.preconditions import require_operable
+from skipway.surgery.preconditions import require_operable, require_values
 from skipway.surgery.silence import silence_branch
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.surgery.verification import output_gap, outputs
@@ -109,7 +109,7 @@ def influence(model: nn.Module, example: Example, score: Score | None = None) ->
         score: model → number, higher is better (the accuracy on a validation set, for example); the influence is what
             is lost without the block. By default the mean relative change of the output, |f(x) − f₋ₗ(x)| / |f(x)|.
     """
-    model, example = require_operable(model), as_example(example)
+    model, example = require_values(model, "influence"), as_example(example)
     return measure_influence(model, example, score, find_blocks(model, example))
 
 
@@ -161,7 +161,7 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
     Raises:
         SkipwayError: fewer blocks can be left out than asked for; the model is as before.
     """
-    model, example = require_operable(model), as_example(example)
+    model, example = require_values(model, "shorten"), as_example(example)
     check_whole("to", to)
     survey = find_blocks(model, example)
     measured = measure_influence(model, example, score, survey)
@@ -239,7 +239,7 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
             place for its copy, or the output changed (in a post-norm network whose norms are trained a copy is no
             identity); the model is as before.
     """
-    model, example = require_operable(model), as_example(example)
+    model, example = require_values(model, "deepen"), as_example(example)
     check_whole("by", by)
     program = watch(model, example)
     survey = find_blocks(model, example, program)

@@ -13,7 +13,7 @@ from skipway.tracing import Example, Program, call_model, preserved_state, unwra
 from skipway.tracing.containers import map_tensors
 from skipway.tracing.watch import Recorder, copy_to_meta, refuse_scripted
 
-__all__ = ["SEALED", "refuse_branching", "require_operable"]
+__all__ = ["SEALED", "refuse_branching", "require_operable", "require_values"]
 
 SEALED = "sealed"
 """Attribute of a class made by an operation that no other operation can follow; its value names that operation."""
@@ -39,6 +39,21 @@ def require_operable(model: nn.Module) -> nn.Module:
             )
         if sealed := getattr(type(module), SEALED, None):
             raise SkipwayError(f"{where} ({type(module).__name__}) was made {sealed}; undo that first")
+    return model
+
+
+def require_values(model: nn.Module, operation: str) -> nn.Module:
+    """As `require_operable`, for an operation that looks at values.
+
+    Raises:
+        SkipwayError: the model has weights without values.
+    """
+    model = require_operable(model)
+    if names := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+        raise SkipwayError(
+            f"{names[0]} is on the meta device and has no values, so that nothing can be computed or compared: "
+            f"{operation} needs a model with weights; load them first"
+        )
     return model
 
 

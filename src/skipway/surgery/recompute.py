@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-__all__ = ["BlockParts", "RandomState", "as_before", "autocasting", "buffers_kept", "precision", "replaying"]
+from skipway.surgery.side_effects import version_of
+
+__all__ = [
+    "BlockParts",
+    "KeptBuffer",
+    "RandomState",
+    "as_before",
+    "autocasting",
+    "buffers_kept",
+    "precision",
+    "replaying",
+]
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,36 @@ class BlockParts:
     def writers(self) -> list[nn.Module]:
         """Modules that may write into buffers."""
         return [module for module in self.modules if module._buffers and module.training]
+
+
+@dataclass(frozen=True)
+class KeptBuffer:
+    """A buffer as it was at one time."""
+
+    module: nn.Module
+    name: str
+    buffer: Tensor | None
+    version: int
+    values: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> KeptBuffer:
+        """The buffer as it is now."""
+        buffer = module._buffers[name]
+        if buffer is None:
+            return cls(module, name, None, 0, None)
+        return cls(module, name, buffer, version_of(buffer), buffer.detach().clone())
+
+    def changed(self) -> bool:
+        """Whether it was written into or exchanged since then."""
+        now = self.module._buffers.get(self.name)
+        return now is not self.buffer or (now is not None and version_of(now) != self.version)
+
+    def put_back(self) -> None:
+        """Write the old values, without autograd's notice."""
+        now = self.module._buffers.get(self.name)
+        if now is not None and self.values is not None:
+            now.data.copy_(self.values)
 
 
 @contextmanager

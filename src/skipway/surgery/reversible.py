@@ -16,7 +16,7 @@ from skipway.nn import Residual
 from skipway.nn.shortcut import Carry
 from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.operation import Operation, abbreviate
-from skipway.surgery.preconditions import refuse_branching, require_operable
+from skipway.surgery.preconditions import refuse_branching, require_values
 from skipway.surgery.recompute import BlockParts, RandomState, as_before, autocasting, precision
 from skipway.surgery.saved_tensors import saved_bytes
 from skipway.surgery.side_effects import attributes_kept, copy_state
@@ -81,7 +81,7 @@ def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -
     >>> operation.report["bytes after"] < 0.4 * operation.report["bytes before"]
     True
     """
-    model, example = require_operable(model), as_example(example)
+    model, example = require_values(model, "reversible"), as_example(example)
     rows, refused = reversible_rows(model, example)
     bytes_before = saved_bytes(model, example)
     with transaction(model, example, title=f"{type(model).__name__} made reversible") as change:

@@ -1,4 +1,4 @@
-"""Branches that put out 0."""
+"""Branches that put out 0 and learn from the first step on, whatever computes their last weights."""
 
 from __future__ import annotations
 
@@ -139,15 +139,22 @@ def weight_factors(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def factor_silenced(module: nn.Module, factor: nn.Parameter) -> bool:
-    """Whether the weight is 0 where this parameter is; if not, the parameter stays what it was."""
+    """Whether the weight is 0 where this parameter is, and moves with it; if not, the parameter stays what it was."""
     old = factor.detach().clone()
     factor.zero_()
-    for hook in module._forward_pre_hooks.values():
-        if hasattr(hook, "compute_weight"):  # weight norm and spectral norm in their older form
-            hook(module, ())
-    weight = module.weight
-    if isinstance(weight, Tensor) and not weight.any():  # not a number is true
-        return True
+    with torch.enable_grad():
+        for hook in module._forward_pre_hooks.values():
+            if hasattr(hook, "compute_weight"):  # weight norm and spectral norm in their older form
+                hook(module, ())
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if not weight.any():  # not a number is true
+            probe = torch.linspace(0.5, 1, weight.numel(), device=weight.device, dtype=weight.dtype).view_as(weight)
+            if not factor.requires_grad:
+                return True
+            (slope,) = torch.autograd.grad((weight * probe).sum(), [factor], allow_unused=True)
+            if slope is not None and slope.isfinite().all() and slope.any():
+                return True
     factor.copy_(old)
     return False
 

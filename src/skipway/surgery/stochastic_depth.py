@@ -16,7 +16,7 @@ from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_survey import require_blocks
 from skipway.surgery.class_factory import class_factory
 from skipway.surgery.operation import Operation
-from skipway.surgery.preconditions import refuse_branching, require_operable
+from skipway.surgery.preconditions import refuse_branching, require_values
 from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, as_example
@@ -55,7 +55,7 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     """
     if not 0 < rate < 1:
         raise SkipwayError(f"rate={rate}: the rule is a share of samples between 0 and 1, 0.1 for example")
-    model, example = require_operable(model), as_example(example)
+    model, example = require_values(model, "skip_compute"), as_example(example)
     title = f"{type(model).__name__} skips up to {rate:g} of its blocks' samples"
     calls = require_blocks(model, example).calls
     refuse_branching(model, example, "skip_compute", blocks=calls)

@@ -161,8 +161,8 @@ def training_gradients(model: nn.Module, example: Example, how: str) -> list[Ten
         found = run_training_pass(model, example)
     except Exception as problem:  # whatever somebody's network raises
         raise SkipwayError(
-            f"a training pass {how} fails: {problem}. Blocks that write into what they are given, a cache for example, "
-            "are best run without it: use_cache=False in the example or in the config"
+            f"a training pass {how} fails: {problem}. Blocks that write into what they are given, or read what they "
+            "wrote into their own attributes, cannot be run twice: where that is a cache, give use_cache=False"
         ) from problem
     gradients = [] if found is None else [*found.inputs, *found.gradients.values()]
     known = [gradient.flatten().float() for gradient in gradients if gradient is not None]
