@@ -148,13 +148,12 @@ def diagnose(
     # waiting threads sleep; see `skipway train`
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     output = Output(json=json, quiet=quiet)
-    with output.working(f"diagnosing {model}"):
-        loaded, batch, remark = prepared(model, question)
-        output.remark = remark
-        if question.lint:
-            return lint_model(loaded, batch, output)
-        diagnosis = diagnose_loaded(loaded, batch, question)
-        treatment = diagnosis.fix() if question.fix and diagnosis.verdict != "trains" and diagnosis.remedies else None
+    with output.working(f"loading {model}"):
+        loaded, batch, output.remark = prepared(model, question)
+    if question.lint:
+        return lint_model(loaded, batch, output)
+    diagnosis = diagnose_loaded(loaded, batch, question)  # says on a terminal how long it takes
+    treatment = diagnosis.fix() if question.fix and diagnosis.verdict != "trains" and diagnosis.remedies else None
     last = diagnosis if treatment is None else treatment.after
     output.diagnosed(diagnosis, treatment, healthy=question.fix and treatment is None)
     for path in out or ():

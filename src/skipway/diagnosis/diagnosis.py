@@ -35,6 +35,7 @@ from skipway.tracing.chain import Chain, WatchedConnection
 from skipway.tracing.foreign_errors import ForeignErrors
 from skipway.tracing.module_state import copy_module
 from skipway.tracing.paths import condense_paths
+from skipway.tracing.watch import refuse_scripted
 
 __all__ = ["Diagnosis", "Treatment", "diagnose"]
 
@@ -344,6 +345,8 @@ def diagnose(
         else settings_of(optimizer, model)
     )
     settings = replace(settings, warmup=warmup, steps=steps, lr=settings.lr if lr is None else lr)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise SkipwayError(f"seed={seed!r}: the rule is a whole number")
     if loss is not None and not callable(loss):
         raise SkipwayError(f"loss={loss!r:.40}: the rule is a function (output, targets) → a scalar")
     progress = PassCounter(PASSES + (6 if thorough else 0))
@@ -413,6 +416,7 @@ def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, ro
 
 def check_subject(subject: Subject) -> None:
     """Refuse, before anything runs, what cannot be diagnosed."""
+    refuse_scripted(subject.model)
     if isinstance(subject.inputs, tuple):
         try:
             inspect.signature(subject.model.forward).bind(*subject.inputs)

@@ -87,7 +87,7 @@ def choose_objective(
         SkipwayError: targets that fit no part of the output, labels beyond the classes, only ignored labels (−100).
     """  # noqa: E501 (a row of a table)
     if loss is not None:
-        return Objective(lambda output, targets, _: loss(output, targets), "the given loss")
+        return Objective(lambda output, targets, _: given_loss(loss, output, targets), "the given loss")
     own = own_loss(output)
     if own is not None:
         refuse_ignored_labels(own, output, inputs)
@@ -101,6 +101,19 @@ def choose_objective(
     if tokens is not None:
         return Objective(next_token_loss, f"no targets given: cross-entropy of each next token{left}")
     return unsupervised(heads, left)
+
+
+def given_loss(loss: Loss, output: Any, targets: Any) -> Tensor:
+    """The loss that a caller computes."""
+    try:
+        return loss(output, targets)
+    except SkipwayError:
+        raise
+    except Exception as error:  # anybody's function
+        raise SkipwayError(
+            f"loss(output, targets) raises {type(error).__name__}: {error}; the rule is a function of the output, here "
+            f"a {type(output).__name__}, and the targets, a {type(targets).__name__}, that returns one number"
+        ) from error
 
 
 def own_loss(output: Any) -> Objective | None:

@@ -9,7 +9,7 @@ from statistics import median
 from torch import nn
 
 from skipway.probes.signals import probe
-from skipway.tracing import Example, preserved_state
+from skipway.tracing import Example, preserved_state, unwrap
 
 __all__ = ["StageSignal", "check_signal"]
 
@@ -63,6 +63,7 @@ def check_signal(model: nn.Module, example: Example) -> list[StageSignal]:
     >>> [(row.name, row.connections) for row in rows]
     [('stages.0', 3), ('stages.1', 3), ('stages.2', 3)]
     """
+    model = unwrap(model)
     with preserved_state(model):
         model.train()
         signals = probe(model, example, measures=("variance_before", "variance_branch", "variance_after"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -95,30 +96,41 @@ def way_out(model: nn.Module, example: Any, error: Exception) -> str:
     if devices and apart:
         return f"the example is on {', '.join(apart)} and the model on {', '.join(sorted(devices))}: move one of them"
     real = {each.dtype for each in held if each.is_floating_point()}
-    other = sorted({str(each.dtype) for each in tensors if each.is_floating_point() and each.dtype not in real})
+    values = {each.dtype for each in tensors if each.is_floating_point() or each.is_complex()}
+    other = sorted(str(kind) for kind in values - real)
     if len(real) == 1 and other and DTYPE.search(str(error)):
         (kind,) = real
         return f"the example is {', '.join(other)} and the model {kind}: give example.to({kind})"
-    if any(not each.is_floating_point() for each in tensors) and DTYPE.search(str(error)):
+    if any(not each.is_floating_point() and not each.is_complex() for each in tensors) and DTYPE.search(str(error)):
         return "the example holds whole numbers where the model takes real ones: give example.float()"
-    return next((words for pattern, words in WAYS_OUT if pattern.search(str(error))), OTHERWISE)
+    words = next((words for pattern, words in WAYS_OUT if pattern.search(str(error))), OTHERWISE)
+    return words + (f"; forward takes ({', '.join(arguments_of(model))})" if words == ARGUMENTS else "")
+
+
+def arguments_of(model: nn.Module) -> list[str]:
+    """The names of forward's arguments."""
+    try:
+        return list(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return ["…"]
 
 
 DTYPE = re.compile(r"dtype|scalar type|Tensor[A-Za-z ]* for argument|should be the same|input type", re.IGNORECASE)
-OTHERWISE = (
+ARGUMENTS = (
     "the example has to be what the model is called with: a tensor, a tuple of positional arguments or a mapping of "
     "keyword arguments"
 )
+OTHERWISE = f"call the model with it to see the error alone; {ARGUMENTS}"
 WAYS_OUT = tuple(
     (re.compile(pattern, re.IGNORECASE), words)
     for pattern, words in (
-        (r"argument|positional|keyword", OTHERWISE),
+        (r"must be Tensor, not|positional argument|keyword argument|got multiple values", ARGUMENTS),
         (
             r"more than 1 value per channel",
             "a norm of batch statistics needs more than one value per channel: give more samples, or larger ones",
         ),
         (
-            r"indices to be|index out of range|out of bounds",
+            r"'indices'|indices to be|index out of range|out of bounds",
             "tokens and labels are whole numbers (int64), each below the size of the table that is looked up",
         ),
         (r"expected .*\d-?d|channels|shapes? |size|dimension|elements|mat1", "check the shape of the example"),

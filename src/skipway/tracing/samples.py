@@ -67,10 +67,13 @@ def find_sample_axes(model: nn.Module, inputs: Example, targets: Any = None) -> 
     >>> rows.size, rows.axis
     (8, 0)
     """
-    tensors = [tensor for tensor in tensors_in(inputs) if tensor.ndim]
+    tensors = [tensor for tensor in tensors_in(inputs) if has_axes(tensor)]
     if not tensors:
-        raise SkipwayError("example: its tensors are single numbers; the rule is a batch, with an axis of samples")
-    given = [tensor for tensor in tensors_in(targets) if tensor.ndim]
+        raise SkipwayError(
+            "example: its tensors are single numbers, sparse or nested; the rule is a batch of samples, of which some "
+            "can be taken along an axis: give a dense tensor"
+        )
+    given = [tensor for tensor in tensors_in(targets) if has_axes(tensor)]
     found = [axes for axes in layouts(tensors, given) if fits_targets(axes, tensors, given)]
     if not found:
         counts = " or ".join(str(each) for each in dict.fromkeys(tensors[0].shape[:2]))
@@ -87,6 +90,11 @@ def find_sample_axes(model: nn.Module, inputs: Example, targets: Any = None) -> 
         doubt = chosen is None and bool(given) and bool(others)
         return remarked(first, tensors, "which is not certain: other axes are as long") if doubt else first
     return remarked(chosen, tensors, "along which the outputs do not depend on each other")
+
+
+def has_axes(tensor: Tensor) -> bool:
+    """Whether part of a tensor can be taken along an axis: it is dense, and no single number."""
+    return tensor.layout is torch.strided and not tensor.is_nested and tensor.ndim > 0
 
 
 def remarked(axes: SampleAxes, tensors: list[Tensor], why: str) -> SampleAxes:

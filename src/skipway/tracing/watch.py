@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -104,7 +105,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def refuse_scripted(model: nn.Module) -> None:
+    """Refuse models that cannot be watched: in TorchScript, or with lazy layers that have no weights yet."""
     for name, module in model.named_modules():
+        if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
+            raise SkipwayError(
+                f"{name or 'the model'} is a lazy layer without weights; call the model once, model(example), which "
+                "makes them"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise SkipwayError(
                 f"{name or 'the model'} is a TorchScript module, which runs where Python cannot watch; give the model "

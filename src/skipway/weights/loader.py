@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import CheckpointError, counted, spell
+from skipway.errors import CheckpointError, SkipwayError, counted, spell
 from skipway.models import build
 from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
 from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
@@ -187,6 +188,13 @@ def load(
     True
     >>> deeper = sw.load("resnet32", sw.build("resnet20", classes=7).state_dict(), adapt=("classes", "depth"))
     """
+    if not isinstance(model, str | nn.Module):
+        raise SkipwayError(f"model={model!r:.60}: the rule is a torch.nn.Module, or the name of a network")
+    if not isinstance(source, str | os.PathLike | Mapping):
+        hint = "; give its state_dict()" if isinstance(source, nn.Module) else ""
+        raise SkipwayError(
+            f"source={type(source).__name__}: the rule is a path, the name of a repository, or a state dict{hint}"
+        )
     network = build(model) if isinstance(model, str) else model
     load_state(network, read_source(source, entry, remark), names=names, adapt=adapt, remark=remark)
     return network
