@@ -63,6 +63,8 @@ def parse_spec(text: str, lookup: Callable[[str], Callable[..., T]]) -> T:
     >>> parse_spec("layerscale(init=1e-5)", lambda name: lambda **values: (name, values))
     ('layerscale', {'init': 1e-05})
     """
+    if not isinstance(text, str):
+        raise SkipwayError(f"{text!r}: the rule is a name or a spec string, name(argument=value)")
     rule = f"{text!r} is not of the form name or name(argument=value), with literal values"
     try:
         node = ast.parse(text.strip(), mode="eval").body

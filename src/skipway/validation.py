@@ -6,7 +6,15 @@ import math
 
 from skipway.errors import SkipwayError
 
-__all__ = ["check_choice", "check_finite", "check_fraction", "check_least", "check_positive", "check_positive_int"]
+__all__ = [
+    "check_choice",
+    "check_finite",
+    "check_fraction",
+    "check_least",
+    "check_positive",
+    "check_positive_int",
+    "check_tolerance",
+]
 
 
 def check_choice(argument: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -22,6 +30,17 @@ def check_finite(argument: str, value: object, *, also: str | None = None) -> No
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         extra = f" or {also!r}" if also else ""
         raise SkipwayError(f"{argument}={value!r}: the rule is a finite number{extra}")
+
+
+def check_tolerance(argument: str, value: object) -> None:
+    """Raise unless `value` is a number of at least 0, infinity included.
+
+    >>> check_tolerance("tolerance", float("nan"))
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: tolerance=nan: the rule is a number of at least 0, 1e-5 for example
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise SkipwayError(f"{argument}={value!r}: the rule is a number of at least 0, 1e-5 for example")
 
 
 def check_positive(argument: str, value: float) -> None:

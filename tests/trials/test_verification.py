@@ -16,6 +16,7 @@ Each of the faulty operations below keeps what used to be compared, and is refus
 | D8 | the second output, an entry of a mapping, a field of a dataclass, an attribute of a cache changes | refused |
 | – | networks with dropout, and random numbers of Python and NumPy | equal draws before and after |
 | – | a network on the meta device, without gradients, or with one sample in BatchNorm | said, and not "difference 0" |
+| – | an operation within `torch.inference_mode` | new weights can be trained |
 | – | `tolerance` of not a number, negative, a word | refused before anything is changed |
 """
 
@@ -298,10 +299,10 @@ class Drawing(Stack):
 def test_draws_are_the_same_before_and_after_and_states_are_put_back():
     model = Drawing().eval()
     operation = rescheme(model, X, "layerscale")
-    assert operation.verified["training"].startswith("outputs (difference 0)")
+    assert operation.verified["training"].startswith("a pass forward and backward: outputs (difference 0)")
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     for operate in (lambda: sw.deepen(model, X, 1), lambda: checkpointed(model, X)):
-        assert operate().verified["training"].startswith("outputs (difference 0)")
+        assert operate().verified["training"].startswith("a pass forward and backward: outputs (difference 0)")
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
 
@@ -321,7 +322,7 @@ def test_what_was_verified_is_told():
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     mask = nn.Transformer.generate_square_subsequent_mask(6)
     operation = sw.deepen(model, {"src": X, "mask": mask}, 1)
-    assert operation.verified["outputs in evaluation"].startswith("1 compared, difference ")
+    assert operation.verified["outputs in evaluation"].startswith("1 tensor, difference ")
     assert "37 gradients" in operation.verified["training"]  # 36 parameters and the input
     assert "later entries of src along axis 0" in operation.verified["what outputs depend on"]
     assert "later entries of src along axis 1" in operation.verified["what outputs depend on"]
@@ -340,7 +341,7 @@ def test_what_could_not_be_compared_is_told():
     operation = remove_norm(norm, torch.randn(1, 3, 4, 4), how="fold")
     assert "Expected more than 1 value per channel" in operation.verified["training"]
     operation = lesion(Stack().requires_grad_(False), X.requires_grad_(False), ["blocks.0"])
-    assert operation.verified["training"].startswith("a pass runs")  # the input has a gradient
+    assert operation.verified["training"].startswith("a pass forward and backward runs")  # the input has a gradient
 
 
 def test_a_training_pass_leaves_gradients_hooks_and_examples_alone():
@@ -354,6 +355,19 @@ def test_a_training_pass_leaves_gradients_hooks_and_examples_alone():
     writing = nn.Sequential(nn.ReLU(inplace=True), Stack())
     assert run_training_pass(writing, x) is not None
     assert torch.equal(x, X)
+
+
+def test_in_inference_mode_new_parts_can_be_trained_later():
+    model = Stack()
+    with torch.inference_mode():
+        sw.deepen(model, X.clone(), 1)
+        rescheme(model, X.clone(), "layerscale")
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model(X).sum().backward()
+    with torch.inference_mode():
+        model = Stack()
+    operation = rescheme(model, X, "layerscale")  # its own weights cannot be trained
+    assert operation.verified["training"].startswith("not compared: a training pass does not run")
 
 
 @pytest.mark.parametrize("tolerance", [float("nan"), -1.0, "small", True])

@@ -222,5 +222,9 @@ def parse_scheme(spec: str | Scheme) -> Scheme:
     """
     if isinstance(spec, Scheme):
         return spec
+    if not isinstance(spec, str):
+        raise SkipwayError(
+            f'scheme={spec!r}: the rule is a Scheme, or its name or spec string, "layerscale" for example'
+        )
     parts = [parse_spec(part, REGISTRY.__getitem__) for part in re.split(r"\+(?![^(]*\))", spec)]
     return parts[0] if len(parts) == 1 else Stack(tuple(member for part in parts for member in members_of(part)))

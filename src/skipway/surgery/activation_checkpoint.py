@@ -108,7 +108,7 @@ class Budget(Segments):
     bytes: float
 
     def __post_init__(self) -> None:
-        if not self.bytes > 0:
+        if isinstance(self.bytes, bool) or not isinstance(self.bytes, int | float) or not self.bytes > 0:
             raise SkipwayError(f"bytes={self.bytes!r}: the rule is a number above 0")
 
     def cut(self, rows: Sequence[RowCosts], rest: float) -> list[list[str]]:
@@ -197,6 +197,11 @@ def read_segments(given: Segments | str | int) -> Segments:
     """
     if isinstance(given, Segments):
         return given
+    if not isinstance(given, int | str):
+        raise SkipwayError(
+            f"segments={given!r}: the rule is a number of blocks, Every(n), SquareRoot(), Budget(bytes), or a spec "
+            'string, "every(2)" for example'
+        )
     return Every(given) if isinstance(given, int) else parse_spec(given, SEGMENTS.__getitem__)
 
 

@@ -96,7 +96,9 @@ class EvaluatedOutputs(Check):
             raise SkipwayError(
                 f"the output changed by {gap:.3g} of its largest value, more than tolerance={how.tolerance:g}"
             )
-        return f"{len(before)} compared, difference {gap:.3g}"
+        tensors = "1 tensor" if len(before) == 1 else f"{len(before)} tensors"
+        allowed = "" if how.tolerance is None else f" ({how.tolerance:.3g} is allowed)"
+        return f"{tensors}, difference {gap:.3g} of the largest value{allowed}"
 
 
 class RunnableTraining(Check):
@@ -121,7 +123,7 @@ class RunnableTraining(Check):
 
     def compare(self, before: TrainingPass, after: TrainingPass, how: ComparisonRule) -> str:
         count = sum(gradient is not None for gradient in after.gradients.values())
-        return f"a pass runs forward and backward; {count} of {len(after.parameters)} parameters have a gradient"
+        return f"a pass forward and backward runs; {count} of {len(after.parameters)} parameters have a gradient"
 
 
 class EqualTraining(RunnableTraining):
@@ -149,8 +151,8 @@ class EqualTraining(RunnableTraining):
         if not worst <= max(GRADIENT_TOLERANCE, 10 * loosest):
             raise SkipwayError(f"the gradient of {name} changed by {worst:.3g} of its size")
         return (
-            f"outputs (difference {gap:.3g}), {len(kept)} buffers and {count} gradients (difference {worst:.3g}) are "
-            "equal"
+            f"a pass forward and backward: outputs (difference {gap:.3g}), {len(kept)} buffers and {count} gradients "
+            f"(difference {worst:.3g}) are equal"
         )
 
 
@@ -227,7 +229,7 @@ class Independence(Check):
                 kept.append(perturbation)
         if not kept:
             return "no independence was seen before, so none can be lost"
-        return f"still not on {', nor on '.join(map(str, kept))}"
+        return f"as before not on {', nor on '.join(map(str, kept))}"
 
 
 CHECKS: tuple[Check, ...] = (EvaluatedOutputs(), RunnableTraining(), Independence())

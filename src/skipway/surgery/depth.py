@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from skipway.surgery.insertion import OUTPUT, disable_fused_path, repeat
 from skipway.surgery.insertion_point import find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable, require_values
+from skipway.surgery.scores import Score, ScoreError, checked_score
 from skipway.surgery.silence import silence_branch
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.surgery.verification import output_gap, outputs
@@ -30,7 +31,6 @@ __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
 
 ROUNDING = 1e-5
 """Difference of outputs, relative to their largest value, up to which two networks compute the same."""
-Score = Callable[[nn.Module], float]
 
 
 class Skipped(nn.Module):
@@ -85,7 +85,7 @@ def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operatio
     program = watch(model, example)
     known = {connection.name: connection for connection in chain_from_program(model, program)}
     with transaction(model, example, title=f"lesion of {type(model).__name__}") as change:
-        for name in [names] if isinstance(names, str) else names:
+        for name in listed_names(names):
             if name not in known:
                 listed = abbreviate(list(known)) or "none"
                 raise SkipwayError(f"connection {name!r} is unknown; chain(model, example) lists them: {listed}")
@@ -98,6 +98,20 @@ def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operatio
                 disable_fused_path(change, point.slot)
             change.touched[name] = ", ".join(map(str, points))
         return change.commit()
+
+
+def listed_names(names: Iterable[str]) -> list[str]:
+    """Names of connections, of which there has to be one; a lone name is a list of one.
+
+    Raises:
+        SkipwayError: it is no list of names, or an empty one.
+    """
+    found = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else []
+    if not found:
+        raise SkipwayError(
+            f"names={names!r}: the rule is names of connections, at least one; chain(model, example) lists them"
+        )
+    return found
 
 
 def influence(model: nn.Module, example: Example, score: Score | None = None) -> dict[str, float]:
@@ -120,13 +134,15 @@ def measure_influence(model: nn.Module, example: Example, score: Score | None, s
     def agreement(changed: nn.Module) -> float:
         return -output_gap(before, outputs(changed, example), mean=True)
 
-    measure, found = score or agreement, {}
+    measure, found = agreement if score is None else checked_score(score), {}
     full = measure(model)
     for name, call in survey.calls.items():
         with transaction(model, title=f"{name} left out") as trial:  # never committed
             leave_out(trial, name, survey)
             try:
                 found[name] = full - measure(model)
+            except ScoreError:
+                raise
             except Exception as problem:  # whatever a network raises that is not given what it expects
                 what = abbreviate([path_text(path).replace("argument", "output") for path in call.computed])
                 returned = f", which returns {what} as well" if what else ""

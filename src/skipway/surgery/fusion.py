@@ -25,6 +25,7 @@ from skipway.nn import (
     ScaledStandardLinear,
 )
 from skipway.tracing.module_state import copy_module
+from skipway.tracing.watch import unwrap
 
 __all__ = ["Fusion", "fuse", "fuse_with_report"]
 
@@ -140,6 +141,7 @@ def fuse_with_report(model: M) -> Fusion[M]:
     >>> done.fused["stages.0.0.branch.norm1"], done.kept["stages.0.0.pre.norm"]
     ('stages.0.0.branch.conv1', 'no map or norm right before it')
     """
+    unwrap(model)  # refuses what is no module
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise SkipwayError(
             f"{type(model).__name__} is on the meta device: there are no values to fuse; load weights first"

@@ -159,7 +159,7 @@ class Operation:
             names.setdefault(reason, []).append(name or "the model")
         lines = [f"  left alone: {abbreviate(names[reason])}: {reason}" for reason in islice(names, LINES)]
         lines += [f"  {len(names) - LINES} reasons more in refused"] * (len(names) > LINES)
-        compared = [f"  compared: {name}: {words}" for name, words in self.verified.items()]
+        compared = [f"  checked: {name}: {words}" for name, words in self.verified.items()]
         return "\n".join([head, *lines, *compared, *(["  it was undone"] if self.undone else [])])
 
     __repr__ = __str__
@@ -167,6 +167,10 @@ class Operation:
 
 def undo(operation: Operation, *, force: bool = False) -> nn.Module:
     """Put a model back, in place, as it was before an operation; see `Operation.undo`."""
+    if not isinstance(operation, Operation):
+        raise SkipwayError(
+            f"operation={type(operation).__name__}: the rule is the Operation that rescheme and the others return"
+        )
     return operation.undo(force=force)
 
 

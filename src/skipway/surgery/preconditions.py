@@ -28,8 +28,8 @@ def require_operable(model: nn.Module) -> nn.Module:
     >>> require_operable(nn.Linear(2, 2))
     Linear(in_features=2, out_features=2, bias=True)
     """
-    refuse_scripted(model)
     model = unwrap(model)
+    refuse_scripted(model)
     for name, module in model.named_modules():
         where = name or "the model"
         if is_quantised(module):

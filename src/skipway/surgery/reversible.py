@@ -24,6 +24,7 @@ from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
+from skipway.validation import check_tolerance
 
 __all__ = ["reversible"]
 
@@ -81,6 +82,7 @@ def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -
     >>> operation.report["bytes after"] < 0.4 * operation.report["bytes before"]
     True
     """
+    check_tolerance("tolerance", tolerance)
     model, example = require_values(model, "reversible"), as_example(example)
     rows, refused = reversible_rows(model, example)
     bytes_before = saved_bytes(model, example)

@@ -53,8 +53,8 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     >>> [round(block.skipped, 3) for block in model.layers]
     [0.125, 0.25, 0.375, 0.5]
     """
-    if not 0 < rate < 1:
-        raise SkipwayError(f"rate={rate}: the rule is a share of samples between 0 and 1, 0.1 for example")
+    if not isinstance(rate, int | float) or not 0 < rate < 1:
+        raise SkipwayError(f"rate={rate!r}: the rule is a share of samples between 0 and 1, 0.1 for example")
     model, example = require_values(model, "skip_compute"), as_example(example)
     title = f"{type(model).__name__} skips up to {rate:g} of its blocks' samples"
     calls = require_blocks(model, example).calls

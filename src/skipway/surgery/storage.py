@@ -96,6 +96,8 @@ def rebuild(folder: str | Path) -> nn.Module:
         CheckpointError: a file is missing or damaged, or the weights do not fit.
         SkipwayError: the source is not there.
     """
+    if not isinstance(folder, str | Path):
+        raise CheckpointError(f"folder={folder!r}: the rule is the path of a folder that skipway rescheme wrote")
     folder = Path(folder)
     path = folder / DESCRIPTION
     if not path.is_file():

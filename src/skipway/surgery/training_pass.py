@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skipway.errors import SkipwayError
+from skipway.surgery.side_effects import version_of
 from skipway.surgery.verification import aligned, copy_example
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.containers import map_tensors, tensors_in
@@ -111,7 +112,7 @@ def differentiate(
             [tensor.detach().clone() for tensor in tensors_in(output)],
             list(found[: len(leaves)]),
             trained,
-            {name: parameter._version for name, parameter in trained.items()},
+            {name: version_of(parameter) for name, parameter in trained.items()},
             dict(zip(trained, found[len(leaves) :], strict=True)),
             {
                 (module, name): buffer.clone()

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.surgery.checks import CHECKS, Check, ComparisonRule, EvaluatedOutputs, NotComparedError
 from skipway.surgery.operation import Journal, Operation
+from skipway.surgery.side_effects import version_of
 from skipway.surgery.verification import output_gap, outputs
 from skipway.tracing import Example, as_example
 from skipway.tracing.containers import tensors_in
+from skipway.validation import check_tolerance
 
 __all__ = ["Transaction", "transaction"]
 
@@ -142,7 +144,7 @@ class Transaction:
 
     def compare_from_here(self) -> None:
         """Measure what is compared at the end on the model as it is now."""
-        self.versions = {parameter: parameter._version for parameter in self.model.parameters()}
+        self.versions = {parameter: version_of(parameter) for parameter in self.model.parameters()}
         self.before: dict[Check, Any] = {}
         self.now: dict[Check, Any] = {}
         self.reason = why_not_compared(self.model, self.example)
@@ -210,7 +212,7 @@ class Transaction:
         silent = [
             parameter
             for parameter in self.model.parameters()
-            if self.versions.get(parameter) != parameter._version
+            if self.versions.get(parameter) != version_of(parameter)
             and parameter.numel()
             and bool((parameter == 0).all() or (parameter == -1).all())
         ]
@@ -295,18 +297,18 @@ def transaction(
     >>> model[1], operation.undo()[1]
     (Identity(), ReLU())
     """
-    if tolerance is not None and (type(tolerance) not in (int, float) or not tolerance >= 0):
-        raise SkipwayError(
-            f"tolerance={tolerance!r}: the rule is a number of at least 0, by which outputs may differ, such as 1e-5"
-        )
+    if tolerance is not None:
+        check_tolerance("tolerance", tolerance)
     example = None if example is None else as_example(example)
-    change = Transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=checks)
-    outer = OPEN.get()
-    if outer is not None and not outer.finished and any(module is model for module in outer.model.modules()):
-        outer.record(change.journal.undo)
-    # twice, for an exception that arrives while the first one is about to roll back
-    with rolled_back(change), rolled_back(change), joinable(change):
-        yield change
+    # what was made in inference mode could never be trained
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        change = Transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=checks)
+        outer = OPEN.get()
+        if outer is not None and not outer.finished and any(module is model for module in outer.model.modules()):
+            outer.record(change.journal.undo)
+        # twice, for an exception that arrives while the first one is about to roll back
+        with rolled_back(change), rolled_back(change), joinable(change):
+            yield change
 
 
 @contextmanager

@@ -1,0 +1,41 @@
+"""Scores of a network by which blocks are ranked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+
+from skipway.errors import SkipwayError
+
+__all__ = ["Score", "ScoreError", "checked_score"]
+
+Score = Callable[[nn.Module], float]
+"""Model to number, higher is better: the accuracy on a validation set, for example."""
+
+
+class ScoreError(SkipwayError):
+    """A score that is no number."""
+
+
+def checked_score(score: Score) -> Score:
+    """A score whose values are checked.
+
+    Raises:
+        ScoreError: it cannot be called, or, when called, returns no finite number.
+    """
+    if not callable(score):
+        raise ScoreError(f"score={score!r}: the rule is a function of a model that returns a number, higher is better")
+
+    def measure(model: nn.Module) -> float:
+        value = score(model)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ScoreError(f"score(model) returned {value!r}: the rule is a finite number, higher is better")
+        return number
+
+    return measure
