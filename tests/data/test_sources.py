@@ -260,12 +260,15 @@ BAD_LISTS = {
     "up": ([("../secret.png", "cat")], "'../secret.png' leads out of"),
     "absolute": ([("/etc/hostname", "cat")], "leads out of"),
     "by a link": ([("away/1.png", "cat")], "leads out of"),
-    "no label": ([("cat/0.png", "")], "row 2: the label is empty"),
+    "no label": (
+        [("cat/0.png", "")],
+        "lists training images of 0 classes; .*; 1 row left out, without a label: 'cat/0.png'",
+    ),
     "two labels": (
         [("cat/0.png", "cat"), ("cat/0.png", "dog")],
         "row 3: 'cat/0.png' is 'dog' in train, and above 'cat'",
     ),
-    "one class": ([("cat/0.png", "cat"), ("cat/2.png", "cat")], "of 1 classes"),
+    "one class": ([("cat/0.png", "cat"), ("cat/2.png", "cat")], "of 1 class;"),
     "nothing": ([], "of 0 classes"),
 }
 
@@ -282,8 +285,8 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path, kind):
 
 def test_lists_with_other_faults(tmp_path):
     folder(tmp_path)
-    with pytest.raises(DataError, match=r"no column 'image', 'label'; it has 'a', 'b'"):
-        load(write_list(tmp_path / "a.csv", rows(), ("a", "b")))
+    with pytest.raises(DataError, match=r"no column 'x', 'y'; it has 'a', 'b', 'c'. .* with columns=\('a', 'b'\)"):
+        load(write_list(tmp_path / "a.csv", rows(), ("a", "b", "c")), columns=("x", "y"))
     with pytest.raises(DataError, match="split 'extra' is not known; known are train"):
         load(write_list(tmp_path / "b.csv", [(*row[:2], "extra") for row in rows()]))
     (tmp_path / "c.csv").write_text('image,label\n"cat/0.png,cat\n')
@@ -295,7 +298,7 @@ def test_lists_with_other_faults(tmp_path):
     listed_twice = load(
         write_list(tmp_path / "e.csv", [*rows(), rows()[5], ("cat/no\x00.png", "cat", "train")]), most_unreadable=0.1
     )
-    assert "1 images are listed more than once; each is used once" in listed_twice.remarks
+    assert "1 row left out, listed more than once: 'dog/5.png'" in listed_twice.remarks
     assert listed_twice.unreadable[0][1].startswith("embedded null")
     outside = write_list(
         tmp_path / "cat/f.csv", [(f"../{name}", label) for name, label, _ in rows()], ("image", "label")

@@ -48,7 +48,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mixup": (lambda value: 0 <= value <= 100, "from 0 (off) to 100"),
     "cutmix": (lambda value: 0 <= value <= 100, "from 0 (off) to 100"),
     "erasing": (lambda value: 0 <= value <= 1, "from 0 to 1"),
-    "columns": (lambda value: len(value) == 3, "three names: image, label, split"),
+    "columns": (
+        lambda value: len(value) in (2, 3) and all(value),
+        "two or three names: image, label and, if any, split",
+    ),
 }
 
 
@@ -101,7 +104,8 @@ class DataChoices:
         mixup: see `Augmentation`.
         cutmix: see `Augmentation`.
         erasing: see `Augmentation`.
-        columns: names of the columns of a list: image, label, and split, which is optional.
+        columns: names of the columns of a list: image, label, and split, which is optional; by default the content
+            decides.
 
     Raises:
         DataError: a value outside its rule.
@@ -143,7 +147,7 @@ class DataChoices:
     mixup: float = 0.0
     cutmix: float = 0.0
     erasing: float = 0.0
-    columns: tuple[str, str, str] = COLUMNS
+    columns: tuple[str, ...] = COLUMNS
 
     def __post_init__(self) -> None:
         for name, (allowed, rule) in RULES.items():

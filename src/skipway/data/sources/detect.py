@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from skipway.data.sources.columns import COLUMNS
 from skipway.data.sources.folders import Subfolders, index_folders
 from skipway.data.sources.hub import HUB_PREFIX, index_dataset, is_saved_dataset
 from skipway.data.sources.index import SourceIndex, name_list
@@ -16,8 +17,6 @@ from skipway.data.sources.splits import split_of
 from skipway.errors import DataError, SkipwayError, printable
 
 __all__ = ["COLUMNS", "index_source"]
-
-COLUMNS = ("image", "label", "split")
 
 
 def index_source(
@@ -62,7 +61,7 @@ def index_source(
                 hint = f"; if {name_list(lists, 2)} lists the images, give the list instead of the folder"
                 raise DataError(f"{error}{hint}") if lists else error from None
         suffix = path.suffix.lower()
-        if suffix in LIST_SUFFIXES and path.is_file():
+        if suffix in (*LIST_SUFFIXES, ".txt", ".lst") and path.is_file():
             return index_list(path, columns=columns, outside=outside)
         if suffix == ".tar" and (path.is_file() or "{" in path.name or "{" in str(path.parent)):
             return index_shards(path)
@@ -71,8 +70,17 @@ def index_source(
             raise
         raise DataError(f"{printable(path)} cannot be read: {error}") from error
     missing = "does not exist; without a folder, training uses the embedded digits"
-    what = "is a file; unpack it and give the folder" if os.path.lexists(path) else missing
-    raise DataError(f"data folder {printable(path)} {what}")
+    raise DataError(f"data folder {printable(path)} {describe_file(path) if os.path.lexists(path) else missing}")
+
+
+def describe_file(path: Path) -> str:
+    """What a file is that is no source, and what to do with it."""
+    suffix = path.suffix.lower()
+    if suffix in (".xlsx", ".xls", ".ods", ".numbers"):
+        return "is a spreadsheet; save the sheet as CSV and give that"
+    if suffix in (".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml"):
+        return "is no table; write a CSV file with the columns image and label and give that"
+    return "is a file; unpack it and give the folder"
 
 
 def holds_shards(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from skipway.data.sources.index import (
 )
 from skipway.data.sources.readers import TableStore
 from skipway.data.sources.splits import SPLITS, Split, split_of
-from skipway.errors import DataError, MissingExtraError, printable
+from skipway.errors import DataError, MissingExtraError, printable, spell
 
 __all__ = ["HUB_PREFIX", "index_dataset", "is_saved_dataset"]
 
@@ -123,7 +123,7 @@ def choose_columns(splits: dict[str, Any], columns: Sequence[str], where: str, d
             chosen.append(fitting[0])
         else:
             raise DataError(
-                f"{where} has no column {wanted!r}; it has {name_list(features)}. "
-                "Name it with columns=(image, label, split)"
+                f"{where} has no column {wanted!r}; it has {name_list(features)}. Name those of image and label, with "
+                f"{spell('columns', tuple(features)[:2])} for example"
             )
     return chosen[0], chosen[1]

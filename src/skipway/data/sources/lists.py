@@ -1,84 +1,189 @@
-"""Lists of images: CSV, TSV or Parquet with the columns image, label and, optionally, split."""
+"""Lists of images: a table, as text or in Parquet, with columns of images, labels and, optionally, splits."""
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Iterator, Sequence
-from importlib import import_module
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from skipway.data.sources.index import FilesByClass, SourceIndex, check_known_classes, name_list, sorted_classes
+from skipway.data.sources.columns import COLUMNS, Columns, choose_columns
+from skipway.data.sources.image_names import ImageNames
+from skipway.data.sources.index import (
+    FilesByClass,
+    SourceIndex,
+    check_known_classes,
+    class_name,
+    name_list,
+    sorted_classes,
+)
 from skipway.data.sources.readers import FileStore
-from skipway.data.sources.splits import SPLITS, known_names, split_of
-from skipway.errors import DataError, MissingExtraError, printable
+from skipway.data.sources.scan import LeftOut
+from skipway.data.sources.splits import SPLITS, known_names
+from skipway.data.sources.tables import Row, Table, read_parquet_table, read_text_table
+from skipway.errors import DataError, counted, printable, spell
 
 __all__ = ["LIST_SUFFIXES", "index_list"]
 
-LIST_SUFFIXES = {".csv": ",", ".tsv": "\t", ".parquet": ""}
+LIST_SUFFIXES = (".csv", ".tsv", ".tab", ".parquet")
+# different numbers in a column from which they are no classes, where they are not whole
+MOST_NUMBERS = 20
 
-Row = tuple[str, str, str]
+
+@dataclass
+class ListRows:
+    """The rows of a list, sorted into splits and classes.
+
+    Args:
+        table: the list.
+        columns: what its columns hold.
+        images: finds the files.
+        outside: allow images outside the list's folder.
+    """
+
+    table: Table
+    columns: Columns
+    images: ImageNames
+    outside: bool
+    splits: dict[str, FilesByClass] = field(default_factory=lambda: {split: {} for split in SPLITS})
+    left_out: LeftOut = field(default_factory=lambda: LeftOut(thing="row"))
+    seen: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """The list, for messages."""
+        return printable(self.table.path)
+
+    def body(self) -> list[Row]:
+        """The rows without the header."""
+        return self.table.rows[1:] if self.columns.headed and self.table.names is None else self.table.rows
+
+    def sort(self) -> list[str]:
+        """Sort all rows; returns remarks.
+
+        Raises:
+            DataError: an image outside the folder or listed with two labels, or an unknown split.
+        """
+        width, body = len(self.columns.names), []
+        for number, cells in self.body():
+            row = [*cells, *[""] * (width - len(cells))]
+            if not any(cell.strip() for cell in row):
+                self.left_out.add("empty", f"row {number}")
+            elif len(row) > width and any(cell.strip() for cell in row[width:]):
+                self.left_out.add("with more cells than there are columns", f"row {number}")
+            else:
+                body.append((number, row))
+        found = self.images.resolve([row[self.columns.image] for _, row in body])
+        labels = Labels([self.columns.label_of(row) for _, row in body], self)
+        used = []
+        for (number, row), label in zip(body, labels.names, strict=True):
+            cell = row[self.columns.image]
+            if self.take(number, row, label, found.get(cell, cell.strip() if cell.strip() else "")) and cell in found:
+                used.append((cell, found[cell]))
+        return [*labels.remarks, *self.images.remarks(used)]
+
+    def take(self, number: int, row: list[str], label: str, file: str) -> bool:
+        """Enter a row, or leave it out with a reason; whether it was entered."""
+        name = printable(row[self.columns.image] or f"row {number}")
+        if not file:
+            self.left_out.add("without an image", f"row {number}")
+            return False
+        if not self.outside and self.images.leads_out(file):
+            raise DataError(
+                f"{self.where}, row {number}: {name!r} leads out of {printable(self.table.path.parent)}; move the "
+                f"images below the list, or allow it with {spell('outside', True)}"
+            )
+        if not label:
+            self.left_out.add("without a label", name)
+            return False
+        split = self.columns.split_of(row)
+        if split is None:
+            self.left_out.add(f"with an empty {self.columns.names[self.columns.split or 0]!r}", name)
+            return False
+        if split not in SPLITS:
+            raise DataError(
+                f"{self.where}, row {number}: split {printable(split)!r} is not known; known are {known_names()}"
+            )
+        before = self.seen.get(file)
+        if before is not None and before != (label, split):
+            raise DataError(
+                f"{self.where}, row {number}: {name!r} is {printable(label)!r} in {split}, and above "
+                f"{printable(before[0])!r} in {before[1]}"
+            )
+        if before is not None:
+            self.left_out.add("listed more than once", name)
+            return False
+        self.seen[file] = (label, split)
+        self.splits[split].setdefault(label, []).append(file)
+        return True
 
 
-def index_list(path: Path, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
+class Labels:
+    """The labels of a list as names of classes.
+
+    Args:
+        cells: as they stand.
+        rows: the list they are from.
+
+    Raises:
+        DataError: they are measurements, or every image has its own.
+    """
+
+    def __init__(self, cells: Sequence[str], rows: ListRows) -> None:
+        self.names = [class_name(cell) for cell in cells]
+        self.remarks: list[str] = []
+        counts = Counter(name for name in self.names if name)
+        column = name_list([rows.columns.names[number] for number in rows.columns.label], 3)
+        numbers = [re.fullmatch(r"[+-]?\d+(?:\.(\d+))?", name) for name in counts]
+        if counts and all(numbers):
+            fractions = [int(number[1] or 0) for number in numbers if number is not None]
+            if any(fractions) and len(counts) > MOST_NUMBERS:
+                raise DataError(
+                    f"{rows.where}: the column {column} holds {len(counts):,} different numbers, which are no classes"
+                )
+            if not any(fractions) and any("." in name for name in counts):
+                self.names = [name.partition(".")[0] for name in self.names]
+                self.remarks.append(
+                    f"labels are numbers with a point: {next(iter(counts))!r} is class {self.names[0]!r}"
+                )
+        if len(counts) > 2 and len(counts) == counts.total():
+            raise DataError(
+                f"{rows.where}: each of {counts.total():,} images has a label of its own in the column {column}; "
+                f"{spell('columns', tuple(rows.columns.names[:2]))} for example names others"
+            )
+
+
+def index_list(path: Path, *, columns: Sequence[str] = COLUMNS, outside: bool = False) -> SourceIndex:
     """Index the images of a list.
 
     Args:
         path: the list; its images are relative to its folder.
-        columns: names of the columns for image, label and split; the last is optional.
+        columns: names of the columns for image, label and split, of which the last is optional. By default the content
+            decides, see `choose_columns`.
         outside: allow images outside the list's folder.
 
     Raises:
-        DataError: a column is missing, a row incomplete, an image outside the folder or listed with two labels, or a
+        DataError: it is no table, a column is missing, an image outside the folder or listed with two labels, or a
             split has an unknown name.
         MissingExtraError: Parquet needs pyarrow.
     """
-    rows = parquet_rows(path, columns) if path.suffix.lower() == ".parquet" else csv_rows(path, columns)
-    where, root = printable(path), path.parent
-    home = os.path.realpath(root)
-    splits: dict[str, FilesByClass] = {split: {} for split in SPLITS}
-    seen: dict[str, tuple[str, str]] = {}
-    repeated = distinct = 0
-    for number, (image, label, split) in enumerate(rows, 2):
-        if not image or not label:
-            raise DataError(f"{where}, row {number}: the {columns[0] if not image else columns[1]} is empty")
-        if not outside and "\0" not in image:
-            target = os.path.realpath(os.path.join(home, image))
-            if os.path.commonpath([home, target]) != home:
-                raise DataError(
-                    f"{where}, row {number}: {printable(image)!r} leads out of {printable(root)}; move the images "
-                    "below the list, or allow it with outside"
-                )
-        part = split_of(split) if split else "train"
-        if part is None:
-            raise DataError(
-                f"{where}, row {number}: split {printable(split)!r} is not known; known are {known_names()}"
-            )
-        before = seen.setdefault(image, (label, part))
-        if before != (label, part):
-            raise DataError(
-                f"{where}, row {number}: {printable(image)!r} is {printable(label)!r} in {part}, and above "
-                f"{printable(before[0])!r} in {before[1]}"
-            )
-        if len(seen) == distinct:
-            repeated += 1
-            continue
-        distinct = len(seen)
-        splits[part].setdefault(label, []).append(image)
-    return index_of_list(path, splits, repeated)
-
-
-def index_of_list(path: Path, splits: dict[str, FilesByClass], repeated: int) -> SourceIndex:
-    """The index of a list's splits, after checking their classes."""
-    where = printable(path)
+    table = read_parquet_table(path) if path.suffix.lower() == ".parquet" else read_text_table(path)
+    images = ImageNames(path)
+    chosen = choose_columns(table, columns, images)
+    rows = ListRows(table, chosen, images, outside)
+    remarks = [*table.remarks, *chosen.remarks, *rows.sort()]
+    where, splits = printable(path), rows.splits
     classes = sorted_classes(name for name, files in splits["train"].items() if files)
     if len(classes) < 2:
-        raise DataError(f"{where} lists training images of {len(classes)} classes; a classifier needs at least two")
+        rest = "".join(f"; {sentence}" for sentence in rows.left_out.sentences())
+        raise DataError(
+            f"{where} lists training images of {counted(len(classes), 'class', 'classes')}; a classifier needs at "
+            f"least two{rest}"
+        )
     for split in SPLITS[1:]:
         if splits[split]:
             check_known_classes(splits[split], classes, where, split)
-    remarks = (f"{repeated} images are listed more than once; each is used once",) if repeated else ()
     return SourceIndex(
         store=FileStore(path.parent),
         name=path.stem,
@@ -86,59 +191,6 @@ def index_of_list(path: Path, splits: dict[str, FilesByClass], repeated: int) ->
         train={name: splits["train"][name] for name in classes},
         validation=splits["validation"] or None,
         test=splits["test"] or None,
-        remarks=remarks,
+        left_out=rows.left_out,
+        remarks=tuple(remarks),
     )
-
-
-def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a CSV or TSV file with a header."""
-    delimiter = LIST_SUFFIXES[path.suffix.lower()]
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            check_columns(path, columns, reader.fieldnames or ())
-            for row in reader:
-                image, label, split = (row.get(name) or "" for name in columns)
-                yield image, label.strip(), split
-    except csv.Error as error:
-        raise DataError(f"{printable(path)}: not a list that can be read: {error}") from error
-
-
-def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a Parquet file."""
-    try:
-        pyarrow: Any = import_module("pyarrow")
-        parquet: Any = import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "parquet", "a list in Parquet") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            check_columns(path, columns, names)
-            present = [name for name in columns if name in names]
-            for batch in file.iter_batches(columns=present):
-                for row in batch.to_pylist():
-                    image, label, split = (cell_text(path, name, row.get(name)) for name in columns)
-                    yield image, label, split
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{printable(path)}: not a list that can be read: {str(error).splitlines()[0]}") from error
-
-
-def cell_text(path: Path, column: str, value: object) -> str:
-    """Convert a cell to text."""
-    if isinstance(value, (bytes, dict, list)):
-        raise DataError(
-            f"{printable(path)}: column {column!r} holds {type(value).__name__}, not paths or labels; a data set that "
-            "holds its images is read with datasets.load_dataset('parquet', ...).save_to_disk(FOLDER), then FOLDER"
-        )
-    return "" if value is None else str(value)
-
-
-def check_columns(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
-    """Check that the list has the columns for images and labels."""
-    missing = [name for name in columns[:2] if name not in names]
-    if missing:
-        raise DataError(
-            f"{printable(path)} has no column {name_list(missing)}; it has {name_list(names) or 'none'}. Name them "
-            "with columns=(image, label, split)"
-        )

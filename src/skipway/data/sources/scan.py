@@ -38,10 +38,11 @@ MAX_LINKS = 2
 
 @dataclass
 class LeftOut:
-    """The files of a source that are not read: their number and the first of them, by reason."""
+    """The files of a source, or rows of a list, that are not read: their number and the first of them, by reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
+    thing: str = "file"
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
         """Count `count` files that are left out for a reason, the first of them `name`."""
@@ -64,9 +65,9 @@ class LeftOut:
         found = []
         for reason, count in shown:
             first = repr(printable(self.first[reason])) + (", …" if count > 1 else "")
-            found.append(f"{counted(count, 'file')} left out, {reason}: {first}")
+            found.append(f"{counted(count, self.thing)} left out, {reason}: {first}")
         rest = self.counts.total() - sum(count for _, count in shown)
-        return [*found, *([f"{counted(rest, 'more file')} left out, for other reasons"] if rest else [])]
+        return [*found, *([f"{counted(rest, f'more {self.thing}')} left out, for other reasons"] if rest else [])]
 
 
 @dataclass

@@ -1,0 +1,245 @@
+"""Which columns of a list hold images, labels and splits: by their cells, and among equals by usual names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from skipway.data.sources.image_names import ImageNames
+from skipway.data.sources.index import name_list
+from skipway.data.sources.splits import Split, split_of
+from skipway.data.sources.tables import Table
+from skipway.errors import DataError, printable, spell
+
+__all__ = ["COLUMNS", "Columns", "choose_columns"]
+
+COLUMNS = ("image", "label", "split")
+"""Names that are looked for by default; other names are then looked for, too."""
+IMAGE_NAMES = (
+    *("image", "images", "imagepath", "imagefile", "imagename", "imageid", "path", "file", "filename", "filepath"),
+    *("files", "img", "imgpath", "imgid", "photo", "picture", "id", "name", "fname", "relpath", "uuid", "key"),
+)
+LABEL_NAMES = (
+    *("label", "labels", "class", "classname", "classlabel", "category", "categoryname", "target", "y", "breed"),
+    *("species", "diagnosis", "dx", "tag", "type", "labelname", "classid", "categoryid", "labelid", "grade"),
+)
+SPLIT_NAMES = (
+    "split",
+    "set",
+    "subset",
+    "partition",
+    "fold",
+    "phase",
+    "usage",
+    "dataset",
+    "isvalid",
+    "isvalidation",
+    "istest",
+)
+# rows that are looked at
+SAMPLED = 200
+YES, NO = frozenset({"true", "1", "yes", "1.0", "t"}), frozenset({"false", "0", "no", "0.0", "f"})
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a list by number.
+
+    Args:
+        image: where the image is named.
+        label: its class; of several columns ("one-hot"), the class is the name of the one that holds 1.
+        split: its split; None: there is no such column.
+        names: of all columns.
+        headed: whether the first row is a header.
+        remarks: sentences about what was chosen.
+    """
+
+    image: int
+    label: tuple[int, ...]
+    split: int | None
+    names: tuple[str, ...]
+    headed: bool
+    remarks: tuple[str, ...] = ()
+
+    def label_of(self, row: Sequence[str]) -> str:
+        """The label in a row; "": none."""
+        if len(self.label) == 1:
+            return row[self.label[0]].strip()
+        marked = [self.names[number] for number in self.label if row[number].strip().lower() in YES]
+        return marked[0] if len(marked) == 1 else ""
+
+    def split_of(self, row: Sequence[str]) -> Split | str | None:
+        """The split that a row is in; a cell that is none as it stands; None: the cell is empty."""
+        if self.split is None:
+            return "train"
+        cell, name = row[self.split].strip(), plain(self.names[self.split])
+        if not cell:
+            return None
+        if name.startswith("is") and cell.lower() in YES | NO:
+            held: Split = "test" if name == "istest" else "validation"
+            return held if cell.lower() in YES else "train"
+        return split_of(cell) or cell
+
+
+def plain(name: str) -> str:
+    """A name in lower case, letters and digits only."""
+    return re.sub(r"[\W_]+", "", name.lower())
+
+
+def choose_columns(table: Table, wanted: Sequence[str], images: ImageNames) -> Columns:
+    """Choose the columns of a list.
+
+    Args:
+        table: the list.
+        wanted: names of the columns for image, label and split, of which the last may be missing; `COLUMNS` lets the
+            content decide.
+        images: finds the files.
+
+    Raises:
+        DataError: there is no such column, or it is not clear which one holds the labels.
+    """
+    if table.names is None and not table.rows:
+        raise DataError(f"{printable(table.path)} is empty")
+    first = list(table.names or table.rows[0][1])
+    chosen = tuple(wanted) != COLUMNS
+    headed = table.names is not None or is_header(first, wanted, images)
+    names = (
+        tuple(name.strip() for name in first) if headed else tuple(str(number) for number in range(1, len(first) + 1))
+    )
+    body = [row for _, row in (table.rows if table.names is not None or not headed else table.rows[1:])]
+    sample = [row for row in body[:: max(1, len(body) // SAMPLED)] if len(row) == len(names)]
+    if chosen:
+        numbers = [find_name(names, name) for name in wanted]
+        missing = [name for name, number in zip(wanted[:2], numbers, strict=False) if number is None]
+        if missing:
+            raise DataError(f"{printable(table.path)} has no column {name_list(missing)}; {way_out(names)}")
+        image, label, split = numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else None
+        assert image is not None
+        assert label is not None
+        return Columns(image, (label,), split, names, headed)
+    image = image_column(table, names, sample, images)
+    split, about_split = split_column(names, sample, image)
+    label = label_columns(table, names, sample, [image, *([] if split is None else [split])])
+    found = Columns(image, label, split, names, headed)
+    return Columns(image, label, split, names, headed, (*column_remarks(found), *about_split))
+
+
+def is_header(first: Sequence[str], wanted: Sequence[str], images: ImageNames) -> bool:
+    """Whether the first row names columns: none of its cells is a file, and one is a usual or a wanted name."""
+    if any(images.direct(cell) is not None for cell in first if cell):
+        return False
+    known = {plain(name) for name in (*IMAGE_NAMES, *LABEL_NAMES, *SPLIT_NAMES, *wanted)}
+    if any(plain(cell) in known for cell in first):
+        return True
+    return not images.lookup([cell for cell in first if cell])
+
+
+def find_name(names: Sequence[str], wanted: str) -> int | None:
+    """The number of a column: its name as it stands, else without regard to case, spaces and punctuation."""
+    if wanted in names:
+        return names.index(wanted)
+    alike = [number for number, name in enumerate(names) if plain(name) == plain(wanted) != ""]
+    return alike[0] if len(alike) == 1 else None
+
+
+def way_out(names: Sequence[str]) -> str:
+    """The columns that are there, and how to name two of them."""
+    example = tuple(names[:2]) if len(names) > 1 else ("image", "label")
+    named = f"with {spell('columns', example)} for example"
+    return f"it has {name_list(names, 12) or 'none'}. Name those of image and label, {named}"
+
+
+def rank_of(name: str, usual: Sequence[str]) -> int:
+    """The place of a name among usual ones, the last place for others."""
+    return usual.index(plain(name)) if plain(name) in usual else len(usual)
+
+
+def image_column(table: Table, names: Sequence[str], sample: list[list[str]], images: ImageNames) -> int:
+    """The column most of whose cells are files; among equals the one with the most usual name.
+
+    Raises:
+        DataError: none holds files or has a usual name.
+    """
+    scores = {}
+    for number in range(len(names)):
+        cells = [row[number] for row in sample if row[number].strip()]
+        direct = sum(images.direct(cell) is not None for cell in cells)
+        rest = [cell for cell in cells if images.direct(cell) is None]
+        looked_up = images.lookup(rest) if rest else {}
+        scores[number] = (direct + 0.9 * sum(cell in looked_up for cell in rest)) / max(1, len(sample))
+    best = min(scores, key=lambda number: (-scores[number], rank_of(names[number], IMAGE_NAMES)))
+    if scores[best] > 0 or rank_of(names[best], IMAGE_NAMES) < len(IMAGE_NAMES):
+        return best
+    raise DataError(
+        f"{printable(table.path)} has no column 'image', and the cells of no other are images in "
+        f"{printable(table.path.parent)}; {way_out(names)}"
+    )
+
+
+def split_column(names: Sequence[str], sample: list[list[str]], image: int) -> tuple[int | None, list[str]]:
+    """The column of splits, and a remark about one that has such a name and holds something else."""
+    remarks = []
+    for number in sorted(range(len(names)), key=lambda number: rank_of(names[number], SPLIT_NAMES)):
+        if number == image or plain(names[number]) not in SPLIT_NAMES:
+            continue
+        cells = {row[number].strip() for row in sample} - {""}
+        flags = plain(names[number]).startswith("is") and all(cell.lower() in YES | NO for cell in cells)
+        if cells and (flags or any(split_of(cell) for cell in cells) or plain(names[number]) == "split"):
+            return number, remarks
+        if cells:
+            remarks.append(
+                f"the column {names[number]!r} holds {name_list(sorted(cells), 3)} and no names of splits: it is "
+                "not used"
+            )
+    return None, remarks
+
+
+def label_columns(table: Table, names: Sequence[str], sample: list[list[str]], taken: list[int]) -> tuple[int, ...]:
+    """The column of labels: the one with the most usual name, else the only other one; or columns of 0 and 1.
+
+    Raises:
+        DataError: several columns could be it, or none.
+    """
+    others = [number for number in range(len(names)) if number not in taken]
+    known = [number for number in others if plain(names[number]) in LABEL_NAMES]
+    if known:
+        best = min(known, key=lambda number: rank_of(names[number], LABEL_NAMES))
+        same = [number for number in known if number != best and is_renaming(sample, best, number)]
+        # a name says more than a number
+        texts = [number for number in (best, *same) if not all(is_number(row[number]) for row in sample)]
+        return ((texts or [best])[0],)
+    if len(others) == 1:
+        return (others[0],)
+    marks = [n for n in others if sample and all(row[n].strip().lower() in YES | NO for row in sample)]
+    ones = [sum(row[number].strip().lower() in YES for number in marks) for row in sample]
+    if len(marks) > 1 and ones and all(count == 1 for count in ones):
+        return tuple(marks)
+    reason = "several columns may hold the labels" if others else "there is no column of labels"
+    raise DataError(f"{printable(table.path)} has no column 'label', and {reason}; {way_out(names)}")
+
+
+def is_renaming(sample: list[list[str]], first: int, second: int) -> bool:
+    """Whether two columns name the same classes, one name each."""
+    pairs = {(row[first], row[second]) for row in sample}
+    return len(pairs) == len({one for one, _ in pairs}) == len({two for _, two in pairs})
+
+
+def is_number(cell: str) -> bool:
+    """Whether a cell is a number, or empty."""
+    return re.fullmatch(r"[+-]?\d*\.?\d*(?:[eE][+-]?\d+)?", cell.strip()) is not None
+
+
+def column_remarks(found: Columns) -> list[str]:
+    """A sentence about columns that have other names than the default ones."""
+    used = [found.image, *found.label, *([] if found.split is None else [found.split])]
+    if [found.names[number] for number in used] == list(COLUMNS[: len(used)]):
+        return []
+    kind = "column" if found.headed else "the column number"
+    labels = name_list([found.names[number] for number in found.label], 3)
+    parts = [f"images from {kind} {found.names[found.image]!r}", f"labels from {labels}"]
+    if found.split is not None:
+        parts.append(f"splits from {found.names[found.split]!r}")
+    rest = [name for number, name in enumerate(found.names) if number not in used]
+    unused = f"; not used: {name_list(rest)}" if rest else ""
+    return [f"the list gives {', '.join(parts)}{unused}"]
