@@ -209,7 +209,7 @@ def count_rows(path: Path, case: Case) -> int | None:
         return None
     body = re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff"))
     kept = [line for line in body if line.strip() and not line.lstrip().startswith("#")]
-    headed = bool(case.header) and (case.quoted or not case.header[case.order[0]].startswith("#"))
+    headed = bool(case.header) and not body[0].startswith("#")
     return len(kept) - headed
 
 

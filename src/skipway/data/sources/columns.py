@@ -109,6 +109,8 @@ def choose_columns(table: Table, wanted: Sequence[str], images: ImageNames) -> C
     )
     body = [row for _, row in (table.rows if table.names is not None or not headed else table.rows[1:])]
     sample = [row for row in body[:: max(1, len(body) // SAMPLED)] if len(row) == len(names)]
+    if chosen and len(wanted) < 2:
+        raise DataError(f"{spell('columns', tuple(wanted))}: the rule is two or three names: image, label and split")
     if chosen:
         numbers = [find_name(names, name) for name in wanted]
         missing = [name for name, number in zip(wanted[:2], numbers, strict=False) if number is None]
