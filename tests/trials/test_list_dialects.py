@@ -153,7 +153,7 @@ def test_ids_of_kaggle(tmp_path):
     write(tmp_path / "sample_submission.csv", [("id", "cat", "dog"), ("000", 0.5, 0.5)])
     expected = [(f"train/{number}.png", name) for number, name in rows]
     check(tmp_path / "train.csv", "8 images of the list found in train/ 8, with the suffix .png 8", expected=expected)
-    with pytest.raises(DataError, match=r"if train.csv lists the images, give .*train.csv"):
+    with pytest.raises(DataError, match=r"if 'sample_submission.csv', 'train.csv' lists the images"):
         load(tmp_path)
 
 
