@@ -5,6 +5,7 @@
 | D16 | RoBERTa, CamemBERT, XLM-R, MPNet, ESM, M2M100 of 4 layers | 2 per encoder layer, 3 per decoder layer |
 | D16 | embeddings of running counts of tokens, of the mask, of lengths; sinusoids looked up by counts | constant |
 | – | positions by `arange`, a parameter, a buffer | constant as before |
+| – | a parameter that is looked up by `arange` or by counts | an embedding: no weight decay |
 | – | rotary embeddings by positions that are given | rotary, as without |
 | – | token types that are given, one-hot tokens, whole numbers as numbers | signals; connections are found |
 | – | padding set to zero after every layer (`x * mask`) | the connections stay |
@@ -134,3 +135,20 @@ def test_given_token_types_are_a_signal_of_their_own():
 def test_padding_set_to_zero_keeps_the_connections(keep):
     chain = sw.chain(Encoder(keep=keep), (torch.randint(2, V, (3, T)),))
     assert [(c.seen.skip, c.seen.maps) for c in chain] == [("identity", ("up", "down"))] * 2
+
+
+@pytest.mark.parametrize(
+    "positions", [lambda ids: torch.arange(T, device=ids.device), lambda ids: counted(None, ids, None)]
+)
+def test_a_table_of_positions_is_an_embedding(positions):
+    class Table(Encoder):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.tokens(ids) + functional.embedding(positions(ids), self.free)
+            return x + self.down(self.up(x).relu())
+
+    model = Table()
+    model.free = nn.Parameter(torch.randn(V, C))
+    del model.parameter
+    groups = sw.param_groups(model, lr=1e-3, weight_decay=0.1, example=torch.randint(2, V, (3, T)))
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert (decay[id(model.free)], decay[id(model.up.weight)]) == (0, 0.1)

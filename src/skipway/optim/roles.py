@@ -173,6 +173,8 @@ def roles_of_uses(program: Program, leaf: Value) -> Iterator[Role]:
                 yield role_in(program, user, value, leaf, whole=whole)
             elif user.signal:
                 continue  # an operator of unknown effect says nothing about the parameter
+            elif user.operator in LOOKUPS:
+                yield EMBEDDING  # of positions, which no input decides
             elif user.part == "map":
                 yield WEIGHT  # a factor of a low-rank or composed weight
             else:

@@ -205,7 +205,7 @@ def link_of_traced(program: Program, connection: WatchedConnection) -> Link:
     return Link(
         name=connection.name,
         kind=seen.kind,
-        identity=seen.skip == "identity" and not seen.carry,
+        identity=seen.skip == "identity" and not seen.carry and seen.weights[0] == 1,
         norms=seen.norms,
         maps=seen.maps,
         last=seen.last,
