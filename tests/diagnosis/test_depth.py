@@ -63,3 +63,13 @@ def test_a_chain_prints_its_ends(example):
     assert lines[9].strip() == f"⋮ {len(chain) - 11} more"
     assert lines[1].split()[0] == chain[0].name
     assert lines[-1].split()[0] == chain[-1].name
+
+
+def test_remedies_of_several_findings_are_told_once():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(60)), nn.Linear(8, 3))
+    diagnosis = diagnose(model, torch.randn(32, 8), targets=torch.arange(32) % 3)
+    several = [finding for finding in diagnosis.findings if len(finding.remedies) > 1]
+    assert len({finding.remedies for finding in several}) < len(several)
+    for text in (str(diagnosis), diagnosis.table()):
+        assert text.count("add a skip around each of") == len({f.remedies for f in several})
+        assert f"as for {several[0].rule}" in text

@@ -26,7 +26,7 @@ from skipway.diagnosis.rows import SignalRow, signal_rows
 from skipway.diagnosis.rules import Context, findings_of, verdict_of
 from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Subject
-from skipway.diagnosis.table import as_text, comparison_view, diagnosis_view
+from skipway.diagnosis.table import as_text, comparison_view, diagnosis_view, remedy_lines
 from skipway.errors import SkipwayError, counted
 from skipway.optim.roles import parameter_roles
 from skipway.probes.objective import Loss
@@ -168,9 +168,8 @@ class Diagnosis:
     def __str__(self) -> str:
         lines = [f"{self.verdict}{': ' + '; '.join(self.conditions) if self.conditions else ''} ({self.settings})"]
         lines += [f"  {remark}" for remark in self.remarks]
-        for finding in self.findings:
-            lines.append(f"  {finding}")
-            lines += [f"    → {remedy}" for remedy in finding.remedies]
+        for finding, remedies in zip(self.findings, remedy_lines(self.findings), strict=True):
+            lines += [f"  {finding}", *(f"    → {line}" for line in remedies)]
         return "\n".join(lines)
 
     def __rich__(self) -> Any:

@@ -25,6 +25,7 @@ __all__ = [
     "elided",
     "findings_view",
     "marks_text",
+    "remedy_lines",
 ]
 
 WIDTH = 100
@@ -98,6 +99,17 @@ def diagnosis_view(
     return Group(*parts)
 
 
+def remedy_lines(findings: Sequence[Finding]) -> list[list[str]]:
+    """The remedies of each finding in words; those of an earlier one, of two or more, by its rule."""
+    shown: dict[tuple[Any, ...], str] = {}
+    lines = []
+    for finding in findings:
+        earlier = shown.setdefault(finding.remedies, finding.rule) if len(finding.remedies) > 1 else finding.rule
+        again = earlier != finding.rule
+        lines.append([f"as for {earlier}"] if again else [str(remedy) for remedy in finding.remedies])
+    return lines
+
+
 def findings_view(findings: Sequence[Finding], first: int = 1) -> RenderableType:
     """Findings in full: level, rule and place, what and why, the source, the remedies.
 
@@ -110,14 +122,14 @@ def findings_view(findings: Sequence[Finding], first: int = 1) -> RenderableType
     from rich.text import Text
 
     parts: list[RenderableType] = []
-    for count, finding in enumerate(findings, first):
+    for count, (finding, lines) in enumerate(zip(findings, remedy_lines(findings), strict=True), first):
         style = LEVEL_STYLES[finding.level]
         title = (f"{SYMBOLS[finding.level]}{count} ", style), (finding.level, style)
         details = [
             Text(finding.what),
             Text(f"why: {finding.why}"),
             Text(f"source: {finding.source}", "dim"),
-            *(bullet("→ ", str(remedy)) for remedy in finding.remedies),
+            *(bullet("→ ", line) for line in lines),
         ]
         parts += [""] if parts else []
         parts += [
