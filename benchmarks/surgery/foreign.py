@@ -408,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with FILE.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(["network", "operation", "verdict", "reason"])
-            writer.writerows([o.network, o.operation, o.verdict, o.reason] for o in outcomes)
+            writer.writerows([o.network, o.operation, o.verdict, o.reason[:240]] for o in outcomes)
     return sum(outcome.verdict == "fault" for outcome in outcomes)
 
 
