@@ -104,7 +104,10 @@ def test_arrays_of_numpy(tmp_path):
 
 @pytest.mark.parametrize(
     ("live", "averaged"),
-    [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema"), ("net", "teacher")],
+    [
+        *(("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema"), ("net", "teacher")),
+        *(("model", "ema_model"), ("model", "swa"), ("generator", "generator_ema"), ("model", "model_averaged")),
+    ],
 )
 def test_averaged_weights_are_taken_and_said_and_the_others_can_be_chosen(tmp_path, live, averaged):
     state = network().state_dict()
@@ -314,6 +317,21 @@ def test_what_a_checkpoint_without_weights_holds_is_said(tmp_path):
         read_weights(tmp_path / "c.pth")
     torch.save({"epoch": 3, "trainer": Trainer()}, tmp_path / "c.pth")
     with pytest.raises(sw.CheckpointError, match=r"trainer \(an object of \S*Trainer, which is not read"):
+        read_weights(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("source", [None, 3, ["w.pth"], nn.Linear(2, 2)], ids=repr)
+def test_what_is_no_source_is_named(source):
+    with pytest.raises(sw.CheckpointError, match=f"source is a {type(source).__name__}: the rule is a path"):
+        sw.load(network(), source)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(3)], torch.ones(3)], ids=["list", "tensor"])
+def test_tensors_without_names(tmp_path, content):
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(
+        sw.CheckpointError, match=r"holds no state dict \(names to tensors\): it holds a (list|Tensor)$"
+    ):
         read_weights(tmp_path / "c.pth")
 
 

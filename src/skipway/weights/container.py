@@ -258,6 +258,9 @@ def select_state_dict(content: object, where: str, entry: str | None = None) -> 
         chosen = close[0]
     else:
         ranked = [name for kind in (AVERAGED, LIVE) for known in kind for name in names if known in name.split(".")]
+        averaged = [name for name in names if is_averaged(name)]
+        if len(averaged) == 1:
+            ranked = averaged
         chosen = (ranked or (names if len(names) == 1 else [""]))[0]
         others = [name for name in names if name != chosen]
         if chosen not in found:
@@ -265,7 +268,7 @@ def select_state_dict(content: object, where: str, entry: str | None = None) -> 
                 f"{where} holds several state dicts, {list_names(names)}; name one of them: {spell('entry', names[0])}"
             )
         if others:
-            kind = "averaged weights" if set(AVERAGED) & set(chosen.split(".")) else "weights"
+            kind = "averaged weights" if is_averaged(chosen) else "weights"
             remarks.append(
                 f"{where}: the {kind} {chosen!r} are taken; also there: {list_names(others)} "
                 f"(choose by {spell('entry', others[0])})"
@@ -274,6 +277,12 @@ def select_state_dict(content: object, where: str, entry: str | None = None) -> 
     if left_out:
         remarks.append(f"{where}: {counted(len(left_out), 'value')} beside the weights left out: {cut([*left_out])}")
     return found[chosen].tensors, remarks
+
+
+def is_averaged(path: str) -> bool:
+    """Whether the path of an entry says that its weights are averaged: a known name, or a word in one."""
+    words = r"(?:^|[_.-])(?:ema|swa|averaged?|avg)(?:[_.-]|$)"
+    return bool(set(AVERAGED) & set(path.split("."))) or re.search(words, path.lower()) is not None
 
 
 def select_prefix(found: dict[str, StateDict], where: str, prefix: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -301,7 +310,7 @@ def describe_content(content: object) -> str:
     """What a checkpoint without a state dict holds."""
     if isinstance(content, Mapping) and content:
         return f"its entries are {cut([f'{printable(str(key))}{name_type(value)}' for key, value in content.items()])}"
-    return f"it holds an object of {printable(type(content).__name__)}, which is not read: that could run code"
+    return f"it holds a {printable(type(content).__name__)}{name_type(content)}"
 
 
 def name_type(value: object) -> str:
