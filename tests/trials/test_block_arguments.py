@@ -470,6 +470,15 @@ def test_encoders_and_pairs_of_stacks(name):
 
 
 @needs_transformers
+@pytest.mark.parametrize("by", [1, 2, 3, 4])
+def test_a_block_with_more_weights_than_others_is_copied_last(by):
+    model = foreign(OTHERS["T5"])  # the first block of each stack alone holds a table of positions
+    operation = sw.deepen(model, example_for("T5"), by)
+    assert not operation.touched.keys() & {"encoder.block.0", "decoder.block.0"}
+    assert not operation.refused
+
+
+@needs_transformers
 def test_a_gain_that_counts_from_one_starts_silent_and_learns():
     model = foreign(CAUSAL["Gemma2"])
     known = {id(parameter) for parameter in model.parameters()}

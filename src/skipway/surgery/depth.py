@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -261,7 +262,9 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
     survey = find_blocks(model, example, program)
     blocks = list(survey.calls)
     check_range("by", by, 1, len(blocks), f"{type(model).__name__} has {{}} blocks that can be copied", survey)
-    chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * by)] for number in range(by)]
+    usual = usual_blocks(model, blocks)
+    offered = usual if by <= len(usual) else blocks
+    chosen = [offered[(2 * number + 1) * len(offered) // (2 * by)] for number in range(by)]
     title = f"{type(model).__name__} deepened by {by} blocks"
     hint = "after the additions of these blocks follows something that is not the identity on its own output"
     with transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=EQUAL_WITH_DRAWS) as change:
@@ -302,6 +305,16 @@ def cache_hint(survey: BlockSurvey) -> str:
     """The way out where blocks write into what they are given."""
     written = sorted({what for call in survey.calls.values() for what in call.writes})
     return f", which writes into {abbreviate(written)} (give an example with use_cache=False)" if written else ""
+
+
+def usual_blocks(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Blocks that have the weights that most in their container have: T5's first block alone has a table of positions,
+    and a copy of it is not what the config describes.
+    """
+    keys = {name: tuple(model.get_submodule(name).state_dict()) for name in blocks}
+    counts = {around: Counter(keys[name] for name in names) for around, names in by_container(blocks).items()}
+    most = {around: count.most_common(1)[0][1] for around, count in counts.items()}
+    return [name for name in blocks if counts[around := name.rpartition(".")[0]][keys[name]] == most[around]]
 
 
 def by_container(names: Iterable[str]) -> dict[str, list[str]]:
