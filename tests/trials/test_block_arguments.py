@@ -451,7 +451,7 @@ def test_language_models_stay_causal_and_cached(name):
         start = model(input_ids=IDS[:, :11], use_cache=True)
         step = model(input_ids=IDS[:, 11:], **{key: getattr(start, key)}).logits
         torch.testing.assert_close(step[:, -1], after[:, -1], rtol=1e-3, atol=1e-4)
-    operation.undo()
+    operation.undo(force=True)
     assert torch.equal(model(**example).logits, before)
 
 
@@ -465,7 +465,7 @@ def test_encoders_and_pairs_of_stacks(name):
     call()[0].square().mean().backward()
     added = [p for p in model.parameters() if p.requires_grad and p.grad is not None and p.grad.any()]
     assert added
-    operation.undo()
+    operation.undo(force=True)
     assert list(model.state_dict()) == keys
 
 
