@@ -144,7 +144,8 @@ def test_every_reader_obeys_the_fit_of_the_training(tmp_path, fit, capsys):
     assert all(f"/{row.split(chr(9))[1].split()[0]}/" in row for row in rows)
     assert main(["export", str(run), "--hub", str(tmp_path / "hub")]) == 0
     assert from_pretrained(tmp_path / "hub").preprocessing == preprocessing
-    assert "the whole image, scaled to" in (tmp_path / "hub/README.md").read_text()
+    step = {"pad": "on a square of grey 128", "squeeze": "of both sides"}[fit]
+    assert step in (tmp_path / "hub/README.md").read_text()
 
 
 def test_headers_without_a_fit_were_cropped_and_unknown_fits_are_refused():
