@@ -320,12 +320,6 @@ def test_what_a_checkpoint_without_weights_holds_is_said(tmp_path):
         read_weights(tmp_path / "c.pth")
 
 
-@pytest.mark.parametrize("source", [None, 3, ["w.pth"], nn.Linear(2, 2)], ids=repr)
-def test_what_is_no_source_is_named(source):
-    with pytest.raises(sw.CheckpointError, match=f"source is a {type(source).__name__}: the rule is a path"):
-        sw.load(network(), source)
-
-
 @pytest.mark.parametrize("content", [[torch.ones(3)], torch.ones(3)], ids=["list", "tensor"])
 def test_tensors_without_names(tmp_path, content):
     torch.save(content, tmp_path / "c.pth")

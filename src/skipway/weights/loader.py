@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -277,11 +276,6 @@ def read_source(source: Source, entry: str | None, remark: Callable[[str], None]
         for sentence in remarks:
             remark(sentence)
         return state
-    if not isinstance(source, str | PathLike):
-        way_out = "; give its state_dict()" if isinstance(source, nn.Module) else ""
-        raise CheckpointError(
-            f"source is a {type(source).__name__}: the rule is a path, a name on the hub, or a state dict{way_out}"
-        )
     return read_weights(source, entry, remark)
 
 
