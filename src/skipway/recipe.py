@@ -292,6 +292,8 @@ class Recipe:
             "save_every",
         ):
             number = getattr(self, name)
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+                raise SkipwayError(f"{name}={number!r}: the rule is a whole number >= 1")
             if number is not None and number < 1:
                 raise SkipwayError(f"{name}={number}: the rule is {name} >= 1")
         if self.lr is not None and not self.lr > 0:

@@ -8,7 +8,7 @@ from cyclopts import App, Parameter
 
 from skipway._version import __version__
 from skipway.cli.help import HELP_ALL, HelpFormatter
-from skipway.cli.run_options import fill_from_run
+from skipway.cli.run_options import check_whole_numbers, fill_from_run
 
 __all__ = ["TRAIN_HEADINGS", "app"]
 
@@ -36,6 +36,7 @@ app = App(
     help_format="plaintext",
     help_flags=("--help", "-h", HELP_ALL),
     help_formatter=HelpFormatter(),
+    config=check_whole_numbers,
     # the last of a repeated option counts, so that scripts can append options
     default_parameter=Parameter(allow_repeating=True),
     # `main` turns it into the exit status of the signal; cyclopts would always exit with 130
@@ -46,7 +47,7 @@ app.command(
     name="train",
     help="Train a network on a folder of images, by default on handwritten digits.",
     usage="skipway train [DATA] [OPTIONS]",
-    config=fill_from_run,
+    config=(fill_from_run, check_whole_numbers),
     help_formatter=HelpFormatter(TRAIN_HEADINGS, advanced_options()),
     help_epilogue=f"{HELP_ALL} also shows the advanced options.",
     sort_key=0,

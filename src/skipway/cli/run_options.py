@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from skipway.errors import SkipwayError
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from cyclopts import App
     from cyclopts.argument import ArgumentCollection
 
-__all__ = ["fill_from_run"]
+__all__ = ["check_whole_numbers", "fill_from_run"]
 
 
 def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -37,3 +38,18 @@ def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     file = path / "config.json" if path.is_dir() or "--resume" in given else path
     values = {name: value for name, value in read_recipe(file).to_json().items() if value is not None}
     Dict(values, source=str(file), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def check_whole_numbers(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse fractions for options that take whole numbers, which cyclopts would round.
+
+    Raises:
+        SkipwayError: there is one.
+    """
+    for argument in arguments:
+        kinds = {argument.hint, *get_args(argument.hint)}
+        if int not in kinds or float in kinds or str in kinds:
+            continue
+        for token in argument.tokens:
+            if token.value and re.fullmatch(r"[+-]?\d*\.\d*(e[+-]?\d+)?|[+-]?\d+e-\d+", token.value.lower()):
+                raise SkipwayError(f"{argument.name} {token.value}: the rule is a whole number")

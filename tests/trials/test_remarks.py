@@ -1,0 +1,91 @@
+"""Kind: training works, and keeps silent about what hurts it. Every remark is measured.
+
+| trial | input | right value |
+|---|---|---|
+| | images whose values lie in a small part of the range | a remark with the range |
+| | mirrored images of one class that are another class, by name or by content | a remark that names both, and `flip` |
+| | the same classes without a direction | no remark |
+| | mixup and CutMix | training accuracy is that of mixed images; a batch of one mixes nothing |
+| | `holdout` beside a test split, `weights_adapt` without weights, `freeze` of all epochs | no effect, said |
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.trials.pictures import write_images
+from tests.trials.reporting import Notes
+
+import skipway as sw
+
+SMALL = {"model": "resnet8", "width": 4, "device": "cpu", "workers": 0, "epochs": 1, "health": 0.0}
+
+
+def notes_of(data, folder, **options) -> Notes:
+    """What a short training says."""
+    notes = Notes()
+    sw.train(sw.Recipe(data, **{**SMALL, **options}), folder / "run", reporter=notes, overwrite=True)
+    return notes
+
+
+def write_arrows(root, names, turned):
+    """Bright triangles with noise; those of the second class are mirrored if `turned`."""
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for image in range(12):
+            pixels = rng.normal(60, 20, (16, 16)) + 120 * np.tri(16)
+            pixels = pixels[:, ::-1] if turned and number else pixels
+            Image.fromarray((pixels + 20 * (number and not turned)).clip(0, 255).astype("uint8")).save(
+                root / name / f"{image}.png"
+            )
+    return root
+
+
+def test_a_narrow_range_is_remarked_upon(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for number in range(8):
+            values = rng.normal(2000, 50, (16, 16)).astype(np.uint16)
+            Image.fromarray(values).save(tmp_path / "d" / name / f"{number}.png")
+    # 1850 to 2150 of 65,535 are 7.2 to 8.4 of 255
+    assert notes_of(tmp_path / "d", tmp_path).said("lie between 7 and 8 of 255; for 16-bit images grey16='minmax'")
+    assert not notes_of(tmp_path / "d", tmp_path, grey16="minmax").said("lie between")
+
+
+@pytest.mark.parametrize(
+    ("names", "turned", "words"),
+    [
+        (("p", "q"), True, "mirrored images of 'p' look like those of 'q'"),
+        (("turn_left", "turn-right"), True, "the class 'turn-right' names a side"),
+        (("p", "q"), False, ""),
+        (("bright", "leftovers"), False, ""),
+    ],
+)
+def test_directions(tmp_path, names, turned, words):
+    data = write_arrows(tmp_path / "d", names, turned)
+    said = notes_of(data, tmp_path).said("training images are mirrored")
+    assert bool(said) == bool(words)
+    assert words in "".join(said)
+    assert not notes_of(data, tmp_path, flip=False).said("training images are mirrored")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"augment": "mixup"}, "training loss and accuracy are those of mixed images"),
+        ({"augment": "cutmix", "batch_size": 1}, "nothing is mixed"),
+        ({"holdout": 0.4}, "holdout=0.4 has no effect: the data have a test split"),
+        ({"validation": 0.4}, "validation=0.4 has no effect: the data have a validation split"),
+        ({"weights_adapt": "depth"}, "weights_adapt='depth' has no effect: there are no initial weights"),
+        ({"freeze": 1}, "freeze=1 of 1 epoch: only the classifier is trained"),
+        ({"flip_test": True, "flip": False}, "flip_test=True evaluates mirrored images, and none was mirrored"),
+    ],
+)
+def test_options_that_act_on_each_other(tmp_path, options, words):
+    counts = {f"{part}/{name}": 4 for part in ("train", "val", "test") for name in ("cat", "dog")}
+    data = write_images(tmp_path / "d", counts, side=(16, 16))
+    assert notes_of(data, tmp_path, **options).said(words)
+    assert not notes_of(data, tmp_path).said(words)
