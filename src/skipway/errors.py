@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 __all__ = [
+    "CallError",
     "CheckpointError",
     "DataError",
     "DivergedError",
@@ -50,6 +51,10 @@ class DivergedError(SkipwayError):
     """Training produced a loss or a gradient that is not finite; the last good weights are kept."""
 
     exit_status = 5
+
+
+class CallError(SkipwayError, TypeError):
+    """A function was called without a required argument, or with one that it does not have."""
 
 
 class MissingExtraError(SkipwayError, ImportError):

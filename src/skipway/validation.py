@@ -1,63 +1,115 @@
-"""Checks of arguments: schemes, configs, optimizers, schedules and recipes."""
+"""Checks of arguments: of operations on models, schemes, configs, optimizers, schedules and recipes."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from functools import wraps
+from numbers import Integral, Real
+from typing import ParamSpec, TypeVar
 
-from skipway.errors import SkipwayError
+from skipway.errors import CallError, SkipwayError, spell
 
 __all__ = [
+    "check_call",
     "check_choice",
     "check_finite",
+    "check_flag",
     "check_fraction",
     "check_least",
     "check_positive",
     "check_positive_int",
+    "check_rule",
     "check_tolerance",
+    "check_whole",
+    "is_number",
+    "is_whole",
 ]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+SHOWN = 60
+"""Letters of a value that a message shows."""
 
-def check_choice(argument: str, value: str, allowed: tuple[str, ...]) -> None:
+
+def check_rule(argument: str, value: object, fits: bool, rule: str) -> None:
+    """Raise unless `value` fits the rule, which is given in words; all other checks are cases of this one.
+
+    >>> check_rule("rate", "0.1", is_number("0.1"), "a number between 0 and 1")
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: rate='0.1': the rule is a number between 0 and 1
+    """
+    if not fits:
+        shown = spell(argument, value)
+        if len(shown) > len(argument) + SHOWN or "\n" in shown:
+            article = "an" if type(value).__name__[0] in "aeiouAEIOU" else "a"
+            shown = f"{argument} is {article} {type(value).__name__}"
+        raise SkipwayError(f"{shown}: the rule is {rule}")
+
+
+def is_number(value: object, least: float = -math.inf) -> bool:
+    """Whether a value is a number of at least `least`: True and False are none, and nan is none.
+
+    >>> is_number(0.5), is_number(0.5, 1), is_number(True), is_number(math.nan), is_number("1")
+    (True, False, False, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool) and value >= least  # type: ignore[operator]
+
+
+def is_whole(value: object, least: float = -math.inf) -> bool:
+    """Whether a value is a whole number of at least `least`, of Python or NumPy; True and False are none.
+
+    >>> is_whole(2, 1), is_whole(0, 1), is_whole(2.0), is_whole(True)
+    (True, False, False, False)
+    """
+    return isinstance(value, Integral) and is_number(value, least)
+
+
+def check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise unless `value` is one of the allowed words."""
-    if value not in allowed:
-        raise SkipwayError(f"{argument}={value!r}: the rule is one of {', '.join(map(repr, allowed))}")
+    fits = isinstance(value, str) and value in allowed
+    check_rule(argument, value, fits, f"one of {', '.join(map(repr, allowed))}")
+
+
+def check_flag(argument: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    check_rule(argument, value, isinstance(value, bool), "True or False")
 
 
 def check_finite(argument: str, value: object, *, also: str | None = None) -> None:
     """Raise unless `value` is a finite number, or the word that stands for the scheme's depth rule."""
-    if value == also and also is not None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        extra = f" or {also!r}" if also else ""
-        raise SkipwayError(f"{argument}={value!r}: the rule is a finite number{extra}")
+    fits = is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+    named = also is not None and isinstance(value, str) and value == also
+    check_rule(argument, value, fits or named, f"a finite number{f' or {also!r}' if also else ''}")
 
 
-def check_tolerance(argument: str, value: object) -> None:
-    """Raise unless `value` is a number of at least 0, infinity included.
-
-    >>> check_tolerance("tolerance", float("nan"))
-    Traceback (most recent call last):
-    skipway.errors.SkipwayError: tolerance=nan: the rule is a number of at least 0, 1e-5 for example
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise SkipwayError(f"{argument}={value!r}: the rule is a number of at least 0, 1e-5 for example")
-
-
-def check_positive(argument: str, value: float) -> None:
+def check_positive(argument: str, value: object) -> None:
     """Raise unless `value` > 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise SkipwayError(f"{argument}={value!r}: the rule is {argument} > 0")
+    check_rule(argument, value, is_number(value, 0) and value != 0, bound(value, f"{argument} > 0"))
 
 
-def check_fraction(argument: str, value: float) -> None:
+def check_fraction(argument: str, value: object) -> None:
     """Raise unless 0 <= `value` < 1.
 
     >>> check_fraction("momentum", 1.0)
     Traceback (most recent call last):
     skipway.errors.SkipwayError: momentum=1.0: the rule is 0 <= momentum < 1
     """
-    if not 0 <= value < 1:
-        raise SkipwayError(f"{argument}={value}: the rule is 0 <= {argument} < 1")
+    fits = is_number(value, 0) and value < 1  # type: ignore[operator]
+    check_rule(argument, value, fits, bound(value, f"0 <= {argument} < 1"))
+
+
+def check_whole(argument: str, value: object, least: int, most: int | None = None, *, of: str = "") -> None:
+    """Raise unless `value` is a whole number from `least` to `most`, of something.
+
+    >>> check_whole("to", True, 0, of="blocks")
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: to=True: the rule is a whole number of blocks, at least 0
+    """
+    fits = is_whole(value, least) and (most is None or value <= most)  # type: ignore[operator]
+    reach = f"at least {least}" if most is None else f"from {least} to {most}"
+    check_rule(argument, value, fits, f"a whole number of {of}, {reach}" if of else f"a whole number of {reach}")
 
 
 def check_positive_int(argument: str, value: object) -> None:
@@ -67,8 +119,7 @@ def check_positive_int(argument: str, value: object) -> None:
     Traceback (most recent call last):
     skipway.errors.SkipwayError: width=0: the rule is a whole number of at least 1
     """
-    if not isinstance(value, int) or value < 1:
-        raise SkipwayError(f"{argument}={value!r}: the rule is a whole number of at least 1")
+    check_whole(argument, value, 1)
 
 
 def check_least(argument: str, value: object, least: float) -> None:
@@ -78,5 +129,45 @@ def check_least(argument: str, value: object, least: float) -> None:
     Traceback (most recent call last):
     skipway.errors.SkipwayError: warmup=-1: the rule is warmup >= 0
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise SkipwayError(f"{argument}={value!r}: the rule is {argument} >= {least}")
+    check_rule(argument, value, is_number(value, least), bound(value, f"{argument} >= {least}"))
+
+
+def check_tolerance(argument: str, value: object) -> None:
+    """Raise unless `value` is a number of at least 0, infinity included.
+
+    >>> check_tolerance("tolerance", float("nan"))
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: tolerance=nan: the rule is a number of at least 0, 1e-5 for example
+    """
+    check_rule(argument, value, is_number(value, 0), "a number of at least 0, 1e-5 for example")
+
+
+def bound(value: object, rule: str) -> str:
+    """A bound on a number, for the message about a value."""
+    return rule if is_number(value) else f"a number, {rule}"
+
+
+def check_call(function: Callable[P, R]) -> Callable[P, R]:
+    """Let calls without a required argument, or with one that the function does not have, be refused like any other
+    wrong argument: with the order of the arguments.
+
+    >>> @check_call
+    ... def cut(model, example, to): ...
+    >>> cut("model", to=4)
+    Traceback (most recent call last):
+    skipway.errors.CallError: cut: missing a required argument: 'example'; it is called as cut(model, example, to)
+    """
+    signature = inspect.signature(function)
+    plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    order = str(signature.replace(parameters=plain, return_annotation=signature.empty))
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as problem:
+            name = function.__name__
+            raise CallError(f"{name}: {problem}; it is called as {name}{order}") from None
+        return function(*args, **kwargs)
+
+    return checked

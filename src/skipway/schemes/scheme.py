@@ -16,6 +16,7 @@ from skipway.nn.placement import Placement
 from skipway.nn.site import Site
 from skipway.registry import Registry, parse_spec
 from skipway.tracing.chain import Chain
+from skipway.validation import check_rule
 
 __all__ = ["Scheme", "Stack", "all_schemes", "parse_scheme"]
 
@@ -222,9 +223,7 @@ def parse_scheme(spec: str | Scheme) -> Scheme:
     """
     if isinstance(spec, Scheme):
         return spec
-    if not isinstance(spec, str):
-        raise SkipwayError(
-            f'scheme={spec!r}: the rule is a Scheme, or its name or spec string, "layerscale" for example'
-        )
+    rule = 'a Scheme, or its name or spec string, "layerscale" for example'
+    check_rule("scheme", spec, isinstance(spec, str), rule)
     parts = [parse_spec(part, REGISTRY.__getitem__) for part in re.split(r"\+(?![^(]*\))", spec)]
     return parts[0] if len(parts) == 1 else Stack(tuple(member for part in parts for member in members_of(part)))

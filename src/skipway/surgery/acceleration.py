@@ -17,6 +17,7 @@ from skipway.surgery.overrides import overridden
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, as_example
+from skipway.validation import check_call, check_tolerance
 
 __all__ = ["accelerate"]
 
@@ -25,6 +26,7 @@ TOLERANCE = 1e-3
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
+@check_call
 def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: float = TOLERANCE) -> Operation:
     """Let linear maps, 1 × 1 and depthwise convolutions and attention on the CPU be computed by `skipway.kernels`, in
     anybody's network, in place; on a GPU depthwise convolutions of maps that lie channels-last, attention within our
@@ -52,6 +54,7 @@ def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: f
     (True, <class 'torch.nn.modules.linear.Linear'>)
     """
     model, example = require_operable(model), None if example is None else as_example(example)
+    check_tolerance("tolerance", tolerance)
     if any(is_routed(module) for module in model.modules()):
         raise SkipwayError(f"{type(model).__name__} is accelerated already; undo that first")
     with transaction(

@@ -25,6 +25,7 @@ from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
+from skipway.validation import check_call, check_rule, check_whole, is_number, is_whole
 
 __all__ = ["Budget", "Every", "Segments", "SquareRoot", "checkpointed"]
 
@@ -62,8 +63,7 @@ class Every(Segments):
     blocks: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
-            raise SkipwayError(f"blocks={self.blocks!r}: the rule is a whole number of blocks per segment, at least 1")
+        check_whole("blocks", self.blocks, 1, of="blocks per segment")
 
     def cut(self, rows: Sequence[RowCosts], rest: float) -> list[list[str]]:
         return [names(piece) for row in rows for piece in pieces(row, self.blocks)]
@@ -108,8 +108,8 @@ class Budget(Segments):
     bytes: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.bytes, bool) or not isinstance(self.bytes, int | float) or not self.bytes > 0:
-            raise SkipwayError(f"bytes={self.bytes!r}: the rule is a number above 0")
+        fits = is_number(self.bytes, 0) and self.bytes != 0
+        check_rule("bytes", self.bytes, fits, "a number above 0")
 
     def cut(self, rows: Sequence[RowCosts], rest: float) -> list[list[str]]:
         blocks = [block for row in rows for block in row]
@@ -197,14 +197,12 @@ def read_segments(given: Segments | str | int) -> Segments:
     """
     if isinstance(given, Segments):
         return given
-    if not isinstance(given, int | str):
-        raise SkipwayError(
-            f"segments={given!r}: the rule is a number of blocks, Every(n), SquareRoot(), Budget(bytes), or a spec "
-            'string, "every(2)" for example'
-        )
-    return Every(given) if isinstance(given, int) else parse_spec(given, SEGMENTS.__getitem__)
+    rule = 'a number of blocks, Every(n), SquareRoot(), Budget(bytes), or a spec string, "every(2)" for example'
+    check_rule("segments", given, isinstance(given, str) or is_whole(given, 1), rule)
+    return parse_spec(given, SEGMENTS.__getitem__) if isinstance(given, str) else Every(int(given))
 
 
+@check_call
 def checkpointed(model: nn.Module, example: Example, segments: Segments | str | int = 1) -> Operation:
     """Recompute the inside of segments of blocks in the backward pass, of which only the inputs are kept (Chen et al.
     2016, https://arxiv.org/abs/1604.06174), for anybody's blocks, in place. The network computes what it did.
@@ -241,8 +239,8 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
     >>> operation.report["bytes after"] < 0.1 * operation.report["bytes before"]
     True
     """
-    choice = read_segments(segments)
     model, example = require_values(model, "checkpointed"), as_example(example)
+    choice = read_segments(segments)
     rows, reasons = find_block_rows(model, example, watch(model, example))
     members = {name for row in rows for name in row}
     if not members:

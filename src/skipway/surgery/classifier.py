@@ -14,6 +14,7 @@ from skipway.surgery.preconditions import require_operable
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.surgery.verification import outputs
 from skipway.tracing import Example, Program, Value, as_example, watch
+from skipway.validation import check_call, check_whole
 
 __all__ = ["INITIAL_DEVIATION", "find_classifiers", "replace_classifier"]
 
@@ -24,6 +25,7 @@ PASSING: frozenset[str] = frozenset({"carry", "scale", "shift", "nonlinear", "po
 """What may follow a classifier: a pool over positions, a temperature, an activation; no map and no norm."""
 
 
+@check_call
 def find_classifiers(model: nn.Module, example: Example) -> list[str]:
     """Return the paths of the linear maps that put out the scores of the classes; the model is left alone.
 
@@ -90,6 +92,7 @@ def class_axis(module: nn.Module, classes: int) -> int | None:
     return axis if weight.shape[axis] == classes else None
 
 
+@check_call
 def replace_classifier(model: nn.Module, example: Example, classes: int) -> Operation:
     """Give any network a fresh classifier for another number of classes, in place.
 
@@ -114,9 +117,8 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
     >>> model[3], dict(operation.touched)
     (Linear(in_features=8, out_features=10, bias=True), {'3': '1000 classes replaced by 10'})
     """
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-        raise SkipwayError(f"classes={classes!r}: the rule is a whole number, at least 1")
     model, example = require_operable(model), as_example(example)
+    check_whole("classes", classes, 1)
     names = find_classifiers(model, example)
     if not names:
         raise SkipwayError(

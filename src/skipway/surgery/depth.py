@@ -27,6 +27,7 @@ from skipway.tracing import Example, Program, as_example, watch
 from skipway.tracing.arguments import path_text
 from skipway.tracing.chain import chain_from_program
 from skipway.tracing.module_state import copy_module
+from skipway.validation import check_call, check_rule, check_tolerance, is_whole
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
 
@@ -64,6 +65,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: SimpleNamespace(**plain_attributes(child)) for name, child in module.named_children()} | own
 
 
+@check_call
 def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operation:
     """Silence branches, y = x + 0 · F(x), in place: the study of Veit et al. 2016 (https://arxiv.org/abs/1605.06431).
 
@@ -101,20 +103,20 @@ def lesion(model: nn.Module, example: Example, names: Iterable[str]) -> Operatio
         return change.commit()
 
 
-def listed_names(names: Iterable[str]) -> list[str]:
+def listed_names(names: str | Iterable[str]) -> list[str]:
     """Names of connections, of which there has to be one; a lone name is a list of one.
 
     Raises:
         SkipwayError: it is no list of names, or an empty one.
     """
-    found = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else []
-    if not found:
-        raise SkipwayError(
-            f"names={names!r}: the rule is names of connections, at least one; chain(model, example) lists them"
-        )
-    return found
+    listed = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else []
+    fits = bool(listed) and all(isinstance(name, str) for name in listed)
+    rule = "names of connections, at least one; chain(model, example) lists them"
+    check_rule("names", names, fits, rule)
+    return listed
 
 
+@check_call
 def influence(model: nn.Module, example: Example, score: Score | None = None) -> dict[str, float]:
     """Return how much each block that can be left out matters, least first; the model is left alone.
 
@@ -157,6 +159,7 @@ def leave_out(change: Transaction, name: str, survey: BlockSurvey) -> None:
     change.set_submodule(name, Skipped(block, survey.calls[name], survey.forms[name]))
 
 
+@check_call
 def shorten(model: nn.Module, example: Example, to: int, score: Score | None = None) -> Operation:
     """Leave out the blocks of least influence until `to` of those that can be left out remain, in place.
 
@@ -179,7 +182,7 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
         SkipwayError: fewer blocks can be left out than asked for; the model is as before.
     """
     model, example = require_values(model, "shorten"), as_example(example)
-    check_whole("to", to)
+    check_rule("to", to, is_whole(to), "a whole number of blocks")
     survey = find_blocks(model, example)
     measured = measure_influence(model, example, score, survey)
     check_range("to", to, 0, len(measured), f"{type(model).__name__} has {{}} blocks that can be left out", survey)
@@ -235,6 +238,7 @@ def take_out(change: Transaction, survey: BlockSurvey, container: str, names: Se
     return "an identity is in its place, so that other keys stay"
 
 
+@check_call
 def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e-5) -> Operation:
     """Insert a copy after each of `by` blocks, evenly spread, that starts as the identity: what its branches end in is
     0, in place.
@@ -257,7 +261,8 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
             identity); the model is as before.
     """
     model, example = require_values(model, "deepen"), as_example(example)
-    check_whole("by", by)
+    check_rule("by", by, is_whole(by), "a whole number of blocks")
+    check_tolerance("tolerance", tolerance)
     program = watch(model, example)
     survey = find_blocks(model, example, program)
     blocks = list(survey.calls)
@@ -284,12 +289,6 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
                 f"{problem}"
             ) from problem
         return change.commit()
-
-
-def check_whole(name: str, value: int) -> None:
-    """Refuse a number of blocks that is no whole number."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise SkipwayError(f"{name}={value!r}: the rule is a whole number of blocks")
 
 
 def check_range(name: str, value: int, least: int, most: int, what: str, survey: BlockSurvey) -> None:

@@ -15,10 +15,12 @@ from skipway.surgery.preconditions import require_operable
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.tracing import Example, as_example, watch
 from skipway.tracing.chain import chain_from_program
+from skipway.validation import check_call, check_tolerance
 
 __all__ = ["fold_gains"]
 
 
+@check_call
 def fold_gains(model: nn.Module, example: Example, *, tolerance: float = 1e-5) -> Operation:
     """Multiply the gains, constants and standardisations that operations inserted into somebody's network into the
     preceding weights, for inference, in place: W ← g W, b ← g b. (`remove_norm(…, how="fold")` does it with
@@ -48,6 +50,7 @@ def fold_gains(model: nn.Module, example: Example, *, tolerance: float = 1e-5) -
     True
     """
     model, example = require_operable(model), as_example(example)
+    check_tolerance("tolerance", tolerance)
     names = [name for name, module in model.named_modules() if has_slots(module)]
     if not names:
         raise SkipwayError(

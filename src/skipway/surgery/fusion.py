@@ -25,7 +25,8 @@ from skipway.nn import (
     ScaledStandardLinear,
 )
 from skipway.tracing.module_state import copy_module
-from skipway.tracing.watch import unwrap
+from skipway.tracing.watch import require_module
+from skipway.validation import check_call
 
 __all__ = ["Fusion", "fuse", "fuse_with_report"]
 
@@ -87,6 +88,7 @@ class Affine:
     norm: bool = False
 
 
+@check_call
 def fuse(model: M) -> M:
     """Return a new network for inference: BatchNorm, LayerScale, SkipInit and other gains multiplied into neighbouring
     weights. The model itself is left alone.
@@ -141,7 +143,7 @@ def fuse_with_report(model: M) -> Fusion[M]:
     >>> done.fused["stages.0.0.branch.norm1"], done.kept["stages.0.0.pre.norm"]
     ('stages.0.0.branch.conv1', 'no map or norm right before it')
     """
-    unwrap(model)  # refuses what is no module
+    require_module(model)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise SkipwayError(
             f"{type(model).__name__} is on the meta device: there are no values to fuse; load weights first"

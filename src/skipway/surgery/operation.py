@@ -13,6 +13,7 @@ from torch import nn
 from skipway.errors import SkipwayError
 from skipway.surgery.parameter_values import ParameterValues
 from skipway.tracing.restoration import run_to_end
+from skipway.validation import check_call, check_flag, check_rule
 
 __all__ = ["Journal", "Operation", "abbreviate", "undo"]
 
@@ -125,6 +126,7 @@ class Operation:
             SkipwayError: the operation was undone already, another one came later and has to be undone first, or
                 parameters were trained since that would be lost or no longer go together.
         """
+        check_flag("force", force)
         if self.undone:
             raise SkipwayError(f"{self.title!r} was undone already; repeat the operation to have it again")
         if later := self.journal.later(self.model):
@@ -165,12 +167,11 @@ class Operation:
     __repr__ = __str__
 
 
+@check_call
 def undo(operation: Operation, *, force: bool = False) -> nn.Module:
     """Put a model back, in place, as it was before an operation; see `Operation.undo`."""
-    if not isinstance(operation, Operation):
-        raise SkipwayError(
-            f"operation={type(operation).__name__}: the rule is the Operation that rescheme and the others return"
-        )
+    rule = "the Operation that rescheme and the others return"
+    check_rule("operation", operation, isinstance(operation, Operation), rule)
     return operation.undo(force=force)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -14,13 +15,14 @@ from skipway.surgery.preconditions import refuse_branching, require_operable
 from skipway.surgery.rescheme import rescheme
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.tracing import Example, Program, as_example, call_model, preserved_state, watch
-from skipway.validation import check_choice
+from skipway.validation import check_call, check_choice, check_flag, check_tolerance
 
 __all__ = ["remove_norm"]
 
 How = Literal["fold", "skipinit", "normfree"]
 
 
+@check_call
 def remove_norm(
     model: nn.Module, example: Example, how: How = "skipinit", *, calibrate: bool = False, tolerance: float = 1e-4
 ) -> Operation:
@@ -57,8 +59,10 @@ def remove_norm(
     >>> model[1]
     Identity()
     """
-    check_choice("how", how, get_args(How))
     model, example = require_operable(model), as_example(example)
+    check_choice("how", how, get_args(How))
+    check_flag("calibrate", calibrate)
+    check_tolerance("tolerance", tolerance)
     norms = norms_with_statistics(model)
     refuse_branching(model, example, "remove_norm")
     title = f"{type(model).__name__} freed of {len(norms)} BatchNorms ({how})"
@@ -70,7 +74,7 @@ def remove_norm(
         for name in norms:
             change.touched[name] = replace_norm(change, name, preceding_map(model, program, name))
         if how != "fold":
-            change.refused.update(rescheme(model, example, how, tolerance=tolerance).refused)
+            change.refused.update(rescheme(model, example, how, tolerance=math.inf).refused)  # compared below
         return change.commit()
 
 

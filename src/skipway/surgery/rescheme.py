@@ -24,13 +24,14 @@ from skipway.surgery.transfer import branch_parts, has_global_start, insert_part
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, Program, as_example, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
-from skipway.validation import check_choice
+from skipway.validation import check_call, check_choice, check_tolerance
 
 __all__ = ["Start", "rescheme"]
 
 Start = Literal["identity", "divide", "scheme"]
 
 
+@check_call
 def rescheme(
     model: nn.Module,
     example: Example,
@@ -88,9 +89,10 @@ def rescheme(
     >>> "dropout1.residual_scale.gain" in layer.state_dict()
     True
     """
-    check_choice("start", start, get_args(Start))
-    dressing = parse_scheme(scheme)
     model, example = require_operable(model), as_example(example)
+    check_choice("start", start, get_args(Start))
+    check_tolerance("tolerance", tolerance)
+    dressing = parse_scheme(scheme)
     program = watch(model, example)
     chain = require_connections(chain_from_program(model, program))
     drops = any(dressing.drop(connection.site) is not None for connection in chain)

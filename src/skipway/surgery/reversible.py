@@ -24,11 +24,12 @@ from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
-from skipway.validation import check_tolerance
+from skipway.validation import check_call, check_tolerance
 
 __all__ = ["reversible"]
 
 
+@check_call
 def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -> Operation:
     """Run blocks that follow one another on two streams, and compute their inputs again from their outputs in the
     backward pass, in place: the memory kept for it does not grow with the number of blocks.
@@ -82,8 +83,8 @@ def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -
     >>> operation.report["bytes after"] < 0.4 * operation.report["bytes before"]
     True
     """
-    check_tolerance("tolerance", tolerance)
     model, example = require_values(model, "reversible"), as_example(example)
+    check_tolerance("tolerance", tolerance)
     rows, refused = reversible_rows(model, example)
     bytes_before = saved_bytes(model, example)
     with transaction(model, example, title=f"{type(model).__name__} made reversible") as change:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from skipway.errors import SkipwayError
+from skipway.validation import check_rule
 
 __all__ = ["Score", "ScoreError", "checked_score"]
 
@@ -23,10 +24,11 @@ def checked_score(score: Score) -> Score:
     """A score whose values are checked.
 
     Raises:
-        ScoreError: it cannot be called, or, when called, returns no finite number.
+        SkipwayError: it cannot be called.
+        ScoreError: when called, it returns no finite number.
     """
-    if not callable(score):
-        raise ScoreError(f"score={score!r}: the rule is a function of a model that returns a number, higher is better")
+    rule = "a function of a model that returns a number, higher is better"
+    check_rule("score", score, callable(score), rule)
 
     def measure(model: nn.Module) -> float:
         value = score(model)

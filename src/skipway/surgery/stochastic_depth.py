@@ -21,10 +21,12 @@ from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, as_example
 from skipway.tracing.arguments import Path, exchange_at, item_at, path_text, tensor_paths
+from skipway.validation import check_call, check_flag, check_rule, is_number
 
 __all__ = ["skip_compute"]
 
 
+@check_call
 def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: bool = True) -> Operation:
     """Let blocks of any network skip a share of the samples in training, in place: stochastic depth that saves time.
 
@@ -53,9 +55,10 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     >>> [round(block.skipped, 3) for block in model.layers]
     [0.125, 0.25, 0.375, 0.5]
     """
-    if not isinstance(rate, int | float) or not 0 < rate < 1:
-        raise SkipwayError(f"rate={rate!r}: the rule is a share of samples between 0 and 1, 0.1 for example")
     model, example = require_values(model, "skip_compute"), as_example(example)
+    fits = is_number(rate, 0) and 0 < rate < 1
+    check_rule("rate", rate, fits, "a share of samples between 0 and 1, 0.1 for example")
+    check_flag("rising", rising)
     title = f"{type(model).__name__} skips up to {rate:g} of its blocks' samples"
     calls = require_blocks(model, example).calls
     refuse_branching(model, example, "skip_compute", blocks=calls)

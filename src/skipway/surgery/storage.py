@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from skipway.errors import CheckpointError
 from skipway.surgery.operation import Operation
 from skipway.surgery.rescheme import Start, rescheme
 from skipway.tracing import Example
+from skipway.validation import check_call, check_choice, check_rule, is_whole
 from skipway.weights import load
 from skipway.zoo import LoadedModel, ModelRequest, load_model
 
@@ -46,6 +47,14 @@ class Description:
     start: Start = "identity"
     options: Mapping[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("model", "scheme"):
+            check_rule(name, getattr(self, name), isinstance(getattr(self, name), str), "a text")
+        sides = isinstance(self.input, tuple) and all(is_whole(side, 1) for side in self.input)
+        check_rule("input", self.input, sides, "whole numbers, the shape of one sample")
+        check_choice("start", self.start, get_args(Start))
+        check_rule("options", self.options, isinstance(self.options, Mapping), "options by their names")
+
     @classmethod
     def read(cls, text: str) -> Description:
         """Read a description from JSON.
@@ -53,15 +62,20 @@ class Description:
         Raises:
             CheckpointError: it is no JSON, or has other fields.
         """
+        known = {each.name for each in fields(cls)}
         try:
-            values: dict[str, Any] = json.loads(text)
-            values["input"] = tuple(values["input"])
-            return cls(**values)
-        except (ValueError, TypeError, KeyError) as problem:
-            known = ", ".join(each.name for each in fields(cls))
+            values: Any = json.loads(text)
+        except ValueError as problem:
+            raise CheckpointError(f"{DESCRIPTION} does not describe a network: it is no JSON ({problem})") from problem
+        given = set(values) if isinstance(values, dict) else set()
+        if not {"model", "scheme", "input", "skipway"} <= given <= known:
             raise CheckpointError(
-                f"{DESCRIPTION} does not describe a network ({problem}); its fields are {known}"
-            ) from problem
+                f"{DESCRIPTION} does not describe a network: it holds {', '.join(sorted(given)) or 'no fields'}; its "
+                f"fields are {', '.join(sorted(known))}"
+            )
+        shape = values["input"]
+        values["input"] = tuple(shape) if isinstance(shape, list) else shape
+        return cls(**values)
 
     @property
     def request(self) -> ModelRequest:
@@ -83,6 +97,7 @@ def example_of(loaded: LoadedModel) -> Example:
     return batch[0] if pair else batch
 
 
+@check_call
 def rebuild(folder: str | Path) -> nn.Module:
     """Build the network that `skipway rescheme … -o folder` wrote, in evaluation mode; returns a new one.
 
@@ -96,8 +111,8 @@ def rebuild(folder: str | Path) -> nn.Module:
         CheckpointError: a file is missing or damaged, or the weights do not fit.
         SkipwayError: the source is not there.
     """
-    if not isinstance(folder, str | Path):
-        raise CheckpointError(f"folder={folder!r}: the rule is the path of a folder that skipway rescheme wrote")
+    rule = "the path of a folder that skipway rescheme wrote"
+    check_rule("folder", folder, isinstance(folder, str | Path), rule)
     folder = Path(folder)
     path = folder / DESCRIPTION
     if not path.is_file():

@@ -31,6 +31,7 @@ from skipway.surgery.side_effects import version_of
 from skipway.surgery.verification import output_gap, outputs
 from skipway.tracing import Example, as_example
 from skipway.tracing.containers import tensors_in
+from skipway.tracing.watch import require_module
 from skipway.validation import check_tolerance
 
 __all__ = ["Transaction", "transaction"]
@@ -297,6 +298,7 @@ def transaction(
     >>> model[1], operation.undo()[1]
     (Identity(), ReLU())
     """
+    model = require_module(model)
     if tolerance is not None:
         check_tolerance("tolerance", tolerance)
     example = None if example is None else as_example(example)

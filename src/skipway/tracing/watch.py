@@ -26,7 +26,7 @@ from skipway.tracing.program import Program, Value
 from skipway.tracing.restoration import preserved_state
 from skipway.tracing.sums import StackedAxis, Term, is_addition, number_of, terms_of
 
-__all__ = ["copy_to_meta", "unwrap", "watch"]
+__all__ = ["copy_to_meta", "require_module", "unwrap", "watch"]
 
 # they take the shape of a tensor and not its values
 FACTORIES = frozenset(
@@ -89,12 +89,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     >>> unwrap(torch.compile(network)) is network
     True
     """
-    if not isinstance(model, nn.Module):
-        made = " (an instance of it, not the class)" if isinstance(model, type) else ""
-        raise SkipwayError(
-            f"model={getattr(model, '__name__', None) or repr(model):.60}: the rule is a torch.nn.Module{made}; a "
-            "network by name is made by skipway.build"
-        )
+    require_module(model)
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -102,6 +97,21 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def require_module(model: nn.Module) -> nn.Module:
+    """Return what was given, if it is a module.
+
+    Raises:
+        SkipwayError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        made = " (an instance of it, not the class)" if isinstance(model, type) else ""
+        raise SkipwayError(
+            f"model={getattr(model, '__name__', None) or repr(model):.60}: the rule is a torch.nn.Module{made}; a "
+            "network by name is made by skipway.build"
+        )
+    return model
 
 
 def refuse_scripted(model: nn.Module) -> None:
