@@ -82,7 +82,7 @@ def test_a_network_of_ours(tmp_path, capsys):
     ("arguments", "status", "message"),
     [
         (["nets.py:plain", "--scheme", "layerscale"], 2, "has no residual connection"),
-        (["nets.py:make", "--scheme", "fixup"], 2, "cannot be put on from outside"),
+        (["nets.py:make", "--scheme", "fixup"], 2, "cannot be added to a network"),
         (["nets.py:make", "--scheme", "layerscal"], 2, "unknown scheme"),
         (["nets.py:make", "--scheme", "layerscale", "--input", "6;3"], 2, "the rule is whole numbers"),
         (["nets.py:make", "--scheme", "layerscale", "--weights", "w.safetensors"], 4, "there is no such file"),

@@ -458,7 +458,7 @@ def test_no_connection_says_what_was_looked_at():
 def test_schemes_of_another_structure_are_refused(scheme):
     model, x, _ = made("in place")
     keys, types = state(model), kinds(model)
-    with pytest.raises(SkipwayError, match=r"cannot be put on from outside|inserts nothing after a branch"):
+    with pytest.raises(SkipwayError, match=r"cannot be added to a network|inserts nothing after a branch"):
         rescheme(model, x, scheme)
     assert_same(model, keys, types)
 

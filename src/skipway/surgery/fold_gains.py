@@ -117,7 +117,7 @@ def fold_into_weight(change: Transaction, host: nn.Module, inserted: nn.Module |
         host = host.out_proj
     weight = host.weight
     if not computes_like(host, (*MAPS, *NORMS)) or not isinstance(weight, Tensor):
-        raise SkipwayError(f"a {type(host).__name__} has no weight that could take it")
+        raise SkipwayError(f"no weight of {type(host).__name__} could take it")
     effects = [] if slot == WEIGHT else channel_effects(inserted, slot)
     if any(effect.scale.ndim and effect.scale.shape != weight.shape[:1] for effect in effects):
         raise SkipwayError("it has another number of channels")

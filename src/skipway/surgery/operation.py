@@ -17,8 +17,8 @@ from skipway.validation import check_call, check_flag, check_rule
 
 __all__ = ["Journal", "Operation", "abbreviate", "undo"]
 
-LINES = 8
-"""Reasons and numbers that are printed of one operation."""
+LINES, GROUPS = 8, 4
+"""Numbers, and groups of names with one reason, that are printed of one operation."""
 
 
 @dataclass(eq=False)
@@ -156,15 +156,21 @@ class Operation:
         numbers = [f"{name} {value:.3g}" for name, value in islice(self.report.items(), LINES)]
         numbers += [f"{len(self.report) - LINES} numbers more in report"] * (len(self.report) > LINES)
         head = f"{self.title}: {len(self.touched)} changed" + (f"; {', '.join(numbers)}" if numbers else "")
-        names: dict[str, list[str]] = {}
-        for name, reason in self.refused.items():
-            names.setdefault(reason, []).append(name or "the model")
-        lines = [f"  left alone: {abbreviate(names[reason])}: {reason}" for reason in islice(names, LINES)]
-        lines += [f"  {len(names) - LINES} reasons more in refused"] * (len(names) > LINES)
-        compared = [f"  checked: {name}: {words}" for name, words in self.verified.items()]
-        return "\n".join([head, *lines, *compared, *(["  it was undone"] if self.undone else [])])
+        checked = [f"  checked: {name}: {words}" for name, words in self.verified.items()]
+        back = "it was undone" if self.undone else "undo: operation.undo() puts the model back"
+        changed, left = grouped("changed", self.touched, "touched"), grouped("left alone", self.refused, "refused")
+        return "\n".join([head, *changed, *left, *checked, f"  {back}"])
 
     __repr__ = __str__
+
+
+def grouped(what: str, names: Mapping[str, str], attribute: str) -> list[str]:
+    """Lines with the names for each reason, however many there are; the rest is in an attribute of the operation."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in names.items():
+        groups.setdefault(reason, []).append(name or "the model")
+    lines = [f"  {what}: {abbreviate(groups[reason])}: {reason}" for reason in islice(groups, GROUPS)]
+    return lines + [f"  {what}: and {len(groups) - GROUPS} more, in operation.{attribute}"] * (len(groups) > GROUPS)
 
 
 @check_call

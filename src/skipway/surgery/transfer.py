@@ -92,7 +92,7 @@ def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program
     """
 
     def refuse(need: str) -> SkipwayError:
-        return SkipwayError(f"{scheme} means {need}, which cannot be put on from outside")
+        return SkipwayError(f"{scheme} means {need}, which cannot be added to a network that exists already")
 
     site, seen = connection.site, connection.seen
     norms: dict[str, tuple[Part, ...]] = dict.fromkeys(seen.norms, ("norm",))
