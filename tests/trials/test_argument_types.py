@@ -89,7 +89,7 @@ def test_a_model_is_a_module(name, model):
         (lambda: lesion(network(), X, 5), "names=5: the rule is names of connections"),
         (lambda: lesion(network(), X, None), "names=None: the rule is names of connections"),
         (lambda: lesion(network(), X, []), "names=[]: the rule is names of connections"),
-        (lambda: lesion(network(), X, [5]), "connection 5 is unknown"),
+        (lambda: lesion(network(), X, [5]), "names=[5]: the rule is names of connections"),
         (lambda: skip_compute(network(), X, "half"), "rate='half': the rule is a share"),
         (lambda: skip_compute(network(), X, None), "rate=None: the rule is a share"),
         (lambda: skip_compute(network(), X, [0.5]), "rate=[0.5]: the rule is a share"),
@@ -101,7 +101,7 @@ def test_a_model_is_a_module(name, model):
         (lambda: reversible(network(), X, tolerance="a"), "tolerance='a': the rule is a number of at least 0"),
         (lambda: reversible(network(), X, tolerance=float("nan")), "tolerance=nan: the rule is a number of at least 0"),
         (lambda: deepen(network(), X, 1, tolerance=-1), "tolerance=-1: the rule is a number of at least 0"),
-        (lambda: undo(5), "operation=int: the rule is the Operation"),
+        (lambda: undo(5), "operation=5: the rule is the Operation"),
         (lambda: influence(network(), X, score=5), "score=5: the rule is a function"),
         (
             lambda: influence(network(), X, score=lambda m: None),

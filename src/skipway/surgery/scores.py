@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.validation import check_rule
@@ -33,11 +33,11 @@ def checked_score(score: Score) -> Score:
     def measure(model: nn.Module) -> float:
         value = score(model)
         try:
-            number = float(value)
+            number = float(value.detach() if isinstance(value, Tensor) else value)
         except (TypeError, ValueError, RuntimeError):
             number = math.nan
         if not math.isfinite(number):
-            raise ScoreError(f"score(model) returned {value!r}: the rule is a finite number, higher is better")
+            raise ScoreError(f"score(model) returned {value!r:.60}: the rule is a finite number, higher is better")
         return number
 
     return measure
