@@ -44,7 +44,7 @@ ALL = {
     "square roots": lambda m, x: checkpointed(m, x, "squareroot"),
     "gains, then kernels": lambda m, x: (rescheme(m, x, "layerscale"), sw.accelerate(m, x)),
     "kernels, then gains": lambda m, x: (sw.accelerate(m, x), rescheme(m, x, "layerscale")),
-    "samples, then copies": lambda m, x: (skip_compute(m, x, 0.5), deepen(m, x, 1)),
+    "copies, then samples": lambda m, x: (deepen(m, x, 1), skip_compute(m, x, 0.5)),
     "copies, then segments": lambda m, x: (deepen(m, x, 1), checkpointed(m, x, 2)),
 }
 
