@@ -23,7 +23,7 @@ __all__ = [
     "check_rule",
     "check_tolerance",
     "check_whole",
-    "is_number",
+    "is_real",
     "is_whole",
 ]
 
@@ -36,7 +36,7 @@ SHOWN = 60
 def check_rule(argument: str, value: object, fits: bool, rule: str) -> None:
     """Raise unless `value` fits the rule, which is given in words; all other checks are cases of this one.
 
-    >>> check_rule("rate", "0.1", is_number("0.1"), "a number between 0 and 1")
+    >>> check_rule("rate", "0.1", is_real("0.1"), "a number between 0 and 1")
     Traceback (most recent call last):
     skipway.errors.SkipwayError: rate='0.1': the rule is a number between 0 and 1
     """
@@ -48,10 +48,10 @@ def check_rule(argument: str, value: object, fits: bool, rule: str) -> None:
         raise SkipwayError(f"{shown}: the rule is {rule}")
 
 
-def is_number(value: object, least: float = -math.inf) -> bool:
+def is_real(value: object, least: float = -math.inf) -> bool:
     """Whether a value is a number of at least `least`: True and False are none, and nan is none.
 
-    >>> is_number(0.5), is_number(0.5, 1), is_number(True), is_number(math.nan), is_number("1")
+    >>> is_real(0.5), is_real(0.5, 1), is_real(True), is_real(math.nan), is_real("1")
     (True, False, False, False, False)
     """
     return isinstance(value, Real) and not isinstance(value, bool) and value >= least  # type: ignore[operator]
@@ -63,7 +63,7 @@ def is_whole(value: object, least: float = -math.inf) -> bool:
     >>> is_whole(2, 1), is_whole(0, 1), is_whole(2.0), is_whole(True)
     (True, False, False, False)
     """
-    return isinstance(value, Integral) and is_number(value, least)
+    return isinstance(value, Integral) and is_real(value, least)
 
 
 def check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -79,14 +79,14 @@ def check_flag(argument: str, value: object) -> None:
 
 def check_finite(argument: str, value: object, *, also: str | None = None) -> None:
     """Raise unless `value` is a finite number, or the word that stands for the scheme's depth rule."""
-    fits = is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+    fits = is_real(value) and math.isfinite(value)  # type: ignore[arg-type]
     named = also is not None and isinstance(value, str) and value == also
     check_rule(argument, value, fits or named, f"a finite number{f' or {also!r}' if also else ''}")
 
 
 def check_positive(argument: str, value: object) -> None:
     """Raise unless `value` > 0."""
-    check_rule(argument, value, is_number(value, 0) and value != 0, bound(value, f"{argument} > 0"))
+    check_rule(argument, value, is_real(value, 0) and value != 0, bound(value, f"{argument} > 0"))
 
 
 def check_fraction(argument: str, value: object) -> None:
@@ -96,7 +96,7 @@ def check_fraction(argument: str, value: object) -> None:
     Traceback (most recent call last):
     skipway.errors.SkipwayError: momentum=1.0: the rule is 0 <= momentum < 1
     """
-    fits = is_number(value, 0) and value < 1  # type: ignore[operator]
+    fits = is_real(value, 0) and value < 1  # type: ignore[operator]
     check_rule(argument, value, fits, bound(value, f"0 <= {argument} < 1"))
 
 
@@ -129,7 +129,7 @@ def check_least(argument: str, value: object, least: float) -> None:
     Traceback (most recent call last):
     skipway.errors.SkipwayError: warmup=-1: the rule is warmup >= 0
     """
-    check_rule(argument, value, is_number(value, least), bound(value, f"{argument} >= {least}"))
+    check_rule(argument, value, is_real(value, least), bound(value, f"{argument} >= {least}"))
 
 
 def check_tolerance(argument: str, value: object) -> None:
@@ -139,12 +139,12 @@ def check_tolerance(argument: str, value: object) -> None:
     Traceback (most recent call last):
     skipway.errors.SkipwayError: tolerance=nan: the rule is a number of at least 0, 1e-5 for example
     """
-    check_rule(argument, value, is_number(value, 0), "a number of at least 0, 1e-5 for example")
+    check_rule(argument, value, is_real(value, 0), "a number of at least 0, 1e-5 for example")
 
 
 def bound(value: object, rule: str) -> str:
     """A bound on a number, for the message about a value."""
-    return rule if is_number(value) else f"a number, {rule}"
+    return rule if is_real(value) else f"a number, {rule}"
 
 
 def check_call(function: Callable[P, R]) -> Callable[P, R]:

@@ -25,7 +25,7 @@ from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
-from skipway.validation import check_call, check_rule, check_whole, is_number, is_whole
+from skipway.validation import check_call, check_rule, check_whole, is_real, is_whole
 
 __all__ = ["Budget", "Every", "Segments", "SquareRoot", "checkpointed"]
 
@@ -108,7 +108,7 @@ class Budget(Segments):
     bytes: float
 
     def __post_init__(self) -> None:
-        fits = is_number(self.bytes, 0) and self.bytes != 0
+        fits = is_real(self.bytes, 0) and self.bytes != 0
         check_rule("bytes", self.bytes, fits, "a number above 0")
 
     def cut(self, rows: Sequence[RowCosts], rest: float) -> list[list[str]]:

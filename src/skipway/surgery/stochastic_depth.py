@@ -21,7 +21,7 @@ from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, as_example
 from skipway.tracing.arguments import Path, exchange_at, item_at, path_text, tensor_paths
-from skipway.validation import check_call, check_flag, check_rule, is_number
+from skipway.validation import check_call, check_flag, check_rule, is_real
 
 __all__ = ["skip_compute"]
 
@@ -56,7 +56,7 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     [0.125, 0.25, 0.375, 0.5]
     """
     model, example = require_values(model, "skip_compute"), as_example(example)
-    fits = is_number(rate, 0) and 0 < rate < 1
+    fits = is_real(rate, 0) and 0 < rate < 1
     check_rule("rate", rate, fits, "a share of samples between 0 and 1, 0.1 for example")
     check_flag("rising", rising)
     title = f"{type(model).__name__} skips up to {rate:g} of its blocks' samples"
