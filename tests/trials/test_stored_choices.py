@@ -5,6 +5,7 @@
 | B10 | 16-bit images around 2,000, trained with `grey16="minmax"` | one accuracy in training, evaluation, prediction |
 | every field | a value that is not the default for each field of `Preprocessing` | every file and reader has it |
 | A9 | weights whose file, folder or library states mean and deviation | inputs are scaled by them, and it is said |
+| A9 | weights equal to the fresh ones, as gains of norms often are | they count as loaded |
 | A9 | weights about which nothing is stated | a remark that names the options |
 | ONNX | the file's metadata alone, read with NumPy and Pillow | the inputs that the network was trained with |
 """
@@ -281,3 +282,12 @@ def test_numbers_that_cannot_be_are_refused(name, text, tmp_path):
         sw.Recipe(stripes(tmp_path / "images", 4), **{name: text}).data_choices() and sw.data.load(
             tmp_path / "images", **{name: sw.Recipe(**{name: text}).numbers(name)}
         )
+
+
+def test_equal_values_count_as_loaded():
+    from skipway.weights import load_state
+
+    network = sw.build("vit-tiny-16", image=32, classes=2)
+    report = load_state(network, network.state_dict(), names="skipway")
+    assert set(report.tensors) == set(network.state_dict())
+    assert report.fresh == []
