@@ -180,7 +180,7 @@ def test_control_flow_by_values():
         ({"lr": "fast"}, "lr='fast': the rule is a finite number"),
         ({"lr": True}, "lr=True: the rule"),
         ({"steps": 0}, "steps=0: the rule is steps >= 1"),
-        ({"steps": "x"}, "steps='x': the rule is steps >= 1"),
+        ({"steps": "x"}, "steps='x': the rule is a number, steps >= 1"),
         ({"warmup": -1}, "warmup=-1: the rule is warmup >= 0"),
         ({"weight_decay": math.nan}, "weight_decay=nan: the rule"),
         ({"seed": "a"}, "seed='a': the rule is a whole number"),
@@ -199,7 +199,8 @@ def test_arguments_of_diagnose(options, words):
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 @pytest.mark.parametrize("value", [-1, math.nan, "a", None])
 def test_arguments_of_param_groups(name, value):
-    with pytest.raises(sw.SkipwayError, match=rf"{name}={value!r}: the rule is {name} >= 0"):
+    kind = "" if value == -1 else "a number, "
+    with pytest.raises(sw.SkipwayError, match=rf"{name}={value!r}: the rule is {kind}{name} >= 0"):
         sw.param_groups(network(), **{"lr": 0.1, name: value})
 
 
