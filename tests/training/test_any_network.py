@@ -181,3 +181,82 @@ def test_names():
         *(True, True),
         *(False,) * 3,
     ]
+
+
+ODD = """
+import torch
+from torch import nn
+from net import Block
+
+class Net(nn.Module):
+    def __init__(self, form=None):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc, self.form = nn.Linear(8, 2), form
+
+    def forward(self, x):
+        features = self.trunk(x)
+        logits = self.fc(features)
+        if self.form == "named":
+            return {"aux": logits[:, :1], "logits": logits}
+        return (features, logits) if self.form == "tuple" else logits
+
+def named(): return Net("named")
+def pair(): return Net("tuple")
+def probabilities(): return nn.Sequential(Net(), nn.Softmax(1))
+def log_probabilities(): return nn.Sequential(Net(), nn.LogSoftmax(1))
+def wrapped(): return nn.DataParallel(Net())
+def frozen():
+    net = Net()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    return net
+"""
+
+
+@pytest.fixture(scope="module")
+def odd(file):
+    path = file.parent / "odd.py"
+    path.write_text(ODD)
+    return path
+
+
+def description(odd, name, classes=3):
+    return {"name": f"{odd}:{name}", "classes": classes, "channels": 3, "image": 32}
+
+
+def test_the_output_that_is_named_logits_is_taken(odd):
+    model = build_classifier(description(odd, "named"))
+    assert model.fc.out_features == 3
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pair", r"puts out 2 tensors in a tuple, none of them named 'logits'"),
+        ("probabilities", "puts out probabilities, and the loss takes the logits"),
+        ("log_probabilities", "puts out probabilities"),
+    ],
+)
+def test_outputs_that_are_no_logits_are_refused(odd, name, message):
+    with pytest.raises(SkipwayError, match=message):
+        build_classifier(description(odd, name))
+
+
+def test_wrappers_are_taken_off_and_frozen_networks_get_a_classifier_that_learns(odd):
+    assert not any(key.startswith("module.") for key in build_classifier(description(odd, "wrapped")).state_dict())
+    model = build_classifier(description(odd, "frozen"))
+    assert [name for name, each in model.named_parameters() if each.requires_grad] == ["fc.weight", "fc.bias"]
+
+
+def test_a_network_without_anything_to_train_is_refused(tmp_path, images, odd):
+    (odd.parent / "still.py").write_text(ODD.replace("nn.Linear(8, 2)", "nn.Linear(8, 3)"))
+    with pytest.raises(SkipwayError, match="requires_grad=False, so there is nothing to train"):
+        sw.train(recipe_for(images, f"{odd.parent / 'still.py'}:frozen", ema=None), tmp_path / "run")
+
+
+def test_a_new_classifier_on_a_trunk_is_remarked_upon(tmp_path, images, file):
+    notes = Notes()
+    sw.train(recipe_for(images, f"{file}:trunk", epochs=1), tmp_path / "run", reporter=notes)
+    assert any("a new one is put on its 8 features" in note for note in notes.notes)

@@ -377,3 +377,19 @@ def test_connections_are_found_in_both_modes():
     for training in (True, False):
         assert len(chain_from_program(net, watch(net, x, training=training))) == 12
     assert len(sw.diagnose(net, x, targets=torch.randint(3, (64,))).chain) == 12
+
+
+def test_a_sum_of_two_numbers_is_no_connection():
+    class Losses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(1, 1)
+
+        def forward(self, x):
+            x = x + self.a(x)
+            z = x.mean()
+            return z + self.b(z.view(1)).tanh().squeeze()
+
+    found = sw.chain(Losses(), torch.randn(8, 8))
+    assert len(found) == 1
+    assert [each.reason for each in found.refused] == ["scalar"]

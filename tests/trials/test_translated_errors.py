@@ -243,3 +243,18 @@ def test_progress_on_a_terminal():
         assert shown.count("diagnosing") == stream.isatty()
         counter.finish()
         assert stream.getvalue().endswith("\r\x1b[K") == stream.isatty()
+
+
+def test_optimizers_that_need_a_closure_or_other_gradients():
+    model, targets = network(), torch.zeros(16, dtype=torch.int64)
+    with pytest.raises(sw.SkipwayError, match="optimizer=LBFGS: its steps evaluate the loss again"):
+        sw.diagnose(model, X, targets=targets[: len(X)], optimizer=torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(sw.SkipwayError, match="optimizer=SparseAdam: its step fails"):
+        sw.diagnose(model, X, targets=targets[: len(X)], optimizer=torch.optim.SparseAdam(model.parameters()))
+
+
+def test_values_that_are_not_finite_are_the_examples_fault():
+    bad = X.clone()
+    bad.view(-1)[0] = math.nan
+    with pytest.raises(sw.SkipwayError, match="example with values that are not finite"):
+        sw.diagnose(network(), bad)

@@ -32,6 +32,7 @@ from skipway.optim.roles import parameter_roles
 from skipway.probes.objective import Loss
 from skipway.tracing import Example, as_batch, unwrap
 from skipway.tracing.chain import Chain, WatchedConnection
+from skipway.tracing.containers import tensors_in
 from skipway.tracing.foreign_errors import ForeignErrors
 from skipway.tracing.module_state import copy_module
 from skipway.tracing.paths import condense_paths
@@ -413,6 +414,12 @@ def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, ro
     return Treatment(model=case.model, settings=case.settings, applied=tuple(applied), before=diagnosis, after=current)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value of a tensor is known not to be finite."""
+    looked_at = tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_nested
+    return not looked_at or tensor.is_meta or bool(tensor.isfinite().all())
+
+
 def check_subject(subject: Subject) -> None:
     """Refuse, before anything runs, what cannot be diagnosed."""
     refuse_scripted(subject.model)
@@ -434,6 +441,9 @@ def check_subject(subject: Subject) -> None:
             f"model={type(subject.model).__name__}: on the meta device it has no values to measure; initialise it on a "
             "real device, or look at its connections alone: skipway.chain(model, example)"
         )
+    for name, given in (("example", subject.inputs), ("targets", subject.targets)):
+        if not all(map(is_finite, tensors_in(given))):
+            raise SkipwayError(f"{name} with values that are not finite: the rule is finite numbers")
     if subject.size < (4 if subject.terms >= 8 else 8):
         raise SkipwayError(
             f"example of {counted(subject.size, 'sample')}: the rule is at least 8 (4 sequences whose tokens have "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -129,6 +130,14 @@ def require_optimizers(given: Any) -> list[torch.optim.Optimizer]:
             f"optimizer={given if isinstance(given, str) else type(given).__name__}: the rule is one of "
             f"{', '.join(OPTIMIZERS)}, a torch optimizer, or a list of torch optimizers for parts of the model"
         )
+    for each in several:
+        closure = inspect.signature(type(each).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise SkipwayError(
+                f"optimizer={type(each).__name__}: its steps evaluate the loss again through a closure, which a "
+                "diagnosis does not; the rule is an optimizer that steps on given gradients, such as "
+                f"{', '.join(OPTIMIZERS)}"
+            )
     return several
 
 
@@ -145,7 +154,10 @@ class OptimizerParts:
 
     def step(self) -> None:
         for part in self.parts:
-            part.step()
+            try:
+                part.step()
+            except RuntimeError as error:
+                raise SkipwayError(f"optimizer={type(part).__name__}: its step fails: {error}") from error
 
 
 def fresh_copy(

@@ -17,11 +17,11 @@ from skipway.errors import SkipwayError, printable
 from skipway.models import build
 from skipway.surgery import replace_classifier, rescheme
 from skipway.surgery.class_factory import class_factory
-from skipway.surgery.classifier import find_classifiers
-from skipway.tracing import call_model, preserved_state
+from skipway.surgery.classifier import ends_in_softmax, find_classifiers
+from skipway.tracing import call_model, preserved_state, unwrap
 from skipway.zoo import ModelRequest, load_model, source_of
 
-__all__ = ["build_classifier", "is_ours"]
+__all__ = ["PooledClassifier", "build_classifier", "is_ours"]
 
 
 def is_ours(name: str) -> bool:
@@ -54,7 +54,12 @@ def build_classifier(description: Mapping[str, Any]) -> nn.Module:
         raise SkipwayError(f"{given}: options of Skipway's own networks, and model={printable(name)!r} is none")
     loaded = load_model(name, ModelRequest(shape=(channels, image, image)))
     example = torch.zeros(2, channels, image, image)
-    model = with_logits(loaded.model, loaded.argument, example, name)
+    model = with_logits(unwrap(loaded.model), loaded.argument, example, name)
+    if ends_in_softmax(model, example):
+        raise SkipwayError(
+            f"model={printable(name)!r} puts out probabilities, and the loss takes the logits before the softmax; "
+            "leave the softmax away"
+        )
     if find_classifiers(model, example):
         if count_outputs(model, example) != classes:
             replace_classifier(model, example, classes)
@@ -69,7 +74,7 @@ def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: s
     """Let a model take images as its only argument and return one tensor, in place; state-dict names stay.
 
     Raises:
-        SkipwayError: it does not run on such images.
+        SkipwayError: it does not run on such images, or puts out several tensors of which none is named logits.
     """
     try:
         outputs = []
@@ -82,6 +87,13 @@ def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: s
             f"model={printable(name)!r} does not run on images of {shape}: {printable(str(error))}; give the size and "
             "channels that it takes"
         ) from error
+    evaluated = outputs[0]
+    tensors = [leaf for leaf in tree_flatten(evaluated)[0] if isinstance(leaf, Tensor)]
+    if not isinstance(evaluated, Tensor) and named_tensor(evaluated) is None and len(tensors) != 1:
+        raise SkipwayError(
+            f"model={printable(name)!r} puts out {len(tensors)} tensors in a {type(evaluated).__name__}, none of them "
+            "named 'logits'; return the logits alone, or a mapping with 'logits'"
+        )
     if argument is not None or not all(isinstance(output, Tensor) for output in outputs):
         model.__class__ = first_output_class(type(model), argument)
     return model
@@ -89,16 +101,26 @@ def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: s
 
 @class_factory
 def first_output_class(kind: type[nn.Module], argument: str | None) -> tuple[str, dict[str, Any]]:
-    """A subclass of `kind` that takes images and returns the first tensor that `kind` puts out.
+    """A subclass of `kind` that takes images and returns the tensor of its output that is named logits, or the first.
 
     transformers put out dataclasses, GoogLeNet and Inception the scores of their auxiliary classifiers in training.
     """
 
     def forward(self: nn.Module, images: Tensor) -> Tensor:
         output = kind.forward(self, images) if argument is None else kind.forward(self, **{argument: images})
-        return first_tensor(output)
+        named = named_tensor(output)
+        return first_tensor(output) if named is None else named
 
     return f"{kind.__name__}Logits", {"forward": forward}
+
+
+def named_tensor(output: Any) -> Tensor | None:
+    """The logits, or the tokens of a trunk, in an output that has names."""
+    for name in ("logits", "last_hidden_state"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    return None
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -16,7 +16,7 @@ from skipway.surgery.verification import outputs
 from skipway.tracing import Example, Program, Value, as_example, watch
 from skipway.validation import check_call, check_whole
 
-__all__ = ["INITIAL_DEVIATION", "find_classifiers", "replace_classifier"]
+__all__ = ["INITIAL_DEVIATION", "ends_in_softmax", "find_classifiers", "replace_classifier"]
 
 INITIAL_DEVIATION = 0.01
 """Standard deviation of fresh weights: the first probabilities are nearly equal, so the first loss is close to ln K."""
@@ -50,16 +50,31 @@ def find_classifiers(model: nn.Module, example: Example) -> list[str]:
     scores = outputs(model, example)[:1]
     if not scores or scores[0].ndim != 2 or getattr(model, "num_classes", None) == 0:
         return []
-    program, shape = watch(model, example), tuple(scores[0].shape)
-    ends = [value for value in program.values if value.signal and value.shape == shape and not users(program, value)]
-    maps = closing_maps(program, ends[-1]) if ends else []
+    program = watch(model, example)
+    end = output_value(program)
+    maps = [] if end is None else closing_maps(program, end)
     owners = dict.fromkeys(program.weight_owner(value) for value in maps)
-    return [name for name in owners if class_axis(model.get_submodule(name), shape[1]) is not None]
+    return [name for name in owners if class_axis(model.get_submodule(name), scores[0].shape[1]) is not None]
 
 
-def users(program: Program, value: Value) -> list[int]:
-    """The signals that are computed from a value."""
-    return [user for user in program.users[value.number] if program[user].signal]
+def ends_in_softmax(model: nn.Module, example: Example) -> bool:
+    """Whether what a model puts out is made by a softmax, or its logarithm; the model is left alone.
+
+    >>> import torch
+    >>> ends_in_softmax(nn.Sequential(nn.Linear(2, 3), nn.Softmax(1)), torch.zeros(1, 2))
+    True
+    """
+    program = watch(require_operable(model), as_example(example))
+    end = output_value(program)
+    while end is not None and end.part == "carry" and program.signals(end):
+        end = program[program.signals(end)[0]]
+    return end is not None and end.part == "softmax"
+
+
+def output_value(program: Program) -> Value | None:
+    """The output of the model, or its first."""
+    number = next(iter(program.returned.get("", {}).values()), None)
+    return None if number is None else program[number]
 
 
 def closing_maps(program: Program, end: Value) -> list[Value]:
@@ -153,7 +168,7 @@ def replace_one(change: Transaction, name: str, old: int, classes: int) -> None:
         values = parameter.new_zeros(shape)
         if leaf == "weight":
             values.normal_(std=INITIAL_DEVIATION)
-        fresh._parameters[leaf] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        fresh._parameters[leaf] = nn.Parameter(values)  # to be trained, in a frozen network too
     for attribute in ("out_features", "out_channels", "nf"):
         if getattr(fresh, attribute, None) == old:
             setattr(fresh, attribute, classes)

@@ -105,6 +105,8 @@ class AddClassifier(Walker):
         first, second = value.operands
         if first == second:
             return "parallel"
+        if not value.shape:
+            return "scalar"
         if value.number in self.into_softmax:
             return "attention"
         if self.positional[first] != self.positional[second]:

@@ -23,6 +23,7 @@ Reason = Literal[
     "gated",
     "selected",
     "joined",
+    "scalar",
     "unrelated",
     "unknown",
 ]
@@ -41,6 +42,7 @@ REASONS: dict[Reason, str] = {
     "gated": "the carried side is multiplied by a gate that depends on the input, as in a Highway network or a GRU",
     "selected": "one side replaces the other at some positions, and nothing is added",
     "joined": "tensors that were stacked are summed, and with which weights cannot be told",
+    "scalar": "a sum of two numbers, such as parts of a loss",
     "unrelated": "neither side carries a tensor that the other was computed from",
     "unknown": "joins two signals of one shape, and whether it adds them is not known",
 }

@@ -21,7 +21,7 @@ from skipway.data import Data, load
 from skipway.data.data_config import find_class_names, find_data_config
 from skipway.data.randomness import draw_key
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell, spelling
-from skipway.inference.network import build_classifier, is_ours
+from skipway.inference.network import PooledClassifier, build_classifier, is_ours
 from skipway.inference.published_weights import find_published_weights, is_pretrained
 from skipway.models import find_config
 from skipway.monitor.health import Health
@@ -78,8 +78,8 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         name: path.resolve() for name, path in paths.items() if path is not None and path.exists()
     }
     if recipe.model is not None and source_of(recipe.model)[0].library is None:
-        file, _, attribute = recipe.model.rpartition(":")
-        resolved["model"] = f"{Path(file).resolve()}:{attribute}"
+        file, colon, attribute = recipe.model.partition(".py")
+        resolved["model"] = f"{Path(file + colon).resolve()}{attribute}"
     return replace(recipe, **resolved)
 
 
@@ -186,6 +186,11 @@ def build_run(
     """Build network, optimizer and everything else of a run on the device."""
     torch.manual_seed(draw_key(recipe.seed, "weights"))
     model = build_classifier({"name": recipe.model, **model_options(recipe, data)})
+    if isinstance(model, PooledClassifier):
+        features = f"{model.classifier.in_features:,} features"
+        reporter.message("note", f"no classifier is found in {recipe.model}: a new one is put on its {features}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SkipwayError(f"all parameters of {recipe.model} have requires_grad=False, so there is nothing to train")
     example = data.preprocessing.example.expand(2, -1, -1, -1)
     if recipe.weights is not None:
         notes = lambda sentence: reporter.message("note", sentence)  # noqa: E731

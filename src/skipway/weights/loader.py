@@ -237,6 +237,9 @@ def load_state(
     with torch.no_grad():
         for key, tensor in ready.items():
             own[key].copy_(tensor)
+    odd = [key for key, tensor in ready.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    if odd and not own[odd[0]].is_meta:
+        report.remarks.append(f"values that are not finite, in {counted(len(odd), 'tensor')}: {cut(odd)}")
     for sentence in report.remarks:
         remark(sentence)
     return report
