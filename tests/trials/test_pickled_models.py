@@ -133,12 +133,12 @@ def test_a_metaclass():
 
 
 class Pairs(Net):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         y = super().forward(x)
-        return y, y + 1
+        return {"aux": y + 1, "logits": y}
 
 
-def test_a_first_output():
+def test_an_output_taken_by_its_name():
     model = with_logits(Pairs().eval(), None, X, "nets.py:Pairs").eval()
     rescheme(model, X, "layerscale")
     twin = pickle.loads(pickle.dumps(model))
