@@ -16,6 +16,7 @@ __all__ = [
     "MissingExtraError",
     "SkipwayError",
     "counted",
+    "first_line",
     "printable",
     "spell",
     "spelling",
@@ -71,6 +72,15 @@ def printable(name: str | Path) -> str:
     'café\\x1b[31m'
     """
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
+
+
+def first_line(error: BaseException, most: int | None = None) -> str:
+    r"""The first line of a foreign error's message, cut to so many letters, or its class if it has none.
+
+    >>> first_line(ValueError("no such file\nC++ stack:")), first_line(TimeoutError())
+    ('no such file', 'TimeoutError')
+    """
+    return (str(error) or type(error).__name__).splitlines()[0][:most]
 
 
 def counted(count: int, thing: str, things: str = "") -> str:

@@ -31,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from skipway.data.content import describe_content, describe_raw, image_format
 from skipway.data.fit import ChooseBox, Fit, Resample, central_share, fit_square
 from skipway.data.jpeg import jpeg_pixels, jpeg_reduction
-from skipway.errors import DataError, printable
+from skipway.errors import DataError, first_line, printable
 
 __all__ = [
     *(
@@ -296,7 +296,7 @@ def describe_fault(content: bytes, error: Exception) -> str:
         return error.strerror.lower()
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return "more pixels than Pillow allows"
-    text = (str(error) or type(error).__name__).splitlines()[0][:100]
+    text = first_line(error, 100)
     if isinstance(error, (UnidentifiedImageError, SyntaxError, IndexError, TypeError, struct.error)):
         text = f"a damaged {image_format(content) or 'TGA'} image: {text}"
     return "".join(letter if letter.isprintable() else "?" for letter in text)

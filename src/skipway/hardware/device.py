@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, first_line
 
 __all__ = ["choose_device", "choose_precision"]
 
@@ -27,8 +27,7 @@ def choose_device(name: str, local: int = 0) -> torch.device:
         device = torch.device(f"cuda:{local}" if name == "cuda" else name)
         torch.empty(1, device=device)
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError by device
-        reason = str(error).splitlines()[0]
-        raise SkipwayError(f"device {name!r} cannot be used: {reason}; try cpu or auto") from error
+        raise SkipwayError(f"device {name!r} cannot be used: {first_line(error)}; try cpu or auto") from error
     return device
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError, printable
 from skipway.tracing.example import Example, as_example
 
-__all__ = ["call_for_tensor", "first_line", "single_tensor"]
+__all__ = ["call_for_tensor", "root_cause", "single_tensor"]
 
 REASON = 200
 """Letters of a foreign error that a message repeats."""
@@ -44,7 +44,7 @@ def call_for_tensor(model: nn.Module, given: Tensor) -> Tensor:
         output = model(given)
     except Exception as error:  # a network raises whatever it likes
         raise SkipwayError(
-            f"this {type(model).__name__} fails on its example of shape {tuple(given.shape)}: {first_line(error)}"
+            f"this {type(model).__name__} fails on its example of shape {tuple(given.shape)}: {root_cause(error)}"
         ) from error
     if not isinstance(output, Tensor):
         raise SkipwayError(
@@ -54,7 +54,7 @@ def call_for_tensor(model: nn.Module, given: Tensor) -> Tensor:
     return output
 
 
-def first_line(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The first sentences of a foreign error, or of the one that caused it."""
     while error.__cause__ is not None:
         error = error.__cause__

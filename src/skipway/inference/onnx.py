@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipway.checkpoint.files import file_aside
 from skipway.errors import MissingExtraError, SkipwayError, printable, spell
-from skipway.inference.inputs import call_for_tensor, first_line, single_tensor
+from skipway.inference.inputs import call_for_tensor, root_cause, single_tensor
 from skipway.tracing.example import Example
 from skipway.tracing.module_state import copy_module
 
@@ -165,14 +165,14 @@ def export_verified(
                 write(model, file, at_least_two(others[-1]), True)
                 return verify(model, file, [*batches, *others])
             except Exception as error:  # the exporter and the runtime raise whatever they like
-                fault = f"with free sides the export fails: {first_line(error)}"
+                fault = f"with free sides the export fails: {root_cause(error)}"
         try:
             write(model, file, at_least_two(given), False)
             difference = verify(model, file, batches)
         except (SkipwayError, OSError):
             raise
         except Exception as error:  # as above
-            raise SkipwayError(f"this {type(model).__name__} cannot be exported: {first_line(error)}") from error
+            raise SkipwayError(f"this {type(model).__name__} cannot be exported: {root_cause(error)}") from error
         if fault:
             remark(f"{printable(path)} is for images of {sides_of(given)} only: {fault}")
         return difference
@@ -199,7 +199,7 @@ def in_float32(model: nn.Module, given: Tensor, remark: Callable[[str], None]) -
     except Exception as error:  # a module that refuses to be copied
         raise SkipwayError(
             f"this {type(model).__name__} is in {name_of(foreign[0])}, which onnxruntime does not run, and cannot be "
-            f"copied ({first_line(error)}); give model.float()"
+            f"copied ({root_cause(error)}); give model.float()"
         ) from error
     remark(f"the file computes in float32, since onnxruntime does not run {name_of(foreign[0])} on a CPU")
     return twin, given.float() if given.is_floating_point() else given
@@ -249,7 +249,7 @@ def other_sizes(model: nn.Module, example: Tensor) -> tuple[list[Tensor], str]:
             for images in made:
                 model(images)
         except Exception as error:  # a network raises whatever it likes
-            fault = f"the network fails at {sides_of(made[0])}: {first_line(error)}"
+            fault = f"the network fails at {sides_of(made[0])}: {root_cause(error)}"
         else:
             return made, ""
     return [], fault

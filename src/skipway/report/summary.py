@@ -17,7 +17,6 @@ from skipway.recipe import Recipe
 
 __all__ = [
     "accuracy_text",
-    "advice_lines",
     "chosen_text",
     "data_lines",
     "duration",
@@ -27,10 +26,6 @@ __all__ = [
 ]
 
 Line = tuple[str, str]
-
-# below it, the 95 % Wilson interval is wider than 20 percentage points at an accuracy of 90 %
-FEW_VALIDATION_IMAGES = 30
-FEW_STEPS = 100
 
 
 def data_lines(data: Data) -> Iterator[Line]:
@@ -76,20 +71,6 @@ def split_text(data: Data) -> str:
             f"({100 * off['validation']:g} %, --validation)"
         )
     return f"{test}, {validation}, {len(data.train):,} to train on{'' if off else '; as the source has them'}"
-
-
-def advice_lines(data: Data, recipe: Recipe, steps: int) -> Iterator[Line]:
-    """Warn of few validation images and of few optimizer steps; `steps` is their number per epoch."""
-    images, total = len(data.validation), recipe.epochs * steps
-    if 0 < images < FEW_VALIDATION_IMAGES:
-        folds = "; --folds 5 uses every image" if data.splits.fold is None and "test" in data.splits.split_off else ""
-        yield (
-            "note",
-            f"only {counted(images, 'image')} to validate on: the choice of the epoch is little more than "
-            f"chance{folds}",
-        )
-    if recipe.time is None and total < FEW_STEPS:
-        yield "note", f"only {counted(total, 'step')} in all: a smaller --batch-size or more --epochs gives more"
 
 
 def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int, flops: float = 0.0) -> Iterator[Line]:

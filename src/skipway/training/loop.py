@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -292,7 +293,7 @@ def open_run(
         device = choose_device(recipe.device, ranks.local)
         precision, reason = choose_precision(recipe.precision, device)
         if stored is None:
-            recipe = adopt_data_config(recipe, lambda sentence: reporter.message("note", sentence))
+            recipe = adopt_data_config(recipe, partial(reporter.message, "note"))
         data = load_data(recipe, reporter, ranks, None if stored is None else folder.read_split())
         recipe = resolve_recipe(recipe, data, precision, ranks.world)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))

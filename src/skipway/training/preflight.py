@@ -10,7 +10,7 @@ import torch
 from skipway.data import Batch
 from skipway.errors import SkipwayError, printable
 from skipway.probes.signal_check import check_signal
-from skipway.report.summary import advice_lines, data_lines, model_lines, signal_lines
+from skipway.report.summary import data_lines, model_lines, signal_lines
 from skipway.tracing import preserved_state
 from skipway.training.remarks import image_remarks, option_remarks
 from skipway.training.run import Run
@@ -50,8 +50,6 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
                 f"the number of epochs changed from {earlier} to {run.recipe.epochs}; the schedule spans all of them",
             )
         return
-    for line in advice_lines(run.data, run.recipe, run.steps_per_epoch):
-        run.reporter.message(*line)
     for sentence in option_remarks(run):
         run.reporter.message("note", sentence)
     if run.ranks.world == 1:

@@ -23,13 +23,19 @@ NARROW = 1 / 8
 MIRRORED, FEWEST_MIRRORED = 200, 4
 # a class whose mirror image is this much closer to another class than to itself has a direction
 CLOSER = 0.5
+# below it, the 95 % Wilson interval is wider than 20 percentage points at an accuracy of 90 %
+FEW_VALIDATION_IMAGES = 30
+FEW_STEPS = 100
 # share of one class from which always naming it is a good way to a high accuracy
 DOMINANT = 0.75
 
 
 def option_remarks(run: Run) -> Iterator[str]:
-    """Remarks about options without effect, and about pairs of them that act on each other."""
+    """Remarks about few images to validate on and few steps, about options without effect, and about pairs of options
+    that act on each other.
+    """
     recipe, data = run.recipe, run.data
+    yield from short_supplies(run)
     yield from unused_options(recipe, data)
     mixes = data.augmentation.mixes
     if mixes and recipe.batch_size // run.ranks.world < 2:
@@ -57,6 +63,18 @@ def option_remarks(run: Run) -> Iterator[str]:
         yield f"{spell('freeze', recipe.freeze)} of {counted(recipe.epochs, 'epoch')}: only the classifier is trained"
     if recipe.freeze and recipe.weights is None:
         yield f"{spell('freeze', recipe.freeze)} without initial weights trains a classifier of random features"
+
+
+def short_supplies(run: Run) -> Iterator[str]:
+    """Remarks about few validation images and few optimizer steps."""
+    splits, images, steps = run.data.splits, len(run.data.validation), run.recipe.epochs * run.steps_per_epoch
+    if 0 < images < FEW_VALIDATION_IMAGES:
+        folds = "; --folds 5 uses every image" if splits.fold is None and "test" in splits.split_off else ""
+        yield (
+            f"only {counted(images, 'image')} to validate on: the choice of the epoch is little more than chance{folds}"
+        )
+    if run.recipe.time is None and run.recipe.linear_probe != "only" and steps < FEW_STEPS:
+        yield f"only {counted(steps, 'step')} in all: a smaller --batch-size or more --epochs gives more"
 
 
 def unused_options(recipe: Recipe, data: Data) -> Iterator[str]:

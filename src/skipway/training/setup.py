@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def load_data(
             **recipe.data_choices(),
             listed=listed,
             progress=reporter.images_read,
-            remark=lambda sentence: reporter.message("note", sentence),
+            remark=partial(reporter.message, "note"),
         )
     finally:
         if ranks.first:
@@ -193,8 +194,7 @@ def build_run(
         raise SkipwayError(f"all parameters of {recipe.model} have requires_grad=False, so there is nothing to train")
     example = data.preprocessing.example.expand(2, -1, -1, -1)
     if recipe.weights is not None:
-        notes = lambda sentence: reporter.message("note", sentence)  # noqa: E731
-        loaded = load_initial_weights(model, recipe, data.classes, example, notes)
+        loaded = load_initial_weights(model, recipe, data.classes, example, partial(reporter.message, "note"))
         reporter.message("weights", loaded)
     check_grow_from(recipe, data, model)
     model = model.to(device)

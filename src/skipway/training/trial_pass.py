@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError, counted, printable, spell
+from skipway.errors import SkipwayError, counted, first_line, printable, spell
 from skipway.tracing import preserved_state
 from skipway.training.run import Run
 
@@ -57,12 +57,14 @@ def forward_fault(run: Run, images: int, side: int) -> str:
         with preserved_state(run.model), torch.no_grad(), run.autocast():
             run.model.train()(inputs)
     except Exception as error:  # whatever a layer raises
-        return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        return first_line(error).rstrip(".")
     return ""
 
 
 def statistics_remarks(run: Run) -> Iterator[str]:
     """Remarks about statistics over a batch: of too few values, or whose running means stay near their start."""
+    if run.recipe.linear_probe == "only":  # the network stays in evaluation mode
+        return
     counts: dict[str, int] = {}
     with ExitStack() as stack:
         for name, module in normalisers(run.model):

@@ -17,7 +17,7 @@ from skipway.data.sources.index import (
 )
 from skipway.data.sources.readers import TableStore
 from skipway.data.sources.splits import SPLITS, Split, split_of
-from skipway.errors import DataError, MissingExtraError, printable, spell
+from skipway.errors import DataError, MissingExtraError, first_line, printable, spell
 
 __all__ = ["HUB_PREFIX", "index_dataset", "is_saved_dataset"]
 
@@ -57,8 +57,7 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
         else:
             loaded = datasets.load_from_disk(str(source))
     except Exception as error:  # of many libraries: network, file system, Arrow, JSON
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(f"{where} cannot be read as a data set: {reason}") from error
+        raise DataError(f"{where} cannot be read as a data set: {first_line(error, 200)}") from error
     splits = {str(split): table for split, table in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
     image, label = choose_columns(splits, columns, where, datasets)
     tables: dict[str, Any] = {}

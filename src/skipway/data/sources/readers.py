@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from skipway.data.decode import MAX_BYTES, UnreadableImage
-from skipway.errors import DataError
+from skipway.errors import DataError, first_line
 
 __all__ = ["FileStore", "ImageStore", "ShardMember", "ShardStore", "Stamp", "TableStore"]
 
@@ -142,7 +142,7 @@ class TableStore(ImageStore):
         try:
             cell = self.tables[split][int(row)][self.column]
         except Exception as error:  # whatever the library's readers of a damaged table raise
-            raise UnreadableImage(path, str(error).splitlines()[0][:100] if str(error) else "cannot be read") from error
+            raise UnreadableImage(path, first_line(error, 100) if str(error) else "cannot be read") from error
         if not isinstance(cell, Mapping):
             raise UnreadableImage(path, f"the column {self.column!r} holds {type(cell).__name__}, not an image")
         content, file = cell.get("bytes"), cell.get("path")

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skipway.errors import DataError, MissingExtraError, printable
+from skipway.errors import DataError, MissingExtraError, first_line, printable
 
 __all__ = ["Row", "Table", "read_parquet_table", "read_text_table"]
 
@@ -201,5 +201,5 @@ def read_parquet_table(path: Path) -> Table:
                 for number, row in enumerate(cells, 1)
             ]
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{printable(path)}: not a list that can be read: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{printable(path)}: not a list that can be read: {first_line(error)}") from error
     return Table(path, rows, names=tuple(names))
