@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -369,6 +369,15 @@ class Recipe:
         if not 1 <= number <= count or count < 2:
             raise SkipwayError(f"fold={self.fold!r}: the rule is NUMBER/COUNT, from 1/2: 2/5 is the second of five")
         return number, count
+
+    @staticmethod
+    def text_of(numbers: Iterable[float]) -> str:
+        """Numbers as `mean` and `std` hold them, exactly.
+
+        >>> Recipe.text_of((0.5, 0.25))
+        '0.5,0.25'
+        """
+        return ",".join(map(repr, numbers))
 
     def numbers(self, name: Literal["mean", "std"]) -> tuple[float, ...] | None:
         """`mean` or `std` as numbers.

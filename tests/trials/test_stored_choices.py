@@ -245,9 +245,10 @@ def test_inputs_are_scaled_as_the_weights_expect(tmp_path, header, beside, share
 
 
 def test_options_go_before_what_the_weights_state(tmp_path):
-    file = weights(tmp_path / "weights", {"preprocessing": HALF})
+    file = weights(tmp_path / "weights", {"preprocessing": {**HALF, "crop_share": 0.75}})
     found, _ = train_from(file, tmp_path, mean="0.1,0.2,0.3", std="0.25")
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.25, 0.25, 0.25))
+    assert found.crop_share == 0.75
 
 
 def test_weights_that_state_nothing_are_remarked_upon(tmp_path):

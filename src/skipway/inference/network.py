@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from skipway.errors import SkipwayError, printable
 from skipway.models import build
 from skipway.surgery import replace_classifier, rescheme
 from skipway.surgery.class_factory import class_factory
 from skipway.surgery.classifier import ends_in_softmax, find_classifiers
+from skipway.surgery.verification import outputs
 from skipway.tracing import call_model, preserved_state, unwrap
+from skipway.tracing.containers import tensors_in
 from skipway.zoo import ModelRequest, load_model, source_of
 
 __all__ = ["PooledClassifier", "build_classifier", "is_ours"]
@@ -61,7 +62,7 @@ def build_classifier(description: Mapping[str, Any]) -> nn.Module:
             "leave the softmax away"
         )
     if find_classifiers(model, example):
-        if count_outputs(model, example) != classes:
+        if outputs(model, example)[0].shape[1] != classes:
             replace_classifier(model, example, classes)
     else:
         model = PooledClassifier(model, example, classes)
@@ -77,24 +78,24 @@ def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: s
         SkipwayError: it does not run on such images, or puts out several tensors of which none is named logits.
     """
     try:
-        outputs = []
+        found = []
         with preserved_state(model), torch.no_grad():
             for training in (False, True):
-                outputs.append(call_model(model.train(training), example if argument is None else {argument: example}))
+                found.append(call_model(model.train(training), example if argument is None else {argument: example}))
     except Exception as error:  # a stranger's forward raises what it likes
         shape = "x".join(map(str, example.shape[1:]))
         raise SkipwayError(
             f"model={printable(name)!r} does not run on images of {shape}: {printable(str(error))}; give the size and "
             "channels that it takes"
         ) from error
-    evaluated = outputs[0]
-    tensors = [leaf for leaf in tree_flatten(evaluated)[0] if isinstance(leaf, Tensor)]
+    evaluated = found[0]
+    tensors = list(tensors_in(evaluated))
     if not isinstance(evaluated, Tensor) and named_tensor(evaluated) is None and len(tensors) != 1:
         raise SkipwayError(
             f"model={printable(name)!r} puts out {len(tensors)} tensors in a {type(evaluated).__name__}, none of them "
             "named 'logits'; return the logits alone, or a mapping with 'logits'"
         )
-    if argument is not None or not all(isinstance(output, Tensor) for output in outputs):
+    if argument is not None or not all(isinstance(output, Tensor) for output in found):
         model.__class__ = first_output_class(type(model), argument)
     return model
 
@@ -109,7 +110,7 @@ def first_output_class(kind: type[nn.Module], argument: str | None) -> tuple[str
     def forward(self: nn.Module, images: Tensor) -> Tensor:
         output = kind.forward(self, images) if argument is None else kind.forward(self, **{argument: images})
         named = named_tensor(output)
-        return first_tensor(output) if named is None else named
+        return next(tensors_in(output)) if named is None else named
 
     return f"{kind.__name__}Logits", {"forward": forward}
 
@@ -121,17 +122,6 @@ def named_tensor(output: Any) -> Tensor | None:
         if isinstance(found, Tensor):
             return found
     return None
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The first tensor of an output."""
-    return next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
-
-
-def count_outputs(model: nn.Module, example: Tensor) -> int:
-    """Columns of the output."""
-    with preserved_state(model), torch.no_grad():
-        return model.eval()(example).shape[1]
 
 
 # axes of features that are averaged, by the number of all axes

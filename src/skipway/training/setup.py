@@ -120,7 +120,7 @@ def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
                     "none; name another model"
                 )
         recipe = replace(recipe, channels=recipe.channels or 3)
-    if recipe.weights is None or (recipe.mean is not None and recipe.std is not None):
+    if recipe.weights is None:
         return recipe
     names, model = recipe.weights_names, recipe.model
     if model is not None and not is_ours(model):
@@ -130,6 +130,8 @@ def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
         config = find_published_weights(str(recipe.model)).config
     else:
         config = find_data_config(str(recipe.weights), names, model)
+    if config is None and recipe.mean is not None and recipe.std is not None:
+        return recipe
     if config is None:
         remark(
             "nothing beside the weights states the mean and deviation that they expect, so those of the images are "
@@ -137,13 +139,14 @@ def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
         )
         return recipe
     values: dict[str, Any] = {
-        "mean": ",".join(map(repr, config.mean)),
-        "std": ",".join(map(repr, config.std)),
+        "mean": Recipe.text_of(config.mean),
+        "std": Recipe.text_of(config.std),
         "crop_share": config.crop_share,
         "resample": config.resample,
     }
     taken = {name: value for name, value in values.items() if getattr(recipe, name) is None and value is not None}
-    remark(f"as {config.origin} expects: {', '.join(spell(name, value) for name, value in taken.items())}")
+    if taken:
+        remark(f"as {config.origin} expects: {', '.join(spell(name, value) for name, value in taken.items())}")
     return replace(recipe, **taken)
 
 
@@ -166,8 +169,8 @@ def resolve_recipe(recipe: Recipe, data: Data, precision: Any, world: int) -> Re
         flip=data.augmentation.flip,
         crop_share=data.preprocessing.crop_share,
         resample=data.preprocessing.resample,
-        mean=",".join(map(repr, data.mean)),
-        std=",".join(map(repr, data.std)),
+        mean=Recipe.text_of(data.mean),
+        std=Recipe.text_of(data.std),
         model=recipe.model or ("resnet20" if data.size <= 64 else "resnet50"),
         lr=recipe.peak_lr,
         weight_decay=recipe.decay,
