@@ -235,6 +235,9 @@ def test_the_page_is_whole_and_fetches_nothing(diagnosis):
             assert not any("://" in (value or "") for name, value in attributes.items() if name != "title")
     assert "url(" not in text
     assert "@import" not in text
+    assert diagnosis.remarks
+    for remark in diagnosis.remarks:
+        assert remark in reader.text
     for finding in diagnosis.findings:
         assert finding.rule in reader.text
         assert finding.what in reader.text
