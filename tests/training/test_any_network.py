@@ -234,9 +234,9 @@ def test_the_output_that_is_named_logits_is_taken(odd):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pair", r"puts out 2 tensors in a tuple, none of them named 'logits'"),
-        ("probabilities", "puts out probabilities, and the loss takes the logits"),
-        ("log_probabilities", "puts out probabilities"),
+        ("pair", r"returns 2 tensors in a tuple, none of them named 'logits'"),
+        ("probabilities", "returns probabilities, and the loss expects logits"),
+        ("log_probabilities", "returns probabilities"),
     ],
 )
 def test_outputs_that_are_no_logits_are_refused(odd, name, message):

@@ -241,7 +241,7 @@ def test_inputs_are_scaled_as_the_weights_expect(tmp_path, header, beside, share
     found, notes = train_from(file, tmp_path)
     assert found.mean == found.std == (0.5, 0.5, 0.5)
     assert (found.crop_share, found.resample) == (share, resample)
-    assert any("expects" in note and "mean='0.5,0.5,0.5'" in note for note in notes)
+    assert any("as stated by" in note and "mean='0.5,0.5,0.5'" in note for note in notes)
 
 
 def test_options_go_before_what_the_weights_state(tmp_path):

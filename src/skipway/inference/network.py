@@ -58,8 +58,8 @@ def build_classifier(description: Mapping[str, Any]) -> nn.Module:
     model = with_logits(unwrap(loaded.model), loaded.argument, example, name)
     if ends_in_softmax(model, example):
         raise SkipwayError(
-            f"model={printable(name)!r} puts out probabilities, and the loss takes the logits before the softmax; "
-            "leave the softmax away"
+            f"model={printable(name)!r} returns probabilities, and the loss expects logits; remove the softmax "
+            "at its end"
         )
     if find_classifiers(model, example):
         if outputs(model, example)[0].shape[1] != classes:
@@ -75,7 +75,7 @@ def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: s
     """Let a model take images as its only argument and return one tensor, in place; state-dict names stay.
 
     Raises:
-        SkipwayError: it does not run on such images, or puts out several tensors of which none is named logits.
+        SkipwayError: it does not run on such images, or returns several tensors of which none is named logits.
     """
     try:
         found = []
@@ -92,7 +92,7 @@ def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: s
     tensors = list(tensors_in(evaluated))
     if not isinstance(evaluated, Tensor) and named_tensor(evaluated) is None and len(tensors) != 1:
         raise SkipwayError(
-            f"model={printable(name)!r} puts out {len(tensors)} tensors in a {type(evaluated).__name__}, none of them "
+            f"model={printable(name)!r} returns {len(tensors)} tensors in a {type(evaluated).__name__}, none of them "
             "named 'logits'; return the logits alone, or a mapping with 'logits'"
         )
     if argument is not None or not all(isinstance(output, Tensor) for output in found):

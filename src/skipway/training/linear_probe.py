@@ -227,5 +227,5 @@ def install(run: Run, classifier: nn.Linear, head: LinearHead) -> None:
     write_weights(run, run.folder.best)
     run.reporter.message(
         "head",
-        f"fitted to convergence with penalty {head.penalty:.2g}: {100 * head.accuracy:.1f} % of the validation images",
+        f"fitted with penalty {head.penalty:.2g}, right for {100 * head.accuracy:.1f} % of the validation images",
     )

@@ -146,7 +146,7 @@ def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
     }
     taken = {name: value for name, value in values.items() if getattr(recipe, name) is None and value is not None}
     if taken:
-        remark(f"as {config.origin} expects: {', '.join(spell(name, value) for name, value in taken.items())}")
+        remark(f"as stated by {config.origin}: {', '.join(spell(name, value) for name, value in taken.items())}")
     return replace(recipe, **taken)
 
 
