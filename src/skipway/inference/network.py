@@ -16,8 +16,7 @@ from skipway.errors import SkipwayError, printable
 from skipway.models import build
 from skipway.surgery import replace_classifier, rescheme
 from skipway.surgery.class_factory import class_factory
-from skipway.surgery.classifier import ends_in_softmax, find_classifiers
-from skipway.surgery.verification import outputs
+from skipway.surgery.classifier import ends_in_softmax, read_classifiers
 from skipway.tracing import call_model, preserved_state, unwrap
 from skipway.tracing.containers import tensors_in
 from skipway.zoo import ModelRequest, load_model, source_of
@@ -61,11 +60,11 @@ def build_classifier(description: Mapping[str, Any]) -> nn.Module:
             f"model={printable(name)!r} returns probabilities, and the loss expects logits; remove the softmax "
             "at its end"
         )
-    if find_classifiers(model, example):
-        if outputs(model, example)[0].shape[1] != classes:
-            replace_classifier(model, example, classes)
-    else:
+    classifiers, count = read_classifiers(model, example)
+    if not classifiers:
         model = PooledClassifier(model, example, classes)
+    elif count != classes:
+        replace_classifier(model, example, classes)
     if scheme is not None:
         rescheme(model, example, scheme)
     return model

@@ -16,7 +16,7 @@ from skipway.surgery.verification import outputs
 from skipway.tracing import Example, Program, Value, as_example, watch
 from skipway.validation import check_call, check_whole
 
-__all__ = ["INITIAL_DEVIATION", "ends_in_softmax", "find_classifiers", "replace_classifier"]
+__all__ = ["INITIAL_DEVIATION", "ends_in_softmax", "find_classifiers", "read_classifiers", "replace_classifier"]
 
 INITIAL_DEVIATION = 0.01
 """Standard deviation of fresh weights: the first probabilities are nearly equal, so the first loss is close to ln K."""
@@ -46,15 +46,21 @@ def find_classifiers(model: nn.Module, example: Example) -> list[str]:
     >>> find_classifiers(nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8)), torch.zeros(2, 3))
     []
     """
-    model, example = require_operable(model), as_example(example)
+    return read_classifiers(require_operable(model), as_example(example))[0]
+
+
+def read_classifiers(model: nn.Module, example: Example) -> tuple[list[str], int]:
+    """The paths that `find_classifiers` returns, and the number of classes, which is 0 where there are no paths."""
     scores = outputs(model, example)[:1]
     if not scores or scores[0].ndim != 2 or getattr(model, "num_classes", None) == 0:
-        return []
+        return [], 0
+    classes = scores[0].shape[1]
     program = watch(model, example)
     end = output_value(program)
     maps = [] if end is None else closing_maps(program, end)
     owners = dict.fromkeys(program.weight_owner(value) for value in maps)
-    return [name for name in owners if class_axis(model.get_submodule(name), scores[0].shape[1]) is not None]
+    names = [name for name in owners if class_axis(model.get_submodule(name), classes) is not None]
+    return names, classes if names else 0
 
 
 def ends_in_softmax(model: nn.Module, example: Example) -> bool:
@@ -134,13 +140,12 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
     """
     model, example = require_operable(model), as_example(example)
     check_whole("classes", classes, 1)
-    names = find_classifiers(model, example)
+    names, old = read_classifiers(model, example)
     if not names:
         raise SkipwayError(
             f"{type(model).__name__} has no classifier: the rule is an output (N, K) that is made by a linear map; for "
             "a trunk, which puts out features, write a module that applies nn.Linear to them"
         )
-    old = outputs(model, example)[0].shape[1]
     with transaction(model, title=f"classifier of {type(model).__name__} for {classes} classes") as change:
         for name in names:
             replace_one(change, name, old, classes)
