@@ -19,7 +19,7 @@ from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import refuse_branching, require_values
 from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
-from skipway.tracing import Example, as_example
+from skipway.tracing import Example, as_example, watch
 from skipway.tracing.arguments import Path, exchange_at, item_at, path_text, tensor_paths
 from skipway.validation import check_call, check_flag, check_rule, is_real
 
@@ -60,8 +60,9 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     check_rule("rate", rate, fits, "a share of samples between 0 and 1, 0.1 for example")
     check_flag("rising", rising)
     title = f"{type(model).__name__} skips up to {rate:g} of its blocks' samples"
-    calls = require_blocks(model, example).calls
-    refuse_branching(model, example, "skip_compute", blocks=calls)
+    program = watch(model, example)
+    calls = require_blocks(model, example, program).calls
+    refuse_branching(model, example, "skip_compute", program, calls)
     axes = find_block_axes(model, example, calls)
     with transaction(model, example, title=title) as change:
         for number, (name, call) in enumerate(calls.items(), start=1):
