@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice, product
 from typing import Any
 
@@ -116,12 +115,12 @@ def changed_example(example: Example, axes: Mapping[Path, int], change: Any) -> 
 
 
 def extend(tensor: Tensor, axis: int) -> Tensor:
-    """As many samples more, with other values."""
+    """The tensor followed by as many samples again, which have other values."""
     return torch.cat([tensor, other_values(tensor, axis)], axis)
 
 
 def exchange_first(tensor: Tensor, axis: int) -> Tensor:
-    """Another first sample."""
+    """The tensor with another first sample."""
     rest = tensor.narrow(axis, 1, tensor.shape[axis] - 1)
     return torch.cat([other_values(tensor.narrow(axis, 0, 1), axis), rest], axis)
 
@@ -162,8 +161,7 @@ def compare_shapes(name: str, call: BlockCall, before: Shapes, more: Shapes) -> 
     Raises:
         SkipwayError: none did, several did, or the samples of an argument are in groups.
     """
-    longer = partial(doubled_axis, name)
-    axes = {path: longer(path, shape, more[path]) for path, shape in before.items()}
+    axes = {path: doubled_axis(name, shape, more[path]) for path, shape in before.items()}
     stream = axes.get(call.stream)
     if stream is None:
         raise SkipwayError(f"{name} is given the same x whatever samples there are")
@@ -177,9 +175,11 @@ def compare_shapes(name: str, call: BlockCall, before: Shapes, more: Shapes) -> 
     return BlockAxes(stream, tuple(axes.items()))
 
 
-def doubled_axis(name: str, path: Path, before: tuple[int, ...], more: tuple[int, ...]) -> int | None:
+def doubled_axis(name: str, before: tuple[int, ...], more: tuple[int, ...]) -> int | None:
     """The axis that became twice as long, None where none did."""
     changed = [axis for axis, (old, new) in enumerate(zip(before, more, strict=True)) if old != new]
     if len(changed) > 1 or any(more[axis] != 2 * before[axis] for axis in changed):
-        raise SkipwayError(f"an argument of {name} became {more} of {before} with twice as many samples")
+        raise SkipwayError(
+            f"with twice as many samples, the shape of an argument of {name} changed from {before} to {more}"
+        )
     return changed[0] if changed else None

@@ -147,7 +147,7 @@ def measure_influence(model: nn.Module, example: Example, score: Score | None, s
             except ScoreError:
                 raise
             except Exception as problem:  # whatever a network raises that is not given what it expects
-                what = abbreviate([path_text(path).replace("argument", "output") for path in call.computed])
+                what = abbreviate([path_text(path, what="output") for path in call.computed])
                 returned = f", which returns {what} as well" if what else ""
                 survey.refused[name] = f"the network does not run without it{returned} ({problem})"
     return dict(sorted(found.items(), key=lambda entry: entry[1]))
@@ -383,9 +383,6 @@ def slotted_copy(change: Transaction, survey: BlockSurvey, name: str, twin: nn.M
         )
     repeat(change, model.get_submodule(name), twin, call)
     disable_fused_path(change, f"{name}.{OUTPUT}")
-    rest = [
-        path_text(path).replace("argument", "output")
-        for path in call.computed
-        if path not in dict(call.threads).values()
-    ]
+    threaded = dict(call.threads).values()
+    rest = [path_text(path, what="output") for path in call.computed if path not in threaded]
     change.touched[name] = "copied" + (f"; the copy's {abbreviate(rest)} is dropped" if rest else "")

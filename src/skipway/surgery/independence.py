@@ -95,7 +95,7 @@ def measure_leaks(model: nn.Module, example: Example) -> Leaks:
                 changed = run(model, flat.with_values({**before, **after}))
             except Exception:  # whatever a network raises that is not given what it expects: nothing is known then
                 continue
-            leaks[perturbation] = compare_outputs(base, changed, earlier, perturbation)
+            leaks[perturbation] = compare_outputs(base, changed, earlier)
     return leaks
 
 
@@ -181,7 +181,7 @@ def others_like(tensor: Tensor) -> Tensor:
 
 
 def compare_outputs(
-    base: Sequence[Tensor], changed: Sequence[Tensor], kept: Tensor, perturbation: Perturbation
+    base: Sequence[Tensor], changed: Sequence[Tensor], kept: Tensor
 ) -> dict[tuple[int, int], tuple[float, float]]:
     """Changes of the outputs at the positions that were kept, and at the others, by output and axis."""
     found: dict[tuple[int, int], tuple[float, float]] = {}

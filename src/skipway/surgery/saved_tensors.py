@@ -1,4 +1,4 @@
-"""Training passes: bytes that autograd keeps for the backward pass, of a network and of each block, and gradients."""
+"""Bytes that autograd keeps for the backward pass, of a whole network and of each block."""
 
 from __future__ import annotations
 

@@ -77,15 +77,20 @@ def exchange_at(value: Any, path: Path, item: Any) -> Any:
     return dataclasses.replace(value, **{str(key): inner})
 
 
-def path_text(path: Path, names: Sequence[str] = ()) -> str:
+def path_text(path: Path, names: Sequence[str] = (), what: str = "argument") -> str:
     """A path in words; the position of an argument is written as the parameter's name where that is known.
 
-    >>> path_text((0, "mask"), ("x",)), path_text((1,)), path_text(())
-    ("x['mask']", 'argument 1', 'the value itself')
+    Args:
+        path: in the arguments or in an output.
+        names: of the parameters, in order.
+        what: the path leads to: an "argument" or an "output".
+
+    >>> path_text((0, "mask"), ("x",)), path_text((1,), what="output"), path_text(())
+    ("x['mask']", 'output 1', 'the value itself')
     """
     if not path:
         return "the value itself"
     first, *rest = path
     known = names[first] if isinstance(first, int) and first < len(names) else first
-    head = known if isinstance(known, str) else f"argument {known}"
+    head = known if isinstance(known, str) else f"{what} {known}"
     return head + "".join(f"[{key!r}]" for key in rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,9 +86,10 @@ def find_sample_axes(model: nn.Module, inputs: Example, targets: Any = None) -> 
     if given and not others:
         return first if first.axis == 0 else remarked(first, tensors, f"as the {first.size} targets tell")
     chosen = next((axes for axes in found if is_independent(model, inputs, axes)), None)
-    if chosen is None or (chosen is first is found[0] and first.axis == 0):
-        doubt = chosen is None and bool(given) and bool(others)
-        return remarked(first, tensors, "which is not certain: other axes are as long") if doubt else first
+    if chosen is None:
+        return remarked(first, tensors, "which is not certain: other axes are as long") if given else first
+    if chosen is first and first.axis == 0:
+        return first
     return remarked(chosen, tensors, "along which the outputs do not depend on each other")
 
 
@@ -100,8 +101,7 @@ def has_axes(tensor: Tensor) -> bool:
 def remarked(axes: SampleAxes, tensors: list[Tensor], why: str) -> SampleAxes:
     """The axes with a remark on their choice."""
     shape = tuple(next(each for each in tensors if id(each) in axes.axes).shape)
-    text = f"{axes.size} on axis {axes.axis} of the input {shape}, {why}"
-    return SampleAxes(axes.size, axes.axis, axes.axes, text)
+    return replace(axes, remark=f"{axes.size} on axis {axes.axis} of the input {shape}, {why}")
 
 
 def layouts(tensors: list[Tensor], targets: list[Tensor]) -> Iterator[SampleAxes]:
