@@ -17,6 +17,7 @@ from skipway.errors import SkipwayError
 from skipway.tracing import unwrap
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.reentrant_checkpoints import without_reentry
+from skipway.tracing.restoration import without_fused_layers
 from skipway.tracing.sums import REDUCTIONS, is_addition, slices_of, terms_of
 
 __all__ = ["Observer"]
@@ -88,8 +89,7 @@ class Observer(TorchFunctionMode):
             hooks.append(self.model.register_forward_hook(self.end))
             for hook in hooks:
                 stack.callback(hook.remove)
-            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)  # it would run a whole layer as one operator
+            stack.enter_context(without_fused_layers())
             stack.enter_context(without_reentry())
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))

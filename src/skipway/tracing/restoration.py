@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from skipway.tracing.module_state import attribute_restoration, detach_attributes
 
-__all__ = ["preserved_state", "restored", "run_to_end"]
+__all__ = ["preserved_state", "restored", "run_to_end", "without_fused_layers"]
 
 Steps = list[Callable[[], None]]
 
@@ -53,6 +53,17 @@ def restoring(steps: Sequence[Callable[[], None]]) -> Iterator[None]:
         yield
     finally:
         run_to_end(list(steps))
+
+
+@contextmanager
+def without_fused_layers() -> Iterator[None]:
+    """Context in which torch runs its transformer layers part by part, and not a whole layer as one operator."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import Example, call_model
-from skipway.tracing.watch import preserved_state
+from skipway.tracing.restoration import preserved_state, without_fused_layers
 
 __all__ = ["SampleAxes", "find_sample_axes"]
 
@@ -138,17 +138,13 @@ def is_independent(model: nn.Module, inputs: Example, axes: SampleAxes) -> bool:
     """Whether an axis is one of samples: the output for one of two samples is the same without the other."""
     if axes.size < 2:
         return False
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with preserved_state(model), torch.no_grad():
+        with without_fused_layers(), preserved_state(model), torch.no_grad():
             model.eval()
             both = list(tensors_in(call_model(model, map_tensors(torch.clone, axes.part(inputs, 0, 2)))))
             one = list(tensors_in(call_model(model, map_tensors(torch.clone, axes.part(inputs, 1, 2)))))
     except SkipwayError:
         return False
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
     pairs = [pair for pair in zip(both, one, strict=False) if pair[0].is_floating_point() and pair[1].numel()]
     agreed = [agrees(*pair, axis) for pair in pairs if (axis := halved_axis(*pair)) is not None]
     return bool(agreed) and all(agreed)

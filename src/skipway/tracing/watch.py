@@ -23,7 +23,7 @@ from skipway.tracing.example import Example, as_example, call_model
 from skipway.tracing.module_state import kept_tensors
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
-from skipway.tracing.restoration import preserved_state
+from skipway.tracing.restoration import preserved_state, without_fused_layers
 from skipway.tracing.sums import StackedAxis, Term, is_addition, number_of, terms_of
 
 __all__ = ["copy_to_meta", "require_module", "unwrap", "watch"]
@@ -188,17 +188,12 @@ def is_frozen(value: object) -> bool:
 def record_program(model: nn.Module, example: Example) -> Program:
     """Run the model on the example under the watch."""
     recorder = Recorder(model, example)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it would run a whole layer as one operator
-    try:
-        with ExitStack() as stack, torch.no_grad():
-            stack.callback(recorder.modules.close)
-            stack.enter_context(recorder.modules.following())
-            stack.enter_context(Calls(recorder))
-            stack.enter_context(recorder)
-            call_model(model, example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with without_fused_layers(), ExitStack() as stack, torch.no_grad():
+        stack.callback(recorder.modules.close)
+        stack.enter_context(recorder.modules.following())
+        stack.enter_context(Calls(recorder))
+        stack.enter_context(recorder)
+        call_model(model, example)
     return recorder.program
 
 
