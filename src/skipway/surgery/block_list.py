@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import has_module
 from skipway.surgery.class_factory import own_class
-from skipway.surgery.side_effects import ATOMS
 from skipway.surgery.transaction import Transaction
+from skipway.tracing.containers import ATOMS
+from skipway.tracing.paths import parents
 
 __all__ = ["edit_container", "has_config", "number_blocks", "numbered_attributes"]
 
@@ -108,11 +109,10 @@ def config_holders(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules around a container that keep a config of their own, outermost first: those whose config is none that
     a module around them keeps.
     """
-    parts = path.split(".")
     found: list[nn.Module] = []
     known: set[int] = set()
-    for length in range(len(parts)):
-        module = model.get_submodule(".".join(parts[:length]))
+    for name in ("", *reversed([*parents(path)])):
+        module = model.get_submodule(name)
         config = vars(module).get("config")
         if is_config(config) and id(config) not in known:
             known |= {id(config), *(id(value) for _, value in config_entries(config))}

@@ -6,7 +6,7 @@ block is f(x).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import nn
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import CONTAINERS, BlockCall, parameter_names
 from skipway.surgery.call_recorder import CallRecorder
-from skipway.surgery.operation import abbreviate
+from skipway.surgery.operation import abbreviate, names_by_reason
 from skipway.tracing import Example, Program, watch
 from skipway.tracing.chain import WatchedConnection, chain_from_program
+from skipway.tracing.paths import parents
 
-__all__ = ["BlockSurvey", "find_blocks", "parents", "require_blocks"]
+__all__ = ["BlockSurvey", "find_blocks", "require_blocks"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class BlockSurvey:
 
     def reasons(self) -> str:
         """Why modules that add are no blocks, as the end of a message."""
-        names: dict[str, list[str]] = {}
-        for name, reason in self.refused.items():
-            names.setdefault(reason, []).append(name or "the model")
+        names = names_by_reason(self.refused)
         return abbreviate([f"{abbreviate(names[reason])}: {reason}" for reason in names], separator="; ")
 
 
@@ -98,16 +97,6 @@ def require_blocks(model: nn.Module, example: Example, program: Program | None =
             else f"{kind} has no block that adds to x itself and returns what is shaped like it"
         )
     return survey
-
-
-def parents(name: str) -> Iterator[str]:
-    """The modules that a module is in, innermost first, without the model itself.
-
-    >>> list(parents("stages.0.3"))
-    ['stages.0', 'stages']
-    """
-    while name := name.rpartition(".")[0]:
-        yield name
 
 
 def enclosing_module(program: Program, connection: WatchedConnection) -> str:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from skipway.surgery.block_call import BlockCall
-from skipway.surgery.side_effects import ATOMS, ObjectStates, version_of
+from skipway.surgery.side_effects import ObjectStates, version_of
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.arguments import Path, exchange_at, nodes, tensor_paths
+from skipway.tracing.containers import ATOMS
 
 __all__ = ["CallRecorder"]
 

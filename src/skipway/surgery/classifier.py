@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.surgery.block_survey import parents
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.surgery.verification import outputs
 from skipway.tracing import Example, Program, Value, as_example, watch
+from skipway.tracing.paths import parents
 from skipway.validation import check_call, check_whole
 
 __all__ = ["INITIAL_DEVIATION", "ends_in_softmax", "find_classifiers", "read_classifiers", "replace_classifier"]

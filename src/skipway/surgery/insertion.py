@@ -14,6 +14,7 @@ from skipway.surgery.block_call import BlockCall
 from skipway.surgery.class_factory import class_factory
 from skipway.surgery.transaction import Transaction
 from skipway.tracing.arguments import exchange_at, item_at
+from skipway.tracing.paths import parents
 
 __all__ = [
     "BRANCH",
@@ -176,9 +177,8 @@ def disable_fused_path(change: Transaction, name: str) -> None:
     In evaluation without gradients `nn.TransformerEncoderLayer` reads the weights of its parts and computes the whole
     layer itself, without calling what was inserted after one of them.
     """
-    parts = name.split(".")
-    for length in range(len(parts)):
-        module = change.model.get_submodule(".".join(parts[:length]))
+    for around in ("", *parents(name)):
+        module = change.model.get_submodule(around)
         for kind, attribute in FUSED.items():
             if isinstance(module, kind) and getattr(module, attribute, None):
                 change.set_attribute(module, attribute, False)

@@ -15,7 +15,7 @@ from skipway.surgery.parameter_values import ParameterValues
 from skipway.tracing.restoration import run_to_end
 from skipway.validation import check_call, check_flag, check_rule
 
-__all__ = ["Journal", "Operation", "abbreviate", "undo"]
+__all__ = ["Journal", "Operation", "abbreviate", "names_by_reason", "undo"]
 
 LINES, GROUPS = 8, 4
 """Numbers, and groups of names with one reason, that are printed of one operation."""
@@ -166,11 +166,21 @@ class Operation:
 
 def grouped(what: str, names: Mapping[str, str], attribute: str) -> list[str]:
     """Lines with the names for each reason, however many there are; the rest is in an attribute of the operation."""
-    groups: dict[str, list[str]] = {}
-    for name, reason in names.items():
-        groups.setdefault(reason, []).append(name or "the model")
+    groups = names_by_reason(names)
     lines = [f"  {what}: {abbreviate(groups[reason])}: {reason}" for reason in islice(groups, GROUPS)]
     return lines + [f"  {what}: and {len(groups) - GROUPS} more, in operation.{attribute}"] * (len(groups) > GROUPS)
+
+
+def names_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names that each reason was given for.
+
+    >>> names_by_reason({"a": "too wide", "": "too deep", "b": "too wide"})
+    {'too wide': ['a', 'b'], 'too deep': ['the model']}
+    """
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name or "the model")
+    return groups
 
 
 @check_call

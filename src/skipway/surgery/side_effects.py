@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipway.tracing.arguments import path_text
+from skipway.tracing.containers import ATOMS
 
-__all__ = ["ATOMS", "ObjectStates", "attributes_kept", "copy_state", "version_of"]
+__all__ = ["ObjectStates", "attributes_kept", "copy_state", "version_of"]
 
 DEPTH = 6
 """Levels of attributes and containers that are compared."""
-ATOMS = (bool, int, float, complex, str, bytes, type(None))
 OWN = frozenset({"_parameters", "_buffers", "_modules", "training"})
 """Tables of a module that hold no state of a pass, or whose state is put back elsewhere."""
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["entries_of", "map_tensors", "tensors_in"]
+__all__ = ["ATOMS", "entries_of", "map_tensors", "tensors_in"]
 
+ATOMS = (bool, int, float, complex, str, bytes, type(None))
+"""Kinds of values that hold nothing else and cannot be written into."""
 CLOSED = (nn.Module, type, FunctionType, MethodType, ModuleType, torch.Generator, torch.device, torch.dtype)
 """Objects whose attributes are no part of an example."""
 

@@ -1,14 +1,26 @@
-"""Many module paths in a few words, so that a message about 200 layers fits on one line."""
+"""Paths of modules: those around a module, and many in a few words, so that a message about 200 layers fits on one
+line.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-__all__ = ["condense_paths"]
+__all__ = ["condense_paths", "parents"]
 
 SHOWN = 3
 """Paths, or patterns of them, that are written out."""
+
+
+def parents(name: str) -> Iterator[str]:
+    """The modules that a module is in, innermost first, without the model itself.
+
+    >>> list(parents("stages.0.3"))
+    ['stages.0', 'stages']
+    """
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def condense_paths(paths: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from skipway.errors import SkipwayError
 from skipway.tracing.arguments import Path, tensor_paths
 from skipway.tracing.channels import channel_axis
-from skipway.tracing.containers import map_tensors, tensors_in
+from skipway.tracing.containers import ATOMS, map_tensors, tensors_in
 from skipway.tracing.example import Example, as_example, call_model
 from skipway.tracing.module_state import kept_tensors
 from skipway.tracing.operators import part_of
@@ -161,7 +161,6 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
 
 
 TABLES = frozenset({"_parameters", "_buffers", "_modules"})
-ATOMS = (bool, int, float, str, type(None))
 
 
 def copy_value(value: Any, memo: dict[int, Any]) -> Any:
@@ -330,7 +329,12 @@ class Recorder(TorchDispatchMode):
 
     def look_up(self, tensor: Tensor) -> int | None:
         """The value that a tensor holds now, if it or its storage is known."""
-        storage, place = address(tensor)
+        return self.value_at(*address(tensor))
+
+    def value_at(self, storage: int, place: tuple[Any, ...]) -> int | None:
+        """The value at a place in a storage: the one noted there or, if that is older, what was written last into the
+        storage; the first value in the storage where neither is known.
+        """
         places, write = self.known.get(storage, {}), self.written.get(storage)
         number = places.get(place)
         if number is not None and (write is None or number >= write):
@@ -393,14 +397,13 @@ class Recorder(TorchDispatchMode):
     def read(self, tensor: Tensor) -> int:
         """The value a tensor holds now."""
         storage, place = address(tensor)
-        places = self.known.setdefault(storage, {})
-        number, write = places.get(place), self.written.get(storage)
-        if number is not None and (write is None or number >= write):
-            return number
-        source = write if write is not None else min(places.values(), default=None)
+        source = self.value_at(storage, place)
         if source is None:  # a constant made outside of the watch
             return self.note(tensor, "constant", signal=False)
-        operands = (source,) if number is None else (number, source)
+        noted = self.known[storage].get(place)
+        if noted == source:
+            return source
+        operands = (source,) if noted is None else (noted, source)
         return self.note(tensor, "alias", "carry", operands)
 
     def note(
