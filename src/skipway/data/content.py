@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-__all__ = ["HEAD_BYTES", "describe_content", "image_format", "is_image_content", "readable_formats"]
+__all__ = ["HEAD_BYTES", "content_fault", "describe_content", "image_format", "readable_formats"]
 
 # tar has its signature at byte 257, DICOM at 128
 HEAD_BYTES = 512
@@ -82,7 +82,7 @@ def image_format(content: bytes, suffix: str = "") -> str:
     return ""
 
 
-def is_image_content(file: BinaryIO, suffix: str) -> str:
+def content_fault(file: BinaryIO, suffix: str) -> str:
     """Read the first bytes of a file; return "" for an image that is read, else what the file is.
 
     A photograph in a raw format is a TIFF file whose first picture is a thumbnail.

@@ -16,15 +16,15 @@ __all__ = ["COLUMNS", "Columns", "choose_columns"]
 
 COLUMNS = ("image", "label", "split")
 """Names that are looked for by default; other names are then looked for, too."""
-IMAGE_NAMES = (
+IMAGE_COLUMNS = (
     *("image", "images", "imagepath", "imagefile", "imagename", "imageid", "path", "file", "filename", "filepath"),
     *("files", "img", "imgpath", "imgid", "photo", "picture", "id", "name", "fname", "relpath", "uuid", "key"),
 )
-LABEL_NAMES = (
+LABEL_COLUMNS = (
     *("label", "labels", "class", "classname", "classlabel", "category", "categoryname", "target", "y", "breed"),
     *("species", "diagnosis", "dx", "tag", "type", "labelname", "classid", "categoryid", "labelid", "grade"),
 )
-SPLIT_NAMES = (
+SPLIT_COLUMNS = (
     "split",
     "set",
     "subset",
@@ -51,7 +51,7 @@ class Columns:
         label: its class; of several columns ("one-hot"), the class is the name of the one that holds 1.
         split: its split; None: there is no such column.
         names: of all columns.
-        headed: whether the first row is a header.
+        headed: whether the columns have names, in a header or by the format.
         remarks: sentences about what was chosen.
     """
 
@@ -107,15 +107,15 @@ def choose_columns(table: Table, wanted: Sequence[str], images: ImageNames) -> C
     names = (
         tuple(name.strip() for name in first) if headed else tuple(str(number) for number in range(1, len(first) + 1))
     )
-    body = [row for _, row in (table.rows if table.names is not None or not headed else table.rows[1:])]
-    sample = [row for row in body[:: max(1, len(body) // SAMPLED)] if len(row) == len(names)]
+    body = table.body(headed=headed)
+    sample = [row for _, row in body[:: max(1, len(body) // SAMPLED)] if len(row) == len(names)]
     if chosen and len(wanted) < 2:
         raise DataError(f"{spell('columns', tuple(wanted))}: the rule is two or three names: image, label and split")
     if chosen:
         numbers = [find_name(names, name) for name in wanted]
         missing = [name for name, number in zip(wanted[:2], numbers, strict=False) if number is None]
         if missing:
-            raise DataError(f"{printable(table.path)} has no column {name_list(missing)}; {way_out(names)}")
+            raise DataError(f"{printable(table.path)} has no column {name_list(missing)}; {list_columns(names)}")
         image, label, split = numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else None
         assert image is not None
         assert label is not None
@@ -131,7 +131,7 @@ def is_header(first: Sequence[str], wanted: Sequence[str], images: ImageNames) -
     """Whether the first row names columns: none of its cells is a file, and one is a usual or a wanted name."""
     if any(images.direct(cell) is not None for cell in first if cell):
         return False
-    known = {plain(name) for name in (*IMAGE_NAMES, *LABEL_NAMES, *SPLIT_NAMES, *wanted)}
+    known = {plain(name) for name in (*IMAGE_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS, *wanted)}
     if any(plain(cell) in known for cell in first):
         return True
     return not images.lookup([cell for cell in first if cell])
@@ -145,7 +145,7 @@ def find_name(names: Sequence[str], wanted: str) -> int | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def way_out(names: Sequence[str]) -> str:
+def list_columns(names: Sequence[str]) -> str:
     """The columns that are there, and how to name two of them."""
     example = tuple(names[:2]) if len(names) > 1 else ("image", "label")
     named = f"with {spell('columns', example)} for example"
@@ -166,24 +166,24 @@ def image_column(table: Table, names: Sequence[str], sample: list[list[str]], im
     scores = {}
     for number in range(len(names)):
         cells = [row[number] for row in sample if row[number].strip()]
-        direct = sum(images.direct(cell) is not None for cell in cells)
         rest = [cell for cell in cells if images.direct(cell) is None]
-        looked_up = images.lookup(rest) if rest else {}
+        looked_up = images.lookup(rest)
+        direct = len(cells) - len(rest)
         scores[number] = (direct + 0.9 * sum(cell in looked_up for cell in rest)) / max(1, len(sample))
-    best = min(scores, key=lambda number: (-scores[number], rank_of(names[number], IMAGE_NAMES)))
-    if scores[best] > 0 or rank_of(names[best], IMAGE_NAMES) < len(IMAGE_NAMES):
+    best = min(scores, key=lambda number: (-scores[number], rank_of(names[number], IMAGE_COLUMNS)))
+    if scores[best] > 0 or rank_of(names[best], IMAGE_COLUMNS) < len(IMAGE_COLUMNS):
         return best
     raise DataError(
         f"{printable(table.path)} has no column 'image', and the cells of no other are images in "
-        f"{printable(table.path.parent)}; {way_out(names)}"
+        f"{printable(table.path.parent)}; {list_columns(names)}"
     )
 
 
 def split_column(names: Sequence[str], sample: list[list[str]], image: int) -> tuple[int | None, list[str]]:
     """The column of splits, and a remark about one that has such a name and holds something else."""
     remarks = []
-    for number in sorted(range(len(names)), key=lambda number: rank_of(names[number], SPLIT_NAMES)):
-        if number == image or plain(names[number]) not in SPLIT_NAMES:
+    for number in sorted(range(len(names)), key=lambda number: rank_of(names[number], SPLIT_COLUMNS)):
+        if number == image or plain(names[number]) not in SPLIT_COLUMNS:
             continue
         cells = {row[number].strip() for row in sample} - {""}
         flags = plain(names[number]).startswith("is") and all(cell.lower() in YES | NO for cell in cells)
@@ -204,9 +204,9 @@ def label_columns(table: Table, names: Sequence[str], sample: list[list[str]], t
         DataError: several columns could be it, or none.
     """
     others = [number for number in range(len(names)) if number not in taken]
-    known = [number for number in others if plain(names[number]) in LABEL_NAMES]
+    known = [number for number in others if plain(names[number]) in LABEL_COLUMNS]
     if known:
-        best = min(known, key=lambda number: rank_of(names[number], LABEL_NAMES))
+        best = min(known, key=lambda number: rank_of(names[number], LABEL_COLUMNS))
         same = [number for number in known if number != best and is_renaming(sample, best, number)]
         # a name says more than a number
         texts = [number for number in (best, *same) if not all(is_number(row[number]) for row in sample)]
@@ -218,7 +218,7 @@ def label_columns(table: Table, names: Sequence[str], sample: list[list[str]], t
     if len(marks) > 1 and ones and all(count == 1 for count in ones):
         return tuple(marks)
     reason = "several columns may hold the labels" if others else "there is no column of labels"
-    raise DataError(f"{printable(table.path)} has no column 'label', and {reason}; {way_out(names)}")
+    raise DataError(f"{printable(table.path)} has no column 'label', and {reason}; {list_columns(names)}")
 
 
 def is_renaming(sample: list[list[str]], first: int, second: int) -> bool:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from skipway.data.sources.columns import list_columns
 from skipway.data.sources.index import (
     FilesByClass,
     SourceIndex,
@@ -17,7 +18,7 @@ from skipway.data.sources.index import (
 )
 from skipway.data.sources.readers import TableStore
 from skipway.data.sources.splits import SPLITS, Split, split_of
-from skipway.errors import DataError, MissingExtraError, first_line, printable, spell
+from skipway.errors import DataError, MissingExtraError, first_line, printable
 
 __all__ = ["HUB_PREFIX", "index_dataset", "is_saved_dataset"]
 
@@ -121,8 +122,5 @@ def choose_columns(splits: dict[str, Any], columns: Sequence[str], where: str, d
         elif len(fitting) == 1:
             chosen.append(fitting[0])
         else:
-            raise DataError(
-                f"{where} has no column {wanted!r}; it has {name_list(features)}. Name those of image and label, with "
-                f"{spell('columns', tuple(features)[:2])} for example"
-            )
+            raise DataError(f"{where} has no column {wanted!r}; {list_columns(tuple(features))}")
     return chosen[0], chosen[1]

@@ -34,7 +34,7 @@ class ImageNames:
 
     def direct(self, cell: str) -> str | None:
         """The file that a cell names as it stands, or in another spelling of the same path."""
-        for form in (cell, cell.strip(), cell.strip().replace("\\", "/")):
+        for form in dict.fromkeys((cell, cell.strip(), cell.strip().replace("\\", "/"))):
             for name in dict.fromkeys((form, *(unicodedata.normalize(kind, form) for kind in ("NFC", "NFD")))):
                 try:
                     if name and os.path.isfile(os.path.join(self.home, name)):

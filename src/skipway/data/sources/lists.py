@@ -21,7 +21,7 @@ from skipway.data.sources.index import (
 from skipway.data.sources.readers import FileStore
 from skipway.data.sources.scan import LeftOut
 from skipway.data.sources.splits import SPLITS, known_names
-from skipway.data.sources.tables import Row, Table, read_parquet_table, read_text_table
+from skipway.data.sources.tables import Table, read_parquet_table, read_text_table
 from skipway.errors import DataError, counted, printable, spell
 
 __all__ = ["LIST_SUFFIXES", "index_list"]
@@ -55,10 +55,6 @@ class ListRows:
         """The list, for messages."""
         return printable(self.table.path)
 
-    def body(self) -> list[Row]:
-        """The rows without the header."""
-        return self.table.rows[1:] if self.columns.headed and self.table.names is None else self.table.rows
-
     def sort(self) -> list[str]:
         """Sort all rows; returns remarks.
 
@@ -66,7 +62,7 @@ class ListRows:
             DataError: an image outside the folder or listed with two labels, or an unknown split.
         """
         width, body = len(self.columns.names), []
-        for number, cells in self.body():
+        for number, cells in self.table.body(headed=self.columns.headed):
             row = [*cells, *[""] * (width - len(cells))]
             if not any(cell.strip() for cell in row):
                 self.left_out.add("empty", f"row {number}")

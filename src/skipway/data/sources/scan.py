@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from skipway.data.content import is_image_content
+from skipway.data.content import content_fault
 from skipway.errors import counted, printable
 
 __all__ = ["SUFFIXES", "ImageFolder", "LeftOut", "scan_folder"]
@@ -156,7 +156,7 @@ class Scan:
             return "a broken link" if entry.is_symlink() else "not a regular file"
         try:
             with open(entry.path, "rb") as file:
-                return is_image_content(file, suffix) or "image"
+                return content_fault(file, suffix) or "image"
         except OSError as error:
             return f"cannot be opened ({(error.strerror or str(error)).lower()})"
 

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from skipway.data.content import HEAD_BYTES, is_image_content
+from skipway.data.content import HEAD_BYTES, content_fault
 from skipway.data.decode import MAX_BYTES
 from skipway.data.sources.index import (
     FilesByClass,
@@ -194,7 +194,7 @@ def describe_member(file: Any, name: str, key: str, place: tuple[int, int]) -> s
     offset, size = place
     file.seek(offset)
     content = file.read(size if size <= MAX_SNIFFED_BYTES else HEAD_BYTES)
-    return is_image_content(io.BytesIO(content), Path(name).suffix)
+    return content_fault(io.BytesIO(content), Path(name).suffix)
 
 
 def check_member(path: Path, member: tarfile.TarInfo, size: int, count: int) -> None:

@@ -46,6 +46,10 @@ class Table:
     remarks: tuple[str, ...] = ()
     names: tuple[str, ...] | None = None
 
+    def body(self, *, headed: bool) -> list[Row]:
+        """The rows without the one that names the columns, if any does: `headed`."""
+        return self.rows[1:] if headed and self.names is None else self.rows
+
 
 def read_text_table(path: Path) -> Table:
     """Read a text file with one row per line: CSV, TSV, or any other separator; `#` begins a comment.
