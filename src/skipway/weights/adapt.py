@@ -6,7 +6,7 @@ Each choice is a function from what does not fit to what it would change; nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from skipway.nn import Classifier, Residual
 from skipway.tracing.chain import chain
 from skipway.weights.keymap import KeyMap
 
-__all__ = ["CHOICES", "Change", "Misfit", "read_choices"]
+__all__ = ["CHOICES", "Change", "Misfit", "classifier_parameters", "read_choices"]
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,18 @@ class Change:
         return bool(self.fresh or self.resampled or self.left_out)
 
 
+def classifier_parameters(model: nn.Module, others: Container[str]) -> Iterator[tuple[Any, list[str]]]:
+    """Each classifier with the names of its parameters: those of ours, and others by their paths."""
+    for name, module in model.named_modules():
+        if isinstance(module, Classifier) or name in others:
+            yield module, [f"{name}.{leaf}".removeprefix(".") for leaf, _ in module.named_parameters()]
+
+
 def adapt_classes(misfit: Misfit) -> Change:
     """The classifier keeps its fresh start where the file's has another number of classes, or the file has none."""
     change = Change()
-    for name, module in misfit.model.named_modules():
-        if not isinstance(module, Classifier) and name not in misfit.classifiers:
-            continue
-        keys = [f"{name}.{leaf}".removeprefix(".") for leaf, _ in module.named_parameters()]
+    for own, keys in classifier_parameters(misfit.model, misfit.classifiers):
         found = misfit.misshapen.get(keys[0])
-        own: Any = module
         other = found is not None and found.flatten(1).shape[1:] == own.weight.flatten(1).shape[1:]
         if other or all(key in misfit.missing for key in keys):
             change.fresh.extend(key for key in keys if key in misfit.misshapen or key in misfit.missing)

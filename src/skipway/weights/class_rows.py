@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, printable, spell
-from skipway.nn import Classifier
+from skipway.weights.adapt import classifier_parameters
 from skipway.weights.container import cut
 from skipway.weights.keymap import KeyMap
 from skipway.weights.prefixes import strip_prefixes
@@ -44,16 +44,18 @@ def arrange_classes(
     """
     if theirs is not None and tuple(theirs) == tuple(ours):
         return state, []
-    others = frozenset(classifiers)
     keymap, own = find_keymap(model, names), model.state_dict()
     bare, remarks = strip_prefixes(state, {name for key in own for name in keymap.names(key)})
-    rows = {key: place for key in classifier_keys(model, others) if (place := place_of(keymap, key, bare)) is not None}
-    if theirs is not None and any(len(bare[place]) != len(theirs) for place in rows.values()):
+    parameters = [key for _, keys in classifier_parameters(model, frozenset(classifiers)) for key in keys]
+    rows = {key: their_key for key in parameters if (their_key := their_name(keymap, key, bare)) is not None}
+    if theirs is not None and any(len(bare[their_key]) != len(theirs) for their_key in rows.values()):
         theirs = None  # names of something else
-    same_count = all(len(bare[place]) == len(ours) for place in rows.values())
+    same_count = all(len(bare[their_key]) == len(ours) for their_key in rows.values())
     if not rows or (theirs is None and (not same_count or "classes" not in adapt)):
         return state, []
-    shared = [name for name in ours if name in (theirs or ())]
+    # of classes that share a name, the first
+    row_of = {name: row for row, name in reversed([*enumerate(theirs or ())])}
+    shared = {name: row for row, name in enumerate(ours) if name in row_of}
     if theirs is not None and set(theirs) != set(ours) and "classes" not in adapt:
         raise CheckpointError(
             f"the weights know the classes {listed(theirs)}, the images have {listed(ours)}; "
@@ -66,14 +68,13 @@ def arrange_classes(
             if theirs is None
             else f"it knows {listed(theirs)}, none of which is here"
         )
-        left = {place: tensor for place, tensor in bare.items() if place not in rows.values()}
+        left = {their_key: tensor for their_key, tensor in bare.items() if their_key not in rows.values()}
         return left, [*remarks, f"the classifier of the weights is not used, since {why}"]
-    for key, place in rows.items():
-        found, tensor = bare[place], own[key].clone()
-        for number, name in enumerate(ours):
-            if name in shared:
-                tensor[number] = found[theirs.index(name)].reshape(tensor[number].shape)
-        bare[place] = tensor
+    for key, their_key in rows.items():
+        found, tensor = bare[their_key], own[key].clone()
+        taken = found[[row_of[name] for name in shared]]
+        tensor[list(shared.values())] = taken.reshape(-1, *tensor.shape[1:]).to(tensor)
+        bare[their_key] = tensor
     fresh, unused = [[each for each in some if each not in shared] for some in (ours, theirs)]
     parts = [f"of {len(shared)} of {len(ours)} classes taken by name"]
     parts += [f"new for {listed(fresh)}"] if fresh else []
@@ -81,17 +82,7 @@ def arrange_classes(
     return bare, [*remarks, f"rows of the classifier: {', '.join(parts)}"]
 
 
-def classifier_keys(model: nn.Module, others: Iterable[str] = ()) -> list[str]:
-    """Names of the parameters of the classifiers: those of ours, and others by their paths."""
-    return [
-        f"{name}.{leaf}".removeprefix(".")
-        for name, module in model.named_modules()
-        if isinstance(module, Classifier) or name in others
-        for leaf, _ in module.named_parameters()
-    ]
-
-
-def place_of(keymap: KeyMap, key: str, state: Mapping[str, Tensor]) -> str | None:
+def their_name(keymap: KeyMap, key: str, state: Mapping[str, Tensor]) -> str | None:
     """The name in the file of a parameter that is one tensor there as it is here; None: it is not."""
     found = keymap.find(key, state)
     if found is None or found[0].convert is not None or len(found[1]) != 1 or found[1][0] not in state:
