@@ -30,6 +30,7 @@ from skipway.inference.predict import Predictor
 from skipway.inference.publish import write_hub_folder, write_onnx, write_program
 from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 from skipway.training.reporter import SilentReporter
+from skipway.weights import read_weights
 
 SPECIAL = {
     "channels": 1,
@@ -274,6 +275,29 @@ def test_a_damaged_description_is_named(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json is damaged"):
         find_data_config(file, "huggingface", None)
+
+
+def test_the_preprocessing_is_of_the_file_that_weights_are_read_from(tmp_path):
+    for name, mean in (("model.safetensors", 0.25), ("best.safetensors", 0.75)):
+        stated = json.dumps({"mean": [mean], "std": [0.5]})
+        save_file({"w": torch.full((1,), mean)}, tmp_path / name, {"preprocessing": stated})
+    assert find_data_config(tmp_path, "skipway", None).mean == (read_weights(tmp_path)["w"].item(),)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "filter_name"),
+    [
+        ("resample", 3, "bicubic"),
+        ("resample", 2, "bilinear"),
+        ("resample", [3], None),
+        ("image_std", [float("nan")], 0),
+    ],
+)
+def test_a_value_that_cannot_be_counts_as_not_stated(tmp_path, field, value, filter_name):
+    stated = {"image_mean": [0.5], "image_std": [0.5], field: value}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+    found = find_data_config(weights(tmp_path), "huggingface", None)
+    assert found is None if filter_name == 0 else found.resample == filter_name
 
 
 @pytest.mark.parametrize("text", ["x", "0.5,", "", "0.5 0.5", "nan", "2"])

@@ -9,17 +9,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from skipway.data.fit import RESAMPLES
+from skipway.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from skipway.data.preprocessing import finite_numbers
 from skipway.data.sources.index import class_name
 from skipway.errors import CheckpointError, printable
+from skipway.weights.files import LAYOUT
 from skipway.zoo import import_library
 
 __all__ = ["DataConfig", "find_class_names", "find_data_config"]
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-RESAMPLES = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
-"""Pillow's numbers, which Hugging Face stores, and timm's names. Other filters are not ours."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def find_data_config(source: str | Path, names: str, model: str | None) -> DataC
     if names == "timm" and model is not None and find_spec("timm") is not None:
         return of_timm(model)
     if names == "torchvision":
-        return DataConfig(*IMAGENET, "torchvision's weights", crop_share=None)
+        return DataConfig(IMAGENET_MEAN, IMAGENET_STD, "torchvision's weights")
     return None
 
 
@@ -90,17 +91,14 @@ def find_class_names(source: str | Path) -> tuple[str, ...] | None:
 
 
 def own_preprocessing(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The preprocessing in the header of a file that a run wrote, or of the first such file of a run's folder."""
-    files = [path] if path.is_file() else [path / name for name in ("best.safetensors", "model.safetensors")]
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as content:
-                stated = json.loads((content.metadata() or {}).get("preprocessing", "null"))
-        except (OSError, ValueError, SafetensorError):  # no file of ours; what is wrong with it, its reader says
-            continue
-        if isinstance(stated, dict):
-            return file, stated
-    return None
+    """The preprocessing in the header of the file that weights are read from, where a run wrote it."""
+    file = next((path / name for name in LAYOUT if (path / name).is_file()), path)
+    try:
+        with safe_open(file, framework="pt") as content:
+            stated = json.loads((content.metadata() or {}).get("preprocessing", "null"))
+    except (OSError, ValueError, SafetensorError):  # no file of ours; what is wrong with it, its reader says
+        return None
+    return (file, stated) if isinstance(stated, dict) else None
 
 
 def own_header(path: Path) -> DataConfig | None:
@@ -170,11 +168,11 @@ def of_mapping(
     if middle is None or scale is None or len(middle) != len(scale) or min(scale) <= 0:
         return None
     fitting = share if isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1 else None
-    return DataConfig(middle, scale, origin, fitting, RESAMPLES.get(resample))
+    # Pillow's numbers, which Hugging Face stores, or timm's names; other filters are not ours
+    ours = (name for name in RESAMPLES if resample in (name, Image.Resampling[name.upper()]))
+    return DataConfig(middle, scale, origin, fitting, next(ours, None))
 
 
 def numbers(value: Any) -> tuple[float, ...] | None:
-    """A number or several, as floats; None for anything else."""
-    given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    fine = given and all(isinstance(each, int | float) and not isinstance(each, bool) for each in given)
-    return tuple(map(float, given)) if fine else None
+    """A finite number or several, as floats; None for anything else."""
+    return finite_numbers(value if isinstance(value, Sequence) else [value])

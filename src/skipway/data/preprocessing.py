@@ -171,8 +171,8 @@ def is_text_list(values: object) -> bool:
 
 
 def finite_numbers(values: object) -> tuple[float, ...] | None:
-    """Read a list of finite numbers; None if it is anything else."""
+    """Read a list of finite numbers, of which true and false are none; None if it is anything else."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         return None
-    fine = [isinstance(value, int | float) and math.isfinite(value) for value in values]
+    fine = [isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values]
     return tuple(float(value) for value in values) if fine and all(fine) else None
