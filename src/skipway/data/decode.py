@@ -118,7 +118,6 @@ def decode(
     *,
     box: ChooseBox | None = None,
     name: Path | None = None,
-    quick: bool = False,
 ) -> np.ndarray:
     """Decode a file, or its bytes, into a uint8 array of shape (size, size, channels).
 
@@ -128,15 +127,13 @@ def decode(
         box: `box(width, height)` returns the crop of the upright image that is scaled to size x size, in pixels (left,
             top, right, bottom); None: the central crop of the spec.
         name: name of the bytes in messages.
-        quick: scale bilinearly, whatever the spec says.
 
     Raises:
         UnreadableImage: the file is missing, damaged, not an image, or outside the limits above.
     """
     with reporting_faults(source, name) as (content, path):
         image = upright_image(content, path, spec, least=2 * spec.size)
-        resample = "bilinear" if quick else spec.resample
-        square = fit_square(image, spec.size, box or central_share(spec.crop_share), spec.fit, resample)
+        square = fit_square(image, spec.size, box or central_share(spec.crop_share), spec.fit, spec.resample)
         return square.reshape(spec.size, spec.size, spec.channels)
 
 
@@ -153,10 +150,7 @@ def upright_image(content: bytes, path: Path, spec: DecodeSpec, *, least: int) -
             image.draft("RGB" if spec.channels == 3 else "L", (image.width // scale, image.height // scale))
             image.load()
             pixels = image
-        # after loading: Pillow itself turns a TIFF then, and a PNG may store its orientation after its pixels
-        orientation = orientation_of(image)
-        flat = to_eight_bit(pixels, spec.channels, spec.grey16)
-        return flat.transpose(ORIENTATION_TRANSPOSE[orientation]) if orientation in ORIENTATION_TRANSPOSE else flat
+        return turn_upright(to_eight_bit(pixels, spec.channels, spec.grey16), image)
 
 
 def read_header(source: Path | bytes, name: Path | None = None, spec: DecodeSpec | None = None) -> Header:
@@ -258,6 +252,15 @@ def orientation_of(image: Image.Image) -> int:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception:
         return 1
+
+
+def turn_upright(flat: Image.Image, image: Image.Image) -> Image.Image:
+    """Turn converted pixels as the orientation says of the image that they are from.
+
+    To be called after loading: Pillow itself turns a TIFF then, and a PNG may store its orientation after its pixels.
+    """
+    orientation = orientation_of(image)
+    return flat.transpose(ORIENTATION_TRANSPOSE[orientation]) if orientation in ORIENTATION_TRANSPOSE else flat
 
 
 def to_eight_bit(image: Image.Image, channels: int, grey16: Grey16) -> Image.Image:

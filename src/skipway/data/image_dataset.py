@@ -135,10 +135,12 @@ class FileDataset(ImageDataset):
 
     def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
         rows = draws.numpy() if self.crop and draws is not None else None
+        # random crops are scaled bilinearly, in two thirds of the time
+        spec = self.spec if rows is None else self.spec._replace(resample="bilinear")
         if self.stored is None:
-            work = DecodeTask(self.store, self.names, self.spec, rows)
+            work = DecodeTask(self.store, self.names, spec, rows)
         else:
-            work = CropTask(*self.stored, self.spec, rows)
+            work = CropTask(*self.stored, spec, rows)
         numbers = [chosen.tolist() for chosen in batches]
         for (images, reasons), batch in zip(
             self.pool.batches(work, numbers, pin=device.type == "cuda"), numbers, strict=True

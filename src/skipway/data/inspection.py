@@ -10,7 +10,7 @@ import numpy as np
 
 from skipway.data.augment.crops import random_box
 from skipway.data.decode import MIN_SIDE, DecodeSpec, UnreadableImage, decode, read_header
-from skipway.data.fit import ChooseBox, Fit
+from skipway.data.fit import Fit
 from skipway.data.sources.index import SourceIndex, name_list
 from skipway.data.sources.readers import ImageStore
 from skipway.errors import counted
@@ -86,16 +86,10 @@ class DecodeTask:
         self.draws = draws
         self.shape = (spec.size, spec.size, spec.channels)
 
-    def box(self, index: int) -> ChooseBox | None:
-        """The crop of image `index`."""
-        return None if self.draws is None else random_box(self.draws[index])
-
     def __call__(self, index: int, row: np.ndarray | None) -> str:
-        file, quick = self.files[index], self.draws is not None
+        file, box = self.files[index], None if self.draws is None else random_box(self.draws[index])
         try:
-            pixels = decode(
-                self.store.read(file), self.spec, box=self.box(index), name=self.store.root / file, quick=quick
-            )
+            pixels = decode(self.store.read(file), self.spec, box=box, name=self.store.root / file)
         except UnreadableImage as error:
             return error.reason
         if row is not None:

@@ -15,13 +15,12 @@ from torch import Tensor
 from skipway.data.batches import normalize
 from skipway.data.decode import (
     MAX_MEGAPIXELS,
-    ORIENTATION_TRANSPOSE,
     DecodeSpec,
     UnreadableImage,
     decode,
-    orientation_of,
     silence_pillow,
     to_eight_bit,
+    turn_upright,
 )
 from skipway.data.fit import FITS, RESAMPLES, Fit, Resample, central_share, evaluation_share, fit_square
 from skipway.errors import CheckpointError, DataError, printable
@@ -153,13 +152,8 @@ class Preprocessing:
             if image.mode == "F":
                 raise ValueError("32-bit float values of unknown range; give it 8 or 16 bits")
             image.load()
-            flat = to_eight_bit(image, self.channels, self.grey16)
-            turned = (
-                flat.transpose(ORIENTATION_TRANSPOSE[turn])
-                if (turn := orientation_of(image)) in ORIENTATION_TRANSPOSE
-                else flat
-            )
-            pixels = fit_square(turned, self.size, central_share(self.crop_share), self.fit, self.resample)
+            upright = turn_upright(to_eight_bit(image, self.channels, self.grey16), image)
+            pixels = fit_square(upright, self.size, central_share(self.crop_share), self.fit, self.resample)
         except Exception as error:  # Pillow's plugins raise whatever their parsers do
             raise UnreadableImage(name, printable(str(error))) from error
         return torch.from_numpy(pixels.copy()).reshape(self.size, self.size, self.channels)

@@ -46,8 +46,9 @@ def limit_threads() -> None:
     """Let torch start no more threads than the quota of a container has cores; an environment that sets their number
     wins. To be called before torch is imported.
     """
-    if cpu_count() < allowed_cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(cpu_count()))
+    cores = cpu_count()
+    if cores < allowed_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def available_memory() -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
+
+from skipway.hardware.limits import read_text
 
 __all__ = ["cpu_name"]
 
@@ -14,9 +15,6 @@ def cpu_name() -> str:
     >>> isinstance(cpu_name(), str)
     True
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+    lines = read_text("/proc/cpuinfo").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -96,13 +96,8 @@ class CropTask:
         channels = self.spec.channels
         flat = content[offset : offset + height * width * channels]
         image = Image.fromarray(flat.reshape(height, width, channels) if channels == 3 else flat.reshape(height, width))
-        if self.draws is None:
-            square = fit_square(
-                image, self.spec.size, central_share(self.spec.crop_share), self.spec.fit, self.spec.resample
-            )
-        else:
-            square = fit_square(image, self.spec.size, random_box(self.draws[index]), self.spec.fit, "bilinear")
-        row[:] = square.reshape(self.shape)
+        box = central_share(self.spec.crop_share) if self.draws is None else random_box(self.draws[index])
+        row[:] = fit_square(image, self.spec.size, box, self.spec.fit, self.spec.resample).reshape(self.shape)
         return ""
 
 
