@@ -34,7 +34,7 @@ SIGNATURES = {
 }
 TGA_SUFFIXES = (".tga", ".targa", ".icb", ".vda", ".vst")
 TGA_FOOTER = b"TRUEVISION-XFILE.\0"
-# what is no image, and what is one that is not read, by signature
+# files that are no images, and images that are not read, by signature
 OTHERS = (
     (HEIF_BRANDS, "a HEIC image, which is read after pip install 'skipway[heif]'"),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL image: convert it with djxl"),
@@ -123,7 +123,7 @@ def describe_content(content: bytes) -> str:
 
 
 def describe_text(head: bytes) -> str:
-    """Describe text and markup; "": the bytes are none."""
+    """Describe text or markup; "": the bytes are neither."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "not an image but text in UTF-16"
     text = head.removeprefix(b"\xef\xbb\xbf").strip()
@@ -137,7 +137,7 @@ def describe_text(head: bytes) -> str:
 
 
 def describe_other(head: bytes) -> str:
-    """Describe what no signature here is of: by Pillow's formats, else by its first bytes."""
+    """Describe a file that matches no signature here: by Pillow's other formats, else by its first bytes."""
     Image.init()
     prefix = head[:16].ljust(16, b"\0")
     for name, (_, accept) in Image.OPEN.items():

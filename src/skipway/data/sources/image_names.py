@@ -44,7 +44,7 @@ class ImageNames:
         return None
 
     def relative(self, name: str) -> str:
-        """A path without parts that say nothing, from the folder of the list where it is below it."""
+        """A path without empty parts and dots; relative to the folder of the list where it leads below that."""
         parts = "/".join(part for part in name.split("/") if part not in ("", "."))
         if not os.path.isabs(name):
             return parts
@@ -108,7 +108,8 @@ class ImageNames:
 
     def remarks(self, found: Iterable[tuple[str, str]]) -> list[str]:
         """Remarks about cells that do not name their file as it is."""
-        added, folders, first = Counter[str](), Counter[str](), {}
+        added, folders = Counter[str](), Counter[str]()
+        first: tuple[str, str] | None = None
         for cell, file in found:
             name = cell.strip().replace("\\", "/")
             if cell == file or unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", file):
@@ -118,13 +119,13 @@ class ImageNames:
             added[suffix] += name.endswith(bare.rpartition("/")[2]) and not name.endswith(suffix)
             start = bare.removesuffix(os.path.splitext(name)[0] if name.endswith(suffix) else name)
             folders[start if start != bare else "the folder of the list"] += bool(start)
-            first.setdefault(True, (cell, file))
-        if not first:
+            first = first or (cell, file)
+        if first is None:
             return []
         places = ", ".join(f"{printable(place)} {count:,}" for place, count in folders.most_common(3) if count)
         endings = ", ".join(f"{suffix or 'none'} {count:,}" for suffix, count in added.most_common(3) if count)
         parts = [f"in {places}" if places else "", f"with the suffix {endings}" if endings else ""]
-        cell, file = first[True]
+        cell, file = first
         total = counted(max(folders.total(), added.total()), "image")
         return [
             f"{total} of the list found {', '.join(filter(None, parts))}: {printable(cell)!r} is {printable(file)!r}"

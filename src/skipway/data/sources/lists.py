@@ -75,7 +75,7 @@ class ListRows:
         used = []
         for (number, row), label in zip(body, labels.names, strict=True):
             cell = row[self.columns.image]
-            if self.take(number, row, label, found.get(cell, cell.strip() if cell.strip() else "")) and cell in found:
+            if self.take(number, row, label, found.get(cell, cell.strip())) and cell in found:
                 used.append((cell, found[cell]))
         return [*labels.remarks, *self.images.remarks(used)]
 
@@ -170,7 +170,7 @@ def index_list(path: Path, *, columns: Sequence[str] = COLUMNS, outside: bool = 
     rows = ListRows(table, chosen, images, outside)
     remarks = [*table.remarks, *chosen.remarks, *rows.sort()]
     where, splits = printable(path), rows.splits
-    classes = sorted_classes(name for name, files in splits["train"].items() if files)
+    classes = sorted_classes(splits["train"])
     if len(classes) < 2:
         rest = "".join(f"; {sentence}" for sentence in rows.left_out.sentences())
         raise DataError(

@@ -89,9 +89,7 @@ def decode_text(content: bytes, path: Path) -> tuple[str, str]:
             text = content.decode(encoding)
             if encoding.startswith("utf-16-") and any(letter < "\t" for letter in text[:SAMPLED]):
                 raise DataError(f"{printable(path)}: not a list that can be read: it is no text")
-            return text.removeprefix("\ufeff"), encoding.upper().replace("-SIG", "").replace("-LE", "").replace(
-                "-BE", ""
-            )
+            return text.removeprefix("\ufeff"), re.sub(r"-(?:SIG|LE|BE)$", "", encoding.upper())
         return content.decode("utf-8"), "UTF-8"
     except UnicodeDecodeError as error:
         if encoding:
@@ -114,8 +112,8 @@ def names_files(text: str, folder: Path) -> bool:
 
 def parse_rows(lines: list[str], separator: str) -> Iterator[Row]:
     """The rows of text lines, but for blank lines and comments."""
-    lines = list(uncommented(lines, separator))
-    without = ("\n" if not line.strip() or line.lstrip().startswith("#") else line for line in lines)
+    named = uncommented(lines, separator)
+    without = ("\n" if not line.strip() or line.lstrip().startswith("#") else line for line in named)
     reader = csv.reader(without, delimiter=separator, strict=True, skipinitialspace=separator in " |;,")
     for row in reader:
         if row and separator == " ":
