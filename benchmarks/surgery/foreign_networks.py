@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import import_timm, import_transformers
 
-__all__ = ["LIBRARIES", "NETWORKS", "build"]
+__all__ = ["CONFIGS", "LIBRARIES", "NETWORKS", "build", "configured"]
 
 Built = tuple[nn.Module, Any]
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -69,18 +70,19 @@ def signals(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def transformer(kind: str, config: str, options: dict[str, Any], example: Callable[[], Any]) -> Callable[[], Built]:
-    """A class of transformers with a config of its own."""
+def configured(name: str, **changed: Any) -> Any:
+    """A network of transformers without dropout, with these values of its config changed."""
+    library = import_transformers()
+    kind, config, options = CONFIGS[name]
+    settings = getattr(library, config)(**{**options, **changed})
+    for entry, value in vars(settings).items():
+        if ("drop" in entry or "pdrop" in entry) and isinstance(value, float):
+            setattr(settings, entry, 0.0)
+    return getattr(library, kind)(settings)
 
-    def make() -> Built:
-        library = import_transformers()
-        settings = getattr(library, config)(**options)
-        for name, value in vars(settings).items():
-            if ("drop" in name or "pdrop" in name) and isinstance(value, float):
-                setattr(settings, name, 0.0)
-        return getattr(library, kind)(settings), example()
 
-    return make
+def transformer(name: str) -> Built:
+    return configured(name), EXAMPLES.get(name, padded)()
 
 
 def image_model(name: str, side: int = 32, **options: Any) -> Callable[[], Built]:
@@ -217,9 +219,9 @@ def decoder_ids() -> dict[str, Tensor]:
     return {**padded(), "decoder_input_ids": tokens(7)}
 
 
-TRANSFORMERS: dict[str, Callable[[], Built]] = {
-    "GPT-2": transformer("GPT2LMHeadModel", "GPT2Config", OLDER, padded),
-    "GPT-Neo": transformer(
+CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "GPT-2": ("GPT2LMHeadModel", "GPT2Config", OLDER),
+    "GPT-Neo": (
         "GPTNeoForCausalLM",
         "GPTNeoConfig",
         {
@@ -230,61 +232,69 @@ TRANSFORMERS: dict[str, Callable[[], Built]] = {
             "intermediate_size": 64,
             "attention_types": [[["global", "local"], 2]],
         },
-        padded,
     ),
-    "GPT-NeoX": transformer("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL, padded),
-    "GPT-J": transformer("GPTJForCausalLM", "GPTJConfig", {**OLDER, "rotary_dim": 4}, padded),
-    "OPT": transformer("OPTForCausalLM", "OPTConfig", {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32}, padded),
-    "Bloom": transformer("BloomForCausalLM", "BloomConfig", {**OLDER, "hidden_size": 32}, padded),
-    "Falcon": transformer(
-        "FalconForCausalLM", "FalconConfig", {k: v for k, v in SMALL.items() if k != "intermediate_size"}, padded
-    ),
-    "Phi": transformer("PhiForCausalLM", "PhiConfig", SMALL, padded),
-    "Llama": transformer("LlamaForCausalLM", "LlamaConfig", GROUPED, padded),
-    "Llama without cache": transformer("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "use_cache": False}, padded),
-    "Mistral": transformer("MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 8}, padded),
-    "Mixtral": transformer("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 4}, padded),
-    "Qwen2": transformer("Qwen2ForCausalLM", "Qwen2Config", GROUPED, padded),
-    "Qwen3": transformer("Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 8}, padded),
-    "Gemma": transformer("GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 8}, padded),
-    "Gemma 2": transformer("Gemma2ForCausalLM", "Gemma2Config", {**GROUPED, "head_dim": 8}, padded),
-    "OLMo": transformer("OlmoForCausalLM", "OlmoConfig", SMALL, padded),
-    "Mamba": transformer(
+    "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL),
+    "GPT-J": ("GPTJForCausalLM", "GPTJConfig", {**OLDER, "rotary_dim": 4}),
+    "OPT": ("OPTForCausalLM", "OPTConfig", {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "Bloom": ("BloomForCausalLM", "BloomConfig", {**OLDER, "hidden_size": 32}),
+    "Falcon": ("FalconForCausalLM", "FalconConfig", {k: v for k, v in SMALL.items() if k != "intermediate_size"}),
+    "CodeGen": ("CodeGenForCausalLM", "CodeGenConfig", {**OLDER, "rotary_dim": 4}),
+    "MPT": ("MptForCausalLM", "MptConfig", {"vocab_size": 64, "d_model": 32, "n_layers": 4, "n_heads": 4}),
+    "Phi": ("PhiForCausalLM", "PhiConfig", SMALL),
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    "Llama without cache": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "use_cache": False}),
+    "Mistral": ("MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 8}),
+    "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 4}),
+    "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
+    "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 8}),
+    "Gemma": ("GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 8}),
+    "Gemma 2": ("Gemma2ForCausalLM", "Gemma2Config", {**GROUPED, "head_dim": 8}),
+    "OLMo": ("OlmoForCausalLM", "OlmoConfig", SMALL),
+    "Mamba": (
         "MambaForCausalLM",
         "MambaConfig",
         {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "state_size": 4},
-        lambda: {"input_ids": tokens()},
     ),
-    "BERT": transformer("BertModel", "BertConfig", SMALL, padded),
-    "RoBERTa": transformer("RobertaModel", "RobertaConfig", SMALL, padded),
-    "ELECTRA": transformer("ElectraModel", "ElectraConfig", {**SMALL, "embedding_size": 32}, padded),
-    "T5": transformer(
+    "BERT": ("BertModel", "BertConfig", SMALL),
+    "RoBERTa": ("RobertaModel", "RobertaConfig", SMALL),
+    "ELECTRA": ("ElectraModel", "ElectraConfig", {**SMALL, "embedding_size": 32}),
+    "T5": (
         "T5ForConditionalGeneration",
         "T5Config",
         {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
-        decoder_ids,
     ),
-    "BART": transformer("BartForConditionalGeneration", "BartConfig", STACKS, decoder_ids),
-    "Whisper": transformer(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {**STACKS, **SPEECH},
-        lambda: {"input_features": signals(3, 8, 32), "decoder_input_ids": tokens(7)},
-    ),
-    "Wav2Vec2": transformer("Wav2Vec2Model", "Wav2Vec2Config", WAVES, lambda: signals(3, 800)),
-    "ViT of transformers": transformer("ViTModel", "ViTConfig", VISION, lambda: images(16)),
-    "DINOv2": transformer("Dinov2Model", "Dinov2Config", VISION, lambda: images(16)),
-    "CLIP's vision": transformer("CLIPVisionModel", "CLIPVisionConfig", VISION, lambda: images(16)),
-    "Swin of transformers": transformer(
+    "BART": ("BartForConditionalGeneration", "BartConfig", STACKS),
+    "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", {**STACKS, **SPEECH}),
+    "Wav2Vec2": ("Wav2Vec2Model", "Wav2Vec2Config", WAVES),
+    "ViT of transformers": ("ViTModel", "ViTConfig", VISION),
+    "DINOv2": ("Dinov2Model", "Dinov2Config", VISION),
+    "CLIP's vision": ("CLIPVisionModel", "CLIPVisionConfig", VISION),
+    "Swin of transformers": (
         "SwinModel",
         "SwinConfig",
         {**PYRAMID, "patch_size": 2, "embed_dim": 16, "num_heads": [2, 2], "window_size": 4},
-        lambda: images(32),
     ),
-    "ConvNeXt of transformers": transformer(
-        "ConvNextModel", "ConvNextConfig", {**PYRAMID, "num_stages": 2, "hidden_sizes": [16, 32]}, lambda: images(32)
+    "ConvNeXt of transformers": (
+        "ConvNextModel",
+        "ConvNextConfig",
+        {**PYRAMID, "num_stages": 2, "hidden_sizes": [16, 32]},
     ),
 }
+"""Networks of transformers: their class, that of the config, and its values."""
+EXAMPLES: dict[str, Callable[[], Any]] = {
+    "Mamba": lambda: {"input_ids": tokens()},
+    "T5": decoder_ids,
+    "BART": decoder_ids,
+    "Whisper": lambda: {"input_features": signals(3, 8, 32), "decoder_input_ids": tokens(7)},
+    "Wav2Vec2": lambda: signals(3, 800),
+    "ViT of transformers": lambda: images(16),
+    "DINOv2": lambda: images(16),
+    "CLIP's vision": lambda: images(16),
+    "Swin of transformers": lambda: images(32),
+    "ConvNeXt of transformers": lambda: images(32),
+}
+"""What those of them are called with that take something else than padded tokens."""
+TRANSFORMERS: dict[str, Callable[[], Built]] = {name: partial(transformer, name) for name in CONFIGS}
 PATCHES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
 TIMM: dict[str, Callable[[], Built]] = {
     "resnet18": image_model("resnet18", num_classes=5),

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 import skipway as sw
 from benchmarks.peers import import_timm, import_transformers
+from benchmarks.surgery.foreign_networks import configured
 from skipway.optim.roles import parameter_roles
 
 
@@ -86,17 +87,7 @@ def test_the_maps_of_gpt2_are_decayed():
 
 
 def test_the_experts_of_a_mixture_are_decayed():
-    transformers = import_transformers()
-    config = transformers.MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    model = transformers.MixtralForCausalLM(config)
+    model = configured("Mixtral")
     groups = sw.param_groups(model, {"input_ids": torch.randint(64, (1, 8))}, lr=1e-3, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     bare = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"] if p.ndim > 1}

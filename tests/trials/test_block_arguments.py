@@ -33,106 +33,21 @@ import torch
 from torch import Tensor, nn
 
 import skipway as sw
-from benchmarks.peers import import_transformers
+from benchmarks.surgery.foreign_networks import configured
 from skipway.surgery import influence, lesion, shorten
 
 IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-GROUPED = {**SMALL, "num_key_value_heads": 2}
-OLDER = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
-SPEECH = {
-    "d_model": 32,
-    "encoder_layers": 3,
-    "decoder_layers": 3,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "vocab_size": 64,
-}
-CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "Llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
-    "Llama without cache": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "use_cache": False}),
-    "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
-    "Gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**GROUPED, "head_dim": 8}),
-    "Mistral": ("MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 8}),
-    "Olmo": ("OlmoForCausalLM", "OlmoConfig", SMALL),
-    "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 4}),
-    "GPT2": ("GPT2LMHeadModel", "GPT2Config", OLDER),
-    "GPTNeo": (
-        "GPTNeoForCausalLM",
-        "GPTNeoConfig",
-        {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "num_layers": 4,
-            "num_heads": 4,
-            "intermediate_size": 64,
-            "attention_types": [[["global", "local"], 2]],
-        },
-    ),
-    "GPTJ": ("GPTJForCausalLM", "GPTJConfig", {**OLDER, "rotary_dim": 4}),
-    "CodeGen": ("CodeGenForCausalLM", "CodeGenConfig", {**OLDER, "rotary_dim": 4}),
-    "Falcon": ("FalconForCausalLM", "FalconConfig", {k: v for k, v in SMALL.items() if k != "intermediate_size"}),
-    "Mpt": ("MptForCausalLM", "MptConfig", {"vocab_size": 64, "d_model": 32, "n_layers": 3, "n_heads": 4}),
-    "Bloom": ("BloomForCausalLM", "BloomConfig", {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
-    "Phi": ("PhiForCausalLM", "PhiConfig", SMALL),
-    "Mamba": (
-        "MambaForCausalLM",
-        "MambaConfig",
-        {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
-    ),
-    "OPT": (
-        "OPTForCausalLM",
-        "OPTConfig",
-        {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32},
-    ),
-}
-OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "Bert": ("BertModel", "BertConfig", SMALL),
-    "T5": (
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4},
-    ),
-    "Bart": ("BartForConditionalGeneration", "BartConfig", SPEECH),
-    "Whisper": (
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {
-            **SPEECH,
-            "num_mel_bins": 8,
-            "max_source_positions": 16,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "decoder_start_token_id": 1,
-            "suppress_tokens": [],
-            "begin_suppress_tokens": [],
-        },
-    ),
-    "Wav2Vec2": (
-        "Wav2Vec2Model",
-        "Wav2Vec2Config",
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-            "conv_dim": (16,) * 7,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-        },
-    ),
-}
+CAUSAL = [
+    *("Llama", "Llama without cache", "Qwen2", "Gemma 2", "Mistral", "OLMo", "Mixtral", "GPT-2", "GPT-Neo", "GPT-J"),
+    *("CodeGen", "Falcon", "MPT", "Bloom", "Phi", "Mamba", "OPT"),
+]
+OTHERS = ["BERT", "T5", "BART", "Whisper", "Wav2Vec2"]
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 
 
-def foreign(entry: tuple[str, str, dict[str, Any]]) -> Any:
-    transformers = import_transformers()
+def foreign(name: str, **changed: Any) -> Any:
     torch.manual_seed(0)
-    kind, config, options = entry
-    return getattr(transformers, kind)(getattr(transformers, config)(**options)).eval()
+    return configured(name, **changed).eval()
 
 
 def example_for(name: str) -> Any:
@@ -141,7 +56,7 @@ def example_for(name: str) -> Any:
     if name == "Wav2Vec2":
         return torch.randn(2, 2000)
     example = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    return {**example, "decoder_input_ids": IDS[:, :7]} if name in {"T5", "Bart"} else example
+    return {**example, "decoder_input_ids": IDS[:, :7]} if name in {"T5", "BART"} else example
 
 
 def wake(model: nn.Module, known: set[int]) -> int:
@@ -436,7 +351,7 @@ def test_numbers_of_blocks_are_whole(by):
 @pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
 def test_language_models_stay_causal_and_cached(name):
-    model, example = foreign(CAUSAL[name]), example_for(name)
+    model, example = foreign(name), example_for(name)
     before = model(**example).logits
     operation = deepened(model, example)
     assert operation.touched
@@ -446,7 +361,7 @@ def test_language_models_stay_causal_and_cached(name):
     changed = model(**other).logits
     torch.testing.assert_close(changed[:, :6], after[:, :6], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(changed[:, 6:], after[:, 6:], atol=1e-4)
-    if model.config.use_cache and name not in {"Mpt"}:
+    if model.config.use_cache and name != "MPT":
         key = "cache_params" if name == "Mamba" else "past_key_values"
         start = model(input_ids=IDS[:, :11], use_cache=True)
         step = model(input_ids=IDS[:, 11:], **{key: getattr(start, key)}).logits
@@ -458,7 +373,7 @@ def test_language_models_stay_causal_and_cached(name):
 @needs_transformers
 @pytest.mark.parametrize("name", OTHERS)
 def test_encoders_and_pairs_of_stacks(name):
-    model, example = foreign(OTHERS[name]), example_for(name)
+    model, example = foreign(name), example_for(name)
     keys = list(model.state_dict())
     operation = deepened(model, example, 2)
     call = (lambda: model(**example)) if isinstance(example, dict) else lambda: model(example)
@@ -472,7 +387,7 @@ def test_encoders_and_pairs_of_stacks(name):
 @needs_transformers
 @pytest.mark.parametrize("by", [1, 2, 3, 4])
 def test_a_block_with_more_weights_than_others_is_copied_last(by):
-    model = foreign(OTHERS["T5"])  # the first block of each stack alone holds a table of positions
+    model = foreign("T5", num_layers=3)  # the first block of each stack alone holds a table of positions
     operation = sw.deepen(model, example_for("T5"), by)
     assert not operation.touched.keys() & {"encoder.block.0", "decoder.block.0"}
     assert not operation.refused
@@ -480,10 +395,10 @@ def test_a_block_with_more_weights_than_others_is_copied_last(by):
 
 @needs_transformers
 def test_a_gain_that_counts_from_one_starts_silent_and_learns():
-    model = foreign(CAUSAL["Gemma2"])
+    model = foreign("Gemma 2")
     known = {id(parameter) for parameter in model.parameters()}
-    sw.deepen(model, example_for("Gemma2"), 1)
-    model(**example_for("Gemma2"), labels=IDS).loss.backward()
+    sw.deepen(model, example_for("Gemma 2"), 1)
+    model(**example_for("Gemma 2"), labels=IDS).loss.backward()
     new = {n: p for n, p in model.named_parameters() if id(p) not in known}
     silent = [
         p

@@ -30,62 +30,33 @@ import torch
 from torch import Tensor, nn
 
 import skipway as sw
-from benchmarks.peers import import_transformers
+from benchmarks.surgery.foreign_networks import configured
 from skipway.surgery import shorten
 
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-FOREIGN: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "Llama": ("LlamaForCausalLM", "LlamaConfig", SMALL),
-    "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**SMALL, "num_key_value_heads": 2}),
-    "Gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SMALL, "num_key_value_heads": 4, "head_dim": 8}),
-    "GPT2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 64, "n_embd": 32, "n_layer": 4, "n_head": 4}),
-    "GPTNeo": (
-        "GPTNeoForCausalLM",
-        "GPTNeoConfig",
-        {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "num_layers": 4,
-            "num_heads": 4,
-            "intermediate_size": 64,
-            "attention_types": [[["global", "local"], 2]],
-        },
-    ),
-    "Bert": ("BertModel", "BertConfig", SMALL),
-    "ViT": ("ViTModel", "ViTConfig", {**SMALL, "image_size": 16, "patch_size": 8}),
-    "T5": (
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 3},
-    ),
-    "Bart": (
-        "BartForConditionalGeneration",
-        "BartConfig",
-        {
-            "d_model": 32,
-            "encoder_layers": 3,
-            "decoder_layers": 3,
-            "encoder_ffn_dim": 64,
-            "decoder_ffn_dim": 64,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "vocab_size": 64,
-        },
-    ),
+AS_MANY_HEADS: dict[str, dict[str, int]] = {
+    "Llama": {"num_key_value_heads": 4},
+    "Qwen2": {},
+    "Gemma 2": {"num_key_value_heads": 4},
+    "GPT-2": {},
+    "GPT-Neo": {},
+    "BERT": {},
+    "ViT of transformers": {},
+    "T5": {"num_layers": 3, "num_heads": 3},
+    "BART": {"encoder_layers": 3, "decoder_layers": 3},
 }
+"""Networks, with what gives some of them as many heads as blocks."""
+PAIRS = {"T5", "BART"}
+"""Networks of an encoder and a decoder."""
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 
 
 def foreign(name: str, **changed: Any) -> tuple[Any, dict[str, Tensor]]:
-    transformers = import_transformers()
-    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    kind, config, options = FOREIGN[name]
-    model = getattr(transformers, kind)(getattr(transformers, config)(**{**options, **changed})).eval()
-    if name == "ViT":
+    model = configured(name, **AS_MANY_HEADS[name], **changed).eval()
+    if name == "ViT of transformers":
         return model, {"pixel_values": torch.randn(2, 3, 16, 16)}
-    return model, {"input_ids": IDS, **({"decoder_input_ids": IDS[:, :5]} if name in {"T5", "Bart"} else {})}
+    return model, {"input_ids": IDS, **({"decoder_input_ids": IDS[:, :5]} if name in PAIRS else {})}
 
 
 def draw_zeros(model: nn.Module) -> None:
@@ -96,12 +67,12 @@ def draw_zeros(model: nn.Module) -> None:
 
 @needs_transformers
 @pytest.mark.parametrize("operate", ["deepen", "shorten"])
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", AS_MANY_HEADS)
 @torch.no_grad()
 def test_saved_and_loaded_it_is_the_same_network(name, operate, tmp_path):
     model, example = foreign(name)
     old, keys, config = model(**example)[0], list(model.state_dict()), model.config.to_dict()
-    count = 6 if name in {"T5", "Bart"} else 4
+    count = 6 if name in PAIRS else 4
     operation = sw.deepen(model, example, 2) if operate == "deepen" else shorten(model, example, count - 2)
     assert not operation.refused
     assert any(entry.startswith("config.") for entry in operation.touched)
@@ -130,7 +101,7 @@ def test_heads_stay_where_there_are_as_many_as_blocks():
 
 @needs_transformers
 def test_the_list_of_kinds_of_layers_goes_along():
-    model, example = foreign("Gemma2")
+    model, example = foreign("Gemma 2")
     kinds = list(model.config.layer_types)
     sw.deepen(model, example, 1)  # after the third of four
     assert list(model.config.layer_types) == [*kinds[:3], kinds[2], *kinds[3:]]
@@ -154,7 +125,7 @@ def test_a_shortened_decoder_goes_on_from_its_cache():
 
 @needs_transformers
 def test_blocks_that_compute_by_their_number_are_not_renumbered():
-    model, example = foreign("GPT2", scale_attn_by_inverse_layer_idx=True)
+    model, example = foreign("GPT-2", scale_attn_by_inverse_layer_idx=True)
     example["use_cache"] = False
     config, keys = model.config, list(model.state_dict())
     operation = sw.deepen(model, example, 1)

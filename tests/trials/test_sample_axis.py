@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import skipway as sw
-from benchmarks.peers import import_transformers
+from benchmarks.surgery.foreign_networks import configured
 from skipway.surgery import skip_compute
 
 SEEN: list[tuple[tuple[int, ...], ...]] = []
@@ -245,20 +245,9 @@ def test_one_sample_does():
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Gemma2", "GPT2", "GPTJ", "Falcon"])
-def test_language_models_with_padding(kind):
-    transformers = import_transformers()
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    options = {
-        "Llama": {**sizes, "intermediate_size": 64},
-        "Mistral": {**sizes, "intermediate_size": 64, "num_key_value_heads": 2},
-        "Gemma2": {**sizes, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
-        "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4},
-        "GPTJ": {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4},
-        "Falcon": sizes,
-    }[kind]
-    suffix = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, f"{kind}{suffix}")(getattr(transformers, f"{kind}Config")(**options))
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "GPT-2", "GPT-J", "Falcon"])
+def test_language_models_with_padding(name):
+    model = configured(name)
     ids = torch.randint(3, 60, (4, 9))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
