@@ -179,6 +179,8 @@ def test_zeros_and_ones_and_axes_of_length_one():
         ((8, 3), torch.full((8,), 3), "the largest label is 3, and the output has 3 classes"),
         ((8, 3), torch.full((8,), -1), "the smallest label is -1"),
         ((8, 1), torch.full((8,), 4), "the largest label is 4, and the output has 1 classes"),
+        ((8, 1), torch.zeros(8, dtype=torch.long), "every label is 0, and the output has one class on axis 1"),
+        ((8, 1), torch.full((8,), -100), "every label is -100"),
         ((8, 3, 4, 4), torch.zeros(8, 8, 8, dtype=torch.long), r"int64 \(8, 8, 8\) beside the output \(8, 3, 4, 4\)"),
         ((8, 3), torch.zeros(8), r"float32 \(8,\) beside the output \(8, 3\)"),
         ((8, 3), [0, 1, 2], "targets=list: the rule is a tensor, or one for each"),

@@ -27,6 +27,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
 }
+CHOICES = f"one of {', '.join(OPTIMIZERS)}, a torch optimizer, or a list of torch optimizers for parts of the model"
 USUAL_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "adagrad": 1e-2}
 
 
@@ -54,10 +55,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.exact is None and (not isinstance(self.optimizer, str) or self.optimizer not in OPTIMIZERS):
-            raise SkipwayError(
-                f"optimizer={self.optimizer!r}: the rule is one of {', '.join(OPTIMIZERS)}, a torch optimizer, or a "
-                "list of torch optimizers for parts of the model"
-            )
+            raise SkipwayError(f"optimizer={self.optimizer!r}: the rule is {CHOICES}")
         for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
             if value is not None:
                 check_finite(name, value)
@@ -127,8 +125,7 @@ def require_optimizers(given: Any) -> list[torch.optim.Optimizer]:
     several = list(given) if isinstance(given, list | tuple) else [given]
     if not several or not all(isinstance(each, torch.optim.Optimizer) for each in several):
         raise SkipwayError(
-            f"optimizer={given if isinstance(given, str) else type(given).__name__}: the rule is one of "
-            f"{', '.join(OPTIMIZERS)}, a torch optimizer, or a list of torch optimizers for parts of the model"
+            f"optimizer={given if isinstance(given, str) else type(given).__name__}: the rule is {CHOICES}"
         )
     for each in several:
         closure = inspect.signature(type(each).step).parameters.get("closure")

@@ -267,9 +267,9 @@ def match_targets(head: Tensor, targets: Tensor, tokens: Sequence[torch.Size]) -
     if targets.is_floating_point():
         return match_real(head, targets)
     labels = without_unit_axes(targets, head)
-    axes = [axis for axis in range(1, head.ndim) if (*head.shape[:axis], *head.shape[axis + 1 :]) == labels.shape]
+    axes = class_axes(head, labels)
     if axes and head.shape[axes[-1]] > 1:
-        if not labels_fit(labels, max(head.shape[axis] for axis in axes)):
+        if not labels_fit(labels, head.shape[axes[0]]):
             return None
         axis = axes[-1] if labels.shape in tokens else axes[0]  # tokens keep their place, as in language models
         over = f" over axis {axis} of the output {tuple(head.shape)}" if head.ndim > 2 else ""
@@ -321,29 +321,50 @@ def labels_fit(labels: Tensor, classes: int) -> bool:
     """Whether every label that counts is a class."""
     if labels.is_meta or not labels.numel():
         return True
-    counted_in = labels[labels != IGNORED]
-    if not counted_in.numel():
-        raise only_ignored()
-    low, high = (int(each) for each in torch.aminmax(counted_in.long()))
+    low, high = label_range(labels)
     return low >= 0 and high < classes
+
+
+def label_range(labels: Tensor) -> tuple[int, int]:
+    """The smallest and the largest label that counts.
+
+    Raises:
+        SkipwayError: none counts.
+    """
+    counting = labels[labels != IGNORED]
+    if not counting.numel():
+        raise only_ignored()
+    low, high = torch.aminmax(counting.long())
+    return int(low), int(high)
+
+
+def class_axes(head: Tensor, labels: Tensor) -> list[int]:
+    """The axes of an output without which it has the shape of the labels; all of them are as long."""
+    return [axis for axis in range(1, head.ndim) if (*head.shape[:axis], *head.shape[axis + 1 :]) == labels.shape]
 
 
 def check_labels(head: Tensor, targets: Tensor, fitting: Mapping[str, Match]) -> None:
     """Refuse labels beyond the classes of the only head."""
     labels = without_unit_axes(targets, head)
     binary = any("binary" in match.words for match in fitting.values())
-    if targets.is_floating_point() or binary or labels.ndim != head.ndim - 1 or not labels.numel() or labels.is_meta:
+    axes = class_axes(head, labels)
+    if targets.is_floating_point() or binary or not axes or not labels.numel() or labels.is_meta:
         return
-    rest = [a for a in range(1, head.ndim) if (*head.shape[:a], *head.shape[a + 1 :]) == labels.shape]
-    if (rest and not fitting) or (rest and head.shape[rest[0]] == 1):
-        low, high = (int(each) for each in torch.aminmax(labels[labels != IGNORED].long()))
-        classes = head.shape[rest[-1]]
-        what = f"the largest label is {high}" if high >= classes else f"the smallest label is {low}"
-        rule = "0 <= label < classes" if low < 0 else "label < classes"
+    classes = head.shape[axes[0]]
+    if fitting and classes > 1:
+        return
+    low, high = label_range(labels)
+    if low == high == 0 and classes == 1:
         raise SkipwayError(
-            f"targets: {what}, and the output has {classes} classes on axis {rest[-1]}; the rule is {rule}: build the "
-            "model with more classes, or give a loss"
+            f"targets: every label is 0, and the output has one class on axis {axes[-1]}; the rule is at least two "
+            f"classes, or both 0 and 1 among the labels; {GIVE}"
         )
+    what = f"the largest label is {high}" if high >= classes else f"the smallest label is {low}"
+    rule = "0 <= label < classes" if low < 0 else "label < classes"
+    raise SkipwayError(
+        f"targets: {what}, and the output has {classes} classes on axis {axes[-1]}; the rule is {rule}: build the "
+        "model with more classes, or give a loss"
+    )
 
 
 def unfitting(heads: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> SkipwayError:
@@ -379,18 +400,22 @@ def next_token_loss(output: Any, targets: Any, inputs: Example | None) -> Tensor
 
 def unsupervised(heads: Mapping[str, Tensor], left: str) -> Objective:
     """The sum, over all heads, of a loss to labels or values drawn at random."""
-    rows = {name: head.ndim == 2 and head.shape[1] > 1 for name, head in heads.items()}
 
     def total(output: Any, targets: Any, inputs: Example | None) -> Tensor:
         return sum_of([random_loss(head) for head in output_heads(output)[0].values()])
 
-    words = ["cross-entropy to random labels" if is_row else "mean square to noise" for is_row in rows.values()]
-    return Objective(total, f"no targets given: {sum_words(words, list(rows))}{left}", labelled=False)
+    words = ["cross-entropy to random labels" if is_row(head) else "mean square to noise" for head in heads.values()]
+    return Objective(total, f"no targets given: {sum_words(words, list(heads))}{left}", labelled=False)
+
+
+def is_row(head: Tensor) -> bool:
+    """Whether an output is a row of classes for each sample."""
+    return head.ndim == 2 and head.shape[1] > 1
 
 
 def random_loss(head: Tensor) -> Tensor:
     """Cross-entropy to labels drawn at random, or the mean square to noise where the output is no row of classes."""
-    if head.ndim == 2 and head.shape[1] > 1:
+    if is_row(head):
         labels = torch.randint(head.shape[1], (head.shape[0],), device=head.device)
         return F.cross_entropy(head.float(), labels)
     return F.mse_loss(head.float(), torch.randn_like(head, dtype=torch.float32))
