@@ -37,6 +37,7 @@ from skipway.tracing.foreign_errors import ForeignErrors
 from skipway.tracing.module_state import copy_module
 from skipway.tracing.paths import condense_paths
 from skipway.tracing.watch import refuse_scripted
+from skipway.validation import check_rule, is_whole
 
 __all__ = ["Diagnosis", "Treatment", "diagnose"]
 
@@ -345,10 +346,8 @@ def diagnose(
         else settings_of(optimizer, model)
     )
     settings = replace(settings, warmup=warmup, steps=steps, lr=settings.lr if lr is None else lr)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise SkipwayError(f"seed={seed!r}: the rule is a whole number")
-    if loss is not None and not callable(loss):
-        raise SkipwayError(f"loss={loss!r:.40}: the rule is a function (output, targets) → a scalar")
+    check_rule("seed", seed, is_whole(seed), "a whole number")
+    check_rule("loss", loss, loss is None or callable(loss), "a function (output, targets) → a scalar")
     progress = PassCounter(PASSES + (6 if thorough else 0))
     subject = Subject(model, inputs, targets, loss, training=training, seed=seed, progress=progress)
     try:
@@ -415,7 +414,7 @@ def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, ro
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value of a tensor is known not to be finite."""
+    """Whether every value of a tensor that can be read, a dense one on a real device, is finite."""
     looked_at = tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_nested
     return not looked_at or tensor.is_meta or bool(tensor.isfinite().all())
 

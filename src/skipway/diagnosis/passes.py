@@ -187,8 +187,8 @@ def largest_values(edges: dict[str, Any], output: Tensor, iterations: int) -> di
 
 
 def with_gradients(subject: Subject, distance: float = 0.0) -> tuple[Any, Tensor | None]:
-    """The probed inputs with a gradient for the first real tensor that has samples, shifted by `distance`; and the
-    leaf of it. The model gets a copy of the leaf, since it may write into its input.
+    """Copies of the probed inputs, the first real one with a sample axis shifted by `distance`; and the leaf that
+    receives the gradient of that one. The leaf itself is not among the inputs, since the model may write into them.
     """
     real: list[Tensor] = []
     sampled = iter([id(each) in subject.samples.axes for each in tensors_in(subject.inputs)])

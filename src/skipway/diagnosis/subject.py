@@ -83,7 +83,7 @@ class Subject:
 
     @cached_property
     def terms(self) -> int:
-        """Terms that the loss averages over: a sequence whose tokens have labels counts as many as they are."""
+        """Terms that the loss averages over: a sequence counts once for each token that has a label."""
         labels = self.targets
         if labels is None and isinstance(self.inputs, Mapping):
             labels = next((self.inputs[name] for name in ("labels", "label", "targets") if name in self.inputs), None)
@@ -173,7 +173,7 @@ class Subject:
         return torch.cat([head.flatten(1) if head.ndim > 1 else head[:, None] for head in heads], 1)
 
     def spend(self, passes: float) -> None:
-        """Count passes, and tell the progress."""
+        """Count passes, and report progress."""
         self.passes += passes
         if self.progress is not None:
             self.progress.report(self.passes)

@@ -66,7 +66,7 @@ def find_inputs(model: nn.Module, shape: Shape | None = None) -> tuple[RandomInp
     Raises:
         SkipwayError: none runs; says with what the last failed.
     """
-    failure = SkipwayError(f"no argument of {type(model).__name__}.forward is known")
+    failure = SkipwayError(f"no random values are known for its argument {model.main_input_name}")
     for inputs in candidates(model, shape):
         try:
             with preserved_state(model.eval()), torch.no_grad():

@@ -222,7 +222,7 @@ def load_transformers(name: str, wanted: ModelRequest) -> LoadedModel:
     except Exception as error:  # a class that needs a config, weights or inputs of its own raises anything
         text = " ".join(str(error).split())
         raise SkipwayError(
-            f"hf:{name} does not run by its default config and random inputs ({text:.200}); give a file with a "
+            f"hf:{name} does not run with its default config and random inputs ({text:.200}); give a file with a "
             "function that returns (model, inputs): FILE.py:NAME"
         ) from error
     labels = any(each.name == "labels" for each in others) and main.name == "input_ids"
@@ -243,8 +243,8 @@ def refuse_too_large(name: str, made: Any, config: Any) -> None:
     free, needed = available_memory(), 4 * 4 * count
     if free is not None and needed > free:
         raise SkipwayError(
-            f"{count / 1e9:.2g} billion parameters need {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free; make one "
-            "of fewer layers"
+            f"{count / 1e9:.2g} billion parameters need {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free; "
+            "build a network with fewer layers"
         )
 
 
