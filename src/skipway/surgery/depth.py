@@ -202,15 +202,14 @@ def take_out(change: Transaction, survey: BlockSurvey, container: str, names: Se
     Raises:
         SkipwayError: an identity leaves a slot in a cache empty that the network may read.
     """
-    assert change.example is not None
     mark = change.mark
     for name in names:
         leave_out(change, name, survey)
-    expected = outputs(change.model, change.example)
+    expected = change.current_outputs()
     change.roll_back(mark)
 
     def check() -> None:
-        if not output_gap(expected, outputs(change.model, change.example)) <= ROUNDING:
+        if not output_gap(expected, change.current_outputs()) <= ROUNDING:
             raise SkipwayError("the output would not be that with identities in their places")
 
     members = list(change.model.get_submodule(container)._modules)
@@ -282,7 +281,7 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
                 for number, name in enumerate(names):
                     slotted_copy(change, survey, name, copies[name], number)
         try:
-            outputs(model, example)
+            change.current_outputs()
         except Exception as problem:  # whatever a copy of somebody's block raises
             raise SkipwayError(
                 f"a copy of {abbreviate(chosen)} does not run with the arguments of its block{cache_hint(survey)}: "

@@ -160,12 +160,22 @@ class Transaction:
         """Largest difference of the outputs in evaluation mode from those before, over their largest magnitude; 0 where
         they are not compared.
         """
-        for check, before in self.before.items():
-            if isinstance(check, EvaluatedOutputs):
-                return output_gap(before, self.measure(check))
-        if self.example is not None:
-            outputs(self.model, self.example)  # it has to run
-        return 0.0
+        now, check = self.current_outputs(), self.output_check
+        return 0.0 if check is None else output_gap(self.before[check], now)
+
+    def current_outputs(self) -> list[Tensor]:
+        """Outputs in evaluation mode of the model as it is now; none without an example.
+
+        Where they are compared, they are computed once, until something is changed.
+        """
+        if self.output_check is not None:
+            return self.measure(self.output_check)
+        return [] if self.example is None else outputs(self.model, self.example)
+
+    @property
+    def output_check(self) -> EvaluatedOutputs | None:
+        """The check that compares outputs in evaluation mode, if there is one."""
+        return next((check for check in self.before if isinstance(check, EvaluatedOutputs)), None)
 
     def measure(self, check: Check) -> Any:
         """What a check measures now; once, until something is changed."""
@@ -233,8 +243,7 @@ class Transaction:
         """
         gap = self.compare()
         verified = self.verify()
-        compared = any(isinstance(check, EvaluatedOutputs) for check in self.before)
-        report = {"difference": gap, **self.report} if compared else self.report
+        report = self.report if self.output_check is None else {"difference": gap, **self.report}
         operation = Operation(
             self.model,
             self.title,
