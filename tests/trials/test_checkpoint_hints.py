@@ -9,7 +9,9 @@
 | – | one parameter missing under the right names | no other library is suggested |
 | – | one parameter missing under timm's names, read as ours | "by names='timm' all keys but one fit", and the one |
 | – | weights of a ViT for a ResNet | "look like a ViT of timm" |
-| – | quantised or complex numbers, tensors without values | refused, the model unchanged |
+| – | quantised, complex or 8-bit numbers, tensors without values | refused, the model unchanged |
+| – | LoRA adapters, pruned, parametrised or weight-normalised weights, GPTQ | named, with the way to plain weights |
+| – | averaged weights as a list without names, beside the others | said to be left out |
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from PIL import Image
 from tests.trials.test_checkpoint_containers import TRAIN, network, other
 
@@ -156,3 +159,40 @@ def test_a_tensor_that_cannot_be_copied_leaves_the_model_as_it_was():
     with pytest.raises(sw.CheckpointError, match=r"head.classifier.weight: a tensor without values"):
         sw.load(model, state)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+FORMS = {
+    "LoRA": (lambda net: {"fc.lora_A.weight": torch.zeros(1, 4), "fc.lora_B.weight": torch.zeros(3, 1)}, "merge"),
+    "pruned": (lambda net: torch.nn.utils.prune.l1_unstructured(net.head.classifier, "weight", 0.5), "prune.remove"),
+    "parametrised": (
+        lambda net: torch.nn.utils.parametrizations.orthogonal(net.head.classifier),
+        "remove_parametrizations",
+    ),
+    "GPTQ": (lambda net: {"fc.qweight": torch.zeros(2, dtype=torch.int32)}, "GPTQ"),
+    "scales": (lambda net: {"fc.weight_scale_inv": torch.ones(1)}, "scales"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_in_another_form_are_named(form):
+    """torch's own prune and parametrize rename the weights; leaving such names out is not offered."""
+    make, words = FORMS[form]
+    source = network()
+    more = make(source)
+    state = {**source.state_dict(), **(more if isinstance(more, dict) else {})}
+    text = message(network(), state)
+    assert words in text
+    assert "adapt=" not in text
+
+
+def test_float8_is_refused():
+    state = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in network().state_dict().items() if tensor.ndim}
+    assert "float8_e4m3fn in the file" in message(network(), state)
+
+
+def test_averaged_weights_without_names_are_left_out_with_a_remark():
+    """torch_ema keeps a list in the order of the parameters."""
+    state, remarks = network().state_dict(), []
+    averaged = {"decay": 0.9, "shadow_params": list(state.values()), "collected_params": None}
+    sw.load(network(), {"model": state, "ema": averaged}, remark=remarks.append)
+    assert [sentence for sentence in remarks if f"ema.shadow_params ({len(state)} tensors without names)" in sentence]

@@ -1,9 +1,10 @@
 """Weights of Skipway and of other libraries: declarative key maps, used in both directions, strict."""
 
 from skipway.weights import cait, convnext, resnet, swin, vit
+from skipway.weights.export import export_names
 from skipway.weights.files import read_weights
 from skipway.weights.keymap import Convert, KeyMap, KeyRule, module_rule
-from skipway.weights.loader import LoadReport, Source, export_names, load, load_state, match, read_source
+from skipway.weights.loader import LoadReport, Source, load, load_state, match, read_source
 from skipway.weights.tables import register_keymap
 
 __all__ = [

@@ -184,18 +184,31 @@ def find_state_dicts(content: object) -> dict[str, StateDict]:
         if not isinstance(value, Mapping) or len(path) > DEPTH or is_optimizer(value, path):
             return
         before = len(found)
+        lists = {str(name): count for name, each in value.items() if (count := count_unnamed(each))}
+        loose.extend(
+            f"{printable('.'.join((*path, name)))} ({counted(count, 'tensor')} without names)"
+            for name, count in lists.items()
+        )
         for name, each in value.items():
             search(each, (*path, str(name)))
         tensors = {str(name): tensor for name, each in value.items() if (tensor := as_tensor(each)) is not None}
         if len(found) > before or not any(tensor.ndim for tensor in tensors.values()):
             loose.extend(f"{printable('.'.join((*path, name)))} (a tensor)" for name in tensors)
             return
-        rest = {name: each for name, each in value.items() if str(name) not in tensors and each is not None}
+        named = {*tensors, *lists}
+        rest = {name: each for name, each in value.items() if str(name) not in named and each is not None}
         others = tuple(f"{printable(str(name))} ({type(each).__name__})" for name, each in rest.items())
         found[".".join(path)] = StateDict(tensors, others)
 
     search(content, ())
     return {path: replace(each, others=(*each.others, *loose)) for path, each in found.items()}
+
+
+def count_unnamed(value: object) -> int:
+    """Number of tensors in a list of nothing else; 0 for anything else."""
+    if not isinstance(value, list | tuple) or not all(isinstance(each, Tensor) for each in value):
+        return 0
+    return len(value)
 
 
 def is_optimizer(value: Mapping[Any, Any], path: tuple[str, ...]) -> bool:

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, SkipwayError, counted, spell
 from skipway.models import build
-from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
 from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
 from skipway.weights.container import cut, select_state_dict
 from skipway.weights.files import read_weights
+from skipway.weights.forms import describe_forms
 from skipway.weights.keymap import KeyMap
 from skipway.weights.prefixes import strip_prefixes
 from skipway.weights.tables import find_keymap, guess_architecture, known_libraries
 
-__all__ = ["LoadReport", "Source", "export_names", "load", "load_state", "match", "read_source"]
+__all__ = ["LoadReport", "Source", "load", "load_state", "match", "read_source"]
 
 M = TypeVar("M", bound=nn.Module)
 Source = str | Path | Mapping[str, Tensor]
@@ -183,6 +183,7 @@ def load(
 
     >>> import skipway as sw
     >>> block = sw.BasicBlock(8, 8)
+    >>> from skipway.weights import export_names
     >>> twin = sw.load(sw.BasicBlock(8, 8), export_names(block, "torchvision"), names="torchvision")
     >>> bool((twin.branch.conv1.weight == block.branch.conv1.weight).all())
     True
@@ -250,6 +251,9 @@ def misfit_hints(
 ) -> list[str]:
     """Sentences about what is known of weights that do not fit, and ways out, each of which was tried."""
     known = [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in report.remarks]
+    forms = describe_forms(report.unexpected)
+    if forms:  # leaving them out would leave out a part of the weights
+        return [*known, *forms]
     libraries = [names, *(each for each in known_libraries(network) if each != names)]
     trials = {library: match(network, state, names=library, adapt=CHOICES) for library in libraries}
     fitting = [
@@ -354,13 +358,19 @@ def layout_of(tensor: Tensor) -> str:
     return "quantised" if tensor.is_quantized else "dense" if tensor.layout == torch.strided else "sparse"
 
 
+def is_float8(tensor: Tensor) -> bool:
+    """Whether the numbers are floating-point ones of 8 bits, which stand for others by a scale that is stored apart."""
+    return tensor.is_floating_point() and tensor.element_size() == 1
+
+
 def copy_tensor(report: LoadReport, ours: str, theirs: tuple[str, ...], found: Tensor, wanted: Tensor) -> bool:
     """Write one pair into the report; whether it fits."""
     if layout_of(found) != "dense":
         report.misshapen[ours] = f"{layout_of(found)} in the file, dense in the model"
         return False
     shapes = f"{tuple(found.shape)} in the file, {tuple(wanted.shape)} in the model"
-    if found.is_floating_point() != wanted.is_floating_point() or found.is_complex() != wanted.is_complex():
+    kinds = [(tensor.is_floating_point(), tensor.is_complex(), is_float8(tensor)) for tensor in (found, wanted)]
+    if kinds[0] != kinds[1]:
         report.misshapen[ours] = f"{found.dtype} in the file, {wanted.dtype} in the model".replace("torch.", "")
         return False
     if found.shape != wanted.shape and found.squeeze().shape != wanted.squeeze().shape:
@@ -374,34 +384,3 @@ def copy_tensor(report: LoadReport, ours: str, theirs: tuple[str, ...], found: T
     else:
         report.renamed[ours] = theirs
     return True
-
-
-def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
-    """The model's state dict under another library's names (axes of length 1 as they are here).
-
-    Raises:
-        CheckpointError: a parameter that the other library has no name for (a scheme's gain, for example).
-    """
-    keymap = find_keymap(model, names)
-    if names != "skipway":
-        refuse_constants(model, names)
-    out: dict[str, Tensor] = {}
-    for ours, tensor in model.state_dict().items():
-        found = keymap.find(ours)
-        if found is None:
-            raise CheckpointError(f"{names} has no name for {ours!r}, so this model cannot be exported to it")
-        row, theirs = found
-        tensor = tensor if row.convert is None else row.convert.to_theirs(tensor)
-        out.update(zip(theirs, tensor.chunk(len(theirs)) if len(theirs) > 1 else (tensor,), strict=True))
-    return out
-
-
-def refuse_constants(model: nn.Module, names: str) -> None:
-    """Raise where the model computes with something that no state dict carries, and that the other library lacks."""
-    for name, module in model.named_modules():
-        constant = isinstance(module, Multiply | ScaledShortcut | ScaledActivation | Cut)
-        if constant or (isinstance(module, Gain) and (module.factor != 1.0 or module.gain.ndim == 0)):
-            raise CheckpointError(
-                f"{names} has nothing like {name!r} ({module}), so this model would compute something else there; "
-                "export to names='skipway'"
-            )

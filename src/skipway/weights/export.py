@@ -1,0 +1,42 @@
+"""`export_names`: a state dict under the names of another library."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from skipway.errors import CheckpointError
+from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
+from skipway.weights.tables import find_keymap
+
+__all__ = ["export_names"]
+
+
+def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
+    """The model's state dict under another library's names (axes of length 1 as they are here).
+
+    Raises:
+        CheckpointError: a parameter that the other library has no name for (a scheme's gain, for example).
+    """
+    keymap = find_keymap(model, names)
+    if names != "skipway":
+        refuse_constants(model, names)
+    out: dict[str, Tensor] = {}
+    for ours, tensor in model.state_dict().items():
+        found = keymap.find(ours)
+        if found is None:
+            raise CheckpointError(f"{names} has no name for {ours!r}, so this model cannot be exported to it")
+        row, theirs = found
+        tensor = tensor if row.convert is None else row.convert.to_theirs(tensor)
+        out.update(zip(theirs, tensor.chunk(len(theirs)) if len(theirs) > 1 else (tensor,), strict=True))
+    return out
+
+
+def refuse_constants(model: nn.Module, names: str) -> None:
+    """Raise where the model computes with something that no state dict carries, and that the other library lacks."""
+    for name, module in model.named_modules():
+        constant = isinstance(module, Multiply | ScaledShortcut | ScaledActivation | Cut)
+        if constant or (isinstance(module, Gain) and (module.factor != 1.0 or module.gain.ndim == 0)):
+            raise CheckpointError(
+                f"{names} has nothing like {name!r} ({module}), so this model would compute something else there; "
+                "export to names='skipway'"
+            )
