@@ -23,6 +23,9 @@ __all__ = ["NO_PATIENCE", "Recipe", "read_recipe"]
 
 NO_PATIENCE = "patience needs a validation split, and there is none: set validation above 0, or leave patience out"
 
+RENAMED = {"weights": "start"}
+"""Fields of stored recipes by their earlier names."""
+
 # the batch size of the default learning rates, which scale with the batch (Goyal 2017)
 REFERENCE_BATCH = 128
 
@@ -171,8 +174,8 @@ class Recipe:
     scheme: str | None = None
     """See skipway schemes. [the model's]"""
 
-    weights: Path | None = None
-    """Initial: file, hf:ORG/NAME, pretrained. [random]"""
+    start: str | Path | None = None
+    """random, pretrained, a file, hf:ORG/NAME. [random]"""
 
     weights_names: Literal["skipway", "timm", "torchvision", "huggingface"] = advanced("skipway")
     """Naming scheme of the checkpoint."""
@@ -332,6 +335,15 @@ class Recipe:
             read()
 
     @property
+    def initial_weights(self) -> str | None:
+        """Where the weights to start from are: a path, a name of a hub, or "pretrained"; None where they are random.
+
+        >>> Recipe(start="random").initial_weights, Recipe(start="pretrained").initial_weights
+        (None, 'pretrained')
+        """
+        return None if self.start in (None, "random") else str(self.start)
+
+    @property
     def optimizer_spec(self) -> OptimizerSpec:
         """The optimizer that `optimizer` describes."""
         return parse_optimizer(self.optimizer)
@@ -441,15 +453,16 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], source: str) -> Recipe:
-        """Build a recipe from `to_json` values; unknown names raise, missing ones use the default."""
+        """Build a recipe from `to_json` values, also under earlier names; unknown ones raise, missing ones use the
+        default.
+        """
         known = [entry.name for entry in dataclasses.fields(cls)]
-        for name in values:
+        fields: dict[str, Any] = {RENAMED.get(name, name): value for name, value in values.items()}
+        for name in fields:
             if name not in known:
                 raise CheckpointError(f"{source}: {suggest('recipe field', name, known)}")
-        fields: dict[str, Any] = dict(values)
-        for name in ("data", "weights"):
-            if fields.get(name) is not None:
-                fields[name] = Path(fields[name])
+        if fields.get("data") is not None:
+            fields["data"] = Path(fields["data"])
         try:
             return cls(**fields)
         except TypeError as error:

@@ -156,7 +156,7 @@ USAGE = [
     (["nowhere"], 3, "data folder nowhere does not exist"),
     (["empty"], 3, "no images in empty"),
     (["single"], 3, "only one class, 'alone'"),
-    (["--weights", "missing.safetensors"], 4, "missing.safetensors"),
+    (["--start", "missing.safetensors"], 4, "missing.safetensors"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""`--weights pretrained`: weights of an installed package, of a library, or a word about why there are none."""
+"""`--start pretrained`: weights of an installed package, of a library, or a word about why there are none."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def test_other_models_have_none(name):
         find_published_weights(name)
 
 
-def test_a_file_of_that_name_is_a_file(tmp_path, monkeypatch):
+def test_the_word_does_not_depend_on_the_files_beside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert is_pretrained("pretrained")
     (tmp_path / "pretrained").write_bytes(b"")
-    assert not is_pretrained("pretrained")
+    assert is_pretrained("pretrained")
+    assert not is_pretrained("./pretrained")
     assert not is_pretrained(None)

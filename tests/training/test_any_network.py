@@ -146,9 +146,7 @@ def test_initial_weights_fit_by_the_names_of_the_network(tmp_path, images, file)
     source = build_classifier({"name": f"{file}:network", "classes": 1000, "channels": 3, "image": 32})
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     notes = Notes()
-    recipe = recipe_for(
-        images, f"{file}:network", epochs=1, lr=1e-12, ema=None, weights=tmp_path / "weights.safetensors"
-    )
+    recipe = recipe_for(images, f"{file}:network", epochs=1, lr=1e-12, ema=None, start=tmp_path / "weights.safetensors")
     outcome = sw.train(recipe, tmp_path / "run", reporter=notes)
     state = sw.from_pretrained(outcome.folder.last, trust_code=True).state_dict()
     assert torch.allclose(state["0.weight"], source.state_dict()["0.weight"])

@@ -87,7 +87,7 @@ def test_the_average_is_what_is_tested_and_kept(tmp_path):
 def test_frozen_blocks_do_not_move(tmp_path):
     start = train(dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=1, lr=1e-9, ema=None), tmp_path / "start")
     recipe = dataclasses.replace(
-        BASE, **FAMILIES["resnet"], epochs=1, ema=None, freeze=1, weights=start.folder.last, lr=0.1
+        BASE, **FAMILIES["resnet"], epochs=1, ema=None, freeze=1, start=start.folder.last, lr=0.1
     )
     tuned = train(recipe, tmp_path / "tuned")
     from skipway.checkpoint.files import read_tensors

@@ -239,14 +239,14 @@ def test_data_that_changed_is_noticed(tmp_path):
 
 def test_starting_from_weights(tmp_path):
     first = train(TINY, tmp_path / "first")
-    again = train(changed(TINY, weights=first.folder.last, lr=1e-12), tmp_path / "again")
+    again = train(changed(TINY, start=first.folder.last, lr=1e-12), tmp_path / "again")
     trained, start = weights(again)["stem.conv.weight"], weights(first)["stem.conv.weight"]
     assert torch.allclose(trained, start, atol=1e-6)
     with pytest.raises(CheckpointError, match="do not fit"):
-        train(changed(TINY, weights=first.folder.last, width=8), tmp_path / "wider")
+        train(changed(TINY, start=first.folder.last, width=8), tmp_path / "wider")
     assert not (tmp_path / "wider").exists()
     with pytest.raises(CheckpointError):
-        train(changed(TINY, weights=tmp_path / "none.safetensors"), tmp_path / "none")
+        train(changed(TINY, start=tmp_path / "none.safetensors"), tmp_path / "none")
 
 
 def test_divergence_says_where_and_keeps_the_last_good_state(tmp_path):
@@ -265,7 +265,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         model.stem.conv.weight[0, 0, 0, 0] = torch.nan
     write_tensors(tmp_path / "nan.safetensors", model.state_dict(), {})
     with pytest.raises(DivergedError, match="a weight is not finite"):
-        train(changed(TINY, weights=tmp_path / "nan.safetensors"), tmp_path / "run")
+        train(changed(TINY, start=tmp_path / "nan.safetensors"), tmp_path / "run")
     assert not (tmp_path / "run/checkpoints").exists()
 
 

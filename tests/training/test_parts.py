@@ -130,11 +130,14 @@ def test_impossible_recipes_name_the_rule(fields, message):
 
 
 def test_a_recipe_survives_json(tmp_path):
-    recipe = Recipe(
-        data=Path("a/b"), lr=0.03, scheme="layerscale(init=1e-5)", flip=False, weights=Path("w.safetensors")
-    )
+    recipe = Recipe(data=Path("a/b"), lr=0.03, scheme="layerscale(init=1e-5)", flip=False, start="w.safetensors")
     write_json(tmp_path / "config.json", {"recipe": recipe.to_json()})
     assert read_recipe(tmp_path / "config.json") == recipe
+
+
+@pytest.mark.parametrize(("name", "value"), [("weights", "w.safetensors"), ("weights", None)])
+def test_recipes_with_earlier_names_are_read(name, value):
+    assert Recipe.from_json({name: value}, "config.json") == Recipe(start=value)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
 | – | ResNetModel, ConvNextModel, ConvNextV2Model, SwinModel, Swinv2Model | read; the pooled features are theirs |
 | – | the same with the prefix of the class that has a classifier | read alike |
 | – | any of them without a choice | refused, with `adapt=('classes',)`, which fits |
-| – | a folder as published, by `skipway train --weights` | trained; the classifier is newly initialised, and said so |
+| – | a folder as published, by `skipway train --start` | trained; the classifier is newly initialised, and said so |
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def test_a_published_folder_at_the_command_line(tmp_path, monkeypatch, capsys):
     width = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
     theirs = library.ViTModel(library.ViTConfig(**width, image_size=16, patch_size=16, num_channels=1))
     theirs.save_pretrained("published")
-    given = ["train", "--model", "vit-tiny-16", "--size", "16", *TRAIN[6:], "--weights", "published"]
+    given = ["train", "--model", "vit-tiny-16", "--size", "16", *TRAIN[6:], "--start", "published"]
     assert main([*given, "--weights-names", "huggingface", "--out", "run"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "newly initialised: head.classifier.weight, head.classifier.bias; left out: pooler.dense" in text

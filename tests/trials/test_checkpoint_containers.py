@@ -464,13 +464,13 @@ def test_the_command_line_chooses_among_several_sets_in_its_own_words(tmp_path, 
     monkeypatch.chdir(tmp_path)
     state = sw.build("resnet", depth=8, width=4, classes=10, channels=1).state_dict()
     torch.save({"model": state, "ema": other(state), "trainer": Trainer(), "loss": torch.ones(1)}, "c.pth")
-    assert main(["train", *TRAIN, "--weights", "c.pth", "--out", "a"]) == 0
+    assert main(["train", *TRAIN, "--start", "c.pth", "--out", "a"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "the averaged weights 'ema' are taken; also there: 'model' (choose by --weights-entry model)" in text
     assert "left out: loss (a tensor)" in text
     assert f"not read, since that could run code: {__name__}.Trainer" in text
     assert f"{len(state) - 2} of {len(state)} tensors from" in text  # all but the classifier, whose classes are unknown
-    assert main(["train", *TRAIN, "--weights", "c.pth", "--weights-entry", "swa", "--out", "b"]) == 4
+    assert main(["train", *TRAIN, "--start", "c.pth", "--weights-entry", "swa", "--out", "b"]) == 4
     assert "--weights-entry swa: " in capsys.readouterr().err
 
 

@@ -98,16 +98,16 @@ def test_hints_in_the_words_of_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = sw.build("resnet", depth=8, width=4, classes=7, channels=1)
     torch.save(export_names(source, "torchvision"), "c.pth")
-    assert main(["train", *TRAIN, "--weights", "c.pth", "--out", "a"]) == 4
+    assert main(["train", *TRAIN, "--start", "c.pth", "--out", "a"]) == 4
     text = capsys.readouterr().err
     assert "(--weights-names skipway)" in text
     found = re.search(r"All of it fits with (--weights-names \w+)\.", text)
     assert found is not None
-    assert main(["train", *TRAIN, "--weights", "c.pth", *found[1].split(), "--out", "b"]) == 0
+    assert main(["train", *TRAIN, "--start", "c.pth", *found[1].split(), "--out", "b"]) == 0
     assert "newly initialised: head.classifier.weight, head.classifier.bias" in " ".join(
         capsys.readouterr().out.split()
     )
-    assert main(["train", *TRAIN, "--weights", "c.pth", "--weights-adapt", "klasses", "--out", "c"]) == 4
+    assert main(["train", *TRAIN, "--start", "c.pth", "--weights-adapt", "klasses", "--out", "c"]) == 4
     assert "--weights-adapt klasses: unknown choice 'klasses'; did you mean 'classes'?" in capsys.readouterr().err
 
 
@@ -123,7 +123,7 @@ def grey_images(tmp_path, monkeypatch):
 
 def test_colour_weights_for_grey_images(grey_images, capsys):
     torch.save(export_names(sw.build("resnet", depth=8, width=4, classes=9), "timm"), "c.pth")
-    given = ["train", str(grey_images), *TRAIN, "--weights", "c.pth", "--weights-names", "timm"]
+    given = ["train", str(grey_images), *TRAIN, "--start", "c.pth", "--weights-names", "timm"]
     assert main([*given, "--out", "a"]) == 4
     text = capsys.readouterr().err
     assert "All of it fits with --weights-adapt classes,size,channels." in text
@@ -138,7 +138,7 @@ def test_from_python_the_recipes_names_are_used(grey_images):
     from skipway.training.loop import train
 
     torch.save({"model": network().state_dict(), "ema": network().state_dict()}, "c.pth")
-    recipe = Recipe(grey_images, model="resnet", depth=8, width=4, weights=grey_images.parent / "c.pth", device="cpu")
+    recipe = Recipe(grey_images, model="resnet", depth=8, width=4, start=grey_images.parent / "c.pth", device="cpu")
     with pytest.raises(sw.CheckpointError, match="weights_adapt='classes,size,channels'") as caught:
         train(recipe, grey_images.parent / "run")
     assert "channels=3" in str(caught.value)

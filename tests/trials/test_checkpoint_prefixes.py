@@ -112,9 +112,9 @@ def test_lightning_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     state = sw.build("resnet", depth=8, width=4, classes=10, channels=1).state_dict()
     torch.save(lightning(state), "c.ckpt")
-    assert main(["train", *TRAIN, "--weights", "c.ckpt", "--out", "a"]) == 4
+    assert main(["train", *TRAIN, "--start", "c.ckpt", "--out", "a"]) == 4
     assert "All of it fits with --weights-adapt classes,size,unexpected." in capsys.readouterr().err
-    assert main(["train", *TRAIN, "--weights", "c.ckpt", "--weights-adapt", "unexpected", "--out", "b"]) == 0
+    assert main(["train", *TRAIN, "--start", "c.ckpt", "--weights-adapt", "unexpected", "--out", "b"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "left out: criterion.weight, train_acc.tp" in text
 

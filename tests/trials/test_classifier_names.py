@@ -50,7 +50,7 @@ def biases(folder, weights, classes, **options):
     write_images(folder / "data", dict.fromkeys(classes, 4))
     notes = Notes()
     outcome = sw.train(
-        sw.Recipe(folder / "data", weights=weights, **{**FROZEN, **options}), folder / "run", reporter=notes
+        sw.Recipe(folder / "data", start=weights, **{**FROZEN, **options}), folder / "run", reporter=notes
     )
     bias = load_file(outcome.folder.last)["head.classifier.bias"]
     return dict(zip(outcome.classes, (round(float(value), 2) for value in bias), strict=True)), notes

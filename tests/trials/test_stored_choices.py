@@ -196,7 +196,7 @@ def train_from(weights: Path, folder: Path, **options):
     if not images.exists():
         stripes(images, 6)
     notes = Notes()
-    recipe = sw.Recipe(images, model="resnet20", size=16, channels=3, epochs=1, weights=weights, **options)
+    recipe = sw.Recipe(images, model="resnet20", size=16, channels=3, epochs=1, start=weights, **options)
     sw.train(recipe, folder / "run", reporter=notes, overwrite=True)
     return sw.from_pretrained(folder / "run").preprocessing, notes.notes
 

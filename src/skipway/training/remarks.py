@@ -61,7 +61,7 @@ def option_remarks(run: Run) -> Iterator[str]:
             )
     if recipe.freeze >= recipe.epochs and recipe.time is None:
         yield f"{spell('freeze', recipe.freeze)} of {counted(recipe.epochs, 'epoch')}: only the classifier is trained"
-    if recipe.freeze and recipe.weights is None:
+    if recipe.freeze and recipe.initial_weights is None:
         yield f"{spell('freeze', recipe.freeze)} without initial weights trains a classifier of random features"
 
 
@@ -86,9 +86,9 @@ def unused_options(recipe: Recipe, data: Data) -> Iterator[str]:
     idle: Mapping[str, tuple[bool, str]] = {
         "holdout": ("test" not in off or folds, "a fold is the test split" if folds else "the data have a test split"),
         "validation": ("validation" not in off and recipe.validation > 0, "the data have a validation split"),
-        "weights_names": (recipe.weights is None, none),
-        "weights_entry": (recipe.weights is None, none),
-        "weights_adapt": (recipe.weights is None, none),
+        "weights_names": (recipe.initial_weights is None, none),
+        "weights_entry": (recipe.initial_weights is None, none),
+        "weights_adapt": (recipe.initial_weights is None, none),
         "epochs": (recipe.time is not None, "the time sets the number of epochs"),
     }
     for name, (unused, why) in idle.items():

@@ -74,10 +74,12 @@ def deterministic_algorithms(recipe: Recipe) -> Iterator[None]:
 
 def resolve_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths."""
-    paths = {name: getattr(recipe, name) for name in ("data", "weights")}
-    resolved: dict[str, Any] = {
-        name: path.resolve() for name, path in paths.items() if path is not None and path.exists()
-    }
+    resolved: dict[str, Any] = {}
+    if recipe.data is not None and recipe.data.exists():
+        resolved["data"] = recipe.data.resolve()
+    source = recipe.initial_weights
+    if source is not None and not is_pretrained(source) and Path(source).exists():
+        resolved["start"] = str(Path(source).resolve())
     if recipe.model is not None and source_of(recipe.model)[0].library is None:
         file, colon, attribute = recipe.model.partition(".py")
         resolved["model"] = f"{Path(file + colon).resolve()}{attribute}"
@@ -120,16 +122,16 @@ def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
                     "none; name another model"
                 )
         recipe = replace(recipe, channels=recipe.channels or 3)
-    if recipe.weights is None:
+    if recipe.initial_weights is None:
         return recipe
     names, model = recipe.weights_names, recipe.model
     if model is not None and not is_ours(model):
         source, model = source_of(model)
         names = source.library or names
-    if is_pretrained(recipe.weights):
+    if is_pretrained(recipe.start):
         config = find_published_weights(str(recipe.model)).config
     else:
-        config = find_data_config(str(recipe.weights), names, model)
+        config = find_data_config(str(recipe.start), names, model)
     if config is None and recipe.mean is not None and recipe.std is not None:
         return recipe
     if config is None:
@@ -196,7 +198,7 @@ def build_run(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SkipwayError(f"all parameters of {recipe.model} have requires_grad=False, so there is nothing to train")
     example = data.preprocessing.example.expand(2, -1, -1, -1)
-    if recipe.weights is not None:
+    if recipe.initial_weights is not None:
         loaded = load_initial_weights(model, recipe, data.classes, example, partial(reporter.message, "note"))
         reporter.message("weights", loaded)
     check_grow_from(recipe, data, model)
@@ -262,15 +264,15 @@ def load_initial_weights(
     if not is_ours(str(recipe.model)):  # its names are its library's
         names, classifiers = "skipway", find_classifiers(model, example)
     with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
-        origin = printable(str(recipe.weights))
-        if is_pretrained(recipe.weights):
+        origin = printable(str(recipe.start))
+        if is_pretrained(recipe.start):
             published = find_published_weights(str(recipe.model))
             state: Mapping[str, Tensor] = published.state
             origin = published.origin
         else:
-            state = read_source(str(recipe.weights), recipe.weights_entry, remark)
+            state = read_source(str(recipe.start), recipe.weights_entry, remark)
         state, remarks = arrange_classes(
-            model, state, names, find_class_names(str(recipe.weights)), classes, adapt, classifiers
+            model, state, names, find_class_names(str(recipe.start)), classes, adapt, classifiers
         )
         for sentence in remarks:
             remark(sentence)
