@@ -59,7 +59,7 @@ def plain(given: argparse.Namespace) -> None:
     from benchmarks.peers import import_timm
     from skipway.hardware.device import cpu_has_bfloat16
     from skipway.optim.schedules import lr_factor, parse_schedule
-    from skipway.recipe import Recipe
+    from skipway.recipe import ResolvedRecipe
 
     import_timm()
     from timm.utils import ModelEmaV3
@@ -78,7 +78,7 @@ def plain(given: argparse.Namespace) -> None:
 
     net: Any = sw.build("resnet20", classes=len(train.classes), channels=3, **MODEL)
     net = net.to(memory_format=torch.channels_last)
-    recipe = Recipe(batch_size=given.batch_size, lr=RATE_PER_IMAGE * given.batch_size, weight_decay=5e-4)
+    recipe = ResolvedRecipe(batch_size=given.batch_size, lr=RATE_PER_IMAGE * given.batch_size, weight_decay=5e-4)
     groups = sw.param_groups(net, lr=recipe.peak_lr, weight_decay=recipe.decay)
     optimizer = recipe.optimizer_spec.build(groups)
     total, shape = given.epochs * len(train_loader), parse_schedule(SCHEDULE)

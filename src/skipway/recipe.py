@@ -19,7 +19,7 @@ from skipway.optim.optimizers import OptimizerSpec, parse_optimizer
 from skipway.optim.schedules import ScheduleShape, parse_schedule
 from skipway.registry import Registry, parse_spec
 
-__all__ = ["NO_PATIENCE", "Recipe", "read_recipe"]
+__all__ = ["NO_PATIENCE", "Recipe", "ResolvedRecipe", "read_recipe"]
 
 NO_PATIENCE = "patience needs a validation split, and there is none: set validation above 0, or leave patience out"
 
@@ -82,7 +82,8 @@ def parse_augmentations(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The options of a training run. None lets the data decide; `config.json` of a run records the choice.
+    """The options of a training run. None leaves a choice to the case: network, start, data, device and time, see
+    `skipway.training.defaults`; `config.json` of a run records what was chosen.
 
     The docstring of each field is its help on the command line, with a default that depends on the data in brackets.
     Optimizers, schedules and clippers are spec strings of objects in `skipway.optim`; their default learning rates are
@@ -186,17 +187,17 @@ class Recipe:
     weights_adapt: str = advanced("classes,size")
     """Differences allowed: classes, size, channels, depth, unexpected."""
 
-    epochs: int = 30
-    """Passes over the training images."""
+    epochs: int | None = None
+    """Passes over the training images. [30]"""
 
     time: str | None = None
     """Time budget instead of epochs: 30m, 2h. [none]"""
 
-    batch_size: int = 128
-    """Images per step, over all processes."""
+    batch_size: int | None = None
+    """Images per step, over all processes. [128]"""
 
-    optimizer: str = "sgd"
-    """sgd, adamw, lion, lamb, muon."""
+    optimizer: str | None = None
+    """sgd, adamw, lion, lamb, muon. [sgd]"""
 
     lr: float | None = None
     """Peak learning rate. [sgd 0.1, adamw 0.001 per 128]"""
@@ -210,11 +211,11 @@ class Recipe:
     warmup: float = 0.05
     """Fraction of the steps used for warm-up."""
 
-    label_smoothing: float = 0.0
-    """Label smoothing."""
+    label_smoothing: float | None = None
+    """Label smoothing. [0]"""
 
-    augment: str = "none"
-    """trivial, rand, mixup, cutmix, erasing; a+b."""
+    augment: str | None = None
+    """trivial, rand, mixup, cutmix, erasing; a+b. [none]"""
 
     ema: float | None = advanced(None)
     """Decay of an exponential moving average of the weights, e.g. 0.999. [none]"""
@@ -225,8 +226,8 @@ class Recipe:
     accumulate: int = advanced(1)
     """Gradient accumulation: number of parts of a batch."""
 
-    layer_decay: float = advanced(1.0)
-    """Learning rate of a block relative to the next one, for fine-tuning: 0.75."""
+    layer_decay: float | None = advanced(None)
+    """Learning rate of a block relative to the next one, for fine-tuning: 0.75. [1]"""
 
     freeze: int = advanced(0)
     """Initial epochs that train only the classifier, for fine-tuning."""
@@ -310,27 +311,28 @@ class Recipe:
             if share is not None and not 0 < share < 1:
                 raise SkipwayError(f"{name}={share}: the rule is 0 < {name} < 1")
         for name in ("validation", "warmup", "label_smoothing", "health"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SkipwayError(f"{name}={getattr(self, name)}: the rule is 0 <= {name} < 1")
-        if not 0 < self.layer_decay <= 1:
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1:
+                raise SkipwayError(f"{name}={share}: the rule is 0 <= {name} < 1")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise SkipwayError(f"layer_decay={self.layer_decay}: the rule is 0 < layer_decay <= 1")
         for name in ("workers", "freeze"):
             number = getattr(self, name)
             if number is not None and number < 0:
                 raise SkipwayError(f"{name}={number}: the rule is {name} >= 0")
-        if self.batch_size % self.accumulate:
+        if self.batch_size is not None and self.batch_size % self.accumulate:
             raise SkipwayError(
                 f"accumulate={self.accumulate}: the rule is a divisor of batch_size, which is {self.batch_size}"
             )
         for read in (
-            lambda: self.optimizer_spec,
+            lambda: self.optimizer is None or parse_optimizer(self.optimizer),
             lambda: self.schedule_shape,
             lambda: self.clipper,
             lambda: self.budget,
             lambda: self.fold_number,
             lambda: self.numbers("mean"),
             lambda: self.numbers("std"),
-            lambda: parse_augmentations(self.augment),
+            lambda: parse_augmentations(self.augment or "none"),
         ):
             read()
 
@@ -342,11 +344,6 @@ class Recipe:
         (None, 'pretrained')
         """
         return None if self.start in (None, "random") else str(self.start)
-
-    @property
-    def optimizer_spec(self) -> OptimizerSpec:
-        """The optimizer that `optimizer` describes."""
-        return parse_optimizer(self.optimizer)
 
     @property
     def schedule_shape(self) -> ScheduleShape:
@@ -405,23 +402,6 @@ class Recipe:
                 f"{name}={text!r}: the rule is one number, or one for each channel: 0.485,0.456,0.406"
             ) from None
 
-    @property
-    def peak_lr(self) -> float:
-        """The learning rate after the warm-up: `lr`, or the default of the optimizer, scaled with the batch.
-
-        >>> Recipe(batch_size=256).peak_lr
-        0.2
-        """
-        if self.lr is not None:
-            return self.lr
-        spec = self.optimizer_spec
-        return spec.base_lr * (self.batch_size / REFERENCE_BATCH) ** spec.lr_power
-
-    @property
-    def decay(self) -> float:
-        """Weight decay: `weight_decay`, or the default of the optimizer."""
-        return self.optimizer_spec.weight_decay if self.weight_decay is None else self.weight_decay
-
     def data_choices(self) -> dict[str, Any]:
         """The arguments for `skipway.data.load`.
 
@@ -439,7 +419,7 @@ class Recipe:
             "mean": self.numbers("mean"),
             "std": self.numbers("std"),
             "columns": tuple(name.strip() for name in self.columns.split(",")),
-            **parse_augmentations(self.augment),
+            **parse_augmentations(self.augment or "none"),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -476,6 +456,50 @@ class Recipe:
         """
         mine, theirs = self.to_json(), other.to_json()
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRecipe(Recipe):
+    """A recipe that decides everything about the optimization: what a run holds."""
+
+    epochs: int = 30
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    label_smoothing: float = 0.0
+    augment: str = "none"
+    layer_decay: float = 1.0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> ResolvedRecipe:
+        """The recipe with plain defaults for everything that it leaves open.
+
+        >>> ResolvedRecipe.of(Recipe(epochs=3)).batch_size
+        128
+        """
+        fields = ((entry.name, getattr(recipe, entry.name)) for entry in dataclasses.fields(recipe))
+        return cls(**{name: value for name, value in fields if value is not None})
+
+    @property
+    def optimizer_spec(self) -> OptimizerSpec:
+        """The optimizer that `optimizer` describes."""
+        return parse_optimizer(self.optimizer)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up: `lr`, or the default of the optimizer, scaled with the batch.
+
+        >>> ResolvedRecipe(batch_size=256).peak_lr
+        0.2
+        """
+        if self.lr is not None:
+            return self.lr
+        spec = self.optimizer_spec
+        return spec.base_lr * (self.batch_size / REFERENCE_BATCH) ** spec.lr_power
+
+    @property
+    def decay(self) -> float:
+        """Weight decay: `weight_decay`, or the default of the optimizer."""
+        return self.optimizer_spec.weight_decay if self.weight_decay is None else self.weight_decay
 
 
 def read_recipe(path: Path) -> Recipe:

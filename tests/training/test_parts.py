@@ -117,7 +117,7 @@ WRONG = [
     ({"time": "soon"}, "hours, minutes, seconds"),
     ({"ema": 1.0}, "0 < ema < 1"),
     ({"layer_decay": 0.0}, "0 < layer_decay <= 1"),
-    ({"accumulate": 3}, "accumulate=3: the rule is a divisor of batch_size, which is 128"),
+    ({"accumulate": 3, "batch_size": 128}, "accumulate=3: the rule is a divisor of batch_size, which is 128"),
     ({"weight_decay": -1.0}, "weight_decay >= 0"),
     ({"workers": -1}, "workers >= 0"),
 ]

@@ -17,7 +17,7 @@ from skipway.data.split import read_split
 from skipway.errors import CheckpointError, DataError, counted, printable
 from skipway.inference.evaluation import Evaluation, evaluate
 from skipway.inference.predict import Predictor, weights_file
-from skipway.recipe import Recipe
+from skipway.recipe import Recipe, ResolvedRecipe
 
 __all__ = ["RunEvaluation", "evaluate_images", "evaluate_run"]
 
@@ -71,7 +71,7 @@ def evaluate_run(
         raise CheckpointError(
             f"{printable(file)} contains no recipe, so its test images are unknown; pass images to evaluate on"
         )
-    recipe = Recipe.from_json(stored["recipe"], printable(file))
+    recipe = ResolvedRecipe.of(Recipe.from_json(stored["recipe"], printable(file)))
     data = load(recipe.data, **recipe.data_choices(), listed=read_split(file.with_name("split.json")))
     fingerprint = stored["data"].get("fingerprint") if isinstance(stored.get("data"), dict) else None
     if data.classes != predictor.classes or data.fingerprint != fingerprint:

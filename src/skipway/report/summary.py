@@ -13,7 +13,7 @@ from skipway.errors import counted, printable
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import percent
 from skipway.probes.signal_check import StageSignal
-from skipway.recipe import Recipe
+from skipway.recipe import ResolvedRecipe
 
 __all__ = [
     "accuracy_text",
@@ -73,7 +73,9 @@ def split_text(data: Data) -> str:
     return f"{test}, {validation}, {len(data.train):,} to train on{'' if off else '; as the source has them'}"
 
 
-def model_lines(model: nn.Module, recipe: Recipe, connections: int, steps: int, flops: float = 0.0) -> Iterator[Line]:
+def model_lines(
+    model: nn.Module, recipe: ResolvedRecipe, connections: int, steps: int, flops: float = 0.0
+) -> Iterator[Line]:
     """Describe the network and the recipe of a run."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = getattr(model, "config", None)
@@ -109,7 +111,7 @@ def count_text(number: float) -> str:
     return f"{number:.0f} "
 
 
-def extras(recipe: Recipe) -> str:
+def extras(recipe: ResolvedRecipe) -> str:
     """Describe the fields of a recipe that differ from their defaults."""
     shown = [
         (recipe.augment != "none", f"augmentation {recipe.augment}"),

@@ -55,7 +55,7 @@ def resume_recipe(config: dict[str, Any], source: Path, given: Recipe | None) ->
     if given is None:
         return stored
     given = resolve_paths(given)
-    if given.batch_size > config.get("data", {}).get("train", given.batch_size):
+    if given.batch_size is not None and given.batch_size > config.get("data", {}).get("train", given.batch_size):
         given = replace(given, batch_size=stored.batch_size)
     changes = {
         name: (old, new) for name, (old, new) in stored.changes(given).items() if new is not None and new != "auto"

@@ -18,7 +18,7 @@ from skipway.data import Data
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.monitor.health import Health
 from skipway.optim.schedules import lr_factor
-from skipway.recipe import Recipe
+from skipway.recipe import ResolvedRecipe
 from skipway.tracing.chain import Chain, read_chain
 from skipway.training.distributed import Ranks
 from skipway.training.ema import ModelEMA
@@ -92,7 +92,7 @@ class StepResult:
 class Run:
     """Everything that a run consists of: recipe, data, network, optimizer, and progress."""
 
-    recipe: Recipe
+    recipe: ResolvedRecipe
     data: Data
     model: nn.Module
     network: Callable[[Tensor], Tensor]
@@ -215,7 +215,7 @@ class Outcome:
 
     finished: bool
     folder: RunFolder
-    recipe: Recipe
+    recipe: ResolvedRecipe
     classes: tuple[str, ...]
     evaluation: Evaluation | None
     validation_images: int

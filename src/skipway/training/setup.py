@@ -27,7 +27,7 @@ from skipway.inference.published_weights import find_published_weights, is_pretr
 from skipway.models import find_config
 from skipway.monitor.health import Health
 from skipway.optim.groups import layer_indices, param_groups
-from skipway.recipe import NO_PATIENCE, Recipe
+from skipway.recipe import NO_PATIENCE, Recipe, ResolvedRecipe
 from skipway.surgery.classifier import find_classifiers
 from skipway.tracing import preserved_state
 from skipway.training.distributed import Ranks
@@ -152,8 +152,9 @@ def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
     return replace(recipe, **taken)
 
 
-def resolve_recipe(recipe: Recipe, data: Data, precision: Any, world: int) -> Recipe:
+def resolve_recipe(given: Recipe, data: Data, precision: Any, world: int) -> ResolvedRecipe:
     """Return the recipe with every open choice resolved from the data, except device and workers."""
+    recipe = ResolvedRecipe.of(resolve_paths(given))
     most = len(data.train) // (world * recipe.accumulate) * world * recipe.accumulate
     if most == 0:
         raise DataError(
@@ -162,7 +163,7 @@ def resolve_recipe(recipe: Recipe, data: Data, precision: Any, world: int) -> Re
         )
     if recipe.patience is not None and not len(data.validation):
         raise SkipwayError(NO_PATIENCE)
-    recipe = replace(resolve_paths(recipe), batch_size=min(recipe.batch_size, most))
+    recipe = replace(recipe, batch_size=min(recipe.batch_size, most))
     return replace(
         recipe,
         size=data.size,
@@ -181,7 +182,7 @@ def resolve_recipe(recipe: Recipe, data: Data, precision: Any, world: int) -> Re
 
 
 def build_run(
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     data: Data,
     folder: RunFolder,
     reporter: Reporter,
