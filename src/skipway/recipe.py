@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from skipway.errors import CheckpointError, SkipwayError, suggest
 from skipway.optim.clip import Clipper, parse_clipper
+from skipway.optim.freeze import FreezePlan, parse_freeze
 from skipway.optim.optimizers import OptimizerSpec, parse_optimizer
 from skipway.optim.schedules import ScheduleShape, parse_schedule
 from skipway.registry import Registry, parse_spec
@@ -28,6 +29,21 @@ RENAMED = {"weights": "start"}
 
 # the batch size of the default learning rates, which scale with the batch (Goyal 2017)
 REFERENCE_BATCH = 128
+
+
+def rename_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a stored recipe by their present names.
+
+    >>> rename_fields({"freeze": 0, "linear_probe": "only", "weights": None})
+    {'freeze': 'all', 'start': None}
+    """
+    fields = {RENAMED.get(name, name): value for name, value in values.items()}
+    probe = fields.pop("linear_probe", "none")
+    if probe != "none":
+        fields["freeze"] = "all" if probe == "only" else probe
+    elif isinstance(fields.get("freeze"), int):  # a number of epochs
+        fields["freeze"] = str(fields["freeze"] or "none")
+    return fields
 
 
 def advanced(default: Any) -> Any:
@@ -229,11 +245,8 @@ class Recipe:
     layer_decay: float | None = advanced(None)
     """Learning rate of a block relative to the next one, for fine-tuning: 0.75. [1]"""
 
-    freeze: int = advanced(0)
-    """Initial epochs that train only the classifier, for fine-tuning."""
-
-    linear_probe: Literal["none", "only", "first"] = advanced("none")
-    """Fit the classifier to features of the frozen network: only that, or first, before everything is trained."""
+    freeze: str | None = None
+    """all, first, N epochs, blocks(K). [none]"""
 
     class_weights: Literal["none", "balanced"] = advanced("none")
     """Class weights in the loss; balanced: inversely proportional to the class size."""
@@ -284,6 +297,8 @@ class Recipe:
     """Also write curves for TensorBoard."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.freeze, int):
+            object.__setattr__(self, "freeze", str(self.freeze))
         for name in (
             "size",
             "depth",
@@ -316,10 +331,8 @@ class Recipe:
                 raise SkipwayError(f"{name}={share}: the rule is 0 <= {name} < 1")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise SkipwayError(f"layer_decay={self.layer_decay}: the rule is 0 < layer_decay <= 1")
-        for name in ("workers", "freeze"):
-            number = getattr(self, name)
-            if number is not None and number < 0:
-                raise SkipwayError(f"{name}={number}: the rule is {name} >= 0")
+        if self.workers is not None and self.workers < 0:
+            raise SkipwayError(f"workers={self.workers}: the rule is workers >= 0")
         if self.batch_size is not None and self.batch_size % self.accumulate:
             raise SkipwayError(
                 f"accumulate={self.accumulate}: the rule is a divisor of batch_size, which is {self.batch_size}"
@@ -328,6 +341,7 @@ class Recipe:
             lambda: self.optimizer is None or parse_optimizer(self.optimizer),
             lambda: self.schedule_shape,
             lambda: self.clipper,
+            lambda: self.freeze_plan,
             lambda: self.budget,
             lambda: self.fold_number,
             lambda: self.numbers("mean"),
@@ -354,6 +368,15 @@ class Recipe:
     def clipper(self) -> Clipper | None:
         """The clipper that `clip` describes; None without clipping."""
         return None if self.clip is None else parse_clipper(self.clip)
+
+    @property
+    def freeze_plan(self) -> FreezePlan:
+        """What `freeze` describes.
+
+        >>> Recipe(freeze="blocks(2)").freeze_plan
+        FrozenBlocks(count=2)
+        """
+        return parse_freeze("none" if self.freeze is None else self.freeze)
 
     @property
     def budget(self) -> float | None:
@@ -437,7 +460,7 @@ class Recipe:
         default.
         """
         known = [entry.name for entry in dataclasses.fields(cls)]
-        fields: dict[str, Any] = {RENAMED.get(name, name): value for name, value in values.items()}
+        fields = rename_fields(values)
         for name in fields:
             if name not in known:
                 raise CheckpointError(f"{source}: {suggest('recipe field', name, known)}")
@@ -468,6 +491,7 @@ class ResolvedRecipe(Recipe):
     label_smoothing: float = 0.0
     augment: str = "none"
     layer_decay: float = 1.0
+    freeze: str = "none"
 
     @classmethod
     def of(cls, recipe: Recipe) -> ResolvedRecipe:

@@ -131,7 +131,7 @@ def test_layer_decay_and_freezing_follow_the_watched_chain(tmp_path, images, fil
     model = build_classifier({"name": f"{file}:network", "classes": 3, "channels": 3, "image": 32})
     layers = layer_indices(model, torch.zeros(2, 3, 32, 32))
     assert [layers[key] for key in ("0.weight", "1.branch.0.weight", "2.branch.0.weight", "5.weight")] == [0, 1, 2, 3]
-    recipe = recipe_for(images, f"{file}:network", epochs=2, freeze=2, ema=None)
+    recipe = recipe_for(images, f"{file}:network", epochs=2, freeze="2", ema=None)
     before = sw.train(replace(recipe, lr=1e-12), tmp_path / "still")
     after = sw.train(recipe, tmp_path / "frozen")
     first, second = (sw.from_pretrained(run.folder.last, trust_code=True).state_dict() for run in (before, after))

@@ -42,7 +42,8 @@ OPTIONS = [
     {"schedule": "step(at=(0.5,), factor=0.5)", "clip": "agc(0.02)"},
     {"augment": "trivial+mixup(0.4)+cutmix+erasing", "label_smoothing": 0.1},
     {"augment": "rand", "layer_decay": 0.7},
-    {"freeze": 1},
+    {"freeze": "1"},
+    {"freeze": "blocks(1)"},
     {"size": 16, "grow_from": 8, "class_weights": "balanced", "flip_test": True},
     {"precision": "bfloat16", "save_every": 2},
     {"precision": "float16", "clip": "norm(1.0)"},
@@ -87,7 +88,7 @@ def test_the_average_is_what_is_tested_and_kept(tmp_path):
 def test_frozen_blocks_do_not_move(tmp_path):
     start = train(dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=1, lr=1e-9, ema=None), tmp_path / "start")
     recipe = dataclasses.replace(
-        BASE, **FAMILIES["resnet"], epochs=1, ema=None, freeze=1, start=start.folder.last, lr=0.1
+        BASE, **FAMILIES["resnet"], epochs=1, ema=None, freeze="1", start=start.folder.last, lr=0.1
     )
     tuned = train(recipe, tmp_path / "tuned")
     from skipway.checkpoint.files import read_tensors

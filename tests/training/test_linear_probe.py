@@ -33,7 +33,7 @@ class Counter(SilentReporter):
 
 
 def test_only_the_classifier_changes_and_is_the_regression_of_its_features(tmp_path):
-    run = sw.train(replace(BASE, linear_probe="only"), tmp_path / "run")
+    run = sw.train(replace(BASE, freeze="all"), tmp_path / "run")
     assert run.finished
     assert (run.epoch, run.best_epoch) == (0, 0)
     model, data = sw.from_pretrained(tmp_path / "run"), load()
@@ -53,7 +53,7 @@ def test_only_the_classifier_changes_and_is_the_regression_of_its_features(tmp_p
 
 
 def test_features_are_computed_once(tmp_path, cache):
-    recipe, first, second = replace(BASE, linear_probe="only"), Counter(), Counter()
+    recipe, first, second = replace(BASE, freeze="all"), Counter(), Counter()
     one = sw.train(recipe, tmp_path / "1", reporter=first)
     two = sw.train(recipe, tmp_path / "2", reporter=second)
     assert first.counts[-1] == (143, 143)
@@ -64,7 +64,7 @@ def test_features_are_computed_once(tmp_path, cache):
 
 
 def test_an_interrupted_computation_goes_on_where_it_was(tmp_path):
-    recipe, counter = replace(BASE, linear_probe="only"), Counter()
+    recipe, counter = replace(BASE, freeze="all"), Counter()
     whole = sw.train(replace(recipe, seed=0), tmp_path / "whole")
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
@@ -76,8 +76,8 @@ def test_an_interrupted_computation_goes_on_where_it_was(tmp_path):
 
 
 def test_first_trains_everything_from_the_fitted_classifier(tmp_path):
-    recipe = replace(BASE, linear_probe="first", lr=0.01, ema=0.5)
-    only = sw.train(replace(recipe, linear_probe="only"), tmp_path / "only")
+    recipe = replace(BASE, freeze="first", lr=0.01, ema=0.5)
+    only = sw.train(replace(recipe, freeze="all"), tmp_path / "only")
     whole = sw.train(recipe, tmp_path / "whole")
     assert whole.best_accuracy >= only.best_accuracy
     assert whole.epoch == 2
@@ -88,7 +88,7 @@ def test_first_trains_everything_from_the_fitted_classifier(tmp_path):
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SKIPWAY_CACHE", str(tmp_path / "file"))
-    assert sw.train(replace(BASE, linear_probe="only"), tmp_path / "run").finished
+    assert sw.train(replace(BASE, freeze="all"), tmp_path / "run").finished
 
 
 @pytest.mark.parametrize(
@@ -106,4 +106,4 @@ def test_what_it_cannot_do_is_refused(tmp_path, options, message):
         except SkipwayError:
             pytest.skip("timm is not installed")
     with pytest.raises(SkipwayError, match=message):
-        sw.train(replace(BASE, linear_probe="only", **options), tmp_path / "run")
+        sw.train(replace(BASE, freeze="all", **options), tmp_path / "run")

@@ -135,9 +135,26 @@ def test_a_recipe_survives_json(tmp_path):
     assert read_recipe(tmp_path / "config.json") == recipe
 
 
-@pytest.mark.parametrize(("name", "value"), [("weights", "w.safetensors"), ("weights", None)])
-def test_recipes_with_earlier_names_are_read(name, value):
-    assert Recipe.from_json({name: value}, "config.json") == Recipe(start=value)
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ({"weights": "w.safetensors"}, Recipe(start="w.safetensors")),
+        ({"weights": None}, Recipe(start=None)),
+        ({"freeze": 0, "linear_probe": "none"}, Recipe(freeze="none")),
+        ({"freeze": 2}, Recipe(freeze="2")),
+        ({"freeze": 2}, Recipe(freeze=2)),
+        ({"freeze": 0, "linear_probe": "only"}, Recipe(freeze="all")),
+        ({"linear_probe": "first"}, Recipe(freeze="first")),
+    ],
+)
+def test_recipes_with_earlier_names_are_read(stored, expected):
+    assert Recipe.from_json(stored, "config.json") == expected
+
+
+@pytest.mark.parametrize("freeze", ["some", "0", -1, "blocks", "blocks(0)", "all(views=-1)", "blocks(1.5)"])
+def test_what_cannot_be_frozen_is_refused(freeze):
+    with pytest.raises(SkipwayError, match="freeze|blocks|views"):
+        Recipe(freeze=freeze)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_directions(tmp_path, names, turned, words):
         ({"holdout": 0.4}, "holdout=0.4 has no effect: the data have a test split"),
         ({"validation": 0.4}, "validation=0.4 has no effect: the data have a validation split"),
         ({"weights_adapt": "depth"}, "weights_adapt='depth' has no effect: there are no initial weights"),
-        ({"freeze": 1}, "freeze=1 of 1 epoch: only the classifier is trained"),
+        ({"freeze": "1"}, "freeze='1' of 1 epoch: only the classifier is trained"),
         ({"flip_test": True, "flip": False}, "flip_test=True evaluates mirrored images, and none was mirrored"),
     ],
 )

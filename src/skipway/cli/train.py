@@ -155,8 +155,8 @@ def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
 
 def continuation(outcome: Outcome, out: str) -> tuple[str, str]:
     """The command that goes on from here."""
-    if outcome.recipe.linear_probe == "only":
-        return "tune", f"skipway train --config {out} --linear-probe first --layer-decay 0.75, to train everything"
+    if not outcome.recipe.freeze_plan.takes_steps:
+        return "tune", f"skipway train --config {out} --freeze first --layer-decay 0.75, to train everything"
     return "longer", f"skipway train --out {out} --resume --epochs {2 * outcome.recipe.epochs}"
 
 

@@ -119,7 +119,7 @@ def extras(recipe: ResolvedRecipe) -> str:
         (recipe.clip is not None, f"gradients clipped, {recipe.clip}"),
         (recipe.accumulate > 1, f"batches in {recipe.accumulate} parts"),
         (recipe.layer_decay < 1, f"layer decay {recipe.layer_decay:g}"),
-        (recipe.freeze > 0, f"blocks frozen for {counted(recipe.freeze, 'epoch')}"),
+        (recipe.freeze != "none", recipe.freeze_plan.describe()),
         (recipe.class_weights != "none", "classes weighted by 1 / images"),
         (recipe.grow_from is not None, f"images grow from {recipe.grow_from} pixels"),
         (recipe.label_smoothing > 0, f"label smoothing {recipe.label_smoothing:g}"),

@@ -40,8 +40,8 @@ def fit_classifier(run: Run) -> bool:
 
     The features are what goes into the classifier in evaluation mode. They are computed once and kept in the cache, by
     the content of weights and images, so that an interrupted run goes on where it was. The penalty of the regression
-    is selected on the validation images (`skipway.training.linear_head`). With `linear_probe="only"` the run is
-    finished then; with "first" everything is trained from there, and kept only where validation improves (Kumar et al.
+    is selected on the validation images (`skipway.training.linear_head`). With `freeze="all"` the run is finished
+    then; with "first" everything is trained from there, and kept only where validation improves (Kumar et al.
     2022, https://arxiv.org/abs/2202.10054).
 
     Returns:
@@ -72,7 +72,7 @@ def fit_classifier(run: Run) -> bool:
 
 def check_choices(run: Run) -> None:
     """Refuse what linear probing cannot be combined with."""
-    choice = spell("linear_probe", run.recipe.linear_probe)
+    choice = spell("freeze", run.recipe.freeze)
     if run.ranks.world > 1:
         raise SkipwayError(f"{choice}: the rule is one process; run it without torchrun")
     if not len(run.data.validation):
@@ -89,11 +89,11 @@ def find_linear_classifier(run: Run) -> nn.Linear:
     """
     names = find_classifiers(run.model, run.example)
     modules = [run.model.get_submodule(name) for name in names]
-    way_out = f"{spell('freeze', run.recipe.epochs)} trains the classifier by steps"
+    way_out = f"{spell('freeze', str(run.recipe.epochs))} trains the classifier by steps"
     if len(modules) != 1 or not isinstance(modules[0], nn.Linear) or modules[0].bias is None:
         kinds = ", ".join(f"{name} ({type(module).__name__})" for name, module in zip(names, modules, strict=True))
         raise SkipwayError(
-            f"{spell('linear_probe', run.recipe.linear_probe)}: the rule is a network with one linear classifier "
+            f"{spell('freeze', run.recipe.freeze)}: the rule is a network with one linear classifier "
             f"with a bias, and {run.recipe.model} has {kinds or 'none'}; {way_out}"
         )
     batch = run.data.sample(2, seed=0, device=run.device)
@@ -102,7 +102,7 @@ def find_linear_classifier(run: Run) -> nn.Linear:
         gap = (modules[0](features) - logits).abs().max() if features.ndim == 2 else torch.tensor(math.inf)
     if not gap <= TOLERANCE * logits.abs().max():
         raise SkipwayError(
-            f"{spell('linear_probe', run.recipe.linear_probe)}: something follows {names[0]} in {run.recipe.model}, so "
+            f"{spell('freeze', run.recipe.freeze)}: something follows {names[0]} in {run.recipe.model}, so "
             f"that its logits are not a linear map of features; {way_out}"
         )
     return modules[0]
@@ -222,7 +222,7 @@ def install(run: Run, classifier: nn.Linear, head: LinearHead) -> None:
     progress = run.progress
     progress.head_fitted = True
     progress.best_accuracy, progress.best_loss, progress.best_epoch = head.accuracy, head.loss, 0
-    if run.recipe.linear_probe == "only":
+    if not run.recipe.freeze_plan.takes_steps:
         progress.epochs = 0
     write_weights(run, run.folder.best)
     run.reporter.message(

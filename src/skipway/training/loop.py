@@ -35,6 +35,7 @@ from skipway.report.run.predictions import PredictionLog, Predictions
 from skipway.training import step
 from skipway.training.budget import plan_epochs
 from skipway.training.distributed import join_ranks
+from skipway.training.freeze import check_freeze, freeze_layers
 from skipway.training.linear_probe import fit_classifier
 from skipway.training.preflight import report_preflight
 from skipway.training.records import (
@@ -56,7 +57,6 @@ from skipway.training.setup import (
     adopt_data_config,
     build_run,
     deterministic_algorithms,
-    freeze_blocks,
     load_data,
     resolve_recipe,
     write_run_files,
@@ -118,7 +118,7 @@ class Trainer:
     def train(self) -> Outcome:
         """Train until all epochs are done or the run is told to stop, and write the result."""
         run = self.run
-        if run.recipe.linear_probe != "none" and not run.progress.head_fitted:
+        if run.recipe.freeze_plan.fits_classifier and not run.progress.head_fitted:
             if not fit_classifier(run):
                 save_checkpoint(run)
                 return self.finish()
@@ -142,7 +142,7 @@ class Trainer:
         """Train from the current step to the end of the epoch; False if told to stop before."""
         run = self.run
         run.model.train()
-        freeze_blocks(run)
+        freeze_layers(run)
         run.epoch_began, run.steps_this_epoch = time.monotonic(), 0
         for batch in step.train_batches(run):
             set_lr(run.optimizer, run.lr_factor(run.global_step))
@@ -299,6 +299,7 @@ def open_run(
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         run = build_run(recipe, data, folder, reporter, device, ranks, stop)
         check_forward(run)
+        check_freeze(run)
         if ranks.first:
             note = stack.enter_context(folder.lock())
             if note:

@@ -58,7 +58,7 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
             run.reporter.message("note", sentence)
         for line in signal_lines(check_signal(run.model, sample.inputs)):
             run.reporter.message(*line)
-        if run.recipe.linear_probe != "only":  # a fitted classifier needs no steps
+        if run.recipe.freeze_plan.takes_steps:  # a fitted classifier needs no steps
             run.reporter.message("verdict", verdict_line(run, sample))
 
 

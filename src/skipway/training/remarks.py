@@ -12,7 +12,8 @@ from torch import Tensor
 from skipway.data import Batch, Data
 from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import counted, spell
-from skipway.recipe import Recipe
+from skipway.optim.freeze import FreezePlan, FrozenEpochs
+from skipway.recipe import Recipe, ResolvedRecipe
 from skipway.training.run import Run
 
 __all__ = ["image_remarks", "option_remarks"]
@@ -59,9 +60,10 @@ def option_remarks(run: Run) -> Iterator[str]:
                 f"classes are weighted in the loss, but the epoch is chosen by the accuracy over all validation "
                 f"images, {100 * share:.0f} % of which are {data.classes[int(counts.argmax())]!r}"
             )
-    if recipe.freeze >= recipe.epochs and recipe.time is None:
+    plan = recipe.freeze_plan
+    if isinstance(plan, FrozenEpochs) and plan.epochs >= recipe.epochs and recipe.time is None:
         yield f"{spell('freeze', recipe.freeze)} of {counted(recipe.epochs, 'epoch')}: only the classifier is trained"
-    if recipe.freeze and recipe.initial_weights is None:
+    if plan != FreezePlan() and recipe.initial_weights is None:
         yield f"{spell('freeze', recipe.freeze)} without initial weights trains a classifier of random features"
 
 
@@ -73,7 +75,7 @@ def short_supplies(run: Run) -> Iterator[str]:
         yield (
             f"only {counted(images, 'image')} to validate on: the choice of the epoch is little more than chance{folds}"
         )
-    if run.recipe.time is None and run.recipe.linear_probe != "only" and steps < FEW_STEPS:
+    if run.recipe.time is None and run.recipe.freeze_plan.takes_steps and steps < FEW_STEPS:
         yield f"only {counted(steps, 'step')} in all: a smaller --batch-size or more --epochs gives more"
 
 

@@ -45,7 +45,7 @@ class Progress:
         best_loss: validation loss of the best epoch, which decides between epochs of equal accuracy.
         best_epoch: epoch of the best accuracy, from 1; the last one without validation images.
         stopped_early: whether `Recipe.patience` has ended the run.
-        head_fitted: whether `Recipe.linear_probe` is done.
+        head_fitted: whether the classifier has been fitted to features, see `Recipe.freeze`.
     """
 
     epoch: int = 0

@@ -26,7 +26,7 @@ from skipway.inference.network import PooledClassifier, build_classifier, is_our
 from skipway.inference.published_weights import find_published_weights, is_pretrained
 from skipway.models import find_config
 from skipway.monitor.health import Health
-from skipway.optim.groups import layer_indices, param_groups
+from skipway.optim.groups import param_groups
 from skipway.recipe import NO_PATIENCE, Recipe, ResolvedRecipe
 from skipway.surgery.classifier import find_classifiers
 from skipway.tracing import preserved_state
@@ -45,7 +45,6 @@ __all__ = [
     "build_run",
     "count_images",
     "deterministic_algorithms",
-    "freeze_blocks",
     "load_data",
     "model_config",
     "resolve_paths",
@@ -206,7 +205,7 @@ def build_run(
     model = model.to(device)
     if recipe.sharding == "none":  # FSDP2 shards the first axis and requires contiguous weights
         model = model.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
-    if recipe.sharding == "full" and (recipe.freeze or recipe.clip == "agc"):
+    if recipe.sharding == "full" and (recipe.freeze != "none" or recipe.clip == "agc"):
         raise SkipwayError("sharding='full' cannot be combined with freeze or clip='agc': both need unsharded weights")
     network = ranks.wrap(model, device, shard=recipe.sharding == "full")
     # after wrapping: FSDP2 replaces the parameters
@@ -319,26 +318,6 @@ def class_weights(recipe: Recipe, data: Data, device: torch.device) -> Tensor | 
         return None
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).float()
     return (counts.sum() / (len(counts) * counts.clamp(min=1))).to(device)
-
-
-def freeze_blocks(run: Run) -> None:
-    """Train only the layers after the blocks in the first `freeze` epochs; frozen modules are in evaluation mode."""
-    if not run.recipe.freeze:
-        return
-    frozen = run.progress.epoch < run.recipe.freeze
-    layers = layer_indices(run.model, run.example)
-    last = max(layers.values())
-    changed = False
-    for name, parameter in run.model.named_parameters():
-        learns = not frozen or layers[name] == last
-        changed |= parameter.requires_grad != learns
-        parameter.requires_grad_(learns)
-    for module in run.model.children():
-        if frozen and not any(parameter.requires_grad for parameter in module.parameters()):
-            module.eval()
-    if changed:
-        network = run.ranks.wrap(run.model, run.device, shard=False)
-        run.network = torch.compile(network) if run.recipe.compile else network
 
 
 def write_run_files(run: Run) -> None:

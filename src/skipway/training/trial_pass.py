@@ -63,7 +63,7 @@ def forward_fault(run: Run, images: int, side: int) -> str:
 
 def statistics_remarks(run: Run) -> Iterator[str]:
     """Remarks about statistics over a batch: of too few values, or whose running means stay near their start."""
-    if run.recipe.linear_probe == "only":  # the network stays in evaluation mode
+    if not run.recipe.freeze_plan.takes_steps:  # the network stays in evaluation mode
         return
     counts: dict[str, int] = {}
     with ExitStack() as stack:
