@@ -245,8 +245,8 @@ class Recipe:
     layer_decay: float | None = advanced(None)
     """Learning rate of a block relative to the next one, for fine-tuning: 0.75. [1]"""
 
-    freeze: str | None = None
-    """all, first, N epochs, blocks(K). [none]"""
+    freeze: str | None = advanced(None)
+    """Frozen layers: all or first (the classifier is fitted to features), N epochs, blocks(K). [none]"""
 
     class_weights: Literal["none", "balanced"] = advanced("none")
     """Class weights in the loss; balanced: inversely proportional to the class size."""

@@ -13,7 +13,7 @@ from skipway.data import Batch, Data
 from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import counted, spell
 from skipway.optim.freeze import FreezePlan, FrozenEpochs
-from skipway.recipe import Recipe, ResolvedRecipe
+from skipway.recipe import Recipe
 from skipway.training.run import Run
 
 __all__ = ["image_remarks", "option_remarks"]
