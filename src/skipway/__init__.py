@@ -42,10 +42,15 @@ if TYPE_CHECKING:
     from skipway.schemes import (
         DeepNorm,
         DepthScaled,
+        DyT,
         Fixup,
         Identity,
+        Keel,
+        LayerNormScaling,
         LayerScale,
+        MixNorm,
         NormFree,
+        PeriNorm,
         Plain,
         PreActivation,
         ReZero,
@@ -92,8 +97,8 @@ _HOME = {
     "probes.features": "features stage_features",
     "recipe": "Recipe",
     "schemes": (
-        "DeepNorm DepthScaled Fixup Identity LayerScale NormFree Plain PreActivation ReZero Scheme SkipInit "
-        "StochasticDepth ZeroInit"
+        "DeepNorm DepthScaled DyT Fixup Identity Keel LayerNormScaling LayerScale MixNorm NormFree PeriNorm Plain "
+        "PreActivation ReZero Scheme SkipInit StochasticDepth ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

@@ -22,7 +22,7 @@ def step(model: nn.Module, images: torch.Tensor) -> float:
     return largest
 
 
-@pytest.mark.parametrize("scheme", list(all_schemes()))
+@pytest.mark.parametrize("scheme", list(all_schemes("conv")))
 def test_resnet1202_takes_a_step(scheme):
     """Finite loss, logits and gradients at 600 branches. The plain net, whose gradient must explode by (π/(π-1)) a
     layer (see `Plain`), is only asked for a finite output.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import skipway as sw
 from skipway.errors import SkipwayError
-from skipway.nn import Gain, GlobalResponseNorm, Residual
+from skipway.nn import DynamicTanh, Gain, GlobalResponseNorm, Residual
 from skipway.schemes import Stack, all_schemes, card
 from skipway.schemes import parse_scheme as read
+from skipway.schemes.scheme import members_of
 
 SPECS = [
     *all_schemes(),
@@ -22,6 +25,7 @@ SPECS = [
     "layerscale(init=0.0)",
     "normfree(gain=1.0)",
     "depthscaled(how='init')",
+    "dyt(map='erf')",
     "preactivation + layerscale",
     "preactivation + skipinit(norm='remove') + stochasticdepth(0.2)",
 ]
@@ -68,19 +72,35 @@ def make(model: str, scheme: str, **options) -> nn.Module:
     return sw.build(name, scheme=scheme, **fixed, **options)
 
 
-@pytest.fixture(params=MODELS)
-def model(request) -> str:
-    return request.param
+CONVOLUTIONAL = {
+    *("cifar", "cifar projections", "cifar bottleneck", "preactivation", "imagenet, squeeze", "deep stem, pooled"),
+    *("resnext", "convnext", "convnextv2"),
+}
 
 
-@pytest.mark.parametrize("spec", SPECS)
+def fits(model: str, spec: str) -> bool:
+    """Whether a scheme is for the branches of a family."""
+    return all("conv" in each.kinds for each in members_of(read(spec))) or model not in CONVOLUTIONAL
+
+
+PAIRS = [(model, spec) for model in MODELS for spec in SPECS if fits(model, spec)]
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not fits("cifar", spec)])
+def test_a_scheme_for_other_branches_is_refused(spec):
+    for model in CONVOLUTIONAL:
+        with pytest.raises(SkipwayError, match=re.escape(f"scheme='{spec}'")):
+            make(model, spec)
+
+
+@pytest.mark.parametrize(("model", "spec"), PAIRS)
 def test_output_shape_and_finite(model, spec):
     out = make(model, spec)(torch.randn(2, 3, 32, 32))
     assert out.shape == (2, 5)
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if read(s).silent])
+@pytest.mark.parametrize(("model", "spec"), [pair for pair in PAIRS if read(pair[1]).silent])
 def test_silent_schemes_start_as_their_shortcuts(model, spec):
     network = make(model, spec).eval()
     seen: list[tuple[Residual, torch.Tensor, torch.Tensor]] = []
@@ -105,14 +125,14 @@ def zero_factors(residual: Residual) -> int:
     return found
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("model", "spec"), PAIRS)
 def test_exactly_one_zero_factor_where_silent_else_none(model, spec):
     """P13: two zero factors in one branch give exactly zero gradient for ever."""
     expected = 1 if read(spec).silent else 0
     assert {zero_factors(c.residual) for c in sw.chain(make(model, spec))} == {expected}
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("model", "spec"), PAIRS)
 def test_every_parameter_learns_within_two_steps(model, spec):
     """After two steps every parameter has a gradient: no scheme holds a part of the network at zero.
 
@@ -132,7 +152,7 @@ def test_every_parameter_learns_within_two_steps(model, spec):
     assert not [name for name in still if ".gate." not in name]
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("model", "spec"), PAIRS)
 def test_initialisation_is_idempotent_and_meta_safe(model, spec):
     """P7: twice equals once, and a network born on the meta device equals one born on the CPU."""
     network = make(model, spec)
@@ -155,7 +175,7 @@ def test_spec_string_is_the_objects_own(spec):
         assert read(repr(scheme)) == scheme
 
 
-@pytest.mark.parametrize("spec", list(all_schemes()))
+@pytest.mark.parametrize("spec", list(all_schemes("conv")))
 def test_compiles_without_graph_break(spec):
     torch.compiler.reset()
     network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=spec).eval()
@@ -164,7 +184,7 @@ def test_compiles_without_graph_break(spec):
     torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", list(all_schemes()))
+@pytest.mark.parametrize("spec", list(all_schemes("conv")))
 def test_exports(spec):
     network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=spec).eval()
     x = torch.randn(2, 3, 8, 8)
@@ -356,3 +376,56 @@ def test_every_scheme_tells_its_equation_depth_rates_theory_and_source(name):
     for word in ("Depth:", "Decay and learning rate:", "Theory at the start:", "Source:", ">>> "):
         assert word in kind.__doc__.replace("Theory at the start (", "Theory at the start: ("), (name, word)
     assert all(isinstance(getattr(kind, field), str) for field in ("equation", "norm_note", "when", "source"))
+
+
+# Schemes of 2025 and 2026 ------------------------------------------------------------------------------------------
+
+
+def test_perinorm_of_a_transformer_is_the_sandwich():
+    """Kim et al. 2025, eq. 4, has the norms where CogView's sandwich has them."""
+    options = MODELS["vit"][1]
+    torch.manual_seed(0)
+    ours = sw.build("vit-tiny-16", scheme="perinorm", **options)
+    torch.manual_seed(0)
+    sandwich = sw.build("vit-tiny-16", norm="sandwich", **options)
+    assert list(ours.state_dict()) == list(sandwich.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), sandwich(x), rtol=0, atol=0)
+
+
+def test_mixnorm_counts_blocks_from_the_front():
+    """⌈0.25 N⌉ of N blocks are post-norm: 3 of 12, 2 of 5; in a ResNet a block is one branch."""
+    for blocks, early in ((12, 3), (5, 2)):
+        options = {**MODELS["vit"][1], "depth": blocks}
+        network = sw.build("vit-tiny-16", scheme="mixnorm", **options)
+        posts = [isinstance(c.residual.post, nn.Identity) for c in sw.chain(network)]
+        assert posts == [False] * 2 * early + [True] * 2 * (blocks - early)
+    network = sw.build("resnet20", scheme="mixnorm")
+    posts = [isinstance(c.residual.post, nn.Identity) for c in sw.chain(network)]
+    assert posts == [False] * 3 + [True] * 6
+
+
+def test_layernormscaling_is_the_root_of_the_blocks_number():
+    network = make("vit", "layernormscaling")
+    assert [c.residual.pre.enter.factor for c in sw.chain(network)] == [1.0, 1.0, 2**-0.5, 2**-0.5]
+
+
+@pytest.mark.parametrize("name", ["vit", "convnext", "swin"])
+@pytest.mark.parametrize("map", ["tanh", "erf"])
+def test_dyt_replaces_every_norm_by_the_equation(name, map):
+    """y = γ ⊙ f(α x + s) + β on the channel axis of the norm that it replaces, with each parameter in its place."""
+    network = make(name, f"dyt(map={map!r})")
+    bounded = [module for module in network.modules() if isinstance(module, DynamicTanh)]
+    assert bounded
+    assert not [module for module in network.modules() if isinstance(module, nn.LayerNorm | nn.BatchNorm2d)]
+    for module in bounded:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_()
+        channels = len(module.weight)
+        x = torch.randn(2, channels, 3, 4) if len(module.shape) == 3 else torch.randn(2, 5, channels)
+        last = x.movedim(1, -1) if len(module.shape) == 3 else x
+        inner = module.alpha * last + (module.shift if map == "erf" else 0.0)
+        expected = getattr(torch, map)(inner) * module.weight + module.bias
+        y = module(x)
+        torch.testing.assert_close(y.movedim(1, -1) if len(module.shape) == 3 else y, expected)

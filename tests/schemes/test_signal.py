@@ -99,6 +99,73 @@ def test_with_norm_every_branch_adds_its_scale_squared(scheme, per_branch):
     assert relative([s.leaving for s in signals], stream) < 0.1
 
 
+@pytest.mark.parametrize("size", [1.0, 10.0])
+def test_perinorm_adds_one_per_branch_whatever_the_weights(size):
+    """Var(x_l) = Var(x_0) + l (Kim et al. 2025, eq. 4)."""
+    network = sw.build("vit-tiny-16", depth=3, dim=64, heads=2, patch=8, image=32, classes=2, scheme="perinorm")
+    connections = sw.chain(network)
+    variances = []
+    for connection in connections:
+        for each in connection.path:
+            each.multiply_(size)
+        connection.residual.register_forward_hook(lambda _, args, y: variances.append(y.detach().var().item()))
+    network.stem.register_forward_hook(lambda _, args, y: torch.randn_like(y))
+    network(torch.randn(4, 3, 32, 32))
+    assert relative(variances, [1 + number for number in range(1, 7)]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("alpha", "kept"), [("depth", lambda v: 2.718281828 ** (-v / 64)), (1.0, lambda v: (1 + v) ** -16)]
+)
+@pytest.mark.parametrize("v", [1.0, 4.0])
+def test_keel_keeps_the_gradient_of_its_skips(alpha, kept, v):
+    """Along their skips L = 32 connections pass e^(-v / 2L) of the gradient; post-norm, α = 1, (1 + v)^(-L / 2)."""
+
+    class Noise(torch.nn.Module):
+        def forward(self, h):
+            return torch.randn_like(h) * v**0.5
+
+    scheme, depth, dim = sw.Keel(alpha=alpha), 32, 1024
+    x = torch.nn.functional.layer_norm(torch.randn(8, 4, dim), (dim,)).requires_grad_()
+    stream = x
+    for index in range(depth):
+        site = sw.Site(dim=dim, index=index, depth=depth, spatial=0, kind="mlp")
+        norm = torch.nn.LayerNorm(dim, elementwise_affine=False)
+        stream = sw.Residual(Noise(), shortcut=scheme.carry(site, None), post=norm)(stream)
+    stream.backward(gradient := torch.randn_like(stream))
+    assert relative([float(x.grad.norm() / gradient.norm())], [kept(v)]) < 0.1
+
+
+def test_layernormscaling_grows_with_the_logarithm():
+    """Var(x_L) = Var(x_0) + v Σ 1/b, for linear branches of v = 1: two to a block."""
+    dim, blocks = 256, 16
+    stream = torch.randn(64, 4, dim)
+    norm = torch.nn.LayerNorm(dim, elementwise_affine=False)
+    for index in range(2 * blocks):
+        site = sw.Site(dim=dim, index=index, depth=2 * blocks, spatial=0, kind="mlp")
+        branch = torch.nn.Linear(dim, dim, bias=False)
+        torch.nn.init.normal_(branch.weight, std=dim**-0.5)
+        pre = torch.nn.Sequential(norm, sw.LayerNormScaling().enter(site))
+        stream = sw.Residual(branch, pre=pre)(stream)
+    expected = 1 + 2 * sum(1 / block for block in range(1, blocks + 1))
+    assert relative([stream.detach().var().item()], [expected]) < 0.1
+
+
+def test_dyt_grows_geometrically_while_small_and_linearly_at_the_end():
+    """A small stream grows by √(1 + α²) with every linear branch of gain 1; a large one by at most 1 in variance."""
+    dim = 512
+
+    def grow(stream):
+        branch = torch.nn.Linear(dim, dim, bias=False)
+        torch.nn.init.normal_(branch.weight, std=dim**-0.5)
+        pre = sw.nn.DynamicTanh(dim, init=0.5)
+        return (sw.Residual(branch, pre=pre)(stream).detach().var() - stream.var()).item()
+
+    stream = torch.randn(64, dim)
+    assert relative([grow(0.01 * stream)], [0.01**2 * 0.25]) < 0.1
+    assert relative([grow(30.0 * stream)], [1.0]) < 0.2
+
+
 @pytest.mark.parametrize(
     ("scheme", "per_branch"),
     [

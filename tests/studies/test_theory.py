@@ -169,8 +169,8 @@ def test_every_scheme_is_compared_with_and_without_norm():
 
     study = find_study("schemes")
     cells = study.cells("cpu", Choices())
-    assert {cell["scheme"] for cell in cells if cell["kind"] == "as it is"} == set(all_schemes())
-    for name in all_schemes():
+    assert {cell["scheme"] for cell in cells if cell["kind"] == "as it is"} == set(all_schemes("conv"))
+    for name in all_schemes("conv"):
         bare = name if name in FREE else NORMLESS.get(name, f"{name} + skipinit(init=1.0, norm='remove')")
         model = build_resnet(bare, study.cell(depth=8, width=4), 1, 10)
         assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()), name

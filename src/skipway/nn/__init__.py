@@ -12,6 +12,7 @@ from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandar
 from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
 from skipway.nn.residual import Residual
 from skipway.nn.role import Role
+from skipway.nn.saturation import DynamicErf, DynamicTanh
 from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
 from skipway.nn.stage import ChannelsFirst, ChannelsLast, StageMap, TokenGrid
@@ -34,6 +35,8 @@ __all__ = [
     "Cut",
     "DepthwiseMlp",
     "DropPath",
+    "DynamicErf",
+    "DynamicTanh",
     "FanInUniform",
     "FirstToken",
     "Gain",

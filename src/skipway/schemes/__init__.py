@@ -12,6 +12,11 @@ from skipway.schemes.layerscale import LayerScale
 from skipway.schemes.normfree import NormFree
 from skipway.schemes.deepnorm import DeepNorm
 from skipway.schemes.depthscaled import DepthScaled
+from skipway.schemes.perinorm import PeriNorm
+from skipway.schemes.keel import Keel
+from skipway.schemes.mixnorm import MixNorm
+from skipway.schemes.layernormscaling import LayerNormScaling
+from skipway.schemes.dyt import DyT
 from skipway.schemes.stochasticdepth import StochasticDepth
 from skipway.schemes.scheme import Scheme, Stack, parse_scheme, all_schemes
 from skipway.schemes.cards import card
@@ -19,10 +24,15 @@ from skipway.schemes.cards import card
 __all__ = [
     "DeepNorm",
     "DepthScaled",
+    "DyT",
     "Fixup",
     "Identity",
+    "Keel",
+    "LayerNormScaling",
     "LayerScale",
+    "MixNorm",
     "NormFree",
+    "PeriNorm",
     "Plain",
     "PreActivation",
     "ReZero",

@@ -13,7 +13,7 @@ from skipway.errors import SkipwayError
 from skipway.nn import sequence
 from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
-from skipway.nn.site import Site
+from skipway.nn.site import Kind, Site
 from skipway.registry import Registry, parse_spec
 from skipway.tracing.chain import Chain
 from skipway.validation import check_rule
@@ -50,6 +50,10 @@ class Scheme:
     """When to use it, in one line."""
     source: ClassVar[str]
     """Paper and year, with the equation or table."""
+    kinds: ClassVar[tuple[Kind, ...]] = ("conv", "attention", "mlp")
+    """Kinds of branches that the scheme is for; others are refused."""
+    refusal: ClassVar[str] = ""
+    """Why other kinds are refused, with a way out."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -105,7 +109,13 @@ class Scheme:
             shortcut: takes (x, h); None carries x.
             kit: the family's kit, undressed.
             placement: the family's placement.
+
+        Raises:
+            SkipwayError: the scheme is not for branches of the site's kind.
         """
+        for member in members_of(self):
+            if site.kind not in member.kinds:
+                raise SkipwayError(f"scheme={type(member).__name__.lower()!r}: {member.refusal}")
         kit, placement = self.kit(site, kit), self.place(site, placement)
         return {
             "pre": sequence(**kit.parts(placement.pre, site.entry), enter=self.enter(site)),
@@ -200,13 +210,15 @@ def chain_modules(modules: list[nn.Module | None]) -> nn.Module | None:
     return nn.Sequential(*present)
 
 
-def all_schemes() -> dict[str, type[Scheme]]:
-    """All registered schemes by name, in the order of their definition.
+def all_schemes(kind: Kind | None = None) -> dict[str, type[Scheme]]:
+    """All registered schemes by name, in the order of their definition; those for branches of a kind.
 
     >>> list(all_schemes())[:4]
     ['plain', 'identity', 'preactivation', 'zeroinit']
+    >>> set(all_schemes()) - set(all_schemes("conv"))
+    {'layernormscaling'}
     """
-    return dict(REGISTRY.entries)
+    return {name: scheme for name, scheme in REGISTRY.entries.items() if kind is None or kind in scheme.kinds}
 
 
 def parse_scheme(spec: str | Scheme) -> Scheme:

@@ -71,7 +71,7 @@ class Comparison(Study):
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         depths, without, width, epochs = GRIDS[budget]
-        names, seeds = choices.schemes or tuple(all_schemes()), choices.seeds or (0, 1, 2)
+        names, seeds = choices.schemes or tuple(all_schemes("conv")), choices.seeds or (0, 1, 2)
         common = {"width": width, "epochs": epochs, "data": choices.data}
         cells = [
             self.cell(kind="as it is", scheme=name, depth=depth, lr=rate, seed=seed, **common)
