@@ -11,8 +11,9 @@ from tests.training.test_loop import StopAfter, assert_same
 import skipway as sw
 from skipway.data import load
 from skipway.errors import SkipwayError
+from skipway.training import features
+from skipway.training.features import features_of
 from skipway.training.linear_head import select_linear_head
-from skipway.training.linear_probe import features_of
 from skipway.training.reporter import SilentReporter
 
 BASE = sw.Recipe(model="resnet", depth=8, width=8, epochs=2, batch_size=128, device="cpu", precision="float32")
@@ -22,6 +23,14 @@ BASE = sw.Recipe(model="resnet", depth=8, width=8, epochs=2, batch_size=128, dev
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SKIPWAY_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+class Notes(SilentReporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def message(self, label: str, text: str) -> None:
+        self.notes.append(text)
 
 
 class Counter(SilentReporter):
@@ -63,16 +72,77 @@ def test_features_are_computed_once(tmp_path, cache):
     assert second.counts
 
 
-def test_an_interrupted_computation_goes_on_where_it_was(tmp_path):
-    recipe, counter = replace(BASE, freeze="all"), Counter()
-    whole = sw.train(replace(recipe, seed=0), tmp_path / "whole")
-    for file in (tmp_path / "cache").iterdir():
-        file.unlink()
-    assert not sw.train(recipe, tmp_path / "stopped", stop=StopAfter(3)).finished
+def test_an_interrupted_computation_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MOST_IMAGES", 100)
+    recipe, counter = replace(BASE, freeze="all(views=1)", augment="erasing"), Counter()
+    whole = sw.train(replace(recipe, cache=False), tmp_path / "whole")
+    for polls in (3, 11):  # 13 batches of images, 13 of their views
+        assert not sw.train(recipe, tmp_path / "stopped", stop=StopAfter(polls), resume=True).finished
     resumed = sw.train(None, tmp_path / "stopped", resume=True, reporter=counter)
     assert resumed.finished
-    assert counter.counts[0][0] > 128
+    assert counter.counts[0] == (1295 + 400, 2 * 1295)
     assert_same(whole, resumed)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("place", ["linear_probe.select_linear_head", "linear_probe.write_weights", "step.backward"])
+def test_a_run_killed_around_the_fit_ends_like_one_that_was_not(tmp_path, monkeypatch, place):
+    recipe = replace(BASE, freeze="first", lr=0.01, ema=0.5)
+    whole = sw.train(recipe, tmp_path / "whole")
+
+    def kill(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"skipway.training.{place}", kill)
+        with pytest.raises(Killed):
+            sw.train(recipe, tmp_path / "killed")
+    assert_same(whole, sw.train(None, tmp_path / "killed", resume=True))
+
+
+NETWORK = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        return self[2](FEATURES)
+
+def make():
+    return Net(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Linear(8, 10))
+"""
+
+
+def test_features_of_changed_code_are_made_anew(tmp_path):
+    """The cache knows weights and preprocessing; what `forward` does with them shows in the features alone."""
+    notes, results = Notes(), []
+    for constant in ("self[1](self[0](x)).flatten(1)[:, :8] * 0", "self[1](self[0](x)).mean((2, 3))"):
+        (tmp_path / "nets.py").write_text(NETWORK.replace("FEATURES", constant))
+        recipe = replace(BASE, model=f"{tmp_path}/nets.py:make", depth=None, width=None, channels=1, freeze="all")
+        results.append(sw.train(recipe, tmp_path / f"run{len(results)}", reporter=notes).best_accuracy)
+    assert results[0] < 0.2 < results[1] - 0.1
+    assert sum("not what the network computes now" in note for note in notes.notes) == 2  # training and validation
+
+
+def test_the_scheme_of_a_network_is_part_of_what_its_features_depend_on(tmp_path, cache):
+    for scheme in ("plain", "preactivation"):
+        sw.train(replace(BASE, freeze="all", scheme=scheme), tmp_path / scheme)
+    assert len({path.stem for path in cache.glob("features-*.bin")}) == 4
+
+
+def test_views_are_used_in_the_fit_and_nowhere_else(tmp_path, cache):
+    recipe = replace(BASE, augment="erasing")
+    plain, viewed = (sw.train(replace(recipe, freeze=freeze), tmp_path / freeze) for freeze in ("all", "all(views=2)"))
+    sizes = sorted(path.stat().st_size for path in cache.glob("features-*.bin"))
+    width = 4 * 32
+    assert sizes == [143 * width, 3 * 1295 * width]
+    a, b = (sw.from_pretrained(run.folder.path).head.classifier.weight for run in (plain, viewed))
+    assert not torch.allclose(a, b)
+    counter = Counter()
+    sw.train(replace(recipe, freeze="all(views=3)"), tmp_path / "more", reporter=counter)
+    assert counter.counts[0][0] > 3 * 1295  # those that are there already are taken
 
 
 def test_first_trains_everything_from_the_fitted_classifier(tmp_path):
@@ -95,6 +165,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch
     ("options", "message"),
     [
         ({"validation": 0.0}, "validation images select"),
+        ({"freeze": "all(views=2)", "crop": "none"}, "nothing augments"),
         ({"model": "timm:levit_128s", "depth": None, "width": None, "size": 224}, "one linear classifier"),
     ],
 )
@@ -106,4 +177,4 @@ def test_what_it_cannot_do_is_refused(tmp_path, options, message):
         except SkipwayError:
             pytest.skip("timm is not installed")
     with pytest.raises(SkipwayError, match=message):
-        sw.train(replace(BASE, freeze="all", **options), tmp_path / "run")
+        sw.train(replace(BASE, **{"freeze": "all", **options}), tmp_path / "run")

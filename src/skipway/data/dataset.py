@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -137,11 +137,34 @@ class Data:
         check_ranks(batch_size, rank, world, self.augmentation.mixes)
         order = permutation(len(self.train), seed, epoch)
         batches = rank_batches(order, batch_size, start, rank, world)
+        yield from self.augmented(self.augmentation, batches, seed, epoch, device, size)
+
+    def view_batches(
+        self, *, seed: int, view: int, batch_size: int, device: torch.device, start: int = 0
+    ) -> Iterator[Batch]:
+        """Yield the training images from number `start` on once, in order, augmented as in epoch `view` but not mixed.
+
+        An image is a function of (seed, view, image), whatever the batch size.
+        """
+        batches = list(torch.arange(start, len(self.train)).split(batch_size))
+        augmentation = replace(self.augmentation, mixup=0.0, cutmix=0.0)
+        yield from self.augmented(augmentation, batches, seed, view, device, None)
+
+    def augmented(
+        self,
+        augmentation: Augmentation,
+        batches: Sequence[Tensor],
+        seed: int,
+        epoch: int,
+        device: torch.device,
+        size: int | None,
+    ) -> Iterator[Batch]:
+        """Yield batches of training images by their numbers, with the augmentation of an epoch."""
         if not batches:
             return
-        draws = AugmentationDraws.of(self.augmentation, len(self.train), seed, epoch)
-        vary = BatchTransform(self.augmentation, draws, self.mean, self.std, self.train.labels, len(self.classes), size)
-        cut = draws.crop if self.augmentation.crop == "resized" else None
+        draws = AugmentationDraws.of(augmentation, len(self.train), seed, epoch)
+        vary = BatchTransform(augmentation, draws, self.mean, self.std, self.train.labels, len(self.classes), size)
+        cut = draws.crop if augmentation.crop == "resized" else None
         for images, numbers in zip(self.train.fetch(batches, device, cut), batches, strict=True):
             yield vary(images, numbers)
 

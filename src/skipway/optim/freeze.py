@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from skipway.registry import Registry, parse_spec
-from skipway.validation import check_positive_int
+from skipway.validation import check_positive_int, check_rule, is_whole
 
 __all__ = ["FREEZES", "FreezePlan", "FrozenBlocks", "FrozenEpochs", "FrozenTrunk", "TrunkAtFirst", "parse_freeze"]
 
@@ -42,15 +42,24 @@ class FreezePlan:
 class FrozenTrunk(FreezePlan):
     """Everything but the classifier, which is fitted to the features of the trunk.
 
-    >>> FrozenTrunk().takes_steps
+    Args:
+        views: features of so many random augmentations of each training image besides those of the image itself.
+
+    >>> FrozenTrunk(views=4).takes_steps
     False
     """
+
+    views: int = 0
 
     fits_classifier = True
     takes_steps = False
 
+    def __post_init__(self) -> None:
+        check_rule("views", self.views, is_whole(self.views, 0), "a whole number >= 0")
+
     def describe(self) -> str:
-        return "the classifier is fitted to features of the frozen network"
+        views = f" and {self.views} views of each image" if self.views else ""
+        return f"the classifier is fitted to features of the frozen network{views}"
 
 
 @dataclass(frozen=True)
