@@ -192,7 +192,7 @@ class Recipe:
     """See skipway schemes. [the model's]"""
 
     start: str | Path | None = None
-    """random, pretrained, a file, hf:ORG/NAME. [random]"""
+    """random, pretrained, a file, hf:ORG/NAME. [auto]"""
 
     weights_names: Literal["skipway", "timm", "torchvision", "huggingface"] = advanced("skipway")
     """Naming scheme of the checkpoint."""

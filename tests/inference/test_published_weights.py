@@ -10,6 +10,7 @@ import torch
 from skipway.errors import CheckpointError, SkipwayError
 from skipway.inference import published_weights
 from skipway.inference.published_weights import PackagedWeights, find_published_weights, is_pretrained
+from skipway.inference.weight_libraries import Timm
 from skipway.zoo import ModelRequest, import_library, load_model
 
 
@@ -60,10 +61,11 @@ def test_another_version_of_the_package_is_refused(package):
 
 
 def test_what_cannot_be_fetched_is_said_with_the_package_that_ships_it(monkeypatch):
-    def fail(name):
+    def fail(self, name):
         raise OSError("no network")
 
-    monkeypatch.setitem(published_weights.LIBRARIES, "timm", fail)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(Timm, "fetch", fail)
     with pytest.raises(CheckpointError, match="timm:resnet18 cannot be fetched: no network; name a file"):
         find_published_weights("timm:resnet18")
     monkeypatch.setattr(published_weights.importlib.util, "find_spec", lambda name: None)

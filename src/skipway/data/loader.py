@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from skipway.data.inspection import ImageInfo, content_remarks, duplicate_groups
 from skipway.data.options import DataChoices
 from skipway.data.pool import Remark, WorkerPool, default_workers
 from skipway.data.preprocessing import Preprocessing
-from skipway.data.source_reader import SourceReader, choose_input
+from skipway.data.source_reader import SourceReader, SourceSummary, choose_input, read_headers
 from skipway.data.sources.detect import index_source
 from skipway.data.sources.index import SourceIndex, name_list, names_alike, sorted_classes
 from skipway.data.sources.readers import FileStore
@@ -40,6 +40,7 @@ def load(
     *,
     progress: Progress | None = None,
     remark: Remark | None = None,
+    decide: Callable[[SourceSummary], Mapping[str, Any]] = lambda summary: {},
     **choices: Any,
 ) -> Data:
     """Read the images of `source`, or scikit-learn's handwritten digits for None, and split them.
@@ -51,6 +52,8 @@ def load(
         source: see `DataChoices`; or a `DataChoices`.
         progress: called with (images done, images in all) while files are read.
         remark: called with a sentence when a later failure was recovered from, such as a worker that died.
+        decide: called once before any image is decoded, with what is known of the source by then; returns fields of
+            `DataChoices` that replace the given ones.
         choices: fields of `DataChoices`.
 
     Raises:
@@ -68,12 +71,15 @@ def load(
     else:
         chosen = DataChoices(source=source, **choices)
     if chosen.source is None:
-        return load_digits(chosen)
+        return load_digits(chosen, decide)
     names = ("allow_empty", "outside", "columns", "subfolders")
     found = index_source(chosen.source, **{name: getattr(chosen, name) for name in names})
     files = found.files
     pool = WorkerPool(default_workers(len(files)) if chosen.workers is None else chosen.workers, chosen.helpers, remark)
-    spec, remarks = choose_input(found, files, chosen)
+    headers = read_headers(found, files)
+    summary = SourceSummary.of(found, headers)
+    chosen = replace(chosen, **decide(summary))
+    spec, remarks = choose_input(headers, summary, chosen)
     reader = SourceReader(found, files, chosen, spec, pool, progress, remarks)
     pixels = reader.read()
     return assemble_data(reader, reader.known, pixels)
@@ -145,14 +151,24 @@ def memory_dataset(pixels: DecodedImages, samples: Sequence[ImageSample], rows: 
     return MemoryDataset(pixels, labels, [sample.file for sample in samples], rows)
 
 
-def load_digits(choices: DataChoices) -> Data:
+def load_digits(choices: DataChoices, decide: Callable[[SourceSummary], Mapping[str, Any]]) -> Data:
     """The embedded digits, scaled to the requested size and repeated over the requested channels."""
+    images, names = digits()
+    classes = sorted_classes(name[0] for name in names)
+    summary = SourceSummary(
+        classes=classes,
+        images=len(names),
+        training=len(names),
+        has_validation=False,
+        has_test=False,
+        side=images.shape[1],
+        channels=1,
+    )
+    choices = replace(choices, **decide(summary))
     if choices.crop == "resized":
         raise DataError("crop='resized' needs image files, and the embedded digits are arrays: use 'pad' or 'none'")
-    images, names = digits()
     size, channels = choices.size or images.shape[1], choices.channels or 1
     pixels = DecodedImages(resize_digits(images, size, channels))
-    classes = sorted_classes(name[0] for name in names)
     by_class = {label: [name for name in names if name[0] == label] for label in classes}
     index = SourceIndex(store=FileStore(Path("digits")), name="digits", classes=classes, train=by_class)
     splits = split_index(index, **choices.splitting)

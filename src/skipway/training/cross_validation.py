@@ -18,11 +18,11 @@ from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.recipe import Recipe
 from skipway.training.distributed import join_ranks
+from skipway.training.initial_weights import resolve_paths
 from skipway.training.loop import train
 from skipway.training.reporter import Reporter, SilentReporter, StepReport
 from skipway.training.resume import resume_recipe
 from skipway.training.run_folder import RunFolder
-from skipway.training.setup import resolve_paths
 
 __all__ = ["CrossValidation", "FoldResult", "cross_validate"]
 

@@ -20,7 +20,7 @@ from skipway.training.linear_head import LinearHead, select_linear_head
 from skipway.training.records import write_weights
 from skipway.training.run import Run
 
-__all__ = ["fit_classifier"]
+__all__ = ["fit_classifier", "withdraw_probe"]
 
 TOLERANCE = 1e-3
 """Largest difference between the network's logits and its classifier on the features, over the largest logit."""
@@ -59,6 +59,16 @@ def fit_classifier(run: Run) -> bool:
     )
     install(run, source.classifier, select_linear_head(train, validation, len(run.data.classes)))
     return True
+
+
+def withdraw_probe(run: Run) -> None:
+    """Where fitting the classifier was a default and the network has none to fit, leave it out and say so."""
+    if run.given.freeze is None and run.recipe.freeze_plan.fits_classifier:
+        try:
+            find_linear_classifier(run)
+        except SkipwayError as error:
+            run.recipe = replace(run.recipe, freeze="none")
+            run.reporter.message("note", f"the classifier is not fitted first: {error}")
 
 
 def check_choices(run: Run, plan: FrozenTrunk) -> None:

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from skipway.checkpoint.files import read_tensors, write_json
 from skipway.checkpoint.state import load_model_state
+from skipway.checkpoint.store import Checkpoints
 from skipway.data import Batch
 from skipway.errors import DivergedError, SkipwayError, printable
 from skipway.hardware.device import choose_device, choose_precision
@@ -36,7 +36,7 @@ from skipway.training import step
 from skipway.training.budget import plan_epochs
 from skipway.training.distributed import join_ranks
 from skipway.training.freeze import check_freeze, freeze_layers
-from skipway.training.linear_probe import fit_classifier
+from skipway.training.linear_probe import fit_classifier, withdraw_probe
 from skipway.training.preflight import report_preflight
 from skipway.training.records import (
     is_save_due,
@@ -54,7 +54,6 @@ from skipway.training.resume import resume_recipe, resume_run
 from skipway.training.run import Outcome, Run
 from skipway.training.run_folder import RunFolder
 from skipway.training.setup import (
-    adopt_data_config,
     build_run,
     deterministic_algorithms,
     load_data,
@@ -292,13 +291,15 @@ def open_run(
         stack.enter_context(deterministic_algorithms(recipe))
         device = choose_device(recipe.device, ranks.local)
         precision, reason = choose_precision(recipe.precision, device)
-        if stored is None:
-            recipe = adopt_data_config(recipe, partial(reporter.message, "note"))
-        data = load_data(recipe, reporter, ranks, None if stored is None else folder.read_split())
-        recipe = resolve_recipe(recipe, data, precision, ranks.world)
+        listed = None if stored is None else folder.read_split()
+        chosen, data = load_data(recipe, reporter, ranks, device, listed, fresh=stored is None)
+        resolved = resolve_recipe(chosen, data, precision, ranks.world)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        run = build_run(recipe, data, folder, reporter, device, ranks, stop)
+        fresh = stored is None or not Checkpoints(folder.checkpoints).steps()
+        run = build_run(resolved, data, folder, reporter, device, ranks, stop, fresh=fresh)
+        run.given = recipe
         check_forward(run)
+        withdraw_probe(run)
         check_freeze(run)
         if ranks.first:
             note = stack.enter_context(folder.lock())

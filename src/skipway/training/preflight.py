@@ -12,6 +12,7 @@ from skipway.errors import SkipwayError, printable
 from skipway.probes.signal_check import check_signal
 from skipway.report.summary import data_lines, model_lines, signal_lines
 from skipway.tracing import preserved_state
+from skipway.training.defaults import choices_text
 from skipway.training.remarks import image_remarks, option_remarks
 from skipway.training.run import Run
 from skipway.training.trial_pass import statistics_remarks
@@ -41,7 +42,9 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
     run.reporter.message(
         "device", f"{run.device}, {name}, {run.recipe.precision} ({reason}), torch {torch.__version__}{many}"
     )
-    if stored is not None:
+    if stored is None:
+        run.reporter.message("options", choices_text(run.given, run.recipe))
+    else:
         run.reporter.message("resume", f"after epoch {run.progress.epoch}, step {run.progress.step}")
         earlier = stored["recipe"]["epochs"]
         if earlier != run.recipe.epochs:

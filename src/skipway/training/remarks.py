@@ -27,6 +27,8 @@ CLOSER = 0.5
 # below it, the 95 % Wilson interval is wider than 20 percentage points at an accuracy of 90 %
 FEW_VALIDATION_IMAGES = 30
 FEW_STEPS = 100
+# no smaller one is recommended: statistics of fewer images are noise
+SMALLEST_BATCH = 16
 # share of one class from which always naming it is a good way to a high accuracy
 DOMINANT = 0.75
 
@@ -37,7 +39,7 @@ def option_remarks(run: Run) -> Iterator[str]:
     """
     recipe, data = run.recipe, run.data
     yield from short_supplies(run)
-    yield from unused_options(recipe, data)
+    yield from unused_options(run)
     mixes = data.augmentation.mixes
     if mixes and recipe.batch_size // run.ranks.world < 2:
         yield (
@@ -76,11 +78,13 @@ def short_supplies(run: Run) -> Iterator[str]:
             f"only {counted(images, 'image')} to validate on: the choice of the epoch is little more than chance{folds}"
         )
     if run.recipe.time is None and run.recipe.freeze_plan.takes_steps and steps < FEW_STEPS:
-        yield f"only {counted(steps, 'step')} in all: a smaller --batch-size or more --epochs gives more"
+        smaller = "a smaller --batch-size or " if run.recipe.batch_size > SMALLEST_BATCH else ""
+        yield f"only {counted(steps, 'step')} in all: {smaller}more --epochs gives more"
 
 
-def unused_options(recipe: Recipe, data: Data) -> Iterator[str]:
+def unused_options(run: Run) -> Iterator[str]:
     """Remarks about options that the data or other options leave without effect."""
+    recipe, given, data = run.recipe, run.given, run.data
     default = Recipe()
     off = data.splits.split_off
     folds = data.splits.fold is not None
@@ -94,7 +98,7 @@ def unused_options(recipe: Recipe, data: Data) -> Iterator[str]:
         "epochs": (recipe.time is not None, "the time sets the number of epochs"),
     }
     for name, (unused, why) in idle.items():
-        value = getattr(recipe, name)
+        value = getattr(given, name)
         if unused and value != getattr(default, name):
             yield f"{spell(name, value)} has no effect: {why}"
     if recipe.flip_test and not recipe.flip:

@@ -11,8 +11,9 @@ from skipway.checkpoint.state import load_model_state, load_optimizer_state
 from skipway.data.split import name_list
 from skipway.errors import CheckpointError, DataError, SkipwayError
 from skipway.recipe import Recipe
+from skipway.training.initial_weights import resolve_paths
 from skipway.training.run import Progress, Run
-from skipway.training.setup import count_images, resolve_paths
+from skipway.training.setup import count_images
 
 __all__ = ["load_newest_checkpoint", "resume_recipe", "resume_run", "training_state"]
 

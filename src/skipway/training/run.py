@@ -18,7 +18,7 @@ from skipway.data import Data
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.monitor.health import Health
 from skipway.optim.schedules import lr_factor
-from skipway.recipe import ResolvedRecipe
+from skipway.recipe import Recipe, ResolvedRecipe
 from skipway.tracing.chain import Chain, read_chain
 from skipway.training.distributed import Ranks
 from skipway.training.ema import ModelEMA
@@ -90,7 +90,9 @@ class StepResult:
 
 @dataclass
 class Run:
-    """Everything that a run consists of: recipe, data, network, optimizer, and progress."""
+    """Everything that a run consists of: recipe, data, network, optimizer, and progress; `given` is the recipe before
+    choices were made for the user.
+    """
 
     recipe: ResolvedRecipe
     data: Data
@@ -107,6 +109,7 @@ class Run:
     stop: Callable[[], bool]
     health: Health
     class_weights: Tensor | None = None
+    given: Recipe = field(default_factory=Recipe)
     progress: Progress = field(default_factory=Progress)
     pending: list[StepResult] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)

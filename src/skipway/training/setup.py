@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,43 +18,35 @@ from skipway._version import __version__
 from skipway.checkpoint.files import write_json
 from skipway.checkpoint.store import Checkpoints
 from skipway.data import Data, load
-from skipway.data.data_config import find_class_names, find_data_config
 from skipway.data.randomness import draw_key
-from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell, spelling
+from skipway.data.source_reader import SourceSummary
+from skipway.errors import DataError, SkipwayError, printable
 from skipway.inference.network import PooledClassifier, build_classifier, is_ours
-from skipway.inference.published_weights import find_published_weights, is_pretrained
 from skipway.models import find_config
 from skipway.monitor.health import Health
 from skipway.optim.groups import param_groups
 from skipway.recipe import NO_PATIENCE, Recipe, ResolvedRecipe
-from skipway.surgery.classifier import find_classifiers
 from skipway.tracing import preserved_state
+from skipway.training.defaults import decide
 from skipway.training.distributed import Ranks
 from skipway.training.ema import ModelEMA
+from skipway.training.initial_weights import load_initial_weights, resolve_paths
 from skipway.training.reporter import Reporter
 from skipway.training.run import Progress, Run
 from skipway.training.run_folder import RunFolder
-from skipway.weights import load_state, match, read_source
-from skipway.weights.adapt import CHOICES
-from skipway.weights.class_rows import arrange_classes
-from skipway.zoo import source_of
 
 __all__ = [
-    "adopt_data_config",
     "build_run",
     "count_images",
     "deterministic_algorithms",
     "load_data",
     "model_config",
-    "resolve_paths",
     "resolve_recipe",
     "write_run_files",
 ]
 
 # more steps than are timed before `Recipe.time` is converted to epochs
 STEPS_TO_PLAN = 25
-# names of parameters that a message lists
-MAX_KEYS = 8
 
 
 @contextmanager
@@ -71,84 +62,47 @@ def deterministic_algorithms(recipe: Recipe) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def resolve_paths(recipe: Recipe) -> Recipe:
-    """Return the recipe with absolute paths."""
-    resolved: dict[str, Any] = {}
-    if recipe.data is not None and recipe.data.exists():
-        resolved["data"] = recipe.data.resolve()
-    source = recipe.initial_weights
-    if source is not None and not is_pretrained(source) and Path(source).exists():
-        resolved["start"] = str(Path(source).resolve())
-    if recipe.model is not None and source_of(recipe.model)[0].library is None:
-        file, colon, attribute = recipe.model.partition(".py")
-        resolved["model"] = f"{Path(file + colon).resolve()}{attribute}"
-    return replace(recipe, **resolved)
-
-
 def load_data(
-    recipe: Recipe, reporter: Reporter, ranks: Ranks, listed: Mapping[str, Sequence[str]] | None = None
-) -> Data:
+    recipe: Recipe,
+    reporter: Reporter,
+    ranks: Ranks,
+    device: torch.device,
+    listed: Mapping[str, Sequence[str]] | None = None,
+    *,
+    fresh: bool = True,
+) -> tuple[Recipe, Data]:
     """Load the data of the recipe; rank 0 goes first and fills the cache for the others.
 
     Args:
         listed: image names per split, for a resumed run; None to split anew.
+        fresh: make the choices that the recipe leaves open; False for a recipe that was stored with them.
+
+    Returns:
+        the recipe with these choices, and the data.
     """
+    chosen = recipe
+
+    def choose(summary: SourceSummary) -> Mapping[str, Any]:
+        nonlocal chosen
+        if fresh:
+            chosen = decide(recipe, summary, device, ranks.world, reporter.message)
+        return chosen.data_choices()
+
     if not ranks.first:
         ranks.barrier()
     try:
-        return load(
+        data = load(
             recipe.data,
             **recipe.data_choices(),
             listed=listed,
+            decide=choose,
             progress=reporter.images_read,
             remark=partial(reporter.message, "note"),
         )
+        return chosen, data
     finally:
         if ranks.first:
             ranks.barrier()
-
-
-def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
-    """Return the recipe with the inputs that the model and its initial weights expect, where they are not chosen.
-
-    Networks of other libraries take colour images; what weights expect is said.
-    """
-    if recipe.model is not None and not is_ours(recipe.model):
-        for name in ("depth", "width"):
-            if getattr(recipe, name) is not None:
-                raise SkipwayError(
-                    f"{spell(name, getattr(recipe, name))}: a choice for Skipway's own networks, and {recipe.model} is "
-                    "none; name another model"
-                )
-        recipe = replace(recipe, channels=recipe.channels or 3)
-    if recipe.initial_weights is None:
-        return recipe
-    names, model = recipe.weights_names, recipe.model
-    if model is not None and not is_ours(model):
-        source, model = source_of(model)
-        names = source.library or names
-    if is_pretrained(recipe.start):
-        config = find_published_weights(str(recipe.model)).config
-    else:
-        config = find_data_config(str(recipe.start), names, model)
-    if config is None and recipe.mean is not None and recipe.std is not None:
-        return recipe
-    if config is None:
-        remark(
-            "nothing beside the weights states the mean and deviation that they expect, so those of the images are "
-            f"taken; {spell('mean', '0.5')} and {spell('std', '0.5')} for example set others"
-        )
-        return recipe
-    values: dict[str, Any] = {
-        "mean": Recipe.text_of(config.mean),
-        "std": Recipe.text_of(config.std),
-        "crop_share": config.crop_share,
-        "resample": config.resample,
-    }
-    taken = {name: value for name, value in values.items() if getattr(recipe, name) is None and value is not None}
-    if taken:
-        remark(f"as stated by {config.origin}: {', '.join(spell(name, value) for name, value in taken.items())}")
-    return replace(recipe, **taken)
 
 
 def resolve_recipe(given: Recipe, data: Data, precision: Any, world: int) -> ResolvedRecipe:
@@ -188,8 +142,12 @@ def build_run(
     device: torch.device,
     ranks: Ranks,
     stop: Callable[[], bool],
+    *,
+    fresh: bool = True,
 ) -> Run:
-    """Build network, optimizer and everything else of a run on the device."""
+    """Build network, optimizer and everything else of a run on the device; the initial weights only where it is fresh,
+    since a checkpoint replaces them.
+    """
     torch.manual_seed(draw_key(recipe.seed, "weights"))
     model = build_classifier({"name": recipe.model, **model_options(recipe, data)})
     if isinstance(model, PooledClassifier):
@@ -198,7 +156,7 @@ def build_run(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SkipwayError(f"all parameters of {recipe.model} have requires_grad=False, so there is nothing to train")
     example = data.preprocessing.example.expand(2, -1, -1, -1)
-    if recipe.initial_weights is not None:
+    if fresh and recipe.initial_weights is not None:
         loaded = load_initial_weights(model, recipe, data.classes, example, partial(reporter.message, "note"))
         reporter.message("weights", loaded)
     check_grow_from(recipe, data, model)
@@ -251,50 +209,6 @@ def model_options(recipe: Recipe, data: Data) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None}
     image = {"image": data.size} if hasattr(config, "image") else {}
     return {**given, **image, "classes": len(data.classes), "channels": data.channels}
-
-
-def load_initial_weights(
-    model: nn.Module, recipe: Recipe, classes: Sequence[str], example: Tensor, remark: Callable[[str], None]
-) -> str:
-    """Load the weights to start from; in words, what of them was used. Every difference that the recipe does not allow
-    is an error.
-    """
-    adapt = tuple(choice.strip() for choice in recipe.weights_adapt.split(",") if choice.strip())
-    names, classifiers = recipe.weights_names, ()
-    if not is_ours(str(recipe.model)):  # its names are its library's
-        names, classifiers = "skipway", find_classifiers(model, example)
-    with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
-        origin = printable(str(recipe.start))
-        if is_pretrained(recipe.start):
-            published = find_published_weights(str(recipe.model))
-            state: Mapping[str, Tensor] = published.state
-            origin = published.origin
-        else:
-            state = read_source(str(recipe.start), recipe.weights_entry, remark)
-        state, remarks = arrange_classes(
-            model, state, names, find_class_names(str(recipe.start)), classes, adapt, classifiers
-        )
-        for sentence in remarks:
-            remark(sentence)
-        try:
-            report = load_state(model, state, names=names, adapt=adapt, classifiers=classifiers, remark=remark)
-        except CheckpointError as error:
-            trial = match(model, state, names=names, adapt=CHOICES)
-            if trial.fits and "channels" in trial.used and recipe.channels == 1:
-                raise CheckpointError(f"{error}\nOr take the images in colour: {spell('channels', 3)}.") from error
-            raise
-    parts = [
-        f"{len(report.tensors)} of {len(model.state_dict())} tensors from {origin}",
-        *(f"{title}: {list_keys(keys)}" for title, keys in report.differences().items()),
-    ]
-    return "; ".join(parts)
-
-
-def list_keys(keys: Sequence[str]) -> str:
-    """Names of parameters, cut."""
-    return ", ".join(map(printable, keys[:MAX_KEYS])) + (
-        f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else ""
-    )
 
 
 def check_grow_from(recipe: Recipe, data: Data, model: nn.Module) -> None:

@@ -1,0 +1,127 @@
+"""The weights that a training starts from: where they are, what inputs they expect, and how they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from skipway.data.data_config import find_class_names, find_data_config
+from skipway.errors import CheckpointError, SkipwayError, printable, spell, spelling
+from skipway.inference.network import is_ours
+from skipway.inference.published_weights import find_published_weights, is_pretrained
+from skipway.recipe import Recipe
+from skipway.surgery.classifier import find_classifiers
+from skipway.weights import load_state, match, read_source
+from skipway.weights.adapt import CHOICES
+from skipway.weights.class_rows import arrange_classes
+from skipway.zoo import source_of
+
+__all__ = ["adopt_data_config", "load_initial_weights", "resolve_paths"]
+
+# names of parameters that a message lists
+MAX_KEYS = 8
+
+
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with absolute paths."""
+    resolved: dict[str, Any] = {}
+    if recipe.data is not None and recipe.data.exists():
+        resolved["data"] = recipe.data.resolve()
+    source = recipe.initial_weights
+    if source is not None and not is_pretrained(source) and Path(source).exists():
+        resolved["start"] = str(Path(source).resolve())
+    if recipe.model is not None and source_of(recipe.model)[0].library is None:
+        file, colon, attribute = recipe.model.partition(".py")
+        resolved["model"] = f"{Path(file + colon).resolve()}{attribute}"
+    return replace(recipe, **resolved)
+
+
+def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
+    """Return the recipe with the inputs that the model and its initial weights expect, where they are not chosen.
+
+    Networks of other libraries take colour images; what weights expect is said.
+    """
+    if recipe.model is not None and not is_ours(recipe.model):
+        for name in ("depth", "width"):
+            if getattr(recipe, name) is not None:
+                raise SkipwayError(
+                    f"{spell(name, getattr(recipe, name))}: a choice for Skipway's own networks, and {recipe.model} is "
+                    "none; name another model"
+                )
+        recipe = replace(recipe, channels=recipe.channels or 3)
+    if recipe.initial_weights is None:
+        return recipe
+    names, model = recipe.weights_names, recipe.model
+    if model is not None and not is_ours(model):
+        source, model = source_of(model)
+        names = source.library or names
+    if is_pretrained(recipe.start):
+        config = find_published_weights(str(recipe.model)).config
+    else:
+        config = find_data_config(str(recipe.start), names, model)
+    if config is None and recipe.mean is not None and recipe.std is not None:
+        return recipe
+    if config is None:
+        remark(
+            "nothing beside the weights states the mean and deviation that they expect, so those of the images are "
+            f"taken; {spell('mean', '0.5')} and {spell('std', '0.5')} for example set others"
+        )
+        return recipe
+    values: dict[str, Any] = {
+        "mean": Recipe.text_of(config.mean),
+        "std": Recipe.text_of(config.std),
+        "crop_share": config.crop_share,
+        "resample": config.resample,
+    }
+    taken = {name: value for name, value in values.items() if getattr(recipe, name) is None and value is not None}
+    if taken:
+        remark(f"as stated by {config.origin}: {', '.join(spell(name, value) for name, value in taken.items())}")
+    return replace(recipe, **taken)
+
+
+def load_initial_weights(
+    model: nn.Module, recipe: Recipe, classes: Sequence[str], example: Tensor, remark: Callable[[str], None]
+) -> str:
+    """Load the weights to start from; in words, what of them was used. Every difference that the recipe does not allow
+    is an error.
+    """
+    adapt = tuple(choice.strip() for choice in recipe.weights_adapt.split(",") if choice.strip())
+    names, classifiers = recipe.weights_names, ()
+    if not is_ours(str(recipe.model)):  # its names are its library's
+        names, classifiers = "skipway", find_classifiers(model, example)
+    with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
+        origin = printable(str(recipe.start))
+        if is_pretrained(recipe.start):
+            published = find_published_weights(str(recipe.model))
+            state: Mapping[str, Tensor] = published.state
+            origin = published.origin
+        else:
+            state = read_source(str(recipe.start), recipe.weights_entry, remark)
+        state, remarks = arrange_classes(
+            model, state, names, find_class_names(str(recipe.start)), classes, adapt, classifiers
+        )
+        for sentence in remarks:
+            remark(sentence)
+        try:
+            report = load_state(model, state, names=names, adapt=adapt, classifiers=classifiers, remark=remark)
+        except CheckpointError as error:
+            trial = match(model, state, names=names, adapt=CHOICES)
+            if trial.fits and "channels" in trial.used and recipe.channels == 1:
+                raise CheckpointError(f"{error}\nOr take the images in colour: {spell('channels', 3)}.") from error
+            raise
+    parts = [
+        f"{len(report.tensors)} of {len(model.state_dict())} tensors from {origin}",
+        *(f"{title}: {list_keys(keys)}" for title, keys in report.differences().items()),
+    ]
+    return "; ".join(parts)
+
+
+def list_keys(keys: Sequence[str]) -> str:
+    """Names of parameters, cut."""
+    return ", ".join(map(printable, keys[:MAX_KEYS])) + (
+        f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else ""
+    )
