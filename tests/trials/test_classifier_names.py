@@ -27,7 +27,7 @@ import skipway as sw
 from skipway.errors import CheckpointError
 
 OPTIONS = {"model": "resnet8", "width": 4, "device": "cpu", "workers": 0, "precision": "float32", "health": 0.0}
-FROZEN = {**OPTIONS, "epochs": 1, "lr": 1e-9, "weight_decay": 0.0, "seed": 3}
+FROZEN = {**OPTIONS, "epochs": 1, "lr": 1e-9, "weight_decay": 0.0, "seed": 3, "freeze": "none"}
 
 
 @pytest.fixture(scope="module")
