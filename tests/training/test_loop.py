@@ -290,7 +290,19 @@ def test_what_is_said_before_training(tmp_path):
     reporter = Heard()
     train(changed(TINY, epochs=1), tmp_path / "run", reporter=reporter)
     labels = [label for label, _ in reporter.lines if label]
-    assert labels == ["run", "data", "split", "model", "recipe", "device", "options", "note", "note", "signal", "verdict"]
+    assert labels == [
+        "run",
+        "data",
+        "split",
+        "model",
+        "recipe",
+        "device",
+        "options",
+        "note",
+        "note",
+        "signal",
+        "verdict",
+    ]
     text = dict(reporter.lines)
     assert text["data"].startswith("digits: 1,797 images, 10 classes, input 8x8 grey; smallest class '8'")
     assert "3 residual connections" in text["model"]

@@ -72,7 +72,7 @@ def poison(run: Run, kind: str, step: int, value: float) -> str:
 def test_fifty_injections(tmp_path, monkeypatch, kind):
     """Ten steps for each of five kinds: named correctly each time, and nothing is spoilt."""
     real, seen = loop.build_run, []
-    monkeypatch.setattr(loop, "build_run", lambda *given: seen.append(real(*given)) or seen[-1])
+    monkeypatch.setattr(loop, "build_run", lambda *given, **options: seen.append(real(*given, **options)) or seen[-1])
     begun = loop.report_preflight
     for step in range(10):
         expected: list[str] = []

@@ -273,7 +273,7 @@ def choices_text(given: Recipe, resolved: ResolvedRecipe) -> str:
     """The choices that were made for the user, as options that repeat them.
 
     >>> choices_text(Recipe(model="resnet8"), ResolvedRecipe(model="resnet8", epochs=3, time="1m", size=8))
-    "size=8 batch_size=128 optimizer='sgd' label_smoothing=0.0 augment='none' layer_decay=1.0"
+    "size=8 batch_size=128 optimizer='sgd' label_smoothing=0.0 augment='none' layer_decay=1.0 freeze='none'"
     """
     shown = [
         field.name
