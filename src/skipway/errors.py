@@ -16,6 +16,7 @@ __all__ = [
     "MissingExtraError",
     "SkipwayError",
     "counted",
+    "duration",
     "first_line",
     "printable",
     "spell",
@@ -90,6 +91,19 @@ def counted(count: int, thing: str, things: str = "") -> str:
     ('1 sample', '2,000 samples', '2 branches')
     """
     return f"{count:,} {thing if count == 1 else things or thing + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration for people.
+
+    >>> duration(12.34), duration(75), duration(7322)
+    ('12.3 s', '1 min 15 s', '2 h 02 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
 
 
 RENAMED: ContextVar[dict[str, str]] = ContextVar("RENAMED")

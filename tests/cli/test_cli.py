@@ -27,6 +27,7 @@ from skipway.cli.app import TRAIN_HEADINGS
 from skipway.cli.interrupts import StopSignal
 from skipway.cli.progress import LineReporter, LiveReporter
 from skipway.recipe import Recipe
+from skipway.training import step, train
 from skipway.training.reporter import StepReport
 
 QUICK = [
@@ -300,9 +301,50 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch):
     for second in range(100):
         now[0] = float(second)
         reporter.step(REPORT)
-        reporter.images_read(second, 100)
+        reporter.activity("reading", second, 100)
     assert file.getvalue().count("epoch 2/3  step 4/5") == 3
     assert all(len(line) > 20 for line in file.getvalue().splitlines()), "no line is folded"
+
+
+def test_a_file_is_not_silent_while_nothing_is_reported(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    reporter = LineReporter(Console(file=file, width=200))
+    reporter.activity("listing")
+    for second in range(100):
+        now[0] = float(second)
+        reporter.beat()
+    assert file.getvalue().splitlines() == [
+        "listing   for 31.0 s",
+        "listing   for 1 min 02 s",
+        "listing   for 1 min 33 s",
+    ]
+
+
+def test_a_terminal_counts_the_seconds_while_a_network_sleeps(monkeypatch, tmp_path):
+    """A forward pass of 0.3 s, where seconds are shown after 0.05 s: the thread writes while the step goes on."""
+    monkeypatch.setattr("skipway.cli.progress.SECONDS_BETWEEN_BEATS", 0.02)
+    monkeypatch.setattr("skipway.cli.progress.SILENCE", 0.05)
+    monkeypatch.setattr("skipway.training.step.clip_gradients", sleep_once(0.3, step.clip_gradients))
+    file = io.StringIO()
+    recipe = Recipe(model="resnet20", depth=8, width=4, epochs=1, batch_size=512, health=0.0)
+    with LiveReporter(Console(file=file, force_terminal=True, width=100)) as reporter:
+        train(recipe, tmp_path / "run", reporter=reporter)
+    assert re.search(r"first step .*for 0\.[1-3] s", file.getvalue())
+
+
+def sleep_once(seconds, function):
+    """The function, which sleeps at its first call."""
+    calls = []
+
+    def slow(*args):
+        if not calls:
+            time.sleep(seconds)
+        calls.append(args)
+        return function(*args)
+
+    return slow
 
 
 def test_models_and_schemes_are_listed(capsys):

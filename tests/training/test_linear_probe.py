@@ -37,8 +37,9 @@ class Counter(SilentReporter):
     def __init__(self) -> None:
         self.counts: list[tuple[int, int]] = []
 
-    def images_read(self, done: int, total: int) -> None:
-        self.counts.append((done, total))
+    def activity(self, label: str, done: int = 0, total: int = 0) -> None:
+        if label == "features":
+            self.counts.append((done, total))
 
 
 def test_only_the_classifier_changes_and_is_the_regression_of_its_features(tmp_path):

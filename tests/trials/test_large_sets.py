@@ -174,11 +174,11 @@ def test_the_reading_shows_how_long_it_takes(monkeypatch):
     monkeypatch.setattr("skipway.cli.progress.time.monotonic", lambda: now[0])
     out = io.StringIO()
     reporter = LineReporter(Console(file=out, width=200))
-    reporter.images_read(0, 10_000)
+    reporter.activity("reading", 0, 10_000)
     for done in (1_000, 2_000, 4_000):
         now[0] += 31
-        reporter.images_read(done, 10_000)
+        reporter.activity("reading", done, 10_000)
     first, second, third = out.getvalue().splitlines()
-    assert first.endswith("1,000 of 10,000 images")
+    assert first.endswith("1,000 of 10,000 images, 4 min 39 s left")
     assert second.endswith("2,000 of 10,000 images, 4 min 08 s left")
-    assert third.endswith("4,000 of 10,000 images, 2 min 04 s left")
+    assert third.endswith("4,000 of 10,000 images, 2 min 19 s left")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
 __all__ = ["main"]
 
 # the exit status that shells report after Ctrl-C
 INTERRUPTED = 130
+# when the command began, on the clock of `time.monotonic`
+BEGAN = [time.monotonic()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 success, 1 system failure (a full disk, for instance) or a diagnosis that predicts failure, 2 wrong usage, 3
     unusable images, 4 unusable weights or run, 5 divergence, 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
     """
+    if arguments is not None:  # called from Python, perhaps long after the import
+        BEGAN[0] = time.monotonic()
     from cyclopts import CycloptsError
 
     from skipway.cli.app import app

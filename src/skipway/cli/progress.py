@@ -1,26 +1,32 @@
-"""Where `skipway train` writes: a terminal with a live line at its bottom, or a file with one plain line at a time."""
+"""Where `skipway train` writes: a terminal with a live line at its bottom, or a file with one plain line at a time.
+
+A thread of the reporter shows that the latest activity goes on while nothing is reported. Importable without torch, so
+that the screen is there while torch is loaded.
+"""
 
 from __future__ import annotations
 
 import textwrap
+import threading
 import time
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
 from skipway.cli.option_names import option_spelling
-from skipway.inference.metrics import percent
-from skipway.report.summary import duration
+from skipway.errors import duration
 from skipway.training.reporter import SilentReporter, StepReport
 
 __all__ = ["LineReporter", "LiveReporter", "QuietReporter", "choose_reporter"]
 
 LABEL_WIDTH = 10
-# how often a file gets a line while an epoch or the reading of images goes on
+# how often a file gets a line while something goes on
 SECONDS_BETWEEN_LINES = 30.0
+# how often it is looked whether anything has been shown, and after what silence a terminal shows the seconds
+SECONDS_BETWEEN_BEATS, SILENCE = 1.0, 2.0
 
 
 class QuietReporter(SilentReporter):
@@ -36,43 +42,79 @@ class QuietReporter(SilentReporter):
 
 
 class LineReporter(QuietReporter):
-    """Plain lines: one per epoch, and one now and then while an epoch takes long."""
+    """Plain lines: one per epoch, and one now and then while an activity takes long."""
 
     quiet = False
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.last_line = time.monotonic()
-        # when the images began to be read, and how many were then
-        self.reading: tuple[float, int] | None = None
+        self.last_line = self.changed = time.monotonic()
+        # label, text, and how much of how much is done
+        self.shown: tuple[str, str, int, int] = ("starting", "", 0, 0)
+        # an activity with a total: its label, when it began, and how much was done then
+        self.counting: tuple[str, float, int] = ("", 0.0, 0)
+        self.left = threading.Event()
+
+    def __enter__(self) -> LineReporter:
+        self.left.clear()
+        threading.Thread(target=self.keep_beating, name="skipway-heartbeat", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.left.set()
+
+    def keep_beating(self) -> None:
+        """Look every second, until the context is left, whether what goes on is to be shown."""
+        while not self.left.wait(SECONDS_BETWEEN_BEATS):
+            try:
+                self.beat()
+            except (OSError, ValueError):  # the reader of the output is gone; whoever writes next will see it
+                return
+
+    def beat(self) -> None:
+        """A line with what goes on, if the last line is long enough ago."""
+        if self.due():
+            self.write_shown(f"for {duration(time.monotonic() - self.changed)}")
 
     def write(self, text: Text) -> None:
         """One line, however long."""
-        self.console.print(text, soft_wrap=True)
         self.last_line = time.monotonic()
+        self.console.print(text, soft_wrap=True)
 
     def message(self, label: str, text: str) -> None:
         self.write(Text(f"{label:<{LABEL_WIDTH}}{option_spelling(text)}".rstrip()))
 
-    def images_read(self, done: int, total: int) -> None:
-        if self.due():
-            self.message("reading", self.reading_text(done, total))
+    def activity(self, label: str, done: int = 0, total: int = 0) -> None:
+        self.show(label, self.count_text(label, done, total) if total else "", done, total)
 
-    def reading_text(self, done: int, total: int) -> str:
-        """How far the images are read, and how long it will take by the speed so far."""
+    def count_text(self, label: str, done: int, total: int) -> str:
+        """How many images are done, and how long the others will take by the speed so far."""
         now = time.monotonic()
-        if self.reading is None or done < self.reading[1]:
-            self.reading = now, done
-        began, before = self.reading
+        if self.counting[0] != label or done < self.counting[2]:
+            self.counting = label, now, done
+        _, began, before = self.counting
         left = (total - done) * (now - began) / (done - before) if done > before else 0
         return f"{done:,} of {total:,} images{f', {duration(left)} left' if left >= 1 else ''}"
 
     def step(self, report: StepReport) -> None:
+        done = (report.epoch - 1) * report.steps + report.step
+        self.show(f"epoch {report.epoch}/{report.epochs}", running(report), done, report.epochs * report.steps)
+
+    def show(self, label: str, text: str, done: int, total: int) -> None:
+        """Take note of what goes on, and write a line if the last one is long enough ago."""
+        self.shown, self.changed = (label, text, done, total), time.monotonic()
         if self.due():
-            self.write(Text(f"epoch {report.epoch}/{report.epochs}  {running(report)}"))
+            self.write_shown()
+
+    def write_shown(self, more: str = "") -> None:
+        """One line with what goes on."""
+        label, text, _, _ = self.shown
+        self.write(Text(f"{label:<{LABEL_WIDTH - 2}}  {'  '.join(filter(None, (text, more)))}".rstrip()))
 
     def estimate(self, seconds: float) -> None:
-        self.message("time", f"about {duration(seconds)} to go, by the first steps")
+        self.message("time", f"about {duration(seconds)} to go, done at about {clock_text(seconds)}")
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         self.write(Text(epoch_line(row, epochs)))
@@ -88,6 +130,7 @@ class LiveReporter(LineReporter):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self.progress = Progress(
+            SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=8 if console.width < 100 else 20),
             TextColumn("{task.fields[text]}"),
@@ -96,14 +139,17 @@ class LiveReporter(LineReporter):
             refresh_per_second=8,
         )
         self.task: TaskID | None = None
+        self.moving = True
 
     def __enter__(self) -> LiveReporter:
+        super().__enter__()
         self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        super().__exit__(kind, error, trace)
         self.progress.stop()
 
     def message(self, label: str, text: str) -> None:
@@ -112,18 +158,26 @@ class LiveReporter(LineReporter):
             start = f"{label if number == 0 else '':<{LABEL_WIDTH}}"
             self.write(Text.assemble((start, "bold cyan"), line))
 
-    def images_read(self, done: int, total: int) -> None:
-        self.show("reading", done, total, self.reading_text(done, total))
-
-    def step(self, report: StepReport) -> None:
-        done = (report.epoch - 1) * report.steps + report.step
-        self.show(f"epoch {report.epoch}/{report.epochs}", done, report.epochs * report.steps, running(report))
-
-    def show(self, what: str, done: int, total: int, text: str) -> None:
+    def show(self, label: str, text: str, done: int, total: int) -> None:
         """Rewrite the live line."""
-        if self.task is None:
-            self.task = self.progress.add_task(what, text=text)
-        self.progress.update(self.task, description=what, completed=done, total=total, text=text)
+        self.shown, self.changed = (label, text, done, total), time.monotonic()
+        self.rewrite()
+
+    def beat(self) -> None:
+        """Rewrite the live line with the seconds since it last changed."""
+        silent = time.monotonic() - self.changed
+        self.rewrite(f"  for {duration(silent)}" if silent > SILENCE else "")
+
+    def rewrite(self, more: str = "") -> None:
+        """The live line, with some more text; a bar that moves where the total is not known."""
+        label, text, done, total = self.shown
+        if self.task is None or self.moving != (not total):
+            if self.task is not None:
+                self.progress.remove_task(self.task)
+            self.task, self.moving = self.progress.add_task(label, total=None, text=text), not total
+        self.progress.update(
+            self.task, description=label, completed=done, total=total or None, text=f"{text}{more}".strip()
+        )
 
 
 def choose_reporter(quiet: bool) -> QuietReporter:
@@ -135,8 +189,15 @@ def choose_reporter(quiet: bool) -> QuietReporter:
     return LiveReporter(console) if live else LineReporter(console)
 
 
+def clock_text(seconds: float) -> str:
+    """The time of day in so many seconds."""
+    return time.strftime("%H:%M", time.localtime(time.time() + seconds))
+
+
 def running(report: StepReport) -> str:
     """How an epoch goes."""
+    from skipway.inference.metrics import percent
+
     return (
         f"step {report.step}/{report.steps}  loss {report.loss:.3f}  {percent(report.accuracy)}  "
         f"{report.images_per_second:,.0f} img/s  {duration(report.seconds_left)} left"
@@ -145,6 +206,8 @@ def running(report: StepReport) -> str:
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """How an epoch went, in 80 characters."""
+    from skipway.inference.metrics import percent
+
     number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
     validation = ""
     if row["validation_accuracy"] is not None:

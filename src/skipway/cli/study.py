@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from skipway.errors import SkipwayError, printable
+from skipway.errors import SkipwayError, duration, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -262,6 +262,5 @@ class LiveProgress(LineProgress):
         done = self.count - self.known
         if not done:
             return ""
-        from skipway.report.summary import duration
 
         return f", about {duration((now - self.began) / done * (self.total - self.count))} to go"

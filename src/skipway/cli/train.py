@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from skipway.errors import SkipwayError
+from skipway.cli import BEGAN
+from skipway.errors import SkipwayError, duration
 from skipway.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
-BEGAN = time.monotonic()
 Flag = Annotated[bool, Parameter(negative=())]
 
 
@@ -58,31 +58,39 @@ def train(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from skipway.cli.interrupts import StopSignal
     from skipway.cli.progress import choose_reporter
-    from skipway.training.cross_validation import cross_validate
-    from skipway.training.loop import train as train_network
 
     # under torchrun only rank 0 reports
     quiet_here = quiet or os.environ.get("RANK", "0") != "0"
-    if folds is not None or (resume and is_cross_validation(folder)):
-        with StopSignal() as stopping, choose_reporter(quiet_here) as reporter:
+    with StopSignal() as stopping, choose_reporter(quiet_here) as reporter:
+        reporter.activity("starting")
+        # torch is loaded here, which may take long
+        from skipway.training.cross_validation import cross_validate
+        from skipway.training.loop import train as train_network
+
+        if folds is not None or (resume and is_cross_validation(folder)):
             found = cross_validate(
                 recipe, folder, folds, resume=resume, overwrite=overwrite, reporter=reporter, stop=stopping.requested
             )
             for line in fold_lines(found):
                 reporter.message(*line)
-        if found.finished and quiet and os.environ.get("RANK", "0") == "0":
-            sys.stdout.write(f"{found.accuracy:.4f} {found.folder}\n")
-        return stopping.exit_status
-    with StopSignal() as stopping, choose_reporter(quiet_here) as reporter:
+            if found.finished and quiet and os.environ.get("RANK", "0") == "0":
+                sys.stdout.write(f"{found.accuracy:.4f} {found.folder}\n")
+            return stopping.exit_status
         outcome = train_network(
-            recipe, folder, resume=resume, overwrite=overwrite, reporter=reporter, stop=stopping.requested
+            recipe,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            reporter=reporter,
+            stop=stopping.requested,
+            began=BEGAN[0],
         )
     show = reporter.message if not quiet_here else lambda label, text: None
     if not outcome.finished or outcome.evaluation is None:
         for line in stopped_lines(outcome):
             show(*line)
         return stopping.exit_status
-    for line in result_lines(outcome, time.monotonic() - BEGAN):
+    for line in result_lines(outcome, time.monotonic() - BEGAN[0]):
         show(*line)
     if quiet and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(f"{outcome.evaluation.accuracy:.4f} {outcome.folder.path}\n")
@@ -135,7 +143,7 @@ def fold_lines(found: CrossValidation) -> list[tuple[str, str]]:
 
 def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
     """The result, where it is stored, and the next commands."""
-    from skipway.report.summary import accuracy_text, chosen_text, duration, mistakes_text
+    from skipway.report.summary import accuracy_text, chosen_text, mistakes_text
 
     evaluation, folder, out = outcome.evaluation, outcome.folder, shlex.quote(str(outcome.folder.path))
     assert evaluation is not None

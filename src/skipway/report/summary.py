@@ -19,7 +19,6 @@ __all__ = [
     "accuracy_text",
     "chosen_text",
     "data_lines",
-    "duration",
     "mistakes_text",
     "model_lines",
     "signal_lines",
@@ -140,19 +139,6 @@ def signal_lines(rows: list[StageSignal]) -> Iterator[Line]:
             f"std {row.std_in:.3g} -> {row.std_out:.3g}{ratio}{warning}",
         )
         label = ""
-
-
-def duration(seconds: float) -> str:
-    """Format a duration for people.
-
-    >>> duration(12.34), duration(75), duration(7322)
-    ('12.3 s', '1 min 15 s', '2 h 02 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
-    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
 
 
 def accuracy_text(evaluation: Evaluation) -> str:

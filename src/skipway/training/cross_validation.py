@@ -137,8 +137,8 @@ class FoldReporter(SilentReporter):
     def message(self, label: str, text: str) -> None:
         self.reporter.message(label, text)
 
-    def images_read(self, done: int, total: int) -> None:
-        self.reporter.images_read(done, total)
+    def activity(self, label: str, done: int = 0, total: int = 0) -> None:
+        self.reporter.activity(label, done, total)
 
     def step(self, report: StepReport) -> None:
         self.reporter.step(report)

@@ -155,7 +155,7 @@ def compute_features(source: FeatureSource, split: Split) -> tuple[Tensor, Tenso
             table.clear()
         for batch in source.batches(split, table.done):
             table.append(source.features(batch.inputs))
-            run.reporter.images_read(table.done, len(labels))
+            run.reporter.activity("features", table.done, len(labels))
             if run.ranks.any(run.stop()):
                 return None
         return torch.from_numpy(table.read()), labels

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,6 +77,7 @@ def train(
     overwrite: bool = False,
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
+    began: float | None = None,
 ) -> Outcome:
     """Train a network by a recipe and write everything to the run folder `out`.
 
@@ -93,6 +94,7 @@ def train(
         overwrite: replace the run in `out`.
         reporter: receives messages and progress; None for no output.
         stop: polled after every step; once it returns True the state is saved and the function returns.
+        began: when the command began, on the clock of `time.monotonic`, from which `Recipe.time` counts; None: now.
 
     Raises:
         DataError: the images cannot be used for training.
@@ -100,7 +102,8 @@ def train(
         DivergedError: a loss, gradient or weight is not finite; the last valid checkpoint is kept.
         SkipwayError: an unknown model or scheme, an impossible depth, a folder in use, or out of memory.
     """
-    with open_run(recipe, RunFolder(out), resume=resume, overwrite=overwrite, reporter=reporter, stop=stop) as run:
+    choices: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "reporter": reporter, "stop": stop}
+    with open_run(recipe, RunFolder(out), **choices, began=time.monotonic() if began is None else began) as run:
         return Trainer(run).train()
 
 
@@ -143,6 +146,8 @@ class Trainer:
         run.model.train()
         freeze_layers(run)
         run.epoch_began, run.steps_this_epoch = time.monotonic(), 0
+        if not run.steps_taken:
+            run.reporter.activity("first step")
         for batch in step.train_batches(run):
             set_lr(run.optimizer, run.lr_factor(run.global_step))
             self.train_step(batch)
@@ -216,14 +221,16 @@ class Trainer:
         """Evaluate the network on a split, each rank on its share; None if told to stop."""
         run = self.run
         size = max(1, run.recipe.batch_size // run.progress.accumulation)
+        label = {"validation": "validating", "test": "testing"}[split]
         # the ranks of a sharded network must run it equally often
         images = len(run.data.validation if split == "validation" else run.data.test)
         rounds = math.ceil(math.ceil(images / run.ranks.world) / max(1, size // run.ranks.world))
+        batches = run.data.evaluation_batches(
+            split, batch_size=size, device=run.device, rank=run.ranks.rank, world=run.ranks.world
+        )
         return evaluate(
             run.model,
-            run.data.evaluation_batches(
-                split, batch_size=size, device=run.device, rank=run.ranks.rank, world=run.ranks.world
-            ),
+            report_batches(run, batches, label, math.ceil(images / run.ranks.world)),
             classes=len(run.data.classes),
             autocast=run.autocast,
             stop=run.stop,
@@ -252,8 +259,19 @@ class Trainer:
         return outcome
 
 
+def report_batches(run: Run, batches: Iterable[Batch], label: str, images: int) -> Iterator[Batch]:
+    """The batches, while it is reported how many of so many images are done."""
+    done = 0
+    run.reporter.activity(label, done, images)
+    for batch in batches:
+        yield batch
+        done += len(batch.numbers)
+        run.reporter.activity(label, done, images)
+
+
 def report_run(run: Run, evaluation: Evaluation, predictions: Predictions | None) -> None:
     """Write `report.html`. The run is complete by now, so a failure is reported as a warning and not raised."""
+    run.reporter.activity("report")
     try:
         if write_report(run, evaluation, predictions) is None:
             run.reporter.message("note", "told to stop before the report was written; the run itself is complete")
@@ -270,6 +288,7 @@ def open_run(
     overwrite: bool,
     reporter: Reporter | None,
     stop: Callable[[], bool],
+    began: float,
 ) -> Iterator[Run]:
     """Build a fresh run, or restore one, and hold the lock of its folder until the end."""
     # the same command starts a run and resumes it
@@ -288,16 +307,20 @@ def open_run(
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(recipe.device))
         reporter = SilentReporter() if reporter is None or not ranks.first else reporter
+        reporter.activity("starting")
         stack.enter_context(deterministic_algorithms(recipe))
         device = choose_device(recipe.device, ranks.local)
         precision, reason = choose_precision(recipe.precision, device)
         listed = None if stored is None else folder.read_split()
+        reporter.activity("listing")
         chosen, data = load_data(recipe, reporter, ranks, device, listed, fresh=stored is None)
         resolved = resolve_recipe(chosen, data, precision, ranks.world)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         fresh = stored is None or not Checkpoints(folder.checkpoints).steps()
+        reporter.activity("building")
         run = build_run(resolved, data, folder, reporter, device, ranks, stop, fresh=fresh)
         run.given = recipe
+        reporter.activity("checking")
         check_forward(run)
         withdraw_probe(run)
         check_freeze(run)

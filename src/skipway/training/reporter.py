@@ -36,6 +36,8 @@ class StepReport:
 class Reporter(Protocol):
     """Receives messages and progress of training.
 
+    Whoever shows them also shows that the latest activity or step goes on while nothing is reported.
+
     If `quiet` is true, work that only serves the display is skipped.
     """
 
@@ -44,8 +46,8 @@ class Reporter(Protocol):
     def message(self, label: str, text: str) -> None:
         """A message with a label."""
 
-    def images_read(self, done: int, total: int) -> None:
-        """Number of image files read so far."""
+    def activity(self, label: str, done: int = 0, total: int = 0) -> None:
+        """What is being done now, in a word, and how many images of it are done; called often."""
 
     def step(self, report: StepReport) -> None:
         """Called after steps, often."""
@@ -65,7 +67,7 @@ class SilentReporter:
     def message(self, label: str, text: str) -> None:
         pass
 
-    def images_read(self, done: int, total: int) -> None:
+    def activity(self, label: str, done: int = 0, total: int = 0) -> None:
         pass
 
     def step(self, report: StepReport) -> None:

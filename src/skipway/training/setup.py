@@ -96,7 +96,7 @@ def load_data(
             **recipe.data_choices(),
             listed=listed,
             decide=choose,
-            progress=reporter.images_read,
+            progress=partial(reporter.activity, "reading"),
             remark=partial(reporter.message, "note"),
         )
         return chosen, data

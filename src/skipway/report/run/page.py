@@ -11,7 +11,7 @@ from torch import nn
 
 from skipway.checkpoint.files import read_json
 from skipway.data.sources.splits import SPLITS
-from skipway.errors import CheckpointError, printable
+from skipway.errors import CheckpointError, duration, printable
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import class_scores, percent
 from skipway.inference.predict import from_pretrained
@@ -23,7 +23,7 @@ from skipway.report.run.curves import training_figures
 from skipway.report.run.depth import gain_figures, signal_figures
 from skipway.report.run.pictures import input_pictures, mistake_pictures
 from skipway.report.run.predictions import Predictions, collect_predictions
-from skipway.report.summary import chosen_text, data_lines, duration, model_lines
+from skipway.report.summary import chosen_text, data_lines, model_lines
 from skipway.tracing.chain import read_chain
 
 __all__ = ["SECTIONS", "write_report"]
