@@ -135,13 +135,15 @@ def fetch_first(wanted: list[str]) -> str:
     if address is None:
         raise CheckpointError(f"none are published for {printable(model)}")
     if is_offline():
-        raise CheckpointError(f"none in the local caches, and HF_HUB_OFFLINE is set{offer}")
+        raise CheckpointError(f"there are none in the local caches, and HF_HUB_OFFLINE is set{offer}")
     try:
         call_within(ANSWER_SECONDS, lambda: knock(address))
         call_within(FETCH_SECONDS, lambda: find_published_weights(model))
     except Exception as error:
         reason = printable(first_line(error, 120))
-        raise CheckpointError(f"none in the local caches, and no hub to fetch them from ({reason}){offer}") from error
+        raise CheckpointError(
+            f"there are none in the local caches, and no hub to fetch them from ({reason}){offer}"
+        ) from error
     return model
 
 

@@ -40,7 +40,7 @@ AUTO = "auto"
 FINE_TUNING_SHARE, LAYER_DECAY = 0.3, 0.8
 # epochs of everything after the classifier is fitted (Kumar 2022, https://arxiv.org/abs/2202.10054, fits to the end and
 # then tunes briefly); fastai's examples take 3 to 5
-TUNING_EPOCHS, TUNING_EPOCHS_GPU, FEWEST_STEPS, MOST_EPOCHS = 5, 10, 100, 30
+TUNING_EPOCHS, TUNING_EPOCHS_GPU, FEWEST_STEPS, MOST_EPOCHS = 5, 10, 100, 50
 # sizes on a CPU, smallest last, and the share of the time that all features may take
 SIZES, PLAIN_SIZE, FEATURE_SHARE = (224, 192, 160, 128, 96), 128, 1 / 4
 # images from which a GPU is given ResNet-50 at 224, the case of He 2015
@@ -48,7 +48,7 @@ MANY_IMAGES = 10_000
 # size of chosen images above which ResNet-20, which keeps full resolution in its first stage, costs more than ResNet-18
 LARGEST_SMALL_NET = 128
 # batches of an epoch below which smaller ones are taken
-STEPS_PER_EPOCH = 50
+STEPS_PER_EPOCH, SMALLEST_BATCH = 50, 32
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class TrainingCase:
 def fine_tuning(case: TrainingCase) -> dict[str, Any]:
     """From weights: the classifier first (Kumar 2022), then everything at small rates (see the constants)."""
     batch = fitting_batch(case.images)
-    steps = math.ceil(case.images / batch)
+    steps = max(1, case.images // batch)
     epochs = max(TUNING_EPOCHS_GPU if case.gpu else TUNING_EPOCHS, math.ceil(FEWEST_STEPS / steps))
     probe = case.has_new_classifier and case.can_fit_classifier
     return {
@@ -138,12 +138,13 @@ def photos_from_scratch(case: TrainingCase) -> dict[str, Any]:
 
 
 def fitting_batch(images: int) -> int:
-    """The largest batch of 128, 64, 32 or 16 with which an epoch has 50 steps.
+    """The largest batch of 128, 64 or 32 with which an epoch has 50 steps; smaller ones make noise of the statistics of
+    batch normalisation.
 
-    >>> [fitting_batch(images) for images in (200, 1000, 3000, 10_000)]
-    [16, 16, 32, 128]
+    >>> [fitting_batch(images) for images in (200, 3000, 10_000)]
+    [32, 32, 128]
     """
-    return next((batch for batch in (128, 64, 32) if images >= STEPS_PER_EPOCH * batch), 16)
+    return next((batch for batch in (128, 64) if images >= STEPS_PER_EPOCH * batch), SMALLEST_BATCH)
 
 
 def fitting_size(case: TrainingCase, trunk: TrunkSpeed) -> int:
@@ -210,15 +211,19 @@ def choose_start(recipe: Recipe, is_photos: bool, world: int, report: Callable[[
             f"{spell('start', PRETRAINED)}"
         )
     if world > 1 or (not named and (recipe.depth or recipe.width or recipe.scheme)):
-        why = "there are several processes" if world > 1 else "depth, width and scheme are choices for our own networks"
-        report("start", f"random weights, since {why}; {others}")
+        why = (
+            "there are several processes"
+            if world > 1
+            else "depth, width and scheme are those of Skipway's own networks"
+        )
+        report("start", f"random weights: {why}; {others}")
         return replace(recipe, start="random")
     found = search_weights(recipe.model)
     if found.model is None and is_pretrained(wanted):
         raise CheckpointError(f"{spell('start', PRETRAINED)}: {found.reason}; {others}")
     if found.model is None:
-        size = "" if named else ": a small network is trained"
-        report("start", f"random weights, since {found.reason}{size}; {others}")
+        small = "" if named else "; a small network is trained"
+        report("start", f"random weights: {found.reason}{small}; {others}")
         return replace(recipe, start="random")
     report(
         "start",

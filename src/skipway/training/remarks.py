@@ -14,6 +14,7 @@ from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import counted, spell
 from skipway.optim.freeze import FreezePlan, FrozenEpochs
 from skipway.recipe import Recipe
+from skipway.training.defaults import SMALLEST_BATCH
 from skipway.training.run import Run
 
 __all__ = ["image_remarks", "option_remarks"]
@@ -27,8 +28,6 @@ CLOSER = 0.5
 # below it, the 95 % Wilson interval is wider than 20 percentage points at an accuracy of 90 %
 FEW_VALIDATION_IMAGES = 30
 FEW_STEPS = 100
-# no smaller one is recommended: statistics of fewer images are noise
-SMALLEST_BATCH = 16
 # share of one class from which always naming it is a good way to a high accuracy
 DOMINANT = 0.75
 
@@ -77,7 +76,8 @@ def short_supplies(run: Run) -> Iterator[str]:
         yield (
             f"only {counted(images, 'image')} to validate on: the choice of the epoch is little more than chance{folds}"
         )
-    if run.recipe.time is None and run.recipe.freeze_plan.takes_steps and steps < FEW_STEPS:
+    chosen = run.given.epochs is None and run.given.batch_size is None
+    if run.recipe.time is None and run.recipe.freeze_plan.takes_steps and steps < FEW_STEPS and not chosen:
         smaller = "a smaller --batch-size or " if run.recipe.batch_size > SMALLEST_BATCH else ""
         yield f"only {counted(steps, 'step')} in all: {smaller}more --epochs gives more"
 
