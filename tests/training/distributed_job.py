@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from skipway.recipe import Recipe
+from skipway.training import mlp_head
 from skipway.training.distributed import join_ranks
 from skipway.training.loop import train
 
@@ -24,6 +25,8 @@ RECIPE = Recipe(
     accumulate=2,
 )
 MIXED = replace(RECIPE, augment="mixup(0.4)+cutmix+erasing", ema=None)
+FEW_ITERATIONS = 5
+FITTED = replace(RECIPE, freeze="first(head='mlp')", epochs=1, cache=False)
 SPREAD = replace(RECIPE, sharding="full")
 
 
@@ -45,10 +48,14 @@ def main(out: Path) -> None:
 
 
 def every_case(out: Path) -> None:
+    mlp_head.ITERATIONS = FEW_ITERATIONS
     train(RECIPE, out / "ddp")
     train(MIXED, out / "mixed")
     train(RECIPE, out / "ddp-stopped", stop=StopAfter(2))
     train(None, out / "ddp-stopped", resume=True)
+    train(FITTED, out / "fitted")
+    train(FITTED, out / "fitted-stopped", stop=StopAfter(5))
+    train(None, out / "fitted-stopped", resume=True)
     train(SPREAD, out / "fsdp")
     train(SPREAD, out / "fsdp-stopped", stop=StopAfter(2))
     train(None, out / "fsdp-stopped", resume=True)

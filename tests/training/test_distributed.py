@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tests.training.distributed_job import MIXED, RECIPE
+from tests.training.distributed_job import FEW_ITERATIONS, FITTED, MIXED, RECIPE
 from tests.training.test_loop import assert_same, weights
 
 from skipway.checkpoint.files import read_tensors
+from skipway.training import mlp_head
 from skipway.training.loop import train
 from skipway.training.run import Outcome
 from skipway.training.run_folder import RunFolder
@@ -72,7 +73,12 @@ def test_images_are_mixed_alike(runs, tmp_path):
     assert_close(runs / "mixed", train(MIXED, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+def test_the_classifier_of_one_process_is_that_of_all(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(mlp_head, "ITERATIONS", FEW_ITERATIONS)
+    assert_close(runs / "fitted", train(FITTED, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp", "fitted"])
 def test_two_processes_continue_bit_for_bit(runs, case):
     whole, again = (read_tensors(runs / name / "last.safetensors")[0] for name in (case, f"{case}-stopped"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)

@@ -21,7 +21,7 @@ from skipway.tracing import call_model, preserved_state, unwrap
 from skipway.tracing.containers import tensors_in
 from skipway.zoo import ModelRequest, load_model, source_of
 
-__all__ = ["PooledClassifier", "build_classifier", "is_ours"]
+__all__ = ["PooledClassifier", "add_hidden_layer", "build_classifier", "hidden_layer", "is_ours"]
 
 
 def is_ours(name: str) -> bool:
@@ -39,14 +39,22 @@ def build_classifier(description: Mapping[str, Any]) -> nn.Module:
     Args:
         description: "name" and, for a network of ours, the options of `skipway.build`; for any other "classes",
             "channels", "image" and, if it is dressed in a scheme, "scheme". A file of Python code named in it is run.
+            "head", for any: name of the classifier and width of the hidden layer that it gets.
 
     Raises:
         SkipwayError: no such network, one that does not run on such images, or one whose classifier is not found.
     """
     options = dict(description)
+    head = options.pop("head", None)
     name = options.pop("name")
-    if is_ours(name):
-        return build(name, **options)
+    model = build(name, **options) if is_ours(name) else build_foreign_classifier(name, options)
+    if head is not None:
+        add_hidden_layer(model, *head)
+    return model
+
+
+def build_foreign_classifier(name: str, options: dict[str, Any]) -> nn.Module:
+    """Build a network that is not ours, with a classifier for the classes in its description."""
     classes, channels, image = (options.pop(key) for key in ("classes", "channels", "image"))
     scheme = options.pop("scheme", None)
     if options:
@@ -68,6 +76,29 @@ def build_classifier(description: Mapping[str, Any]) -> nn.Module:
     if scheme is not None:
         rescheme(model, example, scheme)
     return model
+
+
+def hidden_layer(features: int, width: int, classes: int, **choices: Any) -> nn.Sequential:
+    """A classifier with one hidden layer; `choices` are those of `nn.Linear`.
+
+    >>> list(hidden_layer(8, 4, 2).state_dict())
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    return nn.Sequential(nn.Linear(features, width, **choices), nn.GELU(), nn.Linear(width, classes, **choices))
+
+
+def add_hidden_layer(model: nn.Module, name: str, width: int) -> None:
+    """Put a fresh classifier with one hidden layer in the place of a linear one, in place.
+
+    Raises:
+        SkipwayError: there is no linear classifier of that name.
+    """
+    classifier = dict(model.named_modules()).get(name)
+    if not isinstance(classifier, nn.Linear):
+        raise SkipwayError(f"the network has no linear classifier {printable(name)!r} to put a hidden layer before")
+    weight = classifier.weight
+    fresh = hidden_layer(weight.shape[1], width, weight.shape[0], device=weight.device, dtype=weight.dtype)
+    model.set_submodule(name, fresh)
 
 
 def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: str) -> nn.Module:

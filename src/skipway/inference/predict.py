@@ -22,7 +22,7 @@ from skipway.data.sources.scan import LeftOut, scan_folder
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell
 from skipway.hardware.device import choose_device
 from skipway.inference.network import build_classifier, is_ours
-from skipway.models import build, find_config
+from skipway.models import find_config
 from skipway.weights.hub import PREFIX, download
 from skipway.zoo import source_of
 
@@ -107,6 +107,7 @@ def build_network(
     odd = [name for name, value in options.items() if name in ("device", "dtype") or not is_json_value(value)]
     if odd:
         raise CheckpointError(f"{source}: the header has {printable(odd[0])!r}, which is not an option of this network")
+    check_head(options.pop("head", None), tensors, source)
     if not is_ours(model["name"]):
         network = build_foreign(model, tensors, source, trust_code)
         check_shape(options, preprocessing, source)
@@ -116,10 +117,11 @@ def build_network(
         changes = {name: value for name, value in options.items() if name not in ("depth", "scheme")}
         if dataclasses.replace(config, **changes).branches > len(tensors):
             raise CheckpointError(f"{source}: the header describes a network that does not fit the tensors")
-        shapes = {name: tensor.shape for name, tensor in build(**model, device="meta").state_dict().items()}
+        meta = build_classifier({**model, "device": "meta"})
+        shapes = {name: tensor.shape for name, tensor in meta.state_dict().items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise CheckpointError(f"{source}: the tensors do not fit {printable(model['name'])}")
-        network = build(**model)
+        network = build_classifier(model)
     except CheckpointError:
         raise
     except (SkipwayError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
@@ -147,6 +149,16 @@ def build_foreign(model: Mapping[str, Any], tensors: Mapping[str, Tensor], sourc
     if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
         raise CheckpointError(f"{source}: the tensors do not fit {name}; it may be of another version")
     return network
+
+
+def check_head(head: object, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise unless the hidden layer of a classifier that a header describes is in the tensors of its file."""
+    if head is None:
+        return
+    name, width = head if isinstance(head, list) and len(head) == 2 else ("", 0)
+    hidden = tensors.get(f"{name}.0.weight")
+    if not isinstance(width, int) or hidden is None or len(hidden) != width:
+        raise CheckpointError(f"{source}: the tensors do not fit the hidden layer that the header describes")
 
 
 def check_shape(options: Mapping[str, Any], preprocessing: Preprocessing, source: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from skipway.registry import Registry, parse_spec
-from skipway.validation import check_positive_int, check_rule, is_whole
+from skipway.validation import check_choice, check_positive_int, check_rule, is_whole
 
 __all__ = ["FREEZES", "FreezePlan", "FrozenBlocks", "FrozenEpochs", "FrozenTrunk", "TrunkAtFirst", "parse_freeze"]
 
@@ -44,18 +44,21 @@ class FrozenTrunk(FreezePlan):
 
     Args:
         views: features of so many random augmentations of each training image besides those of the image itself.
+        head: "linear", multinomial logistic regression; "mlp", one hidden layer, which becomes a part of the network.
 
     >>> FrozenTrunk(views=4).takes_steps
     False
     """
 
     views: int = 0
+    head: Literal["linear", "mlp"] = "linear"
 
     fits_classifier = True
     takes_steps = False
 
     def __post_init__(self) -> None:
         check_rule("views", self.views, is_whole(self.views, 0), "a whole number >= 0")
+        check_choice("head", self.head, ("linear", "mlp"))
 
     def describe(self) -> str:
         views = f" and {self.views} views of each image" if self.views else ""

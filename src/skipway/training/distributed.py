@@ -53,6 +53,13 @@ class Ranks:
         """Whether the condition holds on any rank; reduced on the CPU, so that no GPU synchronises."""
         return here if self.world == 1 else bool(self.all_reduce(torch.tensor(float(here))) > 0)
 
+    def meet(self, *, finished: bool = False, stop: bool = False) -> tuple[bool, bool]:
+        """Whether any rank has finished, and whether any stops: how ranks wait for one that works alone."""
+        if self.world == 1:
+            return finished, stop
+        values = self.all_reduce(torch.tensor([float(finished), float(stop)]))
+        return bool(values[0] > 0), bool(values[1] > 0)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:

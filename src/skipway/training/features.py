@@ -156,7 +156,7 @@ def compute_features(source: FeatureSource, split: Split) -> tuple[Tensor, Tenso
         for batch in source.batches(split, table.done):
             table.append(source.features(batch.inputs))
             run.reporter.activity("features", table.done, len(labels))
-            if run.ranks.any(run.stop()):
+            if run.ranks.meet(stop=run.stop())[1]:
                 return None
         return torch.from_numpy(table.read()), labels
 

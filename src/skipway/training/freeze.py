@@ -13,6 +13,7 @@ from skipway.optim.freeze import FrozenBlocks
 from skipway.optim.groups import layer_indices
 from skipway.tracing import preserved_state
 from skipway.training.run import Run
+from skipway.training.setup import wrap_network
 
 __all__ = ["check_freeze", "freeze_layers"]
 
@@ -49,8 +50,7 @@ def freeze_layers(run: Run) -> None:
         for module in frozen_modules(run.model, run.example):
             module.eval()
     if changed:
-        network = run.ranks.wrap(run.model, run.device, shard=False)
-        run.network = torch.compile(network) if run.recipe.compile else network
+        wrap_network(run)
 
 
 def frozen_modules(model: nn.Module, example: Tensor) -> list[nn.Module]:

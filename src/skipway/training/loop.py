@@ -34,9 +34,9 @@ from skipway.report.run import write_report
 from skipway.report.run.predictions import PredictionLog, Predictions
 from skipway.training import step
 from skipway.training.budget import plan_epochs
+from skipway.training.classifier_fit import fit_classifier, record_fit, withdraw_fit
 from skipway.training.distributed import join_ranks
 from skipway.training.freeze import check_freeze, freeze_layers
-from skipway.training.linear_probe import fit_classifier, withdraw_probe
 from skipway.training.preflight import report_preflight
 from skipway.training.records import (
     is_save_due,
@@ -121,9 +121,10 @@ class Trainer:
         """Train until all epochs are done or the run is told to stop, and write the result."""
         run = self.run
         if run.recipe.freeze_plan.fits_classifier and not run.progress.head_fitted:
-            if not fit_classifier(run):
-                save_checkpoint(run)
+            evaluation = self.validate() if fit_classifier(run) else None
+            if evaluation is None:  # told to stop: the checkpoint has the network as it was
                 return self.finish()
+            record_fit(run, evaluation)
             save_checkpoint(run)
         while not run.finished:
             try:
@@ -322,7 +323,7 @@ def open_run(
         run.given = recipe
         reporter.activity("checking")
         check_forward(run)
-        withdraw_probe(run)
+        withdraw_fit(run)
         check_freeze(run)
         if ranks.first:
             note = stack.enter_context(folder.lock())

@@ -13,7 +13,7 @@ from skipway.errors import CheckpointError, DataError, SkipwayError
 from skipway.recipe import Recipe
 from skipway.training.initial_weights import resolve_paths
 from skipway.training.run import Progress, Run
-from skipway.training.setup import count_images
+from skipway.training.setup import count_images, give_hidden_layer
 
 __all__ = ["load_newest_checkpoint", "resume_recipe", "resume_run", "training_state"]
 
@@ -122,16 +122,19 @@ def load_newest_checkpoint(run: Run) -> None:
     snapshot, damaged = run.checkpoints.newest()
     for sentence in damaged:
         run.reporter.message("damaged", sentence)
+    state = snapshot.state
+    progress = Progress(**state["progress"])
+    if progress.head is not None:
+        give_hidden_layer(run, progress.head)
+    run.progress = progress
     load_model_state(run.model, snapshot.tensors["model"])
     load_optimizer_state(run.model, run.optimizer, snapshot.tensors["optimizer"])
     if run.ema is not None:
         if "ema" not in snapshot.tensors:
             raise CheckpointError("the checkpoint has no averaged weights, but the recipe sets ema")
         run.ema.load(dict(snapshot.tensors["ema"]))
-    state = snapshot.state
     if state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
-    run.progress = Progress(**state["progress"])
     if state["world"] != run.ranks.world:
         was, now = state["world"], run.ranks.world
         run.reporter.message(

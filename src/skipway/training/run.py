@@ -46,6 +46,7 @@ class Progress:
         best_epoch: epoch of the best accuracy, from 1; the last one without validation images.
         stopped_early: whether `Recipe.patience` has ended the run.
         head_fitted: whether the classifier has been fitted to features, see `Recipe.freeze`.
+        head: name of the classifier and width of its hidden layer, if it has been given one.
     """
 
     epoch: int = 0
@@ -63,6 +64,7 @@ class Progress:
     best_epoch: int = 0
     stopped_early: bool = False
     head_fitted: bool = False
+    head: list[Any] | None = None
 
 
 @dataclass(frozen=True)

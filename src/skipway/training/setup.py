@@ -21,7 +21,7 @@ from skipway.data import Data, load
 from skipway.data.randomness import draw_key
 from skipway.data.source_reader import SourceSummary
 from skipway.errors import DataError, SkipwayError, printable
-from skipway.inference.network import PooledClassifier, build_classifier, is_ours
+from skipway.inference.network import PooledClassifier, add_hidden_layer, build_classifier, is_ours
 from skipway.models import find_config
 from skipway.monitor.health import Health
 from skipway.optim.groups import param_groups
@@ -39,9 +39,11 @@ __all__ = [
     "build_run",
     "count_images",
     "deterministic_algorithms",
+    "give_hidden_layer",
     "load_data",
     "model_config",
     "resolve_recipe",
+    "wrap_network",
     "write_run_files",
 ]
 
@@ -166,16 +168,13 @@ def build_run(
     if recipe.sharding == "full" and (recipe.freeze != "none" or recipe.clip == "agc"):
         raise SkipwayError("sharding='full' cannot be combined with freeze or clip='agc': both need unsharded weights")
     network = ranks.wrap(model, device, shard=recipe.sharding == "full")
-    # after wrapping: FSDP2 replaces the parameters
-    watched = None if is_ours(str(recipe.model)) else example.to(device)
-    groups = param_groups(model, watched, lr=recipe.peak_lr, weight_decay=recipe.decay, layer_decay=recipe.layer_decay)
     ema = None if recipe.ema is None else ModelEMA(model, recipe.ema)
     run = Run(
         recipe=recipe,
         data=data,
         model=model,
         network=torch.compile(network) if recipe.compile else network,
-        optimizer=recipe.optimizer_spec.build(groups),
+        optimizer=build_optimizer(recipe, model, example.to(device)),  # after wrapping: FSDP2 replaces the parameters
         scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16"),
         ema=ema,
         folder=folder,
@@ -193,6 +192,36 @@ def build_run(
     )
     run.progress = Progress(epochs=epochs, accumulation=recipe.accumulate)
     return run
+
+
+def build_optimizer(recipe: ResolvedRecipe, model: nn.Module, example: Tensor) -> torch.optim.Optimizer:
+    """Build the optimizer of the parameters that learn."""
+    groups = param_groups(
+        model,
+        None if is_ours(str(recipe.model)) else example,
+        lr=recipe.peak_lr,
+        weight_decay=recipe.decay,
+        layer_decay=recipe.layer_decay,
+    )
+    return recipe.optimizer_spec.build(groups)
+
+
+def wrap_network(run: Run) -> None:
+    """Wrap the model again after a change of its modules or of what learns."""
+    network = run.ranks.wrap(run.model, run.device, shard=False)
+    run.network = torch.compile(network) if run.recipe.compile else network
+
+
+def give_hidden_layer(run: Run, head: list[Any]) -> None:
+    """Give the classifier of a run a fresh hidden layer, with all that follows from new parameters, in place."""
+    add_hidden_layer(run.model, *head)
+    run.progress.head = head
+    run.optimizer = build_optimizer(run.recipe, run.model, run.example)
+    if run.ema is not None:
+        run.ema = ModelEMA(run.model, run.ema.decay)
+    wrap_network(run)
+    if run.ranks.first:
+        write_json(run.folder.config, run_config(run))
 
 
 def model_options(recipe: Recipe, data: Data) -> dict[str, Any]:
@@ -278,7 +307,8 @@ def model_config(run: Run) -> dict[str, Any]:
     """The description that `build_classifier` builds the network from."""
     options = model_options(run.recipe, run.data)
     scheme = getattr(getattr(run.model, "config", None), "scheme", None) if is_ours(str(run.recipe.model)) else None
-    return {"name": run.recipe.model, **options, **({} if scheme is None else {"scheme": str(scheme)})}
+    head = {} if run.progress.head is None else {"head": run.progress.head}
+    return {"name": run.recipe.model, **options, **({} if scheme is None else {"scheme": str(scheme)}), **head}
 
 
 def count_images(data: Data) -> dict[str, int]:

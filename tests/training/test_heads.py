@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from skipway.errors import SkipwayError
-from skipway.training.linear_head import fit_linear_head, moments, select_linear_head
+from skipway.training.head import moments, select_head
+from skipway.training.linear_head import fit_linear_head, linear_heads
+from skipway.training.mlp_head import fit_mlp_head, mlp_heads
 
 
 def digits():
@@ -51,9 +53,10 @@ def test_scale_and_shift_of_features_change_nothing():
 def test_the_penalty_of_the_best_validation_accuracy_is_selected():
     features, labels = digits()
     heads = []
-    best = select_linear_head(
-        (features[:300], labels[:300]), (features[300:600], labels[300:600]), 10, report=heads.append
-    )
+    fitted = linear_heads(features[:300], labels[:300], 10)
+    best = select_head(fitted, (features[300:600], labels[300:600]), report=heads.append)
+    assert best is not None
+    assert best.accuracy in [right / 300 for right in range(301)]  # as an evaluation computes it
     assert (best.accuracy, -best.loss) == max((head.accuracy, -head.loss) for head in heads)
     assert heads[0].penalty > heads[-1].penalty
 
@@ -69,4 +72,36 @@ def test_constant_features_and_those_not_finite():
     with pytest.raises(SkipwayError, match="penalty=0"):
         fit_linear_head(torch.ones(2, 1), torch.tensor([0, 1]), 2, 0)
     with pytest.raises(SkipwayError, match="no validation images"):
-        select_linear_head((torch.ones(2, 1), torch.tensor([0, 1])), (torch.zeros(0, 1), torch.zeros(0).long()), 2)
+        select_head(iter(()), (torch.zeros(0, 1), torch.zeros(0).long()))
+
+
+def test_a_hidden_layer_separates_what_no_linear_map_does():
+    torch.manual_seed(0)
+    features = torch.randn(600, 2) * 50 + 7
+    labels = (features[:, 0] > 7).long() ^ (features[:, 1] > 7).long()
+    train, rest = (features[:400], labels[:400]), (features[400:], labels[400:])
+    line = select_head(linear_heads(*train, 2), rest)
+    curve = select_head(mlp_heads(*train, 2, seed=1, widths=(4, 16)), rest)
+    assert line is not None
+    assert curve is not None
+    assert line.accuracy < 0.75 < 0.93 < curve.accuracy
+    again = fit_mlp_head(*train, 2, width=curve.width, penalty=curve.penalty, seed=1)
+    assert torch.equal(curve.scores(rest[0]), again.scores(rest[0]))
+
+
+def test_the_gradient_of_a_hidden_layer_is_small_at_its_minimum():
+    features, labels = digits()
+    features, labels, penalty = features[:200, 2:6], labels[:200] % 3, 0.05
+    head = fit_mlp_head(features, labels, 3, width=5, penalty=penalty, seed=0)
+    _, deviation = moments(features)
+    module = head.module().requires_grad_()
+    loss = nn.functional.cross_entropy(module(features), labels)
+    first, second = module[0].weight, module[2].weight
+    (loss + penalty / 2 * ((first * deviation).square().sum() + second.square().sum())).backward()
+    assert (first.grad / deviation).abs().max() < 2e-3
+    assert second.grad.abs().max() < 2e-3
+
+
+def test_told_to_stop_nothing_is_selected():
+    features, labels = digits()
+    assert select_head(linear_heads(features[:50], labels[:50], 10), (features, labels), stop=lambda: True) is None

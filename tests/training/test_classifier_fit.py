@@ -1,19 +1,25 @@
-"""Linear probing: features once, the classifier to convergence; first of all, or only."""
+"""The classifier fitted to features: once, to convergence; first of all, or only."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from tests.training.test_loop import StopAfter, assert_same
 
 import skipway as sw
+from skipway.checkpoint.files import read_tensors, write_tensors
 from skipway.data import load
-from skipway.errors import SkipwayError
-from skipway.training import features
+from skipway.errors import CheckpointError, SkipwayError
+from skipway.inference.publish import write_hub_folder
+from skipway.inference.run_evaluation import evaluate_run
+from skipway.training import classifier_fit, features, mlp_head
 from skipway.training.features import features_of
-from skipway.training.linear_head import select_linear_head
+from skipway.training.head import select_head
+from skipway.training.linear_head import linear_heads
 from skipway.training.reporter import SilentReporter
 
 BASE = sw.Recipe(model="resnet", depth=8, width=8, epochs=2, batch_size=128, device="cpu", precision="float32")
@@ -23,6 +29,12 @@ BASE = sw.Recipe(model="resnet", depth=8, width=8, epochs=2, batch_size=128, dev
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SKIPWAY_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(mlp_head, "ITERATIONS", 20)
+    monkeypatch.setattr(classifier_fit, "mlp_heads", partial(mlp_head.mlp_heads, widths=(4, 8), penalties=(1e-3,)))
 
 
 class Notes(SilentReporter):
@@ -56,7 +68,7 @@ def test_only_the_classifier_changes_and_is_the_regression_of_its_features(tmp_p
         (batch,) = data.evaluation_batches(split, batch_size=2000, device=torch.device("cpu"))
         with torch.no_grad():
             pairs.append((features_of(model, model.head.classifier, batch.inputs)[0], batch.labels))
-    expected = select_linear_head(*pairs, 10)
+    expected = select_head(linear_heads(*pairs[0], 10), pairs[1])
     assert torch.allclose(model.head.classifier.weight, expected.weight, rtol=1e-2, atol=1e-2)
     assert run.best_accuracy == pytest.approx(expected.accuracy)
     assert "fitted to features of the frozen network; no step" in (run.folder.path / "report.html").read_text()
@@ -89,9 +101,12 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("place", ["linear_probe.select_linear_head", "linear_probe.write_weights", "step.backward"])
-def test_a_run_killed_around_the_fit_ends_like_one_that_was_not(tmp_path, monkeypatch, place):
-    recipe = replace(BASE, freeze="first", lr=0.01, ema=0.5)
+@pytest.mark.parametrize(
+    "place", ["classifier_fit.select_head", "classifier_fit.write_weights", "loop.record_fit", "step.backward"]
+)
+@pytest.mark.parametrize("freeze", ["first", "first(head='mlp')"])
+def test_a_run_killed_around_the_fit_ends_like_one_that_was_not(tmp_path, monkeypatch, small, place, freeze):
+    recipe = replace(BASE, freeze=freeze, lr=0.01, ema=0.5)
     whole = sw.train(recipe, tmp_path / "whole")
 
     def kill(*_, **__):
@@ -160,6 +175,36 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SKIPWAY_CACHE", str(tmp_path / "file"))
     assert sw.train(replace(BASE, freeze="all"), tmp_path / "run").finished
+
+
+def test_a_hidden_layer_becomes_a_part_of_the_network(tmp_path, small):
+    outcome = sw.train(replace(BASE, freeze="all(head='mlp')"), tmp_path / "run")
+    model = sw.from_pretrained(tmp_path / "run")
+    assert [type(module).__name__ for module in model.head.classifier] == ["Linear", "GELU", "Linear"]
+    width = len(model.head.classifier[0].weight)
+    assert json.loads(outcome.folder.config.read_text())["model"]["head"] == ["head.classifier", width]
+    assert evaluate_run(tmp_path / "run").evaluation.accuracy == outcome.evaluation.accuracy
+    batch = next(load().evaluation_batches("test", batch_size=8, device=torch.device("cpu")))
+    write_hub_folder(tmp_path / "run", tmp_path / "hub")
+    again = sw.from_pretrained(tmp_path / "hub")
+    assert torch.equal(model(batch.inputs), again(batch.inputs))
+
+
+@pytest.mark.parametrize("head", [["head.classifier", 10**9], ["nothing", 4], [4], "head", ["head.classifier", "4"]])
+def test_a_hidden_layer_that_is_not_in_the_file_is_refused(tmp_path, small, head):
+    outcome = sw.train(replace(BASE, freeze="all(head='mlp')"), tmp_path / "run")
+    tensors, about = read_tensors(outcome.folder.best)
+    write_tensors(outcome.folder.best, tensors, {**about, "model": {**about["model"], "head": head}})
+    with pytest.raises(CheckpointError, match="hidden layer|not an option"):
+        sw.from_pretrained(outcome.folder.best)
+
+
+def test_a_network_of_a_file_gets_a_hidden_layer_and_is_trained_on(tmp_path, small):
+    (tmp_path / "nets.py").write_text(NETWORK.replace("FEATURES", "self[1](self[0](x)).mean((2, 3))"))
+    recipe = replace(BASE, model=f"{tmp_path}/nets.py:make", depth=None, width=None, channels=1, epochs=1, lr=1e-3)
+    run = sw.train(replace(recipe, freeze="first(head='mlp')", ema=0.9), tmp_path / "run")
+    state = sw.from_pretrained(run.folder.last, trust_code=True).state_dict()
+    assert {"2.0.weight", "2.2.weight"} <= set(state)
 
 
 @pytest.mark.parametrize(
