@@ -34,6 +34,7 @@ def saved_bytes(tmp_path, freeze: str) -> int:
         overwrite=True,
         reporter=None,
         stop=lambda: False,
+        began=0.0,
     ) as run:
         run.model.train()
         freeze_layers(run)

@@ -78,7 +78,7 @@ class TrainingCase:
         size: of the inputs, where that is chosen.
         pretrained: whether training starts from weights.
         has_new_classifier: whether the weights have other classes.
-        can_fit_classifier: whether there are validation images, and only one process.
+        can_fit_classifier: whether there are validation images, and the network is not sharded.
         gpu: whether it trains on one.
         seconds: the time budget; None without one.
         trunk: of published weights.
@@ -249,7 +249,7 @@ def case_of(recipe: Recipe, summary: SourceSummary, device: torch.device, world:
         size=recipe.size,
         pretrained=pretrained,
         has_new_classifier=known is None or set(known) != set(summary.classes),
-        can_fit_classifier=world == 1 and (summary.has_validation or recipe.validation > 0),
+        can_fit_classifier=recipe.sharding == "none" and (summary.has_validation or recipe.validation > 0),
         gpu=gpu,
         seconds=recipe.budget,
         trunk=measure_trunk(str(recipe.model), device, timed=timed) if published and recipe.size is None else None,
