@@ -114,7 +114,7 @@ class Recipe:
     """Folder, list, tar shards, or hf:NAME. [digits]"""
 
     size: int | None = None
-    """Image size in pixels. [own up to 64, else 224]"""
+    """Image size in pixels. [own up to 64, else by case]"""
 
     channels: Literal[1, 3] | None = None
     """Grey or colour. [as the images]"""
@@ -180,7 +180,7 @@ class Recipe:
     """Cache decoded images on disk. [small images only]"""
 
     model: str | None = None
-    """Ours, timm:NAME, FILE.py:NAME. [by the image size]"""
+    """Ours, timm:NAME, FILE.py:NAME. [by case]"""
 
     depth: int | None = None
     """Weight layers: 110 for resnet110. [the model's]"""
@@ -192,7 +192,7 @@ class Recipe:
     """See skipway schemes. [the model's]"""
 
     start: str | Path | None = None
-    """random, pretrained, a file, hf:ORG/NAME. [auto]"""
+    """auto, random, pretrained, FILE, hf:NAME. [by case]"""
 
     weights_names: Literal["skipway", "timm", "torchvision", "huggingface"] = advanced("skipway")
     """Naming scheme of the checkpoint."""
@@ -204,16 +204,16 @@ class Recipe:
     """Differences allowed: classes, size, channels, depth, unexpected."""
 
     epochs: int | None = None
-    """Passes over the training images. [30]"""
+    """Passes over the training images. [by case, 30]"""
 
     time: str | None = None
     """Time budget instead of epochs: 30m, 2h. [none]"""
 
     batch_size: int | None = None
-    """Images per step, over all processes. [128]"""
+    """Images per step, over all processes. [by case, 128]"""
 
     optimizer: str | None = None
-    """sgd, adamw, lion, lamb, muon. [sgd]"""
+    """sgd, adamw, lion, lamb, muon. [by case, sgd]"""
 
     lr: float | None = None
     """Peak learning rate. [sgd 0.1, adamw 0.001 per 128]"""
@@ -228,10 +228,10 @@ class Recipe:
     """Fraction of the steps used for warm-up."""
 
     label_smoothing: float | None = None
-    """Label smoothing. [0]"""
+    """Label smoothing. [by case, 0]"""
 
     augment: str | None = None
-    """trivial, rand, mixup, cutmix, erasing; a+b. [none]"""
+    """trivial, rand, mixup, cutmix, erasing; a+b. [by case]"""
 
     ema: float | None = advanced(None)
     """Decay of an exponential moving average of the weights, e.g. 0.999. [none]"""
@@ -243,10 +243,10 @@ class Recipe:
     """Gradient accumulation: number of parts of a batch."""
 
     layer_decay: float | None = advanced(None)
-    """Learning rate of a block relative to the next one, for fine-tuning: 0.75. [1]"""
+    """Learning rate of a block relative to the next one, for fine-tuning. [by case, 1]"""
 
     freeze: str | None = advanced(None)
-    """Frozen layers: all or first (the classifier is fitted to features), N epochs, blocks(K). [none]"""
+    """Frozen layers: all or first (the classifier is fitted to features), N epochs, blocks(K). [by case]"""
 
     class_weights: Literal["none", "balanced"] = advanced("none")
     """Class weights in the loss; balanced: inversely proportional to the class size."""

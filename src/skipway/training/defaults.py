@@ -179,8 +179,7 @@ def decide(
     Raises:
         CheckpointError: published weights are asked for, and there are none.
     """
-    is_photos = (recipe.size or summary.side) > SMALL_SIDE
-    recipe = choose_start(recipe, is_photos, world, report)
+    recipe = choose_start(recipe, summary, world, report)
     recipe = adopt_data_config(recipe, lambda sentence: report("note", sentence))
     case = case_of(recipe, summary, device, world)
     values: dict[str, Any] = {"batch_size": ResolvedRecipe.batch_size, **case.defaults()}
@@ -194,14 +193,21 @@ def decide(
     return recipe
 
 
-def choose_start(recipe: Recipe, is_photos: bool, world: int, report: Callable[[str, str], None]) -> Recipe:
+def choose_start(recipe: Recipe, summary: SourceSummary, world: int, report: Callable[[str, str], None]) -> Recipe:
     """Return the recipe with `start`, and with `model` where that depends on what weights there are.
 
     Raises:
         CheckpointError: published weights are asked for without a model, and there are none.
     """
-    wanted = recipe.start or (AUTO if is_photos else "random")
+    is_photo = (recipe.size or summary.side) > SMALL_SIDE
+    wanted = recipe.start or (AUTO if is_photo else "random")
     named = recipe.model is not None
+    if recipe.start is None and not is_photo and summary.channels == 3:
+        report(
+            "start",
+            f"random weights, as by default for images up to {SMALL_SIDE} pixels; {spell('start', AUTO)} takes "
+            "published ones where there are any",
+        )
     if wanted != AUTO and not (is_pretrained(wanted) and not named):
         return replace(recipe, start=wanted)
     others = f"{spell('start', 'FILE')} takes others"
