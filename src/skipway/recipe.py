@@ -231,7 +231,7 @@ class Recipe:
     """Label smoothing. [by case, 0]"""
 
     augment: str | None = None
-    """trivial, rand, mixup, cutmix, erasing; a+b. [by case]"""
+    """trivial+mixup, rand, cutmix, erasing. [by case]"""
 
     ema: float | None = advanced(None)
     """Decay of an exponential moving average of the weights, e.g. 0.999. [none]"""
