@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from skipway.nn.site import Site
     from skipway.optim.groups import param_groups
     from skipway.probes.features import features, stage_features
+    from skipway.probes.mixing_matrix import DepthMixing, depth_mixing
     from skipway.recipe import Recipe
     from skipway.schemes import (
         DeepNorm,
@@ -94,6 +95,7 @@ _HOME = {
     "nn.placement": "Placement",
     "nn.site": "Site",
     "optim.groups": "param_groups",
+    "probes.mixing_matrix": "DepthMixing depth_mixing",
     "probes.features": "features stage_features",
     "recipe": "Recipe",
     "schemes": (

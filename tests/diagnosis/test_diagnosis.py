@@ -158,7 +158,7 @@ BRANCHES = {"identity": 1.0, "skipinit": 0.1, "depthscaled": 3**-0.5} | dict.fro
 """Size of every branch at the start: its last norm gives 1, times the scheme's factor."""
 
 
-@pytest.mark.parametrize("scheme", [name for name in sw.schemes.all_schemes() if name not in ("layerscale",)])
+@pytest.mark.parametrize("scheme", [name for name in sw.schemes.all_schemes("conv") if name not in ("layerscale",)])
 def test_every_scheme_starts_as_its_theory_says_and_eight_layers_train(scheme):
     torch.manual_seed(0)
     diagnosis = diagnosed(small(scheme), images(), optimizer="adamw")
@@ -350,6 +350,14 @@ def test_post_norm_has_a_switch_in_torchs_own_layers():
     assert found.remedies[0] == NormFirst()
     after = diagnosed(model, batch, optimizer="adamw").fix(NormFirst()).after
     assert {c.seen.norms for c in after.chain} == {("pre",)}
+
+
+@pytest.mark.parametrize(("scheme", "found"), [("keel", False), ("keel(alpha=1.0)", True), ("deepnorm", True)])
+def test_post_norm_with_a_strong_skip_is_not_blamed(scheme, found):
+    """Keel's skip, α = L, passes e^(-v / 2L) of the gradient."""
+    model = sw.build("vit-tiny-16", depth=6, dim=16, heads=2, patch=8, image=16, classes=4, scheme=scheme)
+    diagnosis = sw.diagnose(model, torch.randn(16, 3, 16, 16), optimizer="adamw")
+    assert ("post-norm" in {finding.rule for finding in diagnosis.findings}) == found
 
 
 def test_a_rate_that_is_far_too_high_is_lowered():

@@ -286,7 +286,7 @@ def test_the_page_of_a_treatment_compares_before_and_after(diagnoses):
     assert "sgd at 0.003" in reader.text
     assert "set the learning rate to 0.003" in reader.text
     assert "skipway diagnose x --fix" in reader.text
-    assert text.count('role="img"') == 6
+    assert text.count('role="img"') == 8  # three figures before and after, and two heat maps of the depth mixing matrix
 
 
 def test_json_parses_though_numbers_are_not_finite(diagnosis):

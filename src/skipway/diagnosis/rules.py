@@ -243,9 +243,9 @@ UNEVEN = 1e3
 
 
 def post_norm(context: Context) -> Iterator[Finding]:
-    """A deep network that normalises the stream itself, after every addition."""
+    """A deep network that normalises the stream after every addition; a skip of α ≥ √L, as in Keel, outweighs that."""
     chain = context.subject.chain
-    normed = [c.name for c in chain if "post" in c.seen.norms]
+    normed = [c.name for c in chain if "post" in c.seen.norms and c.seen.weights[0] ** 2 < len(chain)]
     if len(normed) < 12 or len(normed) < len(chain) / 2:
         return
     switch = bool(layers_with_switch(context.subject.model))

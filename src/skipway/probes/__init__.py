@@ -7,6 +7,7 @@
 | `signals` | `probe(model, example)` and `with Probe(model, connections): …`, with a table as the result |
 | `objective` | the loss of any model's output |
 | `features` | the tensors themselves, and a map per stage for dense tasks |
+| `mixing_matrix` | what each connection carries of the stem and of the branches before it, and the gradient |
 | `signal_check` | what an untrained network does to the size of the signal, stage by stage |
 """
 

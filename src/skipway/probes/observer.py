@@ -58,8 +58,12 @@ class Observer(TorchFunctionMode):
     def start(self) -> None:
         """A forward pass begins."""
 
-    def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> None:
-        """The connection is about to add; with `self.in_place` the sum overwrites one of the two."""
+    def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The connection is about to add; with `self.in_place` the sum overwrites one of the two.
+
+        Returns:
+            what is added instead, skip and branch; None leaves the network to compute what it does.
+        """
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
         """The connection has added."""
@@ -160,17 +164,20 @@ class Observer(TorchFunctionMode):
         if len(terms) <= last.seen.term:
             raise changed(last)
         self.in_place = name.endswith("_") and (name.startswith("__i") or not name.startswith("__"))
-        total, done = terms[0].value(), 1
+        total, done, replaced = terms[0].value(), 1, None
         for connection in connections:
             for term in terms[done : connection.seen.term]:
                 total = total + term.value()
             done, addend = connection.seen.term + 1, terms[connection.seen.term].value()
             skip, branch = (total, addend) if connection.seen.skip_first else (addend, total)
-            self.operands(connection, skip, branch)
-            if connection is not last:
+            replaced = self.operands(connection, skip, branch)
+            if replaced is not None:
+                total = replaced[0] + replaced[1]
+            elif connection is not last:
                 total = total + addend
+            if connection is not last:
                 self.stream(connection, total)
-        result = func(*args, **kwargs)
+        result = func(*args, **kwargs) if replaced is None else sum((term.value() for term in terms[done:]), total)
         shape, seen = result.shape, last.seen.shape
         # batch, resolution and length may be other than the example's, the number of channels may not
         if len(shape) != len(seen) or (shape[1:2] != seen[1:2] and shape[-1:] != seen[-1:]):

@@ -1,17 +1,18 @@
-"""Charts as data: lines over an axis, bars, a confusion matrix; `svg` and `pyplot` draw them."""
+"""Charts as data: lines over an axis, bars, heat maps; `svg` and `pyplot` draw them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = [
     "Axis",
     "Band",
     "Bars",
     "Figure",
+    "HeatCell",
     "Heatmap",
     "Mark",
     "Point",
@@ -197,19 +198,43 @@ class Bars:
         return [name for name, _ in self.series]
 
 
+class HeatCell(NamedTuple):
+    """A cell of a heat map.
+
+    Args:
+        shade: from 0, paper, to 1, full colour.
+        words: what it says when it is pointed at.
+        kind: style: "hit" or "miss".
+        text: written in it where it is large enough.
+        below: written under the text where there is room for that too.
+    """
+
+    shade: float
+    words: str
+    kind: str = "hit"
+    text: str = ""
+    below: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Heatmap:
-    """A confusion matrix: rows are true classes, columns predicted ones, shaded by the fraction of the row.
+    """A matrix of shaded cells.
 
     Args:
         title: what the matrix shows.
-        categories: names of the classes.
-        counts: samples by true and predicted class.
+        rows: names of the rows, from the top.
+        columns: names of the columns, from the left.
+        row_title: what a row is.
+        column_title: what a column is.
+        cells: by row and column.
     """
 
     title: str
-    categories: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    row_title: str
+    column_title: str
+    cells: tuple[tuple[HeatCell, ...], ...]
     name: str = ""
     y_label: str = ""
     note: str = ""

@@ -11,15 +11,20 @@ from skipway.diagnosis import Diagnosis, Finding, Treatment
 from skipway.diagnosis.diagnosis import summary_of
 from skipway.diagnosis.findings import Verdict, format_number
 from skipway.diagnosis.rows import SignalRow
+from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.table import SENTENCES, SYMBOLS, compact, marks_text
-from skipway.errors import counted
-from skipway.report.chart import Band, Figure, Point, Series
+from skipway.errors import SkipwayError, counted
+from skipway.probes.mixing_matrix import depth_mixing
+from skipway.report.chart import Band, Figure, Heatmap, Point, Series
+from skipway.report.mixing_matrix import depth_mixing_figures
 from skipway.report.page import PageTable, TableCell, number_cell, render, text_cell
 from skipway.tracing.residual_adds import REASONS
 
 __all__ = ["bands_of", "diagnosis_figures", "diagnosis_page"]
 
 MOST_OWNERS = 8
+MOST_MIXED = 64
+"""Connections up to which the page shows the depth mixing matrix, whose time grows with their square."""
 COLORS: dict[Verdict, str] = {"trains": "good", "trains if": "fair", "will not train": "bad"}
 MEANINGS: dict[Verdict, str] = {
     "trains": "No measurement indicates otherwise.",
@@ -62,12 +67,24 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
         evidence=evidence_of,
         figures=figures,
         figures_before=figures_before,
+        mixing=mixing_figures(diagnosis.subject),
         note=chart_note(figures),
         note_before=chart_note(figures_before),
         thing="Connections" if diagnosis.measurement.connections else "Layers",
         rows=row_table(diagnosis) if diagnosis.rows else None,
         refused=list(refusals(diagnosis)),
     )
+
+
+def mixing_figures(subject: Subject) -> list[Heatmap]:
+    """Return heat maps of the depth mixing matrix of a diagnosed network; none for a deep one or one without any."""
+    if not 0 < len(subject.chain) <= MOST_MIXED:
+        return []
+    inputs, targets = subject.probed_part
+    try:
+        return depth_mixing_figures(depth_mixing(subject.model, inputs, targets, loss=subject.loss))
+    except SkipwayError:  # of a loss that needs the whole batch, or a network that is random in each pass
+        return []
 
 
 def treatment_sentence(treatment: Treatment) -> str:

@@ -81,7 +81,7 @@ class Key(NamedTuple):
 
 
 def legend(chart: Figure | Bars | Heatmap) -> list[Key]:
-    """Return the legend of a chart; empty for a single series and for a confusion matrix."""
+    """Return the legend of a chart; empty for a single series and for a heat map."""
     if isinstance(chart, Heatmap):
         return []
     if isinstance(chart, Bars):

@@ -9,7 +9,18 @@ from importlib.resources import files
 
 from markupsafe import Markup
 
-from skipway.report.chart import Axis, Bars, Figure, Heatmap, Point, Series, format_tick, format_value, thinned
+from skipway.report.chart import (
+    Axis,
+    Bars,
+    Figure,
+    HeatCell,
+    Heatmap,
+    Point,
+    Series,
+    format_tick,
+    format_value,
+    thinned,
+)
 
 __all__ = ["COLORS", "chart_css", "clipped", "draw", "svg_file"]
 
@@ -299,46 +310,45 @@ def bar_parts(chart: Bars) -> tuple[float, float, list[str]]:
 
 
 def matrix_parts(chart: Heatmap) -> tuple[float, float, list[str]]:
-    """Width, height and parts of a confusion matrix."""
-    names = chart.categories
-    letters = min(NAME_LETTERS, max(map(len, names)))
-    left = top = 26 + LETTER * letters
-    cell = max(LEAST_CELL, (MATRIX_SIDE - left) / len(names))
-    side = cell * len(names)
+    """Width, height and parts of a heat map."""
+    left, top = (26 + LETTER * min(NAME_LETTERS, max(map(len, names))) for names in (chart.rows, chart.columns))
+    cell = max(LEAST_CELL, (MATRIX_SIDE - left) / len(chart.columns))
+    width, height = cell * len(chart.columns), cell * len(chart.rows)
+    middle = f'x="{left + width / 2:.0f}" y="13"'
     parts = [
-        f'<text class="title" x="{left + side / 2:.0f}" y="13" text-anchor="middle">predicted class</text>',
-        f'<text class="title" transform="translate(12 {top + side / 2:.0f}) rotate(-90)" text-anchor="middle">'
-        "true class</text>",
+        f'<text class="title" {middle} text-anchor="middle">{escape(chart.column_title)}</text>',
+        f'<text class="title" transform="translate(12 {top + height / 2:.0f}) rotate(-90)" text-anchor="middle">'
+        f"{escape(chart.row_title)}</text>",
     ]
-    for place, name in enumerate(names):
-        middle = (place + 0.5) * cell + 4
-        text = f"{escape(clipped(name, letters))}<title>{escape(name)}</title>"
-        parts.append(f'<text x="{left - 6:.1f}" y="{top + middle:.1f}" text-anchor="end">{text}</text>')
-        parts.append(f'<text transform="translate({left + middle:.1f} {top - 6:.1f}) rotate(-90)">{text}</text>')
-    for true, row in enumerate(chart.counts):
-        total = sum(row)
-        for predicted, count in enumerate(row):
-            fraction = count / max(1, total)
-            x, y = left + predicted * cell, top + true * cell
-            words = f"{names[true]} predicted as {names[predicted]}: {count:,} of {total:,}, {100 * fraction:.1f} %"
-            opacity = 0.04 if count == 0 else 0.12 + 0.88 * fraction
-            parts.append(
-                f'<rect class="cell {"hit" if true == predicted else "miss"}" x="{x:.1f}" y="{y:.1f}" '
-                f'width="{cell - 1:.1f}" height="{cell - 1:.1f}" fill-opacity="{opacity:.2f}">'
-                f"<title>{escape(words)}</title></rect>"
-            )
-            if count and cell >= COUNT_CELL:
-                kind = "on" if fraction > 0.5 else "in"
-                both = cell >= PERCENT_CELL
-                middle_x, middle_y = x + (cell - 1) / 2, y + cell / 2 + (0 if both else 4)
-                below = (
-                    f'<tspan class="small" x="{middle_x:.1f}" dy="13">{100 * fraction:.0f} %</tspan>' if both else ""
-                )
-                parts.append(
-                    f'<text class="{kind}" x="{middle_x:.1f}" y="{middle_y:.1f}" text-anchor="middle">'
-                    f"{count:,}{below}</text>"
-                )
-    return left + side, top + side + 2, parts
+    for names, place in (
+        (chart.rows, lambda middle: f'x="{left - 6:.1f}" y="{top + middle:.1f}" text-anchor="end"'),
+        (chart.columns, lambda middle: f'transform="translate({left + middle:.1f} {top - 6:.1f}) rotate(-90)"'),
+    ):
+        for number, name in enumerate(names):
+            text = f"{escape(clipped(name, NAME_LETTERS))}<title>{escape(name)}</title>"
+            parts.append(f"<text {place((number + 0.5) * cell + 4)}>{text}</text>")
+    for row, cells in enumerate(chart.cells):
+        for column, each in enumerate(cells):
+            parts += cell_parts(each, left + column * cell, top + row * cell, cell)
+    return left + width, top + height + 2, parts
+
+
+def cell_parts(shown: HeatCell, x: float, y: float, cell: float) -> Iterator[str]:
+    """A cell of a heat map of side `cell`, with what is written in it."""
+    opacity = 0.04 if shown.shade == 0 else 0.12 + 0.88 * shown.shade
+    yield (
+        f'<rect class="cell {shown.kind}" x="{x:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{cell - 1:.1f}" '
+        f'fill-opacity="{opacity:.2f}"><title>{escape(shown.words)}</title></rect>'
+    )
+    if shown.text and cell >= COUNT_CELL:
+        kind = "on" if shown.shade > 0.5 else "in"
+        both = bool(shown.below) and cell >= PERCENT_CELL
+        middle_x, middle_y = x + (cell - 1) / 2, y + cell / 2 + (0 if both else 4)
+        below = f'<tspan class="small" x="{middle_x:.1f}" dy="13">{escape(shown.below)}</tspan>' if both else ""
+        yield (
+            f'<text class="{kind}" x="{middle_x:.1f}" y="{middle_y:.1f}" text-anchor="middle">'
+            f"{escape(shown.text)}{below}</text>"
+        )
 
 
 def clipped(text: str, letters: int) -> str:

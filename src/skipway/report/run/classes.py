@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skipway.inference.metrics import ClassScores, class_scores, confused_pairs, percent
-from skipway.report.chart import Bars, Figure, Heatmap, Series
+from skipway.report.chart import Bars, Figure, HeatCell, Heatmap, Series
 from skipway.report.page import PageTable, number_cell, text_cell
 from skipway.report.svg import clipped
 
@@ -24,9 +24,28 @@ def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Heatmap | None:
         return None
     return Heatmap(
         title="Confusion matrix of the test images",
-        categories=tuple(names),
-        counts=tuple(map(tuple, confusion.tolist())),
+        rows=tuple(names),
+        columns=tuple(names),
+        row_title="true class",
+        column_title="predicted class",
+        cells=tuple(confusion_row(names, true, row) for true, row in enumerate(confusion.tolist())),
         note="Stronger colour: a larger fraction of the true class.",
+    )
+
+
+def confusion_row(names: Sequence[str], true: int, counts: Sequence[int]) -> tuple[HeatCell, ...]:
+    """The cells of a true class."""
+    total = sum(counts)
+    return tuple(
+        HeatCell(
+            count / max(1, total),
+            f"{names[true]} predicted as {names[predicted]}: {count:,} of {total:,}, "
+            f"{100 * count / max(1, total):.1f} %",
+            "hit" if true == predicted else "miss",
+            f"{count:,}" if count else "",
+            f"{100 * count / max(1, total):.0f} %",
+        )
+        for predicted, count in enumerate(counts)
     )
 
 

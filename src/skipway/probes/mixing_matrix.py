@@ -1,0 +1,290 @@
+"""`depth_mixing(model, example)`: what each connection of any network reads of the stem and of the branches before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipway.errors import SkipwayError
+from skipway.probes.objective import Loss, compute_loss
+from skipway.probes.observer import Observer
+from skipway.tracing import Example, as_batch, call_model, preserved_state
+from skipway.tracing.chain import WatchedConnection, chain
+from skipway.tracing.containers import map_tensors
+
+__all__ = ["DepthMixing", "depth_mixing"]
+
+UNREAD = 1e-3
+"""Coefficient of a source in what is read, below which nobody reads it."""
+SHOWN = 12
+"""Rows that a printed table has at most."""
+
+
+@dataclass(frozen=True)
+class DepthMixing:
+    """The depth mixing matrix of a network: h_l = Σ_i M[l, i] v_i.
+
+    v_0 is the stream before the first connection and v_i what the branch of connection i adds; h_l is what connection l
+    carries to its addition, and the last row the stream after all connections. Entries with i ≥ l are zero.
+
+    Args:
+        readers: names of the rows: the connections in order, and "output".
+        sources: names of the columns: "stem", and the connections in order.
+        coefficients: M, (L + 1, L + 1): the factor of v_i in h_l, averaged over all its numbers; nan where the two have
+            different shapes. Norms on the way of the stream divide by the deviation that they found in this pass.
+        shares: ⟨M[l, i] v_i, h_l⟩ / |h_l|², (L + 1, L + 1): what source i makes of h_l. Where the skips are linear, a
+            row sums to 1, at any shapes.
+        gradient_shares: what reader l, through its branch or, in the last row, through the head, makes of the gradient
+            of the loss at source i; a column sums to 1. nan where there is no gradient, and for the stem where the
+            first skip is none of x itself.
+        loss: of the pass, nan without one.
+    """
+
+    readers: tuple[str, ...]
+    sources: tuple[str, ...]
+    coefficients: Tensor = field(repr=False)
+    shares: Tensor = field(repr=False)
+    gradient_shares: Tensor = field(repr=False)
+    loss: float = math.nan
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the coefficients' normalised singular values, 1 to L + 1; nan where shapes differ.
+
+        Source: Roy and Vetterli 2007, "The effective rank", eq. 1-3.
+        """
+        if not bool(self.coefficients.isfinite().all()):
+            return math.nan
+        values = torch.linalg.svdvals(self.coefficients)
+        shares = values[values > 0] / values.sum()
+        return float(torch.exp(-(shares * shares.log()).sum()))
+
+    @property
+    def newest(self) -> Tensor:
+        """The share of the newest source in what each reader carries, (L + 1): it falls as 1/l where branches add up
+        undiminished, which is called dilution.
+        """
+        return self.shares.diagonal()
+
+    @property
+    def unread(self) -> list[str]:
+        """Sources whose coefficient is below 0.001 in everything that is carried after them."""
+        most = self.coefficients.abs().nan_to_num(1.0).amax(0)
+        return [name for name, factor in zip(self.sources, most.tolist(), strict=True) if factor < UNREAD]
+
+    def __str__(self) -> str:
+        rank = "" if math.isnan(self.effective_rank) else f", effective rank {self.effective_rank:.1f}"
+        lines = [f"{len(self.readers)} readers of {len(self.sources)} sources{rank}"]
+        step = max(1, math.ceil(len(self.readers) / SHOWN))
+        width = max(map(len, self.readers))
+        lines.append(f"{'share in what is carried':{max(width, 24)}}  {'stem':>7}  {'newest':>7}  {'largest':>7}")
+        chosen = sorted({*range(0, len(self.readers), step), len(self.readers) - 1})
+        for row in chosen:
+            shares = self.shares[row, : row + 1]
+            largest = self.sources[int(shares.abs().nan_to_num(0.0).argmax())]
+            name = self.readers[row]
+            lines.append(f"{name:{max(width, 24)}}  {shares[0]:7.3f}  {shares[row]:7.3f}  {largest}")
+        if self.unread:
+            lines.append(f"read by nobody: {', '.join(self.unread[:SHOWN])}")
+        return "\n".join(lines)
+
+
+class SourceCutter(Observer):
+    """Replaces what each branch adds by a tensor that is differentiated for, as the first stream is.
+
+    Args:
+        model: the network.
+        connections: of `chain(model, example)`.
+        freeze: whether norms divide by a constant, so that what they put out is a linear map of their input.
+    """
+
+    def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection], *, freeze: bool) -> None:
+        super().__init__(model, connections)
+        self.freeze = freeze
+        self.sources: list[Tensor] = []
+        self.carried: list[Tensor] = []
+        self.branches: list[Tensor] = []
+        self.last: Tensor | None = None
+
+    def start(self) -> None:
+        self.sources, self.carried, self.branches, self.last = [], [], [], None
+
+    def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.sources:
+            self.sources.append(skip)
+        self.carried.append(skip)
+        self.branches.append(branch)
+        self.sources.append(branch.detach().clone().requires_grad_())
+        return skip, self.sources[-1]
+
+    def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
+        self.last = stream
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        frozen = FROZEN.get(getattr(func, "__name__", "")) if self.freeze and self.running else None
+        if frozen is not None:
+            return frozen(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def divide(x: Tensor, axes: tuple[int, ...], eps: float | None, *, centred: bool = True) -> Tensor:
+    """x less its mean over its deviation, which is a constant to the graph; its root mean square, if not `centred`."""
+    centre = x.mean(axes, keepdim=True) if centred else 0.0
+    square = (x - centre).detach().square().mean(axes, keepdim=True)
+    return (x - centre) / (square + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt()
+
+
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, **_: Any):
+    y = divide(x, tuple(range(x.ndim - len(shape), x.ndim)), eps)
+    return y * (1 if weight is None else weight) + (0 if bias is None else bias)
+
+
+def rms_norm(x: Tensor, shape: Sequence[int], weight: Any = None, eps: float | None = None, **_: Any):
+    y = divide(x, tuple(range(x.ndim - len(shape), x.ndim)), eps, centred=False)
+    return y * (1 if weight is None else weight)
+
+
+def batch_norm(
+    x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False, momentum: float = 0.1,
+    eps: float = 1e-5,
+):  # fmt: skip
+    if not training:  # a linear map already
+        return torch.nn.functional.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    channels = (1, -1, *(1,) * (x.ndim - 2))
+    y = divide(x, (0, *range(2, x.ndim)), eps)
+    return y * (1 if weight is None else weight.view(channels)) + (0 if bias is None else bias.view(channels))
+
+
+FROZEN = {"layer_norm": layer_norm, "rms_norm": rms_norm, "batch_norm": batch_norm}
+"""Norms whose deviation is a constant to the graph, so that what they put out is a linear map of their input."""
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Context in which all parameters of a model, frozen ones too, take part in the graph."""
+    frozen = [each for each in model.parameters() if each.is_floating_point() and not each.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_()
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def as_input(tensor: Tensor) -> Tensor:
+    """An input in whose graph what is computed from it stands; in-place operators may write into it."""
+    return tensor.detach().clone().requires_grad_() * 1 if tensor.is_floating_point() else tensor
+
+
+def depth_mixing(
+    model: nn.Module,
+    example: Example,
+    targets: object = None,
+    *,
+    loss: Loss | None = None,
+) -> DepthMixing:
+    """Measure the depth mixing matrix of any network, and the gradient's; the model is left unchanged.
+
+    The network runs with every branch's output cut from the graph, so that what is carried depends on the sources
+    through the skips alone, and a row is two products with their Jacobian. The gradient follows by the chain rule from
+    the last reader back. Time: 4 L products with Jacobians of at most L connections each.
+
+    Args:
+        model: any module that `chain` can read.
+        example: a batch.
+        targets: for the gradient, as in `diagnose`; None takes those that the model's own loss or a stand-in has.
+        loss: how output and targets become a loss, as in `probe`.
+
+    Raises:
+        SkipwayError: the model has no residual connection, or does something else in each pass.
+
+    Source: Kimi Team 2026, "Attention Residuals", sec. 6.2 and table 5; Zhu et al. 2025, "Hyper-Connections", fig. 13.
+
+    >>> import skipway as sw
+    >>> model = sw.build("vit-tiny-16", depth=2, dim=8, heads=2, patch=4, image=8, classes=2)
+    >>> mixing = depth_mixing(model, torch.randn(2, 3, 8, 8))
+    >>> mixing.readers[:2], mixing.sources[:2]
+    (('blocks.0.attention', 'blocks.0.mlp'), ('stem', 'blocks.0.attention'))
+    >>> bool((mixing.coefficients - torch.ones(5, 5).tril()).abs().max() < 1e-5)
+    True
+    """
+    example, targets = as_batch(example, targets)
+    connections = tuple(chain(model, example))
+    if not connections:
+        raise SkipwayError("the model has no residual connection that chain(model, example) finds, so nothing is mixed")
+    given = map_tensors(as_input, example)
+    with preserved_state(model), differentiable(model), torch.enable_grad():
+        with SourceCutter(model, connections, freeze=True) as cutter:
+            call_model(cutter.model, given)
+            assert cutter.last is not None
+            coefficients, shares = read_forward([*cutter.carried, cutter.last], cutter.sources)
+        with SourceCutter(model, connections, freeze=False) as cutter:
+            value = compute_loss(call_model(cutter.model, given), targets, loss, example)
+            gradients = read_backward(value, cutter.branches, cutter.sources)
+    first = connections[0].seen
+    if first.skip != "identity" or first.carry or first.weights[0] != 1:
+        gradients[:, 0] = math.nan  # the first branch reads the stream, and what is carried is something else
+    names = tuple(connection.name for connection in connections)
+    return DepthMixing((*names, "output"), ("stem", *names), coefficients, shares, gradients, float(value.detach()))
+
+
+def read_forward(carried: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Coefficients and shares of the sources in what is carried.
+
+    With J the Jacobian of what is carried, h, by a source v, the coefficient is the mean of J's diagonal, ⟨J u, u⟩ over
+    the numbers in random signs u (exact where J is a multiple of the identity), and the share is ⟨J v, h⟩ / |h|².
+    """
+    coefficients, shares = (torch.zeros(len(carried), len(sources)) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for row, read in enumerate(carried):
+        given, before = read.detach(), sources[: row + 1]
+        size = inner(given, given) or math.nan
+        signs = (torch.randint(2, given.shape, generator=generator) * 2 - 1).to(given)
+        for column, (source, product) in enumerate(zip(before, products(read, before, given), strict=True)):
+            shares[row, column] = inner(product, source.detach()) / size
+        for column, product in enumerate(products(read, before, signs)):
+            fits = product.shape == given.shape
+            coefficients[row, column] = inner(product, signs) / signs.numel() if fits else math.nan
+    return coefficients, shares
+
+
+def read_backward(value: Tensor, branches: list[Tensor], sources: list[Tensor]) -> Tensor:
+    """What each reader makes of the gradient at each source.
+
+    The gradient at source i is the sum over its readers l > i of the gradient at what branch l puts out, taken through
+    branch l and the skips; the head is the last reader. First the gradients, from the end, then each reader's part.
+    """
+    found = torch.zeros(len(sources), len(sources))
+    if not value.requires_grad:
+        return found.fill_(math.nan)
+    total = products(value, sources, torch.ones_like(value))
+    for number in reversed(range(len(branches))):
+        for column, part in enumerate(products(branches[number], sources[: number + 1], total[number + 1])):
+            total[column] = total[column] + part
+    for row in range(len(sources)):
+        last = row == len(branches)
+        read, given = (value, torch.ones_like(value)) if last else (branches[row], total[row + 1])
+        for column, part in enumerate(products(read, sources[: row + 1], given)):
+            size = inner(total[column], total[column])
+            found[row, column] = inner(part, total[column]) / size if size else math.nan
+    return found
+
+
+def products(read: Tensor, sources: list[Tensor], given: Tensor) -> list[Tensor]:
+    """The transposed Jacobian of `read` by each source, times `given`; zeros where it does not depend on one."""
+    if not read.requires_grad:
+        return [torch.zeros_like(source) for source in sources]
+    found = torch.autograd.grad(read, sources, given, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(source) if each is None else each for each, source in zip(found, sources, strict=True)]
+
+
+def inner(first: Tensor, second: Tensor) -> float:
+    """The inner product of two tensors of one shape."""
+    return float((first.double() * second.double()).sum())

@@ -1,0 +1,189 @@
+"""The depth mixing matrix against the forms that are known: ones, products, the norms' deviations, given weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import skipway as sw
+from skipway.nn import ScaledShortcut
+from skipway.nn.shortcut import Carry
+from skipway.probes.mixing_matrix import depth_mixing
+
+DIM, LENGTH = 16, 5
+
+
+def triangle(size: int) -> torch.Tensor:
+    return torch.ones(size, size).tril()
+
+
+def example() -> torch.Tensor:
+    return torch.randn(4, LENGTH, DIM)
+
+
+class Row(nn.Sequential):
+    """A stem and residual connections."""
+
+    def __init__(self, *connections: nn.Module) -> None:
+        super().__init__(nn.Linear(DIM, DIM), *connections, nn.Linear(DIM, 3))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: sw.build("vit-tiny-16", depth=2, dim=DIM, heads=2, patch=4, image=8, classes=3, channels=3),
+        lambda: sw.build("cait-xxs24", depth=2, dim=DIM, heads=2, patch=4, image=8, classes=3),
+    ],
+)
+def test_prenorm_is_ones(model):
+    """Every branch is carried to all that follow, undiminished."""
+    mixing = depth_mixing(model(), torch.randn(2, 3, 8, 8))
+    stream = [name for name in mixing.readers if "class" not in name][:4]
+    size = len(stream)
+    torch.testing.assert_close(mixing.coefficients[:size, :size], triangle(size))
+    torch.testing.assert_close(mixing.shares[:size].sum(1), torch.ones(size))
+
+
+def test_prenorm_of_torch_is_ones():
+    layer = nn.TransformerEncoderLayer(DIM, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+    mixing = depth_mixing(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), example())
+    torch.testing.assert_close(mixing.coefficients, triangle(7))
+    assert mixing.sources[0] == "stem"
+    assert mixing.readers[-1] == "output"
+
+
+def test_scaled_skips_are_powers():
+    """h_l = α x_l is carried: α^(l + 1 - i) of v_i, α^l of the stem, which is α x_0; the output is not scaled again."""
+    alpha = 0.7
+    rows = (sw.Residual(nn.Linear(DIM, DIM), shortcut=ScaledShortcut(alpha, Carry())) for _ in range(3))
+    mixing = depth_mixing(Row(*rows), example())
+    carried = [[alpha**row, *(alpha ** (row + 1 - column) for column in range(1, 4))] for row in range(3)]
+    expected = torch.tensor([*carried, [alpha**2, alpha**2, alpha, 1.0]]).tril()
+    torch.testing.assert_close(mixing.coefficients, expected)
+
+
+def test_postnorm_divides_by_the_deviations():
+    """x_{l+1} = norm(x_l + F(x_l)): with σ_l the deviation before norm l, M[l, i] = Π 1 / σ, averaged over tokens."""
+    norms = [nn.LayerNorm(DIM, elementwise_affine=False) for _ in range(2)]
+    model = Row(*(sw.Residual(nn.Linear(DIM, DIM), post=norm) for norm in norms))
+    factors = []
+    for norm in norms:
+        norm.register_forward_hook(lambda _, args, y: factors.append(1 / args[0].detach().std(-1, unbiased=False)))
+    x = torch.randn(64, LENGTH, DIM)
+    model(x)
+    factor = factors[0].mean() * (1 - 1 / DIM)  # the norm takes the mean away, so a channel keeps 1 - 1/D of itself
+    mixing = depth_mixing(model, x)
+    for found in (mixing.coefficients[1, 0], mixing.coefficients[1, 1]):
+        torch.testing.assert_close(found, factor, atol=0.02, rtol=0)
+
+
+class Dense(nn.Module):
+    """DenseFormer: behind each connection a weighted sum of all outputs so far."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.stem = nn.Linear(DIM, DIM)
+        self.branches = nn.ModuleList(nn.Linear(DIM, DIM) for _ in weights)
+        self.register_buffer("weights", weights)
+
+    def forward(self, x):
+        outputs = [self.stem(x)]
+        stream = outputs[0]
+        for branch, row in zip(self.branches, self.weights, strict=True):
+            outputs.append(stream + branch(stream))
+            stream = torch.einsum("k,k...->...", row[: len(outputs)], torch.stack(outputs))
+        return stream
+
+
+def test_given_weights_are_found():
+    """With X_j the outputs, x_{i+1} = Σ_j a_ij X_j (Pagliardini et al. 2024); X_j = x_j + v_j."""
+    weights = torch.tensor([[0.3, 0.9, 0.0], [0.2, -0.4, 1.1]])
+    mixing = depth_mixing(Dense(weights), example())
+    first = torch.tensor([1.0, 0.0, 0.0])  # x_0 by (v_0, v_1, v_2)
+    outputs = [first, first + torch.tensor([0.0, 1.0, 0.0])]
+    second = weights[0, 0] * outputs[0] + weights[0, 1] * outputs[1]
+    torch.testing.assert_close(mixing.coefficients[:2], torch.stack([first, second]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_sum_to_one_across_stages(training):
+    """Projections, rectifiers and norms on the way of the stream are linear maps with the numbers that they have."""
+    model = sw.build("resnet", depth=20, width=8, classes=3).train(training)
+    mixing = depth_mixing(model, torch.randn(8, 3, 16, 16))
+    bias = [p.norm() for name, p in model.named_parameters() if name.endswith("bias") and "shortcut" in name]
+    assert not sum(bias)
+    torch.testing.assert_close(mixing.shares.sum(1), torch.ones(10), atol=2e-3, rtol=0)
+    assert bool(mixing.coefficients[-1, 0].isnan())
+    assert torch.isnan(torch.tensor(mixing.effective_rank))
+
+
+def test_gradients_against_each_reader_alone():
+    """Reader l's part of the gradient at source i: all other ways are cut by hand."""
+    torch.manual_seed(1)
+    model = Row(*(sw.Residual(nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())) for _ in range(2)))
+    x, targets = torch.randn(6, DIM), torch.arange(6) % 3
+    mixing = depth_mixing(model, x, targets)
+    stem, first, second, head = model
+    v0 = stem(x).detach().requires_grad_()
+    v1 = first.branch(v0)
+    stream = v0 + v1
+    v2 = second.branch(stream)
+    loss = nn.functional.cross_entropy(head(stream + v2), targets)
+    v1.retain_grad(), v2.retain_grad()
+    loss.backward(retain_graph=True)
+    through = {
+        0: torch.autograd.grad(v1, v0, v1.grad, retain_graph=True)[0],
+        1: torch.autograd.grad(second.branch(v0 + v1.detach()), v0, v2.grad)[0],
+        2: torch.autograd.grad(nn.functional.cross_entropy(head(v0 + v1.detach() + v2.detach()), targets), v0)[0],
+    }
+    torch.testing.assert_close(sum(through.values()), v0.grad)
+    expected = torch.stack([(part * v0.grad).sum() / v0.grad.square().sum() for part in through.values()])
+    torch.testing.assert_close(mixing.gradient_shares[:, 0], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixing.gradient_shares.sum(0), torch.ones(3))
+    assert mixing.loss == pytest.approx(loss.item())
+
+
+class Forgetful(nn.Module):
+    """The second connection reads what the first has read, and the output of the first is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(DIM, DIM), nn.Linear(DIM, 3)
+        self.first, self.second = (sw.Residual(nn.Linear(DIM, DIM)) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.first(x)
+        return self.head(self.second(x))
+
+
+def test_a_branch_that_nobody_reads_is_named():
+    mixing = depth_mixing(Forgetful(), torch.randn(4, DIM))
+    assert mixing.unread == ["first"]
+    assert "read by nobody: first" in str(mixing)
+
+
+def test_in_place_additions_and_the_model_stay():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(DIM), nn.Linear(DIM, DIM)
+
+        def forward(self, x):
+            x = x + 0
+            x += self.linear(self.norm(x))
+            return x
+
+    model = nn.Sequential(nn.Linear(DIM, DIM), Block(), Block())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mixing = depth_mixing(model, torch.randn(4, DIM))
+    torch.testing.assert_close(mixing.coefficients, triangle(3))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_to_mix_is_an_error():
+    with pytest.raises(sw.SkipwayError, match="no residual connection"):
+        depth_mixing(nn.Linear(DIM, DIM), torch.randn(2, DIM))
