@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from tests.training.test_loop import StopAfter, assert_same
 
 import skipway as sw
 from skipway.checkpoint.files import read_tensors, write_tensors
+from skipway.cli.train import result_lines
 from skipway.data import load
 from skipway.errors import CheckpointError, SkipwayError
 from skipway.inference.publish import write_hub_folder
 from skipway.inference.run_evaluation import evaluate_run
 from skipway.training import classifier_fit, features, mlp_head
+from skipway.training.distributed import Ranks
 from skipway.training.features import features_of
 from skipway.training.head import select_head
 from skipway.training.linear_head import linear_heads
@@ -169,6 +172,40 @@ def test_first_trains_everything_from_the_fitted_classifier(tmp_path):
     assert whole.epoch == 2
     assert not sw.train(recipe, tmp_path / "stopped", stop=StopAfter(20)).finished
     assert_same(whole, sw.train(None, tmp_path / "stopped", resume=True))
+
+
+def test_where_training_hurts_the_fitted_classifier_is_kept(tmp_path):
+    recipe = replace(BASE, freeze="first", epochs=1, lr=30.0, warmup=0.0, ema=None, clip="norm(1.0)")
+    run, only = sw.train(recipe, tmp_path / "run"), sw.train(replace(recipe, freeze="all"), tmp_path / "only")
+    assert (run.best_epoch, run.epoch) == (0, 1)
+    assert run.best_accuracy == only.best_accuracy
+    best, fitted = (read_tensors(outcome.folder.best)[0] for outcome in (run, only))
+    assert all(torch.equal(best[name], fitted[name]) for name in best)
+    lines = dict(result_lines(run, 1.0))
+    assert "none of 1 epoch was better" in lines["chosen"]
+    assert "(classifier fitted to features, tested)" in lines["weights"]
+    page = (run.folder.path / "report.html").read_text()
+    assert "none of 1 epoch was better" in page
+    assert "epoch 0" not in page
+    summary = json.loads(run.folder.summary.read_text())
+    assert (summary["best_epoch"], summary["epochs"]) == (0, 1)
+
+
+def test_without_time_for_steps_the_run_ends_with_the_classifier(tmp_path):
+    notes = Notes()
+    run = sw.train(replace(BASE, freeze="first", time="1s", batch_size=1000), tmp_path / "run", reporter=notes)
+    assert (run.finished, run.epoch, run.best_epoch) == (True, 0, 0)
+    assert any("no time for 20 steps" in note and "time='1m'" in note for note in notes.notes)
+    assert "--time" in dict(result_lines(run, 1.0))["longer"]
+
+
+@pytest.mark.parametrize(("budget", "fits"), [(99.0, False), (101.0, True), (None, True)])
+def test_steps_are_taken_where_twenty_fit(budget, fits):
+    """10 s are spent, 30 images left to evaluate at 1 s, and a step of one image takes 3 s: 10 + 30 + 60."""
+    data = SimpleNamespace(validation=range(10), test=range(20))
+    recipe = SimpleNamespace(budget=budget, batch_size=1, time="x")
+    run = SimpleNamespace(recipe=recipe, data=data, ranks=Ranks(), seconds=10.0, steps_per_epoch=7, reporter=Notes())
+    assert classifier_fit.has_time_for_steps(run, 1.0) == fits
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch):

@@ -143,17 +143,19 @@ def fold_lines(found: CrossValidation) -> list[tuple[str, str]]:
 
 def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
     """The result, where it is stored, and the next commands."""
-    from skipway.report.summary import accuracy_text, chosen_text, mistakes_text
+    from skipway.report.summary import accuracy_text, chosen_text, epoch_text, mistakes_text
 
     evaluation, folder, out = outcome.evaluation, outcome.folder, shlex.quote(str(outcome.folder.path))
     assert evaluation is not None
+    fitted = outcome.recipe.freeze_plan.fits_classifier
+    best, last = (epoch_text(epoch, fitted=fitted) for epoch in (outcome.best_epoch, outcome.epoch))
     return [
         ("", ""),
         ("accuracy", accuracy_text(evaluation)),
-        ("chosen", chosen_text(outcome.validation_images, outcome.best_accuracy, outcome.best_epoch)),
+        ("chosen", chosen_text(outcome.validation_images, outcome.best_accuracy, outcome.best_epoch, outcome.epoch)),
         ("mistakes", mistakes_text(evaluation, outcome.classes)),
         ("time", f"{duration(outcome.seconds)} of training; {duration(seconds)} for this command"),
-        ("weights", f"{folder.best} (epoch {outcome.best_epoch}, tested), {folder.last} (epoch {outcome.epoch})"),
+        ("weights", f"{folder.best} ({best}, tested), {folder.last} ({last})"),
         ("report", f"{folder.report}; curves in {folder.metrics}, the recipe in {folder.config}"),
         ("use", f"skipway predict {out} photo.jpg"),
         continuation(outcome, out),
@@ -164,7 +166,9 @@ def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
 def continuation(outcome: Outcome, out: str) -> tuple[str, str]:
     """The command that goes on from here."""
     if not outcome.recipe.freeze_plan.takes_steps:
-        return "tune", f"skipway train --config {out} --freeze first --layer-decay 0.75, to train everything"
+        return "tune", f"skipway train --config {out} --freeze first, to train everything"
+    if not outcome.epoch:
+        return "longer", f"skipway train --config {out} --time 1h, say; the features are there"
     return "longer", f"skipway train --out {out} --resume --epochs {2 * outcome.recipe.epochs}"
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "accuracy_text",
     "chosen_text",
     "data_lines",
+    "epoch_text",
     "mistakes_text",
     "model_lines",
     "signal_lines",
@@ -150,17 +151,29 @@ def accuracy_text(evaluation: Evaluation) -> str:
     )
 
 
-def chosen_text(validation_images: int, accuracy: float, epoch: int) -> str:
-    """Describe which weights were tested, and how they were chosen.
+def epoch_text(epoch: int, *, fitted: bool) -> str:
+    """Which weights those of an epoch are; before the first epoch a classifier may have been fitted to features.
 
-    >>> chosen_text(143, 0.972, 7)
+    >>> epoch_text(3, fitted=True), epoch_text(0, fitted=True), epoch_text(0, fitted=False)
+    ('epoch 3', 'classifier fitted to features', 'epoch 0')
+    """
+    return f"epoch {epoch}" if epoch or not fitted else "classifier fitted to features"
+
+
+def chosen_text(validation_images: int, accuracy: float, epoch: int, epochs: int) -> str:
+    """Describe which weights were tested, and how they were chosen, after so many epochs.
+
+    >>> chosen_text(143, 0.972, 7, 9)
     'weights of epoch 7, the best on 143 validation images (97.2 %)'
+    >>> chosen_text(143, 0.972, 0, 9)
+    'the classifier fitted to features, right for 97.2 % of 143 validation images; none of 9 epochs was better'
     """
     if not validation_images:
         return f"weights of epoch {epoch}, the last, as there are no validation images"
     if not epoch:
         images = counted(validation_images, "validation image")
-        return f"the classifier fitted to features, right for {percent(accuracy)} of {images}"
+        more = f"; none of {counted(epochs, 'epoch')} was better" if epochs else ""
+        return f"the classifier fitted to features, right for {percent(accuracy)} of {images}{more}"
     return (
         f"weights of epoch {epoch}, the best on {counted(validation_images, 'validation image')} ({percent(accuracy)})"
     )

@@ -31,6 +31,10 @@ __all__ = ["fit_classifier", "record_fit", "withdraw_fit"]
 
 TOLERANCE = 1e-3
 """Largest difference between the network's logits and its classifier on the features, over the largest logit."""
+USEFUL_STEPS = 20
+"""Steps below which training everything is not begun."""
+STEP_COST = 3
+"""Time of an optimizer step per image, in evaluations of an image."""
 
 
 def fit_classifier(run: Run) -> bool:
@@ -161,13 +165,42 @@ def install(run: Run, name: str, head: Head | None) -> None:
         run.reporter.message("head", head.describe())
 
 
-def record_fit(run: Run, evaluation: Evaluation) -> None:
-    """Record the fitted classifier as the best so far, before the first epoch; the run ends here if that was all."""
+def record_fit(run: Run, evaluation: Evaluation, seconds: float) -> None:
+    """Record the fitted classifier as the best so far, before the first epoch; the run ends here if that was all, or if
+    no time is left for more.
+
+    Args:
+        run: the run.
+        evaluation: of the validation images.
+        seconds: that it took.
+    """
     progress = run.progress
     progress.head_fitted = True
     progress.best_accuracy, progress.best_epoch = evaluation.accuracy, 0
     progress.best_loss = evaluation.loss if math.isfinite(evaluation.loss) else sys.float_info.max
-    if not run.recipe.freeze_plan.takes_steps:
-        progress.epochs = 0
     write_weights(run, run.folder.best)
     run.reporter.message("fitted", f"{100 * evaluation.accuracy:.1f} % of the validation images are right")
+    if not run.recipe.freeze_plan.takes_steps or not has_time_for_steps(run, seconds / evaluation.total):
+        progress.epochs = 0
+
+
+def has_time_for_steps(run: Run, per_image: float) -> bool:
+    """Whether `Recipe.time` leaves time for a useful number of optimizer steps; where it does not, that is said.
+
+    Args:
+        run: the run.
+        per_image: seconds of the evaluation of an image.
+    """
+    if run.recipe.budget is None:
+        return True
+    step = STEP_COST * per_image * run.recipe.batch_size
+    spent = run.seconds + per_image * (len(run.data.validation) + len(run.data.test))
+    if run.ranks.any(run.ranks.first and run.recipe.budget - spent >= USEFUL_STEPS * step):
+        return True
+    minutes = math.ceil((spent + run.steps_per_epoch * step) / 60)
+    run.reporter.message(
+        "plan",
+        f"no time for {USEFUL_STEPS} steps of the whole network in {run.recipe.time}: the run ends with the fitted "
+        f"classifier; an epoch of everything needs about {spell('time', f'{minutes}m')}",
+    )
+    return False

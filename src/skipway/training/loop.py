@@ -121,10 +121,12 @@ class Trainer:
         """Train until all epochs are done or the run is told to stop, and write the result."""
         run = self.run
         if run.recipe.freeze_plan.fits_classifier and not run.progress.head_fitted:
-            evaluation = self.validate() if fit_classifier(run) else None
+            fitted = fit_classifier(run)
+            began = time.monotonic()
+            evaluation = self.validate() if fitted else None
             if evaluation is None:  # told to stop: the checkpoint has the network as it was
                 return self.finish()
-            record_fit(run, evaluation)
+            record_fit(run, evaluation, time.monotonic() - began)
             save_checkpoint(run)
         while not run.finished:
             try:

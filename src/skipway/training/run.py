@@ -43,7 +43,8 @@ class Progress:
         seconds: seconds spent in training up to the checkpoint.
         best_accuracy: best validation accuracy over all epochs; -1 before the first.
         best_loss: validation loss of the best epoch, which decides between epochs of equal accuracy.
-        best_epoch: epoch of the best accuracy, from 1; the last one without validation images.
+        best_epoch: epoch of the best accuracy, from 1, 0 for the classifier fitted before; the last one without
+            validation images.
         stopped_early: whether `Recipe.patience` has ended the run.
         head_fitted: whether the classifier has been fitted to features, see `Recipe.freeze`.
         head: name of the classifier and width of its hidden layer, if it has been given one.
@@ -212,7 +213,8 @@ class Outcome:
         evaluation: test result of `best.safetensors`; None if the run was stopped.
         validation_images: number of validation images.
         best_accuracy: best validation accuracy over all epochs; -1 without validation images.
-        best_epoch: epoch of the best accuracy, ties by the lower loss, from 1; the last one without validation images.
+        best_epoch: epoch of the best accuracy, ties by the lower loss, from 1, 0 for the classifier fitted before; the
+            last one without validation images.
         epoch: complete epochs.
         step: steps into the next epoch.
         seconds: seconds spent in training, over all sessions.

@@ -23,7 +23,7 @@ from skipway.report.run.curves import training_figures
 from skipway.report.run.depth import gain_figures, signal_figures
 from skipway.report.run.pictures import input_pictures, mistake_pictures
 from skipway.report.run.predictions import Predictions, collect_predictions
-from skipway.report.summary import chosen_text, data_lines, model_lines
+from skipway.report.summary import chosen_text, data_lines, epoch_text, model_lines
 from skipway.tracing.chain import read_chain
 
 __all__ = ["SECTIONS", "write_report"]
@@ -94,7 +94,9 @@ def page_values(
     names = [printable(name) for name in run.data.classes]
     scores = class_scores(evaluation.confusion)
     low, high = wilson_interval(evaluation.correct, evaluation.total)
-    choice = chosen_text(len(run.data.validation), run.progress.best_accuracy, run.progress.best_epoch)
+    choice = chosen_text(
+        len(run.data.validation), run.progress.best_accuracy, run.progress.best_epoch, run.progress.epoch
+    )
     calibration, calibration_text = calibration_charts(predictions)
     signals = signal_figures(run.folder.read_health())
     classes = class_table(scores, names)
@@ -114,7 +116,7 @@ def page_values(
             ("balanced accuracy", percent(scores.balanced_accuracy)),
             ("mean F1", percent(scores.macro_f1)),
             ("test loss", f"{evaluation.loss:.4f}"),
-            ("weights", f"epoch {progress.best_epoch}"),
+            ("weights", epoch_text(progress.best_epoch, fitted=progress.head_fitted)),
             ("validation", percent(max(0.0, progress.best_accuracy)) if len(run.data.validation) else "none"),
             ("epochs", f"{progress.epoch:,}"),
             ("time", duration(run.seconds)),
