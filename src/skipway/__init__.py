@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from skipway._version import __version__
 
 if TYPE_CHECKING:
+    from skipway.checkpoint.loop import LoopCheckpoints
     from skipway.diagnosis import Diagnosis, Finding, Treatment, diagnose
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
     from skipway.inference.backend_selection import OptimizedModel, optimize
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from skipway.weights import load
 
 _HOME = {
+    "checkpoint.loop": "LoopCheckpoints",
     "diagnosis": "Diagnosis Finding Treatment diagnose",
     "errors": "CheckpointError DataError DivergedError MissingExtraError SkipwayError",
     "inference.backend_selection": "OptimizedModel optimize",

@@ -1,0 +1,235 @@
+"""`LoopCheckpoints`: exact resume for a training loop of one's own."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipway.checkpoint.state import clean_name, is_sharded
+from skipway.checkpoint.store import Checkpoints, Snapshot
+from skipway.errors import CheckpointError, printable
+from skipway.tracing import unwrap
+
+__all__ = ["LoopCheckpoints"]
+
+TAG = "__skipway__"
+"""The only key of a JSON object that stands for a value that JSON lacks."""
+RANDOM = "random"
+"""The entry of the random number generators, beside those of the parts."""
+
+
+class LoopCheckpoints:
+    """Saves and restores everything that a training loop consists of, so that a resumed loop continues bit for bit.
+
+    With the parts are saved the states of torch's generators (CPU and every GPU), Python's and NumPy's. A checkpoint is
+    written atomically, with hashes; one that is damaged is skipped, with a warning. Nothing is pickled, and reading
+    never runs code.
+
+    What is not restored: the position in a DataLoader that shuffles on its own. Let the order follow from the step
+    (`torch.randperm(n, generator=torch.Generator().manual_seed(epoch))`), or pass a loader that has a `state_dict`, as
+    torchdata's StatefulDataLoader, as a part.
+
+    Args:
+        folder: of the checkpoints, of one loop.
+        keep: number of checkpoints to keep, at least 1.
+        parts: by name, what changes from step to step: the model, optimizer, scheduler, gradient scaler, averaged
+            weights, a generator (of torch, `random.Random`, NumPy's): whatever has `state_dict` and `load_state_dict`,
+            or a state of its own kind. Wrappers of `torch.compile` and DistributedDataParallel are looked through.
+
+    Raises:
+        CheckpointError: a part without a state.
+
+    >>> import tempfile, torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> checkpoints = LoopCheckpoints(tempfile.mkdtemp(), model=model, optimizer=optimizer)
+    >>> for step in range(checkpoints.resume(), 4):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(8, 2)).square().mean().backward()
+    ...     optimizer.step()
+    ...     checkpoints.save(step + 1)
+    >>> checkpoints.resume()
+    4
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, **parts: Any) -> None:
+        self.store = Checkpoints(Path(folder), keep=keep)
+        self.parts = {name: unwrap(part) if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
+        if not parts or RANDOM in parts:
+            raise CheckpointError(
+                f"parts={', '.join(parts) or 'none'}: the rule is at least one, none named {RANDOM!r}"
+            )
+        for name, part in self.parts.items():
+            find_state(name, part)
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps, which is what `resume` returns.
+
+        Raises:
+            CheckpointError: a full disk and the like; the previous checkpoint is kept. A state with objects that are
+                neither tensors nor plain values.
+        """
+        tensors: dict[str, Tensor] = {}
+        state = {name: encode(find_state(name, part)[0](), name, tensors) for name, part in self.parts.items()}
+        state[RANDOM] = encode(random_state(), RANDOM, tensors)
+        self.store.save(Snapshot(step, {"parts": tensors}, state))
+
+    def resume(self) -> int:
+        """Restore the newest checkpoint into the parts, in place, and return its number of steps; 0 if there is none.
+
+        Raises:
+            CheckpointError: no checkpoint is valid, or it does not fit the parts.
+        """
+        self.store.sweep()
+        if not self.store.steps():
+            return 0
+        snapshot, damaged = self.store.newest()
+        for sentence in damaged:
+            warnings.warn(sentence, stacklevel=2)
+        stored = {name for name in snapshot.state if name != RANDOM}
+        if stored != set(self.parts):
+            raise CheckpointError(
+                f"{printable(self.store.folder)} holds {', '.join(sorted(stored))}, and the parts here are "
+                f"{', '.join(sorted(self.parts))}; give the same, or another folder"
+            )
+        tensors = snapshot.tensors.get("parts", {})
+        states = {name: decode(value, tensors) for name, value in snapshot.state.items()}
+        for name, part in self.parts.items():
+            check_names(self.store.folder, name, part, states[name])
+            try:
+                find_state(name, part)[1](states[name])
+            except Exception as error:  # each part's own kind
+                raise CheckpointError(
+                    f"{printable(self.store.folder)}: the state of step {snapshot.step} does not fit {name}: {error}; "
+                    "build it as it was, or give another folder"
+                ) from error
+        set_random_state(states[RANDOM])
+        return snapshot.step
+
+
+State = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def find_state(name: str, part: Any) -> State:
+    """How the state of a part is read, and how it is put back."""
+    for read, write in (("state_dict", "load_state_dict"), ("get_state", "set_state"), ("getstate", "setstate")):
+        if hasattr(part, read) and hasattr(part, write):
+            return getattr(part, read), getattr(part, write)
+    if hasattr(part, "bit_generator"):  # of NumPy
+        return lambda: part.bit_generator.state, lambda state: setattr(part.bit_generator, "state", state)
+    raise CheckpointError(
+        f"{name}={type(part).__name__}: the rule is an object with state_dict() and load_state_dict(), or a random "
+        "number generator"
+    )
+
+
+def check_names(folder: Path, name: str, part: Any, state: Any) -> None:
+    """Raise where a module lacks parameters of a state, or has others: before anything is changed."""
+    if not isinstance(part, torch.nn.Module) or not isinstance(state, Mapping):
+        return
+    own = part.state_dict()
+    odd = set(own.keys() ^ state.keys()) | {
+        key
+        for key in own.keys() & state.keys()
+        if isinstance(own[key], Tensor) and isinstance(state[key], Tensor) and own[key].shape != state[key].shape
+    }
+    if odd:
+        listed = ", ".join(sorted(map(clean_name, odd))[:5])
+        raise CheckpointError(
+            f"{printable(folder)}: the stored {name} is another network; {len(odd)} names or shapes differ, {listed}; "
+            "build it as it was, or give another folder"
+        )
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all global random number generators."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the states of all global random number generators back."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+
+
+def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A value as JSON; its tensors and arrays are entered into `tensors` by their path.
+
+    Raises:
+        CheckpointError: an object of another kind, named with its path.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {TAG: ["float", repr(value)]}
+    if isinstance(value, Tensor):
+        if is_sharded(value):
+            raise CheckpointError(f"{path} is sharded over processes; torch.distributed.checkpoint saves such tensors")
+        tensors[path] = value
+        return {TAG: ["tensor", path]}
+    if isinstance(value, np.generic):
+        return {TAG: ["number", encode(value.item(), path, tensors), str(value.dtype)]}
+    if isinstance(value, np.ndarray):
+        tensors[path] = torch.from_numpy(value.copy())
+        return {TAG: ["array", path, str(value.dtype)]}
+    if isinstance(value, list | tuple):
+        parts = [encode(each, f"{path}.{number}", tensors) for number, each in enumerate(value)]
+        return parts if isinstance(value, list) else {TAG: ["tuple", parts]}
+    if isinstance(value, Mapping):
+        pairs = list(encoded_pairs(value, path, tensors))
+        plain = all(isinstance(key, str) and key != TAG for key, _ in pairs)
+        return dict(pairs) if plain else {TAG: ["pairs", [list(pair) for pair in pairs]]}
+    raise CheckpointError(
+        f"{path}: a {type(value).__name__} cannot be stored; the rule is tensors, arrays, numbers, texts, and lists, "
+        "tuples and dicts of them"
+    )
+
+
+def encoded_pairs(value: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]) -> Iterator[tuple[Any, Any]]:
+    """Keys and encoded values of a mapping.
+
+    Raises:
+        CheckpointError: a key that is neither a text nor a number.
+    """
+    for key, each in value.items():
+        if not isinstance(key, str | int | float | bool):
+            raise CheckpointError(f"{path}: the key {key!r} cannot be stored; the rule is texts and numbers")
+        yield key, encode(each, f"{path}.{key}", tensors)
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `encode` was given."""
+    if isinstance(value, list):
+        return [decode(each, tensors) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {TAG}:
+        return {key: decode(each, tensors) for key, each in value.items()}
+    kind, content, *more = value[TAG]
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        return tensors[content].numpy().astype(more[0], copy=False)
+    if kind == "number":
+        return np.dtype(more[0]).type(decode(content, tensors))
+    if kind == "tuple":
+        return tuple(decode(each, tensors) for each in content)
+    if kind == "pairs":
+        return {key: decode(each, tensors) for key, each in content}
+    return float(content)

@@ -1,0 +1,166 @@
+"""Exact resume of loops of others: killed anywhere, resumed, equal bit for bit; what does not fit is an error."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import skipway as sw
+
+PAGE = Path(__file__).parents[2] / "docs" / "own-loop.md"
+STEPS = 12
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
+
+
+def loop(folder: Path, killed_at: int | None = None) -> dict[str, torch.Tensor]:
+    """A loop with all that people have in one: every source of randomness, schedule, averages, a scaler."""
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=3),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS),
+        ],
+        milestones=[3],
+    )
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    own, numpys, pythons = torch.Generator().manual_seed(1), np.random.default_rng(2), random.Random(3)
+    checkpoints = sw.LoopCheckpoints(
+        folder, model=model, optimizer=optimizer, schedule=schedule, averaged=averaged, scaler=scaler,
+        own=own, numpys=numpys, pythons=pythons,
+    )  # fmt: skip
+    for step in range(checkpoints.resume(), STEPS):
+        scale = 1 + np.random.rand() + random.random() + numpys.random() + pythons.random()
+        x = torch.randn(16, 4) * scale + torch.randn(4, generator=own)
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x), torch.arange(16) % 2)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        averaged.update_parameters(model)
+        if step == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        checkpoints.save(step + 1)
+    return {**model.state_dict(), **{f"averaged {key}": value for key, value in averaged.state_dict().items()}}
+
+
+def test_a_killed_loop_ends_with_the_same_bits(tmp_path):
+    whole = loop(tmp_path / "whole")
+    for kill in (0, 4, 5, 11):
+        child = os.fork()
+        if child == 0:  # pragma: no cover - the process is killed
+            warnings.simplefilter("ignore")
+            loop(tmp_path / "killed", kill)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    resumed = loop(tmp_path / "killed")
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path):
+    model = network()
+    checkpoints = sw.LoopCheckpoints(tmp_path, model=model)
+    checkpoints.save(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    checkpoints.save(2)
+    newest = tmp_path / "step-00000002" / "parts.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-3] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match="step-00000002"):
+        assert sw.LoopCheckpoints(tmp_path, model=model).resume() == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [(torch.compile, lambda model: model), (lambda model: model, torch.compile), (nn.DataParallel, torch.compile)],
+)
+def test_wrappers_come_and_go(tmp_path, wrap, unwrap):
+    model = network()
+    sw.LoopCheckpoints(tmp_path, model=wrap(model)).save(1)
+    other = network()
+    assert sw.LoopCheckpoints(tmp_path, model=unwrap(other)).resume() == 1
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_values_that_json_lacks_come_back(tmp_path):
+    class Part:
+        def __init__(self, state):
+            self.state = state
+
+        def state_dict(self):
+            return self.state
+
+        def load_state_dict(self, state):
+            self.state = state
+
+    state = {
+        "best": float("inf"), "nan": float("nan"), "pair": (1, (2.5, None)), 3: "key", "rows": [{"a": True}],
+        "array": np.arange(3, dtype=np.int16), "number": np.float32(0.1), "text": {"__skipway__": 1}, "half": 0.1,
+        "tensor": torch.tensor(2, dtype=torch.bfloat16),
+    }  # fmt: skip
+    sw.LoopCheckpoints(tmp_path, part=Part(state)).save(0)
+    empty = Part({})
+    sw.LoopCheckpoints(tmp_path, part=empty).resume()
+    assert str(empty.state) == str(state)
+    assert empty.state["number"] == state["number"]
+    assert torch.equal(empty.state["tensor"], state["tensor"])
+
+
+def test_what_does_not_fit_is_an_error_before_anything_changes(tmp_path):
+    model = network()
+    sw.LoopCheckpoints(tmp_path, model=model).save(1)
+    other = nn.Sequential(nn.Linear(4, 9), *network()[1:])
+    before = other[0].weight.clone()
+    with pytest.raises(sw.CheckpointError, match=re.escape("0.bias, 0.weight")):
+        sw.LoopCheckpoints(tmp_path, model=other).resume()
+    assert torch.equal(other[0].weight, before)
+    with pytest.raises(sw.CheckpointError, match="the parts here are model, optimizer"):
+        sw.LoopCheckpoints(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).resume()
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [(3, "part=int"), ([], "part=list"), (None, "part=NoneType"), (type("Odd", (), {})(), "part=Odd")],
+)
+def test_a_part_without_a_state_is_refused(tmp_path, part, words):
+    with pytest.raises(sw.CheckpointError, match=words):
+        sw.LoopCheckpoints(tmp_path, part=part)
+
+
+def test_an_object_in_a_state_is_named_with_its_path(tmp_path):
+    class Part:
+        def state_dict(self):
+            return {"hook": [print]}
+
+        def load_state_dict(self, state):
+            pass
+
+    with pytest.raises(sw.CheckpointError, match=r"part\.hook\.0: a builtin_function_or_method"):
+        sw.LoopCheckpoints(tmp_path, part=Part()).save(0)
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_an_empty_folder_begins_at_zero_and_no_parts_are_refused(tmp_path):
+    assert sw.LoopCheckpoints(tmp_path / "new", model=network()).resume() == 0
+    with pytest.raises(sw.CheckpointError, match="parts=none"):
+        sw.LoopCheckpoints(tmp_path)
