@@ -161,6 +161,17 @@ def test_other_weights_replace_and_fewer_rows_are_a_part(opened, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features-x-b.bin", "features-x-b.jsonl"]
 
 
+def test_a_table_that_is_replaced_while_it_is_written(opened, notes, tmp_path):
+    with opened() as first:
+        first.append(ROWS[:4])
+        with opened("b") as second:
+            fill(second)
+        assert fill(first) == 4
+    with opened() as again:
+        assert fill(again) == 0
+    assert not notes
+
+
 def test_cleared_rows_are_gone(opened, notes, monkeypatch):
     with opened() as table:
         fill(table)

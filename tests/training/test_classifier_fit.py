@@ -134,6 +134,25 @@ def make():
 """
 
 
+OTHERS = """
+from torch import nn
+
+class Two(nn.ModuleList):
+    def forward(self, x):
+        return (self[0](x.flatten(1)) + self[1](x.flatten(1))) / 2
+
+class Scaled(nn.ModuleList):
+    def forward(self, x):
+        return 3 * self[0](x.flatten(1))
+
+def two():
+    return Two([nn.Linear(64, 10), nn.Linear(64, 10)])
+
+def scaled():
+    return Scaled([nn.Linear(64, 10)])
+"""
+
+
 def test_features_of_changed_code_are_made_anew(tmp_path):
     """The cache knows weights and preprocessing; what `forward` does with them shows in the features alone."""
     notes, results = Notes(), []
@@ -227,13 +246,13 @@ def test_a_hidden_layer_becomes_a_part_of_the_network(tmp_path, small):
     assert torch.equal(model(batch.inputs), again(batch.inputs))
 
 
-@pytest.mark.parametrize("head", [["head.classifier", 10**9], ["nothing", 4], [4], "head", ["head.classifier", "4"]])
-def test_a_hidden_layer_that_is_not_in_the_file_is_refused(tmp_path, small, head):
+def test_a_hidden_layer_that_is_not_in_the_file_is_refused(tmp_path, small):
     outcome = sw.train(replace(BASE, freeze="all(head='mlp')"), tmp_path / "run")
     tensors, about = read_tensors(outcome.folder.best)
-    write_tensors(outcome.folder.best, tensors, {**about, "model": {**about["model"], "head": head}})
-    with pytest.raises(CheckpointError, match="hidden layer|not an option"):
-        sw.from_pretrained(outcome.folder.best)
+    for head in (["head.classifier", 10**9], ["nothing", 4], [4], "head", ["head.classifier", "4"]):
+        write_tensors(outcome.folder.best, tensors, {**about, "model": {**about["model"], "head": head}})
+        with pytest.raises(CheckpointError, match="hidden layer|not an option"):
+            sw.from_pretrained(outcome.folder.best)
 
 
 def test_a_network_of_a_file_gets_a_hidden_layer_and_is_trained_on(tmp_path, small):
@@ -244,20 +263,46 @@ def test_a_network_of_a_file_gets_a_hidden_layer_and_is_trained_on(tmp_path, sma
     assert {"2.0.weight", "2.2.weight"} <= set(state)
 
 
+def test_a_start_with_a_hidden_layer_is_taken_with_it(tmp_path, small):
+    first = sw.train(replace(BASE, freeze="all(head='mlp')"), tmp_path / "first")
+    recipe = replace(BASE, start=str(first.folder.best), epochs=1, lr=1e-12, freeze="none")
+    second = sw.train(recipe, tmp_path / "second")
+    one, two = (sw.from_pretrained(run.folder.last).head.classifier for run in (first, second))
+    assert all(torch.allclose(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_where_memory_is_short_a_batch_is_computed_in_halves(tmp_path, monkeypatch):
+    whole = sw.train(replace(BASE, freeze="all", cache=False), tmp_path / "whole")
+    real, sizes = features.features_of, []
+
+    def short(model, classifier, inputs):
+        sizes.append(len(inputs))
+        if len(inputs) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, classifier, inputs)
+
+    monkeypatch.setattr(features, "features_of", short)
+    halves = sw.train(replace(BASE, freeze="all", cache=False), tmp_path / "halves")
+    assert halves.best_accuracy == whole.best_accuracy
+    assert max(sizes) == 512
+    monkeypatch.setattr(features, "features_of", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("all")))
+    with pytest.raises(SkipwayError, match="out of memory: not even one image"):
+        sw.train(replace(BASE, freeze="all", cache=False), tmp_path / "none")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"validation": 0.0}, "validation images select"),
         ({"freeze": "all(views=2)", "crop": "none"}, "nothing augments"),
-        ({"model": "timm:levit_128s", "depth": None, "width": None, "size": 224}, "one linear classifier"),
+        ({"model": "FILE:two"}, "one linear classifier"),
+        ({"model": "FILE:scaled"}, "something follows 0"),
     ],
 )
 def test_what_it_cannot_do_is_refused(tmp_path, options, message):
-    if "timm" in str(options.get("model")):
-        pytest.importorskip("huggingface_hub")
-        try:
-            sw.zoo.import_library("timm")
-        except SkipwayError:
-            pytest.skip("timm is not installed")
+    (tmp_path / "nets.py").write_text(OTHERS)
+    if "FILE" in options.get("model", ""):
+        model = options["model"].replace("FILE", f"{tmp_path}/nets.py")
+        options = {"model": model, "depth": None, "width": None, "channels": 1}
     with pytest.raises(SkipwayError, match=message):
         sw.train(replace(BASE, **{"freeze": "all", **options}), tmp_path / "run")

@@ -20,7 +20,7 @@ from skipway.errors import CheckpointError, printable
 from skipway.weights.files import LAYOUT
 from skipway.zoo import import_library
 
-__all__ = ["DataConfig", "find_class_names", "find_data_config"]
+__all__ = ["DataConfig", "find_class_names", "find_data_config", "find_hidden_layer"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def find_class_names(source: str | Path) -> tuple[str, ...] | None:
     `label_names` (timm).
     """
     path = Path(source)
-    stated: Any = (own_preprocessing(path) or ("", {}))[1].get("classes")
+    stated: Any = (read_own_entry(path, "preprocessing") or ("", {}))[1].get("classes")
     file = (path if path.is_dir() else path.parent) / "config.json"
     if stated is None and file.is_file():
         config = read_description(file)
@@ -90,12 +90,19 @@ def find_class_names(source: str | Path) -> tuple[str, ...] | None:
     return tuple(map(class_name, stated)) if named else None
 
 
-def own_preprocessing(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The preprocessing in the header of the file that weights are read from, where a run wrote it."""
+def find_hidden_layer(source: str | Path) -> list[Any] | None:
+    """The name of the classifier and the width of its hidden layer, where the weights of a run have one."""
+    _, model = read_own_entry(Path(source), "model") or ("", {})
+    head = model.get("head")
+    return head if isinstance(head, list) and len(head) == 2 else None
+
+
+def read_own_entry(path: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
+    """An entry of the header of the file that weights are read from, where a run wrote it."""
     file = next((path / name for name in LAYOUT if (path / name).is_file()), path)
     try:
         with safe_open(file, framework="pt") as content:
-            stated = json.loads((content.metadata() or {}).get("preprocessing", "null"))
+            stated = json.loads((content.metadata() or {}).get(name, "null"))
     except (OSError, ValueError, SafetensorError):  # no file of ours; what is wrong with it, its reader says
         return None
     return (file, stated) if isinstance(stated, dict) else None
@@ -103,7 +110,7 @@ def own_preprocessing(path: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def own_header(path: Path) -> DataConfig | None:
     """What the header of a file of ours states."""
-    found = own_preprocessing(path)
+    found = read_own_entry(path, "preprocessing")
     if found is None:
         return None
     file, stated = found

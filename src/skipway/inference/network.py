@@ -19,6 +19,7 @@ from skipway.surgery.class_factory import class_factory
 from skipway.surgery.classifier import ends_in_softmax, read_classifiers
 from skipway.tracing import call_model, preserved_state, unwrap
 from skipway.tracing.containers import tensors_in
+from skipway.validation import check_positive_int
 from skipway.zoo import ModelRequest, load_model, source_of
 
 __all__ = ["PooledClassifier", "add_hidden_layer", "build_classifier", "hidden_layer", "is_ours"]
@@ -94,6 +95,7 @@ def add_hidden_layer(model: nn.Module, name: str, width: int) -> None:
         SkipwayError: there is no linear classifier of that name.
     """
     classifier = dict(model.named_modules()).get(name)
+    check_positive_int("width", width)
     if not isinstance(classifier, nn.Linear):
         raise SkipwayError(f"the network has no linear classifier {printable(name)!r} to put a hidden layer before")
     weight = classifier.weight

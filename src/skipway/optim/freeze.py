@@ -132,7 +132,7 @@ def parse_freeze(text: str | int) -> FreezePlan:
     """Parse a spec string, or the number of epochs in which only the classifier is trained.
 
     >>> parse_freeze("first"), parse_freeze("2"), parse_freeze("blocks(3)")
-    (TrunkAtFirst(), FrozenEpochs(epochs=2), FrozenBlocks(count=3))
+    (TrunkAtFirst(views=0, head='linear'), FrozenEpochs(epochs=2), FrozenBlocks(count=3))
     """
     text = str(text).strip()
     number = text.removeprefix("-")

@@ -17,7 +17,9 @@ from skipway.data import Batch
 from skipway.data.cache.features import FeatureTable
 from skipway.data.cache.store import cache_folder
 from skipway.data.image_dataset import MemoryDataset
+from skipway.errors import SkipwayError
 from skipway.tracing import preserved_state
+from skipway.training.recovery import is_out_of_memory
 from skipway.training.run import Run
 from skipway.training.setup import model_config
 
@@ -75,10 +77,20 @@ class FeatureSource:
                 yield from data.view_batches(seed=self.run.recipe.seed, view=view, **choices, start=first)
 
     def features(self, inputs: Tensor) -> np.ndarray:
-        """Features float32 (B, D) of normalised images."""
-        with self.run.autocast():
-            features, _ = features_of(self.run.model, self.classifier, inputs)
-        return features.float().cpu().numpy()
+        """Features float32 (B, D) of normalised images, in halves where the memory is too small for all."""
+        try:
+            with self.run.autocast():
+                features, _ = features_of(self.run.model, self.classifier, inputs)
+            return features.float().cpu().numpy()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(inputs) == 1:
+                raise SkipwayError(
+                    f"out of memory: not even one image of {inputs.shape[-1]} pixels fits; take a smaller model or size"
+                ) from error
+        torch.cuda.empty_cache()
+        return np.concatenate([self.features(half) for half in inputs.chunk(2)])
 
     def table(self, split: Split, count: int) -> FeatureTable:
         """The table of a split in the cache."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skipway.data.data_config import find_class_names, find_data_config
+from skipway.data.data_config import find_class_names, find_data_config, find_hidden_layer
 from skipway.errors import CheckpointError, SkipwayError, printable, spell, spelling
 from skipway.inference.network import is_ours
 from skipway.inference.published_weights import find_published_weights, is_pretrained
@@ -92,7 +92,9 @@ def load_initial_weights(
     adapt = tuple(choice.strip() for choice in recipe.weights_adapt.split(",") if choice.strip())
     names, classifiers = recipe.weights_names, ()
     if not is_ours(str(recipe.model)):  # its names are its library's
-        names, classifiers = "skipway", find_classifiers(model, example)
+        names = "skipway"
+    if not is_ours(str(recipe.model)) or find_hidden_layer(str(recipe.start)) is not None:
+        classifiers = find_classifiers(model, example)
     with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
         origin = printable(str(recipe.start))
         if is_pretrained(recipe.start):

@@ -15,7 +15,7 @@ from skipway.training.records import save_checkpoint
 from skipway.training.resume import load_newest_checkpoint
 from skipway.training.run import Run, StepResult
 
-__all__ = ["divergence_error", "retry_from_checkpoint", "split_batch"]
+__all__ = ["divergence_error", "is_out_of_memory", "retry_from_checkpoint", "split_batch"]
 
 MAX_RETRIES = 3
 RETRY_LR_SCALE = 0.5

@@ -18,6 +18,7 @@ from skipway._version import __version__
 from skipway.checkpoint.files import write_json
 from skipway.checkpoint.store import Checkpoints
 from skipway.data import Data, load
+from skipway.data.data_config import find_hidden_layer
 from skipway.data.randomness import draw_key
 from skipway.data.source_reader import SourceSummary
 from skipway.errors import DataError, SkipwayError, printable
@@ -158,6 +159,9 @@ def build_run(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SkipwayError(f"all parameters of {recipe.model} have requires_grad=False, so there is nothing to train")
     example = data.preprocessing.example.expand(2, -1, -1, -1)
+    head = find_hidden_layer(str(recipe.start)) if fresh and recipe.initial_weights is not None else None
+    if head is not None:
+        add_hidden_layer(model, *head)
     if fresh and recipe.initial_weights is not None:
         loaded = load_initial_weights(model, recipe, data.classes, example, partial(reporter.message, "note"))
         reporter.message("weights", loaded)
@@ -190,7 +194,7 @@ def build_run(
     epochs = (
         recipe.epochs if recipe.time is None else max(recipe.epochs, math.ceil(STEPS_TO_PLAN / run.steps_per_epoch))
     )
-    run.progress = Progress(epochs=epochs, accumulation=recipe.accumulate)
+    run.progress = Progress(epochs=epochs, accumulation=recipe.accumulate, head=head)
     return run
 
 

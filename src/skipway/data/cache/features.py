@@ -53,6 +53,7 @@ class FeatureTable:
         self.parts: list[int] = []
         self.memory: list[np.ndarray] = []
         self.file: IO[bytes] | None = None
+        self.sums: IO[str] | None = None
         self.lock: FileLock | None = None
 
     @property
@@ -77,13 +78,14 @@ class FeatureTable:
 
     def close(self) -> None:
         """Close the file and let others write it."""
-        if self.file is not None:
-            self.file.close()
+        for file in (self.file, self.sums):
+            if file is not None:
+                file.close()
         if self.lock is not None:
             with suppress(OSError):
                 Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
-        self.file, self.lock = None, None
+        self.file, self.sums, self.lock = None, None, None
 
     def open(self, path: Path) -> None:
         """Read what is there, and where it is not complete prepare to write the rest.
@@ -114,8 +116,9 @@ class FeatureTable:
             self.remark(f"{printable(path)} is damaged behind row {self.done:,}; the rest is computed again")
         file.truncate(self.done * self.width * BYTES)
         file.seek(0, 2)
-        kept = "".join(f"{line}\n" for line in lines[: len(self.parts)])
-        path.with_suffix(".jsonl").write_text(kept, encoding="utf-8")
+        self.sums = open(path.with_suffix(".jsonl"), "w", encoding="utf-8")  # noqa: SIM115 - until `close`
+        self.sums.writelines(f"{line}\n" for line in lines[: len(self.parts)])
+        self.sums.flush()
         self.remove_others(path)
 
     def read_parts(self, file: IO[bytes]) -> tuple[list[int], list[str]]:
@@ -144,14 +147,14 @@ class FeatureTable:
     def append(self, rows: np.ndarray) -> None:
         """Add the next rows, float32 (B, D)."""
         rows = np.ascontiguousarray(rows, np.float32)
-        if self.file is not None and self.path is not None:
+        if self.file is not None and self.sums is not None:
             try:
                 content = rows.tobytes()
                 self.file.write(content)
                 self.file.flush()
                 line = json.dumps({"rows": len(rows), "sha256": hashlib.sha256(content).hexdigest()})
-                with open(self.path.with_suffix(".jsonl"), "a", encoding="utf-8") as sums:
-                    sums.write(f"{line}\n")
+                self.sums.write(f"{line}\n")
+                self.sums.flush()
             except OSError as error:
                 self.keep_in_memory(describe_os_error(error))
         if self.file is None:
