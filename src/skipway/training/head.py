@@ -51,16 +51,17 @@ def select_head(
     heads: Iterable[Head],
     validation: tuple[Tensor, Tensor],
     *,
-    report: Callable[[Head], object] = lambda head: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Head | None:
-    """Return the head of the highest accuracy on the validation features (N, D) and labels (N), ties by the lower loss;
-    None if told to stop.
+    """Return the head of the lowest loss on the validation features (N, D) and labels (N); None if told to stop.
+
+    Few images give many heads nearly the same accuracy. On digits, with 20 to 200 validation images, the head of the
+    lowest loss is right for as many test images as that of the highest accuracy, or more, and its probabilities fit
+    better.
 
     Args:
         heads: fitted ones, each of which is made when it is asked for.
         validation: features and labels of images that chose nothing else.
-        report: called with each head.
         stop: asked after each head.
 
     Raises:
@@ -75,8 +76,7 @@ def select_head(
         right = int((scores.argmax(1) == labels).sum())
         loss = float(nn.functional.cross_entropy(scores, labels))
         judged = dataclasses.replace(head, loss=loss, accuracy=right / len(labels))
-        report(judged)
-        if best is None or (judged.accuracy, -judged.loss) > (best.accuracy, -best.loss):
+        if best is None or judged.loss < best.loss:
             best = judged
         if stop():
             return None

@@ -15,7 +15,7 @@ from skipway.training.head import Head, minimise, moments
 __all__ = ["MLPHead", "fit_mlp_head", "mlp_heads"]
 
 WIDTHS = (64, 256)
-PENALTIES = (1e-2, 1e-3, 1e-4)
+PENALTIES = (1e-1, 1e-2, 1e-3)
 """Widths and penalties λ that are compared."""
 
 ITERATIONS = 100
