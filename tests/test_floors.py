@@ -29,7 +29,7 @@ FLOORS = [
     {"training"},
     {"studies"},
     {"cli"},
-    {"__main__"},
+    {"classifier", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(
@@ -141,11 +141,11 @@ BasicBlock Bottleneck CaiT CaiTConfig Chain CheckpointError Connection ConvNeXt 
 DepthMixing DepthScaled Diagnosis DivergedError DyT Finding Fixup Identity Keel Kit LayerNormScaling LayerScale
 LoopCheckpoints MissingExtraError MixNorm NormFree Operation OptimizedModel Outcome PeriNorm Placement Plain
 PreActivation ReZero Recipe ResNet ResNetConfig Residual Scheme Site SkipInit SkipwayError StochasticDepth Swin
-SwinConfig Treatment ViT ViTConfig WatchedConnection ZeroInit __version__ accelerate build chain checkpoint
-checkpointed data deepen depth_mixing diagnose diagnosis features fold_gains from_pretrained fuse hardware inference
-influence initialise_ kernels lesion load models monitor nn optim optimize param_groups probes projection remove_norm
-report rescheme reversible schemes shorten skip_compute stage_features studies surgery tracing train training weights
-zoo
+SwinConfig TrainedClassifier Treatment ViT ViTConfig WatchedConnection ZeroInit __version__ accelerate build chain
+checkpoint checkpointed data deepen depth_mixing diagnose diagnosis features fit fold_gains from_pretrained fuse
+hardware inference influence initialise_ kernels lesion load models monitor nn optim optimize param_groups probes
+projection remove_norm report rescheme reversible schemes shorten skip_compute stage_features studies surgery tracing
+train training weights zoo
 """
 
 

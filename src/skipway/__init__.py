@@ -13,6 +13,7 @@ from skipway._version import __version__
 
 if TYPE_CHECKING:
     from skipway.checkpoint.loop import LoopCheckpoints
+    from skipway.classifier import TrainedClassifier, fit
     from skipway.diagnosis import Diagnosis, Finding, Treatment, diagnose
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
     from skipway.inference.backend_selection import OptimizedModel, optimize
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "checkpoint.loop": "LoopCheckpoints",
+    "classifier": "TrainedClassifier fit",
     "diagnosis": "Diagnosis Finding Treatment diagnose",
     "errors": "CheckpointError DataError DivergedError MissingExtraError SkipwayError",
     "inference.backend_selection": "OptimizedModel optimize",

@@ -66,7 +66,8 @@ def from_pretrained(path: str | Path, *, trust_code: bool = False) -> nn.Module:
         )
     model = decode_json(header["model"].encode(), file)
     preprocessing = Preprocessing.from_json(decode_json(header["preprocessing"].encode(), file), printable(file))
-    network = build_network(model, preprocessing, tensors, file, trust_code=trust_code)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and replaced
+        network = build_network(model, preprocessing, tensors, file, trust_code=trust_code)
     network.load_state_dict(tensors)
     network.preprocessing = preprocessing  # type: ignore[assignment]
     return network.eval()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipway.checkpoint.files import read_tensors, write_json
 from skipway.checkpoint.state import load_model_state
@@ -32,6 +32,7 @@ from skipway.optim.schedules import set_lr
 from skipway.recipe import Recipe
 from skipway.report.run import write_report
 from skipway.report.run.predictions import PredictionLog, Predictions
+from skipway.tracing.restoration import random_states, restored
 from skipway.training import step
 from skipway.training.budget import plan_epochs
 from skipway.training.classifier_fit import fit_classifier, record_fit, withdraw_fit
@@ -103,7 +104,11 @@ def train(
         SkipwayError: an unknown model or scheme, an impossible depth, a folder in use, or out of memory.
     """
     choices: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "reporter": reporter, "stop": stop}
-    with open_run(recipe, RunFolder(out), **choices, began=time.monotonic() if began is None else began) as run:
+    began = time.monotonic() if began is None else began
+    with (
+        restored(random_states(nn.Identity())),  # also outside of the run: reading data, the report
+        open_run(recipe, RunFolder(out), **choices, began=began) as run,
+    ):
         return Trainer(run).train()
 
 

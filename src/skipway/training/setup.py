@@ -48,6 +48,8 @@ __all__ = [
     "write_run_files",
 ]
 
+# variable that cuBLAS reads, without which it is not deterministic
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 # more steps than are timed before `Recipe.time` is converted to epochs
 STEPS_TO_PLAN = 25
 
@@ -55,14 +57,16 @@ STEPS_TO_PLAN = 25
 @contextmanager
 def deterministic_algorithms(recipe: Recipe) -> Iterator[None]:
     """Context in which torch uses only deterministic algorithms, if the recipe asks for it."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before, named = torch.are_deterministic_algorithms_enabled(), CUBLAS in os.environ
     if recipe.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault(CUBLAS, ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        if not named:
+            os.environ.pop(CUBLAS, None)
 
 
 def load_data(
