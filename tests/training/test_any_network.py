@@ -47,15 +47,20 @@ class Notes(SilentReporter):
         self.notes.append(f"{label} {text}")
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+def write_images(root):
+    """Three classes of twelve images that differ in brightness."""
+    rng = np.random.default_rng(0)
     for number, name in enumerate(("dark", "middle", "bright")):
         (root / name).mkdir()
         for count in range(12):
             pixels = rng.normal(40 + 85 * number, 12, (32, 32, 3)).clip(0, 255).astype("uint8")
             Image.fromarray(pixels).save(root / name / f"{count}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from skipway.cli.network_options import NetworkOptions
 from skipway.errors import SkipwayError, counted, printable
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def evaluate(
     batch_size: Annotated[int | None, Parameter(group=EVALUATION)] = None,
     outside: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
     max_megapixels: Annotated[float, Parameter(group=EVALUATION)] = 64.0,
-    trust_code: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
     device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
     json: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
+    network: Annotated[NetworkOptions, Parameter(name="*")] = NetworkOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Evaluate a trained run: accuracy with its interval, and recall, precision and F1 per class.
 
@@ -51,7 +52,7 @@ def evaluate(
         batch_size: Images per forward pass. [as in training]
         outside: Follow links out of DATA.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
-        trust_code: Run the Python file that the run's network was built from.
+        network: How a network that is not Skipway's own is built again.
         device: auto, cpu, cuda, cuda:1.
     """
     if batch_size is not None and batch_size < 1:
@@ -59,7 +60,7 @@ def evaluate(
     from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
     if data is None:
-        result = evaluate_run(run, device=device, flip=flip or None, batch_size=batch_size, trust_code=trust_code)
+        result = evaluate_run(run, device=device, flip=flip or None, batch_size=batch_size, **network.choices)
     else:
         from skipway.hardware.limits import cpu_count
 
@@ -72,7 +73,7 @@ def evaluate(
             workers=cpu_count(),
             outside=outside,
             max_megapixels=max_megapixels,
-            trust_code=trust_code,
+            **network.choices,
         )
     if json:
         sys.stdout.write(encode_evaluation(result) + "\n")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from skipway.cli.network_options import NetworkOptions
 from skipway.cli.option_names import print_note
 from skipway.errors import SkipwayError, printable
 
@@ -25,7 +26,7 @@ def export(
     hub: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     sides: Annotated[Literal["dynamic", "fixed"], Parameter(group=OUTPUT)] = "dynamic",
     opset: Annotated[int | None, Parameter(group=OUTPUT)] = None,
-    trust_code: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
+    network: Annotated[NetworkOptions, Parameter(name="*")] = NetworkOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Export a trained run with its preprocessing to other formats, and verify the result.
 
@@ -36,23 +37,23 @@ def export(
         hub: Write this folder for the Hugging Face hub: weights, config, model card.
         sides: dynamic: other image sizes, too, if the network allows them; fixed: that of the run.
         opset: Version of the operators of ONNX. [the exporter's]
-        trust_code: Run the Python file that the run's network was built from.
+        network: How a network that is not Skipway's own is built again.
     """
     if onnx is None and pt2 is None and hub is None:
         raise SkipwayError("nothing to export: give --onnx FILE, --pt2 FILE or --hub FOLDER")
     from skipway.inference.publish import write_hub_folder, write_onnx, write_program
 
     if onnx is not None:
-        difference = write_onnx(run, onnx, sides=sides, opset=opset, trust_code=trust_code, remark=print_note)
+        difference = write_onnx(run, onnx, sides=sides, opset=opset, **network.choices, remark=print_note)
         checked = "not verified: onnxruntime is not installed"
         if difference is not None:
             checked = f"largest difference {difference:.2g}"
         sys.stdout.write(f"onnx      {printable(onnx)}, {checked}\n")
     if pt2 is not None:
-        difference = write_program(run, pt2, sides=sides, trust_code=trust_code, remark=print_note)
+        difference = write_program(run, pt2, sides=sides, **network.choices, remark=print_note)
         sys.stdout.write(f"pt2       {printable(pt2)}, largest difference {difference:.2g}\n")
     if hub is not None:
-        write_hub_folder(run, hub, trust_code=trust_code)
+        write_hub_folder(run, hub, **network.choices)
         sys.stdout.write(f"hub       {printable(hub)}; add the licence to {printable(hub / 'README.md')}\n")
         sys.stdout.write(f"load      skipway.from_pretrained({str(hub)!r})\n")
     return 0

@@ -14,7 +14,7 @@ ARGUMENT = re.compile(r"""(?<![\w.\-])([a-z]\w*)=(\([^()]*\)|'[^']*'|"[^"]*"|[\w
 
 
 def option_spelling(text: str) -> str:
-    """Spell every `name=value` in a message whose name is a field of the recipe, or of an export, as an option.
+    """Spell every `name=value` in a message whose name is a field of the recipe, or of another command, as an option.
 
     >>> option_spelling("keep it with allow_empty=True, or name them with columns=('image', 'label')")
     'keep it with --allow-empty, or name them with --columns image,label'
@@ -23,7 +23,7 @@ def option_spelling(text: str) -> str:
     """
     from skipway.recipe import Recipe
 
-    known = {"opset", "sides", "trust_code", *(field.name for field in fields(Recipe))}
+    known = {"opset", "sides", "trust_code", "allow_changed_outputs", *(field.name for field in fields(Recipe))}
 
     def spelled(found: re.Match[str]) -> str:
         name, text = found.groups()

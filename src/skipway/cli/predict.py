@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from skipway.cli.network_options import NetworkOptions
 from skipway.cli.option_names import option_spelling
 from skipway.errors import DataError, SkipwayError, counted, printable
 
@@ -37,11 +38,11 @@ def predict(
     batch_size: Annotated[int, Parameter(group=PREDICTION)] = 64,
     outside: Annotated[bool, Parameter(negative=(), group=PREDICTION)] = False,
     max_megapixels: Annotated[float, Parameter(group=PREDICTION)] = 64.0,
-    trust_code: Annotated[bool, Parameter(negative=(), group=PREDICTION)] = False,
     device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
     workers: Annotated[int | None, Parameter(group=HARDWARE)] = None,
     csv: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     json: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
+    network: Annotated[NetworkOptions, Parameter(name="*")] = NetworkOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Classify images with a trained run. No code from the run folder is executed.
 
@@ -56,7 +57,7 @@ def predict(
         batch_size: Images per forward pass.
         outside: Follow links out of the folders of images.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
-        trust_code: Run the Python file that the run's network was built from.
+        network: How a network that is not Skipway's own is built again.
         device: auto, cpu, cuda, cuda:1.
         workers: Threads that decode images. [one per core]
         csv: Write the rows to this CSV file.
@@ -75,7 +76,7 @@ def predict(
     files, left_out = image_files(images, outside=outside)
     for sentence in left_out.sentences():
         print(f"skipway: {option_spelling(sentence)}", file=sys.stderr)
-    predictor = Predictor.load(run, device=device, max_megapixels=max_megapixels, trust_code=trust_code)
+    predictor = Predictor.load(run, device=device, max_megapixels=max_megapixels, **network.choices)
     top = min(top, len(predictor.classes))
     read, first = 0, ""
     with open_writer(csv, as_json=json, top=top) as write:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from PIL import Image
@@ -22,34 +22,53 @@ from skipway.data.sources.scan import LeftOut, scan_folder
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell
 from skipway.hardware.device import choose_device
 from skipway.inference.network import build_classifier, is_ours
+from skipway.inference.reference_outputs import find_change, refuse_change
 from skipway.models import find_config
 from skipway.weights.hub import PREFIX, download
 from skipway.zoo import source_of
 
-__all__ = ["Prediction", "Predictor", "from_pretrained", "image_files", "weights_file"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["NetworkChoices", "Prediction", "Predictor", "from_pretrained", "image_files", "weights_file"]
 
 # weight files of a folder by preference: those that a run chose by validation and tested; its last; the hub's layout
 WEIGHT_FILES = ("best.safetensors", "last.safetensors", "model.safetensors")
 BATCH_SIZE = 64
 
 
-def from_pretrained(path: str | Path, *, trust_code: bool = False) -> nn.Module:
+class NetworkChoices(TypedDict, total=False):
+    """How the network of stored weights is built again, see `from_pretrained`."""
+
+    trust_code: bool
+    model: str | None
+    allow_changed_outputs: bool
+
+
+def from_pretrained(
+    path: str | Path, *, trust_code: bool = False, model: str | None = None, allow_changed_outputs: bool = False
+) -> nn.Module:
     """Load the network of a training run, in evaluation mode, with its `preprocessing`.
 
     No code from the folder is executed: weights are safetensors, and the network is one of ours or of an installed
-    library. A network from a Python file is only built with `trust_code`.
+    library. A network from a Python file is only built with `trust_code`. What a network that is not ours computes is
+    compared with what it computed when the weights were written, on one fixed image.
 
     Args:
         path: a run folder (its best weights by validation, which were tested); a folder written by
             `skipway export --hub`, or the name of one on the hub, "hf:org/name"; or a file,
             `runs/first/last.safetensors`.
-        trust_code: run the Python file that the network was built from, at the path where it was.
+        trust_code: run the Python file that the network was built from: the one in the folder of the weights, if
+            there is one, else the one at the path where it was.
+        model: what the network is built from instead, "FILE.py:NAME" for a file that was moved.
+        allow_changed_outputs: load it although the network computes something else than it did.
 
     Returns:
         the network on the CPU; `.preprocessing` describes its input images and the classes of its outputs.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or does not describe its network and preprocessing.
+        CheckpointError: the file is missing, damaged, or does not describe its network and preprocessing; or the
+            network computes something else than it did.
         MissingExtraError: a hub name is given and huggingface_hub is not installed.
 
     >>> import skipway as sw
@@ -64,13 +83,30 @@ def from_pretrained(path: str | Path, *, trust_code: bool = False) -> nn.Module:
             f"{printable(file)} does not describe its network and preprocessing, so it cannot be used for prediction; "
             "use the weights of a run of skipway train, or skipway.load for weights alone"
         )
-    model = decode_json(header["model"].encode(), file)
+    described = describe_network(decode_json(header["model"].encode(), file), model, file)
     preprocessing = Preprocessing.from_json(decode_json(header["preprocessing"].encode(), file), printable(file))
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and replaced
-        network = build_network(model, preprocessing, tensors, file, trust_code=trust_code)
+        network = build_network(described, preprocessing, tensors, file, trust_code=trust_code)
     network.load_state_dict(tensors)
+    if "reference" in header and not allow_changed_outputs:
+        change = find_change(network, described, decode_json(header["reference"].encode(), file))
+        refuse_change(change, printable(file), f"{spell('allow_changed_outputs', True)} takes it as it is")
     network.preprocessing = preprocessing  # type: ignore[assignment]
     return network.eval()
+
+
+def describe_network(stored: Any, given: str | None, file: Path) -> Any:
+    """The description in a header, with the name of the network that is to be taken instead."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("name"), str):
+        raise CheckpointError(f"{printable(file)}: the header names no network")
+    if given is None:
+        return stored
+    if is_ours(stored["name"]) or is_ours(given):
+        raise CheckpointError(
+            f"{spell('model', given)}: the rule is another place of a network that is not Skipway's own, FILE.py:NAME; "
+            f"{printable(file)} has the weights of {printable(stored['name'])}"
+        )
+    return {**stored, "name": given}
 
 
 def weights_file(path: str | Path) -> Path:
@@ -93,7 +129,12 @@ def weights_file(path: str | Path) -> Path:
 
 
 def build_network(
-    model: object, preprocessing: Preprocessing, tensors: dict[str, Tensor], file: Path, *, trust_code: bool = False
+    model: dict[str, Any],
+    preprocessing: Preprocessing,
+    tensors: dict[str, Tensor],
+    file: Path,
+    *,
+    trust_code: bool = False,
 ) -> nn.Module:
     """Build the network that a header describes, after checking that the tensors of the file fit it.
 
@@ -101,8 +142,6 @@ def build_network(
     has more branches than the file has tensors.
     """
     source = printable(file)
-    if not isinstance(model, dict) or not isinstance(model.get("name"), str):
-        raise CheckpointError(f"{source}: the header names no network")
     options = {name: value for name, value in model.items() if name != "name"}
     # a file must not choose device or dtype
     odd = [name for name, value in options.items() if name in ("device", "dtype") or not is_json_value(value)]
@@ -229,10 +268,10 @@ class Predictor:
         *,
         device: str = "cpu",
         max_megapixels: float = MAX_MEGAPIXELS,
-        trust_code: bool = False,
+        **network: Unpack[NetworkChoices],
     ) -> Predictor:
-        """Load the network with `from_pretrained`."""
-        return cls(from_pretrained(path, trust_code=trust_code), device=device, max_megapixels=max_megapixels)
+        """Load the network with `from_pretrained`, which explains the other choices."""
+        return cls(from_pretrained(path, **network), device=device, max_megapixels=max_megapixels)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -25,7 +25,10 @@ from skipway.errors import CheckpointError, SkipwayError, printable
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.inference.onnx import Sides, export_onnx, export_program
-from skipway.inference.predict import from_pretrained, weights_file
+from skipway.inference.predict import NetworkChoices, from_pretrained, weights_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["write_hub_folder", "write_onnx", "write_program"]
 
@@ -40,19 +43,19 @@ def write_onnx(
     *,
     sides: Sides = "dynamic",
     opset: int | None = None,
-    trust_code: bool = False,
     remark: Callable[[str], None] = warnings.warn,
+    **network: Unpack[NetworkChoices],
 ) -> float | None:
     """Write an ONNX file with the preprocessing as JSON in its metadata, and verify it in onnxruntime.
 
     Args:
-        path: see `from_pretrained`, as for `trust_code`.
+        path: see `from_pretrained`, as for `network`.
         file: output path; see `skipway.export_onnx` for its inputs and outputs, and for the other arguments.
 
     Returns:
         the largest absolute difference to the network; None if onnxruntime is not installed.
     """
-    model = from_pretrained(path, trust_code=trust_code)
+    model = from_pretrained(path, **network)
     preprocessing = get_preprocessing(model)
     metadata = {name: json.dumps(value) for name, value in build_metadata(path, preprocessing).items()}
     return export_onnx(model, preprocessing.example, file, sides=sides, opset=opset, metadata=metadata, remark=remark)
@@ -63,8 +66,8 @@ def write_program(
     file: Path,
     *,
     sides: Sides = "dynamic",
-    trust_code: bool = False,
     remark: Callable[[str], None] = warnings.warn,
+    **network: Unpack[NetworkChoices],
 ) -> float:
     """Write a torch.export program (`.pt2`) with the preprocessing in its extra files, reload and compare it.
 
@@ -73,7 +76,7 @@ def write_program(
     Returns:
         the largest absolute difference to the network.
     """
-    model = from_pretrained(path, trust_code=trust_code)
+    model = from_pretrained(path, **network)
     preprocessing = get_preprocessing(model)
     extra = {name: json.dumps(value) for name, value in build_metadata(path, preprocessing).items()}
     return export_program(model, preprocessing.example, file, sides=sides, extra=extra, remark=remark)
@@ -95,6 +98,7 @@ def build_metadata(path: str | Path, preprocessing: Preprocessing) -> dict[str, 
         "preprocessing": preprocessing.to_json(),
         "input_steps": input_steps(preprocessing),
         "skipway": __version__,
+        **({"reference": decode_json(header["reference"].encode(), file)} if "reference" in header else {}),
     }
 
 
@@ -124,13 +128,13 @@ def input_steps(preprocessing: Preprocessing) -> list[str]:
     ]
 
 
-def write_hub_folder(path: str | Path, folder: Path, *, trust_code: bool = False) -> None:
+def write_hub_folder(path: str | Path, folder: Path, **network: Unpack[NetworkChoices]) -> None:
     """Write weights, config and model card in the layout of the Hugging Face hub; `from_pretrained` loads the folder.
 
     Args:
         path: a run folder, or a file of weights in it.
         folder: output folder: new, empty, or written by this function before.
-        trust_code: see `from_pretrained`.
+        network: see `from_pretrained`.
 
     Raises:
         SkipwayError: the folder contains other files.
@@ -138,7 +142,7 @@ def write_hub_folder(path: str | Path, folder: Path, *, trust_code: bool = False
     """
     if folder.exists() and (not folder.is_dir() or any(not is_hub_file(entry) for entry in folder.iterdir())):
         raise SkipwayError(f"{printable(folder)} contains other files; choose a new or empty folder")
-    preprocessing = get_preprocessing(from_pretrained(path, trust_code=trust_code))
+    preprocessing = get_preprocessing(from_pretrained(path, **network))
     file = weights_file(path)
     tensors, _ = read_safetensors(file)
     about = build_metadata(path, preprocessing)

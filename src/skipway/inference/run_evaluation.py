@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,8 +17,11 @@ from skipway.data.sources.index import FilesByClass, class_name, name_list
 from skipway.data.split import read_split
 from skipway.errors import CheckpointError, DataError, counted, printable
 from skipway.inference.evaluation import Evaluation, evaluate
-from skipway.inference.predict import Predictor, weights_file
+from skipway.inference.predict import NetworkChoices, Predictor, weights_file
 from skipway.recipe import Recipe, ResolvedRecipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["RunEvaluation", "evaluate_images", "evaluate_run"]
 
@@ -49,7 +53,7 @@ def evaluate_run(
     device: str = "auto",
     flip: bool | None = None,
     batch_size: int | None = None,
-    trust_code: bool = False,
+    **network: Unpack[NetworkChoices],
 ) -> RunEvaluation:
     """Evaluate a run on its test images, in the precision in which it was trained.
 
@@ -58,13 +62,13 @@ def evaluate_run(
         device: see `Predictor`.
         flip: average the logits with those of the mirrored image; None for the setting of the run.
         batch_size: images per forward pass; None for that of the run.
-        trust_code: see `from_pretrained`.
+        network: see `from_pretrained`.
 
     Raises:
         CheckpointError: there is no run, or its weights cannot be used.
         DataError: the images have changed since the run.
     """
-    predictor = Predictor.load(path, device=device, trust_code=trust_code)
+    predictor = Predictor.load(path, device=device, **network)
     file = weights_file(path).parent / "config.json"
     stored = read_json(file)
     if not isinstance(stored, dict) or not isinstance(stored.get("recipe"), dict):
@@ -112,7 +116,7 @@ def evaluate_images(
     workers: int = 1,
     outside: bool = False,
     max_megapixels: float = MAX_MEGAPIXELS,
-    trust_code: bool = False,
+    **network: Unpack[NetworkChoices],
 ) -> RunEvaluation:
     """Evaluate a network on images in class folders: on their test split, else their validation split, else on all.
 
@@ -125,13 +129,13 @@ def evaluate_images(
         workers: threads that decode images.
         outside: follow links, and paths in lists, that lead out of the data.
         max_megapixels: limit for the pixels of one image, see `skipway.data.DataChoices`.
-        trust_code: see `from_pretrained`.
+        network: see `from_pretrained`.
 
     Raises:
         CheckpointError: the weights cannot be used.
         DataError: unknown classes, or no readable image.
     """
-    predictor = Predictor.load(path, device=device, max_megapixels=max_megapixels, trust_code=trust_code)
+    predictor = Predictor.load(path, device=device, max_megapixels=max_megapixels, **network)
     numbers = {class_name(name): number for number, name in enumerate(predictor.classes)}
     nested = any("/" in name for name in numbers)
     found = index_source(data, allow_empty=True, outside=outside, subfolders="classes" if nested else "merge", fewest=1)

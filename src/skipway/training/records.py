@@ -15,6 +15,7 @@ from skipway.checkpoint.store import Snapshot
 from skipway.data import Batch
 from skipway.errors import CheckpointError, DivergedError, counted
 from skipway.inference.evaluation import Evaluation, wilson_interval
+from skipway.inference.reference_outputs import describe_outputs
 from skipway.training.budget import TIMED_STEPS, shorten_plan
 from skipway.training.reporter import StepReport
 from skipway.training.resume import training_state
@@ -156,12 +157,13 @@ def save_checkpoint(run: Run) -> None:
     tensors = {"model": model_state(run.model), "optimizer": optimizer_state(run.model, run.optimizer)}
     if run.ema is not None:
         tensors["ema"] = gather_tensors(run.ema.tensors)
+    state = training_state(run)
     if not run.ranks.first:
         return
     run.folder.append_steps(run.rows)
     run.rows.clear()
     try:
-        run.checkpoints.save(Snapshot(run.global_step, tensors, training_state(run)))
+        run.checkpoints.save(Snapshot(run.global_step, tensors, state))
     except CheckpointError as error:
         if not run.checkpoints.steps():
             raise
@@ -169,10 +171,15 @@ def save_checkpoint(run: Run) -> None:
 
 
 def weights_header(run: Run) -> dict[str, Any]:
-    """The header of a weight file: network, preprocessing, epoch, and the decay of averaged weights."""
+    """The header of a weight file: network, what it computes with the weights that it has now, preprocessing, epoch,
+    and the decay of averaged weights.
+    """
     averaged = {} if run.recipe.ema is None else {"ema": run.recipe.ema}
+    model = model_config(run)
+    reference = describe_outputs(run.model, model)
     return {
-        "model": model_config(run),
+        "model": model,
+        **({} if reference is None else {"reference": reference}),
         "preprocessing": run.data.preprocessing.to_json(),
         "epoch": run.progress.epoch,
         **averaged,
@@ -196,8 +203,8 @@ def write_result(run: Run, path: Path, evaluation: Evaluation) -> None:
 
 def write_weights(run: Run, path: Path) -> None:
     """Write the weights, or their EMA if there is one, with everything needed for inference in the header."""
-    about = weights_header(run)
     with nullcontext() if run.ema is None else run.ema.applied(run.model):
+        about = weights_header(run)
         tensors = model_state(run.model)
         if run.ranks.first:
             write_tensors(path, dict(tensors), about)

@@ -9,11 +9,13 @@ from typing import Any
 from skipway.checkpoint.files import write_json
 from skipway.checkpoint.state import load_model_state, load_optimizer_state
 from skipway.data.split import name_list
-from skipway.errors import CheckpointError, DataError, SkipwayError
+from skipway.errors import CheckpointError, DataError, SkipwayError, spell
+from skipway.inference.reference_outputs import describe_outputs, find_change, refuse_change
 from skipway.recipe import Recipe
 from skipway.training.initial_weights import resolve_paths
 from skipway.training.run import Progress, Run
-from skipway.training.setup import count_images, give_hidden_layer
+from skipway.training.setup import count_images, give_hidden_layer, model_config
+from skipway.zoo import source_of
 
 __all__ = ["load_newest_checkpoint", "resume_recipe", "resume_run", "training_state"]
 
@@ -61,11 +63,19 @@ def resume_recipe(config: dict[str, Any], source: Path, given: Recipe | None) ->
     changes = {
         name: (old, new) for name, (old, new) in stored.changes(given).items() if new is not None and new != "auto"
     }
-    fixed = {name: change for name, change in changes.items() if name not in CHANGEABLE}
+    free = CHANGEABLE | ({"model"} if is_moved(stored.model, given.model) else set())
+    fixed = {name: change for name, change in changes.items() if name not in free}
     if fixed:
         text = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in fixed.items())
         raise SkipwayError(f"a resumed run cannot change {text}; omit that, or start a new run with --config and --out")
     return replace(stored, **{name: getattr(given, name) for name in changes})
+
+
+def is_moved(before: str | None, after: str | None) -> bool:
+    """Whether both are networks of Python files, so that one may be the other at another place: whether it computes the
+    same is checked with the weights.
+    """
+    return all(name is not None and source_of(name)[0].library is None for name in (before, after))
 
 
 def resume_run(run: Run, stored: dict[str, Any]) -> None:
@@ -95,7 +105,7 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
     if run.ranks.first:
         run.folder.keep_metrics(run.progress.epoch)
         run.folder.keep_steps(run.global_step)
-        write_json(run.folder.config, {**stored, "recipe": run.recipe.to_json()})
+        write_json(run.folder.config, {**stored, "recipe": run.recipe.to_json(), "model": model_config(run)})
 
 
 def describe_file_changes(run: Run) -> str:
@@ -109,11 +119,12 @@ def describe_file_changes(run: Run) -> str:
 
 
 def training_state(run: Run) -> dict[str, Any]:
-    """The state of a run that a checkpoint stores besides tensors."""
+    """The state of a run that a checkpoint stores besides tensors; every rank has to call this."""
     return {
         "progress": asdict(run.progress),
         "scaler": run.scaler.state_dict(),
         "world": run.ranks.world,
+        "reference": describe_outputs(run.model, model_config(run)),
     }
 
 
@@ -128,6 +139,11 @@ def load_newest_checkpoint(run: Run) -> None:
         give_hidden_layer(run, progress.head)
     run.progress = progress
     load_model_state(run.model, snapshot.tensors["model"])
+    refuse_change(
+        find_change(run.model, model_config(run), state.get("reference")),
+        str(run.folder.path),
+        f"start a new run from {spell('start', str(run.folder.last))}",
+    )
     load_optimizer_state(run.model, run.optimizer, snapshot.tensors["optimizer"])
     if run.ema is not None:
         if "ema" not in snapshot.tensors:
