@@ -1,4 +1,4 @@
-"""Kind: a class that an operation made while the program ran has no name, by which pickle would find it again.
+"""Kind: what was made while the program ran, a class or a function, has no name by which pickle would find it again.
 
 The outputs and gradients of the model before it was written are the right value.
 
@@ -11,6 +11,8 @@ The outputs and gradients of the model before it was written are the right value
 | own reduction | a network with a `__reduce__` of its own | equal outputs, class and slots |
 | metaclass | a network whose class has a metaclass (`abc.ABC`) | equal outputs |
 | outputs | a network of a library whose first output is taken (`inference.network`) | equal outputs |
+| operations | the `Operation` itself, pickled and copied | same words and outputs; undoing it is refused |
+| diagnoses | a `Diagnosis` and a `Treatment`, for every kind of loss | equal verdict, table and range test |
 | transformers | Llama, deepened, shortened, rows of blocks, with a cache | equal outputs |
 """
 
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 import skipway as sw
 from benchmarks.peers import import_transformers
+from skipway.diagnosis.remedies import Damp
 from skipway.inference.network import with_logits
 from skipway.surgery import checkpointed, deepen, fold_gains, remove_norm, rescheme, reversible, shorten, skip_compute
 
@@ -99,6 +102,57 @@ def test_another_process_reads_them(tmp_path):
     command = [sys.executable, "-c", READER, *paths]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.stdout.split() == ["True"] * len(ALL), done.stderr
+
+
+@pytest.mark.parametrize("write", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("name", ALL)
+def test_an_operation_is_written_with_its_model(name, write):
+    torch.manual_seed(0)
+    model = Net().eval()
+    done = ALL[name](model, X)
+    operation = done[-1] if isinstance(done, tuple) else done
+    after, twin = model(X), write(operation)
+    assert torch.equal(twin.model(X), after)
+    assert (twin.touched, twin.refused, twin.report) == (operation.touched, operation.refused, operation.report)
+    assert str(twin).splitlines()[:-1] == str(operation).splitlines()[:-1]
+    with pytest.raises(sw.SkipwayError, match="copy of an operation"):
+        twin.undo(force=True)
+    assert torch.equal(twin.model(X), after)
+    operation.undo()
+    assert write(operation).undone
+
+
+def squares(output: Tensor, targets: Tensor) -> Tensor:
+    return (output - targets).square().mean()
+
+
+class OwnLoss(Net):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return {"logits": y, "loss": y.square().mean()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [
+        (Net, {"targets": torch.arange(8) % 3}),
+        (Net, {"targets": torch.zeros(8, 5), "loss": squares}),
+        (Net, {}),
+        (OwnLoss, {}),
+    ],
+    ids=["labels", "given loss", "random labels", "own loss"],
+)
+def test_a_diagnosis(kind, choices):
+    torch.manual_seed(0)
+    model, images = kind().eval(), torch.randn(8, *X.shape[1:])
+    diagnosis = sw.diagnose(model, images, **choices)
+    twin = pickle.loads(pickle.dumps(diagnosis))
+    assert twin.table() == diagnosis.table()
+    assert twin.to_json() == diagnosis.to_json()
+    rates = [0.01]
+    assert twin.range_test(rates) == diagnosis.range_test(rates)
+    treated = diagnosis.fix(Damp())
+    assert str(pickle.loads(pickle.dumps(treated))) == str(treated)
 
 
 class Reduced(Net):

@@ -21,20 +21,25 @@ class PassCounter:
 
     Args:
         expected: forward-backward passes that it takes.
-        stream: where the line is written.
+        stream: where the line is written; None: standard error.
     """
 
     expected: float
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    stream: TextIO | None = None
     began: float = field(default_factory=time.monotonic)
     written: float = 0.0
+
+    @property
+    def output(self) -> TextIO:
+        """Where the line is written."""
+        return sys.stderr if self.stream is None else self.stream
 
     def report(self, passes: float) -> None:
         """Write the line anew, if it is time."""
         spent = time.monotonic() - self.began
-        if passes > 0 and spent > QUIET and spent - self.written > INTERVAL and self.stream.isatty():
-            self.stream.write(f"\r\x1b[K{self.line(passes, spent)}")
-            self.stream.flush()
+        if passes > 0 and spent > QUIET and spent - self.written > INTERVAL and self.output.isatty():
+            self.output.write(f"\r\x1b[K{self.line(passes, spent)}")
+            self.output.flush()
             self.written = spent
 
     def line(self, passes: float, spent: float) -> str:
@@ -49,5 +54,5 @@ class PassCounter:
     def finish(self) -> None:
         """Remove the line."""
         if self.written:
-            self.stream.write("\r\x1b[K")
-            self.stream.flush()
+            self.output.write("\r\x1b[K")
+            self.output.flush()

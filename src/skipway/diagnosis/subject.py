@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -52,6 +52,10 @@ class Subject:
     progress: PassCounter | None = field(default=None, repr=False)
     objective: Objective | None = field(default=None, init=False)
     """The loss, chosen on the first output."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: what was given. The rest is derived, part of it by the identity of tensors."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def program(self) -> Program:

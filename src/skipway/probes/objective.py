@@ -28,7 +28,7 @@ class Objective:
     """The loss of a model's output, chosen once, from the first output, and the same in every later pass.
 
     Args:
-        function: (output, targets, inputs) → the loss.
+        function: (output, targets, inputs) → the loss; no local function, which pickle could not write.
         description: of it in words.
         labelled: whether it compares with something given, and not with what is drawn at random.
     """
@@ -87,12 +87,12 @@ def choose_objective(
         SkipwayError: targets that fit no part of the output, labels beyond the classes, only ignored labels (−100).
     """  # noqa: E501 (a row of a table)
     if loss is not None:
-        return Objective(lambda output, targets, _: given_loss(loss, output, targets), "the given loss")
+        return Objective(partial(given_loss, loss), "the given loss")
     own = own_loss(output)
     if own is not None:
         refuse_ignored_labels(own, output, inputs)
         unused = "" if targets is None else "; the targets are not used"
-        return Objective(lambda output, *_: own.function(output, None, None), own.description + unused)
+        return Objective(own.function, own.description + unused)
     heads, deeper = output_heads(output)
     left = f"; {counted(deeper, 'tensor')} further down in the output left out" if deeper else ""
     if targets is not None:
@@ -103,7 +103,7 @@ def choose_objective(
     return unsupervised(heads, left)
 
 
-def given_loss(loss: Loss, output: Any, targets: Any) -> Tensor:
+def given_loss(loss: Loss, output: Any, targets: Any, inputs: Example | None) -> Tensor:
     """The loss that a caller computes."""
     try:
         return loss(output, targets)
@@ -120,7 +120,7 @@ def own_loss(output: Any) -> Objective | None:
     """The loss that a model puts out itself."""
     entries = named_parts(output)
     if isinstance(output, Tensor):
-        return Objective(lambda output, *_: output, "the model's own") if is_loss(output) else None
+        return Objective(partial(sum_parts, [""]), "the model's own") if is_loss(output) else None
     given = entries.get("loss")
     if isinstance(given, Tensor) and given.requires_grad:
         if given.numel() != 1:
@@ -128,17 +128,22 @@ def own_loss(output: Any) -> Objective | None:
                 f"the model's own loss has shape {tuple(given.shape)}; the rule is one number: average over the "
                 f"samples, or {GIVE}"
             )
-        return Objective(lambda output, *_: named_parts(output)["loss"].reshape(()), "the model's own")
+        return Objective(partial(sum_parts, ["loss"]), "the model's own")
     losses = [name for name, value in entries.items() if is_loss(value)]
     if len(losses) == 1:
-        name = losses[0]
-        return Objective(lambda output, *_: named_parts(output)[name], f"the model's own (output {name})")
+        return Objective(partial(sum_parts, losses), f"the model's own (output {losses[0]})")
     if not losses:
         return None
     if isinstance(output, Mapping) and all("loss" in name for name in losses):
         total = f"the sum of the model's own: {', '.join(losses)}"
-        return Objective(lambda output, *_: sum(named_parts(output)[name] for name in losses), total)  # type: ignore[misc]
+        return Objective(partial(sum_parts, losses), total)
     raise SkipwayError(f"the model puts out {len(losses)} numbers ({', '.join(losses)}); say which is the loss: {GIVE}")
+
+
+def sum_parts(names: Sequence[str], output: Any, targets: Any, inputs: Example | None) -> Tensor:
+    """The sum of the losses that a model puts out under some names."""
+    parts = named_parts(output)
+    return sum_of([parts[name].reshape(()) for name in names])
 
 
 def is_loss(value: Any) -> bool:
@@ -225,14 +230,17 @@ def supervised(heads: Mapping[str, Tensor], targets: Any, inputs: Example | None
     if not fitting or (not isinstance(targets, Tensor) and len(fitting) < len(given)):
         raise unfitting(heads, given)
 
-    def total(output: Any, targets: Any, inputs: Example | None) -> Tensor:
-        heads, _ = output_heads(output)
-        given = targets_of_heads(heads, targets)
-        return sum_of([match.function(heads[name], given[name]) for name, match in fitting.items()])
-
     others = [name for name in heads if name not in fitting]
     skipped = f"; no target fits output {', '.join(others)}" if others else ""
-    return Objective(total, sum_words([match.words for match in fitting.values()], list(fitting)) + skipped + left)
+    words = sum_words([match.words for match in fitting.values()], list(fitting))
+    return Objective(partial(supervised_loss, fitting), words + skipped + left)
+
+
+def supervised_loss(matches: Mapping[str, Match], output: Any, targets: Any, inputs: Example | None) -> Tensor:
+    """The sum of the losses of the heads that the targets fit."""
+    heads, _ = output_heads(output)
+    given = targets_of_heads(heads, targets)
+    return sum_of([match.function(heads[name], given[name]) for name, match in matches.items()])
 
 
 def targets_of_heads(heads: Mapping[str, Tensor], targets: Any) -> dict[str, Tensor]:
@@ -400,12 +408,13 @@ def next_token_loss(output: Any, targets: Any, inputs: Example | None) -> Tensor
 
 def unsupervised(heads: Mapping[str, Tensor], left: str) -> Objective:
     """The sum, over all heads, of a loss to labels or values drawn at random."""
-
-    def total(output: Any, targets: Any, inputs: Example | None) -> Tensor:
-        return sum_of([random_loss(head) for head in output_heads(output)[0].values()])
-
     words = ["cross-entropy to random labels" if is_row(head) else "mean square to noise" for head in heads.values()]
-    return Objective(total, f"no targets given: {sum_words(words, list(heads))}{left}", labelled=False)
+    return Objective(unsupervised_loss, f"no targets given: {sum_words(words, list(heads))}{left}", labelled=False)
+
+
+def unsupervised_loss(output: Any, targets: Any, inputs: Example | None) -> Tensor:
+    """The sum of the losses of all heads to labels or values drawn at random."""
+    return sum_of([random_loss(head) for head in output_heads(output)[0].values()])
 
 
 def is_row(head: Tensor) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -38,14 +39,21 @@ class Journal:
     """Undo steps, each recorded before its change is made, run last one first.
 
     A step restores a known state, so that running it twice, or without its change having been made, does no harm. For
-    the same reason operations are undone in reverse order.
+    the same reason operations are undone in reverse order. Steps hold the tables of the very modules that were changed,
+    so that a copy of a journal has none.
     """
+
+    copied = False
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.steps: list[Callable[[], None]] = []
         self.entry = HistoryEntry("")
         self.before = {} if model is None else dict(model.named_parameters())
         self.values = ParameterValues()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds."""
+        return {"steps": [], "entry": self.entry, "before": {}, "values": ParameterValues(), "copied": True}
 
     @property
     def undone(self) -> bool:
@@ -96,6 +104,8 @@ class Operation:
             magnitude.
         journal: undo steps.
         verified: what was compared with before and holds, in words, or why it could not be compared.
+
+    It can be pickled and copied, with its model. The copy says what was done, and cannot be undone.
     """
 
     model: nn.Module
@@ -105,6 +115,11 @@ class Operation:
     report: Mapping[str, float]
     journal: Journal = field(default_factory=Journal)
     verified: Mapping[str, str] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How pickle and copy take an operation apart; they have no form for read-only mappings."""
+        texts = (dict(self.touched), dict(self.refused), dict(self.report))
+        return Operation, (self.model, self.title, *texts, self.journal, dict(self.verified))
 
     @property
     def undone(self) -> bool:
@@ -123,10 +138,15 @@ class Operation:
                 into or took out are as before it, and all others as they are now.
 
         Raises:
-            SkipwayError: the operation was undone already, another one came later and has to be undone first, or
-                parameters were trained since that would be lost or no longer go together.
+            SkipwayError: the operation is a copy, was undone already, another one came later and has to be undone
+                first, or parameters were trained since that would be lost or no longer go together.
         """
         check_flag("force", force)
+        if self.journal.copied:
+            raise SkipwayError(
+                f"{self.title!r}: this is a copy of an operation, by pickle or copy, which holds no way back; undo the "
+                "operation that the call returned, on its own model, and copy that model then"
+            )
         if self.undone:
             raise SkipwayError(f"{self.title!r} was undone already; repeat the operation to have it again")
         if later := self.journal.later(self.model):
@@ -157,7 +177,9 @@ class Operation:
         numbers += [f"{len(self.report) - LINES} numbers more in report"] * (len(self.report) > LINES)
         head = f"{self.title}: {len(self.touched)} changed" + (f"; {', '.join(numbers)}" if numbers else "")
         checked = [f"  checked: {name}: {words}" for name, words in self.verified.items()]
-        back = "it was undone" if self.undone else "undo: operation.undo() puts the model back"
+        back = "undo: operation.undo() puts the model back"
+        if self.undone or self.journal.copied:
+            back = "it was undone" if self.undone else "a copy, which cannot be undone"
         changed, left = grouped("changed", self.touched, "touched"), grouped("left alone", self.refused, "refused")
         return "\n".join([head, *changed, *left, *checked, f"  {back}"])
 
