@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from skipway.errors import SkipwayError
-from skipway.training.head import moments, select_head
+from skipway.training.head import cross_entropy, moments, select_head
 from skipway.training.linear_head import fit_linear_head, linear_heads
 from skipway.training.mlp_head import fit_mlp_head, mlp_heads
+from skipway.training.run import Run
 
 
 def digits():
@@ -57,10 +61,29 @@ def test_the_penalty_of_the_lowest_validation_loss_is_selected():
     losses = [float(nn.functional.cross_entropy(head.scores(validation[0]), validation[1])) for head in heads]
     best = select_head(heads, validation)
     assert best is not None
-    assert best.loss == min(losses)
+    assert best.loss == pytest.approx(min(losses))
     assert best.penalty == heads[losses.index(min(losses))].penalty
     assert best.accuracy in [right / 300 for right in range(301)]  # as an evaluation computes it
     assert heads[0].penalty > best.penalty > heads[-1].penalty
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_is_that_of_a_training_with_class_weights(smoothing):
+    """A class of weight 3 counts like three copies of its images."""
+    features, labels = digits()
+    features, labels = features[:120, 10:30], labels[:120] % 3
+    weights = torch.tensor([3.0, 1.0, 1.0])
+    weighted = fit_linear_head(features, labels, 3, 0.02, loss=partial(cross_entropy, weights=weights))
+    more = torch.cat([features, *[features[labels == 0]] * 2]), torch.cat([labels, *[labels[labels == 0]] * 2])
+    _, deviation = moments(features)
+    module, copies = weighted.module().requires_grad_(), len(more[0]) / len(features)
+    loss = nn.functional.cross_entropy(module(more[0]), more[1]) * copies
+    (loss + 0.02 / 2 * (module.weight * deviation).square().sum()).backward()
+    assert module.weight.grad.abs().max() < 2e-3
+    run = SimpleNamespace(recipe=SimpleNamespace(label_smoothing=smoothing), class_weights=weights)
+    scores = weighted.scores(features)
+    own = cross_entropy(scores, labels, weights, smoothing) / len(labels)
+    assert float(own) == pytest.approx(float(Run.loss(run, scores, labels)), rel=1e-6)
 
 
 def test_constant_features_and_those_not_finite():

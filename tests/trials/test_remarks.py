@@ -81,6 +81,11 @@ def test_directions(tmp_path, names, turned, words):
         ({"validation": 0.4}, "validation=0.4 has no effect: the data have a validation split"),
         ({"weights_adapt": "depth"}, "weights_adapt='depth' has no effect: there are no initial weights"),
         ({"freeze": "1"}, "freeze='1' of 1 epoch: only the classifier is trained"),
+        (
+            {"freeze": "all", "lr": 0.3, "augment": "mixup"},
+            "lr=0.3, augment='mixup': without effect, since freeze='all'",
+        ),
+        ({"freeze": "all(views=1)", "augment": "trivial+mixup"}, "augmented and not mixed"),
         ({"flip_test": True, "flip": False}, "flip_test=True evaluates mirrored images, and none was mirrored"),
     ],
 )

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from skipway.surgery.classifier import find_classifiers
 from skipway.tracing import preserved_state
 from skipway.training.ema import ModelEMA
 from skipway.training.features import FeatureSource, compute_features, features_of
-from skipway.training.head import Head, select_head
+from skipway.training.head import Head, HeadLoss, cross_entropy, select_head
 from skipway.training.linear_head import linear_heads
 from skipway.training.mlp_head import MLPHead, mlp_heads
 from skipway.training.records import write_weights
@@ -136,15 +137,22 @@ def fit_head(run: Run, plan: FrozenTrunk, name: str) -> Head | None:
         f"{source.classifier.in_features:,} of each of {counted(images, 'image')}{views}, in {seconds:,.0f} s",
     )
     run.reporter.activity("classifier")
-    return select_head(heads_of(run, plan, *train), validation, stop=lambda: run.ranks.meet(stop=run.stop())[1])
+    weights = None if run.class_weights is None else run.class_weights.cpu()
+    loss = partial(cross_entropy, weights=weights)
+    return select_head(
+        heads_of(run, plan, *train, partial(loss, smoothing=run.recipe.label_smoothing)),
+        validation,
+        loss=loss,
+        stop=lambda: run.ranks.meet(stop=run.stop())[1],
+    )
 
 
-def heads_of(run: Run, plan: FrozenTrunk, features: Tensor, labels: Tensor) -> Iterator[Head]:
+def heads_of(run: Run, plan: FrozenTrunk, features: Tensor, labels: Tensor, loss: HeadLoss) -> Iterator[Head]:
     """The heads of the chosen kind, fitted one after the other."""
     classes = len(run.data.classes)
     if plan.head == "mlp":
-        return mlp_heads(features, labels, classes, seed=draw_key(run.recipe.seed, "head"))
-    return linear_heads(features, labels, classes)
+        return mlp_heads(features, labels, classes, seed=draw_key(run.recipe.seed, "head"), loss=loss)
+    return linear_heads(features, labels, classes, loss=loss)
 
 
 @torch.no_grad()

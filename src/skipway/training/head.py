@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 
-__all__ = ["Head", "minimise", "moments", "select_head"]
+__all__ = ["Head", "HeadLoss", "cross_entropy", "minimise", "moments", "select_head"]
+
+HeadLoss = Callable[[Tensor, Tensor], Tensor]
+"""The sum of the losses of some rows, of logits (B, K) and labels (B)."""
 
 CHUNK = 65_536
 """Rows whose scores are computed at a time."""
@@ -24,7 +27,7 @@ class Head(ABC):
 
     Args:
         penalty: λ that it was fitted with.
-        loss: mean cross-entropy on the features that select among heads; nan before.
+        loss: mean loss on the features that select among heads; nan before.
         accuracy: accuracy on them.
     """
 
@@ -47,10 +50,17 @@ class Head(ABC):
         return torch.cat([module(rows.float()) for rows in features.split(CHUNK)])
 
 
+def cross_entropy(scores: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+    """The sum of the cross-entropies of rows, as `Run.loss` weighs them: each by the weight of its class."""
+    losses = nn.functional.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="none")
+    return losses.sum() if weights is None else losses @ weights[labels]
+
+
 def select_head(
     heads: Iterable[Head],
     validation: tuple[Tensor, Tensor],
     *,
+    loss: HeadLoss = cross_entropy,
     stop: Callable[[], bool] = lambda: False,
 ) -> Head | None:
     """Return the head of the lowest loss on the validation features (N, D) and labels (N); None if told to stop.
@@ -62,6 +72,7 @@ def select_head(
     Args:
         heads: fitted ones, each of which is made when it is asked for.
         validation: features and labels of images that chose nothing else.
+        loss: that decides.
         stop: asked after each head.
 
     Raises:
@@ -74,8 +85,8 @@ def select_head(
     for head in heads:
         scores = head.scores(features)
         right = int((scores.argmax(1) == labels).sum())
-        loss = float(nn.functional.cross_entropy(scores, labels))
-        judged = dataclasses.replace(head, loss=loss, accuracy=right / len(labels))
+        mean = float(loss(scores, labels)) / len(labels)
+        judged = dataclasses.replace(head, loss=mean, accuracy=right / len(labels))
         if best is None or judged.loss < best.loss:
             best = judged
         if stop():
@@ -106,8 +117,9 @@ def minimise(
     *,
     penalty: float,
     iterations: int,
+    loss: HeadLoss,
 ) -> None:
-    """Minimise (1/N) Σ −log p(yᵢ | hᵢ) + (λ/2) Σ ‖W‖² over the parameters, in place, by L-BFGS on all rows at once.
+    """Minimise (1/N) Σ loss(hᵢ, yᵢ) + (λ/2) Σ ‖W‖² over the parameters, in place, by L-BFGS on all rows at once.
 
     Args:
         parameters: matrices W, which are penalised, and vectors, which are not.
@@ -116,6 +128,7 @@ def minimise(
         labels: int64 (N).
         penalty: λ > 0.
         iterations: of L-BFGS at most.
+        loss: sum over rows.
 
     Raises:
         SkipwayError: λ is not above 0: separable classes have no minimum then.
@@ -132,7 +145,7 @@ def minimise(
         solver.zero_grad()
         total = torch.zeros(())
         for rows, own in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
-            part = nn.functional.cross_entropy(scores(rows.float()), own, reduction="sum") / len(labels)
+            part = loss(scores(rows.float()), own) / len(labels)
             part.backward()
             total += part.detach()
         size = penalty / 2 * torch.stack([each.square().sum() for each in parameters if each.ndim > 1]).sum()

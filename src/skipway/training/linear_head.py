@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from skipway.training.head import Head, minimise, moments
+from skipway.training.head import Head, HeadLoss, cross_entropy, minimise, moments
 
 __all__ = ["PENALTIES", "LinearHead", "fit_linear_head", "linear_heads"]
 
@@ -40,7 +40,13 @@ class LinearHead(Head):
 
 
 def fit_linear_head(
-    features: Tensor, labels: Tensor, classes: int, penalty: float, *, start: LinearHead | None = None
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalty: float,
+    *,
+    start: LinearHead | None = None,
+    loss: HeadLoss = cross_entropy,
 ) -> LinearHead:
     """Fit multinomial logistic regression to features.
 
@@ -53,6 +59,7 @@ def fit_linear_head(
         classes: K.
         penalty: λ > 0: with λ = 0 separable classes have no minimum.
         start: a head to start from, that of a similar penalty.
+        loss: −log p, or another one, summed over rows.
 
     Raises:
         SkipwayError: no features, one that is not finite, or a penalty that is not above 0.
@@ -72,18 +79,24 @@ def fit_linear_head(
         labels,
         penalty=penalty,
         iterations=ITERATIONS,
+        loss=loss,
     )
     scaled = weight / deviation
     return LinearHead(weight=scaled, bias=bias - scaled @ mean, penalty=penalty)
 
 
 def linear_heads(
-    features: Tensor, labels: Tensor, classes: int, penalties: Sequence[float] = PENALTIES
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalties: Sequence[float] = PENALTIES,
+    *,
+    loss: HeadLoss = cross_entropy,
 ) -> Iterator[LinearHead]:
     """Fit a head for each penalty λ, strongest first; each fit starts from the one before. Arguments as of
     `fit_linear_head`.
     """
     head = None
     for penalty in penalties:
-        head = fit_linear_head(features, labels, classes, penalty, start=head)
+        head = fit_linear_head(features, labels, classes, penalty, start=head, loss=loss)
         yield head

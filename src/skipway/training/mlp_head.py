@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.inference.network import hidden_layer
-from skipway.training.head import Head, minimise, moments
+from skipway.training.head import Head, HeadLoss, cross_entropy, minimise, moments
 
 __all__ = ["MLPHead", "fit_mlp_head", "mlp_heads"]
 
@@ -46,7 +46,16 @@ class MLPHead(Head):
         return f"{self.width} hidden units, fitted with penalty {self.penalty:.2g}"
 
 
-def fit_mlp_head(features: Tensor, labels: Tensor, classes: int, *, width: int, penalty: float, seed: int) -> MLPHead:
+def fit_mlp_head(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    width: int,
+    penalty: float,
+    seed: int,
+    loss: HeadLoss = cross_entropy,
+) -> MLPHead:
     """Fit a perceptron to features.
 
     Minimises (1/N) Σ −log p(yᵢ | hᵢ) + (λ/2) (‖W₁′‖² + ‖W₂‖²), where W₁′ multiplies features of mean 0 and deviation 1,
@@ -59,6 +68,7 @@ def fit_mlp_head(features: Tensor, labels: Tensor, classes: int, *, width: int, 
         width: H, the number of hidden units.
         penalty: λ > 0.
         seed: of the first weights.
+        loss: −log p, or another one, summed over rows.
 
     Raises:
         SkipwayError: as `fit_linear_head`.
@@ -78,7 +88,8 @@ def fit_mlp_head(features: Tensor, labels: Tensor, classes: int, *, width: int, 
         hidden = nn.functional.gelu(nn.functional.linear((rows - mean) / deviation, first, low))
         return nn.functional.linear(hidden, second, high)
 
-    minimise([first, low, second, high], scores, features, labels, penalty=penalty, iterations=ITERATIONS)
+    parameters = [first, low, second, high]
+    minimise(parameters, scores, features, labels, penalty=penalty, iterations=ITERATIONS, loss=loss)
     scaled = first / deviation
     return MLPHead(weights=(scaled, low - scaled @ mean, second, high), penalty=penalty)
 
@@ -91,8 +102,9 @@ def mlp_heads(
     seed: int,
     widths: Sequence[int] = WIDTHS,
     penalties: Sequence[float] = PENALTIES,
+    loss: HeadLoss = cross_entropy,
 ) -> Iterator[MLPHead]:
     """Fit a head for each width and penalty. Arguments as of `fit_mlp_head`."""
     for width in widths:
         for penalty in penalties:
-            yield fit_mlp_head(features, labels, classes, width=width, penalty=penalty, seed=seed)
+            yield fit_mlp_head(features, labels, classes, width=width, penalty=penalty, seed=seed, loss=loss)

@@ -12,7 +12,7 @@ from torch import Tensor
 from skipway.data import Batch, Data
 from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import counted, spell
-from skipway.optim.freeze import FreezePlan, FrozenEpochs
+from skipway.optim.freeze import FreezePlan, FrozenEpochs, FrozenTrunk
 from skipway.recipe import Recipe
 from skipway.training.defaults import SMALLEST_BATCH
 from skipway.training.run import Run
@@ -28,6 +28,11 @@ CLOSER = 0.5
 # below it, the 95 % Wilson interval is wider than 20 percentage points at an accuracy of 90 %
 FEW_VALIDATION_IMAGES = 30
 FEW_STEPS = 100
+# fields of a recipe that only optimizer steps read
+STEP_FIELDS = (
+    *("epochs", "batch_size", "accumulate", "optimizer", "lr", "weight_decay", "schedule", "warmup", "layer_decay"),
+    *("ema", "clip", "patience", "grow_from"),
+)
 # share of one class from which always naming it is a good way to a high accuracy
 DOMINANT = 0.75
 
@@ -39,7 +44,8 @@ def option_remarks(run: Run) -> Iterator[str]:
     recipe, data = run.recipe, run.data
     yield from short_supplies(run)
     yield from unused_options(run)
-    mixes = data.augmentation.mixes
+    plan = recipe.freeze_plan
+    mixes = data.augmentation.mixes and plan.takes_steps
     if mixes and recipe.batch_size // run.ranks.world < 2:
         yield (
             f"{spell('augment', recipe.augment)} mixes the images of a batch in pairs, and "
@@ -61,7 +67,6 @@ def option_remarks(run: Run) -> Iterator[str]:
                 f"classes are weighted in the loss, but the epoch is chosen by the accuracy over all validation "
                 f"images, {100 * share:.0f} % of which are {data.classes[int(counts.argmax())]!r}"
             )
-    plan = recipe.freeze_plan
     if isinstance(plan, FrozenEpochs) and plan.epochs >= recipe.epochs and recipe.time is None:
         yield f"{spell('freeze', recipe.freeze)} of {counted(recipe.epochs, 'epoch')}: only the classifier is trained"
     if plan != FreezePlan() and recipe.initial_weights is None:
@@ -101,6 +106,14 @@ def unused_options(run: Run) -> Iterator[str]:
         value = getattr(given, name)
         if unused and value != getattr(default, name):
             yield f"{spell(name, value)} has no effect: {why}"
+    plan, choice = recipe.freeze_plan, spell("freeze", recipe.freeze)
+    views = isinstance(plan, FrozenTrunk) and plan.views > 0
+    names = [] if plan.takes_steps else [*STEP_FIELDS, *([] if views else ["augment"])]
+    useless = [spell(name, getattr(given, name)) for name in names if getattr(given, name) != getattr(default, name)]
+    if useless:
+        yield f"{', '.join(useless)}: without effect, since {choice} takes no steps"
+    if views and data.augmentation.mixes:
+        yield f"the views of {choice} are augmented and not mixed"
     if recipe.flip_test and not recipe.flip:
         yield f"{spell('flip_test', True)} evaluates mirrored images, and none was mirrored in training"
 
