@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ __all__ = [
     "DivergedError",
     "MissingExtraError",
     "SkipwayError",
+    "clock_text",
     "counted",
     "duration",
     "first_line",
@@ -91,6 +93,11 @@ def counted(count: int, thing: str, things: str = "") -> str:
     ('1 sample', '2,000 samples', '2 branches')
     """
     return f"{count:,} {thing if count == 1 else things or thing + 's'}"
+
+
+def clock_text(seconds: float) -> str:
+    """The time of day in so many seconds: 14:05."""
+    return time.strftime("%H:%M", time.localtime(time.time() + seconds))
 
 
 def duration(seconds: float) -> str:

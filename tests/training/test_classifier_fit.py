@@ -19,6 +19,7 @@ from skipway.errors import CheckpointError, SkipwayError
 from skipway.inference.publish import write_hub_folder
 from skipway.inference.run_evaluation import evaluate_run
 from skipway.training import classifier_fit, features, mlp_head
+from skipway.training.budget import RunCosts
 from skipway.training.distributed import Ranks
 from skipway.training.features import features_of
 from skipway.training.head import select_head
@@ -218,13 +219,14 @@ def test_without_time_for_steps_the_run_ends_with_the_classifier(tmp_path):
     assert "--time" in dict(result_lines(run, 1.0))["longer"]
 
 
-@pytest.mark.parametrize(("budget", "fits"), [(99.0, False), (101.0, True), (None, True)])
+@pytest.mark.parametrize(("budget", "fits"), [(100.0, False), (102.0, True), (None, True)])
 def test_steps_are_taken_where_twenty_fit(budget, fits):
-    """10 s are spent, 30 images left to evaluate at 1 s, and a step of one image takes 3 s: 10 + 30 + 60."""
+    """10 s are spent, 30 images left at 1 s, and a step of one image takes 3 s: 10 + 30 + 60, and 1 % is kept."""
     data = SimpleNamespace(validation=range(10), test=range(20))
     recipe = SimpleNamespace(budget=budget, batch_size=1, time="x")
-    run = SimpleNamespace(recipe=recipe, data=data, ranks=Ranks(), seconds=10.0, steps_per_epoch=7, reporter=Notes())
-    assert classifier_fit.has_time_for_steps(run, 1.0) == fits
+    run = SimpleNamespace(recipe=recipe, data=data, ranks=Ranks(), elapsed=10.0, steps_per_epoch=7, reporter=Notes())
+    run.progress = SimpleNamespace(costs=RunCosts(image=1.0))
+    assert classifier_fit.has_time_for_steps(run) == fits
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch):

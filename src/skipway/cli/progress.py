@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
 from skipway.cli.option_names import option_spelling
-from skipway.errors import duration
+from skipway.errors import clock_text, duration
 from skipway.training.reporter import SilentReporter, StepReport
 
 __all__ = ["LineReporter", "LiveReporter", "QuietReporter", "choose_reporter"]
@@ -187,11 +187,6 @@ def choose_reporter(quiet: bool) -> QuietReporter:
     console = Console(highlight=False, markup=False, emoji=False)
     live = console.is_terminal and not console.is_dumb_terminal
     return LiveReporter(console) if live else LineReporter(console)
-
-
-def clock_text(seconds: float) -> str:
-    """The time of day in so many seconds."""
-    return time.strftime("%H:%M", time.localtime(time.time() + seconds))
 
 
 def running(report: StepReport) -> str:

@@ -169,6 +169,8 @@ def continuation(outcome: Outcome, out: str) -> tuple[str, str]:
         return "tune", f"skipway train --config {out} --freeze first, to train everything"
     if not outcome.epoch:
         return "longer", f"skipway train --config {out} --time 1h, say; the features are there"
+    if outcome.recipe.budget is not None:
+        return "longer", f"skipway train --out {out} --resume --time {2 * outcome.recipe.budget:g}s"
     return "longer", f"skipway train --out {out} --resume --epochs {2 * outcome.recipe.epochs}"
 
 

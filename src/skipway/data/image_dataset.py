@@ -49,6 +49,10 @@ class ImageDataset(ABC):
         return len(self.labels)
 
     @abstractmethod
+    def subset(self, numbers: Tensor) -> ImageDataset:
+        """The images of the given numbers, int64 (M,), which share what is decoded."""
+
+    @abstractmethod
     def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
         """Yield, for each of `batches`, int64 numbers (B,) on the CPU, the uint8 images (B, H, W, C) on `device`.
 
@@ -86,6 +90,10 @@ class MemoryDataset(ImageDataset):
         self.labels = labels
         self.names = names
         self.rows = torch.arange(len(labels)) if rows is None else rows
+
+    def subset(self, numbers: Tensor) -> MemoryDataset:
+        names = [self.names[number] for number in numbers.tolist()]
+        return MemoryDataset(self.decoded, self.labels[numbers], names, self.rows[numbers])
 
     @property
     def images(self) -> Tensor:
@@ -132,6 +140,12 @@ class FileDataset(ImageDataset):
         self.stored = stored
         self.labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
         self.names = [sample.file for sample in samples]
+
+    def subset(self, numbers: Tensor) -> FileDataset:
+        samples = [self.samples[number] for number in numbers.tolist()]
+        stored = None if self.stored is None else (*self.stored[:2], self.stored[2][numbers.numpy()])
+        choices = {"spec": self.spec, "crop": self.crop, "pool": self.pool, "inspected": self.inspected}
+        return FileDataset(self.store, samples, **choices, stored=stored)  # type: ignore[arg-type]
 
     def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
         rows = draws.numpy() if self.crop and draws is not None else None

@@ -139,7 +139,7 @@ for name, shape in (
     SCHEDULES.add(name, shape)
 
 
-def lr_factor(step: int, steps: int, warmup: float, shape: ScheduleShape = Cosine()) -> float:
+def lr_factor(step: float, steps: int, warmup: float, shape: ScheduleShape = Cosine()) -> float:
     """The factor on the peak learning rate at step 0 <= step < steps; `warmup` is a fraction of the steps.
 
     (step + 1) / w while step < w = round(warmup * steps) (Goyal 2017), then shape((step - w) / (steps - w)).

@@ -88,7 +88,7 @@ def model_lines(
         f"scheme {scheme if scheme is not None else recipe.scheme}",
     )
     warm = f" after {100 * recipe.warmup:g} % warm-up" if recipe.warmup else ""
-    length = recipe.time or counted(recipe.epochs, "epoch")
+    length = f"{recipe.time} in epochs" if recipe.time is not None else counted(recipe.epochs, "epoch")
     yield (
         "recipe",
         f"{recipe.optimizer}, learning rate {recipe.peak_lr:.3g}, weight decay {recipe.decay:g}, batch "

@@ -19,6 +19,7 @@ from skipway.inference.evaluation import Evaluation
 from skipway.optim.freeze import FrozenTrunk
 from skipway.surgery.classifier import find_classifiers
 from skipway.tracing import preserved_state
+from skipway.training.clock import seconds_left
 from skipway.training.ema import ModelEMA
 from skipway.training.features import FeatureSource, compute_features, features_of
 from skipway.training.head import Head, HeadLoss, cross_entropy, select_head
@@ -173,14 +174,9 @@ def install(run: Run, name: str, head: Head | None) -> None:
         run.reporter.message("head", head.describe())
 
 
-def record_fit(run: Run, evaluation: Evaluation, seconds: float) -> None:
+def record_fit(run: Run, evaluation: Evaluation) -> None:
     """Record the fitted classifier as the best so far, before the first epoch; the run ends here if that was all, or if
     no time is left for more.
-
-    Args:
-        run: the run.
-        evaluation: of the validation images.
-        seconds: that it took.
     """
     progress = run.progress
     progress.head_fitted = True
@@ -188,24 +184,20 @@ def record_fit(run: Run, evaluation: Evaluation, seconds: float) -> None:
     progress.best_loss = evaluation.loss if math.isfinite(evaluation.loss) else sys.float_info.max
     write_weights(run, run.folder.best)
     run.reporter.message("fitted", f"{100 * evaluation.accuracy:.1f} % of the validation images are right")
-    if not run.recipe.freeze_plan.takes_steps or not has_time_for_steps(run, seconds / evaluation.total):
+    if not run.recipe.freeze_plan.takes_steps or not has_time_for_steps(run):
         progress.epochs = 0
 
 
-def has_time_for_steps(run: Run, per_image: float) -> bool:
-    """Whether `Recipe.time` leaves time for a useful number of optimizer steps; where it does not, that is said.
-
-    Args:
-        run: the run.
-        per_image: seconds of the evaluation of an image.
-    """
+def has_time_for_steps(run: Run) -> bool:
+    """Whether `Recipe.time` leaves time for a useful number of optimizer steps; where it does not, that is said."""
     if run.recipe.budget is None:
         return True
-    step = STEP_COST * per_image * run.recipe.batch_size
-    spent = run.seconds + per_image * (len(run.data.validation) + len(run.data.test))
-    if run.ranks.any(run.ranks.first and run.recipe.budget - spent >= USEFUL_STEPS * step):
+    costs = run.progress.costs
+    step = STEP_COST * costs.image * run.recipe.batch_size
+    rest = costs.validation(len(run.data.validation)) + costs.ending(len(run.data.test))
+    if run.ranks.any(run.ranks.first and seconds_left(run) - rest >= USEFUL_STEPS * step):
         return True
-    minutes = math.ceil((spent + run.steps_per_epoch * step) / 60)
+    minutes = math.ceil((run.elapsed + rest + run.steps_per_epoch * step) / 60)
     run.reporter.message(
         "plan",
         f"no time for {USEFUL_STEPS} steps of the whole network in {run.recipe.time}: the run ends with the fitted "

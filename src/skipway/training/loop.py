@@ -2,11 +2,13 @@
 
 `train` opens a run (setup.py builds a fresh one, resume.py restores one) and `Trainer` trains it. One optimizer step is
 in step.py, the handling of failed steps in recovery.py, everything that is written in records.py, and the time budget
-in budget.py.
+in clock.py,
+by the arithmetic of budget.py.
 
 Order, augmentation and every other random draw are functions of (seed, epoch, step), and the learning rate is a
-function of the step. So the state of a run is its weights, the optimizer's tensors, the EMA and a few numbers, and a
-resumed run ends with the weights of an uninterrupted one: bit for bit on one CPU with the same number of threads.
+function of the step and the plan. So the state of a run is its weights, the optimizer's tensors, the EMA, the plan and
+a few numbers, and a resumed run ends with the weights of an uninterrupted one: bit for bit on one CPU with the same
+number of threads.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +37,8 @@ from skipway.report.run import write_report
 from skipway.report.run.predictions import PredictionLog, Predictions
 from skipway.tracing.restoration import random_states, restored
 from skipway.training import step
-from skipway.training.budget import plan_epochs
 from skipway.training.classifier_fit import fit_classifier, record_fit, withdraw_fit
+from skipway.training.clock import is_estimate_due, note_evaluation, plan_time, start_epoch, time_steps
 from skipway.training.distributed import join_ranks
 from skipway.training.freeze import check_freeze, freeze_layers
 from skipway.training.preflight import report_preflight
@@ -65,6 +68,8 @@ from skipway.training.trial_pass import check_forward
 
 __all__ = ["Trainer", "train"]
 
+# seconds of a report besides building the network
+REPORT_SECONDS = 0.5
 # reading a number from a GPU synchronises with it, so it is done once in so many steps; steps that are not finite
 # change nothing meanwhile
 GPU_STEPS_PER_CHECK = 25
@@ -126,13 +131,12 @@ class Trainer:
         """Train until all epochs are done or the run is told to stop, and write the result."""
         run = self.run
         if run.recipe.freeze_plan.fits_classifier and not run.progress.head_fitted:
-            fitted = fit_classifier(run)
-            began = time.monotonic()
-            evaluation = self.validate() if fitted else None
+            evaluation = self.validate() if fit_classifier(run) else None
             if evaluation is None:  # told to stop: the checkpoint has the network as it was
                 return self.finish()
-            record_fit(run, evaluation, time.monotonic() - began)
+            record_fit(run, evaluation)
             save_checkpoint(run)
+        plan_time(run)
         while not run.finished:
             try:
                 complete = self.train_epoch()
@@ -153,13 +157,11 @@ class Trainer:
         run = self.run
         run.model.train()
         freeze_layers(run)
-        run.epoch_began, run.steps_this_epoch = time.monotonic(), 0
-        if not run.steps_taken:
-            run.reporter.activity("first step")
+        start_epoch(run)
         for batch in step.train_batches(run):
             set_lr(run.optimizer, run.lr_factor(run.global_step))
             self.train_step(batch)
-            plan_epochs(run)
+            time_steps(run)
             record_health(run, batch)
             run.stopping = run.ranks.any(run.stop())
             if run.stopping:
@@ -168,7 +170,7 @@ class Trainer:
                 self.read_results()
                 save_checkpoint(run)
         self.read_results()
-        return run.progress.step == run.steps_per_epoch and not run.stopping
+        return run.progress.step >= run.progress.epoch_steps and not run.stopping
 
     def train_step(self, batch: Batch) -> None:
         """Forward, backward, clip, update; the update is skipped if the loss or the gradient is not finite."""
@@ -184,7 +186,7 @@ class Trainer:
         run.steps_taken += 1
         run.steps_this_epoch += 1
         updated = step.update_weights(run, result.is_finite)
-        if not updated or run.device.type != "cuda" or len(run.pending) >= GPU_STEPS_PER_CHECK:
+        if not updated or run.device.type != "cuda" or len(run.pending) >= GPU_STEPS_PER_CHECK or is_estimate_due(run):
             self.read_results()
 
     def read_results(self) -> None:
@@ -236,7 +238,8 @@ class Trainer:
         batches = run.data.evaluation_batches(
             split, batch_size=size, device=run.device, rank=run.ranks.rank, world=run.ranks.world
         )
-        return evaluate(
+        began = time.monotonic()
+        evaluation = evaluate(
             run.model,
             report_batches(run, batches, label, math.ceil(images / run.ranks.world)),
             classes=len(run.data.classes),
@@ -247,6 +250,8 @@ class Trainer:
             rounds=rounds if run.recipe.sharding == "full" else 0,
             observe=observe,
         )
+        note_evaluation(run, images, time.monotonic() - began)
+        return evaluation
 
     def finish(self) -> Outcome:
         """Write the last weights; if all epochs are done, test the best weights and write summary and report."""
@@ -326,8 +331,11 @@ def open_run(
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         fresh = stored is None or not Checkpoints(folder.checkpoints).steps()
         reporter.activity("building")
+        building = time.monotonic()
         run = build_run(resolved, data, folder, reporter, device, ranks, stop, fresh=fresh)
         run.given = recipe
+        # the report builds the network again
+        report_seconds = REPORT_SECONDS + time.monotonic() - building
         reporter.activity("checking")
         check_forward(run)
         withdraw_fit(run)
@@ -344,6 +352,8 @@ def open_run(
             write_run_files(run)
         else:
             resume_run(run, stored)
+        run.progress.overhead += run.began - began
+        run.progress.costs = replace(run.progress.costs, report=report_seconds)
         report_preflight(run, reason, stored)
         if stored is None:
             save_checkpoint(run)

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from skipway.data import Batch
 from skipway.errors import CheckpointError, DivergedError, counted
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.reference_outputs import describe_outputs
-from skipway.training.budget import TIMED_STEPS, shorten_plan
+from skipway.training.clock import expected_seconds, plan_time
 from skipway.training.reporter import StepReport
 from skipway.training.resume import training_state
 from skipway.training.run import Progress, Run
@@ -41,33 +42,29 @@ ROWS_PER_EPOCH = 50
 
 def record_step(run: Run, step: int, loss: float, norm: float) -> None:
     """Collect a row for `steps.jsonl` every few steps; it is written with the next checkpoint."""
-    if step % max(1, run.steps_per_epoch // ROWS_PER_EPOCH) == 0:
-        done = run.progress.epoch * run.steps_per_epoch + step
+    if step % max(1, run.progress.epoch_steps // ROWS_PER_EPOCH) == 0:
+        done = run.progress.before + step
         rate = run.recipe.peak_lr * run.lr_factor(done - 1)
         run.rows.append({"step": done, "epoch": run.progress.epoch + 1, "loss": loss, "norm": norm, "lr": rate})
 
 
 def report_progress(run: Run) -> None:
-    """Report the progress of the epoch, and once, when enough steps are timed, an estimate of the remaining time."""
+    """Report the progress of the epoch."""
     progress, images = run.progress, run.progress.step * run.recipe.batch_size
     elapsed = time.monotonic() - run.epoch_began
     run.images_per_second = run.steps_this_epoch * run.recipe.batch_size / max(elapsed, 1e-9)
-    per_step = (time.monotonic() - run.began) / run.steps_taken
-    seconds_left = per_step * (progress.epochs * run.steps_per_epoch - run.global_step)
     run.reporter.step(
         StepReport(
             epoch=progress.epoch + 1,
             epochs=progress.epochs,
             step=progress.step,
-            steps=run.steps_per_epoch,
+            steps=progress.epoch_steps,
             loss=progress.loss_sum / images,
             accuracy=progress.correct / images,
             images_per_second=run.images_per_second,
-            seconds_left=seconds_left,
+            seconds_left=expected_seconds(run),
         )
     )
-    if run.steps_taken == TIMED_STEPS and not progress.planned and run.recipe.time is None:
-        run.reporter.estimate(seconds_left)
 
 
 def record_health(run: Run, batch: Batch) -> None:
@@ -87,9 +84,9 @@ def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
     Args:
         evaluation: the validation result; None without validation images, the last epoch is the best one then.
     """
-    progress, images = run.progress, run.steps_per_epoch * run.recipe.batch_size
+    progress, images = run.progress, run.progress.step * run.recipe.batch_size
     last_rate = run.recipe.peak_lr * run.lr_factor(run.global_step - 1)
-    progress.epoch, progress.step = progress.epoch + 1, 0
+    progress.epoch, progress.before, progress.step = progress.epoch + 1, run.global_step, 0
     if evaluation is None:
         progress.best_epoch = progress.epoch
     elif is_better(evaluation, progress):
@@ -121,7 +118,7 @@ def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
             f"no better validation result for {counted(run.recipe.patience or 0, 'epoch')}: the run stops early",
         )
     progress.loss_sum, progress.correct = 0.0, 0
-    shorten_plan(run)
+    plan_time(run)
 
 
 def is_better(evaluation: Evaluation, progress: Progress) -> bool:
@@ -150,10 +147,11 @@ def save_checkpoint(run: Run) -> None:
     if run.ranks.any(not all_finite(run.model)):
         raise DivergedError(
             f"a weight is not finite in epoch {run.progress.epoch + 1}, step {run.progress.step} of "
-            f"{run.steps_per_epoch}. The last good checkpoint is in {run.folder.checkpoints}. Try a lower --lr or "
+            f"{run.progress.epoch_steps}. The last good checkpoint is in {run.folder.checkpoints}. Try a lower --lr or "
             "another --scheme"
         )
-    run.progress.seconds, run.saved_at = run.seconds, time.monotonic()
+    began = time.monotonic()
+    run.progress.seconds, run.saved_at = run.seconds, began
     tensors = {"model": model_state(run.model), "optimizer": optimizer_state(run.model, run.optimizer)}
     if run.ema is not None:
         tensors["ema"] = gather_tensors(run.ema.tensors)
@@ -168,6 +166,7 @@ def save_checkpoint(run: Run) -> None:
         if not run.checkpoints.steps():
             raise
         run.reporter.message("warning", str(error))
+    run.progress.costs = replace(run.progress.costs, save=time.monotonic() - began)
 
 
 def weights_header(run: Run) -> dict[str, Any]:

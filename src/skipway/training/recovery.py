@@ -23,7 +23,7 @@ RETRY_LR_SCALE = 0.5
 
 def divergence_error(run: Run, cause: str, step: int, result: StepResult) -> DivergedError:
     """Build the error for a step that is not finite: cause, step, images and remedies."""
-    where = f"in epoch {run.progress.epoch + 1}, step {step} of {run.steps_per_epoch}"
+    where = f"in epoch {run.progress.epoch + 1}, step {step} of {run.progress.epoch_steps}"
     at = ""
     if run.ranks.world == 1:
         run.progress.step = step - 1
@@ -65,12 +65,12 @@ def retry_from_checkpoint(run: Run, error: DivergedError) -> None:
     if run.recipe.diverged != "retry" or retries >= MAX_RETRIES:
         raise error
     run.reporter.message("diverged", str(error))
-    lr_scale = run.progress.lr_scale * RETRY_LR_SCALE
+    lr_scale, overhead = run.progress.lr_scale * RETRY_LR_SCALE, run.progress.overhead
     run.pending.clear()
     run.rows.clear()
     run.optimizer.state.clear()
     load_newest_checkpoint(run)
-    run.progress.lr_scale, run.progress.retries = lr_scale, retries + 1
+    run.progress.lr_scale, run.progress.retries, run.progress.overhead = lr_scale, retries + 1, overhead
     if run.ranks.first:
         run.folder.keep_metrics(run.progress.epoch)
         run.folder.keep_steps(run.global_step)

@@ -12,6 +12,8 @@ from skipway.data.split import name_list
 from skipway.errors import CheckpointError, DataError, SkipwayError, spell
 from skipway.inference.reference_outputs import describe_outputs, find_change, refuse_change
 from skipway.recipe import Recipe
+from skipway.training.budget import Plan
+from skipway.training.clock import limit_validation, reopen_plan
 from skipway.training.initial_weights import resolve_paths
 from skipway.training.run import Progress, Run
 from skipway.training.setup import count_images, give_hidden_layer, model_config
@@ -98,10 +100,13 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
             f"now{describe_file_changes(run)}; start a new run"
         )
     load_newest_checkpoint(run)
-    planned = stored["recipe"]["epochs"]
-    if run.recipe.time is None and run.recipe.epochs != planned:
-        run.progress.epochs, run.progress.stopped_early = run.recipe.epochs, False
-    run.earlier_seconds = run.progress.seconds
+    progress, recipe, before = run.progress, run.recipe, stored["recipe"]
+    if recipe.time is None and recipe.epochs != before["epochs"]:
+        progress.epochs, progress.stopped_early = recipe.epochs, False
+        progress.plan = Plan(end=recipe.epochs * run.steps_per_epoch, length=run.steps_per_epoch)
+    if recipe.time is not None and recipe.time != before["time"]:
+        reopen_plan(run)
+    run.earlier_seconds = progress.seconds
     if run.ranks.first:
         run.folder.keep_metrics(run.progress.epoch)
         run.folder.keep_steps(run.global_step)
@@ -134,10 +139,11 @@ def load_newest_checkpoint(run: Run) -> None:
     for sentence in damaged:
         run.reporter.message("damaged", sentence)
     state = snapshot.state
-    progress = Progress(**state["progress"])
+    progress = Progress.from_json(state["progress"], run.steps_per_epoch)
     if progress.head is not None:
         give_hidden_layer(run, progress.head)
     run.progress = progress
+    limit_validation(run, progress.validation_images)
     load_model_state(run.model, snapshot.tensors["model"])
     refuse_change(
         find_change(run.model, model_config(run), state.get("reference")),

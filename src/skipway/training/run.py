@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from skipway.monitor.health import Health
 from skipway.optim.schedules import lr_factor
 from skipway.recipe import Recipe, ResolvedRecipe
 from skipway.tracing.chain import Chain, read_chain
+from skipway.training.budget import Plan, RunCosts
 from skipway.training.distributed import Ranks
 from skipway.training.ema import ModelEMA
 from skipway.training.reporter import Reporter
@@ -32,8 +33,18 @@ __all__ = ["Outcome", "Progress", "Run", "StepResult"]
 class Progress:
     """The progress of a run: `step` steps into epoch `epoch`, both from 0, with the sums of this epoch so far.
 
+    An epoch ends with a validation. It is one pass over the training images, or with `Recipe.time` as many steps as are
+    planned.
+
     Args:
         epochs: planned epochs; `Recipe.time` decides them during the run.
+        before: steps in the complete epochs.
+        epoch_steps: planned steps of this epoch.
+        epoch_position: part of the run that was done when this epoch began.
+        plan: the steps of the run and its schedule over them.
+        costs: what its parts take.
+        overhead: seconds of all sessions before their training began: imports, reading, checks.
+        validation_images: number of validation images that are used; 0: all.
         accumulation: number of parts in which a batch passes through the network.
         planned: whether `Recipe.time` has been converted to epochs.
         lr_scale: factor on all learning rates, less than 1 after a retry.
@@ -53,6 +64,13 @@ class Progress:
     epoch: int = 0
     step: int = 0
     epochs: int = 0
+    before: int = 0
+    epoch_steps: int = 0
+    epoch_position: float = 0.0
+    plan: Plan = field(default_factory=Plan)
+    costs: RunCosts = field(default_factory=RunCosts)
+    overhead: float = 0.0
+    validation_images: int = 0
     accumulation: int = 1
     planned: bool = False
     lr_scale: float = 1.0
@@ -66,6 +84,22 @@ class Progress:
     stopped_early: bool = False
     head_fitted: bool = False
     head: list[Any] | None = None
+
+    @classmethod
+    def of_epochs(cls, epochs: int, per_epoch: int, accumulation: int) -> Progress:
+        """The start of a run of so many epochs."""
+        plan = Plan(end=epochs * per_epoch, length=per_epoch)
+        return cls(epochs=epochs, epoch_steps=per_epoch, plan=plan, accumulation=accumulation)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], per_epoch: int) -> Progress:
+        """The progress that a checkpoint holds; earlier versions knew only epochs of all images."""
+        if "plan" not in values:
+            start = cls.of_epochs(values["epochs"], per_epoch, values["accumulation"])
+            earlier = {"before": values["epoch"] * per_epoch, "epoch_steps": per_epoch, "plan": asdict(start.plan)}
+            values = {**values, **earlier, "costs": {}}
+        nested: dict[str, Any] = {"plan": Plan(**values["plan"]), "costs": RunCosts(**values["costs"])}
+        return cls(**{**values, **nested})
 
 
 @dataclass(frozen=True)
@@ -123,7 +157,12 @@ class Run:
     steps_taken: int = 0
     steps_this_epoch: int = 0
     images_per_second: float = 0.0
-    timed_from: float = 0.0
+    first_step_at: float = 0.0
+    timed_at: float = 0.0
+    timed_steps: int = 0
+    estimated: bool = False
+    remarked: bool = False
+    reported_end: int = 0
     evaluation: Evaluation | None = None
     stopping: bool = False
 
@@ -144,18 +183,23 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
+        """Optimizer steps in which all training images are seen."""
         return self.data.steps(self.recipe.batch_size)
 
     @property
     def global_step(self) -> int:
         """Optimizer steps since the start of the run, over all sessions."""
-        return self.progress.epoch * self.steps_per_epoch + self.progress.step
+        return self.progress.before + self.progress.step
 
     @property
     def seconds(self) -> float:
         """Seconds spent in training, over all sessions."""
         return self.earlier_seconds + time.monotonic() - self.began
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the commands, over all sessions, each from its start."""
+        return self.progress.overhead + self.seconds
 
     @property
     def finished(self) -> bool:
@@ -169,17 +213,19 @@ class Run:
         start, full = self.recipe.grow_from, self.data.size
         if start is None:
             return None
-        grown = start + (full - start) * self.progress.epoch / max(1.0, 2 / 3 * self.progress.epochs)
+        done = self.progress.epoch / max(1.0, 2 / 3 * self.progress.epochs)
+        if self.recipe.time is not None:  # the plan may change within an epoch
+            done = 3 / 2 * self.progress.epoch_position
+        grown = start + (full - start) * done
         grain = 16 if full > 64 else 4
         side = max(start, int(grown) // grain * grain)
         return side if side < full else None
 
     def lr_factor(self, step: int) -> float:
         """The factor on the peak learning rate at a step of the run."""
-        total = self.progress.epochs * self.steps_per_epoch
-        return self.progress.lr_scale * lr_factor(
-            min(step, total - 1), total, self.recipe.warmup, self.recipe.schedule_shape
-        )
+        plan = self.progress.plan
+        place = plan.virtual_step(min(step, plan.end - 1))
+        return self.progress.lr_scale * lr_factor(place, plan.end, self.recipe.warmup, self.recipe.schedule_shape)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The autocast context of forward passes."""

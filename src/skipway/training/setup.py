@@ -198,7 +198,8 @@ def build_run(
     epochs = (
         recipe.epochs if recipe.time is None else max(recipe.epochs, math.ceil(STEPS_TO_PLAN / run.steps_per_epoch))
     )
-    run.progress = Progress(epochs=epochs, accumulation=recipe.accumulate, head=head)
+    run.progress = Progress.of_epochs(epochs, run.steps_per_epoch, recipe.accumulate)
+    run.progress.head = head
     return run
 
 

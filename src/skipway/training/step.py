@@ -18,17 +18,26 @@ __all__ = ["backward", "clip_gradients", "reduce_result", "seed_step", "train_ba
 
 
 def train_batches(run: Run) -> Iterator[Batch]:
-    """The batches of this epoch from the current step on, the share of this rank of each."""
-    return run.data.train_batches(
-        seed=run.recipe.seed,
-        epoch=run.progress.epoch,
-        batch_size=run.recipe.batch_size,
-        device=run.device,
-        start=run.progress.step,
-        rank=run.ranks.rank,
-        world=run.ranks.world,
-        size=run.side,
-    )
+    """The batches of this epoch from the current step on, the share of this rank of each.
+
+    An epoch need not be a pass over the images: the next one goes on where it ends.
+    """
+    progress, side = run.progress, run.side
+    while progress.step < progress.epoch_steps:
+        images_epoch, start = divmod(run.global_step, run.steps_per_epoch)
+        for batch in run.data.train_batches(
+            seed=run.recipe.seed,
+            epoch=images_epoch,
+            batch_size=run.recipe.batch_size,
+            device=run.device,
+            start=start,
+            rank=run.ranks.rank,
+            world=run.ranks.world,
+            size=side,
+        ):
+            yield batch
+            if progress.step >= progress.epoch_steps:
+                return
 
 
 def backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -93,4 +102,5 @@ def update_weights(run: Run, is_finite: Tensor) -> bool:
 def seed_step(run: Run, step: int) -> None:
     """Seed the random state of a step, which dropout and stochastic depth draw from."""
     rank = (run.ranks.rank,) if run.ranks.rank else ()
-    torch.manual_seed(draw_key(run.recipe.seed, "step", run.progress.epoch, step, *rank))
+    images_epoch, number = divmod(run.progress.before + step, run.steps_per_epoch)
+    torch.manual_seed(draw_key(run.recipe.seed, "step", images_epoch, number, *rank))

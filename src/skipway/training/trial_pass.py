@@ -13,7 +13,7 @@ from skipway.errors import SkipwayError, counted, first_line, printable, spell
 from skipway.tracing import preserved_state
 from skipway.training.run import Run
 
-__all__ = ["check_forward", "keeps_statistics", "normalisers", "statistics_remarks"]
+__all__ = ["check_forward", "keeps_statistics", "normalisers", "stale_statistics", "statistics_remarks"]
 
 # values per channel from which a mean and a variance are estimates rather than noise
 FEW_VALUES = 16
@@ -83,9 +83,14 @@ def statistics_remarks(run: Run) -> Iterator[str]:
             f"{counted(images, 'image')} ({spell('batch_size', run.recipe.batch_size)}{parts}): they are mostly noise; "
             "a larger batch or larger images give more"
         )
-    steps = run.recipe.epochs * run.steps_per_epoch
-    left = {name: (1 - module.momentum) ** steps for name, module in normalisers(run.model) if module.momentum}
-    if left and run.recipe.time is None and max(left.values()) > STALE:
+    if run.recipe.time is None:
+        yield from stale_statistics(run.model, run.recipe.epochs * run.steps_per_epoch)
+
+
+def stale_statistics(model: nn.Module, steps: int) -> Iterator[str]:
+    """A remark about running statistics that so many steps leave near their start."""
+    left = {name: (1 - module.momentum) ** steps for name, module in normalisers(model) if module.momentum}
+    if left and max(left.values()) > STALE:
         name = max(left, key=left.__getitem__)
         yield (
             f"after {counted(steps, 'step')} the running mean and variance of {name} are still {100 * left[name]:.0f} "

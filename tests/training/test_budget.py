@@ -1,0 +1,242 @@
+"""`Recipe.time`: the plan's arithmetic on simulated machines, and runs on a clock that the test moves."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tests.trials.reporting import Notes
+
+from skipway.checkpoint.files import read_tensors
+from skipway.recipe import Recipe
+from skipway.training import clock, loop, step, train
+from skipway.training.budget import Plan, RunCosts, RunWork, plan_steps, validation_part
+from skipway.training.run_folder import RunFolder
+
+# seconds of a step by (seconds of an ordinary step, part of the budget that is used, random numbers)
+MACHINES: dict[str, Callable[[float, float, random.Random], float]] = {
+    "constant": lambda step, _, __: step,
+    "slowing": lambda step, used, _: step * (1 + 3 * used),
+    "speeding": lambda step, used, _: step / (1 + 3 * used),
+    "suddenly slow": lambda step, used, _: step * (4 if used > 0.5 else 1),
+    "jittering": lambda step, _, draw: step * draw.lognormvariate(0, 0.5),
+    "pausing": lambda step, _, draw: step * (5 if draw.random() < 0.05 else 1),
+}
+
+
+@dataclass
+class Simulation:
+    """A run on a machine, by the same functions as a real one; `trace` holds the part of the schedule at each step."""
+
+    budget: float
+    work: RunWork
+    truth: RunCosts
+    machine: Callable[[float, float, random.Random], float]
+    draw: random.Random
+    spent: float = 0.0
+    trace: list[float] = field(default_factory=list)
+    rounds: int = 0
+
+    def run(self, startup: float) -> Simulation:
+        self.spent = startup
+        # what is known before the first step; images cost a little more than they did in the first measurement
+        costs = replace(self.truth, step=0.0, weight=0.0, image=self.truth.image * self.draw.uniform(0.9, 1.1))
+        plan, step, taken = Plan(end=1000, length=self.work.per_epoch), 0, 0
+        while True:
+            seconds = self.machine(self.truth.step, self.spent / self.budget, self.draw)
+            seconds += 4 * self.truth.step if step == 0 else 0.0
+            self.trace.append(plan.virtual_step(step) / plan.end)
+            self.spent, step, taken = self.spent + seconds, step + 1, taken + 1
+            costs = costs.with_steps(1, seconds)
+            left = self.budget - self.spent
+            if step == 1:
+                self.work = replace(self.work, validation=validation_part(left, costs, self.work))
+            settled = plan.length if self.rounds else 0
+            steps, length, rounds = plan_steps(left, costs, self.work, step, taken, settled)
+            plan = replace(plan.adjusted(step, steps), length=length)
+            if step < plan.end and (taken < length or rounds == 1):
+                continue
+            self.rounds, taken = self.rounds + 1, 0
+            self.spent += self.truth.validation(self.work.validation)
+            costs = replace(costs, image=self.truth.image)
+            if step >= plan.end:
+                break
+        self.trace.append(plan.virtual_step(step) / plan.end)
+        self.spent += self.truth.ending(self.work.test)
+        return self
+
+
+def simulate(machine: str, seed: int) -> Simulation:
+    """A run of random size: a budget of 30 steps and more, with a test that takes 1 to 30 % of it."""
+    draw = random.Random(f"{machine} {seed}")
+    step = 10 ** draw.uniform(-2, 1)
+    budget = step * 10 ** draw.uniform(2, 4)
+    test = draw.randint(50, 5000)
+    work = RunWork(per_epoch=draw.choice([1, 7, 60, 800, 20_000]), validation=draw.randint(1, test), test=test)
+    truth = RunCosts(step, 0.0, budget * draw.uniform(0.01, 0.3) / test, draw.uniform(0, step), draw.uniform(0, step))
+    return Simulation(budget, work, truth, MACHINES[machine], draw).run(startup=budget * draw.uniform(0, 0.1))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_run_ends_within_five_percent_of_its_budget(machine):
+    for seed in range(60):
+        found = simulate(machine, seed)
+        assert found.spent == pytest.approx(found.budget, rel=0.05), (machine, seed)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_schedule_grows_with_every_step_and_ends_at_the_end(machine):
+    """At 1, but where the machine becomes slower just before the end."""
+    for seed in range(30):
+        trace = simulate(machine, seed).trace
+        assert trace[0] == 0
+        assert trace == sorted(trace)
+        assert trace[-1] == pytest.approx(1) if machine in ("constant", "speeding") else trace[-1] > 0.85
+
+
+def test_validating_stays_below_its_share_of_the_time():
+    """At most a fifth of the time of steps and validation, and some more where there are few of them."""
+    for seed in range(60):
+        found = simulate("constant", seed)
+        spent = found.rounds * found.truth.validation(found.work.validation)
+        assert spent <= 0.25 * found.budget or found.rounds == 1, seed
+
+
+def test_an_epoch_is_part_of_the_data_where_not_one_fits():
+    work = RunWork(per_epoch=1000, validation=10, test=10)
+    steps, length, rounds = plan_steps(100.0, RunCosts(step=1.0, image=0.01), work, done=0, taken=0)
+    assert 95 <= steps < 100
+    assert length == 25
+    assert rounds == 4
+
+
+def test_the_schedule_of_a_plan_that_never_changes_is_exact():
+    plan = Plan(end=997, length=10)
+    assert [plan.virtual_step(step) for step in range(997)] == list(range(997))
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Machine:
+    """A machine whose clock is moved by steps, evaluated images and the report only."""
+    found = Machine()
+    monkeypatch.setattr(time, "monotonic", lambda: found.now)
+    monkeypatch.setattr(step, "backward", found.taking(found.next_step, step.backward))
+    monkeypatch.setattr(clock, "measure_evaluation", lambda run: found.image)
+    monkeypatch.setattr(loop, "report_batches", found.evaluating(loop.report_batches))
+    monkeypatch.setattr(loop, "write_report", found.taking(lambda *_: found.report, lambda *_: found))
+    return found
+
+
+@dataclass
+class Machine:
+    """Seconds of a step, which grow by `slowing`, of an evaluated image and of the report; `now` is the clock."""
+
+    step: float = 1.0
+    image: float = 0.01
+    report: float = 0.5
+    now: float = 1000.0
+    slowing: float = 0.0
+    steps: int = 0
+
+    def next_step(self, *_: Any) -> float:
+        """Seconds of the next step."""
+        self.steps += 1
+        return self.step * (1 + self.slowing * self.steps)
+
+    def taking(self, seconds: Callable[..., float], function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which takes so long."""
+
+        def slow(*args: Any, **options: Any) -> Any:
+            self.now += seconds(*args)
+            return function(*args, **options)
+
+        return slow
+
+    def evaluating(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The batches of an evaluation, which take so long for each image."""
+
+        def slow(*args: Any) -> Any:
+            for batch in function(*args):
+                self.now += self.image * len(batch.numbers)
+                yield batch
+
+        return slow
+
+
+# 10 steps in an epoch, 143 images to validate on and 359 to test on
+DIGITS = Recipe(model="resnet20", depth=8, width=4, batch_size=128, lr=0.1, device="cpu", precision="float32", health=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "image", "step_seconds", "steps", "epochs"),
+    [("60s", 0.01, 1.0, 43, 4), ("10s", 0.003, 0.5, 7, 2)],
+)
+def test_a_run_keeps_to_its_time(tmp_path, machine, given, image, step_seconds, steps, epochs):
+    """Started 4 s before. With 0.01 s per image a validation takes 1.43 s and the test 3.59 s: 60 s leave 43 steps and
+    4 epochs; with 0.003 s, 10 s leave 7 of the 10 steps of an epoch,
+    in two parts.
+    """
+    machine.image, machine.step = image, step_seconds
+    notes, recipe = Notes(), replace(DIGITS, time=given)
+    outcome = train(recipe, tmp_path / "run", reporter=notes, began=machine.now - 4)
+    assert machine.now - 996 == pytest.approx(recipe.budget, rel=0.05)
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    assert outcome.finished
+    assert rows[-1]["step"] == pytest.approx(steps, abs=2)
+    assert len(rows) == epochs
+    assert notes.said("steps per second, done at about")
+    assert bool(notes.said("not one epoch of all training images fits")) == (steps < 10)
+    assert rows[-1]["lr"] < 0.01, "the schedule ends at the end"
+
+
+def test_what_is_too_short_says_what_the_least_is(tmp_path, machine):
+    notes = Notes()
+    outcome = train(replace(DIGITS, time="3s"), tmp_path / "run", reporter=notes)
+    assert outcome.finished
+    assert outcome.evaluation is not None
+    assert outcome.evaluation.total == 359
+    (said,) = notes.said("is too short")
+    assert "The least for one step is about" in said
+
+
+def test_a_machine_that_becomes_slower_gets_fewer_steps(tmp_path, machine):
+    notes, machine.slowing = Notes(), 0.05
+    train(replace(DIGITS, time="60s"), tmp_path / "run", reporter=notes)
+    assert machine.now - 1000 == pytest.approx(60, rel=0.05)
+    assert notes.said("slower: about")
+
+
+@pytest.mark.parametrize("interruption", [2, 14])
+def test_a_resumed_run_of_some_time_has_the_weights_of_an_uninterrupted_one(tmp_path, machine, interruption):
+    """The plan, the step at which it changed and the costs are in the checkpoint; the machine becomes slower."""
+    machine.slowing, weights = 0.05, []
+    for name, stops in (("whole", []), ("parts", [interruption])):
+        machine.now, machine.steps = 1000.0, 0
+        for last in (*stops, 10**6):
+            stop = partial(lambda last: machine.steps >= last, last)
+            train(replace(DIGITS, time="40s"), tmp_path / name, resume=True, stop=stop)
+        weights.append(read_tensors(RunFolder(tmp_path / name).last)[0])
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_more_time_continues_a_finished_run(tmp_path, machine):
+    train(replace(DIGITS, time="30s"), tmp_path / "run")
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    outcome = train(replace(DIGITS, time="1m"), tmp_path / "run", resume=True)
+    more = RunFolder(tmp_path / "run").read_metrics()
+    assert outcome.finished
+    assert more[-1]["step"] > 1.5 * rows[-1]["step"]
+    assert machine.now - 1000 == pytest.approx(60, rel=0.15), "the first test and report are part of it"
+
+
+def test_expensive_validation_is_done_on_a_fixed_part(tmp_path, machine):
+    notes, machine.image = Notes(), 0.03
+    outcome = train(replace(DIGITS, time="40s"), tmp_path / "run", reporter=notes)
+    assert notes.said("100 of them, the same in every epoch")
+    assert outcome.validation_images == 100
