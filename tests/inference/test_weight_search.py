@@ -94,6 +94,21 @@ def test_the_preferred_network_goes_before_other_cached_ones(tmp_path, monkeypat
     assert search_weights().model == "timm:test_convnext"
 
 
+def test_a_network_too_large_for_a_laptop_is_taken_only_by_name(tmp_path, monkeypatch):
+    cache_timm(tmp_path)
+    monkeypatch.setattr(weight_search, "MOST_BYTES", 1000)
+    assert search_weights().model is None
+    assert search_weights("timm:test_resnet").model == "timm:test_resnet"
+
+
+def test_a_broken_library_does_not_stop_a_training(monkeypatch):
+    def fail(self, name):
+        raise AttributeError("module 'timm' has no attribute 'get_pretrained_cfg'")
+
+    monkeypatch.setattr(Timm, "find_cached", fail)
+    assert "the search for published ones failed: module 'timm' has no attribute" in search_weights().reason
+
+
 def test_a_package_is_taken_after_the_caches(tmp_path, monkeypatch):
     network = load_model("timm:test_convnext", ModelRequest()).model
     home, about = tmp_path / "tiny_weights", tmp_path / "tiny_weights-1.2.dist-info"

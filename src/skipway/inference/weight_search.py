@@ -27,8 +27,9 @@ __all__ = ["TRUNKS", "Trunk", "WeightSearch", "call_within", "search_weights"]
 
 ANSWER_SECONDS, FETCH_SECONDS = 5.0, 120.0
 """Limits for the first answer of a hub, and for a download."""
-USUAL_BYTES = 20e6
-"""Of several networks in a cache the one whose file is nearest to this size is taken: 5 million weights."""
+USUAL_BYTES, MOST_BYTES = 20e6, 120e6
+"""Of several networks in a cache the one whose file is nearest to this size is taken, that of 5 million weights; larger
+ones than 30 million only by name."""
 
 Result = TypeVar("Result")
 
@@ -100,6 +101,8 @@ def search_weights(model: str | None = None) -> WeightSearch:
         return WeightSearch(found, find_published_weights(found).origin)
     except CheckpointError as error:
         return WeightSearch(None, str(error))
+    except Exception as error:  # a broken or very old library must not stop a training that needs none
+        return WeightSearch(None, f"the search for published ones failed: {printable(first_line(error, 120))}")
 
 
 def iter_at_hand(wanted: list[str], *, others: bool) -> Iterator[str]:
@@ -110,14 +113,14 @@ def iter_at_hand(wanted: list[str], *, others: bool) -> Iterator[str]:
 
 
 def other_cached() -> Iterator[str]:
-    """All networks with cached weights, those of a usual size first."""
+    """All networks with cached weights that are not too large for a laptop, those of a usual size first."""
     sizes = {}
     for kind, library in LIBRARIES.items():
         for name in library.cached_names() if find_spec(kind) is not None else ():
             file = library.find_cached(name)
-            if file is not None:
-                size = max(1, file.stat().st_size) / USUAL_BYTES
-                sizes[f"{kind}:{name}"] = max(size, 1 / size)
+            size = file.stat().st_size if file is not None else 0
+            if 0 < size <= MOST_BYTES:
+                sizes[f"{kind}:{name}"] = max(size / USUAL_BYTES, USUAL_BYTES / size)
     yield from sorted(sizes, key=sizes.__getitem__)
 
 

@@ -92,6 +92,7 @@ def load_data(
     def choose(summary: SourceSummary) -> Mapping[str, Any]:
         nonlocal chosen
         if fresh:
+            reporter.activity("weights")
             chosen = decide(recipe, summary, device, ranks.world, reporter.message)
         return chosen.data_choices()
 
