@@ -138,8 +138,8 @@ def test_no_family_knows_a_schemes_name():
 
 PUBLIC = """
 BasicBlock Bottleneck CaiT CaiTConfig Chain CheckpointError Connection ConvNeXt ConvNeXtConfig DataError DeepNorm
-DepthMixing DepthScaled Diagnosis DivergedError DyT Finding Fixup Identity Keel Kit LayerNormScaling LayerScale
-LoopCheckpoints MissingExtraError MixNorm NormFree Operation OptimizedModel Outcome PeriNorm Placement Plain
+DepthMixing DepthScaled Diagnosis DivergedError DyT Finding Fixup HyperConnections Identity Keel Kit LayerNormScaling
+LayerScale LoopCheckpoints MissingExtraError MixNorm NormFree Operation OptimizedModel Outcome PeriNorm Placement Plain
 PreActivation ReZero Recipe ResNet ResNetConfig Residual Scheme Site SkipInit SkipwayError StochasticDepth Swin
 SwinConfig TrainedClassifier Treatment ViT ViTConfig WatchedConnection ZeroInit __version__ accelerate build chain
 checkpoint checkpointed data deepen depth_mixing diagnose diagnosis features fit fold_gains from_pretrained fuse

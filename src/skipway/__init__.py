@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         DepthScaled,
         DyT,
         Fixup,
+        HyperConnections,
         Identity,
         Keel,
         LayerNormScaling,
@@ -103,8 +104,8 @@ _HOME = {
     "probes.features": "features stage_features",
     "recipe": "Recipe",
     "schemes": (
-        "DeepNorm DepthScaled DyT Fixup Identity Keel LayerNormScaling LayerScale MixNorm NormFree PeriNorm Plain "
-        "PreActivation ReZero Scheme SkipInit StochasticDepth ZeroInit"
+        "DeepNorm DepthScaled DyT Fixup HyperConnections Identity Keel LayerNormScaling LayerScale MixNorm NormFree "
+        "PeriNorm Plain PreActivation ReZero Scheme SkipInit StochasticDepth ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

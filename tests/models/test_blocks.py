@@ -97,7 +97,8 @@ def test_gradcheck(ours, scheme):
         scheme=scheme,
     )
     block = awake(block).double().eval()
-    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    samples = 2 if block.streams is None else block.streams.count
+    x = torch.randn(samples, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in block.named_parameters()]
 
     def run(x, *parameters):

@@ -26,6 +26,7 @@ SPECS = [
     "normfree(gain=1.0)",
     "depthscaled(how='init')",
     "dyt(map='erf')",
+    "hyperconnections(n=2, dynamic=False)",
     "preactivation + layerscale",
     "preactivation + skipinit(norm='remove') + stochasticdepth(0.2)",
 ]

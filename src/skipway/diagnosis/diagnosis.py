@@ -146,6 +146,11 @@ class Diagnosis:
         if outside:
             stay = f"{counted(len(outside), 'trainable parameter')} in none, which stay as they are"
             remarks.append(f"optimizer: {stay}: {condense_paths(outside)}")
+        if several := self.subject.stream_connections:
+            remarks.append(
+                f"streams: {counted(several, 'connection')} of several streams, judged by the trial steps alone; "
+                f"{len(self.chain)} measured one by one"
+            )
         return tuple(remarks)
 
     @property

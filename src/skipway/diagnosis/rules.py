@@ -184,7 +184,7 @@ INDISTINCT = 1e-3
 def no_skips(context: Context) -> Iterator[Finding]:
     """A deep network without any residual connection."""
     depth, smoothness = len(context.maps), context.measured.jacobians.shattering
-    if context.subject.chain or depth < 12:
+    if context.subject.chain or context.subject.stream_connections or depth < 12:
         return
     yield Finding(
         rule="no-skips",
@@ -207,7 +207,9 @@ DEEP_WITHOUT_SKIPS = 40
 
 
 def skips(context: Context) -> tuple[Remedy, ...]:
-    """Remedies that give a network skips."""
+    """Remedies that give a network skips; those for other networks where it has several streams."""
+    if context.subject.stream_connections:
+        return calming(context)
     if context.ours:
         return (Rescheme("identity"), Rescheme("preactivation"))
     found = context.subject.skippable

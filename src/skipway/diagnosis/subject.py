@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from skipway.diagnosis.progress import PassCounter
 from skipway.errors import SkipwayError
+from skipway.nn import Streams
 from skipway.probes import MEASURES, Observer, Probe, Signals
 from skipway.probes.objective import Loss, Objective, choose_objective, output_heads
 from skipway.tracing import Example, Program, preserved_state, watch
@@ -113,6 +114,11 @@ class Subject:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that require a gradient, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @property
+    def stream_connections(self) -> int:
+        """Connections of ours that carry several streams; watching a pass does not find them."""
+        return sum(isinstance(module, Streams) for module in self.model.modules())
 
     @cached_property
     def skippable(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from skipway.nn.depthwise import DepthwiseMlp
 from skipway.nn.drop import DropPath
 from skipway.nn.gain import Bias, Gain, Multiply
 from skipway.nn.gate import SqueezeExcitation
-from skipway.nn.initial import FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal
+from skipway.nn.initial import FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal, Zeros
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
 from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
 from skipway.nn.residual import Residual
@@ -16,6 +16,7 @@ from skipway.nn.saturation import DynamicErf, DynamicTanh
 from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
 from skipway.nn.stage import ChannelsFirst, ChannelsLast, StageMap, TokenGrid
+from skipway.nn.streams import DynamicHyperConnection, HyperConnection, StreamEntry, StreamExit, Streams
 from skipway.nn.tokens import Attention, Mlp
 from skipway.nn.window import CosineWindowAttention, Window, WindowAttention
 
@@ -36,12 +37,14 @@ __all__ = [
     "DepthwiseMlp",
     "DropPath",
     "DynamicErf",
+    "DynamicHyperConnection",
     "DynamicTanh",
     "FanInUniform",
     "FirstToken",
     "Gain",
     "GlobalResponseNorm",
     "HeNormal",
+    "HyperConnection",
     "Initial",
     "LayerNorm2d",
     "Linear",
@@ -60,11 +63,15 @@ __all__ = [
     "Shortcut",
     "SqueezeExcitation",
     "StageMap",
+    "StreamEntry",
+    "StreamExit",
+    "Streams",
     "TalkingHeads",
     "TokenGrid",
     "TruncatedNormal",
     "Window",
     "WindowAttention",
     "XavierNormal",
+    "Zeros",
     "sequence",
 ]

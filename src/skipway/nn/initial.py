@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["FanInUniform", "HeNormal", "Initial", "TruncatedNormal", "XavierNormal"]
+__all__ = ["FanInUniform", "HeNormal", "Initial", "TruncatedNormal", "XavierNormal", "Zeros"]
 
 
 class Initial(Protocol):
@@ -58,3 +58,11 @@ class TruncatedNormal:
 
     def __call__(self, weight: Tensor) -> Tensor:
         return nn.init.trunc_normal_(weight, std=self.std)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """W = 0: a map without effect at the start."""
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return nn.init.zeros_(weight)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from skipway.nn.shortcut import Carry
 from skipway.nn.site import Site
+from skipway.nn.streams import Streams
 
 __all__ = ["Residual"]
 
@@ -22,6 +24,7 @@ class Residual(nn.Module):
         scale: what multiplies the branch.
         drop: stochastic depth.
         post: what follows the addition.
+        streams: how several streams are read, mixed and written; None for one stream. See `forward_streams`.
         site: where the connection stands.
         scheme: what dressed it, kept so that `initialise_` can find it again.
 
@@ -39,6 +42,7 @@ class Residual(nn.Module):
         scale: nn.Module | None = None,
         drop: nn.Module | None = None,
         post: nn.Module | None = None,
+        streams: Streams | None = None,
         site: Site | None = None,
         scheme: object | None = None,
     ) -> None:
@@ -49,9 +53,25 @@ class Residual(nn.Module):
         self.drop = nn.Identity() if drop is None else drop
         self.shortcut = Carry() if shortcut is None else shortcut
         self.post = nn.Identity() if post is None else post
+        self.streams = streams
         self.site = site
         self.scheme = scheme
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.streams is not None:
+            return self.forward_streams(x)
         h = self.pre(x)
         return self.post(self.shortcut(x, h) + self.drop(self.scale(self.branch(h))))
+
+    def forward_streams(self, s: Tensor) -> Tensor:
+        """s' = post(shortcut(A s) + β drop(scale(branch(h)))), where h = pre(α s): α reads n streams into one, A mixes
+        them, β writes into all. A shortcut other than a carry takes each stream, prepared in one batch with h.
+        """
+        assert self.streams is not None
+        x, carried, write = self.streams(s)
+        if isinstance(self.shortcut, Carry):
+            h, skip = self.pre(x), carried
+        else:
+            h, each = self.pre(torch.cat((x, carried))).split((len(x), len(carried)))
+            skip = self.shortcut(carried, each)
+        return self.post(self.streams.join(skip, write, self.drop(self.scale(self.branch(h)))))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, suggest
-from skipway.nn import Residual, StageMap
+from skipway.nn import Residual, StageMap, StreamExit
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_example, call_model, unwrap
 from skipway.tracing.chain import WatchedConnection, chain
@@ -149,7 +149,9 @@ def stage_features(model: nn.Module, x: Tensor) -> list[Tensor]:
     """
     stages = stage_maps(model)
     streams = features(model, x, [stage.path for stage in stages])
-    return [stage.to_map(streams[stage.path], x) for stage in stages]
+    exits = [module for module in model.modules() if isinstance(module, StreamExit)]
+    means = {path: exits[0](stream) if exits else stream for path, stream in streams.items()}
+    return [stage.to_map(means[stage.path], x) for stage in stages]
 
 
 def stage_maps(model: nn.Module) -> tuple[StageMap, ...]:

@@ -17,6 +17,7 @@ from skipway.schemes.keel import Keel
 from skipway.schemes.mixnorm import MixNorm
 from skipway.schemes.layernormscaling import LayerNormScaling
 from skipway.schemes.dyt import DyT
+from skipway.schemes.hyperconnections import HyperConnections
 from skipway.schemes.stochasticdepth import StochasticDepth
 from skipway.schemes.scheme import Scheme, Stack, parse_scheme, all_schemes
 from skipway.schemes.cards import card
@@ -26,6 +27,7 @@ __all__ = [
     "DepthScaled",
     "DyT",
     "Fixup",
+    "HyperConnections",
     "Identity",
     "Keel",
     "LayerNormScaling",

@@ -14,6 +14,7 @@ from skipway.nn import sequence
 from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
 from skipway.nn.site import Kind, Site
+from skipway.nn.streams import Streams
 from skipway.registry import Registry, parse_spec
 from skipway.tracing.chain import Chain
 from skipway.validation import check_rule
@@ -36,6 +37,8 @@ class Scheme:
     | `scale(site)` | what multiplies the branch | SkipInit, LayerScale, ReZero, Fixup, NormFree, DepthScaled |
     | `carry(site, shortcut)` | what happens to the skip | Plain, DeepNorm |
     | `drop(site)` | what may drop the branch | StochasticDepth |
+    | `streams(site)` | how several streams are read, mixed and written; `open()` and `close(site)` begin and end \
+      them | HyperConnections |
     | `init_(chain)` | the whole-network step after a full reset | Fixup, ZeroInit, DeepNorm, DepthScaled |
 
     Schemes add: `LayerScale() + StochasticDepth(0.1)`. A class that derives from `Scheme` is registered under its own
@@ -89,6 +92,18 @@ class Scheme:
         """The module that drops the branch, or None."""
         return None
 
+    def streams(self, site: Site) -> Streams | None:
+        """How the connection reads, mixes and writes several streams; None for one stream."""
+        return None
+
+    def open(self) -> nn.Module | None:
+        """The last module of the stem, which opens several streams, or None."""
+        return None
+
+    def close(self, dim: int, spatial: int) -> nn.Module | None:
+        """The first module of the head, which closes several streams of `dim` channels, or None."""
+        return None
+
     def init_(self, chain: Chain) -> None:
         """The whole-network step; may multiply in place. Only `initialise_` calls it, after a full reset."""
 
@@ -124,6 +139,7 @@ class Scheme:
             "drop": self.drop(site),
             "shortcut": self.carry(site, shortcut),
             "post": sequence(**kit.parts(placement.post, site.dim, fresh=True)),
+            "streams": self.streams(site),
             "site": site,
             "scheme": self,
         }
@@ -160,6 +176,9 @@ class Stack(Scheme):
                 f"{' and '.join(silent)} each start the branch at zero; two zero factors in one branch never learn. "
                 "Keep one, or give the other a non-zero start"
             )
+        several = [str(member) for member in self.members if member.open() is not None]
+        if len(several) > 1:
+            raise SkipwayError(f"{' and '.join(several)} each carry several streams of their own; keep one")
 
     @property
     def silent(self) -> bool:
@@ -188,6 +207,15 @@ class Stack(Scheme):
 
     def drop(self, site: Site) -> nn.Module | None:
         return chain_modules([member.drop(site) for member in self.members])
+
+    def streams(self, site: Site) -> Streams | None:
+        return next((each for member in self.members if (each := member.streams(site)) is not None), None)
+
+    def open(self) -> nn.Module | None:
+        return chain_modules([member.open() for member in self.members])
+
+    def close(self, dim: int, spatial: int) -> nn.Module | None:
+        return chain_modules([member.close(dim, spatial) for member in self.members])
 
     def init_(self, chain: Chain) -> None:
         for member in self.members:

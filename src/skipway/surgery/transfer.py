@@ -95,6 +95,8 @@ def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program
         return SkipwayError(f"{scheme} means {need}, which cannot be added to a network that exists already")
 
     site, seen = connection.site, connection.seen
+    if scheme.streams(site) is not None:
+        raise refuse("several streams, which stem and head have to open and close")
     norms: dict[str, tuple[Part, ...]] = dict.fromkeys(seen.norms, ("norm",))
     placement = Placement(**norms)
     moved = scheme.place(site, placement)

@@ -49,6 +49,7 @@ class CaiT(nn.Module):
             image=config.image,
             classes=config.classes,
             channels=config.channels,
+            scheme=scheme,
         )
         self.stem = TokenStem(replace(shape, pooling="mean"), kit, outside)
         self.blocks = cait_blocks(config, 0, config.blocks, partial(TalkingHeads, config.dim, config.heads), Mlp)

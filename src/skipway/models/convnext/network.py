@@ -88,7 +88,7 @@ class ConvNeXtStem(nn.Module):
         super().__init__()
         self.least = config.least
         self.conv = kit.conv(config.channels, config.width, config.patch, config.patch)
-        self.post = sequence(**kit.parts(("norm",), config.width))
+        self.post = sequence(**kit.parts(("norm",), config.width), open=config.scheme.open())
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -148,6 +148,7 @@ def convnext_head(config: ConvNeXtConfig, kit: Kit) -> nn.Module:
     """Stream to logits: the mean over pixels, a norm, the classifier."""
     dim = config.dims[-1]
     return sequence(
+        close=config.scheme.close(dim, 2),
         pool=nn.AdaptiveAvgPool2d(1),
         **kit.parts(("norm",), dim),
         flatten=nn.Flatten(),

@@ -73,12 +73,13 @@ def resnet_stem(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Modu
     if config.stem in TIERS:
         # a row of convolutions as in a branch, though no residual one
         convs = ConvBranch(deep_stem_convs(config), replace(kit, gate=None), placement.after)
-        return sequence(**dict(convs.named_children()), pool=pool)
+        return sequence(**dict(convs.named_children()), pool=pool, open=config.scheme.open())
     kernel, stride = (3, 1) if config.stem == "cifar" else (7, 2)
     return sequence(
         conv=kit.conv(config.channels, config.stem_width, kernel, stride),
         **kit.parts(placement.after, config.stem_width, fresh=True),
         pool=pool,
+        open=config.scheme.open(),
     )
 
 
@@ -135,6 +136,7 @@ def resnet_head(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Modu
     """Stream to logits: what a next connection would have begun with, the mean over pixels, the classifier."""
     dim = config.width * 2 ** (len(config.blocks) - 1) * BLOCKS[config.block].expansion
     return sequence(
+        close=config.scheme.close(dim, 2),
         **kit.parts(placement.pre, dim),
         pool=nn.AdaptiveAvgPool2d(1),
         flatten=nn.Flatten(),

@@ -81,10 +81,11 @@ class SwinStem(nn.Module):
         self.size = config.patch
         self.patch = kit.conv(config.channels, config.dim, config.patch, config.patch)
         self.norm = nn.Identity() if kit.norm is None else kit.norm(config.dim)
+        self.post = sequence(open=config.scheme.open())
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(*x.shape[-2:])
-        return self.norm(self.patch(x).permute(0, 2, 3, 1))
+        return self.post(self.norm(self.patch(x).permute(0, 2, 3, 1)))
 
     def check(self, height: int, width: int) -> None:
         """Refuse an image that the patch does not divide: other libraries cut, pad or refuse it, and so differ."""
@@ -165,6 +166,7 @@ def swin_head(config: SwinConfig, kit: Kit, placement: Placement) -> nn.Module:
     """Map to logits: the norm (post-norm streams need none), the mean over tokens, the classifier."""
     width = config.widths[-1]
     return sequence(
+        close=config.scheme.close(width, 0),
         norm=None if kit.norm is None or "norm" in placement.post else kit.norm(width),
         flatten=nn.Flatten(1, 2),
         pool=TokenPool("mean", 0),

@@ -96,7 +96,8 @@ class TokenStem(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, config.dim)) if self.prefix else None
         self.registers = nn.Parameter(torch.zeros(config.registers, config.dim)) if config.registers else None
         self.position = nn.Parameter(torch.zeros(rows, config.dim))
-        self.post = sequence(**kit.parts(("norm",) if config.stem_norm else placement.post, config.dim))
+        norm = kit.parts(("norm",) if config.stem_norm else placement.post, config.dim)
+        self.post = sequence(**norm, open=config.scheme.open())
 
     def reset_parameters(self) -> None:
         """Positions from N(0, 0.02²), tokens from N(0, 10⁻¹²), timm's ViT."""
@@ -139,4 +140,9 @@ def vit_head(config: ViTConfig, kit: Kit, placement: Placement) -> nn.Module:
     pool = TokenPool(config.pooling, config.prefix + config.registers)
     first = {"pool": pool, "norm": norm} if config.pooling == "mean" else {"norm": norm, "pool": pool}
     before = None if kit.before is None else kit.before()
-    return sequence(**first, before=before, classifier=Classifier(width, config.classes, initial=TruncatedNormal(0.02)))
+    return sequence(
+        close=config.scheme.close(config.dim, 0),
+        **first,
+        before=before,
+        classifier=Classifier(width, config.classes, initial=TruncatedNormal(0.02)),
+    )

@@ -1,0 +1,154 @@
+"""Several streams in place of one: how a connection reads them, carries them on, and writes into them.
+
+n streams travel as one tensor, stream by stream in the batch axis: (n·N, …) for N samples. So whatever treats samples
+alike (stages, downsampling, norms after an addition) takes them as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skipway.errors import SkipwayError
+from skipway.nn.gain import Gain
+from skipway.nn.initial import Zeros
+from skipway.nn.maps import Linear
+from skipway.nn.role import Role
+
+__all__ = ["DynamicHyperConnection", "HyperConnection", "StreamEntry", "StreamExit", "Streams", "unfold"]
+
+
+def unfold(s: Tensor, count: int) -> Tensor:
+    """The streams apart: (n·N, …) → (n, N, …), a view.
+
+    Raises:
+        SkipwayError: n does not divide the batch axis.
+    """
+    if s.shape[0] % count:
+        raise SkipwayError(
+            f"a batch axis of {s.shape[0]}: this connection carries {count} streams, so the rule is a multiple of "
+            f"{count}; skipway.nn.StreamEntry({count}) opens them"
+        )
+    return s.unflatten(0, (count, -1))
+
+
+class StreamEntry(nn.Module):
+    """Open the streams: n copies of x. Shapes: (N, …) → (n·N, …).
+
+    >>> StreamEntry(2)(torch.tensor([1.0, 2.0]))
+    tensor([1., 2., 1., 2.])
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(self.count, *(1,) * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"{self.count}"
+
+
+class StreamExit(StreamEntry):
+    """Close the streams: their mean. Shapes: (n·N, …) → (N, …).
+
+    >>> StreamExit(2)(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    tensor([2., 3.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unfold(x, self.count).mean(0)
+
+
+class Streams(nn.Module):
+    """Abstract base: s → (x, carried, write). A connection computes s'ⱼ = carriedⱼ + writeⱼ F(x).
+
+    Shapes: s (n·N, …) → x (N, …), carried (n·N, …), write (n, N or 1, …), which broadcasts over F(x).
+
+    Args:
+        count: n.
+        spatial: axes after the channel axis: 2 for (N, C, H, W), 0 for (N, T, C).
+    """
+
+    def __init__(self, count: int, spatial: int) -> None:
+        super().__init__()
+        self.count, self.channel = count, -1 - spatial
+
+    def join(self, carried: Tensor, write: Tensor, f: Tensor) -> Tensor:
+        """carriedⱼ + writeⱼ f; where a branch made the map smaller, a weight per pixel is averaged as the map is."""
+        if self.channel == -3 and write.shape[-1] > 1 and write.shape[-2:] != f.shape[-2:]:
+            write = F.adaptive_avg_pool2d(write.flatten(0, 1), (f.shape[-2], f.shape[-1])).unflatten(0, write.shape[:2])
+        return carried + (write * f).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.count}"
+
+
+class HyperConnection(Streams):
+    """Learned numbers read, mix and write n streams: x = A_mᵀ s, carried = A_rᵀ s, write = B (Zhu et al. 2025, eq. 2).
+
+    At the start A_m reads one stream (eq. 14), A_r = 1, B = 1.
+
+    Args:
+        count: n.
+        reads: index of the stream that is read at the start, 0 ≤ reads < n.
+        spatial: see `Streams`.
+
+    Decay and learning rate: not decayed (sec. 4): A_r is the skip, which decay would shrink at every connection.
+
+    >>> HyperConnection(2, 1, spatial=0).static
+    Parameter containing:
+    tensor([[0., 1., 0., 1.],
+            [1., 0., 1., 1.]], requires_grad=True)
+    """
+
+    role = Role("gain")
+
+    def __init__(self, count: int, reads: int, *, spatial: int) -> None:
+        super().__init__(count, spatial)
+        self.reads = reads
+        self.static = nn.Parameter(torch.empty(count, count + 2))  # A_m | A_r | Bᵀ
+        HyperConnection.reset_parameters(self)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A_m = e_reads, A_r = 1, B = 1."""
+        read = torch.zeros(self.count, 1)
+        read[self.reads] = 1
+        self.static.copy_(torch.cat((read, torch.eye(self.count), torch.ones(self.count, 1)), dim=1))
+
+    def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = unfold(s, self.count)
+        mixed = (self.static[:, :-1].T @ s.flatten(1)).view(-1, *s.shape[1:])
+        return mixed[0], mixed[1:].flatten(0, 1), self.static[:, -1].view(-1, *(1,) * (s.ndim - 1))
+
+
+class DynamicHyperConnection(HyperConnection):
+    """A hyper-connection whose weights depend on each token or pixel: A_m, A_r and B of `HyperConnection` plus
+    s tanh(norm(sᵢ) W) of each stream i (Zhu et al. 2025, eq. 10-13).
+
+    At the start W = 0, s = 0.01 for A_m and A_r together, and another for B.
+
+    Args:
+        count, reads, spatial: see `HyperConnection`.
+        dim: channels.
+
+    Decay and learning rate: W is decayed, all else is not (sec. 4).
+    """
+
+    def __init__(self, count: int, reads: int, *, spatial: int, dim: int) -> None:
+        super().__init__(count, reads, spatial=spatial)
+        self.norm = nn.LayerNorm(dim)
+        self.map = Linear(dim, count + 2, bias=False, initial=Zeros())
+        self.mix_scale, self.write_scale = Gain(init=0.01), Gain(init=0.01)
+
+    def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = unfold(s, self.count).movedim(self.channel, -1)
+        mix, write = torch.tanh(self.map(self.norm(s))).split((self.count + 1, 1), dim=-1)
+        static = self.static.view(self.count, *(1,) * (s.ndim - 2), -1)
+        mixed = torch.einsum("i...j,i...c->j...c", static[..., :-1] + self.mix_scale(mix), s)
+        mixed = mixed.movedim(-1, self.channel)
+        write = (static[..., -1:] + self.write_scale(write)).movedim(-1, self.channel)
+        return mixed[0], mixed[1:].flatten(0, 1), write

@@ -1,0 +1,173 @@
+"""Schemes that carry several streams, against their papers' equations written out token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import skipway as sw
+from skipway.errors import SkipwayError
+from skipway.nn import DynamicHyperConnection, HyperConnection, Residual, StreamEntry, StreamExit
+from skipway.probes.features import features
+
+FAMILIES = {
+    "resnet-cifar": {"depth": 8, "width": 4, "stem_width": 4, "shortcut": "projection", "placement": "preactivation"},
+    "se-resnet": {"depth": 10, "width": 8, "stem_width": 8, "squeeze": 4},
+    "vit-tiny-16": {"depth": 2, "dim": 8, "heads": 2, "patch": 8, "image": 16},
+    "cait-xxs24": {"depth": 1, "dim": 8, "heads": 2, "patch": 8, "image": 16},
+    "convnext": {"depth": 4, "width": 8},
+    "swin-tiny": {"dim": 8, "heads": 2, "blocks": (2, 2), "window": 2, "image": 16},
+}
+
+
+def randomise_(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
+
+
+def plain_and(name: str, scheme: str) -> tuple[nn.Module, nn.Module]:
+    """The family's plain network and the one with several streams, with the same weights where both have them."""
+    options = {"classes": 3, **FAMILIES[name]}
+    plain, several = sw.build(name, scheme="identity", **options), sw.build(name, scheme=scheme, **options)
+    assert not several.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    return plain, several
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("scheme", ["hyperconnections(3)", "hyperconnections(2, dynamic=False)"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hyperconnections_start_as_the_plain_network(name, scheme, training):
+    """Zhu et al. 2025, eq. 14: streams that start equal stay equal, in outputs and in the gradients of the branches."""
+    plain, several = (network.train(training) for network in plain_and(name, scheme))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(several(x), plain(x), rtol=1e-5, atol=1e-6)
+    for network in (plain, several):
+        network.zero_grad()
+        nn.functional.cross_entropy(network(x), torch.arange(2)).backward()
+    theirs = dict(plain.named_parameters())
+    shared = [(name, p) for name, p in several.named_parameters() if name in theirs]
+    assert len(shared) == len(theirs)
+    for name, parameter in shared:
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+    for ours, one in zip(sw.stage_features(several, x), sw.stage_features(plain, x), strict=True):
+        torch.testing.assert_close(ours, one, rtol=1e-4, atol=1e-5)
+
+
+def written_out(connection: HyperConnection, streams: torch.Tensor, branch: nn.Module) -> torch.Tensor:
+    """Eq. 3-5 and 10-13 for one token H (n, d)."""
+    a_m, a_r, b = connection.static.split((1, connection.count, 1), dim=1)
+    if isinstance(connection, DynamicHyperConnection):
+        w_m, w_r, w_b = connection.map.weight.T.split((1, connection.count, 1), dim=1)
+        normed = connection.norm(streams)
+        a_m = connection.mix_scale.gain * torch.tanh(normed @ w_m) + a_m  # eq. 12
+        a_r = connection.mix_scale.gain * torch.tanh(normed @ w_r) + a_r  # eq. 13
+        b = connection.write_scale.gain * torch.tanh(normed @ w_b) + b  # eq. 11
+    h = a_m.T @ streams  # eq. 3
+    return b @ branch(h) + a_r.T @ streams  # eq. 4 and 5
+
+
+@pytest.mark.parametrize("spatial", [0, 2])
+@pytest.mark.parametrize("kind", [HyperConnection, DynamicHyperConnection])
+def test_hyperconnection_is_the_papers_equations(kind, spatial):
+    dim = {"dim": 5} if kind is DynamicHyperConnection else {}
+    connection = randomise_(kind(3, 1, spatial=spatial, **dim))
+    map = nn.Linear(5, 5)
+    branch = map if spatial == 0 else nn.Conv2d(5, 5, 1)
+    if spatial:
+        branch.load_state_dict({"weight": map.weight[..., None, None], "bias": map.bias})
+    s = torch.randn(3, 2, 4, 5)  # n, N, tokens, d
+    folded = s.flatten(0, 1)
+    folded = folded if spatial == 0 else folded.unflatten(1, (2, 2)).movedim(-1, 1)
+    out = Residual(branch, streams=connection)(folded)
+    out = out if spatial == 0 else out.movedim(1, -1).flatten(1, 2)
+    out = out.unflatten(0, (3, 2))
+    for sample in range(2):
+        for token in range(4):
+            expected = written_out(connection, s[:, sample, token], map)
+            torch.testing.assert_close(out[:, sample, token], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_where_a_branch_halves_the_map_weights_per_pixel_are_averaged():
+    """Four pixels become one, and so do the weights that write it."""
+    connection = randomise_(DynamicHyperConnection(2, 0, spatial=2, dim=4))
+    branch, short = nn.Conv2d(4, 6, 2, 2), nn.Conv2d(4, 6, 2, 2)
+    s = torch.randn(2 * 3, 4, 4, 4)
+    x, carried, write = connection(s)
+    out = Residual(branch, shortcut=sw.nn.Projection(short), streams=connection)(s).unflatten(0, (2, 3))
+    pooled = write.unflatten(-1, (2, 2)).unflatten(-3, (2, 2)).mean((-3, -1))
+    expected = short(carried).unflatten(0, (2, 3)) + pooled * branch(x)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_streams_do_not_stay_equal():
+    """P38: equal streams with equal weights would stay equal for ever; reading them in turn breaks the tie."""
+    _, several = plain_and("vit-tiny-16", "hyperconnections(4, dynamic=False)")
+    optimizer = torch.optim.SGD(several.parameters(), lr=0.1)
+    x = torch.randn(4, 3, 16, 16)
+    for _ in range(2):
+        nn.functional.cross_entropy(several(x), torch.arange(4) % 3).backward()
+        optimizer.step()
+    streams = features(several, x, ["-1:after"])["-1:after"].unflatten(0, (4, 4))
+    assert all(not torch.allclose(streams[0], streams[other]) for other in (1, 2, 3))
+
+
+def test_a_connection_learns_to_leave_the_identity_and_its_numbers_are_not_decayed():
+    """P30: decay on A shrinks the skip at every connection."""
+    network = sw.build("vit-tiny-16", scheme="hyperconnections", classes=3, **FAMILIES["vit-tiny-16"])
+    groups = sw.param_groups(network, lr=1.0, weight_decay=0.1)
+    decayed = {id(p) for group in groups for p in group["params"] if group["weight_decay"]}
+    for module in network.modules():
+        if isinstance(module, DynamicHyperConnection):
+            assert {n: id(p) in decayed for n, p in module.named_parameters()} == {
+                "static": False,
+                "norm.weight": False,
+                "norm.bias": False,
+                "map.weight": True,
+                "mix_scale.gain": False,
+                "write_scale.gain": False,
+            }
+
+
+def test_widen_is_the_papers_factor_of_the_output_maps():
+    """Sec. 4: √n on the last map of attention and MLP."""
+    networks = []
+    for widen in (False, True):
+        torch.manual_seed(0)
+        scheme = f"hyperconnections(4, widen={widen})"
+        networks.append(sw.build("vit-tiny-16", scheme=scheme, **FAMILIES["vit-tiny-16"]))
+    for plain, wide in zip(*map(sw.chain, networks), strict=True):
+        torch.testing.assert_close(wide.path[-1].weight, 2 * plain.path[-1].weight)
+
+
+@pytest.mark.parametrize("name", ["vit-tiny-16", "resnet-cifar"])
+def test_operations_keep_several_streams(name):
+    _, network = plain_and(name, "hyperconnections(2)")
+    x = torch.randn(2, 3, 16, 16)
+    expected = randomise_(network.eval())(x)
+    torch.testing.assert_close(sw.fuse(network)(x), expected, rtol=1e-4, atol=1e-4)
+    sw.accelerate(network, x)
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stack_with_others_and_refusals():
+    several = sw.build(
+        "vit-tiny-16", scheme="hyperconnections(2) + layerscale + stochasticdepth(0.1)", image=32, depth=1
+    )
+    assert several(torch.randn(2, 3, 32, 32)).shape == (2, 1000)
+    with pytest.raises(SkipwayError, match="each carry several streams"):
+        sw.schemes.parse_scheme("hyperconnections(2) + hyperconnections(4)")
+    with pytest.raises(SkipwayError, match="batch axis of 3.*multiple of 2.*StreamEntry"):
+        Residual(nn.Identity(), streams=HyperConnection(2, 0, spatial=0))(torch.zeros(3, 4))
+    with pytest.raises(SkipwayError, match="n=0"):
+        sw.schemes.parse_scheme("hyperconnections(0)")
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True).eval()
+    with pytest.raises(SkipwayError, match="several streams, which stem and head"):
+        sw.rescheme(layer, torch.randn(2, 5, 8), "hyperconnections")
+
+
+def test_entry_and_exit_are_inverse():
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(StreamExit(4)(StreamEntry(4)(x)), x)
