@@ -8,7 +8,7 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipway.checkpoint.files import read_json
 from skipway.cli.interrupts import StopSignal
@@ -16,12 +16,15 @@ from skipway.cli.progress import choose_reporter
 from skipway.cli.train import result_lines, stopped_lines, unused_folder
 from skipway.errors import CheckpointError, SkipwayError, printable, suggest
 from skipway.inference.metrics import percent
-from skipway.inference.predict import Predictor, from_pretrained
+from skipway.inference.predict import NetworkChoices, Predictor, from_pretrained
 from skipway.inference.publish import write_hub_folder, write_onnx, write_program
 from skipway.inference.run_evaluation import RunEvaluation, evaluate_images, evaluate_run
 from skipway.recipe import Recipe, read_recipe
 from skipway.training.loop import train
 from skipway.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["TrainedClassifier", "fit"]
 
@@ -32,7 +35,7 @@ class TrainedClassifier(Predictor):
     Args:
         folder: of the run.
         device: auto, cpu, cuda, cuda:1.
-        trust_code: whether to run the Python file that the network was built from, if it was.
+        network: how a network that is not ours is built again, see `from_pretrained`.
 
     Raises:
         CheckpointError: the folder holds no finished run.
@@ -42,14 +45,14 @@ class TrainedClassifier(Predictor):
     'cat'
     """
 
-    def __init__(self, folder: str | Path, *, device: str = "auto", trust_code: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, device: str = "auto", **network: Unpack[NetworkChoices]) -> None:
         self.files = RunFolder(Path(folder))
         if not self.files.summary.exists():
             raise CheckpointError(
                 f"{printable(str(folder))} holds no finished run; train it to the end with sw.fit(out=…, resume=True)"
             )
-        super().__init__(from_pretrained(self.files.path, trust_code=trust_code), device=device)
-        self.trust_code = trust_code
+        super().__init__(from_pretrained(self.files.path, **network), device=device)
+        self.network = network
         self.summary: dict[str, Any] = read_json(self.files.summary)
 
     @property
@@ -80,8 +83,8 @@ class TrainedClassifier(Predictor):
         """
         device = str(self.device)
         if data is None:
-            return evaluate_run(self.folder, device=device, trust_code=self.trust_code)
-        return evaluate_images(self.folder, Path(data), device=device, trust_code=self.trust_code)
+            return evaluate_run(self.folder, device=device, **self.network)
+        return evaluate_images(self.folder, Path(data), device=device, **self.network)
 
     def export(self, target: str | Path) -> Path:
         """Write the network with its preprocessing, verify it, and return the path.
@@ -95,11 +98,11 @@ class TrainedClassifier(Predictor):
         target = Path(target)
         writers = {".onnx": write_onnx, ".pt2": write_program}
         if target.suffix in writers:
-            writers[target.suffix](str(self.folder), target, trust_code=self.trust_code)
+            writers[target.suffix](str(self.folder), target, **self.network)
         elif target.suffix:
             raise SkipwayError(f"target={printable(target)}: the rule is FILE.onnx, FILE.pt2 or a folder")
         else:
-            write_hub_folder(str(self.folder), target, trust_code=self.trust_code)
+            write_hub_folder(str(self.folder), target, **self.network)
         return target
 
     def __repr__(self) -> str:

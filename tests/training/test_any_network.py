@@ -164,7 +164,7 @@ def test_initial_weights_fit_by_the_names_of_the_network(tmp_path, images, file)
     [
         ({"depth": 20}, r"depth=20: a choice for Skipway's own networks"),
         ({"width": 8}, r"width=8: a choice for Skipway's own networks"),
-        ({"grow_from": 1}, r"does not take images of that size"),
+        ({"grow_from": 1}, r"does not take images of 1x1, one of the sizes between"),
         ({"scheme": "nothing"}, r"unknown scheme 'nothing'"),
     ],
 )

@@ -53,7 +53,8 @@ def export(
         difference = write_program(run, pt2, sides=sides, **network.choices, remark=print_note)
         sys.stdout.write(f"pt2       {printable(pt2)}, largest difference {difference:.2g}\n")
     if hub is not None:
-        write_hub_folder(run, hub, **network.choices)
+        write_hub_folder(run, hub, remark=print_note, **network.choices)
         sys.stdout.write(f"hub       {printable(hub)}; add the licence to {printable(hub / 'README.md')}\n")
-        sys.stdout.write(f"load      skipway.from_pretrained({str(hub)!r})\n")
+        trust = ", trust_code=True" if any(hub.glob("*.py")) else ""
+        sys.stdout.write(f"load      skipway.from_pretrained({str(hub)!r}{trust})\n")
     return 0

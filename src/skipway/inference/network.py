@@ -6,13 +6,13 @@ A run stores the description with its weights, and whatever reads the weights bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError, printable
+from skipway.errors import SkipwayError, first_line, printable, spell
 from skipway.models import build
 from skipway.surgery import replace_classifier, rescheme
 from skipway.surgery.class_factory import class_factory
@@ -25,6 +25,10 @@ from skipway.zoo import ModelRequest, load_model, source_of
 __all__ = ["PooledClassifier", "add_hidden_layer", "build_classifier", "hidden_layer", "is_ours"]
 
 
+# sides of images that published networks are made for
+SIDES = (28, 32, 64, 96, 128, 160, 192, 224, 240, 256, 299, 384)
+
+
 def is_ours(name: str) -> bool:
     """Whether a name is one that `skipway.build` knows, or could know.
 
@@ -34,13 +38,16 @@ def is_ours(name: str) -> bool:
     return source_of(name)[0].library == "skipway"
 
 
-def build_classifier(description: Mapping[str, Any]) -> nn.Module:
+def build_classifier(
+    description: Mapping[str, Any], *, remark: Callable[[str], None] = lambda sentence: None
+) -> nn.Module:
     """Build a network that takes images (N, channels, image, image) and returns logits (N, classes).
 
     Args:
         description: "name" and, for a network of ours, the options of `skipway.build`; for any other "classes",
             "channels", "image" and, if it is dressed in a scheme, "scheme". A file of Python code named in it is run.
             "head", for any: name of the classifier and width of the hidden layer that it gets.
+        remark: called with a sentence about what was done to a network that is not ours.
 
     Raises:
         SkipwayError: no such network, one that does not run on such images, or one whose classifier is not found.
@@ -48,20 +55,22 @@ def build_classifier(description: Mapping[str, Any]) -> nn.Module:
     options = dict(description)
     head = options.pop("head", None)
     name = options.pop("name")
-    model = build(name, **options) if is_ours(name) else build_foreign_classifier(name, options)
+    model = build(name, **options) if is_ours(name) else build_foreign_classifier(name, options, remark)
     if head is not None:
         add_hidden_layer(model, *head)
     return model
 
 
-def build_foreign_classifier(name: str, options: dict[str, Any]) -> nn.Module:
+def build_foreign_classifier(name: str, options: dict[str, Any], remark: Callable[[str], None]) -> nn.Module:
     """Build a network that is not ours, with a classifier for the classes in its description."""
     classes, channels, image = (options.pop(key) for key in ("classes", "channels", "image"))
     scheme = options.pop("scheme", None)
     if options:
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise SkipwayError(f"{given}: options of Skipway's own networks, and model={printable(name)!r} is none")
-    loaded = load_model(name, ModelRequest(shape=(channels, image, image)))
+    loaded = load_model(name, ModelRequest(shape=(channels, image, image), needed_classes=classes))
+    for sentence in loaded.remarks:
+        remark(sentence)
     example = torch.zeros(2, channels, image, image)
     model = with_logits(unwrap(loaded.model), loaded.argument, example, name)
     if ends_in_softmax(model, example):
@@ -72,6 +81,8 @@ def build_foreign_classifier(name: str, options: dict[str, Any]) -> nn.Module:
     classifiers, count = read_classifiers(model, example)
     if not classifiers:
         model = PooledClassifier(model, example, classes)
+        features = f"{model.classifier.in_features:,} features"
+        remark(f"no classifier is found in {printable(name)}: a new one is put on its {features}")
     elif count != classes:
         replace_classifier(model, example, classes)
     if scheme is not None:
@@ -117,8 +128,8 @@ def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: s
     except Exception as error:  # a stranger's forward raises what it likes
         shape = "x".join(map(str, example.shape[1:]))
         raise SkipwayError(
-            f"model={printable(name)!r} does not run on images of {shape}: {printable(str(error))}; give the size and "
-            "channels that it takes"
+            f"model={printable(name)!r} does not run on images of {shape}: {printable(first_line(error))}; "
+            f"{fitting_shape(model, argument, example)}"
         ) from error
     evaluated = found[0]
     tensors = list(tensors_in(evaluated))
@@ -130,6 +141,22 @@ def with_logits(model: nn.Module, argument: str | None, example: Tensor, name: s
     if argument is not None or not all(isinstance(output, Tensor) for output in found):
         model.__class__ = first_output_class(type(model), argument)
     return model
+
+
+def fitting_shape(model: nn.Module, argument: str | None, example: Tensor) -> str:
+    """What to give to a model that does not run on the example: the channels or the size that it runs on, in words."""
+    _, channels, side, _ = example.shape
+    for number in (1, 3):
+        for size in (side, *SIDES):
+            images = torch.zeros(2, number, size, size)
+            try:
+                with preserved_state(model), torch.no_grad():
+                    call_model(model.eval(), images if argument is None else {argument: images})
+            except Exception:  # a stranger's forward raises what it likes
+                continue
+            given = (("channels", number, number != channels), ("size", size, size != side))
+            return f"it runs with {' '.join(spell(key, value) for key, value, differs in given if differs)}"
+    return "give the size and channels that it takes"
 
 
 @class_factory

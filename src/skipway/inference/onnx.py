@@ -31,6 +31,8 @@ CAST = (torch.bfloat16, torch.float64)
 """Types in which onnxruntime lacks operators on a CPU, convolutions among them."""
 STEPS = (1, 2, 4, 7, 8, 14, 16, 32)
 """Steps in which networks take the sides of images: patches, windows, strides."""
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Where the exporter leaves paths and lines of code of this machine with each node."""
 FURTHEST = 2**20
 """A side up to which a program has to hold that is said to take any."""
 
@@ -130,6 +132,8 @@ def export_program(
     def write(model: nn.Module, file: Path, images: Tensor, free: bool) -> None:
         program = torch.export.export(model, (images,), dynamic_shapes=(free_axes(images, free),))
         refuse_limits(program)
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # it holds paths of this machine
         torch.export.save(program, file, extra_files=dict(extra or {}))
 
     def verify(model: nn.Module, file: Path, batches: list[Tensor]) -> float:
@@ -314,6 +318,8 @@ def write_onnx_file(
     if opset is not None and written != opset:
         raise SkipwayError(f"{spell('opset', opset)}: this network can be written by opset {written}, not by this one")
     program.model.metadata_props.update(metadata)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop(STACK_TRACE, None)
     program.save(path)
 
 

@@ -21,6 +21,7 @@ from skipway.data.preprocessing import Preprocessing
 from skipway.data.sources.scan import LeftOut, scan_folder
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell
 from skipway.hardware.device import choose_device
+from skipway.inference.code_file import code_file
 from skipway.inference.network import build_classifier, is_ours
 from skipway.inference.reference_outputs import find_change, refuse_change
 from skipway.models import find_config
@@ -34,6 +35,7 @@ __all__ = ["NetworkChoices", "Prediction", "Predictor", "from_pretrained", "imag
 
 # weight files of a folder by preference: those that a run chose by validation and tested; its last; the hub's layout
 WEIGHT_FILES = ("best.safetensors", "last.safetensors", "model.safetensors")
+CODE = ("*.py",)
 BATCH_SIZE = 64
 
 
@@ -76,7 +78,7 @@ def from_pretrained(
     >>> model.preprocessing.classes  # doctest: +SKIP
     ('cat', 'dog')
     """
-    file = weights_file(path)
+    file = weights_file(path, code=trust_code)
     tensors, header = read_safetensors(file)
     if not {"model", "preprocessing"} <= header.keys():
         raise CheckpointError(
@@ -96,11 +98,16 @@ def from_pretrained(
 
 
 def describe_network(stored: Any, given: str | None, file: Path) -> Any:
-    """The description in a header, with the name of the network that is to be taken instead."""
+    """The description in a header, with the name of the network that is to be taken instead.
+
+    The file of code of a hub folder lies beside its weights, so a name without a folder is one there.
+    """
     if not isinstance(stored, dict) or not isinstance(stored.get("name"), str):
         raise CheckpointError(f"{printable(file)}: the header names no network")
     if given is None:
-        return stored
+        code = code_file(stored["name"])
+        beside = code is not None and code.name == str(code)
+        return {**stored, "name": f"{file.parent / stored['name']}"} if beside else stored
     if is_ours(stored["name"]) or is_ours(given):
         raise CheckpointError(
             f"{spell('model', given)}: the rule is another place of a network that is not Skipway's own, FILE.py:NAME; "
@@ -109,14 +116,14 @@ def describe_network(stored: Any, given: str | None, file: Path) -> Any:
     return {**stored, "name": given}
 
 
-def weights_file(path: str | Path) -> Path:
-    """Return the weight file that `from_pretrained` reads.
+def weights_file(path: str | Path, *, code: bool = False) -> Path:
+    """Return the weight file that `from_pretrained` reads; `code` fetches the Python files of a hub name, too.
 
     Raises:
         CheckpointError: there is none.
     """
     if isinstance(path, str) and path.startswith(PREFIX):
-        path = download(path)
+        path = download(path, CODE if code else ())
     path = Path(path)
     if not path.is_dir():
         if not path.exists():

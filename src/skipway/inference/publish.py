@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,11 @@ from skipway.checkpoint.files import (
 )
 from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError, SkipwayError, printable
+from skipway.inference.code_file import code_file, local_imports, portable_name
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.inference.onnx import Sides, export_onnx, export_program
-from skipway.inference.predict import NetworkChoices, from_pretrained, weights_file
+from skipway.inference.predict import NetworkChoices, describe_network, from_pretrained, weights_file
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -90,11 +91,12 @@ def get_preprocessing(model: nn.Module) -> Preprocessing:
 
 
 def build_metadata(path: str | Path, preprocessing: Preprocessing) -> dict[str, Any]:
-    """The metadata stored with the weights: network, preprocessing, version."""
+    """The metadata stored with the weights: network (no folders of this machine in it), preprocessing, version."""
     file = weights_file(path)
     _, header = read_safetensors(file)
+    model = decode_json(header["model"].encode(), file)
     return {
-        "model": decode_json(header["model"].encode(), file),
+        "model": {**model, "name": portable_name(model["name"])},
         "preprocessing": preprocessing.to_json(),
         "input_steps": input_steps(preprocessing),
         "skipway": __version__,
@@ -128,25 +130,43 @@ def input_steps(preprocessing: Preprocessing) -> list[str]:
     ]
 
 
-def write_hub_folder(path: str | Path, folder: Path, **network: Unpack[NetworkChoices]) -> None:
+def write_hub_folder(
+    path: str | Path,
+    folder: Path,
+    *,
+    remark: Callable[[str], None] = warnings.warn,
+    **network: Unpack[NetworkChoices],
+) -> None:
     """Write weights, config and model card in the layout of the Hugging Face hub; `from_pretrained` loads the folder.
+
+    The Python file of a network that is made by one is written beside the weights.
 
     Args:
         path: a run folder, or a file of weights in it.
         folder: output folder: new, empty, or written by this function before.
+        remark: called with a sentence about modules that the Python file imports and that are not written.
         network: see `from_pretrained`.
 
     Raises:
         SkipwayError: the folder contains other files.
         CheckpointError: the weights cannot be used, or the folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(not is_hub_file(entry) for entry in folder.iterdir())):
+    file = weights_file(path)
+    tensors, header = read_safetensors(file)
+    described = describe_network(decode_json(header.get("model", "{}").encode(), file), network.get("model"), file)
+    code = code_file(described["name"])
+    own = (*HUB_FILES, *([] if code is None else [code.name]))
+    others = folder.is_dir() and [each for each in folder.iterdir() if each.name not in own and not is_git_file(each)]
+    if others or (folder.exists() and not folder.is_dir()):
         raise SkipwayError(f"{printable(folder)} contains other files; choose a new or empty folder")
     preprocessing = get_preprocessing(from_pretrained(path, **network))
-    file = weights_file(path)
-    tensors, _ = read_safetensors(file)
     about = build_metadata(path, preprocessing)
-    card = model_card(about, preprocessing, read_result(file))
+    if code is not None:
+        about["model"]["name"] = portable_name(described["name"])
+    missing = [] if code is None else local_imports(code)
+    if missing and code is not None:
+        remark(f"{code.name} imports {', '.join(missing)} from its folder, not written: put the code into one file")
+    card = model_card(about, preprocessing, read_result(file), missing)
     config = {"library_name": "skipway", "architecture": about["model"]["name"], **about}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,15 +176,17 @@ def write_hub_folder(path: str | Path, folder: Path, **network: Unpack[NetworkCh
         with file_aside(folder / "config.json") as file:
             write_tensors(file.with_name("model.safetensors"), tensors, about)
             file.with_name("README.md").write_text(card, encoding="utf-8")
+            if code is not None:
+                file.with_name(code.name).write_bytes(code.read_bytes())
             file.write_bytes(encode_json(config))
     finally:
         with suppress(OSError):  # holds something, as it should
             folder.rmdir()
 
 
-def is_hub_file(entry: Path) -> bool:
-    """Whether a file belongs to a hub folder or to git."""
-    return entry.name in HUB_FILES or entry.name.startswith(".git")
+def is_git_file(entry: Path) -> bool:
+    """Whether a file belongs to git."""
+    return entry.name.startswith(".git")
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
@@ -177,7 +199,29 @@ def read_result(file: Path) -> dict[str, Any] | None:
     return result if all(isinstance(count, int) and count >= 0 for count in counts) else None
 
 
-def model_card(about: dict[str, Any], preprocessing: Preprocessing, result: dict[str, Any] | None) -> str:
+def loading_text(name: str, missing: Sequence[str]) -> str:
+    """How the network of a hub folder is loaded, in Markdown, and whether that runs code."""
+    code = code_file(name)
+    trust, option = ("", "") if code is None else (", trust_code=True", " --trust-code")
+    lines = [
+        *("```python", "import skipway as sw", ""),
+        f'model = sw.from_pretrained("FOLDER OR hf:ORG/NAME"{trust})  # evaluation mode, model.preprocessing',
+        *("```", "", "```", f"skipway predict FOLDER photo.jpg{option}", "```", ""),
+    ]
+    if code is None:
+        return "\n".join([*lines, "The weights are safetensors; loading them executes no code from this repository."])
+    lines.append(
+        f"The network is made by {format_code(code.name)} in this repository, which is run by the lines above: read it "
+        "first. The weights are safetensors."
+    )
+    if missing:
+        lines.append(f"It imports {', '.join(map(format_code, missing))}, to be added to this repository.")
+    return "\n".join(lines)
+
+
+def model_card(
+    about: dict[str, Any], preprocessing: Preprocessing, result: dict[str, Any] | None, missing: Sequence[str] = ()
+) -> str:
     """The model card in Markdown. Its header is YAML, a superset of JSON, so every string in it is quoted."""
     name = str(about["model"]["name"])
     head: dict[str, Any] = {
@@ -218,17 +262,7 @@ A residual network for {len(preprocessing.classes):,} classes, trained with Skip
 
 ## How to use it
 
-```python
-import skipway as sw
-
-model = sw.from_pretrained("FOLDER OR hf:ORG/NAME")  # evaluation mode, model.preprocessing
-```
-
-```
-skipway predict FOLDER photo.jpg
-```
-
-The weights are safetensors; loading them executes no code from this repository.
+{loading_text(name, missing)}
 
 ## Result
 

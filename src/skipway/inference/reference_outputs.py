@@ -10,13 +10,13 @@ import hashlib
 import importlib.metadata
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, printable
+from skipway.inference.code_file import code_file
 from skipway.inference.network import is_ours
 from skipway.tracing import preserved_state
 from skipway.zoo import source_of
@@ -127,13 +127,13 @@ def code_version(name: str) -> str:
     >>> code_version("nowhere.py:make")
     'nowhere.py'
     """
-    source, text = source_of(name)
-    if source.library is None:
-        file = Path(text.rpartition(":")[0] if not text.endswith(".py") else text)
+    file = code_file(name)
+    if file is not None:
         if not file.is_file():
             return file.name
         return f"{file.name} with SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
-    package = "transformers" if source.library == "huggingface" else source.library
+    library = str(source_of(name)[0].library)
+    package = "transformers" if library == "huggingface" else library
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:  # imported from a folder

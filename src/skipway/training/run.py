@@ -26,7 +26,7 @@ from skipway.training.ema import ModelEMA
 from skipway.training.reporter import Reporter
 from skipway.training.run_folder import RunFolder
 
-__all__ = ["Outcome", "Progress", "Run", "StepResult"]
+__all__ = ["Outcome", "Progress", "Run", "StepResult", "growing_side"]
 
 
 @dataclass
@@ -125,6 +125,16 @@ class StepResult:
         return torch.stack([self.loss, self.correct, self.grad_norm.double(), self.is_finite.double()])
 
 
+def growing_side(start: int, full: int, done: float) -> int:
+    """The image size where sizes grow, when this share of the run is done.
+
+    >>> [growing_side(16, 32, epoch / 6) for epoch in range(6)]
+    [16, 20, 24, 28, 32, 32]
+    """
+    grain = 16 if full > 64 else 4
+    return min(full, max(start, int(start + (full - start) * 3 / 2 * done) // grain * grain))
+
+
 @dataclass
 class Run:
     """Everything that a run consists of: recipe, data, network, optimizer, and progress; `given` is the recipe before
@@ -213,12 +223,10 @@ class Run:
         start, full = self.recipe.grow_from, self.data.size
         if start is None:
             return None
-        done = self.progress.epoch / max(1.0, 2 / 3 * self.progress.epochs)
+        done = self.progress.epoch / self.progress.epochs
         if self.recipe.time is not None:  # the plan may change within an epoch
-            done = 3 / 2 * self.progress.epoch_position
-        grown = start + (full - start) * done
-        grain = 16 if full > 64 else 4
-        side = max(start, int(grown) // grain * grain)
+            done = self.progress.epoch_position
+        side = growing_side(start, full, done)
         return side if side < full else None
 
     def lr_factor(self, step: int) -> float:

@@ -21,8 +21,8 @@ from skipway.data import Data, load
 from skipway.data.data_config import find_hidden_layer
 from skipway.data.randomness import draw_key
 from skipway.data.source_reader import SourceSummary
-from skipway.errors import DataError, SkipwayError, printable
-from skipway.inference.network import PooledClassifier, add_hidden_layer, build_classifier, is_ours
+from skipway.errors import DataError, SkipwayError, first_line, printable
+from skipway.inference.network import add_hidden_layer, build_classifier, is_ours
 from skipway.models import find_config
 from skipway.monitor.health import Health
 from skipway.optim.groups import param_groups
@@ -33,7 +33,7 @@ from skipway.training.distributed import Ranks
 from skipway.training.ema import ModelEMA
 from skipway.training.initial_weights import load_initial_weights, resolve_paths
 from skipway.training.reporter import Reporter
-from skipway.training.run import Progress, Run
+from skipway.training.run import Progress, Run, growing_side
 from skipway.training.run_folder import RunFolder
 
 __all__ = [
@@ -157,10 +157,8 @@ def build_run(
     since a checkpoint replaces them.
     """
     torch.manual_seed(draw_key(recipe.seed, "weights"))
-    model = build_classifier({"name": recipe.model, **model_options(recipe, data)})
-    if isinstance(model, PooledClassifier):
-        features = f"{model.classifier.in_features:,} features"
-        reporter.message("note", f"no classifier is found in {recipe.model}: a new one is put on its {features}")
+    description = {"name": recipe.model, **model_options(recipe, data)}
+    model = build_classifier(description, remark=partial(reporter.message, "note"))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SkipwayError(f"all parameters of {recipe.model} have requires_grad=False, so there is nothing to train")
     example = data.preprocessing.example.expand(2, -1, -1, -1)
@@ -251,18 +249,21 @@ def model_options(recipe: Recipe, data: Data) -> dict[str, Any]:
 
 
 def check_grow_from(recipe: Recipe, data: Data, model: nn.Module) -> None:
-    """Raise if `grow_from` exceeds the image size, or the weights depend on the image size."""
+    """Raise if `grow_from` exceeds the image size, or the network does not take one of the sizes in between."""
     if recipe.grow_from is None:
         return
     if recipe.grow_from > data.size:
         raise SkipwayError(f"grow_from={recipe.grow_from}: the rule is grow_from <= size, which is {data.size}")
-    try:
-        with preserved_state(model), torch.no_grad():
-            model.eval()(torch.zeros(1, data.channels, recipe.grow_from, recipe.grow_from))
-    except Exception as error:  # of any kind, in a network that is not ours
-        raise SkipwayError(
-            f"grow_from={recipe.grow_from}: {recipe.model} does not take images of that size: {printable(str(error))}"
-        ) from error
+    epochs = data.size if recipe.time is not None else ResolvedRecipe.of(recipe).epochs  # as many as there are sizes
+    for side in sorted({growing_side(recipe.grow_from, data.size, epoch / epochs) for epoch in range(epochs)}):
+        try:
+            with preserved_state(model), torch.no_grad():
+                model.eval()(torch.zeros(1, data.channels, side, side))
+        except Exception as error:  # of any kind, in a network that is not ours
+            raise SkipwayError(
+                f"grow_from={recipe.grow_from}: {recipe.model} does not take images of {side}x{side}, one of the sizes "
+                f"between: {printable(first_line(error))}; leave it out"
+            ) from error
 
 
 def class_weights(recipe: Recipe, data: Data, device: torch.device) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from skipway.errors import CheckpointError, MissingExtraError
@@ -13,10 +14,11 @@ SAFE = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensor
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
 
 
-def download(name: str) -> Path:
+def download(name: str, others: Sequence[str] = ()) -> Path:
     """The folder that holds the weights of `hf:org/name`, or of one revision of it, `hf:org/name@revision`.
 
-    Of the files only the weights are fetched, the pickled ones only where there are no others. What the cache holds
+    Of the files only the weights are fetched, the pickled ones only where there are no others, and those that fit the
+    patterns in `others`. What the cache holds
     is not fetched again, and needs no network.
 
     Raises:
@@ -30,7 +32,7 @@ def download(name: str) -> Path:
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     try:
         for patterns in (SAFE, PICKLED):
-            folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
+            folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*patterns, *others]))
             if any(match for pattern in patterns for match in folder.glob(pattern)):
                 return folder
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are these

@@ -59,12 +59,14 @@ class ModelRequest:
         scheme: spec string of the residual scheme.
         classes: outputs.
         shape: of one sample.
+        needed_classes: outputs, for functions and classes that have to be given their number.
     """
 
     depth: int | None = None
     scheme: str | None = None
     classes: int | None = None
     shape: Shape | None = None
+    needed_classes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,7 @@ class LoadedModel:
         labels: the samples are their own labels, for language models, which then put out a loss.
         others: further arguments.
         batch: inputs, or (inputs, targets), that the source brought along.
+        remarks: sentences about how it was made.
     """
 
     model: nn.Module
@@ -88,6 +91,7 @@ class LoadedModel:
     labels: bool = False
     others: tuple[RandomInput, ...] = ()
     batch: Any = None
+    remarks: tuple[str, ...] = ()
 
     def call_with(self, samples: Tensor) -> Any:
         """Samples as the model takes them."""
@@ -267,7 +271,7 @@ def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
             )
         if not hasattr(module, attribute):
             raise SkipwayError(f"{path}: {suggest('name', attribute, model_factories(module) or vars(module))}")
-        made = call_factory(getattr(module, attribute), name)
+        made, remarks = call_factory(getattr(module, attribute), name, wanted)
     model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise SkipwayError(
@@ -278,7 +282,7 @@ def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
         if isinstance(next(parameter_owners(model), None), nn.Embedding)
         else None
     )
-    return LoadedModel(model=model, shape=input_shape_of(model), vocabulary=vocabulary, batch=batch)
+    return LoadedModel(model=model, shape=input_shape_of(model), vocabulary=vocabulary, batch=batch, remarks=remarks)
 
 
 def import_file(path: Path) -> ModuleType:
@@ -313,7 +317,7 @@ def translate_errors(path: Path) -> Iterator[None]:
         yield
     except SkipwayError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end the process
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         place = f"{path}, line {lines[-1]}" if lines else str(path)
@@ -321,32 +325,46 @@ def translate_errors(path: Path) -> Iterator[None]:
 
 
 def model_factories(module: ModuleType) -> list[str]:
-    """The names in a file that a model can be made by."""
+    """The names in a file that a model can be made by, functions first."""
     own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    return [
-        name
-        for name, value in own.items()
-        if isinstance(value, nn.Module) or (callable(value) and getattr(value, "__module__", "") == module.__name__)
-    ]
+    here = {name: value for name, value in own.items() if getattr(value, "__module__", "") == module.__name__}
+    kinds = (
+        [name for name, value in here.items() if callable(value) and not isinstance(value, type | nn.Module)],
+        [name for name, value in here.items() if isinstance(value, type) and issubclass(value, nn.Module)],
+        [name for name, value in own.items() if isinstance(value, nn.Module)],
+    )
+    return [name for kind in kinds for name in kind]
 
 
-def call_factory(value: Any, name: str) -> Any:
-    """The value itself where it is a module, else what it gives when it is called."""
+def call_factory(value: Any, name: str, wanted: ModelRequest) -> tuple[Any, tuple[str, ...]]:
+    """The value itself where it is a module, else what it gives when it is called, and remarks about that.
+
+    An argument without a default that is named like the number of classes is given it.
+    """
     if isinstance(value, nn.Module) or not callable(value):
-        return value
+        return value, ()
     needed = [
         parameter.name
         for parameter in inspect.signature(value).parameters.values()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
-    if needed:
+    count = wanted.needed_classes
+    given = {each: count for each in needed if each in CLASS_ARGUMENTS} if count is not None else {}
+    if len(needed) > len(given):
         raise SkipwayError(
-            f"{name} needs arguments: {', '.join(needed)}; give a function without any, "
-            f"def make(): return {value.__name__}(…)"
+            f"{name} needs arguments: {', '.join(each for each in needed if each not in given)}; give a function "
+            f"without any, def make(): return {value.__name__}(…)"
         )
     with translate_errors(Path(name.rpartition(":")[0])):
-        return value()
+        return value(**given), tuple(f"{name} is called with {each}={count}" for each in given)
+
+
+# names of the argument that takes the number of classes
+CLASS_ARGUMENTS = frozenset(
+    {"classes", "n_classes", "num_classes", "nb_classes", "nclasses", "number_of_classes"}
+    | {"num_labels", "n_labels", "num_outputs", "out_features"}
+)
 
 
 def parameter_owners(model: nn.Module) -> Iterator[Any]:
