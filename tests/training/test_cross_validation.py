@@ -15,6 +15,7 @@ from skipway.errors import DataError, SkipwayError
 from skipway.inference.evaluation import wilson_interval
 from skipway.recipe import Recipe
 from skipway.training import cross_validate
+from skipway.training.defaults import TrainingCase
 from skipway.training.loop import train
 
 TINY = Recipe(depth=8, width=4, epochs=1, batch_size=256, device="cpu", precision="float32", health=0.0)
@@ -40,6 +41,15 @@ def test_every_image_is_tested_once_and_the_results_come_together(tmp_path):
     together = json.loads((tmp_path / "cv/summary.json").read_text())
     assert together["test_interval"] == list(wilson_interval(correct, 1797))
     assert "3 of 3 folds" in str(found)
+
+
+def test_the_first_fold_chooses_for_all(tmp_path, monkeypatch):
+    """Choices may depend on the speed of the machine, or on what a hub answers."""
+    decays = iter((0.5, 0.6, 0.7))
+    monkeypatch.setattr(TrainingCase, "defaults", lambda case: {"layer_decay": next(decays)})
+    cross_validate(dataclasses.replace(TINY, data=pictures(tmp_path / "data", each=9)), tmp_path / "cv", folds=2)
+    recipes = [json.loads((tmp_path / f"cv/fold-{number}/config.json").read_text())["recipe"] for number in (1, 2)]
+    assert [recipe["layer_decay"] for recipe in recipes] == [0.5, 0.5]
 
 
 def test_finished_folds_are_not_repeated(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from skipway.errors import CheckpointError, SkipwayError, printable
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.recipe import Recipe
+from skipway.training.defaults import adopt_choices
 from skipway.training.distributed import join_ranks
 from skipway.training.initial_weights import resolve_paths
 from skipway.training.loop import train
@@ -193,6 +194,8 @@ def cross_validate(
         results: list[FoldResult] = []
         for number in range(1, folds + 1):
             own = RunFolder(out / f"fold-{number}")
+            if number > 1:  # the first fold chose for all
+                recipe = adopt_choices(recipe, RunFolder(out / "fold-1").read_config()["recipe"])
             try:
                 done = train_fold(dataclasses.replace(recipe, fold=f"{number}/{folds}"), own, reporter, stop)
             except SkipwayError:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from skipway.recipe import REFERENCE_BATCH, Recipe, ResolvedRecipe
 from skipway.training.initial_weights import adopt_data_config
 from skipway.zoo import ModelRequest, load_model
 
-__all__ = ["TrainingCase", "TrunkSpeed", "choices_text", "decide", "fitting_batch", "fitting_size"]
+__all__ = ["TrainingCase", "TrunkSpeed", "adopt_choices", "choices_text", "decide", "fitting_batch", "fitting_size"]
 
 AUTO = "auto"
 # fine-tuning: AdamW with layer-wise decay 0.8 as in "A ConvNet for the 2020s" (Liu 2022, table 5) and, between the
@@ -295,6 +295,17 @@ def choices_text(given: Recipe, resolved: ResolvedRecipe) -> str:
     ]
     pairs = ((name, getattr(given, name), getattr(resolved, name)) for name in shown)
     return " ".join(spell(name, value) for name, before, value in pairs if value not in (None, before))
+
+
+def adopt_choices(recipe: Recipe, stored: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with what it leaves open as in another run's recipe.
+
+    >>> adopt_choices(Recipe(epochs=3), {"epochs": 5, "size": 96}).to_json()["size"]
+    96
+    """
+    names = (name for name in CHOSEN_FIELDS if getattr(recipe, name) is None and stored.get(name) is not None)
+    taken: dict[str, Any] = {name: stored[name] for name in names}
+    return replace(recipe, **taken)
 
 
 CHOSEN_FIELDS = frozenset(
