@@ -110,6 +110,34 @@ def test_evaluate_takes_other_images(outcome, run, test_images, tmp_path, capsys
     assert main(["evaluate", run, "--batch-size", "0"]) == 2
 
 
+def test_evaluate_takes_a_list_with_columns_of_other_names(outcome, run, test_images, capsys):
+    source = test_images.parent / "odd.csv"
+    rows = [(f"test/{part.name}/{n}.png", part.name, "dark") for part in test_images.iterdir() for n in range(6)]
+    with source.open("w", newline="") as file:
+        csv.writer(file).writerows([("photo", "kind", "breed"), *rows])
+    assert main(["evaluate", run, str(source), "--columns", "photo, kind", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confusion"] == outcome.evaluation.confusion.tolist()
+    assert main(["evaluate", run, str(source), "--columns", "photo,breed", "--json"]) == 0
+    dark = json.loads(capsys.readouterr().out)["classes"][0]
+    assert (dark["name"], dark["images"]) == ("dark", 12)
+    with source.open("w", newline="") as file:
+        csv.writer(file).writerows([("photo", "kind", "set"), *((*row[:2], "test") for row in rows)])
+    assert main(["evaluate", run, str(source), "--columns", "photo,kind,set", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 12
+    assert main(["evaluate", run, str(source), "--columns", "photo,kind,part"]) == 0
+    assert "there is no column 'part'" in capsys.readouterr().out
+    assert main(["evaluate", run, str(source), "--columns", "photo,kind,set,more"]) == 3
+    assert "--columns photo,kind,set,more: the rule is two or three names" in capsys.readouterr().err
+    assert main(["evaluate", run, str(test_images), "--columns", "photo,kind"]) == 0
+    assert "--columns photo,kind has no effect: test is no list" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [["--columns", "photo,kind"], ["--outside"], ["--max-megapixels", "9"]])
+def test_evaluate_refuses_options_of_other_images_without_them(run, option, capsys):
+    assert main(["evaluate", run, *option]) == 2
+    assert f"{option[0]} has no effect without DATA" in capsys.readouterr().err
+
+
 def test_export_writes_a_hub_folder_that_predicts(run, test_images, tmp_path, capsys):
     assert main(["export", run, "--hub", str(tmp_path / "hub")]) == 0
     assert "skipway.from_pretrained(" in capsys.readouterr().out

@@ -24,6 +24,7 @@ EVALUATION, HARDWARE, OUTPUT = (
 # width of the labels, as in `skipway train`
 LABEL = 10
 SHOWN = 5
+COLUMNS = "image,label,split"
 
 
 def evaluate(
@@ -35,6 +36,7 @@ def evaluate(
     batch_size: Annotated[int | None, Parameter(group=EVALUATION)] = None,
     outside: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
     max_megapixels: Annotated[float, Parameter(group=EVALUATION)] = 64.0,
+    columns: Annotated[str, Parameter(group=EVALUATION)] = COLUMNS,
     device: Annotated[str, Parameter(group=HARDWARE)] = "auto",
     json: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
     network: Annotated[NetworkOptions, Parameter(name="*")] = NetworkOptions(),  # noqa: B008 - frozen
@@ -46,12 +48,13 @@ def evaluate(
 
     Args:
         run: Run folder, or a file of weights in it.
-        data: Other images, in folders named after classes of the run. [test images of the run]
+        data: Other images, as for `skipway train`, of classes of the run. [test images of the run]
         flip: Average the logits with those of the mirrored image.
         json: Print JSON, with the confusion matrix up to 1,000 classes.
         batch_size: Images per forward pass. [as in training]
         outside: Follow links out of DATA.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
+        columns: Column names of a list in CSV, TSV or Parquet.
         network: How a network that is not Skipway's own is built again.
         device: auto, cpu, cuda, cuda:1.
     """
@@ -60,6 +63,9 @@ def evaluate(
     from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
     if data is None:
+        options = {"--outside": outside, "--max-megapixels": max_megapixels != 64.0, "--columns": columns != COLUMNS}
+        for option in (name for name, given in options.items() if given):
+            raise SkipwayError(f"{option} has no effect without DATA: the run's test images are read as in training")
         result = evaluate_run(run, device=device, flip=flip or None, batch_size=batch_size, **network.choices)
     else:
         from skipway.hardware.limits import cpu_count
@@ -73,6 +79,7 @@ def evaluate(
             workers=cpu_count(),
             outside=outside,
             max_megapixels=max_megapixels,
+            columns=tuple(name.strip() for name in columns.split(",")),
             **network.choices,
         )
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from skipway.checkpoint.files import read_json
 from skipway.data import load
 from skipway.data.decode import MAX_MEGAPIXELS
-from skipway.data.sources.detect import index_source
+from skipway.data.sources.detect import COLUMNS, index_source
 from skipway.data.sources.index import FilesByClass, class_name, name_list
 from skipway.data.split import read_split
 from skipway.errors import CheckpointError, DataError, counted, printable
@@ -116,9 +117,10 @@ def evaluate_images(
     workers: int = 1,
     outside: bool = False,
     max_megapixels: float = MAX_MEGAPIXELS,
+    columns: Sequence[str] = COLUMNS,
     **network: Unpack[NetworkChoices],
 ) -> RunEvaluation:
-    """Evaluate a network on images in class folders: on their test split, else their validation split, else on all.
+    """Evaluate a network on images of known classes: on their test split, else their validation split, else on all.
 
     Args:
         path: see `from_pretrained`.
@@ -129,6 +131,7 @@ def evaluate_images(
         workers: threads that decode images.
         outside: follow links, and paths in lists, that lead out of the data.
         max_megapixels: limit for the pixels of one image, see `skipway.data.DataChoices`.
+        columns: names of the columns of a list, see `skipway.data.DataChoices`.
         network: see `from_pretrained`.
 
     Raises:
@@ -138,7 +141,14 @@ def evaluate_images(
     predictor = Predictor.load(path, device=device, max_megapixels=max_megapixels, **network)
     numbers = {class_name(name): number for number, name in enumerate(predictor.classes)}
     nested = any("/" in name for name in numbers)
-    found = index_source(data, allow_empty=True, outside=outside, subfolders="classes" if nested else "merge", fewest=1)
+    found = index_source(
+        data,
+        allow_empty=True,
+        outside=outside,
+        columns=columns,
+        subfolders="classes" if nested else "merge",
+        fewest=1,
+    )
     parts = {"test": found.test, "validation": found.validation, "train": found.train}
     chosen = next((split for split, part in parts.items() if part), "train")
     files: FilesByClass = {}

@@ -109,7 +109,7 @@ def choose_columns(table: Table, wanted: Sequence[str], images: ImageNames) -> C
     )
     body = table.body(headed=headed)
     sample = [row for _, row in body[:: max(1, len(body) // SAMPLED)] if len(row) == len(names)]
-    if chosen and len(wanted) < 2:
+    if chosen and not 2 <= len(wanted) <= 3:
         raise DataError(f"{spell('columns', tuple(wanted))}: the rule is two or three names: image, label and split")
     if chosen:
         numbers = [find_name(names, name) for name in wanted]
@@ -119,7 +119,9 @@ def choose_columns(table: Table, wanted: Sequence[str], images: ImageNames) -> C
         image, label, split = numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else None
         assert image is not None
         assert label is not None
-        return Columns(image, (label,), split, names, headed)
+        absent = split is None and wanted[2:] not in [(), ("split",)] and plain(wanted[2]) != ""
+        remarks = (f"there is no column {wanted[2]!r}, so images are not split by one",) if absent else ()
+        return Columns(image, (label,), split, names, headed, remarks)
     image = image_column(table, names, sample, images)
     split, about_split = split_column(names, sample, image)
     label = label_columns(table, names, sample, [image, *([] if split is None else [split])])

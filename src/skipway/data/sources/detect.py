@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from skipway.data.sources.columns import COLUMNS
@@ -14,7 +15,7 @@ from skipway.data.sources.lists import LIST_SUFFIXES, index_list
 from skipway.data.sources.scan import scan_folder
 from skipway.data.sources.shards import index_shards
 from skipway.data.sources.splits import split_of
-from skipway.errors import DataError, SkipwayError, printable
+from skipway.errors import DataError, SkipwayError, printable, spell
 
 __all__ = ["COLUMNS", "index_source"]
 
@@ -37,40 +38,49 @@ def index_source(
         outside: follow links, and paths in lists, that lead out of the source.
         columns: names of the columns for image, label and split.
         subfolders: see `index_folders`.
-        fewest: classes with images that class folders must have; 1 suffices to evaluate.
+        fewest: classes with images that there must be; 1 suffices to evaluate.
 
     Raises:
         DataError: there is no such source, or it cannot be used for training.
         MissingExtraError: it needs a library that is not installed.
     """
     if str(source).startswith(HUB_PREFIX):
-        return index_dataset(str(source), columns=columns, outside=outside)
+        return index_dataset(str(source), columns=columns, outside=outside, fewest=fewest)
     path = Path(source)
     try:
         if path.is_dir():
             if is_saved_dataset(path):
-                return index_dataset(path, columns=columns, outside=outside)
+                return index_dataset(path, columns=columns, outside=outside, fewest=fewest)
             if holds_shards(path):
-                return index_shards(path)
+                return remark_columns(index_shards(path, allow_empty=allow_empty, fewest=fewest), columns)
             try:
-                return index_folders(
+                found = index_folders(
                     path, allow_empty=allow_empty, outside=outside, subfolders=subfolders, fewest=fewest
                 )
+                return remark_columns(found, columns)
             except DataError as error:
                 lists = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in LIST_SUFFIXES)
                 hint = f"; if {name_list(lists, 2)} lists the images, give the list instead of the folder"
                 raise DataError(f"{error}{hint}") if lists else error from None
         suffix = path.suffix.lower()
         if suffix in (*LIST_SUFFIXES, ".txt", ".lst") and path.is_file():
-            return index_list(path, columns=columns, outside=outside)
+            return index_list(path, columns=columns, outside=outside, fewest=fewest)
         if suffix == ".tar" and (path.is_file() or "{" in path.name or "{" in str(path.parent)):
-            return index_shards(path)
+            return remark_columns(index_shards(path, allow_empty=allow_empty, fewest=fewest), columns)
     except (OSError, ValueError) as error:
         if isinstance(error, SkipwayError):
             raise
         raise DataError(f"{printable(path)} cannot be read: {error}") from error
     missing = "does not exist; without a folder, training uses the embedded digits"
     raise DataError(f"data folder {printable(path)} {describe_file(path) if os.path.lexists(path) else missing}")
+
+
+def remark_columns(found: SourceIndex, columns: Sequence[str]) -> SourceIndex:
+    """The images of a source without columns, with a remark where some were named."""
+    if tuple(columns) == COLUMNS:
+        return found
+    remark = f"{spell('columns', tuple(columns))} has no effect: {printable(found.name)} is no list"
+    return replace(found, remarks=(*found.remarks, remark))
 
 
 def describe_file(path: Path) -> str:

@@ -32,7 +32,7 @@ def is_saved_dataset(folder: Path) -> bool:
     )
 
 
-def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool = False) -> SourceIndex:
+def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool = False, fewest: int = 2) -> SourceIndex:
     """Index the images of a data set.
 
     Args:
@@ -94,7 +94,7 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
         raise DataError(f"{where} has no split called train; it has {name_list(splits)}")
     train = by_split["train"]
     classes = tuple(name for name in names if name in train) if names else sorted_classes(train)
-    check_classes(train, where, allow_empty=False)
+    check_classes(train, where, allow_empty=False, fewest=fewest)
     for other in SPLITS[1:]:
         if other in by_split:
             check_known_classes(by_split[other], classes, where, other)

@@ -40,6 +40,7 @@ class ListRows:
         columns: what its columns hold.
         images: finds the files.
         outside: allow images outside the list's folder.
+        fewest: training classes that the list must have; 1 for images that are not trained on, in any split.
     """
 
     table: Table
@@ -150,7 +151,7 @@ class Labels:
             )
 
 
-def index_list(path: Path, *, columns: Sequence[str] = COLUMNS, outside: bool = False) -> SourceIndex:
+def index_list(path: Path, *, columns: Sequence[str] = COLUMNS, outside: bool = False, fewest: int = 2) -> SourceIndex:
     """Index the images of a list.
 
     Args:
@@ -158,6 +159,7 @@ def index_list(path: Path, *, columns: Sequence[str] = COLUMNS, outside: bool = 
         columns: names of the columns for image, label and split, of which the last is optional. By default the content
             decides, see `choose_columns`.
         outside: allow images outside the list's folder.
+        fewest: training classes that the list must have; 1 for images that are not trained on, in any split.
 
     Raises:
         DataError: it is no table, a column is missing, an image outside the folder or listed with two labels, or a
@@ -170,8 +172,8 @@ def index_list(path: Path, *, columns: Sequence[str] = COLUMNS, outside: bool = 
     rows = ListRows(table, chosen, images, outside)
     remarks = [*table.remarks, *chosen.remarks, *rows.sort()]
     where, splits = printable(path), rows.splits
-    classes = sorted_classes(splits["train"])
-    if len(classes) < 2:
+    classes = sorted_classes(splits["train"] if fewest > 1 else {name for split in SPLITS for name in splits[split]})
+    if len(classes) < fewest:
         rest = "".join(f"; {sentence}" for sentence in rows.left_out.sentences())
         raise DataError(
             f"{where} lists training images of {counted(len(classes), 'class', 'classes')}; a classifier needs at "
@@ -184,7 +186,7 @@ def index_list(path: Path, *, columns: Sequence[str] = COLUMNS, outside: bool = 
         store=FileStore(path.parent),
         name=path.stem,
         classes=classes,
-        train={name: splits["train"][name] for name in classes},
+        train={name: splits["train"].get(name, []) for name in classes},
         validation=splits["validation"] or None,
         test=splits["test"] or None,
         left_out=rows.left_out,

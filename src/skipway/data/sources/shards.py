@@ -85,7 +85,7 @@ def shard_paths(source: Path) -> list[Path]:
     return [Path(name) for name in expand_braces(str(source))]
 
 
-def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
+def index_shards(source: Path, *, allow_empty: bool = False, fewest: int = 2) -> SourceIndex:
     """Index the images of tar shards.
 
     A shard belongs to the split that is one of the words of its name or its folder's name; to train if none
@@ -120,7 +120,7 @@ def index_shards(source: Path, *, allow_empty: bool = False) -> SourceIndex:
     classes = sorted_classes(train)
     if unused and not train:
         raise DataError(f"{where} holds {name_list(unused)} but no training shard: name it train-000.tar")
-    check_classes(train, where, allow_empty=allow_empty, left_out=left_out)
+    check_classes(train, where, allow_empty=allow_empty, left_out=left_out, fewest=fewest)
     for other in SPLITS[1:]:
         if splits[other]:
             check_known_classes(splits[other], classes, where, other)
