@@ -48,6 +48,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.seen: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.source = text
         self.feed(text)
         self.close()
         assert self.open == []
@@ -142,7 +143,8 @@ def test_the_page_of_a_run_shows_everything(digits):
     for text in titles:
         assert text in page.text
     assert "were not watched" in page.text, "ten steps are too few for a sample"
-    assert page.count("img") == 32 + 24
+    section = page.source.partition('id="findings"')[2].partition('id="inputs"')[0]
+    assert page.count("img") == 32 + 24 + section.count("<img")
     assert train_command(digits.recipe) in page.text
     assert f"skipway{sw.__version__}" in page.text, "the machine"
     cells = [a for t, a in page.seen if t == "rect" and (a.get("class") or "").startswith("cell")]

@@ -85,7 +85,7 @@ def test_the_run_folder_is_complete_and_holds_no_pickle(tmp_path):
     outcome = train(TINY, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         *("config.json", "environment.json", "split.json", "metrics.jsonl", "steps.jsonl", "summary.json"),
-        *("checkpoints", "best.safetensors", "last.safetensors", "report.html"),
+        *("checkpoints", "best.safetensors", "last.safetensors", "report.html", "findings.csv"),
     }
     rows = outcome.folder.read_metrics()
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -302,6 +302,7 @@ def test_what_is_said_before_training(tmp_path):
         "note",
         "signal",
         "verdict",
+        "images",
     ]
     text = dict(reporter.lines)
     assert text["data"].startswith("digits: 1,797 images, 10 classes, input 8x8 grey; smallest class '8'")

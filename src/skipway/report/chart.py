@@ -16,6 +16,7 @@ __all__ = [
     "Heatmap",
     "Mark",
     "Point",
+    "Scatter",
     "Series",
     "format_tick",
     "format_value",
@@ -196,6 +197,27 @@ class Bars:
     def names(self) -> list[str]:
         """The names of the series."""
         return [name for name, _ in self.series]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scatter:
+    """Points on a plane, in coloured groups, without axes.
+
+    Args:
+        title: what the points are.
+        groups: name and points: x, y, and what a point says when it is pointed at; one that says something is larger.
+    """
+
+    title: str
+    groups: tuple[tuple[str, tuple[tuple[float, float, str], ...]], ...]
+    name: str = ""
+    y_label: str = ""
+    note: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the groups."""
+        return [name for name, _ in self.groups]
 
 
 class HeatCell(NamedTuple):

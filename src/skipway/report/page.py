@@ -23,8 +23,8 @@ from markupsafe import Markup
 
 from skipway._version import __version__
 from skipway.checkpoint.files import write_atomically
-from skipway.report.chart import Bars, Figure, Heatmap
-from skipway.report.svg import chart_css, draw, marker, series_class
+from skipway.report.chart import Bars, Heatmap, Scatter
+from skipway.report.svg import Chart, chart_css, draw, marker, series_class
 
 __all__ = ["PageTable", "TableCell", "linked", "number_cell", "render", "text_cell", "write_page"]
 
@@ -80,11 +80,13 @@ class Key(NamedTuple):
     sample: Markup
 
 
-def legend(chart: Figure | Bars | Heatmap) -> list[Key]:
+def legend(chart: Chart) -> list[Key]:
     """Return the legend of a chart; empty for a single series and for a heat map."""
     if isinstance(chart, Heatmap):
         return []
-    if isinstance(chart, Bars):
+    if isinstance(chart, Scatter):
+        keys = [Key(name, series_class(index), spot_sample(index)) for index, name in enumerate(chart.names)]
+    elif isinstance(chart, Bars):
         keys = [Key(name, series_class(index), line_sample("bar")) for index, name in enumerate(chart.names)]
     else:
         faint = dict.fromkeys(series.name for series in chart.series if series.style == "faint")
@@ -100,6 +102,12 @@ def legend(chart: Figure | Bars | Heatmap) -> list[Key]:
 def line_sample(kind: str, mark: str = "") -> Markup:
     """Draw a short sample of a line with its marker, or of a bar."""
     return Markup(f'<svg class="sample" viewBox="0 0 22 10"><path class="{kind}" d="M1 5h20"/>{mark}</svg>')
+
+
+def spot_sample(index: int) -> Markup:
+    """Draw a point of a group."""
+    spot = f'<circle class="{series_class(index)} spot" cx="11" cy="5" r="4"/>'
+    return Markup(f'<svg class="sample" viewBox="0 0 22 10">{spot}</svg>')
 
 
 class TableCell(NamedTuple):

@@ -16,13 +16,14 @@ from skipway.report.chart import (
     HeatCell,
     Heatmap,
     Point,
+    Scatter,
     Series,
     format_tick,
     format_value,
     thinned,
 )
 
-__all__ = ["COLORS", "chart_css", "clipped", "draw", "svg_file"]
+__all__ = ["COLORS", "Chart", "chart_css", "clipped", "draw", "svg_file"]
 
 WIDTH, HEIGHT = 420, 262
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 16, 38
@@ -46,16 +47,19 @@ COLORS = (
 """Of the series, on light and on dark paper; dashes and markers tell apart those that share a colour."""
 DASHES = ("none", "7 3", "2 2.5", "9 3 2 3")
 NAME_LETTERS = 14
+Chart = Figure | Bars | Heatmap | Scatter
 MATRIX_SIDE, LEAST_CELL, COUNT_CELL, PERCENT_CELL = 440, 15, 24, 40
 """Side of a matrix and of its smallest cell, and cells that have room for a count and for a percentage as well."""
 
 
-def draw(chart: Figure | Bars | Heatmap) -> Markup:
+def draw(chart: Chart) -> Markup:
     """A chart as an SVG element without legend; empty for a figure without a finite value."""
     if isinstance(chart, Bars):
         return element(chart.title, *bar_parts(chart))
     if isinstance(chart, Heatmap):
         return element(chart.title, *matrix_parts(chart))
+    if isinstance(chart, Scatter):
+        return element(chart.title, WIDTH, HEIGHT, scatter_parts(chart))
     label = f"{chart.title}: {chart.y_label} over {chart.x_label}" if chart.y_label else chart.title
     return element(label, WIDTH, HEIGHT, figure_parts(chart))
 
@@ -349,6 +353,29 @@ def cell_parts(shown: HeatCell, x: float, y: float, cell: float) -> Iterator[str
             f'<text class="{kind}" x="{middle_x:.1f}" y="{middle_y:.1f}" text-anchor="middle">'
             f"{escape(shown.text)}{below}</text>"
         )
+
+
+def scatter_parts(chart: Scatter) -> Iterator[str]:
+    """The points of a scatter, groups in turn, in the whole picture; both axes have one scale."""
+    points = [point for _, group in chart.groups for point in group]
+    if not points:
+        return
+    spans = [(min(values), max(values)) for values in zip(*((x, y) for x, y, _ in points), strict=True)]
+    room = 6.0
+    scale = min(
+        (size - 2 * room) / max(high - low, 1e-9) for (low, high), size in zip(spans, (WIDTH, HEIGHT), strict=True)
+    )
+    for index, (_, group) in enumerate(chart.groups):
+        for x, y, words in group:
+            place = [
+                size / 2 + sign * scale * (value - (low + high) / 2)
+                for value, (low, high), size, sign in zip((x, y), spans, (WIDTH, HEIGHT), (1, -1), strict=True)
+            ]
+            title = f"<title>{escape(words)}</title>" if words else ""
+            yield (
+                f'<circle class="{series_class(index)} spot" cx="{place[0]:.1f}" cy="{place[1]:.1f}" '
+                f'r="{4 if words else 1.8}">{title}</circle>'
+            )
 
 
 def clipped(text: str, letters: int) -> str:

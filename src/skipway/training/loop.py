@@ -41,6 +41,7 @@ from skipway.training.classifier_fit import fit_classifier, record_fit, withdraw
 from skipway.training.clock import is_estimate_due, note_evaluation, plan_time, start_epoch, time_steps
 from skipway.training.distributed import join_ranks
 from skipway.training.freeze import check_freeze, freeze_layers
+from skipway.training.image_features import FeatureRecorder, report_findings
 from skipway.training.preflight import report_preflight
 from skipway.training.records import (
     is_save_due,
@@ -126,6 +127,7 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.recorder: FeatureRecorder | None = None
 
     def train(self) -> Outcome:
         """Train until all epochs are done or the run is told to stop, and write the result."""
@@ -223,7 +225,9 @@ class Trainer:
         self.run.ranks.barrier()
         tensors, _ = read_tensors(self.run.folder.best)
         load_model_state(self.run.model, tensors)
-        return self.evaluate("test", observe=log.add)
+        self.recorder = FeatureRecorder(self.run)
+        with self.recorder.recording():
+            return self.evaluate("test", observe=log.add)
 
     def evaluate(
         self, split: Literal["validation", "test"], observe: Callable[[Batch, Tensor], None] | None = None
@@ -268,7 +272,7 @@ class Trainer:
         run.ranks.barrier()
         if evaluation is not None and run.ranks.first:
             # with several ranks, each saw only a share of the test images
-            report_run(run, evaluation, log.predictions() if run.ranks.world == 1 else None)
+            report_run(run, evaluation, log.predictions() if run.ranks.world == 1 else None, self.recorder)
         return outcome
 
 
@@ -282,11 +286,14 @@ def report_batches(run: Run, batches: Iterable[Batch], label: str, images: int) 
         run.reporter.activity(label, done, images)
 
 
-def report_run(run: Run, evaluation: Evaluation, predictions: Predictions | None) -> None:
+def report_run(
+    run: Run, evaluation: Evaluation, predictions: Predictions | None, recorder: FeatureRecorder | None
+) -> None:
     """Write `report.html`. The run is complete by now, so a failure is reported as a warning and not raised."""
     run.reporter.activity("report")
     try:
-        if write_report(run, evaluation, predictions) is None:
+        findings = report_findings(run, recorder) if recorder is not None else ""
+        if write_report(run, evaluation, predictions, findings) is None:
             run.reporter.message("note", "told to stop before the report was written; the run itself is complete")
     except Exception as error:
         run.reporter.message("warning", f"no report: {printable(str(error) or type(error).__name__)}")

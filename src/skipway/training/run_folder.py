@@ -14,6 +14,7 @@
 | `tensorboard/` | the curves for TensorBoard, with `tensorboard=True` |
 | `bundle/` | the batch of a step that diverged, to repeat it |
 | `summary.json`, `report.html` | the result, and a page to read |
+| `findings.csv` | likely wrong labels, near-duplicates between splits, outliers |
 | `lock.json`, `.lock` | the process that works in the folder, and its lock; gone when it ends |
 """
 
@@ -61,6 +62,7 @@ class RunFolder:
         self.board = path / "tensorboard"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
+        self.findings = path / "findings.csv"
         self.lock_file = path / ".lock"
         self.holder = path / "lock.json"
 
@@ -70,6 +72,7 @@ class RunFolder:
         return (
             *(self.config, self.environment, self.split, self.metrics, self.steps, self.checkpoints, self.checkpoint),
             *(self.health, self.board, self.best, self.last, self.bundle, self.summary, self.report),
+            self.findings,
         )
 
     @contextmanager

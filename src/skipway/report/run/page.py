@@ -21,6 +21,7 @@ from skipway.report.run.classes import class_sizes, class_table, confused_table,
 from skipway.report.run.command import train_command
 from skipway.report.run.curves import training_figures
 from skipway.report.run.depth import gain_figures, signal_figures
+from skipway.report.run.findings import ImageFindings, findings_values
 from skipway.report.run.pictures import input_pictures, mistake_pictures
 from skipway.report.run.predictions import Predictions, collect_predictions
 from skipway.report.summary import chosen_text, data_lines, epoch_text, model_lines
@@ -52,6 +53,7 @@ SECTIONS = {
     "confusion": "Confusion",
     "classes": "Classes",
     "mistakes": "Worst mistakes",
+    "findings": "Images by their features",
     "inputs": "Training inputs",
     "calibration": "Calibration",
     "depth": "Signal along the depth",
@@ -61,7 +63,12 @@ SECTIONS = {
 }
 
 
-def write_report(run: FinishedRun, evaluation: Evaluation, predictions: Predictions | None = None) -> Path | None:
+def write_report(
+    run: FinishedRun,
+    evaluation: Evaluation,
+    predictions: Predictions | None = None,
+    findings: ImageFindings | str = "The features of the images were not looked at.",
+) -> Path | None:
     """Write `report.html` of a run that has ended; None if the run is stopped before the page is complete.
 
     The page describes the weights in `best.safetensors`, which are loaded for it, so that weight averaging and sharding
@@ -71,6 +78,7 @@ def write_report(run: FinishedRun, evaluation: Evaluation, predictions: Predicti
         run: finished, with its best weights written.
         evaluation: of these weights on the test images.
         predictions: of these weights for the test images; None computes them again.
+        findings: in the features of the images; or why there are none, in words.
 
     Raises:
         SkipwayError: the weights or an image cannot be read, or the page cannot be written.
@@ -84,11 +92,15 @@ def write_report(run: FinishedRun, evaluation: Evaluation, predictions: Predicti
         )
     if predictions is None or run.stop():
         return None
-    return write_page(run.folder.report, "run.html.j2", **page_values(run, evaluation, network, predictions))
+    return write_page(run.folder.report, "run.html.j2", **page_values(run, evaluation, network, predictions, findings))
 
 
 def page_values(
-    run: FinishedRun, evaluation: Evaluation, network: nn.Module, predictions: Predictions
+    run: FinishedRun,
+    evaluation: Evaluation,
+    network: nn.Module,
+    predictions: Predictions,
+    findings: ImageFindings | str,
 ) -> dict[str, Any]:
     """Values of the template `run.html.j2`."""
     names = [printable(name) for name in run.data.classes]
@@ -134,6 +146,7 @@ def page_values(
             f"F1 {percent(scores.macro_f1)}."
         ),
         "mistakes": mistake_pictures(run.data, predictions, names),
+        "findings": findings if isinstance(findings, str) else findings_values(findings, run.data, names),
         "inputs": input_pictures(run.data, run.recipe.seed, names),
         "calibration": calibration,
         "calibration_text": calibration_text,

@@ -17,7 +17,7 @@ from skipway.inference.metrics import percent
 from skipway.report.run.predictions import Predictions
 from skipway.report.svg import clipped
 
-__all__ = ["INPUTS", "Picture", "data_url", "input_pictures", "mistake_pictures"]
+__all__ = ["INPUTS", "Picture", "data_url", "ending", "input_pictures", "mistake_pictures", "picture_of_pixels"]
 
 # images of the augmented batch
 INPUTS = 24
@@ -60,7 +60,11 @@ def input_pictures(data: Data, seed: int, names: Sequence[str]) -> list[Picture]
 
 def picture_of(inputs: Tensor, data: Data, alt: str, title: str, lines: tuple[str, ...], file: str = "") -> Picture:
     """Return the picture of an input (C, H, W)."""
-    pixels = pixels_of(inputs, data)
+    return picture_of_pixels(pixels_of(inputs, data), alt, title, lines, file)
+
+
+def picture_of_pixels(pixels: Tensor, alt: str, title: str, lines: tuple[str, ...], file: str = "") -> Picture:
+    """Return the picture of pixels, uint8 (H, W, C)."""
     return Picture(data_url(pixels), max(pixels.shape[:2]) <= EXACT, alt, title, lines, file)
 
 
