@@ -89,8 +89,8 @@ def find_label_errors(neighbours: Neighbours, labels: Tensor, classes: int) -> l
     """Images whose neighbours agree on another class, the surest first.
 
     The share of an image's ten nearest neighbours that have class j stands for its probability of j; its own label does
-    not enter. An image is doubted where the probability of another class is 0.8 at least and above the mean of that class over the
-    images that carry its label (the threshold of confident learning), and its own label has 0.1 at most.
+    not enter. An image is doubted where the probability of another class is 0.8 at least and above the mean of that
+    class over the images that carry its label (the threshold of confident learning), and its own label has 0.1 at most.
 
     Args:
         neighbours: of all images.
