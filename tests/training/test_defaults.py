@@ -149,6 +149,25 @@ def test_a_gpu_gets_more(at_hand):
     assert decided(device=GPU)[0].size == 224
 
 
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, 128),
+        ({"seconds": 240.0}, 160),
+        ({"seconds": 240.0, "takes_steps": False}, 224),
+        ({"seconds": 240.0, "views": 1}, 128),
+        ({"seconds": 1.0}, 96),
+        ({"gpu": True}, 224),
+        ({"seconds": 240.0, "trunk": TrunkSpeed(224, False, 0.03)}, 224),
+        ({"seconds": 240.0, "trunk": TrunkSpeed(160, True, 1e-9)}, 160),
+    ],
+)
+def test_the_size_for_published_weights(fields, size):
+    """1,000 images of 128 pixels take 30 s; a quarter of 240 s is enough for (160/128)² of that, not for (192/128)²."""
+    values = {"images": 900, "all_images": 1000, "trunk": TrunkSpeed(224, True, 0.03), **fields}
+    assert TrainingCase(classes=2, side=300, pretrained=True, **values).defaults()["size"] == size
+
+
 def test_few_images_still_take_enough_steps():
     for images in (20, 200, 2000, 20_000):
         found = TrainingCase(images=images, all_images=images, classes=2, side=300, pretrained=True).defaults()

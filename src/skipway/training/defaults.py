@@ -41,8 +41,9 @@ FINE_TUNING_SHARE, LAYER_DECAY = 0.25, 0.8
 # epochs of everything after the classifier is fitted (Kumar 2022, https://arxiv.org/abs/2202.10054, fits to the end and
 # then tunes briefly); fastai's examples take 3 to 5
 TUNING_EPOCHS, TUNING_EPOCHS_GPU, FEWEST_STEPS, MOST_EPOCHS = 5, 10, 100, 50
-# sizes on a CPU, smallest last, and the share of the time that all features may take
-SIZES, PLAIN_SIZE, FEATURE_SHARE = (224, 192, 160, 128, 96), 128, 1 / 4
+# sizes on a CPU, smallest last, and the share of the time that all features may take: before steps, and without any
+SIZES, PLAIN_SIZE = (224, 192, 160, 128, 96), 128
+FEATURE_SHARE, FEATURE_SHARE_ALONE = 1 / 4, 3 / 5
 # images from which a GPU is given ResNet-50 at 224, the case of He 2015
 MANY_IMAGES = 10_000
 # size of chosen images above which ResNet-20, which keeps full resolution in its first stage, costs more than ResNet-18
@@ -82,6 +83,8 @@ class TrainingCase:
         gpu: whether it trains on one.
         seconds: the time budget; None without one.
         trunk: of published weights.
+        views: augmented ones of each training image whose features are computed, too.
+        takes_steps: whether more is trained than a classifier of features.
     """
 
     images: int
@@ -95,6 +98,8 @@ class TrainingCase:
     gpu: bool = False
     seconds: float | None = None
     trunk: TrunkSpeed | None = None
+    views: int = 0
+    takes_steps: bool = True
 
     def defaults(self) -> dict[str, Any]:
         """The fields of a recipe for this case; None in a recipe takes them.
@@ -149,7 +154,8 @@ def fitting_batch(images: int) -> int:
 
 def fitting_size(case: TrainingCase, trunk: TrunkSpeed) -> int:
     """The image size for published weights: what they were trained at on a GPU; on a CPU the largest at which the
-    features of all images take a quarter of the time, and 128 pixels without a time.
+    features of all images take a quarter of the time (three fifths if nothing else is trained), and 128 pixels without
+    a time.
 
     >>> case = TrainingCase(images=900, all_images=1000, classes=2, side=300, pretrained=True, seconds=240.0)
     >>> [fitting_size(case, TrunkSpeed(224, True, seconds)) for seconds in (0.01, 0.03, 0.1)]
@@ -160,8 +166,9 @@ def fitting_size(case: TrainingCase, trunk: TrunkSpeed) -> int:
     if case.seconds is None or trunk.seconds is None:
         return min(trunk.size, PLAIN_SIZE)
     sizes = [trunk.size, *(size for size in SIZES if size < trunk.size)]
-    per_pixel = case.all_images * trunk.seconds / PLAIN_SIZE**2
-    return next((size for size in sizes if per_pixel * size**2 <= FEATURE_SHARE * case.seconds), sizes[-1])
+    per_pixel = (case.all_images + case.views * case.images) * trunk.seconds / PLAIN_SIZE**2
+    limit = case.seconds * (FEATURE_SHARE if case.takes_steps else FEATURE_SHARE_ALONE)
+    return next((size for size in sizes if per_pixel * size**2 <= limit), sizes[-1])
 
 
 def decide(
@@ -260,6 +267,8 @@ def case_of(recipe: Recipe, summary: SourceSummary, device: torch.device, world:
         can_fit_classifier=recipe.sharding == "none" and (summary.has_validation or recipe.validation > 0),
         gpu=gpu,
         seconds=recipe.budget,
+        views=getattr(recipe.freeze_plan, "views", 0),
+        takes_steps=recipe.freeze_plan.takes_steps,
         trunk=measure_trunk(str(recipe.model), device, timed=timed) if published and recipe.size is None else None,
     )
 
