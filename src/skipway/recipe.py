@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from skipway.errors import CheckpointError, SkipwayError, suggest
 from skipway.optim.clip import Clipper, parse_clipper
-from skipway.optim.freeze import FreezePlan, parse_freeze
+from skipway.optim.freeze import FreezePlan, FrozenTrunk, parse_freeze
 from skipway.optim.optimizers import OptimizerSpec, parse_optimizer
 from skipway.optim.schedules import ScheduleShape, parse_schedule
 from skipway.registry import Registry, parse_spec
@@ -23,6 +23,12 @@ from skipway.registry import Registry, parse_spec
 __all__ = ["NO_PATIENCE", "Recipe", "ResolvedRecipe", "read_recipe"]
 
 NO_PATIENCE = "patience needs a validation split, and there is none: set validation above 0, or leave patience out"
+
+STEP_FIELDS = (
+    *("epochs", "batch_size", "accumulate", "optimizer", "lr", "weight_decay", "schedule", "warmup"),
+    *("layer_decay", "ema", "clip", "patience", "grow_from"),
+)
+"""Fields that only optimizer steps read."""
 
 RENAMED = {"weights": "start"}
 """Fields of stored recipes by their earlier names."""
@@ -377,6 +383,18 @@ class Recipe:
         FrozenBlocks(count=2)
         """
         return parse_freeze("none" if self.freeze is None else self.freeze)
+
+    @property
+    def idle_fields(self) -> tuple[str, ...]:
+        """The fields that have no effect since no optimizer step is taken; the batch size still is that of evaluations.
+
+        >>> Recipe().idle_fields, "lr" in Recipe(freeze="all").idle_fields
+        ((), True)
+        """
+        plan = self.freeze_plan
+        if plan.takes_steps:
+            return ()
+        return (*STEP_FIELDS, *(() if isinstance(plan, FrozenTrunk) and plan.views else ("augment",)))
 
     @property
     def budget(self) -> float | None:

@@ -166,7 +166,8 @@ def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
 def continuation(outcome: Outcome, out: str) -> tuple[str, str]:
     """The command that goes on from here."""
     if not outcome.recipe.freeze_plan.takes_steps:
-        return "tune", f"skipway train --config {out} --freeze first, to train everything"
+        freeze = shlex.quote(outcome.recipe.freeze.replace("all", "first", 1))
+        return "tune", f"skipway train --config {out} --freeze {freeze}, to train everything"
     if not outcome.epoch:
         return "longer", f"skipway train --config {out} --time 1h, say; the features are there"
     if outcome.recipe.budget is not None:

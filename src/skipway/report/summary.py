@@ -87,6 +87,11 @@ def model_lines(
         f"{recipe.model}{depth}: {parameters:,} parameters, {work}{counted(connections, 'residual connection')}, "
         f"scheme {scheme if scheme is not None else recipe.scheme}",
     )
+    if not recipe.freeze_plan.takes_steps:
+        smooth = f", label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
+        weighted = ", classes weighted by 1 / images" if recipe.class_weights != "none" else ""
+        yield "recipe", f"no steps: {recipe.freeze_plan.describe()}{smooth}{weighted}, seed {recipe.seed}"
+        return
     warm = f" after {100 * recipe.warmup:g} % warm-up" if recipe.warmup else ""
     length = f"{recipe.time} in epochs" if recipe.time is not None else counted(recipe.epochs, "epoch")
     yield (

@@ -300,7 +300,9 @@ def choices_text(given: Recipe, resolved: ResolvedRecipe) -> str:
     shown = [
         field.name
         for field in fields(Recipe)
-        if field.name in CHOSEN_FIELDS and not (field.name == "epochs" and resolved.time is not None)
+        if field.name in CHOSEN_FIELDS
+        and field.name not in resolved.idle_fields
+        and not (field.name == "epochs" and resolved.time is not None)
     ]
     pairs = ((name, getattr(given, name), getattr(resolved, name)) for name in shown)
     return " ".join(spell(name, value) for name, before, value in pairs if value not in (None, before))

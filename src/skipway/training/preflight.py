@@ -42,9 +42,10 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
     run.reporter.message(
         "device", f"{run.device}, {name}, {run.recipe.precision} ({reason}), torch {torch.__version__}{many}"
     )
-    if stored is None:
-        run.reporter.message("options", choices_text(run.given, run.recipe))
-    else:
+    options = choices_text(run.given, run.recipe)
+    if stored is None and options:
+        run.reporter.message("options", options)
+    if stored is not None:
         run.reporter.message("resume", f"after epoch {run.progress.epoch}, step {run.progress.step}")
         earlier = stored["recipe"]["epochs"]
         if earlier != run.recipe.epochs:

@@ -28,11 +28,6 @@ CLOSER = 0.5
 # below it, the 95 % Wilson interval is wider than 20 percentage points at an accuracy of 90 %
 FEW_VALIDATION_IMAGES = 30
 FEW_STEPS = 100
-# fields of a recipe that only optimizer steps read
-STEP_FIELDS = (
-    *("epochs", "batch_size", "accumulate", "optimizer", "lr", "weight_decay", "schedule", "warmup", "layer_decay"),
-    *("ema", "clip", "patience", "grow_from"),
-)
 # share of one class from which always naming it is a good way to a high accuracy
 DOMINANT = 0.75
 
@@ -107,12 +102,11 @@ def unused_options(run: Run) -> Iterator[str]:
         if unused and value != getattr(default, name):
             yield f"{spell(name, value)} has no effect: {why}"
     plan, choice = recipe.freeze_plan, spell("freeze", recipe.freeze)
-    views = isinstance(plan, FrozenTrunk) and plan.views > 0
-    names = [] if plan.takes_steps else [*STEP_FIELDS, *([] if views else ["augment"])]
-    useless = [spell(name, getattr(given, name)) for name in names if getattr(given, name) != getattr(default, name)]
-    if useless:
-        yield f"{', '.join(useless)}: without effect, since {choice} takes no steps"
-    if views and data.augmentation.mixes:
+    idle_fields = [name for name in recipe.idle_fields if getattr(given, name) != getattr(default, name)]
+    if idle_fields:
+        texts = ", ".join(spell(name, getattr(given, name)) for name in idle_fields)
+        yield f"{texts}: without effect, since {choice} takes no steps"
+    if isinstance(plan, FrozenTrunk) and plan.views and data.augmentation.mixes:
         yield f"the views of {choice} are augmented and not mixed"
     if recipe.flip_test and not recipe.flip:
         yield f"{spell('flip_test', True)} evaluates mirrored images, and none was mirrored in training"
