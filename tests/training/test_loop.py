@@ -297,6 +297,7 @@ def test_what_is_said_before_training(tmp_path):
         "model",
         "recipe",
         "device",
+        "memory",
         "options",
         "note",
         "note",

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-__all__ = ["available_memory", "cpu_count", "limit_threads", "shared_memory"]
+__all__ = ["available_memory", "cpu_count", "limit_threads", "resident_memory", "shared_memory"]
 
 GROUPS = "/sys/fs/cgroup"
 OWN_GROUPS = "/proc/self/cgroup"
@@ -69,6 +69,16 @@ def available_memory() -> int | None:
                 files = next((int(pair[1]) for pair in pairs if pair[0] == cached), 0)
                 found.append(max(int(most) - int(used) + files, 0))
     return min(found, default=None)
+
+
+def resident_memory() -> int:
+    """The bytes of memory that this process holds; 0 if unknown.
+
+    >>> resident_memory() >= 0
+    True
+    """
+    pages = read_text("/proc/self/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else 0
 
 
 def shared_memory() -> int | None:

@@ -42,6 +42,7 @@ from skipway.training.clock import is_estimate_due, note_evaluation, plan_time, 
 from skipway.training.distributed import join_ranks
 from skipway.training.freeze import check_freeze, freeze_layers
 from skipway.training.image_features import FeatureRecorder, report_findings
+from skipway.training.memory import fit_batch
 from skipway.training.preflight import report_preflight
 from skipway.training.records import (
     is_save_due,
@@ -345,6 +346,11 @@ def open_run(
         report_seconds = REPORT_SECONDS + time.monotonic() - building
         reporter.activity("checking")
         check_forward(run)
+        smaller, memory_lines = fit_batch(run, is_fresh=stored is None)
+        if smaller != resolved:
+            run = build_run(smaller, data, folder, reporter, device, ranks, stop, fresh=fresh)
+            run.given = recipe
+        run.memory_lines = memory_lines
         withdraw_fit(run)
         check_freeze(run)
         if ranks.first:

@@ -42,6 +42,8 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
     run.reporter.message(
         "device", f"{run.device}, {name}, {run.recipe.precision} ({reason}), torch {torch.__version__}{many}"
     )
+    for line in run.memory_lines:
+        run.reporter.message(*line)
     options = choices_text(run.given, run.recipe)
     if stored is None and options:
         run.reporter.message("options", options)

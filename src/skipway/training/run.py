@@ -170,6 +170,7 @@ class Run:
     first_step_at: float = 0.0
     timed_at: float = 0.0
     timed_steps: int = 0
+    memory_lines: list[tuple[str, str]] = field(default_factory=list)
     estimated: bool = False
     remarked: bool = False
     reported_end: int = 0
