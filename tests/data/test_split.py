@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from skipway.data.sources.folders import index_folders
+from skipway.data.sources.index import SourceIndex
+from skipway.data.sources.readers import FileStore
 from skipway.data.sources.splits import looks_like_split, split_in, split_of
 from skipway.data.split import Fold, hold_out, list_splits, split_index, take_fold
 from skipway.errors import DataError, printable
@@ -242,8 +245,6 @@ def test_copies_are_on_one_side_of_every_split():
     files = {"cat": [f"c{number:02d}" for number in range(40)], "dog": [f"d{number:02d}" for number in range(40)]}
     copies = [files["cat"][start : start + 3] for start in range(0, 30, 3)] + [["c39", "d00", "d01"]]
     groups = {file: tuple(group) for group in copies for file in group}
-    from skipway.data.sources.index import SourceIndex
-    from skipway.data.sources.readers import FileStore
 
     index = SourceIndex(store=FileStore(Path("x")), name="x", classes=("cat", "dog"), train=files)
     for seed in range(5):
@@ -259,6 +260,16 @@ def test_copies_are_on_one_side_of_every_split():
         twins = dict.fromkeys((*files["cat"][:20], "t"), (*files["cat"][:20], "t"))
         splits = split_index(index, holdout=0.2, validation=0.4, seed=seed, groups=twins)
         assert {sample.file for sample in splits.validation}.isdisjoint(files["cat"][:20])
+
+
+def test_folds_say_that_a_test_split_is_left_alone():
+    files = {name: [f"{name}/{number}" for number in range(6)] for name in ("cat", "dog")}
+    index = SourceIndex(store=FileStore(Path("x")), name="x", classes=("cat", "dog"), train=files, test={"cat": ["t"]})
+    choices = {"holdout": 0.25, "validation": 0.2, "seed": 0}
+    words = "1 image of the test split: every fold tests on training images"
+    assert split_index(index, **choices, fold=Fold(1, 3)).unused == (words,)
+    assert split_index(index, **choices).unused == ()
+    assert split_index(replace(index, test=None), **choices, fold=Fold(1, 3)).unused == ()
 
 
 def test_folds_are_disjoint_even_and_hardly_move():

@@ -6,18 +6,24 @@
 | | mirrored images of one class that are another class, by name or by content | a remark that names both, and `flip` |
 | | the same classes without a direction | no remark |
 | | mixup and CutMix | training accuracy is that of mixed images; a batch of one mixes nothing |
+| | a training loss that stays that of a constant output, the entropy of the mean target | a remark, in the report too |
 | | `holdout` beside a test split, `weights_adapt` without weights, `freeze` of all epochs | no effect, said |
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tests.trials.pictures import write_images
 from tests.trials.reporting import Notes
 
 import skipway as sw
+from skipway.report.summary import chance_loss
+from skipway.training.run import Run
 
 SMALL = {"model": "resnet8", "width": 4, "device": "cpu", "workers": 0, "epochs": 1, "health": 0.0}
 
@@ -41,6 +47,43 @@ def write_arrows(root, names, turned):
                 root / name / f"{image}.png"
             )
     return root
+
+
+@pytest.mark.parametrize("options", [{}, {"augment": "mixup(0.2)"}])
+def test_a_loss_that_stays_at_chance_is_remarked_upon(tmp_path, monkeypatch, options):
+
+    monkeypatch.setattr("skipway.report.summary.CHANCE_STEPS", 4)
+    monkeypatch.setattr("skipway.training.records.CHANCE_STEPS", 4)
+    folder = write_images(tmp_path / "alike", {"cat": 40, "emu": 20})
+    stuck = {"lr": 1e-12, "batch_size": 8, "health": 0.0, **options}
+    said = notes_of(folder, tmp_path, **stuck).said("an output that is the same")
+    assert len(said) == 1
+    assert "lr=1e-12" in said[0]
+    assert "an output that is the same" in (tmp_path / "run" / "report.html").read_text()
+    folder = write_images(tmp_path / "apart", {"cat": 40, "dog": 20})
+    learns = notes_of(folder, tmp_path, **{**stuck, "lr": 0.05, "epochs": 2})
+    assert not learns.said("an output that is the same")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_loss_of_the_best_constant_output(smoothing, balanced):
+    """Against the constant output that is found by optimisation, with the loss of the run itself."""
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2])
+    weights = len(labels) / (3 * labels.bincount().float()) if balanced else None
+    run = SimpleNamespace(recipe=SimpleNamespace(label_smoothing=smoothing), class_weights=weights)
+    output = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([output], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = Run.loss(run, output.expand(10, 3), labels)  # type: ignore[arg-type]
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    found = chance_loss(labels, 3, smoothing=smoothing, balanced=balanced)
+    assert found == pytest.approx(float(loss().detach()), rel=1e-5)
 
 
 def test_a_narrow_range_is_remarked_upon(tmp_path):

@@ -16,7 +16,7 @@ from skipway.data.sources.index import FilesByClass, SourceIndex, name_list
 from skipway.data.sources.readers import FileStore, ImageStore
 from skipway.data.sources.scan import LeftOut
 from skipway.data.sources.splits import SPLITS
-from skipway.errors import CheckpointError, DataError, printable
+from skipway.errors import CheckpointError, DataError, counted, printable
 
 __all__ = [
     "Fold",
@@ -150,10 +150,13 @@ def split_index(
     groups = groups or {}
     train, held, test = kept(index.train), kept(index.validation), kept(index.test)
     split_off: dict[str, float] = {}
+    unused = list(index.unused)
     elsewhere = {file for files in (held, test) for members in files.values() for file in members}
     pinned = {file for file, copies in groups.items() if not elsewhere.isdisjoint(copies)}
     if fold is not None:
         split_off["test"] = 1 / fold.count
+        if own := sum(map(len, test.values())):
+            unused.append(f"{counted(own, 'image')} of the test split: every fold tests on training images")
         test = {}
     elif index.test is None:
         split_off["test"] = holdout
@@ -182,7 +185,7 @@ def split_index(
         split_off=split_off,
         fold=fold,
         left_out=index.left_out,
-        unused=index.unused,
+        unused=tuple(unused),
         store=index.store,
     )
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from skipway.data import Data
-from skipway.errors import counted, printable
+from skipway.errors import counted, printable, spell
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import percent
 from skipway.probes.signal_check import StageSignal
 from skipway.recipe import ResolvedRecipe
 
 __all__ = [
+    "CHANCE_STEPS",
     "accuracy_text",
+    "chance_loss",
+    "chance_remark",
     "chosen_text",
     "data_lines",
     "epoch_text",
@@ -26,6 +30,9 @@ __all__ = [
 ]
 
 Line = tuple[str, str]
+
+CHANCE_STEPS, CHANCE = 200, 0.99
+"""Steps after which a training loss above this share of that of a constant output is remarked upon."""
 
 
 def data_lines(data: Data) -> Iterator[Line]:
@@ -145,6 +152,31 @@ def signal_lines(rows: list[StageSignal]) -> Iterator[Line]:
             f"std {row.std_in:.3g} -> {row.std_out:.3g}{ratio}{warning}",
         )
         label = ""
+
+
+def chance_loss(labels: Tensor, classes: int, *, smoothing: float = 0.0, balanced: bool = False) -> float:
+    """The least cross-entropy of an output that is the same for all images: the entropy of the mean target.
+
+    >>> labels = torch.tensor([0, 0, 0, 1])
+    >>> round(chance_loss(labels, 2), 4), round(chance_loss(labels, 2, balanced=True), 4)
+    (0.5623, 0.6931)
+    """
+    counts = torch.bincount(labels, minlength=classes).double()
+    shares = (counts > 0).double() / classes if balanced else counts / counts.sum()
+    return float(torch.special.entr((1 - smoothing) * shares + smoothing / classes).sum())
+
+
+def chance_remark(recipe: ResolvedRecipe, data: Data, row: Mapping[str, Any]) -> str | None:
+    """A sentence where the training loss of an epoch, a row of the metrics, shows that nothing is learned."""
+    balanced = recipe.class_weights != "none"
+    chance = chance_loss(data.train.labels, len(data.classes), smoothing=recipe.label_smoothing, balanced=balanced)
+    if row["step"] < CHANCE_STEPS or not row["train_loss"] >= CHANCE * chance:
+        return None
+    return (
+        f"after {row['step']:,} steps the training loss is {row['train_loss']:.4g}, and {chance:.4g} is that of an "
+        f"output that is the same for all images: nothing is learned; {spell('lr', recipe.peak_lr)} may be far off, or "
+        "the labels are those of other images"
+    )
 
 
 def accuracy_text(evaluation: Evaluation) -> str:

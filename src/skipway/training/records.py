@@ -17,6 +17,7 @@ from skipway.data import Batch
 from skipway.errors import CheckpointError, DivergedError, counted
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.reference_outputs import describe_outputs
+from skipway.report.summary import CHANCE_STEPS, chance_remark
 from skipway.training.clock import expected_seconds, plan_time
 from skipway.training.reporter import StepReport
 from skipway.training.resume import training_state
@@ -85,6 +86,7 @@ def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
         evaluation: the validation result; None without validation images, the last epoch is the best one then.
     """
     progress, images = run.progress, run.progress.step * run.recipe.batch_size
+    earlier = progress.before
     last_rate = run.recipe.peak_lr * run.lr_factor(run.global_step - 1)
     progress.epoch, progress.before, progress.step = progress.epoch + 1, run.global_step, 0
     if evaluation is None:
@@ -112,6 +114,9 @@ def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
         if run.recipe.tensorboard:
             write_tensorboard(run.folder.board, row, run.rows)
     run.reporter.epoch(row, progress.epochs)
+    remark = chance_remark(run.recipe, run.data, row)
+    if remark is not None and (earlier < CHANCE_STEPS or run.finished):
+        run.reporter.message("warning", remark)
     if progress.stopped_early:
         run.reporter.message(
             "patience",

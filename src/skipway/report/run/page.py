@@ -24,7 +24,7 @@ from skipway.report.run.depth import gain_figures, signal_figures
 from skipway.report.run.findings import ImageFindings, findings_values
 from skipway.report.run.pictures import input_pictures, mistake_pictures
 from skipway.report.run.predictions import Predictions, collect_predictions
-from skipway.report.summary import chosen_text, data_lines, epoch_text, model_lines
+from skipway.report.summary import chance_remark, chosen_text, data_lines, epoch_text, model_lines
 from skipway.tracing.chain import read_chain
 
 __all__ = ["SECTIONS", "write_report"]
@@ -114,9 +114,12 @@ def page_values(
     classes = class_table(scores, names)
     connections = read_chain(network, run.data.preprocessing.example.to(run.device))
     lines = [*data_lines(run.data), *model_lines(run.model, run.recipe, len(connections), run.steps_per_epoch)]
+    metrics = run.folder.read_metrics()
+    if metrics and (remark := chance_remark(run.recipe, run.data, metrics[-1])) is not None:
+        lines.insert(0, ("note", remark))
     splits: dict[str, torch.Tensor] = {split: getattr(run.data, split).labels for split in SPLITS}
     progress, folder = run.progress, run.folder
-    metrics, steps = folder.read_metrics(), folder.read_steps()
+    steps = folder.read_steps()
     return {
         "title": f"{run.recipe.model} on {printable(run.data.name)}",
         "command": train_command(run.recipe),
