@@ -187,3 +187,26 @@ def test_in_place_additions_and_the_model_stay():
 def test_nothing_to_mix_is_an_error():
     with pytest.raises(sw.SkipwayError, match="no residual connection"):
         depth_mixing(nn.Linear(DIM, DIM), torch.randn(2, DIM))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_static_hyperconnections_are_products(count):
+    """M[l, i] = α_lᵀ A_{l-1} … A_{i+1} β_i (Zhu et al. 2025, sec. 4.5), with the numbers of each connection drawn."""
+    scheme = f"hyperconnections({count}, dynamic=False)"
+    model = sw.build("vit-tiny-16", depth=2, dim=DIM, heads=2, patch=4, image=8, classes=3, scheme=scheme)
+    own = [connection.residual.streams for connection in sw.chain(model)]
+    with torch.no_grad():
+        for streams in own:
+            streams.static.add_(0.3 * torch.randn_like(streams.static))
+    mixing = sw.depth_mixing(model, torch.randn(2, 3, 8, 8))
+    reads, mixes, writes = zip(*(each.static.detach().split((1, count, 1), dim=1) for each in own), strict=True)
+    reads = (*reads, torch.full((count, 1), 1 / count))  # the exit takes the mean
+    expected = torch.zeros(5, 5)
+    for source in range(5):
+        state = torch.ones(count, 1) if source == 0 else writes[source - 1]
+        for reader in range(source, 5):
+            expected[reader, source] = (reads[reader].T @ state).item()
+            state = mixes[reader].T @ state if reader < 4 else state
+    torch.testing.assert_close(mixing.coefficients, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mixing.shares.sum(1), torch.ones(5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(mixing.gradient_shares.sum(0), torch.ones(5), atol=1e-4, rtol=0)

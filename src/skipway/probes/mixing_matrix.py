@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from skipway.errors import SkipwayError
+from skipway.nn import StreamEntry, StreamExit
 from skipway.probes.objective import Loss, compute_loss
 from skipway.probes.observer import Observer
-from skipway.tracing import Example, as_batch, call_model, preserved_state
-from skipway.tracing.chain import WatchedConnection, chain
+from skipway.tracing import Example, as_batch, call_model, preserved_state, unwrap
+from skipway.tracing.chain import Connection, WatchedConnection, chain
 from skipway.tracing.containers import map_tensors
 
 __all__ = ["DepthMixing", "depth_mixing"]
@@ -31,7 +33,8 @@ class DepthMixing:
     """The depth mixing matrix of a network: h_l = Σ_i M[l, i] v_i.
 
     v_0 is the stream before the first connection and v_i what the branch of connection i adds; h_l is what connection l
-    carries to its addition, and the last row the stream after all connections. Entries with i ≥ l are zero.
+    carries to its addition, of several streams what it reads of them; the last row is the stream after all connections.
+    Entries with i ≥ l are zero. Where weights depend on the input (dynamic hyper-connections), M is the local Jacobian.
 
     Args:
         readers: names of the rows: the connections in order, and "output".
@@ -101,12 +104,10 @@ class SourceCutter(Observer):
     Args:
         model: the network.
         connections: of `chain(model, example)`.
-        freeze: whether norms divide by a constant, so that what they put out is a linear map of their input.
     """
 
-    def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection], *, freeze: bool) -> None:
+    def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection]) -> None:
         super().__init__(model, connections)
-        self.freeze = freeze
         self.sources: list[Tensor] = []
         self.carried: list[Tensor] = []
         self.branches: list[Tensor] = []
@@ -126,11 +127,60 @@ class SourceCutter(Observer):
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
         self.last = stream
 
+
+class StreamCutter:
+    """The same for connections of ours that carry several streams; what is carried is what a branch reads of them.
+
+    Args:
+        model: the network.
+        connections: of `chain(model)`.
+    """
+
+    def __init__(self, model: nn.Module, connections: Iterable[Connection]) -> None:
+        self.model, self.connections = unwrap(model), tuple(connections)
+        self.sources: list[Tensor] = []
+        self.carried: list[Tensor] = []
+        self.branches: list[Tensor] = []
+        self.last: Tensor | None = None
+        self.hooks = ExitStack()
+
+    def __enter__(self) -> StreamCutter:
+        self.sources, self.carried, self.branches, self.last = [], [], [], None
+        for module in self.model.modules():
+            if isinstance(module, StreamExit):
+                self.hooks.callback(module.register_forward_hook(self.leave).remove)
+            elif isinstance(module, StreamEntry):
+                self.hooks.callback(module.register_forward_pre_hook(self.enter).remove)
+        for connection in self.connections:
+            assert connection.residual.streams is not None
+            self.hooks.callback(connection.residual.streams.register_forward_hook(self.read).remove)
+            self.hooks.callback(connection.residual.drop.register_forward_hook(self.cut).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.close()
+
+    def enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.sources.append(args[0])
+
+    def read(self, module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
+        self.carried.append(output[0])
+
+    def cut(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self.branches.append(output)
+        self.sources.append(output.detach().clone().requires_grad_())
+        return self.sources[-1]
+
+    def leave(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.last = output
+
+
+class FrozenNorms(TorchFunctionMode):
+    """Context in which norms divide by a constant, so that what they put out is a linear map of their input."""
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        frozen = FROZEN.get(getattr(func, "__name__", "")) if self.freeze and self.running else None
-        if frozen is not None:
-            return frozen(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
+        frozen = FROZEN.get(getattr(func, "__name__", ""))
+        return (func if frozen is None else frozen)(*args, **(kwargs or {}))
 
 
 def divide(x: Tensor, axes: tuple[int, ...], eps: float | None, *, centred: bool = True) -> Tensor:
@@ -216,23 +266,37 @@ def depth_mixing(
     True
     """
     example, targets = as_batch(example, targets)
-    connections = tuple(chain(model, example))
-    if not connections:
-        raise SkipwayError("the model has no residual connection that chain(model, example) finds, so nothing is mixed")
+    names, cutter, stem_is_read = choose_cutter(model, example)
     given = map_tensors(as_input, example)
     with preserved_state(model), differentiable(model), torch.enable_grad():
-        with SourceCutter(model, connections, freeze=True) as cutter:
+        with FrozenNorms(), cutter:  # the outer of the two, whose own additions the cutter must not see
             call_model(cutter.model, given)
             assert cutter.last is not None
             coefficients, shares = read_forward([*cutter.carried, cutter.last], cutter.sources)
-        with SourceCutter(model, connections, freeze=False) as cutter:
+        with cutter:
             value = compute_loss(call_model(cutter.model, given), targets, loss, example)
             gradients = read_backward(value, cutter.branches, cutter.sources)
-    first = connections[0].seen
-    if first.skip != "identity" or first.carry or first.weights[0] != 1:
-        gradients[:, 0] = math.nan  # the first branch reads the stream, and what is carried is something else
-    names = tuple(connection.name for connection in connections)
+    if not stem_is_read:
+        gradients[:, 0] = math.nan
     return DepthMixing((*names, "output"), ("stem", *names), coefficients, shares, gradients, float(value.detach()))
+
+
+def choose_cutter(model: nn.Module, example: Example) -> tuple[tuple[str, ...], SourceCutter | StreamCutter, bool]:
+    """Names of the connections, what cuts their sources, and whether the first branch reads what is the first source:
+    not so where the first skip is more than x itself.
+
+    Raises:
+        SkipwayError: there is no connection.
+    """
+    own = chain(unwrap(model)) if any(isinstance(module, StreamEntry) for module in model.modules()) else ()
+    if own and all(connection.residual.streams is not None for connection in own):
+        return tuple(connection.name for connection in own), StreamCutter(model, own), True
+    found = tuple(chain(model, example))
+    if not found:
+        raise SkipwayError("the model has no residual connection that chain(model, example) finds, so nothing is mixed")
+    first = found[0].seen
+    plain = first.skip == "identity" and not first.carry and first.weights[0] == 1
+    return tuple(connection.name for connection in found), SourceCutter(model, found), plain
 
 
 def read_forward(carried: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
