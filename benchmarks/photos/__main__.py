@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.photos import __doc__ as about
-from benchmarks.photos.contestants import TIMES
 from benchmarks.photos.folders import PHOTOS, write_photos, write_subsets
 from benchmarks.photos.race import race, read_rows
 from benchmarks.photos.summary import draw_curves, results_of, table_lines, verdict_line
@@ -41,12 +41,15 @@ def run(given: argparse.Namespace) -> None:
 
 
 def summary(given: argparse.Namespace) -> None:
-    """Print the tables and draw the figure."""
+    """Write the tables and the figure."""
     rows = read_rows(given.table)
-    print(f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {cpu_count()} cores\n")
+    figure = given.folder / "photos.png"
+    draw_curves(rows, figure)
+    machine = f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {cpu_count()} cores, PyTorch {version('torch')}."
+    parts = ["# From photos to a classifier", about.strip(), machine, f"![Accuracy over time]({figure.name})"]
     for images, results in sorted(results_of(rows).items()):
-        print(f"## {images:,} training images\n", *table_lines(results), "", verdict_line(results), "", sep="\n")
-    draw_curves(rows, given.figure)
+        parts += [f"## {images:,} training images", "\n".join(table_lines(results)), verdict_line(results)]
+    (given.folder / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
 def start() -> None:
@@ -74,12 +77,12 @@ def start() -> None:
     options.add_argument("--out", type=Path, required=True, help="table (CSV); runs that it has are not repeated")
     options.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     options.add_argument("--names", nargs="+", choices=NAMES, default=NAMES)
-    options.add_argument("--times", nargs="+", default=TIMES, help="of skipway train")
+    options.add_argument("--times", nargs="+", default=(), help="of skipway train [by the number of images]")
     options.add_argument("--repetitions", type=int, default=1)
     options.add_argument("--threads", type=int, help="of each process [one for each core]")
     options = command("summary", summary)
     options.add_argument("table", type=Path)
-    options.add_argument("--figure", type=Path, default=Path(__file__).with_name("photos.png"))
+    options.add_argument("--folder", type=Path, default=Path(__file__).parent, help="of README.md and photos.png")
     given = parser.parse_args()
     given.call(given)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 __all__ = ["TIMES", "Contestant", "contestants", "read_accuracy"]
 
-TIMES = ("30s", "1m", "2m", "5m")
-STEPS = {"few": 90, "some": 270}
+TIMES = {200: ("30s", "1m"), 1000: ("30s", "1m", "2m"), 5000: ("1m", "2m", "5m")}
+"""What `skipway train` is given, by the number of training images."""
+STEPS = (90, 270)
 """Steps of everything that the peers that fine-tune take, at a batch of 32."""
 BATCH = 32
 PATTERNS = (
@@ -44,21 +45,25 @@ class Contestant:
 
 
 def contestants(
-    data: Path, images: int, weights: Path, out: Path, seed: int, times: Sequence[str] = TIMES
+    data: Path, images: int, weights: Path, out: Path, seed: int, times: Sequence[str] = ()
 ) -> Iterator[Contestant]:
     """The contestants on a folder of `images` training images, with their settings (see README.md)."""
-    epochs = {name: max(1, round(steps * BATCH / (0.9 * images))) for name, steps in STEPS.items()}
     common = (str(data), "--weights", str(weights), "--seed", str(seed))
     yield Contestant("scikit-learn", "frozen", ("-m", "benchmarks.photos.scikit_learn", *common, "--bfloat16"))
-    train = ("-m", "skipway", "train", str(data), "--start", "auto", "--seed", str(seed), "--overwrite")
-    yield Contestant("skipway", "frozen", (*train, "--freeze", "all", "--out", str(out)))
-    for time in times:
-        yield Contestant("skipway", f"--time {time}", (*train, "--time", time, "--out", str(out)))
-    for count in sorted(set(epochs.values())):
-        for name, script in (("timm", "timm_script"), ("fastai", "fastai_script")):
+    train = ("-m", "skipway", "train", str(data), "--start", "auto", "--seed", str(seed), "--out", str(out))
+    yield Contestant("skipway", "frozen", (*train, "--overwrite", "--freeze", "all"))
+    for time in times or TIMES.get(images, TIMES[5000]):
+        yield Contestant("skipway", f"--time {time}", (*train, "--overwrite", "--time", time))
+    for steps in STEPS:
+        epochs = max(1, round(steps * BATCH / images))
+        tuned = (*common, "--epochs", str(epochs))
+        yield Contestant("timm", f"{epochs} epochs", ("-m", "benchmarks.photos.timm_script", *tuned))
+        if steps == max(STEPS):
+            batch_norms = (*tuned, "--batch-norms")
             yield Contestant(
-                name, f"{count} epochs", ("-m", f"benchmarks.photos.{script}", *common, "--epochs", str(count))
+                "timm", f"{epochs} epochs, norms too", ("-m", "benchmarks.photos.timm_script", *batch_norms)
             )
+        yield Contestant("fastai", f"{epochs} epochs", ("-m", "benchmarks.photos.fastai_script", *tuned))
 
 
 def read_accuracy(line: str) -> tuple[str, float] | None:

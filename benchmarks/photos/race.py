@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.photos.contestants import TIMES, Contestant, contestants, read_accuracy
+from benchmarks.photos.contestants import Contestant, contestants, read_accuracy
 from benchmarks.photos.trunk import write_weights
 from skipway.hardware import cpu_count
 
@@ -113,7 +113,7 @@ def race(
     *,
     sizes: Sequence[int],
     names: Sequence[str],
-    times: Sequence[str] = TIMES,
+    times: Sequence[str] = (),
     repetitions: int = 1,
     threads: int | None = None,
 ) -> None:
@@ -124,7 +124,7 @@ def race(
         out: the table (CSV), written after each run.
         sizes: numbers of training images.
         names: of the contestants.
-        times: that `skipway train` is given.
+        times: that `skipway train` is given; none: `contestants.TIMES`.
         repetitions: with another seed each.
         threads: of each process; None: one for each core.
     """

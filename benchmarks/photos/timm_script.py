@@ -1,4 +1,4 @@
-"""A fine-tuning script of timm's parts: AdamW with layer decay, warm-up and a cosine, its augmentation, bfloat16."""
+"""A fine-tuning script of timm's parts: AdamW with layer decay, warm-up and a cosine, crops and flips."""
 
 from __future__ import annotations
 
@@ -32,16 +32,21 @@ def start() -> None:
     options.add_argument("--batch-size", type=int, default=32)
     options.add_argument("--scale", type=float, default=0.35, help="smallest area of a random crop [0.35]")
     options.add_argument("--smoothing", type=float, default=0.1)
+    options.add_argument("--batch-norms", action="store_true", help="train with the statistics of batches")
     options.add_argument("--bfloat16", action="store_true")
     given = options.parse_args()
     timm = import_timm()
     from sklearn.model_selection import train_test_split
+    from timm.layers import freeze_batch_norm_2d
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
     from torchvision.datasets import ImageFolder
 
     torch.manual_seed(given.seed)
-    network = create_network(given.weights, num_classes=10, drop_rate=0.2).to(memory_format=torch.channels_last)
+    network = create_network(given.weights, num_classes=10, drop_rate=0.2)
+    if not given.batch_norms:
+        network = freeze_batch_norm_2d(network)
+    network = network.to(memory_format=torch.channels_last)
     config = timm.data.resolve_data_config({"input_size": (3, SIZE, SIZE), "crop_pct": 1.0}, model=network)
     plain = timm.data.create_transform(**config)
     varied = timm.data.create_transform(**config, is_training=True, scale=(given.scale, 1.0), color_jitter=None)
