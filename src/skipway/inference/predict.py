@@ -21,7 +21,7 @@ from skipway.data.preprocessing import Preprocessing
 from skipway.data.sources.scan import LeftOut, scan_folder
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell
 from skipway.hardware.device import choose_device
-from skipway.inference.code_file import code_file
+from skipway.inference.code_file import CONFIG, network_file, with_file
 from skipway.inference.network import build_classifier, is_ours
 from skipway.inference.reference_outputs import find_change, refuse_change
 from skipway.models import find_config
@@ -100,14 +100,14 @@ def from_pretrained(
 def describe_network(stored: Any, given: str | None, file: Path) -> Any:
     """The description in a header, with the name of the network that is to be taken instead.
 
-    The file of code of a hub folder lies beside its weights, so a name without a folder is one there.
+    The file that makes the network of a hub folder lies beside its weights, so a name without a folder is one there.
     """
     if not isinstance(stored, dict) or not isinstance(stored.get("name"), str):
         raise CheckpointError(f"{printable(file)}: the header names no network")
     if given is None:
-        code = code_file(stored["name"])
-        beside = code is not None and code.name == str(code)
-        return {**stored, "name": f"{file.parent / stored['name']}"} if beside else stored
+        own = network_file(stored["name"])
+        beside = own is not None and own.name == str(own)
+        return {**stored, "name": with_file(stored["name"], file.parent / str(own))} if beside else stored
     if is_ours(stored["name"]) or is_ours(given):
         raise CheckpointError(
             f"{spell('model', given)}: the rule is another place of a network that is not Skipway's own, FILE.py:NAME; "
@@ -123,7 +123,7 @@ def weights_file(path: str | Path, *, code: bool = False) -> Path:
         CheckpointError: there is none.
     """
     if isinstance(path, str) and path.startswith(PREFIX):
-        path = download(path, CODE if code else ())
+        path = download(path, (CONFIG, *(CODE if code else ())))
     path = Path(path)
     if not path.is_dir():
         if not path.exists():

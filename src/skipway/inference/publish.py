@@ -22,7 +22,7 @@ from skipway.checkpoint.files import (
 )
 from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError, SkipwayError, printable
-from skipway.inference.code_file import code_file, local_imports, portable_name
+from skipway.inference.code_file import code_file, local_imports, network_file, portable_file, portable_name
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.inference.onnx import Sides, export_onnx, export_program
@@ -139,7 +139,7 @@ def write_hub_folder(
 ) -> None:
     """Write weights, config and model card in the layout of the Hugging Face hub; `from_pretrained` loads the folder.
 
-    The Python file of a network that is made by one is written beside the weights.
+    The Python file or config of a network that is made by one is written beside the weights.
 
     Args:
         path: a run folder, or a file of weights in it.
@@ -154,15 +154,15 @@ def write_hub_folder(
     file = weights_file(path)
     tensors, header = read_safetensors(file)
     described = describe_network(decode_json(header.get("model", "{}").encode(), file), network.get("model"), file)
-    code = code_file(described["name"])
-    own = (*HUB_FILES, *([] if code is None else [code.name]))
+    code, made_by = code_file(described["name"]), network_file(described["name"])
+    beside = portable_file(described["name"])
+    own = (*HUB_FILES, *([] if beside is None else [beside.name]))
     others = folder.is_dir() and [each for each in folder.iterdir() if each.name not in own and not is_git_file(each)]
     if others or (folder.exists() and not folder.is_dir()):
         raise SkipwayError(f"{printable(folder)} contains other files; choose a new or empty folder")
     preprocessing = get_preprocessing(from_pretrained(path, **network))
     about = build_metadata(path, preprocessing)
-    if code is not None:
-        about["model"]["name"] = portable_name(described["name"])
+    about["model"]["name"] = portable_name(described["name"])
     missing = [] if code is None else local_imports(code)
     if missing and code is not None:
         remark(f"{code.name} imports {', '.join(missing)} from its folder, not written: put the code into one file")
@@ -176,8 +176,8 @@ def write_hub_folder(
         with file_aside(folder / "config.json") as file:
             write_tensors(file.with_name("model.safetensors"), tensors, about)
             file.with_name("README.md").write_text(card, encoding="utf-8")
-            if code is not None:
-                file.with_name(code.name).write_bytes(code.read_bytes())
+            if made_by is not None and beside is not None:
+                file.with_name(beside.name).write_bytes(made_by.read_bytes())
             file.write_bytes(encode_json(config))
     finally:
         with suppress(OSError):  # holds something, as it should

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from skipway.data.data_config import find_class_names, find_data_config, find_hidden_layer
 from skipway.errors import CheckpointError, SkipwayError, printable, spell, spelling
+from skipway.inference.code_file import network_file, with_file
 from skipway.inference.network import is_ours
 from skipway.inference.published_weights import find_published_weights, is_pretrained
 from skipway.recipe import Recipe
@@ -34,9 +35,9 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     source = recipe.initial_weights
     if source is not None and not is_pretrained(source) and Path(source).exists():
         resolved["start"] = str(Path(source).resolve())
-    if recipe.model is not None and source_of(recipe.model)[0].library is None:
-        file, colon, attribute = recipe.model.partition(".py")
-        resolved["model"] = f"{Path(file + colon).resolve()}{attribute}"
+    file = None if recipe.model is None else network_file(recipe.model)
+    if file is not None:
+        resolved["model"] = with_file(str(recipe.model), file.resolve())
     return replace(recipe, **resolved)
 
 

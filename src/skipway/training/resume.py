@@ -10,6 +10,7 @@ from skipway.checkpoint.files import write_json
 from skipway.checkpoint.state import load_model_state, load_optimizer_state
 from skipway.data.split import name_list
 from skipway.errors import CheckpointError, DataError, SkipwayError, spell
+from skipway.inference.code_file import network_file
 from skipway.inference.reference_outputs import describe_outputs, find_change, refuse_change
 from skipway.recipe import Recipe
 from skipway.training.budget import Plan
@@ -17,7 +18,6 @@ from skipway.training.clock import limit_validation, reopen_plan
 from skipway.training.initial_weights import resolve_paths
 from skipway.training.run import Progress, Run
 from skipway.training.setup import count_images, give_hidden_layer, model_config
-from skipway.zoo import source_of
 
 __all__ = ["load_newest_checkpoint", "resume_recipe", "resume_run", "training_state"]
 
@@ -74,10 +74,10 @@ def resume_recipe(config: dict[str, Any], source: Path, given: Recipe | None) ->
 
 
 def is_moved(before: str | None, after: str | None) -> bool:
-    """Whether both are networks of Python files, so that one may be the other at another place: whether it computes the
-    same is checked with the weights.
+    """Whether both are made by files, so that one may be the other at another place: whether it computes the same is
+    checked with the weights.
     """
-    return all(name is not None and source_of(name)[0].library is None for name in (before, after))
+    return all(name is not None and network_file(name) is not None for name in (before, after))
 
 
 def resume_run(run: Run, stored: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError, suggest
+from skipway.errors import SkipwayError, first_line, printable, suggest
 from skipway.hardware.limits import available_memory
 from skipway.models.family import build, find_config, resolve
 from skipway.zoo.random_inputs import RandomInput, find_inputs
@@ -33,6 +33,7 @@ __all__ = [
     "LoadedModel",
     "ModelRequest",
     "Source",
+    "config_file",
     "import_library",
     "input_shape_of",
     "load_model",
@@ -206,18 +207,15 @@ def load_torchvision(name: str, wanted: ModelRequest) -> LoadedModel:
 
 
 def load_transformers(name: str, wanted: ModelRequest) -> LoadedModel:
-    """A class of Hugging Face transformers, with its default config, and the inputs that it runs on."""
-    transformers = import_library("transformers", f"hf:{name}")
-    made: Any = getattr(transformers, name, None)
-    if getattr(made, "config_class", None) is None:
-        known = [each for each in dir(transformers) if each.endswith("Model") or "For" in each]
-        raise SkipwayError(suggest("model class of transformers", name, known))
+    """A class of Hugging Face transformers, with its default config or that of a folder, and inputs that it runs on."""
     options: dict[str, Any] = {} if wanted.classes is None else {"num_labels": wanted.classes}
+    if wanted.shape is not None and len(wanted.shape) == 3:
+        options |= {"image_size": wanted.shape[-1], "num_channels": wanted.shape[0]}
+    made, config = transformers_config(name)
     try:
-        if wanted.shape is not None and len(wanted.shape) == 3:
-            image = {"image_size": wanted.shape[-1], "num_channels": wanted.shape[0]}
-            options |= {key: value for key, value in image.items() if hasattr(made.config_class(), key)}
-        config = made.config_class(**options)
+        for key, value in options.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
         if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
         refuse_too_large(name, made, config)
@@ -226,7 +224,7 @@ def load_transformers(name: str, wanted: ModelRequest) -> LoadedModel:
     except Exception as error:  # a class that needs a config, weights or inputs of its own raises anything
         text = " ".join(str(error).split())
         raise SkipwayError(
-            f"hf:{name} does not run with its default config and random inputs ({text:.200}); give a file with a "
+            f"hf:{name} does not run with its config and random inputs ({text:.200}); give a file with a "
             "function that returns (model, inputs): FILE.py:NAME"
         ) from error
     labels = any(each.name == "labels" for each in others) and main.name == "input_ids"
@@ -238,6 +236,44 @@ def load_transformers(name: str, wanted: ModelRequest) -> LoadedModel:
         labels=labels,
         others=tuple(each for each in others if not (labels and each.name == "labels")),
     )
+
+
+def transformers_config(name: str) -> tuple[Any, Any]:
+    """A class of transformers, and its default config, or that of a folder or file, which names its class.
+
+    Raises:
+        SkipwayError: there is none.
+    """
+    transformers = import_library("transformers", f"hf:{name}")
+    file = config_file(name)
+    if file is None:
+        made: Any = getattr(transformers, name, None)
+        if getattr(made, "config_class", None) is None:
+            known = [each for each in dir(transformers) if each.endswith("Model") or "For" in each]
+            raise SkipwayError(suggest("model class of transformers", name, known))
+        return made, made.config_class()
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(file))
+        names = config.architectures or [transformers.AutoModelForImageClassification._model_mapping[type(config)]]
+    except Exception as error:  # whatever transformers raises on a file that it does not know
+        raise SkipwayError(
+            f"hf:{name}: {printable(file)} is no config of transformers: {printable(first_line(error))}; give a folder "
+            "that save_pretrained wrote, or a class"
+        ) from error
+    made = names[0] if isinstance(names[0], type) else getattr(transformers, names[0], None)
+    if made is None:
+        raise SkipwayError(
+            f"hf:{name}: transformers {transformers.__version__} has no class {printable(str(names[0]))}"
+        )
+    return made, config
+
+
+def config_file(name: str) -> Path | None:
+    """The config in a name of transformers that is a path, of a folder or of the file itself; None for a class."""
+    path = Path(name)
+    if path.name == name and path.suffix != ".json" and not path.is_dir():
+        return None
+    return path if path.suffix == ".json" else path / "config.json"
 
 
 def refuse_too_large(name: str, made: Any, config: Any) -> None:
@@ -428,7 +464,9 @@ CLASSES = frozenset({"classes"})
 SOURCES: tuple[Source, ...] = (
     Source("timm:NAME", r"timm:(?P<name>.+)", load_timm, CLASSES, OTHERS, "timm"),
     Source("torchvision:NAME", r"torchvision:(?P<name>.+)", load_torchvision, CLASSES, OTHERS, "torchvision"),
-    Source("hf:CLASS", r"(?:hf|transformers):(?P<name>.+)", load_transformers, CLASSES, OTHERS, "huggingface"),
+    Source(
+        "hf:CLASS or hf:FOLDER", r"(?:hf|transformers):(?P<name>.+)", load_transformers, CLASSES, OTHERS, "huggingface"
+    ),
     Source("FILE.py:NAME", r"(?P<name>.+\.py(?::\w*)?)", load_file, frozenset(), "set it in the file"),
     Source("a Skipway model", r"(?P<name>[^:]+)", load_ours, CLASSES | {"depth", "scheme"}, library="skipway"),
 )
