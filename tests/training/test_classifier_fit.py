@@ -125,8 +125,12 @@ NETWORK = """
 from torch import nn
 
 class Net(nn.Sequential):
+    mask = None
+
     def forward(self, x):
-        return self[2](FEATURES)
+        if self.mask is None:  # made when it is needed first, as networks of others do
+            self.mask = x.new_ones(1, 8)
+        return self[2](input=(FEATURES) * self.mask)
 
 def make():
     return Net(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Linear(8, 10))
@@ -233,10 +237,11 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch
     assert sw.train(replace(BASE, freeze="all"), tmp_path / "run").finished
 
 
-def test_a_hidden_layer_becomes_a_part_of_the_network(tmp_path, small):
+def test_a_hidden_layer_becomes_a_part_of_the_network(tmp_path, small, cache):
     outcome = sw.train(replace(BASE, freeze="all(head='mlp')"), tmp_path / "run")
     model = sw.from_pretrained(tmp_path / "run")
     assert [type(module).__name__ for module in model.head.classifier] == ["Linear", "GELU", "Linear"]
+    assert len(list(cache.glob("features-*.bin"))) == 2  # the report takes what the fit computed
     width = len(model.head.classifier[0].weight)
     assert json.loads(outcome.folder.config.read_text())["model"]["head"] == ["head.classifier", width]
     assert evaluate_run(tmp_path / "run").evaluation.accuracy == outcome.evaluation.accuracy

@@ -135,7 +135,7 @@ def fit_head(run: Run, plan: FrozenTrunk, name: str) -> Head | None:
     views = f" ({1 + plan.views} of each for training)" if plan.views else ""
     run.reporter.message(
         "features",
-        f"{source.classifier.in_features:,} of each of {counted(images, 'image')}{views}, in {seconds:,.0f} s",
+        f"{source.width:,} of each of {counted(images, 'image')}{views}, in {seconds:,.0f} s",
     )
     run.reporter.activity("classifier")
     weights = None if run.class_weights is None else run.class_weights.cpu()

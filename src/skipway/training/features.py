@@ -51,11 +51,19 @@ class FeatureSource:
     views: int = 0
 
     @property
-    def classifier(self) -> nn.Linear:
-        """The linear map that makes the logits."""
-        found = self.run.model.get_submodule(self.name)
-        assert isinstance(found, nn.Linear)
-        return found
+    def classifier(self) -> nn.Module:
+        """What makes the logits of the features: a linear map, or a hidden layer with one."""
+        return self.run.model.get_submodule(self.name)
+
+    @property
+    def width(self) -> int:
+        """Number of features of an image."""
+        return next(module.in_features for module in self.classifier.modules() if isinstance(module, nn.Linear))
+
+    @property
+    def trunk(self) -> dict[str, Any]:
+        """The description of the network without its classifier."""
+        return {name: value for name, value in model_config(self.run).items() if name != "head"}
 
     @property
     def batch_size(self) -> int:
@@ -101,8 +109,8 @@ class FeatureSource:
                 folder = cache_folder(None)
             except OSError as error:
                 remark(f"features are not cached: {error}")
-        name = digest_json([str(self.run.recipe.data), split, model_config(self.run)])[:16]
-        return FeatureTable(folder, name, self.key(split), count, self.classifier.in_features, remark)
+        name = digest_json([str(self.run.recipe.data), split, self.trunk])[:16]
+        return FeatureTable(folder, name, self.key(split), count, self.width, remark)
 
     def key(self, split: Split) -> str:
         """Hash of what features depend on: images, preprocessing, weights, precision, versions, views."""
@@ -110,7 +118,7 @@ class FeatureSource:
         about: dict[str, Any] = {
             "images": image_stamps(run, split),
             "preprocessing": run.data.preprocessing.to_json(),
-            "model": model_config(run),
+            "model": self.trunk,
             "precision": run.recipe.precision,
             "device": run.device.type,
             "batch": self.batch_size,
@@ -144,7 +152,9 @@ def image_stamps(run: Run, split: Split) -> list[str]:
 def features_of(model: nn.Module, classifier: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """What goes into the classifier, and what the model puts out."""
     given: list[Tensor] = []
-    handle = classifier.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    handle = classifier.register_forward_pre_hook(
+        lambda _, args, named: given.append(next(iter((*args, *named.values())))), with_kwargs=True
+    )
     try:
         logits = model(inputs)
     finally:
@@ -160,7 +170,7 @@ def compute_features(source: FeatureSource, split: Split) -> tuple[Tensor, Tenso
     run = source.run
     own = getattr(run.data, split).labels
     labels = own.repeat(1 + (source.views if split == "train" else 0))
-    with source.table(split, len(labels)) as table, preserved_state(run.model), torch.inference_mode():
+    with source.table(split, len(labels)) as table, preserved_state(run.model), torch.no_grad():
         run.model.eval()
         if table.done and not still_valid(source, split, table):
             run.reporter.message("note", "cached features are not what the network computes now: they are made anew")

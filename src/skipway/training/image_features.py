@@ -44,6 +44,9 @@ class FeatureRecorder:
         if run.ranks.world > 1:
             self.reason = "Several processes trained, each of which saw a share of the images."
             return
+        if run.progress.head is not None:  # the features are what goes into its hidden layer
+            self.name = run.progress.head[0]
+            return
         try:
             names = find_classifiers(run.model, run.example)
         except SkipwayError as error:
@@ -61,14 +64,14 @@ class FeatureRecorder:
         if not self.name:
             yield
             return
-        hook = self.run.model.get_submodule(self.name).register_forward_pre_hook(self.record)
+        hook = self.run.model.get_submodule(self.name).register_forward_pre_hook(self.record, with_kwargs=True)
         try:
             yield
         finally:
             hook.remove()
 
-    def record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.rows.append(args[0].detach().float().cpu())
+    def record(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.rows.append(next(iter((*args, *named.values()))).detach().float().cpu())
 
     def tested(self) -> Tensor | None:
         """Features of all test images; None where they were not recorded image by image (mirrored, too, say)."""
@@ -140,8 +143,8 @@ def collect_features(run: Run, recorder: FeatureRecorder) -> ImageFeatures:
 def sample_features(run: Run, name: str, split: str, order: Tensor, deadline: float) -> Tensor:
     """Features of the images of a split in an order, of as many as there is time for."""
     source = FeatureSource(run, name)
-    found = [torch.zeros(0, source.classifier.in_features)]
-    with preserved_state(run.model), torch.inference_mode():
+    found = [torch.zeros(0, source.width)]
+    with preserved_state(run.model), torch.no_grad():
         run.model.eval()
         for batch in order.split(min(64, source.batch_size)):
             if time.monotonic() > deadline or run.stop():
