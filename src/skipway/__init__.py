@@ -43,10 +43,12 @@ if TYPE_CHECKING:
     from skipway.probes.mixing_matrix import DepthMixing, depth_mixing
     from skipway.recipe import Recipe
     from skipway.schemes import (
+        MHC,
         DeepNorm,
         DepthScaled,
         DyT,
         Fixup,
+        GatedStreams,
         HyperConnections,
         Identity,
         Keel,
@@ -104,8 +106,8 @@ _HOME = {
     "probes.features": "features stage_features",
     "recipe": "Recipe",
     "schemes": (
-        "DeepNorm DepthScaled DyT Fixup HyperConnections Identity Keel LayerNormScaling LayerScale MixNorm NormFree "
-        "PeriNorm Plain PreActivation ReZero Scheme SkipInit StochasticDepth ZeroInit"
+        "DeepNorm DepthScaled DyT Fixup GatedStreams HyperConnections Identity Keel LayerNormScaling LayerScale MHC "
+        "MixNorm NormFree PeriNorm Plain PreActivation ReZero Scheme SkipInit StochasticDepth ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

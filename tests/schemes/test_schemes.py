@@ -27,6 +27,7 @@ SPECS = [
     "depthscaled(how='init')",
     "dyt(map='erf')",
     "hyperconnections(n=2, dynamic=False)",
+    "mhc(n=3, form='birkhoff')",
     "preactivation + layerscale",
     "preactivation + skipinit(norm='remove') + stochasticdepth(0.2)",
 ]

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import skipway as sw
 from skipway.errors import SkipwayError
-from skipway.nn import DynamicHyperConnection, HyperConnection, Residual, StreamEntry, StreamExit
+from skipway.nn import (
+    DynamicHyperConnection,
+    GatedExit,
+    GatedResidual,
+    HyperConnection,
+    ManifoldHyperConnection,
+    Residual,
+    StreamEntry,
+    StreamExit,
+)
 from skipway.probes.features import features
 
 FAMILIES = {
@@ -171,3 +184,147 @@ def test_stack_with_others_and_refusals():
 def test_entry_and_exit_are_inverse():
     x = torch.randn(3, 4)
     torch.testing.assert_close(StreamExit(4)(StreamEntry(4)(x)), x)
+
+
+# Against transformers -----------------------------------------------------------------------------------------------
+
+
+def transformers_module(model: str) -> ModuleType:
+    """The modules of a model, or a skip: a torchvision that does not fit torch fails here with any exception."""
+    pytest.importorskip("transformers")
+    try:
+        return import_module(f"transformers.models.{model}.modeling_{model}")
+    except Exception as problem:
+        pytest.skip(f"transformers cannot load {model}: {problem}")
+
+
+def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(7)
+    return torch.autograd.grad((output * torch.randn(output.shape)).sum(), inputs)
+
+
+def assert_equal(ours, theirs) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_mhc_is_that_of_deepseek_v4():
+    """Forward and gradients of the whole connection as its decoder layer joins it."""
+    module = transformers_module("deepseek_v4")
+    config = SimpleNamespace(hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6, hidden_size=6)
+    theirs, ours, branch = (
+        module.DeepseekV4HyperConnection(config),
+        ManifoldHyperConnection(4, dim=6, spatial=0),
+        nn.Linear(6, 6),
+    )
+    with torch.no_grad():
+        theirs.fn.copy_(ours.map.weight.copy_(torch.randn_like(theirs.fn)))
+        theirs.base.copy_(ours.base.copy_(torch.randn_like(theirs.base)))
+        theirs.scale.copy_(ours.scale.copy_(torch.tensor([0.7, -0.5, 1.2])))
+    s = torch.randn(2, 3, 4, 6, requires_grad=True)  # N, tokens, n, d
+    post, comb, x = theirs(s)
+    expected = post.unsqueeze(-1) * branch(x).unsqueeze(-2) + comb.transpose(-1, -2) @ s
+    out = Residual(branch, streams=ours)(s.movedim(2, 0).flatten(0, 1)).unflatten(0, (4, 2)).movedim(0, 2)
+    assert_equal([out], [expected])
+    assert_equal(
+        gradients(out, s, ours.map.weight, ours.base, ours.scale),
+        gradients(expected, s, theirs.fn, theirs.base, theirs.scale),
+    )
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gated_streams_are_those_of_qwen4_exp(last):
+    """Forward and gradients of a connection, and of the read before the classifier."""
+    module = transformers_module("qwen4_exp")
+    config = SimpleNamespace(hc_count=4, hidden_size=6, hc_lowrank=5, rms_norm_eps=1e-6)
+    theirs, branch = module.Qwen4ExpTextGatedResidual(config, use_combine=not last), nn.Linear(6, 6)
+    kind = GatedExit if last else GatedResidual
+    ours = randomise_(kind(4, dim=6, rank=5, spatial=0))
+    names = {"hc_norm": "read.gain", "input_mix_weight_down": "read.down", "input_mix_weight_up": "read.up"}
+    names = {f"{key}.weight": value if value == "read.gain" else f"{value}.weight" for key, value in names.items()}
+    names |= {} if last else {"block_inject_weight.weight": "inject.weight"}
+    theirs.load_state_dict({key: ours.state_dict()[value] for key, value in names.items()})
+    s = torch.randn(2, 3, 4 * 6, requires_grad=True)
+    folded = s.unflatten(-1, (4, 6)).movedim(2, 0).flatten(0, 1)
+    if last:
+        out, expected = ours(folded), theirs(s)
+    else:
+        x, carried, weights = theirs(s)
+        expected = carried + (branch(x).unsqueeze(-2) * weights.unsqueeze(-1)).flatten(-2)
+        out = Residual(branch, streams=ours)(folded).unflatten(0, (4, 2)).movedim(0, 2).flatten(-2)
+    assert_equal([out], [expected])
+    assert_equal(
+        gradients(out, s, *(ours.get_parameter(value) for value in names.values())),
+        gradients(expected, s, *(theirs.get_parameter(key) for key in names)),
+    )
+
+
+# Theory -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["mhc", "mhc(n=3, form='birkhoff')"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mhc_starts_near_the_plain_network(name, scheme):
+    """Exactly that where the map is 0: streams that are equal are read as one and mixed to themselves."""
+    plain, several = (network.eval() for network in plain_and(name, scheme))
+    x = torch.randn(2, 3, 32, 32)
+    assert (several(x) - plain(x)).abs().max() < 0.1 * plain(x).abs().max()
+    for module in several.modules():
+        if isinstance(module, ManifoldHyperConnection):
+            nn.init.zeros_(module.map.weight)
+    torch.testing.assert_close(several(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert len(sw.stage_features(several, x)) == len(sw.stage_features(plain, x))
+
+
+@pytest.mark.parametrize("form", ["sinkhorn", "birkhoff"])
+def test_the_mixing_is_doubly_stochastic(form):
+    """What each stream gets sums to 1; what it gives, too, in the permutations' form exactly (mHC-lite)."""
+    torch.manual_seed(0)
+    connection = randomise_(ManifoldHyperConnection(3, dim=4, spatial=0, form=form))
+    matrix = connection.mixing(torch.randn(50, connection.sizes[-1]))
+    assert (matrix >= 0).all()
+    torch.testing.assert_close(matrix.sum(-2), torch.ones(50, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(50, 3), rtol=0, atol=1e-2 if form == "sinkhorn" else 1e-5)
+    weights = connection.mixing(connection.base.split(connection.sizes)[-1])
+    assert (
+        connection.mixing(ManifoldHyperConnection(3, dim=4, spatial=0, form=form).base.split(connection.sizes)[-1])[
+            0, 0
+        ]
+        > 0.7
+    )
+    assert weights.shape == (3, 3)
+
+
+def test_what_streams_differ_by_shrinks_by_lambda():
+    """λ = (e^hold - 1) / (e^hold + n - 1), the second eigenvalue of the start."""
+    connection = ManifoldHyperConnection(4, dim=4, spatial=0)
+    values = torch.linalg.eigvalsh(connection.mixing(connection.base.split(connection.sizes)[-1]).detach())
+    expected = (math.e**4 - 1) / (math.e**4 + 3)
+    torch.testing.assert_close(values, torch.tensor([expected] * 3 + [1.0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gated_streams_start_with_an_identity_skip_and_half_the_normalised_stream(name):
+    network = sw.build(name, scheme="gatedstreams", classes=3, **FAMILIES[name])
+    assert not any(isinstance(c.residual.pre, nn.LayerNorm) for c in sw.chain(network))
+    connection = sw.chain(network)[0].residual.streams
+    assert isinstance(connection, GatedResidual)
+    for linear in (connection.read.up, connection.inject):
+        nn.init.zeros_(linear.weight)
+    shape = (4 * 2, sw.chain(network)[0].site.entry, 3, 3)
+    s = torch.randn(shape) if connection.channel == -3 else torch.randn(shape).movedim(1, -1)
+    x, carried, write = connection(s)
+    assert carried is s
+    assert (write == 1).all()
+    each = s.unflatten(0, (4, 2))
+    half = 0.5 * each / each.square().mean(connection.channel, keepdim=True).sqrt()
+    torch.testing.assert_close(x, half.mean(0), rtol=1e-4, atol=1e-5)
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    assert len(sw.stage_features(network, torch.randn(2, 3, 32, 32))) == len(network.stage_maps())
+
+
+def test_counts_that_the_forms_do_not_take_are_refused():
+    with pytest.raises(SkipwayError, match="at least 2 streams"):
+        sw.schemes.parse_scheme("mhc(n=1)")
+    with pytest.raises(SkipwayError, match="n ≤ 5"):
+        sw.schemes.parse_scheme("mhc(n=6, form='birkhoff')")

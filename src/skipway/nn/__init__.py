@@ -7,7 +7,9 @@ from skipway.nn.depthwise import DepthwiseMlp
 from skipway.nn.drop import DropPath
 from skipway.nn.gain import Bias, Gain, Multiply
 from skipway.nn.gate import SqueezeExcitation
+from skipway.nn.gated import GatedExit, GatedRead, GatedResidual
 from skipway.nn.initial import FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal, Zeros
+from skipway.nn.manifold import ManifoldHyperConnection, sinkhorn
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
 from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
 from skipway.nn.residual import Residual
@@ -42,6 +44,9 @@ __all__ = [
     "FanInUniform",
     "FirstToken",
     "Gain",
+    "GatedExit",
+    "GatedRead",
+    "GatedResidual",
     "GlobalResponseNorm",
     "HeNormal",
     "HyperConnection",
@@ -49,6 +54,7 @@ __all__ = [
     "LayerNorm2d",
     "Linear",
     "LinearMap",
+    "ManifoldHyperConnection",
     "Mlp",
     "Multiply",
     "Pad",
@@ -74,4 +80,5 @@ __all__ = [
     "XavierNormal",
     "Zeros",
     "sequence",
+    "sinkhorn",
 ]

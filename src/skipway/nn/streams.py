@@ -16,7 +16,7 @@ from skipway.nn.initial import Zeros
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
 
-__all__ = ["DynamicHyperConnection", "HyperConnection", "StreamEntry", "StreamExit", "Streams", "unfold"]
+__all__ = ["DynamicHyperConnection", "HyperConnection", "StreamEntry", "StreamExit", "Streams", "as_float32", "unfold"]
 
 
 def unfold(s: Tensor, count: int) -> Tensor:
@@ -31,6 +31,11 @@ def unfold(s: Tensor, count: int) -> Tensor:
             f"{count}; skipway.nn.StreamEntry({count}) opens them"
         )
     return s.unflatten(0, (count, -1))
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """x in float32 where its type is narrower; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class StreamEntry(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, suggest
 from skipway.nn import Residual, StageMap, StreamExit
+from skipway.nn.streams import unfold
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_example, call_model, unwrap
 from skipway.tracing.chain import WatchedConnection, chain
@@ -150,7 +151,7 @@ def stage_features(model: nn.Module, x: Tensor) -> list[Tensor]:
     stages = stage_maps(model)
     streams = features(model, x, [stage.path for stage in stages])
     exits = [module for module in model.modules() if isinstance(module, StreamExit)]
-    means = {path: exits[0](stream) if exits else stream for path, stream in streams.items()}
+    means = {path: unfold(stream, exits[0].count).mean(0) if exits else stream for path, stream in streams.items()}
     return [stage.to_map(means[stage.path], x) for stage in stages]
 
 

@@ -18,15 +18,19 @@ from skipway.schemes.mixnorm import MixNorm
 from skipway.schemes.layernormscaling import LayerNormScaling
 from skipway.schemes.dyt import DyT
 from skipway.schemes.hyperconnections import HyperConnections
+from skipway.schemes.mhc import MHC
+from skipway.schemes.gatedstreams import GatedStreams
 from skipway.schemes.stochasticdepth import StochasticDepth
 from skipway.schemes.scheme import Scheme, Stack, parse_scheme, all_schemes
 from skipway.schemes.cards import card
 
 __all__ = [
+    "MHC",
     "DeepNorm",
     "DepthScaled",
     "DyT",
     "Fixup",
+    "GatedStreams",
     "HyperConnections",
     "Identity",
     "Keel",

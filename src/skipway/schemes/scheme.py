@@ -38,7 +38,7 @@ class Scheme:
     | `carry(site, shortcut)` | what happens to the skip | Plain, DeepNorm |
     | `drop(site)` | what may drop the branch | StochasticDepth |
     | `streams(site)` | how several streams are read, mixed and written; `open()` and `close(site)` begin and end \
-      them | HyperConnections |
+      them | HyperConnections, MHC, GatedStreams |
     | `init_(chain)` | the whole-network step after a full reset | Fixup, ZeroInit, DeepNorm, DepthScaled |
 
     Schemes add: `LayerScale() + StochasticDepth(0.1)`. A class that derives from `Scheme` is registered under its own

@@ -1,0 +1,128 @@
+"""Hyper-connections whose mixing keeps the sum of the streams: doubly stochastic matrices."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skipway.nn.initial import TruncatedNormal
+from skipway.nn.maps import Linear
+from skipway.nn.role import Role
+from skipway.nn.streams import Streams, as_float32, unfold
+
+__all__ = ["ManifoldHyperConnection", "sinkhorn"]
+
+
+def sinkhorn(logits: Tensor, iterations: int, epsilon: float = 0.0) -> Tensor:
+    """The doubly stochastic matrix that exp(logits) is scaled to: sums over the last axis but one are 1, those over the
+    last are 1 as far as the iterations get (Xie et al. 2025, eq. 9, transposed, as DeepSeek-V4's code has it).
+
+    Args:
+        logits: (…, n, n).
+        iterations: of rows, then columns, ≥ 1.
+        epsilon: added to every entry once and to every sum.
+
+    >>> sinkhorn(torch.randn(3, 3), 100).sum(0)
+    tensor([1.0000, 1.0000, 1.0000])
+    """
+    matrix = torch.softmax(logits, dim=-1) + epsilon
+    matrix = matrix / (matrix.sum(-2, keepdim=True) + epsilon)
+    for _ in range(iterations - 1):
+        matrix = matrix / (matrix.sum(-1, keepdim=True) + epsilon)
+        matrix = matrix / (matrix.sum(-2, keepdim=True) + epsilon)
+    return matrix
+
+
+class ManifoldHyperConnection(Streams):
+    """n streams read with weights σ, mixed by a doubly stochastic matrix and written with weights 2 σ, which are all
+    computed from all streams of a token (Xie et al. 2025, "mHC", eq. 3 and 7-9).
+
+    With v = rms(s₁ … sₙ), one vector of n·dim numbers, and a W v + b for each of the three: x = Σ σ(·)ⱼ sⱼ, carriedₖ =
+    Σ Hⱼₖ sⱼ, writeₖ = 2 σ(·)ₖ. Weights are computed in float32. H is `sinkhorn` of n × n logits, or (Yang and Gao 2026,
+    "mHC-lite") a softmax over the n! permutation matrices, which needs no iterations and is doubly stochastic exactly.
+
+    At the start a = 0.01 and W ~ N(0, 0.02²). b is ours, since the paper does not say: reads of 1/n, writes of 1,
+    `hold` on the diagonal of the logits, or on the permutation that is the identity.
+
+    Args:
+        count: n.
+        dim: channels.
+        spatial: see `Streams`.
+        iterations: of Sinkhorn.
+        hold: start of the diagonal over the other logits.
+        form: "sinkhorn" or "birkhoff".
+
+    Decay and learning rate: W is decayed, a and b are not.
+    """
+
+    role = Role("gain")
+    permutations: Tensor
+    epsilon = 1e-6
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        dim: int,
+        spatial: int,
+        iterations: int = 20,
+        hold: float = 4.0,
+        form: Literal["sinkhorn", "birkhoff"] = "sinkhorn",
+    ) -> None:
+        super().__init__(count, spatial)
+        self.iterations, self.hold, self.form = iterations, hold, form
+        mixing = count**2 if form == "sinkhorn" else math.factorial(count)
+        self.sizes = (count, count, mixing)
+        self.map = Linear(count * dim, sum(self.sizes), bias=False, initial=TruncatedNormal(0.02))
+        self.base = nn.Parameter(torch.empty(sum(self.sizes)))
+        self.scale = nn.Parameter(torch.empty(3))
+        permutations = torch.empty(mixing if form == "birkhoff" else 0, count**2)
+        self.register_buffer("permutations", permutations, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """a = 0.01; b so that a stream is read with 1/n, written with 1, and mostly kept."""
+        self.scale.fill_(0.01)
+        read, write, mix = self.base.split(self.sizes)
+        read.fill_(-math.log(self.count - 1) if self.count > 1 else math.inf)
+        write.zero_()
+        mix.zero_()
+        mix[:: self.count + 1 if self.form == "sinkhorn" else len(mix)] = self.hold
+        if self.form == "birkhoff":
+            rows = [torch.eye(self.count)[list(order)].flatten() for order in orders(self.count)]
+            self.permutations.copy_(torch.stack(rows))
+
+    def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = unfold(s, self.count).movedim(self.channel, -1)
+        v = as_float32(s.movedim(0, -2).flatten(-2))
+        v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + self.epsilon)
+        read, write, mix = as_float32(F.linear(v, as_float32(self.map.weight))).split(self.sizes, dim=-1)
+        b_read, b_write, b_mix = as_float32(self.base).split(self.sizes)
+        read = torch.sigmoid(read * self.scale[0] + b_read) + self.epsilon
+        write = 2 * torch.sigmoid(write * self.scale[1] + b_write)
+        weights = torch.cat((read.unsqueeze(-1), self.mixing(mix * self.scale[2] + b_mix)), dim=-1)
+        mixed = torch.einsum("...jk,j...c->k...c", weights.to(s.dtype), s).movedim(-1, self.channel)
+        write = write.to(s.dtype).movedim(-1, 0).unsqueeze(-1).movedim(-1, self.channel)
+        return mixed[0], mixed[1:].flatten(0, 1), write
+
+    def mixing(self, logits: Tensor) -> Tensor:
+        """H, (…, n, n), from stream j to stream k."""
+        if self.form == "sinkhorn":
+            return sinkhorn(logits.unflatten(-1, (self.count, self.count)), self.iterations, self.epsilon)
+        mix = torch.softmax(logits, dim=-1) @ self.permutations.to(logits.dtype)
+        return mix.unflatten(-1, (self.count, self.count))
+
+
+def orders(count: int) -> list[tuple[int, ...]]:
+    """All orders of n streams, that of the streams themselves first.
+
+    >>> orders(2)
+    [(0, 1), (1, 0)]
+    """
+    return list(itertools.permutations(range(count)))
