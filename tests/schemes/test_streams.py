@@ -328,3 +328,17 @@ def test_counts_that_the_forms_do_not_take_are_refused():
         sw.schemes.parse_scheme("mhc(n=1)")
     with pytest.raises(SkipwayError, match="n ≤ 5"):
         sw.schemes.parse_scheme("mhc(n=6, form='birkhoff')")
+
+
+@pytest.mark.parametrize("scheme", ["hyperconnections(2)", "mhc(n=2)", "gatedstreams(n=2)"])
+@pytest.mark.parametrize("name", ["vit-tiny-16", "convnext"])
+def test_bfloat16_and_autocast_keep_type_and_value(name, scheme):
+    network = sw.build(name, scheme=scheme, classes=3, **FAMILIES[name]).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = network(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = network(x)
+    narrow = network.bfloat16()(x.bfloat16())
+    assert narrow.dtype == mixed.dtype == torch.bfloat16
+    for each in (mixed, narrow):  # 8 bits, and some ten maps in a row
+        assert (each.float() - expected).abs().max() < 0.05 * expected.abs().max() + 1e-3

@@ -27,8 +27,8 @@ def sinkhorn(logits: Tensor, iterations: int, epsilon: float = 0.0) -> Tensor:
         iterations: of rows, then columns, ≥ 1.
         epsilon: added to every entry once and to every sum.
 
-    >>> sinkhorn(torch.randn(3, 3), 100).sum(0)
-    tensor([1.0000, 1.0000, 1.0000])
+    >>> bool(torch.allclose(sinkhorn(torch.randn(3, 3), 5).sum(0), torch.ones(3)))
+    True
     """
     matrix = torch.softmax(logits, dim=-1) + epsilon
     matrix = matrix / (matrix.sum(-2, keepdim=True) + epsilon)
@@ -43,8 +43,9 @@ class ManifoldHyperConnection(Streams):
     computed from all streams of a token (Xie et al. 2025, "mHC", eq. 3 and 7-9).
 
     With v = rms(s₁ … sₙ), one vector of n·dim numbers, and a W v + b for each of the three: x = Σ σ(·)ⱼ sⱼ, carriedₖ =
-    Σ Hⱼₖ sⱼ, writeₖ = 2 σ(·)ₖ. Weights are computed in float32. H is `sinkhorn` of n × n logits, or (Yang and Gao 2026,
-    "mHC-lite") a softmax over the n! permutation matrices, which needs no iterations and is doubly stochastic exactly.
+    Σ Hⱼₖ sⱼ, writeₖ = 2 σ(·)ₖ. Weights are computed in float32 (W v in the type of autocast, where that is on). H is
+    `sinkhorn` of n × n logits, or a softmax over the n! permutation matrices ("mHC-lite", arXiv:2601.05732), which needs
+    no iterations and is doubly stochastic exactly.
 
     At the start a = 0.01 and W ~ N(0, 0.02²). b is ours, since the paper does not say: reads of 1/n, writes of 1,
     `hold` on the diagonal of the logits, or on the permutation that is the identity.

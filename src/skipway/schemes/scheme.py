@@ -256,7 +256,7 @@ def parse_scheme(spec: str | Scheme) -> Scheme:
     LayerScale(init=1e-05, rate=1.0)
     >>> parse_scheme("layerscal")
     Traceback (most recent call last):
-    skipway.errors.SkipwayError: unknown scheme 'layerscal'; did you mean 'layerscale'?
+    skipway.errors.SkipwayError: unknown scheme 'layerscal'; did you mean 'layerscale' or 'layernormscaling'?
 
     Raises:
         SkipwayError: unknown name (with the closest known ones), unknown argument, or a value that is not allowed.
