@@ -7,7 +7,6 @@ from skipway.nn.depthwise import DepthwiseMlp
 from skipway.nn.drop import DropPath
 from skipway.nn.gain import Bias, Gain, Multiply
 from skipway.nn.gate import SqueezeExcitation
-from skipway.nn.gated import GatedExit, GatedRead, GatedResidual
 from skipway.nn.initial import FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal, Zeros
 from skipway.nn.manifold import ManifoldHyperConnection, sinkhorn
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
@@ -18,6 +17,7 @@ from skipway.nn.saturation import DynamicErf, DynamicTanh
 from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
 from skipway.nn.stage import ChannelsFirst, ChannelsLast, StageMap, TokenGrid
+from skipway.nn.stream_gate import GatedExit, GatedRead, GatedResidual
 from skipway.nn.streams import DynamicHyperConnection, HyperConnection, StreamEntry, StreamExit, Streams
 from skipway.nn.tokens import Attention, Mlp
 from skipway.nn.window import CosineWindowAttention, Window, WindowAttention
