@@ -9,7 +9,7 @@
 | | one class of one image among others | refused by name |
 | | the inspection of many images, interrupted | what was inspected is kept, and is not read again |
 | | the same with another limit of pixels | inspected again |
-| | a sample of a large set | so many are inspected, said; a damaged one among the others stops the training |
+| | a sample of a large set | so many are inspected, said; of the others, the next of its class replaces a damaged one |
 | | the reading of many images | shows how long it will take |
 """
 
@@ -162,11 +162,29 @@ def test_a_sample_is_inspected_and_the_rest_is_read_in_training(tmp_path, monkey
     cpu = torch.device("cpu")
     parts = [data.evaluation_batches(split, batch_size=99, device=cpu) for split in ("test", "validation")]
     parts.append(data.train_batches(seed=0, epoch=0, batch_size=len(data.train), device=cpu))
-    with pytest.raises(UnreadableImage, match=r"cat/004\.png: not inspected before training: not an image but HTML"):
-        list(chain(*parts))
+    said = []
+    data.train.pool.remark = said.append
+    batches = list(chain(*parts))
+    assert sum(len(batch.numbers) for batch in batches) == 60
+    assert len(said) == 1
+    assert "cat/004.png: not an image but HTML; cat/0" in said[0]
+    split = next(each for each in (data.train, data.validation, data.test) if "cat/004.png" in each.names)
+    place = list(split.names).index("cat/004.png")
+    other = list(split.names).index(said[0].split("; ")[1].split(" takes")[0])
+    (images,) = split.fetch([torch.tensor([place, other])], cpu, None)
+    assert torch.equal(images[0], images[1])
+    assert split.labels[place] == split.labels[other]
+    for choices in ({"unreadable": "stop"}, {"most_unreadable": 0.0}):
+        strict = load(folder, **LARGE, inspect=12, cache=False, **choices)
+        parts = [strict.evaluation_batches(part, batch_size=99, device=cpu) for part in ("train", "test", "validation")]
+        with pytest.raises(UnreadableImage, match=r"cat/004\.png: not inspected before training: not an image"):
+            list(chain(*parts))
     (folder / "cat/000.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match="1 of 60 images|1 of 12 images"):
         load(folder, **LARGE, inspect=12, cache=False, most_unreadable=0.0)
+    cached = load(folder, **LARGE, inspect=12, cache=tmp_path / "cached", most_unreadable=0.1)
+    assert any("inspect=12 has no effect" in remark for remark in cached.remarks)
+    assert [file for file, _ in cached.unreadable] == ["cat/000.png", "cat/004.png"]
 
 
 def test_the_reading_shows_how_long_it_takes(monkeypatch):

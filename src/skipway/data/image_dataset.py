@@ -18,6 +18,7 @@ from skipway.data.inspection import DecodeTask, ImageInfo, InspectTask
 from skipway.data.pool import WorkerPool
 from skipway.data.sources.readers import FileStore, ImageStore
 from skipway.data.split import ImageSample
+from skipway.errors import printable
 
 __all__ = [
     "DecodedImages",
@@ -117,7 +118,8 @@ class FileDataset(ImageDataset):
         pool: workers that decode.
         stored: images decoded at a higher resolution than the input's, which are cropped instead: (file, number of its
             images, row of each sample). None: decode the files.
-        inspected: whether all files have been read before.
+        tolerated: number of damaged files, for each of which the next image of its class is taken; None: all files
+            were inspected, and none may be damaged.
     """
 
     def __init__(
@@ -129,9 +131,10 @@ class FileDataset(ImageDataset):
         crop: bool,
         pool: WorkerPool,
         stored: tuple[PixelFile, int, np.ndarray] | None = None,
-        inspected: bool = True,
+        tolerated: int | None = None,
     ) -> None:
-        self.inspected = inspected
+        self.tolerated = tolerated
+        self.damaged: dict[int, str] = {}
         self.store = store
         self.samples = samples
         self.spec = spec
@@ -159,11 +162,32 @@ class FileDataset(ImageDataset):
         for (images, reasons), batch in zip(
             self.pool.batches(work, numbers, pin=device.type == "cuda"), numbers, strict=True
         ):
-            for index, reason in zip(batch, reasons, strict=True):
+            for place, reason in enumerate(reasons):
                 if reason:
-                    when = "changed while training" if self.inspected else "not inspected before training"
-                    raise UnreadableImage(self.store.root / self.names[index], f"{when}: {reason}")
+                    self.decode_other(work, batch[place], images[place].numpy(), reason)
             yield images.to(device, non_blocking=True)
+
+    def decode_other(self, work: DecodeTask | CropTask, index: int, row: np.ndarray, reason: str) -> None:
+        """Decode the next image of the same class in the place of a damaged one that was not inspected.
+
+        Raises:
+            UnreadableImage: all images were inspected, too many are damaged, or all of the class.
+        """
+        file = self.store.root / self.names[index]
+        if self.tolerated is None:
+            raise UnreadableImage(file, f"changed while training: {reason}")
+        known = index in self.damaged
+        self.damaged[index] = reason
+        if len(self.damaged) <= self.tolerated:
+            alike = (self.labels == self.labels[index]).nonzero().flatten().tolist()
+            alike.sort(key=lambda other: other < index)
+            for other in alike:
+                if other not in self.damaged and not work(other, row):
+                    if self.pool.remark is not None and not known:
+                        text = f"{printable(file)}: {reason}; {printable(self.names[other])} takes its place"
+                        self.pool.remark(text)
+                    return
+        raise UnreadableImage(file, f"not inspected before training: {reason}")
 
 
 def inspect_images(

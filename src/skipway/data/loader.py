@@ -106,9 +106,11 @@ def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: Dec
         if isinstance(pixels, DecodedImages):
             return memory_dataset(pixels, samples, rows)
         stored = None if pixels is None else (pixels, len(reader.files), rows.numpy())
-        complete = len(infos) == len(reader.files)
+        tolerated = None
+        if len(infos) < len(reader.files):
+            tolerated = math.ceil(choices.most_unreadable * len(samples)) if choices.unreadable == "skip" else 0
         return FileDataset(
-            found.store, samples, spec=spec, crop=reader.cuts, pool=reader.pool, stored=stored, inspected=complete
+            found.store, samples, spec=spec, crop=reader.cuts, pool=reader.pool, stored=stored, tolerated=tolerated
         )
 
     train, validation, test = part(splits.train), part(splits.validation), part(splits.test)

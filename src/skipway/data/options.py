@@ -89,8 +89,8 @@ class DataChoices:
             progressive is decoded at reduced scale and counts with that.
         subfolders: subfolders of class folders belong to the class ("merge"), or each folder that directly holds images
             is a class, named by its path ("classes").
-        inspect: number of images to inspect before training, evenly spread, where they are not decoded into memory; a
-            damaged one among the others raises in training. None: all.
+        inspect: number of images to inspect before training, evenly spread, where they are not decoded into memory; the
+            next image of its class takes the place of a damaged one among the others. None: all.
         allow_empty: keep a class that has no image.
         outside: follow links, and paths in lists, that lead out of the source's folder.
         workers: number of workers that decode; None: one per CPU core, and 0, this process, for few files.

@@ -21,7 +21,7 @@ from skipway.data.inspection import DecodeTask, ImageInfo
 from skipway.data.options import SMALL_SIDE, DataChoices
 from skipway.data.pool import FEW_FILES, WorkerPool
 from skipway.data.sources.index import SourceIndex
-from skipway.errors import DataError, printable
+from skipway.errors import DataError, printable, spell
 from skipway.hardware.limits import available_memory
 
 __all__ = ["SourceReader", "SourceSummary", "choose_input", "read_headers"]
@@ -149,7 +149,7 @@ class SourceReader:
         complete = len(self.known) == len(self.files)
         if pixels is not None and complete and (ready := self.ready(pixels)) is not None:
             return ready
-        images = self.inspect(self.files if small else self.unknown(), decoded=small)
+        images = self.inspect(self.files if small else self.unknown(sampled=pixels is None), decoded=small)
         if pixels is not None:
             try:
                 refused = self.write(pixels, images)
@@ -162,15 +162,17 @@ class SourceReader:
                     return self.ready(pixels)
         return None if images is None else DecodedImages(images)
 
-    def unknown(self) -> list[str]:
-        """The images that are still to be inspected: all that are not known, or a sample, evenly spread."""
+    def unknown(self, *, sampled: bool) -> list[str]:
+        """The images that are still to be inspected: all that are not known, or a sample, evenly spread, by choice."""
         todo, count = self.files, self.choices.inspect
-        if count is not None and count < len(self.files):
+        if count is not None and count < len(self.files) and not sampled:
+            self.remarks.append(f"{spell('inspect', count)} has no effect: all images are decoded into the cache")
+        elif count is not None and count < len(self.files):
             todo = [self.files[place * len(self.files) // count] for place in range(count)]
             self.known = {file: self.known[file] for file in todo if file in self.known}
             self.remarks.append(
                 f"{count:,} of {len(self.files):,} images were inspected: damaged images and copies among the others "
-                "are not known, and a damaged one stops the training"
+                "are not known; the next image of its class takes the place of a damaged one"
             )
         return [file for file in todo if file not in self.known]
 
