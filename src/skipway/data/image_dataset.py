@@ -147,7 +147,7 @@ class FileDataset(ImageDataset):
     def subset(self, numbers: Tensor) -> FileDataset:
         samples = [self.samples[number] for number in numbers.tolist()]
         stored = None if self.stored is None else (*self.stored[:2], self.stored[2][numbers.numpy()])
-        choices = {"spec": self.spec, "crop": self.crop, "pool": self.pool, "inspected": self.inspected}
+        choices = {"spec": self.spec, "crop": self.crop, "pool": self.pool, "tolerated": self.tolerated}
         return FileDataset(self.store, samples, **choices, stored=stored)  # type: ignore[arg-type]
 
     def fetch(self, batches: Sequence[Tensor], device: torch.device, draws: Tensor | None) -> Iterator[Tensor]:
