@@ -19,7 +19,7 @@ from skipway.tracing import preserved_state
 from skipway.training.features import FeatureSource, compute_features
 from skipway.training.run import Run
 
-__all__ = ["FeatureRecorder", "report_findings"]
+__all__ = ["FeatureRecorder", "feature_seconds", "report_findings"]
 
 SHARE, LEAST = 0.02, 2.0
 """Share of the seconds of the training, and seconds, that features for the report may take."""
@@ -79,6 +79,11 @@ class FeatureRecorder:
         return rows if len(rows) == len(self.run.data.test) else None
 
 
+def feature_seconds(training: float) -> float:
+    """Seconds that features for the report may take after so many seconds of training."""
+    return max(LEAST, SHARE * training)
+
+
 def report_findings(run: Run, recorder: FeatureRecorder) -> ImageFindings | str:
     """Look for wrong labels, near-duplicates and outliers in the images of a run, and write them to its folder.
 
@@ -107,7 +112,7 @@ def collect_features(run: Run, recorder: FeatureRecorder) -> ImageFeatures:
     plan = run.recipe.freeze_plan
     fitted = isinstance(plan, FrozenTrunk) and run.progress.best_epoch == 0 and run.recipe.cache is not False
     views = plan.views if isinstance(plan, FrozenTrunk) else 0
-    deadline = time.monotonic() + max(LEAST, SHARE * run.seconds)
+    deadline = time.monotonic() + feature_seconds(run.seconds)
     rows, splits, numbers, complete = [], [], [], True
     for split in ("test", "validation", "train"):
         count = len(getattr(run.data, split))

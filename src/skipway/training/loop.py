@@ -41,7 +41,7 @@ from skipway.training.classifier_fit import fit_classifier, record_fit, withdraw
 from skipway.training.clock import is_estimate_due, note_evaluation, plan_time, start_epoch, time_steps
 from skipway.training.distributed import join_ranks
 from skipway.training.freeze import check_freeze, freeze_layers
-from skipway.training.image_features import FeatureRecorder, report_findings
+from skipway.training.image_features import FeatureRecorder, feature_seconds, report_findings
 from skipway.training.memory import fit_batch
 from skipway.training.preflight import report_preflight
 from skipway.training.records import (
@@ -343,7 +343,7 @@ def open_run(
         run = build_run(resolved, data, folder, reporter, device, ranks, stop, fresh=fresh)
         run.given = recipe
         # the report builds the network again
-        report_seconds = REPORT_SECONDS + time.monotonic() - building
+        report_seconds = REPORT_SECONDS + time.monotonic() - building + feature_seconds(resolved.budget or 0.0)
         reporter.activity("checking")
         check_forward(run)
         smaller, memory_lines = fit_batch(run, is_fresh=stored is None)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 
-from skipway.data import Batch
-from skipway.errors import SkipwayError, printable
+from skipway.errors import printable
 from skipway.probes.signal_check import check_signal
 from skipway.report.summary import data_lines, model_lines, signal_lines
-from skipway.tracing import preserved_state
 from skipway.training.defaults import choices_text
 from skipway.training.remarks import image_remarks, option_remarks
 from skipway.training.run import Run
 from skipway.training.trial_pass import statistics_remarks
+from skipway.training.verdict import verdict_line
 
 __all__ = ["report_preflight"]
 
 # number of images for the diagnosis of the untrained network
 DIAGNOSIS_IMAGES = 32
-# approximate cost of a diagnosis in forward passes of its batch, and its time limit
-DIAGNOSIS_COST, DIAGNOSIS_SECONDS = 40, 10.0
 
 
 def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> None:
@@ -65,18 +61,8 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
         for line in signal_lines(check_signal(run.model, sample.inputs)):
             run.reporter.message(*line)
         if run.recipe.freeze_plan.takes_steps:  # a fitted classifier needs no steps
+            run.reporter.activity("diagnosis")
             run.reporter.message("verdict", verdict_line(run, sample))
-
-
-def verdict_line(run: Run, sample: Batch) -> str:
-    """The verdict of a diagnosis, or how long it would take if that is more than a moment."""
-    start = time.monotonic()
-    with preserved_state(run.model), torch.no_grad(), run.autocast():
-        run.model(sample.inputs)
-    seconds = (time.monotonic() - start) * DIAGNOSIS_COST
-    if seconds > DIAGNOSIS_SECONDS:
-        return f"not computed, it would take about {seconds:,.0f} s; skipway diagnose gives it"
-    return diagnosis_line(run, sample)
 
 
 def count_flops(run: Run) -> float:
@@ -90,31 +76,3 @@ def count_flops(run: Run) -> float:
         run.model.eval()(torch.zeros(1, run.data.channels, side, side, device=run.device))
     run.model.train(was)
     return counter.get_total_flops()
-
-
-def diagnosis_line(run: Run, sample: Batch) -> str:
-    """The verdict of a diagnosis of the untrained network in one line; 84 % accurate, it never stops a run."""
-    from skipway.diagnosis import diagnose
-    from skipway.diagnosis.settings import OPTIMIZERS
-
-    name = run.recipe.optimizer.partition("(")[0]
-    if name not in OPTIMIZERS:
-        return f"none: a diagnosis knows {', '.join(OPTIMIZERS)}"
-    steps = run.recipe.epochs * run.steps_per_epoch
-    try:
-        found = diagnose(
-            run.model,
-            sample.inputs,
-            targets=sample.labels,
-            optimizer=name,
-            lr=run.recipe.peak_lr,
-            weight_decay=run.recipe.decay,
-            warmup=round(run.recipe.warmup * steps),
-            steps=steps,
-            seed=run.recipe.seed,
-        )
-    except SkipwayError as error:  # fewer images than a diagnosis needs, say
-        return f"none: {error}"
-    conditions = f": {'; '.join(found.conditions)}" if found.conditions else ""
-    causes = ", ".join(finding.rule for finding in found.findings)
-    return f"{found.verdict}{conditions}{f' ({causes})' if causes else ''}; more: skipway diagnose --help"

@@ -13,7 +13,14 @@ from skipway.errors import SkipwayError, counted, first_line, printable, spell
 from skipway.tracing import preserved_state
 from skipway.training.run import Run
 
-__all__ = ["check_forward", "keeps_statistics", "normalisers", "stale_statistics", "statistics_remarks"]
+__all__ = [
+    "check_forward",
+    "forward_fault",
+    "keeps_statistics",
+    "normalisers",
+    "stale_statistics",
+    "statistics_remarks",
+]
 
 # values per channel from which a mean and a variance are estimates rather than noise
 FEW_VALUES = 16
