@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from skipway.checkpoint.files import read_tensors
+from skipway.data.dataset import Data
 from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import SkipwayError
 from skipway.inference.evaluation import Evaluation
@@ -105,24 +106,29 @@ def test_patience_counts_by_validation(tmp_path):
     assert outcome.epoch == outcome.best_epoch + 3 < 30
 
 
-def test_the_test_split_is_read_once(tmp_path, monkeypatch):
-    """Report included, in a run that was stopped and continued on the way."""
+def test_the_test_split_passes_the_network_once(tmp_path, monkeypatch):
+    """Report included, in a run that was stopped and continued on the way; nothing reads an image of it before."""
     reads: dict[int, int] = {}
-    fetch = MemoryDataset.fetch
+    passes: list[str] = []
+    fetch, batches = MemoryDataset.fetch, Data.evaluation_batches
 
-    def counted(part, batches, device, draws):
+    def counted(part, indices, device, draws):
         reads[len(part)] = reads.get(len(part), 0) + 1
-        return fetch(part, batches, device, draws)
+        return fetch(part, indices, device, draws)
+
+    def noted(data, split, **choices):
+        passes.append(split)
+        return batches(data, split, **choices)
 
     monkeypatch.setattr(MemoryDataset, "fetch", counted)
+    monkeypatch.setattr(Data, "evaluation_batches", noted)
     recipe = dataclasses.replace(TINY, epochs=3, batch_size=256)
     steps = iter(range(100))
     train(recipe, tmp_path / "run", stop=lambda: next(steps) == 7)
     assert 359 not in reads
     assert train(None, tmp_path / "run", resume=True).finished
     assert (tmp_path / "run/report.html").exists()
-    assert reads[359] == 1
-    assert reads[143] == 3
+    assert passes.count("test") == 1
 
 
 def test_without_validation_images_the_last_epoch_is_the_best(tmp_path):
