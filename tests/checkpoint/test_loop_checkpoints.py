@@ -138,6 +138,27 @@ def test_what_does_not_fit_is_an_error_before_anything_changes(tmp_path):
         sw.LoopCheckpoints(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).resume()
 
 
+def test_a_part_that_refuses_leaves_the_others_as_they_were(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    sw.LoopCheckpoints(tmp_path, model=model, optimizer=torch.optim.Adam(model.parameters())).save(1)
+    other = torch.nn.Linear(2, 2)
+    before = other.weight.clone()
+    for optimizer, words in (
+        (torch.optim.Adam([{"params": [other.weight]}, {"params": [other.bias]}]), "does not fit optimizer"),
+        (torch.optim.SGD(other.parameters(), lr=0.1), "optimizer was a Adam and is a SGD"),
+        (torch.optim.AdamW(other.parameters()), "optimizer was a Adam and is a AdamW"),
+    ):
+        with pytest.raises(sw.CheckpointError, match=words):
+            sw.LoopCheckpoints(tmp_path, model=other, optimizer=optimizer).resume()
+        assert torch.equal(other.weight, before)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "3", True, torch.tensor(3)])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    with pytest.raises(sw.CheckpointError, match="step=.*whole number"):
+        sw.LoopCheckpoints(tmp_path, model=torch.nn.Linear(2, 2)).save(step)
+
+
 @pytest.mark.parametrize(
     ("part", "words"),
     [(3, "part=int"), ([], "part=list"), (None, "part=NoneType"), (type("Odd", (), {})(), "part=Odd")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import warnings
@@ -17,13 +18,14 @@ from skipway.checkpoint.state import clean_name, is_sharded
 from skipway.checkpoint.store import Checkpoints, Snapshot
 from skipway.errors import CheckpointError, printable
 from skipway.tracing import unwrap
+from skipway.validation import is_whole
 
 __all__ = ["LoopCheckpoints"]
 
 TAG = "__skipway__"
 """The only key of a JSON object that stands for a value that JSON lacks."""
-RANDOM = "random"
-"""The entry of the random number generators, beside those of the parts."""
+RANDOM, CLASSES = "random", "classes"
+"""The entries of the random number generators and of the parts' classes, beside those of the parts."""
 
 
 class LoopCheckpoints:
@@ -63,9 +65,9 @@ class LoopCheckpoints:
     def __init__(self, folder: str | Path, *, keep: int = 2, **parts: Any) -> None:
         self.store = Checkpoints(Path(folder), keep=keep)
         self.parts = {name: unwrap(part) if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
-        if not parts or RANDOM in parts:
+        if not parts or {RANDOM, CLASSES} & parts.keys():
             raise CheckpointError(
-                f"parts={', '.join(parts) or 'none'}: the rule is at least one, none named {RANDOM!r}"
+                f"parts={', '.join(parts) or 'none'}: the rule is at least one, none named {RANDOM!r} or {CLASSES!r}"
             )
         for name, part in self.parts.items():
             find_state(name, part)
@@ -77,10 +79,18 @@ class LoopCheckpoints:
             CheckpointError: a full disk and the like; the previous checkpoint is kept. A state with objects that are
                 neither tensors nor plain values.
         """
+        if not is_whole(step, 0):
+            raise CheckpointError(f"step={step!r}: the rule is a whole number from 0 on")
         tensors: dict[str, Tensor] = {}
         state = {name: encode(find_state(name, part)[0](), name, tensors) for name, part in self.parts.items()}
         state[RANDOM] = encode(random_state(), RANDOM, tensors)
-        self.store.save(Snapshot(step, {"parts": tensors}, state))
+        state[CLASSES] = self.classes
+        self.store.save(Snapshot(int(step), {"parts": tensors}, state))
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """The class of each part but the modules: another optimizer would take over a state that it reads otherwise."""
+        return {name: type(part).__name__ for name, part in self.parts.items() if not isinstance(part, torch.nn.Module)}
 
     def resume(self) -> int:
         """Restore the newest checkpoint into the parts, in place, and return its number of steps; 0 if there is none.
@@ -94,19 +104,30 @@ class LoopCheckpoints:
         snapshot, damaged = self.store.newest()
         for sentence in damaged:
             warnings.warn(sentence, stacklevel=2)
-        stored = {name for name in snapshot.state if name != RANDOM}
+        stored = {name for name in snapshot.state if name not in (RANDOM, CLASSES)}
         if stored != set(self.parts):
             raise CheckpointError(
                 f"{printable(self.store.folder)} holds {', '.join(sorted(stored))}, and the parts here are "
                 f"{', '.join(sorted(self.parts))}; give the same, or another folder"
             )
+        for name, kind in snapshot.state.get(CLASSES, {}).items():
+            if kind != self.classes.get(name):
+                raise CheckpointError(
+                    f"{printable(self.store.folder)}: {name} was a {kind} and is a {type(self.parts[name]).__name__}; "
+                    "build it as it was, or give another folder"
+                )
         tensors = snapshot.tensors.get("parts", {})
         states = {name: decode(value, tensors) for name, value in snapshot.state.items()}
         for name, part in self.parts.items():
             check_names(self.store.folder, name, part, states[name])
+        before = {name: copy.deepcopy(find_state(name, self.parts[name])[0]()) for name in self.classes}
+        for name in (*self.classes, *(self.parts.keys() - self.classes.keys())):  # modules, which were checked, last
+            part = self.parts[name]
             try:
                 find_state(name, part)[1](states[name])
             except Exception as error:  # each part's own kind
+                for other in before.keys() - {name}:
+                    find_state(other, self.parts[other])[1](before[other])
                 raise CheckpointError(
                     f"{printable(self.store.folder)}: the state of step {snapshot.step} does not fit {name}: {error}; "
                     "build it as it was, or give another folder"
