@@ -46,8 +46,8 @@ def find_data_config(source: str | Path, names: str, model: str | None) -> DataC
     """Find the preprocessing that weights expect; None where nothing states it.
 
     In this order: the header of a file of ours; `preprocessor_config.json` (transformers) and `config.json` with a
-    `pretrained_cfg` (timm) in the same folder; timm, if it is installed and has the model; torchvision's, which is
-    ImageNet's for all of its classifiers.
+    `pretrained_cfg` (timm) in the same folder; timm, if it is installed and has the model; torchvision's transform,
+    else ImageNet's mean and deviation, which all of its classifiers have.
 
     Args:
         source: file or folder of the weights.
@@ -67,7 +67,8 @@ def find_data_config(source: str | Path, names: str, model: str | None) -> DataC
     if names == "timm" and model is not None and find_spec("timm") is not None:
         return of_timm(model)
     if names == "torchvision":
-        return DataConfig(IMAGENET_MEAN, IMAGENET_STD, "torchvision's weights")
+        stated = None if model is None or find_spec("torchvision") is None else of_torchvision(model)
+        return stated or DataConfig(IMAGENET_MEAN, IMAGENET_STD, "torchvision's weights")
     return None
 
 
@@ -165,6 +166,20 @@ def of_timm(model: str) -> DataConfig | None:
     stated = {"mean": config.mean, "std": config.std}
     tag = f" ({config.tag})" if config.tag else ""
     return of_mapping(stated, "mean", "std", f"timm's weights of {model}{tag}", config.crop_pct, config.interpolation)
+
+
+def of_torchvision(model: str) -> DataConfig | None:
+    """What torchvision says about its newest weights of a model; None where it has none."""
+    models = import_library("torchvision").models
+    if model not in models.list_models():
+        return None
+    weights = models.get_model_weights(model).DEFAULT
+    made = weights.transforms()
+    stated = {"mean": list(getattr(made, "mean", ())), "std": list(getattr(made, "std", ()))}
+    crop, edge = (getattr(made, name, [None])[0] for name in ("crop_size", "resize_size"))
+    share = crop / edge if crop and edge else None
+    resample = getattr(getattr(made, "interpolation", None), "value", None)
+    return of_mapping(stated, "mean", "std", f"torchvision's weights of {model} ({weights.name})", share, resample)
 
 
 def of_mapping(
