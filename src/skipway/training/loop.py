@@ -342,8 +342,8 @@ def open_run(
         building = time.monotonic()
         run = build_run(resolved, data, folder, reporter, device, ranks, stop, fresh=fresh)
         run.given = recipe
-        # the report builds the network again
-        report_seconds = REPORT_SECONDS + time.monotonic() - building + feature_seconds(resolved.budget or 0.0)
+        # the report builds the network again, and takes some of the time that its features may take
+        report_seconds = REPORT_SECONDS + time.monotonic() - building + feature_seconds(resolved.budget or 0.0) / 2
         reporter.activity("checking")
         check_forward(run)
         smaller, memory_lines = fit_batch(run, is_fresh=stored is None)
