@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,14 +129,14 @@ def figure_of(images: int, results: Sequence[Result], rows: Sequence[Row]) -> Fi
     for row in rows:
         if row.images == images and row.part == "validation":
             runs[row.name, row.setting, row.repetition].append((row.wall, row.accuracy))
-    faint = [Series.of(name, values, "faint") for (name, _, _), values in runs.items() if len(values) > 1]
+    broken = [value for values in runs.values() if len(values) > 1 for value in (*values, (values[-1][0], math.nan))]
     return Figure(
         title=counted(images, "training image"),
         x_label="seconds",
         y_label="accuracy",
         log_x=True,
         percent=True,
-        series=(*faint, *lines),
+        series=(Series.of("on validation images", broken, "faint"), *lines),
     )
 
 
