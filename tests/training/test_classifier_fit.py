@@ -226,9 +226,10 @@ def test_steps_are_taken_where_twenty_fit(budget, fits):
     """10 s are spent, 30 images left at 1 s, and a step of one image takes 3 s: 10 + 30 + 60, and 1 % is kept."""
     data = SimpleNamespace(validation=range(10), test=range(20))
     recipe = SimpleNamespace(budget=budget, batch_size=1, time="x")
-    run = SimpleNamespace(recipe=recipe, data=data, ranks=Ranks(), elapsed=10.0, steps_per_epoch=7, reporter=Notes())
+    run = SimpleNamespace(recipe=recipe, data=data, ranks=Ranks(), elapsed=10.0, steps_per_epoch=6, reporter=Notes())
     run.progress = SimpleNamespace(costs=RunCosts(image=1.0))
     assert classifier_fit.has_time_for_steps(run) == fits
+    assert fits or "20 steps need about time='2m'" in run.reporter.notes[-1]
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch):

@@ -197,10 +197,11 @@ def has_time_for_steps(run: Run) -> bool:
     rest = costs.validation(len(run.data.validation)) + costs.ending(len(run.data.test))
     if run.ranks.any(run.ranks.first and seconds_left(run) - rest >= USEFUL_STEPS * step):
         return True
-    minutes = math.ceil((run.elapsed + rest + run.steps_per_epoch * step) / 60)
+    steps = max(USEFUL_STEPS, run.steps_per_epoch)
+    minutes = math.ceil((run.elapsed + rest + steps * step) / 60)
     run.reporter.message(
         "plan",
         f"no time for {USEFUL_STEPS} steps of the whole network in {run.recipe.time}: the run ends with the fitted "
-        f"classifier; an epoch of everything needs about {spell('time', f'{minutes}m')}",
+        f"classifier; {steps} steps need about {spell('time', f'{minutes}m')}",
     )
     return False
