@@ -119,6 +119,14 @@ def test_wrong_arguments(given, words):
         sw.fit(**given)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (2, 8, 8, 3)])
+def test_arrays_are_refused_with_a_way_out(fitted, shape):
+    """A sequence is read element by element, and the rows of an array are no paths."""
+    for images in (np.zeros(shape, np.uint8), [np.zeros(shape, np.uint8)]):
+        with pytest.raises(sw.DataError, match=r"ndarray: the rule is .* PIL\.Image\.fromarray"):
+            fitted.predict(images)
+
+
 def test_an_unfinished_run_is_no_classifier(tmp_path):
     with pytest.raises(sw.CheckpointError, match="no finished run"):
         sw.TrainedClassifier(tmp_path)

@@ -307,6 +307,11 @@ class Predictor:
             return [prediction for part in batches for prediction in self.classify(part, [""] * len(part), top, flip)]
         given = [images] if isinstance(images, str | Path | Image.Image) else list(images)
         files = [each for each in given if not isinstance(each, Image.Image)]
+        if odd := [each for each in files if not isinstance(each, str | Path)]:
+            raise DataError(
+                f"images of {type(odd[0]).__name__}: the rule is paths, Pillow images, or one tensor (N, C, H, W); "
+                "PIL.Image.fromarray(array) makes an image of an array uint8 (H, W, C)"
+            )
         if len(files) == len(given):
             return list(self.stream(files, top=top, flip=flip, batch_size=batch_size, workers=workers))
         if files:
