@@ -23,6 +23,7 @@ from skipway.nn import (
     StreamExit,
 )
 from skipway.probes.features import features
+from skipway.zoo.sources import import_library
 
 FAMILIES = {
     "resnet-cifar": {"depth": 8, "width": 4, "stem_width": 4, "shortcut": "projection", "placement": "preactivation"},
@@ -190,12 +191,10 @@ def test_entry_and_exit_are_inverse():
 
 
 def transformers_module(model: str) -> ModuleType:
-    """The modules of a model, or a skip: a torchvision that does not fit torch fails here with any exception."""
+    """The modules of a model of transformers, beside any torchvision."""
     pytest.importorskip("transformers")
-    try:
-        return import_module(f"transformers.models.{model}.modeling_{model}")
-    except Exception as problem:
-        pytest.skip(f"transformers cannot load {model}: {problem}")
+    import_library("transformers")
+    return import_module(f"transformers.models.{model}.modeling_{model}")
 
 
 def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
