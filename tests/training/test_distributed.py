@@ -93,5 +93,6 @@ def test_two_processes_go_on_as_one(runs, alone):
 
 def test_one_process_writes_what_one_process_would(runs, alone):
     names = {path.name for path in (runs / "ddp").iterdir()}
-    assert names == {path.name for path in alone.folder.path.iterdir()}
+    # several processes see a share of the test images each, so none looks for wrong labels
+    assert names == {path.name for path in alone.folder.path.iterdir()} - {"findings.csv"}
     assert_same(alone, alone)
