@@ -112,6 +112,9 @@ def test_another_thread_may_train(tmp_path):
         ({"data": ([], [])}, "data=tuple"),
         ({"resume": True}, "name the folder"),
         ({"epochs": 0}, "epochs >= 1"),
+        ({"out": 3}, "out=3"),
+        ({"model": torch.nn.Linear(2, 2)}, r"model=Linear.*FILE\.py:NAME"),
+        ({"optimizer": 0.1}, "optimizer=float"),
     ],
 )
 def test_wrong_arguments(given, words):

@@ -143,6 +143,8 @@ def fit(
     '3'
     """
     began = time.monotonic()
+    if not isinstance(out, str | Path | None):
+        raise SkipwayError(f"out={out!r}: the rule is the path of a folder")
     recipe = as_recipe(data, choices)
     if out is None and (resume or overwrite):
         raise SkipwayError(f"{'resume' if resume else 'overwrite'}=True: name the folder of the run, out='runs/…'")
@@ -177,9 +179,13 @@ def as_recipe(data: Any, choices: dict[str, Any]) -> Recipe:
             "class first"
         )
     names = [field.name for field in dataclasses.fields(Recipe)]
-    for name in choices:
+    texts = {field.name for field in dataclasses.fields(Recipe) if str(field.type).startswith("str")}
+    for name, value in choices.items():
         if name not in names:
             raise SkipwayError(suggest("choice", name, names))
+        if name in texts and not isinstance(value, str | Path | None):
+            way_out = "; a network of your own is FILE.py:NAME" if name == "model" else ""
+            raise SkipwayError(f"{name}={type(value).__name__}: the rule is a text{way_out}")
     return Recipe(None if data is None else Path(data), **choices)
 
 

@@ -84,8 +84,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, background: bool = False) -> None:
-        if keep < 1:
-            raise CheckpointError(f"keep={keep}: the rule is an integer >= 1")
+        if not isinstance(keep, int) or keep < 1:
+            raise CheckpointError(f"keep={keep!r}: the rule is an integer >= 1")
         self.folder = folder
         self.keep = keep
         self.background = background
