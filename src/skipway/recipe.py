@@ -156,7 +156,7 @@ class Recipe:
     """How rectangles become square."""
 
     crop_share: float | None = advanced(None)
-    """Side of the central crop in evaluation, over the shorter side. [0.875 with random crops, else 1]"""
+    """Side of the central crop in evaluation, over the shorter side. [0.875 after random crops, else 1]"""
 
     resample: Literal["bicubic", "bilinear"] | None = advanced(None)
     """Filter that images are scaled with in evaluation. [bicubic]"""

@@ -88,6 +88,7 @@ def test_photos_with_weights_fit_the_classifier_first(at_hand):
     assert asked == [None]
     assert (recipe.start, recipe.model, recipe.size) == ("pretrained", "timm:test_resnet", 128)
     assert (recipe.freeze, recipe.optimizer, recipe.layer_decay) == ("first", "adamw", 0.8)
+    assert recipe.crop_share == 1  # features see no random crops
     assert recipe.lr == ResolvedRecipe(optimizer="adamw").peak_lr / 4
     for part in ("timm:test_resnet", "apache-2.0", "model='timm:NAME' or start='random' takes another"):
         assert part in said

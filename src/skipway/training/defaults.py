@@ -38,6 +38,9 @@ AUTO = "auto"
 # rate is this share of the optimizer's own from random weights, up to its batch of 128 whatever the batch: 2.5e-4 for
 # AdamW, what MAE (He 2022, table 9) gives for a batch of 128, and 0.025 for SGD, near the best of Kornblith 2019.
 FINE_TUNING_SHARE, LAYER_DECAY = 0.25, 0.8
+# side of the central crop that a classifier is fitted to where weights state none: all of the image, since its features
+# see no random crops; 7/8, as after those, cost 5 points on 200 images of CIFAR-10 and 1 on 1,000 (docs/log.md)
+FITTING_SHARE = 1.0
 # epochs of everything after the classifier is fitted (Kumar 2022, https://arxiv.org/abs/2202.10054, fits to the end and
 # then tunes briefly); fastai's examples take 3 to 5
 TUNING_EPOCHS, TUNING_EPOCHS_GPU, FEWEST_STEPS, MOST_EPOCHS = 5, 10, 100, 50
@@ -124,6 +127,7 @@ def fine_tuning(case: TrainingCase) -> dict[str, Any]:
         "epochs": min(MOST_EPOCHS, epochs),
         "layer_decay": LAYER_DECAY,
         "freeze": "first" if probe else "none",
+        **({"crop_share": FITTING_SHARE} if probe else {}),
         **({} if case.trunk is None else {"size": fitting_size(case, case.trunk)}),
     }
 
@@ -320,6 +324,6 @@ def adopt_choices(recipe: Recipe, stored: Mapping[str, Any]) -> Recipe:
 
 
 CHOSEN_FIELDS = frozenset(
-    {"model", "start", "size", "channels", "freeze", "optimizer", "lr", "weight_decay", "layer_decay"}
+    {"model", "start", "size", "crop_share", "channels", "freeze", "optimizer", "lr", "weight_decay", "layer_decay"}
     | {"label_smoothing", "augment", "batch_size", "epochs"}
 )
