@@ -116,7 +116,7 @@ def test_values_that_json_lacks_come_back(tmp_path):
     state = {
         "best": float("inf"), "nan": float("nan"), "pair": (1, (2.5, None)), 3: "key", "rows": [{"a": True}],
         "array": np.arange(3, dtype=np.int16), "number": np.float32(0.1), "text": {"__skipway__": 1}, "half": 0.1,
-        "tensor": torch.tensor(2, dtype=torch.bfloat16),
+        "tensor": torch.tensor(2, dtype=torch.bfloat16), "a.b": torch.ones(1), "a": {"b": torch.zeros(1)},
     }  # fmt: skip
     sw.LoopCheckpoints(tmp_path, part=Part(state)).save(0)
     empty = Part({})
@@ -185,3 +185,26 @@ def test_an_empty_folder_begins_at_zero_and_no_parts_are_refused(tmp_path):
     assert sw.LoopCheckpoints(tmp_path / "new", model=network()).resume() == 0
     with pytest.raises(sw.CheckpointError, match="parts=none"):
         sw.LoopCheckpoints(tmp_path)
+
+
+def test_a_loop_that_forgot_to_resume_replaces_nothing(tmp_path):
+    model = network()
+    first = sw.LoopCheckpoints(tmp_path, model=model)
+    for step in (100, 200):
+        first.save(step)
+    with pytest.raises(sw.CheckpointError, match=r"holds a checkpoint of step 200.*resume\(\)"):
+        sw.LoopCheckpoints(tmp_path, model=model).save(10)
+    assert len(list(tmp_path.glob("step-*"))) == 2
+    newest = tmp_path / "step-00000200" / "parts.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    again = sw.LoopCheckpoints(tmp_path, model=model)
+    with pytest.warns(UserWarning, match="step-00000200"):
+        assert again.resume() == 100
+    again.save(150)
+    assert sw.LoopCheckpoints(tmp_path, model=model).resume() == 150
+
+
+def test_another_type_of_numbers_is_another_network(tmp_path):
+    sw.LoopCheckpoints(tmp_path, model=network().double()).save(1)
+    with pytest.raises(sw.CheckpointError, match="types differ"):
+        sw.LoopCheckpoints(tmp_path, model=network()).resume()

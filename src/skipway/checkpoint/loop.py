@@ -64,6 +64,7 @@ class LoopCheckpoints:
 
     def __init__(self, folder: str | Path, *, keep: int = 2, **parts: Any) -> None:
         self.store = Checkpoints(Path(folder), keep=keep)
+        self.reached: int | None = None
         self.parts = {name: unwrap(part) if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
         if not parts or {RANDOM, CLASSES} & parts.keys():
             raise CheckpointError(
@@ -81,11 +82,18 @@ class LoopCheckpoints:
         """
         if not is_whole(step, 0):
             raise CheckpointError(f"step={step!r}: the rule is a whole number from 0 on")
+        later = max(self.store.steps(), default=0)
+        if later > step and (self.reached is None or step < self.reached):
+            raise CheckpointError(
+                f"step={step}: {printable(self.store.folder)} holds a checkpoint of step {later}, which would be "
+                "replaced; begin with resume(), or give another folder"
+            )
         tensors: dict[str, Tensor] = {}
         state = {name: encode(find_state(name, part)[0](), name, tensors) for name, part in self.parts.items()}
         state[RANDOM] = encode(random_state(), RANDOM, tensors)
         state[CLASSES] = self.classes
         self.store.save(Snapshot(int(step), {"parts": tensors}, state))
+        self.reached = int(step)
 
     @property
     def classes(self) -> dict[str, str]:
@@ -133,6 +141,7 @@ class LoopCheckpoints:
                     "build it as it was, or give another folder"
                 ) from error
         set_random_state(states[RANDOM])
+        self.reached = snapshot.step
         return snapshot.step
 
 
@@ -160,13 +169,15 @@ def check_names(folder: Path, name: str, part: Any, state: Any) -> None:
     odd = set(own.keys() ^ state.keys()) | {
         key
         for key in own.keys() & state.keys()
-        if isinstance(own[key], Tensor) and isinstance(state[key], Tensor) and own[key].shape != state[key].shape
+        if isinstance(own[key], Tensor)
+        and isinstance(state[key], Tensor)
+        and (own[key].shape, own[key].dtype) != (state[key].shape, state[key].dtype)
     }
     if odd:
         listed = ", ".join(sorted(map(clean_name, odd))[:5])
         raise CheckpointError(
-            f"{printable(folder)}: the stored {name} is another network; {len(odd)} names or shapes differ, {listed}; "
-            "build it as it was, or give another folder"
+            f"{printable(folder)}: the stored {name} is another network; {len(odd)} names, shapes or types differ, "
+            f"{listed}; build it as it was, or give another folder"
         )
 
 
@@ -202,13 +213,14 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if is_sharded(value):
             raise CheckpointError(f"{path} is sharded over processes; torch.distributed.checkpoint saves such tensors")
-        tensors[path] = value
-        return {TAG: ["tensor", path]}
+        return {TAG: ["tensor", enter(tensors, path, value)]}
     if isinstance(value, np.generic):
         return {TAG: ["number", encode(value.item(), path, tensors), str(value.dtype)]}
     if isinstance(value, np.ndarray):
-        tensors[path] = torch.from_numpy(value.copy())
-        return {TAG: ["array", path, str(value.dtype)]}
+        try:
+            return {TAG: ["array", enter(tensors, path, torch.from_numpy(value.copy())), str(value.dtype)]}
+        except TypeError as error:  # texts, records
+            raise CheckpointError(f"{path}: an array of {value.dtype} cannot be stored; the rule is numbers") from error
     if isinstance(value, list | tuple):
         parts = [encode(each, f"{path}.{number}", tensors) for number, each in enumerate(value)]
         return parts if isinstance(value, list) else {TAG: ["tuple", parts]}
@@ -220,6 +232,14 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         f"{path}: a {type(value).__name__} cannot be stored; the rule is tensors, arrays, numbers, texts, and lists, "
         "tuples and dicts of them"
     )
+
+
+def enter(tensors: dict[str, Tensor], path: str, tensor: Tensor) -> str:
+    """Enter a tensor under its path, or under another where two have it, since names may hold dots; return the name."""
+    while path in tensors:
+        path += "'"
+    tensors[path] = tensor
+    return path
 
 
 def encoded_pairs(value: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]) -> Iterator[tuple[Any, Any]]:
