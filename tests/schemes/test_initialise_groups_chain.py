@@ -143,3 +143,49 @@ def test_activations_work_in_place_only_on_what_is_nobody_elses():
     kept = x.clone()
     network.stages[0][1](x)
     assert torch.equal(x, kept)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x + self.first(x).relu()
+        return x + self.second(x).relu()
+
+
+class Blocks(nn.Module):
+    """Two connections in each block, or all of them added by the network itself."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own = own
+        make = (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU())) if own else Block
+        self.stem, self.blocks, self.head = nn.Linear(3, 4), nn.ModuleList(make() for _ in range(3)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x) if self.own else block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_layer_decay_finds_the_blocks_of_any_network(own):
+    """The rate of layer l of L + 1 is multiplied by d^(L + 1 - l): stem, three blocks, head."""
+    model = Blocks(own)
+    rates = {
+        id(parameter): group["lr"]
+        for group in sw.param_groups(model, torch.zeros(2, 3), lr=1.0, layer_decay=0.5)
+        for parameter in group["params"]
+    }
+    expected = {"stem": 1 / 16, "blocks.0": 1 / 8, "blocks.1": 1 / 4, "blocks.2": 1 / 2, "head": 1.0}
+    for name, parameter in model.named_parameters():
+        place = next(place for place in expected if name.startswith(f"{place}."))
+        assert rates[id(parameter)] == expected[place], name
+
+
+def test_layer_decay_without_blocks_is_said():
+    with pytest.warns(UserWarning, match="no blocks"):
+        sw.param_groups(nn.Sequential(nn.Linear(3, 2)), torch.zeros(2, 3), lr=1.0, layer_decay=0.5)

@@ -72,7 +72,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(parts):
         run = SimpleNamespace(
             recipe=SimpleNamespace(label_smoothing=0.1, seed=0),
             class_weights=torch.tensor([0.2, 3.0, 7.0]),
-            progress=SimpleNamespace(accumulation=count, step=0, epoch=0),
+            steps_per_epoch=1,
+            progress=SimpleNamespace(accumulation=count, before=0, step=0, epoch=0),
             ranks=SimpleNamespace(rank=0),
             optimizer=torch.optim.SGD(model.parameters()),
             scaler=torch.amp.GradScaler("cpu", enabled=False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from skipway.errors import SkipwayError
 from skipway.zoo import config_file, source_of
 
 __all__ = ["CONFIG", "code_file", "local_imports", "network_file", "portable_file", "portable_name", "with_file"]
@@ -14,12 +15,15 @@ CONFIG = "network.json"
 
 
 def code_file(name: str) -> Path | None:
-    """The file in the name of a network; None for networks of libraries.
+    """The file in the name of a network; None for networks of libraries, and for what names none.
 
     >>> code_file("nets/mine.py:make"), code_file("timm:resnet18")
     (PosixPath('nets/mine.py'), None)
     """
-    source, text = source_of(name)
+    try:
+        source, text = source_of(name)
+    except SkipwayError:
+        return None
     if source.library is not None:
         return None
     return Path(text if text.endswith(".py") else text.rpartition(":")[0])

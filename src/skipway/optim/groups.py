@@ -10,7 +10,7 @@ from torch import nn
 from skipway.nn import Role
 from skipway.optim.roles import UNKNOWN, parameter_roles
 from skipway.tracing import Example, Program, unwrap
-from skipway.tracing.chain import Chain, chain, chain_from_program, read_chain
+from skipway.tracing.chain import Chain, Connection, WatchedConnection, chain, chain_from_program, read_chain
 from skipway.validation import check_least, check_positive
 
 __all__ = ["param_groups"]
@@ -63,6 +63,12 @@ def param_groups(
     roles = parameter_roles(model, example)
     layers = layer_indices(model, example) if layer_decay != 1 else {}
     last = max(layers.values(), default=0)
+    if layer_decay != 1 and last <= 1:
+        warnings.warn(
+            f"layer_decay={layer_decay} has no effect: no blocks with residual connections are found in "
+            f"{type(model).__name__}",
+            stacklevel=2,
+        )
     groups: dict[tuple[Role, int], dict[str, Any]] = {}
     unknown: list[str] = []
     for name, parameter in model.named_parameters():
@@ -95,18 +101,32 @@ def connections_of(model: nn.Module, example: Example | Program | None) -> Chain
     return chain_from_program(model, example) if isinstance(example, Program) else read_chain(model, example)
 
 
+def block_of(connection: Connection | WatchedConnection) -> str:
+    """The path of the block that a connection belongs to; "" where it cannot be told."""
+    own = connection.name.partition(":")[0].split(".")
+    branch: list[str] = []
+    if isinstance(connection, WatchedConnection):
+        paths = [path.split(".") for path in connection.seen.modules]
+        branch = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1] if paths else []
+    for parts in (own, branch):
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        if numbers:
+            return ".".join(parts[: numbers[-1] + 1])
+    return ".".join(own) or ".".join(branch)
+
+
 def layer_indices(model: nn.Module, example: Example | Program | None = None) -> dict[str, int]:
     """The layer index of every parameter by name: 0 before the blocks, 1 … L inside them, L + 1 after them.
 
-    A block is a connection's place up to its last number: `blocks.3` for `blocks.3.attention`. A parameter between two
-    blocks, Swin's patch merging say, belongs to the layer before it. Connections that are not ours are found by
-    watching the model on the example.
+    A block is a connection's place up to its last number: `blocks.3` for `blocks.3.attention`, or where the adding
+    module has none, that of the branch. A parameter between two blocks, Swin's patch merging say, belongs to the layer
+    before it. Connections that are not ours are found by watching the model on the example.
     """
     blocks: dict[str, int] = {}
     for connection in connections_of(model, example):
-        parts = connection.name.split(".")
-        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-        blocks.setdefault(".".join(parts[: numbers[-1] + 1] if numbers else parts), len(blocks) + 1)
+        block = block_of(connection)
+        if block:
+            blocks.setdefault(block, len(blocks) + 1)
     layers: dict[str, int] = {}
     here = 0
     for name, _ in model.named_parameters():

@@ -27,10 +27,8 @@ class PeriNorm(Scheme):
     fig. 8 (the gain has to learn).
 
     >>> import skipway as sw
-    >>> sw.build("vit-tiny-16", scheme="perinorm").blocks[0].attention.branch.end
-    Sequential(
-      (norm): LayerNorm((192,), eps=1e-06, elementwise_affine=True)
-    )
+    >>> sw.build("vit-tiny-16", scheme="perinorm").blocks[0].attention.branch.end.norm.weight.shape
+    torch.Size([192])
     """
 
     equation: ClassVar[str] = "y = x + norm(F(norm(x)))"

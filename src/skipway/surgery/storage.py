@@ -37,7 +37,7 @@ class Description:
         skipway: version that wrote the description.
 
     >>> Description.read('{"model": "resnet20", "scheme": "skipinit", "input": [3, 32, 32], "skipway": "0.1"}').request
-    ModelRequest(depth=None, scheme=None, classes=None, shape=(3, 32, 32))
+    ModelRequest(depth=None, scheme=None, classes=None, shape=(3, 32, 32), ...)
     """
 
     model: str
