@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from skipway.errors import SkipwayError
-from skipway.inference.neighbours import find_label_errors, find_outliers, nearest_neighbours, principal_plane
+from skipway.inference.neighbours import (
+    find_label_errors,
+    find_outliers,
+    label_votes,
+    nearest_neighbours,
+    principal_plane,
+)
 
 CLASSES, EACH, DIM = 5, 60, 32
 
@@ -19,9 +25,9 @@ def clusters(spread: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
     return centres[labels] + spread * torch.randn(len(labels), DIM, generator=generator), labels
 
 
-@pytest.mark.parametrize("block", [7, 1024])
-def test_neighbours_are_those_of_the_full_matrix(monkeypatch, block):
-    monkeypatch.setattr("skipway.inference.neighbours.BLOCK", block)
+@pytest.mark.parametrize("most", [1, 7 * CLASSES * EACH, 2**24])
+def test_neighbours_are_those_of_the_full_matrix(monkeypatch, most):
+    monkeypatch.setattr("skipway.inference.neighbours.MOST_SIMILARITIES", most)
     features, _ = clusters()
     rows = torch.nn.functional.normalize(features - features.mean(0), dim=1)
     full = (rows @ rows.T).fill_diagonal_(-2)
@@ -49,6 +55,23 @@ def test_labels_without_structure_are_not_doubted():
     assert find_label_errors(nearest_neighbours(features), labels, CLASSES) == []
 
 
+def test_votes_are_shares_of_the_ten_nearest():
+    """Two groups of eleven: the ten nearest of each image are the others of its group."""
+    features = torch.eye(2).repeat_interleave(11, 0) + 1e-3 * torch.arange(22)[:, None]
+    labels = torch.tensor([0] * 8 + [1] * 3 + [1] * 11)
+    votes = label_votes(nearest_neighbours(features, k=15), labels, 3)
+    torch.testing.assert_close(votes[0], torch.tensor([0.7, 0.3, 0.0]))
+    torch.testing.assert_close(votes[10], torch.tensor([0.8, 0.2, 0.0]))
+    torch.testing.assert_close(votes[21], torch.tensor([0.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(299, dtype=torch.long), torch.full((300,), CLASSES), -torch.ones(300)])
+def test_labels_that_are_none_are_refused(labels):
+    features, _ = clusters()
+    with pytest.raises(SkipwayError, match="the rule is 300 class indices from 0 to 4"):
+        find_label_errors(nearest_neighbours(features), labels.long(), CLASSES)
+
+
 def test_a_class_of_few_images_is_not_judged():
     features, labels = clusters()
     labels[labels == 4] = 3
@@ -57,12 +80,21 @@ def test_a_class_of_few_images_is_not_judged():
 
 
 def test_planted_outliers_are_found():
-    features, _ = clusters()
+    features, labels = clusters()
     generator = torch.Generator().manual_seed(2)
     features[[10, 150]] = 3 * torch.nn.functional.normalize(torch.randn(2, DIM, generator=generator), dim=1)
-    found = find_outliers(nearest_neighbours(features))
+    found = find_outliers(nearest_neighbours(features), labels)
     assert set(found[:2]) == {10, 150}
     assert len(found) <= 3
+
+
+def test_a_class_that_is_spread_has_no_more_outliers_than_others():
+    features, labels = clusters(spread=0.1)
+    spread, _ = clusters(spread=0.6)
+    features[labels == 2] = spread[labels == 2]
+    together = torch.zeros_like(labels)
+    assert len(find_outliers(nearest_neighbours(features), together)) > EACH / 2, "as one class"
+    assert len(find_outliers(nearest_neighbours(features), labels)) <= 3
 
 
 def test_the_plane_is_that_of_largest_variance():

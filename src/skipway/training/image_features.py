@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skipway.data.randomness import permutation
 from skipway.errors import SkipwayError, counted
+from skipway.inference.duplicates import SIDE, thumbnails
 from skipway.optim.freeze import FrozenTrunk
 from skipway.report.run.findings import ImageFeatures, ImageFindings, find_in_images, write_findings
 from skipway.surgery.classifier import find_classifiers
@@ -23,8 +24,8 @@ __all__ = ["FeatureRecorder", "feature_seconds", "report_findings"]
 
 SHARE, LEAST = 0.02, 2.0
 """Share of the seconds of the training, and seconds, that features for the report may take."""
-MOST = 5000
-"""Images of a split that are looked at."""
+MOST, BATCH = 5000, 64
+"""Images of a split that are looked at, and of a batch."""
 FEW = 50
 """Images below which nothing is looked for."""
 
@@ -112,8 +113,8 @@ def collect_features(run: Run, recorder: FeatureRecorder) -> ImageFeatures:
     plan = run.recipe.freeze_plan
     fitted = isinstance(plan, FrozenTrunk) and run.progress.best_epoch == 0 and run.recipe.cache is not False
     views = plan.views if isinstance(plan, FrozenTrunk) else 0
-    deadline = time.monotonic() + feature_seconds(run.seconds)
-    rows, splits, numbers, complete = [], [], [], True
+    began, allowed = time.monotonic(), feature_seconds(run.seconds)
+    rows, small, splits, numbers, complete = [], [], [], [], True
     for split in ("test", "validation", "train"):
         count = len(getattr(run.data, split))
         order = permutation(count, run.recipe.seed, 0)[:MOST]
@@ -121,39 +122,60 @@ def collect_features(run: Run, recorder: FeatureRecorder) -> ImageFeatures:
         if not count:
             continue
         if tested is not None:
-            found = tested[order]
+            found, images = tested[order], read_thumbnails(run, split, order, began + allowed / 2)
         elif fitted and split != "test":
             cached = compute_features(FeatureSource(run, recorder.name, views), split)
             if cached is None:
                 break
-            found = cached[0][order]
+            found, images = cached[0][order], read_thumbnails(run, split, order, began + allowed)
         else:
-            found = sample_features(run, recorder.name, split, order, deadline)
+            found, images = sample_features(run, recorder.name, split, order, began + allowed)
         complete = complete and len(found) == count
         rows.append(found)
+        small.append(images)
         splits += [split] * len(found)
         numbers.append(order[: len(found)])
     labels = [
         getattr(run.data, split).labels[part] for split, part in zip(dict.fromkeys(splits), numbers, strict=False)
     ]
+    pixels = torch.cat(small)
+    origin = describe_origin(fitted, complete, pixels)
+    return ImageFeatures(torch.cat(rows), torch.cat(labels), tuple(splits), torch.cat(numbers), pixels, origin)
+
+
+def describe_origin(fitted: bool, complete: bool, pixels: Tensor) -> str:
+    """Describe what computed the features, of how many images, and for how many there were thumbnails."""
     trunk = (
         "the trunk as published or initialised" if fitted else "the trained network, which knows the training images"
     )
-    part = "all images" if complete else f"{counted(sum(map(len, rows)), 'image')}, a random part"
-    return ImageFeatures(
-        torch.cat(rows), torch.cat(labels), tuple(splits), torch.cat(numbers), f"By {trunk}, of {part}"
-    )
+    part = "all images" if complete else f"{counted(len(pixels), 'image')}, a random part"
+    read = int(pixels.flatten(1).isfinite().all(1).sum())
+    missing = f"; copies were looked for among {read:,} of them, as many as there was time for" * (read < len(pixels))
+    return f"By {trunk}, of {part}{missing}"
 
 
-def sample_features(run: Run, name: str, split: str, order: Tensor, deadline: float) -> Tensor:
-    """Features of the images of a split in an order, of as many as there is time for."""
+def read_thumbnails(run: Run, split: str, order: Tensor, deadline: float) -> Tensor:
+    """Thumbnails of the images of a split in an order; nan of those for which there is no time."""
+    found = torch.full((len(order), SIDE, SIDE), torch.nan)
+    done = 0
+    for pixels in getattr(run.data, split).fetch(order.split(BATCH), torch.device("cpu"), None):
+        found[done : done + len(pixels)] = thumbnails(pixels)
+        done += len(pixels)
+        if time.monotonic() > deadline or run.stop():
+            break
+    return found
+
+
+def sample_features(run: Run, name: str, split: str, order: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
+    """Features and thumbnails of the images of a split in an order, of as many as there is time for."""
     source = FeatureSource(run, name)
-    found = [torch.zeros(0, source.width)]
+    found, small = [torch.zeros(0, source.width)], [torch.zeros(0, SIDE, SIDE)]
     with preserved_state(run.model), torch.no_grad():
         run.model.eval()
-        for batch in order.split(min(64, source.batch_size)):
+        for batch in order.split(min(BATCH, source.batch_size)):
             if time.monotonic() > deadline or run.stop():
                 break
             pixels = next(iter(getattr(run.data, split).fetch([batch], run.device, None)))
             found.append(torch.from_numpy(source.features(run.data.normalised(pixels))))
-    return torch.cat(found)
+            small.append(thumbnails(pixels).cpu())
+    return torch.cat(found), torch.cat(small)

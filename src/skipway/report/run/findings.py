@@ -15,10 +15,13 @@ from torch import Tensor
 from skipway.checkpoint.files import write_atomically
 from skipway.data import Data
 from skipway.errors import counted, printable
+from skipway.inference.duplicates import find_duplicates
+from skipway.inference.metrics import percent
 from skipway.inference.neighbours import (
     LabelError,
     find_label_errors,
     find_outliers,
+    label_votes,
     nearest_neighbours,
     principal_plane,
 )
@@ -27,14 +30,9 @@ from skipway.report.run.pictures import Picture, ending, picture_of_pixels
 
 __all__ = ["ImageFeatures", "ImageFindings", "find_in_images", "findings_values", "write_findings"]
 
-SIMILAR = 0.9
-"""Cosine of features from which two images are compared by their pixels."""
-SAME_PIXELS, SAME_SMALL, SMALL = 0.98, 0.995, 32
-"""Correlation of two images, reduced to 16 × 16 grey pixels, from which they are near-duplicates; that of images whose
-sides are below 32 pixels, where different ones are alike, too."""
-REDUCED = 16
-CANDIDATES, MOST_PAIRS = 30, 200
-"""Neighbours of an image that may be its copy, and pairs that are compared by their pixels, the most similar first."""
+TRUSTED = 0.6
+"""Share of the images whose neighbours vote for their label below which the features doubt no labels: most that they
+would doubt are mistakes of the features."""
 SHOWN, MOST_POINTS, MOST_COLORED = 16, 1500, 12
 """Pictures of each kind, points of the map, and classes up to which each has a colour."""
 
@@ -48,6 +46,7 @@ class ImageFeatures:
         labels: (N,).
         splits: of each image.
         numbers: (N,), within its split.
+        thumbnails: (N, 16, 16), grey; nan where there was no time to read the image.
         origin: how they were computed and of how many images, in words.
     """
 
@@ -55,6 +54,7 @@ class ImageFeatures:
     labels: Tensor
     splits: tuple[str, ...]
     numbers: Tensor
+    thumbnails: Tensor
     origin: str
 
 
@@ -65,72 +65,78 @@ class ImageFindings:
     Args:
         given: the features.
         errors: images whose label their neighbours contradict.
-        duplicates: pairs of images of two splits that show the same, with the correlation of their pixels.
+        duplicates: image, the image of another split that shows the same, and their similarity, 1 for the same file.
+        files: number of them that are the same file.
         outliers: images far from all others.
         plane: (N, 2), coordinates for a map.
+        accuracy: share of the images whose neighbours vote for their label.
     """
 
     given: ImageFeatures
     errors: tuple[LabelError, ...]
     duplicates: tuple[tuple[int, int, float], ...]
+    files: int
     outliers: tuple[int, ...]
     plane: Tensor
+    accuracy: float
 
     def sentence(self) -> str:
         """The findings in a line."""
+        same = f" ({self.files:,} of them the same file)" if self.files else ""
         parts = [
-            f"{counted(len(self.errors), 'label')} that the neighbours contradict",
-            counted(len(self.duplicates), "near-duplicate") + " between splits",
+            f"{counted(len(self.errors), 'label')} that the neighbours contradict" if self.trusted else "",
+            f"{counted(len(self.duplicates), 'near-duplicate')} between splits{same}",
             counted(len(self.outliers), "outlier"),
         ]
-        return f"{', '.join(parts)}, among {len(self.given.labels):,} images"
+        return f"{', '.join(filter(None, parts))}, among {len(self.given.labels):,} images"
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the features know the labels well enough to doubt some."""
+        return self.accuracy >= TRUSTED
+
+    @property
+    def reliability(self) -> str:
+        """How well the features know the labels."""
+        share = f"The ten nearest images vote for the label of {percent(self.accuracy)} of the images"
+        if not self.trusted:
+            return f"{share}, too few to doubt labels by them."
+        return f"{share}; the rest are wrong labels and mistakes of the features."
 
 
 def find_in_images(given: ImageFeatures, data: Data) -> ImageFindings:
-    """Find wrong labels, near-duplicates and outliers by the features, and confirm duplicates in the pixels."""
-    neighbours = nearest_neighbours(given.features, CANDIDATES)
-    pairs = []
-    for index, (others, similarities) in enumerate(
-        zip(neighbours.indices.tolist(), neighbours.similarities.tolist(), strict=True)
-    ):
-        for other, similarity in zip(others, similarities, strict=True):
-            if similarity >= SIMILAR and given.splits[index] != given.splits[other]:
-                pairs.append((similarity, min(index, other), max(index, other)))
-    confirmed = []
-    for _, first, second in sorted(set(pairs), reverse=True)[:MOST_PAIRS]:
-        pictures = [pixels_at(given, index, data) for index in (first, second)]
-        correlation = pixel_correlation(*pictures)
-        if correlation >= (SAME_PIXELS if min(pictures[0].shape[:2]) >= SMALL else SAME_SMALL):
-            confirmed.append((first, second, correlation))
+    """Find wrong labels and outliers by the features, and near-duplicates by the pixels."""
+    neighbours = nearest_neighbours(given.features)
+    classes = len(data.classes)
+    votes = label_votes(neighbours, given.labels, classes)
+    accuracy = float((votes.argmax(1) == given.labels).float().mean())
+    duplicates, files = find_copies(given, data)
     return ImageFindings(
         given,
-        tuple(find_label_errors(neighbours, given.labels, len(data.classes))),
-        tuple(confirmed),
-        tuple(find_outliers(neighbours)),
+        tuple(find_label_errors(neighbours, given.labels, classes)) if accuracy >= TRUSTED else (),
+        duplicates,
+        files,
+        tuple(find_outliers(neighbours, given.labels)),
         principal_plane(given.features),
+        accuracy,
     )
+
+
+def find_copies(given: ImageFeatures, data: Data) -> tuple[tuple[tuple[int, int, float], ...], int]:
+    """Near-duplicates between splits, those with the same file first, and the number of the latter."""
+    order = torch.tensor([("train", "validation", "test").index(split) for split in given.splits])
+    places = enumerate(zip(given.splits, given.numbers.tolist(), strict=True))
+    index = {getattr(data, split).names[number]: place for place, (split, number) in places}
+    files = [(index[file], index[twin], 1.0) for twin, file in data.leaked if file in index and twin in index]
+    known = {image for image, _, _ in files}
+    alike = [pair for pair in find_duplicates(given.thumbnails, order) if pair[0] not in known]
+    return (*files, *alike), len(files)
 
 
 def pixels_at(given: ImageFeatures, index: int, data: Data) -> Tensor:
     """Pixels, uint8 (H, W, C), of an image."""
     images = getattr(data, given.splits[index])
     return next(iter(images.fetch([given.numbers[index : index + 1]], torch.device("cpu"), None)))[0]
-
-
-def pixel_correlation(first: Tensor, second: Tensor) -> float:
-    """Correlation of two images (H, W, C), reduced to 16 × 16 grey pixels; of one of them mirrored, if that is larger.
-
-    It does not change with brightness and contrast, and hardly with resolution and compression. Even images have none.
-    """
-    rows = []
-    for image in (first, second, second.flip(1)):
-        grey = image.float().mean(-1)[None, None]
-        small = torch.nn.functional.adaptive_avg_pool2d(grey, REDUCED).flatten()
-        rows.append(small - small.mean())
-    sizes = [row.norm() for row in rows]
-    if min(sizes) < REDUCED:  # less than a grey value of deviation
-        return 0.0
-    return max(float(rows[0] @ row / (sizes[0] * size)) for row, size in zip(rows[1:], sizes[1:], strict=True))
 
 
 def file_of(given: ImageFeatures, index: int, data: Data) -> str:
@@ -151,6 +157,7 @@ def findings_values(found: ImageFindings, data: Data, names: Sequence[str]) -> d
     return {
         "sentence": found.sentence(),
         "origin": given.origin,
+        "reliability": found.reliability,
         "errors": [
             picture(each.index, f"{names[each.other]}? {100 * each.agreement:.0f} %", f"label: {names[each.label]}")
             for each in found.errors[:SHOWN]
@@ -202,9 +209,9 @@ def write_findings(path: Path, found: ImageFindings, data: Data) -> None:
 
     for each in found.errors:
         write("label", each.index, names[each.other], round(each.agreement, 3))
-    for first, second, correlation in found.duplicates:
+    for first, second, similarity in found.duplicates:
         twin = getattr(data, given.splits[second]).names[int(given.numbers[second])]
-        write("duplicate", first, f"{given.splits[second]}: {twin}", round(correlation, 4))
+        write("duplicate", first, f"{given.splits[second]}: {twin}", round(similarity, 4))
     for index in found.outliers:
         write("outlier", index, "", "")
     content = text.getvalue().encode()
