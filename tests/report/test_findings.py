@@ -77,10 +77,10 @@ def test_features_that_do_not_know_the_labels_doubt_none(tmp_path):
     """Labels drawn by chance: the network has learned nothing of new images, and its neighbours are no witnesses."""
     generator = np.random.default_rng(2)
     for split, count in (("train", 40), ("val", 8), ("test", 8)):
-        for label in range(2):
+        for label in range(CLASSES):
             (tmp_path / "data" / split / f"class{label}").mkdir(parents=True)
             for number in range(count):
-                image = picture(int(generator.integers(3)), number, generator)
+                image = picture(int(generator.integers(CLASSES)), number, generator)
                 image.save(tmp_path / "data" / split / f"class{label}" / f"{number}.png")
     run = sw.fit(
         tmp_path / "data", out=tmp_path / "run", model="resnet8", width=8, size=32, epochs=1, batch_size=32,

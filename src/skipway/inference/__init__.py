@@ -2,7 +2,9 @@
 
 from skipway.inference.backend_selection import BackendResult, OptimizedModel, optimize
 from skipway.inference.backends import BACKENDS, PRECISIONS, Backend
+from skipway.inference.duplicates import find_duplicates, thumbnails
 from skipway.inference.evaluation import Evaluation, evaluate, wilson_interval
+from skipway.inference.neighbours import find_label_errors, find_outliers, label_votes, nearest_neighbours
 from skipway.inference.onnx import export_onnx, export_program
 from skipway.inference.predict import Prediction, Predictor, from_pretrained
 
@@ -18,7 +20,13 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "export_program",
+    "find_duplicates",
+    "find_label_errors",
+    "find_outliers",
     "from_pretrained",
+    "label_votes",
+    "nearest_neighbours",
     "optimize",
+    "thumbnails",
     "wilson_interval",
 ]

@@ -31,8 +31,8 @@ from skipway.report.run.pictures import Picture, ending, picture_of_pixels
 __all__ = ["ImageFeatures", "ImageFindings", "find_in_images", "findings_values", "write_findings"]
 
 TRUSTED = 0.6
-"""Share of the images whose neighbours vote for their label below which the features doubt no labels: most that they
-would doubt are mistakes of the features."""
+"""Share of the images not trained on whose neighbours vote for their label below which the features doubt no labels:
+most that they would doubt are mistakes of the features."""
 SHOWN, MOST_POINTS, MOST_COLORED = 16, 1500, 12
 """Pictures of each kind, points of the map, and classes up to which each has a colour."""
 
@@ -69,7 +69,7 @@ class ImageFindings:
         files: number of them that are the same file.
         outliers: images far from all others.
         plane: (N, 2), coordinates for a map.
-        accuracy: share of the images whose neighbours vote for their label.
+        accuracy: share of the images that were not trained on whose neighbours vote for their label.
     """
 
     given: ImageFeatures
@@ -98,7 +98,7 @@ class ImageFindings:
     @property
     def reliability(self) -> str:
         """How well the features know the labels."""
-        share = f"The ten nearest images vote for the label of {percent(self.accuracy)} of the images"
+        share = f"The ten nearest images vote for the label of {percent(self.accuracy)} of the images not trained on"
         if not self.trusted:
             return f"{share}, too few to doubt labels by them."
         return f"{share}; the rest are wrong labels and mistakes of the features."
@@ -109,7 +109,8 @@ def find_in_images(given: ImageFeatures, data: Data) -> ImageFindings:
     neighbours = nearest_neighbours(given.features)
     classes = len(data.classes)
     votes = label_votes(neighbours, given.labels, classes)
-    accuracy = float((votes.argmax(1) == given.labels).float().mean())
+    unseen = torch.tensor([split != "train" for split in given.splits])  # the others' features may know their labels
+    accuracy = float((votes.argmax(1) == given.labels)[unseen].float().mean())
     duplicates, files = find_copies(given, data)
     return ImageFindings(
         given,
