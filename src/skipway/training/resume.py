@@ -65,6 +65,11 @@ def resume_recipe(config: dict[str, Any], source: Path, given: Recipe | None) ->
     changes = {
         name: (old, new) for name, (old, new) in stored.changes(given).items() if new is not None and new != "auto"
     }
+    if "epochs" in changes and stored.time is not None and given.time is None:
+        raise SkipwayError(
+            f"{spell('epochs', given.epochs)}: the length of this run follows from {spell('time', stored.time)}; "
+            "a longer time continues it"
+        )
     free = CHANGEABLE | ({"model"} if is_moved(stored.model, given.model) else set())
     fixed = {name: change for name, change in changes.items() if name not in free}
     if fixed:
