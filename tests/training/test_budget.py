@@ -14,6 +14,7 @@ import torch
 from tests.trials.reporting import Notes
 
 from skipway.checkpoint.files import read_tensors
+from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
 from skipway.training import clock, loop, step, train
 from skipway.training.budget import Plan, RunCosts, RunWork, plan_steps, validation_part
@@ -240,3 +241,10 @@ def test_expensive_validation_is_done_on_a_fixed_part(tmp_path, machine):
     outcome = train(replace(DIGITS, time="40s"), tmp_path / "run", reporter=notes)
     assert notes.said("100 of them, the same in every epoch")
     assert outcome.validation_images == 100
+
+
+def test_other_epochs_do_not_continue_a_run_of_some_time(tmp_path):
+    recipe = Recipe(model="resnet8", width=4, time="3s", workers=0, health=0.0)
+    assert train(recipe, tmp_path / "run").finished
+    with pytest.raises(SkipwayError, match="follows from time='3s'"):
+        train(Recipe(epochs=500), tmp_path / "run", resume=True)
