@@ -240,6 +240,7 @@ def test_a_network_without_a_linear_classifier_is_trained_without_fitting_one(tm
     outcome = train(changed(recipe, device="cpu"), tmp_path / "run", reporter=heard)
     assert (outcome.finished, outcome.recipe.freeze) == (True, "none")
     assert "the classifier is not fitted first" in heard.text("note")
+    assert "layer_decay=0.8 has no effect" in heard.text("note")
 
 
 def test_a_run_resumes_without_its_initial_weights(tmp_path):

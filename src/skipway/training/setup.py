@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -175,13 +176,18 @@ def build_run(
     if recipe.sharding == "full" and (recipe.freeze != "none" or recipe.clip == "agc"):
         raise SkipwayError("sharding='full' cannot be combined with freeze or clip='agc': both need unsharded weights")
     network = ranks.wrap(model, device, shard=recipe.sharding == "full")
+    with warnings.catch_warnings(record=True) as caught:  # of a decay by layers that finds no blocks
+        warnings.simplefilter("always")
+        optimizer = build_optimizer(recipe, model, example.to(device))  # after wrapping: FSDP2 replaces the parameters
+    for each in caught:
+        reporter.message("note", str(each.message))
     ema = None if recipe.ema is None else ModelEMA(model, recipe.ema)
     run = Run(
         recipe=recipe,
         data=data,
         model=model,
         network=torch.compile(network) if recipe.compile else network,
-        optimizer=build_optimizer(recipe, model, example.to(device)),  # after wrapping: FSDP2 replaces the parameters
+        optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16"),
         ema=ema,
         folder=folder,
