@@ -179,13 +179,9 @@ def as_recipe(data: Any, choices: dict[str, Any]) -> Recipe:
             "class first"
         )
     names = [field.name for field in dataclasses.fields(Recipe)]
-    texts = {field.name for field in dataclasses.fields(Recipe) if str(field.type).startswith("str")}
-    for name, value in choices.items():
+    for name in choices:
         if name not in names:
             raise SkipwayError(suggest("choice", name, names))
-        if name in texts and not isinstance(value, str | Path | None):
-            way_out = "; a network of your own is FILE.py:NAME" if name == "model" else ""
-            raise SkipwayError(f"{name}={type(value).__name__}: the rule is a text{way_out}")
     return Recipe(None if data is None else Path(data), **choices)
 
 

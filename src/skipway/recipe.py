@@ -305,6 +305,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.freeze, int):
             object.__setattr__(self, "freeze", str(self.freeze))
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if str(entry.type).startswith("str") and not isinstance(value, str | Path | None):
+                way_out = "; a network of your own is FILE.py:NAME" if entry.name == "model" else ""
+                raise SkipwayError(f"{entry.name}={type(value).__name__}: the rule is a text{way_out}")
         for name in (
             "size",
             "depth",
