@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         LayerScale,
         MixNorm,
         NormFree,
+        Orthogonal,
         PeriNorm,
         Plain,
         PreActivation,
@@ -107,7 +108,7 @@ _HOME = {
     "recipe": "Recipe",
     "schemes": (
         "DeepNorm DepthScaled DyT Fixup GatedStreams HyperConnections Identity Keel LayerNormScaling LayerScale MHC "
-        "MixNorm NormFree PeriNorm Plain PreActivation ReZero Scheme SkipInit StochasticDepth ZeroInit"
+        "MixNorm NormFree Orthogonal PeriNorm Plain PreActivation ReZero Scheme SkipInit StochasticDepth ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

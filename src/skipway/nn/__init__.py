@@ -8,6 +8,7 @@ from skipway.nn.drop import DropPath
 from skipway.nn.gain import Bias, Gain, Multiply
 from skipway.nn.gate import SqueezeExcitation
 from skipway.nn.initial import FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal, Zeros
+from skipway.nn.join import OrthogonalSum
 from skipway.nn.manifold import ManifoldHyperConnection, sinkhorn
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
 from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
@@ -57,6 +58,7 @@ __all__ = [
     "ManifoldHyperConnection",
     "Mlp",
     "Multiply",
+    "OrthogonalSum",
     "Pad",
     "Projection",
     "QuickGELU",

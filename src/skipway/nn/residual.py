@@ -1,4 +1,4 @@
-"""The residual connection: the only place in the library where a skip is added."""
+"""The residual connection: the only place in the library where a skip and a branch are joined."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Residual"]
 class Residual(nn.Module):
     """y = post(shortcut(x, h) + drop(scale(branch(h)))), where h = pre(x).
 
-    Every slot is a module; an absent one is `nn.Identity`, an absent shortcut carries x.
+    Every slot is a module; an absent one is `nn.Identity`, an absent shortcut carries x, an absent join adds.
 
     Args:
         branch: F, a module with a `path()` (see `Branch`) where schemes are to initialise it.
@@ -23,6 +23,7 @@ class Residual(nn.Module):
         shortcut: takes (x, h); see `skipway.nn.shortcut`.
         scale: what multiplies the branch.
         drop: stochastic depth.
+        join: takes (skip, f) in place of the addition; see `skipway.nn.join`.
         post: what follows the addition.
         streams: how several streams are read, mixed and written; None for one stream. See `forward_streams`.
         site: where the connection stands.
@@ -41,6 +42,7 @@ class Residual(nn.Module):
         shortcut: nn.Module | None = None,
         scale: nn.Module | None = None,
         drop: nn.Module | None = None,
+        join: nn.Module | None = None,
         post: nn.Module | None = None,
         streams: Streams | None = None,
         site: Site | None = None,
@@ -52,6 +54,7 @@ class Residual(nn.Module):
         self.scale = nn.Identity() if scale is None else scale
         self.drop = nn.Identity() if drop is None else drop
         self.shortcut = Carry() if shortcut is None else shortcut
+        self.join = join
         self.post = nn.Identity() if post is None else post
         self.streams = streams
         self.site = site
@@ -61,7 +64,8 @@ class Residual(nn.Module):
         if self.streams is not None:
             return self.forward_streams(x)
         h = self.pre(x)
-        return self.post(self.shortcut(x, h) + self.drop(self.scale(self.branch(h))))
+        skip, f = self.shortcut(x, h), self.drop(self.scale(self.branch(h)))
+        return self.post(skip + f if self.join is None else self.join(skip, f))
 
     def forward_streams(self, s: Tensor) -> Tensor:
         """s' = post(shortcut(A s) + β drop(scale(branch(h)))), where h = pre(α s): α reads n streams into one, A mixes

@@ -20,6 +20,7 @@ from skipway.schemes.dyt import DyT
 from skipway.schemes.hyperconnections import HyperConnections
 from skipway.schemes.mhc import MHC
 from skipway.schemes.gatedstreams import GatedStreams
+from skipway.schemes.orthogonal import Orthogonal
 from skipway.schemes.stochasticdepth import StochasticDepth
 from skipway.schemes.scheme import Scheme, Stack, parse_scheme, all_schemes
 from skipway.schemes.cards import card
@@ -38,6 +39,7 @@ __all__ = [
     "LayerScale",
     "MixNorm",
     "NormFree",
+    "Orthogonal",
     "PeriNorm",
     "Plain",
     "PreActivation",

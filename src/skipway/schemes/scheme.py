@@ -37,6 +37,7 @@ class Scheme:
     | `scale(site)` | what multiplies the branch | SkipInit, LayerScale, ReZero, Fixup, NormFree, DepthScaled |
     | `carry(site, shortcut)` | what happens to the skip | Plain, DeepNorm |
     | `drop(site)` | what may drop the branch | StochasticDepth |
+    | `join(site)` | what takes the place of the addition | Orthogonal |
     | `streams(site)` | how several streams are read, mixed and written; `open()` and `close(site)` begin and end \
       them | HyperConnections, MHC, GatedStreams |
     | `init_(chain)` | the whole-network step after a full reset | Fixup, ZeroInit, DeepNorm, DepthScaled |
@@ -92,6 +93,10 @@ class Scheme:
         """The module that drops the branch, or None."""
         return None
 
+    def join(self, site: Site) -> nn.Module | None:
+        """The module that joins (skip, f) in place of the addition, or None."""
+        return None
+
     def streams(self, site: Site) -> Streams | None:
         """How the connection reads, mixes and writes several streams; None for one stream."""
         return None
@@ -132,6 +137,11 @@ class Scheme:
             if site.kind not in member.kinds:
                 raise SkipwayError(f"scheme={type(member).__name__.lower()!r}: {member.refusal}")
         kit, placement = self.kit(site, kit), self.place(site, placement)
+        join, streams = self.join(site), self.streams(site)
+        if join is not None and streams is not None:
+            raise SkipwayError(
+                f"scheme={str(self)!r}: several streams are written into, so no other join fits; keep one"
+            )
         return {
             "pre": sequence(**kit.parts(placement.pre, site.entry), enter=self.enter(site)),
             "branch": branch(kit, placement),
@@ -139,7 +149,8 @@ class Scheme:
             "drop": self.drop(site),
             "shortcut": self.carry(site, shortcut),
             "post": sequence(**kit.parts(placement.post, site.dim, fresh=True)),
-            "streams": self.streams(site),
+            "join": join,
+            "streams": streams,
             "site": site,
             "scheme": self,
         }
@@ -179,6 +190,9 @@ class Stack(Scheme):
         several = [str(member) for member in self.members if member.open() is not None]
         if len(several) > 1:
             raise SkipwayError(f"{' and '.join(several)} each carry several streams of their own; keep one")
+        joins = [str(member) for member in self.members if type(member).join is not Scheme.join]
+        if len(joins) > 1:
+            raise SkipwayError(f"{' and '.join(joins)} each join skip and branch in their own way; keep one")
 
     @property
     def silent(self) -> bool:
@@ -207,6 +221,9 @@ class Stack(Scheme):
 
     def drop(self, site: Site) -> nn.Module | None:
         return chain_modules([member.drop(site) for member in self.members])
+
+    def join(self, site: Site) -> nn.Module | None:
+        return next((each for member in self.members if (each := member.join(site)) is not None), None)
 
     def streams(self, site: Site) -> Streams | None:
         return next((each for member in self.members if (each := member.streams(site)) is not None), None)

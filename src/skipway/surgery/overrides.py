@@ -31,8 +31,8 @@ def computes_only(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def add_in_one_pass(self: Any, x: Tensor) -> Tensor:
     """Forward of a connection whose gain, stochastic depth and addition are one pass over memory."""
-    if self.streams is not None:
-        return self.forward_streams(x)
+    if self.streams is not None or self.join is not None:
+        return Residual.forward(self, x)
     h = self.pre(x)
     branch, gain, mask = self.branch(h), None, None
     if computes_only(self.scale, Gain):

@@ -251,8 +251,10 @@ def adds_branch_only(block: Any) -> bool:
     if not isinstance(block, Residual) or kind.outside_row.forward is not Residual.forward:  # type: ignore[attr-defined]
         return False
     around = (block.shortcut, block.post)
-    return tuple(map(type, around)) == (Carry, nn.Identity) and not any(
-        module._forward_hooks or module._forward_pre_hooks for module in around
+    return (
+        block.join is None
+        and tuple(map(type, around)) == (Carry, nn.Identity)
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in around)
     )
 
 

@@ -97,6 +97,8 @@ def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program
     site, seen = connection.site, connection.seen
     if scheme.streams(site) is not None:
         raise refuse("several streams, which stem and head have to open and close")
+    if scheme.join(site) is not None:
+        raise refuse("another join than the addition, which is written in the forward of the module that adds")
     norms: dict[str, tuple[Part, ...]] = dict.fromkeys(seen.norms, ("norm",))
     placement = Placement(**norms)
     moved = scheme.place(site, placement)
