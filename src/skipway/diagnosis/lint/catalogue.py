@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from skipway.diagnosis.findings import LEVELS, Finding
+from skipway.diagnosis.lint.depth import constant_of_other_depth, depth_twice, flipped_exponent
 from skipway.diagnosis.lint.drops import by_python, in_evaluation, odd_rates, without_skip
 from skipway.diagnosis.lint.modules import batch_of_one, hooks_beside_inplace
 from skipway.diagnosis.lint.optimizer import decayed, fast_scalars, frozen_in_branch, left_out
@@ -20,6 +21,7 @@ from skipway.diagnosis.lint.scales import (
     wiped_features,
 )
 from skipway.diagnosis.lint.start import closing_norms, loud_branches, own_index, two_zero_factors, wiped_stream
+from skipway.diagnosis.lint.stream_scalars import compounding_scalars
 from skipway.diagnosis.lint.survey import Survey
 from skipway.diagnosis.settings import require_optimizers
 from skipway.tracing import Example, unwrap
@@ -38,10 +40,15 @@ RULES: tuple[LintRule, ...] = (
     forgetful_scales,
     own_index,
     closing_norms,
+    # factors that follow from depth
+    constant_of_other_depth,
+    flipped_exponent,
+    depth_twice,
     # the optimizer
     decayed,
     left_out,
     fast_scalars,
+    compounding_scalars,
     frozen_in_branch,
     # stochastic depth
     in_evaluation,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from skipway.diagnosis.settings import require_optimizers
-from skipway.nn import Branch, Carry, Cut, Gain, Multiply, Residual
+from skipway.nn import Branch, Carry, Cut, Gain, Multiply, Residual, ScaledShortcut
 from skipway.optim.roles import parameter_roles, role_of
-from skipway.tracing import Example, Program, watch
-from skipway.tracing.chain import Connection, WatchedConnection, chain, chain_from_program
+from skipway.tracing import Example, Program, ResidualAdd, watch
+from skipway.tracing.chain import Chain, Connection, WatchedConnection, chain, chain_from_program
 
 __all__ = ["DEEP", "Link", "Survey"]
 
@@ -44,6 +44,8 @@ class Link:
         scales: names of the parameters that multiply the branch.
         modules: paths of the modules that the branch runs in.
         constant: constant factor of the branch, as far as a Skipway module states it.
+        carry: the number that multiplies the skip.
+        entry: the number that multiplies what enters the branch, before its first map.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Link:
     scales: tuple[str, ...]
     modules: tuple[str, ...]
     constant: float
+    carry: float = 1.0
+    entry: float = 1.0
 
 
 @dataclass
@@ -84,14 +88,18 @@ class Survey:
     def links(self) -> tuple[Link, ...]:
         """The connections in order."""
         if self.program is not None:
-            return tuple(
-                link_of_traced(self.program, connection) for connection in chain_from_program(self.model, self.program)
-            )
+            return tuple(link_of_traced(self.model, self.program, connection) for connection in self.watched)
         if not any(isinstance(module, Residual) for module in self.model.modules()):
             return ()
         paths = {id(module): path for path, module in self.model.named_modules()}
         ours = [connection for connection in chain(self.model) if not isinstance(connection.residual.shortcut, Cut)]
         return tuple(link_of_residual(paths, connection) for connection in ours)
+
+    @cached_property
+    def watched(self) -> Chain[WatchedConnection]:
+        """The connections as they were watched; there is a program."""
+        assert self.program is not None
+        return chain_from_program(self.model, self.program)
 
     @cached_property
     def blocks(self) -> float:
@@ -198,7 +206,7 @@ class Survey:
         return {link.scales[0]: factor for link in self.links if (factor := self.link_factor(link)) is not None}
 
 
-def link_of_traced(program: Program, connection: WatchedConnection) -> Link:
+def link_of_traced(model: nn.Module, program: Program, connection: WatchedConnection) -> Link:
     """The link of a traced connection."""
     seen = connection.seen
     norms = {program[user].norm: None for user in program.users[seen.numbers[2]] if program[user].signal}
@@ -214,7 +222,24 @@ def link_of_traced(program: Program, connection: WatchedConnection) -> Link:
         scales=() if seen.scale is None else seen.scale.parameters,
         modules=seen.modules,
         constant=1.0 if connection.residual is None else constant(connection.residual),
+        carry=seen.weights[0],
+        entry=entry_factor(model, program, seen),
     )
+
+
+def entry_factor(model: nn.Module, program: Program, seen: ResidualAdd) -> float:
+    """The product of the numbers, held by buffers or given as they are, between a stream and a branch's first map."""
+    crossed = list(program.between(seen.numbers[3], seen.numbers[1]))
+    first = next((value.number for value in crossed if value.part == "map"), 0)
+    buffers = {name: value for name, value in model.named_buffers() if value.numel() == 1 and not value.is_meta}
+    factor = 1.0
+    for value in crossed:
+        if value.number >= first:
+            break
+        factor *= value.factor
+        if value.part == "scale" and value.operator == "mul" and len(value.parameters) == 1:
+            factor *= float(buffers.get(*value.parameters, 1.0))
+    return factor
 
 
 def link_of_residual(paths: Mapping[int, str], connection: Connection) -> Link:
@@ -247,6 +272,8 @@ def link_of_residual(paths: Mapping[int, str], connection: Connection) -> Link:
         scales=tuple(f"{paths[id(part)]}.gain" for part in residual.scale.modules() if isinstance(part, Gain)),
         modules=tuple(paths[id(part)] for part in (*branch.modules(), *residual.scale.modules())),
         constant=constant(residual),
+        carry=math.prod(part.factor for part in residual.shortcut.modules() if isinstance(part, ScaledShortcut)),
+        entry=math.prod(part.factor for part in residual.pre.modules() if isinstance(part, Multiply)),
     )
 
 
