@@ -237,8 +237,8 @@ def entry_factor(model: nn.Module, program: Program, seen: ResidualAdd) -> float
         if value.number >= first:
             break
         factor *= value.factor
-        if value.part == "scale" and value.operator == "mul" and len(value.parameters) == 1:
-            factor *= float(buffers.get(*value.parameters, 1.0))
+        if value.part == "scale" and value.operator == "mul":
+            factor *= math.prod(float(buffers[name]) for name in value.parameters & buffers.keys())
     return factor
 
 
