@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from skipway.nn.kit import Kit
     from skipway.nn.placement import Placement
     from skipway.nn.site import Site
+    from skipway.nn.warmup import set_step
     from skipway.optim.groups import param_groups
     from skipway.probes.features import features, stage_features
     from skipway.probes.mixing_matrix import DepthMixing, depth_mixing
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         PeriNorm,
         Plain,
         PreActivation,
+        ProRes,
         ReZero,
         Scheme,
         SkipInit,
@@ -102,13 +104,15 @@ _HOME = {
     "nn.kit": "Kit",
     "nn.placement": "Placement",
     "nn.site": "Site",
+    "nn.warmup": "set_step",
     "optim.groups": "param_groups",
     "probes.mixing_matrix": "DepthMixing depth_mixing",
     "probes.features": "features stage_features",
     "recipe": "Recipe",
     "schemes": (
         "DeepNorm DepthScaled DyT Fixup GatedStreams HyperConnections Identity Keel LayerNormScaling LayerScale MHC "
-        "MixNorm NormFree Orthogonal PeriNorm Plain PreActivation ReZero Scheme SkipInit StochasticDepth ZeroInit"
+        "MixNorm NormFree Orthogonal PeriNorm Plain PreActivation ProRes ReZero Scheme SkipInit StochasticDepth "
+        "ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

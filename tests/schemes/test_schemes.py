@@ -26,6 +26,8 @@ SPECS = [
     "normfree(gain=1.0)",
     "depthscaled(how='init')",
     "dyt(map='erf')",
+    "prores(10, 'linear-square')",
+    "prores + rezero",
     "hyperconnections(n=2, dynamic=False)",
     "mhc(n=3, form='birkhoff')",
     "preactivation + layerscale",
@@ -145,7 +147,8 @@ def test_every_parameter_learns_within_two_steps(model, spec):
     network = make(model, spec)
     optimizer = torch.optim.SGD(sw.param_groups(network, lr=0.05), lr=0.05)
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
-    for _ in range(steps + 1):
+    for number in range(steps + 1):
+        sw.set_step(network, number)
         optimizer.zero_grad()
         nn.functional.cross_entropy(network(x), y).backward()
         optimizer.step()

@@ -21,6 +21,7 @@ from skipway.nn.stage import ChannelsFirst, ChannelsLast, StageMap, TokenGrid
 from skipway.nn.stream_gate import GatedExit, GatedRead, GatedResidual
 from skipway.nn.streams import DynamicHyperConnection, HyperConnection, StreamEntry, StreamExit, Streams
 from skipway.nn.tokens import Attention, Mlp
+from skipway.nn.warmup import ResidualWarmup, WarmupState, find_warmups, set_step, warmup_state
 from skipway.nn.window import CosineWindowAttention, Window, WindowAttention
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "Projection",
     "QuickGELU",
     "Residual",
+    "ResidualWarmup",
     "Role",
     "ScaledActivation",
     "ScaledShortcut",
@@ -77,10 +79,14 @@ __all__ = [
     "TalkingHeads",
     "TokenGrid",
     "TruncatedNormal",
+    "WarmupState",
     "Window",
     "WindowAttention",
     "XavierNormal",
     "Zeros",
+    "find_warmups",
     "sequence",
+    "set_step",
     "sinkhorn",
+    "warmup_state",
 ]

@@ -21,6 +21,7 @@ from skipway.schemes.hyperconnections import HyperConnections
 from skipway.schemes.mhc import MHC
 from skipway.schemes.gatedstreams import GatedStreams
 from skipway.schemes.orthogonal import Orthogonal
+from skipway.schemes.prores import ProRes
 from skipway.schemes.stochasticdepth import StochasticDepth
 from skipway.schemes.scheme import Scheme, Stack, parse_scheme, all_schemes
 from skipway.schemes.cards import card
@@ -43,6 +44,7 @@ __all__ = [
     "PeriNorm",
     "Plain",
     "PreActivation",
+    "ProRes",
     "ReZero",
     "Scheme",
     "SkipInit",
