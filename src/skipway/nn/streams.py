@@ -49,6 +49,9 @@ class StreamEntry(nn.Module):
         super().__init__()
         self.count = count
 
+    def start_neutral_(self) -> None:
+        """Start so that a network with one stream computes what it did; see `Streams.start_neutral_`."""
+
     def forward(self, x: Tensor) -> Tensor:
         return x.repeat(self.count, *(1,) * (x.ndim - 1))
 
@@ -80,6 +83,19 @@ class Streams(nn.Module):
     def __init__(self, count: int, spatial: int) -> None:
         super().__init__()
         self.count, self.channel = count, -1 - spatial
+
+    def start_neutral_(self, reads: int) -> None:
+        """Start, in place, so that n equal streams s are read as s and carried on as s, and a branch is written with 1:
+        a network with one stream that is given n computes what it did. Streams must not stay equal for ever, so stream
+        `reads` is read more than others.
+
+        Raises:
+            SkipwayError: there is no such start.
+        """
+        raise SkipwayError(
+            f"{type(self).__name__} has no start at which n equal streams are read and carried on as they are, so that a "
+            "trained network would compute something else"
+        )
 
     def join(self, carried: Tensor, write: Tensor, f: Tensor) -> Tensor:
         """carriedⱼ + writeⱼ f; where a branch made the map smaller, a weight per pixel is averaged as the map is."""
@@ -123,6 +139,11 @@ class HyperConnection(Streams):
         read = torch.zeros(self.count, 1)
         read[self.reads] = 1
         self.static.copy_(torch.cat((read, torch.eye(self.count), torch.ones(self.count, 1)), dim=1))
+
+    def start_neutral_(self, reads: int) -> None:
+        """The start of the paper, which is neutral."""
+        self.reads = reads
+        HyperConnection.reset_parameters(self)
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = unfold(s, self.count)

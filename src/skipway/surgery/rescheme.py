@@ -19,6 +19,7 @@ from skipway.surgery.insertion import disable_fused_path
 from skipway.surgery.insertion_point import InsertionPoint, find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
+from skipway.surgery.stream_transfer import StreamDressing
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.surgery.transfer import branch_parts, has_global_start, insert_parts, start_network
 from skipway.surgery.verification import forward_hooks
@@ -104,7 +105,10 @@ def rescheme(
         hint='start="scheme" allows any change',
         checks=CHECKS if drops or start == "scheme" else EQUAL,
     ) as change:
-        Dressing(change, chain, program, dressing, start).dress()
+        if dressing.open() is None:
+            Dressing(change, chain, program, dressing, start).dress()
+        else:
+            StreamDressing(change, chain, program, dressing, neutral=start != "scheme").dress()
         return change.commit()
 
 

@@ -95,8 +95,6 @@ def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program
         return SkipwayError(f"{scheme} means {need}, which cannot be added to a network that exists already")
 
     site, seen = connection.site, connection.seen
-    if scheme.streams(site) is not None:
-        raise refuse("several streams, which stem and head have to open and close")
     if scheme.join(site) is not None:
         raise refuse("another join than the addition, which is written in the forward of the module that adds")
     norms: dict[str, tuple[Part, ...]] = dict.fromkeys(seen.norms, ("norm",))
