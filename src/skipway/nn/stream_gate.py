@@ -43,8 +43,8 @@ class GatedRead(nn.Module):
 
     @torch.no_grad()
     def start_neutral_(self, reads: int) -> None:
-        """x = rms(s) of n equal streams s, which a norm behind it cannot tell from s but for its ε: gates are ½, and the
-        gains 1 + γ are n + 1 for stream `reads` and 1 for the others, 2 on average.
+        """x = rms(s) of n equal streams s, which a norm behind it cannot tell from s but for its ε: gates are ½, and
+        the gains 1 + γ are n + 1 for stream `reads` and 1 for the others, 2 on average.
         """
         self.up.weight.zero_()
         self.gain.zero_()
@@ -69,6 +69,11 @@ class GatedResidual(Streams):
 
     Decay and learning rate: linear maps are decayed, the gain is not.
     """
+
+    neutral_limit = (
+        "streams are normalised where they are read, which leaves a network as it is, up to the ε of its norms, only "
+        "if every branch begins with a norm and one follows on the last block"
+    )
 
     def __init__(self, count: int, *, dim: int, rank: int, spatial: int) -> None:
         super().__init__(count, spatial)

@@ -6,6 +6,8 @@ alike (stages, downsampling, norms after an addition) takes them as they are.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,6 +82,9 @@ class Streams(nn.Module):
         spatial: axes after the channel axis: 2 for (N, C, H, W), 0 for (N, T, C).
     """
 
+    neutral_limit: ClassVar[str] = ""
+    """What the start of `start_neutral_` needs of the network around it, in words."""
+
     def __init__(self, count: int, spatial: int) -> None:
         super().__init__()
         self.count, self.channel = count, -1 - spatial
@@ -93,8 +98,8 @@ class Streams(nn.Module):
             SkipwayError: there is no such start.
         """
         raise SkipwayError(
-            f"{type(self).__name__} has no start at which n equal streams are read and carried on as they are, so that a "
-            "trained network would compute something else"
+            f"{type(self).__name__} has no start at which n equal streams are read and carried on as they are, so that "
+            "a trained network would compute something else"
         )
 
     def join(self, carried: Tensor, write: Tensor, f: Tensor) -> Tensor:

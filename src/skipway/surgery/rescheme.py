@@ -56,6 +56,8 @@ def rescheme(
     | standardises weights (NormFree) | `residual_standard` of the map | such a map, no norms, `start` not "scheme" |
     | multiplies the skip (DeepNorm's α) | 1/α on the branch | a norm after the addition: norm(αx + F) is \
       norm(x + F/α) but for its ε |
+    | carries several streams (HyperConnections, MHC, GatedStreams) | `residual_streams` of blocks, `residual_entry` \
+      before and `residual_scale` behind each branch | blocks that are given x and return it |
     | initialises the whole network (Fixup, DeepNorm) | `start="scheme"` | all connections can be dressed |
     | moves norms, replaces them or cuts skips | none | |
 
@@ -69,7 +71,8 @@ def rescheme(
         scheme: any, or a sum of them, or a spec string; Fixup and NormFree need a network without norms
             (`remove_norm`), DeepNorm one with norms after the additions.
         start: "identity": gains start at 1 and constants are divided out of the preceding map, so that the network
-            computes what it did; "divide": gains start at the scheme's value, which is divided out of the preceding map
+            computes what it did (several streams start equal; up to the ε of the norms with MHC and GatedStreams);
+            "divide": gains start at the scheme's value, which is divided out of the preceding map
             as well; "scheme": the scheme's start from scratch, which wipes out what a pretrained network has learned
             (P15).
         tolerance: bound on the difference of the outputs, relative to their largest value, unless `start="scheme"`.

@@ -48,12 +48,12 @@ def find_stream_points(model: nn.Module, program: Program, connection: WatchedCo
     readers = {program[user].owner for user in program.signal_users(start) if user != total}
     found = []
     for name, given in program.given.items():
-        path = next((path for path, number in given.items() if number == start), None)
+        paths = [path for path, number in given.items() if number == start]
         around = within(seen.owner, name) or not all(within(each, name) for each in readers)
-        if path is not None and not around and is_usable(model, program, name, block):
-            found.append((name, path))
+        if len(paths) == 1 and not around and is_usable(model, program, name, block):
+            found.append((name, paths[0]))
     if not readers or not found:
-        raise SkipwayError("x is read by its forward, or by several modules")
+        raise SkipwayError("no module alone is given x, as one argument")
     if program.signal_users(branch) != [total]:
         raise SkipwayError("what is added is read by something else too")
     makers = [each for each in program.makers.get(branch, []) if is_usable(model, program, each, block)]

@@ -1,8 +1,8 @@
 """Several streams in somebody's network: what is inserted into its blocks.
 
-Between blocks n streams travel as in our own networks, stream by stream in the batch axis, (n·N, …), so that nothing has to
-be remembered between blocks. What runs in a branch is given one stream of N samples, and masks, positions, rotary
-embeddings and caches stay as they are.
+Between blocks n streams travel as in our own networks, stream by stream in the batch axis, (n·N, …), so that nothing is
+remembered between blocks. What runs in a branch is given one stream of N samples: masks, positions, rotary embeddings
+and caches stay as they are.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class StreamedBlock(nn.Module):
         call: how the block is called.
         first: opens the streams, in the first block of a row.
         last: closes them, in the last one.
-        connection: how streams are read, mixed and written where the whole block is one branch, block(x) − x; None where
-            its connections are dressed one by one.
+        connection: how streams are read, mixed and written where the whole block is one branch, block(x) − x; None
+            where its connections are dressed one by one.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StreamedBlock(nn.Module):
         s = self.call.take(args, kwargs)
         if self.first is not None:
             s = self.first(s)
-        x, carried, write = (s, None, None) if self.connection is None else self.connection(s)
+        x, carried, write = (s, s, s) if self.connection is None else self.connection(s)
         args, kwargs = self.call.given(args, kwargs, x.clone() if self.call.writes_stream else x)
         output = block(*args, **kwargs)
         y = item_at(output, self.call.output)
@@ -60,7 +60,7 @@ class StreamedBlock(nn.Module):
 
 
 class Handover(threading.local):
-    """What a connection reads is handed to where it writes, within one call of the block: (streams, mixing, write), once.
+    """What is handed from where a connection reads to where it writes, once in a call of a block.
 
     Each thread has its own. A copy of the model has another one, which is empty.
     """

@@ -84,8 +84,9 @@ class StreamDressing:
             )
         assert self.change.example is not None
         self.survey = require_blocks(self.change.model, self.change.example, self.program)
-        reason, first = "", None
+        problems: list[Exception] = []
         for apart in (True, False):
+            reason = f"dressed one by one, {problems[0]}" if problems else ""
             rows = [self.sites_of(row, reason=reason, apart=apart) for row in self.rows()]
             try:
                 with self.change.savepoint():
@@ -94,10 +95,11 @@ class StreamDressing:
                         self.change.verify()
                 return
             except Exception as problem:  # whatever a network raises that is given other shapes than it expects
-                if not apart or all(site.points is None for row in rows for site in row):
-                    raise first or problem from problem
-                first = problem
-                reason = f"with its connections dressed one by one, {str(problem).strip().splitlines()[0]}"
+                problems.append(problem)
+                if all(site.points is None for row in rows for site in row):
+                    break
+        limit = self.chain and self.streams_for(rows[0][0], 0, 1).neutral_limit
+        raise SkipwayError(f"{problems[0]}; {limit}" if limit else str(problems[0])) from problems[0]
 
     def rows(self) -> Iterator[list[str]]:
         """Blocks each of which alone is given what the one before put out."""
@@ -157,7 +159,8 @@ class StreamDressing:
                 self.dress_branch(site.points, streams)
             self.change.touched.update((each.name, str(site)) for each in site.connections)
         first, last = self.scheme.open(), self.scheme.close(*channels(row[-1]))
-        assert isinstance(first, StreamEntry) and isinstance(last, StreamEntry)
+        assert isinstance(first, StreamEntry)
+        assert isinstance(last, StreamEntry)
         if self.neutral:
             last.start_neutral_()
         for block in dict.fromkeys((blocks[0], *wholes, blocks[-1])):
