@@ -173,7 +173,7 @@ class DynamicHyperConnection(HyperConnection):
         super().__init__(count, reads, spatial=spatial)
         self.norm = nn.LayerNorm(dim)
         self.map = Linear(dim, count + 2, bias=False, initial=Zeros())
-        self.mix_scale, self.write_scale = Gain(init=0.01), Gain(init=0.01)
+        self.mix_scale, self.write_scale = Gain(1, init=0.01, spatial=0), Gain(1, init=0.01, spatial=0)
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = unfold(s, self.count).movedim(self.channel, -1)
