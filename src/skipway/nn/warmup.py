@@ -35,6 +35,7 @@ class ResidualWarmup(nn.Module):
 
     step: Tensor
     end: Tensor
+    neutral_note = "at the end of its warm-up, which set_step(model, 0, total) begins: with the shortcuts alone"
 
     def __init__(
         self, end: int | float, *, until: float = 1.0, span: float = 1.0, lowest: float = 0.0, power: float = 1.0
@@ -49,6 +50,10 @@ class ResidualWarmup(nn.Module):
         """Back to step 0; an end that depends on the length of the training is unknown then, and 1."""
         self.step.zero_()
         self.end.fill_(self.length if isinstance(self.length, int) else 1)
+
+    def start_neutral_(self) -> None:
+        """Let the warm-up be over, in place: a = 1, so that a trained branch stays as it is."""
+        self.step.copy_(self.end)
 
     def factor(self) -> Tensor:
         """a(t)."""
