@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,11 @@ class ResidualWarmup(nn.Module):
     def start_neutral_(self) -> None:
         """Let the warm-up be over, in place: a = 1, so that a trained branch stays as it is."""
         self.step.copy_(self.end)
+
+    @property
+    def running(self) -> bool:
+        """Whether the factor is not 1 yet."""
+        return bool(self.factor() < 1)
 
     def factor(self) -> Tensor:
         """a(t)."""
@@ -156,12 +161,7 @@ class WarmupState:
 
 def warmup_state(model: nn.Module) -> WarmupState | None:
     """Where the residual warm-ups of a network stand; None for a network without."""
-    return state_of(find_warmups(model))
-
-
-def state_of(warmups: Iterable[ResidualWarmup]) -> WarmupState | None:
-    """Where some residual warm-ups stand; None for none."""
-    found = list(warmups)
+    found = list(find_warmups(model))
     if not found:
         return None
     factors = torch.stack([warmup.factor().float() for warmup in found]).tolist()
