@@ -26,7 +26,7 @@ from skipway.tracing.program import Program, Value
 from skipway.tracing.restoration import preserved_state, without_fused_layers
 from skipway.tracing.sums import StackedAxis, Term, is_addition, number_of, terms_of
 
-__all__ = ["copy_to_meta", "require_module", "unwrap", "watch"]
+__all__ = ["Recorder", "copy_to_meta", "record_program", "require_module", "unwrap", "watch"]
 
 # they take the shape of a tensor and not its values
 FACTORIES = frozenset(
@@ -184,9 +184,9 @@ def is_frozen(value: object) -> bool:
     return parameters is not None and parameters.frozen
 
 
-def record_program(model: nn.Module, example: Example) -> Program:
-    """Run the model on the example under the watch."""
-    recorder = Recorder(model, example)
+def record_program(model: nn.Module, example: Example, kind: type[Recorder] | None = None) -> Program:
+    """Run the model on the example under the watch, by a recorder of some kind."""
+    recorder = (kind or Recorder)(model, example)
     with without_fused_layers(), ExitStack() as stack, torch.no_grad():
         stack.callback(recorder.modules.close)
         stack.enter_context(recorder.modules.following())

@@ -10,6 +10,7 @@ from torch import nn
 from skipway.diagnosis.findings import LEVELS, Finding
 from skipway.diagnosis.lint.depth import constant_of_other_depth, depth_twice, flipped_exponent
 from skipway.diagnosis.lint.drops import by_python, in_evaluation, odd_rates, without_skip
+from skipway.diagnosis.lint.gates import half_open_gates
 from skipway.diagnosis.lint.modules import batch_of_one, hooks_beside_inplace
 from skipway.diagnosis.lint.optimizer import decayed, fast_scalars, frozen_in_branch, left_out
 from skipway.diagnosis.lint.rule import LintRule
@@ -22,6 +23,14 @@ from skipway.diagnosis.lint.scales import (
 )
 from skipway.diagnosis.lint.start import closing_norms, loud_branches, own_index, two_zero_factors, wiped_stream
 from skipway.diagnosis.lint.stream_scalars import compounding_scalars
+from skipway.diagnosis.lint.streams import (
+    decayed_streams,
+    half_writes,
+    identical_streams,
+    identity_as_logits,
+    saturated_mixing,
+    unused_mixing,
+)
 from skipway.diagnosis.lint.survey import Survey
 from skipway.diagnosis.settings import require_optimizers
 from skipway.tracing import Example, unwrap
@@ -44,8 +53,16 @@ RULES: tuple[LintRule, ...] = (
     constant_of_other_depth,
     flipped_exponent,
     depth_twice,
+    # gates, streams, earlier outputs
+    half_open_gates,
+    unused_mixing,
+    saturated_mixing,
+    identity_as_logits,
+    half_writes,
+    identical_streams,
     # the optimizer
     decayed,
+    decayed_streams,
     left_out,
     fast_scalars,
     compounding_scalars,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from skipway.diagnosis.lint.means import MeasuredProgram, measured_program
+from skipway.diagnosis.lint.stream_matrices import StreamMatrix, find_stream_matrices
 from skipway.diagnosis.settings import require_optimizers
 from skipway.nn import Branch, Carry, Cut, Gain, Multiply, Residual, ScaledShortcut
 from skipway.optim.roles import parameter_roles, role_of
@@ -100,6 +102,30 @@ class Survey:
         """The connections as they were watched; there is a program."""
         assert self.program is not None
         return chain_from_program(self.model, self.program)
+
+    @cached_property
+    def measured(self) -> MeasuredProgram | None:
+        """The program with the means of its values on random inputs, where the model has values."""
+        return None if self.example is None else measured_program(self.model, self.example)
+
+    @cached_property
+    def stream_matrices(self) -> tuple[StreamMatrix, ...]:
+        """The matrices of parameters that mix streams; none without an example."""
+        if self.program is None or self.example is None:
+            return ()
+        return find_stream_matrices(self.model, self.example, self.program)
+
+    @cached_property
+    def static_weights(self) -> tuple[str, ...]:
+        """The parameters that hold a matrix of mixing, and those of their modules that are no larger."""
+        found: dict[str, None] = {}
+        for matrix in self.stream_matrices:
+            path, count = matrix.name.rpartition(".")[0], len(matrix.values)
+            beside = self.model.get_submodule(path).named_parameters(path, recurse=False)
+            if not matrix.is_dead and (matrix.keeps_streams or self.parameters[matrix.name].ndim == 1):
+                found[matrix.name] = None
+                found |= {name: None for name, value in beside if count <= value.numel() <= count * (count + 2)}
+        return tuple(name for name in self.parameters if name in found)
 
     @cached_property
     def blocks(self) -> float:
