@@ -17,6 +17,7 @@ from torch import Tensor
 from skipway.checkpoint.state import clean_name, is_sharded
 from skipway.checkpoint.store import Checkpoints, Snapshot
 from skipway.errors import CheckpointError, printable
+from skipway.nn import warmup_state
 from skipway.tracing import unwrap
 from skipway.validation import is_whole
 
@@ -74,7 +75,8 @@ class LoopCheckpoints:
             find_state(name, part)
 
     def save(self, step: int) -> None:
-        """Save the state after `step` steps, which is what `resume` returns.
+        """Save the state after `step` steps, which is what `resume` returns; warn where the clock of a residual warm-up
+        has not moved by then.
 
         Raises:
             CheckpointError: a full disk and the like; the previous checkpoint is kept. A state with objects that are
@@ -88,6 +90,14 @@ class LoopCheckpoints:
                 f"step={step}: {printable(self.store.folder)} holds a checkpoint of step {later}, which would be "
                 "replaced; begin with resume(), or give another folder"
             )
+        for name, part in self.parts.items():
+            warmup = warmup_state(part) if isinstance(part, torch.nn.Module) else None
+            if warmup is not None and warmup.running and step > 0 and warmup.step == 0:
+                warnings.warn(
+                    f"{name}: the residual warm-up stands at {warmup} after {step} steps; call "
+                    "skipway.set_step(model, step, total) after each optimizer step",
+                    stacklevel=2,
+                )
         tensors: dict[str, Tensor] = {}
         state = {name: encode(find_state(name, part)[0](), name, tensors) for name, part in self.parts.items()}
         state[RANDOM] = encode(random_state(), RANDOM, tensors)

@@ -22,6 +22,7 @@ from skipway.diagnosis.outlook import outlook, probability
 from skipway.diagnosis.passes import look_ahead
 from skipway.diagnosis.progress import PassCounter
 from skipway.diagnosis.remedies import Case, Remedy
+from skipway.diagnosis.residual_warmup import judged_warmup
 from skipway.diagnosis.rows import SignalRow, signal_rows
 from skipway.diagnosis.rules import Context, findings_of, verdict_of
 from skipway.diagnosis.settings import Settings, settings_of
@@ -367,6 +368,7 @@ def examine(subject: Subject, settings: Settings, *, thorough: bool = False, beg
     """Measure a subject, judge it, and return the diagnosis."""
     began = time.perf_counter() if began is None else began
     iterations = 3 if thorough else 0
+    subject.warmup = judged_warmup(subject.model, settings.steps)
     measurement = measure(subject, lambda: settings.make(subject.model, subject.program), iterations=iterations)
     labelled = subject.objective is None or subject.objective.labelled
 

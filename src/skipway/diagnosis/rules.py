@@ -152,6 +152,31 @@ def two_zeros(context: Context) -> Iterator[Finding]:
     )
 
 
+def residual_warmup(context: Context) -> Iterator[Finding]:
+    """A clock that something has to move, and a training that ends before it does."""
+    warmup = context.subject.warmup
+    if warmup is None:
+        return
+    late = (
+        ""
+        if not warmup.planned.running
+        else f"; after the {warmup.total:,} planned steps they end at "
+        + (f"{min(warmup.planned.factors):.3g}, which a share of the training, prores(0.25), avoids")
+    )
+    silent = any(signal.branch == 0 for signal in context.measured.connections)
+    yield Finding(
+        rule="residual-warmup",
+        level="note",
+        what=f"the residual warm-up stands at {warmup.now}; the network is judged as at {warmup.judged}{late}",
+        why="A branch adds nothing and has no gradient while its factor is 0. Something has to move the clock: a loop "
+        "that does not call skipway.set_step(model, step, total) after each optimizer step trains stem and head alone."
+        + " The branches start at 0 themselves, too: two zeros at step 0, and one from step 1 on."
+        * silent,
+        source="Chen et al. 2026, eq. 3 (https://arxiv.org/abs/2603.05369)",
+        evidence={"step": float(warmup.now.step), "smallest factor": min(warmup.now.factors)},
+    )
+
+
 def similarity_collapse(context: Context) -> Iterator[Finding]:
     """Different samples, or the tokens of one sample, end up in the same direction."""
     points: Sequence[ConnectionSignal | LayerSignal] = context.measured.connections or context.measured.layers[:-1]
@@ -344,6 +369,7 @@ LOUD = 10.0
 RULES: tuple[Rule, ...] = (
     not_finite,
     two_zeros,
+    residual_warmup,
     stream_grows,
     similarity_collapse,
     no_skips,

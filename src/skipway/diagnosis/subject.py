@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from skipway.diagnosis.progress import PassCounter
+from skipway.diagnosis.residual_warmup import JudgedWarmup
 from skipway.errors import SkipwayError
-from skipway.nn import Streams
+from skipway.nn import Streams, set_step
 from skipway.probes import MEASURES, Observer, Probe, Signals
 from skipway.probes.objective import Loss, Objective, choose_objective, output_heads
 from skipway.tracing import Example, Program, preserved_state, watch
@@ -51,6 +52,8 @@ class Subject:
     passes: float = field(default=0.0, init=False)
     """Forward-backward passes over the whole batch so far; a backward pass counts two forward passes."""
     progress: PassCounter | None = field(default=None, repr=False)
+    warmup: JudgedWarmup | None = field(default=None, init=False)
+    """Where the clock of a residual warm-up stands in all passes; None: where it is."""
     objective: Objective | None = field(default=None, init=False)
     """The loss, chosen on the first output."""
 
@@ -146,8 +149,12 @@ class Subject:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Enter the chosen mode with the same random numbers each time, and put everything back afterwards."""
+        """Enter the chosen mode, with the same random numbers each time and a residual warm-up at the step at which it
+        is judged, and put everything back afterwards.
+        """
         with preserved_state(self.model), seeded(self.seed), torch.enable_grad(), without_reentry():
+            if self.warmup is not None:
+                set_step(self.model, self.warmup.judged.step, self.warmup.total)
             if any(module.training != self.training for module in self.model.modules()):
                 self.model.train(self.training)
             yield

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from skipway.nn.warmup import warmup_state
 from skipway.probes import probe
 from skipway.probes.objective import Loss
 from skipway.tracing import Example, as_example
@@ -82,6 +83,7 @@ class Health:
     spent: float = 0.0
     steps: int = 0
     connections: Chain[WatchedConnection] | None = None
+    clock: int | None = None
 
     def due(self) -> bool:
         """Whether it is time for a sample: the earlier ones took less than the share. Counts the steps."""
@@ -98,12 +100,28 @@ class Health:
         if self.connections is None:
             self.connections = chain(model, example)
         rows = sample_health(model, example, targets, loss, self.connections)
+        still = self.clock_warnings(model)
         if not self.first:
             # the first sample pays for what is done once, so its time does not count
             self.first, self.began = rows, time.monotonic()
-            return rows, []
+            return rows, still
         self.spent += time.monotonic() - start
-        return rows, self.warnings(rows)
+        return rows, [*still, *self.warnings(rows)]
+
+    def clock_warnings(self, model: nn.Module) -> list[str]:
+        """A warning, once, about a residual warm-up that stands still between samples, or at 0 in the first one."""
+        state, before = warmup_state(model), self.clock
+        if state is None or not state.running:
+            return []
+        self.clock = state.step
+        moved = state.step != before if before is not None else state.step > 0 or not self.steps
+        if moved or "clock" in self.warned:
+            return []
+        self.warned.add("clock")
+        return [
+            f"the residual warm-up stands still at {state}: call skipway.set_step(model, step, total) after each "
+            "optimizer step"
+        ]
 
     def warnings(self, rows: Rows) -> list[str]:
         """New warnings; each names the first connection that it holds for, and is given once.
