@@ -85,6 +85,7 @@ class Promise:
 OPERATIONS: dict[str, Promise] = {
     "rescheme": Promise(lambda m, x: rescheme(m, x, "layerscale"), outputs=True, training=True),
     "rescheme, divide": Promise(lambda m, x: rescheme(m, x, "skipinit(init=0.5)", start="divide"), True, True),
+    "rescheme, streams": Promise(lambda m, x: rescheme(m, x, "hyperconnections(2)"), outputs=True, training=True),
     "remove_norm": Promise(remove_norm, outputs=True),
     "shorten": Promise(lambda m, x: shorten(m, x, 1)),
     "deepen": Promise(lambda m, x: deepen(m, x, 1), outputs=True, training=True),

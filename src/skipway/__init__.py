@@ -50,9 +50,12 @@ if TYPE_CHECKING:
         DyT,
         Fixup,
         GatedStreams,
+        GTrXL,
+        Highway,
         HyperConnections,
         Identity,
         Keel,
+        LAuReL,
         LayerNormScaling,
         LayerScale,
         MixNorm,
@@ -110,9 +113,9 @@ _HOME = {
     "probes.features": "features stage_features",
     "recipe": "Recipe",
     "schemes": (
-        "DeepNorm DepthScaled DyT Fixup GatedStreams HyperConnections Identity Keel LayerNormScaling LayerScale MHC "
-        "MixNorm NormFree Orthogonal PeriNorm Plain PreActivation ProRes ReZero Scheme SkipInit StochasticDepth "
-        "ZeroInit"
+        "DeepNorm DepthScaled DyT Fixup GatedStreams GTrXL Highway HyperConnections Identity Keel LAuReL "
+        "LayerNormScaling LayerScale MHC MixNorm NormFree Orthogonal PeriNorm Plain PreActivation ProRes ReZero "
+        "Scheme SkipInit StochasticDepth ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

@@ -36,6 +36,10 @@ needs_onnx = pytest.mark.skipif(
         ("convnext", "identity"),
         ("swin", "skipinit(init=0.5) + stochasticdepth(0.5)"),
         ("swinv2", "identity"),
+        ("vit", "hyperconnections(2)"),
+        ("vit", "mhc(n=2, iterations=3)"),
+        ("vit", "gatedstreams(2)"),
+        ("vit", "orthogonal"),
     ],
 )
 def test_every_family_runs_elsewhere(tmp_path, family, scheme):

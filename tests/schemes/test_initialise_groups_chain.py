@@ -60,10 +60,17 @@ def test_gains_go_back_to_their_own_value_not_to_one():
     assert (gain.gain == 0.25).all()
 
 
-@pytest.mark.parametrize("scheme", list(all_schemes("conv")))
-def test_groups_follow_the_owner_never_the_shape(scheme):
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        *(("se-resnet18", scheme) for scheme in all_schemes("conv")),
+        *(("vit-tiny-16", scheme) for scheme in all_schemes("attention")),
+    ],
+)
+def test_groups_follow_the_owner_never_the_shape(family, scheme):
     """P4: every parameter in one group; gains, biases and norms are decayed only where the scheme says so."""
-    model = sw.build("se-resnet18", scheme=scheme, width=8, stem_width=8, squeeze=4)
+    small = {"width": 8, "stem_width": 8, "squeeze": 4} if family == "se-resnet18" else {"dim": 12, "depth": 1}
+    model = sw.build(family, scheme=scheme, **small)
     groups = sw.param_groups(model, lr=1.0, weight_decay=0.1)
     listed = [id(p) for g in groups for p in g["params"]]
     assert sorted(listed) == sorted(id(p) for p in model.parameters())

@@ -130,6 +130,12 @@ def test_the_size_of_adams_step_does_not_depend_on_the_factor(optimizer):
     torch.testing.assert_close(ratio, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", [each for each in SCHEDULES if not each.startswith("fix")])
+def test_at_the_end_every_factor_is_exactly_1(schedule):
+    for blocks in range(1, 30):
+        assert set(factors(schedule, blocks, 7 * blocks, "conv")) == {1.0}
+
+
 def small(scheme: str = "prores(4)") -> nn.Module:
     return sw.build("resnet-cifar", depth=8, width=4, stem_width=4, classes=3, scheme=scheme)
 

@@ -180,23 +180,33 @@ def test_spec_string_is_the_objects_own(spec):
         assert read(repr(scheme)) == scheme
 
 
-def compiled_specs() -> list[str]:
-    """All schemes, mhc with fewer iterations: each is unrolled into the graph."""
-    return ["mhc(iterations=3)" if name == "mhc" else name for name in all_schemes("conv")]
+def compiled_pairs() -> list[tuple[str, str]]:
+    """A small ResNet with every scheme that fits, a ViT with the others and with several streams; mhc with fewer
+    iterations, each of which is unrolled into the graph.
+    """
+    conv = list(all_schemes("conv"))
+    others = [name for name in all_schemes() if name not in conv or read(name).open() is not None]
+    pairs = [*(("cifar", name) for name in conv), *(("vit", name) for name in others)]
+    return [(model, "mhc(iterations=3)" if name == "mhc" else name) for model, name in pairs]
 
 
-@pytest.mark.parametrize("spec", compiled_specs())
-def test_compiles_without_graph_break(spec):
+def make_small(model: str, spec: str) -> nn.Module:
+    options = {"depth": 8, "width": 4, "stem_width": 4} if model == "cifar" else {**MODELS["vit"][1], "depth": 1}
+    return sw.build(MODELS[model][0], scheme=spec, **options).eval()
+
+
+@pytest.mark.parametrize(("model", "spec"), compiled_pairs())
+def test_compiles_without_graph_break(model, spec):
     torch.compiler.reset()
-    network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=spec).eval()
+    network = make_small(model, spec)
     x = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", compiled_specs())
-def test_exports(spec):
-    network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=spec).eval()
+@pytest.mark.parametrize(("model", "spec"), compiled_pairs())
+def test_exports(model, spec):
+    network = make_small(model, spec)
     x = torch.randn(2, 3, 8, 8)
     program = torch.export.export(network, (x,))
     torch.testing.assert_close(program.module()(x), network(x), rtol=1e-5, atol=1e-6)

@@ -178,7 +178,7 @@ def test_stack_with_others_and_refusals():
     with pytest.raises(SkipwayError, match="n=0"):
         sw.schemes.parse_scheme("hyperconnections(0)")
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True).eval()
-    with pytest.raises(SkipwayError, match="several streams, which stem and head"):
+    with pytest.raises(SkipwayError, match="no block that adds to x itself"):
         sw.rescheme(layer, torch.randn(2, 5, 8), "hyperconnections")
 
 

@@ -174,3 +174,64 @@ def test_every_scheme_is_compared_with_and_without_norm():
         bare = name if name in FREE else NORMLESS.get(name, f"{name} + skipinit(init=1.0, norm='remove')")
         model = build_resnet(bare, study.cell(depth=8, width=4), 1, 10)
         assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()), name
+
+
+def test_permutations_are_doubly_stochastic_and_few_iterations_of_sinkhorn_are_not():
+    """mHC-lite's mixing is exact by construction; two iterations on large logits leave the sums off by 5 %."""
+    study = find_study("sinkhorn")
+    settings = {"scheme": "alike", "spread": 4.0, "depth": 60, "seed": 0, "draws": 16}
+    assert study.measure(study.cell(**settings, iterations=0))["farthest"] < 1e-5
+    few = study.measure(study.cell(**settings, iterations=2))
+    assert few["farthest"] > 0.05 > 1e-4 > few["farthest_received"]
+
+
+def test_a_difference_counts_if_its_interval_excludes_zero():
+    """Student's t with 2 degrees of freedom: 4.303 standard errors."""
+    from skipway.studies.statistics import pair_by_seed
+
+    first = [{"seed": seed, "loss": value} for seed, value in enumerate((1.0, 2.0, 3.0))]
+    near = [{"seed": seed, "loss": value + 0.1 * seed} for seed, value in enumerate((1.0, 2.0, 3.0))]
+    found = pair_by_seed(first, near, "loss")
+    assert found.differences.values == pytest.approx((0.0, -0.1, -0.2))
+    assert found.bound == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    assert found.sign == 0
+    far = [{"seed": seed, "loss": value + 1 + 0.1 * seed} for seed, value in enumerate((1.0, 2.0, 3.0))]
+    assert pair_by_seed(first, far, "loss").sign == -1
+    assert pair_by_seed(far, first, "loss").sign == 1
+    assert pair_by_seed(first[:1], far, "loss").sign == 0
+
+
+@pytest.mark.parametrize("name", ["post-norm", "DeepNorm", "Keel"])
+def test_skips_of_post_norm_schemes_pass_what_theory_says(name):
+    """log₂ of the squared gradient along the skips alone: -L log₂(1 + v / α²), v the branch's second moment."""
+    study = find_study("keel")
+    row = study.measure(study.cell(kind="skips", scheme=name, depth=32, seed=0, width=128))
+    factor = {"post-norm": 2.0, "DeepNorm": 1 / (8 * 32 * 32**0.5), "Keel": 2 / 32**2}[name]
+    assert row["backward"] == pytest.approx(-32 * math.log2(1 + factor), rel=0.05, abs=0.05)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_variants_keep_the_start_of_their_scheme(family):
+    """The start is drawn before the scheme takes its step: branches that start at zero stay silent."""
+    from skipway.studies.variants import NetworkVariant, build_network
+    from skipway.tracing.chain import chain
+
+    model = build_network(family, NetworkVariant("zeroinit"), 4, 8, data_of(None)).eval()
+    assert len(chain(model)) == (8 if family == "vit" else 4)
+    for connection in chain(model):
+        assert not connection.path[-1].weight.any() or not connection.residual.branch.closing_norm().weight.any()
+
+
+def test_a_comparison_is_paired_and_at_each_variants_best_rate():
+    from skipway.studies.variants import compare
+
+    def trained(scheme, rate, losses):
+        common = {"kind": "train", "family": "vit", "depth": 6, "scheme": scheme, "lr": rate}
+        return [{**common, "seed": seed, "train_loss": loss, "test_loss": loss} for seed, loss in enumerate(losses)]
+
+    low, high = trained("a", 0.1, (1.0, 2.0, 3.0)), trained("b", 0.1, (1.5, 2.6, 3.4))
+    assert compare("", low + high, "a", "b").answer == "holds"
+    assert compare("", low + high, "b", "a").answer == "does not hold"
+    assert compare("", low + high + trained("b", 0.2, (0.1, 1.1, 2.1)), "a", "b").answer == "does not hold"
+    assert compare("", low + trained("b", 0.1, (1.5, 1.5, 3.4)), "a", "b").answer == "open"
+    assert compare("", low, "a", "b").answer == "open"

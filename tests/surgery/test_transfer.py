@@ -250,3 +250,76 @@ def test_a_gain_behind_what_does_not_commute_stays():
     assert torch.equal(model(TOKENS), before)
     with pytest.raises(sw.SkipwayError, match="nothing to fold"):
         fold_gains(nn.Linear(3, 3), TOKENS)
+
+
+def pre_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True, norm_first=True).eval()
+
+
+def normed(f: Tensor, gain: float | Tensor) -> Tensor:
+    """γ F / rms(F) (Zhang & Sennrich 2019)."""
+    return gain * f / f.square().mean(-1, keepdim=True).sqrt()
+
+
+def branches(layer: nn.Module, x: Tensor, after) -> Tensor:
+    """A pre-norm layer whose branches pass through `after(number, F)`."""
+    h = layer.norm1(x)
+    x = x + after(0, nn.MultiheadAttention.forward(layer.self_attn, h, h, h, need_weights=False)[0])
+    return x + after(1, layer.linear2(F.relu(layer.linear1(layer.norm2(x)))))
+
+
+def test_perinorm_starts_at_the_branch_itself_and_ends_at_its_norm():
+    """F + a (γ F / rms(F) − F): a = 0 is the trained branch, a = 1 Peri-LN's, with γ as large as F on the example."""
+    layer, twin = pre_norm(), pre_norm()
+    operation = rescheme(layer, TOKENS, "perinorm")
+    assert torch.equal(layer(TOKENS), twin(TOKENS))
+    assert operation.touched[":1"] == "dropout1, as F + a (norm(F) − F) with a = 0"
+    ends = [layer.dropout1.residual_scale, layer.dropout2.residual_scale]
+    outputs: list[Tensor] = []
+    branches(twin, TOKENS, lambda _, f: outputs.append(f) or f)
+    for end, f in zip(ends, outputs, strict=True):
+        size = f.square().mean(-1).sqrt().mean()
+        torch.testing.assert_close(end.weight, size.expand(32), rtol=1e-4, atol=1e-4)
+        nn.init.ones_(end.share)
+    gains = [end.weight.detach() for end in ends]
+    expected = branches(twin, TOKENS, lambda number, f: normed(f, gains[number]))
+    torch.testing.assert_close(layer(TOKENS), expected, rtol=1e-4, atol=1e-4)
+    layer(TOKENS).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for end in ends for p in end.parameters())
+    operation.undo(force=True)
+    assert torch.equal(layer(TOKENS), twin(TOKENS))
+
+
+def test_perinorm_from_scratch_is_the_papers_connection():
+    """Kim et al. 2025, eq. 2: y = x + norm(F(norm(x))), γ = 1, of two parallel branches together."""
+    layer, twin = pre_norm(), pre_norm()
+    rescheme(layer, TOKENS, "perinorm", start="scheme")
+    torch.testing.assert_close(layer(TOKENS), branches(twin, TOKENS, lambda _, f: normed(f, 1)), rtol=1e-4, atol=1e-4)
+
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.one, self.two = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            return x + (self.one(h) + self.two(h).relu())
+
+    model = nn.Sequential(Parallel(), Parallel())
+    before = [block(TOKENS) - TOKENS for block in model[:1]]
+    rescheme(model, TOKENS, "perinorm", start="scheme")
+    torch.testing.assert_close(model[0](TOKENS) - TOKENS, normed(before[0], 1), rtol=1e-4, atol=1e-4)
+
+
+def test_prores_on_a_trained_branch_stands_at_the_end_of_its_clock():
+    """a = 1 leaves what was trained; step 0 would be the shortcuts alone (Chen et al. 2026, eq. 3)."""
+    layer, twin = pre_norm(), pre_norm()
+    for scheme in ("prores(10)", "prores(0.5, schedule='stagewise-0')"):
+        operation = rescheme(layer, TOKENS, scheme)
+        assert torch.equal(layer(TOKENS), twin(TOKENS))
+        assert "at the end of its warm-up" in operation.touched[":1"]
+        sw.set_step(layer, 0, 100)
+        assert torch.equal(layer(TOKENS), TOKENS)
+        operation.undo()
+        assert torch.equal(layer(TOKENS), twin(TOKENS))

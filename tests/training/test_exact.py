@@ -45,6 +45,8 @@ OPTIONS = [
     {"freeze": "1"},
     {"freeze": "blocks(1)"},
     {"size": 16, "grow_from": 8, "class_weights": "balanced", "flip_test": True},
+    {"scheme": "layerscale + prores(0.7)"},
+    {"scheme": "prores(2, 'stagewise-0')"},
     {"precision": "bfloat16", "save_every": 2},
     {"precision": "float16", "clip": "norm(1.0)"},
 ]

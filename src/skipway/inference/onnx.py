@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from skipway.checkpoint.files import file_aside
 from skipway.errors import MissingExtraError, SkipwayError, printable, spell
 from skipway.inference.inputs import call_for_tensor, root_cause, single_tensor
+from skipway.nn import Multiply, ResidualWarmup, warmup_state
 from skipway.tracing.example import Example
 from skipway.tracing.module_state import copy_module
 
@@ -66,7 +67,8 @@ def export_onnx(
             agrees with the model at the example's and at larger ones; else they are fixed, and a remark says why.
         opset: version of the ONNX operators; by default the exporter's.
         metadata: texts by name that are stored in the file.
-        remark: called with a sentence about a decision: sides that are fixed, a type that was converted.
+        remark: called with a sentence about a decision: sides that are fixed, a type that was converted, a residual
+            warm-up (`prores`) that has not ended and is written with the factors that it stands at.
 
     Returns:
         the largest absolute difference between the file in onnxruntime, on the CPU, and the model, over random inputs
@@ -86,7 +88,7 @@ def export_onnx(
         if find_spec(package) is None:
             raise MissingExtraError(package, "onnx", "an export to ONNX")
     path, given = check_path(path), single_tensor(example)
-    model, given = in_float32(model, given, remark)
+    model, given = in_float32(freeze_warmups(model, remark), given, remark)
 
     def write(model: nn.Module, file: Path, images: Tensor, free: bool) -> None:
         write_onnx_file(model, file, images, free, opset, metadata or {})
@@ -116,7 +118,7 @@ def export_program(
         path: of the file, with the suffix `.pt2`.
         sides: see `export_onnx`.
         extra: texts by name that are stored in the file, `torch.export.load`'s `extra_files`.
-        remark: called with a sentence if the sides are fixed.
+        remark: called with a sentence if the sides are fixed, or a residual warm-up (`prores`) has not ended.
 
     Returns:
         the largest absolute difference between the file's program and the model, over random inputs of two batch sizes.
@@ -128,6 +130,7 @@ def export_program(
     path, given = check_path(path), single_tensor(example)
     if path.suffix != ".pt2":
         raise SkipwayError(f"{printable(path)}: the rule is the suffix .pt2, which torch.export requires")
+    model = freeze_warmups(model, remark)
 
     def write(model: nn.Module, file: Path, images: Tensor, free: bool) -> None:
         program = torch.export.export(model, (images,), dynamic_shapes=(free_axes(images, free),))
@@ -192,19 +195,37 @@ def check_path(path: str | Path) -> Path:
     return path
 
 
+def freeze_warmups(model: nn.Module, remark: Callable[[str], None]) -> nn.Module:
+    """A model whose residual warm-ups are the constants that they stand at; a copy where it has some."""
+    state = warmup_state(model)
+    if state is None:
+        return model
+    twin = copied(model, "give one without a residual warm-up")
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, ResidualWarmup):
+            factor = float(module.factor())
+            twin.set_submodule(name, Multiply(factor) if factor != 1 else nn.Identity())
+    if state.running:
+        remark(f"the residual warm-up stands at {state}; the file holds these factors as constants")
+    return twin
+
+
+def copied(model: nn.Module, remedy: str) -> nn.Module:
+    """A copy of a model."""
+    try:
+        return copy_module(model)
+    except Exception as error:  # a module that refuses to be copied
+        raise SkipwayError(f"this {type(model).__name__} cannot be copied ({root_cause(error)}); {remedy}") from error
+
+
 def in_float32(model: nn.Module, given: Tensor, remark: Callable[[str], None]) -> tuple[nn.Module, Tensor]:
     """A model and its input in a type that onnxruntime runs; a copy where they have another."""
     types = {tensor.dtype for tensor in (given, *model.parameters(), *model.buffers())}
     foreign = [kind for kind in CAST if kind in types]
     if not foreign:
         return model, given
-    try:
-        twin = copy_module(model).float()
-    except Exception as error:  # a module that refuses to be copied
-        raise SkipwayError(
-            f"this {type(model).__name__} is in {name_of(foreign[0])}, which onnxruntime does not run, and cannot be "
-            f"copied ({root_cause(error)}); give model.float()"
-        ) from error
+    reason = f"onnxruntime does not run {name_of(foreign[0])}, so give model.float()"
+    twin = copied(model, reason).float()
     remark(f"the file computes in float32, since onnxruntime does not run {name_of(foreign[0])} on a CPU")
     return twin, given.float() if given.is_floating_point() else given
 

@@ -7,8 +7,8 @@ from skipway.nn.depthwise import DepthwiseMlp
 from skipway.nn.drop import DropPath
 from skipway.nn.gain import Bias, Gain, Multiply
 from skipway.nn.gate import SqueezeExcitation
-from skipway.nn.initial import FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal, Zeros
-from skipway.nn.join import OrthogonalSum
+from skipway.nn.initial import ColumnOrthogonal, FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal, Zeros
+from skipway.nn.join import GRUGate, HighwayGate, LowRankMap, OrthogonalSum, WeightedSum
 from skipway.nn.manifold import ManifoldHyperConnection, sinkhorn
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
 from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
@@ -33,6 +33,7 @@ __all__ = [
     "ChannelsLast",
     "ClassAttention",
     "Classifier",
+    "ColumnOrthogonal",
     "Conv",
     "Conv2d",
     "ConvBranch",
@@ -45,17 +46,20 @@ __all__ = [
     "DynamicTanh",
     "FanInUniform",
     "FirstToken",
+    "GRUGate",
     "Gain",
     "GatedExit",
     "GatedRead",
     "GatedResidual",
     "GlobalResponseNorm",
     "HeNormal",
+    "HighwayGate",
     "HyperConnection",
     "Initial",
     "LayerNorm2d",
     "Linear",
     "LinearMap",
+    "LowRankMap",
     "ManifoldHyperConnection",
     "Mlp",
     "Multiply",
@@ -80,6 +84,7 @@ __all__ = [
     "TokenGrid",
     "TruncatedNormal",
     "WarmupState",
+    "WeightedSum",
     "Window",
     "WindowAttention",
     "XavierNormal",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["FanInUniform", "HeNormal", "Initial", "TruncatedNormal", "XavierNormal", "Zeros"]
+__all__ = ["ColumnOrthogonal", "FanInUniform", "HeNormal", "Initial", "TruncatedNormal", "XavierNormal", "Zeros"]
 
 
 class Initial(Protocol):
@@ -48,6 +49,23 @@ class XavierNormal:
 
     def __call__(self, weight: Tensor) -> Tensor:
         return nn.init.xavier_normal_(weight)
+
+
+@dataclass(frozen=True)
+class ColumnOrthogonal:
+    """W[j, i] = 1 / √(r d) where i mod r = j, else 0, for W of r × d: orthogonal rows (LAuReL's A, sec. 3.3).
+
+    >>> import torch
+    >>> ColumnOrthogonal()(torch.empty(2, 2)) * 2
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        rank, dim = weight.shape
+        with torch.no_grad():
+            own = torch.arange(dim, device=weight.device) % rank == torch.arange(rank, device=weight.device)[:, None]
+            return weight.copy_(own * (rank * dim) ** -0.5)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,17 @@ class ManifoldHyperConnection(Streams):
             rows = [torch.eye(self.count)[list(order)].flatten() for order in orders(self.count)]
             self.permutations.copy_(torch.stack(rows))
 
+    @torch.no_grad()
+    def start_neutral_(self, reads: int) -> None:
+        """W = 0; stream `reads` is read with (n + 1) / 2n and each other one with 1 / 2n, which add up to 1. What is
+        carried is s but for Sinkhorn's ε.
+        """
+        self.reset_parameters()
+        self.map.weight.zero_()
+        read = torch.full((self.count,), 1 / (2 * self.count))
+        read[reads] += 0.5
+        self.base[: self.count].copy_(torch.logit(read - self.epsilon))
+
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = unfold(s, self.count).movedim(self.channel, -1)
         v = as_float32(s.movedim(0, -2).flatten(-2))

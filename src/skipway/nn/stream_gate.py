@@ -41,6 +41,15 @@ class GatedRead(nn.Module):
         """γ = 0."""
         nn.init.zeros_(self.gain)
 
+    @torch.no_grad()
+    def start_neutral_(self, reads: int) -> None:
+        """x = rms(s) of n equal streams s, which a norm behind it cannot tell from s but for its ε: gates are ½, and
+        the gains 1 + γ are n + 1 for stream `reads` and 1 for the others, 2 on average.
+        """
+        self.up.weight.zero_()
+        self.gain.zero_()
+        self.gain.unflatten(0, (self.count, -1))[reads] = self.count
+
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor]:
         wide = as_float32(s)
         size = wide.square().mean(-1, keepdim=True) + self.epsilon
@@ -61,10 +70,21 @@ class GatedResidual(Streams):
     Decay and learning rate: linear maps are decayed, the gain is not.
     """
 
+    neutral_limit = (
+        "streams are normalised where they are read, which leaves a network as it is, up to the ε of its norms, only "
+        "if every branch begins with a norm and one follows on the last block"
+    )
+
     def __init__(self, count: int, *, dim: int, rank: int, spatial: int) -> None:
         super().__init__(count, spatial)
         self.read = GatedRead(count, dim, rank)
         self.inject = Linear(count * dim, count, bias=False, initial=TruncatedNormal(0.02))
+
+    @torch.no_grad()
+    def start_neutral_(self, reads: int) -> None:
+        """Neutral where the branch begins with a norm; see `GatedRead.start_neutral_`."""
+        self.read.start_neutral_(reads)
+        self.inject.weight.zero_()
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, t = self.read(unfold(s, self.count).movedim(self.channel, -1).movedim(0, -2))
@@ -80,6 +100,10 @@ class GatedExit(StreamExit):
         super().__init__(count)
         self.channel = -1 - spatial
         self.read = GatedRead(count, dim, rank)
+
+    def start_neutral_(self) -> None:
+        """Neutral where a norm follows; see `GatedRead.start_neutral_`."""
+        self.read.start_neutral_(0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.read(unfold(x, self.count).movedim(self.channel, -1).movedim(0, -2))[0].movedim(-1, self.channel)

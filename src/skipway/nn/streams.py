@@ -6,6 +6,8 @@ alike (stages, downsampling, norms after an addition) takes them as they are.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,6 +51,9 @@ class StreamEntry(nn.Module):
         super().__init__()
         self.count = count
 
+    def start_neutral_(self) -> None:
+        """Start so that a network with one stream computes what it did; see `Streams.start_neutral_`."""
+
     def forward(self, x: Tensor) -> Tensor:
         return x.repeat(self.count, *(1,) * (x.ndim - 1))
 
@@ -77,9 +82,25 @@ class Streams(nn.Module):
         spatial: axes after the channel axis: 2 for (N, C, H, W), 0 for (N, T, C).
     """
 
+    neutral_limit: ClassVar[str] = ""
+    """What the start of `start_neutral_` needs of the network around it, in words."""
+
     def __init__(self, count: int, spatial: int) -> None:
         super().__init__()
         self.count, self.channel = count, -1 - spatial
+
+    def start_neutral_(self, reads: int) -> None:
+        """Start, in place, so that n equal streams s are read as s and carried on as s, and a branch is written with 1:
+        a network with one stream that is given n computes what it did. Streams must not stay equal for ever, so stream
+        `reads` is read more than others.
+
+        Raises:
+            SkipwayError: there is no such start.
+        """
+        raise SkipwayError(
+            f"{type(self).__name__} has no start at which n equal streams are read and carried on as they are, so that "
+            "a trained network would compute something else"
+        )
 
     def join(self, carried: Tensor, write: Tensor, f: Tensor) -> Tensor:
         """carriedⱼ + writeⱼ f; where a branch made the map smaller, a weight per pixel is averaged as the map is."""
@@ -124,6 +145,11 @@ class HyperConnection(Streams):
         read[self.reads] = 1
         self.static.copy_(torch.cat((read, torch.eye(self.count), torch.ones(self.count, 1)), dim=1))
 
+    def start_neutral_(self, reads: int) -> None:
+        """The start of the paper, which is neutral."""
+        self.reads = reads
+        HyperConnection.reset_parameters(self)
+
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = unfold(s, self.count)
         mixed = (self.static[:, :-1].T @ s.flatten(1)).view(-1, *s.shape[1:])
@@ -147,7 +173,7 @@ class DynamicHyperConnection(HyperConnection):
         super().__init__(count, reads, spatial=spatial)
         self.norm = nn.LayerNorm(dim)
         self.map = Linear(dim, count + 2, bias=False, initial=Zeros())
-        self.mix_scale, self.write_scale = Gain(init=0.01), Gain(init=0.01)
+        self.mix_scale, self.write_scale = Gain(1, init=0.01, spatial=0), Gain(1, init=0.01, spatial=0)
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = unfold(s, self.count).movedim(self.channel, -1)

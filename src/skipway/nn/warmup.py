@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ __all__ = ["ResidualWarmup", "WarmupState", "find_warmups", "set_step", "warmup_
 
 
 class ResidualWarmup(nn.Module):
-    """y = a(t) x with a(t) = m + (1 − m) clamp((t/W − begin) / span, 0, 1)^power, t the step of the training.
+    """y = a(t) x, a(t) = m + (1 − m) clamp(1 − (until − t/W) / span, 0, 1)^power, t the step of the training.
 
     t and W are two whole numbers in buffers of the state dict: they survive saving, loading, casts to other types and
     compilation, averages of weights copy them, and nothing is computed anew where they change.
@@ -23,24 +23,25 @@ class ResidualWarmup(nn.Module):
     Args:
         end: W, the step at which the warm-up of the whole network ends; as a float the share of the training, whose
             length `set_step` is then told.
-        begin: where this branch begins to rise, as a share of W.
-        span: how long it rises, as a share of W.
+        until: where this branch has its full size, as a share of W; from W on all have exactly 1.
+        span: how long it rises until then, as a share of W.
         lowest: m, its value until then.
         power: exponent.
 
-    >>> warmup = ResidualWarmup(100, span=0.5)
+    >>> warmup = ResidualWarmup(100, until=0.5, span=0.5)
     >>> set_step(warmup, 10), float(warmup(torch.ones(())))
     (1, 0.2...)
     """
 
     step: Tensor
     end: Tensor
+    neutral_note = "at the end of its warm-up, which set_step(model, 0, total) begins: with the shortcuts alone"
 
     def __init__(
-        self, end: int | float, *, begin: float = 0.0, span: float = 1.0, lowest: float = 0.0, power: float = 1.0
+        self, end: int | float, *, until: float = 1.0, span: float = 1.0, lowest: float = 0.0, power: float = 1.0
     ) -> None:
         super().__init__()
-        self.length, self.begin, self.span, self.lowest, self.power = end, begin, span, lowest, power
+        self.length, self.until, self.span, self.lowest, self.power = end, until, span, lowest, power
         for name in ("step", "end"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.reset_parameters()
@@ -50,24 +51,33 @@ class ResidualWarmup(nn.Module):
         self.step.zero_()
         self.end.fill_(self.length if isinstance(self.length, int) else 1)
 
+    def start_neutral_(self) -> None:
+        """Let the warm-up be over, in place: a = 1, so that a trained branch stays as it is."""
+        self.step.copy_(self.end)
+
+    @property
+    def running(self) -> bool:
+        """Whether the factor is not 1 yet."""
+        return bool(self.factor() < 1)
+
     def factor(self) -> Tensor:
         """a(t)."""
-        share = self.step / self.end
-        if self.begin:
-            share = share - self.begin
-        if self.span != 1:
-            share = share / self.span
-        factor = share.clamp(0, 1)
+        factor = self.step / self.end
+        if self.until != self.span:
+            factor = 1 - (self.until - factor) / self.span
+        elif self.span != 1:
+            factor = factor / self.span
+        factor = factor.clamp(0, 1)
         if self.power != 1:
             factor = factor**self.power
-        return self.lowest + (1 - self.lowest) * factor if self.lowest else factor
+        return 1 - (1 - self.lowest) * (1 - factor) if self.lowest else factor
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor()
 
     def extra_repr(self) -> str:
         steps = f"{self.length} steps" if isinstance(self.length, int) else f"{self.length:g} of the training"
-        return f"{steps}, {self.begin:.3g} to {self.begin + self.span:.3g}"
+        return f"{steps}, {max(0.0, self.until - self.span):.3g} to {self.until:.3g}"
 
 
 def find_warmups(model: nn.Module) -> Iterator[ResidualWarmup]:
@@ -151,12 +161,7 @@ class WarmupState:
 
 def warmup_state(model: nn.Module) -> WarmupState | None:
     """Where the residual warm-ups of a network stand; None for a network without."""
-    return state_of(find_warmups(model))
-
-
-def state_of(warmups: Iterable[ResidualWarmup]) -> WarmupState | None:
-    """Where some residual warm-ups stand; None for none."""
-    found = list(warmups)
+    found = list(find_warmups(model))
     if not found:
         return None
     factors = torch.stack([warmup.factor().float() for warmup in found]).tolist()

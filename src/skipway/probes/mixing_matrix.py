@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipway.errors import SkipwayError
-from skipway.nn import StreamEntry, StreamExit
+from skipway.nn import Carry, Residual, StreamEntry, StreamExit
 from skipway.probes.objective import Loss, compute_loss
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_batch, call_model, preserved_state, unwrap
@@ -175,6 +175,31 @@ class StreamCutter:
         self.last = output
 
 
+class JoinCutter(StreamCutter):
+    """The same for connections of ours whose join is no addition; what is carried is the skip that it is given."""
+
+    def __enter__(self) -> JoinCutter:
+        self.sources, self.carried, self.branches, self.last = [], [], [], None
+        for connection in self.connections:
+            join = connection.residual.join
+            assert join is not None
+            self.hooks.callback(join.register_forward_pre_hook(self.cut_branch).remove)
+            self.hooks.callback(join.register_forward_hook(self.keep_output).remove)
+        return self
+
+    def cut_branch(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        skip, branch = args
+        if not self.sources:
+            self.sources.append(skip)
+        self.carried.append(skip)
+        self.branches.append(branch)
+        self.sources.append(branch.detach().clone().requires_grad_())
+        return skip, self.sources[-1]
+
+    def keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.last = output
+
+
 class FrozenNorms(TorchFunctionMode):
     """Context in which norms divide by a constant, so that what they put out is a linear map of their input."""
 
@@ -288,9 +313,12 @@ def choose_cutter(model: nn.Module, example: Example) -> tuple[tuple[str, ...], 
     Raises:
         SkipwayError: there is no connection.
     """
-    own = chain(unwrap(model)) if any(isinstance(module, StreamEntry) for module in model.modules()) else ()
+    own = chain(unwrap(model)) if any(isinstance(module, Residual) for module in model.modules()) else ()
+    names = tuple(connection.name for connection in own)
     if own and all(connection.residual.streams is not None for connection in own):
-        return tuple(connection.name for connection in own), StreamCutter(model, own), True
+        return names, StreamCutter(model, own), True
+    if own and all(connection.residual.join is not None for connection in own):
+        return names, JoinCutter(model, own), isinstance(own[0].residual.shortcut, Carry)
     found = tuple(chain(model, example))
     if not found:
         raise SkipwayError("the model has no residual connection that chain(model, example) finds, so nothing is mixed")

@@ -22,6 +22,9 @@ from skipway.schemes.mhc import MHC
 from skipway.schemes.gatedstreams import GatedStreams
 from skipway.schemes.orthogonal import Orthogonal
 from skipway.schemes.prores import ProRes
+from skipway.schemes.laurel import LAuReL
+from skipway.schemes.highway import Highway
+from skipway.schemes.gtrxl import GTrXL
 from skipway.schemes.stochasticdepth import StochasticDepth
 from skipway.schemes.scheme import Scheme, Stack, parse_scheme, all_schemes
 from skipway.schemes.cards import card
@@ -32,10 +35,13 @@ __all__ = [
     "DepthScaled",
     "DyT",
     "Fixup",
+    "GTrXL",
     "GatedStreams",
+    "Highway",
     "HyperConnections",
     "Identity",
     "Keel",
+    "LAuReL",
     "LayerNormScaling",
     "LayerScale",
     "MixNorm",

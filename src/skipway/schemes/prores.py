@@ -105,6 +105,6 @@ class ProRes(Scheme):
             return Multiply(lowest)
         end = int(self.warmup) * blocks if is_whole(self.warmup) else float(self.warmup)
         if name == "stagewise":
-            return ResidualWarmup(end, begin=(block - 1) / blocks, span=1 / blocks, lowest=lowest)
+            return ResidualWarmup(end, until=block / blocks, span=1 / blocks, lowest=lowest)
         span = {"equal": blocks, "reverse": blocks + 1 - block}.get(name, block) / blocks
-        return ResidualWarmup(end, span=span, power={"sqrt": 0.5, "square": 2.0}.get(floor, 1.0))
+        return ResidualWarmup(end, until=span, span=span, power={"sqrt": 0.5, "square": 2.0}.get(floor, 1.0))

@@ -13,6 +13,7 @@ from skipway.errors import SkipwayError
 from skipway.nn import sequence
 from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
+from skipway.nn.shortcut import Cut
 from skipway.nn.site import Kind, Site
 from skipway.nn.streams import Streams
 from skipway.registry import Registry, parse_spec
@@ -37,7 +38,7 @@ class Scheme:
     | `scale(site)` | what multiplies the branch | SkipInit, LayerScale, ReZero, Fixup, NormFree, DepthScaled |
     | `carry(site, shortcut)` | what happens to the skip | Plain, DeepNorm |
     | `drop(site)` | what may drop the branch | StochasticDepth |
-    | `join(site)` | what takes the place of the addition | Orthogonal |
+    | `join(site)` | what takes the place of the addition | Orthogonal, LAuReL, Highway, GTrXL |
     | `streams(site)` | how several streams are read, mixed and written; `open()` and `close(site)` begin and end \
       them | HyperConnections, MHC, GatedStreams |
     | `init_(chain)` | the whole-network step after a full reset | Fixup, ZeroInit, DeepNorm, DepthScaled |
@@ -142,12 +143,15 @@ class Scheme:
             raise SkipwayError(
                 f"scheme={str(self)!r}: several streams are written into, so no other join fits; keep one"
             )
+        shortcut = self.carry(site, shortcut)
+        if join is not None and isinstance(shortcut, Cut):
+            raise SkipwayError(f"scheme={str(self)!r}: the skip is cut, so nothing is left to be joined; keep one")
         return {
             "pre": sequence(**kit.parts(placement.pre, site.entry), enter=self.enter(site)),
             "branch": branch(kit, placement),
             "scale": self.scale(site),
             "drop": self.drop(site),
-            "shortcut": self.carry(site, shortcut),
+            "shortcut": shortcut,
             "post": sequence(**kit.parts(placement.post, site.dim, fresh=True)),
             "join": join,
             "streams": streams,

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from skipway.nn import Linear, Residual
 from skipway.nn.initial import HeNormal
 from skipway.nn.kit import Kit
-from skipway.nn.placement import POST_NORM, Placement
+from skipway.nn.placement import POST_NORM, PRE_NORM, Placement
 from skipway.nn.site import Site
 from skipway.nn.tokens import Mlp
 from skipway.schemes import Scheme, parse_scheme
 from skipway.schemes.initialisation import initialise_
 
-__all__ = ["Crossing", "block_chain", "cross"]
+__all__ = ["Crossing", "DetachedBranch", "block_chain", "cross"]
 
-# norm, act, linear, norm, act, linear: with He initialisation a branch preserves the second moment
-PLACEMENTS = {"pre": Placement(pre=("norm", "act"), inside=("norm",)), "post": POST_NORM}
+# with He initialisation norm, act, linear, norm, act, linear preserves the second moment, and a transformer's norm,
+# linear, act, linear doubles it
+PLACEMENTS = {"pre": Placement(pre=("norm", "act"), inside=("norm",)), "post": POST_NORM, "transformer": PRE_NORM}
 NORMS = {"none": None, "layer": partial(nn.LayerNorm, eps=1e-12), "batch": partial(nn.BatchNorm1d, eps=1e-12)}
 
 
@@ -52,7 +53,7 @@ def block_chain(
         depth: number of residual branches L.
         width: of the stream.
         norm: none, layer or batch.
-        place: pre, or post: y = norm(x + W₂ relu(W₁ x)).
+        place: pre; post: y = norm(x + W₂ relu(W₁ x)); or transformer: y = x + W₂ relu(W₁ norm(x)).
 
     >>> round(cross(block_chain("rezero", 50)).forward, 3), round(cross(block_chain("fixup", 9)).backward, 3)
     (0.0, 0.0)
@@ -109,6 +110,17 @@ def cross(chain: nn.Sequential, *, batch: int = 16, seed: int = 0, homogeneous: 
         backward += log_size(gradient)
         gradient = gradient / size(gradient)
     return Crossing(forward, backward)
+
+
+class DetachedBranch(nn.Module):
+    """A branch through which no gradient passes: what remains went along the skip."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x).detach()
 
 
 def size(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipway.data import Batch, Data, DataChoices, load
+from skipway.nn.warmup import set_step
 from skipway.optim.groups import param_groups
 from skipway.optim.optimizers import parse_optimizer
 from skipway.optim.schedules import lr_factor, parse_schedule, set_lr
@@ -116,6 +117,7 @@ def fit(
             set_lr(optimizer, lr_factor(taken, settings.epochs * steps, settings.warmup, shape))
             totals += fit_batch(model, optimizer, batch, settings.clip)
             taken += 1
+            set_step(model, taken, settings.epochs * steps)
             # reading the loss after every step would stall a GPU
             if target.type == "cpu" and not math.isfinite(float(totals[0])):
                 break

@@ -11,7 +11,20 @@ from typing import Any
 from skipway.report.chart import Point, Series, format_value
 from skipway.studies.cell import Row, Value
 
-__all__ = ["SeedValues", "best_rate_rows", "group_values", "select_best", "series_over", "value_labels"]
+__all__ = [
+    "PairedDifference",
+    "SeedValues",
+    "best_rate_rows",
+    "group_values",
+    "pair_by_seed",
+    "select_best",
+    "series_over",
+    "value_labels",
+]
+
+
+T_QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; the last is used for more."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,38 @@ def group_values(rows: Iterable[Row], by: Sequence[str], value: str) -> dict[tup
         if isinstance(measured, int | float):
             found.setdefault(tuple(row.get(name) for name in by), []).append(float(measured))
     return {key: SeedValues(tuple(values)) for key, values in found.items()}
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The difference of two variants, seed by seed.
+
+    >>> found = PairedDifference(SeedValues((-0.2, -0.3, -0.25)))
+    >>> found.sign, round(found.bound, 3)
+    (-1, 0.124)
+    """
+
+    differences: SeedValues
+
+    @property
+    def bound(self) -> float:
+        """Half width of the 95 % interval of the mean (Student's t); infinite for a single seed."""
+        count = len(self.differences.values)
+        if count < 2 or not math.isfinite(self.differences.mean):
+            return math.inf
+        return T_QUANTILES[min(count - 2, len(T_QUANTILES) - 1)] * self.differences.error
+
+    @property
+    def sign(self) -> int:
+        """-1 or 1 if the interval excludes 0, otherwise 0."""
+        mean = self.differences.mean
+        return 0 if not abs(mean) > self.bound else int(math.copysign(1, mean))
+
+
+def pair_by_seed(first: Sequence[Row], second: Sequence[Row], value: str) -> PairedDifference:
+    """Return `value` of `first` minus that of `second` for each seed that both have."""
+    one, other = group_values(first, ["seed"], value), group_values(second, ["seed"], value)
+    return PairedDifference(SeedValues(tuple(one[seed].mean - other[seed].mean for seed in one if seed in other)))
 
 
 def select_best(rows: Sequence[Row], by: Sequence[str], over: str, value: str) -> list[Row]:

@@ -24,7 +24,7 @@ from skipway.surgery.preconditions import SEALED
 from skipway.surgery.transaction import Transaction
 from skipway.tracing import Example, Program
 
-__all__ = ["BlockRow", "find_block_rows", "run_alone"]
+__all__ = ["BlockRow", "block_readers", "direct_row_end", "find_block_rows", "run_alone"]
 
 
 def find_block_rows(model: nn.Module, example: Example, program: Program) -> tuple[list[list[str]], dict[str, str]]:
@@ -32,12 +32,7 @@ def find_block_rows(model: nn.Module, example: Example, program: Program) -> tup
     why a block is in none, by the block's name.
     """
     survey = require_blocks(model, example, program)
-    calls = survey.calls
-    readers: dict[str, set[str]] = {name: set() for name in calls}
-    for number, makers in program.makers.items():
-        for name in makers:
-            if name in readers:
-                readers[name] |= {program[user].owner for user in program.users[number] if program[user].signal}
+    calls, readers = survey.calls, block_readers(survey, program)
     rows: list[list[str]] = []
     reasons: dict[str, str] = {}
     last: str | None = None
@@ -56,6 +51,16 @@ def find_block_rows(model: nn.Module, example: Example, program: Program) -> tup
     return rows, reasons
 
 
+def block_readers(survey: BlockSurvey, program: Program) -> dict[str, set[str]]:
+    """The modules that read what each block puts out, by the block's name."""
+    readers: dict[str, set[str]] = {name: set() for name in survey.calls}
+    for number, makers in program.makers.items():
+        for name in makers:
+            if name in readers:
+                readers[name] |= {program[user].owner for user in program.users[number] if program[user].signal}
+    return readers
+
+
 def row_obstacle(block: nn.Module, call: BlockCall) -> str | None:
     """Why a block can be part of no row."""
     if "forward" in vars(block):
@@ -67,6 +72,15 @@ def row_obstacle(block: nn.Module, call: BlockCall) -> str | None:
 
 def row_end(survey: BlockSurvey, name: str, other: str, readers: set[str]) -> str | None:
     """Why two blocks that run one after the other are not run as one."""
+    if (end := direct_row_end(survey, name, other, readers)) is not None:
+        return end
+    one, two = survey.others[name], survey.others[other]
+    same = one.keys() == two.keys() and all(same_argument(one[key], two[key]) for key in one)
+    return None if same else f"{other} is given other arguments than {name}"
+
+
+def direct_row_end(survey: BlockSurvey, name: str, other: str, readers: set[str]) -> str | None:
+    """Why what one block puts out does not go to another one, and to nothing else."""
     before, after = survey.calls[name], survey.calls[other]
     if after.before != name:
         return f"its output is not what {other} is given: something is done with it in between"
@@ -74,9 +88,7 @@ def row_end(survey: BlockSurvey, name: str, other: str, readers: set[str]) -> st
         return "its output is returned by the model too"
     if strangers := sorted(reader for reader in readers if not f"{reader}.".startswith(f"{other}.")):
         return f"its output is read by {strangers[0] or 'the model'}, not by {other} alone"
-    one, two = survey.others[name], survey.others[other]
-    same = one.keys() == two.keys() and all(same_argument(one[key], two[key]) for key in one)
-    return None if same else f"{other} is given other arguments than {name}"
+    return None
 
 
 def same_argument(one: Any, other: Any) -> bool:

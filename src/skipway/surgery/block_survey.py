@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from skipway.errors import SkipwayError
+from skipway.nn import Residual
 from skipway.surgery.block_call import CONTAINERS, BlockCall, parameter_names
 from skipway.surgery.call_recorder import CallRecorder
 from skipway.surgery.operation import abbreviate, names_by_reason
@@ -82,8 +83,20 @@ def find_blocks(model: nn.Module, example: Example, program: Program | None = No
     recorder = CallRecorder(calls)
     recorder.watch(model, example)
     refused.update(recorder.refused)
+    refused.update((name, MIXES) for name in mixing_connections(model) if name not in recorder.finished)
     connections = {name: outer[name] for name in recorder.finished}
     return BlockSurvey(recorder.finished, connections, recorder.forms, recorder.others, refused)
+
+
+MIXES = (
+    "it mixes several streams, so no x itself is carried past it; its activations are recomputed by "
+    "torch.utils.checkpoint.checkpoint, called in the network's own forward"
+)
+
+
+def mixing_connections(model: nn.Module) -> list[str]:
+    """Names of connections of ours that carry several streams."""
+    return [name for name, each in model.named_modules() if isinstance(each, Residual) and each.streams is not None]
 
 
 def require_blocks(model: nn.Module, example: Example, program: Program | None = None) -> BlockSurvey:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.nn import Multiply
-from skipway.surgery.fusion import IDLE, MAPS, NORMS, Affine, absorb, affine_of, parts
+from skipway.nn import Multiply, ResidualWarmup
+from skipway.surgery.fusion import IDLE, MAPS, NORMS, Affine, absorb, affine_of, describe_running, parts
 from skipway.surgery.insertion import BRANCH, INPUT, OUTPUT, WEIGHT, computes_like, has_slots, remove
 from skipway.surgery.insertion_point import find_insertion_points
 from skipway.surgery.operation import Operation
@@ -137,6 +137,9 @@ def channel_effects(inserted: nn.Module, slot: str) -> list[Affine]:
     modules = [part for part in parts(inserted) if not isinstance(part, IDLE)]
     if slot == INPUT and not all(isinstance(part, Multiply) for part in modules):
         raise SkipwayError("a shift before a map is none after it where the map pads")
+    running = next((part for part in modules if isinstance(part, ResidualWarmup) and affine_of(part) is None), None)
+    if running is not None:
+        raise SkipwayError(describe_running(running))
     effects = [effect for part in modules if (effect := affine_of(part)) is not None]
     if len(effects) != len(modules):
         raise SkipwayError("it is more than factors and shifts")

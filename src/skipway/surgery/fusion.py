@@ -21,6 +21,7 @@ from skipway.nn import (
     LayerNorm2d,
     Multiply,
     Residual,
+    ResidualWarmup,
     ScaledStandardConv2d,
     ScaledStandardLinear,
 )
@@ -100,6 +101,7 @@ def fuse(model: M) -> M:
     | a scalar bias right after a map | the map | b' = b + β |
     | standardised weights | fixed weights | W' = g (W - μ) / √max(σ²·fan_in, ε) |
     | stochastic depth | nothing: the identity in eval | |
+    | a residual warm-up at its end | nothing: its factor is 1; one that runs stays, since it follows the training | |
 
     Outputs in evaluation mode are equal up to rounding: 1e-5 of the largest in float32. A norm or gain after an
     addition, an activation or a gate stays; `fuse_with_report` lists them with the reason. The fused network has no
@@ -299,9 +301,10 @@ class Fuser:
     def remove_idle(self) -> None:
         """Replace stochastic depth, and slots that hold identities only, by an identity."""
         for module, name in list(self.names.items()):
-            if isinstance(module, DropPath) and self.unfit(module) is None:
+            idle = isinstance(module, ResidualWarmup) and affine_of(module) is not None
+            if (isinstance(module, DropPath) or idle) and self.unfit(module) is None:
                 self.replace(module, nn.Identity())
-                self.report.fused[name] = "nothing: the identity in eval"
+                self.report.fused[name] = "nothing: the identity" + (" after its end" if idle else " in eval")
         slots = [slot for module in self.names if isinstance(module, Residual | Branch) for slot in module.children()]
         for slot in slots:
             idle = in_order(slot) and all(type(part) is nn.Identity for part in parts(slot))
@@ -311,8 +314,18 @@ class Fuser:
     def explain_kept(self) -> None:
         """Note why the norms, gains and constants that are left could not be fused."""
         for module, name in self.names.items():
+            if isinstance(module, ResidualWarmup):
+                self.report.kept.setdefault(name, self.unfit(module) or describe_running(module))
             if isinstance(module, (_BatchNorm, Gain, Multiply, Bias, ScaledStandardConv2d, ScaledStandardLinear)):
                 self.report.kept.setdefault(name, self.unfit(module) or "no map or norm right before it")
+
+
+def describe_running(warmup: ResidualWarmup) -> str:
+    """Why a residual warm-up stays a module of its own."""
+    return (
+        f"its factor is {float(warmup.factor()):.3g} at step {int(warmup.step):,} of {int(warmup.end):,} and would not "
+        "rise any more; an export freezes it"
+    )
 
 
 def affine_of(module: nn.Module) -> Affine | None:
@@ -328,6 +341,8 @@ def affine_of(module: nn.Module) -> Affine | None:
         return Affine(module.factor * exact(module.gain), axis=-len(module.shape) or None)
     if isinstance(module, Multiply) and computes(module, (Multiply,)):
         return Affine(torch.tensor(module.factor, dtype=torch.float64))
+    if isinstance(module, ResidualWarmup) and computes(module, (ResidualWarmup,)) and not module.running:
+        return Affine(torch.ones((), dtype=torch.float64))
     if isinstance(module, Bias) and computes(module, (Bias,)):
         return Affine(torch.ones((), dtype=torch.float64), exact(module.bias))
     return None

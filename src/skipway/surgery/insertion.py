@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ from skipway.tracing.arguments import exchange_at, item_at
 from skipway.tracing.paths import parents
 
 __all__ = [
+    "ARGUMENT",
     "BRANCH",
     "CALL",
     "INPUT",
     "OUTPUT",
+    "STREAMS",
     "WEIGHT",
     "Around",
     "computes_like",
@@ -42,7 +45,11 @@ WEIGHT = "residual_standard"
 BRANCH = "residual_branch"
 """Slot of the module that what a block adds to x passes through: x + residual_branch(block(x) − x), or x +
 residual_branch(block(x)) if the block carries no x itself."""
-SLOTS = (OUTPUT, INPUT, WEIGHT, BRANCH)
+STREAMS = "residual_streams"
+"""Slot of the object that a block with several streams is run by; see `stream_slots.StreamedBlock`."""
+SLOTS = (OUTPUT, INPUT, WEIGHT, BRANCH, STREAMS)
+ARGUMENT = "residual_argument"
+"""Attribute of a module with its `BlockCall`, if another argument than the first passes through its entry slot."""
 CALL = "residual_call"
 """Attribute of a block with how it is called, if what is in its output slot is called like the block itself."""
 AROUND = "residual_around"
@@ -71,9 +78,18 @@ def with_slots(kind: type[nn.Module]) -> tuple[str, dict[str, Any]]:
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        streams = getattr(self, STREAMS, None)
+        if streams is None:
+            return forward_one(self, *args, **kwargs)
+        return streams.run(partial(forward_one, self), args, kwargs)
+
+    def forward_one(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         entry, standard, scale = getattr(self, INPUT, None), getattr(self, WEIGHT, None), getattr(self, OUTPUT, None)
         around: Around | None = getattr(self, AROUND, None)
-        if entry is not None:
+        argument: BlockCall | None = getattr(self, ARGUMENT, None)
+        if entry is not None and argument is not None:
+            args, kwargs = argument.given(args, kwargs, entry(argument.take(args, kwargs)))
+        elif entry is not None:
             args = (entry(args[0]), *args[1:])
         x = None if around is None else around.call.take(args, kwargs)
         if around is not None and x is not None and around.call.writes_stream:

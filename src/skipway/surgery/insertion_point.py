@@ -15,7 +15,7 @@ from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.operators import is_linear_map
 from skipway.tracing.program import Value
 
-__all__ = ["InsertionPoint", "find_insertion_points", "insert_at"]
+__all__ = ["InsertionPoint", "adding_module", "find_insertion_points", "insert_at"]
 
 COMMUTING = frozenset({"carry", "slice", "stride", "drop", "scale", "pad"})
 """Parts of operators that a factor commutes with."""

@@ -13,14 +13,23 @@ from torch import nn
 from skipway.errors import SkipwayError
 from skipway.nn import Gain, Multiply
 from skipway.nn.site import Site
+from skipway.nn.warmup import ResidualWarmup
 from skipway.schemes.scheme import Scheme, parse_scheme
 from skipway.surgery.checks import CHECKS, EQUAL
 from skipway.surgery.insertion import disable_fused_path
-from skipway.surgery.insertion_point import InsertionPoint, find_insertion_points, insert_at
+from skipway.surgery.insertion_point import InsertionPoint, adding_module, find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
+from skipway.surgery.stream_transfer import StreamDressing
 from skipway.surgery.transaction import Transaction, transaction
-from skipway.surgery.transfer import branch_parts, has_global_start, insert_parts, start_network
+from skipway.surgery.transfer import (
+    BlendedNorm,
+    branch_parts,
+    has_global_start,
+    insert_parts,
+    start_network,
+    start_norms,
+)
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, Program, as_example, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
@@ -53,8 +62,14 @@ def rescheme(
     | multiplies or drops the branch | `residual_scale` of a module | a module returns what is added |
     | inserts something before maps (Fixup's biases) | `residual_entry` of the map | torch's own map, run once |
     | standardises weights (NormFree) | `residual_standard` of the map | such a map, no norms, `start` not "scheme" |
+    | adds a norm at the end of the branch (PeriNorm) | F + a (norm(F) − F) as `residual_scale`, a = 0 at the start, \
+      since no gain of a norm leaves a trained branch as it is | a norm before the branch |
+    | switches branches on by a clock (ProRes) | `residual_scale`, at the end of the clock, where it changes nothing | \
+      as for a scale |
     | multiplies the skip (DeepNorm's α) | 1/α on the branch | a norm after the addition: norm(αx + F) is \
       norm(x + F/α) but for its ε |
+    | carries several streams (HyperConnections, MHC, GatedStreams) | `residual_streams` of blocks, `residual_entry` \
+      before and `residual_scale` behind each branch | blocks that are given x and return it |
     | initialises the whole network (Fixup, DeepNorm) | `start="scheme"` | all connections can be dressed |
     | moves norms, replaces them or cuts skips | none | |
 
@@ -68,7 +83,8 @@ def rescheme(
         scheme: any, or a sum of them, or a spec string; Fixup and NormFree need a network without norms
             (`remove_norm`), DeepNorm one with norms after the additions.
         start: "identity": gains start at 1 and constants are divided out of the preceding map, so that the network
-            computes what it did; "divide": gains start at the scheme's value, which is divided out of the preceding map
+            computes what it did (several streams start equal; up to the ε of the norms with MHC and GatedStreams);
+            "divide": gains start at the scheme's value, which is divided out of the preceding map
             as well; "scheme": the scheme's start from scratch, which wipes out what a pretrained network has learned
             (P15).
         tolerance: bound on the difference of the outputs, relative to their largest value, unless `start="scheme"`.
@@ -104,7 +120,10 @@ def rescheme(
         hint='start="scheme" allows any change',
         checks=CHECKS if drops or start == "scheme" else EQUAL,
     ) as change:
-        Dressing(change, chain, program, dressing, start).dress()
+        if dressing.open() is None:
+            Dressing(change, chain, program, dressing, start).dress()
+        else:
+            StreamDressing(change, chain, program, dressing, neutral=start != "scheme").dress()
         return change.commit()
 
 
@@ -160,6 +179,7 @@ class Dressing:
             runs = self.count_runs()
             repeated = {slot: name for slot, name in self.slots.items() if runs[slot] != 1}
             if not repeated:
+                start_norms(self.change, neutral=self.start != "scheme")
                 return
             self.change.roll_back()
             for slot, name in repeated.items():
@@ -187,12 +207,18 @@ class Dressing:
         skip = None if parts.skip == 1 else Multiply(1 / parts.skip)
         try:
             points = find_insertion_points(self.change.model, self.program, connection)
+            if parts.closes and len(points) > 1:
+                whole = adding_module(self.change.model, self.program, connection)
+                if whole is None:
+                    raise SkipwayError("the norm of a sum of branches is no sum of norms, and no module adds that sum")
+                points = (whole,)
             if any(point.axis is None for point in points):
                 raise SkipwayError("which axis of what is added holds the channels is said by no weight")
             obstacle, sites = None, [site_at(connection, point) for point in points]
         except SkipwayError as problem:
             obstacle, points, sites = problem, (), [connection.site]
-        inserted = [self.scales(site, skip) for site in sites]
+        closing = [BlendedNorm(site.dim, spatial=site.spatial) if parts.closes else None for site in sites]
+        inserted = [self.scales(site, norm, skip) for site, norm in zip(sites, closing, strict=True)]
         if not any(inserted):
             if not parts and not self.from_scratch:
                 raise SkipwayError(f"{self.scheme} inserts nothing after a branch")
@@ -201,11 +227,13 @@ class Dressing:
             raise SkipwayError(str(obstacle))
         modules = [made[0] if len(made) == 1 else nn.Sequential(*made) for made in inserted]
         self.insert_scales(connection, points, modules)
-        return ", ".join(map(str, points))
+        notes = {note for each in inserted for part in each if (note := getattr(part, "neutral_note", ""))}
+        return ", ".join([*map(str, points), *(notes if self.start != "scheme" else ())])
 
-    def scales(self, site: Site, skip: nn.Module | None) -> list[nn.Module]:
+    def scales(self, site: Site, norm: nn.Module | None, skip: nn.Module | None) -> list[nn.Module]:
         """The modules that the scheme puts after a branch."""
-        return [module for module in (self.scheme.scale(site), skip, self.scheme.drop(site)) if module is not None]
+        modules = (norm, self.scheme.scale(site), skip, self.scheme.drop(site))
+        return [module for module in modules if module is not None]
 
     def insert_scales(
         self, connection: WatchedConnection, points: Sequence[InsertionPoint], scales: Sequence[nn.Module]
@@ -279,6 +307,8 @@ def set_start(inserted: nn.Module, *, divide: bool) -> float:
             with torch.no_grad():
                 module.gain.fill_(1 / module.factor)
             module.init = 1 / module.factor
+        elif isinstance(module, ResidualWarmup):
+            module.start_neutral_()
         elif isinstance(module, Multiply):
             divisor *= module.factor
     return divisor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,20 @@ from skipway.schemes.scheme import Scheme, members_of
 from skipway.surgery.fusion import MAPS
 from skipway.surgery.insertion import INPUT, WEIGHT, computes_like, insert
 from skipway.surgery.transaction import Transaction
+from skipway.surgery.verification import forward_hooks, outputs
 from skipway.tracing import Program
 from skipway.tracing.chain import Chain, WatchedConnection
 
-__all__ = ["BranchParts", "Standardise", "branch_parts", "has_global_start", "insert_parts", "start_network"]
+__all__ = [
+    "BlendedNorm",
+    "BranchParts",
+    "Standardise",
+    "branch_parts",
+    "has_global_start",
+    "insert_parts",
+    "start_network",
+    "start_norms",
+]
 
 STANDARDISED = (ScaledStandardConv2d, ScaledStandardLinear)
 
@@ -34,14 +44,16 @@ class BranchParts:
         entries: modules inserted before maps, by the maps' names.
         standardised: names of maps whose weights are standardised in every pass.
         skip: α of a scheme that multiplies the skip before a norm; becomes 1/α on the branch.
+        closes: whether a norm is added at the end.
     """
 
     entries: dict[str, nn.Module] = field(default_factory=dict)
     standardised: tuple[str, ...] = ()
     skip: float = 1.0
+    closes: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.entries or self.standardised or self.skip != 1)
+        return bool(self.entries or self.standardised or self.skip != 1 or self.closes)
 
 
 class Standardise(nn.Module):
@@ -76,6 +88,60 @@ class Standardise(nn.Module):
         self.mean.mul_(factor)
 
 
+class BlendedNorm(nn.Module):
+    """y = F + a (γ ⊙ F / rms(F) − F): a trained branch on its way to one with a norm at its end.
+
+    No γ makes the norm leave a trained branch as it is, since rms(F) differs from token to token. So a starts at 0, and
+    γ at the mean of rms(F) on the example, that both ends are near each other; a = 1 is the norm alone.
+
+    Args:
+        channels: C.
+        spatial: axes after the channel axis.
+
+    Decay and learning rate: a and γ are not decayed.
+
+    >>> bool((BlendedNorm(3, spatial=0)(torch.ones(2, 3)) == 1).all())
+    True
+    """
+
+    role = Role("norm")
+    neutral_note = "as F + a (norm(F) − F) with a = 0"
+    epsilon = 1e-6
+
+    def __init__(self, channels: int, *, spatial: int) -> None:
+        super().__init__()
+        self.axis = -1 - spatial
+        self.share = nn.Parameter(torch.zeros(()))
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def rms(self, f: Tensor) -> Tensor:
+        """The root mean square over the channels."""
+        return (f.square().mean(self.axis, keepdim=True) + self.epsilon).sqrt()
+
+    def forward(self, f: Tensor) -> Tensor:
+        weight = self.weight.view(-1, *(1,) * (-1 - self.axis))
+        return f + self.share * (weight * f / self.rms(f) - f)
+
+
+def start_norms(change: Transaction, *, neutral: bool) -> None:
+    """Start the norms that were added at the ends of branches, in place: with γ as large as what the branches put out
+    on the example, or as the norm alone.
+    """
+    norms = {name: module for name, module in change.model.named_modules() if isinstance(module, BlendedNorm)}
+    added = {name: module for name, module in norms.items() if module.share not in change.versions}
+    change.keep_values(parameter for module in added.values() for parameter in module.parameters())
+    if not neutral:
+        for module in added.values():
+            nn.init.ones_(module.share)
+    elif added and change.example is not None:
+
+        def measure(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: object) -> None:
+            nn.init.constant_(norms[name].weight, float(norms[name].rms(args[0]).mean()))
+
+        with forward_hooks(change.model, added, enter=measure):
+            outputs(change.model, change.example)
+
+
 def probe_kit(connection: WatchedConnection) -> Kit:
     """A kit of the library's own parts in the place of the branch's, to ask a scheme what it makes of it."""
     norm = nn.LayerNorm if connection.seen.norms else None
@@ -95,14 +161,13 @@ def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program
         return SkipwayError(f"{scheme} means {need}, which cannot be added to a network that exists already")
 
     site, seen = connection.site, connection.seen
-    if scheme.streams(site) is not None:
-        raise refuse("several streams, which stem and head have to open and close")
     if scheme.join(site) is not None:
         raise refuse("another join than the addition, which is written in the forward of the module that adds")
     norms: dict[str, tuple[Part, ...]] = dict.fromkeys(seen.norms, ("norm",))
     placement = Placement(**norms)
     moved = scheme.place(site, placement)
-    if moved != placement:
+    closes = moved == replace(placement, end=("norm",)) != placement and "pre" in norms
+    if moved != placement and not closes:
         new = "+".join(where for where in ("pre", "inside", "end", "post") if getattr(moved, where)) or "none"
         raise refuse(
             f"norms or activations in other places ({'+'.join(seen.norms)} → {new}): their order is written in the "
@@ -116,7 +181,7 @@ def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program
         raise refuse(
             'factors on the activations inside of the branch, called in its forward (start="identity" needs none)'
         )
-    entry, parts = scheme.enter(site), BranchParts()
+    entry, parts = scheme.enter(site), BranchParts(closes=closes)
     if entry is not None and seen.maps:
         parts.entries[seen.maps[0]] = entry
     if other.before is not None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from skipway.errors import SkipwayError
 from skipway.nn import Residual
 
 __all__ = ["Ranks", "join_ranks"]
@@ -80,15 +81,29 @@ class Ranks:
             return nn.parallel.DistributedDataParallel(
                 model, device_ids=[device.index] if device.index is not None else None
             )
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        return shard_connections(model, device, self.world)
 
-        mesh = init_device_mesh(device.type, (self.world,))
-        for module in list(model.modules()):
-            if isinstance(module, Residual):
-                fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return model
+
+def shard_connections(model: nn.Module, device: torch.device, world: int) -> nn.Module:
+    """Shard a network over so many processes by FSDP2, connection by connection, in place.
+
+    Raises:
+        SkipwayError: a parameter is a scalar, whose first axis cannot be shared out; the model is as before.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if scalars := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
+        raise SkipwayError(
+            f"sharding='full': FSDP2 shares out the first axis of each parameter, and scalars have none: {scalars[0]} "
+            f"and {len(scalars) - 1} more. Use sharding='none', or a scheme without scalars (layerscale for skipinit)"
+        )
+    mesh = init_device_mesh(device.type, (world,))
+    for module in list(model.modules()):
+        if isinstance(module, Residual):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 @contextmanager

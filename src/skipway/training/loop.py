@@ -56,6 +56,7 @@ from skipway.training.records import (
 )
 from skipway.training.recovery import divergence_error, retry_from_checkpoint, split_batch
 from skipway.training.reporter import Reporter, SilentReporter
+from skipway.training.residual_warmup import move_warmup, start_warmup, unfinished_warmup
 from skipway.training.resume import resume_recipe, resume_run
 from skipway.training.run import Outcome, Run
 from skipway.training.run_folder import RunFolder
@@ -188,6 +189,7 @@ class Trainer:
         run.progress.step += 1
         run.steps_taken += 1
         run.steps_this_epoch += 1
+        move_warmup(run)
         updated = step.update_weights(run, result.is_finite)
         if not updated or run.device.type != "cuda" or len(run.pending) >= GPU_STEPS_PER_CHECK or is_estimate_due(run):
             self.read_results()
@@ -267,6 +269,8 @@ class Trainer:
         log = PredictionLog()
         evaluation = self.test(log) if run.finished else None
         outcome = Outcome.of(run, evaluation)
+        if run.finished and (sentence := unfinished_warmup(run)) is not None:
+            run.reporter.message("note", sentence)
         if evaluation is not None and run.ranks.first:
             write_result(run, run.folder.best, evaluation)
             write_json(run.folder.summary, outcome.to_json())
@@ -363,6 +367,7 @@ def open_run(
             stored = None
         if stored is None:
             write_run_files(run)
+            start_warmup(run)
         else:
             resume_run(run, stored)
         run.progress.overhead += run.began - began

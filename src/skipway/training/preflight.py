@@ -11,6 +11,7 @@ from skipway.probes.signal_check import check_signal
 from skipway.report.summary import data_lines, model_lines, signal_lines
 from skipway.training.defaults import choices_text
 from skipway.training.remarks import image_remarks, option_remarks
+from skipway.training.residual_warmup import warmup_lines
 from skipway.training.run import Run
 from skipway.training.trial_pass import statistics_remarks
 from skipway.training.verdict import verdict_line
@@ -39,6 +40,8 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
         "device", f"{run.device}, {name}, {run.recipe.precision} ({reason}), torch {torch.__version__}{many}"
     )
     for line in run.memory_lines:
+        run.reporter.message(*line)
+    for line in warmup_lines(run):
         run.reporter.message(*line)
     options = choices_text(run.given, run.recipe)
     if stored is None and options:

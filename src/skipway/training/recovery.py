@@ -12,6 +12,7 @@ from skipway.errors import DivergedError, SkipwayError
 from skipway.training import step as steps
 from skipway.training.nonfinite import find_culprit
 from skipway.training.records import save_checkpoint
+from skipway.training.residual_warmup import move_warmup
 from skipway.training.resume import load_newest_checkpoint
 from skipway.training.run import Run, StepResult
 
@@ -27,6 +28,7 @@ def divergence_error(run: Run, cause: str, step: int, result: StepResult) -> Div
     at = ""
     if run.ranks.world == 1:
         run.progress.step = step - 1
+        move_warmup(run)
         batch = next(iter(steps.train_batches(run)))
         at = f": {describe_culprit(run, batch)}"
         run.folder.write_bundle(

@@ -16,6 +16,7 @@ from skipway.recipe import Recipe
 from skipway.training.budget import Plan
 from skipway.training.clock import limit_validation, reopen_plan
 from skipway.training.initial_weights import resolve_paths
+from skipway.training.residual_warmup import continue_warmup
 from skipway.training.run import Progress, Run
 from skipway.training.setup import count_images, give_hidden_layer, model_config
 
@@ -150,6 +151,7 @@ def load_newest_checkpoint(run: Run) -> None:
     run.progress = progress
     limit_validation(run, progress.validation_images)
     load_model_state(run.model, snapshot.tensors["model"])
+    continue_warmup(run)
     refuse_change(
         find_change(run.model, model_config(run), state.get("reference")),
         str(run.folder.path),

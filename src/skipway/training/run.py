@@ -138,7 +138,8 @@ def growing_side(start: int, full: int, done: float) -> int:
 @dataclass
 class Run:
     """Everything that a run consists of: recipe, data, network, optimizer, and progress; `given` is the recipe before
-    choices were made for the user.
+    choices were made for the user, `warmup_offset` what the clock of a residual warm-up is ahead of the steps of the
+    run, None where it does not run.
     """
 
     recipe: ResolvedRecipe
@@ -176,6 +177,7 @@ class Run:
     reported_end: int = 0
     evaluation: Evaluation | None = None
     stopping: bool = False
+    warmup_offset: int | None = None
 
     @property
     def example(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from skipway.errors import CheckpointError
-from skipway.nn import Cut, Gain, Multiply, ScaledActivation, ScaledShortcut
+from skipway.nn import Cut, Gain, Multiply, ResidualWarmup, ScaledActivation, ScaledShortcut
 from skipway.weights.tables import find_keymap
 
 __all__ = ["export_names"]
@@ -20,8 +20,11 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
     keymap = find_keymap(model, names)
     if names != "skipway":
         refuse_constants(model, names)
+    ended = {name for name, module in model.named_modules() if isinstance(module, ResidualWarmup)}  # others are refused
     out: dict[str, Tensor] = {}
     for ours, tensor in model.state_dict().items():
+        if names != "skipway" and ours.rpartition(".")[0] in ended:
+            continue
         found = keymap.find(ours)
         if found is None:
             raise CheckpointError(f"{names} has no name for {ours!r}, so this model cannot be exported to it")
@@ -35,6 +38,7 @@ def refuse_constants(model: nn.Module, names: str) -> None:
     """Raise where the model computes with something that no state dict carries, and that the other library lacks."""
     for name, module in model.named_modules():
         constant = isinstance(module, Multiply | ScaledShortcut | ScaledActivation | Cut)
+        constant |= isinstance(module, ResidualWarmup) and module.running
         if constant or (isinstance(module, Gain) and (module.factor != 1.0 or module.gain.ndim == 0)):
             raise CheckpointError(
                 f"{names} has nothing like {name!r} ({module}), so this model would compute something else there; "

@@ -1,0 +1,237 @@
+"""Studies that train variants of one network on images and compare them seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from skipway.data import Data
+from skipway.models import build
+from skipway.nn.initial import XavierNormal
+from skipway.report.chart import Figure, format_value
+from skipway.schemes.initialisation import initialise_
+from skipway.studies.cell import Budget, Cell, Choices, Row
+from skipway.studies.fit import FitSettings, data_of, fit
+from skipway.studies.statistics import group_values, pair_by_seed, select_best, series_over
+from skipway.studies.study import Study, Verdict
+from skipway.tracing.chain import chain
+
+__all__ = ["FAMILIES", "NetworkVariant", "TrainingGrid", "VariantStudy", "build_network", "compare", "lowest_rate_rows"]
+
+FAMILIES = {"vit": "ViT", "resnet": "ResNet"}
+
+
+@dataclass(frozen=True)
+class NetworkVariant:
+    """A network of a comparison.
+
+    Args:
+        scheme: spec string.
+        options: further arguments of the family, {"norm": "post"} for example.
+    """
+
+    scheme: str = "identity"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingGrid:
+    """Sizes of the trainings of one family.
+
+    Args:
+        depths: in blocks.
+        width: channels of the ViT, or of the first stage of the ResNet.
+        epochs: passes over the training images.
+        rates: peak learning rates.
+        seeds: of weights and data order.
+    """
+
+    depths: tuple[int, ...]
+    width: int
+    epochs: int
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+class VariantStudy(Study):
+    """Errors and losses of variants of a ViT (AdamW) or a ResNet (SGD) by depth and learning rate; abstract.
+
+    A variant is compared at the learning rate with its lowest mean training loss.
+    """
+
+    settings = ("kind", "family", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
+    results = ("train_error", "test_error", "test_loss", "diverged")
+    variants: ClassVar[Mapping[str, NetworkVariant]]
+    """Networks by name; a scheme that the user names is a variant, too."""
+    grids: ClassVar[Mapping[Budget, Mapping[str, TrainingGrid]]]
+    """Sizes by family."""
+
+    def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
+        return [
+            self.cell(
+                kind="train",
+                family=family, scheme=name, depth=depth, lr=rate, seed=seed, width=grid.width, epochs=grid.epochs,
+                data=choices.data,
+            )
+            for family, grid in self.grids[budget].items()
+            for depth in sorted(choices.depths or grid.depths, reverse=True)
+            for seed in choices.seeds or grid.seeds
+            for name in choices.schemes or self.names(family)
+            for rate in grid.rates
+        ]  # fmt: skip
+
+    def names(self, family: str) -> Sequence[str]:
+        """Return the variants that are trained in a family."""
+        return list(self.variants)
+
+    def measure(self, cell: Cell, device: str = "cpu") -> Row:
+        data = data_of(cell.get("data"))
+        torch.manual_seed(cell["seed"])
+        model = self.build(cell, data)
+        return {**fit(model, data, self.fit_settings(cell, data), device), **self.observe(model)}
+
+    def build(self, cell: Cell, data: Data) -> nn.Module:
+        """Build the network of a cell."""
+        variant = self.variants.get(cell["scheme"]) or NetworkVariant(cell["scheme"])
+        return build_network(cell["family"], variant, cell["depth"], cell["width"], data)
+
+    def fit_settings(self, cell: Cell, data: Data) -> FitSettings:
+        """Return the hyperparameters of a cell."""
+        adam = cell["family"] == "vit"
+        return FitSettings(
+            epochs=cell["epochs"],
+            lr=cell["lr"],
+            batch_size=64 if data.size < 32 else 128,
+            optimizer="adamw" if adam else "sgd",
+            weight_decay=0.05 if adam else 5e-4,
+            warmup=0.1,
+            clip=1.0 if adam else None,
+            seed=cell["seed"],
+        )
+
+    def observe(self, model: nn.Module) -> Row:
+        """Return what else is measured of a trained network; nothing by default."""
+        return {}
+
+    def figures(self, rows: Sequence[Row]) -> list[Figure]:
+        trained = trained_rows(rows)
+        figures = []
+        for family, title in FAMILIES.items():
+            own = [row for row in trained if row["family"] == family]
+            deepest = max((int(row["depth"] or 0) for row in own), default=0)
+            if own or family in self.grids["cpu"]:
+                figures.append(
+                    Figure(
+                        name=f"{family}-rates",
+                        title=f"{title}, {deepest} blocks: test loss by learning rate",
+                        x_label="learning rate",
+                        y_label="test loss",
+                        log_x=True,
+                        series=series_over(
+                            [row for row in own if row["depth"] == deepest], "lr", "test_loss", "scheme"
+                        ),
+                    )
+                )
+        return figures
+
+    def summary(self, rows: Sequence[Row]) -> list[Row]:
+        """One row per variant and depth: loss and error at its best learning rate."""
+        return summarise_variants(trained_rows(rows))
+
+
+def build_network(family: str, variant: NetworkVariant, depth: int, width: int, data: Data) -> nn.Module:
+    """Build a small ViT or ResNet for the images of `data`, initialised.
+
+    The maps in the ViT's branches start from Xavier's normal distribution, since the N(0, 0.02²) of ViTs is far too
+    small for so few channels; then the scheme takes its own step.
+
+    Args:
+        family: vit or resnet.
+        variant: scheme and options.
+        depth: blocks; those of the ResNet, two convolutions each, form two equal stages.
+        width: channels.
+        data: decides image size, channels and classes.
+    """
+    common: dict[str, Any] = {"scheme": variant.scheme, "channels": data.channels, "classes": len(data.classes)}
+    common |= variant.options
+    if family == "resnet":
+        halves = (depth - depth // 2, depth // 2)
+        common |= {"block": "basic", "stem": "cifar", "width": width, "stem_width": width}
+        return build("resnet", depth=2 * depth + 2, blocks=halves, **common)
+    small = data.size < 32
+    shape: dict[str, Any] = {"dim": width, "heads": 4 if small else width // 32, "ratio": 2.0 if small else 4.0}
+    shape |= {"patch": 2 if small else 4, "image": data.size, "pooling": "mean"}
+    model = build("vit", depth=depth, **shape, **common)
+    for connection in chain(model):
+        for module in connection.residual.branch.modules():
+            if isinstance(module, nn.Linear):
+                module.initial = XavierNormal()  # type: ignore[assignment]
+    return initialise_(model)
+
+
+def trained_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of trainings."""
+    return [row for row in rows if row.get("kind") == "train"]
+
+
+def lowest_rate_rows(rows: Sequence[Row]) -> list[Row]:
+    """Keep, for each family, variant and depth, the rows of the learning rate with the lowest mean training loss."""
+    return select_best(trained_rows(rows), ["family", "scheme", "depth"], "lr", "train_loss")
+
+
+def summarise_variants(rows: Sequence[Row]) -> list[Row]:
+    """One row per family, depth and variant, at its best learning rate."""
+    best = lowest_rate_rows(rows)
+    keys = ["family", "depth", "scheme", "lr"]
+    losses, errors = group_values(best, keys, "test_loss"), group_values(best, keys, "test_error")
+    return [
+        {
+            "network": f"{FAMILIES.get(family, family)}, {depth} blocks",
+            "variant": scheme,
+            "best learning rate": rate,
+            "test loss": loss.text().partition(" (")[0],
+            "test error": f"{100 * errors[family, depth, scheme, rate].mean:.1f} %",
+            "seeds": len(loss.values),
+        }
+        for (family, depth, scheme, rate), loss in losses.items()
+    ]
+
+
+def compare(claim: str, rows: Sequence[Row], better: str, worse: str, value: str = "test_loss") -> Verdict:
+    """Judge whether one variant has a lower `value` than another, in every network that trained both.
+
+    A difference counts if the 95 % interval of its mean over the seeds, paired, excludes 0. The claim holds if all
+    networks show it, holds only when some do, does not hold if none does and one shows the opposite, and is open
+    otherwise.
+
+    Args:
+        rows: of all cells; the trainings are selected, each variant at its best learning rate.
+        better, worse: names of the variants.
+        value: column; lower is better.
+    """
+    best = lowest_rate_rows(rows)
+    signs, parts = {}, []
+    for family, depth in dict.fromkeys((row["family"], row["depth"]) for row in best):
+        own = [row for row in best if (row["family"], row["depth"]) == (family, depth)]
+        low, high = ([row for row in own if row["scheme"] == name] for name in (better, worse))
+        found = pair_by_seed(low, high, value)
+        if len(found.differences.values) < 2:
+            continue
+        title = f"{FAMILIES.get(str(family), family)}, {depth} blocks"
+        signs[title] = found.sign
+        parts.append(
+            f"{title}: {format_value(found.differences.mean)} ± {format_value(found.bound)} "
+            f"({len(found.differences.values)} seeds)"
+        )
+    if not signs:
+        return Verdict(claim, "open", "not measured with two seeds")
+    text = f"{value.replace('_', ' ').capitalize()} of {better} minus {worse}: {'; '.join(parts)}."
+    good = [title for title, sign in signs.items() if sign < 0]
+    if good and len(good) < len(signs):
+        return Verdict(claim, "holds only when", f"the network is a {' or '.join(good)}. {text}")
+    opposite = any(sign > 0 for sign in signs.values())
+    return Verdict(claim, "holds" if good else "does not hold" if opposite else "open", text)

@@ -1,0 +1,216 @@
+"""Several streams put into somebody's network: rows of its blocks, between which n streams travel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from skipway.errors import SkipwayError
+from skipway.nn.site import Site
+from skipway.nn.streams import StreamEntry, Streams
+from skipway.schemes.scheme import Scheme, members_of
+from skipway.surgery.block_call import CONTAINERS
+from skipway.surgery.block_rows import block_readers, direct_row_end
+from skipway.surgery.block_survey import BlockSurvey, require_blocks
+from skipway.surgery.insertion import ARGUMENT, INPUT, OUTPUT, STREAMS, disable_fused_path, insert
+from skipway.surgery.operation import abbreviate
+from skipway.surgery.stream_points import StreamPoints, find_stream_points
+from skipway.surgery.stream_slots import StreamedBlock, StreamRead, StreamWrite
+from skipway.surgery.transaction import Transaction
+from skipway.surgery.transfer import has_global_start, start_network
+from skipway.tracing import Program
+from skipway.tracing.chain import Chain, WatchedConnection
+
+__all__ = ["StreamDressing"]
+
+
+@dataclass(frozen=True)
+class StreamSite:
+    """A connection on several streams: one of the network's, or all those of a block as one.
+
+    Args:
+        block: the block that it is in.
+        connections: of the network.
+        points: where streams are read and written; None where the block as a whole is the branch.
+        reason: why the connections of a block are not dressed one by one.
+    """
+
+    block: str
+    connections: tuple[WatchedConnection, ...]
+    points: StreamPoints | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return str(self.points or f"{self.block}, as one branch: {self.reason}")
+
+
+@dataclass
+class StreamDressing:
+    """A scheme with several streams that is put on the connections of a network.
+
+    Streams are opened before the first block of a row and closed behind its last one; a row ends where something else
+    reads or changes what is handed on. Where a module alone reads x for a branch and one returns what is added, a
+    connection is dressed by itself; else its block is one branch, block(x) − x, which needs nothing from inside. So is
+    every block if the network does not run, or computes something else, with the former.
+
+    Args:
+        change: the transaction.
+        chain: connections of the network.
+        program: what the network runs on the example.
+        scheme: the scheme.
+        neutral: whether the network has to compute what it did.
+    """
+
+    change: Transaction
+    chain: Chain[WatchedConnection]
+    program: Program
+    scheme: Scheme
+    neutral: bool
+    survey: BlockSurvey = field(init=False)
+
+    def dress(self) -> None:
+        """Dress all connections that can be dressed.
+
+        Raises:
+            SkipwayError: none can, or the network would compute something else.
+        """
+        if len(members := members_of(self.scheme)) > 1:
+            several = next(str(member) for member in members if member.open() is not None)
+            raise SkipwayError(
+                f"{self.scheme} on a network that exists already: give {several!r} alone, and the others in a rescheme "
+                "of their own, before it"
+            )
+        assert self.change.example is not None
+        self.survey = require_blocks(self.change.model, self.change.example, self.program)
+        problems: list[Exception] = []
+        for apart in (True, False):
+            reason = f"dressed one by one, {problems[0]}" if problems else ""
+            rows = [self.sites_of(row, reason=reason, apart=apart) for row in self.rows()]
+            try:
+                with self.change.savepoint():
+                    self.dress_rows(rows)
+                    if self.neutral:
+                        self.change.verify()
+                return
+            except Exception as problem:  # whatever a network raises that is given other shapes than it expects
+                problems.append(problem)
+                if all(site.points is None for row in rows for site in row):
+                    break
+        limit = self.chain and self.streams_for(rows[0][0], 0, 1).neutral_limit
+        raise SkipwayError(f"{problems[0]}; {limit}" if limit else str(problems[0])) from problems[0]
+
+    def rows(self) -> Iterator[list[str]]:
+        """Blocks each of which alone is given what the one before put out."""
+        readers = block_readers(self.survey, self.program)
+        row: list[str] = []
+        for name in self.survey.calls:
+            if row and direct_row_end(self.survey, row[-1], name, readers[row[-1]]) is not None:
+                yield row
+                row = []
+            row.append(name)
+        yield row
+
+    def sites_of(self, row: Sequence[str], *, reason: str, apart: bool) -> list[StreamSite]:
+        """The connections on several streams of a row of blocks."""
+        sites: list[StreamSite] = []
+        for block in row:
+            connections = self.survey.connections[block]
+            try:
+                if not apart or self.survey.calls[block].writes_stream:
+                    raise SkipwayError(reason or "it writes into x")
+                points = [find_stream_points(self.change.model, self.program, each, block) for each in connections]
+                sites += [StreamSite(block, (each,), at) for each, at in zip(connections, points, strict=True)]
+            except SkipwayError as problem:
+                sites.append(StreamSite(block, tuple(connections), reason=str(problem)))
+        return sites
+
+    def dress_rows(self, rows: Sequence[Sequence[StreamSite]]) -> None:
+        """Dress rows, and note which connections are dressed and why others are not."""
+        self.change.touched.clear()
+        self.change.refused.clear()
+        for row in rows:
+            if len(row) > 1:
+                self.dress_row(row)
+                continue
+            reason = "nothing follows directly on it, so that streams would be opened and closed at once"
+            self.change.refused.update((each.name, reason) for site in row for each in site.connections)
+        for connection in self.chain:
+            if connection.name not in self.change.touched | self.change.refused:
+                self.change.refused[connection.name] = self.survey.refused.get(
+                    connection.seen.owner, "it is in no block that carries x itself, or within the branch of another"
+                )
+        if not self.change.touched:
+            reasons = abbreviate(list(dict.fromkeys(self.change.refused.values())), separator="; ")
+            raise SkipwayError(f"no connection of {type(self.change.model).__name__} can be dressed: {reasons}")
+        if not self.neutral and has_global_start(self.scheme):
+            start_network(self.change, self.chain, self.scheme)
+
+    def dress_row(self, row: Sequence[StreamSite]) -> None:
+        """Open streams before a row, carry them through it, and close them behind it."""
+        blocks = list(dict.fromkeys(site.block for site in row))
+        wholes: dict[str, Streams] = {}
+        for index, site in enumerate(row):
+            streams = self.streams_for(site, index, len(row))
+            if site.points is None:
+                wholes[site.block] = streams
+            else:
+                self.dress_branch(site.points, streams)
+            self.change.touched.update((each.name, str(site)) for each in site.connections)
+        first, last = self.scheme.open(), self.scheme.close(*channels(row[-1]))
+        assert isinstance(first, StreamEntry)
+        assert isinstance(last, StreamEntry)
+        if self.neutral:
+            last.start_neutral_()
+        for block in dict.fromkeys((blocks[0], *wholes, blocks[-1])):
+            run = StreamedBlock(
+                self.survey.calls[block],
+                first=first if block == blocks[0] else None,
+                last=last if block == blocks[-1] else None,
+                connection=wholes.get(block),
+            )
+            self.insert(block, STREAMS, run)
+
+    def streams_for(self, site: StreamSite, index: int, depth: int) -> Streams:
+        """How the streams of a connection are read, mixed and written."""
+        dim, spatial = channels(site)
+        where = Site(dim=dim, index=index, depth=depth, spatial=spatial, kind=site.connections[-1].site.kind)
+        if where.kind not in self.scheme.kinds:
+            raise SkipwayError(f"{self.scheme}: {self.scheme.refusal}")
+        streams = self.scheme.streams(where)
+        hooks = (self.scheme.scale, self.scheme.drop, self.scheme.enter, self.scheme.join)
+        if streams is None or any(hook(where) is not None for hook in hooks):
+            raise SkipwayError(f"{self.scheme} means more than several streams, which cannot be put in together")
+        if self.neutral:
+            streams.start_neutral_(index % streams.count)
+        return streams
+
+    def dress_branch(self, points: StreamPoints, streams: Streams) -> None:
+        """Read streams before the first module of a branch, and write them behind the last one."""
+        read = StreamRead(streams)
+        self.insert(points.first, INPUT, read)
+        if points.call.stream != (0,):
+            self.change.set_attribute(self.change.model.get_submodule(points.first), ARGUMENT, points.call)
+        self.insert(points.last, OUTPUT, StreamWrite(read))
+
+    def insert(self, name: str, slot: str, inserted: nn.Module) -> None:
+        """Insert a module into a slot of another one."""
+        host = self.change.model.get_submodule(name)
+        if isinstance(host, CONTAINERS):
+            raise SkipwayError(f"{name} is a container, which would run what is inserted as one of its children")
+        like = next((each for each in host.parameters() if each.is_floating_point()), None)
+        if like is None:
+            like = next((each for each in self.change.model.parameters() if each.is_floating_point()), None)
+        if like is not None:
+            inserted.to(like.device, like.dtype)
+        insert(self.change, host, slot, inserted.train(host.training))
+        disable_fused_path(self.change, name)
+
+
+def channels(site: StreamSite) -> tuple[int, int]:
+    """How many channels the stream has, and how many axes follow on theirs."""
+    known = [each for each in site.connections if each.seen.channel is not None]
+    if not known:
+        raise SkipwayError(f"{site.connections[0].name}: which axis of x holds the channels is said by no weight")
+    return known[-1].site.dim, known[-1].site.spatial
