@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from skipway.recipe import Recipe
     from skipway.schemes import (
         MHC,
+        MUDD,
+        AttentionResiduals,
         DeepNorm,
+        DenseFormer,
         DepthScaled,
         DyT,
         Fixup,
@@ -69,6 +72,8 @@ if TYPE_CHECKING:
         Scheme,
         SkipInit,
         StochasticDepth,
+        ValueResiduals,
+        X0Residual,
         ZeroInit,
     )
     from skipway.schemes.initialisation import initialise_
@@ -113,9 +118,9 @@ _HOME = {
     "probes.features": "features stage_features",
     "recipe": "Recipe",
     "schemes": (
-        "DeepNorm DepthScaled DyT Fixup GatedStreams GTrXL Highway HyperConnections Identity Keel LAuReL "
-        "LayerNormScaling LayerScale MHC MixNorm NormFree Orthogonal PeriNorm Plain PreActivation ProRes ReZero "
-        "Scheme SkipInit StochasticDepth ZeroInit"
+        "AttentionResiduals DeepNorm DenseFormer DepthScaled DyT Fixup GatedStreams GTrXL Highway HyperConnections "
+        "Identity Keel LAuReL LayerNormScaling LayerScale MHC MixNorm MUDD NormFree Orthogonal PeriNorm Plain "
+        "PreActivation ProRes ReZero Scheme SkipInit StochasticDepth ValueResiduals X0Residual ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

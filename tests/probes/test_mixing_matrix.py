@@ -210,3 +210,46 @@ def test_static_hyperconnections_are_products(count):
     torch.testing.assert_close(mixing.coefficients, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(mixing.shares.sum(1), torch.ones(5), atol=1e-4, rtol=0)
     torch.testing.assert_close(mixing.gradient_shares.sum(0), torch.ones(5), atol=1e-4, rtol=0)
+
+
+def history(scheme: str, blocks: int = 2) -> torch.nn.Module:
+    """A ViT that reads earlier outputs, with what reads them drawn."""
+    model = sw.build("vit-tiny-16", depth=blocks, dim=DIM, heads=2, patch=4, image=8, classes=3, scheme=scheme)
+    return model.eval()
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_attention_residuals_weigh_all_sources_alike_at_the_start(rescale):
+    """Softmax of zeros: 1 / k of each of k sources ("Attention Residuals", sec. 5), or their sum."""
+    mixing = sw.depth_mixing(history(f"attentionresiduals(blocks=None, rescale={rescale})"), torch.randn(2, 3, 8, 8))
+    expected = torch.ones(5, 5).tril()
+    expected = expected if rescale else expected / expected.sum(1, keepdim=True)
+    torch.testing.assert_close(mixing.coefficients, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_denseformer_is_a_product_of_its_mixtures():
+    """With X_b = Y_(b-1) + branches and Y_b = Σ a_bj X_j, every X and Y is a combination of the sources."""
+    model = history("denseformer", blocks=3)
+    mixtures = [c.residual.streams.weights for c in list(sw.chain(model))[1::2]]
+    with torch.no_grad():
+        for weights in mixtures:
+            weights.add_(0.3 * torch.randn_like(weights))
+    mixing = sw.depth_mixing(model, torch.randn(2, 3, 8, 8))
+    unit = torch.eye(7)
+    rows, outputs, y = [], [unit[0]], unit[0]
+    for block, weights in enumerate(mixtures):
+        for branch in (1, 2):
+            rows.append(y)
+            y = y + unit[2 * block + branch]
+        outputs.append(y)
+        y = sum(weight.detach() * each for weight, each in zip(weights, outputs, strict=True))
+    torch.testing.assert_close(mixing.coefficients, torch.stack([*rows, y]), atol=1e-4, rtol=1e-4)
+
+
+def test_x0_scalars_bring_the_stem_back():
+    """In what block b reads, the stem weighs r of what it was, plus m."""
+    mixing = sw.depth_mixing(history("x0residual(resid=1.1, x0=0.2)", blocks=3), torch.randn(2, 3, 8, 8))
+    stem = [1.3, 1.3]
+    for _ in range(2):
+        stem += [1.1 * stem[-1] + 0.2] * 2
+    torch.testing.assert_close(mixing.coefficients[:6, 0], torch.tensor(stem), atol=1e-4, rtol=1e-4)

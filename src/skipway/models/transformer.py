@@ -76,7 +76,9 @@ def transformer_block(
         mlp: makes the MLP branch from (dim, hidden) and the dressed kit and placement.
     """
     first = replace(site, kind="attention")
-    second = replace(site, kind="mlp", dim_in=None, index=site.index + 1, since=site.since + 1)
+    second = replace(
+        site, kind="mlp", dim_in=None, index=site.index + 1, since=site.since + 1, earlier=site.outputs + 1
+    )
 
     block = nn.Sequential()
     for name, branch, place in (

@@ -7,7 +7,27 @@ from skipway.nn.depthwise import DepthwiseMlp
 from skipway.nn.drop import DropPath
 from skipway.nn.gain import Bias, Gain, Multiply
 from skipway.nn.gate import SqueezeExcitation
-from skipway.nn.initial import ColumnOrthogonal, FanInUniform, HeNormal, Initial, TruncatedNormal, XavierNormal, Zeros
+from skipway.nn.history import (
+    AttentionExit,
+    AttentionRead,
+    AttentionResidual,
+    DenseResidual,
+    DynamicDenseResidual,
+    History,
+    LastExit,
+    StemResidual,
+    ValueResidual,
+)
+from skipway.nn.initial import (
+    ColumnOrthogonal,
+    FanInNormal,
+    FanInUniform,
+    HeNormal,
+    Initial,
+    TruncatedNormal,
+    XavierNormal,
+    Zeros,
+)
 from skipway.nn.join import GRUGate, HighwayGate, LowRankMap, OrthogonalSum, WeightedSum
 from skipway.nn.manifold import ManifoldHyperConnection, sinkhorn
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
@@ -26,6 +46,9 @@ from skipway.nn.window import CosineWindowAttention, Window, WindowAttention
 
 __all__ = [
     "Attention",
+    "AttentionExit",
+    "AttentionRead",
+    "AttentionResidual",
     "Bias",
     "Branch",
     "Carry",
@@ -39,11 +62,14 @@ __all__ = [
     "ConvBranch",
     "CosineWindowAttention",
     "Cut",
+    "DenseResidual",
     "DepthwiseMlp",
     "DropPath",
+    "DynamicDenseResidual",
     "DynamicErf",
     "DynamicHyperConnection",
     "DynamicTanh",
+    "FanInNormal",
     "FanInUniform",
     "FirstToken",
     "GRUGate",
@@ -54,8 +80,10 @@ __all__ = [
     "GlobalResponseNorm",
     "HeNormal",
     "HighwayGate",
+    "History",
     "HyperConnection",
     "Initial",
+    "LastExit",
     "LayerNorm2d",
     "Linear",
     "LinearMap",
@@ -77,12 +105,14 @@ __all__ = [
     "Shortcut",
     "SqueezeExcitation",
     "StageMap",
+    "StemResidual",
     "StreamEntry",
     "StreamExit",
     "Streams",
     "TalkingHeads",
     "TokenGrid",
     "TruncatedNormal",
+    "ValueResidual",
     "WarmupState",
     "WeightedSum",
     "Window",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -32,12 +32,10 @@ class TalkingHeads(Attention):
         self.mix_logits = kit.linear(heads, heads)
         self.mix_weights = kit.linear(heads, heads)
 
-    def forward(self, h: Tensor) -> Tensor:
-        q, k, v = self.inside(self.qkv(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights = self.mix_logits(logits.movedim(1, -1)).softmax(dim=-2)
-        out = self.mix_weights(weights).movedim(-1, 1) @ v
-        return self.end(self.proj(self.before(out.transpose(1, 2).flatten(2))))
+        return self.mix_weights(weights).movedim(-1, 1) @ v
 
 
 class ClassAttention(Branch):
@@ -72,11 +70,11 @@ class ClassAttention(Branch):
     def closing(self) -> Sequence[nn.Module]:
         return [self.end]
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, mixed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         q, k, v = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (self.q(h[:, :1]), self.k(h), self.v(h))
         )
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k, v if mixed is None else mixed(v)).transpose(1, 2).flatten(2)
         return alone(self.end(self.proj(self.before(out))), h.shape[1])
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["ColumnOrthogonal", "FanInUniform", "HeNormal", "Initial", "TruncatedNormal", "XavierNormal", "Zeros"]
+__all__ = ["FanInNormal", "FanInUniform", "HeNormal", "Initial", "TruncatedNormal", "XavierNormal", "Zeros"]
 
 
 class Initial(Protocol):
@@ -32,6 +33,14 @@ class HeNormal:
 
     def __call__(self, weight: Tensor) -> Tensor:
         return nn.init.kaiming_normal_(weight, mode=self.fan, nonlinearity="relu")
+
+
+@dataclass(frozen=True)
+class FanInNormal:
+    """W ~ N(0, 1 / fan_in): keeps the second moment through the map."""
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return nn.init.normal_(weight, std=(weight.shape[1] * weight[0, 0].numel()) ** -0.5)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -57,25 +59,30 @@ class Residual(nn.Module):
         self.join = join
         self.post = nn.Identity() if post is None else post
         self.streams = streams
+        if streams is not None:
+            streams.admit(branch, self.shortcut, self.post)
         self.site = site
         self.scheme = scheme
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if self.streams is not None:
             return self.forward_streams(x)
         h = self.pre(x)
         skip, f = self.shortcut(x, h), self.drop(self.scale(self.branch(h)))
         return self.post(skip + f if self.join is None else self.join(skip, f))
 
-    def forward_streams(self, s: Tensor) -> Tensor:
+    def forward_streams(self, s: Any) -> Any:
         """s' = post(shortcut(A s) + β drop(scale(branch(h)))), where h = pre(α s): α reads n streams into one, A mixes
-        them, β writes into all. A shortcut other than a carry takes each stream, prepared in one batch with h.
+        them, β writes into all. A shortcut other than a carry takes each stream, prepared in one batch with h; of
+        earlier outputs, one stream is carried, which is what is read.
         """
         assert self.streams is not None
         x, carried, write = self.streams(s)
-        if isinstance(self.shortcut, Carry):
-            h, skip = self.pre(x), carried
+        if carried is x or isinstance(self.shortcut, Carry):
+            h = self.pre(x)
+            skip = self.shortcut(carried, h)
         else:
             h, each = self.pre(torch.cat((x, carried))).split((len(x), len(carried)))
             skip = self.shortcut(carried, each)
-        return self.post(self.streams.join(skip, write, self.drop(self.scale(self.branch(h)))))
+        f, write = self.streams.call(self.branch, h, write)
+        return self.streams.keep(write, skip, self.post(self.streams.join(skip, write, self.drop(self.scale(f)))))

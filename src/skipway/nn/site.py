@@ -26,6 +26,8 @@ class Site:
         depth: number of branches L of the whole network, ≥ 1.
         since: branches that have added to the stream since its variance was last reset, that is since the last
             projection shortcut (itself included), or since the stem. At a projection: those before it.
+        earlier: branches before this one whose outputs have the shape of what it reads: since the stem, a map between
+            stages or a shortcut that is no carry (its branch included). None: as `since`.
         spatial: axes after the channel axis: 2 for image maps (N, C, H, W), 0 for tokens (N, T, C).
         kind: what the branch does: "conv", "attention" or "mlp".
 
@@ -38,6 +40,7 @@ class Site:
     index: int = 0
     depth: int = 1
     since: int = 0
+    earlier: int | None = None
     spatial: int = 2
     kind: Kind = "conv"
 
@@ -51,6 +54,11 @@ class Site:
     def position(self) -> int:
         """l = index + 1, the papers' running number of the branch, 1 ≤ l ≤ L."""
         return self.index + 1
+
+    @property
+    def outputs(self) -> int:
+        """Earlier branches whose outputs have the shape of what this one reads."""
+        return self.since if self.earlier is None else self.earlier
 
     @property
     def entry(self) -> int:

@@ -6,7 +6,7 @@ alike (stages, downsampling, norms after an addition) takes them as they are.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +69,18 @@ class StreamExit(StreamEntry):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return unfold(x, self.count).mean(0)
+        return self.stream(x)
+
+    def stream(self, s: Any) -> Tensor:
+        """One stream for all of them, at any depth."""
+        return unfold(s, self.count).mean(0)
 
 
 class Streams(nn.Module):
     """Abstract base: s → (x, carried, write). A connection computes s'ⱼ = carriedⱼ + writeⱼ F(x).
 
-    Shapes: s (n·N, …) → x (N, …), carried (n·N, …), write (n, N or 1, …), which broadcasts over F(x).
+    Shapes: s (n·N, …) → x (N, …), carried (n·N, …), write (n, N or 1, …), which broadcasts over F(x). What a state is
+    and what is written, only a class and its `join` know; `History` has states that are tuples.
 
     Args:
         count: n.
@@ -102,7 +107,22 @@ class Streams(nn.Module):
             "a trained network would compute something else"
         )
 
-    def join(self, carried: Tensor, write: Tensor, f: Tensor) -> Tensor:
+    def admit(self, branch: nn.Module, shortcut: nn.Module, post: nn.Module) -> None:
+        """Refuse slots beside which this one cannot stand.
+
+        Raises:
+            SkipwayError: naming the slot.
+        """
+
+    def call(self, branch: nn.Module, h: Tensor, write: Any) -> tuple[Tensor, Any]:
+        """The branch's output, and what is written with it."""
+        return branch(h), write
+
+    def keep(self, write: Any, skip: Tensor, y: Any) -> Any:
+        """The state after the connection, whose shortcut made the skip, and join and post made y."""
+        return y
+
+    def join(self, carried: Tensor, write: Any, f: Tensor) -> Any:
         """carriedⱼ + writeⱼ f; where a branch made the map smaller, a weight per pixel is averaged as the map is."""
         if self.channel == -3 and write.shape[-1] > 1 and write.shape[-2:] != f.shape[-2:]:
             write = F.adaptive_avg_pool2d(write.flatten(0, 1), (f.shape[-2], f.shape[-1])).unflatten(0, write.shape[:2])

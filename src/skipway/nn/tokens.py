@@ -66,10 +66,15 @@ class Attention(Branch):
     def closing(self) -> Sequence[nn.Module]:
         return [self.end]
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, mixed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """F(h); `mixed` is what becomes of the values, (N, heads, T, d), in a `ValueResidual`."""
         q, k, v = self.inside(self.qkv(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        out = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
+        out = self.weigh(q, k, v if mixed is None else mixed(v))
         return self.end(self.proj(self.before(out.transpose(1, 2).flatten(2))))
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q kᵀ / √d) v of each head."""
+        return F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
 
 
 class Mlp(Branch):

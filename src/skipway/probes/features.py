@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, suggest
 from skipway.nn import Residual, StageMap, StreamExit
-from skipway.nn.streams import unfold
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_example, call_model, unwrap
 from skipway.tracing.chain import WatchedConnection, chain
@@ -37,6 +36,7 @@ class TapObserver(Observer):
         modules = dict.fromkeys(tap.owner for tap in taps.values() if tap.point in ("input", "output"))
         super().__init__(model, connections, modules)
         self.copies = any(getattr(module, "inplace", False) is True for module in self.model.modules())
+        self.exit = next((module for module in self.model.modules() if isinstance(module, StreamExit)), None)
         self.tensors: dict[str, Tensor] = {}
         self.names: dict[Tap, list[str]] = {}
         for name, tap in taps.items():
@@ -57,6 +57,8 @@ class TapObserver(Observer):
         self.keep(Tap(name, "output"), value)
 
     def keep(self, tap: Tap, value: Any) -> None:
+        if isinstance(value, tuple) and self.exit is not None and tap in self.names:  # earlier outputs
+            value = self.exit.stream(value)
         for name in self.names.get(tap, ()):
             if not isinstance(value, Tensor):
                 raise SkipwayError(
@@ -151,8 +153,8 @@ def stage_features(model: nn.Module, x: Tensor) -> list[Tensor]:
     stages = stage_maps(model)
     streams = features(model, x, [stage.path for stage in stages])
     exits = [module for module in model.modules() if isinstance(module, StreamExit)]
-    means = {path: unfold(stream, exits[0].count).mean(0) if exits else stream for path, stream in streams.items()}
-    return [stage.to_map(means[stage.path], x) for stage in stages]
+    one = {path: exits[0].stream(state) if exits else state for path, state in streams.items()}
+    return [stage.to_map(one[stage.path], x) for stage in stages]
 
 
 def stage_maps(model: nn.Module) -> tuple[StageMap, ...]:

@@ -151,6 +151,9 @@ class StreamCutter:
                 self.hooks.callback(module.register_forward_hook(self.leave).remove)
             elif isinstance(module, StreamEntry):
                 self.hooks.callback(module.register_forward_pre_hook(self.enter).remove)
+        if not any(type(module) is StreamEntry for module in self.model.modules()):  # a history needs none
+            first = self.connections[0].residual
+            self.hooks.callback(first.register_forward_pre_hook(self.enter).remove)
         for connection in self.connections:
             assert connection.residual.streams is not None
             self.hooks.callback(connection.residual.streams.register_forward_hook(self.read).remove)

@@ -21,6 +21,11 @@ from skipway.schemes.hyperconnections import HyperConnections
 from skipway.schemes.mhc import MHC
 from skipway.schemes.gatedstreams import GatedStreams
 from skipway.schemes.orthogonal import Orthogonal
+from skipway.schemes.attentionresiduals import AttentionResiduals
+from skipway.schemes.denseformer import DenseFormer
+from skipway.schemes.mudd import MUDD
+from skipway.schemes.x0residual import X0Residual
+from skipway.schemes.valueresiduals import ValueResiduals
 from skipway.schemes.prores import ProRes
 from skipway.schemes.laurel import LAuReL
 from skipway.schemes.highway import Highway
@@ -31,7 +36,10 @@ from skipway.schemes.cards import card
 
 __all__ = [
     "MHC",
+    "MUDD",
+    "AttentionResiduals",
     "DeepNorm",
+    "DenseFormer",
     "DepthScaled",
     "DyT",
     "Fixup",
@@ -56,6 +64,8 @@ __all__ = [
     "SkipInit",
     "Stack",
     "StochasticDepth",
+    "ValueResiduals",
+    "X0Residual",
     "ZeroInit",
     "all_schemes",
     "card",

@@ -39,8 +39,8 @@ class Scheme:
     | `carry(site, shortcut)` | what happens to the skip | Plain, DeepNorm |
     | `drop(site)` | what may drop the branch | StochasticDepth |
     | `join(site)` | what takes the place of the addition | Orthogonal, LAuReL, Highway, GTrXL |
-    | `streams(site)` | how several streams are read, mixed and written; `open()` and `close(site)` begin and end \
-      them | HyperConnections, MHC, GatedStreams |
+    | `streams(site)` | how several streams or earlier outputs are read, mixed and written; `open()` and `close()` \
+      begin and end them, `restart()` ends a history between stages | HyperConnections, MHC, AttentionResiduals |
     | `init_(chain)` | the whole-network step after a full reset | Fixup, ZeroInit, DeepNorm, DepthScaled |
 
     Schemes add: `LayerScale() + StochasticDepth(0.1)`. A class that derives from `Scheme` is registered under its own
@@ -104,6 +104,10 @@ class Scheme:
 
     def open(self) -> nn.Module | None:
         """The last module of the stem, which opens several streams, or None."""
+        return None
+
+    def restart(self, dim: int, spatial: int) -> nn.Module | None:
+        """The module before a map between stages that is no connection, which ends a history of `dim` channels."""
         return None
 
     def close(self, dim: int, spatial: int) -> nn.Module | None:
@@ -191,9 +195,11 @@ class Stack(Scheme):
                 f"{' and '.join(silent)} each start the branch at zero; two zero factors in one branch never learn. "
                 "Keep one, or give the other a non-zero start"
             )
-        several = [str(member) for member in self.members if member.open() is not None]
+        several = [str(member) for member in self.members if type(member).streams is not Scheme.streams]
         if len(several) > 1:
-            raise SkipwayError(f"{' and '.join(several)} each carry several streams of their own; keep one")
+            raise SkipwayError(
+                f"{' and '.join(several)} each carry several streams or earlier outputs of their own; keep one"
+            )
         joins = [str(member) for member in self.members if type(member).join is not Scheme.join]
         if len(joins) > 1:
             raise SkipwayError(f"{' and '.join(joins)} each join skip and branch in their own way; keep one")
@@ -234,6 +240,9 @@ class Stack(Scheme):
 
     def open(self) -> nn.Module | None:
         return chain_modules([member.open() for member in self.members])
+
+    def restart(self, dim: int, spatial: int) -> nn.Module | None:
+        return chain_modules([member.restart(dim, spatial) for member in self.members])
 
     def close(self, dim: int, spatial: int) -> nn.Module | None:
         return chain_modules([member.close(dim, spatial) for member in self.members])

@@ -12,7 +12,7 @@ from skipway.models.cait.config import CaiTConfig
 from skipway.models.transformer import TOKEN_KIT, MakeAttention, MakeMlp, quarter_maps, transformer_block
 from skipway.models.vit.config import ViTConfig
 from skipway.models.vit.network import TokenStem, vit_head
-from skipway.nn import ClassAttention, FirstToken, Mlp, Role, StageMap, TalkingHeads
+from skipway.nn import ClassAttention, FirstToken, Mlp, Role, StageMap, TalkingHeads, sequence
 from skipway.nn.branch import Branch
 from skipway.nn.kit import Kit
 from skipway.nn.placement import PRE_NORM, Placement
@@ -53,13 +53,14 @@ class CaiT(nn.Module):
         )
         self.stem = TokenStem(replace(shape, pooling="mean"), kit, outside)
         self.blocks = cait_blocks(config, 0, config.blocks, partial(TalkingHeads, config.dim, config.heads), Mlp)
+        self.restart = sequence(restart=scheme.restart(config.dim, 0))
         self.token = ClassToken(config.dim)
         asking = partial(ClassAttention, config.dim, config.heads)
         self.class_blocks = cait_blocks(config, config.blocks, config.class_blocks, asking, class_mlp)
         self.head = vit_head(shape, kit, outside)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.class_blocks(self.token(self.blocks(self.stem(x)))))
+        return self.head(self.class_blocks(self.token(self.restart(self.blocks(self.stem(x))))))
 
     def stage_maps(self) -> tuple[StageMap, ...]:
         """The patch tokens after each quarter of the self-attention blocks; class attention does not change them."""
@@ -89,7 +90,14 @@ def cait_blocks(config: CaiTConfig, start: int, count: int, attention: MakeAtten
         *(
             transformer_block(
                 attention,
-                Site(dim=config.dim, index=index, depth=config.branches, since=index, spatial=0),
+                Site(
+                    dim=config.dim,
+                    index=index,
+                    depth=config.branches,
+                    since=index,
+                    earlier=index - 2 * start,
+                    spatial=0,
+                ),
                 int(config.dim * config.ratio),
                 kit=TOKEN_KIT,
                 placement=PRE_NORM,

@@ -138,6 +138,7 @@ def convnext_downsample(config: ConvNeXtConfig, site: Site, kit: Kit) -> nn.Modu
     It is no residual connection, but a scheme that counts on projections to reset the variance finds its reset here.
     """
     return sequence(
+        restart=config.scheme.restart(site.entry, site.spatial),
         **kit.parts(("norm",), site.entry),
         enter=config.scheme.enter(site),
         conv=kit.conv(site.entry, site.dim, 2, 2),

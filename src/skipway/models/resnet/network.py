@@ -92,7 +92,7 @@ def deep_stem_convs(config: ResNetConfig) -> list[Conv]:
 def resnet_stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Iterator[nn.Sequential]:
     """The chain, stage by stage."""
     make = BLOCKS[config.block]
-    index = since = 0
+    index = since = earlier = 0
     dim_in = config.stem_width
     for number, count in enumerate(config.blocks):
         out_channels = config.width * 2**number
@@ -100,7 +100,7 @@ def resnet_stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Itera
         stage = nn.Sequential()
         for first in (position == 0 for position in range(count)):
             stride = 2 if first and number > 0 else 1
-            site = Site(dim=dim, dim_in=dim_in, index=index, depth=config.branches, since=since)
+            site = Site(dim=dim, dim_in=dim_in, index=index, depth=config.branches, since=since, earlier=earlier)
             shortcut = (
                 None if stride == 1 and dim_in == dim else resnet_transition(config, kit, placement, site, stride)
             )
@@ -118,7 +118,7 @@ def resnet_stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Itera
                     site=site,
                 )
             )
-            index, dim_in = index + 1, dim
+            index, dim_in, earlier = index + 1, dim, earlier + 1 if shortcut is None else 1
             since = 1 if shortcut is not None and config.shortcut in PROJECTIONS else since + 1
         yield stage
 

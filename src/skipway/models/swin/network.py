@@ -159,7 +159,8 @@ def swin_merge(config: SwinConfig, site: Site, placement: Placement) -> nn.Modul
     norm_last = "norm" in placement.after
     norm = kit.parts(("norm",), site.dim if norm_last else 4 * site.entry)
     map = {"enter": config.scheme.enter(site), "reduction": kit.linear(4 * site.entry, site.dim, bias=False)}
-    return sequence(neighbours=NeighbourConcat(), **(map | norm if norm_last else norm | map))
+    restart = config.scheme.restart(site.entry, site.spatial)
+    return sequence(restart=restart, neighbours=NeighbourConcat(), **(map | norm if norm_last else norm | map))
 
 
 def swin_head(config: SwinConfig, kit: Kit, placement: Placement) -> nn.Module:
