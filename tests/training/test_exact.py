@@ -47,6 +47,7 @@ OPTIONS = [
     {"size": 16, "grow_from": 8, "class_weights": "balanced", "flip_test": True},
     {"scheme": "layerscale + prores(0.7)"},
     {"scheme": "prores(2, 'stagewise-0')"},
+    {"scheme": "depthscaled(exponent=0.5, base=1)", "optimizer": "adamw"},
     {"precision": "bfloat16", "save_every": 2},
     {"precision": "float16", "clip": "norm(1.0)"},
 ]

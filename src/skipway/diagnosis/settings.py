@@ -78,8 +78,17 @@ class Settings:
         """Make a fresh optimizer over the parameters of `model`, whose roles are read from its program if given."""
         if self.exact is not None:
             return self.exact(model, self.rate)
-        groups = param_groups(model, program, lr=self.rate, weight_decay=self.weight_decay)
-        return OPTIMIZERS[self.optimizer](groups, lr=self.rate)
+        make = OPTIMIZERS[self.optimizer]
+        eps = inspect.signature(make).parameters.get("eps")
+        groups = param_groups(
+            model,
+            program,
+            lr=self.rate,
+            weight_decay=self.weight_decay,
+            eps=None if eps is None else eps.default,
+            adaptive=self.adaptive,
+        )
+        return make(groups, lr=self.rate)
 
     def at(self, lr: float) -> Settings:
         """The same settings with another learning rate."""

@@ -33,7 +33,7 @@ from skipway.nn.manifold import ManifoldHyperConnection, sinkhorn
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
 from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
 from skipway.nn.residual import Residual
-from skipway.nn.role import Role
+from skipway.nn.role import BranchFactors, Role
 from skipway.nn.saturation import DynamicErf, DynamicTanh
 from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
@@ -51,6 +51,7 @@ __all__ = [
     "AttentionResidual",
     "Bias",
     "Branch",
+    "BranchFactors",
     "Carry",
     "ChannelsFirst",
     "ChannelsLast",

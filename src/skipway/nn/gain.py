@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from skipway.nn.role import Role
+from skipway.nn.role import BranchFactors, Role
 
 __all__ = ["Bias", "Gain", "Multiply"]
 
@@ -73,13 +73,18 @@ class Bias(nn.Module):
 class Multiply(nn.Module):
     """y = c · x, with c a constant.
 
+    Args:
+        factor: c.
+        branch_factors: what c at the end of a branch asks an optimizer to do with the parameters of that branch, which
+            `skipway.param_groups` does; None for nothing.
+
     >>> Multiply(0.5)(torch.ones(2))
     tensor([0.5000, 0.5000])
     """
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float, *, branch_factors: BranchFactors | None = None) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor, self.branch_factors = factor, branch_factors
 
     def forward(self, x: Tensor) -> Tensor:
         return self.factor * x

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from skipway.nn import Role
+from skipway.nn import BranchFactors, Role
+from skipway.optim.branch_factors import branch_factors
 from skipway.optim.roles import UNKNOWN, parameter_roles
 from skipway.tracing import Example, Program, unwrap
 from skipway.tracing.chain import Chain, Connection, WatchedConnection, chain, chain_from_program, read_chain
@@ -23,6 +24,8 @@ def param_groups(
     lr: float,
     weight_decay: float = 0.0,
     layer_decay: float = 1.0,
+    eps: float | None = 1e-8,
+    adaptive: bool = True,
 ) -> list[dict[str, Any]]:
     """Parameter groups for any `torch.optim` optimizer: weights of linear maps are decayed, biases, norms and gains are
     not, and parameters of a scheme have the decay and the learning rate of their role. The model is left unchanged.
@@ -31,6 +34,10 @@ def param_groups(
     class is not known (`skipway.optim.roles.parameter_roles`); never from a parameter's shape or name: a 0-dimensional
     SkipInit gain and a LayerScale of shape (C,) are gains, and a bias of any shape is a bias. Parameters whose role
     cannot be found are not decayed, and a warning names them.
+
+    A constant on a branch may ask for more (`DepthScaled(base=…)`: CompleteP and depth-μP): factors on the learning
+    rate, the weight decay and ε of all parameters in front of it in that branch. They make groups of their own, so that
+    any optimizer follows them.
 
     Args:
         model: any module; frozen parameters are left out, shared ones counted once.
@@ -41,12 +48,19 @@ def param_groups(
         layer_decay: the rate of layer l of L + 1 is multiplied by layer_decay^(L + 1 - l), where the blocks of the
             chain are layers 1 to L, everything before them is layer 0 and after them L + 1 (Clark 2020; Bao 2021,
             BEiT).
+        eps: the optimizer's ε, > 0, which groups whose ε has a factor carry as `eps`, multiplied by it; None for an
+            optimizer without ε or with several. Where your optimizer's is not torch's 1e-8, give it here, too.
+        adaptive: whether the optimizer's steps do not depend on the size of the gradient (Adam, Lion, LAMB, Muon). If
+            they are proportional to it (SGD), a factor on ε, which is the size of the gradient, divides the learning
+            rate instead and multiplies the decay.
 
     Raises:
-        SkipwayError: a rate or decay out of range; the model fails on `example`.
+        SkipwayError: a rate or decay out of range; the model fails on `example`; a network of others has branches with
+            factors (`rescheme`), and no example shows which parameters are in front of them.
 
     Returns:
-        dicts with `params`, `lr`, `weight_decay` and `name`, in the order of first appearance.
+        dicts with `params`, `lr`, `weight_decay`, `name`, `last` (the index of the last of them among the model's
+        parameters) and where ε has a factor `eps`, in the order of first appearance.
 
     >>> import skipway as sw
     >>> for group in param_groups(sw.build("resnet20", scheme="fixup"), lr=0.1, weight_decay=5e-4):
@@ -60,7 +74,9 @@ def param_groups(
     check_least("lr", lr, 0)
     check_least("weight_decay", weight_decay, 0)
     check_positive("layer_decay", layer_decay)
-    roles = parameter_roles(model, example)
+    if eps is not None:
+        check_positive("eps", eps)
+    roles, factors = parameter_roles(model, example), branch_factors(model, example)
     layers = layer_indices(model, example) if layer_decay != 1 else {}
     last = max(layers.values(), default=0)
     if layer_decay != 1 and last <= 1:
@@ -71,19 +87,17 @@ def param_groups(
         )
     groups: dict[tuple[Role, int], dict[str, Any]] = {}
     unknown: list[str] = []
-    for name, parameter in model.named_parameters():
+    for index, (name, parameter) in enumerate(model.named_parameters()):
         if not parameter.requires_grad:
             continue
-        role, layer = roles[name], layers.get(name, last)
-        unknown += [name] if role is UNKNOWN else []
-        title = role.name if role.rate == 1.0 else f"{role.name}×{role.rate:g}"
-        empty = {
-            "params": [],
-            "lr": lr * role.rate * layer_decay ** (last - layer),
-            "weight_decay": weight_decay * role.decay,
-            "name": title if layer_decay == 1 else f"{title}, layer {layer}",
-        }
-        groups.setdefault((role, layer), empty)["params"].append(parameter)
+        unknown += [name] if roles[name] is UNKNOWN else []
+        role, layer = roles[name].times(factors.get(name, BranchFactors())), layers.get(name, last)
+        if (role, layer) not in groups:
+            title = title_of(role) if layer_decay == 1 else f"{title_of(role)}, layer {layer}"
+            rate = lr * layer_decay ** (last - layer)
+            groups[role, layer] = {"params": [], **options_of(role, rate, weight_decay, eps, adaptive), "name": title}
+        groups[role, layer]["params"].append(parameter)
+        groups[role, layer]["last"] = index
     if unknown and weight_decay:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         warnings.warn(
@@ -92,6 +106,22 @@ def param_groups(
             stacklevel=2,
         )
     return list(groups.values())
+
+
+def title_of(role: Role) -> str:
+    """The name of a role's group, with the factors that are not 1."""
+    rate = "" if role.rate == 1 else f"×{role.rate:g}"
+    return f"{role.name}{rate}" if role.epsilon == 1 else f"{role.name}{rate}, ε×{role.epsilon:g}"
+
+
+def options_of(role: Role, lr: float, weight_decay: float, eps: float | None, adaptive: bool) -> dict[str, float]:
+    """What an optimizer is told about the parameters of a role."""
+    options = {"lr": lr * role.rate, "weight_decay": weight_decay * role.decay}
+    if role.epsilon == 1:
+        return options
+    if adaptive:
+        return options if eps is None else options | {"eps": eps * role.epsilon}
+    return {"lr": options["lr"] / role.epsilon, "weight_decay": options["weight_decay"] * role.epsilon}
 
 
 def connections_of(model: nn.Module, example: Example | Program | None) -> Chain[Any]:

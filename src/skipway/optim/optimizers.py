@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from skipway.errors import MissingExtraError
@@ -24,12 +25,17 @@ class OptimizerSpec(Protocol):
 
     `base_lr` is the peak learning rate for a batch of 128, `weight_decay` the default weight decay. The learning rate
     scales with (batch / 128)^`lr_power`: 1 is linear (Goyal 2017), 1/2 the square root (You 2020, for adaptive
-    methods).
+    methods). `eps` is its ε, None where there is none, and `adaptive` whether its steps do not depend on the size of
+    the gradient: `param_groups` is given both.
     """
 
     base_lr: ClassVar[float]
     weight_decay: ClassVar[float]
     lr_power: ClassVar[float]
+    adaptive: ClassVar[bool]
+
+    @property
+    def eps(self) -> float | None: ...
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         """Build the optimizer for groups with `params`, `lr`, `weight_decay` and `name`."""
@@ -63,6 +69,8 @@ class SGD:
     base_lr: ClassVar[float] = 0.1
     weight_decay: ClassVar[float] = 5e-4
     lr_power: ClassVar[float] = 1.0
+    adaptive: ClassVar[bool] = False
+    eps = None
 
     def __post_init__(self) -> None:
         check_fraction("momentum", self.momentum)
@@ -85,6 +93,7 @@ class AdamW:
     base_lr: ClassVar[float] = 1e-3
     weight_decay: ClassVar[float] = 0.05
     lr_power: ClassVar[float] = 1.0
+    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fraction("beta1", self.beta1)
@@ -120,6 +129,8 @@ class Lion:
     base_lr: ClassVar[float] = 1e-4
     weight_decay: ClassVar[float] = 0.5
     lr_power: ClassVar[float] = 1.0
+    adaptive: ClassVar[bool] = True
+    eps = None
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         return load_pytorch_optimizer().Lion(list(groups), betas=(self.beta1, self.beta2))
@@ -138,9 +149,13 @@ class LAMB:
     base_lr: ClassVar[float] = 5e-3
     weight_decay: ClassVar[float] = 0.02
     lr_power: ClassVar[float] = 0.5
+    adaptive: ClassVar[bool] = True
+    eps = 1e-6
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        return load_pytorch_optimizer().Lamb(list(groups), betas=(self.beta1, self.beta2), max_grad_norm=0.0)
+        return load_pytorch_optimizer().Lamb(
+            list(groups), betas=(self.beta1, self.beta2), eps=self.eps, max_grad_norm=0.0
+        )
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,8 @@ class Muon:
     base_lr: ClassVar[float] = 0.02
     weight_decay: ClassVar[float] = 0.01
     lr_power: ClassVar[float] = 0.5
+    adaptive: ClassVar[bool] = True
+    eps = 1e-10
 
     def __post_init__(self) -> None:
         check_fraction("momentum", self.momentum)
@@ -168,7 +185,7 @@ class Muon:
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         matrices = {
             id(each): each
-            for group in groups
+            for group in sorted(groups, key=itemgetter("last"))
             for each in group["params"]
             if group["name"].startswith("weight") and (each.ndim == 2 or each.shape[1] > 1)
         }
@@ -182,7 +199,7 @@ class Muon:
                 ready.append({**group, "params": own, "use_muon": True, "momentum": self.momentum})
             if rest:
                 ready.append({**group, "params": rest, "use_muon": False, "lr": group["lr"] * self.adamw})
-        return load_pytorch_optimizer().Muon(ready, use_adjusted_lr=True)
+        return load_pytorch_optimizer().Muon(ready, adamw_eps=self.eps, use_adjusted_lr=True)
 
 
 for kind in (SGD, AdamW, Lion, LAMB, Muon):

@@ -101,8 +101,10 @@ def fit(
     """
     target = torch.device(device)
     model.to(target).train()
-    optimizer = parse_optimizer(settings.optimizer).build(
-        param_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
+    spec = parse_optimizer(settings.optimizer)
+    decay = settings.weight_decay
+    optimizer = spec.build(
+        param_groups(model, lr=settings.lr, weight_decay=decay, eps=spec.eps, adaptive=spec.adaptive)
     )
     steps, shape = data.steps(settings.batch_size), parse_schedule(settings.schedule)
     losses: list[float] = []

@@ -210,14 +210,17 @@ def build_run(
 
 def build_optimizer(recipe: ResolvedRecipe, model: nn.Module, example: Tensor) -> torch.optim.Optimizer:
     """Build the optimizer of the parameters that learn."""
+    spec = recipe.optimizer_spec
     groups = param_groups(
         model,
         None if is_ours(str(recipe.model)) else example,
         lr=recipe.peak_lr,
         weight_decay=recipe.decay,
         layer_decay=recipe.layer_decay,
+        eps=spec.eps,
+        adaptive=spec.adaptive,
     )
-    return recipe.optimizer_spec.build(groups)
+    return spec.build(groups)
 
 
 def wrap_network(run: Run) -> None:
