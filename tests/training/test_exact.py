@@ -36,7 +36,7 @@ def test_mid_epoch_interruption(tmp_path, family, scheme):
 
 OPTIONS = [
     {"optimizer": "lion"},
-    {"optimizer": "lamb"},
+    {"optimizer": "lamb", "scheme": "depthscaled(exponent=0.5, base=1)"},
     {"optimizer": "muon"},
     {"schedule": "onecycle", "warmup": 0.0},
     {"schedule": "step(at=(0.5,), factor=0.5)", "clip": "agc(0.02)"},
@@ -47,7 +47,6 @@ OPTIONS = [
     {"size": 16, "grow_from": 8, "class_weights": "balanced", "flip_test": True},
     {"scheme": "layerscale + prores(0.7)"},
     {"scheme": "prores(2, 'stagewise-0')"},
-    {"scheme": "depthscaled(exponent=0.5, base=1)", "optimizer": "adamw"},
     {"precision": "bfloat16", "save_every": 2},
     {"precision": "float16", "clip": "norm(1.0)"},
 ]
