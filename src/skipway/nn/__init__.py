@@ -29,7 +29,7 @@ from skipway.nn.initial import (
     Zeros,
 )
 from skipway.nn.join import GRUGate, HighwayGate, LowRankMap, OrthogonalSum, WeightedSum
-from skipway.nn.manifold import ManifoldHyperConnection, sinkhorn
+from skipway.nn.manifold import ManifoldHyperConnection
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
 from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
 from skipway.nn.residual import Residual
@@ -39,6 +39,7 @@ from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
 from skipway.nn.stage import ChannelsFirst, ChannelsLast, StageMap, TokenGrid
 from skipway.nn.stream_gate import GatedExit, GatedRead, GatedResidual
+from skipway.nn.stream_mixing import sinkhorn
 from skipway.nn.streams import DynamicHyperConnection, HyperConnection, StreamEntry, StreamExit, Streams
 from skipway.nn.tokens import Attention, Mlp
 from skipway.nn.warmup import ResidualWarmup, WarmupState, find_warmups, set_step, warmup_state

@@ -8,34 +8,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from skipway.nn.initial import TruncatedNormal
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
-from skipway.nn.streams import Streams, as_float32, unfold
+from skipway.nn.stream_mixing import as_float32, normed_product, sinkhorn
+from skipway.nn.streams import Streams, by_sample
 
-__all__ = ["ManifoldHyperConnection", "sinkhorn"]
-
-
-def sinkhorn(logits: Tensor, iterations: int, epsilon: float = 0.0) -> Tensor:
-    """The doubly stochastic matrix that exp(logits) is scaled to: sums over the last axis but one are 1, those over the
-    last are 1 as far as the iterations get (Xie et al. 2025, eq. 9, transposed, as DeepSeek-V4's code has it).
-
-    Args:
-        logits: (…, n, n).
-        iterations: of rows, then columns, ≥ 1.
-        epsilon: added to every entry once and to every sum.
-
-    >>> bool(torch.allclose(sinkhorn(torch.randn(3, 3), 5).sum(0), torch.ones(3)))
-    True
-    """
-    matrix = torch.softmax(logits, dim=-1) + epsilon
-    matrix = matrix / (matrix.sum(-2, keepdim=True) + epsilon)
-    for _ in range(iterations - 1):
-        matrix = matrix / (matrix.sum(-1, keepdim=True) + epsilon)
-        matrix = matrix / (matrix.sum(-2, keepdim=True) + epsilon)
-    return matrix
+__all__ = ["ManifoldHyperConnection"]
 
 
 class ManifoldHyperConnection(Streams):
@@ -111,17 +91,17 @@ class ManifoldHyperConnection(Streams):
         self.base[: self.count].copy_(torch.logit(read - self.epsilon))
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s = unfold(s, self.count).movedim(self.channel, -1)
-        v = as_float32(s.movedim(0, -2).flatten(-2))
-        v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + self.epsilon)
-        read, write, mix = as_float32(F.linear(v, as_float32(self.map.weight))).split(self.sizes, dim=-1)
+        streams = by_sample(s, self.count, self.channel)
+        weight = self.map.weight.unflatten(1, (self.count, -1)).transpose(0, 1)
+        found = normed_product(streams.flatten(1, 2), weight, self.epsilon, centred=False)
+        read, write, mix = found.view(*streams.shape[1:-1], -1).split(self.sizes, dim=-1)
         b_read, b_write, b_mix = as_float32(self.base).split(self.sizes)
-        read = torch.sigmoid(read * self.scale[0] + b_read) + self.epsilon
-        write = 2 * torch.sigmoid(write * self.scale[1] + b_write)
-        weights = torch.cat((read.unsqueeze(-1), self.mixing(mix * self.scale[2] + b_mix)), dim=-1)
-        mixed = torch.einsum("...jk,j...c->k...c", weights.to(s.dtype), s).movedim(-1, self.channel)
-        write = write.to(s.dtype).movedim(-1, 0).unsqueeze(-1).movedim(-1, self.channel)
-        return mixed[0], mixed[1:].flatten(0, 1), write
+        scale = as_float32(self.scale)
+        read = torch.sigmoid(read * scale[0] + b_read) + self.epsilon
+        write = 2 * torch.sigmoid(write * scale[1] + b_write)
+        weights = torch.cat((read.unsqueeze(-1), self.mixing(mix * scale[2] + b_mix)), dim=-1)
+        read, carried = self.mixed(s, streams, weights)
+        return read, carried, self.by_axis(write, s)
 
     def mixing(self, logits: Tensor) -> Tensor:
         """H, (…, n, n), from stream j to stream k."""

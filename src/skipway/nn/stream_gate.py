@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from skipway.nn.initial import TruncatedNormal
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
-from skipway.nn.streams import StreamExit, Streams, as_float32, unfold
+from skipway.nn.stream_mixing import as_float32
+from skipway.nn.streams import StreamExit, Streams, unfold
 
 __all__ = ["GatedExit", "GatedRead", "GatedResidual"]
 

@@ -17,8 +17,9 @@ from skipway.nn.gain import Gain
 from skipway.nn.initial import Zeros
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
+from skipway.nn.stream_mixing import add_written, mix_streams, normed_product
 
-__all__ = ["DynamicHyperConnection", "HyperConnection", "StreamEntry", "StreamExit", "Streams", "as_float32", "unfold"]
+__all__ = ["DynamicHyperConnection", "HyperConnection", "StreamEntry", "StreamExit", "Streams", "by_sample", "unfold"]
 
 
 def unfold(s: Tensor, count: int) -> Tensor:
@@ -35,9 +36,15 @@ def unfold(s: Tensor, count: int) -> Tensor:
     return s.unflatten(0, (count, -1))
 
 
-def as_float32(x: Tensor) -> Tensor:
-    """x in float32 where its type is narrower; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def by_sample(s: Tensor, count: int, channel: int) -> Tensor:
+    """The streams apart with channels last, tokens or pixels in one axis: (n·N, …) → (n, N, P, C). A map whose channels
+    are not last in memory is copied, so that what follows keeps them last.
+    """
+    return (
+        unfold(s, count).movedim(channel, -1).contiguous().flatten(2, -2)
+        if s.ndim > 2
+        else unfold(s, count).unsqueeze(2)
+    )
 
 
 class StreamEntry(nn.Module):
@@ -55,7 +62,7 @@ class StreamEntry(nn.Module):
         """Start so that a network with one stream computes what it did; see `Streams.start_neutral_`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.repeat(self.count, *(1,) * (x.ndim - 1))
+        return torch.cat([x] * self.count)  # keeps a map whose channels are last in memory as it is
 
     def extra_repr(self) -> str:
         return f"{self.count}"
@@ -126,7 +133,19 @@ class Streams(nn.Module):
         """carriedⱼ + writeⱼ f; where a branch made the map smaller, a weight per pixel is averaged as the map is."""
         if self.channel == -3 and write.shape[-1] > 1 and write.shape[-2:] != f.shape[-2:]:
             write = F.adaptive_avg_pool2d(write.flatten(0, 1), (f.shape[-2], f.shape[-1])).unflatten(0, write.shape[:2])
-        return carried + (write * f).flatten(0, 1)
+        return add_written(carried, write, f, self.channel)
+
+    def mixed(self, s: Tensor, streams: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """What is read and what is carried on, shaped as s, of the streams (n, N, P, C); see `mix_streams`."""
+        read, carried = mix_streams(streams, weights)
+        shape = (len(read), *s.movedim(self.channel, -1).shape[1:])
+        read, carried = read.view(shape), carried.reshape(-1, *shape[1:])
+        return read.movedim(-1, self.channel), carried.movedim(-1, self.channel)
+
+    def by_axis(self, write: Tensor, s: Tensor) -> Tensor:
+        """A weight for each token or pixel and stream, (N, P, n), as it broadcasts over the branch: (n, N, …)."""
+        apart = write.movedim(-1, 0).unflatten(-1, s.movedim(self.channel, -1).shape[1:-1] or (1,))
+        return apart.unsqueeze(-1).movedim(-1, self.channel) if s.ndim > 2 else apart
 
     def extra_repr(self) -> str:
         return f"{self.count}"
@@ -171,9 +190,15 @@ class HyperConnection(Streams):
         HyperConnection.reset_parameters(self)
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s = unfold(s, self.count)
-        mixed = (self.static[:, :-1].T @ s.flatten(1)).view(-1, *s.shape[1:])
-        return mixed[0], mixed[1:].flatten(0, 1), self.static[:, -1].view(-1, *(1,) * (s.ndim - 1))
+        streams = unfold(s, self.count)
+        last = s.movedim(self.channel, -1)
+        moved = not s.is_contiguous() and last.is_contiguous()
+        flat = last.unflatten(0, (self.count, -1)) if moved else streams
+        read, carried = mix_streams(flat.flatten(2).unsqueeze(-1), self.static[:, :-1])
+        read, carried = read.view(flat.shape[1:]), carried.reshape(flat.flatten(0, 1).shape)
+        if moved:
+            read, carried = read.movedim(-1, self.channel), carried.movedim(-1, self.channel)
+        return read, carried, self.static[:, -1].view(-1, *(1,) * s.ndim)
 
 
 class DynamicHyperConnection(HyperConnection):
@@ -196,10 +221,12 @@ class DynamicHyperConnection(HyperConnection):
         self.mix_scale, self.write_scale = Gain(1, init=0.01, spatial=0), Gain(1, init=0.01, spatial=0)
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s = unfold(s, self.count).movedim(self.channel, -1)
-        mix, write = torch.tanh(self.map(self.norm(s))).split((self.count + 1, 1), dim=-1)
-        static = self.static.view(self.count, *(1,) * (s.ndim - 2), -1)
-        mixed = torch.einsum("i...j,i...c->j...c", static[..., :-1] + self.mix_scale(mix), s)
-        mixed = mixed.movedim(-1, self.channel)
-        write = (static[..., -1:] + self.write_scale(write)).movedim(-1, self.channel)
-        return mixed[0], mixed[1:].flatten(0, 1), write
+        streams = by_sample(s, self.count, self.channel)
+        weight = self.map.weight * self.norm.weight
+        weight = weight - weight.mean(-1, keepdim=True)
+        found = normed_product(streams.flatten(0, 2).unsqueeze(0), weight.unsqueeze(0), self.norm.eps, centred=True)
+        found = torch.tanh(found + self.map.weight @ self.norm.bias).view(*streams.shape[:-1], -1).permute(1, 2, 0, 3)
+        mix, write = found.split((self.count + 1, 1), dim=-1)
+        read, carried = self.mixed(s, streams, self.static[:, :-1] + self.mix_scale(mix))
+        write = (self.static[:, -1:] + self.write_scale(write)).squeeze(-1)
+        return read, carried, self.by_axis(write, s)

@@ -1,0 +1,306 @@
+"""The arithmetic of several streams, with backward passes that keep the streams alone and pass over memory once.
+
+All take streams as (n, N, P, C): P tokens or pixels, channels last. Autograd's own formulas would keep float32 copies
+of n streams and add zeros to what was split; under `torch.compile` and export the plain expressions are used instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ["add_written", "as_float32", "mix_streams", "normed_product", "sinkhorn"]
+
+PIECE = 2**17
+"""Numbers of a stream that are mixed at a time on a CPU, so that all streams of a piece fit into its caches."""
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """x in float32 where its type is narrower; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def apply(function: type[Function], plain: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function with its own backward pass, or, where a compiler reads the program, the plain expression; in the
+    type of the streams, whatever autocast says.
+    """
+    chosen, kind = plain if torch.compiler.is_compiling() else function.apply, arguments[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return chosen(*arguments)
+    with torch.autocast(kind, enabled=False):
+        return chosen(*arguments)
+
+
+def pieces(s: Tensor) -> Iterator[slice]:
+    """Samples that are taken at a time."""
+    size = max(1, PIECE // max(s[0, :1].numel(), 1))
+    return (slice(start, start + size) for start in range(0, s.shape[1], size))
+
+
+def by_token(samples: slice, *s: Tensor) -> Tensor:
+    """Streams of some samples in a row, as one matrix (n, C) for each token, in float32: (N, P, n, C)."""
+    count, some = sum(map(len, s)), s[0][0, samples]
+    wide = torch.promote_types(some.dtype, torch.float32)
+    rows, start = some.new_empty((*some.shape[:-1], count, some.shape[-1]), dtype=wide), 0
+    for each in s:
+        rows[..., start : start + len(each), :] = each[:, samples].permute(1, 2, 0, 3)
+        start += len(each)
+    return rows
+
+
+# Mixing ---------------------------------------------------------------------------------------------------------------
+
+
+def combine(weights: Tensor, s: Tensor) -> Tensor:
+    """Σⱼ w[…, j, k] sⱼ: weights (N, P, n, k) or (n, k), streams (n, N, P, C) → (k, N, P, C), in the type of s."""
+    if weights.ndim == 2:
+        return (weights.T.to(s.dtype) @ s.flatten(1)).view(-1, *s.shape[1:])
+    return torch.einsum("ntjk,jntc->kntc", weights.to(s.dtype), s)
+
+
+def combine_in_pieces(weights: Tensor, s: Tensor) -> Tensor:
+    """The same, in float32 within, without a copy of all streams."""
+    out = s.new_empty(weights.shape[-1], *s.shape[1:])
+    for samples in pieces(s):
+        mixed = as_float32(weights[samples]).transpose(-1, -2).contiguous() @ by_token(samples, s)
+        out[:, samples] = mixed.permute(2, 0, 1, 3)
+    return out
+
+
+def gradients_in_pieces(weights: Tensor, s: Tensor, *g: Tensor) -> tuple[Tensor, Tensor]:
+    """Σₖ w[…, j, k] gₖ, shaped as s, and ⟨sⱼ, gₖ⟩ over the channels, shaped as the weights of each token."""
+    to_s, to_weights = torch.empty_like(s), []
+    for samples in pieces(s):
+        rows = by_token(samples, *g)
+        to_s[:, samples] = (as_float32(weights[samples]) @ rows).permute(2, 0, 1, 3)
+        to_weights.append(by_token(samples, s) @ rows.transpose(-1, -2))
+    return to_s, torch.cat(to_weights).to(weights.dtype)
+
+
+def gradients_at_once(weights: Tensor, s: Tensor, *g: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for weights of all tokens, and on a GPU."""
+    together = torch.cat(g)
+    if weights.ndim == 2:
+        to_weights = s.flatten(1) @ together.flatten(1).T
+    else:
+        to_weights = torch.einsum("jntc,kntc->ntjk", s, together)
+    return combine(weights.transpose(-1, -2), together), to_weights.to(weights.dtype)
+
+
+class Mix(Function):
+    """(s, weights) → the first combination, and all others."""
+
+    @staticmethod
+    def forward(s: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return split_first((combine_in_pieces if takes_pieces(s, weights) else combine)(weights, s))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g_first: Tensor, g_others: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        s, weights = ctx.saved_tensors
+        compute = gradients_in_pieces if takes_pieces(s, weights) else gradients_at_once
+        return compute(weights, s, g_first.unsqueeze(0), g_others)
+
+
+def takes_pieces(s: Tensor, weights: Tensor) -> bool:
+    """Whether to mix some samples at a time: on a CPU, with weights of each token."""
+    return weights.ndim > 2 and s.device.type == "cpu"
+
+
+def split_first(mixed: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of several streams, and the others. The first is copied: a branch that keeps a view keeps them all."""
+    return mixed[0].clone(), mixed[1:]
+
+
+def mix_plainly(s: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`mix_streams` with autograd's own backward pass."""
+    return split_first(combine(weights, s))
+
+
+def mix_streams(s: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Σⱼ w[…, j, k] sⱼ: what is read, k = 0, and what is carried on, k ≥ 1.
+
+    Shapes: s (n, N, P, C), weights (N, P, n, 1 + n) of each token, or (n, 1 + n) of all → (N, P, C), (n, N, P, C).
+    """
+    return apply(Mix, mix_plainly, s, weights)
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+class Write(Function):
+    """(carried, write, f) → carried + write · f, which is no view: FSDP2 asks that of a module's output."""
+
+    @staticmethod
+    def forward(carried: Tensor, write: Tensor, f: Tensor, channel: int) -> Tensor:
+        out = torch.empty_like(carried)
+        apart = (len(write), -1)
+        torch.addcmul(carried.unflatten(0, apart), write, f, out=out.unflatten(0, apart))
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, write, f, ctx.channel = inputs
+        ctx.save_for_backward(write, f)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        write, f = ctx.saved_tensors
+        g_write = g_f = None
+        apart = g.unflatten(0, (len(write), -1))
+        if ctx.needs_input_grad[1]:
+            g_write = (apart * f).sum(ctx.channel, keepdim=True, dtype=as_float32(write).dtype)
+            g_write = g_write.sum_to_size(write.shape).to(write.dtype)
+        if ctx.needs_input_grad[2]:
+            g_f = apart[0] * write[0]
+            for one, weight in zip(apart[1:], write[1:], strict=True):
+                g_f.addcmul_(one, weight)
+        return g, g_write, g_f, None
+
+
+def write_plainly(carried: Tensor, write: Tensor, f: Tensor, channel: int) -> Tensor:
+    """`add_written` with autograd's own backward pass."""
+    return torch.addcmul(carried.unflatten(0, (len(write), -1)), write, f).flatten(0, 1)
+
+
+def add_written(carried: Tensor, write: Tensor, f: Tensor, channel: int) -> Tensor:
+    """carriedⱼ + writeⱼ f.
+
+    Shapes: carried (n·N, …), write (n, 1 or N, …), 1 at the axis `channel`, f (N, …) → (n·N, …).
+    """
+    return apply(Write, write_plainly, carried, write.to(carried.dtype), f.to(carried.dtype), channel)
+
+
+# Norm and map ---------------------------------------------------------------------------------------------------------
+
+
+def product_and_moments(s: Tensor, weight: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W s in float32, the mean square of s, and its mean where `centred`."""
+    product = as_float32(s @ weight.to(s.dtype).transpose(1, 2)).sum(0)
+    wide = as_float32(product).dtype
+    square = torch.linalg.vector_norm(s, dim=-1, dtype=wide).square().mean(0) / s.shape[-1]
+    return product, square, s.mean(-1, dtype=wide).mean(0) if centred else None
+
+
+def inverse_deviation(square: Tensor, mean: Tensor | None, epsilon: float) -> Tensor:
+    """1 / √(variance + ε), (R, 1)."""
+    variance = square if mean is None else (square - mean.square()).clamp(min=0)
+    return torch.rsqrt(variance + epsilon).unsqueeze(-1)
+
+
+class NormedProduct(Function):
+    """(s, weight) → W norm(s), without norm(s)."""
+
+    @staticmethod
+    def forward(s: Tensor, weight: Tensor, epsilon: float, centred: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        product, square, mean = product_and_moments(s, weight, centred)
+        inverse = inverse_deviation(square, mean, epsilon)
+        return product * inverse, inverse, mean
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        s, weight, ctx.epsilon, _ = inputs
+        ctx.mark_non_differentiable(*(each for each in output[1:] if each is not None))
+        ctx.save_for_backward(s, weight, *output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        s, weight, out, inverse, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the second derivative goes through these, too
+            _, square, mean = product_and_moments(s, weight, mean is not None)
+            inverse = inverse_deviation(square, mean, ctx.epsilon)
+        g_product = (g * inverse).to(s.dtype)
+        # through 1 / √v: every number of the row by the same factor, around the mean
+        pull = -(g * out).sum(-1, keepdim=True) * inverse.square() / (len(s) * s.shape[-1])
+        g_s = g_weight = None
+        if ctx.needs_input_grad[0]:
+            left, right = g_product, weight.to(s.dtype)
+            if mean is not None:
+                left = torch.cat((left, (-pull * mean.unsqueeze(-1)).to(s.dtype)), dim=-1)
+                right = torch.cat((right, torch.ones_like(right[:, :1])), dim=1)
+            g_s = torch.addcmul(left @ right, s, pull.to(s.dtype))
+        if ctx.needs_input_grad[1]:
+            g_weight = (g_product.T @ s).to(weight.dtype)  # (k, R) @ (g, R, C)
+        return g_s, g_weight, None, None
+
+
+def normed_product_plainly(s: Tensor, weight: Tensor, epsilon: float, centred: bool) -> tuple[Tensor, ...]:
+    """`normed_product` with autograd's own backward pass, in a tuple as that of the function."""
+    product, square, mean = product_and_moments(s, weight, centred)
+    return (product * inverse_deviation(square, mean, epsilon),)
+
+
+def normed_product(s: Tensor, weight: Tensor, epsilon: float, *, centred: bool) -> Tensor:
+    """W norm(s) of each row, in float32, where norm takes the rows of all g groups together and norm(s) is not formed:
+    W s is divided by the deviation. Shapes: s (g, R, C), weight (g, k, C) → (R, k).
+
+    Args:
+        s: rows in groups.
+        weight: W; where `centred`, rows whose sum is 0, so that W s is W (s - mean).
+        epsilon: added to the variance.
+        centred: the deviation is that from the mean, LayerNorm's, and not from 0, RMSNorm's.
+    """
+    return apply(NormedProduct, normed_product_plainly, s, weight, epsilon, centred)[0]
+
+
+# Sinkhorn -------------------------------------------------------------------------------------------------------------
+
+
+def normalisations(logits: Tensor, iterations: int, epsilon: float) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """The matrix after each division, what it was divided by, and the axis: (n, n, R) tokens last."""
+    matrix = torch.softmax(logits, dim=1) + epsilon
+    for number in range(2 * iterations - 1):
+        axis = number % 2
+        total = matrix.sum(axis, keepdim=True) + epsilon
+        matrix = matrix / total
+        yield matrix, total, axis
+
+
+class Sinkhorn(Function):
+    """(logits, iterations, ε) → the last matrix; what is in between is computed again."""
+
+    @staticmethod
+    def forward(logits: Tensor, iterations: int, epsilon: float) -> Tensor:
+        return sinkhorn_plainly(logits, iterations, epsilon)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logits, ctx.iterations, ctx.epsilon = inputs
+        ctx.save_for_backward(logits)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (logits,) = ctx.saved_tensors
+        for matrix, total, axis in reversed(list(normalisations(logits, ctx.iterations, ctx.epsilon))):
+            g = (g - (g * matrix).sum(axis, keepdim=True)) / total
+        matrix = torch.softmax(logits, dim=1)
+        return matrix * (g - (g * matrix).sum(1, keepdim=True)), None, None
+
+
+def sinkhorn_plainly(logits: Tensor, iterations: int, epsilon: float) -> Tensor:
+    """The last matrix."""
+    return list(normalisations(logits, iterations, epsilon))[-1][0]
+
+
+def sinkhorn(logits: Tensor, iterations: int, epsilon: float = 0.0) -> Tensor:
+    """The doubly stochastic matrix that exp(logits) is scaled to: sums over the last axis but one are 1, those over the
+    last are 1 as far as the iterations get (Xie et al. 2025, eq. 9, transposed, as DeepSeek-V4's code has it).
+
+    Args:
+        logits: (…, n, n).
+        iterations: of rows, then columns, ≥ 1.
+        epsilon: added to every entry once and to every sum.
+
+    >>> bool(torch.allclose(sinkhorn(torch.randn(3, 3), 5).sum(0), torch.ones(3)))
+    True
+    """
+    tokens_last = logits.flatten(0, -3).permute(1, 2, 0).contiguous() if logits.ndim > 2 else logits.unsqueeze(-1)
+    matrix = apply(Sinkhorn, sinkhorn_plainly, tokens_last, iterations, epsilon)
+    return matrix.permute(2, 0, 1).reshape(logits.shape)
