@@ -38,8 +38,8 @@ from skipway.nn.saturation import DynamicErf, DynamicTanh
 from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
 from skipway.nn.stage import ChannelsFirst, ChannelsLast, StageMap, TokenGrid
+from skipway.nn.stream_algebra import sinkhorn
 from skipway.nn.stream_gate import GatedExit, GatedRead, GatedResidual
-from skipway.nn.stream_mixing import sinkhorn
 from skipway.nn.streams import DynamicHyperConnection, HyperConnection, StreamEntry, StreamExit, Streams
 from skipway.nn.tokens import Attention, Mlp
 from skipway.nn.warmup import ResidualWarmup, WarmupState, find_warmups, set_step, warmup_state

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from skipway.nn.initial import Initial, Zeros
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
-from skipway.nn.stream_mixing import as_float32
+from skipway.nn.stream_algebra import as_float32
 
 __all__ = ["GRUGate", "HighwayGate", "LowRankMap", "OrthogonalSum", "WeightedSum"]
 

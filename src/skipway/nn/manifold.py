@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skipway.nn.initial import TruncatedNormal
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
-from skipway.nn.stream_mixing import as_float32, normed_product, sinkhorn
+from skipway.nn.stream_algebra import as_float32, normed_product, sinkhorn
 from skipway.nn.streams import Streams, by_sample
 
 __all__ = ["ManifoldHyperConnection"]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from skipway.nn.initial import TruncatedNormal
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
-from skipway.nn.stream_mixing import as_float32
+from skipway.nn.stream_algebra import as_float32
 from skipway.nn.streams import StreamExit, Streams, unfold
 
 __all__ = ["GatedExit", "GatedRead", "GatedResidual"]

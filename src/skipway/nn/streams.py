@@ -17,7 +17,7 @@ from skipway.nn.gain import Gain
 from skipway.nn.initial import Zeros
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
-from skipway.nn.stream_mixing import add_written, mix_streams, normed_product
+from skipway.nn.stream_algebra import add_written, mix_streams, normed_product
 
 __all__ = ["DynamicHyperConnection", "HyperConnection", "StreamEntry", "StreamExit", "Streams", "by_sample", "unfold"]
 

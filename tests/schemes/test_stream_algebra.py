@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import skipway as sw
-from skipway.nn import stream_mixing
-from skipway.nn.stream_mixing import add_written, mix_streams, normed_product, sinkhorn
+from skipway.nn import stream_algebra
+from skipway.nn.stream_algebra import add_written, mix_streams, normed_product, sinkhorn
 from skipway.schemes import parse_scheme as read
 
 
@@ -22,7 +22,7 @@ def assert_derivatives(function, *tensors: torch.Tensor) -> None:
 @pytest.mark.parametrize("per_token", [False, True])
 def test_mixing_is_the_weighted_sum(monkeypatch, piece, per_token):
     """Σⱼ w[j, k] sⱼ, also where samples are taken in several pieces."""
-    monkeypatch.setattr(stream_mixing, "PIECE", piece)
+    monkeypatch.setattr(stream_algebra, "PIECE", piece)
     s, weights = torch.randn(3, 2, 2, 4), torch.randn(*((2, 2) if per_token else ()), 3, 4)
     expected = sum(s[j, ..., None] * weights[..., None, j, :] for j in range(3)).movedim(-1, 0)
     first, others = mix_streams(s, weights)

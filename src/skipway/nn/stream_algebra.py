@@ -103,10 +103,10 @@ class Mix(Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, g_first: Tensor, g_others: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor]:
         s, weights = ctx.saved_tensors
         compute = gradients_in_pieces if takes_pieces(s, weights) else gradients_at_once
-        return compute(weights, s, g_first.unsqueeze(0), g_others)
+        return compute(weights, s, gradients[0].unsqueeze(0), gradients[1])
 
 
 def takes_pieces(s: Tensor, weights: Tensor) -> bool:
@@ -151,8 +151,8 @@ class Write(Function):
         ctx.save_for_backward(write, f)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        write, f = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (g,), (write, f) = gradients, ctx.saved_tensors
         g_write = g_f = None
         apart = g.unflatten(0, (len(write), -1))
         if ctx.needs_input_grad[1]:
@@ -211,11 +211,11 @@ class NormedProduct(Function):
         ctx.save_for_backward(s, weight, *output)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        s, weight, out, inverse, mean = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        g, (s, weight, out, inverse, mean) = gradients[0], ctx.saved_tensors
         if torch.is_grad_enabled():  # the second derivative goes through these, too
-            _, square, mean = product_and_moments(s, weight, mean is not None)
-            inverse = inverse_deviation(square, mean, ctx.epsilon)
+            moments = product_and_moments(s, weight, mean is not None)[1:]
+            inverse, mean = inverse_deviation(*moments, ctx.epsilon), moments[1]
         g_product = (g * inverse).to(s.dtype)
         # through 1 / √v: every number of the row by the same factor, around the mean
         pull = -(g * out).sum(-1, keepdim=True) * inverse.square() / (len(s) * s.shape[-1])
@@ -276,8 +276,8 @@ class Sinkhorn(Function):
         ctx.save_for_backward(logits)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        (logits,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        (g,), (logits,) = gradients, ctx.saved_tensors
         for matrix, total, axis in reversed(list(normalisations(logits, ctx.iterations, ctx.epsilon))):
             g = (g - (g * matrix).sum(axis, keepdim=True)) / total
         matrix = torch.softmax(logits, dim=1)
