@@ -47,6 +47,9 @@ class History(Streams):
     def __init__(self, spatial: int = 0) -> None:
         super().__init__(1, spatial)
 
+    def start_neutral_(self, reads: int) -> None:
+        """Nothing is changed: how a history starts is the scheme's choice, by default as a network with one stream."""
+
     def join(self, carried: Tensor, write: Any, f: Tensor) -> Any:
         return carried + f
 
@@ -110,6 +113,11 @@ class AttentionResidual(History):
         opens: whether the branch begins a block; otherwise it is added to the newest source (eq. 5 and 6).
         spatial: see `Streams`.
     """
+
+    neutral_limit = (
+        "rescale=True reads the sum of earlier outputs, which is what the network had; their mean, rescale=False, is "
+        "that only behind a norm, up to its ε"
+    )
 
     def __init__(self, read: AttentionRead | None, *, opens: bool = True, spatial: int = 0) -> None:
         super().__init__(spatial)

@@ -195,7 +195,7 @@ class Stack(Scheme):
                 f"{' and '.join(silent)} each start the branch at zero; two zero factors in one branch never learn. "
                 "Keep one, or give the other a non-zero start"
             )
-        several = [str(member) for member in self.members if type(member).streams is not Scheme.streams]
+        several = [str(member) for member in self.members if has_streams(member)]
         if len(several) > 1:
             raise SkipwayError(
                 f"{' and '.join(several)} each carry several streams or earlier outputs of their own; keep one"
@@ -258,6 +258,11 @@ class Stack(Scheme):
 def members_of(scheme: Scheme) -> tuple[Scheme, ...]:
     """The schemes that a stack consists of; a single scheme is its own only member."""
     return scheme.members if isinstance(scheme, Stack) else (scheme,)
+
+
+def has_streams(scheme: Scheme) -> bool:
+    """Whether a scheme carries several streams or earlier outputs."""
+    return any(type(member).streams is not Scheme.streams for member in members_of(scheme))
 
 
 def chain_modules(modules: list[nn.Module | None]) -> nn.Module | None:

@@ -14,7 +14,7 @@ from skipway.errors import SkipwayError
 from skipway.nn import Gain, Multiply
 from skipway.nn.site import Site
 from skipway.nn.warmup import ResidualWarmup
-from skipway.schemes.scheme import Scheme, parse_scheme
+from skipway.schemes.scheme import Scheme, has_streams, parse_scheme
 from skipway.surgery.checks import CHECKS, EQUAL
 from skipway.surgery.insertion import disable_fused_path
 from skipway.surgery.insertion_point import InsertionPoint, adding_module, find_insertion_points, insert_at
@@ -68,8 +68,8 @@ def rescheme(
       as for a scale |
     | multiplies the skip (DeepNorm's α) | 1/α on the branch | a norm after the addition: norm(αx + F) is \
       norm(x + F/α) but for its ε |
-    | carries several streams (HyperConnections, MHC, GatedStreams) | `residual_streams` of blocks, `residual_entry` \
-      before and `residual_scale` behind each branch | blocks that are given x and return it |
+    | carries several streams or earlier outputs (HyperConnections, AttentionResiduals, …) | `residual_streams` of \
+      blocks, `residual_entry` before and `residual_scale` behind each branch | blocks that are given x and return it |
     | initialises the whole network (Fixup, DeepNorm) | `start="scheme"` | all connections can be dressed |
     | moves norms, replaces them or cuts skips | none | |
 
@@ -120,10 +120,10 @@ def rescheme(
         hint='start="scheme" allows any change',
         checks=CHECKS if drops or start == "scheme" else EQUAL,
     ) as change:
-        if dressing.open() is None:
-            Dressing(change, chain, program, dressing, start).dress()
-        else:
+        if has_streams(dressing):
             StreamDressing(change, chain, program, dressing, neutral=start != "scheme").dress()
+        else:
+            Dressing(change, chain, program, dressing, start).dress()
         return change.commit()
 
 

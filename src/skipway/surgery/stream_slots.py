@@ -41,7 +41,7 @@ class StreamedBlock(nn.Module):
         connection: Streams | None = None,
     ) -> None:
         super().__init__()
-        self.call, self.first, self.last, self.connection = call, first, last, connection
+        self.call, self.first, self.connection, self.last = call, first, connection, last
 
     def run(self, block: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block puts out, with its stream or streams in it."""

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from skipway.errors import SkipwayError
+from skipway.nn.history import History
 from skipway.nn.site import Site
 from skipway.nn.streams import StreamEntry, Streams
-from skipway.schemes.scheme import Scheme, members_of
+from skipway.schemes.scheme import Scheme, has_streams, members_of
 from skipway.surgery.block_call import CONTAINERS
 from skipway.surgery.block_rows import block_readers, direct_row_end
 from skipway.surgery.block_survey import BlockSurvey, require_blocks
 from skipway.surgery.insertion import ARGUMENT, INPUT, OUTPUT, STREAMS, disable_fused_path, insert
 from skipway.surgery.operation import abbreviate
+from skipway.surgery.packed_history import pack_histories
 from skipway.surgery.stream_points import StreamPoints, find_stream_points
 from skipway.surgery.stream_slots import StreamedBlock, StreamRead, StreamWrite
 from skipway.surgery.transaction import Transaction
@@ -51,9 +53,9 @@ class StreamDressing:
     """A scheme with several streams that is put on the connections of a network.
 
     Streams are opened before the first block of a row and closed behind its last one; a row ends where something else
-    reads or changes what is handed on. Where a module alone reads x for a branch and one returns what is added, a
-    connection is dressed by itself; else its block is one branch, block(x) − x, which needs nothing from inside. So is
-    every block if the network does not run, or computes something else, with the former.
+    reads or changes what is handed on. Where a module alone reads x for each branch and one returns what is added,
+    connections are dressed one by one; else each block of the row is one branch, block(x) − x, which needs nothing from
+    inside. So is every block if the network does not run, or computes something else, with the former.
 
     Args:
         change: the transaction.
@@ -77,7 +79,7 @@ class StreamDressing:
             SkipwayError: none can, or the network would compute something else.
         """
         if len(members := members_of(self.scheme)) > 1:
-            several = next(str(member) for member in members if member.open() is not None)
+            several = next(str(member) for member in members if has_streams(member))
             raise SkipwayError(
                 f"{self.scheme} on a network that exists already: give {several!r} alone, and the others in a rescheme "
                 "of their own, before it"
@@ -95,7 +97,8 @@ class StreamDressing:
                         self.change.verify()
                 return
             except Exception as problem:  # whatever a network raises that is given other shapes than it expects
-                problems.append(problem)
+                known = isinstance(problem, SkipwayError)
+                problems.append(problem if known else SkipwayError(f"{type(problem).__name__}: {problem}"))
                 if all(site.points is None for row in rows for site in row):
                     break
         limit = self.chain and self.streams_for(rows[0][0], 0, 1).neutral_limit
@@ -115,16 +118,34 @@ class StreamDressing:
     def sites_of(self, row: Sequence[str], *, reason: str, apart: bool) -> list[StreamSite]:
         """The connections on several streams of a row of blocks."""
         sites: list[StreamSite] = []
-        for block in row:
-            connections = self.survey.connections[block]
+        for block in row if apart else ():
             try:
-                if not apart or self.survey.calls[block].writes_stream:
-                    raise SkipwayError(reason or "it writes into x")
-                points = [find_stream_points(self.change.model, self.program, each, block) for each in connections]
-                sites += [StreamSite(block, (each,), at) for each, at in zip(connections, points, strict=True)]
+                if self.survey.calls[block].writes_stream:
+                    raise SkipwayError("it writes into x")
+                if self.keeps_outputs and not self.sums_alone(block):
+                    raise SkipwayError("a norm or something else follows an addition, and would change earlier outputs")
+                for each in self.survey.connections[block]:
+                    points = find_stream_points(self.change.model, self.program, each, block)
+                    sites.append(StreamSite(block, (each,), points))
             except SkipwayError as problem:
-                sites.append(StreamSite(block, tuple(connections), reason=str(problem)))
-        return sites
+                reason, apart = f"{block}: {problem}", False
+                break
+        whole = [StreamSite(block, tuple(self.survey.connections[block]), reason=reason) for block in row]
+        return sites if apart else whole
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether the scheme carries earlier outputs."""
+        return isinstance(self.scheme.streams(self.chain[0].site), History)
+
+    def sums_alone(self, block: str) -> bool:
+        """Whether nothing but the additions of its connections is done to x in a block."""
+        numbers = [each.seen.numbers for each in self.survey.connections[block]]
+        given, returned = self.program.given[block].values(), self.program.returned[block].values()
+        ends = [start for _, _, _, start in numbers[1:]]
+        return (
+            numbers[0][3] in given and numbers[-1][2] in returned and ends == [total for _, _, total, _ in numbers[:-1]]
+        )
 
     def dress_rows(self, rows: Sequence[Sequence[StreamSite]]) -> None:
         """Dress rows, and note which connections are dressed and why others are not."""
@@ -151,18 +172,13 @@ class StreamDressing:
         """Open streams before a row, carry them through it, and close them behind it."""
         blocks = list(dict.fromkeys(site.block for site in row))
         wholes: dict[str, Streams] = {}
-        for index, site in enumerate(row):
-            streams = self.streams_for(site, index, len(row))
+        first, states, last = self.parts_for(row)
+        for site, streams in zip(row, states, strict=True):
             if site.points is None:
                 wholes[site.block] = streams
             else:
                 self.dress_branch(site.points, streams)
             self.change.touched.update((each.name, str(site)) for each in site.connections)
-        first, last = self.scheme.open(), self.scheme.close(*channels(row[-1]))
-        assert isinstance(first, StreamEntry)
-        assert isinstance(last, StreamEntry)
-        if self.neutral:
-            last.start_neutral_()
         for block in dict.fromkeys((blocks[0], *wholes, blocks[-1])):
             run = StreamedBlock(
                 self.survey.calls[block],
@@ -172,16 +188,35 @@ class StreamDressing:
             )
             self.insert(block, STREAMS, run)
 
+    def parts_for(self, row: Sequence[StreamSite]) -> tuple[nn.Module, Sequence[Streams], nn.Module]:
+        """What opens the streams of a row, carries them through each connection, and closes them."""
+        states = [self.streams_for(site, index, len(row)) for index, site in enumerate(row)]
+        dim, spatial = channels(row[-1])
+        first, last = self.scheme.open(), self.scheme.close(dim, spatial)
+        assert isinstance(last, StreamEntry)
+        if self.neutral:
+            last.start_neutral_()
+        histories = [each for each in states if isinstance(each, History)]
+        if histories:
+            return pack_histories(histories, last, dim)
+        assert first is not None
+        return first, states, last
+
     def streams_for(self, site: StreamSite, index: int, depth: int) -> Streams:
         """How the streams of a connection are read, mixed and written."""
         dim, spatial = channels(site)
-        where = Site(dim=dim, index=index, depth=depth, spatial=spatial, kind=site.connections[-1].site.kind)
+        kind = site.connections[-1].site.kind if site.points is not None or "conv" not in self.scheme.kinds else "conv"
+        where = Site(dim=dim, index=index, since=index, depth=depth, spatial=spatial, kind=kind)
         if where.kind not in self.scheme.kinds:
             raise SkipwayError(f"{self.scheme}: {self.scheme.refusal}")
         streams = self.scheme.streams(where)
         hooks = (self.scheme.scale, self.scheme.drop, self.scheme.enter, self.scheme.join)
         if streams is None or any(hook(where) is not None for hook in hooks):
             raise SkipwayError(f"{self.scheme} means more than several streams, which cannot be put in together")
+        if type(streams).call is not Streams.call:
+            raise SkipwayError(
+                f"{self.scheme} reads what is inside of a branch, which is written in somebody's forward"
+            )
         if self.neutral:
             streams.start_neutral_(index % streams.count)
         return streams
