@@ -142,8 +142,8 @@ DataError DeepNorm DenseFormer DepthMixing DepthScaled Diagnosis DivergedError D
 Highway HyperConnections Identity Keel Kit LAuReL LayerNormScaling LayerScale LoopCheckpoints MHC MissingExtraError
 MixNorm MUDD NormFree Operation OptimizedModel Orthogonal Outcome PeriNorm Placement Plain PreActivation ProRes Recipe
 Residual ResNet ResNetConfig ReZero Scheme Site SkipInit SkipwayError StochasticDepth Swin SwinConfig
-TrainedClassifier Treatment ValueResiduals ViT ViTConfig WatchedConnection X0Residual ZeroInit __version__ accelerate
-build chain checkpoint checkpointed data deepen depth_mixing diagnose diagnosis features fit fold_gains
+TrainedClassifier Treatment UMuP ValueResiduals ViT ViTConfig WatchedConnection X0Residual ZeroInit __version__
+accelerate build chain checkpoint checkpointed data deepen depth_mixing diagnose diagnosis features fit fold_gains
 from_pretrained fuse hardware inference influence initialise_ kernels lesion load models monitor nn optim optimize
 param_groups probes projection remove_norm report rescheme reversible schemes set_step shorten skip_compute
 stage_features studies surgery tracing train training weights zoo

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
         DepthScaled,
         DyT,
         Fixup,
-        GatedStreams,
         GTrXL,
+        GatedStreams,
         Highway,
         HyperConnections,
         Identity,
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         Scheme,
         SkipInit,
         StochasticDepth,
+        UMuP,
         ValueResiduals,
         X0Residual,
         ZeroInit,
@@ -120,7 +121,7 @@ _HOME = {
     "schemes": (
         "AttentionResiduals DeepNorm DenseFormer DepthScaled DyT Fixup GatedStreams GTrXL Highway HyperConnections "
         "Identity Keel LAuReL LayerNormScaling LayerScale MHC MixNorm MUDD NormFree Orthogonal PeriNorm Plain "
-        "PreActivation ProRes ReZero Scheme SkipInit StochasticDepth ValueResiduals X0Residual ZeroInit"
+        "PreActivation ProRes ReZero Scheme SkipInit StochasticDepth UMuP ValueResiduals X0Residual ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

@@ -12,6 +12,7 @@ from skipway.schemes.layerscale import LayerScale
 from skipway.schemes.normfree import NormFree
 from skipway.schemes.deepnorm import DeepNorm
 from skipway.schemes.depthscaled import DepthScaled
+from skipway.schemes.umup import UMuP
 from skipway.schemes.perinorm import PeriNorm
 from skipway.schemes.keel import Keel
 from skipway.schemes.mixnorm import MixNorm
@@ -64,6 +65,7 @@ __all__ = [
     "SkipInit",
     "Stack",
     "StochasticDepth",
+    "UMuP",
     "ValueResiduals",
     "X0Residual",
     "ZeroInit",
