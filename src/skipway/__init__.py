@@ -50,8 +50,10 @@ if TYPE_CHECKING:
         DeepNorm,
         DenseFormer,
         DepthScaled,
+        DualResidual,
         DyT,
         Fixup,
+        FracConnections,
         GatedStreams,
         GTrXL,
         Highway,
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
         ProRes,
         ReZero,
         Scheme,
+        SiameseNorm,
         SkipInit,
         StochasticDepth,
         UMuP,
@@ -119,9 +122,10 @@ _HOME = {
     "probes.features": "features stage_features",
     "recipe": "Recipe",
     "schemes": (
-        "AttentionResiduals DeepNorm DenseFormer DepthScaled DyT Fixup GatedStreams GTrXL Highway HyperConnections "
-        "Identity Keel LAuReL LayerNormScaling LayerScale MHC MixNorm MUDD NormFree Orthogonal PeriNorm Plain "
-        "PreActivation ProRes ReZero Scheme SkipInit StochasticDepth UMuP ValueResiduals X0Residual ZeroInit"
+        "AttentionResiduals DeepNorm DenseFormer DepthScaled DualResidual DyT Fixup FracConnections GatedStreams "
+        "GTrXL Highway HyperConnections Identity Keel LAuReL LayerNormScaling LayerScale MHC MixNorm MUDD "
+        "NormFree Orthogonal PeriNorm Plain PreActivation ProRes ReZero Scheme SiameseNorm SkipInit "
+        "StochasticDepth UMuP ValueResiduals X0Residual ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

@@ -115,6 +115,7 @@ def test_state_dict_names_are_frozen():
         *((name, None, options) for name, options in plain.items()),
         *(("resnet-cifar8", scheme, {}) for scheme in all_schemes("conv")),
         *(("vit-tiny-16", scheme, {"depth": 1}) for scheme in all_schemes() if scheme not in all_schemes("conv")),
+        *(("vit-tiny-16", scheme, {"depth": 1}) for scheme in all_schemes() if scheme not in all_schemes("conv")),
     ]
     names = {
         f"{model} {scheme}": sorted(sw.build(model, scheme=scheme, device="meta", **options).state_dict())

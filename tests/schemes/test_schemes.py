@@ -30,6 +30,7 @@ SPECS = [
     "prores + rezero",
     "hyperconnections(n=2, dynamic=False)",
     "mhc(n=3, form='birkhoff')",
+    "fracconnections(2, dynamic=False)",
     "preactivation + layerscale",
     "preactivation + skipinit(norm='remove') + stochasticdepth(0.2)",
 ]

@@ -5,6 +5,7 @@ from skipway.nn.branch import Branch, Conv, ConvBranch
 from skipway.nn.classattention import ClassAttention, FirstToken, TalkingHeads
 from skipway.nn.depthwise import DepthwiseMlp
 from skipway.nn.drop import DropPath
+from skipway.nn.fractions import DynamicFracConnection, FracConnection
 from skipway.nn.gain import Bias, Gain, Multiply
 from skipway.nn.gate import SqueezeExcitation
 from skipway.nn.history import (
@@ -32,6 +33,7 @@ from skipway.nn.join import GRUGate, HighwayGate, LowRankMap, OrthogonalSum, Wei
 from skipway.nn.manifold import ManifoldHyperConnection
 from skipway.nn.maps import Classifier, Conv2d, Linear, LinearMap, ScaledStandardConv2d, ScaledStandardLinear
 from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
+from skipway.nn.normed_pair import NormedPair, NormedPairExit
 from skipway.nn.residual import Residual
 from skipway.nn.role import BranchFactors, Role
 from skipway.nn.saturation import DynamicErf, DynamicTanh
@@ -69,11 +71,13 @@ __all__ = [
     "DropPath",
     "DynamicDenseResidual",
     "DynamicErf",
+    "DynamicFracConnection",
     "DynamicHyperConnection",
     "DynamicTanh",
     "FanInNormal",
     "FanInUniform",
     "FirstToken",
+    "FracConnection",
     "GRUGate",
     "Gain",
     "GatedExit",
@@ -93,6 +97,8 @@ __all__ = [
     "ManifoldHyperConnection",
     "Mlp",
     "Multiply",
+    "NormedPair",
+    "NormedPairExit",
     "OrthogonalSum",
     "Pad",
     "Projection",

@@ -47,6 +47,13 @@ def by_sample(s: Tensor, count: int, channel: int) -> Tensor:
     )
 
 
+def average_to(write: Tensor, f: Tensor) -> Tensor:
+    """Weights per pixel, (N, m, H, W), averaged to the size of f where a branch made the map smaller."""
+    if write.shape[-1] == 1 or write.shape[-2:] == f.shape[-2:]:
+        return write
+    return F.adaptive_avg_pool2d(write, (f.shape[-2], f.shape[-1]))
+
+
 class StreamEntry(nn.Module):
     """Open the streams: n copies of x. Shapes: (N, …) → (n·N, …).
 
@@ -131,8 +138,8 @@ class Streams(nn.Module):
 
     def join(self, carried: Tensor, write: Any, f: Tensor) -> Any:
         """carriedⱼ + writeⱼ f; where a branch made the map smaller, a weight per pixel is averaged as the map is."""
-        if self.channel == -3 and write.shape[-1] > 1 and write.shape[-2:] != f.shape[-2:]:
-            write = F.adaptive_avg_pool2d(write.flatten(0, 1), (f.shape[-2], f.shape[-1])).unflatten(0, write.shape[:2])
+        if self.channel == -3:
+            write = average_to(write.flatten(0, 1), f).unflatten(0, write.shape[:2])
         return add_written(carried, write, f, self.channel)
 
     def mixed(self, s: Tensor, streams: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,9 @@ from skipway.schemes.dyt import DyT
 from skipway.schemes.hyperconnections import HyperConnections
 from skipway.schemes.mhc import MHC
 from skipway.schemes.gatedstreams import GatedStreams
+from skipway.schemes.fracconnections import FracConnections
+from skipway.schemes.dualresidual import DualResidual
+from skipway.schemes.siamesenorm import SiameseNorm
 from skipway.schemes.orthogonal import Orthogonal
 from skipway.schemes.attentionresiduals import AttentionResiduals
 from skipway.schemes.denseformer import DenseFormer
@@ -42,8 +45,10 @@ __all__ = [
     "DeepNorm",
     "DenseFormer",
     "DepthScaled",
+    "DualResidual",
     "DyT",
     "Fixup",
+    "FracConnections",
     "GTrXL",
     "GatedStreams",
     "Highway",
@@ -62,6 +67,7 @@ __all__ = [
     "ProRes",
     "ReZero",
     "Scheme",
+    "SiameseNorm",
     "SkipInit",
     "Stack",
     "StochasticDepth",

@@ -278,8 +278,8 @@ def all_schemes(kind: Kind | None = None) -> dict[str, type[Scheme]]:
 
     >>> list(all_schemes())[:4]
     ['plain', 'identity', 'preactivation', 'zeroinit']
-    >>> set(all_schemes()) - set(all_schemes("conv"))
-    {'layernormscaling'}
+    >>> sorted(set(all_schemes()) - set(all_schemes("conv")))
+    ['dualresidual', 'layernormscaling', 'siamesenorm', 'valueresiduals']
     """
     return {name: scheme for name, scheme in REGISTRY.entries.items() if kind is None or kind in scheme.kinds}
 

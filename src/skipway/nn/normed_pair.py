@@ -1,0 +1,60 @@
+"""Two streams that share their branches: one that is normalised at every connection, and one that never is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from skipway.nn.streams import StreamExit, Streams, unfold
+
+__all__ = ["NormedPair", "NormedPairExit"]
+
+
+class NormedPair(Streams):
+    """X' = norm(X) + c F(x), Y' = Y + F(x): X is post-norm's stream, Y pre-norm's.
+
+    The norm of X stands where X is read, that is behind the addition before.
+
+    Args:
+        dim: channels, the last axis.
+        normalised: whether X is normalised; False for a first connection that reads X as it is.
+        fused: x = norm(X) + norm(Y) (SiameseNorm), else x = norm(X) (ResiDual).
+        factor: c.
+
+    Shapes: (2·N, …, dim) → x (N, …, dim).
+
+    Decay and learning rate: that of norms, no decay and the full rate.
+
+    >>> pair = NormedPair(2, fused=False)
+    >>> x, carried, write = pair(torch.tensor([[1.0, 3.0], [1.0, 3.0]]))
+    >>> x.round(), carried.round()
+    (tensor([[-1.,  1.]], grad_fn=...), tensor([[-1.,  1.],
+            [ 1.,  3.]], grad_fn=...))
+    """
+
+    def __init__(self, dim: int, *, normalised: bool = True, fused: bool, factor: float = 1.0) -> None:
+        super().__init__(2, 0)
+        self.factor = factor
+        self.post = nn.LayerNorm(dim, eps=1e-6) if normalised else nn.Identity()
+        self.pre = nn.LayerNorm(dim, eps=1e-6) if fused else None
+
+    def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = unfold(s, 2)
+        x = self.post(x)
+        write = torch.cat((s.new_full((1,), self.factor), s.new_ones(1)))
+        return x if self.pre is None else x + self.pre(y), torch.cat((x, y)), write.view(-1, *(1,) * s.ndim)
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor:g}"
+
+
+class NormedPairExit(StreamExit):
+    """Close the two streams of `NormedPair`: norm(X) + norm(Y). Shapes: (2·N, …, dim) → (N, …, dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(2)
+        self.post, self.pre = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised, plain = unfold(x, 2)
+        return self.post(normalised) + self.pre(plain)
