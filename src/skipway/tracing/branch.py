@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from skipway.tracing.program import Program, Value
 from skipway.tracing.residual_adds import BranchScale, NormPosition, ResidualAdd
+from skipway.tracing.stream_paths import StreamPath
 from skipway.tracing.walks import CARRYING, SkipPath, Walker, effective_part
 
 __all__ = ["BranchReader", "FoundAdd"]
@@ -64,22 +65,24 @@ class BranchReader(Walker):
         return sums
 
     def describe(self, found: FoundAdd, name: str) -> ResidualAdd:
-        program, value, skip, branch, way = self.program, found.value, found.skip, found.branch, found.way
-        crossed = list(program.between(way.start, branch))
+        program, value, skip, way = self.program, found.value, found.skip, found.way
+        streams = way.join if isinstance(way, StreamPath) else None
+        start, branch = (way.start, found.branch) if streams is None else (streams.read, streams.branch)
+        crossed = list(program.between(start, branch))
         maps = [member for member in crossed if effective_part(member) == "map"]
-        last = self.closing(branch, way.start)
+        last = self.closing(branch, start)
         closing = last if last is not None and effective_part(last) == "norm" else None
-        last_map = self.last_map(branch, way.start)
-        joined = any(member.part == "join" for member in self.tail(branch, way.start))
+        last_map = self.last_map(branch, start)
+        joined = any(member.part == "join" for member in self.tail(branch, start))
         # what is added inside of a norm (global response normalisation) has no norms of its own
-        placings = self.placings(value, way, crossed, closing) if value.norm is None else ()
+        placings = self.placings(value, replace(way, start=start), crossed, closing) if value.norm is None else ()
         return ResidualAdd(
             name=name,
             owner=value.owner,
             call=value.call,
             term=value.term,
             skip_first=value.operands[0] == skip,
-            weights=(way.factor, self.factor(branch, way.start)),
+            weights=(way.factor, self.factor(branch, start)),
             skip=way.skip,
             carry=tuple(sorted(set().union(*(self.factors(member) for member in way.crossed)))),
             shortcut=unique(
@@ -92,13 +95,14 @@ class BranchReader(Walker):
             norms=placings,
             closing=None if closing is None or joined else closing.norm or self.program.weight_owner(closing),
             last=None if last_map is None or joined else self.program.weight_owner(last_map),
-            ends=() if joined else self.ends(branch, way.start, value.number),
-            scale=self.scale(branch, way.start),
+            ends=() if joined else self.ends(branch, start, value.number),
+            scale=self.scale(branch, start),
             shape=value.shape,
-            channel=self.stream_channel(value),
+            channel=self.stream_channel(value) if streams is None or streams.channel is None else streams.channel,
             kind=kind_of(crossed),
             inner=tuple(member.number for member in crossed if member.number in self.skips),
-            numbers=(skip, branch, value.number, way.start),
+            numbers=(skip, found.branch, value.number, way.start),
+            streams=streams,
         )
 
     def stream_channel(self, value: Value) -> int | None:
@@ -190,7 +194,8 @@ class BranchReader(Walker):
         program = self.program
         found: list[NormPosition] = []
         members = {member.number for member in crossed}
-        if self.starts_with_norm(way, members, value.owner):
+        read_normed = isinstance(way, StreamPath) and way.join is not None and way.join.normed
+        if read_normed or self.starts_with_norm(way, members, value.owner):
             found.append("pre")
         numbers = [member.number for member in crossed if effective_part(member) == "map"]
         norms = [member.number for member in crossed if effective_part(member) == "norm"]

@@ -90,9 +90,14 @@ class WatchedConnection:
 
     @property
     def summary(self) -> tuple[str, str, str, str]:
-        """Kind of the skip and of the branch, places of the norms, kind of the scale."""
+        """Kind of the skip and its streams, where they are several, and of the branch; norms; kind of the scale."""
         scale = "" if self.seen.scale is None else "scale per channel" if self.seen.scale.per_channel else "scalar"
-        return self.seen.skip, self.seen.kind, f"{'+'.join(self.seen.norms) or 'no'} norm", scale
+        return (
+            f"{self.seen.skip}{self.seen.several}",
+            self.seen.kind,
+            f"{'+'.join(self.seen.norms) or 'no'} norm",
+            scale,
+        )
 
     @property
     def owner(self) -> nn.Module:
@@ -143,7 +148,7 @@ class WatchedConnection:
         scale = "" if self.seen.scale is None else f" · scale {', '.join(self.seen.scale.parameters)}"
         norms = "+".join(self.seen.norms) or "no"
         branch = f"{'−' if self.seen.sign < 0 else '+'} {self.seen.kind}({condense_paths(self.seen.maps)})"
-        return f"{self.name}: {self.seen.skip} {branch} · {norms} norm{scale}"
+        return f"{self.name}: {self.seen.skip}{self.seen.several} {branch} · {norms} norm{scale}"
 
 
 def multiply_tensor(module: nn.Module, name: str, factor: float) -> bool:
@@ -233,10 +238,11 @@ def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection]
     With an example: those of any network. One forward pass in evaluation mode is watched at the dispatcher, on a copy
     on the meta device, so nothing is computed and no weights are allocated. An addition y = u + v is a connection
     where u is a tensor x carried on (or pooled, or projected by linear maps alone) and v was computed from the same x
-    by more than that, and by more than elementwise operators, which are an activation. In whatever form it is written
-    (`x - f(x)`, `torch.lerp`, `addcmul`, `index_add`, a sum over a stack, …), an addition is read as a x + b F(x);
-    `seen.weights` holds the numbers a and b. All other additions are in `refused`, each with its reason, and so are
-    operators that are not known and join two signals of one shape.
+    by more than that, and by more than elementwise operators, which are an activation. One tensor may carry several
+    streams, s'ⱼ = Σₖ Aⱼₖ sₖ + wⱼ F(x) with x read from all of them, as in hyper-connections; `seen.streams` tells how
+    many and where. In whatever form it is written (`x - f(x)`, `torch.lerp`, `addcmul`, `index_add`, a sum over a
+    stack, …), an addition is read as a x + b F(x); `seen.weights` holds the numbers a and b. All other additions are in
+    `refused`, each with its reason, and so are operators that are not known and join two signals of one shape.
 
     Args:
         model: a Skipway network, or, with an example, any `torch.nn.Module`.

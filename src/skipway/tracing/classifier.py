@@ -9,6 +9,7 @@ from skipway.tracing.branch import BranchReader, FoundAdd
 from skipway.tracing.operators import Part, is_linear_map
 from skipway.tracing.program import Program, Value
 from skipway.tracing.residual_adds import Reason, Refusal, ResidualAdd
+from skipway.tracing.stream_paths import StreamJudge
 from skipway.tracing.sums import PLACING, operator_of
 from skipway.tracing.walks import CARRYING, SkipPath, Walker, effective_part
 
@@ -50,6 +51,7 @@ class AddClassifier(Walker):
     def __init__(self, program: Program) -> None:
         super().__init__(program, {}, {})
         self.found: list[FoundAdd] = []
+        self.streams = StreamJudge(program, self.skips, self.cancelled)
 
     def reason(self, value: Value) -> Reason | None:
         """Accept a value as a connection or return why it is none; None too for what cannot add."""
@@ -113,12 +115,17 @@ class AddClassifier(Walker):
             return "constant"
         if self.cancels(value, first, second):
             return "difference"
+        if (joined := self.streams.connection(value)) is not None:
+            skip, path = joined
+            self.found.append(FoundAdd(value, skip, path.written, path))
+            self.skips[value.number] = skip
+            return None
         ways = [(self.way(u, v), u, v) for u, v in ((first, second), (second, first))]
         found = [(way, u, v) for way, u, v in ways if way is not None]
         if not found:
             return self.gated(value, first, second) or self.unrelated(value, first, second)
         way, skip, branch = min(found, key=lambda entry: (entry[0].weight, len(entry[0].crossed)))
-        reason = self.objection(value, way, skip, branch)
+        reason = self.objection(value, way, skip, branch) or ("mixing" if self.streams.mixes_streams(value) else None)
         if reason is None:
             self.found.append(FoundAdd(value, skip, branch, way))
             self.skips[value.number] = skip
@@ -171,7 +178,9 @@ class AddClassifier(Walker):
         if way.factor < 0:
             return "difference"
         crossed = list(self.program.between(way.start, branch))
-        parts = {effective_part(member) for member in crossed}
+        parts = {effective_part(member) for member in crossed if member.floating}  # a mask of tokens does no work
+        if way.skip == "pooled" and parts <= CARRYING | {"pool", "mean"}:
+            return "parallel"
         if way.skip == "projection" and (
             "upsample" in parts or any(member.part == "upsample" for member in way.crossed)
         ):

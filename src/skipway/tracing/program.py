@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappop, heappush
 
+from torch import Tensor
+
 from skipway.tracing.arguments import Path
+from skipway.tracing.operation import Operation
 from skipway.tracing.operators import Part
 
 __all__ = ["Ancestry", "Program", "Value"]
@@ -37,6 +40,7 @@ class Value:
         written: whether it was written into the tensor that held its first operand.
         floating: whether its elements are real or complex numbers, rather than integers or truth values.
         channel: the axis that holds the channels, see `skipway.tracing.channels`; None where that is unknown.
+        operation: what made it, to be run again; None of leaves, and where the storage was written into.
     """
 
     number: int
@@ -55,6 +59,7 @@ class Value:
     written: bool = False
     floating: bool = True
     channel: int | None = None
+    operation: Operation | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -152,6 +157,23 @@ class Program:
             if not reached.isdisjoint(self.signals(self.values[number])):
                 reached.add(number)
                 yield self.values[number]
+
+    def replay(self, number: int, given: dict[int, Tensor], default: Callable[[Value], Tensor]) -> Tensor | None:
+        """Compute a value again where those in `given` hold other tensors, and what they do not reach holds `default`;
+        None where that cannot be done.
+        """
+        held = dict(given)
+        for each in sorted((number, *self.ancestry(number).since(min(given)))):
+            value = self.values[each]
+            if each in held or held.keys().isdisjoint(value.operands):
+                continue
+            if value.operation is None:
+                return None
+            made = value.operation.run(
+                lambda one: held[one] if one in held else default(self.values[one]), value.output
+            )
+            held[each] = made
+        return held.get(number)
 
     def weight_owner(self, value: Value) -> str:
         """The module that owns the weight of a map or norm; where it ran, if its weight is nobody's parameter."""

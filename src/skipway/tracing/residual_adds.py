@@ -7,7 +7,17 @@ from typing import Literal
 
 from skipway.tracing.walks import Skip
 
-__all__ = ["REASONS", "BranchScale", "NormPosition", "Reason", "Refusal", "ResidualAdd", "Skip"]
+__all__ = [
+    "REASONS",
+    "BranchScale",
+    "NormPosition",
+    "Reason",
+    "Refusal",
+    "ResidualAdd",
+    "Skip",
+    "StreamAxis",
+    "StreamJoin",
+]
 
 NormPosition = Literal["pre", "inside", "end", "post"]
 Reason = Literal[
@@ -23,6 +33,7 @@ Reason = Literal[
     "gated",
     "selected",
     "joined",
+    "mixing",
     "scalar",
     "unrelated",
     "unknown",
@@ -42,6 +53,8 @@ REASONS: dict[Reason, str] = {
     "gated": "the carried side is multiplied by a gate that depends on the input, as in a Highway network or a GRU",
     "selected": "one side replaces the other at some positions, and nothing is added",
     "joined": "tensors that were stacked are summed, and with which weights cannot be told",
+    "mixing": "both sides are the same streams, of which one is weighed: a part of what a connection over several "
+    "streams carries",
     "scalar": "a sum of two numbers, such as parts of a loss",
     "unrelated": "neither side carries a tensor that the other was computed from",
     "unknown": "joins two signals of one shape, and whether it adds them is not known",
@@ -62,6 +75,43 @@ class BranchScale:
 
 
 @dataclass(frozen=True)
+class StreamAxis:
+    """Several streams in one tensor.
+
+    Args:
+        count: n.
+        axis: that holds them, alone or together with something else; None where that could not be told.
+        stride: positions along that axis from one stream to the next: 1 where they lie side by side, the size of what
+            else the axis holds where they lie one after the other.
+    """
+
+    count: int
+    axis: int | None
+    stride: int
+
+
+@dataclass(frozen=True)
+class StreamJoin:
+    """How a connection over several streams s'ⱼ = Σₖ Aⱼₖ sₖ + wⱼ F(x) reads, mixes and writes them.
+
+    Args:
+        axis: where the streams lie in the sum.
+        channel: the axis of the sum that holds the channels of F; None where that could not be told.
+        state: number of the value s in the program.
+        read: of x, of which alone the branch is computed; the first of several equal ones.
+        branch: of F(x), before it is written.
+        normed: whether s passes a norm on the way to x.
+    """
+
+    axis: StreamAxis
+    channel: int | None
+    state: int
+    read: int
+    branch: int
+    normed: bool
+
+
+@dataclass(frozen=True)
 class ResidualAdd:
     """An addition that is a residual connection: y = x + F(x), or with numbers a, b: y = a x + b F(x).
 
@@ -72,7 +122,8 @@ class ResidualAdd:
         term: the term of that addition that it adds, from 0: 1 unless more than two are added.
         skip_first: whether the skip is the first operand of the addition.
         weights: the numbers a and b; of a branch that is subtracted b = −1.
-        skip: "identity" (x itself), "pooled" (x on fewer positions), "projection" (through linear maps or norms).
+        skip: "identity" (x itself), "pooled" (x on fewer positions), "projection" (through linear maps or norms),
+            "mixed" (several streams weighed with each other).
         carry: names of parameters that multiply the skip.
         shortcut: modules that own the linear maps and norms of the skip, in order.
         maps: modules that own the linear maps of the branch, in order; attention's queries and keys among them.
@@ -87,6 +138,8 @@ class ResidualAdd:
         kind: what the branch does: "attention", "conv" or "mlp".
         inner: numbers of the sums of other connections within the branch.
         numbers: of the values skip, branch and sum in the program, and of the x that both were computed from.
+        streams: how several streams are read and written; None of one stream. The branch is then what stands between
+            `streams.read` and `streams.branch`, and `numbers` tells of the sum itself.
     """
 
     name: str
@@ -110,6 +163,12 @@ class ResidualAdd:
     kind: Literal["attention", "conv", "mlp"]
     inner: tuple[int, ...]
     numbers: tuple[int, int, int, int]
+    streams: StreamJoin | None = None
+
+    @property
+    def several(self) -> str:
+        """The number of several streams, as it follows the kind of the skip."""
+        return "" if self.streams is None else f" of {self.streams.axis.count} streams"
 
     @property
     def sign(self) -> int:
