@@ -119,7 +119,8 @@ class StreamJudge(Walker):
         state, crossed, rows = self.walk(skip, branch)
         if state is None:
             return None
-        read = self.read(state, branch, {each.number for each in crossed})
+        entry = next((self.beside(each) for each in crossed if each.operator == "cat"), None)
+        read = self.read(state, branch if entry is None else entry, {each.number for each in crossed})
         units = value.numel // self.program[branch].numel
         count = self.opened(state)
         if count == UNKNOWN and (self.weighs_any(crossed) or self.weighs_any(self.program.between(branch, written))):
@@ -137,7 +138,7 @@ class StreamJudge(Walker):
 
     def walk(self, skip: int, branch: int) -> tuple[int | None, list[Value], list[Value]]:
         """Back from what is carried, by maps and norms too, to what the branch was computed from; from there on to the
-        state that it was, by maps only of which the branch reads other rows. The state, what was crossed, those maps.
+        state that it was, only by what the branch reads other rows of. The state, what was crossed, the maps among those.
         """
         state, crossed, mixing, here = None, [], [], skip
         while True:
@@ -147,13 +148,34 @@ class StreamJudge(Walker):
             before = self.before(value)
             if before is None and state is None:
                 before = self.before_projection(value)
-            elif before is None and value.part == "map" and any(each.part == "slice" for each in crossed):
-                before = self.before_projection(value)
-                mixing.append(value)
+            elif before is None and any(each.part == "slice" for each in crossed):
+                before = self.before_rows(value)
+                mixing += [value] if value.part == "map" else []
             if before is None:
                 return state, crossed, mixing
             crossed.append(value)
             here = before
+
+    def before_rows(self, value: Value) -> int | None:
+        """The streams before an operator of whose result slices are carried and read: a map of them, or what prepares
+        them laid end to end with what was read from them.
+        """
+        if value.operator == "cat":
+            return self.weighed(value)
+        prepares = value.norm is not None or (value.part == "nonlinear" and len(self.program.signals(value)) == 1)
+        if not prepares:
+            return self.before_projection(value)
+        before = self.before_norm(value) if value.norm is not None else self.program.signals(value)[0]
+        here = before
+        while here is not None and (each := self.program[here]).operator != "cat":
+            signals = self.program.signals(each)
+            here = self.before_norm(each) if each.norm is not None else signals[0] if len(signals) == 1 else None
+        return None if here is None else before
+
+    def beside(self, value: Value) -> int | None:
+        """What was laid end to end with the streams."""
+        streams = self.weighed(value)
+        return next((each for each in self.program.signals(value) if each != streams), None)
 
     def mixing(
         self, value: Value, skip: int, state: int, crossed: list[Value], rows: list[Value], channel: int | None
