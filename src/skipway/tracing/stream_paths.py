@@ -138,7 +138,7 @@ class StreamJudge(Walker):
 
     def walk(self, skip: int, branch: int) -> tuple[int | None, list[Value], list[Value]]:
         """Back from what is carried, by maps and norms too, to what the branch was computed from; from there on to the
-        state that it was, only by what the branch reads other rows of. The state, what was crossed, the maps among those.
+        state that it was, only by what the branch reads other rows of. The state, what was crossed, the maps of rows.
         """
         state, crossed, mixing, here = None, [], [], skip
         while True:
