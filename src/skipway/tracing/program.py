@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from torch import Tensor
 
 from skipway.tracing.arguments import Path
-from skipway.tracing.operation import Operation
+from skipway.tracing.operator_call import OperatorCall
 from skipway.tracing.operators import Part
 
 __all__ = ["Ancestry", "Program", "Value"]
@@ -59,7 +59,7 @@ class Value:
     written: bool = False
     floating: bool = True
     channel: int | None = None
-    operation: Operation | None = field(default=None, repr=False, compare=False)
+    operation: OperatorCall | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:

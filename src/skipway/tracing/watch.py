@@ -21,7 +21,7 @@ from skipway.tracing.channels import channel_axis
 from skipway.tracing.containers import ATOMS, map_tensors, tensors_in
 from skipway.tracing.example import Example, as_example, call_model
 from skipway.tracing.module_state import kept_tensors
-from skipway.tracing.operation import Operand, Operation
+from skipway.tracing.operator_call import Operand, OperatorCall
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
 from skipway.tracing.restoration import preserved_state, without_fused_layers
@@ -309,7 +309,7 @@ class Recorder(TorchDispatchMode):
         if part == "other" and signals < 2 and torch.Tag.pointwise in func.tags:
             part = "nonlinear"
         factor = number_of(name, args, terms)
-        operation = Operation.of(func, (args, kwargs), self.read) if signals else None
+        operation = OperatorCall.of(func, (args, kwargs), self.read) if signals else None
         for output, leaf in enumerate(tree_flatten(result)[0]):
             if isinstance(leaf, Tensor):
                 more = {"output": output, "factor": factor, "args": args, "operation": operation}
@@ -372,10 +372,10 @@ class Recorder(TorchDispatchMode):
             part = part_of(term.operator, self.count_signals(operands))
             shape = term.shape or torch.broadcast_shapes(*shapes)
             function = getattr(torch, term.operator, None)  # None of what places a tensor among zeros
-            operation = function and Operation.on(function, *map(Operand, operands))
+            operation = function and OperatorCall.on(function, *map(Operand, operands))
             number = self.append(term.operator, part, operands, tuple(shape), operation=operation)
         if term.factor != 1:
-            operation = Operation.on(torch.mul, Operand(number), term.factor)
+            operation = OperatorCall.on(torch.mul, Operand(number), term.factor)
             shape = self.program[number].shape
             number = self.append("mul", "scale", (number,), shape, factor=term.factor, operation=operation)
         return number
@@ -385,7 +385,7 @@ class Recorder(TorchDispatchMode):
         total = addends[0]
         for term, addend in enumerate(addends[1:], 1):
             part = part_of("add", self.count_signals((total, addend)))
-            more = {"term": term, "operation": Operation.on(torch.add, Operand(total), Operand(addend))}
+            more = {"term": term, "operation": OperatorCall.on(torch.add, Operand(total), Operand(addend))}
             if term == len(addends) - 1:
                 self.note(result, "add", part, (total, addend), written=written, **more)
             else:

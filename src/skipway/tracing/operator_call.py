@@ -1,4 +1,4 @@
-"""`Operation`: an operator with its arguments, which can be run again on other tensors."""
+"""`OperatorCall`: an operator with its arguments, which can be run again on other tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["Operand", "Operation"]
+__all__ = ["Operand", "OperatorCall"]
 
 MOVING = frozenset({"_to_copy", "lift_fresh", "alias", "detach"})
 """Operators whose result is their operand, in another place or type."""
@@ -25,7 +25,7 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Operation:
+class OperatorCall:
     """An operator of the dispatcher with its arguments, in which values stand for tensors.
 
     Args:
@@ -39,13 +39,13 @@ class Operation:
     spec: TreeSpec
 
     @classmethod
-    def on(cls, function: Callable[..., Any], *arguments: Operand | float) -> Operation:
+    def on(cls, function: Callable[..., Any], *arguments: Operand | float) -> OperatorCall:
         """The operation of a function that no operator of the dispatcher has run in this form."""
         leaves, spec = tree_flatten((arguments, {}))
         return cls(function, tuple(leaves), spec)
 
     @classmethod
-    def of(cls, function: Callable[..., Any], arguments: Any, number: Callable[[Tensor], int]) -> Operation:
+    def of(cls, function: Callable[..., Any], arguments: Any, number: Callable[[Tensor], int]) -> OperatorCall:
         """The operation of a call; `number` tells which value a tensor holds."""
         leaves, spec = tree_flatten(arguments)
         held = (Operand(number(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
