@@ -112,7 +112,8 @@ class BranchReader(Walker):
         root = self.roots.get(value.number)
         if root is None or self.program[root].channel is not None:
             return value.channel
-        axes, last = self.branch_channels[root], len(value.shape) - 1
+        last = len(value.shape) - 1  # sums of one stream may have other axes, where it was flattened in between
+        axes = {axis for axis in self.branch_channels[root] if axis <= last}
         return next(iter(axes)) if len(axes) == 1 else last if last in axes else None
 
     @cached_property

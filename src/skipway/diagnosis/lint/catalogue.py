@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from skipway.diagnosis.findings import LEVELS, Finding
-from skipway.diagnosis.lint.depth import constant_of_other_depth, depth_twice, flipped_exponent
+from skipway.diagnosis.lint.depth import constant_of_other_depth, depth_twice, equal_warmup, flipped_exponent
 from skipway.diagnosis.lint.drops import by_python, in_evaluation, odd_rates, without_skip
 from skipway.diagnosis.lint.gates import half_open_gates
 from skipway.diagnosis.lint.modules import batch_of_one, hooks_beside_inplace
@@ -21,6 +21,7 @@ from skipway.diagnosis.lint.scales import (
     unusual_scales,
     wiped_features,
 )
+from skipway.diagnosis.lint.sources import drawn_queries, unsafe_depth_weights
 from skipway.diagnosis.lint.start import closing_norms, loud_branches, own_index, two_zero_factors, wiped_stream
 from skipway.diagnosis.lint.stream_scalars import compounding_scalars
 from skipway.diagnosis.lint.streams import (
@@ -53,6 +54,7 @@ RULES: tuple[LintRule, ...] = (
     constant_of_other_depth,
     flipped_exponent,
     depth_twice,
+    equal_warmup,
     # gates, streams, earlier outputs
     half_open_gates,
     unused_mixing,
@@ -60,6 +62,8 @@ RULES: tuple[LintRule, ...] = (
     identity_as_logits,
     half_writes,
     identical_streams,
+    drawn_queries,
+    unsafe_depth_weights,
     # the optimizer
     decayed,
     decayed_streams,

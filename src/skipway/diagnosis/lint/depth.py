@@ -9,8 +9,9 @@ from skipway.diagnosis.findings import format_number
 from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import Link, Survey
 from skipway.errors import counted
+from skipway.nn.warmup import find_warmups
 
-__all__ = ["constant_of_other_depth", "depth_twice", "flipped_exponent"]
+__all__ = ["constant_of_other_depth", "depth_twice", "equal_warmup", "flipped_exponent"]
 
 
 def strong_skip(survey: Survey) -> float | None:
@@ -127,3 +128,23 @@ def last_over_first(survey: Survey, link: Link) -> float | None:
     if first is None or last is None or link.maps[0] == link.last or not bool(first.any()):
         return None
     return float(last.float().std() / first.float().std())
+
+
+@lint_rule(
+    "P37",
+    "one warm-up for all branches of a post-norm network",
+    "serious",
+    why="Under post-norm, with one factor that rises for all blocks, the authors' trainings diverged; with factors "
+    "that rise block by block they were the best.",
+    source="Chen et al. 2026, table 6: https://arxiv.org/abs/2603.05369",
+)
+def equal_warmup(survey: Survey) -> Iterator[Hit]:
+    """All residual warm-ups rise together, and a norm follows every addition; those of Skipway and of `rescheme`."""
+    warmups = list(find_warmups(survey.model))
+    curves = {(each.begin, each.span, each.lowest, each.power) for each in warmups}
+    if len(warmups) > 2 and len(curves) == 1 and all("post" in link.norms for link in survey.links):
+        yield Hit(
+            what=f"{len(warmups)} branches are warmed up together; take schedule='linear-square'",
+            where=tuple(link.name for link in survey.links),
+            evidence={"branches": len(warmups)},
+        )
