@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests.training.test_loop import StopAfter, assert_same
 
 import skipway as sw
 from skipway.checkpoint.files import read_tensors
@@ -82,6 +83,36 @@ def test_weights_in_the_middle_of_their_warm_up_go_on(tmp_path):
     ((step, _),) = clock(done.folder.last)
     again = dataclasses.replace(SMALL, scheme="prores(1000)", epochs=1, start=done.folder.last)
     assert clock(train(again, tmp_path / "again").folder.last) == {(2 * step, 3000)}
+
+
+NETWORK = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+def network():
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), Block(), Block(), Block(), *head)
+"""
+
+
+def test_networks_of_others_start_at_0(tmp_path):
+    """They are dressed at the end of their warm-up, where a trained network is unchanged, and have no weights here."""
+    file = tmp_path / "mine.py"
+    file.write_text(NETWORK)
+    own = Recipe(model=f"{file}:network", epochs=1, batch_size=256, device="cpu", precision="float32")
+    scratch = dataclasses.replace(own, scheme="prores(1000)")
+    stopped = train(scratch, tmp_path / "scratch", stop=StopAfter(2))
+    ((step, end),) = clock(stopped.folder.last)
+    assert 0 < step < end == 3000
+    whole = train(scratch, tmp_path / "whole")
+    assert_same(whole, train(None, tmp_path / "scratch", resume=True))
 
 
 def test_other_plans_move_no_factor_back():

@@ -68,7 +68,7 @@ class ProRes(Scheme):
     Var(x_l) = Var(x_0) + v Σ a(i, t)² over the branches up to l. Under linear the sum over blocks is less than
     (t/T)² π²/6 at any depth, where without the factors it grows with the depth.
     With a scheme that starts branches at zero (`rezero`, `zeroinit`) there are two zeros at step 0 and one from step 1
-    on: it learns, one step later.
+    on: it learns, one step later. With a gate as join (`highway`, `gtrxl`) step 0 is what the gate leaves of x.
 
     Source: Chen et al. 2026, "Progressive Residual Warmup for Language Model Pretraining" (arXiv:2603.05369), eq. 2
     and 3, and the authors' `torchrun_main.py`. In their tables linear is best with pre-norm, linear-square with
