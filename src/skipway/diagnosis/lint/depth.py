@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ from skipway.diagnosis.findings import format_number
 from skipway.diagnosis.lint.rule import Hit, lint_rule
 from skipway.diagnosis.lint.survey import Link, Survey
 from skipway.errors import counted
-from skipway.nn.warmup import find_warmups
+from skipway.nn.warmup import ResidualWarmup, find_warmups
 
 __all__ = ["constant_of_other_depth", "depth_twice", "equal_warmup", "flipped_exponent"]
 
@@ -141,10 +142,17 @@ def last_over_first(survey: Survey, link: Link) -> float | None:
 def equal_warmup(survey: Survey) -> Iterator[Hit]:
     """All residual warm-ups rise together, and a norm follows every addition; those of Skipway and of `rescheme`."""
     warmups = list(find_warmups(survey.model))
-    curves = {(each.begin, each.span, each.lowest, each.power) for each in warmups}
+    curves = {curve(each) for each in warmups}
     if len(warmups) > 2 and len(curves) == 1 and all("post" in link.norms for link in survey.links):
         yield Hit(
             what=f"{len(warmups)} branches are warmed up together; take schedule='linear-square'",
             where=tuple(link.name for link in survey.links),
             evidence={"branches": len(warmups)},
         )
+
+
+def curve(warmup: ResidualWarmup) -> tuple[float, ...]:
+    """The factors of a warm-up at every tenth of it, measured on a copy."""
+    twin = copy.deepcopy(warmup).cpu()
+    twin.end.fill_(10)
+    return tuple(float((twin.step.fill_(step), twin.factor())[1]) for step in range(10))
