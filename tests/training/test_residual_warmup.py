@@ -16,7 +16,7 @@ from skipway.recipe import Recipe
 from skipway.training.budget import Plan
 from skipway.training.loop import train
 from skipway.training.reporter import SilentReporter
-from skipway.training.residual_warmup import move_warmup
+from skipway.training.residual_warmup import move_warmup, warmup_lines
 
 SMALL = Recipe(model="resnet20", depth=8, width=4, epochs=2, batch_size=256, device="cpu", precision="float32")
 
@@ -75,7 +75,23 @@ def test_weights_whose_warm_up_is_over_are_tuned_with_all_branches(tmp_path):
     heard = Heard()
     again = dataclasses.replace(SMALL, scheme="prores(2)", epochs=1, start=done.folder.last)
     assert clock(train(again, tmp_path / "again", reporter=heard).folder.last) == before
-    assert heard.about("at its end in the initial weights")
+    assert heard.about("over in the initial weights")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [("prores(0.25)", "the last one after 0.25 of the steps that fit into the time"), ("prores(7)", "one at step 21")],
+)
+def test_with_a_time_the_length_of_the_run_is_not_made_up(scheme, words):
+    network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=scheme)
+    progress = SimpleNamespace(plan=Plan(end=400, length=10), planned=False)
+    recipe = SimpleNamespace(time="9m", initial_weights=None)
+    run = SimpleNamespace(model=network, recipe=recipe, progress=progress, global_step=0, warmup_offset=0)
+    ((label, text),) = warmup_lines(run)
+    assert label == "branches"
+    assert text.endswith(words)
+    run.warmup_offset, run.global_step = None, 300  # a run that is resumed after the end of its warm-up
+    assert list(warmup_lines(run)) == []
 
 
 def test_weights_in_the_middle_of_their_warm_up_go_on(tmp_path):

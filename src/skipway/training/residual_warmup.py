@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from skipway.errors import spell
 from skipway.nn.warmup import find_warmups, set_step, warmup_state
 from skipway.training.run import Run
 
@@ -51,19 +52,24 @@ def warmup_lines(run: Run) -> Iterator[tuple[str, str]]:
     if state is None:
         return
     if run.warmup_offset is None:
-        yield "note", "the residual warm-up is at its end in the initial weights, so all branches have their full size"
+        if run.recipe.initial_weights is not None and run.global_step == 0:
+            yield "note", "the residual warm-up is over in the initial weights: all branches have their full size"
         return
     total = run.progress.plan.end
     end, last = warmup_end(run, total), run.warmup_offset + total
-    at = f", from step {state.step:,} on, which the initial weights hold" if state.step > run.global_step else ""
     planned = run.recipe.time is None or run.progress.planned
-    of = f" of {last:,}" if planned else ", as many as fit into the time"
-    yield "branches", f"warmed up one block after the other, the last one at step {end:,}{of}{at}"
+    until = (
+        f"at step {end:,} of {last:,}" if planned else f"after {end / total:.3g} of the steps that fit into the time"
+    )
+    if not planned and isinstance(next(find_warmups(run.model)).length, int):
+        until = f"at step {end:,}"
+    at = f", from step {state.step:,} on, which the initial weights hold" if state.step > run.global_step else ""
+    yield "branches", f"warmed up one block after the other, the last one {until}{at}"
     if planned and end > last:
         yield (
             "note",
             f"the residual warm-up ends at step {end:,} and the run at step {last:,}: the last branches never have "
-            "their full size; a share of the run fits any length, scheme='prores(0.25)'",
+            f"their full size; a share of the run fits any length, {spell('scheme', 'prores(0.25)')}",
         )
 
 
