@@ -22,7 +22,8 @@ from skipway.surgery.stream_slots import StreamedBlock
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
 TRANSFORMERS = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
-STREAMED = [name for name, scheme in all_schemes().items() if has_streams(scheme()) and name != "valueresiduals"]
+REFUSED = ("valueresiduals", "dualresidual", "siamesenorm")
+STREAMED = [name for name, scheme in all_schemes().items() if has_streams(scheme()) and name not in REFUSED]
 
 
 class Block(nn.Module):
@@ -137,8 +138,15 @@ def test_earlier_outputs_stay_apart_from_norms_after_the_addition():
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     operation = rescheme(model, X, "denseformer")
     assert all("as one branch" in words for words in operation.touched.values())
-    with pytest.raises(sw.SkipwayError, match="inside of a branch"):
-        rescheme(Net().eval(), X, "valueresiduals")
+
+
+@pytest.mark.parametrize("scheme", REFUSED)
+def test_a_scheme_without_an_unchanged_start_is_refused(scheme):
+    """Values inside of an attention, and sums of two norms, which are no trained stream."""
+    net = Net().eval()
+    with pytest.raises(sw.SkipwayError, match="inside of a branch|has no start at which n equal streams"):
+        rescheme(net, X, scheme)
+    assert not new_parameters(net)
 
 
 @pytest.mark.parametrize("scheme", STREAMED)
@@ -283,3 +291,18 @@ def test_streams_travel_between_the_blocks_of_a_row_alone():
     slots = [module for module in net.modules() if isinstance(module, StreamedBlock)]
     assert [(slot.first is None, slot.last is None) for slot in slots] == [(False, True), (True, False)]
     assert isinstance(slots[1].last, StreamExit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_schemes_go_before_and_nothing_after(dtype):
+    """A scale stays between a branch and where it is written; gradients of bfloat16 are equal up to its rounding."""
+    net, x = Net().to(dtype).eval(), X.to(dtype)
+    first = rescheme(net, x, "layerscale")
+    operation = rescheme(net, x, "hyperconnections(2)")
+    assert operation.touched["blocks.0:1"] == "blocks.0.norm1 to blocks.0.one.residual_scale"
+    for again in (lambda: rescheme(net, x, "hyperconnections(2)"), lambda: sw.shorten(net, x, 1)):
+        with pytest.raises(sw.SkipwayError, match="several streams run through it"):
+            again()
+    operation.undo()
+    first.undo()
+    assert not new_parameters(net)

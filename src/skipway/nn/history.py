@@ -114,14 +114,13 @@ class AttentionResidual(History):
         spatial: see `Streams`.
     """
 
-    neutral_limit = (
-        "rescale=True reads the sum of earlier outputs, which is what the network had; their mean, rescale=False, is "
-        "that only behind a norm, up to its ε"
-    )
-
     def __init__(self, read: AttentionRead | None, *, opens: bool = True, spatial: int = 0) -> None:
         super().__init__(spatial)
         self.read, self.opens = read, opens
+        if read is not None and not read.rescale:
+            self.neutral_limit = (
+                "their mean is the sum of earlier outputs only behind a norm, up to its ε: rescale=True"
+            )
 
     def forward(self, s: State) -> tuple[Tensor, Tensor, tuple[tuple[Tensor, ...], Tensor]]:
         sources = as_sources(s)

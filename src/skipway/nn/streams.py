@@ -6,7 +6,7 @@ alike (stages, downsampling, norms after an addition) takes them as they are.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class Streams(nn.Module):
         spatial: axes after the channel axis: 2 for (N, C, H, W), 0 for (N, T, C).
     """
 
-    neutral_limit: ClassVar[str] = ""
+    neutral_limit: str = ""
     """What the start of `start_neutral_` needs of the network around it, in words."""
 
     def __init__(self, count: int, spatial: int) -> None:

@@ -16,6 +16,7 @@ from skipway.errors import SkipwayError
 from skipway.nn import Residual
 from skipway.surgery.block_call import CONTAINERS, BlockCall, parameter_names
 from skipway.surgery.call_recorder import CallRecorder
+from skipway.surgery.insertion import STREAMED, carries_streams
 from skipway.surgery.operation import abbreviate, names_by_reason
 from skipway.tracing import Example, Program, watch
 from skipway.tracing.chain import WatchedConnection, chain_from_program
@@ -58,7 +59,7 @@ def find_blocks(model: nn.Module, example: Example, program: Program | None = No
         program: what it runs on the example, if that was watched already.
     """
     program = program or watch(model, example)
-    refused: dict[str, str] = {}
+    refused = {"": STREAMED} if carries_streams(model) else {}
     owners: dict[str, list[WatchedConnection]] = {}
     for connection in chain_from_program(model, program):
         owners.setdefault(enclosing_module(program, connection), []).append(connection)

@@ -148,7 +148,9 @@ class EqualTraining(RunnableTraining):
         if wrong:
             raise SkipwayError(f"after a training pass {abbreviate(wrong)} hold other values than before")
         count, worst, name = compare_gradients(before, after, how.recast)
-        if not worst <= max(GRADIENT_TOLERANCE, 10 * loosest):
+        types = {parameter.dtype for parameter in after.parameters.values() if parameter.is_floating_point()}
+        rounding = 8 * max((torch.finfo(each).eps for each in types), default=0.0)
+        if not worst <= max(GRADIENT_TOLERANCE, rounding, 10 * loosest):
             raise SkipwayError(f"the gradient of {name} changed by {worst:.3g} of its size")
         return (
             f"a pass forward and backward: outputs (difference {gap:.3g}), {len(kept)} buffers and {count} gradients "

@@ -23,9 +23,11 @@ __all__ = [
     "CALL",
     "INPUT",
     "OUTPUT",
+    "STREAMED",
     "STREAMS",
     "WEIGHT",
     "Around",
+    "carries_streams",
     "computes_like",
     "disable_fused_path",
     "has_slots",
@@ -47,6 +49,8 @@ BRANCH = "residual_branch"
 residual_branch(block(x)) if the block carries no x itself."""
 STREAMS = "residual_streams"
 """Slot of the object that a block with several streams is run by; see `stream_slots.StreamedBlock`."""
+STREAMED = "several streams run through it, which rescheme put in; undo that first"
+"""Why nothing is found in a network with several streams."""
 SLOTS = (OUTPUT, INPUT, WEIGHT, BRANCH, STREAMS)
 ARGUMENT = "residual_argument"
 """Attribute of a module with its `BlockCall`, if another argument than the first passes through its entry slot."""
@@ -125,6 +129,11 @@ def apply(module: Any, x: Tensor, weight: Tensor) -> Tensor:
 def has_slots(module: nn.Module) -> bool:
     """Whether something was inserted around a module."""
     return hasattr(type(module), "without_slots")
+
+
+def carries_streams(model: nn.Module) -> bool:
+    """Whether several streams were put into a network."""
+    return any(STREAMS in module._modules and has_slots(module) for module in model.modules())
 
 
 def computes_like(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:

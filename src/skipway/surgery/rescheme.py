@@ -16,7 +16,7 @@ from skipway.nn.site import Site
 from skipway.nn.warmup import ResidualWarmup
 from skipway.schemes.scheme import Scheme, has_streams, parse_scheme
 from skipway.surgery.checks import CHECKS, EQUAL
-from skipway.surgery.insertion import disable_fused_path
+from skipway.surgery.insertion import STREAMED, carries_streams, disable_fused_path
 from skipway.surgery.insertion_point import InsertionPoint, adding_module, find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
@@ -129,6 +129,8 @@ def rescheme(
 
 def require_connections(chain: Chain[WatchedConnection]) -> Chain[WatchedConnection]:
     """The chain, which must not be empty."""
+    if carries_streams(chain.model):
+        raise SkipwayError(f"{type(chain.model).__name__}: {STREAMED}")
     if not chain:
         first = f", the first since {chain.refused[0]}" if chain.refused else ""
         raise SkipwayError(

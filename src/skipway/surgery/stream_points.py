@@ -8,6 +8,7 @@ from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import CONTAINERS, BlockCall, parameter_names
+from skipway.surgery.insertion import INPUT, OUTPUT
 from skipway.tracing import Program
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.paths import parents
@@ -50,13 +51,13 @@ def find_stream_points(model: nn.Module, program: Program, connection: WatchedCo
     for name, given in program.given.items():
         paths = [path for path, number in given.items() if number == start]
         around = within(seen.owner, name) or not all(within(each, name) for each in readers)
-        if len(paths) == 1 and not around and is_usable(model, program, name, block):
+        if len(paths) == 1 and not around and is_usable(model, program, name, block, INPUT):
             found.append((name, paths[0]))
     if not readers or not found:
         raise SkipwayError("no module alone is given x, as one argument")
     if program.signal_users(branch) != [total]:
         raise SkipwayError("what is added is read by something else too")
-    makers = [each for each in program.makers.get(branch, []) if is_usable(model, program, each, block)]
+    makers = [each for each in program.makers.get(branch, []) if is_usable(model, program, each, block, OUTPUT)]
     last = next((each for each in reversed(makers) if returns(program, each, branch)), None)
     if last is None:
         raise SkipwayError("no module returns what is added")
@@ -64,10 +65,12 @@ def find_stream_points(model: nn.Module, program: Program, connection: WatchedCo
     return StreamPoints(name, BlockCall(path, (), parameter_names(model.get_submodule(name))), last)
 
 
-def is_usable(model: nn.Module, program: Program, name: str, block: str) -> bool:
-    """Whether something can be inserted around a module of a block: it runs once, and runs no children in a row."""
-    inside = bool(name) and (not block or block in parents(name))
-    return inside and program.runs.get(name) == 1 and not isinstance(model.get_submodule(name), CONTAINERS)
+def is_usable(model: nn.Module, program: Program, name: str, block: str, slot: str) -> bool:
+    """Whether a slot of a module of a block is free: the module runs once, and runs no children in a row."""
+    if not name or block not in parents(name) or program.runs.get(name) != 1:
+        return False
+    module = model.get_submodule(name)
+    return slot not in module._modules and not isinstance(module, CONTAINERS)
 
 
 def returns(program: Program, name: str, number: int) -> bool:

@@ -14,7 +14,7 @@ from skipway.nn.streams import StreamEntry, Streams
 from skipway.schemes.scheme import Scheme, has_streams, members_of
 from skipway.surgery.block_call import CONTAINERS
 from skipway.surgery.block_rows import block_readers, direct_row_end
-from skipway.surgery.block_survey import BlockSurvey, require_blocks
+from skipway.surgery.block_survey import BlockSurvey, carried, require_blocks
 from skipway.surgery.insertion import ARGUMENT, INPUT, OUTPUT, STREAMS, disable_fused_path, insert
 from skipway.surgery.operation import abbreviate
 from skipway.surgery.packed_history import pack_histories
@@ -101,7 +101,7 @@ class StreamDressing:
                 problems.append(problem if known else SkipwayError(f"{type(problem).__name__}: {problem}"))
                 if all(site.points is None for row in rows for site in row):
                     break
-        limit = self.chain and self.streams_for(rows[0][0], 0, 1).neutral_limit
+        limit = self.streams_for(rows[0][0], 1, 2).neutral_limit
         raise SkipwayError(f"{problems[0]}; {limit}" if limit else str(problems[0])) from problems[0]
 
     def rows(self) -> Iterator[list[str]]:
@@ -139,12 +139,14 @@ class StreamDressing:
         return isinstance(self.scheme.streams(self.chain[0].site), History)
 
     def sums_alone(self, block: str) -> bool:
-        """Whether nothing but the additions of its connections is done to x in a block."""
+        """Whether nothing but the additions of its connections is done to x in a block, views apart."""
         numbers = [each.seen.numbers for each in self.survey.connections[block]]
         given, returned = self.program.given[block].values(), self.program.returned[block].values()
-        ends = [start for _, _, _, start in numbers[1:]]
+        followed = zip([total for _, _, total, _ in numbers], [start for _, _, _, start in numbers[1:]], strict=False)
         return (
-            numbers[0][3] in given and numbers[-1][2] in returned and ends == [total for _, _, total, _ in numbers[:-1]]
+            not carried(self.program, numbers[0][3]).isdisjoint(given)
+            and any(numbers[-1][2] in carried(self.program, number) for number in returned)
+            and all(total in carried(self.program, start) for total, start in followed)
         )
 
     def dress_rows(self, rows: Sequence[Sequence[StreamSite]]) -> None:
