@@ -256,3 +256,11 @@ def test_what_makes_no_sense_together_is_refused():
         sw.build("vit-tiny-16", scheme="plain + gtrxl", **VIT)
     with pytest.raises(sw.SkipwayError, match="rank=0"):
         sw.LAuReL(rank=0, total=None)
+
+
+@pytest.mark.parametrize("scheme", ["orthogonal", "laurel(rank=2)", "laurel(rank=2, total=None)", "highway", "gtrxl"])
+def test_a_watched_join_is_one_connection(scheme):
+    model = sw.build("vit-tiny-16", scheme=scheme, **VIT)
+    watched = sw.chain(model, torch.zeros(1, 3, 16, 16))
+    assert [each.name for each in watched] == [f"{each.name}.join" for each in sw.chain(model)]
+    assert not [each for each in watched.refused if ".join" in str(each)]

@@ -304,7 +304,10 @@ def read_chain(model: nn.Module, example: Example) -> Chain[Connection] | Chain[
 
 def chain_from_program(model: nn.Module, program: Program) -> Chain[WatchedConnection]:
     """The chain of a model whose forward pass was watched."""
-    sums, refused = find_residual_adds(program)
+    joins = [
+        f"{name}.join" for name, each in model.named_modules() if isinstance(each, Residual) and each.join is not None
+    ]
+    sums, refused = find_residual_adds(program, joins)
     connections, since = [], 0
     for index, seen in enumerate(sums):
         since = 0 if seen.skip == "projection" else since

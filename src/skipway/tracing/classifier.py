@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import combinations, islice
 
@@ -30,14 +31,22 @@ FAR = 8
 """Operators between a stack and the sum over it."""
 
 
-def find_residual_adds(program: Program) -> tuple[list[ResidualAdd], list[Refusal]]:
+def find_residual_adds(program: Program, joins: Iterable[str] = ()) -> tuple[list[ResidualAdd], list[Refusal]]:
     """All additions of a program: the residual connections in order, and the refused with their reasons.
 
     What a norm adds within itself is listed only where it is a connection.
+
+    Args:
+        program: the program.
+        joins: paths of modules that join skip and branch by more than an addition: the last sum in each is the
+            connection, and others are steps of it.
     """
     classifier = AddClassifier(program)
     refused: list[Refusal] = []
+    ends = {name: set(program.returned.get(name, {}).values()) for name in joins}
     for value in program.values:
+        if value.number not in ends.get(value.owner, {value.number}):
+            continue
         reason = classifier.reason(value) if value.signal else None
         if reason is not None and value.norm is None:
             operator = value.operator if reason == "unknown" else ""
