@@ -8,7 +8,7 @@ from torch import nn
 
 import skipway as sw
 from skipway.nn import stream_algebra
-from skipway.nn.stream_algebra import add_written, mix_streams, normed_product, sinkhorn
+from skipway.nn.stream_algebra import add_written, gated_mean, mix_streams, normed_product, sinkhorn
 from skipway.schemes import parse_scheme as read
 
 
@@ -56,6 +56,14 @@ def test_a_map_of_a_norm_is_computed_without_the_norm(groups):
         assert_derivatives(centred, s, weight)
 
 
+def test_a_gated_read_is_the_mean_of_gated_norms():
+    s, hidden, up, gain = torch.randn(2, 3, 4), torch.randn(3, 2), torch.randn(2, 4, 2), torch.randn(2, 4)
+    gates = torch.sigmoid(torch.einsum("rk,nck->nrc", hidden, up))
+    expected = (gates * gain.unsqueeze(1) * nn.functional.rms_norm(s, (4,), eps=1e-3)).mean(0)
+    torch.testing.assert_close(gated_mean(s, hidden, up, gain, 1e-3), expected)
+    assert_derivatives(lambda *tensors: gated_mean(*tensors, 1e-3), s, hidden, up, gain)
+
+
 def test_sinkhorn_divides_by_sums_in_turn():
     """Eq. 9, written out: columns after rows."""
     logits = torch.randn(2, 3, 3)
@@ -67,12 +75,13 @@ def test_sinkhorn_divides_by_sums_in_turn():
 
 
 @pytest.mark.parametrize(
-    "scheme", ["hyperconnections(4, dynamic=False)", "hyperconnections(4)", "mhc", "mhc(form='birkhoff')"]
+    "scheme",
+    ["hyperconnections(4, dynamic=False)", "hyperconnections(4)", "mhc", "mhc(form='birkhoff')", "gatedstreams"],
 )
 def test_a_connection_keeps_its_streams_and_little_more(scheme):
     """Bytes for the backward pass of one connection, n = 4: the streams, the branch's output, a few numbers a token."""
     streams = read(scheme).streams(sw.Site(dim=256, index=1, depth=4, spatial=0, kind="mlp")).bfloat16()
-    s = torch.randn(4 * 2, 32, 256, dtype=torch.bfloat16, requires_grad=True)
+    s = torch.randn(4 * 2, 256, 256, dtype=torch.bfloat16, requires_grad=True)
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,4 +93,5 @@ def test_a_connection_keeps_its_streams_and_little_more(scheme):
         streams.join(carried, write, x)
     own = {parameter.untyped_storage().data_ptr() for parameter in streams.parameters()}
     bytes_kept = sum(number for storage, number in kept.items() if storage not in own)
-    assert bytes_kept < s.nbytes + x.nbytes + 64 * 4 * 150  # at most 150 numbers a token: logits, gates, weights
+    maps = 4 * sum(parameter.numel() for parameter in streams.parameters())
+    assert bytes_kept < s.nbytes + x.nbytes + 3 * maps + 512 * 4 * 300  # 300 numbers a token: logits, gates, weights

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["add_written", "as_float32", "mix_streams", "normed_product", "sinkhorn"]
+__all__ = ["add_written", "as_float32", "gated_mean", "mix_streams", "normed_product", "sinkhorn"]
 
 PIECE = 2**17
 """Numbers of a stream that are mixed at a time on a CPU, so that all streams of a piece fit into its caches."""
@@ -181,16 +181,24 @@ def add_written(carried: Tensor, write: Tensor, f: Tensor, channel: int) -> Tens
 # Norm and map ---------------------------------------------------------------------------------------------------------
 
 
-def product_and_moments(s: Tensor, weight: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W s in float32, the mean square of s, and its mean where `centred`."""
-    product = as_float32(s @ weight.to(s.dtype).transpose(1, 2)).sum(0)
-    wide = as_float32(product).dtype
-    square = torch.linalg.vector_norm(s, dim=-1, dtype=wide).square().mean(0) / s.shape[-1]
-    return product, square, s.mean(-1, dtype=wide).mean(0) if centred else None
+def product_and_moments(s: Tensor, weight: Tensor, centred: bool, joint: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W s in float32, the mean square of s, and its mean where `centred`; summed over groups where `joint`."""
+    product = as_float32(s @ weight.to(s.dtype).transpose(1, 2))
+    square = mean_square(s)
+    mean = s.mean(-1, dtype=square.dtype) if centred else None
+    if not joint:
+        return product, square, mean
+    return product.sum(0), square.mean(0), None if mean is None else mean.mean(0)
+
+
+def mean_square(s: Tensor) -> Tensor:
+    """Of each row, in float32."""
+    wide = torch.promote_types(s.dtype, torch.float32)
+    return torch.linalg.vector_norm(s, dim=-1, dtype=wide).square() / s.shape[-1]
 
 
 def inverse_deviation(square: Tensor, mean: Tensor | None, epsilon: float) -> Tensor:
-    """1 / √(variance + ε), (R, 1)."""
+    """1 / √(variance + ε), with an axis for the channels."""
     variance = square if mean is None else (square - mean.square()).clamp(min=0)
     return torch.rsqrt(variance + epsilon).unsqueeze(-1)
 
@@ -199,14 +207,16 @@ class NormedProduct(Function):
     """(s, weight) → W norm(s), without norm(s)."""
 
     @staticmethod
-    def forward(s: Tensor, weight: Tensor, epsilon: float, centred: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        product, square, mean = product_and_moments(s, weight, centred)
+    def forward(
+        s: Tensor, weight: Tensor, epsilon: float, centred: bool, joint: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        product, square, mean = product_and_moments(s, weight, centred, joint)
         inverse = inverse_deviation(square, mean, epsilon)
         return product * inverse, inverse, mean
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        s, weight, ctx.epsilon, _ = inputs
+        s, weight, ctx.epsilon, _, ctx.joint = inputs
         ctx.mark_non_differentiable(*(each for each in output[1:] if each is not None))
         ctx.save_for_backward(s, weight, *output)
 
@@ -214,11 +224,12 @@ class NormedProduct(Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         g, (s, weight, out, inverse, mean) = gradients[0], ctx.saved_tensors
         if torch.is_grad_enabled():  # the second derivative goes through these, too
-            moments = product_and_moments(s, weight, mean is not None)[1:]
+            moments = product_and_moments(s, weight, mean is not None, ctx.joint)[1:]
             inverse, mean = inverse_deviation(*moments, ctx.epsilon), moments[1]
         g_product = (g * inverse).to(s.dtype)
         # through 1 / √v: every number of the row by the same factor, around the mean
-        pull = -(g * out).sum(-1, keepdim=True) * inverse.square() / (len(s) * s.shape[-1])
+        numbers = s.shape[-1] * (len(s) if ctx.joint else 1)
+        pull = -(g * out).sum(-1, keepdim=True) * inverse.square() / numbers
         g_s = g_weight = None
         if ctx.needs_input_grad[0]:
             left, right = g_product, weight.to(s.dtype)
@@ -227,27 +238,85 @@ class NormedProduct(Function):
                 right = torch.cat((right, torch.ones_like(right[:, :1])), dim=1)
             g_s = torch.addcmul(left @ right, s, pull.to(s.dtype))
         if ctx.needs_input_grad[1]:
-            g_weight = (g_product.T @ s).to(weight.dtype)  # (k, R) @ (g, R, C)
-        return g_s, g_weight, None, None
+            g_weight = (g_product.transpose(-1, -2) @ s).to(weight.dtype)
+        return g_s, g_weight, None, None, None
 
 
-def normed_product_plainly(s: Tensor, weight: Tensor, epsilon: float, centred: bool) -> tuple[Tensor, ...]:
+def normed_product_plainly(s: Tensor, weight: Tensor, epsilon: float, centred: bool, joint: bool) -> tuple[Tensor, ...]:
     """`normed_product` with autograd's own backward pass, in a tuple as that of the function."""
-    product, square, mean = product_and_moments(s, weight, centred)
+    product, square, mean = product_and_moments(s, weight, centred, joint)
     return (product * inverse_deviation(square, mean, epsilon),)
 
 
-def normed_product(s: Tensor, weight: Tensor, epsilon: float, *, centred: bool) -> Tensor:
-    """W norm(s) of each row, in float32, where norm takes the rows of all g groups together and norm(s) is not formed:
-    W s is divided by the deviation. Shapes: s (g, R, C), weight (g, k, C) → (R, k).
+def normed_product(s: Tensor, weight: Tensor, epsilon: float, *, centred: bool = False, joint: bool = True) -> Tensor:
+    """W norm(s) of each row, in float32; norm(s) is not formed: W s is divided by the deviation.
+
+    Shapes: s (g, R, C), weight (g, k, C) → (R, k), or (g, R, k) where groups are not `joint`.
 
     Args:
         s: rows in groups.
         weight: W; where `centred`, rows whose sum is 0, so that W s is W (s - mean).
         epsilon: added to the variance.
         centred: the deviation is that from the mean, LayerNorm's, and not from 0, RMSNorm's.
+        joint: a row of all groups is one vector; else each has a norm and a product of its own.
     """
-    return apply(NormedProduct, normed_product_plainly, s, weight, epsilon, centred)[0]
+    return apply(NormedProduct, normed_product_plainly, s, weight, epsilon, centred, joint)[0]
+
+
+# Gated read -----------------------------------------------------------------------------------------------------------
+
+
+def gated_parts(s: Tensor, hidden: Tensor, up: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one stream: rms(s), what it was multiplied by for that, and the gate, in float32."""
+    inverse = inverse_deviation(mean_square(s), None, epsilon)
+    return as_float32(s) * inverse, inverse, torch.sigmoid(as_float32(hidden @ up.to(hidden.dtype).T))
+
+
+class GatedMean(Function):
+    """(s, hidden, up, gain) → meanⱼ(σ(upⱼ hidden) ⊙ gainⱼ ⊙ rms(sⱼ)), one stream at a time, in both passes."""
+
+    @staticmethod
+    def forward(s: Tensor, hidden: Tensor, up: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        return gated_mean_plainly(s, hidden, up, gain, epsilon)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.epsilon = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        s, hidden, up, gain = ctx.saved_tensors
+        g = as_float32(gradients[0]) / len(s)
+        to_s, to_hidden, to_up, to_gain = [], torch.zeros_like(hidden), [], []
+        for stream, u, factor in zip(s, up, gain, strict=True):
+            normed, inverse, gate = gated_parts(stream, hidden, u, ctx.epsilon)
+            g_gated = g * gate
+            to_gain.append((g_gated * normed).sum(0))
+            g_normed = g_gated * factor
+            inner = ((g * normed) * factor * gate * (1 - gate)).to(hidden.dtype)
+            to_hidden = to_hidden + inner @ u.to(inner.dtype)
+            to_up.append(inner.T @ hidden)
+            pull = (g_normed * normed).mean(-1, keepdim=True)
+            to_s.append((inverse * (g_normed - normed * pull)).to(s.dtype))
+        return torch.stack(to_s), to_hidden, torch.stack(to_up).to(up.dtype), torch.stack(to_gain).to(gain.dtype), None
+
+
+def gated_mean_plainly(s: Tensor, hidden: Tensor, up: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """`gated_mean` with autograd's own backward pass."""
+    total = torch.zeros_like(s[0], dtype=as_float32(s[0, :0]).dtype)
+    for stream, u, factor in zip(s, up, gain, strict=True):
+        normed, _, gate = gated_parts(stream, hidden, u, epsilon)
+        total = total + gate * normed * factor
+    return (total / len(s)).to(s.dtype)
+
+
+def gated_mean(s: Tensor, hidden: Tensor, up: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """meanⱼ(σ(upⱼ hidden) ⊙ gainⱼ ⊙ rms(sⱼ)).
+
+    Shapes: s (n, R, C), hidden (R, r), up (n, C, r), gain (n, C) → (R, C).
+    """
+    return apply(GatedMean, gated_mean_plainly, s, hidden, up, gain, epsilon)
 
 
 # Sinkhorn -------------------------------------------------------------------------------------------------------------

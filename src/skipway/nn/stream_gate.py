@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from skipway.nn.initial import TruncatedNormal
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
-from skipway.nn.stream_algebra import as_float32
-from skipway.nn.streams import StreamExit, Streams, unfold
+from skipway.nn.stream_algebra import as_float32, gated_mean, normed_product
+from skipway.nn.streams import StreamExit, Streams, by_sample
 
 __all__ = ["GatedExit", "GatedRead", "GatedResidual"]
 
@@ -20,7 +20,7 @@ class GatedRead(nn.Module):
 
     rms is that of each stream; t / n, W and g take all streams in a row.
 
-    Shapes: (…, n, dim) → x (…, dim), t (…, n · dim).
+    Shapes: (n, R, dim) for R tokens or pixels → x (R, dim), and the rows of further maps, M t / n, (R, k).
 
     Args:
         count: n.
@@ -51,12 +51,14 @@ class GatedRead(nn.Module):
         self.gain.zero_()
         self.gain.unflatten(0, (self.count, -1))[reads] = self.count
 
-    def forward(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        wide = as_float32(s)
-        size = wide.square().mean(-1, keepdim=True) + self.epsilon
-        t = ((wide * torch.rsqrt(size)).flatten(-2) * (1 + as_float32(self.gain))).to(s.dtype)
-        gate = torch.sigmoid(self.up(F.silu(self.down(t) / self.count)))
-        return (gate * t).unflatten(-1, (self.count, -1)).mean(-2), t
+    def forward(self, s: Tensor, *further: Tensor) -> tuple[Tensor, Tensor]:
+        gain = 1 + as_float32(self.gain)
+        maps = torch.cat((self.down.weight, *further)) * gain
+        found = normed_product(s, maps.unflatten(1, s.shape[::2]).transpose(0, 1), self.epsilon, joint=False)
+        found = found.sum(0) / self.count
+        hidden = F.silu(found[:, : self.down.out_features]).to(s.dtype)
+        up, gain = self.up.weight.unflatten(0, s.shape[::2]), gain.view(s.shape[::2])
+        return gated_mean(s, hidden, up, gain, self.epsilon), found[:, self.down.out_features :]
 
 
 class GatedResidual(Streams):
@@ -88,10 +90,10 @@ class GatedResidual(Streams):
         self.inject.weight.zero_()
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, t = self.read(unfold(s, self.count).movedim(self.channel, -1).movedim(0, -2))
-        write = 2 * torch.sigmoid(self.inject(t) / self.count)
-        write = write.movedim(-1, 0).unsqueeze(-1).movedim(-1, self.channel)
-        return x.movedim(-1, self.channel), s, write
+        streams = by_sample(s, self.count, self.channel)
+        x, injected = self.read(streams.flatten(1, 2), self.inject.weight)
+        write = 2 * torch.sigmoid(injected).to(s.dtype)
+        return self.as_stream(x, s), s, self.by_axis(write.view(*streams.shape[1:-1], -1), s)
 
 
 class GatedExit(StreamExit):
@@ -107,4 +109,6 @@ class GatedExit(StreamExit):
         self.read.start_neutral_(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.read(unfold(x, self.count).movedim(self.channel, -1).movedim(0, -2))[0].movedim(-1, self.channel)
+        read = self.read(by_sample(x, self.count, self.channel).flatten(1, 2))[0]
+        last = x.movedim(self.channel, -1)
+        return read.view(-1, *last.shape[1:]).movedim(-1, self.channel)

@@ -145,9 +145,11 @@ class Streams(nn.Module):
     def mixed(self, s: Tensor, streams: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """What is read and what is carried on, shaped as s, of the streams (n, N, P, C); see `mix_streams`."""
         read, carried = mix_streams(streams, weights)
-        shape = (len(read), *s.movedim(self.channel, -1).shape[1:])
-        read, carried = read.view(shape), carried.reshape(-1, *shape[1:])
-        return read.movedim(-1, self.channel), carried.movedim(-1, self.channel)
+        return self.as_stream(read, s), self.as_stream(carried, s)
+
+    def as_stream(self, rows: Tensor, s: Tensor) -> Tensor:
+        """Rows of channels, shaped as s but for the number of samples."""
+        return rows.reshape(-1, *s.movedim(self.channel, -1).shape[1:]).movedim(-1, self.channel)
 
     def by_axis(self, write: Tensor, s: Tensor) -> Tensor:
         """A weight for each token or pixel and stream, (N, P, n), as it broadcasts over the branch: (n, N, …)."""
