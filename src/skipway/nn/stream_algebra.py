@@ -159,8 +159,9 @@ class Write(Function):
             g_write = (apart * f).sum(ctx.channel, keepdim=True, dtype=as_float32(write).dtype)
             g_write = g_write.sum_to_size(write.shape).to(write.dtype)
         if ctx.needs_input_grad[2]:
-            g_f = apart[0] * write[0]
-            for one, weight in zip(apart[1:], write[1:], strict=True):
+            # in the layout of f: of one sample a product has strides with which torch's convolutions are wrong backward
+            g_f = torch.zeros_like(f)
+            for one, weight in zip(apart, write, strict=True):
                 g_f.addcmul_(one, weight)
         return g, g_write, g_f, None
 
