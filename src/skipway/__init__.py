@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         GatedStreams,
         GTrXL,
         Highway,
+        HybridNorm,
         HyperConnections,
         Identity,
         Keel,
@@ -123,9 +124,9 @@ _HOME = {
     "recipe": "Recipe",
     "schemes": (
         "AttentionResiduals DeepNorm DenseFormer DepthScaled DualResidual DyT Fixup FracConnections GatedStreams "
-        "GTrXL Highway HyperConnections Identity Keel LAuReL LayerNormScaling LayerScale MHC MixNorm MUDD "
-        "NormFree Orthogonal PeriNorm Plain PreActivation ProRes ReZero Scheme SiameseNorm SkipInit "
-        "StochasticDepth UMuP ValueResiduals X0Residual ZeroInit"
+        "GTrXL Highway HybridNorm HyperConnections Identity Keel LAuReL LayerNormScaling LayerScale MHC MixNorm MUDD "
+        "NormFree Orthogonal PeriNorm Plain PreActivation ProRes ReZero Scheme SiameseNorm SkipInit StochasticDepth "
+        "UMuP ValueResiduals X0Residual ZeroInit"
     ),
     "schemes.initialisation": "initialise_",
     "surgery": (

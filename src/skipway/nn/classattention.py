@@ -57,6 +57,9 @@ class ClassAttention(Branch):
             raise SkipwayError(f"dim={dim}, heads={heads}: the rule is that heads divides dim")
         self.heads = heads
         self.q, self.k, self.v = (kit.linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k, self.norm_v = (
+            nn.Identity() if kit.head_norm is None else kit.head_norm(dim // heads) for _ in range(3)
+        )
         self.before = nn.Identity() if kit.before is None else kit.before()
         self.proj = kit.linear(dim, dim)
         self.end = sequence(**kit.parts(placement.end, dim))
@@ -74,7 +77,8 @@ class ClassAttention(Branch):
         q, k, v = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (self.q(h[:, :1]), self.k(h), self.v(h))
         )
-        out = F.scaled_dot_product_attention(q, k, v if mixed is None else mixed(v)).transpose(1, 2).flatten(2)
+        v = self.norm_v(v if mixed is None else mixed(v))
+        out = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v).transpose(1, 2).flatten(2)
         return alone(self.end(self.proj(self.before(out))), h.shape[1])
 
 

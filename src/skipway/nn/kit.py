@@ -30,6 +30,8 @@ class Kit:
         gate: `(channels) -> Module`, the last part of a branch (squeeze-and-excitation, for example), or None.
         before: `() -> Module`, placed right before every linear map of a branch except the first (Fixup's scalar
             bias, for example), or None. `Scheme.enter` precedes the first map.
+        head_norm: `(width of a head) -> Module`, the norm of queries, keys and values in each head of an attention, or
+            None.
     """
 
     conv: Callable[..., nn.Module]
@@ -38,10 +40,11 @@ class Kit:
     act: Callable[[], nn.Module]
     gate: Callable[[int], nn.Module] | None = None
     before: Callable[[], nn.Module] | None = None
+    head_norm: Callable[[int], nn.Module] | None = None
 
     def without_norm(self) -> Kit:
         """The same kit without normalisation; convolutions get the bias that a norm would have brought."""
-        return replace(self, norm=None, conv=partial(self.conv, bias=True))
+        return replace(self, norm=None, head_norm=None, conv=partial(self.conv, bias=True))
 
     def parts(self, names: tuple[Part, ...], dim: int, *, fresh: bool = False) -> dict[str, nn.Module | None]:
         """The named parts at a place with `dim` channels; a part the kit lacks is None.

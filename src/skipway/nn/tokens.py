@@ -27,7 +27,8 @@ class Attention(Branch):
         heads: number of heads, a divisor of `dim`.
         kit: what to build from.
         placement: its `inside` and `end` parts follow `qkv` and `proj`.
-        head_norm: makes a norm for queries and keys from the head's width (q-k norm), or None.
+        head_norm: makes a norm for queries and keys from the head's width (q-k norm), or None; `kit.head_norm` goes
+            before it and makes one for values, too.
         bias: whether `qkv` has a bias.
 
     Raises:
@@ -50,8 +51,10 @@ class Attention(Branch):
         self.heads, self.dim = heads, dim
         self.qkv = kit.linear(dim, 3 * dim, bias=bias)
         self.inside = sequence(**kit.parts(placement.inside, 3 * dim))
-        self.norm_q = nn.Identity() if head_norm is None else head_norm(dim // heads)
-        self.norm_k = nn.Identity() if head_norm is None else head_norm(dim // heads)
+        norms = (kit.head_norm or head_norm, kit.head_norm or head_norm, kit.head_norm)
+        self.norm_q, self.norm_k, self.norm_v = (
+            nn.Identity() if norm is None else norm(dim // heads) for norm in norms
+        )
         self.before = nn.Identity() if kit.before is None else kit.before()
         self.proj = kit.linear(dim, dim)
         self.end = sequence(**kit.parts(placement.end, dim))
@@ -69,12 +72,13 @@ class Attention(Branch):
     def forward(self, h: Tensor, mixed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """F(h); `mixed` is what becomes of the values, (N, heads, T, d), in a `ValueResidual`."""
         q, k, v = self.inside(self.qkv(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        out = self.weigh(q, k, v if mixed is None else mixed(v))
+        v = v if mixed is None else mixed(v)
+        out = self.weigh(self.norm_q(q), self.norm_k(k), self.norm_v(v))
         return self.end(self.proj(self.before(out.transpose(1, 2).flatten(2))))
 
     def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q kᵀ / √d) v of each head."""
-        return F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Mlp(Branch):

@@ -292,7 +292,7 @@ class WindowAttention(Attention):
         tokens = self.window.split(h).flatten(0, 1)
         qkv = self.inside(self.bias(self.qkv(tokens)))
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        out = self.weighed(self.norm_q(q), self.norm_k(k), v, self.added(height, width), batch)
+        out = self.weighed(self.norm_q(q), self.norm_k(k), self.norm_v(v), self.added(height, width), batch)
         return self.window.join(out.transpose(1, 2).flatten(2).unflatten(0, (batch, -1)), height, width)
 
     def weighed(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor, images: int) -> Tensor:

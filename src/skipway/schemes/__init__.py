@@ -16,6 +16,7 @@ from skipway.schemes.umup import UMuP
 from skipway.schemes.perinorm import PeriNorm
 from skipway.schemes.keel import Keel
 from skipway.schemes.mixnorm import MixNorm
+from skipway.schemes.hybridnorm import HybridNorm
 from skipway.schemes.layernormscaling import LayerNormScaling
 from skipway.schemes.dyt import DyT
 from skipway.schemes.hyperconnections import HyperConnections
@@ -52,6 +53,7 @@ __all__ = [
     "GTrXL",
     "GatedStreams",
     "Highway",
+    "HybridNorm",
     "HyperConnections",
     "Identity",
     "Keel",

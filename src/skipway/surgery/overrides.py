@@ -70,9 +70,8 @@ def same_layout(shortcut: Tensor, branch: Tensor) -> bool:
 def mix_on_map(self: Any, h: Tensor) -> Tensor:
     """Attention within windows read from the map directly, on a GPU: nothing is partitioned, rolled or copied."""
     fits = fits_windows(self.window.side**2, self.dim // self.heads)
-    if not (
-        fits and runs_triton(h) and computes_only(self.norm_q, nn.Identity) and computes_only(self.norm_k, nn.Identity)
-    ):
+    plain = all(computes_only(norm, nn.Identity) for norm in (self.norm_q, self.norm_k, self.norm_v))
+    if not (fits and plain and runs_triton(h)):
         return WindowAttention.mixed(self, h)
     height, width = h.shape[1:3]
     qkv = self.inside(self.bias(self.qkv(self.window.padded(h)))).contiguous()

@@ -177,6 +177,8 @@ def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program
     other = scheme.kit(site, kit)
     if kit.norm is not None and other.norm is not kit.norm:
         raise refuse("other norms inside of the branch (remove_norm takes BatchNorms out)")
+    if other.head_norm is not None:
+        raise refuse("norms of queries, keys and values, which are computed in the forward of the attention")
     if other.act is not kit.act and from_scratch:
         raise refuse(
             'factors on the activations inside of the branch, called in its forward (start="identity" needs none)'
