@@ -210,7 +210,7 @@ def test_initialising_sets_the_clock_back():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: parse_scheme("prores(0)"), r"warmup=0: the rule is a whole number of steps"),
+        (lambda: parse_scheme("prores(0)"), r"prores.warmup=0: the rule is a whole number of steps"),
         (lambda: parse_scheme("prores(1.5)"), r"a share of the training, 0 < warmup <= 1"),
         (lambda: parse_scheme("prores(schedule='linaer')"), "one of 'linear', 'linear-sqrt'"),
         (lambda: sw.set_step(small(), -1), "step=-1: the rule is a whole number of optimizer steps, at least 0"),

@@ -10,16 +10,19 @@ from dataclasses import fields
 
 __all__ = ["option_spelling", "print_note"]
 
-ARGUMENT = re.compile(r"""(?<![\w.\-])([a-z]\w*)=(\([^()]*\)|'[^']*'|"[^"]*"|[\w+-]+(?:\.\w+)?)(?!\()""")
+ARGUMENT = re.compile(r"""\w\([^()]*\)|(?<![\w.\-])([a-z]\w*)=(\([^()]*\)|'[^']*'|"[^"]*"|[\w+-]+(?:\.\w+)?)(?!\()""")
 
 
 def option_spelling(text: str) -> str:
-    """Spell every `name=value` in a message whose name is a field of the recipe, or of another command, as an option.
+    """Spell every `name=value` in a message whose name is a field of the recipe, or of another command, as an option;
+    not those in the parentheses of a spec.
 
     >>> option_spelling("keep it with allow_empty=True, or name them with columns=('image', 'label')")
     'keep it with --allow-empty, or name them with --columns image,label'
     >>> option_spelling("lr=-1.0: the rule is lr > 0")
     '--lr -1.0: the rule is lr > 0'
+    >>> option_spelling("3 connections, scheme prores(warmup=0.25)")
+    '3 connections, scheme prores(warmup=0.25)'
     """
     from skipway.recipe import Recipe
 
@@ -27,7 +30,7 @@ def option_spelling(text: str) -> str:
 
     def spelled(found: re.Match[str]) -> str:
         name, text = found.groups()
-        if name not in known:
+        if name not in known:  # None for a spec
             return found[0]
         option = name.replace("_", "-")
         try:

@@ -96,7 +96,7 @@ def set_step(model: nn.Module, step: int, total: int | None = None) -> int:
     Args:
         model: any network.
         step: optimizer steps taken so far, at least 0.
-        total: steps of the whole training, where the warm-up is a share of it (`prores(warmup=0.25)`).
+        total: steps of the whole training, where the warm-up is a share of it, `prores(0.25)`.
 
     Returns:
         the number of branches whose factor follows the step.

@@ -93,8 +93,9 @@ class ProRes(Scheme):
         rule = (
             "a whole number of steps for each block, at least 1, or a share of the training, 0 < warmup <= 1, as float"
         )
-        check_rule("warmup", self.warmup, is_whole(self.warmup, 1) or share, rule)
-        check_choice("schedule", self.schedule, get_args(WarmupSchedule))
+        # a run has a warmup and a schedule of its own, of the learning rate
+        check_rule("prores.warmup", self.warmup, is_whole(self.warmup, 1) or share, rule)
+        check_choice("prores.schedule", self.schedule, get_args(WarmupSchedule))
 
     def scale(self, site: Site) -> nn.Module:
         branches = 1 if site.kind == "conv" else 2
