@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from skipway.optim.groups import param_groups
     from skipway.probes.features import features, stage_features
     from skipway.probes.mixing_matrix import DepthMixing, depth_mixing
+    from skipway.probes.stream_health import StreamHealth, stream_health
     from skipway.recipe import Recipe
     from skipway.schemes import (
         MHC,
@@ -120,6 +121,7 @@ _HOME = {
     "nn.warmup": "set_step",
     "optim.groups": "param_groups",
     "probes.mixing_matrix": "DepthMixing depth_mixing",
+    "probes.stream_health": "StreamHealth stream_health",
     "probes.features": "features stage_features",
     "recipe": "Recipe",
     "schemes": (

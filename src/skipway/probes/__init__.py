@@ -8,6 +8,7 @@
 | `objective` | the loss of any model's output |
 | `features` | the tensors themselves, and a map per stage for dense tasks |
 | `mixing_matrix` | what each connection carries of the stem and of the branches before it, and the gradient |
+| `stream_health` | gains, difference and likeness of several streams |
 | `signal_check` | what an untrained network does to the size of the signal, stage by stage |
 """
 
