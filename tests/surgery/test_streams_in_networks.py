@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import threading
 from importlib.util import find_spec
@@ -237,9 +238,9 @@ def test_threads_compiled_graphs_and_parts_alone():
 
 def test_dropout_written_behind_the_last_module_makes_the_block_one_branch():
     """In evaluation it is not there; in training it would drop what is written into each stream by itself."""
-    net = Net(drop=0.5).eval()
-    operation = rescheme(net, X, "hyperconnections(2)")
-    assert all("as one branch" in words for words in operation.touched.values())
+    for choices in ({}, {"start": "scheme"}, {"tolerance": math.inf}):
+        operation = rescheme(Net(drop=0.05).eval(), X, "hyperconnections(2)", **choices)
+        assert all("as one branch" in words for words in operation.touched.values())
 
 
 @pytest.mark.parametrize(

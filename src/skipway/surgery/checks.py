@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ __all__ = [
     "Independence",
     "NotComparedError",
     "RunnableTraining",
+    "rounding_of",
 ]
 
 GRADIENT_TOLERANCE = 1e-2
@@ -148,9 +150,7 @@ class EqualTraining(RunnableTraining):
         if wrong:
             raise SkipwayError(f"after a training pass {abbreviate(wrong)} hold other values than before")
         count, worst, name = compare_gradients(before, after, how.recast)
-        types = {parameter.dtype for parameter in after.parameters.values() if parameter.is_floating_point()}
-        rounding = 8 * max((torch.finfo(each).eps for each in types), default=0.0)
-        if not worst <= max(GRADIENT_TOLERANCE, rounding, 10 * loosest):
+        if not worst <= max(GRADIENT_TOLERANCE, rounding_of(after.parameters.values()), 10 * loosest):
             raise SkipwayError(f"the gradient of {name} changed by {worst:.3g} of its size")
         return (
             f"a pass forward and backward: outputs (difference {gap:.3g}), {len(kept)} buffers and {count} gradients "
@@ -164,6 +164,12 @@ class EqualTrainingWithDraws(EqualTraining):
     """
 
     draws_by_shape = True
+
+
+def rounding_of(parameters: Iterable[Tensor]) -> float:
+    """How much rounding may change what is computed with parameters of the narrowest type among these."""
+    types = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    return 8 * max((torch.finfo(each).eps for each in types), default=0.0)
 
 
 def compare_gradients(

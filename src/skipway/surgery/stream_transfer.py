@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -15,17 +15,21 @@ from skipway.schemes.scheme import Scheme, has_streams, members_of
 from skipway.surgery.block_call import CONTAINERS
 from skipway.surgery.block_rows import block_readers, direct_row_end
 from skipway.surgery.block_survey import BlockSurvey, carried, require_blocks
+from skipway.surgery.checks import EQUAL, rounding_of
 from skipway.surgery.insertion import ARGUMENT, INPUT, OUTPUT, STREAMS, disable_fused_path, insert
 from skipway.surgery.operation import abbreviate
 from skipway.surgery.packed_history import pack_histories
 from skipway.surgery.stream_points import StreamPoints, find_stream_points
 from skipway.surgery.stream_slots import StreamedBlock, StreamRead, StreamWrite
-from skipway.surgery.transaction import Transaction
+from skipway.surgery.transaction import Transaction, transaction
 from skipway.surgery.transfer import has_global_start, start_network
 from skipway.tracing import Program
 from skipway.tracing.chain import Chain, WatchedConnection
 
 __all__ = ["StreamDressing"]
+
+TRIED = 1e-3
+"""Bound on the difference of outputs when connections are tried one by one; a mistake makes a larger one."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +90,31 @@ class StreamDressing:
             )
         assert self.change.example is not None
         self.survey = require_blocks(self.change.model, self.change.example, self.program)
-        problems: list[Exception] = []
-        for apart in (True, False):
-            reason = f"dressed one by one, {problems[0]}" if problems else ""
-            rows = [self.sites_of(row, reason=reason, apart=apart) for row in self.rows()]
+        rows = [self.sites_of(row) for row in self.rows()]
+        if any(site.points for row in rows for site in row) and (obstacle := self.try_neutral(rows)):
+            rows = [self.sites_of(row, reason=f"dressed one by one, {obstacle}") for row in self.rows()]
+        if self.neutral and (limit := self.streams_for(rows[0][0], 1, 2).neutral_limit):
+            self.change.hint = f"{limit}; {self.change.hint}"
+        self.dress_rows(rows)
+
+    def try_neutral(self, rows: Sequence[Sequence[StreamSite]]) -> str:
+        """Why rows cannot be dressed, with a start that changes nothing; nothing if they can.
+
+        It does not depend on the tolerance of the operation, so that weights are loaded into what they were made in.
+        """
+        model, example, title = self.change.model, self.change.example, self.change.title
+        tolerance = max(TRIED, rounding_of(model.parameters()))
+        with transaction(model, example, title=title, tolerance=tolerance, checks=EQUAL) as trial:
+            attempt = replace(self, change=trial, neutral=True)
+            attempt.survey = self.survey
             try:
-                with self.change.savepoint():
-                    self.dress_rows(rows)
-                    if self.neutral:
-                        self.change.verify()
-                return
+                attempt.dress_rows(rows)
+                trial.verify()
+            except SkipwayError as problem:
+                return str(problem)
             except Exception as problem:  # whatever a network raises that is given other shapes than it expects
-                known = isinstance(problem, SkipwayError)
-                problems.append(problem if known else SkipwayError(f"{type(problem).__name__}: {problem}"))
-                if all(site.points is None for row in rows for site in row):
-                    break
-        limit = self.streams_for(rows[0][0], 1, 2).neutral_limit
-        raise SkipwayError(f"{problems[0]}; {limit}" if limit else str(problems[0])) from problems[0]
+                return f"{type(problem).__name__}: {problem}"
+        return ""
 
     def rows(self) -> Iterator[list[str]]:
         """Blocks each of which alone is given what the one before put out."""
@@ -115,10 +127,10 @@ class StreamDressing:
             row.append(name)
         yield row
 
-    def sites_of(self, row: Sequence[str], *, reason: str, apart: bool) -> list[StreamSite]:
-        """The connections on several streams of a row of blocks."""
+    def sites_of(self, row: Sequence[str], reason: str = "") -> list[StreamSite]:
+        """The connections on several streams of a row of blocks; with a reason, each block as one."""
         sites: list[StreamSite] = []
-        for block in row if apart else ():
+        for block in () if reason else row:
             try:
                 if self.survey.calls[block].writes_stream:
                     raise SkipwayError("it writes into x")
@@ -128,10 +140,10 @@ class StreamDressing:
                     points = find_stream_points(self.change.model, self.program, each, block)
                     sites.append(StreamSite(block, (each,), points))
             except SkipwayError as problem:
-                reason, apart = f"{block}: {problem}", False
+                reason = f"{block}: {problem}"
                 break
         whole = [StreamSite(block, tuple(self.survey.connections[block]), reason=reason) for block in row]
-        return sites if apart else whole
+        return whole if reason else sites
 
     @property
     def keeps_outputs(self) -> bool:
