@@ -249,6 +249,13 @@ def test_the_page_is_whole_and_fetches_nothing(diagnosis):
     assert "nan" not in " ".join(attributes.get("d") or "" for _, attributes in reader.seen)
 
 
+def test_the_page_shows_the_health_of_several_streams(diagnoses):
+    model = sw.build("vit-tiny-16", scheme="mhc(n=2)", depth=1, dim=8, heads=2, patch=4, image=8, classes=4)
+    text = diagnosis_page(diagnosed(model, 3, 8, 8))
+    assert "2 connections over 2 streams" in text
+    assert all("Several streams" not in diagnosis_page(each) for each in diagnoses.values())
+
+
 def test_the_page_groups_what_was_refused(diagnoses):
     refused = diagnoses["transformer"].chain.refused
     text = diagnosis_page(diagnoses["transformer"])

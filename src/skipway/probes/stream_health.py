@@ -163,7 +163,7 @@ class StreamObserver(Observer):
         return x.movedim(held.axis, 0).unflatten(0, (-1, held.count, held.stride)).movedim(1, 0)
 
     def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> None:
-        if self.state is not None and self.state.shape == skip.shape:
+        if self.state is not None and self.state.shape == skip.shape and skip.requires_grad:
             with self.paused():
                 self.mixing[connection.name] = mixing_matrix(self.state, skip, lambda x: self.streams(connection, x))
 

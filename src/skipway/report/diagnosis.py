@@ -14,7 +14,9 @@ from skipway.diagnosis.rows import SignalRow
 from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.table import SENTENCES, SYMBOLS, compact, marks_text
 from skipway.errors import SkipwayError, counted
+from skipway.nn import StreamEntry
 from skipway.probes.mixing_matrix import depth_mixing
+from skipway.probes.stream_health import stream_health
 from skipway.report.chart import Band, Figure, Heatmap, Point, Series
 from skipway.report.mixing_matrix import depth_mixing_figures
 from skipway.report.page import PageTable, TableCell, number_cell, render, text_cell
@@ -68,6 +70,7 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
         figures=figures,
         figures_before=figures_before,
         mixing=mixing_figures(diagnosis.subject),
+        streams=streams_text(diagnosis.subject),
         note=chart_note(figures),
         note_before=chart_note(figures_before),
         thing="Connections" if diagnosis.measurement.connections else "Layers",
@@ -85,6 +88,17 @@ def mixing_figures(subject: Subject) -> list[Heatmap]:
         return depth_mixing_figures(depth_mixing(subject.model, inputs, targets, loss=subject.loss))
     except SkipwayError:  # of a loss that needs the whole batch, or a network that is random in each pass
         return []
+
+
+def streams_text(subject: Subject) -> str:
+    """Return the table of several streams of a diagnosed network; empty where it carries one."""
+    ours = any(isinstance(module, StreamEntry) for module in subject.model.modules())
+    if not ours and all(connection.seen.streams is None for connection in subject.chain):
+        return ""
+    try:
+        return str(stream_health(subject.model, subject.probed_part[0]))
+    except SkipwayError:
+        return ""
 
 
 def treatment_sentence(treatment: Treatment) -> str:
