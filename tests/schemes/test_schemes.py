@@ -184,13 +184,14 @@ def test_spec_string_is_the_objects_own(spec):
 
 
 def compiled_pairs() -> list[tuple[str, str]]:
-    """A small ResNet with every scheme that fits, a ViT with the others and with several streams; mhc with fewer
-    iterations, each of which is unrolled into the graph.
+    """A small ResNet with every scheme that fits, a ViT with the others and with several streams; fewer streams and
+    iterations of mhc, each of which is unrolled into the graph.
     """
     conv = list(all_schemes("conv"))
     others = [name for name in all_schemes() if name not in conv or read(name).open() is not None]
     pairs = [*(("cifar", name) for name in conv), *(("vit", name) for name in others)]
-    return [(model, "mhc(iterations=3)" if name == "mhc" else name) for model, name in pairs]
+    fewer = {"mhc": "mhc(n=2, iterations=3)", "hyperconnections": "hyperconnections(2)"}
+    return [(model, fewer.get(name, name)) for model, name in pairs]
 
 
 def make_small(model: str, spec: str) -> nn.Module:

@@ -7,6 +7,7 @@ of n streams and add zeros to what was split; under `torch.compile` and export t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -120,8 +121,13 @@ def split_first(mixed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mix_plainly(s: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """`mix_streams` with autograd's own backward pass."""
-    return split_first(combine(weights, s))
+    """`mix_streams` with autograd's own backward pass; for a compiler, which fuses them, as sums written out."""
+    if weights.ndim == 2 or torch.compiler.is_exporting():
+        return split_first(combine(weights, s))
+    apart = as_float32(weights).unsqueeze(-1)
+    terms = ([apart[..., j, k, :] * s[j] for j in range(len(s))] for k in range(weights.shape[-1]))
+    first, *others = (reduce(torch.add, each).to(s.dtype) for each in terms)
+    return first, torch.stack(others)
 
 
 def mix_streams(s: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +165,7 @@ class Write(Function):
             g_write = (apart * f).sum(ctx.channel, keepdim=True, dtype=as_float32(write).dtype)
             g_write = g_write.sum_to_size(write.shape).to(write.dtype)
         if ctx.needs_input_grad[2]:
-            # in the layout of f: of one sample a product has strides with which torch's convolutions are wrong backward
+            # in the layout of f: torch 2.13's BatchNorm is wrong backward with the strides of apart[0] of one sample
             g_f = torch.zeros_like(f)
             for one, weight in zip(apart, write, strict=True):
                 g_f.addcmul_(one, weight)
