@@ -16,6 +16,8 @@ from skipway.nn.placement import PRE_NORM
 from skipway.optim.branch_factors import branch_factors, constants_of, watched_factors
 from skipway.optim.groups import title_of
 from skipway.optim.optimizers import OPTIMIZERS
+from skipway.recipe import ResolvedRecipe
+from skipway.training.setup import build_optimizer
 
 BRANCHES = 8
 RATIOS = {"exponent=1, base=2": (1.0, 0.25), "exponent=0.5, base=2": (0.5, 0.5), "exponent=0.5, base=32": (2.0, 2.0)}
@@ -184,3 +186,17 @@ def test_a_base_is_for_branches_that_stay_multiplied():
         sw.DepthScaled(how="init", base=4)
     with pytest.raises(SkipwayError, match="base"):
         sw.DepthScaled(base=0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "eps", "rate"), [("adamw(eps=1e-6)", 1e-6 / 3**0.5, 3**-0.5), ("sgd", None, 1.0)]
+)
+def test_a_recipe_trains_by_them(optimizer, eps, rate):
+    """`skipway train`'s own optimizer: three branches, m = 3; SGD's rate is m^(2a - 1) = 1 at a = 1/2."""
+    recipe = ResolvedRecipe(model="resnet20", optimizer=optimizer, lr=0.1, weight_decay=0.3)
+    model = sw.build("resnet20", depth=8, width=4, scheme="depthscaled(exponent=0.5, base=1)")
+    groups = named(model, build_optimizer(recipe, model, torch.zeros(1, 3, 32, 32)).param_groups)
+    inside, stem = groups["stages.0.0.branch.conv1.weight"], groups["stem.conv.weight"]
+    assert inside["lr"] == pytest.approx(stem["lr"] * rate)
+    assert inside.get("eps") == (None if eps is None else pytest.approx(eps))
+    assert inside["weight_decay"] == pytest.approx(0.3 * (1 if eps else 3**-0.5))
