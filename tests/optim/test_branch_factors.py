@@ -200,3 +200,15 @@ def test_a_recipe_trains_by_them(optimizer, eps, rate):
     assert inside["lr"] == pytest.approx(stem["lr"] * rate)
     assert inside.get("eps") == (None if eps is None else pytest.approx(eps))
     assert inside["weight_decay"] == pytest.approx(0.3 * (1 if eps else 3**-0.5))
+
+
+@pytest.mark.parametrize("scheme", ["identity", "depthscaled(exponent=0.5, base=1)"])
+def test_muon_leaves_the_classifier_to_adamw(scheme):
+    """The last matrix of the model, which is not the last of the groups where branches have groups of their own."""
+    pytest.importorskip("pytorch_optimizer")
+    model = sw.build("vit-tiny-16", depth=2, dim=8, heads=2, scheme=scheme)
+    spec = OPTIMIZERS["muon"]()
+    optimizer = spec.build(sw.param_groups(model, lr=1e-2, eps=spec.eps, adaptive=spec.adaptive))
+    matrices = {name for name, group in named(model, optimizer.param_groups).items() if group["use_muon"]}
+    maps = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    assert matrices == maps - {"head.classifier.weight"}
