@@ -36,7 +36,7 @@ def half_open_gates(survey: Survey) -> Iterator[Hit]:
 
     Cells of a network over time (modules that run several times, torch's recurrent layers) are none of depth.
     """
-    if survey.pretrained or survey.program is None or not gated_sums(survey.program):
+    if survey.pretrained or survey.program is None or not gated_sums(survey, survey.program):
         return
     program = survey.measured
     gates = [] if program is None else list(stream_gates(survey, program))
@@ -66,12 +66,19 @@ class StreamGate:
     carried: float
 
 
-def gated_sums(program: Program) -> list[Value]:
-    """The sums of a program with a product of two signals, element by element, among their terms."""
+def gated_sums(survey: Survey, program: Program) -> list[Value]:
+    """The sums of a program with a product of two signals, element by element, among their terms, those over time left
+    out.
+    """
+    recurrent = {path for path, module in survey.model.named_modules() if isinstance(module, nn.RNNBase)}
     return [
         value
         for value in program.values
-        if value.part == "sum" and value.norm is None and any(is_gating(program[each]) for each in value.operands)
+        if value.part == "sum"
+        and value.norm is None
+        and program.runs.get(value.owner, 1) == 1
+        and value.owner not in recurrent
+        and any(is_gating(program[each]) for each in value.operands)
     ]
 
 
@@ -81,10 +88,7 @@ def is_gating(value: Value) -> bool:
 
 def stream_gates(survey: Survey, program: MeasuredProgram) -> Iterator[StreamGate]:
     """The sums that carry a stream through a gate, in order."""
-    recurrent = {path for path, module in survey.model.named_modules() if isinstance(module, nn.RNNBase)}
-    for value in gated_sums(program):
-        if program.runs.get(value.owner, 1) > 1 or value.owner in recurrent:
-            continue
+    for value in gated_sums(survey, program):
         shares: Counter[int] = Counter()
         gates: set[int] = set()
         collect(program, value.number, 1.0, shares, gates)
