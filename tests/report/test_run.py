@@ -148,7 +148,9 @@ def test_the_page_of_a_run_shows_everything(digits):
     assert train_command(digits.recipe) in page.text
     assert f"skipway{sw.__version__}" in page.text, "the machine"
     cells = [a for t, a in page.seen if t == "rect" and (a.get("class") or "").startswith("cell")]
-    assert len(cells) == 100
+    mixed = 3 + 1  # connections and what reads them all
+    assert len(cells) == 100 + 2 * mixed * (mixed + 1) // 2, "confusion, and depth mixing forward and backward"
+    assert "Depth mixing" in page.text
 
 
 def test_the_page_of_one_epoch_without_mistakes(tmp_path):

@@ -85,7 +85,7 @@ CONVOLUTIONAL = {
 
 def fits(model: str, spec: str) -> bool:
     """Whether a scheme is for the branches of a family."""
-    if model.startswith("swin") and "values" in spec:
+    if model.startswith("swin") and "value" in spec:
         return False  # windows hold other tokens in every block
     return all("conv" in each.kinds for each in members_of(read(spec))) or model not in CONVOLUTIONAL
 

@@ -15,18 +15,15 @@ from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.table import SENTENCES, SYMBOLS, compact, marks_text
 from skipway.errors import SkipwayError, counted
 from skipway.nn import StreamEntry
-from skipway.probes.mixing_matrix import depth_mixing
 from skipway.probes.stream_health import stream_health
-from skipway.report.chart import Band, Figure, Heatmap, Point, Series
-from skipway.report.mixing_matrix import depth_mixing_figures
+from skipway.report.chart import Band, Figure, Point, Series
+from skipway.report.mixing_matrix import measured_mixing
 from skipway.report.page import PageTable, TableCell, number_cell, render, text_cell
 from skipway.tracing.residual_adds import REASONS
 
 __all__ = ["bands_of", "diagnosis_figures", "diagnosis_page"]
 
 MOST_OWNERS = 8
-MOST_MIXED = 64
-"""Connections up to which the page shows the depth mixing matrix, whose time grows with their square."""
 COLORS: dict[Verdict, str] = {"trains": "good", "trains if": "fair", "will not train": "bad"}
 MEANINGS: dict[Verdict, str] = {
     "trains": "No measurement indicates otherwise.",
@@ -48,6 +45,8 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
     assert isinstance(diagnosis, Diagnosis)
     figures = diagnosis_figures(diagnosis)
     figures_before = diagnosis_figures(treatment.before) if treatment else []
+    subject = diagnosis.subject
+    mixing, no_mixing = measured_mixing(subject.model, len(subject.chain), *subject.probed_part, loss=subject.loss)
     kind = type((treatment.before if treatment else diagnosis).subject.model).__name__
     ahead = diagnosis.measurement.ahead
     numbers = [*diagnosis.key_numbers]
@@ -69,7 +68,8 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
         evidence=evidence_of,
         figures=figures,
         figures_before=figures_before,
-        mixing=mixing_figures(diagnosis.subject),
+        mixing=mixing,
+        no_mixing=no_mixing if subject.chain else "",
         streams=streams_text(diagnosis.subject),
         note=chart_note(figures),
         note_before=chart_note(figures_before),
@@ -77,17 +77,6 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
         rows=row_table(diagnosis) if diagnosis.rows else None,
         refused=list(refusals(diagnosis)),
     )
-
-
-def mixing_figures(subject: Subject) -> list[Heatmap]:
-    """Return heat maps of the depth mixing matrix of a diagnosed network; none for a deep one or one without any."""
-    if not 0 < len(subject.chain) <= MOST_MIXED:
-        return []
-    inputs, targets = subject.probed_part
-    try:
-        return depth_mixing_figures(depth_mixing(subject.model, inputs, targets, loss=subject.loss))
-    except SkipwayError:  # of a loss that needs the whole batch, or a network that is random in each pass
-        return []
 
 
 def streams_text(subject: Subject) -> str:

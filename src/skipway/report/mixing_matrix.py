@@ -5,15 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from skipway.probes.mixing_matrix import DepthMixing
+from skipway.errors import SkipwayError
+from skipway.probes.mixing_matrix import DepthMixing, depth_mixing
+from skipway.probes.objective import Loss
 from skipway.report.chart import HeatCell, Heatmap
+from skipway.tracing import Example
 
-__all__ = ["depth_mixing_figures"]
+__all__ = ["depth_mixing_figures", "measured_mixing"]
+
+MOST_MIXED = 64
+"""Connections up to which a page shows the depth mixing matrix, whose time grows with their square."""
 
 MOST_ROWS = 40
 """Rows of a heat map; those of deeper networks are an even choice."""
+
+
+def measured_mixing(
+    model: nn.Module, connections: int, example: Example, targets: object, *, loss: Loss | None = None
+) -> tuple[list[Heatmap], str]:
+    """The heat maps of a network, which is left as it is, or why there are none, in words."""
+    if not 0 < connections <= MOST_MIXED:
+        return [], f"Depth mixing is measured for 1 to {MOST_MIXED} connections; here are {connections}."
+    try:
+        return depth_mixing_figures(depth_mixing(model, example, targets, loss=loss)), ""
+    except SkipwayError as error:  # of a loss that needs the whole batch, or a network that is random in each pass
+        return [], f"Depth mixing could not be measured: {error}."
 
 
 def depth_mixing_figures(mixing: DepthMixing) -> list[Heatmap]:

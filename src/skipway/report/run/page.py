@@ -15,6 +15,7 @@ from skipway.errors import CheckpointError, duration, printable
 from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import class_scores, percent
 from skipway.inference.predict import from_pretrained
+from skipway.report.mixing_matrix import measured_mixing
 from skipway.report.page import write_page
 from skipway.report.run.calibration import calibration_charts
 from skipway.report.run.classes import class_sizes, class_table, confused_table, confusion_matrix
@@ -48,6 +49,8 @@ class FinishedRun(Protocol):
     def autocast(self) -> Any: ...
 
 
+MIXED_IMAGES = 8
+"""Test images on which the depth mixing of the trained network is measured."""
 SECTIONS = {
     "curves": "Training",
     "confusion": "Confusion",
@@ -113,6 +116,8 @@ def page_values(
     signals = signal_figures(run.folder.read_health())
     classes = class_table(scores, names)
     connections = read_chain(network, run.data.preprocessing.example.to(run.device))
+    batch = next(iter(run.data.evaluation_batches("test", batch_size=MIXED_IMAGES, device=run.device)))
+    mixing, no_mixing = measured_mixing(network.eval(), len(connections), batch.inputs, batch.labels)
     lines = [*data_lines(run.data), *model_lines(run.model, run.recipe, len(connections), run.steps_per_epoch)]
     metrics = run.folder.read_metrics()
     if metrics and (remark := chance_remark(run.recipe, run.data, metrics[-1])) is not None:
@@ -155,6 +160,10 @@ def page_values(
         "calibration_text": calibration_text,
         "watched": bool(signals),
         "depth": [*signals, *gain_figures(network)],
+        "connected": len(connections) > 0,
+        "mixing": mixing,
+        "no_mixing": no_mixing,
+        "mixed_images": len(batch.labels),
         "data": [(label, printable(text)) for label, text in lines],
         "class_sizes": class_sizes(splits, names),
         "fields": json.dumps(run.recipe.to_json(), indent=2),
