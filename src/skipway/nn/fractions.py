@@ -74,6 +74,9 @@ class FracConnection(Streams):
         """carried + B ⊙ f, where B holds a weight for each fraction of f's channels."""
         if write.ndim == f.ndim == 4 and self.channel == -3:
             write = average_to(write, f)
+        if len(f) == 1 and f.requires_grad and not torch.compiler.is_compiling():
+            # torch 2.13's BatchNorm is wrong backward with the strides that the gradient of one sample gets here
+            f.register_hook(lambda gradient: gradient.clone(memory_format=torch.contiguous_format))
         parts = write.unsqueeze(self.channel) * f.unflatten(self.channel, (self.fractions, -1))
         return carried + parts.flatten(self.channel - 1, self.channel)
 
