@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -92,10 +93,15 @@ def param_groups(
             continue
         unknown += [name] if roles[name] is UNKNOWN else []
         role, layer = roles[name].times(factors.get(name, BranchFactors())), layers.get(name, last)
+        role = role if adaptive and eps is not None else without_epsilon(role, adaptive=adaptive)
         if (role, layer) not in groups:
-            title = title_of(role) if layer_decay == 1 else f"{title_of(role)}, layer {layer}"
-            rate = lr * layer_decay ** (last - layer)
-            groups[role, layer] = {"params": [], **options_of(role, rate, weight_decay, eps, adaptive), "name": title}
+            groups[role, layer] = {
+                "params": [],
+                "lr": lr * role.rate * layer_decay ** (last - layer),
+                "weight_decay": weight_decay * role.decay,
+                "name": title_of(role) if layer_decay == 1 else f"{title_of(role)}, layer {layer}",
+                **({} if eps is None or role.epsilon == 1 else {"eps": eps * role.epsilon}),
+            }
         groups[role, layer]["params"].append(parameter)
         groups[role, layer]["last"] = index
     if unknown and weight_decay:
@@ -114,14 +120,10 @@ def title_of(role: Role) -> str:
     return f"{role.name}{rate}" if role.epsilon == 1 else f"{role.name}{rate}, ε×{role.epsilon:g}"
 
 
-def options_of(role: Role, lr: float, weight_decay: float, eps: float | None, adaptive: bool) -> dict[str, float]:
-    """What an optimizer is told about the parameters of a role."""
-    options = {"lr": lr * role.rate, "weight_decay": weight_decay * role.decay}
-    if role.epsilon == 1:
-        return options
-    if adaptive:
-        return options if eps is None else options | {"eps": eps * role.epsilon}
-    return {"lr": options["lr"] / role.epsilon, "weight_decay": options["weight_decay"] * role.epsilon}
+def without_epsilon(role: Role, *, adaptive: bool) -> Role:
+    """A role for an optimizer that has no ε: nothing to do if it is adaptive, else the gradient's size in the rate."""
+    size = 1.0 if adaptive else role.epsilon
+    return replace(role, rate=role.rate / size, decay=role.decay * size, epsilon=1.0)
 
 
 def connections_of(model: nn.Module, example: Example | Program | None) -> Chain[Any]:
