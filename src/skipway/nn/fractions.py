@@ -76,7 +76,7 @@ class FracConnection(Streams):
             write = average_to(write, f)
         if len(f) == 1 and f.requires_grad and not torch.compiler.is_compiling():
             # torch 2.13's BatchNorm is wrong backward with the strides that the gradient of one sample gets here
-            f.register_hook(lambda gradient: gradient.clone(memory_format=torch.contiguous_format))
+            f.register_hook(lambda g: None if g is None else g.clone(memory_format=torch.contiguous_format))
         parts = write.unsqueeze(self.channel) * f.unflatten(self.channel, (self.fractions, -1))
         return carried + parts.flatten(self.channel - 1, self.channel)
 
