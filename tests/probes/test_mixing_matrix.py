@@ -253,3 +253,74 @@ def test_x0_scalars_bring_the_stem_back():
     for _ in range(2):
         stem += [1.1 * stem[-1] + 0.2] * 2
     torch.testing.assert_close(mixing.coefficients[:6, 0], torch.tensor(stem), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["hyperconnections(3, dynamic=False)", "hyperconnections(4)", "mhc", "gatedstreams"])
+def test_several_streams_as_strangers(scheme, monkeypatch):
+    """Watched, a network of ours with several streams mixes as it does by the types of its modules."""
+    model = sw.build("vit-tiny-16", scheme=scheme, depth=2, dim=12, heads=2, patch=4, image=8, classes=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x, targets = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2])
+    own = depth_mixing(model, x, targets)
+    monkeypatch.setattr("skipway.probes.mixing_matrix.connections_by_type", lambda model: ())
+    watched = depth_mixing(model, x, targets)
+    assert (watched.readers, watched.sources) == (own.readers, own.sources)
+    for name in ("coefficients", "shares", "gradient_shares"):
+        torch.testing.assert_close(getattr(watched, name), getattr(own, name))
+
+
+class TwoStreams(nn.Module):
+    """Constant hyper-connections in the style of others: streams on an axis of their own, joined by products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(DIM, DIM), nn.Linear(DIM, 3)
+        self.branches = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
+        self.weights = nn.Parameter(torch.rand(3, 2, 4))
+
+    def forward(self, x):
+        s = torch.stack([self.stem(x)] * 2, -2)
+        for branch, weights in zip(self.branches, self.weights, strict=True):
+            read, mix, write = weights.split((1, 2, 1), -1)
+            s = mix.mT @ s + write * branch((read * s).sum(-2)).unsqueeze(-2)
+        return self.head(s.sum(-2))
+
+
+def test_several_streams_of_others_are_products():
+    """M[l, i] = α_lᵀ A_{l-1}ᵀ … A_{i+1}ᵀ β_i, and α_lᵀ A_{l-1}ᵀ … A_1ᵀ 1 of the stem (Zhu et al. 2025, sec. 4.5)."""
+    model = TwoStreams()
+    mixing = depth_mixing(model, example())
+    reads, mixes, writes = (part.detach() for part in model.weights.split((1, 2, 1), -1))
+    expected = torch.zeros(4, 4)
+    for row in range(4):
+        read = (reads[row] if row < 3 else torch.ones(2, 1)).mT
+        for column in range(row, -1, -1):
+            source = torch.ones(2, 1) if column == 0 else writes[column - 1]
+            for mix in mixes[column:row]:
+                source = mix.mT @ source
+            expected[row, column] = (read @ source).item()
+    torch.testing.assert_close(mixing.coefficients, expected)
+    torch.testing.assert_close(mixing.shares.sum(1), torch.ones(4))
+    torch.testing.assert_close(mixing.gradient_shares.sum(0), torch.ones(4))
+
+
+class Inline(TwoStreams):
+    """What the branches put out is in no module's hands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Parameter(torch.randn(3, DIM, DIM))
+
+    def forward(self, x):
+        s = torch.stack([self.stem(x)] * 2, -2)
+        for map_, weights in zip(self.maps, self.weights, strict=True):
+            read, mix, write = weights.split((1, 2, 1), -1)
+            s = mix.mT @ s + write * torch.tanh((read * s).sum(-2) @ map_).unsqueeze(-2)
+        return self.head(s.sum(-2))
+
+
+def test_what_no_module_holds_is_refused():
+    with pytest.raises(sw.SkipwayError, match="neither an argument nor an output of a module"):
+        depth_mixing(Inline(), example())

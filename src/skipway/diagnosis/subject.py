@@ -120,8 +120,9 @@ class Subject:
 
     @property
     def stream_connections(self) -> int:
-        """Connections of ours that carry several streams; watching a pass does not find them."""
-        return sum(isinstance(module, Streams) for module in self.model.modules())
+        """Connections that carry several streams: by type in networks of ours, else as they were watched."""
+        own = sum(isinstance(module, Streams) for module in self.model.modules())
+        return max(own, sum(connection.seen.streams is not None for connection in self.chain))
 
     @cached_property
     def skippable(self) -> tuple[str, ...]:

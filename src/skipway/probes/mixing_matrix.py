@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipway.errors import SkipwayError
-from skipway.nn import Carry, Residual, StreamEntry, StreamExit
+from skipway.nn import Carry, Residual
 from skipway.probes.objective import Loss, compute_loss
-from skipway.probes.observer import Observer
-from skipway.tracing import Example, as_batch, call_model, preserved_state, unwrap
-from skipway.tracing.chain import Connection, WatchedConnection, chain
+from skipway.probes.source_cutters import JoinCutter, SourceCutter, StreamCutter, WatchedStreamCutter
+from skipway.probes.stream_taps import StreamTaps
+from skipway.tracing import Example, as_batch, call_model, preserved_state, unwrap, watch
+from skipway.tracing.chain import Connection, chain, chain_from_program
 from skipway.tracing.containers import map_tensors
 
 __all__ = ["DepthMixing", "depth_mixing"]
@@ -98,111 +99,6 @@ class DepthMixing:
         return "\n".join(lines)
 
 
-class SourceCutter(Observer):
-    """Replaces what each branch adds by a tensor that is differentiated for, as the first stream is.
-
-    Args:
-        model: the network.
-        connections: of `chain(model, example)`.
-    """
-
-    def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection]) -> None:
-        super().__init__(model, connections)
-        self.sources: list[Tensor] = []
-        self.carried: list[Tensor] = []
-        self.branches: list[Tensor] = []
-        self.last: Tensor | None = None
-
-    def start(self) -> None:
-        self.sources, self.carried, self.branches, self.last = [], [], [], None
-
-    def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.sources:
-            self.sources.append(skip)
-        self.carried.append(skip)
-        self.branches.append(branch)
-        self.sources.append(branch.detach().clone().requires_grad_())
-        return skip, self.sources[-1]
-
-    def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
-        self.last = stream
-
-
-class StreamCutter:
-    """The same for connections of ours that carry several streams; what is carried is what a branch reads of them.
-
-    Args:
-        model: the network.
-        connections: of `chain(model)`.
-    """
-
-    def __init__(self, model: nn.Module, connections: Iterable[Connection]) -> None:
-        self.model, self.connections = unwrap(model), tuple(connections)
-        self.sources: list[Tensor] = []
-        self.carried: list[Tensor] = []
-        self.branches: list[Tensor] = []
-        self.last: Tensor | None = None
-        self.hooks = ExitStack()
-
-    def __enter__(self) -> StreamCutter:
-        self.sources, self.carried, self.branches, self.last = [], [], [], None
-        for module in self.model.modules():
-            if isinstance(module, StreamExit):
-                self.hooks.callback(module.register_forward_hook(self.leave).remove)
-            elif isinstance(module, StreamEntry):
-                self.hooks.callback(module.register_forward_pre_hook(self.enter).remove)
-        if not any(type(module) is StreamEntry for module in self.model.modules()):  # a history needs none
-            first = self.connections[0].residual
-            self.hooks.callback(first.register_forward_pre_hook(self.enter).remove)
-        for connection in self.connections:
-            assert connection.residual.streams is not None
-            self.hooks.callback(connection.residual.streams.register_forward_hook(self.read).remove)
-            self.hooks.callback(connection.residual.drop.register_forward_hook(self.cut).remove)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hooks.close()
-
-    def enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.sources.append(args[0])
-
-    def read(self, module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
-        self.carried.append(output[0])
-
-    def cut(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        self.branches.append(output)
-        self.sources.append(output.detach().clone().requires_grad_())
-        return self.sources[-1]
-
-    def leave(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.last = output
-
-
-class JoinCutter(StreamCutter):
-    """The same for connections of ours whose join is no addition; what is carried is the skip that it is given."""
-
-    def __enter__(self) -> JoinCutter:
-        self.sources, self.carried, self.branches, self.last = [], [], [], None
-        for connection in self.connections:
-            join = connection.residual.join
-            assert join is not None
-            self.hooks.callback(join.register_forward_pre_hook(self.cut_branch).remove)
-            self.hooks.callback(join.register_forward_hook(self.keep_output).remove)
-        return self
-
-    def cut_branch(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        skip, branch = args
-        if not self.sources:
-            self.sources.append(skip)
-        self.carried.append(skip)
-        self.branches.append(branch)
-        self.sources.append(branch.detach().clone().requires_grad_())
-        return skip, self.sources[-1]
-
-    def keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.last = output
-
-
 class FrozenNorms(TorchFunctionMode):
     """Context in which norms divide by a constant, so that what they put out is a linear map of their input."""
 
@@ -281,7 +177,8 @@ def depth_mixing(
         loss: how output and targets become a loss, as in `probe`.
 
     Raises:
-        SkipwayError: the model has no residual connection, or does something else in each pass.
+        SkipwayError: the model has no residual connection, or does something else in each pass; of several streams,
+            what a branch reads or puts out is in no module's hands.
 
     Source: Kimi Team 2026, "Attention Residuals", sec. 6.2 and table 5; Zhu et al. 2025, "Hyper-Connections", fig. 13.
 
@@ -309,6 +206,12 @@ def depth_mixing(
     return DepthMixing((*names, "output"), ("stem", *names), coefficients, shares, gradients, float(value.detach()))
 
 
+def connections_by_type(model: nn.Module) -> Sequence[Connection]:
+    """The connections of a network of ours; none of another."""
+    own = any(isinstance(module, Residual) for module in model.modules())
+    return chain(unwrap(model)) if own else ()
+
+
 def choose_cutter(model: nn.Module, example: Example) -> tuple[tuple[str, ...], SourceCutter | StreamCutter, bool]:
     """Names of the connections, what cuts their sources, and whether the first branch reads what is the first source:
     not so where the first skip is more than x itself.
@@ -316,15 +219,19 @@ def choose_cutter(model: nn.Module, example: Example) -> tuple[tuple[str, ...], 
     Raises:
         SkipwayError: there is no connection.
     """
-    own = chain(unwrap(model)) if any(isinstance(module, Residual) for module in model.modules()) else ()
+    own = connections_by_type(model)
     names = tuple(connection.name for connection in own)
     if own and all(connection.residual.streams is not None for connection in own):
         return names, StreamCutter(model, own), True
     if own and all(connection.residual.join is not None for connection in own):
         return names, JoinCutter(model, own), isinstance(own[0].residual.shortcut, Carry)
-    found = tuple(chain(model, example))
+    program = watch(model, example)
+    found = tuple(chain_from_program(unwrap(model), program))
     if not found:
         raise SkipwayError("the model has no residual connection that chain(model, example) finds, so nothing is mixed")
+    if any(each.seen.streams is not None for each in found):
+        cutter = WatchedStreamCutter(model, found, StreamTaps.of(program, found))
+        return tuple(connection.name for connection in found), cutter, found[0].seen.streams is not None
     first = found[0].seen
     plain = first.skip == "identity" and not first.carry and first.weights[0] == 1
     return tuple(connection.name for connection in found), SourceCutter(model, found), plain

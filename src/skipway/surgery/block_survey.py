@@ -181,6 +181,8 @@ def static_call(
         return "it adds in its own forward, and no module of its own holds the connection"
     given = program.given.get(name, {})
     for connection in connections:
+        if connection.seen.skip == "mixed":
+            return f"its connection {connection.name} mixes several streams, so x itself is not carried past it"
         if connection.seen.skip != "identity":
             return f"its connection {connection.name} carries x through a {connection.seen.skip}, not x itself"
     if program.runs.get(name, 0) != 1:

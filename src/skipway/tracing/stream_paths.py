@@ -161,7 +161,7 @@ class StreamJudge(Walker):
         them laid end to end with what was read from them.
         """
         if value.operator == "cat":
-            return self.weighed(value)
+            return self.weighed(value) if len(self.program.signals(value)) > 1 else None
         prepares = value.norm is not None or (value.part == "nonlinear" and len(self.program.signals(value)) == 1)
         if not prepares:
             return self.before_projection(value)
@@ -282,19 +282,27 @@ class StreamJudge(Walker):
         """The streams of a state: those of the sum that it was, or as many copies or stacked tensors as it was made of;
         1 where none were opened, `UNKNOWN` of what the model is called with.
         """
+        return self.opening(number)[0]
+
+    def origin_of_streams(self, number: int) -> int:
+        """What was copied or stacked to make a state, or the state itself."""
+        return self.opening(number)[1]
+
+    def opening(self, number: int) -> tuple[int, int]:
+        """The number of streams, and what they were made of; the state itself where that is several tensors."""
         here: int | None = number
         came_in = True
         while here is not None:
             value = self.program[here]
             if here in self.states:
-                return self.states[here].axis.count
+                return self.states[here].axis.count, number
             signals = self.program.signals(value)
             if value.operator == "stack" or (value.operator == "cat" and len(set(value.operands)) == 1):
-                return len(value.operands)
+                return len(value.operands), value.operands[0] if len(set(value.operands)) == 1 else number
             if value.part in {"slice", "mean"}:
-                return 1
+                return 1, number
             if value.operator == "input":
-                return UNKNOWN if came_in else 1
+                return UNKNOWN if came_in else 1, number
             came_in &= value.part in CARRYING or here in self.skips
             # what was written into a part of an alias adds no streams
             here = signals[0] if len(signals) == 1 or value.operator == "alias" else None
@@ -303,8 +311,8 @@ class StreamJudge(Walker):
             if value.number in self.skips:
                 here = self.skips[value.number]
             if here is not None and value.part in CARRYING and value.numel > (size := self.program[here].numel):
-                return value.numel // size
-        return 1
+                return value.numel // size, here
+        return 1, number
 
     def read(self, state: int, branch: int, carried: set[int]) -> tuple[int, bool] | None:
         """The first value that all that the branch knows of the state passes through and that is smaller than it; and
