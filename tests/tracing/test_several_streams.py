@@ -160,6 +160,38 @@ def test_hyper_connections_in_any_form(kind, skip, axis, stride, channel):
         assert each.seen.last == f"{each.name}.branch.3"
 
 
+@pytest.mark.parametrize("kind", [form[0] for form in FORMS])
+def test_a_layer_scale_multiplies_the_branch(kind):
+    """In front of the write: with the gains at 0 a network computes what it does where its branches put out 0."""
+    model, x = Network(kind), torch.randn(2, 5, 4)
+    sw.rescheme(model, x, "layerscale")
+    with torch.no_grad():
+        for name, gain in model.named_parameters():
+            if name.endswith("residual_scale.gain"):
+                gain.zero_()
+        without = model(x)
+        for layer in model.layers:
+            layer.branch.register_forward_hook(lambda *given: torch.zeros_like(given[-1]))
+    assert torch.equal(without, model(x))
+
+
+@pytest.mark.parametrize("kind", [Folded, InChannels])
+def test_influence_of_mixed_and_of_carried_streams(kind):
+    model, x = Network(kind).eval(), torch.randn(2, 5, 4)
+    if kind is InChannels:
+        assert set(sw.influence(model, x)) == {"layers.0", "layers.1"}
+        return
+    with pytest.raises(sw.SkipwayError, match="mixes several streams"):
+        sw.influence(model, x)
+
+
+def test_a_diagnosis_measures_them_and_says_of_what():
+    diagnosis = sw.diagnose(Network(Matmul), (torch.randn(16, 5, 4), torch.randint(2, (16, 5))))
+    assert any("2 connections of several streams" in remark for remark in diagnosis.remarks)
+    assert not any("skip" in finding.rule for finding in diagnosis.findings)
+    assert len(diagnosis.chain) == DEPTH
+
+
 def test_gates_of_channels_are_refused():
     found = sw.chain(Network(Highway), torch.randn(2, 5, 4))
     assert not found

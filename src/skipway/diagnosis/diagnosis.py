@@ -149,8 +149,8 @@ class Diagnosis:
             remarks.append(f"optimizer: {stay}: {condense_paths(outside)}")
         if several := self.subject.stream_connections:
             remarks.append(
-                f"streams: {counted(several, 'connection')} of several streams; what is measured of the {len(self.chain)} "
-                "that were found is that of all their streams together, and of a branch as it is written into them"
+                f"streams: {counted(several, 'connection')} of several streams; their numbers are those of all streams "
+                f"together, and of a branch as it is written into them ({len(self.chain)} connections measured)"
             )
         return tuple(remarks)
 

@@ -41,7 +41,8 @@ class DepthMixing:
         readers: names of the rows: the connections in order, and "output".
         sources: names of the columns: "stem", and the connections in order.
         coefficients: M, (L + 1, L + 1): the factor of v_i in h_l, averaged over all its numbers; nan where the two have
-            different shapes. Norms on the way of the stream divide by the deviation that they found in this pass.
+            different shapes. Norms on the way of the stream divide by the deviation that they found in this pass, if
+            they are torch's; one that a network writes out by hand is differentiated.
         shares: ⟨M[l, i] v_i, h_l⟩ / |h_l|², (L + 1, L + 1): what source i makes of h_l. Where the skips are linear, a
             row sums to 1, at any shapes.
         gradient_shares: what reader l, through its branch or, in the last row, through the head, makes of the gradient

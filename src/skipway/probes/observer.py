@@ -78,8 +78,10 @@ class Observer(TorchFunctionMode):
         """A listed module returns `value`."""
 
     def listen(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> None:
-        """Call `receive` with the gradient of `tensor` when a backward pass inside the context computes it."""
-        if tensor.requires_grad:
+        """Call `receive` with the gradient of `tensor` when a backward pass inside the context computes it: not within
+        an `autograd.Function`, whose own tensors have none.
+        """
+        if tensor.requires_grad and torch.is_grad_enabled():
             self.edges.append(get_gradient_edge(tensor))
             self.cleanup.callback(tensor.register_hook(receive).remove)
 

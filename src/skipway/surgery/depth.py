@@ -125,9 +125,15 @@ def influence(model: nn.Module, example: Example, score: Score | None = None) ->
         example: a batch; outputs are compared on it.
         score: model → number, higher is better (the accuracy on a validation set, for example); the influence is what
             is lost without the block. By default the mean relative change of the output, |f(x) − f₋ₗ(x)| / |f(x)|.
+
+    Raises:
+        SkipwayError: there are blocks, and none of them can be left out; says why.
     """
     model, example = require_values(model, "influence"), as_example(example)
-    return measure_influence(model, example, score, find_blocks(model, example))
+    survey = find_blocks(model, example)
+    if survey.refused and not survey.calls:
+        raise SkipwayError(f"{type(model).__name__} has no block that can be left out: {survey.reasons()}")
+    return measure_influence(model, example, score, survey)
 
 
 def measure_influence(model: nn.Module, example: Example, score: Score | None, survey: BlockSurvey) -> dict[str, float]:

@@ -192,7 +192,7 @@ def compare_outputs(
         if old.shape != new.shape or not (old.is_floating_point() or old.is_complex()):
             continue
         gap = torch.where(old == new, torch.zeros((), device=old.device), (new - old).abs().float())
-        size = float(old.abs().float().nan_to_num(0, 0, 0).max()) or 1.0
+        size = largest(old.abs().float().nan_to_num(0, 0, 0)) or 1.0
         for axis in range(old.ndim - width + 1) if width == 1 else range(min(1, old.ndim - 1)):
             if old.shape[axis : axis + width] != kept.shape:
                 continue
