@@ -162,13 +162,19 @@ def test_hyper_connections_in_any_form(kind, skip, axis, stride, channel):
 
 @pytest.mark.parametrize("kind", [form[0] for form in FORMS])
 def test_a_layer_scale_multiplies_the_branch(kind):
-    """In front of the write: with the gains at 0 a network computes what it does where its branches put out 0."""
+    """In front of the write: with the gains at 0 a network computes what it does where its branches put out 0. Where a
+    matrix product writes, a factor before it is refused.
+    """
     model, x = Network(kind), torch.randn(2, 5, 4)
+    before = set(model.state_dict())
+    if kind in (Matmul, Static):
+        with pytest.raises(sw.SkipwayError, match="a factor before that is none after it"):
+            sw.rescheme(model, x, "layerscale")
+        return
     sw.rescheme(model, x, "layerscale")
     with torch.no_grad():
-        for name, gain in model.named_parameters():
-            if name.endswith("residual_scale.gain"):
-                gain.zero_()
+        for name in model.state_dict().keys() - before:
+            model.get_parameter(name).zero_()
         without = model(x)
         for layer in model.layers:
             layer.branch.register_forward_hook(lambda *given: torch.zeros_like(given[-1]))
@@ -186,7 +192,7 @@ def test_influence_of_mixed_and_of_carried_streams(kind):
 
 
 def test_a_diagnosis_measures_them_and_says_of_what():
-    diagnosis = sw.diagnose(Network(Matmul), (torch.randn(16, 5, 4), torch.randint(2, (16, 5))))
+    diagnosis = sw.diagnose(Network(Matmul), torch.randn(16, 5, 4), targets=torch.randint(2, (16, 5)))
     assert any("2 connections of several streams" in remark for remark in diagnosis.remarks)
     assert not any("skip" in finding.rule for finding in diagnosis.findings)
     assert len(diagnosis.chain) == DEPTH
