@@ -255,7 +255,7 @@ def test_x0_scalars_bring_the_stem_back():
     torch.testing.assert_close(mixing.coefficients[:6, 0], torch.tensor(stem), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["hyperconnections(3, dynamic=False)", "hyperconnections(4)", "mhc", "gatedstreams"])
+@pytest.mark.parametrize("scheme", ["hyperconnections(3, dynamic=False)", "hyperconnections(4)", "mhc"])
 def test_several_streams_as_strangers(scheme, monkeypatch):
     """Watched, a network of ours with several streams mixes as it does by the types of its modules."""
     model = sw.build("vit-tiny-16", scheme=scheme, depth=2, dim=12, heads=2, patch=4, image=8, classes=3)

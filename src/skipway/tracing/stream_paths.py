@@ -127,7 +127,7 @@ class StreamJudge(Walker):
             count = units
         if read is None or count < 2 or not (units == count or self.writes_some(crossed, state, branch, count)):
             return None
-        if all(effective_part(each) in CARRYING for each in self.program.between(read[0], branch)):
+        if all(effective_part(each) != "map" for each in self.program.between(read[0], branch)):
             return None
         axis, channel = self.axis(value, written, branch, count, units), self.channel(value, written, branch)
         mixing = self.mixing(value, skip, state, crossed, rows, channel)
