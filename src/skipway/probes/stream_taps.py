@@ -14,11 +14,11 @@ from skipway.tracing.arguments import Path, exchange_at, item_at
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.stream_paths import StreamJudge
 
-__all__ = ["StreamTap", "StreamTaps"]
+__all__ = ["ModuleTensor", "StreamTaps"]
 
 
 @dataclass(frozen=True)
-class StreamTap:
+class ModuleTensor:
     """A tensor among the arguments or the outputs of a module.
 
     Args:
@@ -60,10 +60,10 @@ class StreamTaps:
         last: of what is read of the streams after all connections; None likewise.
     """
 
-    reads: dict[str, StreamTap]
-    branches: dict[str, StreamTap]
-    stem: StreamTap | None
-    last: StreamTap | None
+    reads: dict[str, ModuleTensor]
+    branches: dict[str, ModuleTensor]
+    stem: ModuleTensor | None
+    last: ModuleTensor | None
 
     @classmethod
     def of(cls, program: Program, connections: tuple[WatchedConnection, ...]) -> StreamTaps:
@@ -103,13 +103,13 @@ def forms(program: Program, number: int, like: int | None = None) -> Iterator[in
     return iter(sorted(found, key=lambda each: program[each].shape != shape))
 
 
-def find_tap(program: Program, numbers: Iterator[int], *, returned: bool = False) -> StreamTap | None:
+def find_tap(program: Program, numbers: Iterator[int], *, returned: bool = False) -> ModuleTensor | None:
     """Where a module that runs once puts out one of the values, or is given it; the outermost that puts it out."""
     tables = (program.returned,) if returned else (program.returned, program.given)
     for number in numbers:
         for table in tables:
             holders = [
-                StreamTap(name, path, given=table is program.given)
+                ModuleTensor(name, path, given=table is program.given)
                 for name, held in table.items()
                 if name and program.runs[name] == 1
                 for path, value in held.items()
