@@ -315,3 +315,17 @@ def test_real_targets_are_regressed_unless_their_rows_are_distributions():
     values, shares = torch.randn(6, 4), torch.rand(6, 4).softmax(1)
     assert torch.equal(compute_loss(output, values), torch.nn.functional.mse_loss(output, values))
     assert torch.equal(compute_loss(output, shares), torch.nn.functional.cross_entropy(output, shares))
+
+
+@pytest.mark.parametrize("scheme", ["hyperconnections(3)", "mhc(n=3)"])
+def test_samples_are_told_apart_though_they_share_an_axis_with_streams(scheme):
+    """Equal streams are no equal samples: what a network with one stream measures, up to the start of mHC."""
+    options = {"depth": 2, "dim": 16, "heads": 2, "patch": 8, "image": 16, "classes": 3}
+    x, rows = torch.randn(4, 3, 16, 16), []
+    plain = sw.build("vit-tiny-16", **options)
+    for each in ("identity", scheme):
+        model = sw.build("vit-tiny-16", scheme=each, **options).eval()
+        model.load_state_dict(plain.state_dict(), strict=False)
+        signals = sw.probes.probe(model, x, measures=["distinct"], connections=sw.chain(model, x))
+        rows.append([row["distinct"] for row in signals.connections.values()])
+    assert rows[1] == pytest.approx(rows[0], rel=0.05)

@@ -18,6 +18,7 @@ from skipway.probes.objective import Loss, compute_loss
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_batch, call_model, preserved_state
 from skipway.tracing.chain import WatchedConnection, chain
+from skipway.tracing.residual_adds import StreamAxis
 
 __all__ = ["Probe", "Signals", "probe"]
 
@@ -150,7 +151,10 @@ class Probe(Observer):
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
         self.passed += 1
-        self.take_output(self.rows[connection.name], stream, self.after, channel_from_the_end(connection)[1])
+        row, channel = self.rows[connection.name], channel_from_the_end(connection)[1]
+        if connection.seen.streams is not None and connection.seen.streams.axis.axis == 0:
+            self.take(row, channel, stream=by_sample(stream, connection.seen.streams.axis))
+        self.take_output(row, stream, self.after, channel)
 
     def rectified(self, output: Tensor) -> None:
         if "rectified" in self.points and self.names and output.ndim > 1:
@@ -244,6 +248,15 @@ def probe(
         del output
     readings = watcher.readings()
     return readings if value is None else replace(readings, loss=float(value))
+
+
+def by_sample(s: Tensor, streams: StreamAxis) -> Tensor:
+    """Streams in front of the samples or in one axis with them, for each sample: (n, N, …) or (n·N, …) → (N, n, …)."""
+    if len(s) == streams.count:
+        return s.transpose(0, 1) if s.ndim > 2 else s
+    if streams.stride == 1:
+        return s.unflatten(0, (-1, streams.count))
+    return s.unflatten(0, (streams.count, -1)).transpose(0, 1)
 
 
 def channel_from_the_end(connection: WatchedConnection) -> tuple[int, int | None]:
