@@ -165,13 +165,47 @@ def test_every_scheme_starts_as_its_theory_says_and_eight_layers_train(scheme):
     assert diagnosis.verdict != "will not train"
     assert "two-zeros" not in rules(diagnosis)
     signals = diagnosis.measurement.connections
-    if sw.schemes.parse_scheme(scheme).open() is not None:
+    if getattr(sw.schemes.parse_scheme(scheme).open(), "count", 1) > 1:
         assert any("3 connections of several streams" in remark for remark in diagnosis.remarks)
         assert "no-skips" not in rules(diagnosis)
         return
     assert len(signals) == (0 if scheme == "plain" else 3)
     if scheme in BRANCHES:
         assert [signal.branch for signal in signals] == pytest.approx([BRANCHES[scheme]] * 3, abs=1e-2)
+
+
+STATES = {
+    "hyperconnections": "streams: 4 connections",
+    "gatedstreams": "streams: 4 connections",
+    "dualresidual": "streams: 4 connections",
+    "siamesenorm": "streams: 4 connections",
+    "fracconnections": "fractions: 4 connections",
+    "attentionresiduals": "earlier outputs: 4 connections",
+    "attentionresiduals(blocks=None)": "earlier outputs: 4 connections",
+} | dict.fromkeys(("denseformer", "mudd", "x0residual", "valueresiduals", "gtrxl", "orthogonal", "perinorm"))
+"""Schemes whose state is more than one stream, or which join by more than a sum, and how a remark on them begins."""
+
+
+@pytest.mark.parametrize("scheme", STATES)
+def test_whatever_is_carried_is_not_taken_for_a_fault(scheme):
+    torch.manual_seed(0)
+    model = sw.build("vit-tiny-16", scheme=scheme, depth=2, classes=4, dim=8, heads=2, patch=4, image=8, channels=1)
+    diagnosis = diagnosed(model, images(), optimizer="adamw", lr=1e-3)
+    assert len(diagnosis.measurement.connections) == 4
+    assert rules(diagnosis).isdisjoint({"no-skips", "two-zeros", "stream-grows", "samples-collapse", "rank-collapse"})
+    found = [remark for remark in diagnosis.remarks if re.match("(streams|fractions|earlier outputs):", remark)]
+    begin = STATES[scheme]
+    assert not found if begin is None else len(found) == 1 and found[0].startswith(begin)
+
+
+def test_two_zeros_are_seen_where_nothing_is_added():
+    model = small("attentionresiduals + rezero")
+    for connection in sw.chain(model):
+        connection.multiply_(0.0)
+    found = [
+        finding for finding in diagnosed(model, images(), optimizer="adamw").findings if finding.rule == "two-zeros"
+    ]
+    assert [len(finding.where) for finding in found] == [3]
 
 
 def test_a_silent_start_is_not_taken_for_a_dead_one():

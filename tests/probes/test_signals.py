@@ -329,3 +329,48 @@ def test_samples_are_told_apart_though_they_share_an_axis_with_streams(scheme):
         signals = sw.probes.probe(model, x, measures=["distinct"], connections=sw.chain(model, x))
         rows.append([row["distinct"] for row in signals.connections.values()])
     assert rows[1] == pytest.approx(rows[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["attentionresiduals", "attentionresiduals(blocks=None)", "denseformer", "x0residual", "laurel", "fracconnections"],
+)
+def test_what_starts_as_a_network_with_one_stream_is_measured_as_one(scheme):
+    """The state is read, joined and left behind as one stream is; the gradient of what is added is that of the sum."""
+    tables = []
+    for name in ("identity", scheme):
+        torch.manual_seed(0)
+        model = sw.build("vit-tiny-16", scheme=name, depth=2, classes=4, dim=8, heads=2, patch=4, image=8)
+        images = torch.randn(4, 3, 8, 8)
+        tables.append(probe(model, images, torch.arange(4)).connections)
+    plain, found = tables
+    assert list(found) == list(plain)
+    for name, row in found.items():
+        assert {"skip", "branch", "cosine", "stream", "gradient_after"} <= row.keys()
+        assert row == pytest.approx({key: plain[name][key] for key in row}, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["hyperconnections(n=2)", "dualresidual"])
+def test_equal_streams_are_no_equal_samples(scheme):
+    model = sw.build("vit-tiny-16", scheme=scheme, depth=1, classes=4, dim=8, heads=2, patch=4, image=8)
+    images = torch.randn(1, 3, 8, 8).expand(4, -1, -1, -1), torch.randn(4, 3, 8, 8)
+    same, other = (
+        [row["distinct"] for row in probe(model, each, measures=["distinct"]).connections.values()] for each in images
+    )
+    assert max(same) < 1e-5 < 1e-2 < min(other)
+
+
+@pytest.mark.parametrize("scheme", ["denseformer", "mudd", "x0residual", "gtrxl", "attentionresiduals(blocks=None)"])
+def test_a_join_of_ours_is_measured_between_its_slots(scheme):
+    """With weights away from the start: x is what the branch is computed from, and F what the join is given."""
+    torch.manual_seed(0)
+    model = sw.build("vit-tiny-16", scheme=scheme, depth=2, classes=4, dim=8, heads=2, patch=4, image=8).eval()
+    for module in (each.residual.streams or each.residual.join for each in sw.chain(model)):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    sizes = {}
+    for each in sw.chain(model):
+        each.residual.pre.register_forward_pre_hook(lambda _, args, n=each.name: sizes.update({n: [rms(args[0])]}))
+        each.residual.scale.register_forward_hook(lambda _, __, out, n=each.name: sizes[n].append(rms(out)))
+    for name, row in probe(model, torch.randn(4, 3, 8, 8), measures=["skip", "branch"]).connections.items():
+        assert [row["skip"], row["branch"]] == pytest.approx([float(size) for size in sizes[name]])

@@ -262,5 +262,5 @@ def test_what_makes_no_sense_together_is_refused():
 def test_a_watched_join_is_one_connection(scheme):
     model = sw.build("vit-tiny-16", scheme=scheme, **VIT)
     watched = sw.chain(model, torch.zeros(1, 3, 16, 16))
-    assert [each.name for each in watched] == [f"{each.name}.join" for each in sw.chain(model)]
-    assert not [each for each in watched.refused if ".join" in str(each)]
+    assert [each.name for each in watched] == [each.name for each in sw.chain(model)]
+    assert not [each for each in watched.refused if each.owner.startswith("blocks")]

@@ -166,3 +166,29 @@ def test_shared_maps_are_not_folded_into():
 def test_nothing_to_fold_is_said():
     with pytest.raises(sw.SkipwayError, match="nothing to fold"):
         remove_norm(nn.Linear(3, 3), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["attentionresiduals", "attentionresiduals(blocks=None)", "fracconnections", "dualresidual", "denseformer"],
+)
+def test_a_lesion_of_what_no_single_stream_carries_is_a_branch_of_zeros(scheme):
+    torch.manual_seed(0)
+    model = sw.build("vit-tiny-16", scheme=scheme, depth=2, classes=4, dim=8, heads=2, patch=4, image=8).eval()
+    x = torch.randn(2, 3, 8, 8)
+    handle = model.get_submodule("blocks.0.mlp").drop.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+    expected = model(x)
+    handle.remove()
+    whole = model(x)
+    operation = lesion(model, x, ["blocks.0.mlp"])
+    torch.testing.assert_close(model(x), expected)
+    operation.undo()
+    assert torch.equal(model(x), whole)
+    assert not torch.equal(expected, whole)
+
+
+@pytest.mark.parametrize("scheme", ["attentionresiduals", "denseformer", "x0residual", "valueresiduals"])
+def test_what_hands_on_earlier_outputs_is_not_left_out(scheme):
+    model = sw.build("vit-tiny-16", scheme=scheme, depth=2, classes=4, dim=8, heads=2, patch=4, image=8)
+    with pytest.raises(sw.SkipwayError, match="earlier outputs"):
+        shorten(model, torch.zeros(1, 3, 8, 8), 1)

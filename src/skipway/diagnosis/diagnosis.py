@@ -152,6 +152,17 @@ class Diagnosis:
                 f"streams: {counted(several, 'connection')} of several streams; their numbers are those of all streams "
                 f"together, and of a branch as it is written into them ({len(self.chain)} connections measured)"
             )
+        if read := sum(connection.seen.skip == "read" for connection in self.chain):
+            remarks.append(
+                f"earlier outputs: {counted(read, 'connection')} read a weighted sum of all of them, and nothing is "
+                "added to it; the stream is their sum, its gradient that of the newest, and what is carried past a "
+                "branch is not measured"
+            )
+        if mixed := sum(c.seen.skip == "mixed" and c.seen.streams is None for c in self.chain) * (not several):
+            remarks.append(
+                f"fractions: {counted(mixed, 'connection')} of fractions of a stream; a branch is measured before it "
+                "is weighed, and what is carried past it is not"
+            )
         return tuple(remarks)
 
     @property

@@ -75,7 +75,8 @@ class EdgeObserver(Observer):
         self.before: GradientEdge | None = None
 
     def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> None:
-        self.before = get_gradient_edge(skip) if skip.requires_grad and torch.is_grad_enabled() else None
+        apart = connection.seen.skip == "mixed"  # the branch does not read what is carried
+        self.before = get_gradient_edge(skip) if skip.requires_grad and torch.is_grad_enabled() and not apart else None
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
         if self.before is not None and stream.requires_grad:

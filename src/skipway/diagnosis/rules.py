@@ -98,7 +98,8 @@ def stream_grows(context: Context) -> Iterator[Finding]:
     points = [c for c in context.measured.connections if c.variance_after > 0 and c.variance_before > 0]
     if len(points) < 2:
         return
-    growth = points[-1].variance_after / points[0].variance_before
+    # a stem that is small beside a normed branch is no growth: such branches add one unit each
+    growth = points[-1].variance_after / max(points[0].variance_before, points[0].variance_branch)
     allowed = 10 * (len(points) + 1)
     if not growth > allowed:
         return

@@ -121,7 +121,7 @@ class Subject:
     @property
     def stream_connections(self) -> int:
         """Connections that carry several streams: by type in networks of ours, else as they were watched."""
-        own = sum(isinstance(module, Streams) for module in self.model.modules())
+        own = sum(isinstance(module, Streams) and module.count > 1 for module in self.model.modules())
         return max(own, sum(connection.seen.streams is not None for connection in self.chain))
 
     @cached_property

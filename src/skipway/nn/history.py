@@ -44,6 +44,9 @@ def as_sources(s: State) -> tuple[Tensor, ...]:
 class History(Streams):
     """Abstract base: a connection that reads one tensor x of a state of earlier outputs, and carries x."""
 
+    carries = True
+    """Whether the branch is added to x; otherwise x is read again of what was left behind."""
+
     def __init__(self, spatial: int = 0) -> None:
         super().__init__(1, spatial)
 
@@ -52,6 +55,10 @@ class History(Streams):
 
     def join(self, carried: Tensor, write: Any, f: Tensor) -> Any:
         return carried + f
+
+    def sum_of(self, state: Any) -> Tensor:
+        """The stream in what `join` returned."""
+        return as_sources(state)[-1]
 
 
 class AttentionRead(nn.Module):
@@ -114,6 +121,8 @@ class AttentionResidual(History):
         spatial: see `Streams`.
     """
 
+    carries = False
+
     def __init__(self, read: AttentionRead | None, *, opens: bool = True, spatial: int = 0) -> None:
         super().__init__(spatial)
         self.read, self.opens = read, opens
@@ -138,6 +147,11 @@ class AttentionResidual(History):
                 f"{type(post).__name__} follows the addition, but here nothing is added: earlier outputs stay apart; "
                 "place norm and activation before the branch"
             )
+
+    @torch.no_grad()
+    def sum_of(self, state: State) -> Tensor:
+        """The sum of the sources, apart from the graph: it is computed nowhere in the network."""
+        return torch.stack(as_sources(state)).sum(0)
 
     def join(self, carried: Tensor, write: tuple[tuple[Tensor, ...], Tensor], f: Tensor) -> State:
         sources, x = write

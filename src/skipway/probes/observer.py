@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from skipway.errors import SkipwayError
+from skipway.nn import History
 from skipway.tracing import unwrap
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.reentrant_checkpoints import without_reentry
@@ -29,9 +30,10 @@ class Observer(TorchFunctionMode):
     """Context manager around forward passes that calls its own methods with the tensors it meets; abstract.
 
     A torch function mode sees the additions y = x + F(x) that `chain(model, example)` has numbered, so the network may
-    be anybody's; forward hooks see the listed modules. Subclasses override the methods `start`, `operands`, `stream`,
-    `rectified`, `module_input` and `module_output`. The network computes what it would compute without an observer,
-    bit for bit. On exit all hooks are removed, those on tensors included.
+    be anybody's; forward hooks see the listed modules, and the slots of connections of ours that join by more than an
+    addition. Subclasses override the methods `start`, `operands`, `stream`, `rectified`, `module_input` and
+    `module_output`. The network computes what it would compute without an observer, bit for bit. On exit all hooks are
+    removed, those on tensors included.
 
     Additions outside the model's `__call__` (in the loss, in augmentation, when checkpointing recomputes) do not count.
     Compiled parts of the network run eagerly inside the context, and torch's fused transformer layers are off.
@@ -46,8 +48,12 @@ class Observer(TorchFunctionMode):
         super().__init__()
         self.model = unwrap(model)
         self.additions: dict[int, list[WatchedConnection]] = {}
+        self.slots: list[WatchedConnection] = []
+        self.skips: dict[str, Tensor] = {}
         for each in connections:
-            if each.seen.call is not None:
+            if each.seen.slots:
+                self.slots.append(each)
+            elif each.seen.call is not None:
                 self.additions.setdefault(each.seen.call, []).append(each)
         self.modules = tuple(modules)
         self.calls = self.passes = 0
@@ -62,7 +68,8 @@ class Observer(TorchFunctionMode):
         """The connection is about to add; with `self.in_place` the sum overwrites one of the two.
 
         Returns:
-            what is added instead, skip and branch; None leaves the network to compute what it does.
+            what is added instead, skip and branch; None leaves the network to compute what it does. Where slots of ours
+            hand them over, another skip has no effect.
         """
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
@@ -92,6 +99,12 @@ class Observer(TorchFunctionMode):
                 module = self.model.get_submodule(name)
                 hooks.append(module.register_forward_pre_hook(partial(self.enter_module, name), with_kwargs=True))
                 hooks.append(module.register_forward_hook(partial(self.leave_module, name)))
+            for each in self.slots:
+                owner = each.residual
+                assert owner is not None
+                hooks.append(owner.shortcut.register_forward_hook(partial(self.take_skip, each)))
+                hooks.append(owner.drop.register_forward_hook(partial(self.take_branch, each)))
+                hooks.append(owner.post.register_forward_pre_hook(partial(self.take_state, each)))
             hooks.append(self.model.register_forward_hook(self.end))
             for hook in hooks:
                 stack.callback(hook.remove)
@@ -129,6 +142,27 @@ class Observer(TorchFunctionMode):
         if self.running:
             with self.paused():
                 self.module_output(name, output)
+
+    def take_skip(self, connection: WatchedConnection, module: nn.Module, args: Any, skip: Tensor) -> None:
+        if self.running:
+            self.skips[connection.name] = skip
+
+    def take_branch(self, connection: WatchedConnection, module: nn.Module, args: Any, branch: Tensor) -> Tensor | None:
+        skip = self.skips.pop(connection.name, None)
+        if not self.running or skip is None:
+            return None
+        with self.paused():
+            self.in_place = False
+            replaced = self.operands(connection, skip, branch)
+        return None if replaced is None else replaced[1]
+
+    def take_state(self, connection: WatchedConnection, module: nn.Module, args: tuple[Any, ...]) -> None:
+        residual = connection.residual
+        if not self.running or residual is None:
+            return
+        with self.paused():
+            streams = residual.streams
+            self.stream(connection, streams.sum_of(args[0]) if isinstance(streams, History) else args[0])
 
     @contextmanager
     def paused(self) -> Iterator[None]:

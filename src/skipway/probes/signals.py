@@ -145,15 +145,17 @@ class Probe(Observer):
         row, self.after = self.rows[connection.name], None
         self.take(row, skip=skip, branch=branch)
         numbers = connection.seen.numbers
-        if "gradient_before" in self.points and numbers[0] == numbers[3]:  # the branch reads the tensor that is added
+        if connection.seen.skip == "read" and self.backward:  # nothing is added: the gradient of the newest output
+            self.listen(branch, partial(self.receive_after, row, None))
+        elif "gradient_before" in self.points and numbers[0] == numbers[3]:  # the branch reads the tensor that is added
             self.after = {}
             self.listen(skip, partial(self.receive_before, row, self.after))
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
         self.passed += 1
-        row, channel = self.rows[connection.name], channel_from_the_end(connection)[1]
-        if connection.seen.streams is not None and connection.seen.streams.axis.axis == 0:
-            self.take(row, channel, stream=by_sample(stream, connection.seen.streams.axis))
+        row, channel, streams = self.rows[connection.name], channel_from_the_end(connection)[1], stream_axis(connection)
+        if streams is not None:
+            self.take(row, channel, stream=by_sample(stream, streams))
         self.take_output(row, stream, self.after, channel)
 
     def rectified(self, output: Tensor) -> None:
@@ -252,7 +254,7 @@ def probe(
 
 def by_sample(s: Tensor, streams: StreamAxis) -> Tensor:
     """Streams in front of the samples or in one axis with them, for each sample: (n, N, …) or (n·N, …) → (N, n, …)."""
-    if len(s) == streams.count:
+    if len(s) == streams.count and streams.stride:
         return s.transpose(0, 1) if s.ndim > 2 else s
     if streams.stride == 1:
         return s.unflatten(0, (-1, streams.count))
@@ -265,6 +267,14 @@ def channel_from_the_end(connection: WatchedConnection) -> tuple[int, int | None
     """
     ndim, channel = len(connection.seen.shape), connection.seen.channel
     return ndim, None if channel is None else channel - ndim
+
+
+def stream_axis(connection: WatchedConnection) -> StreamAxis | None:
+    """Where several streams lie on the first axis; None where none do."""
+    seen, residual = connection.seen, connection.residual
+    if seen.slots and residual is not None and residual.streams is not None and residual.streams.count > 1:
+        return StreamAxis(residual.streams.count, 0, 0)  # one after the other, in a batch of any size
+    return seen.streams.axis if seen.streams is not None and seen.streams.axis.axis == 0 else None
 
 
 def find_measure(name: str) -> Measure:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from skipway.errors import SkipwayError
-from skipway.nn import Residual
+from skipway.nn import History, Residual
 from skipway.surgery.block_call import CONTAINERS, BlockCall, parameter_names
 from skipway.surgery.call_recorder import CallRecorder
 from skipway.surgery.insertion import STREAMED, carries_streams
@@ -90,8 +90,8 @@ def find_blocks(model: nn.Module, example: Example, program: Program | None = No
 
 
 MIXES = (
-    "it mixes several streams, so no x itself is carried past it; its activations are recomputed by "
-    "torch.utils.checkpoint.checkpoint, called in the network's own forward"
+    "it mixes several streams or hands on earlier outputs, so no x itself is carried past it; its activations are "
+    "recomputed by torch.utils.checkpoint.checkpoint, called in the network's own forward"
 )
 
 
@@ -181,6 +181,8 @@ def static_call(
         return "it adds in its own forward, and no module of its own holds the connection"
     given = program.given.get(name, {})
     for connection in connections:
+        if connection.residual is not None and isinstance(connection.residual.streams, History):
+            return f"its connection {connection.name} hands on earlier outputs, which later ones count"
         if connection.seen.skip == "mixed":
             return f"its connection {connection.name} mixes several streams, so x itself is not carried past it"
         if connection.seen.skip != "identity":

@@ -117,7 +117,9 @@ class Search:
         beside = frozenset[int]()
         while True:
             value = program[here]
-            if not beside.issuperset(user for user in program.signal_users(here) if user != following):
+            # what is written by weights, or read again, is handed over once
+            handed = here == self.connection.seen.numbers[1] and self.connection.seen.skip in ("mixed", "read")
+            if not handed and not beside.issuperset(user for user in program.signal_users(here) if user != following):
                 raise SkipwayError("what is added is read by something else too")
             found, why = self.host(value, total)
             if found is not None:
@@ -167,7 +169,9 @@ class Search:
             if program.runs[name] > 1:
                 reason = f"{name} runs {program.runs[name]} times in a pass, so a scale after it would be shared"
                 continue
-            if program.left[name] > total:  # what was added already was passed through it afterwards
+            if program.left[name] > max(
+                total, value.number + 1
+            ):  # what was added already was passed through it afterwards
                 continue
             return name, ""
         return None, reason

@@ -9,6 +9,7 @@ from typing import Literal
 
 from skipway.tracing.program import Program, Value
 from skipway.tracing.residual_adds import BranchScale, NormPosition, ResidualAdd
+from skipway.tracing.residual_slots import SlotPath
 from skipway.tracing.stream_paths import StreamPath
 from skipway.tracing.walks import CARRYING, SkipPath, Walker, effective_part
 
@@ -26,12 +27,19 @@ class FoundAdd:
         skip: its operand that carries.
         branch: the other one.
         way: from where both come to the skip.
+        residual: path of the `Residual` of ours that joins them, where the chain knows it by its slots.
     """
 
     value: Value
     skip: int
     branch: int
     way: SkipPath
+    residual: str | None = None
+
+    @property
+    def owner(self) -> str:
+        """Path of the module whose forward adds."""
+        return self.value.owner if self.residual is None else self.residual
 
 
 class BranchReader(Walker):
@@ -55,10 +63,10 @@ class BranchReader(Walker):
         counts: dict[str, int] = {}
         totals: dict[str, int] = {}
         for each in self.found:
-            totals[each.value.owner] = totals.get(each.value.owner, 0) + 1
+            totals[each.owner] = totals.get(each.owner, 0) + 1
         sums = []
         for each in self.found:
-            owner = each.value.owner
+            owner = each.owner
             counts[owner] = counts.get(owner, 0) + 1
             number = f":{counts[owner]}" if totals[owner] > 1 else ""
             sums.append(self.describe(each, owner + number))
@@ -66,7 +74,7 @@ class BranchReader(Walker):
 
     def describe(self, found: FoundAdd, name: str) -> ResidualAdd:
         program, value, skip, way = self.program, found.value, found.skip, found.way
-        streams = way.join if isinstance(way, StreamPath) else None
+        streams, slots = way.join if isinstance(way, StreamPath) else None, isinstance(way, SlotPath)
         start, branch = (way.start, found.branch) if streams is None else (streams.read, streams.branch)
         crossed = list(program.between(start, branch))
         maps = [member for member in crossed if effective_part(member) == "map"]
@@ -78,10 +86,10 @@ class BranchReader(Walker):
         placings = self.placings(value, replace(way, start=start), crossed, closing) if value.norm is None else ()
         return ResidualAdd(
             name=name,
-            owner=value.owner,
-            call=value.call,
+            owner=found.owner,
+            call=None if slots else value.call,
             term=value.term,
-            skip_first=value.operands[0] == skip,
+            skip_first=slots or value.operands[0] == skip,
             weights=(way.factor, self.factor(branch, start)),
             skip=way.skip,
             carry=tuple(sorted(set().union(*(self.factors(member) for member in way.crossed)))),
@@ -98,12 +106,24 @@ class BranchReader(Walker):
             ends=() if joined else self.ends(branch, start, value.number),
             scale=self.scale(branch, start),
             shape=value.shape,
-            channel=self.stream_channel(value) if streams is None or streams.channel is None else streams.channel,
+            channel=self.branch_channel(value, branch)
+            if slots
+            else self.stream_channel(value)
+            if streams is None or streams.channel is None
+            else streams.channel,
             kind=kind_of(crossed),
             inner=tuple(member.number for member in crossed if member.number in self.skips),
             numbers=(skip, found.branch, value.number, way.start),
             streams=streams,
+            slots=slots,
         )
+
+    def branch_channel(self, value: Value, branch: int) -> int | None:
+        """The channel axis of a sum, which may have an axis of streams in front, as its branch says."""
+        added = self.program[branch]
+        if added.channel is None:
+            return self.stream_channel(value)
+        return added.channel - len(added.shape) + len(value.shape)
 
     def stream_channel(self, value: Value) -> int | None:
         """The channel axis of a sum. Where no weight wrote the stream (the input itself), its branches decide: the last

@@ -15,6 +15,7 @@ from skipway.nn import Branch, Classifier, LinearMap, Residual
 from skipway.nn.site import Site
 from skipway.tracing import Example, Program, Refusal, ResidualAdd, find_residual_adds, unwrap, watch
 from skipway.tracing.paths import condense_paths
+from skipway.tracing.residual_slots import find_residual_slots
 
 __all__ = ["Chain", "Connection", "WatchedConnection", "chain", "chain_from_program", "read_chain"]
 
@@ -304,10 +305,7 @@ def read_chain(model: nn.Module, example: Example) -> Chain[Connection] | Chain[
 
 def chain_from_program(model: nn.Module, program: Program) -> Chain[WatchedConnection]:
     """The chain of a model whose forward pass was watched."""
-    joins = [
-        f"{name}.join" for name, each in model.named_modules() if isinstance(each, Residual) and each.join is not None
-    ]
-    sums, refused = find_residual_adds(program, joins)
+    sums, refused = find_residual_adds(program, find_residual_slots(model, program))
     connections, since = [], 0
     for index, seen in enumerate(sums):
         since = 0 if seen.skip == "projection" else since

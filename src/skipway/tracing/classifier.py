@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import combinations, islice
 
 from skipway.tracing.branch import BranchReader, FoundAdd
 from skipway.tracing.operators import Part, is_linear_map
+from skipway.tracing.paths import parents
 from skipway.tracing.program import Program, Value
 from skipway.tracing.residual_adds import Reason, Refusal, ResidualAdd
+from skipway.tracing.residual_slots import ResidualSlots, SlotPath
 from skipway.tracing.stream_paths import StreamJudge
 from skipway.tracing.sums import PLACING, operator_of
 from skipway.tracing.walks import CARRYING, SkipPath, Walker, effective_part
@@ -31,23 +33,24 @@ FAR = 8
 """Operators between a stack and the sum over it."""
 
 
-def find_residual_adds(program: Program, joins: Iterable[str] = ()) -> tuple[list[ResidualAdd], list[Refusal]]:
+def find_residual_adds(program: Program, own: Sequence[ResidualSlots] = ()) -> tuple[list[ResidualAdd], list[Refusal]]:
     """All additions of a program: the residual connections in order, and the refused with their reasons.
 
     What a norm adds within itself is listed only where it is a connection.
 
     Args:
         program: the program.
-        joins: paths of modules that join skip and branch by more than an addition: the last sum in each is the
-            connection, and others are steps of it.
+        own: connections of ours that join by more than an addition: each is one, and what is added in its join a step.
     """
     classifier = AddClassifier(program)
     refused: list[Refusal] = []
-    ends = {name: set(program.returned.get(name, {}).values()) for name in joins}
+    ends, named = {each.total: each for each in own}, {each.name: each for each in own}
     for value in program.values:
-        if value.number not in ends.get(value.owner, {value.number}):
-            continue
-        reason = classifier.reason(value) if value.signal else None
+        slots = next((named[name] for name in (value.owner, *parents(value.owner)) if name in named), None)
+        step = not value.signal or (slots is not None and classifier.is_step(value, slots))
+        reason = None if step else classifier.reason(value)
+        if value.number in ends:
+            classifier.accept(ends[value.number])
         if reason is not None and value.norm is None:
             operator = value.operator if reason == "unknown" else ""
             refused.append(Refusal(value.owner, reason, value.shape, operator))
@@ -61,6 +64,32 @@ class AddClassifier(Walker):
         super().__init__(program, {}, {})
         self.found: list[FoundAdd] = []
         self.streams = StreamJudge(program, self.skips, self.cancelled)
+
+    def is_step(self, value: Value, slots: ResidualSlots) -> bool:
+        """True for what is no connection by itself: a step of a join of ours, or a sum in the branch whose skip leads
+        back to what was computed before it, such as the values of another attention. What joins several streams is
+        accepted here.
+        """
+        if value.part != "sum":
+            return slots.holds(value.owner)
+        if not slots.holds(value.owner):
+            ways = [self.way(u, v) for u, v in (value.operands, value.operands[::-1])]
+            return any(way is not None and way.start < slots.read for way in ways)
+        if (slots.streams or 0) > 1 and (joined := self.streams.connection(value)) is not None:
+            skip, path = joined
+            self.found.append(FoundAdd(value, skip, path.written, path, slots.name))
+            self.skips[value.number] = skip
+        return True
+
+    def accept(self, slots: ResidualSlots) -> None:
+        """Accept a join of ours as a connection, unless one was found in it."""
+        if any(each.residual == slots.name for each in self.found):
+            return
+        way = self.way(slots.skip, slots.branch) if slots.kind is None else None
+        path = SlotPath(slots.read, (), slots.kind or "projection") if way is None else SlotPath(way.start, way.crossed)
+        self.found.append(FoundAdd(self.program[slots.total], slots.skip, slots.branch, path, slots.name))
+        if slots.total != slots.branch:
+            self.skips[slots.total] = slots.skip
 
     def reason(self, value: Value) -> Reason | None:
         """Accept a value as a connection or return why it is none; None too for what cannot add."""

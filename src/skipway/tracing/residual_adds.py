@@ -123,7 +123,8 @@ class ResidualAdd:
         skip_first: whether the skip is the first operand of the addition.
         weights: the numbers a and b; of a branch that is subtracted b = −1.
         skip: "identity" (x itself), "pooled" (x on fewer positions), "projection" (through linear maps or norms),
-            "mixed" (several streams weighed with each other).
+            "mixed" (streams, or fractions of one, weighed with each other), "read" (x is a sum of earlier outputs, and
+            it is those that are carried on).
         carry: names of parameters that multiply the skip.
         shortcut: modules that own the linear maps and norms of the skip, in order.
         maps: modules that own the linear maps of the branch, in order; attention's queries and keys among them.
@@ -138,6 +139,8 @@ class ResidualAdd:
         kind: what the branch does: "attention", "conv" or "mlp".
         inner: numbers of the sums of other connections within the branch.
         numbers: of the values skip, branch and sum in the program, and of the x that both were computed from.
+        slots: whether a `Residual` of ours joins by more than an addition; skip, branch and sum are then what its slots
+            shortcut, drop and post hand over, and no addition is numbered.
         streams: how several streams are read and written; None of one stream. The branch is then what stands between
             `streams.read` and `streams.branch`, and `numbers` tells of the sum itself.
     """
@@ -164,6 +167,7 @@ class ResidualAdd:
     inner: tuple[int, ...]
     numbers: tuple[int, int, int, int]
     streams: StreamJoin | None = None
+    slots: bool = False
 
     @property
     def several(self) -> str:

@@ -13,7 +13,7 @@ from skipway.tracing.program import Program, Value
 
 __all__ = ["CARRYING", "LINEAR", "Skip", "SkipPath", "Walker", "effective_part"]
 
-Skip = Literal["identity", "pooled", "projection", "mixed"]
+Skip = Literal["identity", "pooled", "projection", "mixed", "read"]
 
 CARRYING: frozenset[str] = frozenset({"carry", "slice", "stride", "pad", "drop", "scale", "shift"})
 LINEAR: frozenset[str] = CARRYING | {"pool", "map", "norm"}
