@@ -340,6 +340,7 @@ INTERPRETED = """
 import torch
 from skipway import kernels
 from skipway.kernels import triton_launch
+torch.manual_seed(0)  # a sum that nearly cancels is not within 1e-5 of itself
 last = dict(memory_format=torch.channels_last)
 for dtype, allowed in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
     a, b = (torch.randn(3, 5, 7, 9).to(dtype).contiguous(**last) for _ in range(2))

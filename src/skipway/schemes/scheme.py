@@ -279,7 +279,7 @@ def all_schemes(kind: Kind | None = None) -> dict[str, type[Scheme]]:
     >>> list(all_schemes())[:4]
     ['plain', 'identity', 'preactivation', 'zeroinit']
     >>> sorted(set(all_schemes()) - set(all_schemes("conv")))
-    ['dualresidual', 'layernormscaling', 'siamesenorm', 'valueresiduals']
+    ['dualresidual', 'hybridnorm', 'layernormscaling', 'siamesenorm', 'valueresiduals']
     """
     return {name: scheme for name, scheme in REGISTRY.entries.items() if kind is None or kind in scheme.kinds}
 

@@ -50,7 +50,7 @@ class FinishedRun(Protocol):
 
 
 MIXED_IMAGES = 8
-"""Test images on which the depth mixing of the trained network is measured."""
+"""Training images on which the depth mixing of the trained network is measured."""
 SECTIONS = {
     "curves": "Training",
     "confusion": "Confusion",
@@ -116,7 +116,7 @@ def page_values(
     signals = signal_figures(run.folder.read_health())
     classes = class_table(scores, names)
     connections = read_chain(network, run.data.preprocessing.example.to(run.device))
-    batch = next(iter(run.data.evaluation_batches("test", batch_size=MIXED_IMAGES, device=run.device)))
+    batch = run.data.sample(MIXED_IMAGES, seed=run.recipe.seed, device=run.device)
     mixing, no_mixing = measured_mixing(network.eval(), len(connections), batch.inputs, batch.labels)
     lines = [*data_lines(run.data), *model_lines(run.model, run.recipe, len(connections), run.steps_per_epoch)]
     metrics = run.folder.read_metrics()
