@@ -40,17 +40,20 @@ def find_residual_adds(program: Program, own: Sequence[ResidualSlots] = ()) -> t
 
     Args:
         program: the program.
-        own: connections of ours that join by more than an addition: each is one, and what is added in its join a step.
+        own: connections of ours, each of which is one; what is added in a join that is no addition is a step of it.
     """
     classifier = AddClassifier(program)
     refused: list[Refusal] = []
-    ends, named = {each.total: each for each in own}, {each.name: each for each in own}
+    ends = {each.total: each for each in own}
+    named = {each.name: each for each in own if not each.adds}
     for value in program.values:
         slots = next((named[name] for name in (value.owner, *parents(value.owner)) if name in named), None)
         step = not value.signal or (slots is not None and classifier.is_step(value, slots))
         reason = None if step else classifier.reason(value)
-        if value.number in ends:
-            classifier.accept(ends[value.number])
+        end = ends.get(value.number)
+        if end is not None and (reason is not None or not end.adds):
+            classifier.accept(end)
+            reason = None
         if reason is not None and value.norm is None:
             operator = value.operator if reason == "unknown" else ""
             refused.append(Refusal(value.owner, reason, value.shape, operator))

@@ -41,6 +41,7 @@ class ResidualSlots:
         total: what post was given; the last tensor of a state of several.
         streams: how many it carries; None without `streams`.
         kind: of the skip, where the streams say it.
+        adds: whether its join is an addition of its own forward.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ResidualSlots:
     total: int
     streams: int | None
     kind: Skip | None
+    adds: bool
 
     def holds(self, owner: str) -> bool:
         """Whether a value that was made in a module is a step of the join and not of the branch."""
@@ -58,10 +60,10 @@ class ResidualSlots:
 
 
 def find_residual_slots(model: nn.Module, program: Program) -> list[ResidualSlots]:
-    """Those of all connections of ours that have a join or streams, in the order of their sums."""
+    """Those of all connections of ours whose skip is not cut, in the order of their sums."""
     found = []
     for name, each in model.named_modules():
-        if not isinstance(each, Residual) or (each.join is None and each.streams is None):
+        if not isinstance(each, Residual):
             continue
         slots = [program.given.get(name)] if each.streams is None else [program.returned.get(f"{name}.streams")]
         slots += [program.returned.get(f"{name}.{part}") for part in ("shortcut", "drop")]
@@ -69,9 +71,12 @@ def find_residual_slots(model: nn.Module, program: Program) -> list[ResidualSlot
         if program.runs.get(name) != 1 or not all(slots):
             continue
         read, skip, branch, total = ([*slot.values()] for slot in slots if slot)
+        if not program[skip[0]].signal:
+            continue
+        adds = each.join is None and each.streams is None
         kind: Skip | None = None if each.streams is None else "mixed"
         if isinstance(each.streams, History):
             kind = None if each.streams.carries else "read"
         count = None if each.streams is None else each.streams.count
-        found.append(ResidualSlots(name, read[0], skip[0], branch[0], total[-1], count, kind))
+        found.append(ResidualSlots(name, read[0], skip[0], branch[0], total[-1], count, kind, adds))
     return sorted(found, key=lambda each: each.total)
