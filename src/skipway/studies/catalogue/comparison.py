@@ -29,7 +29,6 @@ from skipway.data import Data
 from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.report.chart import Figure
-from skipway.schemes import all_schemes
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import FitSettings, data_of, dataset_name, fit, fit_batch
 from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
@@ -42,6 +41,11 @@ TRAINED = 0.5
 """Test error of the median seed below which a network has learned; without norm, single seeds fail at any depth."""
 RATES = (0.01, 0.1, 1.0)
 ROUNDS = 20
+SCHEMES = (
+    *("plain", "identity", "preactivation", "zeroinit", "skipinit", "rezero"),
+    *("fixup", "layerscale", "normfree", "deepnorm", "depthscaled", "stochasticdepth"),
+)
+"""Those of one stream that have to do with depth; `scheme-table` has all."""
 # schemes with an option of their own that removes the norm; the others are combined with skipinit, its scalar at 1
 NORMLESS = {"skipinit": "skipinit(norm='remove')", "rezero": "rezero(norm='remove')"}
 FREE = {"fixup": "no (removes it)", "normfree": "no (standardises weights)"}
@@ -71,7 +75,7 @@ class Comparison(Study):
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         depths, without, width, epochs = GRIDS[budget]
-        names, seeds = choices.schemes or tuple(all_schemes("conv")), choices.seeds or (0, 1, 2)
+        names, seeds = choices.schemes or SCHEMES, choices.seeds or (0, 1, 2)
         common = {"width": width, "epochs": epochs, "data": choices.data}
         cells = [
             self.cell(kind="as it is", scheme=name, depth=depth, lr=rate, seed=seed, **common)
