@@ -17,6 +17,7 @@ from skipway.nn.gain import Gain
 from skipway.nn.initial import Zeros
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
+from skipway.nn.shortcut import Cut
 from skipway.nn.stream_algebra import add_written, mix_streams, normed_product
 
 __all__ = ["DynamicHyperConnection", "HyperConnection", "StreamEntry", "StreamExit", "Streams", "by_sample", "unfold"]
@@ -127,6 +128,10 @@ class Streams(nn.Module):
         Raises:
             SkipwayError: naming the slot.
         """
+        if isinstance(shortcut, Cut):
+            raise SkipwayError(
+                "Cut leaves nothing of the streams for the next connection to read; leave out that scheme"
+            )
 
     def call(self, branch: nn.Module, h: Tensor, write: Any) -> tuple[Tensor, Any]:
         """The branch's output, and what is written with it."""
