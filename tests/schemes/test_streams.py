@@ -175,6 +175,8 @@ def test_stack_with_others_and_refusals():
         sw.schemes.parse_scheme("hyperconnections(2) + hyperconnections(4)")
     with pytest.raises(SkipwayError, match="batch axis of 3.*multiple of 2.*StreamEntry"):
         Residual(nn.Identity(), streams=HyperConnection(2, 0, spatial=0))(torch.zeros(3, 4))
+    with pytest.raises(SkipwayError, match="Cut leaves nothing of the streams"):
+        sw.build("vit-tiny-16", scheme="plain + hyperconnections(2)", image=32, depth=1)
     with pytest.raises(SkipwayError, match="n=0"):
         sw.schemes.parse_scheme("hyperconnections(0)")
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True).eval()
