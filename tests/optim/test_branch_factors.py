@@ -214,3 +214,16 @@ def test_muon_leaves_the_classifier_to_adamw(scheme):
     matrices = {name for name, group in named(model, optimizer.param_groups).items() if group["use_muon"]}
     maps = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     assert matrices == maps - {"head.classifier.weight"}
+
+
+def test_folding_keeps_constants_that_ask_for_rates():
+    """A constant that is gone asks for nothing: the network would be trained otherwise."""
+    model, example = encoder().eval(), torch.randn(2, 4, 3)
+    sw.rescheme(model, example, "depthscaled(exponent=1, base=2)", start="scheme")
+    before = named(model, sw.param_groups(model, example, lr=1.0, eps=1e-6))
+    operation = sw.fold_gains(model, example)
+    after = named(model, sw.param_groups(model, example, lr=1.0, eps=1e-6))
+    assert {name: (group["lr"], group.get("eps")) for name, group in after.items()} == {
+        name: (group["lr"], group.get("eps")) for name, group in before.items()
+    }
+    assert any("rates" in reason for reason in operation.refused.values())

@@ -192,3 +192,18 @@ def test_what_hands_on_earlier_outputs_is_not_left_out(scheme):
     model = sw.build("vit-tiny-16", scheme=scheme, depth=2, classes=4, dim=8, heads=2, patch=4, image=8)
     with pytest.raises(sw.SkipwayError, match="earlier outputs"):
         shorten(model, torch.zeros(1, 3, 8, 8), 1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [("identity", False), ("layerscale", False), ("depthscaled", True), ("keel", True), ("prores(10)", True)],
+)
+def test_factors_that_follow_the_depth_are_said_to_be_those_before(scheme, said):
+    """A block more or less changes L; what was multiplied by a function of L stays, as outputs have to."""
+    options = {"depth": 3, "dim": 8, "heads": 2, "patch": 8, "image": 16, "classes": 2}
+    model = sw.build("vit-tiny-16", scheme=scheme, **options).eval()
+    sw.set_step(model, 60) if "prores" in scheme else None
+    operation = sw.shorten(model, torch.randn(2, 3, 16, 16), 2)
+    assert ("depth" in operation.refused) == said
+    if said:
+        assert scheme.partition("(")[0] in operation.refused["depth"]

@@ -141,12 +141,13 @@ def test_earlier_outputs_stay_apart_from_norms_after_the_addition():
     assert all("as one branch" in words for words in operation.touched.values())
 
 
+@pytest.mark.parametrize("start", ["identity", "scheme"])
 @pytest.mark.parametrize("scheme", REFUSED)
-def test_a_scheme_without_an_unchanged_start_is_refused(scheme):
-    """Values inside of an attention, and sums of two norms, which are no trained stream."""
+def test_a_scheme_that_needs_other_forwards_is_refused(scheme, start):
+    """Values inside of an attention, and norms between the connections."""
     net = Net().eval()
-    with pytest.raises(sw.SkipwayError, match="inside of a branch|has no start at which n equal streams"):
-        rescheme(net, X, scheme)
+    with pytest.raises(sw.SkipwayError, match="inside of a branch|norms between the connections"):
+        rescheme(net, X, scheme, start=start)
     assert not new_parameters(net)
 
 

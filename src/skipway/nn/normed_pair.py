@@ -32,6 +32,8 @@ class NormedPair(Streams):
             [ 1.,  3.]], grad_fn=...))
     """
 
+    refusal = "norms between the connections, where those of an existing network are written in its forward"
+
     def __init__(self, dim: int, *, normalised: bool = True, fused: bool, factor: float = 1.0) -> None:
         super().__init__(2, 0)
         self.factor = factor

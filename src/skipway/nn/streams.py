@@ -104,6 +104,8 @@ class Streams(nn.Module):
 
     neutral_limit: str = ""
     """What the start of `start_neutral_` needs of the network around it, in words."""
+    refusal: str = ""
+    """Why a network that exists already cannot be given these streams; empty where it can."""
 
     def __init__(self, count: int, spatial: int) -> None:
         super().__init__()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.nn import Multiply
+from skipway.nn import Multiply, Residual
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_list import edit_container, has_config, number_blocks, numbered_attributes
 from skipway.surgery.block_survey import BlockSurvey, find_blocks
@@ -198,6 +199,7 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
         for container, names in by_container(list(measured)[:surplus]).items():
             how = take_out(change, survey, container, names)
             change.touched = {name: f"influence {measured[name]:.3g}; {how}" for name in names} | change.touched
+        change.refused |= kept_for_depth(model)
         return change.commit()
 
 
@@ -293,7 +295,27 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
                 f"a copy of {abbreviate(chosen)} does not run with the arguments of its block{cache_hint(survey)}: "
                 f"{problem}"
             ) from problem
+        change.refused |= kept_for_depth(model)
         return change.commit()
+
+
+def kept_for_depth(model: nn.Module) -> dict[str, str]:
+    """What schemes chose for the number of branches that a network had, and is left as it is."""
+    dressed = (module for module in model.modules() if isinstance(module, Residual))
+    schemes = {str(each.scheme) for each in dressed if follows_depth(each)}
+    if any(isinstance(module, Multiply) and module.branch_factors is not None for module in model.modules()):
+        schemes.add("constants with a base depth")
+    return {"depth": f"chosen for the number of branches before: {', '.join(sorted(schemes))}"} if schemes else {}
+
+
+def follows_depth(residual: Residual) -> bool:
+    """Whether a scheme dresses a connection otherwise in a deeper network."""
+    site, scheme = residual.site, residual.scheme
+    if site is None or scheme is None:
+        return False
+    deeper = replace(site, depth=2 * site.depth)
+    hooks: tuple[Any, ...] = (scheme.scale, scheme.enter, scheme.drop, lambda where: scheme.carry(where, None))  # type: ignore[attr-defined]
+    return any(repr(hook(site)) != repr(hook(deeper)) for hook in hooks)
 
 
 def check_range(name: str, value: int, least: int, most: int, what: str, survey: BlockSurvey) -> None:

@@ -140,6 +140,8 @@ def channel_effects(inserted: nn.Module, slot: str) -> list[Affine]:
     running = next((part for part in modules if isinstance(part, ResidualWarmup) and affine_of(part) is None), None)
     if running is not None:
         raise SkipwayError(describe_running(running))
+    if any(isinstance(part, Multiply) and part.branch_factors is not None for part in modules):
+        raise SkipwayError("the rates that it gives the parameters of its branch would go with it")
     effects = [effect for part in modules if (effect := affine_of(part)) is not None]
     if len(effects) != len(modules):
         raise SkipwayError("it is more than factors and shifts")

@@ -227,6 +227,8 @@ class StreamDressing:
         hooks = (self.scheme.scale, self.scheme.drop, self.scheme.enter, self.scheme.join)
         if streams is None or any(hook(where) is not None for hook in hooks):
             raise SkipwayError(f"{self.scheme} means more than several streams, which cannot be put in together")
+        if streams.refusal:
+            raise SkipwayError(f"{self.scheme} means {streams.refusal}")
         if type(streams).call is not Streams.call:
             raise SkipwayError(
                 f"{self.scheme} reads what is inside of a branch, which is written in somebody's forward"
