@@ -300,3 +300,13 @@ def test_json_parses_though_numbers_are_not_finite(diagnosis):
     content = json.loads(diagnosis.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [finding["rule"] for finding in content["findings"]] == [f.rule for f in diagnosis.findings]
     assert content["findings"][0]["evidence"]["ratio"] == "inf"
+
+
+def test_gradients_that_are_not_measured_leave_no_empty_chart():
+    """One operator writes into several streams; the remark says so."""
+    model = sw.build(
+        "vit-tiny-16", scheme="hyperconnections(2)", depth=2, dim=16, heads=2, patch=8, image=16, classes=3
+    )
+    diagnosis = sw.diagnose(model, torch.randn(8, 3, 16, 16))
+    assert [figure.name for figure in diagnosis_figures(diagnosis)] == ["forward", "distinct"]
+    assert any("gradients at them are not measured" in remark for remark in diagnosis.remarks)

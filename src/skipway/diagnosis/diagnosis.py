@@ -148,9 +148,11 @@ class Diagnosis:
             stay = f"{counted(len(outside), 'trainable parameter')} in none, which stay as they are"
             remarks.append(f"optimizer: {stay}: {condense_paths(outside)}")
         if several := self.subject.stream_connections:
+            unseen = self.rows and all(math.isnan(row.backward) for row in self.rows)
             remarks.append(
                 f"streams: {counted(several, 'connection')} of several streams; their numbers are those of all streams "
                 f"together, and of a branch as it is written into them ({len(self.chain)} connections measured)"
+                + ("; gradients at them are not measured, since one operator writes into all streams" if unseen else "")
             )
         if read := sum(connection.seen.skip == "read" for connection in self.chain):
             remarks.append(

@@ -161,7 +161,8 @@ def diagnosis_figures(diagnosis: Diagnosis) -> list[Figure]:
             ("forward", "backward", "distinct"), titles, (forward, backward, distinct), strict=True
         )
     ]
-    return figures
+    several = diagnosis.subject.stream_connections  # gradients at them may not be measured, as a remark says
+    return [figure for figure in figures if figure.drawn or not several]
 
 
 def signal_series(name: str, rows: Sequence[SignalRow], values: Sequence[float], kind: str = "") -> Series:
