@@ -130,7 +130,7 @@ def test_two_normalised_streams_are_refused_where_they_have_no_meaning(scheme):
     with pytest.raises(sw.SkipwayError, match="keep one"):
         sw.schemes.parse_scheme(f"{scheme} + mhc")
     layers = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(2)]
-    with pytest.raises(sw.SkipwayError, match="has no start at which"):
+    with pytest.raises(sw.SkipwayError, match="norms between the connections"):
         sw.rescheme(nn.Sequential(*layers), torch.randn(2, 5, 8), scheme)
 
 
