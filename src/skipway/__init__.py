@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from skipway.diagnosis import Diagnosis, Finding, Treatment, diagnose
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
     from skipway.inference.backend_selection import OptimizedModel, optimize
+    from skipway.inference.generate import generate
     from skipway.inference.predict import from_pretrained
     from skipway.models import (
+        GPT,
         BasicBlock,
         Bottleneck,
         CaiT,
         CaiTConfig,
         ConvNeXt,
         ConvNeXtConfig,
+        GPTConfig,
         ResNet,
         ResNetConfig,
         Swin,
@@ -109,10 +112,11 @@ _HOME = {
     "diagnosis": "Diagnosis Finding Treatment diagnose",
     "errors": "CheckpointError DataError DivergedError MissingExtraError SkipwayError",
     "inference.backend_selection": "OptimizedModel optimize",
+    "inference.generate": "generate",
     "inference.predict": "from_pretrained",
     "models": (
-        "BasicBlock Bottleneck CaiT CaiTConfig ConvNeXt ConvNeXtConfig ResNet ResNetConfig Swin SwinConfig "
-        "ViT ViTConfig build projection"
+        "BasicBlock Bottleneck CaiT CaiTConfig ConvNeXt ConvNeXtConfig GPT GPTConfig ResNet ResNetConfig Swin "
+        "SwinConfig ViT ViTConfig build projection"
     ),
     "nn": "Residual",
     "nn.kit": "Kit",

@@ -2,6 +2,7 @@
 
 from skipway.nn.act import QuickGELU, ScaledActivation
 from skipway.nn.branch import Branch, Conv, ConvBranch
+from skipway.nn.causal import CausalAttention, DecodingState, GatedMlp, RotaryPositions, decoding
 from skipway.nn.classattention import ClassAttention, FirstToken, TalkingHeads
 from skipway.nn.depthwise import DepthwiseMlp
 from skipway.nn.drop import DropPath
@@ -56,6 +57,7 @@ __all__ = [
     "Branch",
     "BranchFactors",
     "Carry",
+    "CausalAttention",
     "ChannelsFirst",
     "ChannelsLast",
     "ClassAttention",
@@ -66,6 +68,7 @@ __all__ = [
     "ConvBranch",
     "CosineWindowAttention",
     "Cut",
+    "DecodingState",
     "DenseResidual",
     "DepthwiseMlp",
     "DropPath",
@@ -81,6 +84,7 @@ __all__ = [
     "GRUGate",
     "Gain",
     "GatedExit",
+    "GatedMlp",
     "GatedRead",
     "GatedResidual",
     "GlobalResponseNorm",
@@ -106,6 +110,7 @@ __all__ = [
     "Residual",
     "ResidualWarmup",
     "Role",
+    "RotaryPositions",
     "ScaledActivation",
     "ScaledShortcut",
     "ScaledStandardConv2d",
@@ -127,6 +132,7 @@ __all__ = [
     "WindowAttention",
     "XavierNormal",
     "Zeros",
+    "decoding",
     "find_warmups",
     "sequence",
     "set_step",
