@@ -139,15 +139,15 @@ def test_no_family_knows_a_schemes_name():
 PUBLIC = """
 AttentionResiduals BasicBlock Bottleneck CaiT CaiTConfig Chain CheckpointError Connection ConvNeXt ConvNeXtConfig
 DataError DeepNorm DenseFormer DepthMixing DepthScaled Diagnosis DivergedError DualResidual DyT Finding Fixup
-FracConnections GatedStreams GPT GPTConfig GTrXL Highway HybridNorm HyperConnections Identity Keel Kit LAuReL LayerNormScaling
-LayerScale LoopCheckpoints MHC MissingExtraError MixNorm MUDD NormFree Operation OptimizedModel Orthogonal Outcome
-PeriNorm Placement Plain PreActivation ProRes Recipe Residual ResNet ResNetConfig ReZero Scheme SiameseNorm Site
-SkipInit SkipwayError StochasticDepth StreamHealth Swin SwinConfig TrainedClassifier Treatment UMuP ValueResiduals ViT
-ViTConfig WatchedConnection X0Residual ZeroInit __version__ accelerate build chain checkpoint checkpointed data deepen
-depth_mixing diagnose diagnosis features fit fold_gains from_pretrained fuse generate hardware inference influence initialise_
-kernels lesion load models monitor nn optim optimize param_groups probes projection remove_norm report rescheme
-reversible schemes set_step shorten skip_compute stage_features stream_health studies surgery tracing train training
-weights zoo
+FracConnections GatedStreams GPT GPTConfig GTrXL Highway HybridNorm HyperConnections Identity Keel Kit LAuReL
+LayerNormScaling LayerScale LoopCheckpoints MHC MissingExtraError MixNorm MUDD NormFree Operation OptimizedModel
+Orthogonal Outcome PeriNorm Placement Plain PreActivation ProRes Recipe Residual ResNet ResNetConfig ReZero Scheme
+SiameseNorm Site SkipInit SkipwayError StochasticDepth StreamHealth Swin SwinConfig TrainedClassifier Treatment UMuP
+ValueResiduals ViT ViTConfig WatchedConnection X0Residual ZeroInit __version__ accelerate build chain checkpoint
+checkpointed data deepen depth_mixing diagnose diagnosis features fit fold_gains from_pretrained fuse generate
+hardware inference influence initialise_ kernels lesion load models monitor nn optim optimize param_groups probes
+projection remove_norm report rescheme reversible schemes set_step shorten skip_compute stage_features stream_health
+studies surgery tracing train training weights zoo
 """
 
 
