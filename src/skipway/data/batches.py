@@ -13,13 +13,11 @@ from skipway.data.augment.erase import ERASING_DRAWS
 from skipway.data.augment.mix import MIXING_DRAWS
 from skipway.data.augment.policy import POLICY_DRAWS
 from skipway.data.randomness import uniforms
-from skipway.errors import DataError
 
 __all__ = [
     "AugmentationDraws",
     "Batch",
     "BatchTransform",
-    "check_ranks",
     "normalize",
     "rank_batches",
     "rank_evaluation_batches",
@@ -64,29 +62,6 @@ class AugmentationDraws(NamedTuple):
             drawn(augmentation.erasing > 0, ERASING_DRAWS, "erasing"),
             drawn(augmentation.mixes, MIXING_DRAWS, "mixing"),
         )
-
-
-def check_ranks(batch_size: int, rank: int, world: int, mixes: bool) -> None:
-    """Check that a batch of `batch_size` images can be divided among `world` ranks.
-
-    Raises:
-        DataError: it cannot be divided evenly, or images that are mixed would be on different ranks.
-
-    >>> check_ranks(10, 0, 4, mixes=False)
-    Traceback (most recent call last):
-    ...
-    skipway.errors.DataError: batch_size=10: 4 ranks cannot share it evenly; take 8 or 12
-    """
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size}: a batch holds at least one image")
-    if not 0 <= rank < world:
-        raise DataError(f"rank={rank}: ranks are numbered from 0 to world - 1, and world={world}")
-    unit = world * 2 if mixes and world > 1 else world
-    if batch_size % unit:
-        below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
-        take = f"take {below} or {above}" if below else f"take {above}"
-        pairs = " in pairs, which mixup and CutMix need" if unit > world else ""
-        raise DataError(f"batch_size={batch_size}: {world} ranks cannot share it evenly{pairs}; {take}")
 
 
 def rank_batches(order: Tensor, batch_size: int, start: int, rank: int, world: int) -> list[Tensor]:

@@ -14,7 +14,6 @@ from skipway.data.batches import (
     AugmentationDraws,
     Batch,
     BatchTransform,
-    check_ranks,
     normalize,
     rank_batches,
     rank_evaluation_batches,
@@ -22,6 +21,7 @@ from skipway.data.batches import (
 from skipway.data.image_dataset import ImageDataset
 from skipway.data.preprocessing import Preprocessing
 from skipway.data.randomness import permutation
+from skipway.data.ranks import check_ranks
 from skipway.data.sources.index import Inventory
 from skipway.data.sources.splits import SPLITS, Split
 from skipway.data.split import Splits

@@ -104,4 +104,4 @@ def holds_shards(folder: Path) -> bool:
     if not any(path.suffix == ".tar" and path.is_file() for path in files):
         return False
     top, _ = scan_folder(folder)
-    return not any(inner.images for inner in top.walk() if inner is not top)
+    return not any(inner.files for inner in top.walk() if inner is not top)

@@ -21,7 +21,7 @@ from skipway.data.sources.index import (
     name_list,
 )
 from skipway.data.sources.readers import FileStore
-from skipway.data.sources.scan import ImageFolder, LeftOut, scan_folder
+from skipway.data.sources.scan import LeftOut, SourceFolder, scan_folder
 from skipway.data.sources.splits import SPLIT_NAMES, SPLITS, Split, looks_like_split, split_of
 from skipway.errors import DataError, counted, printable
 
@@ -46,13 +46,13 @@ class Layout:
         splits: names of the folders in `train` that are splits and therefore no classes.
     """
 
-    train: ImageFolder
-    held: dict[Split, list[ImageFolder]] = field(default_factory=dict)
+    train: SourceFolder
+    held: dict[Split, list[SourceFolder]] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     splits: frozenset[str] = frozenset()
 
 
-def layout_of(top: ImageFolder, where: str) -> Layout:
+def layout_of(top: SourceFolder, where: str) -> Layout:
     """The layout of a folder of images, by the names of its subfolders.
 
     A folder `train` that holds images but no folders is a class beside other classes: trains are vehicles.
@@ -61,7 +61,7 @@ def layout_of(top: ImageFolder, where: str) -> Layout:
         DataError: there are split folders but no training images, or class folders beside one whose name sounds like
             a split that is not known.
     """
-    by_split: dict[Split | None, list[ImageFolder]] = {}
+    by_split: dict[Split | None, list[SourceFolder]] = {}
     for folder in top.folders.values():
         by_split.setdefault(split_of(folder.name), []).append(folder)
     for split in SPLITS:
@@ -102,29 +102,29 @@ def rank_of(split: Split, name: str) -> tuple[int, str]:
     return known.index(name.lower()) if name.lower() in known else len(known), name
 
 
-def innermost(folder: ImageFolder, split: Split | None = None) -> ImageFolder:
+def innermost(folder: SourceFolder, split: Split | None = None) -> SourceFolder:
     """The folder itself, or, where folders that hold nothing but one folder lead to it, the last that has the name of
     the same split, as archives unpack to `train/train`, or that holds several folders.
     """
     here = folder
-    while not here.images and len(here.folders) == 1:
+    while not here.files and len(here.folders) == 1:
         (here,) = here.folders.values()
         named = split is not None and split_of(here.name) == split
-        if named or (len(here.folders) > 1 and not here.images):
+        if named or (len(here.folders) > 1 and not here.files):
             folder = here
     return folder
 
 
-def classes_in(folder: ImageFolder, skip: Collection[str], subfolders: Subfolders) -> FilesByClass:
+def classes_in(folder: SourceFolder, skip: Collection[str], subfolders: Subfolders) -> FilesByClass:
     """The images of each class in the folder of a split, but for the subfolders in `skip`."""
     found: FilesByClass = {}
     start = f"{folder.path}/" if folder.path else ""
     for child in folder.folders.values():
         if child.name in skip:
             continue
-        nested = [each for each in child.walk() if each.images] if subfolders == "classes" else []
+        nested = [each for each in child.walk() if each.files] if subfolders == "classes" else []
         for each in sorted(nested, key=lambda each: each.path) or [child]:
-            files = each.images if nested else child.below()
+            files = each.files if nested else child.below()
             found.setdefault(class_name(each.path.removeprefix(start)), []).extend(files)
     return {name: sorted(files) for name, files in found.items()}
 
@@ -181,7 +181,7 @@ def index_folders(
 
 
 def choose_held(
-    split: Split, folders: list[ImageFolder], layout: Layout, train: FilesByClass, subfolders: Subfolders
+    split: Split, folders: list[SourceFolder], layout: Layout, train: FilesByClass, subfolders: Subfolders
 ) -> tuple[FilesByClass | None, str]:
     """The images of a validation or test split by class, from the first of its folders that has class folders, and a
     remark; None: it has none. The chosen folder comes first in `folders`, the others are added to `layout.unused`.
@@ -190,7 +190,7 @@ def choose_held(
         return None, ""
     sorted_out = [(unlabelled_images(innermost(folder, split), train, subfolders), folder) for folder in folders]
     # those with class folders, then those with other images, then empty ones
-    sorted_out.sort(key=lambda pair: (pair[0] > 0) + 2 * (not any(each.images for each in pair[1].walk())))
+    sorted_out.sort(key=lambda pair: (pair[0] > 0) + 2 * (not any(each.files for each in pair[1].walk())))
     folders[:] = [folder for _, folder in sorted_out]
     for unlabelled, folder in sorted_out[1:]:
         taken = f"{printable(folders[0].name)!r} is the {split} split"
@@ -206,14 +206,14 @@ def choose_held(
     )
 
 
-def unlabelled_images(folder: ImageFolder, classes: Collection[str], subfolders: Subfolders) -> int:
+def unlabelled_images(folder: SourceFolder, classes: Collection[str], subfolders: Subfolders) -> int:
     """The number of images in the folder of a split if none of them is in a class folder; else 0."""
     full = {name for name, files in classes_in(folder, (), subfolders).items() if files}
     labelled = {name for name in full if name in classes or name.lower() not in PLACEHOLDERS}
     return 0 if labelled else len(folder.below())
 
 
-def count_unread(top: ImageFolder, parts: list[FilesByClass], unused: Collection[str], left_out: LeftOut) -> None:
+def count_unread(top: SourceFolder, parts: list[FilesByClass], unused: Collection[str], left_out: LeftOut) -> None:
     """Add every image that is in no class of no split to the files that are left out."""
     read = {file for part in parts for files in part.values() for file in files}
     for image in top.below():
@@ -222,7 +222,7 @@ def count_unread(top: ImageFolder, parts: list[FilesByClass], unused: Collection
             left_out.add("in a folder that is not used" if in_unused else "outside the class folders", image)
 
 
-def folder_remarks(top: ImageFolder, layout: Layout, subfolders: Subfolders) -> list[str]:
+def folder_remarks(top: SourceFolder, layout: Layout, subfolders: Subfolders) -> list[str]:
     """Remarks about where classes were found, and about merged folders."""
     remarks = []
     if (found := innermost(top)) is not top:
@@ -236,11 +236,11 @@ def folder_remarks(top: ImageFolder, layout: Layout, subfolders: Subfolders) -> 
     return remarks
 
 
-def merge_remarks(classes: dict[str, ImageFolder]) -> list[str]:
+def merge_remarks(classes: dict[str, SourceFolder]) -> list[str]:
     """Remarks about classes whose images are in several folders, with counts."""
     merged: dict[str, dict[str, int]] = {}
     for name, folder in classes.items():
-        counts = {each.path.removeprefix(folder.path): len(each.images) for each in folder.walk() if each.images}
+        counts = {each.path.removeprefix(folder.path): len(each.files) for each in folder.walk() if each.files}
         if len(counts) > 1:
             merged[name] = dict(sorted(counts.items()))
     if not merged:

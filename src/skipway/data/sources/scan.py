@@ -1,4 +1,4 @@
-"""The files below a folder: images by their content, subfolders, and what is left out with the reason.
+"""The files below a folder: those of a kind, images by default, subfolders, and what is left out with the reason.
 
 A file with an image suffix is an image, to be judged when it is read; any other is one if its first bytes say so.
 Hidden files and folders that a system makes are left out. Links are followed below the folder, and out of it where that
@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from skipway.data.content import content_fault
 from skipway.errors import counted, printable
 
-__all__ = ["SUFFIXES", "ImageFolder", "LeftOut", "scan_folder"]
+__all__ = ["SUFFIXES", "LeftOut", "SourceFolder", "scan_folder"]
 
 # suffixes of formats that Pillow reads and nothing else has: their files need not be opened to be found
 SUFFIXES = frozenset(
@@ -71,19 +70,19 @@ class LeftOut:
 
 
 @dataclass
-class ImageFolder:
-    """A folder with the images directly in it, as sorted paths below the root, and its subfolders in order of name."""
+class SourceFolder:
+    """A folder with the files in it that are read, as sorted paths below the root, and its subfolders by name."""
 
     path: str
-    images: list[str] = field(default_factory=list)
-    folders: dict[str, ImageFolder] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    folders: dict[str, SourceFolder] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The name of the folder itself."""
         return self.path.rpartition("/")[2]
 
-    def walk(self) -> Iterator[ImageFolder]:
+    def walk(self) -> Iterator[SourceFolder]:
         """This folder and all below it."""
         waiting = [self]
         while waiting:
@@ -91,30 +90,31 @@ class ImageFolder:
             waiting += list(folder.folders.values())
 
     def below(self) -> list[str]:
-        """All images in this folder and below it, sorted."""
-        return sorted(image for folder in self.walk() for image in folder.images)
+        """All files in this folder and below it, sorted."""
+        return sorted(file for folder in self.walk() for file in folder.files)
 
 
 @dataclass
 class Scan:
-    """One scan: where it began, where links may lead, and what has been left out."""
+    """One scan: where it began, where links may lead, why a file is not read, and what has been left out."""
 
     root: Path
     outside: bool
+    fault: Callable[[os.DirEntry[str]], str]
     left_out: LeftOut = field(default_factory=LeftOut)
     home: str = ""
 
     def __post_init__(self) -> None:
         self.home = os.path.realpath(self.root)
 
-    def fill(self, top: ImageFolder) -> None:
+    def fill(self, top: SourceFolder) -> None:
         """Fill a folder with everything below it.
 
         Raises:
             OSError: the folder itself cannot be opened; one below it is left out.
         """
         # with each folder, where the links lie that lead to it
-        waiting: list[tuple[ImageFolder, tuple[str, ...]]] = [(top, ())]
+        waiting: list[tuple[SourceFolder, tuple[str, ...]]] = [(top, ())]
         while waiting:
             here, links = waiting.pop()
             try:
@@ -129,10 +129,10 @@ class Scan:
             for entry in entries:
                 path = f"{here.path}/{entry.name}" if here.path else entry.name
                 kind = self.kind_of(entry, links)
-                if kind == "image":
-                    here.images.append(path)
+                if kind == "file":
+                    here.files.append(path)
                 elif kind == "folder":
-                    here.folders[entry.name] = ImageFolder(path)
+                    here.folders[entry.name] = SourceFolder(path)
                     passed = (os.path.realpath(self.root / here.path),) if entry.is_symlink() else ()
                     inside.append((here.folders[entry.name], links + passed))
                 else:
@@ -140,8 +140,8 @@ class Scan:
             waiting += reversed(inside)
 
     def kind_of(self, entry: os.DirEntry[str], links: tuple[str, ...]) -> str:
-        """ "image", "folder", or the reason why an entry is left out."""
-        folder, suffix = leads_to(entry, os.DirEntry.is_dir), os.path.splitext(entry.name)[1].lower()
+        """ "file", "folder", or the reason why an entry is left out."""
+        folder = leads_to(entry, os.DirEntry.is_dir)
         if entry.name.startswith("."):
             return "in hidden folders" if folder and not entry.is_symlink() else "hidden"
         if folder and entry.name in SYSTEM_FOLDERS and not entry.is_symlink():
@@ -150,13 +150,10 @@ class Scan:
             return reason
         if folder:
             return "folder"
-        if suffix in SUFFIXES:
-            return "image"
-        if not leads_to(entry, os.DirEntry.is_file):
+        if not leads_to(entry, os.DirEntry.is_file) and not has_image_suffix(entry):
             return "a broken link" if entry.is_symlink() else "not a regular file"
         try:
-            with open(entry.path, "rb") as file:
-                return content_fault(file, suffix) or "image"
+            return self.fault(entry) or "file"
         except OSError as error:
             return f"cannot be opened ({(error.strerror or str(error)).lower()})"
 
@@ -168,6 +165,21 @@ class Scan:
         if folder and any(is_below(place, target) for place in (*links, os.path.realpath(os.path.dirname(entry.path)))):
             return "a link to a folder that contains it"
         return f"a link to a folder behind {MAX_LINKS} others" if folder and len(links) >= MAX_LINKS else ""
+
+
+def has_image_suffix(entry: os.DirEntry[str]) -> bool:
+    """Whether the name of an entry ends as that of an image."""
+    return os.path.splitext(entry.name)[1].lower() in SUFFIXES
+
+
+def image_fault(entry: os.DirEntry[str]) -> str:
+    """What a file is that is no image by its suffix or its first bytes, else ""."""
+    from skipway.data.content import content_fault
+
+    if has_image_suffix(entry):
+        return ""
+    with open(entry.path, "rb") as file:
+        return content_fault(file, os.path.splitext(entry.name)[1].lower())
 
 
 def leads_to(entry: os.DirEntry[str], kind: Callable[[os.DirEntry[str]], bool]) -> bool:
@@ -196,20 +208,23 @@ def count_files(entry: os.DirEntry[str]) -> int:
     return count
 
 
-def scan_folder(root: Path, *, outside: bool = False) -> tuple[ImageFolder, LeftOut]:
+def scan_folder(
+    root: Path, *, outside: bool = False, fault: Callable[[os.DirEntry[str]], str] = image_fault
+) -> tuple[SourceFolder, LeftOut]:
     """Scan a folder.
 
     Args:
         root: the folder.
         outside: follow links that lead out of it.
+        fault: says why a file is not read, "" for one that is.
 
     Returns:
-        the folder with its images and subfolders, and the files that are left out; together every file below the root,
+        the folder with its files and subfolders, and the files that are left out; together every file below the root,
         and every link that is not followed, once.
 
     Raises:
         OSError: the folder cannot be opened.
     """
-    scan, top = Scan(root, outside), ImageFolder("")
+    scan, top = Scan(root, outside, fault), SourceFolder("")
     scan.fill(top)
     return top, scan.left_out

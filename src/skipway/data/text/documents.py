@@ -1,0 +1,140 @@
+"""Sources of documents: files and folders of text, and Python's own standard library."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import sysconfig
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, final
+
+from skipway.data.sources.splits import Split
+from skipway.data.text.charset import Notes, NotText, decode_text_file
+from skipway.data.text.compression import decompress, plain_name
+from skipway.errors import DataError, printable
+
+__all__ = ["Document", "FileSource", "TextSource", "standard_library"]
+
+# folders in the standard library that hold no part of it, or tests, which not every installation has
+NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__", "idle_test"})
+
+
+class Document(NamedTuple):
+    """A text with its name, and the split that its source puts it in; None: it is to be split."""
+
+    name: str
+    text: str
+    split: Split | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource(ABC):
+    """Documents in a fixed order, which can be read more than once.
+
+    Args:
+        name: for people.
+        remarks: what a user may not expect of it.
+    """
+
+    name: str
+    remarks: tuple[str, ...] = ()
+
+    @abstractmethod
+    def documents(self, notes: Notes) -> Iterator[Document]:
+        """Read the documents; notes receive what is left out, and how bytes became text.
+
+        Raises:
+            DataError: the source cannot be read.
+        """
+
+
+class TextFile(NamedTuple):
+    """A file of a source: its path below the root, and its split."""
+
+    path: str
+    split: Split | None
+
+
+RowReader = Callable[[bytes, str], Iterator[str]]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FileSource(TextSource):
+    """Text files below a folder, one document each, or one for each row of a table.
+
+    Args:
+        root: the folder.
+        files: paths below it, with their splits.
+        divider: the text between two documents of a file; None: a file is one document.
+        encoding: of the files; None: by content.
+        tables: suffix → reader of the texts in the rows of a table.
+    """
+
+    root: Path
+    files: tuple[TextFile, ...]
+    divider: str | None = None
+    encoding: str | None = None
+    tables: dict[str, RowReader] | None = None
+
+    def documents(self, notes: Notes) -> Iterator[Document]:
+        for file in self.files:
+            try:
+                for number, text in enumerate(self.texts(file, notes)):
+                    name = file.path if number == 0 and self.divider is None else f"{file.path}#{number + 1}"
+                    if text.strip():
+                        yield Document(name, text, file.split)
+                    else:
+                        notes.add("left out, since it is empty", name)
+            except NotText as error:
+                if len(self.files) == 1:
+                    raise DataError(f"{printable(self.root / file.path)} is no text: it is {error}") from error
+                notes.add(f"left out, since it is no text but {error}", file.path)
+            except OSError as error:
+                if len(self.files) == 1:
+                    raise DataError(f"{printable(self.root / file.path)} cannot be read: {error.strerror}") from error
+                notes.add(f"left out, since it cannot be read ({(error.strerror or '').lower()})", file.path)
+
+    def texts(self, file: TextFile, notes: Notes) -> Iterator[str]:
+        """The texts in a file."""
+        content = decompress((self.root / file.path).read_bytes())
+        reader = (self.tables or {}).get(PurePosixPath(plain_name(file.path)).suffix.lower())
+        if reader is not None:
+            yield from reader(content, file.path)
+            return
+        text = decode_text_file(content, file.path, notes, self.encoding)
+        yield from [text] if self.divider is None else text.split(self.divider)
+
+
+def standard_library() -> FileSource:
+    """The Python files of the standard library of this interpreter, with the documentation in them, without tests.
+
+    Which modules belong to it is `sys.stdlib_module_names`; so the texts depend on the version of Python alone, as far
+    as a distribution does not change them.
+
+    Raises:
+        DataError: this Python has no source files.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: list[str] = []
+    for name in sorted(sys.stdlib_module_names):
+        single, package = root / f"{name}.py", root / name
+        if single.is_file():
+            found.append(single.name)
+        elif package.is_dir():
+            paths = (path.relative_to(root) for path in package.rglob("*.py"))
+            found += sorted(path.as_posix() for path in paths if NOT_LIBRARY.isdisjoint(path.parts))
+    if not found:
+        raise DataError(f"the default texts are the files of Python's standard library, and {root} has none")
+    version = platform.python_version()
+    about = f"the text is the standard library of Python {version}, {len(found):,} files: it differs between versions"
+    return FileSource(
+        name=f"python-{version}",
+        root=root,
+        files=tuple(TextFile(path, None) for path in found),
+        encoding="utf-8",
+        remarks=(about,),
+    )
