@@ -89,9 +89,9 @@ def in_forward(act: Act) -> None:
 
 def in_evaluation(act: Act) -> None:
     """In the forward pass on the first validation images."""
-    from skipway.training import loop
+    from skipway.training import image_task
 
-    act_at(loop, "evaluate", 1, lambda: act_inside(act))
+    act_at(image_task, "evaluate", 1, lambda: act_inside(act))
 
 
 def act_inside(act: Act) -> None:
@@ -110,9 +110,9 @@ def in_save(act: Act) -> None:
 
 def in_test(act: Act) -> None:
     """In the forward pass on the first test images, after the validations of both epochs."""
-    from skipway.training import loop
+    from skipway.training import image_task
 
-    act_at(loop, "evaluate", 3, lambda: act_inside(act))
+    act_at(image_task, "evaluate", 3, lambda: act_inside(act))
 
 
 def in_report(act: Act) -> None:

@@ -46,7 +46,7 @@ QUICK = [
 ]
 COMMAND = [sys.executable, "-m", "skipway.cli"]
 REPORT = StepReport(
-    epoch=2, epochs=3, step=4, steps=5, loss=0.5, accuracy=0.75, images_per_second=1234.0, seconds_left=65.0
+    epoch=2, epochs=3, step=4, steps=5, loss=0.5, accuracy=0.75, unit="image", per_second=1234.0, seconds_left=65.0
 )
 ROW = {
     "epoch": 2,

@@ -201,7 +201,7 @@ def test_a_report_that_fails_loses_no_run(tmp_path, monkeypatch):
     def broken(*given):
         raise RuntimeError("out of ink \x1b[2J")
 
-    monkeypatch.setattr("skipway.training.loop.write_report", broken)
+    monkeypatch.setattr("skipway.training.image_task.write_report", broken)
     said = Said()
     outcome = train(dataclasses.replace(TINY, epochs=1), tmp_path / "run", reporter=said)
     assert outcome.finished

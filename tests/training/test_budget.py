@@ -16,7 +16,7 @@ from tests.trials.reporting import Notes
 from skipway.checkpoint.files import read_tensors
 from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
-from skipway.training import clock, loop, step, train
+from skipway.training import clock, image_task, loop, step, train
 from skipway.training.budget import Plan, RunCosts, RunWork, plan_steps, validation_part
 from skipway.training.run_folder import RunFolder
 
@@ -130,7 +130,7 @@ def machine(monkeypatch) -> Machine:
     monkeypatch.setattr(step, "backward", found.taking(found.next_step, step.backward))
     monkeypatch.setattr(clock, "measure_evaluation", lambda run: found.image)
     monkeypatch.setattr(loop, "report_batches", found.evaluating(loop.report_batches))
-    monkeypatch.setattr(loop, "write_report", found.taking(lambda *_: found.report, lambda *_: found))
+    monkeypatch.setattr(image_task, "write_report", found.taking(lambda *_: found.report, lambda *_: found))
     return found
 
 

@@ -30,9 +30,9 @@ from skipway.recipe import Recipe, ResolvedRecipe
 from skipway.training import defaults, initial_weights
 from skipway.training.defaults import TrainingCase, TrunkSpeed, choices_text, decide
 from skipway.training.distributed import Ranks
+from skipway.training.image_task import ImageClassification
 from skipway.training.loop import train
 from skipway.training.reporter import SilentReporter
-from skipway.training.setup import load_data, resolve_recipe
 from skipway.zoo import import_library
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -195,8 +195,9 @@ def resolved_of(arguments: list[str]) -> tuple[Recipe, ResolvedRecipe]:
     """The recipe of a command line, as given and as a run resolves it."""
     _, bound, _ = app.parse_args(["train", *arguments], exit_on_error=False, print_error=False)
     given = bound.arguments["recipe"]
-    chosen, data = load_data(given, SilentReporter(), Ranks(), CPU)
-    return given, resolve_recipe(chosen, data, "float32", 1)
+    task = ImageClassification()
+    chosen, data = task.load(given, SilentReporter(), Ranks(), CPU)
+    return given, task.resolve(chosen, data, "float32", 1)
 
 
 @pytest.mark.parametrize(

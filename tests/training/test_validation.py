@@ -20,8 +20,8 @@ from skipway.inference.evaluation import Evaluation
 from skipway.inference.publish import write_hub_folder
 from skipway.inference.run_evaluation import evaluate_run
 from skipway.recipe import Recipe
+from skipway.training.image_task import ImageClassification
 from skipway.training.loop import Trainer, train
-from skipway.training.records import is_better
 from skipway.training.reporter import SilentReporter
 from skipway.training.run import Progress
 
@@ -72,11 +72,11 @@ def test_at_equal_accuracy_the_lower_loss_is_better():
     results = [Evaluation(loss=loss, confusion=confusion) for loss in (1.2, 0.9, 1.0, math.nan)]
     kept = []
     for epoch, result in enumerate(results, start=1):
-        if is_better(result, progress):
+        if ImageClassification().is_better(result, progress):
             progress.best_accuracy, progress.best_loss = result.accuracy, result.loss
             kept.append(epoch)
     assert kept == [1, 2]
-    assert not is_better(Evaluation(loss=0.1, confusion=torch.tensor([[2, 1], [1, 2]])), progress)
+    assert not ImageClassification().is_better(Evaluation(loss=0.1, confusion=torch.tensor([[2, 1], [1, 2]])), progress)
 
 
 def test_the_same_result_everywhere(misled, tmp_path):

@@ -23,13 +23,16 @@ from torch import nn
 
 import skipway as sw
 from skipway.training import step
+from skipway.training.image_task import ImageClassification
 from skipway.training.run import Run
 
 SMALL = {"model": "resnet8", "width": 4, "device": "cpu", "workers": 0, "precision": "float32", "health": 0.0}
 
 
 def loss_of(logits, targets, weights=None, smoothing=0.0):
-    run = SimpleNamespace(recipe=SimpleNamespace(label_smoothing=smoothing), class_weights=weights)
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(label_smoothing=smoothing), class_weights=weights, task=ImageClassification()
+    )
     return Run.loss(run, logits, targets)  # type: ignore[arg-type]
 
 
@@ -78,10 +81,11 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(parts):
             optimizer=torch.optim.SGD(model.parameters()),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             network=model,
+            task=ImageClassification(),
             autocast=torch.enable_grad,
         )
         run.loss = lambda logits, targets: Run.loss(run, logits, targets)  # type: ignore[arg-type]
-        step.backward(run, SimpleNamespace(inputs=inputs, targets=labels))  # type: ignore[arg-type]
+        step.backward(run, SimpleNamespace(inputs=inputs, targets=labels, labels=labels))  # type: ignore[arg-type]
         assert model.weight.grad is not None
         return model.weight.grad.clone()
 

@@ -27,6 +27,8 @@ LABEL_WIDTH = 10
 SECONDS_BETWEEN_LINES = 30.0
 # how often it is looked whether anything has been shown, and after what silence a terminal shows the seconds
 SECONDS_BETWEEN_BEATS, SILENCE = 1.0, 2.0
+# abbreviations in lines of 80 characters
+SHORT_UNITS = {"image": "img", "token": "tokens"}
 
 
 class QuietReporter(SilentReporter):
@@ -90,13 +92,13 @@ class LineReporter(QuietReporter):
         self.show(label, self.count_text(label, done, total) if total else "", done, total)
 
     def count_text(self, label: str, done: int, total: int) -> str:
-        """How many images are done, and how long the others will take by the speed so far."""
+        """How many items are done, and how long the others will take by the speed so far."""
         now = time.monotonic()
         if self.counting[0] != label or done < self.counting[2]:
             self.counting = label, now, done
         _, began, before = self.counting
         left = (total - done) * (now - began) / (done - before) if done > before else 0
-        return f"{done:,} of {total:,} images{f', {duration(left)} left' if left >= 1 else ''}"
+        return f"{done:,} of {total:,} {self.item}s{f', {duration(left)} left' if left >= 1 else ''}"
 
     def step(self, report: StepReport) -> None:
         done = (report.epoch - 1) * report.steps + report.step
@@ -195,7 +197,7 @@ def running(report: StepReport) -> str:
 
     return (
         f"step {report.step}/{report.steps}  loss {report.loss:.3f}  {percent(report.accuracy)}  "
-        f"{report.images_per_second:,.0f} img/s  {duration(report.seconds_left)} left"
+        f"{report.per_second:,.0f} {SHORT_UNITS[report.unit]}/s  {duration(report.seconds_left)} left"
     )
 
 

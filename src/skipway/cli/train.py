@@ -93,7 +93,7 @@ def train(
     for line in result_lines(outcome, time.monotonic() - BEGAN[0]):
         show(*line)
     if quiet and os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(f"{outcome.evaluation.accuracy:.4f} {outcome.folder.path}\n")
+        sys.stdout.write(f"{outcome.task.headline(outcome.evaluation)} {outcome.folder.path}\n")
     # nonzero if interrupted while writing the report: the run is complete, and the same command writes the report
     return stopping.exit_status
 
@@ -143,21 +143,18 @@ def fold_lines(found: CrossValidation) -> list[tuple[str, str]]:
 
 def result_lines(outcome: Outcome, seconds: float) -> list[tuple[str, str]]:
     """The result, where it is stored, and the next commands."""
-    from skipway.report.summary import accuracy_text, chosen_text, epoch_text, mistakes_text
+    from skipway.report.summary import epoch_text
 
-    evaluation, folder, out = outcome.evaluation, outcome.folder, shlex.quote(str(outcome.folder.path))
-    assert evaluation is not None
+    folder, out = outcome.folder, shlex.quote(str(outcome.folder.path))
     fitted = outcome.recipe.freeze_plan.fits_classifier
     best, last = (epoch_text(epoch, fitted=fitted) for epoch in (outcome.best_epoch, outcome.epoch))
     return [
         ("", ""),
-        ("accuracy", accuracy_text(evaluation)),
-        ("chosen", chosen_text(outcome.validation_images, outcome.best_accuracy, outcome.best_epoch, outcome.epoch)),
-        ("mistakes", mistakes_text(evaluation, outcome.classes)),
+        *outcome.task.result_lines(outcome),
         ("time", f"{duration(outcome.seconds)} of training; {duration(seconds)} for this command"),
         ("weights", f"{folder.best} ({best}, tested), {folder.last} ({last})"),
         ("report", f"{folder.report}; curves in {folder.metrics}, the recipe in {folder.config}"),
-        ("use", f"skipway predict {out} photo.jpg"),
+        ("use", outcome.task.use_line(out)),
         continuation(outcome, out),
         ("again", f"skipway train --config {out} --seed {outcome.recipe.seed + 1}"),
     ]

@@ -81,14 +81,14 @@ def split_text(data: Data) -> str:
 
 
 def model_lines(
-    model: nn.Module, recipe: ResolvedRecipe, connections: int, steps: int, flops: float = 0.0
+    model: nn.Module, recipe: ResolvedRecipe, connections: int, steps: int, flops: float = 0.0, item: str = "image"
 ) -> Iterator[Line]:
     """Describe the network and the recipe of a run."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = getattr(model, "config", None)
     scheme = getattr(config, "scheme", None)
     depth = f", depth {recipe.depth}" if recipe.depth else ""
-    work = f"{count_text(flops)}FLOP per image, " if flops else ""
+    work = f"{count_text(flops)}FLOP per {item}, " if flops else ""
     yield (
         "model",
         f"{recipe.model}{depth}: {parameters:,} parameters, {work}{counted(connections, 'residual connection')}, "

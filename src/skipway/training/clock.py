@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 
-from skipway.data.randomness import permutation
 from skipway.errors import clock_text, counted, duration, spell
 from skipway.tracing import preserved_state
 from skipway.training.budget import Plan, RunCosts, RunWork, plan_steps, validation_part
@@ -106,7 +105,8 @@ def known_costs(run: Run) -> RunCosts:
 
 def work_of(run: Run) -> RunWork:
     """What the run has to do."""
-    return RunWork(run.steps_per_epoch, len(run.data.validation), len(run.data.test))
+    validation, test = (run.task.count(run.data, split) for split in ("validation", "test"))
+    return RunWork(run.steps_per_epoch, validation, test)
 
 
 def expected_seconds(run: Run) -> float:
@@ -132,8 +132,8 @@ def begin_plan(run: Run) -> None:
         seconds = duration(costs.validation(work.validation))
         run.reporter.message(
             "plan",
-            f"validating on all {work.validation:,} images takes about {seconds}: {count:,} of them, the same in "
-            "every epoch, choose the epoch",
+            f"validating on all {work.validation:,} {run.task.item}s takes about {seconds}: {count:,} of them, the "
+            "same in every epoch, choose the epoch",
         )
         limit_validation(run, count)
     run.progress.planned = True
@@ -147,7 +147,7 @@ def measure_evaluation(run: Run) -> float:
     with preserved_state(run.model), torch.no_grad(), run.autocast():
         for _ in range(2):  # the first pass of a shape is slower
             began = time.monotonic()
-            batch = run.data.sample(count, seed=run.recipe.seed, device=run.device)
+            batch = run.task.sample(run, count)
             run.model.eval()(batch.inputs)
             if run.device.type == "cuda":
                 torch.cuda.synchronize(run.device)
@@ -164,11 +164,9 @@ def note_evaluation(run: Run, images: int, seconds: float) -> None:
 
 
 def limit_validation(run: Run, count: int) -> None:
-    """Validate on so many of the validation images, always the same ones, in place; 0: on all."""
-    images = run.data.validation
-    if 0 < count < len(images):
-        numbers = permutation(len(images), run.recipe.seed, -1)[:count].sort().values
-        run.data = replace(run.data, validation=images.subset(numbers))
+    """Validate on so many of the validation items, always the same ones, in place; 0: on all."""
+    if 0 < count < run.task.count(run.data, "validation"):
+        run.data = run.task.limit_validation(run.data, count, run.recipe.seed)
         run.progress.validation_images = count
 
 
@@ -216,8 +214,8 @@ def plan_remarks(run: Run) -> Iterator[str]:
     if spent + seconds > 1.05 * budget and plan.end <= run.global_step:
         yield (
             f"{spell('time', run.recipe.time)} is too short for more steps: {duration(spent)} have gone, and testing "
-            f"on {counted(work.test, 'image')} with the report takes about {duration(costs.ending(work.test))}. The "
-            f"least for one step is about {duration(spent + seconds)}; the test is done all the same"
+            f"on {counted(work.test, run.task.item)} with the report takes about {duration(costs.ending(work.test))}. "
+            f"The least for one step is about {duration(spent + seconds)}; the test is done all the same"
         )
     elif plan.length > per_epoch:
         yield (
@@ -230,7 +228,7 @@ def plan_remarks(run: Run) -> Iterator[str]:
             f": each of the {run.progress.epochs} is {counted(plan.length, 'step')}, and the next goes on from there"
         )
         yield (
-            f"not one epoch of all training images fits, which is {counted(per_epoch, 'step')}"
+            f"not one epoch of all training {run.task.item}s fits, which is {counted(per_epoch, 'step')}"
             f"{parts if run.progress.epochs > 1 else ''}"
         )
     if not keeps_statistics(run):

@@ -30,18 +30,15 @@ from skipway.checkpoint.store import Checkpoints
 from skipway.data import Batch
 from skipway.errors import DivergedError, SkipwayError, printable
 from skipway.hardware.device import choose_device, choose_precision
-from skipway.inference.evaluation import Evaluation, evaluate
 from skipway.optim.schedules import set_lr
 from skipway.recipe import Recipe
-from skipway.report.run import write_report
-from skipway.report.run.predictions import PredictionLog, Predictions
 from skipway.tracing.restoration import random_states, restored
 from skipway.training import step
 from skipway.training.classifier_fit import fit_classifier, record_fit, withdraw_fit
 from skipway.training.clock import is_estimate_due, note_evaluation, plan_time, start_epoch, time_steps
 from skipway.training.distributed import join_ranks
 from skipway.training.freeze import check_freeze, freeze_layers
-from skipway.training.image_features import FeatureRecorder, feature_seconds, report_findings
+from skipway.training.image_features import feature_seconds
 from skipway.training.memory import fit_batch
 from skipway.training.preflight import report_preflight
 from skipway.training.records import (
@@ -64,9 +61,10 @@ from skipway.training.setup import (
     build_run,
     deterministic_algorithms,
     load_data,
-    resolve_recipe,
     write_run_files,
 )
+from skipway.training.task import TestLog
+from skipway.training.task_choice import choose_task
 from skipway.training.trial_pass import check_forward
 
 __all__ = ["Trainer", "train"]
@@ -90,9 +88,10 @@ def train(
 ) -> Outcome:
     """Train a network by a recipe and write everything to the run folder `out`.
 
-    The network learns from the training images. After each epoch it is evaluated on the validation images: the weights
-    of the best epoch (highest accuracy, at equal accuracy lowest loss) are kept, and `Recipe.patience` counts epochs
-    without improvement. The test images are evaluated once, after the last epoch, with the weights of the best epoch.
+    The network learns from the training split. After each epoch it is evaluated on the validation split: the weights of
+    the best epoch (images: highest accuracy, at equal accuracy lowest loss; text: lowest loss) are kept, and
+    `Recipe.patience` counts epochs without improvement. The test split is evaluated once, after the last epoch, with
+    the weights of the best epoch.
 
     Under torchrun every process calls this function alike; rank 0 writes and reports.
 
@@ -106,7 +105,7 @@ def train(
         began: when the command began, on the clock of `time.monotonic`, from which `Recipe.time` counts; None: now.
 
     Raises:
-        DataError: the images cannot be used for training.
+        DataError: the images or texts cannot be used for training.
         CheckpointError: the initial weights, or the run to resume, cannot be used.
         DivergedError: a loss, gradient or weight is not finite; the last valid checkpoint is kept.
         SkipwayError: an unknown model or scheme, an impossible depth, a folder in use, or out of memory.
@@ -129,7 +128,6 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.recorder: FeatureRecorder | None = None
 
     def train(self) -> Outcome:
         """Train until all epochs are done or the run is told to stop, and write the result."""
@@ -148,7 +146,7 @@ class Trainer:
                 retry_from_checkpoint(run, error)
                 continue
             evaluation = self.validate() if complete else None
-            if not complete or (evaluation is None and len(run.data.validation)):  # told to stop
+            if not complete or (evaluation is None and has_validation(run)):  # told to stop
                 save_checkpoint(run)
                 break
             record_epoch(run, evaluation)
@@ -180,11 +178,11 @@ class Trainer:
         """Forward, backward, clip, update; the update is skipped if the loss or the gradient is not finite."""
         run = self.run
         try:
-            loss, logits = step.backward(run, batch)
+            loss, correct = step.backward(run, batch)
         except RuntimeError as error:
             split_batch(run, batch, error)
-            loss, logits = step.backward(run, batch)
-        result = step.reduce_result(run, batch, loss, logits, step.clip_gradients(run))
+            loss, correct = step.backward(run, batch)
+        result = step.reduce_result(run, batch, loss, correct, step.clip_gradients(run))
         run.pending.append(result)
         run.progress.step += 1
         run.steps_taken += 1
@@ -215,59 +213,54 @@ class Trainer:
             record_step(run, number, loss, norm)
         report_progress(run)
 
-    def validate(self) -> Evaluation | None:
-        """Evaluate the weights, or their EMA, on the validation images; None if there are none, or if told to stop."""
+    def validate(self) -> Any:
+        """Evaluate the weights, or their EMA, on the validation split; None if there is none, or if told to stop."""
         run = self.run
-        if not len(run.data.validation):
+        if not has_validation(run):
             return None
         with nullcontext() if run.ema is None else run.ema.applied(run.model):
             return self.evaluate("validation")
 
-    def test(self, log: PredictionLog) -> Evaluation | None:
-        """Load the best weights into the network and evaluate them on the test images; None if told to stop."""
+    def test(self) -> tuple[Any, TestLog]:
+        """Load the best weights into the network and evaluate them on the test split; None if told to stop. The log
+        is what the report needs of it.
+        """
         self.run.ranks.barrier()
         tensors, _ = read_tensors(self.run.folder.best)
         load_model_state(self.run.model, tensors)
-        self.recorder = FeatureRecorder(self.run)
-        with self.recorder.recording():
-            return self.evaluate("test", observe=log.add)
+        log = self.run.task.test_log(self.run)
+        with log.recording():
+            return self.evaluate("test", observe=log.add), log
 
     def evaluate(
         self, split: Literal["validation", "test"], observe: Callable[[Batch, Tensor], None] | None = None
-    ) -> Evaluation | None:
+    ) -> Any:
         """Evaluate the network on a split, each rank on its share; None if told to stop."""
         run = self.run
         size = max(1, run.recipe.batch_size // run.progress.accumulation)
         label = {"validation": "validating", "test": "testing"}[split]
         # the ranks of a sharded network must run it equally often
-        images = len(run.data.validation if split == "validation" else run.data.test)
-        rounds = math.ceil(math.ceil(images / run.ranks.world) / max(1, size // run.ranks.world))
-        batches = run.data.evaluation_batches(
-            split, batch_size=size, device=run.device, rank=run.ranks.rank, world=run.ranks.world
-        )
+        items = run.task.count(run.data, split)
+        share = math.ceil(items / run.ranks.world)
+        rounds = math.ceil(share / max(1, size // run.ranks.world))
+        batches = run.task.evaluation_batches(run, split, size)
         began = time.monotonic()
-        evaluation = evaluate(
-            run.model,
-            report_batches(run, batches, label, math.ceil(images / run.ranks.world)),
-            classes=len(run.data.classes),
-            autocast=run.autocast,
-            stop=run.stop,
-            flip=run.recipe.flip_test,
-            total=run.ranks.all_reduce,
+        evaluation = run.task.evaluate(
+            run,
+            report_batches(run, batches, label, share),
             rounds=rounds if run.recipe.sharding == "full" else 0,
             observe=observe,
         )
-        note_evaluation(run, images, time.monotonic() - began)
+        note_evaluation(run, items, time.monotonic() - began)
         return evaluation
 
     def finish(self) -> Outcome:
         """Write the last weights; if all epochs are done, test the best weights and write summary and report."""
         run = self.run
         write_weights(run, run.folder.last)
-        if not len(run.data.validation):
+        if not has_validation(run):
             write_weights(run, run.folder.best)
-        log = PredictionLog()
-        evaluation = self.test(log) if run.finished else None
+        evaluation, log = self.test() if run.finished else (None, TestLog())
         outcome = Outcome.of(run, evaluation)
         if run.finished and (sentence := unfinished_warmup(run)) is not None:
             run.reporter.message("note", sentence)
@@ -276,29 +269,30 @@ class Trainer:
             write_json(run.folder.summary, outcome.to_json())
         run.ranks.barrier()
         if evaluation is not None and run.ranks.first:
-            # with several ranks, each saw only a share of the test images
-            report_run(run, evaluation, log.predictions() if run.ranks.world == 1 else None, self.recorder)
+            report_run(run, evaluation, log)
         return outcome
 
 
-def report_batches(run: Run, batches: Iterable[Batch], label: str, images: int) -> Iterator[Batch]:
-    """The batches, while it is reported how many of so many images are done."""
+def has_validation(run: Run) -> bool:
+    """Whether there is anything to validate on."""
+    return run.task.count(run.data, "validation") > 0
+
+
+def report_batches(run: Run, batches: Iterable[Batch], label: str, items: int) -> Iterator[Batch]:
+    """The batches, while it is reported how many of so many items are done."""
     done = 0
-    run.reporter.activity(label, done, images)
+    run.reporter.activity(label, done, items)
     for batch in batches:
         yield batch
         done += len(batch.numbers)
-        run.reporter.activity(label, done, images)
+        run.reporter.activity(label, done, items)
 
 
-def report_run(
-    run: Run, evaluation: Evaluation, predictions: Predictions | None, recorder: FeatureRecorder | None
-) -> None:
+def report_run(run: Run, evaluation: Any, log: TestLog) -> None:
     """Write `report.html`. The run is complete by now, so a failure is reported as a warning and not raised."""
     run.reporter.activity("report")
     try:
-        findings = report_findings(run, recorder) if recorder is not None else ""
-        if write_report(run, evaluation, predictions, findings) is None:
+        if not run.task.write_report(run, evaluation, log):
             run.reporter.message("note", "told to stop before the report was written; the run itself is complete")
     except Exception as error:
         run.reporter.message("warning", f"no report: {printable(str(error) or type(error).__name__)}")
@@ -338,13 +332,15 @@ def open_run(
         precision, reason = choose_precision(recipe.precision, device)
         listed = None if stored is None else folder.read_split()
         reporter.activity("listing")
-        chosen, data = load_data(recipe, reporter, ranks, device, listed, fresh=stored is None)
-        resolved = resolve_recipe(chosen, data, precision, ranks.world)
+        task = choose_task(recipe)
+        reporter.item = task.item
+        chosen, data = load_data(task, recipe, reporter, ranks, device, listed, fresh=stored is None)
+        resolved = task.resolve(chosen, data, precision, ranks.world)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         fresh = stored is None or not Checkpoints(folder.checkpoints).steps()
         reporter.activity("building")
         building = time.monotonic()
-        run = build_run(resolved, data, folder, reporter, device, ranks, stop, fresh=fresh)
+        run = build_run(task, resolved, data, folder, reporter, device, ranks, stop, fresh=fresh)
         run.given = recipe
         # the report builds the network again, and takes some of the time that its features may take
         report_seconds = REPORT_SECONDS + time.monotonic() - building + feature_seconds(resolved.budget or 0.0) / 2
@@ -352,7 +348,7 @@ def open_run(
         check_forward(run)
         smaller, memory_lines = fit_batch(run, is_fresh=stored is None)
         if smaller != resolved:
-            run = build_run(smaller, data, folder, reporter, device, ranks, stop, fresh=fresh)
+            run = build_run(task, smaller, data, folder, reporter, device, ranks, stop, fresh=fresh)
             run.given = recipe
         run.memory_lines = memory_lines
         withdraw_fit(run)

@@ -20,8 +20,6 @@ __all__ = ["MemoryNeed", "fit_batch", "measure_memory"]
 MEMORY_SHARE = 0.8
 # gradients of activations and workspaces of a backward pass, over what autograd keeps
 TRANSIENT_SHARE = 0.2
-# copies of a batch: decoded in advance (uint8), augmented and normalised (float32)
-DECODED_BATCHES, FLOAT_BATCHES = 3, 3
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class MemoryNeed:
     Args:
         held: already taken: libraries, data, parameters, averaged weights.
         state: gradients, optimizer, and the copy that a checkpoint takes of weights and optimizer.
-        per_image: for each image of a part of the batch: activations and the image itself.
+        per_image: for each item of a part of the batch: activations and the item itself.
         constant: activations that do not depend on the batch, such as weights in lower precision.
         free: what can still be taken; None where it is not known.
 
@@ -64,20 +62,20 @@ def measure_memory(run: Run) -> MemoryNeed | None:
     """What a run will take, by what autograd keeps of 2 and of 4 images in training mode; None where that cannot be
     measured. The network stays as it is.
     """
-    shape = (run.data.channels, run.data.size, run.data.size)
+    side = run.task.side(run.data)
     try:
         with run.autocast():
-            two, four = (saved_bytes(run.model, torch.zeros(n, *shape, device=run.device)) for n in (2, 4))
+            two, four = (saved_bytes(run.model, run.task.blank(run.data, n, side).to(run.device)) for n in (2, 4))
     except (SkipwayError, RuntimeError):  # re-entrant checkpoints, or a network that takes no zeros
         return None
-    activations, image = max(0.0, (four - two) / 2), torch.Size(shape).numel()
+    activations = max(0.0, (four - two) / 2)
     learning = sum(parameter.nbytes for parameter in run.parameters)
     moments = optimizer_bytes(run.optimizer)
     on_gpu = run.device.type == "cuda"
     return MemoryNeed(
         held=torch.cuda.memory_allocated(run.device) if on_gpu else resident_memory(),
         state=learning + 2 * moments + sum(tensor.nbytes for tensor in run.model.state_dict().values()),
-        per_image=(1 + TRANSIENT_SHARE) * activations + image * (DECODED_BATCHES + 4 * FLOAT_BATCHES),
+        per_image=(1 + TRANSIENT_SHARE) * activations + run.task.item_bytes(run),
         constant=max(0.0, two - 2 * activations),
         free=torch.cuda.mem_get_info(run.device)[0] if on_gpu else available_memory(),
     )

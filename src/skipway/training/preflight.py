@@ -8,9 +8,8 @@ import torch
 
 from skipway.errors import printable
 from skipway.probes.signal_check import check_signal
-from skipway.report.summary import data_lines, model_lines, signal_lines
+from skipway.report.summary import model_lines, signal_lines
 from skipway.training.defaults import choices_text
-from skipway.training.remarks import image_remarks, option_remarks
 from skipway.training.residual_warmup import warmup_lines
 from skipway.training.run import Run
 from skipway.training.trial_pass import statistics_remarks
@@ -18,8 +17,8 @@ from skipway.training.verdict import verdict_line
 
 __all__ = ["report_preflight"]
 
-# number of images for the diagnosis of the untrained network
-DIAGNOSIS_IMAGES = 32
+# number of items for the diagnosis of the untrained network
+DIAGNOSIS_ITEMS = 32
 
 
 def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> None:
@@ -27,11 +26,11 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
     if run.reporter.quiet:
         return
     run.reporter.message("run", printable(run.folder.path))
-    for line in data_lines(run.data):
+    for line in run.task.data_lines(run.data):
         run.reporter.message(*line)
     # a sharded network runs only on all ranks together, and only rank 0 reports
     flops = count_flops(run) if run.recipe.sharding == "none" or run.ranks.world == 1 else 0.0
-    for line in model_lines(run.model, run.recipe, len(run.connections), run.steps_per_epoch, flops):
+    for line in model_lines(run.model, run.recipe, len(run.connections), run.steps_per_epoch, flops, run.task.item):
         run.reporter.message(*line)
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     reason = reason if stored is None else "as before"
@@ -55,11 +54,11 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
                 f"the number of epochs changed from {earlier} to {run.recipe.epochs}; the schedule spans all of them",
             )
         return
-    for sentence in option_remarks(run):
+    for sentence in run.task.remarks(run):
         run.reporter.message("note", sentence)
     if run.ranks.world == 1:
-        sample = run.data.sample(DIAGNOSIS_IMAGES, seed=run.recipe.seed, device=run.device)
-        for sentence in (*image_remarks(run.data, sample), *statistics_remarks(run)):
+        sample = run.task.sample(run, DIAGNOSIS_ITEMS)
+        for sentence in (*run.task.sample_remarks(run, sample), *statistics_remarks(run)):
             run.reporter.message("note", sentence)
         for line in signal_lines(check_signal(run.model, sample.inputs)):
             run.reporter.message(*line)
@@ -69,13 +68,12 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
 
 
 def count_flops(run: Run) -> float:
-    """Floating-point operations of the forward pass of one image; a multiply-add counts as two."""
+    """Floating-point operations of the forward pass of one item; a multiply-add counts as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
-    side = run.data.size
     was = run.model.training
     with counter, torch.no_grad():
-        run.model.eval()(torch.zeros(1, run.data.channels, side, side, device=run.device))
+        run.model.eval()(run.task.blank(run.data, 1, run.task.side(run.data)).to(run.device))
     run.model.train(was)
     return counter.get_total_flops()

@@ -15,13 +15,12 @@ from skipway.checkpoint.state import all_finite, gather_tensors, model_state, op
 from skipway.checkpoint.store import Snapshot
 from skipway.data import Batch
 from skipway.errors import CheckpointError, DivergedError, counted
-from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.reference_outputs import describe_outputs
-from skipway.report.summary import CHANCE_STEPS, chance_remark
+from skipway.report.summary import CHANCE_STEPS
 from skipway.training.clock import expected_seconds, plan_time
 from skipway.training.reporter import StepReport
 from skipway.training.resume import training_state
-from skipway.training.run import Progress, Run
+from skipway.training.run import Run
 from skipway.training.setup import model_config
 from skipway.training.tensorboard import write_tensorboard
 
@@ -51,18 +50,20 @@ def record_step(run: Run, step: int, loss: float, norm: float) -> None:
 
 def report_progress(run: Run) -> None:
     """Report the progress of the epoch."""
-    progress, images = run.progress, run.progress.step * run.recipe.batch_size
+    progress, items = run.progress, run.progress.step * run.recipe.batch_size
     elapsed = time.monotonic() - run.epoch_began
-    run.images_per_second = run.steps_this_epoch * run.recipe.batch_size / max(elapsed, 1e-9)
+    targets = run.recipe.batch_size * run.task.targets_per_item(run.data)
+    run.targets_per_second = run.steps_this_epoch * targets / max(elapsed, 1e-9)
     run.reporter.step(
         StepReport(
             epoch=progress.epoch + 1,
             epochs=progress.epochs,
             step=progress.step,
             steps=progress.epoch_steps,
-            loss=progress.loss_sum / images,
-            accuracy=progress.correct / images,
-            images_per_second=run.images_per_second,
+            loss=progress.loss_sum / items,
+            accuracy=progress.correct / (progress.step * targets),
+            unit=run.task.unit,
+            per_second=run.targets_per_second,
             seconds_left=expected_seconds(run),
         )
     )
@@ -79,19 +80,19 @@ def record_health(run: Run, batch: Batch) -> None:
         run.reporter.message("warning", f"step {run.global_step}: {sentence}")
 
 
-def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
+def record_epoch(run: Run, evaluation: Any) -> None:
     """Record the metrics of a complete epoch, write its weights if they are the best, and advance to the next.
 
     Args:
-        evaluation: the validation result; None without validation images, the last epoch is the best one then.
+        evaluation: the validation result; None without a validation split, the last epoch is the best one then.
     """
-    progress, images = run.progress, run.progress.step * run.recipe.batch_size
+    progress, items = run.progress, run.progress.step * run.recipe.batch_size
     earlier = progress.before
     last_rate = run.recipe.peak_lr * run.lr_factor(run.global_step - 1)
     progress.epoch, progress.before, progress.step = progress.epoch + 1, run.global_step, 0
     if evaluation is None:
         progress.best_epoch = progress.epoch
-    elif is_better(evaluation, progress):
+    elif run.task.is_better(evaluation, progress):
         progress.best_accuracy = evaluation.accuracy
         progress.best_loss = evaluation.loss if math.isfinite(evaluation.loss) else sys.float_info.max
         progress.best_epoch = progress.epoch
@@ -102,19 +103,20 @@ def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
         "epoch": progress.epoch,
         "step": run.global_step,
         "lr": last_rate,
-        "train_loss": progress.loss_sum / images,
-        "train_accuracy": progress.correct / images,
+        "train_loss": progress.loss_sum / items,
+        "train_accuracy": progress.correct / (items * run.task.targets_per_item(run.data)),
         "validation_loss": None if evaluation is None or not math.isfinite(evaluation.loss) else evaluation.loss,
         "validation_accuracy": None if evaluation is None else evaluation.accuracy,
-        "images_per_second": round(run.images_per_second, 1),
+        f"{run.task.unit}s_per_second": round(run.targets_per_second, 1),
         "seconds": round(run.seconds, 3),
     }
+    row = run.task.epoch_metrics(run, row, evaluation)
     if run.ranks.first:
         run.folder.append_metrics(row)
         if run.recipe.tensorboard:
             write_tensorboard(run.folder.board, row, run.rows)
     run.reporter.epoch(row, progress.epochs)
-    remark = chance_remark(run.recipe, run.data, row)
+    remark = run.task.chance_remark(run, row)
     if remark is not None and (earlier < CHANCE_STEPS or run.finished):
         run.reporter.message("warning", remark)
     if progress.stopped_early:
@@ -124,16 +126,6 @@ def record_epoch(run: Run, evaluation: Evaluation | None) -> None:
         )
     progress.loss_sum, progress.correct = 0.0, 0
     plan_time(run)
-
-
-def is_better(evaluation: Evaluation, progress: Progress) -> bool:
-    """True if a validation result is better than the best so far: a higher accuracy, or the same and a lower loss.
-
-    A few validation images give many epochs the same accuracy, of which the first is the least trained one.
-    """
-    if evaluation.accuracy != progress.best_accuracy:
-        return evaluation.accuracy > progress.best_accuracy
-    return evaluation.loss < progress.best_loss
 
 
 def is_save_due(run: Run) -> bool:
@@ -184,25 +176,16 @@ def weights_header(run: Run) -> dict[str, Any]:
     return {
         "model": model,
         **({} if reference is None else {"reference": reference}),
-        "preprocessing": run.data.preprocessing.to_json(),
+        **run.task.describe_inputs(run.data),
         "epoch": run.progress.epoch,
         **averaged,
     }
 
 
-def write_result(run: Run, path: Path, evaluation: Evaluation) -> None:
+def write_result(run: Run, path: Path, evaluation: Any) -> None:
     """Add the test result to the header of a weight file."""
     tensors, about = read_tensors(path)
-    low, high = wilson_interval(evaluation.correct, evaluation.total)
-    result = {
-        "test_accuracy": evaluation.accuracy,
-        "test_correct": evaluation.correct,
-        "test_images": evaluation.total,
-        "test_interval": [low, high],
-        "validation_images": len(run.data.validation),
-        "validation_accuracy": run.progress.best_accuracy if len(run.data.validation) else None,
-    }
-    write_tensors(path, tensors, {**about, "result": result})
+    write_tensors(path, tensors, {**about, "result": run.task.header_result(run, evaluation)})
 
 
 def write_weights(run: Run, path: Path) -> None:

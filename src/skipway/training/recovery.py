@@ -32,13 +32,13 @@ def divergence_error(run: Run, cause: str, step: int, result: StepResult) -> Div
         batch = next(iter(steps.train_batches(run)))
         at = f": {describe_culprit(run, batch)}"
         run.folder.write_bundle(
-            {"images": batch.inputs, "targets": batch.targets},
+            {f"{run.task.item}s": batch.inputs, "targets": batch.targets},
             {
                 "cause": cause,
                 "where": where,
                 "blame": at.removeprefix(": "),
                 "progress": asdict(run.progress),
-                "files": [str(run.data.train.names[number]) for number in result.indices.tolist()],
+                "files": run.task.item_names(run, result.indices),
             },
         )
     return DivergedError(
@@ -102,7 +102,9 @@ def split_batch(run: Run, batch: Batch, error: RuntimeError) -> None:
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
         if parts > local:
-            raise SkipwayError(f"out of memory: not even one image of {batch.inputs.shape[-1]} pixels fits") from error
+            raise SkipwayError(
+                f"out of memory: not even one {run.task.item} of {run.task.side_text(batch.inputs.shape[-1])} fits"
+            ) from error
         before, run.progress.accumulation = run.progress.accumulation, parts
         try:
             steps.backward(run, batch)

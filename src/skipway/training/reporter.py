@@ -19,7 +19,8 @@ class StepReport:
         steps: steps per epoch.
         loss: mean training loss of this epoch so far.
         accuracy: training accuracy of this epoch so far, on augmented images, 0 to 1.
-        images_per_second: throughput of this epoch so far.
+        unit: what is predicted: "image" or "token".
+        per_second: their number per second in this epoch so far.
         seconds_left: estimated seconds until the end of the run.
     """
 
@@ -29,7 +30,8 @@ class StepReport:
     steps: int
     loss: float
     accuracy: float
-    images_per_second: float
+    unit: str
+    per_second: float
     seconds_left: float
 
 
@@ -38,16 +40,18 @@ class Reporter(Protocol):
 
     Whoever shows them also shows that the latest activity or step goes on while nothing is reported.
 
-    If `quiet` is true, work that only serves the display is skipped.
+    If `quiet` is true, work that only serves the display is skipped. The run sets `item`, the word for what activities
+    count.
     """
 
     quiet: bool
+    item: str
 
     def message(self, label: str, text: str) -> None:
         """A message with a label."""
 
     def activity(self, label: str, done: int = 0, total: int = 0) -> None:
-        """What is being done now, in a word, and how many images of it are done; called often."""
+        """What is being done now, in a word, and how many items of it are done; called often."""
 
     def step(self, report: StepReport) -> None:
         """Called after steps, often."""
@@ -63,6 +67,7 @@ class SilentReporter:
     """Ignores everything."""
 
     quiet = True
+    item = "image"
 
     def message(self, label: str, text: str) -> None:
         pass

@@ -8,8 +8,7 @@ from typing import Any
 
 from skipway.checkpoint.files import write_json
 from skipway.checkpoint.state import load_model_state, load_optimizer_state
-from skipway.data.split import name_list
-from skipway.errors import CheckpointError, DataError, SkipwayError, spell
+from skipway.errors import CheckpointError, SkipwayError, spell
 from skipway.inference.code_file import network_file
 from skipway.inference.reference_outputs import describe_outputs, find_change, refuse_change
 from skipway.recipe import Recipe
@@ -18,7 +17,7 @@ from skipway.training.clock import limit_validation, reopen_plan
 from skipway.training.initial_weights import resolve_paths
 from skipway.training.residual_warmup import continue_warmup
 from skipway.training.run import Progress, Run
-from skipway.training.setup import count_images, give_hidden_layer, model_config
+from skipway.training.setup import give_hidden_layer, model_config
 
 __all__ = ["load_newest_checkpoint", "resume_recipe", "resume_run", "training_state"]
 
@@ -87,24 +86,13 @@ def is_moved(before: str | None, after: str | None) -> bool:
 
 
 def resume_run(run: Run, stored: dict[str, Any]) -> None:
-    """Load the newest valid checkpoint into the run, in place, after checking that the images are the same.
+    """Load the newest valid checkpoint into the run, in place, after checking that the data are the same.
 
     Raises:
-        CheckpointError: the classes have changed, or no checkpoint can be used.
+        CheckpointError: the outputs would be others, or no checkpoint can be used.
         DataError: files were added, removed or renamed.
     """
-    classes = tuple(stored["preprocessing"]["classes"])
-    if classes != run.data.classes:
-        lost, new = set(classes) - set(run.data.classes), set(run.data.classes) - set(classes)
-        raise CheckpointError(f"the classes have changed since the run began: gone {sorted(lost)}, new {sorted(new)}")
-    counts = count_images(run.data)
-    found = {"fingerprint": run.data.fingerprint, **counts}
-    if {name: stored["data"][name] for name in found} != found:
-        was, now = sum(stored["data"][split] for split in counts), sum(counts.values())
-        raise DataError(
-            f"the files have changed since the run began: {was:,} images then, {now:,} "
-            f"now{describe_file_changes(run)}; start a new run"
-        )
+    run.task.check_unchanged(run, stored)
     load_newest_checkpoint(run)
     progress, recipe, before = run.progress, run.recipe, stored["recipe"]
     if recipe.time is None and recipe.epochs != before["epochs"]:
@@ -117,16 +105,6 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
         run.folder.keep_metrics(run.progress.epoch)
         run.folder.keep_steps(run.global_step)
         write_json(run.folder.config, {**stored, "recipe": run.recipe.to_json(), "model": model_config(run)})
-
-
-def describe_file_changes(run: Run) -> str:
-    """The new and missing files compared with the file list of the run, if it has one, for an error message."""
-    listed = run.folder.read_split()
-    if listed is None:
-        return ""
-    then, now = ({file for files in each.values() for file in files} for each in (listed, run.data.listed))
-    changes = (("new", now - then), ("gone", then - now))
-    return "".join(f"; {word} {name_list(sorted(files), 3)}" for word, files in changes if files)
 
 
 def training_state(run: Run) -> dict[str, Any]:

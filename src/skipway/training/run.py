@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from skipway.checkpoint.store import Checkpoints
-from skipway.data import Data
-from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.monitor.health import Health
 from skipway.optim.schedules import lr_factor
 from skipway.recipe import Recipe, ResolvedRecipe
@@ -25,6 +22,7 @@ from skipway.training.distributed import Ranks
 from skipway.training.ema import ModelEMA
 from skipway.training.reporter import Reporter
 from skipway.training.run_folder import RunFolder
+from skipway.training.task import Task
 
 __all__ = ["Outcome", "Progress", "Run", "StepResult", "growing_side"]
 
@@ -137,13 +135,15 @@ def growing_side(start: int, full: int, done: float) -> int:
 
 @dataclass
 class Run:
-    """Everything that a run consists of: recipe, data, network, optimizer, and progress; `given` is the recipe before
-    choices were made for the user, `warmup_offset` what the clock of a residual warm-up is ahead of the steps of the
-    run, None where it does not run.
+    """Everything that a run consists of: recipe, task, data, network, optimizer, and progress.
+
+    `given` is the recipe before choices were made for the user, `data` what the task loads, `warmup_offset` what the
+    clock of a residual warm-up is ahead of the steps of the run, None where it does not run.
     """
 
     recipe: ResolvedRecipe
-    data: Data
+    task: Task
+    data: Any
     model: nn.Module
     network: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
@@ -167,7 +167,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     steps_taken: int = 0
     steps_this_epoch: int = 0
-    images_per_second: float = 0.0
+    targets_per_second: float = 0.0
     first_step_at: float = 0.0
     timed_at: float = 0.0
     timed_steps: int = 0
@@ -175,14 +175,13 @@ class Run:
     estimated: bool = False
     remarked: bool = False
     reported_end: int = 0
-    evaluation: Evaluation | None = None
     stopping: bool = False
     warmup_offset: int | None = None
 
     @property
     def example(self) -> Tensor:
-        """Two black images, as the network takes them."""
-        return self.data.preprocessing.example.expand(2, -1, -1, -1).to(self.device)
+        """Two items, as the network takes them."""
+        return self.task.example(self.data).to(self.device)
 
     @cached_property
     def connections(self) -> Chain[Any]:
@@ -196,8 +195,8 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which all training images are seen."""
-        return self.data.steps(self.recipe.batch_size)
+        """Optimizer steps in which all training items are seen."""
+        return self.task.steps(self.data, self.recipe.batch_size)
 
     @property
     def global_step(self) -> int:
@@ -223,9 +222,10 @@ class Run:
         """The image size of this epoch with `grow_from`: linear up to the full size at two thirds of the epochs, in
         multiples of 16 pixels (4 below 64); None at full size (Howard 2018; Tan 2021).
         """
-        start, full = self.recipe.grow_from, self.data.size
+        start = self.recipe.grow_from
         if start is None:
             return None
+        full = self.data.size
         done = self.progress.epoch / self.progress.epochs
         if self.recipe.time is not None:  # the plan may change within an epoch
             done = self.progress.epoch_position
@@ -245,17 +245,8 @@ class Run:
         return torch.autocast(self.device.type, dtype=getattr(torch, self.recipe.precision))
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy. With class weights w each image has the weight of its own class, w[y], whatever mass
-        label smoothing puts on others; a mixed image, the weights of its classes in their shares. They are 1 on average
-        over the training images, so the mean over a batch does not depend on how it is divided.
-        """
-        losses = nn.functional.cross_entropy(
-            logits.float(), targets, label_smoothing=self.recipe.label_smoothing, reduction="none"
-        )
-        if self.class_weights is not None:
-            mixed = targets.is_floating_point()
-            losses = losses * (targets @ self.class_weights if mixed else self.class_weights[targets])
-        return losses.mean()
+        """The mean loss of a batch, as the task defines it."""
+        return self.task.loss(self, logits, targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,9 +257,10 @@ class Outcome:
         finished: whether all epochs are done; False after `stop`.
         folder: the run folder.
         recipe: the recipe with every choice resolved.
-        classes: class names in the order of the outputs.
+        task: what was learned.
+        classes: class names in the order of the outputs; empty for text.
         evaluation: test result of `best.safetensors`; None if the run was stopped.
-        validation_images: number of validation images.
+        validation_images: number of validation images, or sequences of text.
         best_accuracy: best validation accuracy over all epochs; -1 without validation images.
         best_epoch: epoch of the best accuracy, ties by the lower loss, from 1, 0 for the classifier fitted before; the
             last one without validation images.
@@ -280,8 +272,9 @@ class Outcome:
     finished: bool
     folder: RunFolder
     recipe: ResolvedRecipe
+    task: Task
     classes: tuple[str, ...]
-    evaluation: Evaluation | None
+    evaluation: Any
     validation_images: int
     best_accuracy: float
     best_epoch: int
@@ -290,16 +283,17 @@ class Outcome:
     seconds: float
 
     @classmethod
-    def of(cls, run: Run, evaluation: Evaluation | None) -> Outcome:
+    def of(cls, run: Run, evaluation: Any) -> Outcome:
         """The outcome of a run as it stands."""
         progress = run.progress
         return cls(
             finished=run.finished,
             folder=run.folder,
             recipe=run.recipe,
-            classes=run.data.classes,
+            task=run.task,
+            classes=getattr(run.data, "classes", ()),
             evaluation=evaluation,
-            validation_images=len(run.data.validation),
+            validation_images=run.task.count(run.data, "validation"),
             best_accuracy=progress.best_accuracy,
             best_epoch=progress.best_epoch,
             epoch=progress.epoch,
@@ -309,24 +303,4 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `summary.json`."""
-        assert self.evaluation is not None
-        few = len(self.classes) <= MAX_CONFUSION_CLASSES
-        loss = self.evaluation.loss
-        return {
-            "test_accuracy": self.evaluation.accuracy,
-            "test_loss": loss if math.isfinite(loss) else None,
-            "test_correct": self.evaluation.correct,
-            "test_images": self.evaluation.total,
-            "test_interval": list(wilson_interval(self.evaluation.correct, self.evaluation.total)),
-            "tested": self.folder.best.name,
-            "best_epoch": self.best_epoch,
-            "best_validation_accuracy": self.best_accuracy if self.validation_images else None,
-            "validation_images": self.validation_images,
-            "epochs": self.epoch,
-            "seconds": round(self.seconds, 3),
-            "confusion": self.evaluation.confusion.tolist() if few else None,
-        }
-
-
-# the confusion matrix of more classes would be most of the summary
-MAX_CONFUSION_CLASSES = 100
+        return self.task.summary(self)

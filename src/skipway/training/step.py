@@ -20,34 +20,27 @@ __all__ = ["backward", "clip_gradients", "reduce_result", "seed_step", "train_ba
 def train_batches(run: Run) -> Iterator[Batch]:
     """The batches of this epoch from the current step on, the share of this rank of each.
 
-    An epoch need not be a pass over the images: the next one goes on where it ends.
+    An epoch need not be a pass over the data: the next one goes on where it ends.
     """
-    progress, side = run.progress, run.side
+    progress = run.progress
     while progress.step < progress.epoch_steps:
-        images_epoch, start = divmod(run.global_step, run.steps_per_epoch)
-        for batch in run.data.train_batches(
-            seed=run.recipe.seed,
-            epoch=images_epoch,
-            batch_size=run.recipe.batch_size,
-            device=run.device,
-            start=start,
-            rank=run.ranks.rank,
-            world=run.ranks.world,
-            size=side,
-        ):
+        data_epoch, start = divmod(run.global_step, run.steps_per_epoch)
+        for batch in run.task.train_batches(run, data_epoch, start):
             yield batch
             if progress.step >= progress.epoch_steps:
                 return
 
 
 def backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Compute the gradient of the mean loss, accumulated over the parts of the batch; return loss and logits."""
+    """Compute the gradient of the mean loss, accumulated over the parts of the batch; return the loss and the number of
+    correct predictions.
+    """
     seed_step(run, run.progress.step)
     run.optimizer.zero_grad(set_to_none=True)
     count = run.progress.accumulation
-    parts = list(zip(batch.inputs.chunk(count), batch.targets.chunk(count), strict=True))
-    losses, logits = [], []
-    for number, (inputs, targets) in enumerate(parts):
+    parts = list(zip(*(each.chunk(count) for each in (batch.inputs, batch.targets, batch.labels)), strict=True))
+    losses, correct = [], []
+    for number, (inputs, targets, labels) in enumerate(parts):
         last = number == len(parts) - 1
         no_sync = getattr(run.network, "no_sync", None)
         with nullcontext() if last or no_sync is None else no_sync():
@@ -56,8 +49,8 @@ def backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
             loss = run.loss(out, targets) * (len(inputs) / len(batch.inputs))
             run.scaler.scale(loss).backward()
         losses.append(loss.detach())
-        logits.append(out.detach().float())
-    return torch.stack(losses).sum(), torch.cat(logits)
+        correct.append(run.task.count_correct(out.detach(), labels))
+    return torch.stack(losses).sum(), torch.stack(correct).sum()
 
 
 def clip_gradients(run: Run) -> Tensor:
@@ -68,12 +61,11 @@ def clip_gradients(run: Run) -> Tensor:
     return full_tensor(total_norm(run.parameters) if clip is None else clip(run.parameters))
 
 
-def reduce_result(run: Run, batch: Batch, loss: Tensor, logits: Tensor, norm: Tensor) -> StepResult:
+def reduce_result(run: Run, batch: Batch, loss: Tensor, correct: Tensor, norm: Tensor) -> StepResult:
     """Reduce the result of a step over all ranks, without a synchronisation with the device."""
     is_finite = torch.isfinite(loss)
     if not run.scaler.is_enabled():  # the scaler skips steps whose gradient overflows, and lowers its scale
         is_finite = is_finite & torch.isfinite(norm)
-    correct = (logits.argmax(1) == batch.labels).sum()
     values = torch.stack([loss.double() / run.ranks.world, correct.double(), (~is_finite).double()])
     loss, correct, failures = run.ranks.all_reduce(values)
     return StepResult(loss, correct, norm.detach(), failures == 0, batch.numbers)
@@ -102,5 +94,5 @@ def update_weights(run: Run, is_finite: Tensor) -> bool:
 def seed_step(run: Run, step: int) -> None:
     """Seed the random state of a step, which dropout and stochastic depth draw from."""
     rank = (run.ranks.rank,) if run.ranks.rank else ()
-    images_epoch, number = divmod(run.progress.before + step, run.steps_per_epoch)
-    torch.manual_seed(draw_key(run.recipe.seed, "step", images_epoch, number, *rank))
+    data_epoch, number = divmod(run.progress.before + step, run.steps_per_epoch)
+    torch.manual_seed(draw_key(run.recipe.seed, "step", data_epoch, number, *rank))

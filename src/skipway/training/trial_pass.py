@@ -29,37 +29,37 @@ STALE = 0.05
 
 
 def check_forward(run: Run) -> None:
-    """Send as many images through the network, in training mode, as one part of a batch has, two at most.
+    """Send as many items through the network, in training mode, as one part of a batch has, two at most.
 
     Raises:
-        SkipwayError: it fails; named are the larger batch, the fewer parts and the larger images with which it runs.
+        SkipwayError: it fails; named are the larger batch, the fewer parts and the larger items with which it runs.
     """
     ranks, parts = run.ranks.world, run.progress.accumulation
-    images, side = run.recipe.batch_size // (ranks * parts), run.side or run.data.size
-    reason = forward_fault(run, min(images, 2), side)
+    items, side = run.recipe.batch_size // (ranks * parts), run.side or run.task.side(run.data)
+    reason = forward_fault(run, min(items, 2), side)
     if not reason:
         return
     shares = [number for number in range(1, parts) if run.recipe.batch_size % (ranks * number) == 0]
     fewer = next((number for number in reversed(shares) if run.recipe.batch_size // (ranks * number) >= 2), None)
-    runs_in_pairs = images < 2 and not forward_fault(run, 2, side)
+    runs_in_pairs = items < 2 and not forward_fault(run, 2, side)
     ways = [
         spell(name, value)
         for name, value, runs in (
-            ("batch_size", 2 * ranks * parts, runs_in_pairs and 2 * ranks * parts <= len(run.data.train)),
+            ("batch_size", 2 * ranks * parts, runs_in_pairs and 2 * ranks * parts <= run.task.count(run.data, "train")),
             ("accumulate", fewer, runs_in_pairs and fewer is not None),
-            ("size", 2 * run.data.size, run.recipe.grow_from is None and not forward_fault(run, images, 2 * side)),
+            (run.task.side_field, 2 * side, run.recipe.grow_from is None and not forward_fault(run, items, 2 * side)),
         )
         if runs
     ]
-    passes = f"{counted(images, 'image')} of {side}x{side} in a forward pass"
+    passes = f"{counted(items, run.task.item)} of {run.task.side_text(side)} in a forward pass"
     rule = f" ({spell('batch_size', run.recipe.batch_size)}, {spell('accumulate', parts)})" if runs_in_pairs else ""
-    out = f"; it runs with {' or '.join(ways)}" if ways else "; take another model or size"
+    out = f"; it runs with {' or '.join(ways)}" if ways else f"; take another model or {run.task.side_field}"
     raise SkipwayError(f"{run.recipe.model} cannot be trained on {passes}{rule}: {printable(reason)}{out}")
 
 
-def forward_fault(run: Run, images: int, side: int) -> str:
+def forward_fault(run: Run, items: int, side: int) -> str:
     """Why a forward pass in training mode fails; "": it does not. The network stays as it is."""
-    inputs = torch.zeros(images, run.data.channels, side, side, device=run.device)
+    inputs = run.task.blank(run.data, items, side).to(run.device)
     try:
         with preserved_state(run.model), torch.no_grad(), run.autocast():
             run.model.train()(inputs)
@@ -78,7 +78,7 @@ def statistics_remarks(run: Run) -> Iterator[str]:
             hook = module.register_forward_pre_hook(CountValues(counts, name))
             stack.callback(hook.remove)
         images = max(1, run.recipe.batch_size // (run.ranks.world * run.progress.accumulation))
-        forward_fault(run, min(images, 2), run.side or run.data.size)
+        forward_fault(run, min(images, 2), run.side or run.task.side(run.data))
     if not counts:
         return
     name = min(counts, key=counts.__getitem__)

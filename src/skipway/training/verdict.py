@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from skipway.data import Batch
 from skipway.diagnosis import diagnose
@@ -45,19 +45,20 @@ def verdict_line(run: Run, sample: Batch) -> str:
         return f"none from weights: the classifier is fitted to their features first; then {rates_text(run)}"
     allowed = min(MOST_SECONDS, SHARE * (run.recipe.budget or math.inf))
     per_image, cost = seconds_per_image(run, sample), 0.0
-    for count, side in piece_sizes(len(sample.inputs), run.data.size):
-        cost = (TRIAL_COST if pretrained else DIAGNOSIS_COST) * count * per_image * (side / run.data.size) ** 2
-        if cost > allowed or (side < run.data.size and forward_fault(run, 2, side)):
+    full = run.task.side(run.data)
+    for count, side in piece_sizes(len(sample.inputs), full):
+        cost = (TRIAL_COST if pretrained else DIAGNOSIS_COST) * count * per_image * (side / full) ** 2
+        if cost > allowed or (side < full and forward_fault(run, 2, side)):
             continue
         inputs = sample.inputs[:count]
-        if side < run.data.size:
-            inputs = nn.functional.interpolate(inputs, size=(side, side), mode="bilinear", antialias=True)
+        if side < full:
+            inputs = run.task.shrink(inputs, side)
         told = (
             trial_line(run, inputs, sample.labels[:count])
             if pretrained
             else diagnosis_line(run, inputs, sample.labels[:count])
         )
-        whole = count == len(sample.inputs) and side == run.data.size
+        whole = count == len(sample.inputs) and side == full
         return told if whole else f"{told} (by {counted(count, 'image')} of {side} pixels, for the sake of time)"
     more = rates_text(run) if pretrained else "skipway diagnose gives it"
     return (
