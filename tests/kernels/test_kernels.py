@@ -14,7 +14,7 @@ from torch import nn
 from skipway import kernels
 from skipway.errors import SkipwayError
 from skipway.kernels.autotune import KERNELS, Implementation, Kernel
-from skipway.kernels.dispatch import KernelMode, PackedKernelMode
+from skipway.kernels.dispatch import KernelMode, PackedKernelMode, bfloat16_attention
 
 D = torch.float64
 
@@ -57,6 +57,11 @@ def attention(dtype, odd):
     return kernels.attention, tuple(torch.randn(n, heads, tokens, d, dtype=dtype) for _ in range(3))
 
 
+def causal_attention(dtype, odd):
+    n, heads, tokens, d = (3, 2, 5, 7) if odd else (2, 2, 150, 8)  # more rows than a block has
+    return kernels.attention, (*(torch.randn(n, heads, tokens, d, dtype=dtype) for _ in range(3)), None, True)
+
+
 def pointwise(dtype, odd):
     n, c, out, side = (3, 5, 7, 3) if odd else (4, 16, 32, 8)
     return kernels.pointwise, (
@@ -66,7 +71,7 @@ def pointwise(dtype, odd):
     )
 
 
-ALL = [linear, pointwise, residual, depthwise, attention, window_attention]
+ALL = [linear, pointwise, residual, depthwise, attention, causal_attention, window_attention]
 NAMES = sorted({each.name for kernel in KERNELS for each in kernel.implementations} - {"triton"})
 
 
@@ -114,7 +119,7 @@ def test_the_cases_reach_every_implementation(monkeypatch):
         for name in NAMES:
             run(*make(torch.float32, False), name)
     known = {(kernel.name, each.name) for kernel in KERNELS for each in kernel.implementations}
-    expected = {each for each in known if each[1] not in ("reference", "triton", "packed")}
+    expected = {each for each in known if each[1] not in ("reference", "triton", "packed", "operator")}
     assert expected
     assert expected <= reached, expected - reached
 
@@ -146,7 +151,7 @@ def test_operators_are_proper(make):
     """torch's own check of schema, autograd registration and shape function."""
     arguments = list(make(torch.float32, True)[1])
     arguments = arguments[:2] if make is pointwise else arguments
-    arguments += [None, True] if make is attention else []
+    arguments += [None, False, True] if make is attention else []
     given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
     if make is residual:
         given[3].requires_grad_(False)
@@ -211,8 +216,8 @@ def test_what_comes_out_is_shaped_laid_out_and_typed_as_the_compiler_was_told(dt
     w, c = torch.randn(2, 6, dtype=dtype).unbind()
     taps, mask = torch.randn(6, 1, 3, 3, dtype=dtype), torch.ones(2, 1, 1, 1, dtype=dtype)
     for operator, given in {
-        "attention": (q, k, v, None, False),
-        "attention_backward": (v, q, k, v, torch.randn(1, 2, 5, 5, dtype=dtype), q.new_empty(0)),
+        "attention": (q, k, v, None, True, False),
+        "attention_backward": (v, q, k, v, torch.randn(1, 2, 5, 5, dtype=dtype), False, q.new_empty(0)),
         "windowed_attention": (qkv, position, 1, 1),
         "windowed_attention_backward": (torch.randn(2, 4, 4, 4, dtype=dtype), qkv, position, 1, 1),
         "depthwise": (x, taps, c),
@@ -289,6 +294,7 @@ def test_switched_off():
     [
         (lambda: kernels.depthwise(torch.ones(1, 2, 4, 4), torch.ones(2, 1, 2, 2)), "k odd"),
         (lambda: kernels.attention(*[torch.ones(3, 1, 2, 2)] * 3, torch.ones(2, 1, 2, 2)), "divisor"),
+        (lambda: kernels.attention(*[torch.ones(3, 1, 2, 2)] * 3, torch.ones(1, 1, 2, 2), True), "-inf"),
     ],
 )
 def test_refusals(call, message):
@@ -334,6 +340,58 @@ def test_routed_functions_are_the_same():
         assert (ours.grad - theirs.grad).abs().max() <= 1e-3 * scale + 1e-7, name
     for ours, theirs in zip(routed.buffers(), plain.buffers(), strict=True):
         assert torch.allclose(ours.double(), theirs.double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("bytes_of_logits", [1 << 21, 1 << 13])
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_causal_attention_is_torchs(tokens, bytes_of_logits, monkeypatch):
+    """Blocks of several images, and of a few rows of one, whose gradients of keys are summed."""
+    monkeypatch.setattr("skipway.kernels.sdpa.CACHE", bytes_of_logits)
+    q, k, v = (torch.randn(2, 3, tokens, 8, dtype=D, requires_grad=True) for _ in range(3))
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    weight = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    with kernels.only("blocks"):
+        found = kernels.attention(q, k, v, causal=True)
+        assert torch.allclose(found, expected)
+        for ours, theirs in zip(torch.autograd.grad((found * weight).sum(), (q, k, v)), gradients, strict=True):
+            assert torch.allclose(ours, theirs)
+
+
+def test_causal_attention_is_routed_and_other_masks_are_not():
+    q = torch.randn(2, 4, 64, 32)
+    calls = []
+    with KernelMode(), kernels.only("blocks"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skipway.kernels.dispatch.attention", lambda *given: calls.append(given[3:]) or given[0])
+        nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        nn.functional.scaled_dot_product_attention(q, q[:, :, :9], q[:, :, :9], is_causal=True)  # torch's alignment
+        nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(64, 64, dtype=torch.bool))
+    assert calls == [(None, True)]
+
+
+@pytest.mark.parametrize(("tokens", "causal", "ours"), [(64, False, True), (400, False, False), (400, True, True)])
+def test_attention_in_bfloat16_is_the_same_in_every_run(tokens, causal, ours, monkeypatch):
+    """By one implementation and without a measurement; torch's where that is the faster, and in float32."""
+    seen = []
+    monkeypatch.setattr(
+        "skipway.kernels.dispatch.attention", lambda *given: seen.append(given[4]) or kernels.attention(*given)
+    )
+    monkeypatch.setattr(kernels.Kernel, "measure", lambda *given: pytest.fail("measured"))
+    x = torch.randn(4, tokens, 3, 4, 32, requires_grad=True)
+
+    def gradient(lower: bool) -> torch.Tensor:
+        q, k, v = x.permute(2, 0, 3, 1, 4).unbind()
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return torch.autograd.grad(y.float().square().sum(), x)[0]
+
+    expected = gradient(True)
+    with bfloat16_attention():
+        found, again, exact = gradient(True), gradient(True), gradient(False)
+    assert seen == [causal, causal] * ours
+    assert torch.equal(found, again)
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+    torch.testing.assert_close(exact, gradient(False))
 
 
 INTERPRETED = """

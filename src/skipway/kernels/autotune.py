@@ -26,6 +26,7 @@ __all__ = [
     "enabled",
     "off",
     "only",
+    "restricted",
 ]
 
 REFERENCE = "reference"
@@ -222,6 +223,16 @@ def enabled() -> bool:
     True
     """
     return Restriction.implementation != REFERENCE
+
+
+def restricted() -> bool:
+    """Return whether one implementation is prescribed for all kernels, by `only` or `off`, so that none is measured.
+
+    >>> with off():
+    ...     restricted()
+    True
+    """
+    return Restriction.implementation is not None
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,15 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from skipway.kernels.autotune import enabled
+from skipway.kernels.autotune import enabled, only, restricted
 from skipway.kernels.depthwise_conv import depthwise
 from skipway.kernels.matmul import PackedWeight, is_large_linear, linear, pack_weight, packed_linear, pointwise
+from skipway.kernels.onednn import supports_onednn_matmul
 from skipway.kernels.sdpa import attention, bias_fits
 
-__all__ = ["LARGE", "ROUTES", "KernelMode", "PackedKernelMode", "is_depthwise"]
+__all__ = ["LARGE", "ROUTES", "KernelMode", "PackedKernelMode", "bfloat16_attention", "is_depthwise"]
 
 LARGE = 1 << 18
 """Elements of a tensor below which torch's own function is as fast: an operator written in Python costs some 50 µs."""
+LARGE_ATTENTION = 1 << 14
+"""The same of queries: torch's backward pass of attention is slow from a few rows on."""
+FEW_KEYS = 384
+"""Keys up to which attention in bfloat16 is faster by our kernel."""
 
 
 def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -69,14 +75,16 @@ def route_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Compute attention without dropout, causal mask and grouped heads by `kernels.attention`."""
-    if q.ndim != 4 or q.numel() < LARGE or dropout_p or is_causal or enable_gqa:
+    """Compute attention without dropout and grouped heads by `kernels.attention`; a causal mask over all keys alone."""
+    if q.ndim != 4 or q.numel() < LARGE_ATTENTION or dropout_p or enable_gqa:
+        return NotImplemented
+    if is_causal and (attn_mask is not None or q.shape[2] != k.shape[2]):
         return NotImplemented
     if scale is not None and not math.isclose(scale, q.shape[-1] ** -0.5):
         return NotImplemented
     if attn_mask is not None and (attn_mask.dtype == torch.bool or not bias_fits(attn_mask, q, k)):
         return NotImplemented
-    return attention(q, k, v, attn_mask)
+    return attention(q, k, v, attn_mask, is_causal)
 
 
 ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -109,6 +117,48 @@ class KernelMode(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)
+
+
+class Bfloat16AttentionMode(KernelMode):
+    """Compute attention in bfloat16 by `kernels.attention`, and nothing else, where that is the faster on every CPU
+    measured: up to `FEW_KEYS` keys, twice as many under a causal mask.
+    """
+
+    def route(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if func is not F.scaled_dot_product_attention or len(args) < 3 or not in_bfloat16(args[0]):
+            return NotImplemented
+        q, k = args[:2]
+        few = FEW_KEYS * 2 if kwargs.get("is_causal") else FEW_KEYS
+        if q.ndim != 4 or q.numel() < 2 * LARGE_ATTENTION or k.shape[-2] > few:
+            return NotImplemented
+        return route_attention(*args, **kwargs)
+
+
+def in_bfloat16(x: Tensor) -> bool:
+    """Return whether a product of x is computed in bfloat16."""
+    if torch.is_autocast_enabled("cpu"):
+        return x.is_floating_point() and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.dtype == torch.bfloat16
+
+
+@contextmanager
+def bfloat16_attention() -> Iterator[None]:
+    """Compute attention in bfloat16 on the CPU by our kernel within the context, both passes, whoever calls it.
+
+    torch's backward pass of it costs up to ten times as much in bfloat16 as plain products. Unlike elsewhere nothing is
+    measured: the implementation is the same in every run, so that runs can be repeated bit for bit.
+
+    >>> q = torch.randn(2, 4, 64, 32, dtype=torch.bfloat16)
+    >>> with bfloat16_attention():
+    ...     y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    >>> torch.allclose(y, F.scaled_dot_product_attention(q, q, q, is_causal=True), atol=0.05)
+    True
+    """
+    if restricted():
+        yield
+        return
+    with only("onednn" if supports_onednn_matmul() else "blocks"), Bfloat16AttentionMode():
+        yield
 
 
 class PackedKernelMode(KernelMode):

@@ -1,15 +1,17 @@
-"""Scaled dot-product attention with a bias that is broadcast over images instead of being copied for each."""
+"""Scaled dot-product attention on CPUs, block by block: causal, or with a bias that is broadcast over images."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
-from skipway.kernels.autotune import Implementation, add_kernel, enabled
+from skipway.kernels.autotune import REFERENCE, Implementation, add_kernel, enabled, restricted
 from skipway.kernels.cast import at_least_float32, to_autocast
 from skipway.kernels.onednn import supports_onednn_matmul, with_onednn_matmul
 from skipway.kernels.operator import Operator
@@ -18,43 +20,59 @@ __all__ = ["attention", "attention_backward_reference", "attention_reference", "
 
 CACHE = 1 << 21
 """Bytes of logits computed at a time."""
+CAUSAL_ROWS = 128
+"""Rows of a block under a causal mask: fewer leave out more of the masked half, and make smaller products."""
+LEAST_ROWS = 32
+"""Rows of a block at least."""
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep_weights: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, keep_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and the attention weights where they are kept for backward (else an empty tensor)."""
     if keep_weights:
-        weights = attention_weights(q, k, bias).to(v.dtype)
+        weights = attention_weights(q, k, bias, causal).to(v.dtype)
         return weights @ v, weights
+    return torch_attention(q, k, v, bias, causal), q.new_empty(0)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    """Compute it by torch's function, for which a bias of several windows is repeated for every image."""
     if bias is not None and len(bias) > 1:
         bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias), q.new_empty(0)
+    with torch._C.DisableTorchFunction():  # a mode of ours would route the call here again
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
 
 
 def attention_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep_weights: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, keep_weights: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute a few images at a time: their logits stay in the cache, and the bias is broadcast to them."""
+    """Compute a few images or rows at a time: their logits stay in the cache, and the bias is broadcast to images."""
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keep_weights else q.new_empty(0)
-    tensors = (q, k, v, out, kept if keep_weights else out)
-    for query, key, value, y, slot in zip(*(image_blocks(each, q, k, bias) for each in tensors), strict=True):
-        weights = attention_weights(query, key, bias).to(v.dtype)
-        torch.matmul(weights, value, out=y)
+    for images, rows, keys in blocks(q, k, bias, causal):
+        query, key, value = q[images, :, rows], k[images, :, keys], v[images, :, keys]
+        weights = attention_weights(query, key, bias, causal).to(v.dtype)
+        out[images, :, rows] = weights @ value
         if keep_weights:
-            slot.copy_(weights)
+            kept[images, :, rows, keys] = weights
+            kept[images, :, rows, keys.stop :] = 0
     return out, kept
 
 
-def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Return softmax(q kᵀ / √d + B) of shape (N, heads, T, S), N a multiple of B's first axis.
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    """Return softmax(q kᵀ / √d + B) of shape (N, heads, T, S), N a multiple of B's first axis; causal: the last key
+    is that of the last row, and a row's weights of later keys are 0.
 
     It is computed in float32 at least: logits rounded to 16 bits are wrong by a few per cent of a weight.
     """
     logits = (at_least_float32(q) @ at_least_float32(k).mT).mul_(q.shape[-1] ** -0.5)
     if bias is not None:
         logits.unflatten(0, (-1, len(bias))).add_(bias)
+    if causal:
+        rows = q.shape[-2]
+        later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
+        logits[..., k.shape[-2] - rows :].masked_fill_(later, float("-inf"))
     return torch.softmax(logits, -1)
 
 
@@ -63,11 +81,23 @@ def weights_are_small(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return k.shape[-2] <= 2 * k.shape[-1] + v.shape[-1]
 
 
-def image_blocks(x: Tensor, q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """Split x into blocks of whole images whose logits fill `CACHE`."""
+def blocks(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield images, rows and the keys that they see, in blocks whose logits fill `CACHE`.
+
+    A block is a few whole images, or some rows of one; with a causal mask keys after its last row are left out, so many
+    rows are cut even where an image would fit.
+    """
     windows = 1 if bias is None else len(bias)
-    bytes_per_image = windows * q.shape[1] * q.shape[2] * k.shape[2] * 4
-    return x.split(max(1, CACHE // bytes_per_image) * windows)
+    count, heads, rows, keys = len(q), q.shape[1], q.shape[2], k.shape[2]
+    fitting = CACHE // (4 * heads * keys)  # rows of one image
+    height = min(rows, CAUSAL_ROWS) if causal else rows
+    if bias is None and fitting < height:
+        height = max(fitting, LEAST_ROWS)
+    images = max(1, fitting // (windows * height)) * windows
+    for first in range(0, count, images):
+        for top in range(0, rows, height):
+            bottom = min(top + height, rows)
+            yield slice(first, min(first + images, count)), slice(top, bottom), slice(0, bottom if causal else keys)
 
 
 def attends_on_cpu(q: Tensor, *others: Any) -> bool:
@@ -89,13 +119,13 @@ attention_forward = add_kernel(
 
 
 def attention_backward_reference(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kept: Tensor
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and the bias (empty without one); weights that were not kept are recomputed.
 
     The gradient of the weights may be rounded, since no power of it is taken; that of the logits is summed in float32.
     """
-    weights = kept if kept.numel() else attention_weights(q, k, bias)
+    weights = kept if kept.numel() else attention_weights(q, k, bias, causal)
     to_v = weights.to(v.dtype).mT @ gradient
     to_logits = at_least_float32(gradient @ v.mT)
     to_logits = to_logits.sub_((to_logits * weights).sum(-1, keepdim=True)).mul_(weights)
@@ -105,21 +135,31 @@ def attention_backward_reference(
 
 
 def attention_backward_in_blocks(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kept: Tensor
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of a few images at a time; the bias's are summed over the blocks."""
-    gradients = [torch.empty_like(each) for each in (q, k, v)]
+    """Compute the gradients block by block; those that several blocks share are summed in float32."""
+    to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
     to_bias: Tensor | int = 0
-    tensors = (gradient, q, k, v, kept if kept.numel() else q, *gradients)
-    for part, query, key, value, weights, *slots in zip(
-        *(image_blocks(each, q, k, bias) for each in tensors), strict=True
-    ):
-        weights = weights if kept.numel() else kept
-        *block_gradients, block_to_bias = attention_backward_reference(part, query, key, value, bias, weights)
-        for slot, computed in zip(slots, block_gradients, strict=True):
-            slot.copy_(computed)
-        to_bias = to_bias + block_to_bias
-    return (*gradients, to_bias)  # type: ignore[return-value]
+    sums: tuple[Tensor, Tensor] | None = None
+    for images, rows, keys in blocks(q, k, bias, causal):
+        weights = kept[images, :, rows, keys] if kept.numel() else kept
+        part, query, key, value = gradient[images, :, rows], q[images, :, rows], k[images, :, keys], v[images, :, keys]
+        block_q, block_k, block_v, block_bias = attention_backward_reference(
+            part, query, key, value, bias, causal, weights
+        )
+        to_q[images, :, rows] = block_q
+        if rows == slice(0, q.shape[2]):
+            to_k[images], to_v[images] = block_k, block_v
+        else:
+            if rows.start == 0:
+                sums = tuple(at_least_float32(torch.zeros_like(each[images])) for each in (k, v))  # type: ignore[assignment]
+            assert sums is not None
+            for total, block in zip(sums, (block_k, block_v), strict=True):
+                total[:, :, keys] += block
+            if rows.stop == q.shape[2]:
+                to_k[images], to_v[images] = sums
+        to_bias = to_bias + block_bias
+    return to_q, to_k, to_v, to_bias  # type: ignore[return-value]
 
 
 attention_backward = add_kernel(
@@ -135,14 +175,16 @@ class AttentionBackward(Operator, name="attention_backward"):
 
     @staticmethod
     def forward(
-        gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kept: Tensor
+        gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, kept: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *gradients, to_bias = attention_backward(gradient, q, k, v, bias, kept)
+        *gradients, to_bias = attention_backward(gradient, q, k, v, bias, causal, kept)
         dtype = q.dtype if bias is None else bias.dtype
         return *(each.contiguous() for each in gradients), to_bias.to(dtype).contiguous()
 
     @staticmethod
-    def fake(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, kept: Tensor) -> tuple[Tensor, ...]:
+    def fake(
+        gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool, kept: Tensor
+    ) -> tuple[Tensor, ...]:
         to_bias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
         return *(each.new_empty(each.shape) for each in (q, k, v)), to_bias
 
@@ -151,24 +193,64 @@ class AttentionOperator(Operator, name="attention"):
     """Output and, where they are kept, weights; the weights have no gradient of their own."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep_weights: bool) -> tuple[Tensor, Tensor]:
-        out, kept = attention_forward(q, k, v, bias, keep_weights)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, keep_weights: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, kept = attention_forward(q, k, v, bias, causal, keep_weights)
         return out.contiguous(), kept
 
     @staticmethod
-    def fake(q: Tensor, k: Tensor, v: Tensor, bias: Any, keep_weights: bool) -> tuple[Tensor, Tensor]:
+    def fake(q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool, keep_weights: bool) -> tuple[Tensor, Tensor]:
         kept = q.new_empty((*q.shape[:-1], k.shape[-2]) if keep_weights else 0)
         return q.new_empty((*q.shape[:-1], v.shape[-1])), kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.causal = inputs[4]
         ctx.save_for_backward(*inputs[:4], output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-        *gradients, to_bias = AttentionBackward.apply(gradient, *ctx.saved_tensors)
-        return *gradients, to_bias if ctx.needs_input_grad[3] else None, None
+        *inputs, kept = ctx.saved_tensors
+        *gradients, to_bias = AttentionBackward.apply(gradient, *inputs, ctx.causal, kept)
+        return *gradients, to_bias if ctx.needs_input_grad[3] else None, None, None
+
+
+def operator_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    """Compute it by our operator."""
+    learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (q, k, v, bias))
+    return AttentionOperator.apply(q, k, v, bias, causal, learns and weights_are_small(q, k, v))[0]
+
+
+def both_passes(
+    function: Callable[..., Tensor],
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, tuple[bool, ...]], tuple[Tensor, ...]]:
+    """Return a function that computes the output, and the gradients of the tensors that `learns` marks."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, learns: tuple[bool, ...]
+    ) -> tuple[Tensor, ...]:
+        tensors = [each if each is None else each.detach() for each in (q, k, v, bias)]
+        if not any(learns):
+            return (function(*tensors, causal),)
+        with torch.enable_grad():
+            for each, needs in zip(tensors, learns, strict=True):
+                if each is not None:
+                    each.requires_grad_(needs)
+            out = function(*tensors, causal)
+        wanted = [each for each in tensors if each is not None and each.requires_grad]
+        return out.detach(), *torch.autograd.grad(out, wanted, torch.ones_like(out))
+
+    return run
+
+
+attention_passes = add_kernel(
+    "attention with backward",
+    both_passes(torch_attention),
+    Implementation("operator", both_passes(operator_attention), attends_on_cpu),
+)
+"""Whether torch's function or our operator is the faster, both passes taken together: only its choice is used."""
 
 
 def bias_fits(bias: Tensor, q: Tensor, k: Tensor) -> bool:
@@ -176,24 +258,32 @@ def bias_fits(bias: Tensor, q: Tensor, k: Tensor) -> bool:
     return bias.ndim == 4 and bias.shape[1:] == (q.shape[1], q.shape[2], k.shape[2]) and len(q) % len(bias) == 0
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False) -> Tensor:
     """Compute softmax(q kᵀ / √d + B) v with B shared by all images, as `F.scaled_dot_product_attention` does.
 
     torch's fused attention on a CPU is made for long sequences: at a few hundred tokens its backward pass costs more
-    than three plain products. It takes one bias for each window of every image, which is as large as all logits, and
-    writes out all weights where the bias is learned. Here logits are computed a few images at a time and the bias is
-    broadcast to them. q, k, v and B are kept for backward; the weights are kept where they are no larger (windows), and
-    computed again otherwise. Logits are in float32 where the rest is in 16 bits.
+    than three plain products, and in bfloat16 up to ten times as much. It takes one bias for each window of every
+    image, which is as large as all logits, and writes out all weights where the bias is learned. Here logits are
+    computed a few images or rows at a time and the bias is broadcast to them. q, k, v and B are kept for backward; the
+    weights are kept where they are no larger (windows), and computed again otherwise. Logits are in float32 where the
+    rest is in 16 bits. Both passes are measured beside torch's at first use, and the faster is taken.
 
     Windows of a map (Liu et al. 2021, eq. 4) are the images of a batch, the windows of an image one after the other,
     with one bias for each window of an image.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        bias: B, or None.
+        causal: row t sees the keys up to t; T = S.
 
     Shapes: q (N, heads, T, d), k (N, heads, S, d), v (N, heads, S, e), B (1, heads, T, S), or (W, heads, T, S) where
     image or window i takes B[i mod W] → (N, heads, T, e). First derivatives only; second derivatives exist under
     `off()`.
 
     Raises:
-        SkipwayError: the shape of B does not fit.
+        SkipwayError: the shape of B does not fit, or a causal mask is given beside a bias or keys of another number.
 
     >>> q = torch.randn(6, 2, 4, 8)
     >>> attention(q, q, q, torch.zeros(3, 2, 4, 4)).shape
@@ -203,8 +293,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
         raise SkipwayError(
             f"bias of shape {tuple(bias.shape)} for q {tuple(q.shape)}: the rule is (W, heads, T, S), W a divisor of N"
         )
+    if causal and (bias is not None or q.shape[2] != k.shape[2]):
+        raise SkipwayError(
+            f"causal=True with {q.shape[2]} queries, {k.shape[2]} keys and {'a' if bias is not None else 'no'} bias: "
+            "the rule is as many keys as queries and no bias; put the mask into the bias as -inf"
+        )
     q, k, v, bias = to_autocast(q, k, v, bias)  # type: ignore[assignment]
-    if not enabled() or not q.numel():
-        return attention_reference(q, k, v, bias, False)[0]
-    learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (q, k, v, bias))
-    return AttentionOperator.apply(q, k, v, bias, learns and weights_are_small(q, k, v))[0]
+    if not enabled() or not q.numel() or torch_is_faster(q, k, v, bias, causal):
+        return torch_attention(q, k, v, bias, causal)
+    return operator_attention(q, k, v, bias, causal)
+
+
+def torch_is_faster(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> bool:
+    """Return whether torch's function is to be called; not where nothing can be measured or one way is prescribed."""
+    if restricted() or q.device.type != "cpu" or isinstance(q, FakeTensor) or torch.compiler.is_compiling():
+        return False
+    learns = tuple(torch.is_grad_enabled() and each is not None and each.requires_grad for each in (q, k, v, bias))
+    return attention_passes.select(q, k, v, bias, causal, learns).name == REFERENCE

@@ -33,7 +33,7 @@ def window_operands(qkv: Tensor, position: Tensor, down: int, across: int) -> tu
 def windows_reference(qkv: Tensor, position: Tensor, down: int, across: int) -> Tensor:
     """Roll the map, partition it, attend, put it together, roll it back."""
     q, k, v, bias = window_operands(qkv, position, down, across)
-    out = attention_reference(q, k, v, bias.to(q.dtype), False)[0].transpose(1, 2).flatten(2)
+    out = attention_reference(q, k, v, bias.to(q.dtype), False, False)[0].transpose(1, 2).flatten(2)
     side = math.isqrt(position.shape[1])
     return window_reverse(out.unflatten(0, (len(qkv), -1)), qkv.shape[1] // side, side).roll((down, across), (1, 2))
 
@@ -47,7 +47,7 @@ def windows_backward_reference(
     q, k, v, bias = window_operands(qkv, position, down, across)
     parts = window_partition(gradient.roll((-down, -across), (1, 2)), side).flatten(0, 1)
     dy = parts.unflatten(-1, (heads, -1)).transpose(1, 2)
-    *gradients, to_bias = attention_backward_reference(dy, q, k, v, bias.to(q.dtype), q.new_empty(0))
+    *gradients, to_bias = attention_backward_reference(dy, q, k, v, bias.to(q.dtype), False, q.new_empty(0))
     windows = torch.stack(gradients).permute(1, 3, 0, 2, 4).flatten(2).unflatten(0, (len(qkv), -1))
     return window_reverse(windows, qkv.shape[1] // side, side).roll((down, across), (1, 2)), to_bias.sum(0)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.checkpoint.store import Checkpoints
+from skipway.kernels.dispatch import bfloat16_attention
 from skipway.monitor.health import Health
 from skipway.optim.schedules import lr_factor
 from skipway.recipe import Recipe, ResolvedRecipe
@@ -243,6 +244,12 @@ class Run:
         if self.recipe.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.recipe.precision))
+
+    def kernels(self) -> AbstractContextManager[object]:
+        """The context of both passes, in which our kernel computes attention on a CPU in bfloat16."""
+        if self.device.type != "cpu" or self.recipe.precision != "bfloat16" or self.recipe.compile:
+            return nullcontext()
+        return bfloat16_attention()
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, as the task defines it."""

@@ -43,7 +43,7 @@ def backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     for number, (inputs, targets, labels) in enumerate(parts):
         last = number == len(parts) - 1
         no_sync = getattr(run.network, "no_sync", None)
-        with nullcontext() if last or no_sync is None else no_sync():
+        with nullcontext() if last or no_sync is None else no_sync(), run.kernels():
             with run.autocast():
                 out = run.network(inputs)
             loss = run.loss(out, targets) * (len(inputs) / len(batch.inputs))
