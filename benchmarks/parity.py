@@ -3,8 +3,9 @@
 Claim     the same logits to rounding (1e-5 of the largest), their state dict loaded strictly, no key left over
 Command   python -m benchmarks.parity [PATTERN …] [--library timm] [--largest 350e6] [--json FILE]
 Method    theirs with random weights, every parameter and statistic moved away from its start; ours built from the entry
-          point's name; one random image of the entry point's own size. Above --largest parameters nothing is run: keys
-          and shapes are compared on the meta device. Hugging Face's classes are built small, from a config.
+          point's name; one random image of the entry point's own size, or two texts as long as the context. Above
+          --largest parameters nothing is run: keys and shapes are compared on the meta device. Hugging Face's classes
+          are built small, from a config.
 Result    see docs/log.md, with date and machine; one line per network as it goes, a table at the end, exit status 1
           where one fails
 """
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import skipway as sw
 from benchmarks.peers import difference, import_timm, import_torchvision, import_transformers, randomise_
 from skipway.models import families
 from skipway.weights import match
+from skipway.weights.decoder_config import read_decoder_config
 
 __all__ = ["Entry", "Outcome", "check", "entries", "main", "summary"]
 
@@ -47,6 +50,7 @@ class Entry:
         ours: our name, and the options that make it the same.
         make: builds theirs.
         build: builds ours, with the options of `build`.
+        vocabulary: of a network that takes tokens; None: it takes images.
     """
 
     library: str
@@ -55,6 +59,7 @@ class Entry:
     ours: str
     make: Callable[[], nn.Module]
     build: Callable[..., nn.Module]
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +177,69 @@ def huggingface_entries() -> Iterator[Entry]:
         )
 
 
-ENTRIES = {"timm": timm_entries, "torchvision": torchvision_entries, "huggingface": huggingface_entries}
+DECODER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 65,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "vocab_size": 65,
+    "n_positions": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+DECODERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("GPT2LMHeadModel", GPT2),
+    ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 48, "activation_function": "gelu"}),
+    ("LlamaForCausalLM", DECODER),
+    ("LlamaForCausalLM", {**DECODER, "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": SCALED}),
+    ("LlamaForCausalLM", {**DECODER, "attention_bias": True, "mlp_bias": True}),
+    ("Qwen2ForCausalLM", DECODER),
+    ("Qwen3ForCausalLM", {**DECODER, "head_dim": 16, "tie_word_embeddings": True}),
+    ("Qwen3ForCausalLM", {**DECODER, "head_dim": 16, "attention_bias": True}),
+)
+"""Their class and its config; ours is made of that config."""
+
+
+def decoder_entries() -> Iterator[Entry]:
+    """The decoders of Hugging Face, small."""
+    transformers = import_transformers()
+    for name, options in DECODERS:
+        config = getattr(transformers, name).config_class(**options)
+        own = read_decoder_config(config.to_dict(), name)
+        yield Entry(
+            library="huggingface",
+            family="gpt",
+            name=name,
+            ours="gpt",
+            make=lambda name=name, config=config: getattr(transformers, name)(config),
+            build=lambda own=own, **more: sw.build("gpt", depth=own.blocks, **{**vars(own), **more}),
+            vocabulary=own.vocab,
+        )
+
+
+ENTRIES = {
+    "timm": timm_entries,
+    "torchvision": torchvision_entries,
+    "huggingface": lambda: chain(huggingface_entries(), decoder_entries()),
+}
 
 
 def entries(libraries: list[str], patterns: list[str]) -> Iterator[Entry]:
@@ -214,6 +281,8 @@ def compare_logits(entry: Entry) -> float:
     torch.manual_seed(0)
     theirs = randomise_(entry.make())
     ours = entry.build()
+    if entry.vocabulary is not None:
+        return difference(ours, theirs, entry.library, torch.randint(entry.vocabulary, (2, ours.config.context)))
     return difference(ours, theirs, entry.library, torch.randn(1, 3, *image_size(ours, theirs)))
 
 

@@ -69,11 +69,11 @@ def randomise_(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def difference(ours: nn.Module, theirs: nn.Module, names: str, images: Tensor) -> float:
+def difference(ours: nn.Module, theirs: nn.Module, names: str, inputs: Tensor) -> float:
     """Largest difference of the logits over the largest logit, with their weights loaded strictly into ours."""
     sw.load(ours, theirs.state_dict(), names=names)
     ours.eval()
     theirs.eval()
-    expected = theirs(images)
+    expected = theirs(inputs)
     expected = getattr(expected, "logits", expected)
-    return ((ours(images) - expected).abs().max() / expected.abs().max()).item()
+    return ((ours(inputs) - expected).abs().max() / expected.abs().max()).item()

@@ -37,6 +37,7 @@ from skipway.nn.norm import GlobalResponseNorm, LayerNorm2d
 from skipway.nn.normed_pair import NormedPair, NormedPairExit
 from skipway.nn.residual import Residual
 from skipway.nn.role import BranchFactors, Role
+from skipway.nn.rope import RotaryScaling, parse_rotary_scaling
 from skipway.nn.saturation import DynamicErf, DynamicTanh
 from skipway.nn.sequence import sequence
 from skipway.nn.shortcut import Carry, Cut, Pad, Projection, ScaledShortcut, Shortcut
@@ -111,6 +112,7 @@ __all__ = [
     "ResidualWarmup",
     "Role",
     "RotaryPositions",
+    "RotaryScaling",
     "ScaledActivation",
     "ScaledShortcut",
     "ScaledStandardConv2d",
@@ -134,6 +136,7 @@ __all__ = [
     "Zeros",
     "decoding",
     "find_warmups",
+    "parse_rotary_scaling",
     "sequence",
     "set_step",
     "sinkhorn",

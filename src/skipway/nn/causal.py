@@ -14,6 +14,7 @@ from skipway.nn.branch import Branch
 from skipway.nn.kit import Kit
 from skipway.nn.maps import LinearMap
 from skipway.nn.placement import Placement
+from skipway.nn.rope import RotaryScaling, parse_rotary_scaling
 from skipway.nn.sequence import sequence
 
 __all__ = ["CausalAttention", "DecodingState", "GatedMlp", "RotaryPositions", "decoding"]
@@ -105,6 +106,7 @@ class RotaryPositions(nn.Module):
     Args:
         dim: d, channels of a head, even.
         theta: θ.
+        scaling: makes other frequencies of θ^(-2i/d), for longer contexts.
 
     Shapes: (N, heads, T, d) → (N, heads, T, d).
 
@@ -116,23 +118,24 @@ class RotaryPositions(nn.Module):
     (True, True)
     """
 
-    def __init__(self, dim: int, theta: float = 10000.0) -> None:
+    def __init__(self, dim: int, theta: float = 10000.0, scaling: RotaryScaling | str | None = None) -> None:
         super().__init__()
         if dim % 2:
             raise SkipwayError(f"rotary positions of {dim} channels: the rule is an even number of channels in a head")
-        self.dim, self.theta = dim, theta
+        self.dim, self.theta, self.scaling = dim, theta, parse_rotary_scaling(scaling)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """The tokens of x turned as those at positions start, start + 1, …."""
         half = torch.arange(0, self.dim, 2, device=x.device, dtype=torch.float32)
         position = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
-        angles = position[:, None] * self.theta ** (-half / self.dim)
+        frequency = 1.0 / self.theta ** (half / self.dim)  # in this order the bits of transformers
+        angles = position[:, None] * (frequency if self.scaling is None else self.scaling(frequency))
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, theta={self.theta:g}"
+        return f"{self.dim}, theta={self.theta:g}" + ("" if self.scaling is None else f", scaling={self.scaling}")
 
 
 class CausalAttention(Branch):

@@ -1,6 +1,6 @@
 """Weights of Skipway and of other libraries: declarative key maps, used in both directions, strict."""
 
-from skipway.weights import cait, convnext, resnet, swin, vit
+from skipway.weights import cait, convnext, gpt, resnet, swin, vit
 from skipway.weights.export import export_names
 from skipway.weights.files import read_weights
 from skipway.weights.keymap import Convert, KeyMap, KeyRule, module_rule
@@ -16,6 +16,7 @@ __all__ = [
     "cait",
     "convnext",
     "export_names",
+    "gpt",
     "load",
     "load_state",
     "match",

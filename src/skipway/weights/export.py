@@ -29,9 +29,8 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
         if found is None:
             raise CheckpointError(f"{names} has no name for {ours!r}, so this model cannot be exported to it")
         row, theirs = found
-        tensor = tensor if row.convert is None else row.convert.to_theirs(tensor)
-        out.update(zip(theirs, tensor.chunk(len(theirs)) if len(theirs) > 1 else (tensor,), strict=True))
-    return out
+        out.update(zip(theirs, row.divide(tensor, model), strict=True))
+    return out | {copy: out[first] for copy, first in keymap.copies.items() if first in out}
 
 
 def refuse_constants(model: nn.Module, names: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Convert", "KeyMap", "KeyRule", "module_rule", "with_base_names"]
 
@@ -33,6 +33,8 @@ class KeyRule:
         ours: template of our key.
         theirs: their template, or several.
         convert: what else has to be done to the tensor.
+        shares: of a model, how many parts of ours each of several of theirs takes (4 queries : 1 key : 1 value); equal
+            ones by default.
 
     >>> row = KeyRule("stages.{i}.{j}.branch.conv{k}.{leaf}", "layer{i+1}.{j}.conv{k}.{leaf}")
     >>> row.to_theirs("stages.0.2.branch.conv1.weight")
@@ -46,6 +48,7 @@ class KeyRule:
     ours: str
     theirs: str | tuple[str, ...]
     convert: Convert | None = None
+    shares: Callable[[Any], tuple[int, ...]] | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -61,6 +64,12 @@ class KeyRule:
         """Our name for their key, or None if the row does not match it."""
         return next((name for t in self.sources if (name := translate_key(t, self.ours, key)) is not None), None)
 
+    def divide(self, tensor: Tensor, model: nn.Module) -> tuple[Tensor, ...]:
+        """Our tensor as theirs."""
+        tensor = tensor if self.convert is None else self.convert.to_theirs(tensor)
+        shares = (1,) * len(self.sources) if self.shares is None else self.shares(model)
+        return tensor.split([len(tensor) * share // sum(shares) for share in shares]) if len(shares) > 1 else (tensor,)
+
 
 @dataclass(frozen=True)
 class KeyMap:
@@ -72,12 +81,15 @@ class KeyMap:
         rules: the rows.
         ignored: regular expressions of their keys that need not be loaded (tables computed at construction).
         unused: regular expressions of their keys for which ours has no use; they are left out and named (a pooler).
+        copies: their key that stands for the same parameter as another of theirs → that one, such as a tied head's. It
+            may be absent, stand alone, or stand there with equal values.
     """
 
     library: str
     rules: tuple[KeyRule, ...]
     ignored: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, key: str, present: Container[str] = ()) -> tuple[KeyRule, tuple[str, ...]] | None:
         """The row that matches our key, and their names for it: those that are present, else those of the first row."""
@@ -88,7 +100,17 @@ class KeyMap:
     def names(self, key: str) -> Iterator[str]:
         """All their names for our key, of every row that matches it."""
         for row in self.rules:
-            yield from row.to_theirs(key) or ()
+            for name in row.to_theirs(key) or ():
+                yield name
+                yield from (copy for copy, first in self.copies.items() if first == name)
+
+    def without_copies(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict whose copies are left out where they equal the first, and take its name where it is absent."""
+        state = dict(state)
+        for copy, first in self.copies.items():
+            if copy in state and (first not in state or equal_tensors(state[copy], state[first])):
+                state[first] = state.pop(copy)
+        return state
 
     def to_ours(self, key: str) -> str | None:
         """Our name for their key, or None if no row matches it."""
@@ -113,14 +135,24 @@ class KeyMap:
         return sum(any(row.to_ours(key) is not None for key in keys) for row in self.rules) / len(self.rules)
 
 
-def module_rule(ours: str, *theirs: str, convert: Convert | None = None) -> KeyRule:
+def equal_tensors(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values, or are without values (meta)."""
+    return one.shape == other.shape and (one.is_meta or other.is_meta or bool((one == other).all()))
+
+
+def module_rule(
+    ours: str,
+    *theirs: str,
+    convert: Convert | None = None,
+    shares: Callable[[Any], tuple[int, ...]] | None = None,
+) -> KeyRule:
     """A row for all parameters of a module.
 
     >>> module_rule("head.classifier", "fc").to_theirs("head.classifier.bias")
     ('fc.bias',)
     """
     names = tuple(f"{name}.{{leaf}}" for name in theirs)
-    return KeyRule(f"{ours}.{{leaf}}", names[0] if len(names) == 1 else names, convert)
+    return KeyRule(f"{ours}.{{leaf}}", names[0] if len(names) == 1 else names, convert, shares)
 
 
 def with_base_names(root: str, rules: tuple[KeyRule, ...]) -> tuple[KeyRule, ...]:

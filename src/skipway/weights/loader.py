@@ -21,6 +21,7 @@ from skipway.weights.files import read_weights
 from skipway.weights.forms import describe_forms
 from skipway.weights.keymap import KeyMap
 from skipway.weights.prefixes import strip_prefixes
+from skipway.weights.stored_config import refuse_other_config
 from skipway.weights.tables import find_keymap, guess_architecture, known_libraries
 
 __all__ = ["LoadReport", "Source", "load", "load_state", "match", "read_source"]
@@ -197,6 +198,8 @@ def load(
             f"source={type(source).__name__}: the rule is a path, the name of a repository, or a state dict{hint}"
         )
     network = build(model) if isinstance(model, str) else model
+    if not isinstance(source, Mapping):
+        refuse_other_config(network, source, names)
     load_state(network, read_source(source, entry, remark), names=names, adapt=adapt, remark=remark)
     return network
 
@@ -298,6 +301,7 @@ def match(
     keymap, made = find_keymap(model, names), read_choices(adapt)
     own = model.state_dict()
     state, remarks = strip_prefixes(state, {name for ours in own for name in keymap.names(ours)})
+    state = keymap.without_copies(state)
     report, misshapen, taken = LoadReport(remarks=remarks), {}, set()
     for ours, tensor in own.items():
         theirs, found = fetch_tensor(keymap, ours, state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,10 +10,15 @@ from torch import nn
 from skipway.errors import CheckpointError, spell, suggest
 from skipway.weights.keymap import KeyMap, KeyRule
 
-__all__ = ["find_keymap", "guess_architecture", "known_libraries", "register_keymap"]
+__all__ = [
+    *("find_config_check", "find_keymap", "guess_architecture", "known_libraries"),
+    *("register_config", "register_keymap", "register_misfit"),
+]
 
 OWN = KeyMap("skipway", (KeyRule("{leaf}", "{leaf}"),))
 TABLES: dict[type[nn.Module], list[tuple[KeyMap, Callable[[Any], bool]]]] = {}
+MISFITS: dict[tuple[type[nn.Module], str], Callable[[Any], str | None]] = {}
+CONFIGS: dict[tuple[type[nn.Module], str], Callable[[Any, Mapping[str, Any]], list[str]]] = {}
 
 
 def register_keymap(kind: type[nn.Module], keymap: KeyMap, *, when: Callable[[Any], bool] = lambda model: True) -> None:
@@ -27,12 +32,36 @@ def register_keymap(kind: type[nn.Module], keymap: KeyMap, *, when: Callable[[An
     TABLES.setdefault(kind, []).append((keymap, when))
 
 
+def register_misfit(kind: type[nn.Module], library: str, misfit: Callable[[Any], str | None]) -> None:
+    """Register what tells why no class of a library computes what a model of a type does; None: one does."""
+    MISFITS[kind, library] = misfit
+
+
+def register_config(
+    kind: type[nn.Module], library: str, differences: Callable[[Any, Mapping[str, Any]], list[str]]
+) -> None:
+    """Register what tells how a model of a type differs from the one that a library's `config.json` describes."""
+    CONFIGS[kind, library] = differences
+
+
+def find_config_check(model: nn.Module, library: str) -> Callable[[Any, Mapping[str, Any]], list[str]] | None:
+    """What tells how a model differs from the one that a library's `config.json` describes; None: nothing does."""
+    rows = (each for (kind, name), each in CONFIGS.items() if name == library and isinstance(model, kind))
+    return next(rows, None)
+
+
 def known_keymaps(model: nn.Module) -> dict[str, KeyMap]:
     """The key maps for a model by library."""
     known = {OWN.library: OWN}
     for kind in reversed(type(model).__mro__):
         known |= {keymap.library: keymap for keymap, when in TABLES.get(kind, ()) if when(model)}
-    return known
+    return {library: keymap for library, keymap in known.items() if find_misfit(model, library) is None}
+
+
+def find_misfit(model: nn.Module, library: str) -> str | None:
+    """Why no class of a library computes what a model does; None: one does, or it is not known."""
+    misfits = (misfit(model) for (kind, each), misfit in MISFITS.items() if each == library and isinstance(model, kind))
+    return next(filter(None, misfits), None)
 
 
 def known_libraries(model: nn.Module) -> list[str]:
@@ -43,6 +72,9 @@ def known_libraries(model: nn.Module) -> list[str]:
 def find_keymap(model: nn.Module, library: str) -> KeyMap:
     """The key map for a model and a library."""
     known = known_keymaps(model)
+    reason = find_misfit(model, library)
+    if reason is not None:
+        raise CheckpointError(f"{spell('names', library)} for this {type(model).__name__}: {reason}")
     if library not in known:
         raise CheckpointError(
             f"{spell('names', library)} for a {type(model).__name__}: {suggest('set of names', library, known)}"

@@ -7,13 +7,14 @@ from typing import Literal, get_args
 
 from skipway.errors import SkipwayError
 from skipway.models.transformer import Norm
+from skipway.nn import RotaryScaling, parse_rotary_scaling
 from skipway.schemes import Identity, Scheme
 from skipway.validation import check_choice, check_positive_int
 
 __all__ = ["GPTConfig"]
 
 Act = Literal["gelu", "tanhgelu", "silu", "relu"]
-Bias = Literal["all", "qkv", "none"]
+Bias = Literal["all", "attention", "qkv", "none"]
 Position = Literal["learned", "rotary", "none"]
 
 
@@ -33,9 +34,12 @@ class GPTConfig:
         head_norm: normalise queries and keys per head (Qwen3).
         position: "learned" table (GPT-2), "rotary" (Su et al. 2021) or "none".
         theta: base of rotary positions.
+        rotary_scaling: of their frequencies, for longer contexts, "llama3(factor=32, low=1, high=4, original=8192)" for
+            example, or "linear(factor=4)".
         act: activation of the MLP; "tanhgelu" is GELU's approximation by a tanh (GPT-2).
         gated: gated MLP (SwiGLU with "silu").
-        bias: "all" maps and norms have one, those of queries, keys and values ("qkv", Qwen2), or "none".
+        bias: "all" maps and norms have one, the maps of "attention", those of queries, keys and values ("qkv", Qwen2),
+            or "none".
         tied: the classifier is the table of tokens.
         epsilon: of the norms.
         vocab: tokens that are told apart.
@@ -57,6 +61,7 @@ class GPTConfig:
     head_norm: bool = False
     position: Position = "learned"
     theta: float = 10000.0
+    rotary_scaling: RotaryScaling | str | None = None
     act: Act = "tanhgelu"
     gated: bool = False
     bias: Bias = "all"
@@ -83,6 +88,10 @@ class GPTConfig:
             raise SkipwayError(f"head_dim={width}, position='rotary': the rule is an even number of channels in a head")
         if not self.theta > 0:
             raise SkipwayError(f"theta={self.theta}: the rule is theta > 0")
+        object.__setattr__(self, "rotary_scaling", parse_rotary_scaling(self.rotary_scaling))
+        if self.rotary_scaling is not None and self.position != "rotary":
+            text = f"rotary_scaling='{self.rotary_scaling}', position={self.position!r}"
+            raise SkipwayError(f"{text}: the rule is position='rotary'")
         for name, kind in (("norm", Norm), ("act", Act), ("bias", Bias), ("position", Position)):
             check_choice(name, getattr(self, name), get_args(kind))
 

@@ -92,6 +92,9 @@ def gpt_kit(config: GPTConfig) -> Kit:
 
 def gpt_attention(config: GPTConfig, *, kit: Kit, placement: Placement) -> CausalAttention:
     """The attention branch; the norm of queries and keys is the family's, whatever the scheme does to the stream's."""
+    if config.bias == "attention":
+        kit = replace(kit, linear=partial(kit.linear, bias=True))
+    rotary = partial(RotaryPositions, theta=config.theta, scaling=config.rotary_scaling)
     return CausalAttention(
         config.dim,
         config.heads,
@@ -100,7 +103,7 @@ def gpt_attention(config: GPTConfig, *, kit: Kit, placement: Placement) -> Causa
         groups=config.groups,
         head_dim=config.head_dim,
         head_norm=gpt_kit(config).norm if config.head_norm else None,
-        rotary=partial(RotaryPositions, theta=config.theta) if config.position == "rotary" else None,
+        rotary=rotary if config.position == "rotary" else None,
         bias=config.bias != "none",
     )
 

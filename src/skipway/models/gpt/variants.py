@@ -9,6 +9,7 @@ from skipway.errors import SkipwayError
 from skipway.models.family import FAMILIES, Family, Variant
 from skipway.models.gpt.config import GPTConfig
 from skipway.models.gpt.network import GPT
+from skipway.nn import parse_rotary_scaling
 from skipway.schemes import parse_scheme
 
 __all__ = ["SIZES", "gpt_config"]
@@ -45,6 +46,12 @@ SIZES: dict[str, tuple[GPTConfig, int, str]] = {
     "gpt2-medium": (replace(GPT2, dim=1024, blocks=24, heads=16), 354_823_168, "GPT-2, 50,257 tokens"),
     "gpt2-large": (replace(GPT2, dim=1280, blocks=36, heads=20), 774_030_080, "GPT-2, 50,257 tokens"),
     "gpt2-xl": (replace(GPT2, dim=1600, blocks=48, heads=25), 1_557_611_200, "GPT-2, 50,257 tokens"),
+    # the config of Llama 3.2, whose frequencies are scaled for 131,072 tokens
+    "llama3.2-1b": (
+        replace(LLAMA, theta=5e5, rotary_scaling=parse_rotary_scaling("llama3(32.0, 1.0, 4.0, 8192)"), context=131072),
+        1_235_814_400,
+        "Llama 3.2, 128,256 tokens",
+    ),
     # model cards of SmolLM2 (a Llama) and Qwen3
     "smollm2-135m": (
         replace(LLAMA, dim=576, blocks=30, heads=9, groups=3, hidden=1536, theta=1e5, vocab=49152),
