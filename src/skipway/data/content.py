@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-__all__ = ["HEAD_BYTES", "content_fault", "describe_content", "image_format", "readable_formats"]
+__all__ = ["HEAD_BYTES", "MARKUP", "OTHERS", "content_fault", "describe_content", "image_format", "readable_formats"]
 
 # tar has its signature at byte 257, DICOM at 128
 HEAD_BYTES = 512

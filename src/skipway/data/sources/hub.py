@@ -20,7 +20,7 @@ from skipway.data.sources.readers import TableStore
 from skipway.data.sources.splits import SPLITS, Split, split_of
 from skipway.errors import DataError, MissingExtraError, first_line, printable
 
-__all__ = ["HUB_PREFIX", "index_dataset", "is_saved_dataset"]
+__all__ = ["HUB_PREFIX", "index_dataset", "is_saved_dataset", "load_tables"]
 
 HUB_PREFIX = "hf:"
 
@@ -46,20 +46,8 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
         DataError: it cannot be read, has no such columns, or fewer than two classes.
         MissingExtraError: the library `datasets` is not installed.
     """
-    try:
-        datasets: Any = import_module("datasets")
-    except ImportError as error:
-        raise MissingExtraError("datasets", "datasets", "a Hugging Face data set") from error
-    fetched = isinstance(source, str) and source.startswith(HUB_PREFIX)
-    where = printable(str(source))
-    try:
-        if fetched:
-            loaded: Any = datasets.load_dataset(*str(source)[len(HUB_PREFIX) :].split(":", 1))
-        else:
-            loaded = datasets.load_from_disk(str(source))
-    except Exception as error:  # of many libraries: network, file system, Arrow, JSON
-        raise DataError(f"{where} cannot be read as a data set: {first_line(error, 200)}") from error
-    splits = {str(split): table for split, table in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
+    splits, datasets = load_tables(source)
+    fetched, where = str(source).startswith(HUB_PREFIX), printable(str(source))
     image, label = choose_columns(splits, columns, where, datasets)
     tables: dict[str, Any] = {}
     by_split: dict[Split, FilesByClass] = {}
@@ -109,6 +97,32 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
         unused=tuple(unused),
         remarks=tuple(remarks),
     )
+
+
+def load_tables(source: Path | str) -> tuple[dict[str, Any], Any]:
+    """Load a data set: its tables by the names of their splits, and the library.
+
+    Args:
+        source: a folder that `save_to_disk` wrote, or "hf:NAME" or "hf:NAME:CONFIGURATION" to download. Code of a data
+            set is never run.
+
+    Raises:
+        DataError: it cannot be read.
+        MissingExtraError: the library `datasets` is not installed.
+    """
+    try:
+        datasets: Any = import_module("datasets")
+    except ImportError as error:
+        raise MissingExtraError("datasets", "datasets", "a Hugging Face data set") from error
+    try:
+        if str(source).startswith(HUB_PREFIX):
+            loaded: Any = datasets.load_dataset(*str(source)[len(HUB_PREFIX) :].split(":", 1))
+        else:
+            loaded = datasets.load_from_disk(str(source))
+    except Exception as error:  # of many libraries: network, file system, Arrow, JSON
+        raise DataError(f"{printable(str(source))} cannot be read as a data set: {first_line(error, 200)}") from error
+    splits = {str(split): table for split, table in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
+    return splits, datasets
 
 
 def choose_columns(splits: dict[str, Any], columns: Sequence[str], where: str, datasets: Any) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from skipway.data.content import content_fault
 from skipway.errors import counted, printable
 
 __all__ = ["SUFFIXES", "LeftOut", "SourceFolder", "scan_folder"]
@@ -174,8 +175,6 @@ def has_image_suffix(entry: os.DirEntry[str]) -> bool:
 
 def image_fault(entry: os.DirEntry[str]) -> str:
     """What a file is that is no image by its suffix or its first bytes, else ""."""
-    from skipway.data.content import content_fault
-
     if has_image_suffix(entry):
         return ""
     with open(entry.path, "rb") as file:

@@ -10,12 +10,15 @@ from skipway.data.text.choices import TextChoices
 from skipway.data.text.loader import load_text
 from skipway.data.text.text_data import TextData
 from skipway.data.text.token_split import IGNORED, TokenSplit
-from skipway.data.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
+from skipway.data.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from skipway.data.text.tokenizer_choice import tokenizer_from_json
+from skipway.data.text.tokenizer_file import FileTokenizer
 
 __all__ = [
     "IGNORED",
     "ByteTokenizer",
     "CharTokenizer",
+    "FileTokenizer",
     "TextChoices",
     "TextData",
     "TokenSplit",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from skipway.data.content import HEAD_BYTES, MARKUP, OTHERS, image_format
 from skipway.data.sources.tables import BYTE_ORDER_MARKS
 from skipway.errors import counted, printable
 
@@ -13,7 +14,7 @@ __all__ = ["NotText", "Notes", "decode_text_file"]
 HEAD = 4096
 # share of control characters from which a file is no text, as in lists
 MOST_CONTROLS = 1 / 50
-# bytes of C0 that occur in texts: tab, line feed, vertical tab, form feed, carriage return, escape
+# characters of C0 that occur in texts: tab, line feed, vertical tab, form feed, carriage return, escape
 TEXT_CONTROLS = b"\t\n\x0b\x0c\r\x1b"
 CONTROLS = bytes(sorted(set(range(32)) - set(TEXT_CONTROLS)))
 
@@ -27,9 +28,9 @@ class Notes:
     """What was noted about documents while they were read: how many of them, and the first, by what.
 
     >>> notes = Notes()
-    >>> notes.add("line ends are CRLF, read as \\\\n", ["a.txt"])
+    >>> notes.add("read as UTF-16", "a.txt")
     >>> notes.sentences()
-    ["line ends are CRLF, read as \\\\n: 'a.txt'"]
+    ["read as UTF-16: 'a.txt'"]
     """
 
     first: dict[str, str] = field(default_factory=dict)
@@ -56,35 +57,69 @@ def decode_text_file(content: bytes, name: str, notes: Notes, encoding: str | No
     Windows-1252, but for a text that is UTF-8 with some damage, where they become U+FFFD. All but plain UTF-8 is noted.
 
     Raises:
-        NotText: it is binary.
+        NotText: it is binary, or not in that encoding.
 
     >>> decode_text_file("naïve".encode("utf-16"), "a.txt", notes := Notes())
     'naïve'
     >>> notes.sentences()
     ["read as UTF-16: 'a.txt'"]
     """
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS if content.startswith(mark)), "") or wide(content)
-    if encoding == "utf-8-sig":
-        notes.add("a byte order mark is left out", name)
-    elif encoding:
-        notes.add(f"read as {re.sub('-[LB]E$', '', encoding.upper())}", name)
-    try:
-        text = content.decode(encoding or "utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        if encoding not in ("", "utf-8-sig"):
-            raise NotText(f"damaged {encoding.upper()}") from error
-        check_controls(content)
-        text = decode_damaged(content, name, notes)
-    if encoding.startswith(("utf-16", "utf-32")):
-        check_controls(text.encode("utf-8", "replace"))
-    else:
-        check_controls(content)
+    check_signature(content)
+    text = decode_bytes(content, name, notes, encoding)
+    check_controls(text.encode("utf-8", "replace"))
     if "\0" in text:
         notes.add("NUL characters are kept", name)
     if "\r" in text:
         notes.add(r"line ends with \r, read as \n", name)
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+    start = text[:HEAD].lstrip().encode("utf-8", "replace")
+    for pattern, markup in (*MARKUP, (rb"\{\\rtf", "RTF")):
+        if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            notes.add(f"the markup of {markup.removeprefix('an ')} is read as text", name)
+            break
     return text
+
+
+def check_signature(content: bytes) -> None:
+    """Check that a file does not begin as one of another kind.
+
+    Raises:
+        NotText: it does.
+    """
+    head = content[:HEAD_BYTES]
+    for pattern, what in OTHERS:
+        if re.match(pattern, head, re.DOTALL):
+            raise NotText(re.split("[,:]", what.removeprefix("not an image but "))[0])
+
+
+def decode_bytes(content: bytes, name: str, notes: Notes, encoding: str | None) -> str:
+    """Decode bytes in an encoding, or in the one that they look like; a byte order mark is left out.
+
+    Raises:
+        NotText: they are damaged.
+    """
+    if encoding is None:
+        mark = next((each for mark, each in BYTE_ORDER_MARKS if content.startswith(mark)), "")
+        encoding = mark or wide(content)
+        if mark == "utf-8-sig":
+            notes.add("a byte order mark is left out", name)
+        elif encoding:
+            notes.add(f"read as {re.sub('-[LB]E$', '', encoding.upper())}", name)
+    try:
+        return content.decode(encoding or "utf-8").removeprefix("\ufeff")
+    except (UnicodeError, ValueError) as error:
+        if encoding not in ("", "utf-8-sig"):
+            raise NotText(f"damaged, or not {encoding.upper()}") from error
+    check_controls(content)
+    text = content.decode("utf-8", "replace")
+    if sum(map(len, re.findall(r"[^\x00-\x7f\ufffd]+", text))) >= text.count("\ufffd"):
+        notes.add("UTF-8 with damaged characters, read as U+FFFD", name)
+        return text.removeprefix("\ufeff")
+    notes.add("read as Windows-1252, since it is no UTF-8; an encoding can be named", name)
+    try:
+        return content.decode("cp1252")
+    except UnicodeDecodeError:  # five bytes have no letter there
+        return content.decode("latin-1")
 
 
 def wide(content: bytes) -> str:
@@ -99,29 +134,12 @@ def wide(content: bytes) -> str:
 
 
 def check_controls(content: bytes) -> None:
-    """Check that a file is text.
+    """Check that bytes are text, in their beginning and as a whole.
 
     Raises:
-        NotText: too many of its bytes are control characters.
+        NotText: too many of them are control characters.
     """
-    head = content[:HEAD]
-    if len(head) - len(head.translate(None, CONTROLS)) > len(head) * MOST_CONTROLS:
-        from skipway.data.content import describe_content
-
-        what = describe_content(content).removeprefix("not an image but ")
-        raise NotText("a binary file" if what.startswith("not an image") else what)
-
-
-def decode_damaged(content: bytes, name: str, notes: Notes) -> str:
-    """Decode bytes that are no UTF-8: as UTF-8 with damage, if most of what is beyond ASCII is UTF-8."""
-    text = content.decode("utf-8", "replace")
-    lost = text.count("\ufffd")
-    beyond = sum(map(len, re.findall(r"[^\x00-\x7f\ufffd]+", text)))
-    if beyond > lost:
-        notes.add("UTF-8 with damaged characters, read as U+FFFD", name)
-        return text
-    try:
-        notes.add("read as Windows-1252, since it is no UTF-8", name)
-        return content.decode("cp1252")
-    except UnicodeDecodeError:  # five bytes have no letter there
-        return content.decode("latin-1")
+    for part in (content[:HEAD], content):
+        if len(part) - len(part.translate(None, CONTROLS)) > len(part) * MOST_CONTROLS:
+            form = image_format(content)
+            raise NotText(f"a {form} image" if form else "a binary file, or in an encoding that has to be named")

@@ -38,6 +38,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (is_whole, "a whole number"),
     "split_by": (lambda value: value in ("auto", "documents", "parts"), "auto, documents or parts"),
     "sampling": (lambda value: value in SAMPLERS, " or ".join(SAMPLERS)),
+    "column": (lambda value: value is None or (isinstance(value, str) and value != ""), "a name, or None"),
+    "separator": (lambda value: value is None or (isinstance(value, str) and value != ""), "a token, or None"),
+    "cache": (lambda value: value is None or isinstance(value, bool | Path), "True, False, a path or None"),
     "divider": (lambda value: value is None or (isinstance(value, str) and value != ""), "a text, or None"),
     "encoding": (lambda value: value is None or is_encoding(value), "the name of an encoding such as latin-1, or None"),
     "outside": (lambda value: isinstance(value, bool), "True or False"),
@@ -49,7 +52,8 @@ class TextChoices:
     """The source of the text, and how it is tokenised, split and sampled.
 
     Args:
-        source: a text file, also compressed; a folder of them, also with `train`, `val` and `test` in it; None: the
+        source: a text file, also compressed; a table in JSON lines, CSV, TSV or Parquet; a folder of such files, also
+            with `train`, `val` and `test` in it; a folder that `datasets` saved, or "hf:NAME" to fetch; None: the
             standard library of this Python.
         tokenizer: "bytes"; "chars", the characters of the training text; the path of a `tokenizer.json`; or a
             `Tokenizer`, such as the one that trained weights came with.
@@ -59,6 +63,10 @@ class TextChoices:
         seed: chooses the documents that are held out, and the windows of every step.
         split_by: hold out whole documents ("documents") or the end of each ("parts"); see `partition`.
         sampling: "packed": every target once an epoch; "random": windows anywhere, as nanoGPT.
+        column: of a table, that holds the text; None: the one with a usual name, else with the longest texts.
+        separator: the token between documents of a tokenizer in a file; None: a special token with a usual name.
+        cache: True: keep the tokens in the user cache folder of the platform or `$SKIPWAY_CACHE`, and map them; a path:
+            in that folder. None: from 64 MB of text on, or 2 MB with a tokenizer in a file. False: in memory.
         divider: the text between two documents of a file, such as "<|endoftext|>"; None: a file is one document.
         encoding: of the files; None: by content.
         outside: follow links that lead out of the source's folder.
@@ -79,6 +87,9 @@ class TextChoices:
     seed: int = 0
     split_by: SplitBy = "auto"
     sampling: Literal["packed", "random"] = "packed"
+    column: str | None = None
+    separator: str | None = None
+    cache: bool | Path | None = None
     divider: str | None = None
     encoding: str | None = None
     outside: bool = False

@@ -1,4 +1,4 @@
-"""Sources of documents: files and folders of text, and Python's own standard library."""
+"""Sources of documents: files of text and of tables, and Python's own standard library."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import platform
 import sys
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, final
 
 from skipway.data.sources.splits import Split
 from skipway.data.text.charset import Notes, NotText, decode_text_file
 from skipway.data.text.compression import decompress, plain_name
+from skipway.data.text.rows import ROW_READERS, RowReader, TextColumn
 from skipway.errors import DataError, printable
 
 __all__ = ["Document", "FileSource", "TextSource", "standard_library"]
 
-# folders in the standard library that hold no part of it, or tests, which not every installation has
-NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__", "idle_test"})
+# folders in the standard library that hold no part of it, tests, which not every installation has, or tables of letters
+NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__", "idle_test", "encodings"})
 
 
 class Document(NamedTuple):
@@ -58,9 +59,6 @@ class TextFile(NamedTuple):
     split: Split | None
 
 
-RowReader = Callable[[bytes, str], Iterator[str]]
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class FileSource(TextSource):
@@ -71,20 +69,21 @@ class FileSource(TextSource):
         files: paths below it, with their splits.
         divider: the text between two documents of a file; None: a file is one document.
         encoding: of the files; None: by content.
-        tables: suffix → reader of the texts in the rows of a table.
+        column: of tables, that holds the text.
     """
 
     root: Path
     files: tuple[TextFile, ...]
     divider: str | None = None
     encoding: str | None = None
-    tables: dict[str, RowReader] | None = None
+    column: TextColumn = field(default_factory=TextColumn)
 
     def documents(self, notes: Notes) -> Iterator[Document]:
         for file in self.files:
+            several = self.divider is not None or self.reader_of(file) is not None
             try:
                 for number, text in enumerate(self.texts(file, notes)):
-                    name = file.path if number == 0 and self.divider is None else f"{file.path}#{number + 1}"
+                    name = f"{file.path}#{number + 1}" if several else file.path
                     if text.strip():
                         yield Document(name, text, file.split)
                     else:
@@ -98,12 +97,16 @@ class FileSource(TextSource):
                     raise DataError(f"{printable(self.root / file.path)} cannot be read: {error.strerror}") from error
                 notes.add(f"left out, since it cannot be read ({(error.strerror or '').lower()})", file.path)
 
+    def reader_of(self, file: TextFile) -> RowReader | None:
+        """What reads the rows of a file; None: it is no table."""
+        return ROW_READERS.get(PurePosixPath(plain_name(file.path)).suffix.lower())
+
     def texts(self, file: TextFile, notes: Notes) -> Iterator[str]:
         """The texts in a file."""
         content = decompress((self.root / file.path).read_bytes())
-        reader = (self.tables or {}).get(PurePosixPath(plain_name(file.path)).suffix.lower())
+        reader = self.reader_of(file)
         if reader is not None:
-            yield from reader(content, file.path)
+            yield from reader(content, file.path, self.column, notes)
             return
         text = decode_text_file(content, file.path, notes, self.encoding)
         yield from [text] if self.divider is None else text.split(self.divider)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
 from skipway.data.randomness import draw_key
@@ -20,12 +21,15 @@ LEAST_SHARE, MOST_SHARE = 0.5, 1.5
 
 
 class DocumentInfo(NamedTuple):
-    """What is known of a document after it was read once: digest of its text, bytes in UTF-8, and its own split."""
+    """What is known of a document after it was read once: digest of its text, bytes in UTF-8, its own split, and the
+    digest that stands for it and its near copies.
+    """
 
     name: str
     digest: str
     bytes: int
     split: Split | None
+    group: str
 
 
 class Partition(NamedTuple):
@@ -92,12 +96,15 @@ def partition(
     # what the source calls training text is split further where other splits are missing
     free = [each for each in documents if each.split in (None, "train")]
     if by != "parts":
-        chosen, short = choose_documents(free, shares, seed)
-        if not short:
-            splits = (
-                chosen.get(each.digest, "train") if each.split in (None, "train") else each.split for each in documents
-            )
-            return Partition(tuple(splits), 0.0, 0.0)
+        # near copies part only where they are too many to stay together
+        for unit in (attrgetter("group"), attrgetter("digest")):
+            chosen, short = choose_documents(free, unit, shares, seed)
+            if not short:
+                splits = (
+                    chosen.get(unit(each), "train") if each.split in (None, "train") else each.split
+                    for each in documents
+                )
+                return Partition(tuple(splits), 0.0, 0.0)
         if by == "documents":
             raise DataError(
                 f"{spell('split_by', by)}: {counted(len(free), 'document')} of such sizes cannot give a {short} split "
@@ -109,30 +116,22 @@ def partition(
 
 
 def choose_documents(
-    documents: Sequence[DocumentInfo], shares: Mapping[str, float], seed: int
+    documents: Sequence[DocumentInfo], unit: Callable[[DocumentInfo], str], shares: Mapping[str, float], seed: int
 ) -> tuple[dict[str, Split], str]:
-    """The splits that documents are held out for, by digest, and a split that gets less than it should, or ""."""
+    """The splits that units of documents are held out for, and a split that gets less than it should, or ""."""
     chosen: dict[str, Split] = {}
     short = ""
     for split in HELD_OUT:
-        rest = [each for each in documents if each.digest not in chosen]
-        wanted = shares[split] * sum(each.bytes for each in rest)
-        taken = take_documents(rest, wanted, seed, f"{split} text")
-        chosen.update(dict.fromkeys(taken, split))
-        if sum(each.bytes for each in rest if each.digest in taken) < LEAST_SHARE * wanted:
+        size = Counter[str]()
+        for each in documents:
+            if unit(each) not in chosen:
+                size[unit(each)] += each.bytes
+        wanted, held, left = shares[split] * sum(size.values()), 0, len(size)
+        for name in sorted(size, key=lambda name: (draw_key(seed, f"{split} text", name), name)):
+            if left > 1 and held < wanted and held + size[name] <= MOST_SHARE * wanted:
+                chosen[name] = split
+                held += size[name]
+                left -= 1
+        if held < LEAST_SHARE * wanted:
             short = short or split
     return chosen, short
-
-
-def take_documents(documents: Sequence[DocumentInfo], wanted: float, seed: int, purpose: str) -> set[str]:
-    """The digests of documents with about `wanted` bytes of text, in an order by seed and digest; not of all."""
-    size = Counter[str]()
-    for each in documents:
-        size[each.digest] += each.bytes
-    taken: set[str] = set()
-    held = 0
-    for digest in sorted(size, key=lambda digest: (draw_key(seed, purpose, digest), digest)):
-        if held < wanted and len(taken) + 1 < len(size) and held + size[digest] <= MOST_SHARE * wanted:
-            taken.add(digest)
-            held += size[digest]
-    return taken

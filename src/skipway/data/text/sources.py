@@ -2,61 +2,92 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from skipway.data.sources.hub import HUB_PREFIX, is_saved_dataset
 from skipway.data.sources.scan import LeftOut, scan_folder
 from skipway.data.sources.splits import Split, split_of
+from skipway.data.text.choices import TextChoices
 from skipway.data.text.compression import plain_name
 from skipway.data.text.documents import FileSource, TextFile, TextSource, standard_library
-from skipway.errors import DataError, printable
+from skipway.data.text.hub_tables import table_source
+from skipway.data.text.rows import TextColumn
+from skipway.errors import DataError, printable, spell
 
 __all__ = ["text_source"]
 
 
-def text_source(
-    source: Path | str | None, *, divider: str | None = None, encoding: str | None = None, outside: bool = False
-) -> TextSource:
-    """Find the documents of a source.
-
-    Args:
-        source: a file, a folder, or None for the standard library of Python.
-        divider: the text between two documents of a file.
-        encoding: of the files.
-        outside: follow links that lead out of a folder.
+def text_source(choices: TextChoices) -> TextSource:
+    """Find the documents of a source, see `TextChoices`.
 
     Raises:
         DataError: there is no such source.
+        MissingExtraError: it needs a library that is not installed.
     """
+    source = choices.source
     if source is None:
-        return standard_library()
+        return with_no_effect(standard_library(), choices, ("column", "divider", "encoding"))
+    if str(source).startswith(HUB_PREFIX):
+        return with_no_effect(table_source(source, choices.column), choices, ("divider", "encoding"))
     path = Path(source)
     try:
         if path.is_dir():
-            top, left_out = scan_folder(path, outside=outside, fault=lambda entry: "")
-            files = top.below()
-            if not files:
-                raise DataError("; ".join([f"{printable(path)} holds no text files", *left_out.sentences()]))
-            parts, remarks = split_files(files)
-            return FileSource(
-                name=path.resolve().name,
-                root=path,
-                files=parts,
-                divider=divider,
-                encoding=encoding,
-                remarks=(*remarks, *left_out.sentences()),
-            )
+            if is_saved_dataset(path):
+                return with_no_effect(table_source(path, choices.column), choices, ("divider", "encoding"))
+            return folder_source(path, choices)
         if path.is_file():
-            file = TextFile(path.name, None)
-            return FileSource(
-                name=Path(plain_name(path.name)).stem,
-                root=path.parent,
-                files=(file,),
-                divider=divider,
-                encoding=encoding,
-            )
+            return file_source(path.parent, (TextFile(path.name, None),), Path(plain_name(path.name)).stem, choices)
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
-    raise DataError(f"{printable(path)} does not exist; without a source, training uses Python's standard library")
+    raise DataError(f"{printable(path)} does not exist; without a source, the text is Python's standard library")
+
+
+def folder_source(path: Path, choices: TextChoices) -> TextSource:
+    """The files of a folder.
+
+    Raises:
+        DataError: it holds none.
+        OSError: it cannot be opened.
+    """
+    top, left_out = scan_folder(path, outside=choices.outside, fault=lambda entry: "")
+    files = top.below()
+    if not files:
+        raise DataError("; ".join([f"{printable(path)} holds no text files", *left_out.sentences()]))
+    parts, remarks = split_files(files)
+    suffixes = Counter(Path(plain_name(part.path)).suffix.lower() or "no suffix" for part in parts)
+    if len(suffixes) > 1:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes.most_common(8))
+        remarks.append(f"every file that is text is read: {kinds}")
+    return file_source(path, parts, path.resolve().name, choices, (*remarks, *left_out.sentences()))
+
+
+def file_source(
+    root: Path, files: tuple[TextFile, ...], name: str, choices: TextChoices, remarks: tuple[str, ...] = ()
+) -> TextSource:
+    """Some files, of which tables are read by their suffix."""
+    source = FileSource(
+        name=name,
+        remarks=remarks,
+        root=root,
+        files=files,
+        divider=choices.divider,
+        encoding=choices.encoding,
+        column=TextColumn(choices.column),
+    )
+    tables = [source.reader_of(file) is not None for file in files]
+    unused = [] if any(tables) else ["column"]
+    return with_no_effect(source, choices, (*unused, *(["divider"] if all(tables) else [])))
+
+
+def with_no_effect(source: TextSource, choices: TextChoices, names: Sequence[str]) -> TextSource:
+    """A source with a remark for each choice that has no effect on it."""
+    given = [spell(name, getattr(choices, name)) for name in names if getattr(choices, name) is not None]
+    remarks = [f"{each} has no effect on {printable(source.name)}" for each in given]
+    return replace(source, remarks=(*source.remarks, *remarks))
 
 
 def split_files(files: list[str]) -> tuple[tuple[TextFile, ...], list[str]]:
@@ -81,10 +112,12 @@ def split_files(files: list[str]) -> tuple[tuple[TextFile, ...], list[str]]:
 
 
 def split_of_path(path: str) -> Split | None:
-    """The split that the first folder of a path names, or the file itself where it is in none.
+    """The split that the first folder of a path names, else the file itself; a number of shards does not matter.
 
-    >>> split_of_path("val/x/a.txt"), split_of_path("train.txt"), split_of_path("book.txt")
+    >>> split_of_path("val/x/a.txt"), split_of_path("data/train-00000-of-00002.parquet"), split_of_path("book.txt")
     ('validation', 'train', None)
     """
     first, _, rest = path.partition("/")
-    return split_of(first if rest else Path(plain_name(first)).stem)
+    if rest and (split := split_of(first)):
+        return split
+    return split_of(re.sub(r"-\d+-of-\d+$", "", Path(plain_name(Path(path).name)).stem))

@@ -13,7 +13,7 @@ import numpy as np
 
 from skipway.errors import DataError, counted, printable
 
-__all__ = ["ByteTokenizer", "CharTokenizer", "Tokenizer", "tokenizer_from_json"]
+__all__ = ["ByteTokenizer", "CharTokenizer", "Tokenizer"]
 
 # ids below this are stored in two bytes
 TWO_BYTES = 2**16
@@ -236,24 +236,3 @@ class CharTokenizer(Tokenizer):
 def code_points(text: str) -> np.ndarray:
     """The code points of a text, uint32 (n,)."""
     return np.frombuffer(encode_unicode(text, "utf-32-le"), "<u4")
-
-
-KINDS: dict[str, type[Tokenizer]] = {each.kind: each for each in (ByteTokenizer, CharTokenizer)}
-
-
-def tokenizer_from_json(content: str) -> Tokenizer:
-    """The tokenizer whose `to_json` gave this text.
-
-    Raises:
-        DataError: it is no such text.
-
-    >>> tokenizer_from_json(CharTokenizer("ab").to_json())
-    CharTokenizer(characters='ab', separates=False, marks_unknown=False)
-    """
-    try:
-        values = json.loads(content)
-        return KINDS[values.pop("kind")](**values)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"this is no tokenizer of Skipway: {printable(content[:60])!r}") from error
