@@ -42,6 +42,8 @@ from skipway.validation import check_rule, is_whole
 
 __all__ = ["Diagnosis", "Treatment", "diagnose"]
 
+SKEWED = 0.95
+"""Share of log(classes) below which the best constant answer is worth a remark."""
 PASSES = 10
 """Forward-backward passes that a diagnosis takes at most."""
 
@@ -143,6 +145,14 @@ class Diagnosis:
         """
         objective, outside = self.subject.objective, self.settings.outside
         remarks = [] if objective is None else [f"loss: {objective.description}"]
+        predictions = self.measurement.predictions
+        if predictions is not None and predictions.entropy < SKEWED * predictions.uniform:
+            remarks.append(f"chance: {predictions}")
+        if self.subject.random_modules:
+            remarks.append(
+                f"left out at random: {condense_paths(self.subject.random_modules)} in training; the choice is the "
+                "same in every pass of the diagnosis"
+            )
         remarks += [f"samples: {self.subject.samples.remark}"] if self.subject.samples.remark else []
         if outside:
             stay = f"{counted(len(outside), 'trainable parameter')} in none, which stay as they are"

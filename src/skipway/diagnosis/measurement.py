@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from skipway.diagnosis.passes import (
@@ -17,6 +17,7 @@ from skipway.diagnosis.passes import (
     look_ahead,
     noise,
 )
+from skipway.diagnosis.predictions import Predictions, answer_in_sight
 from skipway.diagnosis.subject import Gradients, Subject
 from skipway.probes.measures import distinctness, rms
 from skipway.tracing.chain import Chain, WatchedConnection
@@ -125,6 +126,7 @@ class Measurement:
         curvature: of the loss.
         ahead: trial steps of the optimizer; None without one.
         still: names of the parameters whose gradient is exactly 0.
+        predictions: what the loss asks for, where it is a cross-entropy of one output.
         passes: forward-backward passes that the measurement took.
     """
 
@@ -140,6 +142,7 @@ class Measurement:
     curvature: Curvature
     ahead: LookAhead | None
     still: tuple[str, ...] = field(default=(), repr=False)
+    predictions: Predictions | None = None
     passes: float = field(default=0.0)
 
     @property
@@ -167,6 +170,9 @@ def measure(
     subject.passes = 0.0
     chain = subject.chain
     loss, output, gradients, readings = subject.probed()
+    predictions = None
+    if subject.asked is not None:
+        predictions = replace(subject.asked[0], ahead=answer_in_sight(subject, subject.asked[1]))
     relative = relative_gradients(subject, gradients)
     size = norm(gradients)
     halves, first, _ = noise(subject)
@@ -188,6 +194,7 @@ def measure(
         curvature=bend,
         ahead=ahead,
         still=tuple(n for n, g in zip(subject.parameters, gradients, strict=True) if not bool(g.any())),
+        predictions=predictions,
         passes=subject.passes,
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -11,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipway.diagnosis.predictions import Predictions, read_predictions, sees_later
 from skipway.diagnosis.progress import PassCounter
 from skipway.diagnosis.residual_warmup import JudgedWarmup
 from skipway.errors import SkipwayError
 from skipway.nn import Streams, set_step
 from skipway.probes import MEASURES, Observer, Probe, Signals
-from skipway.probes.objective import Loss, Objective, choose_objective, output_heads
+from skipway.probes.objective import Loss, Objective, choose_objective, next_token_loss, output_heads, predicted_tokens
 from skipway.tracing import Example, Program, preserved_state, watch
 from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
 from skipway.tracing.containers import map_tensors, tensors_in
@@ -56,6 +60,10 @@ class Subject:
     """Where the clock of a residual warm-up stands in all passes; None: where it is."""
     objective: Objective | None = field(default=None, init=False)
     """The loss, chosen on the first output."""
+    draws_in_python: bool = field(default=False, init=False)
+    """Whether the watched pass drew random numbers in Python."""
+    asked: tuple[Predictions, Tensor] | None = field(default=None, init=False, repr=False)
+    """What the loss asks of the probed part, where it is a cross-entropy, and the class at each place."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: what was given. The rest is derived, part of it by the identity of tensors."""
@@ -64,8 +72,25 @@ class Subject:
     @cached_property
     def program(self) -> Program:
         """The program that the model runs on the probed samples, with the random choices of the passes (LayerDrop)."""
-        with seeded(self.seed):
-            return watch(self.model, self.probed_part[0], training=self.training)
+        with preserved_state(self.model), seeded(self.seed):
+            before = random.getstate()
+            program = watch(self.model, self.probed_part[0], training=self.training)
+            self.draws_in_python = random.getstate() != before
+            return program
+
+    @cached_property
+    def random_modules(self) -> tuple[str, ...]:
+        """The outermost modules that run with some random numbers and not with others, as under LayerDrop."""
+        values = self.program.values
+        drawn = any(value.numel == 1 and not value.operands and "rand" in value.operator for value in values)
+        if not self.training or not (drawn or self.draws_in_python):
+            return ()
+        runs = [self.program.runs]
+        for seed in range(self.seed + 1, self.seed + 4):
+            with preserved_state(self.model), seeded(seed):
+                runs.append(watch(self.model, self.part(0, min(2, self.size))[0], training=True).runs)
+        names = [name for name in dict.fromkeys(itertools.chain(*runs)) if len({name in each for each in runs}) > 1]
+        return tuple(name for name in names if name.rpartition(".")[0] not in names)
 
     @cached_property
     def chain(self) -> Chain[WatchedConnection]:
@@ -183,6 +208,23 @@ class Subject:
             )
         return self.objective(output, targets, inputs)
 
+    def refuse_later_tokens(self, heads: Mapping[str, Tensor]) -> None:
+        """Refuse to ask a network for next tokens that it sees.
+
+        Raises:
+            SkipwayError: tokens alone were given, and outputs depend on later ones.
+        """
+        if self.objective is None or self.objective.function is not next_token_loss:
+            return
+        tokens = predicted_tokens(heads, self.probed_part[0], vocabularies(self.model))
+        if tokens is not None and sees_later(self, tokens):
+            raise SkipwayError(
+                f"no targets given, and {type(self.model).__name__} cannot be asked for each next token: its outputs "
+                "depend on later tokens, as in masked language models or without a causal mask; give targets=, in a "
+                "mapping the labels that the model takes (-100 where none is asked), or loss=(output, targets) → a "
+                "scalar"
+            )
+
     def signal(self, output: Any, part: tuple[Example, Any]) -> Tensor:
         """All heads of an output as one tensor, its first axis the samples."""
         heads = [self.samples.samples_first(head, self.count(part)) for head in output_heads(output)[0].values()]
@@ -228,8 +270,15 @@ class Subject:
                     f"the loss {float(loss):.3g} depends on no parameter with requires_grad=True; unfreeze some, "
                     "or give a loss that uses the output"
                 )
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            heads = output_heads(output)[0]
+            names = [name for name, head in heads.items() if head.requires_grad and head is not loss]
+            found = torch.autograd.grad(loss, [*parameters, *(heads[name] for name in names)], allow_unused=True)
+            heads = {name: head.detach() for name, head in heads.items()}  # no graph is held beyond the probe
+            entering = [(heads[n], g) for n, g in zip(names, found[len(parameters) :], strict=True) if g is not None]
+            self.asked = read_predictions(*entering[0]) if len(entering) == 1 else None
+            found = found[: len(parameters)]
             loss, output = loss.detach(), self.signal(output, part).detach()
+        self.refuse_later_tokens(heads)
         gradients = [
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(parameters, found, strict=True)
@@ -258,8 +307,11 @@ class ShapeObserver(Observer):
 
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
-    """The same random numbers in every pass, and the caller's random state put back."""
+    """The same random numbers in every pass, those of Python and NumPy, too, and torch's random state put back."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed % 2**32)
         yield

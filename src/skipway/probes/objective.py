@@ -15,7 +15,16 @@ from skipway.errors import SkipwayError, counted
 from skipway.tracing.containers import tensors_in
 from skipway.tracing.example import Example
 
-__all__ = ["Loss", "Objective", "choose_objective", "compute_loss", "output_heads"]
+__all__ = [
+    "IGNORED",
+    "Loss",
+    "Objective",
+    "choose_objective",
+    "compute_loss",
+    "next_token_loss",
+    "output_heads",
+    "predicted_tokens",
+]
 
 Loss = Callable[[Any, Any], Tensor]
 IGNORED = -100
@@ -70,7 +79,7 @@ def choose_objective(
     | what there is | loss |
     |---|---|
     | `loss` | it |
-    | an output with one number that requires a gradient, or with `.loss` | the model's own |
+    | an output with one number that requires a gradient, or with `.loss` | the model's own; where targets or next tokens are there, only if it is computed from the output: another one is a part of the loss, such as a router's, and left out |
     | an output of such numbers alone by name, as torchvision's detectors put out | their sum |
     | targets | of each part of the output that they fit, added: cross-entropy over the axis that they lack, the mean square for real targets of the output's shape, binary cross-entropy for 0 and 1 of the output's shape |
     | tokens and an output over their vocabulary | cross-entropy of each next token |
@@ -88,18 +97,24 @@ def choose_objective(
     """  # noqa: E501 (a row of a table)
     if loss is not None:
         return Objective(partial(given_loss, loss), "the given loss")
-    own = own_loss(output)
-    if own is not None:
+    own, heads, deeper = own_loss(output), {}, 0
+    if own is None or targets is not None or vocabularies:
+        heads, deeper = output_heads(output)
+    tokens = predicted_tokens(heads, inputs, vocabularies) if heads else None
+    other = own is not None and "loss" not in named_parts(output) and (targets is not None or tokens is not None)
+    apart = other and is_apart(own(output), heads)
+    if own is not None and not apart:
         refuse_ignored_labels(own, output, inputs)
         unused = "" if targets is None else "; the targets are not used"
         return Objective(own.function, own.description + unused)
-    heads, deeper = output_heads(output)
     left = f"; {counted(deeper, 'tensor')} further down in the output left out" if deeper else ""
+    if own is not None:
+        left += f"; {own.description}, not computed from it, left out, as of a router: {GIVE} to add it"
     if targets is not None:
         return supervised(heads, targets, inputs, left)
-    tokens = predicted_tokens(heads, inputs, vocabularies)
     if tokens is not None:
-        return Objective(next_token_loss, f"no targets given: cross-entropy of each next token{left}")
+        padded = ", without padding" if padding_of(inputs, tokens) is not None else ""
+        return Objective(next_token_loss, f"no targets given: cross-entropy of each next token{padded}{left}")
     return unsupervised(heads, left)
 
 
@@ -138,6 +153,14 @@ def own_loss(output: Any) -> Objective | None:
         total = f"the sum of the model's own: {', '.join(losses)}"
         return Objective(partial(sum_parts, losses), total)
     raise SkipwayError(f"the model puts out {len(losses)} numbers ({', '.join(losses)}); say which is the loss: {GIVE}")
+
+
+def is_apart(loss: Tensor, heads: Mapping[str, Tensor]) -> bool:
+    """Whether a loss is not computed from any of the heads that have a gradient."""
+    others = [head for head in heads.values() if head.requires_grad and head.ndim]
+    if not others or not loss.requires_grad:
+        return False
+    return not any(each is not None for each in torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True))
 
 
 def sum_parts(names: Sequence[str], output: Any, targets: Any, inputs: Example | None) -> Tensor:
@@ -403,7 +426,19 @@ def next_token_loss(output: Any, targets: Any, inputs: Example | None) -> Tensor
     tokens = predicted_tokens(heads, inputs, (head.shape[-1],))
     if tokens is None:
         raise SkipwayError(f"the output has shape {tuple(head.shape)}, and no tokens of the input have it; {GIVE}")
-    return F.cross_entropy(head[:, :-1].flatten(0, -2).float(), tokens[:, 1:].flatten().long())
+    labels = tokens[:, 1:].long()
+    padding = padding_of(inputs, tokens)
+    if padding is not None:
+        labels = labels.masked_fill(padding[:, 1:] | padding[:, :-1], IGNORED)
+    return F.cross_entropy(head[:, :-1].flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
+
+
+def padding_of(inputs: Example | None, tokens: Tensor) -> Tensor | None:
+    """Where the attention mask beside tokens, as a tokenizer gives it, is 0; None without one, or where it never is."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.shape != tokens.shape or bool(mask.all()):
+        return None
+    return mask == 0
 
 
 def unsupervised(heads: Mapping[str, Tensor], left: str) -> Objective:
