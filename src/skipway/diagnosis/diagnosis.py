@@ -145,9 +145,9 @@ class Diagnosis:
         """
         objective, outside = self.subject.objective, self.settings.outside
         remarks = [] if objective is None else [f"loss: {objective.description}"]
-        predictions = self.measurement.predictions
-        if predictions is not None and predictions.entropy < SKEWED * predictions.uniform:
-            remarks.append(f"chance: {predictions}")
+        asked = self.measurement.asked
+        if asked is not None and asked.entropy < SKEWED * asked.uniform:
+            remarks.append(f"chance: {asked}")
         if self.subject.random_modules:
             remarks.append(
                 f"left out at random: {condense_paths(self.subject.random_modules)} in training; the choice is the "

@@ -17,7 +17,7 @@ from skipway.diagnosis.passes import (
     look_ahead,
     noise,
 )
-from skipway.diagnosis.predictions import Predictions, answer_in_sight
+from skipway.diagnosis.asked_classes import AskedClasses, answer_in_sight
 from skipway.diagnosis.subject import Gradients, Subject
 from skipway.probes.measures import distinctness, rms
 from skipway.tracing.chain import Chain, WatchedConnection
@@ -126,7 +126,7 @@ class Measurement:
         curvature: of the loss.
         ahead: trial steps of the optimizer; None without one.
         still: names of the parameters whose gradient is exactly 0.
-        predictions: what the loss asks for, where it is a cross-entropy of one output.
+        asked: what the loss asks for, where it is a cross-entropy of one output.
         passes: forward-backward passes that the measurement took.
     """
 
@@ -142,7 +142,7 @@ class Measurement:
     curvature: Curvature
     ahead: LookAhead | None
     still: tuple[str, ...] = field(default=(), repr=False)
-    predictions: Predictions | None = None
+    asked: AskedClasses | None = None
     passes: float = field(default=0.0)
 
     @property
@@ -170,9 +170,9 @@ def measure(
     subject.passes = 0.0
     chain = subject.chain
     loss, output, gradients, readings = subject.probed()
-    predictions = None
+    asked = None
     if subject.asked is not None:
-        predictions = replace(subject.asked[0], ahead=answer_in_sight(subject, subject.asked[1]))
+        asked = replace(subject.asked[0], ahead=answer_in_sight(subject, subject.asked[1]))
     relative = relative_gradients(subject, gradients)
     size = norm(gradients)
     halves, first, _ = noise(subject)
@@ -194,7 +194,7 @@ def measure(
         curvature=bend,
         ahead=ahead,
         still=tuple(n for n, g in zip(subject.parameters, gradients, strict=True) if not bool(g.any())),
-        predictions=predictions,
+        asked=asked,
         passes=subject.passes,
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.diagnosis.predictions import Predictions, read_predictions, sees_later
+from skipway.diagnosis.asked_classes import AskedClasses, read_asked_classes, sees_later
 from skipway.diagnosis.progress import PassCounter
 from skipway.diagnosis.residual_warmup import JudgedWarmup
 from skipway.errors import SkipwayError
@@ -62,7 +62,7 @@ class Subject:
     """The loss, chosen on the first output."""
     draws_in_python: bool = field(default=False, init=False)
     """Whether the watched pass drew random numbers in Python."""
-    asked: tuple[Predictions, Tensor] | None = field(default=None, init=False, repr=False)
+    asked: tuple[AskedClasses, Tensor] | None = field(default=None, init=False, repr=False)
     """What the loss asks of the probed part, where it is a cross-entropy, and the class at each place."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class Subject:
             found = torch.autograd.grad(loss, [*parameters, *(heads[name] for name in names)], allow_unused=True)
             heads = {name: head.detach() for name, head in heads.items()}  # no graph is held beyond the probe
             entering = [(heads[n], g) for n, g in zip(names, found[len(parameters) :], strict=True) if g is not None]
-            self.asked = read_predictions(*entering[0]) if len(entering) == 1 else None
+            self.asked = read_asked_classes(*entering[0]) if len(entering) == 1 else None
             found = found[: len(parameters)]
             loss, output = loss.detach(), self.signal(output, part).detach()
         self.refuse_later_tokens(heads)

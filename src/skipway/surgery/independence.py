@@ -14,7 +14,7 @@ from skipway.surgery.verification import copy_example
 from skipway.tracing import Example, as_example, call_model, preserved_state
 from skipway.tracing.containers import tensors_in
 
-__all__ = ["Perturbation", "measure_leaks"]
+__all__ = ["Perturbation", "measure_leaks", "others_like"]
 
 MOST = 8
 """Perturbations of one example, each of which takes a forward pass."""

@@ -15,20 +15,21 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.probes.objective import IGNORED, output_heads
+from skipway.surgery.independence import others_like
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model
 
 if TYPE_CHECKING:
     from skipway.diagnosis.subject import Subject
 
-__all__ = ["Predictions", "answer_in_sight", "read_predictions", "sees_later"]
+__all__ = ["AskedClasses", "answer_in_sight", "read_asked_classes", "sees_later"]
 
 SILENT = 1e-3
 """Size of a parameter up to which what it multiplies may not be seen in the output: gains of 1e-6, maps of 0."""
 
 
 @dataclass(frozen=True)
-class Predictions:
+class AskedClasses:
     """What a loss asks of an output of classes.
 
     Args:
@@ -58,7 +59,7 @@ class Predictions:
         )
 
 
-def read_predictions(head: Tensor, gradient: Tensor | None) -> tuple[Predictions, Tensor] | None:
+def read_asked_classes(head: Tensor, gradient: Tensor | None) -> tuple[AskedClasses, Tensor] | None:
     """Read from the gradient of a loss what it asks an output for, and the class asked for at each place, -100 where
     none is; None where the loss is no cross-entropy.
 
@@ -77,7 +78,7 @@ def read_predictions(head: Tensor, gradient: Tensor | None) -> tuple[Predictions
             asked = torch.where(live, gradient.argmin(axis), IGNORED)
             loss = F.cross_entropy(head.detach().movedim(axis, 1).float(), asked, ignore_index=IGNORED)
             seen = asked[live]
-            return Predictions(head.shape[axis], len(seen), float(loss), entropy(seen, head.shape[axis])), asked
+            return AskedClasses(head.shape[axis], len(seen), float(loss), entropy(seen, head.shape[axis])), asked
     return None
 
 
@@ -159,9 +160,7 @@ def changed_positions(subject: Subject, number: int, position: int) -> Tensor | 
         tensor = tensor.clone()
         if next(numbers) == number:
             tokens = batch_first(tensor, subject, count)
-            for sample in tokens:
-                others = tensor.flatten()[(tensor != sample[position]).flatten()]
-                sample[position] = others[len(others) // 2] if len(others) else sample[position]
+            tokens[:, position] = batch_first(others_like(tensor), subject, count)[:, position]
         return tensor
 
     numbers = itertools.count()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import skipway as sw
 from benchmarks.peers import import_transformers
-from skipway.diagnosis.predictions import entropy, read_predictions
+from skipway.diagnosis.asked_classes import entropy, read_asked_classes
 from skipway.diagnosis.subject import Subject
 
 V, L = 11, 12
@@ -47,12 +47,12 @@ def test_what_a_cross_entropy_asks_for_is_read_from_its_gradient(kind):
     labels.flatten()[::5] = -100
     options = {"smoothed": {"label_smoothing": 0.1}, "weighted": {"weight": torch.rand(V) + 0.5}}.get(kind, {})
     loss = F.cross_entropy(head.movedim(axis, 1).float(), labels, **options)
-    read = read_predictions(head, torch.autograd.grad(loss, head)[0])
+    read = read_asked_classes(head, torch.autograd.grad(loss, head)[0])
     assert read is not None
-    predictions, asked = read
-    assert torch.equal(asked, labels)
-    assert (predictions.classes, predictions.places) == (V, int((labels >= 0).sum()))
-    assert predictions.cross_entropy == pytest.approx(
+    asked, found = read
+    assert torch.equal(found, labels)
+    assert (asked.classes, asked.places) == (V, int((labels >= 0).sum()))
+    assert asked.cross_entropy == pytest.approx(
         F.cross_entropy(head.detach().movedim(axis, 1).float(), labels).item(), rel=1e-5
     )
 
@@ -61,7 +61,7 @@ def test_what_a_cross_entropy_asks_for_is_read_from_its_gradient(kind):
 def test_other_losses_ask_for_no_class(loss):
     head = torch.randn(16, 5, requires_grad=True)
     targets = torch.rand(16, 5).round()
-    assert read_predictions(head, torch.autograd.grad(loss(head, targets), head)[0]) is None
+    assert read_asked_classes(head, torch.autograd.grad(loss(head, targets), head)[0]) is None
 
 
 def test_the_entropy_of_few_samples_is_not_too_low():
@@ -72,12 +72,12 @@ def test_the_entropy_of_few_samples_is_not_too_low():
 
 def test_chance_is_the_entropy_of_what_is_asked_for():
     diagnosis = sw.diagnose(Decoder(), IDS, optimizer="adamw")
-    predictions = diagnosis.measurement.predictions
-    assert predictions is not None
-    asked = IDS[: diagnosis.subject.count(diagnosis.subject.probed_part), 1:]
-    shares = torch.bincount(asked.flatten()).double() / asked.numel()
+    asked = diagnosis.measurement.asked
+    assert asked is not None
+    tokens = IDS[: diagnosis.subject.count(diagnosis.subject.probed_part), 1:]
+    shares = torch.bincount(tokens.flatten()).double() / tokens.numel()
     plain = -(shares * shares.clamp_min(1e-9).log()).sum()
-    assert plain <= predictions.entropy < plain + 0.1
+    assert plain <= asked.entropy < plain + 0.1
     assert any(remark.startswith("chance: ") and "log 11 = 2.4" in remark for remark in diagnosis.remarks)
     labels = torch.arange(64).clamp_max(2)  # nearly all are of class 2
     unequal = sw.diagnose(nn.Linear(4, 3), torch.randn(64, 4), targets=labels[torch.randperm(64)])
@@ -97,16 +97,16 @@ def test_a_missing_causal_mask_is_seen_through_silent_branches(batch, gain):
     for causal in (True, False):
         model = Decoder(causal=causal, gain=gain)
         before = [each.clone() for each in model.parameters()]
-        predictions = sw.diagnose(model, make(), targets=targets, optimizer="adamw").measurement.predictions
-        assert predictions is not None
-        assert predictions.ahead == (None if causal else 1)
+        asked = sw.diagnose(model, make(), targets=targets, optimizer="adamw").measurement.asked
+        assert asked is not None
+        assert asked.ahead == (None if causal else 1)
         assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_a_target_at_its_own_position_needs_copying_alone():
-    predictions = sw.diagnose(Decoder(), IDS, targets=IDS, optimizer="adamw").measurement.predictions
-    assert predictions is not None
-    assert predictions.ahead == 0
+    asked = sw.diagnose(Decoder(), IDS, targets=IDS, optimizer="adamw").measurement.asked
+    assert asked is not None
+    assert asked.ahead == 0
 
 
 def test_tokens_alone_are_refused_where_later_ones_are_seen():
@@ -122,9 +122,9 @@ def test_padding_is_not_asked_for():
     mask = torch.ones_like(IDS)
     mask[:, :4] = 0
     diagnosis = sw.diagnose(Padded(), {"input_ids": IDS, "attention_mask": mask}, optimizer="adamw")
-    predictions = diagnosis.measurement.predictions
-    assert predictions is not None
-    assert predictions.places == (L - 5) * 8  # from the second token on that is not padding
+    asked = diagnosis.measurement.asked
+    assert asked is not None
+    assert asked.places == (L - 5) * 8  # from the second token on that is not padding
     assert "without padding" in diagnosis.remarks[0]
 
 
@@ -174,14 +174,14 @@ def test_masked_language_models_and_encoder_decoders_have_no_answer_in_sight():
     hidden = torch.rand(IDS.shape) < 0.3
     batch = hub.BatchEncoding({"input_ids": IDS.masked_fill(hidden, V - 1), "labels": torch.where(hidden, IDS, -100)})
     for given, ahead in ((batch, None), ({"input_ids": IDS, "labels": IDS}, 0)):
-        predictions = sw.diagnose(bert, given, optimizer="adamw").measurement.predictions
-        assert predictions is not None
-        assert predictions.ahead == ahead
+        asked = sw.diagnose(bert, given, optimizer="adamw").measurement.asked
+        assert asked is not None
+        assert asked.ahead == ahead
     with pytest.raises(sw.SkipwayError, match="BertForMaskedLM cannot be asked for each next token"):
         sw.diagnose(bert, IDS)
     t5 = hub.T5ForConditionalGeneration(
         hub.T5Config(vocab_size=V, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
     )
-    predictions = sw.diagnose(t5, {"input_ids": IDS.flip(0), "labels": IDS}, optimizer="adamw").measurement.predictions
-    assert predictions is not None
-    assert predictions.ahead is None
+    asked = sw.diagnose(t5, {"input_ids": IDS.flip(0), "labels": IDS}, optimizer="adamw").measurement.asked
+    assert asked is not None
+    assert asked.ahead is None
