@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from skipway.diagnosis.asked_classes import AskedClasses, answer_in_sight
 from skipway.diagnosis.passes import (
     Curvature,
     Jacobians,
@@ -17,7 +18,6 @@ from skipway.diagnosis.passes import (
     look_ahead,
     noise,
 )
-from skipway.diagnosis.asked_classes import AskedClasses, answer_in_sight
 from skipway.diagnosis.subject import Gradients, Subject
 from skipway.probes.measures import distinctness, rms
 from skipway.tracing.chain import Chain, WatchedConnection
