@@ -22,6 +22,7 @@ from skipway.data.sources.scan import LeftOut, scan_folder
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable, spell
 from skipway.hardware.device import choose_device
 from skipway.inference.code_file import CONFIG, network_file, with_file
+from skipway.inference.decoder_folder import find_decoder_folder, load_decoder
 from skipway.inference.network import build_classifier, is_ours
 from skipway.inference.reference_outputs import find_change, refuse_change
 from skipway.models import find_config
@@ -59,14 +60,16 @@ def from_pretrained(
     Args:
         path: a run folder (its best weights by validation, which were tested); a folder written by
             `skipway export --hub`, or the name of one on the hub, "hf:org/name"; or a file,
-            `runs/first/last.safetensors`.
+            `runs/first/last.safetensors`. A folder or name of transformers with a GPT-2, Llama, Qwen2 or Qwen3 gives a
+            network of the family gpt.
         trust_code: run the Python file that the network was built from: the one in the folder of the weights, if
             there is one, else the one at the path where it was.
         model: what the network is built from instead, "FILE.py:NAME" for a file that was moved.
         allow_changed_outputs: load it although the network computes something else than it did.
 
     Returns:
-        the network on the CPU; `.preprocessing` describes its input images and the classes of its outputs.
+        the network on the CPU; `.preprocessing` describes the input images of a classifier and the classes of its
+        outputs.
 
     Raises:
         CheckpointError: the file is missing, damaged, or does not describe its network and preprocessing; or the
@@ -78,6 +81,9 @@ def from_pretrained(
     >>> model.preprocessing.classes  # doctest: +SKIP
     ('cat', 'dog')
     """
+    decoder = find_decoder_folder(path)
+    if decoder is not None:
+        return load_decoder(decoder)
     file = weights_file(path, code=trust_code)
     tensors, header = read_safetensors(file)
     if not {"model", "preprocessing"} <= header.keys():

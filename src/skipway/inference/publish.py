@@ -23,15 +23,17 @@ from skipway.checkpoint.files import (
 from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError, SkipwayError, printable
 from skipway.inference.code_file import code_file, local_imports, network_file, portable_file, portable_name
+from skipway.inference.decoder_folder import find_decoder_folder, write_transformers_folder
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.inference.onnx import Sides, export_onnx, export_program
 from skipway.inference.predict import NetworkChoices, describe_network, from_pretrained, weights_file
+from skipway.inference.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["write_hub_folder", "write_onnx", "write_program"]
+__all__ = ["write_hub_folder", "write_onnx", "write_program", "write_transformers"]
 
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
 # class names listed in a model card
@@ -182,6 +184,18 @@ def write_hub_folder(
     finally:
         with suppress(OSError):  # holds something, as it should
             folder.rmdir()
+
+
+def write_transformers(path: str | Path, folder: Path, **network: Unpack[NetworkChoices]) -> float | None:
+    """Write the decoder of a run, or of a folder of transformers, as a folder of transformers with its tokenizer.
+
+    Args:
+        path: see `from_pretrained`, as for `network`.
+        folder: see `write_transformers_folder`, as for what is returned and raised.
+    """
+    model, source = from_pretrained(path, **network), find_decoder_folder(path)
+    beside = source is not None and any((source / name).is_file() for name in TOKENIZER_FILES)
+    return write_transformers_folder(model, folder, tokenizer=source if beside else getattr(model, "tokenizer", None))
 
 
 def is_git_file(entry: Path) -> bool:

@@ -40,6 +40,7 @@ class DecoderClass:
         biases: ours → their fields; what is not there it has not.
         demands: their field → the only value with which it computes what we do.
         rotary: whether it has rotary positions.
+        any_tokenizer: whether transformers reads any tokenizer beside it; beside a qwen2 it takes Qwen's instead.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class DecoderClass:
     biases: Mapping[Bias, Mapping[str, bool]]
     demands: Mapping[str, Any] = field(default_factory=dict)
     rotary: bool = True
+    any_tokenizer: bool = True
 
     def misfits(self, config: GPTConfig) -> list[str]:
         """What of a config of ours its networks have not, in words."""
@@ -168,6 +170,7 @@ CLASSES: dict[str, DecoderClass] = {
             {**GATED, "head_norm": False},
             {"qkv": {}},
             {"use_sliding_window": False},
+            any_tokenizer=False,
         ),
         DecoderClass(
             "qwen3",

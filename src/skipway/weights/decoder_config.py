@@ -110,9 +110,11 @@ def read_rotary(values: Mapping[str, Any], origin: str) -> tuple[float, RotarySc
 # To them ------------------------------------------------------------------------------------------------------------
 
 
-def find_class(config: GPTConfig) -> DecoderClass | None:
+def find_class(config: GPTConfig, *, any_tokenizer: bool = False) -> DecoderClass | None:
     """The class of transformers that computes what a network with this config does; None: there is none."""
-    fitting = [each for each in CLASSES.values() if not each.misfits(config)]
+    fitting = [
+        each for each in CLASSES.values() if not each.misfits(config) and (each.any_tokenizer or not any_tokenizer)
+    ]
     return min(fitting, key=lambda each: LARGER[config.bias].index(each.bias_for(config)), default=None)  # type: ignore[arg-type]
 
 
@@ -125,8 +127,12 @@ def describe_misfit(config: GPTConfig) -> str | None:
     return f"no class of transformers computes what it does; from {nearest.architecture} it differs in {listed}"
 
 
-def write_decoder_config(config: GPTConfig) -> dict[str, Any]:
+def write_decoder_config(config: GPTConfig, *, any_tokenizer: bool = False) -> dict[str, Any]:
     """The `config.json` of transformers for a network with this config; special tokens are none.
+
+    Args:
+        config: of a network of the family.
+        any_tokenizer: take a class beside which transformers reads any tokenizer.
 
     Raises:
         CheckpointError: no class of transformers computes what it does.
@@ -134,7 +140,7 @@ def write_decoder_config(config: GPTConfig) -> dict[str, Any]:
     >>> write_decoder_config(GPTConfig(dim=8, blocks=1, heads=2))["model_type"]
     'gpt2'
     """
-    own = find_class(config)
+    own = find_class(config, any_tokenizer=any_tokenizer)
     if own is None:
         raise CheckpointError(str(describe_misfit(config)))
     config = replace(config, bias=own.bias_for(config), hidden=config.mlp_width)  # type: ignore[arg-type]

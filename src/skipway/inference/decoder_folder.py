@@ -1,0 +1,193 @@
+"""Folders of transformers with a decoder that the family gpt computes: read as our network, and written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from skipway.checkpoint.files import copy_to_host, describe_os_error, encode_json, file_aside
+from skipway.data.text.tokenizer import Tokenizer
+from skipway.errors import CheckpointError, SkipwayError, counted, first_line, printable
+from skipway.inference.tokenizer_files import TOKENIZER_FILES, tokenizer_files
+from skipway.models.gpt import GPT
+from skipway.tracing import preserved_state
+from skipway.weights import export_names, load_state, read_weights
+from skipway.weights.decoder_classes import CLASSES
+from skipway.weights.decoder_config import read_decoder_config, write_decoder_config
+from skipway.weights.hub import PREFIX, download
+from skipway.weights.stored_config import CONFIG, read_config
+from skipway.zoo import import_library
+
+__all__ = ["find_decoder_folder", "load_decoder", "write_transformers_folder"]
+
+FILES = (CONFIG, "model.safetensors", *TOKENIZER_FILES)
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""Largest difference of logits, as a share of the largest, up to which two networks count as one; else `LOOSE`."""
+LOOSE = 0.1
+"""The same for 16 bits, where another order of sums changes the second digit."""
+TRIAL = 32
+"""Tokens of the texts on which networks are compared."""
+
+
+def find_decoder_folder(path: str | Path) -> Path | None:
+    """A folder of transformers, or one from the hub, with a decoder that the family computes; None: it is none."""
+    if str(path).startswith(PREFIX):
+        path = download(str(path), (CONFIG, *TOKENIZER_FILES))
+    described = read_config(Path(path)) if Path(path).is_dir() else None
+    return None if described is None or described["model_type"] not in CLASSES else Path(path)
+
+
+def load_decoder(folder: Path, *, remark: Callable[[str], None] = warnings.warn) -> GPT:
+    """The network of a folder of transformers as one of the family gpt, in evaluation mode, in float32.
+
+    Args:
+        folder: holds a `config.json` (model type gpt2, llama, qwen2 or qwen3) and weights, in one file or in shards.
+        remark: called with a sentence about what of the config is not followed, such as dropout.
+
+    Raises:
+        CheckpointError: a config that the family cannot express, or weights that do not fit it.
+    """
+    described, tensors = read_config(folder), read_weights(folder, remark=remark)
+    if described is None:
+        raise CheckpointError(f"{printable(folder)} holds no {CONFIG} of transformers")
+    config = read_decoder_config(described, printable(folder / CONFIG), remark)
+    if config.branches > len(tensors):  # a file may name any number of layers
+        raise CheckpointError(f"{printable(folder)}: {CONFIG} describes {config.blocks} blocks, the weights have fewer")
+    with torch.device("meta"):
+        model = GPT(config)
+    load_state(model.to_empty(device="cpu"), tensors, names="huggingface", remark=remark)
+    return model.eval()
+
+
+def write_transformers_folder(
+    model: nn.Module, folder: str | Path, *, tokenizer: Tokenizer | str | Path | None = None
+) -> float | None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; the model is left alone.
+
+    The class is GPT-2, Llama, Qwen2 or Qwen3, by what the network computes. Biases that it has not and the class has
+    are written as zeros. The folder is compared with the network: by ours built from it, and by transformers where that
+    is installed.
+
+    Args:
+        model: of the family gpt.
+        folder: new, empty, or written by this function before.
+        tokenizer: what the network was trained with, or a folder of transformers from which the tokenizer, its special
+            tokens and the settings of generation are taken.
+
+    Returns:
+        the largest difference of a logit to transformers, over the largest logit; None if it is not installed.
+
+    Raises:
+        CheckpointError: no class of transformers computes what the network does, with the nearest one and what differs;
+            or the folder cannot be written.
+    """
+    folder = Path(folder)
+    source = Path(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+    if not isinstance(model, GPT):
+        raise SkipwayError(f"a {type(model).__name__}: the rule is a network of the family gpt, such as build('gpt2')")
+    config = replace(model.config, blocks=len(model.blocks))
+    described = write_decoder_config(config, any_tokenizer=isinstance(source, Tokenizer))
+    twin = build_twin(model, described)
+    files, special = tokenizer_files(source, config.vocab, config.context)
+    described |= {**special, "dtype": str(twin.stem.token.dtype).removeprefix("torch.")}
+    others = folder.is_dir() and [each.name for each in folder.iterdir() if each.name not in FILES]
+    if others or (folder.exists() and not folder.is_dir()):
+        raise SkipwayError(f"{printable(folder)} contains other files; choose a new or empty folder")
+    tensors = export_names(twin, "huggingface")
+    if config.tied:
+        del tensors["lm_head.weight"]  # as save_pretrained, which writes what is shared once
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with file_aside(folder / CONFIG) as file:
+            weights = copy_to_host(tensors, printable(folder))
+            save_file(weights, file.with_name("model.safetensors"), metadata={"format": "pt"})
+            for name, content in files.items():
+                file.with_name(name).write_bytes(content)
+            file.write_bytes(encode_json(described))
+            if find_spec("transformers") is None:
+                return None
+            if isinstance(source, Tokenizer):
+                refuse_other_tokens(source, file.parent)
+            theirs = load_theirs("AutoModelForCausalLM", file.parent, dtype="auto")
+            return refuse_difference(model, theirs.eval(), described["architectures"][0])
+    except OSError as error:
+        raise CheckpointError(f"{printable(folder)} cannot be written: {describe_os_error(error)}") from error
+    finally:
+        with suppress(OSError):  # holds something, as it should
+            folder.rmdir()
+
+
+def load_theirs(kind: str, folder: Path, **options: Any) -> Any:
+    """What transformers makes of a folder.
+
+    Raises:
+        CheckpointError: it refuses the folder.
+    """
+    try:
+        return getattr(import_library("transformers"), kind).from_pretrained(folder, **options)
+    except Exception as error:  # a foreign reader: its kinds of failure are listed nowhere
+        raise CheckpointError(f"transformers does not load what was written: {printable(first_line(error))}") from error
+
+
+def refuse_other_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise where transformers reads other tokens from a text of all that a tokenizer knows."""
+    special = (tokenizer.separator, tokenizer.unknown)
+    text = tokenizer.decode([number for number in range(tokenizer.size) if number not in special])
+    own, theirs = tokenizer.encode(text).tolist(), load_theirs("AutoTokenizer", folder)
+    if theirs(text, verbose=False)["input_ids"] != own or theirs.decode(own) != text:
+        raise CheckpointError(f"transformers reads other tokens by its {type(theirs).__name__}: give tokenizer=None")
+
+
+def build_twin(model: GPT, described: Mapping[str, Any]) -> GPT:
+    """A network of the class that a config of transformers describes, with the tensors of `model`, the same in memory.
+
+    Raises:
+        CheckpointError: `model` has parameters that it lacks, or the two compute something else.
+    """
+    with torch.device("meta"):
+        twin = GPT(read_decoder_config(described, CONFIG))
+    own, theirs = model.state_dict(), twin.state_dict()
+    strange = [name for name in own if name not in theirs or own[name].shape != theirs[name].shape]
+    lacking = [name for name in theirs if name not in own and not name.endswith(".bias")]
+    if strange or lacking:
+        name, kind = (strange or lacking)[0], described["architectures"][0]
+        raise CheckpointError(
+            f"{kind} of transformers and this network differ in {counted(len(strange + lacking), 'parameter')}, "
+            f"{name!r} first: it has none of a scheme; train with scheme='identity' for it, or export for Skipway"
+        )
+    like = model.stem.token
+    state = {name: own.get(name, like.new_zeros(tensor.shape)) for name, tensor in theirs.items()}
+    twin.load_state_dict(state, assign=True)
+    refuse_difference(model, twin.eval(), described["architectures"][0])
+    return twin
+
+
+@torch.no_grad()
+def refuse_difference(model: GPT, other: nn.Module, name: str) -> float:
+    """The largest difference of logits on random texts, over the largest logit.
+
+    Raises:
+        CheckpointError: it is no rounding error.
+    """
+    vocab, length = model.config.vocab, min(TRIAL, model.config.context)
+    ids = torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(0)).to(model.stem.token.device)
+    with preserved_state(model):
+        own = model.eval()(ids).float()
+    theirs = other.to(ids.device)(ids)
+    theirs = getattr(theirs, "logits", theirs).float()
+    difference = float((own - theirs).abs().max() / own.abs().max().clamp(min=1e-30))
+    if not difference <= TOLERANCE.get(model.stem.token.dtype, LOOSE):
+        raise CheckpointError(
+            f"{name} of transformers computes other logits with these weights, off by {difference:.1e} of the largest: "
+            "something in this network is neither in its config nor in its weights; export for Skipway"
+        )
+    return difference
