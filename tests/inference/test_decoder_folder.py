@@ -13,6 +13,7 @@ import skipway as sw
 from benchmarks.peers import import_transformers, randomise_
 from skipway.cli import main
 from skipway.data.text.tokenizer import ByteTokenizer, CharTokenizer
+from skipway.data.text.tokenizer_file import read_tokenizer
 from skipway.inference.decoder_folder import write_transformers_folder
 from skipway.models.gpt import GPT
 
@@ -75,6 +76,21 @@ def test_tokenizers_travel(transformers, tmp_path, tokenizer, text, options):
     assert theirs.decode(ids) == text
     assert theirs.eos_token_id == tokenizer.separator
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == tokenizer.separator
+
+
+def test_a_tokenizer_from_a_file_travels_without_what_it_puts_around_texts(transformers, tmp_path):
+    """Our texts have no token at their start, whatever the file's template says: nor should they have one there."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_tokenizer(tmp_path / "tokenizer.json")
+    write_transformers_folder(network(vocab=4), tmp_path / "out", tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("a b b x")["input_ids"] == tokenizer.encode_known("a b b x").tolist() == [1, 2, 2, 3]
+    assert (theirs.eos_token_id, theirs.unk_token_id) == (0, 3)
 
 
 def test_characters_that_a_tokenizer_lacks(transformers, tmp_path):

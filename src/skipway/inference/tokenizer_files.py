@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import singledispatch
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from skipway.checkpoint.files import encode_json
 from skipway.data.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from skipway.data.text.tokenizer_file import FileTokenizer
 from skipway.errors import CheckpointError, printable
 from skipway.weights.stored_config import read_config
 
@@ -46,23 +48,31 @@ def tokenizer_files(source: Tokenizer | Path | None, vocab: int, context: int) -
         raise CheckpointError(
             f"the tokenizer has {source.size} tokens, the network vocab={vocab}: the rule is a tokenizer of the network"
         )
-    tokens = {"eos_token": (END, source.separator), "unk_token": (UNKNOWN, source.unknown)}
-    special = {name: text for name, (text, number) in tokens.items() if number is not None}
-    added = [
-        {"id": number, "content": text, "special": True, "normalized": False}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-        for text, number in tokens.values()
-        if number is not None
-    ]
+    numbers = {"eos_token": source.separator, "unk_token": source.unknown}
+    special = {name: special_name(source, number) for name, number in numbers.items() if number is not None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
         **special,
     }
+    added = [added_token(number, special[name]) for name, number in numbers.items() if number is not None]
     content = {"version": "1.0", "added_tokens": added, **tokenizer_parts(source)}
     files = {"tokenizer.json": encode_json(content), "tokenizer_config.json": encode_json(config)}
     return files, {} if source.separator is None else dict.fromkeys(SPECIAL[:2], source.separator)
+
+
+def special_name(tokenizer: Tokenizer, number: int) -> str:
+    """The text of the token between documents, or of the unknown one."""
+    if isinstance(tokenizer, FileTokenizer):
+        return tokenizer.library_tokenizer.id_to_token(number)
+    return END if number == tokenizer.separator else UNKNOWN
+
+
+def added_token(number: int, text: str) -> dict[str, Any]:
+    """A special token as a file of `tokenizers` lists it."""
+    choices = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": text, **choices, "special": True}
 
 
 @singledispatch
@@ -98,3 +108,9 @@ def char_parts(tokenizer: CharTokenizer) -> Mapping[str, Any]:
     split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
     words = {"type": "WordLevel", "vocab": vocab, "unk_token": UNKNOWN}
     return {"pre_tokenizer": split, "decoder": {"type": "Fuse"}, "model": words}
+
+
+@tokenizer_parts.register
+def file_parts(tokenizer: FileTokenizer) -> Mapping[str, Any]:
+    """The file itself, but that no tokens are put around a text and nothing is cut off: the network saw none."""
+    return json.loads(tokenizer.content) | dict.fromkeys(("post_processor", "truncation", "padding"))
