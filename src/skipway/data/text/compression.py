@@ -28,7 +28,7 @@ class Compression(NamedTuple):
 
 
 def unpack_zstandard(content: bytes) -> bytes:
-    """Unpack Zstandard, with what is there: Python's own module (3.14), or the package.
+    """Unpack Zstandard, with what is there: Python's own module (3.14), or Arrow.
 
     Raises:
         MissingExtraError: neither is there.
@@ -38,10 +38,10 @@ def unpack_zstandard(content: bytes) -> bytes:
     except ImportError:
         pass
     try:
-        reader = import_module("zstandard").ZstdDecompressor().stream_reader(content, read_across_frames=True)
+        pyarrow = import_module("pyarrow")
     except ImportError as error:
-        raise MissingExtraError("zstandard", "zstd", "a file compressed by Zstandard") from error
-    return reader.read()
+        raise MissingExtraError("pyarrow", "parquet", "a file compressed by Zstandard") from error
+    return pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd").read()
 
 
 COMPRESSIONS = (
@@ -57,7 +57,7 @@ def decompress(content: bytes) -> bytes:
 
     Raises:
         NotText: it is damaged.
-        MissingExtraError: Zstandard needs a package that is not installed.
+        MissingExtraError: Zstandard needs a library that is not installed.
 
     >>> decompress(gzip.compress(b"text"))
     b'text'
