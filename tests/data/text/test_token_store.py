@@ -207,6 +207,7 @@ def test_a_tokenizer_that_changes_the_text_is_remarked_upon(tmp_path):
     data = load_text(tmp_path, tokenizer=path, context=4, holdout=0, validation=0)
     assert any("2 of 2 documents of a sample do not come back" in remark for remark in data.remarks)
     assert any("the tokenizer has no separator: 2 documents follow" in remark for remark in data.remarks)
+    assert not any("separators of the tokenizer" in remark for remark in data.remarks)
     named = load_text(tmp_path, tokenizer=path, separator="[SEP]", context=4, holdout=0, validation=0)
     assert named.train.tokens[0] == 5
     with pytest.raises(DataError, match="separator='</s>': .*words.json has no such token"):

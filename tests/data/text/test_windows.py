@@ -131,6 +131,12 @@ def test_a_split_shorter_than_the_context_is_scored_without_what_follows(tmp_pat
     assert targets[0, :8].tolist() == data.validation.tokens[1:].tolist()
 
 
+def test_ids_are_counted(data, monkeypatch):
+    monkeypatch.setattr("skipway.data.text.token_split.CHUNK", 7)
+    counts = Counter(data.train.tokens.tolist())
+    assert data.train.id_counts(40).tolist() == [counts[number] for number in range(40)]
+
+
 def test_bits_per_byte_of_a_uniform_guess(data):
     """log2 of the vocabulary for each token, over bytes: these characters have three."""
     nats = data.test.targets * np.log(data.tokenizer.size)

@@ -109,8 +109,9 @@ class Corpus:
         if plan.cuts:
             for number, split, text in self.parts(plan):
                 yield self.infos[number].name, split, self.sentences.numbers(text)
+            return
         for info, split, sentences in zip(self.infos, plan.splits, self.sentences.documents, strict=True):
-            if not plan.cuts and split is not None:
+            if split is not None:
                 yield info.name, split, sentences
 
 

@@ -138,17 +138,17 @@ def part_remarks(
                 f"{counted(part.unknown_tokens, 'token')} ({100 * part.unknown_tokens / len(part):.2g} %) of the "
                 f"{split} text are unknown to the tokenizer: they are read as one, and neither trained on nor scored"
             )
-        inside = int((part.tokens == tokenizer.separator).sum()) - separators * (len(part.documents) - 1)
-        if tokenizer.separator is not None and inside:
+        counts = part.id_counts(tokenizer.size)
+        between = len(part.documents) - 1 if separators else 0
+        if tokenizer.separator is not None and (inside := int(counts[tokenizer.separator]) - between):
             yield f"{counted(inside, 'separator')} of the tokenizer stand within documents of the {split} text"
         if split != "train" and 0 < part.targets < context:
             yield (
                 f"the {split} text has {counted(len(part), 'token')}, less than a window of {context + 1}: it is "
                 "scored with less context than the model is trained on"
             )
-    if isinstance(tokenizer, FileTokenizer):
-        used = len(np.unique(parts["train"].tokens))
-        if used < FEW_USED * tokenizer.size:
+        if split == "train" and isinstance(tokenizer, FileTokenizer) and counts.astype(bool).mean() < FEW_USED:
+            used = np.count_nonzero(counts)
             yield f"{used:,} of the {tokenizer.size:,} ids of the tokenizer occur in the training text"
 
 

@@ -18,9 +18,10 @@ __all__ = ["SentenceSample", "near_copies", "overlap_remarks"]
 # letters from which a sentence or a line is not common by chance
 LEAST_LETTERS = 40
 # sentences that are kept of a text; of more, every second, fourth, … by their hashes
-MOST_SENTENCES = 4_000_000
+MOST_SENTENCES = 500_000
 # of a document's sentences, from which it is a near copy, and how many it takes to say so
 NEAR_COPY, FEWEST = 0.5, 3
+NOBODY: frozenset[int] = frozenset()
 # groups that are kept in mind for a sentence
 MOST_HOLDERS = 8
 # of all sentences of a split, from which it is remarked
@@ -79,7 +80,7 @@ def near_copies(documents: Sequence[np.ndarray]) -> list[int]:
     holders: dict[int, list[int]] = {}
     for number in sorted(parent, key=lambda number: (-len(documents[number]), number)):
         sentences = documents[number].tolist()
-        known = [{root(holder) for holder in holders.get(each, ())} for each in sentences]
+        known = [{root(holder) for holder in holders[each]} if each in holders else NOBODY for each in sentences]
         counts = Counter(group for groups in known for group in groups)
         for group, count in sorted(counts.items()):
             if count >= max(FEWEST, NEAR_COPY * len(sentences)):

@@ -13,6 +13,8 @@ __all__ = ["IGNORED", "TokenSplit"]
 
 # the target of a position that is not scored, as torch's cross entropy has it
 IGNORED = -100
+# tokens that are counted at once
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,13 @@ class TokenSplit:
     def targets(self) -> int:
         """The number of positions that have a token after them."""
         return max(0, len(self.tokens) - 1)
+
+    def id_counts(self, size: int) -> np.ndarray:
+        """How often each id below `size` occurs, int64 (size,)."""
+        counts = np.zeros(size, np.int64)
+        for first in range(0, len(self.tokens), CHUNK):
+            counts += np.bincount(self.tokens[first : first + CHUNK], minlength=size)
+        return counts
 
     def bits_per_byte(self, nats: float) -> float:
         """The cost of a byte of text in bits, from the sum of the losses of all targets that are scored, in nats.
