@@ -24,7 +24,8 @@ from skipway.diagnosis.progress import PassCounter
 from skipway.diagnosis.remedies import Case, Remedy
 from skipway.diagnosis.residual_warmup import judged_warmup
 from skipway.diagnosis.rows import SignalRow, signal_rows
-from skipway.diagnosis.rules import Context, findings_of, verdict_of
+from skipway.diagnosis.rule_context import Context
+from skipway.diagnosis.rules import findings_of, verdict_of
 from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.table import as_text, comparison_view, diagnosis_view, remedy_lines

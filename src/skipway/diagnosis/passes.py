@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from skipway.diagnosis.activations import ActivationObserver, Activations
 from skipway.diagnosis.settings import OptimizerParts
 from skipway.diagnosis.subject import Gradients, Subject
 from skipway.probes import Observer
 from skipway.probes.differentiation import GradientFlags
-from skipway.probes.measures import distinctness
+from skipway.probes.measures import distinctness, rms
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model
@@ -288,6 +289,9 @@ class LookAhead:
         moved: |Δw|/|w| of all parameters together over all steps.
         updates: |Δw|/|w| of the first step, by parameter.
         size: samples in a chunk.
+        outputs: root mean square of the outputs of held-out samples, before and after all steps.
+        first_change: root mean square of the change of these outputs by the first step.
+        activations: on the way to these outputs, before and after all steps.
     """
 
     losses: tuple[float, ...]
@@ -298,6 +302,9 @@ class LookAhead:
     moved: float
     updates: dict[str, float] = field(repr=False)
     size: int
+    outputs: tuple[float, float]
+    first_change: float
+    activations: tuple[Activations, Activations] = field(repr=False)
 
     @property
     def trust(self) -> float:
@@ -320,7 +327,7 @@ def look_ahead(subject: Subject, optimizer: OptimizerFactory, *, steps: int = 24
     losses: list[float] = []
     changes: Gradients = []
     predicted = decreased = 0.0
-    before = loss_and_distinctness(subject, unseen)
+    before, first_change = look(subject, unseen), math.nan
     try:
         chosen = optimizer()
         for number in range(steps):
@@ -334,8 +341,9 @@ def look_ahead(subject: Subject, optimizer: OptimizerFactory, *, steps: int = 24
             if number == 0:
                 changes = [parameter.detach() - old for parameter, old in zip(parameters, kept, strict=True)]
                 predicted = -dot(gradient, changes)
-                decreased = losses[0] - loss_and_distinctness(subject, seen[0])[0]
-        after = loss_and_distinctness(subject, unseen)
+                decreased = losses[0] - look(subject, seen[0]).loss
+                first_change = float(rms(look(subject, unseen).output - before.output))
+        after = look(subject, unseen)
         moved = [parameter.detach() - old for parameter, old in zip(parameters, kept, strict=True)]
         distance = math.sqrt(dot(moved, moved) / max(dot(kept, kept), 1e-30))
     finally:
@@ -345,13 +353,16 @@ def look_ahead(subject: Subject, optimizer: OptimizerFactory, *, steps: int = 24
                 parameter.grad = grad
     return LookAhead(
         losses=tuple(losses),
-        unseen=(before[0], after[0]),
-        distinct=(before[1], after[1]),
+        unseen=(before.loss, after.loss),
+        distinct=(before.distinct, after.distinct),
         predicted=predicted,
         decreased=decreased,
         moved=distance,
         updates=relative_updates(list(subject.parameters), changes, kept),
         size=size,
+        outputs=(float(rms(before.output)), float(rms(after.output))),
+        first_change=first_change,
+        activations=(before.activations, after.activations),
     )
 
 
@@ -361,10 +372,28 @@ def relative_updates(names: Sequence[str], changes: Gradients, weights: Gradient
     return {name: c / w if w else (math.inf if c else 0.0) for name, (c, w) in sizes.items()}
 
 
-def loss_and_distinctness(subject: Subject, part: Any) -> tuple[float, float]:
-    """Loss and distinctness of the outputs on a part of the batch."""
+class Look(NamedTuple):
+    """A pass without gradients over a part of the batch.
+
+    Args:
+        loss: of it.
+        distinct: 1 − mean cosine between the outputs of different samples.
+        output: the outputs.
+        activations: on the way to them.
+    """
+
+    loss: float
+    distinct: float
+    output: Tensor
+    activations: Activations
+
+
+def look(subject: Subject, part: Any) -> Look:
+    """Run a part of the batch without gradients."""
     subject.spend(subject.share(part) / 3)
     with subject.running(), torch.no_grad():
-        output = subject.call(part)
-        spread = float(distinctness(subject.signal(output, part)))
-        return float(subject.value(output, part).detach()), spread
+        with ActivationObserver(subject.model) as observer:
+            output = subject.call(part)
+        signal = subject.signal(output, part)
+        value = float(subject.value(output, part).detach())
+        return Look(value, float(distinctness(signal)), signal, observer.read())

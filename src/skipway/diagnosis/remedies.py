@@ -26,11 +26,13 @@ __all__ = [
     "AddSkips",
     "Case",
     "Damp",
+    "FullPrecision",
     "LearningRate",
     "NormFirst",
     "Remedy",
     "Rescheme",
     "Revive",
+    "Shrink",
     "UnitVariance",
     "WarmUp",
 ]
@@ -110,6 +112,39 @@ class Damp:
     def __str__(self) -> str:
         factor = "1/√L" if self.factor is None else f"{self.factor:.2g}"
         return f"multiply the last weights of every branch by {factor}"
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Multiply one parameter, in place.
+
+    Args:
+        parameter: its name, as in `named_parameters`.
+        factor: that it is multiplied by.
+    """
+
+    parameter: str
+    factor: float
+
+    def apply(self, case: Case) -> Case:
+        with torch.no_grad():
+            case.model.get_parameter(self.parameter).mul_(self.factor)
+        return case
+
+    def __str__(self) -> str:
+        return f"multiply {self.parameter} by {self.factor:.2g}"
+
+
+@dataclass(frozen=True)
+class FullPrecision:
+    """Hold the weights in float32, in place; `torch.autocast` computes in half precision all the same."""
+
+    def apply(self, case: Case) -> Case:
+        case.model.float()
+        return case
+
+    def __str__(self) -> str:
+        return "hold the weights in float32 (model.float()), and compute in half precision by torch.autocast"
 
 
 @dataclass(frozen=True)

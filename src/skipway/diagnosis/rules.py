@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from skipway.diagnosis.findings import Finding, Verdict, format_number
-from skipway.diagnosis.measurement import ConnectionSignal, LayerSignal, Measurement
-from skipway.diagnosis.outlook import PROBABILITY, Outlook, chance_text
+from skipway.diagnosis.measurement import ConnectionSignal, LayerSignal
+from skipway.diagnosis.outlook import PROBABILITY, chance_text
+from skipway.diagnosis.output_rules import OUTPUT_RULES
 from skipway.diagnosis.remedies import (
     AddSkips,
     Damp,
@@ -23,42 +22,10 @@ from skipway.diagnosis.remedies import (
     WarmUp,
     layers_with_switch,
 )
-from skipway.diagnosis.settings import Settings
-from skipway.diagnosis.subject import Subject
+from skipway.diagnosis.rule_context import Context, Rule, calming
 from skipway.errors import counted
 
-__all__ = ["RULES", "Context", "findings_of", "verdict_of"]
-
-
-@dataclass(frozen=True)
-class Context:
-    """All that a rule may look at.
-
-    Args:
-        measured: the model at its start.
-        settings: of the training that is asked about.
-        subject: the model, for its structure and for remedies.
-        outlook: the forecast from the trial steps, with these settings and perhaps with another learning rate.
-    """
-
-    measured: Measurement
-    settings: Settings
-    subject: Subject
-    outlook: Outlook
-
-    @property
-    def ours(self) -> bool:
-        """Whether the network was built by `skipway.build`, and so can be rebuilt with another scheme."""
-        return hasattr(getattr(self.subject.model, "config", None), "scheme")
-
-    @property
-    def maps(self) -> tuple[str, ...]:
-        """Modules whose weight has two axes or more, in the order of the signal: those that can be re-initialised."""
-        modules = ((name, self.subject.model.get_submodule(name)) for name in self.subject.layers)
-        return tuple(name for name, module in modules if getattr(getattr(module, "weight", None), "ndim", 0) > 1)
-
-
-Rule = Callable[[Context], Iterator[Finding]]
+__all__ = ["RULES", "findings_of", "verdict_of"]
 
 
 def not_finite(context: Context) -> Iterator[Finding]:
@@ -84,13 +51,6 @@ def not_finite(context: Context) -> Iterator[Finding]:
 def size_of(point: ConnectionSignal | LayerSignal) -> float:
     """The size of the signal at a connection or layer."""
     return point.stream if isinstance(point, ConnectionSignal) else point.std
-
-
-def calming(context: Context) -> tuple[Remedy, ...]:
-    """Remedies that bound the signal: smaller branches, or weights of unit variance where there is no connection."""
-    if not context.measured.connections:
-        return (UnitVariance(context.maps),)
-    return (Rescheme("skipinit(init='depth')"), Damp()) if context.ours else (Damp(), UnitVariance(context.maps))
 
 
 def stream_grows(context: Context) -> Iterator[Finding]:
@@ -245,6 +205,7 @@ def skips(context: Context) -> tuple[Remedy, ...]:
 def gradients_differ(context: Context) -> Iterator[Finding]:
     """The gradients of the first and of the last layers differ by orders of magnitude."""
     layers = [layer for layer in context.measured.layers if layer.weight > 0 and math.isfinite(layer.weight)]
+    layers = [layer for layer in layers if not math.isnan(layer.gradient)]
     if len(layers) < 4:
         return
     early, late = layers[0].gradient, layers[-2].gradient
@@ -274,7 +235,8 @@ def post_norm(context: Context) -> Iterator[Finding]:
     """A deep network that normalises the stream after every addition; a skip of α ≥ √L, as in Keel, outweighs that."""
     chain = context.subject.chain
     normed = [c.name for c in chain if "post" in c.seen.norms and c.seen.weights[0] ** 2 < len(chain)]
-    if len(normed) < 12 or len(normed) < len(chain) / 2:
+    warm = max(100, context.settings.steps // 20)
+    if len(normed) < 12 or len(normed) < len(chain) / 2 or context.settings.warmup >= warm:
         return
     switch = bool(layers_with_switch(context.subject.model))
     first: Remedy = NormFirst() if switch else Rescheme("preactivation") if context.ours else Damp(0.1)
@@ -287,7 +249,7 @@ def post_norm(context: Context) -> Iterator[Finding]:
         source="Xiong et al. 2020, theorem 1 (https://arxiv.org/abs/2002.04745)",
         evidence={"connections": float(len(normed))},
         where=tuple(normed),
-        remedies=(first, WarmUp(max(100, context.settings.steps // 20))),
+        remedies=(first, WarmUp(warm)),
     )
 
 
@@ -312,61 +274,6 @@ def dead_units(context: Context) -> Iterator[Finding]:
     )
 
 
-def low_precision(context: Context) -> Iterator[Finding]:
-    """Values that float16 cannot hold, and additions that bfloat16 rounds away."""
-    over = [c for c in context.measured.connections if c.overflow > 1 / 16]
-    if over:
-        most = max(c.overflow for c in over)
-        yield Finding(
-            rule="overflow",
-            level="serious" if most > 1 and in_half() else "note",
-            what=f"values reach {format_number(most * 65504)}, and float16 ends at 65504",
-            why="Larger values are infinite in float16, and activations grow further during training.",
-            source="IEEE 754-2019, table 3.5",
-            evidence={"largest value over float16's": most},
-            where=tuple(c.name for c in over),
-            remedies=calming(context),
-        )
-    lost = [c for c in context.measured.connections if c.swallowed > 0.9]
-    if lost:
-        yield Finding(
-            rule="lost-in-bfloat16",
-            level="note",
-            what=f"bfloat16 would round away the output of {counted(len(lost), 'branch', 'branches')}: |F(x)|/|x| is "
-            f"{format_number(max(c.ratio for c in lost))} at most",
-            why="bfloat16 has 8 significant bits, so an addend below 1/256 of the stream is lost. Keep the stream in "
-            "float32, as autocast does, until the branches have grown.",
-            source="bfloat16: 8 significant bits",
-            evidence={"largest share of lost elements": max(c.swallowed for c in lost)},
-            where=tuple(c.name for c in lost),
-        )
-
-
-def in_half() -> bool:
-    """Whether the diagnosis itself runs in float16, under autocast."""
-    return any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) == torch.float16 for d in ("cpu", "cuda"))
-
-
-def loud_start(context: Context) -> Iterator[Finding]:
-    """Outputs far from 0 before training."""
-    measured = context.measured
-    if not (measured.finite and measured.logits > LOUD):
-        return
-    yield Finding(
-        rule="loud-start",
-        level="note",
-        what=f"before training the output has rms {format_number(measured.logits)} and the loss is "
-        f"{format_number(measured.loss)}",
-        why="The first steps only undo what the random start put there. A classifier that knows nothing should have "
-        "the loss log(number of classes).",
-        source="Zhang et al. 2019, sec. 3, start the classifier at 0 (https://arxiv.org/abs/1901.09321)",
-        evidence={"output rms": measured.logits, "loss": measured.loss},
-        remedies=calming(context),
-    )
-
-
-LOUD = 10.0
-
 RULES: tuple[Rule, ...] = (
     not_finite,
     two_zeros,
@@ -377,8 +284,7 @@ RULES: tuple[Rule, ...] = (
     gradients_differ,
     post_norm,
     dead_units,
-    low_precision,
-    loud_start,
+    *OUTPUT_RULES,
 )
 
 

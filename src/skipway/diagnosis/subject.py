@@ -78,6 +78,12 @@ class Subject:
             self.draws_in_python = random.getstate() != before
             return program
 
+    @property
+    def vocabularies(self) -> tuple[int, ...]:
+        """Numbers of tokens that the model knows: the lengths of the tables that tokens are looked up in."""
+        tables = [self.program[value.operands[0]] for value in self.program.values if value.operator == "embedding"]
+        return tuple({table.shape[0] for table in tables if table.shape})
+
     @cached_property
     def random_modules(self) -> tuple[str, ...]:
         """The outermost modules that run with some random numbers and not with others, as under LayerDrop."""
@@ -203,9 +209,7 @@ class Subject:
         """The loss of an output for a part of the batch."""
         inputs, targets = part
         if self.objective is None:
-            self.objective = choose_objective(
-                output, targets, self.loss, inputs=inputs, vocabularies=vocabularies(self.model)
-            )
+            self.objective = choose_objective(output, targets, self.loss, inputs=inputs, vocabularies=self.vocabularies)
         return self.objective(output, targets, inputs)
 
     def refuse_later_tokens(self, heads: Mapping[str, Tensor]) -> None:
@@ -216,7 +220,7 @@ class Subject:
         """
         if self.objective is None or self.objective.function is not next_token_loss:
             return
-        tokens = predicted_tokens(heads, self.probed_part[0], vocabularies(self.model))
+        tokens = predicted_tokens(heads, self.probed_part[0], self.vocabularies)
         if tokens is not None and sees_later(self, tokens):
             raise SkipwayError(
                 f"no targets given, and {type(self.model).__name__} cannot be asked for each next token: its outputs "
@@ -284,11 +288,6 @@ class Subject:
             for parameter, gradient in zip(parameters, found, strict=True)
         ]
         return loss, output, gradients, probe.readings()
-
-
-def vocabularies(model: nn.Module) -> tuple[int, ...]:
-    """Numbers of tokens that a model knows: the lengths of its tables."""
-    return tuple({each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding)})
 
 
 class ShapeObserver(Observer):
