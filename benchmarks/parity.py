@@ -211,6 +211,7 @@ DECODERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("LlamaForCausalLM", DECODER),
     ("LlamaForCausalLM", {**DECODER, "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": SCALED}),
     ("LlamaForCausalLM", {**DECODER, "attention_bias": True, "mlp_bias": True}),
+    ("MistralForCausalLM", {**DECODER, "sliding_window": None}),
     ("Qwen2ForCausalLM", DECODER),
     ("Qwen3ForCausalLM", {**DECODER, "head_dim": 16, "tie_word_embeddings": True}),
     ("Qwen3ForCausalLM", {**DECODER, "head_dim": 16, "attention_bias": True}),

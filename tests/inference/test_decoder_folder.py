@@ -36,7 +36,14 @@ def transformers():
 
 def network(**options) -> GPT:
     """A small decoder off its start."""
-    return randomise_(sw.build("gpt", **{"depth": 2, "dim": 16, "heads": 4, "vocab": 29, "context": 32, **options}))
+    return randomise_(sw.build("gpt", **{"depth": 3, "dim": 16, "heads": 4, "vocab": 29, "context": 32, **options}))
+
+
+def operate(operation, *choices) -> GPT:
+    """A network after an operation of surgery."""
+    model = network().eval()
+    operation(model, tokens(2, 8), *choices)
+    return model
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -56,6 +63,24 @@ def test_transformers_loads_what_is_written_and_so_do_we(transformers, tmp_path,
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-5, atol=1e-5)
     grown = theirs.generate(tokens(2, 3), max_new_tokens=9, do_sample=False)  # with no token that ends a text
     assert torch.equal(sw.generate(back, tokens(2, 3), 9, temperature=0), grown)
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("scheme", ["layerscale", "rezero", "depthscaled(exponent=1, base=8)", "stochasticdepth(0.5)"])
+def test_gains_and_constants_of_a_scheme_go_into_the_weights(transformers, tmp_path, scheme, options):
+    """rezero has no norms to give away in a transformer: only its gain is left beside those."""
+    model = network(scheme=scheme, **options)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert write_transformers_folder(model, tmp_path / "out") < 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("left", [5, 4, 2])
+def test_what_shorten_left_out_is_written_as_zeros_or_not_at_all(transformers, tmp_path, left):
+    model = operate(sw.shorten, left)
+    assert write_transformers_folder(model, tmp_path / "out") < 1e-5
+    present = {name.split(".")[1] for name in model.state_dict() if name.startswith("blocks.")}
+    assert json.loads((tmp_path / "out/config.json").read_text())["n_layer"] == len(present)
 
 
 @pytest.mark.parametrize("options", [{}, {**LLAMA, "bias": "qkv"}])
@@ -122,8 +147,10 @@ def test_types_of_numbers_stay(transformers, tmp_path, dtype):
     [
         (lambda: network(norm="post"), r"differs in norm='post' \(there 'pre'\)"),
         (lambda: network(**{**LLAMA, "position": "learned"}), r"differs in position='learned' \(there 'rotary'\)"),
-        (lambda: network(scheme="layerscale"), r"'blocks\.0\.attention\.scale\.gain' first"),
-        (lambda: network(scheme="deepnorm"), r"differ in|computes other logits"),
+        (lambda: network(scheme="fixup"), r"differ in \d+ parameters, 'blocks\.0\.attention"),
+        (lambda: network(scheme="plain"), r"computes other logits with these weights"),
+        (lambda: network(scheme="deepnorm"), r"differ in \d+ parameters, 'stem\.post\.norm"),
+        (lambda: operate(sw.rescheme, "layerscale"), r"sw\.fold_gains\(model, example\) multiplies"),
         (lambda: nn.Linear(2, 2), r"a Linear: the rule is a network of the family gpt"),
     ],
 )
@@ -131,15 +158,6 @@ def test_what_transformers_cannot_express_is_refused_and_leaves_nothing(tmp_path
     with pytest.raises(sw.SkipwayError, match=said):
         write_transformers_folder(make(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_scheme_without_parameters_that_computes_something_else(tmp_path):
-    """Names and shapes are those of GPT-2; the logits tell."""
-    model = network()
-    for block in model.blocks:
-        block.mlp.scale = sw.nn.Multiply(0.5)
-    with pytest.raises(sw.CheckpointError, match="computes other logits with these weights"):
-        write_transformers_folder(model, tmp_path / "out")
 
 
 def test_tokenizers_of_other_networks_and_folders_with_other_files(tmp_path):
@@ -156,7 +174,7 @@ def test_tokenizers_of_other_networks_and_folders_with_other_files(tmp_path):
 def test_a_folder_that_names_more_blocks_than_it_has(transformers, tmp_path):
     write_transformers_folder(network(), tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
-    for blocks, said in ((3, "missing from the file"), (10**9, "describes 1000000000 blocks")):
+    for blocks, said in ((4, "missing from the file"), (10**9, "describes 1000000000 blocks")):
         (tmp_path / "config.json").write_text(json.dumps({**described, "n_layer": blocks}))
         with pytest.raises(sw.CheckpointError, match=said):
             sw.from_pretrained(tmp_path)

@@ -48,6 +48,7 @@ THEIRS = {
     "llama, all biases": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
     "llama 3.1": ("Llama", {**LLAMA, "rope_parameters": STRETCHED}),
     "llama, interpolated": ("Llama", {**LLAMA, "rope_parameters": {**STRETCHED, "rope_type": "linear"}}),
+    "mistral": ("Mistral", {**LLAMA, "sliding_window": None}),
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", {**LLAMA, "head_dim": 6, "tie_word_embeddings": True}),
     "qwen3, biases, own head": ("Qwen3", {**LLAMA, "head_dim": 6, "attention_bias": True}),
@@ -89,7 +90,8 @@ def test_logits_names_and_config_both_ways(transformers, case):
     assert exported.keys() == theirs.state_dict().keys()
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(exported[name], tensor), name
-    again = type(theirs)(type(theirs.config)(**write_decoder_config(own.config))).eval()
+    written = transformers.AutoConfig.for_model(**write_decoder_config(own.config))
+    again = transformers.AutoModelForCausalLM.from_config(written).eval()
     again.load_state_dict(exported)
     torch.testing.assert_close(again(tokens(2, 32)).logits, theirs(tokens(2, 32)).logits)
 
@@ -186,13 +188,28 @@ def test_weights_that_fit_beside_a_config_of_another_network(tmp_path, options, 
         sw.load(network(**options), tmp_path, names="huggingface")
 
 
+def test_a_longer_table_of_positions_is_cut_where_that_is_allowed():
+    """The first rows of a table mean the same in a shorter text; a table that is too short is refused."""
+    model = randomise_(network()).eval()
+    state = export_names(model, "huggingface")
+    with pytest.raises(sw.CheckpointError, match=r"adapt=\('size',\)"):
+        sw.load(network(context=5), state, names="huggingface")
+    short = sw.load(network(context=5), state, names="huggingface", adapt=("size",)).eval()
+    torch.testing.assert_close(short(tokens(2, 5)), model(tokens(2, 5)))
+    with pytest.raises(sw.CheckpointError, match=r"stem\.position: \(12, 8\) in the file, \(13, 8\) in the model"):
+        sw.load(network(context=13), state, names="huggingface", adapt=("size",))
+
+
 # What there is not --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("described", "said"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral': the rule for the family gpt is one of gpt2, llama, qwen2"),
+        (
+            {"model_type": "mixtral"},
+            "model_type='mixtral': the rule for the family gpt is one of gpt2, llama, mistral, qwen2, qwen3",
+        ),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"model_type": "gpt2", "activation_function": "quick_gelu"}, "activation_function='quick_gelu'"),
         ({"model_type": "gpt2", "n_head": 7}, "heads divides dim"),
@@ -202,6 +219,7 @@ def test_weights_that_fit_beside_a_config_of_another_network(tmp_path, options, 
         ({"model_type": "llama", "mlp_bias": True}, "attention_bias=False, mlp_bias=True"),
         ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantised"),
         ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"model_type": "mistral"}, "sliding_window=4096: the family gpt computes sliding_window=None only"),
         ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
         ({"model_type": "llama", "vocab_size": "many"}, "vocab"),
     ],

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from skipway.checkpoint.files import copy_to_host, describe_os_error, encode_json, file_aside
 from skipway.data.text.tokenizer import Tokenizer
 from skipway.errors import CheckpointError, SkipwayError, counted, first_line, printable
 from skipway.inference.tokenizer_files import TOKENIZER_FILES, tokenizer_files
 from skipway.models.gpt import GPT
+from skipway.surgery.fusion import fuse
 from skipway.tracing import preserved_state
 from skipway.weights import export_names, load_state, read_weights
 from skipway.weights.decoder_classes import CLASSES
@@ -52,7 +53,8 @@ def load_decoder(folder: Path, *, remark: Callable[[str], None] = warnings.warn)
     """The network of a folder of transformers as one of the family gpt, in evaluation mode, in float32.
 
     Args:
-        folder: holds a `config.json` (model type gpt2, llama, qwen2 or qwen3) and weights, in one file or in shards.
+        folder: holds a `config.json` (model type gpt2, llama, mistral, qwen2 or qwen3) and weights, in one file or in
+            shards.
         remark: called with a sentence about what of the config is not followed, such as dropout.
 
     Raises:
@@ -75,9 +77,10 @@ def write_transformers_folder(
 ) -> float | None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; the model is left alone.
 
-    The class is GPT-2, Llama, Qwen2 or Qwen3, by what the network computes. Biases that it has not and the class has
-    are written as zeros. The folder is compared with the network: by ours built from it, and by transformers where that
-    is installed.
+    The class is GPT-2, Llama, Qwen2 or Qwen3, by what the network computes. Gains and constants of a scheme are
+    multiplied into the weights (`fuse`); biases that the network has not and the class has, and connections that
+    `shorten` took out, are written as zeros. What is written is compared with the network: built by us, and by
+    transformers where that is installed.
 
     Args:
         model: of the family gpt.
@@ -96,9 +99,11 @@ def write_transformers_folder(
     source = Path(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     if not isinstance(model, GPT):
         raise SkipwayError(f"a {type(model).__name__}: the rule is a network of the family gpt, such as build('gpt2')")
-    config = replace(model.config, blocks=len(model.blocks))
+    state, blocks = number_blocks(fuse(model).state_dict())
+    config = replace(model.config, blocks=blocks)
     described = write_decoder_config(config, any_tokenizer=isinstance(source, Tokenizer))
-    twin = build_twin(model, described)
+    twin = build_twin(state, described)
+    refuse_difference(model, twin, described["architectures"][0])
     files, special = tokenizer_files(source, config.vocab, config.context)
     described |= {**special, "dtype": str(twin.stem.token.dtype).removeprefix("torch.")}
     others = folder.is_dir() and [each.name for each in folder.iterdir() if each.name not in FILES]
@@ -150,28 +155,50 @@ def refuse_other_tokens(tokenizer: Tokenizer, folder: Path) -> None:
         raise CheckpointError(f"transformers reads other tokens by its {type(theirs).__name__}: give tokenizer=None")
 
 
-def build_twin(model: GPT, described: Mapping[str, Any]) -> GPT:
-    """A network of the class that a config of transformers describes, with the tensors of `model`, the same in memory.
+def number_blocks(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """A state dict whose blocks are numbered without gaps, and how many they are."""
+    parts = {name: name.split(".") for name in state}
+    present = sorted({int(each[1]) for each in parts.values() if each[0] == "blocks"})
+    numbers = {str(number): str(place) for place, number in enumerate(present)}
+    renamed = {
+        name: ".".join(("blocks", numbers[each[1]], *each[2:])) if each[0] == "blocks" else name
+        for name, each in parts.items()
+    }
+    return {renamed[name]: tensor for name, tensor in state.items()}, len(present)
+
+
+def build_twin(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> GPT:
+    """A network of the class that a config of transformers describes with these tensors, the same in memory.
+
+    Zeros stand for biases and for whole connections that are not there.
 
     Raises:
-        CheckpointError: `model` has parameters that it lacks, or the two compute something else.
+        CheckpointError: it lacks parameters that are there, or has others.
     """
     with torch.device("meta"):
         twin = GPT(read_decoder_config(described, CONFIG))
-    own, theirs = model.state_dict(), twin.state_dict()
-    strange = [name for name in own if name not in theirs or own[name].shape != theirs[name].shape]
-    lacking = [name for name in theirs if name not in own and not name.endswith(".bias")]
+    theirs = twin.state_dict()
+    connections = {".".join(name.split(".")[:3]) for name in state if name.startswith("blocks.")}
+    strange = [name for name in state if name not in theirs or state[name].shape != theirs[name].shape]
+    lacking = [
+        name
+        for name in theirs
+        if name not in state
+        and not name.endswith(".bias")
+        and not (name.startswith("blocks.") and ".".join(name.split(".")[:3]) not in connections)
+    ]
     if strange or lacking:
-        name, kind = (strange or lacking)[0], described["architectures"][0]
+        folded = any(".residual_scale." in name for name in strange)
+        hint = "; sw.fold_gains(model, example) multiplies what rescheme put in into the weights" if folded else ""
         raise CheckpointError(
-            f"{kind} of transformers and this network differ in {counted(len(strange + lacking), 'parameter')}, "
-            f"{name!r} first: it has none of a scheme; train with scheme='identity' for it, or export for Skipway"
+            f"{described['architectures'][0]} of transformers and this network differ in "
+            f"{counted(len(strange + lacking), 'parameter')}, {(strange + lacking)[0]!r} first: what it computes are "
+            f"pre-norm blocks of attention and MLP without more{hint}"
         )
-    like = model.stem.token
-    state = {name: own.get(name, like.new_zeros(tensor.shape)) for name, tensor in theirs.items()}
-    twin.load_state_dict(state, assign=True)
-    refuse_difference(model, twin.eval(), described["architectures"][0])
-    return twin
+    like = state["stem.token"]
+    whole = {name: state.get(name, like.new_zeros(tensor.shape)) for name, tensor in theirs.items()}
+    twin.load_state_dict(whole, assign=True)
+    return twin.eval()
 
 
 @torch.no_grad()
@@ -191,6 +218,6 @@ def refuse_difference(model: GPT, other: nn.Module, name: str) -> float:
     if not difference <= TOLERANCE.get(model.stem.token.dtype, LOOSE):
         raise CheckpointError(
             f"{name} of transformers computes other logits with these weights, off by {difference:.1e} of the largest: "
-            "something in this network is neither in its config nor in its weights; export for Skipway"
+            "something in this network is neither in its config nor in its weights"
         )
     return difference

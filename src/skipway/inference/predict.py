@@ -60,8 +60,8 @@ def from_pretrained(
     Args:
         path: a run folder (its best weights by validation, which were tested); a folder written by
             `skipway export --hub`, or the name of one on the hub, "hf:org/name"; or a file,
-            `runs/first/last.safetensors`. A folder or name of transformers with a GPT-2, Llama, Qwen2 or Qwen3 gives a
-            network of the family gpt.
+            `runs/first/last.safetensors`. A folder or name of transformers with a GPT-2, Llama, Mistral, Qwen2 or Qwen3
+            gives a network of the family gpt.
         trust_code: run the Python file that the network was built from: the one in the folder of the weights, if
             there is one, else the one at the path where it was.
         model: what the network is built from instead, "FILE.py:NAME" for a file that was moved.

@@ -163,6 +163,17 @@ CLASSES: dict[str, DecoderClass] = {
             {"rope_interleaved": False},
         ),
         DecoderClass(
+            "mistral",
+            "MistralForCausalLM",
+            OF_LLAMA,
+            LLAMA_DEFAULTS
+            | {"num_key_value_heads": 8, "intermediate_size": 14336}
+            | {"max_position_embeddings": 131072, "sliding_window": 4096},
+            {**GATED, "head_norm": False},
+            {"none": {}},
+            {"sliding_window": None},
+        ),
+        DecoderClass(
             "qwen2",
             "Qwen2ForCausalLM",
             OF_LLAMA,

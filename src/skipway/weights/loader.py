@@ -157,7 +157,7 @@ def load(
     | choice | what may differ | what happens |
     |---|---|---|
     | `"classes"` | the number of classes, or the file has no classifier | the model's classifier stays as it is |
-    | `"size"` | the size of the images or windows that tables of positions are for | they are resampled, bicubic |
+    | `"size"` | the size of images, windows or texts that position tables are for | resampled, bicubic; of texts cut |
     | `"channels"` | the image channels of the first map | summed for one channel, else repeated at 3/C (as timm does) |
     | `"depth"` | the number of blocks | by their numbers: what the model lacks is left out, the rest stays |
     | `"unexpected"` | names in modules that the model lacks altogether (a loss, metrics) | they are left out |

@@ -133,6 +133,10 @@ class TextStem(nn.Module):
             if table is not None:
                 nn.init.normal_(table, std=0.02)
 
+    def resampled(self, name: str, table: Tensor) -> Tensor | None:
+        """A longer table of positions cut to this context, whose rows mean the same; None for a shorter one."""
+        return table[: self.context] if name == "position" and len(table) > self.context else None
+
     def forward(self, ids: Tensor) -> Tensor:
         start = 0 if self.decoding_state is None else self.decoding_state.length
         end = start + self.checked(ids).shape[1]
