@@ -137,13 +137,16 @@ def examine(network: str, operation: str) -> Outcome:
     return outcome
 
 
-def carry_out(promise: Promise, twin: nn.Module, model: nn.Module, example: Any) -> list[str]:
-    """Faults of an operation up to its undo."""
+Look = Callable[[Promise, nn.Module, nn.Module, Any, dict[str, nn.Parameter]], list[str]]
+
+
+def carry_out(promise: Promise, twin: nn.Module, model: nn.Module, example: Any, look: Look | None = None) -> list[str]:
+    """Faults of an operation up to its undo; `look` finds those of the network after it, `compare` if it is None."""
     modes = {module: module.training for module in model.modules()}
     parameters = dict(model.named_parameters())
     operation = promise.operate(model, example)
     try:
-        faults = compare(promise, twin, model, example, parameters)
+        faults = (look or compare)(promise, twin, model, example, parameters)
     except Exception as problem:
         faults = [f"afterwards {type(problem).__name__}: {' '.join(str(problem).split())[:160]}"]
     changed = [module for module in model.modules() if modes.get(module, module.training) != module.training]

@@ -8,6 +8,7 @@ from torch import nn
 
 import skipway as sw
 from skipway.nn import Bias, Gain, Residual, ScaledStandardConv2d
+from skipway.optim.groups import layer_indices
 from skipway.schemes import all_schemes
 
 
@@ -192,6 +193,36 @@ def test_layer_decay_finds_the_blocks_of_any_network(own):
     for name, parameter in model.named_parameters():
         place = next(place for place in expected if name.startswith(f"{place}."))
         assert rates[id(parameter)] == expected[place], name
+
+
+class Parts(nn.Module):
+    """T5's order: blocks are lists of parts of unlike classes, and the last norm stands before them (OPT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.stem = nn.LayerNorm(4), nn.Linear(3, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"parts": nn.ModuleList((Added(), Block()))}) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            for part in block["parts"]:
+                x = part(x)
+        return self.last(x)
+
+
+class Added(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        return x + super().forward(x).relu()
+
+
+def test_layer_decay_counts_parts_as_one_block_and_goes_by_the_first_use():
+    layers = layer_indices(Parts(), torch.zeros(2, 3))
+    expected = {"stem": 0, "blocks.0": 1, "blocks.1": 2, "last": 3}
+    assert layers == {name: expected[next(p for p in expected if name.startswith(f"{p}."))] for name in layers}
 
 
 def test_layer_decay_without_blocks_is_said():

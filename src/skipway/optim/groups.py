@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from skipway.nn import BranchFactors, Role
+from skipway.nn import BranchFactors, Residual, Role
 from skipway.optim.branch_factors import branch_factors
 from skipway.optim.roles import UNKNOWN, parameter_roles
-from skipway.tracing import Example, Program, unwrap
-from skipway.tracing.chain import Chain, Connection, WatchedConnection, chain, chain_from_program, read_chain
+from skipway.tracing import Example, Program, unwrap, watch
+from skipway.tracing.chain import Connection, WatchedConnection, chain, chain_from_program
+from skipway.tracing.paths import parents
 from skipway.validation import check_least, check_positive
 
 __all__ = ["param_groups"]
@@ -126,11 +129,11 @@ def without_epsilon(role: Role, *, adaptive: bool) -> Role:
     return replace(role, rate=role.rate / size, decay=role.decay * size, epsilon=1.0)
 
 
-def connections_of(model: nn.Module, example: Example | Program | None) -> Chain[Any]:
-    """The chain of a model, by type without an example."""
-    if example is None:
-        return chain(model)
-    return chain_from_program(model, example) if isinstance(example, Program) else read_chain(model, example)
+def watched_program(model: nn.Module, example: Example | Program | None) -> Program | None:
+    """What a model runs on the example; None where its chain is read by type."""
+    if example is None or isinstance(example, Program):
+        return example
+    return None if any(isinstance(module, Residual) for module in model.modules()) else watch(model, example)
 
 
 def block_of(connection: Connection | WatchedConnection) -> str:
@@ -147,22 +150,66 @@ def block_of(connection: Connection | WatchedConnection) -> str:
     return ".".join(own) or ".".join(branch)
 
 
+def whole_blocks(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """The block that each of some paths belongs to: members of unlike classes of a container within a numbered module
+    are its parts (a T5 block's attention and feed-forward layers).
+    """
+    members: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        members.setdefault(path.rpartition(".")[0], []).append(path)
+    blocks: dict[str, str] = {}
+    for container, inner in members.items():
+        kinds = {type(model.get_submodule(path)) for path in inner}
+        numbers = [place for place, part in enumerate(container.split(".")) if part.isdigit()]
+        parts = numbers and 1 < len(inner) == len(kinds)
+        outer = ".".join(container.split(".")[: numbers[-1] + 1]) if parts else ""
+        blocks.update((path, outer or path) for path in inner)
+    return blocks
+
+
+def first_uses(program: Program) -> dict[str, int]:
+    """The number of the first value that each parameter enters, by its name."""
+    leaves = [value for value in program.values if value.operator == "parameter" and program.users[value.number]]
+    return {name: program.users[leaf.number][0] for leaf in leaves for name in leaf.parameters}
+
+
+def layers_of_uses(program: Program, blocks: Sequence[str]) -> dict[str, int]:
+    """The layer in which a parameter is first used: 0 before the first block begins, L + 1 after the last one ends."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for value in program.values:
+        if value.operator not in ("parameter", "input"):
+            for name in (value.owner, *parents(value.owner)):
+                first.setdefault(name, value.number)
+                last[name] = value.number
+    starts = sorted(first[block] for block in blocks if block in first)
+    end = max((last[block] for block in blocks if block in last), default=len(program))
+    return {
+        name: len(blocks) + 1 if number > end else bisect(starts, number)
+        for name, number in first_uses(program).items()
+    }
+
+
 def layer_indices(model: nn.Module, example: Example | Program | None = None) -> dict[str, int]:
     """The layer index of every parameter by name: 0 before the blocks, 1 … L inside them, L + 1 after them.
 
     A block is a connection's place up to its last number: `blocks.3` for `blocks.3.attention`, or where the adding
-    module has none, that of the branch. A parameter between two blocks, Swin's patch merging say, belongs to the layer
-    before it. Connections that are not ours are found by watching the model on the example.
+    module has none, that of the branch; parts of unlike classes are one block (`encoder.block.3.layer.0` and `.1` in
+    T5). A parameter between two blocks, Swin's patch merging say, belongs to the layer before it. Connections that are
+    not ours are found by watching the model on the example; which layer a parameter outside of the blocks belongs to is
+    then where it is first used, and else its place among the parameters.
     """
-    blocks: dict[str, int] = {}
-    for connection in connections_of(model, example):
-        block = block_of(connection)
-        if block:
-            blocks.setdefault(block, len(blocks) + 1)
+    program = watched_program(model, example)
+    connections = chain(model) if program is None else chain_from_program(model, program)
+    own = [block for block in map(block_of, connections) if block]
+    whole = whole_blocks(model, own)
+    blocks = {block: number for number, block in enumerate(dict.fromkeys(whole[path] for path in own), start=1)}
+    used = {} if program is None else layers_of_uses(program, list(blocks))
     layers: dict[str, int] = {}
     here = 0
     for name, _ in model.named_parameters():
         inside = next((number for block, number in blocks.items() if name.startswith(block + ".")), None)
         here = inside if inside is not None else here
-        layers[name] = len(blocks) + 1 if inside is None and here == len(blocks) else here
+        placed = len(blocks) + 1 if inside is None and here == len(blocks) else here
+        layers[name] = used.get(name, placed) if inside is None else inside
     return layers
