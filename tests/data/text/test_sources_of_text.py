@@ -66,6 +66,7 @@ def test_every_encoding_gives_the_same_text(tmp_path, content, remark):
         (STORY.encode() + b"\0" + STORY.encode(), "NUL characters are kept"),
         ("<!doctype html><p>" + STORY, "the markup of HTML is read as text"),
         (r"{\rtf1 " + STORY, "the markup of RTF is read as text"),
+        ('{"text": "once"}\n' * 40, "looks like JSON and is read as text"),
     ],
 )
 def test_a_doubtful_text_is_remarked_upon(tmp_path, content, remark):
@@ -109,7 +110,8 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4
         ("a.txt", b"\xff\xfe" + b"\0\xd8\0", "is no text: it is damaged, or not UTF-16"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl: line 2 is no JSON"),
         ("a.json", '{"text": "a"}', "is no text: it is JSON, and no list of documents"),
-        ("a.csv", "n,m\n1,2\n", "no text"),
+        ("a.csv", "n,m\n1,2\n", "several columns may hold the text: 'n', 'm'"),
+        ("a.csv", "text\nOne, two\n", "a.csv: the row that ends in line 2 has more cells than the columns, 'text'"),
     ],
 )
 def test_refused_in_words(tmp_path, name, content, words):
@@ -194,6 +196,19 @@ def test_the_column_of_text(tmp_path):
     alike = save(tmp_path, "b.jsonl", lines([{"one": "a" * 50, "two": "b" * 50}]))
     with pytest.raises(DataError, match="several columns may hold the text: 'one', 'two'; name one, with column='one'"):
         load_text(alike, **given)
+
+
+def test_a_first_row_that_may_be_no_header_is_named(tmp_path):
+    data = load_text(
+        save(tmp_path, "a.csv", "Once upon a time\nthere was a king\n"), holdout=0, validation=0, context=4
+    )
+    assert "the text is the column 'Once upon a time': 'a.csv'" in data.remarks
+
+
+def test_the_encoding_of_a_table(tmp_path):
+    path = save(tmp_path, "a.csv", 'text\n"Жил-был король"\n'.encode("koi8-r"))
+    data = load_text(path, encoding="koi8-r", holdout=0, validation=0, context=4)
+    assert data.tokenizer.decode(data.train.tokens) == "Жил-был король"
 
 
 def test_halves_of_letters_in_json(tmp_path):
@@ -318,6 +333,7 @@ def test_choices_without_effect_are_named(tmp_path):
     ("choices", "words"),
     [
         ({"context": 0}, "context=0"),
+        ({"source": ""}, "source=''"),
         ({"holdout": 1.0}, "holdout=1.0"),
         ({"validation": -0.1}, "validation=-0.1"),
         ({"split_by": "lines"}, "split_by='lines'"),
@@ -332,4 +348,4 @@ def test_choices_without_effect_are_named(tmp_path):
 )
 def test_choices_outside_their_rules(tmp_path, choices, words):
     with pytest.raises(DataError, match=words):
-        load_text(save(tmp_path, "a.txt", STORY), **{"context": 8, **choices})
+        load_text(**{"source": save(tmp_path, "a.txt", STORY), "context": 8, **choices})

@@ -72,6 +72,8 @@ def decode_text_file(content: bytes, name: str, notes: Notes, encoding: str | No
     if "\r" in text:
         notes.add(r"line ends with \r, read as \n", name)
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if re.match(r'\{\s*"', text) and not name.endswith((".jsonl", ".ndjson", ".json")):
+        notes.add("looks like JSON and is read as text; .jsonl is the suffix of JSON lines", name)
     start = text[:HEAD].lstrip().encode("utf-8", "replace")
     for pattern, markup in (*MARKUP, (rb"\{\\rtf", "RTF")):
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):

@@ -27,7 +27,10 @@ def is_encoding(name: Any) -> bool:
 
 # field: (predicate, the rule in words)
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "source": (lambda value: value is None or isinstance(value, str | Path), "a path, hf:NAME or None"),
+    "source": (
+        lambda value: value is None or isinstance(value, Path) or (isinstance(value, str) and value.strip() != ""),
+        "a path, hf:NAME or None",
+    ),
     "tokenizer": (
         lambda value: isinstance(value, str | Path | Tokenizer),
         "'bytes', 'chars', or the path of a tokenizer.json",

@@ -103,7 +103,11 @@ class FileSource(TextSource):
 
     def texts(self, file: TextFile, notes: Notes) -> Iterator[str]:
         """The texts in a file."""
-        content = decompress((self.root / file.path).read_bytes())
+        path = self.root / file.path
+        try:
+            content = decompress(path.read_bytes())
+        except MemoryError as error:
+            raise DataError(f"{printable(path)} does not fit into memory: divide it into several files") from error
         reader = self.reader_of(file)
         if reader is not None:
             yield from reader(content, file.path, self.column, notes)

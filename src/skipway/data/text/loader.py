@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,8 @@ def encode(
     slow = SLOW_BYTES if isinstance(tokenizer, FileTokenizer) else CACHED_BYTES
     if choices.cache is False or (choices.cache is None and corpus.bytes < slow):
         return encode_in_memory(corpus, plan, tokenizer)
-    name = hashlib.sha256(ascii((str(choices.source), tokenizer.kind)).encode()).hexdigest()[:16]
+    place = None if choices.source is None else os.path.abspath(choices.source)
+    name = hashlib.sha256(ascii((place, tokenizer.kind)).encode()).hexdigest()[:16]
     try:
         return TokenFolder(cache_folder(choices.cache), name, key).encode(corpus, plan, tokenizer)
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ TEXT_COLUMNS = ("text", "content", "document", "body", "article", "story", "pass
 SAMPLED = 100
 # the column of the longest texts is taken for the text where the next one is this many times shorter
 LONGER = 2.0
+# letters of a cell; more than a C long holds is refused by the csv module
+LONGEST_CELL = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class TextColumn:
 
     Args:
         name: of the column; None: chosen by usual names, else by the length of the texts.
+        encoding: of tables that are text; None: by content.
     """
 
     name: str | None = None
+    encoding: str | None = None
 
     def choose(self, rows: Sequence[Mapping[str, Any]], where: str, notes: Notes) -> str:
         """The name of the column in a sample of the rows; a choice among several is noted.
@@ -65,9 +68,9 @@ class TextColumn:
                 f"{spell('column', ranked[0])} for example"
             )
         chosen = (usual or ranked)[0]
-        if len(names) > 1:
-            others = name_list([name for name in names if name != chosen])
-            notes.add(f"the text is the column {chosen!r}; not used: {others}", where)
+        others = name_list([name for name in names if name != chosen])
+        if others or not usual:
+            notes.add(f"the text is the column {chosen!r}" + (f"; not used: {others}" if others else ""), where)
         return chosen
 
     def texts(self, rows: Iterator[Mapping[str, Any]], where: str, notes: Notes) -> Iterator[str]:
@@ -102,7 +105,7 @@ def json_line_texts(content: bytes, where: str, column: TextColumn, notes: Notes
     """
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        for number, line in enumerate(decode_text_file(content, where, notes).split("\n"), 1):
+        for number, line in enumerate(decode_text_file(content, where, notes, column.encoding).split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -121,7 +124,7 @@ def json_texts(content: bytes, where: str, column: TextColumn, notes: Notes) -> 
         NotText: it is none.
     """
     try:
-        values = json.loads(decode_text_file(content, where, notes))
+        values = json.loads(decode_text_file(content, where, notes, column.encoding))
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, list):
@@ -140,21 +143,37 @@ def delimited_texts(content: bytes, where: str, column: TextColumn, notes: Notes
     Raises:
         DataError: it is no such table.
     """
-    text = decode_text_file(content, where, notes)
+    text = decode_text_file(content, where, notes, column.encoding)
     head = text.partition("\n")[0]
     delimiter = max("\t,;|" if where.lower().endswith(".tsv") else ",;\t|", key=head.count)
     with long_cells():
         try:
-            rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-            yield from column.texts(iter(rows), where, notes)
+            yield from column.texts(delimited_rows(text, delimiter, where), where, notes)
         except csv.Error as error:
             raise DataError(f"{printable(where)} is no table that can be read: {first_line(error, 100)}") from error
+
+
+def delimited_rows(text: str, delimiter: str, where: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a table.
+
+    Raises:
+        DataError: a row has more cells than there are columns.
+    """
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    for row in reader:
+        if None in row:
+            names = name_list(reader.fieldnames or ())
+            raise DataError(
+                f"{printable(where)}: the row that ends in line {reader.line_num} has more cells than the columns, "
+                f"{names}: a text that holds {delimiter!r} stands in quotation marks"
+            )
+        yield row
 
 
 @contextmanager
 def long_cells() -> Iterator[None]:
     """Context in which cells may be as long as documents are; the module's own limit is 128 KB."""
-    before = csv.field_size_limit(sys.maxsize)
+    before = csv.field_size_limit(LONGEST_CELL)
     try:
         yield
     finally:

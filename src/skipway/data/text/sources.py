@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def text_source(choices: TextChoices) -> TextSource:
             return file_source(path.parent, (TextFile(path.name, None),), Path(plain_name(path.name)).stem, choices)
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
-    raise DataError(f"{printable(path)} does not exist; without a source, the text is Python's standard library")
+    fault = "is no regular file" if os.path.lexists(path) else "does not exist"
+    raise DataError(f"{printable(path)} {fault}; without a source, the text is Python's standard library")
 
 
 def folder_source(path: Path, choices: TextChoices) -> TextSource:
@@ -76,7 +78,7 @@ def file_source(
         files=files,
         divider=choices.divider,
         encoding=choices.encoding,
-        column=TextColumn(choices.column),
+        column=TextColumn(choices.column, choices.encoding),
     )
     tables = [source.reader_of(file) is not None for file in files]
     unused = [] if any(tables) else ["column"]

@@ -26,6 +26,8 @@ __all__ = ["TokenFolder", "encode_in_memory"]
 FORMAT = 1
 INDEX = "index.json"
 CHUNK = 1 << 22
+# letters of documents that are encoded together, on all cores where the tokenizer can
+LETTERS_AT_ONCE = 1 << 22
 
 
 @dataclass
@@ -42,10 +44,10 @@ class PartBuilder:
     unknown_tokens: int = 0
     lost_bytes: int = 0
 
-    def add(self, text: str) -> None:
-        """Append a document."""
+    def add(self, text: str, ids: np.ndarray) -> None:
+        """Append a document with its ids."""
         tokenizer = self.tokenizer
-        ids = tokenizer.encode_known(text).astype(tokenizer.dtype, copy=False)
+        ids = ids.astype(tokenizer.dtype, copy=False)
         if self.separates and tokenizer.separator is not None:
             ids = np.concatenate([np.array([tokenizer.separator], ids.dtype), ids])
         if tokenizer.unknown is not None and (lost := int((ids == tokenizer.unknown).sum())):
@@ -78,8 +80,22 @@ class PartBuilder:
 
 def encode_corpus(corpus: Corpus, plan: Partition, builders: dict[Split, PartBuilder]) -> None:
     """Encode all documents."""
+    tokenizer = builders["train"].tokenizer
+    waiting: list[tuple[Split, str]] = []
+    letters = 0
+
+    def encode_waiting() -> None:
+        for (split, text), ids in zip(waiting, tokenizer.encode_all([text for _, text in waiting]), strict=True):
+            builders[split].add(text, ids)
+        waiting.clear()
+
     for _, split, text in corpus.parts(plan):
-        builders[split].add(text)
+        waiting.append((split, text))
+        letters += len(text)
+        if letters >= LETTERS_AT_ONCE:
+            encode_waiting()
+            letters = 0
+    encode_waiting()
 
 
 def encode_in_memory(corpus: Corpus, plan: Partition, tokenizer: Tokenizer) -> dict[Split, TokenSplit]:

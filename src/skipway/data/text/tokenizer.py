@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, final
@@ -54,6 +54,10 @@ class Tokenizer(ABC):
         Raises:
             DataError: there is none.
         """
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode several texts, as `encode_known` does one."""
+        return [self.encode_known(text) for text in texts]
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
