@@ -136,6 +136,25 @@ def test_a_folder_of_theirs_read_trained_and_written_with_what_lies_beside_it(tr
     assert not (tmp_path / "again/README.md").exists()
 
 
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    """Config and tokenizer are fetched with the weights; a config of another network than the given one is refused."""
+    hub = pytest.importorskip("huggingface_hub", reason="the extra 'hub' is not installed")
+    model = network().eval()
+    write_transformers_folder(model, tmp_path)
+    asked = []
+
+    def snapshot(repository, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    back = sw.from_pretrained("hf:org/name")
+    torch.testing.assert_close(back(tokens(2, 8)), model(tokens(2, 8)))
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(asked[0])
+    with pytest.raises(sw.CheckpointError, match="heads=2 in the model, heads=4 in the file"):
+        sw.load(network(heads=2), "hf:org/name", names="huggingface")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_types_of_numbers_stay(transformers, tmp_path, dtype):
     write_transformers_folder(network().to(dtype), tmp_path / "out")

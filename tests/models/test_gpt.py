@@ -11,6 +11,7 @@ import skipway as sw
 from skipway.errors import SkipwayError
 from skipway.inference.generate import Sampling
 from skipway.models import variants
+from skipway.models.gpt.variants import gpt_name
 from skipway.nn import CausalAttention, GatedMlp, RotaryPositions, decoding
 from skipway.optim.roles import parameter_roles
 from skipway.schemes import all_schemes
@@ -210,3 +211,28 @@ def test_rows_end_at_a_token():
 
     grown = sw.generate(Counting(), torch.tensor([[1], [3]]), 8, temperature=0, stop=5, cache=False)
     assert grown.tolist() == [[1, 2, 3, 4, 5], [3, 4, 5, 5, 5]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_name_that_gives_the_config(shape):
+    config = network(**SHAPES[shape], rotary_scaling=None).config
+    again = sw.build(gpt_name(config), vocab=11, context=12, scheme=config.scheme, device="meta").config
+    assert again == config
+
+
+def test_options_in_brackets_behind_a_name():
+    model = sw.build("gpt-4(dim=16, heads=2, position='rotary', rotary_scaling='linear(4)')", heads=4, device="meta")
+    assert (model.config.dim, model.config.heads, str(model.config.rotary_scaling)) == (16, 4, "linear(factor=4)")
+    assert (
+        gpt_name(model.config)
+        == "gpt-small(dim=16, blocks=4, heads=4, position='rotary', rotary_scaling='linear(factor=4)')"
+    )
+    assert sw.build("resnet18(classes=7)", device="meta").config.classes == 7
+    for name, said in (
+        ("resnet18(clases=7)", "resnet18: unknown option 'clases'; did you mean 'classes'"),
+        ("gpt-4(dim=f())", "not of the form"),
+        ("gpt-4(dim=16", "not of the form"),
+        ("gpt-4(3)", "options"),
+    ):
+        with pytest.raises(SkipwayError, match=said):
+            sw.build(name, device="meta")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from skipway.errors import SkipwayError, suggest
-from skipway.registry import Registry
+from skipway.registry import Registry, parse_spec
 from skipway.schemes import Scheme
 from skipway.schemes import parse_scheme as read_scheme
 from skipway.schemes.initialisation import initialise_
@@ -95,7 +95,8 @@ def build(
 
     Args:
         name: a published variant ("resnet50", "vit-small-16"), a family ("resnet"), which then needs a `depth`, or an
-            entry point of timm or torchvision ("vit_small_patch16_224", "swin_t").
+            entry point of timm or torchvision ("vit_small_patch16_224", "swin_t"); options may stand in brackets behind
+            it, "gpt-4(dim=64, heads=4)".
         depth: weight layers on the longest path, the number in the papers' names.
         scheme: how the connections are dressed, a `Scheme` or its spec string, "layerscale(init=1e-5)".
         device: where the parameters live; by default torch's default device. "meta" builds without initialising.
@@ -114,10 +115,7 @@ def build(
     """
     name, options = resolve(name, options)
     family, config = find_config(name, depth)
-    known = {field.name for field in fields(config)}
-    for option in options:
-        if option not in known:
-            raise SkipwayError(f"{name}: {suggest('option', option, known)}")
+    check_options(name, options, config)
     if scheme is not None:
         options["scheme"] = scheme
     if "scheme" in options:
@@ -140,21 +138,42 @@ def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     >>> resolve("vit_small_patch16_384.augreg_in1k", {"classes": 10})
     ('vit-small-16', {'image': 384, 'classes': 10})
     """
+    name, given = split_options(name)
+    options = {**given, **options}
     entry = name.partition(".")[0]
     for family in families():
         if entry in family.aliases:
             ours, own = family.aliases[entry]
             return ours, {**own, **options}
-    return name, dict(options)
+    return name, options
+
+
+def split_options(text: str) -> tuple[str, dict[str, Any]]:
+    """A name and the options in brackets behind it, Python literals.
+
+    >>> split_options("gpt-4(dim=64, act='silu')")
+    ('gpt-4', {'dim': 64, 'act': 'silu'})
+    """
+    name, bracket, rest = text.partition("(")
+    return (name, parse_spec(f"options({rest}", lambda _: dict)) if bracket else (text, {})
 
 
 def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
     """The family and the config that a name, ours or an entry point of timm or torchvision, and a depth describe."""
     ours, own = resolve(name, {})
     family, config = own_config(ours, depth)
+    check_options(ours, own, config)
     if "scheme" in own:
         own["scheme"] = read_scheme(own["scheme"])
     return family, replace(config, **own) if own else config
+
+
+def check_options(name: str, options: Iterable[str], config: Any) -> None:
+    """Raise unless all options are fields of a config."""
+    known = {field.name for field in fields(config)}
+    for option in options:
+        if option not in known:
+            raise SkipwayError(f"{name}: {suggest('option', option, known)}")
 
 
 def own_config(name: str, depth: int | None) -> tuple[Family, Any]:

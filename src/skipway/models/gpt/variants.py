@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 from skipway.errors import SkipwayError
 from skipway.models.family import FAMILIES, Family, Variant
 from skipway.models.gpt.config import GPTConfig
 from skipway.models.gpt.network import GPT
-from skipway.nn import parse_rotary_scaling
+from skipway.nn import RotaryScaling, parse_rotary_scaling
 from skipway.schemes import parse_scheme
 
-__all__ = ["SIZES", "gpt_config"]
+__all__ = ["SIZES", "gpt_config", "gpt_name"]
 
 # Radford et al. 2019, sec. 2.3: the last map of each branch starts divided by √L, L branches
 GPT2 = GPTConfig(
@@ -85,6 +85,25 @@ def gpt_config(depth: int, base: GPTConfig = SIZES["gpt-small"][0]) -> GPTConfig
     if depth < 1:
         raise SkipwayError(f"depth={depth}: a GPT has at least one block; every depth from 1 on is possible")
     return replace(base, blocks=depth)
+
+
+def gpt_name(config: GPTConfig) -> str:
+    """A name for `build` that gives this config with its own vocab, context and scheme.
+
+    >>> gpt_name(SIZES["gpt2"][0]), gpt_name(GPTConfig(dim=384, blocks=2, heads=6, bias="none", act="relu"))
+    ('gpt2', "gpt-small(blocks=2, act='relu')")
+    """
+    free = {"vocab": config.vocab, "context": config.context, "scheme": config.scheme}
+    for name, (published, _, _) in SIZES.items():
+        if replace(published, **free) == config:
+            return name
+    base = replace(gpt_config(6), **free)  # a name with a number, "gpt-2", may be a published one
+    pairs = ((each.name, getattr(config, each.name)) for each in fields(config))
+    others = {name: value for name, value in pairs if value != getattr(base, name)}
+    listed = ", ".join(
+        f"{name}={(str(value) if isinstance(value, RotaryScaling) else value)!r}" for name, value in others.items()
+    )
+    return f"gpt-small({listed})"
 
 
 FAMILIES.add(
