@@ -250,6 +250,25 @@ def test_a_folder_of_images_is_the_batch_and_counts_the_classes(capsys):
     assert run(capsys, *narrow)[0] == 2
 
 
+def test_a_text_is_the_batch_of_a_language_model(capsys):
+    Path("mine.py").write_text(
+        "from torch import nn\n"
+        "def make(vocabulary=256): return nn.Sequential(nn.Embedding(vocabulary, 8), nn.Linear(8, vocabulary))\n"
+        "def narrow(): return make(255)\n"
+    )
+    Path("book.txt").write_text("To be, or not to be, that is the question. " * 100)
+    options = ["--batch", "book.txt", "--optimizer", "adamw", *QUICK]
+    status, out, _ = run(capsys, "mine.py:make", *options)
+    assert status == 0
+    assert out.startswith("batch     8 windows of 64 bytes of book.txt\n")
+    assert "cross-entropy of each next token" in out
+    assert "chance: 2." in out
+    status, _, err = run(capsys, "mine.py:narrow", *options)
+    assert status == 2
+    assert "the rule is a vocabulary of at least 256, for bytes, and the model has 255" in err
+    assert "with no labels; use --batch FILE" in run(capsys, "mine.py:make", "--optimizer", "adamw", *QUICK)[1]
+
+
 def test_lint_prints_findings_and_fails_on_fatal_ones(capsys, monkeypatch):
     lint = pytest.importorskip("skipway.diagnosis.lint")
     from skipway.diagnosis import Finding

@@ -56,7 +56,7 @@ class Question:
     """Samples in the batch."""
 
     batch: Annotated[Path | None, Parameter(group=BATCH)] = None
-    """Folder of images by class. [random samples]"""
+    """Folder of images by class, or a text. [random]"""
 
     outside: Annotated[bool, Parameter(negative=(), group=BATCH)] = False
     """Follow links out of the folder of images."""
@@ -279,13 +279,14 @@ def prepared(text: str, question: Question) -> tuple[LoadedModel, Any, str]:
 
     torch.manual_seed(question.seed)
     device = choose_device(question.device)
-    source, _ = source_of(text)
+    source, name = source_of(text)
     classes = question.classes
-    if classes is None and question.batch is not None and "classes" in source.takes:
+    if classes is None and question.batch is not None and "classes" in source.takes and not question.batch.is_file():
         classes = len(class_names(question.batch, question.outside))
     request = ModelRequest(depth=question.depth, scheme=question.scheme, classes=classes, shape=question.shape)
     loaded = load_model(text, request)
-    batch, remark = batch_for(loaded, question)
+    tokenizer = Path(name, "tokenizer.json")
+    batch, remark = batch_for(loaded, question, tokenizer if tokenizer.is_file() else None)
     loaded.model.to(device)
     return loaded, to_device(batch, device), remark
 
@@ -297,8 +298,15 @@ def to_device(batch: Any, device: Any) -> Any:
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
-def batch_for(loaded: LoadedModel, question: Question) -> tuple[tuple[Any, Any], str]:
-    """Example and targets: images of a folder, the batch of the model's file, or random samples; and which of them."""
+def batch_for(loaded: LoadedModel, question: Question, tokenizer: Path | None) -> tuple[tuple[Any, Any], str]:
+    """Example and targets: windows of a text, images of a folder, the batch of the model's file, or random samples; and
+    which of them.
+    """
+    if question.batch is not None and question.batch.is_file() and loaded.vocabulary is not None:
+        from skipway.cli.text_batch import text_batch
+
+        example, remark = text_batch(loaded, question.batch, question.samples, question.seed, tokenizer)
+        return (example, None), remark
     if question.batch is not None:
         images, labels, bad = images_of(question, question.batch, loaded.shape)
         damaged = f"; {bad[0][0]} cannot be read, {bad[0][1]}" if bad else ""
@@ -308,8 +316,10 @@ def batch_for(loaded: LoadedModel, question: Question) -> tuple[tuple[Any, Any],
         return inputs_and_targets(loaded.model, loaded.batch), "given by the model's file"
     size = "x".join(map(str, loaded.shape))
     what = "random normal samples" if loaded.vocabulary is None else "random token sequences"
-    labels = "the tokens as labels" if loaded.labels else ", ".join(map(str, loaded.others)) or "random labels"
-    remark = f"{question.samples} {what} of {size} with {labels}; use --batch FOLDER for real ones"
+    tokens = loaded.vocabulary is not None
+    others = ", ".join(map(str, loaded.others)) or ("no labels" if tokens else "random labels")
+    labels, real = "the tokens as labels" if loaded.labels else others, "FILE" if tokens else "FOLDER"
+    remark = f"{question.samples} {what} of {size} with {labels}; use --batch {real} for real ones"
     return (loaded.random(question.samples), None), remark
 
 

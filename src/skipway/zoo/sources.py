@@ -176,7 +176,7 @@ def load_ours(name: str, wanted: ModelRequest) -> LoadedModel:
         fitting = {"channels": wanted.shape[0], "image": wanted.shape[-1]}
         options |= {key: value for key, value in fitting.items() if key in known and value != getattr(config, key)}
     model = build(ours, depth=wanted.depth, scheme=wanted.scheme, **{**own, **options})
-    return LoadedModel(model=model, shape=input_shape_of(model))
+    return LoadedModel(model=model, shape=input_shape_of(model), vocabulary=getattr(model.config, "vocab", None))
 
 
 def load_timm(name: str, wanted: ModelRequest) -> LoadedModel:
@@ -430,6 +430,8 @@ def input_shape_of(model: nn.Module) -> Shape:
     if hasattr(config, "channels"):
         side = SMALL_SIDE if getattr(config, "stem", None) == "cifar" else getattr(config, "image", IMAGE[-1])
         return (config.channels, side, side)
+    if hasattr(config, "context"):
+        return (config.context,)
     first = next(parameter_owners(model), None)
     guess = next((guess for kind, guess in FIRST_LAYER.items() if isinstance(first, kind)), None)
     return IMAGE if guess is None else guess(first)
