@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
 import pytest
 
 from skipway.data.text import FileTokenizer, load_text, loader, token_store, tokenizer_from_json
+from skipway.data.text.documents import FileSource
 from skipway.errors import DataError, MissingExtraError
 
 STORY = "Once upon a time there was a king, and he said so.\n" * 20
@@ -120,6 +122,45 @@ def test_a_text_beyond_memory_is_read_again(book, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "partition", change)
     with pytest.raises(DataError, match="texts has changed while it was read"):
         load_text(folder, context=8)
+
+
+def test_a_source_that_has_not_changed_is_not_read_again(book, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    before = load_text(book, context=8, cache=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSource, "documents", lambda *given: pytest.fail("read again"))
+        again = load_text(book, context=8, cache=cache)
+        same(again, before)
+        assert again.remarks == before.remarks
+    # what was not asked before needs the text: another tokenizer, another split
+    for choices in ({"tokenizer": "chars"}, {"holdout": 0.2}):
+        same(load_text(book, context=8, cache=cache, **choices), load_text(book, context=8, cache=False, **choices))
+    book.write_text(STORY + "The end.")
+    same(load_text(book, context=8, cache=cache), load_text(book, context=8, cache=False))
+    assert len(list(cache.glob("survey-*"))) == 1
+
+
+def test_a_text_that_changed_without_a_trace_is_refused(book, tmp_path):
+    """Of the same size and time: what was found out about it is not what is read."""
+    cache = tmp_path / "cache"
+    load_text(book, context=8, cache=cache)
+    times = book.stat()
+    book.write_text(STORY.replace("king", "ping"))
+    os.utime(book, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(DataError, match="book has changed while it was read"):
+        load_text(book, context=8, cache=cache, tokenizer="chars")
+    same(load_text(book, context=8, cache=cache, tokenizer="chars"), load_text(book, context=8, tokenizer="chars"))
+
+
+@pytest.mark.parametrize("damage", [lambda given: given[:-3], lambda given: b"x" + given[1:], lambda given: b""])
+def test_a_damaged_survey_is_made_again(book, tmp_path, damage):
+    cache = tmp_path / "cache"
+    plain = load_text(book, context=8, cache=cache)
+    (path,) = cache.glob("survey-*")
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    same(load_text(book, context=8, cache=cache), plain)
+    assert len(path.read_bytes()) == len(content)
 
 
 # Tokenizers in files -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -18,12 +19,16 @@ from skipway.data.text.overlap import SentenceSample, near_copies, overlap_remar
 from skipway.data.text.partition import DocumentInfo, Partition
 from skipway.errors import DataError, counted, printable
 
-__all__ = ["Corpus", "read_corpus"]
+__all__ = ["ChangedText", "Corpus", "read_corpus"]
 
 # bytes of text that are held in memory; of more, the source is read again
 MEMORY_BYTES = 512 * 1024**2
 # share of the text from which one document is said to be nearly all of it
 MOST_OF_IT = 0.9
+
+
+class ChangedText(DataError):
+    """The documents of a source are not those that were read before."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Corpus:
         """The texts of all documents, in order.
 
         Raises:
-            DataError: the source has changed since it was read.
+            ChangedText: the source has changed since it was read.
         """
         if len(self.texts) == len(self.infos):
             yield from self.texts
@@ -68,7 +73,7 @@ class Corpus:
                 break
             yield document.text
         if count != len(self.infos):
-            raise DataError(f"{printable(self.source.name)} has changed while it was read: start again")
+            raise ChangedText(f"{printable(self.source.name)} has changed while it was read: start again")
 
     def parts(self, plan: Partition) -> Iterator[tuple[int, Split, str]]:
         """The pieces of all documents: number of the document, split and text."""
@@ -77,8 +82,9 @@ class Corpus:
                 yield number, split, part
 
     def sample(self, count: int) -> list[str]:
-        """Some texts, evenly spread over those in memory."""
-        return self.texts[:: max(1, len(self.texts) // count)][:count]
+        """Some texts, evenly spread over those in memory, else the first ones."""
+        texts = self.texts or list(islice(self.documents(), count))
+        return texts[:: max(1, len(texts) // count)][:count]
 
     def remarks(self, plan: Partition) -> Iterator[str]:
         """Remarks about copies, about one document that is nearly all of the text, and about documents that are cut."""

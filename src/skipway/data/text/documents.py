@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, final
 
+from skipway.data.sources.readers import FileStore
 from skipway.data.sources.splits import Split
 from skipway.data.text.charset import Notes, NotText, decode_text_file
 from skipway.data.text.compression import decompress, plain_name
@@ -42,6 +44,10 @@ class TextSource(ABC):
 
     name: str
     remarks: tuple[str, ...] = ()
+
+    def stamp(self) -> str | None:
+        """A text that changes with the documents, as far as that can be known without reading them; None: it cannot."""
+        return None
 
     @abstractmethod
     def documents(self, notes: Notes) -> Iterator[Document]:
@@ -77,6 +83,17 @@ class FileSource(TextSource):
     divider: str | None = None
     encoding: str | None = None
     column: TextColumn = field(default_factory=TextColumn)
+
+    def stamp(self) -> str | None:
+        """The paths, splits, sizes and modification times of the files, and how they are read."""
+        digest = hashlib.sha256(ascii((self.divider, self.column, self.encoding)).encode())
+        store = FileStore(self.root)
+        for file in self.files:
+            stamp = store.stamp(file.path)
+            if stamp == (-1, -1):
+                return None
+            digest.update(ascii((file, stamp)).encode())
+        return digest.hexdigest()[:32]
 
     def documents(self, notes: Notes) -> Iterator[Document]:
         for file in self.files:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from skipway.data.cache.store import cache_folder
 from skipway.data.sources.splits import Split
 from skipway.data.text.charset import Notes
 from skipway.data.text.choices import TextChoices
-from skipway.data.text.corpus import Corpus, read_corpus
+from skipway.data.text.corpus import ChangedText, Corpus, read_corpus
+from skipway.data.text.documents import TextSource
 from skipway.data.text.partition import Partition, partition
 from skipway.data.text.sources import text_source
+from skipway.data.text.survey_file import SurveyFile
 from skipway.data.text.text_data import TextData
 from skipway.data.text.token_split import TokenSplit
-from skipway.data.text.token_store import TokenFolder, encode_in_memory
+from skipway.data.text.token_store import EncodedText, TokenFolder, encode_in_memory
 from skipway.data.text.tokenizer import Tokenizer
-from skipway.data.text.tokenizer_choice import choose_tokenizer, tokenizer_remarks
+from skipway.data.text.tokenizer_choice import choose_tokenizer
 from skipway.data.text.tokenizer_file import FileTokenizer
 from skipway.errors import DataError, counted, printable, spell
 
@@ -63,22 +65,22 @@ def load_text(source: Path | str | TextChoices | None = None, **choices: Any) ->
         chosen = replace(source, **choices) if choices else source
     else:
         chosen = TextChoices(source=source, **choices)
-    notes = Notes()
-    corpus = read_corpus(text_source(chosen), notes)
+    found = text_source(chosen)
+    cache = TextCache.of(found, chosen)
+    corpus, notes = cache.read(found)
     plan = partition(
         corpus.infos, holdout=chosen.holdout, validation=chosen.validation, seed=chosen.seed, by=chosen.split_by
     )
-    tokenizer = choose_tokenizer(chosen.tokenizer, chosen.separator, corpus, plan)
-    key = content_key(corpus, plan, tokenizer)
-    remarks = [*corpus.source.remarks, *notes.sentences(), *corpus.remarks(plan)]
-    parts = encode(corpus, plan, tokenizer, key, chosen, remarks)
-    check_parts(parts, tokenizer, chosen.context, corpus.source.name)
-    remarks += [
-        *tokenizer_remarks(tokenizer, corpus),
-        *part_remarks(parts, tokenizer, chosen.context, corpus.separates),
-    ]
+    try:
+        tokenizer = choose_tokenizer(chosen.tokenizer, chosen.separator, corpus, plan)
+        key = content_key(corpus, plan, tokenizer)
+        parts, remarks = cache.encode(corpus, plan, tokenizer, key)
+    except ChangedText:
+        cache.forget()
+        raise
+    check_parts(parts, tokenizer, chosen.context, found.name)
     return TextData(
-        name=corpus.source.name,
+        name=found.name,
         tokenizer=tokenizer,
         context=chosen.context,
         **parts,
@@ -89,23 +91,97 @@ def load_text(source: Path | str | TextChoices | None = None, **choices: Any) ->
             "split_by": "parts" if plan.cuts else "documents",
             **{name: getattr(chosen, name) for name in ("holdout", "validation", "column", "divider", "encoding")},
         },
-        remarks=tuple(remarks),
+        remarks=(
+            *found.remarks,
+            *notes.sentences(),
+            *remarks,
+            *cache.remarks,
+            *part_remarks(parts, tokenizer, chosen.context, corpus.separates),
+        ),
     )
 
 
-def encode(
-    corpus: Corpus, plan: Partition, tokenizer: Tokenizer, key: str, choices: TextChoices, remarks: list[str]
-) -> dict[Split, TokenSplit]:
-    """Encode a corpus: through the cache on request, and by default where that takes long or much memory."""
-    slow = SLOW_BYTES if isinstance(tokenizer, FileTokenizer) else CACHED_BYTES
-    if choices.cache is False or (choices.cache is None and corpus.bytes < slow):
-        return encode_in_memory(corpus, plan, tokenizer)
-    place = None if choices.source is None else os.path.abspath(choices.source)
-    name = hashlib.sha256(ascii((place, tokenizer.kind)).encode()).hexdigest()[:16]
-    try:
-        return TokenFolder(cache_folder(choices.cache), name, key).encode(corpus, plan, tokenizer)
-    except OSError as error:
-        remarks.append(f"tokens are not cached: {describe_os_error(error)}")
+@dataclass
+class TextCache:
+    """What is kept of a text in the cache folder: what was found out about its documents, and their tokens.
+
+    Args:
+        choice: of the user.
+        folder: of the cache; None: nothing is kept.
+        place: of the source, for names.
+        stamp: of the source; None: it has to be read to be known.
+        remarks: receives why something is not kept.
+    """
+
+    choice: bool | Path | None
+    folder: Path | None
+    place: str
+    stamp: str | None
+    remarks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: TextSource, choices: TextChoices) -> TextCache:
+        """The cache of a source, as was chosen."""
+        place = "" if choices.source is None else os.path.abspath(choices.source)
+        cache = cls(choices.cache, None, place, source.stamp())
+        if choices.cache is not False:
+            try:
+                cache.folder = cache_folder(choices.cache)
+            except OSError as error:
+                cache.refuse(error)
+        return cache
+
+    def refuse(self, error: OSError) -> None:
+        """Keep nothing from now on, and say why."""
+        self.folder = None
+        self.remarks.append(f"tokens are not cached: {describe_os_error(error)}")
+
+    def keeps(self, size: int, least: int = CACHED_BYTES) -> bool:
+        """Whether anything is kept of a text of a size in bytes: on request, and by default from some size on."""
+        return self.folder is not None and (size >= least or self.choice is not None)
+
+    def name(self, kind: str) -> str:
+        """A name for entries of this source: newer ones replace older ones."""
+        return hashlib.sha256(ascii((self.place, kind)).encode()).hexdigest()[:16]
+
+    @property
+    def survey(self) -> SurveyFile | None:
+        """The file with what is known of the source."""
+        if self.folder is None or self.stamp is None:
+            return None
+        return SurveyFile(self.folder, self.name(""), self.stamp)
+
+    def forget(self) -> None:
+        """Forget what is known of the source."""
+        if self.survey is not None:
+            self.survey.remove()
+
+    def read(self, source: TextSource) -> tuple[Corpus, Notes]:
+        """The documents of a source, which is not read if it is known.
+
+        Raises:
+            DataError: it holds no text.
+        """
+        file = self.survey
+        if file is not None and (known := file.load(source)):
+            return known
+        notes = Notes()
+        corpus = read_corpus(source, notes)
+        if file is not None and self.keeps(corpus.bytes):
+            try:
+                file.save(corpus, notes)
+            except OSError as error:
+                self.refuse(error)
+        return corpus, notes
+
+    def encode(self, corpus: Corpus, plan: Partition, tokenizer: Tokenizer, key: str) -> EncodedText:
+        """The tokens of documents; by default they are kept where that takes long or much memory."""
+        least = SLOW_BYTES if isinstance(tokenizer, FileTokenizer) else CACHED_BYTES
+        if self.folder is not None and self.keeps(corpus.bytes, least):
+            try:
+                return TokenFolder(self.folder, self.name(tokenizer.kind), key).encode(corpus, plan, tokenizer)
+            except OSError as error:
+                self.refuse(error)
         return encode_in_memory(corpus, plan, tokenizer)
 
 

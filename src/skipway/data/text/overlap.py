@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
 from zlib import crc32
 
 import numpy as np
@@ -32,13 +33,15 @@ SENTENCE_ENDS = re.compile(r"[\n.!?。！？]+")
 class SentenceSample:
     """Numbers that stand for the sentences of documents, int64 (n,) for each; equal sentences have equal numbers.
 
-    Which sentences are in the sample depends on the texts alone. The numbers are those of this process.
+    Args:
+        rate: one of so many sentences is in the sample, whatever text it is in.
+        documents: the numbers of each document.
     """
 
-    def __init__(self) -> None:
-        self.rate = 1
-        self.count = 0
-        self.documents: list[np.ndarray] = []
+    def __init__(self, rate: int = 1, documents: Iterable[np.ndarray] = ()) -> None:
+        self.rate = rate
+        self.documents = list(documents)
+        self.count = sum(map(len, self.documents))
 
     def add(self, text: str) -> None:
         """Add a document."""
@@ -55,10 +58,10 @@ class SentenceSample:
         found = set()
         for piece in SENTENCE_ENDS.split(text):
             if len(piece) >= LEAST_LETTERS:
-                sentence = " ".join(piece.split())
-                sum32 = crc32(sentence.encode("utf-8", "surrogatepass")) >> 1
-                if sum32 % self.rate == 0:
-                    found.add(sum32 << 32 | hash(sentence) & 0xFFFFFFFF)
+                sentence = " ".join(piece.split()).encode("utf-8", "surrogatepass")
+                upper = crc32(sentence) >> 1
+                if upper % self.rate == 0:
+                    found.add(upper << 32 | int.from_bytes(blake2b(sentence, digest_size=4).digest(), "big"))
         return np.fromiter(found, np.int64, len(found))
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -20,8 +20,9 @@ from skipway.data.text.corpus import Corpus
 from skipway.data.text.partition import Partition
 from skipway.data.text.token_split import TokenSplit
 from skipway.data.text.tokenizer import Tokenizer
+from skipway.data.text.tokenizer_choice import tokenizer_remarks
 
-__all__ = ["TokenFolder", "encode_in_memory"]
+__all__ = ["EncodedText", "TokenFolder", "encode_in_memory"]
 
 FORMAT = 1
 INDEX = "index.json"
@@ -78,8 +79,8 @@ class PartBuilder:
         return np.array([*self.starts, self.length], np.int64)
 
 
-def encode_corpus(corpus: Corpus, plan: Partition, builders: dict[Split, PartBuilder]) -> None:
-    """Encode all documents."""
+def encode_corpus(corpus: Corpus, plan: Partition, builders: dict[Split, PartBuilder]) -> tuple[str, ...]:
+    """Encode all documents; returns remarks about them."""
     tokenizer = builders["train"].tokenizer
     waiting: list[tuple[Split, str]] = []
     letters = 0
@@ -96,19 +97,27 @@ def encode_corpus(corpus: Corpus, plan: Partition, builders: dict[Split, PartBui
             encode_waiting()
             letters = 0
     encode_waiting()
+    return (*corpus.remarks(plan), *tokenizer_remarks(tokenizer, corpus))
 
 
-def encode_in_memory(corpus: Corpus, plan: Partition, tokenizer: Tokenizer) -> dict[Split, TokenSplit]:
+class EncodedText(NamedTuple):
+    """The tokens of each split, and remarks about documents and tokens, which are kept with them."""
+
+    parts: dict[Split, TokenSplit]
+    remarks: tuple[str, ...]
+
+
+def encode_in_memory(corpus: Corpus, plan: Partition, tokenizer: Tokenizer) -> EncodedText:
     """Encode all documents in memory."""
     builders = {split: PartBuilder(tokenizer, corpus.separates) for split in SPLITS}
-    encode_corpus(corpus, plan, builders)
+    remarks = encode_corpus(corpus, plan, builders)
     parts: dict[Split, TokenSplit] = {}
     for split, builder in builders.items():
         tokens = np.concatenate([np.empty(0, tokenizer.dtype), *builder.pieces])
         parts[split] = TokenSplit(
             tokens=tokens, documents=builder.documents, unknown=tokenizer.unknown, **builder.counts
         )
-    return parts
+    return EncodedText(parts, remarks)
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class TokenFolder:
         """The folder."""
         return self.cache / f"tokens-{self.name}-{self.key}"
 
-    def encode(self, corpus: Corpus, plan: Partition, tokenizer: Tokenizer) -> dict[Split, TokenSplit]:
+    def encode(self, corpus: Corpus, plan: Partition, tokenizer: Tokenizer) -> EncodedText:
         """The tokens from the cache; where it has none, they are encoded into it.
 
         Raises:
@@ -152,7 +161,7 @@ class TokenFolder:
             raise OSError("what was written does not have its checksum")
         return found
 
-    def open(self, tokenizer: Tokenizer) -> dict[Split, TokenSplit] | None:
+    def open(self, tokenizer: Tokenizer) -> EncodedText | None:
         """Map the tokens; None if they are missing or damaged."""
         try:
             stored = json.loads((self.path / INDEX).read_bytes())
@@ -171,7 +180,7 @@ class TokenFolder:
                     unknown=tokenizer.unknown,
                     **entry["counts"],
                 )
-            return parts
+            return EncodedText(parts, tuple(index["remarks"]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -204,7 +213,7 @@ class TokenFolder:
         files = {split: open(folder / f"{split}.tokens", "wb") for split in SPLITS}  # noqa: SIM115 - closed below
         try:
             builders = {split: PartBuilder(tokenizer, corpus.separates, file) for split, file in files.items()}
-            encode_corpus(corpus, plan, builders)
+            remarks = encode_corpus(corpus, plan, builders)
         finally:
             for file in files.values():
                 file.close()
@@ -215,7 +224,7 @@ class TokenFolder:
             entries[split] = {**sums, "counts": builder.counts}
             for kind in sums:
                 fsync_path(folder / f"{split}.{kind}")
-        index = {"format": FORMAT, "splits": entries}
+        index = {"format": FORMAT, "splits": entries, "remarks": remarks}
         (folder / INDEX).write_text(json.dumps({"index": index, "sha256": digest_of(index)}))
         fsync_path(folder / INDEX)
 
