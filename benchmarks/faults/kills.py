@@ -93,7 +93,11 @@ def digest(out: Path) -> str:
         for name, tensor in sorted(read_tensors(path)[0].items()):
             found.update(name.encode() + tensor.contiguous().numpy().tobytes())
     for row in [*folder.read_metrics(), *folder.read_steps()]:
-        kept = {name: value for name, value in row.items() if name not in ("seconds", "images_per_second")}
+        kept = {
+            name: value
+            for name, value in row.items()
+            if name not in ("seconds", "images_per_second", "tokens_per_second")
+        }
         found.update(json.dumps(kept, sort_keys=True).encode())
     return found.hexdigest()
 

@@ -22,6 +22,7 @@ from skipway.inference.run_evaluation import RunEvaluation, evaluate_images, eva
 from skipway.recipe import Recipe, read_recipe
 from skipway.training.loop import train
 from skipway.training.run_folder import RunFolder
+from skipway.training.task_choice import choose_task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -148,7 +149,9 @@ def fit(
     recipe = as_recipe(data, choices)
     if out is None and (resume or overwrite):
         raise SkipwayError(f"{'resume' if resume else 'overwrite'}=True: name the folder of the run, out='runs/…'")
-    folder = unused_folder(recipe.data) if out is None else Path(out)
+    if (task := choose_task(recipe)).kind != "image":
+        raise SkipwayError("fit trains classifiers of images; skipway.train(Recipe(data=…), Path(out)) trains on text")
+    folder = unused_folder(recipe.data, task.default_data) if out is None else Path(out)
     main = threading.current_thread() is threading.main_thread()
     with StopSignal() if main else nullcontext() as stopping, choose_reporter(quiet) as reporter:
         outcome = train(

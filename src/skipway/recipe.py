@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from skipway.errors import CheckpointError, SkipwayError, suggest
+from skipway.errors import CheckpointError, SkipwayError, spell, suggest
 from skipway.optim.clip import Clipper, parse_clipper
 from skipway.optim.freeze import FreezePlan, FrozenTrunk, parse_freeze
 from skipway.optim.optimizers import OptimizerSpec, parse_optimizer
@@ -25,13 +25,19 @@ __all__ = ["NO_PATIENCE", "Recipe", "ResolvedRecipe", "read_recipe"]
 NO_PATIENCE = "patience needs a validation split, and there is none: set validation above 0, or leave patience out"
 
 STEP_FIELDS = (
-    *("epochs", "batch_size", "accumulate", "optimizer", "lr", "weight_decay", "schedule", "warmup"),
+    *("epochs", "steps", "batch_size", "accumulate", "optimizer", "lr", "weight_decay", "schedule", "warmup"),
     *("layer_decay", "ema", "clip", "patience", "grow_from"),
 )
 """Fields that only optimizer steps read."""
 
 RENAMED = {"weights": "start"}
 """Fields of stored recipes by their earlier names."""
+
+Kind = Literal["image", "text"]
+"""Kinds of data that are trained on."""
+
+DEFAULT_CONTEXT = 128
+"""Tokens of a sequence where neither the recipe nor the case chooses them."""
 
 # the batch size of the default learning rates, which scale with the batch (Goyal 2017)
 REFERENCE_BATCH = 128
@@ -52,9 +58,14 @@ def rename_fields(values: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def advanced(default: Any) -> Any:
+def advanced(default: Any, only: Kind | None = None) -> Any:
     """An advanced field, which only `skipway train --help-all` shows."""
-    return field(default=default, metadata={"advanced": True})
+    return field(default=default, metadata={"advanced": True, "only": only})
+
+
+def kind_field(kind: Kind, default: Any) -> Any:
+    """A field for one kind of data, which is refused for others."""
+    return field(default=default, metadata={"only": kind})
 
 
 def parse_duration(text: str) -> float:
@@ -117,76 +128,94 @@ class Recipe:
     """
 
     data: Path | None = field(default=None, kw_only=False)
-    """Folder, list, tar shards, or hf:NAME. [digits]"""
+    """Images (folder, list, tar, hf:NAME), text. [digits]"""
 
-    size: int | None = None
+    size: int | None = kind_field("image", None)
     """Image size in pixels. [own up to 64, else by case]"""
 
-    channels: Literal[1, 3] | None = None
+    channels: Literal[1, 3] | None = kind_field("image", None)
     """Grey or colour. [as the images]"""
 
     holdout: float = 0.2
-    """Test fraction of each class, without test/."""
+    """Test fraction of each class, or of text."""
 
     validation: float = 0.1
     """Validation fraction of the rest, without val/."""
 
-    fold: str | None = advanced(None)
+    fold: str | None = advanced(None, "image")
     """Test on this fold of the training images, 2/5; --folds trains all. [no folds]"""
 
-    crop: Literal["auto", "pad", "resized", "none"] = "auto"
+    crop: Literal["auto", "pad", "resized", "none"] = advanced("auto", "image")
     """Random crop."""
 
-    flip: bool | None = None
+    flip: bool | None = kind_field("image", None)
     """Random horizontal flip. [yes; digits no]"""
 
-    unreadable: Literal["skip", "stop"] = "skip"
+    unreadable: Literal["skip", "stop"] = advanced("skip", "image")
     """Handling of damaged images."""
 
-    most_unreadable: float = advanced(0.01)
+    most_unreadable: float = advanced(0.01, "image")
     """With --unreadable skip: stop above this fraction of damaged images."""
 
-    allow_empty: bool = advanced(False)
+    allow_empty: bool = advanced(False, "image")
     """Allow classes without images."""
 
-    grey16: Literal["range", "minmax"] = advanced("range")
+    grey16: Literal["range", "minmax"] = advanced("range", "image")
     """Scale 16-bit grey by its full range, or by the range of each image."""
 
-    fit: Literal["crop", "pad", "squeeze"] = "crop"
+    fit: Literal["crop", "pad", "squeeze"] = advanced("crop", "image")
     """How rectangles become square."""
 
-    crop_share: float | None = advanced(None)
+    crop_share: float | None = advanced(None, "image")
     """Side of the central crop in evaluation, over the shorter side. [0.875 after random crops, else 1]"""
 
-    resample: Literal["bicubic", "bilinear"] | None = advanced(None)
+    resample: Literal["bicubic", "bilinear"] | None = advanced(None, "image")
     """Filter that images are scaled with in evaluation. [bicubic]"""
 
-    mean: str | None = advanced(None)
+    mean: str | None = advanced(None, "image")
     """Mean subtracted from each channel in [0, 1]: 0.5, or 0.485,0.456,0.406. [what the weights expect]"""
 
-    std: str | None = advanced(None)
+    std: str | None = advanced(None, "image")
     """Deviation that each channel is divided by: 0.5. [what the weights expect]"""
 
-    max_megapixels: float = advanced(64.0)
+    max_megapixels: float = advanced(64.0, "image")
     """Refuse images that decode to more megapixels; JPEG counts as reduced."""
 
-    inspect: int | None = advanced(None)
+    inspect: int | None = advanced(None, "image")
     """Images of a large set to inspect before training. [all]"""
 
-    subfolders: Literal["merge", "classes"] = advanced("merge")
+    subfolders: Literal["merge", "classes"] = advanced("merge", "image")
     """Subfolders of a class folder: merge them into the class, or make each a class."""
 
     outside: bool = advanced(False)
     """Follow links, and paths in lists, that lead out of the data's folder."""
 
-    columns: str = advanced("image,label,split")
+    columns: str = advanced("image,label,split", "image")
     """Column names of a list in CSV, TSV or Parquet."""
 
-    cache: bool | None = advanced(None)
+    cache: bool | None = advanced(None, "image")
     """Cache decoded images on disk. [small images only]"""
 
+    tokenizer: str | None = kind_field("text", None)
+    """For text: bytes, chars, a tokenizer.json. [bytes]"""
+
+    context: int | None = kind_field("text", None)
+    """For text: tokens of a sequence. [by case, 128]"""
+
+    sampling: Literal["packed", "random"] = advanced("packed", "text")
+    """Sequences: every token once an epoch, or anywhere in the text."""
+
+    split_by: Literal["auto", "documents", "parts"] = advanced("auto", "text")
+    """Hold out whole documents, or the end of each. [documents, where there are enough]"""
+
+    divider: str | None = advanced(None, "text")
+    """Text between two documents of a file, such as <|endoftext|>. [a file is one document]"""
+
+    encoding: str | None = advanced(None, "text")
+    """Encoding of the files of text. [by content]"""
+
     model: str | None = None
-    """Ours, timm:NAME, FILE.py:NAME. [by case]"""
+    """Ours, timm:NAME, FILE.py:NAME; gpt-micro. [by case]"""
 
     depth: int | None = None
     """Weight layers: 110 for resnet110. [the model's]"""
@@ -210,22 +239,25 @@ class Recipe:
     """Differences allowed: classes, size, channels, depth, unexpected."""
 
     epochs: int | None = None
-    """Passes over the training images. [by case, 30]"""
+    """Passes over the training data. [by case, 30]"""
+
+    steps: int | None = None
+    """Steps instead of epochs. [text: by case, 2000]"""
 
     time: str | None = None
     """Time budget instead of epochs: 30m, 2h. [none]"""
 
     batch_size: int | None = None
-    """Images per step, over all processes. [by case, 128]"""
+    """Images or sequences per step. [by case, 128]"""
 
     optimizer: str | None = None
     """sgd, adamw, lion, lamb, muon. [by case, sgd]"""
 
     lr: float | None = None
-    """Peak learning rate. [sgd 0.1, adamw 0.001 per 128]"""
+    """Peak rate. [sgd 0.1, adamw 0.001; text: by width]"""
 
     weight_decay: float | None = None
-    """Weight decay. [sgd 5e-4, adamw 0.05]"""
+    """Weight decay. [sgd 5e-4, adamw 0.05; text: 0.1]"""
 
     schedule: str = "cosine"
     """cosine, step, onecycle, trapezoid."""
@@ -233,17 +265,17 @@ class Recipe:
     warmup: float = 0.05
     """Fraction of the steps used for warm-up."""
 
-    label_smoothing: float | None = None
+    label_smoothing: float | None = kind_field("image", None)
     """Label smoothing. [by case, 0]"""
 
-    augment: str | None = None
+    augment: str | None = kind_field("image", None)
     """trivial+mixup, rand, cutmix, erasing. [by case]"""
 
     ema: float | None = advanced(None)
     """Decay of an exponential moving average of the weights, e.g. 0.999. [none]"""
 
     clip: str | None = advanced(None)
-    """Gradient clipping: norm(1.0), or adaptive per unit, agc(0.01). [none]"""
+    """Gradient clipping: norm(1.0), or adaptive per unit, agc(0.01); none. [none; text norm(1.0)]"""
 
     accumulate: int = advanced(1)
     """Gradient accumulation: number of parts of a batch."""
@@ -251,19 +283,19 @@ class Recipe:
     layer_decay: float | None = advanced(None)
     """Learning rate of a block relative to the next one, for fine-tuning. [by case, 1]"""
 
-    freeze: str | None = advanced(None)
+    freeze: str | None = advanced(None, "image")
     """Frozen layers: all or first (the classifier is fitted to features), N epochs, blocks(K). [by case]"""
 
-    class_weights: Literal["none", "balanced"] = advanced("none")
+    class_weights: Literal["none", "balanced"] = advanced("none", "image")
     """Class weights in the loss; balanced: inversely proportional to the class size."""
 
     patience: int | None = advanced(None)
-    """Early stopping: epochs without a better validation accuracy, ties by loss. [never]"""
+    """Early stopping: epochs without a better validation result. [never]"""
 
-    grow_from: int | None = advanced(None)
+    grow_from: int | None = advanced(None, "image")
     """Initial image size, which grows to --size over two thirds of the epochs. [--size]"""
 
-    flip_test: bool = advanced(False)
+    flip_test: bool = advanced(False, "image")
     """In evaluation, average the logits with those of the mirrored image."""
 
     seed: int = 0
@@ -275,7 +307,7 @@ class Recipe:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of forward passes."""
 
-    workers: int | None = None
+    workers: int | None = kind_field("image", None)
     """Processes that decode images. [one per core]"""
 
     compile: bool = advanced(False)
@@ -314,7 +346,9 @@ class Recipe:
             "size",
             "depth",
             "width",
+            "context",
             "epochs",
+            "steps",
             "batch_size",
             "accumulate",
             "patience",
@@ -378,7 +412,7 @@ class Recipe:
     @property
     def clipper(self) -> Clipper | None:
         """The clipper that `clip` describes; None without clipping."""
-        return None if self.clip is None else parse_clipper(self.clip)
+        return None if self.clip in (None, "none") else parse_clipper(self.clip)
 
     @property
     def freeze_plan(self) -> FreezePlan:
@@ -447,6 +481,36 @@ class Recipe:
             raise SkipwayError(
                 f"{name}={text!r}: the rule is one number, or one for each channel: 0.485,0.456,0.406"
             ) from None
+
+    def check_kind(self, kind: Kind, source: str) -> None:
+        """Raise if a field is chosen that has no meaning for this kind of data.
+
+        Raises:
+            SkipwayError: there is one.
+
+        >>> Recipe(flip=True).check_kind("text", "book.txt")
+        Traceback (most recent call last):
+        skipway.errors.SkipwayError: flip=True: an option for images, and book.txt holds text; leave it out
+        """
+        plain = {entry.name: entry.default for entry in dataclasses.fields(ResolvedRecipe)}
+        for entry in dataclasses.fields(Recipe):
+            wanted, value = entry.metadata.get("only"), getattr(self, entry.name)
+            if wanted in (None, kind) or value in (entry.default, plain[entry.name]):
+                continue
+            other, own = ("images", "text") if kind == "text" else ("text", "images")
+            raise SkipwayError(
+                f"{spell(entry.name, value)}: an option for {other}, and {source} holds {own}; leave it out"
+            )
+
+    def text_choices(self) -> dict[str, Any]:
+        """The arguments for `skipway.data.text.load_text` besides the source.
+
+        >>> Recipe(context=64, tokenizer="chars").text_choices()["context"]
+        64
+        """
+        chosen = {"tokenizer": self.tokenizer or "bytes", "context": self.context or DEFAULT_CONTEXT}
+        names = ("holdout", "validation", "seed", "sampling", "split_by", "divider", "encoding", "outside")
+        return {**chosen, **{name: getattr(self, name) for name in names}}
 
     def data_choices(self) -> dict[str, Any]:
         """The arguments for `skipway.data.load`.
@@ -525,6 +589,11 @@ class ResolvedRecipe(Recipe):
         """
         fields = ((entry.name, getattr(recipe, entry.name)) for entry in dataclasses.fields(recipe))
         return cls(**{name: value for name, value in fields if value is not None})
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of data that is trained on; a text has a tokenizer."""
+        return "image" if self.tokenizer is None else "text"
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:

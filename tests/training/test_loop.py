@@ -41,7 +41,7 @@ def assert_same(first: Outcome, second: Outcome) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
-    timing = {"seconds", "images_per_second"}
+    timing = {"seconds", "images_per_second", "tokens_per_second"}
     rows = [
         [{k: v for k, v in row.items() if k not in timing} for row in outcome.folder.read_metrics()]
         for outcome in (first, second)

@@ -38,7 +38,7 @@ def test_pieces_are_fewer_images_then_smaller_ones():
     ("per_image", "words"),
     [
         (0.001, "; more: skipway diagnose --help"),
-        (0.01, "(by 16 images of 8 pixels, for the sake of time)"),
+        (0.01, "(by 16 images of 8x8, for the sake of time)"),
         (1.0, "not computed: it takes about 5 min 20 s at least, more than the 10.0 s that it may take"),
     ],
 )

@@ -45,7 +45,7 @@ app = App(
 app.command(
     "skipway.cli.train:train",
     name="train",
-    help="Train a network on a folder of images, by default on handwritten digits.",
+    help="Train a network on images or text, by default on handwritten digits.",
     usage="skipway train [DATA] [OPTIONS]",
     config=(fill_from_run, check_whole_numbers),
     help_formatter=HelpFormatter(TRAIN_HEADINGS, advanced_options()),
@@ -74,51 +74,58 @@ app.command(
     sort_key=3,
 )
 app.command(
+    "skipway.cli.generate:generate",
+    name="generate",
+    help="Continue a text with a trained language model.",
+    usage="skipway generate RUN [PROMPT] [OPTIONS]",
+    sort_key=4,
+)
+app.command(
     "skipway.cli.evaluate:evaluate",
     name="evaluate",
-    help="Evaluate a trained run on its own test images, or on others.",
+    help="Evaluate a trained run on its own test split, or on other data.",
     usage="skipway evaluate RUN [DATA] [OPTIONS]",
-    sort_key=4,
+    sort_key=5,
 )
 app.command(
     "skipway.cli.export:export",
     name="export",
     help="Export a trained run to ONNX, torch.export, or the Hugging Face hub.",
     usage="skipway export RUN [OPTIONS]",
-    sort_key=5,
+    sort_key=6,
 )
 app.command(
     "skipway.cli.bench:bench",
     name="bench",
     help="Time a network on this machine on every backend and in every precision.",
     usage="skipway bench MODEL [OPTIONS]",
-    sort_key=6,
+    sort_key=7,
 )
 app.command(
     "skipway.cli.study:study",
     name="study",
     help="Test a published claim about residual learning with a grid of small runs.",
     usage="skipway study NAME|all [OPTIONS]",
-    sort_key=7,
+    sort_key=8,
 )
 app.command(
     "skipway.cli.report:report",
     name="report",
     help="Write the pages of all studies in a folder, and an index.",
     usage="skipway report FOLDER",
-    sort_key=8,
+    sort_key=9,
 )
 app.command(
     "skipway.cli.catalogue:models",
     name="models",
     help="List the models with their parameter counts.",
     usage="skipway models [--json]",
-    sort_key=9,
+    sort_key=10,
 )
 app.command(
     "skipway.cli.catalogue:schemes",
     name="schemes",
     help="List the residual schemes, or show the card of one.",
     usage="skipway schemes [NAME] [--json]",
-    sort_key=10,
+    sort_key=11,
 )

@@ -41,17 +41,17 @@ def evaluate(
     json: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
     network: Annotated[NetworkOptions, Parameter(name="*")] = NetworkOptions(),  # noqa: B008 - frozen
 ) -> int:
-    """Evaluate a trained run: accuracy with its interval, and recall, precision and F1 per class.
+    """Evaluate a trained run: accuracy with its interval, and recall, precision and F1 per class, or bits per byte.
 
-    Without DATA, the best weights on the test images of the run itself. No code from the run folder
+    Without DATA, the best weights on the test split of the run itself. No code from the run folder
     is executed.
 
     Args:
         run: Run folder, or a file of weights in it.
-        data: Other images, as for `skipway train`, of classes of the run. [test images of the run]
+        data: Other images, as for `skipway train`, of classes of the run, or another text. [test split of the run]
         flip: Average the logits with those of the mirrored image.
         json: Print JSON, with the confusion matrix up to 1,000 classes.
-        batch_size: Images per forward pass. [as in training]
+        batch_size: Images or sequences per forward pass. [as in training]
         outside: Follow links out of DATA.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
         columns: Column names of a list in CSV, TSV or Parquet.
@@ -60,8 +60,14 @@ def evaluate(
     """
     if batch_size is not None and batch_size < 1:
         raise SkipwayError(f"--batch-size {batch_size}: the rule is --batch-size >= 1")
+    from skipway.inference.predict import find_text_inputs
     from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
+    if find_text_inputs(run) is not None:
+        options = {"--flip": flip, "--max-megapixels": max_megapixels != 64.0, "--columns": columns != COLUMNS}
+        for option in (name for name, given in options.items() if given):
+            raise SkipwayError(f"{option}: an option for images, and this run is of text; leave it out")
+        return evaluate_text(run, data, device=device, batch_size=batch_size, as_json=json)
     if data is None:
         options = {"--outside": outside, "--max-megapixels": max_megapixels != 64.0, "--columns": columns != COLUMNS}
         for option in (name for name, given in options.items() if given):
@@ -86,6 +92,30 @@ def evaluate(
         sys.stdout.write(encode_evaluation(result) + "\n")
     else:
         print_evaluation(result)
+    return 0
+
+
+def evaluate_text(run: Path, data: Path | None, *, device: str, batch_size: int | None, as_json: bool) -> int:
+    """Evaluate a language model and print the result."""
+    from dataclasses import asdict
+
+    from skipway.inference.text_run import evaluate_text_run
+    from skipway.report.text_summary import bits_text
+
+    result = evaluate_text_run(run, data, device=device, batch_size=batch_size)
+    found = result.evaluation
+    if as_json:
+        values = {
+            "data": result.name,
+            **asdict(found),
+            "bits_per_byte": found.bits_per_byte,
+            "accuracy": found.accuracy,
+        }
+        sys.stdout.write(json.dumps(values) + "\n")
+        return 0
+    lines = [("data", printable(result.name)), *(("note", remark) for remark in result.remarks)]
+    for label, text in (*lines, ("bits", bits_text(found))):
+        sys.stdout.write(f"{label:<{LABEL}}{text}\n")
     return 0
 
 

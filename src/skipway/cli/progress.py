@@ -196,7 +196,8 @@ def running(report: StepReport) -> str:
     from skipway.inference.metrics import percent
 
     return (
-        f"step {report.step}/{report.steps}  loss {report.loss:.3f}  {percent(report.accuracy)}  "
+        f"step {report.step}/{report.steps}  loss {report.loss:.3f}  "
+        f"{percent(report.accuracy) if report.bits_per_byte is None else f'{report.bits_per_byte:.3f} bits/byte'}  "
         f"{report.per_second:,.0f} {SHORT_UNITS[report.unit]}/s  {duration(report.seconds_left)} left"
     )
 
@@ -206,6 +207,8 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     from skipway.inference.metrics import percent
 
     number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
+    if "validation_bits_per_byte" in row:
+        return text_epoch_line(row, number)
     validation = ""
     if row["validation_accuracy"] is not None:
         loss = "  nan" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
@@ -213,4 +216,14 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {number}  train loss {row['train_loss']:.3f} {percent(row['train_accuracy']):>7}"
         f"{validation}  {row['images_per_second']:,.0f} img/s  {duration(row['seconds'])}"
+    )
+
+
+def text_epoch_line(row: dict[str, Any], number: str) -> str:
+    """How an epoch of text went: losses in bits per byte, in 80 characters."""
+    validation = row["validation_bits_per_byte"]
+    told = "" if row["validation_loss"] is None and validation is None else f"  val {validation or float('nan'):.4f}"
+    return (
+        f"epoch {number}  step {row['step']:,}  bits/byte train {row['train_bits_per_byte']:.4f}{told}  "
+        f"{row['tokens_per_second']:,.0f} tokens/s  {duration(row['seconds'])}"
     )

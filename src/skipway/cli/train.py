@@ -34,11 +34,12 @@ def train(
     config: Path | None = None,
     quiet: Flag = False,
 ) -> int:
-    """Train a network on a folder of images: <class>/*, or train/<class>/* with val/ and test/.
+    """Train a network on images, <class>/* or train/<class>/* with val/ and test/, or on text, a file or a folder.
 
-    The training images are learned from, the validation images choose the epoch, and the test
-    images measure it, once, at the end. What a folder lacks is split off its training images.
-    Without a folder it trains on the handwritten digits of scikit-learn, without a download.
+    The training split is learned from, the validation split chooses the weights, and the test
+    split measures them, once, at the end. What a source lacks is split off its training part.
+    Without data it trains on the handwritten digits of scikit-learn, and a gpt on the source of
+    Python's standard library, without a download.
     Ctrl-C saves the state; --resume continues from it.
 
     Args:
@@ -52,7 +53,6 @@ def train(
     """
     if resume and overwrite:
         raise SkipwayError("--resume and --overwrite: a run is either resumed or replaced; give one of the two")
-    folder = unused_folder(recipe.data) if out is None else out
     # Waiting threads should sleep, not spin: on two cores, one of them busy, a step of the small default network took
     # 5.4 s with libgomp's spinning and 0.16 s without. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -66,6 +66,9 @@ def train(
         # torch is loaded here, which may take long
         from skipway.training.cross_validation import cross_validate
         from skipway.training.loop import train as train_network
+        from skipway.training.task_choice import choose_task
+
+        folder = unused_folder(recipe.data, choose_task(recipe).default_data) if out is None else out
 
         if folds is not None or (resume and is_cross_validation(folder)):
             found = cross_validate(
@@ -98,9 +101,9 @@ def train(
     return stopping.exit_status
 
 
-def unused_folder(data: Path | None) -> Path:
-    """Return `runs/<data>-<number>` with the lowest unused number."""
-    name = "digits" if data is None else data.resolve().name
+def unused_folder(data: Path | None, default: str) -> Path:
+    """Return `runs/<data>-<number>` with the lowest unused number; without data it is named by what is learned then."""
+    name = default if data is None else data.resolve().name
     number = 1
     while Path("runs", f"{name}-{number}").exists():
         number += 1
@@ -169,6 +172,8 @@ def continuation(outcome: Outcome, out: str) -> tuple[str, str]:
         return "longer", f"skipway train --config {out} --time 1h, say; the features are there"
     if outcome.recipe.budget is not None:
         return "longer", f"skipway train --out {out} --resume --time {2 * outcome.recipe.budget:g}s"
+    if outcome.recipe.steps is not None:
+        return "longer", f"skipway train --out {out} --resume --steps {2 * outcome.recipe.steps}"
     return "longer", f"skipway train --out {out} --resume --epochs {2 * outcome.recipe.epochs}"
 
 

@@ -25,6 +25,7 @@ from skipway.inference.code_file import CONFIG, network_file, with_file
 from skipway.inference.decoder_folder import find_decoder_folder, load_decoder
 from skipway.inference.network import build_classifier, is_ours
 from skipway.inference.reference_outputs import find_change, refuse_change
+from skipway.inference.text_inputs import TextInputs
 from skipway.models import find_config
 from skipway.weights.hub import PREFIX, download
 from skipway.zoo import source_of
@@ -32,7 +33,15 @@ from skipway.zoo import source_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["NetworkChoices", "Prediction", "Predictor", "from_pretrained", "image_files", "weights_file"]
+__all__ = [
+    "NetworkChoices",
+    "Prediction",
+    "Predictor",
+    "find_text_inputs",
+    "from_pretrained",
+    "image_files",
+    "weights_file",
+]
 
 # weight files of a folder by preference: those that a run chose by validation and tested; its last; the hub's layout
 WEIGHT_FILES = ("best.safetensors", "last.safetensors", "model.safetensors")
@@ -68,8 +77,8 @@ def from_pretrained(
         allow_changed_outputs: load it although the network computes something else than it did.
 
     Returns:
-        the network on the CPU; `.preprocessing` describes the input images of a classifier and the classes of its
-        outputs.
+        the network on the CPU. `.preprocessing` of a classifier describes its input images and the classes of its
+        outputs; `.text` of a language model that Skipway trained is its tokenizer and context.
 
     Raises:
         CheckpointError: the file is missing, damaged, or does not describe its network and preprocessing; or the
@@ -86,21 +95,42 @@ def from_pretrained(
         return load_decoder(decoder)
     file = weights_file(path, code=trust_code)
     tensors, header = read_safetensors(file)
-    if not {"model", "preprocessing"} <= header.keys():
-        raise CheckpointError(
-            f"{printable(file)} does not describe its network and preprocessing, so it cannot be used for prediction; "
-            "use the weights of a run of skipway train, or skipway.load for weights alone"
-        )
+    inputs = read_inputs(header, file)
     described = describe_network(decode_json(header["model"].encode(), file), model, file)
-    preprocessing = Preprocessing.from_json(decode_json(header["preprocessing"].encode(), file), printable(file))
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and replaced
-        network = build_network(described, preprocessing, tensors, file, trust_code=trust_code)
+        network = build_network(described, inputs, tensors, file, trust_code=trust_code)
     network.load_state_dict(tensors)
     if "reference" in header and not allow_changed_outputs:
         change = find_change(network, described, decode_json(header["reference"].encode(), file))
         refuse_change(change, printable(file), f"{spell('allow_changed_outputs', True)} takes it as it is")
-    network.preprocessing = preprocessing  # type: ignore[assignment]
+    setattr(network, "text" if isinstance(inputs, TextInputs) else "preprocessing", inputs)
     return network.eval()
+
+
+def read_inputs(header: Mapping[str, str], file: Path) -> Preprocessing | TextInputs:
+    """What a header says about the inputs of its network.
+
+    Raises:
+        CheckpointError: nothing, or something damaged.
+    """
+    if "model" in header and "text" in header:
+        return TextInputs.from_json(decode_json(header["text"].encode(), file), printable(file))
+    if "model" in header and "preprocessing" in header:
+        return Preprocessing.from_json(decode_json(header["preprocessing"].encode(), file), printable(file))
+    raise CheckpointError(
+        f"{printable(file)} does not describe its network and preprocessing, so it cannot be used for prediction; "
+        "use the weights of a run of skipway train, or skipway.load for weights alone"
+    )
+
+
+def find_text_inputs(path: str | Path) -> TextInputs | None:
+    """The tokenizer and context stored with weights; None where there are none, or the file is of another kind."""
+    if str(path).startswith(PREFIX) or Path(path).suffix not in ("", ".safetensors"):
+        return None
+    file = weights_file(path)
+    _, header = read_safetensors(file)
+    inputs = read_inputs(header, file) if "text" in header else None
+    return inputs if isinstance(inputs, TextInputs) else None
 
 
 def describe_network(stored: Any, given: str | None, file: Path) -> Any:
@@ -143,7 +173,7 @@ def weights_file(path: str | Path, *, code: bool = False) -> Path:
 
 def build_network(
     model: dict[str, Any],
-    preprocessing: Preprocessing,
+    inputs: Preprocessing | TextInputs,
     tensors: dict[str, Tensor],
     file: Path,
     *,
@@ -163,7 +193,7 @@ def build_network(
     check_head(options.pop("head", None), tensors, source)
     if not is_ours(model["name"]):
         network = build_foreign(model, tensors, source, trust_code)
-        check_shape(options, preprocessing, source)
+        check_shape(options, inputs, source)
         return network
     try:
         _, config = find_config(model["name"], options.get("depth"))
@@ -179,7 +209,7 @@ def build_network(
         raise
     except (SkipwayError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{source}: its network cannot be built: {printable(str(error))}") from error
-    check_shape(options, preprocessing, source)
+    check_shape(options, inputs, source)
     return network
 
 
@@ -214,9 +244,12 @@ def check_head(head: object, tensors: Mapping[str, Tensor], source: str) -> None
         raise CheckpointError(f"{source}: the tensors do not fit the hidden layer that the header describes")
 
 
-def check_shape(options: Mapping[str, Any], preprocessing: Preprocessing, source: str) -> None:
-    """Raise if a network and its preprocessing differ."""
-    if options.get("classes") != len(preprocessing.classes) or options.get("channels") != preprocessing.channels:
+def check_shape(options: Mapping[str, Any], inputs: Preprocessing | TextInputs, source: str) -> None:
+    """Raise if a network and what is stored about its inputs differ."""
+    if isinstance(inputs, TextInputs):
+        if options.get("vocab") != inputs.tokenizer.size or options.get("context") != inputs.context:
+            raise CheckpointError(f"{source}: vocabulary or context of the network differ from its tokenizer")
+    elif options.get("classes") != len(inputs.classes) or options.get("channels") != inputs.channels:
         raise CheckpointError(f"{source}: classes or channels of the network differ from the preprocessing")
 
 
@@ -267,6 +300,8 @@ class Predictor:
 
     def __init__(self, model: nn.Module, *, device: str = "cpu", max_megapixels: float = MAX_MEGAPIXELS) -> None:
         preprocessing = getattr(model, "preprocessing", None)
+        if isinstance(getattr(model, "text", None), TextInputs):
+            raise SkipwayError("a language model takes no images: skipway generate RUN continues a text")
         if not isinstance(preprocessing, Preprocessing):
             raise SkipwayError("the network has no preprocessing: load it with skipway.from_pretrained")
         self.device = choose_device(device)

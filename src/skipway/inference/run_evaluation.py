@@ -24,7 +24,7 @@ from skipway.recipe import Recipe, ResolvedRecipe
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["RunEvaluation", "evaluate_images", "evaluate_run"]
+__all__ = ["RunEvaluation", "autocast_for", "evaluate_images", "evaluate_run"]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from skipway.probes.signal_check import StageSignal
 from skipway.recipe import ResolvedRecipe
 
 __all__ = [
+    "CHANCE",
     "CHANCE_STEPS",
     "accuracy_text",
     "chance_loss",
@@ -100,11 +101,15 @@ def model_lines(
         yield "recipe", f"no steps: {recipe.freeze_plan.describe()}{smooth}{weighted}, seed {recipe.seed}"
         return
     warm = f" after {100 * recipe.warmup:g} % warm-up" if recipe.warmup else ""
-    length = f"{recipe.time} in epochs" if recipe.time is not None else counted(recipe.epochs, "epoch")
+    length = f"{counted(recipe.epochs, 'epoch')} of {counted(steps, 'step')}"
+    if recipe.time is not None:
+        length = f"{recipe.time} in epochs of {counted(steps, 'step')}"
+    elif recipe.steps is not None:
+        length = f"{counted(recipe.steps, 'step')} of {steps:,} in a pass over the data"
     yield (
         "recipe",
         f"{recipe.optimizer}, learning rate {recipe.peak_lr:.3g}, weight decay {recipe.decay:g}, batch "
-        f"{recipe.batch_size}, {length} of {counted(steps, 'step')}, {recipe.schedule}{warm}, seed {recipe.seed}",
+        f"{recipe.batch_size}, {length}, {recipe.schedule}{warm}, seed {recipe.seed}",
     )
     others = extras(recipe)
     if others:

@@ -306,7 +306,9 @@ def choices_text(given: Recipe, resolved: ResolvedRecipe) -> str:
         for field in fields(Recipe)
         if field.name in CHOSEN_FIELDS
         and field.name not in resolved.idle_fields
-        and not (field.name == "epochs" and resolved.time is not None)
+        and field.metadata.get("only") in (None, resolved.kind)
+        and not (field.name in ("epochs", "steps") and resolved.time is not None)
+        and not (field.name == "epochs" and resolved.steps is not None)
     ]
     pairs = ((name, getattr(given, name), getattr(resolved, name)) for name in shown)
     return " ".join(spell(name, value) for name, before, value in pairs if value not in (None, before))
@@ -325,5 +327,5 @@ def adopt_choices(recipe: Recipe, stored: Mapping[str, Any]) -> Recipe:
 
 CHOSEN_FIELDS = frozenset(
     {"model", "start", "size", "crop_share", "channels", "freeze", "optimizer", "lr", "weight_decay", "layer_decay"}
-    | {"label_smoothing", "augment", "batch_size", "epochs"}
+    | {"label_smoothing", "augment", "batch_size", "epochs", "tokenizer", "context", "steps", "clip"}
 )

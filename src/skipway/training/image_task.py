@@ -64,7 +64,8 @@ class ImageLog(TestLog):
 class ImageClassification(Task):
     """Images in, classes out: cross-entropy, and the epoch of the best accuracy on the validation images."""
 
-    item = unit = "image"
+    kind = item = unit = "image"
+    default_data = "digits"
     side_field = "size"
 
     def load(
@@ -252,6 +253,7 @@ class ImageClassification(Task):
     def evaluate(
         self,
         run: Run,
+        split: Split,
         batches: Iterable[Batch],
         *,
         rounds: int,
@@ -326,8 +328,8 @@ class ImageClassification(Task):
     def sample_remarks(self, run: Run, sample: Batch) -> Iterator[str]:
         return image_remarks(run.data, sample)
 
-    def shrink(self, inputs: Tensor, side: int) -> Tensor:
-        return nn.functional.interpolate(inputs, size=(side, side), mode="bilinear", antialias=True)
+    def shrink(self, inputs: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        return nn.functional.interpolate(inputs, size=(side, side), mode="bilinear", antialias=True), labels
 
     def chance_remark(self, run: Run, row: Mapping[str, Any]) -> str | None:
         return chance_remark(run.recipe, run.data, row)

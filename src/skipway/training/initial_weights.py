@@ -36,6 +36,8 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     if source is not None and not is_pretrained(source) and Path(source).exists():
         resolved["start"] = str(Path(source).resolve())
     file = None if recipe.model is None else network_file(recipe.model)
+    if recipe.tokenizer is not None and Path(recipe.tokenizer).is_file():
+        resolved["tokenizer"] = str(Path(recipe.tokenizer).resolve())
     if file is not None:
         resolved["model"] = with_file(str(recipe.model), file.resolve())
     return replace(recipe, **resolved)

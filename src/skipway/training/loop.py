@@ -247,6 +247,7 @@ class Trainer:
         began = time.monotonic()
         evaluation = run.task.evaluate(
             run,
+            split,
             report_batches(run, batches, label, share),
             rounds=rounds if run.recipe.sharding == "full" else 0,
             observe=observe,

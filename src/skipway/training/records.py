@@ -65,6 +65,7 @@ def report_progress(run: Run) -> None:
             unit=run.task.unit,
             per_second=run.targets_per_second,
             seconds_left=expected_seconds(run),
+            **run.task.measures(run, progress.loss_sum / items),
         )
     )
 
@@ -125,6 +126,8 @@ def record_epoch(run: Run, evaluation: Any) -> None:
             f"no better validation result for {counted(run.recipe.patience or 0, 'epoch')}: the run stops early",
         )
     progress.loss_sum, progress.correct = 0.0, 0
+    if run.recipe.time is None and progress.plan.end > progress.before:  # the last epoch may be shorter
+        progress.epoch_steps = min(progress.plan.length, progress.plan.end - progress.before)
     plan_time(run)
 
 

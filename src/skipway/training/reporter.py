@@ -21,6 +21,7 @@ class StepReport:
         accuracy: training accuracy of this epoch so far, on augmented images, 0 to 1.
         unit: what is predicted: "image" or "token".
         per_second: their number per second in this epoch so far.
+        bits_per_byte: the loss as bits per byte of text; None for images.
         seconds_left: estimated seconds until the end of the run.
     """
 
@@ -33,6 +34,7 @@ class StepReport:
     unit: str
     per_second: float
     seconds_left: float
+    bits_per_byte: float | None = None
 
 
 class Reporter(Protocol):

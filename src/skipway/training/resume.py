@@ -27,6 +27,7 @@ CHANGEABLE = frozenset(
     {
         "data",
         "epochs",
+        "steps",
         "time",
         "patience",
         "device",
@@ -95,7 +96,11 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
     run.task.check_unchanged(run, stored)
     load_newest_checkpoint(run)
     progress, recipe, before = run.progress, run.recipe, stored["recipe"]
-    if recipe.time is None and recipe.epochs != before["epochs"]:
+    if recipe.time is None and recipe.steps is not None:
+        if recipe.steps != before.get("steps"):
+            progress.plan_steps(recipe.steps, run.steps_per_epoch)
+            progress.stopped_early = False
+    elif recipe.time is None and recipe.epochs != before["epochs"]:
         progress.epochs, progress.stopped_early = recipe.epochs, False
         progress.plan = Plan(end=recipe.epochs * run.steps_per_epoch, length=run.steps_per_epoch)
     if recipe.time is not None and recipe.time != before["time"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +27,10 @@ from skipway.training.run_folder import RunFolder
 from skipway.training.task import Task
 
 __all__ = ["Outcome", "Progress", "Run", "StepResult", "growing_side"]
+
+
+# validations of a run that is given in steps
+VALIDATIONS = 10
 
 
 @dataclass
@@ -89,6 +94,20 @@ class Progress:
         """The start of a run of so many epochs."""
         plan = Plan(end=epochs * per_epoch, length=per_epoch)
         return cls(epochs=epochs, epoch_steps=per_epoch, plan=plan, accumulation=accumulation)
+
+    @classmethod
+    def of_steps(cls, steps: int, per_epoch: int, accumulation: int) -> Progress:
+        """The start of a run of so many steps, validated every tenth of them, or after every pass over the data."""
+        progress = cls(accumulation=accumulation)
+        progress.plan_steps(steps, per_epoch)
+        return progress
+
+    def plan_steps(self, steps: int, per_epoch: int) -> None:
+        """Plan to end after so many steps, in place."""
+        length = min(per_epoch, math.ceil(steps / VALIDATIONS))
+        self.plan = Plan(end=steps, length=length)
+        left = steps - self.before
+        self.epochs, self.epoch_steps = self.epoch + math.ceil(max(0, left) / length), min(length, max(0, left))
 
     @classmethod
     def from_json(cls, values: dict[str, Any], per_epoch: int) -> Progress:
@@ -269,8 +288,9 @@ class Outcome:
         evaluation: test result of `best.safetensors`; None if the run was stopped.
         validation_images: number of validation images, or sequences of text.
         best_accuracy: best validation accuracy over all epochs; -1 without validation images.
+        best_loss: validation loss of the best epoch.
         best_epoch: epoch of the best accuracy, ties by the lower loss, from 1, 0 for the classifier fitted before; the
-            last one without validation images.
+            last one without validation images. For text, the epoch of the lowest loss.
         epoch: complete epochs.
         step: steps into the next epoch.
         seconds: seconds spent in training, over all sessions.
@@ -284,6 +304,7 @@ class Outcome:
     evaluation: Any
     validation_images: int
     best_accuracy: float
+    best_loss: float
     best_epoch: int
     epoch: int
     step: int
@@ -302,6 +323,7 @@ class Outcome:
             evaluation=evaluation,
             validation_images=run.task.count(run.data, "validation"),
             best_accuracy=progress.best_accuracy,
+            best_loss=progress.best_loss,
             best_epoch=progress.best_epoch,
             epoch=progress.epoch,
             step=progress.step,

@@ -132,10 +132,11 @@ def build_run(
         class_weights=class_weights(recipe, data, device),
     )
     # with `time` the epochs are planned after some timed steps, so the initial plan must be long enough for these
-    epochs = (
-        recipe.epochs if recipe.time is None else max(recipe.epochs, math.ceil(STEPS_TO_PLAN / run.steps_per_epoch))
-    )
-    run.progress = Progress.of_epochs(epochs, run.steps_per_epoch, recipe.accumulate)
+    if recipe.steps is not None and recipe.time is None:
+        run.progress = Progress.of_steps(recipe.steps, run.steps_per_epoch, recipe.accumulate)
+    else:
+        least = 0 if recipe.time is None else math.ceil(STEPS_TO_PLAN / run.steps_per_epoch)
+        run.progress = Progress.of_epochs(max(recipe.epochs, least), run.steps_per_epoch, recipe.accumulate)
     run.progress.head = head
     return run
 

@@ -46,7 +46,7 @@ def backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         with nullcontext() if last or no_sync is None else no_sync(), run.kernels():
             with run.autocast():
                 out = run.network(inputs)
-            loss = run.loss(out, targets) * (len(inputs) / len(batch.inputs))
+            loss = run.loss(out, targets) * run.task.share(run, targets, batch)
             run.scaler.scale(loss).backward()
         losses.append(loss.detach())
         correct.append(run.task.count_correct(out.detach(), labels))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from skipway.data import Batch
-    from skipway.recipe import Recipe, ResolvedRecipe
+    from skipway.recipe import Kind, Recipe, ResolvedRecipe
     from skipway.training.distributed import Ranks
     from skipway.training.reporter import Reporter
     from skipway.training.run import Outcome, Progress, Run
@@ -54,10 +54,14 @@ class Task(ABC):
     The methods that take `data` are those that a run is built with; the others are given the run.
     """
 
+    kind: ClassVar[Kind]
+    """The kind of the data, which fields of a recipe may be meant for."""
     item: ClassVar[str]
     """The word for an item: "image"."""
     unit: ClassVar[str]
     """The word for what is predicted, by which speeds are counted: "image" or "token"."""
+    default_data: ClassVar[str]
+    """The name of what is learned without data."""
     side_field: ClassVar[str]
     """The field of a recipe that sets how large an item is."""
 
@@ -156,16 +160,20 @@ class Task(ABC):
     # steps ------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def train_batches(self, run: Run, epoch: int, start: int) -> Iterator[Batch]:
+    def train_batches(self, run: Run, epoch: int, start: int) -> Iterator[Any]:
         """The batches of a pass over the data from one on, the share of this rank of each."""
 
     @abstractmethod
-    def sample(self, run: Run, count: int) -> Batch:
+    def sample(self, run: Run, count: int) -> Any:
         """Up to so many training items, as they are evaluated."""
 
     @abstractmethod
     def loss(self, run: Run, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, which is trained on."""
+
+    def share(self, run: Run, targets: Tensor, batch: Any) -> Tensor | float:
+        """The share of a part of a batch in its mean loss."""
+        return len(targets) / len(batch.targets)
 
     @abstractmethod
     def count_correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -182,23 +190,30 @@ class Task(ABC):
     # evaluation -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def evaluation_batches(self, run: Run, split: Split, batch_size: int) -> Iterable[Batch]:
+    def evaluation_batches(self, run: Run, split: Split, batch_size: int) -> Iterable[Any]:
         """The items of a split once, in order, the share of this rank."""
 
     @abstractmethod
     def evaluate(
         self,
         run: Run,
-        batches: Iterable[Batch],
+        split: Split,
+        batches: Iterable[Any],
         *,
         rounds: int,
-        observe: Callable[[Batch, Tensor], None] | None = None,
+        observe: Callable[[Any, Tensor], None] | None = None,
     ) -> Any:
-        """Evaluate the network over batches; None if told to stop. The evaluation has `loss` and `accuracy`."""
+        """Evaluate the network over the batches of a split; None if told to stop. The evaluation has `loss` and
+        `accuracy`.
+        """
 
     @abstractmethod
     def is_better(self, evaluation: Any, progress: Progress) -> bool:
         """Whether a validation result is better than the best so far."""
+
+    def measures(self, run: Run, loss: float) -> dict[str, float]:
+        """What a training loss is shown as besides, as fields of a `StepReport`."""
+        return {}
 
     def epoch_metrics(self, run: Run, row: dict[str, Any], evaluation: Any) -> dict[str, Any]:
         """The row of an epoch with what the task adds to it."""
@@ -231,12 +246,16 @@ class Task(ABC):
         """Remarks about data and options, before the first step."""
 
     @abstractmethod
-    def sample_remarks(self, run: Run, sample: Batch) -> Iterator[str]:
+    def sample_remarks(self, run: Run, sample: Any) -> Iterator[str]:
         """Remarks about what some items tell, before the first step."""
 
+    def objective(self, run: Run) -> Callable[[Any, Any], Tensor] | None:
+        """The loss that a diagnosis is given; None: it knows that of these targets itself."""
+        return None
+
     @abstractmethod
-    def shrink(self, inputs: Tensor, side: int) -> Tensor:
-        """Items of a smaller size, with which a network is judged where time is short."""
+    def shrink(self, inputs: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Items of a smaller size and their labels, with which a network is judged where time is short."""
 
     @abstractmethod
     def chance_remark(self, run: Run, row: Mapping[str, Any]) -> str | None:

@@ -50,16 +50,16 @@ def verdict_line(run: Run, sample: Batch) -> str:
         cost = (TRIAL_COST if pretrained else DIAGNOSIS_COST) * count * per_image * (side / full) ** 2
         if cost > allowed or (side < full and forward_fault(run, 2, side)):
             continue
-        inputs = sample.inputs[:count]
+        inputs, labels = sample.inputs[:count], sample.labels[:count]
         if side < full:
-            inputs = run.task.shrink(inputs, side)
-        told = (
-            trial_line(run, inputs, sample.labels[:count])
-            if pretrained
-            else diagnosis_line(run, inputs, sample.labels[:count])
-        )
+            inputs, labels = run.task.shrink(inputs, labels, side)
+        told = trial_line(run, inputs, labels) if pretrained else diagnosis_line(run, inputs, labels)
         whole = count == len(sample.inputs) and side == full
-        return told if whole else f"{told} (by {counted(count, 'image')} of {side} pixels, for the sake of time)"
+        return (
+            told
+            if whole
+            else f"{told} (by {counted(count, run.task.item)} of {run.task.side_text(side)}, for the sake of time)"
+        )
     more = rates_text(run) if pretrained else "skipway diagnose gives it"
     return (
         f"not computed: it takes about {duration(cost)} at least, more than the {duration(allowed)} that it may take; "
@@ -154,6 +154,7 @@ def diagnosis_line(run: Run, inputs: Tensor, labels: Tensor) -> str:
             run.model,
             inputs,
             targets=labels,
+            loss=run.task.objective(run),
             optimizer=name,
             lr=run.recipe.peak_lr,
             weight_decay=run.recipe.decay,

@@ -1,0 +1,137 @@
+"""A trained language model in use: continue a text, measure it on its own test text or on another."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipway.checkpoint.files import read_json
+from skipway.data.text import TextChoices, TextData, load_text
+from skipway.errors import CheckpointError, DataError, SkipwayError, printable
+from skipway.hardware.device import choose_device
+from skipway.inference.generate import generate
+from skipway.inference.predict import from_pretrained, weights_file
+from skipway.inference.run_evaluation import autocast_for
+from skipway.inference.text_evaluation import TextEvaluation, evaluate_text
+from skipway.inference.text_inputs import TextInputs
+from skipway.recipe import Recipe, ResolvedRecipe
+
+__all__ = ["TextRunEvaluation", "evaluate_text_run", "generate_text"]
+
+# sequences of a forward pass
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class TextRunEvaluation:
+    """The evaluation of a trained language model on a text.
+
+    Args:
+        name: of the text.
+        evaluation: the result.
+        remarks: what a user may not expect of the text.
+    """
+
+    name: str
+    evaluation: TextEvaluation
+    remarks: tuple[str, ...] = ()
+
+
+def load_text_model(path: str | Path, device: str) -> tuple[nn.Module, TextInputs]:
+    """A language model with what it has to be given.
+
+    Raises:
+        SkipwayError: the weights are those of another kind of network.
+    """
+    model = from_pretrained(path)
+    inputs = getattr(model, "text", None)
+    if not isinstance(inputs, TextInputs):
+        raise SkipwayError(f"{printable(str(path))} classifies images: skipway predict RUN IMAGES… uses it")
+    return model.to(choose_device(device)), inputs
+
+
+def generate_text(path: str | Path, prompt: str, length: int = 200, *, device: str = "auto", **sampling: Any) -> str:
+    """Continue a prompt with the language model of a run.
+
+    Args:
+        path: see `from_pretrained`.
+        prompt: the beginning; without one the model begins a document, if its tokenizer separates documents.
+        length: tokens to add.
+        device: auto, cpu, cuda, cuda:1.
+        sampling: temperature, top_k, top_p and seed, see `generate`.
+
+    Returns:
+        the text behind the prompt.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+        DataError: the tokenizer cannot represent the prompt.
+        SkipwayError: an empty prompt, or a value outside its rule.
+    """
+    model, inputs = load_text_model(path, device)
+    ids, separator = inputs.encode(prompt), inputs.tokenizer.separator
+    if not ids.shape[1] and separator is None:
+        raise SkipwayError("the prompt is empty, and the tokenizer has no token that begins a document; give some text")
+    if not ids.shape[1]:
+        ids = torch.tensor([[separator]])
+    grown = generate(model, ids.to(next(model.parameters()).device), length, **sampling)
+    return inputs.tokenizer.decode(grown[0, ids.shape[1] :].tolist())
+
+
+def evaluate_text_run(
+    path: Path, data: Path | None = None, *, device: str = "auto", batch_size: int | None = None
+) -> TextRunEvaluation:
+    """Evaluate a language model on the test text of its run, in the precision of its training, or on all of another.
+
+    Args:
+        path: the run folder, whose best weights by validation are evaluated, or a file of weights in it.
+        data: a file or folder of text; its tokens are those of the model.
+        device: auto, cpu, cuda, cuda:1.
+        batch_size: sequences per forward pass; None for 16.
+
+    Raises:
+        CheckpointError: there is no run, or its weights cannot be used.
+        DataError: the text has changed since the run, or cannot be read.
+    """
+    model, inputs = load_text_model(path, device)
+    precision = "float32"
+    if data is None:
+        text, precision = stored_text(path, inputs)
+    else:
+        text = load_text(data, tokenizer=inputs.tokenizer, context=inputs.context, holdout=0.0, validation=0.0)
+    split = "test" if text.test.targets else "train"  # all of another text without a test split
+    part, where = getattr(text, split), next(model.parameters()).device
+    batches = text.evaluation_batches(split, batch_size or BATCH)
+    found = evaluate_text(
+        model,
+        ((ids.to(where), targets.to(where)) for ids, targets in batches),
+        scored_bytes=part.scored_bytes,
+        autocast=lambda: autocast_for(precision, where),
+    )
+    assert found is not None
+    name = f"{text.name}, test split" if split == "test" else text.name
+    return TextRunEvaluation(name, found, text.remarks if data is not None else ())
+
+
+def stored_text(path: Path, inputs: TextInputs) -> tuple[TextData, str]:
+    """The text of a run, split as in training, and the precision of the run."""
+    file = weights_file(path).parent / "config.json"
+    stored = read_json(file)
+    if not isinstance(stored, dict) or not isinstance(stored.get("recipe"), dict):
+        raise CheckpointError(f"{printable(file)} contains no recipe, so its test text is unknown; give a text")
+    recipe = ResolvedRecipe.of(Recipe.from_json(stored["recipe"], printable(file)))
+    source = None if recipe.data is None else str(recipe.data)
+    choices = TextChoices(source=source, **recipe.text_choices())
+    text = load_text(dataclasses.replace(choices, tokenizer=inputs.tokenizer))
+    fingerprint = stored["data"].get("fingerprint") if isinstance(stored.get("data"), dict) else None
+    if text.fingerprint != fingerprint:
+        raise DataError(
+            f"the text {printable(text.name)} has changed since the run, so which part of it was not trained on is not "
+            "known; give a text to test on"
+        )
+    return text, recipe.precision
