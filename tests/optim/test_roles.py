@@ -50,6 +50,13 @@ def test_a_network_written_by_hand():
     }
 
 
+def test_a_tied_embedding_is_one_whatever_registers_it_first():
+    head, table = nn.Linear(4, 7, bias=False), nn.Embedding(7, 4)
+    table.weight = head.weight
+    groups = sw.param_groups(nn.ModuleList((head, table)), lr=0.1, weight_decay=0.1)
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [("embedding", 0.0)]
+
+
 def test_without_an_example_what_is_not_known_is_named_and_not_decayed():
     model = Own()
     with pytest.warns(UserWarning, match=r"the role of table, positions, token and 6 more is not known"):

@@ -83,9 +83,16 @@ def parameter_roles(model: nn.Module, example: Example | Program | None = None) 
     {'matrix': 'weight', 'shift': 'bias'}
     """
     roles: dict[str, Role] = {}
+    embeddings: set[nn.Parameter] = set()
+    parameters: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, _ in module.named_parameters(recurse=False):
-            roles[f"{path}.{name}" if path else name] = role_of(module, name)
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            roles[full], parameters[full] = role_of(module, name), parameter
+            if roles[full] == EMBEDDING:
+                embeddings.add(parameter)
+    # a tied embedding, which a linear map may have registered first
+    roles.update((name, EMBEDDING) for name, parameter in parameters.items() if parameter in embeddings)
     unknown = [name for name, role in roles.items() if role is UNKNOWN]
     if unknown and example is not None:
         program = example if isinstance(example, Program) else watch(model, example)

@@ -17,6 +17,7 @@ from skipway.registry import Registry, parse_spec
 from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.checks import EQUAL
 from skipway.surgery.operation import Operation, abbreviate
+from skipway.surgery.padded_batch import padded_example
 from skipway.surgery.preconditions import require_values
 from skipway.surgery.recompute import BlockParts, KeptBuffer, RandomState, buffers_kept, replaying
 from skipway.surgery.saved_tensors import Costs, costs_of, saved_bytes
@@ -25,6 +26,7 @@ from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
+from skipway.tracing.arguments import item_at
 from skipway.validation import check_call, check_rule, check_whole, is_real, is_whole
 
 __all__ = ["Budget", "Every", "Segments", "SquareRoot", "checkpointed"]
@@ -220,7 +222,8 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
         segments: which blocks are recomputed, and together: `Every(n)` or n; `SquareRoot()`, `"squareroot"`;
             `Budget(bytes)`, `"budget(2e9)"`.
 
-    Shapes: as the blocks': each takes and returns one tensor of one shape.
+    Shapes: as the blocks', whatever they are given and return beside x; a block that computes more than x, attention
+    weights say, ends a segment.
 
     Returns:
         the operation: `touched` holds the segments by their first blocks, `refused` the blocks that could not be
@@ -241,7 +244,7 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
     """
     model, example = require_values(model, "checkpointed"), as_example(example)
     choice = read_segments(segments)
-    rows, reasons = find_block_rows(model, example, watch(model, example))
+    rows, reasons, survey = find_block_rows(model, example, watch(model, example))
     members = {name for row in rows for name in row}
     if not members:
         raise SkipwayError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
@@ -258,7 +261,7 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
         random_state = LastRandomState()
         installed = []
         for first, *others in cut:
-            installed.append(CheckpointedRow([model.get_submodule(name) for name in (first, *others)], random_state))
+            installed.append(CheckpointedRow.of(model, (first, *others), survey, random_state=random_state))
             installed[-1].install(change)
             change.touched[first] = "computed again" + (f" with {abbreviate(others)}" if others else "")
         check_recomputation(model, example, installed)
@@ -272,7 +275,8 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
 
 
 def check_recomputation(model: nn.Module, example: Example, rows: Sequence[CheckpointedRow]) -> None:
-    """Run a training pass in which each segment compares what it computes again with what it computed.
+    """Run training passes, with and without padding, in which each segment compares what it computes again with what
+    it computed.
 
     Raises:
         SkipwayError: they differ, or the pass fails; says with what.
@@ -281,7 +285,9 @@ def check_recomputation(model: nn.Module, example: Example, rows: Sequence[Check
         row.compares = True
     try:
         with set_checkpoint_early_stop(False):  # it would stop before the output
-            training_gradients(model, example, "in which blocks are computed again")
+            padded = padded_example(model, example)
+            for each in [example] if padded is None else [example, padded]:
+                training_gradients(model, each, "in which blocks are computed again")
     finally:
         for row in rows:
             row.compares, row.first_outputs = False, []
@@ -320,7 +326,7 @@ class LastRandomState:
 class Before:
     """What a segment finds in a forward pass, and has to find again when it is computed again."""
 
-    arguments: tuple[Sequence[Any], dict[str, Any]]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
     random: RandomState
     buffers: list[KeptBuffer]
 
@@ -352,11 +358,11 @@ class CheckpointedRow(BlockRow):
     def sealed(self) -> str | None:
         return None  # every other operation sees the blocks one by one: they are looked at without gradients
 
-    def run(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    def run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():  # the compiler replays random numbers, and writes into a buffer once
-            return checkpoint(self.compute, x, others, named, None, use_reentrant=False)
-        before = Before(copy_state((others, named)), self.random_state.now(x), self.written_buffers())
-        output = checkpoint(self.compute, x, others, named, before, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self.compute, x, args, kwargs, None, use_reentrant=False)
+        before = Before(copy_state((args, kwargs)), self.random_state.now(x), self.written_buffers())
+        output = checkpoint(self.compute, x, args, kwargs, before, use_reentrant=False, preserve_rng_state=False)
         if self.writes is None:
             self.writes = [(each.module, each.name) for each in before.buffers if each.changed()]
         return output
@@ -368,31 +374,37 @@ class CheckpointedRow(BlockRow):
             return [KeptBuffer.of(module, name) for module in modules for name in module._buffers]
         return [KeptBuffer.of(module, name) for module, name in self.writes if module.training]
 
-    def compute(self, x: Tensor, others: Sequence[Any], named: dict[str, Any], before: Before | None) -> Tensor:
+    def compute(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: Before | None) -> Any:
         """Run all blocks, in the backward pass as they ran before: on what was there before they wrote into it."""
         if before is None or torch._C._current_graph_task_id() == -1:  # not within a backward pass
-            output = self.run_each(x, others, named)
+            output = self.run_each(x, args, kwargs)
             if self.compares:
-                self.first_outputs.append(output.detach())
+                self.first_outputs.append(self.stream_of(output))
             return output
         for parts in self.parts:
             parts.refresh()
-        others, named = copy_state(before.arguments)
+        args, kwargs = copy_state(before.arguments)
         modules = [module for parts in self.parts for module in parts.modules]
         writers = [module for parts in self.parts for module in parts.writers()]
         with replaying(before.random), buffers_kept(writers), attributes_kept(modules):
             for buffer in before.buffers:
                 buffer.put_back()
-            output = self.run_each(x, others, named)
-        if self.compares and not any(same_values(output.detach(), first) for first in self.first_outputs):
+            output = self.run_each(x, args, kwargs)
+        if self.compares and not any(same_values(self.stream_of(output), first) for first in self.first_outputs):
             raise SkipwayError("a block computes something else when it is computed again")
         return output
 
-    def run_each(self, x: Tensor, others: Sequence[Any], named: dict[str, Any]) -> Tensor:
-        """Run one block after the other."""
-        for block in self.blocks:
-            x = run_alone(block, x, others, named)
-        return x
+    def run_each(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one block after the other; the output of the last one."""
+        output: Any = None
+        for block, call in zip(self.blocks, self.calls, strict=True):
+            output = run_alone(block, *call.given(args, kwargs, x))
+            x = item_at(output, call.output)
+        return output
+
+    def stream_of(self, output: Any) -> Tensor:
+        """What x became, in the output of the last block."""
+        return item_at(output, self.calls[-1].output).detach()
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:

@@ -14,7 +14,7 @@ from skipway.errors import SkipwayError
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
-from skipway.tracing.arguments import Path, exchange_at, item_at, tensor_paths
+from skipway.tracing.arguments import Path, exchange_at, item_at, path_text, tensor_paths
 
 __all__ = ["BlockAxes", "find_block_axes"]
 
@@ -25,7 +25,7 @@ AXES = 3
 CLOSE = 1e-4
 """Difference, relative to the largest value, of what other samples must not change."""
 
-Shapes = dict[Path, tuple[int, ...]]
+Given = dict[Path, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,31 @@ class BlockAxes:
 
     Args:
         stream: axis of x.
-        arguments: axes of all tensors that it was given, by their paths; None is shared by all samples.
+        arguments: axes of all tensors that it was given, by their paths; None is shared by all samples. An axis with
+            several entries for each sample holds them sample by sample.
     """
 
     stream: int
     arguments: tuple[tuple[Path, int | None], ...]
 
+    def joined(self, other: BlockAxes) -> BlockAxes:
+        """These axes and those of arguments that were given in another pass only.
+
+        Raises:
+            SkipwayError: an axis is another one there.
+        """
+        axes = {**dict(other.arguments), **dict(self.arguments)}
+        wrong = [path for path, axis in other.arguments if axes[path] != axis]
+        if wrong or self.stream != other.stream:
+            raise SkipwayError(f"with padding, samples are on another axis of {path_text(wrong[0]) if wrong else 'x'}")
+        return BlockAxes(self.stream, tuple(axes.items()))
+
 
 @dataclass
 class BlockPass:
-    """Shapes of what blocks are given in one pass, and what the last of them makes of x."""
+    """What blocks are given in one pass, and what the last of them makes of x."""
 
-    shapes: dict[str, Shapes]
+    given: dict[str, Given]
     last: Tensor
 
 
@@ -69,7 +82,7 @@ def find_block_axes(model: nn.Module, example: Example, calls: Mapping[str, Bloc
     for axes in islice(axis_choices(example), MOST_TRIES):
         try:
             more = run_blocks(model, changed_example(example, axes, extend), calls)
-            found = {name: compare_shapes(name, calls[name], before.shapes[name], more.shapes[name]) for name in calls}
+            found = {name: compare_shapes(name, calls[name], before.given[name], more.given[name]) for name in calls}
             axis = next(reversed(found.values())).stream
             count = before.last.shape[axis]
             if gap(before.last, more.last.narrow(axis, 0, count)) > CLOSE:
@@ -141,36 +154,40 @@ def gap(one: Tensor, other: Tensor) -> float:
 
 def run_blocks(model: nn.Module, example: Example, calls: Mapping[str, BlockCall]) -> BlockPass:
     """Run the model in evaluation mode, and note what its blocks are given."""
-    shapes: dict[str, Shapes] = {}
+    given: dict[str, Given] = {}
     last: list[Tensor] = []
 
     def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if output is not None:
-            leaves = (*tensor_paths(args), *tensor_paths(kwargs))
-            shapes[name] = {path: tuple(tensor.shape) for path, tensor in leaves}
+            given[name] = dict((*tensor_paths(args), *tensor_paths(kwargs)))
             last[:] = [item_at(output, calls[name].output).float()]
 
     with forward_hooks(model, calls, leave=leave), preserved_state(model), torch.no_grad():
         call_model(model.eval(), example)
-    return BlockPass(shapes, last[0])
+    return BlockPass(given, last[0])
 
 
-def compare_shapes(name: str, call: BlockCall, before: Shapes, more: Shapes) -> BlockAxes:
+def compare_shapes(name: str, call: BlockCall, before: Given, more: Given) -> BlockAxes:
     """The axes that became twice as long.
 
     Raises:
-        SkipwayError: none did, several did, or the samples of an argument are in groups.
+        SkipwayError: none did, several did, or an argument has several entries for each sample that do not follow one
+            another.
     """
-    axes = {path: doubled_axis(name, shape, more[path]) for path, shape in before.items()}
+    axes = {path: doubled_axis(name, tensor.shape, more[path].shape) for path, tensor in before.items()}
     stream = axes.get(call.stream)
     if stream is None:
         raise SkipwayError(f"{name} is given the same x whatever samples there are")
-    count = before[call.stream][stream]
+    count = before[call.stream].shape[stream]
     for path, axis in axes.items():
-        if axis is not None and before[path][axis] != count:
+        if axis is None or before[path].shape[axis] == count:
+            continue
+        size = before[path].shape[axis]
+        first = more[path].narrow(axis, 0, size)
+        if size % count or not torch.equal(first, before[path]):
             raise SkipwayError(
-                f"{name} is given an argument of shape {before[path]}, with several entries for each of the {count} "
-                "samples of x"
+                f"{name} is given an argument of shape {tuple(before[path].shape)}, which does not hold the {count} "
+                "samples of x one after the other"
             )
     return BlockAxes(stream, tuple(axes.items()))
 

@@ -77,6 +77,11 @@ class BlockCall:
         """The stream among the arguments."""
         return self.argument(self.stream, args, kwargs)
 
+    def beside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Any]:
+        """The arguments by position or keyword, with None in place of the stream."""
+        args, kwargs = self.exchange(self.stream, args, kwargs, None)
+        return {**dict(enumerate(args)), **kwargs}
+
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with another stream."""
         return self.exchange(self.stream, args, kwargs, x)

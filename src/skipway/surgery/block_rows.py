@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,31 @@ from torch.utils._pytree import tree_flatten
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_survey import BlockSurvey, require_blocks
+from skipway.surgery.call_recorder import CallRecorder
 from skipway.surgery.class_factory import class_factory
+from skipway.surgery.padded_batch import padded_example
 from skipway.surgery.preconditions import SEALED
 from skipway.surgery.transaction import Transaction
 from skipway.tracing import Example, Program
+from skipway.tracing.arguments import item_at, path_text
+
+R = TypeVar("R", bound="BlockRow")
 
 __all__ = ["BlockRow", "block_readers", "direct_row_end", "find_block_rows", "run_alone"]
 
 
-def find_block_rows(model: nn.Module, example: Example, program: Program) -> tuple[list[list[str]], dict[str, str]]:
-    """Return blocks in rows that follow one another directly, a lone block in a row of its own; and why a row ends, or
-    why a block is in none, by the block's name.
+def find_block_rows(
+    model: nn.Module, example: Example, program: Program
+) -> tuple[list[list[str]], dict[str, str], BlockSurvey]:
+    """Return blocks in rows that follow one another directly, a lone block in a row of its own; why a row ends, or why
+    a block is in none, by the block's name; and all blocks.
     """
     survey = require_blocks(model, example, program)
+    passes = [survey.others]
+    if (padded := padded_example(model, example)) is not None:
+        recorder = CallRecorder(survey.calls)
+        recorder.watch(model, padded)
+        passes.append(recorder.others)
     calls, readers = survey.calls, block_readers(survey, program)
     rows: list[list[str]] = []
     reasons: dict[str, str] = {}
@@ -40,7 +52,7 @@ def find_block_rows(model: nn.Module, example: Example, program: Program) -> tup
         if obstacle := row_obstacle(model.get_submodule(name), calls[name]):
             reasons[name], last = obstacle, None
             continue
-        end = None if last is None else row_end(survey, last, name, readers[last])
+        end = None if last is None else row_end(survey, last, name, readers[last], passes)
         if last is None or end is not None:
             rows.append([])
         if last is not None and end is not None:
@@ -48,7 +60,7 @@ def find_block_rows(model: nn.Module, example: Example, program: Program) -> tup
         rows[-1].append(name)
         last = name
     reasons.update((name, reason) for name, reason in survey.refused.items() if name)
-    return rows, reasons
+    return rows, reasons, survey
 
 
 def block_readers(survey: BlockSurvey, program: Program) -> dict[str, set[str]]:
@@ -65,17 +77,21 @@ def row_obstacle(block: nn.Module, call: BlockCall) -> str | None:
     """Why a block can be part of no row."""
     if "forward" in vars(block):
         return f"the forward of this {type(block).__name__} was replaced on the instance"
-    if call.stream != (0,) or call.output:
-        return "x is not its first argument and its output, alone"
     return "it writes into what it is given, which is needed again" if call.writes_stream else None
 
 
-def row_end(survey: BlockSurvey, name: str, other: str, readers: set[str]) -> str | None:
-    """Why two blocks that run one after the other are not run as one."""
+Arguments = Mapping[str, Mapping[int | str, Any]]
+
+
+def row_end(survey: BlockSurvey, name: str, other: str, readers: set[str], passes: Sequence[Arguments]) -> str | None:
+    """Why two blocks that run one after the other are not run as one; `passes` hold what each block is given beside x,
+    with and without padding.
+    """
     if (end := direct_row_end(survey, name, other, readers)) is not None:
         return end
-    one, two = survey.others[name], survey.others[other]
-    same = one.keys() == two.keys() and all(same_argument(one[key], two[key]) for key in one)
+    if beside := survey.calls[name].computed:
+        return f"{path_text(beside[0], what='output')} is computed by it beside x"
+    same = all(same_arguments(others[name], others[other]) for others in passes)
     return None if same else f"{other} is given other arguments than {name}"
 
 
@@ -89,6 +105,11 @@ def direct_row_end(survey: BlockSurvey, name: str, other: str, readers: set[str]
     if strangers := sorted(reader for reader in readers if not f"{reader}.".startswith(f"{other}.")):
         return f"its output is read by {strangers[0] or 'the model'}, not by {other} alone"
     return None
+
+
+def same_arguments(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    """Whether two blocks are given the same beside x."""
+    return one.keys() == other.keys() and all(same_argument(one[key], other[key]) for key in one)
 
 
 def same_argument(one: Any, other: Any) -> bool:
@@ -112,87 +133,114 @@ class BlockRow:
 
     Args:
         blocks: in order, each given the output of the one before, and all the same other arguments.
+        calls: how the network calls each of them.
+        forms: the output of each of them without its tensors.
     """
 
     operation = "run as one"
     """What was done to the blocks, in error messages."""
 
     blocks: list[nn.Module] = field(repr=False)
+    calls: list[BlockCall] = field(repr=False)
+    forms: list[Any] = field(repr=False)
     output: Callable[[], Any] = field(default=no_output, repr=False, init=False)
+    given: dict[int | str, Any] = field(default_factory=dict, repr=False, init=False)
 
     def active(self) -> bool:
         """Whether the row is run as one in this pass; if not, each block computes what it always did."""
         return True
 
-    def run(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        """Run all blocks on x."""
+    @classmethod
+    def of(cls: type[R], model: nn.Module, names: Sequence[str], survey: BlockSurvey, **options: Any) -> R:
+        """The row of these blocks of a model."""
+        blocks = [model.get_submodule(name) for name in names]
+        return cls(blocks, [survey.calls[name] for name in names], [survey.forms[name] for name in names], **options)
+
+    def run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run all blocks on x, with the arguments of the first, None in place of x; returns the last one's output."""
         raise NotImplementedError
 
-    def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        output = self.run(x, *others, **named)
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.calls[0]
+        output = self.run(call.take(args, kwargs), *call.exchange(call.stream, args, kwargs, None))
         if not torch.compiler.is_compiling():
-            self.output = weakref.ref(output)
+            self.given = self.calls[0].beside(args, kwargs) if len(self.blocks) > 1 else {}
+            self.output = weakref.ref(item_at(output, self.calls[-1].output))
         return output
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "output": no_output}  # a weak reference, which no file or copy can hold
+        return {**vars(self), "output": no_output, "given": {}}  # a weak reference, which no file or copy can hold
 
-    def check(self, x: Tensor) -> None:
-        """Refuse to return an x that is not the output of the row: a block that is called alone would do nothing.
+    def hand_on(self, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a block that the first one ran: the x that it is given, in the form of its own output.
+
+        It is called alone if x is not what the row put out, and the row was run on other arguments than the network's
+        if the block is given others than the first one was.
 
         Raises:
             SkipwayError: x is something else.
         """
-        if not torch.compiler.is_compiling() and self.output() is not x:
+        call = self.calls[place]
+        if not torch.compiler.is_compiling() and self.output() is not call.take(args, kwargs):
             raise SkipwayError(
                 f"a block that was made {self.operation} together with those before it was given something else than "
                 "their output (it was called alone, or a hook exchanged the tensor); undo the operation first"
             )
+        if not torch.compiler.is_compiling():
+            if not same_arguments(self.given, call.beside(args, kwargs)):
+                raise SkipwayError(
+                    f"a block that was made {self.operation} together with those before it was given other arguments "
+                    "than they (another mask, for example), which it was not on the example of the operation; undo "
+                    "that, and give an example with these arguments"
+                )
+            if place == len(self.blocks) - 1:
+                self.given = {}
+        return call.skip(self.forms[place], args, kwargs)
 
     def install(self, change: Transaction) -> None:
         """Let the first block run the row, and the others return what they are given, in place."""
-        for block in self.blocks:
+        for place, block in enumerate(self.blocks):
             if earlier := getattr(block, "block_row", None):
                 raise SkipwayError(f"this {type(block).__name__} was made {earlier.operation} already; undo that first")
             kind = row_head if block is self.blocks[0] else row_member
             change.set_class(block, kind(type(block), self.sealed()))
             change.set_attribute(block, "block_row", self)
+            change.set_attribute(block, "place_in_row", place)
 
     def sealed(self) -> str | None:
         """The reason that other operations give if they cannot follow; None if they can."""
         return self.operation
 
 
-def run_alone(block: nn.Module, x: Tensor, others: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+def run_alone(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The output of a block of a row, computed by itself."""
-    return type(block).outside_row.forward(block, x, *others, **named)  # type: ignore[attr-defined]
+    return type(block).outside_row.forward(block, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 @class_factory
 def row_head(kind: type[nn.Module], sealed: str | None) -> tuple[str, dict[str, Any]]:
     """A subclass of `kind` that runs its whole row."""
 
-    def forward(self: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        return self.block_row(x, *others, **named) if self.block_row.active() else run_alone(self, x, others, named)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.block_row(args, kwargs) if self.block_row.active() else run_alone(self, args, kwargs)
 
     return described(kind, "RowHead", forward, sealed)
 
 
 @class_factory
 def row_member(kind: type[nn.Module], sealed: str | None) -> tuple[str, dict[str, Any]]:
-    """A subclass of `kind` that was run by the first block of its row, and returns what it is given."""
+    """A subclass of `kind` that was run by the first block of its row, and hands on what it is given."""
 
-    def forward(self: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.block_row.active():
-            return run_alone(self, x, others, named)
-        self.block_row.check(x)
-        return x
+            return run_alone(self, args, kwargs)
+        return self.block_row.hand_on(self.place_in_row, args, kwargs)
 
     return described(kind, "RowMember", forward, sealed)
 
 
 def described(
-    kind: type[nn.Module], suffix: str, forward: Callable[..., Tensor], sealed: str | None
+    kind: type[nn.Module], suffix: str, forward: Callable[..., Any], sealed: str | None
 ) -> tuple[str, dict[str, Any]]:
     """Name and body of a subclass of `kind` with another forward."""
     body: dict[str, Any] = {"forward": forward, "outside_row": kind}

@@ -33,7 +33,7 @@ class BlockSurvey:
         calls: how each is called, by its name.
         connections: of each block.
         forms: the output of each block without its tensors.
-        others: the arguments of each block beside its first, by position or keyword.
+        others: the arguments of each block, by position or keyword, with None in place of x.
         refused: why a module that adds is no such block, by its name.
     """
 

@@ -61,7 +61,7 @@ class CallRecorder:
                         self.threads.append((argument, path))
         self.x = call.take(args, kwargs)
         self.version = version_of(self.x)
-        self.others[name] = {**dict(enumerate(args[1:], start=1)), **kwargs}
+        self.others[name] = call.beside(args, kwargs)
         self.state: ObjectStates | None = ObjectStates(module, args, kwargs, call.names, self.x)
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

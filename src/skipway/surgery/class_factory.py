@@ -53,6 +53,8 @@ def class_factory(
     @cache
     def factory(kind: type[nn.Module], *arguments: Any) -> type[nn.Module]:
         name, body = describe(kind, *arguments)  # type: ignore[call-arg]
+        if "forward" in body:  # libraries read its signature: which arguments they may give, which columns they keep
+            body["forward"].__wrapped__ = kind.forward
         made = {"derivation": Derivation(factory, kind, arguments), "__reduce_ex__": reduce_to_own_class}
         return type(name, (kind,), {"__module__": kind.__module__, **made, **body})
 

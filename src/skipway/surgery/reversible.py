@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from skipway.errors import SkipwayError
 from skipway.nn import Residual
 from skipway.nn.shortcut import Carry
+from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
+from skipway.surgery.block_survey import BlockSurvey
 from skipway.surgery.operation import Operation, abbreviate
+from skipway.surgery.padded_batch import padded_example
 from skipway.surgery.preconditions import refuse_branching, require_values
 from skipway.surgery.recompute import BlockParts, RandomState, as_before, autocasting, precision
 from skipway.surgery.saved_tensors import saved_bytes
@@ -24,6 +27,7 @@ from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, watch
+from skipway.tracing.arguments import item_at, path_text
 from skipway.validation import check_call, check_tolerance
 
 __all__ = ["reversible"]
@@ -62,7 +66,7 @@ def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -
         tolerance: by how much gradients through the inversion may differ from those through the same two streams with
             everything kept, relative to the largest; bfloat16 needs some 1e-2.
 
-    Shapes: as the blocks': each takes and returns one tensor of one shape.
+    Shapes: as the blocks': whatever they are given beside x, and what they hand on of it.
 
     Returns:
         the operation: `touched` holds the rows, `refused` the blocks left alone, each with its reason; the report the
@@ -85,16 +89,18 @@ def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -
     """
     model, example = require_values(model, "reversible"), as_example(example)
     check_tolerance("tolerance", tolerance)
-    rows, refused = reversible_rows(model, example)
+    rows, refused, survey = reversible_rows(model, example)
     bytes_before = saved_bytes(model, example)
+    padded = padded_example(model, example)
+    given = [example] if padded is None else [example, padded]
     with transaction(model, example, title=f"{type(model).__name__} made reversible") as change:
         change.refused.update(refused)
-        installed = [ReversibleRow([model.get_submodule(name) for name in names]) for names in rows]
+        installed = [ReversibleRow.of(model, names, survey) for names in rows]
         for row, names in zip(installed, rows, strict=True):
             row.install(change)
             change.touched[names[0]] = f"two streams through {abbreviate(names)}"
         change.report = {
-            "gradient difference": inversion_error(model, example, installed),
+            "gradient difference": max(inversion_error(model, each, installed) for each in given),
             "bytes before": bytes_before,
             "bytes after": saved_bytes(model, example),
         }
@@ -108,10 +114,14 @@ def reversible(model: nn.Module, example: Example, *, tolerance: float = 1e-3) -
         return change.commit()
 
 
-def reversible_rows(model: nn.Module, example: Example) -> tuple[list[list[str]], dict[str, str]]:
-    """Rows of two blocks and more, of which there has to be one, and why other blocks are in none."""
+def reversible_rows(model: nn.Module, example: Example) -> tuple[list[list[str]], dict[str, str], BlockSurvey]:
+    """Rows of two blocks and more, of which there has to be one, why other blocks are in none, and all blocks."""
     program = watch(model, example)
-    rows, reasons = find_block_rows(model, example, program)
+    rows, reasons, survey = find_block_rows(model, example, program)
+    for row in rows:  # all but the last are known to compute x alone
+        if beside := survey.calls[row[-1]].computed:
+            what = path_text(beside[0], what="output")
+            reasons[row.pop()] = f"{what} is computed by it beside x, and there is one output for the two streams"
     longer = [row for row in rows if len(row) > 1]
     members = {name for row in longer for name in row}
     refuse_branching(model, example, "reversible", program, members)
@@ -120,7 +130,7 @@ def reversible_rows(model: nn.Module, example: Example) -> tuple[list[list[str]]
     if not longer:
         reasons_given = abbreviate([f"{name}: {reason}" for name, reason in refused.items()], separator="; ")
         raise SkipwayError(f"no two blocks of {type(model).__name__} follow one another: {reasons_given}")
-    return longer, refused
+    return longer, refused, survey
 
 
 def inversion_error(model: nn.Module, example: Example, rows: Sequence[ReversibleRow]) -> float:
@@ -149,33 +159,40 @@ class ReversibleRow(BlockRow):
     def __post_init__(self) -> None:
         self.parts = [BlockParts(block) for block in self.blocks]
 
-    def run(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    def run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        y = self.run_streams(x, args, kwargs)
+        last = self.calls[-1]
+        return last.skip(self.forms[-1], *last.given(args, kwargs, y))
+
+    def run_streams(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the two streams, and invert them in the backward pass where there is one."""
         if torch.compiler.is_compiling() or not (self.inverts and torch.is_grad_enabled()):
-            return self.run_keeping(x, others, named)
+            return self.run_keeping(x, args, kwargs)
         for parts in self.parts:
             parts.refresh()
-        arguments = SharedArguments.of(others, named)
+        arguments = SharedArguments.of(args, kwargs)
         trained = list(dict.fromkeys(parameter for parts in self.parts for parameter in parts.parameters()))
         if not any(tensor.requires_grad for tensor in (x, *arguments.tensors, *trained)):
-            return self.run_keeping(x, others, named)
+            return self.run_keeping(x, args, kwargs)
         indices = {parameter: index for index, parameter in enumerate(trained, len(arguments.tensors))}
         steps = [
             Step(
                 parts.block,
+                call,
                 adds_branch_only(parts.block),
                 parts.writers(),
                 parts.modules,
                 [indices[parameter] for parameter in parts.parameters()],
             )
-            for parts in self.parts
+            for parts, call in zip(self.parts, self.calls, strict=True)
         ]
         return TwoStreams.apply(steps, arguments, x, *arguments.tensors, *trained)
 
-    def run_keeping(self, x: Tensor, others: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    def run_keeping(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the two streams with everything that autograd keeps."""
         u, v = widened(x), widened(x)
-        for block in self.blocks:
-            u, v = v, u + Step(block, adds_branch_only(block)).residual(v, x.dtype, others, named)
+        for block, call in zip(self.blocks, self.calls, strict=True):
+            u, v = v, u + Step(block, call, adds_branch_only(block)).residual(v, x.dtype, args, kwargs)
         return (u + v - widened(x)).to(x.dtype)
 
 
@@ -184,24 +201,24 @@ class SharedArguments:
     """Arguments that all blocks are given beside x.
 
     Args:
-        given: positional and keyword arguments, into which blocks may write.
+        given: positional and keyword arguments with None in place of x, into which blocks may write.
         tensors: among them, before anything was written, each once.
     """
 
-    given: tuple[Sequence[Any], Mapping[str, Any]]
+    given: tuple[tuple[Any, ...], dict[str, Any]]
     tensors: list[Tensor]
 
     @classmethod
-    def of(cls, others: Sequence[Any], named: Mapping[str, Any]) -> SharedArguments:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SharedArguments:
         """The arguments of a call."""
-        leaves = [leaf for leaf in tree_flatten((others, named))[0] if isinstance(leaf, Tensor)]
-        return cls((others, named), list({id(leaf): leaf for leaf in leaves}.values()))
+        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        return cls((args, kwargs), list({id(leaf): leaf for leaf in leaves}.values()))
 
     def kept(self) -> SharedArguments:
         """The arguments with copies of what blocks may write into, as it is now."""
         return SharedArguments(copy_state(self.given), self.tensors)
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copies of the arguments with other tensors."""
         others = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
         return tree_map_only(Tensor, lambda leaf: others.get(id(leaf), leaf), copy_state(self.given))
@@ -213,6 +230,7 @@ class Step:
 
     Args:
         block: the module.
+        call: how the network calls it.
         branch_only: whether it does nothing but add its branch to x; see `adds_branch_only`.
         writers: modules in it that may write into buffers.
         modules: in it.
@@ -220,21 +238,22 @@ class Step:
     """
 
     block: Any
+    call: BlockCall
     branch_only: bool
     writers: Sequence[nn.Module] = ()
     modules: Sequence[nn.Module] = ()
     indices: Sequence[int] = ()
 
-    def output(self, x: Tensor, others: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    def output(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """F(x) of a connection of ours that only adds it, else block(x) = x + R(x)."""
         if self.branch_only:
             return self.block.drop(self.block.scale(self.block.branch(self.block.pre(x))))
-        return run_alone(self.block, x, others, named)
+        return item_at(run_alone(self.block, *self.call.given(args, kwargs, x)), self.call.output)
 
-    def residual(self, v: Tensor, dtype: torch.dtype, others: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    def residual(self, v: Tensor, dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """R(v) = block(v) − v."""
         x = v.to(dtype)
-        output = self.output(x, others, named).to(v.dtype)
+        output = self.output(x, args, kwargs).to(v.dtype)
         return output if self.branch_only else output - x.to(v.dtype)
 
 
@@ -263,14 +282,14 @@ class TwoStreams(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, steps: list[Step], arguments: SharedArguments, x: Tensor, *tensors: Tensor) -> Tensor:
-        others, named = arguments.given
+        args, kwargs = arguments.given
         ctx.precision = precision(x.device.type)
         u, v, states, last = widened(x), widened(x), [], RandomState.now(x)
         kept: list[SharedArguments] = []
         with autocasting(ctx.precision):
             for step in steps:
                 kept.append(arguments.kept())
-                u, v = v, u + step.residual(v, x.dtype, others, named)
+                u, v = v, u + step.residual(v, x.dtype, args, kwargs)
                 now = RandomState.now(x, last)
                 states.append(None if now is last else last)  # None where nothing was drawn
                 last = now
@@ -291,9 +310,9 @@ class TwoStreams(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(tensors)
         for step, state, kept in zip(*map(reversed, (ctx.steps, ctx.states, ctx.kept)), strict=True):
             x = u.to(ctx.dtype).detach().requires_grad_()
-            others, named = kept.with_tensors(tensors[:count])
+            args, kwargs = kept.with_tensors(tensors[:count])
             with as_before(ctx.precision, state, step.writers), attributes_kept(step.modules):
-                output = step.output(x, others, named)
+                output = step.output(x, args, kwargs)
             indices = [*shared, *step.indices]
             grad_x, *rest = torch.autograd.grad(
                 output, [x, *(tensors[index] for index in indices)], grad_v.to(output.dtype), allow_unused=True

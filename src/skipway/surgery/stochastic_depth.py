@@ -16,6 +16,7 @@ from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_survey import require_blocks
 from skipway.surgery.class_factory import class_factory
 from skipway.surgery.operation import Operation
+from skipway.surgery.padded_batch import padded_example
 from skipway.surgery.preconditions import refuse_branching, require_values
 from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
@@ -37,7 +38,8 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
 
     Which axis holds the samples, of x and of every other argument (masks, positions, conditioning, encoder states), is
     found by passes with more and with other samples, so that sequence-first networks drop samples and not positions.
-    An argument that the example does not have is cut on the only axis that is as long as there are samples.
+    A network that takes an `attention_mask` is looked at with padding, too. Another argument that the example does not
+    have is cut on the only axis that is as long as there are samples.
 
     Args:
         model: any module that `chain` can read, with blocks that carry x itself.
@@ -63,7 +65,11 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     program = watch(model, example)
     calls = require_blocks(model, example, program).calls
     refuse_branching(model, example, "skip_compute", program, calls)
+    padded = padded_example(model, example)
     axes = find_block_axes(model, example, calls)
+    if padded is not None:
+        with_mask = find_block_axes(model, padded, calls)
+        axes = {name: axes[name].joined(with_mask[name]) for name in calls}
     with transaction(model, example, title=title) as change:
         for number, (name, call) in enumerate(calls.items(), start=1):
             block, own = model.get_submodule(name), rate * (number / len(calls) if rising else 1)
@@ -72,6 +78,8 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
             change.set_attribute(block, "drawing", SampleDraw(call, axes[name]))
             change.touched[name] = f"rate {own:.3g}, samples on axis {axes[name].stream}"
         training_gradients(model, example, "with a share of the samples")
+        if padded is not None:
+            training_gradients(model, padded, "with a share of the samples and padding")
         return change.commit()
 
 
@@ -98,8 +106,10 @@ class SampleDraw:
         some_args, some_kwargs = args, kwargs
         for path, tensor in (*tensor_paths(args), *tensor_paths(kwargs)):
             own = known[path] if path in known else self.guess(path, tensor, count)
-            if own is not None and tensor.shape[own] == count:
-                part = tensor.index_select(own, drawn)
+            if own is not None and tensor.shape[own] % count == 0:
+                each = tensor.shape[own] // count  # entries of one sample
+                entries = drawn if each == 1 else (drawn[:, None] * each + torch.arange(each).to(drawn)).flatten()
+                part = tensor.index_select(own, entries)
                 some_args, some_kwargs = call.exchange(path, some_args, some_kwargs, part)
         output = compute(*some_args, **some_kwargs)
         change = item_at(output, call.output) - call.take(some_args, some_kwargs)

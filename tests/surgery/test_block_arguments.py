@@ -1,0 +1,113 @@
+"""What blocks are given and return beside x: tuples, masks of some blocks only, entries in groups."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import skipway as sw
+from skipway.surgery import checkpointed, reversible, skip_compute
+
+X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+MASK = torch.ones(4, 6, dtype=torch.long)
+MASK[0, 4:] = 0
+
+
+class Attention(nn.Module):
+    """x second, by keyword, and first in a tuple; the bias has an entry for each sample and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, bias: Tensor | None, hidden: Tensor, shown: Tensor | None = None):
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.mix(self.norm(hidden)).chunk(3, -1))
+        scores = q @ k.mT
+        if bias is not None:
+            scores = scores + bias.view(len(hidden), 2, 1, -1)
+        if shown is not None:
+            scores = scores.masked_fill(shown[:, None, None] == 0, -1e4)
+        return hidden + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)), None
+
+
+class Decoder(nn.Module):
+    """Blocks that are given an ALiBi of (samples × heads, 1, positions); every other one sees the padding, too."""
+
+    def __init__(self, every: int = 1) -> None:
+        super().__init__()
+        self.every, self.blocks = every, nn.ModuleList(Attention() for _ in range(4))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, hidden_from: Tensor | None = None) -> Tensor:
+        slopes = torch.tensor([0.5, 0.1]).repeat(len(x))
+        bias = slopes[:, None, None] * torch.arange(x.shape[1])
+        shown = attention_mask if hidden_from is None else hidden_from
+        for number, block in enumerate(self.blocks):
+            x = block(bias, hidden=x, shown=shown if number % self.every == 0 else None)[0]
+        return x
+
+
+def pair(every: int = 1) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = Decoder(every).train()
+    return model, copy.deepcopy(model)
+
+
+def learned(model: nn.Module, *given: Tensor | None) -> list[Tensor]:
+    out = model(*given)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_blocks_in_tuples_are_computed_again_with_their_own_masks(every):
+    """Without a mask in the example all blocks are given the same; with padding every other one is not."""
+    model, plain = pair(every)
+    operation = checkpointed(model, X, 2)
+    assert len(operation.touched) == 2 * every
+    assert operation.report["bytes after"] < 0.7 * operation.report["bytes before"]
+    for given in ((X,), (X, MASK)):
+        torch.testing.assert_close(learned(model, *given), learned(plain, *given))
+
+
+def test_two_streams_through_blocks_in_tuples():
+    model, plain = pair()
+    reversible(model, X)
+    u = v = X
+    for block in plain.blocks:
+        bias = torch.tensor([0.5, 0.1]).repeat(4)[:, None, None] * torch.arange(6)
+        u, v = v, u + block(bias, v, MASK)[0] - v
+    torch.testing.assert_close(learned(model, X, MASK)[0], u + v - X)
+
+
+def test_a_row_that_is_given_other_arguments_than_on_the_example_says_so():
+    model, _ = pair()
+    checkpointed(model, X, 4)
+    model.every = 2
+    with pytest.raises(sw.SkipwayError, match="given other arguments than they"):
+        model(X, MASK)
+
+
+def test_masks_and_groups_of_entries_are_cut_with_the_samples():
+    """A block sees the same of a drawn sample as without the operation: the others carry x."""
+    model, plain = pair()
+    skip_compute(model, X, 0.5, rising=False)
+    block = model.blocks[0]
+    bias = torch.rand(8, 1, 6)
+    torch.manual_seed(1)
+    found = block(bias, hidden=X, shown=MASK)[0]
+    full = plain.blocks[0](bias, X, MASK)[0]
+    drawn = (found != X).flatten(1).any(1)
+    assert drawn.sum() == 2
+    torch.testing.assert_close(found[drawn] - X[drawn], 2 * (full - X)[drawn])
+
+
+def test_libraries_see_the_arguments_of_forward():
+    model, plain = pair()
+    expected = inspect.signature(plain.forward)
+    sw.accelerate(model, X)
+    assert inspect.signature(model.forward) == expected
+    checkpointed(model, X)
+    assert inspect.signature(model.blocks[0].forward) == inspect.signature(plain.blocks[0].forward)
