@@ -1,7 +1,8 @@
-"""Random folders, lists and checkpoints, read by Skipway under two oracles.
+"""Random folders, lists, texts and checkpoints, read by Skipway under two oracles.
 
     python -m benchmarks.fuzz folders --cases 1000 --seed 0
     python -m benchmarks.fuzz lists
+    python -m benchmarks.fuzz texts
     python -m benchmarks.fuzz checkpoints
 
 No exception but `SkipwayError` may leave Skipway, and nothing may pass in silence: what was read, left out and refused
@@ -28,7 +29,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 __all__ = ["SUBJECTS", "main", "run_cases"]
 
-SUBJECTS = ("folders", "lists", "checkpoints")
+SUBJECTS = ("folders", "lists", "texts", "checkpoints")
 # what a minimised case may take to print
 MAX_LINES = 60
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from skipway.data.text import load_text
-from skipway.errors import DataError, MissingExtraError
+from skipway.errors import CallError, DataError, MissingExtraError
 
 STORY = "Once upon a time there was a naïve king — he said so.\n" * 8
 SMALL = {"context": 8, "split_by": "parts"}
@@ -327,6 +327,11 @@ def test_what_is_missing_has_a_line_to_type(tmp_path, monkeypatch, name, content
 def test_choices_without_effect_are_named(tmp_path):
     data = load_text(save(tmp_path, "a.txt", STORY), column="text", **SMALL)
     assert "column='text' has no effect on a" in data.remarks
+
+
+def test_a_choice_that_there_is_not_is_refused():
+    with pytest.raises(CallError, match="load_text: unknown argument 'tokeniser'; did you mean 'tokenizer'"):
+        load_text(tokeniser="chars")
 
 
 @pytest.mark.parametrize(

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from skipway.checkpoint.files import describe_os_error
-from skipway.data.cache.store import cache_folder
 from skipway.data.sources.splits import Split
-from skipway.data.text.charset import Notes
 from skipway.data.text.choices import TextChoices
-from skipway.data.text.corpus import ChangedText, Corpus, read_corpus
-from skipway.data.text.documents import TextSource
+from skipway.data.text.corpus import ChangedText, Corpus
 from skipway.data.text.partition import Partition, partition
 from skipway.data.text.sources import text_source
-from skipway.data.text.survey_file import SurveyFile
+from skipway.data.text.text_cache import TextCache
 from skipway.data.text.text_data import TextData
 from skipway.data.text.token_split import TokenSplit
-from skipway.data.text.token_store import EncodedText, TokenFolder, encode_in_memory
 from skipway.data.text.tokenizer import Tokenizer
 from skipway.data.text.tokenizer_choice import choose_tokenizer
 from skipway.data.text.tokenizer_file import FileTokenizer
-from skipway.errors import DataError, counted, printable, spell
+from skipway.errors import CallError, DataError, counted, printable, spell, suggest
 
 __all__ = ["load_text"]
 
-# text from which tokens are cached by default: they would take much memory, or long to make
-CACHED_BYTES, SLOW_BYTES = 64 * 1024**2, 2 * 1024**2
 # share of a split that may be unknown to the tokenizer
 MOST_UNKNOWN = 0.5
 # share of the ids of a tokenizer from which those that occur are worth no remark
@@ -49,6 +41,7 @@ def load_text(source: Path | str | TextChoices | None = None, **choices: Any) ->
     Raises:
         DataError: the source cannot be trained on; the message names the file.
         MissingExtraError: the source or the tokenizer needs a library that is not installed.
+        CallError: there is no such choice.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -61,10 +54,18 @@ def load_text(source: Path | str | TextChoices | None = None, **choices: Any) ->
     >>> bool((ids[:, 1:] == targets[:, :-1])[targets[:, :-1] >= 0].all())
     True
     """
+    known = [entry.name for entry in fields(TextChoices)]
+    if unknown := [name for name in choices if name not in known]:
+        raise CallError(f"load_text: {suggest('argument', unknown[0], known)}")
     if isinstance(source, TextChoices):
         chosen = replace(source, **choices) if choices else source
     else:
         chosen = TextChoices(source=source, **choices)
+    return prepare(chosen)
+
+
+def prepare(chosen: TextChoices) -> TextData:
+    """Read, split and encode a text as was chosen."""
     found = text_source(chosen)
     cache = TextCache.of(found, chosen)
     corpus, notes = cache.read(found)
@@ -99,90 +100,6 @@ def load_text(source: Path | str | TextChoices | None = None, **choices: Any) ->
             *part_remarks(parts, tokenizer, chosen.context, corpus.separates),
         ),
     )
-
-
-@dataclass
-class TextCache:
-    """What is kept of a text in the cache folder: what was found out about its documents, and their tokens.
-
-    Args:
-        choice: of the user.
-        folder: of the cache; None: nothing is kept.
-        place: of the source, for names.
-        stamp: of the source; None: it has to be read to be known.
-        remarks: receives why something is not kept.
-    """
-
-    choice: bool | Path | None
-    folder: Path | None
-    place: str
-    stamp: str | None
-    remarks: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, source: TextSource, choices: TextChoices) -> TextCache:
-        """The cache of a source, as was chosen."""
-        place = "" if choices.source is None else os.path.abspath(choices.source)
-        cache = cls(choices.cache, None, place, source.stamp())
-        if choices.cache is not False:
-            try:
-                cache.folder = cache_folder(choices.cache)
-            except OSError as error:
-                cache.refuse(error)
-        return cache
-
-    def refuse(self, error: OSError) -> None:
-        """Keep nothing from now on, and say why."""
-        self.folder = None
-        self.remarks.append(f"tokens are not cached: {describe_os_error(error)}")
-
-    def keeps(self, size: int, least: int = CACHED_BYTES) -> bool:
-        """Whether anything is kept of a text of a size in bytes: on request, and by default from some size on."""
-        return self.folder is not None and (size >= least or self.choice is not None)
-
-    def name(self, kind: str) -> str:
-        """A name for entries of this source: newer ones replace older ones."""
-        return hashlib.sha256(ascii((self.place, kind)).encode()).hexdigest()[:16]
-
-    @property
-    def survey(self) -> SurveyFile | None:
-        """The file with what is known of the source."""
-        if self.folder is None or self.stamp is None:
-            return None
-        return SurveyFile(self.folder, self.name(""), self.stamp)
-
-    def forget(self) -> None:
-        """Forget what is known of the source."""
-        if self.survey is not None:
-            self.survey.remove()
-
-    def read(self, source: TextSource) -> tuple[Corpus, Notes]:
-        """The documents of a source, which is not read if it is known.
-
-        Raises:
-            DataError: it holds no text.
-        """
-        file = self.survey
-        if file is not None and (known := file.load(source)):
-            return known
-        notes = Notes()
-        corpus = read_corpus(source, notes)
-        if file is not None and self.keeps(corpus.bytes):
-            try:
-                file.save(corpus, notes)
-            except OSError as error:
-                self.refuse(error)
-        return corpus, notes
-
-    def encode(self, corpus: Corpus, plan: Partition, tokenizer: Tokenizer, key: str) -> EncodedText:
-        """The tokens of documents; by default they are kept where that takes long or much memory."""
-        least = SLOW_BYTES if isinstance(tokenizer, FileTokenizer) else CACHED_BYTES
-        if self.folder is not None and self.keeps(corpus.bytes, least):
-            try:
-                return TokenFolder(self.folder, self.name(tokenizer.kind), key).encode(corpus, plan, tokenizer)
-            except OSError as error:
-                self.refuse(error)
-        return encode_in_memory(corpus, plan, tokenizer)
 
 
 def check_parts(parts: Mapping[Split, TokenSplit], tokenizer: Tokenizer, context: int, name: str) -> None:
