@@ -30,7 +30,7 @@ def examples(*, held_out: bool | None) -> list[Trial]:
     measured = read_measurements()
     names = [field.name for field in fields(Indicators)]
     return [
-        (c, Indicators(**{name: measured[c.name][name] for name in names}), truth[c.name])
+        (c, Indicators(**{name: measured[c.name][name] for name in names if name in measured[c.name]}), truth[c.name])
         for c in configurations()
         if c.name in truth and c.name in measured and held_out in (None, c.held_out)
     ]

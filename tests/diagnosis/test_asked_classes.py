@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import skipway as sw
 from benchmarks.peers import import_transformers
 from skipway.diagnosis.asked_classes import entropy, read_asked_classes
+from skipway.diagnosis.indicators import read_indicators
 from skipway.diagnosis.subject import Subject
 
 V, L = 11, 12
@@ -36,6 +37,21 @@ class Decoder(nn.Module):
         if labels is None:
             return logits
         return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_what_is_learned_counts_from_the_best_constant_answer():
+    """At a low rate all of the fall of the loss is that of learning how frequent the tokens are."""
+    low, usual = (sw.diagnose(Decoder(), IDS, optimizer="adamw", lr=lr, steps=100) for lr in (3e-5, 3e-2))
+    outlook = next(finding for finding in low.findings if finding.rule == "rate-too-low")
+    assert "the best constant answer alone is" in outlook.what
+    assert outlook.evidence["loss above the best constant answer"] > 0.3
+    assert "rate-too-low" not in {finding.rule for finding in usual.findings}
+    even = torch.randint(V, IDS.shape)
+    indicators = read_indicators(sw.diagnose(Decoder(), even, optimizer="adamw").measurement, low.settings)
+    assert indicators.excess == 0
+    labels = torch.tensor([0] * 58 + [1, 2, 3] * 2)
+    unequal = sw.diagnose(nn.Linear(4, 4), torch.randn(64, 4), targets=labels[torch.randperm(64)])
+    assert read_indicators(unequal.measurement, unequal.settings).excess > 0.5
 
 
 @pytest.mark.parametrize("kind", ["tokens", "masks", "samples", "smoothed", "weighted", "half"])
@@ -185,3 +201,26 @@ def test_masked_language_models_and_encoder_decoders_have_no_answer_in_sight():
     asked = sw.diagnose(t5, {"input_ids": IDS.flip(0), "labels": IDS}, optimizer="adamw").measurement.asked
     assert asked is not None
     assert asked.ahead is None
+
+
+class Experts(Decoder):
+    """Tokens go to the expert that a router prefers, and none to the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(3))
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None):
+        x = self.table(ids)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            chosen = ids % 2 == number
+            y[chosen] = expert(x[chosen])
+        return self.head(x + y)
+
+
+def test_an_expert_without_tokens_is_not_dead():
+    diagnosis = sw.diagnose(Experts(), IDS, optimizer="adamw")
+    assert len(diagnosis.chain) == 1
+    assert diagnosis.measurement.connections[0].dead < 0.5
+    assert not diagnosis.findings

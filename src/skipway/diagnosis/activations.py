@@ -81,6 +81,8 @@ class ActivationObserver(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if isinstance(output, Tensor) and not output.numel():
+            return output  # an expert that no token came to
         if name in PRODUCTS or (name == "mul" and is_gate(args)):
             self.sizes.append((self.running[-1], output.detach().abs().amax()))
         elif name in SOFTMAXES:

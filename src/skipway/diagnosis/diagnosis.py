@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.diagnosis.findings import LEVELS, Finding, Verdict, format_number
-from skipway.diagnosis.indicators import Indicators, read_indicators
+from skipway.diagnosis.indicators import UNEQUAL, Indicators, read_indicators
 from skipway.diagnosis.measurement import Measurement, measure
 from skipway.diagnosis.outlook import outlook, probability
 from skipway.diagnosis.passes import look_ahead
@@ -43,8 +43,6 @@ from skipway.validation import check_rule, is_whole
 
 __all__ = ["Diagnosis", "Treatment", "diagnose"]
 
-SKEWED = 0.95
-"""Share of log(classes) below which the best constant answer is worth a remark."""
 PASSES = 10
 """Forward-backward passes that a diagnosis takes at most."""
 
@@ -147,7 +145,7 @@ class Diagnosis:
         objective, outside = self.subject.objective, self.settings.outside
         remarks = [] if objective is None else [f"loss: {objective.description}"]
         asked = self.measurement.asked
-        if asked is not None and asked.entropy < SKEWED * asked.uniform:
+        if asked is not None and asked.entropy < UNEQUAL * asked.uniform:
             remarks.append(f"chance: {asked}")
         if self.subject.random_modules:
             remarks.append(

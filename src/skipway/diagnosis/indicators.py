@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from skipway.diagnosis.asked_classes import AskedClasses
 from skipway.diagnosis.measurement import Measurement
 from skipway.diagnosis.settings import Settings
 
-__all__ = ["Indicators", "read_indicators"]
+__all__ = ["UNEQUAL", "Indicators", "read_indicators"]
 
 AROUND = 3
 """Losses at either end of the trial steps that are averaged."""
@@ -33,6 +34,8 @@ class Indicators:
         smoothness: cosine between the input's gradients at neighbouring inputs.
         moved: |Δw|/|w| after the trial steps.
         loss: before the first step.
+        excess: of the loss at the start over that of the best constant answer, in nats, where classes or tokens are of
+            unequal frequency; else 0.
     """
 
     distinct_before: float
@@ -47,6 +50,7 @@ class Indicators:
     smoothness: float
     moved: float
     loss: float
+    excess: float = 0.0
 
 
 def read_indicators(measured: Measurement, settings: Settings, *, labelled: bool = True) -> Indicators:
@@ -83,7 +87,19 @@ def read_indicators(measured: Measurement, settings: Settings, *, labelled: bool
         smoothness=finite_or(measured.jacobians.shattering, 1.0),
         moved=finite_or(ahead.moved, WORST),
         loss=finite_or(losses[0], WORST),
+        excess=excess_of(measured.asked),
     )
+
+
+UNEQUAL = 0.95
+"""Share of log(classes) up to which the entropy of the targets counts as that of classes of unequal frequency."""
+
+
+def excess_of(asked: AskedClasses | None) -> float:
+    """How far above the best constant answer a network starts."""
+    if asked is None or asked.entropy >= UNEQUAL * asked.uniform:
+        return 0.0
+    return max(finite_or(asked.cross_entropy, 0.0) - asked.entropy, 0.0)
 
 
 def finite_or(value: float | None, otherwise: float) -> float:

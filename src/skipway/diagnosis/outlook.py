@@ -72,10 +72,13 @@ A logistic regression on the 194 configurations of `benchmarks/trainability` tha
 def probability(indicators: Indicators, weights: Mapping[str, float] = WEIGHTS) -> float:
     """Probability that a training that begins like this one reaches its goal, on networks as in the benchmark.
 
-    1 / (1 + e^−z) with z = bias + Σ weight · feature; one in five where gradients are shattered.
+    1 / (1 + e^−z) with z = bias + Σ weight · feature; one in five where gradients are shattered, one in ten where the
+    pace is that of a network that learns frequencies alone.
     """
     if is_shattered(indicators):
         return SHATTERED
+    if falls_short(indicators):
+        return SHORT
     score = weights["bias"] + sum(weights[name] * value for name, value in indicator_features(indicators).items())
     return 1 / (1 + math.exp(-max(-50.0, min(score, 50.0))))
 
@@ -91,6 +94,18 @@ def is_shattered(indicators: Indicators) -> bool:
     predicts: the loss is rugged at the scale of a step (Balduzzi et al. 2017, https://arxiv.org/abs/1702.08591).
     """
     return indicators.smoothness < 0.05 and indicators.trust < 1e-4
+
+
+PACE, SHORT = 3.15, 0.1
+"""At the pace of the trial steps the loss has to fall 3.15 times as far as to the best constant answer, for trainings
+slow down. Of the decoders of `benchmarks/trainability/language.py` that are not held out, seven slow ones had 2.4 or
+less and none of them reached its goal; those that did had at least 4.2. (0 + 1)/(7 + 2).
+"""
+
+
+def falls_short(indicators: Indicators) -> bool:
+    """Whether the planned steps will learn little more than how frequent tokens or unequal classes are."""
+    return indicators.highest < WORST and indicators.progress < PACE * indicators.excess
 
 
 def chance_text(chance: float) -> str:
@@ -117,6 +132,7 @@ EVIDENCE: Mapping[str, str] = {
     "smoothness": "gradient cosine between neighbouring inputs",
     "moved": "relative change of the weights",
     "loss": "loss",
+    "excess": "loss above the best constant answer",
 }
 """Names of the indicators in a finding's evidence."""
 
@@ -173,7 +189,9 @@ class Outlook:
             if max(read.highest, read.unseen) >= WORST
             else f"the trial steps raise the loss to {format_number(read.highest)} times its start, "
             f"and to {unseen} times on held-out samples",
-            "rate-too-low": f"at the pace of the trial steps the loss falls by {progress} over all planned steps",
+            "rate-too-low": f"at the pace of the trial steps the loss falls by {progress} over all planned steps"
+            + f", and the best constant answer alone is {format_number(read.excess)} below the start"
+            * (read.excess > 0),
             "shattered": f"gradients at neighbouring inputs have cosine similarity {format_number(read.smoothness)}, "
             f"and the first step lowers the loss by {100 * max(read.trust, 0.0):.2f} % of what its gradient predicts",
             "does-not-learn": "the trial steps do not separate the samples: 1 − cosine similarity of their outputs "
@@ -208,6 +226,8 @@ def cause_of(indicators: Indicators) -> Cause:
         return "shattered"
     if indicators.unseen > 1.5 or (indicators.highest > 1.5 and indicators.last > 1):
         return "rate-too-high"
+    if falls_short(indicators) and indicators.unseen < 1:
+        return "rate-too-low"
     return "rate-too-low" if indicators.progress < 0.5 and indicators.distinct_after > 0.02 else "does-not-learn"
 
 

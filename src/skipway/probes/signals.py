@@ -69,6 +69,10 @@ class Signals:
         return "\n".join(lines if hidden <= 0 else [*lines[: SHOWN + 1], f"… {hidden} more", *lines[-SHOWN:]])
 
 
+FEWEST = 4
+"""Samples or positions, below which zeros of a rectifier say nothing about its channels."""
+
+
 class Probe(Observer):
     """Measures what passes the connections of a network in the passes that run inside the context.
 
@@ -164,12 +168,16 @@ class Probe(Observer):
             row = self.rows[self.names[place]]  # of the connection that adds next
             now: dict[str, Tensor] = {}
             ndim, channel = self.channels[place]
-            self.take(now, channel if output.ndim == ndim else None, rectified=output)
+            channel = channel if output.ndim == ndim else None
+            width = output.shape[(1 if output.ndim == 4 else -1) if channel is None else channel]
+            if output.numel() < FEWEST * width:
+                return  # an expert that few tokens came to
+            self.take(now, channel, rectified=output)
             row.update({key: torch.maximum(row.get(key, value), value) for key, value in now.items()})
 
     def module_output(self, name: str, value: Any) -> None:
         first = value[0] if isinstance(value, tuple | list) and value else value
-        if isinstance(first, Tensor) and first.is_floating_point():
+        if isinstance(first, Tensor) and first.is_floating_point() and first.numel():
             self.module_rows[name] = {}
             self.take_output(self.module_rows[name], first, None)
 
