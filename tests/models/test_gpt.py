@@ -213,6 +213,14 @@ def test_rows_end_at_a_token():
     assert grown.tolist() == [[1, 2, 3, 4, 5], [3, 4, 5, 5, 5]]
 
 
+@pytest.mark.parametrize("temperature", [0, 5])
+def test_rows_to_spare_are_not_drawn(temperature):
+    model = network()
+    drawn = sw.generate(model, tokens(4, 3), 60, temperature=temperature, tokens=7, seed=0)[:, 3:]
+    assert drawn.max() < 7 <= sw.generate(model, tokens(4, 3), 60, temperature=5, seed=0)[:, 3:].max()
+    assert torch.equal(Sampling(temperature=0, tokens=2)(torch.tensor([[1.0, 2.0, 9.0]])), torch.tensor([1]))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_name_that_gives_the_config(shape):
     config = network(**SHAPES[shape], rotary_scaling=None).config

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skipway.checkpoint.files import copy_to_host, describe_os_error, encode_json, file_aside
-from skipway.data.text.tokenizer import Tokenizer
+from skipway.data.text import Tokenizer
+from skipway.data.text.tokenizer_file import read_tokenizer
 from skipway.errors import CheckpointError, SkipwayError, counted, first_line, printable
+from skipway.inference.text_inputs import TextInputs
 from skipway.inference.tokenizer_files import TOKENIZER_FILES, tokenizer_files
 from skipway.models.gpt import GPT
 from skipway.surgery.fusion import fuse
@@ -28,7 +30,7 @@ from skipway.weights.hub import PREFIX, download
 from skipway.weights.stored_config import CONFIG, read_config
 from skipway.zoo import import_library
 
-__all__ = ["find_decoder_folder", "load_decoder", "write_transformers_folder"]
+__all__ = ["find_decoder_folder", "load_decoder", "read_text_inputs", "write_transformers_folder"]
 
 FILES = (CONFIG, "model.safetensors", *TOKENIZER_FILES)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -52,6 +54,8 @@ def find_decoder_folder(path: str | Path) -> Path | None:
 def load_decoder(folder: Path, *, remark: Callable[[str], None] = warnings.warn) -> GPT:
     """The network of a folder of transformers as one of the family gpt, in evaluation mode, in float32.
 
+    Its `text` is the tokenizer in the folder with the context, where there is one and `tokenizers` is installed.
+
     Args:
         folder: holds a `config.json` (model type gpt2, llama, mistral, qwen2 or qwen3) and weights, in one file or in
             shards.
@@ -69,7 +73,17 @@ def load_decoder(folder: Path, *, remark: Callable[[str], None] = warnings.warn)
     with torch.device("meta"):
         model = GPT(config)
     load_state(model.to_empty(device="cpu"), tensors, names="huggingface", remark=remark)
+    text = read_text_inputs(folder, config.context)
+    if text is not None:
+        model.text = text  # type: ignore[assignment]
     return model.eval()
+
+
+def read_text_inputs(folder: Path, context: int) -> TextInputs | None:
+    """The tokenizer of a folder of transformers; None: it has none in the form of `tokenizers`, or that is missing."""
+    if not (folder / "tokenizer.json").is_file() or find_spec("tokenizers") is None:
+        return None
+    return TextInputs(read_tokenizer(folder), context)
 
 
 def write_transformers_folder(

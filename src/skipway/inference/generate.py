@@ -23,6 +23,8 @@ class Sampling:
         temperature: ≥ 0; 0 takes the likeliest token.
         top_k: keep this many tokens (Fan et al. 2018); None: all.
         top_p: keep the fewest tokens whose probabilities reach this sum, in (0, 1] (Holtzman et al. 2020); None: all.
+        tokens: draw among the first so many, since a table may have rows to spare behind those of its tokenizer; None:
+            among all.
 
     >>> Sampling(temperature=0)(torch.tensor([[0.0, 2.0, 1.0]]))
     tensor([1])
@@ -31,19 +33,22 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise SkipwayError(
                 f"temperature={self.temperature}: the rule is temperature >= 0; 0 takes the likeliest token"
             )
-        if self.top_k is not None:
-            check_positive_int("top_k", self.top_k)
+        for name in ("top_k", "tokens"):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name))
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise SkipwayError(f"top_p={self.top_p}: the rule is 0 < top_p <= 1")
 
     def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The next token of each row of logits, (N, vocab) → (N,)."""
+        logits = logits[:, : self.tokens]
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = logits.double() / self.temperature  # float32 sums of 50,000 terms are off by more than rare tokens
@@ -66,6 +71,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    tokens: int | None = None,
     seed: int | None = None,
     cache: bool = True,
     stop: int | None = None,
@@ -84,6 +90,7 @@ def generate(
         temperature: see `Sampling`; 0 is greedy.
         top_k: see `Sampling`.
         top_p: see `Sampling`.
+        tokens: see `Sampling`.
         seed: of the draws; None takes torch's global generator.
         cache: keep keys and values. Networks of others that put out logits take False.
         stop: a token after which a row is complete; it is filled with it.
@@ -105,7 +112,7 @@ def generate(
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise SkipwayError(f"ids of shape {tuple(ids.shape)}: the rule is (N, T) with T >= 1; give at least one token")
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-    text = Continuation(ids, Sampling(temperature, top_k, top_p), generator, stop, on_token)
+    text = Continuation(ids, Sampling(temperature, top_k, top_p, tokens), generator, stop, on_token)
     context = getattr(getattr(model, "config", None), "context", None)
     room = ids.shape[1] + length if context is None else min(ids.shape[1] + length, context)
     modes = {module: module.training for module in model.modules()}

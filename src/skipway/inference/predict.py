@@ -78,7 +78,7 @@ def from_pretrained(
 
     Returns:
         the network on the CPU. `.preprocessing` of a classifier describes its input images and the classes of its
-        outputs; `.text` of a language model that Skipway trained is its tokenizer and context.
+        outputs; `.text` of a language model is its tokenizer and context.
 
     Raises:
         CheckpointError: the file is missing, damaged, or does not describe its network and preprocessing; or the
@@ -247,7 +247,7 @@ def check_head(head: object, tensors: Mapping[str, Tensor], source: str) -> None
 def check_shape(options: Mapping[str, Any], inputs: Preprocessing | TextInputs, source: str) -> None:
     """Raise if a network and what is stored about its inputs differ."""
     if isinstance(inputs, TextInputs):
-        if options.get("vocab") != inputs.tokenizer.size or options.get("context") != inputs.context:
+        if options.get("vocab", 0) < inputs.tokenizer.size or options.get("context") != inputs.context:
             raise CheckpointError(f"{source}: vocabulary or context of the network differ from its tokenizer")
     elif options.get("classes") != len(inputs.classes) or options.get("channels") != inputs.channels:
         raise CheckpointError(f"{source}: classes or channels of the network differ from the preprocessing")

@@ -194,8 +194,10 @@ def write_transformers(path: str | Path, folder: Path, **network: Unpack[Network
         folder: see `write_transformers_folder`, as for what is returned and raised.
     """
     model, source = from_pretrained(path, **network), find_decoder_folder(path)
-    beside = source is not None and any((source / name).is_file() for name in TOKENIZER_FILES)
-    return write_transformers_folder(model, folder, tokenizer=source if beside else getattr(model, "tokenizer", None))
+    if source is not None and any((source / name).is_file() for name in TOKENIZER_FILES):
+        return write_transformers_folder(model, folder, tokenizer=source)
+    inputs = getattr(model, "text", None)
+    return write_transformers_folder(model, folder, tokenizer=inputs.tokenizer if inputs is not None else None)
 
 
 def is_git_file(entry: Path) -> bool:

@@ -79,7 +79,7 @@ def generate_text(path: str | Path, prompt: str, length: int = 200, *, device: s
         raise SkipwayError("the prompt is empty, and the tokenizer has no token that begins a document; give some text")
     if not ids.shape[1]:
         ids = torch.tensor([[separator]])
-    grown = generate(model, ids.to(next(model.parameters()).device), length, **sampling)
+    grown = generate(model, ids.to(next(model.parameters()).device), length, tokens=inputs.tokenizer.size, **sampling)
     return inputs.tokenizer.decode(grown[0, ids.shape[1] :].tolist())
 
 

@@ -16,7 +16,10 @@ from skipway.schemes import Scheme
 from skipway.schemes import parse_scheme as read_scheme
 from skipway.schemes.initialisation import initialise_
 
-__all__ = ["FAMILIES", "Family", "Variant", "build", "families", "find_config", "variants"]
+__all__ = [
+    *("FAMILIES", "Family", "Variant", "build", "families", "find_config", "join_options", "split_options"),
+    "variants",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +159,18 @@ def split_options(text: str) -> tuple[str, dict[str, Any]]:
     """
     name, bracket, rest = text.partition("(")
     return (name, parse_spec(f"options({rest}", lambda _: dict)) if bracket else (text, {})
+
+
+def join_options(name: str, options: Mapping[str, Any]) -> str:
+    """A name with options in brackets, from which `split_options` makes both; objects stand there as their text.
+
+    >>> join_options("gpt-4", {"dim": 64, "act": "silu"})
+    "gpt-4(dim=64, act='silu')"
+    """
+    plain = (bool, int, float, str, tuple, type(None))
+    pairs = ((key, value if isinstance(value, plain) else str(value)) for key, value in options.items())
+    listed = ", ".join(f"{key}={value!r}" for key, value in pairs)
+    return f"{name}({listed})" if options else name
 
 
 def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:

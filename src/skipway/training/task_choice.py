@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from skipway.data.source_kind import source_kind
 from skipway.errors import DataError, SkipwayError, printable, spell
+from skipway.inference.decoder_folder import find_decoder_folder
 from skipway.inference.network import is_ours
 from skipway.models import find_config
 from skipway.recipe import Kind, Recipe
@@ -45,7 +46,9 @@ def choose_task(recipe: Recipe) -> Task:
 
 
 def network_kind(recipe: Recipe) -> Kind | None:
-    """What the network of a recipe takes, where it is named and one of ours."""
+    """What the network of a recipe takes, where it is named and one of ours, or a decoder to start from."""
+    if recipe.model is None and recipe.initial_weights is not None:
+        return None if find_decoder_folder(recipe.initial_weights) is None else "text"
     if recipe.model is None or not is_ours(recipe.model):
         return None
     try:

@@ -1,6 +1,6 @@
 """The choices that a recipe leaves open for text: network, sequences, optimizer and length, for the case.
 
-* **Network**: nanoGPT's for a CPU or a GPU.
+* **Network**: that of the weights to start from, where a config describes it, else nanoGPT's for a CPU or a GPU.
 * **Optimizer**: AdamW with β₂ = 0.95, weight decay 0.1 and gradients clipped to norm 1, as GPT-3 (Brown 2020, app. B).
 * **Rate**: inversely proportional to the width, 6e-4 at 768 channels: GPT-3's table 2.1 has 6e-4, 2.5e-4 and 2e-4 at
   768, 1536 and 2048.
@@ -19,6 +19,7 @@ from skipway.data.text import TextData
 from skipway.models import find_config
 from skipway.recipe import DEFAULT_CONTEXT, Recipe
 from skipway.training.defaults import FINE_TUNING_SHARE
+from skipway.training.initial_decoder import adopt_decoder
 
 __all__ = ["choose_length", "choose_sequences", "width_rate"]
 
@@ -34,6 +35,7 @@ RATE, RATE_WIDTH, MOST_RATE = 6e-4, 768, 3e-3
 
 def choose_sequences(recipe: Recipe, device: torch.device, world: int) -> Recipe:
     """The recipe with network, sequences and optimizer, before the text is read."""
+    recipe = adopt_decoder(recipe)
     gpu = device.type == "cuda"
     model = recipe.model or (GPU_MODEL if gpu else CPU_MODEL)
     _, config = find_config(model, recipe.depth)

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data.text import IGNORED, TextData, TokenSplit, load_text
-from skipway.errors import CheckpointError, DataError, SkipwayError, counted, printable, spell
+from skipway.errors import DataError, SkipwayError, counted, printable, spell
 from skipway.inference.generate import generate
-from skipway.inference.predict import find_text_inputs
 from skipway.inference.text_evaluation import TextEvaluation, evaluate_text
 from skipway.inference.text_inputs import TextInputs
 from skipway.models import build, find_config
+from skipway.models.family import split_options
 from skipway.recipe import NO_PATIENCE, Recipe, ResolvedRecipe
 from skipway.report.run.text_page import write_text_report
 from skipway.report.summary import CHANCE, CHANCE_STEPS
 from skipway.report.text_summary import bits_text, chosen_step_text, text_lines, unigram_entropy
 from skipway.training.distributed import Ranks
+from skipway.training.initial_decoder import load_initial_decoder
 from skipway.training.initial_weights import resolve_paths
 from skipway.training.reporter import Reporter
 from skipway.training.run import Outcome, Progress, Run
 from skipway.training.task import Line, Split, Task, TestLog, shape_options
 from skipway.training.text_defaults import choose_length, choose_sequences
-from skipway.weights import load_state, read_source
 
 __all__ = ["LanguageModelling", "TextBatch"]
 
@@ -146,18 +146,19 @@ class LanguageModelling(Task):
 
     def network_options(self, recipe: Recipe, data: TextData) -> dict[str, Any]:
         _, config = find_config(str(recipe.model), recipe.depth)
-        return {**shape_options(recipe, config), "vocab": data.tokenizer.size, "context": data.context}
+        vocab = split_options(str(recipe.model))[1].get("vocab", data.tokenizer.size)  # some have rows to spare
+        if vocab < data.tokenizer.size:
+            raise SkipwayError(
+                f"{spell('model', recipe.model)}: {data.tokenizer.size} tokens in the tokenizer; leave vocab out"
+            )
+        return {**shape_options(recipe, config), "vocab": vocab, "context": data.context}
 
     def build_network(
         self, recipe: ResolvedRecipe, data: TextData, report: Callable[[str, str], None], *, fresh: bool
     ) -> tuple[nn.Module, None]:
         model = build(str(recipe.model), **self.network_options(recipe, data))
         if fresh and recipe.initial_weights is not None:
-            check_tokenizer(recipe.initial_weights, data)
-            remark = partial(report, "note")
-            state = read_source(recipe.initial_weights, recipe.weights_entry, remark)
-            loaded = load_state(model, state, names=recipe.weights_names, remark=remark)
-            report("weights", f"{counted(len(loaded.tensors), 'tensor')} from {printable(recipe.initial_weights)}")
+            report("weights", load_initial_decoder(model, recipe, data, partial(report, "note")))
         return model, None
 
     def example(self, data: TextData) -> Tensor:
@@ -334,17 +335,6 @@ def check_decoder(recipe: Recipe) -> None:
         )
 
 
-def check_tokenizer(start: str, data: TextData) -> None:
-    """Raise if the weights to start from were trained with another tokenizer; what no header says is not known."""
-    inputs = find_text_inputs(start)
-    if inputs is not None and inputs.tokenizer.to_json() != data.tokenizer.to_json():
-        raise CheckpointError(
-            f"{spell('start', start)}: these weights were trained with another tokenizer, {inputs.tokenizer.kind} of "
-            f"{inputs.tokenizer.size:,} tokens, and this text is read by {data.tokenizer.kind} of "
-            f"{data.tokenizer.size:,}; {spell('tokenizer', 'bytes')} is the same for all texts"
-        )
-
-
 def length_remarks(run: Run) -> Iterator[str]:
     """Remarks about lengths that have no effect beside others."""
     given = run.given
@@ -380,9 +370,8 @@ def write_sample(run: Run) -> dict[str, str]:
     prompt = torch.from_numpy(part.tokens[: max(1, int(PROMPT_SHARE * length))].astype(np.int64))[None].to(run.device)
     if prompt.shape[1] >= length:
         return {}
+    choices: dict[str, Any] = {"temperature": TEMPERATURE, "tokens": data.tokenizer.size, "seed": run.recipe.seed}
     with nullcontext() if run.ema is None else run.ema.applied(run.model), run.autocast():
-        ids = generate(run.model, prompt, length - prompt.shape[1], temperature=TEMPERATURE, seed=run.recipe.seed)[
-            0
-        ].tolist()
+        ids = generate(run.model, prompt, length - prompt.shape[1], **choices)[0].tolist()
     decode, cut = data.tokenizer.decode, prompt.shape[1]
     return {"prompt": decode(ids[:cut]), "sample": decode(ids[cut:])}

@@ -6,10 +6,10 @@ from dataclasses import fields, replace
 from functools import partial
 
 from skipway.errors import SkipwayError
-from skipway.models.family import FAMILIES, Family, Variant
+from skipway.models.family import FAMILIES, Family, Variant, join_options
 from skipway.models.gpt.config import GPTConfig
 from skipway.models.gpt.network import GPT
-from skipway.nn import RotaryScaling, parse_rotary_scaling
+from skipway.nn import parse_rotary_scaling
 from skipway.schemes import parse_scheme
 
 __all__ = ["SIZES", "gpt_config", "gpt_name"]
@@ -100,10 +100,7 @@ def gpt_name(config: GPTConfig) -> str:
     base = replace(gpt_config(6), **free)  # a name with a number, "gpt-2", may be a published one
     pairs = ((each.name, getattr(config, each.name)) for each in fields(config))
     others = {name: value for name, value in pairs if value != getattr(base, name)}
-    listed = ", ".join(
-        f"{name}={(str(value) if isinstance(value, RotaryScaling) else value)!r}" for name, value in others.items()
-    )
-    return f"gpt-small({listed})"
+    return join_options("gpt-small", others)
 
 
 FAMILIES.add(

@@ -1,0 +1,82 @@
+"""Training on text from a folder of transformers, and back to one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import skipway as sw
+from benchmarks.peers import randomise_
+from skipway.cli import main
+from skipway.data.text.tokenizer import CharTokenizer
+from skipway.errors import CheckpointError, SkipwayError
+from skipway.inference.decoder_folder import write_transformers_folder
+from skipway.recipe import Recipe
+from skipway.training.loop import train
+
+LETTERS = CharTokenizer("\n acdehmnost")
+LLAMA = {"rms": True, "position": "rotary", "act": "silu", "gated": True, "bias": "none", "groups": 1}
+
+
+def folder(path, **options):
+    """A small decoder of transformers with two rows of its table to spare."""
+    sizes = {"depth": 2, "dim": 16, "heads": 2, "vocab": LETTERS.size + 2, "context": 16}
+    write_transformers_folder(randomise_(sw.build("gpt", **sizes, **options)), path, tokenizer=LETTERS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    draw = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text(" ".join(draw.choice(["the", "cat", "sat", "on", "mat", "and", "dan"], 600)) + "\n")
+    return path
+
+
+@pytest.fixture
+def recipe(book):
+    return Recipe(data=book, context=8, batch_size=8, steps=2, device="cpu", precision="float32", health=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_a_folder_gives_network_weights_and_tokenizer(tmp_path, recipe, options, capsys):
+    """With a rate of nothing the weights stay: their shorter table of positions, and the rest as it was."""
+    pytest.importorskip("tokenizers")
+    start = folder(tmp_path / "start", **options)
+    train(dataclasses.replace(recipe, start=start, lr=1e-30, weight_decay=0.0), tmp_path / "run")
+    before, after = sw.from_pretrained(start), sw.from_pretrained(tmp_path / "run")
+    assert after.config == dataclasses.replace(before.config, context=8, scheme=after.config.scheme)
+    assert after.text.tokenizer.encode("the cat").tolist() == LETTERS.encode("the cat").tolist()
+    ids = torch.from_numpy(LETTERS.encode("the cat"))[None]
+    torch.testing.assert_close(after(ids), before(ids))
+    assert main(["export", str(tmp_path / "run"), "--transformers", str(tmp_path / "out")]) == 0
+    torch.testing.assert_close(sw.from_pretrained(tmp_path / "out")(ids), before(ids))
+    assert main(["generate", str(start), "the ", "--length", "4", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("the ")
+
+
+def test_what_does_not_go_together(tmp_path, recipe):
+    pytest.importorskip("tokenizers")
+    start = folder(tmp_path / "start")
+    for choices, kind, said in (
+        ({"tokenizer": "bytes"}, SkipwayError, r"256 tokens in the tokenizer; leave vocab out"),
+        ({"model": "gpt-2(dim=16, heads=4, vocab=14, blocks=2)"}, CheckpointError, "heads=4 in the model, heads=2"),
+        (
+            {"tokenizer": "chars", "model": "gpt2(dim=16, heads=2, blocks=2, vocab=14)"},
+            CheckpointError,
+            "another tokenizer",
+        ),
+    ):
+        with pytest.raises(kind, match=said):
+            train(dataclasses.replace(recipe, start=start, **choices), tmp_path / "run")
+    (start / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json: give the one"):
+        train(dataclasses.replace(recipe, start=start), tmp_path / "run")
+    described = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps({**described, "scale_attn_by_inverse_layer_idx": True}))
+    with pytest.raises(CheckpointError, match="scale_attn_by_inverse_layer_idx=True"):
+        train(dataclasses.replace(recipe, start=start, tokenizer="chars"), tmp_path / "run")
