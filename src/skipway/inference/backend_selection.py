@@ -7,18 +7,21 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from skipway.errors import SkipwayError
-from skipway.inference.backends import BACKENDS, PRECISIONS, Backend, Run
-from skipway.inference.inputs import call_for_tensor, single_tensor
+from skipway.inference.backends import BACKENDS, PRECISIONS, Backend, Run, call_with
+from skipway.inference.inputs import root_cause
 from skipway.inference.timer import Candidate, Timing, error_line, median_seconds, time_interleaved
 from skipway.surgery.fusion import fuse
 from skipway.surgery.preconditions import require_operable
 from skipway.surgery.verification import difference
-from skipway.tracing.example import Example
+from skipway.tracing.containers import tensors_in
+from skipway.tracing.example import Example, as_example
 from skipway.tracing.module_state import copy_module
 
 __all__ = [
@@ -65,10 +68,11 @@ class BackendResult:
 
 @dataclass(eq=False)
 class OptimizedModel:
-    """A network for inference; called like the one it was made from, with tensors of any batch size.
+    """A network for inference; called like the one it was made from, with inputs of any batch size, and it returns what
+    that returns.
 
-    The backend is built for inputs of the example's shape, type and device. Others go through the folded network in
-    plain torch.
+    The backend is built for arguments like the example's: tensors of the same shapes, types and devices, and equal
+    other values. All others, a further mask or a cache, go through the folded network in plain torch.
 
     Args:
         backend: name of the chosen backend.
@@ -76,7 +80,7 @@ class OptimizedModel:
         report: one result per backend, the original first.
         run: the chosen backend.
         folded: the folded network.
-        example: the input that the backend was built for.
+        example: what the backend was built for.
     """
 
     backend: str
@@ -84,12 +88,14 @@ class OptimizedModel:
     report: list[BackendResult]
     run: Run = field(repr=False)
     folded: nn.Module = field(repr=False)
-    example: Tensor = field(repr=False)
+    example: Any = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self.kinds = call_with(lambda *args, **kwargs: kinds_of(args, kwargs), self.example)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        like = x.shape == self.example.shape and x.dtype == self.example.dtype and x.device == self.example.device
-        return self.run(x) if like else self.folded(x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.run if kinds_of(args, kwargs) == self.kinds else self.folded)(*args, **kwargs)
 
     @property
     def speedup(self) -> float:
@@ -124,17 +130,18 @@ def optimize(
     in the report with the reason, and the others go on.
 
     Args:
-        model: any module that takes one tensor and returns one.
-        example: an input of the batch size to optimize for, on the model's device: a tensor, or a `DataLoader` whose
-            first batch is one.
-        precision: "float32" or "bfloat16", of the products; inputs and outputs keep their type.
+        model: any module.
+        example: what the model is called with, in the batch size to optimize for, on the model's device. openvino and
+            onnxruntime take one tensor and return one; the others take and return whatever the model does.
+        precision: "float32" or "bfloat16", of the products; inputs and outputs keep their type, and caches that are
+            returned have that of the products.
         backends: names from `skipway.inference.BACKENDS`; by default all that are installed.
         tolerance: largest difference allowed over the largest output; by default 1e-3 in float32 and 5e-2 in bfloat16.
 
     Raises:
         MissingExtraError: a backend given by name is not installed.
-        SkipwayError: an unknown precision or backend, an input or output that is not one tensor, or no backend that
-            agrees.
+        SkipwayError: an unknown precision or backend, a backend given by name that takes one tensor only, an output
+            without tensors, or no backend that agrees.
 
     >>> import skipway as sw
     >>> fast = optimize(sw.build("resnet20"), torch.randn(2, 3, 32, 32), backends=["eager"])
@@ -143,7 +150,8 @@ def optimize(
     """
     if precision not in PRECISIONS:
         raise SkipwayError(f"precision={precision!r}: the rule is one of {', '.join(PRECISIONS)}")
-    given = single_tensor(example)
+    given = as_example(example)
+    given = given[0] if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], Tensor) else given
     comparison = BackendComparison(model, given)
     for name in BACKENDS if backends is None else backends:
         problem = BACKENDS[name].obstacle(given, precision)
@@ -177,9 +185,38 @@ def with_timings(
     return timed
 
 
-def in_type(kind: torch.dtype, run: Run) -> Run:
-    """A backend whose output has the type that the original's has."""
-    return lambda x: run(x).to(kind)
+def kinds_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arguments with shape, type and device in place of each tensor; of two that are equal, a backend takes both."""
+    return tree_map_only(Tensor, lambda x: (tuple(x.shape), x.dtype, x.device), (args, kwargs))
+
+
+def in_type(expected: Any, run: Run) -> Run:
+    """A backend whose output has the types that the original's has: those of its tensors, one by one where there are as
+    many.
+    """
+    types = [leaf.dtype for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
+
+    def typed(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten(run(*args, **kwargs))
+        held = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        wanted = iter(types if len(types) == len(held) else [leaf.dtype for leaf in held])
+        return tree_unflatten(
+            [leaf.to(next(wanted)) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+        )
+
+    return typed
+
+
+def output_difference(expected: Any, output: Any) -> float:
+    """Largest difference of two outputs over the largest value of each tensor.
+
+    Raises:
+        SkipwayError: they hold other tensors.
+    """
+    before, after = list(tensors_in(expected)), list(tensors_in(output))
+    if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+        raise SkipwayError(f"it returns {len(after)} tensors, or of other shapes, for the original's {len(before)}")
+    return difference(before, after)
 
 
 class BackendComparison:
@@ -187,24 +224,38 @@ class BackendComparison:
 
     Args:
         model: the original; it stays as it is.
-        example: the input.
+        example: what it is called with: a tensor, a tuple of arguments or a dict of them.
 
     Raises:
-        SkipwayError: the model cannot be copied and folded, or its output is not a tensor.
+        SkipwayError: the model cannot be copied and folded, fails on the example, or returns no tensor.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Any) -> None:
         model = require_operable(model)
         self.example, self.folded = example, fuse(model)
-        generator = torch.Generator().manual_seed(0)
-        other = torch.randn(example.shape, generator=generator).to(example) if example.is_floating_point() else example
         original = copy_module(model).eval()
         self.expected = []
         with torch.no_grad():
-            for given in (example, other):
-                self.expected.append((given, call_for_tensor(original, given)))
+            for given in (example, self.other_example()):
+                try:
+                    output = call_with(original, given)
+                except Exception as error:  # a network raises whatever it likes
+                    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(given))
+                    raise SkipwayError(
+                        f"this {type(model).__name__} fails on its example of shape {shapes}: {root_cause(error)}"
+                    ) from error
+                if not any(True for _ in tensors_in(output)):
+                    raise SkipwayError(f"this {type(model).__name__} returns no tensor that could be compared")
+                self.expected.append((given, output))
         self.runs: dict[tuple[str, str], Run] = {(ORIGINAL, "float32"): original}
         self.results = {(ORIGINAL, "float32"): BackendResult(ORIGINAL, difference=0.0, build_seconds=0.0)}
+
+    def other_example(self) -> Any:
+        """Random input of the same shape; the example itself where it is no floating tensor."""
+        x = self.example
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
 
     @torch.no_grad()
     def add(self, name: str, backend: Backend, precision: str, tolerance: float | None = None) -> None:
@@ -216,8 +267,8 @@ class BackendComparison:
             self.results[key] = replace(result, note=str(problem))
             return
         try:
-            run = in_type(self.expected[0][1].dtype, backend.build(copy_module(self.folded), self.example, precision))
-            gap = max(difference([expected], [run(given)]) for given, expected in self.expected)
+            run = in_type(self.expected[0][1], backend.build(copy_module(self.folded), self.example, precision))
+            gap = max(output_difference(expected, call_with(run, given)) for given, expected in self.expected)
         except Exception as error:  # other libraries raise errors of their own
             self.results[key] = replace(result, note=f"failed: {error_line(error)}")
             return
@@ -231,9 +282,11 @@ class BackendComparison:
     @torch.no_grad()
     def time(self, rounds: int = ROUNDS, seconds: float = SECONDS) -> None:
         """Time those that agree, up to `rounds` times each within `seconds`; much slower ones are dropped early."""
-        finish = partial(torch.cuda.synchronize, self.example.device) if self.example.is_cuda else lambda: None
+        device = next(tensors_in(self.example)).device
+        finish = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         candidates = [
-            Candidate(" ".join(key), partial(run, self.example), finish=finish) for key, run in self.runs.items()
+            Candidate(" ".join(key), partial(call_with, run, self.example), finish=finish)
+            for key, run in self.runs.items()
         ]
         self.results = with_timings(self.results, time_interleaved(candidates, rounds, limit=seconds))
 

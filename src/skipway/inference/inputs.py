@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError, printable
 from skipway.tracing.example import Example, as_example
 
-__all__ = ["call_for_tensor", "root_cause", "single_tensor"]
+__all__ = ["call_for_tensor", "describe_call", "root_cause", "single_tensor"]
 
 REASON = 200
 """Letters of a foreign error that a message repeats."""
@@ -28,10 +28,19 @@ def single_tensor(example: Example) -> Tensor:
         given = given[0]
     if isinstance(given, Tensor):
         return given
-    form = f"keyword arguments {', '.join(given)}" if isinstance(given, dict) else f"{len(given)} positional arguments"
     raise SkipwayError(
-        f"example: {form}; the rule is one tensor; wrap the model in a module that takes one and makes the others"
+        f"example: {describe_call(given)}; the rule is one tensor; wrap the model in a module that takes one and makes "
+        "the others"
     )
+
+
+def describe_call(given: tuple[object, ...] | dict[str, object]) -> str:
+    """Arguments in words.
+
+    >>> describe_call((1, 2)), describe_call({"input_ids": 1})
+    ('2 positional arguments', 'keyword arguments input_ids')
+    """
+    return f"keyword arguments {', '.join(given)}" if isinstance(given, dict) else f"{len(given)} positional arguments"
 
 
 def call_for_tensor(model: nn.Module, given: Tensor) -> Tensor:
