@@ -69,9 +69,27 @@ SIZES: dict[str, Any] = {
 
 MIXED = ["linear_attention", "full_attention"] * 2
 STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+GEMMA_3N = {
+    "intermediate_size": [64] * LAYERS,
+    "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+}
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "bailing_hybrid": {"layer_types": MIXED, "linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2},
     "bamba": {**STATE_SPACE, "attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention"] * LAYERS,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {
         "moe_intermediate_size": 64,
         "n_routed_experts": 4,
@@ -82,14 +100,8 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "esm": {"mask_token_id": 2, "pad_token_id": 1, "vocab_size": 64},
     "esmc": {"num_key_value_heads": 4},
-    "gemma3n_text": {
-        "intermediate_size": [64] * LAYERS,
-        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 0,
-        "hidden_size_per_layer_input": 8,
-        "laurel_rank": 4,
-    },
+    "gemma3n": {"text_config": GEMMA_3N},
+    "gemma3n_text": GEMMA_3N,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {**STATE_SPACE, "layer_types": ["mamba", "attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -100,6 +112,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "qwen4_exp": {
         "hc_count": 4,
@@ -117,7 +130,9 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     },
     "wav2vec2-bert": {"vocab_size": 64},
     "wav2vec2-conformer": {"vocab_size": 64},
+    "neomme": {"head_dim": 16},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xlstm": {"hidden_size": 64, "qk_dim_factor": 1.0, "chunk_size": 16},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {
@@ -162,7 +177,7 @@ def is_set(config: Any, name: str) -> bool:
     """Whether a configuration has a value of this name; some layers have one of their own, which is one."""
     try:
         return getattr(config, name, None) is not None
-    except AttributeError:
+    except (AttributeError, RuntimeError):  # transformers' AmbiguousGlobalPerLayerAttributeError
         return True
 
 

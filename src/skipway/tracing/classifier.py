@@ -166,7 +166,11 @@ class AddClassifier(Walker):
         if not found:
             return self.gated(value, first, second) or self.unrelated(value, first, second)
         way, skip, branch = min(found, key=lambda entry: (entry[0].weight, len(entry[0].crossed)))
-        reason = self.objection(value, way, skip, branch) or ("mixing" if self.streams.mixes_streams(value) else None)
+        reason = self.objection(value, way, skip, branch)
+        if reason is None and self.streams.mixes_streams(value):
+            reason = "mixing"
+        if reason is None and self.is_recurrence(way, branch):
+            reason = "rotary"
         if reason is None:
             self.found.append(FoundAdd(value, skip, branch, way))
             self.skips[value.number] = skip
@@ -204,6 +208,30 @@ class AddClassifier(Walker):
         )
         return "activation" if bends else "rotary"
 
+    def is_recurrence(self, way: SkipPath, branch: int) -> bool:
+        """True if a branch multiplies what is carried by other signals and sums, and neither side has a parameter: a
+        step of a linear recurrence, or a row of a solver.
+        """
+        crossed = list(self.program.between(way.start, branch))
+        members = {way.start, *(member.number for member in crossed)}
+        if not {effective_part(member) for member in crossed} <= CARRYING | {"product", "mean", "sum"}:
+            return False
+        products = [self.program.signals(member) for member in crossed if member.part == "product"]
+        learned = any(member.parameters for member in (*way.crossed, *crossed))
+        return bool(products) and not learned and not any(members.issuperset(operands) for operands in products)
+
+    def worked_parts(self, start: int, crossed: list[Value]) -> set[Part]:
+        """What is done to a signal itself, without what only chooses where: whole numbers, and products with masks."""
+        program, needed, reached, parts = self.program, {crossed[-1].number}, {start}, set()
+        for member in reversed(crossed):
+            if member.number in needed:
+                needed.update(each for each in program.signals(member) if program[each].floating)
+        for member in crossed:
+            if member.number in needed and not reached.isdisjoint(program.signals(member)):
+                reached.add(member.number)
+                parts |= set() if self.is_masked(member) else {effective_part(member)}
+        return parts
+
     def mixes(self, value: Value) -> bool:
         """True if an operator lets positions or channels meet."""
         operator = operator_of(value.operator)
@@ -213,6 +241,8 @@ class AddClassifier(Walker):
         """The reason to refuse a sum although one side leads back to a tensor that the other was computed from."""
         if min(self.spread(skip), self.spread(branch)) < value.numel:
             return "broadcast"
+        if way.skip == "pooled" and any(not member.shape for member in way.crossed):
+            return "scalar"
         idle = self.idle(way, branch)
         if idle is not None:
             return idle
@@ -220,7 +250,7 @@ class AddClassifier(Walker):
             return "difference"
         crossed = list(self.program.between(way.start, branch))
         parts = {effective_part(member) for member in crossed if member.floating}  # a mask of tokens does no work
-        if way.skip == "pooled" and parts <= CARRYING | {"pool", "mean"}:
+        if way.skip == "pooled" and self.worked_parts(way.start, crossed) <= CARRYING | {"pool", "mean"}:
             return "parallel"
         if way.skip == "projection" and (
             "upsample" in parts or any(member.part == "upsample" for member in way.crossed)
@@ -230,6 +260,8 @@ class AddClassifier(Walker):
             return "hierarchical"
         if way.skip != "projection":
             return None
+        if not self.program[way.start].floating:
+            return "unrelated"  # two tables were asked for the same tokens, and none of them is carried
         if not parts & NONLINEAR or self.is_local_encoding(value, way, parts):
             return "parallel"
         activated = any(member.part == "nonlinear" for member in way.crossed)
@@ -289,10 +321,19 @@ class AddClassifier(Walker):
 
     def reads_other_slices(self, way: SkipPath, branch: int) -> bool:
         """True if the skip is a slice of a tensor of which the branch reads only other slices."""
-        if not any(value.part == "slice" for value in way.crossed):
+        if not any(value.part == "slice" for value in way.crossed) or self.holds_copies(way.start):
             return False
         users = [user for user in self.program.users[way.start] if user == branch or self.program.depends(branch, user)]
         return all(self.program[user].part == "slice" for user in users)
+
+    def holds_copies(self, number: int) -> bool:
+        """True for copies of one tensor, of which all slices are alike, as in the first layer of a RevNet."""
+        value = self.program[number]
+        while value.part == "carry" and len(signals := self.program.signals(value)) == 1:
+            if self.program[signals[0]].numel < value.numel:
+                return True
+            value = self.program[signals[0]]
+        return value.part == "join" and len(set(value.operands)) == 1
 
     def is_local_encoding(self, value: Value, way: SkipPath, parts: set[Part]) -> bool:
         """True if the skip is a shape-preserving map in parallel to attention: a local position encoding."""

@@ -49,7 +49,8 @@ REASONS: dict[Reason, str] = {
     "hierarchical": "the sides read different channels or tokens of one tensor, as in Res2Net",
     "pyramid": "a sum across resolutions: the sides come from maps of different sizes",
     "parallel": "both sides do the same kind of work: parallel branches, neither of which carries the stream",
-    "rotary": "neither side holds a map or a non-linearity, as in a rotary embedding or a token shift",
+    "rotary": "neither side holds a map or a non-linearity, as in a rotary embedding, a token shift, or a step of a "
+    "linear recurrence",
     "gated": "the carried side is multiplied by a gate that depends on the input, as in a Highway network or a GRU",
     "selected": "one side replaces the other at some positions, and nothing is added",
     "joined": "tensors that were stacked are summed, and with which weights cannot be told",

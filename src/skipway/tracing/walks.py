@@ -19,6 +19,7 @@ CARRYING: frozenset[str] = frozenset({"carry", "slice", "stride", "pad", "drop",
 LINEAR: frozenset[str] = CARRYING | {"pool", "map", "norm"}
 COMPARISONS = frozenset(
     {"eq", "ne", "lt", "le", "gt", "ge", "isin", "logical_not", "logical_and", "logical_or", "logical_xor"}
+    | {"bitwise_not", "bitwise_and", "bitwise_or", "bitwise_xor"}
 )
 LOOKUPS = frozenset({"embedding", "embedding_bag"})
 COUNTS = frozenset({"cumsum", "cumprod", "sum", "argsort", "sort", "nonzero"})
@@ -138,11 +139,13 @@ class Walker:
         return outside.pop() if len(outside) == 1 else None
 
     def spread(self, number: int) -> int:
-        """Elements of a value before it was spread over positions."""
+        """Elements of a value before it was spread over positions, also by a mask that tells where to."""
         value = self.program[number]
         smallest = value.numel
-        while value.part == "carry" and value.operator != "constant":
+        while (value.part == "carry" and value.operator != "constant") or self.is_masked(value):
             signals = self.program.signals(value)
+            if value.part == "product":
+                signals = [each for each in signals if not self.positional[each]]
             if len(signals) != 1:
                 break
             value = self.program[signals[0]]
