@@ -37,6 +37,8 @@ Kind = Literal["image", "text"]
 """Kinds of data that are trained on."""
 
 DEFAULT_CONTEXT = 128
+# names of columns that let the content decide
+LIST_COLUMNS = "image,label,split"
 """Tokens of a sequence where neither the recipe nor the case chooses them."""
 
 # the batch size of the default learning rates, which scale with the batch (Goyal 2017)
@@ -190,11 +192,11 @@ class Recipe:
     outside: bool = advanced(False)
     """Follow links, and paths in lists, that lead out of the data's folder."""
 
-    columns: str = advanced("image,label,split", "image")
-    """Column names of a list in CSV, TSV or Parquet."""
+    columns: str = advanced(LIST_COLUMNS)
+    """Columns of a list: image,label,split; of a table of texts: the text. [by content]"""
 
-    cache: bool | None = advanced(None, "image")
-    """Cache decoded images on disk. [small images only]"""
+    cache: bool | None = advanced(None)
+    """Cache decoded images, or tokens, on disk. [small images, large texts]"""
 
     tokenizer: str | None = kind_field("text", None)
     """For text: bytes, chars, a tokenizer.json. [bytes]"""
@@ -505,12 +507,14 @@ class Recipe:
     def text_choices(self) -> dict[str, Any]:
         """The arguments for `skipway.data.text.load_text` besides the source.
 
-        >>> Recipe(context=64, tokenizer="chars").text_choices()["context"]
-        64
+        >>> chosen = Recipe(context=64, tokenizer="chars", columns="review").text_choices()
+        >>> chosen["context"], chosen["column"], Recipe().text_choices()["column"]
+        (64, 'review', None)
         """
         chosen = {"tokenizer": self.tokenizer or "bytes", "context": self.context or DEFAULT_CONTEXT}
-        names = ("holdout", "validation", "seed", "sampling", "split_by", "divider", "encoding", "outside")
-        return {**chosen, **{name: getattr(self, name) for name in names}}
+        names = ("holdout", "validation", "seed", "sampling", "split_by", "divider", "encoding", "outside", "cache")
+        column = None if self.columns == LIST_COLUMNS else self.columns.strip()
+        return {**chosen, "column": column, **{name: getattr(self, name) for name in names}}
 
     def data_choices(self) -> dict[str, Any]:
         """The arguments for `skipway.data.load`.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data.text import IGNORED, TextData, TokenSplit, load_text
-from skipway.errors import DataError, SkipwayError, counted, printable, spell
+from skipway.errors import DataError, SkipwayError, counted, printable, spell, spelling
 from skipway.inference.generate import generate
 from skipway.inference.text_evaluation import TextEvaluation, evaluate_text
 from skipway.inference.text_inputs import TextInputs
@@ -83,7 +83,8 @@ class LanguageModelling(Task):
         chosen = choose_sequences(recipe, device, ranks.world) if fresh else recipe
         check_decoder(chosen)
         reporter.activity("reading")
-        data = load_text(None if recipe.data is None else str(recipe.data), **chosen.text_choices())
+        with spelling(column="columns"):
+            data = load_text(None if recipe.data is None else str(recipe.data), **chosen.text_choices())
         return (choose_length(chosen, data, device) if fresh else chosen), data
 
     def resolve(self, given: Recipe, data: TextData, precision: Any, world: int) -> ResolvedRecipe:
