@@ -45,7 +45,7 @@ def adopt_decoder(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         model=recipe.model or join_options(name, {**options, "vocab": config.vocab}),
-        tokenizer=recipe.tokenizer or str(folder),
+        tokenizer=recipe.tokenizer or str(folder.resolve()),
         weights_names=names,
     )
 

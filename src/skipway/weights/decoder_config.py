@@ -45,6 +45,8 @@ def read_decoder_config(
     options = {ours: values[theirs] for ours, theirs in own.names.items()}
     if options.get("head_dim") is not None and options["head_dim"] * options["heads"] == options["dim"]:
         options["head_dim"] = None
+    if not own.rotary and options["hidden"] == 4 * options["dim"]:
+        options["hidden"] = None
     options["act"] = next((ours for ours, theirs in ACTIVATIONS.items() if options["act"] in theirs), options["act"])
     if options["act"] not in ACTIVATIONS:
         known = ", ".join(name for names in ACTIVATIONS.values() for name in names)
