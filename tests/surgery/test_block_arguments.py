@@ -111,3 +111,22 @@ def test_libraries_see_the_arguments_of_forward():
     assert inspect.signature(model.forward) == expected
     checkpointed(model, X)
     assert inspect.signature(model.blocks[0].forward) == inspect.signature(plain.blocks[0].forward)
+
+
+class Saved(Decoder):
+    """As transformers' networks are: built from a config."""
+
+    def save_pretrained(self, folder) -> None: ...
+
+
+def test_what_from_pretrained_would_leave_out_is_said():
+    torch.manual_seed(0)
+    model = Saved()
+    dressed = sw.rescheme(model, X, "layerscale")
+    assert "the config does not describe blocks.0.out.residual_scale, " in dressed.verified["save_pretrained"]
+    assert "save_pretrained" not in sw.rescheme(Decoder(), X, "layerscale").verified
+    dressed.undo()
+    again = checkpointed(model, X)  # computes the same, which the config describes
+    assert "save_pretrained" not in again.verified
+    again.undo()
+    assert "not kept: the config describes the network before" in reversible(model, X).verified["save_pretrained"]

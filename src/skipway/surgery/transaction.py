@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.surgery.checks import CHECKS, Check, ComparisonRule, EvaluatedOutputs, NotComparedError
-from skipway.surgery.operation import Journal, Operation
+from skipway.surgery.operation import Journal, Operation, abbreviate
 from skipway.surgery.side_effects import version_of
 from skipway.surgery.verification import output_gap, outputs
 from skipway.tracing import Example, as_example
@@ -37,6 +37,8 @@ from skipway.validation import check_tolerance
 __all__ = ["Transaction", "transaction"]
 
 MISSING = object()
+SAME = 1e-3
+"""Difference of outputs, relative to their largest value, that is rounding."""
 OPEN: ContextVar[Transaction | None] = ContextVar("open transaction", default=None)
 
 
@@ -67,6 +69,7 @@ class Transaction:
         self.refused: dict[str, str] = {}
         self.report: dict[str, float] = {}
         self.journal = Journal(model)
+        self.added, self.derived = list[nn.Module](), list[nn.Module]()
         self.committed = False
         self.compare_from_here()
 
@@ -79,6 +82,7 @@ class Transaction:
         if "forward" in vars(module):
             raise SkipwayError(f"the forward of this {type(module).__name__} was replaced on the instance")
         self.record(partial(setattr, module, "__class__", type(module)))
+        self.derived.append(module)
         module.__class__ = kind
 
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
@@ -101,6 +105,7 @@ class Transaction:
     def add_module(self, parent: nn.Module, name: str, value: nn.Module) -> None:
         """Register a module in another one."""
         self.record(Restore.of(parent._modules, name))
+        self.added.append(value)
         parent.add_module(name, value)
 
     def remove_module(self, parent: nn.Module, name: str) -> None:
@@ -243,6 +248,8 @@ class Transaction:
         """
         gap = self.compare()
         verified = self.verify()
+        if lost := lost_by_saving(self.model, self.added, changed=bool(self.derived) and gap > SAME):
+            verified["save_pretrained"] = lost
         report = self.report if self.output_check is None else {"difference": gap, **self.report}
         operation = Operation(
             self.model,
@@ -256,6 +263,23 @@ class Transaction:
         self.journal.commit(self.model, self.title)
         self.committed = True
         return operation
+
+
+def lost_by_saving(model: nn.Module, added: Iterable[nn.Module], *, changed: bool) -> str:
+    """What `from_pretrained` does not build again of a network that was changed: it goes by the config, and drops
+    weights of other names with a remark at most. Empty where nothing is lost, or the network is not saved so.
+    """
+    if not any(callable(getattr(module, "save_pretrained", None)) for module in model.modules()):
+        return ""
+    inside = {id(module): name for name, module in model.named_modules()}
+    names = [inside[id(module)] for module in added if id(module) in inside and module.state_dict()]
+    again = "build the network, repeat the operation, and load the state dict"
+    if names:
+        return (
+            f"not kept: the config does not describe {abbreviate(names)}, which from_pretrained leaves out; save after "
+            f"fold_gains(model, example), where they are gains, or {again}"
+        )
+    return f"not kept: the config describes the network before the operation: {again}" if changed else ""
 
 
 def why_not_compared(model: nn.Module, example: Example | None) -> str | None:
