@@ -132,6 +132,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "wav2vec2-conformer": {"vocab_size": 64},
     "neomme": {"head_dim": 16},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "ReformerForMaskedLM": {"is_decoder": False, "axial_pos_embds": False},
     "xlstm": {"hidden_size": 64, "qk_dim_factor": 1.0, "chunk_size": 16},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
@@ -140,7 +141,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
     },
 }
-"""Settings of single architectures beside `SIZES`; None leaves one to the configuration."""
+"""Settings of single architectures or classes beside `SIZES`; None leaves one to the configuration."""
 
 
 def language_models() -> Iterator[tuple[str, str, str]]:
@@ -185,7 +186,7 @@ def build_language_model(name: str, architecture: str | None = None) -> tuple[nn
     """A tiny network of a class, in evaluation mode and initialised from seed 0, and what it is called with."""
     transformers = import_transformers()
     kind = getattr(transformers, name)
-    settings = SETTINGS.get(architecture or kind.config_class.model_type, {})
+    settings = SETTINGS.get(name) or SETTINGS.get(architecture or kind.config_class.model_type, {})
     torch.manual_seed(0)
     model = kind(shrunk(kind.config_class, settings)).eval()
     example = {each.name: each.draw(2) for each in find_inputs(model)}
