@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import skipway as sw
+from benchmarks.surgery.language import Model, examine_cell
 from skipway.surgery import checkpointed, reversible, skip_compute
 
 X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -130,3 +131,16 @@ def test_what_from_pretrained_would_leave_out_is_said():
     assert "save_pretrained" not in again.verified
     again.undo()
     assert "not kept: the config describes the network before" in reversible(model, X).verified["save_pretrained"]
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [
+        ("LlamaForCausalLM", "skip_compute"),
+        ("T5ForConditionalGeneration", "checkpointed"),
+        ("GPT2LMHeadModel", "optimize"),
+    ],
+)
+def test_language_models_looked_at_from_outside(name, operation, monkeypatch):
+    monkeypatch.setattr("skipway.inference.backend_selection.BackendComparison.time", lambda self: None)
+    assert examine_cell(Model.build(name, None), operation) == ("right", "")
