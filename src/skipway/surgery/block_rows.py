@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from skipway.errors import SkipwayError
 from skipway.surgery.block_call import BlockCall
-from skipway.surgery.block_survey import BlockSurvey, require_blocks
+from skipway.surgery.block_survey import BlockSurvey, mixing_connections, require_blocks
 from skipway.surgery.call_recorder import CallRecorder
 from skipway.surgery.class_factory import class_factory
 from skipway.surgery.padded_batch import padded_example
@@ -32,13 +32,23 @@ R = TypeVar("R", bound="BlockRow")
 __all__ = ["BlockRow", "block_readers", "direct_row_end", "find_block_rows", "run_alone"]
 
 
+RECOMPUTED = (
+    "torch.utils.checkpoint.checkpoint, called in the network's own forward, recomputes the activations of such blocks"
+)
+
+
 def find_block_rows(
     model: nn.Module, example: Example, program: Program
 ) -> tuple[list[list[str]], dict[str, str], BlockSurvey]:
     """Return blocks in rows that follow one another directly, a lone block in a row of its own; why a row ends, or why
     a block is in none, by the block's name; and all blocks.
     """
-    survey = require_blocks(model, example, program)
+    try:
+        survey = require_blocks(model, example, program)
+    except SkipwayError as problem:
+        if mixing_connections(model):
+            raise SkipwayError(f"{problem}; {RECOMPUTED}") from problem
+        raise
     passes = [survey.others]
     if (padded := padded_example(model, example)) is not None:
         recorder = CallRecorder(survey.calls)

@@ -22,7 +22,7 @@ from skipway.tracing import Example, Program, watch
 from skipway.tracing.chain import WatchedConnection, chain_from_program
 from skipway.tracing.paths import parents
 
-__all__ = ["BlockSurvey", "find_blocks", "require_blocks"]
+__all__ = ["BlockSurvey", "find_blocks", "mixing_connections", "require_blocks"]
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,7 @@ def find_blocks(model: nn.Module, example: Example, program: Program | None = No
     return BlockSurvey(recorder.finished, connections, recorder.forms, recorder.others, refused)
 
 
-MIXES = (
-    "it mixes several streams or hands on earlier outputs, so no x itself is carried past it; its activations are "
-    "recomputed by torch.utils.checkpoint.checkpoint, called in the network's own forward"
-)
+MIXES = "it mixes several streams or hands on earlier outputs, so no x itself is carried past it"
 
 
 def mixing_connections(model: nn.Module) -> list[str]:

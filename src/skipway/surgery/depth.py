@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply, Residual
 from skipway.surgery.block_call import BlockCall
-from skipway.surgery.block_list import edit_container, has_config, number_blocks, numbered_attributes
+from skipway.surgery.block_copies import by_container, listed_copies, silent_copy, slotted_copy
+from skipway.surgery.block_list import edit_container, number_blocks, numbered_attributes
 from skipway.surgery.block_survey import BlockSurvey, find_blocks
-from skipway.surgery.checks import EQUAL_WITH_DRAWS
-from skipway.surgery.insertion import OUTPUT, disable_fused_path, repeat
+from skipway.surgery.checks import CHECKS, EQUAL_WITH_DRAWS
+from skipway.surgery.config_fit import SAVING, has_config
+from skipway.surgery.decoding_check import decoding_checks
+from skipway.surgery.insertion import disable_fused_path
 from skipway.surgery.insertion_point import find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable, require_values
 from skipway.surgery.scores import Score, ScoreError, checked_score
-from skipway.surgery.silence import silence_branch
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.surgery.verification import output_gap, outputs
-from skipway.tracing import Example, Program, as_example, watch
+from skipway.tracing import Example, as_example, watch
 from skipway.tracing.arguments import path_text
 from skipway.tracing.chain import chain_from_program
-from skipway.tracing.module_state import copy_module
 from skipway.validation import check_call, check_rule, check_tolerance, is_whole
 
 __all__ = ["Skipped", "deepen", "influence", "lesion", "shorten"]
@@ -139,10 +140,12 @@ def influence(model: nn.Module, example: Example, score: Score | None = None) ->
 
 def measure_influence(model: nn.Module, example: Example, score: Score | None, survey: BlockSurvey) -> dict[str, float]:
     """The influence of each block; why others cannot be left out is noted in the survey."""
-    before = outputs(model, example) if score is None else []
+    # what blocks write into caches is put out after what the network computes, and is missing without them
+    count = 1 if any(call.written_arguments for call in survey.calls.values()) else None
+    before = outputs(model, example)[:count] if score is None else []
 
     def agreement(changed: nn.Module) -> float:
-        return -output_gap(before, outputs(changed, example), mean=True)
+        return -output_gap(before, outputs(changed, example)[:count], mean=True)
 
     measure, found = agreement if score is None else checked_score(score), {}
     full = measure(model)
@@ -194,8 +197,14 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
     measured = measure_influence(model, example, score, survey)
     check_range("to", to, 0, len(measured), f"{type(model).__name__} has {{}} blocks that can be left out", survey)
     surplus = len(measured) - to
-    with transaction(model, example, title=f"{type(model).__name__} shortened to {to} blocks") as change:
+    title, checks = f"{type(model).__name__} shortened to {to} blocks", (*CHECKS, *decoding_checks(model))
+    with transaction(model, example, title=title, checks=checks) as change:
         change.report = measured
+        if not any(measured.values()):
+            change.refused["influence"] = (
+                "it is 0 for every block, so that it chose none: branches that put out 0 yet (a warm-up, gains that "
+                "start at 0) have to be trained first, or give a score"
+            )
         for container, names in by_container(list(measured)[:surplus]).items():
             how = take_out(change, survey, container, names)
             change.touched = {name: f"influence {measured[name]:.3g}; {how}" for name in names} | change.touched
@@ -225,11 +234,10 @@ def take_out(change: Transaction, survey: BlockSurvey, container: str, names: Se
     if has_config(change.model):
         try:
             with change.savepoint():
-                edit_container(change, container, [place for place in range(len(members)) if place not in gone])
-                check()
+                edit_container(change, container, [place for place in range(len(members)) if place not in gone], check)
             return "taken out; later blocks are renumbered"
         except Exception as problem:  # whatever a network raises that was not made for it
-            change.refused["config"] = f"it does not build the shortened network: {problem}"
+            change.refused["config"] = f"it does not build the shortened network: {problem}; {SAVING}"
     row = list(change.model.get_submodule(container).children())
     numbers = numbered_attributes(row)
     for name in names:
@@ -278,8 +286,12 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
     offered = usual if by <= len(usual) else blocks
     chosen = [offered[(2 * number + 1) * len(offered) // (2 * by)] for number in range(by)]
     title = f"{type(model).__name__} deepened by {by} blocks"
-    hint = "after the additions of these blocks follows something that is not the identity on its own output"
-    with transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=EQUAL_WITH_DRAWS) as change:
+    hint = (
+        "a copy of these blocks is not the identity where its branches put out 0: their skip is weighted or gated, or "
+        "what follows the addition is not the identity on its own output"
+    )
+    checks = (*EQUAL_WITH_DRAWS, *decoding_checks(model))
+    with transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=checks) as change:
         for name in chosen:
             if norm := program[program.returned[name][survey.calls[name].output]].norm:
                 change.recast.update(model.get_submodule(norm).parameters())  # the copy ends in this norm again
@@ -341,75 +353,3 @@ def usual_blocks(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     counts = {around: Counter(keys[name] for name in names) for around, names in by_container(blocks).items()}
     most = {around: count.most_common(1)[0][1] for around, count in counts.items()}
     return [name for name in blocks if counts[around := name.rpartition(".")[0]][keys[name]] == most[around]]
-
-
-def by_container(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of blocks by the container that they are in."""
-    containers: dict[str, list[str]] = {}
-    for name in names:
-        containers.setdefault(name.rpartition(".")[0], []).append(name)
-    return containers
-
-
-def silent_copy(change: Transaction, survey: BlockSurvey, name: str, program: Program) -> nn.Module:
-    """A copy of a block whose branches put out 0."""
-    twin = copy_module(change.model.get_submodule(name))
-    for connection in survey.connections[name]:
-        silence_branch(change, twin, name, program, connection)
-    return twin
-
-
-def listed_copies(change: Transaction, container: str, copies: Mapping[str, nn.Module]) -> bool:
-    """Put copies into a container that the network's config counts, each after its block, in place; False, and nothing
-    is changed, if there is none or the output would change.
-    """
-    if not has_config(change.model):
-        return False
-    touched = dict(change.touched)
-    members = list(change.model.get_submodule(container)._modules)
-    places = {members.index(name.rpartition(".")[2]): name for name in copies}
-    order = [place for place in range(len(members)) for _ in range(2 if place in places else 1)]
-    try:
-        with change.savepoint():
-            edit_container(change, container, order, {place: copies[name] for place, name in places.items()})
-            if change.tolerance is not None and not change.compare() <= change.tolerance:
-                raise SkipwayError("the output would change")
-    except Exception as problem:  # whatever a network raises that was not made for it
-        change.touched = touched
-        change.refused["config"] = f"it does not build the network with these copies: {problem}"
-        return False
-    entries = {name: value for name, value in change.touched.items() if name not in touched}
-    later = [order.index(place) + 1 for place in places]
-    change.touched = {
-        **touched,
-        **{
-            name: f"copied to {container}.{number}; later blocks are renumbered"
-            for name, number in zip(copies, later, strict=True)
-        },
-        **entries,
-    }
-    return True
-
-
-def slotted_copy(change: Transaction, survey: BlockSurvey, name: str, twin: nn.Module, added: int) -> None:
-    """Register a copy in its block, so that it runs after it with its arguments, in place; it gets a number of its own
-    where blocks are numbered, and so its own slot in a cache.
-
-    Raises:
-        SkipwayError: the block writes into an argument, and has no number there.
-    """
-    model, call = change.model, survey.calls[name]
-    row = [model.get_submodule(each) for each in by_container(survey.calls)[name.rpartition(".")[0]]]
-    numbers = numbered_attributes(row)
-    for path, attribute, first in numbers:
-        setattr(twin.get_submodule(path), attribute, first + len(row) + added)
-    if call.written_arguments and not numbers:
-        raise SkipwayError(
-            f"{name} writes into {abbreviate(call.written_arguments)}, and its copy would write into the same place: "
-            "give an example without it (use_cache=False)"
-        )
-    repeat(change, model.get_submodule(name), twin, call)
-    disable_fused_path(change, f"{name}.{OUTPUT}")
-    threaded = dict(call.threads).values()
-    rest = [path_text(path, what="output") for path in call.computed if path not in threaded]
-    change.touched[name] = "copied" + (f"; the copy's {abbreviate(rest)} is dropped" if rest else "")

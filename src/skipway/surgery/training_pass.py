@@ -102,6 +102,7 @@ def differentiate(
         put_out = list(tensors_in(output))
         compared = put_out if before is None else aligned(before.outputs, put_out)
         direct = {id(leaf) for leaf in tree_leaves(output)} & set(map(id, put_out)) or set(map(id, put_out))
+        direct |= {id(each) for each in compared} - set(map(id, put_out))  # entries of outputs that became longer
         tensors = [each for each in compared if each.requires_grad and each.numel() and id(each) in direct]
         if not tensors:
             return None

@@ -205,9 +205,8 @@ class Transaction:
             except NotComparedError as problem:
                 verified[check.name] = f"not compared: {problem}"
             except SkipwayError as problem:
-                raise SkipwayError(
-                    f"{self.title}: {problem}, so that the model was put back{self.hint and '; '}{self.hint}"
-                ) from problem
+                hint = f"; {self.hint}" if self.hint and not check.awake else ""  # it is about what is computed
+                raise SkipwayError(f"{self.title}: {problem}, so that the model was put back{hint}") from problem
         return verified
 
     def verify_one(self, check: Check, before: Any) -> str:
