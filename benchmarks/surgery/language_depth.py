@@ -135,10 +135,13 @@ PROPERTIES: dict[str, Property] = {
 
 
 def held(model: nn.Module, given: Given) -> Iterator[str]:
-    """Which properties a network has; one that cannot be looked at it has not."""
+    """Which properties a network has; one that cannot be looked at it has not, and a cache serves causal ones alone."""
+    causal = True
     for name, measure in PROPERTIES.items():
         try:
-            if measure(model, given) <= CLOSE:
+            kept = measure(model, given) <= CLOSE
+            causal &= kept or measure is not later_tokens
+            if kept and (causal or measure not in (cached_step, generation)):
                 yield name
         except Exception:
             continue
