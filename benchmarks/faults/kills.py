@@ -35,6 +35,7 @@ CASES = {
     "resnet": ("--model", "resnet20", "--depth", "8", "--width", "4", "--scheme", "skipinit + stochasticdepth(0.5)"),
     "vit": ("--model", "vit-tiny-16", "--depth", "1", "--size", "16", "--optimizer", "adamw", "--ema", "0.9"),
     "convnext": ("--model", "convnext-atto", "--depth", "4", "--width", "4", "--size", "32", "--accumulate", "2"),
+    "gpt": (*("--model", "gpt-nano", "--depth", "1", "--width", "12", "--context", "16"), "--split-by", "parts"),
     "swin": ("--model", "swin-tiny", "--depth", "8", "--width", "12", "--size", "32", "--clip", "norm(1.0)"),
 }
 SAVE_EVERY = 4

@@ -370,8 +370,9 @@ class Recipe:
             raise SkipwayError(NO_PATIENCE)
         for name in ("holdout", "ema"):
             share = getattr(self, name)
-            if share is not None and not 0 < share < 1:
-                raise SkipwayError(f"{name}={share}: the rule is 0 < {name} < 1")
+            if share is not None and not 0 < share < 1 and not (name == "holdout" and share == 0):
+                also = "; 0 for text, which is then tested on its validation part" if name == "holdout" else ""
+                raise SkipwayError(f"{name}={share}: the rule is 0 < {name} < 1{also}")
         for name in ("validation", "warmup", "label_smoothing", "health"):
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:

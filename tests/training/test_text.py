@@ -111,12 +111,13 @@ def test_bits_per_byte_are_those_of_the_tokens_of_the_test_text(tmp_path, recipe
 
 
 def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path, recipe):
-    outcome = train(dataclasses.replace(recipe, steps=40, lr=0.05, patience=3), tmp_path / "run")
+    outcome = train(dataclasses.replace(recipe, steps=40, lr=0.05, patience=3, holdout=0.0), tmp_path / "run")
     rows = outcome.folder.read_metrics()
     best = min(rows, key=lambda row: row["validation_loss"])
     assert outcome.best_epoch == best["epoch"]
     assert read_tensors(outcome.folder.best)[1]["epoch"] == best["epoch"]
     assert rows[-1]["validation_loss"] < rows[0]["validation_loss"] < math.log(256)
+    assert outcome.evaluation.loss == pytest.approx(outcome.best_loss, rel=1e-6), "tested on the validation text"
 
 
 def test_samples_of_a_run_are_what_its_network_writes(tmp_path, recipe):
@@ -194,3 +195,37 @@ def test_the_kind_of_a_source(tmp_path, book):
     assert source_kind(book) == source_kind(book.parent) == "text"
     assert choose_task(Recipe(data=book)).kind == choose_task(Recipe(model="gpt-nano")).kind == "text"
     assert choose_task(Recipe()).kind == "image"
+
+
+def test_a_network_of_text_is_exported(tmp_path, recipe):
+    pytest.importorskip("onnxruntime")
+    from skipway.inference.publish import write_hub_folder, write_onnx
+
+    train(dataclasses.replace(recipe, steps=1), tmp_path / "run", stop=StopAfter(9))
+    with pytest.warns(UserWarning, match="for sequences of 8 tokens"):
+        difference = write_onnx(tmp_path / "run", tmp_path / "model.onnx")
+    assert difference < 1e-5
+    with pytest.raises(SkipwayError, match="--transformers FOLDER"):
+        write_hub_folder(tmp_path / "run", tmp_path / "hub")
+
+
+def test_text_from_the_command_line(tmp_path, book, capsys):
+    from skipway.cli import main
+
+    words = ["--depth", "1", "--width", "12", "--context", "8", "--batch-size", "8", "--steps", "4", "--device", "cpu"]
+    out = str(tmp_path / "run")
+    assert main(["train", str(book), "--model", "gpt-nano", *words, "--precision", "float32", "--out", out]) == 0
+    told = capsys.readouterr().out
+    assert "bits/byte train" in told
+    assert "tokens/s" in told
+    bits = next(line for line in told.splitlines() if line.startswith("bits"))
+    assert main(["evaluate", out, "--json"]) == 0
+    assert f"{json.loads(capsys.readouterr().out)['bits_per_byte']:.4f} bits per byte" in bits
+    assert main(["generate", out, "the cat", "--length", "3", "--seed", "0", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["text"]
+    assert main(["generate", out, "the cat", "--length", "3", "--seed", "0"]) == 0
+    assert capsys.readouterr().out == f"the cat{first}\n"
+    assert main(["evaluate", out, "--flip"]) == 2
+    assert "--flip: an option for images" in capsys.readouterr().err
+    assert main(["predict", out, str(book)]) == 2
+    assert "skipway generate RUN" in capsys.readouterr().err

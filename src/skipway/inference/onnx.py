@@ -52,9 +52,9 @@ def export_onnx(
     """Write a model in eval mode to an ONNX file for any batch size, and for any image size where the model allows it,
     and check the file in onnxruntime where that is installed; the model stays as it is.
 
-    The file's input is "images", its output "outputs". A model fused by `skipway.fuse` gives a smaller and faster
-    file. Weights of more than 2 GB are written beside it, to `<path>.data`. A model in bfloat16 or float64 is written
-    in float32, which onnxruntime runs.
+    The file's input is "images", or "ids" for whole numbers, its output "outputs". A model fused by `skipway.fuse`
+    gives a smaller and faster file. Weights of more than 2 GB are written beside it, to `<path>.data`. A model in
+    bfloat16 or float64 is written in float32, which onnxruntime runs.
 
     Args:
         model: a network that takes one tensor and returns one.
@@ -327,7 +327,7 @@ def write_onnx_file(
             (images,),
             dynamo=True,
             dynamic_shapes=(free_axes(images, free),),
-            input_names=["images"],
+            input_names=["images" if images.is_floating_point() else "ids"],
             output_names=["outputs"],
             opset_version=opset,
             verbose=False,
@@ -360,7 +360,7 @@ def verify_onnx(model: nn.Module, path: Path, batches: list[Tensor], tolerance: 
     expected = batches[0]
     for images in batches:
         expected = model(images).cpu()
-        outputs = np.asarray(session.run(None, {"images": images.cpu().numpy()})[0])
+        outputs = np.asarray(session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})[0])
         if outputs.shape != tuple(expected.shape):
             raise SkipwayError(
                 f"{printable(path.name)} in onnxruntime gives {outputs.shape} for images of {sides_of(images)}, the "

@@ -28,6 +28,7 @@ from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.inference.onnx import Sides, export_onnx, export_program
 from skipway.inference.predict import NetworkChoices, describe_network, from_pretrained, weights_file
+from skipway.inference.text_inputs import TextInputs
 from skipway.inference.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def write_onnx(
         the largest absolute difference to the network; None if onnxruntime is not installed.
     """
     model = from_pretrained(path, **network)
-    preprocessing = get_preprocessing(model)
-    metadata = {name: json.dumps(value) for name, value in build_metadata(path, preprocessing).items()}
-    return export_onnx(model, preprocessing.example, file, sides=sides, opset=opset, metadata=metadata, remark=remark)
+    inputs = get_inputs(model, sides, remark)
+    metadata = {name: json.dumps(value) for name, value in build_metadata(path, inputs).items()}
+    return export_onnx(model, inputs.example, file, sides=sides, opset=opset, metadata=metadata, remark=remark)
 
 
 def write_program(
@@ -80,27 +81,37 @@ def write_program(
         the largest absolute difference to the network.
     """
     model = from_pretrained(path, **network)
-    preprocessing = get_preprocessing(model)
-    extra = {name: json.dumps(value) for name, value in build_metadata(path, preprocessing).items()}
-    return export_program(model, preprocessing.example, file, sides=sides, extra=extra, remark=remark)
+    inputs = get_inputs(model, sides, remark)
+    extra = {name: json.dumps(value) for name, value in build_metadata(path, inputs).items()}
+    return export_program(model, inputs.example, file, sides=sides, extra=extra, remark=remark)
 
 
-def get_preprocessing(model: nn.Module) -> Preprocessing:
-    """The preprocessing of a network from `from_pretrained`."""
-    preprocessing = getattr(model, "preprocessing", None)
-    assert isinstance(preprocessing, Preprocessing)
-    return preprocessing
+def get_inputs(
+    model: nn.Module, sides: Sides = "fixed", remark: Callable[[str], None] = warnings.warn
+) -> Preprocessing | TextInputs:
+    """What is stored with the weights of a network from `from_pretrained` about its inputs."""
+    inputs = getattr(model, "text", None) or getattr(model, "preprocessing", None)
+    if isinstance(inputs, TextInputs) and sides == "dynamic":
+        remark(
+            f"the file is for sequences of {inputs.context} tokens: a shorter one is filled up at its end, which "
+            "changes nothing before, since no token sees a later one"
+        )
+    if isinstance(inputs, Preprocessing | TextInputs):
+        return inputs
+    raise SkipwayError("a folder of transformers is no run of skipway train: --transformers writes it again")
 
 
-def build_metadata(path: str | Path, preprocessing: Preprocessing) -> dict[str, Any]:
-    """The metadata stored with the weights: network (no folders of this machine in it), preprocessing, version."""
+def build_metadata(path: str | Path, inputs: Preprocessing | TextInputs) -> dict[str, Any]:
+    """The metadata stored with the weights: network (no folders of this machine in it), inputs, version."""
     file = weights_file(path)
     _, header = read_safetensors(file)
     model = decode_json(header["model"].encode(), file)
+    if isinstance(inputs, TextInputs):
+        return {"model": model, "text": inputs.to_json(), "skipway": __version__}
     return {
         "model": {**model, "name": portable_name(model["name"])},
-        "preprocessing": preprocessing.to_json(),
-        "input_steps": input_steps(preprocessing),
+        "preprocessing": inputs.to_json(),
+        "input_steps": input_steps(inputs),
         "skipway": __version__,
         **({"reference": decode_json(header["reference"].encode(), file)} if "reference" in header else {}),
     }
@@ -162,7 +173,9 @@ def write_hub_folder(
     others = folder.is_dir() and [each for each in folder.iterdir() if each.name not in own and not is_git_file(each)]
     if others or (folder.exists() and not folder.is_dir()):
         raise SkipwayError(f"{printable(folder)} contains other files; choose a new or empty folder")
-    preprocessing = get_preprocessing(from_pretrained(path, **network))
+    preprocessing = get_inputs(from_pretrained(path, **network))
+    if isinstance(preprocessing, TextInputs):
+        raise SkipwayError("a language model is written for the hub by --transformers FOLDER, which transformers loads")
     about = build_metadata(path, preprocessing)
     about["model"]["name"] = portable_name(described["name"])
     missing = [] if code is None else local_imports(code)

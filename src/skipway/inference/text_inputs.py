@@ -29,8 +29,8 @@ class TextInputs:
 
     @property
     def example(self) -> Tensor:
-        """Two sequences of the first token, int64 (2, context)."""
-        return torch.zeros(2, self.context, dtype=torch.int64)
+        """Two sequences in which all tokens take turns, int64 (2, context)."""
+        return (torch.arange(2 * self.context) % self.tokenizer.size).view(2, self.context)
 
     def encode(self, text: str) -> Tensor:
         """A text as tokens, int64 (1, T).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from skipway.inference.text_evaluation import TextEvaluation, evaluate_text
 from skipway.inference.text_inputs import TextInputs
 from skipway.recipe import Recipe, ResolvedRecipe
 
-__all__ = ["TextRunEvaluation", "evaluate_text_run", "generate_text"]
+__all__ = ["TextRunEvaluation", "evaluate_text_run", "generate_text", "with_test"]
 
 # sequences of a forward pass
 BATCH = 16
@@ -104,7 +104,9 @@ def evaluate_text_run(
         text, precision = stored_text(path, inputs)
     else:
         text = load_text(data, tokenizer=inputs.tokenizer, context=inputs.context, holdout=0.0, validation=0.0)
-    split = "test" if text.test.targets else "train"  # all of another text without a test split
+    split: Literal["test", "train"] = (
+        "test" if text.test.targets else "train"
+    )  # all of another text without a test split
     part, where = getattr(text, split), next(model.parameters()).device
     batches = text.evaluation_batches(split, batch_size or BATCH)
     found = evaluate_text(
@@ -118,6 +120,17 @@ def evaluate_text_run(
     return TextRunEvaluation(name, found, text.remarks if data is not None else ())
 
 
+def with_test(data: TextData) -> TextData:
+    """The data, tested on the validation text where no text is held out for a test, with a remark."""
+    if data.test.targets or not data.validation.targets:
+        return data
+    remark = (
+        "no text is left to test on: the result is that of the validation text, which also chooses the weights, so it is "
+        "a little too good"
+    )
+    return dataclasses.replace(data, test=data.validation, remarks=(*data.remarks, remark))
+
+
 def stored_text(path: Path, inputs: TextInputs) -> tuple[TextData, str]:
     """The text of a run, split as in training, and the precision of the run."""
     file = weights_file(path).parent / "config.json"
@@ -127,7 +140,7 @@ def stored_text(path: Path, inputs: TextInputs) -> tuple[TextData, str]:
     recipe = ResolvedRecipe.of(Recipe.from_json(stored["recipe"], printable(file)))
     source = None if recipe.data is None else str(recipe.data)
     choices = TextChoices(source=source, **recipe.text_choices())
-    text = load_text(dataclasses.replace(choices, tokenizer=inputs.tokenizer))
+    text = with_test(load_text(dataclasses.replace(choices, tokenizer=inputs.tokenizer)))
     fingerprint = stored["data"].get("fingerprint") if isinstance(stored.get("data"), dict) else None
     if text.fingerprint != fingerprint:
         raise DataError(

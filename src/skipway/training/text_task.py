@@ -18,6 +18,7 @@ from skipway.errors import DataError, SkipwayError, counted, printable, spell, s
 from skipway.inference.generate import generate
 from skipway.inference.text_evaluation import TextEvaluation, evaluate_text
 from skipway.inference.text_inputs import TextInputs
+from skipway.inference.text_run import with_test
 from skipway.models import build, find_config
 from skipway.models.family import split_options
 from skipway.recipe import NO_PATIENCE, Recipe, ResolvedRecipe
@@ -84,7 +85,7 @@ class LanguageModelling(Task):
         check_decoder(chosen)
         reporter.activity("reading")
         with spelling(column="columns"):
-            data = load_text(None if recipe.data is None else str(recipe.data), **chosen.text_choices())
+            data = with_test(load_text(None if recipe.data is None else str(recipe.data), **chosen.text_choices()))
         return (choose_length(chosen, data, device) if fresh else chosen), data
 
     def resolve(self, given: Recipe, data: TextData, precision: Any, world: int) -> ResolvedRecipe:
