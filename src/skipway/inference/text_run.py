@@ -125,8 +125,8 @@ def with_test(data: TextData) -> TextData:
     if data.test.targets or not data.validation.targets:
         return data
     remark = (
-        "no text is left to test on: the result is that of the validation text, which also chooses the weights, so it is "
-        "a little too good"
+        "no text is left to test on: the result is that of the validation text, which also chooses the weights, so it "
+        "is a little too good"
     )
     return dataclasses.replace(data, test=data.validation, remarks=(*data.remarks, remark))
 
