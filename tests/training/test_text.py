@@ -99,7 +99,7 @@ def test_bits_per_byte_are_those_of_the_tokens_of_the_test_text(tmp_path, recipe
     outcome = train(recipe, tmp_path / "run")
     model = sw.from_pretrained(tmp_path / "run")
     content = book.read_bytes()
-    ids = torch.tensor(list(content[len(content) - len(content) // 5 :]))
+    ids = torch.tensor(list(content[-math.ceil(len(content) / 5) :]))
     nats = 0.0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, 8):

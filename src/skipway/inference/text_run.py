@@ -104,9 +104,8 @@ def evaluate_text_run(
         text, precision = stored_text(path, inputs)
     else:
         text = load_text(data, tokenizer=inputs.tokenizer, context=inputs.context, holdout=0.0, validation=0.0)
-    split: Literal["test", "train"] = (
-        "test" if text.test.targets else "train"
-    )  # all of another text without a test split
+    # all of another text without a test split
+    split: Literal["test", "train"] = "test" if text.test.targets else "train"
     part, where = getattr(text, split), next(model.parameters()).device
     batches = text.evaluation_batches(split, batch_size or BATCH)
     found = evaluate_text(
