@@ -124,8 +124,9 @@ class Contestant:
         rows: the file that gets a line of JSON for each epoch.
         log: where its output goes.
         environment: of the command.
+        metric: what the lines are read for.
         seconds: that it has run so far.
-        results: (seconds, accuracy) at the end of each epoch.
+        results: (seconds, metric) at the end of each epoch.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Contestant:
     rows: Path
     log: Path
     environment: dict[str, str]
+    metric: str = "validation_accuracy"
     seconds: float = 0.0
     results: list[tuple[float, float]] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
@@ -155,9 +157,10 @@ class Contestant:
             os.killpg(self.process.pid, signal.SIGSTOP)
         self.seconds += time.monotonic() - began
         if len(found) > len(self.results):
-            self.results.append((self.seconds, found[-1]["validation_accuracy"]))
-            percent = 100 * found[-1]["validation_accuracy"]
-            print(f"{self.name:8} epoch {len(self.results):3}  {self.seconds:8.1f} s  {percent:.2f} %")
+            self.results.append((self.seconds, found[-1][self.metric]))
+            print(
+                f"{self.name:14} {len(self.results):3}  {self.seconds:8.1f} s  {self.metric} {self.results[-1][1]:.4f}"
+            )
             sys.stdout.flush()
             return True
         if ended and self.process.returncode:

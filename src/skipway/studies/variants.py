@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,7 +21,16 @@ from skipway.studies.statistics import group_values, pair_by_seed, select_best, 
 from skipway.studies.study import Study, Verdict
 from skipway.tracing.chain import chain
 
-__all__ = ["FAMILIES", "NetworkVariant", "TrainingGrid", "VariantStudy", "build_network", "compare", "lowest_rate_rows"]
+__all__ = [
+    "FAMILIES",
+    "NetworkVariant",
+    "TrainingGrid",
+    "VariantStudy",
+    "build_network",
+    "compare",
+    "lowest_rate_rows",
+    "transfers",
+]
 
 FAMILIES = {"vit": "ViT", "resnet": "ResNet"}
 
@@ -235,3 +245,20 @@ def compare(claim: str, rows: Sequence[Row], better: str, worse: str, value: str
         return Verdict(claim, "holds only when", f"the network is a {' or '.join(good)}. {text}")
     opposite = any(sign > 0 for sign in signs.values())
     return Verdict(claim, "holds" if good else "does not hold" if opposite else "open", text)
+
+
+def transfers(rows: Sequence[Row], name: str, base: int) -> Verdict:
+    """Judge whether the deepest network has the best rate of the one with `base` blocks, within a factor of 2."""
+    claim = f"With {name} the best learning rate of the shallow network is that of the deep one."
+    best = {(row["scheme"], row["depth"]): float(row["lr"] or 0) for row in lowest_rate_rows(rows)}
+    shallow = next((rate for (_, depth), rate in best.items() if depth == base), None)
+    deepest = max((int(depth or 0) for own, depth in best if own == name), default=0)
+    if shallow is None or deepest <= base:
+        return Verdict(claim, "open", "not measured at two depths")
+    losses = group_values(lowest_rate_rows(rows), ["scheme", "depth"], "train_loss")
+    text = (
+        f"Best rate {shallow:g} with {base} blocks, {best[name, deepest]:g} with {deepest} "
+        f"(training loss {losses[name, deepest]})."
+    )
+    near = abs(math.log2(best[name, deepest] / shallow)) < 1.01
+    return Verdict(claim, "holds" if near else "does not hold", text)

@@ -20,7 +20,6 @@ Result:   29 November 2026, digits, 3 seeds, a stream of unit size: with 1/m and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -35,7 +34,7 @@ from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import data_of
 from skipway.studies.statistics import group_values, series_over
 from skipway.studies.study import STUDIES, Verdict
-from skipway.studies.variants import NetworkVariant, TrainingGrid, VariantStudy, lowest_rate_rows, trained_rows
+from skipway.studies.variants import NetworkVariant, TrainingGrid, VariantStudy, trained_rows, transfers
 
 __all__ = ["DepthTransfer"]
 
@@ -114,7 +113,7 @@ class DepthTransfer(VariantStudy):
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         return [
             *(stays_flat(rows, name) for name in (INVERSE, ROOT)),
-            *(transfers(rows, name) for name in (INVERSE, ROOT, PLAIN)),
+            *(transfers(rows, name, BASE) for name in (INVERSE, ROOT, PLAIN)),
         ]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
@@ -156,23 +155,6 @@ def stays_flat(rows: Sequence[Row], name: str) -> Verdict:
     )
     flat = max(found.values()) <= 2 * min(found.values())
     return Verdict(claim, "holds" if flat else "does not hold", text)
-
-
-def transfers(rows: Sequence[Row], name: str) -> Verdict:
-    """Judge whether the best rate of the deepest network is that of the shallow one, within a factor of 2."""
-    claim = f"With {name} the best learning rate of the shallow network is that of the deep one."
-    best = {(row["scheme"], row["depth"]): float(row["lr"] or 0) for row in lowest_rate_rows(rows)}
-    shallow = next((rate for (_, depth), rate in best.items() if depth == BASE), None)
-    deepest = max((int(depth or 0) for own, depth in best if own == name), default=0)
-    if shallow is None or deepest <= BASE:
-        return Verdict(claim, "open", "not measured at two depths")
-    losses = group_values(lowest_rate_rows(rows), ["scheme", "depth"], "train_loss")
-    text = (
-        f"Best rate {shallow:g} with {BASE} blocks, {best[name, deepest]:g} with {deepest} "
-        f"(training loss {losses[name, deepest]})."
-    )
-    near = abs(math.log2(best[name, deepest] / shallow)) < 1.01
-    return Verdict(claim, "holds" if near else "does not hold", text)
 
 
 STUDIES.add("depth-transfer", DepthTransfer())
