@@ -247,7 +247,7 @@ class BranchReader(Walker):
         while waiting:
             for user in program.users[waiting.pop()]:
                 if user in members:
-                    (waiting if effective_part(program[user]) in CARRYING else entries).append(user)
+                    (waiting if effective_part(program[user]) in CARRYING | {"join"} else entries).append(user)
         if entries and all(effective_part(program[entry]) == "norm" for entry in entries):
             return True
         here = program[way.start]

@@ -165,7 +165,9 @@ class AddClassifier(Walker):
         found = [(way, u, v) for way, u, v in ways if way is not None]
         if not found:
             return self.gated(value, first, second) or self.unrelated(value, first, second)
-        way, skip, branch = min(found, key=lambda entry: (entry[0].weight, len(entry[0].crossed)))
+        way, skip, branch = min(
+            found, key=lambda each: (each[0].weight, each[0].skip == "projection", len(each[0].crossed))
+        )
         reason = self.objection(value, way, skip, branch)
         if reason is None and self.streams.mixes_streams(value):
             reason = "mixing"
@@ -200,13 +202,16 @@ class AddClassifier(Walker):
             return "rotary"
         if not parts <= ELEMENTWISE or any(self.mixes(member) for member in crossed):
             return None
-        members = {way.start, *(member.number for member in crossed)}
-        bends = any(
-            member.part == "nonlinear"
-            or (member.part == "product" and members.issuperset(self.program.signals(member)))
+        return "activation" if self.bends(way.start, crossed) else "rotary"
+
+    def bends(self, start: int, crossed: list[Value]) -> bool:
+        """True if what was computed from a value is not linear in it; a product with something else is."""
+        members = {start, *(member.number for member in crossed)}
+        return any(
+            effective_part(member) in NONLINEAR - {"product"}
+            or (effective_part(member) == "product" and members.issuperset(self.program.signals(member)))
             for member in crossed
         )
-        return "activation" if bends else "rotary"
 
     def is_recurrence(self, way: SkipPath, branch: int) -> bool:
         """True if a branch multiplies what is carried by other signals and sums, and neither side has a parameter: a
@@ -252,9 +257,11 @@ class AddClassifier(Walker):
         parts = {effective_part(member) for member in crossed if member.floating}  # a mask of tokens does no work
         if way.skip == "pooled" and self.worked_parts(way.start, crossed) <= CARRYING | {"pool", "mean"}:
             return "parallel"
-        if way.skip == "projection" and (
-            "upsample" in parts or any(member.part == "upsample" for member in way.crossed)
-        ):
+        resampled = "upsample" in parts or any(member.part == "upsample" for member in way.crossed)
+        activated = any(member.part == "nonlinear" for member in way.crossed)
+        # from fewer positions both sides go to more of them, as in a block of a generator
+        grows = spatial_size(self.program[way.start]) < spatial_size(value) and not activated
+        if way.skip == "projection" and resampled and not grows:
             return "pyramid"
         if self.reads_other_slices(way, branch):
             return "hierarchical"
@@ -262,12 +269,10 @@ class AddClassifier(Walker):
             return None
         if not self.program[way.start].floating:
             return "unrelated"  # two tables were asked for the same tokens, and none of them is carried
-        if not parts & NONLINEAR or self.is_local_encoding(value, way, parts):
+        if not self.bends(way.start, crossed) or self.is_local_encoding(value, way, parts):
             return "parallel"
-        activated = any(member.part == "nonlinear" for member in way.crossed)
-        if activated and sum(effective_part(member) == "map" for member in crossed) <= 1:
-            return "parallel"
-        return None
+        maps = [sum(effective_part(member) == "map" for member in side) for side in (way.crossed, crossed)]
+        return "parallel" if activated and maps[1] <= max(1, maps[0]) else None
 
     def gated(self, value: Value, first: int, second: int) -> Reason | None:
         """The reason for a sum of which a side is a tensor that the other was computed from, times a gate. Where both
@@ -301,7 +306,7 @@ class AddClassifier(Walker):
         own = [[self.program[number] for number in side - shared] for side in sides]
         sizes = [max((spatial_size(member) for member in members), default=0) for members in own]
         resampled = any(member.part == "upsample" for members in own for member in members) or sizes[0] != sizes[1]
-        if resampled and value.channel != len(value.shape) - 1:
+        if resampled and value.channel not in (None, len(value.shape) - 1):
             return "pyramid"
         latest = max(shared, default=-1)
         members = [member for side in own for member in side if effective_part(member) not in CARRYING]
@@ -324,7 +329,9 @@ class AddClassifier(Walker):
         if not any(value.part == "slice" for value in way.crossed) or self.holds_copies(way.start):
             return False
         users = [user for user in self.program.users[way.start] if user == branch or self.program.depends(branch, user)]
-        return all(self.program[user].part == "slice" for user in users)
+        taken = [(value.operation, value.output) for value in way.crossed if way.start in value.operands]
+        read = [self.program[user] for user in users]
+        return all(value.part == "slice" and (value.operation, value.output) not in taken for value in read)
 
     def holds_copies(self, number: int) -> bool:
         """True for copies of one tensor, of which all slices are alike, as in the first layer of a RevNet."""

@@ -180,7 +180,8 @@ class Program:
         for operand in value.operands:
             constant = self.values[operand]
             if not constant.signal and len(constant.shape) > 0 and constant.parameters:
-                return max(constant.parameters, key=len).rpartition(".")[0]
+                owner, _, name = max(constant.parameters, key=len).rpartition(".")
+                return value.owner if name == "_flat_param" else owner  # FSDP1 lays many into one
         return value.owner
 
 

@@ -45,7 +45,7 @@ REASONS: dict[Reason, str] = {
     "attention": "the sum goes into a softmax: a bias of attention scores",
     "activation": "the sides differ by elementwise operators alone: an activation that is written out, as GELU by tanh",
     "difference": "the carried side is subtracted: F(x) − x",
-    "broadcast": "one side is a vector spread over positions: a gate-like sum",
+    "broadcast": "one side has fewer elements and is repeated, as a vector that is spread over positions",
     "hierarchical": "the sides read different channels or tokens of one tensor, as in Res2Net",
     "pyramid": "a sum across resolutions: the sides come from maps of different sizes",
     "parallel": "both sides do the same kind of work: parallel branches, neither of which carries the stream",
@@ -123,7 +123,8 @@ class ResidualAdd:
         term: the term of that addition that it adds, from 0: 1 unless more than two are added.
         skip_first: whether the skip is the first operand of the addition.
         weights: the numbers a and b; of a branch that is subtracted b = −1.
-        skip: "identity" (x itself), "pooled" (x on fewer positions), "projection" (through linear maps or norms),
+        skip: "identity" (x itself), "pooled" (x on fewer positions), "upsampled" (on more of
+            them), "projection" (through linear maps or norms),
             "mixed" (streams, or fractions of one, weighed with each other), "read" (x is a sum of earlier outputs, and
             it is those that are carried on).
         carry: names of parameters that multiply the skip.

@@ -100,7 +100,10 @@ class StreamJudge(Walker):
         signals = self.program.signals(value)
         if value.norm is None and (value.part in CARRYING or self.weighs(value)):
             for operand in sorted(signals, key=self.spread, reverse=True):
-                if not self.positional[operand]:
+                weights = [
+                    self.spread(each) for each in signals if each != operand and value.operator in {"mul", "mul_"}
+                ]
+                if not self.positional[operand] and max(weights, default=0) < total:  # weights of streams, not elements
                     yield from self.branches(operand, total)
 
     def put_out(self, number: int) -> int:

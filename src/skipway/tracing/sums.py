@@ -9,12 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["PLACING", "StackedAxis", "Term", "is_addition", "number_of", "operator_of", "slices_of", "terms_of"]
+__all__ = [
+    "PLACING",
+    "JoinedAxis",
+    "StackedAxis",
+    "Term",
+    "is_addition",
+    "number_of",
+    "operator_of",
+    "slices_of",
+    "terms_of",
+]
 
 PLACING = frozenset({"index_add", "scatter_add", "index_put", "scatter", "scatter_reduce"})
 """Operators that write a tensor into some positions of another one, and may add it there."""
@@ -140,7 +151,7 @@ FORMS: dict[str, Callable[..., list[Term]]] = {
     "scatter_reduce": scatter,
     "index_put": index_put,
 }
-REDUCTIONS = frozenset({"sum", "mean"})
+REDUCTIONS = frozenset({"sum", "mean", "nansum"})
 """Operators that add along an axis."""
 
 
@@ -198,7 +209,7 @@ def slices_of(operator: str, input: Tensor, *args: Any, **kwargs: Any) -> list[T
     if axis is None:
         return []
     length = input.shape[axis]
-    factor = 1.0 if operator == "sum" else 1 / length
+    factor = 1 / length if operator == "mean" else 1.0
     slices = (partial(input.select, axis, number) for number in range(length))
     return [Term((input,), factor, "select", each) for each in slices]
 
@@ -265,3 +276,55 @@ class StackedAxis:
         if axis is None or view.numel() != self.numel:
             return False
         return view.shape[axis] == len(self.members) and view.stride(axis) == self.stride
+
+
+@dataclass(frozen=True)
+class JoinedAxis:
+    """Tensors that `cat` or `stack` has laid side by side, so that a slice of the result is known to be one of them.
+
+    Args:
+        members: the values that were joined.
+        ends: where each ends on the axis.
+        axis: that they lie on.
+        number: of the value that holds them all.
+        result: the tensor that does.
+        stacked: whether the axis was made for them.
+    """
+
+    members: tuple[int, ...]
+    ends: tuple[int, ...]
+    axis: int
+    number: int
+    result: Tensor
+    stacked: bool
+
+    @classmethod
+    def of(
+        cls, name: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any, members: Sequence[int], number: int
+    ) -> JoinedAxis | None:
+        """What `cat` or `stack` has made of several values, else None."""
+        if name not in ("stack", "cat") or len(members) < 2 or len({tensor.ndim for tensor in args[0]}) > 1:
+            return None  # one without elements may have one axis
+        axis = kwargs.get("dim", args[1] if len(args) > 1 else 0) % result.ndim
+        sizes = (1 if name == "stack" else tensor.shape[axis] for tensor in args[0])
+        return cls(tuple(members), tuple(accumulate(sizes)), axis, number, result, name == "stack")
+
+    def member(self, view: Tensor) -> tuple[int, int, int] | None:
+        """The value that a view is a slice of, where the slice starts in it and how long it is; None of other views."""
+        whole, step = self.result, self.result.stride(self.axis)
+        dropped = view.ndim < whole.ndim
+        axes = [axis for axis in range(whole.ndim) if not (dropped and axis == self.axis)]
+        if len(axes) != view.ndim or any(
+            whole.stride(axis) != view.stride(place) or (axis != self.axis and whole.shape[axis] != view.shape[place])
+            for place, axis in enumerate(axes)
+        ):
+            return None
+        start, rest = divmod(view.storage_offset() - whole.storage_offset(), max(step, 1))
+        length = 1 if dropped else view.shape[self.axis]
+        begins = (0, *self.ends)
+        if rest or not length or dropped != self.stacked:
+            return None
+        for member, begin, end in zip(self.members, begins, self.ends, strict=False):
+            if begin <= start and start + length <= end:
+                return member, start - begin, length
+        return None

@@ -8,12 +8,12 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-from skipway.tracing.operators import Part
+from skipway.tracing.operators import Part, is_linear_map
 from skipway.tracing.program import Program, Value
 
 __all__ = ["CARRYING", "LINEAR", "Skip", "SkipPath", "Walker", "effective_part"]
 
-Skip = Literal["identity", "pooled", "projection", "mixed", "read"]
+Skip = Literal["identity", "pooled", "upsampled", "projection", "mixed", "read"]
 
 CARRYING: frozenset[str] = frozenset({"carry", "slice", "stride", "pad", "drop", "scale", "shift"})
 LINEAR: frozenset[str] = CARRYING | {"pool", "map", "norm"}
@@ -39,9 +39,11 @@ class SkipPath:
     @property
     def skip(self) -> Skip:
         parts = {effective_part(value) for value in self.crossed}
-        return (
-            "projection" if parts & {"map", "norm"} else "pooled" if parts & {"pool", "mean", "stride"} else "identity"
-        )
+        if parts & {"map", "norm"} or any(is_linear_map(each.operator) for each in self.crossed):
+            return "projection"  # also where a map is one to more positions
+        if parts & {"pool", "mean", "stride"}:
+            return "pooled"
+        return "upsampled" if "upsample" in parts else "identity"
 
     @property
     def weight(self) -> int:
@@ -72,6 +74,8 @@ class Walker:
         here = side
         while not program.depends(other, here):
             value = program[here]
+            if value.operator == "cat" and value.norm is None and (joined := self.way_of_parts(value, other)):
+                return SkipPath(joined.start, (*joined.crossed, value, *reversed(crossed)))
             if value.norm is not None:
                 before = self.before_norm(value)
             elif value.number in self.skips:
@@ -93,6 +97,15 @@ class Walker:
             crossed.append(value)
             here = before
         return SkipPath(here, tuple(reversed(crossed)))
+
+    def way_of_parts(self, value: Value, other: int) -> SkipPath | None:
+        """Back from the largest of several joined tensors, if all of them carry what `other` was computed from."""
+        ways = {each: self.way(each, other) for each in self.program.signals(value)}
+        starts = {None if way is None else way.start for way in ways.values()}
+        projected = any(way is not None and way.skip == "projection" for way in ways.values())
+        if len(ways) < 2 or None in starts or (projected and len(starts) > 1):
+            return None
+        return ways[max(ways, key=lambda each: self.program[each].numel)]
 
     def is_own_activation(self, value: Value) -> bool:
         """True for the activation of a norm-activation-map shortcut that has its own norm, as in DPN."""

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from skipway.tracing.operator_call import Operand, OperatorCall
 from skipway.tracing.operators import part_of
 from skipway.tracing.program import Program, Value
 from skipway.tracing.restoration import preserved_state, without_fused_layers
-from skipway.tracing.sums import StackedAxis, Term, is_addition, number_of, terms_of
+from skipway.tracing.sums import JoinedAxis, StackedAxis, Term, is_addition, number_of, terms_of
 
 __all__ = ["Recorder", "copy_to_meta", "record_program", "require_module", "unwrap", "watch"]
 
@@ -179,6 +180,11 @@ def has_default_copy(module: nn.Module) -> bool:
     return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in asked)
 
 
+def is_vector(tensor: Tensor) -> bool:
+    """True if at most one axis is longer than 1, as of a gain (C, 1, 1)."""
+    return tensor.numel() == max(tensor.shape, default=1)
+
+
 def is_frozen(value: object) -> bool:
     """True for immutable values, such as a `Site` or a scheme, which need no copy."""
     parameters = getattr(type(value), "__dataclass_params__", None)
@@ -194,6 +200,7 @@ def record_program(model: nn.Module, example: Example, kind: type[Recorder] | No
         stack.enter_context(Calls(recorder))
         stack.enter_context(recorder)
         call_model(model, example)
+    recorder.split_joins()
     return recorder.program
 
 
@@ -211,7 +218,7 @@ class Modules:
     def following(self) -> Iterator[None]:
         for name, module in self.model.named_modules():
             named_so = bool(NORM.search(type(module).__name__))
-            is_norm = named_so and all(parameter.ndim <= 1 for parameter in module.parameters())
+            is_norm = named_so and all(is_vector(parameter) for parameter in module.parameters())
             self.handles.append(
                 module.register_forward_pre_hook(self.enter(name, is_norm), prepend=True, with_kwargs=True)
             )
@@ -282,6 +289,8 @@ class Recorder(TorchDispatchMode):
         self.known: dict[int, dict[tuple[Any, ...], int]] = {}
         self.written: dict[int, int] = {}
         self.stacks: dict[int, StackedAxis] = {}
+        self.joins: dict[int, JoinedAxis] = {}
+        self.parts: dict[int, Value] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.note(tensor, "parameter", signal=False, parameters=frozenset({name}))
         for tensor in tensors_in(example):
@@ -313,12 +322,40 @@ class Recorder(TorchDispatchMode):
         for output, leaf in enumerate(tree_flatten(result)[0]):
             if isinstance(leaf, Tensor):
                 more = {"output": output, "factor": factor, "args": args, "operation": operation}
-                self.note(leaf, name, part, tuple(operands), written=mutates, **more)
+                number = self.note(leaf, name, part, tuple(operands), written=mutates, **more)
+                if self.joins and part == "slice" and (member := self.find_member(leaf, tuple(operands))):
+                    self.parts[number] = member
         if mutates and not tree_flatten(result)[0]:
             self.note(next(iter(args)), name, part, tuple(operands), written=True)
         if stack := StackedAxis.of(name, args, kwargs, result, operands):
             self.stacks[address(result)[0]] = stack
+        if join := JoinedAxis.of(name, args, kwargs, result, operands, len(self.program) - 1):
+            self.joins[address(result)[0]] = join
         return result
+
+    def find_member(self, view: Tensor, operands: tuple[int, ...]) -> Value | None:
+        """A slice of joined tensors as a value that is computed from the one tensor it lies in; None of any other."""
+        storage = address(view)[0]
+        join = None if storage in self.written else self.joins.get(storage)
+        found = None if join is None or operands != (join.number,) else join.member(view)
+        if join is None or found is None:
+            return None
+        member, start, length = found
+        value, operand = self.program.values[-1], Operand(member)
+        if join.stacked or length == self.program[member].shape[join.axis]:
+            call = OperatorCall.on(torch.clone, operand)
+            return replace(value, operator="clone", part="carry", operands=(member,), operation=call)
+        call = OperatorCall.on(torch.narrow, operand, join.axis, start, length)
+        return replace(value, operands=(member,), operation=call)
+
+    def split_joins(self) -> None:
+        """Where tensors were joined only to be taken apart again, let the parts be computed from the tensors alone."""
+        users = self.program.users
+        for join in self.joins.values():
+            if all(user in self.parts for user in users[join.number]):
+                for user in users[join.number]:
+                    self.program.values[user] = self.parts[user]
+        del self.program.users
 
     def take_in(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the values that a module is called with."""
@@ -331,7 +368,7 @@ class Recorder(TorchDispatchMode):
 
     def look_up(self, tensor: Tensor) -> int | None:
         """The value that a tensor holds now, if it or its storage is known."""
-        return self.value_at(*address(tensor))
+        return self.value_at(*address(without_transforms(tensor)))
 
     def value_at(self, storage: int, place: tuple[Any, ...]) -> int | None:
         """The value at a place in a storage: the one noted there or, if that is older, what was written last into the
@@ -403,6 +440,7 @@ class Recorder(TorchDispatchMode):
 
     def read(self, tensor: Tensor) -> int:
         """The value a tensor holds now."""
+        tensor = without_transforms(tensor)
         storage, place = address(tensor)
         source = self.value_at(storage, place)
         if source is None:  # a constant made outside of the watch
@@ -424,6 +462,11 @@ class Recorder(TorchDispatchMode):
         **more: Any,
     ) -> int:
         """Write down that `tensor` now holds what `operator` made of `operands`."""
+        if tensor.is_nested and tensor.layout is torch.strided:
+            raise SkipwayError(
+                "the model computes with a nested tensor of layout torch.strided, which does not tell its sizes; use "
+                "layout=torch.jagged, or a padded tensor with a mask"
+            )
         floating = tensor.is_floating_point() or tensor.is_complex()
         number = self.append(operator, part, operands, tuple(tensor.shape), floating=floating, written=written, **more)
         storage, place = address(tensor)
@@ -459,6 +502,15 @@ class Recorder(TorchDispatchMode):
         place = {"owner": owner, "norm": norm, "shape": shape, "signal": signal, "parameters": parameters}
         values.append(Value(number, operator, part, operands, output, **place, call=self.call, channel=channel, **more))
         return number
+
+
+def without_transforms(tensor: Tensor) -> Tensor:
+    """The tensor that `torch.func` computes with, where hooks are given one that stands for it within `vmap` or
+    `grad`; operators are dispatched on the former.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def address(tensor: Tensor) -> tuple[int, tuple[Any, ...]]:
