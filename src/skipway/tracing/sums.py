@@ -319,7 +319,7 @@ class JoinedAxis:
             for place, axis in enumerate(axes)
         ):
             return None
-        start, rest = divmod(view.storage_offset() - whole.storage_offset(), max(step, 1))
+        start, rest = divmod(int(view.storage_offset()) - int(whole.storage_offset()), max(step, 1))
         length = 1 if dropped else view.shape[self.axis]
         begins = (0, *self.ends)
         if rest or not length or dropped != self.stacked:
