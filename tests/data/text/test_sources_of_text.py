@@ -35,7 +35,7 @@ def save(folder, name, content):
     ("content", "remark"),
     [
         (STORY.encode(), ""),
-        (gzip.compress(STORY.encode()), ""),
+        (gzip.compress(STORY.encode(), mtime=0), ""),
         (bz2.compress(STORY.encode()), ""),
         (lzma.compress(STORY.encode()), ""),
         (b"\xef\xbb\xbf" + STORY.encode(), "a byte order mark is left out"),
@@ -105,7 +105,7 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4
         ("a.pdf", "%PDF-1.7\n" + STORY, "is no text: it is a PDF document"),
         ("a.txt", b"PK\x03\x04" + STORY.encode(), "is no text: it is an archive"),
         ("a.txt", "version https://git-lfs.github.com/spec/v1\noid 0", "is no text: it is a pointer of Git LFS"),
-        ("a.txt.gz", gzip.compress(STORY.encode())[:-20], "is no text: it is a damaged gzip file"),
+        ("a.txt.gz", gzip.compress(STORY.encode(), mtime=0)[:-20], "is no text: it is a damaged gzip file"),
         ("a.txt.xz", lzma.compress(STORY.encode())[:-20], "is no text: it is a damaged xz file"),
         ("a.txt", b"\xff\xfe" + b"\0\xd8\0", "is no text: it is damaged, or not UTF-16"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl: line 2 is no JSON"),

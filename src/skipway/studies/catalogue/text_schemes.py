@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from skipway.report.chart import format_value
+from skipway.report.chart import Figure, format_value
 from skipway.studies.cell import Row
-from skipway.studies.statistics import pair_by_seed
+from skipway.studies.statistics import SeedValues, pair_by_seed, series_over
 from skipway.studies.study import STUDIES, Verdict
 from skipway.studies.text import TextGrid, TextStudy
 from skipway.studies.variants import NetworkVariant, lowest_rate_rows
@@ -51,6 +51,39 @@ class TextSchemes(TextStudy):
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         return [lowers_the_loss(rows)]
+
+    def figures(self, rows: Sequence[Row]) -> list[Figure]:
+        """Differences, since they are small beside the losses."""
+        found = differences(rows)
+        names = sorted(found, key=lambda name: found[name].mean)
+        shown = [
+            {"place": place, "difference": value, "scheme": f"minus {PLAIN}"}
+            for place, name in enumerate(names, start=1)
+            for value in found[name].values
+        ]
+        return [
+            Figure(
+                name="differences",
+                title=f"Test loss beside that of {PLAIN}, each at its better rate",
+                x_label="scheme",
+                y_label="difference, nats per byte",
+                categories=tuple(name.partition("(")[0] for name in names),
+                series=series_over(shown, "place", "difference", "scheme"),
+                note=f"In order: {', '.join(names)}.",
+            )
+        ]
+
+
+def differences(rows: Sequence[Row]) -> dict[str, SeedValues]:
+    """The test loss of each scheme minus that of the plain network, seed by seed, where there are two."""
+    best = lowest_rate_rows(rows)
+    plain = [row for row in best if row["scheme"] == PLAIN]
+    found = {}
+    for name in dict.fromkeys(str(row["scheme"]) for row in best if row["scheme"] != PLAIN):
+        pairs = pair_by_seed([row for row in best if row["scheme"] == name], plain, "test_loss")
+        if len(pairs.differences.values) >= 2:
+            found[name] = pairs.differences
+    return found
 
 
 def lowers_the_loss(rows: Sequence[Row]) -> Verdict:
