@@ -325,13 +325,14 @@ class AddClassifier(Walker):
         return frozenset(found)
 
     def reads_other_slices(self, way: SkipPath, branch: int) -> bool:
-        """True if the skip is a slice of a tensor of which the branch reads only other slices."""
+        """True if the skip is a slice of a tensor of which the branch reads slices, and others among them."""
         if not any(value.part == "slice" for value in way.crossed) or self.holds_copies(way.start):
             return False
         users = [user for user in self.program.users[way.start] if user == branch or self.program.depends(branch, user)]
         taken = [(value.operation, value.output) for value in way.crossed if way.start in value.operands]
         read = [self.program[user] for user in users]
-        return all(value.part == "slice" and (value.operation, value.output) not in taken for value in read)
+        same = all((value.operation, value.output) in taken for value in read)
+        return not same and all(value.part == "slice" for value in read)
 
     def holds_copies(self, number: int) -> bool:
         """True for copies of one tensor, of which all slices are alike, as in the first layer of a RevNet."""
