@@ -329,7 +329,9 @@ class AddClassifier(Walker):
         if not any(value.part == "slice" for value in way.crossed) or self.holds_copies(way.start):
             return False
         users = [user for user in self.program.users[way.start] if user == branch or self.program.depends(branch, user)]
-        taken = [(value.operation, value.output) for value in way.crossed if way.start in value.operands]
+        joined = [each for value in way.crossed if value.operator == "cat" for each in value.operands]
+        carried = (*way.crossed, *(self.program[each] for each in joined))
+        taken = [(value.operation, value.output) for value in carried if way.start in value.operands]
         read = [self.program[user] for user in users]
         same = all((value.operation, value.output) in taken for value in read)
         return not same and all(value.part == "slice" for value in read)
