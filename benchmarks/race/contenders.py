@@ -290,7 +290,7 @@ def run_accelerated_compiled(model: nn.Module, images: Tensor, precision: str) -
 
 
 def run_frozen(model: nn.Module, images: Tensor, precision: str) -> Call:
-    return compile_frozen(model, images)
+    return compile_frozen(model, images, precision)
 
 
 def run_accelerated(model: nn.Module, images: Tensor, precision: str) -> nn.Module:

@@ -155,10 +155,13 @@ class Walker:
         """Elements of a value before it was spread over positions, also by a mask that tells where to."""
         value = self.program[number]
         smallest = value.numel
-        while (value.part == "carry" and value.operator != "constant") or self.is_masked(value):
+        while True:
             signals = self.program.signals(value)
-            if value.part == "product":
-                signals = [each for each in signals if not self.positional[each]]
+            marks = [each for each in signals if self.positional[each]]
+            if self.is_masked(value) and marks:
+                signals = [each for each in signals if each not in marks]
+            elif value.part != "carry" or value.operator == "constant":
+                break
             if len(signals) != 1:
                 break
             value = self.program[signals[0]]
