@@ -23,6 +23,7 @@ from skipway.errors import CheckpointError, DataError, SkipwayError
 from skipway.inference.text_run import evaluate_text_run, generate_text
 from skipway.recipe import Recipe
 from skipway.training import step
+from skipway.training.cross_validation import cross_validate
 from skipway.training.loop import train
 from skipway.training.task_choice import choose_task
 from skipway.training.text_task import LanguageModelling, TextBatch
@@ -145,6 +146,14 @@ def test_a_time_is_planned(tmp_path, recipe):
     outcome = train(dataclasses.replace(recipe, steps=None, time="1s"), tmp_path / "run")
     assert outcome.finished
     assert outcome.folder.read_metrics()[-1]["step"] > 1
+
+
+def test_folds_and_published_weights_are_refused_before_anything_is_begun(tmp_path, recipe):
+    with pytest.raises(SkipwayError, match="folds=3: the rule is images in classes"):
+        cross_validate(recipe, tmp_path / "folds", folds=3)
+    assert not (tmp_path / "folds").exists()
+    with pytest.raises(SkipwayError, match="start='pretrained': no published weights go with gpt-nano"):
+        train(dataclasses.replace(recipe, start="pretrained"), tmp_path / "run")
 
 
 def test_changed_text_is_refused(tmp_path, recipe, book):

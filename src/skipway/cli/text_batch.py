@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["text_batch"]
 
+# tokens of all windows: 32 of GPT-2's 1,024 took minutes before anything was said
+MOST_TOKENS, SHORTEST = 4096, 16
+
 
 def text_batch(loaded: LoadedModel, file: Path, samples: int, seed: int, tokenizer: Path | None) -> tuple[Any, str]:
     """Windows of a text as a language model takes them, and what they are in words.
@@ -36,11 +39,12 @@ def text_batch(loaded: LoadedModel, file: Path, samples: int, seed: int, tokeniz
             f"{loaded.vocabulary}; leave --batch away for random tokens"
         )
     chosen: Any = "bytes" if tokenizer is None else tokenizer
-    data = load_text(file, tokenizer=chosen, context=loaded.shape[0], holdout=0.0, validation=0.0, seed=seed)
+    length = min(loaded.shape[0], max(SHORTEST, MOST_TOKENS // samples))
+    data = load_text(file, tokenizer=chosen, context=length, holdout=0.0, validation=0.0, seed=seed)
     if data.tokenizer.size > loaded.vocabulary:
         raise SkipwayError(
             f"--batch {file}: {tokenizer} knows {data.tokenizer.size:,} tokens, and the model {loaded.vocabulary:,}"
         )
     ids, _ = data.train_batch(epoch=0, step=0, batch_size=samples)
     kind = "bytes" if tokenizer is None else f"tokens of {tokenizer.name}"
-    return loaded.call_with(ids), printable(f"{samples} windows of {loaded.shape[0]} {kind} of {file}")
+    return loaded.call_with(ids), printable(f"{samples} windows of {length} {kind} of {file}")

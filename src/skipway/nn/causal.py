@@ -82,8 +82,8 @@ def decoding(model: nn.Module, capacity: int) -> Iterator[DecodingState]:
     readers = [module for module in model.modules() if hasattr(module, "decoding_state")]
     if not any(isinstance(module, CausalAttention) for module in readers):
         raise SkipwayError(
-            f"{type(model).__name__} has no causal attention of Skipway, so it has no cache to decode with; call it "
-            "with all tokens, generate(…, cache=False)"
+            f"{type(model).__name__} has no causal attention of Skipway, so it has no cache to decode with; a "
+            "language model of another library is called with all tokens: generate(…, cache=False)"
         )
     if any(module.decoding_state is not None for module in readers):
         raise SkipwayError("this network is decoding already; end that first, or decode a copy: copy.deepcopy(model)")

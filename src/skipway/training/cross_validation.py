@@ -13,7 +13,7 @@ from typing import Any
 from skipway._version import __version__
 from skipway.checkpoint.files import read_json, write_json
 from skipway.checkpoint.store import remove_path
-from skipway.errors import CheckpointError, SkipwayError, printable
+from skipway.errors import CheckpointError, SkipwayError, printable, spell
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.recipe import Recipe
@@ -24,6 +24,7 @@ from skipway.training.loop import train
 from skipway.training.reporter import Reporter, SilentReporter, StepReport
 from skipway.training.resume import resume_recipe
 from skipway.training.run_folder import RunFolder
+from skipway.training.task_choice import choose_task
 
 __all__ = ["CrossValidation", "FoldResult", "cross_validate"]
 
@@ -187,6 +188,10 @@ def cross_validate(
     """
     folder = RunFolder(out)
     recipe, folds = resolve_folds(recipe, folder, folds, resume=resume, overwrite=overwrite)
+    if choose_task(recipe).kind == "text":
+        raise SkipwayError(
+            f"{spell('folds', folds)}: the rule is images in classes, and this is text; train with several seeds"
+        )
     with join_ranks(recipe.device) as ranks:
         if ranks.first:
             prepare_folder(folder, recipe, folds, overwrite=overwrite)

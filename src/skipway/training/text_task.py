@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from skipway.data.text import IGNORED, TextData, TokenSplit, load_text
 from skipway.errors import DataError, SkipwayError, counted, printable, spell, spelling
 from skipway.inference.generate import generate
+from skipway.inference.published_weights import is_pretrained
 from skipway.inference.text_evaluation import TextEvaluation, evaluate_text
 from skipway.inference.text_inputs import TextInputs
 from skipway.inference.text_run import with_test
@@ -126,9 +127,9 @@ class LanguageModelling(Task):
                 sum(part["tokens"] for part in each["splits"].values())
                 for each in (stored["data"], run.data.describe())
             )
+            how = f"{was:,} tokens then, {now:,} now" if was != now else "as many tokens, but others"
             raise DataError(
-                f"the text, its splits or its tokenizer have changed since the run began: {was:,} tokens then, {now:,} "
-                "now; start a new run"
+                f"the text, its splits or its tokenizer have changed since the run began: {how}; start a new run"
             )
 
     def limit_validation(self, data: TextData, count: int, seed: int) -> TextData:
@@ -334,6 +335,11 @@ def check_decoder(recipe: Recipe) -> None:
     if not hasattr(config, "vocab"):
         raise SkipwayError(
             f"{spell('model', recipe.model)}: the rule for text is a decoder: {spell('model', 'gpt-micro')}"
+        )
+    if is_pretrained(recipe.initial_weights):
+        raise SkipwayError(
+            f"{spell('start', recipe.start)}: no published weights go with {recipe.model}; give a folder that "
+            f"transformers loads (GPT-2, Llama, Mistral, Qwen), or its name on the hub, {spell('start', 'hf:NAME')}"
         )
 
 

@@ -56,7 +56,7 @@ class TextSchemes(TextStudy):
         """Differences, since they are small beside the losses."""
         found = differences(rows)
         names = sorted(found, key=lambda name: found[name].mean)
-        shown = [
+        shown: list[Row] = [
             {"place": place, "difference": value, "scheme": f"minus {PLAIN}"}
             for place, name in enumerate(names, start=1)
             for value in found[name].values
