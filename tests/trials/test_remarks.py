@@ -23,6 +23,7 @@ from tests.trials.reporting import Notes
 
 import skipway as sw
 from skipway.report.summary import chance_loss
+from skipway.training.image_task import ImageClassification
 from skipway.training.run import Run
 
 SMALL = {"model": "resnet8", "width": 4, "device": "cpu", "workers": 0, "epochs": 1, "health": 0.0}
@@ -71,7 +72,8 @@ def test_the_loss_of_the_best_constant_output(smoothing, balanced):
     """Against the constant output that is found by optimisation, with the loss of the run itself."""
     labels = torch.tensor([0] * 7 + [1] * 2 + [2])
     weights = len(labels) / (3 * labels.bincount().float()) if balanced else None
-    run = SimpleNamespace(recipe=SimpleNamespace(label_smoothing=smoothing), class_weights=weights)
+    options, task = SimpleNamespace(label_smoothing=smoothing), ImageClassification()
+    run = SimpleNamespace(recipe=options, class_weights=weights, task=task)
     output = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.LBFGS([output], max_iter=100, line_search_fn="strong_wolfe")
 

@@ -226,9 +226,10 @@ class PerHead(nn.Module):
         return self.encoder(x, mask=mask + 0 * x.mean())
 
 
-def test_samples_in_groups_are_refused():
-    with pytest.raises(sw.SkipwayError, match="several entries for each of the 8 samples"):
-        skip_compute(PerHead(), torch.randn(8, 5, 16), 0.5)
+def test_masks_of_every_head_are_cut_with_their_samples():
+    model, x = PerHead(), torch.randn(8, 5, 16)
+    skip_compute(model, x, 0.5)
+    assert model.train()(x).shape == x.shape
 
 
 def test_an_unknown_argument_of_two_fitting_axes_is_refused_when_it_comes():

@@ -158,7 +158,7 @@ def split_options(text: str) -> tuple[str, dict[str, Any]]:
     ('gpt-4', {'dim': 64, 'act': 'silu'})
     """
     name, bracket, rest = text.partition("(")
-    return (name, parse_spec(f"options({rest}", lambda _: dict)) if bracket else (text, {})
+    return (name, parse_spec(f"options({rest}", lambda _: lambda **options: options)) if bracket else (text, {})
 
 
 def join_options(name: str, options: Mapping[str, Any]) -> str:

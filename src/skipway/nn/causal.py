@@ -80,7 +80,7 @@ def decoding(model: nn.Module, capacity: int) -> Iterator[DecodingState]:
     True
     """
     readers = [module for module in model.modules() if hasattr(module, "decoding_state")]
-    if not any(isinstance(module, CausalAttention) for module in readers):
+    if not readers:
         raise SkipwayError(
             f"{type(model).__name__} has no causal attention of Skipway, so it has no cache to decode with; a "
             "language model of another library is called with all tokens: generate(…, cache=False)"

@@ -37,7 +37,7 @@ def copy_example(example: Example) -> Example:
 def aligned(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
     """For each output before, the output after that is compared with it. Where a network returns more than before (the
     caches of blocks that were added), that is the next one that agrees best; where an output after the first holds all
-    of them along an axis that is longer now, its entries are aligned in the same way.
+    of them along a last axis that is longer now, its entries are aligned in the same way.
 
     Raises:
         SkipwayError: the network returns fewer outputs, or outputs of other shapes.
@@ -45,7 +45,9 @@ def aligned(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
     if len(before) == len(after) and all(old.shape == new.shape for old, new in zip(before, after, strict=True)):
         return list(after)
     if len(before) == len(after):
-        return [after[0], *(entries_aligned(old, new) for old, new in zip(before[1:], after[1:], strict=True))]
+        same = [after[0], *(entries_aligned(old, new) for old, new in zip(before[1:], after[1:], strict=True))]
+        if all(old.shape == new.shape for old, new in zip(before, same, strict=True)):
+            return same
     found: list[Tensor] = []
     first = 0
     for number, old in enumerate(before):
@@ -67,11 +69,11 @@ def aligned(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
 
 
 def entries_aligned(before: Tensor, after: Tensor) -> Tensor:
-    """The entries of a tensor that are compared with those before, where one axis is longer: a slot of a cache for each
-    block (RWKV).
+    """The entries of a tensor that are compared with those before, where its last axis is longer: a slot of a state for
+    each block (RWKV). Along any other axis a cache of tokens has grown, which is a difference.
     """
     longer = [axis for axis, pair in enumerate(zip(before.shape, after.shape, strict=False)) if pair[0] != pair[1]]
-    if before.ndim != after.ndim or len(longer) != 1 or before.shape[longer[0]] > after.shape[longer[0]]:
+    if before.ndim != after.ndim or longer != [before.ndim - 1] or before.shape[longer[0]] > after.shape[longer[0]]:
         return after
     return torch.stack(aligned(before.unbind(longer[0]), after.unbind(longer[0])), longer[0])
 
