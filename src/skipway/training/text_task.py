@@ -40,6 +40,8 @@ __all__ = ["LanguageModelling", "TextBatch"]
 SAMPLE_TOKENS, PROMPT_SHARE, TEMPERATURE = 256, 1 / 4, 0.8
 # copies of the logits: in float32, their logarithms, and the gradient
 LOGITS_BYTES, TOKEN_BYTES = 12, 24
+# tokens and logits up to which an evaluation takes larger batches than training: small ones cost twice the time
+EVALUATION_TOKENS, EVALUATION_LOGITS = 8192, 1 << 21
 # tokens below which a validation is little more than chance
 FEW_VALIDATION_TOKENS = 2_000
 # passes over the text from which it is said
@@ -214,7 +216,8 @@ class LanguageModelling(Task):
 
     def evaluation_batches(self, run: Run, split: Split, batch_size: int) -> Iterator[TextBatch]:
         world = run.ranks.world
-        batch_size = max(batch_size, world) // world * world
+        tokens = min(EVALUATION_TOKENS, EVALUATION_LOGITS // run.data.tokenizer.size)
+        batch_size = max(batch_size, tokens // run.data.context, world) // world * world
         left = self.count(run.data, split)
         for ids, targets in run.data.evaluation_batches(split, batch_size, rank=run.ranks.rank, world=world):
             done = max(0, min(len(ids), left // world))
