@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from skipway.report.chart import Figure, format_value
 from skipway.studies.cell import Row
-from skipway.studies.statistics import SeedValues, pair_by_seed, series_over
+from skipway.studies.statistics import PairedDifference, pair_by_seed, series_over
 from skipway.studies.study import STUDIES, Verdict
 from skipway.studies.text import TextGrid, TextStudy
 from skipway.studies.variants import NetworkVariant, lowest_rate_rows
@@ -55,11 +55,11 @@ class TextSchemes(TextStudy):
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
         """Differences, since they are small beside the losses."""
         found = differences(rows)
-        names = sorted(found, key=lambda name: found[name].mean)
+        names = sorted(found, key=lambda name: found[name].differences.mean)
         shown: list[Row] = [
             {"place": place, "difference": value, "scheme": f"minus {PLAIN}"}
             for place, name in enumerate(names, start=1)
-            for value in found[name].values
+            for value in found[name].differences.values
         ]
         return [
             Figure(
@@ -74,28 +74,20 @@ class TextSchemes(TextStudy):
         ]
 
 
-def differences(rows: Sequence[Row]) -> dict[str, SeedValues]:
+def differences(rows: Sequence[Row]) -> dict[str, PairedDifference]:
     """The test loss of each scheme minus that of the plain network, seed by seed, where there are two."""
     best = lowest_rate_rows(rows)
     plain = [row for row in best if row["scheme"] == PLAIN]
-    found = {}
-    for name in dict.fromkeys(str(row["scheme"]) for row in best if row["scheme"] != PLAIN):
-        pairs = pair_by_seed([row for row in best if row["scheme"] == name], plain, "test_loss")
-        if len(pairs.differences.values) >= 2:
-            found[name] = pairs.differences
-    return found
+    names = dict.fromkeys(str(row["scheme"]) for row in best if row["scheme"] != PLAIN)
+    pairs = {name: pair_by_seed([row for row in best if row["scheme"] == name], plain, "test_loss") for name in names}
+    return {name: found for name, found in pairs.items() if len(found.differences.values) >= 2}
 
 
 def lowers_the_loss(rows: Sequence[Row]) -> Verdict:
     """Judge which schemes have a lower test loss than the plain network."""
     claim = "These schemes lower the test loss."
-    best = lowest_rate_rows(rows)
-    plain = [row for row in best if row["scheme"] == PLAIN]
     better, worse, open_ones = [], [], []
-    for name in dict.fromkeys(str(row["scheme"]) for row in best if row["scheme"] != PLAIN):
-        found = pair_by_seed([row for row in best if row["scheme"] == name], plain, "test_loss")
-        if len(found.differences.values) < 2:
-            continue
+    for name, found in differences(rows).items():
         text = f"{name} {format_value(found.differences.mean)} ± {format_value(found.bound)}"
         (better if found.sign < 0 else worse if found.sign > 0 else open_ones).append(text)
     if not (better or worse or open_ones):
