@@ -22,11 +22,12 @@ from torch import nn
 
 import skipway as sw
 from benchmarks.trainability import nets
-from benchmarks.trainability.truth import BATCH, STEPS, batches, training_images
+from benchmarks.trainability.tasks import digits, shuffled
 from skipway.diagnosis import Diagnosis, Settings, diagnose
 
 __all__ = ["FAILURES", "Failure", "main"]
 
+STEPS, BATCH = 300, 64
 GREY = {"channels": 1, "classes": 10}
 VIT = {"dim": 32, "heads": 2, "ratio": 2.0, "patch": 2, "image": 8, "pooling": "mean", **GREY}
 
@@ -107,10 +108,10 @@ FAILURES = [
 def accuracy(model: nn.Module, settings: Settings, *, half: bool) -> float:
     """Train a copy, and return the mean training accuracy of the last 20 of 300 steps; NaN if it diverged."""
     model = copy.deepcopy(model).train()
-    images, labels = training_images()
+    images, labels = digits()
     optimizer = settings.make(model)
     rates = [group["lr"] for group in optimizer.param_groups]
-    stream = batches(images, labels, 0)
+    stream = shuffled(images, labels, 0, BATCH)
     right: list[float] = []
     for step in range(STEPS):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -132,8 +133,8 @@ def show(failure: Failure) -> bool:
     """Diagnose, fix, train both and print; True if a cause was named and the mended network learns."""
     torch.manual_seed(0)
     model = failure.make()
-    images, labels = training_images()
-    stream = batches(images, labels, 1000)
+    images, labels = digits()
+    stream = shuffled(images, labels, 1000, BATCH)
     pairs = [next(stream) for _ in range(128 // BATCH)]
     images, labels = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
     with torch.autocast("cpu", torch.float16, enabled=failure.half):

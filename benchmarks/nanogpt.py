@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.time_to_accuracy import Contestant
+from benchmarks.time_to_accuracy.contestants import Contestant
 from skipway.hardware import cpu_count, cpu_name
 
 __all__ = ["plain", "race"]

@@ -247,7 +247,7 @@ def entries(libraries: list[str], patterns: list[str]) -> Iterator[Entry]:
     """What the installed ones of the libraries have under the patterns; all without a pattern."""
     for library in libraries:
         if find_spec(LIBRARIES[library]) is None:
-            print(f"{library}: {LIBRARIES[library]} is not installed, skipped: pip install 'skipway[parity]'")
+            print(f"{library}: {LIBRARIES[library]} is not installed, skipped: docs/install.md")
             continue
         for entry in ENTRIES[library]():
             if not patterns or any(fnmatch(entry.name, pattern) for pattern in patterns):

@@ -1,4 +1,4 @@
-"""The libraries that we compare with, imported where they are installed (`pip install 'skipway[parity]'`)."""
+"""The libraries that we compare with, imported where they are installed (docs/install.md)."""
 
 from __future__ import annotations
 
@@ -9,49 +9,35 @@ import torch
 from torch import Tensor, nn
 
 import skipway as sw
+from skipway.zoo import import_library
 
-__all__ = ["MISSING_OPERATORS", "difference", "import_timm", "import_torchvision", "import_transformers", "randomise_"]
-
-MISSING_OPERATORS = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
+__all__ = ["difference", "import_timm", "import_torchvision", "import_transformers", "randomise_"]
 
 
-def define_missing_operators() -> None:
-    """torchvision registers shape functions for two operators of its compiled half at import; on a torch without that
-    half their schemas are absent, and with them defined its Python models import.
+def imported(package: str) -> ModuleType:
+    """A library, also beside a torchvision whose compiled half does not fit this torch.
+
+    Raises:
+        ImportError: it is not installed.
     """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name, schema in MISSING_OPERATORS.items():
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)
-    define_missing_operators.library = library  # type: ignore[attr-defined] - a library lives as long as its object
+    if find_spec(package) is None:
+        raise ImportError(f"{package} is not installed")
+    return import_library(package)
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, with its models importable on a CPU-only torch."""
-    define_missing_operators()
-    import torchvision
-
-    return torchvision
+    """torchvision."""
+    return imported("torchvision")
 
 
 def import_timm() -> ModuleType:
     """timm, which imports torchvision."""
-    import_torchvision()
-    import timm
-
-    return timm
+    return imported("timm")
 
 
 def import_transformers() -> ModuleType:
     """Hugging Face transformers, which imports torchvision where it is installed."""
-    if find_spec("torchvision") is not None:
-        import_torchvision()
-    import transformers
-
-    return transformers
+    return imported("transformers")
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ Claim     faster than the best of eager, channels-last, compiled and frozen of e
 Command   python -m benchmarks.speed [--device cuda] [--networks …] [--precisions …] [--what …] [--peers …] [--modes …]
           [--out FOLDER] [--rounds 7] [--budget 1800] [--name speed]
 Method    all contenders of a piece of work take turns in one run; medians of the ratios in each round, with quartiles;
-          ceilings of multiplying and copying measured in the same run. Resumable: the same command goes on
+          ceilings of multiplying and copying measured in the same run. Resumable: the same command goes on.
+          In parts, where all do not fit one process: `--heat` with some of the modes and peers, as often as it takes,
+          then `--finalists 2` for a race of the two fastest of each side, on which the tables are based
 Result    benchmarks/NAME.md and .png, with date and machine: speed of a processor with AVX-512, speed-avx2 of one
           without, speed-cuda of a GPU
 """
@@ -17,14 +19,14 @@ from pathlib import Path
 
 from benchmarks.race.architectures import PEERS
 from benchmarks.race.chart import draw_chart
-from benchmarks.race.contenders import MODES
 from benchmarks.race.devices import DEVICES
+from benchmarks.race.modes import MODES
 from benchmarks.race.runner import BRANCHES, PRECISIONS, WHAT, BenchmarkPlan, run_plan
-from benchmarks.race.summary import race_results, write_markdown
+from benchmarks.race.summary import deciding_results, write_markdown
 from skipway.hardware.device import choose_device
 
 HERE = Path(__file__).parent
-SHARED = ("device", "precisions", "peers", "modes", "rounds", "budget", "switches")
+SHARED = ("device", "precisions", "peers", "modes", "rounds", "budget", "switches", "heat", "finalists")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--branches", type=int, nargs="+", default=BRANCHES)
     parser.add_argument("--switches", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--heat", action="store_true", help="a part of the field, with a pacemaker")
+    parser.add_argument("--finalists", type=int, default=0, help="a race of so many of each side of the heats")
     parser.add_argument("--tables", type=Path, default=HERE, help="folder of tables and chart")
     parser.add_argument("--name", help="of the tables and the chart [speed; speed-cuda of a GPU]")
     options = parser.parse_args(arguments)
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = options.name or ("speed" if options.device == "cpu" else f"speed-{options.device}")
     print(write_markdown(journal, options.tables / f"{name}.md"))
     usual = [(each.batch, 224, device) for device, each in DEVICES.items()]
-    workloads = [(each, each.race.workload) for each in race_results(journal)]
+    workloads = [(each, each.race.workload) for each in deciding_results(journal)]
     drawn = [each for each, workload in workloads if (workload.batch, workload.size, workload.device) in usual]
     if drawn:
         print(draw_chart(drawn, options.tables / f"{name}.png"))

@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import sys
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES, SITE = ROOT / "docs" / "studies", ROOT / "build" / "site"
@@ -21,6 +22,13 @@ HEADS = {"guide": "| claim | answer |\n|---|---|", "ru": "| утверждени
 PAGE = {"guide": "figures and numbers", "ru": "графики и числа"}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 OUTWARD = re.compile(r'href="(\.\./[^"#:]+)"')
+LOCAL = re.compile(r'(?:href|src)="([^"#:?][^"#:?]*)["#?]')
+TABLE, ROW = re.compile(r"<table>.*?</table>", re.DOTALL), re.compile(r"<tr>(.*?)</tr>", re.DOTALL)
+CELL = re.compile(r"<t([hd])([^>]*)>(.*?)</t\1>", re.DOTALL)
+ONLY_SITE = re.compile(r"<!-- site: (.*?) -->", re.DOTALL)
+TELEPHONE = {2: 110}
+"""Letters of a row that a telephone shows beside each other, by columns; 45 of more than two columns."""
+TRAIL = re.compile(r'<nav class="trail"[^>]*>')
 SECTION = r"(?<=<!-- study: {name} -->\n)(.*?)(?=^<!-- |\Z)"
 
 
@@ -93,8 +101,11 @@ def figures() -> None:
 
 
 def finish() -> None:
-    """Complete the built pages: formulas as MathML, which browsers draw themselves; the language of Russian pages; and
-    files outside docs/ that a page links to, copied to `repository/` in the site.
+    """Complete the built pages: formulas as MathML, which browsers draw themselves; the language of Russian pages; what
+    only the site says (`<!-- site: … -->`); wide tables such that a telephone can stack them; files outside docs/ that
+    a page links to, copied to `repository/` in the site; from the studies' pages, which Skipway makes itself, a link to
+    the start of the site; and the page that servers show for an address that is not there. A link of the site to a file
+    that it lacks ends the build.
     """
     from latex2mathml.converter import convert
 
@@ -103,12 +114,53 @@ def finish() -> None:
         return f'<div class="formula">{shown}</div>' if match[1] == "div" else shown
 
     for page in SITE.rglob("*.html"):
+        text = page.read_text("utf-8")
         if page.parent.name == "studies":
+            page.write_text(TRAIL.sub(r'\g<0><a href="../index.html">Skipway</a> › ', text), "utf-8")
             continue
-        text = FORMULA.sub(drawn, page.read_text("utf-8"))
+        text = ONLY_SITE.sub(r"\1", TABLE.sub(stackable, FORMULA.sub(drawn, text)))
         if page.parent.name == "ru":
             text = text.replace('<html lang="en"', '<html lang="ru"', 1)
         page.write_text(OUTWARD.sub(lambda match, page=page: copied(match, page), text), "utf-8")
+    shutil.copyfile(Path(__file__).with_name("404.html"), SITE / "404.html")
+    if dead := dead_links(SITE):
+        sys.exit("\n".join(["dead links:", *dead]))
+
+
+def stackable(table: re.Match[str]) -> str:
+    """A table whose rows a narrow screen shows below each other (docs/site.css), where it is too wide for one."""
+    rows = [
+        [re.sub("<[^>]*>", "", unescape(text)) for _, _, text in CELL.findall(row)] for row in ROW.findall(table[0])
+    ]
+    if len(rows[0]) < 2 or max(sum(map(len, row)) for row in rows) <= TELEPHONE.get(len(rows[0]), 45):
+        return table[0]
+
+    def labelled(row: re.Match[str]) -> str:
+        names = iter(rows[0])
+
+        def cell(found: re.Match[str]) -> str:
+            kind, given, text = found.groups()
+            kind = kind if text.strip() else "d"  # a heading without words is none
+            role = "columnheader" if kind == "h" else "cell"
+            return f'<t{kind} role="{role}" data-label="{escape(next(names, "").strip())}"{given}>{text}</t{kind}>'
+
+        return f'<tr role="row">{CELL.sub(cell, row[1])}</tr>'
+
+    # boxes other than those of tables take the roles away, which are therefore said; a class would take the style away
+    return ROW.sub(labelled, table[0]).replace("<table>", '<table data-stacked role="table">', 1)
+
+
+def dead_links(site: Path) -> list[str]:
+    """Links of a site to files that it does not have, each with its page, and those that begin at the root of a server,
+    where a site in a folder is not; other sites are not asked.
+    """
+    pages = [page for page in sorted(site.rglob("*.html")) if "repository" not in page.relative_to(site).parts]
+    return [
+        f"{page.relative_to(site)}: {link}"
+        for page in pages
+        for link in dict.fromkeys(LOCAL.findall(page.read_text("utf-8")))
+        if link.startswith("/") or not (page.parent / unquote(unescape(link))).exists()
+    ]
 
 
 def copied(match: re.Match[str], page: Path) -> str:

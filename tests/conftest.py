@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from zlib import crc32
 
 import pytest
 import torch
+
+from skipway.hardware.device import seed_torch
+
+MODULES = pytest.StashKey[int]()
+"""How many modules there were when the collector was last told to leave them alone."""
 
 torch.set_num_threads(1)
 # no test looks for weights in the caches of the person who runs it, or on a hub
@@ -16,16 +21,32 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=os.devnull, TORCH_HOME=os.dev
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    torch.manual_seed(0)
+    seed_torch(0)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Measure coverage in a third of the tests only, before Python 3.12: its tracer makes a test half as slow again."""
-    if not config.pluginmanager.hasplugin("_cov") or sys.version_info >= (3, 12):
-        return
-    seen = set()
-    for item in items:
-        function = item.nodeid.partition("[")[0]
-        if function in seen or crc32(function.encode()) % 3:
-            item.add_marker("no_cover")
-        seen.add(function)
+# torch.nn makes many objects and few cycles: a tenth to a third of the time of a test was the collector's
+gc.set_threshold(20_000, 10, 10)
+
+
+def settle_modules(config: pytest.Config) -> None:
+    """Keep the collector away from what is imported and collected, a million objects: `gc.collect()`, which each timing
+    of `skipway.inference.timer` begins with, takes milliseconds in place of 0.3 s.
+    """
+    gc.collect()
+    gc.freeze()
+    config.stash[MODULES] = len(sys.modules)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    settle_modules(session.config)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    # transformers, onnx or the compiler came in
+    if len(sys.modules) > item.config.stash[MODULES] + 200:
+        settle_modules(item.config)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # libraries that count what is left at the exit

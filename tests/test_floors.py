@@ -15,7 +15,7 @@ import skipway as sw
 SOURCE = Path(sw.__file__).parent
 FLOORS = [
     {"errors", "_version"},
-    {"hardware", "validation", "registry"},
+    {"hardware", "install_lines", "validation", "registry"},
     {"nn"},
     {"tracing", "kernels"},
     {"schemes"},
@@ -23,8 +23,8 @@ FLOORS = [
     {"weights"},
     {"zoo", "checkpoint"},
     {"data", "surgery"},
-    {"recipe", "diagnosis", "monitor"},
-    {"inference"},
+    {"recipe", "presets", "diagnosis", "monitoring"},
+    {"inference", "depth_transfer", "argument_names"},
     {"report"},
     {"training"},
     {"studies"},
@@ -92,7 +92,7 @@ def test_every_file_says_what_it_offers(path):
 
 # Words --------------------------------------------------------------------------------------------------------------
 
-NOUNS_OF_THE_FIELD = {"distributed", "fully_connected", "preprocessing", "speed", "tracing", "training"}
+NOUNS_OF_THE_FIELD = {"distributed", "fully_connected", "monitoring", "preprocessing", "speed", "tracing", "training"}
 
 
 def definitions(kinds: tuple[type, ...]) -> dict[str, set[Path]]:
@@ -137,17 +137,18 @@ def test_no_family_knows_a_schemes_name():
 
 
 PUBLIC = """
-AttentionResiduals BasicBlock Bottleneck CaiT CaiTConfig Chain CheckpointError Connection ConvNeXt ConvNeXtConfig
-DataError DeepNorm DenseFormer DepthMixing DepthScaled Diagnosis DivergedError DualResidual DyT Finding Fixup
-FracConnections GatedStreams GPT GPTConfig GTrXL Highway HybridNorm HyperConnections Identity Keel Kit LAuReL
+AttentionResiduals BasicBlock Bottleneck CaiT CaiTConfig Chain CheckpointError Comparison Connection ConvNeXt
+ConvNeXtConfig DataError DeepNorm DenseFormer DepthMixing DepthScaled DepthTransfer Diagnosis DivergedError
+DualResidual DyT Finding
+Fixup FracConnections GatedStreams GPT GPTConfig GTrXL Highway HybridNorm HyperConnections Identity Keel Kit LAuReL
 LayerNormScaling LayerScale LoopCheckpoints MHC MissingExtraError MixNorm MUDD NormFree Operation OptimizedModel
 Orthogonal Outcome PeriNorm Placement Plain PreActivation ProRes Recipe Residual ResNet ResNetConfig ReZero Scheme
 SiameseNorm Site SkipInit SkipwayError StochasticDepth StreamHealth Swin SwinConfig TrainedClassifier Treatment UMuP
 ValueResiduals ViT ViTConfig WatchedConnection X0Residual ZeroInit __version__ accelerate build chain checkpoint
-checkpointed data deepen depth_mixing diagnose diagnosis features fit fold_gains from_pretrained fuse generate
-hardware inference influence initialise_ kernels lesion load models monitor nn optim optimize param_groups probes
-projection remove_norm report rescheme reversible schemes set_step shorten skip_compute stage_features stream_health
-studies surgery tracing train training weights zoo
+checkpointed data deepen depth_mixing depth_transfer diagnose diagnosis features fit fold_gains from_pretrained fuse
+generate hardware inference influence initialise_ kernels lesion load load_optimized models monitor monitoring nn optim
+optimize param_groups probes projection quantize remove_norm report rescheme reversible schemes set_step shorten
+skip_compute stage_features stream_health studies surgery tracing train training transfer weights zoo
 """
 
 
@@ -168,7 +169,9 @@ def test_import_skipway_is_light():
 
 
 def test_torchvision_and_timm_are_never_imported():
-    heavy = "('torchvision', 'timm', 'torch._dynamo')"
-    code = f"import sys, skipway.models, skipway.weights; print([m for m in {heavy} if m in sys.modules])"
+    """Nor what takes torch longer to import than a network to build."""
+    heavy = "('torchvision', 'timm', 'torch._dynamo', 'sympy')"
+    build = "import sys, skipway.models, skipway.weights; skipway.models.build('resnet8')"
+    code = f"{build}; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import skipway as sw
+from skipway.install_lines import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 
-if sys.version_info >= (3, 11):
-    import tomllib
-
-    PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-else:
-    pytest.skip("tomllib came with Python 3.11", allow_module_level=True)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
 def test_the_version_is_written_once():
-    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert "version" in PROJECT["project"]["dynamic"]
     assert PROJECT["tool"]["hatch"]["version"]["path"] == "src/skipway/_version.py"
     texts = [ROOT / name for name in ("pyproject.toml", "CITATION.cff", "zensical.toml", "src/skipway/__init__.py")]
     assert [path.name for path in texts if f'"{sw.__version__}"' in path.read_text("utf-8")] == []
@@ -41,6 +40,22 @@ def test_pre_commit_runs_what_scripts_check_runs():
 def test_the_hosted_workflow_runs_what_ci_runs():
     workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
     assert re.findall(r"run: (.+)", workflow) == ["bash .ci/run"]
+
+
+def test_a_package_index_shows_no_link_that_leads_nowhere():
+    """Without a home there is none, and with one all begin there."""
+    hook = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    pytest.importorskip("hatchling")
+    module = importlib.util.module_from_spec(hook)
+    hook.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text("utf-8")
+    plain = module.readme_for_index(text, PROJECT["project"].get("urls", {}).get("Source"))
+    homely = module.readme_for_index(text, "https://example.org/files/")
+    targets = [re.findall(r"\]\(([^)\s]+)\)", each) for each in (text, plain, homely)]
+    assert "docs/diagnosis.png" in targets[0]
+    assert all(target.startswith("https://") for each in targets[1:] for target in each)
+    assert "https://example.org/files/docs/diagnosis.png" in targets[2]
+    assert len(targets[2]) == len(targets[0])
 
 
 def test_every_pinned_version_is_allowed_by_the_project():
@@ -60,6 +75,36 @@ def test_every_pinned_version_is_allowed_by_the_project():
             assert each.specifier.contains(pins[name]), each
     own = {requirements.Requirement(each).name for each in PROJECT["project"]["dependencies"]}
     assert own <= set(pins), "a dependency of the package is not pinned"
+
+
+EXPLAINED = re.findall(r"^\| `([a-z0-9]+)` \| ", (ROOT / "docs/install.md").read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("extra", PROJECT["project"]["optional-dependencies"])
+def test_an_extra_is_explained_and_keeps_torch(extra):
+    """In docs/install.md and by `skipway doctor`; nothing that it requires, however far down, pins torch."""
+    assert extra in EXPLAINED
+    assert extra in EXTRAS or extra in ("dev", "docs")
+    asked = PROJECT["project"]["optional-dependencies"][extra]
+    waiting, seen = [re.split(r"[<>=!\[; ]", each)[0] for each in asked], set()
+    while waiting:
+        name = waiting.pop()
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for line in lines if name not in seen and name != "skipway" else ():
+            assert not re.match(r"torch\s*\(?(==|~=|<)", line), f"{name} requires {line}"
+            waiting += [] if "extra ==" in line else [re.split(r"[<>=!~()\[; ]", line)[0]]
+        seen.add(name)
+    assert seen or not any(map(installed, asked))
+
+
+def installed(requirement: str) -> bool:
+    try:
+        return bool(metadata.version(re.split(r"[<>=!\[; ]", requirement)[0]))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 @pytest.fixture(scope="module")

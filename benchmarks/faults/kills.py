@@ -33,7 +33,10 @@ __all__ = ["CASES", "Case", "digest", "ended", "forked", "killed_at_point", "kil
 COMMON = ("--epochs", "2", "--batch-size", "128", "--device", "cpu", "--precision", "float32", "--quiet", "--resume")
 CASES = {
     "resnet": ("--model", "resnet20", "--depth", "8", "--width", "4", "--scheme", "skipinit + stochasticdepth(0.5)"),
-    "vit": ("--model", "vit-tiny-16", "--depth", "1", "--size", "16", "--optimizer", "adamw", "--ema", "0.9"),
+    "vit": (
+        *("--model", "vit-tiny-16", "--depth", "1", "--width", "24"),
+        *("--size", "16", "--optimizer", "adamw", "--ema", "0.9"),
+    ),
     "convnext": ("--model", "convnext-atto", "--depth", "4", "--width", "4", "--size", "32", "--accumulate", "2"),
     "gpt": (*("--model", "gpt-nano", "--depth", "1", "--width", "12", "--context", "16"), "--split-by", "parts"),
     "swin": ("--model", "swin-tiny", "--depth", "8", "--width", "12", "--size", "32", "--clip", "norm(1.0)"),
@@ -45,8 +48,10 @@ Case = tuple[str, ...]
 def preload() -> None:
     """Import what a training imports on its way, so that forked processes have it: 0.3 s a run instead of 2.8 s."""
     for name in (
-        *("torch._dynamo", "skipway.training", "skipway.report.run", "skipway.cli.train", "skipway.cli.progress"),
-        *("PIL.Image", "sklearn.datasets", "sklearn.utils._bunch"),
+        *("torch._dynamo", "skipway.training.loop", "skipway.training.cross_validation", "skipway.diagnosis"),
+        *("skipway.diagnosis.diagnosis", "skipway.report.run.page", "skipway.cli.app", "skipway.cli.train"),
+        *("skipway.cli.progress", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin"),
+        *("PIL.BmpImagePlugin", "PIL.PpmImagePlugin", "sklearn.datasets", "sklearn.utils._bunch"),
     ):
         import_module(name)
 

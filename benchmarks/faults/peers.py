@@ -38,7 +38,7 @@ from torch import nn
 from benchmarks.faults.catalogue import KINDS, READERS, outcomes
 from benchmarks.faults.kills import ended, kill, preload
 from benchmarks.faults.recipes import EPOCHS, PEERS, Digits, Peer, State
-from benchmarks.peers import define_missing_operators
+from benchmarks.peers import import_torchvision
 from skipway.hardware.processor import cpu_name
 
 __all__ = ["measure", "table"]
@@ -521,7 +521,7 @@ def start() -> None:
     began = time.monotonic()
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     torch.set_num_threads(1)
-    define_missing_operators()
+    import_torchvision()
     preload()
     for peer in PEERS:
         for library in peer.libraries:

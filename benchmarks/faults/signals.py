@@ -2,8 +2,9 @@
 
     python -m benchmarks.faults.signals
 
-SIGINT, SIGTERM and SIGUSR1 are raised from inside a phase. Each case is a process of its own, forked from this one so
-that torch is imported once. Prints one JSON object per case, and a line that counts them.
+SIGINT, SIGTERM and SIGUSR1 are raised from inside a phase; with --rotate one of them in each phase, in turn, and all
+three in a save. Each case is a process of its own, forked from this one so that torch is imported once. Prints one JSON
+object per case, and a line that counts them.
 """
 
 from __future__ import annotations
@@ -156,14 +157,21 @@ def interrupted(data: Path, out: Path, phase: str, number: int, clock: Path) -> 
     return status, time.monotonic() - float(clock.read_text())
 
 
-def run(phases: list[str]) -> Iterator[dict[str, object]]:
+def cases_of(phases: list[str], rotate: bool) -> list[tuple[str, int]]:
+    """The phases with the signals that come in them."""
+    every = list(itertools.product(phases, SIGNALS))
+    turns = {(phase, SIGNALS[number % len(SIGNALS)]) for number, phase in enumerate(phases)}
+    return [case for case in every if not rotate or case[0] == "save" or case in turns]
+
+
+def run(cases: list[tuple[str, int]]) -> Iterator[dict[str, object]]:
     """All cases, one after the other."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         data, whole = images(root / "images"), root / "whole"
         assert ended(forked(command(data, whole))) == 0, "the undisturbed run failed"
         expected = digest(whole)
-        for phase, number in itertools.product(phases, SIGNALS):
+        for phase, number in cases:
             out = root / f"{phase}-{number}"
             status, seconds = interrupted(data, out, phase, number, root / "clock")
             resumed = ended(forked(command(data, out)))
@@ -185,13 +193,14 @@ def start() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=list(PHASES))
+    parser.add_argument("--rotate", action="store_true")
     given = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     preload()
     told = []
-    for case in run(given.phases):
+    for case in run(cases_of(given.phases, given.rotate)):
         print(json.dumps(case))
         sys.stdout.flush()
         told.append(case["status"] == case["documented"] and case["equal"] and case["report"] and not case["left"])

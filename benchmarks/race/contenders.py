@@ -1,15 +1,16 @@
 """Contenders: a library, a mode of running it, a precision, for inference or training.
 
 Modes are the rows of `MODES`. Peers run in every mode that torch offers, and again with our process-wide switches. The
-latter are listed separately: a gain by our switches is to the credit neither of the peer nor of our kernels.
+latter are listed separately: a gain by our switches is to the credit neither of the peer nor of our kernels. So are
+peers in OpenVINO and ONNX Runtime: a gain by the engine is not ours either.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,24 +20,24 @@ from torch.nn import functional
 
 from benchmarks.race.architectures import PEERS, config_of, make_model
 from benchmarks.race.devices import DEVICES
-from skipway.inference.backends import BACKENDS, PRECISIONS, compile_frozen
-from skipway.kernels.onednn import onednn_matmul
+from benchmarks.race.engines import logits_of
+from benchmarks.race.modes import MODES, OURS, Call, Mode, run_accelerated, switches
+from benchmarks.race.pieces import PEER
+from skipway.inference.backends import PRECISIONS, Choice
 
 __all__ = [
-    "MODES",
-    "OURS",
+    "ANY",
     "Contender",
-    "Mode",
     "ReadyContender",
     "TrainingWork",
     "Workload",
     "contenders",
     "prepare",
-    "switches",
 ]
 
-OURS = "skipway"
-Call = Callable[[Tensor], Any]
+
+ANY = "any"
+"""The precision of a workload in which each contender may have its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Workload:
     Args:
         network: see `benchmarks.race.architectures.config_of`.
         what: "infer" or "train".
-        precision: "float32" or "bfloat16".
+        precision: "float32", "bfloat16", or "any": each contender in the precisions in which it keeps its accuracy.
         batch: images at a time.
         size: their side, in pixels.
         device: one of `benchmarks.race.devices.DEVICES`.
@@ -78,31 +79,6 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mode:
-    """A way of running a network.
-
-    Args:
-        what: "infer", "train", or both.
-        who: libraries that run in this mode.
-        ready: takes a model, example images and a precision; returns the function that is called instead of the model.
-        channels_last: lay out the model and its images channels-last.
-        keeps: leave the model in float32; the function that `ready` returns handles the precision.
-        patched: with switches, training uses our kernels; otherwise switches change nothing in how it is prepared.
-        devices: supported ones.
-        compiles: whether torch's compiler runs, which takes minutes.
-    """
-
-    what: frozenset[str]
-    who: frozenset[str]
-    ready: Callable[[nn.Module, Tensor, str], Call]
-    channels_last: bool = False
-    keeps: bool = False
-    patched: bool = False
-    devices: frozenset[str] = frozenset(DEVICES)
-    compiles: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class Contender:
     """A library in one mode and precision.
 
@@ -110,8 +86,9 @@ class Contender:
         library: one of `benchmarks.race.architectures.LIBRARIES`.
         mode: one of `MODES`.
         what: "infer" or "train".
-        precision: "float32" or "bfloat16".
+        precision: "float32", "bfloat16" or "int8".
         switched: with our process-wide switches.
+        named: its name has the precision, since others of the race have another one.
 
     >>> print(Contender(library="timm", mode="compiled", what="infer", precision="float32", switched=True))
     timm compiled + switches
@@ -122,17 +99,25 @@ class Contender:
     what: str
     precision: str
     switched: bool = False
+    named: bool = False
 
     def __str__(self) -> str:
-        return f"{self.library} {self.mode}{' + switches' if self.switched else ''}"
+        precision = f" {self.precision}" if self.named else ""
+        return f"{self.library} {self.mode}{precision}{' + switches' if self.switched else ''}"
 
     @property
     def side(self) -> str:
-        """ "ours", "peer", or "switched": a peer under our switches."""
-        return "ours" if self.library == OURS else "switched" if self.switched else "peer"
+        """ "ours", "peer", "switched": a peer under our switches, or "engine": a peer in what is not torch."""
+        if self.library == OURS:
+            return "ours"
+        return "switched" if self.switched else "engine" if MODES[self.mode].engine else "peer"
 
-    def prepare(self, workload: Workload) -> ReadyContender:
+    def prepare(self, workload: Workload, known: Choice | None = None) -> ReadyContender:
         """Build and compile the network and run it once, timing each.
+
+        Args:
+            workload: network, batch and size.
+            known: pieces and streams of an earlier search; by default they are searched for.
 
         Raises:
             Exception: whatever the library, the compiler or the backend raises.
@@ -144,12 +129,18 @@ class Contender:
         model = make_model(self.library, workload.network, workload.size)
         built = time.perf_counter()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        run = RUNS[self.what](self, mode, model.to(workload.device), workload)
+        run = RUNS[self.what](self, mode, model.to(workload.device), workload, known)
         run()
         finish()
         now = time.perf_counter()
         return ReadyContender(
-            run, self.within(workload.device), parameters, build_seconds=built - begun, prepare_seconds=now - built
+            run,
+            self.within(workload.device),
+            parameters,
+            build_seconds=built - begun,
+            prepare_seconds=now - built,
+            choice=getattr(run.forward, "choice", None),
+            tried=count_tried(run.forward),
         )
 
     def within(self, device: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -170,6 +161,8 @@ class ReadyContender:
         parameters: number of the network's parameters.
         build_seconds: time to build the network.
         prepare_seconds: time to compile it and for the first call.
+        choice: pieces and streams, where it was searched for the best ones.
+        tried: how many were; 0 where an earlier search had decided.
     """
 
     run: Callable[[], object]
@@ -177,6 +170,23 @@ class ReadyContender:
     parameters: int
     build_seconds: float
     prepare_seconds: float
+    choice: Choice | None = None
+    tried: int = 0
+
+    def row(self) -> dict[str, Any]:
+        """What is written about the preparation."""
+        chosen = None if self.choice is None else asdict(self.choice)
+        how = "" if self.choice is None else str(self.choice).removeprefix(f"{PEER} ")
+        times = {"build_seconds": self.build_seconds, "prepare_seconds": self.prepare_seconds}
+        return {"parameters": self.parameters, "how": how, "choice": chosen, "tried": self.tried, **times}
+
+
+def count_tried(forward: Any) -> int:
+    """How many choices a search tried."""
+    report = getattr(forward, "report", None)
+    if report is not None:
+        return sum(not each.note and each.choice.backend != "original" for each in report) if len(report) > 2 else 0
+    return getattr(forward, "tried", 0)
 
 
 def import_library(library: str, network: str, size: int) -> None:
@@ -244,113 +254,35 @@ class InferenceWork:
             return logits_of(self.forward(self.images))
 
 
-def logits_of(out: Any) -> Tensor:
-    """Return the logits, which transformers wraps into an object."""
-    return getattr(out, "logits", out)
-
-
 def to_layout(mode: Mode, value: Any) -> Any:
     """Lay out a model or images channels-last where the mode says so."""
     return value.to(memory_format=torch.channels_last) if mode.channels_last else value
 
 
-def make_inference(contender: Contender, mode: Mode, model: nn.Module, workload: Workload) -> InferenceWork:
+def make_inference(
+    contender: Contender, mode: Mode, model: nn.Module, workload: Workload, known: Choice | None
+) -> InferenceWork:
     """Prepare inference; in bfloat16 the weights are cast, which is faster than autocast."""
-    dtype = PRECISIONS["float32" if mode.keeps else contender.precision]
+    dtype = torch.float32 if mode.keeps else PRECISIONS[contender.precision]
     model, images = to_layout(mode, model.eval().to(dtype)), to_layout(mode, workload.images().to(dtype))
-    return InferenceWork(mode.ready(model, images, contender.precision), images)
+    return InferenceWork(mode.ready(model, images, contender.precision, known), images)
 
 
-def make_training(contender: Contender, mode: Mode, model: nn.Module, workload: Workload) -> TrainingWork:
+def make_training(
+    contender: Contender, mode: Mode, model: nn.Module, workload: Workload, known: Choice | None
+) -> TrainingWork:
     """Prepare training."""
     model, images = to_layout(mode, model.train()), to_layout(mode, workload.images())
     if contender.switched and mode.patched:
         run_accelerated(model, images, contender.precision)
-    return TrainingWork(
-        model, mode.ready(model, images, contender.precision), images, workload.labels(), contender.precision
-    )
+    forward = mode.ready(model, images, contender.precision, known)
+    return TrainingWork(model, forward, images, workload.labels(), contender.precision)
 
 
-RUNS: dict[str, Callable[[Contender, Mode, nn.Module, Workload], Callable[[], Tensor]]] = {
+RUNS: dict[str, Callable[[Contender, Mode, nn.Module, Workload, Choice | None], InferenceWork | TrainingWork]] = {
     "infer": make_inference,
     "train": make_training,
 }
-
-
-def run_eager(model: nn.Module, images: Tensor, precision: str) -> Call:
-    return model
-
-
-def run_compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
-    return torch.compile(model, dynamic=False)
-
-
-def run_accelerated_compiled(model: nn.Module, images: Tensor, precision: str) -> Call:
-    return run_compiled(run_accelerated(model, images, precision), images, precision)
-
-
-def run_frozen(model: nn.Module, images: Tensor, precision: str) -> Call:
-    return compile_frozen(model, images, precision)
-
-
-def run_accelerated(model: nn.Module, images: Tensor, precision: str) -> nn.Module:
-    from skipway.surgery.acceleration import accelerate
-
-    accelerate(model, images)
-    return model
-
-
-def run_optimized(backend: str, model: nn.Module, images: Tensor, precision: str) -> Call:
-    from skipway.inference.backend_selection import optimize
-
-    return optimize(model, images, precision=precision, backends=[backend])
-
-
-@contextmanager
-def switches(*, routed: bool = False) -> Iterator[None]:
-    """Turn our process-wide switches on within the context: freed memory is kept, float32 products go to oneDNN.
-
-    Args:
-        routed: also send float32 products to oneDNN.
-    """
-    from skipway.hardware.allocator import keep_memory
-
-    with keep_memory(), onednn_matmul() if routed else nullcontext():
-        yield
-
-
-BOTH, INFER, TRAIN = frozenset({"infer", "train"}), frozenset({"infer"}), frozenset({"train"})
-EVERYBODY, STRANGERS, SELF = frozenset({OURS, *PEERS}), frozenset(PEERS), frozenset({OURS})
-CARD = frozenset({"cuda"})
-
-MODES: dict[str, Mode] = {
-    "eager": Mode(what=BOTH, who=EVERYBODY, ready=run_eager, patched=True),
-    "channels-last": Mode(what=BOTH, who=EVERYBODY, ready=run_eager, channels_last=True, patched=True),
-    "accelerate": Mode(what=TRAIN, who=SELF, ready=run_accelerated),
-    "accelerate-channels-last": Mode(what=TRAIN, who=SELF, ready=run_accelerated, channels_last=True),
-    **{
-        f"optimize-{name}": Mode(
-            what=INFER,
-            who=SELF,
-            ready=partial(run_optimized, name),
-            keeps=True,
-            devices=frozenset(BACKENDS[name].devices or DEVICES),
-            compiles=name == "inductor",
-        )
-        for name in BACKENDS
-    },
-    "compiled": Mode(what=BOTH, who=EVERYBODY, ready=run_compiled, compiles=True),
-    # on a CPU the compiler chooses channels-last by itself
-    "compiled-channels-last": Mode(
-        what=BOTH, who=EVERYBODY, ready=run_compiled, channels_last=True, devices=CARD, compiles=True
-    ),
-    "accelerate-compiled": Mode(what=TRAIN, who=SELF, ready=run_accelerated_compiled, devices=CARD, compiles=True),
-    "accelerate-compiled-channels-last": Mode(
-        what=TRAIN, who=SELF, ready=run_accelerated_compiled, channels_last=True, devices=CARD, compiles=True
-    ),
-    "frozen": Mode(what=INFER, who=STRANGERS, ready=run_frozen, compiles=True),
-}
-"""Modes of running a network, those that are ready at once first."""
 
 
 def contenders(
@@ -366,7 +298,7 @@ def contenders(
 
     Args:
         what: "infer" or "train".
-        precision: "float32" or "bfloat16".
+        precision: "float32", "bfloat16", or "any" for each of them and "int8".
         peers: libraries to compare with ours.
         modes: names in `MODES`; those that do not fit are left out.
         switched: also include each with our switches.
@@ -376,10 +308,15 @@ def contenders(
     ['skipway eager', 'timm eager', 'skipway eager + switches', 'timm eager + switches']
     """
     unswitched = [
-        Contender(library=library, mode=name, what=what, precision=precision)
+        Contender(library=library, mode=name, what=what, precision=kind, named=precision == ANY)
         for name, mode in MODES.items()
         for library in (OURS, *peers)
-        if name in modes and what in mode.what and library in mode.who and device in mode.devices
+        for kind in (mode.precisions if precision == ANY else (precision,))
+        if name in modes
+        and what in mode.what
+        and library in mode.who
+        and device in mode.devices
+        and kind in mode.precisions
     ]
     # in eager training the switches include our kernels, which for our library is a mode of its own, and on a GPU they
     # do nothing else; `optimize` sets its own switches
@@ -394,15 +331,18 @@ def contenders(
     return [*unswitched, *again]
 
 
-def prepare(contender: Contender, workload: Workload, known: Mapping[Contender, ReadyContender]) -> ReadyContender:
+def prepare(
+    contender: Contender, workload: Workload, known: Mapping[Contender, ReadyContender], choice: Choice | None = None
+) -> ReadyContender:
     """Prepare a contender, or reuse its twin without switches where the switches change nothing in how it is prepared.
 
     Args:
         contender: library and mode.
         workload: network, batch and precision.
         known: contenders that are ready.
+        choice: pieces and streams of an earlier search.
     """
     twin = known.get(replace(contender, switched=False))
     if contender.switched and twin is not None and not (contender.what == "train" and MODES[contender.mode].patched):
         return replace(twin, within=contender.within(workload.device), build_seconds=0.0, prepare_seconds=0.0)
-    return contender.prepare(workload)
+    return contender.prepare(workload, choice)

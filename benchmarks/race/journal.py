@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.race.contenders import Workload
+from benchmarks.race.contenders import Contender, Workload
 from skipway.errors import SkipwayError
+from skipway.inference.backends import Choice
 from skipway.inference.timer import Timing
 
 __all__ = ["FILE", "Journal", "RaceRecord", "is_final"]
@@ -58,26 +59,59 @@ class Journal:
         return any(values.items() <= row.items() and not row.get("error") for row in self.of(kind))
 
     def races(self) -> list[RaceRecord]:
-        """The last race of each workload, in the order in which the workloads were first measured."""
-        found: dict[Workload, RaceRecord] = {}
+        """The last race of each workload and stage, of heats that of each field, in the order in which they were first
+        begun.
+        """
+        begun: dict[int, RaceRecord] = {}
+        last: dict[Workload, int] = {}  # rows of before races were numbered belong to the last one of their workload
         for row in self.rows:
             if row.get("kind") == "race":
-                found[Workload(**row["workload"])] = RaceRecord(row)
-            elif row.get("kind") in ("prepared", "timing", "end") and Workload(**row["workload"]) in found:
-                found[Workload(**row["workload"])].take(row)
-        return list(found.values())
+                race = begun[len(begun)] = RaceRecord(row, len(begun))
+                last[race.workload] = race.number
+            elif row.get("kind") in ("prepared", "timing", "end"):
+                number = row.get("race", last.get(Workload(**row["workload"])))
+                if number in begun:
+                    begun[number].take(row)
+        return list({race.key: race for race in begun.values()}.values())
 
-    def race(self, workload: Workload, names: Sequence[str], rounds: int) -> RaceRecord:
-        """The last race of a workload where it had these contenders and at least so many rounds, else a new one."""
+    def race(self, workload: Workload, names: Sequence[str], rounds: int, stage: str = "") -> RaceRecord:
+        """The last race of a workload where it had these contenders and at least so many rounds, else a new one.
+
+        Args:
+            workload: what is done.
+            names: of the contenders.
+            rounds: how often each is timed.
+            stage: "heat" or "final", where a race is run in parts.
+        """
         for race in self.races():
             enough = race.ended and set(names) <= set(race.names) and rounds <= race.rounds
-            if race.workload == workload and (
+            if (race.workload, race.stage) == (workload, stage) and (
                 enough or (sorted(names) == sorted(race.names) and rounds == race.rounds)
             ):
                 return race
-        row = {"kind": "race", "workload": asdict(workload), "names": list(names), "rounds": rounds}
+        row = {
+            "kind": "race",
+            "workload": asdict(workload),
+            "stage": stage,
+            "names": list(names),
+            "rounds": rounds,
+        }
+        number = len(self.of("race"))
         self.write(row)
-        return RaceRecord(row)
+        return RaceRecord(row, number)
+
+    def choice(self, workload: Workload, contender: Contender) -> Choice | None:
+        """The pieces and streams that a contender was last prepared with in work of this size, if it searched for them,
+        whatever else took part.
+        """
+        who = {name: getattr(contender, name) for name in ("library", "mode", "precision", "switched")}
+        work = {name: value for name, value in asdict(workload).items() if name != "precision"}
+        chosen = [
+            row["choice"]
+            for row in self.of("prepared")
+            if row.get("choice") and who.items() <= row.items() and work.items() <= row["workload"].items()
+        ]
+        return Choice(**chosen[-1]) if chosen else None
 
 
 class RaceRecord:
@@ -85,13 +119,20 @@ class RaceRecord:
 
     Args:
         row: its first.
+        number: races that were begun before it.
     """
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, number: int = 0) -> None:
         self.workload, self.names, self.rounds = Workload(**row["workload"]), tuple(row["names"]), int(row["rounds"])
+        self.stage, self.number = row.get("stage", ""), number
         self.prepared: dict[str, Row] = {}
         self.timings: list[Timing] = []
         self.flops, self.ended = 0, False
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a later race takes the place of."""
+        return (self.workload, self.stage, *(sorted(self.names) if self.stage == "heat" else ()))
 
     def take(self, row: Row) -> None:
         """One more row of it."""

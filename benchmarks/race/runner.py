@@ -19,9 +19,11 @@ import torch
 from benchmarks.race import subprocesses
 from benchmarks.race.architectures import PEERS, config_of, missing_libraries
 from benchmarks.race.ceilings import count_flops, measure_ceiling, measure_copy_rate
-from benchmarks.race.contenders import MODES, OURS, Contender, ReadyContender, Workload, contenders, prepare
+from benchmarks.race.contenders import ANY, Contender, ReadyContender, Workload, contenders, prepare
 from benchmarks.race.devices import DEVICES, DeviceProfile
+from benchmarks.race.heats import find_finalists, pacemaker
 from benchmarks.race.journal import Journal, RaceRecord, is_final
+from benchmarks.race.modes import MODES, OURS
 from skipway.errors import SkipwayError, suggest
 from skipway.hardware import cpu_count
 from skipway.inference.timer import Candidate, Timing, error_line, time_interleaved
@@ -44,7 +46,7 @@ class BenchmarkPlan:
         device: one of `benchmarks.race.devices.DEVICES`.
         networks: see `benchmarks.race.architectures.config_of`; by default the device's.
         what: of `WHAT`.
-        precisions: of `PRECISIONS`.
+        precisions: of `PRECISIONS`, or "any".
         batches: images at a time; each is a workload; by default the device's.
         sizes: sides of the images, in pixels; each is a workload.
         branches: depths of the growth.
@@ -54,6 +56,8 @@ class BenchmarkPlan:
         budget: seconds of a race, half of them for preparing; None: no limit.
         switches: everybody also under our switches.
         ceilings: measure what the machine could do at best, at the start and at the end.
+        heat: the races are heats: a pacemaker takes part in each, by which contenders of several heats compare.
+        finalists: the races are finals of so many contenders of each side, the fastest of the heats; 0: no finals.
 
     Raises:
         SkipwayError: a value that cannot be, with those that can.
@@ -76,12 +80,14 @@ class BenchmarkPlan:
     budget: float | None = None
     switches: bool = True
     ceilings: bool = True
+    heat: bool = False
+    finalists: int = 0
 
     def __post_init__(self) -> None:
         for kind, given, known in (
             ("device", [self.device], DEVICES),
             ("what", self.what, WHAT),
-            ("precision", self.precisions, PRECISIONS),
+            ("precision", self.precisions, (*PRECISIONS, ANY)),
             ("peer", self.peers, PEERS),
             ("mode", self.modes, MODES),
         ):
@@ -96,6 +102,8 @@ class BenchmarkPlan:
             for number in numbers:
                 if number < 1:
                     raise SkipwayError(f"{kind} {number}: the rule is at least 1")
+        if self.finalists < 0 or (self.heat and self.finalists):
+            raise SkipwayError(f"finalists {self.finalists}: the rule is at least 0, and a heat has none")
         if self.budget is not None and self.budget <= 0:
             raise SkipwayError(f"budget {self.budget:g}: the rule is more than 0 seconds; leave it away for no limit")
         for network, size in product(self.networks, self.sizes):
@@ -115,6 +123,7 @@ class BenchmarkPlan:
                 self.sizes,
                 self.batches,
             )
+            if (what, precision) != ("train", ANY)
         ]
         return [*found, *self.growth()]
 
@@ -136,11 +145,19 @@ class BenchmarkPlan:
         """The peers that are installed."""
         return [name for name in self.peers if name not in missing_libraries()]
 
-    def contenders(self, workload: Workload) -> list[Contender]:
+    @property
+    def stage(self) -> str:
+        """What a race is part of: "heat", "final", or nothing."""
+        return "heat" if self.heat else "final" if self.finalists else ""
+
+    def contenders(self, workload: Workload, journal: Journal) -> list[Contender]:
         """Who takes part in a workload; compiling nets of thousands of blocks would take hours."""
+        if self.finalists:
+            return find_finalists(journal, workload, self.finalists)
         modes = [mode for mode in self.modes if not MODES[mode].compiles or workload not in self.growth()]
         chosen = {"peers": self.present(), "modes": modes, "switched": self.switches, "device": self.device}
-        return contenders(workload.what, workload.precision, **chosen)
+        found = contenders(workload.what, workload.precision, **chosen)
+        return list(dict.fromkeys([pacemaker(workload), *found])) if self.heat else found
 
 
 def run_plan(plan: BenchmarkPlan, out: str | Path, say: Say = lambda text: None) -> Journal:
@@ -191,7 +208,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 def measure_ceilings(plan: BenchmarkPlan, journal: Journal, when: str, say: Say) -> None:
     """Products and copies, at the start and at the end of what is raced between them."""
-    for precision in plan.precisions:
+    for precision in [each for each in plan.precisions if each != ANY]:
         found = measure_ceiling(precision, device=plan.device)
         say(f"ceiling  {precision} {found.flops / 1e9:.0f} GFLOP/s ({found.how})")
         journal.write({"kind": "ceiling", "when": when, "device": plan.device, **asdict(found)})
@@ -202,20 +219,24 @@ def measure_ceilings(plan: BenchmarkPlan, journal: Journal, when: str, say: Say)
 
 def is_measured(plan: BenchmarkPlan, workload: Workload, journal: Journal) -> bool:
     """Whether nothing is left to be measured of a workload."""
-    names = {str(each) for each in plan.contenders(workload)}
+    names = {str(each) for each in plan.contenders(workload, journal)}
     return any(
-        race.workload == workload and race.ended and names <= set(race.names) and plan.rounds <= race.rounds
+        (race.workload, race.stage) == (workload, plan.stage)
+        and race.ended
+        and names <= set(race.names)
+        and plan.rounds <= race.rounds
         for race in journal.races()
     )
 
 
 def measure_workload(plan: BenchmarkPlan, workload: Workload, journal: Journal, say: Say) -> None:
     """The race of a workload, or the rest of it."""
-    wanted = plan.contenders(workload)
+    wanted = plan.contenders(workload, journal)
     if not wanted:
-        say(f"{workload}: no mode of {', '.join(plan.modes)} fits; it is left out")
+        why = "no heat was run" if plan.finalists else f"no mode of {', '.join(plan.modes)} fits"
+        say(f"{workload}: {why}; it is left out")
         return
-    known = journal.race(workload, [str(each) for each in wanted], plan.rounds)
+    known = journal.race(workload, [str(each) for each in wanted], plan.rounds, plan.stage)
     if known.ended:
         say(f"{workload}: measured already")
         return
@@ -223,7 +244,8 @@ def measure_workload(plan: BenchmarkPlan, workload: Workload, journal: Journal, 
     with compiler_reset():
         ready = prepare_all(plan, workload, wanted, known, journal, say)
         run_race(plan, workload, ready, known, journal, say)
-        journal.write({"kind": "end", "workload": asdict(workload), "flops": workload_flops(workload)})
+        row = {"kind": "end", "workload": asdict(workload), "race": known.number}
+        journal.write({**row, "flops": workload_flops(workload)})
 
 
 @contextmanager
@@ -252,20 +274,19 @@ def prepare_all(
             str(contender),
             {"kind": "prepared", "workload": asdict(workload), **asdict(contender), "side": contender.side},
         )
-        row["name"] = name
+        row |= {"name": name, "race": known.number}
         if name in gone:
             continue
         try:
             if plan.budget is not None and time.perf_counter() - begun > plan.budget / 2:
                 raise TimeoutError("half of the budget was spent before its timing to be prepared came")
-            found = ready[contender] = prepare(contender, workload, ready)
+            found = ready[contender] = prepare(contender, workload, ready, journal.choice(workload, contender))
         except Exception as error:
             say(f"  {name}: {error_line(error)}")
             journal.write({**row, "error": error_line(error)})
             continue
-        times = {"build_seconds": found.build_seconds, "prepare_seconds": found.prepare_seconds}
-        say(f"  {name}: prepared in {sum(times.values()):.1f} s")
-        journal.write({**row, "parameters": found.parameters, **times, "error": ""})
+        say(f"  {name}: prepared in {found.build_seconds + found.prepare_seconds:.1f} s")
+        journal.write({**row, **found.row(), "error": ""})
     return ready
 
 
@@ -285,7 +306,7 @@ def run_race(
     ):
         say(f"  round {timing.round + 1}/{plan.rounds}  {timing.name}: {format_timing(timing, workload)}")
         row = {key: value for key, value in asdict(timing).items() if key != "seconds" or value == value}
-        journal.write({"kind": "timing", "workload": asdict(workload), **row})
+        journal.write({"kind": "timing", "workload": asdict(workload), "race": known.number, **row})
         if is_final(timing):
             del ready[by_name[timing.name]]
 

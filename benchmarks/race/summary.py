@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.race.accuracy import ALLOWED, loses_accuracy
 from benchmarks.race.journal import Journal, RaceRecord
 from skipway.inference.timer import Quartiles, quartiles, round_speedups
 
-__all__ = ["RaceResult", "markdown", "race_result", "race_results", "with_device", "write_markdown"]
+__all__ = ["RaceResult", "deciding_results", "markdown", "race_results", "with_device", "write_markdown"]
 
-SIDES = {"ours": "ours", "peer": "peers", "switched": "peers under our switches"}
+SIDES = {"ours": "ours", "peer": "peers", "switched": "peers under our switches", "engine": "peers in other engines"}
 NOTHING = "–"
 Row = dict[str, Any]
 
@@ -25,7 +26,7 @@ class RaceResult:
 
     Args:
         race: its rows.
-        best: contender of each side ("ours", "peer", "switched") with the highest median rate.
+        best: contender of each side ("ours", "peer", "switched", "engine") with the highest median rate.
         rates: images a second of every contender that was timed, median over the rounds.
         ceiling: images a second of a machine that does nothing but multiply, as fast as was measured; 0: not known.
     """
@@ -59,6 +60,16 @@ def race_results(journal: Journal) -> list[RaceResult]:
     rows = [known.get((race.workload.device, race.workload.precision), ()) for race in races]
     best = [max((row["flops"] for row in own), default=0.0) for own in rows]
     return [race_result(race, flops) for race, flops in zip(races, best, strict=True)]
+
+
+def deciding_results(journal: Journal) -> list[RaceResult]:
+    """The race that decides of each workload: its final, or what was not run in parts."""
+    found: dict[Any, RaceResult] = {}
+    for each in race_results(journal):
+        before = found.get(each.race.workload)
+        if each.race.stage != "heat" and (before is None or before.race.number < each.race.number):
+            found[each.race.workload] = each
+    return list(found.values())
 
 
 def ceilings(journal: Journal) -> dict[tuple[str, str], list[Row]]:
@@ -96,14 +107,15 @@ def race_result(race: RaceRecord, ceiling: float) -> RaceResult:
 
 def markdown(journal: Journal) -> str:
     """The tables of a benchmark in Markdown."""
-    every = race_results(journal)
+    every = deciding_results(journal)
     parts = [
         machine_text(journal),
         *(section(title, table) for title, table in overview(every)),
+        section("Accuracy of trained networks", accuracy_table(journal)),
         section("Depth: narrow networks of ever more branches", growth_table(every)),
         section("Memory of a training step", memory_table(journal)),
         section("Start: import and build in a fresh process", startup_table(journal)),
-        section("Every contender", details(every)),
+        section("Every contender", details(race_results(journal))),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -167,15 +179,24 @@ def machine_text(journal: Journal) -> str:
         lines.append(f"Not installed, hence not measured: {', '.join(absent)}.")
     lines.append(
         "A ratio is the median over the rounds of one run in which all take turns, with its quartiles. The best peer "
-        "is the fastest of all libraries and modes; a peer that uses our switches (our kernels; on a CPU also freed "
-        "memory kept and single precision sent to oneDNN) has a column of its own."
+        "is the fastest of all libraries and modes of torch; a peer that uses our switches (our kernels; on a CPU also "
+        "freed memory kept and single precision sent to oneDNN) has a column of its own, and so has a peer in OpenVINO "
+        "or ONNX Runtime, which `optimize` may choose as well: what it gains over that column is ours, the rest is the "
+        "engine's. Modes of peers that end in `-pieces`, and `openvino-throughput`, search for the best pieces of a "
+        "batch, streams and threads as `optimize` does for ours."
     )
+    if any(race.stage for race in journal.races()):
+        lines.append(
+            "Races were run in parts: heats, each with our network in torch's operators as the pacemaker, and a final "
+            "of the fastest of each side. Seconds of different parts do not compare."
+        )
     return "\n".join(f"* {line}" for line in lines)
 
 
 def overview(every: Sequence[RaceResult]) -> Iterator[tuple[str, str]]:
     """A table for inference and one for training, of each precision."""
     titles = {"infer": "Inference", "train": "Training"}
+    suffixes = {"any": f" at equal accuracy, each in any precision within {ALLOWED:g} points of top-1"}
     for what, title in titles.items():
         for device, precision in dict.fromkeys(
             (each.race.workload.device, each.race.workload.precision) for each in every
@@ -187,14 +208,15 @@ def overview(every: Sequence[RaceResult]) -> Iterator[tuple[str, str]]:
                 == (what, device, precision)
                 and "@" not in each.race.workload.network
             ]
-            yield with_device(f"{title} in {precision}, images a second", device), overview_table(chosen)
+            heading = f"{title}{suffixes.get(precision, f' in {precision}')}, images a second"
+            yield with_device(heading, device), overview_table(chosen)
 
 
 def overview_table(every: Iterable[RaceResult]) -> str:
     """Best peer against ours, a row for each workload."""
     columns = (
-        *("network", "batch x size", "best peer", "", "best peer + switches", "ours", "", "ours / peer"),
-        *("ours / peer + switches", "ours of ceiling"),
+        *("network", "batch x size", "best peer", "", "best peer + switches", "best peer in another engine", ""),
+        *("ours", "", "ours / peer", "ours / peer + switches", "ours / peer in another engine", "ours of ceiling"),
     )
     return markdown_table(columns, map(overview_row, every))
 
@@ -202,13 +224,15 @@ def overview_table(every: Iterable[RaceResult]) -> str:
 def overview_row(each: RaceResult) -> list[str]:
     workload, best = each.race.workload, each.best
     mine = best.get("ours", "")
-    gains = [each.gain(mine, side) for side in ("peer", "switched")]
+    gains = [each.gain(mine, side) for side in ("peer", "switched", "engine")]
     return [
         workload.network,
         f"{workload.batch}x{workload.size}",
         format_number(each.rate("peer")),
         best.get("peer", NOTHING),
         format_number(each.rate("switched")),
+        format_number(each.rate("engine")),
+        best.get("engine", NOTHING),
         format_number(each.rate("ours")),
         mine.removeprefix("skipway ") or NOTHING,
         *(NOTHING if gain is None else str(gain) for gain in gains),
@@ -279,7 +303,7 @@ def details(every: Iterable[RaceResult]) -> str:
     """Every contender of every race, the fastest first, those without a time last."""
     columns = (
         *("workload", "side", "contender", "images/s", "over best peer", "of ceiling", "build s", "prepare s"),
-        *("rounds", "parameters", "remark"),
+        *("pieces and streams", "rounds", "parameters", "remark"),
     )
     return markdown_table(columns, (row for each in every for row in detail_rows(each)))
 
@@ -290,14 +314,40 @@ def detail_rows(each: RaceResult) -> Iterator[list[str]]:
     for name in sorted(race.names, key=lambda name: -each.rates.get(name, 0.0)):
         gain = each.gain(name, "peer")
         yield [
-            str(race.workload),
+            f"{race.workload}{f', {race.stage}' if race.stage else ''}",
             SIDES.get(known(name).get("side", ""), NOTHING),
             f"**{name}**" if name in each.best.values() else name,
             format_number(each.rates.get(name, math.nan)),
             NOTHING if gain is None else str(gain),
             format_number(each.share(name), ".0%") if name in each.rates else NOTHING,
             *(format_number(known(name).get(key, math.nan), ".1f") for key in ("build_seconds", "prepare_seconds")),
+            searched(known(name)),
             str(len(race.seconds.get(name, {}))),
             f"{known(name)['parameters']:,}" if "parameters" in known(name) else NOTHING,
             race.remark(name),
         ]
+
+
+def accuracy_table(journal: Journal) -> str:
+    """Top-1 of trained networks in each mode and precision."""
+    last = {(row["network"], row["precision"], row["mode"]): row for row in journal.of("accuracy")}
+    columns = ("network", "trained", "held-out images", "mode", "precision", "top-1 %", "in float32 %", "remark")
+    rows = [
+        (
+            *(str(row[key]) for key in ("network", "trained", "images", "mode", "precision")),
+            *(format_number(row.get(key, math.nan), ".2f") for key in ("top1", "reference")),
+            row["error"] or "more than allowed" * loses_accuracy([row], row["network"], row),
+        )
+        for row in last.values()
+    ]
+    return markdown_table(columns, rows)
+
+
+def searched(row: Row) -> str:
+    """The pieces and streams of a contender, and among how many they were the best.
+
+    >>> searched({"how": "bfloat16, 8 pieces", "tried": 5}), searched({})
+    ('bfloat16, 8 pieces (best of 5)', '–')
+    """
+    tried = f" (best of {row['tried']})" if row.get("tried") else ""
+    return f"{row['how']}{tried}" if row.get("how") else NOTHING

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import skipway as sw
 from benchmarks.trainability import nets
-from benchmarks.trainability.truth import batches, training_images
+from benchmarks.trainability.tasks import digits, shuffled
 from skipway.data import load
 from skipway.diagnosis import Settings
 from skipway.surgery import Operation, deepen, remove_norm, rescheme, shorten
@@ -37,10 +37,10 @@ def test_images() -> tuple[Tensor, Tensor]:
 
 def learn(model: nn.Module, settings: Settings, steps: int, seed: int = 0) -> nn.Module:
     """Train with a rate that falls to 0 along a cosine."""
-    images, labels = training_images()
+    images, labels = digits()
     optimizer = settings.make(model.train())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    stream = batches(images, labels, seed)
+    stream = shuffled(images, labels, seed, 64)
     for _ in range(steps):
         x, y = next(stream)
         loss = F.cross_entropy(model(x), y)
@@ -73,7 +73,7 @@ def operate(title: str, model: nn.Module, settings: Settings, operation: Callabl
 def main() -> None:
     """Everything, as a table."""
     torch.manual_seed(0)
-    images, _ = training_images()
+    images, _ = digits()
     batch = images[:64]
     sgd, adam = Settings(lr=0.1), Settings(optimizer="adamw", lr=1e-3)
     resnet = learn(sw.build("resnet20", **GREY), sgd, STEPS)

@@ -6,26 +6,30 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import skipway as sw
-from benchmarks.trainability import nets
+from benchmarks.trainability import nets, other_nets
+from benchmarks.trainability.tasks import TASKS, Task
 
 __all__ = ["FAMILIES", "Configuration", "Design", "configurations"]
 
-SEED = 20261123
-SHALLOWEST, DEEPEST = 4, 200
+SEED, STEPS = 20261129, 1500
+SHALLOWEST, DEEPEST = 4, 56
 DEEP_IS_RARE = 1.6
-"""Depth is 4 · 50^(u^1.6) with u uniform: fewer deep networks than log-uniform, since cost grows with depth."""
-RATES = {"sgd": (-2.75, 0.5), "adamw": (-4.25, -1.0)}
-"""log₁₀ of the learning rates, 0.0018 to 3.2 and 0.000056 to 0.1, around the usual 0.1 and 0.001."""
+"""Depth is 4 · 14^(u^1.6) with u uniform: fewer deep networks than log-uniform, since cost grows with depth."""
+RATES = {"sgd": (-2.75, 0.5), "adamw": (-4.25, -1.0), "muon": (-3.25, 0.0)}
+"""log₁₀ of the learning rates, 0.0018 to 3.2 and 0.000056 to 0.1, around the usual 0.1 and 0.001; beside Muon, which
+takes the maps of blocks, AdamW has a tenth of its rate."""
 OWN_START = 0.6
 """Share of the configurations that keep the scale of their initialisation."""
+WARM_UPS, SCHEDULES = (0, 0, 0, 50, 150), ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,11 @@ class Configuration:
         scheme: spec string of a Skipway scheme; for plain torch the variation: activation and start, or a scale.
         placement: of the norms, in the terms of the family.
         init_scale: factor on the weights of all linear maps and convolutions after the initialisation.
-        optimizer: "sgd" (momentum 0.9, no decay) or "adamw" (decay 0.01).
-        lr: constant learning rate.
-        seed: of weights and of the order of the images.
+        optimizer: "sgd" (momentum 0.9, no decay), "adamw" (decay 0.01), or "muon" with "adamw".
+        lr: learning rate after warm-up.
+        warmup: steps over which it rises linearly from 0.
+        schedule: "constant", or "cosine" down to 0 at the last step.
+        seed: of weights and of the order of the samples.
     """
 
     family: str
@@ -48,8 +54,10 @@ class Configuration:
     scheme: str
     placement: str
     init_scale: float
-    optimizer: Literal["sgd", "adamw"]
+    optimizer: str
     lr: float
+    warmup: int
+    schedule: str
     seed: int
 
     @property
@@ -57,18 +65,25 @@ class Configuration:
         """Unique and readable: "resnet 56 fixup original x1 sgd 0.1 seed 3"."""
         return (
             f"{self.family} {self.depth} {self.scheme} {self.placement} x{self.init_scale:g} "
-            f"{self.optimizer} {self.lr:g} seed {self.seed}"
+            f"{self.optimizer} {self.lr:g} {self.schedule} after {self.warmup} seed {self.seed}"
         )
 
     @property
-    def kind(self) -> Literal["skipway", "plain torch"]:
+    def task(self) -> Task:
+        """What it learns."""
+        return TASKS[FAMILIES[self.family].task]
+
+    @property
+    def kind(self) -> Literal["skipway", "others"]:
         """Library of the network."""
         return FAMILIES[self.family].kind
 
     @property
     def held_out(self) -> bool:
-        """Whether it is in the half on which nothing may be tuned, by a bit of the name's SHA-256."""
-        return hashlib.sha256(self.name.encode()).digest()[0] % 2 == 1
+        """Whether it is in the half on which nothing may be tuned, by a bit of the name's SHA-256. None of the first
+        280 is: features of the odds were designed on them.
+        """
+        return hashlib.sha256(self.name.encode()).digest()[0] % 2 == 1 and self.name not in looked_at()
 
     def build(self) -> nn.Module:
         """The network at its start, in training mode; the global random state is left as it was."""
@@ -79,21 +94,31 @@ class Configuration:
             scale_(model, self.init_scale)
         return model.train()
 
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over all parameters: groups by role for Skipway, `model.parameters()` for plain torch."""
-        decay = {"sgd": 0.0, "adamw": 0.01}[self.optimizer]
+    def make_optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """Over all parameters: groups by role for Skipway, `model.parameters()` for others; two of them with Muon."""
+        decay = {"sgd": 0.0, "adamw": 0.01, "muon": 0.01}[self.optimizer]
         ours = self.kind == "skipway"
+        if self.optimizer == "muon":
+            maps = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name]
+            held = {id(each) for each in maps}
+            rest = [p for p in model.parameters() if id(p) not in held]
+            return [torch.optim.Muon(maps, lr=self.lr), torch.optim.AdamW(rest, lr=self.lr / 10, weight_decay=decay)]
         parameters: Any = sw.param_groups(model, lr=self.lr, weight_decay=decay) if ours else model.parameters()
         if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=decay, fused=True)
-        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=decay, fused=True)
+            return [torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=decay, fused=True)]
+        return [torch.optim.AdamW(parameters, lr=self.lr, weight_decay=decay, fused=True)]
+
+    def rate_factor(self, step: int) -> float:
+        """Learning rate of a step, 0 the first, over `lr`."""
+        warm = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        return warm if self.schedule == "constant" else warm * 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
 def scale_(model: nn.Module, factor: float) -> None:
     """Multiply the weights, not the biases, of all linear maps, convolutions and attentions."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or type(module).__name__ == "Conv1D":
                 module.weight.mul_(factor)
             elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
                 module.in_proj_weight.mul_(factor)
@@ -112,6 +137,8 @@ class Design:
         least: smallest depth.
         most: largest depth; smaller where a step is expensive.
         kind: library of the network.
+        task: a key of `TASKS`.
+        optimizers: dealt evenly.
     """
 
     make: Callable[[int, str, str], nn.Module]
@@ -121,7 +148,9 @@ class Design:
     step: int
     least: int = SHALLOWEST
     most: int = DEEPEST
-    kind: Literal["skipway", "plain torch"] = "plain torch"
+    kind: Literal["skipway", "others"] = "others"
+    task: str = "digits"
+    optimizers: tuple[str, ...] = ("sgd", "adamw")
 
 
 OURS: tuple[str | tuple[str, ...], ...] = (
@@ -188,13 +217,35 @@ def branch_scale(scheme: str, depth: int) -> float:
     return (depth // 2) ** -0.5 if value == "depth" else float(value)
 
 
+def decoder(name: str, norms: tuple[str, ...], count: int) -> Design:
+    """Decoders of ours; depth is in blocks, of four weight layers each."""
+    return Design(
+        lambda blocks, start, norm: other_nets.own_decoder(name, blocks, start, norm),
+        ("own", "own", "1/√L", "table"),
+        norms,
+        count,
+        1,
+        least=2,
+        most=12,
+        kind="skipway",
+        task="text",
+        optimizers=("sgd", "adamw", "adamw", "muon"),
+    )
+
+
+def table_net(depth: int, scheme: str, placement: str) -> nn.Module:
+    """A network for numbers; "relu scale 30" divides its output by 30."""
+    act, _, scale = scheme.partition(" scale ")
+    return other_nets.TableNet(depth, act, placement, float(scale or 1))
+
+
 TRANSFORMER_NORMS = ("pre", "post", "respost")
 FAMILIES: dict[str, Design] = {
-    "resnet": Design(resnet, OURS, ("original", "preactivation"), 55, 2, kind="skipway"),
-    "vit": Design(vit, OURS, TRANSFORMER_NORMS, 44, 4, most=144, kind="skipway"),
-    "swin": Design(swin, OURS, TRANSFORMER_NORMS, 33, 4, most=144, kind="skipway"),
-    "cait": Design(cait, OURS, ("pre",), 22, 4, least=8, most=96, kind="skipway"),
-    "convnext": Design(convnext, OURS, ("inside",), 33, 2, most=144, kind="skipway"),
+    "resnet": Design(resnet, OURS, ("original", "preactivation"), 34, 2, kind="skipway"),
+    "vit": Design(vit, OURS, TRANSFORMER_NORMS, 26, 4, kind="skipway"),
+    "swin": Design(swin, OURS, TRANSFORMER_NORMS, 20, 4, kind="skipway"),
+    "cait": Design(cait, OURS, ("pre",), 14, 4, least=8, kind="skipway"),
+    "convnext": Design(convnext, OURS, ("inside",), 20, 2, kind="skipway"),
     "mlp": Design(
         lambda depth, scheme, placement: nets.MLP(depth, *variation(scheme), placement),
         ("relu", "relu-he", "gelu", "gelu-he", "tanh", "tanh-xavier"),
@@ -243,7 +294,6 @@ FAMILIES: dict[str, Design] = {
         ("pre", "post"),
         24,
         4,
-        most=144,
     ),
     "skipless transformer": Design(
         lambda depth, scheme, placement: nets.SkiplessTransformer(depth, placement, variation(scheme)[1]),
@@ -251,7 +301,6 @@ FAMILIES: dict[str, Design] = {
         ("pre", "none"),
         16,
         4,
-        most=48,
     ),
     "convnext-like": Design(
         lambda depth, scheme, placement: nets.ConvNeXtLike(depth, branch_scale(scheme, depth)),
@@ -259,7 +308,6 @@ FAMILIES: dict[str, Design] = {
         ("inside",),
         18,
         2,
-        most=144,
     ),
     "mixer": Design(
         lambda depth, scheme, placement: nets.Mixer(depth, placement),
@@ -268,6 +316,70 @@ FAMILIES: dict[str, Design] = {
         18,
         4,
     ),
+    "gpt": decoder("gpt", ("pre", "post", "respost", "sandwich"), 26),
+    "llama": decoder("llama", ("pre", "post", "respost", "sandwich"), 22),
+    "qwen": decoder("qwen", ("pre", "sandwich"), 14),
+    "torch decoder": Design(
+        lambda blocks, scheme, placement: other_nets.start_decoder(
+            other_nets.TorchDecoder(blocks, placement), blocks, scheme
+        ),
+        ("own", "own", "1/√L"),
+        ("pre", "post"),
+        22,
+        1,
+        least=2,
+        most=12,
+        task="text",
+    ),
+    "transformers": Design(
+        lambda blocks, scheme, placement: other_nets.Transformers(scheme, blocks),
+        ("gpt2", "llama", "gpt_neox", "opt"),
+        ("own",),
+        36,
+        1,
+        least=2,
+        most=8,
+        task="text",
+    ),
+    "timm": Design(
+        lambda depth, scheme, placement: other_nets.timm_model(scheme),
+        (
+            "test_resnet",
+            "test_vit",
+            "test_vit2",
+            "test_convnext",
+            "test_convnext2",
+            "test_convnext3",
+            "test_efficientnet",
+            "test_efficientnet_gn",
+            "test_mambaout",
+            "test_byobnet",
+            "test_nfnet",
+            "test_coatnet",
+        ),
+        ("own",),
+        60,
+        1,
+        task="cifar",
+    ),
+    "table": Design(
+        table_net,
+        ("relu", "gelu", "tanh", "relu scale 0.03", "gelu scale 30"),
+        ("plain", "residual", "residual-norm", "batch-norm"),
+        84,
+        2,
+        task="numbers",
+    ),
+    "segmentation": Design(
+        lambda depth, scheme, placement: other_nets.Segmenter(depth, scheme, placement),
+        ("unet", "no-skips", "he"),
+        ("bn", "none"),
+        72,
+        2,
+        least=10,
+        most=40,
+        task="masks",
+    ),
 }
 
 
@@ -275,35 +387,51 @@ def configurations() -> list[Configuration]:
     """All configurations, in a fixed shuffled order, so that the first ones are a fair sample of all.
 
     Per family a Latin hypercube: depth and learning rate are drawn one to each of `count` equal slices, in
-    independent random orders; schemes, placements and optimizers are dealt evenly; 60 % keep their own start, the
-    others are scaled by 2^U(-1, 1).
+    independent random orders; schemes, placements, optimizers, warm-ups and schedules are dealt evenly; 60 % keep their
+    own start, the others are scaled by 2^U(-1, 1). A quarter as many again are drawn from wider ranges, so that more of
+    them fail: rates wider by 3/4 of a decade at either end, one start in three its own, others scaled by 4^U(-1, 1).
     """
-    drawn = []
-    for family, design in FAMILIES.items():
-        draw = random.Random(f"{SEED} {family}")
-        count = design.count
-        slices = {what: draw.sample(range(count), count) for what in ("depth", "lr")}
-        schemes, placements = deal(draw, design.schemes, count), deal(draw, design.placements, count)
-        optimizers = deal(draw, ("sgd", "adamw"), count)
-        for number in range(count):
-            place = {what: (slices[what][number] + draw.random()) / count for what in slices}
-            depth = design.least * (design.most / design.least) ** (place["depth"] ** DEEP_IS_RARE)
-            low, high = RATES[optimizers[number]]
-            scheme = schemes[number]
-            drawn.append(
-                Configuration(
-                    family=family,
-                    depth=design.step * round(depth / design.step),
-                    scheme=scheme if isinstance(scheme, str) else draw.choice(scheme),
-                    placement=placements[number],
-                    init_scale=1.0 if draw.random() < OWN_START else significant(2 ** draw.uniform(-1, 1)),
-                    optimizer=optimizers[number],
-                    lr=significant(10 ** (low + (high - low) * place["lr"])),
-                    seed=draw.randrange(1000),
-                )
-            )
-    random.Random(SEED).shuffle(drawn)
-    return drawn
+    usual, wide = (
+        [each for family, design in FAMILIES.items() for each in drawn(family, design, wide)] for wide in (False, True)
+    )
+    random.Random(SEED).shuffle(usual)
+    random.Random(SEED + 1).shuffle(wide)
+    return [*usual, *wide]
+
+
+@cache
+def looked_at() -> frozenset[str]:
+    """Names of the configurations on which features of the odds were designed."""
+    return frozenset(configuration.name for configuration in configurations()[:280])
+
+
+def drawn(family: str, design: Design, wide: bool) -> Iterator[Configuration]:
+    """The configurations of a family."""
+    draw = random.Random(f"{SEED} {family}" + " wide" * wide)
+    count = max(2, round(design.count / 4)) if wide else design.count
+    slices = {what: draw.sample(range(count), count) for what in ("depth", "lr")}
+    schemes, placements = deal(draw, design.schemes, count), deal(draw, design.placements, count)
+    optimizers = deal(draw, design.optimizers, count)
+    warmups, schedules = deal(draw, WARM_UPS, count), deal(draw, SCHEDULES, count)
+    for number in range(count):
+        place = {what: (slices[what][number] + draw.random()) / count for what in slices}
+        depth = design.least * (design.most / design.least) ** (place["depth"] ** DEEP_IS_RARE)
+        low, high = RATES[optimizers[number]]
+        low, high = (low - 0.75, high + 0.75) if wide else (low, high)
+        scheme = schemes[number]
+        own, spread = (1 / 3, 4) if wide else (OWN_START, 2)
+        yield Configuration(
+            family=family,
+            depth=design.step * round(depth / design.step),
+            scheme=scheme if isinstance(scheme, str) else draw.choice(scheme),
+            placement=placements[number],
+            init_scale=1.0 if draw.random() < own else significant(spread ** draw.uniform(-1, 1)),
+            optimizer=optimizers[number],
+            lr=significant(10 ** (low + (high - low) * place["lr"])),
+            warmup=warmups[number],
+            schedule=schedules[number],
+            seed=draw.randrange(1000),
+        )
 
 
 def deal(draw: random.Random, values: tuple[Any, ...], count: int) -> list[Any]:

@@ -1,89 +1,96 @@
-"""Diagnose every untrained configuration: the verdict, and the indicators on which it rests.
+"""Diagnose every held-out network before training: verdict, odds at each checkpoint, cost, and what its rules say.
 
-    python -m benchmarks.trainability.measurements      # resumes: names that the file holds already are skipped
+    python -m benchmarks.trainability.measurements --cifar cifar10-jpeg.tar.xz --text tinyshakespeare.txt.xz   # resumes
 
-The 128 images are drawn in another order than in training. Appends a line for each configuration to
-measurements.jsonl next to this file.
+Batches come in another order than in the training. A line of measurements.jsonl next to this file for each
+configuration, with a loader of fresh batches and with one batch. Cost is processor time over that of 1,500 steps, whose
+mean is measured beside; looks beyond the allowance are taken afterwards, for the curve of accuracy over cost.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+import skipway as sw
+from benchmarks.trainability.configurations import STEPS, Configuration
+from benchmarks.trainability.prefixes import MOST, first_batches, settings_for, trial_of, whole_batch
+from benchmarks.trainability.truth import add_data_options, resume
+from skipway.diagnosis.odds import CHECKPOINTS, odds
 
-from benchmarks.trainability.configurations import Configuration, configurations
-from benchmarks.trainability.truth import BATCH, STEPS, batches, training_images
-from skipway.diagnosis.diagnosis import examine
-from skipway.diagnosis.indicators import read_indicators
-from skipway.diagnosis.settings import Settings
-from skipway.diagnosis.subject import Subject
+__all__ = ["MEASUREMENTS", "main"]
 
-__all__ = ["IMAGES", "main", "measured", "read_measurements", "settings_for"]
-
-FILE = Path(__file__).with_name("measurements.jsonl")
-IMAGES = 128
-OTHER_ORDER = 1000
-"""Added to the seed, so that the diagnosis does not see the first images of the training."""
+MEASUREMENTS = Path(__file__).with_name("measurements.jsonl")
+TIMED = 20
+"""Steps of the training that are timed."""
 
 
-def settings_for(configuration: Configuration) -> Settings:
-    """Settings of the training that the diagnosis is asked about."""
-    return Settings(
-        optimizer=configuration.optimizer,
-        lr=configuration.lr,
-        steps=STEPS,
-        exact=lambda model, lr: configuration.make_optimizer(model),
-    )
+def step_seconds(configuration: Configuration) -> float:
+    """Processor time of a step of the training."""
+    model = configuration.build()
+    optimizers = configuration.make_optimizers(model)
+    begin = 0.0
+    for number, (x, y) in enumerate(first_batches(configuration)[: TIMED + 3]):
+        if number == 3:
+            begin = time.process_time()
+        configuration.task.loss(model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+    return (time.process_time() - begin) / TIMED
 
 
-def subject_for(configuration: Configuration, images: torch.Tensor, labels: torch.Tensor) -> Subject:
-    """The untrained network with its batch."""
-    stream = batches(images, labels, configuration.seed + OTHER_ORDER)
-    pairs = [next(stream) for _ in range(-(-IMAGES // BATCH))]
-    shown = torch.cat([pair[0] for pair in pairs])[:IMAGES]
-    return Subject(configuration.build(), shown, torch.cat([pair[1] for pair in pairs])[:IMAGES])
-
-
-def measured(configuration: Configuration, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """One line of the file."""
-    subject = subject_for(configuration, images, labels)
-    settings = settings_for(configuration)
-    start = time.process_time()
-    diagnosis = examine(subject, settings)
-    seconds = time.process_time() - start
-    measured = diagnosis.measurement
-    indicators = {name: float(f"{value:.6g}") for name, value in asdict(read_indicators(measured, settings)).items()}
+def measured(configuration: Configuration, fresh: bool, training: float) -> dict[str, Any]:
+    """Verdict, odds and cost of a diagnosis, and the odds and the cost of further looks."""
+    model = configuration.build()
+    given = settings_for(configuration, model)
+    batches = first_batches(configuration)
+    begin = time.process_time()
+    x, y = (batches, None) if fresh else whole_batch(configuration)
+    diagnosis = sw.diagnose(model, x, targets=y, **given)
+    seconds = time.process_time() - begin
+    steps = 0 if diagnosis.measurement.ahead is None else len(diagnosis.measurement.ahead.losses)
+    looks, spent = [], 0.0
+    trial = trial_of(configuration, fresh).advance(1)
+    for checkpoint in CHECKPOINTS:
+        if checkpoint > MOST or trial.ended:
+            break
+        begin = time.process_time()
+        trial.advance(checkpoint)
+        chance = odds(trial.first_steps())
+        spent += time.process_time() - begin
+        looks.append([len(trial.losses), round(chance, 4), spent])
+    own = next((each[2] for each in looks if each[0] >= steps), spent)
+    beside = max(seconds - own, 0.0)
     return {
-        "name": configuration.name,
         "verdict": diagnosis.verdict,
+        "odds": round(diagnosis.odds, 4),
+        "steps": steps,
+        "share": round(seconds / training, 5),
+        "beside": round(beside / training, 5),
         "rules": [finding.rule for finding in diagnosis.findings if finding.level != "note"],
-        **indicators,
-        "passes": round(measured.passes, 2),
-        "seconds": round(seconds, 3),
+        "looks": [[count, chance, round((each + beside) / training, 5)] for count, chance, each in looks],
     }
 
 
-def read_measurements() -> dict[str, dict[str, Any]]:
-    """The lines of the file, by name."""
-    lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
-    return {row["name"]: row for row in map(json.loads, lines)}
+def both_modes(configuration: Configuration) -> dict[str, Any] | None:
+    """One line of the file; None where the configuration is not held out."""
+    if not configuration.held_out:
+        return None
+    training = STEPS * step_seconds(configuration)
+    modes = {"fresh": True, "one batch": False}
+    line = {mode: measured(configuration, fresh, training) for mode, fresh in modes.items()}
+    return {"name": configuration.name, **line}
 
 
 def main() -> None:
     """Measure what is not yet measured."""
-    torch.set_num_threads(1)
-    images, labels = training_images()
-    done = read_measurements()
-    with FILE.open("a", encoding="utf-8") as file:
-        for configuration in configurations():
-            if configuration.name not in done:
-                file.write(json.dumps(measured(configuration, images, labels)) + "\n")
-                file.flush()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_options(parser)
+    parser.add_argument("--out", type=Path, default=MEASUREMENTS)
+    resume(parser.parse_args(), both_modes)
 
 
 if __name__ == "__main__":

@@ -1,95 +1,152 @@
-"""Train every configuration on the embedded digits, and record the outcome.
+"""Train every configuration, and grade the outcome.
 
-    python -m benchmarks.trainability.truth [--limit N] [--out FILE]
+    python -m benchmarks.trainability.truth --cifar cifar10-jpeg.tar.xz --text tinyshakespeare.txt.xz [--limit N]
 
-One JSON line per configuration as it goes; names that the file holds already are skipped, so it can be interrupted.
-One thread, one process: two threads on tensors this small wait for each other.
+One JSON line per configuration as it goes; names that the file holds already are skipped, so it can be interrupted, and
+`--part 0/2` and `--part 1/2` share the work between two processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.trainability.configurations import Configuration, configurations
-from skipway.data import load
+from benchmarks.trainability.configurations import FAMILIES, STEPS, Configuration, configurations
+from benchmarks.trainability.tasks import FILES, set_data
+from skipway.optim.schedules import set_lr
 
-__all__ = ["BATCH", "STEPS", "TRUTH", "batches", "read_truth", "train", "training_images"]
+__all__ = [
+    "LEARNT",
+    "MARGIN",
+    "STEPS",
+    "TRUTH",
+    "grade",
+    "planned_step",
+    "read_lines",
+    "resume",
+    "run_steps",
+    "steps_of",
+    "train",
+    "trainable",
+]
 
-STEPS, BATCH = 300, 64
-WINDOW, REACHED = 20, 0.6
-"""Reached: a mean training accuracy of 0.6 over 20 batches. Chance is 0.1."""
+WINDOW = 50
+"""Steps whose losses are averaged."""
+LEARNT, MARGIN = 0.5, 0.2
+"""Shares of the way from the best constant answer to a good recipe: learnt from one half on, ambiguous from a fifth."""
+HELD = 250
+"""Steps for which a goal is held before a training is ended early; one in ten goes on to the end to check that."""
 GRACE, TOO_LARGE, IN_A_ROW = 20, 1e3, 5
-"""Diverged: the loss is not finite, or above 1e3 in five steps in a row after step 20."""
+"""Diverged: the loss is not finite, or above a thousand times its first value in five steps in a row after step 20."""
 TRUTH = Path(__file__).with_name("truth.jsonl")
+CURVES = 400
+"""Steps whose losses are kept one by one."""
 
 
-def training_images() -> tuple[Tensor, Tensor]:
-    """The 1,438 digits that are not test images: (N, 1, 8, 8) of mean 0 and standard deviation 1, labels (N,)."""
-    train = load(validation=0.0).train
-    images = train.images.permute(0, 3, 1, 2).float()
-    return (images - images.mean()) / images.std(), train.labels
-
-
-def batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Full batches without end, in a new order each pass; the incomplete last batch of a pass is left out."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(labels), generator=generator)
-        for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
-            yield images[chosen], labels[chosen]
-
-
-def train(configuration: Configuration, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Train for 300 steps, or until the outcome is clear; return the fields of `truth.jsonl`.
+def train(configuration: Configuration, *, to_the_end: bool | None = None) -> dict[str, Any]:
+    """Train for 1,500 steps, or until the outcome is clear; return the fields of `truth.jsonl` and the "curve".
 
     `seconds` is processor time of the training alone, which does not depend on other work on the machine.
     """
     model = configuration.build()
-    optimizer = configuration.make_optimizer(model)
-    losses: list[float] = []
-    hits: deque[float] = deque(maxlen=WINDOW)
-    outcome, large = "stuck", 0
-    begin = time.process_time()
-    for step, (x, y) in enumerate(batches(images, labels, configuration.seed), 1):
-        logits = model(x)
-        loss = F.cross_entropy(logits, y)
-        optimizer.zero_grad()
+    optimizers = configuration.make_optimizers(model)
+    if to_the_end is None:
+        to_the_end = hashlib.sha256(configuration.name.encode()).digest()[1] % 10 == 0
+    return run_steps(configuration, model, planned_step(configuration, optimizers), to_the_end=to_the_end)
+
+
+def planned_step(configuration: Configuration, optimizers: Sequence[torch.optim.Optimizer]) -> Callable[[int], None]:
+    """(step) → it is taken by the optimizers, at the rates that the configuration plans for it."""
+
+    def take_step(step: int) -> None:
+        for optimizer in optimizers:
+            set_lr(optimizer, configuration.rate_factor(step))
+            optimizer.step()
+
+    return take_step
+
+
+def steps_of(configuration: Configuration, model: nn.Module, take_step: Callable[[int], None]) -> Iterator[Tensor]:
+    """Train a model on the task of a configuration, without end; after each step yield the loss from before it."""
+    task = configuration.task
+    for step, (x, y) in enumerate(task.batches(configuration.seed)):
+        loss = task.loss(model(x), y)
+        model.zero_grad()
         loss.backward()
-        optimizer.step()
+        take_step(step)
+        yield loss
+
+
+def run_steps(
+    configuration: Configuration, model: nn.Module, take_step: Callable[[int], None], *, to_the_end: bool = False
+) -> dict[str, Any]:
+    """Train a model on the task of a configuration, by steps on given gradients; return the fields of a training."""
+    task = configuration.task
+    losses: list[float] = []
+    crossed, large, diverged = 0, 0, False
+    begin = time.process_time()
+    for step, loss in enumerate(steps_of(configuration, model, take_step)):
         losses.append(loss.item())
-        hits.append((logits.detach().argmax(1) == y).float().mean().item())
-        large = large + 1 if step > GRACE and losses[-1] > TOO_LARGE else 0
-        if not math.isfinite(losses[-1]) or large >= IN_A_ROW:
-            outcome = "diverged"
-        elif len(hits) == WINDOW and sum(hits) / WINDOW >= REACHED:
-            outcome = "reached"
-        if outcome != "stuck" or step == STEPS:
+        large = large + 1 if step > GRACE and losses[-1] > TOO_LARGE * max(losses[0], task.constant()) else 0
+        diverged = not math.isfinite(losses[-1]) or large >= IN_A_ROW
+        gained = task.gained(recent(losses))
+        if not crossed and step >= WINDOW and gained >= LEARNT:
+            crossed = step + 1
+        held = crossed and step >= max(2 * crossed, crossed + HELD) and not to_the_end
+        if diverged or (held and gained >= LEARNT) or step + 1 == STEPS:
             break
     seconds = time.process_time() - begin
+    gained = task.gained(recent(losses))
     return {
         "name": configuration.name,
-        **asdict(configuration),
-        "outcome": outcome,
+        "family": configuration.family,
+        "task": task_name(configuration),
+        "outcome": grade(gained, crossed, diverged),
+        "gained": round(gained, 3),
+        "crossed": crossed,
         "steps": len(losses),
-        "accuracy": round(sum(hits) / len(hits), 4),
+        "constant": round(task.constant(), 4),
         "loss_first": finite(losses[0]),
-        "loss_last": finite(losses[-1]),
-        "seconds": round(seconds, 2),
+        "loss_last": finite(recent(losses)),
         "seconds_per_step": round(seconds / len(losses), 5),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "curve": [finite(loss) for loss in losses[:CURVES]],
+        "rest": [finite(recent(losses[: stop + WINDOW])) for stop in range(CURVES, len(losses) - WINDOW + 1, WINDOW)],
     }
+
+
+def task_name(configuration: Configuration) -> str:
+    """What it learns."""
+    return FAMILIES[configuration.family].task
+
+
+def recent(losses: Sequence[float]) -> float:
+    """Mean of the last losses."""
+    last = losses[-WINDOW:]
+    return sum(last) / len(last)
+
+
+def grade(gained: float, crossed: int, diverged: bool) -> str:
+    """ "learns" (in the first half of the steps), "late", "marginal", "stuck" or "diverged".
+
+    >>> grade(0.8, 200, False), grade(0.6, 1200, False), grade(0.4, 0, False), grade(-1.0, 0, True)
+    ('learns', 'late', 'marginal', 'diverged')
+    """
+    if diverged or gained <= -0.5:
+        return "diverged"
+    if gained >= LEARNT:
+        return "learns" if crossed <= STEPS // 2 else "late"
+    return "marginal" if gained >= MARGIN else "stuck"
 
 
 def finite(loss: float) -> float | None:
@@ -97,40 +154,85 @@ def finite(loss: float) -> float | None:
     return float(f"{loss:.4g}") if math.isfinite(loss) else None
 
 
-def read_truth(path: Path = TRUTH) -> list[dict[str, Any]]:
-    """The lines of the file, in the order they were trained in; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file by name, in the order in which they were written; none if there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+def trainable() -> list[Configuration]:
+    """The configurations whose data are at hand."""
+    needed = {"cifar": "cifar", "text": "text"}
+    return [c for c in configurations() if needed.get(task_name(c), "") in {"", *FILES}]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Family × outcome."""
-    lines = [f"{'family':22}{'reached':>9}{'diverged':>9}{'stuck':>9}{'seconds':>9}"]
-    for family in (*dict.fromkeys(sorted(row["family"] for row in rows)), "all"):
+    grades = ("learns", "late", "marginal", "stuck", "diverged")
+    lines = [f"{'family':22}" + "".join(f"{each:>10}" for each in grades) + f"{'ms/step':>10}"]
+    for family in (*sorted({row["family"] for row in rows}), "all"):
         chosen = [row for row in rows if family in (row["family"], "all")]
         count = Counter(row["outcome"] for row in chosen)
-        mean = sum(row["seconds"] for row in chosen) / max(len(chosen), 1)
-        lines.append(f"{family:22}{count['reached']:9}{count['diverged']:9}{count['stuck']:9}{mean:9.1f}")
+        mean = 1000 * sum(row["seconds_per_step"] for row in chosen) / max(len(chosen), 1)
+        lines.append(f"{family:22}" + "".join(f"{count[each]:10}" for each in grades) + f"{mean:10.1f}")
     return "\n".join(lines)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say where the real data are, and which share of the work to do."""
+    parser.add_argument("--cifar", type=Path, help="the archive of CIFAR-10 as JPEG images")
+    parser.add_argument("--text", type=Path, help="a file of text, .xz or not")
+    parser.add_argument("--limit", type=int, help="no more than the first N")
+    parser.add_argument("--part", default="0/1", help="the share of the work: 0/2 and 1/2 for two processes")
+
+
+def chosen_part(options: argparse.Namespace) -> list[Configuration]:
+    """The configurations of the options."""
+    set_data(options.cifar, options.text)
+    number, parts = map(int, options.part.split("/"))
+    return trainable()[: options.limit][number::parts]
+
+
+def resume(
+    options: argparse.Namespace, work: Callable[[Configuration], dict[str, Any] | None], out: Path | None = None
+) -> None:
+    """Append a JSON line for each configuration of the options that the file does not hold yet, where there is one.
+
+    One thread: two threads on tensors this small wait for each other. Denormal numbers are flushed to zero, since
+    vanishing signals would otherwise cost a hundred times as much.
+    """
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    out = options.out if out is None else out
+    known = read_lines(out)
+    for configuration in chosen_part(options):
+        line = None if configuration.name in known else work(configuration)
+        if line is not None:
+            append_line(out, line)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a JSON line to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, help="train no more than the first N")
+    add_data_options(parser)
     parser.add_argument("--out", type=Path, default=TRUTH, help="file of the outcomes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # vanishing signals would otherwise cost a hundred times as much
-    images, labels = training_images()
-    known = {row["name"] for row in read_truth(arguments.out)}
-    for configuration in configurations()[: arguments.limit]:
-        if configuration.name in known:
-            continue
-        row = train(configuration, images, labels)
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    print(table(read_truth(arguments.out)))
+    parser.add_argument("--curves", type=Path, help="file of the losses")
+    options = parser.parse_args()
+
+    def work(configuration: Configuration) -> dict[str, Any]:
+        row = train(configuration)
+        curve = {"name": row["name"], "curve": row.pop("curve"), "rest": row.pop("rest")}
+        if options.curves is not None:
+            append_line(options.curves, curve)
+        return row
+
+    resume(options, work)
+    print(table(list(read_lines(options.out).values())))
 
 
 if __name__ == "__main__":

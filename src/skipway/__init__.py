@@ -14,11 +14,13 @@ from skipway._version import __version__
 if TYPE_CHECKING:
     from skipway.checkpoint.loop import LoopCheckpoints
     from skipway.classifier import TrainedClassifier, fit
-    from skipway.diagnosis import Diagnosis, Finding, Treatment, diagnose
+    from skipway.depth_transfer import DepthTransfer, transfer
+    from skipway.diagnosis import Comparison, Diagnosis, Finding, Treatment, diagnose
     from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
-    from skipway.inference.backend_selection import OptimizedModel, optimize
     from skipway.inference.generate import generate
+    from skipway.inference.optimized_model import OptimizedModel, load_optimized, optimize
     from skipway.inference.predict import from_pretrained
+    from skipway.inference.quantized_model import quantize
     from skipway.models import (
         GPT,
         BasicBlock,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         build,
         projection,
     )
+    from skipway.monitoring.watch import monitor
     from skipway.nn import Residual
     from skipway.nn.kit import Kit
     from skipway.nn.placement import Placement
@@ -109,15 +112,18 @@ if TYPE_CHECKING:
 _HOME = {
     "checkpoint.loop": "LoopCheckpoints",
     "classifier": "TrainedClassifier fit",
-    "diagnosis": "Diagnosis Finding Treatment diagnose",
+    "depth_transfer": "DepthTransfer transfer",
+    "diagnosis": "Comparison Diagnosis Finding Treatment diagnose",
     "errors": "CheckpointError DataError DivergedError MissingExtraError SkipwayError",
-    "inference.backend_selection": "OptimizedModel optimize",
+    "inference.optimized_model": "OptimizedModel load_optimized optimize",
     "inference.generate": "generate",
     "inference.predict": "from_pretrained",
+    "inference.quantized_model": "quantize",
     "models": (
         "BasicBlock Bottleneck CaiT CaiTConfig ConvNeXt ConvNeXtConfig GPT GPTConfig ResNet ResNetConfig Swin "
         "SwinConfig ViT ViTConfig build projection"
     ),
+    "monitoring.watch": "monitor",
     "nn": "Residual",
     "nn.kit": "Kit",
     "nn.placement": "Placement",
@@ -148,12 +154,13 @@ _HOME = {
 _ROOMS = [
     "checkpoint",
     "data",
+    "depth_transfer",
     "diagnosis",
     "hardware",
     "inference",
     "kernels",
     "models",
-    "monitor",
+    "monitoring",
     "nn",
     "optim",
     "probes",

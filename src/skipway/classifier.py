@@ -14,11 +14,12 @@ from skipway.checkpoint.files import read_json
 from skipway.cli.interrupts import StopSignal
 from skipway.cli.progress import choose_reporter
 from skipway.cli.train import result_lines, stopped_lines, unused_folder
-from skipway.errors import CheckpointError, SkipwayError, printable, suggest
+from skipway.errors import CheckpointError, SkipwayError, counted, printable, suggest
 from skipway.inference.metrics import percent
 from skipway.inference.predict import NetworkChoices, Predictor, from_pretrained
 from skipway.inference.publish import write_hub_folder, write_onnx, write_program
 from skipway.inference.run_evaluation import RunEvaluation, evaluate_images, evaluate_run
+from skipway.presets import PRESETS
 from skipway.recipe import Recipe, read_recipe
 from skipway.training.loop import train
 from skipway.training.run_folder import RunFolder
@@ -107,7 +108,7 @@ class TrainedClassifier(Predictor):
         return target
 
     def __repr__(self) -> str:
-        tested = f"{percent(self.accuracy)} of {self.summary['test_images']:,} test images"
+        tested = f"{percent(self.accuracy)} of {counted(self.summary['test_images'], 'test image')}"
         return f"TrainedClassifier({printable(str(self.folder))!r}: {len(self.classes)} classes, {tested})"
 
 
@@ -118,6 +119,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    preset: str | None = None,
     **choices: Any,
 ) -> TrainedClassifier:
     """Train an image classifier on a folder of images, as `skipway train` does, and return it.
@@ -132,6 +134,8 @@ def fit(
         resume: continue the run in `out`; if there is none, start it.
         overwrite: replace the run in `out`.
         quiet: print nothing.
+        preset: named values for what is not chosen, "fast" for small images (`skipway.presets.PRESETS`); a run that is
+            resumed has its recipe.
         choices: fields of `Recipe`: `model="timm:convnext_atto"`, `time="10m"`, `start="random"`, `epochs=20`, …
 
     Raises:
@@ -146,7 +150,9 @@ def fit(
     began = time.monotonic()
     if not isinstance(out, str | Path | None):
         raise SkipwayError(f"out={out!r}: the rule is the path of a folder")
-    recipe = as_recipe(data, choices)
+    recipe = as_recipe(data, choices if preset is None else {**PRESETS[preset].beside(choices), **choices})
+    if preset is not None:
+        PRESETS[preset].check_data(preset, recipe.data)
     if out is None and (resume or overwrite):
         raise SkipwayError(f"{'resume' if resume else 'overwrite'}=True: name the folder of the run, out='runs/…'")
     if (task := choose_task(recipe)).kind != "image":

@@ -134,7 +134,8 @@ def spelling(**names: str) -> Iterator[None]:
 def spell(name: str, value: object) -> str:
     """An argument with its value, for a message, by the name that the caller knows it by.
 
-    A recipe's fields hold several words as one text. The command line spells them as options (`cli.option_names`).
+    A recipe's fields hold several words as one text. The command line spells them as options
+    (`skipway.argument_names`).
 
     >>> spell("adapt", ("classes", "size"))
     "adapt=('classes', 'size')"

@@ -24,6 +24,9 @@ __all__ = ["NO_PATIENCE", "Recipe", "ResolvedRecipe", "read_recipe"]
 
 NO_PATIENCE = "patience needs a validation split, and there is none: set validation above 0, or leave patience out"
 
+WHITENED = "whitened"
+"""The start from random weights with a first convolution that whitens the training images."""
+
 STEP_FIELDS = (
     *("epochs", "steps", "batch_size", "accumulate", "optimizer", "lr", "weight_decay", "schedule", "warmup"),
     *("layer_decay", "ema", "clip", "patience", "grow_from"),
@@ -229,7 +232,7 @@ class Recipe:
     """See skipway schemes. [the model's]"""
 
     start: str | Path | None = None
-    """auto, random, pretrained, FILE, hf:NAME. [by case]"""
+    """random, whitened, pretrained, FILE, hf:NAME. [auto]"""
 
     weights_names: Literal["skipway", "timm", "torchvision", "huggingface"] = advanced("skipway")
     """Naming scheme of the checkpoint."""
@@ -307,7 +310,7 @@ class Recipe:
     """auto, cpu, cuda, cuda:1."""
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of forward passes."""
+    """Number type."""
 
     workers: int | None = kind_field("image", None)
     """Processes that decode images. [one per core]"""
@@ -405,7 +408,7 @@ class Recipe:
         >>> Recipe(start="random").initial_weights, Recipe(start="pretrained").initial_weights
         (None, 'pretrained')
         """
-        return None if self.start in (None, "random") else str(self.start)
+        return None if self.start in (None, "random", WHITENED) else str(self.start)
 
     @property
     def schedule_shape(self) -> ScheduleShape:
@@ -495,6 +498,10 @@ class Recipe:
         Traceback (most recent call last):
         skipway.errors.SkipwayError: flip=True: an option for images, and book.txt holds text; leave it out
         """
+        if kind == "text" and self.start == WHITENED:
+            raise SkipwayError(
+                f"{spell('start', self.start)}: a start for images, and {source} holds text; leave it out"
+            )
         plain = {entry.name: entry.default for entry in dataclasses.fields(ResolvedRecipe)}
         for entry in dataclasses.fields(Recipe):
             wanted, value = entry.metadata.get("only"), getattr(self, entry.name)

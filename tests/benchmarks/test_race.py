@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.race import contenders as field
+from benchmarks.race import modes as field
 from benchmarks.race import runner
 from benchmarks.race.architectures import AbsentError, config_of, make_model
 from benchmarks.race.chart import draw_chart
-from benchmarks.race.contenders import MODES, Contender, ReadyContender, Workload, contenders
+from benchmarks.race.contenders import Contender, ReadyContender, Workload, contenders
+from benchmarks.race.heats import find_finalists, pacemaker
 from benchmarks.race.journal import Journal
+from benchmarks.race.modes import MODES
 from benchmarks.race.runner import BenchmarkPlan, run_plan
-from benchmarks.race.summary import markdown, race_results
+from benchmarks.race.summary import deciding_results, markdown, race_results
 from skipway.errors import SkipwayError
 from skipway.inference.timer import Candidate, Timing, round_speedups, time_interleaved
 
@@ -176,7 +178,7 @@ def tiny_plan(**others) -> BenchmarkPlan:
 
 
 def test_a_contender_that_fails_becomes_a_row(tmp_path, monkeypatch):
-    def refuse(model, images, precision):
+    def refuse(model, images, precision, known):
         raise RuntimeError("not on this machine")
 
     mode = field.Mode(what=field.BOTH, who=field.SELF, ready=refuse)
@@ -243,7 +245,7 @@ def test_the_best_peer_is_one_without_our_switches(tmp_path):
 def test_the_table_and_the_chart(tmp_path):
     journal = recorded(tmp_path)
     text = markdown(journal)
-    assert "| resnet50 | 4x64 | 13.3 | timm frozen | 17.8 | 26.7 | eager | 2.00 (2.00 to 2.00) | 1.50" in text
+    assert "| resnet50 | 4x64 | 13.3 | timm frozen | 17.8 | – | – | 26.7 | eager | 2.00 (2.00 to 2.00) | 1.50" in text
     assert "Ceiling in float32: 8 GFLOP/s" in text
     pytest.importorskip("matplotlib")
     assert draw_chart(race_results(journal), tmp_path / "speed.png").stat().st_size > 5000
@@ -270,7 +272,7 @@ def test_where_preparing_takes_the_budget_ours_are_left_out_and_no_peer(tmp_path
     clock, journal = Clock(), Journal(tmp_path)
     monkeypatch.setattr(runner.time, "perf_counter", clock)
 
-    def slow(contender, workload, known):
+    def slow(contender, workload, known, choice):
         clock.takes(10.0)()
         return ReadyContender(clock, contender.within, 7, 0.0, 10.0)
 
@@ -280,6 +282,96 @@ def test_where_preparing_takes_the_budget_ours_are_left_out_and_no_peer(tmp_path
     known = journal.race(WORKLOAD, [str(each) for each in wanted], 1)
     ready = runner.prepare_all(plan, WORKLOAD, wanted, known, journal, lambda text: None)
     assert [each.library for each in ready] == ["timm", "torchvision"]
+
+
+def test_heats_compare_by_the_pacemaker_and_the_final_decides(tmp_path, monkeypatch):
+    """The second heat runs on a machine half as fast; frozen is faster than eager all the same."""
+    clock = Clock()
+    seconds = {"channels-last": 1.0, "eager": 0.9, "autocast": 0.8, "openvino": 0.4, "optimize-torch": 0.3}
+    slower = 1.0
+
+    def ready(contender, workload, known, choice=None):
+        assert choice is None or choice.pieces == 4
+        searched = contender.mode == "openvino"
+        run = lambda: clock.takes(slower * seconds[contender.mode])()  # noqa: E731
+        found = field.Choice("peer", pieces=4) if searched else None
+        return ReadyContender(run, contender.within("cpu"), 7, 0.0, 1.0, found, 3 if searched and choice is None else 0)
+
+    monkeypatch.setattr(runner, "prepare", ready)
+    monkeypatch.setattr(runner, "workload_flops", lambda workload: 0)
+    monkeypatch.setattr("skipway.inference.timer.time.perf_counter", clock)
+    monkeypatch.setattr(
+        runner, "time_interleaved", lambda *given, **named: time_interleaved(*given, **named, clock=clock)
+    )
+    given = {"precisions": ["bfloat16"], "peers": ["timm"] if find_spec("timm") else [], "networks": ["vit@4"]}
+    if not given["peers"]:
+        pytest.skip("timm is not installed")
+    run_plan(tiny_plan(**given, modes=["eager"], heat=True), tmp_path)
+    slower = 2.0
+    for modes in (["autocast"], ["openvino", "optimize-torch"]):
+        run_plan(tiny_plan(**given, modes=modes, heat=True), tmp_path)
+    journal = run_plan(tiny_plan(**given, finalists=1), tmp_path)
+    final = journal.races()[-1]
+    assert final.stage == "final"
+    assert final.names == ("timm autocast", "timm openvino", "skipway optimize-torch")
+    text = markdown(journal)
+    assert "| vit@4 | 2x32 |" not in text  # chains have a table of their own
+    assert "infer vit@4 bfloat16 2x32, heat" in text
+    assert "bfloat16, 4 pieces" in text or "float32, 4 pieces" in text
+    assert [each.race.stage for each in deciding_results(journal)] == ["final"]
+    # what was measured is not measured again
+    before = len(journal.rows)
+    run_plan(tiny_plan(**given, finalists=1), tmp_path)
+    assert len(Journal(tmp_path).rows) == before + 1  # the machine
+    with pytest.raises(SkipwayError, match="a heat has none"):
+        tiny_plan(heat=True, finalists=2)
+
+
+@pytest.mark.parametrize("name", ["openvino", "openvino-throughput", "traced", "channels-last-pieces"])
+def test_peers_in_every_engine_compute_the_same(name):
+    if name.startswith("openvino"):
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model, images = make_model("skipway", "vit@4", 32).eval(), torch.randn(4, 3, 32, 32)
+    call = MODES[name].ready(model, images, "float32", None)
+    with torch.no_grad():
+        for given in (images, images.flip(0)):
+            assert torch.allclose(call(given), model(given), atol=1e-4)
+        if name in ("openvino-throughput", "channels-last-pieces"):
+            assert call.tried > 1
+            again = MODES[name].ready(model, images, "float32", call.choice)
+            assert (again.choice, again.tried) == (call.choice, 0)
+            assert torch.allclose(again(images), model(images), atol=1e-4)
+
+
+def test_at_equal_accuracy_a_precision_that_costs_too_much_takes_no_part(tmp_path):
+    """Heats in bfloat16 count too; who was not looked at takes part in float32 alone."""
+    journal, workload = Journal(tmp_path), Workload(network="net", what="infer", precision="any", batch=2, size=8)
+    for precision, names in (("bfloat16", ("frozen-pieces", "traced")), ("any", ("openvino", "openvino-throughput"))):
+        work = asdict(replace(workload, precision=precision))
+        pace = pacemaker(replace(workload, precision=precision))
+        given = {"library": "timm", "what": "infer", "named": precision == "any"}
+        kinds = dict.fromkeys(names, "int8" if precision == "any" else "bfloat16")
+        field_of = [pace, *(Contender(mode=name, precision=kind, **given) for name, kind in kinds.items())]
+        journal.write({"kind": "race", "workload": work, "stage": "heat", "names": [*map(str, field_of)], "rounds": 1})
+        for place, each in enumerate(field_of):
+            row = {"workload": work, "name": str(each), "race": len(journal.of("race")) - 1}
+            journal.write({"kind": "prepared", **row, **asdict(each), "side": each.side, "error": ""})
+            journal.write(
+                {"kind": "timing", **row, "round": 0, "seconds": 1.0 / (place + 1), "error": "", "dropped": ""}
+            )
+    about = {"kind": "accuracy", "network": "net", "reference": 96.0, "error": "", "trained": "x", "images": 592}
+    for mode, precision, top1 in (
+        ("frozen", "bfloat16", 95.5),
+        ("openvino", "int8", 95.4),
+        ("traced", "bfloat16", 90.0),
+    ):
+        journal.write({**about, "mode": mode, "precision": precision, "top1": top1})
+    assert [str(each) for each in find_finalists(journal, workload, 2)] == ["timm frozen-pieces bfloat16"]
+    journal.write({**about, "mode": "openvino", "precision": "int8", "top1": 96.2})
+    names = [str(each) for each in find_finalists(journal, workload, 2)]
+    assert names == ["timm frozen-pieces bfloat16", "timm openvino-throughput int8", "timm openvino int8"]
+    assert "| net | x | 592 | traced | bfloat16 | 90.00 | 96.00 | more than allowed |" in markdown(journal)
 
 
 def test_a_damaged_line_is_named(tmp_path):
@@ -307,7 +399,7 @@ def test_a_plan_that_cannot_be_is_refused(given, message):
 def test_our_switches_are_on_in_their_turns_and_off_between(tmp_path, monkeypatch):
     """With stand-ins for the allocator, the kernels and the backends."""
     import skipway.hardware.allocator as allocator
-    import skipway.inference.backend_selection as backend_selection
+    import skipway.inference.optimized_model as optimized_model
     import skipway.surgery.acceleration as acceleration
 
     kept: list[str] = []
@@ -320,7 +412,7 @@ def test_our_switches_are_on_in_their_turns_and_off_between(tmp_path, monkeypatc
 
     monkeypatch.setattr(allocator, "keep_memory", keep_memory)
     monkeypatch.setattr(acceleration, "accelerate", lambda model, example=None: kept.append("kernels"))
-    monkeypatch.setattr(backend_selection, "optimize", lambda model, example, **how: model)
+    monkeypatch.setattr(optimized_model, "optimize", lambda model, example, **how: model)
     before = torch.backends.mkldnn.matmul.fp32_precision
     modes = ["eager", "accelerate", "optimize-onnxruntime"]
     journal = run_plan(tiny_plan(what=["infer", "train"], modes=modes, switches=True), tmp_path)

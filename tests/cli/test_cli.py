@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+import skipway
 from skipway.checkpoint.files import read_tensors
 from skipway.checkpoint.store import Checkpoints
 from skipway.cli import main
 from skipway.cli.app import TRAIN_HEADINGS
 from skipway.cli.interrupts import StopSignal
 from skipway.cli.progress import LineReporter, LiveReporter
+from skipway.presets import PRESETS
 from skipway.recipe import Recipe
 from skipway.training import step, train
 from skipway.training.reporter import StepReport
@@ -81,12 +84,14 @@ def test_help_loads_nothing_heavy():
     status, loaded, text = loaded_by("--help")
     assert (status, loaded) == (0, set())
     assert all(command in text for command in ("train", "models", "schemes"))
+    status, loaded, _ = loaded_by("--version")
+    assert (status, loaded) == (0, set())
 
 
 def test_a_wrong_option_loads_nothing_heavy_and_suggests():
     status, loaded, text = loaded_by("train", "--epoch", "3")
     assert (status, loaded) == (2, set())
-    assert "Did you mean --epochs?" in text
+    assert "Did you mean --epochs?\nTry: skipway train --epochs 3\nSee: skipway train --help\n" in text
     assert "Traceback" not in text
 
 
@@ -124,11 +129,16 @@ def test_every_option_stands_under_the_heading_of_its_group(command, capsys):
 
 def test_no_command_and_an_unknown_one(capsys):
     assert main([]) == 0
-    assert "Commands" in capsys.readouterr().out
-    assert main(["trian"]) == 2
-    assert "trian" in capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^  skipway (diagnose|train)", shown, re.MULTILINE)) == 3
+    assert max(map(len, shown.splitlines())) <= 80
+    assert main(["trian", "photos", "--lr", "0.1"]) == 2
+    assert capsys.readouterr().err.splitlines()[1] == "Try: skipway train photos --lr 0.1"
     assert main(["--version"]) == 0
-    assert re.fullmatch(r"\d+\.\d+\.\d+", capsys.readouterr().out.strip())
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"skipway {skipway.__version__}"
+    # as its package says, which an index publishes without `+cu130`
+    assert f"torch {version('torch')}" in second
 
 
 def pictures(root: Path, classes: tuple[str, ...] = ("dark", "light"), each: int = 6) -> Path:
@@ -153,9 +163,18 @@ USAGE = [
     (["--resume"], 2, "--resume needs the folder of the run"),
     (["--out", "x", "--resume", "--overwrite"], 2, "give one of the two"),
     (["--out", "x", "--resume", "--config", "y"], 2, "give one of the two"),
+    (["--preset", "fast", "--config", "y"], 2, "--preset and --config: .* give one of the two"),
+    (["book.txt", "--preset", "fast"], 2, "--preset fast: it is for images, and book.txt holds text; leave it out"),
+    (["--preset", "fsat"], 2, "unknown preset 'fsat'; did you mean 'fast'"),
     (["--config", "nowhere.json"], 4, "nowhere.json does not exist"),
     (["nowhere"], 3, "data folder nowhere does not exist"),
     (["empty"], 3, "no images in empty"),
+    (
+        ["loose"],
+        3,
+        r"no images in loose lie in class folders, and 1 image outside: .*/cat/1\.jpg.*predict RUN loose",
+    ),
+    (["emtpy"], 3, r"data folder emtpy does not exist; did you mean empty\?"),
     (["single"], 3, "only one class, 'alone'"),
     (["--start", "missing.safetensors"], 4, "missing.safetensors"),
 ]
@@ -167,6 +186,8 @@ USAGE = [
 def test_bad_input_is_named_with_its_exit_status(capsys, options, status, message):
     Path("empty").mkdir()
     pictures(Path("single"), classes=("alone",))
+    pictures(Path("."), classes=("loose",), each=1)
+    Path("book.txt").write_text("Once upon a time. " * 99, encoding="utf-8")
     assert main(["train", *QUICK, *options]) == status
     captured = capsys.readouterr()
     assert re.search(message, captured.err), captured.err
@@ -221,6 +242,20 @@ def test_a_run_is_refused_continued_repeated_and_replaced(capsys):
     assert weights[0].keys() == weights[1].keys()
 
 
+def test_a_preset_supplies_what_the_command_omits(capsys):
+    """And the run, which has its values, goes on by the identical command, whatever the preset says by then."""
+    pytest.importorskip("pytorch_optimizer")
+    values = PRESETS["fast"].values
+    small = ["train", "--preset", "fast", "--width", "8", "--size", "16", "--batch-size", "600", "--device", "cpu"]
+    command = [*small, "--seed", "1", "--out", "run", "--epochs", "1", "--resume", "--quiet"]
+    assert main(command) == 0
+    stored = json.loads(Path("run/config.json").read_text())["recipe"]
+    given = {"width": 8, "size": 16, "batch_size": 600, "seed": 1, "epochs": 1, "grow_from": None}
+    expected = {**values, **given}
+    assert {name: stored[name] for name in expected} == expected
+    assert main(command) == 0
+
+
 def test_a_run_that_changed_hands_is_refused(capsys):
     assert main(["train", *QUICK, "--out", "run", "--quiet"]) == 0
     for path in Path("run/checkpoints").glob("*/model.safetensors"):
@@ -230,8 +265,8 @@ def test_a_run_that_changed_hands_is_refused(capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process there")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_an_interrupted_run_can_be_continued(number, status, capsys):
+def test_an_interrupted_run_can_be_continued(capsys):
+    """Other signals and their statuses are in tests/training/test_signals.py."""
     options = ["train", *QUICK, "--epochs", "900", "--out", "run"]
     process = subprocess.Popen(
         [*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
@@ -242,10 +277,10 @@ def test_an_interrupted_run_can_be_continued(number, status, capsys):
     for line in process.stdout:
         if line.split()[:2] == ["epoch", "2/900"]:
             break
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     guard.cancel()
-    assert process.returncode == status, err
+    assert process.returncode == 130, err
     assert "continue  skipway train --out run --resume" in out
     assert "Traceback" not in err
     position = Checkpoints(Path("run/checkpoints")).newest()[0].state["progress"]
@@ -372,3 +407,19 @@ def test_a_reader_that_leaves_is_no_error():
     )
     assert done.stdout.startswith("model\t")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--version"], 0), (["trian"], 2)])
+def test_a_rank_of_torchrun_ends_with_its_status(arguments, status):
+    """It ends without taking the interpreter down; what was registered for the exit is called, output is written."""
+    code = "import atexit, sys; atexit.register(print, 'called'); from skipway.__main__ import end, main; end(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status
+    assert done.stdout.endswith("called\n")
+    assert bool(done.stderr) == bool(status)

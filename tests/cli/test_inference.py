@@ -147,6 +147,12 @@ def test_export_writes_a_hub_folder_that_predicts(run, test_images, tmp_path, ca
     assert "pass images to evaluate on" in capsys.readouterr().err
     assert main(["export", run]) == 2
     assert main(["export", run, "--hub", run]) == 2
+    assert main(["export", run, str(tmp_path / "again")]) == 0  # the kind of a target without option by its suffix
+    assert (tmp_path / "again" / "config.json").exists()
+    capsys.readouterr()
+    for wrong in ([str(tmp_path / "net.txt")], [str(tmp_path / "net.pt2"), "--pt2", "other.pt2"]):
+        assert main(["export", run, *wrong]) == 2
+        assert "the rule is FILE.onnx, FILE.pt2 or a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "export"])

@@ -30,7 +30,8 @@ def test_a_study_runs_is_not_run_again_and_reports(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "[2/2]" in text
     assert "HOLDS" in text
-    assert (out / "propagation.html").exists()
+    score = re.search(r"^\d+ of 8 claims .*\.$", text, re.MULTILINE)[0]
+    assert f"<strong>{score}</strong>" in (out / "propagation.html").read_text("utf-8"), "the page says the same"
     assert main([*TINY, "--out", str(out)]) == 0
     assert "2 cells, 2 of them already measured" in capsys.readouterr().out
     key = re.search(r"^propagation,([0-9a-f]{12}),", (out / "propagation.csv").read_text(), re.MULTILINE)[1]

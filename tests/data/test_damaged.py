@@ -312,7 +312,7 @@ REFUSED: dict[str, tuple[Callable[[Path, int], object], str]] = {
         lambda r, v: spoil(r, *(f"dog/{n}.png" for n in range(5))),
         "class 'dog' has no readable training image",
     ),
-    "all bad": (lambda r, v: spoil(r, *(f"{c}/{n}.png" for c in ("cat", "dog") for n in range(5))), "none of the 10"),
+    "all bad": (lambda r, v: spoil(r, *(f"{c}/{n}.png" for c in ("cat", "dog") for n in range(5))), "none of 10"),
     "an unknown test class": (
         lambda r, v: (sound(r / "train"), sound(r / ("test", "val", "valid")[v], ("cow",))),
         "class 'cow' .* is not in the training split",
@@ -363,6 +363,15 @@ def test_an_empty_class_can_be_kept(tmp_path):
     data = loaded(root, allow_empty=True)
     assert data.classes == ("cat", "dog", "emu")
     assert "no training image of class 'emu'" in data.remarks
+
+
+def test_a_folder_of_unsorted_images_is_a_class_and_said(tmp_path):
+    root = sound(tmp_path / "photos", each=4)
+    assert "its images have none" not in " ".join(loaded(root).remarks)
+    (root / "dog").rename(root / "Unsorted")
+    assert "'Unsorted' is a class like the others, though its name says that its images have none: leave the 4" in (
+        " ".join(loaded(root).remarks)
+    )
 
 
 def test_what_may_give_a_class_away_is_said(tmp_path):

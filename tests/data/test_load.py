@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from skipway.data import UnreadableImage, load
-from skipway.data.augment import DRAWS, crop_and_flip, random_box
+from skipway.data.augment import DRAWS, Augmentation, crop_and_flip, random_box
+from skipway.data.batches import AugmentationDraws
 from skipway.data.decode import DecodeSpec
 from skipway.data.image_dataset import FileDataset, MemoryDataset
 from skipway.data.inspection import DecodeTask
@@ -101,6 +102,18 @@ def test_shifts_are_uniform_and_half_are_flipped():
     tops = (draws[:, 0] * 9).long()
     assert torch.allclose(tops.bincount(minlength=9) / 20_000, torch.full((9,), 1 / 9), atol=0.01)
     assert abs(float((draws[:, 2] >= 0.5).float().mean()) - 0.5) < 0.015
+
+
+def test_two_epochs_show_every_image_both_ways():
+    augmentation = Augmentation(flip=True)
+    first, second, third = (
+        AugmentationDraws.of(augmentation, 2_000, seed=0, epoch=epoch).crop[:, 2] >= 0.5 for epoch in (4, 5, 6)
+    )
+    assert torch.equal(first, ~second)
+    assert torch.equal(first, third)
+    assert abs(float(first.float().mean()) - 0.5) < 0.05
+    other = AugmentationDraws.of(augmentation, 2_000, seed=1, epoch=4).crop[:, 2] >= 0.5
+    assert abs(float((first == other).float().mean()) - 0.5) < 0.05
 
 
 def test_random_parts_lie_inside_and_have_the_stated_area():
@@ -202,7 +215,7 @@ def test_a_class_must_not_be_left_empty(tmp_path):
 def test_nothing_readable_at_all(tmp_path):
     pictures(tmp_path, each=2)
     damage(tmp_path, *(f"class{label}/{number}.png" for label in (0, 1) for number in (0, 1)))
-    with pytest.raises(DataError, match="none of the 4 images"):
+    with pytest.raises(DataError, match="none of 4 images"):
         load(tmp_path)
 
 

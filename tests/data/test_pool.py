@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,21 @@ def test_any_number_of_workers_gives_the_same(helpers, workers):
     assert results(WorkerPool(workers, helpers), Counting()) == EXPECTED
 
 
+@pytest.mark.parametrize(("quick", "threads"), [(float("inf"), 1), (0.0, 3)])
+def test_quick_images_are_left_to_one_thread(monkeypatch, quick, threads):
+    """Several would wait for each other: little of their work is outside Python."""
+    monkeypatch.setattr("skipway.data.pool.QUICK_SECONDS", quick)
+    started = []
+
+    def executor(workers: int, **options: str) -> ThreadPoolExecutor:
+        started.append(workers)
+        return ThreadPoolExecutor(workers, **options)
+
+    monkeypatch.setattr("skipway.data.pool.ThreadPoolExecutor", executor)
+    assert results(WorkerPool(3), Counting()) == EXPECTED
+    assert started == [threads]
+
+
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSEGV", "SIGABRT", "exit", "hang"])
 @pytest.mark.parametrize("times", [1, 99])
 def test_workers_that_die_cost_nothing(tmp_path, fault, times):
@@ -127,7 +143,10 @@ def test_what_is_kept_gives_the_same_data(tmp_path, own_cache, crop):
     before = tree_hash(photos)
     fresh = load(photos, cache=False, **options)
     assert not own_cache.exists()
+    assert not any(str(own_cache) in remark for remark in fresh.remarks)
     first, second = (load(photos, cache=True, **options) for _ in range(2))
+    (said,) = (remark for remark in first.remarks if str(own_cache) in remark)
+    assert said.endswith("cache=False keeps nothing, and SKIPWAY_CACHE names another folder")
     assert {path.name.split("-")[0] for path in own_cache.iterdir()} == {"index", "pixels"}
     for data in (first, second):
         assert data.unreadable == fresh.unreadable

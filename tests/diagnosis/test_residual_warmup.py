@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import skipway as sw
 from skipway.diagnosis.residual_warmup import judged_warmup
-from skipway.monitor import Health
+from skipway.monitoring import Health
 from skipway.nn import warmup_state
 
 IMAGES, LABELS = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
@@ -20,7 +20,7 @@ def small(scheme: str) -> nn.Module:
 
 
 def diagnosed(model: nn.Module, steps: int = 1000) -> sw.Diagnosis:
-    return sw.diagnose(model, IMAGES, targets=LABELS, optimizer="adamw", steps=steps)
+    return sw.diagnose(model, IMAGES, targets=LABELS, optimizer="adamw", steps=steps, remedies=0)
 
 
 @pytest.mark.parametrize("scheme", ["prores", "prores(0.5)", "prores(2000, 'stagewise-0')", "prores + rezero"])

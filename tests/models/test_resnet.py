@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import skipway as sw
-from skipway.models import variants
+from skipway.models import find_config, variants
 from skipway.schemes import all_schemes
 
 RESNETS = [variant for variant in variants() if isinstance(variant.config, sw.ResNetConfig)]
@@ -52,6 +52,7 @@ def test_depth_is_the_number_in_the_name(variant):
         ("resnet", 110, (18, 18, 18)),
         ("resnet", 1001, (111, 111, 111)),
         ("resnet-cifar", 8, (1, 1, 1)),
+        ("resnet-patch", 14, (2, 2, 2)),
         ("resnet-imagenet", 302, (3, 4, 90, 3)),
         ("wrn", 1000, (166, 166, 166)),
         ("resnext", 50, (3, 4, 6, 3)),
@@ -173,3 +174,11 @@ def test_building_costs_order_depth():
     counts = [len(list(m.modules())) for m in (small, large, larger)]
     assert counts[1] - counts[0] == counts[2] - counts[1]
     assert [len(sw.chain(m)) for m in (small, large, larger)] == [12, 24, 36]
+
+
+@pytest.mark.parametrize("name", ["resnet-patch8", "resnet-cifar-8"])
+def test_a_depth_replaces_that_of_the_name(name):
+    family = name.rstrip("8").rstrip("-")
+    assert find_config(name, 20) == find_config(family, 20) != find_config(name)
+    with pytest.raises(sw.SkipwayError, match="near it are 20 and 26"):
+        find_config(name, 21)

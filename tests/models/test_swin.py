@@ -394,7 +394,7 @@ def test_an_image_that_the_patch_does_not_divide_says_what_is_near():
 
 # Other libraries -----------------------------------------------------------------------------------------------------
 
-needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed: skipway[parity]")
+needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed: docs/install.md")
 needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 

@@ -227,3 +227,26 @@ def test_folding_keeps_constants_that_ask_for_rates():
         name: (group["lr"], group.get("eps")) for name, group in before.items()
     }
     assert any("rates" in reason for reason in operation.refused.values())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_iterates_in_a_precision_that_the_processor_has(monkeypatch, native):
+    """One step moves the weight by the fifth iterate of s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5 of each singular value
+    (Jordan 2024), which float32 has to 1e-4 and bfloat16 has not."""
+    pytest.importorskip("pytorch_optimizer")
+    monkeypatch.setattr("skipway.optim.muon.cpu_has_bfloat16", lambda: native)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False), torch.nn.Linear(4, 2, bias=False))
+    spec = OPTIMIZERS["muon"](momentum=0.0)
+    optimizer = spec.build(sw.param_groups(model, lr=1.0, weight_decay=0.0, adaptive=True))
+    before = model[0].weight.detach().double()
+    model(torch.randn(5, 6)).square().sum().backward()
+    left, values, right = torch.linalg.svd(model[0].weight.grad.double(), full_matrices=False)
+    values /= values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    optimizer.step()
+    moved = before - model[0].weight.detach().double()
+    expected = left @ values.diag() @ right
+    error = moved / moved.norm() - expected / expected.norm()
+    assert (error.norm() < 1e-4) != native

@@ -16,13 +16,14 @@ from rich.console import Console
 from torch import nn
 
 import skipway as sw
-from skipway.diagnosis import Diagnosis, Finding, diagnose
+from skipway.diagnosis import Diagnosis, Finding, NextLook, diagnose
 from skipway.diagnosis.remedies import LearningRate
 from skipway.diagnosis.rows import folded
 from skipway.diagnosis.table import as_text, findings_view
 from skipway.errors import MissingExtraError
 from skipway.report import save
-from skipway.report.diagnosis import bands_of, diagnosis_figures, diagnosis_page
+from skipway.report.diagnosis import bands_of, diagnosis_figures, diagnosis_page, trial_figures
+from skipway.report.page import sentence
 from skipway.report.pyplot import save_picture
 from skipway.report.svg import MOST_TOOLTIPS, draw
 
@@ -51,7 +52,7 @@ def findings(places: list[str]) -> tuple[Finding, ...]:
 
 def diagnosed(model: nn.Module, *shape: int, **changes: object) -> Diagnosis:
     torch.manual_seed(0)
-    found = diagnose(model, torch.randn(8, *shape), targets=torch.randint(4, (8,)))
+    found = diagnose(model, torch.randn(8, *shape), targets=torch.randint(4, (8,)), remedies=0)
     return replace(found, findings=findings([row.name for row in found.rows]), **changes)  # type: ignore[arg-type]
 
 
@@ -237,7 +238,7 @@ def test_the_page_is_whole_and_fetches_nothing(diagnosis):
     assert "@import" not in text
     assert diagnosis.remarks
     for remark in diagnosis.remarks:
-        assert remark in reader.text
+        assert sentence(remark) in reader.text
     for finding in diagnosis.findings:
         assert finding.rule in reader.text
         assert finding.what in reader.text
@@ -293,7 +294,30 @@ def test_the_page_of_a_treatment_compares_before_and_after(diagnoses):
     assert "sgd at 0.003" in reader.text
     assert "set the learning rate to 0.003" in reader.text
     assert "skipway diagnose x --fix" in reader.text
-    assert text.count('role="img"') == 8  # three figures before and after, and two heat maps of the depth mixing matrix
+    # three figures before and after, the losses of both, and two heat maps of the depth mixing matrix
+    assert text.count('role="img"') == 9
+
+
+def test_the_page_is_headed_by_what_was_asked_and_shows_the_losses_beside_the_best_constant_answer(diagnoses):
+    found = diagnoses["residual"]
+    text = diagnosis_page(found, name="my_file.py:make")
+    assert "<h1>my_file.py:make</h1>" in text
+    assert "ResNet · " in text
+    (figure,) = trial_figures(found)
+    losses, constant = figure.series
+    assert [point.y for point in losses.points] == list(found.measurement.ahead.losses)
+    assert {point.y for point in constant.points} == {found.measurement.ahead.constant}
+    assert constant.name in text
+    assert trial_figures(diagnoses["broken"]) == []
+
+
+@pytest.mark.parametrize(("command", "said"), [("", "allowance=0.08"), ("skipway diagnose x", "--allowance 0.08")])
+def test_what_would_decide_is_said_in_the_words_of_the_reader(diagnoses, tmp_path, command, said):
+    unsure = replace(diagnoses["residual"], verdict="undecided", next_look=NextLook(80, 0.08, 40.0))
+    for ending in (".html", ".svg"):
+        text = save(unsure, tmp_path / f"a{ending}", command=command).read_text("utf-8")
+        assert said in re.sub(r"</text>\s*<text[^>]*>", " ", text)
+        assert ("allowance=" in text) is (not command)
 
 
 def test_json_parses_though_numbers_are_not_finite(diagnosis):

@@ -20,7 +20,7 @@ from skipway.cli.app import app
 from skipway.inference.metrics import calibration, class_scores, confused_pairs
 from skipway.recipe import Recipe
 from skipway.report.chart import Axis, Bars, Figure, Point, Series, thinned
-from skipway.report.run.command import train_command
+from skipway.report.run.command import again_command, train_command
 from skipway.report.run.curves import training_figures
 from skipway.report.run.depth import gain_rows, signal_figures
 from skipway.report.run.page import SECTIONS
@@ -258,7 +258,7 @@ def test_bars_of_empty_classes():
 def test_a_dozen_series_differ_in_colour_or_dashes_and_are_labelled():
     series = tuple(Series.of(f"series {n}", [(1.0, float(n)), (2.0, 1.0)]) for n in range(16))
     text = draw(Figure(title="Title", x_label="x", series=series))
-    assert len(set(re.findall(r'<g class="(c\d d\d)"><path class="line"', text))) == 16
+    assert len(set(re.findall(r'<g class="series (c\d+ d\d)"><path class="line"', text))) == 16
     heights = sorted(float(y) for y in re.findall(r'class="label" x="[\d.]+" y="([\d.]+)"', text))
     assert len(heights) == 16
     assert min(b - a for a, b in itertools.pairwise(heights)) > 10
@@ -273,7 +273,21 @@ def test_the_command_means_the_recipe(digits):
     for recipe in recipes:
         words = shlex.split(train_command(recipe))
         _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
-        assert bound.arguments.get("recipe", Recipe()).to_json() == recipe.to_json()
+        typed = bound.arguments.get("recipe", Recipe())
+        for name in ("mean", "std"):
+            assert typed.numbers(name) == (
+                pytest.approx(stored, rel=1e-3) if (stored := recipe.numbers(name)) else None
+            )
+        plain = {"mean": None, "std": None}
+        assert typed.to_json() | plain == recipe.to_json() | plain
+
+
+def test_the_command_is_short_and_says_what_is_exact(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = train_command(Recipe(data=tmp_path / "my photos", mean="0.4913996898,0.4821584196,0.4465309242"))
+    assert text == "skipway train 'my photos' --mean 0.4914,0.4822,0.4465"
+    assert again_command(tmp_path / "runs" / "first") == "skipway train --config runs/first"
+    assert train_command(Recipe(data=tmp_path.parent / "other")) == f"skipway train {tmp_path.parent / 'other'}"
 
 
 def test_scores_are_scikit_learns():

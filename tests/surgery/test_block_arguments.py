@@ -142,5 +142,5 @@ def test_what_from_pretrained_would_leave_out_is_said():
     ],
 )
 def test_language_models_looked_at_from_outside(name, operation, monkeypatch):
-    monkeypatch.setattr("skipway.inference.backend_selection.BackendComparison.time", lambda self: None)
+    monkeypatch.setattr("skipway.inference.backend_selection.BackendComparison.time", lambda self, *given: None)
     assert examine_cell(Model.build(name, None), operation) == ("right", "")

@@ -448,7 +448,7 @@ def test_no_connection_says_what_was_looked_at():
         def forward(self, x: Tensor) -> Tensor:
             return self.a(x) + self.b(x)
 
-    with pytest.raises(SkipwayError, match=r"1 additions were looked at and refused, the first since"):
+    with pytest.raises(SkipwayError, match=r"refused after a look at 1 addition, the first since"):
         rescheme(Parallel(), images(), "layerscale")
     with pytest.raises(SkipwayError, match="has no residual connection"):
         rescheme(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), tokens(), "layerscale")

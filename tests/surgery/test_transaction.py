@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
@@ -94,23 +95,21 @@ def assert_equal(found: object, expected: object) -> None:
 
 
 @contextmanager
-def interrupted(*numbers: int) -> Iterator[list[str]]:
+def interrupted(*numbers: int) -> Iterator[list[tuple[str, int]]]:
     """Raise KeyboardInterrupt at some of the lines of surgery and of what puts states back, counted from the start.
 
-    At the end of a `with` statement Python does not look for signals, and what a callback of a weak reference raises is
-    lost, so these are no places to raise at.
+    At the end of a `with` statement and at `try:`, a NOP that no handler covers, Python does not look for signals, and
+    what a callback of a weak reference raises is lost, so these are no places to raise at.
     """
-    lines: list[str] = []
+    lines: list[tuple[str, int]] = []
 
     def follow(frame, event, argument):
         code = frame.f_code
         return line if code.co_filename.startswith(PLACES) and code.co_name != "<lambda>" else None
 
     def line(frame, event, argument):
-        code, number = frame.f_code, frame.f_lineno
-        ends_with = dis.opname[code.co_code[frame.f_lasti]] in ("LOAD_CONST", "PUSH_EXC_INFO")
-        if event == "line" and not (ends_with and source(code.co_filename)[number - 1].lstrip().startswith("with ")):
-            lines.append(f"{Path(code.co_filename).name}:{number}")
+        if event == "line" and not ends_with(frame.f_code, frame.f_lasti, frame.f_lineno):
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
             if len(lines) in numbers:
                 raise KeyboardInterrupt
         return line
@@ -120,6 +119,14 @@ def interrupted(*numbers: int) -> Iterator[list[str]]:
         yield lines
     finally:
         sys.settrace(None)
+
+
+@cache
+def ends_with(code: CodeType, instruction: int, number: int) -> bool:
+    """Whether an instruction ends a `with` statement, or does nothing."""
+    name = dis.opname[code.co_code[instruction]]
+    within = source(code.co_filename)[number - 1].lstrip().startswith("with ")
+    return name == "NOP" or (within and name in ("LOAD_CONST", "PUSH_EXC_INFO"))
 
 
 @cache
@@ -133,7 +140,8 @@ def stopped(operate: Callable[[nn.Module], object], model: nn.Module, *numbers: 
         with interrupted(*numbers) as lines:
             operate(model)
     except KeyboardInterrupt:
-        return lines[numbers[0] - 1]
+        path, number = lines[numbers[0] - 1]
+        return f"{Path(path).name}:{number}"
     return ""
 
 

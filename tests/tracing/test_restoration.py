@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from skipway.tracing import preserved_state, restoration
+from skipway.tracing.restoration import TRACELESS
 
 
 @contextmanager
@@ -88,6 +89,7 @@ def test_an_interrupt_at_any_line_leaves_everything_as_it_was():
         with interrupted_line(number), pytest.raises(KeyboardInterrupt):
             run(net)
         assert states(net) == before, lines[number - 1]
+        assert not TRACELESS.get(), lines[number - 1]
 
 
 def test_a_pass_that_raises_leaves_everything_as_it_was():

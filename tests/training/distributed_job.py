@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from skipway.__main__ import end
 from skipway.recipe import Recipe
 from skipway.training import mlp_head
 from skipway.training.distributed import join_ranks
@@ -64,3 +65,4 @@ def every_case(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end(0)

@@ -94,13 +94,26 @@ def test_photos_with_weights_fit_the_classifier_first(at_hand):
         assert part in said
 
 
-def test_small_images_are_trained_as_before(at_hand):
+def test_small_images_keep_their_size_and_get_a_batch_for_their_number(at_hand):
     asked = at_hand(CACHED)
     recipe, said = decided(summary=SMALL)
     assert asked == []
     assert said.endswith("for images up to 64 pixels; start='auto' takes published ones where there are any")
     assert recipe == Recipe(start="random", batch_size=128)
+    few, heard = dataclasses.replace(SMALL, images=300, training=300), Heard()
+    assert decide(Recipe(), few, CPU, 1, heard.message).batch_size == 32  # 128 would be one or two steps an epoch
+    assert heard.text("batch") == (
+        "32, since with 128 an epoch of 216 images would be 1 step; batch_size='N' takes another"
+    )
     assert decided(summary=dataclasses.replace(SMALL, channels=1))[1] == ""
+
+
+def test_a_misspelt_start_is_no_file(at_hand, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SkipwayError, match="start='Whitened': there is no such file; did you mean 'whitened'"):
+        decided(Recipe(start="Whitened", model="resnet8"))
+    (tmp_path / "Whitened").touch()
+    assert decided(Recipe(start="Whitened", model="resnet8"))[0].start == "Whitened"
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,26 @@ FAMILIES = {
     "convnext": {"model": "convnext-atto", "depth": 4, "width": 4, "size": 32, "optimizer": "adamw"},
     "swin": {"model": "swin-tiny", "depth": 8, "width": 12, "size": 32, "optimizer": "adamw"},
 }
-SCHEMES = ("plain", "skipinit", "fixup", "layerscale")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the embedded digits, in as many batches an epoch."""
+    from skipway.data import loader
+
+    images, names = loader.digits()
+    few = images[::3], [f"{name.split('/')[0]}/{number:04d}" for number, name in enumerate(names[::3])]
+    monkeypatch.setattr(loader, "digits", lambda: few)
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("resnet", "fixup"), ("resnet", "plain"), ("vit", "layerscale"), ("convnext", "skipinit"), ("swin", "plain")],
+)
 def test_mid_epoch_interruption(tmp_path, family, scheme):
     """With stochastic depth, an average of the weights and batches in parts."""
-    recipe = dataclasses.replace(BASE, **FAMILIES[family], scheme=f"{scheme} + stochasticdepth(0.3)")
+    recipe = dataclasses.replace(BASE, **FAMILIES[family], scheme=f"{scheme} + stochasticdepth(0.3)", batch_size=86)
     whole = train(recipe, tmp_path / "whole")
     assert not train(recipe, tmp_path / "stopped", stop=StopAfter(2)).finished
     assert not train(None, tmp_path / "stopped", resume=True, stop=StopAfter(5)).finished
@@ -45,6 +57,7 @@ OPTIONS = [
     {"freeze": "1"},
     {"freeze": "blocks(1)"},
     {"size": 16, "grow_from": 8, "class_weights": "balanced", "flip_test": True},
+    {"start": "whitened"},
     {"scheme": "layerscale + prores(0.7)"},
     {"scheme": "prores(2, 'stagewise-0')"},
     {"precision": "bfloat16", "save_every": 2},
@@ -52,11 +65,12 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 def test_every_option_continues_exactly(tmp_path, options):
     if options.get("optimizer") in ("lion", "lamb", "muon"):
         pytest.importorskip("pytorch_optimizer")
-    recipe = dataclasses.replace(BASE, **FAMILIES["resnet"], **options, epochs=3)
+    recipe = dataclasses.replace(BASE, **FAMILIES["resnet"], **options, epochs=3, batch_size=86)
     whole = train(recipe, tmp_path / "whole")
     assert not train(recipe, tmp_path / "stopped", stop=StopAfter(3)).finished
     assert not train(None, tmp_path / "stopped", resume=True, stop=StopAfter(6)).finished

@@ -13,11 +13,11 @@ from torch import nn
 from benchmarks.peers import import_timm, import_transformers
 from skipway.checkpoint.files import read_json
 from skipway.errors import DivergedError
+from skipway.probes.nonfinite import Culprit, find_culprit
 from skipway.recipe import Recipe
 from skipway.tracing.chain import chain
 from skipway.training import loop
 from skipway.training.loop import train
-from skipway.training.nonfinite import Culprit, find_culprit
 from skipway.training.run import Run
 
 RECIPE = Recipe(depth=8, width=4, epochs=2, batch_size=128, device="cpu", precision="float32", ema=0.9, save_every=4)

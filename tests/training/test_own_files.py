@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 
 import pytest
@@ -15,6 +16,7 @@ from skipway.errors import SkipwayError
 from skipway.inference.network import build_classifier
 from skipway.inference.publish import write_hub_folder, write_onnx, write_program
 from skipway.training.loop import train
+from skipway.zoo.sources import ModelRequest, load_model
 
 MADE = """
 import sys
@@ -134,6 +136,7 @@ def test_a_hub_folder_has_the_file_and_says_how_to_load_it(images, tmp_path):
     model = sw.from_pretrained(hub, trust_code=True)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
     write_hub_folder(hub, tmp_path / "again", trust_code=True)  # from a hub folder, elsewhere
+    (hub / "__pycache__").mkdir()  # as Python leaves it
     write_hub_folder(tmp_path / "again", hub, trust_code=True)  # over one that was written before
     (hub / "alone.py").write_text(FILE.replace("nn.ReLU()", "nn.GELU()"))
     with pytest.raises(SkipwayError, match="computes something else"):
@@ -157,3 +160,13 @@ def test_notes_of_a_run_name_the_number_of_classes(made, images, tmp_path):
     notes = Notes()
     train(recipe_for(images, f"{made}:sized", epochs=1), tmp_path / "run", reporter=notes)
     assert any("sized is called with num_classes=3" in note for note in notes.notes)
+
+
+def test_a_file_is_compiled_as_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    file = tmp_path / "net.py"
+    for side in (2, 3):  # as many bytes, within a second
+        file.write_text(f"from torch import nn\nnet = nn.Linear({side}, 1)\n")
+        os.utime(file, (0, 0))
+        assert load_model(f"{file}:net", ModelRequest()).model.in_features == side
+    assert list(tmp_path.iterdir()) == [file]

@@ -15,7 +15,7 @@ from torch import nn
 from skipway.checkpoint.files import read_tensors, write_json, write_tensors
 from skipway.data import Batch
 from skipway.errors import CheckpointError, SkipwayError
-from skipway.hardware.device import choose_device, choose_precision
+from skipway.hardware.device import choose_device, choose_precision, seed_torch
 from skipway.inference.evaluation import evaluate, wilson_interval
 from skipway.optim.schedules import lr_factor, set_lr
 from skipway.recipe import Recipe, read_recipe
@@ -238,3 +238,12 @@ def test_metrics_behind_the_checkpoint_are_dropped(tmp_path):
         file.write('{"epoch": 4, "tr')
     folder.keep_metrics(2)
     assert [json.loads(line)["epoch"] for line in folder.metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_seeding_in_a_loop_keeps_nothing():
+    """`torch.manual_seed` keeps a call and a stack trace for every kind of device that is not there."""
+    torch.manual_seed(3)
+    expected, kept = torch.rand(4), len(torch.cuda._queued_calls)
+    seed_torch(3)
+    assert torch.equal(torch.rand(4), expected)
+    assert torch.accelerator.is_available() or len(torch.cuda._queued_calls) == kept

@@ -172,7 +172,7 @@ HARMLESS = {
     "simple namespace": types.SimpleNamespace(lr=0.1),
     "numpy scalar": np.float64(0.5),
     "numpy string": np.str_("x"),
-    "date": datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc),
+    "date": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
     "path": Path("runs/a"),
     "defaultdict": collections.defaultdict(list, {"a": [1]}),
     "deque": collections.deque([1, 2], maxlen=3),

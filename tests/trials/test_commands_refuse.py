@@ -24,6 +24,9 @@ def test_a_folder_without_a_study_gets_no_page(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no table of a study, so nothing is written there" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["photo.txt"]
+    (tmp_path / "report.html").touch()  # of a training
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"open {tmp_path / 'report.html'} in a browser" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", ["3,32", "1"])

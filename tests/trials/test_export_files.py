@@ -245,12 +245,12 @@ def test_outputs_of_backends_keep_their_type(precision, backend, monkeypatch):
     if (precision, backend) == ("bfloat16", "onnxruntime"):
         pytest.skip("onnxruntime computes in float32 only")
     model, ids = Tokens().eval(), torch.randint(0, 64, (2, 12))
-    monkeypatch.setattr(BackendComparison, "time", lambda self: None)
-    fast = sw.optimize(model, ids, backends=[backend], precision=precision)
+    monkeypatch.setattr(BackendComparison, "time", lambda self, *given: None)
+    fast = sw.optimize(model, ids, backends=[backend], precisions=precision)
     assert fast(ids).dtype == torch.float32
     torch.testing.assert_close(fast(ids), model(ids).detach(), rtol=0.1, atol=0.05)
     double = nn.Linear(4, 2).double().eval()
-    fast = sw.optimize(double, torch.zeros(2, 4).double(), backends=[backend], precision=precision, tolerance=0.05)
+    fast = sw.optimize(double, torch.zeros(2, 4).double(), backends=[backend], precisions=precision, tolerance=0.05)
     assert fast(torch.zeros(2, 4).double()).dtype == torch.float64
 
 

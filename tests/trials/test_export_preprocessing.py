@@ -33,6 +33,7 @@ RECORDS = {
     "grey": GREY,
     "resized": replace(COLOUR, crop="resized", crop_share=0.875),
     "padded": replace(COLOUR, fit="pad", resample="bilinear"),
+    "mirrored": replace(COLOUR, flip_test=True),
     "squeezed": replace(GREY, fit="squeeze", grey16="minmax", crop_share=0.7),
 }
 
@@ -49,7 +50,7 @@ class Reader:
         self.record = dict(stored["preprocessing"])
         self.steps = stored["input_steps"]
         rest = self.record.keys() - {
-            *("classes", "channels", "size", "mean", "std", "grey16", "fit", "crop_share", "resample"),
+            *("classes", "channels", "size", "mean", "std", "grey16", "fit", "crop_share", "resample", "flip_test"),
             "crop",  # of training images
         }
         assert not rest, f"the reader ignores {rest}"
@@ -57,7 +58,10 @@ class Reader:
     def probabilities(self, file: Path) -> dict[str, float]:
         pixels = self.square(self.eight_bits(file)).reshape(SIZE, SIZE, -1).astype(np.float32) / 255
         pixels = (pixels - np.float32(self.record["mean"])) / np.float32(self.record["std"])
-        (logits,) = self.session.run(None, {"images": pixels.transpose(2, 0, 1)[None]})[0]
+        images = pixels.transpose(2, 0, 1)[None]
+        (logits,) = self.session.run(None, {"images": images})[0]
+        if self.record["flip_test"]:
+            logits = (logits + self.session.run(None, {"images": images[..., ::-1].copy()})[0][0]) / 2
         shares = np.exp(logits - logits.max())
         return dict(zip(self.record["classes"], (shares / shares.sum()).tolist(), strict=True))
 
@@ -131,7 +135,9 @@ def save_weights(folder: Path, record: Preprocessing) -> Path:
 @pytest.mark.parametrize("kind", RECORDS)
 def test_the_metadata_alone_tell_the_preprocessing(tmp_path, kind):
     weights = save_weights(tmp_path, RECORDS[kind])
-    write_onnx(weights, tmp_path / "m.onnx", sides="fixed")
+    said: list[str] = []
+    write_onnx(weights, tmp_path / "m.onnx", sides="fixed", remark=said.append)
+    assert any("an image and its mirror image" in each for each in said) == RECORDS[kind].flip_test
     reader, predictor = Reader(tmp_path / "m.onnx"), Predictor.load(weights)
     (tmp_path / "images").mkdir()
     files = save_images(tmp_path / "images")

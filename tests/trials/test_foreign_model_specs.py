@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import skipway as sw
-from skipway.cli.diagnose import inputs_and_targets
+from skipway.cli.diagnosis_batch import inputs_and_targets
 from skipway.errors import suggest
 from skipway.tracing.example import call_model
 from skipway.zoo import LoadedModel, ModelRequest, import_library, load_model, sources

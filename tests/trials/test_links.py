@@ -179,7 +179,7 @@ def test_diagnosis_follows_links_by_the_same_option(tmp_path, capsys):
     command = ["diagnose", "resnet20", "--input", "3,8,8", "--batch", str(folder), "--samples", "30", "--device", "cpu"]
     assert main(command) == 3
     assert "a link out of the folder, which --outside follows" in capsys.readouterr().err
-    assert main([*command, "--outside"]) in (0, 1)
+    assert main([*command, "--outside"]) in (0, 1, 4)
     said = capsys.readouterr().out
     assert "with their labels" in said
     assert "cat/000.png cannot be read, not an image but HTML" in said or "20 images of" in said

@@ -162,7 +162,7 @@ def test_an_unclear_name_is_not_guessed(tmp_path):
     rows = [(f"{number:03d}.png", name) for number, name in enumerate(("cat", "dog", "cat"))]
     index = index_source(write(tmp_path / "l.csv", [("image", "label"), *rows]))
     assert pairs(index) == set(rows), "named as they are, and reported as missing"
-    with pytest.raises(DataError, match="none of the 3 images in .* can be read; the first: .*no such file"):
+    with pytest.raises(DataError, match="none of 3 images in .* can be read; the first: .*no such file"):
         load(tmp_path / "l.csv")
 
 

@@ -58,7 +58,7 @@ THEIRS = {
 @pytest.fixture(scope="module")
 def transformers():
     if find_spec("transformers") is None:
-        pytest.skip("transformers is not installed: pip install 'skipway[parity]'")
+        pytest.skip("transformers is not installed: pip install 'skipway[transformers]'")
     return import_transformers()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import skipway as sw
 from benchmarks import parity
 from benchmarks.peers import difference, import_timm, import_torchvision, import_transformers, randomise_
+from skipway.install_lines import library_line
 from skipway.models import families
 from skipway.models.resnet import CONV_KIT, pooled_projection
 from skipway.models.resnet import aliases as resnet
@@ -32,7 +33,7 @@ TORCHVISION = [
 def peer(name, bring):
     """The library, or a skip with the reason."""
     if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: pip install 'skipway[parity]'")
+        pytest.skip(f"{name} is not installed: {library_line(name)}")
     return bring()
 
 

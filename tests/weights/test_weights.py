@@ -193,7 +193,7 @@ def test_damaged_folders_are_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     table = json.loads(index.read_text())
     for change, message in (
-        ({"gone.weight": "model-1.safetensors"}, "1 tensors that are not in its files, 'gone.weight'"),
+        ({"gone.weight": "model-1.safetensors"}, "1 tensor that its files lack, 'gone.weight'"),
         ({"gone.weight": "model-2.safetensors"}, "model-2.safetensors: there is no such file"),
         ({"gone.weight": "../outside.safetensors"}, "outside its folder"),
     ):

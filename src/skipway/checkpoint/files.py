@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = [
     "fsync_path",
     "read_json",
     "read_tensors",
+    "refuse_other_files",
     "write_json",
     "write_tensors",
 ]
@@ -48,6 +49,22 @@ ADVICE = {
     errno.EPERM: "operation not permitted: change the permissions or choose another folder",
     errno.ENOENT: "the folder no longer exists",
 }
+
+
+def refuse_other_files(folder: Path, own: Collection[str]) -> None:
+    """Refuse an output folder that contains more than files of these names, and what git and Python keep there.
+
+    Raises:
+        SkipwayError: the folder contains other files, or a file has that name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SkipwayError(f"{printable(folder)} is a file; choose a new or empty folder")
+    names = (each.name for each in folder.iterdir()) if folder.is_dir() else ()
+    kept = (".git", "__pycache__")
+    if other := next((name for name in names if name not in own and not name.startswith(kept)), None):
+        raise SkipwayError(
+            f"{printable(folder)} contains other files, such as {printable(other)}; choose a new or empty folder"
+        )
 
 
 def fault_point(point: str) -> None:

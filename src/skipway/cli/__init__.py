@@ -27,19 +27,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from skipway.cli.app import app
     from skipway.cli.help import HELP_ALL, HelpFormatter
     from skipway.cli.option_names import option_spelling
+    from skipway.cli.usage import see_help, start_text, usage_text
     from skipway.errors import SkipwayError
     from skipway.hardware.limits import limit_threads
 
     limit_threads()
     given = list(sys.argv[1:] if arguments is None else arguments)
     HelpFormatter.show_all = HELP_ALL in given
+    if not given:
+        sys.stdout.write(start_text())
+        return 0
+    commands = [name for name in app if not name.startswith("-")]
     try:
         result = app(given, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        command = f" {given[0]}" if given and not given[0].startswith("-") else ""
-        return print_error(f"{error}\nSee: skipway{command} --help", 2)
+        return print_error(usage_text(error, given, commands), 2)
     except SkipwayError as error:
-        return print_error(option_spelling(str(error)), error.exit_status)
+        usage = f"\n{see_help(given[0])}" if error.exit_status == 2 else ""
+        return print_error(f"{option_spelling(str(error))}{usage}", error.exit_status)
     except KeyboardInterrupt as error:
         # `StopSignal` passes the number of the signal
         return print_error("stopped", 128 + error.args[0] if error.args else INTERRUPTED)

@@ -6,9 +6,9 @@ from dataclasses import fields
 
 from cyclopts import App, Parameter
 
-from skipway._version import __version__
 from skipway.cli.help import HELP_ALL, HelpFormatter
-from skipway.cli.run_options import check_whole_numbers, fill_from_run
+from skipway.cli.run_options import check_whole_numbers, fill_from_preset, fill_from_run
+from skipway.cli.usage import version_text
 
 __all__ = ["TRAIN_HEADINGS", "app"]
 
@@ -32,7 +32,7 @@ def advanced_options() -> frozenset[str]:
 app = App(
     name="skipway",
     help="Residual networks at any depth: build, diagnose, modify, train and study them.",
-    version=__version__,
+    version=version_text,
     help_format="plaintext",
     help_flags=("--help", "-h", HELP_ALL),
     help_formatter=HelpFormatter(),
@@ -47,7 +47,7 @@ app.command(
     name="train",
     help="Train a network on images or text, by default on handwritten digits.",
     usage="skipway train [DATA] [OPTIONS]",
-    config=(fill_from_run, check_whole_numbers),
+    config=(fill_from_preset, fill_from_run, check_whole_numbers),
     help_formatter=HelpFormatter(TRAIN_HEADINGS, advanced_options()),
     help_epilogue=f"{HELP_ALL} also shows the advanced options.",
     sort_key=0,
@@ -56,76 +56,98 @@ app.command(
     "skipway.cli.diagnose:diagnose",
     name="diagnose",
     help="Predict whether a network will train; name causes and remedies.",
-    usage="skipway diagnose MODEL [OPTIONS]",
+    usage="skipway diagnose MODEL [MODEL …] [OPTIONS]",
     sort_key=1,
+)
+app.command(
+    "skipway.cli.transfer:transfer",
+    name="transfer",
+    help="Measure whether the learning rate of a shallow network suits a deep one.",
+    usage="skipway transfer MODEL --depths 4,8,16 [OPTIONS]",
+    sort_key=2,
 )
 app.command(
     "skipway.cli.rescheme:rescheme",
     name="rescheme",
     help="Apply a residual scheme to the connections of a network.",
     usage="skipway rescheme MODEL --scheme SCHEME --out OUT [OPTIONS]",
-    sort_key=2,
+    sort_key=3,
 )
 app.command(
     "skipway.cli.predict:predict",
     name="predict",
     help="Classify images with a trained run.",
     usage="skipway predict RUN IMAGES… [OPTIONS]",
-    sort_key=3,
+    sort_key=4,
 )
 app.command(
     "skipway.cli.generate:generate",
     name="generate",
     help="Continue a text with a trained language model.",
     usage="skipway generate RUN [PROMPT] [OPTIONS]",
-    sort_key=4,
+    sort_key=5,
 )
 app.command(
     "skipway.cli.evaluate:evaluate",
     name="evaluate",
     help="Evaluate a trained run on its own test split, or on other data.",
     usage="skipway evaluate RUN [DATA] [OPTIONS]",
-    sort_key=5,
+    sort_key=6,
 )
 app.command(
     "skipway.cli.export:export",
     name="export",
     help="Export a trained run to ONNX, torch.export, or the Hugging Face hub.",
-    usage="skipway export RUN [OPTIONS]",
-    sort_key=6,
+    usage="skipway export RUN [TARGET] [OPTIONS]",
+    sort_key=7,
 )
 app.command(
     "skipway.cli.bench:bench",
     name="bench",
     help="Time a network on this machine on every backend and in every precision.",
     usage="skipway bench MODEL [OPTIONS]",
-    sort_key=7,
+    sort_key=8,
 )
 app.command(
     "skipway.cli.study:study",
     name="study",
     help="Test a published claim about residual learning with a grid of small runs.",
     usage="skipway study NAME|all [OPTIONS]",
-    sort_key=8,
+    sort_key=9,
 )
 app.command(
     "skipway.cli.report:report",
     name="report",
     help="Write the pages of all studies in a folder, and an index.",
     usage="skipway report FOLDER",
-    sort_key=9,
+    sort_key=10,
+)
+app.command(
+    "skipway.cli.doctor:doctor",
+    name="doctor",
+    help="Tell what is installed, what is missing, and what is slow here.",
+    usage="skipway doctor [--json]",
+    sort_key=14,
+)
+app.command(
+    "skipway.cli.monitor:page",
+    name="monitor",
+    help="Write the page of a training that skipway.monitor watched.",
+    usage="skipway monitor FILE [OPTIONS]",
+    sort_key=11,
 )
 app.command(
     "skipway.cli.catalogue:models",
     name="models",
     help="List the models with their parameter counts.",
     usage="skipway models [--json]",
-    sort_key=10,
+    sort_key=12,
 )
 app.command(
     "skipway.cli.catalogue:schemes",
     name="schemes",
     help="List the residual schemes, or show the card of one.",
     usage="skipway schemes [NAME] [--json]",
-    sort_key=11,
+    sort_key=13,
 )
+app.register_install_completion_command(help="Install completion for this shell.")

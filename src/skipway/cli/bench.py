@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 
 from skipway.cli.rescheme import parse_shape
 from skipway.cli.table import print_table
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +25,8 @@ __all__ = ["bench"]
 
 MODEL, TIMING, OUTPUT = (Group(name, sort_key=number) for number, name in enumerate(("Model", "Timing", "Output")))
 INFERENCE, TRAINING = "inference", "training step"
-COLUMNS = ("work", "backend", "precision", "ms", "samples/s", "speed", "difference", "note")
+COLUMNS = ("work", "backend", "precision", "layout and pieces", "ms", "samples/s", "speed", "difference", "note")
 NUMBERS = ("ms", "samples/s", "speed", "difference")
-# the model itself is one of the backends; people know it as plain torch
-TITLES = {"original": "torch"}
 
 
 def bench(
@@ -44,8 +42,8 @@ def bench(
 ) -> None:
     """Time a network on this machine: inference on every installed backend, and a training step.
 
-    Backends are timed in turns and compared with plain torch. Weights are random; speed does not depend on them. The
-    last lines name the fastest and the Python that uses it.
+    Backends, and pieces of the batch on them, are timed in turns and compared with the model as it is. Weights are
+    random; speed does not depend on them. The last lines name the fastest and the Python that uses it.
 
     Args:
         model: A model of ours, timm:NAME, torchvision:NAME, or FILE.py:NAME.
@@ -111,16 +109,16 @@ def fastest_of(results: list[BackendResult]) -> BackendResult | None:
 def python_line(work: str, best: BackendResult, device: str) -> str:
     """Return the line of Python that uses the fastest way of working.
 
-    >>> from skipway.inference.backend_selection import BackendResult
-    >>> python_line("inference", BackendResult("openvino", "bfloat16"), "cpu")
-    'fast = sw.optimize(model, example, backends=["openvino"], precision="bfloat16")'
-    >>> python_line("training step", BackendResult("accelerate"), "cpu")
+    >>> from skipway.inference import BackendResult, Choice
+    >>> python_line("inference", BackendResult(Choice("openvino", "bfloat16")), "cpu")
+    'fast = sw.optimize(model, example, backends=["openvino"], precisions="bfloat16")'
+    >>> python_line("training step", BackendResult(Choice("accelerate")), "cpu")
     'sw.accelerate(model, example)'
     """
     autocast = f'with torch.autocast("{device}", torch.bfloat16): …'
     half = best.precision == "bfloat16"
     if work == INFERENCE and best.backend != "original":
-        precision = ', precision="bfloat16"' if half else ""
+        precision = ', precisions="bfloat16"' if half else ""
         return f'fast = sw.optimize(model, example, backends=["{best.backend}"]{precision})'
     steps = ["sw.accelerate(model, example)"] if best.backend == "accelerate" else []
     return "; ".join([*steps, *([autocast] if half else [])]) or "the model as it is"
@@ -130,23 +128,23 @@ def print_speeds(model: str, loaded: LoadedModel, example: Tensor, results: dict
     """Print the machine, the table, and the fastest of each work with the Python that uses it."""
     facts = describe_setting(model, loaded, example)
     sys.stdout.write(
-        f"{model}: {facts['parameters']:,} parameters, input {'x'.join(map(str, facts['input']))}, "
-        f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}\n"
+        f"{model}: {counted(facts['parameters'], 'parameter')}, input {'x'.join(map(str, facts['input']))}, "
+        f"{facts['processor']}, {counted(facts['threads'], 'thread')}, torch {facts['torch']}\n"
     )
     rows, lines = [], []
     for work, measured in results.items():
         best = fastest_of(measured)
         rows += [format_result(work, each, measured[0], len(example), each is best) for each in measured]
         if best is not None:
-            gain = f"{TITLES.get(best.backend, best.backend)} in {best.precision}, {speedup_of(best, measured[0])}"
+            gain = f"{best.choice}, {speedup_of(best, measured[0])}"
             lines.append(f"{work:<15}{gain}: {python_line(work, best, example.device.type)}\n")
     print_table(COLUMNS, rows, NUMBERS)
     sys.stdout.write("\n" * (not sys.stdout.isatty()) + "".join(lines))
 
 
 def speedup_of(best: BackendResult, plain: BackendResult) -> str:
-    """Return the speed against plain torch as text."""
-    return "the fastest" if best is plain else f"{plain.seconds / best.seconds:.2f} times plain torch"
+    """Return the speed against the model as it is as text."""
+    return "the fastest" if best is plain else f"{plain.seconds / best.seconds:.2f} times the original"
 
 
 def format_result(work: str, result: BackendResult, plain: BackendResult, batch: int, fastest: bool) -> tuple[str, ...]:
@@ -155,8 +153,9 @@ def format_result(work: str, result: BackendResult, plain: BackendResult, batch:
     speed = f"{plain.seconds / result.seconds:.2f}" if known and math.isfinite(plain.seconds) else ""
     return (
         work,
-        TITLES.get(result.backend, result.backend),
+        result.backend,
         result.precision,
+        str(result.choice).partition(", ")[2],
         f"{1e3 * result.seconds:.2f}" if known else "",
         f"{batch / result.seconds:,.0f}" if known else "",
         speed,
@@ -193,10 +192,11 @@ def encode_speeds(
     for work, measured in results.items():
         best, plain = fastest_of(measured), measured[0]
         for each in measured:
-            row = {"work": work, **asdict(each)}
+            row = {"work": work, **asdict(each.choice)}
+            row |= {key: value for key, value in asdict(each).items() if key != "choice"}
             row |= {"samples_per_second": len(example) / each.seconds, "speedup": plain.seconds / each.seconds}
             rows.append({key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()})
         if best is not None:
             line = python_line(work, best, example.device.type)
-            fastest[work] = {"backend": best.backend, "precision": best.precision, "python": line}
+            fastest[work] = {**asdict(best.choice), "python": line}
     return {**describe_setting(model, loaded, example), "results": rows, "fastest": fastest}

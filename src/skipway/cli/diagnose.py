@@ -1,4 +1,4 @@
-"""`skipway diagnose`: will a network train, what is at fault, what to do."""
+"""`skipway diagnose`: will a network train, what is at fault, what to do; which of several to train."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from skipway.errors import SkipwayError, printable
+from skipway.cli.option_names import option_spelling, option_view, option_words
+from skipway.errors import CheckpointError, SkipwayError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
-    from skipway.diagnosis import Diagnosis, Finding, Treatment
+    from skipway.diagnosis import Comparison, Diagnosis, Finding, Treatment
     from skipway.zoo import LoadedModel
 
 __all__ = ["Question", "diagnose"]
@@ -33,7 +32,9 @@ MODEL, BATCH, TRAINING, DIAGNOSIS, MACHINE, OUTPUT = (
     Group(name, sort_key=number)
     for number, name in enumerate(("Model", "Batch", "Training", "Diagnosis", "Machine", "Output"))
 )
-WILL_NOT_TRAIN = 1
+WILL_NOT_TRAIN, UNDECIDED = 1, 4
+OF_RUNS = frozenset({"certainty", "allowance", "thorough", "fix", "device"})
+"""Options that a run folder leaves open; the others are those of its recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Question:
     """Samples in the batch."""
 
     batch: Annotated[Path | None, Parameter(group=BATCH)] = None
-    """Folder of images by class, or a text. [random]"""
+    """Folder of images by class, or a text: every trial step takes a fresh batch. [random]"""
 
     outside: Annotated[bool, Parameter(negative=(), group=BATCH)] = False
     """Follow links out of the folder of images."""
@@ -73,11 +74,20 @@ class Question:
     warmup: Annotated[int, Parameter(group=TRAINING)] = 0
     """Steps of learning rate warm-up."""
 
+    schedule: Annotated[str, Parameter(group=TRAINING)] = "constant"
+    """Learning rate after warm-up: constant, cosine, linear."""
+
     steps: Annotated[int, Parameter(group=TRAINING)] = 1000
     """Planned steps of training."""
 
     eval_mode: Annotated[Flag, Parameter(group=TRAINING)] = False
     """Measure in evaluation mode."""
+
+    certainty: Annotated[float, Parameter(group=DIAGNOSIS)] = 0.95
+    """Share of right verdicts to look on for."""
+
+    allowance: Annotated[float, Parameter(group=DIAGNOSIS)] = 0.03
+    """Share of the training that trial steps may cost."""
 
     thorough: Annotated[Flag, Parameter(group=DIAGNOSIS)] = False
     """Also measure largest singular values."""
@@ -101,9 +111,15 @@ class Question:
                 raise SkipwayError(f"{name}={value}: the rule is {name} >= {least}")
         if self.lr is not None and not self.lr > 0:
             raise SkipwayError(f"lr={self.lr}: the rule is lr > 0")
+        if not 0.5 < self.certainty < 1:
+            raise SkipwayError(f"--certainty {self.certainty}: the rule is 0.5 < certainty < 1")
+        if not 0 <= self.allowance <= 1:
+            raise SkipwayError(f"--allowance {self.allowance}: the rule is a share of the training, 0 to 1")
         if self.lint and (self.fix or self.thorough):
             raise SkipwayError("--lint runs no pass, so it excludes --fix and --thorough; leave them away")
         if self.shape is not None and self.batch is not None:
+            from skipway.cli.diagnosis_batch import image_side
+
             image_side(self.shape)
 
     @property
@@ -125,69 +141,127 @@ class Question:
 def diagnose(
     model: str,
     /,
+    *others: str,
     question: Annotated[Question, Parameter(name="*")] = Question(),
-    *,
     out: Annotated[list[Path] | None, Parameter(group=OUTPUT, negative=())] = None,
     save_model: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     json: Annotated[Flag, Parameter(group=OUTPUT)] = False,
     quiet: Annotated[Flag, Parameter(group=OUTPUT)] = False,
 ) -> int:
-    """Tell from one batch before training whether a network will train, what is at fault and what to do.
+    """Tell from its first steps whether a training will learn, what is at fault, and which of several to train.
 
-    Exit status 1: it will not train (with --fix: not even the mended model).
+    Exit status 0: it trains (of several, one does; with --fix, the mended one); 1: it will not train; 4: undecided.
 
     Args:
-        model: A Skipway model, timm:NAME, torchvision:NAME, hf:CLASS, or FILE.py:NAME of a module or its factory.
+        model: A Skipway model, timm:NAME, torchvision:NAME, hf:CLASS, FILE.py:NAME of a module or its factory, or a run
+            folder for its own recipe.
+        others: Further ones to compare it with, on the same batches.
         question: The options.
         out: Save as .json, .html, .png, .svg or .pdf; repeatable.
         save_model: Save the mended weights (with --fix), as safetensors.
         json: Print JSON instead of a table.
         quiet: Print the verdict only.
     """
-    check_outputs(question, out or (), save_model)
+    names = (model, *others)
+    check_outputs(question, out or (), save_model, names)
     # waiting threads sleep; see `skipway train`
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     output = Output(json=json, quiet=quiet)
-    with output.working(f"loading {model}"):
-        loaded, batch, output.remark = prepared(model, question)
     if question.lint:
-        return lint_model(loaded, batch, output)
-    diagnosis = diagnose_loaded(loaded, batch, question)  # says on a terminal how long it takes
+        with output.working(f"loading {model}"):
+            loaded, (example, _, _) = prepared(model, question)
+        return lint_model(loaded, example, output)
+    if others:
+        return compare_models(names, question, out or (), output)
+    diagnosis = diagnose_text(model, question, output)  # says on a terminal how long it takes
     treatment = diagnosis.fix() if question.fix and diagnosis.verdict != "trains" and diagnosis.remedies else None
     last = diagnosis if treatment is None else treatment.after
     output.diagnosed(diagnosis, treatment, healthy=question.fix and treatment is None)
-    for path in out or ():
-        from skipway.report import save
-
-        written = save(treatment or diagnosis, path, command=command_of(model, question), name=model)
-        output.labelled("report", str(written))
+    save_reports(treatment or diagnosis, names, question, out or (), output)
     if save_model is not None:
-        model_to_save = loaded.model if treatment is None else treatment.model
+        model_to_save = diagnosis.subject.model if treatment is None else treatment.model
         output.labelled("weights", save_weights(model_to_save, save_model))
-    return 0 if last.trains else WILL_NOT_TRAIN
+    return 0 if last.trains else UNDECIDED if last.verdict == "undecided" else WILL_NOT_TRAIN
 
 
-def command_of(model: str, question: Question) -> str:
+def compare_models(names: Sequence[str], question: Question, out: Sequence[Path], output: Output) -> int:
+    """Diagnose every model and print which to train; one that fails is a row with its reason."""
+    from skipway.diagnosis.comparison import compare_diagnoses
+
+    outcomes: dict[str, Diagnosis | SkipwayError] = {}
+    for name in names:
+        try:
+            outcomes[name] = diagnose_text(name, question, output)
+        except SkipwayError as error:
+            outcomes[name] = error
+    comparison = compare_diagnoses(outcomes, allowance=question.allowance)
+    output.compared(comparison)
+    save_reports(comparison, names, question, out, output)
+    return 0 if comparison.best else UNDECIDED if comparison.undecided else WILL_NOT_TRAIN
+
+
+def diagnose_text(text: str, question: Question, output: Output) -> Diagnosis:
+    """The diagnosis of what a text on the command line names."""
+    from skipway.training.run_diagnosis import diagnose_run, is_run
+
+    try:
+        if is_run(text):
+            if ours := [name for name in given_options(question) if name not in OF_RUNS]:
+                options = ", ".join(f"--{name.replace('_', '-')}" for name in ours)
+                raise SkipwayError(f"{text} is a run, which is asked about by its own recipe; leave {options} away")
+            output.remarks[text] = f"training batches of {text}"
+            chosen = {name: getattr(question, name) for name in ("certainty", "allowance", "thorough", "device")}
+            return diagnose_run(Path(text), **chosen)
+        with output.working(f"loading {text}"):
+            loaded, batch = prepared(text, question)
+        output.remarks[text] = batch[2]
+        return diagnose_loaded(loaded, batch, question)
+    except CheckpointError as error:  # whose exit status is that of an undecided verdict
+        raise SkipwayError(str(error)) from error
+
+
+def save_reports(
+    result: Diagnosis | Treatment | Comparison,
+    names: Sequence[str],
+    question: Question,
+    out: Sequence[Path],
+    output: Output,
+) -> None:
+    """Write the reports, and say where they are."""
+    from skipway.report import save
+
+    for path in out:
+        written = save(result, path, command=command_of(names, question), name=" or ".join(names))
+        output.labelled("report", str(written))
+
+
+def command_of(names: Sequence[str], question: Question) -> str:
     """The command line of a diagnosis, with every option that is not the default.
 
-    >>> command_of("resnet20", Question(input="3,32,32", fix=True))
+    >>> command_of(["resnet20"], Question(input="3,32,32", fix=True))
     'skipway diagnose resnet20 --input 3,32,32 --fix'
     """
-    words = ["skipway", "diagnose", model]
-    for field in dataclasses.fields(question):
-        value = getattr(question, field.name)
-        if value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
+    return shlex.join(["skipway", "diagnose", *names, *option_words(given_options(question))])
 
 
-def check_outputs(question: Question, out: Sequence[Path], save_model: Path | None) -> None:
+def given_options(question: Question) -> dict[str, Any]:
+    """The options that are not the default."""
+    values = {field.name: (getattr(question, field.name), field.default) for field in dataclasses.fields(question)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def check_outputs(question: Question, out: Sequence[Path], save_model: Path | None, names: Sequence[str]) -> None:
     """Refuse, before anything is measured, outputs that cannot be written."""
     from skipway.report.files import ENDINGS
 
     for path in out:
         if path.suffix not in ENDINGS:
             raise SkipwayError(f"--out {path}: the rule is one of the endings {' '.join(ENDINGS)}")
+    if len(set(names)) < len(names):
+        raise SkipwayError(f"{max(names, key=names.count)} is given twice; the rule is models with different names")
+    if len(names) > 1 and (question.fix or question.lint):
+        option, does = ("--fix", "mends") if question.fix else ("--lint", "checks")
+        raise SkipwayError(f"{option} {does} one model, and {len(names)} are given; give one, or leave {option} away")
     if save_model is not None and not question.fix:
         raise SkipwayError("--save-model saves the mended model; give --fix with it")
     if question.lint and out:
@@ -203,7 +277,9 @@ class Output:
     """
 
     def __init__(self, *, json: bool, quiet: bool) -> None:
-        self.json, self.quiet, self.remark = json, quiet, ""
+        self.json, self.quiet = json, quiet
+        self.remarks: dict[str, str] = {}
+        """Where the batch of each model is from."""
 
     def working(self, message: str) -> AbstractContextManager[Any]:
         """A status line on the terminal while the passes run."""
@@ -220,13 +296,13 @@ class Output:
 
     def diagnosed(self, diagnosis: Diagnosis, treatment: Treatment | None, *, healthy: bool) -> None:
         """Print a diagnosis, and the result of its remedies."""
-        from skipway.diagnosis.table import SENTENCES
+        from skipway.diagnosis.table import verdict_sentence
 
         last = diagnosis if treatment is None else treatment.after
         if self.json:
             sys.stdout.write(json_text(diagnosis, treatment, self.remark))
         elif self.quiet:
-            sys.stdout.write(f"{' '.join([SENTENCES[last.verdict], '; '.join(last.conditions)]).strip()}\n")
+            sys.stdout.write(f"{option_spelling(verdict_sentence(last.verdict, last.grounds))}\n")
         else:
             self.labelled("batch", self.remark)
             self.printed(diagnosis)
@@ -236,10 +312,29 @@ class Output:
             elif healthy:
                 sys.stdout.write("\nnothing to fix\n")
 
+    @property
+    def remark(self) -> str:
+        """Where the batches are from, once where all are the same."""
+        if len(set(self.remarks.values())) < 2:
+            return next(iter(self.remarks.values()), "")
+        return "; ".join(f"{name}: {remark}" for name, remark in self.remarks.items())
+
+    def compared(self, comparison: Comparison) -> None:
+        """Print a comparison."""
+        if self.json:
+            content = {"batch": self.remark, **json.loads(comparison.to_json())}
+            sys.stdout.write(json.dumps(content, indent=1) + "\n")
+        elif self.quiet:
+            sys.stdout.write(f"{comparison.answer}\n")
+        else:
+            self.labelled("batch", self.remark)
+            self.printed(comparison)
+
     def printed(self, view: Any) -> None:
         """Print a result in colours on a terminal, up to 100 columns wide, else as plain text."""
         from skipway.diagnosis.table import WIDTH, as_text
 
+        view = option_view(view)
         if not sys.stdout.isatty():
             sys.stdout.write(as_text(view) + "\n")
             return
@@ -270,11 +365,14 @@ def json_text(found: Diagnosis, treatment: Treatment | None, remark: str) -> str
     return json.dumps(content, indent=1) + "\n"
 
 
-def prepared(text: str, question: Question) -> tuple[LoadedModel, Any, str]:
-    """The model, its example and targets, and the origin of the batch in words."""
+def prepared(text: str, question: Question) -> tuple[LoadedModel, tuple[Any, Any, str]]:
+    """The model on its device, and its example, targets and the origin of the batch in words."""
     import torch
 
+    from skipway.cli.diagnosis_batch import class_names, example_for
     from skipway.hardware.device import choose_device
+    from skipway.tracing.containers import map_tensors
+    from skipway.tracing.example import batches_of
     from skipway.zoo import ModelRequest, load_model, source_of
 
     torch.manual_seed(question.seed)
@@ -286,105 +384,26 @@ def prepared(text: str, question: Question) -> tuple[LoadedModel, Any, str]:
     request = ModelRequest(depth=question.depth, scheme=question.scheme, classes=classes, shape=question.shape)
     loaded = load_model(text, request)
     tokenizer = Path(name, "tokenizer.json")
-    batch, remark = batch_for(loaded, question, tokenizer if tokenizer.is_file() else None)
+    example, targets, remark = example_for(
+        loaded,
+        folder=question.batch,
+        samples=question.samples,
+        seed=question.seed,
+        outside=question.outside,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+    )
     loaded.model.to(device)
-    return loaded, to_device(batch, device), remark
+    if batches_of(example) is None:  # of a loader, the diagnosis moves them
+        example, targets = (map_tensors(lambda tensor: tensor.to(device), each) for each in (example, targets))
+    return loaded, (example, targets, remark)
 
 
-def to_device(batch: Any, device: Any) -> Any:
-    """The tensors of a batch on a device."""
-    from skipway.tracing.containers import map_tensors
-
-    return map_tensors(lambda tensor: tensor.to(device), batch)
-
-
-def batch_for(loaded: LoadedModel, question: Question, tokenizer: Path | None) -> tuple[tuple[Any, Any], str]:
-    """Example and targets: windows of a text, images of a folder, the batch of the model's file, or random samples; and
-    which of them.
-    """
-    if question.batch is not None and question.batch.is_file() and loaded.vocabulary is not None:
-        from skipway.cli.text_batch import text_batch
-
-        example, remark = text_batch(loaded, question.batch, question.samples, question.seed, tokenizer)
-        return (example, None), remark
-    if question.batch is not None:
-        images, labels, bad = images_of(question, question.batch, loaded.shape)
-        damaged = f"; {bad[0][0]} cannot be read, {bad[0][1]}" if bad else ""
-        remark = f"{len(labels)} images of {question.batch} with their labels{damaged}"
-        return (loaded.call_with(images), labels), printable(remark)
-    if loaded.batch is not None:
-        return inputs_and_targets(loaded.model, loaded.batch), "given by the model's file"
-    size = "x".join(map(str, loaded.shape))
-    what = "random normal samples" if loaded.vocabulary is None else "random token sequences"
-    tokens = loaded.vocabulary is not None
-    others = ", ".join(map(str, loaded.others)) or ("no labels" if tokens else "random labels")
-    labels, real = "the tokens as labels" if loaded.labels else others, "FILE" if tokens else "FOLDER"
-    remark = f"{question.samples} {what} of {size} with {labels}; use --batch {real} for real ones"
-    return (loaded.random(question.samples), None), remark
-
-
-def inputs_and_targets(model: Any, batch: Any) -> tuple[Any, Any]:
-    """What a file gives beside a model: inputs, or (inputs, targets); two are inputs if forward needs both."""
-    import inspect
-
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        return batch, None
-    needed = [each for each in inspect.signature(model.forward).parameters.values() if each.default is each.empty]
-    positional = [each for each in needed if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    return (tuple(batch), None) if len(positional) == 2 and not isinstance(batch[0], tuple) else tuple(batch)
-
-
-def image_side(shape: tuple[int, ...]) -> int:
-    """The side length of images of a shape, which have to be square."""
-    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2]:
-        raise SkipwayError(
-            f"--batch: the rule is square images, grey or colour, and the model takes {','.join(map(str, shape))}; "
-            "set --input 3,224,224, or leave --batch away"
-        )
-    return shape[1]
-
-
-def class_names(folder: Path, outside: bool) -> tuple[str, ...]:
-    """The class names of a folder of images."""
-    from skipway.data import list_splits
-
-    return list_splits(folder, outside=outside).classes
-
-
-def images_of(question: Question, folder: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """Random images of a folder with their labels, normalised by their own mean and deviation, and those that cannot be
-    read with the reasons.
-
-    Raises:
-        DataError: the folder holds no images by class, or none of the drawn ones can be read.
-    """
-    import torch
-
-    from skipway.data import list_splits
-    from skipway.data.image_dataset import decode_files
-    from skipway.data.loader import statistics
-    from skipway.data.randomness import permutation
-    from skipway.errors import DataError
-
-    size = image_side(shape)
-    splits = list_splits(folder, validation=0.0, outside=question.outside)
-    order = permutation(len(splits.train), question.seed, 0)[: question.samples].tolist()
-    chosen = [splits.train[number] for number in order]
-    part, bad = decode_files(folder, chosen, channels=shape[0], size=size, workers=0)
-    if not len(part):
-        raise DataError(
-            f"--batch {folder}: none of the {len(bad)} drawn images can be read; the first: {bad[0][0]}: {bad[0][1]}"
-        )
-    mean, std = (torch.tensor(values) for values in statistics(part.images))
-    return ((part.images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(), part.labels, bad
-
-
-def diagnose_loaded(loaded: LoadedModel, batch: Any, question: Question) -> Diagnosis:
+def diagnose_loaded(loaded: LoadedModel, batch: tuple[Any, Any, str], question: Question) -> Diagnosis:
     """Diagnose the model, and name the option behind an error."""
     from skipway.diagnosis import diagnose as diagnose_model
 
     try:
-        example, targets = batch
+        example, targets, _ = batch
         return diagnose_model(
             loaded.model,
             example,
@@ -393,7 +412,10 @@ def diagnose_loaded(loaded: LoadedModel, batch: Any, question: Question) -> Diag
             lr=question.lr,
             weight_decay=question.weight_decay,
             warmup=question.warmup,
+            schedule=question.schedule,
             steps=question.steps,
+            certainty=question.certainty,
+            allowance=question.allowance,
             training=not question.eval_mode,
             thorough=question.thorough,
             seed=question.seed,
@@ -405,11 +427,14 @@ def diagnose_loaded(loaded: LoadedModel, batch: Any, question: Question) -> Diag
         raise SkipwayError(f"{error}; the samples had shape {shape}: set another one by --input") from error
 
 
-def lint_model(loaded: LoadedModel, batch: Any, output: Output) -> int:
+def lint_model(loaded: LoadedModel, example: Any, output: Output) -> int:
     """Print the findings of the linter; return exit status 1 where one is fatal."""
     from skipway.diagnosis.lint import lint
+    from skipway.tracing import as_batch
+    from skipway.tracing.containers import map_tensors
 
-    findings = lint(loaded.model, batch[0])
+    device = next((parameter.device for parameter in loaded.model.parameters()), None)
+    findings = lint(loaded.model, map_tensors(lambda tensor: tensor.to(device), as_batch(example)[0]))
     output.linted(findings)
     return WILL_NOT_TRAIN if any(finding.level == "fatal" for finding in findings) else 0
 

@@ -32,7 +32,7 @@ def evaluate(
     data: Path | None = None,
     /,
     *,
-    flip: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
+    flip: Annotated[bool | None, Parameter(group=EVALUATION)] = None,
     batch_size: Annotated[int | None, Parameter(group=EVALUATION)] = None,
     outside: Annotated[bool, Parameter(negative=(), group=EVALUATION)] = False,
     max_megapixels: Annotated[float, Parameter(group=EVALUATION)] = 64.0,
@@ -49,7 +49,7 @@ def evaluate(
     Args:
         run: Run folder, or a file of weights in it.
         data: Other images, as for `skipway train`, of classes of the run, or another text. [test split of the run]
-        flip: Average the logits with those of the mirrored image.
+        flip: Average the logits with those of the mirrored image. [as the run]
         json: Print JSON, with the confusion matrix up to 1,000 classes.
         batch_size: Images or sequences per forward pass. [as in training]
         outside: Follow links out of DATA.
@@ -64,15 +64,21 @@ def evaluate(
     from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
     if find_text_inputs(run) is not None:
-        options = {"--flip": flip, "--max-megapixels": max_megapixels != 64.0, "--columns": columns != COLUMNS}
+        options = {
+            "--flip": flip is not None,
+            "--max-megapixels": max_megapixels != 64.0,
+            "--columns": columns != COLUMNS,
+        }
         for option in (name for name, given in options.items() if given):
             raise SkipwayError(f"{option}: an option for images, and this run is of text; leave it out")
         return evaluate_text(run, data, device=device, batch_size=batch_size, as_json=json)
     if data is None:
         options = {"--outside": outside, "--max-megapixels": max_megapixels != 64.0, "--columns": columns != COLUMNS}
         for option in (name for name, given in options.items() if given):
-            raise SkipwayError(f"{option} has no effect without DATA: the run's test images are read as in training")
-        result = evaluate_run(run, device=device, flip=flip or None, batch_size=batch_size, **network.choices)
+            raise SkipwayError(
+                f"{option} has no effect without DATA: the run's test images are read as in training; leave it out"
+            )
+        result = evaluate_run(run, device=device, flip=flip, batch_size=batch_size, **network.choices)
     else:
         from skipway.hardware.limits import cpu_count
 
@@ -164,7 +170,8 @@ def print_evaluation(result: RunEvaluation) -> None:
     def say(label: str, text: str) -> None:
         sys.stdout.write(f"{label:<{LABEL}}{text}\n")
 
-    say("data", f"{printable(result.name)}: {counted(evaluation.total, 'image')}, {len(result.classes)} classes")
+    classes = counted(len(result.classes), "class", "classes")
+    say("data", f"{printable(result.name)}: {counted(evaluation.total, 'image')}, {classes}")
     for file, reason in result.unreadable[:SHOWN]:
         say("damaged", f"{printable(file)}: {option_spelling(reason)}")
     if len(result.unreadable) > SHOWN:

@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 
 from skipway.cli.network_options import NetworkOptions
 from skipway.cli.option_names import print_note
-from skipway.errors import SkipwayError, printable
+from skipway.errors import SkipwayError, counted, printable
 
 __all__ = ["export"]
 
@@ -19,12 +19,15 @@ OUTPUT = Group("Output")
 
 def export(
     run: str,
+    target: Path | None = None,
     /,
     *,
     onnx: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     pt2: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     hub: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     transformers: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+    int8: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+    limit: Annotated[float | None, Parameter(group=OUTPUT)] = None,
     sides: Annotated[Literal["dynamic", "fixed"], Parameter(group=OUTPUT)] = "dynamic",
     opset: Annotated[int | None, Parameter(group=OUTPUT)] = None,
     network: Annotated[NetworkOptions, Parameter(name="*")] = NetworkOptions(),  # noqa: B008 - frozen
@@ -33,16 +36,32 @@ def export(
 
     Args:
         run: Run folder, file of weights, or hub folder.
+        target: FILE.onnx, FILE.pt2, or a folder for the hub; the options name each.
         onnx: Write this ONNX file; compare it in onnxruntime.
         pt2: Write this torch.export program; reload and compare it.
         hub: Write this folder for the Hugging Face hub: weights, config, model card.
         transformers: Write this folder that transformers loads, of a decoder (family gpt): weights, config, tokenizer.
+        int8: Write this .xml and .bin of OpenVINO in 8-bit integers, layers in float where the answers need it.
+        limit: With --int8, how far top-1 on the validation images may fall. [0.005, half a point]
         sides: dynamic: other image sizes, too, if the network allows them; fixed: that of the run.
         opset: Version of the operators of ONNX. [the exporter's]
         network: How a network that is not Skipway's own is built again.
     """
-    if onnx is None and pt2 is None and hub is None and transformers is None:
-        raise SkipwayError("nothing to export: give --onnx FILE, --pt2 FILE, --hub FOLDER or --transformers FOLDER")
+    if target is not None:
+        if {".onnx": onnx, ".pt2": pt2, "": hub}.get(target.suffix, target) is not None:
+            raise SkipwayError(
+                f"{printable(target)}: the rule is FILE.onnx, FILE.pt2 or a folder, and none of the same kind beside it"
+            )
+        onnx = target if target.suffix == ".onnx" else onnx
+        pt2 = target if target.suffix == ".pt2" else pt2
+        hub = target if target.suffix == "" else hub
+    if onnx is None and pt2 is None and hub is None and transformers is None and int8 is None:
+        raise SkipwayError(
+            "nothing to export: give FILE.onnx, FILE.pt2 or a folder for the hub, or one of --onnx FILE, --pt2 FILE, "
+            "--int8 FILE.xml, --hub FOLDER, --transformers FOLDER"
+        )
+    if limit is not None and int8 is None:
+        raise SkipwayError(f"--limit {limit:g} has no effect without --int8 FILE.xml; leave it out")
     from skipway.inference.publish import write_hub_folder, write_onnx, write_program, write_transformers
 
     if onnx is not None:
@@ -54,6 +73,16 @@ def export(
     if pt2 is not None:
         difference = write_program(run, pt2, sides=sides, **network.choices, remark=print_note)
         sys.stdout.write(f"pt2       {printable(pt2)}, largest difference {difference:.2g}\n")
+    if int8 is not None:
+        from skipway.inference.int8_file import write_int8
+
+        found = write_int8(run, int8, limit=0.005 if limit is None else limit, **network.choices, remark=print_note)
+        sys.stdout.write(f"int8      {printable(int8)} and {printable(int8.with_suffix('.bin').name)}\n")
+        sys.stdout.write(f"answers   {found.answer}\n")
+        names = ", ".join(map(printable, found.float_layers))
+        layers = f"{len(found.float_layers)} of {counted(found.layers, 'layer')}"
+        sys.stdout.write(f"float     {layers}{': ' * bool(names)}{names}\n")
+        sys.stdout.write(f"speed     {found.speed}\n")
     if hub is not None:
         write_hub_folder(run, hub, remark=print_note, **network.choices)
         sys.stdout.write(f"hub       {printable(hub)}; add the licence to {printable(hub / 'README.md')}\n")

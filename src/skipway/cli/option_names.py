@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import ast
-import re
-import shlex
 import sys
-from dataclasses import fields
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["option_spelling", "print_note"]
+from skipway.argument_names import option_spelling
 
-ARGUMENT = re.compile(r"""\w\([^()]*\)|(?<![\w.\-])([a-z]\w*)=(\([^()]*\)|'[^']*'|"[^"]*"|[\w+-]+(?:\.\w+)?)(?!\()""")
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["option_spelling", "option_view", "option_words", "print_note"]
 
 
-def option_spelling(text: str) -> str:
-    """Spell every `name=value` in a message whose name is a field of the recipe, or of another command, as an option;
-    not those in the parentheses of a spec.
+def option_view(view: RenderableType) -> RenderableType:
+    """A renderable whose lines of text are in the spelling of the command line."""
+    from rich.console import Group
+    from rich.protocol import rich_cast
+    from rich.text import Text
 
-    >>> option_spelling("keep it with allow_empty=True, or name them with columns=('image', 'label')")
-    'keep it with --allow-empty, or name them with --columns image,label'
-    >>> option_spelling("lr=-1.0: the rule is lr > 0")
-    '--lr -1.0: the rule is lr > 0'
-    >>> option_spelling("3 connections, scheme prores(warmup=0.25)")
-    '3 connections, scheme prores(warmup=0.25)'
+    view = rich_cast(view)
+    if isinstance(view, Group):
+        return Group(*map(option_view, view.renderables))
+    if isinstance(view, Text) and (spelled := option_spelling(view.plain)) != view.plain:
+        return Text(spelled, view.style)
+    return view
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Arguments as the words of a command line; None and False are left out.
+
+    >>> option_words({"fix": True, "weight_decay": 0.1, "lr": None})
+    ['--fix', '--weight-decay', '0.1']
     """
-    from skipway.recipe import Recipe
-
-    known = {"opset", "sides", "trust_code", "allow_changed_outputs", *(field.name for field in fields(Recipe))}
-
-    def spelled(found: re.Match[str]) -> str:
-        name, text = found.groups()
-        if name not in known:  # None for a spec
-            return found[0]
-        option = name.replace("_", "-")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        if isinstance(value, bool):
-            return f"--{'' if value else 'no-'}{option}"
-        return f"--{option} {shlex.quote(','.join(map(str, value)) if isinstance(value, tuple) else str(value))}"
-
-    return ARGUMENT.sub(spelled, text)
+    words = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 def print_note(sentence: str) -> None:

@@ -34,7 +34,7 @@ def predict(
     /,
     *images: Path,
     top: Annotated[int, Parameter(group=PREDICTION)] = 5,
-    flip: Annotated[bool, Parameter(negative=(), group=PREDICTION)] = False,
+    flip: Annotated[bool | None, Parameter(group=PREDICTION)] = None,
     batch_size: Annotated[int, Parameter(group=PREDICTION)] = 64,
     outside: Annotated[bool, Parameter(negative=(), group=PREDICTION)] = False,
     max_megapixels: Annotated[float, Parameter(group=PREDICTION)] = 64.0,
@@ -53,7 +53,7 @@ def predict(
         run: Run folder, file of weights, hub folder, or hf:ORG/NAME.
         images: Image files and folders of images.
         top: Number of classes per image, the most probable first.
-        flip: Average the logits with those of the mirrored image.
+        flip: Average the logits with those of the mirrored image. [as the run]
         batch_size: Images per forward pass.
         outside: Follow links out of the folders of images.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
@@ -88,7 +88,10 @@ def predict(
             if prediction.error and not first:
                 first = f"{prediction.file}: {prediction.error}"
     if not read:
-        raise DataError(f"none of {counted(len(files), 'image')} can be read; the first: {printable(first)}")
+        raise DataError(
+            f"none of {counted(len(files), 'image')} can be read; the first: {printable(first)}; see "
+            "whether a viewer opens them"
+        )
     return 0
 
 
@@ -101,7 +104,7 @@ def open_writer(file: Path | None, *, as_json: bool, top: int) -> Iterator[Write
         try:
             opened = file.open("w", encoding="utf-8", newline="")
         except OSError as error:
-            raise SkipwayError(f"--csv {file}: cannot be written: {error.strerror}") from error
+            raise SkipwayError(f"--csv {file}: cannot be written: {error.strerror}; name another file") from error
         with opened as stream:
             table = csv.writer(stream)
             table.writerow(csv_header(top))

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
 from skipway.cli.option_names import option_spelling
-from skipway.errors import clock_text, duration
+from skipway.errors import clock_text, counted, duration
 from skipway.training.reporter import SilentReporter, StepReport
 
 __all__ = ["LineReporter", "LiveReporter", "QuietReporter", "choose_reporter"]
@@ -98,7 +98,7 @@ class LineReporter(QuietReporter):
             self.counting = label, now, done
         _, began, before = self.counting
         left = (total - done) * (now - began) / (done - before) if done > before else 0
-        return f"{done:,} of {total:,} {self.item}s{f', {duration(left)} left' if left >= 1 else ''}"
+        return f"{done:,} of {counted(total, self.item)}{f', {duration(left)} left' if left >= 1 else ''}"
 
     def step(self, report: StepReport) -> None:
         done = (report.epoch - 1) * report.steps + report.step

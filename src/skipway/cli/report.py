@@ -24,6 +24,12 @@ def report(folder: Path = Path("studies"), /) -> int:
 
     if not folder.is_dir():
         raise SkipwayError(f"{folder} is not a folder; skipway study all --out {folder} creates it")
+    own = folder / "report.html"
+    if not any(parts_of(folder, name) for name in studies()) and own.exists():
+        raise SkipwayError(
+            f"{printable(folder)} holds no table of a study; its report is there already, as the training or diagnosis "
+            f"wrote it: open {printable(own)} in a browser"
+        )
     if not any(parts_of(folder, name) for name in studies()):
         raise SkipwayError(
             f"{printable(folder)} holds no table of a study, so nothing is written there; the rule is a folder of "

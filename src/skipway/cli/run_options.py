@@ -1,4 +1,4 @@
-"""Options from a run folder: `--config` and `--resume` supply what the command line omits."""
+"""Options that the command line omits: from a run folder by `--config` and `--resume`, from a preset by `--preset`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cyclopts import App
     from cyclopts.argument import ArgumentCollection
 
-__all__ = ["check_whole_numbers", "fill_from_run"]
+__all__ = ["check_whole_numbers", "fill_from_preset", "fill_from_run"]
 
 
 def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -38,6 +38,27 @@ def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     file = path / "config.json" if path.is_dir() or "--resume" in given else path
     values = {name: value for name, value in read_recipe(file).to_json().items() if value is not None}
     Dict(values, source=str(file), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def fill_from_preset(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Set every option that is not on the command line to its value in the preset, except for a run that is resumed,
+    which has a recipe.
+    """
+    given = {argument.name: argument.tokens[0] for argument in arguments if argument.tokens}
+    if "--preset" not in given:
+        return
+    if "--config" in given:
+        raise SkipwayError("--preset and --config: each supplies what the command omits; give one of the two")
+    if "--resume" in given and (Path(given["--out"].value) / "config.json").exists():
+        return
+    from cyclopts.config import Dict
+
+    from skipway.presets import PRESETS
+
+    name = given["--preset"].value
+    fields = [option.removeprefix("--").replace("-", "_") for option in given]
+    values = PRESETS[name].beside(fields)
+    Dict(values, source=f"preset {name}", use_commands_as_keys=False)(app, commands, arguments)
 
 
 def check_whole_numbers(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from skipway.errors import SkipwayError, duration, printable
+from skipway.errors import SkipwayError, counted, duration, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -73,7 +73,7 @@ def study(
     if list_:
         return print_studies(list(studies().values()), as_json=json)
     if name is None:
-        raise SkipwayError(f"which study? {', '.join(studies())}, or all; --list describes them")
+        raise SkipwayError(f"which study? {', '.join(studies())}, or all; skipway study --list describes them")
     chosen = list(studies().values()) if name == "all" else [find_study(name)]
     if cell is not None:
         if len(chosen) > 1:
@@ -96,7 +96,7 @@ def study(
 
 def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     """Run a study, print its verdicts, write its page, and return the number of failed cells."""
-    from skipway.studies.page import write_study_page
+    from skipway.studies.page import measured_rows, score_text, write_study_page
     from skipway.studies.runner import failed_rows, run
 
     begun = time.monotonic()
@@ -107,11 +107,14 @@ def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
         sys.stderr.write(f"\nthe measured cells are in {out}; the same command resumes from there\n")
         raise
     broken = failed_rows(rows)
-    sys.stdout.write(f"\n{chosen.title}: {len(rows)} cells, {time.monotonic() - begun:.0f} s\n")
-    for verdict in chosen.conclude([row for row in rows if not row.get("error")]) if options["share"] is None else ():
-        sys.stdout.write(f"\n{verdict.answer.upper():<16}{verdict.claim}\n{'':<16}{verdict.text}\n")
+    sys.stdout.write(f"\n{chosen.title}: {counted(len(rows), 'cell')}, {time.monotonic() - begun:.0f} s\n")
+    if options["share"] is None:
+        verdicts = chosen.conclude(measured_rows(rows))
+        sys.stdout.write(f"{score_text(verdicts)}\n")
+        for verdict in verdicts:
+            sys.stdout.write(f"\n{verdict.answer.upper():<16}{verdict.claim}\n{'':<16}{verdict.text}\n")
     if broken:
-        sys.stdout.write(f"\n{len(broken)} cells failed; the first: {printable(str(broken[0]['error']))}\n")
+        sys.stdout.write(f"\n{counted(len(broken), 'cell')} failed; the first: {printable(str(broken[0]['error']))}\n")
     if options["share"] is None:
         sys.stdout.write(f"\npage   {write_study_page(chosen, out)}\n")
     else:
@@ -184,7 +187,7 @@ class LineProgress:
     def begin(self, study: Study, cells: int, known: int) -> None:
         self.total, self.count, self.known = cells, known, known
         measured = f", {known} of them already measured" if known else ""
-        self.write(f"{study.name}: {cells} cells{measured}")
+        self.write(f"{study.name}: {counted(cells, 'cell')}{measured}")
 
     def started(self, cell: Cell) -> None:
         pass

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from skipway.cli import BEGAN
 from skipway.errors import SkipwayError, duration
+from skipway.presets import PRESETS
 from skipway.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def train(
     resume: Flag = False,
     overwrite: Flag = False,
     config: Path | None = None,
+    preset: str | None = None,
     quiet: Flag = False,
 ) -> int:
     """Train a network on images, <class>/* or train/<class>/* with val/ and test/, or on text, a file or a folder.
@@ -49,6 +51,7 @@ def train(
         resume: Resume the run in --out.
         overwrite: Replace the run in --out.
         config: Run folder that supplies omitted options.
+        preset: Omitted options by name: fast, for small images.
         quiet: Print only accuracy and run folder.
     """
     if resume and overwrite:
@@ -68,6 +71,8 @@ def train(
         from skipway.training.loop import train as train_network
         from skipway.training.task_choice import choose_task
 
+        if preset is not None:
+            PRESETS[preset].check_data(preset, recipe.data)
         folder = unused_folder(recipe.data, choose_task(recipe).default_data) if out is None else out
 
         if folds is not None or (resume and is_cross_validation(folder)):

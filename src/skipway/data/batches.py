@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data.augment import DRAWS, Augmentation, apply_policy, crop_and_flip, erase_rectangles, mix_images
+from skipway.data.augment.crops import FLIP
 from skipway.data.augment.erase import ERASING_DRAWS
 from skipway.data.augment.mix import MIXING_DRAWS
 from skipway.data.augment.policy import POLICY_DRAWS
-from skipway.data.randomness import uniforms
+from skipway.data.randomness import alternating, uniforms
 
 __all__ = [
     "AugmentationDraws",
@@ -56,8 +57,10 @@ class AugmentationDraws(NamedTuple):
         def drawn(needed: bool, columns: int, purpose: str) -> Tensor | None:
             return uniforms(count, columns, seed, epoch, purpose) if needed else None
 
+        crop = uniforms(count, DRAWS, seed, epoch)
+        crop[:, FLIP] = alternating(count, seed, epoch)
         return cls(
-            uniforms(count, DRAWS, seed, epoch),
+            crop,
             drawn(augmentation.policy != "none", POLICY_DRAWS, "policy"),
             drawn(augmentation.erasing > 0, ERASING_DRAWS, "erasing"),
             drawn(augmentation.mixes, MIXING_DRAWS, "mixing"),

@@ -142,7 +142,9 @@ def read_description(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{printable(file)} is damaged: {printable(str(error))}") from error
+        raise CheckpointError(
+            f"{printable(file)} is damaged: {printable(str(error))}; fetch or write it again"
+        ) from error
     return content if isinstance(content, dict) else {}
 
 

@@ -43,6 +43,7 @@ __all__ = [
         "Header",
         "UnreadableImage",
         "decode",
+        "decode_with_header",
         "find_fault",
     ),
     *("read_header", "reporting_faults", "silence_pillow", "upright_image"),
@@ -131,37 +132,61 @@ def decode(
     Raises:
         UnreadableImage: the file is missing, damaged, not an image, or outside the limits above.
     """
-    with reporting_faults(source, name) as (content, path):
-        image = upright_image(content, path, spec, least=2 * spec.size)
-        square = fit_square(image, spec.size, box or central_share(spec.crop_share), spec.fit, spec.resample)
-        return square.reshape(spec.size, spec.size, spec.channels)
+    with reporting_faults(source, name) as (content, path), open_image(content, path) as image:
+        return square_pixels(image, content, path, spec, box)
+
+
+def decode_with_header(
+    content: bytes, spec: DecodeSpec, *, limits: DecodeSpec, name: Path
+) -> tuple[Header, np.ndarray]:
+    """As `read_header` and `decode`: the file is opened once for both, and its size checked by the spec `limits`.
+
+    Raises:
+        UnreadableImage: as `decode`.
+    """
+    with reporting_faults(content, name) as (_, path), open_image(content, path) as image:
+        choose_reduction(image, path, limits, 2 * limits.size)
+        header = header_of(image)
+        return header, square_pixels(image, content, path, spec)
+
+
+def square_pixels(
+    image: Image.Image, content: bytes, path: Path, spec: DecodeSpec, box: ChooseBox | None = None
+) -> np.ndarray:
+    """Decode an image that `open_image` has opened, as `decode` does."""
+    upright = upright_pixels(image, content, path, spec, least=2 * spec.size)
+    square = fit_square(upright, spec.size, box or central_share(spec.crop_share), spec.fit, spec.resample)
+    return square.reshape(spec.size, spec.size, spec.channels)
 
 
 def upright_image(content: bytes, path: Path, spec: DecodeSpec, *, least: int) -> Image.Image:
-    """Decode the upright image, grey or RGB, with both sides at least `least` if those of the file are.
+    """Decode the upright image, grey or RGB, with both sides at least `least` if those of the file are."""
+    with open_image(content, path) as image:
+        return upright_pixels(image, content, path, spec, least=least)
+
+
+def upright_pixels(image: Image.Image, content: bytes, path: Path, spec: DecodeSpec, *, least: int) -> Image.Image:
+    """As `upright_image`, of an image that `open_image` has opened.
 
     A JPEG decodes at 1/2, 1/4 or 1/8 of its size in a fraction of the time; one that would be over the limit of pixels
     is reduced further, while its sides are at least `spec.size`.
     """
-    with open_image(content, path) as image:
-        scale = choose_reduction(image, path, spec, least)
-        pixels = jpeg_pixels(content, image, spec.channels, scale)
-        if pixels is None:
-            image.draft("RGB" if spec.channels == 3 else "L", (image.width // scale, image.height // scale))
-            image.load()
-            pixels = image
-        return turn_upright(to_eight_bit(pixels, spec.channels, spec.grey16), image)
+    scale = choose_reduction(image, path, spec, least)
+    pixels = jpeg_pixels(content, image, spec.channels, scale)
+    if pixels is None:
+        image.draft("RGB" if spec.channels == 3 else "L", (image.width // scale, image.height // scale))
+        image.load()
+        pixels = image
+    return turn_upright(to_eight_bit(pixels, spec.channels, spec.grey16), image)
 
 
-def read_header(source: Path | bytes, name: Path | None = None, spec: DecodeSpec | None = None) -> Header:
-    """Read the header of a file; with a `spec`, check the size of the image against its limit.
+def read_header(source: Path | bytes, name: Path | None = None) -> Header:
+    """Read the header of a file.
 
     Raises:
         UnreadableImage: as `decode`, as far as the header shows it.
     """
     with reporting_faults(source, name) as (content, path), open_image(content, path) as image:
-        if spec is not None:
-            choose_reduction(image, path, spec, 2 * spec.size)
         return header_of(image)
 
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from skipway.data.augment.crops import random_box
-from skipway.data.decode import MIN_SIDE, DecodeSpec, UnreadableImage, decode, read_header
+from skipway.data.decode import MIN_SIDE, DecodeSpec, UnreadableImage, decode, decode_with_header
 from skipway.data.fit import Fit
+from skipway.data.sources.folders import UNSORTED
 from skipway.data.sources.index import SourceIndex, name_list
 from skipway.data.sources.readers import ImageStore
 from skipway.errors import counted
@@ -58,8 +59,7 @@ class InspectTask:
         try:
             content = self.store.read(file)
             digest = hashlib.sha256(content).hexdigest()
-            header = read_header(content, name, self.spec)
-            pixels = decode(content, self.decoding, name=name)
+            header, pixels = decode_with_header(content, self.decoding, limits=self.spec, name=name)
             if row is not None:
                 row[:] = pixels
         except UnreadableImage as error:
@@ -135,6 +135,12 @@ def content_remarks(found: SourceIndex, infos: dict[str, ImageInfo], fit: Fit) -
         remarks.append(
             f"classes differ in size: {name_list([most])} has {counted(full[most], 'image')}, "
             f"{name_list([least])} {full[least]}"
+        )
+    unsorted = [name for name in full if name.lower() in UNSORTED]
+    if unsorted:
+        remarks.append(
+            f"{name_list(unsorted)} is a class like the others, though its name says that its images have none: "
+            f"leave the {counted(full[unsorted[0]], 'image')} out by moving the folder"
         )
     high, low = max(transparent, key=transparent.__getitem__), min(transparent, key=transparent.__getitem__)
     if transparent[high] - transparent[low] > ALPHA_DIFFERENCE:

@@ -95,9 +95,9 @@ def assemble_data(reader: SourceReader, infos: dict[str, ImageInfo], pixels: Dec
     try:
         splits = split_index(found, **choices.splitting, without=without, groups=groups)
     except DataError as error:
-        raise DataError(f"{error}; {len(bad)} files cannot be read and do not count") if bad else error from None
+        raise DataError(f"{error}; not counted: {counted(len(bad), 'unreadable file')}") if bad else error from None
     if not splits.test:
-        raise DataError(f"no test image in {printable(found.root)} can be read")
+        raise DataError(f"no test image in {printable(found.root)} can be read: repair them, or remove the test split")
     augmentation = choices.augmentation(spec.size)
     place = {file: number for number, file in enumerate(reader.files)}
 
@@ -210,13 +210,13 @@ def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple
     empty = [name for name, files in found.train.items() if files and without.issuperset(files)]
     if empty:
         raise DataError(
-            f"class {name_list(empty)} has no readable training image; {len(bad)} files cannot be read, the first: "
-            f"{first}"
+            f"class {name_list(empty)} has no readable training image; {counted(len(bad), 'file')} cannot be read, the "
+            f"first: {first}; repair the files, or remove the class"
         )
     if len(bad) > math.ceil(choices.most_unreadable * total):
         raise DataError(
-            f"{len(bad)} of {total} images cannot be read, the first: {first}. The rule is at most most_unreadable="
-            f"{choices.most_unreadable:g} of all; repair or remove them, or raise that limit"
+            f"{len(bad):,} of {counted(total, 'image')} cannot be read, the first: {first}. The rule is at "
+            f"most most_unreadable={choices.most_unreadable:g} of all; repair or remove them, or raise that limit"
         )
 
 

@@ -17,6 +17,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from concurrent.futures import TimeoutError as Stalled
 from contextlib import suppress
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -35,6 +36,9 @@ WorkerKind = Literal["threads", "processes"]
 # below this many files, starting workers costs more than it saves
 FEW_FILES = 2_000
 MAX_WORKERS = 16
+# images that take fewer seconds are handled by a single thread: with so little to decode, most of the work is Python's,
+# and threads that wait for its lock are slower together than one (32 x 32 JPEG: two take 1.6 times as long)
+QUICK_SECONDS = 0.5e-3
 # images that a worker takes at a time, and batches that are prepared in advance
 CHUNK_IMAGES = 8
 PREFETCH_BATCHES = 3
@@ -152,7 +156,12 @@ def run_serially(work: ImageTask, batches: Sequence[Sequence[int]], pin: bool) -
 def run_in_threads(
     work: ImageTask, batches: Sequence[Sequence[int]], pin: bool, workers: int
 ) -> Iterator[tuple[Tensor, list[Any]]]:
-    """Yield the batches from threads, up to `PREFETCH_BATCHES` ahead: Pillow and simplejpeg release the GIL."""
+    """Yield the batches from threads, up to `PREFETCH_BATCHES` ahead: Pillow and simplejpeg release the GIL.
+
+    The first images are timed; if they are quick, one thread handles all.
+    """
+    if workers > 1 and is_quick(work, batches[0][:CHUNK_IMAGES]):
+        workers = 1
     pool = ThreadPoolExecutor(workers, thread_name_prefix="skipway-decode")
     waiting: deque[tuple[Tensor, list[Future[list[Any]]]]] = deque()
     try:
@@ -169,6 +178,18 @@ def run_in_threads(
             yield collect_batch(*waiting.popleft())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def is_quick(work: ImageTask, indices: Sequence[int]) -> bool:
+    """Whether an image takes less than `QUICK_SECONDS`, as the median of some that are handled twice."""
+    silence_pillow()
+    row = None if work.shape is None else np.empty(work.shape, np.uint8)
+    times = []
+    for index in (*indices, *indices):
+        start = time.perf_counter()
+        work(index, row)
+        times.append(time.perf_counter() - start)
+    return median(times) < QUICK_SECONDS
 
 
 def submit_chunk(

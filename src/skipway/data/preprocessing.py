@@ -49,6 +49,7 @@ class Preprocessing:
         fit: how a rectangle becomes a square, see `skipway.data.fit`.
         crop_share: side of the central crop over the shorter side of the image, or of the square that `fit` makes.
         resample: the filter that images are scaled with, antialiased as Pillow does it.
+        flip_test: whether the logits of an image are the mean of its own and of those of its mirror image.
 
     >>> Preprocessing(("cat", "dog"), 1, 8, (0.5,), (0.5,), "none").spec(max_megapixels=64)
     DecodeSpec(channels=1, size=8, grey16='range', fit='crop', max_megapixels=64, crop_share=1.0, resample='bicubic')
@@ -64,6 +65,7 @@ class Preprocessing:
     fit: Fit = "crop"
     crop_share: float = 1.0
     resample: Resample = "bicubic"
+    flip_test: bool = False
 
     def spec(self, max_megapixels: float = MAX_MEGAPIXELS) -> DecodeSpec:
         """How image files are decoded."""
@@ -107,10 +109,13 @@ class Preprocessing:
             "fit": read["fit"] in FITS,
             "crop_share": isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1,
             "resample": read["resample"] in RESAMPLES,
+            "flip_test": isinstance(read["flip_test"], bool),
         }
         wrong = [name for name, holds in rules.items() if not holds]
         if wrong:
-            raise CheckpointError(f"{source}: the preprocessing holds a {wrong[0]} that cannot be")
+            raise CheckpointError(
+                f"{source}: the preprocessing holds a {wrong[0]} that cannot be: write the file again"
+            )
         read |= {"classes": tuple(classes), "mean": mean, "std": std}
         return cls(**read)
 

@@ -10,7 +10,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["draw_key", "permutation", "uniforms"]
+__all__ = ["alternating", "draw_key", "permutation", "uniforms"]
 
 
 def draw_key(seed: int, *purpose: str | int) -> int:
@@ -49,3 +49,16 @@ def uniforms(count: int, columns: int, seed: int, epoch: int, purpose: str = "au
     torch.Size([2, 3])
     """
     return torch.rand(count, columns, generator=generator(seed, purpose, epoch))
+
+
+def alternating(count: int, seed: int, epoch: int) -> Tensor:
+    """Numbers in [0, 1) that are on the other side of 1/2 in every next epoch, uniform in each: float32 (count,).
+
+    A mirror image that is decided by them is seen in every second epoch: two epochs show all images both ways, where
+    independent coins would show half of them twice alike (Jordan 2024, arXiv 2404.00498, section 3.6).
+
+    >>> first, second = (alternating(4, seed=0, epoch=epoch) >= 0.5 for epoch in (3, 4))
+    >>> bool((first != second).all())
+    True
+    """
+    return (uniforms(count, 1, seed, 0, "flip")[:, 0] + epoch % 2 / 2) % 1

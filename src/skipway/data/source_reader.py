@@ -13,7 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from skipway.data.cache.images import open_square, write_rows, write_shrunk, write_square
-from skipway.data.cache.store import PixelFile, cache_folder, cache_key, load_image_infos, save_image_infos
+from skipway.data.cache.store import (
+    PixelFile,
+    cache_folder,
+    cache_key,
+    cache_remark,
+    load_image_infos,
+    save_image_infos,
+)
 from skipway.data.content import readable_formats
 from skipway.data.decode import DecodeSpec, Header, UnreadableImage, read_header
 from skipway.data.image_dataset import DecodedImages, Progress, inspect_images
@@ -21,7 +28,7 @@ from skipway.data.inspection import DecodeTask, ImageInfo
 from skipway.data.options import SMALL_SIDE, DataChoices
 from skipway.data.pool import FEW_FILES, WorkerPool
 from skipway.data.sources.index import SourceIndex
-from skipway.errors import DataError, printable, spell
+from skipway.errors import DataError, counted, printable, spell
 from skipway.hardware.limits import available_memory
 
 __all__ = ["SourceReader", "SourceSummary", "choose_input", "read_headers"]
@@ -108,10 +115,13 @@ class SourceReader:
         if not self.caches:
             return None
         try:
-            return cache_folder(self.choices.cache)
+            folder = cache_folder(self.choices.cache)
         except OSError as error:
             self.remarks.append(f"nothing is cached: {error}")
             return None
+        if not isinstance(self.choices.cache, Path):
+            self.remarks.append(cache_remark("what is known of the images, or their pixels, are", folder))
+        return folder
 
     def fits_in_memory(self, needed: int) -> bool:
         """Whether the decoded images fit into the memory that is left, with room for the network."""
@@ -243,7 +253,11 @@ def read_headers(found: SourceIndex, files: list[str]) -> list[Header]:
         except UnreadableImage as error:
             fault = fault or str(error)
     if not headers:
-        raise DataError(f"none of the {len(files)} images in {printable(found.root)} can be read; the first: {fault}")
+        images = counted(len(files), "image")
+        raise DataError(
+            f"none of {images} in {printable(found.root)} can be read; the first: {fault}; see whether a viewer opens "
+            "them, and copy or download them again if not"
+        )
     return headers
 
 

@@ -333,7 +333,7 @@ def read_split(path: Path) -> dict[str, Any] | None:
         return None
     values = read_json(path)
     if not isinstance(values, dict) or not all(isinstance(values.get(split), list) for split in SPLITS):
-        raise CheckpointError(f"{printable(path)} is damaged: it does not list {', '.join(SPLITS)}")
+        raise CheckpointError(f"{printable(path)} is damaged: it does not list {', '.join(SPLITS)}; start a new run")
     return {split: values[split] for split in SPLITS}
 
 

@@ -22,7 +22,7 @@ from skipway.tracing.example import call_model
 if TYPE_CHECKING:
     from skipway.diagnosis.subject import Subject
 
-__all__ = ["AskedClasses", "answer_in_sight", "read_asked_classes", "sees_later"]
+__all__ = ["AskedClasses", "answer_in_sight", "entropy_of_counts", "read_asked_classes", "sees_later"]
 
 SILENT = 1e-3
 """Size of a parameter up to which what it multiplies may not be seen in the output: gains of 1e-6, maps of 0."""
@@ -52,10 +52,13 @@ class AskedClasses:
         """The loss of an output that gives every class the same probability, log(classes)."""
         return math.log(self.classes)
 
-    def __str__(self) -> str:
+    def describe(self, constant: float | None = None) -> str:
+        """What a network that has learnt nothing reaches: a constant answer, of this loss if it is known better."""
+        best = self.entropy if constant is None else constant
+        source = f"the entropy of {self.places:,} labels" if constant is None else "how frequent the classes are"
         return (
-            f"{self.entropy:.3g} has the best constant answer, the entropy of the {self.places:,} classes asked for; "
-            f"log {self.classes:,} = {self.uniform:.3g} an even one; the network starts at {self.cross_entropy:.3g}"
+            f"the best constant answer has a loss of {best:.3g}, {source}; equal probabilities have "
+            f"log {self.classes:,} = {self.uniform:.3g}; the network starts at {self.cross_entropy:.3g}"
         )
 
 
@@ -83,15 +86,37 @@ def read_asked_classes(head: Tensor, gradient: Tensor | None) -> tuple[AskedClas
 
 
 def entropy(labels: Tensor, classes: int) -> float:
-    """Entropy of the frequencies of classes, in nats, with the correction for few samples of Miller (1955): the number
-    of classes that were seen, less one, over twice the number of samples.
+    """Entropy of the frequencies of classes, in nats, see `entropy_of_counts`.
 
     >>> round(entropy(torch.tensor([0, 1]).repeat(1000), 2), 3)
     0.693
     """
-    counts = labels.unique(return_counts=True)[1].double()
-    shares = counts / counts.sum()
-    return min(float(-(shares * shares.log()).sum()) + (len(counts) - 1) / (2 * len(labels)), math.log(classes))
+    return entropy_of_counts(torch.bincount(labels.flatten().cpu(), minlength=classes))
+
+
+def entropy_of_counts(counts: Tensor, *, corrected: bool = True) -> float:
+    """Entropy of classes that were counted in a sample, in nats.
+
+    Corrected for a small sample it is the larger one of two estimates: of Miller (1955), the number of classes that
+    were seen, less one, over twice the number of samples more; and of Chao & Shen (2003, eq. 7), which allows for
+    classes that the sample lacks by the f classes seen once: -sum C p log(C p) / (1 - (1 - C p)^n), C = 1 - f / n.
+
+    >>> round(entropy_of_counts(torch.ones(64)), 2), round(math.log(64), 2)
+    (4.16, 4.16)
+    >>> round(entropy_of_counts(torch.cat([torch.ones(64), torch.zeros(936)])), 2), round(math.log(1000), 2)
+    (6.91, 6.91)
+    """
+    seen = counts[counts > 0].double()
+    size, once = float(seen.sum()), float((seen == 1).sum())
+    if not size:
+        return math.log(len(counts))
+    shares = seen / size
+    plain = float(-(shares * shares.log()).sum())
+    if not corrected:
+        return plain
+    shares = shares * (1 - min(once, size - 1) / size)
+    covered = float(-(shares * shares.log() / (1 - (1 - shares).clamp_min(0) ** size)).sum())
+    return min(max(plain + (len(seen) - 1) / (2 * size), covered), math.log(len(counts)))
 
 
 def answer_in_sight(subject: Subject, asked: Tensor) -> int | None:
@@ -115,10 +140,10 @@ def answer_in_sight(subject: Subject, asked: Tensor) -> int | None:
             places = wanted != IGNORED
             if not bool(places.any()) or float((answers == wanted)[places].float().mean()) < 0.9:
                 continue
-            place = central(places)
-            changed = changed_positions(subject, number, place + ahead)
-            if changed is not None and place < len(changed) and bool(changed[place]):
-                return ahead
+            for place in neighbours(central(places), places):
+                changed = changed_positions(subject, number, place + ahead)
+                if changed is not None and place < len(changed) and bool(changed[place]):
+                    return ahead
     return None
 
 
@@ -132,6 +157,14 @@ def central(places: Tensor) -> int:
     """The position, nearest to the middle, at which most samples are asked."""
     counts = places.sum(0).tolist()
     return min(range(len(counts)), key=lambda place: (-counts[place], abs(place - len(counts) // 2)))
+
+
+def neighbours(place: int, places: Tensor) -> list[int]:
+    """A position and the one after it, or before it, where an answer is asked for, too: of positions that are pooled in
+    groups, the last of each group has the next token in another one.
+    """
+    asked = places.any(0).tolist()
+    return [place, *(each for each in (place + 1, place - 1) if 0 <= each < len(asked) and asked[each])][:2]
 
 
 def sees_later(subject: Subject, tokens: Tensor) -> bool | None:

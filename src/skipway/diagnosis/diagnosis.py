@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import time
@@ -12,39 +11,34 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from skipway.diagnosis.findings import LEVELS, Finding, Verdict, format_number
-from skipway.diagnosis.indicators import UNEQUAL, Indicators, read_indicators
+from skipway.diagnosis.findings import LEVELS, Finding, Verdict, format_number, format_share
 from skipway.diagnosis.measurement import Measurement, measure
-from skipway.diagnosis.outlook import outlook, probability
-from skipway.diagnosis.passes import look_ahead
-from skipway.diagnosis.progress import PassCounter
-from skipway.diagnosis.remedies import Case, Remedy
+from skipway.diagnosis.odds import CHECKPOINTS, highest_certainty
+from skipway.diagnosis.offers import GOOD, Offer, applied, rising, try_remedies
+from skipway.diagnosis.outlook import NextLook, Outlook, foresee
+from skipway.diagnosis.remedies import Remedy
 from skipway.diagnosis.residual_warmup import judged_warmup
 from skipway.diagnosis.rows import SignalRow, signal_rows
-from skipway.diagnosis.rule_context import Context
-from skipway.diagnosis.rules import findings_of, verdict_of
-from skipway.diagnosis.settings import Settings, settings_of
+from skipway.diagnosis.rule_context import HOLLOW, Context
+from skipway.diagnosis.rules import blame, causes_of
+from skipway.diagnosis.settings import Settings
 from skipway.diagnosis.subject import Subject
-from skipway.diagnosis.table import as_text, comparison_view, diagnosis_view, remedy_lines
+from skipway.diagnosis.table import as_text, diagnosis_view, offer_text, remedy_lines, treatment_view
+from skipway.diagnosis.trial import LookAhead, Trial
 from skipway.errors import SkipwayError, counted
 from skipway.optim.roles import parameter_roles
-from skipway.probes.objective import Loss
-from skipway.tracing import Example, as_batch, unwrap
 from skipway.tracing.chain import Chain, WatchedConnection
-from skipway.tracing.containers import tensors_in
-from skipway.tracing.foreign_errors import ForeignErrors
 from skipway.tracing.module_state import copy_module
 from skipway.tracing.paths import condense_paths
-from skipway.tracing.watch import refuse_scripted
-from skipway.validation import check_rule, is_whole
 
-__all__ = ["Diagnosis", "Treatment", "diagnose"]
+__all__ = ["PASSES", "Diagnosis", "Treatment", "examine"]
 
-PASSES = 10
-"""Forward-backward passes that a diagnosis takes at most."""
+PASSES = 6
+"""Forward-backward passes over the batch that a diagnosis takes beside its trial steps, at most."""
+UNEQUAL = 0.95
+"""Share of log(classes) up to which the entropy of the targets counts as that of classes of unequal frequency."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,35 +50,63 @@ class Diagnosis:
     `skipway.report.save(diagnosis, "report.html")` writes a page, a picture or JSON.
 
     Args:
-        verdict: "trains", "trains if" (see `conditions`) or "will not train".
-        conditions: of "trains if", in words.
+        verdict: "trains", "will not train" or "undecided".
+        odds: calibrated probability that the planned training learns: that it gets at least half-way from the best
+            constant answer to what a good recipe reaches in the planned steps.
+        next_look: what would probably decide an undecided verdict, and what that costs; else None.
         findings: the worst first.
+        tried: remedies that were tried where the verdict is not "trains", in this order; see `offers`.
         measurement: all that was measured.
         settings: optimizer, learning rate and length of the training that was asked about.
         chain: the residual connections, and the additions that are none.
         seconds: time that the diagnosis took.
         subject: the model with its example, targets and loss, for `fix`.
+        certainty, allowance: as `diagnose` was called with.
     """
 
     verdict: Verdict
-    conditions: tuple[str, ...]
+    odds: float
+    next_look: NextLook | None
     findings: tuple[Finding, ...]
+    tried: tuple[Offer, ...] = field(repr=False)
     measurement: Measurement = field(repr=False)
     settings: Settings
     chain: Chain[WatchedConnection] = field(repr=False)
     seconds: float
     subject: Subject = field(repr=False)
+    certainty: float = field(default=0.95, repr=False)
+    allowance: float = field(default=0.03, repr=False)
 
     @property
     def trains(self) -> bool:
-        """Whether the verdict is "trains" or "trains if"."""
-        return self.verdict != "will not train"
+        """Whether the verdict is "trains"."""
+        return self.verdict == "trains"
+
+    @property
+    def grounds(self) -> tuple[str, ...]:
+        """The odds and, of an undecided verdict, what would decide it, in words."""
+        ahead = self.measurement.ahead
+        deciding = "" if self.next_look is None else str(self.next_look)
+        if self.verdict == "undecided" and self.next_look is None:
+            deciding = f"no look beyond {CHECKPOINTS[-1]} steps was calibrated"
+            if ahead is not None and len(ahead.losses) >= self.settings.steps:
+                deciding = "the planned training has no further step"
+        hollow = [HOLLOW[finding.rule] for finding in self.findings if finding.rule in HOLLOW]
+        if hollow and self.verdict == "undecided":
+            return (f"odds {format_share(self.odds)} that the loss falls", *hollow)
+        if self.verdict == "undecided" and ahead is not None and self.certainty > highest_certainty(ahead.fresh):
+            deciding = f"certainty={self.certainty:g}: none above {highest_certainty(ahead.fresh):g} was calibrated"
+        return tuple(filter(None, [f"odds {format_share(self.odds)}", deciding]))
+
+    @property
+    def offers(self) -> tuple[Offer, ...]:
+        """The tried remedies that raise the odds clearly: first those that train, of them the smallest change."""
+        return rising(self.tried, self.odds, self.settings.rate)
 
     @property
     def remedies(self) -> tuple[Remedy, ...]:
-        """The first remedy of every finding above the level "note", each once, in the findings' order."""
-        first = (finding.remedies[0] for finding in self.findings if finding.remedies and finding.level != "note")
-        return tuple(dict.fromkeys(first))
+        """The remedies of the offers, the best one first."""
+        return tuple(offer.remedy for offer in self.offers)
 
     @property
     def largest_rate(self) -> float:
@@ -95,20 +117,20 @@ class Diagnosis:
         return self.measurement.curvature.largest_rate * (1.0 if self.settings.adaptive else 1.9)
 
     def range_test(self, rates: Sequence[float] | None = None) -> dict[float, float]:
-        """Look a few steps ahead at each learning rate, and return the probability that the network trains at it.
+        """Take trial steps at each learning rate, as many as the diagnosis did, and return the odds that it trains.
 
-        The model is left as it is. Probabilities are those of `benchmarks/trainability`.
+        The model is left as it is. Where the odds are certain earlier, fewer steps are taken.
 
         Args:
             rates: learning rates; None: five, half a decade apart, around the one that was asked about.
         """
         around = self.settings.rate
+        subject, taken = self.subject, len(self.measurement.ahead.losses) if self.measurement.ahead else CHECKPOINTS[0]
         chances: dict[float, float] = {}
-        subject = self.subject
         for rate in rates or [around * 10 ** (step / 2) for step in range(-2, 3)]:
-            chosen = self.settings.at(rate)
-            ahead = look_ahead(subject, lambda chosen=chosen: chosen.make(subject.model, subject.program))
-            chances[rate] = probability(read_indicators(replace(self.measurement, ahead=ahead), chosen))
+            trial = Trial(subject, self.settings.at(rate))
+            allowance = taken * trial.share / self.settings.steps
+            chances[rate] = foresee(trial, certainty=0.95, allowance=allowance).odds
         return chances
 
     @property
@@ -145,14 +167,25 @@ class Diagnosis:
         objective, outside = self.subject.objective, self.settings.outside
         remarks = [] if objective is None else [f"loss: {objective.description}"]
         asked = self.measurement.asked
-        if asked is not None and asked.entropy < UNEQUAL * asked.uniform:
-            remarks.append(f"chance: {asked}")
+        constant = None if self.measurement.ahead is None else self.measurement.ahead.constant
+        if asked is not None and (asked.entropy if constant is None else constant) < UNEQUAL * asked.uniform:
+            remarks.append(f"chance: {asked.describe(constant)}")
+        remarks += trial_remarks(self.measurement, self.subject, self.settings)
+        if self.tried and not self.offers:
+            names = "; ".join(map(str, self.tried))
+            remarks.append(f"remedies: none of the {len(self.tried)} that were tried raises the odds clearly: {names}")
         if self.subject.random_modules:
             remarks.append(
                 f"left out at random: {condense_paths(self.subject.random_modules)} in training; the choice is the "
                 "same in every pass of the diagnosis"
             )
         remarks += [f"samples: {self.subject.samples.remark}"] if self.subject.samples.remark else []
+        if self.subject.unreached:
+            names = condense_paths(self.subject.unreached)
+            count = counted(len(self.subject.unreached), "trainable parameter")
+            remarks.append(f"no gradient: the loss does not depend on {count}: {names}")
+        if resting := [name for name, module in self.subject.model.named_modules() if self.subject.rests(module)]:
+            remarks.append(f"mode: {condense_paths(resting)} in evaluation mode, as given")
         if outside:
             stay = f"{counted(len(outside), 'trainable parameter')} in none, which stay as they are"
             remarks.append(f"optimizer: {stay}: {condense_paths(outside)}")
@@ -189,23 +222,24 @@ class Diagnosis:
             ("gradient cosine between samples", measured.noise.agreement),
             ("gradient cosine between neighbouring inputs", math.nan if smoothness is None else smoothness),
             ("sharpness λ", measured.curvature.sharpness),
-            ("2/λ", measured.curvature.largest_rate if measured.curvature.sharpness > 0 else math.nan),
+            ("rate limit 2/λ", measured.curvature.largest_rate if measured.curvature.sharpness > 0 else math.nan),
             ("effective path length", measured.effective_path),
         )
         kept = ("loss", "gradient norm")
         return tuple((name, value) for name, value in numbers if name in kept or not math.isnan(value))
 
     def __str__(self) -> str:
-        lines = [f"{self.verdict}{': ' + '; '.join(self.conditions) if self.conditions else ''} ({self.settings})"]
+        lines = [f"{self.verdict}: {'; '.join(self.grounds)} ({self.settings})"]
         lines += [f"  {remark}" for remark in self.remarks]
         for finding, remedies in zip(self.findings, remedy_lines(self.findings), strict=True):
             lines += [f"  {finding}", *(f"    → {line}" for line in remedies)]
+        lines += [f"  tried → {offer}" for offer in self.offers]
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
-        heading, numbers = self.heading, self.key_numbers
+        heading, numbers, offers = self.heading, self.key_numbers, [offer_text(each, self.odds) for each in self.offers]
         return diagnosis_view(
-            heading, self.verdict, self.conditions, numbers, self.rows, self.findings, remarks=self.remarks
+            heading, self.verdict, self.grounds, numbers, self.rows, self.findings, remarks=self.remarks, offers=offers
         )
 
     def table(self) -> str:
@@ -219,10 +253,12 @@ class Diagnosis:
         """The diagnosis without the model, as JSON; numbers that are not finite as strings."""
         content = {
             "verdict": self.verdict,
-            "conditions": list(self.conditions),
+            "odds": self.odds,
+            "next_look": None if self.next_look is None else asdict(self.next_look),
             "settings": str(self.settings),
             "remarks": list(self.remarks),
             "findings": [finding.to_json() for finding in self.findings],
+            "tried": [{"remedy": str(each.remedy), "odds": each.odds, "verdict": each.verdict} for each in self.tried],
             "measurement": json_ready(asdict(self.measurement)),
             "connections": [
                 {
@@ -245,15 +281,44 @@ class Diagnosis:
         """Apply remedies to a copy of the model, diagnose the copy, and return both as a `Treatment`.
 
         Args:
-            remedies: what to apply, in order. None given: while the verdict is not "trains", the first remedy of the
-                worst finding, then a new diagnosis, at most three times.
+            remedies: what to apply, in order. None given: while the verdict is not "trains", the best of the offers,
+                then a new diagnosis, at most three times.
             inplace: change the model itself instead of a copy. A remedy that builds anew (`Rescheme`) returns another
                 model all the same.
 
         Raises:
-            SkipwayError: no remedy is given, and no finding has one.
+            SkipwayError: no remedy is given, and none that was tried raises the odds.
         """
         return treat(self, remedies, inplace=inplace)
+
+
+def trial_remarks(measured: Measurement, subject: Subject, settings: Settings) -> list[str]:
+    """What a reader has to know about the trial steps: their batches, and where the odds are on thin ice."""
+    ahead = measured.ahead
+    if ahead is None:
+        return []
+    remarks = batch_remarks(ahead, subject)
+    if settings.steps < CHECKPOINTS[0]:
+        remarks.append(f"steps: {settings.steps:,} planned, and the shortest look ahead takes {CHECKPOINTS[0]}")
+    if settings.warmup > settings.steps:
+        reached = format_share(settings.steps / settings.warmup)
+        remarks.append(f"warm-up: longer than the {settings.steps:,} planned steps, which end at {reached} of the rate")
+    if min(ahead.losses) < 0:
+        remarks.append("negative loss: the odds were fitted on losses of at least 0, and are rougher here")
+    return remarks
+
+
+def batch_remarks(ahead: LookAhead, subject: Subject) -> list[str]:
+    """Which batches the trial steps took."""
+    steps = counted(len(ahead.losses), "trial step")
+    if ahead.fresh:
+        more = "" if subject.batches is None or not subject.batches.remark else f"; {subject.batches.remark}"
+        return [f"batches: {steps}, each on another batch of the loader{more}"]
+    parts = max(subject.size // ahead.size - 1, 1)
+    return [
+        f"batches: {steps} on {parts} parts of one batch, {ahead.size} samples each; one more part is held out; "
+        "a loader in place of the batch gives a surer verdict"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +343,7 @@ class Treatment:
         before, after = summary_of(self.before), summary_of(self.after)
         pairs = [(name, before[name] or "–", after[name] or "–") for name in before if before[name] or after[name]]
         verdicts = self.before.verdict, self.after.verdict
-        return comparison_view(title, self.applied, verdicts, pairs, self.after.findings)
+        return treatment_view(title, self.applied, verdicts, pairs, self.after.findings)
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
@@ -291,7 +356,7 @@ def summary_of(diagnosis: Diagnosis) -> dict[str, str]:
     blamed = [finding for finding in diagnosis.findings if finding.level != "note"]
     worst = dict.fromkeys(finding.rule for finding in blamed if finding.level == blamed[0].level)
     return {
-        "condition": "; ".join(diagnosis.conditions),
+        "odds": format_share(diagnosis.odds),
         "training": str(diagnosis.settings),
         "loss": format_number(measured.loss),
         "gradient norm": format_number(measured.gradient),
@@ -309,174 +374,77 @@ def first_and_last(values: Sequence[float]) -> str:
     return f"{format_number(known[0])} → {format_number(known[-1])}" if known else ""
 
 
-def diagnose(
-    model: nn.Module,
-    example: Example,
+def examine(
+    subject: Subject,
+    settings: Settings,
     *,
-    targets: Any = None,
-    loss: Loss | None = None,
-    optimizer: str | torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = "sgd",
-    lr: float | None = None,
-    weight_decay: float = 0.0,
-    warmup: int = 0,
-    steps: int = 1000,
-    training: bool = True,
     thorough: bool = False,
-    seed: int = 0,
+    certainty: float = 0.95,
+    allowance: float = 0.03,
+    remedies: int = 0,
+    began: float | None = None,
 ) -> Diagnosis:
-    """Tell from one batch before training whether a network will train, what is at fault, why, and what to do.
-
-    The model is left alone: its parameters, gradients and buffers, the mode of its modules and the random state are
-    afterwards as they were, and no hook stays. It takes at most 10 forward-backward passes over the batch, some of
-    them `optimizer`'s first steps, which are taken back, and says on a terminal how long they will take. The verdict
-    was right for 84 % of 191 held-out networks, both outcomes weighted equally (`benchmarks/trainability`).
-
-    Args:
-        model: any `torch.nn.Module`, on any device, not yet trained.
-        example: what the model is called with, 32 to 128 samples, at least 8 (or 4 sequences whose tokens have
-            labels): a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a `DataLoader`, whose
-            first batch is taken. The samples are on the first axis, or on the second one if targets or outputs tell so.
-        targets: what the loss compares the output with, a tensor or one for each part of the output; None: those of
-            the `DataLoader`, the next tokens of a language model, else drawn at random.
-        loss: (output, targets) → a scalar; None: as `skipway.probes.objective.choose_objective` chooses it, which
-            `Diagnosis.remarks` tells: the model's own where it puts one out, else by the shapes of output and targets.
-        optimizer: "sgd" (momentum 0.9), "adam", "adamw", "rmsprop", "adagrad", or a torch optimizer made for `model`,
-            or several for parts of it, whose classes, groups and learning rates are taken over; they take no step
-            themselves, and parameters outside of them stay as they are.
-        lr: learning rate of the weights; None: the optimizer's own, else 0.1 for SGD, 0.01 for Adagrad and 0.001 for
-            the others.
-        weight_decay: of the weights; scales, norms and biases as `skipway.param_groups` has it.
-        warmup: planned steps of warm-up.
-        steps: planned steps of training; a learning rate that gets nowhere in them is too low.
-        training: measure in training mode (batch statistics, dropout); False: in evaluation mode.
-        thorough: also measure the largest singular value of every connection's Jacobian by power iteration, at six
-            more passes.
-        seed: of dropout and of random targets.
-
-    Raises:
-        SkipwayError: the model has nothing to train, no values (meta device) or fails on the example; the example has
-            fewer than 8 samples; the targets fit no output; the output holds no tensor; the loss is no scalar or
-            depends on no parameter.
-
-    >>> import torch, skipway as sw
-    >>> model = sw.build("resnet", depth=20, scheme="skipinit(init=1.0, norm='remove')", classes=10, width=8)
-    >>> images, labels = torch.randn(32, 3, 16, 16), torch.randint(10, (32,))
-    >>> diagnosis = sw.diagnose(model, images, targets=labels, lr=0.1)
-    >>> diagnosis.measurement.passes <= 10
-    True
-    """
-    began = time.perf_counter()
-    model = unwrap(model)
-    inputs, targets = as_batch(example, targets)
-    settings = (
-        Settings(optimizer=optimizer, weight_decay=weight_decay)
-        if isinstance(optimizer, str)
-        else settings_of(optimizer, model)
-    )
-    settings = replace(settings, warmup=warmup, steps=steps, lr=settings.lr if lr is None else lr)
-    check_rule("seed", seed, is_whole(seed), "a whole number")
-    check_rule("loss", loss, loss is None or callable(loss), "a function (output, targets) → a scalar")
-    progress = PassCounter(PASSES + (6 if thorough else 0))
-    subject = Subject(model, inputs, targets, loss, training=training, seed=seed, progress=progress)
-    try:
-        with ForeignErrors(model, inputs):
-            check_subject(subject)
-            return examine(subject, settings, thorough=thorough, began=began)
-    finally:
-        progress.finish()
-
-
-def examine(subject: Subject, settings: Settings, *, thorough: bool = False, began: float | None = None) -> Diagnosis:
     """Measure a subject, judge it, and return the diagnosis."""
     began = time.perf_counter() if began is None else began
-    iterations = 3 if thorough else 0
     subject.warmup = judged_warmup(subject.model, settings.steps)
-    measurement = measure(subject, lambda: settings.make(subject.model, subject.program), iterations=iterations)
-    labelled = subject.objective is None or subject.objective.labelled
-
-    def look_again(rate: float) -> Indicators:
-        ahead = look_ahead(subject, lambda: settings.at(rate).make(subject.model, subject.program))
-        return read_indicators(replace(measurement, ahead=ahead), settings.at(rate), labelled=labelled)
-
-    indicators = read_indicators(measurement, settings, labelled=labelled)
-    expected = outlook(indicators, settings.rate, look_again if measurement.finite else None)
-    measurement = replace(measurement, passes=subject.passes)
-    context = Context(measurement, settings, subject, expected)
-    findings = sorted(findings_of(context), key=lambda finding: LEVELS.index(finding.level))
-    verdict, conditions = verdict_of(findings)
+    measurement = measure(subject, iterations=3 if thorough else 0)
+    outlook = Outlook("will not train", 0.0)
+    if measurement.finite:
+        outlook = foresee(Trial(subject, settings), certainty=certainty, allowance=allowance)
+    measurement = replace(measurement, ahead=outlook.ahead, passes=subject.passes)
+    context = Context(measurement, settings, subject, outlook)
+    causes, tried = causes_of(context), ()
+    if any(cause.level == "fatal" for cause in causes):
+        outlook = Outlook("will not train", 0.0, outlook.ahead)
+        context = replace(context, outlook=outlook)
+        remedies = remedies if any(cause.level == "fatal" and cause.remedies for cause in causes) else 0
+    if any(cause.rule in HOLLOW for cause in causes):
+        outlook, remedies = replace(outlook, verdict=hollow_verdict(outlook), next_look=None), 0
+    if outlook.verdict != "trains" and outlook.odds < GOOD and remedies:
+        tried = try_remedies(context, causes, certainty=certainty, allowance=allowance, most=remedies)
+    blamed = blame(context, causes, rising(tried, outlook.odds, settings.rate))
+    findings = sorted(blamed, key=lambda finding: LEVELS.index(finding.level))
     return Diagnosis(
-        verdict=verdict,
-        conditions=conditions,
+        verdict=outlook.verdict,
+        odds=outlook.odds,
+        next_look=outlook.next_look,
         findings=tuple(findings),
+        tried=tried,
         measurement=measurement,
         settings=settings,
         chain=subject.chain,
         seconds=time.perf_counter() - began,
         subject=subject,
+        certainty=certainty,
+        allowance=allowance,
     )
 
 
+def hollow_verdict(outlook: Outlook) -> Verdict:
+    """The verdict where a loss that falls is no learning."""
+    return "undecided" if outlook.verdict == "trains" else outlook.verdict
+
+
 def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, rounds: int = 3) -> Treatment:
-    """Apply the given remedies, or without any the best ones until the verdict is "trains", at most `rounds` times."""
-    subject = diagnosis.subject
-    if not remedies and not diagnosis.remedies:
+    """Apply the given remedies, or without any the best offers until the verdict is "trains", so many at most."""
+    if not remedies and not diagnosis.offers:
+        tried = f"none of the {len(diagnosis.tried)} remedies that were tried raises the odds"
+        tried = tried if diagnosis.odds < GOOD else f"at odds of {format_share(diagnosis.odds)} no remedy is tried"
         raise SkipwayError(
-            f"fix(): the verdict is {diagnosis.verdict!r} and no finding names a remedy; give one of "
-            "skipway.diagnosis.remedies: fix(Damp())"
+            f"fix(): the verdict is {diagnosis.verdict!r} and {tried}; give one of skipway.diagnosis.remedies: "
+            "fix(Damp())"
         )
-    model = subject.model if inplace else copy_module(subject.model)
-    applied: list[Remedy] = []
-    current = diagnosis
-    case = Case(model, diagnosis.settings, subject.inputs, subject.chain)
-    waiting = list(remedies)
-    for _ in range(len(remedies) or rounds):
-        following = waiting.pop(0) if waiting else next((r for r in current.remedies if r not in applied), None)
-        if following is None:
-            break
-        fresh = replace(subject, model=case.model)
-        case = following.apply(replace(case, chain=fresh.chain))
-        applied.append(following)
-        current = examine(replace(subject, model=case.model), case.settings)
-        if not remedies and current.verdict == "trains":
-            break
-    return Treatment(model=case.model, settings=case.settings, applied=tuple(applied), before=diagnosis, after=current)
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every value of a tensor that can be read, a dense one on a real device, is finite."""
-    looked_at = tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_nested
-    return not looked_at or tensor.is_meta or bool(tensor.isfinite().all())
-
-
-def check_subject(subject: Subject) -> None:
-    """Refuse, before anything runs, what cannot be diagnosed."""
-    refuse_scripted(subject.model)
-    if isinstance(subject.inputs, tuple):
-        try:
-            inspect.signature(subject.model.forward).bind(*subject.inputs)
-        except TypeError as error:
-            raise SkipwayError(
-                f"example=({', '.join(type(part).__name__ for part in subject.inputs)}): a tuple is positional "
-                f"arguments, and {type(subject.model).__name__}.forward refuses them ({error}); targets go to targets="
-            ) from error
-    if not subject.parameters:
-        raise SkipwayError(
-            f"model={type(subject.model).__name__}: no parameter has requires_grad=True, so there is nothing to train; "
-            "unfreeze some"
-        )
-    if any(parameter.is_meta for parameter in subject.model.parameters()):
-        raise SkipwayError(
-            f"model={type(subject.model).__name__}: on the meta device it has no values to measure; initialise it on a "
-            "real device, or look at its connections alone: skipway.chain(model, example)"
-        )
-    for name, given in (("example", subject.inputs), ("targets", subject.targets)):
-        if not all(map(is_finite, tensors_in(given))):
-            raise SkipwayError(f"{name} with values that are not finite: the rule is finite numbers")
-    if subject.size < (4 if subject.terms >= 8 else 8):
-        raise SkipwayError(
-            f"example of {counted(subject.size, 'sample')}: the rule is at least 8 (4 sequences whose tokens have "
-            "labels), 32 to 128 are better; give a larger batch"
-        )
+    subject, settings = diagnosis.subject, diagnosis.settings
+    subject = subject if inplace else replace(subject, model=copy_module(subject.model))
+    limits = {"certainty": diagnosis.certainty, "allowance": diagnosis.allowance}
+    for remedy in remedies:
+        subject, settings = applied(remedy, subject, settings, inplace=True)
+    current, done = (examine(subject, settings, **limits), [*remedies]) if remedies else (diagnosis, [])
+    while not remedies and current.verdict != "trains" and current.offers and len(done) < rounds:
+        done.append(current.offers[0].remedy)
+        subject, settings = applied(done[-1], subject, settings, inplace=True)
+        current = examine(subject, settings, **limits, remedies=len(diagnosis.tried))
+    return Treatment(model=subject.model, settings=settings, applied=tuple(done), before=diagnosis, after=current)
 
 
 def json_ready(value: Any) -> Any:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from skipway.tracing.paths import condense_paths
 
-__all__ = ["LEVELS", "Finding", "Level", "Verdict", "format_number"]
+__all__ = ["LEVELS", "Finding", "Level", "Verdict", "format_number", "format_share"]
 
 Level = Literal["fatal", "serious", "note"]
 LEVELS: tuple[Level, ...] = ("fatal", "serious", "note")
-Verdict = Literal["trains", "trains if", "will not train"]
+Verdict = Literal["trains", "will not train", "undecided"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Finding:
 
     Args:
         rule: short name of the rule, "vanishing-gradient"; lint rules have a number, "P13".
-        level: "fatal" (the network will not train), "serious" (it trains only if something is done) or "note".
+        level: "fatal" (a cause for which the network will not train), "serious" (to be mended all the same) or "note".
         what: the problem in one sentence, with its numbers.
         evidence: the numbers that the finding rests on, by name.
         why: the mechanism, in one or two sentences.
@@ -72,3 +72,14 @@ def format_number(value: float) -> str:
     ('0.0123', '1.23e+05', 'inf', '2')
     """
     return f"{value:.3g}"
+
+
+def format_share(share: float) -> str:
+    """A share in per cent; 0 and 100 stand for nothing else.
+
+    >>> format_share(0.974), format_share(0.002), format_share(0.9999), format_share(0.0)
+    ('97 %', 'below 1 %', 'above 99 %', '0 %')
+    """
+    if 0 < share < 0.01:
+        return "below 1 %"
+    return "above 99 %" if 0.99 < share < 1 else f"{100 * share:.0f} %"

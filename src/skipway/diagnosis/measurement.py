@@ -10,15 +10,13 @@ from skipway.diagnosis.asked_classes import AskedClasses, answer_in_sight
 from skipway.diagnosis.passes import (
     Curvature,
     Jacobians,
-    LookAhead,
     Noise,
-    OptimizerFactory,
     curvature,
     jacobians,
-    look_ahead,
     noise,
 )
 from skipway.diagnosis.subject import Gradients, Subject
+from skipway.diagnosis.trial import LookAhead
 from skipway.probes.measures import distinctness, rms
 from skipway.tracing.chain import Chain, WatchedConnection
 
@@ -124,7 +122,7 @@ class Measurement:
         noise: gradient noise between two chunks of the batch.
         jacobians: of connections and of the whole network.
         curvature: of the loss.
-        ahead: trial steps of the optimizer; None without one.
+        ahead: trial steps of the optimizer; None where none was taken, as where the loss is not finite.
         still: names of the parameters whose gradient is exactly 0.
         asked: what the loss asks for, where it is a cross-entropy of one output.
         passes: forward-backward passes that the measurement took.
@@ -159,14 +157,10 @@ class Measurement:
         return math.isfinite(self.loss) and math.isfinite(self.gradient)
 
 
-def measure(
-    subject: Subject,
-    optimizer: OptimizerFactory | None = None,
-    *,
-    steps: int = 24,
-    iterations: int = 0,
-) -> Measurement:
-    """Make all passes over a subject; the model, its gradients and buffers and the random state stay as they are."""
+def measure(subject: Subject, *, iterations: int = 0) -> Measurement:
+    """Make all passes over a subject but the trial steps; the model, its gradients and buffers and the random state
+    stay as they are.
+    """
     subject.passes = 0.0
     chain = subject.chain
     loss, output, gradients, readings = subject.probed()
@@ -178,7 +172,6 @@ def measure(
     halves, first, _ = noise(subject)
     found = jacobians(subject, iterations=iterations)
     bend = curvature(subject, first)
-    ahead = None if optimizer is None else look_ahead(subject, optimizer, steps=steps)
     return Measurement(
         loss=float(loss),
         logits=float(rms(output)),
@@ -192,7 +185,7 @@ def measure(
         noise=halves,
         jacobians=found,
         curvature=bend,
-        ahead=ahead,
+        ahead=None,
         still=tuple(n for n, g in zip(subject.parameters, gradients, strict=True) if not bool(g.any())),
         asked=asked,
         passes=subject.passes,

@@ -1,248 +1,198 @@
-"""A forecast of the training from its first steps, calibrated on a benchmark: the measured half of the verdict."""
+"""The verdict from trial steps, which go on until the odds are certain or the allowance is spent."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist, linear_regression, mean, stdev
 from typing import Literal
 
-from skipway.diagnosis.findings import format_number
-from skipway.diagnosis.indicators import WORST, Indicators
+from skipway.diagnosis.findings import Verdict, format_number, format_share
+from skipway.diagnosis.odds import CHECKPOINTS, HIGH, decide, highest_certainty, odds, thresholds
+from skipway.diagnosis.trial import LookAhead, Trial
+from skipway.errors import counted, duration
 
-__all__ = [
-    "PROBABILITY",
-    "WEIGHTS",
-    "Cause",
-    "Outlook",
-    "chance_text",
-    "indicator_features",
-    "outlook",
-    "probability",
-]
+__all__ = ["Cause", "NextLook", "Outlook", "cause_of", "foresee", "odds_of"]
 
-Cause = Literal["trains", "rate-too-high", "rate-too-low", "does-not-learn", "shattered"]
+Cause = Literal["rate-too-high", "rate-too-low", "does-not-learn", "shattered"]
+ODDS = "odds of training"
 
 
-def indicator_features(indicators: Indicators) -> dict[str, float]:
-    """The indicators as inputs of the regression: logarithms, clipped where a difference means nothing more."""
-    return {
-        "distinct before": clipped_log(indicators.distinct_before, 1e-10, 1.0),
-        "distinct after": clipped_log(indicators.distinct_after, 1e-10, 1.0),
-        "unseen loss": clipped_log(indicators.unseen, 0.1, 10.0),
-        "highest loss": clipped_log(indicators.highest, 0.9, 30.0),
-        "last loss": clipped_log(indicators.last, 0.05, 10.0),
-        "progress": math.copysign(math.log1p(min(abs(indicators.progress), 1e3)), indicators.progress),
-        "pace": max(-1.0, min(indicators.progress, 3.0) / 3),
-        "reach": clipped_log(indicators.reach, 1e-2, 1e5),
-        "trust": clipped_log(indicators.trust, 1e-8, 1.0),
-        "agreement": indicators.agreement,
-        "smoothness": indicators.smoothness,
-        "moved": clipped_log(indicators.moved, 1e-4, 1e2),
-    }
+@dataclass(frozen=True)
+class NextLook:
+    """What would probably decide an undecided verdict.
 
-
-def clipped_log(value: float, low: float, high: float) -> float:
-    """log₁₀ of a value that is clipped to an interval."""
-    return math.log10(min(max(value, low), high))
-
-
-WEIGHTS: Mapping[str, float] = {
-    "distinct before": 0.0526,
-    "distinct after": 0.539,
-    "unseen loss": -1.18,
-    "highest loss": -0.377,
-    "last loss": 1.21,
-    "progress": -0.0832,
-    "pace": 1.09,
-    "reach": -0.027,
-    "trust": 0.0375,
-    "agreement": 0.383,
-    "smoothness": 1.72,
-    "moved": 0.445,
-    "bias": -0.0511,
-}
-"""Change of the log-odds that a network trains per unit of each feature, and their "bias".
-
-A logistic regression on the 194 configurations of `benchmarks/trainability` that are not held out, fitted by
-`python -m benchmarks.trainability.fit` on 2026-11-23.
-"""
-
-
-def probability(indicators: Indicators, weights: Mapping[str, float] = WEIGHTS) -> float:
-    """Probability that a training that begins like this one reaches its goal, on networks as in the benchmark.
-
-    1 / (1 + e^−z) with z = bias + Σ weight · feature; one in five where gradients are shattered, one in ten where the
-    pace is that of a network that learns frequencies alone.
+    Args:
+        steps: further trial steps.
+        allowance: that a diagnosis with as many needs.
+        seconds: that they take.
     """
-    if is_shattered(indicators):
-        return SHATTERED
-    if falls_short(indicators):
-        return SHORT
-    score = weights["bias"] + sum(weights[name] * value for name, value in indicator_features(indicators).items())
-    return 1 / (1 + math.exp(-max(-50.0, min(score, 50.0))))
 
+    steps: int
+    allowance: float
+    seconds: float
 
-SILENT = 1e-7
-"""Distinctness up to which outputs differ by rounding only."""
-SHATTERED = 0.2
-"""One in five shattered networks in the fitted half of the benchmark trained, whatever their other indicators."""
-
-
-def is_shattered(indicators: Indicators) -> bool:
-    """Whether gradients at neighbouring inputs are unrelated, and the first step achieves nothing that its gradient
-    predicts: the loss is rugged at the scale of a step (Balduzzi et al. 2017, https://arxiv.org/abs/1702.08591).
-    """
-    return indicators.smoothness < 0.05 and indicators.trust < 1e-4
-
-
-PACE, SHORT = 3.15, 0.1
-"""At the pace of the trial steps the loss has to fall 3.15 times as far as to the best constant answer, for trainings
-slow down. Of the decoders of `benchmarks/trainability/language.py` that are not held out, seven slow ones had 2.4 or
-less and none of them reached its goal; those that did had at least 4.2. (0 + 1)/(7 + 2).
-"""
-
-
-def falls_short(indicators: Indicators) -> bool:
-    """Whether the planned steps will learn little more than how frequent tokens or unequal classes are."""
-    return indicators.highest < WORST and indicators.progress < PACE * indicators.excess
-
-
-def chance_text(chance: float) -> str:
-    """Describe a probability of training.
-
-    >>> chance_text(0.2), chance_text(0.001)
-    ('20 % of similar starts trained', 'none of the similar starts trained')
-    """
-    number = round(100 * chance)
-    return f"{number} % of similar starts trained" if number else "none of the similar starts trained"
-
-
-PROBABILITY = "probability of training"
-EVIDENCE: Mapping[str, str] = {
-    "distinct_before": "output distinctness before",
-    "distinct_after": "output distinctness after",
-    "unseen": "held-out loss, relative",
-    "highest": "highest loss, relative",
-    "last": "last losses, relative",
-    "progress": "loss decrease, extrapolated",
-    "reach": "loss decrease, by the first gradient",
-    "trust": "first decrease over predicted",
-    "agreement": "gradient cosine between samples",
-    "smoothness": "gradient cosine between neighbouring inputs",
-    "moved": "relative change of the weights",
-    "loss": "loss",
-    "excess": "loss above the best constant answer",
-}
-"""Names of the indicators in a finding's evidence."""
+    def __str__(self) -> str:
+        more = f"{self.steps:,} more trial steps would probably decide it"
+        return f"{more}: allowance={self.allowance:.2g}, about {duration(self.seconds)}"
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """A forecast of the training.
+    """A verdict from trial steps.
 
     Args:
-        cause: "trains", or why it is not expected to.
-        probability: of training, at the settings that were asked about.
-        indicators: on which it rests.
-        better: another learning rate, at which the probability is at least a half; None where none was found.
+        verdict: "trains", "will not train" or "undecided".
+        odds: calibrated probability that the planned training learns.
+        ahead: the trial steps; None where the loss is not finite before the first one.
+        next_look: what would decide an undecided verdict; None where it is decided, or where longer looks are not
+            calibrated.
     """
 
-    cause: Cause
-    probability: float
-    indicators: Indicators
-    better: float | None = None
+    verdict: Verdict
+    odds: float
+    ahead: LookAhead | None = None
+    next_look: NextLook | None = None
 
     @property
-    def trains(self) -> bool:
-        """Whether the network is expected to train."""
-        return self.cause == "trains"
-
-    @property
-    def wakes(self) -> bool:
-        """Whether the network starts silent, as under Fixup or ReZero, and begins to tell samples apart: the trial
-        steps are then too few to judge by.
-        """
-        read = self.indicators
-        return read.distinct_before < SILENT < read.distinct_after and read.unseen < 1.2
+    def text(self) -> str:
+        """What the trial steps did to the loss, in one sentence with its numbers."""
+        ahead = self.ahead
+        if ahead is None:
+            return "the loss is not finite before the first step"
+        steps = counted(len(ahead.losses), "trial step")
+        late = ahead.losses[len(ahead.losses) // 2 :]
+        became = format_number(mean(late)) if all(map(math.isfinite, late)) else "a number that is not finite"
+        answer = "" if ahead.constant is None else f"; the best constant answer has {format_number(ahead.constant)}"
+        change = f"{steps} take the loss from {format_number(ahead.losses[0])} to {became}"
+        return f"{change}{answer}; odds {format_share(self.odds)}"
 
     @property
     def evidence(self) -> Mapping[str, float]:
-        """The probability and the indicators, by names that a reader understands."""
-        return {PROBABILITY: self.probability, **{EVIDENCE[k]: v for k, v in asdict(self.indicators).items()}}
-
-    @property
-    def what(self) -> str:
-        """The forecast in one sentence with its numbers."""
-        read = self.indicators
-        before, after = format_number(read.distinct_before), format_number(read.distinct_after)
-        change = f"stays at {after}" if before == after else f"goes from {before} to {after}"
-        unseen, progress = format_number(read.unseen), format_number(max(read.progress, 0.0))
-        if self.wakes and not self.trains:
-            return (
-                "the network starts silent, with one output for all samples, and begins to tell them apart (1 − cosine "
-                f"similarity is {after} after the trial steps): too early to say whether it learns"
-            )
-        sentences: dict[Cause, str] = {
-            "trains": f"the trial steps lower the loss to {100 * read.last:.0f} % of its start",
-            "rate-too-high": "the trial steps make the loss infinite or NaN"
-            if max(read.highest, read.unseen) >= WORST
-            else f"the trial steps raise the loss to {format_number(read.highest)} times its start, "
-            f"and to {unseen} times on held-out samples",
-            "rate-too-low": f"at the pace of the trial steps the loss falls by {progress} over all planned steps"
-            + f", and the best constant answer alone is {format_number(read.excess)} below the start"
-            * (read.excess > 0),
-            "shattered": f"gradients at neighbouring inputs have cosine similarity {format_number(read.smoothness)}, "
-            f"and the first step lowers the loss by {100 * max(read.trust, 0.0):.2f} % of what its gradient predicts",
-            "does-not-learn": "the trial steps do not separate the samples: 1 − cosine similarity of their outputs "
-            f"{change}, and the loss on held-out samples becomes {unseen} times its start",
-        }
-        return f"{sentences[self.cause]}; {chance_text(self.probability)}"
-
-    @property
-    def why(self) -> str:
-        """The mechanism."""
-        reasons: dict[Cause, str] = {
-            "trains": "A network that learns tells samples apart.",
-            "rate-too-high": "Steps that are too long overshoot and raise the loss instead of lowering it.",
-            "rate-too-low": "The planned steps end before anything is learned.",
-            "shattered": "The loss is so rugged that its gradient says nothing about the outcome of a step.",
-            "does-not-learn": "A network that learns tells samples apart; this one learns at most how frequent the "
-            "classes are.",
-        }
-        return reasons[self.cause]
-
-    @property
-    def source(self) -> str:
-        """The measurement on which the probability rests."""
-        return "measured: logistic regression on 194 trainings, benchmarks/trainability"
+        """The odds and the losses that they rest on."""
+        ahead = self.ahead
+        found = {ODDS: self.odds}
+        if ahead is not None:
+            found |= {"trial steps": float(len(ahead.losses)), "first loss": ahead.losses[0]}
+            found |= {"last losses": mean(ahead.losses[len(ahead.losses) // 2 :])}
+            found |= {} if ahead.constant is None else {"loss of the best constant answer": ahead.constant}
+            found |= {"held-out loss before": ahead.unseen[0], "held-out loss after": ahead.unseen[1]}
+            found |= {"relative change of the weights": ahead.moved, "first decrease over predicted": ahead.trust}
+        return found
 
 
-def cause_of(indicators: Indicators) -> Cause:
-    """The most conspicuous reason for a bad forecast: shattered gradients, overshooting, too slow a pace, or samples
-    that stay alike.
-    """
-    if is_shattered(indicators):
-        return "shattered"
-    if indicators.unseen > 1.5 or (indicators.highest > 1.5 and indicators.last > 1):
-        return "rate-too-high"
-    if falls_short(indicators) and indicators.unseen < 1:
-        return "rate-too-low"
-    return "rate-too-low" if indicators.progress < 0.5 and indicators.distinct_after > 0.02 else "does-not-learn"
-
-
-def outlook(indicators: Indicators, rate: float, look_again: Callable[[float], Indicators] | None = None) -> Outlook:
-    """Forecast, and where the forecast is bad try once more at a tenth of the learning rate, or at ten times it.
+def foresee(trial: Trial, *, certainty: float, allowance: float) -> Outlook:
+    """Take trial steps until the odds are certain or the allowance is spent, and return the verdict.
 
     Args:
-        indicators: of the trial steps at the settings that were asked about.
-        rate: the learning rate that was asked about.
-        look_again: returns the indicators at another learning rate; None: do not try.
+        trial: of the planned training; it is advanced.
+        certainty: see `skipway.diagnosis.odds.decide`.
+        allowance: share of the planned training that the steps may cost; the first checkpoint is reached all the same.
     """
-    chance = probability(indicators)
-    if chance >= 0.5:
-        return Outlook("trains", chance, indicators)
-    cause = cause_of(indicators)
-    other = rate * (10.0 if cause == "rate-too-low" else 0.1)
-    helps = look_again is not None and probability(look_again(other)) >= 0.5
-    return Outlook(cause, chance, indicators, better=other if helps else None)
+    planned = trial.settings.steps
+    trial.advance(1)  # what a step costs is known when the loss is
+    most = max(CHECKPOINTS[0], min(int(allowance * planned / trial.share), CHECKPOINTS[-1], planned))
+    chance, verdict = 0.0, None
+    for step in (*(each for each in CHECKPOINTS if each < most), most):
+        trial.advance(step)
+        chance = odds_of(trial)
+        verdict = decide(chance, certainty, fresh=trial.fresh)
+        if verdict is not None or trial.ended:
+            break
+    ahead = trial.result()
+    if verdict is not None:
+        return Outlook(verdict, chance, ahead)
+    return Outlook("undecided", chance, ahead, next_look(trial, chance, certainty))
+
+
+def odds_of(trial: Trial) -> float:
+    """The odds that a training learns whose first steps a trial has taken.
+
+    Labels that are drawn at random can be learnt by heart, down to a loss of 0: trial steps that have come half-way
+    there have done what is asked about.
+    """
+    first = trial.first_steps()
+    if not trial.subject.labelled and mean(first.losses[-3:]) < first.unit / 2:
+        return HIGH
+    return odds(first)
+
+
+def next_look(trial: Trial, chance: float, certainty: float) -> NextLook | None:
+    """The checkpoint at which the odds pass the nearer threshold if they go on as they do, their deviate growing as
+    √steps; None where no further checkpoint, or no such certainty, was calibrated.
+    """
+    taken, normal = len(trial.losses), NormalDist()
+    deviate = normal.inv_cdf(min(max(chance, 1e-9), 1 - 1e-9))
+    following = [each for each in CHECKPOINTS if each >= 1.3 * taken]
+    if not following or trial.settings.steps <= taken or certainty > highest_certainty(trial.fresh):
+        return None
+    upper, lower = thresholds(certainty, trial.fresh)
+    wanted = normal.inv_cdf(upper if deviate > 0 else lower)
+    needed = taken * min((wanted / max(abs(deviate), 0.1)) ** 2, 100)
+    step = min(next((each for each in following if each >= needed), following[-1]), trial.settings.steps)
+    share = step * trial.share / trial.settings.steps
+    rounded = math.ceil(share * 10 ** (digits := 1 - math.floor(math.log10(share)))) / 10**digits
+    return NextLook(step - taken, rounded, (step - taken) * trial.seconds / taken)
+
+
+OWN_LENGTH, AT_REST = 0.5, 0.98
+"""|w − w₀|/|w₀| after the trial steps that says the steps are long, and share of the best constant answer's loss above
+which nothing is learnt.
+"""
+GROWN, STEADY = 0.05, 3.0
+"""Growth of the loss, as a share of its start, that counts as such, and standard errors of the slope from which on it
+falls.
+"""
+
+
+def cause_of(ahead: LookAhead, smoothness: float | None) -> Cause:
+    """The most likely reason for a bad verdict, told by the losses of the trial steps.
+
+    Losses that grow say that the rate is too high, and so do weights that have moved by more than their own length
+    while the loss is no better than the best constant answer's: such steps have destroyed the network. Losses that
+    fall, steadily but not far enough, or weights that hardly move where the first step did what its gradient promised,
+    say that it is too low.
+
+    Args:
+        ahead: the trial steps.
+        smoothness: cosine between the input's gradients at neighbouring inputs; None where it is not known.
+    """
+    losses, late = ahead.losses, ahead.losses[len(ahead.losses) // 2 :]
+    if smoothness is not None and smoothness < 0.05 and ahead.trust < 1e-4:
+        return "shattered"
+    start = max(mean(losses[:3]), losses[0])
+    if not all(map(math.isfinite, losses)) or mean(late) - start > GROWN * abs(start):
+        return "rate-too-high"
+    constant = ahead.constant
+    at_rest = constant is not None and mean(late) > constant - (1 - AT_REST) * abs(constant)
+    if ahead.moved > OWN_LENGTH and at_rest:
+        return "rate-too-high"
+    if deviate_of_slope(losses) < -STEADY or (ahead.moved < 1e-3 and ahead.trust > 0.5):
+        return "rate-too-low"
+    return "does-not-learn"
+
+
+def deviate_of_slope(losses: tuple[float, ...]) -> float:
+    """The slope of the losses over the steps, in standard errors; 0 of fewer than three."""
+    steps = range(len(losses))
+    if len(losses) < 3:
+        return 0.0
+    slope, intercept = linear_regression(steps, losses)
+    error = stdev(loss - slope * step - intercept for step, loss in zip(steps, losses, strict=True))
+    spread = math.sqrt(len(losses)) * stdev(steps)
+    return slope * spread / error if error else math.copysign(math.inf, slope) if slope else 0.0
+
+
+REASONS: dict[Cause, str] = {
+    "rate-too-high": "Steps that are too long overshoot and raise the loss instead of lowering it.",
+    "rate-too-low": "The planned steps end before anything is learned.",
+    "shattered": "The loss is so rugged that its gradient says nothing about the outcome of a step: gradients at "
+    "neighbouring inputs are unrelated.",
+    "does-not-learn": "A network that learns falls below the best constant answer; this one learns at most how "
+    "frequent the answers are.",
+}
+SOURCES: dict[Cause, str] = {
+    "shattered": "Balduzzi et al. 2017 (https://arxiv.org/abs/1702.08591)",
+}
+MEASURED = "measured: first losses of trainings, benchmarks/trainability"

@@ -9,9 +9,9 @@ import torch
 
 from skipway.diagnosis.activations import Activations
 from skipway.diagnosis.findings import Finding, format_number
-from skipway.diagnosis.passes import LookAhead
 from skipway.diagnosis.remedies import Damp, FullPrecision, LearningRate, Remedy, Shrink, WarmUp
 from skipway.diagnosis.rule_context import Context, Rule, calming
+from skipway.diagnosis.trial import LookAhead
 from skipway.errors import counted
 
 __all__ = ["OUTPUT_RULES"]

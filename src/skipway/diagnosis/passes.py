@@ -1,9 +1,9 @@
-"""The passes of a diagnosis, each a function of a subject: noise, Jacobians, shattering, curvature, trial steps."""
+"""The passes of a diagnosis, each a function of a subject: noise, Jacobians, shattering, curvature."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,19 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from skipway.diagnosis.activations import ActivationObserver, Activations
-from skipway.diagnosis.settings import OptimizerParts
 from skipway.diagnosis.subject import Gradients, Subject
 from skipway.probes import Observer
 from skipway.probes.differentiation import GradientFlags
-from skipway.probes.measures import distinctness, rms
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model
 
-__all__ = ["Curvature", "Jacobians", "LookAhead", "Noise", "curvature", "jacobians", "look_ahead", "noise"]
-
-OptimizerFactory = Callable[[], torch.optim.Optimizer | OptimizerParts]
+__all__ = ["Curvature", "Jacobians", "Noise", "curvature", "jacobians", "noise"]
 
 
 def dot(first: Gradients, second: Gradients) -> float:
@@ -274,126 +269,3 @@ def shifted_parameters(parameters: Sequence[Tensor], direction: Gradients, step:
         with torch.no_grad():
             for parameter, old in zip(parameters, kept, strict=True):
                 parameter.copy_(old)
-
-
-@dataclass(frozen=True)
-class LookAhead:
-    """Trial steps: the optimizer's first steps on chunks of the batch, taken back afterwards.
-
-    Args:
-        losses: of the chunk of each step, before the step.
-        unseen: loss on a held-out chunk, before and after all steps.
-        distinct: 1 − mean cosine between the outputs of different samples of that chunk, before and after.
-        predicted: decrease of the loss by the first step, had the loss been linear: ⟨g, −Δw⟩.
-        decreased: decrease of the loss on its own chunk by the first step.
-        moved: |Δw|/|w| of all parameters together over all steps.
-        updates: |Δw|/|w| of the first step, by parameter.
-        size: samples in a chunk.
-        outputs: root mean square of the outputs of held-out samples, before and after all steps.
-        first_change: root mean square of the change of these outputs by the first step.
-        activations: on the way to these outputs, before and after all steps.
-    """
-
-    losses: tuple[float, ...]
-    unseen: tuple[float, float]
-    distinct: tuple[float, float]
-    predicted: float
-    decreased: float
-    moved: float
-    updates: dict[str, float] = field(repr=False)
-    size: int
-    outputs: tuple[float, float]
-    first_change: float
-    activations: tuple[Activations, Activations] = field(repr=False)
-
-    @property
-    def trust(self) -> float:
-        """Decrease of the loss by the first step over the predicted one; near 1 for small steps."""
-        return self.decreased / self.predicted if self.predicted else math.nan
-
-
-def look_ahead(subject: Subject, optimizer: OptimizerFactory, *, steps: int = 24) -> LookAhead:
-    """Take `steps` steps with a fresh optimizer, each on the next chunk, then put all parameters back exactly.
-
-    With small batches, whose chunks are a quarter of them, as many steps as three passes hold.
-    """
-    parameters = list(subject.parameters.values())
-    size = subject.chunk
-    chunks = [subject.part(start, start + size) for start in range(0, subject.size - size + 1, size)]
-    *seen, unseen = chunks
-    steps = min(steps, 3 * subject.size // size)
-    kept = [parameter.detach().clone() for parameter in parameters]
-    held = [parameter.grad for parameter in parameters]
-    losses: list[float] = []
-    changes: Gradients = []
-    predicted = decreased = 0.0
-    before, first_change = look(subject, unseen), math.nan
-    try:
-        chosen = optimizer()
-        for number in range(steps):
-            loss, gradient = subject.gradients(seen[number % len(seen)])
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                break
-            for parameter, found in zip(parameters, gradient, strict=True):
-                parameter.grad = found
-            chosen.step()
-            if number == 0:
-                changes = [parameter.detach() - old for parameter, old in zip(parameters, kept, strict=True)]
-                predicted = -dot(gradient, changes)
-                decreased = losses[0] - look(subject, seen[0]).loss
-                first_change = float(rms(look(subject, unseen).output - before.output))
-        after = look(subject, unseen)
-        moved = [parameter.detach() - old for parameter, old in zip(parameters, kept, strict=True)]
-        distance = math.sqrt(dot(moved, moved) / max(dot(kept, kept), 1e-30))
-    finally:
-        with torch.no_grad():
-            for parameter, old, grad in zip(parameters, kept, held, strict=True):
-                parameter.copy_(old)
-                parameter.grad = grad
-    return LookAhead(
-        losses=tuple(losses),
-        unseen=(before.loss, after.loss),
-        distinct=(before.distinct, after.distinct),
-        predicted=predicted,
-        decreased=decreased,
-        moved=distance,
-        updates=relative_updates(list(subject.parameters), changes, kept),
-        size=size,
-        outputs=(float(rms(before.output)), float(rms(after.output))),
-        first_change=first_change,
-        activations=(before.activations, after.activations),
-    )
-
-
-def relative_updates(names: Sequence[str], changes: Gradients, weights: Gradients) -> dict[str, float]:
-    """|Δw|/|w| of every parameter; inf for one that leaves 0."""
-    sizes = {name: (float(c.norm()), float(w.norm())) for name, c, w in zip(names, changes, weights, strict=False)}
-    return {name: c / w if w else (math.inf if c else 0.0) for name, (c, w) in sizes.items()}
-
-
-class Look(NamedTuple):
-    """A pass without gradients over a part of the batch.
-
-    Args:
-        loss: of it.
-        distinct: 1 − mean cosine between the outputs of different samples.
-        output: the outputs.
-        activations: on the way to them.
-    """
-
-    loss: float
-    distinct: float
-    output: Tensor
-    activations: Activations
-
-
-def look(subject: Subject, part: Any) -> Look:
-    """Run a part of the batch without gradients."""
-    subject.spend(subject.share(part) / 3)
-    with subject.running(), torch.no_grad():
-        with ActivationObserver(subject.model) as observer:
-            output = subject.call(part)
-        signal = subject.signal(output, part)
-        value = float(subject.value(output, part).detach())
-        return Look(value, float(distinctness(signal)), signal, observer.read())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
 from skipway.nn import Gain
+from skipway.optim.clip import ClipNorm
 from skipway.schemes.initialisation import initialise_
 from skipway.schemes.scheme import Scheme
 from skipway.schemes.scheme import parse_scheme as read_scheme
@@ -25,6 +26,7 @@ from skipway.tracing.paths import condense_paths
 __all__ = [
     "AddSkips",
     "Case",
+    "Clip",
     "Damp",
     "FullPrecision",
     "LearningRate",
@@ -33,6 +35,7 @@ __all__ = [
     "Rescheme",
     "Revive",
     "Shrink",
+    "Together",
     "UnitVariance",
     "WarmUp",
 ]
@@ -88,6 +91,36 @@ class WarmUp:
 
     def __str__(self) -> str:
         return f"warm the learning rate up over {self.steps} steps"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Clip the gradients, all together, to a norm before every step (Pascanu et al. 2013,
+    https://arxiv.org/abs/1211.5063).
+    """
+
+    norm: float = 1.0
+
+    def apply(self, case: Case) -> Case:
+        return replace(case, settings=replace(case.settings, clip=ClipNorm(self.norm)))
+
+    def __str__(self) -> str:
+        return f"clip the norm of all gradients together to {self.norm:.2g}"
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several remedies, one after the other."""
+
+    remedies: tuple[Any, ...]
+
+    def apply(self, case: Case) -> Case:
+        for remedy in self.remedies:
+            case = remedy.apply(case)
+        return case
+
+    def __str__(self) -> str:
+        return "; and ".join(map(str, self.remedies))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from skipway.diagnosis.findings import Finding
 from skipway.diagnosis.measurement import Measurement
 from skipway.diagnosis.outlook import Outlook
@@ -12,7 +14,7 @@ from skipway.diagnosis.remedies import Damp, Remedy, Rescheme, UnitVariance
 from skipway.diagnosis.settings import Settings
 from skipway.diagnosis.subject import Subject
 
-__all__ = ["Context", "Rule", "calming"]
+__all__ = ["HOLLOW", "SIGNAL", "STRUCTURAL", "Context", "Rule", "calming"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Context:
         measured: the model at its start.
         settings: of the training that is asked about.
         subject: the model, for its structure and for remedies.
-        outlook: the forecast from the trial steps, with these settings and perhaps with another learning rate.
+        outlook: the verdict from the trial steps.
     """
 
     measured: Measurement
@@ -32,22 +34,52 @@ class Context:
     outlook: Outlook
 
     @property
+    def smoothness(self) -> float | None:
+        """Cosine between the input's gradients at neighbouring inputs; None where it was not measured."""
+        return self.measured.jacobians.shattering
+
+    @property
     def ours(self) -> bool:
         """Whether the network was built by `skipway.build`, and so can be rebuilt with another scheme."""
         return hasattr(getattr(self.subject.model, "config", None), "scheme")
 
     @property
+    def frozen(self) -> bool:
+        """Whether maps of branches are not trained, as those of a network that was trained before; a table of positions
+        that is not says nothing.
+        """
+        maps = (name for connection in self.subject.chain for name in connection.seen.maps)
+        weights = (getattr(self.subject.model.get_submodule(name), "weight", None) for name in maps)
+        return any(isinstance(weight, Tensor) and not weight.requires_grad for weight in weights)
+
+    @property
     def maps(self) -> tuple[str, ...]:
-        """Modules whose weight has two axes or more, in the order of the signal: those that can be re-initialised."""
-        modules = ((name, self.subject.model.get_submodule(name)) for name in self.subject.layers)
-        return tuple(name for name, module in modules if getattr(getattr(module, "weight", None), "ndim", 0) > 1)
+        """Modules whose weight has two axes or more and is trained, in the order of the signal: those that can be
+        re-initialised.
+        """
+        weights = ((n, getattr(self.subject.model.get_submodule(n), "weight", None)) for n in self.subject.layers)
+        return tuple(n for n, w in weights if isinstance(w, Tensor) and w.ndim > 1 and w.requires_grad)
 
 
 Rule = Callable[[Context], Iterator[Finding]]
+STRUCTURAL = frozenset({"no-skips", "two-zeros", "stream-grows", "post-norm"})
+"""Rules about the architecture."""
+SIGNAL = frozenset({"samples-collapse", "rank-collapse", "exploding-gradient", "vanishing-gradient", "dead-units"})
+"""Rules about what the network does to its signal."""
+
+
+HOLLOW = {
+    "missing-causal-mask": "the loss falls because the answer is in sight, which is no learning",
+    "constant-targets": "the loss falls because one answer is right for all samples, which is no learning",
+}
+"""Rules by which a loss that falls says nothing, with the reason."""
 
 
 def calming(context: Context) -> tuple[Remedy, ...]:
     """Remedies that bound the signal: smaller branches, or weights of unit variance where there is no connection."""
+    drawn = (UnitVariance(context.maps),) if context.maps else ()
+    if context.frozen:  # what was trained before is neither drawn again nor damped
+        return ()
     if not context.measured.connections:
-        return (UnitVariance(context.maps),)
-    return (Rescheme("skipinit(init='depth')"), Damp()) if context.ours else (Damp(), UnitVariance(context.maps))
+        return drawn
+    return (Rescheme("skipinit(init='depth')"), Damp()) if context.ours else (Damp(), *drawn)

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from skipway.diagnosis.findings import Finding, Verdict, format_number
+from skipway.diagnosis.findings import Finding, Level, Verdict, format_number
+from skipway.diagnosis.loss_rules import LOSS_RULES
 from skipway.diagnosis.measurement import ConnectionSignal, LayerSignal
-from skipway.diagnosis.outlook import PROBABILITY, chance_text
+from skipway.diagnosis.offers import Offer
+from skipway.diagnosis.outlook import MEASURED, REASONS, SOURCES, cause_of
 from skipway.diagnosis.output_rules import OUTPUT_RULES
 from skipway.diagnosis.remedies import (
     AddSkips,
@@ -22,10 +24,10 @@ from skipway.diagnosis.remedies import (
     WarmUp,
     layers_with_switch,
 )
-from skipway.diagnosis.rule_context import Context, Rule, calming
+from skipway.diagnosis.rule_context import SIGNAL, STRUCTURAL, Context, Rule, calming
 from skipway.errors import counted
 
-__all__ = ["RULES", "findings_of", "verdict_of"]
+__all__ = ["RULES", "blame", "causes_of"]
 
 
 def not_finite(context: Context) -> Iterator[Finding]:
@@ -102,7 +104,7 @@ def two_zeros(context: Context) -> Iterator[Finding]:
         return
     yield Finding(
         rule="two-zeros",
-        level="fatal" if len(dead) > len(context.subject.chain) / 2 else "serious",
+        level="serious",
         what=f"in {len(dead)} of {len(context.subject.chain)} branches no weight has a gradient",
         why="Two factors of the branch are zero, such as its last map and its scale. The gradient of each is a "
         "multiple of the other, so neither ever moves. One zero is enough for a silent start.",
@@ -174,7 +176,7 @@ def no_skips(context: Context) -> Iterator[Finding]:
         return
     yield Finding(
         rule="no-skips",
-        level="serious" if depth >= DEEP_WITHOUT_SKIPS else "note",
+        level="note",
         what=f"{depth} linear maps in sequence, and no residual connection",
         why="Without skips the size of the gradient is a product over the layers, and gradients at neighbouring inputs "
         "lose their correlation as 2^−L. Plain networks of 56 layers end with a higher training error than of 20.",
@@ -186,10 +188,6 @@ def no_skips(context: Context) -> Iterator[Finding]:
         where=(),
         remedies=skips(context),
     )
-
-
-DEEP_WITHOUT_SKIPS = 40
-"""Layers: 2 of the 16 deeper networks without skips in the fitted half of the benchmark trained."""
 
 
 def skips(context: Context) -> tuple[Remedy, ...]:
@@ -242,7 +240,7 @@ def post_norm(context: Context) -> Iterator[Finding]:
     first: Remedy = NormFirst() if switch else Rescheme("preactivation") if context.ours else Damp(0.1)
     yield Finding(
         rule="post-norm",
-        level="serious" if len(normed) >= DEEP_POST_NORM and not context.settings.warmup else "note",
+        level="note",
         what=f"{len(normed)} of {len(chain)} connections normalise the stream after the addition (post-norm)",
         why="Every norm shrinks the skip by about √2, so that the gradient of the first layers falls with depth while "
         "that of the last layers stays large. Such networks need warm-up, or norms inside of the branches (pre-norm).",
@@ -251,10 +249,6 @@ def post_norm(context: Context) -> Iterator[Finding]:
         where=tuple(normed),
         remedies=(first, WarmUp(warm)),
     )
-
-
-DEEP_POST_NORM = 24
-"""Connections of a 12-layer transformer, from which on Xiong et al. find that post-norm cannot do without warm-up."""
 
 
 def dead_units(context: Context) -> Iterator[Finding]:
@@ -284,82 +278,54 @@ RULES: tuple[Rule, ...] = (
     gradients_differ,
     post_norm,
     dead_units,
+    *LOSS_RULES,
     *OUTPUT_RULES,
 )
 
 
-HOPELESS = 0.1
-"""Probability below which the verdict is no: of the benchmark's configurations 3 of 93 below it trained all the same,
-and 17 of 71 between it and a half, too many to say that they will not."""
-
-
-def looks_ahead(context: Context) -> Iterator[Finding]:
-    """A bad forecast from the trial steps, with the learning rate at which it is good."""
-    outlook = context.outlook
-    if outlook.trains or not context.measured.finite:
-        return
-    better = outlook.better
-    yield Finding(
-        rule=outlook.cause,
-        level="fatal" if better is None and not outlook.wakes and outlook.probability < HOPELESS else "serious",
-        what=outlook.what,
-        why=outlook.why,
-        source=outlook.source,
-        evidence=outlook.evidence,
-        remedies=() if better is None else (LearningRate(better),),
-    )
-
-
-def findings_of(context: Context) -> list[Finding]:
-    """All findings. A bad forecast that no other learning rate mends raises the level of the causes that rules found:
-    they are at fault, and their remedies are what to do.
+def causes_of(context: Context) -> list[Finding]:
+    """What the rules find, those about the architecture before those about its signal. What they call fatal is proved,
+    whatever the trial steps say.
     """
     causes = [finding for rule in RULES for finding in rule(context)]
-    ahead = list(looks_ahead(context))
-    if (
-        ahead
-        and not ahead[0].remedies
-        and any(cause.rule in STRUCTURAL for cause in causes)
-        and not context.outlook.wakes
-    ):
-        ahead = [replace(ahead[0], level="fatal")]  # a bad forecast with a reason
-    if ahead:
-        level = ahead[0].level
-        blamed = STRUCTURAL if level == "serious" else STRUCTURAL | SIGNAL
-        causes = [replace(c, level=level) if c.level != "fatal" and c.rule in blamed else c for c in causes]
-        if level == "fatal" and not any(c.remedies and c.level == "fatal" for c in causes):
-            ahead = [replace(ahead[0], remedies=last_resorts(context))]
-    return [*sorted(causes, key=lambda cause: cause.rule not in STRUCTURAL), *ahead]
+    return sorted(causes, key=lambda cause: cause.rule not in STRUCTURAL)
 
 
-STRUCTURAL = frozenset({"no-skips", "two-zeros", "stream-grows", "post-norm"})
-"""Rules about the architecture: another learning rate that helps as well only works around them."""
-SIGNAL = frozenset({"samples-collapse", "rank-collapse", "exploding-gradient", "vanishing-gradient", "dead-units"})
-"""Rules about what the network does to its signal."""
+def level_of(cause: Finding, verdict: Verdict) -> Level:
+    """The level of a cause beside a verdict, which the trial steps have given: what the rules find is fatal where the
+    network will not train, and no more than a note about a structure that trains.
+    """
+    if cause.rule not in STRUCTURAL | SIGNAL:
+        return cause.level
+    if verdict == "will not train":
+        return "fatal"
+    if cause.rule == "two-zeros" or (verdict == "undecided" and cause.rule in STRUCTURAL):
+        return "serious"
+    return "note"
 
 
-def last_resorts(context: Context) -> tuple[Remedy, ...]:
-    """Remedies to try where no cause is known."""
-    rate = context.settings.rate
-    fresh: tuple[Remedy, ...] = (UnitVariance(context.maps),) if context.maps else ()
-    return (*calming(context), *fresh, LearningRate(rate / 10), LearningRate(rate * 10))
+def blame(context: Context, causes: Sequence[Finding], offers: Sequence[Offer]) -> list[Finding]:
+    """The causes, with that of a bad verdict that the losses and the tried remedies tell.
 
-
-def verdict_of(findings: Sequence[Finding]) -> tuple[Verdict, tuple[str, ...]]:
-    """The verdict of findings, and its conditions: fatal findings say no, serious ones make conditions."""
-    if any(finding.level == "fatal" for finding in findings):
-        return "will not train", ()
-    serious = [finding for finding in findings if finding.level == "serious"]
-    conditions = tuple(dict.fromkeys(condition_of(finding) for finding in serious))
-    return ("trains if", conditions) if serious else ("trains", ())
-
-
-def condition_of(finding: Finding) -> str:
-    """The condition that a serious finding puts on the training."""
-    if not finding.remedies:
-        chance = finding.evidence.get(PROBABILITY)
-        return finding.what if chance is None else f"chance favours it: {chance_text(chance)}"
-    remedy = finding.remedies[0]
-    if isinstance(remedy, LearningRate):
-        return f"learning rate {'at most' if finding.rule == 'rate-too-high' else 'about'} {remedy.value:.2g}"
-    return str(remedy)
+    A rate that alone makes the network train was at fault, in the direction in which it was moved, and other causes are
+    to be mended all the same; else the losses of the trial steps tell.
+    """
+    outlook = context.outlook
+    causes = [replace(cause, level=level_of(cause, outlook.verdict)) for cause in causes]
+    rates = [each.remedy for each in offers[:1] if isinstance(each.remedy, LearningRate)]
+    if outlook.ahead is None or outlook.verdict == "trains" or not (rates or outlook.verdict == "will not train"):
+        return [*causes]
+    cause = cause_of(outlook.ahead, context.smoothness)
+    if rates:
+        cause = "rate-too-low" if rates[0].value > context.settings.rate else "rate-too-high"
+        causes = [replace(each, level="serious") if each.rule in STRUCTURAL | SIGNAL else each for each in causes]
+    finding = Finding(
+        rule=cause,
+        level="fatal" if outlook.verdict == "will not train" else "serious",
+        what=outlook.text,
+        why=REASONS[cause],
+        source=SOURCES.get(cause, MEASURED),
+        evidence=outlook.evidence,
+        remedies=tuple(rates),
+    )
+    return [*causes, finding]

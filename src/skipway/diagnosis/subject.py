@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from skipway.diagnosis.asked_classes import AskedClasses, read_asked_classes, sees_later
+from skipway.diagnosis.batches import Batches
 from skipway.diagnosis.progress import PassCounter
 from skipway.diagnosis.residual_warmup import JudgedWarmup
 from skipway.errors import SkipwayError
+from skipway.hardware.device import seed_torch
 from skipway.nn import Streams, set_step
 from skipway.probes import MEASURES, Observer, Probe, Signals
 from skipway.probes.objective import Loss, Objective, choose_objective, next_token_loss, output_heads, predicted_tokens
@@ -28,7 +30,7 @@ from skipway.tracing.example import call_model
 from skipway.tracing.reentrant_checkpoints import without_reentry
 from skipway.tracing.samples import SampleAxes, find_sample_axes
 
-__all__ = ["Gradients", "Subject"]
+__all__ = ["Gradients", "Subject", "dense", "reseed"]
 
 Gradients = list[Tensor]
 
@@ -45,6 +47,7 @@ class Subject:
         training: run the model in training mode.
         seed: of dropout, stochastic depth and targets, the same in every pass.
         progress: is told of every pass.
+        batches: of the loader that the batch is the first of; None: there is this batch only.
     """
 
     model: nn.Module
@@ -56,18 +59,28 @@ class Subject:
     passes: float = field(default=0.0, init=False)
     """Forward-backward passes over the whole batch so far; a backward pass counts two forward passes."""
     progress: PassCounter | None = field(default=None, repr=False)
+    batches: Batches | None = field(default=None, repr=False)
     warmup: JudgedWarmup | None = field(default=None, init=False)
     """Where the clock of a residual warm-up stands in all passes; None: where it is."""
     objective: Objective | None = field(default=None, init=False)
     """The loss, chosen on the first output."""
     draws_in_python: bool = field(default=False, init=False)
     """Whether the watched pass drew random numbers in Python."""
+    unreached: tuple[str, ...] = field(default=(), init=False, repr=False)
+    """Names of the trainable parameters that the loss of the probed part was not computed from."""
     asked: tuple[AskedClasses, Tensor] | None = field(default=None, init=False, repr=False)
     """What the loss asks of the probed part, where it is a cross-entropy, and the class at each place."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: what was given. The rest is derived, part of it by the identity of tensors."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        """What a copy or a pickle holds: what was given, without a loader, of which the batch is left. The rest is
+        derived, part of it by the identity of tensors.
+        """
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"batches": None}
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the loss compares with something given, and not with what is drawn at random."""
+        return self.objective is None or self.objective.labelled
 
     @cached_property
     def program(self) -> Program:
@@ -113,7 +126,7 @@ class Subject:
     def samples(self) -> SampleAxes:
         """The axis of the samples in every tensor of the batch."""
         compared = None if self.loss is not None and not isinstance(self.targets, Tensor) else self.targets
-        return find_sample_axes(self.model, self.inputs, compared)
+        return find_sample_axes(self.model, self.inputs, compared).including(self.targets)
 
     @property
     def size(self) -> int:
@@ -187,9 +200,14 @@ class Subject:
         with preserved_state(self.model), seeded(self.seed), torch.enable_grad(), without_reentry():
             if self.warmup is not None:
                 set_step(self.model, self.warmup.judged.step, self.warmup.total)
-            if any(module.training != self.training for module in self.model.modules()):
+            if self.model.training != self.training:  # else parts in another mode, such as frozen norms, stay in it
                 self.model.train(self.training)
             yield
+
+    def rests(self, module: nn.Module) -> bool:
+        """Whether a part that acts differently in training is in evaluation mode while the model is trained."""
+        acts = isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd | nn.RNNBase)
+        return acts and self.training and self.model.training and not module.training
 
     def part(self, start: int, stop: int) -> tuple[Example, Any]:
         """Example and targets of some of the samples."""
@@ -208,6 +226,9 @@ class Subject:
     def value(self, output: Any, part: tuple[Example, Any]) -> Tensor:
         """The loss of an output for a part of the batch."""
         inputs, targets = part
+        if self.objective is None and not torch.is_grad_enabled():  # a loss of the model's own is known by its gradient
+            with self.running():
+                self.value(self.call(part), part)
         if self.objective is None:
             self.objective = choose_objective(output, targets, self.loss, inputs=inputs, vocabularies=self.vocabularies)
         return self.objective(output, targets, inputs)
@@ -254,7 +275,7 @@ class Subject:
             parameters = list(self.parameters.values())
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = [
-            torch.zeros_like(parameter) if gradient is None else gradient.detach()
+            torch.zeros_like(parameter) if gradient is None else dense(gradient.detach())
             for parameter, gradient in zip(parameters, found, strict=True)
         ]
         return loss.detach(), gradients
@@ -283,8 +304,9 @@ class Subject:
             found = found[: len(parameters)]
             loss, output = loss.detach(), self.signal(output, part).detach()
         self.refuse_later_tokens(heads)
+        self.unreached = tuple(name for name, each in zip(self.parameters, found, strict=True) if each is None)
         gradients = [
-            torch.zeros_like(parameter) if gradient is None else gradient
+            torch.zeros_like(parameter) if gradient is None else dense(gradient)
             for parameter, gradient in zip(parameters, found, strict=True)
         ]
         return loss, output, gradients, probe.readings()
@@ -304,13 +326,23 @@ class ShapeObserver(Observer):
         self.kept[name] = isinstance(value, Tensor) and value.shape == self.shapes[name]
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient as a dense tensor; a table that tokens are looked up in may have a sparse one."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
     """The same random numbers in every pass, those of Python and NumPy, too, and torch's random state put back."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if (numpy := sys.modules.get("numpy")) is not None:
-            numpy.random.seed(seed % 2**32)
+        reseed(seed)
         yield
+
+
+def reseed(seed: int) -> None:
+    """Set the random numbers of torch, Python and NumPy, within `Subject.running`, which puts them back."""
+    seed_torch(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)

@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from skipway.diagnosis.findings import LEVELS, Finding, Level, Verdict, format_number
+from skipway.diagnosis.findings import LEVELS, Finding, Level, Verdict, format_number, format_share
 from skipway.diagnosis.rows import SignalRow, folded
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.measure import Measurement
     from rich.table import Table
+
+    from skipway.diagnosis.comparison import Comparison
+    from skipway.diagnosis.offers import Offer
 
 __all__ = [
     "LEAST_SPAN",
@@ -25,7 +28,11 @@ __all__ = [
     "elided",
     "findings_view",
     "marks_text",
+    "offer_text",
     "remedy_lines",
+    "treatment_view",
+    "verdict_sentence",
+    "verdict_text",
 ]
 
 WIDTH = 100
@@ -33,15 +40,15 @@ SHORTEST_NAME = 16
 BAR = 8
 SYMBOLS: dict[Level, str] = {"fatal": "✗", "serious": "!", "note": "·"}
 SENTENCES: dict[Verdict, str] = {
-    "trains": "The network trains.",
-    "trains if": "The network trains if:",
-    "will not train": "The network will not train.",
+    "trains": "The network trains",
+    "will not train": "The network will not train",
+    "undecided": "Whether the network trains is undecided",
 }
 LEVEL_STYLES: dict[Level, str] = {"fatal": "bold red", "serious": "yellow", "note": "cyan"}
 VERDICT_STYLES: dict[Verdict, str] = {
     "trains": "bold green",
-    "trains if": "bold yellow",
     "will not train": "bold red",
+    "undecided": "bold yellow",
 }
 BLOCKS = " ▏▎▍▌▋▊▉█"
 LEAST_SPAN = 100.0
@@ -62,12 +69,13 @@ def as_text(view: RenderableType, width: int = WIDTH) -> str:
 def diagnosis_view(
     heading: Sequence[str],
     verdict: Verdict,
-    conditions: Sequence[str],
+    grounds: Sequence[str],
     numbers: Sequence[tuple[str, float]],
     rows: Sequence[SignalRow],
     findings: Sequence[Finding],
     *,
     remarks: Sequence[str] = (),
+    offers: Sequence[str] = (),
 ) -> RenderableType:
     """A diagnosis: its heading, verdict and main numbers, a row with bars for each connection, its findings.
 
@@ -75,12 +83,13 @@ def diagnosis_view(
 
     Args:
         heading: the network, the training and the batch, a few words each.
-        verdict: "trains", "trains if" or "will not train".
-        conditions: of "trains if".
+        verdict: "trains", "will not train" or "undecided".
+        grounds: the odds, and what would decide an undecided verdict.
         numbers: of the whole network, with their names.
         rows: of `signal_rows`.
         findings: the worst first.
         remarks: on what was decided about the batch and the training.
+        offers: remedies that were tried, with their odds.
     """
     from rich.console import Group
     from rich.text import Text
@@ -88,8 +97,8 @@ def diagnosis_view(
     parts: list[RenderableType] = [
         Flow(heading, " · ", "bold"),
         *(Text(remark, "dim") for remark in remarks),
-        Text(SENTENCES[verdict], VERDICT_STYLES[verdict]),
-        *(bullet("  → ", condition) for condition in conditions),
+        Text(verdict_sentence(verdict, grounds), VERDICT_STYLES[verdict]),
+        *(bullet("  → ", offer) for offer in offers),
         Flow([f"{name} {format_number(value)}" for name, value in numbers], "   ", "dim"),
     ]
     if rows:
@@ -97,6 +106,31 @@ def diagnosis_view(
     if findings:
         parts += ["", findings_view(findings)]
     return Group(*parts)
+
+
+def verdict_text(verdict: Verdict, odds: float) -> str:
+    """A verdict with its odds.
+
+    >>> verdict_text("trains", 0.974), verdict_text("will not train", 0.002)
+    ('trains (odds 97 %)', 'will not train (odds below 1 %)')
+    """
+    return f"{verdict} (odds {format_share(odds)})"
+
+
+def verdict_sentence(verdict: Verdict, grounds: Sequence[str]) -> str:
+    """A verdict in a sentence, with its odds and what would decide it.
+
+    >>> verdict_sentence("trains", ["odds 97 %"])
+    'The network trains (odds 97 %).'
+    """
+    first, *others = grounds or [""]
+    odds = f" ({first})" if first else ""
+    return f"{SENTENCES[verdict]}{odds}{': ' + '; '.join(others) if others else '.'}"
+
+
+def offer_text(offer: Offer, before: float) -> str:
+    """A remedy that was tried, with the odds before and after."""
+    return f"{offer.remedy}: odds {format_share(before)} → {format_share(offer.odds)}"
 
 
 def remedy_lines(findings: Sequence[Finding]) -> list[list[str]]:
@@ -139,7 +173,7 @@ def findings_view(findings: Sequence[Finding], first: int = 1) -> RenderableType
     return Group(*parts)
 
 
-def comparison_view(
+def treatment_view(
     title: str,
     applied: Sequence[object],
     verdicts: tuple[Verdict, Verdict],
@@ -173,6 +207,41 @@ def comparison_view(
         table,
         *(["", findings_view(left)] if left else []),
     )
+
+
+def comparison_view(comparison: Comparison) -> RenderableType:
+    """A comparison: which to train, a row for each design, its best offer, why one failed."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("design", overflow="fold", min_width=8)
+    table.add_column("verdict")
+    for name in ("loss", "steps/s", "parameters"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("worst finding")
+    lines: list[RenderableType] = []
+    for row in comparison:
+        if row.diagnosis is None:
+            table.add_row(Text(row.name), Text("failed", "bold red"), "–", "–", "–", "")
+            lines.append(bullet(f"  {SYMBOLS['fatal']} ", f"{row.name}: {row.reason}"))
+            continue
+        difference = comparison.differences.get(row.name)
+        against = "" if difference is None else f" ({difference})"
+        speed = compact(1 / row.step_seconds)
+        table.add_row(
+            Text(row.name),
+            Text(row.verdict, VERDICT_STYLES[row.diagnosis.verdict]),
+            f"{compact(row.loss)}{against}",
+            speed,
+            f"{row.parameters:,}",
+            Text("") if row.finding is None else Text(row.finding.rule, LEVEL_STYLES[row.finding.level]),
+        )
+        if row.offer is not None:
+            lines.append(bullet("  → ", f"{row.name}: {offer_text(row.offer, row.diagnosis.odds)}"))
+    parts: list[RenderableType] = [Text(comparison.answer, "bold"), *(Text(each, "dim") for each in comparison.remarks)]
+    return Group(*parts, "", table, *([""] if lines else []), *lines)
 
 
 def bullet(mark: str, text: str) -> RenderableType:

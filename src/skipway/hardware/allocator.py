@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 __all__ = ["keep_memory", "trim_memory"]
 
@@ -17,9 +18,10 @@ NEVER = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}
 
 
 class OpenContexts:
-    """Number of open `keep_memory` contexts."""
+    """Number of open `keep_memory` contexts, in all threads."""
 
     count = 0
+    lock = Lock()
 
 
 @cache
@@ -66,13 +68,15 @@ def keep_memory(*, release: bool = True) -> Iterator[bool]:
     if glibc() is None:
         yield False
         return
-    set_mallopt(NEVER)
-    OpenContexts.count += 1
+    with OpenContexts.lock:
+        set_mallopt(NEVER)
+        OpenContexts.count += 1
     try:
         yield True
     finally:
-        OpenContexts.count -= 1
-        if not OpenContexts.count:
-            set_mallopt(DEFAULTS if release else {MMAP_MAX: DEFAULTS[MMAP_MAX]})
-            if release:
-                trim_memory()
+        with OpenContexts.lock:
+            OpenContexts.count -= 1
+            if not OpenContexts.count:
+                set_mallopt(DEFAULTS if release else {MMAP_MAX: DEFAULTS[MMAP_MAX]})
+                if release:
+                    trim_memory()

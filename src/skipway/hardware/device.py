@@ -8,7 +8,7 @@ import torch
 
 from skipway.errors import SkipwayError, first_line
 
-__all__ = ["choose_device", "choose_precision"]
+__all__ = ["choose_device", "choose_precision", "seed_torch"]
 
 
 def choose_device(name: str, local: int = 0) -> torch.device:
@@ -56,3 +56,19 @@ def cpu_has_bfloat16() -> bool:
         if question is not None and question():
             return True
     return False
+
+
+def seed_torch(seed: int) -> None:
+    """Seed the random numbers of torch on all devices, for loops.
+
+    Where there is no accelerator, `torch.manual_seed` keeps a call for later and formats the stack, for each of three
+    kinds of devices and every time: a millisecond or more, and memory that is never freed.
+
+    >>> seed_torch(1)
+    >>> torch.initial_seed()
+    1
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

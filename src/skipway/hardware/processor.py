@@ -6,7 +6,20 @@ import platform
 
 from skipway.hardware.limits import read_text
 
-__all__ = ["cpu_name"]
+__all__ = ["cpu_name", "cpu_precisions"]
+
+# instructions for products of small numbers, as Linux names them
+PRECISIONS = (
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_fp16",
+    "bf16",
+    "i8mm",
+    "asimdhp",
+)
 
 
 def cpu_name() -> str:
@@ -15,6 +28,17 @@ def cpu_name() -> str:
     >>> isinstance(cpu_name(), str)
     True
     """
-    lines = read_text("/proc/cpuinfo").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    names = cpu_field("model name")
+    return names or platform.processor() or platform.machine()
+
+
+def cpu_precisions() -> tuple[str, ...]:
+    """The instructions of the CPU for products in bfloat16, float16 and int8, as Linux names them; none elsewhere."""
+    flags = f"{cpu_field('flags')} {cpu_field('Features')}".split()
+    return tuple(name for name in PRECISIONS if name in flags)
+
+
+def cpu_field(name: str) -> str:
+    """What Linux says of the first core under a name; empty if nothing."""
+    lines = (line.partition(":") for line in read_text("/proc/cpuinfo").splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == name), "")

@@ -1,11 +1,12 @@
 """Trained networks in use: predict, evaluate, optimize, export, publish."""
 
-from skipway.inference.backend_selection import BackendResult, OptimizedModel, optimize
-from skipway.inference.backends import BACKENDS, PRECISIONS, Backend
+from skipway.inference.backend_selection import BackendResult
+from skipway.inference.backends import BACKENDS, PRECISIONS, Backend, Choice
 from skipway.inference.duplicates import find_duplicates, thumbnails
 from skipway.inference.evaluation import Evaluation, evaluate, wilson_interval
 from skipway.inference.neighbours import find_label_errors, find_outliers, label_votes, nearest_neighbours
 from skipway.inference.onnx import export_onnx, export_program
+from skipway.inference.optimized_model import OptimizedModel, optimize
 from skipway.inference.predict import Prediction, Predictor, from_pretrained
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "PRECISIONS",
     "Backend",
     "BackendResult",
+    "Choice",
     "Evaluation",
     "OptimizedModel",
     "Prediction",

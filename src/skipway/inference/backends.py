@@ -1,14 +1,18 @@
-"""Backends that run a network in inference: torch's operators, its compiler, onnxruntime, OpenVINO."""
+"""Backends that run a network in inference: torch's operators, its compiler, onnxruntime, OpenVINO; `Choice` of one."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +27,71 @@ from skipway.surgery.acceleration import accelerate, is_routed
 from skipway.surgery.side_effects import copy_state
 from skipway.tracing.containers import tensors_in
 
-__all__ = ["BACKENDS", "PRECISIONS", "Backend", "Run", "call_with", "compile_frozen"]
+if TYPE_CHECKING:
+    from skipway.inference.quantization import QuantizedNetwork
+
+__all__ = [
+    "BACKENDS",
+    "CONVERTED",
+    "INT8",
+    "LAYOUTS",
+    "ORIGINAL",
+    "PRECISIONS",
+    "Backend",
+    "Choice",
+    "Run",
+    "call_with",
+    "compile_frozen",
+    "compile_openvino",
+    "first_tensor",
+    "send_no_statistics",
+]
 
 Run = Callable[..., Any]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Types of the products by name."""
+INT8 = "int8"
+"""Name of the precision of a network that has been quantised."""
+NO_STATISTICS = {"CI": "true", "NNCF_CI": "1"}
+"""Variables of the environment in whose presence OpenVINO and NNCF send no statistics of their use."""
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+"""Orders of images and their weights in memory by name."""
+ORIGINAL = "original"
+"""Name of the model itself among the backends."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way of running a network in inference; its text leaves out what is usual.
+
+    Args:
+        backend: name in `BACKENDS`, or "original" for the model itself.
+        precision: of the products: "float32", in which a network keeps the type that it has, or one that is coarser;
+            "int8" of a network that has been quantised.
+        pieces: number of equal parts that a batch of the example's size is cut into.
+        streams: pieces that are computed at a time, each on its share of the threads.
+        layout: of images in memory, a name in `LAYOUTS`.
+
+    >>> print(Choice("openvino", "bfloat16", pieces=4, streams=2))
+    openvino bfloat16, 4 pieces, 2 streams
+    """
+
+    backend: str
+    precision: str = "float32"
+    pieces: int = 1
+    streams: int = 1
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        parts = [f"{self.backend} {self.precision}"]
+        if self.layout != "contiguous":
+            parts.append(self.layout)
+        if self.pieces > 1:
+            parts.append(f"{self.pieces} pieces")
+        if self.streams > 1:
+            parts.append(f"{self.streams} streams")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -36,29 +99,54 @@ class Backend:
     """A runtime for networks in eval mode whose norms are folded.
 
     Args:
-        build: takes a network, which it may change, an example and a precision; returns a function called like the
-            network, with inputs of the example's shapes, whose outputs may have the type of the products.
+        build: takes a network, which it may change, an example and a choice; returns a function called like the
+            network, with inputs of the example's shapes, whose outputs may have the type of the products. Several
+            threads may call it at once. A choice with pieces comes with an example of one piece, on a thread of a
+            stream, where `torch.get_num_threads()` is the stream's share.
         needs: packages required in addition to torch.
         extra: extra of Skipway that installs them.
         precisions: supported ones.
         devices: supported types of device; all, where none is named.
-        any_call: whether it takes and returns what any network does, caches and mappings too, and not one tensor only.
+        any_call: whether it takes and returns what any network does, caches and mappings too. The others take one
+            tensor and return one, which comes back in the containers that the network returns it in.
+        any_size: whether it runs tensors of other sizes than the example's as fast.
+        keeps_path: whether it keeps the path through the code, and the values read there, that the example led to.
+        layouts: names in `LAYOUTS` that are worth trying for images; the first one for everything else.
+        alters: whether `build` changes the network; if not, it is called with the same one every time.
+        slow: whether it builds for so long that it is tried when everything else has been, and pieces at the end.
+        patience: seconds that building takes for 100 modules with weights, roughly; a search goes by what it took
+            instead once it has built one.
+        build_quantized: builds like `build`, for the precision "int8", from a network that has been quantised.
     """
 
-    build: Callable[[nn.Module, Any, str], Run]
+    build: Callable[[nn.Module, Any, Choice], Run]
     needs: tuple[str, ...] = ()
     extra: str = ""
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     devices: tuple[str, ...] = ()
     any_call: bool = False
+    any_size: bool = False
+    keeps_path: bool = False
+    layouts: tuple[str, ...] = ("contiguous",)
+    alters: bool = True
+    slow: bool = False
+    patience: float = 0.0
+    build_quantized: Callable[[QuantizedNetwork, Any, Choice], Run] | None = None
 
-    def obstacle(self, example: Any, precision: str) -> SkipwayError | None:
+    def obstacle(self, example: Any, choice: Choice, quantized: bool = False) -> SkipwayError | None:
         """Return why the backend cannot be used for this input here; None where it can."""
+        precision = choice.precision
         missing = next((package for package in self.needs if find_spec(package) is None), None)
         if missing is not None:
             return MissingExtraError(missing, self.extra, "this backend")
-        if precision not in self.precisions:
-            return SkipwayError(f"precision={precision!r}: this backend offers {', '.join(self.precisions)}")
+        offered = (*self.precisions, *[INT8] * (self.build_quantized is not None))
+        if precision not in offered:
+            return SkipwayError(f"precision={precision!r}: this backend offers {', '.join(offered)}")
+        if precision == INT8 and not quantized:
+            return SkipwayError(
+                "precision='int8': the rule is calibration=, images like those to come, and check=, held-out images "
+                "with their classes"
+            )
         kind = first_tensor(example).device.type
         if self.devices and kind not in self.devices:
             return SkipwayError(f"the model is on {kind}: this backend runs on {', '.join(self.devices)}")
@@ -67,24 +155,24 @@ class Backend:
         return None
 
 
-def prepare_model(model: nn.Module, precision: str) -> nn.Module:
-    """Cast the model, in place, to a precision and to channels-last; in float32 it keeps the type that it has."""
-    model = model if precision == "float32" else model.to(dtype=PRECISIONS[precision])
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def prepare_model(model: nn.Module, choice: Choice) -> nn.Module:
+    """Cast the model, in place, to a precision and a layout; in float32 it keeps the type that it has."""
+    model = model if choice.precision == "float32" else model.to(dtype=PRECISIONS[choice.precision])
+    return model.to(memory_format=LAYOUTS[choice.layout])  # type: ignore[call-overload]
 
 
-def prepare_input(x: Any, precision: str) -> Any:
+def prepare_input(x: Any, choice: Choice) -> Any:
     """Cast an input as `prepare_model` casts the model, if it is a tensor; caches have to stay the same objects."""
     if not isinstance(x, Tensor):
         return x
-    x = x.to(PRECISIONS[precision]) if precision != "float32" and x.is_floating_point() else x
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    x = x.to(PRECISIONS[choice.precision]) if choice.precision != "float32" and x.is_floating_point() else x
+    return x.contiguous(memory_format=LAYOUTS[choice.layout]) if x.ndim == 4 else x
 
 
-def call_prepared(model: Callable[..., Any], precision: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_prepared(model: Callable[..., Any], choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a prepared model."""
-    given = {name: prepare_input(value, precision) for name, value in kwargs.items()}
-    return model(*(prepare_input(value, precision) for value in args), **given)
+    given = {name: prepare_input(value, choice) for name, value in kwargs.items()}
+    return model(*(prepare_input(value, choice) for value in args), **given)
 
 
 def first_tensor(example: Any) -> Tensor:
@@ -99,7 +187,7 @@ def call_with(function: Callable[..., Any], example: Any) -> Any:
     return function(*copy_state(example)) if isinstance(example, tuple) else function(example)
 
 
-def compile_frozen(model: nn.Module, example: Any, precision: str) -> Run:
+def compile_frozen(model: nn.Module, example: Any, choice: Choice) -> Run:
     """Return the model compiled for inputs like the example, its weights folded and packed as constants.
 
     Freezing is passed as an option of the compiler, too: without it, a second model of a class would run the code that
@@ -109,39 +197,49 @@ def compile_frozen(model: nn.Module, example: Any, precision: str) -> Run:
 
     forward = torch.compile(model, dynamic=False, options={"freezing": True})
     with config.patch(freezing=True), torch.no_grad():
-        call_with(lambda *args, **kwargs: call_prepared(forward, precision, args, kwargs), example)
+        call_with(lambda *args, **kwargs: call_prepared(forward, choice, args, kwargs), example)
     return forward
 
 
-def build_eager(model: nn.Module, example: Any, precision: str) -> Run:
-    """torch's own operators, channels-last, with kernels and packed weights; freed memory is kept for the next call."""
-    model = prepare_model(model, precision)
+def build_torch(model: nn.Module, example: Any, choice: Choice) -> Run:
+    """torch's own operators, as they are."""
+    return partial(run_prepared, prepare_model(model, choice), choice)
+
+
+def run_prepared(model: Callable[..., Any], choice: Choice, *args: Any, **kwargs: Any) -> Any:
+    """Call a prepared model, with freed memory kept for the next call."""
+    with keep_memory(release=False):
+        return call_prepared(model, choice, args, kwargs)
+
+
+def build_eager(model: nn.Module, example: Any, choice: Choice) -> Run:
+    """torch's operators with Skipway's kernels and packed weights; freed memory is kept for the next call."""
+    model = prepare_model(model, choice)
     x = first_tensor(example)
     rows = x.shape[0] * (x[0, 0].numel() // 64 if x.ndim == 4 else 1) if x.is_floating_point() else x.numel()
     packed = PackedKernelMode(model, max(rows, 1))
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with keep_memory(release=False), packed:
-            return call_prepared(model, precision, args, kwargs)
+        with packed:
+            return run_prepared(model, choice, *args, **kwargs)
 
     return run
 
 
-def build_inductor(model: nn.Module, example: Any, precision: str) -> Run:
+def build_inductor(model: nn.Module, example: Any, choice: Choice) -> Run:
     """torch's compiler with frozen weights; on a GPU with Skipway's kernels."""
-    model = prepare_model(model, precision)
+    model = prepare_model(model, choice)
     if first_tensor(example).is_cuda and not any(map(is_routed, model.modules())):
         accelerate(model)
-    compiled = compile_frozen(model, example, precision)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with keep_memory(release=False):
-            return call_prepared(compiled, precision, args, kwargs)
-
-    return run
+    return partial(run_prepared, compile_frozen(model, example, choice), choice)
 
 
-def build_onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Run:
+def build_compiled(model: nn.Module, example: Any, choice: Choice) -> Run:
+    """torch's compiler as it is."""
+    return partial(run_prepared, torch.compile(prepare_model(model, choice), dynamic=False), choice)
+
+
+def build_onnxruntime(model: nn.Module, example: Tensor, choice: Choice) -> Run:
     """onnxruntime on the CPU, through an export to ONNX."""
     import onnxruntime as ort
 
@@ -161,33 +259,114 @@ def build_onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Run:
     return run
 
 
-def build_openvino(model: nn.Module, example: Tensor, precision: str) -> Run:
-    """OpenVINO on the CPU, through its own conversion of traced modules."""
+def build_openvino(model: nn.Module, example: Tensor, choice: Choice) -> Run:
+    """OpenVINO on the CPU, through its own conversion of traced modules; a request for each thread that calls."""
+    return compile_openvino(convert_openvino(model, example), choice)
+
+
+CONVERTED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Networks as OpenVINO has them: converting takes longer than compiling."""
+
+
+def convert_openvino(model: nn.Module, example: Tensor) -> Any:
+    """Convert a network for the shape of an example, from an earlier conversion for another shape where that goes."""
     import openvino
 
-    core = openvino.Core()
-    with warnings.catch_warnings():
+    known = CONVERTED.get(model)
+    if known is not None:
+        with suppress(RuntimeError):  # a shape that the network made a constant of
+            converted = known.clone()
+            converted.reshape(list(example.shape))
+            return converted
+    with warnings.catch_warnings(), send_no_statistics():
         warnings.simplefilter("ignore")  # the tracer warns about every Python branch
-        converted = openvino.convert_model(model, example_input=example, input=[tuple(example.shape)])
+        try:
+            found = openvino.convert_model(model, example_input=example, input=[tuple(example.shape)])
+        except RuntimeError:  # traced twice, the graphs differ: torchvision's Swin
+            found = openvino.convert_model(torch.export.export(model, (example,), strict=False))
+        CONVERTED[model] = found
+    return CONVERTED[model].clone()
+
+
+@contextmanager
+def send_no_statistics() -> Iterator[None]:
+    """Context in which OpenVINO and NNCF do not report to their makers that they are used."""
+    before = {name: os.environ.get(name) for name in NO_STATISTICS}
+    os.environ.update(NO_STATISTICS)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def build_openvino_quantized(quantized: QuantizedNetwork, example: Tensor, choice: Choice) -> Run:
+    """OpenVINO on the CPU, in 8-bit integers but for what the network has in float."""
+    return compile_openvino(quantized.network(tuple(example.shape)), choice, quantized.rest)
+
+
+def compile_openvino(converted: Any, choice: Choice, precision: str | None = None) -> Run:
+    """A function that runs a converted model in the streams of a choice; what is in float, in that of the choice or in
+    another of OpenVINO's precisions.
+    """
+    import openvino
+
     settings = {
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision or {"float32": "f32"}.get(choice.precision, "bf16"),
+        "PERFORMANCE_HINT": "LATENCY" if choice.streams == 1 else "THROUGHPUT",
+        "NUM_STREAMS": choice.streams,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads() * choice.streams,
     }
-    request = core.compile_model(converted, "CPU", settings).create_infer_request()
+    compiled = openvino.Core().compile_model(converted, "CPU", settings)
+    requests: list[Any] = []  # popping and appending are atomic
 
     def run(x: Tensor) -> Tensor:
-        tensor: Any = openvino.Tensor(x.contiguous().numpy(), shared_memory=True)
-        return torch.from_numpy(request.infer([tensor])[0].copy())
+        try:
+            request = requests.pop()
+        except IndexError:
+            request = compiled.create_infer_request()
+        try:
+            tensor: Any = openvino.Tensor(x.contiguous().numpy(), shared_memory=True)
+            return torch.from_numpy(request.infer([tensor])[0].copy())
+        finally:
+            requests.append(request)
 
     return run
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
-"""Backends by name, those that build fastest first."""
-BACKENDS.add("eager", Backend(build_eager, any_call=True))
-BACKENDS.add("openvino", Backend(build_openvino, ("openvino",), "openvino", devices=("cpu",)))
+"""Backends by name, in the order in which they are tried: those that are expected to be the fastest first."""
+BOTH = ("contiguous", "channels-last")
+LAST = ("channels-last",)
 BACKENDS.add(
-    "onnxruntime", Backend(build_onnxruntime, ("onnx", "onnxscript", "onnxruntime"), "onnx", ("float32",), ("cpu",))
+    "openvino",
+    Backend(
+        build_openvino,
+        ("openvino",),
+        "openvino",
+        devices=("cpu",),
+        keeps_path=True,
+        alters=False,
+        patience=20.0,
+        build_quantized=build_openvino_quantized,
+    ),
 )
-BACKENDS.add("inductor", Backend(build_inductor, any_call=True))
+BACKENDS.add("eager", Backend(build_eager, any_call=True, any_size=True, layouts=LAST))
+BACKENDS.add("torch", Backend(build_torch, any_call=True, any_size=True, layouts=BOTH))
+BACKENDS.add("inductor", Backend(build_inductor, any_call=True, layouts=LAST, slow=True, patience=25.0))
+BACKENDS.add(
+    "onnxruntime",
+    Backend(
+        build_onnxruntime,
+        ("onnx", "onnxscript", "onnxruntime"),
+        "onnx",
+        ("float32",),
+        ("cpu",),
+        slow=True,
+        patience=30.0,
+    ),
+)
+BACKENDS.add("compiled", Backend(build_compiled, any_call=True, slow=True, patience=30.0))

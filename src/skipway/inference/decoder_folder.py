@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from skipway.checkpoint.files import copy_to_host, describe_os_error, encode_json, file_aside
+from skipway.checkpoint.files import copy_to_host, describe_os_error, encode_json, file_aside, refuse_other_files
 from skipway.data.text import Tokenizer
 from skipway.data.text.tokenizer_file import read_tokenizer
 from skipway.errors import CheckpointError, SkipwayError, counted, first_line, printable
@@ -120,9 +120,7 @@ def write_transformers_folder(
     refuse_difference(model, twin, described["architectures"][0])
     files, special = tokenizer_files(source, config.vocab, config.context)
     described |= {**special, "dtype": str(twin.stem.token.dtype).removeprefix("torch.")}
-    others = folder.is_dir() and [each.name for each in folder.iterdir() if each.name not in FILES]
-    if others or (folder.exists() and not folder.is_dir()):
-        raise SkipwayError(f"{printable(folder)} contains other files; choose a new or empty folder")
+    refuse_other_files(folder, FILES)
     tensors = export_names(twin, "huggingface")
     if config.tied:
         del tensors["lm_head.weight"]  # as save_pretrained, which writes what is shared once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,8 @@ def generate(
 
     The model runs in evaluation mode and is left as it was. With `cache` keys and values of earlier tokens
     are kept, which changes the time (T instead of T² token passes) and nothing else but rounding. Where the
-    text grows beyond the model's context, each token is computed from the last `context` tokens anew.
+    text grows beyond the model's context, each token is computed from the last `context` tokens anew. A compiled model
+    runs uncompiled: every token makes the text longer, for which the compiler would begin anew.
 
     Args:
         model: (N, T) whole numbers → logits (N, T, vocab).
@@ -118,20 +120,30 @@ def generate(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        if cache and ids.shape[1] <= room:
-            with decoding(model, room) as state:
-                for _ in range(min(length, room - ids.shape[1] + 1)):
-                    new = text.ids[:, state.length :]
-                    text.append(model(new)[:, -1])
-                    state.advance(new.shape[1])
-                    if text.is_complete:
-                        break
-        while not text.is_complete and text.ids.shape[1] < ids.shape[1] + length:
-            text.append(model(text.ids if context is None else text.ids[:, -context:])[:, -1])
+        with uncompiled(model):
+            if cache and ids.shape[1] <= room:
+                with decoding(model, room) as state:
+                    for _ in range(min(length, room - ids.shape[1] + 1)):
+                        new = text.ids[:, state.length :]
+                        text.append(model(new)[:, -1])
+                        state.advance(new.shape[1])
+                        if text.is_complete:
+                            break
+            while not text.is_complete and text.ids.shape[1] < ids.shape[1] + length:
+                text.append(model(text.ids if context is None else text.ids[:, -context:])[:, -1])
     finally:
         for module, training in modes.items():
             module.training = training
     return text.ids
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Return a context in which a compiled model, or one with compiled modules, runs as it was before."""
+    is_compiled = any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 class Continuation:

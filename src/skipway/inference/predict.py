@@ -327,7 +327,13 @@ class Predictor:
         return self.preprocessing.classes
 
     def predict(
-        self, images: Images, *, top: int | None = 5, flip: bool = False, batch_size: int = BATCH_SIZE, workers: int = 1
+        self,
+        images: Images,
+        *,
+        top: int | None = 5,
+        flip: bool | None = None,
+        batch_size: int = BATCH_SIZE,
+        workers: int = 1,
     ) -> list[Prediction]:
         """Classify images; the predictions are in the order of the images.
 
@@ -335,7 +341,7 @@ class Predictor:
             images: paths or Pillow images, one or a sequence; or a tensor (N, C, H, W) of the network's input size,
                 uint8 or floating point from 0 to 1, not normalised.
             top: number of classes per prediction, the most probable first; None for all.
-            flip: average the logits of each image and its mirror image.
+            flip: average the logits of each image and its mirror image; None for the setting of the run.
             batch_size: images per forward pass.
             workers: threads that decode files while the network computes.
 
@@ -371,7 +377,7 @@ class Predictor:
         files: Sequence[str | Path],
         *,
         top: int | None = 5,
-        flip: bool = False,
+        flip: bool | None = None,
         batch_size: int = BATCH_SIZE,
         workers: int = 1,
     ) -> Iterator[Prediction]:
@@ -444,13 +450,13 @@ class Predictor:
         return normalize(images.to(self.device), self.preprocessing.mean, self.preprocessing.std)
 
     @torch.inference_mode()
-    def classify(self, inputs: Tensor, files: Sequence[str], top: int | None, flip: bool) -> list[Prediction]:
+    def classify(self, inputs: Tensor, files: Sequence[str], top: int | None, flip: bool | None) -> list[Prediction]:
         """Run the network on inputs and return one prediction each."""
         if not len(inputs):
             return []
         inputs = inputs.to(self.device)
         logits = self.model(inputs).float()
-        if flip:
+        if self.preprocessing.flip_test if flip is None else flip:
             logits = (logits + self.model(inputs.flip(-1)).float()) / 2
         probabilities, indices = logits.softmax(1).topk(min(top or len(self.classes), len(self.classes)))
         found = []

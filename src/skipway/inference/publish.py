@@ -18,10 +18,11 @@ from skipway.checkpoint.files import (
     encode_json,
     file_aside,
     read_safetensors,
+    refuse_other_files,
     write_tensors,
 )
 from skipway.data.preprocessing import Preprocessing
-from skipway.errors import CheckpointError, SkipwayError, printable
+from skipway.errors import CheckpointError, SkipwayError, counted, printable
 from skipway.inference.code_file import code_file, local_imports, network_file, portable_file, portable_name
 from skipway.inference.decoder_folder import find_decoder_folder, write_transformers_folder
 from skipway.inference.evaluation import wilson_interval
@@ -61,6 +62,7 @@ def write_onnx(
     """
     model = from_pretrained(path, **network)
     inputs = get_inputs(model, sides, remark)
+    remark_flips(inputs, remark)
     metadata = {name: json.dumps(value) for name, value in build_metadata(path, inputs).items()}
     return export_onnx(model, inputs.example, file, sides=sides, opset=opset, metadata=metadata, remark=remark)
 
@@ -82,8 +84,18 @@ def write_program(
     """
     model = from_pretrained(path, **network)
     inputs = get_inputs(model, sides, remark)
+    remark_flips(inputs, remark)
     extra = {name: json.dumps(value) for name, value in build_metadata(path, inputs).items()}
     return export_program(model, inputs.example, file, sides=sides, extra=extra, remark=remark)
+
+
+def remark_flips(inputs: Preprocessing | TextInputs, remark: Callable[[str], None]) -> None:
+    """Say that a file computes one of the two logits that the run's result is the mean of."""
+    if isinstance(inputs, Preprocessing) and inputs.flip_test:
+        remark(
+            "the run was tested with the mean of the logits of an image and its mirror image; the file computes those "
+            "of what it is given"
+        )
 
 
 def get_inputs(
@@ -140,6 +152,7 @@ def input_steps(preprocessing: Preprocessing) -> list[str]:
         "divide by 255",
         f"subtract the mean {list(preprocessing.mean)}, divide by the standard deviation {list(preprocessing.std)}",
         f"order as (N, {preprocessing.channels}, {size}, {size}), float32",
+        *["run the network on the mirror image, too, and take the mean of the logits"] * preprocessing.flip_test,
     ]
 
 
@@ -170,9 +183,7 @@ def write_hub_folder(
     code, made_by = code_file(described["name"]), network_file(described["name"])
     beside = portable_file(described["name"])
     own = (*HUB_FILES, *([] if beside is None else [beside.name]))
-    others = folder.is_dir() and [each for each in folder.iterdir() if each.name not in own and not is_git_file(each)]
-    if others or (folder.exists() and not folder.is_dir()):
-        raise SkipwayError(f"{printable(folder)} contains other files; choose a new or empty folder")
+    refuse_other_files(folder, own)
     preprocessing = get_inputs(from_pretrained(path, **network))
     if isinstance(preprocessing, TextInputs):
         raise SkipwayError("a language model is written for the hub by --transformers FOLDER, which transformers loads")
@@ -211,11 +222,6 @@ def write_transformers(path: str | Path, folder: Path, **network: Unpack[Network
         return write_transformers_folder(model, folder, tokenizer=source)
     inputs = getattr(model, "text", None)
     return write_transformers_folder(model, folder, tokenizer=inputs.tokenizer if inputs is not None else None)
-
-
-def is_git_file(entry: Path) -> bool:
-    """Whether a file belongs to git."""
-    return entry.name.startswith(".git")
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
@@ -264,10 +270,11 @@ def model_card(
         correct, images = int(result["test_correct"]), int(result["test_images"])
         low, high = wilson_interval(correct, images)
         validation = int(result.get("validation_images") or 0)
+        chosen = f"on {counted(validation, 'validation image')}" if validation else "as those of the last epoch"
         figures = (
-            f"{percent(correct / max(1, images))} of {images:,} test images are classified correctly "
-            f"(95 % interval {100 * low:.1f} to {percent(high)}). They were looked at once, after these weights had "
-            f"been chosen{f' on {validation:,} validation images' if validation else ' as those of the last epoch'}."
+            f"Correctly classified: {percent(correct / max(1, images))} of {counted(images, 'test image')} "
+            f"(95 % interval {100 * low:.1f} to {percent(high)}). The test images were looked at once, after these "
+            f"weights had been chosen {chosen}."
         )
         metric = {"type": "accuracy", "value": correct / max(1, images)}
         task = {"type": "image-classification"}

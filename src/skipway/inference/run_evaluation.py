@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from skipway.checkpoint.files import read_json
-from skipway.data import load
 from skipway.data.decode import MAX_MEGAPIXELS
 from skipway.data.sources.detect import COLUMNS, index_source
 from skipway.data.sources.index import FilesByClass, class_name, name_list
-from skipway.data.split import read_split
-from skipway.errors import CheckpointError, DataError, counted, printable
+from skipway.errors import DataError, counted, printable
 from skipway.inference.evaluation import Evaluation, evaluate
-from skipway.inference.predict import NetworkChoices, Predictor, weights_file
-from skipway.recipe import Recipe, ResolvedRecipe
+from skipway.inference.predict import NetworkChoices, Predictor
+from skipway.inference.run_images import load_run_data
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,25 +67,8 @@ def evaluate_run(
         DataError: the images have changed since the run.
     """
     predictor = Predictor.load(path, device=device, **network)
-    file = weights_file(path).parent / "config.json"
-    stored = read_json(file)
-    if not isinstance(stored, dict) or not isinstance(stored.get("recipe"), dict):
-        raise CheckpointError(
-            f"{printable(file)} contains no recipe, so its test images are unknown; pass images to evaluate on"
-        )
-    recipe = ResolvedRecipe.of(Recipe.from_json(stored["recipe"], printable(file)))
-    data = load(recipe.data, **recipe.data_choices(), listed=read_split(file.with_name("split.json")))
-    fingerprint = stored["data"].get("fingerprint") if isinstance(stored.get("data"), dict) else None
-    if data.classes != predictor.classes or data.fingerprint != fingerprint:
-        raise DataError(
-            f"the images in {printable(str(recipe.data))} have changed since the run, so which of them it was not "
-            "trained on is not known; give a folder of images to test on"
-        )
-    if data.preprocessing != predictor.preprocessing:
-        raise CheckpointError(
-            f"{printable(str(path))}: these weights expect another preprocessing than {printable(file)} describes; "
-            "give a folder of images to test on, which are read as the weights expect"
-        )
+    instead = "pass images to evaluate on, which are read as the weights expect"
+    data, recipe = load_run_data(path, predictor.preprocessing, instead)
     evaluation = evaluate(
         predictor.model,
         data.evaluation_batches("test", batch_size=batch_size or recipe.batch_size, device=predictor.device),
@@ -112,7 +92,7 @@ def evaluate_images(
     data: Path,
     *,
     device: str = "auto",
-    flip: bool = False,
+    flip: bool | None = None,
     batch_size: int = 64,
     workers: int = 1,
     outside: bool = False,
@@ -126,7 +106,7 @@ def evaluate_images(
         path: see `from_pretrained`.
         data: images as for `skipway train`; the network must know their classes.
         device: see `Predictor`.
-        flip: average the logits with those of the mirrored image.
+        flip: average the logits with those of the mirrored image; None for the setting of the run.
         batch_size: images per forward pass.
         workers: threads that decode images.
         outside: follow links, and paths in lists, that lead out of the data.
@@ -170,6 +150,7 @@ def evaluate_images(
         opened=found.store.read,
         failed=lambda file, reason: unreadable.append((file, reason)),
     )
+    flip = predictor.preprocessing.flip_test if flip is None else flip
     with torch.inference_mode():
         evaluation = evaluate(predictor.model, batches, classes=len(numbers), autocast=lambda: nullcontext(), flip=flip)
     assert evaluation is not None

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from skipway.hardware.device import choose_precision
-from skipway.inference.backend_selection import ORIGINAL, ROUNDS, BackendComparison, BackendResult, with_timings
-from skipway.inference.backends import BACKENDS, Backend, Run
+from skipway.inference.backend_search import BackendSearch
+from skipway.inference.backend_selection import ROUNDS, BackendComparison, BackendResult, with_timings
+from skipway.inference.backends import BACKENDS, ORIGINAL, Backend, Choice, Run
 from skipway.inference.timer import Candidate, error_line, time_interleaved
 from skipway.surgery.acceleration import accelerate
 from skipway.surgery.verification import difference
 from skipway.tracing.module_state import copy_module
 
 __all__ = ["TrainingStep", "time_inference", "time_training"]
+
+SEARCH, LEAST_SEARCH = 12.0, 120.0
+"""Time for building backends and for single timings, over that for timing in turns; and the least, in seconds."""
 
 
 def native_precisions(device: torch.device) -> list[str]:
@@ -30,7 +34,9 @@ def native_precisions(device: torch.device) -> list[str]:
 
 
 def time_inference(model: nn.Module, example: Tensor, seconds: float = 10.0) -> list[BackendResult]:
-    """Time inference on every backend in every native precision, interleaved; the model stays as it is.
+    """Time inference on every backend in every native precision, whole batches and pieces; the model stays as it is.
+
+    Those near the fastest are timed interleaved, the others once.
 
     Args:
         model: any module that takes one tensor and returns one.
@@ -38,7 +44,7 @@ def time_inference(model: nn.Module, example: Tensor, seconds: float = 10.0) -> 
         seconds: time after which no timing is started; each backend is timed once at least.
 
     Returns:
-        one result per backend and precision, the model as it is in float32 first; a backend that is not installed, does
+        one result per choice, the model as it is in float32 first; a backend that is not installed, does
         not offer the precision, fails or differs is among them, with the reason as its note.
 
     Raises:
@@ -48,17 +54,16 @@ def time_inference(model: nn.Module, example: Tensor, seconds: float = 10.0) -> 
     >>> time_inference(model, torch.randn(2, 4), seconds=0.0)[0].backend
     'original'
     """
-    comparison = BackendComparison(model, example)
-    for precision in native_precisions(example.device):
-        if precision != "float32":
-            comparison.add(ORIGINAL, Backend(partial(build_autocast, model)), precision)
-        for name in BACKENDS:
-            comparison.add(name, BACKENDS[name], precision)
+    comparison, precisions = BackendComparison(model, example), native_precisions(example.device)
+    for precision in precisions[1:]:
+        comparison.add(Choice(ORIGINAL, precision), backend=Backend(partial(build_autocast, model)))
+    search = BackendSearch(comparison, list(BACKENDS), precisions, max(LEAST_SEARCH, SEARCH * seconds))
+    search.explore()
     comparison.time(ROUNDS, seconds)
     return list(comparison.results.values())
 
 
-def build_autocast(model: nn.Module, folded: nn.Module, example: Tensor, precision: str) -> Run:
+def build_autocast(model: nn.Module, folded: nn.Module, example: Tensor, choice: Choice) -> Run:
     """Return a copy of the model as it is, under autocast; the folded network is not used."""
     original = copy_module(model).eval()
 
@@ -112,12 +117,12 @@ def time_training(model: nn.Module, example: Tensor, seconds: float = 10.0) -> l
     >>> [each.backend for each in time_training(nn.Linear(2, 2), torch.randn(3, 2), seconds=0.0)][:2]
     ['original', 'accelerate']
     """
-    results: dict[tuple[str, str], BackendResult] = {}
-    steps: dict[tuple[str, str], Callable[[], object]] = {}
+    results: dict[Choice, BackendResult] = {}
+    steps: dict[Choice, Callable[[], object]] = {}
     expected: Tensor | None = None
     for precision in native_precisions(example.device):
         for name in (ORIGINAL, "accelerate"):
-            started = time.perf_counter()
+            choice, started = Choice(name, precision), time.perf_counter()
             try:
                 trained = copy_module(model)
                 if name == "accelerate":
@@ -129,10 +134,10 @@ def time_training(model: nn.Module, example: Tensor, seconds: float = 10.0) -> l
                 expected = flat if expected is None else expected
                 gap, built = difference([expected], [flat], mean=True), time.perf_counter() - started
             except Exception as error:  # networks raise errors of their own
-                results[name, precision] = BackendResult(name, precision, note=f"failed: {error_line(error)}")
+                results[choice] = BackendResult(choice, note=f"failed: {error_line(error)}")
                 continue
-            results[name, precision] = BackendResult(name, precision, difference=gap, build_seconds=built)
-            steps[name, precision] = step
+            results[choice] = BackendResult(choice, difference=gap, build_seconds=built)
+            steps[choice] = step
     finish = partial(torch.cuda.synchronize, example.device) if example.is_cuda else lambda: None
-    candidates = [Candidate(" ".join(key), step, finish=finish) for key, step in steps.items()]
+    candidates = [Candidate(str(choice), step, finish=finish) for choice, step in steps.items()]
     return list(with_timings(results, time_interleaved(candidates, ROUNDS, limit=seconds)).values())

@@ -25,6 +25,7 @@ __all__ = [
     "quartiles",
     "rotate",
     "round_speedups",
+    "time_candidate",
     "time_interleaved",
 ]
 
@@ -202,11 +203,12 @@ def time_interleaved(
             yield timing
 
 
-def time_candidate(candidate: Candidate, number: int, clock: Callable[[], float]) -> Timing:
-    """Run a candidate once without the clock, then time its calls."""
+def time_candidate(candidate: Candidate, number: int, clock: Callable[[], float], *, warm_up: bool = True) -> Timing:
+    """Run a candidate once without the clock unless `warm_up` is False, then time its calls."""
     try:
         with candidate.within():
-            candidate.run()
+            if warm_up:
+                candidate.run()
             gc.collect()
             candidate.finish()
             started = clock()

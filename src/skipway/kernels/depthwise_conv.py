@@ -109,19 +109,23 @@ depthwise_weight_gradient = add_kernel(
 
 
 class DepthwiseBackward(Operator, name="depthwise_backward"):
-    """Gradients of x (empty where none is needed) and of the weight."""
+    """Gradients of x and of the weight, each empty where it is not needed."""
 
     @staticmethod
-    def forward(gradient: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
-        to_x = x.new_empty(0)
+    def forward(
+        gradient: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+    ) -> tuple[Tensor, Tensor]:
+        to_x, to_weight = x.new_empty(0), weight.new_empty(0)
         if needs_x:
             to_x = depthwise_input_gradient(gradient, x, weight).contiguous(memory_format=memory_format_of(x))
-        return to_x, depthwise_weight_gradient(gradient, x, weight).contiguous()
+        if needs_weight:
+            to_weight = depthwise_weight_gradient(gradient, x, weight).contiguous()
+        return to_x, to_weight
 
     @staticmethod
-    def fake(gradient: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
+    def fake(gradient: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
         to_x = torch.empty_like(x, memory_format=memory_format_of(x)) if needs_x else x.new_empty(0)
-        return to_x, weight.new_empty(weight.shape)
+        return to_x, weight.new_empty(weight.shape if needs_weight else 0)
 
 
 class Depthwise(Operator, name="depthwise"):
@@ -137,16 +141,15 @@ class Depthwise(Operator, name="depthwise"):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias = inputs
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[0]
-        to_x, to_weight = DepthwiseBackward.apply(gradient, x, weight, needs_x)
-        return to_x if needs_x else None, to_weight, gradient.sum((0, 2, 3)) if ctx.has_bias else None
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        to_x, to_weight = DepthwiseBackward.apply(gradient, x, weight, needs_x, needs_weight)
+        to_bias = gradient.sum((0, 2, 3)) if needs_bias else None
+        return to_x if needs_x else None, to_weight if needs_weight else None, to_bias
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

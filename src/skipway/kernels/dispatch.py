@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from skipway.kernels.autotune import enabled, only, restricted
+from skipway.kernels.cast import eligible, to_autocast
 from skipway.kernels.depthwise_conv import depthwise
-from skipway.kernels.matmul import PackedWeight, is_large_linear, linear, pack_weight, packed_linear, pointwise
+from skipway.kernels.matmul import PackedWeight, is_large_linear, linear, pack_weight, packed_linear
 from skipway.kernels.onednn import supports_onednn_matmul
+from skipway.kernels.patch_conv import convolve_patches, multiply_patches
 from skipway.kernels.sdpa import attention, bias_fits
 
-__all__ = ["LARGE", "ROUTES", "KernelMode", "PackedKernelMode", "bfloat16_attention", "is_depthwise"]
+__all__ = ["LARGE", "ROUTES", "KernelMode", "PackedKernelMode", "bfloat16_kernels", "is_depthwise"]
 
 LARGE = 1 << 18
 """Elements of a tensor below which torch's own function is as fast: an operator written in Python costs some 50 µs."""
@@ -33,25 +35,29 @@ def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     return linear(x, weight, bias) if is_large_linear(x, weight) else NotImplemented
 
 
-def route_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    """Compute depthwise and 1 × 1 convolutions of large maps by their kernels."""
-    if is_depthwise(x, weight, stride, padding, dilation, groups):
+def route_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Any:
+    """Compute convolutions of large maps by their kernels, depthwise ones and those whose patches do not overlap."""
+    if is_depthwise(x, weight, *geometry, **named):
         return depthwise(x, weight, bias)
-    by_pixel = weight.shape[-2:] == pair(stride) == pair(dilation) == (1, 1) and pair(padding) == (0, 0)
-    if by_pixel and groups == 1 and x.ndim == 4 and x.numel() >= LARGE:
-        return pointwise(x, weight.flatten(1), bias)
+    if is_patchwise(x, weight, *geometry, **named):
+        return convolve_patches(x, weight, bias)
     return NotImplemented
 
 
-def is_depthwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+def is_patchwise(
+    x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> bool:
+    """Return whether the patches of a convolution do not overlap, and the map is large enough to gain by a product."""
+    if x.ndim != 4 or x.numel() < LARGE or groups != 1 or padding not in ("valid", 0, (0, 0), [0, 0]):
+        return False
+    rows, columns = weight.shape[-2:]
+    fits = rows == columns <= min(x.shape[-2:]) and pair(stride) == (rows, rows)
+    return fits and (rows == 1 or pair(dilation) == (1, 1))
+
+
+def is_depthwise(
+    x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> bool:
     """Return whether a convolution is one that `kernels.depthwise` computes, and large enough to gain by it."""
     if x.ndim != 4 or x.numel() < LARGE or pair(stride) != (1, 1) or pair(dilation) != (1, 1):
         return False
@@ -119,37 +125,47 @@ class KernelMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Bfloat16AttentionMode(KernelMode):
-    """Compute attention in bfloat16 by `kernels.attention`, and nothing else, where that is the faster on every CPU
-    measured: up to `FEW_KEYS` keys, twice as many under a causal mask.
+class Bfloat16Mode(KernelMode):
+    """Compute in bfloat16 what torch is slow at on every CPU measured, and nothing else: attention by
+    `kernels.attention` up to `FEW_KEYS` keys, twice as many under a causal mask, and convolutions of patches that do
+    not overlap, beyond 1 × 1, as products.
     """
 
     def route(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if func is not F.scaled_dot_product_attention or len(args) < 3 or not in_bfloat16(args[0]):
+        if not isinstance(args[0], Tensor) or not in_bfloat16(args[0]):
             return NotImplemented
-        q, k = args[:2]
-        few = FEW_KEYS * 2 if kwargs.get("is_causal") else FEW_KEYS
-        if q.ndim != 4 or q.numel() < 2 * LARGE_ATTENTION or k.shape[-2] > few:
-            return NotImplemented
-        return route_attention(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and len(args) >= 3:
+            q, k = args[:2]
+            few = FEW_KEYS * 2 if kwargs.get("is_causal") else FEW_KEYS
+            small = q.ndim != 4 or q.numel() < 2 * LARGE_ATTENTION or k.shape[-2] > few
+            return NotImplemented if small else route_attention(*args, **kwargs)
+        return route_patches(*args, **kwargs) if func is F.conv2d else NotImplemented
+
+
+def route_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Any:
+    """Compute convolutions of patches that do not overlap as torch's own products, always the same one."""
+    if weight.shape[-1] == 1 or not is_patchwise(x, weight, *geometry, **named):
+        return NotImplemented
+    return multiply_patches(*to_autocast(x, weight, bias))  # type: ignore[arg-type]
 
 
 def in_bfloat16(x: Tensor) -> bool:
     """Return whether a product of x is computed in bfloat16."""
     if torch.is_autocast_enabled("cpu"):
-        return x.is_floating_point() and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return eligible(x) and torch.get_autocast_dtype("cpu") == torch.bfloat16
     return x.dtype == torch.bfloat16
 
 
 @contextmanager
-def bfloat16_attention() -> Iterator[None]:
-    """Compute attention in bfloat16 on the CPU by our kernel within the context, both passes, whoever calls it.
+def bfloat16_kernels() -> Iterator[None]:
+    """Compute attention and patch embeddings in bfloat16 on the CPU by products within the context, both passes,
+    whoever calls them.
 
-    torch's backward pass of it costs up to ten times as much in bfloat16 as plain products. Unlike elsewhere nothing is
-    measured: the implementation is the same in every run, so that runs can be repeated bit for bit.
+    torch's backward passes of them cost up to ten times as much in bfloat16 as plain products. Unlike elsewhere nothing
+    is measured: the implementation is the same in every run, so that runs can be repeated bit for bit.
 
     >>> q = torch.randn(2, 4, 64, 32, dtype=torch.bfloat16)
-    >>> with bfloat16_attention():
+    >>> with bfloat16_kernels():
     ...     y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
     >>> torch.allclose(y, F.scaled_dot_product_attention(q, q, q, is_causal=True), atol=0.05)
     True
@@ -157,7 +173,7 @@ def bfloat16_attention() -> Iterator[None]:
     if restricted():
         yield
         return
-    with only("onednn" if supports_onednn_matmul() else "blocks"), Bfloat16AttentionMode():
+    with only("onednn" if supports_onednn_matmul() else "blocks"), Bfloat16Mode():
         yield
 
 

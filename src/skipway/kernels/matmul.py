@@ -1,4 +1,4 @@
-"""Linear maps and 1 × 1 convolutions as matrix products, through oneDNN where it is faster than torch's own library."""
+"""Linear maps through oneDNN where it is faster than torch's own library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ __all__ = [
     "linear_by_onednn",
     "pack_weight",
     "packed_linear",
-    "pointwise",
 ]
 
 SMALL = 1 << 22
@@ -166,105 +165,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     x, weight, bias = to_autocast(x, weight, bias)  # type: ignore[assignment]
     return LinearOperator.apply(x, weight, bias) if is_large_linear(x, weight) else F.linear(x, weight, bias)
-
-
-def is_by_pixels(x: Tensor) -> bool:
-    """Return whether a map's pixels are the rows of a matrix as they lie in memory."""
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def pixel_rows(x: Tensor) -> Tensor:
-    """Return the pixels of a map as rows, (N · H · W, C); no copy of a channels-last map."""
-    return x.movedim(1, -1).flatten(0, -2)
-
-
-def pointwise_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve as torch does."""
-    return F.conv2d(x, weight[:, :, None, None])
-
-
-def pointwise_by_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply all pixels by the weight."""
-    return linear_forward(pixel_rows(x), weight, None).view(len(x), *x.shape[2:], -1).movedim(-1, 1)
-
-
-pointwise_forward = add_kernel(
-    "pointwise",
-    pointwise_reference,
-    Implementation("product", pointwise_by_product, lambda x, weight: is_by_pixels(x)),
-)
-
-
-def pointwise_weight_reference(gradient: Tensor, x: Tensor) -> Tensor:
-    """Return torch's gradient of the weight."""
-    weight = x.new_empty(gradient.shape[1], x.shape[1], 1, 1)
-    gradients = torch.ops.aten.convolution_backward(
-        gradient, x, weight, [0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, (False, True, False)
-    )
-    return gradients[1].flatten(1)
-
-
-def pointwise_weight_by_product(gradient: Tensor, x: Tensor) -> Tensor:
-    """Multiply the gradients of all pixels with their inputs."""
-    return linear_weight_gradient(pixel_rows(gradient), pixel_rows(x))
-
-
-pointwise_weight_gradient = add_kernel(
-    "pointwise to weight",
-    pointwise_weight_reference,
-    Implementation(
-        "product", pointwise_weight_by_product, lambda gradient, x: is_by_pixels(gradient) and is_by_pixels(x)
-    ),
-)
-
-
-class PointwiseWeight(Operator, name="pointwise_weight"):
-    """Gradient of a 1 × 1 convolution's weight."""
-
-    @staticmethod
-    def forward(gradient: Tensor, x: Tensor) -> Tensor:
-        return pointwise_weight_gradient(gradient, x).contiguous()
-
-    @staticmethod
-    def fake(gradient: Tensor, x: Tensor) -> Tensor:
-        return x.new_empty(gradient.shape[1], x.shape[1])
-
-
-class Pointwise(Operator, name="pointwise"):
-    """W x at every pixel."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return pointwise_forward(x, weight)
-
-    @staticmethod
-    def fake(x: Tensor, weight: Tensor) -> Tensor:
-        return pointwise_reference(x, weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        layout = torch.channels_last if is_by_pixels(x) else torch.contiguous_format
-        gradient = gradient.contiguous(memory_format=layout)
-        to_x = Pointwise.apply(gradient, weight.t().contiguous()) if ctx.needs_input_grad[0] else None
-        return to_x, PointwiseWeight.apply(gradient, x) if ctx.needs_input_grad[1] else None
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute a 1 × 1 convolution, y = W x + b at every pixel, as a convolution or as a product over all pixels.
-
-    The faster of the two is chosen for the forward pass and for each gradient.
-
-    Shapes: x (N, in, H, W), weight (out, in), bias (out,) → (N, out, H, W). First derivatives only; second derivatives
-    exist under `off()`.
-
-    >>> pointwise(torch.ones(1, 3, 2, 2), torch.ones(4, 3)).shape
-    torch.Size([1, 4, 2, 2])
-    """
-    x, weight, bias = to_autocast(x, weight, bias)  # type: ignore[assignment]
-    y = Pointwise.apply(x, weight) if enabled() and x.numel() else pointwise_reference(x, weight)
-    return y if bias is None else y + bias.view(-1, 1, 1)

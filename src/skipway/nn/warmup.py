@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.validation import check_whole
 
 __all__ = ["ResidualWarmup", "WarmupState", "find_warmups", "set_step", "warmup_state"]
@@ -76,7 +76,7 @@ class ResidualWarmup(nn.Module):
         return x * self.factor()
 
     def extra_repr(self) -> str:
-        steps = f"{self.length} steps" if isinstance(self.length, int) else f"{self.length:g} of the training"
+        steps = counted(self.length, "step") if isinstance(self.length, int) else f"{self.length:g} of the training"
         return f"{steps}, {max(0.0, self.until - self.span):.3g} to {self.until:.3g}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from skipway.errors import counted
 from skipway.registry import Registry, parse_spec
 from skipway.validation import check_choice, check_positive_int, check_rule, is_whole
 
@@ -63,7 +64,7 @@ class FrozenTrunk(FreezePlan):
         check_choice("head", self.head, ("linear", "mlp"))
 
     def describe(self) -> str:
-        views = f" and {self.views} views of each image" if self.views else ""
+        views = f" and {counted(self.views, 'view')} of each image" if self.views else ""
         return f"the classifier is fitted to features of the frozen network{views}"
 
 

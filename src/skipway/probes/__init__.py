@@ -9,6 +9,7 @@
 | `features` | the tensors themselves, and a map per stage for dense tasks |
 | `mixing_matrix` | what each connection carries of the stem and of the branches before it, and the gradient |
 | `stream_health` | gains, difference and likeness of several streams |
+| `nonfinite` | the first value of a step that is not finite |
 | `signal_check` | what an untrained network does to the size of the signal, stage by stage |
 """
 

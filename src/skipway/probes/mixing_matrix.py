@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.nn import Carry, Residual
 from skipway.probes.objective import Loss, compute_loss
 from skipway.probes.source_cutters import JoinCutter, SourceCutter, StreamCutter, WatchedStreamCutter
@@ -85,7 +85,7 @@ class DepthMixing:
 
     def __str__(self) -> str:
         rank = "" if math.isnan(self.effective_rank) else f", effective rank {self.effective_rank:.1f}"
-        lines = [f"{len(self.readers)} readers of {len(self.sources)} sources{rank}"]
+        lines = [f"{counted(len(self.readers), 'reader')} of {counted(len(self.sources), 'source')}{rank}"]
         step = max(1, math.ceil(len(self.readers) / SHOWN))
         width = max(map(len, self.readers))
         lines.append(f"{'share in what is carried':{max(width, 24)}}  {'stem':>7}  {'newest':>7}  {'largest':>7}")

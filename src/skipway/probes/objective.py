@@ -40,11 +40,13 @@ class Objective:
         function: (output, targets, inputs) → the loss; no local function, which pickle could not write.
         description: of it in words.
         labelled: whether it compares with something given, and not with what is drawn at random.
+        own: whether the model computes it itself, so that it is no function of the other outputs.
     """
 
     function: Callable[[Any, Any, Example | None], Tensor]
     description: str
     labelled: bool = True
+    own: bool = False
 
     def __call__(self, output: Any, targets: Any = None, inputs: Example | None = None) -> Tensor:
         """The loss of an output, a tensor with one element.
@@ -79,7 +81,7 @@ def choose_objective(
     | what there is | loss |
     |---|---|
     | `loss` | it |
-    | an output with one number that requires a gradient, or with `.loss` | the model's own; where targets or next tokens are there, only if it is computed from the output: another one is a part of the loss, such as a router's, and left out |
+    | an output with one number that requires a gradient, or with `.loss` | the model's own; where targets are there that the model was not given, or next tokens, only `.loss` or one that is computed from the output and fits no targets: another one is a part of the loss, such as a router's or a KL term, and left out |
     | an output of such numbers alone by name, as torchvision's detectors put out | their sum |
     | targets | of each part of the output that they fit, added: cross-entropy over the axis that they lack, the mean square for real targets of the output's shape, binary cross-entropy for 0 and 1 of the output's shape |
     | tokens and an output over their vocabulary | cross-entropy of each next token |
@@ -103,13 +105,15 @@ def choose_objective(
     tokens = predicted_tokens(heads, inputs, vocabularies) if heads else None
     other = own is not None and "loss" not in named_parts(output) and (targets is not None or tokens is not None)
     apart = other and is_apart(own(output), heads)
-    if own is not None and not apart:
+    unknowing = other and not apart and can_compare(heads, targets, inputs)
+    if own is not None and not (apart or unknowing):
         refuse_ignored_labels(own, output, inputs)
         unused = "" if targets is None else "; the targets are not used"
-        return Objective(own.function, own.description + unused)
+        return Objective(own.function, own.description + unused, own=True)
     left = f"; {counted(deeper, 'tensor')} further down in the output left out" if deeper else ""
     if own is not None:
-        left += f"; {own.description}, not computed from it, left out, as of a router: {GIVE} to add it"
+        reason = "not computed from it, left out, as of a router" if apart else "given no targets, left out"
+        left += f"; {own.description}, {reason}: {GIVE} to add it"
     if targets is not None:
         return supervised(heads, targets, inputs, left)
     if tokens is not None:
@@ -125,9 +129,14 @@ def given_loss(loss: Loss, output: Any, targets: Any, inputs: Example | None) ->
     except SkipwayError:
         raise
     except Exception as error:  # anybody's function
+        given = f"here a {type(output).__name__}, and the targets, a {type(targets).__name__}"
+        mapped = (
+            "a batch that is a mapping goes to the model as it is, and holds no targets: yield pairs (batch, targets)"
+        )
+        hint = f"; {mapped}" if targets is None and isinstance(inputs, Mapping) else ""
         raise SkipwayError(
-            f"loss(output, targets) raises {type(error).__name__}: {error}; the rule is a function of the output, here "
-            f"a {type(output).__name__}, and the targets, a {type(targets).__name__}, that returns one number"
+            f"loss(output, targets) raises {type(error).__name__}: {error}; the rule is a function of the output, "
+            f"{given}, that returns one number{hint}"
         ) from error
 
 
@@ -135,7 +144,7 @@ def own_loss(output: Any) -> Objective | None:
     """The loss that a model puts out itself."""
     entries = named_parts(output)
     if isinstance(output, Tensor):
-        return Objective(partial(sum_parts, [""]), "the model's own") if is_loss(output) else None
+        return Objective(partial(sum_parts, [""]), "the model's own", own=True) if is_loss(output) else None
     given = entries.get("loss")
     if isinstance(given, Tensor) and given.requires_grad:
         if given.numel() != 1:
@@ -143,16 +152,30 @@ def own_loss(output: Any) -> Objective | None:
                 f"the model's own loss has shape {tuple(given.shape)}; the rule is one number: average over the "
                 f"samples, or {GIVE}"
             )
-        return Objective(partial(sum_parts, ["loss"]), "the model's own")
+        return Objective(partial(sum_parts, ["loss"]), "the model's own", own=True)
     losses = [name for name, value in entries.items() if is_loss(value)]
     if len(losses) == 1:
-        return Objective(partial(sum_parts, losses), f"the model's own (output {losses[0]})")
+        return Objective(partial(sum_parts, losses), f"the model's own (output {losses[0]})", own=True)
     if not losses:
         return None
     if isinstance(output, Mapping) and all("loss" in name for name in losses):
         total = f"the sum of the model's own: {', '.join(losses)}"
-        return Objective(partial(sum_parts, losses), total)
+        return Objective(partial(sum_parts, losses), total, own=True)
     raise SkipwayError(f"the model puts out {len(losses)} numbers ({', '.join(losses)}); say which is the loss: {GIVE}")
+
+
+def can_compare(heads: Mapping[str, Tensor], targets: Any, inputs: Example | None) -> bool:
+    """Whether targets fit the heads and were not given to the model, whose own loss cannot know them then."""
+    given = [each for each in tensors_in(inputs) if not each.is_meta]
+    compared = [each for each in tensors_in(targets) if not each.is_meta]
+    known = any(each.shape == one.shape and torch.equal(each, one) for each in compared for one in given)
+    if known or not compared:
+        return False
+    try:
+        supervised({name: head for name, head in heads.items() if head.ndim}, targets, inputs, "")
+    except SkipwayError:
+        return False
+    return True
 
 
 def is_apart(loss: Tensor, heads: Mapping[str, Tensor]) -> bool:
@@ -216,7 +239,12 @@ def output_heads(output: Any) -> tuple[dict[str, Tensor], int]:
     if any("logits" in name for name in parts):
         parts = {name: part for name, part in parts.items() if "logits" in name}
     if not parts:
-        raise SkipwayError(f"the model's output, a {type(output).__name__}, holds no tensor of real numbers; {GIVE}")
+        kinds = sorted({str(each.dtype).removeprefix("torch.") for each in tensors_in(output)})
+        held = f", but {' and '.join(kinds)}" if kinds else ""
+        raise SkipwayError(
+            f"the model's output, a {type(output).__name__}, holds no tensor of real numbers{held}; the rule is an "
+            "output of real numbers: return torch.view_as_real(output) of complex ones"
+        )
     return parts, len(everything) - len(parts)
 
 
@@ -334,8 +362,15 @@ def compare(loss: Callable[[Tensor, Tensor], Tensor], head: Tensor, targets: Ten
 
 
 def cross_entropy(head: Tensor, targets: Tensor, *, axis: int) -> Tensor:
-    """Cross-entropy over one axis, averaged over the labels that are not ignored."""
-    return F.cross_entropy(head.movedim(axis, 1).float(), without_unit_axes(targets, head).long(), ignore_index=IGNORED)
+    """Cross-entropy over one axis, averaged over the labels that are not ignored.
+
+    Raises:
+        SkipwayError: a label is no class, as may happen in a later batch than the first.
+    """
+    labels, classes = without_unit_axes(targets, head), head.shape[axis]
+    if not labels_fit(labels, classes):
+        raise beyond_classes(*label_range(labels), classes, axis)
+    return F.cross_entropy(head.movedim(axis, 1).float(), labels.long(), ignore_index=IGNORED)
 
 
 def squeezed(tensor: Tensor) -> tuple[int, ...]:
@@ -390,11 +425,16 @@ def check_labels(head: Tensor, targets: Tensor, fitting: Mapping[str, Match]) ->
             f"targets: every label is 0, and the output has one class on axis {axes[-1]}; the rule is at least two "
             f"classes, or both 0 and 1 among the labels; {GIVE}"
         )
+    raise beyond_classes(low, high, classes, axes[-1])
+
+
+def beyond_classes(low: int, high: int, classes: int, axis: int) -> SkipwayError:
+    """Name labels beyond the classes of an output."""
     what = f"the largest label is {high}" if high >= classes else f"the smallest label is {low}"
     rule = "0 <= label < classes" if low < 0 else "label < classes"
-    raise SkipwayError(
-        f"targets: {what}, and the output has {classes} classes on axis {axes[-1]}; the rule is {rule}: build the "
-        "model with more classes, or give a loss"
+    return SkipwayError(
+        f"targets: {what}, and the output has {classes} classes on axis {axis}; the rule is {rule}: build the model "
+        "with more classes, or give a loss"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.nn import StreamEntry
 from skipway.probes.mixing_matrix import SHOWN, as_input, differentiable
 from skipway.probes.observer import Observer
@@ -74,7 +74,8 @@ class StreamHealth:
 
     def __str__(self) -> str:
         width = max(24, *map(len, self.names))
-        head = f"{len(self.names)} connections over {self.mixing.shape[-1]} streams, products of the mixing so far"
+        connections = counted(len(self.names), "connection")
+        head = f"{connections} over {self.mixing.shape[-1]} streams, products of the mixing so far"
         titles = ("forward", "backward", "|λ₂|", "cosine", "response")
         lines = [
             head,

@@ -132,6 +132,11 @@ class Figure:
         return list(dict.fromkeys(series.name for series in self.series if series.style != "faint"))
 
     @property
+    def subtitle(self) -> str:
+        """What the vertical axis shows, where the title does not say it."""
+        return "" if self.y_label.lower() in self.title.lower() else self.y_label
+
+    @property
     def drawn(self) -> bool:
         """Whether there is a finite value to draw."""
         return any(math.isfinite(point.y) for series in self.series for point in series.points)
@@ -190,7 +195,7 @@ class Bars:
     categories: tuple[str, ...]
     series: tuple[tuple[str, tuple[float, ...]], ...]
     name: str = ""
-    y_label: str = ""
+    subtitle: str = ""
     note: str = ""
 
     @property
@@ -211,7 +216,7 @@ class Scatter:
     title: str
     groups: tuple[tuple[str, tuple[tuple[float, float, str], ...]], ...]
     name: str = ""
-    y_label: str = ""
+    subtitle: str = ""
     note: str = ""
 
     @property
@@ -258,7 +263,7 @@ class Heatmap:
     column_title: str
     cells: tuple[tuple[HeatCell, ...], ...]
     name: str = ""
-    y_label: str = ""
+    subtitle: str = ""
     note: str = ""
 
 

@@ -9,10 +9,10 @@ from markupsafe import Markup
 
 from skipway.diagnosis import Diagnosis, Finding, Treatment
 from skipway.diagnosis.diagnosis import summary_of
-from skipway.diagnosis.findings import Verdict, format_number
+from skipway.diagnosis.findings import Verdict, format_number, format_share
 from skipway.diagnosis.rows import SignalRow
 from skipway.diagnosis.subject import Subject
-from skipway.diagnosis.table import SENTENCES, SYMBOLS, compact, marks_text
+from skipway.diagnosis.table import SYMBOLS, compact, marks_text, offer_text, verdict_sentence
 from skipway.errors import SkipwayError, counted
 from skipway.nn import StreamEntry
 from skipway.probes.stream_health import stream_health
@@ -21,15 +21,10 @@ from skipway.report.mixing_matrix import measured_mixing
 from skipway.report.page import PageTable, TableCell, number_cell, render, text_cell
 from skipway.tracing.residual_adds import REASONS
 
-__all__ = ["bands_of", "diagnosis_figures", "diagnosis_page"]
+__all__ = ["bands_of", "diagnosis_figures", "diagnosis_page", "trial_figures"]
 
 MOST_OWNERS = 8
-COLORS: dict[Verdict, str] = {"trains": "good", "trains if": "fair", "will not train": "bad"}
-MEANINGS: dict[Verdict, str] = {
-    "trains": "No measurement indicates otherwise.",
-    "trains if": "",
-    "will not train": "The network cannot learn from its initial state; see the findings.",
-}
+COLORS: dict[Verdict, str] = {"trains": "good", "undecided": "fair", "will not train": "bad"}
 
 
 def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = "") -> str:
@@ -38,7 +33,7 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
     Args:
         shown: result of `skipway.diagnose` or of `Diagnosis.fix`.
         command: command line that produced it, shown in the footer.
-        name: of the network, shown in the title before its class.
+        name: of what was asked about, for the title; empty for the network's class.
     """
     treatment = shown if isinstance(shown, Treatment) else None
     diagnosis = treatment.after if treatment else shown
@@ -47,7 +42,8 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
     figures_before = diagnosis_figures(treatment.before) if treatment else []
     subject = diagnosis.subject
     mixing, no_mixing = measured_mixing(subject.model, len(subject.chain), *subject.probed_part, loss=subject.loss)
-    kind = type((treatment.before if treatment else diagnosis).subject.model).__name__
+    before = treatment.before if treatment else diagnosis
+    kind = type(before.subject.model).__name__
     ahead = diagnosis.measurement.ahead
     numbers = [*diagnosis.key_numbers]
     if ahead is not None:
@@ -55,14 +51,17 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
         numbers.append((f"loss after {steps} of {diagnosis.settings.optimizer}", ahead.losses[-1]))
     return render(
         "diagnosis.html.j2",
-        title=f"{name} ({kind})" if name else kind,
+        title=name or kind,
+        heading=before.heading if name else before.heading[1:],
         command=command,
         diagnosis=diagnosis,
         treatment=treatment,
         comparison=comparison_table(treatment) if treatment else None,
         color="fair" if treatment and treatment.before.verdict != diagnosis.verdict else COLORS[diagnosis.verdict],
-        sentence=treatment_sentence(treatment) if treatment else SENTENCES[diagnosis.verdict],
-        meaning="" if treatment else MEANINGS[diagnosis.verdict],
+        sentence=treatment_sentence(treatment) if treatment else verdict_sentence(diagnosis.verdict, diagnosis.grounds),
+        meaning=meaning_of(diagnosis),
+        offers=[] if treatment else [offer_text(offer, diagnosis.odds) for offer in diagnosis.offers],
+        trial=trial_figures(diagnosis, treatment.before if treatment else None),
         key_numbers=[(name, format_number(value)) for name, value in numbers],
         symbols=SYMBOLS,
         evidence=evidence_of,
@@ -77,6 +76,44 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
         rows=row_table(diagnosis) if diagnosis.rows else None,
         refused=list(refusals(diagnosis)),
     )
+
+
+def meaning_of(diagnosis: Diagnosis) -> str:
+    """Say what the odds are the odds of."""
+    share = format_share(diagnosis.odds).replace("below", "fewer than").replace("above", "more than")
+    learns = "at least half-way from the loss of the best constant answer to what a good recipe reaches"
+    return f"Of trainings that begin like this one, {share} are expected to learn: to come {learns}."
+
+
+def trial_figures(diagnosis: Diagnosis, before: Diagnosis | None = None) -> list[Figure]:
+    """Return the losses of the trial steps beside that of the best constant answer; of a treatment both looks."""
+    looks = {"as planned" if before is None else "with the remedies": diagnosis.measurement.ahead}
+    if before is not None:
+        looks = {"as it was": before.measurement.ahead, **looks}
+    known = {name: ahead for name, ahead in looks.items() if ahead is not None and len(ahead.losses) > 1}
+    if not known:
+        return []
+    end = max(len(ahead.losses) for ahead in known.values())
+    series = [Series.of(name, enumerate(ahead.losses, 1)) for name, ahead in known.items()]
+    constant = next((ahead.constant for ahead in reversed(known.values()) if ahead.constant is not None), None)
+    if constant is not None:
+        series.append(Series.of("best constant answer", [(1, constant), (end, constant)], "theory"))
+    fresh = all(ahead.fresh for ahead in known.values())
+    batches = "Every step took a fresh batch." if fresh else "The steps took turns on the parts of one batch."
+    return [
+        Figure(
+            name="trial",
+            title="Loss of each trial step",
+            x_label="step of the planned training",
+            y_label="loss",
+            series=tuple(series),
+            span=(1, max(end, 2)),
+            log_y=None,
+            note=f"{batches} A network that learns falls below the best constant answer, which ignores the input."
+            if constant is not None
+            else batches,
+        )
+    ]
 
 
 def streams_text(subject: Subject) -> str:
@@ -96,13 +133,13 @@ def treatment_sentence(treatment: Treatment) -> str:
     still = "still " if before == after else ""
     first: dict[Verdict, str] = {
         "trains": "trains",
-        "trains if": "trains only under conditions",
         "will not train": "will not train",
+        "undecided": "may or may not train",
     }
     last: dict[Verdict, str] = {
         "trains": f"{still}trains.",
-        "trains if": f"{still}trains only if:",
         "will not train": f"{still}will not train.",
+        "undecided": f"{still}may or may not train.",
     }
     return f"As it is, the network {first[before]}. With the remedies below it {last[after]}"
 
@@ -195,14 +232,14 @@ def bands_of(diagnosis: Diagnosis) -> list[Band]:
 def row_table(diagnosis: Diagnosis) -> PageTable:
     """Build the table of all connections, or of all layers if there are none."""
     connected = bool(diagnosis.measurement.connections)
-    columns = ["#", "name", *(["branch", "norm", "|F|/|x|", "|F|"] if connected else [])]
+    columns = ["name", "#", *(["branch", "norm", "|F|/|x|", "|F|"] if connected else [])]
     columns += ["|y|" if connected else "std", "|∂loss/∂y|", *(["through branch"] if connected else [])]
     rows = []
     for count, row in enumerate(diagnosis.rows, 1):
         sizes = [row.ratio, row.branch] if connected else []
         sizes += [row.forward, row.backward, *([row.through] if connected else []), row.distinct]
-        names = [row.name or "the model", *([row.form, row.norms] if connected else [])]
-        cells = [number_cell(count, str(count)), *map(text_cell, names)]
+        cells = [text_cell(row.name or "the model"), number_cell(count, str(count))]
+        cells += map(text_cell, [row.form, row.norms] if connected else [])
         cells += [number_cell(size, compact(size)) for size in sizes]
         rows.append([*cells, mark_cell(row, diagnosis.findings)])
     return PageTable([*columns, "distinct", "findings"], rows)

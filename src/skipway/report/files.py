@@ -9,19 +9,31 @@ from skipway.checkpoint.files import file_aside
 from skipway.errors import SkipwayError
 
 if TYPE_CHECKING:
-    from skipway.diagnosis import Diagnosis, Treatment
+    from skipway.depth_transfer import DepthTransfer
+    from skipway.diagnosis import Comparison, Diagnosis, Treatment
+    from skipway.monitoring import Watch, WatchHistory
+    from skipway.report.chart import Figure
 
 __all__ = ["ENDINGS", "save"]
 
 ENDINGS = (".json", ".html", ".htm", ".png", ".svg", ".pdf")
+OF_TRANSFERS = (".json", ".html", ".htm", ".svg")
 
 
-def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "", name: str = "") -> Path:
-    """Write a diagnosis to a file: .json, .html (a self-contained page), or a picture (.png, .svg, .pdf).
+def save(
+    result: Diagnosis | Treatment | Comparison | DepthTransfer | Watch | WatchHistory,
+    path: str | Path,
+    *,
+    command: str = "",
+    name: str = "",
+) -> Path:
+    """Write a result to a file: .json, .html (a self-contained page), or a picture (.svg, of a diagnosis or comparison
+    .png and .pdf, too); of a monitor the page.
 
     Args:
-        result: of `skipway.diagnose`, or of `Diagnosis.fix`: the page then shows before and after, the other formats
-            the diagnosis after.
+        result: of `skipway.diagnose`, of one model or several, or of `Diagnosis.fix`: the page then shows before and
+            after, the other formats the diagnosis after; or of `skipway.transfer`; or what `skipway.monitor` has seen,
+            also while it runs.
         path: of the file; missing folders are created.
         command: command line that produced it, for the page.
         name: of the network, such as the argument of the command line, for the title of the page.
@@ -33,26 +45,30 @@ def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "", 
         SkipwayError: the ending is not one of these, or the file cannot be written; one that was there before stays.
         MissingExtraError: a .png or .pdf is asked for, and matplotlib is not installed (`pip install 'skipway[plot]'`).
     """
+    from skipway.depth_transfer import DepthTransfer
     from skipway.diagnosis import Treatment
+    from skipway.monitoring import Watch, WatchHistory
 
     path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise SkipwayError(f"path={path}: the rule is one of the endings {' '.join(ENDINGS)}")
+    if isinstance(result, Watch | WatchHistory):
+        return save_watch(result.history if isinstance(result, Watch) else result, path, command, name)
+    endings = OF_TRANSFERS if isinstance(result, DepthTransfer) else ENDINGS
+    if path.suffix not in endings:
+        raise SkipwayError(f"path={path}: the rule is one of the endings {' '.join(endings)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    diagnosis = result.after if isinstance(result, Treatment) else result
     with file_aside(path) as file:
         if path.suffix == ".json":
-            file.write_text(diagnosis.to_json() + "\n", encoding="utf-8")
+            last = result.after if isinstance(result, Treatment) else result
+            file.write_text(last.to_json() + "\n", encoding="utf-8")
         elif path.suffix in (".html", ".htm"):
-            from skipway.report.diagnosis import diagnosis_page
-
-            file.write_text(diagnosis_page(result, command, name), encoding="utf-8")
+            file.write_text(page_of(result, command, name), encoding="utf-8")
         else:
-            from skipway.report.diagnosis import diagnosis_figures
+            from skipway.argument_names import spelled
             from skipway.report.pyplot import save_picture
             from skipway.report.svg import svg_file
 
-            figures, title, note = diagnosis_figures(diagnosis), picture_title(diagnosis), picture_note(diagnosis)
+            figures, *words = picture_of(result)
+            title, note = (spelled(each, command) for each in words)
             if path.suffix == ".svg":
                 file.write_text(svg_file(*figures, title=title, note=note), encoding="utf-8")
             else:
@@ -60,9 +76,52 @@ def save(result: Diagnosis | Treatment, path: str | Path, *, command: str = "", 
     return path
 
 
+def page_of(result: Diagnosis | Treatment | Comparison | DepthTransfer, command: str, name: str) -> str:
+    """The page of a result."""
+    from skipway.depth_transfer import DepthTransfer
+    from skipway.diagnosis import Comparison
+    from skipway.report.comparison import comparison_page
+    from skipway.report.diagnosis import diagnosis_page
+    from skipway.report.transfer import transfer_page
+
+    if isinstance(result, DepthTransfer):
+        return transfer_page(result, command, name)
+    if isinstance(result, Comparison):
+        return comparison_page(result, command, name)
+    return diagnosis_page(result, command, name)
+
+
+def picture_of(result: Diagnosis | Treatment | Comparison | DepthTransfer) -> tuple[list[Figure], str, str]:
+    """Figures, title and note of the picture of a result."""
+    from skipway.depth_transfer import DepthTransfer
+    from skipway.diagnosis import Comparison, Treatment
+    from skipway.report.comparison import comparison_figures
+    from skipway.report.diagnosis import diagnosis_figures
+    from skipway.report.transfer import transfer_figures
+
+    if isinstance(result, DepthTransfer):
+        return transfer_figures(result), result.sentence, "\n".join(result.remarks)
+    if isinstance(result, Comparison):
+        return comparison_figures(result), result.answer, "\n".join(result.remarks)
+    diagnosis = result.after if isinstance(result, Treatment) else result
+    return diagnosis_figures(diagnosis), picture_title(diagnosis), picture_note(diagnosis)
+
+
+def save_watch(history: WatchHistory, path: Path, command: str, name: str) -> Path:
+    """Write the page of a monitor."""
+    from skipway.report.watch_page import watch_page
+
+    if path.suffix not in (".html", ".htm"):
+        raise SkipwayError(f"path={path}: of a monitor the rule is a page, with the ending .html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_aside(path) as file:
+        file.write_text(watch_page(history, command, name), encoding="utf-8")
+    return path
+
+
 def picture_title(diagnosis: Diagnosis) -> str:
-    """Return the verdict with its conditions."""
-    text = ": ".join(filter(None, [diagnosis.verdict, "; ".join(diagnosis.conditions)]))
+    """Return the verdict with its grounds."""
+    text = ": ".join(filter(None, [diagnosis.verdict, "; ".join(diagnosis.grounds)]))
     return text[0].upper() + text[1:]
 
 

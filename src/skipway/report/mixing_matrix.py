@@ -13,7 +13,7 @@ from skipway.probes.objective import Loss
 from skipway.report.chart import HeatCell, Heatmap
 from skipway.tracing import Example
 
-__all__ = ["depth_mixing_figures", "measured_mixing"]
+__all__ = ["depth_mixing_figures", "measured_mixing", "without_common_part"]
 
 MOST_MIXED = 64
 """Connections up to which a page shows the depth mixing matrix, whose time grows with their square."""
@@ -93,7 +93,7 @@ def heatmap(
                 HeatCell(
                     min(1.0, abs(share)) if math.isfinite(share) else 0.0,
                     words(row, column),
-                    "hit" if share >= 0 else "miss",
+                    "miss" if share < 0 else "hit",
                 )
                 for column in chosen
                 if column <= row

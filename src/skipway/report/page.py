@@ -1,4 +1,4 @@
-"""Layout of all pages: Jinja2 templates with one style sheet and script, sortable tables, linked sources.
+"""Layout of all pages: Jinja2 templates with one style sheet and script, sortable tables, prose.
 
 A page is a single file. Its content security policy permits only the embedded style sheet, script and images, so that a
 browser loads nothing else.
@@ -22,11 +22,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from skipway._version import __version__
+from skipway.argument_names import spelled
 from skipway.checkpoint.files import write_atomically
 from skipway.report.chart import Bars, Heatmap, Scatter
-from skipway.report.svg import Chart, chart_css, draw, marker, series_class
+from skipway.report.svg import Chart, chart_css, draw, draw_each, is_labelled, marker
+from skipway.report.svg_style import series_class
+from skipway.schemes.cards import raised
 
-__all__ = ["PageTable", "TableCell", "linked", "number_cell", "render", "text_cell", "write_page"]
+__all__ = ["PageTable", "TableCell", "number_cell", "prose", "render", "sentence", "text_cell", "write_page"]
 
 LINK = re.compile(r"https?://[^\s<>\"'()]+[^\s<>\"'().,;:]")
 
@@ -56,7 +59,9 @@ def environment() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    jinja.filters.update(draw=draw, legend=legend, linked=linked)
+    jinja.filters.update(
+        draw=draw, draw_each=draw_each, legend=legend, options=options, prose=prose, sentence=sentence, spelled=spelled
+    )
     return jinja
 
 
@@ -81,7 +86,7 @@ class Key(NamedTuple):
 
 
 def legend(chart: Chart) -> list[Key]:
-    """Return the legend of a chart; empty for a single series and for a heat map."""
+    """Return the legend of a chart; without series that are labelled at their ends, and empty for a single series."""
     if isinstance(chart, Heatmap):
         return []
     if isinstance(chart, Scatter):
@@ -92,6 +97,8 @@ def legend(chart: Chart) -> list[Key]:
         faint = dict.fromkeys(series.name for series in chart.series if series.style == "faint")
         measured = {series.name for series in chart.series if series.style == "measured"}
         keys = [Key(name, "faint", line_sample("line faint")) for name in faint]
+        if is_labelled(chart):
+            return keys
         for index, name in enumerate(chart.names):
             own = name in measured
             sample = line_sample("line", marker(index, 11, 5)) if own else line_sample("line theory")
@@ -101,13 +108,18 @@ def legend(chart: Chart) -> list[Key]:
 
 def line_sample(kind: str, mark: str = "") -> Markup:
     """Draw a short sample of a line with its marker, or of a bar."""
-    return Markup(f'<svg class="sample" viewBox="0 0 22 10"><path class="{kind}" d="M1 5h20"/>{mark}</svg>')
+    return sample(f'<path class="{kind}" d="M1 5h20"/>{mark}')
 
 
 def spot_sample(index: int) -> Markup:
     """Draw a point of a group."""
     spot = f'<circle class="{series_class(index)} spot" cx="11" cy="5" r="4"/>'
-    return Markup(f'<svg class="sample" viewBox="0 0 22 10">{spot}</svg>')
+    return sample(spot)
+
+
+def sample(parts: str) -> Markup:
+    """A small drawing beside a name, which says nothing more than the name."""
+    return Markup(f'<svg class="sample" aria-hidden="true" viewBox="0 0 22 10">{parts}</svg>')
 
 
 class TableCell(NamedTuple):
@@ -146,15 +158,38 @@ def text_cell(text: str, key: str = "") -> TableCell:
     return TableCell(text, key or text)
 
 
-def linked(text: str) -> Markup:
-    """Escape text and turn web addresses into links.
+def prose(text: str) -> Markup:
+    """Escape text and write its web addresses as links, code in backticks as code, and powers as powers.
 
-    >>> linked("a & b, https://arxiv.org/abs/1502.01852.")
-    Markup('a &amp; b, <a href="https://arxiv.org/abs/1502.01852" rel="noreferrer">https://arxiv.org/abs/1502.01852</a>.')
+    >>> prose("a & b: L^-p, https://arxiv.org/abs/1502.01852.")
+    Markup('a &amp; b: L<sup>-p</sup>, <a href="https://arxiv.org/abs/1502.01852" rel="noreferrer">https://arxiv.org/abs/1502.01852</a>.')
     """
-    done, parts = 0, []
+    parts, done = [], 0
     for match in LINK.finditer(text):
         address = escape(match.group())
-        parts += [escape(text[done : match.start()]), f'<a href="{address}" rel="noreferrer">{address}</a>']
+        parts += [marked_up(text[done : match.start()]), f'<a href="{address}" rel="noreferrer">{address}</a>']
         done = match.end()
-    return Markup("".join([*parts, escape(text[done:])]))
+    return Markup("".join([*parts, marked_up(text[done:])]))
+
+
+def sentence(text: str) -> str:
+    """Text as a sentence: with a capital, and a full stop where it has no other end.
+
+    >>> sentence("loss: cross-entropy"), sentence("Does it train?")
+    ('Loss: cross-entropy.', 'Does it train?')
+    """
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?', ':')) else '.'}"
+
+
+def options(command: str) -> Markup:
+    """A command line that breaks between its options, each with its value.
+
+    >>> options("skipway train photos --size 8")
+    Markup('<span>skipway train photos</span> <span>--size 8</span>')
+    """
+    return Markup(" ").join(Markup("<span>{}</span>").format(part) for part in re.split(r" (?=--)", command))
+
+
+def marked_up(text: str) -> str:
+    """Escape text and write its code and powers."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", raised(escape(text)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipway.errors import MissingExtraError
 from skipway.report.chart import Band, Figure, Series
-from skipway.report.svg import COLORS, clipped
+from skipway.report.svg_style import COLORS, clipped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

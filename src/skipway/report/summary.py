@@ -15,6 +15,7 @@ from skipway.inference.evaluation import Evaluation, wilson_interval
 from skipway.inference.metrics import percent
 from skipway.probes.signal_check import StageSignal
 from skipway.recipe import ResolvedRecipe
+from skipway.schemes.scheme import Scheme, short_spec
 
 __all__ = [
     "CHANCE",
@@ -88,12 +89,13 @@ def model_lines(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = getattr(model, "config", None)
     scheme = getattr(config, "scheme", None)
+    named = short_spec(scheme) if isinstance(scheme, Scheme) else recipe.scheme
     depth = f", depth {recipe.depth}" if recipe.depth else ""
     work = f"{count_text(flops)}FLOP per {item}, " if flops else ""
     yield (
         "model",
-        f"{recipe.model}{depth}: {parameters:,} parameters, {work}{counted(connections, 'residual connection')}, "
-        f"scheme {scheme if scheme is not None else recipe.scheme}",
+        f"{recipe.model}{depth}: {counted(parameters, 'parameter')}, {work}"
+        f"{counted(connections, 'residual connection')}, scheme {named}",
     )
     if not recipe.freeze_plan.takes_steps:
         smooth = f", label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
@@ -178,9 +180,9 @@ def chance_remark(recipe: ResolvedRecipe, data: Data, row: Mapping[str, Any]) ->
     if row["step"] < CHANCE_STEPS or not row["train_loss"] >= CHANCE * chance:
         return None
     return (
-        f"after {row['step']:,} steps the training loss is {row['train_loss']:.4g}, and {chance:.4g} is that of an "
-        f"output that is the same for all images: nothing is learned; {spell('lr', recipe.peak_lr)} may be far off, or "
-        "the labels are those of other images"
+        f"after {counted(row['step'], 'step')} the training loss is {row['train_loss']:.4g}, and {chance:.4g} is "
+        "that of an output that is the same for all images: nothing is learned; "
+        f"{spell('lr', recipe.peak_lr)} may be far off, or the labels are those of other images"
     )
 
 
@@ -188,7 +190,7 @@ def accuracy_text(evaluation: Evaluation) -> str:
     """Format the test accuracy with its 95 % interval."""
     low, high = wilson_interval(evaluation.correct, evaluation.total)
     return (
-        f"{percent(evaluation.accuracy)} of {evaluation.total:,} test images "
+        f"{percent(evaluation.accuracy)} of {counted(evaluation.total, 'test image')} "
         f"(95 % interval {100 * low:.1f} to {percent(high)})"
     )
 

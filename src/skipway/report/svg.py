@@ -9,47 +9,32 @@ from importlib.resources import files
 
 from markupsafe import Markup
 
-from skipway.report.chart import (
-    Axis,
-    Bars,
-    Figure,
-    HeatCell,
-    Heatmap,
-    Point,
-    Scatter,
-    Series,
-    format_tick,
-    format_value,
-    thinned,
+from skipway.report.chart import Axis, Bars, Figure, Heatmap, Point, Scatter, Series, format_tick, format_value, thinned
+from skipway.report.svg_areas import bar_parts, matrix_parts, scatter_parts
+from skipway.report.svg_style import (
+    BOLD_LETTER,
+    COLORS,
+    DASHES,
+    HEIGHT,
+    LETTER,
+    WIDTH,
+    clipped,
+    name_text,
+    series_class,
+    wrapped_text,
 )
 
-__all__ = ["COLORS", "Chart", "chart_css", "clipped", "draw", "svg_file"]
+__all__ = ["Chart", "chart_css", "draw", "draw_each", "is_labelled", "marker", "svg_file"]
 
-WIDTH, HEIGHT = 420, 262
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 16, 38
-LETTER = 6.6
-"""Width of a character."""
 MOST_MARKERS, MOST_TOOLTIPS = 60, 250
 """Points up to which a series shows a marker for each, and up to which each has a tooltip."""
 MOST_TICKS, TICK_ROOM = 12, 30.0
-FEW_SERIES, LABEL_LETTERS, LABEL_GAP = 4, 15, 12.0
-"""Series beyond which each is labelled at its end as well, letters of such a label, and the distance of two."""
-COLORS = (
-    ("#0072b2", "#56b4e9"),
-    ("#c65300", "#f0975a"),
-    ("#00805f", "#3cc79c"),
-    ("#a8528a", "#e39cc9"),
-    ("#8a6d00", "#e6c14e"),
-    ("#b2182b", "#ff8b94"),
-    ("#5048b8", "#a9a4f5"),
-    ("#5a7d00", "#b5d35a"),
-)
-"""Of the series, on light and on dark paper; dashes and markers tell apart those that share a colour."""
-DASHES = ("none", "7 3", "2 2.5", "9 3 2 3")
-NAME_LETTERS = 14
+FEW_SERIES, LABEL_LETTERS, LABEL_GAP = 4, 20, 12.0
+"""Series beyond which each is labelled at its end, letters of such a label, and the distance of two."""
+MOST_TOGETHER, PANEL_COLUMNS, PANEL_HEIGHT, PANEL_POINTS = 8, 4, 84, 40
+"""Series beyond which each is drawn alone, too, and of these pictures the columns, the height and the points."""
 Chart = Figure | Bars | Heatmap | Scatter
-MATRIX_SIDE, LEAST_CELL, COUNT_CELL, PERCENT_CELL = 440, 15, 24, 40
-"""Side of a matrix and of its smallest cell, and cells that have room for a count and for a percentage as well."""
 
 
 def draw(chart: Chart) -> Markup:
@@ -61,23 +46,28 @@ def draw(chart: Chart) -> Markup:
     if isinstance(chart, Scatter):
         return element(chart.title, WIDTH, HEIGHT, scatter_parts(chart))
     label = f"{chart.title}: {chart.y_label} over {chart.x_label}" if chart.y_label else chart.title
-    return element(label, WIDTH, HEIGHT, figure_parts(chart))
+    # names that can be pressed are no part of one picture
+    return element(label, WIDTH, HEIGHT, figure_parts(chart), "group" if is_labelled(chart) else "img")
 
 
-def element(label: str, width: float, height: float, parts: Iterable[str]) -> Markup:
+def draw_each(chart: Chart) -> Markup:
+    """Small pictures of a figure, in each of them one series in front of all others; empty for up to 8 series."""
+    if not isinstance(chart, Figure) or len(chart.names) <= MOST_TOGETHER:
+        return Markup()
+    rows = math.ceil(len(chart.names) / PANEL_COLUMNS)
+    return element(f"{chart.title}: each series alone", WIDTH, rows * PANEL_HEIGHT + 18, panel_parts(chart))
+
+
+def is_labelled(figure: Figure) -> bool:
+    """Whether each series is labelled at its end, and needs no legend."""
+    return len(figure.names) > FEW_SERIES
+
+
+def element(label: str, width: float, height: float, parts: Iterable[str], role: str = "img") -> Markup:
     """An SVG element of a size."""
     text = escape(label)
     inside = "".join(parts)
-    return Markup(f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{text}">{inside}</svg>')
-
-
-def series_class(index: int) -> str:
-    """The style classes of the series at an index among the names.
-
-    >>> series_class(1), series_class(9)
-    ('c1 d0', 'c1 d1')
-    """
-    return f"c{index % len(COLORS)} d{index // len(COLORS) % len(DASHES)}"
+    return Markup(f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="{role}" aria-label="{text}">{inside}</svg>')
 
 
 def chart_css() -> str:
@@ -97,42 +87,41 @@ def svg_file(*figures: Figure, title: str = "", note: str = "") -> str:
         title, note: above and below all of them.
     """
     parts, y = [], 8.0
-    for line in wrapped_text(title):
-        parts.append(f'<text class="title" x="12" y="{y + 14:.0f}">{escape(line)}</text>')
-        y += 18
+
+    def write(text: str, kind: str, height: float) -> None:
+        nonlocal y
+        for line in wrapped_text(text, BOLD_LETTER if kind == "title" else LETTER):
+            parts.append(f'<text class="{kind}" x="12" y="{y + height - 4:.0f}">{escape(line)}</text>')
+            y += height
+
+    write(title, "title", 18)
     for figure in figures:
-        parts.append(f'<text class="title" x="12" y="{y + 14:.0f}">{escape(figure.title)}</text>')
-        parts.append(f'<g transform="translate(0 {y + 20:.0f})">{"".join(figure_parts(figure))}</g>')
-        y += 20 + HEIGHT
+        write(figure.title, "title", 18)
+        write(figure.subtitle, "soft", 16)
+        parts.append(f'<g transform="translate(0 {y:.0f})">{"".join(figure_parts(figure))}</g>')
+        y += HEIGHT
         x = 12.0
-        for index, name in enumerate(figure.names):
-            width = 34 + LETTER * len(name)
+        names = [] if is_labelled(figure) else figure.names
+        for index, name in enumerate(names):
+            shown = clipped(name, int((WIDTH - 46) / LETTER))
+            width = 34 + LETTER * len(shown)
             if x + width > WIDTH and x > 12:
                 x, y = 12.0, y + 18
             sample = f'<path class="line" d="M{x:.0f} {y + 9:.0f}h20"/>{marker(index, x + 10, y + 9)}'
             parts.append(f'<g class="{series_class(index)}">{sample}</g>')
-            parts.append(f'<text x="{x + 26:.0f}" y="{y + 13:.0f}">{escape(name)}</text>')
+            parts.append(f'<text x="{x + 26:.0f}" y="{y + 13:.0f}">{name_text(shown)}</text>')
             x += width + 8
-        y += 26 if figure.names else 0
-    for line in wrapped_text(note):
-        parts.append(f'<text x="12" y="{y + 12:.0f}">{escape(line)}</text>')
-        y += 16
+        y += 26 if names else 0
+    write(note, "soft", 16)
     size = f'viewBox="0 0 {WIDTH} {y + 8:.0f}" width="{2 * WIDTH}" height="{2 * y + 16:.0f}"'
     paper = f'<rect class="paper" width="{WIDTH}" height="{y + 8:.0f}"/>'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{chart_css()}</style>{paper}{"".join(parts)}</svg>\n'
 
 
-def wrapped_text(text: str) -> list[str]:
-    """Wrap text to the width of a figure."""
-    import textwrap
-
-    return textwrap.wrap(text, int((WIDTH - 24) / LETTER))
-
-
 def figure_parts(figure: Figure) -> Iterator[str]:
     """Bands, axes, lines and markers of a figure."""
     names = figure.names
-    labelled = len(names) > FEW_SERIES
+    labelled = is_labelled(figure)
     letters = min(LABEL_LETTERS, max(map(len, names), default=0))
     right = WIDTH - RIGHT - (labelled * (letters * LETTER * 0.85 + 12))
     x_axis, y_axis = figure.x_axis(LEFT, right), figure.y_axis(HEIGHT - BOTTOM, TOP)
@@ -184,11 +173,13 @@ def x_ticks(figure: Figure, axis: Axis) -> Iterator[tuple[float, str, str]]:
     measured = sorted({point.x for each in figure.series if each.style != "faint" for point in each.points})
     taken: list[float] = []
     # the largest first, as it is what a study of depth is about
-    for value in reversed(axis.ticks if figure.percent_x or len(measured) > MOST_TICKS else measured):
+    rounded = len(measured) > MOST_TICKS or any(value != float(f"{value:.2g}") for value in measured if value % 1)
+    for value in reversed(axis.ticks if figure.percent_x or rounded else measured):
         x = axis.at(value)
         if all(abs(x - other) >= TICK_ROOM for other in taken):
             taken.append(x)
-            yield x, format_tick(value, figure.percent_x), "middle"
+            text = format_tick(value, figure.percent_x)
+            yield x, text, "end" if x + LETTER * len(text) / 2 > WIDTH else "middle"
 
 
 def band_parts(figure: Figure, axis: Axis) -> Iterator[str]:
@@ -266,7 +257,7 @@ def label_parts(figure: Figure, x_axis: Axis, y_axis: Axis, left: float, letters
     ends: dict[str, tuple[float, float]] = {}
     for each in figure.series:
         finite = [point for point in each.points if math.isfinite(point.y) and not (y_axis.log and point.y <= 0)]
-        if finite and each.style == "measured":
+        if finite and each.style != "faint":
             ends[each.name] = x_axis.at(finite[-1].x), y_axis.at(finite[-1].y)
     top, bottom = TOP + 2.0, HEIGHT - BOTTOM - 2.0
     gap = min(LABEL_GAP, (bottom - top) / max(1, len(ends) - 1))
@@ -283,105 +274,32 @@ def label_parts(figure: Figure, x_axis: Axis, y_axis: Axis, left: float, letters
         group = series_class(figure.names.index(name))
         yield (
             f'<g class="{group}"><path class="leader" d="M{x + 5:.1f} {y:.1f}L{left - 3:.1f} {height:.1f}"/>'
-            f'<text class="label" x="{left:.1f}" y="{height + 3.5:.1f}">{escape(clipped(name, letters))}</text></g>'
+            f'<text class="label" x="{left:.1f}" y="{height + 3.5:.1f}" tabindex="0" role="button" aria-pressed="true" '
+            f'data-kind="{group}">{name_text(clipped(name, letters))}<title>{escape(name)}</title></text></g>'
         )
 
 
-def bar_parts(chart: Bars) -> tuple[float, float, list[str]]:
-    """Width, height and parts of a bar chart."""
-    thickness, gap, letters = 10, 8, 17
-    left = 12 + LETTER * min(letters, max(map(len, chart.categories)))
-    largest = max([value for _, values in chart.series for value in values] + [1.0])
-    axis = Axis(0.0, largest, left, WIDTH - 50)
-    parts, y = [], 6.0
-    for place, name in enumerate(chart.categories):
-        middle = y + thickness * len(chart.series) / 2 + 4
-        title = f"<title>{escape(name)}</title>"
-        text = escape(clipped(name, letters))
-        parts.append(f'<text x="{left - 6:.1f}" y="{middle:.1f}" text-anchor="end">{text}{title}</text>')
-        for index, (series, values) in enumerate(chart.series):
-            value = values[place]
-            end = axis.at(value)
-            words = escape(f"{name}: {value:,.0f} {series}")
-            parts.append(
-                f'<g class="{series_class(index)}"><rect class="bar" x="{left:.1f}" y="{y:.1f}" '
-                f'width="{end - left:.1f}" height="{thickness - 1}"><title>{words}</title></rect></g>'
-                f'<text class="small" x="{end + 4:.1f}" y="{y + 8:.1f}">{value:,.0f}</text>'
-            )
-            y += thickness
-        y += gap
-    return WIDTH, y, parts
-
-
-def matrix_parts(chart: Heatmap) -> tuple[float, float, list[str]]:
-    """Width, height and parts of a heat map."""
-    left, top = (26 + LETTER * min(NAME_LETTERS, max(map(len, names))) for names in (chart.rows, chart.columns))
-    cell = max(LEAST_CELL, (MATRIX_SIDE - left) / len(chart.columns))
-    width, height = cell * len(chart.columns), cell * len(chart.rows)
-    middle = f'x="{left + width / 2:.0f}" y="13"'
-    parts = [
-        f'<text class="title" {middle} text-anchor="middle">{escape(chart.column_title)}</text>',
-        f'<text class="title" transform="translate(12 {top + height / 2:.0f}) rotate(-90)" text-anchor="middle">'
-        f"{escape(chart.row_title)}</text>",
-    ]
-    for names, place in (
-        (chart.rows, lambda middle: f'x="{left - 6:.1f}" y="{top + middle:.1f}" text-anchor="end"'),
-        (chart.columns, lambda middle: f'transform="translate({left + middle:.1f} {top - 6:.1f}) rotate(-90)"'),
-    ):
-        for number, name in enumerate(names):
-            text = f"{escape(clipped(name, NAME_LETTERS))}<title>{escape(name)}</title>"
-            parts.append(f"<text {place((number + 0.5) * cell + 4)}>{text}</text>")
-    for row, cells in enumerate(chart.cells):
-        for column, each in enumerate(cells):
-            parts += cell_parts(each, left + column * cell, top + row * cell, cell)
-    return left + width, top + height + 2, parts
-
-
-def cell_parts(shown: HeatCell, x: float, y: float, cell: float) -> Iterator[str]:
-    """A cell of a heat map of side `cell`, with what is written in it."""
-    opacity = 0.04 if shown.shade == 0 else 0.12 + 0.88 * shown.shade
-    yield (
-        f'<rect class="cell {shown.kind}" x="{x:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{cell - 1:.1f}" '
-        f'fill-opacity="{opacity:.2f}"><title>{escape(shown.words)}</title></rect>'
-    )
-    if shown.text and cell >= COUNT_CELL:
-        kind = "on" if shown.shade > 0.5 else "in"
-        both = bool(shown.below) and cell >= PERCENT_CELL
-        middle_x, middle_y = x + (cell - 1) / 2, y + cell / 2 + (0 if both else 4)
-        below = f'<tspan class="small" x="{middle_x:.1f}" dy="13">{escape(shown.below)}</tspan>' if both else ""
-        yield (
-            f'<text class="{kind}" x="{middle_x:.1f}" y="{middle_y:.1f}" text-anchor="middle">'
-            f"{escape(shown.text)}{below}</text>"
-        )
-
-
-def scatter_parts(chart: Scatter) -> Iterator[str]:
-    """The points of a scatter, groups in turn, in the whole picture; both axes have one scale."""
-    points = [point for _, group in chart.groups for point in group]
-    if not points:
-        return
-    spans = [(min(values), max(values)) for values in zip(*((x, y) for x, y, _ in points), strict=True)]
-    room = 6.0
-    scale = min(
-        (size - 2 * room) / max(high - low, 1e-9) for (low, high), size in zip(spans, (WIDTH, HEIGHT), strict=True)
-    )
-    for index, (_, group) in enumerate(chart.groups):
-        for x, y, words in group:
-            place = [
-                size / 2 + sign * scale * (value - (low + high) / 2)
-                for value, (low, high), size, sign in zip((x, y), spans, (WIDTH, HEIGHT), (1, -1), strict=True)
-            ]
-            title = f"<title>{escape(words)}</title>" if words else ""
-            yield (
-                f'<circle class="{series_class(index)} spot" cx="{place[0]:.1f}" cy="{place[1]:.1f}" '
-                f'r="{4 if words else 1.8}">{title}</circle>'
-            )
-
-
-def clipped(text: str, letters: int) -> str:
-    """Shorten text to at most so many letters.
-
-    >>> clipped("abcdefgh", 4)
-    'abc…'
-    """
-    return text if len(text) <= letters else f"{text[: max(1, letters - 1)]}…"
+def panel_parts(figure: Figure) -> Iterator[str]:
+    """Small pictures on the axes of the figure, in rows, with the ends of the vertical axis at the first of each."""
+    left, width = 34.0, (WIDTH - 34.0 - 8.0) / PANEL_COLUMNS
+    for index, name in enumerate(figure.names):
+        row, column = divmod(index, PANEL_COLUMNS)
+        start, top = left + column * width, row * PANEL_HEIGHT
+        bottom, end = top + PANEL_HEIGHT - 8.0, start + width - 8.0
+        x_axis, y_axis = figure.x_axis(start, end), figure.y_axis(bottom, top + 18.0)
+        for value in (ticks := y_axis.ticks)[:: max(1, len(ticks) - 1)]:
+            y = y_axis.at(value)
+            yield f'<path class="grid" d="M{start:.1f} {y:.1f}H{end:.1f}"/>'
+            text = format_tick(value, figure.percent)
+            yield f'<text class="small" x="{left - 4}" y="{y + 3:.1f}" text-anchor="end">{text}</text>' * (not column)
+        own, others = [], []
+        for each in figure.series:
+            step = max(1, math.ceil(len(each.points) / PANEL_POINTS))
+            path = path_of([*each.points[:-1:step], *each.points[-1:]], x_axis, y_axis)
+            (own if each.name == name else others).append(path)
+        yield f'<path class="line faint" d="{"".join(others)}"/>'
+        yield f'<g class="{series_class(index)}"><path class="line" d="{"".join(own)}"/>'
+        yield f'<text class="label" x="{start:.1f}" y="{top + 12:.1f}">{name_text(clipped(name, 14))}'
+        yield f"<title>{escape(name)}</title></text></g>"
+    bottom = math.ceil(len(figure.names) / PANEL_COLUMNS) * PANEL_HEIGHT + 8
+    yield f'<text class="small" x="{left:.0f}" y="{bottom}">{escape(figure.x_label)} from left to right</text>'

@@ -23,11 +23,11 @@ def text_lines(data: TextData) -> Iterator[tuple[str, str]]:
     yield (
         "data",
         f"{printable(data.name)}: {counted(total, 'byte')} of text in {counted(documents, 'document')}, as "
-        f"{sum(map(len, parts)):,} tokens ({data.tokenizer.kind}, {data.tokenizer.size:,} different ones), "
+        f"{counted(sum(map(len, parts)), 'token')} ({data.tokenizer.kind}, {data.tokenizer.size:,} different), "
         f"sequences of {data.context}",
     )
     validation = f"{len(data.validation):,} to validate on" if data.validation.targets else "none to validate on"
-    yield "split", f"{len(data.test):,} tokens to test on, {validation}, {len(data.train):,} to train on"
+    yield "split", f"{counted(len(data.test), 'token')} to test on, {validation}, {len(data.train):,} to train on"
     for remark in data.remarks:
         yield "note", remark
 

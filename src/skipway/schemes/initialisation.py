@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.schemes.scheme import Scheme
@@ -39,12 +39,20 @@ def initialise_(
     connections = chain(model)
     dressing = read_scheme(scheme) if scheme is not None else common_scheme([c.residual.scheme for c in connections])
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        model.to_empty(device=torch.get_default_device() if device is None else device)
+        target = torch.device(torch.get_default_device() if device is None else device)
+        model._apply(lambda tensor: empty_on(tensor, target))
     with torch.no_grad():
         for name, module in model.named_modules():
             reset(name, module)
         dressing.init_(connections)
     return model
+
+
+def empty_on(tensor: Tensor, device: torch.device) -> Tensor:
+    """Memory for a tensor; `torch.empty_like` of one on the meta device, as `to_empty` has it, imports SymPy."""
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return torch.empty_like(tensor, device=device)
 
 
 def reset(name: str, module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from skipway.registry import Registry, parse_spec
 from skipway.tracing.chain import Chain
 from skipway.validation import check_rule
 
-__all__ = ["Scheme", "Stack", "all_schemes", "parse_scheme"]
+__all__ = ["Scheme", "Stack", "all_schemes", "parse_scheme", "short_spec"]
 
 REGISTRY: Registry[type[Scheme]] = Registry("scheme")
 
@@ -302,3 +302,22 @@ def parse_scheme(spec: str | Scheme) -> Scheme:
     check_rule("scheme", spec, isinstance(spec, str), rule)
     parts = [parse_spec(part, REGISTRY.__getitem__) for part in re.split(r"\+(?![^(]*\))", spec)]
     return parts[0] if len(parts) == 1 else Stack(tuple(member for part in parts for member in members_of(part)))
+
+
+def short_spec(scheme: Scheme) -> str:
+    """The shortest spec string of a scheme, without what is the default.
+
+    >>> short_spec(parse_scheme("layerscale(init=0.1, rate=1.0) + stochasticdepth(0.1)"))
+    'layerscale(init=0.1) + stochasticdepth'
+    """
+    names = []
+    for member in members_of(scheme):
+        values = [
+            f"{each.name}={getattr(member, each.name)!r}"
+            for each in fields(member)  # type: ignore[arg-type]
+            if each.init and getattr(member, each.name) != each.default
+        ]
+        name = str(member).partition("(")[0]
+        names.append(f"{name}({', '.join(values)})" if values else name)
+    short = " + ".join(names)
+    return short if parse_scheme(short) == scheme else str(scheme)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from skipway.report.page import write_page
-from skipway.studies.page import measured_rows, shown_verdicts, write_study_page
+from markupsafe import Markup
+
+from skipway.errors import counted
+from skipway.report.page import PageTable, TableCell, number_cell, text_cell, write_page
+from skipway.studies.page import measured_rows, score_text, shown_verdicts, write_study_page
 from skipway.studies.runner import read_rows
-from skipway.studies.study import Study, studies
+from skipway.studies.study import Answer, Study, Verdict, studies
 from skipway.studies.table import StudyTable, parts_of
 
 __all__ = ["merge_shares", "write_index"]
@@ -20,24 +26,39 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
         paths of the index and of the pages.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pages, entries = [], []
+    pages, entries, lines = [], [], []
+    verdicts: list[Verdict] = []
     for study in studies().values():
         merge_shares(folder, study)
         path = write_study_page(study, folder)
         if path is not None:
             rows = read_rows(folder, study)
             measured = measured_rows(rows)
+            found = study.conclude(measured)
+            verdicts += found
+            lines.append(overview_row(study, found, len(rows)))
             entries.append(
                 {
                     "study": study,
                     "cells": len(rows),
-                    "verdicts": shown_verdicts(study.conclude(measured)),
+                    "verdicts": shown_verdicts(found),
                     "figure": next(iter(study.figures(measured)), None),
                 }
             )
             pages.append(path)
     command = f"skipway report {folder.name}"
-    return write_page(folder / "index.html", "index.html.j2", title="Studies", command=command, entries=entries), pages
+    overview = PageTable(["study", *get_args(Answer), "cells"], lines)
+    title, score = counted(len(entries), "study", "studies"), score_text(verdicts)
+    values = {"title": title, "score": score, "command": command, "entries": entries, "overview": overview}
+    return write_page(folder / "index.html", "index.html.j2", **values), pages
+
+
+def overview_row(study: Study, verdicts: Sequence[Verdict], cells: int) -> list[TableCell]:
+    """Return the number of claims with each answer."""
+    link = Markup('<a href="#{}">{}</a>').format(study.name, study.title)
+    counts = Counter(each.answer for each in verdicts)
+    numbers = [number_cell(counts[answer], str(counts[answer] or "")) for answer in get_args(Answer)]
+    return [text_cell(link, study.title), *numbers, number_cell(cells, f"{cells:,}")]
 
 
 def merge_shares(folder: Path, study: Study) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from skipway.checkpoint.files import write_atomically
+from skipway.errors import counted
 from skipway.report.chart import format_value
 from skipway.report.page import PageTable, TableCell, number_cell, text_cell, write_page
 from skipway.report.svg import svg_file
@@ -17,7 +20,7 @@ from skipway.studies.runner import read_rows
 from skipway.studies.statistics import SeedValues, group_values
 from skipway.studies.study import Answer, Study, Verdict
 
-__all__ = ["ShownVerdict", "measured_rows", "shown_verdicts", "write_study_page"]
+__all__ = ["ShownVerdict", "measured_rows", "score_text", "shown_verdicts", "write_study_page"]
 
 MOST_ROWS = 400
 COLORS: dict[Answer, str] = {"holds": "good", "does not hold": "bad", "holds only when": "fair", "open": "open"}
@@ -25,6 +28,8 @@ CIRCUMSTANCES = frozenset(
     ("study", "key", "error", "seconds", "budget", "date", "device", "machine", "skipway", "torch", "python", "losses")
 )
 """Columns that record where and when a row was measured."""
+ENTRY = re.compile(r"\n([A-Z]\w+): +")
+"""The beginning of an entry in the docstring of a study."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,36 @@ def shown_verdicts(verdicts: Sequence[Verdict]) -> list[ShownVerdict]:
     ]
 
 
+def score_text(verdicts: Sequence[Verdict]) -> str:
+    """Count the answers.
+
+    >>> score_text([Verdict("a", "holds", ""), Verdict("b", "holds", ""), Verdict("c", "open", "")])
+    '2 of 3 claims hold, 1 is open.'
+    """
+    counts = Counter(each.answer for each in verdicts)
+    words: dict[Answer, tuple[str, str]] = {
+        "holds": ("holds", "hold"),
+        "holds only when": ("holds only under a condition", "hold only under a condition"),
+        "does not hold": ("does not", "do not"),
+        "open": ("is open", "are open"),
+    }
+    if not verdicts:
+        return "No claim has been measured."
+    given = [(counts[answer], forms[counts[answer] != 1]) for answer, forms in words.items() if counts[answer]]
+    (number, first), *others = given
+    rest = "".join(f", {count} {each}" for count, each in others)
+    return f"{number} of {counted(len(verdicts), 'claim')} {first}{rest}."
+
+
+def method_of(study: Study) -> tuple[str, list[tuple[str, str]]]:
+    """Return the first sentence of a study's docstring, and its entries: claim, source, rule, command and so on."""
+    opening, _, entries = study.opening().partition("\n\n")
+    parts = ENTRY.split(f"\n{entries}")
+    return " ".join(opening.split()), [
+        (label, " ".join(text.split())) for label, text in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
 def write_study_page(study: Study, folder: Path) -> Path | None:
     """Write `NAME.html` and one `NAME-FIGURE.svg` per figure into `folder`, from the tables of the study there.
 
@@ -69,11 +104,16 @@ def write_study_page(study: Study, folder: Path) -> Path | None:
             folder / f"{study.name}-{figure.name}.svg", lambda aside, content=content: aside.write_bytes(content)
         )
     published, unmatched = published_table(study, measured)
+    verdicts = study.conclude(measured)
+    opening, method = method_of(study)
     values: dict[str, Any] = {
         "title": study.title,
         "study": study,
         "command": study_command(study, rows),
-        "verdicts": shown_verdicts(study.conclude(measured)),
+        "score": score_text(verdicts),
+        "verdicts": shown_verdicts(verdicts),
+        "opening": opening,
+        "method": method,
         "figures": figures,
         "summary": summary_table(study.summary(measured)),
         "published": published,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from skipway._version import __version__
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.hardware.limits import cpu_count
 from skipway.hardware.processor import cpu_name
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
@@ -183,7 +183,7 @@ def make_row(study: Study, found: CellResult, budget: Budget, device: str, where
         "error": found.error,
         "seconds": round(found.seconds, 2),
         "budget": budget,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device,
         "machine": where,
         "skipway": __version__,
@@ -208,7 +208,7 @@ def devices_for(device: str, budget: Budget) -> list[str]:
 
 def describe_machine() -> str:
     """Describe this machine in a few words."""
-    return f"{cpu_count()} cores, {cpu_name()}"
+    return f"{counted(cpu_count(), 'core')}, {cpu_name()}"
 
 
 def failed_rows(rows: Sequence[Row]) -> list[Row]:

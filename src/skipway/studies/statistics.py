@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from skipway.probes.confidence import mean_bound
 from skipway.report.chart import Point, Series, format_value
 from skipway.studies.cell import Row, Value
 
@@ -21,10 +22,6 @@ __all__ = [
     "series_over",
     "value_labels",
 ]
-
-
-T_QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; the last is used for more."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +97,7 @@ class PairedDifference:
     @property
     def bound(self) -> float:
         """Half width of the 95 % interval of the mean (Student's t); infinite for a single seed."""
-        count = len(self.differences.values)
-        if count < 2 or not math.isfinite(self.differences.mean):
-            return math.inf
-        return T_QUANTILES[min(count - 2, len(T_QUANTILES) - 1)] * self.differences.error
+        return mean_bound(self.differences.values)
 
     @property
     def sign(self) -> int:

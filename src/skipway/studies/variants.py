@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from skipway.data import Data
 from skipway.models import build
@@ -28,6 +28,7 @@ __all__ = [
     "VariantStudy",
     "build_network",
     "compare",
+    "give_unit_stream_",
     "lowest_rate_rows",
     "transfers",
 ]
@@ -181,6 +182,15 @@ def build_network(family: str, variant: NetworkVariant, depth: int, width: int, 
             if isinstance(module, nn.Linear):
                 module.initial = XavierNormal()  # type: ignore[assignment]
     return initialise_(model)
+
+
+@torch.no_grad()
+def give_unit_stream_(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Divide the stem's parameters, in place, so that the stream starts at unit size, as theory of depth assumes."""
+    size = model.stem(inputs).square().mean().sqrt()  # type: ignore[operator]
+    for parameter in model.stem.parameters():  # type: ignore[union-attr]
+        parameter.div_(size)
+    return model
 
 
 def trained_rows(rows: Sequence[Row]) -> list[Row]:

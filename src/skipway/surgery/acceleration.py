@@ -28,9 +28,9 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.
 
 @check_call
 def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: float = TOLERANCE) -> Operation:
-    """Let linear maps, 1 × 1 and depthwise convolutions and attention on the CPU be computed by `skipway.kernels`, in
-    anybody's network, in place; on a GPU depthwise convolutions of maps that lie channels-last, attention within our
-    windows, and the end of our residual connections.
+    """Let linear maps, attention, and convolutions that are depthwise or whose patches do not overlap (1 × 1, patch
+    embeddings) be computed on the CPU by `skipway.kernels`, in anybody's network, in place; on a GPU depthwise
+    convolutions of maps that lie channels-last, attention within our windows, and the end of our residual connections.
 
     Classes are swapped for subclasses whose forward routes torch's functions (`kernels.dispatch.ROUTES`), so keys,
     `isinstance`, hooks and checkpointing survive, and code that calls functions instead of modules is reached. Each

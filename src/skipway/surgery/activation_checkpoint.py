@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.registry import Registry, parse_spec
 from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.checks import EQUAL
@@ -255,7 +255,8 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
             "blocks that are computed again have to run in every pass; set the rate of its LayerDrop to 0"
         )
     cut = choice.cut([[costs[name] for name in row] for row in rows], kept - sum(c.inside for c in costs.values()))
-    title = f"{type(model).__name__} computes {sum(map(len, cut))} blocks again, in {len(cut)} segments"
+    again = counted(sum(map(len, cut)), "block")
+    title = f"{type(model).__name__} computes {again} again, in {counted(len(cut), 'segment')}"
     with transaction(model, example, title=title, tolerance=TOLERANCE, checks=EQUAL) as change:
         change.refused.update((name, reason) for name, reason in reasons.items() if name not in members)
         random_state = LastRandomState()

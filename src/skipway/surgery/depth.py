@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.nn import Multiply, Residual
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_copies import by_container, listed_copies, silent_copy, slotted_copy
@@ -197,7 +197,7 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
     measured = measure_influence(model, example, score, survey)
     check_range("to", to, 0, len(measured), f"{type(model).__name__} has {{}} blocks that can be left out", survey)
     surplus = len(measured) - to
-    title, checks = f"{type(model).__name__} shortened to {to} blocks", (*CHECKS, *decoding_checks(model))
+    title, checks = f"{type(model).__name__} shortened to {counted(to, 'block')}", (*CHECKS, *decoding_checks(model))
     with transaction(model, example, title=title, checks=checks) as change:
         change.report = measured
         if not any(measured.values()):
@@ -285,7 +285,7 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
     usual = usual_blocks(model, blocks)
     offered = usual if by <= len(usual) else blocks
     chosen = [offered[(2 * number + 1) * len(offered) // (2 * by)] for number in range(by)]
-    title = f"{type(model).__name__} deepened by {by} blocks"
+    title = f"{type(model).__name__} deepened by {counted(by, 'block')}"
     hint = (
         "a copy of these blocks is not the identity where its branches put out 0: their skip is weighted or gated, or "
         "what follows the addition is not the identity on its own output"

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.surgery.parameter_values import ParameterValues
 from skipway.tracing.restoration import run_to_end
 from skipway.validation import check_call, check_flag, check_rule
@@ -174,7 +174,7 @@ class Operation:
 
     def __str__(self) -> str:
         numbers = [f"{name} {value:.3g}" for name, value in islice(self.report.items(), LINES)]
-        numbers += [f"{len(self.report) - LINES} numbers more in report"] * (len(self.report) > LINES)
+        numbers += [f"{counted(len(self.report) - LINES, 'more number')} in report"] * (len(self.report) > LINES)
         head = f"{self.title}: {len(self.touched)} changed" + (f"; {', '.join(numbers)}" if numbers else "")
         checked = [f"  checked: {name}: {words}" for name, words in self.verified.items()]
         back = "undo: operation.undo() puts the model back"

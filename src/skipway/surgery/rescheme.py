@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.nn import Gain, Multiply
 from skipway.nn.site import Site
 from skipway.nn.warmup import ResidualWarmup
@@ -134,8 +134,8 @@ def require_connections(chain: Chain[WatchedConnection]) -> Chain[WatchedConnect
     if not chain:
         first = f", the first since {chain.refused[0]}" if chain.refused else ""
         raise SkipwayError(
-            f"{type(chain.model).__name__} has no residual connection: {len(chain.refused)} additions were looked at "
-            f"and refused{first}"
+            f"{type(chain.model).__name__} has no residual connection: refused after a look at "
+            f"{counted(len(chain.refused), 'addition')}{first}"
         )
     return chain
 
@@ -259,9 +259,10 @@ class Dressing:
         if not self.change.touched:
             raise SkipwayError(f"no connection of {kind} can be dressed: {reasons}")
         if self.from_scratch and refused:
+            connections = counted(len(self.chain), "connection")
             raise SkipwayError(
-                f"{self.scheme} starts the whole network, and {len(refused)} of {len(self.chain)} connections of "
-                f"{kind} cannot be dressed: {reasons}"
+                f"{self.scheme} starts the whole network, and {len(refused)} of {connections} of {kind} cannot be "
+                f"dressed: {reasons}"
             )
 
     def count_runs(self) -> Counter[str]:

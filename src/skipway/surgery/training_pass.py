@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skipway.errors import SkipwayError
+from skipway.hardware.device import seed_torch
 from skipway.surgery.side_effects import version_of
 from skipway.surgery.verification import aligned, copy_example
 from skipway.tracing import Example, call_model, preserved_state
@@ -38,7 +39,7 @@ class DrawsByShape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             given = [tuple(each.shape) if isinstance(each, Tensor) else each for each in args]
-            torch.manual_seed(zlib.crc32(repr((str(func), given)).encode()))
+            seed_torch(zlib.crc32(repr((str(func), given)).encode()))
         return func(*args, **(kwargs or {}))
 
 
@@ -142,7 +143,7 @@ def weighted_sum(tensor: Tensor) -> Tensor:
 
 def seed_all() -> None:
     """Let random numbers begin at the same place every time; `preserved_state` puts the states back."""
-    torch.manual_seed(0)
+    seed_torch(0)
     random.seed(0)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(0)

@@ -31,6 +31,7 @@ from skipway.surgery.side_effects import version_of
 from skipway.surgery.verification import output_gap, outputs
 from skipway.tracing import Example, as_example
 from skipway.tracing.containers import tensors_in
+from skipway.tracing.module_state import copy_module
 from skipway.tracing.watch import require_module
 from skipway.validation import check_tolerance
 
@@ -216,7 +217,24 @@ class Transaction:
                 after = self.measure(check)
             except NotComparedError as problem:
                 raise SkipwayError(f"{check.name}: {problem}, and could be measured before") from problem
-            return check.compare(before, after, ComparisonRule(self.tolerance, self.recast))
+            rule = ComparisonRule(self.tolerance, self.recast, partial(self.measure_rounded, check))
+            return check.compare(before, after, rule)
+
+    def measure_rounded(self, check: Check) -> Any:
+        """What a check measures of a copy of the model whose parameters are changed by a rounding each.
+
+        Raises:
+            NotComparedError: the model cannot be copied, or what is measured cannot be.
+        """
+        try:
+            model = copy_module(self.model)
+        except Exception as problem:  # somebody's object
+            raise NotComparedError(f"it cannot be copied: {problem}") from problem
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                write_rounded(parameter)
+        assert self.example is not None  # nothing is measured without one
+        return check.measure(model, self.example, self.before[check])
 
     @contextmanager
     def random_values(self) -> Iterator[None]:
@@ -296,6 +314,14 @@ def draw(parameter: nn.Parameter, count: int) -> None:
     generator = torch.Generator().manual_seed(parameter.numel())
     drawn = torch.randn(parameter.shape, generator=generator) / (fan_in * count) ** 0.5
     parameter.add_(drawn.to(parameter.device, parameter.dtype))
+
+
+@torch.no_grad()
+def write_rounded(parameter: nn.Parameter) -> None:
+    """Change each value of a parameter by up to a rounding of its type, at random."""
+    generator = torch.Generator().manual_seed(parameter.numel())
+    drawn = 2 * torch.rand(parameter.shape, generator=generator).to(parameter.device, parameter.dtype) - 1
+    parameter.addcmul_(parameter, drawn, value=torch.finfo(parameter.dtype).eps)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.tracing import Example, as_example, call_model, preserved_state
 from skipway.tracing.containers import map_tensors, tensors_in
 
@@ -58,8 +58,9 @@ def aligned(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
             if after[place].shape == old.shape
         }
         if not gaps:
+            tensors = counted(len(before), "tensor")
             raise SkipwayError(
-                f"the network returned {len(before)} tensors and returns {len(after)}, none of which is like output "
+                f"the network returned {tensors} and returns {len(after)}, none of which is like output "
                 f"{number} of shape {tuple(old.shape)}"
             )
         best = min(gaps, key=lambda place: (gaps[place], place))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, counted
 from skipway.nn import Branch, Classifier, LinearMap, Residual
 from skipway.nn.site import Site
 from skipway.tracing import Example, Program, Refusal, ResidualAdd, find_residual_adds, unwrap, watch
@@ -210,8 +210,8 @@ class Chain(Sequence[AnyConnection], Generic[AnyConnection]):
         return iter(self.connections)
 
     def __repr__(self) -> str:
-        refused = f", {len(self.refused)} other additions" if self.refused else ""
-        return f"Chain of {len(self)} connections in {type(self.model).__name__}{refused}"
+        refused = f", {counted(len(self.refused), 'other addition')}" if self.refused else ""
+        return f"Chain of {counted(len(self), 'connection')} in {type(self.model).__name__}{refused}"
 
     def __str__(self) -> str:
         """A line for each connection; of more than 12, the first 8 and the last 3."""

@@ -27,7 +27,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     >>> [tensor.shape[0] for tensor in tensors_in(({"a": torch.zeros(2)}, UserDict(b=torch.zeros(3))))]
     [2, 3]
     """
-    yield from walk(value, set())
+    if not holds_atoms(value):
+        yield from walk(value, set())
+
+
+def holds_atoms(value: Any) -> bool:
+    """True for an atom and for a plain container of atoms alone, as most attributes of modules are."""
+    kind = type(value)
+    if kind is dict:
+        return all(type(part) in ATOMS for part in value.values())
+    return kind in ATOMS or (kind in (tuple, list) and all(type(part) in ATOMS for part in value))
 
 
 def walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
@@ -35,7 +44,7 @@ def walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
     for leaf in tree_flatten(value)[0]:
         if isinstance(leaf, Tensor):
             yield leaf
-        elif id(leaf) not in seen:
+        elif type(leaf) not in ATOMS and id(leaf) not in seen:
             seen.add(id(leaf))
             for _, part in parts_of(leaf):
                 yield from walk(part, seen)

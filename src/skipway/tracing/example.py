@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +17,7 @@ from skipway.tracing.containers import entries_of, tensors_in
 from skipway.tracing.foreign_errors import ForeignErrors
 from skipway.tracing.reentrant_checkpoints import without_reentry
 
-__all__ = ["Example", "as_batch", "as_example", "call_model"]
+__all__ = ["Example", "as_batch", "as_example", "batches_of", "call_model", "split_batch"]
 
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Iterable[Any]
 """A tensor is one argument, a tuple or list positional arguments, a mapping keyword arguments; an iterable of batches,
@@ -31,7 +34,7 @@ def call_model(model: nn.Module, example: Example) -> Any:
     | a mapping, such as a tokenizer's `BatchEncoding` | `model(**example)` |
     | the same, where `forward` takes no such names but one argument | `model(example)` |
     | another object that holds tensors, such as a dataclass | `model(example)` |
-    | an iterable of batches, such as a `DataLoader` | the first batch without its targets, see `as_batch` |
+    | an iterable of batches, such as a `DataLoader`, see `batches_of` | the first batch without its targets |
 
     Raises:
         SkipwayError: the model fails; says with what, where, and what the example was.
@@ -97,6 +100,12 @@ def as_batch(given: Example, targets: Any = None) -> tuple[Tensor | tuple[Any, .
     if isinstance(given, Tensor):
         return given, targets
     entries = entries_of(given)
+    loader = batches_of(given)
+    if loader is not None:
+        batch = next(iter(loader), None)
+        if batch is None:
+            raise SkipwayError(f"example={type(given).__name__}: the loader yields no batch; give one that does")
+        return split_batch(batch, targets)
     if entries is not None or isinstance(given, tuple | list):
         return require_tensors(tuple(given) if entries is None else entries, given), targets
     if isinstance(given, torch.utils.data.Dataset):
@@ -104,13 +113,61 @@ def as_batch(given: Example, targets: Any = None) -> tuple[Tensor | tuple[Any, .
             f"example={type(given).__name__}: a data set holds single samples; give a batch of them, or "
             "torch.utils.data.DataLoader(dataset, batch_size=32)"
         )
-    if isinstance(given, str | bytes | nn.Module | type) or not isinstance(given, Iterable):
-        return require_tensors((given,), given), targets
     if hasattr(given, "__array__"):
         raise SkipwayError(f"example={type(given).__name__}: the rule is tensors; give torch.as_tensor(example)")
-    batch = next(iter(given), None)
-    if batch is None:
-        raise SkipwayError(f"example={type(given).__name__}: the loader yields no batch; give one that does")
+    return require_tensors((given,), given), targets
+
+
+def batches_of(given: Example) -> Iterable[Any] | None:
+    """The iterable of batches that an example stands for; None where it is one batch.
+
+    Batches come from a `DataLoader` or any other iterable that is no container of tensors (an iterator is consumed),
+    from a list of batches that are alike (`[(x, y), (x, y)]`, `[{"ids": …}, {"ids": …}]`), and from a function without
+    arguments that returns an iterator, such as a generator function, which is called for each pass.
+    """
+    if isinstance(given, list):
+        return given if are_batches(given) else None
+    if isinstance(given, FunctionType | partial | MethodType):
+        return FunctionBatches(given)
+    closed = isinstance(given, Tensor | tuple | str | bytes | nn.Module | type | torch.utils.data.Dataset)
+    if closed or not isinstance(given, Iterable) or hasattr(given, "__array__") or entries_of(given) is not None:
+        return None
+    return given
+
+
+@dataclass(frozen=True)
+class FunctionBatches:
+    """The batches of a function that returns an iterator, called anew for each pass."""
+
+    function: Callable[[], Iterable[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            return iter(self.function())
+        except TypeError as error:
+            raise SkipwayError(
+                f"example={getattr(self.function, '__name__', 'partial')}(): {error}; the rule is a function without "
+                "arguments that returns an iterator of batches"
+            ) from error
+
+
+def are_batches(entries: list[Any]) -> bool:
+    """Whether the entries of a list are batches: two or more containers of the same tensors but for their samples."""
+    if len(entries) < 2 or not all(isinstance(each, tuple | list | Mapping) for each in entries):
+        return False
+    kinds = [
+        (
+            type(each),
+            tuple(each) if isinstance(each, Mapping) else len(each),
+            tuple((tensor.dtype, tensor.shape[1:]) for tensor in tensors_in(each)),
+        )
+        for each in entries
+    ]
+    return bool(kinds[0][2]) and len(set(kinds)) == 1
+
+
+def split_batch(batch: Any, targets: Any = None) -> tuple[Tensor | tuple[Any, ...] | dict[str, Any], Any]:
+    """Split a batch of a loader into an example and targets, as `as_batch` describes."""
     if isinstance(batch, tuple | list) and len(batch) > 1:
         *arguments, last = batch
         inputs = arguments[0] if len(arguments) == 1 else tuple(arguments)

@@ -1,4 +1,4 @@
-"""Tensors that modules keep as plain attributes: copied with the module, and put back after a pass."""
+"""Tensors and numbers that modules keep as attributes: copied with the module, and put back after a pass."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ Model = TypeVar("Model", bound=nn.Module)
 STANDARD = frozenset({*vars(nn.Module()), "training"})
 """The names in the `__dict__` of every module."""
 HOLDERS = (Tensor, list, tuple, dict)
+NUMBERS = (int, float)
+"""Counters and lengths; flags among them are left, since one may say that hooks were installed, as in transformers."""
+KINDS, MISSING = (*HOLDERS, *NUMBERS), object()
 
 
 def copy_module(module: Model) -> Model:
@@ -54,7 +57,7 @@ def detach_attributes(modules: Iterable[nn.Module]) -> None:
 
 
 def attribute_restoration(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """A step that puts back the plain attributes with tensors that a forward pass sets, replaces or fills."""
+    """A step that puts back the attributes that a forward pass sets, replaces or fills: tensors, numbers."""
     before = [(module.__dict__, held_by(module)) for module in modules]
     held_lists = (value for _, held in before for value in held.values() if type(value) in (list, dict))
     lists = [(value, type(value)(value)) for value in held_lists]
@@ -64,8 +67,11 @@ def attribute_restoration(modules: Iterable[nn.Module]) -> Callable[[], None]:
 def put_back_attributes(before: Sequence[tuple[dict[str, Any], dict[str, Any]]], lists: Sequence[Any]) -> None:
     """Put back attributes, by the tables of their modules, and what lists and mappings held."""
     for own, held in before:
-        for name in [each for each, value in own.items() if each not in STANDARD and isinstance(value, HOLDERS)]:
-            if own[name] is not held.get(name) and next(tensors_in(own[name]), None) is not None:
+        for name in [each for each, value in own.items() if each not in STANDARD and isinstance(value, KINDS)]:
+            if own[name] is held.get(name, MISSING):
+                continue
+            counted = isinstance(own[name], NUMBERS) and not isinstance(own[name], bool) and name in held
+            if counted or next(tensors_in(own[name]), None) is not None:
                 if name in held:
                     own[name] = held[name]
                 else:

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from skipway.tracing.module_state import attribute_restoration, detach_attributes
 
-__all__ = ["preserved_state", "restored", "run_to_end", "without_fused_layers"]
+__all__ = ["TRACELESS", "preserved_state", "restored", "run_to_end", "without_fused_layers"]
 
+TRACELESS: ContextVar[bool] = ContextVar("traceless", default=False)
+"""Whether `preserved_state` is entered: passes in it are Skipway's own, and no part of anybody's training."""
 Steps = list[Callable[[], None]]
 
 
@@ -58,18 +61,17 @@ def restoring(steps: Sequence[Callable[[], None]]) -> Iterator[None]:
 @contextmanager
 def without_fused_layers() -> Iterator[None]:
     """Context in which torch runs its transformer layers part by part, and not a whole layer as one operator."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    steps = [partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())]
+    with restored(steps):
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Context that restores what a forward pass changes: buffers, tensors kept as attributes, the mode of every module,
-    the random states of torch, Python and NumPy. An interrupt while that is done is raised when all is restored.
+    """Context that restores what a forward pass changes: buffers; tensors and numbers kept as attributes; mode
+    of every module; random states of torch, Python and NumPy. An interrupt while that is done is raised when all is
+    restored.
     """
     modules = list(model.modules())  # walked once: of thousands of modules that takes as long as a forward pass
     modes = [module.training for module in modules]
@@ -84,10 +86,17 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
         attribute_restoration(modules),
         partial(write_buffers, buffers),
         partial(set_modes, modules, modes),
+        partial(set_traceless, TRACELESS.get()),
     ]
     with restored(steps):
+        set_traceless(True)
         detach_attributes(modules)
         yield
+
+
+def set_traceless(own: bool) -> None:
+    """Say whether passes from now on are Skipway's own."""
+    TRACELESS.set(own)
 
 
 def random_states(model: nn.Module) -> Steps:

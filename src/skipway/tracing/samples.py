@@ -33,6 +33,11 @@ class SampleAxes:
     axes: dict[int, int] = field(repr=False)
     remark: str = ""
 
+    def including(self, batch: Any) -> SampleAxes:
+        """The axes with those of further tensors that have as many samples."""
+        more = {id(each): axis_of(each, self.size, self.axis) for each in tensors_in(batch) if has_axes(each)}
+        return replace(self, axes=self.axes | {key: axis for key, axis in more.items() if axis is not None})
+
     def part(self, batch: Any, start: int, stop: int) -> Any:
         """Some of the samples; tensors without samples are whole."""
 
@@ -159,6 +164,7 @@ def halved_axis(both: Tensor, one: Tensor) -> int | None:
 
 def agrees(both: Tensor, one: Tensor, axis: int) -> bool:
     """Whether the second half of an output for two samples is the output for the second one."""
-    second, alone = both.narrow(axis, one.shape[axis], one.shape[axis]).double(), one.double()
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    second, alone = both.narrow(axis, one.shape[axis], one.shape[axis]).to(wide), one.to(wide)
     close = 1e-3 if one.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((second - alone).abs().max() <= close * alone.abs().max().clamp_min(1e-12))

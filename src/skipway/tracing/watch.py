@@ -51,7 +51,8 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     Args:
         model: any `torch.nn.Module`.
         example: what it is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
-        training: watch it in training mode instead of evaluation mode.
+        training: watch it in training mode instead of evaluation mode; parts of a model in training that are in
+            evaluation mode stay so.
 
     Raises:
         SkipwayError: the forward pass failed; says with what.
@@ -61,7 +62,7 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     try:
         copied = copy_to_meta(model)
         given = map_tensors(lambda tensor: tensor.to("meta"), example)
-        program = record_program(copied.train(training), given)
+        program = record_program(set_mode(copied, training), given)
         program.on_meta = True
         return program
     except Exception as problem:  # a foreign model may raise anything on the meta device
@@ -72,13 +73,18 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
         ) from first
     try:
         with preserved_state(model):
-            return record_program(model.train(training), example)
+            return record_program(set_mode(model, training), example)
     except SkipwayError:
         raise
     except Exception as second:
         raise SkipwayError(
             f"{type(model).__name__} cannot be watched on this example: {type(second).__name__}: {second}"
         ) from second
+
+
+def set_mode(model: nn.Module, training: bool) -> nn.Module:
+    """The model in a mode; parts of a model in training that are not, such as frozen norms, stay as they are."""
+    return model if training and model.training else model.train(training)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 from skipway._version import __version__
 from skipway.checkpoint.files import read_json, write_json
 from skipway.checkpoint.store import remove_path
-from skipway.errors import CheckpointError, SkipwayError, printable, spell
+from skipway.errors import CheckpointError, SkipwayError, counted, printable, spell
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.recipe import Recipe
@@ -110,9 +110,9 @@ class CrossValidation:
     def __str__(self) -> str:
         low, high = self.interval
         return (
-            f"{percent(self.accuracy)} of {self.images:,} images (95 % interval {100 * low:.1f} to {percent(high)}); "
-            f"{len(self.results)} of {self.folds} folds: mean {percent(self.mean)}, standard deviation "
-            f"{percent(self.deviation)}"
+            f"{percent(self.accuracy)} of {counted(self.images, 'image')} (95 % interval {100 * low:.1f} to "
+            f"{percent(high)}); {len(self.results)} of {self.folds} folds: mean {percent(self.mean)}, standard "
+            f"deviation {percent(self.deviation)}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def cross_validate(
                 break
             results.append(read_result(own, number))
             if reporter is not None:
-                told = f"{percent(results[-1].accuracy)} of {results[-1].images:,} test images"
+                told = f"{percent(results[-1].accuracy)} of {counted(results[-1].images, 'test image')}"
                 reporter.message("fold", f"{number} of {folds}: {told}")
         found = CrossValidation(folder=out, folds=folds, results=tuple(results))
         if found.finished and ranks.first:

@@ -5,17 +5,20 @@
   were trained at.
 * **Photos from random weights**: a small network, ResNet-20 at 64 pixels; on a GPU ResNet-18 at 128, or ResNet-50 at
   224 from 10,000 images; SGD, small batches, TrivialAugment, label smoothing.
-* **Images up to 64 pixels from random weights**: ResNet-20 at their own size by SGD, as He 2015 for CIFAR.
+* **Images up to 64 pixels from random weights**: ResNet-20 at their own size by SGD, as He 2015 for CIFAR; fewer than
+  1,280 in smaller batches.
 
 Averaged weights (`ema`) are never a default: validation chooses the epoch already, and short runs average too few.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +26,17 @@ import torch
 from skipway.data.data_config import find_class_names
 from skipway.data.options import SMALL_SIDE
 from skipway.data.source_reader import SourceSummary
-from skipway.errors import CheckpointError, SkipwayError, printable, spell
+from skipway.errors import CheckpointError, SkipwayError, counted, printable, spell
 from skipway.inference.published_weights import PRETRAINED, is_pretrained
 from skipway.inference.weight_search import search_weights
-from skipway.recipe import REFERENCE_BATCH, Recipe, ResolvedRecipe
+from skipway.recipe import REFERENCE_BATCH, WHITENED, Recipe, ResolvedRecipe
 from skipway.training.initial_weights import adopt_data_config
 from skipway.zoo import ModelRequest, load_model
 
 __all__ = ["TrainingCase", "TrunkSpeed", "adopt_choices", "choices_text", "decide", "fitting_batch", "fitting_size"]
 
 AUTO = "auto"
+START_WORDS = (AUTO, "random", WHITENED, PRETRAINED)
 # fine-tuning: AdamW with layer-wise decay 0.8 as in "A ConvNet for the 2020s" (Liu 2022, table 5) and, between the
 # ends of a network, about the factor of 100 of fastai's `fine_tune` (lr_mult=100, 1e-5 to 1e-3 at a batch of 64). The
 # rate is this share of the optimizer's own from random weights, up to its batch of 128 whatever the batch: 2.5e-4 for
@@ -51,8 +55,10 @@ FEATURE_SHARE, FEATURE_SHARE_ALONE = 1 / 4, 3 / 5
 MANY_IMAGES = 10_000
 # size of chosen images above which ResNet-20, which keeps full resolution in its first stage, costs more than ResNet-18
 LARGEST_SMALL_NET = 128
-# batches of an epoch below which smaller ones are taken
-STEPS_PER_EPOCH, SMALLEST_BATCH = 50, 32
+# batches of an epoch below which smaller ones are taken: of photos and fine-tuning, and of small images from random
+# weights. 300 images of CIFAR-10 reach 44 % with 128, two steps an epoch, and 53 % with 32; 300 digits lose two points
+# from 32 to 16 (docs/log.md)
+STEPS_PER_EPOCH, STEPS_PER_SMALL_EPOCH, SMALLEST_BATCH = 50, 10, 32
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,9 @@ class TrainingCase:
         """
         if self.pretrained:
             return fine_tuning(self)
-        return photos_from_scratch(self) if (self.size or self.side) > SMALL_SIDE else {}
+        if (self.size or self.side) > SMALL_SIDE:
+            return photos_from_scratch(self)
+        return {"batch_size": fitting_batch(self.images, STEPS_PER_SMALL_EPOCH)}
 
 
 def fine_tuning(case: TrainingCase) -> dict[str, Any]:
@@ -146,14 +154,14 @@ def photos_from_scratch(case: TrainingCase) -> dict[str, Any]:
     return {**network, "augment": "trivial", "label_smoothing": 0.1, "batch_size": fitting_batch(case.images)}
 
 
-def fitting_batch(images: int) -> int:
-    """The largest batch of 128, 64 or 32 with which an epoch has 50 steps; smaller ones make noise of the statistics of
-    batch normalisation.
+def fitting_batch(images: int, steps: int = STEPS_PER_EPOCH) -> int:
+    """The largest batch of 128, 64 or 32 with which an epoch has so many steps; smaller ones make noise of the
+    statistics of batch normalisation.
 
     >>> [fitting_batch(images) for images in (200, 3000, 10_000)]
     [32, 32, 128]
     """
-    return next((batch for batch in (128, 64) if images >= STEPS_PER_EPOCH * batch), SMALLEST_BATCH)
+    return next((batch for batch in (128, 64) if images >= steps * batch), SMALLEST_BATCH)
 
 
 def fitting_size(case: TrainingCase, trunk: TrunkSpeed) -> int:
@@ -196,6 +204,13 @@ def decide(
     values: dict[str, Any] = {"batch_size": ResolvedRecipe.batch_size, **case.defaults()}
     shares = recipe.accumulate * world
     values["batch_size"] = math.ceil(values["batch_size"] / shares) * shares
+    if recipe.batch_size is None and values["batch_size"] < min(REFERENCE_BATCH, case.images) and case.takes_steps:
+        images, steps = counted(case.images, "image"), counted(max(1, case.images // REFERENCE_BATCH), "step")
+        report(
+            "batch",
+            f"{values['batch_size']}, since with {REFERENCE_BATCH} an epoch of {images} would be {steps}; "
+            f"{spell('batch_size', 'N')} takes another",
+        )
     taken: dict[str, Any] = {name: value for name, value in values.items() if getattr(recipe, name) is None}
     recipe = replace(recipe, **taken)
     if case.pretrained and recipe.lr is None:
@@ -212,6 +227,10 @@ def choose_start(recipe: Recipe, summary: SourceSummary, world: int, report: Cal
     Raises:
         CheckpointError: published weights are asked for without a model, and there are none.
     """
+    word = str(recipe.start)
+    close = difflib.get_close_matches(word.lower(), START_WORDS, 1, 0.8)
+    if recipe.start is not None and close and word not in START_WORDS and not Path(word).exists():
+        raise SkipwayError(f"{spell('start', word)}: there is no such file; did you mean {close[0]!r}?")
     is_photo = (recipe.size or summary.side) > SMALL_SIDE
     wanted = recipe.start or (AUTO if is_photo else "random")
     named = recipe.model is not None

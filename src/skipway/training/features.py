@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skipway.data import Batch
 from skipway.data.cache.features import FeatureTable
-from skipway.data.cache.store import cache_folder
+from skipway.data.cache.store import cache_folder, cache_remark
 from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import SkipwayError
 from skipway.tracing import preserved_state
@@ -107,6 +107,8 @@ class FeatureSource:
         if self.run.recipe.cache is not False:
             try:
                 folder = cache_folder(None)
+                if split == "train":
+                    remark(cache_remark("features of the images are", folder))
             except OSError as error:
                 remark(f"features are not cached: {error}")
         name = digest_json([str(self.run.recipe.data), split, self.trunk])[:16]

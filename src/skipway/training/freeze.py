@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError, spell
+from skipway.errors import SkipwayError, counted, spell
 from skipway.optim.freeze import FrozenBlocks
 from skipway.optim.groups import layer_indices
 from skipway.tracing import preserved_state
@@ -26,8 +26,8 @@ def check_freeze(run: Run) -> None:
         blocks = max(layer_indices(run.model, run.example).values()) - 1
         if plan.count > blocks:
             raise SkipwayError(
-                f"{spell('freeze', run.recipe.freeze)}: {run.recipe.model} has {blocks} blocks; the rule is at most "
-                "as many"
+                f"{spell('freeze', run.recipe.freeze)}: {run.recipe.model} has {counted(blocks, 'block')}; the rule "
+                "is at most as many"
             )
 
 

@@ -17,11 +17,11 @@ from skipway.data.data_config import find_hidden_layer
 from skipway.data.randomness import permutation
 from skipway.data.source_reader import SourceSummary
 from skipway.data.split import name_list
-from skipway.errors import CheckpointError, DataError, SkipwayError, first_line, printable
+from skipway.errors import CheckpointError, DataError, SkipwayError, counted, first_line, printable
 from skipway.inference.evaluation import Evaluation, evaluate, wilson_interval
 from skipway.inference.network import add_hidden_layer, build_classifier, is_ours
 from skipway.models import find_config
-from skipway.recipe import NO_PATIENCE, Recipe, ResolvedRecipe
+from skipway.recipe import NO_PATIENCE, WHITENED, Recipe, ResolvedRecipe
 from skipway.report.run import write_report
 from skipway.report.run.predictions import PredictionLog
 from skipway.report.summary import accuracy_text, chance_remark, chosen_text, data_lines, mistakes_text
@@ -34,6 +34,7 @@ from skipway.training.remarks import image_remarks, option_remarks
 from skipway.training.reporter import Reporter
 from skipway.training.run import Outcome, Progress, Run, growing_side
 from skipway.training.task import Line, Split, Task, TestLog, shape_options
+from skipway.training.whitened_start import PATCHED_IMAGES, whiten_
 
 __all__ = ["ImageClassification"]
 
@@ -95,15 +96,16 @@ class ImageClassification(Task):
             progress=partial(reporter.activity, "reading"),
             remark=partial(reporter.message, "note"),
         )
-        return chosen, data
+        return chosen, replace(data, preprocessing=replace(data.preprocessing, flip_test=chosen.flip_test))
 
     def resolve(self, given: Recipe, data: Data, precision: Any, world: int) -> ResolvedRecipe:
         recipe = ResolvedRecipe.of(resolve_paths(given))
         most = len(data.train) // (world * recipe.accumulate) * world * recipe.accumulate
         if most == 0:
+            processes = counted(world, "process", "processes")
             raise DataError(
-                f"{len(data.train)} training images are fewer than {world} processes x accumulate={recipe.accumulate}; "
-                "reduce either"
+                f"{counted(len(data.train), 'training image')} for {processes} x accumulate={recipe.accumulate}, the "
+                "rule is one each; reduce either"
             )
         if recipe.patience is not None and not len(data.validation):
             raise SkipwayError(NO_PATIENCE)
@@ -159,7 +161,7 @@ class ImageClassification(Task):
         if {name: stored["data"][name] for name in found} != found:
             was, now = sum(stored["data"][split] for split in counts), sum(counts.values())
             raise DataError(
-                f"the files have changed since the run began: {was:,} images then, {now:,} "
+                f"the files have changed since the run began: {counted(was, 'image')} then, {now:,} "
                 f"now{describe_file_changes(run)}; start a new run"
             )
 
@@ -189,6 +191,9 @@ class ImageClassification(Task):
             add_hidden_layer(model, *head)
         if starts:
             report("weights", load_initial_weights(model, recipe, data.classes, self.example(data), remark))
+        if fresh and recipe.start == WHITENED:
+            batch = data.sample(PATCHED_IMAGES, seed=recipe.seed, device=torch.device("cpu"))
+            report("weights", whiten_(model, batch.inputs))
         check_grow_from(recipe, data, model)
         return model, head
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipway.data.data_config import find_class_names, find_data_config, find_hidden_layer
-from skipway.errors import CheckpointError, SkipwayError, printable, spell, spelling
+from skipway.errors import CheckpointError, SkipwayError, counted, printable, spell, spelling
 from skipway.inference.code_file import network_file, with_file
 from skipway.inference.network import is_ours
 from skipway.inference.published_weights import find_published_weights, is_pretrained
@@ -119,7 +119,7 @@ def load_initial_weights(
                 raise CheckpointError(f"{error}\nOr take the images in colour: {spell('channels', 3)}.") from error
             raise
     parts = [
-        f"{len(report.tensors)} of {len(model.state_dict())} tensors from {origin}",
+        f"{len(report.tensors)} of {counted(len(model.state_dict()), 'tensor')} from {origin}",
         *(f"{title}: {list_keys(keys)}" for title, keys in report.differences().items()),
     ]
     return "; ".join(parts)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from skipway.errors import printable
+from skipway.errors import counted, printable
 from skipway.probes.signal_check import check_signal
 from skipway.report.summary import model_lines, signal_lines
 from skipway.training.defaults import choices_text
@@ -32,7 +32,8 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
     flops = count_flops(run) if run.recipe.sharding == "none" or run.ranks.world == 1 else 0.0
     for line in model_lines(run.model, run.recipe, len(run.connections), run.steps_per_epoch, flops, run.task.item):
         run.reporter.message(*line)
-    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    threads = counted(torch.get_num_threads(), "thread")
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else threads
     reason = reason if stored is None else "as before"
     many = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
     run.reporter.message(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from skipway.data import Batch
 from skipway.errors import DivergedError, SkipwayError
+from skipway.probes.nonfinite import find_culprit
 from skipway.training import step as steps
-from skipway.training.nonfinite import find_culprit
 from skipway.training.records import save_checkpoint
 from skipway.training.residual_warmup import move_warmup
 from skipway.training.resume import load_newest_checkpoint

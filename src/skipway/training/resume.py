@@ -8,7 +8,7 @@ from typing import Any
 
 from skipway.checkpoint.files import write_json
 from skipway.checkpoint.state import load_model_state, load_optimizer_state
-from skipway.errors import CheckpointError, SkipwayError, spell
+from skipway.errors import CheckpointError, SkipwayError, counted, spell
 from skipway.inference.code_file import network_file
 from skipway.inference.reference_outputs import describe_outputs, find_change, refuse_change
 from skipway.recipe import Recipe
@@ -150,5 +150,7 @@ def load_newest_checkpoint(run: Run) -> None:
     if state["world"] != run.ranks.world:
         was, now = state["world"], run.ranks.world
         run.reporter.message(
-            "note", f"{was} processes wrote the checkpoint and {now} resume it: equal up to rounding, not bit for bit"
+            "note",
+            f"written by {counted(was, 'process', 'processes')}, resumed by {now}: equal up to rounding, "
+            "not bit for bit",
         )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from skipway.checkpoint.store import Checkpoints
-from skipway.kernels.dispatch import bfloat16_attention
-from skipway.monitor.health import Health
+from skipway.kernels.dispatch import bfloat16_kernels
+from skipway.monitoring.health import Health
 from skipway.optim.schedules import lr_factor
 from skipway.recipe import Recipe, ResolvedRecipe
 from skipway.tracing.chain import Chain, read_chain
@@ -265,10 +265,10 @@ class Run:
         return torch.autocast(self.device.type, dtype=getattr(torch, self.recipe.precision))
 
     def kernels(self) -> AbstractContextManager[object]:
-        """The context of both passes, in which our kernel computes attention on a CPU in bfloat16."""
+        """The context of both passes, in which products compute what torch is slow at on a CPU in bfloat16."""
         if self.device.type != "cpu" or self.recipe.precision != "bfloat16" or self.recipe.compile:
             return nullcontext()
-        return bfloat16_attention()
+        return bfloat16_kernels()
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, as the task defines it."""

@@ -19,7 +19,8 @@ from skipway.checkpoint.store import Checkpoints
 from skipway.data.randomness import draw_key
 from skipway.errors import SkipwayError
 from skipway.inference.network import add_hidden_layer, is_ours
-from skipway.monitor.health import Health
+from skipway.kernels.torch_faults import subsample_first
+from skipway.monitoring.health import Health
 from skipway.optim.groups import param_groups
 from skipway.recipe import Recipe, ResolvedRecipe
 from skipway.training.distributed import Ranks
@@ -100,6 +101,7 @@ def build_run(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SkipwayError(f"all parameters of {recipe.model} have requires_grad=False, so there is nothing to train")
     model = model.to(device)
+    subsample_first(model)
     if recipe.sharding == "none":  # FSDP2 shards the first axis and requires contiguous weights
         model = model.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
     if recipe.sharding == "full" and (recipe.freeze != "none" or recipe.clip == "agc"):

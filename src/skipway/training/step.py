@@ -11,6 +11,7 @@ from torch import Tensor
 from skipway.checkpoint.state import full_tensor
 from skipway.data import Batch
 from skipway.data.randomness import draw_key
+from skipway.hardware.device import seed_torch
 from skipway.optim.clip import total_norm
 from skipway.training.run import Run, StepResult
 
@@ -95,4 +96,4 @@ def seed_step(run: Run, step: int) -> None:
     """Seed the random state of a step, which dropout and stochastic depth draw from."""
     rank = (run.ranks.rank,) if run.ranks.rank else ()
     data_epoch, number = divmod(run.progress.before + step, run.steps_per_epoch)
-    torch.manual_seed(draw_key(run.recipe.seed, "step", data_epoch, number, *rank))
+    seed_torch(draw_key(run.recipe.seed, "step", data_epoch, number, *rank))

@@ -95,8 +95,9 @@ class LanguageModelling(Task):
         recipe = ResolvedRecipe.of(resolve_paths(given))
         shares = world * recipe.accumulate
         if recipe.batch_size % shares:
+            processes = counted(world, "process", "processes")
             raise DataError(
-                f"{spell('batch_size', recipe.batch_size)}: {world} processes x accumulate={recipe.accumulate} cannot "
+                f"{spell('batch_size', recipe.batch_size)}: {processes} x accumulate={recipe.accumulate} cannot "
                 "share it evenly; take a multiple"
             )
         if recipe.patience is not None and not self.count(data, "validation"):
@@ -314,9 +315,9 @@ class LanguageModelling(Task):
         if row["step"] < CHANCE_STEPS or not row["train_loss"] >= CHANCE * chance:
             return None
         return (
-            f"after {row['step']:,} steps the training loss is {row['train_loss']:.4g}, and {chance:.4g} is that of an "
-            f"output that is the same at every token: nothing is learned; {spell('lr', run.recipe.peak_lr)} may be far "
-            "off"
+            f"after {counted(row['step'], 'step')} the training loss is {row['train_loss']:.4g}, and {chance:.4g} is "
+            "that of an output that is the same at every token: nothing is learned; "
+            f"{spell('lr', run.recipe.peak_lr)} may be far off"
         )
 
     def headline(self, evaluation: TextEvaluation) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from skipway.data import Batch
 from skipway.diagnosis import diagnose
-from skipway.diagnosis.passes import LookAhead, look_ahead
-from skipway.diagnosis.settings import OPTIMIZERS, fresh_copy
+from skipway.diagnosis.settings import OPTIMIZERS, OptimizerParts, Settings, fresh_copy
 from skipway.diagnosis.subject import Subject
+from skipway.diagnosis.trial import LookAhead, Trial
 from skipway.errors import SkipwayError, counted, duration, spell
 from skipway.surgery.classifier import find_classifiers
 from skipway.tracing import preserved_state
@@ -29,6 +29,8 @@ DIAGNOSIS_COST, TRIAL_COST = 40, 10
 MOST_SECONDS, SHARE = 10.0, 0.02
 # a diagnosis needs so many images; smaller sides are multiples of this
 FEWEST_IMAGES, SIDE_GRAIN = 8, 32
+# passes over the images that the trial steps of a diagnosis may take: 48 steps on an eighth of them
+TRIAL_PASSES = 6
 # steps that are tried from pretrained weights, and the growth of the loss on other images that is warned of
 TRIAL_STEPS, HARM = 6, 1.1
 # seconds from which a forward pass is not timed again
@@ -112,8 +114,9 @@ def trial_line(run: Run, inputs: Tensor, labels: Tensor) -> str:
     """What some steps at the full rates do to pretrained weights; they are taken back."""
     subject = Subject(run.model, inputs, labels, run.loss, training=not keeps_statistics(run), seed=run.recipe.seed)
     same = {id(parameter): parameter for parameter in run.model.parameters()}
+    settings = Settings(lr=run.recipe.peak_lr, exact=lambda *_: OptimizerParts([fresh_copy(run.optimizer, same, 1.0)]))
     try:
-        ahead = look_ahead(subject, lambda: fresh_copy(run.optimizer, same, 1.0), steps=TRIAL_STEPS)
+        ahead = Trial(subject, settings).advance(TRIAL_STEPS).result()
         heads = tuple(f"{name}." for name in find_classifiers(run.model, run.example))
     except SkipwayError as error:
         return f"none: {error}"
@@ -144,7 +147,7 @@ def trial_text(ahead: LookAhead, heads: tuple[str, ...], lr: float) -> str:
 
 
 def diagnosis_line(run: Run, inputs: Tensor, labels: Tensor) -> str:
-    """The verdict of a diagnosis of the untrained network in one line; 84 % accurate, it never stops a run."""
+    """The verdict of a diagnosis of the untrained network in one line; it never stops a run."""
     name = run.recipe.optimizer.partition("(")[0]
     if name not in OPTIMIZERS:
         return f"none: a diagnosis knows {', '.join(OPTIMIZERS)}"
@@ -159,11 +162,15 @@ def diagnosis_line(run: Run, inputs: Tensor, labels: Tensor) -> str:
             lr=run.recipe.peak_lr,
             weight_decay=run.recipe.decay,
             warmup=round(run.recipe.warmup * steps),
+            schedule=run.recipe.schedule,
             steps=steps,
+            allowance=min(0.03, TRIAL_PASSES / steps),
+            remedies=0,
             seed=run.recipe.seed,
         )
     except SkipwayError as error:  # fewer images than a diagnosis needs, say
         return f"none: {error}"
-    conditions = f": {'; '.join(found.conditions)}" if found.conditions else ""
     causes = ", ".join(finding.rule for finding in found.findings)
-    return f"{found.verdict}{conditions}{f' ({causes})' if causes else ''}; more: skipway diagnose --help"
+    return (
+        f"{found.verdict}: {'; '.join(found.grounds)}{f' ({causes})' if causes else ''}; more: skipway diagnose --help"
+    )

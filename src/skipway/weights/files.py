@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
-from skipway.errors import CheckpointError, printable, spell
+from skipway.errors import CheckpointError, counted, printable, spell
 from skipway.weights.container import cut, read_torch, select_state_dict
 from skipway.weights.formats import Format, describe_folder, file_format
 from skipway.weights.hub import PREFIX, download
@@ -177,6 +177,6 @@ def read_shards(index: Path, remark: Callable[[str], None] = warnings.warn) -> d
     lost = [key for key in homes if key not in state]
     if lost:
         raise CheckpointError(
-            f"{printable(index)} lists {len(lost)} tensors that are not in its files, {printable(lost[0])!r} first"
+            f"{printable(index)} lists {counted(len(lost), 'tensor')} that its files lack, {printable(lost[0])!r} first"
         )
     return state

@@ -7,16 +7,17 @@ so commands import it when they run.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, first_line, printable, suggest
 from skipway.hardware.limits import available_memory
+from skipway.install_lines import library_line
 from skipway.models.family import build, find_config, resolve
 from skipway.zoo.random_inputs import RandomInput, find_inputs
 
@@ -34,6 +36,7 @@ __all__ = [
     "ModelRequest",
     "Source",
     "config_file",
+    "depth_argument",
     "import_library",
     "input_shape_of",
     "load_model",
@@ -45,7 +48,7 @@ Shape = tuple[int, ...]
 IMAGE: Shape = (3, 224, 224)
 SMALL_SIDE = 32
 TOKENS = 64
-MISSING_OPERATORS = {
+COMPILED_OPERATORS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
@@ -56,7 +59,7 @@ class ModelRequest:
     """Options of a model requested by name; None leaves the choice to its source.
 
     Args:
-        depth: weight layers.
+        depth: weight layers of a family; of a file's function the argument that takes its depth.
         scheme: spec string of the residual scheme.
         classes: outputs.
         shape: of one sample.
@@ -168,14 +171,15 @@ def load_model(text: str, wanted: ModelRequest) -> LoadedModel:
 
 def load_ours(name: str, wanted: ModelRequest) -> LoadedModel:
     """A network of Skipway's own, at its own image size or at the one that is asked for."""
-    ours, own = resolve(name, {})
-    _, config = find_config(ours, wanted.depth)
+    asked = {"depth": wanted.depth, "scheme": wanted.scheme}
+    ours, options = resolve(name, {key: value for key, value in asked.items() if value is not None})
+    _, config = find_config(ours, options.get("depth"))
     known = {field.name for field in fields(config)}
-    options: dict[str, Any] = {} if wanted.classes is None else {"classes": wanted.classes}
+    options |= {} if wanted.classes is None else {"classes": wanted.classes}
     if wanted.shape is not None and len(wanted.shape) == 3:
         fitting = {"channels": wanted.shape[0], "image": wanted.shape[-1]}
         options |= {key: value for key, value in fitting.items() if key in known and value != getattr(config, key)}
-    model = build(ours, depth=wanted.depth, scheme=wanted.scheme, **{**own, **options})
+    model = build(ours, **options)
     return LoadedModel(model=model, shape=input_shape_of(model), vocabulary=getattr(model.config, "vocab", None))
 
 
@@ -321,17 +325,29 @@ def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
     return LoadedModel(model=model, shape=input_shape_of(model), vocabulary=vocabulary, batch=batch, remarks=remarks)
 
 
+class UncachedLoader(SourceFileLoader):
+    """Compiles a source file as it is now.
+
+    Python's cache takes a file that was changed within a second to the same number of bytes for the old one, and leaves
+    a folder beside the file.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def import_file(path: Path) -> ModuleType:
     """A Python file as a module, under a name of its own."""
     name = f"skipway_source_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    loader = UncachedLoader(name, str(path))
+    spec = spec_from_loader(name, loader)
+    if spec is None:
         raise SkipwayError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     # classes look their module up by name, dataclasses for one
     sys.modules[name] = module
     with translate_errors(path):
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     return module
 
 
@@ -375,25 +391,58 @@ def model_factories(module: ModuleType) -> list[str]:
 def call_factory(value: Any, name: str, wanted: ModelRequest) -> tuple[Any, tuple[str, ...]]:
     """The value itself where it is a module, else what it gives when it is called, and remarks about that.
 
-    An argument without a default that is named like the number of classes is given it.
+    An argument without a default that is named like the number of classes is given it, and the one that takes the depth
+    is given the depth that is asked for.
     """
     if isinstance(value, nn.Module) or not callable(value):
+        if wanted.depth is not None:
+            raise SkipwayError(f"{name} is a module, whose depth is fixed; give a function def make(depth): …")
         return value, ()
-    needed = [
-        parameter.name
-        for parameter in inspect.signature(value).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
+    needed = needed_arguments(value)
     count = wanted.needed_classes
     given = {each: count for each in needed if each in CLASS_ARGUMENTS} if count is not None else {}
-    if len(needed) > len(given):
+    if wanted.depth is not None:
+        given |= {depth_argument(value, name): wanted.depth}
+    if missing := [each for each in needed if each not in given]:
         raise SkipwayError(
-            f"{name} needs arguments: {', '.join(each for each in needed if each not in given)}; give a function "
-            f"without any, def make(): return {value.__name__}(…)"
+            f"{name} needs arguments: {', '.join(missing)}; give a function without any, "
+            f"def make(): return {value.__name__}(…)"
         )
     with translate_errors(Path(name.rpartition(":")[0])):
-        return value(**given), tuple(f"{name} is called with {each}={count}" for each in given)
+        return value(**given), tuple(f"{name} is called with {key}={each}" for key, each in given.items())
+
+
+def needed_arguments(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments without a default."""
+    parameters = inspect.signature(function).parameters.values()
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in several]
+
+
+def depth_argument(function: Callable[..., Any], name: str) -> str:
+    """The argument of a function that takes the depth of the network it makes: the one that is named so, else the only
+    one that has to be given, else the only one.
+
+    Raises:
+        SkipwayError: there is none.
+
+    >>> depth_argument(lambda width=8, layers=2: None, "make"), depth_argument(lambda n: None, "make")
+    ('layers', 'n')
+    """
+    names = list(inspect.signature(function).parameters)
+    needed = [each for each in needed_arguments(function) if each not in CLASS_ARGUMENTS]
+    found = [each for each in names if each in DEPTH_ARGUMENTS]
+    for choice in (found, needed, names):
+        if len(choice) == 1:
+            return choice[0]
+    takes = f"takes {', '.join(names)}" if names else "takes no argument"
+    raise SkipwayError(f"{name} {takes}, and none of them is known to be the depth; give a function def make(depth): …")
+
+
+# names of the argument that takes the depth
+DEPTH_ARGUMENTS = frozenset(
+    {"depth", "blocks", "layers", "n_blocks", "n_layer", "n_layers", "num_blocks", "num_layers", "num_hidden_layers"}
+)
 
 
 # names of the argument that takes the number of classes
@@ -428,7 +477,9 @@ def input_shape_of(model: nn.Module) -> Shape:
         return tuple(described["input_size"])
     config: Any = getattr(model, "config", None)
     if hasattr(config, "channels"):
-        side = SMALL_SIDE if getattr(config, "stem", None) == "cifar" else getattr(config, "image", IMAGE[-1])
+        side = (
+            SMALL_SIDE if getattr(config, "stem", None) in ("cifar", "patch") else getattr(config, "image", IMAGE[-1])
+        )
         return (config.channels, side, side)
     if hasattr(config, "context"):
         return (config.context,)
@@ -440,21 +491,33 @@ def input_shape_of(model: nn.Module) -> Shape:
 def import_library(package: str, purpose: str = "this") -> ModuleType:
     """Import timm, torchvision or transformers, also beside a torchvision whose compiled half does not fit this torch.
 
-    torchvision registers shape functions for two operators of its compiled half at import; on a torch without that
-    half their schemas are absent, and with them defined its Python models import.
-
     Raises:
         SkipwayError: the library is not installed; says how to install it.
     """
-    if importlib.util.find_spec(package) is None:
-        raise SkipwayError(
-            f"{purpose} needs {package}, which is not installed: pip install {package} "
-            "(docs/install.md: how to keep a CPU build of PyTorch)"
-        )
-    if importlib.util.find_spec("torchvision") is not None and "torchvision" not in sys.modules:
-        for name, schema in MISSING_OPERATORS.items():
-            if not hasattr(torch.ops.torchvision, name):
-                FRAGMENTS.setdefault(name, torch.library.Library("torchvision", "FRAGMENT")).define(schema)
+    if find_spec(package) is None:
+        raise SkipwayError(f"{purpose} needs {package}, which is not installed: {library_line(package)}")
+    if find_spec("torchvision") is not None and "torchvision" not in sys.modules:
+        import_declaring("torchvision", COMPILED_OPERATORS)
+    return importlib.import_module(package)
+
+
+def import_declaring(package: str, schemas: Mapping[str, str]) -> ModuleType:
+    """Import a package that registers shape functions for operators of its compiled half.
+
+    Where that half does not load, the operators are declared and the package is imported once more. They are never
+    declared before it is tried: defining an operator a second time would end the process.
+    """
+    try:
+        return importlib.import_module(package)
+    except RuntimeError:
+        missing = [schema for name, schema in schemas.items() if not hasattr(getattr(torch.ops, package), name)]
+        if not missing:
+            raise
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]
+    declared = FRAGMENTS.setdefault(package, torch.library.Library(package, "FRAGMENT"))
+    for schema in missing:
+        declared.define(schema)
     return importlib.import_module(package)
 
 
@@ -469,6 +532,6 @@ SOURCES: tuple[Source, ...] = (
     Source(
         "hf:CLASS or hf:FOLDER", r"(?:hf|transformers):(?P<name>.+)", load_transformers, CLASSES, OTHERS, "huggingface"
     ),
-    Source("FILE.py:NAME", r"(?P<name>.+\.py(?::\w*)?)", load_file, frozenset(), "set it in the file"),
+    Source("FILE.py:NAME", r"(?P<name>.+\.py(?::\w*)?)", load_file, frozenset({"depth"}), "set it in the file"),
     Source("a Skipway model", r"(?P<name>[^:]+)", load_ours, CLASSES | {"depth", "scheme"}, library="skipway"),
 )

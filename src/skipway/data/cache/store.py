@@ -22,8 +22,9 @@ import PIL
 
 from skipway.data.inspection import ImageInfo
 from skipway.data.sources.readers import ImageStore
+from skipway.errors import printable, spell
 
-__all__ = ["PixelFile", "cache_folder", "cache_key", "load_image_infos", "save_image_infos"]
+__all__ = ["PixelFile", "cache_folder", "cache_key", "cache_remark", "load_image_infos", "save_image_infos"]
 
 FORMAT = 1
 MAGIC = b"skipway\x00pixels\x01\n"
@@ -57,6 +58,18 @@ def cache_folder(choice: bool | Path | None) -> Path:
         return (users if users.is_absolute() else Path.home() / ".cache") / "skipway"
     except RuntimeError as error:  # what pathlib raises without a home
         raise OSError("the home folder is unknown; SKIPWAY_CACHE names a folder for the cache") from error
+
+
+def cache_remark(what: str, folder: Path) -> str:
+    """A sentence that says what is kept outside the run, where, and how to keep nothing.
+
+    >>> cache_remark("tokens are", Path("here"))
+    'tokens are kept in here for later runs; cache=False keeps nothing, and SKIPWAY_CACHE names another folder'
+    """
+    return (
+        f"{what} kept in {printable(folder)} for later runs; {spell('cache', False)} keeps nothing, and SKIPWAY_CACHE "
+        "names another folder"
+    )
 
 
 def cache_key(store: ImageStore, files: Sequence[str], *settings: Any) -> str:

@@ -100,7 +100,7 @@ def choose_columns(table: Table, wanted: Sequence[str], images: ImageNames) -> C
         DataError: there is no such column, or it is not clear which one holds the labels.
     """
     if table.names is None and not table.rows:
-        raise DataError(f"{printable(table.path)} is empty")
+        raise DataError(f"{printable(table.path)} is empty: a list has an image and its label in each row")
     first = list(table.names or table.rows[0][1])
     chosen = tuple(wanted) != COLUMNS
     headed = table.names is not None or is_header(first, wanted, images)

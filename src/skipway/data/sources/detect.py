@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -70,8 +71,8 @@ def index_source(
     except (OSError, ValueError) as error:
         if isinstance(error, SkipwayError):
             raise
-        raise DataError(f"{printable(path)} cannot be read: {error}") from error
-    missing = "does not exist; without a folder, training uses the embedded digits"
+        raise DataError(f"{printable(path)} cannot be read: {error}; see its rights, and the disk") from error
+    missing = f"does not exist{similar_names(path)}; without a folder, training uses the embedded digits"
     raise DataError(f"data folder {printable(path)} {describe_file(path) if os.path.lexists(path) else missing}")
 
 
@@ -81,6 +82,13 @@ def remark_columns(found: SourceIndex, columns: Sequence[str]) -> SourceIndex:
         return found
     remark = f"{spell('columns', tuple(columns))} has no effect: {printable(found.name)} is no list"
     return replace(found, remarks=(*found.remarks, remark))
+
+
+def similar_names(path: Path) -> str:
+    """The entries of a folder whose names are like one that is not there, as a clause."""
+    entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, entries, n=3)
+    return f"; did you mean {' or '.join(printable(path.parent / name) for name in close)}?" if close else ""
 
 
 def describe_file(path: Path) -> str:

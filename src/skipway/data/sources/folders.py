@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from skipway.data.sources.index import (
+    OUTSIDE_CLASSES,
     FilesByClass,
     SourceIndex,
     check_classes,
@@ -25,14 +26,13 @@ from skipway.data.sources.scan import LeftOut, SourceFolder, scan_folder
 from skipway.data.sources.splits import SPLIT_NAMES, SPLITS, Split, looks_like_split, split_of
 from skipway.errors import DataError, counted, printable
 
-__all__ = ["Subfolders", "index_folders"]
+__all__ = ["UNSORTED", "Subfolders", "index_folders"]
 
 Subfolders = Literal["merge", "classes"]
 
-# folders of a validation or test split that stand for images without a class
-PLACEHOLDERS = frozenset(
-    {"unknown", "unlabeled", "unlabelled", "unclassified", "images", "image", "imgs", "img", "all"}
-)
+# folders whose name says that their images have no class, and those that stand for all of a validation or test split
+UNSORTED = frozenset({"unlabeled", "unlabelled", "unclassified", "unsorted", "uncategorized", "uncategorised"})
+PLACEHOLDERS = UNSORTED | {"unknown", "images", "image", "imgs", "img", "all"}
 
 
 @dataclass(kw_only=True)
@@ -219,7 +219,7 @@ def count_unread(top: SourceFolder, parts: list[FilesByClass], unused: Collectio
     for image in top.below():
         if image not in read:
             in_unused = any(image.startswith(f"{path}/") for path in unused)
-            left_out.add("in a folder that is not used" if in_unused else "outside the class folders", image)
+            left_out.add("in a folder that is not used" if in_unused else OUTSIDE_CLASSES, image)
 
 
 def folder_remarks(top: SourceFolder, layout: Layout, subfolders: Subfolders) -> list[str]:

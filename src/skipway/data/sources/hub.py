@@ -72,14 +72,14 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
         by_class: FilesByClass = {}
         for row, value in enumerate(labels):
             if value is None or (own and not 0 <= int(value) < len(own)):
-                raise DataError(f"{where}: row {row} of {split} has no label")
+                raise DataError(f"{where}: row {row} of {split} has no label: leave it out, by filter() of datasets")
             by_class.setdefault(own[int(value)] if own else str(value), []).append(f"{split}/{row}")
         by_split[known] = by_class
         if isinstance(table.features[image], datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))
         tables[split] = table.select_columns([image])
     if "train" not in by_split:
-        raise DataError(f"{where} has no split called train; it has {name_list(splits)}")
+        raise DataError(f"{where} has no split called train; it has {name_list(splits)}: rename one of them")
     train = by_split["train"]
     classes = tuple(name for name in names if name in train) if names else sorted_classes(train)
     check_classes(train, where, allow_empty=False, fewest=fewest)
@@ -120,7 +120,10 @@ def load_tables(source: Path | str) -> tuple[dict[str, Any], Any]:
         else:
             loaded = datasets.load_from_disk(str(source))
     except Exception as error:  # of many libraries: network, file system, Arrow, JSON
-        raise DataError(f"{printable(str(source))} cannot be read as a data set: {first_line(error, 200)}") from error
+        raise DataError(
+            f"{printable(str(source))} cannot be read as a data set: {first_line(error, 200)}; see "
+            "its name and the network, or give a folder that save_to_disk wrote"
+        ) from error
     splits = {str(split): table for split, table in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
     return splits, datasets
 

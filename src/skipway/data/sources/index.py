@@ -10,11 +10,13 @@ from pathlib import Path
 from skipway.data.sources.readers import ImageStore
 from skipway.data.sources.scan import LeftOut
 from skipway.data.sources.splits import SPLITS, Split
-from skipway.errors import DataError, printable
+from skipway.errors import DataError, counted, printable
 
 __all__ = ["FilesByClass", "Inventory", "SourceIndex", "class_name", "name_list", "names_alike", "sorted_classes"]
 
 FilesByClass = dict[str, list[str]]
+# why an image is left out that no folder labels
+OUTSIDE_CLASSES = "outside the class folders"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ def check_classes(
     full = [name for name in files if files[name]]
     others = [] if left_out is None else left_out.sentences()
     if not full:
-        raise DataError("; ".join([f"no images in {where}: the layout is <class>/<image>", *others]))
+        raise DataError("; ".join([f"no images in {where}{layout_advice(where, left_out)}", *others]))
     empty = [name for name in files if not files[name]]
     if empty and not allow_empty:
         raise DataError(
@@ -146,10 +148,27 @@ def check_classes(
     if len(full) < fewest:
         raise DataError(
             "; ".join(
-                [f"only one class, {printable(full[0])!r}, in {where}: a classifier needs two class folders", *others]
+                [
+                    f"only one class, {printable(full[0])!r}, in {where}: a classifier needs two class folders; put "
+                    "images of what it is to be told from into a folder beside it",
+                    *others,
+                ]
             )
         )
     return tuple(files)
+
+
+def layout_advice(where: str, left_out: LeftOut | None) -> str:
+    """What to do about a folder without images in class folders, as the end of a message."""
+    loose = 0 if left_out is None else left_out.counts[OUTSIDE_CLASSES]
+    if not loose:
+        return ": the layout is <class>/<image>"
+    return (
+        f" lie in class folders, and {counted(loose, 'image')} outside: the name of its folder is the label of "
+        f"an image. Move each into a folder named by its class, {where}/cat/1.jpg and {where}/dog/2.jpg for example, "
+        "or write a CSV file with the columns image and label and give that; a trained network labels them by "
+        f"skipway predict RUN {where}"
+    )
 
 
 def check_known_classes(files: FilesByClass, classes: Collection[str], where: str, split: str) -> None:

@@ -106,7 +106,7 @@ class ListRows:
         if before is not None and before != (label, split):
             raise DataError(
                 f"{self.where}, row {number}: {name!r} is {printable(label)!r} in {split}, and above "
-                f"{printable(before[0])!r} in {before[1]}"
+                f"{printable(before[0])!r} in {before[1]}; keep one of the rows"
             )
         if before is not None:
             self.left_out.add("listed more than once", name)
@@ -137,7 +137,8 @@ class Labels:
             fractions = [int(number[1] or 0) for number in numbers if number is not None]
             if any(fractions) and len(counts) > MOST_NUMBERS:
                 raise DataError(
-                    f"{rows.where}: the column {column} holds {len(counts):,} different numbers, which are no classes"
+                    f"{rows.where}: the column {column} holds {len(counts):,} different numbers, which are no "
+                    f"classes; {spell('columns', tuple(rows.columns.names[:2]))} for example names another"
                 )
             if not any(fractions) and any("." in name for name in counts):
                 self.names = [name.partition(".")[0] for name in self.names]
@@ -177,7 +178,7 @@ def index_list(path: Path, *, columns: Sequence[str] = COLUMNS, outside: bool = 
         rest = "".join(f"; {sentence}" for sentence in rows.left_out.sentences())
         raise DataError(
             f"{where} lists training images of {counted(len(classes), 'class', 'classes')}; a classifier needs at "
-            f"least two{rest}"
+            f"least two: add rows of another{rest}"
         )
     for split in SPLITS[1:]:
         if splits[split]:

@@ -65,7 +65,7 @@ class FileStore(ImageStore):
                 if not stat.S_ISREG(about.st_mode):
                     raise UnreadableImage(path, "not a regular file")
                 check_file_size(path, about.st_size)
-                return f.read(MAX_BYTES + 1)
+                return f.read()  # with a number of bytes, that many would be allocated
         except UnreadableImage:
             raise
         except FileNotFoundError as error:
@@ -181,4 +181,6 @@ def check_member_name(name: str, source: Path) -> None:
     """
     parts = name.replace("\\", "/").split("/")
     if name.startswith(("/", "\\")) or ".." in parts or "\0" in name or (len(name) > 1 and name[1] == ":"):
-        raise DataError(f"{source}: member {name!r} leads out of the archive; it is not read")
+        raise DataError(
+            f"{source}: member {name!r} leads out of the archive, and is not read; pack it again with relative names"
+        )

@@ -63,7 +63,9 @@ def expand_braces(pattern: str) -> list[str]:
             options.append(piece.split(",") if number % 2 else [piece])
             total *= len(options[-1])
     if total > MAX_SHARDS:
-        raise DataError(f"{pattern!r} means more than {MAX_SHARDS:,} shards")
+        raise DataError(
+            f"{pattern!r} means more than {MAX_SHARDS:,} shards, the most; give a folder of fewer, larger ones"
+        )
     return ["".join(choice) for choice in product(*options)]
 
 
@@ -98,7 +100,10 @@ def index_shards(source: Path, *, allow_empty: bool = False, fewest: int = 2) ->
     paths = shard_paths(source)
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise DataError(f"shard {printable(missing[0])} does not exist ({len(missing)} of {len(paths)} do not)")
+        raise DataError(
+            f"shard {printable(missing[0])} does not exist ({len(missing)} of {len(paths)} do not); copy what is "
+            "missing, or name those that are there"
+        )
     root = source if source.is_dir() else Path(*common_folder(paths))
     members: dict[str, ShardMember] = {}
     splits: dict[str, FilesByClass] = {split: {} for split in SPLITS}
@@ -115,7 +120,7 @@ def index_shards(source: Path, *, allow_empty: bool = False, fewest: int = 2) ->
             members[name] = ShardMember(shard, *place)
             splits[split or "train"].setdefault(label, []).append(name)
         if len(members) > MAX_MEMBERS:
-            raise DataError(f"{printable(source)} holds more than {MAX_MEMBERS:,} images")
+            raise DataError(f"{printable(source)} holds more than {MAX_MEMBERS:,} images, the most: train on a part")
     where, train = printable(source), splits["train"]
     classes = sorted_classes(train)
     if unused and not train:
@@ -206,13 +211,13 @@ def check_member(path: Path, member: tarfile.TarInfo, size: int, count: int) -> 
     check_member_name(member.name, path)
     what = f"{printable(path)}: member {printable(member.name)!r}"
     if member.issym() or member.islnk():
-        raise DataError(f"{what} is a link; shards hold files only")
+        raise DataError(f"{what} is a link; shards hold files only: pack what it leads to (tar --dereference)")
     if member.isdev() or member.issparse():
-        raise DataError(f"{what} is a device, a pipe or a sparse file; shards hold plain files only")
+        raise DataError(f"{what} is a device, a pipe or a sparse file; shards hold plain files only: leave it out")
     if member.offset_data + member.size > size:
-        raise DataError(f"{what} ends after the end of the file: the shard is cut off")
+        raise DataError(f"{what} ends after the end of the file: the shard is cut off: copy or pack it again")
     if count > MAX_MEMBERS:
-        raise DataError(f"{printable(path)} holds more than {MAX_MEMBERS:,} members")
+        raise DataError(f"{printable(path)} holds more than {MAX_MEMBERS:,} members, the most: divide it")
 
 
 def compression_advice(path: Path) -> str:
@@ -230,7 +235,10 @@ def label_of(path: Path, file: Any, name: str, beside: tuple[str, tuple[int, int
     if beside is None:
         folder = name.strip("/").rpartition("/")[0].rpartition("/")[2]
         if folder in ("", "."):
-            raise DataError(f"{what} is missing: there is no .cls or .json beside it and it lies in no folder")
+            raise DataError(
+                f"{what} is missing: there is no .cls or .json beside it and it lies in no folder; name the image "
+                "CLASS/IMAGE in the shard, or add KEY.cls"
+            )
         return folder
     suffix, (offset, size) = beside
     if size > min(MAX_LABEL_BYTES, MAX_BYTES):

@@ -16,6 +16,8 @@ from skipway.errors import DataError, MissingExtraError, first_line, printable
 
 __all__ = ["Row", "Table", "read_parquet_table", "read_text_table"]
 
+# the way out of a file that is no list
+SAVE_AS = "save it as UTF-8 CSV with the columns image and label"
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
 # rows that the separator is chosen by
 SAMPLED = 200
@@ -70,7 +72,9 @@ def read_text_table(path: Path) -> Table:
     try:
         rows = list(parse_rows(lines, separator))
     except csv.Error as error:
-        raise DataError(f"{printable(path)}: not a list that can be read: {printable(str(error))}") from error
+        raise DataError(
+            f"{printable(path)}: not a list that can be read: {printable(str(error))}; {SAVE_AS}"
+        ) from error
     return Table(path, rows, tuple(remarks))
 
 
@@ -88,14 +92,16 @@ def decode_text(content: bytes, path: Path) -> tuple[str, str]:
         if encoding:
             text = content.decode(encoding)
             if encoding.startswith("utf-16-") and any(letter < "\t" for letter in text[:SAMPLED]):
-                raise DataError(f"{printable(path)}: not a list that can be read: it is no text")
+                raise DataError(f"{printable(path)}: not a list that can be read: it is no text; {SAVE_AS}")
             return text.removeprefix("\ufeff"), re.sub(r"-(?:SIG|LE|BE)$", "", encoding.upper())
         return content.decode("utf-8"), "UTF-8"
     except UnicodeDecodeError as error:
         if encoding:
-            raise DataError(f"{printable(path)}: not a list that can be read: damaged {encoding.upper()}") from error
+            raise DataError(
+                f"{printable(path)}: not a list that can be read: damaged {encoding.upper()}; {SAVE_AS}"
+            ) from error
     if sum(byte < 9 for byte in head) > len(head) / 50:
-        raise DataError(f"{printable(path)}: not a list that can be read: it is no text")
+        raise DataError(f"{printable(path)}: not a list that can be read: it is no text; {SAVE_AS}")
     raw = content.decode("utf-8", "surrogateescape")
     try:
         windows = content.decode("cp1252")
@@ -158,11 +164,11 @@ def choose_separator(lines: list[str], path: Path) -> str:
             fault = fault or str(error)
             continue
         if not rows:
-            raise DataError(f"{printable(path)} is empty")
+            raise DataError(f"{printable(path)} is empty: a list has an image and its label in each row")
         if len(rows[0]) >= 2:
             shares[separator] = sum(len(row) >= 2 and not any(row[len(rows[0]) :]) for row in rows) / len(rows)
     if fault and not shares:
-        raise DataError(f"{printable(path)}: not a list that can be read: {printable(fault)}")
+        raise DataError(f"{printable(path)}: not a list that can be read: {printable(fault)}; {SAVE_AS}")
     if not shares:
         start = printable(next(line for line in lines if line.strip()).strip()[:60])
         raise DataError(
@@ -203,5 +209,5 @@ def read_parquet_table(path: Path) -> Table:
                 for number, row in enumerate(cells, 1)
             ]
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{printable(path)}: not a list that can be read: {first_line(error)}") from error
+        raise DataError(f"{printable(path)}: not a list that can be read: {first_line(error)}; {SAVE_AS}") from error
     return Table(path, rows, names=tuple(names))

@@ -145,7 +145,9 @@ def read_corpus(source: TextSource, notes: Notes) -> Corpus:
         if size <= MEMORY_BYTES:
             texts.append(document.text)
     if not infos:
-        raise DataError("; ".join([f"there is no text in {printable(source.name)}", *notes.sentences()]))
+        raise DataError(
+            "; ".join([f"there is no text in {printable(source.name)}", *notes.sentences(), "give another"])
+        )
     groups = near_copies(sentences.documents)
     infos = [info._replace(group=infos[group].digest) for info, group in zip(infos, groups, strict=True)]
     return Corpus(source, infos, texts, sentences)

@@ -17,7 +17,7 @@ from skipway.data.sources.splits import Split
 from skipway.data.text.charset import Notes, NotText, decode_text_file
 from skipway.data.text.compression import decompress, plain_name
 from skipway.data.text.rows import ROW_READERS, RowReader, TextColumn
-from skipway.errors import DataError, printable
+from skipway.errors import DataError, counted, printable
 
 __all__ = ["Document", "FileSource", "TextSource", "standard_library"]
 
@@ -107,11 +107,15 @@ class FileSource(TextSource):
                         notes.add("left out, since it is empty", name)
             except NotText as error:
                 if len(self.files) == 1:
-                    raise DataError(f"{printable(self.root / file.path)} is no text: it is {error}") from error
+                    raise DataError(
+                        f"{printable(self.root / file.path)} is no text: it is {error}; give a file of text"
+                    ) from error
                 notes.add(f"left out, since it is no text but {error}", file.path)
             except OSError as error:
                 if len(self.files) == 1:
-                    raise DataError(f"{printable(self.root / file.path)} cannot be read: {error.strerror}") from error
+                    raise DataError(
+                        f"{printable(self.root / file.path)} cannot be read: {error.strerror}; see its rights"
+                    ) from error
                 notes.add(f"left out, since it cannot be read ({(error.strerror or '').lower()})", file.path)
 
     def reader_of(self, file: TextFile) -> RowReader | None:
@@ -152,9 +156,12 @@ def standard_library() -> FileSource:
             paths = (path.relative_to(root) for path in package.rglob("*.py"))
             found += sorted(path.as_posix() for path in paths if NOT_LIBRARY.isdisjoint(path.parts))
     if not found:
-        raise DataError(f"the default texts are the files of Python's standard library, and {root} has none")
+        raise DataError(
+            f"the default texts are the files of Python's standard library, and {root} has none: give a text"
+        )
     version = platform.python_version()
-    about = f"the text is the standard library of Python {version}, {len(found):,} files: it differs between versions"
+    files = counted(len(found), "file")
+    about = f"the text is the standard library of Python {version}, {files}: it differs between versions"
     return FileSource(
         name=f"python-{version}",
         root=root,

@@ -38,7 +38,7 @@ class TableSource(TextSource):
                     else:
                         notes.add("left out, since it is empty", f"{name}/{row}")
             except NotText as error:
-                raise DataError(f"{printable(self.name)} is {error}") from error
+                raise DataError(f"{printable(self.name)} is {error}; name a column of text") from error
 
     def rows(self, name: str, table: Any) -> Iterator[dict[str, Any]]:
         """The rows of a table, from columns of text where their types are known."""
@@ -47,7 +47,9 @@ class TableSource(TextSource):
                 columns = table[first : first + ROWS]
                 yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         except Exception as error:  # whatever the library's readers of a damaged table raise
-            raise DataError(f"{printable(self.name)}: {name} cannot be read: {first_line(error, 100)}") from error
+            raise DataError(
+                f"{printable(self.name)}: {name} cannot be read: {first_line(error, 100)}; fetch it again"
+            ) from error
 
 
 def table_source(source: Path | str, column: str | None) -> TableSource:
@@ -74,7 +76,7 @@ def table_source(source: Path | str, column: str | None) -> TableSource:
         taken.add(split)
         tables[name] = table if column is None else select(table, column, str(source))
     if "train" not in taken:
-        raise DataError(f"{printable(str(source))} has no split called train; it has {', '.join(splits)}")
+        raise DataError(f"{printable(str(source))} has no split called train; it has {', '.join(splits)}: rename one")
     return TableSource(name=Path(str(source)).name, remarks=tuple(remarks), tables=tables, column=TextColumn(column))
 
 

@@ -111,7 +111,9 @@ def json_line_texts(content: bytes, where: str, column: TextColumn, notes: Notes
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{printable(where)}: line {number} is no JSON: {first_line(error, 100)}") from error
+                raise DataError(
+                    f"{printable(where)}: line {number} is no JSON: {first_line(error, 100)}; correct or remove it"
+                ) from error
             yield as_row(value)
 
     yield from column.texts(rows(), where, notes)
@@ -150,7 +152,9 @@ def delimited_texts(content: bytes, where: str, column: TextColumn, notes: Notes
         try:
             yield from column.texts(delimited_rows(text, delimiter, where), where, notes)
         except csv.Error as error:
-            raise DataError(f"{printable(where)} is no table that can be read: {first_line(error, 100)}") from error
+            raise DataError(
+                f"{printable(where)} is no table that can be read: {first_line(error, 100)}; save it as UTF-8 CSV"
+            ) from error
 
 
 def delimited_rows(text: str, delimiter: str, where: str) -> Iterator[Mapping[str, Any]]:
@@ -201,7 +205,9 @@ def parquet_texts(content: bytes, where: str, column: TextColumn, notes: Notes) 
             rows = (row for batch in file.iter_batches(columns=names) for row in batch.to_pylist())
             yield from column.texts(rows, where, notes)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{printable(where)} cannot be read as Parquet: {first_line(error, 100)}") from error
+        raise DataError(
+            f"{printable(where)} cannot be read as Parquet: {first_line(error, 100)}; write it again"
+        ) from error
 
 
 ROW_READERS: dict[str, RowReader] = {

@@ -43,7 +43,7 @@ def text_source(choices: TextChoices) -> TextSource:
         if path.is_file():
             return file_source(path.parent, (TextFile(path.name, None),), Path(plain_name(path.name)).stem, choices)
     except OSError as error:
-        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+        raise DataError(f"{printable(path)} cannot be read: {error.strerror}; see its rights, and the disk") from error
     fault = "is no regular file" if os.path.lexists(path) else "does not exist"
     raise DataError(f"{printable(path)} {fault}; without a source, the text is Python's standard library")
 
@@ -58,7 +58,15 @@ def folder_source(path: Path, choices: TextChoices) -> TextSource:
     top, left_out = scan_folder(path, outside=choices.outside, fault=lambda entry: "")
     files = top.below()
     if not files:
-        raise DataError("; ".join([f"{printable(path)} holds no text files", *left_out.sentences()]))
+        raise DataError(
+            "; ".join(
+                [
+                    f"{printable(path)} holds no text files",
+                    *left_out.sentences(),
+                    "give a folder of .txt, .md, .jsonl, …, or one file",
+                ]
+            )
+        )
     parts, remarks = split_files(files)
     suffixes = Counter(Path(plain_name(part.path)).suffix.lower() or "no suffix" for part in parts)
     if len(suffixes) > 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from skipway.checkpoint.files import describe_os_error
-from skipway.data.cache.store import cache_folder
+from skipway.data.cache.store import cache_folder, cache_remark
 from skipway.data.text.charset import Notes
 from skipway.data.text.choices import TextChoices
 from skipway.data.text.corpus import Corpus, read_corpus
@@ -64,6 +64,12 @@ class TextCache:
         """Whether anything is kept of a text of a size in bytes: on request, and by default from some size on."""
         return self.folder is not None and (size >= least or self.choice is not None)
 
+    def announce(self) -> None:
+        """Say once that something is kept outside the run, unless the user named the folder."""
+        if self.folder is not None and not isinstance(self.choice, Path):
+            remark = cache_remark("the text's tokens, and what is known of its documents, are", self.folder)
+            self.remarks += [] if remark in self.remarks else [remark]
+
     def name(self, kind: str) -> str:
         """A name for entries of this source: newer ones replace older ones."""
         return hashlib.sha256(ascii((self.place, kind)).encode()).hexdigest()[:16]
@@ -94,6 +100,7 @@ class TextCache:
         if file is not None and self.keeps(corpus.bytes):
             try:
                 file.save(corpus, notes)
+                self.announce()
             except OSError as error:
                 self.refuse(error)
         return corpus, notes
@@ -103,7 +110,9 @@ class TextCache:
         least = SLOW_BYTES if isinstance(tokenizer, FileTokenizer) else CACHED_BYTES
         if self.folder is not None and self.keeps(corpus.bytes, least):
             try:
-                return TokenFolder(self.folder, self.name(tokenizer.kind), key).encode(corpus, plan, tokenizer)
+                encoded = TokenFolder(self.folder, self.name(tokenizer.kind), key).encode(corpus, plan, tokenizer)
+                self.announce()
+                return encoded
             except OSError as error:
                 self.refuse(error)
         return encode_in_memory(corpus, plan, tokenizer)

@@ -109,7 +109,7 @@ class Tokenizer(ABC):
         """Ids as an array int64 (n,), after checking that the tokenizer has them."""
         array = np.asarray(ids if hasattr(ids, "__array__") else list(ids), np.int64)
         if array.ndim != 1:
-            raise DataError(f"ids have {array.ndim} axes: decode takes those of one text")
+            raise DataError(f"ids have {array.ndim} axes: decode takes those of one text, so call it for each row")
         if array.size and not 0 <= array.min() <= array.max() < self.size:
             wrong = int(array[(array < 0) | (array >= self.size)][0])
             raise DataError(f"id {wrong} is none of this tokenizer, whose ids are 0 to {self.size - 1}")

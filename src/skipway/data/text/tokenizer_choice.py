@@ -35,7 +35,9 @@ def tokenizer_from_json(content: str) -> Tokenizer:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"this is no tokenizer of Skipway: {printable(content[:60])!r}") from error
+        raise DataError(
+            f"this is no tokenizer of Skipway: {printable(content[:60])!r}; the file is damaged or of another program"
+        ) from error
 
 
 def choose_tokenizer(

@@ -124,8 +124,8 @@ def read_tokenizer(path: Path, separator: str | None = None) -> FileTokenizer:
     if separator is None:
         separator = next((name for name in SEPARATORS if name in special), None)
     elif found.library_tokenizer.token_to_id(separator) is None:
-        raise DataError(f"{spell('separator', separator)}: {printable(where)} has no such token")
+        raise DataError(f"{spell('separator', separator)}: {printable(where)} has no such token: name one that it has")
     chosen = FileTokenizer(content, separator)
     if not chosen.size:
-        raise DataError(f"{printable(where)} holds no token")
+        raise DataError(f"{printable(where)} holds no token: give one that was trained")
     return chosen

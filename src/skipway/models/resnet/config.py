@@ -25,8 +25,9 @@ class ResNetConfig:
         width: channels of the inner convolutions in the first stage.
         groups: of the bottleneck's 3×3 (ResNeXt's cardinality).
         base_width: inner channels per group for 64 channels (ResNeXt, Wide-ResNet-50-2).
-        stem: "imagenet" (7×7 / 2, max-pool / 2, 64 channels), "cifar" (3×3), or in place of the 7×7 three 3×3:
-            "deep" (a half, a half and all of the channels, ResNet-C) or "tiered" (three eighths, a half, all).
+        stem: "imagenet" (7×7 / 2, max-pool / 2, 64 channels), "cifar" (3×3), "patch" (4×4 / 2), or in place of the 7×7
+            three 3×3: "deep" (a half, a half and all of the channels, ResNet-C) or "tiered" (three eighths, a half,
+            all).
         stem_width: channels after the stem.
         shortcut: where shapes change: "projection" (1×1 convolution, option B), "pooled" (the mean of 2×2 pixels, then
             the 1×1 convolution, ResNet-D) or "pad" (zeros, option A).
@@ -48,7 +49,7 @@ class ResNetConfig:
     width: int = 64
     groups: int = 1
     base_width: int = 64
-    stem: Literal["imagenet", "cifar", "deep", "tiered"] = "imagenet"
+    stem: Literal["imagenet", "cifar", "patch", "deep", "tiered"] = "imagenet"
     stem_width: int = 64
     shortcut: Literal["projection", "pooled", "pad"] = "projection"
     placement: Literal["original", "preactivation"] = "original"
@@ -66,7 +67,7 @@ class ResNetConfig:
             raise SkipwayError(f"blocks={self.blocks}: every stage needs at least one block")
         for name, allowed in (
             ("block", ("basic", "bottleneck")),
-            ("stem", ("imagenet", "cifar", "deep", "tiered")),
+            ("stem", ("imagenet", "cifar", "patch", "deep", "tiered")),
             ("shortcut", ("projection", "pooled", "pad")),
             ("placement", ("original", "preactivation")),
         ):

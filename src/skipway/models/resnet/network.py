@@ -20,6 +20,8 @@ __all__ = ["ResNet"]
 BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 PLACEMENTS = {"original": ORIGINAL, "preactivation": PRE_ACTIVATION}
 PROJECTIONS = {"projection": projection, "pooled": pooled_projection}
+FIRST = {"cifar": (3, 1), "patch": (4, 2)}
+"""Kernel and stride of stems of one convolution without max-pooling; the others have 7 and 2."""
 TIERS = {"deep": (4, 4), "tiered": (3, 4)}
 """Eighths of the stem's width after the first two of three convolutions: He, T. et al. 2019, fig. 2b; timm's "t"."""
 
@@ -27,7 +29,7 @@ TIERS = {"deep": (4, 4), "tiered": (3, 4)}
 class ResNet(nn.Module):
     """Stem, chain, head: logits = classifier(pool(stages(stem(x)))).
 
-    Shapes: (N, channels, H, W) → (N, classes), for any H, W ≥ 1.
+    Shapes: (N, channels, H, W) → (N, classes), for any H, W ≥ 1 (2 with a patch stem).
 
     Args:
         config: what to build.
@@ -53,7 +55,8 @@ class ResNet(nn.Module):
 
     def stage_maps(self) -> tuple[StageMap, ...]:
         """The stream after every stage; each stage halves height and width of the one before."""
-        first, expansion = 1 if self.config.stem == "cifar" else 4, BLOCKS[self.config.block].expansion
+        _, first = FIRST.get(self.config.stem, (7, 4))
+        expansion = BLOCKS[self.config.block].expansion
         return tuple(
             StageMap(f"stages.{number}", self.config.width * 2**number * expansion, first * 2**number)
             for number in range(len(self.config.blocks))
@@ -69,14 +72,14 @@ def resnet_gate(config: ResNetConfig) -> Callable[[int], nn.Module] | None:
 
 def resnet_stem(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:
     """Image to stream: one or three convolutions, the parts that follow a connection, and max-pooling for ImageNet."""
-    pool = None if config.stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
+    pool = None if config.stem in FIRST else nn.MaxPool2d(3, stride=2, padding=1)
     if config.stem in TIERS:
         # a row of convolutions as in a branch, though no residual one
         convs = ConvBranch(deep_stem_convs(config), replace(kit, gate=None), placement.after)
         return sequence(**dict(convs.named_children()), pool=pool, open=config.scheme.open())
-    kernel, stride = (3, 1) if config.stem == "cifar" else (7, 2)
+    kernel, stride = FIRST.get(config.stem, (7, 2))
     return sequence(
-        conv=kit.conv(config.channels, config.stem_width, kernel, stride),
+        conv=kit.conv(config.channels, config.stem_width, kernel, stride, padding=(kernel - 1) // 2),
         **kit.parts(placement.after, config.stem_width, fresh=True),
         pool=pool,
         open=config.scheme.open(),

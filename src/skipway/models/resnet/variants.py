@@ -27,6 +27,8 @@ IMAGENET: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
 
 # He 2015, sec. 4.2: 3×3 stem of 16 channels, three stages of n basic blocks, option A
 CIFAR = ResNetConfig(blocks=(3, 3, 3), block="basic", width=16, stem="cifar", stem_width=16, shortcut="pad", classes=10)
+# CIFAR's stages from half the resolution on, where a channel costs a quarter: measured in docs/log.md, 2026-11-29
+PATCH = replace(CIFAR, width=64, stem="patch", stem_width=32, shortcut="pooled")
 # He 2016, sec. 3.1: bottlenecks [1×1, 16; 3×3, 16; 1×1, 64], projections where shapes change
 CIFAR_BOTTLENECK = replace(CIFAR, block="bottleneck", shortcut="projection")
 # Zagoruyko & Komodakis 2016, table 1: pre-activation, k times wider, projections
@@ -125,7 +127,7 @@ def same_design(depth: int, base: ResNetConfig) -> ResNetConfig:
     >>> same_design(101, replace(imagenet_config(50), groups=32, base_width=4)).groups
     32
     """
-    return cifar_config(depth, base) if base.stem == "cifar" else imagenet_config(depth, base)
+    return cifar_config(depth, base) if base.stem in ("cifar", "patch") else imagenet_config(depth, base)
 
 
 def with_changes(make: Callable[..., ResNetConfig], **changes: Any) -> Callable[..., ResNetConfig]:
@@ -204,6 +206,12 @@ register_family(
     "CIFAR's three stages of basic blocks, 6n + 2",
     cifar_config,
     r"resnet-cifar-?(?P<depth>\d+)",
+)
+register_family(
+    "resnet-patch",
+    "CIFAR's stages behind a 4 × 4 convolution of stride 2, ResNet-D's shortcuts, 6n + 2",
+    partial(cifar_config, base=PATCH),
+    r"resnet-patch-?(?P<depth>\d+)",
 )
 register_family(
     "resnet-imagenet",

@@ -10,7 +10,7 @@ from torch import Tensor
 from skipway.inference.metrics import ClassScores, class_scores, confused_pairs, percent
 from skipway.report.chart import Bars, Figure, HeatCell, Heatmap, Series
 from skipway.report.page import PageTable, number_cell, text_cell
-from skipway.report.svg import clipped
+from skipway.report.svg_style import clipped
 
 __all__ = ["class_sizes", "class_table", "confused_table", "confusion_matrix"]
 

@@ -4,30 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import Path
 
 from skipway.errors import printable
 from skipway.recipe import Recipe
 
-__all__ = ["train_command"]
+__all__ = ["again_command", "train_command"]
 
 
 def train_command(recipe: Recipe) -> str:
-    """Return the command line of a recipe: `skipway train` with every option that is not the default.
+    """Return the command line of a recipe for readers: `skipway train` with every option that is not the default.
+
+    A path below the current folder is relative to it, and channel statistics have four digits: what repeats a run
+    exactly is `again_command`.
 
     >>> train_command(Recipe(depth=8, flip=False, scheme="skipinit(0.1)"))
     "skipway train --no-flip --depth 8 --scheme 'skipinit(0.1)'"
+    >>> train_command(Recipe(mean="0.4913996898,0.4821584196"))
+    'skipway train --mean 0.4914,0.4822'
     """
     words = ["skipway", "train"]
     values = recipe.to_json()
     if values["data"] is not None:
-        words.append(printable(values["data"]))
+        words.append(shown_path(values["data"]))
     for field in dataclasses.fields(Recipe):
         value = values[field.name]
         if field.name == "data" or value == field.default:
             continue
+        if field.name in ("mean", "std"):
+            value = ",".join(f"{number:.4g}" for number in recipe.numbers(field.name) or ())
         option = field.name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
             words += [f"--{option}", str(value)]
     return shlex.join(words)
+
+
+def again_command(folder: Path) -> str:
+    """Return the command line that repeats the run of a folder with every value as it is stored.
+
+    >>> again_command(Path("runs/my photos"))
+    "skipway train --config 'runs/my photos'"
+    """
+    return shlex.join(["skipway", "train", "--config", shown_path(str(folder))])
+
+
+def shown_path(text: str) -> str:
+    """A path below the current folder relative to it; any other, and a name of data, as it is."""
+    here = Path.cwd()
+    return printable(Path(text).relative_to(here) if Path(text).is_relative_to(here) else text)

@@ -88,7 +88,7 @@ class ImageFindings:
             f"{counted(len(self.duplicates), 'near-duplicate')} between splits{same}",
             counted(len(self.outliers), "outlier"),
         ]
-        return f"{', '.join(filter(None, parts))}, among {len(self.given.labels):,} images"
+        return f"{', '.join(filter(None, parts))}, among {counted(len(self.given.labels), 'image')}"
 
     @property
     def trusted(self) -> bool:

@@ -19,7 +19,7 @@ from skipway.report.mixing_matrix import measured_mixing
 from skipway.report.page import write_page
 from skipway.report.run.calibration import calibration_charts
 from skipway.report.run.classes import class_sizes, class_table, confused_table, confusion_matrix
-from skipway.report.run.command import train_command
+from skipway.report.run.command import again_command, train_command
 from skipway.report.run.curves import training_figures
 from skipway.report.run.depth import gain_figures, signal_figures
 from skipway.report.run.findings import ImageFindings, findings_values
@@ -128,6 +128,7 @@ def page_values(
     return {
         "title": f"{run.recipe.model} on {printable(run.data.name)}",
         "command": train_command(run.recipe),
+        "again": again_command(run.folder.path),
         "accuracy": percent(evaluation.accuracy),
         "images": f"{evaluation.total:,}",
         "interval": f"{100 * low:.1f} to {percent(high)}",

@@ -15,7 +15,7 @@ from skipway.data import Data
 from skipway.errors import printable
 from skipway.inference.metrics import percent
 from skipway.report.run.predictions import Predictions
-from skipway.report.svg import clipped
+from skipway.report.svg_style import clipped
 
 __all__ = ["INPUTS", "Picture", "data_url", "ending", "input_pictures", "mistake_pictures", "picture_of_pixels"]
 

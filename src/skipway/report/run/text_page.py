@@ -15,7 +15,7 @@ from skipway.inference.text_evaluation import TextEvaluation
 from skipway.report.chart import Figure, Mark, Series, Style
 from skipway.report.mixing_matrix import measured_mixing
 from skipway.report.page import write_page
-from skipway.report.run.command import train_command
+from skipway.report.run.command import again_command, train_command
 from skipway.report.run.curves import number_of
 from skipway.report.run.depth import gain_figures, signal_figures
 from skipway.report.run.page import FinishedRun, environment_of
@@ -80,6 +80,7 @@ def text_page_values(run: FinishedRun, evaluation: TextEvaluation, network: torc
     return {
         "title": f"{run.recipe.model} on {printable(data.name)}",
         "command": train_command(run.recipe),
+        "again": again_command(run.folder.path),
         "bits": f"{evaluation.bits_per_byte:.3f}",
         "bytes": f"{evaluation.bytes:,}",
         "tokens": f"{evaluation.total:,}",

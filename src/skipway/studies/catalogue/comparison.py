@@ -35,7 +35,7 @@ from skipway.studies.statistics import SeedValues, best_rate_rows, group_values,
 from skipway.studies.study import STUDIES, Study, Verdict
 from skipway.surgery.saved_tensors import saved_bytes
 
-__all__ = ["Comparison"]
+__all__ = ["SchemeComparison"]
 
 TRAINED = 0.5
 """Test error of the median seed below which a network has learned; without norm, single seeds fail at any depth."""
@@ -59,7 +59,7 @@ GRIDS: dict[Budget, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {
 }
 
 
-class Comparison(Study):
+class SchemeComparison(Study):
     """Trainability, error, time and memory of every scheme."""
 
     name = "schemes"
@@ -316,4 +316,4 @@ def less_memory(found: Mapping[str, Row]) -> Verdict:
     return Verdict(claim, "holds" if less else "does not hold", f"{text}.")
 
 
-STUDIES.add("schemes", Comparison())
+STUDIES.add("schemes", SchemeComparison())

@@ -28,15 +28,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from skipway.data import Data
+from skipway.depth_transfer.coordinates import measure_coordinates, read_signals
 from skipway.optim.groups import param_groups
 from skipway.report.chart import Figure, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import data_of
 from skipway.studies.statistics import group_values, series_over
 from skipway.studies.study import STUDIES, Verdict
-from skipway.studies.variants import NetworkVariant, TrainingGrid, VariantStudy, trained_rows, transfers
+from skipway.studies.variants import (
+    NetworkVariant,
+    TrainingGrid,
+    VariantStudy,
+    give_unit_stream_,
+    trained_rows,
+    transfers,
+)
+from skipway.tracing.chain import chain
 
-__all__ = ["DepthTransfer"]
+__all__ = ["ImageDepthTransfer"]
 
 BASE = 2
 """Blocks of the network whose learning rate is to hold; there all variants are one network."""
@@ -47,7 +56,7 @@ STEPS, RATE = 5, 4e-3
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
-class DepthTransfer(VariantStudy):
+class ImageDepthTransfer(VariantStudy):
     """Best learning rates, and the size of the first steps, by depth and power."""
 
     name = "depth-transfer"
@@ -85,13 +94,8 @@ class DepthTransfer(VariantStudy):
         """The network, whose stream starts at unit size: from ViT's embeddings of 0.02 what a branch adds turns the
         stream, and so changes what all others read.
         """
-        model = super().build(cell, data)
         images = data.sample(64, seed=0, device=torch.device("cpu")).inputs
-        with torch.no_grad():
-            size = model.stem(images).square().mean().sqrt()  # type: ignore[operator]
-            for parameter in model.stem.parameters():  # type: ignore[union-attr]
-                parameter.div_(size)
-        return model
+        return give_unit_stream_(super().build(cell, data), images)
 
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         if cell["kind"] == "train":
@@ -101,14 +105,14 @@ class DepthTransfer(VariantStudy):
         model = self.build(cell, data).train()
         batch = data.sample(64, seed=cell["seed"], device=torch.device("cpu"))
         optimizer = torch.optim.AdamW(param_groups(model, lr=RATE))
-        streams = []
-        for step in range(STEPS + 1):
-            streams.append(model.blocks(model.stem(batch.inputs)).detach())  # type: ignore[operator]
-            if step < STEPS:
-                optimizer.zero_grad()
-                F.cross_entropy(model(batch.inputs), batch.labels).backward()
-                optimizer.step()
-        return {"moved": float((streams[-1] - streams[0]).norm() / streams[0].norm())}
+        connections = tuple(chain(model, batch.inputs))
+        before = read_signals(model, connections, batch.inputs, cell["seed"])
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch.inputs), batch.labels).backward()
+            optimizer.step()
+        sizes = measure_coordinates(model, connections, batch.inputs, before, cell["seed"])
+        return {"moved": sizes["stream change"] / sizes["stream"]}
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         return [
@@ -157,4 +161,4 @@ def stays_flat(rows: Sequence[Row], name: str) -> Verdict:
     return Verdict(claim, "holds" if flat else "does not hold", text)
 
 
-STUDIES.add("depth-transfer", DepthTransfer())
+STUDIES.add("depth-transfer", ImageDepthTransfer())

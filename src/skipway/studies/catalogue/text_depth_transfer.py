@@ -19,14 +19,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from skipway.data.text import TextData
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.study import STUDIES, Verdict
 from skipway.studies.text import TextGrid, TextStudy
-from skipway.studies.variants import NetworkVariant, compare, transfers
+from skipway.studies.variants import NetworkVariant, compare, give_unit_stream_, transfers
 
 __all__ = ["TextDepthTransfer"]
 
@@ -66,12 +65,7 @@ class TextDepthTransfer(TextStudy):
 
     def decoder(self, cell: Cell, data: TextData) -> nn.Module:
         """The network, whose stream starts at unit size, as theory assumes."""
-        model = super().decoder(cell, data)
-        with torch.no_grad():
-            size = model.stem(data.train_batch(0, 0, 16)[0]).square().mean().sqrt()  # type: ignore[operator]
-            for parameter in model.stem.parameters():  # type: ignore[union-attr]
-                parameter.div_(size)
-        return model
+        return give_unit_stream_(super().decoder(cell, data), data.train_batch(0, 0, 16)[0])
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         return [

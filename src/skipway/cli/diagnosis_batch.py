@@ -1,0 +1,211 @@
+"""What `skipway diagnose` calls a network with: batches of a folder of images or of a text, or random samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipway.errors import DataError, SkipwayError, counted, printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skipway.zoo import LoadedModel
+
+__all__ = ["FolderBatches", "TextBatches", "class_names", "example_for", "image_side", "inputs_and_targets"]
+
+# tokens of all windows: 32 of GPT-2's 1,024 took minutes before anything was said
+MOST_TOKENS, SHORTEST = 4096, 16
+
+
+def example_for(
+    loaded: LoadedModel,
+    *,
+    folder: Path | None,
+    samples: int,
+    seed: int,
+    outside: bool = False,
+    tokenizer: Path | None = None,
+) -> tuple[Any, Any, str]:
+    """Example, targets, and what they are in words: batches of a text or a folder of images, the batch of the model's
+    file, or random samples.
+
+    Raises:
+        SkipwayError: the model does not take what the folder or file holds.
+        DataError: that cannot be read.
+    """
+    if folder is not None and folder.is_file() and loaded.vocabulary is not None:
+        text = TextBatches(loaded, folder, samples, seed, tokenizer)
+        return text, None, text.remark
+    if folder is not None:
+        images = FolderBatches(loaded, folder, samples, seed, outside)
+        if images.count < 2:
+            return *images.batch(0, 0), images.remark
+        return images, None, images.remark
+    if loaded.batch is not None:
+        return *inputs_and_targets(loaded.model, loaded.batch), "given by the model's file"
+    size = "x".join(map(str, loaded.shape))
+    tokens = loaded.vocabulary is not None
+    what = "random token sequences" if tokens else "random normal samples"
+    others = ", ".join(map(str, loaded.others)) or ("no labels" if tokens else "random labels")
+    labels, real = "the tokens as labels" if loaded.labels else others, "FILE" if tokens else "FOLDER"
+    remark = f"{samples} {what} of {size} with {labels}; use --batch {real} for real ones"
+    return loaded.random(samples), None, remark
+
+
+def inputs_and_targets(model: Any, batch: Any) -> tuple[Any, Any]:
+    """What a file gives beside a model: inputs, or (inputs, targets); two are inputs if forward needs both."""
+    import inspect
+
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        return batch, None
+    needed = [each for each in inspect.signature(model.forward).parameters.values() if each.default is each.empty]
+    positional = [each for each in needed if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    return (tuple(batch), None) if len(positional) == 2 and not isinstance(batch[0], tuple) else tuple(batch)
+
+
+def image_side(shape: tuple[int, ...]) -> int:
+    """The side length of images of a shape, which have to be square."""
+    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2]:
+        raise SkipwayError(
+            f"--batch: the rule is square images, grey or colour, and the model takes {','.join(map(str, shape))}; "
+            "set --input 3,224,224, or leave --batch away"
+        )
+    return shape[1]
+
+
+def class_names(folder: Path, outside: bool) -> tuple[str, ...]:
+    """The class names of a folder of images."""
+    from skipway.data import list_splits
+
+    return list_splits(folder, outside=outside).classes
+
+
+@dataclass
+class FolderBatches:
+    """Batches of the training images of a folder with their labels, in an order that the seed and the pass decide,
+    normalised by mean and deviation of the first batch. Images that cannot be read are left out.
+
+    Args:
+        loaded: the model, which says the shape and how it is called.
+        folder: of images by class.
+        samples: in a batch; the incomplete last one of a pass is left out.
+        seed: of the order.
+        outside: follow links out of the folder.
+
+    Raises:
+        DataError: the folder holds no images by class, or none of the first batch can be read.
+    """
+
+    loaded: LoadedModel
+    folder: Path
+    samples: int
+    seed: int
+    outside: bool = False
+    damaged: dict[str, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        import torch
+
+        from skipway.data import list_splits
+        from skipway.data.loader import statistics
+
+        self.side = image_side(self.loaded.shape)
+        self.files = list_splits(self.folder, validation=0.0, outside=self.outside).train
+        self.count = len(self.files) // self.samples
+        self.first = self.decoded(0, 0)
+        if not len(self.first):
+            file, reason = next(iter(self.damaged.items()))
+            raise DataError(
+                f"--batch {self.folder}: none of the {len(self.damaged)} drawn images can be read; the first: "
+                f"{file}: {reason}; repair them, or leave --batch away for random samples"
+            )
+        self.mean, self.std = (torch.tensor(values) for values in statistics(self.first.images))
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in itertools.count():
+            yield self.batch(*divmod(number, self.count))
+
+    def batch(self, turn: int, number: int) -> tuple[Any, Tensor]:
+        """One batch of a pass over the images: what the model is called with, and the labels."""
+        part = self.first if turn == number == 0 else self.decoded(turn, number)
+        images = ((part.images / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
+        return self.loaded.call_with(images), part.labels
+
+    def decoded(self, turn: int, number: int) -> Any:
+        """The images of a batch as they are in the files, with labels."""
+        from skipway.data.image_dataset import decode_files
+        from skipway.data.randomness import permutation
+
+        order = permutation(len(self.files), self.seed, turn)[number * self.samples : (number + 1) * self.samples]
+        chosen = [self.files[place] for place in order.tolist()]
+        part, bad = decode_files(self.folder, chosen, channels=self.loaded.shape[0], size=self.side, workers=0)
+        self.damaged |= dict(bad)
+        return part
+
+    @property
+    def remark(self) -> str:
+        """The batches in words, with the damaged images that were met so far."""
+        bad = "".join(f"; {file} cannot be read, {reason}" for file, reason in list(self.damaged.items())[:1])
+        bad += f", and {len(self.damaged) - 1} more" * (len(self.damaged) > 1)
+        what = f"{len(self.first)} images of {self.folder} with their labels"
+        fresh = f", fresh ones of {len(self.files):,} at every trial step" * (self.count > 1)
+        return printable(f"{what}{fresh}{bad}")
+
+
+@dataclass
+class TextBatches:
+    """Batches of windows of a text, as a language model takes them.
+
+    Args:
+        loaded: a model that takes tokens.
+        file: of text.
+        samples: windows in a batch.
+        seed: chooses them.
+        tokenizer: a `tokenizer.json`; None: bytes are tokens.
+
+    Raises:
+        SkipwayError: the model takes fewer tokens than the text has.
+        DataError: the text cannot be read, or is too short.
+    """
+
+    loaded: LoadedModel
+    file: Path
+    samples: int
+    seed: int
+    tokenizer: Path | None = None
+
+    def __post_init__(self) -> None:
+        from skipway.data.text import load_text
+
+        assert self.loaded.vocabulary is not None
+        if self.tokenizer is None and self.loaded.vocabulary < 256:
+            raise SkipwayError(
+                f"--batch {self.file}: the rule is a vocabulary of at least 256, for bytes, and the model has "
+                f"{self.loaded.vocabulary}; leave --batch away for random tokens"
+            )
+        chosen: Any = "bytes" if self.tokenizer is None else self.tokenizer
+        length = min(self.loaded.shape[0], max(SHORTEST, MOST_TOKENS // self.samples))
+        split = {"holdout": 0.0, "validation": 0.0, "seed": self.seed}
+        self.data = load_text(self.file, tokenizer=chosen, context=length, **split)
+        if self.data.tokenizer.size > self.loaded.vocabulary:
+            raise SkipwayError(
+                f"--batch {self.file}: {self.tokenizer} knows {self.data.tokenizer.size:,} tokens, and the model "
+                f"{self.loaded.vocabulary:,}; leave --batch away for random tokens"
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        steps = self.data.steps(self.samples)
+        for number in itertools.count():
+            ids, _ = self.data.train_batch(*divmod(number, steps), batch_size=self.samples)
+            yield self.loaded.call_with(ids)
+
+    @property
+    def remark(self) -> str:
+        """The batches in words."""
+        kind = "bytes" if self.tokenizer is None else f"tokens of {self.tokenizer.name}"
+        windows = counted(self.samples, "window")
+        return printable(f"{windows} of {self.data.context} {kind} of {self.file}, fresh ones at every trial step")

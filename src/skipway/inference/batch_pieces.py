@@ -1,0 +1,318 @@
+"""Batches cut into pieces, several computed at a time: on a CPU a piece fits the caches, and each core has its own."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from skipway.errors import SkipwayError
+from skipway.inference.backends import Backend, Choice, Run
+from skipway.tracing.containers import tensors_in
+from skipway.tracing.samples import agrees, axis_of, halved_axis, has_axes
+
+__all__ = [
+    "BatchAxes",
+    "CallForm",
+    "PieceRun",
+    "arguments_of",
+    "build_run",
+    "find_batch_axes",
+    "piece_choices",
+    "stream_threads",
+]
+
+
+def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of an example."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How an example gives its arguments, so that calls that give them otherwise count as equal.
+
+    Args:
+        parameters: of the network's `forward` that may be given by position or by name, in order.
+        positional: arguments that the example gives by position.
+        keywords: names of those that it gives by name, in order.
+
+    >>> form = CallForm.of(nn.Bilinear(2, 3, 4), {"input1": 1, "input2": 2})
+    >>> form.bring((1,), {"input2": 2}), form.bring((), {"input2": 2, "input1": 1})
+    (((), {'input1': 1, 'input2': 2}), ((), {'input1': 1, 'input2': 2}))
+    """
+
+    parameters: tuple[str, ...]
+    positional: int
+    keywords: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Any) -> CallForm:
+        """The form of an example of a network."""
+        args, kwargs = arguments_of(example)
+        free = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        given = inspect.signature(model.forward).parameters.values()
+        names = tuple(each.name for each in takewhile(lambda each: each.kind == free, given))
+        return cls(names, len(args), tuple(kwargs))
+
+    def bring(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a call as the example gives them, by position or name and in its order."""
+        if len(args) == self.positional and tuple(kwargs) == self.keywords:
+            return args, kwargs
+        named = dict(zip(self.parameters[self.positional :], args[self.positional :], strict=False))
+        if self.positional + len(named) < len(args) or named.keys() & kwargs.keys():
+            return args, kwargs  # too many, or one twice: the network says so
+        args, kwargs = args[: self.positional], {**named, **kwargs}
+        while (
+            len(args) < self.positional
+            and self.parameters[len(args) : len(args) + 1]
+            and (name := self.parameters[len(args)]) in kwargs
+        ):
+            args = (*args, kwargs.pop(name))
+        known = {name: kwargs.pop(name) for name in self.keywords if name in kwargs}
+        return args, {**known, **kwargs}
+
+
+@dataclass(frozen=True)
+class BatchAxes:
+    """Where the tensors of a call, and of what it returns, count the samples.
+
+    Args:
+        size: samples of the example.
+        inputs: axis of each leaf of the arguments; None of those without samples.
+        outputs: axis of each leaf of the output.
+    """
+
+    size: int
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
+
+    def count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return the number of samples in a call; 0 where its tensors disagree about it, or there are others."""
+        leaves = tree_leaves((args, kwargs))
+        if len(leaves) != len(self.inputs):
+            return 0
+        pairs = [(leaf, axis) for leaf, axis in zip(leaves, self.inputs, strict=True) if axis is not None]
+        counts = {leaf.shape[axis] if isinstance(leaf, Tensor) and leaf.ndim > axis else 0 for leaf, axis in pairs}
+        return counts.pop() if len(counts) == 1 else 0
+
+    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], start: int, stop: int, fill: int = 0) -> Any:
+        """Return the arguments for some of the samples, the last one repeated until there are `fill`."""
+        leaves, structure = tree_flatten((args, kwargs))
+        parts = [
+            leaf if axis is None else repeat_last(leaf.narrow(axis, start, stop - start), axis, fill)
+            for leaf, axis in zip(leaves, self.inputs, strict=True)
+        ]
+        return tree_unflatten(parts, structure)
+
+    def join(self, outputs: list[Any], count: int) -> Any:
+        """Return one output for those of the pieces, without what was filled up."""
+        leaves = [tree_leaves(output) for output in outputs]
+        joined = [
+            parts[0] if axis is None else torch.cat(parts, axis).narrow(axis, 0, count)
+            for axis, *parts in zip(self.outputs, *leaves, strict=True)
+        ]
+        return tree_unflatten(joined, tree_flatten(outputs[0])[1])
+
+
+def repeat_last(part: Tensor, axis: int, fill: int) -> Tensor:
+    """The tensor, its last sample repeated until there are `fill` along an axis."""
+    count = part.shape[axis]
+    if count >= fill:
+        return part
+    shape = [fill - count if at == axis else -1 for at in range(part.ndim)]
+    return torch.cat([part, part.narrow(axis, count - 1, 1).expand(shape)], axis)
+
+
+@torch.no_grad()
+def find_batch_axes(model: nn.Module, example: Any) -> BatchAxes | None:
+    """Find the axes of the samples of a network in eval mode: along them, the output for one of two samples is the same
+    without the other. None where there are none, or where arguments hold containers, which may be written into.
+    """
+    args, kwargs = arguments_of(example)
+    contained = [value for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
+    plain = not list(tensors_in(contained))
+    leaves, structure = tree_flatten((args, kwargs))
+    dense = [leaf for leaf in leaves if isinstance(leaf, Tensor) and has_axes(leaf)]
+    for axis in (0, 1) if plain and dense else ():
+        if dense[0].ndim <= axis or not (size := dense[0].shape[axis]):
+            continue
+        inputs = tuple(
+            axis_of(leaf, size, axis) if isinstance(leaf, Tensor) and has_axes(leaf) else None for leaf in leaves
+        )
+        call = partial(call_part, model, leaves, structure, inputs)
+        try:
+            outputs = tuple(sample_axes_of(tree_leaves(call(0, 2)), tree_leaves(call(1, 2))))
+        except Exception:  # a network raises whatever it likes at another size
+            continue
+        if any(each is not None for each in outputs):
+            return BatchAxes(size, inputs, outputs)
+    return None
+
+
+def call_part(
+    model: nn.Module, leaves: list[Any], structure: Any, inputs: tuple[int | None, ...], start: int, stop: int
+) -> Any:
+    """Call a network with some samples of an example, of which a single sample counts as two: itself and its half."""
+    parts = []
+    for leaf, axis in zip(leaves, inputs, strict=True):
+        if axis is not None and leaf.shape[axis] == 1:
+            leaf = torch.cat([leaf / 2 if leaf.is_floating_point() else leaf, leaf], axis)
+        parts.append(leaf if axis is None else leaf.narrow(axis, start, stop - start).clone())
+    args, kwargs = tree_unflatten(parts, structure)
+    return model(*args, **kwargs)
+
+
+def sample_axes_of(both: list[Any], one: list[Any]) -> Iterator[int | None]:
+    """The axis of the samples in each output.
+
+    Raises:
+        ValueError: outputs that are no tensors, or depend on the other sample.
+    """
+    for pair in zip(both, one, strict=True):
+        if not all(isinstance(each, Tensor) for each in pair):
+            if pair[0] != pair[1]:
+                raise ValueError("an output that is no tensor differs")
+            yield None
+        elif pair[0].shape == pair[1].shape:
+            if not torch.equal(*pair):
+                raise ValueError("an output without samples depends on them")
+            yield None
+        else:
+            axis = halved_axis(*pair)
+            if axis is None or not agrees(*pair, axis):
+                raise ValueError("samples depend on each other")
+            yield axis
+
+
+def build_run(
+    backend: Backend, model: nn.Module, example: Any, choice: Choice, axes: BatchAxes | None, rest: Run | None = None
+) -> Run:
+    """Build a backend for a choice; its pieces are built and run on the threads of the streams. What is left over of a
+    batch of another size goes through `rest`, see `PieceRun`.
+
+    Raises:
+        SkipwayError: the batch cannot be cut into as many pieces.
+    """
+    if choice.pieces > 1 and (axes is None or axes.size % choice.pieces):
+        why = "samples depend on each other" if axes is None else f"the rule is a divisor of the {axes.size} samples"
+        raise SkipwayError(f"pieces={choice.pieces}: {why}")
+    if axes is None or (choice.pieces == 1 and backend.any_size):
+        return backend.build(model, example, choice)
+    size = axes.size // choice.pieces
+    if choice.pieces > 1:
+        args, kwargs = axes.cut(*arguments_of(example), 0, size)
+        example = kwargs or (args[0] if len(args) == 1 else args)
+    build = partial(backend.build, model, example, choice)
+    run = build() if choice.streams == 1 else stream_threads(choice.streams).submit(without_gradients, build).result()
+    return PieceRun(run, axes, size, choice.streams, backend.any_size, rest)
+
+
+def piece_choices(whole: Choice, batch: int, cores: int) -> Iterator[Choice]:
+    """Choices with pieces of 2, then of 4, 1 and 8 samples in place of a whole batch: each core a stream of its own,
+    then a quarter as many streams, then one.
+
+    >>> [str(each) for each in piece_choices(Choice("torch"), 4, 2)]
+    ['torch float32, 2 pieces, 2 streams', 'torch float32, 4 pieces, 2 streams', 'torch float32, 2 pieces', \
+'torch float32, 4 pieces']
+    """
+    for streams in dict.fromkeys((cores, max(1, cores // 4), 1)):
+        for size in (2, 4, 1, 8):
+            if size < batch and batch % size == 0 and streams <= batch // size:
+                yield replace(whole, pieces=batch // size, streams=streams)
+
+
+def without_gradients(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function in inference, which is a mode of the thread."""
+    with torch.no_grad():
+        return function(*args, **kwargs)
+
+
+class PieceRun:
+    """A function for a batch of one size, called with batches of any size in pieces of that size.
+
+    Samples that are left over fill a piece up with copies of the last one where they are half a piece or more; fewer go
+    through `rest`.
+
+    Args:
+        run: takes `size` samples; called by several threads.
+        axes: of the samples.
+        size: samples of a piece.
+        streams: pieces computed at a time.
+        any_size: whether `run` takes any number of samples.
+        rest: takes any number of samples, slowly; with None every last piece is filled up.
+    """
+
+    def __init__(self, run: Run, axes: BatchAxes, size: int, streams: int, any_size: bool, rest: Run | None = None):
+        self.run, self.axes, self.size, self.streams, self.any_size = run, axes, size, streams, any_size
+        self.rest = rest
+        self.remarked: set[int] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        count, size = self.axes.count(args, kwargs), self.size
+        if self.streams == 1 and (count == size or (self.any_size and count < size)):
+            return self.run(*args, **kwargs)
+        whole, left = divmod(count, size)
+        slow = left and not self.any_size and 2 * left < size and self.rest is not None
+        pieces = [(at * size, at * size + size) for at in range(whole)] + [(whole * size, count)] * bool(
+            left and not slow
+        )
+        fill = 0 if self.any_size else size
+        calls = [self.axes.cut(args, kwargs, start, stop, fill) for start, stop in pieces]
+        if self.streams == 1:
+            outputs = [self.run(*given, **named) for given, named in calls]
+        else:
+            threads = stream_threads(self.streams)
+            waiting = [threads.submit(without_gradients, self.run, *given, **named) for given, named in calls]
+            outputs = [each.result() for each in waiting]
+        if slow:
+            assert self.rest is not None
+            self.remark(count, left)
+            given, named = self.axes.cut(args, kwargs, whole * size, count)
+            outputs.append(self.rest(*given, **named))
+        return self.axes.join(outputs, count)
+
+    def remark(self, count: int, left: int) -> None:
+        """Say once for each batch size that part of it is slow."""
+        if count not in self.remarked:
+            self.remarked.add(count)
+            warnings.warn(
+                f"a batch of {count}: it was optimized for pieces of {self.size}, so {left} of it run in plain torch, "
+                f"which is slower; give multiples of {self.size}, or optimize for this size",
+                stacklevel=5,
+            )
+
+
+def stream_threads(streams: int) -> ThreadPoolExecutor:
+    """The threads of a number of streams, each with its share of torch's threads; all models share them."""
+    return start_streams(streams, torch.get_num_threads(), os.getpid())
+
+
+@lru_cache
+def start_streams(streams: int, threads: int, process: int) -> ThreadPoolExecutor:
+    """Start the threads of streams. A forked process has none of its parent's."""
+
+    def share() -> None:
+        torch.get_num_threads()  # a thread of torch takes the number of the process when it is first asked
+        torch.set_num_threads(max(1, threads // streams))
+
+    pool = ThreadPoolExecutor(streams, "skipway-stream", initializer=share)
+    started = threading.Barrier(streams + 1)
+    for _ in range(streams):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(threads)  # of the process, which those of the streams have set
+    return pool

@@ -1,0 +1,96 @@
+"""What a backend returns beside what the original returns: containers, types, values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
+
+from skipway.errors import SkipwayError, counted
+from skipway.inference.backends import Run
+from skipway.surgery.verification import difference
+from skipway.tracing.containers import tensors_in
+from skipway.tracing.samples import has_axes
+
+__all__ = ["changed_buffers", "has_numbers", "in_container", "in_type", "is_unchanged", "output_difference"]
+
+
+def in_type(expected: Any, run: Run) -> Run:
+    """A backend whose output has the types that the original's has: those of its tensors, one by one where there are as
+    many.
+    """
+    types = [leaf.dtype for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
+
+    def typed(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten(run(*args, **kwargs))
+        held = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        wanted = iter(types if len(types) == len(held) else [leaf.dtype for leaf in held])
+        return tree_unflatten(
+            [leaf.to(next(wanted)) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+        )
+
+    return typed
+
+
+def in_container(expected: Any, run: Run) -> Run:
+    """A backend that returns one tensor, in the containers that the original returns it in: a tuple, a mapping, an
+    output of transformers.
+
+    Raises:
+        SkipwayError: the original returns none or several.
+    """
+    leaves, structure = tree_flatten(expected)
+    places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if len(places) != 1:
+        found = counted(len(places), "tensor") if places else f"a {type(expected).__name__}"
+        raise SkipwayError(f"this backend returns one tensor, and the model returns {found}")
+    if isinstance(expected, Tensor):
+        return run
+
+    def contained(*args: Any, **kwargs: Any) -> Any:
+        (place,) = places
+        return tree_unflatten([*leaves[:place], run(*args, **kwargs), *leaves[place + 1 :]], structure)
+
+    return contained
+
+
+def output_difference(expected: Any, output: Any) -> float:
+    """Largest difference of two outputs over the largest value of each tensor; NaN for NaN is none.
+
+    Raises:
+        SkipwayError: they hold other tensors, or in other containers.
+    """
+    before, after = list(tensors_in(expected)), list(tensors_in(output))
+    if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+        tensors = counted(len(after), "tensor")
+        raise SkipwayError(f"it returns {tensors}, or of other shapes, for the original's {len(before)}")
+    if tree_structure(expected) != tree_structure(output):
+        raise SkipwayError(f"it returns a {type(output).__name__} for the original's {type(expected).__name__}")
+    pairs = [without_nan(*pair) for pair in zip(before, after, strict=True)]
+    return difference([old for old, _ in pairs], [new for _, new in pairs])
+
+
+def without_nan(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors with 0 where both are not a number."""
+    both = old.isnan() & new.isnan()
+    return (old.masked_fill(both, 0), new.masked_fill(both, 0)) if both.any() else (old, new)
+
+
+def has_numbers(output: Any) -> bool:
+    """Whether there are values among an output that are not NaN."""
+    return any(not bool(tensor.isnan().all()) for tensor in tensors_in(output))
+
+
+def is_unchanged(before: Any, after: Any) -> bool:
+    """Whether the dense tensors of two equal structures have equal values."""
+    pairs = zip(tensors_in(before), tensors_in(after), strict=False)
+    return all(torch.equal(*pair) for pair in pairs if has_axes(pair[0]))
+
+
+def changed_buffers(before: nn.Module, after: nn.Module) -> list[str]:
+    """The buffers of a copy of a network that differ from the network's, since a call wrote into them."""
+    given = dict(before.named_buffers())
+    pairs = {name: (given[name], buffer) for name, buffer in after.named_buffers() if name in given}
+    return [name for name, (old, new) in pairs.items() if old.layout is torch.strided and not torch.equal(old, new)]

@@ -1,0 +1,65 @@
+"""The processes of a distributed training, and which of them take part in a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from skipway.monitoring.updates import local
+
+__all__ = ["SamplingRanks", "find_ranks"]
+
+
+@dataclass(frozen=True)
+class SamplingRanks:
+    """Where this process stands.
+
+    Args:
+        rank, world: its number, and how many there are.
+        together: whether a forward pass needs all of them (sharded weights, SyncBatchNorm): then all take every sample,
+            and agree on when; else the first one alone does, and no collective is called.
+        sharded: for each parameter whether its gradient is a part of it.
+        device: of what is exchanged.
+    """
+
+    rank: int = 0
+    world: int = 1
+    together: bool = False
+    sharded: tuple[bool, ...] = ()
+    device: torch.device | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process takes samples."""
+        return self.together or self.rank == 0
+
+    def agree(self, number: int) -> int:
+        """The first process's number, where all take part."""
+        if not self.together:
+            return number
+        shared = torch.tensor([number], device=self.device)
+        dist.broadcast(shared, 0)
+        return int(shared.item())
+
+    def total_norms(self, norms: list[Tensor]) -> Tensor:
+        """The norm over all parameters of each step, from the norms of the parameters."""
+        squares = torch.stack(norms).square()
+        if not any(self.sharded):
+            return squares.sum(-1).sqrt()
+        parts = torch.tensor(self.sharded, device=squares.device)
+        shared = squares[:, parts].sum(-1)
+        dist.all_reduce(shared)
+        return (shared + squares[:, ~parts].sum(-1)).sqrt()
+
+
+def find_ranks(model: nn.Module, parameters: list[nn.Parameter]) -> SamplingRanks:
+    """Where this process stands in the training of a model."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return SamplingRanks()
+    sharded = tuple(hasattr(each, "to_local") for each in parameters)
+    together = any(sharded) or any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    device = local(parameters[0].detach()).device if parameters else None
+    return SamplingRanks(dist.get_rank(), dist.get_world_size(), together, sharded, device)

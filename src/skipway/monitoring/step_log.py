@@ -1,0 +1,93 @@
+"""Loss and gradient norm of every step: fetched rarely, scored against their past."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from skipway.monitoring.journal import FETCHED, WatchJournal
+from skipway.monitoring.ranks import SamplingRanks
+from skipway.monitoring.rules import Evidence
+from skipway.monitoring.spikes import SPIKE, WINDOW, SpikeScore
+from skipway.probes.signals import to_floats
+
+__all__ = ["StepLog", "StepRecord"]
+
+
+@dataclass
+class StepRecord:
+    """What is known of one step, on its device: the norms of all parameters' gradients, and its losses."""
+
+    step: int
+    norms: Tensor | None = None
+    losses: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class StepLog:
+    """Fetches the numbers of steps, in packs from a GPU, finds spikes, and applies the rules.
+
+    Args:
+        journal: that they are written to.
+        ranks: over which sharded gradients are added.
+        parameters: names, in the order of the norms.
+        at_once: whether every step is fetched by itself.
+        constant: () → the loss of the best constant answer, NaN where it is unknown.
+    """
+
+    journal: WatchJournal
+    ranks: SamplingRanks
+    parameters: list[str]
+    at_once: bool
+    constant: Callable[[], float]
+    queue: list[StepRecord] = field(default_factory=list)
+    spikes: dict[str, SpikeScore] = field(default_factory=lambda: {"loss": SpikeScore(), "gradient norm": SpikeScore()})
+    scores: dict[str, float] = field(default_factory=dict)
+    norm_spikes: deque[int] = field(default_factory=deque)
+
+    def add(self, record: StepRecord) -> None:
+        """A step is over."""
+        self.queue.append(record)
+        if self.at_once or len(self.queue) >= FETCHED:
+            self.resolve()
+
+    def resolve(self) -> None:
+        """Fetch the numbers of the queued steps."""
+        queue, self.queue = self.queue, []
+        norms = [each.norms for each in queue if each.norms is not None]
+        totals = iter(to_floats(list(self.ranks.total_norms(norms))) if norms else [])
+        tensors = [each for record in queue for each in record.losses if isinstance(each, Tensor)]
+        losses = iter(to_floats(tensors))
+        for record in queue:
+            norm = math.nan if record.norms is None else next(totals)
+            values = [next(losses) if isinstance(each, Tensor) else each for each in record.losses]
+            self.judge(record, math.fsum(values) / len(values) if values else math.nan, norm)
+
+    def judge(self, record: StepRecord, loss: float, norm: float) -> None:
+        """Take in one step: spikes and warnings."""
+        journal = self.journal
+        journal.add_step(record.step, loss, norm)
+        values = {"loss": loss} if record.losses else {}
+        values |= {"gradient norm": norm} if record.norms is not None else {}
+        self.scores = {name: self.spikes[name].score(value) for name, value in values.items()}
+        for name, score in self.scores.items():
+            if score > SPIKE:
+                journal.write("spike", step=record.step, what=name, value=values[name], score=score)
+        if SPIKE < self.scores.get("gradient norm", 0.0) < math.inf:
+            self.norm_spikes.append(record.step)
+        while self.norm_spikes and self.norm_spikes[0] <= record.step - WINDOW:
+            self.norm_spikes.popleft()
+        if record.norms is not None and math.isinf(self.scores["gradient norm"]) and not journal.fault:
+            pairs = zip(self.parameters, record.norms.tolist(), strict=True)
+            bad = [name for name, each in pairs if not math.isfinite(each)]
+            journal.fault = f"first in the gradient of {bad[-1]}" if bad else ""
+        evidence = Evidence(
+            losses=journal.history.losses, norms=journal.history.norms, spikes=self.scores,
+            recent_spikes=len(self.norm_spikes), constant=self.constant(),
+        )  # fmt: skip
+        journal.warn(record.step, evidence)

@@ -1,0 +1,46 @@
+"""`TrainerMonitor`: a monitor as a callback of transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skipway.errors import MissingExtraError
+from skipway.monitoring.watch import Watch, monitor
+
+try:
+    from transformers import TrainerCallback as Callback
+except ImportError:
+    Callback: Any = object
+
+__all__ = ["TrainerMonitor"]
+
+
+class TrainerMonitor(Callback):
+    """Watches the training of a `transformers.Trainer`: `Trainer(…, callbacks=[TrainerMonitor(sink="watch.jsonl")])`.
+
+    The losses are those that the model returns; where the Trainer computes another one, tell it by
+    `callback.watch.log(loss=loss)` in `compute_loss`.
+
+    Args:
+        choices: those of `skipway.monitor`.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+
+    def __init__(self, **choices: Any) -> None:
+        if Callback is object:
+            raise MissingExtraError("transformers", "transformers", "TrainerMonitor")
+        self.choices = choices
+        self.watch: Watch | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to watch."""
+        self.watch = monitor(
+            kwargs["model"], kwargs["optimizer"], **{"step": state.global_step, **self.choices}
+        ).start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop watching."""
+        if self.watch is not None:
+            self.watch.stop()

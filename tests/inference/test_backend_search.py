@@ -1,0 +1,390 @@
+"""The search of `optimize`: on a clock that only fake backends move; pieces, streams, threads, files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import random
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import skipway as sw
+from skipway.errors import SkipwayError
+from skipway.inference.backend_search import LATE, BackendSearch
+from skipway.inference.backend_selection import BackendComparison
+from skipway.inference.backends import BACKENDS, ORIGINAL, Backend, Choice
+from skipway.inference.batch_pieces import PieceRun, find_batch_axes, stream_threads
+from skipway.inference.optimized_model import OptimizedModel, assemble, load_optimized, optimize
+
+X = torch.linspace(-1, 1, 16 * 4).view(16, 4)
+
+
+class Clock:
+    """Seconds that pass when somebody says so."""
+
+    now = 0.0
+
+    @classmethod
+    def read(cls) -> float:
+        return cls.now
+
+
+class Timed(nn.Linear):
+    """A network whose call takes a second."""
+
+    def forward(self, x):
+        Clock.now += 1.0
+        return super().forward(x)
+
+
+class Fakes:
+    """Backends by name, whose call takes as long as a table says; all that were built."""
+
+    def __init__(self, monkeypatch, seconds, building=0.0, plus=0.0):
+        self.seconds, self.built = seconds, []
+        for name in list(BACKENDS):
+            monkeypatch.delitem(BACKENDS.entries, name)
+            monkeypatch.delitem(BACKENDS._names, BACKENDS.key(name))
+        for name in dict.fromkeys(choice.backend for choice in seconds):
+            monkeypatch.setitem(BACKENDS.entries, name, Backend(self.build(building, plus), alters=False))
+            monkeypatch.setitem(BACKENDS._names, BACKENDS.key(name), name)
+
+    def build(self, building, plus):
+        def build(model, example, choice):
+            self.built.append(choice)
+            Clock.now += building
+
+            def run(x):
+                Clock.now += self.seconds.get(choice, 9.0) / choice.pieces
+                return nn.functional.linear(x, model.weight, model.bias) + plus
+
+            return run
+
+        return build
+
+
+def search(names, precisions=("float32",), seconds=math.inf, model=None):
+    comparison = BackendComparison(model or Timed(4, 3), X, clock=Clock.read)
+    return BackendSearch(comparison, names, precisions, seconds)
+
+
+def choices_of(name):
+    return [Choice(name, pieces=pieces) for pieces in (1, 2, 4, 8, 16)]
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_nothing_that_was_tried_is_faster_and_every_whole_batch_is_tried(number, monkeypatch):
+    """Of random tables of times; noise moves a timing, but there is none on this clock."""
+    draw = random.Random(number)
+    table = {choice: draw.uniform(0.1, 3) for name in ("a", "b", "c") for choice in choices_of(name)}
+    fakes = Fakes(monkeypatch, table)
+    best = search([ORIGINAL, "a", "b", "c"]).run()
+    seconds = {**table, Choice(ORIGINAL): 1.0}
+    assert {Choice(name) for name in "abc"} <= set(fakes.built)
+    assert seconds[best.choice] == min(seconds[choice] for choice in [Choice(ORIGINAL), *fakes.built])
+    assert best.seconds == pytest.approx(seconds[best.choice])
+
+
+def test_pieces_win_where_whole_batches_are_slow(monkeypatch):
+    """As ViT-S by OpenVINO: the whole batch is behind another backend, pieces of it are ahead."""
+    Fakes(monkeypatch, {Choice("a"): 0.5, Choice("b"): 0.9, Choice("b", pieces=4): 0.3})
+    assert search([ORIGINAL, "a", "b"]).run().choice == Choice("b", pieces=4)
+
+
+def test_what_is_far_behind_is_released(monkeypatch):
+    fakes = Fakes(monkeypatch, {Choice("a"): 0.2, Choice("b"): 0.9})
+    looked = search([ORIGINAL, "a", "b"])
+    looked.run()
+    assert set(looked.comparison.runs) == {Choice(ORIGINAL), Choice("a")}
+    assert not [choice for choice in fakes.built if choice.backend == "b" and choice.pieces > 1]
+    assert looked.comparison.results[Choice("b")].seconds == pytest.approx(0.9)
+
+
+def test_a_spent_budget_is_in_the_report(monkeypatch):
+    fakes = Fakes(monkeypatch, {Choice("a"): 0.9, Choice("b"): 0.1}, building=50.0)
+    looked = search([ORIGINAL, "a", "b"], seconds=60.0)
+    assert looked.run().choice == Choice("a")
+    assert [choice.backend for choice in fakes.built] == ["a"]
+    assert looked.comparison.results[Choice("b")].note.startswith(f"{LATE}: 5")
+    assert not looked.complete
+    late = [choice for choice, result in looked.comparison.results.items() if result.note.startswith(LATE)]
+    assert Choice("b") in late
+    # cuts of a were not tried either; each takes four calls of the fastest, in four fifths of the time
+    needed = 10 * math.ceil((looked.explored + len(late) * 4 * 0.9) / 0.8 / 10)
+    assert looked.missing() == f"not tried in 60 s: {', '.join(map(str, late))}; seconds={needed} gives the time"
+    # what was asked for by name is tried whatever it takes
+    assert search(["b"], seconds=1.0).run().choice == Choice("b")
+
+
+def test_expected_gain_decides_who_comes_first_and_who_does_not_fit(monkeypatch):
+    """Coarse products before exact ones where the device has them, what builds slowly last; the estimate of what was
+    never built comes from the network's size, and the time that the remark names is enough.
+    """
+    table = {Choice(name, precision): 0.5 for name in ("slow", "a", "b") for precision in ("float32", "bfloat16")}
+    Fakes(monkeypatch, table)
+    for name, patience in (("slow", 1e5), ("a", 0.0), ("b", 0.0)):
+        monkeypatch.setitem(BACKENDS.entries, name, replace(BACKENDS[name], slow=name == "slow", patience=patience))
+    for native, first in (("bfloat16", "bfloat16"), ("float32", "float32")):
+        monkeypatch.setattr(
+            "skipway.inference.backend_search.choose_precision", lambda setting, device, native=native: (native, "")
+        )
+        looked = search([ORIGINAL, "b", "slow", "a"], ("float32", "bfloat16"), 500.0)
+        second = ({"float32", "bfloat16"} - {first}).pop()
+        pairs = [(name, precision) for precision in (first, second) for name in ("a", "b")]
+        assert looked.order() == [*pairs, ("slow", first), ("slow", second)]
+        looked.explore()
+        late = [str(choice) for choice, result in looked.comparison.results.items() if result.note.startswith(LATE)]
+        assert late == [f"slow {first}", f"slow {second}"]  # a layer is a hundredth of 1e5 s
+        seconds = float(looked.missing().partition("seconds=")[2].split()[0])
+        again = search([ORIGINAL, "b", "slow", "a"], ("float32", "bfloat16"), seconds)
+        again.run()
+        assert not again.missing()
+
+
+def test_what_is_hopeless_when_it_is_judged_is_not_timed(monkeypatch):
+    calls = []
+    Fakes(monkeypatch, {Choice("a"): 0.1, Choice("b"): 0.9})
+    looked = search([ORIGINAL, "a", "b"])
+    once = looked.comparison.time_once
+    monkeypatch.setattr(looked.comparison, "time_once", lambda choice: calls.append(choice.backend) or once(choice))
+    looked.explore()
+    assert "b" not in calls
+    assert looked.comparison.results[Choice("b")].seconds == pytest.approx(0.9)
+
+
+def test_all_backends_fail(monkeypatch):
+    Fakes(monkeypatch, {Choice("a"): 0.1}, plus=1.0)
+    looked = search([ORIGINAL, "a"])
+    assert looked.run().choice == Choice(ORIGINAL)
+    assert "of the largest output, more than" in looked.comparison.results[Choice("a")].note
+    with pytest.raises(SkipwayError, match="no backend agrees with the model: a bfloat16: differs"):
+        search([ORIGINAL, "a"], precisions=("bfloat16",)).run()
+
+
+def test_a_coarser_precision_is_taken_where_it_is_allowed_only(monkeypatch):
+    table = {Choice("a", precision): seconds for precision, seconds in (("float32", 0.5), ("bfloat16", 0.2))}
+    Fakes(monkeypatch, table)
+    for asked, expected in ((None, "float32"), ("bfloat16", "bfloat16"), ("any", "bfloat16")):
+        fast = optimize(nn.Linear(4, 3), X, backends=["a"], precisions=asked, cache=False)
+        assert asked == "any" or fast.precision == expected
+
+
+def test_choices_are_remembered_and_verified(monkeypatch, tmp_path):
+    monkeypatch.setenv("SKIPWAY_CACHE", str(tmp_path))
+    monkeypatch.setattr("skipway.inference.optimized_model.REMEMBERED_FROM", math.inf)
+    optimize(nn.Linear(4, 3), X, backends=["torch"])
+    assert not list(tmp_path.iterdir())  # of a search that is over at once nothing is kept
+    monkeypatch.setattr("skipway.inference.optimized_model.REMEMBERED_FROM", 0.0)
+    fakes = Fakes(monkeypatch, dict.fromkeys([*choices_of("a"), *choices_of("b")], 0.0))
+    model, given = nn.Linear(4, 3), {"backends": ["a", "b"]}
+    first = optimize(model, X, **given)
+    searched = len(fakes.built)
+    assert searched > 1
+    again = optimize(model, X, **given)
+    assert fakes.built[searched:] == [first.choice] == [again.choice]
+    assert "remembered from an earlier search" in str(again)
+    for case in ("cut", "another machine", "another choice", "no agreement"):
+        (file,) = (tmp_path / "optimize").iterdir()
+        stored = json.loads(file.read_text())
+        if case == "another machine":
+            stored["facts"]["processor"] = ["Z80"]
+        if case == "another choice":
+            stored["choice"]["pieces"] = 0
+        if case == "no agreement":
+            stored["choice"]["pieces"] = 3
+        file.write_text(json.dumps(stored)[: -40 if case == "cut" else None])
+        begun = len(fakes.built)
+        assert not optimize(model, X, **given).remark
+        assert {Choice("a"), Choice("b")} <= set(fakes.built[begun:]), case
+    begun = len(fakes.built)
+    optimize(model, X, cache=False, **given)
+    optimize(nn.Linear(4, 5), X, **given)
+    assert fakes.built[begun:].count(Choice("b")) == 2
+
+
+class Dependent(nn.Module):
+    """Centres a batch."""
+
+    def forward(self, x):
+        return x - x.mean()
+
+
+class Pair(nn.Module):
+    def forward(self, x, scale, flag=True):
+        return {"y": x * scale, "norm": x.norm(dim=1)}
+
+
+def test_axes_of_samples():
+    assert find_batch_axes(nn.Linear(4, 3), X).outputs == (0,)
+    lstm = find_batch_axes(nn.LSTM(4, 2), X.view(2, 8, 4))
+    assert (lstm.size, lstm.inputs, lstm.outputs) == (8, (1,), (1, 1, 1))
+    pair = find_batch_axes(Pair(), {"x": X, "scale": torch.ones(1), "flag": True})
+    assert pair.size == 16
+    assert pair.outputs == (0, 0)
+    assert find_batch_axes(Dependent(), X) is None
+    assert find_batch_axes(Dependent(), X[:1]) is None
+    assert find_batch_axes(nn.BatchNorm1d(4, track_running_stats=False).eval(), X) is None
+    assert find_batch_axes(Pair(), {"x": X, "scale": torch.ones(1), "flag": [X]}) is None
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 7, 8, 16])
+def test_batches_of_any_size_in_pieces_of_one(streams, count):
+    """The run takes 4 samples and nothing else; less than half a piece is left to plain torch, with a remark, once."""
+    model, sizes = nn.Linear(4, 3), []
+
+    def run(x):
+        sizes.append(len(x))
+        return model(x)
+
+    pieces = PieceRun(run, find_batch_axes(model, X), 4, streams, any_size=False, rest=model)
+    if count % 4 == 1:
+        with pytest.warns(UserWarning, match=f"a batch of {count}: .* so 1 of it run in plain torch"):
+            pieces(X[:count])
+    for _ in range(2):
+        assert torch.allclose(pieces(X[:count]), model(X[:count]), atol=1e-6)
+    assert set(sizes) <= {4}
+
+
+def test_streams_share_the_threads(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert {stream_threads(2).submit(torch.get_num_threads).result() for _ in range(4)} == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def small_network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+
+
+def built(choice):
+    comparison = BackendComparison(small_network(), torch.randn(4, 3, 8, 8))
+    comparison.add(choice)
+    assert not comparison.results[choice].note
+    return comparison, assemble(comparison, choice)
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager", "openvino"])
+@pytest.mark.parametrize(("pieces", "streams"), [(1, 1), (2, 1), (2, 2)])
+def test_two_threads_at_once(backend, pieces, streams):
+    choice = Choice(backend, pieces=pieces, streams=streams, layout=BACKENDS[backend].layouts[0])
+    if BACKENDS[backend].obstacle(torch.zeros(1), choice):
+        pytest.skip("not installed")
+    comparison, fast = built(choice)
+    batches = [torch.randn(size, 3, 8, 8) for size in (4, 8, 4, 12)]
+    with torch.no_grad():
+        expected = [comparison.original(x) for x in batches]
+    wrong = []
+
+    def call(at):
+        for _ in range(10):
+            if not torch.allclose(fast(batches[at]), expected[at], atol=1e-4):
+                wrong.append(at)
+
+    threads = [threading.Thread(target=call, args=(at,)) for at in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Alternating(nn.Module):
+    """Computes the same by other operators every other time, as torchvision's Swin does."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        Alternating.calls += 1
+        return self.layer(x) * 2 if Alternating.calls % 2 else self.layer(x) + self.layer(x)
+
+
+def test_openvino_takes_what_is_traced_differently_every_time():
+    pytest.importorskip("openvino")
+    comparison = BackendComparison(Alternating(), X)
+    for choice in (Choice("openvino"), Choice("openvino", pieces=4)):
+        comparison.add(choice)
+        assert not comparison.results[choice].note
+
+
+@pytest.mark.parametrize("choice", [Choice(ORIGINAL), Choice("torch", "bfloat16", pieces=2, streams=2)])
+def test_saved_and_loaded(choice, tmp_path):
+    comparison = BackendComparison(small_network(), torch.randn(4, 3, 8, 8))
+    if choice.backend != ORIGINAL:
+        comparison.add(choice)
+    comparison.time(1)
+    fast = assemble(comparison, choice)
+    loaded = load_optimized(fast.save(tmp_path / "fast.pt"))
+    x = torch.randn(6, 3, 8, 8)
+    assert loaded.choice == choice
+    assert torch.allclose(loaded(x), fast(x), atol=1e-5)
+    assert loaded.report == fast.report
+    assert not loaded.remark
+    stored = torch.load(tmp_path / "fast.pt", weights_only=False)
+    torch.save({**stored, "machine": {**stored["machine"], "threads": 99}}, tmp_path / "moved.pt")
+    assert "chosen with another threads" in load_optimized(tmp_path / "moved.pt").remark
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(SkipwayError, match="there is no such file"):
+        load_optimized(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(SkipwayError, match="no optimized model can be read"):
+        load_optimized(tmp_path / "text.pt")
+    _, fast = built(Choice("torch"))
+    fast.folded.hook = lambda x: x
+    with pytest.raises(SkipwayError, match="cannot be pickled"):
+        fast.save(tmp_path / "lambda.pt")
+    assert not (tmp_path / "lambda.pt").exists()
+    with pytest.raises(SkipwayError, match="there is no folder"):
+        fast.save(tmp_path / "nowhere" / "fast.pt")
+
+
+def test_an_optimized_model_is_a_module_that_stays_as_it_is():
+    _, fast = built(Choice("torch"))
+    assert isinstance(fast, nn.Module)
+    assert isinstance(fast, OptimizedModel)
+    assert fast.eval() is fast
+    assert fast.to("cpu") is fast
+    assert fast.float() is fast
+    for change in (fast.train, fast.double, lambda: fast.to("meta"), lambda: fast.load_state_dict({})):
+        with pytest.raises(SkipwayError, match="optimize the model that it was made from again"):
+            change()
+    for copied in (pickle.dumps, copy.deepcopy, copy.copy):
+        with pytest.raises(SkipwayError, match=r"optimized\.save\(path\)"):
+            copied(fast)
+
+
+def test_latency_is_of_one_sample():
+    model = nn.Linear(4, 3)
+    fast = sw.optimize(model, X, goal="latency", backends=["torch"], cache=False)
+    assert fast.example.shape == (1, 4)
+    assert torch.allclose(fast(X), model(X), atol=1e-6)
+    with pytest.raises(SkipwayError, match="goal='latency': the samples of this model's batches depend on each other"):
+        sw.optimize(Dependent(), X, goal="latency", backends=["torch"], cache=False)
+    with pytest.raises(SkipwayError, match="unknown goal 'speed'"):
+        sw.optimize(model, X, goal="speed")
+    with pytest.raises(SkipwayError, match="seconds=0: the rule is seconds > 0"):
+        sw.optimize(model, X, seconds=0)
+
+
+def test_pieces_that_cannot_be(monkeypatch):
+    comparison = BackendComparison(Dependent(), X)
+    comparison.add(Choice("torch", pieces=2))
+    assert "samples depend on each other" in comparison.results[Choice("torch", pieces=2)].note
+    comparison = BackendComparison(nn.Linear(4, 3), X)
+    comparison.add(replace(Choice("torch"), pieces=3))
+    assert "the rule is a divisor of the 16 samples" in comparison.results[Choice("torch", pieces=3)].note

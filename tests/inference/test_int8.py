@@ -1,0 +1,328 @@
+"""Post-training quantisation: answers kept or the layers that cost them left in float, refusals, files."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import skipway as sw
+from skipway.cli import main
+from skipway.errors import MissingExtraError, SkipwayError
+from skipway.inference.answer_check import AnswerChange, paired_interval
+from skipway.inference.backend_search import BackendSearch
+from skipway.inference.backend_selection import BackendResult
+from skipway.inference.backends import BACKENDS, Choice, send_no_statistics
+from skipway.inference.optimized_model import optimize
+from skipway.inference.quantized_model import explain_precision, quantize
+from skipway.inference.run_images import RunImages
+from skipway.recipe import Recipe
+from skipway.training.loop import train
+
+needs_nncf = pytest.mark.skipif(
+    find_spec("nncf") is None or find_spec("openvino") is None, reason="nncf or openvino is not installed"
+)
+CLASSES = 6
+
+
+class Small(nn.Module):
+    """Three convolutions; behind the second, one channel that nothing depends on may be as large as wanted."""
+
+    def __init__(self, outlier: float = 0.0) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, padding=1)
+        self.second = nn.Conv2d(12, 12, 1)
+        self.third = nn.Conv2d(12, 16, 3, stride=2)
+        self.classifier = nn.Linear(16 * 9, CLASSES)
+        with torch.no_grad():
+            self.second.bias[-1] += outlier
+            self.third.weight[:, -1] = 0
+
+    def features(self, x):
+        return self.third(self.second(self.first(x).relu()).relu()).relu().flatten(1)
+
+    def forward(self, x):
+        return self.classifier(self.features(x))
+
+
+def samples(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pattern for each class, and noise."""
+    patterns = torch.randn(CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(count) % CLASSES
+    return patterns[labels] + 0.5 * torch.randn(count, 3, 8, 8), labels
+
+
+@torch.no_grad()
+def fitted(model: nn.Module) -> nn.Module:
+    """The network with the classifier that least squares gives for the patterns."""
+    images, labels = samples(600)
+    features = model.features(images)
+    ones = torch.cat([features, torch.ones(len(features), 1)], 1)
+    eye = 0.1 * torch.eye(ones.shape[1])
+    solution = torch.linalg.solve(ones.T @ ones + eye, ones.T @ nn.functional.one_hot(labels, CLASSES).float())
+    model.classifier.weight.copy_(solution[:-1].T)
+    model.classifier.bias.copy_(solution[-1])
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    torch.manual_seed(0)
+    model = fitted(Small())
+    images, _ = samples(32)
+    return model, optimize(
+        model, images[:4], precisions="int8", calibration=images, check=samples(300), seconds=3, progress=print
+    )
+
+
+@needs_nncf
+def test_a_network_that_keeps_its_answers(quantized):
+    model, fast = quantized
+    images, labels = samples(64)
+    assert fast.precision == "int8"
+    assert fast.float_layers == ()
+    assert fast.answer.images == 300
+    assert fast.answer.kept
+    assert fast.answer.before >= 290
+    with torch.no_grad():
+        expected, found = model(images), fast(images)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < 0.2 * expected.abs().max()  # of integers, and not the model itself
+    assert (found.argmax(1) == labels).float().mean() > 0.95
+    assert "0 of 4 layers in float" in str(fast)
+    assert "top-1" in str(fast)
+
+
+@needs_nncf
+def test_other_batches_and_threads(quantized):
+    _, fast = quantized
+    images, _ = samples(24)
+    whole = fast(images)
+    for size in (2, 3, 4, 8):
+        torch.testing.assert_close(fast(images[:size]), whole[:size])
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(each, whole) for each in pool.map(fast, [images] * 8))
+
+
+@needs_nncf
+def test_a_file_gives_the_same_outputs(quantized, tmp_path):
+    _, fast = quantized
+    loaded = sw.load_optimized(fast.save(tmp_path / "fast.pt"))
+    images, _ = samples(8)
+    assert torch.equal(loaded(images), fast(images))
+    assert (loaded.choice, loaded.float_layers, loaded.answer) == (fast.choice, fast.float_layers, fast.answer)
+
+
+@needs_nncf
+def test_a_layer_that_breaks_stays_in_float_and_no_other():
+    """All inputs of a layer share a scale: one channel of 10,000 leaves the others a step of 80, so nothing of them."""
+    model, (images, _) = fitted(Small(outlier=1e4)), samples(32)
+    fast = optimize(
+        model, images[:4], precisions="int8", calibration=images, check=samples(300), seconds=2, progress=print
+    )
+    assert fast.float_layers == ("third",)
+    assert fast.answer.kept
+
+
+@needs_nncf
+def test_a_network_that_cannot_keep_its_answers_stays_in_float():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classifier = nn.Linear(3 * 64, CLASSES)
+
+        def features(self, x):
+            return x.flatten(1)
+
+        def forward(self, x):
+            return self.classifier(self.features(x))
+
+    model, (images, _) = fitted(One()), samples(32)
+    with torch.no_grad():
+        model.classifier.weight[:, 0] = 0
+    images[:, 0, 0, 0] = 1e4
+    held, labels = samples(300)
+    held[:, 0, 0, 0] = 1e4
+    fast = quantize(model, images, check=(held, labels), seconds=1, backends=["torch", "openvino"], progress=print)
+    assert fast.precision != "int8"
+    assert "not int8: precision='int8': no layer keeps the answers" in fast.remark
+    assert fast.answer.kept
+
+
+@needs_nncf
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4), nn.Softmax(1)), False),
+        (lambda: sw.build("vit-tiny-16", image=8, patch=4, dim=16, heads=2, depth=1, classes=4), True),
+        (lambda: WrittenOut(), True),
+    ],
+)
+def test_attention_is_found_by_its_softmax(network, expected):
+    from skipway.inference.quantization import convert_any_batch, has_attention
+
+    assert has_attention(convert_any_batch(network().eval(), torch.randn(2, 3, 8, 8))) == expected
+
+
+class WrittenOut(nn.Module):
+    """Attention of pixels in plain products."""
+
+    def forward(self, x):
+        rows = x.flatten(2).transpose(1, 2)
+        weights = (rows @ rows.transpose(1, 2)).softmax(2)
+        return (weights @ rows).mean(1)
+
+
+IMAGES = torch.zeros(8, 3, 8, 8)
+LABELS = torch.arange(8) % CLASSES
+BROKEN = torch.zeros(8, 3, 8, 8).index_fill(0, torch.tensor([5]), float("nan"))
+
+
+@needs_nncf
+@pytest.mark.parametrize(
+    ("calibration", "options", "message"),
+    [
+        (IMAGES, {}, "check=None: the rule is held-out images with their classes"),
+        (IMAGES, {"check": IMAGES}, "check=Tensor: the rule is held-out images"),
+        (IMAGES, {"check": [IMAGES, IMAGES]}, r"check: labels of shape \(8, 3, 8, 8\) in float32 for 8 images"),
+        (IMAGES, {"check": iter([(IMAGES,)])}, "check: a batch without labels"),
+        (IMAGES, {"check": (IMAGES, LABELS[:3])}, r"check: labels of shape \(3,\)"),
+        (IMAGES, {"check": (IMAGES, LABELS + 3)}, "labels from 3 to 8, and the model has 6 classes"),
+        (IMAGES, {"check": (IMAGES[:0], LABELS[:0])}, "check: it holds no image"),
+        (IMAGES, {"check": (IMAGES, LABELS)}, "which may be guessing among 6 classes"),
+        (IMAGES, {"check": (IMAGES[..., :4], LABELS)}, r"check: images of shape \(3, 8, 4\), and the example has"),
+        (IMAGES, {"check": (BROKEN, LABELS)}, "check: 1 image of 8 with values that are not finite, the first at 5"),
+        (BROKEN, {"check": (IMAGES, LABELS)}, "calibration: 1 image of 8 with values that are not finite"),
+        (IMAGES[:0], {"check": (IMAGES, LABELS)}, "calibration: it holds no image"),
+        (iter([]), {"check": (IMAGES, LABELS)}, "calibration: it holds no image"),
+        (3, {"check": (IMAGES, LABELS)}, "calibration=int: the rule is a tensor"),
+        (IMAGES, {"check": (IMAGES, LABELS), "limit": 0.5}, "limit=0.5: the rule is a share from 0 to 0.1"),
+    ],
+)
+def test_what_is_refused(calibration, options, message):
+    with pytest.raises(SkipwayError, match=message):
+        quantize(Small(), calibration, **options)
+
+
+@needs_nncf
+def test_int8_in_a_search_needs_its_images():
+    with pytest.raises(SkipwayError, match="precision='int8': the rule is calibration="):
+        optimize(Small(), IMAGES, precisions="int8")
+    with pytest.raises(SkipwayError, match="precision='int8': the rule is calibration="):
+        optimize(Small(), IMAGES, precisions="any", calibration=IMAGES)
+    with pytest.raises(SkipwayError, match="offers float32, bfloat16"):
+        optimize(Small(), IMAGES, precisions="int8", calibration=IMAGES, check=(IMAGES, LABELS), backends=["eager"])
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setattr("skipway.inference.quantization.find_spec", lambda name: None)
+    line = r"^int8 needs nncf, which is not installed: pip install 'skipway\[int8\]'$"
+    with pytest.raises(MissingExtraError, match=line):
+        quantize(Small(), IMAGES, check=(IMAGES, LABELS))
+
+
+def test_the_interval_of_a_fall_holds_in_95_of_100_samples():
+    """Pairs of two networks that change 3 and 2 of 100 answers for the worse and the better: the fall is one point."""
+    pairs = torch.distributions.Multinomial(400, torch.tensor([0.03, 0.02, 0.95])).sample((4000,)).int()
+    held = [low <= 0.01 <= high for low, high in (paired_interval(*pair[:2].tolist(), 400) for pair in pairs)]
+    assert 0.94 <= sum(held) / len(held) <= 0.97
+
+
+def test_too_few_images_are_told_and_how_many_would_do():
+    few, many = AnswerChange(100, 90, 0, 0, 0.005), AnswerChange(5000, 4500, 20, 15, 0.005)
+    assert few.doubt == (
+        "100 held-out images cannot exclude a fall of more than 0.50 points: the 95 % interval reaches 1.92 points; "
+        "some 400 could"
+    )
+    assert paired_interval(0, 0, few.needed)[1] <= 0.005
+    assert not many.doubt
+    assert "top-1 90.00 % → 89.90 % of 5,000 held-out images: it falls by 0.10 points" in str(many)
+    assert not AnswerChange(1000, 900, 6, 0, 0.005).kept
+    assert AnswerChange(1000, 900, 5, 0, 0.005).kept
+    assert AnswerChange(1000, 900, 5, 0, 0.005).needed == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "note", "chosen", "text"),
+    [
+        (0.1, "", "int8", "int8 keeps the answers: 40 images/s against 20 images/s of openvino bfloat16, the fastest"),
+        (
+            0.4,
+            "",
+            "bfloat16",
+            "not int8, which keeps the answers but is no faster here: 10 images/s against 20 images/s",
+        ),
+        (0.1, "top-1 falls", "bfloat16", "not int8: top-1 falls"),
+    ],
+)
+def test_why_it_is_int8_or_is_not(seconds, note, chosen, text):
+    rows = [
+        BackendResult(Choice("original"), 1.0),
+        BackendResult(Choice("openvino", "bfloat16"), 0.2),
+        BackendResult(Choice("openvino", "int8"), seconds, note=note),
+    ]
+    fast = SimpleNamespace(
+        axes=SimpleNamespace(size=4), report=rows, precision=chosen, choice=Choice("openvino", chosen), example=None
+    )
+    assert text in explain_precision(fast)
+
+
+def test_no_statistics_are_sent_within(monkeypatch):
+    monkeypatch.setenv("CI", "no")
+    monkeypatch.delenv("NNCF_CI", raising=False)
+    with send_no_statistics():
+        assert (os.environ["CI"], os.environ["NNCF_CI"]) == ("true", "1")
+    assert (os.environ["CI"], os.environ.get("NNCF_CI")) == ("no", None)
+
+
+def test_int8_is_offered_where_a_backend_builds_it():
+    assert [name for name in BACKENDS if BACKENDS[name].build_quantized] == ["openvino"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    recipe = Recipe(depth=8, width=4, epochs=2, batch_size=64, device="cpu", precision="float32")
+    return train(recipe, tmp_path_factory.mktemp("digits") / "run").folder.path
+
+
+@needs_nncf
+def test_a_run_is_written_for_openvino(run, tmp_path, capsys, monkeypatch):
+    import openvino
+
+    monkeypatch.setattr(BackendSearch, "climb", lambda self, whole: None)  # no pieces, for time
+
+    file = tmp_path / "model.xml"
+    assert main(["export", str(run), "--int8", str(file), "--limit", "0.02"]) == 0
+    shown = capsys.readouterr()
+    images, labels = RunImages(run).held_out()
+    assert f"of {len(images)} held-out images" in shown.out
+    assert "cannot exclude a fall of more than 2.00 points" in shown.err
+    network = openvino.Core().read_model(file)
+    stored = json.loads(network.get_rt_info(["skipway", "preprocessing"]).astype(str))
+    assert tuple(stored["classes"]) == RunImages(run).preprocessing.classes
+    kinds = {each.get_element_type().to_string() for each in network.get_ops() if each.get_type_name() == "Constant"}
+    assert "i8" in kinds
+    with torch.no_grad():
+        expected = (sw.from_pretrained(run)(images).argmax(1) == labels).float().mean()
+    for count in (1, 3, len(images)):  # batches of any size
+        answers = openvino.compile_model(network, "CPU")([images[:count].numpy()])[0].argmax(1)
+    assert (torch.from_numpy(answers) == labels).float().mean() >= expected - 0.02
+
+
+@needs_nncf
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--int8", "model.onnx"], "the rule is the suffix .xml"),
+        (["--limit", "0.01", "--onnx", "model.onnx"], "--limit 0.01 has no effect without --int8"),
+    ],
+)
+def test_exports_that_are_refused(run, options, message, capsys):
+    assert main(["export", str(run), *options]) == 2
+    assert message in capsys.readouterr().err

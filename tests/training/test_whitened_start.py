@@ -1,0 +1,64 @@
+"""`start="whitened"`: the outputs of the first convolution are uncorrelated on the images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import skipway as sw
+from skipway.errors import SkipwayError
+from skipway.recipe import Recipe
+from skipway.training.whitened_start import first_convolution, whiten_
+
+NETWORKS = {
+    "resnet": lambda: sw.build("resnet-patch8", width=8, stem_width=12, classes=3),
+    "vit": lambda: sw.build("vit", depth=1, dim=24, heads=2, patch=4, image=16, classes=3),
+    "other": lambda: nn.Sequential(nn.Conv2d(3, 70, 3, stride=2), nn.Flatten(), nn.LazyLinear(3)),
+}
+
+
+def correlated_images():
+    """Smooth images whose channels agree, as in photos."""
+    noise = torch.randn(400, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    return nn.functional.avg_pool2d(noise + noise.mean(1, keepdim=True), 5, stride=1)
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_outputs_are_white_and_come_in_pairs(make):
+    model, images = make(), correlated_images()
+    assert "random weights, but for" in whiten_(model, images)
+    _, convolution = first_convolution(model, images[:2])
+    with torch.no_grad():
+        outputs = nn.functional.conv2d(images, convolution.weight, convolution.bias, convolution.stride)
+    pairs = min(len(convolution.weight) // 2, convolution.weight[0].numel())
+    outputs = outputs.transpose(0, 1).flatten(1)[: 2 * pairs]
+    assert torch.allclose(outputs[::2], -outputs[1::2], atol=1e-5)
+    covariance = outputs[::2].cov()
+    # smaller than 1 by ε where a direction has little variance
+    assert torch.allclose(covariance - covariance.diag().diag(), torch.zeros(pairs, pairs), atol=1e-3)
+    assert covariance.diag()[0] == pytest.approx(1, abs=0.01)
+    assert covariance.diag().max() < 1.01
+
+
+def test_filters_beyond_the_directions_stay():
+    model = NETWORKS["other"]()
+    before = model[0].weight.detach().clone()
+    whiten_(model, correlated_images())  # 27 directions, 70 filters
+    assert torch.equal(model[0].weight[54:], before[54:])
+    assert not torch.isclose(model[0].weight[:54], before[:54]).all(dim=(1, 2, 3)).any()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Sequential(nn.Flatten(), nn.Linear(768, 2)), nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Flatten())],
+    ids=["no convolution", "groups"],
+)
+def test_a_network_that_begins_otherwise_is_refused(model):
+    with pytest.raises(SkipwayError, match="start='whitened': the rule is a network that begins with a convolution"):
+        whiten_(model, correlated_images())
+
+
+def test_text_is_refused():
+    with pytest.raises(SkipwayError, match="start='whitened': a start for images, and book.txt holds text"):
+        Recipe(start="whitened").check_kind("text", "book.txt")
