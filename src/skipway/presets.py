@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipway.errors import SkipwayError, printable, spell
 from skipway.registry import Registry
+
+if TYPE_CHECKING:
+    from skipway.recipe import Recipe
 
 __all__ = ["PRESETS", "Preset"]
 
@@ -38,18 +40,23 @@ class Preset:
             if name not in given and not any(other in given for other in self.follows.get(name, ()))
         }
 
-    def check_data(self, name: str, data: Path | None) -> None:
-        """Raise if the data are texts, which this preset is not for.
+    def check(self, name: str, recipe: Recipe) -> None:
+        """Raise if a recipe with these values is for something else: text, or a start from somebody's weights.
 
         Args:
             name: of the preset.
-            data: of the recipe.
+            recipe: with the values of the preset where nothing else was given.
         """
         from skipway.data.source_kind import source_kind
 
-        if data is not None and source_kind(data) == "text":
+        if recipe.data is not None and source_kind(recipe.data) == "text":
             raise SkipwayError(
-                f"{spell('preset', name)}: it is for images, and {printable(data.name)} holds text; leave it out"
+                f"{spell('preset', name)}: it is for images, and {printable(recipe.data.name)} holds text; leave it out"
+            )
+        if recipe.initial_weights is not None:
+            raise SkipwayError(
+                f"{spell('preset', name)}: its network and rates are for random weights, not for "
+                f"{spell('start', printable(recipe.initial_weights))}; leave one of the two out"
             )
 
 

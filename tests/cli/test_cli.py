@@ -165,6 +165,7 @@ USAGE = [
     (["--out", "x", "--resume", "--config", "y"], 2, "give one of the two"),
     (["--preset", "fast", "--config", "y"], 2, "--preset and --config: .* give one of the two"),
     (["book.txt", "--preset", "fast"], 2, "--preset fast: it is for images, and book.txt holds text; leave it out"),
+    (["--preset", "fast", "--start", "pretrained"], 2, "for random weights, not for --start pretrained; leave one of"),
     (["--preset", "fsat"], 2, "unknown preset 'fsat'; did you mean 'fast'"),
     (["--config", "nowhere.json"], 4, "nowhere.json does not exist"),
     (["nowhere"], 3, "data folder nowhere does not exist"),

@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 import skipway as sw
 from skipway.diagnosis.lint import lint
@@ -132,6 +133,17 @@ class Backward(nn.Module):
         return self.map(x).exp().add_(1)  # exp needs its output in the backward pass
 
 
+class Separate(nn.Module):
+    """Takes a list of samples of unlike sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, samples):
+        return torch.stack([self.scale * sample.mean() for sample in samples])
+
+
 def frozen() -> nn.Module:
     return network().requires_grad_(False)
 
@@ -152,6 +164,9 @@ def frozen() -> nn.Module:
         (lambda: network().to("meta"), X, "on the meta device it has no values"),
         (network, X.to_sparse(), "give a dense tensor"),
         (lambda: nn.BatchNorm1d(8), X[:4], "example of 4 samples: the rule is at least 8"),
+        (Separate, ([torch.zeros(3, 8), torch.zeros(3, 9)],), "of 3 samples: .*a list of single samples is no batch"),
+        (lambda: nn.LSTM(8, 4), pack_sequence([X, X]), "with a PackedSequence: .*give the padded tensor and the"),
+        (lambda: nn.LSTM(8, 4), (pack_sequence([X, X]),), "with a PackedSequence: .*give the padded tensor and the"),
     ],
 )
 def test_what_cannot_be_diagnosed(make, example, words):

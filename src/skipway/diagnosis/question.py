@@ -10,6 +10,8 @@ from typing import Any, overload
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 from skipway.diagnosis.batches import Batches, is_finite
 from skipway.diagnosis.comparison import Comparison, compare_diagnoses, model_names
@@ -225,6 +227,11 @@ def batches_for(device: torch.device | None, example: Example, targets: Any) -> 
     return None if loader is None else Batches(loader, device)
 
 
+def is_packed(part: Any) -> bool:
+    """Whether a part of an example is a packed sequence."""
+    return isinstance(part, PackedSequence)
+
+
 def check_subject(subject: Subject) -> None:
     """Refuse, before anything runs, what cannot be diagnosed."""
     refuse_scripted(subject.model)
@@ -254,8 +261,15 @@ def check_subject(subject: Subject) -> None:
     for name, given in (("example", subject.inputs), ("targets", subject.targets)):
         if not all(map(is_finite, tensors_in(given))):
             raise SkipwayError(f"{name} with values that are not finite: the rule is finite numbers")
+    if any(map(is_packed, tree_leaves(subject.inputs, is_leaf=is_packed))):
+        raise SkipwayError(
+            "example with a PackedSequence: its samples are not along an axis; give the padded tensor and the lengths "
+            "to a module that packs them in its forward"
+        )
     if subject.size < (4 if subject.terms >= 8 else 8):
+        listed = any(isinstance(each, list) for each in (subject.inputs if isinstance(subject.inputs, tuple) else ()))
         raise SkipwayError(
             f"example of {counted(subject.size, 'sample')}: the rule is at least 8 (4 sequences whose tokens have "
             "labels), 32 to 128 are better; give a larger batch"
+            + (" (samples are counted along axis 0 of the tensors: a list of single samples is no batch)" * listed)
         )

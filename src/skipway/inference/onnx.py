@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -314,11 +315,25 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def quiet_converter() -> Iterator[None]:
+    """Without the traceback that the converter of opsets logs where it fails: the caller gets an error of one line."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def write_onnx_file(
     model: nn.Module, path: Path, images: Tensor, free: bool, opset: int | None, metadata: Mapping[str, str]
 ) -> None:
     """Trace the model and write the file."""
-    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), quiet_converter():
         # torch's exporter warns about its own code. It decomposes fused attention into operators whose output has other
         # strides than the traced one, so that a later view fails: the plain form is traced instead
         warnings.simplefilter("ignore")

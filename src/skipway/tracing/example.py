@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from skipway.errors import SkipwayError
 from skipway.tracing.containers import entries_of, tensors_in
@@ -106,7 +107,7 @@ def as_batch(given: Example, targets: Any = None) -> tuple[Tensor | tuple[Any, .
         if batch is None:
             raise SkipwayError(f"example={type(given).__name__}: the loader yields no batch; give one that does")
         return split_batch(batch, targets)
-    if entries is not None or isinstance(given, tuple | list):
+    if entries is not None or (isinstance(given, tuple | list) and not isinstance(given, PackedSequence)):
         return require_tensors(tuple(given) if entries is None else entries, given), targets
     if isinstance(given, torch.utils.data.Dataset):
         raise SkipwayError(
