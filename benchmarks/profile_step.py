@@ -1,11 +1,13 @@
-"""Where the time of a training step on this machine's CPU goes: shares of products, norms, activations and the rest.
+"""Where the time of a step on this machine's CPU goes: shares of products, norms, activations and the rest.
 
     python -m benchmarks.profile_step --network vit-small-16 --precision bfloat16 [--library timm] [--mode accelerate]
+    python -m benchmarks.profile_step --what infer --mode channels-last
 
-The step is that of `benchmarks.speed` (forward, cross entropy, backward, fused SGD; autocast in bfloat16), under
-torch's profiler: the time an operator takes itself is counted to the kind whose pattern its name, or the name of the
-operator around it that a pattern knows, matches first. The wall clock of a step is taken without the profiler, which
-makes operators slower. `--functions N` lists operators and their shapes too. Results: docs/log.md.
+The step is that of `benchmarks.speed`, under torch's profiler: of training, forward, cross entropy, backward, SGD,
+autocast in bfloat16; of inference, forward in the precision, in modes whose operators torch calls one by one. The time
+an operator takes itself is counted to the kind whose pattern its name, or the name of the operator around it that a
+pattern knows, matches first. The wall clock of a step is taken without the profiler, which makes operators slower.
+`--functions N` lists operators and their shapes too. Results: docs/log.md.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ def measure(contender: Contender, workload: Workload, steps: int) -> tuple[Count
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", default="train", choices=("train", "infer"))
     parser.add_argument("--network", default="vit-small-16")
     parser.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--library", default="skipway")
@@ -84,10 +87,10 @@ def main() -> None:
     parser.add_argument("--functions", type=int, default=0, metavar="N", help="list the N costliest operators too")
     given = parser.parse_args()
     workload = Workload(
-        network=given.network, what="train", precision=given.precision, batch=given.batch, size=given.size
+        network=given.network, what=given.what, precision=given.precision, batch=given.batch, size=given.size
     )
     contender = Contender(
-        library=given.library, mode=given.mode, what="train", precision=given.precision, switched=True
+        library=given.library, mode=given.mode, what=given.what, precision=given.precision, switched=True
     )
     kinds, operators, clock = measure(contender, workload, given.steps)
     print(f"{workload}, {contender}: {clock:.0f} ms a step, {sum(kinds.values()):.0f} in operators under the profiler")

@@ -1,6 +1,6 @@
 """What a mode and a precision do to the accuracy of a trained network: for the table of speed at equal accuracy.
 
-    python -m benchmarks.race.accuracy --networks resnet50 vit-small-16 --out bench [--size 64] [--minutes 8]
+    python -m benchmarks.race.accuracy --networks resnet50 --out bench [--size 64] [--minutes 8] [--modes …]
 
 Each architecture is trained as it is, at smaller images, on the embedded digits; weights stay in the folder of the run.
 Then the held-out digits are classified in every mode and precision. What falls by more than half a point below float32
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,8 @@ def accuracy_of(call: Any, images: Tensor, labels: Tensor) -> float:
     return 100 * (torch.cat(answers) == labels).float().mean().item()
 
 
-def accuracies(network: str, size: int, stored: Row) -> Iterable[dict[str, Any]]:
-    """The accuracy in each mode and precision in which the CPU runs inference."""
+def accuracies(network: str, size: int, stored: Row, wanted: Collection[str] = MODES) -> Iterable[dict[str, Any]]:
+    """The accuracy in each of the wanted modes and precisions in which the CPU runs inference."""
     known, _, images, labels = held_out(size)
 
     def trained() -> nn.Module:
@@ -126,7 +126,13 @@ def accuracies(network: str, size: int, stored: Row) -> Iterable[dict[str, Any]]
     reference = accuracy_of(trained(), images, labels)
     about = {"network": network, "trained": stored["trained"], "images": len(labels), "reference": reference}
     for name, mode in MODES.items():
-        if name != base_mode(name) or "infer" not in mode.what or "cpu" not in mode.devices or name == "optimize":
+        if (
+            name not in wanted
+            or name != base_mode(name)
+            or "infer" not in mode.what
+            or "cpu" not in mode.devices
+            or name == "optimize"
+        ):
             continue
         for precision in mode.precisions:
             row = {"kind": "accuracy", **about, "mode": name, "precision": precision}
@@ -151,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=tuple(MODES))
     options = parser.parse_args(arguments)
     journal = Journal(options.out)
     for network in options.networks:
@@ -159,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = train(network, options.size, options.minutes, lambda line: print(line, flush=True))
             torch.save(stored, path)
-        for row in accuracies(network, options.size, torch.load(path)):
+        for row in accuracies(network, options.size, torch.load(path), options.modes):
             journal.write(row)
             print(
                 {key: row[key] for key in ("network", "mode", "precision", "top1", "reference", "error") if key in row}
