@@ -45,7 +45,7 @@ def version_text() -> str:
     except PackageNotFoundError:
         torch = "no torch"
     machine = f"{platform.system()} {platform.machine()}, {counted(cpu_count(), 'core')} of {cpu_name()}"
-    return f"skipway {__version__}\nPython {platform.python_version()}, {torch}, {machine}"
+    return f"skipway {__version__}\nPython {platform.python_version()}, {torch}\n{machine}"
 
 
 def usage_text(error: CycloptsError, given: Sequence[str], commands: Sequence[str]) -> str:
