@@ -152,7 +152,7 @@ def fit(
         raise SkipwayError(f"out={out!r}: the rule is the path of a folder")
     recipe = as_recipe(data, choices if preset is None else {**PRESETS[preset].beside(choices), **choices})
     if preset is not None:
-        PRESETS[preset].check(preset, recipe)
+        PRESETS[preset].check(preset, recipe.data, recipe.initial_weights)
     if out is None and (resume or overwrite):
         raise SkipwayError(f"{'resume' if resume else 'overwrite'}=True: name the folder of the run, out='runs/…'")
     if (task := choose_task(recipe)).kind != "image":

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from skipway.errors import SkipwayError, printable, spell
 from skipway.registry import Registry
-
-if TYPE_CHECKING:
-    from skipway.recipe import Recipe
 
 __all__ = ["PRESETS", "Preset"]
 
@@ -40,23 +38,24 @@ class Preset:
             if name not in given and not any(other in given for other in self.follows.get(name, ()))
         }
 
-    def check(self, name: str, recipe: Recipe) -> None:
-        """Raise if a recipe with these values is for something else: text, or a start from somebody's weights.
+    def check(self, name: str, data: Path | None, weights: str | None) -> None:
+        """Raise for what this preset is not for: text, or a start from somebody's weights.
 
         Args:
             name: of the preset.
-            recipe: with the values of the preset where nothing else was given.
+            data: of the recipe.
+            weights: initial ones of the recipe; None where they are random.
         """
         from skipway.data.source_kind import source_kind
 
-        if recipe.data is not None and source_kind(recipe.data) == "text":
+        if data is not None and source_kind(data) == "text":
             raise SkipwayError(
-                f"{spell('preset', name)}: it is for images, and {printable(recipe.data.name)} holds text; leave it out"
+                f"{spell('preset', name)}: it is for images, and {printable(data.name)} holds text; leave it out"
             )
-        if recipe.initial_weights is not None:
+        if weights is not None:
             raise SkipwayError(
                 f"{spell('preset', name)}: its network and rates are for random weights, not for "
-                f"{spell('start', printable(recipe.initial_weights))}; leave one of the two out"
+                f"{spell('start', printable(weights))}; leave one of the two out"
             )
 
 

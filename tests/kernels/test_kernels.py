@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from skipway import kernels
 from skipway.errors import SkipwayError
-from skipway.kernels import dispatch
+from skipway.kernels import dense_conv, dispatch, onednn
 from skipway.kernels.autotune import KERNELS, Implementation, Kernel
 from skipway.kernels.dispatch import KernelMode, PackedKernelMode, bfloat16_kernels
 
@@ -76,7 +77,13 @@ def filters(n, c, height, width, out, side, dtype):
     return kernels.convolve_patches, (maps(n, c, height, width, dtype), weight, torch.randn(out, dtype=dtype))
 
 
-ALL = [linear, pointwise, patches, residual, depthwise, attention, causal_attention, window_attention]
+def convolution(dtype, odd):
+    n, c, side, out, k, stride, padding = (3, 5, 7, 3, 5, 2, 1) if odd else (4, 16, 8, 32, 3, 1, 1)
+    weight = torch.randn(out, c, k, k, dtype=dtype) / (c**0.5 * k)
+    return kernels.convolve, (maps(n, c, side, side, dtype), weight, torch.randn(out, dtype=dtype), stride, padding)
+
+
+ALL = [linear, pointwise, patches, convolution, residual, depthwise, attention, causal_attention, window_attention]
 NAMES = sorted({each.name for kernel in KERNELS for each in kernel.implementations} - {"triton"})
 
 
@@ -109,6 +116,7 @@ def test_every_implementation_agrees_with_the_reference(make, odd, dtype):
 
 def test_the_cases_reach_every_implementation(monkeypatch):
     """Else the comparison above would compare the reference with itself."""
+    monkeypatch.setattr(onednn, "has_amx", lambda: False)  # where it rounds float32, one of them is not taken
     reached = set()
 
     def recorded(kernel, each):
@@ -145,6 +153,7 @@ def test_derivatives(make):
 OPERATORS = {
     linear: "linear",
     patches: "patches",
+    convolution: "convolution",
     residual: "residual",
     depthwise: "depthwise",
     attention: "attention",
@@ -155,7 +164,7 @@ OPERATORS = {
 def test_operators_are_proper(make):
     """torch's own check of schema, autograd registration and shape function."""
     arguments = list(make(torch.float32, True)[1])
-    arguments += [None, False, True] if make is attention else []
+    arguments += [None, False, True] if make is attention else [False] if make is convolution else []
     given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
     if make is residual:
         given[3].requires_grad_(False)
@@ -191,7 +200,7 @@ def test_export_sees_through():
     assert torch.allclose(program.module()(*given), Net()(*given), atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [linear, patches, depthwise, attention, window_attention])
+@pytest.mark.parametrize("make", [linear, patches, convolution, depthwise, attention, window_attention])
 def test_autocast_lowers(make):
     """As autocast does with a matrix product."""
     function, arguments = make(torch.float32, True)
@@ -229,6 +238,8 @@ def test_what_comes_out_is_shaped_laid_out_and_typed_as_the_compiler_was_told(dt
         "depthwise_backward": (planes, x, taps, True, True),
         "patches": (planes, wide, c),
         "patches_backward": (c.new_ones(2, 6, 2, 2), x, wide, True, True),
+        "convolution": (planes, wide, c, 2, 1, True),
+        "convolution_backward": (c.new_ones(2, 6, 4, 4), x, wide, 2, 1, True, True, True),
         "residual_backward": (x, planes, w.view(-1, 1, 1), mask),
     }.items():
         torch.library.opcheck(getattr(operators, operator).default, given, test_utils=tests)
@@ -444,7 +455,50 @@ def test_patches_in_bfloat16_are_products_in_training(monkeypatch, side, stride,
     assert all(map(torch.equal, full, exact))
 
 
-@pytest.mark.parametrize("make", [patches, depthwise], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": (2, 1)}, {"dilation": 2}, {"groups": 2}], ids=str)
+@pytest.mark.parametrize("amx", [False, True])
+def test_weights_with_slow_gradients_are_learnt_by_products(monkeypatch, amx, options):
+    """On AMX, by a rule in place of a measurement; in pieces of the batch, summed in float32."""
+    seen, product = [], dense_conv.weight_gradient_by_product
+    monkeypatch.setattr(dense_conv, "has_amx", lambda: amx)
+    monkeypatch.setattr(dense_conv, "PIECE", 1 << 16)
+    monkeypatch.setattr(dense_conv, "weight_gradient_by_product", lambda *given: seen.append(1) or product(*given))
+    monkeypatch.setattr(kernels.Kernel, "measure", lambda *given: pytest.fail("measured"))
+    layer = nn.Conv2d(64, 128, 3, padding=1, **options).to(memory_format=torch.channels_last)
+    x = maps(64, 64, 4, 4, torch.float32)
+
+    def gradients(model: nn.Module, lower: bool) -> list[torch.Tensor]:
+        given = x.to(layer.weight.dtype).clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            y = model(given)
+        return [y, *torch.autograd.grad(y.float().sin().sum(), [given, *model.parameters()])]
+
+    exact = gradients(layer, False)
+    with bfloat16_kernels():
+        found, again, full = gradients(layer, True), gradients(layer, True), gradients(layer, False)
+        with torch.no_grad():
+            assert layer(x).shape == found[0].shape
+    assert len(seen) == 2 * (amx and options in ({}, {"stride": 2}))
+    for one, other, right in zip(found, again, exact, strict=True):
+        assert torch.equal(one, other)
+        assert (one - right).norm() < 0.02 * right.norm()
+        assert one.stride() == right.stride()
+    assert all(map(torch.equal, full, exact))
+
+
+def test_weights_that_torch_learns_fast_are_left_to_it(monkeypatch):
+    """Many pixels, few channels; a gradient that nobody asks for; another layout than the rule was measured in."""
+    monkeypatch.setattr(dense_conv, "has_amx", lambda: True)
+    wide, small = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(256, 256, 3, padding=1)
+    slow = partial(dense_conv.has_slow_weight_gradient, stride=1, padding=1)
+    assert slow(maps(128, 256, 4, 4, torch.float32), small.weight)
+    assert not slow(maps(128, 256, 4, 4, torch.float32, last=False), small.weight)
+    assert not slow(maps(2, 256, 4, 4, torch.float32), small.weight), "torch takes well under a millisecond"
+    assert not slow(maps(128, 64, 16, 16, torch.float32), wide.weight)
+    assert dense_conv.has_slow_weight_gradient(maps(300, 64, 16, 16, torch.float32), torch.ones(256, 64, 1, 1), 2, 0)
+
+
+@pytest.mark.parametrize("make", [patches, convolution, depthwise], ids=lambda f: f.__name__)
 def test_gradients_that_nobody_asks_for_are_not_computed(make, monkeypatch):
     """Those of frozen weights, for one, behind which something is trained."""
     function, (x, weight, *rest) = make(torch.float32, True)

@@ -72,7 +72,7 @@ def train(
         from skipway.training.task_choice import choose_task
 
         if preset is not None:
-            PRESETS[preset].check(preset, recipe)
+            PRESETS[preset].check(preset, recipe.data, recipe.initial_weights)
         folder = unused_folder(recipe.data, choose_task(recipe).default_data) if out is None else out
 
         if folds is not None or (resume and is_cross_validation(folder)):

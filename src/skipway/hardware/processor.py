@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 
 from skipway.hardware.limits import read_text
 
-__all__ = ["cpu_name", "cpu_precisions"]
+__all__ = ["cpu_name", "cpu_precisions", "has_amx"]
 
 # instructions for products of small numbers, as Linux names them
 PRECISIONS = (
@@ -36,6 +37,12 @@ def cpu_precisions() -> tuple[str, ...]:
     """The instructions of the CPU for products in bfloat16, float16 and int8, as Linux names them; none elsewhere."""
     flags = f"{cpu_field('flags')} {cpu_field('Features')}".split()
     return tuple(name for name in PRECISIONS if name in flags)
+
+
+@cache
+def has_amx() -> bool:
+    """Whether the CPU has matrix units for bfloat16 (AMX)."""
+    return "amx_bf16" in cpu_precisions()
 
 
 def cpu_field(name: str) -> str:

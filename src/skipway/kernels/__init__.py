@@ -17,6 +17,7 @@ from skipway.kernels.autotune import (
     off,
     only,
 )
+from skipway.kernels.dense_conv import convolve
 from skipway.kernels.depthwise_conv import depthwise
 from skipway.kernels.matmul import linear
 from skipway.kernels.patch_conv import convolve_patches
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "choices",
     "clear_choices",
+    "convolve",
     "convolve_patches",
     "depthwise",
     "enabled",

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipway.kernels.autotune import enabled, only, restricted
 from skipway.kernels.cast import eligible, to_autocast
+from skipway.kernels.dense_conv import convolve, has_slow_weight_gradient, product_may_pay
 from skipway.kernels.depthwise_conv import depthwise
 from skipway.kernels.matmul import PackedWeight, is_large_linear, linear, pack_weight, packed_linear
 from skipway.kernels.onednn import supports_onednn_matmul
@@ -36,12 +37,33 @@ def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 
 def route_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Any:
-    """Compute convolutions of large maps by their kernels, depthwise ones and those whose patches do not overlap."""
+    """Compute convolutions of large maps by kernels: depthwise ones, those whose patches do not overlap, and those
+    whose weight's gradient may be faster as a product.
+    """
     if is_depthwise(x, weight, *geometry, **named):
         return depthwise(x, weight, bias)
     if is_patchwise(x, weight, *geometry, **named):
         return convolve_patches(x, weight, bias)
-    return NotImplemented
+    geometry = dense_geometry(x, weight, *geometry, **named) if needs_weight_gradient(weight) else None
+    if geometry is None or x.numel() < LARGE or not product_may_pay(x, weight, *geometry):
+        return NotImplemented
+    return convolve(x, weight, bias, *geometry)
+
+
+def needs_weight_gradient(weight: Tensor) -> bool:
+    """Return whether autograd will ask for the gradient of a weight."""
+    return torch.is_grad_enabled() and weight.requires_grad
+
+
+def dense_geometry(
+    x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> tuple[int, int] | None:
+    """Return stride and padding of a convolution that `kernels.dense_conv` computes; None of another one."""
+    padding = 0 if padding == "valid" else padding
+    if x.ndim != 4 or groups != 1 or pair(dilation) != (1, 1) or isinstance(padding, str):
+        return None
+    (down, across), (above, left), (rows, columns) = pair(stride), pair(padding), weight.shape[-2:]
+    return (down, above) if down == across and above == left and rows == columns else None
 
 
 def is_patchwise(
@@ -127,8 +149,8 @@ class KernelMode(TorchFunctionMode):
 
 class Bfloat16Mode(KernelMode):
     """Compute in bfloat16 what torch is slow at on every CPU measured, and nothing else: attention by
-    `kernels.attention` up to `FEW_KEYS` keys, twice as many under a causal mask, and convolutions of patches that do
-    not overlap, beyond 1 × 1, as products.
+    `kernels.attention` up to `FEW_KEYS` keys, twice as many under a causal mask, convolutions of patches that do not
+    overlap, beyond 1 × 1, as products, and, on AMX, gradients of weights where images have few pixels.
     """
 
     def route(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -143,10 +165,15 @@ class Bfloat16Mode(KernelMode):
 
 
 def route_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Any:
-    """Compute convolutions of patches that do not overlap as torch's own products, always the same one."""
-    if weight.shape[-1] == 1 or not is_patchwise(x, weight, *geometry, **named):
+    """Compute convolutions of patches that do not overlap as torch's own products, always the same one, and gradients
+    of weights as products by a fixed rule.
+    """
+    if weight.shape[-1] > 1 and is_patchwise(x, weight, *geometry, **named):
+        return multiply_patches(*to_autocast(x, weight, bias))  # type: ignore[arg-type]
+    geometry = dense_geometry(x, weight, *geometry, **named) if needs_weight_gradient(weight) else None
+    if geometry is None or not has_slow_weight_gradient(x, weight, *geometry):
         return NotImplemented
-    return multiply_patches(*to_autocast(x, weight, bias))  # type: ignore[arg-type]
+    return convolve(x, weight, bias, *geometry, by_rule=True)
 
 
 def in_bfloat16(x: Tensor) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipway.hardware.processor import has_amx
+
 __all__ = ["onednn_matmul", "supports_onednn_matmul", "with_onednn_matmul"]
 
 
@@ -31,7 +33,7 @@ def onednn_matmul() -> Iterator[None]:
 def with_onednn_matmul(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` with its products sent to oneDNN.
 
-    As an implementation of a kernel it is refused by the comparison with the reference where products are rounded.
+    Where that rounds products in float32, `supports_onednn_matmul` says so.
 
     >>> with_onednn_matmul(torch.matmul)(torch.ones(1, 2), torch.ones(2, 1))
     tensor([[2.]])
@@ -46,12 +48,15 @@ def with_onednn_matmul(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def supports_onednn_matmul(*arguments: Any, types: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Return whether all tensors are on the CPU in one of `types`, and this torch has the setting.
+    """Return whether all tensors are on the CPU in one of `types`, and this torch has the setting; in float32 not where
+    the setting rounds.
 
     >>> supports_onednn_matmul(torch.ones(1).double())
     False
     """
     tensors = [each for each in arguments if isinstance(each, Tensor)]
+    if has_amx() and any(each.dtype == torch.float32 for each in tensors):
+        return False
     return all(each.device.type == "cpu" and each.dtype in types for each in tensors) and hasattr(
         getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"
     )

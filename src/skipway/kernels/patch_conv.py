@@ -33,10 +33,19 @@ def output_layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if is_by_pixels(x) else filter_layout(weight)
 
 
-def patch_rows(x: Tensor, side: int) -> Tensor:
-    """Return the patches of a map as rows, (N · H/k · W/k, k · k · C); no copy of a channels-last map for k = 1."""
-    x = x.movedim(1, -1)
-    x = x.unfold(1, side, side).unfold(2, side, side).movedim(3, -1).flatten(3) if side > 1 else x
+def patch_rows(x: Tensor, side: int, stride: int | None = None) -> Tensor:
+    """Return the patches of a map as rows, (N · H' · W', k · k · C); no copy of a channels-last map for k = 1.
+
+    Args:
+        x: (N, C, H, W).
+        side: k.
+        stride: from one patch to the next; k by default.
+    """
+    x, stride = x.movedim(1, -1), stride or side
+    if side > 1:
+        x = x.unfold(1, side, stride).unfold(2, side, stride).movedim(3, -1).flatten(3)
+    elif stride > 1:
+        x = x[:, ::stride, ::stride]
     return x.flatten(0, 2)
 
 
