@@ -15,7 +15,7 @@ from skipway.hardware import cpu_count, cpu_name
 
 __all__ = ["environment", "linked_data", "machine", "race"]
 
-PLANS = {0.8: {"skipway": 3, "plain": 4}, 0.9: {"skipway": 20, "plain": 20}}
+PLANS = {0.8: {"skipway": 3, "plain": 5}, 0.9: {"skipway": 20, "plain": 20}}
 """Epochs by goal. Those to 90 % are estimates (benchmarks/time-to-accuracy.md)."""
 PLAIN = {"batch_size": 256, "lr": 0.4}
 FEW_EPOCHS = 5

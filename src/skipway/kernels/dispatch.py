@@ -44,10 +44,10 @@ def route_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *ge
         return depthwise(x, weight, bias)
     if is_patchwise(x, weight, *geometry, **named):
         return convolve_patches(x, weight, bias)
-    geometry = dense_geometry(x, weight, *geometry, **named) if needs_weight_gradient(weight) else None
-    if geometry is None or x.numel() < LARGE or not product_may_pay(x, weight, *geometry):
+    steps = dense_geometry(x, weight, *geometry, **named) if needs_weight_gradient(weight) else None
+    if steps is None or x.numel() < LARGE or not product_may_pay(x, weight, *steps):
         return NotImplemented
-    return convolve(x, weight, bias, *geometry)
+    return convolve(x, weight, bias, *steps)
 
 
 def needs_weight_gradient(weight: Tensor) -> bool:
@@ -170,10 +170,10 @@ def route_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geomet
     """
     if weight.shape[-1] > 1 and is_patchwise(x, weight, *geometry, **named):
         return multiply_patches(*to_autocast(x, weight, bias))  # type: ignore[arg-type]
-    geometry = dense_geometry(x, weight, *geometry, **named) if needs_weight_gradient(weight) else None
-    if geometry is None or not has_slow_weight_gradient(x, weight, *geometry):
+    steps = dense_geometry(x, weight, *geometry, **named) if needs_weight_gradient(weight) else None
+    if steps is None or not has_slow_weight_gradient(x, weight, *steps):
         return NotImplemented
-    return convolve(x, weight, bias, *geometry, by_rule=True)
+    return convolve(x, weight, bias, *steps, by_rule=True)
 
 
 def in_bfloat16(x: Tensor) -> bool:
