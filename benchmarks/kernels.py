@@ -36,6 +36,15 @@ STAGES = ((1, 56), (2, 28), (4, 14), (8, 7))
 """Stages of ConvNeXt and Swin: width as a multiple of the first stage's, side of the map."""
 FIELD = {"cpu": (16, 96, 384), "cuda": (128, 128, 768)}
 """Images at a time, channels of the first stage, and a ViT's: small networks on a CPU, base ones on a GPU."""
+RESNET = (((16, 512, 7, 7), (512, 3, 1)), ((16, 256, 14, 14), (256, 3, 1)), ((16, 1024, 14, 14), (2048, 1, 2)))
+"""Maps of ResNet-50 and the filters on them: channels, side, stride."""
+SMALL_IMAGES = (
+    ((500, 64, 8, 8), (64, 3, 1)),
+    ((500, 64, 8, 8), (128, 3, 2)),
+    ((500, 128, 4, 4), (128, 3, 1)),
+    ((500, 256, 2, 2), (256, 3, 1)),
+)
+"""The same of the preset `fast` at 16 pixels."""
 Make = Callable[..., Tensor]
 NAMED = {each.name: each for each in KERNELS}
 
@@ -68,6 +77,8 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield from convolutions(random, (batch, width * times, side, side))
     for times, side in STAGES:
         yield from windows(random, batch, side, width * times // 32)
+    for shape, filters in (*RESNET, *SMALL_IMAGES):
+        yield weight_gradient(random, shape, *filters)
     q, k, v = random(batch, 197, 3, dim // 64, 64).permute(2, 0, 3, 1, 4).unbind()
     sizes = f"{batch}x197, {dim // 64} heads of 64"
     yield Case("attention", sizes, (q, k, v, None, False), 4)
@@ -91,6 +102,14 @@ def convolutions(random: Make, shape: tuple[int, ...]) -> Iterator[Case]:
     yield Case("depthwise", size_text(shape), (x, taps, random(shape[1])), 2)
     yield Case("depthwise to input", size_text(shape), (gradient, x, taps), 2)
     yield Case("depthwise to weight", size_text(shape), (gradient, x, taps), 2)
+
+
+def weight_gradient(random: Make, shape: tuple[int, ...], out: int, side: int, stride: int) -> Case:
+    """The gradient of a dense convolution's weight."""
+    x, sides = channels_last(random(*shape)), ((length - 1) // stride + 1 for length in shape[2:])
+    given = (channels_last(random(shape[0], out, *sides)), x, channels_last(random(out, shape[1], side, side)))
+    sizes = f"{size_text(shape)}, {out} of {side}x{side} / {stride}"
+    return Case("convolution to weight", sizes, (*given, stride, side // 2), 1 + x.numel() / given[0].numel())
 
 
 def windows(random: Make, batch: int, side: int, heads: int) -> Iterator[Case]:
