@@ -40,9 +40,9 @@ Kind = Literal["image", "text"]
 """Kinds of data that are trained on."""
 
 DEFAULT_CONTEXT = 128
-# names of columns that let the content decide
-LIST_COLUMNS = "image,label,split"
 """Tokens of a sequence where neither the recipe nor the case chooses them."""
+LIST_COLUMNS = "image,label,split"
+"""Names of columns that let the content decide."""
 
 # the batch size of the default learning rates, which scale with the batch (Goyal 2017)
 REFERENCE_BATCH = 128

@@ -17,8 +17,9 @@ BEGAN = [time.monotonic()]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0 success, 1 system failure (a full disk, for instance) or a diagnosis that predicts failure, 2 wrong usage, 3
-    unusable images, 4 unusable weights or run, 5 divergence, 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
+    0 success, 1 system failure (a full disk, for instance), a diagnosis that predicts failure, or rates that do not
+    carry over, 2 wrong usage, 3 unusable images, 4 unusable weights or run, or a question that stays undecided,
+    5 divergence, 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
     """
     if arguments is not None:  # called from Python, perhaps long after the import
         BEGAN[0] = time.monotonic()

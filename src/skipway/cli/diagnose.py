@@ -96,7 +96,7 @@ class Question:
     """Apply remedies; compare before and after."""
 
     lint: Annotated[Flag, Parameter(group=DIAGNOSIS)] = False
-    """Only check for known mistakes; runs nothing."""
+    """Only check for known mistakes; takes a few seconds."""
 
     device: Annotated[str, Parameter(group=MACHINE)] = "auto"
     """auto, cpu, cuda or cuda:1."""

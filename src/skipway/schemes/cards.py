@@ -18,10 +18,10 @@ INDEX = re.compile(r"(?<!\w)([^\W\d_])_(?:\(([^()]*)\)|([^\W_]{1,2})(?!\w))")
 
 INTRODUCTION = """# Schemes
 
-A scheme decides what each residual connection of a network looks like and how it starts. Any scheme goes with any
-family and depth: `sw.build("resnet", depth=110, scheme="fixup")`, `skipway train photos/ --scheme layerscale`. Each has
-a card with its equation, arguments, conversion of depth, optimizer rule, theory and source, which
-`skipway schemes NAME` prints.
+A scheme decides what each residual connection of a network looks like and how it starts. Schemes go with any
+family and depth, but for five that refuse convolutions: `sw.build("resnet", depth=110, scheme="fixup")`,
+`skipway train photos/ --scheme layerscale`. Each has a card with its equation, arguments, conversion of depth,
+optimizer rule, theory and source, which `skipway schemes NAME` prints.
 
 """
 COMBINATION = """
@@ -29,7 +29,7 @@ Schemes add up, as objects or in one text: `sw.LayerScale(1e-5) + sw.StochasticD
 `scheme="preactivation + skipinit(init=0.0, norm='remove') + stochasticdepth(0.1)"`. Two schemes that each start the
 branch at zero are refused: neither factor would get a gradient.
 
-A scheme of your own is one dataclass with one to four methods: see [the architecture](../architecture.md) for the
+A scheme of your own is one dataclass with a few methods: see [the architecture](../architecture.md) for the
 hooks. What the schemes do on small networks, side by side: [the study](../studies/schemes.html).
 """
 

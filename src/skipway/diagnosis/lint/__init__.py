@@ -1,4 +1,4 @@
-"""Lint: rules that find known mistakes in a model and its optimizer, without data and without training."""
+"""Lint: rules that find known mistakes in a model and its optimizer, without data and without training it."""
 
 from skipway.diagnosis.lint.catalogue import RULES, lint
 from skipway.diagnosis.lint.rule import Hit, LintRule
