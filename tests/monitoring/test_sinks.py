@@ -166,15 +166,25 @@ def test_the_callback_for_lightning(monkeypatch):
     module.net = Network().net
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     trainer = SimpleNamespace(global_step=0, optimizers=[optimizer], precision_plugin=SimpleNamespace(scaler=None))
+    trainer.accumulate_grad_batches = 2
     callback.on_train_start(trainer, module)
-    for _ in range(2):
-        loss = module.net(torch.randn(4, 3, 8)).square().mean()
-        loss.backward()
-        optimizer.step()
-        callback.on_train_batch_end(trainer, module, {"loss": loss}, None, 0)
+    losses = []
+    for number in range(4):
+        x = torch.randn(4, 3, 8)
+
+        def closure(x=x):
+            loss = module.net(x).square().mean()
+            (loss / 2).backward()
+            losses.append(loss.detach())
+
+        optimizer.step(closure) if number % 2 else closure()
+        # Lightning's ClosureResult divides by the accumulated batches
+        callback.on_train_batch_end(trainer, module, {"loss": losses[-1] / 2}, None, 0)
     callback.on_train_end(trainer, module)
+    assert [each["step"] for each in callback.watch.samples] == [1]
     assert len(callback.watch.samples[0]["rows"]) == 4
-    assert callback.watch.losses[-1] == pytest.approx(float(loss.detach()))
+    means = [float(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)]
+    assert list(callback.watch.losses) == pytest.approx(means)
     with pytest.raises(SkipwayError, match="network='body'"):
         made("body").find_network(module)
     sys.modules.pop("skipway.monitoring.lightning_callback")

@@ -266,6 +266,77 @@ def test_a_value_that_is_not_finite_is_named_before_the_weights_change():
     assert watch.history.deep[0]["step"] == 4
 
 
+def closure_steps(optimizer_of: Callable[[nn.Module], torch.optim.Optimizer], given: str) -> Watch:
+    """Three steps, with or without a closure."""
+    torch.manual_seed(0)
+    model = OwnLoss()
+    optimizer = optimizer_of(model)
+    with sw.monitor(model, optimizer, every=1, budget=None, on_warning=print) as watch:
+        for step in range(3):
+            x, labels = batch(step, Encoder)
+
+            def closure(x: Tensor = x, labels: Tensor = labels) -> Tensor:
+                optimizer.zero_grad()
+                loss, _ = model(x, labels)
+                loss.backward()
+                return loss
+
+            if given == "keyword":
+                optimizer.step(closure=closure)
+            elif given == "place":
+                optimizer.step(closure)
+            else:
+                closure(), optimizer.step()
+    return watch
+
+
+@pytest.mark.parametrize("given", ["keyword", "place"])
+def test_a_closure_is_seen_as_the_loop_that_it_is(given):
+    """Losses, norms and samples belong to their own steps, with or without a closure."""
+
+    def sgd(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    plain, seen = closure_steps(sgd, "not"), closure_steps(sgd, given)
+    assert list(seen.losses) == list(plain.losses)
+    assert list(seen.norms) == list(plain.norms)
+    assert [each["rows"] for each in seen.samples] == [each["rows"] for each in plain.samples]
+    assert seen.samples[0]["step"] == 1
+
+
+def test_of_several_calls_of_a_closure_the_first_one_is_that_of_the_step():
+    """L-BFGS evaluates several times in a step; the first loss of the second step is that before it."""
+    passes: dict[float, list[float]] = {}  # by batch; those of the samples are among them, after the first one
+
+    def note(module: nn.Module, args: Any, out: Any) -> None:
+        if len(args[0]) == 40:
+            passes.setdefault(float(args[0].sum()), []).append(float(out[0].detach()))
+
+    def lbfgs(model: nn.Module) -> torch.optim.Optimizer:
+        model.register_forward_hook(note)
+        return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    watch = closure_steps(lbfgs, "place")
+    assert len(watch.losses) == 3
+    assert all(len(each) > 1 for each in passes.values())
+    assert list(watch.losses) == pytest.approx([each[0] for each in passes.values()])
+
+
+def test_a_closure_that_fails_leaves_the_step_out():
+    model, (x, labels) = Encoder(0.0), batch(0, Encoder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def fails() -> float:
+        raise OSError("the batch is lost")
+
+    with sw.monitor(model, optimizer, on_warning=print) as watch:
+        with pytest.raises(OSError, match="lost"):
+            optimizer.step(fails)
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    assert len(watch.norms) == 1
+
+
 def test_several_optimizers_make_one_step():
     model, (x, labels) = Encoder(0.0), batch(0, Encoder)
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.blocks, model.head)]

@@ -258,7 +258,7 @@ class Watch:
         self.recorder.due = True
         self.sampler = SignalSampler(self.model, self.recorder)
         self.stack.callback(self.recorder.close)
-        self.stack.callback(StepHooks(self.optimizers, self.before_step, self.after_step).remove)
+        self.stack.callback(StepHooks(self.optimizers, self.before_step, self.after_step, self.forget_losses).remove)
         model = type(self.sampler.inner).__name__
         settings = {"every": self.schedule.every, "budget": self.schedule.budget, "step": self.step}
         if self.names and set(self.names) == {OUTSIDE}:
@@ -310,6 +310,12 @@ class Watch:
             self.sample()
         self.began = start if math.isnan(self.began) else self.began
         self.spent += time.perf_counter() - start
+
+    def forget_losses(self) -> None:
+        """A closure was called once more in a step, as in a line search: the losses of that pass are of no step."""
+        if self.recorder is not None:
+            self.recorder.own_losses, self.recorder.fresh = [], False
+        self.pending_losses = []
 
     def after_step(self) -> None:
         """A step is over: the weights are new."""
