@@ -208,8 +208,8 @@ class Watch:
     def log(self, *, loss: Any) -> None:
         """Tell the loss of a step, before or after the optimizer's step; of several (accumulation) the mean counts.
 
-        What is told counts in place of the losses that the model returns. A tensor is not fetched from its device before
-        it is needed.
+        It counts in place of the losses that the model returns. A tensor is not fetched from its device before it is
+        needed.
         """
         if isinstance(loss, Tensor) and loss.numel():
             value: Tensor | float = loss.detach().reshape(-1).mean()
