@@ -8,13 +8,16 @@ rate goes as L^(2p − 1). A step of Adam moves each entry by the rate, and y by
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import skipway as sw
 from skipway.depth_transfer import design as designs
+from skipway.depth_transfer.batches import as_training_batches
 from skipway.errors import DataError, SkipwayError
 
 DIM = 4
@@ -189,6 +192,11 @@ def fails(depth):
     raise RuntimeError("no such depth")
 
 
+def plain_first(depth):
+    """The first block has no shortcut."""
+    return nn.Sequential(nn.Linear(DIM, DIM), *(LinearBlock(1.0) for _ in range(depth - 1)))
+
+
 X, Y = torch.randn(8, DIM), torch.randn(8, DIM)
 
 
@@ -201,6 +209,12 @@ X, Y = torch.randn(8, DIM), torch.randn(8, DIM)
         (linear_net(0), [2, 4], 3, "batches=int: the rule is a DataLoader"),
         (linear_net(0), [2, 4], iter([]), "yields no batch"),
         (lambda depth: nn.Sequential(LinearBlock(1.0)), [2, 4], (X, Y), "do not grow with depth"),
+        (
+            plain_first,
+            [1, 2, 4],
+            (X, Y),
+            "depths=\\[1, 2, 4\\]: the rule is a residual connection at .* none at 1; leave",
+        ),
         (lambda depth: "net", [2, 4], (X, Y), "gives a str; the rule is a torch.nn.Module"),
         (fails, [2, 4], (X, Y), "fails\\(depth=2\\) raises RuntimeError: no such depth"),
         (lambda: nn.Linear(4, 4), [2, 4], (X, Y), "takes no argument, and none of them is known to be the depth"),
@@ -270,6 +284,77 @@ def fails_at(place):
 def test_batches_that_fail_are_named_and_no_rate_is_blamed(batches, message):
     with pytest.raises(SkipwayError, match=message):
         sw.transfer(linear_net(0.5), [2, 4], batches, steps=8, seeds=1, optimizer="sgd", schemes=["own"])
+
+
+def shuffled():
+    """A loader as a user makes it, without a generator."""
+    x = torch.randn(64, DIM, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, 1.02 * x), batch_size=8, shuffle=True)
+
+
+def test_a_loader_that_shuffles_gives_the_same_batches_in_another_session(tmp_path):
+    read = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        batches = as_training_batches(shuffled(), 8)
+        read.append([batches.at(seed, step)[0] for seed in range(2) for step in range(8)])
+        assert torch.initial_seed() == state
+    assert all(map(torch.equal, *read))
+    assert not torch.equal(read[0][0], read[0][8])  # another order in the next round
+
+    def make(depth):
+        return linear_net(0)(depth), shuffled()
+
+    file, trained = tmp_path / "runs.jsonl", []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        sw.transfer(
+            make, [2, 4], steps=8, seeds=1, optimizer="sgd", schemes=["own"], runs=file,
+            progress=lambda text, seconds: trained.append(text),
+        )  # fmt: skip
+    assert len(trained) == len(file.read_text().splitlines())  # the second call has trained nothing
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"clip": 0.0}, "clip=0.0: the rule is clip > 0"),
+        ({"clip": -1}, "clip=-1: the rule is clip > 0"),
+        ({"warmup": -1}, "warmup=-1: the rule is a whole number of steps, from 0 to 8"),
+        ({"warmup": 9}, "warmup=9: the rule is a whole number of steps, from 0 to 8"),
+    ],
+)
+def test_choices_out_of_range_are_refused(choice, message):
+    with pytest.raises(SkipwayError, match=message):
+        sw.transfer(linear_net(0), [2, 4], (X, Y), steps=8, seeds=1, schemes=["own"], **choice)
+
+
+class Diverging(nn.Module):
+    """Whose output is beyond all use after any step."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = LinearBlock(1.0)
+
+    def forward(self, x):
+        y = self.block(x)
+        return y * math.inf if self.block.map.weight.any() else y
+
+
+def test_a_depth_that_diverges_at_every_rate_has_no_best_rate():
+    """The power is that of the other depths, and the rate of the shallowest does not carry."""
+
+    def make(depth):
+        return nn.Sequential(*(LinearBlock(1.0) for _ in range(depth - (depth == 8))), *[Diverging()] * (depth == 8))
+
+    found = sw.transfer(
+        make, [2, 4, 8], nearly_identity(), optimizer="sgd(momentum=0.0)", steps=8, seeds=2, schemes=["own"], warmup=0
+    )
+    (own,) = found.schemes
+    assert [rate.known for rate in own.rates] == [True, True, False]
+    assert own.power.value == pytest.approx(-1, abs=0.3)
+    assert own.answer == "does not carry"
+    assert "nan" not in str(found)
 
 
 def test_under_no_grad_the_trainings_are_trainings():

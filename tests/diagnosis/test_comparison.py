@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from typing import assert_type
@@ -139,6 +140,14 @@ def test_losses_of_different_kinds_are_not_compared():
     assert found.differences == {}
     assert found.remarks[0].startswith("losses are not compared: ")
     assert "not compared" in str(found)
+
+
+def test_a_failed_design_beside_losses_of_different_kinds_is_shown_as_failed(comparison):
+    found = dataclasses.replace(comparison, comparable=False)
+    assert found.best == ("good",)
+    assert found.answer == "Train good."
+    assert "broken" in str(found)
+    assert "failed" in json.loads(found.to_json())["models"][-1]
 
 
 def test_types_and_names():

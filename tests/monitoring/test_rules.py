@@ -103,3 +103,14 @@ def test_samples_stay_within_the_budget_at_any_cost():
         assert steps == expected
         assert bool(remark) == (budget is not None)
     assert Schedule(100, 0.02, step_seconds=schedule.step_seconds).norm_interval(0.0004) == 4
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150, 1e300])
+def test_scores_do_not_depend_on_the_unit_of_the_values(scale):
+    values = [1.0 + 0.1 * (step % 3) for step in range(40)] + [2.0]
+    plain, scaled = SpikeScore(), SpikeScore()
+    for value in values:
+        expected = plain.score(value)
+        found = scaled.score(scale * value)
+    assert expected > SPIKE
+    assert found == pytest.approx(expected if scale >= 1 else 0.0)  # a deviation below 1e-10 counts as none

@@ -154,6 +154,33 @@ def test_the_callback_for_transformers():
     assert not model._forward_hooks
 
 
+class SharedLoss(Network):
+    """Divides by the items of all accumulated batches, as transformers' models do where they are told them."""
+
+    def forward(self, x: torch.Tensor, num_items_in_batch: Any = None) -> Any:
+        loss = self.net(x).square()
+        return SimpleNamespace(loss=loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_losses_of_accumulated_batches_of_transformers_are_those_of_the_whole(told):
+    """The mean over all items of the step, whether the model is told their number or not."""
+    import_transformers()
+    callback = importlib.import_module("skipway.monitoring.trainer_callback").TrainerMonitor(on_warning=print)
+    model, state = SharedLoss(), SimpleNamespace(global_step=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
+    x = torch.randn(8, 3, 8)
+    for _ in range(2):
+        for part in x.chunk(4):
+            model(x=part, num_items_in_batch=torch.tensor(x.numel()) if told else None).loss.backward()
+        callback.on_pre_optimizer_step(None, state, None)
+        optimizer.step()
+    callback.on_train_end(None, state, None)
+    with torch.no_grad():
+        assert list(callback.watch.losses) == pytest.approx([float(model(x).loss)] * 2)
+
+
 def test_the_callback_for_lightning(monkeypatch):
     """The calls that Lightning's Trainer makes; the only child is what `training_step` calls."""
     stub = types.ModuleType("lightning.pytorch")
@@ -166,15 +193,25 @@ def test_the_callback_for_lightning(monkeypatch):
     module.net = Network().net
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     trainer = SimpleNamespace(global_step=0, optimizers=[optimizer], precision_plugin=SimpleNamespace(scaler=None))
+    trainer.accumulate_grad_batches = 2
     callback.on_train_start(trainer, module)
-    for _ in range(2):
-        loss = module.net(torch.randn(4, 3, 8)).square().mean()
-        loss.backward()
-        optimizer.step()
-        callback.on_train_batch_end(trainer, module, {"loss": loss}, None, 0)
+    losses = []
+    for number in range(4):
+        x = torch.randn(4, 3, 8)
+
+        def closure(x=x):
+            loss = module.net(x).square().mean()
+            (loss / 2).backward()
+            losses.append(loss.detach())
+
+        optimizer.step(closure) if number % 2 else closure()
+        # Lightning's ClosureResult divides by the accumulated batches
+        callback.on_train_batch_end(trainer, module, {"loss": losses[-1] / 2}, None, 0)
     callback.on_train_end(trainer, module)
+    assert [each["step"] for each in callback.watch.samples] == [1]
     assert len(callback.watch.samples[0]["rows"]) == 4
-    assert callback.watch.losses[-1] == pytest.approx(float(loss.detach()))
+    means = [float(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)]
+    assert list(callback.watch.losses) == pytest.approx(means)
     with pytest.raises(SkipwayError, match="network='body'"):
         made("body").find_network(module)
     sys.modules.pop("skipway.monitoring.lightning_callback")

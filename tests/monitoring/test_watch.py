@@ -266,6 +266,77 @@ def test_a_value_that_is_not_finite_is_named_before_the_weights_change():
     assert watch.history.deep[0]["step"] == 4
 
 
+def closure_steps(optimizer_of: Callable[[nn.Module], torch.optim.Optimizer], given: str) -> Watch:
+    """Three steps, with or without a closure."""
+    torch.manual_seed(0)
+    model = OwnLoss()
+    optimizer = optimizer_of(model)
+    with sw.monitor(model, optimizer, every=1, budget=None, on_warning=print) as watch:
+        for step in range(3):
+            x, labels = batch(step, Encoder)
+
+            def closure(x: Tensor = x, labels: Tensor = labels) -> Tensor:
+                optimizer.zero_grad()
+                loss, _ = model(x, labels)
+                loss.backward()
+                return loss
+
+            if given == "keyword":
+                optimizer.step(closure=closure)
+            elif given == "place":
+                optimizer.step(closure)
+            else:
+                closure(), optimizer.step()
+    return watch
+
+
+@pytest.mark.parametrize("given", ["keyword", "place"])
+def test_a_closure_is_seen_as_the_loop_that_it_is(given):
+    """Losses, norms and samples belong to their own steps, with or without a closure."""
+
+    def sgd(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    plain, seen = closure_steps(sgd, "not"), closure_steps(sgd, given)
+    assert list(seen.losses) == list(plain.losses)
+    assert list(seen.norms) == list(plain.norms)
+    assert [each["rows"] for each in seen.samples] == [each["rows"] for each in plain.samples]
+    assert seen.samples[0]["step"] == 1
+
+
+def test_of_several_calls_of_a_closure_the_first_one_is_that_of_the_step():
+    """L-BFGS evaluates several times in a step; the first loss of the second step is that before it."""
+    passes: dict[float, list[float]] = {}  # by batch; those of the samples are among them, after the first one
+
+    def note(module: nn.Module, args: Any, out: Any) -> None:
+        if len(args[0]) == 40:
+            passes.setdefault(float(args[0].sum()), []).append(float(out[0].detach()))
+
+    def lbfgs(model: nn.Module) -> torch.optim.Optimizer:
+        model.register_forward_hook(note)
+        return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    watch = closure_steps(lbfgs, "place")
+    assert len(watch.losses) == 3
+    assert all(len(each) > 1 for each in passes.values())
+    assert list(watch.losses) == pytest.approx([each[0] for each in passes.values()])
+
+
+def test_a_closure_that_fails_leaves_the_step_out():
+    model, (x, labels) = Encoder(0.0), batch(0, Encoder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def fails() -> float:
+        raise OSError("the batch is lost")
+
+    with sw.monitor(model, optimizer, on_warning=print) as watch:
+        with pytest.raises(OSError, match="lost"):
+            optimizer.step(fails)
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    assert len(watch.norms) == 1
+
+
 def test_several_optimizers_make_one_step():
     model, (x, labels) = Encoder(0.0), batch(0, Encoder)
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.blocks, model.head)]
@@ -504,3 +575,61 @@ def test_arguments_of_a_monitor_are_checked_before_the_training(wrong):
     model = plain_network()
     with pytest.raises(sw.SkipwayError, match=f"{next(iter(wrong))}(=| is )"):
         sw.monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), **wrong)
+
+
+def test_a_step_that_the_scaler_skips_is_not_judged():
+    """A fused optimizer skips it itself, within its step: no warning, no norm, and no sample of an update of 0."""
+    model, seen = Encoder(0.0), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-116)
+    with sw.monitor(model, optimizer, scaler=scaler, every=1, budget=None, on_warning=seen.append) as watch:
+        for step in range(3):
+            x, labels = batch(step, Encoder)
+            optimizer.zero_grad()
+            scaler.scale(1e3 * F.cross_entropy(model(x), labels)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert math.isnan(watch.norms[0])
+    assert all(map(math.isfinite, watch.norms[1:]))
+    assert [each["step"] for each in watch.samples][:1] == [2]
+    assert not [each for each in seen if "finite" in each.rule or each.rule == "small update"]
+
+
+def test_a_loss_that_is_told_after_the_step_replaces_the_models_own():
+    model = OwnLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sw.monitor(model, optimizer, on_warning=print) as watch:
+        for step in range(2):
+            model(*batch(step, Encoder))[0].backward()
+            optimizer.step()
+            watch.log(loss=step + 1)
+            watch.log(loss=step + 2)
+    assert list(watch.losses) == [1.5, 2.5]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_residual_warmup_that_is_told_its_step_does_not_stand_still(told):
+    model, seen = sw.build("resnet-cifar", depth=8, width=4, classes=4, scheme="prores(30)"), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sw.monitor(model, optimizer, every=2, budget=None, on_warning=seen.append):
+        for step in range(12):
+            x, labels = batch(step, count=8)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+            if told:
+                sw.set_step(model, step + 1)
+    assert ("warm-up" in [each.rule for each in seen]) is not told
+
+
+@pytest.mark.parametrize("size", [1e200, 1.7e308])
+def test_losses_near_the_largest_number_end_no_training(size):
+    model, seen = nn.Linear(2, 2), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with sw.monitor(model, optimizer, on_warning=seen.append) as watch:
+        for step in range(260):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            watch.log(loss=size * (1 - step / 2600))
+            watch.log(loss=size)
+    assert len(watch.losses) == 260

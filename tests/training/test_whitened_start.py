@@ -9,6 +9,7 @@ from torch import nn
 import skipway as sw
 from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
+from skipway.training import whitened_start
 from skipway.training.whitened_start import first_convolution, whiten_
 
 NETWORKS = {
@@ -39,6 +40,32 @@ def test_outputs_are_white_and_come_in_pairs(make):
     assert torch.allclose(covariance - covariance.diag().diag(), torch.zeros(pairs, pairs), atol=1e-3)
     assert covariance.diag()[0] == pytest.approx(1, abs=0.01)
     assert covariance.diag().max() < 1.01
+
+
+@pytest.mark.parametrize("values", [1, 5_000, 1 << 23])
+def test_the_covariance_of_parts_is_that_of_the_whole(values, monkeypatch):
+    """Sums over one image, some, and all at a time; `unfold` is asked for no more than fits."""
+    monkeypatch.setattr(whitened_start, "VALUES", values)
+    convolution, images = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2)), 5 + correlated_images()[:50]
+    kernel = {"dilation": convolution.dilation, "stride": convolution.stride}
+    whole = nn.functional.unfold(images, convolution.kernel_size, **kernel).transpose(1, 2).flatten(0, 1)
+    sizes, unfold = [], nn.functional.unfold
+
+    def counted(*args, **kwargs):
+        sizes.append(len(args[0]))
+        return unfold(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "unfold", counted)
+    found = whitened_start.patch_covariance(convolution, images)
+    assert torch.allclose(found, whole.double().T.cov(), rtol=1e-10, atol=1e-12)
+    assert sum(sizes) == 50
+    assert max(sizes) == (1 if values == 1 else max(1, min(50, values * 50 // whole.numel())))
+
+
+def test_images_smaller_than_the_filters_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 7, padding=3), nn.Flatten())
+    with pytest.raises(SkipwayError, match="smaller than the 7 x 7 filters"):
+        whiten_(model, torch.randn(2, 3, 4, 4))
 
 
 def test_filters_beyond_the_directions_stay():

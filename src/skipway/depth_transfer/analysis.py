@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipway.data.randomness import draw_key
 from skipway.depth_transfer.batches import TrainingBatches
 from skipway.depth_transfer.coordinates import check_coordinates
 from skipway.depth_transfer.design import OWN, Design, Make, based_scheme, choose_design, count_branches, spec_of
@@ -22,7 +23,7 @@ from skipway.depth_transfer.runs import RateRun, RunFile, TrainingPlan, Training
 from skipway.depth_transfer.search import BestRate, RateSearch
 from skipway.diagnosis.asked_classes import entropy
 from skipway.errors import SkipwayError
-from skipway.hardware.device import choose_device
+from skipway.hardware.device import choose_device, seed_torch
 from skipway.optim.optimizers import SGD, AdamW, parse_optimizer
 from skipway.optim.schedules import parse_schedule
 from skipway.probes.objective import Loss
@@ -90,7 +91,7 @@ def transfer(
         loss: (output, targets) → a scalar; None: as `skipway.probes.objective.choose_objective` chooses it.
         optimizer: a spec string, "adamw", "sgd(momentum=0.95)", "muon".
         weight_decay: of the weights, ≥ 0.
-        warmup: steps in which the rate rises; None: a tenth.
+        warmup: steps in which the rate rises, from 0 to all; None: a tenth.
         schedule: of the rate after it, a spec string: constant, cosine, trapezoid.
         clip: maximum norm of the gradient, > 0; None does not clip.
         steps: of each training, ≥ 8.
@@ -118,8 +119,11 @@ def transfer(
     for name, value in (("seeds", seeds), ("samples", samples)):
         check_positive_int(name, value)
     check_rule("schemes", list(schemes), len(schemes) > 0 and not isinstance(schemes, str), "a list of spec strings")
-    if lr is not None:
-        check_positive("lr", lr)
+    for name, value in (("lr", lr), ("clip", clip)):
+        if value is not None:
+            check_positive(name, value)
+    if warmup is not None:
+        check_whole("warmup", warmup, 0, steps, of="steps")
     parse_schedule(schedule)
     plan = TrainingPlan(
         optimizer=parse_optimizer(optimizer),
@@ -132,6 +136,7 @@ def transfer(
     )
     began, place = time.perf_counter(), choose_device(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        seed_torch(draw_key(0, "design"))
         design, given, remarks = choose_design(make, batches, chosen, steps=steps, samples=samples)
         analysis = Analysis.of(design, given.on(place), plan, chosen, schemes, loss, place, runs)
         analysis.progress = progress
@@ -187,6 +192,12 @@ class Analysis:
         if not any(branches.values()):
             remarks.append("no residual connections are found, so L is the depth itself")
             branches = {depth: depth for depth in depths}
+        without = [depth for depth, count in branches.items() if not count]
+        if without:
+            raise SkipwayError(
+                f"depths={list(branches)}: the rule is a residual connection at every depth, and {design.name} has "
+                f"none at {' and '.join(map(str, without))}; leave {'it' if len(without) == 1 else 'them'} out"
+            )
         counts = list(branches.values())
         if sorted(set(counts)) != counts:
             listed = ", ".join(f"depth {depth}: {count}" for depth, count in branches.items())
@@ -319,7 +330,7 @@ def best_rate(
         scheme=name,
         depth=search.depth,
         branches=branches,
-        lr=Estimate(*(search.unit * 2.0 ** max(min(k, 99), -99) for k in (best.value, best.low, best.high))),
+        lr=Estimate(*(rate_of(search.unit, k) for k in (best.value, best.low, best.high))),
         loss=search.mean(guess),
         first_loss=first,
         shallow_lr=search.rate(ours),
@@ -327,6 +338,15 @@ def best_rate(
         tried=search.tried(),
         remark=remark,
     )
+
+
+def rate_of(unit: float, k: float) -> float:
+    """unit · 2^k, for finite k within what floats hold.
+
+    >>> rate_of(1.0, -2), rate_of(1.0, -math.inf), rate_of(1.0, math.inf)
+    (0.25, 0.0, inf)
+    """
+    return unit * 2.0 ** (max(min(k, 99), -99) if math.isfinite(k) else k)
 
 
 def sweep_remarks(swept: Sequence[SchemeRates], plan: TrainingPlan, constant: float | None) -> list[str]:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data import Data
+from skipway.data.randomness import draw_key
 from skipway.data.text import TextData
 from skipway.diagnosis.batches import LoaderPass, check_finite_batch
 from skipway.errors import SkipwayError
+from skipway.hardware.device import seed_torch
 from skipway.tracing.containers import entries_of, map_tensors, tensors_in
 from skipway.tracing.example import as_batch, split_batch
 
@@ -103,7 +105,8 @@ def one_batch(example: Any, targets: Any) -> TrainingBatches:
 
 
 class KeptBatches:
-    """The batches of a loader by number.
+    """The batches of a loader by number. Torch's random numbers, of which a loader shuffles and augments, begin at a
+    function of that number, so that another session reads the same batches.
 
     Args:
         loader: read as far as is asked for, and begun again where it ends.
@@ -130,9 +133,16 @@ class KeptBatches:
             if len(self.batches) == known:
                 return
 
+    def following(self) -> tuple[Any, Any] | None:
+        """The next batch; None where there is none."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices):
+            seed_torch(draw_key(len(self.batches), "batches"))
+            return next(self.rest, None)
+
     def take(self, number: int) -> tuple[Any, Any]:
         """The batch of a number; of a source that can be read once and has ended, those it had again."""
-        while len(self.batches) <= number and (found := next(self.rest, None)) is not None:
+        while len(self.batches) <= number and (found := self.following()) is not None:
             self.batches.append(found)
             self.bytes += sum(each.numel() * each.element_size() for each in tensors_in(found))
             if self.bytes > MOST_BYTES:

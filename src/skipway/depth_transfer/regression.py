@@ -152,10 +152,12 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
     >>> paired_difference({0: 1.0, 1: 1.2}, {0: 0.5, 1: 0.7}).value
     0.5
+    >>> paired_difference({0: math.inf, 1: 1.0}, {0: 0.5, 1: math.inf}).value
+    nan
     """
     found = [first[seed] - second[seed] for seed in first if seed in second]
-    mean = fmean(found) if found else math.nan
-    if not math.isfinite(mean):
-        return Estimate(mean, -math.inf, math.inf)
+    if not found or not all(map(math.isfinite, found)):
+        return Estimate(sum(found) if found else math.nan, -math.inf, math.inf)
+    mean = fmean(found)
     half = mean_bound(found)
     return Estimate(mean, mean - half, mean + half)

@@ -80,7 +80,7 @@ class SchemeRates:
         "carries" where the whole interval of their ratio lies within it, "does not carry" where the interval does not
         and excludes 1, or where the deepest network diverges at that rate.
         """
-        if math.isinf(self.rates[-1].lost.value):
+        if not math.isfinite(self.rates[-1].lost.value):
             return "does not carry"
         shift = self.shift
         if shift is None:
@@ -120,10 +120,11 @@ class SchemeRates:
         if self.power is None:
             yield "A best rate was found at fewer than two depths, so nothing can be said about its change."
         else:
+            first, *_, last = (each for each in self.rates if each.known)
             yield (
                 f"The best rate goes as L^{self.power.value:.2f} ({self.power.low:.2f} to {self.power.high:.2f}), "
-                f"L the residual branches: {shallow.lr.value:.3g} at depth {shallow.depth}, {deep.lr.value:.3g} at "
-                f"depth {deep.depth}."
+                f"L the residual branches: {first.lr.value:.3g} at depth {first.depth}, {last.lr.value:.3g} at "
+                f"depth {last.depth}."
             )
         words = loss_words(deep, unit)
         yield f"At depth {deep.depth} the rate of depth {shallow.depth}, {deep.shallow_lr:.3g}, {words}."

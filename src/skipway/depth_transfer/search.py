@@ -66,7 +66,7 @@ class BestRate:
     @property
     def known(self) -> bool:
         """Whether there is a best rate with a finite interval."""
-        return all(math.isfinite(math.log(each)) if each > 0 else False for each in (self.lr.low, self.lr.high))
+        return all(math.isfinite(each) and each > 0 for each in (self.lr.value, self.lr.low, self.lr.high))
 
 
 @dataclass

@@ -206,7 +206,7 @@ class Comparison:
         if first.diagnosis is None or not first.diagnosis.trains:
             return ()
         equal = [name for name, each in self.differences.items() if not each.told_apart]
-        unknown = [] if self.comparable else [row.name for row in self.rows[1:]]
+        unknown = [] if self.comparable else [row.name for row in self.rows[1:] if row.diagnosis is not None]
         return (first.name, *(name for name in (*equal, *unknown) if self[name].trains))
 
     @property

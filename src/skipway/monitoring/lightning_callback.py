@@ -67,10 +67,10 @@ class LightningMonitor(Callback):
             raise SkipwayError(f"network={self.network!r}: {type(module).__name__} has no such module") from problem
 
     def on_train_batch_end(self, trainer: Any, module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take the loss that `training_step` has returned."""
+        """Take the loss that `training_step` has returned, which Lightning divides by the accumulated batches."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.watch is not None and loss is not None:
-            self.watch.log(loss=loss)
+            self.watch.log(loss=loss * trainer.accumulate_grad_batches)
 
     def on_train_end(self, trainer: Any, module: nn.Module) -> None:
         """Stop watching."""

@@ -234,7 +234,10 @@ RULES: tuple[Rule, ...] = (
 
 @dataclass
 class WarningLog:
-    """Applies the rules; each warns once, of the first connection that it holds for, and again after 1,000 steps."""
+    """Applies the rules; each warns once, of the first connection that it holds for, and again after 1,000 steps.
+
+    A rule whose arithmetic fails, on numbers near the largest one, has found nothing.
+    """
 
     rules: tuple[Rule, ...] = RULES
     last: dict[str, int] = field(default_factory=dict)
@@ -251,7 +254,10 @@ class WarningLog:
         for rule in self.rules:
             if step - self.last.get(rule.name, -REPEAT) < REPEAT:
                 continue
-            found = next(rule.find(evidence), None)
+            try:
+                found = next(rule.find(evidence), None)
+            except (ArithmeticError, ValueError):
+                continue
             if found is not None:
                 self.last[rule.name] = step
                 new.append((rule, *found))

@@ -37,7 +37,8 @@ class SpikeScore:
         if not math.isfinite(value):
             return math.inf
         count = len(self.values)
-        mean = math.fsum(self.values) / count if count else 0.0
-        deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in self.values) / count) if count else 0.0
+        # no square and no sum of large values, which would overflow
+        mean = math.fsum(each / count for each in self.values)
+        deviation = math.hypot(*(each - mean for each in self.values)) / math.sqrt(count) if count else 0.0
         self.values.append(value)
-        return (value - mean) / deviation if count >= FEWEST and deviation > FLAT else 0.0
+        return (value - mean) / deviation if count >= FEWEST and FLAT < deviation < math.inf else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,14 +28,46 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
 
 
 class StepHook:
-    """A hook of an optimizer whose copies and pickles do nothing, and that a compiled step passes over."""
+    """A hook of an optimizer whose copies and pickles do nothing, and that a compiled step passes over.
 
-    def __init__(self, action: Callable[[Optimizer], None] | None = None) -> None:
-        self.action = action
+    Args:
+        action: what is done with the optimizer.
+        again: None, or what is done after each further call of the closure that the step is given: the action then
+            follows the first one, which computes the gradients, and does not precede it.
+    """
 
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.action is not None and not torch.compiler.is_compiling():
-            self.action(optimizer)
+    def __init__(
+        self, action: Callable[[Optimizer], None] | None = None, again: Callable[[], None] | None = None
+    ) -> None:
+        self.action, self.again = action, again
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if self.action is None or torch.compiler.is_compiling():
+            return None
+        if self.again is not None:
+            if callable(kwargs.get("closure")):
+                return args, {**kwargs, "closure": self.followed(optimizer, kwargs["closure"])}
+            if len(args) > 1 and callable(args[1]):  # the first one is the optimizer
+                return (args[0], self.followed(optimizer, args[1]), *args[2:]), kwargs
+        self.action(optimizer)
+        return None
+
+    def followed(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The closure of one step, followed by the action."""
+        called = False
+
+        @wraps(closure)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            loss = closure(*args, **kwargs)
+            first, called = not called, True
+            if first and self.action is not None:
+                self.action(optimizer)
+            elif self.again is not None:
+                self.again()
+            return loss
+
+        return call
 
     def __deepcopy__(self, memo: Any) -> StepHook:
         return StepHook()
@@ -46,15 +79,22 @@ class StepHook:
 class StepHooks:
     """Calls `before` when the first of some optimizers is about to step, and `after` when the last of them has stepped.
 
-    Where one steps again before all have stepped, that begins a new step, and `after` is left out.
+    Where one steps again before all have stepped, that begins a new step, and `after` is left out. An optimizer that is
+    given a closure steps from the end of its first call on; `again` is called after each further one.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        before: Callable[[], None],
+        after: Callable[[], None],
+        again: Callable[[], None] = lambda: None,
+    ) -> None:
         self.count, self.before, self.after = len(optimizers), before, after
         self.stepped: set[int] = set()
         self.handles: list[Any] = []
         for optimizer in optimizers:
-            self.handles.append(optimizer.register_step_pre_hook(StepHook(self.begin)))
+            self.handles.append(optimizer.register_step_pre_hook(StepHook(self.begin, again)))
             self.handles.append(optimizer.register_step_post_hook(StepHook(self.end)))
 
     def begin(self, optimizer: Optimizer) -> None:

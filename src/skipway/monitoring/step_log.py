@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +16,38 @@ from skipway.monitoring.rules import Evidence
 from skipway.monitoring.spikes import SPIKE, WINDOW, SpikeScore
 from skipway.probes.signals import to_floats
 
-__all__ = ["StepLog", "StepRecord"]
+__all__ = ["StepLog", "StepRecord", "mean_loss"]
+
+
+def mean_loss(values: Sequence[float]) -> float:
+    """The mean of some losses, infinite or NaN where that is none; NaN of none.
+
+    >>> mean_loss([1.0, 2.0]), mean_loss([1e308, 1e308]), mean_loss([math.inf, -math.inf])
+    (1.5, inf, nan)
+    """
+    try:
+        return math.fsum(values) / len(values) if values else math.nan
+    except (OverflowError, ValueError):
+        return sum(values) / len(values)
 
 
 @dataclass
 class StepRecord:
-    """What is known of one step, on its device: the norms of all parameters' gradients, and its losses."""
+    """What is known of one step, on its device.
+
+    Args:
+        step: its number.
+        norms: of all parameters' gradients.
+        losses: of its passes.
+        own: whether the model has returned them.
+        skipped: above 0 where a GradScaler lets the optimizer skip the step; its norms say nothing of the training.
+    """
 
     step: int
     norms: Tensor | None = None
     losses: list[Any] = field(default_factory=list)
+    own: bool = False
+    skipped: Tensor | None = None
 
 
 @dataclass
@@ -63,10 +85,13 @@ class StepLog:
         totals = iter(to_floats(list(self.ranks.total_norms(norms))) if norms else [])
         tensors = [each for record in queue for each in record.losses if isinstance(each, Tensor)]
         losses = iter(to_floats(tensors))
+        skipped = iter(to_floats([each.skipped for each in queue if each.skipped is not None]))
         for record in queue:
             norm = math.nan if record.norms is None else next(totals)
+            if record.skipped is not None and next(skipped):
+                record.norms, norm = None, math.nan
             values = [next(losses) if isinstance(each, Tensor) else each for each in record.losses]
-            self.judge(record, math.fsum(values) / len(values) if values else math.nan, norm)
+            self.judge(record, mean_loss(values), norm)
 
     def judge(self, record: StepRecord, loss: float, norm: float) -> None:
         """Take in one step: spikes and warnings."""

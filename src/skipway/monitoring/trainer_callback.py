@@ -18,8 +18,9 @@ __all__ = ["TrainerMonitor"]
 class TrainerMonitor(Callback):
     """Watches the training of a `transformers.Trainer`: `Trainer(…, callbacks=[TrainerMonitor(sink="watch.jsonl")])`.
 
-    The losses are those that the model returns; where the Trainer computes another one, tell it by
-    `callback.watch.log(loss=loss)` in `compute_loss`.
+    The losses are those that the model returns: their mean over accumulated batches, or their sum where the Trainer
+    tells the model the number of items of all of them, by which it divides. Where the Trainer computes another one,
+    tell it by `callback.watch.log(loss=loss)` in `compute_loss`.
 
     Args:
         choices: those of `skipway.monitor`.
@@ -39,6 +40,14 @@ class TrainerMonitor(Callback):
         self.watch = monitor(
             kwargs["model"], kwargs["optimizer"], **{"step": state.global_step, **self.choices}
         ).start()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the losses of accumulated batches, each of which is divided by the items of all."""
+        recorder = None if self.watch is None else self.watch.recorder
+        if self.watch is None or recorder is None or recorder.last is None or self.watch.pending_losses:
+            return
+        if recorder.own_losses and recorder.last.kwargs.get("num_items_in_batch") is not None:
+            self.watch.log(loss=sum(recorder.own_losses))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop watching."""

@@ -19,7 +19,11 @@ class WarmupClock:
     warned: bool = False
 
     def warning(self, model: nn.Module, steps: int) -> str:
-        """A sentence, once, about a warm-up that has not moved since the last look, or stands at 0 after some steps."""
+        """A sentence, once, about a warm-up that has not moved since the last look, or stands at 0 after some steps.
+
+        Args:
+            steps: of the optimizer that the network can have been told of.
+        """
         state, before = warmup_state(model), self.step
         if state is None or not state.running:
             return ""

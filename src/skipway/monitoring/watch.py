@@ -178,7 +178,10 @@ class Watch:
 
     @property
     def norms(self) -> Sequence[float]:
-        """The norm of all gradients that the optimizer was given, of every step; after clipping, if there is one."""
+        """The norm of all gradients that the optimizer was given, of every step; after clipping, if there is one.
+
+        NaN where it was not computed, and where a GradScaler let the step be skipped.
+        """
         return self.history.norms
 
     @property
@@ -205,20 +208,22 @@ class Watch:
     def log(self, *, loss: Any) -> None:
         """Tell the loss of a step, before or after the optimizer's step; of several (accumulation) the mean counts.
 
-        A tensor is not fetched from its device before it is needed.
+        It counts in place of the losses that the model returns. A tensor is not fetched from its device before it is
+        needed.
         """
         if isinstance(loss, Tensor) and loss.numel():
             value: Tensor | float = loss.detach().reshape(-1).mean()
         else:
             try:
                 value = float(loss)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 kind = f"{type(loss).__name__} of shape {tuple(getattr(loss, 'shape', ()))}"
                 raise SkipwayError(f"log(loss=…): a {kind}; the rule is one number or a tensor of some") from error
         if self.record is None or self.recorder is None or self.recorder.fresh:
             self.pending_losses.append(value)
         else:
-            self.record.losses.append(value)
+            kept = [] if self.record.own else self.record.losses
+            self.record.losses, self.record.own = [*kept, value], False
 
     def deep(self) -> DeepReading:
         """Read the last batch once more: every connection, the first value that is not finite, the largest gradients.
@@ -258,7 +263,7 @@ class Watch:
         self.recorder.due = True
         self.sampler = SignalSampler(self.model, self.recorder)
         self.stack.callback(self.recorder.close)
-        self.stack.callback(StepHooks(self.optimizers, self.before_step, self.after_step).remove)
+        self.stack.callback(StepHooks(self.optimizers, self.before_step, self.after_step, self.forget_losses).remove)
         model = type(self.sampler.inner).__name__
         settings = {"every": self.schedule.every, "budget": self.schedule.budget, "step": self.step}
         if self.names and set(self.names) == {OUTSIDE}:
@@ -302,14 +307,25 @@ class Watch:
         self.finish_step()
         self.look_for_groups()
         self.step += 1
+        own = not self.pending_losses
         losses, self.pending_losses = self.pending_losses or recorder.own_losses, []
         recorder.own_losses, recorder.fresh = [], False
-        self.record = StepRecord(self.step, self.read_norms(losses), losses)
+        found = self.of_scaler("found_inf")
+        skipped = found.detach().sum() if isinstance(found, Tensor) else None
+        self.record = StepRecord(self.step, self.read_norms(losses), losses, own, skipped)
         self.light += time.perf_counter() - start
-        if self.step >= self.schedule.next and self.ranks.takes_part:
+        # a skipped step says nothing of the update; processes that sample together cannot postpone it each for itself
+        due = self.step >= self.schedule.next and self.ranks.takes_part
+        if due and (self.ranks.together or skipped is None or not float(skipped)):
             self.sample()
         self.began = start if math.isnan(self.began) else self.began
         self.spent += time.perf_counter() - start
+
+    def forget_losses(self) -> None:
+        """A closure was called once more in a step, as in a line search: the losses of that pass are of no step."""
+        if self.recorder is not None:
+            self.recorder.own_losses, self.recorder.fresh = [], False
+        self.pending_losses = []
 
     def after_step(self) -> None:
         """A step is over: the weights are new."""
@@ -338,14 +354,22 @@ class Watch:
         norms = gradient_norms(self.parameters) if wrong or not self.step % self.norms_every else None
         if norms is None:
             return None
-        scale = getattr(self.optimizers[0], "grad_scale", None)
+        scale = self.of_scaler("grad_scale")
         self.last_norms = norms = norms if scale is None else norms / scale
         if at_once and (wrong or not math.isfinite(float(norms.sum()))):
-            skipped = getattr(self.optimizers[0], "found_inf", None)
+            skipped = self.of_scaler("found_inf")
             call = self.recorder.last if self.recorder is not None else None
             if call is not None and not (skipped is not None and float(skipped)) and self.ranks.takes_part:
                 self.attempt(lambda: self.find_fault(call))
         return norms
+
+    def of_scaler(self, name: str) -> Any:
+        """What a GradScaler has told a fused optimizer, which divides by the scale and skips steps itself.
+
+        Args:
+            name: grad_scale, or found_inf: above 0 where the step is skipped. None where there is none.
+        """
+        return next((found for each in self.optimizers if (found := getattr(each, name, None)) is not None), None)
 
     def find_fault(self, call: Call) -> None:
         """Name the first value of a step that is not finite, before the weights change."""
@@ -374,7 +398,7 @@ class Watch:
         """What the loss is multiplied by."""
         if self.scaler is not None:
             return float(self.scaler.get_scale())
-        scale = getattr(self.optimizers[0], "grad_scale", None)
+        scale = self.of_scaler("grad_scale")
         return 1.0 if scale is None else float(scale)
 
     def prepared(self, call: Call) -> SignalSampler:
@@ -453,7 +477,7 @@ class Watch:
         call = self.recorder.last if self.recorder is not None else None
         dtype = call.autocast[0][1] if call is not None and call.autocast else self.parameters[0].dtype
         self.journal.warn(self.step, Evidence(self.first_rows, rows, dtype=dtype))
-        clock = self.clock.warning(unwrap(self.model), self.step)
+        clock = self.clock.warning(unwrap(self.model), self.step - 1)  # loops set it after the step
         if clock:
             self.journal.tell(EarlyWarning(self.step, "warm-up", "", clock, "skipway.set_step"))
         remark = self.schedule.plan(self.step, self.sample_seconds)

@@ -12,6 +12,8 @@ __all__ = ["first_convolution", "whiten_"]
 
 PATCHED_IMAGES = 1000
 """Images that patches are taken of."""
+VALUES = 1 << 23
+"""Numbers in the patches that are held at a time."""
 LEAST_VARIANCE = 5e-4
 """Added to the variance of each direction, so that directions without signal are not amplified (Jordan 2024)."""
 
@@ -42,6 +44,36 @@ def first_convolution(model: nn.Module, images: Tensor) -> tuple[str, nn.Conv2d]
     return called[0]
 
 
+def patch_covariance(convolution: nn.Conv2d, images: Tensor) -> Tensor | None:
+    """The covariance of the patches of images that a convolution sees, in float64; None of fewer than two patches.
+
+    Sums over some images at a time: the patches of 1,000 images of 224 × 224 pixels for 7 × 7 filters take 7 GB.
+
+    Args:
+        convolution: whose padding is left out.
+        images: (N, C, H, W).
+    """
+    rows, columns = (
+        max(0, 1 + (side - dilation * (kernel - 1) - 1) // stride)
+        for side, kernel, dilation, stride in zip(
+            images.shape[2:], convolution.kernel_size, convolution.dilation, convolution.stride, strict=True
+        )
+    )
+    count, values = rows * columns * len(images), convolution.weight[0].numel()
+    if count < 2:
+        return None
+    total = images.new_zeros(values, dtype=torch.float64)
+    products = images.new_zeros((values, values), dtype=torch.float64)
+    for part in images.split(max(1, VALUES // (rows * columns * values))):
+        patches = nn.functional.unfold(
+            part, convolution.kernel_size, dilation=convolution.dilation, stride=convolution.stride
+        )
+        patches = patches.double().transpose(1, 2).flatten(0, 1)
+        total += patches.sum(0)
+        products += patches.T @ patches
+    return (products - total.outer(total) / count) / (count - 1)
+
+
 @torch.no_grad()
 def whiten_(model: nn.Module, images: Tensor) -> str:
     """Set the first convolution of a model, in place, so that its outputs on patches of the images are uncorrelated and
@@ -62,17 +94,13 @@ def whiten_(model: nn.Module, images: Tensor) -> str:
     """
     name, convolution = first_convolution(model, images[:2])
     weight = convolution.weight
-    images = images.to(weight.device, torch.float32)
-    patches = nn.functional.unfold(
-        images, convolution.kernel_size, dilation=convolution.dilation, stride=convolution.stride
-    )
-    patches = patches.transpose(1, 2).flatten(0, 1)
-    if len(patches) < 2:
+    covariance = patch_covariance(convolution, images.to(weight.device, torch.float32))
+    if covariance is None:
         raise SkipwayError(
             f"start='whitened': the images are smaller than the {convolution.kernel_size[0]} x "
             f"{convolution.kernel_size[1]} filters of {name}; start='random' takes any size"
         )
-    variances, vectors = torch.linalg.eigh(patches.T.cov().double())
+    variances, vectors = torch.linalg.eigh(covariance)
     pairs = min(len(weight) // 2, len(variances))
     leading = (vectors / (variances.clamp(min=0) + LEAST_VARIANCE).sqrt()).T.flip(0)[:pairs]
     filters = torch.stack([leading, -leading], 1).flatten(0, 1).reshape(-1, *weight.shape[1:])
