@@ -233,6 +233,58 @@ def test_axes_of_samples():
     assert find_batch_axes(Pair(), {"x": X, "scale": torch.ones(1), "flag": [X]}) is None
 
 
+class Largest(nn.Module):
+    """Divides by the largest number of a batch, as a quantisation of whole tensors does."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = before
+
+    def forward(self, x):
+        x = self.before(x)
+        return x / x.amax()
+
+
+@pytest.mark.parametrize(
+    ("before", "example"),
+    [
+        (nn.Identity(), X),  # the largest number is in the second sample
+        (nn.Identity(), X.flip(0)),
+        (nn.Identity(), torch.ones(16, 4)),
+        (nn.Identity(), torch.ones(1, 4)),
+        (nn.LayerNorm(4), torch.ones(16, 4)),  # halves are the same behind it
+        (nn.LayerNorm(4), X[:1]),
+        (nn.LayerNorm(4), torch.zeros(1, 4)),
+        (nn.Embedding(9, 4), torch.arange(8).view(1, 8)),
+        (nn.Embedding(9, 4), torch.full((2, 3), 5)),
+        (nn.Embedding(9, 4), torch.zeros(4, 3, dtype=torch.long)),
+    ],
+)
+def test_samples_that_are_alike_hide_no_dependence(before, example):
+    with torch.no_grad():
+        for parameter in before.parameters():  # no sample is left with the largest number by chance alone
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    assert find_batch_axes(Largest(before), example) is None
+    assert find_batch_axes(before, example) is not None
+
+
+def test_samples_that_a_network_refuses_are_passed_over():
+    """Those that are made in place of samples that are alike: below zero, or no probabilities."""
+
+    class Shares(nn.Linear):
+        def forward(self, x):
+            assert (x >= 0).all()
+            return super().forward(x.sqrt())
+
+    assert find_batch_axes(Shares(4, 3), torch.ones(16, 4)).outputs == (0,)
+
+    class Roots(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.sqrt())
+
+    assert find_batch_axes(Roots(4, 3), torch.ones(1, 4)).outputs == (0,)
+
+
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 7, 8, 16])
 def test_batches_of_any_size_in_pieces_of_one(streams, count):
