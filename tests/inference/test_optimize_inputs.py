@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from skipway.errors import SkipwayError
+from skipway.inference.answer_check import AnswerCheck
 from skipway.inference.backend_selection import BackendComparison
 from skipway.inference.backends import BACKENDS, Backend
 from skipway.inference.optimized_model import optimize
@@ -83,6 +84,33 @@ def test_a_model_that_writes_into_its_input_leaves_the_example():
     fast = optimize(Net(before=lambda x: x.mul_(0.5)), example, backends="torch", cache=False)
     assert torch.equal(example, X)
     assert not any(each.note for each in fast.report)
+
+
+def test_a_model_that_writes_into_its_input_leaves_the_held_out_images():
+    """And every check is made on them, not on what the calls before left of them."""
+    model, images = Net(before=lambda x: x.sub_(0.5)), torch.randn(40, 4)
+    given = images.clone()
+    labels = model(images.clone()).argmax(1)
+    comparison = BackendComparison(model, X)
+    check = comparison.check = AnswerCheck(images, labels)
+    check.watch(comparison.original)
+    assert check.correct.all()
+    assert check.change(comparison.original).broken == 0
+    assert torch.equal(images, given)
+
+
+def test_a_model_that_writes_into_its_input_is_quantized_with_a_copy_of_the_example(monkeypatch):
+    def trace(model, example, *given):
+        model(example)
+        raise SkipwayError("traced")
+
+    monkeypatch.setattr("skipway.inference.backend_selection.quantize_checked", trace)
+    comparison = BackendComparison(Net(before=lambda x: x.sub_(0.5)), X.clone())
+    comparison.check = AnswerCheck(X, torch.zeros(3, dtype=torch.long))
+    with torch.no_grad():
+        comparison.quantize(X, print)
+    assert comparison.refusal == "traced"
+    assert torch.equal(comparison.example, X)
 
 
 def test_not_a_number():

@@ -235,7 +235,8 @@ class BackendComparison:
         try:
             if self.reader is not None:
                 raise SkipwayError(f"precision='int8': {self.reader} reads values of its input")
-            self.quantized = quantize_checked(self.folded, self.example, self.axes, calibration, self.check, tell)
+            example = map_tensors(torch.clone, self.example)
+            self.quantized = quantize_checked(self.folded, example, self.axes, calibration, self.check, tell)
         except SkipwayError as error:
             self.refusal = str(error)
 
