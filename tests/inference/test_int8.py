@@ -120,6 +120,18 @@ def test_a_file_gives_the_same_outputs(quantized, tmp_path):
 
 
 @needs_nncf
+def test_a_file_holds_no_images_but_the_example(quantized, tmp_path):
+    """300 held-out images are 230 kB; a batch of 4, which is stored with its outputs, is 3 kB."""
+    _, fast = quantized
+    for held in (fast.example, fast.quantized.example, fast.quantized.outputs):
+        assert held.untyped_storage().nbytes() == held.nbytes
+    model = tmp_path / "model.pt"
+    torch.save(fast.folded, model)
+    weights = model.stat().st_size + len(fast.quantized.xml) + len(fast.quantized.weights)
+    assert fast.save(tmp_path / "fast.pt").stat().st_size < weights + 300 * 3 * 64 * 4 / 4
+
+
+@needs_nncf
 def test_a_layer_that_breaks_stays_in_float_and_no_other():
     """All inputs of a layer share a scale: one channel of 10,000 leaves the others a step of 80, so nothing of them."""
     model, (images, _) = fitted(Small(outlier=1e4)), samples(32)

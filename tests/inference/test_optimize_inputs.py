@@ -113,6 +113,22 @@ def test_a_model_that_writes_into_its_input_is_quantized_with_a_copy_of_the_exam
     assert torch.equal(comparison.example, X)
 
 
+@pytest.mark.parametrize("goal", ["throughput", "latency"])
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: {"x": x}], ids=["tensor", "keyword"])
+def test_a_file_holds_the_example_and_not_what_it_is_part_of(goal, given, tmp_path):
+    images = torch.randn(10_000, 4)
+    fast = optimize(Plain(), given(images[:3]), goal=goal, backends="torch", cache=False)
+    assert fast.save(tmp_path / "fast.pt").stat().st_size < images.nbytes / 2
+
+
+class Plain(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 2)
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 def test_not_a_number():
     """Where the original has it, it is no difference; where the original has none, or nothing else, it is."""
     holed = X.clone()

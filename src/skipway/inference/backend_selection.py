@@ -98,7 +98,7 @@ class BackendComparison:
 
     Args:
         model: the original; it stays as it is.
-        example: what it is called with: a tensor, a tuple of arguments or a dict of them.
+        example: what it is called with: a tensor, a tuple of arguments or a dict of them; a copy is kept.
         check: held-out images on which answers have to be kept.
         quantized: the network in int8; see also `quantize`.
         clock: returns seconds.
@@ -116,7 +116,9 @@ class BackendComparison:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         model = require_operable(model)
-        self.example, self.folded, self.clock = example, fuse(model), clock
+        # a file holds the whole storage of what it holds part of: the example may be a view of all images
+        self.example = example = map_tensors(lambda tensor: tensor.detach().clone(), example)
+        self.folded, self.clock = fuse(model), clock
         self.check, self.quantized, self.refusal = check, quantized, ""
         self.answers: dict[Choice, AnswerChange] = {}
         self.original = original = copy_module(model).eval()

@@ -198,7 +198,7 @@ def quantize_network(
     if not kept:
         raise SkipwayError("precision='int8': no layer keeps the answers in int8: all of them went back to float")
     left = tuple(name for name in names if name not in kept)
-    probe = check.batches()[0][0]
+    probe = check.batches()[0][0].clone()  # and not a view of all images, which a file would hold
     return QuantizedNetwork(*as_bytes(quantized), names, left, "f32", probe)
 
 
