@@ -11,7 +11,7 @@ from torch import nn
 from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerCheck
 from skipway.inference.backend_selection import BackendComparison
-from skipway.inference.backends import BACKENDS, Backend
+from skipway.inference.backends import BACKENDS, Backend, Choice
 from skipway.inference.optimized_model import optimize
 from skipway.inference.outputs import output_difference
 from skipway.tracing.containers import tensors_in
@@ -127,6 +127,21 @@ class Plain(nn.Linear):
 
     def forward(self, x):
         return super().forward(x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_a_model_that_takes_no_random_numbers_is_compared_on_its_example(backend):
+    """Floating indices, as a table of features holds them."""
+    if BACKENDS[backend].obstacle(X, Choice(backend)):
+        pytest.skip("not installed")
+    table = nn.Embedding(3, 4)
+    model, example = Net(before=lambda x: table(x.long()).flatten(1)[:, :4]), torch.tensor([[0.0, 1], [2, 1], [1, 0]])
+    with pytest.raises(IndexError):
+        model(torch.full((3, 2), -1.0))
+    fast = optimize(model, example, backends=backend, cache=False)
+    torch.testing.assert_close(fast(example), model(example))
+    with pytest.raises(SkipwayError, match=r"this Net fails on its example of shape \(3, 2\): IndexError"):
+        optimize(model, example - 1, backends=backend, cache=False)
 
 
 def test_not_a_number():

@@ -251,10 +251,10 @@ def optimize(
 
     A copy of the model is put into eval mode and folded (`skipway.fuse`: norms and gains multiplied into the weights).
     Backends × precisions × layouts × pieces of the batch × streams are tried: each is built for the example's shape,
-    compared with the original on the example and on random input of its shape, and timed. Those near the fastest are
-    then timed in turns, the original among them, and the fastest is taken; so the result is no slower than torch, its
-    compiler (frozen or not) and channels-last, as far as the time allowed to try them. A choice that fails or differs
-    is in the report with the reason, and the others go on.
+    compared with the original on the example and, if it takes that, on random input of its shape, and timed. Those near
+    the fastest are then timed in turns, the original among them, and the fastest is taken; so the result is no slower
+    than torch, its compiler (frozen or not) and channels-last, as far as the time allowed to try them. A choice that
+    fails or differs is in the report with the reason, and the others go on.
 
     Args:
         model: any module.
