@@ -15,9 +15,9 @@ from torch import nn
 import skipway as sw
 from skipway.cli import main
 from skipway.errors import MissingExtraError, SkipwayError
-from skipway.inference.answer_check import AnswerChange, paired_interval
+from skipway.inference.answer_check import AnswerChange, AnswerCheck, paired_interval
 from skipway.inference.backend_search import BackendSearch
-from skipway.inference.backend_selection import BackendResult
+from skipway.inference.backend_selection import BackendComparison, BackendResult
 from skipway.inference.backends import BACKENDS, Choice, send_no_statistics
 from skipway.inference.optimized_model import optimize
 from skipway.inference.quantized_model import explain_precision, quantize
@@ -140,6 +140,21 @@ def test_a_layer_that_breaks_stays_in_float_and_no_other():
     )
     assert fast.float_layers == ("third",)
     assert fast.answer.kept
+
+
+@needs_nncf
+@torch.no_grad()
+def test_where_no_answer_may_fall_probabilities_may():
+    """Of the clearest images, whose answers 8-bit integers keep; their probabilities fall a little."""
+    model, (images, _), (held, _) = fitted(Small()), samples(32), samples(300)
+    first, second = model(held).topk(2).values.T
+    held = held[(first - second).argsort(descending=True)[:100]]
+    comparison = BackendComparison(model, images[:4])
+    comparison.check = AnswerCheck(held, model(held).argmax(1), limit=0, batch=4)
+    comparison.check.watch(model)
+    comparison.quantize(images, print)
+    assert comparison.quantized.answer.broken == 0
+    assert comparison.quantized.float_layers == ()
 
 
 @needs_nncf
