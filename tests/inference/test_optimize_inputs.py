@@ -11,9 +11,9 @@ from torch import nn
 from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerCheck
 from skipway.inference.backend_selection import BackendComparison
-from skipway.inference.backends import BACKENDS, Backend, Choice
-from skipway.inference.optimized_model import optimize
-from skipway.inference.outputs import output_difference
+from skipway.inference.backends import BACKENDS, LAYOUTS, Backend, Choice
+from skipway.inference.optimized_model import assemble, optimize
+from skipway.inference.outputs import in_type, output_difference
 from skipway.tracing.containers import tensors_in
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -142,6 +142,24 @@ def test_a_model_that_takes_no_random_numbers_is_compared_on_its_example(backend
     torch.testing.assert_close(fast(example), model(example))
     with pytest.raises(SkipwayError, match=r"this Net fails on its example of shape \(3, 2\): IndexError"):
         optimize(model, example - 1, backends=backend, cache=False)
+
+
+@pytest.mark.parametrize("choice", [Choice("torch", layout=each) for each in LAYOUTS] + [Choice("eager", pieces=2)])
+def test_images_that_come_back_can_be_viewed_as_the_models(choice):
+    """Channels-last is a matter of the choice, and not of the network."""
+    model, x = nn.Conv2d(3, 5, 3), torch.randn(2, 3, 6, 6)
+    comparison = BackendComparison(model, x)
+    comparison.add(choice)
+    fast = assemble(comparison, choice)
+    for images in (x, x[:1], torch.cat([x, x])):
+        torch.testing.assert_close(fast(images).view(-1), model(images).view(-1))
+
+
+def test_outputs_keep_the_order_that_the_models_have():
+    turned = in_type(X.t(), lambda x: x.t())
+    assert turned(X).data_ptr() == X.data_ptr()
+    sparse = X.to_sparse()
+    assert in_type(sparse, lambda x: x)(sparse) is sparse
 
 
 def test_not_a_number():
