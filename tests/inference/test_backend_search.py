@@ -390,6 +390,23 @@ def test_saved_and_loaded(choice, tmp_path):
     assert "chosen with another threads" in load_optimized(tmp_path / "moved.pt").remark
 
 
+def test_a_file_is_loaded_by_the_tolerance_that_it_was_made_with(monkeypatch, tmp_path):
+    lying = replace(BACKENDS["torch"], build=lambda model, example, choice: lambda x: model(x) * 1.1)
+    monkeypatch.setitem(BACKENDS.entries, "torch", lying)
+    comparison, x = BackendComparison(small_network(), torch.randn(4, 3, 8, 8)), torch.randn(4, 3, 8, 8)
+    comparison.add(Choice("torch"))
+    assert "differs by 1.0e-01" in comparison.results[Choice("torch")].note
+    fast = optimize(small_network(), x, backends="torch", tolerance=0.2, seconds=1, cache=False)
+    loaded = load_optimized(fast.save(tmp_path / "fast.pt"))
+    assert torch.equal(loaded(x), fast(x))
+    stored = torch.load(tmp_path / "fast.pt", weights_only=False)
+    for row in stored["report"]:
+        row["tolerance"] = 0.05
+    torch.save(stored, tmp_path / "strict.pt")
+    with pytest.raises(SkipwayError, match=r"differs by 1\.0e-01 of the largest output, more than 0\.05"):
+        load_optimized(tmp_path / "strict.pt")
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(SkipwayError, match="there is no such file"):
         load_optimized(tmp_path / "none.pt")

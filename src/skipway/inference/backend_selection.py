@@ -58,6 +58,7 @@ class BackendResult:
         difference: largest difference from the original's output over its largest value; NaN where it never ran.
         build_seconds: time until the first output.
         note: why the choice is out of the question; empty where it is not.
+        tolerance: largest difference that was asked for; None for that of `TOLERANCES`.
     """
 
     choice: Choice
@@ -65,6 +66,7 @@ class BackendResult:
     difference: float = math.nan
     build_seconds: float = math.nan
     note: str = ""
+    tolerance: float | None = None
 
     @property
     def backend(self) -> str:
@@ -190,7 +192,7 @@ class BackendComparison:
             backend: that builds it; by default the one that the choice names.
         """
         backend, start = backend or BACKENDS[choice.backend], self.clock()
-        result = self.results[choice] = BackendResult(choice)
+        result = self.results[choice] = BackendResult(choice, tolerance=tolerance)
         problem = backend.obstacle(self.example, choice, self.quantized is not None or self.refusal != "")
         if problem is not None or (choice.precision == INT8 and self.refusal):
             self.results[choice] = replace(result, note=str(problem or self.refusal))

@@ -380,7 +380,7 @@ def assemble(comparison: BackendComparison, choice: Choice, remark: str = "") ->
 
 def load_optimized(path: str | Path) -> OptimizedModel:
     """Return the optimized model that `OptimizedModel.save` wrote: its backend is built again, and compared with the
-    network in plain torch; nothing is searched for.
+    network in plain torch by the tolerance of the search; nothing is searched for.
 
     The file holds a pickle, which can run any code: load only files whose origin you trust.
 
@@ -403,7 +403,7 @@ def load_optimized(path: str | Path) -> OptimizedModel:
         problem = BACKENDS[choice.backend].obstacle(comparison.example, choice, comparison.quantized is not None)
         if problem is not None:
             raise problem
-        comparison.add(choice)
+        comparison.add(choice, next((each.tolerance for each in report if each.choice == choice), None))
     if choice not in comparison.runs:
         raise SkipwayError(f"path={printable(path)}: {choice}: {comparison.results[choice].note}; {AGAIN}")
     remark, here = "", describe_machine_and_versions()
