@@ -299,10 +299,11 @@ def optimize(
     if isinstance(backends, str):
         backends = (backends,)
     check_rule("backends", backends, backends is None or len(backends) > 0, f"some of {', '.join(BACKENDS)}, or None")
+    names = [ORIGINAL, *BACKENDS] if backends is None else list(dict.fromkeys(map(BACKENDS.name_of, backends)))
     given = as_example(example)
     given = given[0] if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], Tensor) else given
     ready = calibration is not None and check is not None
-    for name in () if backends is None else backends:
+    for name in () if backends is None else names:
         problems = [BACKENDS[name].obstacle(given, Choice(name, each), ready) for each in allowed]
         if all(problems):
             raise problems[0] or SkipwayError(name)
@@ -310,8 +311,7 @@ def optimize(
         require_nncf()
         if not ready:
             raise BACKENDS["openvino"].obstacle(given, Choice("openvino", INT8)) or SkipwayError(INT8)
-    overlap = ""
-    names, show = [ORIGINAL, *BACKENDS] if backends is None else list(backends), progress or show_progress
+    overlap, show = "", progress or show_progress
     comparison = BackendComparison(model, given)
     if goal == "latency":
         comparison = BackendComparison(model, first_sample(comparison))
