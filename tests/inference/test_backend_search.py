@@ -17,7 +17,7 @@ from torch import nn
 import skipway as sw
 from skipway.errors import SkipwayError
 from skipway.inference.backend_search import LATE, BackendSearch
-from skipway.inference.backend_selection import BackendComparison
+from skipway.inference.backend_selection import BackendComparison, BackendResult
 from skipway.inference.backends import BACKENDS, ORIGINAL, Backend, Choice
 from skipway.inference.batch_pieces import PieceRun, find_batch_axes, stream_threads
 from skipway.inference.optimized_model import OptimizedModel, assemble, load_optimized, optimize
@@ -145,6 +145,20 @@ def test_expected_gain_decides_who_comes_first_and_who_does_not_fit(monkeypatch)
         again = search([ORIGINAL, "b", "slow", "a"], ("float32", "bfloat16"), seconds)
         again.run()
         assert not again.missing()
+
+
+def test_what_was_quantized_needs_no_conversion_and_makes_none(monkeypatch):
+    """A layer is a hundredth of the patience: 61 s for a conversion."""
+    Fakes(monkeypatch, {Choice("a"): 0.1})
+    monkeypatch.setitem(BACKENDS.entries, "a", replace(BACKENDS["a"], patience=6100.0))
+    looked = search([ORIGINAL, "a"], ("float32", "int8"), 60.0)
+    small, plain, results = Choice("a", "int8"), Choice("a"), looked.comparison.results
+    assert (looked.expected_build(small), looked.expected_build(plain)) == (0.0, pytest.approx(61.0))
+    results[small] = BackendResult(small, build_seconds=2.0)
+    assert (looked.expected_build(small), looked.expected_build(plain)) == (2.0, pytest.approx(61.0))
+    results[plain] = BackendResult(plain, build_seconds=30.0)
+    assert looked.expected_build(small) == 2.0
+    assert looked.expected_build(replace(plain, pieces=2)) == 0.0  # of the conversion that is kept
 
 
 def test_what_is_hopeless_when_it_is_judged_is_not_timed(monkeypatch):
