@@ -238,6 +238,26 @@ def test_what_is_refused(calibration, options, message):
 
 
 @needs_nncf
+def test_a_bfloat16_network_is_told_that_int8_is_not_for_it():
+    model, (images, _) = fitted(Small()).bfloat16(), samples(40)
+    images = images.bfloat16()
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    fast = optimize(
+        model,
+        images[:4],
+        precisions="any",
+        calibration=images,
+        check=(images[:20], labels[:20]),
+        backends=["torch", "openvino"],
+        seconds=1,
+    )
+    notes = [each.note for each in fast.report if each.precision == "int8"]
+    assert notes == ["precision='int8': the rule is a model and images in float32, and they are in bfloat16"]
+    assert "20 of 20 held-out images are calibration images, too" in fast.remark
+
+
+@needs_nncf
 def test_int8_in_a_search_needs_its_images():
     with pytest.raises(SkipwayError, match="precision='int8': the rule is calibration="):
         optimize(Small(), IMAGES, precisions="int8")
