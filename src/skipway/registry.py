@@ -43,10 +43,23 @@ class Registry(Generic[T]):
         self.entries[name] = entry
         return entry
 
-    def __getitem__(self, name: str) -> T:
+    def name_of(self, name: str) -> str:
+        """The name that an entry was entered under, for any spelling of it.
+
+        Raises:
+            SkipwayError: there is no such entry.
+
+        >>> colours = Registry("colour")
+        >>> _ = colours.add("light-blue", 7)
+        >>> colours.name_of("Light_Blue")
+        'light-blue'
+        """
         if name not in self:
             raise SkipwayError(suggest(self.kind, name, self.entries))
-        return self.entries[self._names[self.key(name)]]
+        return self._names[self.key(name)]
+
+    def __getitem__(self, name: str) -> T:
+        return self.entries[self.name_of(name)]
 
     def __contains__(self, name: str) -> bool:
         return self.key(name) in self._names

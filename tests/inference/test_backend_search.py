@@ -17,7 +17,7 @@ from torch import nn
 import skipway as sw
 from skipway.errors import SkipwayError
 from skipway.inference.backend_search import LATE, BackendSearch
-from skipway.inference.backend_selection import BackendComparison
+from skipway.inference.backend_selection import BackendComparison, BackendResult
 from skipway.inference.backends import BACKENDS, ORIGINAL, Backend, Choice
 from skipway.inference.batch_pieces import PieceRun, find_batch_axes, stream_threads
 from skipway.inference.optimized_model import OptimizedModel, assemble, load_optimized, optimize
@@ -147,6 +147,20 @@ def test_expected_gain_decides_who_comes_first_and_who_does_not_fit(monkeypatch)
         assert not again.missing()
 
 
+def test_what_was_quantized_needs_no_conversion_and_makes_none(monkeypatch):
+    """A layer is a hundredth of the patience: 61 s for a conversion."""
+    Fakes(monkeypatch, {Choice("a"): 0.1})
+    monkeypatch.setitem(BACKENDS.entries, "a", replace(BACKENDS["a"], patience=6100.0))
+    looked = search([ORIGINAL, "a"], ("float32", "int8"), 60.0)
+    small, plain, results = Choice("a", "int8"), Choice("a"), looked.comparison.results
+    assert (looked.expected_build(small), looked.expected_build(plain)) == (0.0, pytest.approx(61.0))
+    results[small] = BackendResult(small, build_seconds=2.0)
+    assert (looked.expected_build(small), looked.expected_build(plain)) == (2.0, pytest.approx(61.0))
+    results[plain] = BackendResult(plain, build_seconds=30.0)
+    assert looked.expected_build(small) == 2.0
+    assert looked.expected_build(replace(plain, pieces=2)) == 0.0  # of the conversion that is kept
+
+
 def test_what_is_hopeless_when_it_is_judged_is_not_timed(monkeypatch):
     calls = []
     Fakes(monkeypatch, {Choice("a"): 0.1, Choice("b"): 0.9})
@@ -231,6 +245,58 @@ def test_axes_of_samples():
     assert find_batch_axes(Dependent(), X[:1]) is None
     assert find_batch_axes(nn.BatchNorm1d(4, track_running_stats=False).eval(), X) is None
     assert find_batch_axes(Pair(), {"x": X, "scale": torch.ones(1), "flag": [X]}) is None
+
+
+class Largest(nn.Module):
+    """Divides by the largest number of a batch, as a quantisation of whole tensors does."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = before
+
+    def forward(self, x):
+        x = self.before(x)
+        return x / x.amax()
+
+
+@pytest.mark.parametrize(
+    ("before", "example"),
+    [
+        (nn.Identity(), X),  # the largest number is in the second sample
+        (nn.Identity(), X.flip(0)),
+        (nn.Identity(), torch.ones(16, 4)),
+        (nn.Identity(), torch.ones(1, 4)),
+        (nn.LayerNorm(4), torch.ones(16, 4)),  # halves are the same behind it
+        (nn.LayerNorm(4), X[:1]),
+        (nn.LayerNorm(4), torch.zeros(1, 4)),
+        (nn.Embedding(9, 4), torch.arange(8).view(1, 8)),
+        (nn.Embedding(9, 4), torch.full((2, 3), 5)),
+        (nn.Embedding(9, 4), torch.zeros(4, 3, dtype=torch.long)),
+    ],
+)
+def test_samples_that_are_alike_hide_no_dependence(before, example):
+    with torch.no_grad():
+        for parameter in before.parameters():  # no sample is left with the largest number by chance alone
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    assert find_batch_axes(Largest(before), example) is None
+    assert find_batch_axes(before, example) is not None
+
+
+def test_samples_that_a_network_refuses_are_passed_over():
+    """Those that are made in place of samples that are alike: below zero, or no probabilities."""
+
+    class Shares(nn.Linear):
+        def forward(self, x):
+            assert (x >= 0).all()
+            return super().forward(x.sqrt())
+
+    assert find_batch_axes(Shares(4, 3), torch.ones(16, 4)).outputs == (0,)
+
+    class Roots(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.sqrt())
+
+    assert find_batch_axes(Roots(4, 3), torch.ones(1, 4)).outputs == (0,)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
@@ -336,6 +402,23 @@ def test_saved_and_loaded(choice, tmp_path):
     stored = torch.load(tmp_path / "fast.pt", weights_only=False)
     torch.save({**stored, "machine": {**stored["machine"], "threads": 99}}, tmp_path / "moved.pt")
     assert "chosen with another threads" in load_optimized(tmp_path / "moved.pt").remark
+
+
+def test_a_file_is_loaded_by_the_tolerance_that_it_was_made_with(monkeypatch, tmp_path):
+    lying = replace(BACKENDS["torch"], build=lambda model, example, choice: lambda x: model(x) * 1.1)
+    monkeypatch.setitem(BACKENDS.entries, "torch", lying)
+    comparison, x = BackendComparison(small_network(), torch.randn(4, 3, 8, 8)), torch.randn(4, 3, 8, 8)
+    comparison.add(Choice("torch"))
+    assert "differs by 1.0e-01" in comparison.results[Choice("torch")].note
+    fast = optimize(small_network(), x, backends="torch", tolerance=0.2, seconds=1, cache=False)
+    loaded = load_optimized(fast.save(tmp_path / "fast.pt"))
+    assert torch.equal(loaded(x), fast(x))
+    stored = torch.load(tmp_path / "fast.pt", weights_only=False)
+    for row in stored["report"]:
+        row["tolerance"] = 0.05
+    torch.save(stored, tmp_path / "strict.pt")
+    with pytest.raises(SkipwayError, match=r"differs by 1\.0e-01 of the largest output, more than 0\.05"):
+        load_optimized(tmp_path / "strict.pt")
 
 
 def test_files_that_are_none(tmp_path):

@@ -15,9 +15,9 @@ from torch import nn
 import skipway as sw
 from skipway.cli import main
 from skipway.errors import MissingExtraError, SkipwayError
-from skipway.inference.answer_check import AnswerChange, paired_interval
+from skipway.inference.answer_check import AnswerChange, AnswerCheck, paired_interval
 from skipway.inference.backend_search import BackendSearch
-from skipway.inference.backend_selection import BackendResult
+from skipway.inference.backend_selection import BackendComparison, BackendResult
 from skipway.inference.backends import BACKENDS, Choice, send_no_statistics
 from skipway.inference.optimized_model import optimize
 from skipway.inference.quantized_model import explain_precision, quantize
@@ -120,6 +120,18 @@ def test_a_file_gives_the_same_outputs(quantized, tmp_path):
 
 
 @needs_nncf
+def test_a_file_holds_no_images_but_the_example(quantized, tmp_path):
+    """300 held-out images are 230 kB; a batch of 4, which is stored with its outputs, is 3 kB."""
+    _, fast = quantized
+    for held in (fast.example, fast.quantized.example, fast.quantized.outputs):
+        assert held.untyped_storage().nbytes() == held.nbytes
+    model = tmp_path / "model.pt"
+    torch.save(fast.folded, model)
+    weights = model.stat().st_size + len(fast.quantized.xml) + len(fast.quantized.weights)
+    assert fast.save(tmp_path / "fast.pt").stat().st_size < weights + 300 * 3 * 64 * 4 / 4
+
+
+@needs_nncf
 def test_a_layer_that_breaks_stays_in_float_and_no_other():
     """All inputs of a layer share a scale: one channel of 10,000 leaves the others a step of 80, so nothing of them."""
     model, (images, _) = fitted(Small(outlier=1e4)), samples(32)
@@ -128,6 +140,21 @@ def test_a_layer_that_breaks_stays_in_float_and_no_other():
     )
     assert fast.float_layers == ("third",)
     assert fast.answer.kept
+
+
+@needs_nncf
+@torch.no_grad()
+def test_where_no_answer_may_fall_probabilities_may():
+    """Of the clearest images, whose answers 8-bit integers keep; their probabilities fall a little."""
+    model, (images, _), (held, _) = fitted(Small()), samples(32), samples(300)
+    first, second = model(held).topk(2).values.T
+    held = held[(first - second).argsort(descending=True)[:100]]
+    comparison = BackendComparison(model, images[:4])
+    comparison.check = AnswerCheck(held, model(held).argmax(1), limit=0, batch=4)
+    comparison.check.watch(model)
+    comparison.quantize(images, print)
+    assert comparison.quantized.answer.broken == 0
+    assert comparison.quantized.float_layers == ()
 
 
 @needs_nncf
@@ -208,6 +235,26 @@ BROKEN = torch.zeros(8, 3, 8, 8).index_fill(0, torch.tensor([5]), float("nan"))
 def test_what_is_refused(calibration, options, message):
     with pytest.raises(SkipwayError, match=message):
         quantize(Small(), calibration, **options)
+
+
+@needs_nncf
+def test_a_bfloat16_network_is_told_that_int8_is_not_for_it():
+    model, (images, _) = fitted(Small()).bfloat16(), samples(40)
+    images = images.bfloat16()
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    fast = optimize(
+        model,
+        images[:4],
+        precisions="any",
+        calibration=images,
+        check=(images[:20], labels[:20]),
+        backends=["torch", "openvino"],
+        seconds=1,
+    )
+    notes = [each.note for each in fast.report if each.precision == "int8"]
+    assert notes == ["precision='int8': the rule is a model and images in float32, and they are in bfloat16"]
+    assert "20 of 20 held-out images are calibration images, too" in fast.remark
 
 
 @needs_nncf

@@ -267,6 +267,13 @@ def test_optimize_refuses(arguments, message):
         optimize(nn.Linear(2, 2), torch.ones(1, 2), **arguments)
 
 
+@pytest.mark.parametrize("backends", ["Torch", ["TORCH", "torch"]])
+def test_backends_are_named_in_any_spelling(backends):
+    fast = optimize(nn.Linear(2, 2), torch.ones(1, 2), backends=backends, cache=False)
+    assert {each.backend for each in fast.report} == {"original", "torch"}
+    assert fast.backend == "torch"
+
+
 def test_examples_are_one_tensor():
     loader = torch.utils.data.DataLoader([(torch.ones(2), 0), (torch.zeros(2), 1)], batch_size=2)
     fast = optimize(nn.Linear(2, 3), loader, backends=["eager"])

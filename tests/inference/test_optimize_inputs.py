@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from skipway.errors import SkipwayError
+from skipway.inference.answer_check import AnswerCheck
 from skipway.inference.backend_selection import BackendComparison
-from skipway.inference.backends import BACKENDS, Backend
-from skipway.inference.optimized_model import optimize
-from skipway.inference.outputs import output_difference
+from skipway.inference.backends import BACKENDS, LAYOUTS, Backend, Choice
+from skipway.inference.optimized_model import assemble, optimize
+from skipway.inference.outputs import in_type, output_difference
 from skipway.tracing.containers import tensors_in
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -83,6 +84,82 @@ def test_a_model_that_writes_into_its_input_leaves_the_example():
     fast = optimize(Net(before=lambda x: x.mul_(0.5)), example, backends="torch", cache=False)
     assert torch.equal(example, X)
     assert not any(each.note for each in fast.report)
+
+
+def test_a_model_that_writes_into_its_input_leaves_the_held_out_images():
+    """And every check is made on them, not on what the calls before left of them."""
+    model, images = Net(before=lambda x: x.sub_(0.5)), torch.randn(40, 4)
+    given = images.clone()
+    labels = model(images.clone()).argmax(1)
+    comparison = BackendComparison(model, X)
+    check = comparison.check = AnswerCheck(images, labels)
+    check.watch(comparison.original)
+    assert check.correct.all()
+    assert check.change(comparison.original).broken == 0
+    assert torch.equal(images, given)
+
+
+def test_a_model_that_writes_into_its_input_is_quantized_with_a_copy_of_the_example(monkeypatch):
+    def trace(model, example, *given):
+        model(example)
+        raise SkipwayError("traced")
+
+    monkeypatch.setattr("skipway.inference.backend_selection.quantize_checked", trace)
+    comparison = BackendComparison(Net(before=lambda x: x.sub_(0.5)), X.clone())
+    comparison.check = AnswerCheck(X, torch.zeros(3, dtype=torch.long))
+    with torch.no_grad():
+        comparison.quantize(X, print)
+    assert comparison.refusal == "traced"
+    assert torch.equal(comparison.example, X)
+
+
+@pytest.mark.parametrize("goal", ["throughput", "latency"])
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: {"x": x}], ids=["tensor", "keyword"])
+def test_a_file_holds_the_example_and_not_what_it_is_part_of(goal, given, tmp_path):
+    images = torch.randn(10_000, 4)
+    fast = optimize(Plain(), given(images[:3]), goal=goal, backends="torch", cache=False)
+    assert fast.save(tmp_path / "fast.pt").stat().st_size < images.nbytes / 2
+
+
+class Plain(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 2)
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_a_model_that_takes_no_random_numbers_is_compared_on_its_example(backend):
+    """Floating indices, as a table of features holds them."""
+    if BACKENDS[backend].obstacle(X, Choice(backend)):
+        pytest.skip("not installed")
+    table = nn.Embedding(3, 4)
+    model, example = Net(before=lambda x: table(x.long()).flatten(1)[:, :4]), torch.tensor([[0.0, 1], [2, 1], [1, 0]])
+    with pytest.raises(IndexError):
+        model(torch.full((3, 2), -1.0))
+    fast = optimize(model, example, backends=backend, cache=False)
+    torch.testing.assert_close(fast(example), model(example))
+    with pytest.raises(SkipwayError, match=r"this Net fails on its example of shape \(3, 2\): IndexError"):
+        optimize(model, example - 1, backends=backend, cache=False)
+
+
+@pytest.mark.parametrize("choice", [Choice("torch", layout=each) for each in LAYOUTS] + [Choice("eager", pieces=2)])
+def test_images_that_come_back_can_be_viewed_as_the_models(choice):
+    """Channels-last is a matter of the choice, and not of the network."""
+    model, x = nn.Conv2d(3, 5, 3), torch.randn(2, 3, 6, 6)
+    comparison = BackendComparison(model, x)
+    comparison.add(choice)
+    fast = assemble(comparison, choice)
+    for images in (x, x[:1], torch.cat([x, x])):
+        torch.testing.assert_close(fast(images).view(-1), model(images).view(-1))
+
+
+def test_outputs_keep_the_order_that_the_models_have():
+    turned = in_type(X.t(), lambda x: x.t())
+    assert turned(X).data_ptr() == X.data_ptr()
+    sparse = X.to_sparse()
+    assert in_type(sparse, lambda x: x)(sparse) is sparse
 
 
 def test_not_a_number():

@@ -176,7 +176,7 @@ class AnswerCheck:
         Raises:
             SkipwayError: it returns no scores of classes, or guesses.
         """
-        first = original(self.images[: self.batch])
+        first = original(self.images[: self.batch].clone())
         if not isinstance(first, Tensor) or first.ndim != 2 or first.shape[1] < 2:
             shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
             raise SkipwayError(f"check: the model returns {shape}; the rule is scores of two or more classes, (N, K)")
@@ -198,10 +198,12 @@ class AnswerCheck:
 
     @torch.no_grad()
     def correct_of(self, run: Callable[[Tensor], Any]) -> Tensor:
-        """Which images a network classifies correctly, bool (N,); it is called with whole batches alone."""
+        """Which images a network classifies correctly, bool (N,); it is called with whole batches alone, and with
+        copies, since it may write into its input.
+        """
         correct = []
         for images, labels in self.batches():
-            answers = run(images)[: len(labels)].argmax(1).cpu()
+            answers = run(images.clone())[: len(labels)].argmax(1).cpu()
             correct.append(answers == labels)
         return torch.cat(correct)
 
@@ -231,8 +233,13 @@ class AnswerCheck:
 
 
 def digest(image: Tensor) -> bytes:
-    """What tells an image from others."""
-    return hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
+    """What tells an image from others, in any type: NumPy knows no bfloat16.
+
+    >>> digest(torch.ones(2, dtype=torch.bfloat16)) == digest(torch.ones(4, dtype=torch.bfloat16)[::2])
+    True
+    """
+    numbers = image.flatten().contiguous().cpu().view(torch.uint8)
+    return hashlib.blake2b(numbers.numpy().tobytes(), digest_size=16).digest()
 
 
 def require_finite(name: str, images: Tensor) -> None:

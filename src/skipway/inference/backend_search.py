@@ -199,17 +199,19 @@ class BackendSearch:
 
     def expected_build(self, choice: Choice) -> float:
         """Seconds that a choice takes to build: as long as the last one of the same backend, pieces as long as pieces
-        where a conversion is kept; before there is one, by the number of modules.
+        where a conversion is kept; before there is one, by the number of modules. What was quantised is converted
+        already, and tells nothing about what is not.
         """
-        backend = BACKENDS[choice.backend]
+        backend, quantized = BACKENDS[choice.backend], choice.precision == INT8
         again = backend.alters or backend.slow
-        same = [each for each in self.comparison.results.values() if each.backend == choice.backend]
-        kept = not again and any(math.isfinite(each.build_seconds) for each in same)
+        results = [each for each in self.comparison.results.values() if each.backend == choice.backend]
+        same = [each for each in results if (each.precision == INT8) == quantized]
+        kept = not again and not quantized and any(math.isfinite(each.build_seconds) for each in same)
         built = [each.build_seconds for each in same if not kept or each.choice.pieces > 1]
         holders = sum(
             next(module.parameters(recurse=False), None) is not None for module in self.comparison.folded.modules()
         )
-        guess = 0.0 if kept else backend.patience * holders / 100
+        guess = 0.0 if kept or quantized else backend.patience * holders / 100
         return next((each for each in reversed(built) if math.isfinite(each)), guess)
 
     def late(self, expected: float) -> str:

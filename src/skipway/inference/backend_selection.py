@@ -58,6 +58,7 @@ class BackendResult:
         difference: largest difference from the original's output over its largest value; NaN where it never ran.
         build_seconds: time until the first output.
         note: why the choice is out of the question; empty where it is not.
+        tolerance: largest difference that was asked for; None for that of `TOLERANCES`.
     """
 
     choice: Choice
@@ -65,6 +66,7 @@ class BackendResult:
     difference: float = math.nan
     build_seconds: float = math.nan
     note: str = ""
+    tolerance: float | None = None
 
     @property
     def backend(self) -> str:
@@ -98,7 +100,7 @@ class BackendComparison:
 
     Args:
         model: the original; it stays as it is.
-        example: what it is called with: a tensor, a tuple of arguments or a dict of them.
+        example: what it is called with: a tensor, a tuple of arguments or a dict of them; a copy is kept.
         check: held-out images on which answers have to be kept.
         quantized: the network in int8; see also `quantize`.
         clock: returns seconds.
@@ -116,7 +118,9 @@ class BackendComparison:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         model = require_operable(model)
-        self.example, self.folded, self.clock = example, fuse(model), clock
+        # a file holds the whole storage of what it holds part of: the example may be a view of all images
+        self.example = example = map_tensors(lambda tensor: tensor.detach().clone(), example)
+        self.folded, self.clock = fuse(model), clock
         self.check, self.quantized, self.refusal = check, quantized, ""
         self.answers: dict[Choice, AnswerChange] = {}
         self.original = original = copy_module(model).eval()
@@ -128,6 +132,8 @@ class BackendComparison:
                 try:
                     output = call_with(original, fresh)
                 except Exception as error:  # a network raises whatever it likes
+                    if self.expected and given is not example:
+                        break  # it takes no random numbers: indices, or a range that it asserts
                     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(given))
                     raise SkipwayError(
                         f"this {type(model).__name__} fails on its example of shape {shapes}: {root_cause(error)}"
@@ -152,7 +158,9 @@ class BackendComparison:
         self.finish = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
     def other_example(self) -> Any:
-        """Random input of the same shape; the example itself where it is no floating tensor."""
+        """Random input of the same shape, which the model need not take; the example itself where it is no floating
+        tensor.
+        """
         x = self.example
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
@@ -184,7 +192,7 @@ class BackendComparison:
             backend: that builds it; by default the one that the choice names.
         """
         backend, start = backend or BACKENDS[choice.backend], self.clock()
-        result = self.results[choice] = BackendResult(choice)
+        result = self.results[choice] = BackendResult(choice, tolerance=tolerance)
         problem = backend.obstacle(self.example, choice, self.quantized is not None or self.refusal != "")
         if problem is not None or (choice.precision == INT8 and self.refusal):
             self.results[choice] = replace(result, note=str(problem or self.refusal))
@@ -235,7 +243,8 @@ class BackendComparison:
         try:
             if self.reader is not None:
                 raise SkipwayError(f"precision='int8': {self.reader} reads values of its input")
-            self.quantized = quantize_checked(self.folded, self.example, self.axes, calibration, self.check, tell)
+            example = map_tensors(torch.clone, self.example)
+            self.quantized = quantize_checked(self.folded, example, self.axes, calibration, self.check, tell)
         except SkipwayError as error:
             self.refusal = str(error)
 

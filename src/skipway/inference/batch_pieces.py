@@ -139,8 +139,11 @@ def repeat_last(part: Tensor, axis: int, fill: int) -> Tensor:
 
 @torch.no_grad()
 def find_batch_axes(model: nn.Module, example: Any) -> BatchAxes | None:
-    """Find the axes of the samples of a network in eval mode: along them, the output for one of two samples is the same
-    without the other. None where there are none, or where arguments hold containers, which may be written into.
+    """Find the axes of the samples of a network in eval mode: along them, the output for each of two samples is the
+    same without the other. None where there are none, or where arguments hold containers, which may be written into.
+
+    The two samples are the first ones of the example. Where these are alike, or there is only one, which would hide
+    what samples take from each other, it is paired with samples that differ, see `other_samples`.
     """
     args, kwargs = arguments_of(example)
     contained = [value for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
@@ -153,31 +156,110 @@ def find_batch_axes(model: nn.Module, example: Any) -> BatchAxes | None:
         inputs = tuple(
             axis_of(leaf, size, axis) if isinstance(leaf, Tensor) and has_axes(leaf) else None for leaf in leaves
         )
-        call = partial(call_part, model, leaves, structure, inputs)
-        try:
-            outputs = tuple(sample_axes_of(tree_leaves(call(0, 2)), tree_leaves(call(1, 2))))
-        except Exception:  # a network raises whatever it likes at another size
-            continue
-        if any(each is not None for each in outputs):
+        call = partial(call_samples, model, leaves, structure, inputs)
+        outputs = independent_axes(call, *pairs_of_samples(leaves, inputs))
+        if outputs is not None:
             return BatchAxes(size, inputs, outputs)
     return None
 
 
-def call_part(
-    model: nn.Module, leaves: list[Any], structure: Any, inputs: tuple[int | None, ...], start: int, stop: int
-) -> Any:
-    """Call a network with some samples of an example, of which a single sample counts as two: itself and its half."""
-    parts = []
-    for leaf, axis in zip(leaves, inputs, strict=True):
-        if axis is not None and leaf.shape[axis] == 1:
-            leaf = torch.cat([leaf / 2 if leaf.is_floating_point() else leaf, leaf], axis)
-        parts.append(leaf if axis is None else leaf.narrow(axis, start, stop - start).clone())
-    args, kwargs = tree_unflatten(parts, structure)
-    return model(*args, **kwargs)
+Sample = list[Any]
+"""The leaves of an example that have samples, cut to one sample each."""
+
+
+def pairs_of_samples(leaves: list[Any], inputs: tuple[int | None, ...]) -> tuple[Sample, list[Sample]]:
+    """A sample of an example, and the ones that it is called with: the sample before it or, where that is the same,
+    others that are made from it.
+    """
+    axed = [(leaf, axis) for leaf, axis in zip(leaves, inputs, strict=True) if axis is not None]
+    first, second = ([leaf.narrow(axis, min(at, leaf.shape[axis] - 1), 1) for leaf, axis in axed] for at in (0, 1))
+    if not all(map(torch.equal, first, second)):
+        return second, [first]
+    return second, list(other_samples(second, [axis for _, axis in axed]))
+
+
+def other_samples(sample: Sample, axes: list[int]) -> Iterator[Sample]:
+    """Samples that differ from one, of numbers that a network is likely to take.
+
+    Floating numbers become their halves, then random ones of twice their range, beside integers in reverse, which keeps
+    masks and the range of indices. Integers alone are reversed, then all the largest, then all the least of them; where
+    they are all equal, halved, and ones in place of zeros. Complex numbers stay, and tensors without numbers.
+    """
+    if any(part.is_complex() or not part.numel() for part in sample):
+        yield sample
+        return
+    if any(part.is_floating_point() for part in sample):
+        for change in (halve, randomize):
+            other = [
+                change(part) if part.is_floating_point() else reverse(part, axis)
+                for part, axis in zip(sample, axes, strict=True)
+            ]
+            if not all(map(torch.equal, other, sample)):
+                yield other
+        return
+    others = [
+        [reverse(part, axis) for part, axis in zip(sample, axes, strict=True)],
+        *([getattr(part, name)().expand_as(part) for part in sample] for name in ("amax", "amin")),
+    ]
+    different = [other for other in others if not all(map(torch.equal, other, sample))]
+    equal = [part if part.dtype is torch.bool else part // 2 if part.any() else part + 1 for part in sample]
+    yield from different or [equal]
+
+
+def halve(part: Tensor) -> Tensor:
+    """The half of a tensor."""
+    return part / 2
+
+
+def randomize(part: Tensor) -> Tensor:
+    """Random numbers, the same ones every time, of twice the range of a tensor."""
+    span = 2 * part.abs().nan_to_num().max().clamp_min(0.5)
+    return torch.randn(part.shape, generator=torch.Generator().manual_seed(0)).to(part) * span
+
+
+def reverse(part: Tensor, axis: int) -> Tensor:
+    """A tensor in the opposite order along its last axis that is not the samples'."""
+    others = [at for at in range(part.ndim) if at != axis]
+    return part.flip(others[-1]) if others else part
+
+
+def call_samples(
+    model: nn.Module, leaves: list[Any], structure: Any, inputs: tuple[int | None, ...], *samples: Sample
+) -> list[Any]:
+    """The leaves of what a network returns for some samples, one after the other."""
+    joined = iter([list(parts) for parts in zip(*samples, strict=True)])
+    parts = [leaf if axis is None else torch.cat(next(joined), axis) for leaf, axis in zip(leaves, inputs, strict=True)]
+    args, kwargs = tree_unflatten([part.clone() if isinstance(part, Tensor) else part for part in parts], structure)
+    return tree_leaves(model(*args, **kwargs))
+
+
+def independent_axes(
+    call: Callable[..., list[Any]], sample: Sample, others: list[Sample]
+) -> tuple[int | None, ...] | None:
+    """The axes of the samples in outputs; None where the sample and one of the others depend on each other. Others that
+    the network does not take are passed over, and outputs of one sample that are not a number.
+    """
+    found: set[tuple[int | None, ...]] = set()
+    for other in others:
+        try:
+            pairs = [(call(other, sample), call(sample)), (call(sample, other), call(other))]
+        except Exception:  # a network raises whatever it likes at another size, and for values that it does not know
+            continue
+        try:
+            found |= {tuple(sample_axes_of(*pair)) for pair in pairs if not has_nan(pair[1])}
+        except Exception:  # outputs that cannot be compared
+            return None
+    axes = found.pop() if len(found) == 1 else ()
+    return axes if any(axis is not None for axis in axes) else None
+
+
+def has_nan(outputs: list[Any]) -> bool:
+    """Whether there is something among outputs that is not a number."""
+    return any(bool(each.isnan().any()) for each in outputs if isinstance(each, Tensor))
 
 
 def sample_axes_of(both: list[Any], one: list[Any]) -> Iterator[int | None]:
-    """The axis of the samples in each output.
+    """The axis of the samples in each output for two samples, and for the second of them.
 
     Raises:
         ValueError: outputs that are no tensors, or depend on the other sample.

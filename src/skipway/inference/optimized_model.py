@@ -251,10 +251,10 @@ def optimize(
 
     A copy of the model is put into eval mode and folded (`skipway.fuse`: norms and gains multiplied into the weights).
     Backends × precisions × layouts × pieces of the batch × streams are tried: each is built for the example's shape,
-    compared with the original on the example and on random input of its shape, and timed. Those near the fastest are
-    then timed in turns, the original among them, and the fastest is taken; so the result is no slower than torch, its
-    compiler (frozen or not) and channels-last, as far as the time allowed to try them. A choice that fails or differs
-    is in the report with the reason, and the others go on.
+    compared with the original on the example and, if it takes that, on random input of its shape, and timed. Those near
+    the fastest are then timed in turns, the original among them, and the fastest is taken; so the result is no slower
+    than torch, its compiler (frozen or not) and channels-last, as far as the time allowed to try them. A choice that
+    fails or differs is in the report with the reason, and the others go on.
 
     Args:
         model: any module.
@@ -299,10 +299,11 @@ def optimize(
     if isinstance(backends, str):
         backends = (backends,)
     check_rule("backends", backends, backends is None or len(backends) > 0, f"some of {', '.join(BACKENDS)}, or None")
+    names = [ORIGINAL, *BACKENDS] if backends is None else list(dict.fromkeys(map(BACKENDS.name_of, backends)))
     given = as_example(example)
     given = given[0] if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], Tensor) else given
     ready = calibration is not None and check is not None
-    for name in () if backends is None else backends:
+    for name in () if backends is None else names:
         problems = [BACKENDS[name].obstacle(given, Choice(name, each), ready) for each in allowed]
         if all(problems):
             raise problems[0] or SkipwayError(name)
@@ -310,8 +311,7 @@ def optimize(
         require_nncf()
         if not ready:
             raise BACKENDS["openvino"].obstacle(given, Choice("openvino", INT8)) or SkipwayError(INT8)
-    overlap = ""
-    names, show = [ORIGINAL, *BACKENDS] if backends is None else list(backends), progress or show_progress
+    overlap, show = "", progress or show_progress
     comparison = BackendComparison(model, given)
     if goal == "latency":
         comparison = BackendComparison(model, first_sample(comparison))
@@ -380,7 +380,7 @@ def assemble(comparison: BackendComparison, choice: Choice, remark: str = "") ->
 
 def load_optimized(path: str | Path) -> OptimizedModel:
     """Return the optimized model that `OptimizedModel.save` wrote: its backend is built again, and compared with the
-    network in plain torch; nothing is searched for.
+    network in plain torch by the tolerance of the search; nothing is searched for.
 
     The file holds a pickle, which can run any code: load only files whose origin you trust.
 
@@ -403,7 +403,7 @@ def load_optimized(path: str | Path) -> OptimizedModel:
         problem = BACKENDS[choice.backend].obstacle(comparison.example, choice, comparison.quantized is not None)
         if problem is not None:
             raise problem
-        comparison.add(choice)
+        comparison.add(choice, next((each.tolerance for each in report if each.choice == choice), None))
     if choice not in comparison.runs:
         raise SkipwayError(f"path={printable(path)}: {choice}: {comparison.results[choice].note}; {AGAIN}")
     remark, here = "", describe_machine_and_versions()

@@ -18,20 +18,31 @@ __all__ = ["changed_buffers", "has_numbers", "in_container", "in_type", "is_unch
 
 
 def in_type(expected: Any, run: Run) -> Run:
-    """A backend whose output has the types that the original's has: those of its tensors, one by one where there are as
-    many.
+    """A backend whose output has the types that the original's has, and lies in memory in the usual order where that
+    does, so that it can be viewed in the same shapes: its tensors one by one, where there are as many.
     """
-    types = [leaf.dtype for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
+    forms = [(leaf.dtype, is_contiguous(leaf)) for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
 
     def typed(*args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten(run(*args, **kwargs))
         held = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        wanted = iter(types if len(types) == len(held) else [leaf.dtype for leaf in held])
+        wanted = iter(forms if len(forms) == len(held) else [(leaf.dtype, False) for leaf in held])
         return tree_unflatten(
-            [leaf.to(next(wanted)) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+            [in_form(leaf, *next(wanted)) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
         )
 
     return typed
+
+
+def in_form(tensor: Tensor, dtype: torch.dtype, contiguous: bool) -> Tensor:
+    """A tensor in a type, and in the usual order in memory where that is wanted."""
+    tensor = tensor.to(dtype)
+    return tensor.contiguous() if contiguous and tensor.layout is torch.strided else tensor
+
+
+def is_contiguous(tensor: Tensor) -> bool:
+    """Whether a dense tensor lies in memory in the usual order."""
+    return tensor.layout is torch.strided and not tensor.is_nested and tensor.is_contiguous()
 
 
 def in_container(expected: Any, run: Run) -> Run:
