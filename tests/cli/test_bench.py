@@ -26,10 +26,10 @@ class Net(nn.Sequential):
 @pytest.fixture
 def network(tmp_path, monkeypatch):
     """A small network in a file; backends that are ready at once, and one that is not installed."""
-    for name in list(BACKENDS):
-        if name != "eager":
-            monkeypatch.delitem(BACKENDS.entries, name)
-    monkeypatch.setitem(BACKENDS.entries, "absent", Backend(BACKENDS["eager"].build, ("no_such_package",), "onnx"))
+    eager = BACKENDS["eager"]
+    absent = Backend(eager.build, ("no_such_package",), "onnx")
+    # another table, since entries that are taken out and put back are the last ones in the tests that follow
+    monkeypatch.setattr(BACKENDS, "entries", {"eager": eager, "absent": absent})
     monkeypatch.setitem(BACKENDS._names, "absent", "absent")
     monkeypatch.setattr("skipway.inference.speed.native_precisions", lambda device: ["float32", "bfloat16"])
     (tmp_path / "net.py").write_text(NETWORK)

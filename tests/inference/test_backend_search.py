@@ -48,12 +48,11 @@ class Fakes:
 
     def __init__(self, monkeypatch, seconds, building=0.0, plus=0.0):
         self.seconds, self.built = seconds, []
-        for name in list(BACKENDS):
-            monkeypatch.delitem(BACKENDS.entries, name)
-            monkeypatch.delitem(BACKENDS._names, BACKENDS.key(name))
+        # other tables: entries that are taken out and put back would be the last ones in the tests that follow
+        monkeypatch.setattr(BACKENDS, "entries", {})
+        monkeypatch.setattr(BACKENDS, "_names", {})
         for name in dict.fromkeys(choice.backend for choice in seconds):
-            monkeypatch.setitem(BACKENDS.entries, name, Backend(self.build(building, plus), alters=False))
-            monkeypatch.setitem(BACKENDS._names, BACKENDS.key(name), name)
+            BACKENDS.add(name, Backend(self.build(building, plus), alters=False))
 
     def build(self, building, plus):
         def build(model, example, choice):
