@@ -22,7 +22,7 @@ __all__ = ["convolve", "has_slow_weight_gradient", "product_may_pay"]
 PIECE = 1 << 24
 """Bytes of patches that are copied at a time."""
 CHANNELS_PER_PIXEL = 4
-"""Output channels per output pixel of an image from which the product is the faster one on every AMX CPU measured."""
+"""Output channels per output pixel from which the product is the faster one, measured on one CPU with AMX."""
 LARGE = 1 << 22
 """Elements of the weight, times images, below which torch's gradient takes well under a millisecond."""
 
