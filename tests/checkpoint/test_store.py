@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.process_group import one_rank
 from torch import nn
 
 from benchmarks import mutations
@@ -302,14 +303,12 @@ def test_numbers_of_an_optimizer_come_back_as_numbers():
     assert isinstance(entry["warm"], bool)
 
 
-def test_names_are_clean_in_every_wrapper(tmp_path):
+def test_names_are_clean_in_every_wrapper():
     plain = make()
     expected = set(model_state(plain))
     compiled_part = make()
     compiled_part[0] = torch.compile(compiled_part[0])
-    file = f"file://{tmp_path / 'meeting'}"
-    torch.distributed.init_process_group("gloo", init_method=file, rank=0, world_size=1)
-    try:
+    with one_rank():
         wrapped = nn.parallel.DistributedDataParallel(make())
         for model in (torch.compile(make()), compiled_part, wrapped, torch.compile(wrapped)):
             assert set(model_state(model)) == expected
@@ -319,8 +318,6 @@ def test_names_are_clean_in_every_wrapper(tmp_path):
             load_optimizer_state(model, optimizer, state)
             assert set(optimizer_state(model, optimizer)) == set(state)
             assert all(bool((parameter == 1).all()) for parameter in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_memory_layout_is_that_of_the_model():

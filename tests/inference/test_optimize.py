@@ -35,7 +35,7 @@ NETWORKS = {
 }
 
 ROUTED = {
-    "resnet-cifar": {"linear"},
+    "resnet-cifar": {"linear", "conv2d"},
     "vit": {"linear", "conv2d", "scaled_dot_product_attention"},
     "convnext": {"linear", "conv2d"},
     "swin": {"linear", "conv2d"},

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.process_group import one_rank
 from torch import nn
 
 import skipway as sw
@@ -218,7 +219,7 @@ def test_a_network_that_skips_layers_at_random_is_refused():
     assert traces(model) == 0
 
 
-def test_under_autocast_and_compiled_and_distributed(tmp_path):
+def test_under_autocast_and_compiled_and_distributed():
     model, x = Stranger().eval(), torch.randn(2, 3, 8, 8)
     y = torch.tensor([0, 1])
     expected = probe(model, x, y).connections
@@ -233,16 +234,13 @@ def test_under_autocast_and_compiled_and_distributed(tmp_path):
         low = probe(model, x, y).connections
     for name, row in expected.items():
         assert low[name]["stream"] == pytest.approx(row["stream"], rel=0.02)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with one_rank():
         wrapped = nn.parallel.DistributedDataParallel(model)
         assert probe(wrapped, x, y).connections == expected
         with Probe(wrapped, connections) as watcher:
             F.cross_entropy(wrapped(x), y).backward()
         assert watcher.readings().connections == expected
         assert traces(model) == 0
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_plain_torch():

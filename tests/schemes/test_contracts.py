@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
+from tests.process_group import one_rank
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -62,9 +62,8 @@ def assert_same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
+    with one_rank():
+        yield
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # earlier outputs are handed on as they are

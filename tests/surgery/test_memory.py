@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.process_group import one_rank
 from tests.surgery.test_depth import Net, X
 from torch import Tensor, nn
 
@@ -198,19 +199,16 @@ def test_compiled():
 
 
 @pytest.mark.parametrize("operate", [lambda m: checkpointed(m, X, 2), lambda m: reversible(m, X)])
-def test_data_parallel(operate, tmp_path):
+def test_data_parallel(operate):
     """One process over gloo: every gradient arrives once, and is the one without DDP."""
     torch.manual_seed(0)
     model = Net(4)
     operate(model)
     twin = copy.deepcopy(model)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
+    with one_rank():
         spread = nn.parallel.DistributedDataParallel(model)
         for net in (spread, twin):
             net.train()(X).square().sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
     for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.process_group import one_rank
 from tests.surgery.test_depth import Net, X
 from torch import nn
 
@@ -115,17 +116,14 @@ def test_exports(net, name, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_ranks(net, tmp_path, operate):
+def test_ranks(net, operate):
     operate(net, X)
     twin = copy.deepcopy(net)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
+    with one_rank():
         wrapped = nn.parallel.DistributedDataParallel(net)
         for model in (wrapped, twin):
             torch.manual_seed(4)
             model.train()(X).square().mean().backward()
-    finally:
-        torch.distributed.destroy_process_group()
     for (name, parameter), other in zip(net.named_parameters(), twin.parameters(), strict=True):
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, other.grad)
