@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,12 @@ def shard_connections(model: nn.Module, device: torch.device, world: int) -> nn.
     return model
 
 
+LEFT: list[Any] = []
+"""Process groups that were left. Whoever drops the last reference to one waits for Gloo's threads with the
+interpreter's lock, for which they may wait themselves to destroy what the last backward pass has left (torch 2.13).
+"""
+
+
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Context of the process group that torchrun started; a single rank without torchrun.
@@ -127,4 +134,5 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     yield ranks
     # not after an error: other ranks may be waiting elsewhere; torchrun ends them when this process exits
     dist.barrier()
+    LEFT.append(dist.group.WORLD)
     dist.destroy_process_group()
