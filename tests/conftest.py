@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
+import zlib
 
 import pytest
 import torch
 
 from skipway.hardware.device import seed_torch
+from skipway.hardware.processor import cpu_field
 
 MODULES = pytest.StashKey[int]()
 """How many modules there were when the collector was last told to leave them alone."""
@@ -17,6 +20,12 @@ MODULES = pytest.StashKey[int]()
 torch.set_num_threads(1)
 # no test looks for weights in the caches of the person who runs it, or on a hub
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=os.devnull, TORCH_HOME=os.devnull)
+# code that torch compiled and kept for other instructions than this process has writes beyond its memory
+INSTRUCTIONS = f"{cpu_field('flags')} {torch.backends.cpu.get_cpu_capability()} {os.environ.get('ONEDNN_MAX_CPU_ISA')}"
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(tempfile.gettempdir(), f"skipway-inductor-{zlib.crc32(INSTRUCTIONS.encode()):08x}"),
+)
 
 
 @pytest.fixture(autouse=True)
