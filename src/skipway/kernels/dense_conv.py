@@ -13,6 +13,7 @@ from skipway.errors import SkipwayError
 from skipway.hardware.processor import has_amx
 from skipway.kernels.autotune import Implementation, add_kernel
 from skipway.kernels.cast import at_least_float32, to_autocast
+from skipway.kernels.conv_gradients import convolution_gradients
 from skipway.kernels.matmul import linear_weight_gradient
 from skipway.kernels.operator import Operator
 from skipway.kernels.patch_conv import filter_layout, is_by_pixels, output_layout, patch_rows
@@ -27,18 +28,9 @@ LARGE = 1 << 22
 """Elements of the weight, times images, below which torch's gradient takes well under a millisecond."""
 
 
-def convolution_gradients(
-    gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, mask: tuple[bool, bool, bool]
-) -> list[Tensor]:
-    """Return torch's gradients of x and weight where `mask` asks for them."""
-    return torch.ops.aten.convolution_backward(
-        gradient, x, weight, [0], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, mask
-    )
-
-
 def torch_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """Return torch's gradient of the weight."""
-    return convolution_gradients(gradient, x, weight, stride, padding, (False, True, False))[1]
+    return convolution_gradients(gradient, x, weight, (False, True, False), stride=stride, padding=padding)[1]
 
 
 def weight_gradient_by_product(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -59,9 +51,9 @@ def weight_gradient_by_product(gradient: Tensor, x: Tensor, weight: Tensor, stri
     return found.to(weight.dtype).unflatten(1, (side, side, weight.shape[1])).movedim(-1, 1)
 
 
-def output_pixels(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
-    """Pixels of an image of the output."""
-    return math.prod((side + 2 * padding - weight.shape[-1]) // stride + 1 for side in x.shape[2:])
+def output_sides(x: Tensor, weight: Tensor, stride: int, padding: int) -> list[int]:
+    """Height and width of the output."""
+    return [(side + 2 * padding - weight.shape[-1]) // stride + 1 for side in x.shape[2:]]
 
 
 def product_may_pay(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -70,7 +62,7 @@ def product_may_pay(x: Tensor, weight: Tensor, stride: int, padding: int) -> boo
     >>> product_may_pay(torch.empty(1, 64, 56, 56), torch.empty(64, 64, 3, 3), stride=1, padding=1)
     False
     """
-    return is_by_pixels(x) and len(weight) >= output_pixels(x, weight, stride, padding)
+    return is_by_pixels(x) and len(weight) >= math.prod(output_sides(x, weight, stride, padding))
 
 
 convolution_weight_gradient = add_kernel(
@@ -89,7 +81,9 @@ def has_slow_weight_gradient(x: Tensor, weight: Tensor, stride: int, padding: in
     """
     if not has_amx() or len(x) * weight.numel() < LARGE or not is_by_pixels(x):
         return False
-    return weight.shape[-1] == 1 or len(weight) >= CHANNELS_PER_PIXEL * output_pixels(x, weight, stride, padding)
+    return weight.shape[-1] == 1 or len(weight) >= CHANNELS_PER_PIXEL * math.prod(
+        output_sides(x, weight, stride, padding)
+    )
 
 
 class ConvolutionBackward(Operator, name="convolution_backward"):
@@ -109,7 +103,8 @@ class ConvolutionBackward(Operator, name="convolution_backward"):
         to_x, to_weight = x.new_empty(0), weight.new_empty(0)
         if needs_x:
             layout = torch.channels_last if is_by_pixels(x) else torch.contiguous_format
-            found = convolution_gradients(gradient, x, weight, stride, padding, (True, False, False))[0]
+            mask = (True, False, False)
+            found = convolution_gradients(gradient, x, weight, mask, stride=stride, padding=padding)[0]
             to_x = found.contiguous(memory_format=layout)
         if needs_weight:
             compute = weight_gradient_by_product if by_rule else convolution_weight_gradient
@@ -144,7 +139,7 @@ class Convolution(Operator, name="convolution"):
 
     @staticmethod
     def fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, by_rule: bool) -> Tensor:
-        sides = [(side + 2 * padding - weight.shape[-1]) // stride + 1 for side in x.shape[2:]]
+        sides = output_sides(x, weight, stride, padding)
         return x.new_empty(len(x), len(weight), *sides).contiguous(memory_format=output_layout(x, weight))
 
     @staticmethod

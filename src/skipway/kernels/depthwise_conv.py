@@ -12,6 +12,7 @@ from skipway.errors import SkipwayError
 from skipway.kernels import triton_launch
 from skipway.kernels.autotune import Implementation, add_kernel, enabled
 from skipway.kernels.cast import to_autocast
+from skipway.kernels.conv_gradients import convolution_gradients
 from skipway.kernels.operator import Operator
 
 __all__ = ["depthwise"]
@@ -46,17 +47,14 @@ depthwise_forward = add_kernel(
 )
 
 
-def convolution_gradients(gradient: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
+def depthwise_gradients(gradient: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
     """Return torch's gradients of x, weight and bias where `mask` asks for them."""
-    half = weight.shape[-1] // 2
-    return torch.ops.aten.convolution_backward(
-        gradient, x, weight, [0], [1, 1], [half, half], [1, 1], False, [0, 0], x.shape[1], mask
-    )
+    return convolution_gradients(gradient, x, weight, mask, padding=weight.shape[-1] // 2, groups=x.shape[1])
 
 
 def input_gradient_reference(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Return torch's gradient of x."""
-    return convolution_gradients(gradient, x, weight, (True, False, False))[0]
+    return depthwise_gradients(gradient, x, weight, (True, False, False))[0]
 
 
 def input_gradient_by_flip(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -74,7 +72,7 @@ depthwise_input_gradient = add_kernel(
 
 def weight_gradient_reference(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Return torch's gradient of the weight."""
-    return convolution_gradients(gradient, x, weight, (False, True, False))[1]
+    return depthwise_gradients(gradient, x, weight, (False, True, False))[1]
 
 
 def weight_gradient_by_tiles(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from skipway.errors import SkipwayError
 from skipway.kernels.autotune import Implementation, add_kernel, enabled
 from skipway.kernels.cast import to_autocast
+from skipway.kernels.conv_gradients import convolution_gradients
 from skipway.kernels.matmul import linear_forward, linear_weight_gradient
 from skipway.kernels.operator import Operator
 
@@ -92,9 +93,7 @@ patches_forward = add_kernel(
 
 def patches_gradients(gradient: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
     """Return torch's gradients of x and weight where `mask` asks for them."""
-    return torch.ops.aten.convolution_backward(
-        gradient, x, weight, [0], list(weight.shape[-2:]), [0, 0], [1, 1], False, [0, 0], 1, mask
-    )
+    return convolution_gradients(gradient, x, weight, mask, stride=weight.shape[-1])
 
 
 def input_gradient_reference(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
