@@ -377,6 +377,28 @@ class Alternating(nn.Module):
         return self.layer(x) * 2 if Alternating.calls % 2 else self.layer(x) + self.layer(x)
 
 
+class MaskOfAll(nn.Module):
+    """Attention with a mask for each image, which a conversion for one batch makes a constant of."""
+
+    def forward(self, x):
+        mask = torch.zeros(1, 1, 4, 4).repeat(x.shape[0], 1, 1, 1)
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+def test_openvino_converts_twice_for_batches_of_all_sizes(monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    convert, shapes = openvino.convert_model, []
+    monkeypatch.setattr(
+        openvino, "convert_model", lambda *given, **named: shapes.append(named["input"]) or convert(*given, **named)
+    )
+    model = MaskOfAll()
+    for size in (8, 4, 2, 1):
+        x = torch.randn(size, 1, 4, 4)
+        found = BACKENDS["openvino"].build(model, x, Choice("openvino"))(x)
+        assert torch.allclose(found, model(x), atol=1e-5)
+    assert shapes == [[(8, 1, 4, 4)], [(-1, 1, 4, 4)]]
+
+
 def test_openvino_takes_what_is_traced_differently_every_time():
     pytest.importorskip("openvino")
     comparison = BackendComparison(Alternating(), X)

@@ -152,7 +152,7 @@ def test_derivatives(make):
 
 OPERATORS = {
     linear: "linear",
-    patches: "patches",
+    patches: "convolution",
     convolution: "convolution",
     residual: "residual",
     depthwise: "depthwise",
@@ -164,7 +164,7 @@ OPERATORS = {
 def test_operators_are_proper(make):
     """torch's own check of schema, autograd registration and shape function."""
     arguments = list(make(torch.float32, True)[1])
-    arguments += [None, False, True] if make is attention else [False] if make is convolution else []
+    arguments += {attention: [None, False, True], convolution: [False], patches: [3, 0, False]}.get(make, [])
     given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
     if make is residual:
         given[3].requires_grad_(False)
@@ -236,13 +236,14 @@ def test_what_comes_out_is_shaped_laid_out_and_typed_as_the_compiler_was_told(dt
         "windowed_attention_backward": (torch.randn(2, 4, 4, 4, dtype=dtype), qkv, position, 1, 1),
         "depthwise": (x, taps, c),
         "depthwise_backward": (planes, x, taps, True, True),
-        "patches": (planes, wide, c),
-        "patches_backward": (c.new_ones(2, 6, 2, 2), x, wide, True, True),
         "convolution": (planes, wide, c, 2, 1, True),
         "convolution_backward": (c.new_ones(2, 6, 4, 4), x, wide, 2, 1, True, True, True),
         "residual_backward": (x, planes, w.view(-1, 1, 1), mask),
     }.items():
         torch.library.opcheck(getattr(operators, operator).default, given, test_utils=tests)
+    torch.library.opcheck(operators.convolution.default, (planes, wide, c, 3, 0, False), test_utils=tests)
+    patches = (c.new_ones(2, 6, 2, 2), x, wide, 3, 0, False, True, True)
+    torch.library.opcheck(operators.convolution_backward.default, patches, test_utils=tests)
 
 
 def test_a_wrong_implementation_is_refused():
@@ -351,7 +352,7 @@ def test_routed_functions_are_the_same():
     with KernelMode(), Watch():
         z = routed(x)
     z.square().mean().backward()
-    assert {f"skipway.{name}" for name in ("linear", "patches", "depthwise", "attention")} <= seen
+    assert {f"skipway.{name}" for name in ("linear", "convolution", "depthwise", "attention")} <= seen
     assert torch.allclose(y, z, atol=1e-5)
     for (name, ours), theirs in zip(routed.named_parameters(), plain.parameters(), strict=True):
         scale = theirs.grad.abs().max()
@@ -503,11 +504,12 @@ def test_gradients_that_nobody_asks_for_are_not_computed(make, monkeypatch):
     """Those of frozen weights, for one, behind which something is trained."""
     function, (x, weight, *rest) = make(torch.float32, True)
     x.requires_grad_()
-    kernel = next(each for each in KERNELS if each.name == f"{make.__name__} to weight")
+    name = "depthwise" if make is depthwise else "convolution"
+    kernel = next(each for each in KERNELS if each.name == f"{name} to weight")
     monkeypatch.setattr(kernel, "implementations", ())
     function(x, weight, *rest).sum().backward()
     assert x.grad is not None
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, ValueError)):
         function(x, weight.requires_grad_(), *rest).sum().backward()
 
 

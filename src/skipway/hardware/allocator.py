@@ -11,9 +11,10 @@ from threading import Lock
 
 __all__ = ["keep_memory", "trim_memory"]
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
-"""glibc's names of two parameters (malloc.h); their defaults are 128 KiB and 65536."""
-DEFAULTS = {TRIM_THRESHOLD: 128 * 1024, MMAP_MAX: 65536}
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+"""glibc's names of three parameters (malloc.h)."""
+ADAPTED = {TRIM_THRESHOLD: 2**26, MMAP_THRESHOLD: 2**25, MMAP_MAX: 65536}
+"""What glibc's own thresholds grow to in a process with large tensors. They no longer adapt once one was set."""
 NEVER = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}
 
 
@@ -52,11 +53,13 @@ def keep_memory(*, release: bool = True) -> Iterator[bool]:
     glibc returns a freed block of more than 32 MB to the operating system and maps a new one at the next allocation,
     whose pages are then faulted in one by one, zeroed: on a CPU an elementwise operation on a large activation spends
     more time there than computing. The parameters are those of the whole process, `mallopt(M_MMAP_MAX, 0)` and
-    `mallopt(M_TRIM_THRESHOLD, max)`, and are restored on leaving. The process holds its peak memory plus
-    fragmentation. Results are unaffected.
+    `mallopt(M_TRIM_THRESHOLD, max)`; on leaving they are what glibc's own rule leads to in a process with large
+    tensors, settings in the environment (MALLOC_…) aside. The process holds its peak memory plus fragmentation. Results
+    are unaffected.
 
     Args:
-        release: return free memory to the operating system on leaving; otherwise it stays until a later free.
+        release: return free memory to the operating system on leaving; otherwise it stays with the process, up to 2 GiB
+            of it in one piece, until a context that releases it is left.
 
     Yields:
         True on Linux with glibc; elsewhere False, and nothing happens.
@@ -77,6 +80,6 @@ def keep_memory(*, release: bool = True) -> Iterator[bool]:
         with OpenContexts.lock:
             OpenContexts.count -= 1
             if not OpenContexts.count:
-                set_mallopt(DEFAULTS if release else {MMAP_MAX: DEFAULTS[MMAP_MAX]})
+                set_mallopt(ADAPTED if release else {MMAP_MAX: ADAPTED[MMAP_MAX]})
                 if release:
                     trim_memory()

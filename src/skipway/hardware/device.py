@@ -42,7 +42,8 @@ def choose_precision(
     if setting != "auto":
         return setting, "as requested"
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # the question is about the current one
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bfloat16", "native on this GPU") if native else ("float32", "this GPU has no native bfloat16")
     if device.type == "cpu" and cpu_has_bfloat16():
         return "bfloat16", "native on this CPU"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -269,23 +269,46 @@ CONVERTED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def convert_openvino(model: nn.Module, example: Tensor) -> Any:
-    """Convert a network for the shape of an example, from an earlier conversion for another shape where that goes."""
+    """Convert a network for the shape of an example, from an earlier conversion for another shape where that goes: a
+    network that makes a constant of its batch, Swin's masks for one, is converted once more with that side left open.
+    """
+    known = CONVERTED.get(model)
+    if known is None:
+        CONVERTED[model] = convert_openvino_for(model, example, example.shape)
+        return CONVERTED[model].clone()
+    before = [side.get_length() if side.is_static else -1 for side in known.inputs[0].partial_shape]
+    changed = [side if side == other else -1 for side, other in zip(example.shape, before, strict=True)]
+    with suppress(RuntimeError):  # a shape that the network made a constant of
+        return reshape_openvino(known, example)
+    with suppress(RuntimeError):
+        general = convert_openvino_for(model, example, changed)
+        reshaped = reshape_openvino(general, example)
+        CONVERTED[model] = general
+        return reshaped
+    return convert_openvino_for(model, example, example.shape)
+
+
+def reshape_openvino(converted: Any, example: Tensor) -> Any:
+    """A copy of a converted network for the shape of an example.
+
+    Raises:
+        RuntimeError: the shape is not the network's.
+    """
+    copy = converted.clone()
+    copy.reshape(list(example.shape))
+    return copy
+
+
+def convert_openvino_for(model: nn.Module, example: Tensor, shape: Sequence[int]) -> Any:
+    """Convert a network for images of a shape, -1 for a side that is left open."""
     import openvino
 
-    known = CONVERTED.get(model)
-    if known is not None:
-        with suppress(RuntimeError):  # a shape that the network made a constant of
-            converted = known.clone()
-            converted.reshape(list(example.shape))
-            return converted
     with warnings.catch_warnings(), send_no_statistics():
         warnings.simplefilter("ignore")  # the tracer warns about every Python branch
         try:
-            found = openvino.convert_model(model, example_input=example, input=[tuple(example.shape)])
+            return openvino.convert_model(model, example_input=example, input=[tuple(shape)])
         except RuntimeError:  # traced twice, the graphs differ: torchvision's Swin
-            found = openvino.convert_model(torch.export.export(model, (example,), strict=False))
-        CONVERTED[model] = found
-    return CONVERTED[model].clone()
+            return openvino.convert_model(torch.export.export(model, (example,), strict=False))
 
 
 @contextmanager

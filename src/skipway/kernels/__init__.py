@@ -17,10 +17,9 @@ from skipway.kernels.autotune import (
     off,
     only,
 )
-from skipway.kernels.dense_conv import convolve
+from skipway.kernels.dense_conv import convolve, convolve_patches
 from skipway.kernels.depthwise_conv import depthwise
 from skipway.kernels.matmul import linear
-from skipway.kernels.patch_conv import convolve_patches
 from skipway.kernels.residual_add import residual
 from skipway.kernels.sdpa import attention
 from skipway.kernels.window_attention import windowed_attention

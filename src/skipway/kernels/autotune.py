@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 
 from skipway.errors import SkipwayError
 
@@ -38,12 +40,21 @@ ROUNDS = 3
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
+@dataclass(frozen=True, eq=False)
 class Restriction:
-    """Implementation that all kernels of the process are restricted to; None where measurement decides."""
+    """An open context that restricts all kernels of the process to one implementation; None lets measurement decide."""
 
-    implementation: str | None = (
-        REFERENCE if os.environ.get("SKIPWAY_KERNELS", "on").lower() in ("off", "0", "false") else None
-    )
+    implementation: str | None
+
+
+SWITCHED_OFF = os.environ.get("SKIPWAY_KERNELS", "on").lower() in ("off", "0", "false")
+RESTRICTIONS = [Restriction(REFERENCE if SWITCHED_OFF else None)]
+"""Those of all threads, which may leave in any order; the latest one counts. The first one stays."""
+
+
+def prescribed() -> str | None:
+    """Return the implementation that all kernels are restricted to; None where measurement decides."""
+    return RESTRICTIONS[-1].implementation
 
 
 @dataclass(frozen=True)
@@ -78,18 +89,28 @@ class KernelChoice:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+@contextmanager
+def without_saving() -> Iterator[None]:
+    """Keep what autograd saves from the caller's hooks, those of an activation checkpoint for example, within the
+    context: the innermost pair of hooks counts.
+    """
+    with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield
+
+
 class Kernel:
     """One function with a reference in plain torch and other implementations.
 
     The first call with arguments of a kind (device, types, shapes, layouts) on a number of threads runs every
     implementation that supports them, drops those that differ from the reference by more than rounding, times the
     others and remembers the fastest. The first axis of a tensor counts up to a factor of two, so that the last batch of
-    an epoch is not measured again.
+    an epoch is not measured again, and so do other axes in `rough`.
 
     Args:
         name: the kernel's name.
         reference: in plain torch; the others are compared with it.
         implementations: the others.
+        rough: axes that count up to a factor of two.
 
     >>> double = Kernel("double", lambda x: x + x, Implementation("product", lambda x: 2 * x))
     >>> double(torch.ones(2))
@@ -98,8 +119,14 @@ class Kernel:
     ['product', 'reference']
     """
 
-    def __init__(self, name: str, reference: Callable[..., Any], *implementations: Implementation) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        *implementations: Implementation,
+        rough: Collection[int] = (0,),
+    ) -> None:
+        self.name, self.rough = name, rough
         self.implementations = (Implementation(REFERENCE, reference), *implementations)
         self.chosen: dict[Hashable, KernelChoice] = {}
 
@@ -114,38 +141,40 @@ class Kernel:
     def select(self, *arguments: Any) -> Implementation:
         """The implementation that a call with these arguments uses; measured where they are of a new kind."""
         reference = self.implementations[0]
-        if (name := Restriction.implementation) is not None:
-            usable = (each for each in self.implementations if each.name == name and each.supports(*arguments))
-            return next(usable, reference)
-        key = (torch.get_num_threads(), *(argument_kind(argument) for argument in arguments))
+        usable = [each for each in self.implementations if each.supports(*arguments)]
+        if (name := prescribed()) is not None:
+            return next((each for each in usable if each.name == name), reference)
+        kinds = (argument_kind(argument, self.rough) for argument in arguments)
+        key = (torch.get_num_threads(), *(each.name for each in usable), *kinds)
         if key not in self.chosen:
-            choice = self.measure(*arguments)
+            choice = self.measure(usable, *arguments)
             if choice is None:
                 return reference
             self.chosen[key] = choice
         return self.implementation(self.chosen[key].implementation)
 
     @torch.no_grad()
-    def measure(self, *arguments: Any) -> KernelChoice | None:
-        """Time every implementation on these arguments.
+    @without_saving()
+    def measure(self, usable: Sequence[Implementation], *arguments: Any) -> KernelChoice | None:
+        """Time implementations, the reference first, on these arguments.
 
         Returns None where the reference's output is not finite and nothing can be compared with it: in a diverging
         run, or in the first steps of a gradient scaler.
         """
-        usable = [each for each in self.implementations if each.supports(*arguments)]
-        if len(usable) == 1:
+        reference, *others = usable
+        if not others:
             return KernelChoice(self.name, REFERENCE, {})
-        expected = usable[0].compute(*arguments)
+        expected = reference.compute(*arguments)
         if not all(bool(each.isfinite().all()) for each in floating_tensors(expected)):
             return None
         allowed = max(TOLERANCE.get(each.dtype, 0.0) for each in floating_tensors((*arguments, expected)))
-        seconds, refused = {}, {}
-        for each in usable:
+        seconds, refused = {REFERENCE: fastest_call(reference, arguments)}, {}
+        for each in others:
             try:
-                if each is not usable[0] and (problem := mismatch(each.compute(*arguments), expected, allowed)):
+                if problem := mismatch(each.compute(*arguments), expected, allowed):
                     refused[each.name] = problem
                     continue
-                seconds[each.name] = min(seconds_of_call(each, arguments) for _ in range(ROUNDS))
+                seconds[each.name] = fastest_call(each, arguments)
             except Exception as error:  # compilers raise errors of their own; an implementation that fails is not used
                 refused[each.name] = str(error).partition("\n")[0]
         return KernelChoice(self.name, min(seconds, key=seconds.__getitem__), seconds, refused)
@@ -155,19 +184,21 @@ KERNELS: list[Kernel] = []
 """All kernels, in the order in which their modules define them."""
 
 
-def add_kernel(name: str, reference: Callable[..., Any], *implementations: Implementation) -> Kernel:
+def add_kernel(
+    name: str, reference: Callable[..., Any], *implementations: Implementation, rough: Collection[int] = (0,)
+) -> Kernel:
     """Make a kernel and add it to `KERNELS`, where `choices()` finds it."""
-    kernel = Kernel(name, reference, *implementations)
+    kernel = Kernel(name, reference, *implementations, rough=rough)
     KERNELS.append(kernel)
     return kernel
 
 
-def argument_kind(argument: Any) -> Hashable:
+def argument_kind(argument: Any, rough: Collection[int]) -> Hashable:
     """Key of an argument; the same implementation is taken to be the fastest for equal keys."""
     if isinstance(argument, Tensor):
-        first = argument.shape[0].bit_length() if argument.ndim else 0
+        sides = tuple(side.bit_length() if axis in rough else side for axis, side in enumerate(argument.shape))
         order = tuple(sorted(range(argument.ndim), key=lambda axis: -argument.stride(axis)))
-        return argument.device.type, argument.dtype, first, tuple(argument.shape[1:]), order
+        return argument.device.type, argument.dtype, sides, order
     return argument
 
 
@@ -206,6 +237,11 @@ def mismatch(result: Any, expected: Any, allowed: float) -> str | None:
     return None if bool(error <= allowed) else f"differs by {float(error):.1g} of the largest value"
 
 
+def fastest_call(implementation: Implementation, arguments: tuple[Any, ...]) -> float:
+    """Time a few calls and return the shortest time."""
+    return min(seconds_of_call(implementation, arguments) for _ in range(ROUNDS))
+
+
 def seconds_of_call(implementation: Implementation, arguments: tuple[Any, ...]) -> float:
     """Time one call."""
     device = device_of(arguments)
@@ -218,12 +254,18 @@ def seconds_of_call(implementation: Implementation, arguments: tuple[Any, ...]) 
 
 
 def enabled() -> bool:
-    """Return whether kernels may use more than their references.
+    """Return whether kernels may use more than their references: not within transforms of `torch.func` and in forward
+    mode, which know the operators of torch alone.
 
     >>> enabled()
     True
     """
-    return Restriction.implementation != REFERENCE
+    return prescribed() != REFERENCE and (torch.compiler.is_compiling() or not transformed())
+
+
+def transformed() -> bool:
+    """Return whether a transform of `torch.func` or forward-mode differentiation is going on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def restricted() -> bool:
@@ -233,7 +275,7 @@ def restricted() -> bool:
     ...     restricted()
     True
     """
-    return Restriction.implementation is not None
+    return prescribed() is not None
 
 
 @contextmanager
@@ -255,11 +297,12 @@ def only(name: str) -> Iterator[None]:
     known = {each.name for kernel in KERNELS for each in kernel.implementations}
     if name not in known:
         raise SkipwayError(f"name={name!r}: no kernel has such an implementation; known are {', '.join(sorted(known))}")
-    before, Restriction.implementation = Restriction.implementation, name
+    mine = Restriction(name)
+    RESTRICTIONS.append(mine)
     try:
         yield
     finally:
-        Restriction.implementation = before
+        RESTRICTIONS.remove(mine)
 
 
 def off() -> AbstractContextManager[None]:

@@ -1,4 +1,6 @@
-"""Convolutions over all channels, the gradient of the weight as a matrix product over patches."""
+"""Convolutions over all channels, as matrix products over patches where that is faster: all passes where patches do
+not overlap, the gradient of the weight elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,21 @@ from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
 from skipway.hardware.processor import has_amx
-from skipway.kernels.autotune import Implementation, add_kernel
+from skipway.kernels.autotune import Implementation, add_kernel, enabled
 from skipway.kernels.cast import at_least_float32, to_autocast
 from skipway.kernels.conv_gradients import convolution_gradients
 from skipway.kernels.matmul import linear_weight_gradient
 from skipway.kernels.operator import Operator
-from skipway.kernels.patch_conv import filter_layout, is_by_pixels, output_layout, patch_rows
+from skipway.kernels.patch_conv import (
+    filter_layout,
+    is_by_pixels,
+    output_layout,
+    patch_rows,
+    patches_forward,
+    patches_input_gradient,
+)
 
-__all__ = ["convolve", "has_slow_weight_gradient", "product_may_pay"]
+__all__ = ["convolve", "convolve_patches", "has_slow_weight_gradient", "product_may_pay"]
 
 PIECE = 1 << 24
 """Bytes of patches that are copied at a time."""
@@ -65,11 +74,21 @@ def product_may_pay(x: Tensor, weight: Tensor, stride: int, padding: int) -> boo
     return is_by_pixels(x) and len(weight) >= math.prod(output_sides(x, weight, stride, padding))
 
 
+def supports_product(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Return whether a product is worth a measurement: not where it copies whole maps for 1 × 1 filters."""
+    return weight.shape[-1] > 1 or (is_by_pixels(gradient) and is_by_pixels(x))
+
+
 convolution_weight_gradient = add_kernel(
     "convolution to weight",
     torch_weight_gradient,
-    Implementation("product", weight_gradient_by_product),
+    Implementation("product", weight_gradient_by_product, supports_product),
 )
+
+
+def cuts_patches(weight: Tensor, stride: int, padding: int, by_rule: bool) -> bool:
+    """Return whether patches do not overlap, so that `patch_conv` computes the convolution and the gradient of x."""
+    return stride == weight.shape[-1] and not padding and not by_rule
 
 
 def has_slow_weight_gradient(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -103,8 +122,11 @@ class ConvolutionBackward(Operator, name="convolution_backward"):
         to_x, to_weight = x.new_empty(0), weight.new_empty(0)
         if needs_x:
             layout = torch.channels_last if is_by_pixels(x) else torch.contiguous_format
-            mask = (True, False, False)
-            found = convolution_gradients(gradient, x, weight, mask, stride=stride, padding=padding)[0]
+            if cuts_patches(weight, stride, padding, by_rule):
+                found = patches_input_gradient(gradient, x, weight)
+            else:
+                mask = (True, False, False)
+                found = convolution_gradients(gradient, x, weight, mask, stride=stride, padding=padding)[0]
             to_x = found.contiguous(memory_format=layout)
         if needs_weight:
             compute = weight_gradient_by_product if by_rule else convolution_weight_gradient
@@ -134,7 +156,10 @@ class Convolution(Operator, name="convolution"):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, by_rule: bool) -> Tensor:
-        y = F.conv2d(x, weight, bias, stride, padding)
+        if cuts_patches(weight, stride, padding, by_rule):
+            y = patches_forward(x, weight, bias)
+        else:
+            y = F.conv2d(x, weight, bias, stride, padding)
         return y.contiguous(memory_format=output_layout(x, weight))
 
     @staticmethod
@@ -160,7 +185,8 @@ class Convolution(Operator, name="convolution"):
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, by_rule: bool = False
 ) -> Tensor:
-    """Convolve as torch does, with the gradient of the weight by torch or as a product over patches.
+    """Convolve as torch does, with the gradient of the weight by torch or as a product over patches; where patches do
+    not overlap, all passes by one or the other.
 
     Shapes: x (N, in, H, W), weight (out, in, k, k), bias (out,) → (N, out, H', W'), H' = ⌊(H + 2p − k)/s⌋ + 1. First
     derivatives only; second derivatives exist under `off()`.
@@ -185,4 +211,31 @@ def convolve(
     if rows != columns:
         raise SkipwayError(f"weight of shape {tuple(weight.shape)}: the rule is square filters, (out, in, k, k)")
     x, weight, bias = to_autocast(x, weight, bias)  # type: ignore[assignment]
+    if not enabled() or not x.numel():
+        return F.conv2d(x, weight, bias, stride, padding)
     return Convolution.apply(x, weight, bias, stride, padding, by_rule)
+
+
+def convolve_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve with a stride as large as the filter, y[:, h, w] = Σ_ij W[:, :, i, j] x[:, kh + i, kw + j] + b: a patch
+    embedding, a downsampling, or, for k = 1, a linear map of each pixel.
+
+    The forward pass and each gradient are computed as torch does or as a product over all patches, whichever is faster
+    here; where patches do not overlap, both compute as much.
+
+    Shapes: x (N, in, H, W), weight (out, in, k, k), bias (out,) → (N, out, ⌊H/k⌋, ⌊W/k⌋). First derivatives only;
+    second derivatives exist under `off()`.
+
+    Raises:
+        SkipwayError: the filter is not square, or larger than the map.
+
+    >>> convolve_patches(torch.ones(1, 3, 4, 4), torch.ones(4, 3, 2, 2))[0, 0]
+    tensor([[12., 12.],
+            [12., 12.]])
+    """
+    rows, columns = weight.shape[-2:]
+    if rows != columns or min(x.shape[-2:]) < rows:
+        raise SkipwayError(
+            f"weight of shape {tuple(weight.shape)}, map of {tuple(x.shape)}: the rule is a filter k × k in the map"
+        )
+    return convolve(x, weight, bias, stride=rows)

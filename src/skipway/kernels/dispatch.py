@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from skipway.kernels.autotune import enabled, only, restricted
 from skipway.kernels.cast import eligible, to_autocast
-from skipway.kernels.dense_conv import convolve, has_slow_weight_gradient, product_may_pay
+from skipway.kernels.dense_conv import convolve, convolve_patches, has_slow_weight_gradient, product_may_pay
 from skipway.kernels.depthwise_conv import depthwise
 from skipway.kernels.matmul import PackedWeight, is_large_linear, linear, pack_weight, packed_linear
 from skipway.kernels.onednn import supports_onednn_matmul
-from skipway.kernels.patch_conv import convolve_patches, multiply_patches
+from skipway.kernels.patch_conv import multiply_patches
 from skipway.kernels.sdpa import attention, bias_fits
 
 __all__ = ["LARGE", "ROUTES", "KernelMode", "PackedKernelMode", "bfloat16_kernels", "is_depthwise"]
@@ -89,8 +90,10 @@ def is_depthwise(
 
 
 def pair(value: Any) -> Any:
-    """Return a stride or padding for both axes."""
-    return (value, value) if isinstance(value, int) else tuple(value) if not isinstance(value, str) else value
+    """Return a stride or padding for both axes; torch takes a tuple of one number for both."""
+    if isinstance(value, str):
+        return value
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
 
 
 def route_attention(
@@ -110,7 +113,9 @@ def route_attention(
         return NotImplemented
     if scale is not None and not math.isclose(scale, q.shape[-1] ** -0.5):
         return NotImplemented
-    if attn_mask is not None and (attn_mask.dtype == torch.bool or not bias_fits(attn_mask, q, k)):
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:  # torch broadcasts them
+        return NotImplemented
+    if attn_mask is not None and not (bias_fits(attn_mask, q, k) and len(attn_mask) in (1, len(q))):
         return NotImplemented
     return attention(q, k, v, attn_mask, is_causal)
 
@@ -121,6 +126,19 @@ ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: route_attention,
 }
 """Route of each function; it returns NotImplemented where torch's own function is to be called."""
+
+
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+"""Classes of tensors that kernels take. Others, sharded or quantised ones, have rules of their own for each operator of
+torch, and none for ours.
+"""
+
+
+def is_plain(argument: Any) -> bool:
+    """Return whether an argument is no tensor, or one of floating-point numbers on the CPU that kernels take."""
+    if not isinstance(argument, Tensor):
+        return True
+    return type(argument) in PLAIN and argument.device.type == "cpu" and argument.is_floating_point()
 
 
 class KernelMode(TorchFunctionMode):
@@ -135,12 +153,12 @@ class KernelMode(TorchFunctionMode):
 
     def route(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return what a kernel computes in the function's place; NotImplemented where torch's function is called."""
-        route = ROUTES.get(func)
-        return NotImplemented if route is None else route(*args, **kwargs)
+        return ROUTES[func](*args, **kwargs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if enabled() and args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
+        first = args[0] if func in ROUTES and args else None
+        if isinstance(first, Tensor) and enabled() and all(map(is_plain, (*args, *kwargs.values()))):
             result = self.route(func, args, kwargs)
             if result is not NotImplemented:
                 return result
@@ -154,7 +172,7 @@ class Bfloat16Mode(KernelMode):
     """
 
     def route(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if not isinstance(args[0], Tensor) or not in_bfloat16(args[0]):
+        if not in_bfloat16(args[0]):
             return NotImplemented
         if func is F.scaled_dot_product_attention and len(args) >= 3:
             q, k = args[:2]

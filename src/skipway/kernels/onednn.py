@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from skipway.hardware.processor import has_amx
 __all__ = ["onednn_matmul", "supports_onednn_matmul", "with_onednn_matmul"]
 
 
+class OpenContexts:
+    """Open `onednn_matmul` contexts of all threads, and the setting before the first of them."""
+
+    count, before = 0, "none"
+    lock = Lock()
+
+
 @contextmanager
 def onednn_matmul() -> Iterator[None]:
     """Send products in float32 to oneDNN within the context, in the whole process.
@@ -23,11 +31,17 @@ def onednn_matmul() -> Iterator[None]:
     (AMX) the products are then rounded to it.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - its stub has none
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    with OpenContexts.lock:
+        if not OpenContexts.count:
+            OpenContexts.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        OpenContexts.count += 1
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        with OpenContexts.lock:
+            OpenContexts.count -= 1
+            if not OpenContexts.count:
+                matmul.fp32_precision = OpenContexts.before
 
 
 def with_onednn_matmul(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,8 @@ CAUSAL_ROWS = 128
 """Rows of a block under a causal mask: fewer leave out more of the masked half, and make smaller products."""
 LEAST_ROWS = 32
 """Rows of a block at least."""
+ROUGH = (0, 2, 3)
+"""Axes of q, k, v and weights that count up to a factor of two in the choice of a kernel: texts have all lengths."""
 
 
 def attention_reference(
@@ -64,16 +66,24 @@ def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -
     """Return softmax(q kᵀ / √d + B) of shape (N, heads, T, S), N a multiple of B's first axis; causal: the last key
     is that of the last row, and a row's weights of later keys are 0.
 
-    It is computed in float32 at least: logits rounded to 16 bits are wrong by a few per cent of a weight.
+    It is computed in float32 at least: logits rounded to 16 bits are wrong by a few per cent of a weight. They are
+    scaled after the product, which may be rounded to 16 bits once more, where the entries of q have 16 bits. Rows whose
+    bias is −∞ throughout have weights of 0, as in torch.
     """
-    logits = (at_least_float32(q) * q.shape[-1] ** -0.5) @ at_least_float32(k).mT
+    scale, exact = q.shape[-1] ** -0.5, q.dtype.itemsize > 2
+    logits = (q * scale if exact else q.float()) @ at_least_float32(k).mT
+    if not exact:
+        logits.mul_(scale)
     if bias is not None:
         logits.unflatten(0, (-1, len(bias))).add_(bias)
     if causal:
         rows = q.shape[-2]
         later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
         logits[..., k.shape[-2] - rows :].masked_fill_(later, float("-inf"))
-    return torch.softmax(logits, -1)
+    weights = torch.softmax(logits, -1)
+    if bias is not None and bool((hidden := bias.amax(-1, keepdim=True) == float("-inf")).any()):
+        weights.unflatten(0, (-1, len(bias))).masked_fill_(hidden, 0)
+    return weights
 
 
 def weights_are_small(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -117,6 +127,7 @@ attention_forward = add_kernel(
     attention_reference,
     Implementation("blocks", attention_in_blocks, attends_on_cpu),
     Implementation("onednn", with_onednn_matmul(attention_in_blocks), exact_in_onednn),
+    rough=ROUGH,
 )
 
 
@@ -169,6 +180,7 @@ attention_backward = add_kernel(
     attention_backward_reference,
     Implementation("blocks", attention_backward_in_blocks, attends_on_cpu),
     Implementation("onednn", with_onednn_matmul(attention_backward_in_blocks), exact_in_onednn),
+    rough=ROUGH,
 )
 
 
@@ -251,6 +263,7 @@ attention_passes = add_kernel(
     "attention with backward",
     both_passes(torch_attention),
     Implementation("operator", both_passes(operator_attention), attends_on_cpu),
+    rough=ROUGH,
 )
 """Whether torch's function or our operator is the faster, both passes taken together: only its choice is used."""
 
@@ -285,12 +298,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causa
     `off()`.
 
     Raises:
-        SkipwayError: the shape of B does not fit, or a causal mask is given beside a bias or keys of another number.
+        SkipwayError: the shapes do not fit, or a causal mask is given beside a bias or keys of another number.
 
     >>> q = torch.randn(6, 2, 4, 8)
     >>> attention(q, q, q, torch.zeros(3, 2, 4, 4)).shape
     torch.Size([6, 2, 4, 8])
     """
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2] or k.shape[2] != v.shape[2]:
+        raise SkipwayError(
+            f"q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: the rule is (N, heads, T, d), "
+            "(N, heads, S, d), (N, heads, S, e) with equal N and heads; expand them first"
+        )
     if bias is not None and not bias_fits(bias, q, k):
         raise SkipwayError(
             f"bias of shape {tuple(bias.shape)} for q {tuple(q.shape)}: the rule is (W, heads, T, S), W a divisor of N"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skipway.errors import SkipwayError
 from skipway.kernels import triton_launch
-from skipway.kernels.autotune import Implementation, add_kernel
+from skipway.kernels.autotune import Implementation, add_kernel, enabled
 from skipway.kernels.cast import to_autocast
 from skipway.kernels.operator import Operator
 from skipway.kernels.sdpa import attention_backward_reference, attention_reference
@@ -137,4 +137,5 @@ def windowed_attention(qkv: Tensor, position: Tensor, down: int = 0, across: int
             f"multiples of {side}"
         )
     (qkv,) = to_autocast(qkv)  # type: ignore[assignment]
-    return WindowedAttention.apply(qkv, position, down, across)
+    operator = WindowedAttention.apply if enabled() else windows_reference
+    return operator(qkv, position, down, across)

@@ -44,9 +44,16 @@ def add_in_one_pass(self: Any, x: Tensor) -> Tensor:
     else:
         branch = self.drop(branch)
     shortcut = self.shortcut(x, h)
-    if gain is None and mask is None and is_unsaved(self.branch) and same_layout(shortcut, branch):
+    if mask is None and adds_branch(self) and same_layout(shortcut, branch):
         return self.post(branch.add_(shortcut))
     return self.post(kernels.residual(shortcut, branch, gain, mask))
+
+
+def adds_branch(connection: Any) -> bool:
+    """Whether a connection adds the output of its branch as it is, in a tensor that nothing else reads."""
+    scale, drop = connection.scale, connection.drop
+    passed = computes_only(scale, nn.Identity) and any(computes_only(drop, kind) for kind in (nn.Identity, DropPath))
+    return passed and is_unsaved(connection.branch)
 
 
 OUTPUT_UNSAVED = (nn.Identity, nn.BatchNorm2d, nn.LayerNorm)
