@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import skipway as sw
 from skipway.inference import onnx as export
-from skipway.inference.onnx import export_onnx
+from skipway.inference.onnx import check_agreement, export_onnx, export_program
 
 TOKENS = {"depth": 1, "dim": 16, "heads": 2, "patch": 8, "image": 16, "classes": 5}
 MODELS = {
@@ -71,12 +73,21 @@ class Net(nn.Module):
     def forward(self, x):
         if self.how == "fixed":
             return self.map(x.new_zeros(len(x), 4) + x)
+        if self.how == "writes":
+            return self.map(x.mul_(0.5))
+        if self.how == "not a number":
+            return self.map(x) * (math.nan if torch.compiler.is_exporting() else 2)
         return self.map(x) * (1 if torch.compiler.is_exporting() else 2)
 
 
 @needs_onnx
 @pytest.mark.parametrize(
-    ("how", "message"), [("fixed", "fixes its batch size at 2"), ("differs", "tolerance=0.0001 allows")]
+    ("how", "message"),
+    [
+        ("fixed", "fixes its batch size at 2"),
+        ("differs", "tolerance=0.0001 allows"),
+        ("not a number", "differs from the model by inf"),
+    ],
 )
 def test_a_wrong_file_is_not_left_behind(tmp_path, how, message):
     with pytest.raises(sw.SkipwayError, match=message):
@@ -94,3 +105,28 @@ def test_without_the_extra_the_line_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(sw.MissingExtraError, match=r"onnx, which is not installed: pip install 'skipway\[onnx\]'"):
         export_onnx(Net("fine"), torch.zeros(2, 4), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(("how", "worst"), [("differs", r"[\d.]+"), ("not a number", "inf")])
+def test_a_program_that_computes_something_else_is_not_left_behind(tmp_path, how, worst):
+    with pytest.raises(sw.SkipwayError, match=rf"model\.pt2 differs from the model by {worst}, .*=0\.0001 allows"):
+        export_program(Net(how), torch.zeros(2, 4), tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+    assert export_program(Net(how), torch.zeros(2, 4), tmp_path / "model.pt2", tolerance=None) > 0.1
+
+
+@pytest.mark.parametrize("write", [pytest.param(export_onnx, marks=needs_onnx), export_program])
+def test_a_network_that_writes_into_its_input_is_compared_on_the_same_input(tmp_path, write):
+    x = torch.ones(2, 4)
+    assert write(Net("writes"), x, tmp_path / "model.pt2") < 1e-5
+    assert torch.equal(x, torch.ones(2, 4))
+
+
+def test_no_number_is_no_agreement_and_equal_infinities_are_one():
+    """In any batch, the largest output being a finite one."""
+    one, none, never = torch.tensor([2.0, -math.inf]), torch.tensor([math.nan, 1.0]), torch.tensor([2.0, 1.0])
+    assert check_agreement([(one, one)], "the file", 1e-4) == 0
+    for pairs in ([(one, one), (never, none)], [(none, none)], [(never, one)]):
+        assert check_agreement(pairs, "the file", None) == math.inf
+        with pytest.raises(sw.SkipwayError, match="the file differs from the model by inf"):
+            check_agreement(pairs, "the file", 1e-4)

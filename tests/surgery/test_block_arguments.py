@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import skipway as sw
 from benchmarks.surgery.language import Model, examine_cell
 from skipway.surgery import checkpointed, reversible, skip_compute
+from skipway.surgery.block_survey import find_blocks
+from skipway.surgery.saved_tensors import costs_of
 
 X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(4, 6, dtype=torch.long)
@@ -144,3 +146,26 @@ def test_what_from_pretrained_would_leave_out_is_said():
 def test_language_models_looked_at_from_outside(name, operation, monkeypatch):
     monkeypatch.setattr("skipway.inference.backend_selection.BackendComparison.time", lambda self, *given: None)
     assert examine_cell(Model.build(name, None), operation) == ("right", "")
+
+
+class Named(Decoder):
+    """Blocks whose first argument is none, or not x."""
+
+    def __init__(self, biased: bool) -> None:
+        super().__init__()
+        self.biased = biased
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(bias=torch.zeros(len(x) * 2, 1, 1), hidden=x)[0] if self.biased else block(None, hidden=x)[0]
+        return x
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: Named(True), lambda: Named(False), Decoder], ids=["named", "alone", "second"]
+)
+def test_a_block_keeps_the_bytes_of_x_wherever_it_is_given_x(build):
+    model = build()
+    _, costs = costs_of(model, X, find_blocks(model, X).calls)
+    assert [cost.given for cost in costs.values()] == 4 * [X.nbytes]
+    assert checkpointed(model, X, "squareroot").touched

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import skipway as sw
@@ -207,3 +210,57 @@ def test_factors_that_follow_the_depth_are_said_to_be_those_before(scheme, said)
     assert ("depth" in operation.refused) == said
     if said:
         assert scheme.partition("(")[0] in operation.refused["depth"]
+
+
+TRAINED = {
+    "all": ({"conv.weight", "conv.bias", "norm.weight", "norm.bias"}, {"conv.weight", "conv.bias"}),
+    "biases alone": ({"conv.bias", "norm.bias"}, {"conv.bias"}),
+    "the norm's bias alone": ({"norm.bias"}, {"conv.bias"}),
+    "weights alone": ({"conv.weight", "norm.weight"}, {"conv.weight"}),
+    "norms alone": ({"norm.weight", "norm.bias"}, {"conv.weight", "conv.bias"}),
+    "none": (set(), set()),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", TRAINED)
+def test_what_was_trained_is_trained_within_the_map(case, bias):
+    """A parameter is trained if one was that went into it, whatever its neighbour is."""
+    model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 1, bias=bias), norm=nn.BatchNorm2d(4))).eval()
+    given, expected = TRAINED[case]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in given)
+    operation = remove_norm(model, X, how="fold")
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
+    assert ("trained from now on" in operation.touched["norm"]) == (case == "norms alone")
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_a_factor_is_trained_as_the_gain_was_and_a_shift_as_the_bias_was(trained):
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)).eval().requires_grad_(False)
+    getattr(model[1], trained).requires_grad_(True)
+    assert remove_norm(model, X, how="fold").touched == {"1": "a factor and a shift in its place"}
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [f"1.0.{trained}"]
+
+
+COMPUTED = {
+    "weight norm": nn.utils.weight_norm,
+    "spectral norm": nn.utils.spectral_norm,
+    "pruned weight": lambda conv: nn.utils.prune.l1_unstructured(conv, "weight", 0.5),
+    "pruned bias": lambda conv: nn.utils.prune.l1_unstructured(conv, "bias", 0.5),
+    "parametrization": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_a_norm_behind_a_map_whose_weights_are_computed_is_a_factor_and_a_shift(compute):
+    torch.manual_seed(0)
+    model = nn.Sequential(compute(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU())
+    model.train()(X)
+    before = model.eval()(X).detach()
+    keys = list(model.state_dict())
+    operation = remove_norm(model, X, how="fold")
+    assert dict(operation.touched) == {"1": "a factor and a shift in its place"}
+    torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-5)
+    assert list(operation.undo().state_dict()) == keys

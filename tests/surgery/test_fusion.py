@@ -265,3 +265,15 @@ def test_somebodys_network_folds_where_it_is_plain():
 def test_without_values_there_is_nothing_to_fold():
     with pytest.raises(sw.SkipwayError, match="meta device"):
         sw.fuse(sw.build("resnet20", device="meta"))
+
+
+@pytest.mark.parametrize("trained", ["0.bias", "1.bias", "none"])
+@pytest.mark.parametrize("after", [lambda: nn.BatchNorm2d(4), Bias])
+def test_a_fused_bias_is_trained_as_what_went_into_it(trained, after):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), after())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == trained)
+    fused = sw.fuse(model)
+    assert isinstance(fused[1], nn.Identity)
+    assert fused[0].bias.requires_grad == (trained != "none")
+    assert not fused[0].weight.requires_grad

@@ -241,3 +241,46 @@ def test_bad_input():
     for wrong in (0, True, "every(0)", "budget(0)", "cube"):
         with pytest.raises(sw.SkipwayError):
             checkpointed(Net(), X, wrong)
+
+
+class AddsInPlace(nn.Module):
+    """x += F(relu(x))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(x)
+        x += self.map(h)
+        return x
+
+
+def test_blocks_that_add_in_place_are_computed_for_the_samples_that_are_drawn():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), *(AddsInPlace() for _ in range(3)))
+    skip_compute(model, ROW, 0.5, rising=False)
+    block = model[1].train()
+    stream = torch.randn(16, 8)
+    found = block(stream.clone()).detach()
+    drawn = (found != stream).any(1)
+    assert drawn.sum() == 8
+    change = block.map(stream.relu()).detach()
+    torch.testing.assert_close((found - stream)[drawn], 2 * change[drawn])
+    model.train()(ROW).square().sum().backward()
+    assert all(bool(parameter.grad.any()) for parameter in model.parameters())
+
+
+def test_no_axis_is_found_by_outputs_that_are_no_numbers():
+    model = deep(4)
+    with torch.no_grad():
+        model[0].weight.fill_(torch.nan)
+    with pytest.raises(sw.SkipwayError, match="no axis of the example holds independent samples"):
+        skip_compute(model, ROW, 0.5)
+
+
+def test_an_operation_draws_none_of_the_numbers_of_its_caller():
+    model = deep(4)
+    before = torch.get_rng_state()
+    skip_compute(model, ROW, 0.5)
+    torch.testing.assert_close(torch.get_rng_state(), before, rtol=0, atol=0)

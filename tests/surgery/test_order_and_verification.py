@@ -8,13 +8,16 @@ import pytest
 import torch
 from tests.surgery.test_depth import Net, X
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import skipway as sw
 from skipway.surgery.checks import EQUAL, ComparisonRule, EqualTraining
+from skipway.surgery.parameter_values import summarise
 from skipway.surgery.training_pass import TrainingPass
 from skipway.surgery.transaction import transaction
 from skipway.surgery.verification import difference
 from skipway.tracing.containers import tensors_in
+from skipway.tracing.samples import agrees
 
 
 def test_an_earlier_operation_is_not_undone_before_a_later_one():
@@ -109,3 +112,32 @@ def test_rounding_is_measured_on_a_copy():
         assert 0 < difference(before.outputs, rounded.outputs) < 1e-4
         assert {parameter: parameter._version for parameter in model.parameters()} == versions
         change.commit()
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """Within it, tensors are on a device that has no float64, as Apple's, until they are moved to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[Tensor] = []  # held, so that no address is used twice
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        here = any(each is args[0] for each in self.moved)
+        if func == Tensor.device.__get__:
+            return torch.device("cpu" if here else "mps")
+        if not here and torch.float64 in (*args[1:], *kwargs.values()):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and (here or func == Tensor.cpu):
+            made = made.view_as(made)
+            self.moved.append(made)
+        return made
+
+
+def test_values_are_summarised_on_devices_without_float64():
+    parameter = nn.Parameter(torch.randn(3, 4))
+    expected = summarise(parameter)
+    with WithoutFloat64():
+        assert summarise(parameter) == expected
+        assert agrees(torch.ones(4, 2), torch.ones(2, 2), 0)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.process_group import one_rank
 from tests.surgery.test_depth import Block, Net, X, state
 from tests.surgery.test_survival import OPERATIONS, Operate
 from torch import Tensor, nn
 
 import skipway as sw
-from skipway.surgery import fold_gains, influence, rescheme, skip_compute
+from skipway.surgery import fold_gains, influence, replace_classifier, rescheme, skip_compute
 
 ALL: dict[str, Callable] = {**OPERATIONS, "influence": influence, "fold_gains": fold_gains}
 
@@ -141,3 +142,29 @@ def test_a_failure_half_way_is_taken_back():
     refused = sw.surgery.checkpointed(net, X).refused
     assert list(refused) == ["blocks.3"]
     assert "replaced on the instance" in refused["blocks.3"]
+
+
+CHANGING = {
+    **{name: OPERATIONS[name] for name in ("rescheme", "fold", "shorten", "deepen")},
+    "replace_classifier": lambda m, x: replace_classifier(m, x, 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile], ids=["plain", "compiled"])
+def test_parameters_do_not_change_under_data_parallel_training(wrap):
+    """Its reducer averages the gradients of those that it was built with, and of no others."""
+    torch.manual_seed(0)
+    net = Net().eval()
+    before = state(net)
+    with one_rank():
+        ranks = nn.parallel.DistributedDataParallel(net)
+        for operate in CHANGING.values():
+            with pytest.raises(sw.SkipwayError, match=r"operate on the network in it, model\.module, and wrap that"):
+                operate(wrap(ranks), X)
+            assert state(net)[:2] == before[:2]
+            assert torch.equal(state(net)[2], before[2])
+            operate(ranks.module, X).undo()
+        for name in ("lesion", "skip_compute", "checkpointed", "reversible"):
+            OPERATIONS[name](wrap(ranks), X).undo()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tests.surgery.test_depth import Net, X, state
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import skipway as sw
 from skipway.nn import Gain
@@ -216,6 +217,35 @@ def test_gains_are_folded_into_the_weights_in_front():
     operation.undo()
     assert list(net.state_dict()) == dressed
     assert torch.equal(net(X), before)
+
+
+def test_an_existing_bias_is_written_and_not_replaced():
+    """An optimizer holds it; and frozen weights beside it do not freeze it."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True).eval()
+    x, bias = torch.randn(2, 3, 8), layer.linear2.bias
+    layer.linear2.weight.requires_grad_(False)
+    rescheme(layer, x, "skipinit")
+    with torch.no_grad():
+        layer.dropout2.residual_scale.gain.fill_(3)
+    before = bias.detach().clone()
+    operation = fold_gains(layer, x)
+    assert layer.linear2.bias is bias
+    assert bias.requires_grad
+    assert not layer.linear2.weight.requires_grad
+    torch.testing.assert_close(bias, 3 * before)
+    operation.undo()
+    assert layer.linear2.bias is bias
+    assert torch.equal(bias, before)
+
+
+def test_a_gain_behind_a_map_of_pruned_weights_stays():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    prune.l1_unstructured(layer.linear2, "bias", 0.5)
+    rescheme(layer, x, "skipinit")
+    operation = fold_gains(layer, x)
+    assert "computed from other parameters in every pass" in operation.refused["dropout2.residual_scale"]
+    assert list(operation.touched) == ["dropout1.residual_scale"]
 
 
 def test_what_normfree_put_in_is_folded_and_what_is_no_factor_stays():

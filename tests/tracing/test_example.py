@@ -11,6 +11,7 @@ import skipway as sw
 from benchmarks.peers import import_transformers
 from skipway.errors import SkipwayError
 from skipway.tracing import as_batch, as_example, call_model, watch
+from skipway.tracing.example import copy_example
 
 
 class Conditioned(nn.Module):
@@ -86,3 +87,46 @@ def test_a_loader_is_read_once():
 
     watch(nn.Linear(4, 4), Loader())
     assert len(reads) == 1
+
+
+class Cache:
+    """What a network writes into, in its own way."""
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+
+
+class Writing(nn.Module):
+    """Writes into everything that it is given; `decides` by values, which the meta device has not."""
+
+    def __init__(self, decides: bool) -> None:
+        super().__init__()
+        self.decides, self.map = decides, nn.Linear(4, 4)
+
+    def forward(self, x, cache):
+        x.sub_(1)
+        cache.keys.append(x)
+        return self.map(x) if not self.decides or x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_watched_network_writes_into_a_copy(decides):
+    x, cache = torch.ones(2, 4), Cache()
+    program = watch(Writing(decides), (x, cache))
+    assert program.on_meta is not decides
+    assert torch.equal(x, torch.ones(2, 4))
+    assert cache.keys == []
+
+
+def test_a_copy_shares_what_the_example_shares():
+    """`query is key` decides what attention computes."""
+    x, cache = torch.ones(2), Cache()
+    cache.keys.append(x)
+    one, other, copied = copy_example((x, x, cache))
+    assert one is other is copied.keys[0]
+    one.zero_()
+    assert torch.equal(x, torch.ones(2))
+    (made,) = copy_example((x.requires_grad_(),), gradients=True)
+    assert made.requires_grad
+    assert not copy_example(x).requires_grad
+    assert copy_example(x, "meta").is_meta

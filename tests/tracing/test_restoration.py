@@ -8,14 +8,16 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from skipway.surgery.training_pass import run_training_pass
 from skipway.tracing import preserved_state, restoration
-from skipway.tracing.restoration import TRACELESS
+from skipway.tracing.restoration import TRACELESS, generator_devices, random_states
 
 
 @contextmanager
@@ -104,3 +106,45 @@ def test_a_pass_that_raises_leaves_everything_as_it_was():
     with pytest.raises(RuntimeError):
         fail()
     assert states(net) == before
+
+
+# Accelerators -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws_by_shape", [False, True])
+def test_no_generator_is_seeded_that_nobody_puts_back(monkeypatch, draws_by_shape):
+    """`torch.manual_seed` seeds every device, those of other networks, too."""
+
+    def refuse(seed):
+        raise AssertionError("every device would be seeded")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout())
+    before = states(net)
+    assert run_training_pass(net, torch.ones(2, 3), draws_by_shape=draws_by_shape) is not None
+    assert states(net) == before
+
+
+def test_the_devices_of_buffers_have_generators_too(monkeypatch):
+    device, put_back = torch.device("cuda:1"), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda where: f"the state of {where}")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, where: put_back.append((state, where)))
+    module = nn.Module()
+    module._buffers["table"] = SimpleNamespace(device=device)  # a tensor there
+    for step in random_states(module):
+        step()
+    assert put_back == [("the state of cuda:1", device)]
+    assert generator_devices([torch.zeros(1), torch.zeros(1, device="meta")]) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_random_numbers_of_a_gpu_go_on_as_if_nothing_had_happened(place):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout()).to(place)
+    torch.cuda.manual_seed(7)
+    expected = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(7)
+    one, two = (run_training_pass(net, torch.ones(2, 3, device=place)) for _ in range(2))
+    assert torch.equal(one.outputs[0], two.outputs[0])
+    assert torch.equal(torch.rand(3, device="cuda"), expected)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
 
 import skipway as sw
 from benchmarks.twin import ClassicBottleneck, ClassicResNet
@@ -368,3 +369,76 @@ def test_an_unmapped_key_is_named_with_what_comes_closest():
     text = str(caught.value)
     assert "blocks.7.norm1.weight (it would be blocks.7.attention.pre.norm.weight, which this model lacks)" in text
     assert "blocks.0.attn.qvk.weight (no rule matches it; the closest known key is blocks.0.attn.qkv.weight)" in text
+
+
+# Parameters with two names, wrappers, and networks without memory ---------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A network that is not ours, whose head is its table of tokens."""
+
+    def __init__(self, tokens: int = 5) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(tokens, 4), nn.Linear(4, tokens, bias=False)
+        self.head.weight = self.token.weight
+
+
+@pytest.mark.parametrize("left_out", [None, "token.weight", "head.weight"])
+def test_a_shared_parameter_may_stand_in_a_file_once(left_out):
+    source = Tied()
+    state = {key: tensor for key, tensor in source.state_dict().items() if key != left_out}
+    for prefix in ("", "model."):
+        model = sw.load(Tied(), {f"{prefix}{key}": tensor for key, tensor in state.items()}, remark=lambda _: None)
+        assert torch.equal(model.token.weight, source.token.weight)
+        assert model.head.weight is model.token.weight
+
+
+def test_a_shared_parameter_has_one_value_and_one_shape():
+    model = Tied()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state["head.weight"] += 1
+    before = model.token.weight.clone()
+    with pytest.raises(sw.CheckpointError, match=r"1 unequal to another name .*:\n  head\.weight \(token\.weight\)"):
+        sw.load(model, state)
+    assert torch.equal(model.token.weight, before)
+    with pytest.raises(sw.CheckpointError, match="2 of another shape") as caught:
+        sw.load(model, {"token.weight": torch.zeros(7, 4)})
+    assert "missing" not in str(caught.value)
+
+
+def compiled_inside() -> nn.Module:
+    model = vit()
+    model.blocks[1] = torch.compile(model.blocks[1])
+    model.head.classifier = torch.compile(model.head.classifier)
+    return model
+
+
+WRAPPED = {
+    "compiled": lambda: torch.compile(vit()),
+    "compiled parts": compiled_inside,
+    "both, in DataParallel": lambda: nn.DataParallel(torch.compile(compiled_inside())),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("names", ["skipway", "timm"])
+def test_a_wrapped_network_takes_the_file_of_the_bare_one(wrap, names):
+    source, model = vit(), wrap()
+    assert sw.load(model, export_names(source, names), names=names) is model
+    loaded = export_names(model, names)
+    assert loaded.keys() == export_names(source, names).keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in export_names(source, names).items())
+
+
+def test_choices_know_a_wrapped_classifier_and_wrapped_blocks():
+    model = compiled_inside()
+    before = model.head.classifier.weight.clone()
+    sw.load(model, vit(classes=9, depth=1).state_dict(), adapt=("classes", "depth"))
+    assert torch.equal(model.head.classifier.weight, before)
+
+
+def test_a_network_without_memory_is_named():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(sw.CheckpointError, match=r"0\.weight of this Sequential is on the meta device"):
+        sw.load(model, nn.Sequential(nn.Linear(2, 2)).state_dict())

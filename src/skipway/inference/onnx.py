@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,6 +105,7 @@ def export_program(
     example: Example,
     path: str | Path,
     *,
+    tolerance: float | None = 1e-4,
     sides: Sides = "dynamic",
     extra: Mapping[str, str] | None = None,
     remark: Callable[[str], None] = warnings.warn,
@@ -117,6 +118,8 @@ def export_program(
         example: an input of the shape that the file is for: a tensor, or a `DataLoader` whose first batch is one. The
             batch size does not matter.
         path: of the file, with the suffix `.pt2`.
+        tolerance: largest difference allowed between the file's program and the model, over the largest output; None
+            allows any.
         sides: see `export_onnx`.
         extra: texts by name that are stored in the file, `torch.export.load`'s `extra_files`.
         remark: called with a sentence if the sides are fixed, or a residual warm-up (`prores`) has not ended.
@@ -125,8 +128,8 @@ def export_program(
         the largest absolute difference between the file's program and the model, over random inputs of two batch sizes.
 
     Raises:
-        SkipwayError: no such folder, another suffix, an example of several tensors, or a network that cannot be
-            exported; no file is left then.
+        SkipwayError: no such folder, another suffix, an example of several tensors, a network that cannot be exported,
+            or outputs that differ; no file is left then.
     """
     path, given = check_path(path), single_tensor(example)
     if path.suffix != ".pt2":
@@ -142,7 +145,8 @@ def export_program(
 
     def verify(model: nn.Module, file: Path, batches: list[Tensor]) -> float:
         written = torch.export.load(file).module()
-        return max(float((written(images) - model(images)).abs().max()) for images in batches)
+        pairs = [(model(images.clone()), written(images.clone())) for images in batches]
+        return check_agreement(pairs, printable(file.name), tolerance)
 
     difference = export_verified(model, given, path, sides, write, verify, remark)
     assert difference is not None
@@ -164,7 +168,7 @@ def export_verified(
     if sides not in get_args(Sides):
         raise SkipwayError(f"{spell('sides', sides)}: the rule is dynamic or fixed")
     with eval_mode(model), torch.no_grad(), file_aside(path) as file:
-        call_for_tensor(model, given)
+        call_for_tensor(model, given.clone())  # networks may write into what they are given
         batches = random_batches(given)
         others, fault = other_sizes(model, given) if sides == "dynamic" else ([], "")
         if others:
@@ -273,7 +277,7 @@ def other_sizes(model: nn.Module, example: Tensor) -> tuple[list[Tensor], str]:
         ]
         try:
             for images in made:
-                model(images)
+                model(images.clone())
         except Exception as error:  # a network raises whatever it likes
             fault = f"the network fails at {sides_of(made[0])}: {root_cause(error)}"
         else:
@@ -371,22 +375,44 @@ def verify_onnx(model: nn.Module, path: Path, batches: list[Tensor], tolerance: 
             f"this {type(model).__name__} fixes its batch size at {size}: it reads the size as a plain number, "
             "by len(x) or int(x.shape[0]); use x.shape[0]"
         )
-    worst = largest = 0.0
-    expected = batches[0]
+    pairs: list[tuple[Tensor, Tensor]] = []
     for images in batches:
-        expected = model(images).cpu()
+        expected = model(images.clone()).cpu()
         outputs = np.asarray(session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})[0])
         if outputs.shape != tuple(expected.shape):
             raise SkipwayError(
                 f"{printable(path.name)} in onnxruntime gives {outputs.shape} for images of {sides_of(images)}, the "
                 f"model {tuple(expected.shape)}"
             )
-        worst = max(worst, float((torch.from_numpy(outputs) - expected).abs().max()))
-        largest = max(largest, float(expected.abs().max()))
+        pairs.append((expected, torch.from_numpy(outputs)))
+    return check_agreement(pairs, f"{printable(path.name)} in onnxruntime", tolerance)
+
+
+def check_agreement(pairs: Sequence[tuple[Tensor, Tensor]], what: str, tolerance: float | None) -> float:
+    """The largest difference between outputs of the model and of a file; infinite where one is not a number.
+
+    Args:
+        pairs: outputs of the model, and of the file.
+        what: the file, for the message.
+        tolerance: see `export_onnx`.
+
+    Raises:
+        SkipwayError: they differ by more.
+    """
+    worst = max(float(gap_of(*pair).max()) for pair in pairs)
+    largest = max(float(expected.abs().where(expected.isfinite(), 0).max()) for expected, _ in pairs)
     if tolerance is not None and not worst <= tolerance * largest:
+        half = any(expected.dtype in (torch.float16, torch.bfloat16) for expected, _ in pairs)
         raise SkipwayError(
-            f"{printable(path.name)} in onnxruntime differs from the model by {worst:.2g}, where the largest output is "
-            f"{largest:.2g}; {spell('tolerance', tolerance)} allows {tolerance * largest:.2g}"
-            + ("; half precision needs some 1e-2, or give model.float()" if expected.dtype == torch.float16 else "")
+            f"{what} differs from the model by {worst:.2g}, where the largest output is {largest:.2g}; "
+            f"{spell('tolerance', tolerance)} allows {tolerance * largest:.2g}"
+            + ("; outputs that are not numbers differ from all others" if worst == float("inf") else "")
+            + ("; half precision needs some 1e-2, or give model.float()" if half else "")
         )
     return worst
+
+
+def gap_of(expected: Tensor, given: Tensor) -> Tensor:
+    """The difference of each value: 0 where they are equal, infinite ones included, infinite for what is no number."""
+    gap = (given - expected).abs().masked_fill(given == expected, 0)
+    return gap.nan_to_num(float("inf"), float("inf"))

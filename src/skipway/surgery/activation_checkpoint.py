@@ -248,7 +248,7 @@ def checkpointed(model: nn.Module, example: Example, segments: Segments | str | 
     members = {name for row in rows for name in row}
     if not members:
         raise SkipwayError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
-    kept, costs = costs_of(model, example, members)
+    kept, costs = costs_of(model, example, {name: survey.calls[name] for name in members})
     if skipped := sorted(members - costs.keys()):
         raise SkipwayError(
             f"{abbreviate(skipped)} did not run in a training pass: the network skips blocks at random, and "

@@ -15,6 +15,7 @@ from skipway.surgery.block_call import BlockCall
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.arguments import Path, exchange_at, item_at, path_text, tensor_paths
+from skipway.tracing.example import copy_example
 
 __all__ = ["BlockAxes", "find_block_axes"]
 
@@ -85,12 +86,12 @@ def find_block_axes(model: nn.Module, example: Example, calls: Mapping[str, Bloc
             found = {name: compare_shapes(name, calls[name], before.given[name], more.given[name]) for name in calls}
             axis = next(reversed(found.values())).stream
             count = before.last.shape[axis]
-            if gap(before.last, more.last.narrow(axis, 0, count)) > CLOSE:
+            if not gap(before.last, more.last.narrow(axis, 0, count)) <= CLOSE:  # what is no number is not small
                 continue
             if count > 1:
                 other = run_blocks(model, changed_example(example, axes, exchange_first), calls)
                 rest = (each.last.narrow(axis, 1, count - 1) for each in (before, other))
-                if gap(*rest) > CLOSE:
+                if not gap(*rest) <= CLOSE:
                     continue
         except SkipwayError as refusal:
             problem = problem or str(refusal)
@@ -144,12 +145,19 @@ def other_values(tensor: Tensor, axis: int) -> Tensor:
     moved = tensor.roll(1, others[-1]) if others else tensor
     if not tensor.is_floating_point():
         return moved
-    return moved + torch.randn_like(moved) * (0.1 + moved.nan_to_num(0, 0, 0).abs().mean())
+    noise = torch.randn(moved.shape, generator=torch.Generator().manual_seed(moved.numel())).to(moved)
+    return moved + noise * (0.1 + moved.nan_to_num(0, 0, 0).abs().mean())
 
 
 def gap(one: Tensor, other: Tensor) -> float:
-    """Largest difference of two tensors over their largest value."""
-    return float((one - other).abs().max()) / (float(one.abs().max()) or 1.0)
+    """Largest difference of two tensors over their largest value; not a number if one alone is none, or both are none
+    everywhere.
+    """
+    missing = one.isnan() & other.isnan()
+    if bool(missing.all()):
+        return float("nan")
+    difference = (one - other).abs().masked_fill((one == other) | missing, 0)
+    return float(difference.max()) / (float(one.abs().nan_to_num(0, 0, 0).max()) or 1.0)
 
 
 def run_blocks(model: nn.Module, example: Example, calls: Mapping[str, BlockCall]) -> BlockPass:
@@ -163,7 +171,7 @@ def run_blocks(model: nn.Module, example: Example, calls: Mapping[str, BlockCall
             last[:] = [item_at(output, calls[name].output).float()]
 
     with forward_hooks(model, calls, leave=leave), preserved_state(model), torch.no_grad():
-        call_model(model.eval(), example)
+        call_model(model.eval(), copy_example(example))
     return BlockPass(given, last[0])
 
 

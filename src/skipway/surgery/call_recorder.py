@@ -16,6 +16,7 @@ from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.arguments import Path, exchange_at, nodes, tensor_paths
 from skipway.tracing.containers import ATOMS
+from skipway.tracing.example import copy_example
 
 __all__ = ["CallRecorder"]
 
@@ -40,7 +41,7 @@ class CallRecorder:
         self.outputs: dict[str, Callable[[], Any]] = {}
         hooks = forward_hooks(model, self.expected, enter=self.enter, leave=self.leave)
         with hooks, preserved_state(model), torch.no_grad():
-            returned = [tensor for _, tensor in tensor_paths(call_model(model.eval(), example), depth=3)]
+            returned = [tensor for _, tensor in tensor_paths(call_model(model.eval(), copy_example(example)), depth=3)]
         for name, output in self.outputs.items():
             if any(tensor is output() for tensor in returned):
                 self.finished[name] = replace(self.finished[name], returned=True)

@@ -138,7 +138,7 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
     >>> model[3], dict(operation.touched)
     (Linear(in_features=8, out_features=10, bias=True), {'3': '1000 classes replaced by 10'})
     """
-    model, example = require_operable(model), as_example(example)
+    wrapped, model, example = model, require_operable(model), as_example(example)
     check_whole("classes", classes, 1)
     names, old = read_classifiers(model, example)
     if not names:
@@ -146,7 +146,8 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
             f"{type(model).__name__} has no classifier: the rule is an output (N, K) that is made by a linear map; for "
             "a trunk, which puts out features, write a module that applies nn.Linear to them"
         )
-    with transaction(model, title=f"classifier of {type(model).__name__} for {classes} classes") as change:
+    title = f"classifier of {type(model).__name__} for {classes} classes"
+    with transaction(model, title=title, wrapped=wrapped) as change:
         for name in names:
             replace_one(change, name, old, classes)
             change.touched[name] = f"{old} classes replaced by {classes}"

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.nn import decoding
 from skipway.surgery.checks import Check, ComparisonRule, NotComparedError
-from skipway.surgery.verification import copy_example, difference
+from skipway.surgery.verification import difference
 from skipway.tracing import Example, as_example, preserved_state
 from skipway.tracing.containers import tensors_in
+from skipway.tracing.example import copy_example
 
 __all__ = ["decoding_checks"]
 

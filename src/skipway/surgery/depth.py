@@ -191,14 +191,14 @@ def shorten(model: nn.Module, example: Example, to: int, score: Score | None = N
     Raises:
         SkipwayError: fewer blocks can be left out than asked for; the model is as before.
     """
-    model, example = require_values(model, "shorten"), as_example(example)
+    wrapped, model, example = model, require_values(model, "shorten"), as_example(example)
     check_rule("to", to, is_whole(to), "a whole number of blocks")
     survey = find_blocks(model, example)
     measured = measure_influence(model, example, score, survey)
     check_range("to", to, 0, len(measured), f"{type(model).__name__} has {{}} blocks that can be left out", survey)
     surplus = len(measured) - to
     title, checks = f"{type(model).__name__} shortened to {counted(to, 'block')}", (*CHECKS, *decoding_checks(model))
-    with transaction(model, example, title=title, checks=checks) as change:
+    with transaction(model, example, title=title, checks=checks, wrapped=wrapped) as change:
         change.report = measured
         if not any(measured.values()):
             change.refused["influence"] = (
@@ -275,7 +275,7 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
             place for its copy, or the output changed (in a post-norm network whose norms are trained a copy is no
             identity); the model is as before.
     """
-    model, example = require_values(model, "deepen"), as_example(example)
+    wrapped, model, example = model, require_values(model, "deepen"), as_example(example)
     check_rule("by", by, is_whole(by), "a whole number of blocks")
     check_tolerance("tolerance", tolerance)
     program = watch(model, example)
@@ -291,7 +291,9 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
         "what follows the addition is not the identity on its own output"
     )
     checks = (*EQUAL_WITH_DRAWS, *decoding_checks(model))
-    with transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=checks) as change:
+    with transaction(
+        model, example, title=title, tolerance=tolerance, hint=hint, checks=checks, wrapped=wrapped
+    ) as change:
         for name in chosen:
             if norm := program[program.returned[name][survey.calls[name].output]].norm:
                 change.recast.update(model.get_submodule(norm).parameters())  # the copy ends in this norm again

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply, ResidualWarmup
-from skipway.surgery.fusion import IDLE, MAPS, NORMS, Affine, absorb, affine_of, describe_running, parts
+from skipway.surgery.fusion import (
+    IDLE,
+    MAPS,
+    NORMS,
+    Affine,
+    absorb,
+    affine_of,
+    describe_running,
+    has_own_weights,
+    parts,
+)
 from skipway.surgery.insertion import BRANCH, INPUT, OUTPUT, WEIGHT, computes_like, has_slots, remove
 from skipway.surgery.insertion_point import find_insertion_points
 from skipway.surgery.operation import Operation
@@ -49,7 +62,7 @@ def fold_gains(model: nn.Module, example: Example, *, tolerance: float = 1e-5) -
     >>> list(layer.state_dict()) == keys
     True
     """
-    model, example = require_operable(model), as_example(example)
+    wrapped, model, example = model, require_operable(model), as_example(example)
     check_tolerance("tolerance", tolerance)
     names = [name for name, module in model.named_modules() if has_slots(module)]
     if not names:
@@ -58,7 +71,7 @@ def fold_gains(model: nn.Module, example: Example, *, tolerance: float = 1e-5) -
         )
     closing = closing_modules(model, example)
     title = f"gains of {type(model).__name__} folded"
-    with transaction(model, example, title=title, tolerance=len(names) * tolerance) as change:
+    with transaction(model, example, title=title, tolerance=len(names) * tolerance, wrapped=wrapped) as change:
         for slot in (WEIGHT, INPUT, OUTPUT, BRANCH):
             for name in names:
                 host = model.get_submodule(name)
@@ -118,11 +131,16 @@ def fold_into_weight(change: Transaction, host: nn.Module, inserted: nn.Module |
     weight = host.weight
     if not computes_like(host, (*MAPS, *NORMS)) or not isinstance(weight, Tensor):
         raise SkipwayError(f"no weight of {type(host).__name__} could take it")
+    if not has_own_weights(host):
+        raise SkipwayError(f"weight or bias of {type(host).__name__} is computed from other parameters in every pass")
     effects = [] if slot == WEIGHT else channel_effects(inserted, slot)
     if any(effect.scale.ndim and effect.scale.shape != weight.shape[:1] for effect in effects):
         raise SkipwayError("it has another number of channels")
-    change.keep_values([weight])
-    change.set_parameter(host, "bias", host.bias)  # type: ignore[arg-type]
+    bias: Any = host.bias
+    change.keep_values([weight] if bias is None else [weight, bias])
+    change.set_parameter(host, "bias", bias)
+    if bias is not None:
+        change.record(partial(bias.requires_grad_, bias.requires_grad))
     if slot == WEIGHT:
         weight.copy_(inserted(weight))
     for effect in effects:

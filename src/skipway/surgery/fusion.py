@@ -81,12 +81,14 @@ class Affine:
         shift: of shape () or (C,), None for none.
         axis: of the channels from the end, if it is known; None for one number, too.
         norm: whether it is a BatchNorm's, which is fused into convolutions only.
+        trained: whether the shift is; None where it is no parameter.
     """
 
     scale: Tensor
     shift: Tensor | None = None
     axis: int | None = None
     norm: bool = False
+    trained: bool | None = None
 
 
 @check_call
@@ -208,6 +210,13 @@ def parts(module: nn.Module) -> list[nn.Module]:
 def hooked(module: nn.Module) -> bool:
     """Whether a module has forward hooks or parametrised weights."""
     return bool(module._forward_hooks or module._forward_pre_hooks or is_parametrized(module))
+
+
+def has_own_weights(module: nn.Module) -> bool:
+    """Whether weight and bias of a map or norm are its own parameters, and not computed from others in every pass, as
+    by weight norm, spectral norm, pruning and other parametrizations.
+    """
+    return isinstance(module._parameters.get("weight"), nn.Parameter) and "bias" in module._parameters
 
 
 def computes(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
@@ -336,7 +345,9 @@ def affine_of(module: nn.Module) -> Affine | None:
         scale = (exact(module.running_var) + module.eps).rsqrt()
         scale = scale if module.weight is None else scale * exact(module.weight)
         shift = -exact(module.running_mean) * scale
-        return Affine(scale, shift if module.bias is None else exact(module.bias) + shift, norm=True)
+        if module.bias is None:
+            return Affine(scale, shift, norm=True)
+        return Affine(scale, exact(module.bias) + shift, norm=True, trained=module.bias.requires_grad)
     if isinstance(module, Gain) and computes(module, (Gain,)):
         return Affine(module.factor * exact(module.gain), axis=-len(module.shape) or None)
     if isinstance(module, Multiply) and computes(module, (Multiply,)):
@@ -344,13 +355,14 @@ def affine_of(module: nn.Module) -> Affine | None:
     if isinstance(module, ResidualWarmup) and computes(module, (ResidualWarmup,)) and not module.running:
         return Affine(torch.ones((), dtype=torch.float64))
     if isinstance(module, Bias) and computes(module, (Bias,)):
-        return Affine(torch.ones((), dtype=torch.float64), exact(module.bias))
+        one = torch.ones((), dtype=torch.float64)
+        return Affine(one, exact(module.bias), trained=module.bias.requires_grad)
     return None
 
 
 def exact(tensor: Tensor) -> Tensor:
     """Values in float64, on the CPU, since not every device has that type."""
-    return tensor.detach().to("cpu", torch.float64)
+    return tensor.detach().cpu().to(torch.float64)
 
 
 def axis_of(host: nn.Module) -> int | None:
@@ -365,8 +377,19 @@ def absorb(host: Any, affine: Affine) -> None:
     if affine.shift is not None or bias is not None:
         shifted = torch.zeros(len(weight), dtype=torch.float64) if bias is None else scale * exact(bias)
         shifted = shifted if affine.shift is None else shifted + affine.shift
-        host.bias = nn.Parameter(shifted.to(weight.dtype).to(weight.device), requires_grad=weight.requires_grad)
+        write_bias(host, shifted.to(weight.dtype).to(weight.device), affine.trained)
     weight.copy_((exact(weight) * scale.view(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype))
+
+
+def write_bias(host: Any, values: Tensor, trained: bool | None) -> None:
+    """Write the bias of a map or norm, in place, or give it one, which is trained as the shift was that becomes it; an
+    existing one is trained if it or the shift was.
+    """
+    if host.bias is None:
+        host.bias = nn.Parameter(values, requires_grad=host.weight.requires_grad if trained is None else trained)
+        return
+    host.bias.copy_(values)
+    host.bias.requires_grad_(host.bias.requires_grad or bool(trained))
 
 
 def with_fixed_weight(module: ScaledStandardConv2d | ScaledStandardLinear) -> nn.Module:

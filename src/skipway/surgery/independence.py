@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
-from skipway.surgery.verification import copy_example
 from skipway.tracing import Example, as_example, call_model, preserved_state
 from skipway.tracing.containers import tensors_in
+from skipway.tracing.example import copy_example
 
 __all__ = ["Perturbation", "measure_leaks", "others_like"]
 

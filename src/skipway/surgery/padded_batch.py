@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from skipway.surgery.block_call import parameter_names
 from skipway.surgery.class_factory import own_class
 from skipway.tracing import Example, as_example, call_model, preserved_state
+from skipway.tracing.example import copy_example
 
 __all__ = ["padded_example"]
 
@@ -45,7 +46,7 @@ def padded_example(model: nn.Module, example: Example) -> dict[str, Any] | None:
     padded = {**named, MASK: mask}
     try:
         with preserved_state(model), torch.no_grad():
-            call_model(model.eval(), padded)
+            call_model(model.eval(), copy_example(padded))
     except Exception:  # whatever a network raises that takes no mask of this shape
         return None
     return padded

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 __all__ = ["ParameterValues"]
 
 Summary = tuple[str, ...]
+FLOAT64 = ("cpu", "cuda")
+"""Kinds of devices that have that type; Apple's has not, and some of Intel's have not."""
 
 
 @dataclass(frozen=True)
@@ -71,5 +73,6 @@ def summarise(parameter: nn.Parameter) -> Summary:
         return form
     values = torch.view_as_real(values) if values.is_complex() else values
     values = values.float() if values.element_size() == 1 else values
+    values = values if values.device.type in FLOAT64 else values.cpu()
     total, norm = values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)
     return (*form, repr(float(total)), repr(float(norm)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.tracing import Example, Program, call_model, preserved_state, unwrap
-from skipway.tracing.containers import map_tensors
+from skipway.tracing.example import copy_example
 from skipway.tracing.watch import Recorder, copy_to_meta, refuse_scripted
 
 __all__ = ["SEALED", "refuse_branching", "require_operable", "require_values"]
@@ -89,7 +89,7 @@ def refuse_branching(
     else:
         readers = []
         with suppress(Exception):  # on the meta device there is no value to read
-            readers = value_readers(copy_to_meta(model), map_tensors(lambda tensor: tensor.to("meta"), example))
+            readers = value_readers(copy_to_meta(model), copy_example(example, "meta"))
     if blocks is not None:
         prefixes = tuple(f"{name}." for name in blocks)
         readers = [name for name in readers if f"{name}.".startswith(prefixes)]

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipway.errors import SkipwayError
+from skipway.surgery.fusion import has_own_weights
 from skipway.surgery.operation import Operation
 from skipway.surgery.preconditions import refuse_branching, require_operable
 from skipway.surgery.rescheme import rescheme
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.tracing import Example, Program, as_example, call_model, preserved_state, watch
+from skipway.tracing.example import copy_example
 from skipway.validation import check_call, check_choice, check_flag, check_tolerance
 
 __all__ = ["remove_norm"]
@@ -59,14 +61,14 @@ def remove_norm(
     >>> model[1]
     Identity()
     """
-    model, example = require_operable(model), as_example(example)
+    wrapped, model, example = model, require_operable(model), as_example(example)
     check_choice("how", how, get_args(How))
     check_flag("calibrate", calibrate)
     check_tolerance("tolerance", tolerance)
     norms = norms_with_statistics(model)
     refuse_branching(model, example, "remove_norm")
     title = f"{type(model).__name__} freed of {len(norms)} BatchNorms ({how})"
-    with transaction(model, example, title=title, tolerance=tolerance) as change:
+    with transaction(model, example, title=title, tolerance=tolerance, wrapped=wrapped) as change:
         if calibrate:
             recalibrate(change, norms, example)
             change.compare_from_here()
@@ -102,8 +104,10 @@ def preceding_map(model: nn.Module, program: Program, norm: str) -> str | None:
         return None
     module = model.get_submodule(owner)
     known = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) or type(module).forward is nn.Conv2d.forward
+    if not known or not has_own_weights(module):
+        return None
     shared = any(holds(other, module.weight) for other in model.modules() if other is not module)
-    return owner if known and not shared and not hasattr(module, "parametrizations") else None
+    return None if shared else owner
 
 
 def holds(module: nn.Module, weight: object) -> bool:
@@ -116,24 +120,35 @@ def replace_norm(change: Transaction, name: str, host: str | None) -> str:
     """Fold a norm into a map, or put a factor and a shift in its place, in place; returns which."""
     norm = change.model.get_submodule(name)
     assert isinstance(norm, _BatchNorm)
-    factor, shift = affine(norm)
     rest = remainder(norm)
     if host is None:
-        rest = nn.Sequential(FactorShift(factor, shift, norm), *([] if isinstance(rest, nn.Identity) else [rest]))
+        rest = nn.Sequential(FactorShift(norm), *([] if isinstance(rest, nn.Identity) else [rest]))
+        where = "a factor and a shift in its place"
     else:
-        fold_into(change, change.model.get_submodule(host), factor, shift)
+        where = f"into {host}{fold_into(change, change.model.get_submodule(host), norm)}"
     change.set_submodule(name, rest.train(norm.training))
-    return "a factor and a shift in its place" if host is None else f"into {host}"
+    return where
 
 
-def fold_into(change: Transaction, host: nn.Module, factor: Tensor, shift: Tensor) -> None:
-    """W ← W · factor, b ← b · factor + shift, with new parameters."""
+def fold_into(change: Transaction, host: nn.Module, norm: _BatchNorm) -> str:
+    """W ← W · factor, b ← b · factor + shift, with new parameters, which are trained if one was that went into them;
+    returns a remark.
+    """
     weight, bias = host.weight, host.bias
     assert isinstance(weight, Tensor)
+    factor, shift = affine(norm)
     scaled = weight.detach() * factor.view(-1, *(1,) * (weight.ndim - 1)).to(weight.dtype)
     shifted = shift + bias.detach() * factor if isinstance(bias, Tensor) else shift
-    for name, value in (("weight", scaled), ("bias", shifted.to(weight.dtype))):
-        change.set_parameter(host, name, nn.Parameter(value, requires_grad=weight.requires_grad))
+    learns = any_trained(weight, norm.weight)
+    shifts = any_trained(bias, norm.bias) if isinstance(bias, Tensor) or norm.bias is not None else learns
+    change.set_parameter(host, "weight", nn.Parameter(scaled, requires_grad=learns))
+    change.set_parameter(host, "bias", nn.Parameter(shifted.to(weight.dtype), requires_grad=shifts))
+    return ", whose weight is trained from now on as the norm's was" if learns and not weight.requires_grad else ""
+
+
+def any_trained(*parameters: object) -> bool:
+    """Whether one of these is trained; what is absent is not."""
+    return any(isinstance(each, Tensor) and each.requires_grad for each in parameters)
 
 
 def affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -157,11 +172,11 @@ def remainder(norm: _BatchNorm) -> nn.Module:
 class FactorShift(nn.Module):
     """y = factor · x + shift, both learned, one of each per channel (axis 1)."""
 
-    def __init__(self, factor: Tensor, shift: Tensor, norm: _BatchNorm) -> None:
+    def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
-        trained = norm.weight.requires_grad if norm.affine else True
-        self.weight = nn.Parameter(factor.clone(), requires_grad=trained)
-        self.bias = nn.Parameter(shift.clone(), requires_grad=trained)
+        factor, shift = affine(norm)
+        self.weight = nn.Parameter(factor, requires_grad=norm.weight is None or norm.weight.requires_grad)
+        self.bias = nn.Parameter(shift, requires_grad=norm.bias is None or norm.bias.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (-1, *(1,) * (x.ndim - 2))
@@ -175,7 +190,7 @@ def recalibrate(change: Transaction, norms: list[str], example: Example) -> None
     for module in modules:
         change.set_attribute(module, "momentum", 1.0)
     with preserved_state(model), torch.no_grad():
-        call_model(model.train(), example)
+        call_model(model.train(), copy_example(example))
         statistics = [(m.running_mean.clone(), m.running_var.clone()) for m in modules]  # type: ignore[operator, union-attr]
     change.roll_back(mark)
     for module, (mean, variance) in zip(modules, statistics, strict=True):

@@ -105,7 +105,7 @@ def rescheme(
     >>> "dropout1.residual_scale.gain" in layer.state_dict()
     True
     """
-    model, example = require_operable(model), as_example(example)
+    wrapped, model, example = model, require_operable(model), as_example(example)
     check_choice("start", start, get_args(Start))
     check_tolerance("tolerance", tolerance)
     dressing = parse_scheme(scheme)
@@ -119,6 +119,7 @@ def rescheme(
         tolerance=None if start == "scheme" else tolerance,
         hint='start="scheme" allows any change',
         checks=CHECKS if drops or start == "scheme" else EQUAL,
+        wrapped=wrapped,
     ) as change:
         if has_streams(dressing):
             StreamDressing(change, chain, program, dressing, neutral=start != "scheme").dress()

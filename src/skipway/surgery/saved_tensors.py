@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
+from skipway.surgery.block_call import BlockCall
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
+from skipway.tracing.example import copy_example
 from skipway.tracing.reentrant_checkpoints import NonReentrant
 
 __all__ = ["Costs", "SavedTensors", "costs_of", "saved_bytes"]
@@ -81,29 +83,35 @@ def saved_bytes(model: nn.Module, example: Example) -> float:
     """Bytes that one training pass keeps for its backward pass, parameters not counted, each storage once; the model is
     left alone.
     """
-    return costs_of(model, example, ())[0]
+    return costs_of(model, example, {})[0]
 
 
-def costs_of(model: nn.Module, example: Example, blocks: Iterable[str]) -> tuple[float, dict[str, Costs]]:
+def costs_of(model: nn.Module, example: Example, calls: Mapping[str, BlockCall]) -> tuple[float, dict[str, Costs]]:
     """Bytes that one training pass keeps for its backward pass, parameters not counted, each storage once: of the whole
     model, and of each of the blocks, in the order in which they run; the model is left alone.
+
+    Args:
+        model: any module.
+        example: what it is called with.
+        calls: of the blocks, by their names.
 
     Raises:
         SkipwayError: the model has re-entrant checkpoints of its own.
     """
     saved, inputs = SavedTensors(model.parameters()), dict[str, float]()
 
-    def enter(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        inputs.setdefault(name, float(args[0].numel() * args[0].element_size()))
+    def enter(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = calls[name].take(args, kwargs)
+        inputs.setdefault(name, float(x.numel() * x.element_size()))
         saved.within.append(name)
 
     def leave(name: str, *_: Any) -> None:
         saved.within.pop()
 
-    hooks = forward_hooks(model, blocks, enter=enter, leave=leave)
+    hooks = forward_hooks(model, calls, enter=enter, leave=leave)
     with hooks, preserved_state(model), torch.enable_grad(), saved.counting():
         before = NonReentrant.calls
-        call_model(model.train(), example)
+        call_model(model.train(), copy_example(example, gradients=True))
     if NonReentrant.calls > before:
         raise SkipwayError(
             f"{type(model).__name__} checkpoints blocks by itself, re-entrantly, which computes them without gradients "

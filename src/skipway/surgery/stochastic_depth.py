@@ -111,8 +111,11 @@ class SampleDraw:
                 entries = drawn if each == 1 else (drawn[:, None] * each + torch.arange(each).to(drawn)).flatten()
                 part = tensor.index_select(own, entries)
                 some_args, some_kwargs = call.exchange(path, some_args, some_kwargs, part)
+        before = call.take(some_args, some_kwargs)
+        if call.writes_stream:
+            some_args, some_kwargs = call.given(some_args, some_kwargs, before.clone())
         output = compute(*some_args, **some_kwargs)
-        change = item_at(output, call.output) - call.take(some_args, some_kwargs)
+        change = item_at(output, call.output) - before
         for path in call.computed:
             output = exchange_at(output, path, spread(item_at(output, path), axis, drawn, count))
         for path, argument in call.passed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import zlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skipway.errors import SkipwayError
-from skipway.hardware.device import seed_torch
 from skipway.surgery.side_effects import version_of
-from skipway.surgery.verification import aligned, copy_example
+from skipway.surgery.verification import aligned
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.containers import map_tensors, tensors_in
+from skipway.tracing.example import copy_example
+from skipway.tracing.restoration import generator_devices, generator_states, own_tensors, restored, seed_generators
 
 __all__ = ["DrawsByShape", "TrainingPass", "run_training_pass", "training_gradients"]
 
@@ -30,16 +32,23 @@ class DrawsByShape(TorchDispatchMode):
     A module that draws numbers of its own does not change those of others, so that a network can be compared with
     itself before and after something was added to it.
 
+    Args:
+        devices: other than the CPU, whose random numbers do so.
+
     >>> with DrawsByShape():
     ...     one, _, other = torch.rand(2), torch.rand(3), torch.rand(2)
     >>> torch.equal(one, other)
     True
     """
 
+    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
+        super().__init__()
+        self.devices = devices
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             given = [tuple(each.shape) if isinstance(each, Tensor) else each for each in args]
-            seed_torch(zlib.crc32(repr((str(func), given)).encode()))
+            seed_generators(self.devices, zlib.crc32(repr((str(func), given)).encode()))
         return func(*args, **(kwargs or {}))
 
 
@@ -95,9 +104,11 @@ def differentiate(
     """One pass of `run_training_pass`, with gradients of the inputs or without."""
     leaves: list[Tensor] = []
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    draws = DrawsByShape() if draws_by_shape else nullcontext()
-    with torch.inference_mode(False), preserved_state(model), torch.enable_grad(), draws:
-        seed_all()
+    devices = generator_devices((*own_tensors(model), *tensors_in(example)))
+    draws = DrawsByShape(devices) if draws_by_shape else nullcontext()
+    kept = restored(generator_states(devices))  # those of the example, too
+    with torch.inference_mode(False), preserved_state(model), kept, torch.enable_grad(), draws:
+        seed_all(devices)
         given = copy_example(example)
         output = call_model(model.train(), map_tensors(partial(as_leaf, leaves), given) if inputs else given)
         put_out = list(tensors_in(output))
@@ -141,9 +152,9 @@ def weighted_sum(tensor: Tensor) -> Tensor:
     return (values.float() * weights).sum().cpu()
 
 
-def seed_all() -> None:
-    """Let random numbers begin at the same place every time; `preserved_state` puts the states back."""
-    seed_torch(0)
+def seed_all(devices: Sequence[torch.device]) -> None:
+    """Let random numbers of the CPU and of these devices begin at the same place every time."""
+    seed_generators(devices, 0)
     random.seed(0)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(0)

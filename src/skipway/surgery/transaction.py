@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from skipway.errors import SkipwayError
 from skipway.surgery.checks import CHECKS, Check, ComparisonRule, EvaluatedOutputs, NotComparedError
@@ -63,6 +64,7 @@ class Transaction:
         tolerance: float | None,
         hint: str,
         checks: Sequence[Check],
+        wrapped: nn.Module | None = None,
     ) -> None:
         self.model, self.example, self.title, self.tolerance, self.hint = model, example, title, tolerance, hint
         self.checks, self.recast = tuple(checks), set[nn.Parameter]()
@@ -72,6 +74,7 @@ class Transaction:
         self.journal = Journal(model)
         self.added, self.derived = list[nn.Module](), list[nn.Module]()
         self.committed = False
+        self.averaged = averaged_parameters(model if wrapped is None else wrapped)
         self.compare_from_here()
 
     def set_class(self, module: nn.Module, kind: type[nn.Module]) -> None:
@@ -257,12 +260,26 @@ class Transaction:
         finally:
             self.roll_back(mark)
 
+    def refuse_unaveraged(self) -> None:
+        """Refuse if the parameters are no longer those that DistributedDataParallel averages the gradients of.
+
+        Raises:
+            SkipwayError: they are not.
+        """
+        if averaged_parameters(*self.averaged) != self.averaged:
+            raise SkipwayError(
+                f"{self.title}: the parameters would be others than those that DistributedDataParallel was built with, "
+                "whose gradients alone it averages; operate on the network in it, model.module, and wrap that again"
+            )
+
     def commit(self) -> Operation:
         """Check what has to hold, and keep the changes; the last statement of a transaction.
 
         Raises:
-            SkipwayError: outputs differ by more than the tolerance, or another check fails.
+            SkipwayError: outputs differ by more than the tolerance, another check fails, or DistributedDataParallel is
+                around the network and was built with other parameters.
         """
+        self.refuse_unaveraged()
         gap = self.compare()
         verified = self.verify()
         if lost := lost_by_saving(self.model, self.added, changed=bool(self.derived) and gap > SAME):
@@ -280,6 +297,12 @@ class Transaction:
         self.journal.commit(self.model, self.title)
         self.committed = True
         return operation
+
+
+def averaged_parameters(*models: nn.Module) -> dict[nn.Module, set[nn.Parameter]]:
+    """The parameters that are trained in each DistributedDataParallel in some models, or around them."""
+    ranks = {each for model in models for each in model.modules() if isinstance(each, DistributedDataParallel)}
+    return {each: {parameter for parameter in each.parameters() if parameter.requires_grad} for each in ranks}
 
 
 def lost_by_saving(model: nn.Module, added: Iterable[nn.Module], *, changed: bool) -> str:
@@ -333,6 +356,7 @@ def transaction(
     tolerance: float | None = None,
     hint: str = "",
     checks: Sequence[Check] = CHECKS,
+    wrapped: nn.Module | None = None,
 ) -> Iterator[Transaction]:
     """Change a model in place, completely or not at all.
 
@@ -345,6 +369,7 @@ def transaction(
         tolerance: bound on the difference of the outputs, relative to their largest value; None reports it only.
         hint: the way out, at the end of the error message if a check fails.
         checks: what has to hold afterwards: `CHECKS`, or `EQUAL` where the function stays in training mode, too.
+        wrapped: the model in the wrappers that it was given in, if it was.
 
     Raises:
         SkipwayError: the tolerance is no number, or below 0.
@@ -362,7 +387,9 @@ def transaction(
     example = None if example is None else as_example(example)
     # what was made in inference mode could never be trained
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        change = Transaction(model, example, title=title, tolerance=tolerance, hint=hint, checks=checks)
+        change = Transaction(
+            model, example, title=title, tolerance=tolerance, hint=hint, checks=checks, wrapped=wrapped
+        )
         outer = OPEN.get()
         if outer is not None and not outer.finished and any(module is model for module in outer.model.modules()):
             outer.record(change.journal.undo)

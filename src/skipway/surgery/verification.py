@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, counted
-from skipway.tracing import Example, as_example, call_model, preserved_state
-from skipway.tracing.containers import map_tensors, tensors_in
+from skipway.tracing import Example, call_model, preserved_state
+from skipway.tracing.containers import tensors_in
+from skipway.tracing.example import copy_example
 
-__all__ = ["aligned", "copy_example", "difference", "forward_hooks", "output_gap", "outputs"]
+__all__ = ["aligned", "difference", "forward_hooks", "output_gap", "outputs"]
 
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
@@ -23,15 +23,6 @@ def outputs(model: nn.Module, example: Example) -> list[Tensor]:
     with preserved_state(model), torch.no_grad():
         output = call_model(model.eval(), copy_example(example))
     return list(tensors_in(output))
-
-
-def copy_example(example: Example) -> Example:
-    """A copy of an example, since a network may write into what it is given, a cache above all."""
-    copied = map_tensors(lambda tensor: tensor.detach().clone(), as_example(example))
-    try:
-        return copy.deepcopy(copied)
-    except Exception:  # somebody's object
-        return copied
 
 
 def aligned(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from skipway.errors import SkipwayError
-from skipway.tracing.containers import entries_of, tensors_in
+from skipway.tracing.containers import entries_of, map_tensors, tensors_in
 from skipway.tracing.foreign_errors import ForeignErrors
 from skipway.tracing.reentrant_checkpoints import without_reentry
 
-__all__ = ["Example", "as_batch", "as_example", "batches_of", "call_model", "split_batch"]
+__all__ = ["Example", "as_batch", "as_example", "batches_of", "call_model", "copy_example", "split_batch"]
 
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Iterable[Any]
 """A tensor is one argument, a tuple or list positional arguments, a mapping keyword arguments; an iterable of batches,
@@ -76,6 +77,33 @@ def as_example(given: Example) -> Tensor | tuple[Any, ...] | dict[str, Any]:
         SkipwayError: `given` is none of the forms of `call_model`, holds no tensor, or is a loader without batches.
     """
     return as_batch(given)[0]
+
+
+def copy_example(
+    example: Example, device: str | None = None, *, gradients: bool = False
+) -> Tensor | tuple[Any, ...] | dict[str, Any]:
+    """A copy of an example, since a network may write into what it is given, a cache above all; a tensor that stands in
+    it twice is one in the copy, too.
+
+    Args:
+        example: what a model is called with.
+        device: of the copy; by default each tensor stays where it is.
+        gradients: whether copies of tensors that have gradients have them, too.
+    """
+    copies: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensors, so that no address is used twice
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            plain = tensor.detach()
+            made = plain.clone() if device is None else plain.to(device)
+            copies[id(tensor)] = tensor, made.requires_grad_(gradients and tensor.requires_grad)
+        return copies[id(tensor)][1]
+
+    mapped = map_tensors(copied, as_example(example))
+    try:
+        return copy.deepcopy(mapped)
+    except Exception:  # somebody's object
+        return mapped
 
 
 def as_batch(given: Example, targets: Any = None) -> tuple[Tensor | tuple[Any, ...] | dict[str, Any], Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from skipway.tracing.module_state import attribute_restoration, detach_attributes
 
-__all__ = ["TRACELESS", "preserved_state", "restored", "run_to_end", "without_fused_layers"]
+__all__ = [
+    *("TRACELESS", "generator_devices", "generator_states", "own_tensors", "preserved_state", "restored"),
+    *("run_to_end", "seed_generators", "without_fused_layers"),
+]
 
 TRACELESS: ContextVar[bool] = ContextVar("traceless", default=False)
 """Whether `preserved_state` is entered: passes in it are Skipway's own, and no part of anybody's training."""
@@ -100,13 +103,44 @@ def set_traceless(own: bool) -> None:
 
 
 def random_states(model: nn.Module) -> Steps:
-    """Steps that put back the states of the random number generators, of the CPU and of the model's GPUs."""
+    """Steps that put back the states of the random number generators: of the CPU and of the devices that the model is
+    on, of Python and of NumPy.
+    """
     steps: Steps = [partial(torch.set_rng_state, torch.get_rng_state()), partial(random.setstate, random.getstate())]
-    for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
-        steps.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
+    steps += generator_states(generator_devices(own_tensors(model)))
     if (numpy := sys.modules.get("numpy")) is not None:
         steps.append(partial(numpy.random.set_state, numpy.random.get_state()))
     return steps
+
+
+def own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a model, in one walk."""
+    for module in model.modules():
+        yield from (each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None)
+
+
+def generator_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """The devices other than the CPU that tensors are on, and that random numbers are drawn on."""
+    devices = dict.fromkeys(tensor.device for tensor in tensors)
+    return [
+        each for each in devices if each.type != "cpu" and hasattr(getattr(torch, each.type, None), "set_rng_state")
+    ]
+
+
+def generator_states(devices: Iterable[torch.device]) -> Steps:
+    """Steps that put back the states of the random number generators of devices."""
+    modules = [(torch.get_device_module(device), device) for device in devices]
+    return [partial(module.set_rng_state, module.get_rng_state(device), device) for module, device in modules]
+
+
+def seed_generators(devices: Iterable[torch.device], seed: int) -> None:
+    """Seed the generators of the CPU and of some devices, and no others, whose states nobody would put back:
+    `torch.manual_seed` also seeds those that are not in use yet, once they are.
+    """
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        state = torch.Generator(device).manual_seed(seed).get_state()
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 @torch.no_grad()

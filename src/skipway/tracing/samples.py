@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.tracing.containers import map_tensors, tensors_in
-from skipway.tracing.example import Example, call_model
+from skipway.tracing.example import Example, call_model, copy_example
 from skipway.tracing.restoration import preserved_state, without_fused_layers
 
 __all__ = ["SampleAxes", "find_sample_axes"]
@@ -146,8 +146,8 @@ def is_independent(model: nn.Module, inputs: Example, axes: SampleAxes) -> bool:
     try:
         with without_fused_layers(), preserved_state(model), torch.no_grad():
             model.eval()
-            both = list(tensors_in(call_model(model, map_tensors(torch.clone, axes.part(inputs, 0, 2)))))
-            one = list(tensors_in(call_model(model, map_tensors(torch.clone, axes.part(inputs, 1, 2)))))
+            both = list(tensors_in(call_model(model, copy_example(axes.part(inputs, 0, 2)))))
+            one = list(tensors_in(call_model(model, copy_example(axes.part(inputs, 1, 2)))))
     except SkipwayError:
         return False
     pairs = [pair for pair in zip(both, one, strict=False) if pair[0].is_floating_point() and pair[1].numel()]
@@ -165,6 +165,7 @@ def halved_axis(both: Tensor, one: Tensor) -> int | None:
 def agrees(both: Tensor, one: Tensor, axis: int) -> bool:
     """Whether the second half of an output for two samples is the output for the second one."""
     wide = torch.complex128 if one.is_complex() else torch.float64
-    second, alone = both.narrow(axis, one.shape[axis], one.shape[axis]).to(wide), one.to(wide)
+    second = both.narrow(axis, one.shape[axis], one.shape[axis])
+    second, alone = (each.cpu().to(wide) for each in (second, one))  # not every device has float64
     close = 1e-3 if one.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((second - alone).abs().max() <= close * alone.abs().max().clamp_min(1e-12))

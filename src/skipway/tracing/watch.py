@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten
 from skipway.errors import SkipwayError
 from skipway.tracing.arguments import Path, tensor_paths
 from skipway.tracing.channels import channel_axis
-from skipway.tracing.containers import ATOMS, map_tensors, tensors_in
-from skipway.tracing.example import Example, as_example, call_model
+from skipway.tracing.containers import ATOMS, tensors_in
+from skipway.tracing.example import Example, as_example, call_model, copy_example
 from skipway.tracing.module_state import kept_tensors
 from skipway.tracing.operator_call import Operand, OperatorCall
 from skipway.tracing.operators import part_of
@@ -61,7 +61,7 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     refuse_scripted(model)
     try:
         copied = copy_to_meta(model)
-        given = map_tensors(lambda tensor: tensor.to("meta"), example)
+        given = copy_example(example, "meta")
         program = record_program(set_mode(copied, training), given)
         program.on_meta = True
         return program
@@ -73,7 +73,7 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
         ) from first
     try:
         with preserved_state(model):
-            return record_program(set_mode(model, training), example)
+            return record_program(set_mode(model, training), copy_example(example))
     except SkipwayError:
         raise
     except Exception as second:

@@ -16,6 +16,7 @@ from skipway.errors import CheckpointError, spell, suggest
 from skipway.nn import Classifier, Residual
 from skipway.tracing.chain import chain
 from skipway.weights.keymap import KeyMap
+from skipway.weights.prefixes import own_name, own_state
 
 __all__ = ["CHOICES", "Change", "Misfit", "classifier_parameters", "read_choices"]
 
@@ -65,9 +66,10 @@ class Change:
 
 def classifier_parameters(model: nn.Module, others: Container[str]) -> Iterator[tuple[Any, list[str]]]:
     """Each classifier with the names of its parameters: those of ours, and others by their paths."""
-    for name, module in model.named_modules():
+    found = {own_name(name): module for name, module in model.named_modules()}  # of a wrapper what is inside
+    for name, module in found.items():
         if isinstance(module, Classifier) or name in others:
-            yield module, [f"{name}.{leaf}".removeprefix(".") for leaf, _ in module.named_parameters()]
+            yield module, [own_name(f"{name}.{leaf}".removeprefix(".")) for leaf, _ in module.named_parameters()]
 
 
 def adapt_classes(misfit: Misfit) -> Change:
@@ -101,7 +103,7 @@ def adapt_channels(misfit: Misfit) -> Change:
     the scale I/C keeps the size of the output (timm, `adapt_input_conv`).
     """
     change = Change()
-    own = misfit.model.state_dict()
+    own = own_state(misfit.model)
     first = next((key for key, tensor in own.items() if tensor.ndim == 4), None)
     if first not in misfit.misshapen or misfit.misshapen[first].ndim != 4:
         return change
@@ -118,8 +120,8 @@ def adapt_depth(misfit: Misfit) -> Change:
     change = Change()
     if not any(isinstance(module, Residual) for module in misfit.model.modules()):
         return change
-    names = {connection.name for connection in chain(misfit.model)}
-    parameters = [name for name, _ in misfit.model.named_parameters()]
+    names = {own_name(connection.name) for connection in chain(misfit.model)}
+    parameters = [own_name(name) for name, _ in misfit.model.named_parameters()]
     inside = {name: [key for key in parameters if key.startswith(f"{name}.")] for name in names}
     if not any(key in misfit.fitting for keys in inside.values() for key in keys):
         return change

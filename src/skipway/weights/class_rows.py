@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, printable, spell
+from skipway.tracing import unwrap
 from skipway.weights.adapt import classifier_parameters
 from skipway.weights.container import cut
 from skipway.weights.keymap import KeyMap
-from skipway.weights.prefixes import strip_prefixes
+from skipway.weights.prefixes import own_state, strip_prefixes
 from skipway.weights.tables import find_keymap
 
 __all__ = ["arrange_classes"]
@@ -44,7 +45,8 @@ def arrange_classes(
     """
     if theirs is not None and tuple(theirs) == tuple(ours):
         return state, []
-    keymap, own = find_keymap(model, names), model.state_dict()
+    model = unwrap(model)
+    keymap, own = find_keymap(model, names), own_state(model)
     bare, remarks = strip_prefixes(state, {name for key in own for name in keymap.names(key)})
     parameters = [key for _, keys in classifier_parameters(model, frozenset(classifiers)) for key in keys]
     rows = {key: their_key for key in parameters if (their_key := their_name(keymap, key, bare)) is not None}

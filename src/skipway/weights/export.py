@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError
 from skipway.nn import Cut, Gain, Multiply, ResidualWarmup, ScaledActivation, ScaledShortcut
+from skipway.tracing import unwrap
+from skipway.weights.prefixes import own_name, own_state
 from skipway.weights.tables import find_keymap
 
 __all__ = ["export_names"]
@@ -17,12 +19,14 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a parameter that the other library has no name for (a scheme's gain, for example).
     """
+    model = unwrap(model)
     keymap = find_keymap(model, names)
     if names != "skipway":
         refuse_constants(model, names)
-    ended = {name for name, module in model.named_modules() if isinstance(module, ResidualWarmup)}  # others are refused
+    warmups = (name for name, module in model.named_modules() if isinstance(module, ResidualWarmup))
+    ended = set(map(own_name, warmups))  # others are refused
     out: dict[str, Tensor] = {}
-    for ours, tensor in model.state_dict().items():
+    for ours, tensor in own_state(model).items():
         if names != "skipway" and ours.rpartition(".")[0] in ended:
             continue
         found = keymap.find(ours)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, overload
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, SkipwayError, counted, spell
 from skipway.models import build
+from skipway.tracing import unwrap
+from skipway.tracing.watch import address
 from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
 from skipway.weights.container import cut, select_state_dict
 from skipway.weights.files import read_weights
 from skipway.weights.forms import describe_forms
-from skipway.weights.keymap import KeyMap
-from skipway.weights.prefixes import strip_prefixes
+from skipway.weights.keymap import KeyMap, equal_tensors
+from skipway.weights.prefixes import own_state, strip_prefixes
 from skipway.weights.stored_config import refuse_other_config
 from skipway.weights.tables import find_keymap, guess_architecture, known_libraries
 
@@ -46,6 +48,7 @@ class LoadReport:
         missing: ours that the file lacks → the names it should have there.
         unexpected: their keys that match none of ours.
         misshapen: ours → both shapes.
+        unequal: ours → another of our names for the same parameter (a tied head), of which the file has other values.
         near: one of `unexpected` → what comes closest to it.
         resampled: ours → both shapes, where `adapt` allowed to resample.
         fresh: ours that keep their value since `adapt` allowed that.
@@ -62,6 +65,7 @@ class LoadReport:
     missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     misshapen: dict[str, str] = field(default_factory=dict)
+    unequal: dict[str, str] = field(default_factory=dict)
     near: dict[str, str] = field(default_factory=dict)
     resampled: dict[str, str] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
@@ -72,7 +76,7 @@ class LoadReport:
     @property
     def fits(self) -> bool:
         """True if every key on both sides has its counterpart."""
-        return not (self.missing or self.unexpected or self.misshapen)
+        return not (self.missing or self.unexpected or self.misshapen or self.unequal)
 
     def differences(self) -> dict[str, list[str]]:
         """What was allowed to differ, and the names that it concerns."""
@@ -82,11 +86,13 @@ class LoadReport:
     def __str__(self) -> str:
         missing = [f"{' + '.join(theirs)} (for {ours})" for ours, theirs in self.missing.items()]
         unexpected = [f"{key}{self.near.get(key, '')}" for key in self.unexpected]
+        unequal = [f"{ours} ({other})" for ours, other in self.unequal.items()]
         lines = [f"{len(self.tensors)} keys fit ({len(self.renamed)} renamed, {len(self.reshaped)} reshaped)"]
         for title, rows in (
             ("missing from the file", missing),
             ("not known to the model", unexpected),
             ("of another shape", [f"{ours}: {both}" for ours, both in self.misshapen.items()]),
+            ("unequal to another name of the same parameter", unequal),
             ("resampled", [f"{ours}: {both}" for ours, both in self.resampled.items()]),
             ("kept as they are in the model", self.fresh),
             ("of the file left out", self.left_out),
@@ -163,7 +169,8 @@ def load(
     | `"unexpected"` | names in modules that the model lacks altogether (a loss, metrics) | they are left out |
 
     Args:
-        model: a network or a block, or the name of a network, which is built first (`build(name)`).
+        model: a network or a block, also in DDP or `torch.compile`, or the name of a network, which is built first
+            (`build(name)`).
         source: a file of weights of any suffix (safetensors, or written by `torch.save`), a folder in Hugging Face's
             layout (`model.safetensors`, its shards, or `pytorch_model.bin`), a name on its hub (`"hf:org/name"`), or a
             state dict.
@@ -199,7 +206,7 @@ def load(
         )
     network = build(model) if isinstance(model, str) else model
     if not isinstance(source, Mapping):
-        refuse_other_config(network, source, names)
+        refuse_other_config(unwrap(network), source, names)
     load_state(network, read_source(source, entry, remark), names=names, adapt=adapt, remark=remark)
     return network
 
@@ -216,7 +223,7 @@ def load_state(
     """Load a state dict into a network in place, as `load` does, and return the account of every key.
 
     Args:
-        network: any module.
+        network: any module, wrapped or not.
         state: names and tensors.
         names: library that the names come from, see `load`; those of a network that is not ours are "skipway".
         adapt: differences to allow, see `load`.
@@ -226,14 +233,20 @@ def load_state(
     Raises:
         CheckpointError: as `load`; the network is unchanged.
     """
+    network = unwrap(network)
     report = match(network, state, names=names, adapt=adapt, classifiers=classifiers)
     if not report.fits:
         raise CheckpointError(
             f"the weights do not fit this {type(network).__name__} ({spell('names', names)}):\n"
             + "\n".join([str(report), *misfit_hints(network, state, report, names, read_choices(adapt))])
         )
-    own = network.state_dict()
-    bare = next((key for key, tensor in report.tensors.items() if tensor.is_meta and not own[key].is_meta), None)
+    own = own_state(network)
+    if (empty := next((key for key in report.tensors if own[key].is_meta), None)) is not None:
+        raise CheckpointError(
+            f"{empty} of this {type(network).__name__} is on the meta device, where there is no place for values; "
+            'build the network on a device, or give it memory first: network.to_empty(device="cpu")'
+        )
+    bare = next((key for key, tensor in report.tensors.items() if tensor.is_meta), None)
     if bare is not None:
         raise CheckpointError(f"{bare}: a tensor without values (meta); the rule is dense tensors")
     # all are converted before the first is written
@@ -242,7 +255,7 @@ def load_state(
         for key, tensor in ready.items():
             own[key].copy_(tensor)
     odd = [key for key, tensor in ready.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
-    if odd and not own[odd[0]].is_meta:
+    if odd:
         report.remarks.append(f"values that are not finite, in {counted(len(odd), 'tensor')}: {cut(odd)}")
     for sentence in report.remarks:
         remark(sentence)
@@ -298,20 +311,24 @@ def match(
     classifiers: Iterable[str] = (),
 ) -> LoadReport:
     """Match the keys of `state` with the model under the given choices, without changing the model."""
+    model = unwrap(model)
     keymap, made = find_keymap(model, names), read_choices(adapt)
-    own = model.state_dict()
+    own = own_state(model)
     state, remarks = strip_prefixes(state, {name for ours in own for name in keymap.names(ours)})
     state = keymap.without_copies(state)
-    report, misshapen, taken = LoadReport(remarks=remarks), {}, set()
+    report, misshapen, aliases = LoadReport(remarks=remarks), {}, names_of_same(own)
+    sources: dict[str, tuple[str, ...]] = {}
     for ours, tensor in own.items():
-        theirs, found = fetch_tensor(keymap, ours, state)
-        taken.update(theirs)
+        sources[ours], found = fetch_shared(keymap, aliases[ours], state)
+        theirs = sources[ours]
         if found is None and ours.endswith("num_batches_tracked"):
             report.absent.append(ours)
         elif found is None:
             report.missing[ours] = theirs
         elif not copy_tensor(report, ours, theirs, found, tensor) and layout_of(found) == "dense":
             misshapen[ours] = found
+    report.unequal.update(unequal_names(report.tensors, sources, aliases))
+    taken = {name for theirs in sources.values() for name in theirs}
     rest = [key for key in state if key not in taken and not keymap.ignores(key)]
     report.left_out.extend(key for key in rest if keymap.leaves_out(key))
     report.unexpected.extend(key for key in rest if not keymap.leaves_out(key))
@@ -333,6 +350,27 @@ def match(
     return report
 
 
+def names_of_same(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The names of each parameter or buffer, by each of them, that one first: a tied head has two."""
+    groups: dict[object, list[str]] = {}
+    for key, tensor in own.items():
+        groups.setdefault(address(tensor) if type(tensor) is Tensor else id(tensor), []).append(key)
+    return {key: [key, *(each for each in group if each != key)] for group in groups.values() for key in group}
+
+
+def unequal_names(
+    tensors: Mapping[str, Tensor], sources: Mapping[str, tuple[str, ...]], aliases: Mapping[str, list[str]]
+) -> dict[str, str]:
+    """Our names for which the file holds other values than for an earlier name of the same parameter."""
+    shared = (key for key in tensors if len(aliases[key]) > 1)
+    firsts = {key: next(each for each in tensors if each in aliases[key]) for key in shared}
+    return {
+        key: first
+        for key, first in firsts.items()
+        if sources[key] != sources[first] and not equal_tensors(tensors[key], tensors[first])
+    }
+
+
 def nearest_keys(key: str, keymap: KeyMap, known: Iterable[str]) -> str:
     """The closest match to their key: a parameter that the model lacks, else the closest known key."""
     ours = keymap.to_ours(key)
@@ -340,6 +378,17 @@ def nearest_keys(key: str, keymap: KeyMap, known: Iterable[str]) -> str:
         return f" (it would be {ours}, which this model lacks)"
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
     return f" (no rule matches it; the closest known key is {close[0]})" if close else ""
+
+
+def fetch_shared(
+    keymap: KeyMap, names: Sequence[str], state: Mapping[str, Tensor]
+) -> tuple[tuple[str, ...], Tensor | None]:
+    """As `fetch_tensor`, for the first of our names for one parameter that the file has: some files hold it once."""
+    first = fetch_tensor(keymap, names[0], state)
+    if first[1] is not None:
+        return first
+    others = (fetch_tensor(keymap, name, state) for name in names[1:])
+    return next((each for each in others if each[1] is not None), first)
 
 
 def fetch_tensor(keymap: KeyMap, ours: str, state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:

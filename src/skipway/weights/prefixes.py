@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, spell
+from skipway.tracing import unwrap
 
-__all__ = ["INSERTED", "strip_prefixes"]
+__all__ = ["INSERTED", "own_name", "own_state", "strip_prefixes"]
 
 INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Path segments that torch.compile, FSDP and activation checkpointing insert; no module of a network is called so."""
@@ -17,6 +18,20 @@ WRAPPERS = INSERTED | {"module"}
 """Path segments that DataParallel, torch.compile, FSDP and activation checkpointing insert, anywhere in a path."""
 COUNTERS = frozenset({"n_averaged"})
 """Buffers of wrappers that are no weights: `torch.optim.swa_utils.AveragedModel` counts its updates."""
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network, which may be wrapped or have wrapped parts, under the names that it has without."""
+    return {own_name(key): tensor for key, tensor in unwrap(model).state_dict().items()}
+
+
+def own_name(key: str) -> str:
+    """A name without the segments that only wrappers insert.
+
+    >>> own_name("blocks.0._orig_mod.weight")
+    'blocks.0.weight'
+    """
+    return without_segments(key, INSERTED)
 
 
 def strip_prefixes(state: Mapping[str, Tensor], expected: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
