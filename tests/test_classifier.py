@@ -54,7 +54,7 @@ def test_what_comes_back_is_used(fitted, tmp_path):
     assert in_memory.probabilities == on_disk.probabilities
     again = sw.TrainedClassifier(fitted.folder)
     assert again.predict(picture)[0].probabilities == in_memory.probabilities
-    loaded = sw.from_pretrained(fitted.export(tmp_path / "hub"))
+    loaded = sw.from_pretrained(fitted.export(tmp_path / "hub-v1.0"))
     assert torch.equal(loaded.head.classifier.weight, fitted.model.head.classifier.weight)
     with pytest.raises(sw.SkipwayError, match=r"FILE\.onnx"):
         fitted.export(tmp_path / "network.tflite")
@@ -92,6 +92,21 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_same_bits(fitted, tmp_path, monk
     ours, theirs = read_tensors(resumed.files.last)[0], read_tensors(fitted.files.last)[0]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert len(calls) == 2 * 5  # 1,295 images in batches of 256, twice; the rest of an epoch is left out
+
+
+def test_ctrl_c_during_the_test_is_an_interrupt(tmp_path, monkeypatch):
+    from skipway.training.loop import Trainer
+
+    evaluate = Trainer.evaluate
+
+    def interrupted(trainer, split, observe=None):
+        if split == "test":
+            signal.raise_signal(signal.SIGINT)
+        return evaluate(trainer, split, observe)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="resume=True"):
+        sw.fit(out=tmp_path / "run", quiet=True, **{**TINY, "epochs": 1})
 
 
 def test_another_thread_may_train(tmp_path):

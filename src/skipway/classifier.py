@@ -17,7 +17,7 @@ from skipway.cli.train import result_lines, stopped_lines, unused_folder
 from skipway.errors import CheckpointError, SkipwayError, counted, printable, suggest
 from skipway.inference.metrics import percent
 from skipway.inference.predict import NetworkChoices, Predictor, from_pretrained
-from skipway.inference.publish import write_hub_folder, write_onnx, write_program
+from skipway.inference.publish import target_kind, write_hub_folder, write_onnx, write_program
 from skipway.inference.run_evaluation import RunEvaluation, evaluate_images, evaluate_run
 from skipway.presets import PRESETS
 from skipway.recipe import Recipe, read_recipe
@@ -98,10 +98,10 @@ class TrainedClassifier(Predictor):
             SkipwayError: the network cannot be exported; nothing is written.
         """
         target = Path(target)
-        writers = {".onnx": write_onnx, ".pt2": write_program}
-        if target.suffix in writers:
-            writers[target.suffix](str(self.folder), target, **self.network)
-        elif target.suffix:
+        kind, writers = target_kind(target), {".onnx": write_onnx, ".pt2": write_program}
+        if kind in writers:
+            writers[kind](str(self.folder), target, **self.network)
+        elif not kind:
             raise SkipwayError(f"target={printable(target)}: the rule is FILE.onnx, FILE.pt2 or a folder")
         else:
             write_hub_folder(str(self.folder), target, **self.network)
@@ -169,9 +169,10 @@ def fit(
             stop=stopping.requested if isinstance(stopping, StopSignal) else lambda: False,
             began=began,
         )
-        for line in result_lines(outcome, time.monotonic() - began) if outcome.finished else stopped_lines(outcome):
+        tested = outcome.evaluation is not None  # not where it was told to stop, be it during the test
+        for line in result_lines(outcome, time.monotonic() - began) if tested else stopped_lines(outcome):
             reporter.message(*line)
-    if not outcome.finished:
+    if not tested:
         raise KeyboardInterrupt(f"stopped; sw.fit(out={str(folder)!r}, resume=True) goes on")
     return TrainedClassifier(folder, device=recipe.device, trust_code=True)
 

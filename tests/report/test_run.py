@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shlex
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ import skipway as sw
 from skipway.cli.app import app
 from skipway.inference.metrics import calibration, class_scores, confused_pairs
 from skipway.recipe import Recipe
-from skipway.report.chart import Axis, Bars, Figure, Point, Series, thinned
+from skipway.report.chart import MOST_POINTS, Axis, Bars, Figure, Point, Series, thinned
 from skipway.report.run.command import again_command, train_command
 from skipway.report.run.curves import training_figures
 from skipway.report.run.depth import gain_rows, signal_figures
@@ -214,6 +215,7 @@ def test_a_long_run_stays_small(digits):
     epochs = [
         {
             "epoch": n,
+            "step": 50 * n,
             "lr": 0.1 / n,
             "train_loss": 2 / n,
             "train_accuracy": 0.9,
@@ -223,9 +225,19 @@ def test_a_long_run_stays_small(digits):
         for n in range(1, 101)
     ]
     steps = [{"step": n, "loss": 1 + n % 7, "norm": 0.1 * n, "lr": 0.1} for n in range(1, 5001)]
-    assert sum(len(draw(figure)) for figure in training_figures(epochs, steps, 50, 90)) < 200_000
+    assert sum(len(draw(figure)) for figure in training_figures(epochs, steps, 90)) < 200_000
     noise = torch.randint(256, (224, 224, 3), dtype=torch.uint8)
     assert 64 * len(data_url(noise)) < 2_000_000
+
+
+def test_steps_are_drawn_in_the_epoch_that_they_belong_to():
+    """An epoch ends with a validation, after any number of steps: here 4 and 6."""
+    epochs = [{"epoch": 1, "step": 4, "train_loss": 1.0}, {"epoch": 2, "step": 10, "train_loss": 0.5}]
+    steps = [{"step": step, "loss": 1.0, "norm": 1.0, "lr": 0.1} for step in range(1, 11)]
+    loss, rate, norm = training_figures(epochs, steps, 2)
+    expected = [*(step / 4 for step in (1, 2, 3, 4)), *(1 + step / 6 for step in (1, 2, 3, 4, 5, 6))]
+    for figure in (loss, rate, norm):
+        assert [point.x for point in figure.series[0].points] == pytest.approx(expected), figure.title
 
 
 def test_numbers_that_are_not_finite_leave_gaps():
@@ -241,6 +253,25 @@ def test_numbers_that_are_not_finite_leave_gaps():
     assert "Hollow" in others[0].note
     assert signal_figures([{"step": 1, "connections": []}]) == []
     assert thinned([Point(0.0, float("nan"))] * 1000)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_thinned_lines_keep_values_that_are_not_finite(value):
+    """Isolated ones among many points: a marker and a gap for each of them."""
+    odd = (500, 3000)
+    values = [value if step in odd else 1.0 + step % 3 for step in range(5000)]
+    points = thinned([Point(float(step), y) for step, y in enumerate(values)])
+    assert [point.x for point in points if not math.isfinite(point.y)] == [500.0, 3000.0]
+    assert len(points) <= MOST_POINTS
+    assert [point.x for point in points] == sorted(point.x for point in points)
+    text = draw(Figure(title="Title", x_label="x", series=(Series("line", tuple(points)),)))
+    assert text.count("M", text.index('class="line" d="'), text.index('"/></g>')) == 3
+    assert text.count('class="marker edge"') == (0 if math.isnan(value) else 2)
+
+
+def test_all_kinds_of_values_in_every_stretch_are_not_too_many():
+    kinds = (1.0, 2.0, math.inf, -math.inf, math.nan)
+    assert len(thinned([Point(float(step), kinds[step % 5]) for step in range(5000)])) <= MOST_POINTS
 
 
 @pytest.mark.parametrize(("low", "high", "log"), [(0, 1, False), (0, 3e-7, False), (1e-9, 1e9, True), (0.4, 3.0, True)])

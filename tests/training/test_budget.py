@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from tests.trials.reporting import Notes
 
 from skipway.checkpoint.files import read_tensors
+from skipway.checkpoint.store import Checkpoints
 from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
 from skipway.training import clock, image_task, loop, step, train
@@ -241,6 +243,23 @@ def test_expensive_validation_is_done_on_a_fixed_part(tmp_path, machine):
     outcome = train(replace(DIGITS, time="40s"), tmp_path / "run", reporter=notes)
     assert notes.said("100 of them, the same in every epoch")
     assert outcome.validation_images == 100
+
+
+def test_a_run_that_goes_back_to_its_start_is_planned_again(tmp_path, machine, monkeypatch):
+    """A loss that is not finite after the plan, which also chose the images to validate on, and before a checkpoint."""
+    real, machine.image = step.backward, 0.03
+
+    def spoiled(run, batch):
+        loss, correct = real(run, batch)
+        return loss * (math.nan if machine.steps == 6 else 1.0), correct
+
+    monkeypatch.setattr(step, "backward", spoiled)
+    outcome = train(replace(DIGITS, time="40s", diverged="retry"), tmp_path / "run")
+    assert outcome.finished
+    assert machine.now - 1000 == pytest.approx(40, rel=0.1)
+    snapshot, _ = Checkpoints(outcome.folder.checkpoints).newest()
+    progress = snapshot.state["progress"]
+    assert (progress["retries"], progress["validation_images"]) == (1, outcome.validation_images) == (1, 100)
 
 
 def test_other_epochs_do_not_continue_a_run_of_some_time(tmp_path):

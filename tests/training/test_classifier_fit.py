@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tests.training.test_loop import StopAfter, assert_same
+from tests.training.test_nonfinite import spoil_once
 
 import skipway as sw
 from skipway.checkpoint.files import read_tensors, write_tensors
@@ -267,6 +268,13 @@ def test_a_network_of_a_file_gets_a_hidden_layer_and_is_trained_on(tmp_path, sma
     run = sw.train(replace(recipe, freeze="first(head='mlp')", ema=0.9), tmp_path / "run")
     state = sw.from_pretrained(run.folder.last, trust_code=True).state_dict()
     assert {"2.0.weight", "2.2.weight"} <= set(state)
+
+
+def test_a_run_with_a_hidden_layer_goes_back_to_its_checkpoint(tmp_path, monkeypatch, small):
+    armed = spoil_once(monkeypatch, 3)
+    recipe = replace(BASE, freeze="first(head='mlp')", lr=0.01, epochs=1, diverged="retry")
+    assert sw.train(recipe, tmp_path / "run").epoch == 1
+    assert armed[0].progress.retries == 1
 
 
 def test_a_start_with_a_hidden_layer_is_taken_with_it(tmp_path, small):

@@ -15,8 +15,11 @@ from skipway.errors import DataError, SkipwayError
 from skipway.inference.evaluation import wilson_interval
 from skipway.recipe import Recipe
 from skipway.training import cross_validate
+from skipway.training.cross_validation import is_done
 from skipway.training.defaults import TrainingCase
 from skipway.training.loop import train
+from skipway.training.reporter import SilentReporter
+from skipway.training.run_folder import RunFolder
 
 TINY = Recipe(depth=8, width=4, epochs=1, batch_size=256, device="cpu", precision="float32", health=0.0)
 
@@ -85,6 +88,30 @@ def test_finished_folds_are_not_repeated(tmp_path, monkeypatch):
     trained.clear()
     assert cross_validate(dataclasses.replace(recipe, epochs=2), tmp_path / "cv", resume=True).finished
     assert trained == ["1/3", "2/3", "3/3"]
+
+
+def test_folds_that_are_made_longer_are_not_done_when_that_is_interrupted(tmp_path):
+    class Crash(SilentReporter):
+        def step(self, report):
+            raise RuntimeError("power cut")
+
+    recipe = dataclasses.replace(TINY, data=pictures(tmp_path / "data", each=9))
+    cross_validate(recipe, tmp_path / "cv", folds=2)
+    with pytest.raises(RuntimeError, match="power cut"):
+        cross_validate(dataclasses.replace(recipe, epochs=2), tmp_path / "cv", resume=True, reporter=Crash())
+    assert not (tmp_path / "cv/summary.json").exists(), "it would be that of the shorter folds"
+    cross_validate(None, tmp_path / "cv", resume=True)
+    summaries = [json.loads((tmp_path / f"cv/fold-{number}/summary.json").read_text()) for number in (1, 2)]
+    assert [summary["epochs"] for summary in summaries] == [2, 2]
+
+
+@pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 9}, {"time": "1m"}, {"patience": 2}])
+def test_a_fold_of_another_length_is_not_done(tmp_path, length):
+    folder = RunFolder(tmp_path)
+    folder.summary.write_text("{}")
+    folder.config.write_text(json.dumps({"recipe": TINY.to_json()}))
+    assert is_done(folder, TINY)
+    assert not is_done(folder, dataclasses.replace(TINY, **length))
 
 
 def test_the_test_split_of_the_source_is_left_alone(tmp_path):

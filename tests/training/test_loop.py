@@ -18,6 +18,7 @@ from skipway.checkpoint.store import Checkpoints
 from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError, DataError, DivergedError, SkipwayError
 from skipway.recipe import Recipe, read_recipe
+from skipway.training import records
 from skipway.training.loop import train
 from skipway.training.reporter import SilentReporter
 from skipway.training.run import Outcome
@@ -155,6 +156,53 @@ def test_a_finished_run_can_be_made_longer_and_nothing_else(tmp_path):
     longer = train(changed(TINY, epochs=3), tmp_path / "run", resume=True)
     assert [row["epoch"] for row in longer.folder.read_metrics()] == [1, 2, 3]
     assert read_recipe(longer.folder.config).epochs == 3
+
+
+@pytest.mark.parametrize("length", [{"epochs": 4}, {"steps": 20}])
+def test_a_run_that_is_made_longer_stays_so_and_loses_its_result(tmp_path, length):
+    """The power fails before the next checkpoint; whoever resumes the run does not say the length again."""
+
+    class Crash(SilentReporter):
+        def step(self, report):
+            raise RuntimeError("power cut")
+
+    folder = train(TINY, tmp_path / "run").folder
+    assert folder.findings.exists()
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(changed(TINY, **length), tmp_path / "run", resume=True, reporter=Crash())
+    assert not any(path.exists() for path in (folder.summary, folder.report, folder.findings))
+    assert train(None, tmp_path / "run", resume=True).finished
+    assert folder.read_metrics()[-1]["step"] == 20
+    assert folder.summary.exists()
+
+
+def test_health_behind_the_checkpoint_is_dropped(tmp_path):
+    """Also a row that a full disk cut short, behind which nothing would be read."""
+    folder = train(changed(TINY, health=0.0), tmp_path / "run", stop=StopAfter(2)).folder
+    folder.append_health({"step": 1, "connections": {}})
+    folder.append_health({"step": 999, "connections": {}})
+    with folder.health.open("a") as file:
+        file.write('{"step": 1000, "conn')
+    train(None, tmp_path / "run", resume=True)
+    folder.append_health({"step": 10, "connections": {}})
+    assert [row["step"] for row in folder.read_health()] == [1, 10]
+
+
+def test_tensorboard_is_given_every_step_that_is_recorded(tmp_path, monkeypatch):
+    """Also those before a checkpoint within an epoch; what is there already is hidden where a session begins."""
+    written: list[int] = []
+    hidden: list[int] = []
+
+    def noted(folder, steps, epoch=None, *, again=False):
+        written.extend(row["step"] for row in steps)
+        hidden.extend(row["step"] for row in steps[:1] if again)
+
+    monkeypatch.setattr(records, "write_tensorboard", noted)
+    recipe = changed(TINY, tensorboard=True, save_every=2)
+    train(recipe, tmp_path / "run", stop=StopAfter(2))
+    outcome = train(None, tmp_path / "run", resume=True)
+    assert written == [row["step"] for row in outcome.folder.read_steps()] == list(range(1, 11))
+    assert hidden == [1, 4]
 
 
 def test_a_run_whose_data_folder_moved_continues(tmp_path):

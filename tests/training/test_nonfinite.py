@@ -18,6 +18,7 @@ from skipway.recipe import Recipe
 from skipway.tracing.chain import chain
 from skipway.training import loop
 from skipway.training.loop import train
+from skipway.training.reporter import SilentReporter
 from skipway.training.run import Run
 
 RECIPE = Recipe(depth=8, width=4, epochs=2, batch_size=128, device="cpu", precision="float32", ema=0.9, save_every=4)
@@ -108,8 +109,8 @@ def test_going_back_with_half_the_rate(tmp_path):
         train(replace(RECIPE, lr=1e30, warmup=0.0, diverged="retry"), tmp_path / "hopeless")
 
 
-def test_a_fault_that_passes_is_overcome(tmp_path, monkeypatch):
-    """One bad step: the run goes back to its last checkpoint and ends, at half the rate."""
+def spoil_once(monkeypatch, step: int) -> list[Run]:
+    """Let the loss go wrong at this step of an epoch, the first time that it is taken; returns the runs."""
     begun, armed = loop.report_preflight, []
 
     def arm(run, *rest):
@@ -118,7 +119,7 @@ def test_a_fault_that_passes_is_overcome(tmp_path, monkeypatch):
         real = run.loss
 
         def loss(logits, targets):
-            if run.progress.step == 6 and left[0]:
+            if run.progress.step == step and left[0]:
                 left[0] -= 1
                 return real(logits, targets) * math.nan
             return real(logits, targets)
@@ -127,11 +128,32 @@ def test_a_fault_that_passes_is_overcome(tmp_path, monkeypatch):
         armed.append(run)
 
     monkeypatch.setattr(loop, "report_preflight", arm)
-    outcome = train(replace(RECIPE, diverged="retry"), tmp_path / "run")
+    return armed
+
+
+def test_a_fault_that_passes_is_overcome(tmp_path, monkeypatch):
+    """One bad step: the run goes back to its last checkpoint and ends, at half the rate."""
+
+    class Late(SilentReporter):
+        def message(self, label, text):
+            if label == "diverged":  # measured between the checkpoint and the bad step
+                armed[0].folder.append_health({"step": 999, "connections": {}})
+
+    armed = spoil_once(monkeypatch, 6)
+    outcome = train(replace(RECIPE, diverged="retry"), tmp_path / "run", reporter=Late())
     assert outcome.finished
     assert (armed[0].progress.lr_scale, armed[0].progress.retries) == (0.5, 1)
     rows = outcome.folder.read_steps()
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    assert all(row["step"] <= 2 * STEPS for row in outcome.folder.read_health())
+
+
+def test_a_run_that_was_made_longer_goes_back_to_the_longer_plan(tmp_path, monkeypatch):
+    recipe = replace(RECIPE, save_every=None, diverged="retry")
+    train(replace(recipe, epochs=1), tmp_path / "run")
+    armed = spoil_once(monkeypatch, 2)
+    outcome = train(recipe, tmp_path / "run", resume=True)
+    assert (outcome.finished, outcome.epoch, armed[0].progress.retries) == (True, 2, 1)
 
 
 class Spoiler(torch.autograd.Function):

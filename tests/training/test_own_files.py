@@ -109,6 +109,8 @@ def test_all_sizes_that_grow_are_checked_before_the_first_step(made, images, tmp
         train(recipe, tmp_path / "run")
     jumps = recipe_for(images, f"{made}:strided", grow_from=24, epochs=1)
     assert train(jumps, tmp_path / "run").finished  # 24, and then all 32
+    with pytest.raises(SkipwayError, match="does not take images of 28x28"):
+        train(recipe_for(images, f"{made}:strided", grow_from=24, epochs=1, steps=6), tmp_path / "steps")
 
 
 def test_a_hub_folder_has_the_file_and_says_how_to_load_it(images, tmp_path):

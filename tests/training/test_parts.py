@@ -17,8 +17,8 @@ from skipway.data import Batch
 from skipway.errors import CheckpointError, SkipwayError
 from skipway.hardware.device import choose_device, choose_precision, seed_torch
 from skipway.inference.evaluation import evaluate, wilson_interval
-from skipway.optim.schedules import lr_factor, set_lr
-from skipway.recipe import Recipe, read_recipe
+from skipway.optim.schedules import SCHEDULES, lr_factor, set_lr
+from skipway.recipe import Recipe, ResolvedRecipe, read_recipe
 from skipway.training.run_folder import RunFolder
 
 
@@ -100,6 +100,20 @@ def test_an_evaluation_that_is_stopped_has_no_result():
     assert evaluate(model, batches, classes=2, autocast=torch.no_grad, stop=lambda: True) is None
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_ranks_run_a_network_equally_often_whatever_their_share(count):
+    """Three rounds, of two passes each with the mirror images; the fillers count for nothing."""
+    passes, images = [], torch.randn(5, 1, 2, 2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model.register_forward_hook(lambda *_: passes.append(1))
+    batches = [batch(images, torch.zeros(5, dtype=torch.int64))] * count
+    choices = {"classes": 2, "autocast": torch.no_grad, "flip": True, "rounds": 3, "filler": images[:2]}
+    result = evaluate(model, batches, **choices)
+    assert len(passes) == 6
+    assert result is not None
+    assert result.total == 5 * count
+
+
 WRONG = [
     ({"lr": 0.0}, "lr=0.0: the rule is lr > 0"),
     ({"lr": math.nan}, "lr=nan"),
@@ -127,6 +141,21 @@ WRONG = [
 def test_impossible_recipes_name_the_rule(fields, message):
     with pytest.raises(SkipwayError, match=message):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize("name", SCHEDULES.entries)
+@pytest.mark.parametrize("given", [{}, {"warmup": 0.2}])
+def test_the_rate_rises_once(name, given):
+    """Up to its peak and then never again, whatever the schedule; a warm-up that is given is what is done."""
+    recipe = ResolvedRecipe.of(Recipe(schedule=name, **given))
+    assert recipe.warmup == given.get("warmup", 0.0 if name == "onecycle" else 0.05)
+    if given and name == "onecycle":
+        return
+    factors = [lr_factor(step, 100, recipe.warmup, recipe.schedule_shape) for step in range(100)]
+    top = factors.index(max(factors))
+    assert max(factors) == pytest.approx(1.0, abs=0.02)
+    assert factors[: top + 1] == sorted(factors[: top + 1])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
 
 
 def test_a_recipe_survives_json(tmp_path):

@@ -142,6 +142,27 @@ def test_a_longer_run_goes_on(tmp_path, recipe):
     assert longer.folder.read_metrics()[-1]["step"] == 12
 
 
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_ranks_of_a_sharded_network_stop_together(sharding):
+    """Told so by another rank, this one stops after the same batch; unsharded, every rank stops by itself."""
+    seen = []
+    ranks = SimpleNamespace(any=lambda here: True, all_reduce=lambda values: values)
+    model = nn.Embedding(4, 4)
+    model.register_forward_hook(lambda *_: seen.append(1))
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    run: Any = SimpleNamespace(
+        model=model,
+        recipe=SimpleNamespace(sharding=sharding),
+        ranks=ranks,
+        data=SimpleNamespace(test=SimpleNamespace(scored_bytes=1)),
+        autocast=nullcontext,
+        stop=lambda: False,
+    )
+    batches = [TextBatch(ids, ids, ids, torch.arange(1), 0)] * 2
+    result = LanguageModelling().evaluate(run, "test", batches, rounds=0)
+    assert (len(seen), result is None) == ((1, True) if sharding == "full" else (2, False))
+
+
 def test_a_time_is_planned(tmp_path, recipe):
     outcome = train(dataclasses.replace(recipe, steps=None, time="1s"), tmp_path / "run")
     assert outcome.finished
@@ -166,12 +187,13 @@ def test_changed_text_is_refused(tmp_path, recipe, book):
 
 
 def test_weights_to_start_from_have_the_same_tokenizer(tmp_path, recipe):
-    first = train(dataclasses.replace(recipe, steps=2), tmp_path / "first")
+    first = train(dataclasses.replace(recipe, steps=2), tmp_path / "book.txt-1")
     tuned = train(dataclasses.replace(recipe, start=first.folder.best, steps=1, lr=1e-9), tmp_path / "tuned")
     before, after = (read_tensors(outcome.folder.best)[0] for outcome in (first, tuned))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
-    with pytest.raises(CheckpointError, match="trained with another tokenizer, bytes of 256 tokens"):
-        train(dataclasses.replace(recipe, start=first.folder.best, tokenizer="chars"), tmp_path / "other")
+    for start in (first.folder.best, first.folder.path):  # the name of the folder ends like that of a file
+        with pytest.raises(CheckpointError, match="trained with another tokenizer, bytes of 256 tokens"):
+            train(dataclasses.replace(recipe, start=start, tokenizer="chars"), tmp_path / f"other {start.name}")
 
 
 REFUSED = [

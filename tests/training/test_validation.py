@@ -106,6 +106,14 @@ def test_patience_counts_by_validation(tmp_path):
     assert outcome.epoch == outcome.best_epoch + 3 < 30
 
 
+def test_more_patience_continues_a_run_that_stopped_early(tmp_path):
+    recipe = dataclasses.replace(TINY, data=pictures(tmp_path / "data", swapped=("val",)), epochs=30, patience=2)
+    first = train(recipe, tmp_path / "run")
+    more = train(dataclasses.replace(recipe, patience=4), tmp_path / "run", resume=True)
+    assert first.epoch == first.best_epoch + 2
+    assert first.epoch < more.epoch == more.best_epoch + 4 < 30
+
+
 def test_the_test_split_passes_the_network_once(tmp_path, monkeypatch):
     """Report included, in a run that was stopped and continued on the way; nothing reads an image of it before."""
     reads: dict[int, int] = {}

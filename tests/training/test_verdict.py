@@ -9,6 +9,7 @@ import torch
 from tests.trials.reporting import Notes
 
 import skipway as sw
+from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
 from skipway.training import train, verdict
 from skipway.training.verdict import piece_sizes
@@ -47,6 +48,18 @@ def test_a_verdict_is_cut_to_its_time_or_says_its_cost(tmp_path, monkeypatch, pe
     monkeypatch.setattr(verdict, "seconds_per_image", lambda run, sample: per_image)
     (line,) = said(tmp_path, SMALL)
     assert words in line
+
+
+def test_a_verdict_is_of_as_many_steps_as_the_run_takes(tmp_path, monkeypatch):
+    told: list[int] = []
+
+    def noted(*_, steps, **options):
+        told.append(steps)
+        raise SkipwayError("enough")
+
+    monkeypatch.setattr(verdict, "diagnose", noted)
+    said(tmp_path, replace(SMALL, epochs=None, steps=7))
+    assert told == [7]
 
 
 @pytest.mark.parametrize(("lr", "warned"), [(1e-4, False), (30.0, True)])

@@ -292,6 +292,8 @@ def to_eight_bit(image: Image.Image, channels: int, grey16: Grey16) -> Image.Ima
     """Convert to 8-bit grey (1 channel) or RGB (3 channels), with transparency on white."""
     if image.mode.startswith("I"):
         image = eight_bits(image, grey16)
+    if image.mode == "LAB":  # Pillow converts it to RGB alone
+        image = image.convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skipway.data import Batch
 from skipway.inference.metrics import class_scores, confused_pairs, confusion_entries
+from skipway.probes.precision import widest
 
 __all__ = ["Evaluation", "evaluate", "wilson_interval"]
 
@@ -87,6 +88,7 @@ def evaluate(
     flip: bool = False,
     total: Callable[[Tensor], Tensor] = lambda values: values,
     rounds: int = 0,
+    filler: Tensor | None = None,
     observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> Evaluation | None:
     """Run the network in evaluation mode over all batches; None if `stop` said so before the end.
@@ -97,31 +99,36 @@ def evaluate(
         observe: called with each batch and its logits, float32 (B, classes).
         flip: average the logits of each image and its mirror image.
         total: sums a tensor over the processes that share the batches; all of them get the full evaluation.
-        rounds: minimum number of forward passes; the last batch is repeated if there are fewer.
+        rounds: number of batches up to which `filler` is evaluated where there are fewer, for the ranks of a sharded
+            network, which must run it equally often.
+        filler: images for that, on the device of the network.
     """
     was_training = model.training
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     pairs, numbers = [torch.zeros(0, dtype=torch.int64, device=device)], [torch.zeros(0, dtype=torch.int64)]
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    stopped, done, batch = False, 0, None
-    for batch in batches:
+    loss = widest(torch.zeros((), device=device))
+    stopped, done = False, 0
+
+    def logits_of(images: Tensor) -> Tensor:
         with autocast():
-            logits = model(batch.inputs).float()
-            if flip:
-                logits = (logits + model(batch.inputs.flip(-1)).float()) / 2
+            logits = model(images).float()
+            return (logits + model(images.flip(-1)).float()) / 2 if flip else logits
+
+    for batch in batches:
+        logits = logits_of(batch.inputs)
         if observe is not None:
             observe(batch, logits)
         losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
         pairs.append(batch.labels * classes + logits.argmax(1))
         numbers.append(batch.numbers)
-        loss += losses.double().sum()
+        loss += widest(losses).sum()
         done += 1
         stopped = stop()
         if stopped:
             break
-    while batch is not None and done < rounds:
-        model(batch.inputs)
+    while filler is not None and done < rounds:
+        logits_of(filler)
         done += 1
     model.train(was_training)
     if bool(total(torch.tensor(float(stopped), device=device)) > 0):

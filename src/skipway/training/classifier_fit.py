@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from skipway.checkpoint.files import write_json
 from skipway.data.augment import Augmentation
 from skipway.data.randomness import draw_key
 from skipway.errors import SkipwayError, counted, spell
@@ -27,7 +28,7 @@ from skipway.training.linear_head import linear_heads
 from skipway.training.mlp_head import MLPHead, mlp_heads
 from skipway.training.records import write_weights
 from skipway.training.run import Run
-from skipway.training.setup import give_hidden_layer
+from skipway.training.setup import give_hidden_layer, run_config
 
 __all__ = ["fit_classifier", "record_fit", "withdraw_fit"]
 
@@ -163,6 +164,8 @@ def install(run: Run, name: str, head: Head | None) -> None:
     width = torch.tensor(float(head.width) if isinstance(head, MLPHead) else 0.0)
     if run.ranks.all_reduce(width) > 0:
         give_hidden_layer(run, [name, int(width)])
+        if run.ranks.first:
+            write_json(run.folder.config, run_config(run))
     classifier = run.model.get_submodule(name)
     fitted = classifier.state_dict() if head is None else head.module().state_dict()
     for key, parameter in classifier.named_parameters():

@@ -22,7 +22,7 @@ from skipway.training.distributed import join_ranks
 from skipway.training.initial_weights import resolve_paths
 from skipway.training.loop import train
 from skipway.training.reporter import Reporter, SilentReporter, StepReport
-from skipway.training.resume import resume_recipe
+from skipway.training.resume import LENGTH_FIELDS, resume_recipe
 from skipway.training.run_folder import RunFolder
 from skipway.training.task_choice import choose_task
 
@@ -254,10 +254,12 @@ def resolve_folds(
 
 
 def prepare_folder(folder: RunFolder, recipe: Recipe, folds: int, *, overwrite: bool) -> None:
-    """Make the folder and write what the cross-validation is; with `overwrite` remove the one that was there."""
-    if overwrite:
-        for path in (*folder.path.glob("fold-*"), folder.summary):
-            remove_path(path)
+    """Make the folder and write what the cross-validation is; with `overwrite` remove the one that was there.
+
+    The results of an earlier end go in any case: they are written again when all folds are done.
+    """
+    for path in (folder.summary, *(folder.path.glob("fold-*") if overwrite else ())):
+        remove_path(path)
     folder.path.mkdir(parents=True, exist_ok=True)
     values = {"skipway": __version__, "folds": folds, "recipe": resolve_paths(recipe).to_json()}
     write_json(folder.config, values)
@@ -276,7 +278,7 @@ def train_fold(recipe: Recipe, folder: RunFolder, reporter: Reporter | None, sto
 
 
 def is_done(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether a fold has been trained for the epochs of the recipe and tested.
+    """Whether a fold has been trained for the length of the recipe and tested.
 
     Raises:
         SkipwayError: it was trained by another recipe.
@@ -284,7 +286,8 @@ def is_done(folder: RunFolder, recipe: Recipe) -> bool:
     if not folder.summary.exists() or not folder.config.exists():
         return False
     stored = folder.read_config()
-    return resume_recipe(stored, folder.config, recipe).epochs == stored["recipe"]["epochs"]
+    wanted = resume_recipe(stored, folder.config, recipe)
+    return all(getattr(wanted, name) == stored["recipe"].get(name) for name in LENGTH_FIELDS)
 
 
 def read_result(folder: RunFolder, number: int) -> FoldResult:

@@ -273,6 +273,7 @@ class ImageClassification(Task):
             flip=run.recipe.flip_test,
             total=run.ranks.all_reduce,
             rounds=rounds,
+            filler=run.example if rounds else None,
             observe=observe,
         )
 
@@ -361,7 +362,8 @@ def check_grow_from(recipe: Recipe, data: Data, model: nn.Module) -> None:
         return
     if recipe.grow_from > data.size:
         raise SkipwayError(f"grow_from={recipe.grow_from}: the rule is grow_from <= size, which is {data.size}")
-    epochs = data.size if recipe.time is not None else ResolvedRecipe.of(recipe).epochs  # as many as there are sizes
+    # where the length is no number of epochs, as many as there are sizes
+    epochs = ResolvedRecipe.of(recipe).epochs if recipe.time is None and recipe.steps is None else data.size
     for side in sorted({growing_side(recipe.grow_from, data.size, epoch / epochs) for epoch in range(epochs)}):
         try:
             with preserved_state(model), torch.no_grad():

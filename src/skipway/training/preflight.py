@@ -49,7 +49,7 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
     if stored is not None:
         run.reporter.message("resume", f"after epoch {run.progress.epoch}, step {run.progress.step}")
         earlier = stored["recipe"]["epochs"]
-        if earlier != run.recipe.epochs:
+        if earlier != run.recipe.epochs and run.recipe.steps is None:
             run.reporter.message(
                 "note",
                 f"the number of epochs changed from {earlier} to {run.recipe.epochs}; the schedule spans all of them",

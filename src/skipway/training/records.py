@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from skipway.inference.reference_outputs import describe_outputs
 from skipway.report.summary import CHANCE_STEPS
 from skipway.training.clock import expected_seconds, plan_time
 from skipway.training.reporter import StepReport
-from skipway.training.resume import training_state
 from skipway.training.run import Run
 from skipway.training.setup import model_config
 from skipway.training.tensorboard import write_tensorboard
@@ -114,8 +113,7 @@ def record_epoch(run: Run, evaluation: Any) -> None:
     row = run.task.epoch_metrics(run, row, evaluation)
     if run.ranks.first:
         run.folder.append_metrics(row)
-        if run.recipe.tensorboard:
-            write_tensorboard(run.folder.board, row, run.rows)
+        write_steps(run, row)
     run.reporter.epoch(row, progress.epochs)
     remark = run.task.chance_remark(run, row)
     if remark is not None and (earlier < CHANCE_STEPS or run.finished):
@@ -131,6 +129,15 @@ def record_epoch(run: Run, evaluation: Any) -> None:
     plan_time(run)
 
 
+def write_steps(run: Run, epoch: dict[str, Any] | None = None) -> None:
+    """Write the steps that were recorded since the last time, and the row of an epoch to TensorBoard with them."""
+    run.folder.append_steps(run.rows)
+    if run.recipe.tensorboard and (run.rows or epoch is not None):
+        write_tensorboard(run.folder.board, run.rows, epoch, again=run.steps_again)
+    run.steps_again = run.steps_again and not run.rows
+    run.rows.clear()
+
+
 def is_save_due(run: Run) -> bool:
     """Whether a checkpoint within the epoch is due: every `save_every` steps, or every ten minutes."""
     if run.recipe.save_every is not None:
@@ -140,6 +147,8 @@ def is_save_due(run: Run) -> bool:
 
 def save_checkpoint(run: Run) -> None:
     """Write a checkpoint. A full disk does not stop the run: it is reported, and the next save tries again.
+
+    A result of an earlier end goes before the run goes on, so that it stands beside no weights but its own.
 
     Raises:
         DivergedError: a weight is not finite; the last good checkpoint is kept.
@@ -158,8 +167,9 @@ def save_checkpoint(run: Run) -> None:
     state = training_state(run)
     if not run.ranks.first:
         return
-    run.folder.append_steps(run.rows)
-    run.rows.clear()
+    write_steps(run)
+    if not run.finished:
+        run.folder.remove_result()
     try:
         run.checkpoints.save(Snapshot(run.global_step, tensors, state))
     except CheckpointError as error:
@@ -167,6 +177,16 @@ def save_checkpoint(run: Run) -> None:
             raise
         run.reporter.message("warning", str(error))
     run.progress.costs = replace(run.progress.costs, save=time.monotonic() - began)
+
+
+def training_state(run: Run) -> dict[str, Any]:
+    """The state of a run that a checkpoint stores besides tensors; every rank has to call this."""
+    return {
+        "progress": asdict(run.progress),
+        "scaler": run.scaler.state_dict(),
+        "world": run.ranks.world,
+        "reference": describe_outputs(run.model, model_config(run)),
+    }
 
 
 def weights_header(run: Run) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -67,15 +67,19 @@ def retry_from_checkpoint(run: Run, error: DivergedError) -> None:
     if run.recipe.diverged != "retry" or retries >= MAX_RETRIES:
         raise error
     run.reporter.message("diverged", str(error))
-    lr_scale, overhead = run.progress.lr_scale * RETRY_LR_SCALE, run.progress.overhead
+    before = run.progress
     run.pending.clear()
     run.rows.clear()
     run.optimizer.state.clear()
     load_newest_checkpoint(run)
-    run.progress.lr_scale, run.progress.retries, run.progress.overhead = lr_scale, retries + 1, overhead
+    # the clock does not go back, nor what was learned of the machine
+    kept = ("overhead", "costs", "accumulation", "validation_images")
+    run.progress = replace(run.progress, **{name: getattr(before, name) for name in kept})
+    lr_scale = run.progress.lr_scale = before.lr_scale * RETRY_LR_SCALE
+    run.progress.retries, run.steps_again = retries + 1, True
+    run.estimated = run.estimated and run.progress.planned  # `Recipe.time` is planned again where that was undone
     if run.ranks.first:
-        run.folder.keep_metrics(run.progress.epoch)
-        run.folder.keep_steps(run.global_step)
+        run.folder.keep_rows_until(run.progress.epoch, run.global_step)
     run.reporter.message(
         "retry", f"from epoch {run.progress.epoch}, step {run.progress.step}, learning rates times {lr_scale:g}"
     )

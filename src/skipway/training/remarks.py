@@ -62,24 +62,26 @@ def option_remarks(run: Run) -> Iterator[str]:
                 f"classes are weighted in the loss, but the epoch is chosen by the accuracy over all validation "
                 f"images, {100 * share:.0f} % of which are {data.classes[int(counts.argmax())]!r}"
             )
-    if isinstance(plan, FrozenEpochs) and plan.epochs >= recipe.epochs and recipe.time is None:
-        yield f"{spell('freeze', recipe.freeze)} of {counted(recipe.epochs, 'epoch')}: only the classifier is trained"
+    epochs = run.progress.epochs
+    if isinstance(plan, FrozenEpochs) and plan.epochs >= epochs and recipe.time is None:
+        yield f"{spell('freeze', recipe.freeze)} of {counted(epochs, 'epoch')}: only the classifier is trained"
     if plan != FreezePlan() and recipe.initial_weights is None:
         yield f"{spell('freeze', recipe.freeze)} without initial weights trains a classifier of random features"
 
 
 def short_supplies(run: Run) -> Iterator[str]:
     """Remarks about few validation images and few optimizer steps."""
-    splits, images, steps = run.data.splits, len(run.data.validation), run.recipe.epochs * run.steps_per_epoch
+    splits, images, steps = run.data.splits, len(run.data.validation), run.progress.plan.end
     if 0 < images < FEW_VALIDATION_IMAGES:
         folds = "; --folds 5 uses every image" if splits.fold is None and "test" in splits.split_off else ""
         yield (
             f"only {counted(images, 'image')} to validate on: the choice of the epoch is little more than chance{folds}"
         )
-    chosen = run.given.epochs is None and run.given.batch_size is None
+    chosen = run.given.epochs is None and run.given.steps is None and run.given.batch_size is None
     if run.recipe.time is None and run.recipe.freeze_plan.takes_steps and steps < FEW_STEPS and not chosen:
         smaller = "a smaller --batch-size or " if run.recipe.batch_size > SMALLEST_BATCH else ""
-        yield f"only {counted(steps, 'step')} in all: {smaller}more --epochs gives more"
+        longer = f"{smaller}more --epochs" if run.recipe.steps is None else "more --steps"
+        yield f"only {counted(steps, 'step')} in all: {longer} gives more"
 
 
 def unused_options(run: Run) -> Iterator[str]:
@@ -95,7 +97,11 @@ def unused_options(run: Run) -> Iterator[str]:
         "weights_names": (recipe.initial_weights is None, none),
         "weights_entry": (recipe.initial_weights is None, none),
         "weights_adapt": (recipe.initial_weights is None, none),
-        "epochs": (recipe.time is not None, "the time sets the number of epochs"),
+        "steps": (recipe.time is not None, "the time sets the number of steps"),
+        "epochs": (
+            recipe.time is not None or recipe.steps is not None,
+            f"the {'steps set' if recipe.time is None else 'time sets'} the number of epochs",
+        ),
     }
     for name, (unused, why) in idle.items():
         value = getattr(given, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +10,26 @@ from skipway.checkpoint.files import write_json
 from skipway.checkpoint.state import load_model_state, load_optimizer_state
 from skipway.errors import CheckpointError, SkipwayError, counted, spell
 from skipway.inference.code_file import network_file
-from skipway.inference.reference_outputs import describe_outputs, find_change, refuse_change
+from skipway.inference.reference_outputs import find_change, refuse_change
 from skipway.recipe import Recipe
 from skipway.training.budget import Plan
 from skipway.training.clock import limit_validation, reopen_plan
 from skipway.training.initial_weights import resolve_paths
+from skipway.training.records import save_checkpoint
 from skipway.training.residual_warmup import continue_warmup
 from skipway.training.run import Progress, Run
 from skipway.training.setup import give_hidden_layer, model_config
 
-__all__ = ["load_newest_checkpoint", "resume_recipe", "resume_run", "training_state"]
+__all__ = ["LENGTH_FIELDS", "load_newest_checkpoint", "resume_recipe", "resume_run"]
 
+# fields that decide when a run ends
+LENGTH_FIELDS = ("epochs", "steps", "time", "patience")
 # fields that may change when a run resumes; all others decide the weights (whether the files of a data folder that was
 # moved are the same is checked separately)
 CHANGEABLE = frozenset(
     {
+        *LENGTH_FIELDS,
         "data",
-        "epochs",
-        "steps",
-        "time",
-        "patience",
         "device",
         "workers",
         "cache",
@@ -95,7 +95,21 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
     """
     run.task.check_unchanged(run, stored)
     load_newest_checkpoint(run)
-    progress, recipe, before = run.progress, run.recipe, stored["recipe"]
+    loaded = replace(run.progress)
+    change_plan(run, stored["recipe"])
+    run.earlier_seconds = run.progress.seconds
+    if run.ranks.first:
+        run.folder.keep_rows_until(run.progress.epoch, run.global_step)
+    if run.progress != loaded:  # written before the config says so: whoever goes back goes on with this plan
+        save_checkpoint(run)
+        run.checkpoints.finish()
+    if run.ranks.first:
+        write_json(run.folder.config, {**stored, "recipe": run.recipe.to_json(), "model": model_config(run)})
+
+
+def change_plan(run: Run, before: dict[str, Any]) -> None:
+    """Plan the rest of a run anew where its length or patience is not that of its stored recipe, in place."""
+    progress, recipe = run.progress, run.recipe
     if recipe.time is None and recipe.steps is not None:
         if recipe.steps != before.get("steps"):
             progress.plan_steps(recipe.steps, run.steps_per_epoch)
@@ -105,21 +119,8 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
         progress.plan = Plan(end=recipe.epochs * run.steps_per_epoch, length=run.steps_per_epoch)
     if recipe.time is not None and recipe.time != before["time"]:
         reopen_plan(run)
-    run.earlier_seconds = progress.seconds
-    if run.ranks.first:
-        run.folder.keep_metrics(run.progress.epoch)
-        run.folder.keep_steps(run.global_step)
-        write_json(run.folder.config, {**stored, "recipe": run.recipe.to_json(), "model": model_config(run)})
-
-
-def training_state(run: Run) -> dict[str, Any]:
-    """The state of a run that a checkpoint stores besides tensors; every rank has to call this."""
-    return {
-        "progress": asdict(run.progress),
-        "scaler": run.scaler.state_dict(),
-        "world": run.ranks.world,
-        "reference": describe_outputs(run.model, model_config(run)),
-    }
+    if recipe.patience is not None and recipe.patience != before.get("patience"):
+        progress.stopped_early = progress.epoch - progress.best_epoch >= recipe.patience
 
 
 def load_newest_checkpoint(run: Run) -> None:
@@ -129,7 +130,7 @@ def load_newest_checkpoint(run: Run) -> None:
         run.reporter.message("damaged", sentence)
     state = snapshot.state
     progress = Progress.from_json(state["progress"], run.steps_per_epoch)
-    if progress.head is not None:
+    if progress.head is not None and progress.head != run.progress.head:  # a retry has it already
         give_hidden_layer(run, progress.head)
     run.progress = progress
     limit_validation(run, progress.validation_images)

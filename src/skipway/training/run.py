@@ -158,7 +158,8 @@ class Run:
     """Everything that a run consists of: recipe, task, data, network, optimizer, and progress.
 
     `given` is the recipe before choices were made for the user, `data` what the task loads, `warmup_offset` what the
-    clock of a residual warm-up is ahead of the steps of the run, None where it does not run.
+    clock of a residual warm-up is ahead of the steps of the run, None where it does not run, `steps_again` whether the
+    next rows of steps may have been written before, by an earlier session or before the run went back.
     """
 
     recipe: ResolvedRecipe
@@ -195,6 +196,7 @@ class Run:
     estimated: bool = False
     remarked: bool = False
     reported_end: int = 0
+    steps_again: bool = True
     stopping: bool = False
     warmup_offset: int | None = None
 

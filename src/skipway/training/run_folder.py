@@ -182,6 +182,17 @@ class RunFolder:
         """Read all complete measurements."""
         return read_rows(self.health)
 
+    def keep_rows_until(self, epoch: int, step: int) -> None:
+        """Drop the rows after a checkpoint, which a run that goes on from it writes again."""
+        self.keep_metrics(epoch)
+        self.keep_steps(step)
+        keep_rows(self.health, "step", step)
+
+    def remove_result(self) -> None:
+        """Remove what the end of a run writes, since the run goes on."""
+        for path in (self.summary, self.report, self.findings):
+            checkpoints.remove_path(path)
+
     def write_bundle(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write the batch of a failed step, and its description."""
         self.bundle.mkdir(exist_ok=True)
@@ -233,6 +244,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def keep_rows(path: Path, count: str, last: int) -> None:
     """Drop the rows whose `count` is greater than `last` or not an integer, and a truncated last row."""
+    if not path.exists():
+        return
     rows = [row for row in read_rows(path) if isinstance(row.get(count), int) and row[count] <= last]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     try:

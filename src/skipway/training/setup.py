@@ -36,6 +36,7 @@ __all__ = [
     "give_hidden_layer",
     "load_data",
     "model_config",
+    "run_config",
     "wrap_network",
     "write_run_files",
 ]
@@ -172,8 +173,6 @@ def give_hidden_layer(run: Run, head: list[Any]) -> None:
     if run.ema is not None:
         run.ema = ModelEMA(run.model, run.ema.decay)
     wrap_network(run)
-    if run.ranks.first:
-        write_json(run.folder.config, run_config(run))
 
 
 def class_weights(recipe: Recipe, data: Any, device: torch.device) -> Tensor | None:

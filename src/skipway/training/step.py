@@ -59,7 +59,7 @@ def clip_gradients(run: Run) -> Tensor:
     if run.scaler.is_enabled():
         run.scaler.unscale_(run.optimizer)
     clip = run.recipe.clipper
-    return full_tensor(total_norm(run.parameters) if clip is None else clip(run.parameters))
+    return full_tensor(total_norm(run.parameters) if clip is None else clip(run.parameters, run.optimizer.param_groups))
 
 
 def reduce_result(run: Run, batch: Batch, loss: Tensor, correct: Tensor, norm: Tensor) -> StepResult:

@@ -14,10 +14,17 @@ __all__ = ["write_tensorboard"]
 CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr")
 
 
-def write_tensorboard(folder: Path, row: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
-    """Add an epoch and its step losses to the event files in `folder`.
+def write_tensorboard(
+    folder: Path, steps: Sequence[Mapping[str, Any]], epoch: Mapping[str, Any] | None = None, *, again: bool = False
+) -> None:
+    """Add step losses, and the row of an epoch that ends with them, to the event files in `folder`.
 
-    Rows that a run writes again after a restart appear twice; TensorBoard shows the later ones.
+    Args:
+        folder: of the event files.
+        steps: rows of `steps.jsonl`.
+        epoch: a row of `metrics.jsonl`.
+        again: hide what was written from the first of these steps on. TensorBoard reads the files of one second in any
+            order, so only where a run goes on from a checkpoint.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
@@ -26,7 +33,8 @@ def write_tensorboard(folder: Path, row: Mapping[str, Any], steps: Sequence[Mapp
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingExtraError("tensorboard", "tensorboard", "tensorboard=True") from error
-    with SummaryWriter(str(folder), purge_step=min((each["step"] for each in steps), default=row["step"])) as writer:
+    purged, row = steps[0]["step"] if again and steps else None, epoch or {}
+    with SummaryWriter(str(folder), purge_step=purged) as writer:
         for each in steps:
             writer.add_scalar("step/loss", each["loss"], each["step"])
             writer.add_scalar("step/gradient norm", each["norm"], each["step"])

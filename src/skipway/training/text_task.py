@@ -19,7 +19,7 @@ from skipway.inference.generate import generate
 from skipway.inference.published_weights import is_pretrained
 from skipway.inference.text_evaluation import TextEvaluation, evaluate_text
 from skipway.inference.text_inputs import TextInputs
-from skipway.inference.text_run import with_test
+from skipway.inference.text_run import decode_continuation, with_test
 from skipway.models import build, find_config
 from skipway.models.family import split_options
 from skipway.recipe import NO_PATIENCE, Recipe, ResolvedRecipe
@@ -235,12 +235,13 @@ class LanguageModelling(Task):
         rounds: int,
         observe: Callable[[TextBatch, Tensor], None] | None = None,
     ) -> TextEvaluation | None:
+        together = run.recipe.sharding != "none"  # a sharded network runs on all ranks or on none
         return evaluate_text(
             run.model,
             ((batch.inputs, batch.targets) for batch in batches),
             scored_bytes=getattr(run.data, split).scored_bytes,
             autocast=run.autocast,
-            stop=run.stop,
+            stop=(lambda: run.ranks.any(run.stop())) if together else run.stop,
             total=run.ranks.all_reduce,
         )
 
@@ -385,5 +386,5 @@ def write_sample(run: Run) -> dict[str, str]:
     choices: dict[str, Any] = {"temperature": TEMPERATURE, "tokens": data.tokenizer.size, "seed": run.recipe.seed}
     with nullcontext() if run.ema is None else run.ema.applied(run.model), run.autocast():
         ids = generate(run.model, prompt, length - prompt.shape[1], **choices)[0].tolist()
-    decode, cut = data.tokenizer.decode, prompt.shape[1]
-    return {"prompt": decode(ids[:cut]), "sample": decode(ids[cut:])}
+    given, added = ids[: prompt.shape[1]], ids[prompt.shape[1] :]
+    return {"prompt": data.tokenizer.decode(given), "sample": decode_continuation(data.tokenizer, given, added)}

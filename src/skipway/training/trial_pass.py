@@ -91,7 +91,7 @@ def statistics_remarks(run: Run) -> Iterator[str]:
             "a larger batch or larger images give more"
         )
     if run.recipe.time is None:
-        yield from stale_statistics(run.model, run.recipe.epochs * run.steps_per_epoch)
+        yield from stale_statistics(run.model, run.progress.plan.end)
 
 
 def stale_statistics(model: nn.Module, steps: int) -> Iterator[str]:

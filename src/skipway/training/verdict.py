@@ -151,7 +151,7 @@ def diagnosis_line(run: Run, inputs: Tensor, labels: Tensor) -> str:
     name = run.recipe.optimizer.partition("(")[0]
     if name not in OPTIMIZERS:
         return f"none: a diagnosis knows {', '.join(OPTIMIZERS)}"
-    steps = run.recipe.epochs * run.steps_per_epoch
+    steps = run.progress.plan.end
     try:
         found = diagnose(
             run.model,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from skipway.report.chart import Figure, Mark, Series
 
 __all__ = ["number_of", "training_figures"]
@@ -13,24 +15,23 @@ __all__ = ["number_of", "training_figures"]
 Rows = Sequence[Mapping[str, Any]]
 
 
-def training_figures(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) -> list[Figure]:
+def training_figures(epochs: Rows, steps: Rows, best: int) -> list[Figure]:
     """Return up to four figures; those without a value are left out.
 
     Args:
         epochs: the lines of `metrics.jsonl`.
         steps: the lines of `steps.jsonl`.
-        steps_in_epoch: number of steps per epoch.
         best: the epoch with the best validation accuracy, from 1.
     """
     span = (0.0, max([number_of(row, "epoch") for row in epochs] + [1.0]))
     marks = (Mark(float(best), f"best: {best}"),) if best else ()
-    rates = by_step(steps, "lr", steps_in_epoch) or by_epoch(epochs, "lr")
+    rates = by_step(steps, "lr", epochs) or by_epoch(epochs, "lr")
     figures = [
         Figure(
             title="Loss",
             x_label="epoch",
             series=(
-                Series.of("single training steps", by_step(steps, "loss", steps_in_epoch), "faint"),
+                Series.of("single training steps", by_step(steps, "loss", epochs), "faint"),
                 Series.of("training", by_epoch(epochs, "train_loss")),
                 Series.of("validation", by_epoch(epochs, "validation_loss")),
             ),
@@ -53,7 +54,7 @@ def training_figures(epochs: Rows, steps: Rows, steps_in_epoch: int, best: int) 
         Figure(
             title="Gradient norm before clipping",
             x_label="epoch",
-            series=(Series.of("gradient norm", by_step(steps, "norm", steps_in_epoch)),),
+            series=(Series.of("gradient norm", by_step(steps, "norm", epochs)),),
             log_y=True,
             span=span,
         ),
@@ -66,9 +67,15 @@ def by_epoch(rows: Rows, name: str) -> list[tuple[float, float]]:
     return [(number_of(row, "epoch"), number_of(row, name)) for row in rows]
 
 
-def by_step(rows: Rows, name: str, steps_in_epoch: int) -> list[tuple[float, float]]:
-    """Return a column of the steps as a function of the epoch."""
-    return [(number_of(row, "step") / max(1, steps_in_epoch), number_of(row, name)) for row in rows]
+def by_step(steps: Rows, name: str, epochs: Rows) -> list[tuple[float, float]]:
+    """Return a column of the steps as a function of the epoch: an epoch may be any number of steps, which are evenly
+    spread over it.
+    """
+    ends = [0.0, *(number_of(row, "step") for row in epochs)]
+    numbers = [0.0, *(number_of(row, "epoch") for row in epochs)]
+    done = [row for row in steps if number_of(row, "step") <= ends[-1]]
+    places = np.interp([number_of(row, "step") for row in done], ends, numbers).tolist()
+    return [(place, number_of(row, name)) for place, row in zip(places, done, strict=True)]
 
 
 def number_of(row: Mapping[str, Any], name: str) -> float:

@@ -215,5 +215,5 @@ def write_findings(path: Path, found: ImageFindings, data: Data) -> None:
         write("duplicate", first, f"{given.splits[second]}: {twin}", round(similarity, 4))
     for index in found.outliers:
         write("outlier", index, "", "")
-    content = text.getvalue().encode()
+    content = text.getvalue().encode("utf-8", "backslashreplace")
     write_atomically(path, lambda aside: aside.write_bytes(content))

@@ -145,7 +145,7 @@ def page_values(
             ("connections", f"{len(connections):,}"),
         ],
         "sections": SECTIONS,
-        "curves": training_figures(metrics, steps, run.steps_per_epoch, progress.best_epoch),
+        "curves": training_figures(metrics, steps, progress.best_epoch),
         "matrix": confusion_matrix(evaluation.confusion, names),
         "confused": confused_table(evaluation.confusion, names),
         "classes": classes,
