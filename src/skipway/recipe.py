@@ -17,7 +17,7 @@ from skipway.errors import CheckpointError, SkipwayError, spell, suggest
 from skipway.optim.clip import Clipper, parse_clipper
 from skipway.optim.freeze import FreezePlan, FrozenTrunk, parse_freeze
 from skipway.optim.optimizers import OptimizerSpec, parse_optimizer
-from skipway.optim.schedules import ScheduleShape, parse_schedule
+from skipway.optim.schedules import ScheduleShape, parse_schedule, usual_warmup
 from skipway.registry import Registry, parse_spec
 
 __all__ = ["NO_PATIENCE", "Recipe", "ResolvedRecipe", "read_recipe"]
@@ -267,8 +267,8 @@ class Recipe:
     schedule: str = "cosine"
     """cosine, step, onecycle, trapezoid."""
 
-    warmup: float = 0.05
-    """Fraction of the steps used for warm-up."""
+    warmup: float | None = None
+    """Warm-up fraction of the steps. [0.05; onecycle 0]"""
 
     label_smoothing: float | None = kind_field("image", None)
     """Label smoothing. [by case, 0]"""
@@ -587,6 +587,7 @@ class ResolvedRecipe(Recipe):
     epochs: int = 30
     batch_size: int = 128
     optimizer: str = "sgd"
+    warmup: float = 0.05
     label_smoothing: float = 0.0
     augment: str = "none"
     layer_decay: float = 1.0
@@ -600,7 +601,9 @@ class ResolvedRecipe(Recipe):
         128
         """
         fields = ((entry.name, getattr(recipe, entry.name)) for entry in dataclasses.fields(recipe))
-        return cls(**{name: value for name, value in fields if value is not None})
+        values: dict[str, Any] = {name: value for name, value in fields if value is not None}
+        values.setdefault("warmup", usual_warmup(recipe.schedule_shape))
+        return cls(**values)
 
     @property
     def kind(self) -> Kind:

@@ -44,6 +44,17 @@ def branch(version: str, side: int, shift: int) -> WindowAttention:
     return made
 
 
+@pytest.mark.parametrize("patch", [1, 2, 3, 5])
+def test_patches_do_not_overlap_and_see_every_pixel(patch):
+    """A patch is one linear map of its own pixels, whether its side is even or odd."""
+    stem = small("v1", patch=patch, image=4 * patch, blocks=(2,)).stem
+    nn.init.normal_(stem.patch.bias)
+    x = torch.randn(2, 3, 4 * patch, 3 * patch)
+    squares = x.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5).flatten(3)
+    expected = squares @ stem.patch.weight.flatten(1).T + stem.patch.bias
+    torch.testing.assert_close(stem.patch(x).permute(0, 2, 3, 1), expected, rtol=1e-4, atol=1e-5)
+
+
 # The slow reference: no rolling, no partition, only which tokens meet -------------------------------------------------
 
 

@@ -69,23 +69,42 @@ def test_without_a_base_groups_are_as_they_were():
         assert all("eps" not in group and group["lr"] == 1.0 for group in groups)
 
 
+@pytest.mark.parametrize("shortcut", ["projection", "pooled", "pad"])
 @pytest.mark.parametrize("placement", ["preactivation", "identity"])
-def test_what_a_projection_reads_too_keeps_its_rate(placement):
-    """A norm before branch and projection is not in front of the factor alone; one at the end of a branch is."""
+def test_what_a_projection_reads_too_keeps_its_rate(placement, shortcut):
+    """A norm before branch and projection is not in front of the factor alone; one at the end of a branch is, and so is
+    one before a branch whose skip is padded: that is the stream itself.
+    """
     model = sw.build(
         "resnet20",
         depth=8,
         width=4,
         stem_width=4,
+        shortcut=shortcut,
         scheme=f"{placement} + depthscaled(exponent=0.5, base=1) + layerscale",
     )
     rates = {name: group["lr"] for name, group in named(model, sw.param_groups(model, lr=1.0)).items()}
     hidden = {name for name, rate in rates.items() if rate != 1}
     assert {rates[name] for name in hidden} == {3**-0.5}
     outside = {name for name in rates if ".branch." not in name and ".scale." not in name}
-    carried = {name for name in outside if name.startswith("stages.0.0.pre")}
+    carried = {name for name in outside if ".pre." in name and (shortcut == "pad" or name.startswith("stages.0."))}
     assert hidden == (set(rates) - outside) | carried
     assert bool(carried) == (placement == "preactivation")
+
+
+def test_a_scaled_skip_is_no_reader_of_the_norm_before_the_branch():
+    """u-μP of `base` asks for the rates of `DepthScaled(exponent=0.5, base=2)`, whose outputs it shares (App. G)."""
+    options = {"depth": 2, "dim": 8, "heads": 2, "patch": 8, "image": 16}
+    umup, scaled = (
+        sw.build("vit-tiny-16", scheme=scheme, **options)
+        for scheme in ("umup(base=2)", "depthscaled(exponent=0.5, base=2)")
+    )
+    rates = [
+        {name: group["lr"] for name, group in named(model, sw.param_groups(model, lr=1.0)).items()}
+        for model in (umup, scaled)
+    ]
+    assert rates[0] == pytest.approx(rates[1])
+    assert branch_factors(umup) == watched_factors(umup, torch.zeros(1, 3, 16, 16), dict(constants_of(umup)))
 
 
 def test_both_ways_to_find_them_agree():
@@ -206,7 +225,7 @@ def test_a_recipe_trains_by_them(optimizer, eps, rate):
 
 @pytest.mark.parametrize("scheme", ["identity", "depthscaled(exponent=0.5, base=1)"])
 def test_muon_leaves_the_classifier_to_adamw(scheme):
-    """The last matrix of the model, which is not the last of the groups where branches have groups of their own."""
+    """The classifier's matrix, which is not the last of the groups where branches have groups of their own."""
     pytest.importorskip("pytorch_optimizer")
     model = sw.build("vit-tiny-16", depth=2, dim=8, heads=2, scheme=scheme)
     spec = OPTIMIZERS["muon"]()

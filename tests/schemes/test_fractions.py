@@ -89,6 +89,19 @@ def test_frac_connections_start_as_the_family(name, scheme):
             torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [None, 8])
+def test_autocast_leaves_the_skip_as_it_is(dim, dtype):
+    """At the start y = x + F(x), with all bits of x, and in the type of x."""
+    connection = FracConnection(2, spatial=0) if dim is None else DynamicFracConnection(2, spatial=0, dim=dim)
+    s, branch = torch.randn(3, 5, 8).to(dtype), nn.Linear(8, 8)
+    nn.init.zeros_(branch.weight)
+    nn.init.zeros_(branch.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = Residual(branch, streams=connection)(s)
+    torch.testing.assert_close(y, s, rtol=0, atol=0)
+
+
 def test_only_the_dynamic_part_is_decayed():
     """Sec. 4.3."""
     model = sw.build("vit-tiny-16", scheme="fracconnections", **VIT)

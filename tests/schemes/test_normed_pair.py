@@ -137,3 +137,33 @@ def test_two_normalised_streams_are_refused_where_they_have_no_meaning(scheme):
 def test_a_pair_is_two_streams():
     with pytest.raises(sw.SkipwayError, match="a multiple of 2"):
         NormedPair(4, fused=True)(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("scheme", ["dualresidual", "siamesenorm"])
+def test_the_norms_are_the_familys(scheme):
+    """RMSNorm stays RMSNorm, with the family's ε and biases; a scheme beside it that replaces norms replaces these."""
+    options = {"depth": 2, "dim": 8, "heads": 2, "vocab": 9, "context": 8, "epsilon": 1e-3}
+    for choices, kind in (({"rms": True}, nn.RMSNorm), ({"bias": "none"}, nn.LayerNorm)):
+        model = sw.build("gpt", scheme=scheme, **options, **choices)
+        norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)]
+        assert len(norms) >= 5
+        assert all(type(norm) is kind and norm.eps == 1e-3 for norm in norms)
+        assert all(getattr(norm, "bias", None) is None for norm in norms)
+    model = sw.build("vit-tiny-16", epsilon=1e-3, scheme=scheme, **VIT)
+    assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {1e-3}
+    bounded = sw.build("vit-tiny-16", scheme=f"{scheme} + dyt", **VIT)
+    assert not any(isinstance(module, nn.LayerNorm) for module in bounded.modules())
+
+
+def test_dual_residual_holds_the_post_norm_network_with_rmsnorm():
+    """As above, in a decoder whose norms have no mean."""
+    options = {"depth": 2, "dim": 8, "heads": 2, "vocab": 9, "context": 8, "norm": "post", "rms": True}
+    post, dual = (sw.build("gpt", scheme=scheme, **options) for scheme in ("identity", "dualresidual"))
+    randomise_(post)
+    dual.load_state_dict(post.state_dict(), strict=False)
+    norms = [each.residual.streams.post for each in sw.chain(dual)[1:]] + [dual.head.close.post]
+    for norm, connection in zip(norms, sw.chain(post), strict=True):
+        norm.load_state_dict(connection.residual.post.norm.state_dict())
+    nn.init.zeros_(dual.head.close.pre.weight)
+    ids = torch.randint(9, (2, 5))
+    torch.testing.assert_close(dual(ids), post(ids), rtol=1e-4, atol=1e-5)

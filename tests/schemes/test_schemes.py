@@ -435,6 +435,29 @@ def test_layernormscaling_is_the_root_of_the_blocks_number():
     assert [c.residual.pre.enter.factor for c in sw.chain(network)] == [1.0, 1.0, 2**-0.5, 2**-0.5]
 
 
+def test_layernormscaling_leaves_maps_between_stages_alone():
+    """What enters a branch is scaled, and a patch merging is none: the next stage begins with the plain network's."""
+    plain, scaled = (make("swin", scheme) for scheme in ("identity", "layernormscaling"))
+    scaled.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 4, 8)
+    torch.testing.assert_close(scaled.stages[0].merge(x), plain.stages[0].merge(x), rtol=0, atol=0)
+
+
+def test_a_map_between_stages_is_entered_where_the_scheme_counts_on_it():
+    """After four branches of a stage 1 / √(1 + 4 α²) in front of the map, α = 0.2; Fixup's bias stands there, too."""
+    assert make("swin", "normfree").stages[0].merge.enter.factor == pytest.approx((1 + 4 * 0.2**2) ** -0.5)
+    assert make("swin", "fixup").stages[0].merge.enter.bias.shape == ()
+    both = make("convnext", "stochasticdepth + fixup").stages[1].downsample
+    assert both.enter.bias.shape == ()
+
+
+def test_layerscale_counts_caits_depth_as_its_paper_does():
+    """Touvron et al. 2021, sec. 2: 0.1 to depth 18, 1e-5 to 24, 1e-6 beyond; class-attention blocks are not depth."""
+    for blocks, init in ((18, 0.1), (24, 1e-5), (25, 1e-6)):
+        network = sw.build("cait-s24", depth=blocks, dim=8, heads=2, image=32, scheme="layerscale(init='depth')")
+        assert {connection.residual.scale.init for connection in sw.chain(network)} == {init}
+
+
 @pytest.mark.parametrize("name", ["vit", "convnext", "swin"])
 @pytest.mark.parametrize("map", ["tanh", "erf"])
 def test_dyt_replaces_every_norm_by_the_equation(name, map):
@@ -454,3 +477,14 @@ def test_dyt_replaces_every_norm_by_the_equation(name, map):
         expected = getattr(torch, map)(inner) * module.weight + module.bias
         y = module(x)
         torch.testing.assert_close(y.movedim(1, -1) if len(module.shape) == 3 else y, expected)
+
+
+@pytest.mark.parametrize("map", ["tanh", "erf"])
+def test_dyt_takes_the_axis_of_an_rmsnorm(map):
+    """The last one, of tokens: the same network as in place of LayerNorm, for any number of tokens."""
+    options = {"depth": 2, "dim": 8, "heads": 2, "vocab": 9, "context": 16, "scheme": f"dyt(map={map!r})"}
+    rms, layer = (sw.build("gpt", rms=each, **options) for each in (True, False))
+    rms.load_state_dict(layer.state_dict())
+    for tokens in (1, 3, 8):
+        ids = torch.randint(9, (2, tokens))
+        torch.testing.assert_close(rms(ids), layer(ids), rtol=0, atol=0)

@@ -116,6 +116,47 @@ def test_where_a_branch_halves_the_map_weights_per_pixel_are_averaged():
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("side", [(3, 8, 1), (3, 8, 2), (3, 1, 8), (3, 1, 1)])
+@pytest.mark.parametrize("scheme", ["hyperconnections(2)", "mhc(n=2)", "gatedstreams(n=2)", "fracconnections"])
+def test_maps_one_pixel_wide(scheme, side):
+    """The ResNet takes any height and width, and weights per pixel follow the strided branch on both axes."""
+    network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, classes=3, scheme=scheme)
+    assert network(torch.randn(2, *side)).shape == (2, 3)
+
+
+class Pooled(nn.Module):
+    """A norm that counts its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "samples"),
+    [
+        (sw.nn.Carry(), 2),
+        (sw.nn.ScaledShortcut(0.5, sw.nn.Carry()), 2),
+        (sw.nn.Pad(0, 1), 2),
+        (sw.nn.Projection(nn.Identity()), 2 + 3 * 2),
+        (sw.nn.ScaledShortcut(0.5, sw.nn.Projection(nn.Identity())), 2 + 3 * 2),
+    ],
+)
+def test_what_is_prepared_is_what_is_read(shortcut, samples):
+    """Norms of `pre` take the N samples that the branch reads, and all n·N streams only where the shortcut reads h."""
+    pre, connection = Pooled(), HyperConnection(3, 0, spatial=2)
+    residual = Residual(nn.Identity(), pre=pre, shortcut=shortcut, streams=connection)
+    s = torch.randn(3 * 2, 4, 2, 2)
+    factor = getattr(shortcut, "factor", 1.0)
+    expected = factor * s.unflatten(0, (3, 2)) + s[:2]
+    torch.testing.assert_close(residual(s).unflatten(0, (3, 2)), expected)
+    assert pre.seen == [samples]
+
+
 def test_streams_do_not_stay_equal():
     """P38: equal streams with equal weights would stay equal for ever; reading them in turn breaks the tie."""
     _, several = plain_and("vit-tiny-16", "hyperconnections(4, dynamic=False)")
@@ -294,6 +335,17 @@ def test_the_mixing_is_doubly_stochastic(form):
         > 0.7
     )
     assert weights.shape == (3, 3)
+
+
+@pytest.mark.parametrize("form", ["sinkhorn", "birkhoff"])
+def test_the_mixing_is_doubly_stochastic_under_autocast(form):
+    """Weights are computed in float32, so that a product of many keeps the sum of the streams."""
+    connection = ManifoldHyperConnection(3, dim=4, spatial=0, form=form)
+    logits = torch.randn(50, connection.sizes[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = connection.mixing(logits)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow, connection.mixing(logits), rtol=0, atol=0)
 
 
 def test_what_streams_differ_by_shrinks_by_lambda():

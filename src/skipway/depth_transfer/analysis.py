@@ -25,7 +25,7 @@ from skipway.diagnosis.asked_classes import entropy
 from skipway.errors import SkipwayError
 from skipway.hardware.device import choose_device, seed_torch
 from skipway.optim.optimizers import SGD, AdamW, parse_optimizer
-from skipway.optim.schedules import parse_schedule
+from skipway.optim.schedules import parse_schedule, usual_warmup
 from skipway.probes.objective import Loss
 from skipway.validation import check_call, check_positive, check_positive_int, check_rule, check_whole, is_whole
 
@@ -91,7 +91,7 @@ def transfer(
         loss: (output, targets) → a scalar; None: as `skipway.probes.objective.choose_objective` chooses it.
         optimizer: a spec string, "adamw", "sgd(momentum=0.95)", "muon".
         weight_decay: of the weights, ≥ 0.
-        warmup: steps in which the rate rises, from 0 to all; None: a tenth.
+        warmup: steps in which the rate rises, from 0 to all; None: a tenth, or 0 if the schedule rises by itself.
         schedule: of the rate after it, a spec string: constant, cosine, trapezoid.
         clip: maximum norm of the gradient, > 0; None does not clip.
         steps: of each training, ≥ 8.
@@ -124,13 +124,13 @@ def transfer(
             check_positive(name, value)
     if warmup is not None:
         check_whole("warmup", warmup, 0, steps, of="steps")
-    parse_schedule(schedule)
+    shape = parse_schedule(schedule)
     plan = TrainingPlan(
         optimizer=parse_optimizer(optimizer),
         steps=steps,
         seeds=seeds,
         weight_decay=weight_decay,
-        warmup=steps // 10 if warmup is None else warmup,
+        warmup=int(usual_warmup(shape, 0.1) * steps) if warmup is None else warmup,
         schedule=schedule,
         clip=clip,
     )

@@ -10,6 +10,7 @@ from skipway.nn.gain import Gain
 from skipway.nn.initial import Zeros
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
+from skipway.nn.stream_algebra import combine, without_autocast
 from skipway.nn.streams import Streams, average_to
 
 __all__ = ["DynamicFracConnection", "FracConnection"]
@@ -66,7 +67,7 @@ class FracConnection(Streams):
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = self.split(s)
-        mixed = (self.static[:, :-1].T @ parts.flatten(1)).view(-1, *parts.shape[1:])
+        mixed = without_autocast(combine, self.static[:, :-1], parts)
         write = self.static[:, -1].view(-1, *(1,) * (-1 - self.channel))
         return self.merge(mixed[: self.fractions]), self.merge(mixed[self.fractions :]), write
 
@@ -77,6 +78,7 @@ class FracConnection(Streams):
         if len(f) == 1 and f.requires_grad and not torch.compiler.is_compiling():
             # torch 2.13's BatchNorm is wrong backward with the strides that the gradient of one sample gets here
             f.register_hook(lambda g: None if g is None else g.clone(memory_format=torch.contiguous_format))
+        write, f = write.to(carried.dtype), f.to(carried.dtype)
         parts = write.unsqueeze(self.channel) * f.unflatten(self.channel, (self.fractions, -1))
         return carried + parts.flatten(self.channel - 1, self.channel)
 
@@ -107,7 +109,12 @@ class DynamicFracConnection(FracConnection):
         parts = self.split(s).movedim(self.channel, -1)
         mix, write = torch.tanh(self.map(self.norm(parts))).split((2 * self.fractions, 1), dim=-1)
         static = self.static.view(self.fractions, *(1,) * (parts.ndim - 2), -1)
-        mixed = torch.einsum("i...j,i...c->j...c", static[..., :-1] + self.mix_scale(mix), parts)
-        mixed = mixed.movedim(-1, self.channel)
+        weights = (static[..., :-1] + self.mix_scale(mix)).to(parts.dtype)
+        mixed = without_autocast(combine_last, weights, parts).movedim(-1, self.channel)
         write = (static[..., -1:] + self.write_scale(write)).squeeze(-1).movedim(0, self.channel)
         return self.merge(mixed[: self.fractions]), self.merge(mixed[self.fractions :]), write
+
+
+def combine_last(weights: Tensor, parts: Tensor) -> Tensor:
+    """Σᵢ w[i, …, j] partsᵢ, channels last: (m, …, k), (m, …, c) → (k, …, c)."""
+    return torch.einsum("i...j,i...c->j...c", weights, parts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skipway.nn.initial import TruncatedNormal
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
-from skipway.nn.stream_algebra import as_float32, normed_product, sinkhorn
+from skipway.nn.stream_algebra import as_float32, normed_product, sinkhorn, without_autocast
 from skipway.nn.streams import Streams, by_sample
 
 __all__ = ["ManifoldHyperConnection"]
@@ -107,7 +107,7 @@ class ManifoldHyperConnection(Streams):
         """H, (…, n, n), from stream j to stream k."""
         if self.form == "sinkhorn":
             return sinkhorn(logits.unflatten(-1, (self.count, self.count)), self.iterations, self.epsilon)
-        mix = torch.softmax(logits, dim=-1) @ self.permutations.to(logits.dtype)
+        mix = without_autocast(torch.matmul, torch.softmax(logits, dim=-1), self.permutations.to(logits.dtype))
         return mix.unflatten(-1, (self.count, self.count))
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from skipway.nn.streams import StreamExit, Streams, unfold
 
 __all__ = ["NormedPair", "NormedPairExit"]
+
+MakeNorm = Callable[[int], nn.Module]
+
+PLAIN: MakeNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class NormedPair(Streams):
@@ -20,6 +27,7 @@ class NormedPair(Streams):
         normalised: whether X is normalised; False for a first connection that reads X as it is.
         fused: x = norm(X) + norm(Y) (SiameseNorm), else x = norm(X) (ResiDual).
         factor: c.
+        norm: makes the norms from `dim`; None: LayerNorm.
 
     Shapes: (2·N, …, dim) → x (N, …, dim).
 
@@ -34,11 +42,14 @@ class NormedPair(Streams):
 
     refusal = "norms between the connections, where those of an existing network are written in its forward"
 
-    def __init__(self, dim: int, *, normalised: bool = True, fused: bool, factor: float = 1.0) -> None:
+    def __init__(
+        self, dim: int, *, normalised: bool = True, fused: bool, factor: float = 1.0, norm: MakeNorm | None = None
+    ) -> None:
         super().__init__(2, 0)
+        make = PLAIN if norm is None else norm
         self.factor = factor
-        self.post = nn.LayerNorm(dim, eps=1e-6) if normalised else nn.Identity()
-        self.pre = nn.LayerNorm(dim, eps=1e-6) if fused else None
+        self.post = make(dim) if normalised else nn.Identity()
+        self.pre = make(dim) if fused else None
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, y = unfold(s, 2)
@@ -53,9 +64,10 @@ class NormedPair(Streams):
 class NormedPairExit(StreamExit):
     """Close the two streams of `NormedPair`: norm(X) + norm(Y). Shapes: (2·N, …, dim) → (N, …, dim)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, norm: MakeNorm | None = None) -> None:
         super().__init__(2)
-        self.post, self.pre = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        make = PLAIN if norm is None else norm
+        self.post, self.pre = make(dim), make(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         normalised, plain = unfold(x, 2)

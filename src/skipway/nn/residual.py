@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.nn.shortcut import Carry
+from skipway.nn.shortcut import Carry, reads_prepared
 from skipway.nn.site import Site
 from skipway.nn.streams import Streams
 
@@ -73,12 +73,12 @@ class Residual(nn.Module):
 
     def forward_streams(self, s: Any) -> Any:
         """s' = post(shortcut(A s) + β drop(scale(branch(h)))), where h = pre(α s): α reads n streams into one, A mixes
-        them, β writes into all. A shortcut other than a carry takes each stream, prepared in one batch with h; of
-        earlier outputs, one stream is carried, which is what is read.
+        them, β writes into all. A shortcut that reads h takes each stream prepared, in one batch with h; of earlier
+        outputs, one stream is carried, which is what is read.
         """
         assert self.streams is not None
         x, carried, write = self.streams(s)
-        if carried is x or isinstance(self.shortcut, Carry):
+        if carried is x or not reads_prepared(self.shortcut):
             h = self.pre(x)
             skip = self.shortcut(carried, h)
         else:

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Carry", "Cut", "Pad", "Projection", "ScaledShortcut", "Shortcut"]
+__all__ = ["Carry", "Cut", "Pad", "Projection", "ScaledShortcut", "Shortcut", "reads_prepared"]
 
 
 class Shortcut(nn.Module):
     """Abstract base of shortcuts: maps (x, h) to the skip."""
+
+    reads_prepared: bool = True
+    """Whether the skip depends on h."""
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         raise NotImplementedError
@@ -18,6 +21,8 @@ class Shortcut(nn.Module):
 
 class Carry(Shortcut):
     """shortcut(x, h) = x: the identity."""
+
+    reads_prepared = False
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return x
@@ -47,6 +52,8 @@ class Pad(Shortcut):
     torch.Size([1, 32, 4, 4])
     """
 
+    reads_prepared = False
+
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
         self.channels, self.stride = channels, stride
@@ -61,6 +68,8 @@ class Pad(Shortcut):
 class Cut(Shortcut):
     """shortcut(x, h) = 0: no skip at all."""
 
+    reads_prepared = False
+
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return torch.zeros((), dtype=x.dtype, device=x.device)
 
@@ -71,9 +80,15 @@ class ScaledShortcut(Shortcut):
     def __init__(self, factor: float, inner: nn.Module) -> None:
         super().__init__()
         self.factor, self.inner = factor, inner
+        self.reads_prepared = reads_prepared(inner)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return self.factor * self.inner(x, h)
 
     def extra_repr(self) -> str:
         return f"{self.factor:g}"
+
+
+def reads_prepared(shortcut: nn.Module) -> bool:
+    """Whether a skip depends on h, as that of a module of somebody's own may."""
+    return bool(getattr(shortcut, "reads_prepared", True))

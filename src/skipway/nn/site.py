@@ -28,6 +28,7 @@ class Site:
             projection shortcut (itself included), or since the stem. At a projection: those before it.
         earlier: branches before this one whose outputs have the shape of what it reads: since the stem, a map between
             stages or a shortcut that is no carry (its branch included). None: as `since`.
+        uncounted: branches of the network that its paper does not count as depth (CaiT: class attention).
         spatial: axes after the channel axis: 2 for image maps (N, C, H, W), 0 for tokens (N, T, C).
         kind: what the branch does: "conv", "attention" or "mlp".
 
@@ -41,6 +42,7 @@ class Site:
     depth: int = 1
     since: int = 0
     earlier: int | None = None
+    uncounted: int = 0
     spatial: int = 2
     kind: Kind = "conv"
 
@@ -59,6 +61,11 @@ class Site:
     def outputs(self) -> int:
         """Earlier branches whose outputs have the shape of what this one reads."""
         return self.since if self.earlier is None else self.earlier
+
+    @property
+    def counted_depth(self) -> int:
+        """The branches that the paper of the network counts as its depth."""
+        return self.depth - self.uncounted
 
     @property
     def entry(self) -> int:

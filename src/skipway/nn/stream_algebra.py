@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["add_written", "as_float32", "gated_mean", "mix_streams", "normed_product", "sinkhorn"]
+__all__ = [
+    "add_written",
+    "as_float32",
+    "combine",
+    "gated_mean",
+    "mix_streams",
+    "normed_product",
+    "sinkhorn",
+    "without_autocast",
+]
 
 PIECE = 2**17
 """Numbers of a stream that are mixed at a time on a CPU, so that all streams of a piece fit into its caches."""
@@ -25,15 +34,20 @@ def as_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def without_autocast(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in the types of its arguments, the first of which is a tensor, whatever autocast says."""
+    kind = arguments[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return function(*arguments)
+    with torch.autocast(kind, enabled=False):
+        return function(*arguments)
+
+
 def apply(function: type[Function], plain: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function with its own backward pass, or, where a compiler reads the program, the plain expression; in the
-    type of the streams, whatever autocast says.
+    type of the streams.
     """
-    chosen, kind = plain if torch.compiler.is_compiling() else function.apply, arguments[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return chosen(*arguments)
-    with torch.autocast(kind, enabled=False):
-        return chosen(*arguments)
+    return without_autocast(plain if torch.compiler.is_compiling() else function.apply, *arguments)
 
 
 def pieces(s: Tensor) -> Iterator[slice]:

@@ -50,7 +50,7 @@ def by_sample(s: Tensor, count: int, channel: int) -> Tensor:
 
 def average_to(write: Tensor, f: Tensor) -> Tensor:
     """Weights per pixel, (N, m, H, W), averaged to the size of f where a branch made the map smaller."""
-    if write.shape[-1] == 1 or write.shape[-2:] == f.shape[-2:]:
+    if write.shape[-2:] in ((1, 1), f.shape[-2:]):
         return write
     return F.adaptive_avg_pool2d(write, (f.shape[-2], f.shape[-1]))
 

@@ -9,7 +9,8 @@ from operator import mul
 from torch import nn
 
 from skipway.errors import SkipwayError
-from skipway.nn import BranchFactors, Carry, Multiply, Residual
+from skipway.nn import BranchFactors, Multiply, Residual
+from skipway.nn.shortcut import reads_prepared
 from skipway.optim.roles import stated_example
 from skipway.tracing import Example, Program, watch
 
@@ -19,8 +20,8 @@ __all__ = ["branch_factors"]
 def branch_factors(model: nn.Module, example: Example | Program | None = None) -> dict[str, BranchFactors]:
     """What the constants on a network's branches ask for each parameter in front of them, by the parameter's name.
 
-    In a `Residual` these are the parameters of its branch, its scale and, unless the shortcut projects what `pre`
-    makes, of `pre`. In other networks (`skipway.rescheme`) they are those whose whole effect on the output passes the
+    In a `Residual` these are the parameters of its branch, its scale and, unless the shortcut reads what `pre` makes,
+    of `pre`. In other networks (`skipway.rescheme`) they are those whose whole effect on the output passes the
     factor, as one watched forward pass shows. Parameters without factors are left out; the model is left unchanged.
 
     Raises:
@@ -52,7 +53,7 @@ def constants_of(model: nn.Module) -> Iterator[tuple[str, BranchFactors]]:
 
 def names_in_branch(residual: Residual) -> Iterator[str]:
     """The parameters of a connection whose whole effect passes its scale."""
-    slots = ["branch", "scale", *(["pre"] if isinstance(residual.shortcut, Carry) else [])]
+    slots = ["branch", "scale", *([] if reads_prepared(residual.shortcut) else ["pre"])]
     for slot in slots:
         for name, _ in residual.get_submodule(slot).named_parameters():
             yield f"{slot}.{name}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from skipway.optim.optimizers import Groups
 from skipway.registry import Registry, parse_spec
 from skipway.validation import check_positive
 
@@ -16,9 +17,12 @@ __all__ = ["CLIPPERS", "AdaptiveClip", "ClipNorm", "Clipper", "parse_clipper"]
 
 
 class Clipper(Protocol):
-    """Clips gradients in place and returns their total norm before clipping, on the device."""
+    """Clips gradients in place and returns their total norm before clipping, on the device.
 
-    def __call__(self, parameters: Sequence[Tensor]) -> Tensor: ...
+    `groups` are those of the optimizer, which say what the parameters are where `param_groups` made them.
+    """
+
+    def __call__(self, parameters: Sequence[Tensor], groups: Groups = ()) -> Tensor: ...
 
 
 CLIPPERS: Registry[Callable[..., Clipper]] = Registry("clipping")
@@ -49,7 +53,7 @@ class ClipNorm:
     def __post_init__(self) -> None:
         check_positive("most", self.most)
 
-    def __call__(self, parameters: Sequence[Tensor]) -> Tensor:
+    def __call__(self, parameters: Sequence[Tensor], groups: Groups = ()) -> Tensor:
         from torch.nn.utils import clip_grad_norm_
 
         return clip_grad_norm_(list(parameters), self.most)
@@ -59,13 +63,14 @@ class ClipNorm:
 class AdaptiveClip:
     """Adaptive gradient clipping per unit: g_i <- g_i min(1, share max(|w_i|, 1e-3) / |g_i|) (Brock 2021, eq. 3).
 
-    A unit is a row of a weight matrix or kernel; a parameter of at most one axis is one unit. The last weight, the
-    classifier's, is not clipped, as in the paper.
+    A unit is a row of a weight matrix or kernel; a parameter of at most one axis is one unit. The classifier's weight,
+    which the groups of `param_groups` name, is not clipped, as in the paper.
 
     >>> import torch
     >>> first, last = torch.nn.Parameter(torch.ones(1, 4)), torch.nn.Parameter(torch.ones(1, 4))
     >>> first.grad, last.grad = torch.full((1, 4), 5.0), torch.full((1, 4), 5.0)
-    >>> round(float(AdaptiveClip(0.01)([first, last])), 4)  # sqrt(200)
+    >>> groups = [{"params": [first, last], "classifier": [1]}]
+    >>> round(float(AdaptiveClip(0.01)([first, last], groups)), 4)  # sqrt(200)
     14.1421
     >>> round(first.grad.norm().item(), 4), last.grad.norm().item()
     (0.02, 10.0)
@@ -76,13 +81,18 @@ class AdaptiveClip:
     def __post_init__(self) -> None:
         check_positive("share", self.share)
 
-    def __call__(self, parameters: Sequence[Tensor]) -> Tensor:
+    def __call__(self, parameters: Sequence[Tensor], groups: Groups = ()) -> Tensor:
         import torch
 
         norm = total_norm(parameters)
-        last = max((number for number, each in enumerate(parameters) if each.ndim > 1), default=-1)
-        for number, parameter in enumerate(parameters):
-            if parameter.grad is None or number == last:
+        classifier = {
+            id(each)
+            for group in groups
+            for place, each in enumerate(group["params"])
+            if place in group.get("classifier", ())
+        }
+        for parameter in parameters:
+            if parameter.grad is None or id(parameter) in classifier:
                 continue
             axes = tuple(range(1, parameter.ndim)) if parameter.ndim > 1 else tuple(range(parameter.ndim))
             weight = torch.linalg.vector_norm(parameter.detach(), dim=axes or None, keepdim=parameter.ndim > 0)

@@ -9,10 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
+from skipway.errors import SkipwayError
 from skipway.nn import BranchFactors, Residual, Role
 from skipway.optim.branch_factors import branch_factors
-from skipway.optim.roles import UNKNOWN, parameter_roles
+from skipway.optim.classifier import classifier_weights
+from skipway.optim.roles import UNKNOWN, owner_of, parameter_roles
 from skipway.tracing import Example, Program, unwrap, watch
 from skipway.tracing.chain import Connection, WatchedConnection, chain, chain_from_program
 from skipway.tracing.paths import parents
@@ -63,8 +66,9 @@ def param_groups(
             factors (`rescheme`), and no example shows which parameters are in front of them.
 
     Returns:
-        dicts with `params`, `lr`, `weight_decay`, `name`, `last` (the index of the last of them among the model's
-        parameters) and where ε has a factor `eps`, in the order of first appearance.
+        dicts in the order of first appearance: `params`, `lr`, `weight_decay`, `name`, and `eps` where ε has a factor.
+        `matrices` holds the places in `params` of matrices and kernels, without depthwise kernels and the classifier;
+        `classifier` those of the weights that make the scores.
 
     >>> import skipway as sw
     >>> for group in param_groups(sw.build("resnet20", scheme="fixup"), lr=0.1, weight_decay=5e-4):
@@ -80,7 +84,10 @@ def param_groups(
     check_positive("layer_decay", layer_decay)
     if eps is not None:
         check_positive("eps", eps)
+    example = watched_once(model, example)
     roles, factors = parameter_roles(model, example), branch_factors(model, example)
+    program = example if isinstance(example, Program) else None
+    scoring = {id(parameter) for parameter in classifier_weights(model, program, roles)}
     layers = layer_indices(model, example) if layer_decay != 1 else {}
     last = max(layers.values(), default=0)
     if layer_decay != 1 and last <= 1:
@@ -91,7 +98,7 @@ def param_groups(
         )
     groups: dict[tuple[Role, int], dict[str, Any]] = {}
     unknown: list[str] = []
-    for index, (name, parameter) in enumerate(model.named_parameters()):
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         unknown += [name] if roles[name] is UNKNOWN else []
@@ -103,10 +110,16 @@ def param_groups(
                 "lr": lr * role.rate * layer_decay ** (last - layer),
                 "weight_decay": weight_decay * role.decay,
                 "name": title_of(role) if layer_decay == 1 else f"{title_of(role)}, layer {layer}",
+                "matrices": [],
+                "classifier": [],
                 **({} if eps is None or role.epsilon == 1 else {"eps": eps * role.epsilon}),
             }
-        groups[role, layer]["params"].append(parameter)
-        groups[role, layer]["last"] = index
+        group = groups[role, layer]
+        if id(parameter) in scoring:
+            group["classifier"].append(len(group["params"]))
+        elif role.name == "weight" and is_matrix(model.get_submodule(owner_of(name)), parameter):
+            group["matrices"].append(len(group["params"]))
+        group["params"].append(parameter)
     if unknown and weight_decay:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         warnings.warn(
@@ -127,6 +140,23 @@ def without_epsilon(role: Role, *, adaptive: bool) -> Role:
     """A role for an optimizer that has no ε: nothing to do if it is adaptive, else the gradient's size in the rate."""
     size = 1.0 if adaptive else role.epsilon
     return replace(role, rate=role.rate / size, decay=role.decay * size, epsilon=1.0)
+
+
+def watched_once(model: nn.Module, example: Example | Program | None) -> Example | Program | None:
+    """The program that a network of others runs on an example, watched once for several questions; else the example."""
+    if example is None or isinstance(example, Program) or any(isinstance(each, Residual) for each in model.modules()):
+        return example
+    try:
+        return watch(model, example)
+    except SkipwayError:  # whoever needs it says so
+        return example
+
+
+def is_matrix(owner: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a weight mixes channels: a matrix, or a kernel that is not depthwise."""
+    if parameter.ndim < 3:
+        return parameter.ndim == 2
+    return parameter.shape[1] > 1 or (isinstance(owner, _ConvNd) and owner.groups == 1)
 
 
 def watched_program(model: nn.Module, example: Example | Program | None) -> Program | None:

@@ -22,6 +22,14 @@ def muon_class(library_class: type[Any]) -> type[Any]:
     from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 
     class Muon(library_class):
+        def init_group(self, group: dict[str, Any], **more: Any) -> None:
+            """Begin the moments of parameters that have none, or in a stored run those of the other method."""
+            own = "momentum_buffer" if group["use_muon"] else "exp_avg"
+            for parameter in group["params"]:
+                if self.state.get(parameter) and own not in self.state[parameter]:
+                    self.state[parameter].clear()
+            super().init_group(group, **more)
+
         @staticmethod
         def _orthogonalize(group: dict[str, Any], updates: list[torch.Tensor]) -> list[torch.Tensor]:
             quick = updates[0].device.type != "cpu" or cpu_has_bfloat16()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from skipway.errors import MissingExtraError
@@ -38,7 +37,7 @@ class OptimizerSpec(Protocol):
     def eps(self) -> float | None: ...
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        """Build the optimizer for groups with `params`, `lr`, `weight_decay` and `name`."""
+        """Build the optimizer for groups that `param_groups` made."""
         ...
 
 
@@ -138,9 +137,10 @@ class Lion:
 
 @dataclass(frozen=True)
 class LAMB:
-    """LAMB (You 2020, algorithm 2): Adam's update scaled to the norm of each weight, for very large batches.
+    """LAMB (You 2020, algorithm 2): w <- w - lr min(|w|, 10) u / |u|, u = r + wd w, r Adam's update of each weight.
 
-    From the library pytorch_optimizer, with its global gradient clipping disabled.
+    It is for very large batches. r has no bias correction, as in version 3 of the paper; that changes the share of wd w
+    in u alone. From the library pytorch_optimizer, whose defaults decay outside of u and divide lr by 1 - beta1^t.
     """
 
     beta1: float = 0.9
@@ -154,7 +154,7 @@ class LAMB:
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         return load_pytorch_optimizer().Lamb(
-            list(groups), betas=(self.beta1, self.beta2), eps=self.eps, max_grad_norm=0.0
+            list(groups), betas=(self.beta1, self.beta2), eps=self.eps, weight_decouple=False, adam_debias=True
         )
 
 
@@ -162,9 +162,10 @@ class LAMB:
 class Muon:
     """Muon (Jordan 2024): orthogonalised momentum for matrices and convolution kernels, AdamW for everything else.
 
-    A kernel (out, in, k, k) is treated as a matrix (out, in k k). The classifier and depthwise kernels use AdamW with
-    a learning rate of their own. From the library pytorch_optimizer, which iterates in bfloat16; on CPUs without native
-    bfloat16 products, where those take 30 times as long, it iterates in float32 (`skipway.optim.muon`).
+    A kernel (out, in, k, k) is treated as a matrix (out, in k k). The classifier and depthwise kernels, which
+    `param_groups` leaves out of `matrices`, use AdamW with a learning rate of their own. From the library
+    pytorch_optimizer, which iterates in bfloat16; on CPUs without native bfloat16 products, where those take 30 times
+    as long, it iterates in float32 (`skipway.optim.muon`).
 
     Args:
         momentum: momentum of the matrices.
@@ -186,23 +187,24 @@ class Muon:
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         from skipway.optim.muon import muon_class
 
-        matrices = {
-            id(each): each
-            for group in sorted(groups, key=itemgetter("last"))
-            for each in group["params"]
-            if group["name"].startswith("weight") and (each.ndim == 2 or each.shape[1] > 1)
-        }
-        if matrices:
-            matrices.popitem()  # the classifier
         ready = []
         for group in groups:
-            own = [each for each in group["params"] if id(each) in matrices]
-            rest = [each for each in group["params"] if id(each) not in matrices]
-            if own:
-                ready.append({**group, "params": own, "use_muon": True, "momentum": self.momentum})
+            rest = [place for place in range(len(group["params"])) if place not in group["matrices"]]
+            if group["matrices"]:
+                own = part_of_group(group, group["matrices"])
+                ready.append({**own, "use_muon": True, "momentum": self.momentum})
             if rest:
-                ready.append({**group, "params": rest, "use_muon": False, "lr": group["lr"] * self.adamw})
+                ready.append({**part_of_group(group, rest), "use_muon": False, "lr": group["lr"] * self.adamw})
         return muon_class(load_pytorch_optimizer().Muon)(ready, adamw_eps=self.eps, use_adjusted_lr=True)
+
+
+def part_of_group(group: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """Some parameters of a group, by their places, as a group of their own."""
+    marks = {
+        name: [number for number, place in enumerate(places) if place in group[name]]
+        for name in ("matrices", "classifier")
+    }
+    return {**group, **marks, "params": [group["params"][place] for place in places]}
 
 
 for kind in (SGD, AdamW, Lion, LAMB, Muon):

@@ -23,6 +23,7 @@ __all__ = [
     "Trapezoid",
     "lr_factor",
     "parse_schedule",
+    "usual_warmup",
 ]
 
 
@@ -82,7 +83,7 @@ class StepDecay:
 
 @dataclass(frozen=True)
 class OneCycle:
-    """Linear from 1/`start` to 1 over the first fraction `rise`, then linear to 0 (Smith 2018). Use with `warmup=0`.
+    """Linear from 1/`start` to 1 over the first fraction `rise`, then linear to 0 (Smith 2018): its own warm-up.
 
     >>> [round(OneCycle(rise=0.25, start=10)(t), 2) for t in (0.0, 0.25, 0.625)]
     [0.1, 1.0, 0.5]
@@ -137,6 +138,15 @@ for name, shape in (
     ("constant", Constant),
 ):
     SCHEDULES.add(name, shape)
+
+
+def usual_warmup(shape: ScheduleShape, share: float = 0.05) -> float:
+    """The fraction of the steps used for warm-up where none is given: `share`, or 0 if the shape rises by itself.
+
+    >>> usual_warmup(Cosine()), usual_warmup(OneCycle())
+    (0.05, 0.0)
+    """
+    return 0.0 if shape(0.0) < 1 else share
 
 
 def lr_factor(step: float, steps: int, warmup: float, shape: ScheduleShape = Cosine()) -> float:

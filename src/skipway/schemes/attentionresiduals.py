@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from skipway.nn import AttentionExit, AttentionRead, AttentionResidual
+from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
@@ -56,7 +57,7 @@ class AttentionResiduals(Scheme):
     def place(self, site: Site | None, placement: Placement) -> Placement:
         return placement.to("pre") if placement.post else placement
 
-    def streams(self, site: Site) -> AttentionResidual:
+    def streams(self, site: Site, kit: Kit | None = None) -> AttentionResidual:
         size = 1 if self.blocks is None else math.ceil(site.depth / self.blocks)
         read = AttentionRead(site.entry, spatial=site.spatial, rescale=self.rescale) if site.outputs else None
         return AttentionResidual(read, opens=site.outputs % size == 0, spatial=site.spatial)
@@ -64,5 +65,5 @@ class AttentionResiduals(Scheme):
     def restart(self, dim: int, spatial: int) -> AttentionExit:
         return AttentionExit(dim, spatial=spatial, rescale=self.rescale)
 
-    def close(self, dim: int, spatial: int) -> AttentionExit:
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> AttentionExit:
         return AttentionExit(dim, spatial=spatial, rescale=self.rescale)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from skipway.nn import DenseResidual, LastExit
+from skipway.nn.kit import Kit
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
 from skipway.validation import check_positive_int
@@ -58,12 +59,12 @@ class DenseFormer(Scheme):
         check_positive_int("dilation", self.dilation)
         check_positive_int("period", self.period)
 
-    def streams(self, site: Site) -> DenseResidual:
+    def streams(self, site: Site, kit: Kit | None = None) -> DenseResidual:
         reads = mixed_outputs(site, self.dilation, self.period)
         return DenseResidual(reads, ends=site.kind != "attention", spatial=site.spatial)
 
     def restart(self, dim: int, spatial: int) -> LastExit:
         return LastExit()
 
-    def close(self, dim: int, spatial: int) -> LastExit:
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> LastExit:
         return LastExit()

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from skipway.nn import NormedPair, NormedPairExit, StreamEntry
+from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
 from skipway.nn.site import Kind, Site
 from skipway.schemes.scheme import Scheme
@@ -18,8 +19,8 @@ class DualResidual(Scheme):
     """A second stream that is never normalised beside a post-norm network: x' = norm(x + F(x)), r' = r + F(x); the head
     takes x + norm(r).
 
-    All norms of the family go; each connection but the first reads x through a norm of its own, which is the norm
-    behind the addition before.
+    All norms of the family go; each connection but the first reads x through a norm of its own, of the same kind, which
+    is the norm behind the addition before.
 
     Depth: none enters. Decay and learning rate: those of any norm, no decay and the full rate.
 
@@ -50,11 +51,11 @@ class DualResidual(Scheme):
     def place(self, site: Site | None, placement: Placement) -> Placement:
         return placement.to("post") if site is None else replace(placement, pre=(), inside=(), end=(), post=())
 
-    def streams(self, site: Site) -> NormedPair:
-        return NormedPair(site.entry, normalised=site.index > 0, fused=False)
+    def streams(self, site: Site, kit: Kit | None = None) -> NormedPair:
+        return NormedPair(site.entry, normalised=site.index > 0, fused=False, norm=None if kit is None else kit.norm)
 
     def open(self) -> nn.Module:
         return StreamEntry(2)
 
-    def close(self, dim: int, spatial: int) -> nn.Module:
-        return NormedPairExit(dim)
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module:
+        return NormedPairExit(dim, norm=None if kit is None else kit.norm)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from skipway.nn import DynamicErf, DynamicTanh, LayerNorm2d
 from skipway.nn.kit import Kit
@@ -22,8 +23,8 @@ MAPS = {"tanh": DynamicTanh, "erf": DynamicErf}
 class DyT(Scheme):
     """A bounded map of each number in place of every norm: y = x + F(γ ⊙ tanh(α x) + β), no statistics.
 
-    Norms of queries and keys stay. It is for networks with LayerNorm: in place of BatchNorm the
-    authors report a loss.
+    Norms of queries and keys stay. It is for networks with LayerNorm or RMSNorm: in place of BatchNorm the authors
+    report a loss.
 
     Args:
         map: "tanh" (DyT) or "erf", γ ⊙ erf(α x + s) + β with a learned s (Derf), which its authors find better.
@@ -65,5 +66,5 @@ class DyT(Scheme):
 def bounded_map(norm: Callable[[int], nn.Module], kind: type[DynamicTanh], init: float, channels: int) -> nn.Module:
     """A bounded map with the axes of the norm that it replaces."""
     replaced = norm(channels)
-    last = isinstance(replaced, nn.LayerNorm) and not isinstance(replaced, LayerNorm2d)
-    return kind(channels, init=init, spatial=0 if last else 2)
+    of_maps = isinstance(replaced, LayerNorm2d | nn.GroupNorm | _NormBase)
+    return kind(channels, init=init, spatial=2 if of_maps else 0)

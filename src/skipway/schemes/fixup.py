@@ -73,6 +73,9 @@ class Fixup(Scheme):
     def enter(self, site: Site) -> Bias:
         return self.bias()
 
+    def transition(self, site: Site) -> Bias:
+        return self.bias()
+
     def scale(self, site: Site) -> nn.Module:
         return sequence(multiplier=Gain(role=Role("gain", decay=True, rate=self.rate)), bias=self.bias())
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from skipway.nn import DynamicFracConnection, FracConnection, StreamEntry, StreamExit
+from skipway.nn.kit import Kit
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
 from skipway.validation import check_positive_int, check_rule
@@ -48,7 +49,7 @@ class FracConnections(Scheme):
     def __post_init__(self) -> None:
         check_positive_int("m", self.m)
 
-    def streams(self, site: Site) -> FracConnection:
+    def streams(self, site: Site, kit: Kit | None = None) -> FracConnection:
         for dim in (site.entry, site.dim):
             check_rule("m", self.m, dim % self.m == 0, f"a divisor of the {dim} channels of the stream")
         if not self.dynamic:
@@ -58,5 +59,5 @@ class FracConnections(Scheme):
     def open(self) -> nn.Module:
         return StreamEntry(1)
 
-    def close(self, dim: int, spatial: int) -> nn.Module:
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module:
         return StreamExit(1)

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from skipway.nn import GatedExit, GatedResidual, StreamEntry
+from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
@@ -55,13 +56,13 @@ class GatedStreams(Scheme):
     def place(self, site: Site | None, placement: Placement) -> Placement:
         return placement if site is None else replace(placement, pre=tuple(p for p in placement.pre if p != "norm"))
 
-    def streams(self, site: Site) -> GatedResidual:
+    def streams(self, site: Site, kit: Kit | None = None) -> GatedResidual:
         return GatedResidual(self.n, dim=site.entry, rank=self.rank_for(site.entry), spatial=site.spatial)
 
     def open(self) -> nn.Module:
         return StreamEntry(self.n)
 
-    def close(self, dim: int, spatial: int) -> nn.Module:
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module:
         return GatedExit(self.n, dim=dim, rank=self.rank_for(dim), spatial=spatial)
 
     def rank_for(self, dim: int) -> int:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from skipway.nn import DynamicHyperConnection, HyperConnection, StreamEntry, StreamExit
+from skipway.nn.kit import Kit
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
 from skipway.tracing.chain import Chain
@@ -53,7 +54,7 @@ class HyperConnections(Scheme):
     def __post_init__(self) -> None:
         check_positive_int("n", self.n)
 
-    def streams(self, site: Site) -> HyperConnection:
+    def streams(self, site: Site, kit: Kit | None = None) -> HyperConnection:
         count, reads = self.n, site.index % self.n
         if not self.dynamic:
             return HyperConnection(count, reads, spatial=site.spatial)
@@ -62,7 +63,7 @@ class HyperConnections(Scheme):
     def open(self) -> nn.Module:
         return StreamEntry(self.n)
 
-    def close(self, dim: int, spatial: int) -> nn.Module:
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module:
         return StreamExit(self.n)
 
     def init_(self, chain: Chain) -> None:

@@ -23,8 +23,9 @@ class LayerScale(Scheme):
         rate: factor on the learning rate of γ.
 
     Depth: the rule is about the whole network, never about a branch's own place: 0.1 up to 18 transformer blocks,
-    1e-5 up to 24, 1e-6 beyond. A block is two branches, so the limits are L ≤ 36, L ≤ 48. Released models differ:
-    CaiT XXS-36 1e-5, DeiT III 1e-4, ConvNeXt 1e-6 at all sizes.
+    1e-5 up to 24, 1e-6 beyond. A block is two branches, so the limits are L ≤ 36, L ≤ 48, without the
+    class-attention blocks of CaiT, as in the paper. Released models differ: CaiT XXS-36 1e-5, DeiT III 1e-4, ConvNeXt
+    1e-6 at all sizes.
 
     Decay and learning rate: γ is not decayed (ConvNeXt's and timm's optimizer groups); full rate. The tiny start
     belongs to AdamW, whose steps do not depend on the gradient's size; with SGD it needs a larger rate.
@@ -62,7 +63,7 @@ class LayerScale(Scheme):
         return self.init == 0.0
 
     def scale(self, site: Site) -> Gain:
-        init = init_for_depth(site.depth) if self.init == "depth" else self.init
+        init = init_for_depth(site.counted_depth) if self.init == "depth" else self.init
         return Gain(site.dim, init=init, spatial=site.spatial, role=Role("gain", rate=self.rate))
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from skipway.nn import ManifoldHyperConnection, StreamEntry, StreamExit
+from skipway.nn.kit import Kit
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
 from skipway.validation import check_choice, check_finite, check_positive_int, check_rule
@@ -60,7 +61,7 @@ class MHC(Scheme):
         check_rule("n", self.n, self.n > 1, "at least 2 streams; one has nothing to mix")
         check_rule("n", self.n, self.form == "sinkhorn" or self.n <= 5, 'n ≤ 5 with form="birkhoff", n! permutations')
 
-    def streams(self, site: Site) -> ManifoldHyperConnection:
+    def streams(self, site: Site, kit: Kit | None = None) -> ManifoldHyperConnection:
         return ManifoldHyperConnection(
             self.n,
             dim=site.entry,
@@ -73,5 +74,5 @@ class MHC(Scheme):
     def open(self) -> nn.Module:
         return StreamEntry(self.n)
 
-    def close(self, dim: int, spatial: int) -> nn.Module:
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module:
         return StreamExit(self.n)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from skipway.nn import DynamicDenseResidual, LastExit
+from skipway.nn.kit import Kit
 from skipway.nn.site import Site
 from skipway.schemes.denseformer import mixed_outputs
 from skipway.schemes.scheme import Scheme
@@ -38,12 +39,12 @@ class MUDD(Scheme):
     when: ClassVar[str] = "deep transformers, where a fixed mixture of earlier blocks gains nothing"
     source: ClassVar[str] = "Xiao et al. 2025, eq. 5 and 6"
 
-    def streams(self, site: Site) -> DynamicDenseResidual:
+    def streams(self, site: Site, kit: Kit | None = None) -> DynamicDenseResidual:
         reads = mixed_outputs(site, 1, 1)
         return DynamicDenseResidual(reads, dim=site.dim, ends=site.kind != "attention", spatial=site.spatial)
 
     def restart(self, dim: int, spatial: int) -> LastExit:
         return LastExit()
 
-    def close(self, dim: int, spatial: int) -> LastExit:
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> LastExit:
         return LastExit()

@@ -83,6 +83,9 @@ class NormFree(Scheme):
     def enter(self, site: Site) -> Multiply:
         return Multiply((1 + self.alpha**2 * site.since) ** -0.5)
 
+    def transition(self, site: Site) -> Multiply:
+        return self.enter(site)  # the map resets the variance, as a projection does
+
     def scale(self, site: Site) -> Gain:
         return Gain(init=self.gain, factor=self.alpha, role=Role("gain", rate=self.rate))
 

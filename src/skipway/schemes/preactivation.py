@@ -12,7 +12,7 @@ __all__ = ["PreActivation"]
 
 @dataclass(frozen=True)
 class PreActivation(Scheme):
-    """Norm and activation before the maps, nothing after the addition: x_{l+1} = x_l + F(act(norm(x_l))).
+    """Norm and activation before the maps, nothing after the addition: y = x + F(act(norm(x))).
 
     The stream is then a plain sum of branches, forward and backward. Projections see the activated input; the stem
     ends with its convolution, and norm and activation move to the head. Families that are built this way already

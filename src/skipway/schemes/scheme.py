@@ -34,13 +34,15 @@ class Scheme:
     |---|---|---|
     | `kit(site, kit)` | what branches, stem and head are built from | SkipInit, Fixup, ReZero, NormFree |
     | `place(site, placement)` | where norm and activation stand | PreActivation, DeepNorm, ReZero, NormFree |
-    | `enter(site)` | what stands last before the branch and the projection | Fixup, NormFree |
+    | `enter(site)` | what stands last before the branch and the projection | Fixup, NormFree, LayerNormScaling |
+    | `transition(site)` | what stands before a map between stages that is no connection | Fixup, NormFree |
     | `scale(site)` | what multiplies the branch | SkipInit, LayerScale, ReZero, Fixup, NormFree, DepthScaled |
     | `carry(site, shortcut)` | what happens to the skip | Plain, DeepNorm |
     | `drop(site)` | what may drop the branch | StochasticDepth |
     | `join(site)` | what takes the place of the addition | Orthogonal, LAuReL, Highway, GTrXL |
-    | `streams(site)` | how several streams or earlier outputs are read, mixed and written; `open()` and `close()` \
-      begin and end them, `restart()` ends a history between stages | HyperConnections, MHC, AttentionResiduals |
+    | `streams(site, kit)` | how several streams or earlier outputs are read, mixed and written; `open()` \
+      and `close()` begin and end them, `restart()` ends a history between stages \
+      | HyperConnections, MHC, AttentionResiduals |
     | `init_(chain)` | the whole-network step after a full reset | Fixup, ZeroInit, DeepNorm, DepthScaled |
 
     Schemes add: `LayerScale() + StochasticDepth(0.1)`. A class that derives from `Scheme` is registered under its own
@@ -82,6 +84,10 @@ class Scheme:
         """The module between pre(x) and the first map; a projection shortcut sees its output, too."""
         return None
 
+    def transition(self, site: Site) -> nn.Module | None:
+        """The module before a map between stages that is no connection, or None."""
+        return None
+
     def scale(self, site: Site) -> nn.Module | None:
         """The module that scales the branch, or None."""
         return None
@@ -98,8 +104,10 @@ class Scheme:
         """The module that joins (skip, f) in place of the addition, or None."""
         return None
 
-    def streams(self, site: Site) -> Streams | None:
-        """How the connection reads, mixes and writes several streams; None for one stream."""
+    def streams(self, site: Site, kit: Kit | None = None) -> Streams | None:
+        """How the connection reads, mixes and writes several streams; None for one stream. The kit is dressed; there is
+        none where a network exists already.
+        """
         return None
 
     def open(self) -> nn.Module | None:
@@ -110,8 +118,10 @@ class Scheme:
         """The module before a map between stages that is no connection, which ends a history of `dim` channels."""
         return None
 
-    def close(self, dim: int, spatial: int) -> nn.Module | None:
-        """The first module of the head, which closes several streams of `dim` channels, or None."""
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module | None:
+        """The first module of the head, which closes several streams of `dim` channels, or None. The kit is the
+        head's.
+        """
         return None
 
     def init_(self, chain: Chain) -> None:
@@ -142,7 +152,7 @@ class Scheme:
             if site.kind not in member.kinds:
                 raise SkipwayError(f"scheme={type(member).__name__.lower()!r}: {member.refusal}")
         kit, placement = self.kit(site, kit), self.place(site, placement)
-        join, streams = self.join(site), self.streams(site)
+        join, streams = self.join(site), self.streams(site, kit)
         if join is not None and streams is not None:
             raise SkipwayError(
                 f"scheme={str(self)!r}: several streams are written into, so no other join fits; keep one"
@@ -221,6 +231,9 @@ class Stack(Scheme):
     def enter(self, site: Site) -> nn.Module | None:
         return chain_modules([member.enter(site) for member in self.members])
 
+    def transition(self, site: Site) -> nn.Module | None:
+        return chain_modules([member.transition(site) for member in self.members])
+
     def scale(self, site: Site) -> nn.Module | None:
         return chain_modules([member.scale(site) for member in self.members])
 
@@ -235,8 +248,8 @@ class Stack(Scheme):
     def join(self, site: Site) -> nn.Module | None:
         return next((each for member in self.members if (each := member.join(site)) is not None), None)
 
-    def streams(self, site: Site) -> Streams | None:
-        return next((each for member in self.members if (each := member.streams(site)) is not None), None)
+    def streams(self, site: Site, kit: Kit | None = None) -> Streams | None:
+        return next((each for member in self.members if (each := member.streams(site, kit)) is not None), None)
 
     def open(self) -> nn.Module | None:
         return chain_modules([member.open() for member in self.members])
@@ -244,8 +257,8 @@ class Stack(Scheme):
     def restart(self, dim: int, spatial: int) -> nn.Module | None:
         return chain_modules([member.restart(dim, spatial) for member in self.members])
 
-    def close(self, dim: int, spatial: int) -> nn.Module | None:
-        return chain_modules([member.close(dim, spatial) for member in self.members])
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module | None:
+        return chain_modules([member.close(dim, spatial, kit) for member in self.members])
 
     def init_(self, chain: Chain) -> None:
         for member in self.members:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from skipway.nn import NormedPair, NormedPairExit, StreamEntry
+from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
 from skipway.nn.site import Kind, Site
 from skipway.schemes.scheme import Scheme
@@ -18,7 +19,8 @@ class SiameseNorm(Scheme):
     """A post-norm and a pre-norm stream whose branches read both: O = F(norm(norm(x) + norm(y))), x' = norm(x) + O / c,
     y' = y + O; the head takes norm(x) + norm(y).
 
-    What the family places elsewhere moves before the branch: that is the outer norm of what is read.
+    What the family places elsewhere moves before the branch: that is the outer norm of what is read. The others are of
+    the same kind.
 
     Depth: c = √(2b) in block b = 1, 2, … of two branches, the same for both (the authors' code).
 
@@ -48,11 +50,12 @@ class SiameseNorm(Scheme):
     def place(self, site: Site | None, placement: Placement) -> Placement:
         return placement.to("pre")
 
-    def streams(self, site: Site) -> NormedPair:
-        return NormedPair(site.entry, fused=True, factor=(2 * (site.index // 2 + 1)) ** -0.5)
+    def streams(self, site: Site, kit: Kit | None = None) -> NormedPair:
+        factor = (2 * (site.index // 2 + 1)) ** -0.5
+        return NormedPair(site.entry, fused=True, factor=factor, norm=None if kit is None else kit.norm)
 
     def open(self) -> nn.Module:
         return StreamEntry(2)
 
-    def close(self, dim: int, spatial: int) -> nn.Module:
-        return NormedPairExit(dim)
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module:
+        return NormedPairExit(dim, norm=None if kit is None else kit.norm)

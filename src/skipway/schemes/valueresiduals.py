@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from skipway.nn import LastExit, ValueResidual
+from skipway.nn.kit import Kit
 from skipway.nn.site import Kind, Site
 from skipway.schemes.scheme import Scheme
 from skipway.validation import check_fraction
@@ -43,12 +44,12 @@ class ValueResiduals(Scheme):
     def __post_init__(self) -> None:
         check_fraction("first", self.first)
 
-    def streams(self, site: Site) -> ValueResidual:
+    def streams(self, site: Site, kit: Kit | None = None) -> ValueResidual:
         attends = site.kind == "attention"
         return ValueResidual(self.first, attends=attends, mixes=attends and site.outputs > 0, spatial=site.spatial)
 
     def restart(self, dim: int, spatial: int) -> LastExit:
         return LastExit()
 
-    def close(self, dim: int, spatial: int) -> LastExit:
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> LastExit:
         return LastExit()

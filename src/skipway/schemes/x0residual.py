@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from skipway.nn import LastExit, StemResidual
+from skipway.nn.kit import Kit
 from skipway.nn.site import Site
 from skipway.schemes.scheme import Scheme
 from skipway.validation import check_finite
@@ -46,11 +47,11 @@ class X0Residual(Scheme):
         check_finite("resid", self.resid)
         check_finite("x0", self.x0)
 
-    def streams(self, site: Site) -> StemResidual:
+    def streams(self, site: Site, kit: Kit | None = None) -> StemResidual:
         return StemResidual(self.resid, self.x0, mixes=site.kind != "mlp", spatial=site.spatial)
 
     def restart(self, dim: int, spatial: int) -> LastExit:
         return LastExit()
 
-    def close(self, dim: int, spatial: int) -> LastExit:
+    def close(self, dim: int, spatial: int, kit: Kit | None = None) -> LastExit:
         return LastExit()

@@ -96,6 +96,7 @@ def cait_blocks(config: CaiTConfig, start: int, count: int, attention: MakeAtten
                     depth=config.branches,
                     since=index,
                     earlier=index - 2 * start,
+                    uncounted=2 * config.class_blocks,
                     spatial=0,
                 ),
                 int(config.dim * config.ratio),

@@ -140,7 +140,7 @@ def convnext_downsample(config: ConvNeXtConfig, site: Site, kit: Kit) -> nn.Modu
     return sequence(
         restart=config.scheme.restart(site.entry, site.spatial),
         **kit.parts(("norm",), site.entry),
-        enter=config.scheme.enter(site),
+        enter=config.scheme.transition(site),
         conv=kit.conv(site.entry, site.dim, 2, 2),
     )
 
@@ -149,7 +149,7 @@ def convnext_head(config: ConvNeXtConfig, kit: Kit) -> nn.Module:
     """Stream to logits: the mean over pixels, a norm, the classifier."""
     dim = config.dims[-1]
     return sequence(
-        close=config.scheme.close(dim, 2),
+        close=config.scheme.close(dim, 2, kit),
         pool=nn.AdaptiveAvgPool2d(1),
         **kit.parts(("norm",), dim),
         flatten=nn.Flatten(),

@@ -80,6 +80,10 @@ class GPT(nn.Module):
         h = self.head(self.blocks(self.stem(ids)))
         return F.linear(h, self.stem.token) if self.config.tied else h
 
+    def classifier_weight(self) -> nn.Parameter | None:
+        """The matrix that makes the logits where no `Classifier` does: a tied head has that of the stem."""
+        return self.stem.token if self.config.tied else None
+
 
 def gpt_kit(config: GPTConfig) -> Kit:
     """What the family is built from, undressed."""
@@ -169,7 +173,7 @@ def gpt_head(config: GPTConfig, kit: Kit, placement: Placement) -> nn.Module:
     norm = None if kit.norm is None or "norm" in placement.post else kit.norm(config.dim)
     classifier = None if config.tied else Classifier(config.dim, config.vocab, bias=False, initial=START)
     return sequence(
-        close=config.scheme.close(config.dim, 0),
+        close=config.scheme.close(config.dim, 0, kit),
         norm=norm,
         before=None if kit.before is None else kit.before(),
         classifier=classifier,

@@ -139,7 +139,7 @@ def resnet_head(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Modu
     """Stream to logits: what a next connection would have begun with, the mean over pixels, the classifier."""
     dim = config.width * 2 ** (len(config.blocks) - 1) * BLOCKS[config.block].expansion
     return sequence(
-        close=config.scheme.close(dim, 2),
+        close=config.scheme.close(dim, 2, kit),
         **kit.parts(placement.pre, dim),
         pool=nn.AdaptiveAvgPool2d(1),
         flatten=nn.Flatten(),

@@ -79,7 +79,7 @@ class SwinStem(nn.Module):
     def __init__(self, config: SwinConfig, kit: Kit) -> None:
         super().__init__()
         self.size = config.patch
-        self.patch = kit.conv(config.channels, config.dim, config.patch, config.patch)
+        self.patch = kit.conv(config.channels, config.dim, config.patch, config.patch, padding=0)
         self.norm = nn.Identity() if kit.norm is None else kit.norm(config.dim)
         self.post = sequence(open=config.scheme.open())
 
@@ -152,13 +152,13 @@ def swin_attention(config: SwinConfig, stage: int, shifted: bool) -> MakeAttenti
 def swin_merge(config: SwinConfig, site: Site, placement: Placement) -> nn.Module:
     """Patch merging: four neighbours to one token of twice the channels, outside the residual connections.
 
-    The norm precedes the map in pre-norm families (V1) and follows it otherwise (V2). The map is
-    entered as a branch would be, so a stream that no norm brings back to unit variance is brought there by the scheme.
+    The norm precedes the map in pre-norm families (V1) and follows it otherwise (V2). A stream that no norm brings
+    back to unit variance is brought there by the scheme.
     """
     kit, placement = config.scheme.kit(None, SWIN_KIT), config.scheme.place(None, placement)
     norm_last = "norm" in placement.after
     norm = kit.parts(("norm",), site.dim if norm_last else 4 * site.entry)
-    map = {"enter": config.scheme.enter(site), "reduction": kit.linear(4 * site.entry, site.dim, bias=False)}
+    map = {"enter": config.scheme.transition(site), "reduction": kit.linear(4 * site.entry, site.dim, bias=False)}
     restart = config.scheme.restart(site.entry, site.spatial)
     return sequence(restart=restart, neighbours=NeighbourConcat(), **(map | norm if norm_last else norm | map))
 
@@ -167,7 +167,7 @@ def swin_head(config: SwinConfig, kit: Kit, placement: Placement) -> nn.Module:
     """Map to logits: the norm (post-norm streams need none), the mean over tokens, the classifier."""
     width = config.widths[-1]
     return sequence(
-        close=config.scheme.close(width, 0),
+        close=config.scheme.close(width, 0, kit),
         norm=None if kit.norm is None or "norm" in placement.post else kit.norm(width),
         flatten=nn.Flatten(1, 2),
         pool=TokenPool("mean", 0),

@@ -141,7 +141,7 @@ def vit_head(config: ViTConfig, kit: Kit, placement: Placement) -> nn.Module:
     first = {"pool": pool, "norm": norm} if config.pooling == "mean" else {"norm": norm, "pool": pool}
     before = None if kit.before is None else kit.before()
     return sequence(
-        close=config.scheme.close(config.dim, 0),
+        close=config.scheme.close(config.dim, 0, kit),
         **first,
         before=before,
         classifier=Classifier(width, config.classes, initial=TruncatedNormal(0.02)),

@@ -1,0 +1,72 @@
+"""The weights of a network's classifier, which some optimizers and clippers treat apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from skipway.nn import Classifier, Residual, Role
+from skipway.optim.roles import WEIGHT
+from skipway.tracing import Program
+
+__all__ = ["classifier_weights"]
+
+FOLLOWING = frozenset({"carry", "scale", "shift", "nonlinear", "softmax", "pool", "mean", "drop", "slice"})
+"""What may follow a classifier; no map and no norm."""
+
+
+def classifier_weights(model: nn.Module, program: Program | None, roles: Mapping[str, Role]) -> list[Tensor]:
+    """The matrices that the scores are computed with, frozen ones included; none of a trunk.
+
+    A network may say which one it is (`classifier_weight()`), or hold a `Classifier`. In others it is seen in the
+    program that they run, and without one it is the last linear map outside of connections, in the order of
+    registration.
+
+    Args:
+        model: any module.
+        program: that it runs, where it is known.
+        roles: of all parameters, see `parameter_roles`.
+    """
+    said = getattr(model, "classifier_weight", None)
+    if callable(said) and isinstance(weight := said(), nn.Parameter):
+        return [weight]
+    typed = [module.weight for module in model.modules() if isinstance(module, Classifier)]
+    if typed:
+        return typed
+    named = dict(model.named_parameters(remove_duplicate=False))
+    names = names_outside(model, roles)[-1:] if program is None else names_of_scores(program)
+    return [named[name] for name in names if name in named and named[name].ndim > 1]  # a program names buffers, too
+
+
+def names_of_scores(program: Program) -> list[str]:
+    """What the scores are mapped by: from the first output back to the first maps on every way; empty where one comes
+    from other parts, as in a trunk.
+    """
+    outputs = (program[number] for number in program.returned.get("", {}).values())
+    scores = next((value for value in outputs if value.floating and len(value.shape) > 1), None)
+    waiting, names = [] if scores is None else [scores.number], dict[str, None]()
+    while waiting:
+        value = program[waiting.pop()]
+        if value.part == "map" and value.norm is None:
+            constants = (program[operand] for operand in value.operands if not program[operand].signal)
+            names.update((name, None) for constant in constants for name in sorted(constant.parameters))
+        elif value.norm is None and (value.part in FOLLOWING or (value.part == "sum" and len(value.shape) == 2)):
+            waiting += program.signals(value)
+        else:
+            return []
+    return list(names)
+
+
+def names_outside(model: nn.Module, roles: Mapping[str, Role]) -> list[str]:
+    """Weights of linear maps outside of connections of ours, tied ones at every place that they are registered at."""
+    modules = model.named_modules()
+    connections = tuple(f"{path}.".removeprefix(".") for path, module in modules if isinstance(module, Residual))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return [
+        name
+        for name, parameter in named.items()
+        if parameter.ndim > 1
+        and (roles[name] == WEIGHT or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear))
+        and not name.startswith(connections)
+    ]
