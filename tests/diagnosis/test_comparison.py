@@ -107,6 +107,24 @@ def test_the_table_and_the_page_name_every_design_and_why_one_failed(comparison,
     assert save(comparison, tmp_path / "seen.svg").read_text().startswith("<svg")
 
 
+def test_names_that_are_no_text_are_saved(comparison, tmp_path):
+    """Of files: Python keeps a byte that is no UTF-8 as half of a surrogate pair, which no encoding takes."""
+    rows = tuple(dataclasses.replace(row, name=f"{row.name}\udce9.py") for row in comparison)
+    named = dataclasses.replace(comparison, rows=rows)
+    for ending in (".html", ".svg", ".json"):
+        written = save(named, tmp_path / f"seen{ending}", command="skipway diagnose good\udce9.py")
+        assert "good\\udce9.py" in written.read_text("utf-8")
+    pytest.importorskip("matplotlib")
+    assert save(named, tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_parses_though_one_batch_tells_no_interval(comparison):
+    rows = tuple(dataclasses.replace(row, losses=row.losses[:1]) for row in comparison)
+    text = dataclasses.replace(comparison, rows=rows).to_json()
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert content["differences"][0]["bound"] == "inf"
+
+
 def test_all_designs_see_the_same_batches_in_the_same_order_and_stay_as_they_were():
     loader = DataLoader(TensorDataset(X, Y), batch_size=16, shuffle=True)
     first, second = Net(), Net(width=24)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import skipway as sw
 from skipway.diagnosis import Diagnosis, diagnose
 from skipway.diagnosis.measurement import measure
-from skipway.diagnosis.passes import curvature, jacobians, noise
+from skipway.diagnosis.passes import curvature, dot, jacobians, noise
 from skipway.diagnosis.remedies import AddSkips, Damp, LearningRate, NormFirst, Rescheme
 from skipway.diagnosis.rules import RULES
 from skipway.diagnosis.settings import settings_of
@@ -447,6 +447,43 @@ def test_the_largest_rate_is_the_edge_of_stability_of_a_quadratic(optimizer, rat
                 loss().backward()
                 steps.step()
             assert (float(loss().detach()) < 1e-3) is converges
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({}, 1),
+        ({"momentum": 0.5}, 1.5),
+        ({"momentum": 0.9, "nesterov": True}, 1.9 / 2.8),
+        ({"momentum": 0.5, "dampening": 0.5}, 1.5 / 0.5),
+    ],
+    ids=["plain", "momentum", "nesterov", "dampened"],
+)
+def test_the_largest_rate_of_a_given_optimizer_is_that_of_its_momentum(options, factor):
+    torch.manual_seed(0)
+    model, loss = quadratic()
+    given = torch.optim.SGD(model.parameters(), lr=0.01, **options)
+    largest = diagnose(model, torch.eye(4).repeat(8, 1), loss=loss, optimizer=given, remedies=0).largest_rate
+    assert largest == pytest.approx(2 * factor / 10, rel=0.05)
+    for share, converges in ((0.97, True), (1.03, False)):
+        nn.init.ones_(model.weight)
+        steps = torch.optim.SGD(model.parameters(), lr=share * 2 * factor / 10, **options)
+        for _ in range(500):
+            steps.zero_grad()
+            loss().backward()
+            steps.step()
+        assert (float(loss().detach()) < 1e-3) is converges
+
+
+def test_what_16_bits_cannot_hold_is_not_measured_in_them():
+    """Products of small gradients are below the least float16, and a small step of a weight is rounded away."""
+    small = [torch.full((10,), 1e-4, dtype=torch.float16)]
+    assert dot(small, small) == pytest.approx(1e-7, rel=0.02)
+    model, loss = quadratic()
+    found = diagnose(model.bfloat16(), torch.eye(4).repeat(8, 1).bfloat16(), loss=loss, remedies=0)
+    assert math.isnan(found.largest_rate)
+    assert not {"sharpness λ", "rate limit 2/λ"} & set(dict(found.key_numbers))
+    assert [remark for remark in found.remarks if remark.startswith("sharpness: not measured of weights of 16 bits")]
 
 
 def test_every_rule_has_its_words():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from skipway.report.chart import Figure, HeatCell, Heatmap, Series
+from skipway.report.chart import Bars, Figure, HeatCell, Heatmap, Series
 from skipway.report.page import legend
 from skipway.report.svg import FEW_SERIES, draw, draw_each, marker, svg_file
-from skipway.report.svg_style import COLORS, WIDTH
+from skipway.report.svg_style import COLORS, WIDTH, wrapped_text
 
 # Ottosson 2020, "A perceptual color space for image processing"
 CONES = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
@@ -98,6 +99,41 @@ def test_titles_of_files_fit_and_say_what_the_axis_shows():
     assert max(map(len, lines)) * 7.5 <= WIDTH - 12
     assert ">ratio</text>" in text
     assert ">ratio</text>" not in svg_file(replace(wide, title="Ratio by depth"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "金毛寻回犬和拉布拉多猎犬的幼崽",
+        "골든리트리버강아지의사진들",
+        unicodedata.normalize("NFD", "골든리트리버강아지의사진들"),
+        "a",
+    ],
+)
+def test_wide_names_fit_beside_a_matrix_and_bars(name):
+    """Letters of Chinese, Japanese and Korean take about 12.5 units, others up to 6.6; names end where cells begin."""
+    cells = ((HeatCell(0.5, "x"),),)
+    matrix = Heatmap(title="t", rows=(name,), columns=(name,), row_title="r", column_title="c", cells=cells)
+    bars = Bars(title="t", categories=(name,), series=(("s", (1.0,)),))
+    for drawn in (draw(matrix), draw(bars)):
+        end, shown = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]*)<', drawn)[0]
+        assert float(end) >= sum(widths(shown))
+    below, shown = re.findall(r'translate\([\d.]+ ([\d.]+)\) rotate\(-90\)">([^<]*)<', draw(matrix))[0]
+    assert float(below) >= sum(widths(shown))
+    assert shown.rstrip("…")
+    assert name.startswith(shown.rstrip("…"))
+
+
+def widths(text: str) -> list[float]:
+    """Of the letters of a text as they are drawn."""
+    letters = unicodedata.normalize("NFC", text)
+    return [12.5 if unicodedata.east_asian_width(letter) in ("W", "F") else 6.6 for letter in letters]
+
+
+def test_wide_titles_wrap_to_the_width_of_a_figure():
+    lines = wrapped_text("金毛寻回犬" * 20 + " and others")
+    assert "".join(lines).replace(" ", "") == "金毛寻回犬" * 20 + "andothers"
+    assert max(sum(widths(line)) for line in lines) <= WIDTH - 12
 
 
 def test_of_the_path_of_a_module_the_end_is_read():

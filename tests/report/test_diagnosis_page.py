@@ -191,6 +191,13 @@ def test_a_deep_picture_has_few_names_and_one_band_a_stretch(diagnoses, tmp_path
     ]
 
 
+def test_pictures_of_nothing_and_with_panels_to_spare_are_drawn(diagnoses, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert len(save_picture(tmp_path / "none.png", [], title="None of them trains").axes) == 1
+    figure = save_picture(tmp_path / "three.png", diagnosis_figures(diagnoses["residual"])[:3], columns=2)
+    assert [axes.axison for axes in figure.axes] == [True, True, True, False]
+
+
 def test_without_matplotlib_the_picture_says_how_to_get_it(diagnoses, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'skipway\[plot\]'"):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import skipway as sw
+from skipway.report.run.findings import ImageFeatures, ImageFindings, write_findings
 
 CLASSES, EACH, SIDE = 3, 30, 48
 
@@ -71,6 +75,20 @@ def test_the_page_shows_them(run):
     assert "The ten nearest images vote for the label of " in section
     assert 'aria-label="Map of the images"' in section
     assert section.count("<circle") >= 130
+
+
+def test_names_that_are_no_text_are_written(tmp_path):
+    """Python keeps a byte of a file name that is no UTF-8 as half of a surrogate pair, which no encoding takes."""
+    splits, numbers = ("train", "test"), torch.tensor([0, 0])
+    given = ImageFeatures(torch.zeros(2, 1), torch.tensor([0, 0]), splits, numbers, torch.zeros(2, 16, 16), "")
+    found = ImageFindings(given, (), ((0, 1, 1.0),), 1, (1,), torch.zeros(2, 2), 1.0)
+    part = SimpleNamespace(names=["caf\udce9.png"])
+    data: Any = SimpleNamespace(train=part, test=part, classes=("th\udce9",))
+    write_findings(tmp_path / "findings.csv", found, data)
+    with (tmp_path / "findings.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["caf\\udce9.png"] * 2
+    assert rows[0]["other"] == "test: caf\\udce9.png"
 
 
 def test_features_that_do_not_know_the_labels_doubt_none(tmp_path):

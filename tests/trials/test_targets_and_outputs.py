@@ -8,6 +8,7 @@
 | D4 | positions of real inputs, L = C | axis 1 as torch has it, and that another one fits |
 | D4 | a model that puts out (output, loss), {"loss": …}, a dataclass with `loss`, the loss alone, named losses | its own loss |
 | D4 | two numbers put out | refused: which one is the loss |
+| — | named losses with a total among them | the total alone; refused where it is not their sum |
 | D4 | tokens alone | cross-entropy of each next token, and said |
 | D4 | targets all −100, in `targets=` or among the labels of the model | named |
 | D4 | some targets −100 | left out |
@@ -126,6 +127,35 @@ def test_a_loss_that_the_model_puts_out_is_diagnosed():
     model = LanguageModel()
     for batch in ((IDS, IDS), {"ids": IDS, "labels": IDS}):
         assert probed_loss(sw.diagnose(model, batch)) == pytest.approx(expected(model, IDS), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("put_out", "right"),
+    [
+        (lambda a, b: {"recon_loss": a, "kl_loss": b, "total_loss": a + 0.1 * b}, lambda a, b: a + 0.1 * b),
+        (lambda a, b: {"all_loss": a + b, "recon_loss": a, "kl_loss": b}, lambda a, b: a + b),
+        (lambda a, b: {"total_loss": a + b, "recon_loss": a * 1, "kl_loss": b * 1}, lambda a, b: a + b),
+        (lambda a, b: {"recon_loss": a, "kl_loss": b}, lambda a, b: a + b),
+        (lambda a, b: {"a_loss": a * 1, "b_loss": a * 1}, lambda a, b: 2 * a),
+        (lambda a, b: {"total_variation_loss": a, "kl_loss": b}, lambda a, b: a + b),
+    ],
+    ids=["weighted", "sum", "computed twice", "no total", "equal", "total of something"],
+)
+def test_a_total_among_the_losses_of_a_model_is_taken_alone(put_out, right):
+    weight = torch.tensor(3.0, requires_grad=True)
+    output = put_out(weight.square(), weight.exp())
+    objective = choose_objective(output)
+    value = right(weight.square(), weight.exp())
+    assert objective(output).item() == pytest.approx(value.item())
+    (slope,), (expected_slope,) = (torch.autograd.grad(each, weight) for each in (objective(output), value))
+    assert slope.item() == pytest.approx(expected_slope.item())
+
+
+def test_a_total_that_is_not_the_sum_is_refused():
+    weight = torch.tensor(3.0, requires_grad=True)
+    losses = {"total_loss": weight.square() + 0.1 * weight, "recon_loss": weight.square(), "kl_loss": weight * 1}
+    with pytest.raises(sw.SkipwayError, match="total_loss is not the sum of the others; give loss="):
+        choose_objective(losses)
 
 
 def test_two_numbers_put_out_are_refused():

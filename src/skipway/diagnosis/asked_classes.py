@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.probes.objective import IGNORED, output_heads
+from skipway.probes.precision import widest
 from skipway.surgery.independence import others_like
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model
@@ -55,7 +56,7 @@ class AskedClasses:
     def describe(self, constant: float | None = None) -> str:
         """What a network that has learnt nothing reaches: a constant answer, of this loss if it is known better."""
         best = self.entropy if constant is None else constant
-        source = f"the entropy of {self.places:,} labels" if constant is None else "how frequent the classes are"
+        source = f"the entropy of {self.places:,} labels" if constant is None else "by the frequencies of the classes"
         return (
             f"the best constant answer has a loss of {best:.3g}, {source}; equal probabilities have "
             f"log {self.classes:,} = {self.uniform:.3g}; the network starts at {self.cross_entropy:.3g}"
@@ -106,7 +107,7 @@ def entropy_of_counts(counts: Tensor, *, corrected: bool = True) -> float:
     >>> round(entropy_of_counts(torch.cat([torch.ones(64), torch.zeros(936)])), 2), round(math.log(1000), 2)
     (6.91, 6.91)
     """
-    seen = counts[counts > 0].double()
+    seen = widest(counts[counts > 0])
     size, once = float(seen.sum()), float((seen == 1).sum())
     if not size:
         return math.log(len(counts))
@@ -205,7 +206,7 @@ def changed_positions(subject: Subject, number: int, position: int) -> Tensor | 
             heads = [next(iter(output_heads(output)[0].values())) for output in pair]
     except SkipwayError:
         return None
-    before, after = (subject.samples.samples_first(head, count).double() for head in heads)
+    before, after = (widest(subject.samples.samples_first(head, count)) for head in heads)
     if before.shape != after.shape or before.ndim < 3 or not bool(before.isfinite().all()):
         return None
     return (before - after).abs().flatten(2).amax((0, 2)) > 1e-5 * before.std()

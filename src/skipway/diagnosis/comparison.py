@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from skipway.diagnosis.diagnosis import Diagnosis, json_ready
 from skipway.diagnosis.findings import Finding, format_number
 from skipway.diagnosis.odds import CHECKPOINTS
 from skipway.diagnosis.subject import reseed
@@ -24,7 +25,6 @@ from skipway.errors import SkipwayError, counted
 from skipway.probes.confidence import mean_bound
 
 if TYPE_CHECKING:
-    from skipway.diagnosis.diagnosis import Diagnosis
     from skipway.diagnosis.offers import Offer
 
 __all__ = ["ComparedModel", "Comparison", "LossDifference", "compare_diagnoses", "model_names"]
@@ -233,7 +233,7 @@ class Comparison:
         return as_text(comparison_view(self))
 
     def to_json(self) -> str:
-        """The comparison with the diagnoses as JSON."""
+        """The comparison with the diagnoses as JSON; numbers that are not finite as strings."""
         content = {
             "best": list(self.best),
             "undecided": list(self.undecided),
@@ -245,7 +245,7 @@ class Comparison:
                 for d in self.differences.values()
             ],
         }
-        return json.dumps(content, indent=1)
+        return json.dumps(json_ready(content), indent=1)
 
 
 def model_names(models: Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:

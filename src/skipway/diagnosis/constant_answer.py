@@ -14,6 +14,7 @@ from skipway.diagnosis.asked_classes import entropy_of_counts, read_asked_classe
 from skipway.diagnosis.subject import Subject, reseed
 from skipway.errors import SkipwayError
 from skipway.probes.objective import IGNORED, output_heads
+from skipway.probes.precision import widest
 from skipway.tracing.containers import map_tensors
 
 __all__ = ["ConstantAnswer"]
@@ -109,13 +110,13 @@ class ConstantAnswer:
             return None
         shapes = {id(head): self.constant_shape(head) for head in heads.values()}
         constants = {
-            id(head): mean_over(head.detach().double(), shapes[id(head)]).requires_grad_() for head in heads.values()
+            id(head): mean_over(widest(head.detach()), shapes[id(head)]).requires_grad_() for head in heads.values()
         }
         variables = list(constants.values())
 
         def evaluate() -> Tensor:
             answers = {id(head): broadcast(constants[id(head)], head) for head in heads.values()}
-            return self.loss_with(answers, output, part).double()
+            return widest(self.loss_with(answers, output, part))
 
         def closure() -> Tensor:
             loss = evaluate() / scale  # the steps of the search are no smaller than the loss is large
@@ -149,10 +150,10 @@ class ConstantAnswer:
             if found is None:
                 return None
             axis = 1 if found[1].shape == head.shape[:1] + head.shape[2:] and head.ndim > 2 else head.ndim - 1
-            constant = head.detach().movedim(axis, -1).flatten(0, -2).mean(0, dtype=torch.float64).log_softmax(0)
+            constant = widest(head.detach().movedim(axis, -1).flatten(0, -2)).mean(0).log_softmax(0)
             labels = found[1][found[1] != IGNORED]
             return float(-constant[labels].mean()) - found[0].cross_entropy
-        exact = {id(head): head.detach().double() for head in heads.values()}
+        exact = {id(head): widest(head.detach()) for head in heads.values()}
         means = {
             id(head): broadcast(mean_over(exact[id(head)], self.constant_shape(head)), exact[id(head)])
             for head in heads.values()

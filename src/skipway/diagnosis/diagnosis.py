@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from statistics import median
@@ -18,6 +18,7 @@ from skipway.diagnosis.measurement import Measurement, measure
 from skipway.diagnosis.odds import CHECKPOINTS, highest_certainty
 from skipway.diagnosis.offers import GOOD, Offer, applied, rising, try_remedies
 from skipway.diagnosis.outlook import NextLook, Outlook, foresee
+from skipway.diagnosis.passes import is_narrow
 from skipway.diagnosis.remedies import Remedy
 from skipway.diagnosis.residual_warmup import judged_warmup
 from skipway.diagnosis.rows import SignalRow, signal_rows
@@ -111,10 +112,14 @@ class Diagnosis:
     @property
     def largest_rate(self) -> float:
         """The learning rate above which SGD diverges on a quadratic of the loss's sharpness λ: 2/λ, with momentum β
-        2(1 + β)/λ (Cohen et al. 2021, https://arxiv.org/abs/2103.00065, sec. 2). Adaptive optimizers rescale λ: for
-        them it is 2/λ, and a hint at most.
+        2(1 + β)/λ, by 1 + 2β lower with Nesterov's (Cohen et al. 2021, https://arxiv.org/abs/2103.00065, sec. 2 and
+        app. B). Adaptive optimizers rescale λ: for them it is 2/λ, and a hint at most. NaN where λ was not measured.
         """
-        return self.measurement.curvature.largest_rate * (1.0 if self.settings.adaptive else 1.9)
+        limit = self.measurement.curvature.largest_rate
+        if self.settings.adaptive:
+            return limit
+        groups = self.settings.make(self.subject.model, self.subject.program).param_groups
+        return limit * min(map(momentum_factor, groups))
 
     def range_test(self, rates: Sequence[float] | None = None) -> dict[float, float]:
         """Take trial steps at each learning rate, as many as the diagnosis did, and return the odds that it trains.
@@ -171,6 +176,8 @@ class Diagnosis:
         if asked is not None and (asked.entropy if constant is None else constant) < UNEQUAL * asked.uniform:
             remarks.append(f"chance: {asked.describe(constant)}")
         remarks += trial_remarks(self.measurement, self.subject, self.settings)
+        if is_narrow(self.subject.parameters.values()):
+            remarks.append("sharpness: not measured of weights of 16 bits, which round small steps away")
         if self.tried and not self.offers:
             names = "; ".join(map(str, self.tried))
             remarks.append(f"remedies: none of the {len(self.tried)} that were tried raises the odds clearly: {names}")
@@ -290,6 +297,19 @@ class Diagnosis:
             SkipwayError: no remedy is given, and none that was tried raises the odds.
         """
         return treat(self, remedies, inplace=inplace)
+
+
+def momentum_factor(group: Mapping[str, Any]) -> float:
+    """The largest rate of SGD with the momentum of a group over that without.
+
+    >>> momentum_factor({"momentum": 0.9}), momentum_factor({"lr": 0.1})
+    (1.9, 1.0)
+    """
+    momentum, damped = group.get("momentum") or 0.0, group.get("dampening") or 0.0
+    if not momentum:
+        return 1.0
+    factor = (1 + momentum) / (1 + 2 * momentum) if group.get("nesterov") else 1 + momentum
+    return factor / (1 - damped) if damped < 1 else math.inf
 
 
 def trial_remarks(measured: Measurement, subject: Subject, settings: Settings) -> list[str]:

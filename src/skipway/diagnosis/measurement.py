@@ -18,6 +18,7 @@ from skipway.diagnosis.passes import (
 from skipway.diagnosis.subject import Gradients, Subject
 from skipway.diagnosis.trial import LookAhead
 from skipway.probes.measures import distinctness, rms
+from skipway.probes.precision import widest
 from skipway.tracing.chain import Chain, WatchedConnection
 
 __all__ = ["ConnectionSignal", "LayerSignal", "Measurement", "measure"]
@@ -194,7 +195,7 @@ def measure(subject: Subject, *, iterations: int = 0) -> Measurement:
 
 def norm(tensors: Gradients) -> float:
     """Euclidean norm of all tensors together."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+    return math.sqrt(sum(float(widest(tensor).square().sum()) for tensor in tensors))
 
 
 def relative_gradients(subject: Subject, gradients: Gradients) -> dict[str, float]:
@@ -204,8 +205,8 @@ def relative_gradients(subject: Subject, gradients: Gradients) -> dict[str, floa
         if parameter.ndim < 2:
             continue
         row = sizes.setdefault(name.rpartition(".")[0], [0.0, 0.0])
-        row[0] += float(gradient.double().square().sum())
-        row[1] += float(parameter.detach().double().square().sum())
+        row[0] += float(widest(gradient).square().sum())
+        row[1] += float(widest(parameter.detach()).square().sum())
     return {name: math.sqrt(g / w) if w else (math.inf if g else 0.0) for name, (g, w) in sizes.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,20 +13,23 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from skipway.diagnosis.subject import Gradients, Subject
+from skipway.kernels.cast import at_least_float32
 from skipway.probes import Observer
 from skipway.probes.differentiation import GradientFlags
+from skipway.probes.precision import widest
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model
 
-__all__ = ["Curvature", "Jacobians", "Noise", "curvature", "jacobians", "noise"]
+__all__ = ["Curvature", "Jacobians", "Noise", "curvature", "is_narrow", "jacobians", "noise"]
 
 
 def dot(first: Gradients, second: Gradients) -> float:
     """⟨first, second⟩ over all parameters, in double precision where single overflows."""
-    pairs = [(a.flatten(), b.flatten()) for a, b in zip(first, second, strict=True)]
+    flat = ([at_least_float32(each).flatten() for each in side] for side in (first, second))
+    pairs = list(zip(*flat, strict=True))
     single = float(torch.stack([torch.dot(a, b).float() for a, b in pairs]).sum()) if pairs else 0.0
-    return single if math.isfinite(single) else float(sum(torch.dot(a.double(), b.double()) for a, b in pairs))
+    return single if math.isfinite(single) else float(sum(torch.dot(widest(a), widest(b)) for a, b in pairs))
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def neighbour_correlation(subject: Subject, first: Tensor, cotangent: Tensor, di
         return math.nan
     count = subject.count(subject.probed_part)
     first, second = (subject.samples.samples_first(each, count).flatten(1) for each in (first, second))
-    return float(torch.cosine_similarity(first.double(), second.double()).mean())
+    return float(torch.cosine_similarity(widest(first), widest(second)).mean())
 
 
 def largest_values(edges: dict[str, Any], output: Tensor, iterations: int) -> dict[str, float]:
@@ -218,7 +221,8 @@ class Curvature:
     """Curvature of the loss.
 
     Args:
-        sharpness: largest eigenvalue of the Hessian, by power iteration from the gradient.
+        sharpness: largest eigenvalue of the Hessian, by power iteration from the gradient; NaN where it was not
+            measured.
         along_gradient: gᵀHg / |g|², the curvature in the direction of steepest descent.
     """
 
@@ -228,16 +232,19 @@ class Curvature:
     @property
     def largest_rate(self) -> float:
         """2/λ, the learning rate above which gradient descent on a quadratic diverges."""
-        return 2 / self.sharpness if self.sharpness > 0 else math.inf
+        return math.inf if self.sharpness <= 0 else 2 / self.sharpness
 
 
 def curvature(subject: Subject, gradient: Gradients, *, iterations: int = 2, reach: float = 1e-3) -> Curvature:
     """Hessian-vector products on the first chunk of the batch, as differences of gradients so that kernels need no
-    second derivative: Hv ≈ (∇L(w + εv) − ∇L(w)) / ε, with |εv| = `reach` |w|.
+    second derivative: Hv ≈ (∇L(w + εv) − ∇L(w)) / ε, with |εv| = `reach` |w|. Weights of 16 bits cannot take such a
+    step: their rounding is as large.
     """
     parameters = list(subject.parameters.values())
+    if is_narrow(parameters):
+        return Curvature(math.nan, math.nan)
     part = subject.part(0, subject.chunk)
-    weight = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in parameters))
+    weight = math.sqrt(sum(float(widest(parameter.detach()).square().sum()) for parameter in parameters))
     size = math.sqrt(dot(gradient, gradient))
     if not 0 < size < math.inf or weight == 0:
         return Curvature(math.nan if size != 0 else 0.0, math.nan if size != 0 else 0.0)
@@ -254,6 +261,11 @@ def curvature(subject: Subject, gradient: Gradients, *, iterations: int = 2, rea
             break
         direction = [p / length for p in product]
     return Curvature(max(values, key=abs), values[0])
+
+
+def is_narrow(parameters: Iterable[Tensor]) -> bool:
+    """Whether some parameters have fewer than 32 bits."""
+    return any(each.dtype.itemsize < torch.float32.itemsize for each in parameters)
 
 
 @contextmanager

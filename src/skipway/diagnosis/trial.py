@@ -21,6 +21,7 @@ from skipway.nn import set_step
 from skipway.optim.schedules import set_lr
 from skipway.probes.measures import distinctness, rms
 from skipway.probes.objective import output_heads
+from skipway.probes.precision import widest
 from skipway.tracing.containers import tensors_in
 from skipway.tracing.module_state import detach_attributes
 from skipway.tracing.restoration import restored
@@ -84,7 +85,7 @@ class Trial:
         settings: of the planned training.
 
     >>> import torch
-    >>> subject = Subject(torch.nn.Linear(4, 2), torch.randn(32, 4), torch.randint(2, (32,)))
+    >>> subject = Subject(torch.nn.Linear(4, 2), torch.randn(32, 4), torch.arange(32) % 2)
     >>> trial = Trial(subject, Settings(lr=0.1)).advance(5).advance(12)
     >>> len(trial.losses), trial.fresh, round(trial.constant, 1)
     (12, False, 0.7)
@@ -227,7 +228,8 @@ class Trial:
             return
         gradients = [parameter.grad for parameter in self.parameters]
         if self.settings.clip is not None:
-            self.settings.clip([parameter for parameter in self.parameters if parameter.grad is not None])
+            with_gradients = [parameter for parameter in self.parameters if parameter.grad is not None]
+            self.settings.clip(with_gradients, self.optimizer.param_groups)
         set_lr(self.optimizer, self.settings.factor(number))  # type: ignore[arg-type]
         self.optimizer.step()
         detach_attributes(self.modules)  # of a state that the next call goes on from
@@ -288,7 +290,7 @@ class Trial:
             size, weight = float(change.norm()), float(old.norm())
             self.updates[name] = size / weight if weight else (math.inf if size else 0.0)
             if gradient is not None:
-                self.predicted -= float((dense(gradient).double() * change.double()).sum())
+                self.predicted -= float((widest(dense(gradient)) * widest(change)).sum())
         self.decreased = self.losses[0] - look(self.subject, part).loss
         self.first_change = float(rms(look(self.subject, self.held_out).output - self.first.output))
 
@@ -347,9 +349,9 @@ def live_heads(output: Any) -> dict[str, Tensor]:
 def distance(weights: Sequence[Tensor], origins: Sequence[Tensor]) -> float:
     """|w − w₀|/|w₀| over all tensors."""
     moved = sum(
-        float((new.detach() - old.detach()).double().square().sum()) for new, old in zip(weights, origins, strict=True)
+        float(widest(new.detach() - old.detach()).square().sum()) for new, old in zip(weights, origins, strict=True)
     )
-    size = sum(float(old.detach().double().square().sum()) for old in origins)
+    size = sum(float(widest(old.detach()).square().sum()) for old in origins)
     return math.sqrt(moved / max(size, 1e-30))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.nn import decoding
+from skipway.probes.precision import widest
 from skipway.validation import check_positive_int
 
 __all__ = ["Sampling", "generate"]
@@ -52,7 +53,7 @@ class Sampling:
         logits = logits[:, : self.tokens]
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.double() / self.temperature  # float32 sums of 50,000 terms are off by more than rare tokens
+        logits = widest(logits) / self.temperature  # float32 sums of 50,000 terms are off by more than rare tokens
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], float("-inf"))
         likely = logits.softmax(-1)

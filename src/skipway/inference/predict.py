@@ -125,7 +125,8 @@ def read_inputs(header: Mapping[str, str], file: Path) -> Preprocessing | TextIn
 
 def find_text_inputs(path: str | Path) -> TextInputs | None:
     """The tokenizer and context stored with weights; None where there are none, or the file is of another kind."""
-    if str(path).startswith(PREFIX) or Path(path).suffix not in ("", ".safetensors"):
+    other = not Path(path).is_dir() and Path(path).suffix not in ("", ".safetensors")
+    if str(path).startswith(PREFIX) or other:
         return None
     file = weights_file(path)
     _, header = read_safetensors(file)

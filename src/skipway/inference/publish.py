@@ -35,11 +35,26 @@ from skipway.inference.tokenizer_files import TOKENIZER_FILES
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["write_hub_folder", "write_onnx", "write_program", "write_transformers"]
+__all__ = ["target_kind", "write_hub_folder", "write_onnx", "write_program", "write_transformers"]
 
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
 # class names listed in a model card
 MAX_CLASSES_LISTED = 100
+
+
+def target_kind(target: Path) -> str:
+    """What a path to export to names: ".onnx", ".pt2", "folder", or nothing for a file of another kind.
+
+    Only an ending of letters is that of a file, so that the name of a folder may end in a version.
+
+    >>> target_kind(Path("a.onnx")), target_kind(Path("model-v1.0")), target_kind(Path("a.txt"))
+    ('.onnx', 'folder', '')
+    """
+    if target.is_dir():
+        return "folder"
+    if target.suffix in (".onnx", ".pt2"):
+        return target.suffix
+    return "" if target.suffix[1:].isalpha() else "folder"
 
 
 def write_onnx(

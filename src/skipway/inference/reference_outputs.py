@@ -56,7 +56,7 @@ def compute_outputs(model: nn.Module, channels: int, size: int, seed: int = 0) -
         torch.random.fork_rng(devices=devices),
     ):
         torch.manual_seed(seed)
-        return model.eval()(image)[0].flatten()[:OUTPUTS].double().cpu()
+        return model.eval()(image)[0].flatten()[:OUTPUTS].cpu().double()  # not every device has float64
 
 
 def describe_outputs(model: nn.Module, description: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data.text import IGNORED
+from skipway.probes.precision import widest
 
 __all__ = ["TextEvaluation", "evaluate_text"]
 
@@ -76,13 +77,13 @@ def evaluate_text(
     was_training = model.training
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    sums, stopped = torch.zeros(4, dtype=torch.float64, device=device), False
+    sums, stopped = widest(torch.zeros(4, device=device)), False
     for ids, targets in batches:
         with autocast():
             logits = model(ids).flatten(0, 1).float()
         flat = targets.flatten()
         loss = nn.functional.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum")
-        sums[:3] += torch.stack([loss.double(), (flat != IGNORED).sum(), (logits.argmax(1) == flat).sum()])
+        sums[:3] += torch.stack([widest(loss), (flat != IGNORED).sum(), (logits.argmax(1) == flat).sum()])
         stopped = stop()
         if stopped:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from skipway.checkpoint.files import read_json
-from skipway.data.text import TextChoices, TextData, load_text
+from skipway.data.text import TextChoices, TextData, Tokenizer, load_text
 from skipway.errors import CheckpointError, DataError, SkipwayError, printable
 from skipway.hardware.device import choose_device
 from skipway.inference.generate import generate
@@ -21,7 +22,7 @@ from skipway.inference.text_evaluation import TextEvaluation, evaluate_text
 from skipway.inference.text_inputs import TextInputs
 from skipway.recipe import Recipe, ResolvedRecipe
 
-__all__ = ["TextRunEvaluation", "evaluate_text_run", "generate_text", "with_test"]
+__all__ = ["TextRunEvaluation", "decode_continuation", "evaluate_text_run", "generate_text", "with_test"]
 
 # sequences of a forward pass
 BATCH = 16
@@ -75,12 +76,20 @@ def generate_text(path: str | Path, prompt: str, length: int = 200, *, device: s
     """
     model, inputs = load_text_model(path, device)
     ids, separator = inputs.encode(prompt), inputs.tokenizer.separator
+    given = ids[0].tolist()
     if not ids.shape[1] and separator is None:
         raise SkipwayError("the prompt is empty, and the tokenizer has no token that begins a document; give some text")
     if not ids.shape[1]:
         ids = torch.tensor([[separator]])
     grown = generate(model, ids.to(next(model.parameters()).device), length, tokens=inputs.tokenizer.size, **sampling)
-    return inputs.tokenizer.decode(grown[0, ids.shape[1] :].tolist())
+    return decode_continuation(inputs.tokenizer, given, grown[0, ids.shape[1] :].tolist())
+
+
+def decode_continuation(tokenizer: Tokenizer, given: Sequence[int], added: Sequence[int]) -> str:
+    """The text that tokens add to given ones: the decoders of some tokenizers drop the space of the first token."""
+    before, whole = tokenizer.decode(given), tokenizer.decode([*given, *added])
+    # a letter may be divided between the last given token and the first added one
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(added)
 
 
 def evaluate_text_run(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from skipway.errors import SkipwayError
+from skipway.probes.precision import widest
 
 __all__ = ["MEASURES", "SIGNALS", "Measure", "cosine", "dead_share", "distinctness", "rms", "std", "variance"]
 
@@ -40,7 +41,7 @@ def variance(x: Tensor) -> Tensor:
     >>> variance(torch.tensor([1e30, 3e30])).item()  # doctest: +ELLIPSIS
     9.99...e+59
     """
-    return (std(x).float() if x.device.type == "mps" else std(x).double()).square()
+    return widest(std(x)).square()
 
 
 def largest_magnitude(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from skipway.errors import SkipwayError, counted
 from skipway.nn import Carry, Residual
 from skipway.probes.objective import Loss, compute_loss
+from skipway.probes.precision import widest
 from skipway.probes.source_cutters import JoinCutter, SourceCutter, StreamCutter, WatchedStreamCutter
 from skipway.probes.stream_taps import StreamTaps
 from skipway.tracing import Example, as_batch, call_model, preserved_state, unwrap, watch
@@ -290,4 +291,4 @@ def products(read: Tensor, sources: list[Tensor], given: Tensor) -> list[Tensor]
 
 def inner(first: Tensor, second: Tensor) -> float:
     """The inner product of two tensors of one shape."""
-    return float((first.double() * second.double()).sum())
+    return float((widest(first) * widest(second)).sum())

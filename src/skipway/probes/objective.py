@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipway.errors import SkipwayError, counted
+from skipway.probes.precision import widest
 from skipway.tracing.containers import tensors_in
 from skipway.tracing.example import Example
 
@@ -82,7 +83,7 @@ def choose_objective(
     |---|---|
     | `loss` | it |
     | an output with one number that requires a gradient, or with `.loss` | the model's own; where targets are there that the model was not given, or next tokens, only `.loss` or one that is computed from the output and fits no targets: another one is a part of the loss, such as a router's or a KL term, and left out |
-    | an output of such numbers alone by name, as torchvision's detectors put out | their sum |
+    | an output of such numbers alone by name, as torchvision's detectors put out | their sum; the total alone where one of them has the others in it |
     | targets | of each part of the output that they fit, added: cross-entropy over the axis that they lack, the mean square for real targets of the output's shape, binary cross-entropy for 0 and 1 of the output's shape |
     | tokens and an output over their vocabulary | cross-entropy of each next token |
     | none | of each part of the output, added: cross-entropy to labels drawn at random, or the mean square to noise |
@@ -159,9 +160,55 @@ def own_loss(output: Any) -> Objective | None:
     if not losses:
         return None
     if isinstance(output, Mapping) and all("loss" in name for name in losses):
-        total = f"the sum of the model's own: {', '.join(losses)}"
-        return Objective(partial(sum_parts, losses), total, own=True)
+        if (total := total_of({name: entries[name] for name in losses})) is not None:
+            words = f"the model's own (output {total}, with the others in it: {', '.join(losses)})"
+            return Objective(partial(sum_parts, [total]), words, own=True)
+        words = f"the sum of the model's own: {', '.join(losses)}"
+        return Objective(partial(sum_parts, losses), words, own=True)
     raise SkipwayError(f"the model puts out {len(losses)} numbers ({', '.join(losses)}); say which is the loss: {GIVE}")
+
+
+def total_of(losses: Mapping[str, Tensor]) -> str | None:
+    """The loss that has all others in it: one that is computed from them, or as large as their sum; None where none is.
+
+    Raises:
+        SkipwayError: one is called a total, and is none.
+    """
+    for name, value in losses.items():
+        others = [each for key, each in losses.items() if key != name]
+        found = torch.autograd.grad(value, others, retain_graph=True, allow_unused=True)
+        if all(each is not None for each in found):
+            return name
+        # two that are equal may be of one size by chance, as at an output of zeros
+        if (is_named_total(name) or len(losses) > 2) and is_sum(value, others):
+            return name
+    named = next(filter(is_named_total, losses), None)
+    if named is None:
+        return None
+    raise SkipwayError(
+        f"the model puts out {len(losses)} losses ({', '.join(losses)}), and {named} is not the sum of the others; "
+        f"{GIVE}"
+    )
+
+
+def is_named_total(name: str) -> bool:
+    """Whether a name says that a loss is the total.
+
+    >>> is_named_total("loss_total"), is_named_total("total_variation_loss")
+    (True, False)
+    """
+    words = set(name.lower().split("_"))
+    return "total" in words and words <= {"total", "loss"}
+
+
+def is_sum(value: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether a number is the sum of others but for rounding."""
+    numbers = [value, *parts]
+    if any(each.is_meta for each in numbers):
+        return False
+    total, *terms = (float(each.detach()) for each in numbers)
+    rounding = max(1e-5, *(4 * torch.finfo(each.dtype).eps for each in numbers))
+    return abs(total - sum(terms)) <= rounding * max(abs(total), sum(map(abs, terms)))
 
 
 def can_compare(heads: Mapping[str, Tensor], targets: Any, inputs: Example | None) -> bool:
@@ -509,4 +556,4 @@ def are_distributions(targets: Tensor) -> bool:
     """True if targets (N, C), C > 1, are non-negative and every row adds up to 1."""
     if targets.ndim != 2 or targets.shape[1] < 2 or targets.is_meta:
         return False
-    return bool((targets >= 0).all()) and bool(((targets.double().sum(1) - 1).abs() < 1e-2).all())
+    return bool((targets >= 0).all()) and bool(((widest(targets).sum(1) - 1).abs() < 1e-2).all())

@@ -16,6 +16,7 @@ from skipway.nn import Residual
 from skipway.probes.measures import MEASURES, SIGNALS, Measure
 from skipway.probes.objective import Loss, compute_loss
 from skipway.probes.observer import Observer
+from skipway.probes.precision import widest
 from skipway.tracing import Example, as_batch, call_model, preserved_state
 from skipway.tracing.chain import WatchedConnection, chain
 from skipway.tracing.residual_adds import StreamAxis
@@ -297,7 +298,6 @@ def to_floats(values: list[Tensor]) -> list[float]:
     found = [math.nan] * len(values)
     for device in {value.device for value in values}:
         places = [place for place, value in enumerate(values) if value.device == device]
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        for place, number in zip(places, torch.stack([values[p].to(wide) for p in places]).tolist(), strict=True):
+        for place, number in zip(places, torch.stack([widest(values[p]) for p in places]).tolist(), strict=True):
             found[place] = number
     return found

@@ -14,6 +14,7 @@ from skipway.errors import SkipwayError, counted
 from skipway.nn import StreamEntry
 from skipway.probes.mixing_matrix import SHOWN, as_input, differentiable
 from skipway.probes.observer import Observer
+from skipway.probes.precision import widest
 from skipway.tracing import Example, as_example, call_model, preserved_state, unwrap
 from skipway.tracing.chain import Connection, WatchedConnection, chain
 from skipway.tracing.containers import map_tensors
@@ -109,13 +110,13 @@ def mixing_matrix(state: Tensor, carried: Tensor, streams: Any) -> Tensor:
     for each in apart:
         (found,) = torch.autograd.grad(each, state, signs, retain_graph=True, allow_unused=True)
         parts = streams(torch.zeros_like(state) if found is None else found)
-        rows.append((parts * signs).flatten(1).double().mean(1))
+        rows.append(widest((parts * signs).flatten(1)).mean(1))
     return torch.stack(rows)
 
 
 def similarity(streams: Tensor) -> float:
     """The mean cosine between two of n streams, (n, …)."""
-    unit = torch.nn.functional.normalize(streams.detach().flatten(1).double(), dim=1)
+    unit = torch.nn.functional.normalize(widest(streams.detach().flatten(1)), dim=1)
     count = len(unit)
     return float(((unit @ unit.T).sum() - count) / (count * (count - 1)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 __all__ = [
@@ -312,20 +313,23 @@ class Axis:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """Reduce points to at most `MOST_POINTS`: lowest and highest of each interval, so that no peak is lost.
+    """Reduce points to at most `MOST_POINTS`: of each interval lowest and highest, so that no peak is lost, and the
+    first of each kind that is not finite, where a line has a gap.
 
     >>> len(thinned([Point(float(x), 0.0) for x in range(10_000)])) <= MOST_POINTS
     True
     """
     if len(points) <= MOST_POINTS:
         return list(points)
-    length = math.ceil(len(points) / (MOST_POINTS // 2))
+    kinds = len({str(point.y) for point in points if not math.isfinite(point.y)})
+    length = math.ceil(len(points) / (MOST_POINTS // (2 + kinds)))
     kept: list[Point] = []
     for start in range(0, len(points), length):
-        stretch = points[start : start + length]
-        finite = [point for point in stretch if math.isfinite(point.y)] or stretch[:1]
-        ends = {min(finite, key=lambda point: point.y), max(finite, key=lambda point: point.y)}
-        kept += sorted(ends, key=lambda point: point.x)
+        stretch = list(enumerate(points[start : start + length]))
+        finite = [(point.y, place) for place, point in stretch if math.isfinite(point.y)]
+        others = {str(point.y): place for place, point in reversed(stretch) if not math.isfinite(point.y)}
+        ends = {end(finite, key=itemgetter(0))[1] for end in (min, max)} if finite else set()
+        kept += [points[start + place] for place in sorted(ends | {*others.values()})]
     return kept
 
 

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from skipway.monitoring import Watch, WatchHistory
     from skipway.report.chart import Figure
 
-__all__ = ["ENDINGS", "save"]
+__all__ = ["BY_MATPLOTLIB", "ENDINGS", "save"]
 
 ENDINGS = (".json", ".html", ".htm", ".png", ".svg", ".pdf")
 OF_TRANSFERS = (".json", ".html", ".htm", ".svg")
+BY_MATPLOTLIB = (".png", ".pdf")
+"""Pictures that need the extra `plot`."""
 
 
 def save(
@@ -59,9 +61,9 @@ def save(
     with file_aside(path) as file:
         if path.suffix == ".json":
             last = result.after if isinstance(result, Treatment) else result
-            file.write_text(last.to_json() + "\n", encoding="utf-8")
+            write_utf8(file, last.to_json() + "\n")
         elif path.suffix in (".html", ".htm"):
-            file.write_text(page_of(result, command, name), encoding="utf-8")
+            write_utf8(file, page_of(result, command, name))
         else:
             from skipway.argument_names import spelled
             from skipway.report.pyplot import save_picture
@@ -70,10 +72,17 @@ def save(
             figures, *words = picture_of(result)
             title, note = (spelled(each, command) for each in words)
             if path.suffix == ".svg":
-                file.write_text(svg_file(*figures, title=title, note=note), encoding="utf-8")
+                write_utf8(file, svg_file(*figures, title=title, note=note))
             else:
                 save_picture(file, figures, title=title, note=note)
     return path
+
+
+def write_utf8(file: Path, text: str) -> None:
+    """Write a text; bytes of a file name that are no text, and that Python keeps as halves of surrogate pairs, become
+    escapes.
+    """
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def page_of(result: Diagnosis | Treatment | Comparison | DepthTransfer, command: str, name: str) -> str:
@@ -115,7 +124,7 @@ def save_watch(history: WatchHistory, path: Path, command: str, name: str) -> Pa
         raise SkipwayError(f"path={path}: of a monitor the rule is a page, with the ending .html")
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_aside(path) as file:
-        file.write_text(watch_page(history, command, name), encoding="utf-8")
+        write_utf8(file, watch_page(history, command, name))
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,19 +44,26 @@ def save_picture(
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure as Picture
+        from matplotlib.text import Text
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plot", "a picture") from error
-    rows = math.ceil(len(figures) / columns)
+    rows = max(1, math.ceil(len(figures) / columns))
     with rc_context(FONT):
         height = (PANEL if columns == 1 else 3.6) * rows + 0.4
         picture = Picture(figsize=(WIDTH, height), dpi=RESOLUTION, facecolor="white", layout="constrained")
         panels = picture.subplots(rows, columns, sharex=columns == 1, squeeze=False).flat
-        for place, (axes, figure) in enumerate(zip(panels, figures, strict=True)):
+        for place, (axes, figure) in enumerate(zip_longest(panels, figures)):
+            if figure is None:
+                axes.set_axis_off()
+                continue
             draw_panel(axes, figure, outermost=columns > 1 or place == len(figures) - 1, labelled=place == 0)
         lines = textwrap.wrap(title, 84, max_lines=2, placeholder=" …")
         picture.suptitle("\n".join(lines), fontsize=11, fontweight="bold", x=0.01, ha="left")
         below = [line for part in note.splitlines() for line in textwrap.wrap(part, 125, max_lines=2, placeholder=" …")]
         picture.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=8, color=INK)
+        for text in picture.findobj(Text):
+            if not (shown := text.get_text()).isascii():  # halves of surrogate pairs, as in names of files, are no text
+                text.set_text(shown.encode("utf-8", "backslashreplace").decode())
         picture.savefig(path)
     return picture
 

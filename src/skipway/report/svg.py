@@ -21,6 +21,7 @@ from skipway.report.svg_style import (
     clipped,
     name_text,
     series_class,
+    text_width,
     wrapped_text,
 )
 
@@ -104,7 +105,7 @@ def svg_file(*figures: Figure, title: str = "", note: str = "") -> str:
         names = [] if is_labelled(figure) else figure.names
         for index, name in enumerate(names):
             shown = clipped(name, int((WIDTH - 46) / LETTER))
-            width = 34 + LETTER * len(shown)
+            width = 34 + LETTER * text_width(shown)
             if x + width > WIDTH and x > 12:
                 x, y = 12.0, y + 18
             sample = f'<path class="line" d="M{x:.0f} {y + 9:.0f}h20"/>{marker(index, x + 10, y + 9)}'
@@ -122,7 +123,7 @@ def figure_parts(figure: Figure) -> Iterator[str]:
     """Bands, axes, lines and markers of a figure."""
     names = figure.names
     labelled = is_labelled(figure)
-    letters = min(LABEL_LETTERS, max(map(len, names), default=0))
+    letters = min(LABEL_LETTERS, max(map(text_width, names), default=0))
     right = WIDTH - RIGHT - (labelled * (letters * LETTER * 0.85 + 12))
     x_axis, y_axis = figure.x_axis(LEFT, right), figure.y_axis(HEIGHT - BOTTOM, TOP)
     yield from band_parts(figure, x_axis)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 
 from skipway.report.chart import Axis, Bars, HeatCell, Heatmap, Scatter
-from skipway.report.svg_style import HEIGHT, LETTER, WIDTH, clipped, clipped_path, series_class
+from skipway.report.svg_style import HEIGHT, LETTER, WIDTH, clipped, clipped_path, series_class, text_width
 
 __all__ = ["bar_parts", "matrix_parts", "scatter_parts"]
 
@@ -19,7 +19,7 @@ MATRIX_SIDE, LEAST_CELL, LARGEST_CELL, COUNT_CELL, PERCENT_CELL = 440, 15, 52, 2
 def bar_parts(chart: Bars) -> tuple[float, float, list[str]]:
     """Width, height and parts of a bar chart."""
     thickness, gap, letters = 10, 8, 17
-    left = 12 + LETTER * min(letters, max(map(len, chart.categories)))
+    left = 12 + LETTER * min(letters, max(map(text_width, chart.categories)))
     largest = max([value for _, values in chart.series for value in values] + [1.0])
     axis = Axis(0.0, largest, left, WIDTH - 50)
     parts, y = [], 6.0
@@ -45,7 +45,7 @@ def bar_parts(chart: Bars) -> tuple[float, float, list[str]]:
 def matrix_parts(chart: Heatmap) -> tuple[float, float, list[str]]:
     """Width, height and parts of a heat map."""
     sides = ((chart.rows, ROW_LETTERS), (chart.columns, COLUMN_LETTERS))
-    left, top = (26 + LETTER * min(letters, max(map(len, names))) for names, letters in sides)
+    left, top = (26 + LETTER * min(letters, max(map(text_width, names))) for names, letters in sides)
     cell = min(LARGEST_CELL, max(LEAST_CELL, (MATRIX_SIDE - left) / len(chart.columns)))
     width, height = cell * len(chart.columns), cell * len(chart.rows)
     middle = f'x="{left + width / 2:.0f}" y="13"'

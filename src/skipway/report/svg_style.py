@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
+from collections.abc import Iterable
 from html import escape
+from itertools import accumulate
 
 from skipway.schemes.cards import POWER
 
@@ -18,6 +21,7 @@ __all__ = [
     "clipped_path",
     "name_text",
     "series_class",
+    "text_width",
     "wrapped_text",
 ]
 
@@ -41,6 +45,8 @@ COLORS = (
 """Of the series, on light and on dark paper, each with a contrast of 4.5, as names are written in them. Dashes and
 markers tell apart those that share a colour, or that a reader sees as one."""
 DASHES = ("none", "7 3", "2 2.5", "9 3 2 3")
+FILLER = "\0"
+"""Takes the second place of a wide letter while lines are wrapped."""
 
 
 def series_class(index: int) -> str:
@@ -54,7 +60,9 @@ def series_class(index: int) -> str:
 
 def wrapped_text(text: str, letter: float = LETTER) -> list[str]:
     """Wrap text of such letters to the width of a figure."""
-    return textwrap.wrap(text, int((WIDTH - 24) / letter))
+    padded = "".join(each + FILLER * (letter_width(each) - 1) for each in text)
+    lines = (line.replace(FILLER, "") for line in textwrap.wrap(padded, int((WIDTH - 24) / letter)))
+    return [line for line in lines if line]
 
 
 def name_text(name: str) -> str:
@@ -68,22 +76,45 @@ def name_text(name: str) -> str:
     return POWER.sub(lambda match: raised.format(match[1] or match[2]), escape(name))
 
 
-def clipped(text: str, letters: int) -> str:
-    """Shorten text to at most so many letters.
+def text_width(text: str) -> int:
+    """The width of a text in letters, of which those of Chinese, Japanese and Korean take two.
 
-    >>> clipped("abcdefgh", 4)
-    'abc…'
+    >>> text_width("cat"), text_width("猫")
+    (3, 2)
     """
-    return text if len(text) <= letters else f"{text[: max(1, letters - 1)]}…"
+    return sum(map(letter_width, text))
+
+
+def letter_width(letter: str) -> int:
+    """The width of a letter: 0 of a mark on the one before it, and of the later parts of a Korean syllable."""
+    if unicodedata.combining(letter) or "\u1160" <= letter <= "\u11ff":
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in ("W", "F") else 1
+
+
+def clipped(text: str, letters: int) -> str:
+    """Shorten text to the width of so many letters.
+
+    >>> clipped("abcdefgh", 4), clipped("金毛寻回犬", 6)
+    ('abc…', '金毛…')
+    """
+    if text_width(text) <= letters:
+        return text
+    return f"{text[: max(1, fitting(text, letters - 1))]}…"
+
+
+def fitting(text: Iterable[str], room: int) -> int:
+    """How many letters fit into the width of so many."""
+    return sum(width <= room for width in accumulate(map(letter_width, text)))
 
 
 def clipped_path(name: str, letters: int) -> str:
-    """Shorten a name to at most so many letters: of the path of a module the beginning goes, of other names the end.
+    """Shorten a name to the width of so many letters: of the path of a module the beginning goes, of others the end.
 
     >>> clipped_path("encoder.layers.10.attention", 14), clipped_path("golden retriever", 8)
     ('…10.attention', 'golden …')
     """
-    if len(name) <= letters or "." not in name or " " in name:
+    if text_width(name) <= letters or "." not in name or " " in name:
         return clipped(name, letters)
-    end = name[1 - letters :]
+    end = name[len(name) - max(1, fitting(reversed(name), letters - 1)) :]
     return f"…{end.partition('.')[2] or end}"

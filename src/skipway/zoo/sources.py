@@ -11,10 +11,10 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import PathFinder, SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -277,7 +277,7 @@ def config_file(name: str) -> Path | None:
     path = Path(name)
     if path.name == name and path.suffix != ".json" and not path.is_dir():
         return None
-    return path if path.suffix == ".json" else path / "config.json"
+    return path / "config.json" if path.is_dir() or path.suffix != ".json" else path
 
 
 def refuse_too_large(name: str, made: Any, config: Any) -> None:
@@ -353,13 +353,53 @@ def import_file(path: Path) -> ModuleType:
 
 @contextmanager
 def import_path(path: Path) -> Iterator[None]:
-    """Within it a file can import its neighbours."""
-    kept = list(sys.path)
-    sys.path.insert(0, str(path.resolve().parent))
+    """Within it a file can import its neighbours, and not those of another file that have the same names."""
+    folder, kept = path.resolve().parent, list(sys.path)
+    hidden = hidden_neighbours(folder)
+    others = unloaded(hidden)
+    sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path[:] = kept
+        unloaded(hidden)
+        sys.modules.update(others)
+
+
+def unloaded(names: Collection[str]) -> dict[str, ModuleType]:
+    """Take modules, with what is below them, from those that are loaded, and return them."""
+    taken = [name for name in sys.modules if name.partition(".")[0] in names]
+    return {name: sys.modules.pop(name) for name in taken}
+
+
+def hidden_neighbours(folder: Path) -> set[str]:
+    """Names that an import would find in a folder in front of the path, and that are loaded from elsewhere.
+
+    Those of installed packages stay loaded: their compiled halves cannot be loaded twice.
+    """
+    loaded = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names - {"__main__", "skipway"}
+    offered = {name for name in loaded if (folder / f"{name}.py").is_file() or (folder / name).is_dir()}
+    foreign = {
+        top
+        for name, module in list(sys.modules.items())
+        if (top := name.partition(".")[0]) in offered and is_foreign(folder, getattr(module, "__file__", None))
+    }
+    return {name for name in foreign if is_found_in(folder, name)}
+
+
+def is_found_in(folder: Path, name: str) -> bool:
+    """Whether an import would take a name that is not loaded from a folder in front of the path."""
+    spec = PathFinder.find_spec(name, [str(folder), *sys.path])
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    return any(folder in Path(place).resolve().parents for place in places if place)
+
+
+def is_foreign(folder: Path, file: str | None) -> bool:
+    """Whether the file of a module is neither in a folder nor installed."""
+    if file is None:
+        return False
+    path = Path(file).resolve()
+    return folder not in path.parents and not {"site-packages", "dist-packages"} & set(path.parts)
 
 
 @contextmanager
