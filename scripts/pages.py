@@ -25,6 +25,19 @@ OUTWARD = re.compile(r'href="(\.\./[^"#:]+)"')
 LOCAL = re.compile(r'(?:href|src)="([^"#:?][^"#:?]*)["#?]')
 TABLE, ROW = re.compile(r"<table>.*?</table>", re.DOTALL), re.compile(r"<tr>(.*?)</tr>", re.DOTALL)
 CELL = re.compile(r"<t([hd])([^>]*)>(.*?)</t\1>", re.DOTALL)
+CODE = re.compile(r"(?<!<span></span>)<code>((?:(?!</code>).)*)</code>", re.DOTALL)
+SHELL = re.compile(r'<div class="language-(?:text|bash) highlight"><pre><span></span><code>(.*?)</code>', re.DOTALL)
+COMMAND = re.compile(r"(?:skipway|python3?|pip|bash|git|torchrun|yolo|#) ?")
+HYPHENED = re.compile(r"(?<![^\s(])[^\s<>]*[-\[][^\s<>]*")
+WHOLE = 24
+"""Letters of the longest word of code that is not broken at its hyphens and brackets."""
+RUSSIAN_PARTS = {
+    "On this page": "На этой странице",
+    "Previous": "Назад",
+    "Next": "Далее",
+    "Back to top": "К началу",
+    "Skip to content": "К содержанию",
+}
 ONLY_SITE = re.compile(r"<!-- site: (.*?) -->", re.DOTALL)
 TELEPHONE = {2: 110}
 """Letters of a row that a telephone shows beside each other, by columns; 45 of more than two columns."""
@@ -102,16 +115,20 @@ def figures() -> None:
 
 def finish() -> None:
     """Complete the built pages: formulas as MathML, which browsers draw themselves; the language of Russian pages; what
-    only the site says (`<!-- site: … -->`); wide tables such that a telephone can stack them; files outside docs/ that
-    a page links to, copied to `repository/` in the site; from the studies' pages, which Skipway makes itself, a link to
-    the start of the site; and the page that servers show for an address that is not there. A link of the site to a file
-    that it lacks ends the build.
+    only the site says (`<!-- site: … -->`); commands and options that wrap between words; powers in tables of claims
+    and schemes; wide tables such that a telephone can stack them; files outside docs/ that a page links to, copied to
+    `repository/` in the site; from the studies' pages, which Skipway makes itself, a link to the start of the site; and
+    the page that servers show for an address that is not there. A link of the site to a file that it lacks ends the
+    build.
     """
     from latex2mathml.converter import convert
 
     def drawn(match: re.Match[str]) -> str:
-        shown = convert(unescape(match[2]).strip(), display="block" if match[1] == "div" else "inline")
-        return f'<div class="formula">{shown}</div>' if match[1] == "div" else shown
+        formula = unescape(match[2]).strip()
+        if match[1] == "span":
+            return convert(formula, display="inline")
+        parts = [convert(part.strip(), display="block") for part in formula.split(r"\qquad")]
+        return f'<div class="formula">{" ".join(parts)}</div>'
 
     for page in SITE.rglob("*.html"):
         text = page.read_text("utf-8")
@@ -119,8 +136,13 @@ def finish() -> None:
             page.write_text(TRAIL.sub(r'\g<0><a href="../index.html">Skipway</a> › ', text), "utf-8")
             continue
         text = ONLY_SITE.sub(r"\1", TABLE.sub(stackable, FORMULA.sub(drawn, text)))
+        text = CODE.sub(lambda match: f"<code>{unbroken(match[1])}</code>", SHELL.sub(commands, text))
+        if page.stem == "09-what-held" or page.parent.name == "schemes":
+            text = CELL.sub(lambda match: f"<t{match[1]}{match[2]}>{powers(match[3])}</t{match[1]}>", text)
         if page.parent.name == "ru":
             text = text.replace('<html lang="en"', '<html lang="ru"', 1)
+            for english, russian in RUSSIAN_PARTS.items():
+                text = re.sub(rf'(?<=[>"])(\s*){english}(?=\s*[<":])', rf"\g<1>{russian}", text)
         page.write_text(OUTWARD.sub(lambda match, page=page: copied(match, page), text), "utf-8")
     shutil.copyfile(Path(__file__).with_name("404.html"), SITE / "404.html")
     if dead := dead_links(SITE):
@@ -148,6 +170,36 @@ def stackable(table: re.Match[str]) -> str:
 
     # boxes other than those of tables take the roles away, which are therefore said; a class would take the style away
     return ROW.sub(labelled, table[0]).replace("<table>", '<table data-stacked role="table">', 1)
+
+
+def commands(block: re.Match[str]) -> str:
+    """A block of commands line by line, so that a narrow screen wraps them; other text and output as they are."""
+    lines = block[1].rstrip("\n").split("\n")
+    if not all(
+        COMMAND.match(re.sub("<[^>]*>", "", line)) and line.count("<span") == line.count("</span") for line in lines
+    ):
+        return block[0]
+    marked = "".join(f'<span class="command">{unbroken(line)}\n</span>' for line in lines)
+    head = block[0][: block.start(1) - block.start()]
+    return f"{head.replace('language-text', 'language-bash')}{marked}</code>"
+
+
+def unbroken(code: str) -> str:
+    """Code with its short words that contain a hyphen or bracket, such as options, marked not to be broken there."""
+
+    def word(match: re.Match[str]) -> str:
+        return f'<span class="word">{match[0]}</span>' if len(unescape(match[0])) <= WHOLE else match[0]
+
+    parts = re.split("(<[^>]*>)", code)
+    return "".join(part if place % 2 else HYPHENED.sub(word, part) for place, part in enumerate(parts))
+
+
+def powers(cell: str) -> str:
+    """A cell of a table with its powers and indices as such; its code and tags as they are."""
+    from skipway.schemes.cards import raised
+
+    parts = re.split("(<code>.*?</code>|<[^>]*>)", cell)
+    return "".join(part if place % 2 else raised(part) for place, part in enumerate(parts))
 
 
 def dead_links(site: Path) -> list[str]:

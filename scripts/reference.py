@@ -96,10 +96,15 @@ def signature(name: str, value: Any) -> str:
 
 def described(text: str) -> Iterator[str]:
     """A docstring as Markdown: text, arguments, result, errors, examples."""
+    from skipway.schemes.cards import raised
+
     plain, examples = [], []
     for block in re.split(r"\n{2,}", text):
         (examples if block.lstrip().startswith(">>>") else plain).append(block)
-    found = parse("\n\n".join(plain), DocstringStyle.GOOGLE)
+    # a placeholder such as <number> is no tag of HTML
+    words = re.split(r"(`[^`]*`)", "\n\n".join(plain))
+    words[::2] = [re.sub(r"<(?=[a-z/])", "&lt;", each) for each in words[::2]]
+    found = parse(raised("".join(words)), DocstringStyle.GOOGLE)
     yield from filter(None, (found.short_description, found.long_description))
     rows = [f"* `{each.arg_name}`: {' '.join((each.description or '').split())}" for each in found.params]
     if rows:

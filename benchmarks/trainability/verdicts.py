@@ -142,7 +142,7 @@ def fix_lines() -> list[str]:
     rows = list(read_lines(FIXES).values())
     offered = [row for row in rows if row["outcome"] != "no offer"]
     learn = sum(bool(learnt(row)) for row in rows)
-    words = f"{learn} of {len(rows)} networks that were said not to train learn after `fix()`"
+    words = f"{learn} of {len(rows)} networks that were rightly said not to train learn after `fix()`"
     lines = [f"{words}; {len(offered)} had an offer, {learn / max(len(offered), 1):.0%} of which learn:", ""]
     failed = [row for row in rows if not learnt(row)]
     return lines + [

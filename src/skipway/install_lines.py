@@ -13,8 +13,8 @@ __all__ = ["EXTRAS", "LIBRARIES", "library_line"]
 
 # extra → what it is for
 EXTRAS = {
-    "digits": "the embedded handwritten digits: skipway train without a folder, the studies, the guide",
-    "plot": "figures of a diagnosis as .png, .svg or .pdf",
+    "digits": "scikit-learn's bundled digits: skipway train without a folder, the studies, the guide",
+    "plot": "figures of a diagnosis as .png or .pdf",
     "onnx": "skipway export --onnx, and ONNX Runtime as a backend of sw.optimize",
     "openvino": "OpenVINO as a backend of sw.optimize",
     "int8": "sw.quantize and skipway export --int8: networks in 8-bit integers, by NNCF on OpenVINO",

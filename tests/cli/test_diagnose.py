@@ -71,6 +71,9 @@ def picky():
 def deep():
     layers = (nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(48))
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), *layers, nn.Linear(8, 4))
+
+def one_class():
+    return make(), (torch.randn(64, 12), torch.zeros(64, dtype=torch.long))
 """
 QUICK = ["--samples", "8", "--device", "cpu", "--steps", "100"]
 MINE = ["mine.py:make", "--input", "3,2,2", *QUICK]
@@ -183,7 +186,9 @@ ERRORS = [
     (["resnet21"], 2, "unknown model 'resnet21'; did you mean|--depth 21"),
     (["resnet20", "--scheme", "fixupp"], 2, "did you mean 'fixup'"),
     (["resnet20", "--optimizer", "sdg"], 2, 'Invalid value "sdg"'),
-    (["resnet20", "--samples", "4"], 2, "samples=4: the rule is samples >= 8"),
+    (["resnet20", "--samples", "4"], 2, "--samples 4: the rule is samples >= 8"),
+    (["resnet20", "--weight-decay", "-1"], 2, "--weight-decay -1.0: the rule is weight-decay >= 0"),
+    (["resnet20", "--classes", "0"], 2, "--classes 0: the rule is classes >= 1"),
     (["resnet20", "--lr", "0"], 2, "--lr 0.0: the rule is lr > 0"),
     (["resnet20", "--input", "3,a"], 2, "--input 3,a: the rule is whole numbers"),
     (["resnet20", "--out", "x.txt"], 2, "--out x.txt: the rule is one of the endings .json"),
@@ -233,6 +238,17 @@ def test_reports_are_written_by_their_endings(capsys):
     assert all(Path(f"reports/seen{ending}").stat().st_size > 500 for ending in ENDINGS)
 
 
+def test_a_picture_that_needs_matplotlib_is_refused_before_the_diagnosis(capsys, monkeypatch):
+    monkeypatch.setattr("skipway.cli.diagnose.find_spec", lambda name: None)
+    with monkeypatch.context() as patched:
+        patched.setattr("skipway.cli.diagnose.diagnose_text", lambda *given: pytest.fail("it was diagnosed"))
+        for ending in (".png", ".pdf"):
+            status, out, err = run(capsys, *MINE, "--out", f"seen{ending}")
+            assert (status, out) == (2, "")
+            assert f"--out seen{ending} needs matplotlib, which is not installed: pip install 'skipway[plot]'" in err
+    assert run(capsys, *MINE, "--out", "seen.svg")[2] == ""
+
+
 def test_fix_shows_before_and_after_and_saves_the_weights(capsys):
     """48 layers without a skip do not train; with one around each layer, scaled by a learnable gain, they do."""
     deep = ["mine.py:deep", "--input", "3,2,2", "--samples", "32", "--device", "cpu"]
@@ -252,6 +268,21 @@ def test_fix_shows_before_and_after_and_saves_the_weights(capsys):
         ["add a skip around each of 48 layers (2, 3, …, 49): x = x + layer(x) / √48"],
     )
     assert [content[when]["verdict"] for when in ("before", "after")] == ["will not train", "trains"]
+
+
+def test_fix_says_where_nothing_was_mended_and_saves_nothing(capsys):
+    """One answer is right for all samples, for which there is no remedy; and a network that trains needs none."""
+    train = ["--optimizer", "adamw", "--lr", "0.03", "--device", "cpu", "--fix", "--save-model", "mended.safetensors"]
+    status, out, err = run(capsys, "mine.py:one_class", *train)
+    assert status in (1, 4)
+    assert err == ""
+    assert "nothing was applied: no remedy that was tried raises the odds clearly" in out
+    assert "nothing to fix" not in out
+    assert out.endswith("weights   not saved: nothing was mended\n")
+    status, out, _ = run(capsys, "mine.py:easy", *train)
+    assert status == 0
+    assert out.endswith("\nnothing to fix\nweights   not saved: nothing was mended\n")
+    assert not Path("mended.safetensors").exists()
 
 
 def pictures(root: Path, each: int = 5) -> None:
@@ -330,7 +361,7 @@ def test_a_run_is_asked_about_by_its_own_recipe(capsys, data):
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
     status, _, err = run(capsys, "run", "--lr", "0.1", "--samples", "16")
     assert status == 2
-    assert "run is a run, which is asked about by its own recipe; leave --samples, --lr away" in err
+    assert "run is a run, which is asked about by its own recipe; leave --samples, --lr out" in err
 
 
 def test_a_damaged_run_is_no_undecided_verdict(capsys):

@@ -147,8 +147,9 @@ def test_export_writes_a_hub_folder_that_predicts(run, test_images, tmp_path, ca
     assert "pass images to evaluate on" in capsys.readouterr().err
     assert main(["export", run]) == 2
     assert main(["export", run, "--hub", run]) == 2
-    assert main(["export", run, str(tmp_path / "again")]) == 0  # the kind of a target without option by its suffix
-    assert (tmp_path / "again" / "config.json").exists()
+    for name in ("again", "again-v1.0"):  # the kind of a target without option by its suffix
+        assert main(["export", run, str(tmp_path / name)]) == 0
+        assert (tmp_path / name / "config.json").exists()
     capsys.readouterr()
     for wrong in ([str(tmp_path / "net.txt")], [str(tmp_path / "net.pt2"), "--pt2", "other.pt2"]):
         assert main(["export", run, *wrong]) == 2

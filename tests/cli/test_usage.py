@@ -60,7 +60,7 @@ def test_a_typo_in_any_command_or_option_is_corrected(command, capsys):
 
 def test_arguments_too_many_are_named(capsys):
     assert main(["train", "my", "photos"]) == 2
-    assert "'photos' is one argument too many; a value stands behind the name of its option" in capsys.readouterr().err
+    assert "too many arguments: 'photos'; a value follows the name of its option" in capsys.readouterr().err
 
 
 def test_an_unknown_option_of_the_program_is_corrected(capsys):

@@ -45,6 +45,7 @@ def test_every_public_name_is_in_the_reference_with_its_arguments(reference):
     assert "sw.diagnose(\n    model,\n    example,\n    *,\n    targets=None" in called
     assert "* `targets`: " in arguments
     assert "```pycon\n>>> " in page
+    assert "runs/&lt;data>-&lt;number>" in page  # not taken for tags
 
 
 def test_the_site_has_both_pages(reference):

@@ -308,6 +308,7 @@ def test_every_study_says_what_it_must(name):
     for heading in ("Claim:", "Source:", "Command:", "Hardware:", "Time:", "Result:"):
         assert heading in text
     assert f"skipway study {name}" in text
+    assert study.minutes
     for budget in ("cpu", "gpu", "paper"):
         cells = study.cells(budget, Choices())
         assert len({cell.key for cell in cells}) == len(cells) > 5

@@ -10,13 +10,14 @@ import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
 from skipway.cli.option_names import option_spelling, option_view, option_words
-from skipway.errors import CheckpointError, SkipwayError
+from skipway.errors import CheckpointError, MissingExtraError, SkipwayError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,11 @@ MODEL, BATCH, TRAINING, DIAGNOSIS, MACHINE, OUTPUT = (
     for number, name in enumerate(("Model", "Batch", "Training", "Diagnosis", "Machine", "Output"))
 )
 WILL_NOT_TRAIN, UNDECIDED = 1, 4
+NOTHING_TO_FIX = "nothing to fix"
+NOTHING_HELPED = (
+    "nothing was applied: no remedy that was tried raises the odds clearly; the findings above say what to change"
+)
+NOT_SAVED = "not saved: nothing was mended"
 OF_RUNS = frozenset({"certainty", "allowance", "thorough", "fix", "device"})
 """Options that a run folder leaves open; the others are those of its recipe."""
 
@@ -84,7 +90,7 @@ class Question:
     """Measure in evaluation mode."""
 
     certainty: Annotated[float, Parameter(group=DIAGNOSIS)] = 0.95
-    """Share of right verdicts to look on for."""
+    """Share of right verdicts wanted, 0.5 to 0.95."""
 
     allowance: Annotated[float, Parameter(group=DIAGNOSIS)] = 0.03
     """Share of the training that trial steps may cost."""
@@ -108,15 +114,16 @@ class Question:
         for name, least in (("samples", 8), ("warmup", 0), ("steps", 1), ("weight_decay", 0), ("classes", 1)):
             value = getattr(self, name)
             if value is not None and not value >= least:
-                raise SkipwayError(f"{name}={value}: the rule is {name} >= {least}")
+                option = name.replace("_", "-")
+                raise SkipwayError(f"--{option} {value}: the rule is {option} >= {least}")
         if self.lr is not None and not self.lr > 0:
-            raise SkipwayError(f"lr={self.lr}: the rule is lr > 0")
+            raise SkipwayError(f"--lr {self.lr}: the rule is lr > 0")
         if not 0.5 < self.certainty < 1:
             raise SkipwayError(f"--certainty {self.certainty}: the rule is 0.5 < certainty < 1")
         if not 0 <= self.allowance <= 1:
             raise SkipwayError(f"--allowance {self.allowance}: the rule is a share of the training, 0 to 1")
         if self.lint and (self.fix or self.thorough):
-            raise SkipwayError("--lint runs no pass, so it excludes --fix and --thorough; leave them away")
+            raise SkipwayError("--lint runs no pass, so it excludes --fix and --thorough; leave them out")
         if self.shape is not None and self.batch is not None:
             from skipway.cli.diagnosis_batch import image_side
 
@@ -176,11 +183,11 @@ def diagnose(
     diagnosis = diagnose_text(model, question, output)  # says on a terminal how long it takes
     treatment = diagnosis.fix() if question.fix and diagnosis.verdict != "trains" and diagnosis.remedies else None
     last = diagnosis if treatment is None else treatment.after
-    output.diagnosed(diagnosis, treatment, healthy=question.fix and treatment is None)
+    output.diagnosed(diagnosis, treatment, wanted=question.fix)
     save_reports(treatment or diagnosis, names, question, out or (), output)
     if save_model is not None:
-        model_to_save = diagnosis.subject.model if treatment is None else treatment.model
-        output.labelled("weights", save_weights(model_to_save, save_model))
+        saved = NOT_SAVED if treatment is None else save_weights(treatment.model, save_model)
+        output.labelled("weights", saved)
     return 0 if last.trains else UNDECIDED if last.verdict == "undecided" else WILL_NOT_TRAIN
 
 
@@ -208,7 +215,7 @@ def diagnose_text(text: str, question: Question, output: Output) -> Diagnosis:
         if is_run(text):
             if ours := [name for name in given_options(question) if name not in OF_RUNS]:
                 options = ", ".join(f"--{name.replace('_', '-')}" for name in ours)
-                raise SkipwayError(f"{text} is a run, which is asked about by its own recipe; leave {options} away")
+                raise SkipwayError(f"{text} is a run, which is asked about by its own recipe; leave {options} out")
             output.remarks[text] = f"training batches of {text}"
             chosen = {name: getattr(question, name) for name in ("certainty", "allowance", "thorough", "device")}
             return diagnose_run(Path(text), **chosen)
@@ -252,16 +259,18 @@ def given_options(question: Question) -> dict[str, Any]:
 
 def check_outputs(question: Question, out: Sequence[Path], save_model: Path | None, names: Sequence[str]) -> None:
     """Refuse, before anything is measured, outputs that cannot be written."""
-    from skipway.report.files import ENDINGS
+    from skipway.report.files import BY_MATPLOTLIB, ENDINGS
 
     for path in out:
         if path.suffix not in ENDINGS:
             raise SkipwayError(f"--out {path}: the rule is one of the endings {' '.join(ENDINGS)}")
+        if path.suffix in BY_MATPLOTLIB and find_spec("matplotlib") is None:
+            raise MissingExtraError("matplotlib", "plot", f"--out {path}")
     if len(set(names)) < len(names):
         raise SkipwayError(f"{max(names, key=names.count)} is given twice; the rule is models with different names")
     if len(names) > 1 and (question.fix or question.lint):
         option, does = ("--fix", "mends") if question.fix else ("--lint", "checks")
-        raise SkipwayError(f"{option} {does} one model, and {len(names)} are given; give one, or leave {option} away")
+        raise SkipwayError(f"{option} {does} one model, and {len(names)} are given; give one, or leave {option} out")
     if save_model is not None and not question.fix:
         raise SkipwayError("--save-model saves the mended model; give --fix with it")
     if question.lint and out:
@@ -294,8 +303,8 @@ class Output:
         if not (self.json or self.quiet):
             sys.stdout.write(f"{label:<10}{text}\n")
 
-    def diagnosed(self, diagnosis: Diagnosis, treatment: Treatment | None, *, healthy: bool) -> None:
-        """Print a diagnosis, and the result of its remedies."""
+    def diagnosed(self, diagnosis: Diagnosis, treatment: Treatment | None, *, wanted: bool) -> None:
+        """Print a diagnosis, and the result of its remedies or, where they were wanted, why none was applied."""
         from skipway.diagnosis.table import verdict_sentence
 
         last = diagnosis if treatment is None else treatment.after
@@ -309,8 +318,8 @@ class Output:
             if treatment is not None:
                 sys.stdout.write("\n")
                 self.printed(treatment)
-            elif healthy:
-                sys.stdout.write("\nnothing to fix\n")
+            elif wanted:
+                sys.stdout.write(f"\n{NOTHING_TO_FIX if diagnosis.trains else NOTHING_HELPED}\n")
 
     @property
     def remark(self) -> str:

@@ -72,7 +72,7 @@ def image_side(shape: tuple[int, ...]) -> int:
     if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2]:
         raise SkipwayError(
             f"--batch: the rule is square images, grey or colour, and the model takes {','.join(map(str, shape))}; "
-            "set --input 3,224,224, or leave --batch away"
+            "set --input 3,224,224, or leave --batch out"
         )
     return shape[1]
 
@@ -121,7 +121,7 @@ class FolderBatches:
             file, reason = next(iter(self.damaged.items()))
             raise DataError(
                 f"--batch {self.folder}: none of the {len(self.damaged)} drawn images can be read; the first: "
-                f"{file}: {reason}; repair them, or leave --batch away for random samples"
+                f"{file}: {reason}; repair them, or leave --batch out for random samples"
             )
         self.mean, self.std = (torch.tensor(values) for values in statistics(self.first.images))
 
@@ -185,7 +185,7 @@ class TextBatches:
         if self.tokenizer is None and self.loaded.vocabulary < 256:
             raise SkipwayError(
                 f"--batch {self.file}: the rule is a vocabulary of at least 256, for bytes, and the model has "
-                f"{self.loaded.vocabulary}; leave --batch away for random tokens"
+                f"{self.loaded.vocabulary}; leave --batch out for random tokens"
             )
         chosen: Any = "bytes" if self.tokenizer is None else self.tokenizer
         length = min(self.loaded.shape[0], max(SHORTEST, MOST_TOKENS // self.samples))
@@ -194,7 +194,7 @@ class TextBatches:
         if self.data.tokenizer.size > self.loaded.vocabulary:
             raise SkipwayError(
                 f"--batch {self.file}: {self.tokenizer} knows {self.data.tokenizer.size:,} tokens, and the model "
-                f"{self.loaded.vocabulary:,}; leave --batch away for random tokens"
+                f"{self.loaded.vocabulary:,}; leave --batch out for random tokens"
             )
 
     def __iter__(self) -> Iterator[Any]:

@@ -48,13 +48,16 @@ def export(
         network: How a network that is not Skipway's own is built again.
     """
     if target is not None:
-        if {".onnx": onnx, ".pt2": pt2, "": hub}.get(target.suffix, target) is not None:
+        from skipway.inference.publish import target_kind
+
+        kind = target_kind(target)
+        if {".onnx": onnx, ".pt2": pt2, "folder": hub}.get(kind, target) is not None:
             raise SkipwayError(
                 f"{printable(target)}: the rule is FILE.onnx, FILE.pt2 or a folder, and none of the same kind beside it"
             )
-        onnx = target if target.suffix == ".onnx" else onnx
-        pt2 = target if target.suffix == ".pt2" else pt2
-        hub = target if target.suffix == "" else hub
+        onnx = target if kind == ".onnx" else onnx
+        pt2 = target if kind == ".pt2" else pt2
+        hub = target if kind == "folder" else hub
     if onnx is None and pt2 is None and hub is None and transformers is None and int8 is None:
         raise SkipwayError(
             "nothing to export: give FILE.onnx, FILE.pt2 or a folder for the hub, or one of --onnx FILE, --pt2 FILE, "

@@ -46,7 +46,8 @@ def rescheme(
         model: A name of ours, timm:NAME, torchvision:NAME, hf:CLASS, or FILE.py:NAME: a module, or what makes one.
         scheme: Scheme that is inserted after every branch.
         out: Folder for the weights and the description of the model.
-        start: Gains start at 1; or at the scheme's value, divided out of the preceding map; or from scratch (scheme).
+        start: identity: gains start at 1; divide: at the scheme's value, divided out of the map before; scheme: from
+            scratch.
         weights: File of weights of the model. [random]
         weights_names: Naming scheme of the file; skipway: the model's own names.
         weights_entry: State dict of a checkpoint with several. [averaged weights]

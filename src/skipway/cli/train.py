@@ -51,7 +51,7 @@ def train(
         resume: Resume the run in --out.
         overwrite: Replace the run in --out.
         config: Run folder that supplies omitted options.
-        preset: Omitted options by name: fast, for small images.
+        preset: Values for omitted options: fast, for small images.
         quiet: Print only accuracy and run folder.
     """
     if resume and overwrite:

@@ -64,11 +64,11 @@ def transfer(
         depths: Comma-separated depths: 4,8,16.
         schemes: Comma-separated schemes; own is the network as it is.
         batch: Folder of images by class, or a text. [the file's, digits, a text]
-        samples: Samples in a batch of --batch or embedded data.
+        samples: Samples in a batch of --batch or bundled data.
         optimizer: adamw, sgd(momentum=0.95), muon, …
         weight_decay: Weight decay.
         warmup: Steps in which the rate rises. [a tenth]
-        schedule: Of the rate after it: constant, cosine, trapezoid.
+        schedule: Rate after warm-up: constant, cosine, trapezoid.
         clip: Largest norm of the gradient. [none]
         steps: Steps of each training.
         seeds: Trainings at each rate.

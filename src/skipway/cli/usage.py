@@ -69,9 +69,8 @@ def usage_text(error: CycloptsError, given: Sequence[str], commands: Sequence[st
         meant = [message.rpartition("Did you mean ")[2].rstrip("?")] if "Did you mean " in message else []
     elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         extra = " ".join(map(repr, error.unused_tokens))
-        many = "is one argument" if len(error.unused_tokens) == 1 else "are arguments"
         message = (
-            f"{extra} {many} too many; a value stands behind the name of its option, and a name with spaces in "
+            f"too many arguments: {extra}; a value follows the name of its option, and a name with spaces needs "
             "quotation marks"
         )
     words = [meant[0] if word == wrong else word for word in given] if meant else []

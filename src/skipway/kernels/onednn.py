@@ -16,7 +16,7 @@ from skipway.hardware.processor import has_amx
 __all__ = ["onednn_matmul", "supports_onednn_matmul", "with_onednn_matmul"]
 
 
-class OpenContexts:
+class OpenProducts:
     """Open `onednn_matmul` contexts of all threads, and the setting before the first of them."""
 
     count, before = 0, "none"
@@ -31,17 +31,17 @@ def onednn_matmul() -> Iterator[None]:
     (AMX) the products are then rounded to it.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - its stub has none
-    with OpenContexts.lock:
-        if not OpenContexts.count:
-            OpenContexts.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-        OpenContexts.count += 1
+    with OpenProducts.lock:
+        if not OpenProducts.count:
+            OpenProducts.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        OpenProducts.count += 1
     try:
         yield
     finally:
-        with OpenContexts.lock:
-            OpenContexts.count -= 1
-            if not OpenContexts.count:
-                matmul.fp32_precision = OpenContexts.before
+        with OpenProducts.lock:
+            OpenProducts.count -= 1
+            if not OpenProducts.count:
+                matmul.fp32_precision = OpenProducts.before
 
 
 def with_onednn_matmul(function: Callable[..., Any]) -> Callable[..., Any]:

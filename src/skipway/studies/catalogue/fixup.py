@@ -59,7 +59,7 @@ class FixupStudy(Study):
     source = "Zhang et al. 2019, fig. 3 and sec. 3"
     settings = ("kind", "scheme", "depth", "batch", "lr", "seed", "width", "epochs", "data")
     results = ("test_error", "train_loss", "diverged")
-    minutes = "4 minutes on two shared cores"
+    minutes = "6 minutes on two shared cores"
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         depths, width, epochs, batches = GRIDS[budget]
