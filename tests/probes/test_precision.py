@@ -16,10 +16,10 @@ from skipway.diagnosis.measurement import measure
 from skipway.diagnosis.settings import Settings
 from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.trial import Trial
+from skipway.hardware import precision
 from skipway.inference.evaluation import evaluate
 from skipway.inference.generate import Sampling
 from skipway.inference.text_evaluation import evaluate_text
-from skipway.probes import precision
 from skipway.probes.objective import compute_loss
 
 

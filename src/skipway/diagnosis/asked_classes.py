@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
+from skipway.hardware.precision import widest
 from skipway.probes.objective import IGNORED, output_heads
-from skipway.probes.precision import widest
 from skipway.surgery.independence import others_like
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model

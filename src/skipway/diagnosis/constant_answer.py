@@ -13,8 +13,8 @@ from torch import Tensor
 from skipway.diagnosis.asked_classes import entropy_of_counts, read_asked_classes
 from skipway.diagnosis.subject import Subject, reseed
 from skipway.errors import SkipwayError
+from skipway.hardware.precision import widest
 from skipway.probes.objective import IGNORED, output_heads
-from skipway.probes.precision import widest
 from skipway.tracing.containers import map_tensors
 
 __all__ = ["ConstantAnswer"]

@@ -17,8 +17,8 @@ from skipway.diagnosis.passes import (
 )
 from skipway.diagnosis.subject import Gradients, Subject
 from skipway.diagnosis.trial import LookAhead
+from skipway.hardware.precision import widest
 from skipway.probes.measures import distinctness, rms
-from skipway.probes.precision import widest
 from skipway.tracing.chain import Chain, WatchedConnection
 
 __all__ = ["ConnectionSignal", "LayerSignal", "Measurement", "measure"]

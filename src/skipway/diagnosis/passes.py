@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from skipway.diagnosis.subject import Gradients, Subject
+from skipway.hardware.precision import widest
 from skipway.kernels.cast import at_least_float32
 from skipway.probes import Observer
 from skipway.probes.differentiation import GradientFlags
-from skipway.probes.precision import widest
 from skipway.tracing.chain import WatchedConnection
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model

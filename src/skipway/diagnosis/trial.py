@@ -17,11 +17,11 @@ from skipway.diagnosis.constant_answer import ConstantAnswer
 from skipway.diagnosis.odds import FirstSteps, Pause
 from skipway.diagnosis.settings import OptimizerParts, Settings
 from skipway.diagnosis.subject import Subject, dense, reseed
+from skipway.hardware.precision import widest
 from skipway.nn import set_step
 from skipway.optim.schedules import set_lr
 from skipway.probes.measures import distinctness, rms
 from skipway.probes.objective import output_heads
-from skipway.probes.precision import widest
 from skipway.tracing.containers import tensors_in
 from skipway.tracing.module_state import detach_attributes
 from skipway.tracing.restoration import restored

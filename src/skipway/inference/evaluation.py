@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data import Batch
+from skipway.hardware.precision import widest
 from skipway.inference.metrics import class_scores, confused_pairs, confusion_entries
-from skipway.probes.precision import widest
 
 __all__ = ["Evaluation", "evaluate", "wilson_interval"]
 

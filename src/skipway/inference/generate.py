@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
+from skipway.hardware.precision import widest
 from skipway.nn import decoding
-from skipway.probes.precision import widest
 from skipway.validation import check_positive_int
 
 __all__ = ["Sampling", "generate"]

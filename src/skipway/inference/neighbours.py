@@ -179,7 +179,7 @@ def principal_plane(features: Tensor) -> Tensor:
         axes = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -2:].flip(1)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             axes = torch.pca_lowrank(rows, q=2, center=False)[2]
     plane = rows @ axes
     if plane.shape[1] < 2:

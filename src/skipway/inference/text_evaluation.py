@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data.text import IGNORED
-from skipway.probes.precision import widest
+from skipway.hardware.precision import widest
 
 __all__ = ["TextEvaluation", "evaluate_text"]
 

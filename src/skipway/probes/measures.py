@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipway.errors import SkipwayError
-from skipway.probes.precision import widest
+from skipway.hardware.precision import widest
 
 __all__ = ["MEASURES", "SIGNALS", "Measure", "cosine", "dead_share", "distinctness", "rms", "std", "variance"]
 

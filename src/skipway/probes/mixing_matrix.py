@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipway.errors import SkipwayError, counted
+from skipway.hardware.precision import widest
 from skipway.nn import Carry, Residual
 from skipway.probes.objective import Loss, compute_loss
-from skipway.probes.precision import widest
 from skipway.probes.source_cutters import JoinCutter, SourceCutter, StreamCutter, WatchedStreamCutter
 from skipway.probes.stream_taps import StreamTaps
 from skipway.tracing import Example, as_batch, call_model, preserved_state, unwrap, watch

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipway.errors import SkipwayError, counted
-from skipway.probes.precision import widest
+from skipway.hardware.precision import widest
 from skipway.tracing.containers import tensors_in
 from skipway.tracing.example import Example
 

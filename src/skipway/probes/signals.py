@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, suggest
+from skipway.hardware.precision import widest
 from skipway.nn import Residual
 from skipway.probes.measures import MEASURES, SIGNALS, Measure
 from skipway.probes.objective import Loss, compute_loss
 from skipway.probes.observer import Observer
-from skipway.probes.precision import widest
 from skipway.tracing import Example, as_batch, call_model, preserved_state
 from skipway.tracing.chain import WatchedConnection, chain
 from skipway.tracing.residual_adds import StreamAxis

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, counted
+from skipway.hardware.precision import widest
 from skipway.nn import StreamEntry
 from skipway.probes.mixing_matrix import SHOWN, as_input, differentiable
 from skipway.probes.observer import Observer
-from skipway.probes.precision import widest
 from skipway.tracing import Example, as_example, call_model, preserved_state, unwrap
 from skipway.tracing.chain import Connection, WatchedConnection, chain
 from skipway.tracing.containers import map_tensors

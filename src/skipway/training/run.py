@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.checkpoint.store import Checkpoints
+from skipway.hardware.precision import widest
 from skipway.kernels.dispatch import bfloat16_kernels
 from skipway.monitoring.health import Health
 from skipway.optim.schedules import lr_factor
@@ -139,8 +140,8 @@ class StepResult:
     indices: Tensor
 
     def to_tensor(self) -> Tensor:
-        """Loss, correct predictions, gradient norm and finiteness in one float64 tensor, to be read at once."""
-        return torch.stack([self.loss, self.correct, self.grad_norm.double(), self.is_finite.double()])
+        """Loss, correct predictions, gradient norm and finiteness in one tensor, to be read at once."""
+        return torch.stack([self.loss, self.correct, widest(self.grad_norm), widest(self.is_finite)])
 
 
 def growing_side(start: int, full: int, done: float) -> int:

@@ -12,6 +12,7 @@ from skipway.checkpoint.state import full_tensor
 from skipway.data import Batch
 from skipway.data.randomness import draw_key
 from skipway.hardware.device import seed_torch
+from skipway.hardware.precision import widest
 from skipway.optim.clip import total_norm
 from skipway.training.run import Run, StepResult
 
@@ -67,7 +68,7 @@ def reduce_result(run: Run, batch: Batch, loss: Tensor, correct: Tensor, norm: T
     is_finite = torch.isfinite(loss)
     if not run.scaler.is_enabled():  # the scaler skips steps whose gradient overflows, and lowers its scale
         is_finite = is_finite & torch.isfinite(norm)
-    values = torch.stack([loss.double() / run.ranks.world, correct.double(), (~is_finite).double()])
+    values = torch.stack([widest(loss) / run.ranks.world, widest(correct), widest(~is_finite)])
     loss, correct, failures = run.ranks.all_reduce(values)
     return StepResult(loss, correct, norm.detach(), failures == 0, batch.numbers)
 

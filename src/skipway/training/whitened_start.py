@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
+from skipway.hardware.precision import widest, widest_type
 from skipway.tracing import preserved_state
 
 __all__ = ["first_convolution", "whiten_"]
@@ -45,7 +46,8 @@ def first_convolution(model: nn.Module, images: Tensor) -> tuple[str, nn.Conv2d]
 
 
 def patch_covariance(convolution: nn.Conv2d, images: Tensor) -> Tensor | None:
-    """The covariance of the patches of images that a convolution sees, in float64; None of fewer than two patches.
+    """The covariance of the patches of images that a convolution sees, in float64 where the device has it; None of one
+    patch or none.
 
     Sums over some images at a time: the patches of 1,000 images of 224 × 224 pixels for 7 × 7 filters take 7 GB.
 
@@ -62,13 +64,13 @@ def patch_covariance(convolution: nn.Conv2d, images: Tensor) -> Tensor | None:
     count, values = rows * columns * len(images), convolution.weight[0].numel()
     if count < 2:
         return None
-    total = images.new_zeros(values, dtype=torch.float64)
-    products = images.new_zeros((values, values), dtype=torch.float64)
+    total = images.new_zeros(values, dtype=widest_type(images.device))
+    products = images.new_zeros((values, values), dtype=widest_type(images.device))
     for part in images.split(max(1, VALUES // (rows * columns * values))):
         patches = nn.functional.unfold(
             part, convolution.kernel_size, dilation=convolution.dilation, stride=convolution.stride
         )
-        patches = patches.double().transpose(1, 2).flatten(0, 1)
+        patches = widest(patches).transpose(1, 2).flatten(0, 1)
         total += patches.sum(0)
         products += patches.T @ patches
     return (products - total.outer(total) / count) / (count - 1)

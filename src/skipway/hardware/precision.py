@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["widest"]
+__all__ = ["widest", "widest_type"]
 
 
 def widest(tensor: Tensor) -> Tensor:
