@@ -15,7 +15,7 @@ import skipway as sw
 SOURCE = Path(sw.__file__).parent
 FLOORS = [
     {"errors", "_version"},
-    {"hardware", "install_lines", "validation", "registry"},
+    {"hardware", "install_lines", "json_values", "validation", "registry"},
     {"nn"},
     {"tracing", "kernels"},
     {"schemes"},

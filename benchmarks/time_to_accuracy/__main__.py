@@ -41,6 +41,8 @@ def start() -> None:
     options.add_argument("--threads", type=int, default=cpu_count(), help="of both, and worker processes [cores]")
     options.add_argument("--epochs", type=int, help="of skipway, for all goals [by goal]")
     options.add_argument("--plain-epochs", type=int, help="of the plain script, for all goals [by goal]")
+    options.add_argument("--width", type=int, help="channels of skipway's first stage, for all goals [by goal]")
+    options.add_argument("--plain-width", type=int, help="channels of the plain script's, for all goals [by goal]")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, help="JSON file for the result")
 
@@ -52,6 +54,7 @@ def start() -> None:
     options.add_argument("--lr", type=float, required=True)
     options.add_argument("--workers", type=int, default=cpu_count())
     options.add_argument("--shift", type=int, default=4, help="pixels, at most [4]")
+    options.add_argument("--width", type=int, default=64, help="channels of the first stage [64]")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--rows", type=Path, required=True, help="gets a line of JSON for each epoch")
 

@@ -10,7 +10,6 @@ __all__ = ["plain"]
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 SMOOTHING, DECAY = 0.1, 5e-4
-CHANNELS = (64, 128, 256)
 
 
 def loaders(given: Namespace) -> tuple[Any, Any]:
@@ -51,8 +50,9 @@ def plain(given: Namespace) -> None:
     torch.manual_seed(given.seed)
     train_loader, test_loader = loaders(given)
     # timm's ResNet with three stages for small images: a 4 x 4 stem of stride 2, no max-pooling, ResNet-D's shortcuts
-    net: Any = ResNet(BasicBlock, (1, 1, 1), num_classes=10, channels=CHANNELS, avg_down=True)
-    net.conv1, net.maxpool = nn.Conv2d(3, CHANNELS[0], 4, 2, 1, bias=False), nn.Identity()
+    channels = (given.width, 2 * given.width, 4 * given.width)
+    net: Any = ResNet(BasicBlock, (1, 1, 1), num_classes=10, channels=channels, avg_down=True)
+    net.conv1, net.maxpool = nn.Conv2d(3, channels[0], 4, 2, 1, bias=False), nn.Identity()
     net.layer4 = nn.Identity()  # which its forward pass calls
     net = net.to(memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(net, opt="sgd", lr=given.lr, weight_decay=DECAY, momentum=0.9)

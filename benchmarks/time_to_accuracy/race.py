@@ -15,8 +15,10 @@ from skipway.hardware import cpu_count, cpu_name
 
 __all__ = ["environment", "linked_data", "machine", "race"]
 
-PLANS = {0.8: {"skipway": 3, "plain": 5}, 0.9: {"skipway": 20, "plain": 20}}
+PLANS = {0.8: {"skipway": 3, "plain": 5}, 0.9: {"skipway": 12, "plain": 20}}
 """Epochs by goal. Those to 90 % are estimates (benchmarks/time-to-accuracy.md)."""
+WIDTHS = {0.8: {"skipway": 64, "plain": 64}, 0.9: {"skipway": 96, "plain": 96}}
+"""Channels of the first stage by goal; the second and the third have two and four times as many."""
 PLAIN = {"batch_size": 256, "lr": 0.4}
 FEW_EPOCHS = 5
 """Of so few, neither contestant shifts its images: that costs 1.5 points after 4 epochs."""
@@ -48,23 +50,30 @@ def linked_data(data: Path, root: Path) -> Path:
     return folder
 
 
-def planned(given: Namespace, goal: float) -> dict[str, int]:
-    """The epochs of each contestant."""
-    chosen = {"skipway": given.epochs, "plain": given.plain_epochs}
-    return {**PLANS[goal], **{name: epochs for name, epochs in chosen.items() if epochs is not None}}
+def planned(given: Namespace, goal: float) -> tuple[dict[str, int], dict[str, int]]:
+    """The epochs and the width of each contestant."""
+
+    def with_given(usual: dict[str, int], skipway: int | None, plain: int | None) -> dict[str, int]:
+        chosen = {"skipway": skipway, "plain": plain}
+        return {**usual, **{name: value for name, value in chosen.items() if value is not None}}
+
+    epochs = with_given(PLANS[goal], given.epochs, given.plain_epochs)
+    return epochs, with_given(WIDTHS[goal], given.width, given.plain_width)
 
 
 def contestants(given: Namespace, goal: float, root: Path) -> list[Contestant]:
     """Both, for one goal."""
-    around, plan = environment(root, given.threads), planned(given, goal)
+    around = environment(root, given.threads)
+    plan, widths = planned(given, goal)
     ours = [
         *("-m", "skipway", "train", str(linked_data(given.data, root)), "--holdout", "0.001", "--outside"),
-        *("--preset", "fast", "--epochs", str(plan["skipway"]), "--device", "cpu"),
+        *("--preset", "fast", "--epochs", str(plan["skipway"]), "--width", str(widths["skipway"]), "--device", "cpu"),
         *("--seed", str(given.seed), "--out", str(root / "ours")),
         *(("--crop", "none") if plan["skipway"] <= FEW_EPOCHS else ()),
     ]
     rows = root / "plain.jsonl"
     values = {"epochs": plan["plain"], "seed": given.seed, "workers": given.threads, "rows": rows, **PLAIN}
+    values["width"] = widths["plain"]
     values["shift"] = 0 if plan["plain"] <= FEW_EPOCHS else 4
     options = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     plain = ["-m", "benchmarks.time_to_accuracy", "plain", str(given.data.resolve()), *options]
@@ -92,7 +101,8 @@ def race(given: Namespace) -> dict[str, Any]:
     about = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "threads": given.threads, "seed": given.seed}
     return {
         **about,
-        "epochs": {str(goal): planned(given, goal) for goal in given.goals},
+        "epochs": {str(goal): planned(given, goal)[0] for goal in given.goals},
+        "widths": {str(goal): planned(given, goal)[1] for goal in given.goals},
         "plain": PLAIN,
         "goals": goals,
     }

@@ -169,10 +169,9 @@ def fit(
             stop=stopping.requested if isinstance(stopping, StopSignal) else lambda: False,
             began=began,
         )
-        tested = outcome.evaluation is not None  # not where it was told to stop, be it during the test
-        for line in result_lines(outcome, time.monotonic() - began) if tested else stopped_lines(outcome):
+        for line in result_lines(outcome, time.monotonic() - began) if outcome.finished else stopped_lines(outcome):
             reporter.message(*line)
-    if not tested:
+    if not outcome.finished:
         raise KeyboardInterrupt(f"stopped; sw.fit(out={str(folder)!r}, resume=True) goes on")
     return TrainedClassifier(folder, device=recipe.device, trust_code=True)
 

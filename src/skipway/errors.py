@@ -21,6 +21,7 @@ __all__ = [
     "duration",
     "first_line",
     "printable",
+    "similar_names",
     "spell",
     "spelling",
     "suggest",
@@ -28,6 +29,8 @@ __all__ = [
 
 # names that `suggest` shows: close ones, and others
 MAX_CLOSE, MAX_LISTED = 5, 10
+# with so few more than those all are shown
+MAX_MORE = 4
 
 
 class SkipwayError(ValueError):
@@ -159,18 +162,43 @@ def beginning_alike(name: str, known: Sequence[str]) -> list[str]:
     return []
 
 
-def suggest(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence for an unknown `name`: the closest known ones, at most five, or else at most ten of all.
+def similar_names(path: Path) -> str:
+    """The entries of a folder whose names are like one that is not there, as a clause."""
+    try:
+        entries = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = [
+        name
+        for name in difflib.get_close_matches(path.name, entries, n=3)
+        if difflib.SequenceMatcher(None, Path(name).stem, path.stem).ratio() > 0.6  # not for the ending alone
+    ]
+    return f"; did you mean {' or '.join(printable(path.parent / name) for name in close)}?" if close else ""
+
+
+def suggest(kind: str, name: str, known: Iterable[str], command: str = "") -> str:
+    """One sentence for an unknown `name`: the closest known ones, at most five, or else ten or a few more of all.
+
+    Args:
+        kind: what the name is of.
+        name: that is unknown.
+        known: names.
+        command: that lists all of them, shown where the sentence does not.
 
     >>> suggest("scheme", "layerscal", ["layerscale", "skipinit"])
     "unknown scheme 'layerscal'; did you mean 'layerscale'?"
     >>> suggest("scheme", "zzz", ["layerscale", "skipinit"])
     "unknown scheme 'zzz'; there are: layerscale, skipinit"
+    >>> suggest("optimizer", "SGD", ["adam", "sgd"])
+    "unknown optimizer 'SGD'; did you mean 'sgd'?"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=MAX_CLOSE, cutoff=0.6) or beginning_alike(name, known)
+    close = [each for each in known if each.lower() == name.lower()]
+    close = close or difflib.get_close_matches(name, known, n=MAX_CLOSE, cutoff=0.6) or beginning_alike(name, known)
     if close:
         options = " or ".join(repr(option) for option in close)
         return f"unknown {kind} {name!r}; did you mean {options}?"
-    rest = f" … and {len(known) - MAX_LISTED:,} more" if len(known) > MAX_LISTED else ""
-    return f"unknown {kind} {name!r}; there are: {', '.join(known[:MAX_LISTED])}{rest}"
+    if len(known) <= MAX_LISTED + MAX_MORE:
+        return f"unknown {kind} {name!r}; there are: {', '.join(known)}"
+    listed = f"{', '.join(known[:MAX_LISTED])} … and {len(known) - MAX_LISTED:,} more"
+    return f"unknown {kind} {name!r}; there are: {listed}" + f" ({command} lists them)" * bool(command)

@@ -10,7 +10,7 @@ from typing import Any
 from skipway.errors import SkipwayError, printable, spell
 from skipway.registry import Registry
 
-__all__ = ["PRESETS", "Preset"]
+__all__ = ["PRESETS", "Preset", "values_beside"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,7 @@ class Preset:
 
     def beside(self, given: Collection[str]) -> dict[str, Any]:
         """The values for fields that are not given, and whose value is not for another one than was given."""
-        return {
-            name: value
-            for name, value in self.values.items()
-            if name not in given and not any(other in given for other in self.follows.get(name, ()))
-        }
+        return values_beside(self.values, given, self.follows)
 
     def check(self, name: str, data: Path | None, weights: str | None) -> None:
         """Raise for what this preset is not for: text, or a start from somebody's weights.
@@ -57,6 +53,23 @@ class Preset:
                 f"{spell('preset', name)}: its network and rates are for random weights, not for "
                 f"{spell('start', printable(weights))}; leave one of the two out"
             )
+
+
+def values_beside(
+    values: Mapping[str, Any], given: Collection[str], follows: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """The values for fields that are not given, and whose value is not for another one than was given.
+
+    Args:
+        values: by field.
+        given: fields that are given.
+        follows: see `Preset`.
+    """
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in given and not any(other in given for other in follows.get(name, ()))
+    }
 
 
 PRESETS: Registry[Preset] = Registry("preset")

@@ -20,9 +20,12 @@ from skipway.optim.optimizers import OptimizerSpec, parse_optimizer
 from skipway.optim.schedules import ScheduleShape, parse_schedule, usual_warmup
 from skipway.registry import Registry, parse_spec
 
-__all__ = ["NO_PATIENCE", "Recipe", "ResolvedRecipe", "read_recipe"]
+__all__ = ["LENGTHS", "NO_PATIENCE", "Recipe", "ResolvedRecipe", "read_recipe"]
 
 NO_PATIENCE = "patience needs a validation split, and there is none: set validation above 0, or leave patience out"
+
+LENGTHS = ("time", "steps", "epochs")
+"""Fields that set the length of a run: the first of them that is given does."""
 
 WHITENED = "whitened"
 """The start from random weights with a first convolution that whitens the training images."""

@@ -16,6 +16,10 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """A table from names to entries; names match without regard to case, `-` and `_`.
 
+    Args:
+        kind: of the entries, for messages.
+        command: that lists them, for the message about an unknown name.
+
     >>> colours = Registry("colour")
     >>> _ = colours.add("light-blue", 7)
     >>> colours["Light_Blue"]
@@ -25,8 +29,8 @@ class Registry(Generic[T]):
     skipway.errors.SkipwayError: unknown colour 'light-bleu'; did you mean 'light-blue'?
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, command: str = "") -> None:
+        self.kind, self.command = kind, command
         self.entries: dict[str, T] = {}
         self._names: dict[str, str] = {}
 
@@ -55,7 +59,7 @@ class Registry(Generic[T]):
         'light-blue'
         """
         if name not in self:
-            raise SkipwayError(suggest(self.kind, name, self.entries))
+            raise SkipwayError(suggest(self.kind, name, self.entries, self.command))
         return self._names[self.key(name)]
 
     def __getitem__(self, name: str) -> T:

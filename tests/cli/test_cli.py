@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from skipway.cli import main
 from skipway.cli.app import TRAIN_HEADINGS
 from skipway.cli.interrupts import StopSignal
 from skipway.cli.progress import LineReporter, LiveReporter
+from skipway.errors import SkipwayError
 from skipway.presets import PRESETS
-from skipway.recipe import Recipe
+from skipway.recipe import Recipe, ResolvedRecipe
 from skipway.training import step, train
 from skipway.training.reporter import StepReport
+from skipway.training.resume import resume_recipe
 
 QUICK = [
     "--depth",
@@ -241,6 +244,46 @@ def test_a_run_is_refused_continued_repeated_and_replaced(capsys):
     assert main(["train", "--config", "run/config.json", "--out", "again", "--overwrite", "--quiet"]) == 0
     weights = [read_tensors(Path(name, "last.safetensors"))[0] for name in ("run", "again")]
     assert weights[0].keys() == weights[1].keys()
+
+
+def filled(monkeypatch, **stored) -> Callable[..., Recipe]:
+    """What `skipway train --config`, or `--resume`, makes of some options beside a run of a recipe."""
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps({"recipe": ResolvedRecipe.of(Recipe(**stored)).to_json()}))
+    recipes = []
+
+    def train_network(recipe, *given, **options):
+        recipes.append(recipe)
+        raise SkipwayError("far enough")
+
+    monkeypatch.setattr("skipway.training.loop.train", train_network)
+
+    def fill(*options: str) -> Recipe:
+        assert main(["train", *options]) == 2
+        return recipes[-1]
+
+    return fill
+
+
+def test_what_was_chosen_for_an_option_does_not_outlive_it(monkeypatch):
+    """A run stores what it chose by its schedule, its optimizer and its length, with what it was given."""
+    fill = filled(monkeypatch, schedule="onecycle", seed=3, lr=0.1, weight_decay=5e-4, steps=40)
+    same = fill("--config", "run")
+    assert (same.schedule, same.warmup, same.steps, same.epochs, same.seed) == ("onecycle", 0.0, 40, None, 3)
+    other = fill("--config", "run", "--schedule", "cosine", "--optimizer", "adamw", "--time", "1m")
+    assert (other.schedule, other.warmup, other.steps, other.epochs, other.seed) == ("cosine", None, None, None, 3)
+    assert (other.lr, other.weight_decay) == (None, None)
+    assert fill("--config", "run", "--schedule", "cosine", "--warmup", "0.2").warmup == 0.2
+    assert fill("--config", "run", "--epochs", "7").steps is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "idle"), [({"time": "3s"}, "--epochs"), ({"time": "3s"}, "--steps"), ({"steps": 50}, "--epochs")]
+)
+def test_a_run_is_not_made_longer_by_what_does_not_set_its_length(monkeypatch, stored, idle):
+    recipe = filled(monkeypatch, **stored)("--out", "run", "--resume", idle, "90")
+    with pytest.raises(SkipwayError, match=f"{idle.strip('-')}=90: the length of this run follows from"):
+        resume_recipe(json.loads(Path("run/config.json").read_text()), Path("run/config.json"), recipe)
 
 
 def test_a_preset_supplies_what_the_command_omits(capsys):

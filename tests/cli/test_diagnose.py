@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -18,11 +19,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+import skipway as sw
 from skipway.cli import main
-from skipway.cli.diagnose import OptimizerName
-from skipway.cli.diagnosis_batch import FolderBatches
+from skipway.cli.diagnose import OptimizerName, makes_mended_network
+from skipway.cli.diagnosis_batch import DigitBatches, FolderBatches
+from skipway.diagnosis.remedies import Damp, NormFirst
 from skipway.diagnosis.settings import OPTIMIZERS
-from skipway.errors import SkipwayError
+from skipway.errors import CheckpointError, SkipwayError
 from skipway.report.files import ENDINGS
 from skipway.weights import read_weights
 from skipway.zoo import FIRST_LAYER, ModelRequest, input_shape_of, load_model
@@ -74,6 +77,10 @@ def deep():
 
 def one_class():
     return make(), (torch.randn(64, 12), torch.zeros(64, dtype=torch.long))
+
+def post():
+    layer = nn.TransformerEncoderLayer(12, 2, 8, 0.0)
+    return nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, 12)), layer, nn.Flatten())
 """
 QUICK = ["--samples", "8", "--device", "cpu", "--steps", "100"]
 MINE = ["mine.py:make", "--input", "3,2,2", *QUICK]
@@ -83,6 +90,7 @@ MINE = ["mine.py:make", "--input", "3,2,2", *QUICK]
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("skipway.diagnosis.progress.PLAIN_INTERVAL", math.inf)  # machines differ in speed
     Path("mine.py").write_text(FILE)
     Path("neighbour.py").write_text("")
     Path("torn.py").write_text("def make(:\n")
@@ -193,6 +201,8 @@ ERRORS = [
     (["resnet20", "--input", "3,a"], 2, "--input 3,a: the rule is whole numbers"),
     (["resnet20", "--out", "x.txt"], 2, "--out x.txt: the rule is one of the endings .json"),
     (["resnet20", "--save-model", "x"], 2, "give --fix with it"),
+    (["resnet20", "--fix", "--save-model", "nowhere/x"], 2, "--save-model nowhere/x: there is no folder nowhere"),
+    (["resnet20", "--fix", "--save-model", "."], 2, "--save-model . is a folder"),
     (["resnet20", "--certainty", "0.4"], 2, "--certainty 0.4: the rule is 0.5 < certainty < 1"),
     (["resnet20", "--allowance", "2"], 2, "--allowance 2.0: the rule is a share of the training"),
     (["resnet20", "--schedule", "cosin", "--samples", "8", "--input", "3,8,8"], 2, "schedule"),
@@ -203,7 +213,8 @@ ERRORS = [
     (["resnet20", "--batch", "nowhere"], 3, "nowhere does not exist"),
     (["mine.py:net", "--batch", "."], 2, "the model takes 6; set --input"),
     (["tim:resnet18"], 2, "unknown source of models 'tim'; did you mean 'timm'"),
-    (["gone.py:make"], 2, "gone.py: no such file"),
+    (["gone.py:make"], 2, "gone.py: no such file; a model of your own is given as FILE.py:NAME"),
+    (["mne.py:make"], 2, r"mne.py: no such file; did you mean mine.py\?"),
     (["mine.py"], 2, "the file has mine.py:make, "),
     (["mine.py:mke"], 2, "mine.py: unknown name 'mke'; did you mean 'make'"),
     (["mine.py:needs"], 2, "needs arguments: depth; give a function without any"),
@@ -261,8 +272,11 @@ def test_fix_shows_before_and_after_and_saves_the_weights(capsys):
     assert re.search(r"^ +before +after$", out, re.MULTILINE)
     assert re.search(r"^verdict +will not train +trains$", out, re.MULTILINE)
     assert sum(name.endswith(".gain") for name in read_weights("mended.safetensors")) == 48
-    status, text, _ = run(capsys, *deep, "--fix", "--json")
+    assert "\nweights   mended.safetensors\nnote      more than weights was changed: the file, loaded into the" in out
+    status, text, err = run(capsys, *deep, "--fix", "--json", "--save-model", "mended.safetensors")
     content = json.loads(text)
+    assert content["saved"] == "mended.safetensors"
+    assert err.startswith("note      more than weights was changed")
     assert (status, content["applied"]) == (
         0,
         ["add a skip around each of 48 layers (2, 3, …, 49): x = x + layer(x) / √48"],
@@ -276,13 +290,55 @@ def test_fix_says_where_nothing_was_mended_and_saves_nothing(capsys):
     status, out, err = run(capsys, "mine.py:one_class", *train)
     assert status in (1, 4)
     assert err == ""
-    assert "nothing was applied: no remedy that was tried raises the odds clearly" in out
+    assert "nothing was applied: no remedy is tried where a falling loss is no learning; the findings above" in out
     assert "nothing to fix" not in out
     assert out.endswith("weights   not saved: nothing was mended\n")
     status, out, _ = run(capsys, "mine.py:easy", *train)
     assert status == 0
     assert out.endswith("\nnothing to fix\nweights   not saved: nothing was mended\n")
     assert not Path("mended.safetensors").exists()
+
+
+@pytest.mark.parametrize("how", ["--json", "--quiet"])
+def test_programs_are_told_that_an_older_file_is_not_of_this_diagnosis(capsys, how):
+    Path("mended.safetensors").write_text("of yesterday")
+    train = ["--optimizer", "adamw", "--lr", "0.03", "--device", "cpu", "--fix", "--save-model", "mended.safetensors"]
+    status, out, err = run(capsys, "mine.py:easy", *train, how)
+    assert status == 0
+    assert err == "note      not saved: nothing was mended; mended.safetensors was there before\n"
+    assert how == "--quiet" or json.loads(out)["saved"] is None
+    assert Path("mended.safetensors").read_text() == "of yesterday"
+
+
+def test_mended_weights_that_cannot_be_written_are_no_undecided_verdict(capsys, monkeypatch):
+    def full(path, tensors, metadata):
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr("skipway.checkpoint.files.write_tensors", full)
+    deep = ["mine.py:deep", "--input", "3,2,2", "--samples", "32", "--device", "cpu"]
+    status, out, err = run(capsys, *deep, "--fix", "--json", "--save-model", "mended.safetensors")
+    assert (status, json.loads(out)["saved"]) == (2, None)
+    assert "the disk is full" in err
+
+
+def test_weights_alone_make_the_mended_network_or_do_not():
+    mine, x = load_model("mine.py:post", ModelRequest()).model, torch.randn(16, 3, 2, 2)
+    diagnosis = sw.diagnose(mine, x, lr=0.01, remedies=0)
+    assert makes_mended_network(diagnosis.fix(Damp()))
+    assert not makes_mended_network(diagnosis.fix(NormFirst())), "the switch is in no state dict"
+
+
+def test_progress_is_plain_lines_in_a_pipe_for_people(capsys, monkeypatch):
+    monkeypatch.setattr("skipway.diagnosis.progress.PLAIN_INTERVAL", 0.0)
+    deep = ["mine.py:deep", "--input", "3,2,2", "--samples", "32", "--device", "cpu", "--fix"]
+    lines = run(capsys, *deep)[2].splitlines()
+    assert re.match(r"diagnosing: \d+ % after \d+ s, about \d+ s more$", lines[0])
+    stages = [line.partition(":")[0] for line in lines]
+    assert stages == list(dict.fromkeys(stages)), "one line for each stage of less than 30 s"
+    assert {"diagnosing", "remedy 1 of at most 6", "diagnosing the mended network"} <= set(stages)
+    assert run(capsys, *deep, "--json")[2] == run(capsys, *deep, "--quiet")[2] == ""
+    several = run(capsys, "mine.py:make", "mine.py:dead", "--input", "3,2,2", *QUICK)[2].splitlines()
+    assert [line.partition(": ")[0] for line in several][:1] == ["mine.py:make"]
 
 
 def pictures(root: Path, each: int = 5) -> None:
@@ -303,6 +359,21 @@ def test_a_folder_of_images_is_the_batch_and_counts_the_classes(capsys):
     assert 0.5 < content["measurement"]["loss"] < 6
     narrow = ["mine.py:paired", "--input", "3,8,8", "--batch", "photos", *QUICK]
     assert run(capsys, *narrow)[0] == 2
+
+
+def test_the_bundled_digits_are_a_batch_unless_a_folder_has_that_name(capsys):
+    options = ["resnet", "--depth", "8", "--batch", "digits", "--samples", "10", "--device", "cpu"]
+    _, out, _ = run(capsys, *options, "--input", "3,9,9")
+    assert out.startswith("batch     10 images of the bundled digits with their labels, fresh ones of 1,797 at every")
+    loaded = load_model("resnet", ModelRequest(depth=8, shape=(3, 9, 9), classes=10))
+    images = DigitBatches(loaded, Path("digits"), 10, 0)
+    x, labels = images.batch(0, 0)
+    again, others = images.batch(0, 1)
+    assert x.shape == again.shape == (10, 3, 9, 9)
+    assert torch.equal(x[:, 0] * images.std[0], x[:, 2] * images.std[2])  # grey
+    assert labels.tolist() == [int(each.file[0]) for each in images.drawn(0, 0)] != others.tolist()
+    pictures(Path("digits"))
+    assert run(capsys, *options, "--input", "3,9,9")[1].startswith("batch     10 images of digits with their labels")
 
 
 def test_every_trial_step_takes_a_fresh_batch_of_the_folder():
@@ -364,6 +435,16 @@ def test_a_run_is_asked_about_by_its_own_recipe(capsys, data):
     assert "run is a run, which is asked about by its own recipe; leave --samples, --lr out" in err
 
 
+def test_remedies_are_tried_on_a_run(capsys):
+    pictures(Path("photos"), each=16)
+    options = ["--epochs", "20", "--batch-size", "8", "--lr", "30", "--device", "cpu", "--quiet", "--size", "8"]
+    config = ["train", "photos", *options, "--model", "resnet8", "--workers", "0", "--out", "run"]
+    assert main([*config, "--time", "1s"]) in (0, 5)
+    capsys.readouterr()
+    _, out, _ = run(capsys, "run", "--fix", "--json", "--device", "cpu")
+    assert re.match("set the learning rate to", json.loads(out)["applied"][0])
+
+
 def test_a_damaged_run_is_no_undecided_verdict(capsys):
     Path("run").mkdir()
     Path("run/config.json").write_text('{"recipe": 3}')
@@ -395,20 +476,25 @@ def test_lint_prints_findings_and_fails_on_fatal_ones(capsys, monkeypatch):
 
     found = [Finding(rule="P0", level="fatal", what="what", why="why", source="source")]
     monkeypatch.setattr(lint, "lint", lambda model, example: found)
-    assert run(capsys, *MINE, "--lint") == (
-        1,
-        "✗1 fatal · P0 · the network\n   what\n   why: why\n   source: source\n",
-        "",
+    status, out, err = run(capsys, *MINE, "--lint")
+    assert (status, err) == (1, "")
+    assert out.startswith(
+        "✗1 fatal · P0 · the network\n   what\n   why: why\n   source: source\nlint reads the network"
     )
     status, out, _ = run(capsys, *MINE, "--lint", "--json")
     assert (status, json.loads(out)[0]["rule"]) == (1, "P0")
     found.clear()
     assert run(capsys, *MINE, "--lint", "--quiet") == (0, "0 findings\n", "")
+    status, out, _ = run(capsys, *MINE, "--lint")
+    assert out.startswith(
+        "0 findings\nlint reads the network and does not measure its signal; skipway diagnose mine.py:"
+    )
+    assert "--lint" not in out
 
 
 def test_the_linter_itself_is_called(capsys):
     pytest.importorskip("skipway.diagnosis.lint")
-    assert run(capsys, *MINE, "--lint") == (0, "0 findings\n", "")
+    assert run(capsys, *MINE, "--lint", "--quiet") == (0, "0 findings\n", "")
     status, out, err = run(capsys, "resnet20", "--lint", *QUICK)
     assert (status, err) == (0, "")
     assert re.match(r"·1 note · P19 · stages\.\{0\.\.2\}\.\{0\.\.2\} \(9\)\n", out)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from skipway.cli import main
+from skipway.inference.text_evaluation import TextEvaluation
 from skipway.recipe import Recipe
 from skipway.training.loop import train
 from skipway.training.run import Outcome
@@ -98,6 +101,20 @@ def test_evaluate_says_what_training_said(outcome, run, capsys):
     assert "\x1b" not in text
 
 
+def test_what_is_not_finite_is_null_in_json(run, capsys, monkeypatch):
+    """Of a text without bytes, and of weights that overflow; other readers of JSON know no NaN."""
+    found = SimpleNamespace(name="book", evaluation=TextEvaluation(loss=math.nan, total=0, correct=0, bytes=0))
+    monkeypatch.setattr("skipway.inference.predict.find_text_inputs", lambda path: object())
+    monkeypatch.setattr("skipway.inference.text_run.evaluate_text_run", lambda *given, **options: found)
+    assert main(["evaluate", run, "--json"]) == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    shown = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert (shown["loss"], shown["bits_per_byte"], shown["accuracy"]) == (None, None, 0)
+
+
 def test_evaluate_takes_other_images(outcome, run, test_images, tmp_path, capsys):
     assert main(["evaluate", run, str(test_images), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["confusion"] == outcome.evaluation.confusion.tolist()
@@ -147,11 +164,12 @@ def test_export_writes_a_hub_folder_that_predicts(run, test_images, tmp_path, ca
     assert "pass images to evaluate on" in capsys.readouterr().err
     assert main(["export", run]) == 2
     assert main(["export", run, "--hub", run]) == 2
-    for name in ("again", "again-v1.0"):  # the kind of a target without option by its suffix
+    for name in ("again", "again-v1.0", "again.v2"):  # the kind of a target without option by its suffix
         assert main(["export", run, str(tmp_path / name)]) == 0
         assert (tmp_path / name / "config.json").exists()
     capsys.readouterr()
-    for wrong in ([str(tmp_path / "net.txt")], [str(tmp_path / "net.pt2"), "--pt2", "other.pt2"]):
+    named = [[str(tmp_path / name)] for name in ("net.txt", "net.h5", "net.mp4", "net.7z")]
+    for wrong in (*named, [str(tmp_path / "net.pt2"), "--pt2", "other.pt2"]):
         assert main(["export", run, *wrong]) == 2
         assert "the rule is FILE.onnx, FILE.pt2 or a folder" in capsys.readouterr().err
 

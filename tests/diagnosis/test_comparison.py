@@ -234,3 +234,11 @@ def test_losses_are_compared_on_batches_that_no_step_took():
     behind = [each for each in model.looked_at if each != held_out]
     assert len(behind) >= 8
     assert set(behind[-8:]).isdisjoint(model.seen)
+
+
+def test_the_name_of_a_design_breaks_between_its_options_only():
+    from skipway.diagnosis.table import DesignName, as_text
+
+    name = "resnet20(scheme='skipinit', classes=10) + layerscale"
+    lines = [line.rstrip() for line in as_text(DesignName(name), width=20).splitlines()]
+    assert lines == ["resnet20(", "scheme='skipinit',", "classes=10) +", "layerscale"]

@@ -286,6 +286,9 @@ def test_refusals_say_what_to_do():
         diagnose(nn.Linear(4, 4).requires_grad_(False), torch.randn(8, 4))
     with pytest.raises(sw.SkipwayError, match="one of sgd"):
         diagnosed(small(), images(), optimizer="lion")
+    for written, meant in (("adamW", "adamw"), ("SGD", "sgd")):
+        with pytest.raises(sw.SkipwayError, match=f"optimizer='{written}': did you mean '{meant}'"):
+            diagnosed(small(), images(), optimizer=written)
     with pytest.raises(sw.SkipwayError, match=r"example=\(Tensor, Tensor\): .*targets go to targets="):
         diagnose(small(), images())
     with pytest.raises(sw.SkipwayError, match="holds parameters that ResNet does not have"):

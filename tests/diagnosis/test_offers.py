@@ -61,6 +61,16 @@ def test_a_remedy_of_the_model_is_offered_with_the_rate_that_it_needs():
     assert 0 < len(diagnosis.offers) <= len(diagnosis.tried) <= 8
     assert all(offer.verdict == "trains" or offer.odds > diagnosis.odds + 0.2 for offer in diagnosis.offers)
     assert diagnosis.remedies == tuple(offer.remedy for offer in diagnosis.offers)
+    assert diagnosis.why_no_offer == ""
+    told, lines = str(diagnosis).splitlines(), diagnosis.table().splitlines()
+    offered = [line.removeprefix("  offer → ") for line in told if "offer →" in line]
+    assert len(offered) == len(diagnosis.offers)
+    assert all(" → " in line and line.split(", ")[-1].startswith(("trains", "undecided")) for line in offered)
+    assert ["(applied by fix)" in line for line in offered] == [len(offered) > 1, *[False] * (len(offered) - 1)]
+    assert f"→ {offered[0]}"[:60] in "\n".join(lines), "the command line has the same words"
+    vain = [each for each in diagnosis.tried if each not in diagnosis.offers]
+    remark = next((line for line in diagnosis.remarks if line.startswith("remedies: tried without")), "")
+    assert all(str(each) in remark for each in vain)
 
 
 def test_what_trains_is_offered_nothing_and_what_was_tried_in_vain_is_said():
@@ -73,7 +83,7 @@ def test_what_trains_is_offered_nothing_and_what_was_tried_in_vain_is_said():
     assert broken.odds == 0
     none = sw.diagnose(model, LOADER, remedies=0)
     assert none.tried == ()
-    with pytest.raises(sw.SkipwayError, match="none of the 0 remedies that were tried"):
+    with pytest.raises(sw.SkipwayError, match="will not train' and no remedy was tried"):
         none.fix()
 
 

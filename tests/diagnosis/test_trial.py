@@ -78,6 +78,17 @@ def test_trial_steps_are_those_of_a_plain_loop():
     assert trial.buffers["1.running_mean"].tolist() == pytest.approx(twin[1].running_mean.tolist(), abs=1e-6)
 
 
+def test_the_marks_of_a_group_go_with_its_parameters():
+    """In a copy of a network that lacks some of them, by a remedy, the classifier's place is another one."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    settings = settings_of(torch.optim.SGD(sw.param_groups(model, lr=0.1), lr=0.1), model)
+    smaller = nn.Sequential(nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 2))
+    (group, _) = settings.make(smaller).param_groups
+    classifier, matrix = ([group["params"][place] for place in group[name]] for name in ("classifier", "matrices"))
+    assert [id(each) for each in classifier] == [id(smaller[2].weight)]
+    assert [id(each) for each in matrix] == [id(smaller[0].weight)]
+
+
 def test_nothing_of_a_trial_is_left_in_the_model_or_the_loader():
     model = network().eval()
     model[0].weight.grad = torch.ones_like(model[0].weight)

@@ -16,6 +16,7 @@ from torch import nn
 
 import skipway as sw
 from skipway.errors import SkipwayError
+from skipway.inference.answer_check import AnswerCheck
 from skipway.inference.backend_search import LATE, BackendSearch
 from skipway.inference.backend_selection import BackendComparison, BackendResult
 from skipway.inference.backends import BACKENDS, ORIGINAL, Backend, Choice
@@ -103,6 +104,31 @@ def test_what_is_far_behind_is_released(monkeypatch):
     assert set(looked.comparison.runs) == {Choice(ORIGINAL), Choice("a")}
     assert not [choice for choice in fakes.built if choice.backend == "b" and choice.pieces > 1]
     assert looked.comparison.results[Choice("b")].seconds == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], [ORIGINAL, "a", "b"]])
+def test_the_fastest_that_keeps_the_answers_wins(names, monkeypatch):
+    """A coarse precision that is far ahead is refused at the end, when the fast exact choices have to be there yet."""
+    monkeypatch.setattr("skipway.inference.backend_search.choose_precision", lambda setting, device: ("bfloat16", ""))
+    coarse, exact, slow = Choice("a", "bfloat16"), Choice("a"), Choice("b")
+    fakes = Fakes(monkeypatch, {coarse: 0.1, exact: 0.5, slow: 0.9})
+    plain = BACKENDS["a"].build
+
+    def build(model, example, choice):
+        run = plain(model, example, choice)
+        return (lambda x: (run(x) * 16).round() / 16) if choice.precision == "bfloat16" else run
+
+    monkeypatch.setitem(BACKENDS.entries, "a", replace(BACKENDS["a"], build=build))
+    model, held = Timed(4, 4, bias=False), 0.5 + 0.01 * torch.eye(4).repeat(4, 1)
+    nn.init.eye_(model.weight)
+    comparison = BackendComparison(model, X, clock=Clock.read)
+    comparison.check = AnswerCheck(held, held.argmax(1), limit=0)
+    comparison.check.watch(comparison.original)
+    looked = BackendSearch(comparison, names, ("float32", "bfloat16"), math.inf, pieces=False)
+    assert looked.run().choice == exact
+    assert "top-1 100.00 % → 25.00 %" in comparison.results[coarse].note
+    assert slow not in comparison.runs  # of one precision, what is far behind is released as ever
+    assert coarse in fakes.built
 
 
 def test_a_spent_budget_is_in_the_report(monkeypatch):

@@ -353,12 +353,14 @@ def test_a_run_is_written_for_openvino(run, tmp_path, capsys, monkeypatch):
     network = openvino.Core().read_model(file)
     stored = json.loads(network.get_rt_info(["skipway", "preprocessing"]).astype(str))
     assert tuple(stored["classes"]) == RunImages(run).preprocessing.classes
+    hint = {"INFERENCE_PRECISION_HINT": network.get_rt_info(["skipway", "precision"]).astype(str)}
+    assert f"checked   with INFERENCE_PRECISION_HINT={hint['INFERENCE_PRECISION_HINT']}\n" in shown.out
     kinds = {each.get_element_type().to_string() for each in network.get_ops() if each.get_type_name() == "Constant"}
     assert "i8" in kinds
     with torch.no_grad():
         expected = (sw.from_pretrained(run)(images).argmax(1) == labels).float().mean()
     for count in (1, 3, len(images)):  # batches of any size
-        answers = openvino.compile_model(network, "CPU")([images[:count].numpy()])[0].argmax(1)
+        answers = openvino.compile_model(network, "CPU", hint)([images[:count].numpy()])[0].argmax(1)
     assert (torch.from_numpy(answers) == labels).float().mean() >= expected - 0.02
 
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import skipway as sw
 from skipway.errors import MissingExtraError, SkipwayError
+from skipway.hardware import allocator
 from skipway.hardware.allocator import keep_memory
 from skipway.inference.backend_selection import BackendComparison
 from skipway.inference.backends import BACKENDS, Backend, Choice
@@ -375,6 +377,16 @@ def test_freed_memory_is_kept_within_and_given_back_after():
         torch.ones(1 << 26)
         held = resident()
     assert resident() < held - (1 << 17)
+
+
+def test_a_threshold_that_no_longer_adapts_is_set(monkeypatch):
+    """To set one of glibc's parameters freezes the size from which blocks are mapped, 128 KiB at first."""
+    values: dict[int, int] = {}
+    monkeypatch.setattr(allocator, "glibc", lambda: SimpleNamespace(mallopt=values.__setitem__))
+    with keep_memory(release=False):
+        assert values[allocator.MMAP_MAX] == 0
+    assert values[allocator.MMAP_MAX] > 0
+    assert values[allocator.MMAP_THRESHOLD] == 2**25
 
 
 @pytest.mark.parametrize(("name", "operator"), [("swin", "windowed_attention"), ("convnext", "depthwise")])

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.func import jvp
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import skipway as sw
 from skipway import kernels
 from skipway.errors import SkipwayError
-from skipway.kernels import autotune, onednn
+from skipway.kernels import autotune, dispatch, onednn, sdpa
 from skipway.kernels.autotune import Implementation, Kernel
 from skipway.kernels.dispatch import KernelMode
 from skipway.kernels.sdpa import attention_weights
@@ -144,6 +145,39 @@ def test_logits_of_bfloat16_are_rounded_once():
     assert_close(found.double(), exact, rtol=1e-4, atol=1e-6)
 
 
+def test_masked_rows_are_looked_for_once_in_a_call(monkeypatch):
+    """A mask is as large as an image's logits, and images come in many blocks."""
+    seen, look = [], sdpa.hidden_rows
+    monkeypatch.setattr(sdpa, "CACHE", 1)
+    monkeypatch.setattr(sdpa, "hidden_rows", lambda bias: seen.append(1) or look(bias))
+    q, bias = torch.randn(5, 2, 6, 8), torch.zeros(1, 2, 6, 6)
+    bias[..., 2, :] = -INF
+    out, _ = sdpa.attention_in_blocks(q, q, q, bias, False, False)
+    assert (out[:, :, 2] == 0).all()
+    assert seen == [1]
+    for found, expected in zip(
+        sdpa.attention_backward_in_blocks(q, q, q, q, bias, False, q.new_empty(0)),
+        sdpa.attention_backward_reference(q, q, q, q, bias, False, q.new_empty(0)),
+        strict=True,
+    ):
+        assert_close(found, expected)
+    assert seen == [1] * 3
+
+
+def derivative(x):
+    """Of the kernel, forward."""
+    return jvp(lambda x: kernels.linear(x, torch.ones(64, 64)).square().sum(), (x,), (x,))[1]
+
+
+def test_compiled_transforms_are_seen_too():
+    """Without a rule for forward mode, an operator would pass for a constant. d(y²) along x of a linear y is 2 y²."""
+    torch.manual_seed(0)
+    x = torch.randn(2048, 64)
+    expected = 2 * (x @ torch.ones(64, 64)).square().sum()
+    assert_close(derivative(x), expected)
+    assert_close(torch.compile(derivative, backend="aot_eager")(x), expected)
+
+
 class Marked(torch.Tensor):
     """A tensor with rules of its own."""
 
@@ -180,6 +214,25 @@ def test_restrictions_may_end_in_any_order():
     assert autotune.prescribed() is None
 
 
+def test_bfloat16_kernels_are_those_of_each_thread_that_asks(monkeypatch):
+    """The restriction is the process's, the mode is a thread's."""
+    seen, q = [], torch.randn(2, 4, 128, 32, dtype=torch.bfloat16)
+    monkeypatch.setattr(dispatch, "route_attention", lambda *given, **named: seen.append(1) or NotImplemented)
+
+    def other():
+        with dispatch.bfloat16_kernels():
+            F.scaled_dot_product_attention(q, q, q)
+
+    with dispatch.bfloat16_kernels():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert seen == [1]
+    with kernels.off():
+        other()
+    assert seen == [1]
+
+
 def test_the_setting_of_products_outlasts_no_thread():
     """Two threads whose contexts overlap: the one that came first leaves first."""
     matmul = torch.backends.mkldnn.matmul
@@ -210,3 +263,16 @@ def test_what_a_hook_keeps_is_not_overwritten():
     assert kept
     for output, copy in kept:
         assert_close(output, copy)
+
+
+def test_a_batch_of_any_size_is_convolved_by_one_graph():
+    """To the compiler len(x) is a number, and another batch another program."""
+
+    class Net(nn.Module):
+        def forward(self, x, weight):
+            return kernels.convolve(x, weight, padding=1)
+
+    given = torch.randn(4, 3, 8, 8), torch.randn(5, 3, 3, 3)
+    program = torch.export.export(Net(), given, dynamic_shapes=({0: torch.export.Dim("batch")}, None))
+    x = torch.randn(7, 3, 8, 8)
+    assert_close(program.module()(x, given[1]), F.conv2d(x, given[1], padding=1))

@@ -40,6 +40,7 @@ def falling(count: int, first: float = 2.3, last: float = 0.5) -> list[float]:
         ("spikes of the gradient", Evidence(norms=[50.0], spikes={"gradient norm": 8.0}, recent_spikes=3)),
         ("loss risen", Evidence(losses=[2.3] * 16 + falling(50) + [4.0] * 16)),
         ("loss risen", Evidence(losses=[2.3, 2.2, 7.0, 7.1])),
+        ("loss high", Evidence(losses=[2e4 - 100 * step for step in range(32)], constant=2.3)),
         ("loss flat", Evidence(losses=[9.0] * 64 + [2.302] * 192, constant=math.log(10))),
         ("loss flat", Evidence(losses=[2.302] * 256)),
         ("large update", Evidence(START, changed(update=0.3))),

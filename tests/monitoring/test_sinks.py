@@ -117,7 +117,8 @@ def test_the_page_is_written_while_a_training_runs_and_afterwards(tmp_path, caps
     assert text.count("<svg") >= 8
     assert "the loss is nan" in text
     assert "blocks.0.attention, step 6: " in text
-    assert main(["monitor", str(tmp_path / "none.jsonl")]) == 2
+    assert main(["monitor", str(tmp_path / "wacth.jsonl")]) == 2
+    assert f"wacth.jsonl does not exist; did you mean {path}?" in capsys.readouterr().err
     (tmp_path / "other.jsonl").write_text('{"loss": 1}\n')
     assert main(["monitor", str(tmp_path / "other.jsonl")]) == 2
     assert "holds no record of a monitor" in capsys.readouterr().err

@@ -380,7 +380,7 @@ def test_what_cannot_be_sampled_is_said_and_the_training_goes_on():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     watch = watched_step(model, lambda: model(torch.randn(4, 8)).square().mean())
     assert list(watch.samples[0]["rows"]) == ["0", "2"]
-    assert any("no residual connection was found" in text for text in watch.remarks)
+    assert any("no residual connection was found" in text and text.endswith("of 0, 2") for text in watch.remarks)
     model, x = Encoder(0.0), batch(0, Encoder)[0]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watch, said = loop_of_12(model, optimizer, lambda: model.head(model.blocks[0](x)))

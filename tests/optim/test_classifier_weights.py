@@ -70,6 +70,51 @@ def test_a_trunk_has_none():
     assert names(model, "matrices", torch.zeros(2, 4)) == {"0.weight"}
 
 
+class Block(nn.Module):
+    """x + b(relu(a(x))), written by somebody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.b(self.a(x).relu())
+
+
+def test_a_trunk_of_vectors_has_none():
+    """A stream is a sum of two axes, too, and no sum of scores: none of its maps makes scores."""
+    model = nn.Sequential(nn.Linear(4, 8), Block(), Block())
+    assert names(model, "classifier", torch.zeros(2, 4)) == set()
+    assert names(model, "matrices", torch.zeros(2, 4)) == maps(model)
+
+
+def test_scores_that_are_added_have_several():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x) + self.second(x.relu())
+
+    assert names(Two(), "classifier", torch.zeros(2, 4)) == {"first.weight", "second.weight"}
+
+
+def test_a_classifier_within_a_larger_network_is_a_matrix():
+    """The scores are those of the map behind it."""
+    own = sw.build("resnet-cifar", depth=8, width=4)
+    model = nn.Sequential(own, nn.Linear(10, 2))
+    assert names(model, "classifier") == {"1.weight"}
+    assert "0.head.classifier.weight" in names(model, "matrices")
+    features = nn.Sequential(sw.nn.Classifier(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    assert names(features, "classifier", torch.zeros(2, 4)) == {"2.weight"}
+
+
+def test_two_heads_in_a_row_are_two_classifiers():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ModuleList([sw.nn.Classifier(8, 3), sw.nn.Classifier(8, 5)]))
+    assert names(model, "classifier") == {"1.0.weight", "1.1.weight"}
+
+
 def test_without_an_example_it_is_the_last_map_outside_of_connections():
     own = nn.Sequential(nn.Linear(4, 8), sw.Residual(nn.Linear(8, 8)), nn.Linear(8, 3))
     assert names(own, "classifier") == {"2.weight"}

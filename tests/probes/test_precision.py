@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import skipway as sw
 from skipway.data import Batch
+from skipway.data.augment.colours import contrast
 from skipway.diagnosis.measurement import measure
 from skipway.diagnosis.settings import Settings
 from skipway.diagnosis.subject import Subject
@@ -54,6 +55,14 @@ def test_images_are_evaluated(device):
         )
     assert found is not None
     assert found.total == 8
+
+
+def test_images_are_augmented(device):
+    """Of whole numbers both types have the same mean grey."""
+    images = torch.randint(256, (2, 16, 16, 1)).float()
+    with device():
+        found = contrast(images, torch.full((2, 1, 1, 1), -1.0))
+    assert torch.equal(found, (images.double().mean((1, 2, 3), keepdim=True) + 0.5).floor().float().expand_as(images))
 
 
 def test_texts_are_evaluated_and_continued(device):

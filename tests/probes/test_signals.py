@@ -19,6 +19,7 @@ import skipway as sw
 from benchmarks.peers import import_timm, import_transformers
 from skipway.probes import MEASURES, Measure, Probe, probe
 from skipway.probes.measures import branch_gradient, cosine, is_finite, largest_magnitude, rms, std, variance
+from skipway.probes.mixing_matrix import depth_mixing
 from skipway.probes.objective import compute_loss
 
 
@@ -375,3 +376,41 @@ def test_a_join_of_ours_is_measured_between_its_slots(scheme):
         each.residual.scale.register_forward_hook(lambda _, __, out, n=each.name: sizes[n].append(rms(out)))
     for name, row in probe(model, torch.randn(4, 3, 8, 8), measures=["skip", "branch"]).connections.items():
         assert [row["skip"], row["branch"]] == pytest.approx([float(size) for size in sizes[name]])
+
+
+class Writing(nn.Module):
+    """Subtracts from its input, and from the tokens that it is given, in place, before it adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.table = nn.Linear(4, 4), nn.Embedding(9, 4)
+
+    def forward(self, x, tokens):
+        x.sub_(5)
+        tokens.sub_(1)
+        x = x + self.table(tokens)
+        return x + self.map(x)
+
+
+@pytest.mark.parametrize("measure", [probe, depth_mixing, sw.features])
+def test_what_a_network_writes_into_are_copies(measure):
+    torch.manual_seed(0)
+    net, x, tokens = Writing(), torch.randn(3, 4), torch.full((3,), 8)
+    plain = x.clone()
+    measure(net, (x, tokens))
+    assert torch.equal(x, plain)
+    assert (tokens == 8).all()
+
+
+def test_both_passes_of_the_mixing_begin_with_the_same_input():
+    torch.manual_seed(0)
+    net, x, tokens = Writing(), torch.randn(3, 4), torch.full((3,), 8)
+    loss = depth_mixing(net, (x, tokens), torch.zeros(3, 4), loss=nn.functional.mse_loss).loss
+    assert loss == pytest.approx(net(x, tokens).square().mean().item())
+
+
+def test_the_gradient_of_features_reaches_the_input():
+    x = torch.randn(3, 4, requires_grad=True)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    (found,) = torch.autograd.grad(sw.features(net, x, ["0"])["0"].sum(), x)
+    torch.testing.assert_close(found, net[0].weight.sum(0).expand(3, 4))

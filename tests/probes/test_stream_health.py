@@ -22,6 +22,8 @@ def test_forward_gains_are_sums_of_rows_and_backward_gains_of_columns():
     assert health.backward_gain.tolist() == [[2.0, 1.0], [4.0, 3.0]]
     assert torch.allclose(health.difference, torch.ones(2))
     assert bool(health.response.isnan().all())
+    assert "response" not in str(health), "a column without a number is left out"
+    assert "nan" not in str(health)
 
 
 @pytest.mark.parametrize("others", [False, True], ids=["ours", "others"])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import skipway as sw
+from skipway.errors import SkipwayError
 from skipway.nn import NormedPair, NormedPairExit, StreamEntry
 
 VIT = {"depth": 2, "dim": 8, "heads": 2, "patch": 8, "image": 16, "classes": 3}
@@ -167,3 +168,21 @@ def test_dual_residual_holds_the_post_norm_network_with_rmsnorm():
     nn.init.zeros_(dual.head.close.pre.weight)
     ids = torch.randint(9, (2, 5))
     torch.testing.assert_close(dual(ids), post(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["siamesenorm", "dualresidual"])
+@pytest.mark.parametrize("other", ["fixup", "normfree", "skipinit(norm='remove')", "rezero(norm='remove')"])
+def test_a_scheme_that_removes_the_norms_is_refused(scheme, other):
+    """Without norms the two streams of a pair are one."""
+    with pytest.raises(SkipwayError, match=f"{scheme}.*the rule is one that keeps the norm"):
+        sw.build("vit-tiny-16", scheme=f"{scheme} + {other}", **VIT)
+
+
+@pytest.mark.parametrize("scheme", ["siamesenorm", "dualresidual"])
+@pytest.mark.parametrize("other", ["skipinit(norm='keep')", "dyt"])
+def test_a_scheme_that_keeps_or_replaces_the_norms_is_taken(scheme, other):
+    """DyT stands for every norm of a network, those of the pair included."""
+    model = sw.build("vit-tiny-16", scheme=f"{scheme} + {other}", **VIT)
+    kind = sw.nn.DynamicTanh if other == "dyt" else nn.LayerNorm
+    assert isinstance(sw.chain(model)[1].residual.streams.post, kind)
+    assert isinstance(model.head.close.pre, kind)

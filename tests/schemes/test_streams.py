@@ -13,6 +13,8 @@ from torch import nn
 import skipway as sw
 from skipway.errors import SkipwayError
 from skipway.nn import (
+    AttentionRead,
+    DynamicFracConnection,
     DynamicHyperConnection,
     GatedExit,
     GatedResidual,
@@ -346,6 +348,37 @@ def test_the_mixing_is_doubly_stochastic_under_autocast(form):
         narrow = connection.mixing(logits)
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow, connection.mixing(logits), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "connection",
+    [
+        DynamicHyperConnection(2, 0, spatial=0, dim=8),
+        DynamicFracConnection(2, spatial=0, dim=8),
+        AttentionRead(8, spatial=0),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_autocast_leaves_the_weights_of_streams_alone(connection):
+    """They are computed in the type of the streams, so that they are those of a pass without autocast, to the bit."""
+    with torch.no_grad():
+        for parameter in connection.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    s = torch.randn(4, 5, 8)
+    s = (s, s.flip(0)) if isinstance(connection, AttentionRead) else s
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = connection(s)
+    torch.testing.assert_close(narrow, connection(s), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["fracconnections(2)", "hyperconnections(2)", "mhc(n=2)", "mhc(n=2, form='birkhoff')", "gatedstreams(n=2)"],
+)
+def test_streams_run_on_the_meta_device(scheme):
+    """Where shapes are asked for, and torch knows no autocast."""
+    network = sw.build("vit-tiny-16", scheme=scheme, device="meta", classes=3, **FAMILIES["vit-tiny-16"])
+    assert network(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 3)
 
 
 def test_what_streams_differ_by_shrinks_by_lambda():

@@ -243,6 +243,16 @@ def test_a_factor_is_trained_as_the_gain_was_and_a_shift_as_the_bias_was(trained
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [f"1.0.{trained}"]
 
 
+@pytest.mark.parametrize("gone", ["weight", "bias"])
+def test_a_norm_may_lack_its_gain_or_its_bias(gone):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model[1].register_parameter(gone, None)
+    model.train()(X)
+    expected = model.eval()(X)
+    remove_norm(model, X, how="fold")
+    torch.testing.assert_close(model(X), expected)
+
+
 COMPUTED = {
     "weight norm": nn.utils.weight_norm,
     "spectral norm": nn.utils.spectral_norm,

@@ -271,6 +271,33 @@ def test_blocks_that_add_in_place_are_computed_for_the_samples_that_are_drawn():
     assert all(bool(parameter.grad.any()) for parameter in model.parameters())
 
 
+class DropsInPlace(nn.Module):
+    """x + F(x), with dropout in place on x: it writes into x in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.map = nn.Dropout(0.5, inplace=True), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.map(torch.relu(x))
+        return self.drop(x) + h
+
+
+def test_blocks_that_write_in_training_alone_are_computed_for_the_samples_that_are_drawn():
+    """y = x + 2 (d + F(x) − x) on the drawn half, d one of 0 and 2x in each place."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), *(DropsInPlace() for _ in range(3)))
+    skip_compute(model, ROW, 0.5, rising=False)
+    block = model[1].train()
+    stream = torch.randn(16, 8)
+    found = block(stream.clone()).detach()
+    drawn = (found != stream).any(1)
+    assert drawn.sum() == 8
+    dropped = (found - stream)[drawn] / 2 + stream[drawn] - block.map(stream.relu()).detach()[drawn]
+    either = torch.stack((dropped, dropped - 2 * stream[drawn])).abs().amin(0)
+    torch.testing.assert_close(either, torch.zeros(8, 8), rtol=0, atol=1e-5)
+
+
 def test_no_axis_is_found_by_outputs_that_are_no_numbers():
     model = deep(4)
     with torch.no_grad():

@@ -32,6 +32,22 @@ def test_what_a_hook_of_a_slot_keeps_is_what_the_branch_put_out(slot, module):
     assert all(torch.equal(output, then) for output, then in kept)
 
 
+def test_what_a_hook_of_all_modules_keeps_is_not_written_into():
+    model, x = network("scale", nn.Identity())
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    sw.accelerate(model)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, given, output: kept.append((output, output.clone())) if type(module) is nn.Identity else None
+    )
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        handle.remove()
+    assert kept
+    assert all(torch.equal(output, then) for output, then in kept)
+
+
 @pytest.mark.parametrize("slot", ["scale", "drop"])
 def test_a_module_that_needs_its_output_for_the_gradient_has_it(slot):
     model, x = network(slot, nn.Sigmoid())

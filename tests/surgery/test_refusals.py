@@ -168,3 +168,23 @@ def test_parameters_do_not_change_under_data_parallel_training(wrap):
             operate(ranks.module, X).undo()
         for name in ("lesion", "skip_compute", "checkpointed", "reversible"):
             OPERATIONS[name](wrap(ranks), X).undo()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("passed", [False, True])
+def test_parameters_do_not_change_once_they_are_sharded(passed):
+    """New ones would be in no group whose gradients are averaged; after a pass those of the root are put together."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    with one_rank():
+        net = fully_shard(Net().eval(), mesh=init_device_mesh("cpu", (1,)))
+        if passed:
+            net(X)
+        before = list(net.state_dict())
+        with pytest.raises(sw.SkipwayError, match="FSDP was built with.* operate on the network before it is sharded"):
+            rescheme(net, X, "skipinit")
+        assert list(net.state_dict()) == before
+        OPERATIONS["lesion"](net, X).undo()

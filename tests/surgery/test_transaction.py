@@ -17,6 +17,7 @@ from tests.surgery.test_depth import Net, X
 from torch import Tensor, nn
 
 import skipway as sw
+from skipway.probes.mixing_matrix import depth_mixing
 from skipway.surgery import (
     Operation,
     checkpointed,
@@ -297,3 +298,18 @@ def test_an_example_is_a_tensor_a_tuple_a_mapping_or_a_loader(name):
             patch.setattr("tests.surgery.test_transaction.X", example)
             model = network() if name != "fold_gains" else network(name)
             assert OPERATIONS[name](model) is not None
+
+
+@pytest.mark.parametrize(
+    "operate",
+    [
+        lambda m, x: skip_compute(m, x, 0.5),
+        reversible,
+        depth_mixing,
+    ],
+)
+def test_numbers_are_drawn_on_the_cpu_wherever_new_tensors_lie(operate):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(4, 3, 8)
+    with torch.device("meta"):
+        operate(model, x)

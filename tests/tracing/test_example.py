@@ -130,3 +130,17 @@ def test_a_copy_shares_what_the_example_shares():
     assert made.requires_grad
     assert not copy_example(x).requires_grad
     assert copy_example(x, "meta").is_meta
+
+
+def test_what_is_no_part_of_an_example_is_not_copied(monkeypatch):
+    """A module among the arguments is the caller's, and a tensor is copied once."""
+    layer, cache, copies, clone = nn.Linear(2, 2), Cache(), [], torch.Tensor.clone
+    cache.keys.append(torch.ones(2))
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor, **given: copies.append(1) or clone(tensor, **given))
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", lambda tensor, memo: pytest.fail("copied twice"))
+    x, same, cached = copy_example((torch.ones(2), layer, cache))
+    assert same is layer
+    assert cached is not cache
+    assert cached.keys[0] is not cache.keys[0]
+    assert torch.equal(cached.keys[0], x)
+    assert copies == [1, 1]

@@ -15,9 +15,14 @@ import pytest
 import torch
 from torch import nn
 
+import skipway as sw
+from skipway.depth_transfer import runs
+from skipway.depth_transfer.batches import KeptBatches
+from skipway.depth_transfer.coordinates import read_signals
+from skipway.inference.speed import time_training
 from skipway.surgery.training_pass import run_training_pass
 from skipway.tracing import preserved_state, restoration
-from skipway.tracing.restoration import TRACELESS, generator_devices, random_states
+from skipway.tracing.restoration import TRACELESS, devices_in_use, generator_devices, random_states, seeded_generators
 
 
 @contextmanager
@@ -124,6 +129,51 @@ def test_no_generator_is_seeded_that_nobody_puts_back(monkeypatch, draws_by_shap
     before = states(net)
     assert run_training_pass(net, torch.ones(2, 3), draws_by_shape=draws_by_shape) is not None
     assert states(net) == before
+
+
+def begin_training(net):
+    with runs.seeded(0, torch.device("cpu")):
+        net.train()(torch.ones(2, 3))
+
+
+MEASUREMENTS = {
+    "a diagnosis": lambda net: sw.diagnose(net, torch.eye(8, 3), targets=torch.eye(8, 4), steps=2),
+    "signals": lambda net: read_signals(net.train(), (), torch.ones(2, 3), 0),
+    "the start of a training": begin_training,
+    "batches": lambda net: KeptBatches([(torch.ones(2, 3), torch.ones(2, 4))]).take(0),
+    "the speed of a training": lambda net: time_training(net, torch.ones(2, 3), seconds=0.0),
+}
+
+
+@pytest.mark.parametrize("measure", MEASUREMENTS.values(), ids=MEASUREMENTS)
+def test_no_measurement_seeds_a_device_that_is_not_its_own(monkeypatch, measure):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *given: True)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device would be seeded"))
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout())
+    before = torch.get_rng_state()
+    measure(net)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeded_numbers_are_those_of_the_devices_that_were_named(monkeypatch):
+    states = {"cuda:0": torch.zeros(16, dtype=torch.uint8), "cuda:1": torch.ones(16, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda where: states[str(where)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, where: states.update({str(where): state}))
+    real, before = torch.Generator, dict(states)
+    monkeypatch.setattr(torch, "Generator", lambda device: real())
+    with seeded_generators([torch.device("cpu"), torch.device("cuda:1")], 0):
+        assert states["cuda:0"] is before["cuda:0"]
+        assert states["cuda:1"] is not before["cuda:1"]
+    assert states["cuda:1"] is before["cuda:1"]
+
+
+def test_what_is_not_in_use_has_no_generators(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert devices_in_use() == []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert devices_in_use() == [torch.device("cuda:0"), torch.device("cuda:1")]
 
 
 def test_the_devices_of_buffers_have_generators_too(monkeypatch):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
 from skipway.training import clock, image_task, loop, step, train
 from skipway.training.budget import Plan, RunCosts, RunWork, plan_steps, validation_part
+from skipway.training.resume import resume_recipe
 from skipway.training.run_folder import RunFolder
 
 # seconds of a step by (seconds of an ordinary step, part of the budget that is used, random numbers)
@@ -267,3 +269,21 @@ def test_other_epochs_do_not_continue_a_run_of_some_time(tmp_path):
     assert train(recipe, tmp_path / "run").finished
     with pytest.raises(SkipwayError, match="follows from time='3s'"):
         train(Recipe(epochs=500), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("stored", "idle", "longer", "message"),
+    [
+        ({"steps": 50}, {"epochs": 9}, {"steps": 60}, "follows from steps=50; more steps continue it"),
+        ({"time": "3s"}, {"epochs": 9}, {"time": "4s"}, "follows from time='3s'; a longer time continues it"),
+        ({"time": "3s"}, {"steps": 9}, {"time": "4s"}, "follows from time='3s'; a longer time continues it"),
+    ],
+)
+def test_a_length_that_another_overrides_does_not_continue_a_run(stored, idle, longer, message):
+    """Also where what decides is said again, as the command line does with what it fills in."""
+    config = {"recipe": Recipe(**stored).to_json()}
+    for given in (idle, {**stored, **idle}):
+        with pytest.raises(SkipwayError, match=message):
+            resume_recipe(config, Path("config.json"), Recipe(**given))
+    recipe = resume_recipe(config, Path("config.json"), Recipe(**idle, **longer))
+    assert {name: getattr(recipe, name) for name in longer} == longer

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 import skipway as sw
+from skipway.checkpoint import store
 from skipway.checkpoint.files import read_tensors, write_tensors
 from skipway.checkpoint.store import Checkpoints
 from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError, DataError, DivergedError, SkipwayError
 from skipway.recipe import Recipe, read_recipe
-from skipway.training import records
+from skipway.training import loop, records
 from skipway.training.loop import train
 from skipway.training.reporter import SilentReporter
 from skipway.training.run import Outcome
@@ -174,6 +175,69 @@ def test_a_run_that_is_made_longer_stays_so_and_loses_its_result(tmp_path, lengt
     assert train(None, tmp_path / "run", resume=True).finished
     assert folder.read_metrics()[-1]["step"] == 20
     assert folder.summary.exists()
+
+
+@pytest.mark.parametrize("length", [{"epochs": 4}, {"steps": 20}, {"time": "1h"}])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_longer_plan_outlives_a_checkpoint_that_is_not_written(tmp_path, monkeypatch, length, background):
+    """The disk is full when the run is made longer, and it is killed: it resumes from the plan of the shorter one."""
+
+    class Crash(SilentReporter):
+        warnings = 0
+
+        def message(self, label, text):
+            self.warnings += label == "warning" and "was not written" in text
+
+        def step(self, report):
+            raise RuntimeError("power cut")
+
+    folder = train(TINY, tmp_path / "run").folder
+    newest, begun, crash = Checkpoints(folder.checkpoints).steps()[-1], loop.build_run, Crash()
+
+    def build(*given, **options):
+        run = begun(*given, **options)
+        run.checkpoints.background = background
+        return run
+
+    def full(*given):
+        raise CheckpointError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "build_run", build)
+        patch.setattr(store, "check_space", full)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(changed(TINY, **length), tmp_path / "run", resume=True, reporter=crash)
+    assert (crash.warnings, Checkpoints(folder.checkpoints).steps()[-1]) == (1, newest)
+    stopped = train(None, tmp_path / "run", resume=True, stop=StopAfter(3))
+    assert not stopped.finished
+    assert stopped.step > 0
+
+
+def test_a_longer_plan_outlives_a_damaged_checkpoint(tmp_path):
+    """The one before it is of the shorter run."""
+
+    class Crash(SilentReporter):
+        def step(self, report):
+            raise RuntimeError("power cut")
+
+    folder = train(TINY, tmp_path / "run").folder
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(changed(TINY, epochs=4), tmp_path / "run", resume=True, reporter=Crash())
+    newest = max(folder.checkpoints.glob("step-*"))
+    (newest / "model.safetensors").write_bytes(b"")
+    assert train(None, tmp_path / "run", resume=True).epoch == 4
+
+
+def test_a_run_that_is_stopped_in_its_test_is_not_finished(tmp_path, monkeypatch):
+    """All epochs are done; resumed, it is tested."""
+    testing, real = [], loop.Trainer.test
+    monkeypatch.setattr(loop.Trainer, "test", lambda trainer: testing.append(1) or real(trainer))
+    stopped = train(TINY, tmp_path / "run", stop=lambda: bool(testing))
+    assert (stopped.finished, stopped.epoch, stopped.evaluation) == (False, 2, None)
+    assert not stopped.folder.summary.exists()
+    resumed = train(TINY, tmp_path / "run", resume=True)
+    assert (resumed.finished, resumed.epoch) == (True, 2)
+    assert resumed.evaluation is not None
 
 
 def test_health_behind_the_checkpoint_is_dropped(tmp_path):

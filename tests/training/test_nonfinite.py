@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,12 +12,16 @@ import torch
 from torch import nn
 
 from benchmarks.peers import import_timm, import_transformers
-from skipway.checkpoint.files import read_json
+from skipway.checkpoint import files as storage
+from skipway.checkpoint.files import read_json, read_tensors
+from skipway.checkpoint.store import Checkpoints
 from skipway.errors import DivergedError
 from skipway.probes.nonfinite import Culprit, find_culprit
 from skipway.recipe import Recipe
 from skipway.tracing.chain import chain
-from skipway.training import loop
+from skipway.training import clock, loop, recovery
+from skipway.training import step as steps
+from skipway.training.distributed import Ranks
 from skipway.training.loop import train
 from skipway.training.reporter import SilentReporter
 from skipway.training.run import Run
@@ -154,6 +159,73 @@ def test_a_run_that_was_made_longer_goes_back_to_the_longer_plan(tmp_path, monke
     armed = spoil_once(monkeypatch, 2)
     outcome = train(recipe, tmp_path / "run", resume=True)
     assert (outcome.finished, outcome.epoch, armed[0].progress.retries) == (True, 2, 1)
+
+
+@pytest.mark.parametrize("save_every", [4, None])
+def test_weights_that_go_wrong_in_the_last_update_of_an_epoch_are_taken_back(tmp_path, monkeypatch, save_every):
+    """The loss of the last step is finite, and its update is not: nothing of it is validated or written."""
+    real, left = steps.update_weights, [1]
+
+    def update(run, is_finite):
+        updated = real(run, is_finite)
+        if run.progress.step == STEPS and left[0]:
+            left[0] = 0
+            with torch.no_grad():
+                next(run.model.parameters()).fill_(math.nan)
+        return updated
+
+    monkeypatch.setattr(steps, "update_weights", update)
+    outcome = train(replace(RECIPE, diverged="retry", save_every=save_every), tmp_path / "run")
+    assert (outcome.finished, outcome.epoch, left) == (True, 2, [0])
+    assert all(torch.isfinite(tensor).all() for tensor in read_tensors(outcome.folder.best)[0].values())
+    assert [row["epoch"] for row in outcome.folder.read_metrics()] == [1, 2]
+
+
+def test_all_processes_go_back_to_the_same_checkpoint(tmp_path, monkeypatch):
+    """The first one writes in the background: what another one finds when they meet is what the first one loads."""
+    seen, point = [], storage.fault_point
+    monkeypatch.setattr(storage, "fault_point", lambda name: (name == "verified" and time.sleep(0.3), point(name)))
+    armed = spoil_once(monkeypatch, 9)
+
+    def meet(ranks):
+        if armed and armed[0].progress.step >= 9:
+            seen.append(Checkpoints(armed[0].folder.checkpoints).newest()[0].step)
+
+    monkeypatch.setattr(Ranks, "barrier", meet)
+    real = recovery.load_newest_checkpoint
+
+    def load(run):
+        found = real(run)
+        seen.append(run.global_step)
+        return found
+
+    monkeypatch.setattr(recovery, "load_newest_checkpoint", load)
+    begun = loop.build_run
+
+    def build(*given, **options):
+        run = begun(*given, **options)
+        run.checkpoints.background = True
+        return run
+
+    monkeypatch.setattr(loop, "build_run", build)
+    assert train(replace(RECIPE, epochs=1, diverged="retry"), tmp_path / "run").finished
+    assert seen[:2] == [8, 8]
+
+
+def test_the_time_is_estimated_once(tmp_path, monkeypatch):
+    """A retry does not change how long the steps take that are left."""
+
+    class Counting(SilentReporter):
+        estimates = 0
+
+        def estimate(self, seconds):
+            self.estimates += 1
+
+    monkeypatch.setattr(clock, "TIMED_STEPS", 2)
+    spoil_once(monkeypatch, 6)
+    reporter = Counting()
+    assert train(replace(RECIPE, diverged="retry"), tmp_path / "run", reporter=reporter).finished
+    assert reporter.estimates == 1
 
 
 class Spoiler(torch.autograd.Function):

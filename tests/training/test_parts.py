@@ -19,6 +19,7 @@ from skipway.hardware.device import choose_device, choose_precision, seed_torch
 from skipway.inference.evaluation import evaluate, wilson_interval
 from skipway.optim.schedules import SCHEDULES, lr_factor, set_lr
 from skipway.recipe import Recipe, ResolvedRecipe, read_recipe
+from skipway.training.preflight import schedule_remarks
 from skipway.training.run_folder import RunFolder
 
 
@@ -146,11 +147,16 @@ def test_impossible_recipes_name_the_rule(fields, message):
 @pytest.mark.parametrize("name", SCHEDULES.entries)
 @pytest.mark.parametrize("given", [{}, {"warmup": 0.2}])
 def test_the_rate_rises_once(name, given):
-    """Up to its peak and then never again, whatever the schedule; a warm-up that is given is what is done."""
+    """Up to its peak and then never again, whatever the schedule; a warm-up that is given is what is done, with a
+    remark where the rate then rises twice.
+    """
     recipe = ResolvedRecipe.of(Recipe(schedule=name, **given))
     assert recipe.warmup == given.get("warmup", 0.0 if name == "onecycle" else 0.05)
+    remarks = list(schedule_remarks(recipe))
     if given and name == "onecycle":
+        assert "rises once more" in remarks[0]
         return
+    assert not remarks
     factors = [lr_factor(step, 100, recipe.warmup, recipe.schedule_shape) for step in range(100)]
     top = factors.index(max(factors))
     assert max(factors) == pytest.approx(1.0, abs=0.02)

@@ -80,3 +80,23 @@ def test_what_does_not_go_together(tmp_path, recipe):
     (start / "config.json").write_text(json.dumps({**described, "scale_attn_by_inverse_layer_idx": True}))
     with pytest.raises(CheckpointError, match="scale_attn_by_inverse_layer_idx=True"):
         train(dataclasses.replace(recipe, start=start, tokenizer="chars"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "student.pt", "weights", "shards"])
+def test_weights_of_others_start_a_decoder_as_they_start_a_classifier(tmp_path, recipe, file):
+    """In a folder without a config, or in a file of any name: they say nothing about a tokenizer."""
+    start, model = tmp_path / "start", "gpt-nano(dim=16, heads=2, blocks=2, vocab=256, context=8)"
+    start.mkdir()
+    state = randomise_(sw.build("gpt", depth=2, dim=16, heads=2, vocab=256, context=8)).state_dict()
+    names = {name: f"{number % 2}.bin" for number, name in enumerate(state)} if file == "shards" else {}
+    for part in set(names.values()):
+        torch.save({name: tensor for name, tensor in state.items() if names[name] == part}, start / part)
+    if names:
+        (start / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    else:
+        torch.save(state, start / file)
+    given = start / file if file == "weights" else start
+    choices = {"model": model, "tokenizer": "bytes", "lr": 1e-30, "weight_decay": 0.0}
+    train(dataclasses.replace(recipe, start=given, **choices), tmp_path / "run")
+    after = sw.from_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.allclose(after[name], tensor) for name, tensor in state.items())

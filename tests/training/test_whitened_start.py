@@ -8,6 +8,7 @@ from torch import nn
 
 import skipway as sw
 from skipway.errors import SkipwayError
+from skipway.hardware import precision
 from skipway.recipe import Recipe
 from skipway.training import whitened_start
 from skipway.training.whitened_start import first_convolution, whiten_
@@ -60,6 +61,15 @@ def test_the_covariance_of_parts_is_that_of_the_whole(values, monkeypatch):
     assert torch.allclose(found, whole.double().T.cov(), rtol=1e-10, atol=1e-12)
     assert sum(sizes) == 50
     assert max(sizes) == (1 if values == 1 else max(1, min(50, values * 50 // whole.numel())))
+
+
+def test_the_covariance_is_exact_on_a_device_without_float64(monkeypatch):
+    """Of patches far from 0, which are differences of large sums."""
+    monkeypatch.setattr(precision, "widest_type", lambda device: torch.float32)
+    convolution, images = nn.Conv2d(3, 4, 2), 1000 + correlated_images()[:50]
+    whole = nn.functional.unfold(images, convolution.kernel_size).transpose(1, 2).flatten(0, 1)
+    found = whitened_start.patch_covariance(convolution, images)
+    assert torch.allclose(found.double(), whole.double().T.cov(), rtol=1e-6, atol=1e-6)
 
 
 def test_images_smaller_than_the_filters_are_refused():

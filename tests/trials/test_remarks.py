@@ -134,9 +134,9 @@ def test_directions(tmp_path, names, turned, words):
         ({"flip_test": True, "flip": False}, "flip_test=True evaluates mirrored images, and none was mirrored"),
         ({"steps": 3}, "only 3 steps in all: more --steps gives more"),
         ({"steps": 3}, "after 3 steps the running mean and variance of"),
-        ({"steps": 3}, "epochs=1 has no effect: the steps set the number of epochs"),
+        ({"steps": 3}, "epochs=1 has no effect: steps=3 sets the length"),
         ({"steps": 3, "freeze": "5"}, "freeze='5' of 3 epochs: only the classifier is trained"),
-        ({"steps": 3, "time": "1s"}, "steps=3 has no effect: the time sets the number of steps"),
+        ({"steps": 3, "time": "1s"}, "steps=3 has no effect: time='1s' sets the length"),
     ],
 )
 def test_options_that_act_on_each_other(tmp_path, options, words):

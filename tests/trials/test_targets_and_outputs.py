@@ -138,8 +138,25 @@ def test_a_loss_that_the_model_puts_out_is_diagnosed():
         (lambda a, b: {"recon_loss": a, "kl_loss": b}, lambda a, b: a + b),
         (lambda a, b: {"a_loss": a * 1, "b_loss": a * 1}, lambda a, b: 2 * a),
         (lambda a, b: {"total_variation_loss": a, "kl_loss": b}, lambda a, b: a + b),
+        (lambda a, b: {"loss_i2t": a * 1, "loss_t2i": a * 1, "loss_kl": 0 * b}, lambda a, b: 2 * a),
+        (lambda a, b: {"a_loss": a, "b_loss": a}, lambda a, b: 2 * a),
+        (lambda a, b: {"total_loss": a + 0 * b, "recon_loss": a, "kl_loss": b}, lambda a, b: a),
+        (lambda a, b: {"d_loss": a + 2 * b, "real_loss": a, "fake_loss": b, "g_loss": a * 1}, lambda a, b: 2 * (a + b)),
+        (lambda a, b: {"a_loss": a, "b_loss": b, "all_loss": a / a.detach() + b}, lambda a, b: a / a.detach() + b),
     ],
-    ids=["weighted", "sum", "computed twice", "no total", "equal", "total of something"],
+    ids=[
+        "weighted",
+        "sum",
+        "computed twice",
+        "no total",
+        "equal",
+        "total of something",
+        "equal by chance",
+        "one tensor",
+        "not yet weighted",
+        "total of some",
+        "weighted by itself",
+    ],
 )
 def test_a_total_among_the_losses_of_a_model_is_taken_alone(put_out, right):
     weight = torch.tensor(3.0, requires_grad=True)
@@ -156,6 +173,23 @@ def test_a_total_that_is_not_the_sum_is_refused():
     losses = {"total_loss": weight.square() + 0.1 * weight, "recon_loss": weight.square(), "kl_loss": weight * 1}
     with pytest.raises(sw.SkipwayError, match="total_loss is not the sum of the others; give loss="):
         choose_objective(losses)
+
+
+@pytest.mark.parametrize(
+    ("name", "derived"),
+    [
+        ("perplexity_loss", lambda a, b: a.exp()),
+        ("gap_loss", lambda a, b: a - b),
+        ("product_loss", lambda a, b: a * b),
+        ("elbo_loss", lambda a, b: a + 0 * b),
+    ],
+)
+def test_what_is_computed_from_a_loss_and_is_no_total_is_refused(name, derived):
+    a, b = (torch.tensor(value, requires_grad=True).square() for value in (1.0, 2.0))
+    with pytest.raises(
+        sw.SkipwayError, match=f"{name} is computed from a_loss.* otherwise than as a sum with weights above 0"
+    ):
+        choose_objective({"a_loss": a, "b_loss": b, name: derived(a, b)})
 
 
 def test_two_numbers_put_out_are_refused():

@@ -398,12 +398,25 @@ def test_a_shared_parameter_has_one_value_and_one_shape():
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     state["head.weight"] += 1
     before = model.token.weight.clone()
-    with pytest.raises(sw.CheckpointError, match=r"1 unequal to another name .*:\n  head\.weight \(token\.weight\)"):
+    message = r"1 unequal to another name .* \(leave out one of the two\):\n  head\.weight \(token\.weight\)"
+    with pytest.raises(sw.CheckpointError, match=message):
         sw.load(model, state)
     assert torch.equal(model.token.weight, before)
     with pytest.raises(sw.CheckpointError, match="2 of another shape") as caught:
         sw.load(model, {"token.weight": torch.zeros(7, 4)})
     assert "missing" not in str(caught.value)
+
+
+def test_a_shared_parameter_may_hold_what_is_no_number():
+    state = {key: tensor.clone() for key, tensor in Tied().state_dict().items()}
+    for tensor in state.values():
+        tensor.flatten()[0] = torch.nan
+    with pytest.warns(UserWarning, match="not finite"):
+        model = sw.load(Tied(), state)
+    assert torch.equal(model.token.weight.isnan(), state["token.weight"].isnan())
+    state["head.weight"] = state["head.weight"].nan_to_num()
+    with pytest.raises(sw.CheckpointError, match="1 unequal to another name"):
+        sw.load(Tied(), state)
 
 
 def compiled_inside() -> nn.Module:

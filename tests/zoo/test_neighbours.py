@@ -1,5 +1,7 @@
 """Files of one name in several folders, each with neighbours of its own."""
 
+import importlib
+import pickle
 import sys
 
 import pytest
@@ -16,8 +18,8 @@ FILES = {
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two versions of a network, whose folder of parts is a package without `__init__.py`."""
-    for width, version in ((3, "a"), (5, "b")):
+    """Versions of a network, the last one below another, whose folder of parts is a package without `__init__.py`."""
+    for width, version in ((3, "a"), (5, "b"), (7, "b/old")):
         for name, text in FILES.items():
             file = tmp_path / version / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -27,10 +29,11 @@ def folders(tmp_path):
         del sys.modules[name]
 
 
-def test_every_file_has_its_own_neighbours(folders):
-    for version, width in (("a", 3), ("b", 5), ("a", 3)):
+@pytest.mark.parametrize("versions", [["a", "b", "a"], ["b", "b/old", "b"], ["b/old", "b", "b/old"]])
+def test_every_file_has_its_own_neighbours(folders, versions):
+    for version in versions:
         made = load_model(f"{folders / version / 'net.py'}:make", ModelRequest()).model
-        assert made.in_features == width
+        assert made.in_features == {"a": 3, "b": 5, "b/old": 7}[version]
 
 
 def test_what_was_loaded_stays_loaded(folders, monkeypatch):
@@ -42,3 +45,20 @@ def test_what_was_loaded_stays_loaded(folders, monkeypatch):
     assert sys.modules["blocks"] is blocks
     assert {name for name in sys.modules if name in before} == before
     assert blocks.Layer().in_features == 3
+
+
+def test_what_others_import_later_is_theirs(folders, monkeypatch):
+    """A name that can be imported without the file's folder is not taken by the file's neighbour."""
+    monkeypatch.syspath_prepend(folders / "a")
+    assert load_model(f"{folders / 'b' / 'net.py'}:make", ModelRequest()).model.in_features == 5
+    assert importlib.import_module("blocks").Layer().in_features == 3
+    assert importlib.import_module("parts.layer").Layer().in_features == 3
+
+
+def test_networks_of_two_files_of_one_name_are_pickled(folders):
+    text = "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__({}, 1)\n"
+    made = []
+    for width, version in ((3, "a"), (5, "b")):
+        (folders / version / "own.py").write_text(text.format(width))
+        made.append(load_model(f"{folders / version / 'own.py'}:Net", ModelRequest()).model)
+    assert [pickle.loads(pickle.dumps(each)).in_features for each in made] == [3, 5]

@@ -14,6 +14,7 @@ from cyclopts import Group, Parameter
 from skipway.cli.rescheme import parse_shape
 from skipway.cli.table import print_table
 from skipway.errors import SkipwayError, counted
+from skipway.json_values import finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,7 +196,7 @@ def encode_speeds(
             row = {"work": work, **asdict(each.choice)}
             row |= {key: value for key, value in asdict(each).items() if key != "choice"}
             row |= {"samples_per_second": len(example) / each.seconds, "speedup": plain.seconds / each.seconds}
-            rows.append({key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()})
+            rows.append(finite(row))
         if best is not None:
             line = python_line(work, best, example.device.type)
             fastest[work] = {**asdict(best.choice), "python": line}

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from skipway.cli.option_names import option_spelling, option_view, option_words
-from skipway.errors import CheckpointError, MissingExtraError, SkipwayError
+from skipway.cli.option_names import option_spelling, option_view, option_words, print_note
+from skipway.errors import CheckpointError, MissingExtraError, SkipwayError, printable, similar_names
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from skipway.diagnosis import Comparison, Diagnosis, Finding, Treatment
     from skipway.zoo import LoadedModel
@@ -35,10 +35,11 @@ MODEL, BATCH, TRAINING, DIAGNOSIS, MACHINE, OUTPUT = (
 )
 WILL_NOT_TRAIN, UNDECIDED = 1, 4
 NOTHING_TO_FIX = "nothing to fix"
-NOTHING_HELPED = (
-    "nothing was applied: no remedy that was tried raises the odds clearly; the findings above say what to change"
-)
 NOT_SAVED = "not saved: nothing was mended"
+MORE_THAN_WEIGHTS = (
+    "more than weights was changed: the file, loaded into the network as it was, does not make the mended one; in "
+    "Python, torch.save(skipway.diagnose(…).fix().model, FILE) saves all of it"
+)
 OF_RUNS = frozenset({"certainty", "allowance", "thorough", "fix", "device"})
 """Options that a run folder leaves open; the others are those of its recipe."""
 
@@ -63,13 +64,13 @@ class Question:
     """Samples in the batch."""
 
     batch: Annotated[Path | None, Parameter(group=BATCH)] = None
-    """Folder of images by class, or a text: every trial step takes a fresh batch. [random]"""
+    """Folder of images by class, digits, or a text: every trial step takes a fresh batch. [random]"""
 
     outside: Annotated[bool, Parameter(negative=(), group=BATCH)] = False
     """Follow links out of the folder of images."""
 
     optimizer: Annotated[OptimizerName, Parameter(group=TRAINING)] = "sgd"
-    """Optimizer used for training."""
+    """Optimizer used for training; sgd with momentum 0.9."""
 
     lr: Annotated[float | None, Parameter(group=TRAINING)] = None
     """Learning rate. [sgd 0.1, adam 0.001]"""
@@ -90,7 +91,7 @@ class Question:
     """Measure in evaluation mode."""
 
     certainty: Annotated[float, Parameter(group=DIAGNOSIS)] = 0.95
-    """Share of right verdicts wanted, 0.5 to 0.95."""
+    """Share of right verdicts wanted, between 0.5 and 1; calibrated up to 0.95."""
 
     allowance: Annotated[float, Parameter(group=DIAGNOSIS)] = 0.03
     """Share of the training that trial steps may cost."""
@@ -177,17 +178,24 @@ def diagnose(
     if question.lint:
         with output.working(f"loading {model}"):
             loaded, (example, _, _) = prepared(model, question)
-        return lint_model(loaded, example, output)
+        return lint_model(loaded, example, output, command_of(names, dataclasses.replace(question, lint=False)))
     if others:
         return compare_models(names, question, out or (), output)
     diagnosis = diagnose_text(model, question, output)  # says on a terminal how long it takes
-    treatment = diagnosis.fix() if question.fix and diagnosis.verdict != "trains" and diagnosis.remedies else None
+    treatment = None
+    if question.fix and diagnosis.verdict != "trains" and diagnosis.remedies:
+        with output.progress():
+            treatment = diagnosis.fix()
     last = diagnosis if treatment is None else treatment.after
-    output.diagnosed(diagnosis, treatment, wanted=question.fix)
+    unsaved = None if save_model is None or treatment is None else save_weights(treatment.model, save_model)
+    wrote = save_model if treatment is not None and unsaved is None else None
+    weights = {} if save_model is None else {"saved": None if wrote is None else str(wrote)}
+    output.diagnosed(diagnosis, treatment, wanted=question.fix, further=weights)
     save_reports(treatment or diagnosis, names, question, out or (), output)
+    if unsaved is not None:  # told at the end, so that the diagnosis is not lost
+        raise SkipwayError(str(unsaved)) from unsaved
     if save_model is not None:
-        saved = NOT_SAVED if treatment is None else save_weights(treatment.model, save_model)
-        output.labelled("weights", saved)
+        output.saved(save_model, treatment)
     return 0 if last.trains else UNDECIDED if last.verdict == "undecided" else WILL_NOT_TRAIN
 
 
@@ -198,7 +206,7 @@ def compare_models(names: Sequence[str], question: Question, out: Sequence[Path]
     outcomes: dict[str, Diagnosis | SkipwayError] = {}
     for name in names:
         try:
-            outcomes[name] = diagnose_text(name, question, output)
+            outcomes[name] = diagnose_text(name, question, output, of_several=True)
         except SkipwayError as error:
             outcomes[name] = error
     comparison = compare_diagnoses(outcomes, allowance=question.allowance)
@@ -207,7 +215,7 @@ def compare_models(names: Sequence[str], question: Question, out: Sequence[Path]
     return 0 if comparison.best else UNDECIDED if comparison.undecided else WILL_NOT_TRAIN
 
 
-def diagnose_text(text: str, question: Question, output: Output) -> Diagnosis:
+def diagnose_text(text: str, question: Question, output: Output, *, of_several: bool = False) -> Diagnosis:
     """The diagnosis of what a text on the command line names."""
     from skipway.training.run_diagnosis import diagnose_run, is_run
 
@@ -218,11 +226,13 @@ def diagnose_text(text: str, question: Question, output: Output) -> Diagnosis:
                 raise SkipwayError(f"{text} is a run, which is asked about by its own recipe; leave {options} out")
             output.remarks[text] = f"training batches of {text}"
             chosen = {name: getattr(question, name) for name in ("certainty", "allowance", "thorough", "device")}
-            return diagnose_run(Path(text), **chosen)
+            with output.progress(text if of_several else ""):
+                return diagnose_run(Path(text), **chosen)
         with output.working(f"loading {text}"):
             loaded, batch = prepared(text, question)
         output.remarks[text] = batch[2]
-        return diagnose_loaded(loaded, batch, question)
+        with output.progress(text if of_several else ""):
+            return diagnose_loaded(loaded, batch, question)
     except CheckpointError as error:  # whose exit status is that of an undecided verdict
         raise SkipwayError(str(error)) from error
 
@@ -273,6 +283,13 @@ def check_outputs(question: Question, out: Sequence[Path], save_model: Path | No
         raise SkipwayError(f"{option} {does} one model, and {len(names)} are given; give one, or leave {option} out")
     if save_model is not None and not question.fix:
         raise SkipwayError("--save-model saves the mended model; give --fix with it")
+    if save_model is not None and not save_model.parent.is_dir():
+        folder = printable(save_model.parent)
+        raise SkipwayError(
+            f"--save-model {printable(save_model)}: there is no folder {folder}{similar_names(save_model.parent)}"
+        )
+    if save_model is not None and save_model.is_dir():
+        raise SkipwayError(f"--save-model {printable(save_model)} is a folder; the rule is a file to be written")
     if question.lint and out:
         raise SkipwayError("--lint writes no report, so it excludes --out; use --json and redirect the output")
 
@@ -298,18 +315,47 @@ class Output:
 
         return Console(stderr=True).status(message)
 
+    def progress(self, name: str = "") -> AbstractContextManager[None]:
+        """Within it the progress of a diagnosis is shown on a terminal and, for people, as plain lines in a pipe."""
+        from skipway.diagnosis.progress import progress_shown
+
+        return progress_shown("nowhere" if self.quiet else "terminal" if self.json else "anywhere", name)
+
     def labelled(self, label: str, text: str) -> None:
         """Print one line with a label, for people only."""
         if not (self.json or self.quiet):
             sys.stdout.write(f"{label:<10}{text}\n")
 
-    def diagnosed(self, diagnosis: Diagnosis, treatment: Treatment | None, *, wanted: bool) -> None:
-        """Print a diagnosis, and the result of its remedies or, where they were wanted, why none was applied."""
+    def saved(self, path: Path, treatment: Treatment | None) -> None:
+        """Tell where the mended weights are, and what they are good for; programs get a note where that is not all."""
+        if treatment is None:
+            earlier = f"; {printable(path)} was there before" if path.exists() else ""
+            label, text = "weights", f"{NOT_SAVED}{earlier}"
+        else:
+            self.labelled("weights", str(path))
+            if makes_mended_network(treatment):
+                return
+            label, text = "note", MORE_THAN_WEIGHTS
+        self.labelled(label, text)
+        if self.json or self.quiet:
+            print_note(text)
+
+    def diagnosed(
+        self, diagnosis: Diagnosis, treatment: Treatment | None, *, wanted: bool, further: Mapping[str, Any]
+    ) -> None:
+        """Print a diagnosis, and the result of its remedies or, where they were wanted, why none was applied.
+
+        Args:
+            diagnosis: of the network as it is.
+            treatment: of it.
+            wanted: whether remedies were to be applied.
+            further: entries of the JSON.
+        """
         from skipway.diagnosis.table import verdict_sentence
 
         last = diagnosis if treatment is None else treatment.after
         if self.json:
-            sys.stdout.write(json_text(diagnosis, treatment, self.remark))
+            sys.stdout.write(json_text(diagnosis, treatment, self.remark, further))
         elif self.quiet:
             sys.stdout.write(f"{option_spelling(verdict_sentence(last.verdict, last.grounds))}\n")
         else:
@@ -319,7 +365,7 @@ class Output:
                 sys.stdout.write("\n")
                 self.printed(treatment)
             elif wanted:
-                sys.stdout.write(f"\n{NOTHING_TO_FIX if diagnosis.trains else NOTHING_HELPED}\n")
+                sys.stdout.write(f"\n{NOTHING_TO_FIX if diagnosis.trains else nothing_applied(diagnosis)}\n")
 
     @property
     def remark(self) -> str:
@@ -352,26 +398,34 @@ class Output:
         console = Console()
         console.print(view, width=min(WIDTH, console.width))
 
-    def linted(self, findings: Sequence[Finding]) -> None:
-        """Print the findings of the linter."""
+    def linted(self, findings: Sequence[Finding], command: str) -> None:
+        """Print the findings of the linter, and the command that measures what it does not look at."""
         from skipway.diagnosis.table import findings_view
         from skipway.errors import counted
 
         if self.json:
             sys.stdout.write(json.dumps([finding.to_json() for finding in findings], indent=1) + "\n")
-        elif self.quiet or not findings:
+        elif self.quiet:
             sys.stdout.write(f"{counted(len(findings), 'finding')}\n")
         else:
-            self.printed(findings_view(findings))
+            self.printed(findings_view(findings) if findings else counted(0, "finding"))
+            sys.stdout.write(f"lint reads the network and does not measure its signal; {command} does\n")
 
 
-def json_text(found: Diagnosis, treatment: Treatment | None, remark: str) -> str:
-    """A diagnosis as JSON, or a treatment as {"applied": …, "before": …, "after": …}."""
+def nothing_applied(diagnosis: Diagnosis) -> str:
+    """Why nothing was applied, and what is left to do."""
+    blamed = any(finding.level != "note" for finding in diagnosis.findings)
+    left = "; the findings above say what to change" if blamed else ""
+    return f"nothing was applied: {diagnosis.why_no_offer}{left}"
+
+
+def json_text(found: Diagnosis, treatment: Treatment | None, remark: str, further: Mapping[str, Any]) -> str:
+    """A diagnosis as JSON, or a treatment as {"applied": …, "before": …, "after": …}, with further entries."""
     content = {"batch": remark, **json.loads(found.to_json())}
     if treatment is not None:
         applied = [str(remedy) for remedy in treatment.applied]
         content = {"applied": applied, "before": content, "after": json.loads(treatment.after.to_json())}
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps({**content, **further}, indent=1) + "\n"
 
 
 def prepared(text: str, question: Question) -> tuple[LoadedModel, tuple[Any, Any, str]]:
@@ -436,21 +490,60 @@ def diagnose_loaded(loaded: LoadedModel, batch: tuple[Any, Any, str], question: 
         raise SkipwayError(f"{error}; the samples had shape {shape}: set another one by --input") from error
 
 
-def lint_model(loaded: LoadedModel, example: Any, output: Output) -> int:
-    """Print the findings of the linter; return exit status 1 where one is fatal."""
+def lint_model(loaded: LoadedModel, example: Any, output: Output, command: str) -> int:
+    """Print the findings of the linter; return exit status 1 where one is fatal. The command is that without --lint."""
     from skipway.diagnosis.lint import lint
     from skipway.tracing import as_batch
     from skipway.tracing.containers import map_tensors
 
     device = next((parameter.device for parameter in loaded.model.parameters()), None)
     findings = lint(loaded.model, map_tensors(lambda tensor: tensor.to(device), as_batch(example)[0]))
-    output.linted(findings)
+    output.linted(findings, command)
     return WILL_NOT_TRAIN if any(finding.level == "fatal" for finding in findings) else 0
 
 
-def save_weights(model: Any, path: Path) -> str:
-    """Write the weights of a model as safetensors, and return the path."""
+def save_weights(model: Any, path: Path) -> CheckpointError | None:
+    """Write the weights of a model as safetensors; return why that failed, else None."""
     from skipway.checkpoint.files import write_tensors
 
-    write_tensors(path, model.state_dict(), {})
-    return str(path)
+    try:
+        write_tensors(path, model.state_dict(), {})
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def makes_mended_network(treatment: Treatment) -> bool:
+    """Whether the weights of a mended network, loaded into the network as it was, make it. They do not where modules
+    were added or replaced, or a switch such as `norm_first` was turned.
+    """
+    from skipway.tracing.module_state import copy_module
+
+    subject = treatment.before.subject
+    again = copy_module(subject.model)
+    try:
+        again.load_state_dict(treatment.model.state_dict())
+    except RuntimeError:
+        return False
+    with_weights, mended = (outputs_of(model, subject.inputs) for model in (again, treatment.model))
+    return len(with_weights) == len(mended) and all(map(is_close, with_weights, mended))
+
+
+def outputs_of(model: Any, inputs: Any) -> list[Any]:
+    """The tensors that a model puts out in evaluation mode."""
+    import torch
+
+    from skipway.tracing import preserved_state
+    from skipway.tracing.containers import tensors_in
+    from skipway.tracing.example import call_model
+
+    with torch.no_grad(), preserved_state(model):
+        return list(tensors_in(call_model(model.eval(), inputs)))
+
+
+def is_close(first: Any, second: Any) -> bool:
+    """Whether two tensors agree up to rounding."""
+    import torch
+
+    alike = first.shape == second.shape and first.dtype == second.dtype
+    return alike and torch.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True)

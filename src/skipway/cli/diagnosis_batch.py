@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from skipway.errors import DataError, SkipwayError, counted, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from skipway.data.split import ImageSample
     from skipway.zoo import LoadedModel
 
 __all__ = ["FolderBatches", "TextBatches", "class_names", "example_for", "image_side", "inputs_and_targets"]
@@ -41,7 +42,8 @@ def example_for(
         text = TextBatches(loaded, folder, samples, seed, tokenizer)
         return text, None, text.remark
     if folder is not None:
-        images = FolderBatches(loaded, folder, samples, seed, outside)
+        kind = DigitBatches if means_digits(folder) else FolderBatches
+        images = kind(loaded, folder, samples, seed, outside)
         if images.count < 2:
             return *images.batch(0, 0), images.remark
         return images, None, images.remark
@@ -77,10 +79,17 @@ def image_side(shape: tuple[int, ...]) -> int:
     return shape[1]
 
 
+def means_digits(folder: Path) -> bool:
+    """Whether the name of a folder that does not exist stands for the bundled digits."""
+    return folder == Path("digits") and not folder.exists()
+
+
 def class_names(folder: Path, outside: bool) -> tuple[str, ...]:
-    """The class names of a folder of images."""
+    """The class names of a folder of images, or of the bundled digits."""
     from skipway.data import list_splits
 
+    if means_digits(folder):
+        return tuple("0123456789")
     return list_splits(folder, outside=outside).classes
 
 
@@ -110,11 +119,10 @@ class FolderBatches:
     def __post_init__(self) -> None:
         import torch
 
-        from skipway.data import list_splits
         from skipway.data.loader import statistics
 
         self.side = image_side(self.loaded.shape)
-        self.files = list_splits(self.folder, validation=0.0, outside=self.outside).train
+        self.files = self.listed()
         self.count = len(self.files) // self.samples
         self.first = self.decoded(0, 0)
         if not len(self.first):
@@ -124,6 +132,17 @@ class FolderBatches:
                 f"{file}: {reason}; repair them, or leave --batch out for random samples"
             )
         self.mean, self.std = (torch.tensor(values) for values in statistics(self.first.images))
+
+    @property
+    def source(self) -> str:
+        """Where the images are from, in words."""
+        return str(self.folder)
+
+    def listed(self) -> Sequence[ImageSample]:
+        """The images to draw from."""
+        from skipway.data import list_splits
+
+        return list_splits(self.folder, validation=0.0, outside=self.outside).train
 
     def __iter__(self) -> Iterator[Any]:
         for number in itertools.count():
@@ -135,13 +154,18 @@ class FolderBatches:
         images = ((part.images / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
         return self.loaded.call_with(images), part.labels
 
-    def decoded(self, turn: int, number: int) -> Any:
-        """The images of a batch as they are in the files, with labels."""
-        from skipway.data.image_dataset import decode_files
+    def drawn(self, turn: int, number: int) -> list[ImageSample]:
+        """Which images a batch holds."""
         from skipway.data.randomness import permutation
 
         order = permutation(len(self.files), self.seed, turn)[number * self.samples : (number + 1) * self.samples]
-        chosen = [self.files[place] for place in order.tolist()]
+        return [self.files[place] for place in order.tolist()]
+
+    def decoded(self, turn: int, number: int) -> Any:
+        """The images of a batch as they are in the files, with labels."""
+        from skipway.data.image_dataset import decode_files
+
+        chosen = self.drawn(turn, number)
         part, bad = decode_files(self.folder, chosen, channels=self.loaded.shape[0], size=self.side, workers=0)
         self.damaged |= dict(bad)
         return part
@@ -151,9 +175,39 @@ class FolderBatches:
         """The batches in words, with the damaged images that were met so far."""
         bad = "".join(f"; {file} cannot be read, {reason}" for file, reason in list(self.damaged.items())[:1])
         bad += f", and {len(self.damaged) - 1} more" * (len(self.damaged) > 1)
-        what = f"{len(self.first)} images of {self.folder} with their labels"
+        what = f"{len(self.first)} images of {self.source} with their labels"
         fresh = f", fresh ones of {len(self.files):,} at every trial step" * (self.count > 1)
         return printable(f"{what}{fresh}{bad}")
+
+
+class DigitBatches(FolderBatches):
+    """Batches of scikit-learn's 1,797 digits, 8 × 8 grey, scaled to the images that the model takes.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+
+    def listed(self) -> Sequence[ImageSample]:
+        from skipway.data.digits import digits
+        from skipway.data.loader import resize_digits
+        from skipway.data.split import ImageSample
+
+        images, names = digits()
+        self.images = resize_digits(images, self.side, self.loaded.shape[0])
+        return [ImageSample(name, int(name[0])) for name in names]
+
+    @property
+    def source(self) -> str:
+        return "the bundled digits"
+
+    def decoded(self, turn: int, number: int) -> Any:
+        import torch
+
+        from skipway.data.image_dataset import MemoryDataset
+
+        chosen = self.drawn(turn, number)
+        rows = torch.tensor([int(sample.file[2:]) for sample in chosen])
+        return MemoryDataset(self.images[rows], torch.tensor([s.label for s in chosen]), [s.file for s in chosen])
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ from cyclopts import Group, Parameter
 
 from skipway.cli.network_options import NetworkOptions
 from skipway.errors import SkipwayError, counted, printable
+from skipway.json_values import finite
 
 if TYPE_CHECKING:
     from skipway.inference.run_evaluation import RunEvaluation
@@ -117,7 +117,7 @@ def evaluate_text(run: Path, data: Path | None, *, device: str, batch_size: int 
             "bits_per_byte": found.bits_per_byte,
             "accuracy": found.accuracy,
         }
-        sys.stdout.write(json.dumps(values) + "\n")
+        sys.stdout.write(json.dumps(finite(values)) + "\n")
         return 0
     lines = [("data", printable(result.name)), *(("note", remark) for remark in result.remarks)]
     for label, text in (*lines, ("bits", bits_text(found))):
@@ -138,7 +138,7 @@ def encode_evaluation(result: RunEvaluation) -> str:
         "interval": wilson_interval(evaluation.correct, evaluation.total),
         "correct": evaluation.correct,
         "images": evaluation.total,
-        "loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
+        "loss": evaluation.loss,
         "balanced_accuracy": scores.balanced_accuracy,
         "macro_f1": scores.macro_f1,
         "classes": [
@@ -153,7 +153,7 @@ def encode_evaluation(result: RunEvaluation) -> str:
         "unreadable": [list(entry) for entry in result.unreadable],
         "remarks": list(result.remarks),
     }
-    return json.dumps(values)
+    return json.dumps(finite(values))
 
 
 def print_evaluation(result: RunEvaluation) -> None:

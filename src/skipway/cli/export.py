@@ -53,7 +53,8 @@ def export(
         kind = target_kind(target)
         if {".onnx": onnx, ".pt2": pt2, "folder": hub}.get(kind, target) is not None:
             raise SkipwayError(
-                f"{printable(target)}: the rule is FILE.onnx, FILE.pt2 or a folder, and none of the same kind beside it"
+                f"{printable(target)}: the rule is FILE.onnx, FILE.pt2 or a folder, and none of the same kind "
+                "beside it; --hub FOLDER takes a folder of any name"
             )
         onnx = target if kind == ".onnx" else onnx
         pt2 = target if kind == ".pt2" else pt2
@@ -85,6 +86,7 @@ def export(
         names = ", ".join(map(printable, found.float_layers))
         layers = f"{len(found.float_layers)} of {counted(found.layers, 'layer')}"
         sys.stdout.write(f"float     {layers}{': ' * bool(names)}{names}\n")
+        sys.stdout.write(f"checked   with INFERENCE_PRECISION_HINT={found.precision}\n")
         sys.stdout.write(f"speed     {found.speed}\n")
     if hub is not None:
         write_hub_folder(run, hub, remark=print_note, **network.choices)

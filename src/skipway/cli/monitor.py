@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from skipway.cli.option_names import option_words
+from skipway.errors import SkipwayError, printable, similar_names
 
 __all__ = ["page"]
 
@@ -24,6 +26,8 @@ def page(file: Path, /, *, out: Annotated[Path | None, Parameter(name="--out")] 
     from skipway.monitoring import read_history
     from skipway.report.files import save
 
+    if not os.path.lexists(file):
+        raise SkipwayError(f"{printable(file)} does not exist{similar_names(file)}")
     command = shlex.join(["skipway", "monitor", str(file), *option_words({"out": out})])
     path = save(read_history(file), out or file.with_suffix(".html"), command=command, name=file.stem)
     sys.stdout.write(f"page   {path}\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from cyclopts import Group, Parameter
 from skipway.cli.network_options import NetworkOptions
 from skipway.cli.option_names import option_spelling
 from skipway.errors import DataError, SkipwayError, counted, printable
+from skipway.json_values import finite
 
 if TYPE_CHECKING:
     from skipway.inference.predict import Prediction
@@ -114,16 +114,17 @@ def open_writer(file: Path | None, *, as_json: bool, top: int) -> Iterator[Write
 
 
 def to_json(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as JSON values; NaN and infinity become null."""
+    """A prediction as JSON values."""
     if prediction.error:
         return {"file": prediction.file, "label": None, "probability": None, "error": prediction.error}
-    shares = {name: share if math.isfinite(share) else None for name, share in prediction.probabilities.items()}
-    return {
-        "file": prediction.file,
-        "label": prediction.label,
-        "probability": shares[prediction.label],
-        "probabilities": shares,
-    }
+    return finite(
+        {
+            "file": prediction.file,
+            "label": prediction.label,
+            "probability": prediction.probabilities[prediction.label],
+            "probabilities": prediction.probabilities,
+        }
+    )
 
 
 def csv_header(top: int) -> list[str]:

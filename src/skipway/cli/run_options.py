@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -14,9 +15,21 @@ if TYPE_CHECKING:
 
 __all__ = ["check_whole_numbers", "fill_from_preset", "fill_from_run"]
 
+FOLLOWS = {
+    "warmup": ("schedule",),
+    "lr": ("optimizer",),
+    "weight_decay": ("optimizer",),
+    "epochs": ("steps", "time"),
+    "steps": ("epochs", "time"),
+    "time": ("epochs", "steps"),
+}
+"""For options of a run the others that they belong to, as in `Preset`: a run stores what it chose by them, too."""
+
 
 def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Set every option that is not on the command line to its value in the run that is resumed or repeated."""
+    """Set every option that is not on the command line to its value in the run that is resumed or repeated, except for
+    those that were chosen for an option which is on it.
+    """
     given = {argument.name: argument.tokens[0] for argument in arguments if argument.tokens}
     config, out = given.get("--config"), given.get("--out")
     if "--resume" in given:
@@ -33,10 +46,14 @@ def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
         return
     from cyclopts.config import Dict
 
-    from skipway.recipe import read_recipe
+    from skipway.presets import values_beside
+    from skipway.recipe import LENGTHS, read_recipe
 
     file = path / "config.json" if path.is_dir() or "--resume" in given else path
     values = {name: value for name, value in read_recipe(file).to_json().items() if value is not None}
+    idle = [name for name in LENGTHS if name in values][1:]
+    values = {name: value for name, value in values.items() if name not in idle}
+    values = values_beside(values, fields_of(given), FOLLOWS)
     Dict(values, source=str(file), use_commands_as_keys=False)(app, commands, arguments)
 
 
@@ -56,9 +73,13 @@ def fill_from_preset(app: App, commands: tuple[str, ...], arguments: ArgumentCol
     from skipway.presets import PRESETS
 
     name = given["--preset"].value
-    fields = [option.removeprefix("--").replace("-", "_") for option in given]
-    values = PRESETS[name].beside(fields)
+    values = PRESETS[name].beside(fields_of(given))
     Dict(values, source=f"preset {name}", use_commands_as_keys=False)(app, commands, arguments)
+
+
+def fields_of(options: Iterable[str]) -> list[str]:
+    """The fields of `Recipe` that some options of the command line give."""
+    return [option.removeprefix("--").replace("-", "_") for option in options]
 
 
 def check_whole_numbers(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,7 +17,7 @@ from skipway.errors import SkipwayError, counted, duration, printable
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from skipway.studies.cell import Cell, Row
+    from skipway.studies.cell import Budget, Cell, Row
     from skipway.studies.study import Study
     from skipway.studies.workers import CellResult
 
@@ -54,8 +55,8 @@ def study(
     Args:
         name: A study from --list, or all.
         budget: Size of the grid: minutes on two CPU cores, one GPU, or as in the paper.
-        depths: Comma-separated depths: 8,20,56. [the study's]
-        schemes: Comma-separated schemes: plain,fixup,layerscale(init=1e-5). [the study's]
+        depths: Comma-separated depths, such as 16,64 for skipinit. [the study's: skipway study NAME --list]
+        schemes: Comma-separated schemes of the study, or others: fixup,layerscale(init=1e-5). [the study's: --list]
         seeds: Seeds: 0,1,2 or 0-4. [three]
         data: Folder of images, for example CIFAR-10. [digits]
         cell: Measure only the cell with this key of the table again, and print it.
@@ -63,15 +64,18 @@ def study(
         array: INDEX/COUNT, the share of a job in a job array: 0/8 to 7/8.
         device: auto, cpu, cuda.
         out: Folder for tables and pages.
-        list_: List the studies.
+        list_: List the studies; with NAME, the depths, schemes and seeds of that study.
         json: With --list, print one JSON object per line.
     """
     from skipway.studies.cell import Choices
+    from skipway.studies.grid import check_choices, own_values
     from skipway.studies.runner import Share, cell_by_key, remeasure
     from skipway.studies.study import find_study, studies
 
     if list_:
-        return print_studies(list(studies().values()), as_json=json)
+        if name in (None, "all"):
+            return print_studies(list(studies().values()), as_json=json)
+        return print_grid(find_study(name), budget, as_json=json)
     if name is None:
         raise SkipwayError(f"which study? {', '.join(studies())}, or all; skipway study --list describes them")
     chosen = list(studies().values()) if name == "all" else [find_study(name)]
@@ -83,12 +87,15 @@ def study(
         return FAILED if row.get("error") else 0
     if jobs is not None and jobs < 1:
         raise SkipwayError(f"--jobs {jobs}: the rule is jobs >= 1")
+    own = [str(name) for each in chosen for name in own_values(each, "scheme", budget)]
     choices = Choices(
         depths=None if depths is None else parse_integers("depths", depths),
-        schemes=None if schemes is None else tuple(split_specs(schemes)),
+        schemes=None if schemes is None else tuple(split_specs(schemes, own)),
         seeds=None if seeds is None else parse_integers("seeds", seeds),
         data=None if data is None else str(data.resolve()),
     )
+    for each in chosen:  # before the first one begins
+        check_choices(each, choices, budget)
     share = None if array is None else Share.read(array)
     options = {"budget": budget, "choices": choices, "jobs": jobs, "share": share, "device": device}
     return sum(run_study(each, out, options) for each in chosen) and FAILED
@@ -96,8 +103,17 @@ def study(
 
 def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     """Run a study, print its verdicts, write its page, and return the number of failed cells."""
+    from skipway.studies.grid import find_gap, foreign_schemes, judge, listed, own_values
     from skipway.studies.page import measured_rows, score_text, write_study_page
     from skipway.studies.runner import failed_rows, run
+
+    foreign = foreign_schemes(chosen, options["choices"], options["budget"])
+    if foreign:
+        own = listed(own_values(chosen, "scheme", options["budget"]))
+        sys.stderr.write(
+            f"{chosen.name} has no claim about {listed(foreign)}, only a place in table and figures; its claims need "
+            f"its own schemes, by these names: {own}\n"
+        )
 
     begun = time.monotonic()
     try:
@@ -109,8 +125,9 @@ def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     broken = failed_rows(rows)
     sys.stdout.write(f"\n{chosen.title}: {counted(len(rows), 'cell')}, {time.monotonic() - begun:.0f} s\n")
     if options["share"] is None:
-        verdicts = chosen.conclude(measured_rows(rows))
-        sys.stdout.write(f"{score_text(verdicts)}\n")
+        measured = measured_rows(rows)
+        verdicts, gap = judge(chosen, measured), find_gap(chosen, measured)
+        sys.stdout.write(f"{score_text(verdicts)}\n" + ("" if gap is None else f"{gap.text}\n"))
         for verdict in verdicts:
             sys.stdout.write(f"\n{verdict.answer.upper():<16}{verdict.claim}\n{'':<16}{verdict.text}\n")
     if broken:
@@ -138,13 +155,22 @@ def parse_integers(name: str, text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def split_specs(text: str) -> list[str]:
-    """Split comma-separated spec strings, but not at commas within brackets.
+def split_specs(text: str, names: Collection[str] = ()) -> list[str]:
+    """Split comma-separated spec strings, but not at commas within brackets or within one of these names.
 
     >>> split_specs("plain, skipinit(init=0.0, norm='remove')")
     ['plain', "skipinit(init=0.0, norm='remove')"]
+    >>> split_specs("plain, no norm,Fixup", ["plain, no norm"])
+    ['plain, no norm', 'Fixup']
     """
-    return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
+    parts = [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
+    found = []
+    while parts:
+        longest = range(len(parts), 1, -1)
+        count = next((count for count in longest if ", ".join(parts[:count]) in names), 1)
+        found.append(", ".join(parts[:count]))
+        del parts[:count]
+    return found
 
 
 def print_studies(found: list[Study], *, as_json: bool) -> int:
@@ -153,6 +179,17 @@ def print_studies(found: list[Study], *, as_json: bool) -> int:
 
     rows = [(each.name, each.claim, each.source, each.minutes) for each in found]
     print_table(("study", "claim", "source", "cpu budget"), rows, as_json=as_json)
+    return 0
+
+
+def print_grid(study: Study, budget: Budget, *, as_json: bool) -> int:
+    """Print the values of every setting in a study's grid."""
+    from skipway.cli.table import print_table
+    from skipway.studies.grid import listed, own_values
+
+    found = {setting: own_values(study, setting, budget) for setting in study.settings}
+    rows = [(setting, listed(values)) for setting, values in found.items() if values]
+    print_table(("setting", "values"), rows, as_json=as_json)
     return 0
 
 

@@ -94,7 +94,7 @@ def train(
             began=BEGAN[0],
         )
     show = reporter.message if not quiet_here else lambda label, text: None
-    if not outcome.finished or outcome.evaluation is None:
+    if not outcome.finished:
         for line in stopped_lines(outcome):
             show(*line)
         return stopping.exit_status

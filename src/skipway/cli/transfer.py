@@ -67,7 +67,7 @@ def transfer(
         samples: Samples in a batch of --batch or bundled data.
         optimizer: adamw, sgd(momentum=0.95), muon, …
         weight_decay: Weight decay.
-        warmup: Steps in which the rate rises. [a tenth]
+        warmup: Steps in which the rate rises. [a tenth; onecycle 0]
         schedule: Rate after warm-up: constant, cosine, trapezoid.
         clip: Largest norm of the gradient. [none]
         steps: Steps of each training.

@@ -20,13 +20,13 @@ __all__ = ["see_help", "start_text", "usage_text", "version_text"]
 
 def start_text() -> str:
     """Three things to try, for who gives no command."""
-    digits = "" if find_spec("sklearn") else "; needs pip install 'skipway[digits]'"
+    missing = "" if find_spec("sklearn") else "; needs pip install 'skipway[digits]'"
     return f"""Skipway {__version__}: residual networks at any depth. Three things to try:
 
-  skipway diagnose resnet110 --scheme plain
-      whether a deep network without skip connections will train, and why not
+  skipway diagnose resnet56 --scheme plain --input 1,8,8 --batch digits
+      whether a deep network without skip connections will train, and why not{missing}
   skipway train
-      a small residual network on 1,797 handwritten digits{digits}
+      a small residual network on 1,797 handwritten digits{missing}
   skipway train PHOTOS
       a classifier from photographs, one folder for each class: PHOTOS/cat/1.jpg
 

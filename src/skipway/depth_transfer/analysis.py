@@ -23,10 +23,11 @@ from skipway.depth_transfer.runs import RateRun, RunFile, TrainingPlan, Training
 from skipway.depth_transfer.search import BestRate, RateSearch
 from skipway.diagnosis.asked_classes import entropy
 from skipway.errors import SkipwayError
-from skipway.hardware.device import choose_device, seed_torch
+from skipway.hardware.device import choose_device
 from skipway.optim.optimizers import SGD, AdamW, parse_optimizer
 from skipway.optim.schedules import parse_schedule, usual_warmup
 from skipway.probes.objective import Loss
+from skipway.tracing.restoration import seeded_generators
 from skipway.validation import check_call, check_positive, check_positive_int, check_rule, check_whole, is_whole
 
 __all__ = ["COORDINATE_STEPS", "DEFAULT_SCHEMES", "Progress", "transfer"]
@@ -135,8 +136,7 @@ def transfer(
         clip=clip,
     )
     began, place = time.perf_counter(), choose_device(device)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        seed_torch(draw_key(0, "design"))
+    with seeded_generators([place], draw_key(0, "design")):
         design, given, remarks = choose_design(make, batches, chosen, steps=steps, samples=samples)
         analysis = Analysis.of(design, given.on(place), plan, chosen, schemes, loss, place, runs)
         analysis.progress = progress

@@ -14,9 +14,9 @@ from skipway.data.randomness import draw_key
 from skipway.data.text import TextData
 from skipway.diagnosis.batches import LoaderPass, check_finite_batch
 from skipway.errors import SkipwayError
-from skipway.hardware.device import seed_torch
 from skipway.tracing.containers import entries_of, map_tensors, tensors_in
 from skipway.tracing.example import as_batch, split_batch
+from skipway.tracing.restoration import devices_in_use, seeded_generators
 
 __all__ = ["TrainingBatches", "as_training_batches", "image_batches", "text_batches"]
 
@@ -135,9 +135,7 @@ class KeptBatches:
 
     def following(self) -> tuple[Any, Any] | None:
         """The next batch; None where there is none."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices):
-            seed_torch(draw_key(len(self.batches), "batches"))
+        with seeded_generators(devices_in_use(), draw_key(len(self.batches), "batches")):
             return next(self.rest, None)
 
     def take(self, number: int) -> tuple[Any, Any]:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from skipway.data.randomness import draw_key
 from skipway.depth_transfer.regression import Estimate, fit_line
 from skipway.depth_transfer.runs import Trainings
-from skipway.hardware.device import seed_torch
 from skipway.probes.measures import rms
 from skipway.probes.objective import output_heads
 from skipway.probes.observer import Observer
 from skipway.tracing import preserved_state
 from skipway.tracing.chain import WatchedConnection, chain
-from skipway.tracing.example import call_model
+from skipway.tracing.example import call_model, copy_example
+from skipway.tracing.restoration import generator_devices, own_tensors, seed_generators
 
 __all__ = [
     "COORDINATES",
@@ -138,8 +138,8 @@ def read_signals(model: nn.Module, connections: Sequence[WatchedConnection], exa
     """The signals of a forward pass in the model's mode, with the dropout of a seed; the model is left as it is."""
     reader = StreamReader(model, connections)
     with preserved_state(model), torch.no_grad(), reader:
-        seed_torch(seed)
-        output = call_model(model, example)
+        seed_generators(generator_devices(own_tensors(model)), seed)
+        output = call_model(model, copy_example(example))
     (head, *_) = output_heads(output)[0].values()
     return PassSignals(reader.branches, reader.first, reader.last, head.detach().clone())
 

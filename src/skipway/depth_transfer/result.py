@@ -12,6 +12,7 @@ from typing import Any, Literal
 from skipway.depth_transfer.coordinates import Coordinate, CoordinateRow
 from skipway.depth_transfer.regression import Estimate, Line, fit_line
 from skipway.depth_transfer.search import BestRate
+from skipway.json_values import finite
 
 __all__ = ["Answer", "DepthTransfer", "RateRow", "SchemeRates"]
 
@@ -269,12 +270,3 @@ def advice(schemes: Sequence[SchemeRates], unit: str) -> Iterator[str]:
 
 
 ANSWER_WORDS = {"carries": "carries", "does not carry": "does not carry", "undecided": "may or may not carry"}
-
-
-def finite(value: Any) -> Any:
-    """The value with None in place of numbers that JSON has no form for."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

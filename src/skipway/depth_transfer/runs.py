@@ -20,14 +20,14 @@ from skipway.data.randomness import draw_key
 from skipway.depth_transfer.batches import TrainingBatches
 from skipway.depth_transfer.design import Design
 from skipway.errors import DataError, SkipwayError, first_line
-from skipway.hardware.device import seed_torch
 from skipway.nn.warmup import set_step
 from skipway.optim.groups import param_groups
 from skipway.optim.optimizers import OptimizerSpec
 from skipway.optim.schedules import lr_factor, parse_schedule, set_lr
 from skipway.probes.objective import Loss, Objective, choose_objective
 from skipway.schemes import Scheme
-from skipway.tracing.example import call_model
+from skipway.tracing.example import call_model, copy_example
+from skipway.tracing.restoration import seeded_generators
 
 __all__ = ["RateRun", "RunFile", "TrainingPlan", "Trainings"]
 
@@ -282,7 +282,7 @@ class Trainings:
         Raises:
             SkipwayError: nothing is given that could be learned.
         """
-        found = choose_objective(call_model(model, example), targets, self.loss, inputs=example)
+        found = choose_objective(call_model(model, copy_example(example)), targets, self.loss, inputs=example)
         if not found.labelled:
             raise SkipwayError(
                 f"batches: {self.batches.name} hold no targets, and the network puts out no loss; the best rate for "
@@ -304,7 +304,7 @@ class Trainings:
             for step in range(steps):
                 set_lr(optimizer, lr_factor(step, plan.steps, plan.warmup / plan.steps, shape))
                 example, targets = self.batches.at(seed, step)
-                loss = network.objective(call_model(network.model, example), targets, example)
+                loss = network.objective(call_model(network.model, copy_example(example)), targets, example)
                 losses.append(float(loss.detach()))
                 if has_diverged(losses[-1], losses[0]):
                     break
@@ -344,7 +344,5 @@ def take_optimizer_step(optimizer: torch.optim.Optimizer) -> None:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Within it torch's random numbers begin at a seed; afterwards they go on where they were. Gradients are on."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        seed_torch(seed)
+    with seeded_generators([device], seed), torch.enable_grad():
         yield

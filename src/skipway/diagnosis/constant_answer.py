@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skipway.diagnosis.asked_classes import entropy_of_counts, read_asked_classes
@@ -15,7 +16,7 @@ from skipway.diagnosis.subject import Subject, reseed
 from skipway.errors import SkipwayError
 from skipway.hardware.precision import widest
 from skipway.probes.objective import IGNORED, output_heads
-from skipway.tracing.containers import map_tensors
+from skipway.tracing.containers import map_tensors, tensors_in
 
 __all__ = ["ConstantAnswer"]
 
@@ -82,15 +83,43 @@ class ConstantAnswer:
         found = None
         if len(entering) == 1 and not self.values:
             ((name, gradient),) = entering.items()
-            found = read_asked_classes(heads[name], gradient)
-        if found is not None and self.is_cross_entropy(found[0].cross_entropy, value):
-            labels = found[1][found[1] != IGNORED].flatten()
-            counts = torch.bincount(labels, minlength=found[0].classes).cpu()
+            found = self.given_labels(heads[name], part[1], value)
+            if found is None:
+                found = self.asked_labels(heads[name], gradient, value)
+        if found is not None:
+            labels, classes = found
+            counts = torch.bincount(labels[labels != IGNORED].flatten(), minlength=classes).cpu()
             self.counts = counts if self.counts is None else self.counts + counts
         elif self.counts is None:
             least = self.minimum(output, heads, part) if entering else None
             self.known = least is not None
             self.values += [] if least is None else [least]
+
+    def given_labels(self, head: Tensor, targets: Any, loss: float) -> tuple[Tensor, int] | None:
+        """The one tensor of class numbers among the targets, and the number of classes, where a loss is its
+        cross-entropy; None where it is not.
+        """
+        found = [each for each in tensors_in(targets) if each.dtype == torch.int64]
+        for axis in dict.fromkeys((head.ndim - 1, 1)):
+            classes = head.shape[axis]
+            if len(found) != 1 or found[0].shape != head.shape[:axis] + head.shape[axis + 1 :] or classes < 2:
+                continue
+            known = found[0][found[0] != IGNORED]
+            if not known.numel() or int(known.min()) < 0 or int(known.max()) >= classes:
+                continue
+            outputs = widest(head.detach().movedim(axis, 1))
+            if self.is_cross_entropy(float(F.cross_entropy(outputs, found[0], ignore_index=IGNORED)), loss):
+                return found[0], classes
+        return None
+
+    def asked_labels(self, head: Tensor, gradient: Tensor, loss: float) -> tuple[Tensor, int] | None:
+        """The classes that a loss asks for, as its gradient shows, and their number, where it is their cross-entropy;
+        None where it is not.
+        """
+        found = read_asked_classes(head, gradient)
+        if found is None or not self.is_cross_entropy(found[0].cross_entropy, loss):
+            return None
+        return found[1], found[0].classes
 
     def is_cross_entropy(self, computed: float, loss: float) -> bool:
         """Whether a loss is the cross-entropy that was computed from its output, or that and a small constant part."""
@@ -108,10 +137,17 @@ class ConstantAnswer:
         """
         if self.subject.objective is None or self.subject.objective.own:
             return None
-        shapes = {id(head): self.constant_shape(head) for head in heads.values()}
-        constants = {
-            id(head): mean_over(widest(head.detach()), shapes[id(head)]).requires_grad_() for head in heads.values()
-        }
+        means = {id(head): mean_over(widest(head.detach()), self.constant_shape(head)) for head in heads.values()}
+        # from the mean of outputs that have blown up the search does not come back
+        starts = (means, {number: torch.zeros_like(mean) for number, mean in means.items()})
+        found = [self.minimum_from(start, output, heads, part) for start in starts]
+        return min((loss for loss in found if loss is not None), default=None)
+
+    def minimum_from(
+        self, start: Mapping[int, Tensor], output: Any, heads: Mapping[str, Tensor], part: tuple[Any, Any]
+    ) -> float | None:
+        """The smallest loss of one output that a search finds from a start; None where it is not finite."""
+        constants = {number: mean.clone().requires_grad_() for number, mean in start.items()}
         variables = list(constants.values())
 
         def evaluate() -> Tensor:
@@ -126,11 +162,11 @@ class ConstantAnswer:
             return loss
 
         with suppress(SkipwayError, RuntimeError, ValueError, TypeError):  # a loss that refuses such an output
-            start = float(evaluate().detach())
-            scale = max(abs(start), 1e-12)
+            first = float(evaluate().detach())
+            scale = max(abs(first), 1e-12)
             search = torch.optim.LBFGS(variables, max_iter=25, line_search_fn="strong_wolfe")
             search.step(closure)  # type: ignore[arg-type]
-            values = [each for each in (start, float(evaluate().detach())) if math.isfinite(each)]
+            values = [each for each in (first, float(evaluate().detach())) if math.isfinite(each)]
             return min(values, default=None)
         return None
 

@@ -26,7 +26,7 @@ from skipway.diagnosis.rule_context import HOLLOW, Context
 from skipway.diagnosis.rules import blame, causes_of
 from skipway.diagnosis.settings import Settings
 from skipway.diagnosis.subject import Subject
-from skipway.diagnosis.table import as_text, diagnosis_view, offer_text, remedy_lines, treatment_view
+from skipway.diagnosis.table import as_text, diagnosis_view, offer_lines, remedy_lines, treatment_view
 from skipway.diagnosis.trial import LookAhead, Trial
 from skipway.errors import SkipwayError, counted
 from skipway.optim.roles import parameter_roles
@@ -110,6 +110,23 @@ class Diagnosis:
         return tuple(offer.remedy for offer in self.offers)
 
     @property
+    def why_no_offer(self) -> str:
+        """Why there are no offers, as a clause; "" where there are some."""
+        if self.offers:
+            return ""
+        if self.tried:
+            count = len(self.tried)
+            one = "the one remedy that was tried does not raise the odds clearly"
+            return one if count == 1 else f"none of the {count} remedies that were tried raises the odds clearly"
+        if self.trains:
+            return "what trains needs no remedy"
+        if any(finding.rule in HOLLOW for finding in self.findings):
+            return "no remedy is tried where a falling loss is no learning"
+        if self.odds >= GOOD:
+            return f"at odds of {format_share(self.odds)} no remedy is tried"
+        return "no remedy was tried"
+
+    @property
     def largest_rate(self) -> float:
         """The learning rate above which SGD diverges on a quadratic of the loss's sharpness λ: 2/λ, with momentum β
         2(1 + β)/λ, by 1 + 2β lower with Nesterov's (Cohen et al. 2021, https://arxiv.org/abs/2103.00065, sec. 2 and
@@ -160,7 +177,7 @@ class Diagnosis:
         if not len(self.chain):
             parts = [parts[0], "no residual connection", counted(len(self.measurement.layers), "layer")]
         if self.chain.refused:
-            parts.append(f"{counted(len(self.chain.refused), 'other addition')}")
+            parts.append(f"{counted(len(self.chain.refused), 'addition')} without a skip")
         parts += [str(self.settings), counted(self.subject.size, "sample")]
         return (*parts,) if self.subject.training else (*parts, "evaluation mode")
 
@@ -178,9 +195,10 @@ class Diagnosis:
         remarks += trial_remarks(self.measurement, self.subject, self.settings)
         if is_narrow(self.subject.parameters.values()):
             remarks.append("sharpness: not measured of weights of 16 bits, which round small steps away")
-        if self.tried and not self.offers:
-            names = "; ".join(map(str, self.tried))
-            remarks.append(f"remedies: none of the {len(self.tried)} that were tried raises the odds clearly: {names}")
+        if vain := [each for each in self.tried if each not in self.offers]:
+            names = "; ".join(map(str, vain))
+            told = "tried without a clear rise of the odds" if self.offers else self.why_no_offer
+            remarks.append(f"remedies: {told}: {names}")
         if self.subject.random_modules:
             remarks.append(
                 f"left out at random: {condense_paths(self.subject.random_modules)} in training; the choice is the "
@@ -240,11 +258,11 @@ class Diagnosis:
         lines += [f"  {remark}" for remark in self.remarks]
         for finding, remedies in zip(self.findings, remedy_lines(self.findings), strict=True):
             lines += [f"  {finding}", *(f"    → {line}" for line in remedies)]
-        lines += [f"  tried → {offer}" for offer in self.offers]
+        lines += [f"  offer → {text}" for text in offer_lines(self.offers, self.odds)]
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
-        heading, numbers, offers = self.heading, self.key_numbers, [offer_text(each, self.odds) for each in self.offers]
+        heading, numbers, offers = self.heading, self.key_numbers, offer_lines(self.offers, self.odds)
         return diagnosis_view(
             heading, self.verdict, self.grounds, numbers, self.rows, self.findings, remarks=self.remarks, offers=offers
         )
@@ -296,7 +314,11 @@ class Diagnosis:
         Raises:
             SkipwayError: no remedy is given, and none that was tried raises the odds.
         """
-        return treat(self, remedies, inplace=inplace)
+        try:
+            return treat(self, remedies, inplace=inplace)
+        finally:
+            if self.subject.progress is not None:
+                self.subject.progress.finish()
 
 
 def momentum_factor(group: Mapping[str, Any]) -> float:
@@ -448,21 +470,21 @@ def hollow_verdict(outlook: Outlook) -> Verdict:
 def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, rounds: int = 3) -> Treatment:
     """Apply the given remedies, or without any the best offers until the verdict is "trains", so many at most."""
     if not remedies and not diagnosis.offers:
-        tried = f"none of the {len(diagnosis.tried)} remedies that were tried raises the odds"
-        tried = tried if diagnosis.odds < GOOD else f"at odds of {format_share(diagnosis.odds)} no remedy is tried"
         raise SkipwayError(
-            f"fix(): the verdict is {diagnosis.verdict!r} and {tried}; give one of skipway.diagnosis.remedies: "
-            "fix(Damp())"
+            f"fix(): the verdict is {diagnosis.verdict!r} and {diagnosis.why_no_offer}; give one of "
+            "skipway.diagnosis.remedies: fix(Damp())"
         )
     subject, settings = diagnosis.subject, diagnosis.settings
     subject = subject if inplace else replace(subject, model=copy_module(subject.model))
     limits = {"certainty": diagnosis.certainty, "allowance": diagnosis.allowance}
     for remedy in remedies:
         subject, settings = applied(remedy, subject, settings, inplace=True)
+    subject.begin("diagnosing the mended network", counted=True)
     current, done = (examine(subject, settings, **limits), [*remedies]) if remedies else (diagnosis, [])
     while not remedies and current.verdict != "trains" and current.offers and len(done) < rounds:
         done.append(current.offers[0].remedy)
         subject, settings = applied(done[-1], subject, settings, inplace=True)
+        subject.begin("diagnosing the mended network", counted=True)
         current = examine(subject, settings, **limits, remedies=len(diagnosis.tried))
     return Treatment(model=subject.model, settings=settings, applied=tuple(done), before=diagnosis, after=current)
 

@@ -149,7 +149,7 @@ def bounding(context: Context, way: list[Value]) -> str | None:
 def constant_targets(context: Context) -> Iterator[Finding]:
     """One answer that is right for every sample."""
     ahead, asked = context.measured.ahead, context.measured.asked
-    if ahead is None or ahead.constant is None or not 0 <= ahead.constant <= SAME * ahead.losses[0]:
+    if ahead is None or ahead.constant is None or not 0 <= ahead.constant <= SAME * min(ahead.losses[0], 1.0):
         return
     labels = "all labels of the batches that were seen are the same class"
     yield Finding(
@@ -164,8 +164,25 @@ def constant_targets(context: Context) -> Iterator[Finding]:
     )
 
 
+def trained_already(context: Context) -> Iterator[Finding]:
+    """A network that knows the answers before the first step."""
+    ahead = context.outlook.ahead
+    if ahead is None or ahead.constant is None or not context.learnt:
+        return
+    yield Finding(
+        rule="trained-already",
+        level="note",
+        what=f"before the first step the loss is {format_number(ahead.unseen[0])}, and the best constant answer has "
+        f"{format_number(ahead.constant)}: this network has been trained, or the answer is among its inputs",
+        why="The odds are those of trainings that begin with weights drawn at random. Of a trained network the trial "
+        "steps only show what these settings do to it: remedies that draw its weights again are not tried.",
+        source="the loss of the best constant answer, beside that of the network",
+        evidence={"loss": ahead.unseen[0], "loss of the best constant answer": ahead.constant},
+    )
+
+
 SAME = 1e-9
-"""Share of the first loss up to which that of the best constant answer is none."""
+"""Share of the first loss, or of 1 where that has blown up, up to which that of the best constant answer is none."""
 
 
 def broadcast_targets(context: Context) -> Iterator[Finding]:
@@ -201,4 +218,4 @@ def broadcast_targets(context: Context) -> Iterator[Finding]:
     )
 
 
-LOSS_RULES: tuple[Rule, ...] = (bounded_output, broadcast_targets, constant_targets)
+LOSS_RULES: tuple[Rule, ...] = (bounded_output, broadcast_targets, constant_targets, trained_already)

@@ -38,6 +38,10 @@ FAR = 8.0
 """Bound of z-scores, beyond which a difference is as good as certain."""
 BLOWN_UP = 1e4
 """Growth of the loss over its start, or over that of the best constant answer, that ends a trial."""
+FARTHEST = 6.0
+"""ln of the loss over the best constant answer's up to which losses are told apart: about the farthest start among
+the trainings that the odds were fitted on that learnt, 400 times as much.
+"""
 LOW, HIGH = 0.001, 0.999
 """Bounds of the odds: none of a few hundred trainings is evidence of more."""
 
@@ -137,8 +141,8 @@ def features(first: FirstSteps) -> Mapping[str, float]:
         "recent fall, z": squash((fmean(before) - late) / noise * math.sqrt(span / 2)),
         "slope, z": squash(-slope / error),
         "reach": math.asinh(clip(1 - late - slope * ahead, -1e3, 1e3)),
-        "start": clip(math.log(max(early, 1e-9)), -3, 6),
-        "excess": clip(math.log(max(late, 1e-9)), -3, 6),
+        "start": clip(math.log(max(early, 1e-9)), -3, FARTHEST),
+        "excess": clip(math.log(max(late, 1e-9)), -3, FARTHEST),
         "highest": clip(math.log(max(max(losses), 1e-9)), -1, 8),
         "lowest": clip(1 - min(losses), -2, 1),
         "noise": clip(math.log10(noise), -4, 2),
@@ -200,15 +204,17 @@ def odds(first: FirstSteps) -> float:
     recipe reaches in the planned steps.
 
     The mean of the leaves that the features reach in random trees, or 1 / (1 + e^−s) with s a sum of leaves of boosted
-    trees or a weighted sum of the features, whichever was best in cross-validation.
+    trees or a weighted sum of the features, whichever was best in cross-validation. Even at most where the losses are
+    still farther from the best constant answer's than those of any training that this was fitted on.
     """
     if is_hopeless(first.losses, first.unit) or first.unmoved:
         return LOW
     model = fitted()["fresh" if first.fresh else "one batch"]
-    values = list(features(first).values())
+    found = features(first)
+    values, highest = list(found.values()), 0.5 if found["excess"] >= FARTHEST else HIGH
     score = model["bias"] + sum(weight * value for weight, value in zip(model["weights"], values, strict=False))
     score += sum(leaf(tree, values) for tree in model["trees"])
-    return clip(score if model["link"] == "odds" else 1 / (1 + math.exp(-clip(score, -50, 50))), LOW, HIGH)
+    return clip(score if model["link"] == "odds" else 1 / (1 + math.exp(-clip(score, -50, 50))), LOW, highest)
 
 
 def decide(odds: float, certainty: float, *, fresh: bool = True) -> Verdict | None:

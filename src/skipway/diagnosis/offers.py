@@ -37,6 +37,8 @@ __all__ = ["GOOD", "Offer", "applied", "rising", "try_remedies"]
 
 CLEAR = 0.2
 """Rise of the odds from which on a remedy is offered."""
+ALIKE = 0.1
+"""Difference from the best odds up to which the smaller change is the better offer."""
 SETTINGS_ALONE = (LearningRate, WarmUp, Clip)
 """Remedies that leave the model as it is."""
 GOOD = 0.8
@@ -62,16 +64,19 @@ class Offer:
     verdict: Verdict
 
     def __str__(self) -> str:
-        return f"{self.remedy}: {self.verdict}, odds {format_share(self.odds)}"
+        return f"{self.remedy}: odds {format_share(self.odds)}, {self.verdict}"
 
 
 def rising(tried: Sequence[Offer], odds: float, rate: float) -> tuple[Offer, ...]:
     """Those of the tried remedies that raise the odds clearly: first those that train, of them the smallest change."""
     clear = [each for each in tried if each.verdict == "trains" or each.odds > odds + CLEAR]
 
+    best = max((each.odds for each in clear), default=0.0)
+
     def order(offer: Offer) -> tuple[bool, float, float]:
         trains = offer.verdict == "trains"
-        return not trains, 0.0 if trains else -round(offer.odds, 1), size_of_change(offer.remedy, rate)
+        worse = 0.0 if trains or offer.odds > best - ALIKE else 1 - offer.odds
+        return not trains, worse, size_of_change(offer.remedy, rate)
 
     return tuple(sorted(clear, key=order))
 
@@ -117,6 +122,7 @@ def try_remedies(
     for remedy in search.candidates():
         if len(search.found) >= most or sum(each.verdict == "trains" for each in search.found.values()) >= 2:
             break
+        context.subject.begin(f"remedy {len(search.found) + 1} of at most {most}: {remedy}")
         search.look_at(remedy)
     return tuple(Offer(remedy, each.odds, each.verdict) for remedy, each in search.found.items())
 
@@ -159,12 +165,14 @@ class RemedySearch:
         if cause in DIRECTIONS:
             blown_up = context.outlook.ahead is not None and is_hopeless(context.outlook.ahead.losses, 0.0)
             built = cause == "rate-too-high" and any(finding.rule in STRUCTURAL for finding in self.findings)
-            built = built and not blown_up  # a rate too high by orders of magnitude is so whatever else is wrong
+            # a rate too high by orders of magnitude is so whatever else is wrong, unless no rate suits such a stream
+            built = built and (not blown_up or self.grows_beyond_rates())
             yield from self.usual_rate(DIRECTIONS[cause] < 1)
             yield from self.rates(DIRECTIONS[cause], 1 if built else 3)
         yield from structural[:2]
         for remedy in [each for each in structural[:2] if each in self.found]:
             yield from self.combined(remedy)
+            yield from self.clipped(remedy)
         if cause == "rate-too-high":
             yield WarmUp(max(100, context.settings.steps // 20))
             yield Clip(1.0)
@@ -176,10 +184,16 @@ class RemedySearch:
         if self.helped():
             return
         yield from structural[2:]
-        for remedy in (*calming(context), *([UnitVariance(context.maps)] if context.maps else [])):
+        drawn = [UnitVariance(context.maps)] if context.maps and not context.trained else []
+        for remedy in (*calming(context), *drawn):
             yield remedy
             if remedy in self.found:
                 yield from self.combined(remedy)
+
+    def grows_beyond_rates(self) -> bool:
+        """Whether the stream grows by so many orders of magnitude that no learning rate makes up for it."""
+        grown = (each.evidence["growth"] for each in self.findings if each.rule == "stream-grows")
+        return any(growth > FAR**2 for growth in grown)  # of a variance
 
     def structural(self) -> list[Remedy]:
         """The remedies of the findings that change the model, the worst finding's first, the first of each in front."""
@@ -228,6 +242,14 @@ class RemedySearch:
             both = Together((remedy, LearningRate(self.context.settings.rate * factor)))
             yield both
             seen = self.found.get(both)
+
+    def clipped(self, remedy: Remedy) -> Iterator[Remedy]:
+        """A remedy of the model with clipped gradients, where its losses still grow."""
+        seen = self.found.get(remedy)
+        if seen is None or seen.ahead is None or seen.odds > 0.5 or self.helped():
+            return
+        if self.context.settings.clip is None and cause_of(seen.ahead, None) == "rate-too-high":
+            yield Together((remedy, Clip(1.0)))
 
 
 def changes_frozen(before: nn.Module, after: nn.Module) -> bool:

@@ -17,6 +17,8 @@ __all__ = ["Cause", "NextLook", "Outlook", "cause_of", "foresee", "odds_of"]
 
 Cause = Literal["rate-too-high", "rate-too-low", "does-not-learn", "shattered"]
 ODDS = "odds of training"
+ENOUGH_BY_HEART = 16
+"""Samples with random labels that it says something to learn by heart."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,11 @@ def odds_of(trial: Trial) -> float:
     """The odds that a training learns whose first steps a trial has taken.
 
     Labels that are drawn at random can be learnt by heart, down to a loss of 0: trial steps that have come half-way
-    there have done what is asked about.
+    there have done what is asked about, unless the samples are so few that any network learns them by heart.
     """
     first = trial.first_steps()
-    if not trial.subject.labelled and mean(first.losses[-3:]) < first.unit / 2:
+    enough = trial.size * len(trial.parts) >= ENOUGH_BY_HEART
+    if not trial.subject.labelled and enough and mean(first.losses[-3:]) < first.unit / 2:
         return HIGH
     return odds(first)
 
@@ -126,6 +129,8 @@ def next_look(trial: Trial, chance: float, certainty: float) -> NextLook | None:
     deviate = normal.inv_cdf(min(max(chance, 1e-9), 1 - 1e-9))
     following = [each for each in CHECKPOINTS if each >= 1.3 * taken]
     if not following or trial.settings.steps <= taken or certainty > highest_certainty(trial.fresh):
+        return None
+    if abs(deviate) < 1e-3:  # odds that are even, as those of losses beyond all that was fitted, go nowhere
         return None
     upper, lower = thresholds(certainty, trial.fresh)
     wanted = normal.inv_cdf(upper if deviate > 0 else lower)

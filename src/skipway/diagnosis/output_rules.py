@@ -236,10 +236,13 @@ def overflow(context: Context) -> Iterator[Finding]:
     if not most > 1 / 16:
         return
     where = [c.name for c in over] or [inside.largest_in] * bool(inside.largest_in)
+    ahead = context.measured.ahead
+    after = ahead is not None and inside is ahead.activations[-1] and inside.largest / HALF >= most
+    when = " after the trial steps" if after else ""
     yield Finding(
         rule="overflow",
         level="serious" if most > 1 and in_half(context) else "note",
-        what=f"values reach {format_number(most * HALF)}, and float16 ends at 65504",
+        what=f"values reach {format_number(most * HALF)}{when}, and float16 ends at 65504",
         why="Larger values are infinite in float16, and activations grow further during training. bfloat16 has the "
         "range of float32.",
         source="IEEE 754-2019, table 3.5",

@@ -26,6 +26,7 @@ from skipway.tracing.containers import tensors_in
 from skipway.tracing.example import batches_of
 from skipway.tracing.foreign_errors import ForeignErrors
 from skipway.tracing.paths import condense_paths
+from skipway.tracing.restoration import generator_devices, own_tensors, seed_generators
 from skipway.tracing.watch import refuse_scripted
 from skipway.validation import check_rule, check_whole, is_real, is_whole
 
@@ -38,8 +39,8 @@ Models = Sequence[nn.Module] | Mapping[str, nn.Module]
 def diagnose(
     model: nn.Module,
     example: Example,
-    *,
     targets: Any = None,
+    *,
     loss: Loss | None = None,
     optimizer: str | torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = "sgd",
     lr: float | None = None,
@@ -60,8 +61,8 @@ def diagnose(
 def diagnose(
     model: Models,
     example: Example,
-    *,
     targets: Any = None,
+    *,
     loss: Loss | None = None,
     optimizer: str | torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = "sgd",
     lr: float | None = None,
@@ -81,8 +82,8 @@ def diagnose(
 def diagnose(
     model: nn.Module | Models,
     example: Example,
-    *,
     targets: Any = None,
+    *,
     loss: Loss | None = None,
     optimizer: str | torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = "sgd",
     lr: float | None = None,
@@ -185,7 +186,7 @@ def diagnose(
         device = next((parameter.device for parameter in one.parameters()), None)
         if device not in shared:
             with preserved_state(one):  # a loader draws random numbers
-                torch.manual_seed(seed)
+                seed_generators(generator_devices(own_tensors(one)), seed)
                 shared[device] = batches_for(device, example, targets)
         batches = shared[device]
         inputs, wanted = as_batch(example, targets) if batches is None else batches.first

@@ -20,7 +20,7 @@ from skipway.surgery.insertion import BRANCH, Around, disable_fused_path, insert
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, Program, preserved_state, watch
 from skipway.tracing.chain import Chain, WatchedConnection
-from skipway.tracing.example import call_model
+from skipway.tracing.example import call_model, copy_example
 from skipway.tracing.paths import condense_paths
 
 __all__ = [
@@ -257,7 +257,7 @@ class UnitVariance:
         found: list[Tensor] = []
         handle = module.register_forward_hook(lambda _, given, out: found.append(out.detach()))
         try:
-            call_model(case.model, case.example)
+            call_model(case.model, copy_example(case.example))
         finally:
             handle.remove()
         deviation = found[0].float().std(correction=0) if found else torch.tensor(0.0)

@@ -53,6 +53,19 @@ class Context:
         return any(isinstance(weight, Tensor) and not weight.requires_grad for weight in weights)
 
     @property
+    def learnt(self) -> bool:
+        """Whether the loss starts at less than half of the best constant answer's, as that of a trained network."""
+        ahead = self.outlook.ahead
+        if ahead is None or ahead.constant is None or not self.subject.labelled:
+            return False
+        return 0 <= ahead.unseen[0] < ahead.constant / 2
+
+    @property
+    def trained(self) -> bool:
+        """Whether the network was trained before: its weights are neither drawn again nor damped."""
+        return self.frozen or self.learnt
+
+    @property
     def maps(self) -> tuple[str, ...]:
         """Modules whose weight has two axes or more and is trained, in the order of the signal: those that can be
         re-initialised.
@@ -78,7 +91,7 @@ HOLLOW = {
 def calming(context: Context) -> tuple[Remedy, ...]:
     """Remedies that bound the signal: smaller branches, or weights of unit variance where there is no connection."""
     drawn = (UnitVariance(context.maps),) if context.maps else ()
-    if context.frozen:  # what was trained before is neither drawn again nor damped
+    if context.trained:
         return ()
     if not context.measured.connections:
         return drawn

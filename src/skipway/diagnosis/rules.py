@@ -26,6 +26,7 @@ from skipway.diagnosis.remedies import (
 )
 from skipway.diagnosis.rule_context import SIGNAL, STRUCTURAL, Context, Rule, calming
 from skipway.errors import counted
+from skipway.tracing.program import Program
 
 __all__ = ["RULES", "blame", "causes_of"]
 
@@ -171,7 +172,7 @@ INDISTINCT = 1e-3
 
 def no_skips(context: Context) -> Iterator[Finding]:
     """A deep network without any residual connection."""
-    depth, smoothness = len(context.maps), context.measured.jacobians.shattering
+    depth, smoothness = maps_in_sequence(context.subject.program), context.measured.jacobians.shattering
     if context.subject.chain or context.subject.stream_connections or depth < 12:
         return
     yield Finding(
@@ -190,8 +191,26 @@ def no_skips(context: Context) -> Iterator[Finding]:
     )
 
 
+def maps_in_sequence(program: Program) -> int:
+    """The linear maps on the shortest way from an input to the output, of several inputs the longest such way: ways
+    around others, such as the concatenations of a U-Net, are skips.
+    """
+    lengths: dict[int, dict[int, int]] = {}
+    for value in program.values:
+        if not value.signal:
+            continue
+        own, before = int(value.part == "map"), program.signals(value)
+        ways = [lengths[number] for number in before] or [{value.number: 0}]
+        inputs = {number for way in ways for number in way}
+        lengths[value.number] = {each: own + min(way[each] for way in ways if each in way) for each in inputs}
+    outputs = [lengths[number] for number in program.returned.get("", {}).values() if number in lengths]
+    return max((length for way in outputs for length in way.values()), default=0)
+
+
 def skips(context: Context) -> tuple[Remedy, ...]:
     """Remedies that give a network skips; those for other networks where it has several streams."""
+    if context.trained:
+        return ()
     if context.subject.stream_connections:
         return calming(context)
     if context.ours:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, suggest
 from skipway.optim.clip import Clipper
 from skipway.optim.groups import param_groups
+from skipway.optim.optimizers import part_of_group
 from skipway.optim.schedules import ScheduleShape, lr_factor, parse_schedule
 from skipway.tracing import Program
 from skipway.validation import check_finite, check_least, check_positive, check_rule, check_whole
@@ -65,7 +66,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.exact is None and (not isinstance(self.optimizer, str) or self.optimizer not in OPTIMIZERS):
-            raise SkipwayError(f"optimizer={self.optimizer!r}: the rule is {CHOICES}")
+            near = suggest("", self.optimizer, OPTIMIZERS) if isinstance(self.optimizer, str) else ""
+            meant = near.partition("did you mean ")[2]
+            raise SkipwayError(
+                f"optimizer={self.optimizer!r}: " + (f"did you mean {meant}" if meant else f"the rule is {CHOICES}")
+            )
         for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
             if value is not None:
                 check_finite(name, value)
@@ -246,7 +251,8 @@ def fresh_copy(
         if name != "step":  # a schedule has put its own there, which steps the optimizer that it was made for
             copied.__dict__[name] = copy.deepcopy(value, memo)
     for group in copied.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter is not None]
+        held = [place for place, parameter in enumerate(group["params"]) if parameter is not None]
+        group.update(part_of_group(group, held))
         group["lr"] = peak_rate(group) * factor
         for name in PEAKS[1:]:
             group.pop(name, None)  # a schedule of the copy has its own

@@ -19,7 +19,6 @@ from skipway.diagnosis.batches import Batches
 from skipway.diagnosis.progress import PassCounter
 from skipway.diagnosis.residual_warmup import JudgedWarmup
 from skipway.errors import SkipwayError
-from skipway.hardware.device import seed_torch
 from skipway.nn import Streams, set_step
 from skipway.probes import MEASURES, Observer, Probe, Signals
 from skipway.probes.objective import Loss, Objective, choose_objective, next_token_loss, output_heads, predicted_tokens
@@ -28,6 +27,7 @@ from skipway.tracing.chain import Chain, WatchedConnection, chain_from_program
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import call_model
 from skipway.tracing.reentrant_checkpoints import without_reentry
+from skipway.tracing.restoration import devices_in_use, seed_generators, seeded_generators
 from skipway.tracing.samples import SampleAxes, find_sample_axes
 
 __all__ = ["Gradients", "Subject", "dense", "reseed"]
@@ -263,6 +263,11 @@ class Subject:
         if self.progress is not None:
             self.progress.report(self.passes)
 
+    def begin(self, stage: str, *, counted: bool = False) -> None:
+        """Tell what the passes from here on are for; see `PassCounter.begin`."""
+        if self.progress is not None:
+            self.progress.begin(stage, counted=counted)
+
     def share(self, part: tuple[Example, Any]) -> float:
         """Fraction of the batch that is in a part."""
         return self.count(part) / self.size
@@ -334,15 +339,14 @@ def dense(gradient: Tensor) -> Tensor:
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
     """The same random numbers in every pass, those of Python and NumPy, too, and torch's random state put back."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with seeded_generators(devices_in_use(), seed):
         reseed(seed)
         yield
 
 
 def reseed(seed: int) -> None:
     """Set the random numbers of torch, Python and NumPy, within `Subject.running`, which puts them back."""
-    seed_torch(seed)
+    seed_generators(devices_in_use(), seed)
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed % 2**32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "elided",
     "findings_view",
     "marks_text",
+    "offer_lines",
     "offer_text",
     "remedy_lines",
     "treatment_view",
@@ -129,8 +131,14 @@ def verdict_sentence(verdict: Verdict, grounds: Sequence[str]) -> str:
 
 
 def offer_text(offer: Offer, before: float) -> str:
-    """A remedy that was tried, with the odds before and after."""
-    return f"{offer.remedy}: odds {format_share(before)} → {format_share(offer.odds)}"
+    """A remedy that was tried, with the odds before and after, and the verdict on it."""
+    return f"{offer.remedy}: odds {format_share(before)} → {format_share(offer.odds)}, {offer.verdict}"
+
+
+def offer_lines(offers: Sequence[Offer], before: float) -> list[str]:
+    """The offers in words, the best one first, which is marked where there are several."""
+    lines = [offer_text(each, before) for each in offers]
+    return [f"{lines[0]} (applied by fix)", *lines[1:]] if len(lines) > 1 else lines
 
 
 def remedy_lines(findings: Sequence[Finding]) -> list[list[str]]:
@@ -216,7 +224,7 @@ def comparison_view(comparison: Comparison) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("design", overflow="fold", min_width=8)
+    table.add_column("design", overflow="fold")
     table.add_column("verdict")
     for name in ("loss", "steps/s", "parameters"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -224,14 +232,14 @@ def comparison_view(comparison: Comparison) -> RenderableType:
     lines: list[RenderableType] = []
     for row in comparison:
         if row.diagnosis is None:
-            table.add_row(Text(row.name), Text("failed", "bold red"), "–", "–", "–", "")
+            table.add_row(DesignName(row.name), Text("failed", "bold red"), "–", "–", "–", "")
             lines.append(bullet(f"  {SYMBOLS['fatal']} ", f"{row.name}: {row.reason}"))
             continue
         difference = comparison.differences.get(row.name)
         against = "" if difference is None else f" ({difference})"
         speed = compact(1 / row.step_seconds)
         table.add_row(
-            Text(row.name),
+            DesignName(row.name),
             Text(row.verdict, VERDICT_STYLES[row.diagnosis.verdict]),
             f"{compact(row.loss)}{against}",
             speed,
@@ -313,6 +321,18 @@ def signal_table(rows: Sequence[SignalRow], findings: Sequence[Finding]) -> Tabl
         mark = Text(marks_text(marks, findings), worst_style(marks, findings))
         table.add_row(name, *(Text(cell) if isinstance(cell, str) else cell for cell in cells), mark, style=style)
     return table
+
+
+class DesignName(Flow):
+    """A model with its options, on as many lines as it needs, which break behind brackets, commas and spaces only."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(re.split(r"(?<=[(,+ ])(?=[^ ])", name), "", "")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement(max(map(len, self.parts)), sum(map(len, self.parts)))
 
 
 class ElidedName:

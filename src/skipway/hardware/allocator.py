@@ -15,6 +15,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """glibc's names of three parameters (malloc.h)."""
 ADAPTED = {TRIM_THRESHOLD: 2**26, MMAP_THRESHOLD: 2**25, MMAP_MAX: 65536}
 """What glibc's own thresholds grow to in a process with large tensors. They no longer adapt once one was set."""
+MAPPED = {name: ADAPTED[name] for name in (MMAP_THRESHOLD, MMAP_MAX)}
+"""Those of them that decide what is mapped: set together, since the threshold stays where it stood once one was set."""
 NEVER = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}
 
 
@@ -80,6 +82,6 @@ def keep_memory(*, release: bool = True) -> Iterator[bool]:
         with OpenContexts.lock:
             OpenContexts.count -= 1
             if not OpenContexts.count:
-                set_mallopt(ADAPTED if release else {MMAP_MAX: ADAPTED[MMAP_MAX]})
+                set_mallopt(ADAPTED if release else MAPPED)
                 if release:
                     trim_memory()

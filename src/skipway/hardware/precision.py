@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["widest", "widest_type"]
+__all__ = ["exact", "widest", "widest_type"]
+
+FLOAT64 = ("cpu", "cuda")
+"""Kinds of devices that have that type; Apple's has not, and some of Intel's have not."""
 
 
 def widest(tensor: Tensor) -> Tensor:
@@ -17,10 +20,19 @@ def widest(tensor: Tensor) -> Tensor:
     return tensor.to(widest_type(tensor.device))
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on the CPU where its device has no such type: for differences of large sums.
+
+    >>> exact(torch.ones(1)).dtype
+    torch.float64
+    """
+    return (tensor if widest_type(tensor.device) == torch.float64 else tensor.cpu()).double()
+
+
 def widest_type(device: torch.device) -> torch.dtype:
     """The type of `widest`.
 
-    >>> widest_type(torch.device("mps"))
-    torch.float32
+    >>> widest_type(torch.device("mps")), widest_type(torch.device("xpu"))
+    (torch.float32, torch.float32)
     """
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if device.type in FLOAT64 else torch.float32

@@ -311,7 +311,7 @@ def collect_labelled(source: Any, name: str = "check") -> tuple[Tensor, Tensor]:
         labels.append(targets)
     if not images:
         raise SkipwayError(f"{name}: it holds no image; the rule is one or more, and some thousand tell most")
-    return join(images, name), torch.cat(labels)
+    return join(images, name).detach(), torch.cat(labels)
 
 
 def join(parts: list[Tensor], name: str) -> Tensor:

@@ -44,6 +44,7 @@ class BackendSearch:
 
     A choice that is more than `NEAR` times slower than the fastest in its single timing is out of the running, and its
     memory is released. The others are timed interleaved in the time that is left. The original takes part throughout.
+    Where answers are checked, which is done to the fastest at the end, the fastest of each precision stays in it.
 
     Args:
         comparison: builds, compares and times.
@@ -134,6 +135,16 @@ class BackendSearch:
         """The seconds of the fastest so far."""
         return min(self.times.values())
 
+    def best_beside(self, choice: Choice) -> float:
+        """The seconds of the fastest so far among those that a choice is given up for; infinite where there is none.
+
+        Where answers are checked, another precision may still be refused, so that nothing is given up for it.
+        """
+        if self.comparison.check is None:
+            return self.best
+        rivals = [each for each in self.times if each.backend == ORIGINAL or each.precision == choice.precision]
+        return min((self.times[each] for each in rivals if self.is_asked(each)), default=math.inf)
+
     @property
     def spent(self) -> float:
         """Seconds since the search began."""
@@ -145,7 +156,8 @@ class BackendSearch:
         whole = [Choice(name, precision, layout=layout) for layout in backend.layouts[: None if image else 1]]
         seconds = {choice: self.attempt(choice) for choice in whole}
         start = min(seconds, key=seconds.__getitem__)
-        if not self.pieces or seconds[start] > HOPE * self.best:
+        hopeful = math.isfinite(seconds[start]) and seconds[start] <= HOPE * self.best_beside(start)
+        if not self.pieces or not hopeful:
             return []
         if backend.slow:
             return list(self.cuts(start))[:1]
@@ -162,7 +174,7 @@ class BackendSearch:
         """Try cuts as long as one of the last two was no slower than all before by more than a quarter."""
         misses = 0
         for choice in self.cuts(whole):
-            before = self.best
+            before = self.best_beside(choice)
             misses = 0 if self.attempt(choice) < 1.25 * before else misses + 1
             if misses == 2:
                 return
@@ -180,7 +192,7 @@ class BackendSearch:
         comparison.add(choice, self.tolerance)
         if choice not in comparison.runs:
             return math.inf
-        if comparison.judged[choice] > HOPE * self.best:
+        if comparison.judged[choice] > HOPE * self.best_beside(choice):
             comparison.results[choice] = replace(comparison.results[choice], seconds=comparison.judged[choice])
             self.times[choice] = comparison.judged[choice]
             self.prune()
@@ -227,7 +239,7 @@ class BackendSearch:
         asked = [choice for choice in comparison.runs if self.is_asked(choice)]
         fastest = min(asked, key=lambda each: self.times.get(each, math.inf), default=None)
         for choice in [each for each in comparison.runs if each.backend != ORIGINAL and each != fastest]:
-            if self.times.get(choice, math.inf) > NEAR * self.best:
+            if self.times.get(choice, math.inf) > NEAR * self.best_beside(choice):
                 del comparison.runs[choice]
 
     def is_asked(self, choice: Choice) -> bool:

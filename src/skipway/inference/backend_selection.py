@@ -164,7 +164,7 @@ class BackendComparison:
         x = self.example
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        return torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
 
     def fresh(self, example: Any) -> Any:
         """The example, or a copy of it for a model that writes into its input."""

@@ -214,7 +214,7 @@ def halve(part: Tensor) -> Tensor:
 def randomize(part: Tensor) -> Tensor:
     """Random numbers, the same ones every time, of twice the range of a tensor."""
     span = 2 * part.abs().nan_to_num().max().clamp_min(0.5)
-    return torch.randn(part.shape, generator=torch.Generator().manual_seed(0)).to(part) * span
+    return torch.randn(part.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(part) * span
 
 
 def reverse(part: Tensor, axis: int) -> Tensor:

@@ -221,7 +221,8 @@ def refuse_difference(model: GPT, other: nn.Module, name: str) -> float:
         CheckpointError: it is no rounding error.
     """
     vocab, length = model.config.vocab, min(TRIAL, model.config.context)
-    ids = torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(0)).to(model.stem.token.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab, (2, length), generator=generator, device="cpu").to(model.stem.token.device)
     with preserved_state(model):
         own = model.eval()(ids).float()
     theirs = other.to(ids.device)(ids)

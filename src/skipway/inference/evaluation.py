@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from skipway.data import Batch
 from skipway.hardware.precision import widest
 from skipway.inference.metrics import class_scores, confused_pairs, confusion_entries
+from skipway.inference.modes import eval_mode
 
 __all__ = ["Evaluation", "evaluate", "wilson_interval"]
 
@@ -103,8 +104,6 @@ def evaluate(
             network, which must run it equally often.
         filler: images for that, on the device of the network.
     """
-    was_training = model.training
-    model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     pairs, numbers = [torch.zeros(0, dtype=torch.int64, device=device)], [torch.zeros(0, dtype=torch.int64)]
     loss = widest(torch.zeros((), device=device))
@@ -115,22 +114,22 @@ def evaluate(
             logits = model(images).float()
             return (logits + model(images.flip(-1)).float()) / 2 if flip else logits
 
-    for batch in batches:
-        logits = logits_of(batch.inputs)
-        if observe is not None:
-            observe(batch, logits)
-        losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-        pairs.append(batch.labels * classes + logits.argmax(1))
-        numbers.append(batch.numbers)
-        loss += widest(losses).sum()
-        done += 1
-        stopped = stop()
-        if stopped:
-            break
-    while filler is not None and done < rounds:
-        logits_of(filler)
-        done += 1
-    model.train(was_training)
+    with eval_mode(model):
+        for batch in batches:
+            logits = logits_of(batch.inputs)
+            if observe is not None:
+                observe(batch, logits)
+            losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+            pairs.append(batch.labels * classes + logits.argmax(1))
+            numbers.append(batch.numbers)
+            loss += widest(losses).sum()
+            done += 1
+            stopped = stop()
+            if stopped:
+                break
+        while filler is not None and done < rounds:
+            logits_of(filler)
+            done += 1
     if bool(total(torch.tensor(float(stopped), device=device)) > 0):
         return None
     seen = torch.cat(pairs)

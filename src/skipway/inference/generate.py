@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.hardware.precision import widest
+from skipway.inference.modes import eval_mode
 from skipway.nn import decoding
 from skipway.validation import check_positive_int
 
@@ -118,23 +119,17 @@ def generate(
     text = Continuation(ids, Sampling(temperature, top_k, top_p, tokens), generator, stop, on_token)
     context = getattr(getattr(model, "config", None), "context", None)
     room = ids.shape[1] + length if context is None else min(ids.shape[1] + length, context)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with uncompiled(model):
-            if cache and ids.shape[1] <= room:
-                with decoding(model, room) as state:
-                    for _ in range(min(length, room - ids.shape[1] + 1)):
-                        new = text.ids[:, state.length :]
-                        text.append(model(new)[:, -1])
-                        state.advance(new.shape[1])
-                        if text.is_complete:
-                            break
-            while not text.is_complete and text.ids.shape[1] < ids.shape[1] + length:
-                text.append(model(text.ids if context is None else text.ids[:, -context:])[:, -1])
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(model), uncompiled(model):
+        if cache and ids.shape[1] <= room:
+            with decoding(model, room) as state:
+                for _ in range(min(length, room - ids.shape[1] + 1)):
+                    new = text.ids[:, state.length :]
+                    text.append(model(new)[:, -1])
+                    state.advance(new.shape[1])
+                    if text.is_complete:
+                        break
+        while not text.is_complete and text.ids.shape[1] < ids.shape[1] + length:
+            text.append(model(text.ids if context is None else text.ids[:, -context:])[:, -1])
     return text.ids
 
 

@@ -39,12 +39,14 @@ class Int8File:
         answer: what the file changes on the validation images.
         layers: number of layers with weights.
         float_layers: names of those that stay in float.
+        precision: what is in float as it was checked, by OpenVINO's `INFERENCE_PRECISION_HINT`: "f32" or "bf16".
         speed: the speed against float in a sentence.
     """
 
     answer: AnswerChange
     layers: int
     float_layers: tuple[str, ...]
+    precision: str
     speed: str
 
 
@@ -63,7 +65,8 @@ def write_int8(
     It is quantised as by `skipway.quantize`: calibrated on training images, and checked on the validation images, which
     are held in memory. It takes batches of any size, of images in the run's size; what is stored with the weights
     (network, preprocessing, classes) is in it as JSON, `openvino.Core().read_model(file).get_rt_info(["skipway",
-    "preprocessing"])`.
+    "preprocessing"])`, and as "precision" the type of what is in float, in which it was checked: OpenVINO's own choice
+    may be a coarser one.
 
     Args:
         path: a run folder, or a file of weights in it.
@@ -103,6 +106,7 @@ def write_int8(
     written = found.network()
     for name, value in build_metadata(path, run.preprocessing).items():
         written.set_rt_info(json.dumps(value), ["skipway", name])
+    written.set_rt_info(found.rest, ["skipway", "precision"])
     with file_aside(file) as aside:
         import openvino
 
@@ -126,4 +130,4 @@ def write_int8(
         remark(found.answer.doubt)
     if fast.precision != INT8:
         remark(f"the file is no gain in speed here: {fast.remark}")
-    return Int8File(found.answer, len(found.layers), found.float_layers, fast.remark)
+    return Int8File(found.answer, len(found.layers), found.float_layers, found.rest, fast.remark)

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from skipway.checkpoint.files import file_aside
 from skipway.errors import MissingExtraError, SkipwayError, printable, spell
 from skipway.inference.inputs import call_for_tensor, root_cause, single_tensor
+from skipway.inference.modes import eval_mode
 from skipway.nn import Multiply, ResidualWarmup, warmup_state
 from skipway.tracing.example import Example
 from skipway.tracing.module_state import copy_module
@@ -251,7 +252,7 @@ def random_batches(example: Tensor) -> list[Tensor]:
     if not example.is_floating_point():
         return [example[[number % len(example) for number in range(size)]] for size in (1, 3)]
     shapes = [(size, *example.shape[1:]) for size in (1, 3)]
-    batches = (torch.randn(*shape, generator=generator, dtype=torch.float32) for shape in shapes)
+    batches = (torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
     return [images.to(example) for images in batches]
 
 
@@ -265,7 +266,7 @@ def other_sizes(model: nn.Module, example: Tensor) -> tuple[list[Tensor], str]:
     generator, fault = torch.Generator().manual_seed(1), ""
 
     def sample(high: int, wide: int) -> Tensor:
-        return torch.randn(count, channels, high, wide, generator=generator).to(example)
+        return torch.randn(count, channels, high, wide, generator=generator, device="cpu").to(example)
 
     for step in sorted({*STEPS, height}):
         half = max(height // (2 * step), 1) * step
@@ -305,18 +306,6 @@ def refuse_limits(program: torch.export.ExportedProgram) -> None:
     for values in program.range_constraints.values():
         if bool(values.upper < FURTHEST):
             raise SkipwayError(f"the traced program holds only for {values.lower} to {values.upper} along an axis")
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode within the context; afterwards every module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from skipway.inference.network import build_classifier, is_ours
 from skipway.inference.reference_outputs import find_change, refuse_change
 from skipway.inference.text_inputs import TextInputs
 from skipway.models import find_config
+from skipway.weights.formats import file_format
 from skipway.weights.hub import PREFIX, download
 from skipway.zoo import source_of
 
@@ -124,11 +125,17 @@ def read_inputs(header: Mapping[str, str], file: Path) -> Preprocessing | TextIn
 
 
 def find_text_inputs(path: str | Path) -> TextInputs | None:
-    """The tokenizer and context stored with weights; None where there are none, or the file is of another kind."""
-    other = not Path(path).is_dir() and Path(path).suffix not in ("", ".safetensors")
-    if str(path).startswith(PREFIX) or other:
+    """The tokenizer and context stored with weights; None where there are none, as in folders and files of others.
+
+    Raises:
+        CheckpointError: there is no such path, or the file is damaged.
+    """
+    bare = Path(path).is_dir() and not any((Path(path) / name).is_file() for name in WEIGHT_FILES)
+    if str(path).startswith(PREFIX) or bare:
         return None
     file = weights_file(path)
+    if file_format(file) != "safetensors":
+        return None
     _, header = read_safetensors(file)
     inputs = read_inputs(header, file) if "text" in header else None
     return inputs if isinstance(inputs, TextInputs) else None

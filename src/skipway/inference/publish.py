@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -45,22 +46,23 @@ MAX_CLASSES_LISTED = 100
 def target_kind(target: Path) -> str:
     """What a path to export to names: ".onnx", ".pt2", "folder", or nothing for a file of another kind.
 
-    Only an ending of letters is that of a file, so that the name of a folder may end in a version.
+    The name of a folder that is not there yet has no ending, or that of a version.
 
-    >>> target_kind(Path("a.onnx")), target_kind(Path("model-v1.0")), target_kind(Path("a.txt"))
+    >>> target_kind(Path("a.onnx")), target_kind(Path("model-v1.0")), target_kind(Path("a.h5"))
     ('.onnx', 'folder', '')
     """
     if target.is_dir():
         return "folder"
     if target.suffix in (".onnx", ".pt2"):
         return target.suffix
-    return "" if target.suffix[1:].isalpha() else "folder"
+    return "folder" if re.fullmatch(r"(\.v?\d+)?", target.suffix) else ""
 
 
 def write_onnx(
     path: str | Path,
     file: Path,
     *,
+    tolerance: float | None = 1e-4,
     sides: Sides = "dynamic",
     opset: int | None = None,
     remark: Callable[[str], None] = warnings.warn,
@@ -79,20 +81,24 @@ def write_onnx(
     inputs = get_inputs(model, sides, remark)
     remark_flips(inputs, remark)
     metadata = {name: json.dumps(value) for name, value in build_metadata(path, inputs).items()}
-    return export_onnx(model, inputs.example, file, sides=sides, opset=opset, metadata=metadata, remark=remark)
+    return export_onnx(
+        model, inputs.example, file, tolerance=tolerance, sides=sides, opset=opset, metadata=metadata, remark=remark
+    )
 
 
 def write_program(
     path: str | Path,
     file: Path,
     *,
+    tolerance: float | None = 1e-4,
     sides: Sides = "dynamic",
     remark: Callable[[str], None] = warnings.warn,
     **network: Unpack[NetworkChoices],
 ) -> float:
     """Write a torch.export program (`.pt2`) with the preprocessing in its extra files, reload and compare it.
 
-    `torch.export.load(file, extra_files={"preprocessing": ""})` returns both. Only load files that you trust.
+    `torch.export.load(file, extra_files={"preprocessing": ""})` returns both. Only load files that you trust. See
+    `skipway.export_program` for `tolerance` and `sides`.
 
     Returns:
         the largest absolute difference to the network.
@@ -101,7 +107,7 @@ def write_program(
     inputs = get_inputs(model, sides, remark)
     remark_flips(inputs, remark)
     extra = {name: json.dumps(value) for name, value in build_metadata(path, inputs).items()}
-    return export_program(model, inputs.example, file, sides=sides, extra=extra, remark=remark)
+    return export_program(model, inputs.example, file, tolerance=tolerance, sides=sides, extra=extra, remark=remark)
 
 
 def remark_flips(inputs: Preprocessing | TextInputs, remark: Callable[[str], None]) -> None:

@@ -20,6 +20,7 @@ from skipway.errors import CheckpointError, printable
 from skipway.inference.code_file import code_file
 from skipway.inference.network import is_ours
 from skipway.tracing import preserved_state
+from skipway.tracing.restoration import generator_devices, own_tensors, seed_generators
 from skipway.zoo import source_of
 
 __all__ = ["describe_outputs", "find_change", "refuse_change"]
@@ -47,15 +48,13 @@ def compute_outputs(model: nn.Module, channels: int, size: int, seed: int = 0) -
     """The first logits for the fixed image, in evaluation mode and single precision; the model stays as it is."""
     device = next(model.parameters()).device
     image = reference_image(channels, size, device)
-    devices = [device] if device.type == "cuda" else []
     with (
         preserved_state(model),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
-        torch.random.fork_rng(devices=devices),
     ):
-        torch.manual_seed(seed)
+        seed_generators(generator_devices(own_tensors(model)), seed)
         return model.eval()(image)[0].flatten()[:OUTPUTS].cpu().double()  # not every device has float64
 
 

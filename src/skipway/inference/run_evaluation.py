@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,13 @@ def evaluate_run(
         flip=recipe.flip_test if flip is None else flip,
     )
     assert evaluation is not None
-    return RunEvaluation(f"{data.name}, test split", data.classes, evaluation)
+    return RunEvaluation(f"{data.name}, test split", data.classes, evaluation, remarks=tuple(doubts(evaluation)))
+
+
+def doubts(evaluation: Evaluation) -> Iterator[str]:
+    """A sentence where the network puts out what is no number, which is counted as an answer like others."""
+    if not math.isfinite(evaluation.loss):
+        yield f"the mean loss is {evaluation.loss}: outputs of the network are not finite, whose answers mean nothing"
 
 
 def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -158,7 +165,7 @@ def evaluate_images(
         first = f"; the first: {printable(unreadable[0][0])}: {unreadable[0][1]}" if unreadable else ""
         raise DataError(f"none of {counted(len(pairs), 'image')} in {printable(data)} can be read{first}")
     absent = tuple(name for name in predictor.classes if not files.get(class_name(name)))
-    remarks = [*found.left_out.sentences(), *found.remarks]
+    remarks = [*found.left_out.sentences(), *found.remarks, *doubts(evaluation)]
     if others := len(found.files) - sum(map(len, files.values())):
         remarks.append(f"the {chosen} split is evaluated, not the {counted(others, 'image')} of other splits")
     name = found.name if chosen == "train" else f"{found.name}, {chosen} split"

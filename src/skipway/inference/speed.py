@@ -17,6 +17,7 @@ from skipway.inference.timer import Candidate, error_line, time_interleaved
 from skipway.surgery.acceleration import accelerate
 from skipway.surgery.verification import difference
 from skipway.tracing.module_state import copy_module
+from skipway.tracing.restoration import generator_devices, own_tensors, seed_generators, seeded_generators
 
 __all__ = ["TrainingStep", "time_inference", "time_training"]
 
@@ -117,27 +118,29 @@ def time_training(model: nn.Module, example: Tensor, seconds: float = 10.0) -> l
     >>> [each.backend for each in time_training(nn.Linear(2, 2), torch.randn(3, 2), seconds=0.0)][:2]
     ['original', 'accelerate']
     """
-    results: dict[Choice, BackendResult] = {}
-    steps: dict[Choice, Callable[[], object]] = {}
-    expected: Tensor | None = None
-    for precision in native_precisions(example.device):
-        for name in (ORIGINAL, "accelerate"):
-            choice, started = Choice(name, precision), time.perf_counter()
-            try:
-                trained = copy_module(model)
-                if name == "accelerate":
-                    accelerate(trained)
-                step = TrainingStep(trained, example, precision)
-                torch.manual_seed(0)
-                gradients = step()
-                flat = torch.cat([gradient.flatten() for gradient in gradients])
-                expected = flat if expected is None else expected
-                gap, built = difference([expected], [flat], mean=True), time.perf_counter() - started
-            except Exception as error:  # networks raise errors of their own
-                results[choice] = BackendResult(choice, note=f"failed: {error_line(error)}")
-                continue
-            results[choice] = BackendResult(choice, difference=gap, build_seconds=built)
-            steps[choice] = step
-    finish = partial(torch.cuda.synchronize, example.device) if example.is_cuda else lambda: None
-    candidates = [Candidate(str(choice), step, finish=finish) for choice, step in steps.items()]
-    return list(with_timings(results, time_interleaved(candidates, ROUNDS, limit=seconds)).values())
+    devices = generator_devices((example, *own_tensors(model)))
+    with seeded_generators(devices, 0):
+        results: dict[Choice, BackendResult] = {}
+        steps: dict[Choice, Callable[[], object]] = {}
+        expected: Tensor | None = None
+        for precision in native_precisions(example.device):
+            for name in (ORIGINAL, "accelerate"):
+                choice, started = Choice(name, precision), time.perf_counter()
+                try:
+                    trained = copy_module(model)
+                    if name == "accelerate":
+                        accelerate(trained)
+                    step = TrainingStep(trained, example, precision)
+                    seed_generators(devices, 0)
+                    gradients = step()
+                    flat = torch.cat([gradient.flatten() for gradient in gradients])
+                    expected = flat if expected is None else expected
+                    gap, built = difference([expected], [flat], mean=True), time.perf_counter() - started
+                except Exception as error:  # networks raise errors of their own
+                    results[choice] = BackendResult(choice, note=f"failed: {error_line(error)}")
+                    continue
+                results[choice] = BackendResult(choice, difference=gap, build_seconds=built)
+                steps[choice] = step
+        finish = partial(torch.cuda.synchronize, example.device) if example.is_cuda else lambda: None
+        candidates = [Candidate(str(choice), step, finish=finish) for choice, step in steps.items()]
+        return list(with_timings(results, time_interleaved(candidates, ROUNDS, limit=seconds)).values())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skipway.data.text import IGNORED
 from skipway.hardware.precision import widest
+from skipway.inference.modes import eval_mode
 
 __all__ = ["TextEvaluation", "evaluate_text"]
 
@@ -74,20 +75,18 @@ def evaluate_text(
         stop: polled after every batch.
         total: sums a tensor over the processes that share the batches; all of them get the full evaluation.
     """
-    was_training = model.training
-    model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     sums, stopped = widest(torch.zeros(4, device=device)), False
-    for ids, targets in batches:
-        with autocast():
-            logits = model(ids).flatten(0, 1).float()
-        flat = targets.flatten()
-        loss = nn.functional.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum")
-        sums[:3] += torch.stack([widest(loss), (flat != IGNORED).sum(), (logits.argmax(1) == flat).sum()])
-        stopped = stop()
-        if stopped:
-            break
-    model.train(was_training)
+    with eval_mode(model):
+        for ids, targets in batches:
+            with autocast():
+                logits = model(ids).flatten(0, 1).float()
+            flat = targets.flatten()
+            loss = nn.functional.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum")
+            sums[:3] += torch.stack([widest(loss), (flat != IGNORED).sum(), (logits.argmax(1) == flat).sum()])
+            stopped = stop()
+            if stopped:
+                break
     sums[3] = float(stopped)
     loss, scored, correct, stops = total(sums).tolist()
     if stops:

@@ -260,12 +260,17 @@ def enabled() -> bool:
     >>> enabled()
     True
     """
-    return prescribed() != REFERENCE and (torch.compiler.is_compiling() or not transformed())
+    return prescribed() != REFERENCE and not transformed()
 
 
 def transformed() -> bool:
     """Return whether a transform of `torch.func` or forward-mode differentiation is going on."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# torch.compile asks while it traces, in the transforms that it traces, and has guards on them; the decorator for this,
+# torch.compiler.assume_constant_result, would import the compiler
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def restricted() -> bool:

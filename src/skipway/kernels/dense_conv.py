@@ -165,7 +165,7 @@ class Convolution(Operator, name="convolution"):
     @staticmethod
     def fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, by_rule: bool) -> Tensor:
         sides = output_sides(x, weight, stride, padding)
-        return x.new_empty(len(x), len(weight), *sides).contiguous(memory_format=output_layout(x, weight))
+        return x.new_empty(x.shape[0], weight.shape[0], *sides).contiguous(memory_format=output_layout(x, weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

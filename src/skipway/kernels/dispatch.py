@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from skipway.kernels.autotune import enabled, only, restricted
+from skipway.kernels.autotune import enabled, only, prescribed
 from skipway.kernels.cast import eligible, to_autocast
 from skipway.kernels.dense_conv import convolve, convolve_patches, has_slow_weight_gradient, product_may_pay
 from skipway.kernels.depthwise_conv import depthwise
@@ -215,10 +215,11 @@ def bfloat16_kernels() -> Iterator[None]:
     >>> torch.allclose(y, F.scaled_dot_product_attention(q, q, q, is_causal=True), atol=0.05)
     True
     """
-    if restricted():
+    choice = "onednn" if supports_onednn_matmul() else "blocks"
+    if prescribed() not in (None, choice):  # it is choice where another thread is within: modes are those of a thread
         yield
         return
-    with only("onednn" if supports_onednn_matmul() else "blocks"), Bfloat16Mode():
+    with only(choice), Bfloat16Mode():
         yield
 
 

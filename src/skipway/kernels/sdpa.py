@@ -33,7 +33,7 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and the attention weights where they are kept for backward (else an empty tensor)."""
     if keep_weights:
-        weights = attention_weights(q, k, bias, causal).to(v.dtype)
+        weights = attention_weights(q, k, bias, causal, hidden_rows(bias)).to(v.dtype)
         return weights @ v, weights
     return torch_attention(q, k, v, bias, causal), q.new_empty(0)
 
@@ -52,9 +52,10 @@ def attention_in_blocks(
     """Compute a few images or rows at a time: their logits stay in the cache, and the bias is broadcast to images."""
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keep_weights else q.new_empty(0)
+    hidden = hidden_rows(bias)
     for images, rows, keys in blocks(q, k, bias, causal):
         query, key, value = q[images, :, rows], k[images, :, keys], v[images, :, keys]
-        weights = attention_weights(query, key, bias, causal).to(v.dtype)
+        weights = attention_weights(query, key, bias, causal, hidden).to(v.dtype)
         out[images, :, rows] = weights @ value
         if keep_weights:
             kept[images, :, rows, keys] = weights
@@ -62,13 +63,23 @@ def attention_in_blocks(
     return out, kept
 
 
-def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+def hidden_rows(bias: Tensor | None) -> Tensor | None:
+    """Rows whose bias is −∞ throughout, (W, heads, T, 1); None where it is known that there are none: to ask an
+    accelerator would mean to wait for it.
+    """
+    if bias is None:
+        return None
+    hidden = bias.amax(-1, keepdim=True) == float("-inf")
+    return None if hidden.device.type == "cpu" and not bool(hidden.any()) else hidden
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, hidden: Tensor | None = None) -> Tensor:
     """Return softmax(q kᵀ / √d + B) of shape (N, heads, T, S), N a multiple of B's first axis; causal: the last key
     is that of the last row, and a row's weights of later keys are 0.
 
     It is computed in float32 at least: logits rounded to 16 bits are wrong by a few per cent of a weight. They are
-    scaled after the product, which may be rounded to 16 bits once more, where the entries of q have 16 bits. Rows whose
-    bias is −∞ throughout have weights of 0, as in torch.
+    scaled after the product, which may be rounded to 16 bits once more, where the entries of q have 16 bits. Rows of B
+    that are `hidden_rows` have weights of 0, as in torch.
     """
     scale, exact = q.shape[-1] ** -0.5, q.dtype.itemsize > 2
     logits = (q * scale if exact else q.float()) @ at_least_float32(k).mT
@@ -81,8 +92,8 @@ def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -
         later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
         logits[..., k.shape[-2] - rows :].masked_fill_(later, float("-inf"))
     weights = torch.softmax(logits, -1)
-    if bias is not None and bool((hidden := bias.amax(-1, keepdim=True) == float("-inf")).any()):
-        weights.unflatten(0, (-1, len(bias))).masked_fill_(hidden, 0)
+    if hidden is not None:
+        weights.unflatten(0, (-1, len(hidden))).masked_fill_(hidden, 0)
     return weights
 
 
@@ -134,11 +145,18 @@ attention_forward = add_kernel(
 def attention_backward_reference(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v and the bias (empty without one); weights that were not kept are recomputed.
+    """Return the gradients of q, k, v and the bias (empty without one); weights that were not kept are recomputed."""
+    weights = kept if kept.numel() else attention_weights(q, k, bias, causal, hidden_rows(bias)).to(v.dtype)
+    return gradients_from_weights(gradient, q, k, v, bias, weights)
+
+
+def gradients_from_weights(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and the bias.
 
     The gradient of the logits is computed in one pass, in float32 within, and rounded as its products need it.
     """
-    weights = kept if kept.numel() else attention_weights(q, k, bias, causal).to(v.dtype)
     to_logits = torch._softmax_backward_data(gradient @ v.mT, weights, -1, weights.dtype)
     to_bias = to_logits.new_empty(0)
     if bias is not None:
@@ -154,12 +172,14 @@ def attention_backward_in_blocks(
     to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
     to_bias: Tensor | int = 0
     sums: tuple[Tensor, Tensor] | None = None
+    hidden = None if kept.numel() else hidden_rows(bias)
     for images, rows, keys in blocks(q, k, bias, causal):
-        weights = kept[images, :, rows, keys] if kept.numel() else kept
         part, query, key, value = gradient[images, :, rows], q[images, :, rows], k[images, :, keys], v[images, :, keys]
-        block_q, block_k, block_v, block_bias = attention_backward_reference(
-            part, query, key, value, bias, causal, weights
-        )
+        if kept.numel():
+            weights = kept[images, :, rows, keys]
+        else:
+            weights = attention_weights(query, key, bias, causal, hidden).to(v.dtype)
+        block_q, block_k, block_v, block_bias = gradients_from_weights(part, query, key, value, bias, weights)
         to_q[images, :, rows] = block_q
         if rows == slice(0, q.shape[2]):
             to_k[images], to_v[images] = block_k, block_v

@@ -18,6 +18,7 @@ from skipway.registry import Registry, parse_spec
 from skipway.schemes import Scheme
 from skipway.schemes import parse_scheme as read_scheme
 from skipway.schemes.initialisation import initialise_
+from skipway.validation import check_rule, is_real, is_whole
 
 __all__ = [
     *("FAMILIES", "Family", "Variant", "build", "families", "find_config", "join_options", "split_options"),
@@ -203,16 +204,35 @@ def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
     return family, replace(config, **own) if own else config
 
 
-def check_options(name: str, options: Iterable[str], config: Any) -> None:
-    """Raise unless all options are fields of a config."""
-    known = {field.name for field in fields(config)}
-    for option in options:
+def check_options(name: str, options: Mapping[str, Any], config: Any) -> None:
+    """Raise unless all options are fields of a config, and numbers where those are."""
+    known = {field.name: str(field.type) for field in fields(config)}
+    for option, value in options.items():
         if option not in known:
             raise SkipwayError(f"{name}: {suggest('option', option, known)}")
+        kind, _, other = known[option].partition(" | ")
+        if kind in NUMBERS and not (other == "None" and value is None):
+            fits, rule = NUMBERS[kind]
+            check_rule(option, value, fits(value), f"{rule}, or None" if other == "None" else rule)
+
+
+def are_whole(value: object) -> bool:
+    """Whether a value is a row of whole numbers."""
+    return isinstance(value, Iterable) and all(map(is_whole, value))
+
+
+NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (is_whole, "a whole number"),
+    "float": (is_real, "a number"),
+    "tuple[int, ...]": (are_whole, "a tuple of whole numbers"),
+}
+"""Numeric types of a config's fields: what fits them, in words."""
 
 
 def own_config(name: str, depth: int | None) -> tuple[Family, Any]:
     """`find_config` for one of Skipway's own names."""
+    if depth is not None:
+        check_rule("depth", depth, is_whole(depth), "a whole number")
     for variant in variants():
         if Registry.key(variant.name) == Registry.key(name):
             return FAMILIES[variant.family], variant.config if depth is None else variant.at_depth(depth)
@@ -236,5 +256,10 @@ def own_config(name: str, depth: int | None) -> tuple[Family, Any]:
                 return family, config if depth is None else family.at_depth(depth, base=config)
     aliases = [alias for family in families() for alias in family.aliases]
     raise SkipwayError(
-        suggest("model", name, dict.fromkeys([*FAMILIES, *(variant.name for variant in variants()), *aliases]))
+        suggest(
+            "model",
+            name,
+            dict.fromkeys([*FAMILIES, *(variant.name for variant in variants()), *aliases]),
+            "skipway models",
+        )
     )

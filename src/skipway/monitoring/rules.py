@@ -26,7 +26,7 @@ DEAD, DEAD_RISE = 0.5, 0.2
 REPEATED_SPIKES = 3
 RECENT, PATIENCE = 64, 256
 """Losses of which a mean is taken, and losses before one that stands still says something."""
-STILL, RISEN, SOON_RISEN = 0.98, 1.5, 3.0
+STILL, RISEN, SOON_RISEN, HIGH = 0.98, 1.5, 3.0, 100.0
 REPEAT = 1000
 """Steps after which a rule warns again."""
 
@@ -172,6 +172,19 @@ def loss_risen(evidence: Evidence) -> Found:
         yield "", f"the loss has risen to {now:.4g}, from {first:.4g} in the first steps"
 
 
+def loss_high(evidence: Evidence) -> Found:
+    """After the first steps the loss is still a hundred times that of the best constant answer."""
+    half = RECENT // 4
+    if evidence.constant > 0 and len(evidence.losses) >= 2 * half:
+        now = fmean(evidence.losses[-half:])
+        if HIGH * evidence.constant < now < math.inf:
+            yield (
+                "",
+                f"the loss is {now:.4g} after {len(evidence.losses)} steps; the best constant answer has "
+                f"{evidence.constant:.4g}: the outputs are too large by orders of magnitude",
+            )
+
+
 def loss_flat(evidence: Evidence) -> Found:
     """After some hundred steps the loss is still that of the best constant answer, or that of the start."""
     losses = evidence.losses
@@ -221,6 +234,7 @@ RULES: tuple[Rule, ...] = (
     Rule("loss spike", loss_spike, OLMO),
     Rule("spikes of the gradient", gradient_spikes, OLMO, note=True),
     Rule("loss risen", loss_risen, "a loss above that of the start is worse than no training"),
+    Rule("loss high", loss_high, "the best constant answer needs no training: this network began far above it"),
     Rule("loss flat", loss_flat, "the best constant answer needs no input: nothing of it is used"),
     Rule("large update", large_update, USUAL),
     Rule("small update", small_update, USUAL),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError, counted
+from skipway.errors import SkipwayError
 from skipway.monitoring.attention import AttentionLogits
 from skipway.monitoring.call_record import Call, LastCall
 from skipway.nn import Residual
@@ -22,6 +22,7 @@ from skipway.probes.signals import to_floats
 from skipway.tracing import Example, call_model, preserved_state, unwrap
 from skipway.tracing.chain import Chain, WatchedConnection, chain
 from skipway.tracing.containers import tensors_in
+from skipway.tracing.paths import condense_paths
 from skipway.tracing.samples import SampleAxes, axis_of, find_sample_axes, has_axes
 
 __all__ = ["SAMPLES", "SIGNALS_OF_A_SAMPLE", "Rows", "SignalSampler", "block_names"]
@@ -89,8 +90,8 @@ class SignalSampler:
     def use_modules(self) -> None:
         """Sample the outputs of modules, where there are no connections or they cannot be measured."""
         self.connections, self.modules = (), block_names(self.inner)
-        found = counted(len(self.modules), "module")
-        self.remarks.append(f"no residual connection was found: the outputs of {found} are sampled instead")
+        names = condense_paths(self.modules)
+        self.remarks.append(f"no residual connection was found; sampled instead are the outputs of {names}")
 
     @property
     def inner(self) -> nn.Module:

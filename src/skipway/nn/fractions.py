@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from skipway.errors import SkipwayError
 from skipway.nn.gain import Gain
@@ -107,12 +108,18 @@ class DynamicFracConnection(FracConnection):
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = self.split(s).movedim(self.channel, -1)
-        mix, write = torch.tanh(self.map(self.norm(parts))).split((2 * self.fractions, 1), dim=-1)
+        mix, write = torch.tanh(without_autocast(self.mapped, parts)).split((2 * self.fractions, 1), dim=-1)
         static = self.static.view(self.fractions, *(1,) * (parts.ndim - 2), -1)
         weights = (static[..., :-1] + self.mix_scale(mix)).to(parts.dtype)
         mixed = without_autocast(combine_last, weights, parts).movedim(-1, self.channel)
         write = (static[..., -1:] + self.write_scale(write)).squeeze(-1).movedim(0, self.channel)
         return self.merge(mixed[: self.fractions]), self.merge(mixed[self.fractions :]), write
+
+    def mapped(self, parts: Tensor) -> Tensor:
+        """norm(Hᵢ) W of each fraction, in the type of the stream: (…, d/m) → (…, 2 m + 1)."""
+        # not `normed_product`: with so few channels, the mean square less the squared mean may lose its digits
+        gain, bias, weight = (each.to(parts.dtype) for each in (self.norm.weight, self.norm.bias, self.map.weight))
+        return F.linear(F.layer_norm(parts, self.norm.normalized_shape, gain, bias, self.norm.eps), weight)
 
 
 def combine_last(weights: Tensor, parts: Tensor) -> Tensor:

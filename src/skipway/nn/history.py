@@ -19,6 +19,7 @@ from skipway.nn.initial import FanInNormal, Zeros
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
 from skipway.nn.shortcut import Carry, Pad, Projection
+from skipway.nn.stream_algebra import without_autocast
 from skipway.nn.streams import StreamExit, Streams
 
 __all__ = [
@@ -99,11 +100,11 @@ class AttentionRead(nn.Module):
         return len(sources) * x if self.rescale else x
 
     def logit(self, source: Tensor) -> Tensor:
-        """wᵀ v / rms(v), in float32 at least, with 1 in place of the channels."""
+        """wᵀ v / rms(v), in float32 at least, with 1 in place of the channels; wᵀ v in the type of v."""
         wide = torch.promote_types(source.dtype, torch.float32)
         size = torch.linalg.vector_norm(source, dim=self.channel, keepdim=True, dtype=wide)
         rms = (size.square() / source.shape[self.channel] + self.epsilon).sqrt()
-        product = source.movedim(self.channel, -1) @ self.query.to(source.dtype)
+        product = without_autocast(torch.matmul, source.movedim(self.channel, -1), self.query.to(source.dtype))
         return product.unsqueeze(self.channel) / rms
 
     def extra_repr(self) -> str:

@@ -23,9 +23,9 @@ class ManifoldHyperConnection(Streams):
     computed from all streams of a token (Xie et al. 2025, "mHC", eq. 3 and 7-9).
 
     With v = rms(s₁ … sₙ), one vector of n·dim numbers, and a W v + b for each of the three: x = Σ σ(·)ⱼ sⱼ, carriedₖ =
-    Σ Hⱼₖ sⱼ, writeₖ = 2 σ(·)ₖ. Weights are computed in float32 (W v in the type of autocast, where that is on). H is
-    `sinkhorn` of n × n logits, or a softmax over the n! permutation matrices ("mHC-lite", arXiv:2601.05732), which is
-    doubly stochastic exactly, without iterations.
+    Σ Hⱼₖ sⱼ, writeₖ = 2 σ(·)ₖ. Weights are computed in float32 (the product of W in the type of the streams), whatever
+    autocast says. H is `sinkhorn` of n × n logits, or a softmax over the n! permutation matrices ("mHC-lite",
+    arXiv:2601.05732), which is doubly stochastic exactly, without iterations.
 
     At the start a = 0.01 and W ~ N(0, 0.02²). b is ours, since the paper does not say: reads of 1/n, writes of 1,
     `hold` on the diagonal of the logits, or on the permutation that is the identity.

@@ -8,13 +8,32 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from skipway.errors import SkipwayError
+from skipway.nn.gain import Bias
+from skipway.nn.kit import Kit
 from skipway.nn.streams import StreamExit, Streams, unfold
 
-__all__ = ["NormedPair", "NormedPairExit"]
+__all__ = ["NormedPair", "NormedPairExit", "pair_norm"]
 
 MakeNorm = Callable[[int], nn.Module]
 
 PLAIN: MakeNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def pair_norm(name: str, kit: Kit | None) -> MakeNorm | None:
+    """The norm of a dressed kit for the two streams of a scheme; None without a kit.
+
+    Raises:
+        SkipwayError: another scheme has removed it, or put a bias in its place.
+    """
+    if kit is None:
+        return None
+    if kit.norm is None or isinstance(kit.norm(1), Bias):
+        raise SkipwayError(
+            f"scheme={name!r}: its two streams are told apart by norms, and another scheme of the stack removes them; "
+            "the rule is one that keeps the norm (norm='keep', where it has that choice)"
+        )
+    return kit.norm
 
 
 class NormedPair(Streams):

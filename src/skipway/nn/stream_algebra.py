@@ -37,7 +37,8 @@ def as_float32(x: Tensor) -> Tensor:
 def without_autocast(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in the types of its arguments, the first of which is a tensor, whatever autocast says."""
     kind = arguments[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    # torch refuses the question about a device that has no autocast, "meta" for example
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return function(*arguments)
     with torch.autocast(kind, enabled=False):
         return function(*arguments)

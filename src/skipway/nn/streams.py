@@ -18,7 +18,7 @@ from skipway.nn.initial import Zeros
 from skipway.nn.maps import Linear
 from skipway.nn.role import Role
 from skipway.nn.shortcut import Cut
-from skipway.nn.stream_algebra import add_written, mix_streams, normed_product
+from skipway.nn.stream_algebra import add_written, mix_streams, normed_product, without_autocast
 
 __all__ = ["DynamicHyperConnection", "HyperConnection", "StreamEntry", "StreamExit", "Streams", "by_sample", "unfold"]
 
@@ -241,7 +241,8 @@ class DynamicHyperConnection(HyperConnection):
         weight = self.map.weight * self.norm.weight
         weight = weight - weight.mean(-1, keepdim=True)
         found = normed_product(streams.flatten(0, 2).unsqueeze(0), weight.unsqueeze(0), self.norm.eps, centred=True)
-        found = torch.tanh(found + self.map.weight @ self.norm.bias).view(*streams.shape[:-1], -1).permute(1, 2, 0, 3)
+        found = torch.tanh(found + without_autocast(torch.matmul, self.map.weight, self.norm.bias))
+        found = found.view(*streams.shape[:-1], -1).permute(1, 2, 0, 3)
         mix, write = found.split((self.count + 1, 1), dim=-1)
         read, carried = self.mixed(s, streams, self.static[:, :-1] + self.mix_scale(mix))
         write = (self.static[:, -1:] + self.write_scale(write)).squeeze(-1)

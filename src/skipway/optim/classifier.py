@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 
 from torch import Tensor, nn
 
 from skipway.nn import Classifier, Residual, Role
-from skipway.optim.roles import WEIGHT
-from skipway.tracing import Program
+from skipway.optim.roles import WEIGHT, owner_of
+from skipway.tracing import Program, Value
 
 __all__ = ["classifier_weights"]
 
@@ -19,9 +20,9 @@ FOLLOWING = frozenset({"carry", "scale", "shift", "nonlinear", "softmax", "pool"
 def classifier_weights(model: nn.Module, program: Program | None, roles: Mapping[str, Role]) -> list[Tensor]:
     """The matrices that the scores are computed with, frozen ones included; none of a trunk.
 
-    A network may say which one it is (`classifier_weight()`), or hold a `Classifier`. In others it is seen in the
-    program that they run, and without one it is the last linear map outside of connections, in the order of
-    registration.
+    A network may say which one it is (`classifier_weight()`). In others it is seen in the program that they run, and
+    without one it is the last linear map outside of connections, in the order of registration; or each `Classifier`
+    behind which no other map is registered.
 
     Args:
         model: any module.
@@ -31,11 +32,8 @@ def classifier_weights(model: nn.Module, program: Program | None, roles: Mapping
     said = getattr(model, "classifier_weight", None)
     if callable(said) and isinstance(weight := said(), nn.Parameter):
         return [weight]
-    typed = [module.weight for module in model.modules() if isinstance(module, Classifier)]
-    if typed:
-        return typed
     named = dict(model.named_parameters(remove_duplicate=False))
-    names = names_outside(model, roles)[-1:] if program is None else names_of_scores(program)
+    names = last_names(model, roles) if program is None else names_of_scores(program)
     return [named[name] for name in names if name in named and named[name].ndim > 1]  # a program names buffers, too
 
 
@@ -51,11 +49,26 @@ def names_of_scores(program: Program) -> list[str]:
         if value.part == "map" and value.norm is None:
             constants = (program[operand] for operand in value.operands if not program[operand].signal)
             names.update((name, None) for constant in constants for name in sorted(constant.parameters))
-        elif value.norm is None and (value.part in FOLLOWING or (value.part == "sum" and len(value.shape) == 2)):
+        elif value.norm is None and (value.part in FOLLOWING or adds_scores(program, value)):
             waiting += program.signals(value)
         else:
             return []
     return list(names)
+
+
+def adds_scores(program: Program, value: Value) -> bool:
+    """Whether a sum adds scores of several ways, and not a branch to the stream that it was computed from."""
+    if value.part != "sum" or len(value.shape) != 2:
+        return False
+    terms = program.signals(value)
+    return not any(one != other and program.depends(one, other) for one in terms for other in terms)
+
+
+def last_names(model: nn.Module, roles: Mapping[str, Role]) -> list[str]:
+    """The last of `names_outside`, or several where they are `Classifier`s."""
+    names = names_outside(model, roles)
+    heads = list(takewhile(lambda name: isinstance(model.get_submodule(owner_of(name)), Classifier), reversed(names)))
+    return heads or names[-1:]
 
 
 def names_outside(model: nn.Module, roles: Mapping[str, Role]) -> list[str]:

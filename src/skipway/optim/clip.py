@@ -64,7 +64,8 @@ class AdaptiveClip:
     """Adaptive gradient clipping per unit: g_i <- g_i min(1, share max(|w_i|, 1e-3) / |g_i|) (Brock 2021, eq. 3).
 
     A unit is a row of a weight matrix or kernel; a parameter of at most one axis is one unit. The classifier's weight,
-    which the groups of `param_groups` name, is not clipped, as in the paper.
+    which the groups of `param_groups` name, is not clipped, as in the paper; without groups, or with groups that were
+    made otherwise, which name none, it is clipped as well.
 
     >>> import torch
     >>> first, last = torch.nn.Parameter(torch.ones(1, 4)), torch.nn.Parameter(torch.ones(1, 4))

@@ -199,10 +199,11 @@ class Muon:
 
 
 def part_of_group(group: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
-    """Some parameters of a group, by their places, as a group of their own."""
+    """Some parameters of a group, by their places, as a group of their own; its marks, if it has any, move along."""
     marks = {
         name: [number for number, place in enumerate(places) if place in group[name]]
         for name in ("matrices", "classifier")
+        if name in group
     }
     return {**group, **marks, "params": [group["params"][place] for place in places]}
 

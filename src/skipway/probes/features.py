@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, suggest
@@ -15,6 +16,7 @@ from skipway.nn import Residual, StageMap, StreamExit
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_example, call_model, unwrap
 from skipway.tracing.chain import WatchedConnection, chain
+from skipway.tracing.containers import map_tensors
 
 __all__ = ["features", "stage_features", "stage_maps"]
 
@@ -118,7 +120,7 @@ def features(model: nn.Module, example: Example, taps: Iterable[str] | None = No
     found = {name: connection_tap(name, owners, ours) if ":" in name else module_tap(name, modules) for name in names}
     observer = TapObserver(model, watched, found)
     with observer:
-        call_model(model, example)
+        call_model(model, map_tensors(torch.clone, example))  # which it may write into; gradients pass
     silent = [name for name in found if name not in observer.tensors]
     if silent:
         raise SkipwayError(

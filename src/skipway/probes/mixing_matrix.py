@@ -21,6 +21,7 @@ from skipway.probes.stream_taps import StreamTaps
 from skipway.tracing import Example, as_batch, call_model, preserved_state, unwrap, watch
 from skipway.tracing.chain import Connection, chain, chain_from_program
 from skipway.tracing.containers import map_tensors
+from skipway.tracing.example import copy_example
 
 __all__ = ["DepthMixing", "depth_mixing"]
 
@@ -154,9 +155,13 @@ def differentiable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def as_input(tensor: Tensor) -> Tensor:
-    """An input in whose graph what is computed from it stands; in-place operators may write into it."""
-    return tensor.detach().clone().requires_grad_() * 1 if tensor.is_floating_point() else tensor
+def as_inputs(example: Example) -> Example:
+    """Inputs in whose graph what is computed from them stands, copies that in-place operators may write into."""
+
+    def as_input(tensor: Tensor) -> Tensor:
+        return tensor.requires_grad_() * 1 if tensor.is_floating_point() else tensor
+
+    return map_tensors(as_input, copy_example(example))
 
 
 def depth_mixing(
@@ -194,14 +199,13 @@ def depth_mixing(
     """
     example, targets = as_batch(example, targets)
     names, cutter, stem_is_read = choose_cutter(model, example)
-    given = map_tensors(as_input, example)
     with preserved_state(model), differentiable(model), torch.enable_grad():
         with FrozenNorms(), cutter:  # the outer of the two, whose own additions the cutter must not see
-            call_model(cutter.model, given)
+            call_model(cutter.model, as_inputs(example))
             assert cutter.last is not None
             coefficients, shares = read_forward([*cutter.carried, cutter.last], cutter.sources)
         with cutter:
-            value = compute_loss(call_model(cutter.model, given), targets, loss, example)
+            value = compute_loss(call_model(cutter.model, as_inputs(example)), targets, loss, example)
             gradients = read_backward(value, cutter.branches, cutter.sources)
     if not stem_is_read:
         gradients[:, 0] = math.nan
@@ -250,7 +254,7 @@ def read_forward(carried: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, 
     for row, read in enumerate(carried):
         given, before = read.detach(), sources[: row + 1]
         size = inner(given, given) or math.nan
-        signs = (torch.randint(2, given.shape, generator=generator) * 2 - 1).to(given)
+        signs = (torch.randint(2, given.shape, generator=generator, device="cpu") * 2 - 1).to(given)
         for column, (source, product) in enumerate(zip(before, products(read, before, given), strict=True)):
             shares[row, column] = inner(product, source.detach()) / size
         for column, product in enumerate(products(read, before, signs)):

@@ -83,7 +83,7 @@ def choose_objective(
     |---|---|
     | `loss` | it |
     | an output with one number that requires a gradient, or with `.loss` | the model's own; where targets are there that the model was not given, or next tokens, only `.loss` or one that is computed from the output and fits no targets: another one is a part of the loss, such as a router's or a KL term, and left out |
-    | an output of such numbers alone by name, as torchvision's detectors put out | their sum; the total alone where one of them has the others in it |
+    | an output of such numbers alone by name, as torchvision's detectors put out | their sum, without those that another is the weighted sum of: a total is taken alone |
     | targets | of each part of the output that they fit, added: cross-entropy over the axis that they lack, the mean square for real targets of the output's shape, binary cross-entropy for 0 and 1 of the output's shape |
     | tokens and an output over their vocabulary | cross-entropy of each next token |
     | none | of each part of the output, added: cross-entropy to labels drawn at random, or the mean square to noise |
@@ -160,35 +160,60 @@ def own_loss(output: Any) -> Objective | None:
     if not losses:
         return None
     if isinstance(output, Mapping) and all("loss" in name for name in losses):
-        if (total := total_of({name: entries[name] for name in losses})) is not None:
-            words = f"the model's own (output {total}, with the others in it: {', '.join(losses)})"
-            return Objective(partial(sum_parts, [total]), words, own=True)
-        words = f"the sum of the model's own: {', '.join(losses)}"
-        return Objective(partial(sum_parts, losses), words, own=True)
+        outer = outermost({name: entries[name] for name in losses})
+        within = ", ".join(name for name in losses if name not in outer)
+        words = (
+            f"the sum of the model's own: {', '.join(outer)}" if outer[1:] else f"the model's own (output {outer[0]})"
+        )
+        if within:
+            words = f"{words}, which {'have' if outer[1:] else 'has'} others in it: {within}"
+        return Objective(partial(sum_parts, outer), words, own=True)
     raise SkipwayError(f"the model puts out {len(losses)} numbers ({', '.join(losses)}); say which is the loss: {GIVE}")
 
 
-def total_of(losses: Mapping[str, Tensor]) -> str | None:
-    """The loss that has all others in it: one that is computed from them, or as large as their sum; None where none is.
+def outermost(losses: Mapping[str, Tensor]) -> list[str]:
+    """The losses that are part of no other one, whose sum has each of them in it once: the total alone, where there is
+    one.
+
+    A loss is part of another that is computed from it as a sum with weights above 0, and all are part of one that is
+    called a total and is computed from them or as large as their sum. What is of that size by chance is not.
 
     Raises:
-        SkipwayError: one is called a total, and is none.
+        SkipwayError: one is called a total, and is none; or is computed from others in another way, as a perplexity is.
     """
-    for name, value in losses.items():
-        others = [each for key, each in losses.items() if key != name]
-        found = torch.autograd.grad(value, others, retain_graph=True, allow_unused=True)
-        if all(each is not None for each in found):
-            return name
-        # two that are equal may be of one size by chance, as at an output of zeros
-        if (is_named_total(name) or len(losses) > 2) and is_sum(value, others):
-            return name
     named = next(filter(is_named_total, losses), None)
-    if named is None:
-        return None
-    raise SkipwayError(
-        f"the model puts out {len(losses)} losses ({', '.join(losses)}), and {named} is not the sum of the others; "
-        f"{GIVE}"
-    )
+    if named is not None:
+        others = {key: each for key, each in losses.items() if key != named}
+        if others.keys() <= slopes_of(losses[named], others).keys() or is_sum(losses[named], list(others.values())):
+            return [named]
+        raise SkipwayError(
+            f"the model puts out {len(losses)} losses ({', '.join(losses)}), and {named} is not the sum of the others; "
+            f"{GIVE}"
+        )
+    inside: set[str] = set()
+    for name, value in losses.items():
+        others = {key: each for key, each in losses.items() if each is not value}
+        slopes = slopes_of(value, others)
+        if any(bool(slope <= 0) or bends(slope, others) for slope in slopes.values() if not slope.is_meta):
+            raise SkipwayError(
+                f"the model puts out {len(losses)} losses ({', '.join(losses)}), and {name} is computed from "
+                f"{', '.join(slopes)} otherwise than as a sum with weights above 0; {GIVE}"
+            )
+        inside |= slopes.keys()
+    return [name for name in losses if name not in inside]
+
+
+def slopes_of(value: Tensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The derivatives of a number by those others that it is computed from."""
+    if not value.requires_grad or not parts:
+        return {}
+    found = torch.autograd.grad(value, list(parts.values()), create_graph=True, allow_unused=True)
+    return {name: each for name, each in zip(parts, found, strict=True) if each is not None}
+
+
+def bends(slope: Tensor, parts: Mapping[str, Tensor]) -> bool:
+    """Whether a derivative depends on the numbers that it is by."""
+    return any(bool(each != 0) for each in slopes_of(slope, parts).values())
 
 
 def is_named_total(name: str) -> bool:

@@ -19,6 +19,7 @@ from skipway.probes.objective import Loss, compute_loss
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_batch, call_model, preserved_state
 from skipway.tracing.chain import WatchedConnection, chain
+from skipway.tracing.example import copy_example
 from skipway.tracing.residual_adds import StreamAxis
 
 __all__ = ["Probe", "Signals", "probe"]
@@ -250,7 +251,7 @@ def probe(
     value: Tensor | None = None
     with preserved_state(model), Probe(model, watched, measures, modules) as watcher:
         with torch.set_grad_enabled(watcher.backward):
-            output = call_model(watcher.model, example)
+            output = call_model(watcher.model, copy_example(example, gradients=True))
             if watcher.backward:
                 value = compute_loss(output, targets, loss, example)
                 if watcher.edges and value.requires_grad:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError, counted
 from skipway.hardware.precision import widest
 from skipway.nn import StreamEntry
-from skipway.probes.mixing_matrix import SHOWN, as_input, differentiable
+from skipway.probes.mixing_matrix import SHOWN, as_inputs, differentiable
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_example, call_model, preserved_state, unwrap
 from skipway.tracing.chain import Connection, WatchedConnection, chain
-from skipway.tracing.containers import map_tensors
 
 __all__ = ["StreamHealth", "stream_health"]
 
@@ -77,13 +76,14 @@ class StreamHealth:
         width = max(24, *map(len, self.names))
         connections = counted(len(self.names), "connection")
         head = f"{connections} over {self.mixing.shape[-1]} streams, products of the mixing so far"
-        titles = ("forward", "backward", "|λ₂|", "cosine", "response")
+        columns = {"|λ₂|": self.difference, "cosine": self.similarity, "response": self.response}
+        columns = {title: values for title, values in columns.items() if not values.isnan().all()}
         lines = [
             head,
-            f"{'':{width}}  {titles[0]:>13}  {titles[1]:>13}" + "".join(f"  {each:>8}" for each in titles[2:]),
+            f"{'':{width}}  {'forward':>13}  {'backward':>13}" + "".join(f"  {title:>8}" for title in columns),
         ]
         step = max(1, math.ceil(len(self.names) / SHOWN))
-        numbers = zip(self.difference, self.similarity, self.response, strict=True)
+        numbers = zip(*columns.values(), strict=True)
         for row, (name, rest) in enumerate(zip(self.names, numbers, strict=True)):
             if row % step == 0 or row == len(self.names) - 1:
                 gains = (self.forward_gain[row], self.backward_gain[row])
@@ -105,7 +105,8 @@ def mixing_matrix(state: Tensor, carried: Tensor, streams: Any) -> Tensor:
         streams: (tensor) → its streams, (n, …).
     """
     apart = streams(carried)
-    signs = torch.randint(2, apart.shape[1:], generator=torch.Generator().manual_seed(0)).to(apart) * 2 - 1
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, apart.shape[1:], generator=generator, device="cpu").to(apart) * 2 - 1
     rows = []
     for each in apart:
         (found,) = torch.autograd.grad(each, state, signs, retain_graph=True, allow_unused=True)
@@ -210,7 +211,7 @@ def stream_health(model: nn.Module, example: Example) -> StreamHealth:
             several = (each for each in chain(model, example) if each.seen.streams is not None)
             found = [each for each in several if each.seen.streams and each.seen.streams.axis.axis is not None]
             tap = stack.enter_context(StreamObserver(model, found))
-        call_model(model, map_tensors(as_input, example))
+        call_model(model, as_inputs(example))
     names = tuple(name for name in tap.mixing if tap.mixing[name].shape == next(iter(tap.mixing.values())).shape)
     if not names:
         raise SkipwayError(

@@ -336,14 +336,15 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 def format_tick(value: float, percent: bool = False) -> str:
     """Format a number on an axis.
 
-    >>> format_tick(10000.0), format_tick(0.01), format_tick(1e9), format_tick(1e-5), format_tick(0.2, percent=True)
-    ('10,000', '0.01', '1e9', '1e-5', '20 %')
+    >>> format_tick(10000.0), format_tick(0.01), format_tick(1e9), format_tick(2e-4), format_tick(0.2, percent=True)
+    ('10,000', '0.01', '1e9', '2e-4', '20 %')
     """
     if percent:
         return f"{100 * value:g} %"
     if 1 <= abs(value) < 1e6 and float(value).is_integer():
         return f"{value:,.0f}"
-    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    text = f"{value:.3g}" if abs(value) >= 1e-3 or not value else f"{value:.2e}".replace(".00e", "e").replace("0e", "e")
+    return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def format_value(value: float) -> str:

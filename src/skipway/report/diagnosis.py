@@ -12,7 +12,7 @@ from skipway.diagnosis.diagnosis import summary_of
 from skipway.diagnosis.findings import Verdict, format_number, format_share
 from skipway.diagnosis.rows import SignalRow
 from skipway.diagnosis.subject import Subject
-from skipway.diagnosis.table import SYMBOLS, compact, marks_text, offer_text, verdict_sentence
+from skipway.diagnosis.table import SYMBOLS, compact, marks_text, offer_lines, verdict_sentence
 from skipway.errors import SkipwayError, counted
 from skipway.nn import StreamEntry
 from skipway.probes.stream_health import stream_health
@@ -60,7 +60,7 @@ def diagnosis_page(shown: Diagnosis | Treatment, command: str = "", name: str = 
         color="fair" if treatment and treatment.before.verdict != diagnosis.verdict else COLORS[diagnosis.verdict],
         sentence=treatment_sentence(treatment) if treatment else verdict_sentence(diagnosis.verdict, diagnosis.grounds),
         meaning=meaning_of(diagnosis),
-        offers=[] if treatment else [offer_text(offer, diagnosis.odds) for offer in diagnosis.offers],
+        offers=[] if treatment else offer_lines(diagnosis.offers, diagnosis.odds),
         trial=trial_figures(diagnosis, treatment.before if treatment else None),
         key_numbers=[(name, format_number(value)) for name, value in numbers],
         symbols=SYMBOLS,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipway.errors import MissingExtraError
-from skipway.report.chart import Band, Figure, Series
+from skipway.report.chart import Band, Figure, Series, format_tick
 from skipway.report.svg_style import COLORS, clipped
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ __all__ = ["save_picture"]
 LEVELS = {"fatal": "#b2182b", "serious": "#c98500", "note": "#5c6166"}
 MARKERS, DASHES = "osD^v", ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.5, 2)))
 INK, EDGE, FAINT = "#333333", "#888888", "#b9bfc5"
-WIDTH, PANEL, RESOLUTION = 8.6, 2.1, 160
+WIDTH, PANEL, RESOLUTION = 6.4, 1.9, 200
 FONT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": EDGE}
-MOST_MARKERS, MOST_NAMES, NAME_LETTERS, LETTERS, MOST_LANES = 60, 9, 24, 100, 4
+MOST_MARKERS, MOST_NAMES, NAME_LETTERS, LETTERS, MOST_LANES = 60, 9, 24, 74, 4
 
 
 def save_picture(
@@ -57,9 +57,9 @@ def save_picture(
                 axes.set_axis_off()
                 continue
             draw_panel(axes, figure, outermost=columns > 1 or place == len(figures) - 1, labelled=place == 0)
-        lines = textwrap.wrap(title, 84, max_lines=2, placeholder=" …")
+        lines = textwrap.wrap(title, 62, max_lines=2, placeholder=" …")
         picture.suptitle("\n".join(lines), fontsize=11, fontweight="bold", x=0.01, ha="left")
-        below = [line for part in note.splitlines() for line in textwrap.wrap(part, 125, max_lines=2, placeholder=" …")]
+        below = [line for part in note.splitlines() for line in textwrap.wrap(part, 92, max_lines=2, placeholder=" …")]
         picture.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=8, color=INK)
         for text in picture.findobj(Text):
             if not (shown := text.get_text()).isascii():  # halves of surrogate pairs, as in names of files, are no text
@@ -74,6 +74,9 @@ def draw_panel(axes: Axes, figure: Figure, *, outermost: bool, labelled: bool) -
     axes.set_xscale("log" if figure.log_x else "linear")
     axes.set_yscale("log" if y_axis.log else "linear")
     axes.set_ylim(y_axis.low, y_axis.high)
+    if y_axis.log:  # the labels of the page; matplotlib's own are 6 × 10⁻¹ where the axis is short
+        axes.set_yticks(y_axis.ticks, [format_tick(value) for value in y_axis.ticks])
+        axes.yaxis.set_minor_formatter("")
     if figure.span:
         axes.set_xlim(*figure.span)
     for series in figure.series:

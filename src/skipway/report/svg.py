@@ -31,7 +31,7 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 14, 16, 38
 MOST_MARKERS, MOST_TOOLTIPS = 60, 250
 """Points up to which a series shows a marker for each, and up to which each has a tooltip."""
 MOST_TICKS, TICK_ROOM = 12, 30.0
-FEW_SERIES, LABEL_LETTERS, LABEL_GAP = 4, 20, 12.0
+FEW_SERIES, LABEL_LETTERS, LABEL_GAP = 4, 24, 13.0
 """Series beyond which each is labelled at its end, letters of such a label, and the distance of two."""
 MOST_TOGETHER, PANEL_COLUMNS, PANEL_HEIGHT, PANEL_POINTS = 8, 4, 84, 40
 """Series beyond which each is drawn alone, too, and of these pictures the columns, the height and the points."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from skipway.nn import NormedPair, NormedPairExit, StreamEntry
 from skipway.nn.kit import Kit
+from skipway.nn.normed_pair import pair_norm
 from skipway.nn.placement import Placement
 from skipway.nn.site import Kind, Site
 from skipway.schemes.scheme import Scheme
@@ -52,10 +53,10 @@ class DualResidual(Scheme):
         return placement.to("post") if site is None else replace(placement, pre=(), inside=(), end=(), post=())
 
     def streams(self, site: Site, kit: Kit | None = None) -> NormedPair:
-        return NormedPair(site.entry, normalised=site.index > 0, fused=False, norm=None if kit is None else kit.norm)
+        return NormedPair(site.entry, normalised=site.index > 0, fused=False, norm=pair_norm("dualresidual", kit))
 
     def open(self) -> nn.Module:
         return StreamEntry(2)
 
     def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module:
-        return NormedPairExit(dim, norm=None if kit is None else kit.norm)
+        return NormedPairExit(dim, norm=pair_norm("dualresidual", kit))

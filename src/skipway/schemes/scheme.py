@@ -22,7 +22,7 @@ from skipway.validation import check_rule
 
 __all__ = ["Scheme", "Stack", "all_schemes", "parse_scheme", "short_spec"]
 
-REGISTRY: Registry[type[Scheme]] = Registry("scheme")
+REGISTRY: Registry[type[Scheme]] = Registry("scheme", "skipway schemes")
 
 
 class Scheme:

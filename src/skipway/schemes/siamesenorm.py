@@ -7,6 +7,7 @@ from torch import nn
 
 from skipway.nn import NormedPair, NormedPairExit, StreamEntry
 from skipway.nn.kit import Kit
+from skipway.nn.normed_pair import pair_norm
 from skipway.nn.placement import Placement
 from skipway.nn.site import Kind, Site
 from skipway.schemes.scheme import Scheme
@@ -52,10 +53,10 @@ class SiameseNorm(Scheme):
 
     def streams(self, site: Site, kit: Kit | None = None) -> NormedPair:
         factor = (2 * (site.index // 2 + 1)) ** -0.5
-        return NormedPair(site.entry, fused=True, factor=factor, norm=None if kit is None else kit.norm)
+        return NormedPair(site.entry, fused=True, factor=factor, norm=pair_norm("siamesenorm", kit))
 
     def open(self) -> nn.Module:
         return StreamEntry(2)
 
     def close(self, dim: int, spatial: int, kit: Kit | None = None) -> nn.Module:
-        return NormedPairExit(dim, norm=None if kit is None else kit.norm)
+        return NormedPairExit(dim, norm=pair_norm("siamesenorm", kit))

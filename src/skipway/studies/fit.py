@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipway.data import Batch, Data, DataChoices, load
-from skipway.hardware.precision import widest, widest_type
+from skipway.hardware.precision import widest
 from skipway.nn.warmup import set_step
 from skipway.optim.groups import param_groups
 from skipway.optim.optimizers import parse_optimizer
@@ -115,7 +115,7 @@ def fit(
     if watch is not None:
         watch(0)
     for epoch in range(settings.epochs):
-        totals = torch.zeros(2, dtype=widest_type(target), device=target)
+        totals = widest(torch.zeros(2, device=target))
         for batch in data.train_batches(seed=settings.seed, epoch=epoch, batch_size=settings.batch_size, device=target):
             set_lr(optimizer, lr_factor(taken, settings.epochs * steps, settings.warmup, shape))
             totals += fit_batch(model, optimizer, batch, settings.clip)

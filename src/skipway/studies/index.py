@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from skipway.errors import counted
 from skipway.report.page import PageTable, TableCell, number_cell, text_cell, write_page
+from skipway.studies.grid import find_gap, judge
 from skipway.studies.page import measured_rows, score_text, shown_verdicts, write_study_page
 from skipway.studies.runner import read_rows
 from skipway.studies.study import Answer, Study, Verdict, studies
@@ -34,7 +35,7 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
         if path is not None:
             rows = read_rows(folder, study)
             measured = measured_rows(rows)
-            found = study.conclude(measured)
+            found, gap = judge(study, measured), find_gap(study, measured)
             verdicts += found
             lines.append(overview_row(study, found, len(rows)))
             entries.append(
@@ -42,6 +43,7 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
                     "study": study,
                     "cells": len(rows),
                     "verdicts": shown_verdicts(found),
+                    "gap": "" if gap is None else gap.text,
                     "figure": next(iter(study.figures(measured)), None),
                 }
             )

@@ -16,6 +16,7 @@ from skipway.report.chart import format_value
 from skipway.report.page import PageTable, TableCell, number_cell, text_cell, write_page
 from skipway.report.svg import svg_file
 from skipway.studies.cell import BUDGETS, Budget, Choices, Row, Value
+from skipway.studies.grid import find_gap, judge
 from skipway.studies.runner import read_rows
 from skipway.studies.statistics import SeedValues, group_values
 from skipway.studies.study import Answer, Study, Verdict
@@ -104,17 +105,19 @@ def write_study_page(study: Study, folder: Path) -> Path | None:
             folder / f"{study.name}-{figure.name}.svg", lambda aside, content=content: aside.write_bytes(content)
         )
     published, unmatched = published_table(study, measured)
-    verdicts = study.conclude(measured)
+    verdicts, gap = judge(study, measured), find_gap(study, measured)
     opening, method = method_of(study)
     values: dict[str, Any] = {
         "title": study.title,
         "study": study,
         "command": study_command(study, rows),
         "score": score_text(verdicts),
+        "gap": "" if gap is None else gap.text,
         "verdicts": shown_verdicts(verdicts),
         "opening": opening,
         "method": method,
         "figures": figures,
+        "repeated": any(point.count > 1 for figure in figures for line in figure.series for point in line.points),
         "summary": summary_table(study.summary(measured)),
         "published": published,
         "unmatched": unmatched,
@@ -222,7 +225,7 @@ def facts(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     seconds = sum(float(row.get("seconds") or 0) for row in rows)
     yield "cells", f"{len(rows):,}"
     yield "seeds", str(len({row.get("seed") for row in rows}))
-    yield "total time", f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+    yield "time, all cells added up", f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
     columns = {"data": "dataset", **{name: name for name in ("budget", "date", "device", "machine", "torch")}}
     for name, column in columns.items():
         text = ", ".join(dict.fromkeys(str(row[column]) for row in rows if row.get(column) is not None))

@@ -13,6 +13,7 @@ from skipway.errors import SkipwayError, counted
 from skipway.hardware.limits import cpu_count
 from skipway.hardware.processor import cpu_name
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
+from skipway.studies.grid import check_choices
 from skipway.studies.study import Study
 from skipway.studies.table import StudyTable, merge_rows, parts_of
 from skipway.studies.workers import CellResult, measure_cell, measure_cells
@@ -102,11 +103,9 @@ def run(
         rows of the requested cells, measured now or earlier; failed cells have an `error`.
 
     Raises:
-        SkipwayError: the choices leave no cell.
+        SkipwayError: the choices leave no cell, or one that cannot be built.
     """
-    cells = list({cell.key: cell for cell in study.cells(budget, choices)}.values())
-    if not cells:
-        raise SkipwayError(f"{study.name} has no cell for these choices; omit one of them, or see skipway study --list")
+    cells = check_choices(study, choices, budget)
     if share is not None:
         cells = cells[share.index :: share.count]
     known = {row["key"]: row for row in read_rows(folder, study)}

@@ -82,6 +82,8 @@ class Study:
     """Duration of the cpu budget and the hardware on which it was measured."""
     published: ClassVar[tuple[Published, ...]] = ()
     """Published numbers that the page compares with."""
+    specs: ClassVar[bool] = True
+    """Whether a spec string can be measured beside the study's own schemes."""
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         """Return the grid of a budget; the user's choices replace its values."""
@@ -90,6 +92,10 @@ class Study:
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         """Measure one cell and return its results."""
         raise NotImplementedError
+
+    def dial(self, cell: Cell) -> tuple[str, int] | None:
+        """Return the model and depth from which a cell's network is built; None where every depth can be built."""
+        return None
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         """Return a verdict for each claim."""

@@ -99,6 +99,9 @@ class VariantStudy(Study):
         """Return the variants that are trained in a family."""
         return list(self.variants)
 
+    def dial(self, cell: Cell) -> tuple[str, int] | None:
+        return ("resnet", 2 * cell["depth"] + 2) if cell.get("family") == "resnet" else None
+
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         torch.manual_seed(cell["seed"])

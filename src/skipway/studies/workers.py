@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from skipway.errors import SkipwayError
 from skipway.studies.cell import Cell, Row
 from skipway.studies.study import Study
 
@@ -39,7 +40,9 @@ def measure_cell(study: Study, cell: Cell, device: str) -> CellResult:
 
 
 def describe_exception(raised: BaseException) -> str:
-    """Format an exception in one line, with the file and line that raised it."""
+    """Format an exception in one line, with the file and line that raised it unless its message is meant for users."""
+    if isinstance(raised, SkipwayError):
+        return str(raised)
     frames = traceback.extract_tb(raised.__traceback__)
     origin = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(raised).__name__}: {raised}{origin}"

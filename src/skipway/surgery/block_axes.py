@@ -145,7 +145,7 @@ def other_values(tensor: Tensor, axis: int) -> Tensor:
     moved = tensor.roll(1, others[-1]) if others else tensor
     if not tensor.is_floating_point():
         return moved
-    noise = torch.randn(moved.shape, generator=torch.Generator().manual_seed(moved.numel())).to(moved)
+    noise = torch.randn(moved.shape, generator=torch.Generator().manual_seed(moved.numel()), device="cpu").to(moved)
     return moved + noise * (0.1 + moved.nan_to_num(0, 0, 0).abs().mean())
 
 

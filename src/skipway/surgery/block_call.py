@@ -29,7 +29,7 @@ class BlockCall:
         passed: outputs that are arguments of the block, by their paths: output and argument.
         computed: paths of the other tensors in the output.
         writes: arguments and attributes, other than x, that the block writes into, in words.
-        writes_stream: whether it writes into x.
+        writes_stream: whether it writes into x, in either mode.
         before: the block whose very output x is, if there is one.
         returned: whether the network returns the block's own output.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,8 @@ __all__ = ["CallRecorder"]
 
 @dataclass
 class CallRecorder:
-    """Completes the records of blocks in one pass in evaluation mode.
+    """Completes the records of blocks in one pass in evaluation mode, and one in training mode, in which alone dropout
+    in place writes.
 
     Args:
         expected: as far as the program tells, by name.
@@ -46,6 +48,23 @@ class CallRecorder:
             if any(tensor is output() for tensor in returned):
                 self.finished[name] = replace(self.finished[name], returned=True)
         self.last = None
+        self.versions: dict[str, int] = {}
+        hooks = forward_hooks(model, self.finished, enter=self.note_version, leave=self.compare_version)
+        # what fails in training is told by those who need it
+        with hooks, preserved_state(model), torch.no_grad(), suppress(Exception):
+            call_model(model.train(), copy_example(example))
+
+    def note_version(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note how often x was written into before the block."""
+        self.versions[name] = version_of(self.finished[name].take(args, kwargs))
+
+    def compare_version(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Enter whether the block has written into x."""
+        call = self.finished[name]
+        if version_of(call.take(args, kwargs)) != self.versions[name]:
+            self.finished[name] = replace(call, writes_stream=True)
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the state of everything that the block is given."""

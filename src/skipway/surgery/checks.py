@@ -291,7 +291,7 @@ class Independence(Check):
                 kept.append(perturbation)
         if not kept:
             return "no independence was seen before, so none can be lost"
-        return f"as before not on {', nor on '.join(map(str, kept))}"
+        return f"nothing new; still not on {', nor on '.join(map(str, kept))}"
 
 
 CHECKS: tuple[Check, ...] = (EvaluatedOutputs(), RunnableTraining(), Independence())

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -39,6 +40,8 @@ AXES = (
     *((nn.Conv1d, -2), (nn.Conv2d, -3), (nn.Conv3d, -4), (nn.Linear, -1)),
     *((LayerNorm2d, -3), (nn.LayerNorm, -1), (nn.BatchNorm2d, -3)),
 )
+HOOKS_OF_ALL = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
+"""Hooks that torch calls for every module."""
 LINES = 8
 """Fused and kept modules that are printed."""
 NORMS = (nn.LayerNorm, LayerNorm2d, nn.GroupNorm, _BatchNorm)
@@ -208,8 +211,9 @@ def parts(module: nn.Module) -> list[nn.Module]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a module has forward hooks or parametrised weights."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or is_parametrized(module))
+    """Whether a module has forward hooks, of its own or as every module, or parametrised weights."""
+    tables = module._forward_hooks, module._forward_pre_hooks, *HOOKS_OF_ALL
+    return any(tables) or is_parametrized(module)
 
 
 def has_own_weights(module: nn.Module) -> bool:

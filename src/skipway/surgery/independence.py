@@ -170,13 +170,13 @@ def others_like(tensor: Tensor) -> Tensor:
         values = tensor.real if tensor.is_complex() else tensor
         finite = values[values.isfinite()].float()
         deviation, mean = (finite.std(), finite.mean()) if finite.numel() > 1 else (torch.ones(()), torch.zeros(()))
-        drawn = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+        drawn = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.device)
         return (drawn * (deviation if float(deviation) > 0 else 1.0) + mean).to(tensor.dtype)
     if bool((tensor == tensor.flatten()[0]).all()):
         return torch.where(tensor == 0, torch.ones_like(tensor), torch.zeros_like(tensor))
     kinds = tensor.unique()
     number = torch.searchsorted(kinds, tensor.contiguous())
-    step = torch.randint(1, len(kinds), tensor.shape, generator=generator).to(tensor.device)
+    step = torch.randint(1, len(kinds), tensor.shape, generator=generator, device="cpu").to(tensor.device)
     return kinds[(number + step) % len(kinds)]
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from skipway.hardware.precision import widest_type
+
 __all__ = ["ParameterValues"]
 
 Summary = tuple[str, ...]
-FLOAT64 = ("cpu", "cuda")
-"""Kinds of devices that have that type; Apple's has not, and some of Intel's have not."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,6 @@ def summarise(parameter: nn.Parameter) -> Summary:
         return form
     values = torch.view_as_real(values) if values.is_complex() else values
     values = values.float() if values.element_size() == 1 else values
-    values = values if values.device.type in FLOAT64 else values.cpu()
+    values = values if widest_type(values.device) == torch.float64 else values.cpu()
     total, norm = values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)
     return (*form, repr(float(total)), repr(float(norm)))

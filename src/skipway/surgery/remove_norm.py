@@ -157,10 +157,10 @@ def affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     assert isinstance(mean, Tensor)
     assert isinstance(variance, Tensor)
     factor = (variance + norm.eps).rsqrt()
-    if norm.affine:
+    if norm.weight is not None:
         factor = factor * norm.weight
     shift = -mean * factor
-    return factor.detach(), (shift + norm.bias if norm.affine else shift).detach()
+    return factor.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
 
 
 def remainder(norm: _BatchNorm) -> nn.Module:

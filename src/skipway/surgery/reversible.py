@@ -17,6 +17,7 @@ from skipway.nn.shortcut import Carry
 from skipway.surgery.block_call import BlockCall
 from skipway.surgery.block_rows import BlockRow, find_block_rows, run_alone
 from skipway.surgery.block_survey import BlockSurvey
+from skipway.surgery.fusion import hooked
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.padded_batch import padded_example
 from skipway.surgery.preconditions import refuse_branching, require_values
@@ -270,11 +271,7 @@ def adds_branch_only(block: Any) -> bool:
     if not isinstance(block, Residual) or kind.outside_row.forward is not Residual.forward:  # type: ignore[attr-defined]
         return False
     around = (block.shortcut, block.post)
-    return (
-        block.join is None
-        and tuple(map(type, around)) == (Carry, nn.Identity)
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in around)
-    )
+    return block.join is None and tuple(map(type, around)) == (Carry, nn.Identity) and not any(map(hooked, around))
 
 
 class TwoStreams(torch.autograd.Function):

@@ -148,7 +148,7 @@ def weighted_sum(tensor: Tensor) -> Tensor:
     """The sum of the values of an output, each times a random constant."""
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     generator = torch.Generator().manual_seed(values.numel())
-    weights = torch.randn(values.shape, generator=generator).to(values.device)
+    weights = torch.randn(values.shape, generator=generator, device="cpu").to(values.device)
     return (values.float() * weights).sum().cpu()
 
 

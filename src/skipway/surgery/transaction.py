@@ -13,6 +13,7 @@ network.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -261,15 +262,21 @@ class Transaction:
             self.roll_back(mark)
 
     def refuse_unaveraged(self) -> None:
-        """Refuse if the parameters are no longer those that DistributedDataParallel averages the gradients of.
+        """Refuse if the parameters are no longer those that DistributedDataParallel or FSDP averages the gradients of.
 
         Raises:
             SkipwayError: they are not.
         """
         if averaged_parameters(*self.averaged) != self.averaged:
+            replicated = any(isinstance(each, DistributedDataParallel) for each in self.averaged)
+            name, way = (
+                ("DistributedDataParallel", "operate on the network in it, model.module, and wrap that again")
+                if replicated
+                else ("FSDP", "operate on the network before it is sharded")
+            )
             raise SkipwayError(
-                f"{self.title}: the parameters would be others than those that DistributedDataParallel was built with, "
-                "whose gradients alone it averages; operate on the network in it, model.module, and wrap that again"
+                f"{self.title}: the parameters would be others than those that {name} was built with, whose gradients "
+                f"alone it averages; {way}"
             )
 
     def commit(self) -> Operation:
@@ -277,7 +284,7 @@ class Transaction:
 
         Raises:
             SkipwayError: outputs differ by more than the tolerance, another check fails, or DistributedDataParallel is
-                around the network and was built with other parameters.
+                or FSDP is around the network and was built with other parameters.
         """
         self.refuse_unaveraged()
         gap = self.compare()
@@ -300,8 +307,16 @@ class Transaction:
 
 
 def averaged_parameters(*models: nn.Module) -> dict[nn.Module, set[nn.Parameter]]:
-    """The parameters that are trained in each DistributedDataParallel in some models, or around them."""
-    ranks = {each for model in models for each in model.modules() if isinstance(each, DistributedDataParallel)}
+    """The parameters that are trained in each wrapper in some models, or around them, that averages gradients over
+    ranks: DistributedDataParallel, FullyShardedDataParallel, and what `fully_shard` was applied to.
+    """
+    sharding = sys.modules.get("torch.distributed.fsdp")  # not imported here: nobody else may need it
+    names = ("FSDPModule", "FullyShardedDataParallel")
+    kinds = (DistributedDataParallel, *(getattr(sharding, name) for name in names if hasattr(sharding, name)))
+    ranks = {each for model in models for each in model.modules() if isinstance(each, kinds)}
+    for each in ranks:
+        if callable(reshard := getattr(each, "reshard", None)):  # after a pass its parameters are others until then
+            reshard()
     return {each: {parameter for parameter in each.parameters() if parameter.requires_grad} for each in ranks}
 
 
@@ -335,7 +350,7 @@ def draw(parameter: nn.Parameter, count: int) -> None:
     """Write random values into one of so many parameters, so small that all together do not let the signal overflow."""
     fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
     generator = torch.Generator().manual_seed(parameter.numel())
-    drawn = torch.randn(parameter.shape, generator=generator) / (fan_in * count) ** 0.5
+    drawn = torch.randn(parameter.shape, generator=generator, device="cpu") / (fan_in * count) ** 0.5
     parameter.add_(drawn.to(parameter.device, parameter.dtype))
 
 
@@ -343,7 +358,7 @@ def draw(parameter: nn.Parameter, count: int) -> None:
 def write_rounded(parameter: nn.Parameter) -> None:
     """Change each value of a parameter by up to a rounding of its type, at random."""
     generator = torch.Generator().manual_seed(parameter.numel())
-    drawn = 2 * torch.rand(parameter.shape, generator=generator).to(parameter.device, parameter.dtype) - 1
+    drawn = torch.rand(parameter.shape, generator=generator, device="cpu").to(parameter.device, parameter.dtype) * 2 - 1
     parameter.addcmul_(parameter, drawn, value=torch.finfo(parameter.dtype).eps)
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["ATOMS", "entries_of", "map_tensors", "tensors_in"]
+__all__ = ["ATOMS", "entries_of", "leaves_in", "map_tensors", "tensors_in"]
 
 ATOMS = (bool, int, float, complex, str, bytes, type(None))
 """Kinds of values that hold nothing else and cannot be written into."""
 CLOSED = (nn.Module, type, FunctionType, MethodType, ModuleType, torch.Generator, torch.device, torch.dtype)
 """Objects whose attributes are no part of an example."""
+LEAVES = (Tensor, *CLOSED)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -27,6 +28,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     >>> [tensor.shape[0] for tensor in tensors_in(({"a": torch.zeros(2)}, UserDict(b=torch.zeros(3))))]
     [2, 3]
     """
+    yield from (each for each in leaves_in(value) if isinstance(each, Tensor))
+
+
+def leaves_in(value: Any) -> Iterator[Any]:
+    """The tensors in a value, and the objects whose attributes are no part of it, in order."""
     if not holds_atoms(value):
         yield from walk(value, set())
 
@@ -39,10 +45,10 @@ def holds_atoms(value: Any) -> bool:
     return kind in ATOMS or (kind in (tuple, list) and all(type(part) in ATOMS for part in value))
 
 
-def walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in a value; objects that were seen already are passed over, since they may hold each other."""
+def walk(value: Any, seen: set[int]) -> Iterator[Any]:
+    """`leaves_in`; objects that were seen already are passed over, since they may hold each other."""
     for leaf in tree_flatten(value)[0]:
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, LEAVES):
             yield leaf
         elif type(leaf) not in ATOMS and id(leaf) not in seen:
             seen.add(id(leaf))
@@ -68,7 +74,7 @@ def rebuild(function: Callable[[Tensor], Any], value: Any, memo: dict[int, Any])
     if len(leaves) == 1 and leaves[0] is value:
         if isinstance(value, Tensor):
             return function(value)
-        return rebuild_object(function, value, memo) if any(True for _ in walk(value, set())) else value
+        return rebuild_object(function, value, memo) if any(True for _ in tensors_in(value)) else value
     return tree_unflatten([rebuild(function, leaf, memo) for leaf in leaves], structure)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from skipway.errors import SkipwayError
-from skipway.tracing.containers import entries_of, map_tensors, tensors_in
+from skipway.tracing.containers import entries_of, leaves_in, map_tensors, tensors_in
 from skipway.tracing.foreign_errors import ForeignErrors
 from skipway.tracing.reentrant_checkpoints import without_reentry
 
@@ -83,7 +83,7 @@ def copy_example(
     example: Example, device: str | None = None, *, gradients: bool = False
 ) -> Tensor | tuple[Any, ...] | dict[str, Any]:
     """A copy of an example, since a network may write into what it is given, a cache above all; a tensor that stands in
-    it twice is one in the copy, too.
+    it twice is one in the copy, too. Modules and functions in it are not copied.
 
     Args:
         example: what a model is called with.
@@ -99,11 +99,12 @@ def copy_example(
             copies[id(tensor)] = tensor, made.requires_grad_(gradients and tensor.requires_grad)
         return copies[id(tensor)][1]
 
-    mapped = map_tensors(copied, as_example(example))
+    example = as_example(example)
+    memo = {id(each): copied(each) if isinstance(each, Tensor) else each for each in leaves_in(example)}
     try:
-        return copy.deepcopy(mapped)
+        return copy.deepcopy(example, memo)
     except Exception:  # somebody's object
-        return mapped
+        return map_tensors(copied, example)
 
 
 def as_batch(given: Example, targets: Any = None) -> tuple[Tensor | tuple[Any, ...] | dict[str, Any], Any]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from skipway.tracing.module_state import attribute_restoration, detach_attributes
 
 __all__ = [
-    *("TRACELESS", "generator_devices", "generator_states", "own_tensors", "preserved_state", "restored"),
-    *("run_to_end", "seed_generators", "without_fused_layers"),
+    *("TRACELESS", "devices_in_use", "generator_devices", "generator_states", "own_tensors", "preserved_state"),
+    *("restored", "run_to_end", "seed_generators", "seeded_generators", "without_fused_layers"),
 ]
 
 TRACELESS: ContextVar[bool] = ContextVar("traceless", default=False)
@@ -121,7 +121,11 @@ def own_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def generator_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
     """The devices other than the CPU that tensors are on, and that random numbers are drawn on."""
-    devices = dict.fromkeys(tensor.device for tensor in tensors)
+    return with_generators(dict.fromkeys(tensor.device for tensor in tensors))
+
+
+def with_generators(devices: Iterable[torch.device]) -> list[torch.device]:
+    """Those of some devices, other than the CPU, that random numbers are drawn on."""
     return [
         each for each in devices if each.type != "cpu" and hasattr(getattr(torch, each.type, None), "set_rng_state")
     ]
@@ -129,7 +133,7 @@ def generator_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
 
 def generator_states(devices: Iterable[torch.device]) -> Steps:
     """Steps that put back the states of the random number generators of devices."""
-    modules = [(torch.get_device_module(device), device) for device in devices]
+    modules = [(torch.get_device_module(device), device) for device in with_generators(devices)]
     return [partial(module.set_rng_state, module.get_rng_state(device), device) for module, device in modules]
 
 
@@ -138,9 +142,35 @@ def seed_generators(devices: Iterable[torch.device], seed: int) -> None:
     `torch.manual_seed` also seeds those that are not in use yet, once they are.
     """
     torch.default_generator.manual_seed(seed)
-    for device in devices:
+    for device in with_generators(devices):
         state = torch.Generator(device).manual_seed(seed).get_state()
         torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def seeded_generators(devices: Iterable[torch.device], seed: int) -> Iterator[None]:
+    """Context in which the random numbers of the CPU and of some devices begin at a seed, and go on afterwards where
+    they were before; those of other devices are left alone.
+
+    >>> before = torch.get_rng_state()
+    >>> with seeded_generators([torch.device("cpu")], 0):
+    ...     numbers = torch.rand(2)
+    >>> torch.equal(torch.get_rng_state(), before)
+    True
+    """
+    devices = with_generators(devices)
+    with restored([partial(torch.set_rng_state, torch.get_rng_state()), *generator_states(devices)]):
+        seed_generators(devices, seed)
+        yield
+
+
+def devices_in_use() -> list[torch.device]:
+    """The accelerators that this process has begun to use; the states of others are not there yet."""
+    kind = torch.accelerator.current_accelerator()
+    module = None if kind is None else torch.get_device_module(kind)
+    if kind is None or not getattr(module, "is_initialized", bool)():
+        return []
+    return with_generators(torch.device(kind.type, index) for index in range(torch.accelerator.device_count()))
 
 
 @torch.no_grad()

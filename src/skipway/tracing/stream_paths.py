@@ -207,7 +207,8 @@ class StreamJudge(Walker):
         axis = self.program[state].channel if known is None else known.channel
         if axis is None or channel is None or skip == state:
             return None
-        random = partial(torch.rand, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        random = partial(torch.rand, generator=generator, dtype=torch.float64, device="cpu")
         equal = random((*shape[:axis], 1, *shape[axis + 1 :]))
         carried = self.replayed(skip, state, equal, lambda other: random(other.shape))
         if carried is None or carried.shape != value.shape:

@@ -22,7 +22,8 @@ from skipway.training.distributed import join_ranks
 from skipway.training.initial_weights import resolve_paths
 from skipway.training.loop import train
 from skipway.training.reporter import Reporter, SilentReporter, StepReport
-from skipway.training.resume import LENGTH_FIELDS, resume_recipe
+from skipway.training.resume import resume_recipe
+from skipway.training.run import LENGTH_FIELDS
 from skipway.training.run_folder import RunFolder
 from skipway.training.task_choice import choose_task
 
@@ -274,7 +275,7 @@ def train_fold(recipe: Recipe, folder: RunFolder, reporter: Reporter | None, sto
         number, _, folds = str(recipe.fold).partition("/")
         reporter.message("fold", f"{number} of {folds}, in {folder.path}")
         inner = FoldReporter(reporter, first=number == "1")
-    return train(recipe, folder.path, resume=True, reporter=inner, stop=stop).evaluation is not None
+    return train(recipe, folder.path, resume=True, reporter=inner, stop=stop).finished
 
 
 def is_done(folder: RunFolder, recipe: Recipe) -> bool:

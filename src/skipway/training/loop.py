@@ -42,6 +42,8 @@ from skipway.training.image_features import feature_seconds
 from skipway.training.memory import fit_batch
 from skipway.training.preflight import report_preflight
 from skipway.training.records import (
+    check_finite,
+    finish_saving,
     is_save_due,
     record_epoch,
     record_health,
@@ -151,11 +153,15 @@ class Trainer:
                 break
             record_epoch(run, evaluation)
             save_checkpoint(run)
-        run.checkpoints.finish()
+        finish_saving(run)
         return self.finish()
 
     def train_epoch(self) -> bool:
-        """Train from the current step to the end of the epoch; False if told to stop before."""
+        """Train from the current step to the end of the epoch; False if told to stop before.
+
+        Raises:
+            DivergedError: a loss, gradient or weight is not finite.
+        """
         run = self.run
         run.model.train()
         freeze_layers(run)
@@ -172,6 +178,7 @@ class Trainer:
                 self.read_results()
                 save_checkpoint(run)
         self.read_results()
+        check_finite(run)  # before anything is made of the weights: a retry takes them back
         return run.progress.step >= run.progress.epoch_steps and not run.stopping
 
     def train_step(self, batch: Batch) -> None:

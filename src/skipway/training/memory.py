@@ -124,7 +124,8 @@ def memory_text(need: MemoryNeed, recipe: ResolvedRecipe) -> str:
     free = "" if need.free is None else f"; {need.free / 1e9:.1f} GB are free"
     return (
         f"about {(need.held + need.more(images)) / 1e9:.1f} GB with {spell('batch_size', recipe.batch_size)}: "
-        f"{need.held / 1e9:.1f} GB are taken already, {need.per_image * images / 1e9:.1f} GB are for the batch{free}"
+        f"{need.held / 1e9:.1f} GB that libraries, data and weights take already, "
+        f"{need.per_image * images / 1e9:.2g} GB for the batch{free}"
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from skipway.errors import counted, printable
+from skipway.errors import counted, printable, spell
+from skipway.optim.schedules import usual_warmup
 from skipway.probes.signal_check import check_signal
+from skipway.recipe import ResolvedRecipe
 from skipway.report.summary import model_lines, signal_lines
 from skipway.training.defaults import choices_text
 from skipway.training.residual_warmup import warmup_lines
@@ -55,7 +58,7 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
                 f"the number of epochs changed from {earlier} to {run.recipe.epochs}; the schedule spans all of them",
             )
         return
-    for sentence in run.task.remarks(run):
+    for sentence in (*schedule_remarks(run.recipe), *run.task.remarks(run)):
         run.reporter.message("note", sentence)
     if run.ranks.world == 1:
         sample = run.task.sample(run, DIAGNOSIS_ITEMS)
@@ -66,6 +69,15 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
         if run.recipe.freeze_plan.takes_steps:  # a fitted classifier needs no steps
             run.reporter.activity("diagnosis")
             run.reporter.message("verdict", verdict_line(run, sample))
+
+
+def schedule_remarks(recipe: ResolvedRecipe) -> Iterator[str]:
+    """A remark where a warm-up precedes a schedule that rises by itself."""
+    if recipe.warmup and not usual_warmup(recipe.schedule_shape):
+        yield (
+            f"{spell('schedule', recipe.schedule)} rises by itself, so after {spell('warmup', recipe.warmup)} the "
+            "learning rate falls and rises once more; without that warm-up it rises once"
+        )
 
 
 def count_flops(run: Run) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from skipway.training.setup import model_config
 from skipway.training.tensorboard import write_tensorboard
 
 __all__ = [
+    "check_finite",
+    "finish_saving",
     "is_save_due",
     "record_epoch",
     "record_health",
@@ -153,12 +156,7 @@ def save_checkpoint(run: Run) -> None:
     Raises:
         DivergedError: a weight is not finite; the last good checkpoint is kept.
     """
-    if run.ranks.any(not all_finite(run.model)):
-        raise DivergedError(
-            f"a weight is not finite in epoch {run.progress.epoch + 1}, step {run.progress.step} of "
-            f"{run.progress.epoch_steps}. The last good checkpoint is in {run.folder.checkpoints}. Try a lower --lr or "
-            "another --scheme"
-        )
+    check_finite(run)
     began = time.monotonic()
     run.progress.seconds, run.saved_at = run.seconds, began
     tensors = {"model": model_state(run.model), "optimizer": optimizer_state(run.model, run.optimizer)}
@@ -170,19 +168,43 @@ def save_checkpoint(run: Run) -> None:
     write_steps(run)
     if not run.finished:
         run.folder.remove_result()
-    try:
+    with reporting_failures(run):
         run.checkpoints.save(Snapshot(run.global_step, tensors, state))
+    run.progress.costs = replace(run.progress.costs, save=time.monotonic() - began)
+
+
+def check_finite(run: Run) -> None:
+    """Raise DivergedError where a weight is not finite, on any rank."""
+    if run.ranks.any(not all_finite(run.model)):
+        raise DivergedError(
+            f"a weight is not finite in epoch {run.progress.epoch + 1}, step {run.progress.step} of "
+            f"{run.progress.epoch_steps}. The last good checkpoint is in {run.folder.checkpoints}. Try a lower --lr or "
+            "another --scheme"
+        )
+
+
+def finish_saving(run: Run) -> None:
+    """Wait for a save in the background; a failure is reported as `save_checkpoint` does."""
+    with reporting_failures(run):
+        run.checkpoints.finish()
+
+
+@contextmanager
+def reporting_failures(run: Run) -> Iterator[None]:
+    """Report that a checkpoint was not written; where there is none at all, that is an error."""
+    try:
+        yield
     except CheckpointError as error:
         if not run.checkpoints.steps():
             raise
         run.reporter.message("warning", str(error))
-    run.progress.costs = replace(run.progress.costs, save=time.monotonic() - began)
 
 
 def training_state(run: Run) -> dict[str, Any]:
     """The state of a run that a checkpoint stores besides tensors; every rank has to call this."""
     return {
         "progress": asdict(run.progress),
+        "length": run.length,
         "scaler": run.scaler.state_dict(),
         "world": run.ranks.world,
         "reference": describe_outputs(run.model, model_config(run)),

@@ -11,9 +11,9 @@ from skipway.data import Batch
 from skipway.errors import DivergedError, SkipwayError
 from skipway.probes.nonfinite import find_culprit
 from skipway.training import step as steps
-from skipway.training.records import save_checkpoint
+from skipway.training.records import finish_saving, save_checkpoint
 from skipway.training.residual_warmup import move_warmup
-from skipway.training.resume import load_newest_checkpoint
+from skipway.training.resume import change_plan, load_newest_checkpoint
 from skipway.training.run import Run, StepResult
 
 __all__ = ["divergence_error", "is_out_of_memory", "retry_from_checkpoint", "split_batch"]
@@ -71,13 +71,18 @@ def retry_from_checkpoint(run: Run, error: DivergedError) -> None:
     run.pending.clear()
     run.rows.clear()
     run.optimizer.state.clear()
-    load_newest_checkpoint(run)
+    finish_saving(run)
+    run.ranks.barrier()  # only the first rank writes, and all have to read the same checkpoint
+    length = load_newest_checkpoint(run)
+    if length is not None:  # of another plan where the newest one is damaged, or could not be written
+        change_plan(run, length)
     # the clock does not go back, nor what was learned of the machine
     kept = ("overhead", "costs", "accumulation", "validation_images")
     run.progress = replace(run.progress, **{name: getattr(before, name) for name in kept})
     lr_scale = run.progress.lr_scale = before.lr_scale * RETRY_LR_SCALE
     run.progress.retries, run.steps_again = retries + 1, True
-    run.estimated = run.estimated and run.progress.planned  # `Recipe.time` is planned again where that was undone
+    if run.recipe.time is not None:  # it is planned again where that was undone
+        run.estimated = run.estimated and run.progress.planned
     if run.ranks.first:
         run.folder.keep_rows_until(run.progress.epoch, run.global_step)
     run.reporter.message(

@@ -13,11 +13,11 @@ from skipway.data import Batch, Data
 from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import counted, spell
 from skipway.optim.freeze import FreezePlan, FrozenEpochs, FrozenTrunk
-from skipway.recipe import Recipe
+from skipway.recipe import LENGTHS, Recipe
 from skipway.training.defaults import SMALLEST_BATCH
 from skipway.training.run import Run
 
-__all__ = ["image_remarks", "option_remarks"]
+__all__ = ["image_remarks", "length_remarks", "option_remarks"]
 
 # share of the values' range that the images use, from which it is remarked
 NARROW = 1 / 8
@@ -97,12 +97,8 @@ def unused_options(run: Run) -> Iterator[str]:
         "weights_names": (recipe.initial_weights is None, none),
         "weights_entry": (recipe.initial_weights is None, none),
         "weights_adapt": (recipe.initial_weights is None, none),
-        "steps": (recipe.time is not None, "the time sets the number of steps"),
-        "epochs": (
-            recipe.time is not None or recipe.steps is not None,
-            f"the {'steps set' if recipe.time is None else 'time sets'} the number of epochs",
-        ),
     }
+    yield from length_remarks(given)
     for name, (unused, why) in idle.items():
         value = getattr(given, name)
         if unused and value != getattr(default, name):
@@ -116,6 +112,14 @@ def unused_options(run: Run) -> Iterator[str]:
         yield f"the views of {choice} are augmented and not mixed"
     if recipe.flip_test and not recipe.flip:
         yield f"{spell('flip_test', True)} evaluates mirrored images, and none was mirrored in training"
+
+
+def length_remarks(given: Recipe) -> Iterator[str]:
+    """Remarks about lengths that have no effect beside others."""
+    lengths = [name for name in LENGTHS if getattr(given, name) is not None]
+    for name in lengths[1:]:
+        value = spell(lengths[0], getattr(given, lengths[0]))
+        yield f"{spell(name, getattr(given, name))} has no effect: {value} sets the length"
 
 
 def smoothing_floor(smoothing: float, classes: int) -> float:

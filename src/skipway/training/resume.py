@@ -11,19 +11,17 @@ from skipway.checkpoint.state import load_model_state, load_optimizer_state
 from skipway.errors import CheckpointError, SkipwayError, counted, spell
 from skipway.inference.code_file import network_file
 from skipway.inference.reference_outputs import find_change, refuse_change
-from skipway.recipe import Recipe
+from skipway.recipe import LENGTHS, Recipe
 from skipway.training.budget import Plan
 from skipway.training.clock import limit_validation, reopen_plan
 from skipway.training.initial_weights import resolve_paths
-from skipway.training.records import save_checkpoint
+from skipway.training.records import finish_saving, save_checkpoint
 from skipway.training.residual_warmup import continue_warmup
-from skipway.training.run import Progress, Run
+from skipway.training.run import LENGTH_FIELDS, Progress, Run
 from skipway.training.setup import give_hidden_layer, model_config
 
-__all__ = ["LENGTH_FIELDS", "load_newest_checkpoint", "resume_recipe", "resume_run"]
+__all__ = ["change_plan", "load_newest_checkpoint", "resume_recipe", "resume_run"]
 
-# fields that decide when a run ends
-LENGTH_FIELDS = ("epochs", "steps", "time", "patience")
 # fields that may change when a run resumes; all others decide the weights (whether the files of a data folder that was
 # moved are the same is checked separately)
 CHANGEABLE = frozenset(
@@ -66,10 +64,15 @@ def resume_recipe(config: dict[str, Any], source: Path, given: Recipe | None) ->
     changes = {
         name: (old, new) for name, (old, new) in stored.changes(given).items() if new is not None and new != "auto"
     }
-    if "epochs" in changes and stored.time is not None and given.time is None:
+    number, decisive = next(
+        (each for each in enumerate(LENGTHS) if getattr(stored, each[1]) is not None), (len(LENGTHS), "")
+    )
+    idle = [name for name in LENGTHS[number + 1 :] if name in changes]
+    if idle and not any(name in changes for name in LENGTHS[: number + 1]):
+        more = "a longer time continues it" if decisive == "time" else "more steps continue it"
         raise SkipwayError(
-            f"{spell('epochs', given.epochs)}: the length of this run follows from {spell('time', stored.time)}; "
-            "a longer time continues it"
+            f"{spell(idle[0], getattr(given, idle[0]))}: the length of this run follows from "
+            f"{spell(decisive, getattr(stored, decisive))}; {more}"
         )
     free = CHANGEABLE | ({"model"} if is_moved(stored.model, given.model) else set())
     fixed = {name: change for name, change in changes.items() if name not in free}
@@ -94,21 +97,21 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
         DataError: files were added, removed or renamed.
     """
     run.task.check_unchanged(run, stored)
-    load_newest_checkpoint(run)
+    length = load_newest_checkpoint(run)
     loaded = replace(run.progress)
-    change_plan(run, stored["recipe"])
+    change_plan(run, stored["recipe"] if length is None else length)
     run.earlier_seconds = run.progress.seconds
     if run.ranks.first:
         run.folder.keep_rows_until(run.progress.epoch, run.global_step)
-    if run.progress != loaded:  # written before the config says so: whoever goes back goes on with this plan
+    if run.progress != loaded:  # whoever goes back goes on with this plan
         save_checkpoint(run)
-        run.checkpoints.finish()
+        finish_saving(run)
     if run.ranks.first:
         write_json(run.folder.config, {**stored, "recipe": run.recipe.to_json(), "model": model_config(run)})
 
 
 def change_plan(run: Run, before: dict[str, Any]) -> None:
-    """Plan the rest of a run anew where its length or patience is not that of its stored recipe, in place."""
+    """Plan the rest of a run anew where its length or patience is not what the loaded plan was made for, in place."""
     progress, recipe = run.progress, run.recipe
     if recipe.time is None and recipe.steps is not None:
         if recipe.steps != before.get("steps"):
@@ -123,8 +126,12 @@ def change_plan(run: Run, before: dict[str, Any]) -> None:
         progress.stopped_early = progress.epoch - progress.best_epoch >= recipe.patience
 
 
-def load_newest_checkpoint(run: Run) -> None:
-    """Load the newest valid checkpoint: weights, optimizer, EMA, gradient scaler and progress, in place."""
+def load_newest_checkpoint(run: Run) -> dict[str, Any] | None:
+    """Load the newest valid checkpoint: weights, optimizer, EMA, gradient scaler and progress, in place.
+
+    Returns:
+        `Run.length` when it was written; None for a checkpoint of an earlier version.
+    """
     snapshot, damaged = run.checkpoints.newest()
     for sentence in damaged:
         run.reporter.message("damaged", sentence)
@@ -155,3 +162,4 @@ def load_newest_checkpoint(run: Run) -> None:
             f"written by {counted(was, 'process', 'processes')}, resumed by {now}: equal up to rounding, "
             "not bit for bit",
         )
+    return state.get("length")

@@ -27,8 +27,10 @@ from skipway.training.reporter import Reporter
 from skipway.training.run_folder import RunFolder
 from skipway.training.task import Task
 
-__all__ = ["Outcome", "Progress", "Run", "StepResult", "growing_side"]
+__all__ = ["LENGTH_FIELDS", "Outcome", "Progress", "Run", "StepResult", "growing_side"]
 
+# fields that decide when a run ends
+LENGTH_FIELDS = ("epochs", "steps", "time", "patience")
 
 # validations of a run that is given in steps
 VALIDATIONS = 10
@@ -202,6 +204,11 @@ class Run:
     warmup_offset: int | None = None
 
     @property
+    def length(self) -> dict[str, Any]:
+        """The fields of the recipe that decide when the run ends."""
+        return {name: getattr(self.recipe, name) for name in LENGTH_FIELDS}
+
+    @property
     def example(self) -> Tensor:
         """Two items, as the network takes them."""
         return self.task.example(self.data).to(self.device)
@@ -283,7 +290,7 @@ class Outcome:
     """The outcome of a call of `train`.
 
     Args:
-        finished: whether all epochs are done; False after `stop`.
+        finished: whether all epochs are done and the test, too; False after `stop`.
         folder: the run folder.
         recipe: the recipe with every choice resolved.
         task: what was learned.
@@ -318,7 +325,7 @@ class Outcome:
         """The outcome of a run as it stands."""
         progress = run.progress
         return cls(
-            finished=run.finished,
+            finished=run.finished and evaluation is not None,
             folder=run.folder,
             recipe=run.recipe,
             task=run.task,

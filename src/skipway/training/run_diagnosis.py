@@ -11,7 +11,8 @@ import torch
 
 from skipway.diagnosis import Diagnosis
 from skipway.diagnosis.batches import Batches
-from skipway.diagnosis.diagnosis import examine
+from skipway.diagnosis.diagnosis import PASSES, examine
+from skipway.diagnosis.progress import PassCounter
 from skipway.diagnosis.settings import settings_of
 from skipway.diagnosis.subject import Subject
 from skipway.errors import CheckpointError, SkipwayError, printable
@@ -96,5 +97,10 @@ def diagnose_run(
         steps=steps,
     )
     batches = Batches(RecipeBatches(run))
-    subject = Subject(run.model, *batches.first, run.loss, seed=run.recipe.seed, batches=batches)
-    return examine(subject, settings, thorough=thorough, certainty=certainty, allowance=allowance)
+    progress = PassCounter(PASSES + (6 if thorough else 0) + allowance * steps)
+    subject = Subject(run.model, *batches.first, run.loss, seed=run.recipe.seed, progress=progress, batches=batches)
+    try:
+        limits = {"certainty": certainty, "allowance": allowance, "remedies": 6}
+        return examine(subject, settings, thorough=thorough, **limits)
+    finally:
+        progress.finish()

@@ -29,6 +29,7 @@ from skipway.report.text_summary import bits_text, chosen_step_text, text_lines,
 from skipway.training.distributed import Ranks
 from skipway.training.initial_decoder import load_initial_decoder
 from skipway.training.initial_weights import resolve_paths
+from skipway.training.remarks import length_remarks
 from skipway.training.reporter import Reporter
 from skipway.training.run import Outcome, Progress, Run
 from skipway.training.task import Line, Split, Task, TestLog, shape_options
@@ -300,7 +301,7 @@ class LanguageModelling(Task):
                 f"every token is trained on {passes:,.0f} times: the loss on other texts rises before the end, and the "
                 "weights of the best validation are kept"
             )
-        yield from length_remarks(run)
+        yield from length_remarks(run.given)
 
     def sample_remarks(self, run: Run, sample: TextBatch) -> Iterator[str]:
         yield from ()
@@ -346,16 +347,6 @@ def check_decoder(recipe: Recipe) -> None:
             f"{spell('start', recipe.start)}: no published weights go with {recipe.model}; give a folder that "
             f"transformers loads (GPT-2, Llama, Mistral, Qwen), or its name on the hub, {spell('start', 'hf:NAME')}"
         )
-
-
-def length_remarks(run: Run) -> Iterator[str]:
-    """Remarks about lengths that have no effect beside others."""
-    given = run.given
-    winner = "time" if given.time is not None else "steps" if given.steps is not None else ""
-    for name in ("steps", "epochs"):
-        value = getattr(given, name)
-        if winner and name != winner and value is not None:
-            yield f"{spell(name, value)} has no effect: {spell(winner, getattr(given, winner))} sets the length"
 
 
 def bits_per_byte(part: TokenSplit, loss: float) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
-from skipway.hardware.precision import widest, widest_type
+from skipway.hardware.precision import exact
 from skipway.tracing import preserved_state
 
 __all__ = ["first_convolution", "whiten_"]
@@ -46,7 +46,7 @@ def first_convolution(model: nn.Module, images: Tensor) -> tuple[str, nn.Conv2d]
 
 
 def patch_covariance(convolution: nn.Conv2d, images: Tensor) -> Tensor | None:
-    """The covariance of the patches of images that a convolution sees, in float64 where the device has it; None of one
+    """The covariance of the patches of images that a convolution sees, in float64 (see `exact`); None of one
     patch or none.
 
     Sums over some images at a time: the patches of 1,000 images of 224 × 224 pixels for 7 × 7 filters take 7 GB.
@@ -64,13 +64,12 @@ def patch_covariance(convolution: nn.Conv2d, images: Tensor) -> Tensor | None:
     count, values = rows * columns * len(images), convolution.weight[0].numel()
     if count < 2:
         return None
-    total = images.new_zeros(values, dtype=widest_type(images.device))
-    products = images.new_zeros((values, values), dtype=widest_type(images.device))
+    total, products = exact(images.new_zeros(values)), exact(images.new_zeros(values, values))
     for part in images.split(max(1, VALUES // (rows * columns * values))):
         patches = nn.functional.unfold(
-            part, convolution.kernel_size, dilation=convolution.dilation, stride=convolution.stride
+            exact(part), convolution.kernel_size, dilation=convolution.dilation, stride=convolution.stride
         )
-        patches = widest(patches).transpose(1, 2).flatten(0, 1)
+        patches = patches.transpose(1, 2).flatten(0, 1)
         total += patches.sum(0)
         products += patches.T @ patches
     return (products - total.outer(total) / count) / (count - 1)
@@ -106,7 +105,7 @@ def whiten_(model: nn.Module, images: Tensor) -> str:
     pairs = min(len(weight) // 2, len(variances))
     leading = (vectors / (variances.clamp(min=0) + LEAST_VARIANCE).sqrt()).T.flip(0)[:pairs]
     filters = torch.stack([leading, -leading], 1).flatten(0, 1).reshape(-1, *weight.shape[1:])
-    weight[: len(filters)] = filters.to(weight.dtype)
+    weight[: len(filters)] = filters.to(weight)
     if convolution.bias is not None:
         convolution.bias[: len(filters)] = 0
     share = float(variances.flip(0)[:pairs].sum() / variances.sum())

@@ -136,8 +136,10 @@ class KeyMap:
 
 
 def equal_tensors(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same values, or are without values (meta)."""
-    return one.shape == other.shape and (one.is_meta or other.is_meta or bool((one == other).all()))
+    """Whether two tensors have the same values, NaN in the same places, or are without values (meta)."""
+    if one.shape != other.shape:
+        return False
+    return one.is_meta or other.is_meta or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def module_rule(

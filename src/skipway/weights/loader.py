@@ -92,7 +92,7 @@ class LoadReport:
             ("missing from the file", missing),
             ("not known to the model", unexpected),
             ("of another shape", [f"{ours}: {both}" for ours, both in self.misshapen.items()]),
-            ("unequal to another name of the same parameter", unequal),
+            ("unequal to another name of the same parameter (leave out one of the two)", unequal),
             ("resampled", [f"{ours}: {both}" for ours, both in self.resampled.items()]),
             ("kept as they are in the model", self.fresh),
             ("of the file left out", self.left_out),

@@ -6,6 +6,7 @@ so commands import it when they run.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import re
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib.machinery import PathFinder, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import SkipwayError, first_line, printable, suggest
+from skipway.errors import SkipwayError, first_line, printable, similar_names, suggest
 from skipway.hardware.limits import available_memory
 from skipway.install_lines import library_line
 from skipway.models.family import build, find_config, resolve
@@ -301,7 +302,9 @@ def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
     file, _, attribute = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
     path = Path(file)
     if not path.is_file():
-        raise SkipwayError(f"{path}: no such file; a model of your own is given as FILE.py:NAME")
+        raise SkipwayError(
+            f"{path}: no such file{similar_names(path) or '; a model of your own is given as FILE.py:NAME'}"
+        )
     with import_path(path):
         module = import_file(path)
         if not attribute:
@@ -337,8 +340,9 @@ class UncachedLoader(SourceFileLoader):
 
 
 def import_file(path: Path) -> ModuleType:
-    """A Python file as a module, under a name of its own."""
-    name = f"skipway_source_{path.stem}"
+    """A Python file as a module, under a name of its own: pickle finds classes by it, in two files of one name, too."""
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"skipway_source_{path.stem}_{digest}"
     loader = UncachedLoader(name, str(path))
     spec = spec_from_loader(name, loader)
     if spec is None:
@@ -353,16 +357,21 @@ def import_file(path: Path) -> ModuleType:
 
 @contextmanager
 def import_path(path: Path) -> Iterator[None]:
-    """Within it a file can import its neighbours, and not those of another file that have the same names."""
+    """Within it a file can import its neighbours, and not others of the same names; behind it, a name that can be
+    imported without them means what it meant before. Neighbours of other names stay loaded, for pickle and for imports
+    while the network runs.
+    """
     folder, kept = path.resolve().parent, list(sys.path)
-    hidden = hidden_neighbours(folder)
+    before = top_names()
+    hidden = {name for name in offered_names(folder) if is_hidden(name, folder)}
     others = unloaded(hidden)
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path[:] = kept
-        unloaded(hidden)
+        new = offered_names(folder) - before
+        unloaded(hidden | {name for name in new if not is_loaded_from(PathFinder.find_spec(name, kept), name)})
         sys.modules.update(others)
 
 
@@ -372,34 +381,45 @@ def unloaded(names: Collection[str]) -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in taken}
 
 
-def hidden_neighbours(folder: Path) -> set[str]:
-    """Names that an import would find in a folder in front of the path, and that are loaded from elsewhere.
+def top_names() -> set[str]:
+    """The names of what is loaded, without what is below it."""
+    return {name.partition(".")[0] for name in sys.modules}
+
+
+def offered_names(folder: Path) -> set[str]:
+    """Names of what is loaded that are names in a folder, too."""
+    names = top_names() - sys.stdlib_module_names - {"__main__", "skipway"}
+    return {name for name in names if (folder / f"{name}.py").is_file() or (folder / name).is_dir()}
+
+
+def is_hidden(name: str, folder: Path) -> bool:
+    """Whether an import with a folder in front of the path would take a name from there, and it is loaded from
+    elsewhere.
 
     Those of installed packages stay loaded: their compiled halves cannot be loaded twice.
     """
-    loaded = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names - {"__main__", "skipway"}
-    offered = {name for name in loaded if (folder / f"{name}.py").is_file() or (folder / name).is_dir()}
-    foreign = {
-        top
-        for name, module in list(sys.modules.items())
-        if (top := name.partition(".")[0]) in offered and is_foreign(folder, getattr(module, "__file__", None))
-    }
-    return {name for name in foreign if is_found_in(folder, name)}
-
-
-def is_found_in(folder: Path, name: str) -> bool:
-    """Whether an import would take a name that is not loaded from a folder in front of the path."""
     spec = PathFinder.find_spec(name, [str(folder), *sys.path])
+    here = any(folder in place.parents for place in places_of(spec))
+    installed = any({"site-packages", "dist-packages"} & set(file.parts) for file in loaded_files(name))
+    return here and not installed and not is_loaded_from(spec, name)
+
+
+def is_loaded_from(spec: ModuleSpec | None, name: str) -> bool:
+    """Whether all that is loaded under a name is from where an import would take it; True where it would find none."""
+    places = places_of(spec)
+    return not places or all(any(each in (file, *file.parents) for each in places) for file in loaded_files(name))
+
+
+def places_of(spec: ModuleSpec | None) -> list[Path]:
+    """The file of a module, or that of a package and its folders."""
     places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
-    return any(folder in Path(place).resolve().parents for place in places if place)
+    return [Path(place).resolve() for place in places if place]
 
 
-def is_foreign(folder: Path, file: str | None) -> bool:
-    """Whether the file of a module is neither in a folder nor installed."""
-    if file is None:
-        return False
-    path = Path(file).resolve()
-    return folder not in path.parents and not {"site-packages", "dist-packages"} & set(path.parts)
+def loaded_files(name: str) -> list[Path]:
+    """The files of a module that is loaded, and of what is below it."""
+    modules = [module for key, module in list(sys.modules.items()) if key.partition(".")[0] == name]
+    return [Path(file).resolve() for module in modules if (file := getattr(module, "__file__", None)) is not None]
 
 
 @contextmanager

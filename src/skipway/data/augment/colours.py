@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from skipway.hardware.precision import widest
+
 __all__ = ["autocontrast", "brightness", "colour", "contrast", "equalize", "posterize", "sharpness", "solarize"]
 
 
@@ -41,7 +43,7 @@ def colour(images: Tensor, amount: Tensor) -> Tensor:
 
 def contrast(images: Tensor, amount: Tensor) -> Tensor:
     """Towards or away from the image's mean grey."""
-    return blend((luma(images).double().mean((1, 2, 3), keepdim=True) + 0.5).floor().float(), images, amount)
+    return blend((widest(luma(images)).mean((1, 2, 3), keepdim=True) + 0.5).floor().float(), images, amount)
 
 
 def sharpness(images: Tensor, amount: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from skipway.data.sources.lists import LIST_SUFFIXES, index_list
 from skipway.data.sources.scan import scan_folder
 from skipway.data.sources.shards import index_shards
 from skipway.data.sources.splits import split_of
-from skipway.errors import DataError, SkipwayError, printable, spell
+from skipway.errors import DataError, SkipwayError, printable, similar_names, spell
 
 __all__ = ["COLUMNS", "index_source"]
 
@@ -82,13 +81,6 @@ def remark_columns(found: SourceIndex, columns: Sequence[str]) -> SourceIndex:
         return found
     remark = f"{spell('columns', tuple(columns))} has no effect: {printable(found.name)} is no list"
     return replace(found, remarks=(*found.remarks, remark))
-
-
-def similar_names(path: Path) -> str:
-    """The entries of a folder whose names are like one that is not there, as a clause."""
-    entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, entries, n=3)
-    return f"; did you mean {' or '.join(printable(path.parent / name) for name in close)}?" if close else ""
 
 
 def describe_file(path: Path) -> str:

@@ -19,6 +19,7 @@ from skipway.nn import Streams
 from skipway.optim.roles import UNKNOWN, role_of
 from skipway.tracing import Example, Program, call_model
 from skipway.tracing.containers import map_tensors, tensors_in
+from skipway.tracing.example import copy_example
 
 __all__ = ["StreamMatrix", "find_stream_matrices", "random_example", "stay_symmetric"]
 
@@ -155,12 +156,13 @@ def find_stream_matrices(model: nn.Module, example: Example, program: Program) -
     with torch.no_grad():  # what is equal by a start, as the weights of several streams, is to differ
         for name, value in trial.named_parameters():
             if name not in values and value.is_floating_point():
-                value.add_((0.1 * value.abs().mean() + 0.05) * torch.randn(value.shape, generator=generator).to(value))
+                drawn = torch.randn(value.shape, generator=generator, device="cpu").to(value)
+                value.add_((0.1 * value.abs().mean() + 0.05) * drawn)
     now = gradients(trial, given, values, noisy=True)
     with torch.no_grad():
         for name, side in sides.items():
             for square in squares(values[name], side):
-                square.copy_(torch.randn(square.shape, generator=generator))
+                square.copy_(torch.randn(square.shape, generator=generator, device="cpu"))
     elsewhere = gradients(trial, given, values, noisy=True)
     if now is None or elsewhere is None:
         return ()
@@ -191,8 +193,8 @@ def random_example(example: Example, seed: int, dtype: torch.dtype | None = None
 
     def draw(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            return torch.randn(tensor.shape, generator=generator).to(dtype or tensor.dtype)
-        return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu()
+            return torch.randn(tensor.shape, generator=generator, device="cpu").to(dtype or tensor.dtype)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu().clone()
 
     return map_tensors(draw, example)
 
@@ -216,7 +218,7 @@ class NoisyCopies(TorchFunctionMode):
         size = 0.1 * result.detach().square().mean().sqrt() + 0.01
         if not bool(size < 1e3):  # a mask, which holds what is lowest
             return result
-        return result + size * torch.randn(result.shape, generator=self.generator).to(result.dtype)
+        return result + size * torch.randn(result.shape, generator=self.generator, device="cpu").to(result.dtype)
 
 
 def gradients(
@@ -226,8 +228,10 @@ def gradients(
     generator = torch.Generator().manual_seed(2)
     try:
         with torch.enable_grad(), NoisyCopies() if noisy else nullcontext():
-            outputs = [each for each in tensors_in(call_model(model, example)) if each.is_floating_point()]
-        loss = sum((each * torch.randn(each.shape, generator=generator).to(each)).sum() for each in outputs)
+            output = call_model(model, copy_example(example))
+        outputs = [each for each in tensors_in(output) if each.is_floating_point()]
+        drawn = (torch.randn(each.shape, generator=generator, device="cpu").to(each) for each in outputs)
+        loss = sum((each * weights).sum() for each, weights in zip(outputs, drawn, strict=True))
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return None
         found = torch.autograd.grad(loss, list(values.values()), allow_unused=True)

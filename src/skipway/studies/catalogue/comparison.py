@@ -99,6 +99,9 @@ class SchemeComparison(Study):
         ]
         return cells
 
+    def dial(self, cell: Cell) -> tuple[str, int]:
+        return "resnet-cifar", cell["depth"]
+
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         spec = cell["scheme"]

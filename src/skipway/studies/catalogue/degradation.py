@@ -71,6 +71,9 @@ class Degradation(Study):
             for scheme in choices.schemes or NAMES
         ]
 
+    def dial(self, cell: Cell) -> tuple[str, int]:
+        return "resnet-cifar", cell["depth"]
+
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         torch.manual_seed(cell["seed"])

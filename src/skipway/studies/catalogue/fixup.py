@@ -89,6 +89,9 @@ class FixupStudy(Study):
         ]
         return cells
 
+    def dial(self, cell: Cell) -> tuple[str, int]:
+        return "resnet-cifar", cell["depth"]
+
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         torch.manual_seed(cell["seed"])

@@ -90,6 +90,9 @@ class LayerScaleStudy(Study):
             for name, rate in product(choices.schemes or (NONE, *STARTS), RATES[family])
         ]  # fmt: skip
 
+    def dial(self, cell: Cell) -> tuple[str, int] | None:
+        return ("resnet", 2 * cell["depth"] + 2) if cell["family"] == "resnet" else None
+
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         torch.manual_seed(cell["seed"])

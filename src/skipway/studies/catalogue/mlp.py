@@ -81,6 +81,7 @@ class FullyConnected(Study):
     settings = ("scheme", "depth", "seed", "width", "epochs", "lr", "data")
     results = ("loss_1", "loss_2", "loss_3", "test_error", "diverged")
     minutes = "4 minutes on two shared cores"
+    specs = False
     published = tuple(
         Published(
             what=f"{scheme}, mean training loss of epoch {epoch}",

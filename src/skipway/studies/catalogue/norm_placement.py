@@ -52,6 +52,7 @@ class NormPlacement(Study):
     settings = ("family", "scheme", "depth", "warmup", "seed", "width", "epochs", "lr", "data")
     results = ("train_error", "test_error", "train_loss", "diverged")
     minutes = "5 minutes on two shared cores"
+    specs = False
     published = tuple(
         Published(
             what=f"{name} ResNet-{depth}, test error",
@@ -87,6 +88,9 @@ class NormPlacement(Study):
                             )
                             cells.append(self.cell(family=family, **settings, **how, data=choices.data))
         return cells
+
+    def dial(self, cell: Cell) -> tuple[str, int] | None:
+        return ("resnet", cell["depth"]) if cell["family"] == "resnet" else None
 
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))

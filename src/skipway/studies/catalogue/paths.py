@@ -115,6 +115,9 @@ class Paths(Study):
             for seed in choices.seeds or (0, 1, 2)
         ]
 
+    def dial(self, cell: Cell) -> tuple[str, int]:
+        return "resnet-cifar", cell["depth"]
+
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         torch.manual_seed(cell["seed"])

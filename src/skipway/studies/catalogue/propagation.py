@@ -202,7 +202,7 @@ class Propagation(Study):
                     Figure(
                         name=f"{value}-{'exploding' if some else 'tamed'}",
                         title=f"{what}, {tail}",
-                        x_label="residual branches L",
+                        x_label="blocks L",  # one branch each, but for plain chains, which have none
                         y_label="log₂ of the ratio of second moments",
                         log_x=True,
                         series=(*theory, *series_over(chosen, "depth", value, "scheme")),

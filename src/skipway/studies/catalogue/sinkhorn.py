@@ -62,6 +62,7 @@ class SinkhornStudy(Study):
     settings = ("scheme", "spread", "depth", "iterations", "seed", "draws")
     results = ("farthest", "gives_most", "gives_least")
     minutes = "ten seconds on two shared cores"
+    specs = False
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         depths, draws = GRIDS[budget]

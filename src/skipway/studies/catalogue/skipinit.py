@@ -83,6 +83,9 @@ class SkipInitStudy(Study):
             for rate in rates
         ]
 
+    def dial(self, cell: Cell) -> tuple[str, int]:
+        return "wrn", cell["depth"]
+
     def measure(self, cell: Cell, device: str = "cpu") -> Row:
         data = data_of(cell.get("data"))
         torch.manual_seed(cell["seed"])

@@ -62,6 +62,7 @@ class SkiplessViT(Study):
     settings = ("kind", "scheme", "depth", "seed", "width", "epochs", "lr", "data")
     results = ("distinct", "train_error", "test_error")
     minutes = "5 minutes on two shared cores"
+    specs = False
     published = tuple(
         Published(
             what=f"ViT-Tiny, {scheme}, test error (approximate)",

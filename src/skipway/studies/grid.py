@@ -1,0 +1,162 @@
+"""What a study's own grid has: checks of the user's choices before a run, and verdicts on less than that grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from skipway.errors import SkipwayError, suggest
+from skipway.models import find_config
+from skipway.schemes import parse_scheme
+from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row, Value
+from skipway.studies.study import Study, Verdict
+
+__all__ = ["Gap", "check_choices", "find_gap", "foreign_schemes", "judge", "listed", "own_values"]
+
+MOST_LISTED = 6
+"""Values of a setting that a message lists."""
+
+
+def own_values(study: Study, name: str, budget: Budget = "cpu") -> list[Value]:
+    """Return the values of a setting in the grid of a budget, each once, in ascending order unless they are text.
+
+    >>> from skipway.studies import find_study
+    >>> own_values(find_study("degradation"), "depth"), own_values(find_study("degradation"), "scheme")
+    ([8, 20, 56, 110], ['plain', 'identity'])
+    """
+    return in_order(cell.get(name) for cell in study.cells(budget, Choices()))
+
+
+def in_order(values: Iterable[Value]) -> list[Value]:
+    """Each value once, numbers in ascending order and text as it came; None is left out."""
+    found = [value for value in dict.fromkeys(values) if value is not None]
+    return found if any(isinstance(value, str) for value in found) else sorted(found)  # type: ignore[type-var]
+
+
+def listed(values: Sequence[Value]) -> str:
+    """Values in a row; text, which may hold commas, in quotes.
+
+    >>> listed([8, 20]), listed(["plain, no norm", "Fixup"])
+    ('8, 20', "'plain, no norm', 'Fixup'")
+    """
+    return ", ".join(map(repr, values))
+
+
+def check_choices(study: Study, choices: Choices, budget: Budget = "cpu") -> list[Cell]:
+    """Return the cells of a study for these choices, having checked that each can be built, without building one.
+
+    Raises:
+        SkipwayError: no cell is left, a scheme is unknown or without a cell, or a depth cannot be built.
+    """
+    cells = list({cell.key: cell for cell in study.cells(budget, choices)}.values())
+    own = [str(name) for name in own_values(study, "scheme", budget)]
+    reached = {cell.get("scheme") for cell in cells}
+    for name in foreign_schemes(study, choices, budget):
+        if not study.specs or (cells and name not in reached):
+            raise SkipwayError(f"{study.name} measures its own schemes only; {suggest('scheme', name, own)}")
+        try:
+            parse_scheme(name)
+        except SkipwayError as error:
+            raise SkipwayError(f"{study.name}: {error}; its own schemes: {listed(own)}") from error
+    if not cells:
+        raise SkipwayError(f"{study.name} has no cell for these choices; omit one of them, or see skipway study --list")
+    for dial, depth in dict.fromkeys((study.dial(cell), cell.get("depth")) for cell in cells):
+        if dial is not None:
+            try:
+                find_config(*dial)
+            except SkipwayError as error:
+                depths = listed(own_values(study, "depth", budget))
+                raise SkipwayError(f"{study.name}, depth {depth}: {error}; its own depths: {depths}") from error
+    return cells
+
+
+def foreign_schemes(study: Study, choices: Choices, budget: Budget = "cpu") -> list[str]:
+    """Return the chosen schemes that are not among the study's own, about which it has no claim."""
+    own = own_values(study, "scheme", budget)
+    return [name for name in choices.schemes or () if own and name not in own]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What rows lack of the study's grid.
+
+    Args:
+        text: one sentence.
+        shallow: whether the largest depth of the grid is missing.
+    """
+
+    text: str
+    shallow: bool
+
+
+def find_gap(study: Study, rows: Sequence[Row]) -> Gap | None:
+    """Return what measured rows lack of the budget's grid that they come closest to; None for a complete grid."""
+    if not rows:
+        return None
+    keys = {row["key"] for row in rows}
+    sources = dict.fromkeys(None if row.get("data") is None else str(row["data"]) for row in rows)
+    budget = rows[-1].get("budget")
+    best, most = [], (-1, False)
+    for each in BUDGETS:
+        for source in sources:
+            cells = study.cells(each, Choices(data=source))
+            lacking = [cell for cell in cells if cell.key not in keys]
+            if not lacking:
+                return None
+            score = (len(cells) - len(lacking), each == budget)
+            if score > most:
+                best, most = cells, score
+    parts = [text for name in study.settings if (text := lacks(name, best, rows))]
+    if not parts:
+        parts = [f"{len(best) - most[0]:,} of {len(best):,} cells"]
+    return Gap(f"A reduced grid: the study also measures {'; '.join(parts)}.", is_shallow(best, rows))
+
+
+def lacks(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """The values of a setting that cells have and rows do not; empty if there are none."""
+    have = {row.get(name) for row in rows}
+    missing = [value for value in in_order(cell.get(name) for cell in cells) if value not in have]
+    if not missing:
+        return ""
+    rest = f" and {len(missing) - MOST_LISTED} more" if len(missing) > MOST_LISTED else ""
+    return f"{name}{'s' * (len(missing) > 1)} {listed(missing[:MOST_LISTED])}{rest}"
+
+
+def is_shallow(cells: Sequence[Cell], rows: Sequence[Row]) -> bool:
+    """Whether a kind or family of networks that rows have lacks the largest depth it has in the cells."""
+
+    def deepest(entries: Iterable[Cell | Row]) -> dict[tuple[Value, Value], int]:
+        found: dict[tuple[Value, Value], int] = {}
+        for each in entries:
+            group = each.get("kind"), each.get("family")
+            found[group] = max(found.get(group, 0), int(each.get("depth") or 0))
+        return found
+
+    own, have = deepest(cells), deepest(rows)
+    return any(have[group] < depth for group, depth in own.items() if group in have)
+
+
+def judge(study: Study, rows: Sequence[Row]) -> list[Verdict]:
+    """Return the study's verdict for each claim; on less than its grid each says so.
+
+    Where the largest depth is missing, claims are open: they are about deep networks.
+
+    Args:
+        study: whose claims are judged.
+        rows: measured, without errors.
+    """
+    verdicts, gap = study.conclude(rows), find_gap(study, rows)
+    return verdicts if gap is None else [qualify(each, gap) for each in verdicts]
+
+
+def qualify(verdict: Verdict, gap: Gap) -> Verdict:
+    """The verdict from a reduced grid."""
+    text = verdict.text.rstrip(".")
+    if verdict.answer == "open" or not gap.shallow:
+        return replace(verdict, text=f"{text}. The grid is a reduced one.")
+    joint = " " if verdict.answer == "holds only when" else ". "
+    return replace(
+        verdict,
+        answer="open",
+        text=f"The study's deepest network was not measured. The others alone: {verdict.answer}{joint}{text}.",
+    )

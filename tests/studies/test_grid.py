@@ -1,0 +1,121 @@
+"""What a study's own grid has: choices that cannot be measured are refused, and less than the grid decides less."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import pytest
+
+from skipway.cli.study import split_specs
+from skipway.errors import SkipwayError
+from skipway.studies.cell import Choices
+from skipway.studies.grid import check_choices, find_gap, judge, own_values
+from skipway.studies.page import write_study_page
+from skipway.studies.runner import run
+from skipway.studies.study import Study, Verdict, find_study, studies
+from skipway.studies.workers import describe_exception
+
+
+class Depths(Study):
+    """The depth itself."""
+
+    name = "depths"
+    title = claim = source = "depths"
+    settings = ("scheme", "depth", "seed")
+    results = ("value",)
+
+    def cells(self, budget, choices):
+        seeds = choices.seeds or (0, 1)
+        depths = choices.depths or (8, 64)
+        schemes = choices.schemes or ("plain", "a, b")
+        grid = product(schemes, depths, seeds)
+        return [self.cell(scheme=name, depth=depth, seed=seed) for name, depth, seed in grid]
+
+    def measure(self, cell, device="cpu"):
+        return {"value": cell["depth"]}
+
+    def conclude(self, rows):
+        return [Verdict("Deep networks fail.", "does not hold", "64: 1."), Verdict("Others.", "open", "not measured")]
+
+    def figures(self, rows):
+        return []
+
+
+def judged(tmp_path, **choices):
+    """The verdicts on a part of the grid, and the page."""
+    study = Depths()
+    rows = run(study, tmp_path, jobs=0, choices=Choices(**choices))
+    return judge(study, rows), find_gap(study, rows), write_study_page(study, tmp_path).read_text("utf-8")
+
+
+def test_the_whole_grid_is_judged_as_the_study_says(tmp_path):
+    verdicts, gap, page = judged(tmp_path)
+    assert (verdicts, gap) == (Depths().conclude([]), None)
+    assert "reduced grid" not in page
+
+
+def test_without_the_deepest_network_every_claim_is_open_and_says_why(tmp_path):
+    verdicts, gap, page = judged(tmp_path, depths=(8, 22), seeds=(0,))
+    assert [verdict.answer for verdict in verdicts] == ["open", "open"]
+    assert "deepest network was not measured" in verdicts[0].text
+    assert "does not hold. 64: 1." in verdicts[0].text
+    assert "depth 64; seed 1." in gap.text
+    assert gap.text in page
+
+
+def test_with_fewer_seeds_an_answer_stands_and_is_marked(tmp_path):
+    verdicts, gap, _ = judged(tmp_path, seeds=(0,))
+    assert [verdict.answer for verdict in verdicts] == ["does not hold", "open"]
+    assert all(verdict.text.endswith("The grid is a reduced one.") for verdict in verdicts)
+    assert "depth" not in gap.text
+
+
+def test_a_deeper_network_than_the_grids_decides(tmp_path):
+    assert judged(tmp_path, depths=(8, 128))[0][0].answer == "does not hold"
+
+
+def test_cells_that_failed_are_missing():
+    study = Depths()
+    rows = [{**dict(cell.settings), "key": cell.key} for cell in study.cells("cpu", Choices())]
+    assert find_gap(study, rows[:-1]).text.endswith("1 of 8 cells.")
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "message"),
+    [
+        ("skipinit", {"depths": (20,)}, r"near it are 16 and 22; its own depths: 16, 64"),
+        ("layerscale", {"depths": (17,)}, "depth 17: .*its own depths: 4, 24"),
+        ("orthogonal", {"depths": (17,)}, "depth 17: .*its own depths: 6, 18"),
+        ("skipinit", {"schemes": ("nosuch",)}, r"unknown scheme 'nosuch'.*its own schemes: 'BatchNorm', "),
+        # these would be measured as another scheme, fail with a KeyError, or be left out without a word
+        ("sinkhorn", {"schemes": ("nosuch",)}, "own schemes only.*alike, independent"),
+        ("fully-connected", {"schemes": ("rezero",)}, "own schemes only"),
+        ("skipless-vit", {"schemes": ("rezero",)}, "own schemes only"),
+        ("norm-placement", {"schemes": ("pre-norm", "rezero")}, "own schemes only"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(name, choices, message, tmp_path):
+    with pytest.raises(SkipwayError, match=message):
+        run(find_study(name), tmp_path, jobs=0, choices=Choices(**choices))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", studies())
+def test_the_own_grid_of_every_study_can_be_built_and_its_schemes_can_be_typed(name):
+    study = find_study(name)
+    own = [str(scheme) for scheme in own_values(study, "scheme")]
+    assert split_specs(",".join(own), own) == own
+    for budget in ("cpu", "gpu", "paper"):
+        assert check_choices(study, Choices(), budget)
+
+
+def test_a_message_for_users_does_not_name_a_line_of_code():
+    def error(kind):
+        try:
+            raise kind("too deep")
+        except ValueError as raised:
+            return describe_exception(raised)
+
+    assert error(SkipwayError) == "too deep"
+    assert re.fullmatch(r"ValueError: too deep \(test_grid.py:\d+\)", error(ValueError))
