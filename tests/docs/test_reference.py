@@ -42,7 +42,7 @@ def test_every_public_name_is_in_the_reference_with_its_arguments(reference):
     assert set(re.findall(r"^### (.+)$", page, re.MULTILINE)) == names
     section = page.partition("### diagnose\n")[2].partition("\n### ")[0]
     called, _, arguments = section.partition("**Arguments**")
-    assert "sw.diagnose(\n    model,\n    example,\n    *,\n    targets=None" in called
+    assert "sw.diagnose(\n    model,\n    example,\n    targets=None,\n    *,\n    loss=None" in called
     assert "* `targets`: " in arguments
     assert "```pycon\n>>> " in page
     assert "runs/&lt;data>-&lt;number>" in page  # not taken for tags

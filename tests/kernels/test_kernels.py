@@ -459,7 +459,9 @@ def test_patches_in_bfloat16_are_products_in_training(monkeypatch, side, stride,
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": (2, 1)}, {"dilation": 2}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize("amx", [False, True])
 def test_weights_with_slow_gradients_are_learnt_by_products(monkeypatch, amx, options):
-    """On AMX, by a rule in place of a measurement; in pieces of the batch, summed in float32."""
+    """On AMX, by a rule in place of a measurement; in pieces of the batch, summed in float32. Without bfloat16 in the
+    processor torch's own gradient of a bias is off by more than ours.
+    """
     seen, product = [], dense_conv.weight_gradient_by_product
     monkeypatch.setattr(dense_conv, "has_amx", lambda: amx)
     monkeypatch.setattr(dense_conv, "PIECE", 1 << 16)
@@ -474,15 +476,15 @@ def test_weights_with_slow_gradients_are_learnt_by_products(monkeypatch, amx, op
             y = model(given)
         return [y, *torch.autograd.grad(y.float().sin().sum(), [given, *model.parameters()])]
 
-    exact = gradients(layer, False)
+    exact, rounded = gradients(layer, False), gradients(layer, True)
     with bfloat16_kernels():
         found, again, full = gradients(layer, True), gradients(layer, True), gradients(layer, False)
         with torch.no_grad():
             assert layer(x).shape == found[0].shape
     assert len(seen) == 2 * (amx and options in ({}, {"stride": 2}))
-    for one, other, right in zip(found, again, exact, strict=True):
+    for one, other, right, theirs in zip(found, again, exact, rounded, strict=True):
         assert torch.equal(one, other)
-        assert (one - right).norm() < 0.02 * right.norm()
+        assert (one - right).norm() < max(0.02 * right.norm(), 1.01 * (theirs - right).norm())
         assert one.stride() == right.stride()
     assert all(map(torch.equal, full, exact))
 

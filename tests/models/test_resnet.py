@@ -97,7 +97,7 @@ def test_spelling_is_forgiven(name, like):
         ("resnet50", {"width": 8, "base_width": 4}, "inner width of 0"),
         ("resnet20", {"groups": 2}, "use Bottleneck"),
         ("resnet", {"depth": "20"}, "depth='20': the rule is a whole number"),
-        ("resnet50", {"squeeze": "4"}, "squeeze='4': the rule is a whole number, or None"),
+        ("resnet50", {"squeeze": "4"}, "squeeze='4': the rule is a whole number or None"),
         ("resnet20", {"blocks": "33"}, "blocks='33': the rule is a tuple of whole numbers"),
         ("vit-tiny-16", {"ratio": "4"}, "ratio='4': the rule is a number"),
         ("convnext", {"depth": 18, "dims": (8,)}, "unknown option 'dims'; .*squeeze, width$"),

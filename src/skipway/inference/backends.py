@@ -21,6 +21,7 @@ from skipway.errors import MissingExtraError, SkipwayError
 from skipway.hardware.allocator import keep_memory
 from skipway.inference.inputs import describe_call
 from skipway.inference.onnx import CAST, export_onnx
+from skipway.inference.plain_operators import PlainOperators
 from skipway.kernels.dispatch import PackedKernelMode
 from skipway.registry import Registry
 from skipway.surgery.acceleration import accelerate, is_routed
@@ -306,7 +307,8 @@ def convert_openvino_for(model: nn.Module, example: Tensor, shape: Sequence[int]
     with warnings.catch_warnings(), send_no_statistics():
         warnings.simplefilter("ignore")  # the tracer warns about every Python branch
         try:
-            return openvino.convert_model(model, example_input=example, input=[tuple(shape)])
+            with PlainOperators():
+                return openvino.convert_model(model, example_input=example, input=[tuple(shape)])
         except RuntimeError:  # traced twice, the graphs differ: torchvision's Swin
             return openvino.convert_model(torch.export.export(model, (example,), strict=False))
 

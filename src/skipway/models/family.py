@@ -210,10 +210,10 @@ def check_options(name: str, options: Mapping[str, Any], config: Any) -> None:
     for option, value in options.items():
         if option not in known:
             raise SkipwayError(f"{name}: {suggest('option', option, known)}")
-        kind, _, other = known[option].partition(" | ")
-        if kind in NUMBERS and not (other == "None" and value is None):
-            fits, rule = NUMBERS[kind]
-            check_rule(option, value, fits(value), f"{rule}, or None" if other == "None" else rule)
+        kinds = known[option].split(" | ")
+        if all(kind in NUMBERS for kind in kinds):
+            fits, rules = zip(*(NUMBERS[kind] for kind in kinds), strict=True)
+            check_rule(option, value, any(each(value) for each in fits), " or ".join(rules))
 
 
 def are_whole(value: object) -> bool:
@@ -225,8 +225,9 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (is_whole, "a whole number"),
     "float": (is_real, "a number"),
     "tuple[int, ...]": (are_whole, "a tuple of whole numbers"),
+    "None": (lambda value: value is None, "None"),
 }
-"""Numeric types of a config's fields: what fits them, in words."""
+"""Numeric types of a config's fields, and none: what fits them, in words."""
 
 
 def own_config(name: str, depth: int | None) -> tuple[Family, Any]:

@@ -1,0 +1,80 @@
+"""Functions that are computed otherwise for OpenVINO's conversion: the same numbers, and the operators that it has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import skipway as sw
+from skipway.inference.backends import Choice, build_openvino, convert_openvino
+from skipway.inference.plain_operators import PlainOperators
+
+
+def qkv(heads: int = 4) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, size, 5, 8, generator=generator, dtype=torch.float64) for size in (4, heads, heads))
+
+
+MASKS = torch.randn(2, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+OPTIONS = {
+    "plain": {},
+    "scale": {"scale": 0.3},
+    "masks": {"attn_mask": MASKS},
+    "one mask": {"attn_mask": MASKS[0, 0], "dropout_p": 0.0},
+    "hidden": {"attn_mask": MASKS[0, 0] > -1},
+    "causal": {"is_causal": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attention_is_that_of_torch(name):
+    (q, k, v), options = qkv(), OPTIONS[name]
+    with PlainOperators():
+        plain = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(plain, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+def test_attention_of_shared_keys_is_left_to_torch():
+    q, k, v = qkv(heads=2)
+    with PlainOperators():
+        plain = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert torch.equal(plain, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+def test_norms_over_moved_channels_are_those_of_torch():
+    norm = nn.LayerNorm(6)
+    nn.init.normal_(norm.weight)
+    maps = torch.randn(2, 6, 3, 5)
+    for x in (maps.permute(0, 2, 3, 1), maps.permute(0, 2, 3, 1).contiguous(), torch.randn(2, 3, 6)):
+        with PlainOperators():
+            plain = norm(x)
+        assert plain.shape == x.shape
+        torch.testing.assert_close(plain, norm(x))
+    over = nn.LayerNorm([5, 6])  # of several axes
+    with PlainOperators():
+        torch.testing.assert_close(over(maps.permute(0, 2, 3, 1)), F.layer_norm(maps.permute(0, 2, 3, 1), [5, 6]))
+
+
+def layers(model: nn.Module, x: torch.Tensor) -> list[str]:
+    """Kinds of the layers that OpenVINO runs."""
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(convert_openvino(model, x), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return [str(each.get_rt_info()["layerType"].astype(str)) for each in compiled.get_runtime_model().get_ops()]
+
+
+def test_openvino_runs_norms_and_attention_without_layers_that_copy():
+    """One norm layer for each norm of a map; of an attention no transposition but that of q, k and v together."""
+    torch.manual_seed(0)
+    convnext = sw.build("convnext_atto", classes=5).eval()
+    x = torch.randn(2, 3, 64, 64)
+    found = layers(convnext, x)
+    norms = sum(isinstance(each, nn.LayerNorm) for each in convnext.modules())
+    assert found.count("MVN") >= norms - 2  # the head has no map
+    assert found.count("RMS") <= 2
+    vit = sw.build("vit", depth=2, dim=32, heads=2, patch=8, image=32, classes=5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert layers(vit, x).count("Transpose") == 2
+    fast = build_openvino(vit, x, Choice("openvino"))
+    torch.testing.assert_close(fast(x), vit(x).detach(), atol=1e-5, rtol=1e-4)
