@@ -1,9 +1,9 @@
 """The picture in the README: what the schemes do to the signal at any depth, and a real run.
 
 Command   python -m benchmarks.picture RUN --out docs/result.png     (RUN: a folder that `skipway train` made)
-Above     variance of the stream after each of the 600 connections of resnet1202 at initialisation, relative to the
+Left      variance of the stream after each of the 600 connections of resnet1202 at initialisation, relative to the
           first, on random images (no training; one forward pass a scheme)
-Below     accuracy by epoch of the run, from its metrics.jsonl
+Right     accuracy by epoch of the run, from its metrics.jsonl
 """
 
 from __future__ import annotations
@@ -47,36 +47,35 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/result.png"))
     options = parser.parse_args()
-    # no wider than a telephone reads
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (above, below) = plt.subplots(2, 1, figsize=(5.4, 6.8), layout="constrained")
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for name, spec in SCHEMES.items():
         values = variances(spec)
         # two schemes leave the stream alike
         style = (0, (3, 3)) if name == "fixup" else "solid"
-        above.plot(range(1, len(values) + 1), values, label=name, linewidth=2, linestyle=style)
-    above.set(
+        left.plot(range(1, len(values) + 1), values, label=name, linewidth=1.6, linestyle=style)
+    left.set(
         xscale="log",
         yscale="log",
         ylim=(1e-2, 1e6),
         xlabel="residual connection",
         title="Signal at initialisation, ResNet-1202",
     )
-    above.set_ylabel("variance of the stream / first")
-    above.legend(frameon=False, fontsize=9)
+    left.set_ylabel("variance of the stream / first")
+    left.legend(frameon=False, fontsize=8)
     rows = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((options.run / "config.json").read_text())
     for key, label in (("train_accuracy", "train"), ("validation_accuracy", "validation")):
-        below.plot(
+        right.plot(
             [row["epoch"] for row in rows], [100 * row[key] for row in rows], marker="o", markersize=3, label=label
         )
-    below.set(
+    right.set(
         xlabel="epoch",
         ylabel="accuracy, %",
         title=f"skipway train: {config['model']['name']}, {Path(config['recipe']['data'] or 'digits').name}",
     )
-    below.legend(frameon=False)
-    figure.savefig(options.out, dpi=150)
+    right.legend(frameon=False)
+    figure.savefig(options.out, dpi=110)
 
 
 if __name__ == "__main__":
