@@ -18,6 +18,7 @@ __all__ = [
     "SkipwayError",
     "clock_text",
     "counted",
+    "did_you_mean",
     "duration",
     "first_line",
     "printable",
@@ -176,6 +177,18 @@ def similar_names(path: Path) -> str:
     return f"; did you mean {' or '.join(printable(path.parent / name) for name in close)}?" if close else ""
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question for the known names, at most five, that are closest to an unknown one; "" where none is close.
+
+    >>> did_you_mean("adamW", ["adam", "adamw", "sgd"]), did_you_mean("zzz", ["sgd"])
+    ("did you mean 'adamw'?", '')
+    """
+    known = sorted(known)
+    close = [each for each in known if each.lower() == name.lower()]
+    close = close or difflib.get_close_matches(name, known, n=MAX_CLOSE, cutoff=0.6) or beginning_alike(name, known)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
 def suggest(kind: str, name: str, known: Iterable[str], command: str = "") -> str:
     """One sentence for an unknown `name`: the closest known ones, at most five, or else ten or a few more of all.
 
@@ -193,11 +206,8 @@ def suggest(kind: str, name: str, known: Iterable[str], command: str = "") -> st
     "unknown optimizer 'SGD'; did you mean 'sgd'?"
     """
     known = sorted(known)
-    close = [each for each in known if each.lower() == name.lower()]
-    close = close or difflib.get_close_matches(name, known, n=MAX_CLOSE, cutoff=0.6) or beginning_alike(name, known)
-    if close:
-        options = " or ".join(repr(option) for option in close)
-        return f"unknown {kind} {name!r}; did you mean {options}?"
+    if question := did_you_mean(name, known):
+        return f"unknown {kind} {name!r}; {question}"
     if len(known) <= MAX_LISTED + MAX_MORE:
         return f"unknown {kind} {name!r}; there are: {', '.join(known)}"
     listed = f"{', '.join(known[:MAX_LISTED])} … and {len(known) - MAX_LISTED:,} more"

@@ -138,36 +138,32 @@ class ConstantAnswer:
         if self.subject.objective is None or self.subject.objective.own:
             return None
         means = {id(head): mean_over(widest(head.detach()), self.constant_shape(head)) for head in heads.values()}
-        # from the mean of outputs that have blown up the search does not come back
-        starts = (means, {number: torch.zeros_like(mean) for number, mean in means.items()})
-        found = [self.minimum_from(start, output, heads, part) for start in starts]
-        return min((loss for loss in found if loss is not None), default=None)
 
-    def minimum_from(
-        self, start: Mapping[int, Tensor], output: Any, heads: Mapping[str, Tensor], part: tuple[Any, Any]
-    ) -> float | None:
-        """The smallest loss of one output that a search finds from a start; None where it is not finite."""
-        constants = {number: mean.clone().requires_grad_() for number, mean in start.items()}
-        variables = list(constants.values())
-
-        def evaluate() -> Tensor:
+        def evaluate(constants: Mapping[int, Tensor]) -> Tensor:
             answers = {id(head): broadcast(constants[id(head)], head) for head in heads.values()}
             return widest(self.loss_with(answers, output, part))
 
         def closure() -> Tensor:
-            loss = evaluate() / scale  # the steps of the search are no smaller than the loss is large
+            loss = evaluate(constants) / scale  # the steps of the search are no smaller than the loss is large
             found = torch.autograd.grad(loss, variables, allow_unused=True)
             for variable, gradient in zip(variables, found, strict=True):
                 variable.grad = torch.zeros_like(variable) if gradient is None else gradient
             return loss
 
+        # from the mean of outputs that have blown up the search does not come back
+        starts = (means, {number: torch.zeros_like(mean) for number, mean in means.items()})
         with suppress(SkipwayError, RuntimeError, ValueError, TypeError):  # a loss that refuses such an output
-            first = float(evaluate().detach())
+            losses = [float(evaluate(start).detach()) for start in starts]
+            first = min(filter(math.isfinite, losses), default=None)
+            if first is None:
+                return None
             scale = max(abs(first), 1e-12)
+            constants = {number: each.requires_grad_() for number, each in starts[losses.index(first)].items()}
+            variables = list(constants.values())
             search = torch.optim.LBFGS(variables, max_iter=25, line_search_fn="strong_wolfe")
             search.step(closure)  # type: ignore[arg-type]
-            values = [each for each in (first, float(evaluate().detach())) if math.isfinite(each)]
-            return min(values, default=None)
+            last = float(evaluate(constants).detach())
+            return min(first, last) if math.isfinite(last) else first
         return None
 
     def information(self, output: Any, part: tuple[Any, Any], gradients: Mapping[str, Tensor | None]) -> float | None:

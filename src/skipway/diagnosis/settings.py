@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipway.errors import SkipwayError, suggest
+from skipway.errors import SkipwayError, did_you_mean
 from skipway.optim.clip import Clipper
 from skipway.optim.groups import param_groups
 from skipway.optim.optimizers import part_of_group
@@ -66,11 +66,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.exact is None and (not isinstance(self.optimizer, str) or self.optimizer not in OPTIMIZERS):
-            near = suggest("", self.optimizer, OPTIMIZERS) if isinstance(self.optimizer, str) else ""
-            meant = near.partition("did you mean ")[2]
-            raise SkipwayError(
-                f"optimizer={self.optimizer!r}: " + (f"did you mean {meant}" if meant else f"the rule is {CHOICES}")
-            )
+            question = did_you_mean(self.optimizer, OPTIMIZERS) if isinstance(self.optimizer, str) else ""
+            raise SkipwayError(f"optimizer={self.optimizer!r}: {question or f'the rule is {CHOICES}'}")
         for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
             if value is not None:
                 check_finite(name, value)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from skipway.errors import counted, printable, spell
+from skipway.inference.modes import eval_mode
 from skipway.optim.schedules import usual_warmup
 from skipway.probes.signal_check import check_signal
 from skipway.recipe import ResolvedRecipe
@@ -85,8 +86,6 @@ def count_flops(run: Run) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
-    was = run.model.training
-    with counter, torch.no_grad():
-        run.model.eval()(run.task.blank(run.data, 1, run.task.side(run.data)).to(run.device))
-    run.model.train(was)
+    with counter, torch.no_grad(), eval_mode(run.model):
+        run.model(run.task.blank(run.data, 1, run.task.side(run.data)).to(run.device))
     return counter.get_total_flops()
