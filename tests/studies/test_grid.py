@@ -46,7 +46,8 @@ def judged(tmp_path, **choices):
     """The verdicts on a part of the grid, and the page."""
     study = Depths()
     rows = run(study, tmp_path, jobs=0, choices=Choices(**choices))
-    return judge(study, rows), find_gap(study, rows), write_study_page(study, tmp_path).read_text("utf-8")
+    gap = find_gap(study, rows)
+    return judge(study, rows, gap), gap, write_study_page(study, tmp_path).read_text("utf-8")
 
 
 def test_the_whole_grid_is_judged_as_the_study_says(tmp_path):

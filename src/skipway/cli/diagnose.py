@@ -35,6 +35,8 @@ MODEL, BATCH, TRAINING, DIAGNOSIS, MACHINE, OUTPUT = (
 )
 WILL_NOT_TRAIN, UNDECIDED = 1, 4
 NOTHING_TO_FIX = "nothing to fix"
+ROUNDING = 1e-5
+"""Difference over the largest output up to which two networks with equal weights are the same."""
 NOT_SAVED = "not saved: nothing was mended"
 MORE_THAN_WEIGHTS = (
     "more than weights was changed: the file, loaded into the network as it was, does not make the mended one; in "
@@ -517,6 +519,7 @@ def makes_mended_network(treatment: Treatment) -> bool:
     """Whether the weights of a mended network, loaded into the network as it was, make it. They do not where modules
     were added or replaced, or a switch such as `norm_first` was turned.
     """
+    from skipway.surgery.verification import output_gap, outputs
     from skipway.tracing.module_state import copy_module
 
     subject = treatment.before.subject
@@ -525,25 +528,5 @@ def makes_mended_network(treatment: Treatment) -> bool:
         again.load_state_dict(treatment.model.state_dict())
     except RuntimeError:
         return False
-    with_weights, mended = (outputs_of(model, subject.inputs) for model in (again, treatment.model))
-    return len(with_weights) == len(mended) and all(map(is_close, with_weights, mended))
-
-
-def outputs_of(model: Any, inputs: Any) -> list[Any]:
-    """The tensors that a model puts out in evaluation mode."""
-    import torch
-
-    from skipway.tracing import preserved_state
-    from skipway.tracing.containers import tensors_in
-    from skipway.tracing.example import call_model
-
-    with torch.no_grad(), preserved_state(model):
-        return list(tensors_in(call_model(model.eval(), inputs)))
-
-
-def is_close(first: Any, second: Any) -> bool:
-    """Whether two tensors agree up to rounding."""
-    import torch
-
-    alike = first.shape == second.shape and first.dtype == second.dtype
-    return alike and torch.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True)
+    mended, with_weights = (outputs(model, subject.inputs) for model in (treatment.model, again))
+    return output_gap(mended, with_weights) < ROUNDING

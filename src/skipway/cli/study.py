@@ -126,7 +126,8 @@ def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     sys.stdout.write(f"\n{chosen.title}: {counted(len(rows), 'cell')}, {time.monotonic() - begun:.0f} s\n")
     if options["share"] is None:
         measured = measured_rows(rows)
-        verdicts, gap = judge(chosen, measured), find_gap(chosen, measured)
+        gap = find_gap(chosen, measured)
+        verdicts = judge(chosen, measured, gap)
         sys.stdout.write(f"{score_text(verdicts)}\n" + ("" if gap is None else f"{gap.text}\n"))
         for verdict in verdicts:
             sys.stdout.write(f"\n{verdict.answer.upper():<16}{verdict.claim}\n{'':<16}{verdict.text}\n")

@@ -136,7 +136,7 @@ def is_shallow(cells: Sequence[Cell], rows: Sequence[Row]) -> bool:
     return any(have[group] < depth for group, depth in own.items() if group in have)
 
 
-def judge(study: Study, rows: Sequence[Row]) -> list[Verdict]:
+def judge(study: Study, rows: Sequence[Row], gap: Gap | None) -> list[Verdict]:
     """Return the study's verdict for each claim; on less than its grid each says so.
 
     Where the largest depth is missing, claims are open: they are about deep networks.
@@ -144,8 +144,9 @@ def judge(study: Study, rows: Sequence[Row]) -> list[Verdict]:
     Args:
         study: whose claims are judged.
         rows: measured, without errors.
+        gap: what they lack, see `find_gap`.
     """
-    verdicts, gap = study.conclude(rows), find_gap(study, rows)
+    verdicts = study.conclude(rows)
     return verdicts if gap is None else [qualify(each, gap) for each in verdicts]
 
 

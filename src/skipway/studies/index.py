@@ -35,7 +35,8 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
         if path is not None:
             rows = read_rows(folder, study)
             measured = measured_rows(rows)
-            found, gap = judge(study, measured), find_gap(study, measured)
+            gap = find_gap(study, measured)
+            found = judge(study, measured, gap)
             verdicts += found
             lines.append(overview_row(study, found, len(rows)))
             entries.append(

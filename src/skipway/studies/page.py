@@ -105,7 +105,8 @@ def write_study_page(study: Study, folder: Path) -> Path | None:
             folder / f"{study.name}-{figure.name}.svg", lambda aside, content=content: aside.write_bytes(content)
         )
     published, unmatched = published_table(study, measured)
-    verdicts, gap = judge(study, measured), find_gap(study, measured)
+    gap = find_gap(study, measured)
+    verdicts = judge(study, measured, gap)
     opening, method = method_of(study)
     values: dict[str, Any] = {
         "title": study.title,
