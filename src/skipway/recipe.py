@@ -19,6 +19,7 @@ from skipway.optim.freeze import FreezePlan, FrozenTrunk, parse_freeze
 from skipway.optim.optimizers import OptimizerSpec, parse_optimizer
 from skipway.optim.schedules import ScheduleShape, parse_schedule, usual_warmup
 from skipway.registry import Registry, parse_spec
+from skipway.validation import is_whole
 
 __all__ = ["LENGTHS", "NO_PATIENCE", "Recipe", "ResolvedRecipe", "read_recipe"]
 
@@ -343,7 +344,7 @@ class Recipe:
     """Also write curves for TensorBoard."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.freeze, int):
+        if is_whole(self.freeze):
             object.__setattr__(self, "freeze", str(self.freeze))
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)

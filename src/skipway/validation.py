@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from numbers import Integral, Real
 from typing import ParamSpec, TypeVar
@@ -12,6 +12,8 @@ from typing import ParamSpec, TypeVar
 from skipway.errors import CallError, SkipwayError, spell
 
 __all__ = [
+    "are_whole",
+    "check_blocks",
     "check_call",
     "check_choice",
     "check_finite",
@@ -21,6 +23,7 @@ __all__ = [
     "check_positive",
     "check_positive_int",
     "check_rule",
+    "check_seed",
     "check_tolerance",
     "check_whole",
     "is_real",
@@ -64,6 +67,42 @@ def is_whole(value: object, least: float = -math.inf) -> bool:
     (True, False, False, False)
     """
     return isinstance(value, Integral) and is_real(value, least)
+
+
+def are_whole(value: object, least: float = -math.inf) -> bool:
+    """Whether a value is a row of whole numbers of at least `least`.
+
+    >>> are_whole((2, 3), 1), are_whole((2, 0), 1), are_whole(2)
+    (True, False, False)
+    """
+    try:
+        return all(is_whole(each, least) for each in value)  # type: ignore[attr-defined]
+    except TypeError:  # among others of an array without axes, which is an Iterable by its class
+        return False
+
+
+def check_blocks(value: Iterable[int]) -> tuple[int, ...]:
+    """Return the blocks of each stage as Python's integers.
+
+    >>> check_blocks([3, 4])
+    (3, 4)
+    >>> check_blocks(3)
+    Traceback (most recent call last):
+    skipway.errors.SkipwayError: blocks=3: the rule is a number for each stage, at least one block in every one
+    """
+    try:
+        found = tuple(value)
+    except TypeError:
+        found = ()
+    fits = found != () and are_whole(found, 1)
+    check_rule("blocks", value, fits, "a number for each stage, at least one block in every one")
+    return tuple(map(int, found))
+
+
+def check_seed(argument: str, value: object) -> None:
+    """Raise unless `value` is a seed of PyTorch."""
+    fits = is_whole(value, -(2**63)) and value < 2**64  # type: ignore[operator]
+    check_rule(argument, value, fits, "a whole number of at most 64 bits")
 
 
 def check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:

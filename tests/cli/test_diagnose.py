@@ -361,6 +361,12 @@ def test_a_folder_of_images_is_the_batch_and_counts_the_classes(capsys):
     assert run(capsys, *narrow)[0] == 2
 
 
+def test_a_network_of_tokens_has_no_classes(capsys):
+    code, _, error = run(capsys, "gpt-nano", "--batch", "digits")
+    assert code == 2
+    assert "the network takes tokens and has no classes; --batch is a text file" in error
+
+
 def test_the_bundled_digits_are_a_batch_unless_a_folder_has_that_name(capsys):
     options = ["resnet", "--depth", "8", "--batch", "digits", "--samples", "10", "--device", "cpu"]
     _, out, _ = run(capsys, *options, "--input", "3,9,9")

@@ -134,6 +134,23 @@ def test_lists_are_read():
         parse_integers("seeds", "1-")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seeds", "4-0", "ranges from the smaller to the larger: 0-4"),
+        ("--depths", "4-3", "3-4"),
+        ("--seeds", "0-99999999999", "at most 10,000"),
+        ("--seeds", str(2**64), "at most 64 bits"),
+        ("--schemes", " , ", "at least one scheme"),
+    ],
+)
+def test_choices_of_nothing_are_no_full_grid(option, value, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*TINY, option, value]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_loads_no_torch():
     code = "import sys; from skipway.cli import main; main(['study', '--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

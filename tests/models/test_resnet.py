@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -98,6 +99,8 @@ def test_spelling_is_forgiven(name, like):
         ("resnet20", {"groups": 2}, "use Bottleneck"),
         ("resnet", {"depth": "20"}, "depth='20': the rule is a whole number"),
         ("resnet50", {"squeeze": "4"}, "squeeze='4': the rule is a whole number or None"),
+        (20, {}, "name=20: the rule is a text"),
+        ("resnet20", {"blocks": np.array(3)}, "a tuple of whole numbers"),
         ("resnet20", {"blocks": "33"}, "blocks='33': the rule is a tuple of whole numbers"),
         ("vit-tiny-16", {"ratio": "4"}, "ratio='4': the rule is a number"),
         ("convnext", {"depth": 18, "dims": (8,)}, "unknown option 'dims'; .*squeeze, width$"),

@@ -7,6 +7,7 @@ import math
 import warnings
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -381,8 +382,8 @@ def test_every_scheme_dresses_it(version, scheme):
         ("swin-tiny", {"heads": 5}, "heads divides dim"),
         ("swin-tiny", {"window": 0}, r"window=0: the rule is a whole number"),
         ("swin-tiny", {"window": (7, 7)}, "one for each of the 4"),
-        ("swin-tiny", {"blocks": ()}, "at least one stage"),
-        ("swin-tiny", {"blocks": (2, 0)}, "blocks=0"),
+        ("swin-tiny", {"blocks": ()}, "at least one block"),
+        ("swin-tiny", {"blocks": (2, 0)}, "at least one block in every one"),
         ("swin-tiny", {"attention": "cos"}, "one of 'dot', 'cosine'"),
         ("swin-tiny", {"norm": "before"}, "one of 'pre'"),
         ("swin-tiny", {"learned_window": 7}, "a table of positions has one window"),
@@ -392,6 +393,13 @@ def test_every_scheme_dresses_it(version, scheme):
 def test_bad_input_names_value_rule_and_way_out(name, options, message):
     with pytest.raises(sw.SkipwayError, match=message):
         sw.build(name, **options)
+
+
+def test_integers_of_numpy_are_integers():
+    ours = sw.build("swin-tiny", dim=np.int64(12), window=np.int64(4), image=32, blocks=np.array([2, 2, 2, 2]))
+    assert ours.config.windows == (4, 4, 2, 1)
+    assert ours.config.blocks == (2, 2, 2, 2)
+    assert sw.build("convnext-tiny", blocks=np.array([1, 1, 1, 1]), width=8).config.branches == 4
 
 
 def test_an_image_that_the_patch_does_not_divide_says_what_is_near():

@@ -271,6 +271,18 @@ def test_other_epochs_do_not_continue_a_run_of_some_time(tmp_path):
         train(Recipe(epochs=500), tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize(("length", "less", "text"), [("steps", 3, "4 steps"), ("epochs", 1, "2 epochs")])
+def test_a_run_does_not_become_shorter_than_it_is(length, less, text, tmp_path):
+    whole = {"steps": 4, "epochs": 2}[length]
+    recipe = Recipe(model="resnet8", width=4, batch_size=512, workers=0, health=0.0, **{length: whole})
+    folder = train(recipe, tmp_path / "run").folder
+    before = folder.config.read_bytes()
+    with pytest.raises(SkipwayError, match=f"{length}={less}: .* has been trained for {text}; the rule is as many"):
+        train(Recipe(**{length: less}), folder.path, resume=True)
+    assert folder.config.read_bytes() == before
+    assert train(Recipe(**{length: whole}), folder.path, resume=True).finished
+
+
 @pytest.mark.parametrize(
     ("stored", "idle", "longer", "message"),
     [

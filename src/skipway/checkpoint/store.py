@@ -31,6 +31,7 @@ from skipway.checkpoint import files as storage
 from skipway.checkpoint.files import write_hashed
 from skipway.checkpoint.manifest import MANIFEST, Entry, Manifest, is_count, verify
 from skipway.errors import CheckpointError, printable
+from skipway.validation import is_whole
 
 __all__ = ["Checkpoints", "Snapshot"]
 
@@ -84,7 +85,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, background: bool = False) -> None:
-        if not isinstance(keep, int) or keep < 1:
+        if not is_whole(keep, 1):
             raise CheckpointError(f"keep={keep!r}: the rule is an integer >= 1")
         self.folder = folder
         self.keep = keep

@@ -29,6 +29,7 @@ GRID, EXECUTION, HARDWARE, OUTPUT = (
 FAILED = 1
 # finished cells in the live table
 MAX_FINISHED = 12
+MOST_INTEGERS = 10_000
 
 
 def study(
@@ -90,7 +91,7 @@ def study(
     own = [str(name) for each in chosen for name in own_values(each, "scheme", budget)]
     choices = Choices(
         depths=None if depths is None else parse_integers("depths", depths),
-        schemes=None if schemes is None else tuple(split_specs(schemes, own)),
+        schemes=None if schemes is None else parse_schemes(schemes, own),
         seeds=None if seeds is None else parse_integers("seeds", seeds),
         data=None if data is None else str(data.resolve()),
     )
@@ -144,6 +145,9 @@ def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
 def parse_integers(name: str, text: str) -> tuple[int, ...]:
     """Parse comma-separated integers and ranges.
 
+    Raises:
+        SkipwayError: it is neither, a range runs backwards, or there are more than `MOST_INTEGERS`.
+
     >>> parse_integers("seeds", "0-2,7")
     (0, 1, 2, 7)
     """
@@ -152,8 +156,21 @@ def parse_integers(name: str, text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match:
             raise SkipwayError(f"--{name} {text}: the rule is comma-separated integers or ranges: 8,20,56 or 0-4")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            raise SkipwayError(f"--{name} {text}: the rule is ranges from the smaller to the larger: {high}-{low}")
+        if len(found) + high - low >= MOST_INTEGERS:
+            raise SkipwayError(f"--{name} {text}: the rule is at most {MOST_INTEGERS:,} of them")
+        found += range(low, high + 1)
     return tuple(found)
+
+
+def parse_schemes(text: str, names: Collection[str]) -> tuple[str, ...]:
+    """Parse comma-separated schemes, of which there has to be one at least."""
+    found = tuple(split_specs(text, names))
+    if not found:
+        raise SkipwayError(f"--schemes {text!r}: the rule is at least one scheme; skipway study NAME --list shows them")
+    return found
 
 
 def split_specs(text: str, names: Collection[str] = ()) -> list[str]:

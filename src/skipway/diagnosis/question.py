@@ -28,7 +28,7 @@ from skipway.tracing.foreign_errors import ForeignErrors
 from skipway.tracing.paths import condense_paths
 from skipway.tracing.restoration import generator_devices, own_tensors, seed_generators
 from skipway.tracing.watch import refuse_scripted
-from skipway.validation import check_rule, check_whole, is_real, is_whole
+from skipway.validation import check_rule, check_seed, check_whole, is_real
 
 __all__ = ["diagnose"]
 
@@ -157,7 +157,7 @@ def diagnose(
     >>> diagnosis.verdict in ("trains", "will not train", "undecided"), 0 <= diagnosis.odds <= 1
     (True, True)
     """
-    check_rule("seed", seed, is_whole(seed, -(2**63)) and seed < 2**64, "a whole number of at most 64 bits")
+    check_seed("seed", seed)
     check_rule("loss", loss, loss is None or callable(loss), "a function (output, targets) → a scalar")
     check_rule("certainty", certainty, is_real(certainty) and 0.5 < certainty < 1, "0.5 < certainty < 1")
     check_whole("remedies", remedies, 0, of="remedies")

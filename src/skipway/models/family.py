@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -18,7 +18,7 @@ from skipway.registry import Registry, parse_spec
 from skipway.schemes import Scheme
 from skipway.schemes import parse_scheme as read_scheme
 from skipway.schemes.initialisation import initialise_
-from skipway.validation import check_rule, is_real, is_whole
+from skipway.validation import are_whole, check_rule, is_real, is_whole
 
 __all__ = [
     *("FAMILIES", "Family", "Variant", "build", "families", "find_config", "join_options", "split_options"),
@@ -162,6 +162,7 @@ def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     >>> resolve("vit_small_patch16_384.augreg_in1k", {"classes": 10})
     ('vit-small-16', {'image': 384, 'classes': 10})
     """
+    check_rule("name", name, isinstance(name, str), "a text: an architecture, or an entry point of timm or torchvision")
     name, given = split_options(name)
     options = {**given, **options}
     entry = name.partition(".")[0]
@@ -214,11 +215,6 @@ def check_options(name: str, options: Mapping[str, Any], config: Any) -> None:
         if all(kind in NUMBERS for kind in kinds):
             fits, rules = zip(*(NUMBERS[kind] for kind in kinds), strict=True)
             check_rule(option, value, any(each(value) for each in fits), " or ".join(rules))
-
-
-def are_whole(value: object) -> bool:
-    """Whether a value is a row of whole numbers."""
-    return isinstance(value, Iterable) and all(map(is_whole, value))
 
 
 NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {

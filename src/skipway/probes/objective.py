@@ -277,7 +277,10 @@ def refuse_ignored_labels(own: Objective, output: Any, inputs: Example | None) -
 
 
 def only_ignored() -> SkipwayError:
-    return SkipwayError(f"targets: every label is {IGNORED}, which cross-entropy leaves out; give other labels")
+    return SkipwayError(
+        f"targets: every label is {IGNORED}, which cross-entropy leaves out, in the batch or in a part of it that is "
+        "computed alone; give other labels, or shuffle the samples"
+    )
 
 
 def named_parts(output: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from skipway.models import find_config
 from skipway.schemes import parse_scheme
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row, Value
 from skipway.studies.study import Study, Verdict
+from skipway.validation import check_seed
 
 __all__ = ["Gap", "check_choices", "find_gap", "foreign_schemes", "judge", "listed", "own_values"]
 
@@ -48,6 +49,8 @@ def check_choices(study: Study, choices: Choices, budget: Budget = "cpu") -> lis
     Raises:
         SkipwayError: no cell is left, a scheme is unknown or without a cell, or a depth cannot be built.
     """
+    for seed in choices.seeds or ():
+        check_seed("seed", seed)
     cells = list({cell.key: cell for cell in study.cells(budget, choices)}.values())
     own = [str(name) for name in own_values(study, "scheme", budget)]
     reached = {cell.get("scheme") for cell in cells}

@@ -11,7 +11,7 @@ from skipway.errors import counted, printable, spell
 from skipway.inference.modes import eval_mode
 from skipway.optim.schedules import usual_warmup
 from skipway.probes.signal_check import check_signal
-from skipway.recipe import ResolvedRecipe
+from skipway.recipe import LENGTHS, ResolvedRecipe
 from skipway.report.summary import model_lines, signal_lines
 from skipway.training.defaults import choices_text
 from skipway.training.residual_warmup import warmup_lines
@@ -52,12 +52,13 @@ def report_preflight(run: Run, reason: str, stored: dict[str, Any] | None) -> No
         run.reporter.message("options", options)
     if stored is not None:
         run.reporter.message("resume", f"after epoch {run.progress.epoch}, step {run.progress.step}")
-        earlier = stored["recipe"]["epochs"]
-        if earlier != run.recipe.epochs and run.recipe.steps is None:
-            run.reporter.message(
-                "note",
-                f"the number of epochs changed from {earlier} to {run.recipe.epochs}; the schedule spans all of them",
-            )
+        earlier, epochs = stored["recipe"]["epochs"], run.recipe.epochs
+        decisive = next(name for name in LENGTHS if getattr(run.recipe, name) is not None)
+        if earlier != epochs:
+            change = f"the number of epochs changed from {earlier} to {epochs}; the schedule spans all of them"
+            value = spell(decisive, getattr(run.recipe, decisive))
+            idle = f"{spell('epochs', epochs)} has no effect: {value} sets the length"
+            run.reporter.message("note", change if decisive == "epochs" else idle)
         return
     for sentence in (*schedule_remarks(run.recipe), *run.task.remarks(run)):
         run.reporter.message("note", sentence)

@@ -111,19 +111,35 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
 
 
 def change_plan(run: Run, before: dict[str, Any]) -> None:
-    """Plan the rest of a run anew where its length or patience is not what the loaded plan was made for, in place."""
+    """Plan the rest of a run anew where its length or patience is not what the loaded plan was made for, in place.
+
+    Raises:
+        SkipwayError: the run has already been trained for longer; nothing is changed then.
+    """
     progress, recipe = run.progress, run.recipe
     if recipe.time is None and recipe.steps is not None:
         if recipe.steps != before.get("steps"):
+            refuse_shorter(run, "steps", recipe.steps, run.global_step, counted(run.global_step, "step"))
             progress.plan_steps(recipe.steps, run.steps_per_epoch)
             progress.stopped_early = False
     elif recipe.time is None and recipe.epochs != before["epochs"]:
+        epochs = run.global_step / run.steps_per_epoch
+        refuse_shorter(run, "epochs", recipe.epochs, epochs, f"{epochs:.4g} epochs")
         progress.epochs, progress.stopped_early = recipe.epochs, False
         progress.plan = Plan(end=recipe.epochs * run.steps_per_epoch, length=run.steps_per_epoch)
     if recipe.time is not None and recipe.time != before["time"]:
         reopen_plan(run)
     if recipe.patience is not None and recipe.patience != before.get("patience"):
         progress.stopped_early = progress.epoch - progress.best_epoch >= recipe.patience
+
+
+def refuse_shorter(run: Run, name: str, wanted: int, done: float, done_text: str) -> None:
+    """Refuse to end a run before where it stands."""
+    if wanted < done:
+        raise SkipwayError(
+            f"{spell(name, wanted)}: the run in {run.folder.path} has been trained for {done_text}; the rule is as "
+            "many or more, or a new run with --config and --out"
+        )
 
 
 def load_newest_checkpoint(run: Run) -> dict[str, Any] | None:

@@ -176,6 +176,10 @@ def load_ours(name: str, wanted: ModelRequest) -> LoadedModel:
     ours, options = resolve(name, {key: value for key, value in asked.items() if value is not None})
     _, config = find_config(ours, options.get("depth"))
     known = {field.name for field in fields(config)}
+    if wanted.classes is not None and "classes" not in known:
+        raise SkipwayError(
+            f"{ours}: the network takes tokens and has no classes; --batch is a text file, without --classes"
+        )
     options |= {} if wanted.classes is None else {"classes": wanted.classes}
     if wanted.shape is not None and len(wanted.shape) == 3:
         fitting = {"channels": wanted.shape[0], "image": wanted.shape[-1]}

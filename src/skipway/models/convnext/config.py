@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
-from skipway.validation import check_positive_int
+from skipway.validation import check_blocks, check_positive_int, is_whole
 
 __all__ = ["ConvNeXtConfig"]
 
@@ -47,11 +47,9 @@ class ConvNeXtConfig:
     scheme: Scheme = Identity()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "blocks", check_blocks(self.blocks))
         for name in ("width", "patch", "kernel", "ratio", "classes", "channels"):
             check_positive_int(name, getattr(self, name))
-        if not self.blocks or any(not isinstance(count, int) or count < 1 for count in self.blocks):
-            raise SkipwayError(f"blocks={self.blocks}: every stage needs at least one block")
         if self.patch % 2 and self.patch > 1:
             raise SkipwayError(
                 f"patch={self.patch}: the rule is 1 or an even number; near it are {self.patch - 1} and "
@@ -62,7 +60,7 @@ class ConvNeXtConfig:
                 f"kernel={self.kernel}: the rule is an odd number, so that a branch keeps the image's size; near it "
                 f"are {self.kernel - 1} and {self.kernel + 1}"
             )
-        if self.squeeze is not None and (not isinstance(self.squeeze, int) or self.squeeze < 1):
+        if self.squeeze is not None and not is_whole(self.squeeze, 1):
             raise SkipwayError(f"squeeze={self.squeeze!r}: the rule is a whole number of at least 1, or None")
         if not self.epsilon > 0:
             raise SkipwayError(f"epsilon={self.epsilon!r}: the rule is a number above 0")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from skipway.errors import SkipwayError
 from skipway.schemes import Identity, Scheme
-from skipway.validation import check_choice, check_positive_int
+from skipway.validation import check_blocks, check_choice, check_positive_int
 
 __all__ = ["MAPS", "ResNetConfig"]
 
@@ -60,11 +59,9 @@ class ResNetConfig:
     scheme: Scheme = Identity()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "blocks", check_blocks(self.blocks))
         for name in ("width", "groups", "base_width", "stem_width", "squeeze_least", "classes", "channels"):
             check_positive_int(name, getattr(self, name))
-        if not self.blocks or any(count < 1 for count in self.blocks):
-            raise SkipwayError(f"blocks={self.blocks}: every stage needs at least one block")
         for name, allowed in (
             ("block", ("basic", "bottleneck")),
             ("stem", ("imagenet", "cifar", "patch", "deep", "tiered")),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from skipway.errors import SkipwayError
 from skipway.models.transformer import Norm
 from skipway.schemes import Identity, Scheme
-from skipway.validation import check_choice, check_positive_int
+from skipway.validation import are_whole, check_blocks, check_choice, check_positive_int, check_rule, is_whole
 
 __all__ = ["SwinConfig"]
 
@@ -59,13 +59,9 @@ class SwinConfig:
     scheme: Scheme = Identity()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "blocks", check_blocks(self.blocks))
         for name in ("dim", "heads", "patch", "image", "classes", "channels"):
             check_positive_int(name, getattr(self, name))
-        if not self.blocks:
-            raise SkipwayError("blocks=(): a Swin has at least one stage")
-        for count in self.blocks:
-            check_positive_int("blocks", count)
         if self.dim % self.heads:
             raise SkipwayError(f"dim={self.dim}, heads={self.heads}: the rule is that heads divides dim")
         if self.image % self.patch:
@@ -117,9 +113,7 @@ class SwinConfig:
 
 def per_stage(name: str, value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:
     """A number for each stage, from one for all or from one for each."""
-    each = (value,) * stages if isinstance(value, int) else tuple(value)
-    if len(each) != stages:
-        raise SkipwayError(f"{name}={value!r}: the rule is one for all stages or one for each of the {stages}")
-    for number in each:
-        check_positive_int(name, number)
-    return each
+    rule = f"a whole number of at least 1 for all stages, or one for each of the {stages}"
+    each: Any = (value,) * stages if is_whole(value) else value
+    check_rule(name, value, are_whole(each, 1) and len(each) == stages, rule)
+    return tuple(map(int, each))
