@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import skipway as sw
+from skipway.checkpoint.loop import random_state, set_random_state
 
 PAGE = Path(__file__).parents[2] / "docs" / "own-loop.md"
 STEPS = 12
@@ -208,3 +209,17 @@ def test_another_type_of_numbers_is_another_network(tmp_path):
     sw.LoopCheckpoints(tmp_path, model=network().double()).save(1)
     with pytest.raises(sw.CheckpointError, match="types differ"):
         sw.LoopCheckpoints(tmp_path, model=network()).resume()
+
+
+@pytest.mark.parametrize(("here", "put"), [(2, [0, 1]), (0, [])])
+def test_random_states_of_gpus_that_are_not_here_are_warned_about(monkeypatch, here, put):
+    given = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.extend)
+    state = {**random_state(), "cuda": [0, 1, 2, 3]}
+    with pytest.warns(UserWarning, match=f"random states of 4 GPUs, and {here} are here"):
+        set_random_state(state)
+    assert given == put
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    set_random_state(state)
+    assert given[len(put) :] == [0, 1, 2, 3]

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +30,10 @@ from skipway.cli import main
 from skipway.cli.app import TRAIN_HEADINGS
 from skipway.cli.interrupts import StopSignal
 from skipway.cli.progress import LineReporter, LiveReporter
+from skipway.cli.train import continuation
 from skipway.errors import SkipwayError
 from skipway.presets import PRESETS
-from skipway.recipe import Recipe, ResolvedRecipe
+from skipway.recipe import Recipe, ResolvedRecipe, parse_duration
 from skipway.training import step, train
 from skipway.training.reporter import StepReport
 from skipway.training.resume import resume_recipe
@@ -164,6 +166,7 @@ USAGE = [
     (["--optimizer", "sdg"], 2, "unknown optimizer 'sdg'; did you mean 'sgd'"),
     (["--device", "gpu7"], 2, "device 'gpu7' cannot be used"),
     (["--resume"], 2, "--resume needs the folder of the run"),
+    (["--preset", "fast", "--resume"], 2, "--resume needs the folder of the run"),
     (["--out", "x", "--resume", "--overwrite"], 2, "give one of the two"),
     (["--out", "x", "--resume", "--config", "y"], 2, "give one of the two"),
     (["--preset", "fast", "--config", "y"], 2, "--preset and --config: .* give one of the two"),
@@ -467,3 +470,10 @@ def test_a_rank_of_torchrun_ends_with_its_status(arguments, status):
     assert done.returncode == status
     assert done.stdout.endswith("called\n")
     assert bool(done.stderr) == bool(status)
+
+
+@pytest.mark.parametrize(("budget", "doubled"), [(604_800.0, 1_209_600), (0.2, 1), (90.0, 180)])
+def test_the_command_for_a_longer_run_can_be_run(budget, doubled):
+    recipe = SimpleNamespace(budget=budget, freeze_plan=SimpleNamespace(takes_steps=True))
+    _, command = continuation(SimpleNamespace(recipe=recipe, epoch=1), "run")
+    assert parse_duration(command.rpartition(" ")[2]) == doubled

@@ -9,8 +9,10 @@ import math
 import re
 import subprocess
 import sys
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -21,8 +23,8 @@ from torch import nn
 
 import skipway as sw
 from skipway.cli import main
-from skipway.cli.diagnose import OptimizerName, makes_mended_network
-from skipway.cli.diagnosis_batch import DigitBatches, FolderBatches
+from skipway.cli.diagnose import OptimizerName, Question, makes_mended_network, prepared
+from skipway.cli.diagnosis_batch import DigitBatches, FolderBatches, TextBatches, class_names
 from skipway.diagnosis.remedies import Damp, NormFirst
 from skipway.diagnosis.settings import OPTIMIZERS
 from skipway.errors import CheckpointError, SkipwayError
@@ -540,3 +542,31 @@ def test_a_library_that_is_missing_is_named_with_its_way_in(text, monkeypatch):
     monkeypatch.setattr("skipway.zoo.sources.find_spec", lambda name: None)
     with pytest.raises(SkipwayError, match=r"which is not installed: pip install (--no-deps |pyyaml |.skipway)"):
         load_model(text, ModelRequest())
+
+
+def test_other_sources_of_images_are_batches(capsys):
+    """Shards, lists and classes of one image: nothing is held back, since a diagnosis tests on nothing."""
+    pictures(Path("photos"), each=1)
+    with tarfile.open("train-0.tar", "w") as tar:
+        tar.add("photos")
+    Path("list.csv").write_text("what,kind,\n" + "".join(f"photos/{name}/0.png,{name},\n" for name in ("dark", "loud")))
+    loaded = load_model("resnet", ModelRequest(depth=8, shape=(3, 8, 8), classes=3))
+    shown = [FolderBatches(loaded, Path(source), samples=3, seed=0) for source in ("photos", "train-0.tar")]
+    assert [len(batches.first) for batches in shown] == [3, 3]
+    assert len(FolderBatches(loaded, Path("list.csv"), samples=2, seed=0, columns="what, kind").first) == 2
+    assert class_names(Path("train-0.tar"), outside=False, columns=None) == ("dark", "light", "loud")
+    question = Question(batch=Path("train-0.tar"), input="3,8,8", depth=8, device="cpu", samples=8)
+    assert prepared("resnet", question)[0].model.config.classes == 3
+    odd = FolderBatches(loaded, Path("photos"), samples=3, seed=0, columns="what,kind")
+    assert odd.remark.endswith("; --columns what,kind has no effect: photos is no list")
+    with pytest.raises(SkipwayError, match="--columns a has no effect without --batch"):
+        Question(columns="a")
+
+
+def test_the_column_of_text_is_an_option(monkeypatch):
+    loaded = SimpleNamespace(vocabulary=256, shape=(16,))
+    table = Path("tales.jsonl")
+    table.write_text(json.dumps({"tale": "Once upon a time. " * 9, "note": "What a tale that was! " * 9}) + "\n")
+    with pytest.raises(SkipwayError, match="name one, with columns='note'"):
+        TextBatches(loaded, table, 8, 0)
+    assert TextBatches(loaded, table, 8, 0, column="tale").data.origin["column"] == "tale"

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from skipway.cli import main
+from skipway.errors import DataError, spell
 from skipway.inference.text_evaluation import TextEvaluation
 from skipway.recipe import Recipe
 from skipway.training.loop import train
@@ -185,3 +186,29 @@ def test_help_is_there_and_light(command):
     assert loaded.strip() == ""
     assert f"skipway {command} RUN" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["book.txt", "--flip"], "--flip: an option for images"),
+        (["book.txt", "--model", "a.py:b"], "--model: an option for networks of others"),
+        (["book.txt", "--trust-code"], "--trust-code: an option for networks of others"),
+        (["--columns", "story"], "--columns has no effect without DATA"),
+        (["--outside"], "--outside has no effect without DATA"),
+    ],
+)
+def test_evaluate_of_text_refuses_options_without_effect(words, said, capsys, monkeypatch):
+    monkeypatch.setattr("skipway.inference.predict.find_text_inputs", lambda path: object())
+    assert main(["evaluate", "run", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_evaluate_of_text_reads_the_column_that_is_named(capsys, monkeypatch):
+    def evaluate(run, data, **choices):
+        raise DataError(f"{choices['column']} {choices['outside']}: {spell('column', 'tale')} names another")
+
+    monkeypatch.setattr("skipway.inference.predict.find_text_inputs", lambda path: object())
+    monkeypatch.setattr("skipway.inference.text_run.evaluate_text_run", evaluate)
+    assert main(["evaluate", "run", "a.jsonl", "--columns", "story", "--outside"]) == 3
+    assert "story True: --columns tale names another" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 
@@ -184,3 +185,28 @@ def test_cleared_rows_are_gone(opened, notes, monkeypatch):
         table.clear()
         assert fill(table) == 0
     assert [note[:23] for note in notes] == ["features are not cached"]
+
+
+class Refusing(io.RawIOBase):
+    """A file on a full disk."""
+
+    def writable(self):
+        return True
+
+    def write(self, content):
+        raise OSError(122, "Disk quota exceeded")
+
+
+@pytest.mark.parametrize("part", ["file", "sums"])
+def test_what_a_full_disk_refuses_at_once_and_when_closing_is_kept_in_memory(opened, notes, monkeypatch, part):
+    with opened() as table:
+        table.append(ROWS[:4])
+        lock = table.lock
+        full = io.BufferedWriter(Refusing())
+        getattr(table, part).close()
+        setattr(table, part, full if part == "file" else io.TextIOWrapper(full))
+        monkeypatch.setattr(FeatureTable, "mapped", lambda own, count: ROWS[:count])
+        fill(table)
+        assert (table.file, table.sums, table.lock) == (None, None, None)
+        assert not lock.is_locked
+    assert len(notes) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import time
@@ -15,8 +16,8 @@ import pytest
 import torch
 from tests.data.test_load import damage, pictures, tree_hash
 
-from skipway.data import Data, load
-from skipway.data.cache.store import PixelFile, cache_folder, load_image_infos
+from skipway.data import Data, UnreadableImage, load
+from skipway.data.cache.store import PixelFile, cache_folder, is_held, let_go, load_image_infos
 from skipway.data.image_dataset import FileDataset, MemoryDataset
 from skipway.data.pool import WorkerPool
 
@@ -266,3 +267,55 @@ def test_a_leak_between_parts_is_named(tmp_path):
     data = load(tmp_path)
     assert data.leaked == (("train/class0/5.png", "test/class0/0.png"),)
     assert any(remark.startswith("1 test image is also trained on") for remark in data.remarks)
+
+
+def test_pixels_in_use_outlive_a_change_of_their_source(tmp_path, own_cache):
+    """A second run after an image was added decodes anew; the first one goes on, and its pixels go with it."""
+
+    def files() -> int:
+        return len(list(own_cache.glob("pixels-*.bin")))
+
+    photos = pictures(tmp_path / "photos", shape=(20, 30, 3))
+    first = load(photos, cache=True, size=16, crop="resized")
+    before = epoch(first)
+    (photos / "class0/9.png").write_bytes((photos / "class1/0.png").read_bytes())
+    second = load(photos, cache=True, size=16, crop="resized")
+    assert len(second.splits.samples) == len(first.splits.samples) + 1
+    assert torch.equal(epoch(first), before)
+    assert files() == 2
+    del first
+    gc.collect()
+    assert len(list(own_cache.glob("*.lock"))) == 1
+    (photos / "class0/9.png").unlink()
+    del second
+    gc.collect()
+    written = {path: path.stat().st_mtime_ns for path in own_cache.glob("pixels-*.bin")}
+    third = load(photos, cache=True, size=16, crop="resized")
+    assert torch.equal(epoch(third), before)
+    (kept,) = own_cache.glob("pixels-*.bin")
+    assert kept.stat().st_mtime_ns == written[kept], "not decoded again"
+    dead = kept.with_name(f"{kept.stem[:-1]}x.bin")
+    dead.touch()
+    dead.with_suffix(".0.lock").touch()  # of a process that was killed
+    (photos / "class0/8.png").write_bytes((photos / "class1/1.png").read_bytes())
+    load(photos, cache=True, size=16, crop="resized")
+    assert files() == 2, "that of the third run and the newest"
+    assert not dead.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_a_fork_leaves_the_lock_of_its_parent(tmp_path):
+    pixels = PixelFile(tmp_path / "pixels-a.bin", "a")
+    pixels.hold()
+    let_go(pixels.lock, os.getpid() + 1)
+    assert is_held(pixels.path)
+    let_go(pixels.lock, os.getpid())
+    assert not is_held(pixels.path)
+
+
+def test_a_lost_cache_is_named_and_not_an_image(tmp_path, own_cache):
+    data = load(pictures(tmp_path / "photos", shape=(20, 30, 3)), cache=True, size=16, crop="resized")
+    for path in own_cache.glob("pixels-*.bin"):
+        path.unlink()
+    with pytest.raises(UnreadableImage, match=r"pixels-.*\.bin: the decoded images in the cache are missing"):
+        epoch(data)

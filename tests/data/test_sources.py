@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 
 from skipway.data import UnreadableImage, load
+from skipway.data.sources.detect import index_source
 from skipway.data.sources.readers import TableStore
 from skipway.data.sources.shards import expand_braces, key_and_suffix
 from skipway.data.sources.splits import split_of
+from skipway.data.sources.tables import read_text_table
 from skipway.errors import DataError, MissingExtraError
 
 CPU = torch.device("cpu")
@@ -359,3 +361,44 @@ def test_links_out_of_a_folder_are_not_followed(tmp_path):
     (photos / "cat/circle.png").symlink_to(photos / "cat/circle.png")
     circled = load(photos, most_unreadable=0.2)
     assert [file for file, _ in circled.unreadable] == ["cat/circle.png"]
+
+
+@pytest.mark.parametrize("name", ["test-0.tar", "val-0.tar"])
+def test_shards_to_evaluate_need_no_training_split(tmp_path, name):
+    shard(tmp_path / name, range(3), lambda n: ("cls", b"dog"))
+    found = index_source(tmp_path, fewest=1)
+    assert (found.classes, found.train) == (("dog",), {"dog": []})
+    assert len(found.files) == 3
+    with pytest.raises(DataError, match="no images in"):
+        index_source(tmp_path)
+    shard(tmp_path / "extra-0.tar", range(3), lambda n: ("cls", b"dog"))
+    assert len(index_source(tmp_path, fewest=1).unused) == 1
+    with pytest.raises(DataError, match="but no training shard"):
+        index_source(tmp_path)
+
+
+def test_a_data_set_to_evaluate_needs_no_training_split(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(LABELS))})
+    values = {"image": [{"bytes": picture(0), "path": None}], "label": [1]}
+    table = datasets.Dataset.from_dict(values, features=features)
+    datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "set"))
+    found = index_source(tmp_path / "set", fewest=1)
+    assert (found.classes, found.test) == (("dog",), {"dog": ["test/0"]})
+    with pytest.raises(DataError, match="no split called train; it has 'test'"):
+        index_source(tmp_path / "set")
+
+
+def test_rows_that_begin_like_comments_are_named(tmp_path):
+    entries = [(f"cat/{n}.png", LABELS[n % 2]) for n in range(3)]
+    path = write_list(tmp_path / "a.csv", [*entries, ("#1.png", "cat"), ("#2.png", "dog")], ("image", "label"))
+    (said,) = read_text_table(path).remarks
+    assert said == (
+        "2 lines with as many cells as the rows left out as comments, since they begin with #: '#1.png,cat'; quotation "
+        "marks around the first cell make such a line a row"
+    )
+    path.write_text('# made by hand\nimage,label\n"#1.png",cat\n')
+    table = read_text_table(path)
+    assert table.remarks == ()
+    assert table.rows[-1][1] == ["#1.png", "cat"]

@@ -98,3 +98,12 @@ def test_bracket_asks_for_no_rate_twice():
     asked = []
     assert bracket(lambda k: asked.append(k) or abs(k - 3), (-2, 0, 2), 2) == 2
     assert len(asked) == len(set(asked))
+
+
+def test_rates_that_diverge_are_no_part_of_a_plateau():
+    noise = {0: 0.05, 1: -0.05, 2: 0.0}
+    found, _ = search(lambda k, seed: math.nan if abs(k) > 2 else 1 + noise[seed] * math.sin(3 * k + seed))
+    for k in range(-4, 5):
+        found.mean(k)
+    estimate, _ = found.plateau(0)
+    assert (estimate.low, estimate.high) == (-3, 3)

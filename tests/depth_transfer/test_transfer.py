@@ -17,8 +17,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import skipway as sw
 from skipway.depth_transfer import design as designs
+from skipway.depth_transfer.analysis import Analysis
 from skipway.depth_transfer.batches import as_training_batches
+from skipway.depth_transfer.design import made_design
+from skipway.depth_transfer.regression import Estimate
+from skipway.depth_transfer.result import SchemeRates, advice
+from skipway.depth_transfer.runs import TrainingPlan
+from skipway.depth_transfer.search import BestRate
 from skipway.errors import DataError, SkipwayError
+from skipway.optim.optimizers import parse_optimizer
 
 DIM = 4
 
@@ -363,3 +370,32 @@ def test_under_no_grad_the_trainings_are_trainings():
             linear_net(0.5), [2, 4], nearly_identity(), steps=8, seeds=1, optimizer="sgd", schemes=["own"], sweep=False
         )
     assert found.coordinates
+
+
+def test_columns_are_those_of_a_table(tmp_path):
+    table = tmp_path / "tales.jsonl"
+    table.write_text(json.dumps({"tale": "Once upon a time. " * 9, "note": "What a tale that was! " * 9}) + "\n")
+    options = {"steps": 8, "samples": 8}
+    with pytest.raises(SkipwayError, match="name one, with columns='note'"):
+        designs.choose_design("gpt-nano(context=16)", table, [2], **options)
+    _, batches, _ = designs.choose_design("gpt-nano(context=16)", table, [2], **options, columns="tale")
+    assert "tales" in batches.name
+    with pytest.raises(SkipwayError, match="columns='tale': the rule is batches from a file"):
+        designs.choose_design(linear_net(0), None, [2], **options, columns="tale")
+
+
+@pytest.mark.parametrize(("schemes", "first"), [(["identity", "own"], "own"), (["identity", "layerscale"], "identity")])
+def test_schemes_are_compared_with_the_network_as_it_is_made_wherever_it_stands(schemes, first):
+    plan = TrainingPlan(optimizer=parse_optimizer("sgd"), steps=8, seeds=1)
+    design, batches, _ = made_design(linear_net(0), nearly_identity(), 2, 8)
+    found = Analysis.of(design, batches, plan, [2, 4], schemes, None, torch.device("cpu"), None)
+    assert next(iter(found.trainings.schemes)) == first
+
+
+def test_sentences_name_the_first_scheme():
+    rates = (BestRate("a", 2, 2, Estimate(0.1, 0.09, 0.11), 1.0, 2.0, 0.1, Estimate(0, 0, 0), ()),)
+    found = [SchemeRates(name, "", rates) for name in ("skipinit", "layerscale")]
+    assert any("higher than the network with skipinit" in sentence for sentence in advice(found, ""))
+    assert not any("as it is made" in sentence or "own" in sentence for sentence in advice(found, ""))
+    found = [SchemeRates(name, "", rates) for name in ("own", "layerscale")]
+    assert any("higher than the network as it is made" in sentence for sentence in advice(found, ""))

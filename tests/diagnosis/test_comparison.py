@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 from typing import assert_type
 
 import pytest
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import skipway as sw
 from skipway.diagnosis import Comparison, Diagnosis
-from skipway.diagnosis.comparison import LossDifference, equal_steps, look_equally, model_names
+from skipway.diagnosis.comparison import LossDifference, are_alike, equal_steps, look_equally, model_names
 from skipway.errors import SkipwayError
+from skipway.probes.objective import Objective
 from skipway.report import save
 from skipway.report.comparison import comparison_page
 
@@ -242,3 +244,25 @@ def test_the_name_of_a_design_breaks_between_its_options_only():
     name = "resnet20(scheme='skipinit', classes=10) + layerscale"
     lines = [line.rstrip() for line in as_text(DesignName(name), width=20).splitlines()]
     assert lines == ["resnet20(", "scheme='skipinit',", "classes=10) +", "layerscale"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "fresh", "alike"),
+    [
+        (Objective(len, "given"), (2.344, 2.346), True, True),
+        (Objective(len, "given"), (2.344, 2.346), False, True),
+        (Objective(len, "own", own=True), (2.344, 2.346), False, True),
+        (Objective(len, "own", own=True), (2.3, 2.5), True, True),
+        (Objective(len, "own", own=True), (2.3, 2.5), False, False),
+        (Objective(len, "random", labelled=False), (1.4, 3.7), True, False),
+    ],
+)
+def test_estimates_of_constant_answers_differ_though_the_losses_are_the_same(one, other, fresh, alike):
+    found = [
+        SimpleNamespace(
+            subject=SimpleNamespace(objective=one, size=16),
+            measurement=SimpleNamespace(ahead=SimpleNamespace(constant=constant, fresh=fresh)),
+        )
+        for constant in other
+    ]
+    assert are_alike(found) is alike

@@ -20,9 +20,9 @@ import skipway as sw
 from skipway.diagnosis import Diagnosis, diagnose
 from skipway.diagnosis.measurement import measure
 from skipway.diagnosis.passes import curvature, dot, jacobians, noise
-from skipway.diagnosis.remedies import AddSkips, Damp, LearningRate, NormFirst, Rescheme
+from skipway.diagnosis.remedies import AddSkips, Case, Damp, LearningRate, NormFirst, Rescheme, UnitVariance
 from skipway.diagnosis.rules import RULES
-from skipway.diagnosis.settings import settings_of
+from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.trial import Trial
 from skipway.probes.measures import dead_share, distinctness, swallowed_share, token_distinctness
@@ -534,3 +534,63 @@ def test_graphs_of_deep_networks_are_taken_apart_piece_by_piece():
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (stack, stack)),
     )
     assert done.stdout == "done\n", done.stderr
+
+
+class Shared(nn.Module):
+    """One block four times."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = self.block(x)
+        return x
+
+
+def case_of(model: nn.Module, x: Tensor) -> Case:
+    return Case(model, Settings(optimizer="sgd"), x, sw.chain(model, x))
+
+
+def test_a_shared_block_is_damped_once():
+    model, x = Shared(Branch()), torch.randn(2, 32)
+    before = model.block.second.weight.detach().clone()
+    Damp().apply(case_of(model, x))
+    torch.testing.assert_close(model.block.second.weight, before / 2)
+
+
+def test_blocks_that_share_a_parameter_are_damped_once():
+    model, x = nn.Sequential(Branch(), Branch()), torch.randn(2, 32)
+    model[1].second.weight = model[0].second.weight
+    before, bias = model[0].second.weight.detach().clone(), model[1].second.bias.detach().clone()
+    Damp(0.5).apply(case_of(model, x))
+    torch.testing.assert_close(model[0].second.weight, before / 2)
+    torch.testing.assert_close(model[1].second.bias, bias / 2)
+
+
+def test_nothing_is_damped_where_one_branch_cannot_be():
+    model, x = nn.Sequential(Branch(), Branch()), torch.randn(2, 32)
+    nn.utils.spectral_norm(model[1].second)
+    before = model[0].second.weight.detach().clone()
+    with pytest.raises(sw.SkipwayError, match="take the parametrization away"):
+        Damp(0.5).apply(case_of(model, x))
+    assert torch.equal(model[0].second.weight, before)
+
+
+@pytest.mark.parametrize("kind", ["channels last", "bfloat16", "weight norm"])
+def test_maps_of_any_memory_type_and_parametrization_get_unit_variance(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), 9 * torch.randn(4, 3, 8, 8)
+    if kind == "channels last":
+        model.to(memory_format=torch.channels_last)
+    elif kind == "bfloat16":
+        model, x = model.bfloat16(), x.bfloat16()
+    else:
+        nn.utils.parametrizations.weight_norm(model[0])
+    UnitVariance(("0", "1")).apply(case_of(model, x))
+    with torch.no_grad():
+        assert float(model[0](x).float().std()) == pytest.approx(1, abs=0.05)
+    rows = model[1].weight.detach().float().flatten(1)
+    products = rows @ rows.T
+    torch.testing.assert_close(products, products[0, 0] * torch.eye(4), atol=1e-2 * float(products[0, 0]), rtol=0)

@@ -146,3 +146,10 @@ def test_p37_one_warmup_for_all_under_post_norm():
         model = sw.build("vit-tiny-16", scheme=scheme, **VIT)
         for example in (None, torch.zeros(2, 3, 16, 16)):
             assert len(by("P37", lint(model, example))) == count, scheme
+
+
+def test_p37_says_nothing_of_norms_that_were_not_seen():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    model, example = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 3, 8)
+    sw.rescheme(model, example, "prores(10, schedule='equal')", start="scheme")
+    assert by("P37", lint(model, None)) == []

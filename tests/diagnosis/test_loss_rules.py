@@ -95,8 +95,30 @@ def test_targets_that_are_compared_with_all_outputs(loss):
     assert found(diagnose(net(out=1), X, targets=targets[:, None], loss=loss), "broadcast-targets") is None
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_sequences_of_length_one_are_compared_with_all():
+    """Outputs (N, T, 1) beside targets (N, 1, T): each output meets the targets of all positions of its own sample."""
+    x = torch.randn(8, 4, 12)
+    diagnosis = diagnose(net(out=1), x, targets=x.sum(-1)[:, None], loss=F.mse_loss)
+    assert found(diagnosis, "broadcast-targets") is not None
+
+
 def test_a_loss_that_brings_targets_into_shape_itself_is_left_alone():
     diagnosis = diagnose(
         net(out=1), X, targets=torch.randn(32), loss=lambda out, targets: F.mse_loss(out.flatten(), targets.flatten())
     )
     assert found(diagnosis, "broadcast-targets") is None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda out, targets: F.mse_loss(out.squeeze(1), targets),
+        lambda out, targets: F.l1_loss(out[:, 0], targets),
+        lambda out, targets: ((out.squeeze(1) - targets) ** 2).mean(),
+    ],
+    ids=["squeezed", "indexed", "by hand"],
+)
+def test_a_loss_that_brings_outputs_into_shape_itself_is_left_alone(loss):
+    measured = diagnose(net(out=1), X, targets=torch.randn(32), loss=loss)
+    assert found(measured, "broadcast-targets") is None

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -295,3 +296,14 @@ def test_exports_compute_the_same_and_carry_the_preprocessing(digits, tmp_path):
         write_program(digits.folder.path, tmp_path / "m.pth")
     with pytest.raises(SkipwayError, match="there is no folder"):
         write_program(digits.folder.path, tmp_path / "none" / "m.pt2")
+
+
+def test_an_image_that_is_known_by_its_suffix_is_read_from_an_archive_too(tmp_path):
+    """TGA without a footer has neither a signature nor a trace of one."""
+    content = bytes([0, 0, 2, *[0] * 9, 16, 0, 16, 0, 24, 0]) + bytes(range(256)) * 3
+    inputs = Preprocessing(("a", "b"), 3, 4, (0.5,) * 3, (0.5,) * 3, "none")
+    predictor = SimpleNamespace(preprocessing=inputs, max_megapixels=64.0)
+    (tmp_path / "x.tga").write_bytes(content)
+    there = Predictor.decode(predictor, str(tmp_path / "x.tga"), Path)
+    assert torch.equal(Predictor.decode(predictor, "photos/x.tga", lambda name: content), there)
+    assert isinstance(Predictor.decode(predictor, "photos/x.png", lambda name: content), str)

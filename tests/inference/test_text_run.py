@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 import skipway as sw
 from skipway.data.text import ByteTokenizer
 from skipway.data.text.tokenizer_file import FileTokenizer
+from skipway.errors import DataError, spelling
 from skipway.inference import text_run
 from skipway.inference.text_inputs import TextInputs
 from skipway.inference.text_run import decode_continuation, generate_text
+from skipway.recipe import Recipe
 
 
 @pytest.fixture
@@ -37,3 +42,62 @@ def test_words_behind_a_prompt_keep_the_space_before_them(tokenizer, monkeypatch
 def test_a_letter_divided_by_the_end_of_the_prompt_takes_nothing_else_along():
     ids = list("né!".encode())
     assert decode_continuation(ByteTokenizer(), ids[:2], ids[2:]).endswith("!")
+
+
+@pytest.fixture
+def of_bytes(monkeypatch):
+    """A decoder of bytes in the place of the weights of a run, with a recipe to be chosen."""
+
+    def choose(**recipe):
+        model = sw.build("gpt-nano", depth=1, dim=12, vocab=256, context=8).eval()
+        monkeypatch.setattr(text_run, "load_text_model", lambda *_: (model, TextInputs(ByteTokenizer(), 8)))
+        monkeypatch.setattr(text_run, "stored_recipe", lambda path: Recipe(**recipe) if recipe else None)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("folders", "scored", "split", "left"),
+    [
+        (("train", "val", "test"), 60, "test", 380),
+        (("train", "val"), 80, "validation", 300),
+        (("a", "b"), 380, "train", 0),
+    ],
+)
+def test_another_text_is_evaluated_on_its_test_split_else_its_validation_split(
+    of_bytes, tmp_path, folders, scored, split, left
+):
+    of_bytes()
+    for folder, count in zip(folders, (300, 80, 60), strict=False):
+        (tmp_path / "text" / folder).mkdir(parents=True)
+        (tmp_path / "text" / folder / "a.txt").write_text("ab" * (count // 2 - 1) + "!")
+    found = text_run.evaluate_text_run(Path("run"), tmp_path / "text", device="cpu")
+    assert found.evaluation.bytes == pytest.approx(scored, abs=4)
+    assert found.name == ("text" if split == "train" else f"text, {split} split")
+    said = [remark for remark in found.remarks if "is evaluated" in remark]
+    assert len(said) == bool(left)
+    assert all(remark.startswith(f"the {split} split is evaluated, not the 3") for remark in said)
+
+
+def test_another_text_is_read_as_that_of_the_run(of_bytes, tmp_path):
+    table, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    rows = [{"plot": f"Once upon {number} times.", "review": f"What a story {number}!"} for number in range(9)]
+    table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    of_bytes()
+    with spelling(column="columns"), pytest.raises(DataError, match="name one, with columns='plot'"):
+        text_run.evaluate_text_run(Path("run"), table)
+    named = text_run.evaluate_text_run(Path("run"), table, column="plot")
+    of_bytes(columns="plot", encoding="utf-16", divider="=")
+    found = text_run.evaluate_text_run(Path("run"), table)
+    assert found.evaluation.bytes == named.evaluation.bytes == 162
+    assert found.remarks[0] == "read as the text of the run was: column='plot'", "tables have no dividers"
+    other.write_text('{"tale": "Once upon a time."}\n')
+    with pytest.raises(DataError, match="has no column 'plot'; it has 'tale'; column='tale' names another"):
+        text_run.evaluate_text_run(Path("run"), other)
+    again = text_run.evaluate_text_run(Path("run"), other, column="tale")
+    assert not any("the run was" in remark or "no effect" in remark for remark in again.remarks)
+    book = tmp_path / "book.txt"
+    book.write_text("Once upon a time = there was naïve text. = " * 9)
+    found = text_run.evaluate_text_run(Path("run"), book)
+    assert found.remarks[0] == "read as the text of the run was: divider='='"
+    assert not any("column" in remark for remark in found.remarks)

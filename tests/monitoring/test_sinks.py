@@ -61,13 +61,16 @@ def test_a_file_holds_what_memory_holds(tmp_path):
 def test_a_continued_training_takes_back_what_came_after_its_checkpoint(tmp_path):
     path = tmp_path / "watch.jsonl"
     train(path, steps=20)
+    assert read_history(path).end
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with sw.monitor(model, optimizer, sink=path, step=10, on_warning=print) as watch:
         model(torch.randn(4, 2)).sum().backward()
         optimizer.step()
         watch.log(loss=7.0)
+        assert not read_history(path).end  # its page says that it goes on
     read = read_history(path)
+    assert read.end
     assert (len(read.losses), read.losses[-1], read.steps) == (11, 7.0, 11)
     assert [each["step"] for each in read.samples] == [1, 6, 11]
 

@@ -10,17 +10,20 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
 from torch.utils.checkpoint import checkpoint
 
 import skipway as sw
 from skipway.monitoring import EarlyWarning, Watch
 from skipway.monitoring.attention import largest_logit
+from skipway.monitoring.ranks import SamplingRanks, count_copies
 from skipway.probes import Probe
 
 
@@ -605,6 +608,96 @@ def test_a_loss_that_is_told_after_the_step_replaces_the_models_own():
             watch.log(loss=step + 1)
             watch.log(loss=step + 2)
     assert list(watch.losses) == [1.5, 2.5]
+
+
+class Contrast(nn.Module):
+    """Returns embeddings and a temperature, as CLIP does, in some order and form."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.image, self.text, self.scale = nn.Linear(4, 3), nn.Linear(4, 3), nn.Parameter(torch.tensor(1.0))
+        self.form = form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.image(x), self.text(x), self.scale.exp())
+
+
+def contrast(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    return F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
+
+
+@pytest.mark.parametrize(
+    ("form", "of", "known"),
+    [
+        (lambda i, t, s: (i, t, s), lambda out: contrast(*out), False),
+        (lambda i, t, s: (s, i, t), lambda out: contrast(*out[1:], out[0]), False),
+        (lambda i, t, s: {"scale": s, "i": i, "t": t}, lambda out: contrast(out["i"], out["t"], out["scale"]), False),
+        (lambda i, t, s: {"image": i, "loss": contrast(i, t, s)}, lambda out: out["loss"], True),
+        (lambda i, t, s: (contrast(i, t, s), i, t, s), lambda out: out[0] / 3, True),
+        (lambda i, t, s: (contrast(i, t, s).reshape(1), *i.chunk(2)), lambda out: out[0].mean(), True),
+        (lambda i, t, s: (i.mT.chunk(3), contrast(i, t, s)), lambda out: out[1] + out[0][2].square().mean(), False),
+        (lambda i, t, s: (i, contrast(i, t, s)), lambda out: out[1], True),  # logits and loss, as nanoGPT's
+        (contrast, lambda out: out, True),
+        (contrast, lambda out: -out, False),  # what is maximised is no loss
+        (lambda i, t, s: (contrast(i, t, s), i.square().mean()), lambda out: out[0] + out[1], False),
+        (lambda i, t, s: (contrast(i, t, s), i), lambda out: out[1].square().mean(), False),
+    ],
+)
+def test_a_number_that_a_model_returns_is_its_loss_where_the_training_minimises_it(form, of, known):
+    model, x = Contrast(form), torch.randn(6, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with sw.monitor(model, optimizer, on_warning=print) as watch:
+        for _ in range(3):
+            of(model(x)).backward()
+            optimizer.step()
+    expected = contrast(model.image(x), model.text(x), model.scale.exp()).item() if known else math.nan
+    assert list(watch.losses) == pytest.approx([expected] * 3, nan_ok=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tensors_of_one_operator_of_which_one_is_used(compiled):
+    """Those that are not used receive no gradient, None; all outputs of a compiled network are of one operator."""
+    model: Any = Contrast(lambda image, text, scale: (contrast(image, text, scale), image))
+    called = torch.compile(model, backend="aot_eager") if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with sw.monitor(called, optimizer, on_warning=print) as watch:
+        for _ in range(2):
+            called(torch.randn(6, 4))[0].backward()
+            optimizer.step()
+    assert all(map(math.isfinite, watch.losses))
+
+
+def test_one_gradient_that_is_not_a_number_does_not_make_the_loss_unknown():
+    model = Contrast(contrast)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with sw.monitor(model, optimizer, on_warning=lambda _: None) as watch:
+        for step in range(3):
+            (model(torch.randn(6, 4)) * (math.nan if step == 0 else 1.0)).backward()
+            optimizer.zero_grad()
+            model(torch.randn(6, 4)).backward()
+            optimizer.step()
+    assert math.isfinite(watch.losses[-1])
+
+
+def test_a_parameter_that_is_returned_is_left_without_hooks():
+    model = Contrast(lambda image, text, scale: (image, text, model.scale))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with sw.monitor(model, optimizer, on_warning=print):
+        contrast(*model(torch.randn(6, 4))).backward()
+        optimizer.step()
+    assert not model.scale._backward_hooks
+
+
+@pytest.mark.parametrize(("placed", "copies"), [((Replicate(), Shard(0)), 2), ((Shard(0), Shard(1)), 1), (None, 0)])
+def test_a_norm_counts_each_part_of_a_sharded_gradient_once(placed, copies, monkeypatch):
+    """Two groups of three processes, of which each holds the same numbers."""
+    parameter = SimpleNamespace(placements=placed, device_mesh=SimpleNamespace(size=(2, 3).__getitem__))
+    assert count_copies(parameter) == copies
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda each: each.mul_(6))
+    ranks = SamplingRanks(0, 6, True, (count_copies(parameter), 0))
+    parts = {2: 3, 1: 6, 0: 1}[copies]
+    total = ranks.total_norms([torch.tensor([2.0, 1.0])])
+    assert float(total) == pytest.approx((parts * 4 + 1) ** 0.5)
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import skipway as sw
 from benchmarks.peers import import_timm, randomise_
 from skipway.nn import StageMap
 from skipway.probes.features import stage_maps
+from skipway.probes.mixing_matrix import depth_mixing
+from skipway.probes.signal_check import check_signal
 
 TINY = {"classes": 5}
 MODELS = {
@@ -260,3 +263,81 @@ def test_an_example_of_keyword_arguments():
     got = sw.features(model, {"x": x, "scale": 2.0}, ["0:before", "0:after"])
     assert torch.equal(got["0:before"], 2 * x)
     assert torch.equal(got["0:after"], model(x=x, scale=2.0))
+
+
+def statement(x, f):
+    for each in f:
+        x += each(x)
+    return x
+
+
+def functional(x, f):
+    for each in f:
+        x = F.relu(each(x) + x, inplace=True)
+    return x
+
+
+def given_memory(x, f):
+    for each in f:
+        x = torch.add(x, each(x), out=x)
+    return x
+
+
+@pytest.mark.parametrize("form", [statement, functional, given_memory])
+def test_what_a_network_writes_into_afterwards_is_kept_as_it_was(form):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3))
+
+        def forward(self, x):
+            return form(x.clone(), self.blocks)
+
+    model, x = Network(), torch.randn(2, 4)
+    with torch.no_grad():
+        got = sw.features(
+            model, x, [f":{number}:{point}" for number in (1, 2) for point in ("before", "branch", "after")]
+        )
+    torch.testing.assert_close(got[":1:before"], x)
+    for number in (1, 2):
+        torch.testing.assert_close(got[f":{number}:before"] + got[f":{number}:branch"], got[f":{number}:after"])
+    assert not torch.equal(got[":1:after"], got[":2:after"])
+
+
+def test_what_torchscript_writes_into_is_kept_as_it_was():
+    model, x = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.ReLU(inplace=True))), torch.randn(8, 4)
+    torch.testing.assert_close(sw.features(model, x, ["0"])["0"], model[0](x))
+
+
+def test_a_batched_function_that_writes_into_its_own_tensors():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x):
+            def add_one(row):
+                y = row * 2
+                y += 1
+                return y
+
+            return torch.func.vmap(add_one)(self.f(x))
+
+    model, x = Net(), torch.randn(3, 4)
+    torch.testing.assert_close(sw.features(model, x, ["f"])["f"], model.f(x))
+
+
+def test_a_connection_that_no_call_adds_is_named():
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.weight = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.ones(1, 2)
+
+        def forward(self, x):
+            return (self.weight @ torch.stack([x, self.f(x)]).flatten(1)).view_as(x)
+
+    with pytest.raises(sw.SkipwayError, match="cannot be observed"):
+        sw.features(Stacked(), torch.randn(2, 4))
+    with pytest.raises(sw.SkipwayError, match="cannot be observed"):
+        depth_mixing(Stacked(), torch.randn(2, 4))
+    assert check_signal(Stacked(), torch.randn(2, 4)) == []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import skipway as sw
 from skipway.nn import ScaledShortcut
 from skipway.nn.shortcut import Carry
-from skipway.probes.mixing_matrix import depth_mixing
+from skipway.probes.mixing_matrix import FrozenNorms, depth_mixing
 
 DIM, LENGTH = 16, 5
 
@@ -324,3 +325,86 @@ class Inline(TwoStreams):
 def test_what_no_module_holds_is_refused():
     with pytest.raises(sw.SkipwayError, match="neither an argument nor an output of a module"):
         depth_mixing(Inline(), example())
+
+
+@pytest.mark.parametrize("form", ["add_", "out", "out of the branch"])
+def test_an_addition_whose_result_nobody_reads_counts(form):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM))
+
+        def forward(self, x):
+            f = self.f(x)
+            if form == "add_":
+                x.add_(f)
+            elif form == "out":
+                torch.add(x, f, out=x)
+            else:
+                f.add_(x)
+                return f
+            return x
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(DIM, DIM), Block(), Block(), nn.Linear(DIM, DIM)), torch.randn(4, DIM)
+    mixing = depth_mixing(model, x)
+    torch.testing.assert_close(mixing.coefficients, triangle(3))
+    for block in model[1:3]:
+        block.forward = lambda x, f=block.f: x + f(x)
+    expected = depth_mixing(model, x)
+    torch.testing.assert_close(mixing.shares, expected.shares)
+    torch.testing.assert_close(mixing.gradient_shares, expected.gradient_shares)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.GroupNorm(1, 4),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.InstanceNorm2d(4, track_running_stats=True).eval(),
+    ],
+    ids=["one group", "groups", "instance", "running"],
+)
+def test_what_any_norm_divides_by_is_a_constant(norm):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.norm = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh()), norm
+
+        def forward(self, x):
+            return self.norm(x + self.f(x))
+
+    x = torch.randn(2, 4, 3, 3)
+    with FrozenNorms():
+        frozen = norm(x)
+    torch.testing.assert_close(frozen, norm(x))
+    shares = depth_mixing(nn.Sequential(Block(), Block()), x).shares[1, :2]
+    assert shares.sum() > 0.9
+
+
+def test_squares_of_16_bits_do_not_overflow():
+    norm, x = nn.GroupNorm(2, 4).half(), (1000 * torch.randn(2, 4, 3)).half()
+    with FrozenNorms():
+        torch.testing.assert_close(norm(x), nn.GroupNorm(2, 4)(x.float()).half(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_branch_of_function_transforms():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(DIM, DIM)
+
+        def forward(self, x):
+            return x + torch.func.vmap(torch.func.grad(lambda row: self.f(row).square().sum()))(x)
+
+    assert depth_mixing(nn.Sequential(Block(), Block()), torch.randn(3, DIM)).shares.shape == (3, 3)
+
+
+def test_a_normalised_vector_is_divided_by_a_constant():
+    x = torch.randn(3, 4, requires_grad=True)
+    with FrozenNorms():
+        y = F.normalize(x, dim=1)
+    torch.testing.assert_close(y, F.normalize(x, dim=1))
+    (gradient,) = torch.autograd.grad(y, x, x)
+    torch.testing.assert_close(gradient, F.normalize(x, dim=1))

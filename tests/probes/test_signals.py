@@ -17,8 +17,18 @@ from torch import nn
 
 import skipway as sw
 from benchmarks.peers import import_timm, import_transformers
+from skipway.diagnosis.subject import Subject, output_channels
 from skipway.probes import MEASURES, Measure, Probe, probe
-from skipway.probes.measures import branch_gradient, cosine, is_finite, largest_magnitude, rms, std, variance
+from skipway.probes.measures import (
+    branch_gradient,
+    cosine,
+    is_finite,
+    largest_magnitude,
+    rms,
+    std,
+    token_distinctness,
+    variance,
+)
 from skipway.probes.mixing_matrix import depth_mixing
 from skipway.probes.objective import compute_loss
 
@@ -414,3 +424,26 @@ def test_the_gradient_of_features_reaches_the_input():
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     (found,) = torch.autograd.grad(sw.features(net, x, ["0"])["0"].sum(), x)
     torch.testing.assert_close(found, net[0].weight.sum(0).expand(3, 4))
+
+
+def test_a_map_as_wide_as_high_as_deep_is_equal_at_its_positions():
+    x = torch.randn(4, 8, 1, 1).expand(4, 8, 8, 8)
+    assert float(token_distinctness(x)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_channels_of_a_modules_output_may_be_told():
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 1, 1, 8).expand(4, 8, 8, 8)
+    with Probe(model, (), ["tokens_distinct"], ["0"], {"0": -1}) as watcher:
+        model(x)
+    assert watcher.readings()["0"]["tokens_distinct"] == pytest.approx(0, abs=1e-6)
+    subject = Subject(model, x, targets=torch.zeros(4, 8, 8, 8))
+    assert output_channels(subject.program, subject.layers) == {"0": -1}
+
+
+def test_what_is_not_finite_and_what_is_empty_is_measured():
+    far, none = torch.tensor([1.0, torch.inf]), torch.zeros(0)
+    assert float(rms(far)) == torch.inf
+    assert torch.isnan(cosine(torch.tensor([1.0, torch.nan]), torch.ones(2)))
+    assert torch.isnan(rms(none))
+    assert float(largest_magnitude(none)) == 0
+    assert float(cosine(torch.zeros(2), torch.ones(2))) == 0

@@ -8,6 +8,7 @@ from tests.diagnosis.stream_ports import DIM, PORTS, Network, Plain
 
 import skipway as sw
 from skipway.nn.manifold import sinkhorn
+from skipway.probes.stream_health import similarity
 
 VIT = {"depth": 2, "dim": 16, "heads": 2, "patch": 8, "image": 16, "classes": 5}
 UNEVEN = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
@@ -87,3 +88,7 @@ def test_columns_drift_over_correlated_layers_at_20_iterations():
 def test_one_stream_is_refused():
     with pytest.raises(sw.SkipwayError, match="several streams"):
         sw.stream_health(sw.build("vit-tiny-16", **VIT), torch.randn(2, 3, 16, 16))
+
+
+def test_a_stream_of_zeros_is_like_no_other():
+    assert similarity(torch.stack((torch.ones(3), torch.ones(3), torch.zeros(3)))) == pytest.approx(1 / 3)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 
-from skipway.cli.study import split_specs
+from skipway.cli.study import run_study, split_specs
 from skipway.errors import SkipwayError
 from skipway.studies.cell import Choices
-from skipway.studies.grid import check_choices, find_gap, judge, own_values
-from skipway.studies.page import write_study_page
-from skipway.studies.runner import run
+from skipway.studies.grid import check_choices, find_gap, judge, own_values, split_by_grid
+from skipway.studies.page import study_command, write_study_page
+from skipway.studies.runner import read_rows, run
+from skipway.studies.statistics import group_values
 from skipway.studies.study import Study, Verdict, find_study, studies
 from skipway.studies.workers import describe_exception
 
@@ -82,6 +84,73 @@ def test_cells_that_failed_are_missing():
     assert find_gap(study, rows[:-1]).text.endswith("1 of 8 cells.")
 
 
+class Widths(Study):
+    """The width, which the budgets and the data change, beside cells that they do not change."""
+
+    name = "widths"
+    title = claim = source = "widths"
+    settings = ("kind", "scheme", "depth", "seed", "width", "data")
+    results = ("value",)
+
+    def cells(self, budget, choices):
+        seeds, depths, schemes = choices.seeds or (0, 1), choices.depths or (4, 8), choices.schemes or ("a", "b")
+        common = {"data": choices.data, "width": {"cpu": 8, "gpu": 16, "paper": 64}[budget]}
+        starts = [self.cell(kind="start", scheme=scheme, depth=4, seed=seed) for scheme in schemes for seed in seeds]
+        return starts + [
+            self.cell(kind="train", scheme=scheme, depth=depth, seed=seed, **common)
+            for scheme, depth, seed in product(schemes, depths, seeds)
+        ]
+
+    def measure(self, cell, device="cpu"):
+        return {"value": float(cell.get("width", 0) + (1000 if cell.get("data") else 0))}
+
+    def conclude(self, rows):
+        values = group_values([row for row in rows if row["kind"] == "train"], [], "value")
+        return [Verdict("One width.", "holds", f"mean {values[()].mean:g}")] if values else []
+
+    def figures(self, rows):
+        return []
+
+
+def test_rows_of_several_budgets_and_data_sets_are_judged_apart(tmp_path, capsys):
+    study = Widths()
+
+    def means():
+        return [study.conclude(part.measured)[0].text for part in split_by_grid(study, read_rows(tmp_path, study))]
+
+    run(study, tmp_path, jobs=0)
+    assert means() == ["mean 8"]
+    run(study, tmp_path, jobs=0, choices=Choices(data="cifar10", seeds=(0,)))
+    assert means() == ["mean 8", "mean 1008"]  # the newest complete one first
+    options = {"budget": "gpu", "choices": Choices(), "jobs": 0, "share": None, "device": "cpu"}
+    assert run_study(study, tmp_path, options) == 0
+    assert means() == ["mean 16", "mean 8", "mean 1008"]
+    terminal, page = capsys.readouterr().out, (tmp_path / "widths.html").read_text("utf-8")
+    for text in (terminal, page):
+        assert "mean 16" in text
+        assert "reduced grid" not in text
+        assert "with other sizes or data: --budget cpu (12 cells); --budget cpu --data cifar10 (4 cells)." in text
+
+
+def test_the_command_of_a_page_measures_its_rows(tmp_path):
+    study, count = Widths(), 0
+
+    def command(*runs):
+        nonlocal count
+        count += 1
+        for choices in runs:
+            run(study, tmp_path / str(count), jobs=0, choices=Choices(**choices))
+        (part,) = split_by_grid(study, read_rows(tmp_path / str(count), study))
+        return study_command(study, part).removeprefix("skipway study widths --budget cpu")
+
+    assert command({}) == ""
+    assert command({"schemes": ("a",), "seeds": (0,)}) == ""  # a part of the grid: the command resumes
+    assert command({"seeds": (0, 5)}) == " --seeds 0,5"
+    assert command({"schemes": ("plain",)}) == " --schemes plain"
+    assert command({"schemes": ("a", "plain"), "depths": (4, 16)}) == " --depths 4,16 --schemes a,plain"
+    assert command({"depths": (16,), "schemes": ("a",)}, {"depths": (32,), "schemes": ("b",)}) == ""
+
+
 @pytest.mark.parametrize(
     ("name", "choices", "message"),
     [
@@ -100,6 +169,17 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(name, choices, me
     with pytest.raises(SkipwayError, match=message):
         run(find_study(name), tmp_path, jobs=0, choices=Choices(**choices))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", studies())
+def test_a_published_number_is_that_of_a_cell_and_the_published_rows_are_of_one_grid(name):
+    study = find_study(name)
+    cells = [dict(cell.settings) for budget in ("cpu", "gpu", "paper") for cell in study.cells(budget, Choices())]
+    for each in study.published:
+        wanted = {key: value for key, value in each.where.items() if key != "dataset"}
+        assert any(wanted.items() <= cell.items() for cell in cells), each.what
+    rows = read_rows(Path(__file__).parents[2] / "docs/studies", study)
+    assert [part.budget for part in split_by_grid(study, rows)] == ["cpu"]
 
 
 @pytest.mark.parametrize("name", studies())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -20,9 +21,10 @@ from skipway.studies.cell import Cell, Choices
 from skipway.studies.index import write_index
 from skipway.studies.page import write_study_page
 from skipway.studies.runner import Share, cell_by_key, read_rows, remeasure, run
-from skipway.studies.statistics import SeedValues, group_values, series_over
+from skipway.studies.statistics import SeedValues, group_values, pair_by_seed, select_best, series_over
 from skipway.studies.study import Published, Study, Verdict, find_study, studies
 from skipway.studies.table import StudyTable, merge_rows, parts_of
+from skipway.studies.variants import compare
 from skipway.studies.workers import measure_cells
 
 
@@ -76,6 +78,106 @@ def test_the_spread_is_of_the_seeds():
     assert sample == SeedValues((1.0, 2.0, 3.0))
     assert (sample.mean, sample.deviation, sample.low, sample.high) == (2.0, 1.0, 1.0, 3.0)
     assert sample.error == pytest.approx(1 / 3**0.5)
+
+
+NAN, INF = math.nan, math.inf
+
+
+def losses(scheme: str, values, depth: int = 6, lr: float = 0.1, family: str = "vit", **more) -> list[dict]:
+    """Trainings of a variant, one for each loss."""
+    common = {"kind": "train", "family": family, "scheme": scheme, "depth": depth, "lr": lr, **more}
+    return [
+        {**common, "seed": seed, "train_loss": value, "test_loss": value, "test_error": 0.5}
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_larger_than_any_other():
+    rows = losses("a", (NAN, 1.0), lr=0.9) + losses("a", (2.0, 2.1), lr=0.1) + losses("a", (INF, INF), lr=0.5)
+    assert {row["lr"] for row in select_best(rows, ["scheme"], "lr", "train_loss")} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sign"),
+    [
+        ((1.0, 1.1, 1.2), (NAN, NAN, INF), -1),
+        ((NAN, NAN, NAN), (1.0, 1.1, 1.2), 1),
+        ((1.0, 1.1, 1.2), (1.01, NAN, 1.21), 0),
+        ((1.0, NAN, 1.2), (NAN, 1.0, 1.2), 0),
+        ((NAN, NAN, NAN), (NAN, INF, NAN), 0),
+    ],
+)
+def test_a_seed_that_diverges_on_one_side_is_an_infinite_difference(first, second, sign):
+    found = pair_by_seed(losses("a", first), losses("b", second), "test_loss")
+    assert found.sign == sign
+    verdict = compare("a is better.", losses("a", first) + losses("b", second), "a", "b")
+    assert verdict.answer == {-1: "holds", 1: "does not hold", 0: "open"}[sign]
+    assert "nan" not in verdict.text
+    assert ("∞ with" in verdict.text) is bool(found.differences.values)
+    rows = losses("plain", second) + losses("other", first)
+    assert find_study("text-schemes").figures(rows) or not found.differences.values
+
+
+def test_networks_that_diverge_have_verdicts():
+    norms, dense = find_study("text-norms"), find_study("fully-connected")
+    rows = [
+        row
+        for name, low, high in (("pre-norm", 1.0, 1.05), ("post-norm", NAN, INF), ("Peri-LN", 1.0, NAN))
+        for rate, loss in ((2e-3, low), (8e-3, high))
+        for row in losses(name, (loss, loss), 10, rate, "GPT")
+    ]
+    verdict = norms.conclude(rows)[-1]
+    assert (verdict.answer, "post-norm none" in verdict.text) == ("does not hold", True)
+
+    def first_losses(rezero):
+        table = {"vanilla": (NAN, 2.3), "residual": (9e4, NAN), "LayerNorm": (2.2, 2.1), "ReZero": (1.7, rezero)}
+        return [
+            {"scheme": name, "depth": 64, "seed": seed, "loss_1": one, "loss_3": three if seed else 1.0 + three}
+            for name, (one, three) in table.items()
+            for seed in (0, 1)
+        ]
+
+    assert [each.answer for each in dense.conclude(first_losses(0.5))[:2]] == ["holds", "holds"]
+    assert dense.conclude(first_losses(NAN))[0].answer == "does not hold"
+
+
+def test_variants_are_paired_at_the_same_depth():
+    """The other variant is a little better, and deep networks, which it was measured at alone, are far worse."""
+
+    def grid(plain, other, family, **more):
+        shallow, deep = (0.1, 0.11, 0.12), (5.1, 5.11, 5.12)
+        return [
+            row
+            for values, depth in ((shallow, 4), (deep, 8))
+            for name, shift in ((plain, 0.0), (other, -0.01))
+            for row in losses(name, tuple(value + shift for value in values), depth, family=family, **more)
+            if depth == 8 or name == plain
+        ]
+
+    table = find_study("scheme-table")
+    rows = [*grid("identity", "layerscale", "vit"), *losses("rezero", (0.2, 0.2, 0.2), 4)]
+    rows += losses("dyt", (0.3, 0.3, 0.3), 4)
+    assert "Lower: layerscale, 8 blocks. Higher: rezero, 4 blocks, dyt, 4 blocks." in table.conclude(rows)[0].text
+    lines = {line["scheme"]: line for line in table.summary(rows)}
+    assert lines["layerscale"]["ViT, 8 blocks: minus plain"].startswith("-0.01")
+    assert "ViT, 4 blocks: test loss" not in lines["layerscale"]
+    text = find_study("text-schemes")
+    rows = grid("plain pre-norm", "layerscale(init=0.1)", "GPT")
+    assert text.conclude(rows)[0].answer == "holds"
+    assert text.figures(rows)[0].categories == ("layerscale, 8 blocks",)
+    decay = find_study("stream-decay")
+    rows = [row for value in (0.05, 2.0) for row in grid("not decayed", "decayed", "vit", weight_decay=value)]
+    assert "2 with 8 blocks: -0.01" in decay.conclude(rows)[1].text
+    assert decay.conclude(rows)[1].answer == "does not hold"
+    assert {line["weight decay"] for line in decay.summary(rows)} == {0.05, 2.0}
+    assert {line["seeds"] for line in decay.summary(rows)} == {3}
+    assert "decayed, 8 blocks" in [line.name for line in decay.figures(rows)[1].series]
+
+
+def test_one_seed_has_no_interval():
+    rows = losses("identity", (0.1,), 4) + losses("layerscale", (0.2,), 4)
+    assert [line["ViT: minus plain"] for line in find_study("scheme-table").summary(rows)] == ["", ""]
+    assert [line["ViT: minus plain"] for line in find_study("scheme-table").summary(rows[1:])] == [""]
 
 
 def test_values_come_back_from_a_table_as_they_were(tmp_path):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from skipway.models import build
+from skipway.nn.join import LowRankMap
+from skipway.studies.catalogue.layerscale import build_layerscale_network
+from skipway.studies.catalogue.stream_decay import carried_bits
 from skipway.studies.cell import Choices
 from skipway.studies.chains import block_chain, cross
-from skipway.studies.fit import FitSettings, data_of, fit
+from skipway.studies.fit import FitSettings, data_of, dataset_name, fit
 from skipway.studies.study import find_study
 from skipway.studies.table import merge_rows
+from skipway.tracing.chain import chain
 
 
 def bits(scheme: str, depth: int, **how: object) -> tuple[float, float]:
@@ -238,3 +243,48 @@ def test_a_comparison_is_paired_and_at_each_variants_best_rate():
     assert compare("", low + high + trained("b", 0.2, (0.1, 1.1, 2.1)), "a", "b").answer == "does not hold"
     assert compare("", low + trained("b", 0.1, (1.5, 1.5, 3.4)), "a", "b").answer == "open"
     assert compare("", low, "a", "b").answer == "open"
+
+
+@pytest.mark.parametrize(("family", "scheme"), [("vit", "fixup"), ("convnext", "fixup"), ("vit", "laurel")])
+def test_schemes_of_others_keep_their_start(family, scheme):
+    """Fixup's zeros and its factor L^(-1/2) on Xavier's (ConvNeXt: fan-in) start; LAuReL's orthogonal A and zero B."""
+    torch.manual_seed(0)
+    cell = find_study("layerscale").cell(family=family, scheme=scheme, depth=4, seed=0, width=32)
+    model = build_layerscale_network(cell, data_of(None))
+    connections = chain(model)
+    if scheme == "laurel":
+        low_ranks = [module for module in model.modules() if isinstance(module, LowRankMap)]
+        assert low_ranks
+        assert not any(bool(each.up.weight.any()) for each in low_ranks)
+        for each in low_ranks:
+            a = each.down.weight.detach().double()
+            square = a @ a.mT if a.shape[0] < a.shape[1] else a.mT @ a
+            torch.testing.assert_close(square, torch.eye(len(square)).double() * square[0, 0], rtol=1e-4, atol=1e-5)
+        return
+    assert not model.head.classifier.weight.any()
+    for connection in connections:
+        *others, last = connection.path
+        assert not last.weight.any()
+        for each in (each for each in others if isinstance(each.module, torch.nn.Linear)):
+            out, dim = each.module.weight.shape
+            expected = (2 / (out + dim)) ** 0.5 * len(connections) ** (-1 / (2 * len(others)))
+            assert float(each.weight.detach().std()) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_published_dataset_is_known_by_its_dimensions_and_not_by_its_name():
+    def named(name, **sizes):
+        shape = {"train": range(50_000), "test": range(10_000), "classes": range(10), "size": 32, "channels": 3}
+        return dataset_name(SimpleNamespace(name=name, **shape | sizes))
+
+    assert named("images") == "cifar10"
+    assert named("cifar10", train=range(100)) == "another cifar10"
+    assert named("imagenet") == "cifar10"
+    assert named("imagenet", size=224) == "another imagenet"
+    large = {"train": range(1_281_167), "test": range(50_000), "classes": range(1000), "size": 224}
+    assert named("ILSVRC2012", **large) == "imagenet"
+    assert named("mine", size=64) == "mine"
+
+
+def test_what_skips_carry_is_computed_with_the_weights_kind_and_place():
+    model = build("vit", depth=2, dim=8, heads=2, patch=2, image=8, channels=1, scheme="hyperconnections(2)")
+    assert carried_bits(model.double()) == pytest.approx(carried_bits(model.float()))

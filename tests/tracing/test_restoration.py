@@ -19,6 +19,7 @@ import skipway as sw
 from skipway.depth_transfer import runs
 from skipway.depth_transfer.batches import KeptBatches
 from skipway.depth_transfer.coordinates import read_signals
+from skipway.depth_transfer.design import Design
 from skipway.inference.speed import time_training
 from skipway.surgery.training_pass import run_training_pass
 from skipway.tracing import preserved_state, restoration
@@ -198,3 +199,30 @@ def test_random_numbers_of_a_gpu_go_on_as_if_nothing_had_happened(place):
     one, two = (run_training_pass(net, torch.ones(2, 3, device=place)) for _ in range(2))
     assert torch.equal(one.outputs[0], two.outputs[0])
     assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_entries_of_containers_are_put_back():
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+            self.state, self.states, self.nested = {"h": torch.zeros(4)}, [torch.zeros(4)], {"a": [torch.zeros(4)]}
+
+        def forward(self, x):
+            self.state["h"] = self.states[0] = self.nested["a"][0] = self.layer(x)
+            return self.states[0]
+
+    model = Remembering()
+    kept = model.state["h"], model.states[0], model.nested["a"][0]
+    with preserved_state(model):
+        model(torch.ones(2, 3))
+    assert model.state["h"] is kept[0]
+    assert model.states[0] is kept[1]
+    assert model.nested["a"][0] is kept[2]
+
+
+def test_a_network_over_depth_seeds_no_device_that_is_not_its_own(monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device would be seeded"))
+    design = Design("net", lambda depth, scheme: nn.Linear(3, depth))
+    one, two = (design.build(2, None, None, seed=0, device=torch.device("cpu")) for _ in range(2))
+    assert torch.equal(one.weight, two.weight)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skipway.checkpoint.state import clean_name, is_sharded
 from skipway.checkpoint.store import Checkpoints, Snapshot
-from skipway.errors import CheckpointError, printable
+from skipway.errors import CheckpointError, counted, printable
 from skipway.nn import warmup_state
 from skipway.tracing import unwrap
 from skipway.validation import is_whole
@@ -202,10 +202,18 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the states of all global random number generators back."""
+    """Put the states of all global random number generators back; warn where there are fewer GPUs than there were."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if stored := state["cuda"]:
+        here = torch.cuda.device_count()
+        if here < len(stored):
+            warnings.warn(
+                f"the checkpoint holds the random states of {counted(len(stored), 'GPU')}, and {here} "
+                f"{'is' if here == 1 else 'are'} here: what is drawn on the others differs; resume on as many GPUs to "
+                "continue bit for bit",
+                stacklevel=3,
+            )
+        torch.cuda.set_rng_state_all(stored[:here])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
 

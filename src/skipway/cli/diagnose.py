@@ -66,10 +66,13 @@ class Question:
     """Samples in the batch."""
 
     batch: Annotated[Path | None, Parameter(group=BATCH)] = None
-    """Folder of images by class, digits, or a text: every trial step takes a fresh batch. [random]"""
+    """Images as for `train`, digits, or a text: every trial step takes a fresh batch. [random]"""
 
     outside: Annotated[bool, Parameter(negative=(), group=BATCH)] = False
     """Follow links out of the folder of images."""
+
+    columns: Annotated[str | None, Parameter(group=BATCH)] = None
+    """Columns of a list, or of the text in a table."""
 
     optimizer: Annotated[OptimizerName, Parameter(group=TRAINING)] = "sgd"
     """Optimizer used for training; sgd with momentum 0.9."""
@@ -127,6 +130,8 @@ class Question:
             raise SkipwayError(f"--allowance {self.allowance}: the rule is a share of the training, 0 to 1")
         if self.lint and (self.fix or self.thorough):
             raise SkipwayError("--lint runs no pass, so it excludes --fix and --thorough; leave them out")
+        if self.columns is not None and self.batch is None:
+            raise SkipwayError(f"--columns {self.columns} has no effect without --batch; leave it out")
         if self.shape is not None and self.batch is not None:
             from skipway.cli.diagnosis_batch import image_side
 
@@ -443,11 +448,15 @@ def prepared(text: str, question: Question) -> tuple[LoadedModel, tuple[Any, Any
     torch.manual_seed(question.seed)
     device = choose_device(question.device)
     source, name = source_of(text)
-    classes = question.classes
-    if classes is None and question.batch is not None and "classes" in source.takes and not question.batch.is_file():
-        classes = len(class_names(question.batch, question.outside))
-    request = ModelRequest(depth=question.depth, scheme=question.scheme, classes=classes, shape=question.shape)
-    loaded = load_model(text, request)
+    request = ModelRequest(depth=question.depth, scheme=question.scheme, classes=question.classes, shape=question.shape)
+    batch = question.batch if question.classes is None and "classes" in source.takes else None
+    # a file is a text for a network of tokens, and a list or a shard of images for another
+    loaded = load_model(text, request) if batch is None or batch.is_file() else None
+    if batch is not None and (loaded is None or loaded.vocabulary is None):
+        torch.manual_seed(question.seed)
+        request = dataclasses.replace(request, classes=len(class_names(batch, question.outside, question.columns)))
+        loaded = load_model(text, request)
+    assert loaded is not None
     tokenizer = Path(name, "tokenizer.json")
     example, targets, remark = example_for(
         loaded,
@@ -455,6 +464,7 @@ def prepared(text: str, question: Question) -> tuple[LoadedModel, tuple[Any, Any
         samples=question.samples,
         seed=question.seed,
         outside=question.outside,
+        columns=question.columns,
         tokenizer=tokenizer if tokenizer.is_file() else None,
     )
     loaded.model.to(device)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipway.errors import DataError, SkipwayError, counted, printable
+from skipway.cli.option_names import option_spelling
+from skipway.errors import DataError, SkipwayError, counted, printable, spelling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from skipway.data.sources.index import SourceIndex
     from skipway.data.split import ImageSample
     from skipway.zoo import LoadedModel
 
@@ -29,6 +31,7 @@ def example_for(
     samples: int,
     seed: int,
     outside: bool = False,
+    columns: str | None = None,
     tokenizer: Path | None = None,
 ) -> tuple[Any, Any, str]:
     """Example, targets, and what they are in words: batches of a text or a folder of images, the batch of the model's
@@ -39,11 +42,11 @@ def example_for(
         DataError: that cannot be read.
     """
     if folder is not None and folder.is_file() and loaded.vocabulary is not None:
-        text = TextBatches(loaded, folder, samples, seed, tokenizer)
+        text = TextBatches(loaded, folder, samples, seed, tokenizer, columns)
         return text, None, text.remark
     if folder is not None:
         kind = DigitBatches if means_digits(folder) else FolderBatches
-        images = kind(loaded, folder, samples, seed, outside)
+        images = kind(loaded, folder, samples, seed, outside, columns)
         if images.count < 2:
             return *images.batch(0, 0), images.remark
         return images, None, images.remark
@@ -84,29 +87,38 @@ def means_digits(folder: Path) -> bool:
     return folder == Path("digits") and not folder.exists()
 
 
-def class_names(folder: Path, outside: bool) -> tuple[str, ...]:
-    """The class names of a folder of images, or of the bundled digits."""
-    from skipway.data import list_splits
+def class_names(source: Path, outside: bool, columns: str | None) -> tuple[str, ...]:
+    """The class names of a source of images, or of the bundled digits."""
+    return tuple("0123456789") if means_digits(source) else index_images(source, outside, columns).classes
 
-    if means_digits(folder):
-        return tuple("0123456789")
-    return list_splits(folder, outside=outside).classes
+
+def index_images(source: Path, outside: bool, columns: str | None) -> SourceIndex:
+    """The images of a source, see `skipway.data.sources.detect.index_source`.
+
+    Raises:
+        DataError: it holds no images of two classes.
+    """
+    from skipway.data.sources.columns import parse_columns
+    from skipway.data.sources.detect import index_source
+
+    return index_source(source, outside=outside, columns=parse_columns(columns))
 
 
 @dataclass
 class FolderBatches:
-    """Batches of the training images of a folder with their labels, in an order that the seed and the pass decide,
+    """Batches of the training images of a source with their labels, in an order that the seed and the pass decide,
     normalised by mean and deviation of the first batch. Images that cannot be read are left out.
 
     Args:
         loaded: the model, which says the shape and how it is called.
-        folder: of images by class.
+        folder: of images by class, or another source of images, as for `skipway train`.
         samples: in a batch; the incomplete last one of a pass is left out.
         seed: of the order.
         outside: follow links out of the folder.
+        columns: names of the columns of a list, with commas; None: by content.
 
     Raises:
-        DataError: the folder holds no images by class, or none of the first batch can be read.
+        DataError: the source holds no images of two classes, or none of the first batch can be read.
     """
 
     loaded: LoadedModel
@@ -114,7 +126,9 @@ class FolderBatches:
     samples: int
     seed: int
     outside: bool = False
+    columns: str | None = None
     damaged: dict[str, str] = field(default_factory=dict, init=False)
+    notes: tuple[str, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         import torch
@@ -140,9 +154,11 @@ class FolderBatches:
 
     def listed(self) -> Sequence[ImageSample]:
         """The images to draw from."""
-        from skipway.data import list_splits
+        from skipway.data.split import samples_of
 
-        return list_splits(self.folder, validation=0.0, outside=self.outside).train
+        found = index_images(self.folder, self.outside, self.columns)
+        self.store, self.notes = found.store, found.remarks
+        return samples_of(found.train, {name: number for number, name in enumerate(found.classes)})
 
     def __iter__(self) -> Iterator[Any]:
         for number in itertools.count():
@@ -166,18 +182,19 @@ class FolderBatches:
         from skipway.data.image_dataset import decode_files
 
         chosen = self.drawn(turn, number)
-        part, bad = decode_files(self.folder, chosen, channels=self.loaded.shape[0], size=self.side, workers=0)
+        part, bad = decode_files(self.store, chosen, channels=self.loaded.shape[0], size=self.side, workers=0)
         self.damaged |= dict(bad)
         return part
 
     @property
     def remark(self) -> str:
-        """The batches in words, with the damaged images that were met so far."""
+        """The batches in words, with what a user may not expect of the source and the damaged images met so far."""
         bad = "".join(f"; {file} cannot be read, {reason}" for file, reason in list(self.damaged.items())[:1])
         bad += f", and {len(self.damaged) - 1} more" * (len(self.damaged) > 1)
         what = f"{len(self.first)} images of {self.source} with their labels"
         fresh = f", fresh ones of {len(self.files):,} at every trial step" * (self.count > 1)
-        return printable(f"{what}{fresh}{bad}")
+        notes = "".join(f"; {option_spelling(note)}" for note in self.notes)
+        return printable(f"{what}{fresh}{notes}{bad}")
 
 
 class DigitBatches(FolderBatches):
@@ -192,6 +209,8 @@ class DigitBatches(FolderBatches):
         from skipway.data.loader import resize_digits
         from skipway.data.split import ImageSample
 
+        if self.columns is not None:
+            raise SkipwayError(f"--columns {self.columns} has no effect on the bundled digits; leave it out")
         images, names = digits()
         self.images = resize_digits(images, self.side, self.loaded.shape[0])
         return [ImageSample(name, int(name[0])) for name in names]
@@ -220,6 +239,7 @@ class TextBatches:
         samples: windows in a batch.
         seed: chooses them.
         tokenizer: a `tokenizer.json`; None: bytes are tokens.
+        column: of a table, that holds the text; None: by content.
 
     Raises:
         SkipwayError: the model takes fewer tokens than the text has.
@@ -231,6 +251,7 @@ class TextBatches:
     samples: int
     seed: int
     tokenizer: Path | None = None
+    column: str | None = None
 
     def __post_init__(self) -> None:
         from skipway.data.text import load_text
@@ -244,7 +265,8 @@ class TextBatches:
         chosen: Any = "bytes" if self.tokenizer is None else self.tokenizer
         length = min(self.loaded.shape[0], max(SHORTEST, MOST_TOKENS // self.samples))
         split = {"holdout": 0.0, "validation": 0.0, "seed": self.seed}
-        self.data = load_text(self.file, tokenizer=chosen, context=length, **split)
+        with spelling(column="columns"):
+            self.data = load_text(self.file, tokenizer=chosen, context=length, column=self.column, **split)
         if self.data.tokenizer.size > self.loaded.vocabulary:
             raise SkipwayError(
                 f"--batch {self.file}: {self.tokenizer} knows {self.data.tokenizer.size:,} tokens, and the model "
@@ -262,4 +284,7 @@ class TextBatches:
         """The batches in words."""
         kind = "bytes" if self.tokenizer is None else f"tokens of {self.tokenizer.name}"
         windows = counted(self.samples, "window")
-        return printable(f"{windows} of {self.data.context} {kind} of {self.file}, fresh ones at every trial step")
+        notes = "".join(f"; {option_spelling(note)}" for note in self.data.remarks)
+        return printable(
+            f"{windows} of {self.data.context} {kind} of {self.file}, fresh ones at every trial step{notes}"
+        )

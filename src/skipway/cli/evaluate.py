@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from skipway.cli.network_options import NetworkOptions
-from skipway.errors import SkipwayError, counted, printable
+from skipway.errors import SkipwayError, counted, printable, spelling
 from skipway.json_values import finite
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def evaluate(
         batch_size: Images or sequences per forward pass. [as in training]
         outside: Follow links out of DATA.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
-        columns: Column names of a list in CSV, TSV or Parquet.
+        columns: Column names of a list, or of the text in a table.
         network: How a network that is not Skipway's own is built again.
         device: auto, cpu, cuda, cuda:1.
     """
@@ -64,20 +64,19 @@ def evaluate(
     from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
     if find_text_inputs(run) is not None:
-        options = {
-            "--flip": flip is not None,
-            "--max-megapixels": max_megapixels != 64.0,
-            "--columns": columns != COLUMNS,
-        }
-        for option in (name for name, given in options.items() if given):
-            raise SkipwayError(f"{option}: an option for images, and this run is of text; leave it out")
-        return evaluate_text(run, data, device=device, batch_size=batch_size, as_json=json)
+        options = {"--flip": flip is not None, "--max-megapixels": max_megapixels != 64.0}
+        refuse(options, ": an option for images, and this run is of text")
+        options = {f"--{name.replace('_', '-')}": bool(value) for name, value in network.choices.items()}
+        refuse(options, ": an option for networks of others, and one of text is Skipway's own")
+        if data is None:
+            options = {"--outside": outside, "--columns": columns != COLUMNS}
+            refuse(options, " has no effect without DATA: the run's test text is read as in training")
+        column = None if columns == COLUMNS else columns.strip()
+        choices = {"column": column, "outside": outside, "device": device, "batch_size": batch_size}
+        return evaluate_text(run, data, as_json=json, **choices)
     if data is None:
         options = {"--outside": outside, "--max-megapixels": max_megapixels != 64.0, "--columns": columns != COLUMNS}
-        for option in (name for name, given in options.items() if given):
-            raise SkipwayError(
-                f"{option} has no effect without DATA: the run's test images are read as in training; leave it out"
-            )
+        refuse(options, " has no effect without DATA: the run's test images are read as in training")
         result = evaluate_run(run, device=device, flip=flip, batch_size=batch_size, **network.choices)
     else:
         from skipway.hardware.limits import cpu_count
@@ -101,14 +100,22 @@ def evaluate(
     return 0
 
 
-def evaluate_text(run: Path, data: Path | None, *, device: str, batch_size: int | None, as_json: bool) -> int:
-    """Evaluate a language model and print the result."""
+def refuse(options: dict[str, bool], reason: str) -> None:
+    """Refuse the first option that is given, with the reason why it has no effect."""
+    for option in (name for name, given in options.items() if given):
+        raise SkipwayError(f"{option}{reason}; leave it out")
+
+
+def evaluate_text(run: Path, data: Path | None, *, as_json: bool, **choices: Any) -> int:
+    """Evaluate a language model, see `evaluate_text_run`, and print the result."""
     from dataclasses import asdict
 
+    from skipway.cli.option_names import option_spelling
     from skipway.inference.text_run import evaluate_text_run
     from skipway.report.text_summary import bits_text
 
-    result = evaluate_text_run(run, data, device=device, batch_size=batch_size)
+    with spelling(column="columns"):
+        result = evaluate_text_run(run, data, **choices)
     found = result.evaluation
     if as_json:
         values = {
@@ -116,10 +123,11 @@ def evaluate_text(run: Path, data: Path | None, *, device: str, batch_size: int 
             **asdict(found),
             "bits_per_byte": found.bits_per_byte,
             "accuracy": found.accuracy,
+            "remarks": [option_spelling(remark) for remark in result.remarks],
         }
         sys.stdout.write(json.dumps(finite(values)) + "\n")
         return 0
-    lines = [("data", printable(result.name)), *(("note", remark) for remark in result.remarks)]
+    lines = [("data", printable(result.name)), *(("note", option_spelling(remark)) for remark in result.remarks)]
     for label, text in (*lines, ("bits", bits_text(found))):
         sys.stdout.write(f"{label:<{LABEL}}{text}\n")
     return 0

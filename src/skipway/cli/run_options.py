@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from skipway.errors import SkipwayError
 
 if TYPE_CHECKING:
-    from cyclopts import App
+    from cyclopts import App, Token
     from cyclopts.argument import ArgumentCollection
 
 __all__ = ["check_whole_numbers", "fill_from_preset", "fill_from_run"]
@@ -31,13 +31,11 @@ def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     those that were chosen for an option which is on it.
     """
     given = {argument.name: argument.tokens[0] for argument in arguments if argument.tokens}
-    config, out = given.get("--config"), given.get("--out")
+    config = given.get("--config")
     if "--resume" in given:
         if config is not None:
             raise SkipwayError("--resume and --config: a resumed run already has a recipe; give one of the two")
-        if out is None:
-            raise SkipwayError("--resume needs the folder of the run: skipway train --out FOLDER --resume")
-        path = Path(out.value)
+        path = resumed_folder(given)
         if set(given) - {"--resume", "--out", "--quiet"} and not (path / "config.json").exists():
             return  # the first of several identical calls: it starts the run
     elif config is not None:
@@ -66,7 +64,7 @@ def fill_from_preset(app: App, commands: tuple[str, ...], arguments: ArgumentCol
         return
     if "--config" in given:
         raise SkipwayError("--preset and --config: each supplies what the command omits; give one of the two")
-    if "--resume" in given and (Path(given["--out"].value) / "config.json").exists():
+    if "--resume" in given and (resumed_folder(given) / "config.json").exists():
         return
     from cyclopts.config import Dict
 
@@ -75,6 +73,17 @@ def fill_from_preset(app: App, commands: tuple[str, ...], arguments: ArgumentCol
     name = given["--preset"].value
     values = PRESETS[name].beside(fields_of(given))
     Dict(values, source=f"preset {name}", use_commands_as_keys=False)(app, commands, arguments)
+
+
+def resumed_folder(given: Mapping[str, Token]) -> Path:
+    """The folder of the run that is resumed, of the options on the command line.
+
+    Raises:
+        SkipwayError: none is given.
+    """
+    if "--out" not in given:
+        raise SkipwayError("--resume needs the folder of the run: skipway train --out FOLDER --resume")
+    return Path(given["--out"].value)
 
 
 def fields_of(options: Iterable[str]) -> list[str]:

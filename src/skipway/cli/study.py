@@ -104,9 +104,9 @@ def study(
 
 def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     """Run a study, print its verdicts, write its page, and return the number of failed cells."""
-    from skipway.studies.grid import find_gap, foreign_schemes, judge, listed, own_values
-    from skipway.studies.page import measured_rows, score_text, write_study_page
-    from skipway.studies.runner import failed_rows, run
+    from skipway.studies.grid import describe_others, foreign_schemes, judge, listed, own_values, split_by_grid
+    from skipway.studies.page import score_text, write_study_page
+    from skipway.studies.runner import failed_rows, read_rows, run
 
     foreign = foreign_schemes(chosen, options["choices"], options["budget"])
     if foreign:
@@ -126,10 +126,12 @@ def run_study(chosen: Study, out: Path, options: dict[str, Any]) -> int:
     broken = failed_rows(rows)
     sys.stdout.write(f"\n{chosen.title}: {counted(len(rows), 'cell')}, {time.monotonic() - begun:.0f} s\n")
     if options["share"] is None:
-        measured = measured_rows(rows)
-        gap = find_gap(chosen, measured)
-        verdicts = judge(chosen, measured, gap)
-        sys.stdout.write(f"{score_text(verdicts)}\n" + ("" if gap is None else f"{gap.text}\n"))
+        # the page judges what the folder holds, and so does the terminal
+        parts = split_by_grid(chosen, read_rows(out, chosen))
+        gap = parts[0].gap
+        verdicts = judge(chosen, parts[0].measured, gap)
+        notes = [score_text(verdicts), "" if gap is None else gap.text, printable(describe_others(parts))]
+        sys.stdout.write("".join(f"{text}\n" for text in notes if text))
         for verdict in verdicts:
             sys.stdout.write(f"\n{verdict.answer.upper():<16}{verdict.claim}\n{'':<16}{verdict.text}\n")
     if broken:

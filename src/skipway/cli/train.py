@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -176,7 +177,7 @@ def continuation(outcome: Outcome, out: str) -> tuple[str, str]:
     if not outcome.epoch:
         return "longer", f"skipway train --config {out} --time 1h, say; the features are there"
     if outcome.recipe.budget is not None:
-        return "longer", f"skipway train --out {out} --resume --time {2 * outcome.recipe.budget:g}s"
+        return "longer", f"skipway train --out {out} --resume --time {math.ceil(2 * outcome.recipe.budget)}s"
     if outcome.recipe.steps is not None:
         return "longer", f"skipway train --out {out} --resume --steps {2 * outcome.recipe.steps}"
     return "longer", f"skipway train --out {out} --resume --epochs {2 * outcome.recipe.epochs}"

@@ -40,6 +40,7 @@ def transfer(
     schemes: Annotated[str, Parameter(group=NETWORKS)] = "own,depthscaled(exponent=1)",
     batch: Annotated[Path | None, Parameter(group=BATCH)] = None,
     samples: Annotated[int, Parameter(group=BATCH)] = 32,
+    columns: Annotated[str | None, Parameter(group=BATCH)] = None,
     optimizer: Annotated[str, Parameter(group=TRAINING)] = "adamw",
     weight_decay: Annotated[float, Parameter(group=TRAINING)] = 0.0,
     warmup: Annotated[int | None, Parameter(group=TRAINING)] = None,
@@ -63,8 +64,9 @@ def transfer(
         model: A Skipway family or variant, or FILE.py:NAME of a function of the depth.
         depths: Comma-separated depths: 4,8,16.
         schemes: Comma-separated schemes; own is the network as it is.
-        batch: Folder of images by class, or a text. [the file's, digits, a text]
+        batch: Images as for `train`, or a text. [the file's, digits, a text]
         samples: Samples in a batch of --batch or bundled data.
+        columns: Columns of a list, or of the text in a table. [by content]
         optimizer: adamw, sgd(momentum=0.95), muon, …
         weight_decay: Weight decay.
         warmup: Steps in which the rate rises. [a tenth; onecycle 0]
@@ -101,6 +103,7 @@ def transfer(
                 steps=steps,
                 seeds=seeds,
                 samples=samples,
+                columns=columns,
                 sweep=not coordinates_only,
                 lr=lr,
                 runs=runs,
@@ -117,6 +120,7 @@ def transfer(
         "optimizer": optimizer,
         "seeds": seeds,
         "samples": samples,
+        "columns": columns,
         "weight_decay": weight_decay or None,
         "warmup": warmup,
         "schedule": None if schedule == "constant" else schedule,

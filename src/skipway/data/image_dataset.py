@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -16,7 +15,7 @@ from skipway.data.cache.store import PixelFile
 from skipway.data.decode import DecodeSpec, UnreadableImage
 from skipway.data.inspection import DecodeTask, ImageInfo, InspectTask
 from skipway.data.pool import WorkerPool
-from skipway.data.sources.readers import FileStore, ImageStore
+from skipway.data.sources.readers import ImageStore
 from skipway.data.split import ImageSample
 from skipway.errors import printable
 
@@ -171,8 +170,11 @@ class FileDataset(ImageDataset):
         """Decode the next image of the same class in the place of a damaged one that was not inspected.
 
         Raises:
-            UnreadableImage: all images were inspected, too many are damaged, or all of the class.
+            UnreadableImage: all images were inspected, too many are damaged, or all of the class; or the cache of
+                decoded images is lost.
         """
+        if self.stored is not None:
+            raise UnreadableImage(self.stored[0].path, reason)
         file = self.store.root / self.names[index]
         if self.tolerated is None:
             raise UnreadableImage(file, f"changed while training: {reason}")
@@ -219,7 +221,7 @@ def inspect_images(
 
 
 def decode_files(
-    root: Path,
+    store: ImageStore,
     samples: Sequence[ImageSample],
     *,
     channels: int,
@@ -227,11 +229,11 @@ def decode_files(
     workers: int,
     progress: Progress | None = None,
 ) -> tuple[MemoryDataset, list[tuple[str, str]]]:
-    """Decode files into memory. Returns the data set, and (file, reason) of each file that cannot be read."""
+    """Decode images into memory. Returns the data set, and (file, reason) of each file that cannot be read."""
     files = [sample.file for sample in samples]
     infos: list[ImageInfo] = []
     pixels = inspect_images(
-        FileStore(root),
+        store,
         files,
         WorkerPool(workers),
         spec=DecodeSpec(channels, size),

@@ -137,13 +137,15 @@ class Preprocessing:
             images = images.float() * 255
         return normalize(images.permute(0, 2, 3, 1), self.mean, self.std)
 
-    def of_file(self, source: Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
-        """Decode a file, or its bytes: uint8 (size, size, channels).
+    def of_file(
+        self, source: Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS, name: Path | None = None
+    ) -> Tensor:
+        """Decode a file, or its bytes with the file's name, by which TGA is known: uint8 (size, size, channels).
 
         Raises:
             UnreadableImage: see `skipway.data.decode`.
         """
-        return torch.from_numpy(decode(source, self.spec(max_megapixels)).copy())
+        return torch.from_numpy(decode(source, self.spec(max_megapixels), name=name).copy())
 
     def of_picture(self, image: Image.Image) -> Tensor:
         """Convert an image of Pillow, as if read from a file: uint8 (size, size, channels).

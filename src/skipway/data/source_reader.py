@@ -225,7 +225,11 @@ class SourceReader:
     def ready(self, pixels: PixelFile) -> DecodedImages | PixelFile | None:
         """Open the cached pixels; None if they are absent or of other images."""
         if self.cuts:
-            return pixels if pixels.open(len(self.files), self.spec.channels) is not None else None
+            pixels.hold()  # batches open it again and again
+            if pixels.open(len(self.files), self.spec.channels) is None:
+                return None
+            pixels.remove_others()
+            return pixels
         images = open_square(pixels, len(self.files), self.spec)
         return None if images is None else DecodedImages(images)
 

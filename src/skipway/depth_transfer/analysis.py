@@ -58,6 +58,7 @@ def transfer(
     steps: int = 60,
     seeds: int = 3,
     samples: int = 32,
+    columns: str | None = None,
     sweep: bool = True,
     lr: float | None = None,
     runs: str | Path | None = None,
@@ -83,12 +84,13 @@ def transfer(
             or "FILE.py:NAME" of such a function. The depth is the argument named depth, blocks, layers or alike, else
             the only one.
         depths: at least two.
-        batches: a `DataLoader` or another iterable of batches, one batch as (inputs, targets), or the path of a folder
-            of images or of a text; None: what `make` gives, and for Skipway's families the embedded digits or the text
-            of Python's standard library.
-        schemes: "own" is the network as it is made; others are built into Skipway's networks in place of their own
-            scheme, and put on other networks by `rescheme(start="scheme")`. `depthscaled` without a base is given the
-            branches of the shallowest network, and its rates by `param_groups`, so exponent=1 is CompleteP.
+        batches: a `DataLoader` or another iterable of batches, one batch as (inputs, targets), or the path of images as
+            for `skipway train` or of a text; None: what `make` gives, and for Skipway's families the embedded digits or
+            the text of Python's standard library.
+        schemes: "own" is the network as it is made, which the others are compared with wherever it stands in the list;
+            without it they are compared with the first one. Others are built into Skipway's networks in place of their
+            own scheme, and put on other networks by `rescheme(start="scheme")`. `depthscaled` without a base is given
+            the branches of the shallowest network, and its rates by `param_groups`, so exponent=1 is CompleteP.
         loss: (output, targets) → a scalar; None: as `skipway.probes.objective.choose_objective` chooses it.
         optimizer: a spec string, "adamw", "sgd(momentum=0.95)", "muon".
         weight_decay: of the weights, ≥ 0.
@@ -98,6 +100,8 @@ def transfer(
         steps: of each training, ≥ 8.
         seeds: trainings at each rate; with one the noise is not known.
         samples: in a batch of a folder, a text, or embedded data.
+        columns: of a list of images, with commas, or of the text in a table, where `batches` is the path of one; None:
+            by content.
         sweep: whether rates are swept; else only coordinates are checked.
         lr: the rate of the coordinate check; None: the best one of the shallowest network, without a sweep the
             optimizer's default.
@@ -137,7 +141,7 @@ def transfer(
     )
     began, place = time.perf_counter(), choose_device(device)
     with seeded_generators([place], draw_key(0, "design")):
-        design, given, remarks = choose_design(make, batches, chosen, steps=steps, samples=samples)
+        design, given, remarks = choose_design(make, batches, chosen, steps=steps, samples=samples, columns=columns)
         analysis = Analysis.of(design, given.on(place), plan, chosen, schemes, loss, place, runs)
         analysis.progress = progress
         swept = analysis.sweep() if sweep else ()
@@ -186,7 +190,9 @@ class Analysis:
         device: torch.device,
         runs: str | Path | None,
     ) -> Analysis:
-        """Count the branches at every depth, and give schemes without a base that of the shallowest network."""
+        """Count the branches at every depth, give schemes without a base that of the shallowest network, and put the
+        network as it is made first.
+        """
         example, remarks = batches.at(0, 0)[0], []
         branches = {depth: count_branches(design, depth, example, device) for depth in depths}
         if not any(branches.values()):
@@ -202,7 +208,8 @@ class Analysis:
         if sorted(set(counts)) != counts:
             listed = ", ".join(f"depth {depth}: {count}" for depth, count in branches.items())
             raise SkipwayError(f"{design.name}: the residual connections do not grow with depth ({listed})")
-        parsed = {text: based_scheme(text, counts[0]) for text in dict.fromkeys(schemes)}
+        texts = sorted(dict.fromkeys(schemes), key=lambda text: text != OWN)
+        parsed = {text: based_scheme(text, counts[0]) for text in texts}
         named = {spec_of(scheme): scheme for scheme in parsed.values()}
         if "plain" in parsed:
             remarks.append("the scheme plain is the network without skips; own is the network as it is made")

@@ -59,14 +59,18 @@ def image_batches(data: Data, samples: int) -> TrainingBatches:
         )
         return batch.inputs, batch.targets
 
-    return TrainingBatches(f"{samples} images of {data.name} {data.fingerprint}", at)
+    return TrainingBatches(f"{samples} images of {data.name} {data.fingerprint}", at, "; ".join(data.remarks))
 
 
 def text_batches(data: TextData, samples: int) -> TrainingBatches:
     """Batches of windows of a text, with the next tokens as targets."""
     steps = data.steps(samples)
     name = f"{samples} windows of {data.context} tokens of {data.name} {data.fingerprint}"
-    return TrainingBatches(name, lambda seed, step: data.train_batch(*divmod(step, steps), samples, seed=seed))
+
+    def at(seed: int, step: int) -> tuple[Any, Any]:
+        return data.train_batch(*divmod(step, steps), samples, seed=seed)
+
+    return TrainingBatches(name, at, "; ".join(data.remarks))
 
 
 def as_training_batches(given: Any, steps: int) -> TrainingBatches:

@@ -13,14 +13,16 @@ from torch import nn
 
 from skipway.data import load
 from skipway.data.randomness import draw_key
+from skipway.data.sources.columns import parse_columns
 from skipway.data.text import load_text
 from skipway.depth_transfer.batches import TrainingBatches, as_training_batches, image_batches, text_batches
-from skipway.errors import SkipwayError, counted, first_line
+from skipway.errors import SkipwayError, counted, first_line, spell, spelling
 from skipway.models.family import find_config, join_options, split_options
 from skipway.schemes import DepthScaled, Scheme, parse_scheme
 from skipway.schemes.scheme import short_spec
 from skipway.surgery import rescheme
 from skipway.tracing.chain import chain
+from skipway.tracing.restoration import seed_generators
 from skipway.zoo import LoadedModel, ModelRequest, depth_argument, load_model, source_of
 
 __all__ = ["OWN", "Design", "Make", "based_scheme", "choose_design", "count_branches", "spec_of"]
@@ -50,7 +52,7 @@ class Design:
 
     def build(self, depth: int, scheme: Scheme | None, example: Any, *, seed: int, device: torch.device) -> nn.Module:
         """A fresh network in training mode, whose weights are a function of the seed."""
-        torch.manual_seed(draw_key(seed, "weights"))
+        seed_generators([device], draw_key(seed, "weights"))
         model = self.make(depth, scheme if self.builds else None).to(device)
         if scheme is not None and not self.builds:
             rescheme(model, example, scheme, start="scheme")
@@ -75,24 +77,26 @@ class Design:
 
 
 def choose_design(
-    make: str | Make, batches: Any, depths: Sequence[int], *, steps: int, samples: int
+    make: str | Make, batches: Any, depths: Sequence[int], *, steps: int, samples: int, columns: str | None = None
 ) -> tuple[Design, TrainingBatches, tuple[str, ...]]:
     """The design that a user names or makes, what it is trained on, and remarks.
 
     Raises:
         SkipwayError: there is no such network, or nothing to train it on.
     """
+    if columns is not None and not isinstance(batches, str | Path):
+        raise SkipwayError(f"{spell('columns', columns)}: the rule is batches from a file; leave it out")
     if callable(make):
         return made_design(make, batches, depths[0], steps)
     source, _ = source_of(make)
     if source.library == "skipway":
-        return our_design(make, batches, depths[0], steps, samples)
+        return our_design(make, batches, depths[0], steps, samples, columns)
     if source.library is not None:
         raise SkipwayError(
             f"{make}: {source.form} has no depth to set; give a file with a function that makes the network at a "
             "depth: FILE.py:make with def make(depth): …"
         )
-    return file_design(make, batches, depths[0], steps, samples)
+    return file_design(make, batches, depths[0], steps, samples, columns)
 
 
 def made_design(make: Make, batches: Any, depth: int, steps: int) -> tuple[Design, TrainingBatches, tuple[str, ...]]:
@@ -131,7 +135,7 @@ def made_design(make: Make, batches: Any, depth: int, steps: int) -> tuple[Desig
 
 
 def our_design(
-    text: str, batches: Any, depth: int, steps: int, samples: int
+    text: str, batches: Any, depth: int, steps: int, samples: int, columns: str | None
 ) -> tuple[Design, TrainingBatches, tuple[str, ...]]:
     """A family or variant of Skipway's, on digits or a text where no data are given."""
     _, config = find_config(text, depth)
@@ -141,9 +145,9 @@ def our_design(
     if batches is not None and path is None:
         found = as_training_batches(batches, steps)
     elif hasattr(config, "vocab"):
-        found = batches_of_text(path, config.context, config.vocab, samples, remarks)
+        found = batches_of_text(path, config.context, config.vocab, samples, remarks, columns)
     else:
-        data = load(path, crop="none", flip=False, validation=0.0)
+        data = load(path, crop="none", flip=False, validation=0.0, columns=parse_columns(columns))
         found = image_batches(data, samples)
         request = ModelRequest(shape=(data.channels, data.size, data.size), classes=len(data.classes))
         text = with_fitting_patches(text, config, data.size, remarks)
@@ -169,7 +173,7 @@ def with_fitting_patches(text: str, config: Any, size: int, remarks: list[str]) 
 
 
 def file_design(
-    text: str, batches: Any, depth: int, steps: int, samples: int
+    text: str, batches: Any, depth: int, steps: int, samples: int, columns: str | None
 ) -> tuple[Design, TrainingBatches, tuple[str, ...]]:
     """A function of a Python file that makes the network at a depth."""
     first = load_model(text, ModelRequest(depth=depth))
@@ -183,14 +187,14 @@ def file_design(
     if path is None:
         found = as_training_batches(first.batch if batches is None else batches, steps)
     elif first.vocabulary is not None:
-        found = batches_of_text(path, first.shape[0], first.vocabulary, samples, remarks)
+        found = batches_of_text(path, first.shape[0], first.vocabulary, samples, remarks, columns)
     else:
-        found = batches_of_images(path, first, samples)
+        found = batches_of_images(path, first, samples, columns)
     return Design(text, lambda depth, scheme: load_model(text, ModelRequest(depth=depth)).model), found, tuple(remarks)
 
 
 def batches_of_text(
-    path: str | Path | None, context: int, vocabulary: int, samples: int, remarks: list[str]
+    path: str | Path | None, context: int, vocabulary: int, samples: int, remarks: list[str], columns: str | None
 ) -> TrainingBatches:
     """Windows of bytes of a text, by default Python's standard library."""
     if vocabulary < 256:
@@ -199,7 +203,8 @@ def batches_of_text(
             f"{vocabulary}; give a loader of its own tokens"
         )
     length = min(context, max(SHORTEST, MOST_TOKENS // samples))
-    data = load_text(path, tokenizer="bytes", context=length, holdout=0.0, validation=0.0)
+    with spelling(column="columns"):
+        data = load_text(path, tokenizer="bytes", context=length, holdout=0.0, validation=0.0, column=columns)
     if path is None:
         remarks.append("no data are given: Python's standard library is read as text")
     if length < context:
@@ -209,7 +214,7 @@ def batches_of_text(
     return text_batches(data, samples)
 
 
-def batches_of_images(path: str | Path, first: LoadedModel, samples: int) -> TrainingBatches:
+def batches_of_images(path: str | Path, first: LoadedModel, samples: int, columns: str | None) -> TrainingBatches:
     """Images of a folder as a network takes them."""
     shape = first.shape
     if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2]:
@@ -217,8 +222,8 @@ def batches_of_images(path: str | Path, first: LoadedModel, samples: int) -> Tra
             f"{path}: the rule is a network that takes square images, grey or colour, and this one takes "
             f"{','.join(map(str, shape))}; let the file return (model, loader)"
         )
-    data = load(path, channels=shape[0], size=shape[1], crop="none", flip=False, validation=0.0)
-    return image_batches(data, samples)
+    chosen = {"channels": shape[0], "size": shape[1], "columns": parse_columns(columns)}
+    return image_batches(load(path, crop="none", flip=False, validation=0.0, **chosen), samples)
 
 
 def based_scheme(text: str, branches: int) -> Scheme | None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from skipway.depth_transfer.coordinates import Coordinate, CoordinateRow
+from skipway.depth_transfer.design import OWN
 from skipway.depth_transfer.regression import Estimate, Line, fit_line
 from skipway.depth_transfer.search import BestRate
 from skipway.json_values import finite
@@ -51,6 +52,11 @@ class SchemeRates:
     scheme: str
     code: str
     rates: tuple[BestRate, ...]
+
+    @property
+    def network(self) -> str:
+        """The network with this scheme, in words."""
+        return "the network as it is made" if self.scheme == OWN else f"the network with {self.scheme}"
 
     @cached_property
     def line(self) -> Line | None:
@@ -157,7 +163,7 @@ class DepthTransfer:
     Args:
         name: of the design.
         settings: of the trainings in words, by name.
-        schemes: best rates, the network's own scheme first; empty where only coordinates were checked.
+        schemes: best rates, of the network as it is made first, if it was swept; empty where rates were not.
         coordinates: how sizes go with depth.
         sizes: that they rest on.
         coordinate_lr: the rate of the coordinate check.
@@ -178,7 +184,7 @@ class DepthTransfer:
 
     @property
     def answer(self) -> Answer:
-        """Whether the rate of the network as it is made carries; see `SchemeRates.answer`."""
+        """Whether the rate of the first scheme carries; see `SchemeRates.answer`."""
         return self.schemes[0].answer if self.schemes else "undecided"
 
     @property
@@ -240,15 +246,15 @@ class DepthTransfer:
 
 
 def advice(schemes: Sequence[SchemeRates], unit: str) -> Iterator[str]:
-    """What the schemes change beside the network as it is made, and which to take."""
+    """What the schemes change beside the first one, and which to take."""
     for each in schemes[1:]:
         own, deep = schemes[0].rates[-1], each.rates[-1]
         lower = own.loss - deep.loss
         compared = (
-            f"{abs(lower):.3g}{f' {unit}'.rstrip()} {'lower' if lower > 0 else 'higher'} than the network as it is made"
+            f"{abs(lower):.3g}{f' {unit}'.rstrip()} {'lower' if lower > 0 else 'higher'} than {schemes[0].network}"
         )
         if not math.isfinite(lower):
-            compared = "no loss to compare with the network as it is made"
+            compared = f"no loss to compare with {schemes[0].network}"
         power = "" if each.power is None else f" (L^{each.power.value:.2f})"
         yield (
             f"With {each.scheme} the best rate {ANSWER_WORDS[each.answer]}{power}; at depth {deep.depth} its loss at "
@@ -258,7 +264,8 @@ def advice(schemes: Sequence[SchemeRates], unit: str) -> Iterator[str]:
         return
     good = [each for each in schemes if each.answer == "carries"]
     if schemes[0].answer == "undecided":
-        yield "More seeds, more steps, or depths further apart would tell whether the network's own rate carries."
+        rate = f"the rate of {schemes[0].network}"
+        yield f"More seeds, more steps, or depths further apart would tell whether {rate} carries."
     elif schemes[0].answer == "does not carry" and good:
         yield f"To choose the rate at a small depth and keep it, take {good[0].scheme}."
     elif schemes[0].answer == "does not carry" and any(each.answer == "undecided" for each in schemes):

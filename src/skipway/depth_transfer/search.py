@@ -149,12 +149,14 @@ class RateSearch:
         return fit_lowest(curves)
 
     def plateau(self, best: int) -> tuple[Estimate, str]:
-        """All rates whose loss cannot be told from the lowest one: from the last one that can to the next."""
+        """All rates whose loss cannot be told from the lowest one, between those on either side whose loss can, or that
+        diverge.
+        """
         own = self.curve(best)
         ends = []
         for step in (-1, 1):
             k = best + step
-            while k in self.complete and paired_difference(self.curve(k), own).holds(0):
+            while k in self.complete and math.isfinite(self.mean(k)) and paired_difference(self.curve(k), own).holds(0):
                 k += step
             ends.append(k)
         low, high = ends

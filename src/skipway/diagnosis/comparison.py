@@ -33,6 +33,8 @@ BATCHES = 8
 """Fresh batches on which designs are compared after their trial steps."""
 ALIKE = 1.3
 """Ratio up to which the times of a step count as equal: a few passes on a busy machine do not measure better."""
+ESTIMATED = 0.3
+"""Share by which best constant answers differ that were found from different batches of one loader."""
 ROUNDS, SHORT, MOST_ROUNDS = 5, 0.3, 40
 """Times that the pass of a step is measured, all designs in turn; more often while that takes less than 0.3 s."""
 RANKS = {"trains": 0, "undecided": 1, "will not train": 2}
@@ -297,9 +299,9 @@ def compare_diagnoses(outcomes: Mapping[str, Diagnosis | SkipwayError], *, allow
         )
         for name, outcome in outcomes.items()
     ]
-    kinds = list(dict.fromkeys(map(loss_kind, looked_at.values())))
-    comparable = len(kinds) < 2
-    remarks = [] if comparable else [f"losses are not compared: {'; '.join(kinds)}"]
+    comparable = are_alike(list(looked_at.values()))
+    kinds = "; ".join(dict.fromkeys(map(loss_kind, looked_at.values())))
+    remarks = [] if comparable else [f"losses are not compared: {kinds}"]
     if comparable and any(not each.measurement.ahead.fresh for each in looked_at.values()):  # type: ignore[union-attr]
         remarks.append("losses are on the batch that the trial steps saw; a loader gives fresh ones")
 
@@ -312,8 +314,24 @@ def compare_diagnoses(outcomes: Mapping[str, Diagnosis | SkipwayError], *, allow
     return Comparison(rows=tuple(sorted(rows, key=place)), comparable=comparable, remarks=tuple(remarks))
 
 
+def are_alike(diagnoses: Sequence[Diagnosis]) -> bool:
+    """Whether losses can be compared: the same of as many samples. Of losses that the models compute themselves, or to
+    targets drawn at random, words do not tell what they are; their best constant answers do, as closely as these are
+    known.
+    """
+    objectives = [each.subject.objective for each in diagnoses]
+    words = {(each and each.description, one.subject.size) for each, one in zip(objectives, diagnoses, strict=True)}
+    if len(words) > 1 or all(each is not None and each.labelled and not each.own for each in objectives):
+        return len(words) < 2
+    aheads = [each.measurement.ahead for each in diagnoses]
+    known = [each.constant for each in aheads if each is not None and each.constant is not None]
+    fresh = any(each is not None and each.fresh for each in aheads)
+    gap = max(known, default=0.0) - min(known, default=0.0)
+    return len(known) in (0, len(aheads)) and gap <= (ESTIMATED if fresh else 0.01) * max(map(abs, known), default=0.0)
+
+
 def loss_kind(diagnosis: Diagnosis) -> str:
-    """What a loss is of, in words that are equal for losses that can be compared."""
+    """What a loss is of, in words."""
     subject, ahead = diagnosis.subject, diagnosis.measurement.ahead
     known = "" if ahead is None or ahead.constant is None else f", best constant answer {ahead.constant:.3g}"
     loss = "" if subject.objective is None else subject.objective.description

@@ -185,8 +185,14 @@ SAME = 1e-9
 """Share of the first loss, or of 1 where that has blown up, up to which that of the best constant answer is none."""
 
 
+ROUNDING = 1e-5
+"""Share of two losses up to which they differ by rounding."""
+
+
 def broadcast_targets(context: Context) -> Iterator[Finding]:
-    """Targets (N,) beside outputs (N, 1), or the other way round: a loss of elements compares all with all."""
+    """Targets (N,) beside outputs (N, 1), or the other way round: a loss of elements compares all with all, so that it
+    is the same in another order of the targets, too, and another one where both have one shape.
+    """
     subject = context.subject
     part = subject.probed_part
     targets, loss = part[1], subject.loss
@@ -197,24 +203,29 @@ def broadcast_targets(context: Context) -> Iterator[Finding]:
         head, *others = output_heads(output)[0].values()
         if others or head.shape == targets.shape or head.numel() != targets.numel():
             return
+        rolled = [targets.roll(1, axis) for axis in range(targets.ndim)]
+        moved = [each for each in rolled if not each.equal(targets)]
         try:
-            values = [float(loss(output, each)) for each in (targets, targets.reshape(head.shape))]
+            given, *losses = (float(loss(output, each)) for each in (targets, *moved))
+            if all(abs(given - each) > ROUNDING * max(abs(given), abs(each)) for each in losses):
+                return  # every output is compared with targets of its own
+            fitted = float(loss(output, targets.reshape(head.shape)))
         except Exception:  # anybody's function, which takes targets of one shape only
             return
     subject.spend(subject.share(part) / 3)
-    if abs(values[0] - values[1]) <= 1e-5 * max(map(abs, values)):
+    if abs(given - fitted) <= ROUNDING * max(abs(given), abs(fitted)):
         return
     yield Finding(
         rule="broadcast-targets",
         level="fatal",
         what=f"the outputs have shape {tuple(head.shape)} and the targets {tuple(targets.shape)}: the loss is "
-        f"{format_number(values[0])}, and {format_number(values[1])} where both have the same",
+        f"{format_number(given)} in any order of the targets, and {format_number(fitted)} where both have one shape",
         why="Tensors of these shapes are broadcast against each other, so that the output for each sample is compared "
         "with the targets of all samples: the best answer is the mean of the targets, whatever the input. Give the "
         "targets the shape of the outputs: targets.view_as(output).",
         source="broadcasting, https://docs.pytorch.org/docs/stable/notes/broadcasting.html; measured with targets of "
-        "both shapes",
-        evidence={"loss": values[0], "loss at the same shape": values[1]},
+        "both shapes, and in another order",
+        evidence={"loss": given, "loss at the same shape": fitted},
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
@@ -125,7 +127,8 @@ class Together:
 
 @dataclass(frozen=True)
 class Damp:
-    """Multiply the output of every branch, in place at its last map or closing norm: y = x + λ F(x).
+    """Multiply the output of every branch, in place at its last map or closing norm: y = x + λ F(x). A map that several
+    connections share is multiplied once; where one cannot be multiplied, none is.
 
     λ = 1/√L keeps the stream's variance below e times its start over L branches (Hayou et al. 2021, "Stable ResNet",
     https://arxiv.org/abs/2010.12859); λ = 0 makes the network the identity (De & Smith 2020; Zhang et al. 2019).
@@ -138,8 +141,11 @@ class Damp:
 
     def apply(self, case: Case) -> Case:
         factor = len(case.chain) ** -0.5 if self.factor is None else self.factor
-        for connection in case.chain:
-            connection.multiply_(factor)
+        with transaction(case.model, title=str(self)) as change:
+            ends = dict.fromkeys(module for connection in case.chain for module in connection.end_modules)
+            change.keep_values(parameter for module in ends for parameter in module.parameters())
+            case.chain.multiply_(factor)
+            change.commit()
         return case
 
     def __str__(self) -> str:
@@ -229,7 +235,7 @@ class UnitVariance:
     """Draw orthogonal weights and scale them, first to last, so that each map's output has unit variance; in place.
 
     LSUV, "All you need is a good init" (Mishkin & Matas 2016, https://arxiv.org/abs/1511.06422, algorithm 1). Maps
-    that are 0 stay 0.
+    that are 0 stay 0, and so do weights that are computed from others by something without an inverse.
 
     Args:
         maps: paths of the modules, in the order in which the signal meets them.
@@ -241,9 +247,12 @@ class UnitVariance:
         was = [module.training for module in case.model.modules()]
         with torch.no_grad():
             for name in self.maps:
-                weight = case.model.get_submodule(name).weight
+                module = case.model.get_submodule(name)
+                weight = module.weight
                 if isinstance(weight, Tensor) and weight.ndim > 1 and bool(weight.any()):
-                    nn.init.orthogonal_(weight.flatten(1) if weight.is_contiguous() else weight)
+                    dtype = torch.promote_types(weight.dtype, torch.float32)  # of 16 bits there is no QR everywhere
+                    drawn = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+                    write_weight(module, nn.init.orthogonal_(drawn))
             with preserved_state(case.model):
                 case.model.train()
                 for name in self.maps:
@@ -262,10 +271,22 @@ class UnitVariance:
             handle.remove()
         deviation = found[0].float().std(correction=0) if found else torch.tensor(0.0)
         if bool(deviation > 0) and bool(deviation.isfinite()):
-            module.weight.div_(deviation)  # type: ignore[operator]
+            write_weight(module, module.weight / deviation)  # type: ignore[operator]
 
     def __str__(self) -> str:
         return f"draw orthogonal weights of unit output variance, layer by layer: {condense_paths(self.maps)}"
+
+
+@torch.no_grad()
+def write_weight(module: nn.Module, values: Tensor) -> None:
+    """Write the weight of a map, in place: into the parameter, or through the parametrization that computes it; where
+    that has no inverse, or is a hook of `torch.nn.utils.weight_norm`, the weight is left alone.
+    """
+    if isinstance(module.weight, nn.Parameter):
+        module.weight.copy_(values)
+    elif parametrize.is_parametrized(module, "weight"):
+        with suppress(NotImplementedError, RuntimeError, ValueError):
+            module.weight = values.to(module.weight)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -285,7 +306,8 @@ class Revive:
             if callable(restart):
                 restart()
             if not bool(module.weight.any()):  # type: ignore[union-attr]
-                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")  # type: ignore[arg-type]
+                drawn = torch.empty_like(module.weight)  # type: ignore[arg-type]
+                write_weight(module, nn.init.kaiming_normal_(drawn, nonlinearity="linear"))
         return case
 
     def __str__(self) -> str:

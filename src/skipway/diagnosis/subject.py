@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
@@ -291,7 +291,8 @@ class Subject:
         self.spend(self.share(self.probed_part))
         parameters = list(self.parameters.values())
         measures = [name for name in MEASURES if name not in ("largest", "finite")]
-        with self.running(), Probe(self.model, self.chain, measures, self.layers) as probe:
+        channels = output_channels(self.program, self.layers)
+        with self.running(), Probe(self.model, self.chain, measures, self.layers, channels) as probe:
             probe.arrange = partial(self.samples.samples_first, count=self.count(part))
             output = self.call(part)
             loss = self.value(output, part)
@@ -315,6 +316,16 @@ class Subject:
             for parameter, gradient in zip(parameters, found, strict=True)
         ]
         return loss, output, gradients, probe.readings()
+
+
+def output_channels(program: Program, modules: Sequence[str]) -> dict[str, int]:
+    """The axes of the channels in what modules put out, from the end, where the weights tell them."""
+    found = {}
+    for name in modules:
+        value = next((program[number] for number in program.returned.get(name, {}).values()), None)
+        if value is not None and value.channel is not None:
+            found[name] = value.channel - len(value.shape)
+    return found
 
 
 class ShapeObserver(Observer):

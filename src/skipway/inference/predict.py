@@ -449,7 +449,7 @@ class Predictor:
     def decode(self, file: str, opened: Callable[[str], Path | bytes]) -> Tensor | str:
         """Decode a file; return its pixels, or the reason why it cannot be read."""
         try:
-            return self.preprocessing.of_file(opened(file), max_megapixels=self.max_megapixels)
+            return self.preprocessing.of_file(opened(file), max_megapixels=self.max_megapixels, name=Path(file))
         except UnreadableImage as error:
             return error.reason
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat, starmap
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from skipway.checkpoint.files import read_json
+from skipway.data.sources.splits import SPLITS, Split
 from skipway.data.text import TextChoices, TextData, Tokenizer, load_text
-from skipway.errors import CheckpointError, DataError, SkipwayError, printable
+from skipway.errors import CheckpointError, DataError, SkipwayError, counted, printable, spell
 from skipway.hardware.device import choose_device
 from skipway.inference.generate import generate
 from skipway.inference.predict import from_pretrained, weights_file
@@ -93,13 +95,22 @@ def decode_continuation(tokenizer: Tokenizer, given: Sequence[int], added: Seque
 
 
 def evaluate_text_run(
-    path: Path, data: Path | None = None, *, device: str = "auto", batch_size: int | None = None
+    path: Path,
+    data: Path | None = None,
+    *,
+    column: str | None = None,
+    outside: bool = False,
+    device: str = "auto",
+    batch_size: int | None = None,
 ) -> TextRunEvaluation:
-    """Evaluate a language model on the test text of its run, in the precision of its training, or on all of another.
+    """Evaluate a language model on the test text of its run, in the precision of its training, or on another text: on
+    its test split, else its validation split, else all of it.
 
     Args:
         path: the run folder, whose best weights by validation are evaluated, or a file of weights in it.
-        data: a file or folder of text; its tokens are those of the model.
+        data: a file or folder of text, read as the text of the run was; its tokens are those of the model.
+        column: of a table in `data`, that holds the text; None: that of the run, else by content.
+        outside: follow links that lead out of `data`.
         device: auto, cpu, cuda, cuda:1.
         batch_size: sequences per forward pass; None for 16.
 
@@ -108,13 +119,12 @@ def evaluate_text_run(
         DataError: the text has changed since the run, or cannot be read.
     """
     model, inputs = load_text_model(path, device)
-    precision = "float32"
+    precision, remarks = "float32", list[str]()
     if data is None:
         text, precision = stored_text(path, inputs)
     else:
-        text = load_text(data, tokenizer=inputs.tokenizer, context=inputs.context, holdout=0.0, validation=0.0)
-    # all of another text without a test split
-    split: Literal["test", "train"] = "test" if text.test.targets else "train"
+        text, remarks = other_text(path, inputs, data, column, outside)
+    split: Split = "test" if text.test.targets else "validation" if text.validation.targets else "train"
     part, where = getattr(text, split), next(model.parameters()).device
     batches = text.evaluation_batches(split, batch_size or BATCH)
     found = evaluate_text(
@@ -124,8 +134,39 @@ def evaluate_text_run(
         autocast=lambda: autocast_for(precision, where),
     )
     assert found is not None
-    name = f"{text.name}, test split" if split == "test" else text.name
-    return TextRunEvaluation(name, found, text.remarks if data is not None else ())
+    if data is not None and (others := sum(len(getattr(text, each)) for each in SPLITS if each != split)):
+        remarks.append(f"the {split} split is evaluated, not the {counted(others, 'token')} of other splits")
+    name = text.name if split == "train" else f"{text.name}, {split} split"
+    return TextRunEvaluation(name, found, tuple(remarks))
+
+
+def other_text(
+    path: Path, inputs: TextInputs, data: Path, column: str | None, outside: bool
+) -> tuple[TextData, list[str]]:
+    """A text that is not the one of the run, with the column and divider of that one, and remarks. How letters are
+    encoded is a matter of each file.
+    """
+    recipe = stored_recipe(path)
+    chosen = {} if recipe is None else recipe.text_choices()
+    names = ("column", "divider") if column is None else ("divider",)
+    own = {name: chosen[name] for name in names if chosen.get(name) is not None}
+    text = load_text(
+        data,
+        tokenizer=inputs.tokenizer,
+        context=inputs.context,
+        holdout=0.0,
+        validation=0.0,
+        outside=outside,
+        **{"column": column, **own},
+    )
+    idle = {name: f"{spell(name, value)} has no effect" for name, value in own.items()}
+    remarks = [each for each in text.remarks if not each.startswith(tuple(idle.values()))]
+    used = {
+        name: value for name, value in own.items() if not any(map(str.startswith, text.remarks, repeat(idle[name])))
+    }
+    if used:
+        remarks.insert(0, f"read as the text of the run was: {', '.join(starmap(spell, used.items()))}")
+    return text, remarks
 
 
 def with_test(data: TextData) -> TextData:
@@ -141,11 +182,11 @@ def with_test(data: TextData) -> TextData:
 
 def stored_text(path: Path, inputs: TextInputs) -> tuple[TextData, str]:
     """The text of a run, split as in training, and the precision of the run."""
-    file = weights_file(path).parent / "config.json"
-    stored = read_json(file)
-    if not isinstance(stored, dict) or not isinstance(stored.get("recipe"), dict):
+    file = config_file(path)
+    stored, recipe = read_json(file), stored_recipe(path)
+    if recipe is None:
         raise CheckpointError(f"{printable(file)} contains no recipe, so its test text is unknown; give a text")
-    recipe = ResolvedRecipe.of(Recipe.from_json(stored["recipe"], printable(file)))
+    recipe = ResolvedRecipe.of(recipe)
     source = None if recipe.data is None else str(recipe.data)
     choices = TextChoices(source=source, **recipe.text_choices())
     text = with_test(load_text(dataclasses.replace(choices, tokenizer=inputs.tokenizer)))
@@ -156,3 +197,21 @@ def stored_text(path: Path, inputs: TextInputs) -> tuple[TextData, str]:
             "known; give a text to test on"
         )
     return text, recipe.precision
+
+
+def config_file(path: Path) -> Path:
+    """The file beside the weights that a run describes itself in."""
+    return weights_file(path).parent / "config.json"
+
+
+def stored_recipe(path: Path) -> Recipe | None:
+    """The recipe of a run; None where nothing beside the weights holds one, as in a hub folder.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    file = config_file(path)
+    stored = read_json(file) if file.is_file() else None
+    if not isinstance(stored, dict) or not isinstance(stored.get("recipe"), dict):
+        return None
+    return Recipe.from_json(stored["recipe"], printable(file))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.restoration import TRACELESS
 from skipway.tracing.samples import SampleAxes, axis_of
 
-__all__ = ["Call", "LastCall"]
+__all__ = ["Call", "LastCall", "computed_from"]
 
 ROOM = 16 << 20
 """Bytes of an output's gradient that are kept of every step; of a larger one only where a sample is due."""
@@ -70,6 +70,21 @@ class Call:
             yield
 
 
+@dataclass
+class ReturnedLoss:
+    """What a call returned in the place of a loss: it is one if the training minimises it, and nothing else.
+
+    Args:
+        value: mean of its elements.
+        received: whether a gradient has arrived at it.
+        alone: whether none has come to the rest of the output that it is not computed from.
+    """
+
+    value: Tensor
+    received: bool = False
+    alone: bool = True
+
+
 class ForwardHook:
     """A hook whose copies and pickles, in copies of the model, do nothing."""
 
@@ -101,7 +116,9 @@ class LastCall:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.last: Call | None = None
-        self.own_losses: list[Tensor] = []
+        self.returned_losses: list[ReturnedLoss] = []
+        self.minimised: bool | None = None  # whether the gradient at them is positive; known from the first one on
+        self.ends: dict[tuple[int, ...], set[int]] = {}  # places of outputs from which no other one is computed
         self.fresh = self.due = False
         self.axes: SampleAxes | None = None
         self.count = 0
@@ -155,18 +172,82 @@ class LastCall:
             return
         self.last, self.fresh = call, True
         tensors = list(tensors_in(output))
-        losses = [each for each in tensors if each.requires_grad and each.numel() == 1]
-        loss = getattr(output, "loss", losses[0] if len(losses) == 1 else None)
-        if isinstance(loss, Tensor):
-            self.own_losses.append(loss.detach().reshape(-1).mean())
-        for place, tensor in enumerate(tensors):
-            if tensor.requires_grad and (self.due or tensor.numel() * tensor.element_size() <= ROOM):
+        # a parameter that is returned as it is would keep its hooks
+        computed = {place: tensor for place, tensor in enumerate(tensors) if tensor.grad_fn is not None}
+        self.listen_for_loss(loss_in(output, tensors), computed)
+        for place, tensor in computed.items():
+            if self.due or tensor.numel() * tensor.element_size() <= ROOM:
                 tensor.register_hook(GradientReceiver(self, call, place))
+
+    def listen_for_loss(self, loss: Tensor | None, computed: dict[int, Tensor]) -> None:
+        """Take down what was returned in the place of a loss, and listen to how the training uses the output."""
+        if loss is None:
+            return
+        record = ReturnedLoss(loss.detach().reshape(-1).mean())
+        self.returned_losses.append(record)
+
+        # of several tensors that one operator returns, those that are not used receive None
+        def take(gradient: Tensor | None) -> None:
+            if gradient is None:
+                return
+            record.received = True
+            if self.minimised is None and ((slope := float(gradient.sum())) > 0 or slope < 0):
+                self.minimised = slope > 0
+
+        def take_other(gradient: Tensor | None) -> None:
+            record.alone &= gradient is None
+
+        loss.register_hook(take)
+        others = {place: each for place, each in computed.items() if each is not loss}
+        key = tuple(others)
+        if key not in self.ends:  # the graph is walked once
+            inner = computed_from([*others.values(), loss])
+            self.ends[key] = {place for number, place in enumerate(key) if number not in inner}
+        for place in self.ends[key]:
+            others[place].register_hook(take_other)
+
+    @property
+    def own_losses(self) -> list[Tensor]:
+        """The losses that the model itself returned since the last step, where the training minimises them alone."""
+        return [each.value for each in self.returned_losses if each.received and each.alone] if self.minimised else []
+
+    def forget_losses(self) -> None:
+        """What was returned belongs to a step that is taken."""
+        self.returned_losses, self.fresh = [], False
 
     def part(self, tensor: Tensor) -> Tensor:
         """The first samples of a tensor of the output; all of it where the axis is unknown."""
         axis = None if self.axes is None or tensor.ndim == 0 else axis_of(tensor, self.axes.size, self.axes.axis)
         return tensor if axis is None else tensor.narrow(axis, 0, min(self.count, tensor.shape[axis]))
+
+
+def loss_in(output: Any, tensors: list[Tensor]) -> Tensor | None:
+    """What may be a loss in an output: `loss` where its parts have names, else a number that is first or alone."""
+    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    numbers = [each for each in tensors if each.numel() == 1 and each.ndim < 2 and each.grad_fn is not None]
+    first = numbers and (len(numbers) == 1 or numbers[0] is tensors[0])
+    found = named if isinstance(named, Tensor) else numbers[0] if first else None
+    return None if found is None or found.grad_fn is None else found
+
+
+def computed_from(tensors: list[Tensor]) -> set[int]:
+    """The numbers of those tensors that others of them are computed from."""
+    nodes = [tensor.grad_fn for tensor in tensors]
+    if len(tensors) < 2:
+        return set()
+    found: set[int] = set()
+    for start in nodes:
+        seen, left = (
+            set(),
+            [node for node, _ in (start.next_functions if start is not None else ()) if node is not None],
+        )
+        while left:
+            node = left.pop()
+            if node not in seen:
+                seen.add(node)
+                left += [each for each, _ in node.next_functions if each is not None]
+        found |= {number for number, node in enumerate(nodes) if node in seen}
+    return found
 
 
 @dataclass
@@ -177,5 +258,7 @@ class GradientReceiver:
     call: Call
     place: int
 
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, gradient: Tensor | None) -> None:
+        if gradient is None:  # one of several tensors of one operator, of which another was used
+            return
         self.call.gradients[self.place] = self.recorder.part(gradient.detach()).clone()

@@ -49,11 +49,14 @@ class WatchHistory:
     end: Record = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
-        """Take a record in; a start at an earlier step takes back what came after it, as a resumed training does."""
+        """Take a record in; a start at an earlier step takes back what came after it, as a resumed training does.
+
+        A training that has started again is not at its end.
+        """
         kind = record.get("kind")
         if kind == "start":
             self.rewind(int(record.get("step", 0)))
-            self.start = record
+            self.start, self.end = record, {}
         elif kind == "steps":
             first = int(record["first"])
             if not self.losses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +22,15 @@ class SamplingRanks:
         rank, world: its number, and how many there are.
         together: whether a forward pass needs all of them (sharded weights, SyncBatchNorm): then all take every sample,
             and agree on when; else the first one alone does, and no collective is called.
-        sharded: for each parameter whether its gradient is a part of it.
+        copies: for each parameter 0, or the number of processes that hold the same part of it, where its gradient is
+            sharded: 1, or with replicas of the shards (HSDP) their number.
         device: of what is exchanged.
     """
 
     rank: int = 0
     world: int = 1
     together: bool = False
-    sharded: tuple[bool, ...] = ()
+    copies: tuple[int, ...] = ()
     device: torch.device | None = None
 
     @property
@@ -47,19 +49,29 @@ class SamplingRanks:
     def total_norms(self, norms: list[Tensor]) -> Tensor:
         """The norm over all parameters of each step, from the norms of the parameters."""
         squares = torch.stack(norms).square()
-        if not any(self.sharded):
+        if not any(self.copies):
             return squares.sum(-1).sqrt()
-        parts = torch.tensor(self.sharded, device=squares.device)
-        shared = squares[:, parts].sum(-1)
+        copies = torch.tensor(self.copies, device=squares.device)
+        parts = copies > 0
+        shared = (squares[:, parts] / copies[parts]).sum(-1)
         dist.all_reduce(shared)
         return (shared + squares[:, ~parts].sum(-1)).sqrt()
+
+
+def count_copies(parameter: nn.Parameter) -> int:
+    """The number of processes that hold the same part of a sharded parameter; 0 for one that is not sharded."""
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
+        return 0
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    return math.prod(mesh.size(axis) for axis, each in enumerate(placements) if each.is_replicate())
 
 
 def find_ranks(model: nn.Module, parameters: list[nn.Parameter]) -> SamplingRanks:
     """Where this process stands in the training of a model."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return SamplingRanks()
-    sharded = tuple(hasattr(each, "to_local") for each in parameters)
-    together = any(sharded) or any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    copies = tuple(map(count_copies, parameters))
+    together = any(copies) or any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     device = local(parameters[0].detach()).device if parameters else None
-    return SamplingRanks(dist.get_rank(), dist.get_world_size(), together, sharded, device)
+    return SamplingRanks(dist.get_rank(), dist.get_world_size(), together, copies, device)

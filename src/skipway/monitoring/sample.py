@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.monitoring.attention import AttentionLogits
-from skipway.monitoring.call_record import Call, LastCall
+from skipway.monitoring.call_record import Call, LastCall, computed_from
 from skipway.nn import Residual
 from skipway.probes import Probe
 from skipway.probes.nonfinite import Culprit, find_culprit
@@ -152,7 +152,8 @@ class SignalSampler:
     def seeds(self, call: Call, output: Any, share: float) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors of the output at which the backward pass begins, and the training's gradients there.
 
-        A loss among the outputs is the mean over fewer samples here, so that its gradient is multiplied by their share.
+        A single number among the outputs, such as a loss, is the mean over fewer samples here, so that its gradient is
+        multiplied by their share. One that no sample reaches, such as a temperature, carries no gradient to them.
         """
         tensors = dict(enumerate(tensors_in(output)))
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -217,26 +218,6 @@ def total(output: Any) -> Tensor:
     """The sum of all numbers of an output."""
     parts = [each.float().sum() for each in tensors_in(output) if each.is_floating_point()]
     return torch.stack(parts).sum() if parts else torch.zeros(())
-
-
-def computed_from(tensors: list[Tensor]) -> set[int]:
-    """The numbers of those tensors that others of them are computed from."""
-    nodes = [tensor.grad_fn for tensor in tensors]
-    if len(tensors) < 2:
-        return set()
-    found: set[int] = set()
-    for start in nodes:
-        seen, left = (
-            set(),
-            [node for node, _ in (start.next_functions if start is not None else ()) if node is not None],
-        )
-        while left:
-            node = left.pop()
-            if node not in seen:
-                seen.add(node)
-                left += [each for each, _ in node.next_functions if each is not None]
-        found |= {number for number, node in enumerate(nodes) if node in seen}
-    return found
 
 
 def complete_rows(rows: Rows, logits: dict[str, float], scale: float) -> Rows:

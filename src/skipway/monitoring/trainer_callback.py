@@ -19,8 +19,8 @@ class TrainerMonitor(Callback):
     """Watches the training of a `transformers.Trainer`: `Trainer(…, callbacks=[TrainerMonitor(sink="watch.jsonl")])`.
 
     The losses are those that the model returns: their mean over accumulated batches, or their sum where the Trainer
-    tells the model the number of items of all of them, by which it divides. Where the Trainer computes another one,
-    tell it by `callback.watch.log(loss=loss)` in `compute_loss`.
+    tells the model the number of items of all of them, by which it divides. Where the Trainer computes another one from
+    their outputs, the loss is unknown until you tell it by `callback.watch.log(loss=loss)` in `compute_loss`.
 
     Args:
         choices: those of `skipway.monitor`.

@@ -309,7 +309,7 @@ class Watch:
         self.step += 1
         own = not self.pending_losses
         losses, self.pending_losses = self.pending_losses or recorder.own_losses, []
-        recorder.own_losses, recorder.fresh = [], False
+        recorder.forget_losses()
         found = self.of_scaler("found_inf")
         skipped = found.detach().sum() if isinstance(found, Tensor) else None
         self.record = StepRecord(self.step, self.read_norms(losses), losses, own, skipped)
@@ -324,7 +324,7 @@ class Watch:
     def forget_losses(self) -> None:
         """A closure was called once more in a step, as in a line search: the losses of that pass are of no step."""
         if self.recorder is not None:
-            self.recorder.own_losses, self.recorder.fresh = [], False
+            self.recorder.forget_losses()
         self.pending_losses = []
 
     def after_step(self) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, suggest
 from skipway.nn import Residual, StageMap, StreamExit
-from skipway.probes.observer import Observer
+from skipway.probes.observer import Observer, storage_of, unseen
 from skipway.tracing import Example, as_example, call_model, unwrap
 from skipway.tracing.chain import WatchedConnection, chain
-from skipway.tracing.containers import map_tensors
+from skipway.tracing.containers import map_tensors, tensors_in
 
 __all__ = ["features", "stage_features", "stage_maps"]
 
@@ -32,12 +32,13 @@ class Tap:
 
 
 class TapObserver(Observer):
-    """Keeps the tensors at `taps`; copies, where a module of the network overwrites what it is given."""
+    """Keeps the tensors at `taps`; copies, where the network writes into them afterwards."""
 
     def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection], taps: dict[str, Tap]) -> None:
         modules = dict.fromkeys(tap.owner for tap in taps.values() if tap.point in ("input", "output"))
         super().__init__(model, connections, modules)
-        self.copies = any(getattr(module, "inplace", False) is True for module in self.model.modules())
+        # what TorchScript writes into, no call of Python tells
+        self.copies = any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules())
         self.exit = next((module for module in self.model.modules() if isinstance(module, StreamExit)), None)
         self.tensors: dict[str, Tensor] = {}
         self.names: dict[Tap, list[str]] = {}
@@ -51,6 +52,19 @@ class TapObserver(Observer):
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
         self.in_place = False
         self.keep(Tap(connection.name, "after"), stream)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.tensors and writes(func, kwargs or {}):
+            self.rescue((args, kwargs))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def rescue(self, given: Any) -> None:
+        """Copy what is kept in the memory of the tensors that a call is given and may write into."""
+        storages = {storage_of(tensor) for tensor in tensors_in(given)}
+        with torch.enable_grad():  # also in an `autograd.Function`, where gradients are off
+            for name, tensor in self.tensors.items():
+                if storage_of(tensor) in storages:
+                    self.tensors[name] = tensor.clone()
 
     def module_input(self, name: str, value: Any) -> None:
         self.keep(Tap(name, "input"), value)
@@ -66,7 +80,15 @@ class TapObserver(Observer):
                 raise SkipwayError(
                     f"tap {name!r} yields a {type(value).__name__}: the rule is a module that yields a tensor"
                 )
-            self.tensors[name] = value.clone() if self.copies or self.in_place else value
+            self.tensors[name] = value.clone() if self.in_place or self.copies else value
+
+
+def writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of Python may write into a tensor that it is given: `relu_`, `__iadd__`, `relu(inplace=True)`."""
+    name = getattr(func, "__name__", "")
+    special = name.startswith("__")
+    in_place = name.startswith(("__i", "__set")) if special else name.endswith("_")
+    return in_place or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
 
 
 def features(model: nn.Module, example: Example, taps: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -85,7 +107,8 @@ def features(model: nn.Module, example: Example, taps: Iterable[str] | None = No
     they are added, and the sum.
 
     The mode is left as it is (call `model.eval()` first for inference), and no hook remains. The tensors are those of
-    the pass, not copies, unless the network works in place. Of a module that runs several times the last run is kept.
+    the pass; copies where the network writes into them afterwards. Of a module that runs several times the last run is
+    kept.
 
     Args:
         model: any network.
@@ -96,7 +119,8 @@ def features(model: nn.Module, example: Example, taps: Iterable[str] | None = No
         tap → tensor, in the order of `taps`.
 
     Raises:
-        SkipwayError: an unknown tap (with the closest), one that yields no tensor or was not passed.
+        SkipwayError: an unknown tap (with the closest), one that yields no tensor or was not passed, a connection whose
+            addition cannot be observed.
 
     >>> import torch, skipway as sw
     >>> model = sw.build("resnet20")
@@ -118,6 +142,10 @@ def features(model: nn.Module, example: Example, taps: Iterable[str] | None = No
     names = [f"{owner}:after" for owner in owners] if names is None else names
     modules = dict(model.named_modules())
     found = {name: connection_tap(name, owners, ours) if ":" in name else module_tap(name, modules) for name in names}
+    tapped = {tap.owner for tap in found.values() if tap.point in POINTS}
+    for each in watched:
+        if each.name in tapped and not each.observable:
+            raise unseen(each)
     observer = TapObserver(model, watched, found)
     with observer:
         call_model(model, map_tensors(torch.clone, example))  # which it may write into; gradients pass

@@ -18,7 +18,7 @@ SMALL, LARGE = 1e-12, 1e15  # between them squares neither vanish nor overflow i
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square √(mean x²) over all elements, ≥ 0, computed in float32 at least.
+    """Root mean square √(mean x²) over all elements, ≥ 0, computed in float32 at least; nan of none.
 
     >>> rms(torch.tensor([3.0, 4.0, 0.0, 0.0])).item()
     2.5
@@ -27,7 +27,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def std(x: Tensor) -> Tensor:
-    """Standard deviation √(mean (x − mean x)²) over all elements, ≥ 0.
+    """Standard deviation √(mean (x − mean x)²) over all elements, ≥ 0; nan of none.
 
     >>> std(torch.tensor([1.0, 3.0])).item()
     1.0
@@ -45,11 +45,13 @@ def variance(x: Tensor) -> Tensor:
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """max |x| over all elements, ≥ 0.
+    """max |x| over all elements, ≥ 0; 0 of none.
 
     >>> largest_magnitude(torch.tensor([1.0, -3.0])).item()
     3.0
     """
+    if not x.numel():
+        return wide(x).new_zeros(())
     low, high = wide(x).aminmax()
     return torch.maximum(-low, high)
 
@@ -64,7 +66,8 @@ def is_finite(x: Tensor) -> Tensor:
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """⟨x, y⟩ / (|x| |y|) over all elements, in [−1, 1]; 0 where one of them is 0, nan where the shapes differ.
+    """⟨x, y⟩ / (|x| |y|) over all elements, in [−1, 1]; 0 where one of them is 0, nan where the shapes differ or
+    an element is not finite.
 
     >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])).item()  # doctest: +ELLIPSIS
     0.7071...
@@ -73,7 +76,7 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
         return torch.tensor(math.nan, device=x.device)
     x, y = (wide(each) / largest_magnitude(each).clamp_min(1e-30) for each in (x, y))
     size = x.norm() * y.norm()
-    return torch.where(size > 0, (x * y).sum() / size.clamp_min(1e-38), 0.0)
+    return torch.where(size == 0, 0.0, (x * y).sum() / size.clamp_min(1e-38))
 
 
 def distinctness(x: Tensor) -> Tensor:
@@ -95,14 +98,15 @@ def token_distinctness(x: Tensor, channel: int | None = None) -> Tensor:
 
     Args:
         x: the signal.
-        channel: the axis of its channels; None: 1 of maps (N, C, H, W), else the last one.
+        channel: the axis of its channels; None: 1 of maps (N, C, H, W), else the last one, as of what looks like
+            (N, H, H, C).
 
     >>> token_distinctness(torch.ones(2, 5, 3)).item()
     0.0
     """
     if x.ndim < 3:
         return torch.ones((), device=x.device)
-    guess = 1 if x.ndim == 4 and x.shape[1] != x.shape[2] else -1
+    guess = 1 if x.ndim == 4 and not x.shape[1] == x.shape[2] != x.shape[3] else -1
     tokens = x.movedim(guess if channel is None else channel, -1).flatten(1, -2)
     return distinct_rows(wide(tokens)) if tokens.shape[1] > 1 else torch.ones((), device=x.device)
 
@@ -170,7 +174,7 @@ def rescaled(size: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = wide(x)
     if x.device.type == "cpu" and SMALL < float(value := size(x)) < LARGE:
         return value
-    largest = largest_magnitude(x).clamp_min(1e-30)
+    largest = largest_magnitude(x).clamp(1e-30, torch.finfo(x.dtype).max)  # infinite elements stay infinite
     return size(x / largest) * largest
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from skipway.errors import SkipwayError, counted
 from skipway.hardware.precision import widest
 from skipway.nn import Carry, Residual
 from skipway.probes.objective import Loss, compute_loss
-from skipway.probes.source_cutters import JoinCutter, SourceCutter, StreamCutter, WatchedStreamCutter
+from skipway.probes.observer import storage_of, unseen
+from skipway.probes.source_cutters import JoinCutter, MixedSource, SourceCutter, StreamCutter, WatchedStreamCutter
 from skipway.probes.stream_taps import StreamTaps
 from skipway.tracing import Example, as_batch, call_model, preserved_state, unwrap, watch
 from skipway.tracing.chain import Connection, chain, chain_from_program
@@ -43,8 +46,9 @@ class DepthMixing:
         readers: names of the rows: the connections in order, and "output".
         sources: names of the columns: "stem", and the connections in order.
         coefficients: M, (L + 1, L + 1): the factor of v_i in h_l, averaged over all its numbers; nan where the two have
-            different shapes. Norms on the way of the stream divide by the deviation that they found in this pass, if
-            they are torch's; one that a network writes out by hand is differentiated.
+            different shapes. Norms on the way of the stream divide by what they found in this pass, if they are
+            torch's (layer, RMS, batch, group and instance norm, `F.normalize`); one that a network writes out by hand
+            is differentiated.
         shares: ⟨M[l, i] v_i, h_l⟩ / |h_l|², (L + 1, L + 1): what source i makes of h_l. Where the skips are linear, a
             row sums to 1, at any shapes.
         gradient_shares: what reader l, through its branch or, in the last row, through the head, makes of the gradient
@@ -106,18 +110,19 @@ class FrozenNorms(TorchFunctionMode):
     """Context in which norms divide by a constant, so that what they put out is a linear map of their input."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        frozen = FROZEN.get(getattr(func, "__name__", ""))
+        frozen = FROZEN.get(func)
         return (func if frozen is None else frozen)(*args, **(kwargs or {}))
 
 
 def divide(x: Tensor, axes: tuple[int, ...], eps: float | None, *, centred: bool = True) -> Tensor:
     """x less its mean over its deviation, which is a constant to the graph; its root mean square, if not `centred`."""
-    centre = x.mean(axes, keepdim=True) if centred else 0.0
-    square = (x - centre).detach().square().mean(axes, keepdim=True)
-    return (x - centre) / (square + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of 16 bits overflow
+    off = wide - wide.mean(axes, keepdim=True) if centred else wide
+    square = off.detach().square().mean(axes, keepdim=True)
+    return (off / (square + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt()).to(x.dtype)
 
 
-def layer_norm(x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, **_: Any):
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any):
     y = divide(x, tuple(range(x.ndim - len(shape), x.ndim)), eps)
     return y * (1 if weight is None else weight) + (0 if bias is None else bias)
 
@@ -132,13 +137,47 @@ def batch_norm(
     eps: float = 1e-5,
 ):  # fmt: skip
     if not training:  # a linear map already
-        return torch.nn.functional.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    return by_channel(divide(x, (0, *range(2, x.ndim)), eps), weight, bias)
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any):
+    groups = x.unflatten(1, (num_groups, -1))
+    y = divide(groups, tuple(range(2, groups.ndim)), eps).view_as(x)
+    return by_channel(y, weight, bias)
+
+
+def instance_norm(
+    x: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+):  # fmt: skip
+    if not use_input_stats:  # a linear map already
+        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return by_channel(divide(x, tuple(range(2, x.ndim)), eps), weight, bias)
+
+
+def normalize(x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, **_: Any):
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return x / wide.norm(p, dim, keepdim=True).clamp_min(eps).to(x.dtype)
+
+
+def by_channel(x: Tensor, weight: Any, bias: Any) -> Tensor:
+    """x times the weights plus the biases of its channels, on axis 1."""
     channels = (1, -1, *(1,) * (x.ndim - 2))
-    y = divide(x, (0, *range(2, x.ndim)), eps)
-    return y * (1 if weight is None else weight.view(channels)) + (0 if bias is None else bias.view(channels))
+    return x * (1 if weight is None else weight.view(channels)) + (0 if bias is None else bias.view(channels))
 
 
-FROZEN = {"layer_norm": layer_norm, "rms_norm": rms_norm, "batch_norm": batch_norm}
+FROZEN = {
+    F.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+    F.batch_norm: batch_norm,
+    F.group_norm: group_norm,
+    torch.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.normalize: normalize,
+}
 """Norms whose deviation is a constant to the graph, so that what they put out is a linear map of their input."""
 
 
@@ -153,6 +192,12 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+def saved_as_copies(model: nn.Module) -> saved_tensors_hooks:
+    """Context in which what the graph saves are copies, but for parameters, so that a network may write into it."""
+    own = {storage_of(parameter) for parameter in model.parameters()}
+    return saved_tensors_hooks(lambda saved: saved if storage_of(saved) in own else saved.clone(), lambda saved: saved)
 
 
 def as_inputs(example: Example) -> Example:
@@ -175,7 +220,8 @@ def depth_mixing(
 
     The network runs with every branch's output cut from the graph, so that what is carried depends on the sources
     through the skips alone, and a row is two products with their Jacobian. The gradient follows by the chain rule from
-    the last reader back. Time: 4 L products with Jacobians of at most L connections each.
+    the last reader back. What a connection adds that is not `observable` counts as carried. Time: 4 L products with
+    Jacobians of at most L connections each.
 
     Args:
         model: any module that `chain` can read.
@@ -184,8 +230,8 @@ def depth_mixing(
         loss: how output and targets become a loss, as in `probe`.
 
     Raises:
-        SkipwayError: the model has no residual connection, or does something else in each pass; of several streams,
-            what a branch reads or puts out is in no module's hands.
+        SkipwayError: the model has no residual connection, or does something else in each pass, or adds only where
+            nothing can be observed; of several streams, what a branch reads or puts out is in no module's hands.
 
     Source: Kimi Team 2026, "Attention Residuals", sec. 6.2 and table 5; Zhu et al. 2025, "Hyper-Connections", fig. 13.
 
@@ -199,17 +245,27 @@ def depth_mixing(
     """
     example, targets = as_batch(example, targets)
     names, cutter, stem_is_read = choose_cutter(model, example)
-    with preserved_state(model), differentiable(model), torch.enable_grad():
-        with FrozenNorms(), cutter:  # the outer of the two, whose own additions the cutter must not see
-            call_model(cutter.model, as_inputs(example))
-            assert cutter.last is not None
-            coefficients, shares = read_forward([*cutter.carried, cutter.last], cutter.sources)
-        with cutter:
-            value = compute_loss(call_model(cutter.model, as_inputs(example)), targets, loss, example)
-            gradients = read_backward(value, cutter.branches, cutter.sources)
+
+    def mix(saving: AbstractContextManager[Any]) -> tuple[Tensor, Tensor, Tensor, float]:
+        with preserved_state(model), differentiable(model), torch.enable_grad(), saving:
+            with FrozenNorms(), cutter:  # the outer of the two, whose own additions the cutter must not see
+                call_model(cutter.model, as_inputs(example))
+                assert cutter.last is not None
+                coefficients, shares = read_forward([*cutter.carried, cutter.last], cutter.sources)
+            with cutter:
+                value = compute_loss(call_model(cutter.model, as_inputs(example)), targets, loss, example)
+                gradients = read_backward(value, cutter.branches, cutter.sources)
+        return coefficients, shares, gradients, float(value.detach())
+
+    try:
+        coefficients, shares, gradients, value = mix(nullcontext())
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        coefficients, shares, gradients, value = mix(saved_as_copies(model))
     if not stem_is_read:
         gradients[:, 0] = math.nan
-    return DepthMixing((*names, "output"), ("stem", *names), coefficients, shares, gradients, float(value.detach()))
+    return DepthMixing((*names, "output"), ("stem", *names), coefficients, shares, gradients, value)
 
 
 def connections_by_type(model: nn.Module) -> Sequence[Connection]:
@@ -223,7 +279,7 @@ def choose_cutter(model: nn.Module, example: Example) -> tuple[tuple[str, ...], 
     not so where the first skip is more than x itself.
 
     Raises:
-        SkipwayError: there is no connection.
+        SkipwayError: there is no connection, or none whose addition can be observed.
     """
     own = connections_by_type(model)
     names = tuple(connection.name for connection in own)
@@ -235,6 +291,9 @@ def choose_cutter(model: nn.Module, example: Example) -> tuple[tuple[str, ...], 
     found = tuple(chain_from_program(unwrap(model), program))
     if not found:
         raise SkipwayError("the model has no residual connection that chain(model, example) finds, so nothing is mixed")
+    hidden, found = found[0], tuple(each for each in found if each.observable)
+    if not found:
+        raise unseen(hidden)
     if any(each.seen.streams is not None for each in found):
         cutter = WatchedStreamCutter(model, found, StreamTaps.of(program, found))
         return tuple(connection.name for connection in found), cutter, found[0].seen.streams is not None
@@ -243,7 +302,7 @@ def choose_cutter(model: nn.Module, example: Example) -> tuple[tuple[str, ...], 
     return tuple(connection.name for connection in found), SourceCutter(model, found), plain
 
 
-def read_forward(carried: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
+def read_forward(carried: list[Tensor], sources: list[MixedSource]) -> tuple[Tensor, Tensor]:
     """Coefficients and shares of the sources in what is carried.
 
     With J the Jacobian of what is carried, h, by a source v, the coefficient is the mean of J's diagonal, ⟨J u, u⟩ over
@@ -256,14 +315,14 @@ def read_forward(carried: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, 
         size = inner(given, given) or math.nan
         signs = (torch.randint(2, given.shape, generator=generator, device="cpu") * 2 - 1).to(given)
         for column, (source, product) in enumerate(zip(before, products(read, before, given), strict=True)):
-            shares[row, column] = inner(product, source.detach()) / size
+            shares[row, column] = inner(product, source.value) / size
         for column, product in enumerate(products(read, before, signs)):
             fits = product.shape == given.shape
             coefficients[row, column] = inner(product, signs) / signs.numel() if fits else math.nan
     return coefficients, shares
 
 
-def read_backward(value: Tensor, branches: list[Tensor], sources: list[Tensor]) -> Tensor:
+def read_backward(value: Tensor, branches: list[Tensor], sources: list[MixedSource]) -> Tensor:
     """What each reader makes of the gradient at each source.
 
     The gradient at source i is the sum over its readers l > i of the gradient at what branch l puts out, taken through
@@ -285,12 +344,14 @@ def read_backward(value: Tensor, branches: list[Tensor], sources: list[Tensor]) 
     return found
 
 
-def products(read: Tensor, sources: list[Tensor], given: Tensor) -> list[Tensor]:
+def products(read: Tensor, sources: list[MixedSource], given: Tensor) -> list[Tensor]:
     """The transposed Jacobian of `read` by each source, times `given`; zeros where it does not depend on one."""
     if not read.requires_grad:
-        return [torch.zeros_like(source) for source in sources]
-    found = torch.autograd.grad(read, sources, given, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(source) if each is None else each for each, source in zip(found, sources, strict=True)]
+        return [torch.zeros_like(source.value) for source in sources]
+    found = torch.autograd.grad(read, [source.edge for source in sources], given, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(source.value) if each is None else each for each, source in zip(found, sources, strict=True)
+    ]
 
 
 def inner(first: Tensor, second: Tensor) -> float:

@@ -35,8 +35,10 @@ class Observer(TorchFunctionMode):
     `module_output`. The network computes what it would compute without an observer, bit for bit. On exit all hooks are
     removed, those on tensors included.
 
-    Additions outside the model's `__call__` (in the loss, in augmentation, when checkpointing recomputes) do not count.
-    Compiled parts of the network run eagerly inside the context, and torch's fused transformer layers are off.
+    Additions that no call of Python makes (by a product with a stack, in TorchScript) are not seen; their connections
+    are not `observable`. Additions outside the model's `__call__` (in the loss, in augmentation, when checkpointing
+    recomputes) do not count. Compiled parts of the network run eagerly inside the context, and torch's fused
+    transformer layers are off.
 
     Args:
         model: the network; `torch.compile` and `DistributedDataParallel` wrappers are looked through.
@@ -199,7 +201,9 @@ class Observer(TorchFunctionMode):
         last = connections[-1]
         if len(terms) <= last.seen.term:
             raise changed(last)
-        self.in_place = name.endswith("_") and (name.startswith("__i") or not name.startswith("__"))
+        written = name.endswith("_") and (name.startswith("__i") or not name.startswith("__"))
+        target = args[0] if written else kwargs.get("out")
+        self.in_place = target is not None
         total, done, replaced = terms[0].value(), 1, None
         for connection in connections:
             for term in terms[done : connection.seen.term]:
@@ -213,13 +217,34 @@ class Observer(TorchFunctionMode):
                 total = total + addend
             if connection is not last:
                 self.stream(connection, total)
-        result = func(*args, **kwargs) if replaced is None else sum((term.value() for term in terms[done:]), total)
+        if replaced is None:
+            result = func(*args, **kwargs)
+        else:
+            result = sum((term.value() for term in terms[done:]), total)
+            if target is not None:
+                result = target.copy_(result)
         shape, seen = result.shape, last.seen.shape
         # batch, resolution and length may be other than the example's, the number of channels may not
         if len(shape) != len(seen) or (shape[1:2] != seen[1:2] and shape[-1:] != seen[-1:]):
             raise changed(last)
         self.stream(last, result)
         return result
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The memory that a tensor lies in; of another layout than a strided one the tensor itself."""
+    try:
+        return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+    except NotImplementedError:  # within `torch.func.vmap`
+        return id(tensor)
+
+
+def unseen(connection: WatchedConnection) -> SkipwayError:
+    """The error for a connection whose addition no observer sees."""
+    return SkipwayError(
+        f"connection {connection.name!r} is added by no addition that Python calls (by a product with a stack, or in "
+        "TorchScript), so what it adds cannot be observed; write it as x + f(x)"
+    )
 
 
 def changed(connection: WatchedConnection) -> SkipwayError:

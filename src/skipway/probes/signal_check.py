@@ -52,7 +52,8 @@ class StageSignal:
 def check_signal(model: nn.Module, example: Example) -> list[StageSignal]:
     """Send one batch through any network in training mode, measure the stream at every connection, change nothing.
 
-    A network of ours without skips is measured at the outputs of its blocks.
+    A network of ours without skips is measured at the outputs of its blocks. Connections whose addition cannot be
+    observed (see `Observer`) are left out.
 
     Args:
         model: any network.
@@ -67,7 +68,7 @@ def check_signal(model: nn.Module, example: Example) -> list[StageSignal]:
     with preserved_state(model):
         model.train()
         signals = probe(model, example, measures=("variance_before", "variance_branch", "variance_after"))
-    rows = signals.connections or signals.modules
+    rows = {name: row for name, row in (signals.connections or signals.modules).items() if row}
     stages: dict[str, list[dict[str, float]]] = {}
     for stage, row in zip(stages_of(list(rows)), rows.values(), strict=True):
         stages.setdefault(stage, []).append({key: math.sqrt(value) for key, value in row.items()})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class Probe(Observer):
         connections: its `chain(model, example)`, which is made once.
         measures: names out of `skipway.probes.MEASURES`, or `Measure` objects.
         modules: paths of modules at whose outputs the measures of "stream" and "gradient_after" are taken too.
+        channels: the axes of the channels in what those put out, from the end, where they are known.
 
     Raises:
         SkipwayError: an unknown measure; on leaving the forward pass, additions that are not those of the chain.
@@ -107,10 +109,12 @@ class Probe(Observer):
         connections: Iterable[WatchedConnection],
         measures: Iterable[str | Measure] = SIGNALS,
         modules: Iterable[str] = (),
+        channels: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         connections = tuple(connections)
         super().__init__(model, connections, modules)
         self.names = [connection.name for connection in connections]
+        self.module_channels = channels
         self.channels = [channel_from_the_end(connection) for connection in connections]
         self.measures = [find_measure(each) if isinstance(each, str) else each for each in measures]
         self.points = {point for measure in self.measures for point in measure.points}
@@ -181,7 +185,9 @@ class Probe(Observer):
         first = value[0] if isinstance(value, tuple | list) and value else value
         if isinstance(first, Tensor) and first.is_floating_point() and first.numel():
             self.module_rows[name] = {}
-            self.take_output(self.module_rows[name], first, None)
+            channel = self.module_channels.get(name)
+            known = channel is not None and -channel <= first.ndim
+            self.take_output(self.module_rows[name], first, None, channel if known else None)
 
     def take_output(
         self, row: dict[str, Tensor], stream: Tensor, after: dict[str, Tensor] | None, channel: int | None = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from skipway.nn import StreamEntry, StreamExit
 from skipway.probes.observer import Observer
@@ -15,11 +16,29 @@ from skipway.probes.stream_taps import StreamTaps
 from skipway.tracing import unwrap
 from skipway.tracing.chain import Connection, WatchedConnection
 
-__all__ = ["JoinCutter", "SourceCutter", "StreamCutter", "WatchedStreamCutter"]
+__all__ = ["JoinCutter", "MixedSource", "SourceCutter", "StreamCutter", "WatchedStreamCutter"]
+
+
+class MixedSource(NamedTuple):
+    """What is differentiated for: a tensor of a running network, which may write into it afterwards.
+
+    Args:
+        value: a copy.
+        edge: its place in the graph.
+    """
+
+    value: Tensor
+    edge: GradientEdge
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> MixedSource:
+        """The tensor as it is now."""
+        return cls(tensor.detach().clone(), get_gradient_edge(tensor))
 
 
 class SourceCutter(Observer):
-    """Replaces what each branch adds by a tensor that is differentiated for, as the first stream is.
+    """Replaces what each branch adds by a tensor that is differentiated for, as the first stream is. What is kept are
+    copies, since the network may write into what it adds.
 
     Args:
         model: the network.
@@ -28,7 +47,7 @@ class SourceCutter(Observer):
 
     def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection]) -> None:
         super().__init__(model, connections)
-        self.sources: list[Tensor] = []
+        self.sources: list[MixedSource] = []
         self.carried: list[Tensor] = []
         self.branches: list[Tensor] = []
         self.last: Tensor | None = None
@@ -38,14 +57,15 @@ class SourceCutter(Observer):
 
     def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.sources:
-            self.sources.append(skip)
-        self.carried.append(skip)
-        self.branches.append(branch)
-        self.sources.append(branch.detach().clone().requires_grad_())
-        return skip, self.sources[-1]
+            self.sources.append(MixedSource.of(skip))
+        self.carried.append(skip.clone())
+        self.branches.append(branch.clone())
+        cut = branch.detach().clone().requires_grad_()
+        self.sources.append(MixedSource.of(cut))
+        return self.carried[-1], cut
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
-        self.last = stream
+        self.last = stream.clone()
 
 
 class WatchedStreamCutter(SourceCutter):
@@ -86,14 +106,14 @@ class WatchedStreamCutter(SourceCutter):
 
     def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.sources and ("stem", "") in self.held:
-            self.sources.append(self.held["stem", ""])
+            self.sources.append(MixedSource.of(self.held["stem", ""]))
         if connection.name not in self.taps.reads:
             return super().operands(connection, skip, branch)
         if not self.sources:
-            self.sources.append(skip)
+            self.sources.append(MixedSource.of(skip))
         self.carried.append(self.held["read", connection.name])
         self.branches.append(self.held["branch", connection.name])
-        self.sources.append(self.held["source", connection.name])
+        self.sources.append(MixedSource.of(self.held["source", connection.name]))
         return None
 
 
@@ -107,7 +127,7 @@ class StreamCutter:
 
     def __init__(self, model: nn.Module, connections: Iterable[Connection]) -> None:
         self.model, self.connections = unwrap(model), tuple(connections)
-        self.sources: list[Tensor] = []
+        self.sources: list[MixedSource] = []
         self.carried: list[Tensor] = []
         self.branches: list[Tensor] = []
         self.last: Tensor | None = None
@@ -133,15 +153,16 @@ class StreamCutter:
         self.hooks.close()
 
     def enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.sources.append(args[0])
+        self.sources.append(MixedSource.of(args[0]))
 
     def read(self, module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
         self.carried.append(output[0])
 
     def cut(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         self.branches.append(output)
-        self.sources.append(output.detach().clone().requires_grad_())
-        return self.sources[-1]
+        cut = output.detach().clone().requires_grad_()
+        self.sources.append(MixedSource.of(cut))
+        return cut
 
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.last = output
@@ -162,11 +183,12 @@ class JoinCutter(StreamCutter):
     def cut_branch(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         skip, branch = args
         if not self.sources:
-            self.sources.append(skip)
+            self.sources.append(MixedSource.of(skip))
         self.carried.append(skip)
         self.branches.append(branch)
-        self.sources.append(branch.detach().clone().requires_grad_())
-        return skip, self.sources[-1]
+        cut = branch.detach().clone().requires_grad_()
+        self.sources.append(MixedSource.of(cut))
+        return skip, cut
 
     def keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.last = output

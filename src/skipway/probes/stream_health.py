@@ -116,10 +116,10 @@ def mixing_matrix(state: Tensor, carried: Tensor, streams: Any) -> Tensor:
 
 
 def similarity(streams: Tensor) -> float:
-    """The mean cosine between two of n streams, (n, …)."""
+    """The mean cosine between two of n streams, (n, …); 0 with one that is 0."""
     unit = torch.nn.functional.normalize(widest(streams.detach().flatten(1)), dim=1)
-    count = len(unit)
-    return float(((unit @ unit.T).sum() - count) / (count * (count - 1)))
+    cosines, count = unit @ unit.T, len(unit)
+    return float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
 
 
 class StreamTap:

@@ -22,7 +22,9 @@ class DeepNorm(Scheme):
 
     The skip is scaled, not the branch. In transformers the maps on the path are the value and output projections and
     the feed-forward maps, not queries and keys; biases are not scaled. Linear maps start from Xavier's normal
-    distribution; convolutions keep the family's.
+    distribution; convolutions keep the family's. Departure: maps that share a matrix, such as the d × d projections to
+    queries, keys and values or the two halves of a gated perceptron, start from Xavier's distribution of that matrix
+    (3d × d), where fig. 2 has that of each map: √2 smaller for queries, keys and values.
 
     Depth: the paper's N counts transformer layers of two branches each, so α = (2N)^(1/4) = L^(1/4) and
     β = (8N)^(-1/4) = (4L)^(-1/4) (an encoder or a decoder alone).

@@ -83,5 +83,5 @@ class DepthScaled(Scheme):
         return Multiply(size, branch_factors=BranchFactors(rate=ratio ** (self.exponent - 1), epsilon=size))
 
     def init_(self, chain: Chain) -> None:
-        for connection in chain if self.how == "init" else ():
-            connection.multiply_(len(chain) ** -self.exponent)
+        if self.how == "init":
+            chain.multiply_(len(chain) ** -self.exponent)

@@ -22,18 +22,20 @@ class Fixup(Scheme):
     """Training without normalisation by initialisation alone: y = x + s F(x) + b, F(x) = 0 at the start.
 
     1. The classifier and the last map of every branch start at 0.
-    2. The other maps of a branch start from He's distribution times L^(-1/(2m-2)), m the number of maps in the branch.
+    2. The other maps of a branch start from the family's distribution, in a ResNet He's, times L^(-1/(2m-2)), m the
+       number of maps in the branch.
     3. Scalar biases (start 0) stand before every map and activation, a scalar multiplier s (start 1) and a bias
        after every branch. No normalisation anywhere.
 
     Args:
-        rescale: False leaves out the factor of rule 2, plain He.
+        rescale: False leaves out the factor of rule 2.
         rate: factor on the learning rate of the scalars.
 
     Depth: L is the number of residual branches of the whole network, our unit; not of layers, not of a stage.
 
     Decay and learning rate: the authors' scripts train the scalars at lr/10, without which training diverges half-way,
-    and decay them like weights; so do we. Departures: their scripts put the classifier's bias among the scalars;
+    and decay them like weights; so do we. Departures: outside of ResNets the paper's rule 2 would be He's, too, whereas
+    our maps start from N(0, 0.02²), as without Fixup; their scripts put the classifier's bias among the scalars;
     their stem keeps PyTorch's default distribution, ours has the family's; their CIFAR net adds the first bias
     on padded shortcuts too, ours on projections only.
 

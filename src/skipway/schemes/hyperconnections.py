@@ -67,5 +67,5 @@ class HyperConnections(Scheme):
         return StreamExit(self.n)
 
     def init_(self, chain: Chain) -> None:
-        for connection in chain if self.widen else ():
-            connection.multiply_(self.n**0.5)
+        if self.widen:
+            chain.multiply_(self.n**0.5)

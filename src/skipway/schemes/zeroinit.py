@@ -37,5 +37,4 @@ class ZeroInit(Scheme):
         return True
 
     def init_(self, chain: Chain) -> None:
-        for connection in chain:
-            connection.multiply_(0.0)
+        chain.multiply_(0.0)

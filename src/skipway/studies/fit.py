@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +19,19 @@ from torch.nn import functional as F
 
 from skipway.data import Batch, Data, DataChoices, load
 from skipway.hardware.precision import widest
+from skipway.nn.initial import Initial, TruncatedNormal
 from skipway.nn.warmup import set_step
 from skipway.optim.groups import param_groups
 from skipway.optim.optimizers import parse_optimizer
 from skipway.optim.schedules import lr_factor, parse_schedule, set_lr
+from skipway.schemes.initialisation import common_scheme, reset
 from skipway.studies.cell import Row
+from skipway.tracing.chain import chain
 
-__all__ = ["FitSettings", "data_of", "dataset_name", "fit", "fit_batch", "xavier_"]
+__all__ = ["FitSettings", "data_of", "dataset_name", "fit", "fit_batch", "restart_", "xavier_"]
+
+PUBLISHED_DATA = {"cifar10": (50_000, 10_000, 10, 32, 3), "imagenet": (1_281_167, 50_000, 1000, 224, 3)}
+"""Training and test images, classes, size and channels of the data that published numbers refer to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +76,52 @@ def data_of(source: str | None, *, vary: bool = True) -> Data:
 
 
 def dataset_name(data: Data) -> str:
-    """Return the name of a dataset; CIFAR-10, to which published numbers refer, is recognised by its dimensions."""
+    """Return the name of a dataset; those that published numbers refer to are recognised by their dimensions alone."""
     dimensions = (len(data.train), len(data.test), len(data.classes), data.size, data.channels)
-    return "cifar10" if dimensions == (50_000, 10_000, 10, 32, 3) else data.name
+    known = next((name for name, each in PUBLISHED_DATA.items() if each == dimensions), None)
+    return known or (f"another {data.name}" if data.name in PUBLISHED_DATA else data.name)
 
 
 def xavier_(model: nn.Module) -> None:
     """Initialise all linear layers of `model` with Xavier's normal distribution, in place.
 
-    The N(0, 0.02²) of ViTs suits hundreds of channels and is far too small for the few channels of a study.
+    The N(0, 0.02²) of ViTs suits hundreds of channels and is far too small for the few channels of a study. For schemes
+    that start their maps alike only; see `restart_`.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_normal_(module.weight)
+
+
+@torch.no_grad()
+def restart_(model: nn.Module, starts: Mapping[type[nn.Linear | nn.Conv2d], Initial]) -> nn.Module:
+    """Start the maps of `model` that have the N(0, 0.02²) of their family from other distributions, in place.
+
+    The scheme takes its own step afterwards, and maps whose start it chose itself keep that. What stands outside of the
+    connections, and is not among `starts`, keeps its values.
+
+    Args:
+        model: network of ours, just built.
+        starts: distributions by kind of map.
+    """
+    connections = chain(model)
+    residuals = [connection.residual for connection in connections]
+    slots = [slot for each in residuals for name, slot in each.named_children() if name not in ("branch", "shortcut")]
+    added = {id(module) for slot in slots for module in slot.modules()}
+    family = [
+        module
+        for module in model.modules()
+        if getattr(module, "initial", None) == TruncatedNormal(0.02) and id(module) not in added
+    ]
+    for module in {module: None for each in residuals for module in each.modules()}.keys() - set(family):
+        reset("", module)  # the scheme's step multiplies what it finds
+    for kind, initial in starts.items():
+        for module in family:
+            if isinstance(module, kind):
+                module.initial = initial  # type: ignore[assignment]
+                reset("", module)
+    common_scheme([each.scheme for each in residuals]).init_(connections)
+    return model
 
 
 def fit(

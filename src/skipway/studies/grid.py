@@ -1,21 +1,35 @@
-"""What a study's own grid has: checks of the user's choices before a run, and verdicts on less than that grid."""
+"""What a study's own grid has: checks of choices before a run, rows by grid, and verdicts on less than a grid."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from skipway.errors import SkipwayError, suggest
+from skipway.errors import SkipwayError, counted, suggest
 from skipway.models import find_config
 from skipway.schemes import parse_scheme
 from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row, Value
 from skipway.studies.study import Study, Verdict
 from skipway.validation import check_seed
 
-__all__ = ["Gap", "check_choices", "find_gap", "foreign_schemes", "judge", "listed", "own_values"]
+__all__ = [
+    "Gap",
+    "GridRows",
+    "check_choices",
+    "describe_others",
+    "find_gap",
+    "foreign_schemes",
+    "judge",
+    "listed",
+    "measured_rows",
+    "own_values",
+    "split_by_grid",
+]
 
 MOST_LISTED = 6
 """Values of a setting that a message lists."""
+COMBINED = frozenset(("scheme", "depth", "seed", "lr"))
+"""Settings that a verdict compares or sums up; rows that differ in another one, which no grid combines, stay apart."""
 
 
 def own_values(study: Study, name: str, budget: Budget = "cpu") -> list[Value]:
@@ -137,6 +151,97 @@ def is_shallow(cells: Sequence[Cell], rows: Sequence[Row]) -> bool:
 
     own, have = deepest(cells), deepest(rows)
     return any(have[group] < depth for group, depth in own.items() if group in have)
+
+
+@dataclass(frozen=True)
+class GridRows:
+    """The rows of one data set whose sizes (width, epochs, steps and so on) are those of one budget's grid.
+
+    Args:
+        budget: of the grid; None for sizes that no grid has.
+        data: the user's folder of images; None for the study's own data.
+        rows: in the order of the grid, those with an error included.
+        gap: what the measured ones lack.
+    """
+
+    budget: Budget | None
+    data: str | None
+    rows: list[Row]
+    gap: Gap | None
+
+    @property
+    def measured(self) -> list[Row]:
+        """The rows without an error."""
+        return measured_rows(self.rows)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of the grid is missing."""
+        return self.gap is None and bool(self.measured)
+
+    def __str__(self) -> str:
+        options = Choices(data=self.data).options()
+        return f"--budget {self.budget}{options}" if self.budget else f"sizes of no grid{options}"
+
+
+def measured_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows without an error."""
+    return [row for row in rows if not row.get("error")]
+
+
+def split_by_grid(study: Study, rows: Sequence[Row]) -> list[GridRows]:
+    """Split the rows of a folder, which may be of several budgets and data sets, of which no mean may be taken.
+
+    Rows of an equal size belong to every grid that has it; a grid whose rows another one holds as well is left out.
+
+    Returns:
+        the rows to judge first: those of the newest complete grid, or of the newest; of the same day those of the
+        larger budget. Empty without rows.
+    """
+    found: list[GridRows] = []
+    for source in dict.fromkeys(None if row.get("data") is None else str(row["data"]) for row in rows):
+        own = [row for row in rows if row.get("data") == source]
+        sizes = {
+            budget: {size_of(study, cell) for cell in study.cells(budget, Choices(data=source))} for budget in BUDGETS
+        }
+        groups: list[tuple[Budget | None, list[Row]]] = [
+            (budget, [row for row in own if size_of(study, row) in known]) for budget, known in sizes.items()
+        ]
+        strange = [row for row in own if not any(size_of(study, row) in known for known in sizes.values())]
+        for budget in dict.fromkeys(row.get("budget") for row in strange):
+            groups.append((None, [row for row in strange if row.get("budget") == budget]))
+        # of equal groups the one comes first whose budget the rows were measured with
+        groups.sort(key=lambda each: (-len(each[1]), -sum(row.get("budget") == each[0] for row in each[1])))
+        kept: list[set[Value]] = []
+        for budget, group in groups:
+            keys = {row["key"] for row in group}
+            if not any(keys <= other for other in kept) and group:
+                kept.append(keys)
+                found.append(GridRows(budget, source, group, find_gap(study, measured_rows(group))))
+
+    def newness(each: GridRows) -> tuple[bool, str, int]:
+        size = BUDGETS.index(each.budget) if each.budget in BUDGETS else -1
+        return each.complete, max(str(row.get("date") or "") for row in each.rows), size
+
+    return sorted(found, key=newness, reverse=True)
+
+
+def size_of(study: Study, entry: Cell | Row) -> tuple[Value, ...]:
+    """The settings of a cell or row that no verdict combines, `data` apart."""
+    return tuple(entry.get(name) for name in study.settings if name not in COMBINED and name != "data")
+
+
+def describe_others(parts: Sequence[GridRows]) -> str:
+    """One sentence on the rows that are not judged, the first of `parts` being those that are; empty without others.
+
+    >>> parts = [GridRows("cpu", None, [{"key": "a"}], None), GridRows("gpu", None, [{"key": "b"}], None)]
+    >>> describe_others(parts)
+    'Judged are the rows of --budget cpu alone. Measured, too, with other sizes or data: --budget gpu (1 cell).'
+    """
+    if len(parts) < 2:
+        return ""
+    others = "; ".join(f"{each} ({counted(len(each.rows), 'cell')})" for each in parts[1:])
+    return f"Judged are the rows of {parts[0]} alone. Measured, too, with other sizes or data: {others}."
 
 
 def judge(study: Study, rows: Sequence[Row], gap: Gap | None) -> list[Verdict]:

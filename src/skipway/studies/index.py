@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from skipway.errors import counted
 from skipway.report.page import PageTable, TableCell, number_cell, text_cell, write_page
-from skipway.studies.grid import find_gap, judge
-from skipway.studies.page import measured_rows, score_text, shown_verdicts, write_study_page
+from skipway.studies.grid import describe_others, judge, split_by_grid
+from skipway.studies.page import score_text, shown_verdicts, write_study_page
 from skipway.studies.runner import read_rows
 from skipway.studies.study import Answer, Study, Verdict, studies
 from skipway.studies.table import StudyTable, parts_of
@@ -33,19 +33,19 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
         merge_shares(folder, study)
         path = write_study_page(study, folder)
         if path is not None:
-            rows = read_rows(folder, study)
-            measured = measured_rows(rows)
-            gap = find_gap(study, measured)
-            found = judge(study, measured, gap)
+            parts = split_by_grid(study, read_rows(folder, study))
+            judged = parts[0]
+            found = judge(study, judged.measured, judged.gap)
             verdicts += found
-            lines.append(overview_row(study, found, len(rows)))
+            lines.append(overview_row(study, found, len(judged.rows)))
             entries.append(
                 {
                     "study": study,
-                    "cells": len(rows),
+                    "cells": len(judged.rows),
                     "verdicts": shown_verdicts(found),
-                    "gap": "" if gap is None else gap.text,
-                    "figure": next(iter(study.figures(measured)), None),
+                    "gap": "" if judged.gap is None else judged.gap.text,
+                    "others": describe_others(parts),
+                    "figure": next(iter(study.figures(judged.measured)), None),
                 }
             )
             pages.append(path)

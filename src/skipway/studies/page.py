@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from skipway.errors import counted
 from skipway.report.chart import format_value
 from skipway.report.page import PageTable, TableCell, number_cell, text_cell, write_page
 from skipway.report.svg import svg_file
-from skipway.studies.cell import BUDGETS, Budget, Choices, Row, Value
-from skipway.studies.grid import find_gap, judge
+from skipway.studies.cell import BUDGETS, Choices, Row, Value
+from skipway.studies.grid import GridRows, describe_others, judge, measured_rows, split_by_grid
 from skipway.studies.runner import read_rows
 from skipway.studies.statistics import SeedValues, group_values
 from skipway.studies.study import Answer, Study, Verdict
@@ -91,13 +92,15 @@ def method_of(study: Study) -> tuple[str, list[tuple[str, str]]]:
 def write_study_page(study: Study, folder: Path) -> Path | None:
     """Write `NAME.html` and one `NAME-FIGURE.svg` per figure into `folder`, from the tables of the study there.
 
+    Where those hold several budgets or data sets, the page is of one of them (`split_by_grid`) and names the others.
+
     Returns:
         path of the page; None if nothing has been measured yet.
     """
-    rows = read_rows(folder, study)
-    if not rows:
+    parts = split_by_grid(study, read_rows(folder, study))
+    if not parts:
         return None
-    measured = measured_rows(rows)
+    rows, measured, gap = parts[0].rows, parts[0].measured, parts[0].gap
     figures = study.figures(measured)
     for figure in figures:
         content = svg_file(figure).encode("utf-8", "backslashreplace")
@@ -105,15 +108,15 @@ def write_study_page(study: Study, folder: Path) -> Path | None:
             folder / f"{study.name}-{figure.name}.svg", lambda aside, content=content: aside.write_bytes(content)
         )
     published, unmatched = published_table(study, measured)
-    gap = find_gap(study, measured)
     verdicts = judge(study, measured, gap)
     opening, method = method_of(study)
     values: dict[str, Any] = {
         "title": study.title,
         "study": study,
-        "command": study_command(study, rows),
+        "command": study_command(study, parts[0]),
         "score": score_text(verdicts),
         "gap": "" if gap is None else gap.text,
+        "others": describe_others(parts),
         "verdicts": shown_verdicts(verdicts),
         "opening": opening,
         "method": method,
@@ -131,24 +134,27 @@ def write_study_page(study: Study, folder: Path) -> Path | None:
     return write_page(folder / f"{study.name}.html", "study.html.j2", **values)
 
 
-def measured_rows(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows without an error."""
-    return [row for row in rows if not row.get("error")]
+def study_command(study: Study, part: GridRows) -> str:
+    """Return the command that measures these rows, or resumes them where they are a part of a budget's grid.
 
-
-def study_command(study: Study, rows: Sequence[Row]) -> str:
-    """Return the command that measures these rows, with options if depths or seeds differ from the budget's grid."""
-    budget: Budget = next((each for each in BUDGETS if rows[-1].get("budget") == each), "cpu")
-    data = next((str(row["data"]) for row in rows if row.get("data")), None)
-    choices = Choices(data=data)
-    if {row["key"] for row in rows} != {cell.key for cell in study.cells(budget, choices)}:
-        choices = Choices(depths=integers_in(rows, "depth"), seeds=integers_in(rows, "seed"), data=data)
-    return f"skipway study {study.name} --budget {budget}{choices.options()}"
-
-
-def integers_in(rows: Sequence[Row], name: str) -> tuple[int, ...] | None:
-    """Return the integers of a column in ascending order; None if there are none."""
-    return tuple(sorted({value for row in rows if isinstance(value := row.get(name), int)})) or None
+    Where they are none, the fewest options are given whose cells are exactly these. Rows of several commands have no
+    such options: then it is the command of the budget.
+    """
+    keys = {row["key"] for row in part.rows}
+    budget = part.budget or next((each for each in BUDGETS if part.rows[-1].get("budget") == each), "cpu")
+    values = {name: list(dict.fromkeys(row.get(name) for row in part.rows)) for name in ("depth", "scheme", "seed")}
+    own = {
+        "depths": tuple(sorted(each for each in values["depth"] if isinstance(each, int))) or None,
+        "schemes": tuple(each for each in values["scheme"] if isinstance(each, str)) or None,
+        "seeds": tuple(sorted(each for each in values["seed"] if isinstance(each, int))) or None,
+    }
+    plain = Choices(data=part.data)
+    chosen = plain
+    if not keys <= {cell.key for cell in study.cells(budget, plain)}:
+        subsets = (names for count in range(1, 4) for names in combinations(own, count))
+        tried = (Choices(data=part.data, **{name: own[name] for name in names}) for names in subsets)  # type: ignore[arg-type]
+        chosen = next((each for each in tried if keys == {cell.key for cell in study.cells(budget, each)}), plain)
+    return f"skipway study {study.name} --budget {budget}{chosen.options()}"
 
 
 def summary_table(lines: Sequence[Row]) -> PageTable:

@@ -16,6 +16,7 @@ __all__ = [
     "PairedDifference",
     "SeedValues",
     "best_rate_rows",
+    "group_losses",
     "group_values",
     "pair_by_seed",
     "select_best",
@@ -36,7 +37,8 @@ class SeedValues:
 
     @property
     def mean(self) -> float:
-        return fmean(self.values) if self.values else math.nan
+        opposite = {math.inf, -math.inf} <= {*self.values}
+        return fmean(self.values) if self.values and not opposite else math.nan
 
     @property
     def deviation(self) -> float:
@@ -83,9 +85,21 @@ def group_values(rows: Iterable[Row], by: Sequence[str], value: str) -> dict[tup
     return {key: SeedValues(tuple(values)) for key, values in found.items()}
 
 
+def group_losses(rows: Iterable[Row], by: Sequence[str], value: str) -> dict[tuple[Any, ...], SeedValues]:
+    """`group_values` of a loss: that of a training that diverged is infinite, also where it was NaN.
+
+    >>> group_losses([{"depth": 8, "loss": float("nan")}, {"depth": 8, "loss": 1.0}], ["depth"], "loss")[8,].values
+    (inf, 1.0)
+    """
+    return {
+        key: SeedValues(tuple(each if math.isfinite(each) else math.inf for each in sample.values))
+        for key, sample in group_values(rows, by, value).items()
+    }
+
+
 @dataclass(frozen=True)
 class PairedDifference:
-    """The difference of two variants, seed by seed.
+    """The difference of two variants, seed by seed; infinite for a seed that diverges with one of them alone.
 
     >>> found = PairedDifference(SeedValues((-0.2, -0.3, -0.25)))
     >>> found.sign, round(found.bound, 3)
@@ -95,32 +109,63 @@ class PairedDifference:
     differences: SeedValues
 
     @property
+    def compared(self) -> SeedValues:
+        """What is tested against 0: the differences; of infinite ones the signs, beside which finite ones vanish."""
+        values = self.differences.values
+        if all(map(math.isfinite, values)):
+            return self.differences
+        return SeedValues(tuple(math.copysign(1, each) if math.isinf(each) else 0.0 for each in values))
+
+    @property
     def bound(self) -> float:
-        """Half width of the 95 % interval of the mean (Student's t); infinite for a single seed."""
-        return mean_bound(self.differences.values)
+        """Half width of the 95 % interval of the mean (Student's t); infinite for a single seed, or a diverged one."""
+        return mean_bound(self.differences.values) if self.compared is self.differences else math.inf
 
     @property
     def sign(self) -> int:
         """-1 or 1 if the interval excludes 0, otherwise 0."""
-        mean = self.differences.mean
-        return 0 if not abs(mean) > self.bound else int(math.copysign(1, mean))
+        mean = self.compared.mean
+        return 0 if not abs(mean) > mean_bound(self.compared.values) else int(math.copysign(1, mean))
+
+    def __str__(self) -> str:
+        """Mean and bound, or how many seeds diverged with which of the two.
+
+        >>> print(PairedDifference(SeedValues((-0.2, -0.3, -0.25))))
+        -0.250 ± 0.124
+        >>> print(PairedDifference(SeedValues((-math.inf, -0.3, -math.inf))))
+        -∞ with 2 of 3 seeds
+        """
+        values = self.differences.values
+        if self.compared is self.differences:
+            return f"{format_value(self.differences.mean)} ± {format_value(self.bound)}"
+        counts = {"-∞": values.count(-math.inf), "+∞": values.count(math.inf)}
+        text = " and ".join(f"{size} with {count}" for size, count in counts.items() if count)
+        return f"{text} of {len(values)} seeds"
 
 
 def pair_by_seed(first: Sequence[Row], second: Sequence[Row], value: str) -> PairedDifference:
-    """Return `value` of `first` minus that of `second` for each seed that both have."""
-    one, other = group_values(first, ["seed"], value), group_values(second, ["seed"], value)
-    return PairedDifference(SeedValues(tuple(one[seed].mean - other[seed].mean for seed in one if seed in other)))
+    """Return `value` of `first` minus that of `second` for each seed that both have.
+
+    One that is not finite counts as infinite; a seed for which both are is left out, since it tells nothing.
+    """
+    one, other = group_losses(first, ["seed"], value), group_losses(second, ["seed"], value)
+    pairs = [(one[seed].mean, other[seed].mean) for seed in one if seed in other]
+    return PairedDifference(
+        SeedValues(tuple(left - right for left, right in pairs if left < math.inf or right < math.inf))
+    )
 
 
 def select_best(rows: Sequence[Row], by: Sequence[str], over: str, value: str) -> list[Row]:
     """Keep, for each combination of `by`, the rows with the value of `over` whose mean of `value` is smallest.
+
+    A mean that is not finite is larger than any other.
 
     >>> rows = [{"depth": 8, "lr": rate, "loss": loss} for rate, loss in ((0.1, 2.0), (0.3, 1.0))]
     >>> select_best(rows, ["depth"], "lr", "loss")
     [{'depth': 8, 'lr': 0.3, 'loss': 1.0}]
     """
     best: dict[tuple[Any, ...], tuple[float, Any]] = {}
-    for (*key, tried), sample in group_values(rows, [*by, over], value).items():
+    for (*key, tried), sample in group_losses(rows, [*by, over], value).items():
         known = best.get(tuple(key))
         if known is None or sample.mean < known[0]:
             best[tuple(key)] = (sample.mean, tried)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from skipway.data import Data
 from skipway.models import build
 from skipway.nn.initial import XavierNormal
-from skipway.report.chart import Figure, format_value
+from skipway.report.chart import Figure
 from skipway.schemes.initialisation import initialise_
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import FitSettings, data_of, fit
-from skipway.studies.statistics import group_values, pair_by_seed, select_best, series_over
+from skipway.studies.statistics import PairedDifference, group_values, pair_by_seed, select_best, series_over
 from skipway.studies.study import Study, Verdict
 from skipway.tracing.chain import chain
 
@@ -28,8 +28,11 @@ __all__ = [
     "VariantStudy",
     "build_network",
     "compare",
+    "differences_from",
     "give_unit_stream_",
     "lowest_rate_rows",
+    "name_depths",
+    "summarise_variants",
     "transfers",
 ]
 
@@ -201,33 +204,68 @@ def trained_rows(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.get("kind") == "train"]
 
 
+def name_depths(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their depth in the name of their variant, where there are several depths.
+
+    >>> [row["scheme"] for row in name_depths([{"scheme": "plain", "depth": 4}, {"scheme": "plain", "depth": 8}])]
+    ['plain, 4 blocks', 'plain, 8 blocks']
+    """
+    if len({row["depth"] for row in rows}) < 2:
+        return list(rows)
+    return [{**row, "scheme": f"{row['scheme']}, {row['depth']} blocks"} for row in rows]
+
+
 def lowest_rate_rows(rows: Sequence[Row]) -> list[Row]:
     """Keep, for each family, variant and depth, the rows of the learning rate with the lowest mean training loss."""
     return select_best(trained_rows(rows), ["family", "scheme", "depth"], "lr", "train_loss")
 
 
-def summarise_variants(rows: Sequence[Row]) -> list[Row]:
-    """One row per family, depth and variant, at its best learning rate."""
-    best = lowest_rate_rows(rows)
-    keys = ["family", "depth", "scheme", "lr"]
+def summarise_variants(rows: Sequence[Row], *by: str) -> list[Row]:
+    """One row per family, depth, variant and settings `by`, at its best learning rate."""
+    best = select_best(trained_rows(rows), ["family", "scheme", "depth", *by], "lr", "train_loss")
+    keys = ["family", "depth", "scheme", "lr", *by]
     losses, errors = group_values(best, keys, "test_loss"), group_values(best, keys, "test_error")
     return [
         {
             "network": f"{FAMILIES.get(family, family)}, {depth} blocks",
             "variant": scheme,
+            **{name.replace("_", " "): value for name, value in zip(by, others, strict=True)},
             "best learning rate": rate,
             "test loss": loss.text().partition(" (")[0],
-            "test error": f"{100 * errors[family, depth, scheme, rate].mean:.1f} %",
+            "test error": f"{100 * errors[family, depth, scheme, rate, *others].mean:.1f} %",
             "seeds": len(loss.values),
         }
-        for (family, depth, scheme, rate), loss in losses.items()
+        for (family, depth, scheme, rate, *others), loss in losses.items()
     ]
+
+
+def differences_from(rows: Sequence[Row], baseline: str, value: str = "test_loss") -> dict[str, PairedDifference]:
+    """`value` of every other variant minus that of `baseline`, paired by seed and depth, where two seeds have both.
+
+    Args:
+        rows: of one family, each variant at its best learning rate.
+        baseline: name of a variant.
+        value: column.
+
+    Returns:
+        differences by name of the variant, with the depth where there are several.
+    """
+    found = {}
+    for depth in dict.fromkeys(row["depth"] for row in rows):
+        own = [(row, shown) for row, shown in zip(rows, name_depths(rows), strict=True) if row["depth"] == depth]
+        plain = [row for row, _ in own if row["scheme"] == baseline]
+        for name in dict.fromkeys(str(shown["scheme"]) for row, shown in own if row["scheme"] != baseline):
+            difference = pair_by_seed([row for row, shown in own if shown["scheme"] == name], plain, value)
+            if len(difference.differences.values) > 1:
+                found[name] = difference
+    return found
 
 
 def compare(claim: str, rows: Sequence[Row], better: str, worse: str, value: str = "test_loss") -> Verdict:
     """Judge whether one variant has a lower `value` than another, in every network that trained both.
 
-    A difference counts if the 95 % interval of its mean over the seeds, paired, excludes 0. The claim holds if all
+    A difference counts if the 95 % interval of its mean over the seeds, paired, excludes 0; where one of the two
+    diverges, it is infinite. The claim holds if all
     networks show it, holds only when some do, does not hold if none does and one shows the opposite, and is open
     otherwise.
 
@@ -246,10 +284,7 @@ def compare(claim: str, rows: Sequence[Row], better: str, worse: str, value: str
             continue
         title = f"{FAMILIES.get(str(family), family)}, {depth} blocks"
         signs[title] = found.sign
-        parts.append(
-            f"{title}: {format_value(found.differences.mean)} ± {format_value(found.bound)} "
-            f"({len(found.differences.values)} seeds)"
-        )
+        parts.append(f"{title}: {found} ({len(found.differences.values)} seeds)")
     if not signs:
         return Verdict(claim, "open", "not measured with two seeds")
     text = f"{value.replace('_', ' ').capitalize()} of {better} minus {worse}: {'; '.join(parts)}."

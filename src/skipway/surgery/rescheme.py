@@ -295,9 +295,7 @@ def preserve_function(
     if divisor == 0:
         raise SkipwayError('a gain that starts at 0 cannot be divided out; start="identity" starts it at 1')
     if divisor != 1:
-        names = [name.partition(".parametrizations.")[0] for name in connection.seen.ends]
-        modules = [connection.model.get_submodule(name) for name in names]
-        change.keep_values(parameter for module in modules for parameter in module.parameters())
+        change.keep_values(parameter for module in connection.end_modules for parameter in module.parameters())
         connection.multiply_(1 / divisor)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -57,20 +57,26 @@ class Connection:
         return self.branch.path()
 
     @torch.no_grad()
-    def multiply_(self, factor: float) -> None:
+    def multiply_(self, factor: float, done: set[Any] | None = None) -> None:
         """Multiply what the branch puts out, in place: at its closing norm where it has one, else at its last map.
 
         In front of a norm a factor would be without effect. Biases are left alone: they start at 0.
+
+        Args:
+            factor: that it is multiplied by.
+            done: tells weights that were multiplied for other connections, which are left alone.
         """
-        norm = self.branch.closing_norm()
+        norm, done = self.branch.closing_norm(), set() if done is None else done
         if norm is None:
-            self.path[-1].multiply_(factor)
-        elif isinstance(norm.weight, Tensor):
-            norm.weight.mul_(factor)
-        else:
+            last = self.path[-1]
+            if is_first(done, last.module, "weight", last.rows):
+                last.multiply_(factor)
+        elif not isinstance(norm.weight, Tensor):
             raise SkipwayError(
                 f"connection {self.name!r} closes with a norm that has no gain; use one with affine=True"
             )
+        elif is_first(done, norm, "weight"):
+            norm.weight.mul_(factor)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,11 @@ class WatchedConnection:
         )
 
     @property
+    def observable(self) -> bool:
+        """Whether a later pass can find the addition: Python calls it, or it is between slots of ours."""
+        return self.seen.slots or self.seen.call is not None
+
+    @property
     def owner(self) -> nn.Module:
         """The module whose forward adds."""
         return self.model.get_submodule(self.seen.owner)
@@ -119,18 +130,27 @@ class WatchedConnection:
             return residual.branch.path()
         return [LinearMap(self.model.get_submodule(name)) for name in self.seen.maps]
 
+    @property
+    def end_modules(self) -> list[nn.Module]:
+        """The closing norms or last maps of what is added."""
+        modules = [self.model.get_submodule(name.partition(".parametrizations.")[0]) for name in self.seen.ends]
+        return [module.out_proj if isinstance(module, nn.MultiheadAttention) else module for module in modules]
+
     @torch.no_grad()
-    def multiply_(self, factor: float) -> None:
+    def multiply_(self, factor: float, done: set[Any] | None = None) -> None:
         """Multiply what the branch puts out, in place: at its closing norm where it has one, else at its last map; of a
         sum of branches, at the end of each.
 
         The bias goes with the weight: what was trained stays what it was, times the factor.
 
+        Args:
+            factor: that it is multiplied by.
+            done: tells weights that were multiplied for other connections, which are left alone.
+
         Raises:
             SkipwayError: the branch ends in neither, so nothing can be multiplied without changing its code.
         """
-        modules = [self.model.get_submodule(name.partition(".parametrizations.")[0]) for name in self.seen.ends]
-        modules = [module.out_proj if isinstance(module, nn.MultiheadAttention) else module for module in modules]
+        modules, done = self.end_modules, set() if done is None else done
         if not modules or not all(isinstance(getattr(module, "weight", None), Tensor) for module in modules):
             raise SkipwayError(
                 f"the branch of connection {self.name!r} ends in no linear map and no norm with a gain, so what it "
@@ -138,7 +158,7 @@ class WatchedConnection:
             )
         for module in modules:
             for name in ("weight", "bias"):
-                if not multiply_tensor(module, name, factor):
+                if is_first(done, module, name) and not multiply_tensor(module, name, factor):
                     raise SkipwayError(
                         f"the {name} of the last map of connection {self.name!r} is computed in every pass from other "
                         "parameters, which do not multiply it; take the parametrization away first "
@@ -150,6 +170,17 @@ class WatchedConnection:
         norms = "+".join(self.seen.norms) or "no"
         branch = f"{'−' if self.seen.sign < 0 else '+'} {self.seen.kind}({condense_paths(self.seen.maps)})"
         return f"{self.name}: {self.seen.skip}{self.seen.several} {branch} · {norms} norm{scale}"
+
+
+def is_first(done: set[Any], module: nn.Module, name: str, rows: slice | None = None) -> bool:
+    """Whether a weight is none of those that were done, to which it is added. Modules may share a parameter; one that
+    is computed is known by its module.
+    """
+    parameter = module._parameters.get(name)
+    key = (id(module), name) if parameter is None else (id(parameter), str(rows))
+    known = key in done
+    done.add(key)
+    return not known
 
 
 def multiply_tensor(module: nn.Module, name: str, factor: float) -> bool:
@@ -208,6 +239,16 @@ class Chain(Sequence[AnyConnection], Generic[AnyConnection]):
 
     def __iter__(self) -> Iterator[AnyConnection]:
         return iter(self.connections)
+
+    def multiply_(self, factor: float) -> None:
+        """Multiply what every branch puts out, in place: each weight once, though several connections share it.
+
+        Raises:
+            SkipwayError: a branch ends in nothing that can be multiplied; those before it are multiplied by then.
+        """
+        done: set[Any] = set()
+        for connection in self:
+            connection.multiply_(factor, done)
 
     def __repr__(self) -> str:
         refused = f", {counted(len(self.refused), 'other addition')}" if self.refused else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from operator import is_not
 from typing import Any, TypeVar
 
 import torch
@@ -59,9 +60,18 @@ def detach_attributes(modules: Iterable[nn.Module]) -> None:
 def attribute_restoration(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """A step that puts back the attributes that a forward pass sets, replaces or fills: tensors, numbers."""
     before = [(module.__dict__, held_by(module)) for module in modules]
-    held_lists = (value for _, held in before for value in held.values() if type(value) in (list, dict))
+    held_lists = (each for _, held in before for value in held.values() for each in lists_in(value))
     lists = [(value, type(value)(value)) for value in held_lists]
     return partial(put_back_attributes, before, lists)
+
+
+def lists_in(value: Any) -> Iterator[Any]:
+    """The lists and mappings in an attribute, outer ones first."""
+    if type(value) in (list, dict):
+        yield value
+    if isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from lists_in(each)
 
 
 def put_back_attributes(before: Sequence[tuple[dict[str, Any], dict[str, Any]]], lists: Sequence[Any]) -> None:
@@ -77,10 +87,19 @@ def put_back_attributes(before: Sequence[tuple[dict[str, Any], dict[str, Any]]],
                 else:
                     del own[name]
     for value, old in lists:
-        if len(value) != len(old) and (not value or next(tensors_in(value), None) is not None):
+        if are_others(value, old) and (not value or next(tensors_in(value), None) is not None):
             filled = list(old) if isinstance(value, list) else dict(old)
             value.clear()
             value.extend(filled) if isinstance(value, list) else value.update(filled)
+
+
+def are_others(value: Any, old: Any) -> bool:
+    """Whether a list or mapping holds other objects than it did."""
+    if len(value) != len(old):
+        return True
+    if isinstance(value, dict):
+        return any(each is not old.get(key, MISSING) for key, each in value.items())
+    return any(map(is_not, value, old))
 
 
 def held_by(module: nn.Module) -> dict[str, Any]:

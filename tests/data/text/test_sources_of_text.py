@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from skipway.data.text import load_text
+from skipway.data.text.sources import split_files
 from skipway.errors import CallError, DataError, MissingExtraError
 
 STORY = "Once upon a time there was a naïve king — he said so.\n" * 8
@@ -354,3 +355,32 @@ def test_a_choice_that_there_is_not_is_refused():
 def test_choices_outside_their_rules(tmp_path, choices, words):
     with pytest.raises(DataError, match=words):
         load_text(**{"source": save(tmp_path, "a.txt", STORY), "context": 8, **choices})
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        ("src/train.py src/model.py README.md", {}),
+        ("train.py eval.py model.py README.md", {}),
+        ("train.txt README.md", {}),
+        ("train.txt test.txt README.md", {"train.txt": "train", "test.txt": "test"}),
+        ("train.csv test.csv README.csv", {"train.csv": "train", "test.csv": "test"}),
+        ("train.txt test.txt README.txt", {"train.txt": "train", "test.txt": "test"}),
+        ("data/train-00000-of-00001.parquet README.parquet", {"data/train-00000-of-00001.parquet": "train"}),
+        ("train.txt.gz valid.txt", {"train.txt.gz": "train", "valid.txt": "validation"}),
+        ("data/train-00000-of-00002.parquet README.md", {"data/train-00000-of-00002.parquet": "train"}),
+        ("train/model.py val/train.py train.py", {"train/model.py": "train", "val/train.py": "validation"}),
+    ],
+)
+def test_names_that_are_splits(files, splits):
+    found, remarks = split_files(files.split())
+    given = {file.path: file.split for file in found}
+    if not splits:
+        assert given == dict.fromkeys(files.split())
+    elif "train.py" in files:
+        assert given == {**splits, "train.py": "train"}
+    else:
+        assert given == splits
+        assert remarks == (
+            [f"1 file left out, beside the files of the splits: {files.split()[-1]!r}"] if "README" in files else []
+        )

@@ -1,6 +1,6 @@
 """Features of images in the cache folder: rows of numbers, each part with its checksum.
 
-As of decoded pixels, there is one file for each source, split and network: features by other weights replace it.
+There is one file for each source, split and network: features by other weights replace it.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ class FeatureTable:
         self.close()
 
     def close(self) -> None:
-        """Close the file and let others write it."""
+        """Close the file and let others write it; what a full disk did not take is computed again."""
         for file in (self.file, self.sums):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # closing writes what is buffered
+                    file.close()
         if self.lock is not None:
             with suppress(OSError):
                 Path(self.lock.lock_file).unlink(missing_ok=True)
@@ -180,8 +181,7 @@ class FeatureTable:
         self.remark(f"features are not cached: {printable(reason)}")
         if self.file is not None:
             self.memory = [self.mapped(self.done).copy()] if self.parts else []
-            self.file.close()
-        self.file = None
+        self.close()
 
     def mapped(self, count: int) -> np.ndarray:
         """The first rows of the file, mapped into memory."""

@@ -90,7 +90,7 @@ class CropTask:
         if self.opened is None:
             self.opened = self.pixels.open(self.count, self.spec.channels)
         if self.opened is None or row is None:
-            return f"the decoded images in {self.pixels.path} are missing or damaged; start again to decode them anew"
+            return "the decoded images in the cache are missing or damaged; start again to decode them anew"
         table, content = self.opened
         offset, height, width = table[self.rows[index]].tolist()
         channels = self.spec.channels

@@ -12,6 +12,8 @@ import os
 import shutil
 import struct
 import sys
+import uuid
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+from filelock import FileLock, Timeout
 
 from skipway.data.inspection import ImageInfo
 from skipway.data.sources.readers import ImageStore
@@ -145,17 +148,46 @@ class PixelFile:
 
     The file holds a JSON header with its SHA-256, a table of (offset, height, width) per image, and the pixels; no code
     and no pickle.
+
+    Args:
+        path: of the file.
+        key: of what it holds, see `cache_key`.
+        others: pattern of the names of the files that it takes the place of.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, others: str = "") -> None:
         self.path = path
         self.key = key
+        self.others = others
+        self.lock: FileLock | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the lock: it is that of the process which reads for as long as the run lasts."""
+        return {**self.__dict__, "lock": None}
 
     @classmethod
     def of(cls, folder: Path, store: ImageStore, kind: str, key: str) -> PixelFile:
-        """The file of a source for the settings in `kind`; a source with another `key` replaces it."""
+        """The file of a source for the settings in `kind`; it takes the place of those with another `key`."""
         base = cache_path(folder, store, "pixels")
-        return cls(base.with_name(f"{base.name}-{kind}.bin"), key)
+        return cls(base.with_name(f"{base.name}-{kind}-{key}.bin"), key, f"{base.name}-{kind}*.bin")
+
+    def hold(self) -> None:
+        """Keep others from removing the file, for as long as this object and this process live."""
+        if self.lock is not None:
+            return
+        # a name of its own: several runs hold the file at once
+        lock = FileLock(self.path.with_suffix(f".{uuid.uuid4().hex[:8]}.lock"), timeout=0, thread_local=False)
+        with suppress(OSError):  # a folder that cannot be written to
+            lock.acquire()
+            self.lock = lock
+            weakref.finalize(self, let_go, lock, os.getpid())
+
+    def remove_others(self) -> None:
+        """Remove the files that this one takes the place of, but for those that a run holds."""
+        for other in self.path.parent.glob(self.others) if self.others else ():
+            if other != self.path and not is_held(other):
+                with suppress(OSError):
+                    other.unlink()
 
     def open(self, count: int, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Map the table, int64 (count, 3), and the bytes; None if the file is missing, damaged or of another key."""
@@ -217,5 +249,29 @@ class PixelFile:
             for row in rows:
                 yield np.ascontiguousarray(row).tobytes()
 
+        self.hold()  # from the first moment on
         replace_file(self.path, pieces())
+        self.remove_others()
         return ""
+
+
+def let_go(lock: FileLock, owner: int | None = None) -> None:
+    """Release a lock and remove its file, unless this process is a fork of the owner."""
+    if owner not in (None, os.getpid()):
+        return
+    with suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
+    with suppress(OSError):
+        lock.release(force=True)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a run holds a file of pixels; the locks of processes that were killed are removed."""
+    for entry in path.parent.glob(f"{path.stem}.*.lock"):
+        lock = FileLock(entry, timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except (Timeout, OSError):
+            return True
+        let_go(lock)
+    return False

@@ -12,7 +12,7 @@ from skipway.data.sources.splits import Split, split_of
 from skipway.data.sources.tables import Table
 from skipway.errors import DataError, printable, spell
 
-__all__ = ["COLUMNS", "Columns", "choose_columns"]
+__all__ = ["COLUMNS", "Columns", "choose_columns", "parse_columns"]
 
 COLUMNS = ("image", "label", "split")
 """Names that are looked for by default; other names are then looked for, too."""
@@ -40,6 +40,15 @@ SPLIT_COLUMNS = (
 # rows that are looked at
 SAMPLED = 200
 YES, NO = frozenset({"true", "1", "yes", "1.0", "t"}), frozenset({"false", "0", "no", "0.0", "f"})
+
+
+def parse_columns(text: str | None) -> tuple[str, ...]:
+    """The names in a text with commas; those that let the content decide for None.
+
+    >>> parse_columns("photo, kind"), parse_columns(None)
+    (('photo', 'kind'), ('image', 'label', 'split'))
+    """
+    return COLUMNS if text is None else tuple(name.strip() for name in text.split(","))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from skipway.data.sources.index import (
     SourceIndex,
     check_classes,
     check_known_classes,
+    files_of_classes,
     name_list,
     sorted_classes,
 )
@@ -78,11 +79,11 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
         if isinstance(table.features[image], datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))
         tables[split] = table.select_columns([image])
-    if "train" not in by_split:
+    if "train" not in by_split and (fewest > 1 or not by_split):
         raise DataError(f"{where} has no split called train; it has {name_list(splits)}: rename one of them")
-    train = by_split["train"]
-    classes = tuple(name for name in names if name in train) if names else sorted_classes(train)
-    check_classes(train, where, allow_empty=False, fewest=fewest)
+    files = files_of_classes(by_split, fewest)
+    classes = tuple(name for name in names if name in files) if names else sorted_classes(files)
+    check_classes(files, where, allow_empty=False, fewest=fewest)
     for other in SPLITS[1:]:
         if other in by_split:
             check_known_classes(by_split[other], classes, where, other)
@@ -91,7 +92,7 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
         store=TableStore(root, image, tables, outside or fetched),
         name=root.name,
         classes=classes,
-        train={name: train[name] for name in classes},
+        train={name: by_split.get("train", {}).get(name, []) for name in classes},
         validation=by_split.get("validation"),
         test=by_split.get("test"),
         unused=tuple(unused),

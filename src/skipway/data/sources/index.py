@@ -105,6 +105,21 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int(name), name) if numeric else (0, name)))
 
 
+def files_of_classes(splits: Mapping[Split, FilesByClass], fewest: int) -> FilesByClass:
+    """The images that say which classes there are: those to train on, or where one class suffices, of every split.
+
+    >>> files_of_classes({"test": {"cat": ["a.jpg"]}}, fewest=1), files_of_classes({"test": {"cat": ["a.jpg"]}}, 2)
+    ({'cat': ['a.jpg']}, {})
+    """
+    if fewest > 1:
+        return splits.get("train", {})
+    found: FilesByClass = {}
+    for split in SPLITS:
+        for name, files in splits.get(split, {}).items():
+            found.setdefault(name, []).extend(files)
+    return found
+
+
 def class_name(name: str) -> str:
     """The name of a class from that of a folder: in Unicode's composed form, since systems store names in either."""
     return unicodedata.normalize("NFC", name)

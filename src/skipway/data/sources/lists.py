@@ -15,12 +15,13 @@ from skipway.data.sources.index import (
     SourceIndex,
     check_known_classes,
     class_name,
+    files_of_classes,
     name_list,
     sorted_classes,
 )
 from skipway.data.sources.readers import FileStore
 from skipway.data.sources.scan import LeftOut
-from skipway.data.sources.splits import SPLITS, known_names
+from skipway.data.sources.splits import SPLITS, Split, known_names
 from skipway.data.sources.tables import Table, read_parquet_table, read_text_table
 from skipway.errors import DataError, counted, printable, spell
 
@@ -47,7 +48,7 @@ class ListRows:
     columns: Columns
     images: ImageNames
     outside: bool
-    splits: dict[str, FilesByClass] = field(default_factory=lambda: {split: {} for split in SPLITS})
+    splits: dict[Split, FilesByClass] = field(default_factory=lambda: {split: {} for split in SPLITS})
     left_out: LeftOut = field(default_factory=lambda: LeftOut(thing="row"))
     seen: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -173,7 +174,7 @@ def index_list(path: Path, *, columns: Sequence[str] = COLUMNS, outside: bool = 
     rows = ListRows(table, chosen, images, outside)
     remarks = [*table.remarks, *chosen.remarks, *rows.sort()]
     where, splits = printable(path), rows.splits
-    classes = sorted_classes(splits["train"] if fewest > 1 else {name for split in SPLITS for name in splits[split]})
+    classes = sorted_classes(files_of_classes(splits, fewest))
     if len(classes) < fewest:
         rest = "".join(f"; {sentence}" for sentence in rows.left_out.sentences())
         raise DataError(

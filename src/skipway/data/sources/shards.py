@@ -23,12 +23,13 @@ from skipway.data.sources.index import (
     SourceIndex,
     check_classes,
     check_known_classes,
+    files_of_classes,
     name_list,
     sorted_classes,
 )
 from skipway.data.sources.readers import ShardMember, ShardStore, check_member_name
 from skipway.data.sources.scan import SUFFIXES, LeftOut
-from skipway.data.sources.splits import SPLITS, looks_like_split, split_in
+from skipway.data.sources.splits import SPLITS, Split, looks_like_split, split_in
 from skipway.errors import DataError, printable
 
 __all__ = ["expand_braces", "index_shards", "key_and_suffix", "shard_paths"]
@@ -106,7 +107,7 @@ def index_shards(source: Path, *, allow_empty: bool = False, fewest: int = 2) ->
         )
     root = source if source.is_dir() else Path(*common_folder(paths))
     members: dict[str, ShardMember] = {}
-    splits: dict[str, FilesByClass] = {split: {} for split in SPLITS}
+    splits: dict[Split, FilesByClass] = {split: {} for split in SPLITS}
     left_out = LeftOut()
     unused = []
     for path in paths:
@@ -121,11 +122,11 @@ def index_shards(source: Path, *, allow_empty: bool = False, fewest: int = 2) ->
             splits[split or "train"].setdefault(label, []).append(name)
         if len(members) > MAX_MEMBERS:
             raise DataError(f"{printable(source)} holds more than {MAX_MEMBERS:,} images, the most: train on a part")
-    where, train = printable(source), splits["train"]
-    classes = sorted_classes(train)
-    if unused and not train:
+    where, files = printable(source), files_of_classes(splits, fewest)
+    classes = sorted_classes(files)
+    if unused and not files:
         raise DataError(f"{where} holds {name_list(unused)} but no training shard: name it train-000.tar")
-    check_classes(train, where, allow_empty=allow_empty, left_out=left_out, fewest=fewest)
+    check_classes(files, where, allow_empty=allow_empty, left_out=left_out, fewest=fewest)
     for other in SPLITS[1:]:
         if splits[other]:
             check_known_classes(splits[other], classes, where, other)
@@ -133,7 +134,7 @@ def index_shards(source: Path, *, allow_empty: bool = False, fewest: int = 2) ->
         store=ShardStore(root, members),
         name=paths[0].stem if len(paths) == 1 else root.resolve().name,
         classes=classes,
-        train={name: train[name] for name in classes},
+        train={name: splits["train"].get(name, []) for name in classes},
         validation=splits["validation"] or None,
         test=splits["test"] or None,
         left_out=left_out,

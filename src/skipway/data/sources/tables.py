@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skipway.errors import DataError, MissingExtraError, first_line, printable
+from skipway.errors import DataError, MissingExtraError, counted, first_line, printable
 
 __all__ = ["Row", "Table", "read_parquet_table", "read_text_table"]
 
@@ -75,7 +75,7 @@ def read_text_table(path: Path) -> Table:
         raise DataError(
             f"{printable(path)}: not a list that can be read: {printable(str(error))}; {SAVE_AS}"
         ) from error
-    return Table(path, rows, tuple(remarks))
+    return Table(path, rows, (*remarks, *comment_remarks(rows, lines, separator)))
 
 
 def decode_text(content: bytes, path: Path) -> tuple[str, str]:
@@ -127,6 +127,18 @@ def parse_rows(lines: list[str], separator: str) -> Iterator[Row]:
                 row.pop()
         if row:
             yield reader.line_num, row
+
+
+def comment_remarks(rows: list[Row], lines: list[str], separator: str) -> Iterator[str]:
+    """A remark where comments have as many cells as the rows, since the name of a file may begin with `#`, too."""
+    width = len(rows[0][1]) if rows else 0
+    comments = [line.strip() for line in uncommented(lines, separator) if re.match(r"\s*#\S", line)]
+    alike = [line for line in comments if line.count(separator) + 1 == width]
+    if alike:
+        yield (
+            f"{counted(len(alike), 'line')} with as many cells as the rows left out as comments, since they begin with "
+            f"#: {printable(alike[0][:60])!r}; quotation marks around the first cell make such a line a row"
+        )
 
 
 def uncommented(lines: list[str], separator: str) -> Iterator[str]:

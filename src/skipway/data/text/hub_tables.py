@@ -12,7 +12,7 @@ from skipway.data.sources.splits import Split, split_of
 from skipway.data.text.charset import Notes, NotText
 from skipway.data.text.documents import Document, TextSource
 from skipway.data.text.rows import TextColumn
-from skipway.errors import DataError, first_line, printable
+from skipway.errors import DataError, first_line, printable, spell
 
 __all__ = ["TableSource", "table_source"]
 
@@ -87,5 +87,7 @@ def select(table: Any, column: str, where: str) -> Any:
         DataError: it has no such column.
     """
     if column not in table.column_names:
-        raise DataError(f"{printable(where)} has no column {column!r}; it has {', '.join(table.column_names)}")
+        has = ", ".join(table.column_names)
+        another = f"; {spell('column', table.column_names[0])} names another" if has else ""
+        raise DataError(f"{printable(where)} has no column {column!r}; it has {has or 'none'}{another}")
     return table.select_columns([column])

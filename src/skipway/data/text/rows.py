@@ -54,7 +54,9 @@ class TextColumn:
         if self.name is not None:
             if self.name in names:
                 return self.name
-            has = f"it has {name_list(names, 12) or 'none'}"
+            has = (
+                f"it has {name_list(names, 12)}; {spell('column', names[0])} names another" if names else "it has none"
+            )
             raise DataError(f"{printable(where)} has no column {self.name!r}; {has}")
         lengths = {name: [len(row[name]) for row in rows if isinstance(row.get(name), str)] for name in names}
         means = {name: sum(found) / len(found) for name, found in lengths.items() if found}

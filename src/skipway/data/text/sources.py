@@ -16,10 +16,15 @@ from skipway.data.text.choices import TextChoices
 from skipway.data.text.compression import plain_name
 from skipway.data.text.documents import FileSource, TextFile, TextSource, standard_library
 from skipway.data.text.hub_tables import table_source
-from skipway.data.text.rows import TextColumn
+from skipway.data.text.rows import ROW_READERS, TextColumn
 from skipway.errors import DataError, printable, spell
 
 __all__ = ["text_source"]
+
+# the end of the name of one of several files of a split
+SHARD = re.compile(r"-\d+-of-\d+$")
+DATA_SUFFIXES = frozenset((".txt", *ROW_READERS))
+"""Of files that are no programs, whose names do not speak of what they do."""
 
 
 def text_source(choices: TextChoices) -> TextSource:
@@ -101,33 +106,54 @@ def with_no_effect(source: TextSource, choices: TextChoices, names: Sequence[str
 
 
 def split_files(files: list[str]) -> tuple[tuple[TextFile, ...], list[str]]:
-    """The files with the splits that their folders name, where one of them is the training split.
+    """The files with the splits that their first folders name, where one of them is the training split; else those that
+    the files themselves name.
 
-    Beside such folders, other files are left out. A file `train.txt` names a split where another file names another.
+    Files beside them are left out. `train.txt` beside `test.txt` are splits, whatever stands beside them, and so are
+    tables; of other suffixes files name splits where all of the suffix in their folder do, as `train.py` beside
+    `model.py` does not. A file for training alone does where it is numbered as a shard,
+    `train-00000-of-00002.parquet`.
 
     >>> split_files(["train/a.txt", "val/b.txt", "README"])
     ((TextFile(path='train/a.txt', split='train'), TextFile(path='val/b.txt', split='validation')),
      ["1 file left out, beside the folders of the splits: 'README'"])
+    >>> split_files(["src/train.py", "src/model.py"])
+    ((TextFile(path='src/train.py', split=None), TextFile(path='src/model.py', split=None)), [])
     """
-    named = [TextFile(file, split_of_path(file)) for file in files]
-    splits = {file.split for file in named} - {None}
-    folder = any(file.split == "train" and "/" in file.path for file in named)
-    if "train" not in splits or not (folder or len(splits) > 1):
+    folders = [split_of(file.partition("/")[0]) if "/" in file else None for file in files]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for file in files:
+        alike.setdefault(kind_of(file), []).append(file)
+    clear = {kind for kind, members in alike.items() if kind[1] in DATA_SUFFIXES or all(map(split_of_name, members))}
+    names = [split_of_name(file) if kind_of(file) in clear else None for file in files]
+    found = [folder or name for folder, name in zip(folders, names, strict=True)]
+    numbered = any(SHARD.search(stem_of(file)) for file, split in zip(files, found, strict=True) if split == "train")
+    if "train" not in found or not ("train" in folders or numbered or len({*found} - {None}) > 1):
         return tuple(TextFile(file, None) for file in files), []
     left_out = LeftOut()
-    for file in named:
-        if file.split is None:
-            left_out.add("beside the folders of the splits", file.path)
-    return tuple(file for file in named if file.split is not None), left_out.sentences()
+    what = "folders" if "train" in folders else "files"
+    for file, split in zip(files, found, strict=True):
+        if split is None:
+            left_out.add(f"beside the {what} of the splits", file)
+    parts = zip(files, found, strict=True)
+    return tuple(TextFile(file, split) for file, split in parts if split is not None), left_out.sentences()
 
 
-def split_of_path(path: str) -> Split | None:
-    """The split that the first folder of a path names, else the file itself; a number of shards does not matter.
+def kind_of(path: str) -> tuple[str, str]:
+    """The folder of a file and its suffix, that of a compressed one without the compression."""
+    name = Path(plain_name(Path(path).name))
+    return str(Path(path).parent), name.suffix.lower()
 
-    >>> split_of_path("val/x/a.txt"), split_of_path("data/train-00000-of-00002.parquet"), split_of_path("book.txt")
-    ('validation', 'train', None)
+
+def stem_of(path: str) -> str:
+    """The name of a file without its suffix."""
+    return Path(plain_name(Path(path).name)).stem
+
+
+def split_of_name(path: str) -> Split | None:
+    """The split that a file itself names; a number of shards does not matter.
+
+    >>> split_of_name("data/train-00000-of-00002.parquet"), split_of_name("val.txt.gz"), split_of_name("book.txt")
+    ('train', 'validation', None)
     """
-    first, _, rest = path.partition("/")
-    if rest and (split := split_of(first)):
-        return split
-    return split_of(re.sub(r"-\d+-of-\d+$", "", Path(plain_name(Path(path).name)).stem))
+    return split_of(SHARD.sub("", stem_of(path)))

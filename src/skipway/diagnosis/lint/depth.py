@@ -143,7 +143,8 @@ def equal_warmup(survey: Survey) -> Iterator[Hit]:
     """All residual warm-ups rise together, and a norm follows every addition; those of Skipway and of `rescheme`."""
     warmups = list(find_warmups(survey.model))
     curves = {curve(each) for each in warmups}
-    if len(warmups) > 2 and len(curves) == 1 and all("post" in link.norms for link in survey.links):
+    post_norm = bool(survey.links) and all("post" in link.norms for link in survey.links)
+    if len(warmups) > 2 and len(curves) == 1 and post_norm:
         yield Hit(
             what=f"{len(warmups)} branches are warmed up together; take schedule='linear-square'",
             where=tuple(link.name for link in survey.links),

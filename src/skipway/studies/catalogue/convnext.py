@@ -22,10 +22,11 @@ from torch import nn
 
 from skipway.inference.metrics import percent
 from skipway.models import build
-from skipway.nn import LayerNorm2d
+from skipway.nn import LayerNorm2d, XavierNormal
+from skipway.nn.initial import FanInNormal
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import FitSettings, data_of, fit, xavier_
+from skipway.studies.fit import FitSettings, data_of, fit, restart_
 from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over, value_labels
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
@@ -127,7 +128,7 @@ class ConvNeXtParts(Study):
             channels=data.channels,
             classes=len(data.classes),
         )
-        initialise_convnext_(model)
+        restart_(model, {nn.Linear: XavierNormal(), nn.Conv2d: FanInNormal()})
         if variant.change is not None:
             variant.change(model)
         settings = FitSettings(
@@ -167,15 +168,6 @@ class ConvNeXtParts(Study):
             )
             for value, what in (("test_error", "Test error"), ("train_error", "Training error"))
         ]
-
-
-@torch.no_grad()
-def initialise_convnext_(model: nn.Module) -> None:
-    """Initialise `model`, in place, so that the signal keeps its size; N(0, 0.02²) suits hundreds of channels."""
-    xavier_(model)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
 
 def judge_part(errors: dict[tuple, SeedValues], claim: str, complete: str, reduced: str) -> Verdict:

@@ -25,10 +25,10 @@ from torch import nn
 from skipway.data import Data
 from skipway.inference.metrics import percent
 from skipway.models import build
-from skipway.nn import Gain
+from skipway.nn import Gain, XavierNormal
 from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import FitSettings, data_of, fit, xavier_
+from skipway.studies.fit import FitSettings, data_of, fit, restart_
 from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
@@ -38,6 +38,8 @@ __all__ = ["LayerScaleStudy"]
 NONE = "no LayerScale"
 STARTS = {"γ₀ = 1": 1.0, "γ₀ = 0.1": 0.1, "γ₀ = 1e-4": 1e-4, "γ₀ = 1e-6": 1e-6}
 SMALL = tuple(STARTS)[1:]
+# with that of the paper for 24 blocks
+PAPER_STARTS = {**STARTS, "γ₀ = 1e-5": 1e-5}
 TITLES = {"vit": "ViT, AdamW", "convnext": "ConvNeXt, AdamW", "resnet": "ResNet, SGD"}
 RATES = {"vit": (1e-3, 4e-3, 1.6e-2), "convnext": (1e-3, 4e-3, 1.6e-2), "resnet": (0.03, 0.1, 0.3)}
 # depths in blocks, width and epochs of each family
@@ -63,7 +65,7 @@ class LayerScaleStudy(Study):
     minutes = "8 minutes on two cores, 18 under load"
     published = tuple(
         Published(
-            what=f"DeiT-S of {depth} blocks, {what}, test error",
+            what=f"DeiT-S of {depth} blocks, {what}, test error on ImageNet",
             value=error,
             where={"family": "vit", "scheme": scheme, "depth": depth, "width": 384, "dataset": "imagenet"},
             column="test_error",
@@ -79,6 +81,7 @@ class LayerScaleStudy(Study):
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
         depths, families = GRIDS[budget]
+        schemes = choices.schemes or (NONE, *(PAPER_STARTS if budget == "paper" else STARTS))
         return [
             self.cell(
                 family=family, scheme=name, depth=depth, lr=rate, seed=seed, width=width, epochs=epochs,
@@ -87,7 +90,7 @@ class LayerScaleStudy(Study):
             for depth in sorted(choices.depths or depths, reverse=True)
             for seed in choices.seeds or (0, 1, 2)
             for family, (width, epochs) in families.items()
-            for name, rate in product(choices.schemes or (NONE, *STARTS), RATES[family])
+            for name, rate in product(schemes, RATES[family])
         ]  # fmt: skip
 
     def dial(self, cell: Cell) -> tuple[str, int] | None:
@@ -167,7 +170,7 @@ class LayerScaleStudy(Study):
 
 def build_layerscale_network(cell: Cell, data: Data) -> nn.Module:
     """Build the network of a cell; the blocks of ConvNeXt and ResNet form two equal stages."""
-    start, depth, width = STARTS.get(cell["scheme"]), cell["depth"], cell["width"]
+    start, depth, width = PAPER_STARTS.get(cell["scheme"]), cell["depth"], cell["width"]
     given = {NONE: "identity"}.get(cell["scheme"], cell["scheme"])
     common: dict[str, Any] = {
         "scheme": given if start is None else f"layerscale(init={start})",
@@ -184,8 +187,7 @@ def build_layerscale_network(cell: Cell, data: Data) -> nn.Module:
         shape: dict[str, Any] = {"dim": width, "heads": 4 if small else width // 32, "ratio": 2.0 if small else 4.0}
         shape |= {"patch": 2 if small else 4, "image": data.size, "pooling": "mean"}
         model = build("vit", depth=depth, **shape, **common)
-    xavier_(model)
-    return model
+    return restart_(model, {nn.Linear: XavierNormal()})
 
 
 def gains_by_depth(rows: Sequence[Row], scheme: str = "γ₀ = 1e-4") -> list[Series]:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import data_of, dataset_name, test_error_and_loss
-from skipway.studies.statistics import group_values, series_over
+from skipway.studies.statistics import group_losses, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
 __all__ = ["FullyConnected", "NotebookMlp"]
@@ -188,7 +188,7 @@ class NotebookMlp(nn.Module):
 
 def last_losses(rows: Sequence[Row], depth: int) -> dict:
     """Group the losses of the third epoch by scheme."""
-    found = group_values([row for row in rows if row["depth"] == depth], ["scheme"], "loss_3")
+    found = group_losses([row for row in rows if row["depth"] == depth], ["scheme"], "loss_3")
     return {key[0]: sample for key, sample in found.items()}
 
 
@@ -206,7 +206,7 @@ def fastest(rows: Sequence[Row], depth: int) -> Verdict:
 def starts(rows: Sequence[Row]) -> Verdict:
     """Judge whether the first epoch's losses without ReZero or LayerNorm are huge."""
     claim = "Without ReZero or normalisation, the first epoch's loss is at least a hundred times that of guessing."
-    found = group_values([row for row in rows if row["depth"] == 64], ["scheme"], "loss_1")
+    found = group_losses([row for row in rows if row["depth"] == 64], ["scheme"], "loss_1")
     if not {("vanilla",), ("residual",)} <= set(found):
         return Verdict(claim, "open", "not measured")
     text = "Training loss of epoch 1: " + ", ".join(

@@ -19,12 +19,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from skipway.report.chart import Figure, format_value
+from skipway.report.chart import Figure
 from skipway.schemes import all_schemes
 from skipway.studies.cell import Row
-from skipway.studies.statistics import group_values, pair_by_seed
+from skipway.studies.statistics import group_losses, group_values
 from skipway.studies.study import STUDIES, Verdict
-from skipway.studies.variants import FAMILIES, NetworkVariant, TrainingGrid, VariantStudy, lowest_rate_rows
+from skipway.studies.variants import (
+    FAMILIES,
+    NetworkVariant,
+    TrainingGrid,
+    VariantStudy,
+    differences_from,
+    lowest_rate_rows,
+)
 
 __all__ = ["SchemeTable"]
 
@@ -75,23 +82,16 @@ class SchemeTable(VariantStudy):
         lines: dict[str, Row] = {}
         for family, title in FAMILIES.items():
             own = [row for row in lowest_rate_rows(rows) if row["family"] == family]
-            errors = group_values(own, ["scheme"], "test_error")
-            for (name,), loss in sorted(
-                group_values(own, ["scheme"], "test_loss").items(), key=lambda each: each[1].mean
-            ):
-                found = pair_by_seed(*pair_with_plain(own, name), "test_loss")
+            found, several = differences_from(own, PLAIN), len({row["depth"] for row in own}) > 1
+            errors = group_values(own, ["scheme", "depth"], "test_error")
+            losses = group_losses(own, ["scheme", "depth"], "test_loss")
+            for (name, depth), loss in sorted(losses.items(), key=lambda each: each[1].mean):
+                suffix = f", {depth} blocks" if several else ""
                 line = lines.setdefault(str(name), {"scheme": str(name)})
-                line[f"{title}: test loss"] = loss.text().partition(" (")[0]
-                line[f"{title}: minus plain"] = (
-                    "" if name == PLAIN else f"{format_value(found.differences.mean)} ± {format_value(found.bound)}"
-                )
-                line[f"{title}: test error"] = f"{100 * errors[name,].mean:.1f} %"
+                line[f"{title}{suffix}: test loss"] = loss.text().partition(" (")[0]
+                line[f"{title}{suffix}: minus plain"] = str(found.get(f"{name}{suffix}", ""))
+                line[f"{title}{suffix}: test error"] = f"{100 * errors[name, depth].mean:.1f} %"
         return list(lines.values())
-
-
-def pair_with_plain(rows: Sequence[Row], name: str) -> tuple[list[Row], list[Row]]:
-    """Return the rows of a scheme and of the plain residual connection."""
-    return [row for row in rows if row["scheme"] == name], [row for row in rows if row["scheme"] == PLAIN]
 
 
 def better_than_plain(rows: Sequence[Row], family: str) -> Verdict:
@@ -99,12 +99,7 @@ def better_than_plain(rows: Sequence[Row], family: str) -> Verdict:
     title = FAMILIES[family]
     claim = f"In a small {title} every scheme lowers the test loss of the plain residual connection."
     own = [row for row in lowest_rate_rows(rows) if row["family"] == family]
-    signs: dict[str, int] = {}
-    for name in dict.fromkeys(str(row["scheme"]) for row in own):
-        first, second = pair_with_plain(own, name)
-        found = pair_by_seed(first, second, "test_loss")
-        if name != PLAIN and len(found.differences.values) > 1:
-            signs[name] = found.sign
+    signs = {name: found.sign for name, found in differences_from(own, PLAIN).items()}
     if len(signs) < 3:
         return Verdict(claim, "open", "not measured with two seeds")
     lower, higher, same = ([name for name, sign in signs.items() if sign == wanted] for wanted in (-1, 1, 0))

@@ -33,9 +33,9 @@ from skipway.optim.schedules import lr_factor
 from skipway.report.chart import Figure, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.fit import FitSettings, data_of
-from skipway.studies.statistics import group_values, pair_by_seed, series_over
+from skipway.studies.statistics import PairedDifference, group_values, pair_by_seed, series_over
 from skipway.studies.study import STUDIES, Verdict
-from skipway.studies.variants import NetworkVariant, TrainingGrid, VariantStudy
+from skipway.studies.variants import NetworkVariant, TrainingGrid, VariantStudy, name_depths, summarise_variants
 
 __all__ = ["StreamDecay"]
 
@@ -102,13 +102,17 @@ class StreamDecay(VariantStudy):
                 x_label="weight decay",
                 y_label=label,
                 log_x=True,
-                series=series_over(rows, "weight_decay", name.replace("-", "_"), "scheme"),
+                series=series_over(name_depths(rows), "weight_decay", name.replace("-", "_"), "scheme"),
             )
             for name, title, label in (
                 ("carried", "What the skips carry from the stem to the head after training", "log₂"),
                 ("test-loss", "Test loss", "test loss"),
             )
         ]
+
+    def summary(self, rows: Sequence[Row]) -> list[Row]:
+        """One row per depth, variant and weight decay."""
+        return summarise_variants(rows, "weight_decay")
 
 
 @torch.no_grad()
@@ -118,34 +122,45 @@ def carried_bits(model: nn.Module) -> float:
     for module in model.modules():
         if isinstance(module, HyperConnection):
             mixing = module.static[:, 1:-1]
-            carried = mixing.T @ (torch.ones(module.count) if carried.ndim == 0 else carried)
+            carried = mixing.T @ (mixing.new_ones(module.count) if carried.ndim == 0 else carried)
     return math.log2(max(float(carried.mean()), 1e-30))
 
 
-def by_decay(rows: Sequence[Row], value: str) -> dict[float, tuple[float, float, int]]:
-    """Mean difference of decayed and not decayed, its bound and its sign, by weight decay."""
+def by_decay(rows: Sequence[Row], value: str) -> dict[str, PairedDifference]:
+    """Difference of decayed and not decayed by weight decay, of each depth where there are several."""
     found = {}
-    for decay in sorted({float(row["weight_decay"] or 0) for row in rows}):
-        own = [row for row in rows if row["weight_decay"] == decay]
-        with_it, without = ([row for row in own if row["scheme"] == name] for name in (DECAYED, KEPT))
+    for name, own in rows_by_decay(rows).items():
+        with_it, without = ([row for row in own if row["scheme"] == each] for each in (DECAYED, KEPT))
         difference = pair_by_seed(with_it, without, value)
         if len(difference.differences.values) > 1:
-            found[decay] = (difference.differences.mean, difference.bound, difference.sign)
+            found[name] = difference
+    return found
+
+
+def rows_by_decay(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each weight decay, and of each depth where there are several."""
+    found: dict[str, list[Row]] = {}
+    several = len({row["depth"] for row in rows}) > 1
+    for row in sorted(rows, key=lambda row: (row["depth"] or 0, row["weight_decay"] or 0)):
+        name = f"{row['weight_decay'] or 0:g}" + (f" with {row['depth']} blocks" if several else "")
+        found.setdefault(name, []).append(row)
     return found
 
 
 def shrinks(rows: Sequence[Row]) -> Verdict:
     """Compare what the skips lose by decay with theory."""
     claim = "Decay takes from the skips at least half of the L λ Σ lr / ln 2 bits that theory says."
+    rows = [row for row in rows if math.isfinite(float(row.get("carried") or 0))]  # NaN where a training diverged
     found = by_decay(rows, "carried")
-    theory = group_values([row for row in rows if row["scheme"] == DECAYED], ["weight_decay"], "carried_theory")
     if not found:
         return Verdict(claim, "open", "not measured with two seeds")
-    good = [f"{decay:g}" for decay, (mean, _, sign) in found.items() if sign < 0 and mean < theory[decay,].mean / 2]
-    text = "; ".join(
-        f"{decay:g}: {format_value(mean)} ± {format_value(bound)} bits, theory {format_value(theory[decay,].mean)}"
-        for decay, (mean, bound, _) in found.items()
-    )
+    theory = {
+        name: group_values([row for row in own if row["scheme"] == DECAYED], [], "carried_theory")[()].mean
+        for name, own in rows_by_decay(rows).items()
+        if name in found
+    }
+    good = [name for name, each in found.items() if each.sign < 0 and each.differences.mean < theory[name] / 2]
+    text = "; ".join(f"{name}: {each} bits, theory {format_value(theory[name])}" for name, each in found.items())
     if good and len(good) < len(found):
         return Verdict(claim, "holds only when", f"the weight decay is {' or '.join(good)}. By weight decay: {text}.")
     return Verdict(claim, "holds" if good else "does not hold", f"By weight decay: {text}.")
@@ -158,12 +173,12 @@ def harms(rows: Sequence[Row]) -> Verdict:
     if not found:
         return Verdict(claim, "open", "not measured with two seeds")
     text = "Test loss with minus without, by weight decay: " + "; ".join(
-        f"{decay:g}: {format_value(mean)} ± {format_value(bound)}" for decay, (mean, bound, _) in found.items()
+        f"{name}: {each}" for name, each in found.items()
     )
-    good = [f"{decay:g}" for decay, (_, _, sign) in found.items() if sign > 0]
+    good = [name for name, each in found.items() if each.sign > 0]
     if good and len(good) < len(found):
         return Verdict(claim, "holds only when", f"the weight decay is {' or '.join(good)}. {text}.")
-    opposite = any(sign < 0 for _, _, sign in found.values())
+    opposite = any(each.sign < 0 for each in found.values())
     return Verdict(claim, "holds" if good else "does not hold" if opposite else "open", f"{text}.")
 
 

@@ -63,7 +63,7 @@ class StreamCount(VariantStudy):
     }
     published = tuple(
         Published(
-            what=f"ViT-B/16, 300 epochs, {name}, test error",
+            what=f"ViT-B/16, 300 epochs, {name}, test error on ImageNet",
             value=error,
             where={"scheme": name, "depth": 12, "width": 768, "dataset": "imagenet"},
             column="test_error",

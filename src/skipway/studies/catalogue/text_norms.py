@@ -20,12 +20,13 @@ Result:   29 November 2026, bytes of Python's standard library, 250 steps, 3 see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 from skipway.report.chart import format_value
 from skipway.studies.cell import Row
-from skipway.studies.statistics import group_values
+from skipway.studies.statistics import group_losses
 from skipway.studies.study import STUDIES, Verdict
 from skipway.studies.text import TextGrid, TextStudy
 from skipway.studies.variants import NetworkVariant, compare, trained_rows
@@ -73,16 +74,17 @@ def tolerates_higher_rates(rows: Sequence[Row]) -> Verdict:
     claim = "In the deeper network Peri-LN tolerates higher rates than pre-norm."
     deepest = max((int(row["depth"] or 0) for row in trained_rows(rows)), default=0)
     own = [row for row in trained_rows(rows) if row["depth"] == deepest]
-    losses = {key: sample.mean for key, sample in group_values(own, ["scheme", "lr"], "train_loss").items()}
+    losses = {key: sample.mean for key, sample in group_losses(own, ["scheme", "lr"], "train_loss").items()}
     highest = {}
     for name in (PRE, POST, PERI):
         found = {float(rate): loss for (scheme, rate), loss in losses.items() if scheme == name}
         if len(found) < 2:
             return Verdict(claim, "open", "not measured at two rates")
         best = min(found.values())
-        highest[name] = max(rate for rate, loss in found.items() if loss <= best + TOLERANCE)
+        tolerated = (rate for rate, loss in found.items() if math.isfinite(loss) and loss <= best + TOLERANCE)
+        highest[name] = max(tolerated, default=0.0)
     text = f"{deepest} blocks, highest rate within {TOLERANCE} nats of the best: " + ", ".join(
-        f"{name} {format_value(rate)}" for name, rate in highest.items()
+        f"{name} {format_value(rate) if rate else 'none'}" for name, rate in highest.items()
     )
     return Verdict(claim, "holds" if highest[PERI] > highest[PRE] else "does not hold", f"{text}.")
 

@@ -16,15 +16,16 @@ Result:   29 November 2026, bytes of Python's standard library, 4 blocks, 200 st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from skipway.report.chart import Figure, format_value
+from skipway.report.chart import Figure
 from skipway.studies.cell import Row
-from skipway.studies.statistics import PairedDifference, pair_by_seed, series_over
+from skipway.studies.statistics import series_over
 from skipway.studies.study import STUDIES, Verdict
 from skipway.studies.text import TextGrid, TextStudy
-from skipway.studies.variants import NetworkVariant, lowest_rate_rows
+from skipway.studies.variants import NetworkVariant, differences_from, lowest_rate_rows
 
 __all__ = ["TextSchemes"]
 
@@ -55,8 +56,8 @@ class TextSchemes(TextStudy):
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
         """Differences, since they are small beside the losses."""
-        found = differences(rows)
-        names = sorted(found, key=lambda name: found[name].differences.mean)
+        found = differences_from(lowest_rate_rows(rows), PLAIN)
+        names = sorted(found, key=lambda name: found[name].compared.mean)
         shown: list[Row] = [
             {"place": place, "difference": value, "scheme": f"minus {PLAIN}"}
             for place, name in enumerate(names, start=1)
@@ -68,41 +69,40 @@ class TextSchemes(TextStudy):
                 title=f"Test loss beside that of {PLAIN}, each at its better rate",
                 x_label="scheme",
                 y_label="difference, nats per byte",
-                categories=tuple(name.partition("(")[0] for name in names),
+                categories=tuple(map(short, names)),
                 series=series_over(shown, "place", "difference", "scheme"),
                 note=f"In order: {', '.join(names)}.",
             )
         ]
 
 
-def differences(rows: Sequence[Row]) -> dict[str, PairedDifference]:
-    """The test loss of each scheme minus that of the plain network, seed by seed, where there are two."""
-    best = lowest_rate_rows(rows)
-    plain = [row for row in best if row["scheme"] == PLAIN]
-    names = dict.fromkeys(str(row["scheme"]) for row in best if row["scheme"] != PLAIN)
-    pairs = {name: pair_by_seed([row for row in best if row["scheme"] == name], plain, "test_loss") for name in names}
-    return {name: found for name, found in pairs.items() if len(found.differences.values) >= 2}
+def short(name: str) -> str:
+    """The name of a variant without the arguments of its scheme.
+
+    >>> short("layerscale(init=0.1)"), short("hyperconnections(n=4), 12 blocks")
+    ('layerscale', 'hyperconnections, 12 blocks')
+    """
+    return re.sub(r"\(.*\)", "", name)
 
 
 def lowers_the_loss(rows: Sequence[Row]) -> Verdict:
     """Judge which schemes have a lower test loss than the plain network."""
     claim = "These schemes lower the test loss."
-    found = differences(rows)
+    found = differences_from(lowest_rate_rows(rows), PLAIN)
     if not found:
         return Verdict(claim, "open", "not measured with two seeds")
     better, worse, same = ([name for name, each in found.items() if each.sign == wanted] for wanted in (-1, 1, 0))
 
     def listed(names: Sequence[str]) -> str:
         pairs = ((name, found[name]) for name in names)
-        values = [f"{name} {format_value(each.differences.mean)} ± {format_value(each.bound)}" for name, each in pairs]
-        return "; ".join(values) or "none"
+        return "; ".join(f"{name} {each}" for name, each in pairs) or "none"
 
     text = (
         f"Test loss minus that of {PLAIN}. Lower: {listed(better)}. Higher: {listed(worse)}. "
         f"Not told apart: {listed(same)}."
     )
     if better and len(better) < len(found):
-        names = ", ".join(name.partition("(")[0] for name in better)
+        names = ", ".join(map(short, better))
         return Verdict(claim, "holds only when", f"the scheme is {names}. {text}")
     return Verdict(claim, "holds" if better else "does not hold" if worse else "open", text)
 
