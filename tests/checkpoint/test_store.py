@@ -327,6 +327,26 @@ def test_memory_layout_is_that_of_the_model():
     assert optimizer.state[model.weight]["momentum_buffer"].stride() == model.weight.stride()
 
 
+class Remembering(nn.Linear):
+    """A map with extra state, which state_dict makes anew each time."""
+
+    seen = (0.0,)
+
+    def get_extra_state(self):
+        return torch.tensor(self.seen)
+
+    def set_extra_state(self, state):
+        self.seen = tuple(state.tolist())
+
+
+def test_extra_state_goes_through_its_module():
+    source, model = nn.Sequential(Remembering(2, 2)), nn.Sequential(Remembering(2, 2))
+    source[0].seen = (2.0, 3.0)
+    load_model_state(model, model_state(source))
+    assert model[0].seen == (2.0, 3.0)
+    assert torch.equal(model[0].weight, source[0].weight)
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing():
     model = make()
     before = {name: tensor.clone() for name, tensor in model_state(model).items()}

@@ -77,6 +77,18 @@ def test_torchvision(photo, name):
     assert_alike(ours(config, transform.crop_size[0], photo), transform(photo))
 
 
+def test_a_file_of_torchvision_has_the_transform_of_its_own_weights():
+    require("torchvision")
+    for file, share in (
+        ("resnet50-0676ba61.pth", 224 / 256),
+        ("resnet50-11ad3fa6.pth", 224 / 232),
+        ("of-somebody.pth", 224 / 232),
+    ):
+        config = find_data_config(Path("weights") / file, "torchvision", "resnet50")
+        assert config is not None
+        assert config.crop_share == pytest.approx(share)
+
+
 @pytest.mark.parametrize("name", ["inception_v3", "efficientnet_b1", "test_vit"])
 def test_sizes_of_timm_are_those_that_it_states(name):
     stated = require("timm").get_pretrained_cfg(name).input_size

@@ -20,6 +20,7 @@ from skipway.inference.backend_search import BackendSearch
 from skipway.inference.backend_selection import BackendComparison, BackendResult
 from skipway.inference.backends import BACKENDS, Choice, send_no_statistics
 from skipway.inference.optimized_model import optimize
+from skipway.inference.quantization import convert_any_batch
 from skipway.inference.quantized_model import explain_precision, quantize
 from skipway.inference.run_images import RunImages
 from skipway.recipe import Recipe
@@ -140,6 +141,28 @@ def test_a_layer_that_breaks_stays_in_float_and_no_other():
     )
     assert fast.float_layers == ("third",)
     assert fast.answer.kept
+
+
+class Alternating(Small):
+    """Computes the same by other operators every other time, which a tracer refuses."""
+
+    calls = 0
+
+    def forward(self, x):
+        Alternating.calls += 1
+        return super().forward(x) * 2 if Alternating.calls % 2 else super().forward(x) + super().forward(x)
+
+
+@needs_nncf
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_network_that_is_traced_differently_every_time_is_converted(size):
+    import openvino
+
+    model, images = Alternating().eval(), samples(6)[0]
+    network = convert_any_batch(model, images[:size])
+    found = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([images.numpy()])[0]
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(found), model(images), atol=1e-5)
 
 
 @needs_nncf

@@ -79,6 +79,20 @@ def test_weights_in_torch_hubs_cache_are_read_without_a_network(tmp_path):
     assert search_weights().model == "torchvision:squeezenet1_1"
 
 
+def test_older_weights_of_torchvision_are_told_as_what_they_are(tmp_path):
+    network = load_model("torchvision:mobilenet_v3_large", ModelRequest()).model
+    older, newer = import_library("torchvision").models.get_model_weights("mobilenet_v3_large")
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    for weights, share in ((older, 224 / 256), (newer, 224 / 232)):
+        torch.save(network.state_dict(), folder / Path(weights.url).name)
+        find_published_weights.cache_clear()
+        found = find_published_weights("torchvision:mobilenet_v3_large")
+        assert found.origin == f"torchvision's weights {weights.name}, no licence stated, from the local cache"
+        assert found.config.crop_share == pytest.approx(share)
+        assert weights.name in found.config.origin
+
+
 def test_a_cached_network_that_nobody_named_is_taken_with_its_tag(tmp_path):
     cache_timm(tmp_path)
     found = search_weights()

@@ -111,3 +111,36 @@ def test_a_classifier_that_something_else_depends_on_is_refused_and_put_back():
     with pytest.raises(Exception, match=r"6|size"):
         replace_classifier(model, torch.randn(2, 4), 3)
     assert model(torch.randn(2, 4)).shape == (2, 6)
+
+
+class Named(nn.Module):
+    """A classifier under two names, and attributes that are as large as the number of classes."""
+
+    def __init__(self, classes: int = 1) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(4, 8), nn.Linear(8, classes)
+        self.fc = self.head
+        self.num_classes = self._n_labels = self.num_class_tokens = self.class_token_index = classes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.trunk(x).relu())
+
+
+def test_counts_of_classes_alone_follow_and_are_named():
+    model = Named()
+    operation = replace_classifier(model, torch.randn(2, 4), 5)
+    assert (model.num_classes, model._n_labels, model.num_class_tokens, model.class_token_index) == (5, 5, 1, 1)
+    assert operation.touched == {"head": "1 classes replaced by 5, and in num_classes, _n_labels"}
+    operation.undo()
+    assert (model.num_classes, model._n_labels) == (1, 1)
+
+
+def test_a_classifier_is_replaced_under_all_its_names():
+    model, x = Named(3), torch.randn(2, 4)
+    before, names = model.head, list(model._modules)
+    operation = replace_classifier(model, x, 5)
+    assert model.head is model.fc
+    assert model(x).shape == (2, 5)
+    operation.undo()
+    assert model.head is model.fc is before
+    assert list(model._modules) == names

@@ -274,3 +274,35 @@ def test_a_norm_behind_a_map_whose_weights_are_computed_is_a_factor_and_a_shift(
     assert dict(operation.touched) == {"1": "a factor and a shift in its place"}
     torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-5)
     assert list(operation.undo().state_dict()) == keys
+
+
+def test_a_factor_and_a_shift_keep_the_type_of_the_stream():
+    half = {"dtype": torch.bfloat16}
+    model = nn.Sequential(nn.Linear(8, 8, **half), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 8, **half)).eval()
+    x = torch.randn(4, 8, **half)
+    assert remove_norm(model, x, how="fold", tolerance=0.1).touched == {"2": "a factor and a shift in its place"}
+    assert model(x).dtype == torch.bfloat16
+
+
+class TwoNames(nn.Module):
+    """A norm that is registered by itself and in a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.tail = nn.Sequential(self.norm, nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.first(x))
+
+
+def test_a_norm_is_replaced_under_all_its_names():
+    model, x = TwoNames().eval(), torch.randn(4, 8)
+    model.norm.running_mean.fill_(0.5)
+    before, norm = model(x), model.norm
+    operation = remove_norm(model, x, how="fold")
+    assert model.norm is model.tail[0]
+    assert isinstance(model.norm, nn.Identity)
+    torch.testing.assert_close(model(x), before)
+    operation.undo()
+    assert model.norm is model.tail[0] is norm

@@ -277,3 +277,57 @@ def test_a_fused_bias_is_trained_as_what_went_into_it(trained, after):
     assert isinstance(fused[1], nn.Identity)
     assert fused[0].bias.requires_grad == (trained != "none")
     assert not fused[0].weight.requires_grad
+
+
+class AlwaysDropped(nn.Dropout):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.dropout(input, self.p, True)
+
+
+class Squared(nn.Identity):
+    def forward(self, input: Tensor) -> Tensor:
+        return input.square()
+
+
+class Halved(DropPath):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+class HalvedByMask(DropPath):
+    def mask(self, x: Tensor) -> Tensor:
+        return torch.full((len(x), *(1,) * (x.ndim - 1)), 0.5)
+
+
+class Rectified(ScaledStandardConv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+def hooked_identity() -> nn.Module:
+    identity = nn.Identity()
+    identity.register_forward_hook(lambda module, given, out: out.square())
+    return identity
+
+
+@pytest.mark.parametrize(
+    "between", [lambda: AlwaysDropped(0.5), Squared, lambda: Halved(0.5), lambda: HalvedByMask(0.5), hooked_identity]
+)
+def test_nothing_goes_through_what_is_no_identity(between):
+    torch.manual_seed(0)
+    module = between()
+    model = trained(nn.Sequential(nn.Conv2d(4, 4, 1), module, nn.BatchNorm2d(4))).eval()
+    x = torch.randn(2, 4, 3, 3)
+    done = fuse_with_report(model)
+    assert list(done.kept) == ["2"]
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(done.model(x), expected)
+
+
+def test_a_standardised_map_with_another_forward_is_kept():
+    model, x = nn.Sequential(Rectified(4, 4, 1)).eval(), torch.randn(2, 4, 3, 3)
+    done = fuse_with_report(model)
+    assert list(done.kept) == ["0"]
+    torch.testing.assert_close(done.model(x), model(x))

@@ -9,6 +9,7 @@ import torch
 from tests.process_group import one_rank
 from tests.surgery.test_depth import Net, X
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import skipway as sw
 from benchmarks.depth import Live, peak_bytes
@@ -311,3 +312,30 @@ def test_an_operation_draws_none_of_the_numbers_of_its_caller():
     before = torch.get_rng_state()
     skip_compute(model, ROW, 0.5)
     torch.testing.assert_close(torch.get_rng_state(), before, rtol=0, atol=0)
+
+
+class Dropped(nn.Module):
+    """x + g(dropout(tanh(f(x))))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop, self.g = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.g(self.drop(torch.tanh(self.f(x))))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_within_another_checkpoint_gradients_are_those_of_the_network(reentrant):
+    """The outer one computes the network again within a backward pass, where segments are computed for the first time,
+    too."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(*(Dropped() for _ in range(3))), torch.randn(16, 8)
+    net = copy.deepcopy(plain)
+    checkpointed(net, x, 1)
+    torch.manual_seed(5)
+    plain(x.clone().requires_grad_()).square().sum().backward()
+    torch.manual_seed(5)
+    checkpoint(net, x.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+    for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

@@ -680,3 +680,45 @@ def test_a_division_without_effect_is_put_back():
         rescheme(model, x, "skipinit(init=0.5)", start="divide")
     assert_same(model, keys, types)
     assert rescheme(model, x, "skipinit").touched == {"": "branch.2"}
+
+
+class ByKeyword(nn.Module):
+    """A branch whose maps are called by keyword."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(input=functional.relu(self.a(input=x)))
+
+
+@pytest.mark.parametrize("scheme", ["normfree", "fixup"])
+def test_maps_that_are_called_by_keyword_are_dressed(scheme):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ByKeyword(), ByKeyword()), torch.randn(4, 6)
+    before = model(x)
+    operation = rescheme(model, x, scheme)
+    assert len(operation.touched) == 2
+    torch.testing.assert_close(model(x), before)
+
+
+class NormsIn32Bits(nn.Module):
+    """A pre-norm block in bfloat16 with norms in float32, as large models are kept."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.one = nn.LayerNorm(dim), nn.Linear(dim, dim, dtype=torch.bfloat16)
+        self.norm2, self.two = nn.LayerNorm(dim), nn.Linear(dim, dim, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(self.norm1(x))
+        return x + self.two(self.norm2(x))
+
+
+@pytest.mark.parametrize("scheme", ["layerscale", "perinorm", "hyperconnections(2)"])
+def test_the_type_of_the_stream_stays_where_norms_have_a_wider_one(scheme):
+    model, x = nn.Sequential(NormsIn32Bits(), NormsIn32Bits()), torch.randn(4, 8, dtype=torch.bfloat16)
+    rescheme(model, x, scheme)
+    assert model(x).dtype == torch.bfloat16
+    assert {p.dtype for name, p in model.named_parameters() if "residual_" in name} == {torch.bfloat16}

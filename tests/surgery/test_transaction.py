@@ -313,3 +313,17 @@ def test_numbers_are_drawn_on_the_cpu_wherever_new_tensors_lie(operate):
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(4, 3, 8)
     with torch.device("meta"):
         operate(model, x)
+
+
+def test_a_network_that_was_moved_gets_nothing_back_from_another_device():
+    net = Net().eval()
+    takes = shorten(net, X, to=1)
+    net.to("meta")
+    with pytest.raises(sw.SkipwayError, match=r"moved to meta since, .* stayed on cpu; .* model\.to\('cpu'\)"):
+        takes.undo(force=True)
+    assert not takes.undone
+    other = Net().eval()
+    keeps = rescheme(other, X, "layerscale")
+    other.to("meta")
+    keeps.undo(force=True)
+    assert {parameter.device.type for parameter in other.parameters()} == {"meta"}

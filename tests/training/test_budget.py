@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
 from skipway.training import clock, image_task, loop, step, train
 from skipway.training.budget import Plan, RunCosts, RunWork, plan_steps, validation_part
+from skipway.training.distributed import Ranks
 from skipway.training.resume import resume_recipe
+from skipway.training.run import Progress
 from skipway.training.run_folder import RunFolder
 
 # seconds of a step by (seconds of an ordinary step, part of the budget that is used, random numbers)
@@ -245,6 +248,31 @@ def test_expensive_validation_is_done_on_a_fixed_part(tmp_path, machine):
     outcome = train(replace(DIGITS, time="40s"), tmp_path / "run", reporter=notes)
     assert notes.said("100 of them, the same in every epoch")
     assert outcome.validation_images == 100
+
+
+def test_a_fitted_classifier_and_the_epochs_are_compared_on_the_same_images(tmp_path, machine, monkeypatch):
+    monkeypatch.setenv("SKIPWAY_CACHE", str(tmp_path / "cache"))
+    machine.image, totals, evaluate = 0.03, [], loop.Trainer.evaluate
+
+    def evaluate_and_note(trainer, split, observe=None):
+        evaluation = evaluate(trainer, split, observe)
+        totals.extend([evaluation.total] if split == "validation" else [])
+        return evaluation
+
+    monkeypatch.setattr(loop.Trainer, "evaluate", evaluate_and_note)
+    recipe = replace(DIGITS, freeze="first", batch_size=8)
+    for given in ("40s", "80s"):  # which has time for more of them
+        train(replace(recipe, time=given), tmp_path / "run", resume=True)
+    assert len(totals) > 2
+    assert set(totals) == {100}
+
+
+def test_images_are_not_chosen_anew_once_there_is_a_result():
+    """Epochs of few steps are done before the first plan."""
+    recipe, progress = SimpleNamespace(budget=1.0), Progress(epoch=1, costs=RunCosts(image=9.0))
+    run = SimpleNamespace(recipe=recipe, progress=progress, ranks=Ranks(), task=None, data=None)
+    clock.choose_validation(run)
+    assert not run.progress.validation_images
 
 
 def test_a_run_that_goes_back_to_its_start_is_planned_again(tmp_path, machine, monkeypatch):

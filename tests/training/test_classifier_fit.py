@@ -26,6 +26,8 @@ from skipway.training.features import features_of
 from skipway.training.head import select_head
 from skipway.training.linear_head import linear_heads
 from skipway.training.reporter import SilentReporter
+from skipway.training.resume import change_plan
+from skipway.training.run import Progress
 
 BASE = sw.Recipe(model="resnet", depth=8, width=8, epochs=2, batch_size=128, device="cpu", precision="float32")
 
@@ -77,6 +79,19 @@ def test_only_the_classifier_changes_and_is_the_regression_of_its_features(tmp_p
     assert torch.allclose(model.head.classifier.weight, expected.weight, rtol=1e-2, atol=1e-2)
     assert run.best_accuracy == pytest.approx(expected.accuracy)
     assert "fitted to features of the frozen network; no step" in (run.folder.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("longer", [{"epochs": 9}, {"steps": 30}, {"time": "9m"}, {"patience": 3}])
+def test_a_longer_run_of_the_classifier_alone_stays_at_its_end(longer):
+    recipe = sw.Recipe(freeze="all", epochs=2)
+    before = {"epochs": recipe.epochs, "steps": None, "time": None, "patience": None}
+    run = SimpleNamespace(recipe=replace(recipe, **longer), progress=Progress(head_fitted=True), reporter=Notes())
+    run.length = {**before, **longer}
+    change_plan(run, before)
+    assert run.progress == Progress(head_fitted=True)
+    (note,) = run.reporter.notes
+    assert note.startswith(f"{next(iter(longer))}=")
+    assert "has no effect" in note
 
 
 def test_features_are_computed_once(tmp_path, cache):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from tests.training.test_loop import assert_same, weights
 
 from skipway.checkpoint.files import read_tensors
 from skipway.training import mlp_head
-from skipway.training.loop import train
+from skipway.training.distributed import Ranks
+from skipway.training.ema import ModelEMA
+from skipway.training.loop import share_buffers, train
 from skipway.training.run import Outcome
 from skipway.training.run_folder import RunFolder
 
@@ -96,3 +99,17 @@ def test_one_process_writes_what_one_process_would(runs, alone):
     # several processes see a share of the test images each, so none looks for wrong labels
     assert names == {path.name for path in alone.folder.path.iterdir()} - {"findings.csv"}
     assert_same(alone, alone)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_running_statistics_and_their_averages_are_those_of_the_first_process(monkeypatch, world):
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: tensor.fill_(7 + source))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model.register_buffer("fresh", torch.zeros(2), persistent=False)
+    averages = ModelEMA(model, 0.9)
+    share_buffers(SimpleNamespace(model=model, ema=averages, ranks=Ranks(world=world)))
+    changed = {name for name, tensor in averages.tensors.items() if (tensor == 7).any()}
+    assert changed == ({"1.running_mean", "1.running_var"} if world == 2 else set())
+    changed = {name for name, tensor in model.named_buffers() if (tensor == 7).all()}
+    assert changed == ({"fresh", "1.running_mean", "1.running_var"} if world == 2 else set())
+    assert not any((tensor == 7).any() for tensor in model.parameters())

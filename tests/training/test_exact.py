@@ -101,6 +101,42 @@ def test_the_average_is_what_is_tested_and_kept(tmp_path):
     assert float(average.tensors["weight"]) == pytest.approx(expected, rel=1e-5)
 
 
+class Shared(torch.nn.Module):
+    """A weight of several names, a part of it as a buffer, and extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = self.embedding = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.head.weight)
+        self.register_buffer("view", self.head.weight.detach()[0])
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.head.weight.detach() + 1
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        pass
+
+
+def test_averages_of_shared_tensors_are_swapped_in_and_out(tmp_path):
+    from skipway.training.ema import ModelEMA
+
+    model = Shared()
+    average = ModelEMA(model, 0.9)
+    torch.nn.init.ones_(model.head.weight)
+    average.update(model, 1)
+    kept = {name: tensor.clone() for name, tensor in average.tensors.items()}
+    assert kept.keys() == {"view", "head.weight", "embedding.weight"}
+    for _ in range(2):
+        with average.applied(model):
+            assert model.head.weight.item() == model.view.item() == pytest.approx(9 / 11)
+        assert model.head.weight.item() == model.view.item() == 1.0
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in average.tensors.items())
+    average.load({**kept, "_extra_state": torch.zeros(1, 1), "embedding.weight": torch.ones(1, 1)})
+    with average.applied(model):  # the first name decides where a file has several values of a tensor
+        assert model.head.weight.item() == pytest.approx(9 / 11)
+    assert model.head.weight.item() == 1.0
+
+
 def test_frozen_blocks_do_not_move(tmp_path):
     start = train(dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=1, lr=1e-9, ema=None), tmp_path / "start")
     recipe = dataclasses.replace(

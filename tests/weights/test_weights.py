@@ -455,3 +455,45 @@ def test_a_network_without_memory_is_named():
         model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(sw.CheckpointError, match=r"0\.weight of this Sequential is on the meta device"):
         sw.load(model, nn.Sequential(nn.Linear(2, 2)).state_dict())
+
+
+class Remembering(nn.Linear):
+    """A map with extra state, which state_dict makes anew each time."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.seen = [1.0]
+
+    def get_extra_state(self) -> object:
+        return torch.tensor(self.seen)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.seen = state.tolist()
+
+
+class Untyped(Remembering):
+    def get_extra_state(self) -> object:
+        return {"seen": self.seen}
+
+
+class Unsettable(nn.Linear):
+    def get_extra_state(self) -> object:
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, lambda module: nn.Sequential(torch.compile(module))])
+def test_extra_state_goes_through_its_module(wrap):
+    source, inner = nn.Sequential(Remembering()), Remembering()
+    source[0].seen = [2.0, 3.0]
+    report = sw.weights.loader.load_state(wrap(inner), source.state_dict())
+    assert "0._extra_state" in report.matched
+    assert inner.seen == [2.0, 3.0]
+    assert torch.equal(inner.weight, source[0].weight)
+
+
+def test_extra_state_that_cannot_be_loaded_is_named():
+    with pytest.raises(sw.CheckpointError, match="'0._extra_state' of this Sequential is not a tensor but dict"):
+        sw.load(nn.Sequential(Untyped()), nn.Sequential(nn.Linear(2, 2)).state_dict())
+    model = nn.Sequential(Unsettable(2, 2))
+    with pytest.raises(sw.CheckpointError, match="'0._extra_state' cannot be loaded: Unsettable has get_extra_state"):
+        sw.load(model, nn.Sequential(Unsettable(2, 2)).state_dict())

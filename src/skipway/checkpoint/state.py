@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, printable
 from skipway.tracing import unwrap
-from skipway.weights.prefixes import INSERTED
+from skipway.weights.prefixes import INSERTED, extra_state_owners
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -47,7 +47,7 @@ def clean_name(name: str) -> str:
 
 
 def model_state(model: nn.Module, *, gather: bool = True) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, as references: they change as training continues.
+    """Return parameters, buffers and extra state by name, as references: they change as training continues.
 
     Args:
         model: wrapped or not.
@@ -99,25 +99,32 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, gathe
 
 
 def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `model_state` returned into the model, in place; names, shapes and dtypes must all match.
+    """Load what `model_state` returned into the model, in place; names, shapes and dtypes must all match, but those of
+    extra state, of which each module's `set_extra_state` is given a copy.
 
     Every rank passes full tensors or its own shards. On a mismatch nothing is changed.
 
     Raises:
-        CheckpointError: names, shapes or dtypes differ.
+        CheckpointError: names, shapes or dtypes differ, or a module has `get_extra_state` without `set_extra_state`.
     """
+    owners = extra_state_owners(model)
     targets = model_state(model, gather=False)
     lost, strange = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
     if lost or strange:
         raise CheckpointError(f"the checkpoint does not fit the model: {describe_mismatch(lost, strange)}")
     for name, target in targets.items():
         source = tensors[name]
+        if name in owners:
+            continue
         if source.shape != target.shape or source.dtype != target.dtype:
             was, now = (f"{list(each.shape)} {each.dtype}" for each in (source, target))
             raise CheckpointError(f"the checkpoint does not fit the model: {name} is {was} there and {now} here")
     with torch.no_grad():
         for name, target in targets.items():
-            local_tensor(target).copy_(local_tensor(place_like(tensors[name], target)))
+            if name in owners:
+                owners[name].set_extra_state(tensors[name].detach().to(target.device, copy=True))
+            else:
+                local_tensor(target).copy_(local_tensor(place_like(tensors[name], target)))
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -42,17 +42,21 @@ class DataConfig:
     resample: str | None = None
 
 
-def find_data_config(source: str | Path, names: str, model: str | None) -> DataConfig | None:
+def find_data_config(
+    source: str | Path, names: str, model: str | None, *, file: str | None = None
+) -> DataConfig | None:
     """Find the preprocessing that weights expect; None where nothing states it.
 
     In this order: the header of a file of ours; `preprocessor_config.json` (transformers) and `config.json` with a
-    `pretrained_cfg` (timm) in the same folder; timm, if it is installed and has the model; torchvision's transform,
-    else ImageNet's mean and deviation, which all of its classifiers have.
+    `pretrained_cfg` (timm) in the same folder; timm, if it is installed and has the model; torchvision's transform
+    of the weights that it publishes in a file of that name, or of its newest ones, else ImageNet's mean and deviation,
+    which all of its classifiers have.
 
     Args:
         source: file or folder of the weights.
         names: library that the names of the weights come from, see `skipway.load`.
         model: name of the network, as timm knows it.
+        file: name of the file that a library publishes the weights in; None: that of `source`.
 
     Raises:
         CheckpointError: a description beside the weights is damaged.
@@ -67,7 +71,8 @@ def find_data_config(source: str | Path, names: str, model: str | None) -> DataC
     if names == "timm" and model is not None and find_spec("timm") is not None:
         return of_timm(model)
     if names == "torchvision":
-        stated = None if model is None or find_spec("torchvision") is None else of_torchvision(model)
+        known = model is not None and find_spec("torchvision") is not None
+        stated = of_torchvision(str(model), path.name if file is None else file) if known else None
         return stated or DataConfig(IMAGENET_MEAN, IMAGENET_STD, "torchvision's weights")
     return None
 
@@ -170,12 +175,15 @@ def of_timm(model: str) -> DataConfig | None:
     return of_mapping(stated, "mean", "std", f"timm's weights of {model}{tag}", config.crop_pct, config.interpolation)
 
 
-def of_torchvision(model: str) -> DataConfig | None:
-    """What torchvision says about its newest weights of a model; None where it has none."""
+def of_torchvision(model: str, file: str) -> DataConfig | None:
+    """What torchvision says about its weights of a model in a file of that name, else about the newest; None where
+    it has none.
+    """
     models = import_library("torchvision").models
     if model not in models.list_models():
         return None
-    weights = models.get_model_weights(model).DEFAULT
+    published = models.get_model_weights(model)
+    weights = next((each for each in published if Path(each.url).name == file), published.DEFAULT)
     made = weights.transforms()
     stated = {"mean": list(getattr(made, "mean", ())), "std": list(getattr(made, "std", ()))}
     crop, edge = (getattr(made, name, [None])[0] for name in ("crop_size", "resize_size"))

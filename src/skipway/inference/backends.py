@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -44,6 +44,7 @@ __all__ = [
     "call_with",
     "compile_frozen",
     "compile_openvino",
+    "convert_openvino_for",
     "first_tensor",
     "send_no_statistics",
 ]
@@ -300,17 +301,25 @@ def reshape_openvino(converted: Any, example: Tensor) -> Any:
     return copy
 
 
-def convert_openvino_for(model: nn.Module, example: Tensor, shape: Sequence[int]) -> Any:
-    """Convert a network for images of a shape, -1 for a side that is left open."""
+def convert_openvino_for(model: nn.Module, example: Tensor, shape: Sequence[int], *, plain: bool = True) -> Any:
+    """Convert a network for images of a shape, -1 for a side that is left open; with `plain` its operators are replaced
+    by `PlainOperators`. A side stays closed where the network makes a constant of it.
+    """
     import openvino
 
     with warnings.catch_warnings(), send_no_statistics():
         warnings.simplefilter("ignore")  # the tracer warns about every Python branch
         try:
-            with PlainOperators():
+            with PlainOperators() if plain else nullcontext():
                 return openvino.convert_model(model, example_input=example, input=[tuple(shape)])
         except RuntimeError:  # traced twice, the graphs differ: torchvision's Swin
-            return openvino.convert_model(torch.export.export(model, (example,), strict=False))
+            sides = {axis: torch.export.Dim.AUTO for axis, side in enumerate(shape) if side == -1}
+            # a side of 1 is always made a constant of
+            sample = example.repeat(
+                [2 if axis in sides and side == 1 else 1 for axis, side in enumerate(example.shape)]
+            )
+            program = torch.export.export(model, (sample,), dynamic_shapes=(sides,), strict=False)
+            return openvino.convert_model(program)
 
 
 @contextmanager

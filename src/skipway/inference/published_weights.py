@@ -159,9 +159,9 @@ def is_offline() -> bool:
 def published(library: WeightLibrary, name: str, state: dict[str, Tensor], where: str) -> PublishedWeights:
     """Weights of a library, with what it says about them."""
     kind = next(kind for kind, each in LIBRARIES.items() if each is library)
-    return PublishedWeights(
-        state, find_data_config("", kind, name), f"{kind}'s weights {library.describe(name)}{where}"
-    )
+    cached = library.find_cached(name)
+    config = find_data_config("", kind, name, file="" if cached is None else cached.name)
+    return PublishedWeights(state, config, f"{kind}'s weights {library.describe(name)}{where}")
 
 
 def read_packaged(model: str, packaged: PackagedWeights) -> PublishedWeights:

@@ -29,7 +29,7 @@ from skipway.errors import MissingExtraError, SkipwayError
 from skipway.hardware.device import choose_precision
 from skipway.hardware.processor import cpu_precisions
 from skipway.inference.answer_check import AnswerChange, AnswerCheck
-from skipway.inference.backends import BACKENDS, INT8, Backend, Choice, send_no_statistics
+from skipway.inference.backends import BACKENDS, INT8, Backend, Choice, convert_openvino_for, send_no_statistics
 from skipway.inference.batch_pieces import BatchAxes, build_run
 from skipway.inference.timer import error_line
 
@@ -262,12 +262,7 @@ def convert_any_batch(model: nn.Module, example: Tensor) -> Any:
     Raises:
         SkipwayError: it fixes the size of its batches.
     """
-    import openvino
-
-    shape = example.shape[1:]
-    with warnings.catch_warnings(), send_no_statistics():
-        warnings.simplefilter("ignore")  # the tracer warns about every Python branch
-        network = openvino.convert_model(model, example_input=example, input=[(-1, *shape)])
+    network = convert_openvino_for(model, example, (-1, *example.shape[1:]), plain=False)
     if len(network.outputs) != 1 or network.output(0).partial_shape[0].is_static:
         raise SkipwayError(
             "precision='int8': the network fixes the size of its batches: it reads the size as a plain number, by "

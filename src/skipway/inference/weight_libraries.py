@@ -36,7 +36,7 @@ class WeightLibrary(Protocol):
         ...
 
     def describe(self, name: str) -> str:
-        """Which weights a name stands for, with their licence as far as the library states it."""
+        """Which weights are taken for a name, with their licence as far as the library states it."""
         ...
 
     def address(self, name: str) -> str | None:
@@ -127,9 +127,13 @@ class Torchvision:
         kinds = models.get_model_weights(name)
         return sorted(kinds, key=lambda each: each is not kinds.DEFAULT)
 
+    def cached_weights(self, name: str) -> Any:
+        """The first weights of a network whose file is in the cache; None if there are none."""
+        return next((each for each in self.weights(name) if torch_hub_file(each.url) is not None), None)
+
     def find_cached(self, name: str) -> Path | None:
-        files = (torch_hub_file(each.url) for each in self.weights(name))
-        return next((file for file in files if file is not None), None)
+        weights = self.cached_weights(name)
+        return None if weights is None else torch_hub_file(weights.url)
 
     def cached_names(self) -> Iterator[str]:
         for name in import_library("torchvision").models.list_models(module=import_library("torchvision").models):
@@ -143,7 +147,8 @@ class Torchvision:
         return import_library("torchvision").models.get_model(name, weights=self.weights(name)[0]).state_dict()
 
     def describe(self, name: str) -> str:
-        return f"{self.weights(name)[0].name if self.weights(name) else name}, no licence stated"
+        weights = self.cached_weights(name) or next(iter(self.weights(name)), None)
+        return f"{name if weights is None else weights.name}, no licence stated"
 
     def address(self, name: str) -> str | None:
         return next((each.url for each in self.weights(name)), None)

@@ -323,13 +323,19 @@ class LastRandomState:
         return self.state
 
 
-@dataclass(frozen=True)
+@dataclass
 class Before:
-    """What a segment finds in a forward pass, and has to find again when it is computed again."""
+    """What a segment finds in a forward pass, and has to find again when it is computed again.
+
+    Args:
+        computed: whether the segment was computed already. A forward pass may run within a backward pass, where the
+            network is computed again as a whole, so that this alone tells a first computation from a later one.
+    """
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     random: RandomState
     buffers: list[KeptBuffer]
+    computed: bool = False
 
 
 @dataclass
@@ -376,8 +382,10 @@ class CheckpointedRow(BlockRow):
         return [KeptBuffer.of(module, name) for module, name in self.writes if module.training]
 
     def compute(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: Before | None) -> Any:
-        """Run all blocks, in the backward pass as they ran before: on what was there before they wrote into it."""
-        if before is None or torch._C._current_graph_task_id() == -1:  # not within a backward pass
+        """Run all blocks, the second time as they ran before: on what was there before they wrote into it."""
+        if before is None or not before.computed:
+            if before is not None:
+                before.computed = True
             output = self.run_each(x, args, kwargs)
             if self.compares:
                 self.first_outputs.append(self.stream_of(output))

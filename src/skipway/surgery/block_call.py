@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skipway.surgery.class_factory import own_class
 from skipway.tracing.arguments import Path, exchange_at, item_at
 
-__all__ = ["CONTAINERS", "BlockCall", "has_module", "parameter_names"]
+__all__ = ["CONTAINERS", "BlockCall", "forward_names", "has_module", "parameter_names"]
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -109,8 +109,13 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of a module's forward that can be given by position; those of the class that an
     operation derived the module's class from.
     """
+    return forward_names(own_class(module))
+
+
+def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the parameters of a class's forward that can be given by position."""
     try:
-        parameters = list(inspect.signature(own_class(module).forward).parameters.values())[1:]
+        parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     except (TypeError, ValueError):
         return ()
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

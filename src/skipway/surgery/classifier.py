@@ -23,6 +23,11 @@ INITIAL_DEVIATION = 0.01
 
 PASSING: frozenset[str] = frozenset({"carry", "scale", "shift", "nonlinear", "pool", "mean", "drop", "slice"})
 """What may follow a classifier: a pool over positions, a temperature, an activation; no map and no norm."""
+COUNTS = frozenset(
+    {"classes", "num_classes", "n_classes", "nb_classes", "nclasses", "number_of_classes", "num_class", "n_class"}
+    | {"nclass", "nb_class", "class_count", "labels", "num_labels", "n_labels", "nb_labels", "number_of_labels"}
+)
+"""Names of attributes that hold the number of classes; a leading underscore does not count."""
 
 
 @check_call
@@ -119,7 +124,7 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
 
     The classifier is found in the watched program (`find_classifiers`), never by its name, and keeps its class and
     options. The fresh weights are drawn from N(0, 0.01²) and biases are 0. Numbers of classes that the model keeps as
-    attributes (`num_classes`, transformers' `config.num_labels`) follow.
+    attributes of known names (`num_classes`, `n_labels`, transformers' `config.num_labels`) follow.
 
     Args:
         model: any module whose output, or first output, is (N, K).
@@ -127,7 +132,7 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
         classes: outputs of the new classifier, ≥ 1.
 
     Returns:
-        the operation; `touched` holds the classifiers.
+        the operation; `touched` holds the classifiers, and with each the attributes that followed.
 
     Raises:
         SkipwayError: `classes` is below 1, or no classifier is found; the model is as before.
@@ -149,8 +154,9 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
     title = f"classifier of {type(model).__name__} for {classes} classes"
     with transaction(model, title=title, wrapped=wrapped) as change:
         for name in names:
-            replace_one(change, name, old, classes)
-            change.touched[name] = f"{old} classes replaced by {classes}"
+            counts = replace_one(change, name, old, classes)
+            followed = f", and in {', '.join(counts)}" if counts else ""
+            change.touched[name] = f"{old} classes replaced by {classes}{followed}"
         count = outputs(model, example)[0].shape[1]
         if count != classes:
             raise SkipwayError(
@@ -160,8 +166,8 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
         return change.commit()
 
 
-def replace_one(change: Transaction, name: str, old: int, classes: int) -> None:
-    """Put a fresh copy of another width in the place of one classifier."""
+def replace_one(change: Transaction, name: str, old: int, classes: int) -> list[str]:
+    """Put a fresh copy of another width in the place of one classifier; returns the attributes that followed."""
     module = change.model.get_submodule(name)
     axis = class_axis(module, old)
     fresh = copy.copy(module)
@@ -179,17 +185,26 @@ def replace_one(change: Transaction, name: str, old: int, classes: int) -> None:
         if getattr(fresh, attribute, None) == old:
             setattr(fresh, attribute, classes)
     change.set_submodule(name, fresh)
-    for owner in ("", *parents(name)):
-        set_class_counts(change, change.model.get_submodule(owner), old, classes)
+    return [
+        f"{owner}.{attribute}".removeprefix(".")
+        for owner in ("", *parents(name))
+        for attribute in set_class_counts(change, change.model.get_submodule(owner), old, classes)
+    ]
 
 
-def set_class_counts(change: Transaction, module: nn.Module, old: int, classes: int) -> None:
-    """Let the attributes of a module, and of its config, that hold the number of classes follow."""
-    for attribute, value in list(vars(module).items()):
-        if type(value) is int and value == old and ("class" in attribute or "label" in attribute):
-            change.set_attribute(module, attribute, classes)
+def set_class_counts(change: Transaction, module: nn.Module, old: int, classes: int) -> list[str]:
+    """Let the attributes of a module, and of its config, that hold the number of classes follow; returns which."""
+    changed = [
+        attribute
+        for attribute, value in vars(module).items()
+        if type(value) is int and value == old and attribute.removeprefix("_") in COUNTS
+    ]
+    for attribute in changed:
+        change.set_attribute(module, attribute, classes)
     config: Any = getattr(module, "config", None)
     if getattr(config, "num_labels", None) == old:  # a property of transformers, which rewrites the names of classes
         fresh = copy.deepcopy(config)
         fresh.num_labels = classes
         change.set_attribute(module, "config", fresh)
+        changed.append("config.num_labels")
+    return changed

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.nn import Multiply, ResidualWarmup
 from skipway.surgery.fusion import (
-    IDLE,
     MAPS,
     NORMS,
     Affine,
@@ -19,6 +18,7 @@ from skipway.surgery.fusion import (
     affine_of,
     describe_running,
     has_own_weights,
+    is_idle,
     parts,
 )
 from skipway.surgery.insertion import BRANCH, INPUT, OUTPUT, WEIGHT, computes_like, has_slots, remove
@@ -152,7 +152,7 @@ def fold_into_weight(change: Transaction, host: nn.Module, inserted: nn.Module |
 
 def channel_effects(inserted: nn.Module, slot: str) -> list[Affine]:
     """Factors and shifts that an inserted module applies to channels."""
-    modules = [part for part in parts(inserted) if not isinstance(part, IDLE)]
+    modules = [part for part in parts(inserted) if not is_idle(part)]
     if slot == INPUT and not all(isinstance(part, Multiply) for part in modules):
         raise SkipwayError("a shift before a map is none after it where the map pads")
     running = next((part for part in modules if isinstance(part, ResidualWarmup) and affine_of(part) is None), None)

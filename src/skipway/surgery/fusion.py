@@ -228,10 +228,16 @@ def computes(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
     kind = type(module)
     return any(
         isinstance(module, known)
-        and kind.forward is known.forward
-        and getattr(kind, "_conv_forward", None) is getattr(known, "_conv_forward", None)
+        and all(
+            getattr(kind, part, None) is getattr(known, part, None) for part in ("forward", "_conv_forward", "mask")
+        )
         for known in kinds
     )
+
+
+def is_idle(module: nn.Module) -> bool:
+    """Whether a module is the identity in evaluation mode, and nothing hooked to it makes it another function."""
+    return computes(module, IDLE) and not hooked(module)
 
 
 class Fuser:
@@ -252,7 +258,9 @@ class Fuser:
     def fix_standardised_weights(self) -> None:
         """Replace maps that standardise their weight in every forward by maps with the standardised weight."""
         for module, name in list(self.names.items()):
-            if isinstance(module, ScaledStandardConv2d | ScaledStandardLinear) and self.unfit(module) is None:
+            if not isinstance(module, ScaledStandardConv2d | ScaledStandardLinear):
+                continue
+            if computes(module, (ScaledStandardConv2d, ScaledStandardLinear)) and self.unfit(module) is None:
                 self.replace(module, with_fixed_weight(module))
                 self.report.fused[name] = "its own weight, standardised once"
 
@@ -260,7 +268,7 @@ class Fuser:
         """Fuse the modules of a row, from its start to its end, as far as possible."""
         host: nn.Module | None = None
         for module in row.modules:
-            if isinstance(module, IDLE):
+            if is_idle(module):
                 continue
             affine = None if host is None or self.unfit(module) else affine_of(module)
             if host is None or affine is None:
@@ -315,12 +323,12 @@ class Fuser:
         """Replace stochastic depth, and slots that hold identities only, by an identity."""
         for module, name in list(self.names.items()):
             idle = isinstance(module, ResidualWarmup) and affine_of(module) is not None
-            if (isinstance(module, DropPath) or idle) and self.unfit(module) is None:
+            if (computes(module, (DropPath,)) or idle) and self.unfit(module) is None:
                 self.replace(module, nn.Identity())
                 self.report.fused[name] = "nothing: the identity" + (" after its end" if idle else " in eval")
         slots = [slot for module in self.names if isinstance(module, Residual | Branch) for slot in module.children()]
         for slot in slots:
-            idle = in_order(slot) and all(type(part) is nn.Identity for part in parts(slot))
+            idle = in_order(slot) and all(type(part) is nn.Identity and not hooked(part) for part in parts(slot))
             if idle and self.unfit(slot) is None:
                 self.replace(slot, nn.Identity())
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skipway.errors import SkipwayError
-from skipway.surgery.block_call import BlockCall
+from skipway.surgery.block_call import BlockCall, forward_names
 from skipway.surgery.class_factory import class_factory
 from skipway.surgery.transaction import Transaction
 from skipway.tracing.arguments import exchange_at, item_at
@@ -34,6 +34,7 @@ __all__ = [
     "insert",
     "insert_after",
     "insert_into_branch",
+    "place_like_maps",
     "remove",
     "repeat",
 ]
@@ -80,6 +81,7 @@ def with_slots(kind: type[nn.Module]) -> tuple[str, dict[str, Any]]:
 
     A subclass keeps `isinstance`, attributes, hooks and state-dict keys, and `torch.compile` traces through it.
     """
+    usual = BlockCall((0,), (), forward_names(kind))
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         streams = getattr(self, STREAMS, None)
@@ -90,17 +92,16 @@ def with_slots(kind: type[nn.Module]) -> tuple[str, dict[str, Any]]:
     def forward_one(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         entry, standard, scale = getattr(self, INPUT, None), getattr(self, WEIGHT, None), getattr(self, OUTPUT, None)
         around: Around | None = getattr(self, AROUND, None)
-        argument: BlockCall | None = getattr(self, ARGUMENT, None)
-        if entry is not None and argument is not None:
+        argument: BlockCall = getattr(self, ARGUMENT, usual)
+        if entry is not None:
             args, kwargs = argument.given(args, kwargs, entry(argument.take(args, kwargs)))
-        elif entry is not None:
-            args = (entry(args[0]), *args[1:])
         x = None if around is None else around.call.take(args, kwargs)
         if around is not None and x is not None and around.call.writes_stream:
             args, kwargs = around.call.given(args, kwargs, x.clone())
-        output = (
-            kind.forward(self, *args, **kwargs) if standard is None else apply(self, args[0], standard(self.weight))
-        )
+        if standard is None:
+            output = kind.forward(self, *args, **kwargs)
+        else:
+            output = apply(self, usual.take(args, kwargs), standard(self.weight))
         if around is not None and x is not None:
             y = item_at(output, around.call.output)
             added = getattr(self, BRANCH)(y if around.bare else y - x)
@@ -145,6 +146,18 @@ def computes_like(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
         and getattr(kind, "_conv_forward", None) is getattr(known, "_conv_forward", None)
         for known in kinds
     )
+
+
+def place_like_maps(model: nn.Module, name: str, inserted: nn.Module) -> None:
+    """Give what is inserted into a module the device and type of the maps in it, or in the innermost module around it
+    that has one, in place: norms and gains may be kept in a wider type than the stream has.
+    """
+    around = [model.get_submodule(each) for each in (name, *parents(name), "")]
+    numbers = [[each for each in module.parameters() if each.is_floating_point()] for module in around]
+    maps = (parameter for own in numbers for parameter in own if parameter.ndim > 1)
+    like = next(maps, next((parameter for own in numbers for parameter in own), None))
+    if like is not None:
+        inserted.to(like.device, like.dtype)
 
 
 def insert_after(change: Transaction, host: nn.Module, inserted: nn.Module) -> None:

@@ -9,7 +9,8 @@ from itertools import count, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, counted
 from skipway.surgery.parameter_values import ParameterValues
@@ -50,10 +51,12 @@ class Journal:
         self.entry = HistoryEntry("")
         self.before = {} if model is None else dict(model.named_parameters())
         self.values = ParameterValues()
+        self.devices = set[torch.device]()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds."""
-        return {"steps": [], "entry": self.entry, "before": {}, "values": ParameterValues(), "copied": True}
+        nothing = {"steps": [], "before": {}, "values": ParameterValues(), "devices": set()}
+        return {**nothing, "entry": self.entry, "copied": True}
 
     @property
     def undone(self) -> bool:
@@ -72,7 +75,16 @@ class Journal:
         arguments = [step.args[0] for step in self.steps if isinstance(step, partial) and step.args]
         written = [each for each in arguments if isinstance(each, nn.Parameter)]
         self.values, self.before = ParameterValues.of(model, self.before, written), {}
+        self.devices = devices_of(model)
         HISTORY.setdefault(model, []).append(self.entry)
+
+    def left_behind(self, model: nn.Module) -> set[torch.device]:
+        """The devices of what the steps put back, where the model was moved to others since."""
+        now = devices_of(model)
+        if now == self.devices:
+            return set()
+        values = (getattr(step, "value", None) for step in self.steps)
+        return {device for value in values for device in devices_of(value)} - now
 
     def later(self, model: nn.Module) -> list[str]:
         """Titles of the operations on the model, a part of it or a whole that it is part of, that were committed later
@@ -139,7 +151,8 @@ class Operation:
 
         Raises:
             SkipwayError: the operation is a copy, was undone already, another one came later and has to be undone
-                first, or parameters were trained since that would be lost or no longer go together.
+                first, the network was moved to another device than what it left out is on, or parameters were trained
+                since that would be lost or no longer go together.
         """
         check_flag("force", force)
         if self.journal.copied:
@@ -151,6 +164,12 @@ class Operation:
             raise SkipwayError(f"{self.title!r} was undone already; repeat the operation to have it again")
         if later := self.journal.later(self.model):
             raise SkipwayError(f"{self.title!r}: a later operation builds on it; undo {later[-1]!r} first")
+        if left := self.journal.left_behind(self.model):
+            old, new = (", ".join(sorted(map(str, each))) for each in (left, devices_of(self.model)))
+            raise SkipwayError(
+                f"{self.title!r}: the network was moved to {new} since, and undo would put back what stayed on {old}; "
+                f"move the network back, model.to({old!r}), undo, and move it again"
+            )
         if not force:
             self.refuse_mixture()
         self.journal.undo()
@@ -184,6 +203,12 @@ class Operation:
         return "\n".join([head, *changed, *left, *checked, f"  {back}"])
 
     __repr__ = __str__
+
+
+def devices_of(value: object) -> set[torch.device]:
+    """The devices of a tensor, or of the parameters and buffers of a module; none of anything else."""
+    tensors = (*value.parameters(), *value.buffers()) if isinstance(value, nn.Module) else (value,)
+    return {tensor.device for tensor in tensors if isinstance(tensor, Tensor)}
 
 
 def grouped(what: str, names: Mapping[str, str], attribute: str) -> list[str]:

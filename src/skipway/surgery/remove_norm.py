@@ -170,7 +170,7 @@ def remainder(norm: _BatchNorm) -> nn.Module:
 
 
 class FactorShift(nn.Module):
-    """y = factor · x + shift, both learned, one of each per channel (axis 1)."""
+    """y = factor · x + shift, both learned, one of each per channel (axis 1); y has the type of x, as a norm's does."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class FactorShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (-1, *(1,) * (x.ndim - 2))
-        return x * self.weight.view(shape) + self.bias.view(shape)
+        return (x * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
 def recalibrate(change: Transaction, norms: list[str], example: Example) -> None:

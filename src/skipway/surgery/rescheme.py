@@ -16,7 +16,7 @@ from skipway.nn.site import Site
 from skipway.nn.warmup import ResidualWarmup
 from skipway.schemes.scheme import Scheme, has_streams, parse_scheme
 from skipway.surgery.checks import CHECKS, EQUAL
-from skipway.surgery.insertion import STREAMED, carries_streams, disable_fused_path
+from skipway.surgery.insertion import STREAMED, carries_streams, disable_fused_path, place_like_maps
 from skipway.surgery.insertion_point import InsertionPoint, adding_module, find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
@@ -242,10 +242,8 @@ class Dressing:
         self, connection: WatchedConnection, points: Sequence[InsertionPoint], scales: Sequence[nn.Module]
     ) -> None:
         """Let the branch, or each of those that it is a sum of, pass through a scale."""
-        like = next((p for p in connection.owner.parameters() if p.is_floating_point()), None)
         for point, scale in zip(points, scales, strict=True):
-            if like is not None:
-                scale.to(like.device, like.dtype)
+            place_like_maps(connection.model, point.name, scale)
             host = connection.model.get_submodule(point.name)
             insert_at(self.change, host, point, scale.train(host.training))
             disable_fused_path(self.change, point.slot)

@@ -16,7 +16,7 @@ from skipway.surgery.block_call import CONTAINERS
 from skipway.surgery.block_rows import block_readers, direct_row_end
 from skipway.surgery.block_survey import BlockSurvey, carried, require_blocks
 from skipway.surgery.checks import EQUAL, rounding_of
-from skipway.surgery.insertion import ARGUMENT, INPUT, OUTPUT, STREAMS, disable_fused_path, insert
+from skipway.surgery.insertion import ARGUMENT, INPUT, OUTPUT, STREAMS, disable_fused_path, insert, place_like_maps
 from skipway.surgery.operation import abbreviate
 from skipway.surgery.packed_history import pack_histories
 from skipway.surgery.stream_points import StreamPoints, find_stream_points
@@ -250,11 +250,7 @@ class StreamDressing:
         host = self.change.model.get_submodule(name)
         if isinstance(host, CONTAINERS):
             raise SkipwayError(f"{name} is a container, which would run what is inserted as one of its children")
-        like = next((each for each in host.parameters() if each.is_floating_point()), None)
-        if like is None:
-            like = next((each for each in self.change.model.parameters() if each.is_floating_point()), None)
-        if like is not None:
-            inserted.to(like.device, like.dtype)
+        place_like_maps(self.change.model, name, inserted)
         insert(self.change, host, slot, inserted.train(host.training))
         disable_fused_path(self.change, name)
 

@@ -101,11 +101,16 @@ class Transaction:
         module._parameters[name] = value
 
     def set_submodule(self, path: str, value: nn.Module) -> None:
-        """Exchange or add the module at a path."""
+        """Exchange the module at a path, and under every other name that it has, or add one."""
         parent, _, name = path.rpartition(".")
         table = self.model.get_submodule(parent)._modules
-        self.record(Restore.of(table, name))
-        table[name] = value
+        old, places = table.get(name), [(table, name)]
+        if old is not None:
+            tables = [module._modules for module in self.model.modules()]
+            places = [(each, key) for each in tables for key, module in each.items() if module is old]
+        for each, key in places:
+            self.record(Restore.of(each, key))
+            each[key] = value
 
     def add_module(self, parent: nn.Module, name: str, value: nn.Module) -> None:
         """Register a module in another one."""

@@ -16,6 +16,7 @@ from skipway.training.run import Run
 from skipway.training.trial_pass import keeps_statistics, stale_statistics
 
 __all__ = [
+    "choose_validation",
     "expected_seconds",
     "is_estimate_due",
     "limit_validation",
@@ -80,7 +81,8 @@ def time_steps(run: Run) -> None:
     if not run.progress.planned and not is_due:
         return
     if not run.progress.planned:
-        begin_plan(run)
+        choose_validation(run)
+        run.progress.planned = True
     plan_time(run)
     if is_due:
         run.estimated = True
@@ -122,10 +124,17 @@ def seconds_left(run: Run) -> float:
     return (1 - MARGIN) * (run.recipe.budget or math.inf) - run.elapsed
 
 
-def begin_plan(run: Run) -> None:
-    """Before the first plan: measure what evaluating an image costs, and choose how many are validated on."""
+def choose_validation(run: Run) -> None:
+    """With `Recipe.time`: measure what evaluating an item costs, and choose how many are validated on.
+
+    They are chosen once, before the first validation: results on other items cannot be compared with its result.
+    """
+    if run.recipe.budget is None:
+        return
     if run.ranks.world == 1 and not run.progress.costs.image:
         run.progress.costs = replace(run.progress.costs, image=measure_evaluation(run))
+    if run.progress.validation_images or run.progress.epoch or run.progress.head_fitted:
+        return
     work, costs = work_of(run), known_costs(run)
     (count,) = share_from_first(run, validation_part(seconds_left(run), costs, work))
     if count < work.validation:
@@ -136,7 +145,6 @@ def begin_plan(run: Run) -> None:
             "same in every epoch, choose the epoch",
         )
         limit_validation(run, count)
-    run.progress.planned = True
 
 
 def measure_evaluation(run: Run) -> float:

@@ -6,7 +6,7 @@ A single process is one rank, for which every function here is a no-op.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,6 +50,12 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the floating-point tensors of every rank with those of rank 0, in place."""
+        for tensor in tensors if self.world > 1 else ():
+            if tensor.is_floating_point():
+                dist.broadcast(tensor.detach(), 0)
 
     def any(self, here: bool) -> bool:
         """Whether the condition holds on any rank; reduced on the CPU, so that no GPU synchronises."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ class ModelEMA:
 
     The decay rises, so that the initial weights are forgotten (as in TensorFlow's ExponentialMovingAverage and timm).
     Floating-point buffers such as running statistics are averaged too, so that they fit the averaged weights; counters
-    are copied.
+    are copied. Tensors of `get_extra_state` are left out: they are made anew for each state dict.
 
     Args:
         model: the model whose parameters and buffers are averaged; left unchanged.
@@ -39,13 +39,13 @@ class ModelEMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.tensors = {name: tensor.detach().clone() for name, tensor in averaged(model.state_dict()).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, update: int) -> None:
         """Include the weights after optimizer update number `update`, from 1."""
         weight = 1 - min(self.decay, (1 + update) / (10 + update))
-        for name, tensor in model.state_dict().items():
+        for name, tensor in averaged(model.state_dict()).items():
             if tensor.is_floating_point():
                 self.tensors[name].lerp_(tensor, weight)
             else:
@@ -53,17 +53,18 @@ class ModelEMA:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Context in which the model has the averaged weights."""
+        """Context in which the model has the averaged weights; a tensor with several names, that of the first."""
+        tensors = averaged(model.state_dict())
         with torch.no_grad():
-            self.swap(model)
+            self.swap(reversed(tensors.items()))  # and back in reverse: tensors may share memory
             try:
                 yield
             finally:
-                self.swap(model)
+                self.swap(tensors.items())
 
-    def swap(self, model: nn.Module) -> None:
-        """Swap the tensors of the model with the averages, in place."""
-        for name, tensor in model.state_dict().items():
+    def swap(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Swap tensors of the model with their averages, in place, one after the other."""
+        for name, tensor in tensors:
             kept = tensor.detach().clone()
             tensor.copy_(self.tensors[name])
             self.tensors[name].copy_(kept)
@@ -75,9 +76,15 @@ class ModelEMA:
         Raises:
             CheckpointError: names or shapes differ.
         """
+        tensors = averaged(tensors)
         if tensors.keys() != self.tensors.keys():
             raise CheckpointError("the averaged weights of the checkpoint belong to another network")
         for name, tensor in tensors.items():
             if tensor.shape != self.tensors[name].shape:
                 raise CheckpointError(f"the averaged {name} is {tuple(tensor.shape)} in the checkpoint")
             local_tensor(self.tensors[name]).copy_(local_tensor(place_like(tensor, self.tensors[name])))
+
+
+def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state dict that are averaged: parameters and buffers, and no extra state of a module."""
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] != "_extra_state"}

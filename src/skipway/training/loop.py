@@ -35,7 +35,14 @@ from skipway.recipe import Recipe
 from skipway.tracing.restoration import random_states, restored
 from skipway.training import step
 from skipway.training.classifier_fit import fit_classifier, record_fit, withdraw_fit
-from skipway.training.clock import is_estimate_due, note_evaluation, plan_time, start_epoch, time_steps
+from skipway.training.clock import (
+    choose_validation,
+    is_estimate_due,
+    note_evaluation,
+    plan_time,
+    start_epoch,
+    time_steps,
+)
 from skipway.training.distributed import join_ranks
 from skipway.training.freeze import check_freeze, freeze_layers
 from skipway.training.image_features import feature_seconds
@@ -135,7 +142,10 @@ class Trainer:
         """Train until all epochs are done or the run is told to stop, and write the result."""
         run = self.run
         if run.recipe.freeze_plan.fits_classifier and not run.progress.head_fitted:
-            evaluation = self.validate() if fit_classifier(run) else None
+            fitted = fit_classifier(run)
+            if fitted and run.recipe.freeze_plan.takes_steps:
+                choose_validation(run)
+            evaluation = self.validate() if fitted else None
             if evaluation is None:  # told to stop: the checkpoint has the network as it was
                 return self.finish()
             record_fit(run, evaluation)
@@ -225,6 +235,7 @@ class Trainer:
         run = self.run
         if not has_validation(run):
             return None
+        share_buffers(run)
         with nullcontext() if run.ema is None else run.ema.applied(run.model):
             return self.evaluate("validation")
 
@@ -284,6 +295,15 @@ class Trainer:
 def has_validation(run: Run) -> bool:
     """Whether there is anything to validate on."""
     return run.task.count(run.data, "validation") > 0
+
+
+def share_buffers(run: Run) -> None:
+    """Give every rank the buffers of rank 0 and their averages, in place: running statistics may be those of a rank's
+    own images, and rank 0 writes the weights.
+    """
+    buffers = dict(run.model.named_buffers(remove_duplicate=False))
+    averages = {} if run.ema is None else run.ema.tensors
+    run.ranks.broadcast([*buffers.values(), *(averages[name] for name in buffers if name in averages)])
 
 
 def report_batches(run: Run, batches: Iterable[Batch], label: str, items: int) -> Iterator[Batch]:

@@ -113,10 +113,21 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
 def change_plan(run: Run, before: dict[str, Any]) -> None:
     """Plan the rest of a run anew where its length or patience is not what the loaded plan was made for, in place.
 
+    A run that ends with the fitted classifier stays at its end.
+
     Raises:
         SkipwayError: the run has already been trained for longer; nothing is changed then.
     """
     progress, recipe = run.progress, run.recipe
+    if progress.head_fitted and not recipe.freeze_plan.takes_steps:
+        for name, value in run.length.items():
+            if value != before.get(name):
+                run.reporter.message(
+                    "note",
+                    f"{spell(name, value)} has no effect: with {spell('freeze', recipe.freeze)} the run ended when "
+                    f"the classifier was fitted; a new run with {spell('freeze', 'first')} trains the whole network",
+                )
+        return
     if recipe.time is None and recipe.steps is not None:
         if recipe.steps != before.get("steps"):
             refuse_shorter(run, "steps", recipe.steps, run.global_step, counted(run.global_step, "step"))

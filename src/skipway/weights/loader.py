@@ -13,7 +13,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from skipway.errors import CheckpointError, SkipwayError, counted, spell
+from skipway.errors import CheckpointError, SkipwayError, counted, printable, spell
 from skipway.models import build
 from skipway.tracing import unwrap
 from skipway.tracing.watch import address
@@ -22,7 +22,7 @@ from skipway.weights.container import cut, select_state_dict
 from skipway.weights.files import read_weights
 from skipway.weights.forms import describe_forms
 from skipway.weights.keymap import KeyMap, equal_tensors
-from skipway.weights.prefixes import own_state, strip_prefixes
+from skipway.weights.prefixes import extra_state_owners, own_state, strip_prefixes
 from skipway.weights.stored_config import refuse_other_config
 from skipway.weights.tables import find_keymap, guess_architecture, known_libraries
 
@@ -158,6 +158,7 @@ def load(
     """Load weights into `model` in place, strictly: every key on both sides has to fit, else nothing is changed.
 
     Prefixes of wrappers (`module.`, `_orig_mod.`, `model.`, any other) are dropped where the names fit without them.
+    Extra state of modules (`get_extra_state`) that is a tensor, of any shape, goes through their `set_extra_state`.
     Each difference that is to be allowed is one word of `adapt`; `match` tells the effect of each:
 
     | choice | what may differ | what happens |
@@ -186,7 +187,7 @@ def load(
 
     Raises:
         CheckpointError: a file that cannot be read safely, or keys that do not fit, each named, with the choice that
-            would allow it.
+            would allow it; or a module whose extra state is no tensor, or cannot be set.
         MissingExtraError: a name on the hub without huggingface_hub.
 
     >>> import skipway as sw
@@ -240,7 +241,7 @@ def load_state(
             f"the weights do not fit this {type(network).__name__} ({spell('names', names)}):\n"
             + "\n".join([str(report), *misfit_hints(network, state, report, names, read_choices(adapt))])
         )
-    own = own_state(network)
+    own, owners = own_state(network), extra_state_owners(network)
     if (empty := next((key for key in report.tensors if own[key].is_meta), None)) is not None:
         raise CheckpointError(
             f"{empty} of this {type(network).__name__} is on the meta device, where there is no place for values; "
@@ -250,10 +251,18 @@ def load_state(
     if bare is not None:
         raise CheckpointError(f"{bare}: a tensor without values (meta); the rule is dense tensors")
     # all are converted before the first is written
-    ready = {key: tensor.to(own[key].device, own[key].dtype) for key, tensor in report.tensors.items()}
+    ready = {
+        key: tensor.detach().to(own[key].device, copy=True)
+        if key in owners
+        else tensor.to(own[key].device, own[key].dtype)
+        for key, tensor in report.tensors.items()
+    }
     with torch.no_grad():
         for key, tensor in ready.items():
-            own[key].copy_(tensor)
+            if key in owners:
+                owners[key].set_extra_state(tensor)
+            else:
+                own[key].copy_(tensor)
     odd = [key for key, tensor in ready.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
     if odd:
         report.remarks.append(f"values that are not finite, in {counted(len(odd), 'tensor')}: {cut(odd)}")
@@ -313,7 +322,12 @@ def match(
     """Match the keys of `state` with the model under the given choices, without changing the model."""
     model = unwrap(model)
     keymap, made = find_keymap(model, names), read_choices(adapt)
-    own = own_state(model)
+    own, owners = own_state(model), extra_state_owners(model)
+    if (odd := next((key for key, value in own.items() if not isinstance(value, Tensor)), None)) is not None:
+        raise CheckpointError(
+            f"{printable(odd)!r} of this {type(model).__name__} is not a tensor but {type(own[odd]).__name__}, which "
+            "no file of weights holds; let get_extra_state return a tensor"
+        )
     state, remarks = strip_prefixes(state, {name for ours in own for name in keymap.names(ours)})
     state = keymap.without_copies(state)
     report, misshapen, aliases = LoadReport(remarks=remarks), {}, names_of_same(own)
@@ -325,7 +339,10 @@ def match(
             report.absent.append(ours)
         elif found is None:
             report.missing[ours] = theirs
-        elif not copy_tensor(report, ours, theirs, found, tensor) and layout_of(found) == "dense":
+        elif (
+            not copy_tensor(report, ours, theirs, found, found if ours in owners else tensor)
+            and layout_of(found) == "dense"
+        ):
             misshapen[ours] = found
     report.unequal.update(unequal_names(report.tensors, sources, aliases))
     taken = {name for theirs in sources.values() for name in theirs}
