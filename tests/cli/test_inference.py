@@ -104,7 +104,8 @@ def test_evaluate_says_what_training_said(outcome, run, capsys):
 
 def test_what_is_not_finite_is_null_in_json(run, capsys, monkeypatch):
     """Of a text without bytes, and of weights that overflow; other readers of JSON know no NaN."""
-    found = SimpleNamespace(name="book", evaluation=TextEvaluation(loss=math.nan, total=0, correct=0, bytes=0))
+    evaluation = TextEvaluation(loss=math.nan, total=0, correct=0, bytes=0)
+    found = SimpleNamespace(name="book", evaluation=evaluation, remarks=("read as the run's",))
     monkeypatch.setattr("skipway.inference.predict.find_text_inputs", lambda path: object())
     monkeypatch.setattr("skipway.inference.text_run.evaluate_text_run", lambda *given, **options: found)
     assert main(["evaluate", run, "--json"]) == 0
@@ -114,6 +115,7 @@ def test_what_is_not_finite_is_null_in_json(run, capsys, monkeypatch):
 
     shown = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert (shown["loss"], shown["bits_per_byte"], shown["accuracy"]) == (None, None, 0)
+    assert shown["remarks"] == ["read as the run's"]
 
 
 def test_evaluate_takes_other_images(outcome, run, test_images, tmp_path, capsys):
