@@ -534,6 +534,8 @@ class Recipe:
         >>> Recipe(augment="trivial + mixup(0.2)").data_choices()["mixup"]
         0.2
         """
+        from skipway.data.sources.columns import parse_columns
+
         names = ("size", "channels", "seed", "crop", "flip", "unreadable", "workers", "most_unreadable", "allow_empty")
         more = (
             *("grey16", "fit", "crop_share", "resample", "max_megapixels", "subfolders", "outside", "cache"),
@@ -544,7 +546,7 @@ class Recipe:
             "fold": self.fold_number,
             "mean": self.numbers("mean"),
             "std": self.numbers("std"),
-            "columns": tuple(name.strip() for name in self.columns.split(",")),
+            "columns": parse_columns(self.columns),
             **parse_augmentations(self.augment or "none"),
         }
 

@@ -193,8 +193,7 @@ class FolderBatches:
         bad += f", and {len(self.damaged) - 1} more" * (len(self.damaged) > 1)
         what = f"{len(self.first)} images of {self.source} with their labels"
         fresh = f", fresh ones of {len(self.files):,} at every trial step" * (self.count > 1)
-        notes = "".join(f"; {option_spelling(note)}" for note in self.notes)
-        return printable(f"{what}{fresh}{notes}{bad}")
+        return printable(f"{what}{fresh}{appended(self.notes)}{bad}")
 
 
 class DigitBatches(FolderBatches):
@@ -284,7 +283,10 @@ class TextBatches:
         """The batches in words."""
         kind = "bytes" if self.tokenizer is None else f"tokens of {self.tokenizer.name}"
         windows = counted(self.samples, "window")
-        notes = "".join(f"; {option_spelling(note)}" for note in self.data.remarks)
-        return printable(
-            f"{windows} of {self.data.context} {kind} of {self.file}, fresh ones at every trial step{notes}"
-        )
+        what = f"{windows} of {self.data.context} {kind} of {self.file}, fresh ones at every trial step"
+        return printable(f"{what}{appended(self.data.remarks)}")
+
+
+def appended(remarks: Sequence[str]) -> str:
+    """Remarks behind a sentence, with the options as they are typed."""
+    return "".join(f"; {option_spelling(remark)}" for remark in remarks)

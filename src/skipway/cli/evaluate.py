@@ -79,6 +79,7 @@ def evaluate(
         refuse(options, " has no effect without DATA: the run's test images are read as in training")
         result = evaluate_run(run, device=device, flip=flip, batch_size=batch_size, **network.choices)
     else:
+        from skipway.data.sources.columns import parse_columns
         from skipway.hardware.limits import cpu_count
 
         result = evaluate_images(
@@ -90,7 +91,7 @@ def evaluate(
             workers=cpu_count(),
             outside=outside,
             max_megapixels=max_megapixels,
-            columns=tuple(name.strip() for name in columns.split(",")),
+            columns=parse_columns(columns),
             **network.choices,
         )
     if json:

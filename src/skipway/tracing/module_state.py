@@ -66,12 +66,23 @@ def attribute_restoration(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
 
 def lists_in(value: Any) -> Iterator[Any]:
-    """The lists and mappings in an attribute, outer ones first."""
-    if type(value) in (list, dict):
-        yield value
-    if isinstance(value, list | tuple | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from lists_in(each)
+    """The lists and mappings in an attribute, each once, though others share them.
+
+    >>> inner = [1]
+    >>> [len(each) for each in lists_in({"a": inner, "b": (inner,)})]
+    [2, 1]
+    """
+    left, seen = [value], set[int]()
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if type(each) in (list, dict):
+            yield each
+        if isinstance(each, list | tuple | dict):
+            held = each.values() if isinstance(each, dict) else each
+            left += [part for part in held if isinstance(part, list | tuple | dict)]
 
 
 def put_back_attributes(before: Sequence[tuple[dict[str, Any], dict[str, Any]]], lists: Sequence[Any]) -> None:

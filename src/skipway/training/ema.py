@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from skipway.checkpoint.state import local_tensor, place_like
 from skipway.errors import CheckpointError
+from skipway.weights.prefixes import EXTRA
 
 __all__ = ["ModelEMA"]
 
@@ -87,4 +88,4 @@ class ModelEMA:
 
 def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a state dict that are averaged: parameters and buffers, and no extra state of a module."""
-    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] != "_extra_state"}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] != EXTRA}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from skipway.errors import CheckpointError, printable, spell
 from skipway.tracing import unwrap
 
-__all__ = ["INSERTED", "extra_state_owners", "own_name", "own_state", "strip_prefixes"]
+__all__ = ["EXTRA", "INSERTED", "extra_state_owners", "own_name", "own_state", "strip_prefixes"]
 
 INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Path segments that torch.compile, FSDP and activation checkpointing insert; no module of a network is called so."""
