@@ -143,6 +143,18 @@ def test_a_layer_that_breaks_stays_in_float_and_no_other():
     assert fast.answer.kept
 
 
+@needs_nncf
+def test_layers_are_sent_back_for_so_long_and_no_longer():
+    model, (images, _), said = fitted(Small(outlier=1e4)), samples(32), []
+    options = {"check": samples(300), "seconds": 2, "backends": ["openvino"], "progress": said.append}
+    fast = quantize(model, images, patience=0, **options)
+    assert fast.precision != "int8"
+    assert "which of them to return to float was not known after 0 s; patience=60 " in fast.remark
+    assert sum("pass" in line for line in said) == 3  # in float, in integers, the one that the clock starts with
+    with pytest.raises(SkipwayError, match="patience=-1: the rule is"):
+        quantize(model, images, patience=-1, **options)
+
+
 class Alternating(Small):
     """Computes the same by other operators every other time, which a tracer refuses."""
 

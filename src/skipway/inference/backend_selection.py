@@ -237,14 +237,16 @@ class BackendComparison:
             gap = max(gap, output_difference(expected, output))
         return gap, "" if gap <= allowed else f"differs by {gap:.1e} of the largest output, more than {allowed:g}"
 
-    def quantize(self, calibration: Tensor, tell: Callable[[str], None]) -> None:
-        """Quantise the network for choices in int8; where that fails or costs answers, `refusal` says so."""
+    def quantize(self, calibration: Tensor, tell: Callable[[str], None], patience: float = math.inf) -> None:
+        """Quantise the network for choices in int8; where that fails, costs answers, or takes longer than `patience`
+        seconds once all layers are in integers, `refusal` says so.
+        """
         assert self.check is not None
         try:
             if self.reader is not None:
                 raise SkipwayError(f"precision='int8': {self.reader} reads values of its input")
             example = map_tensors(torch.clone, self.example)
-            self.quantized = quantize_checked(self.folded, example, self.axes, calibration, self.check, tell)
+            self.quantized = quantize_checked(self.folded, example, self.axes, calibration, self.check, tell, patience)
         except SkipwayError as error:
             self.refusal = str(error)
 

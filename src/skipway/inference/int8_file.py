@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def write_int8(
         example=calibration[:BATCH],
         backends=["openvino"],
         seconds=seconds,
+        patience=math.inf,  # it was asked for, and nothing takes its place
         progress=progress,
     )
     found = fast.quantized

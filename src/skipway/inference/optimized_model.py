@@ -24,7 +24,7 @@ from skipway.inference.choice_memory import describe_machine_and_versions, load_
 from skipway.inference.onnx import check_path
 from skipway.inference.quantization import CALIBRATION_IMAGES, QuantizedNetwork, require_nncf
 from skipway.tracing.example import Example, as_example
-from skipway.validation import check_positive, check_rule, check_tolerance
+from skipway.validation import check_least, check_positive, check_rule, check_tolerance
 
 __all__ = ["GOALS", "OptimizedModel", "load_optimized", "optimize"]
 
@@ -240,6 +240,7 @@ def optimize(
     backends: str | Sequence[str] | None = None,
     tolerance: float | None = None,
     seconds: float = 60.0,
+    patience: float | None = None,
     calibration: Any = None,
     check: Any = None,
     limit: float = 0.005,
@@ -268,7 +269,9 @@ def optimize(
             model itself.
         tolerance: largest difference allowed over the largest output; by default 1e-3 in float32 and 5e-2 in bfloat16.
         seconds: time of the search. Backends are tried in the order of what they are expected to gain; what there is no
-            time for is in the report, and the remark says which `seconds` it takes.
+            time for is in the report, and the remark says which `seconds` it takes. Quantising for int8 comes before.
+        patience: seconds, within that, for finding the layers that go back to float; by default as long as `seconds`.
+            Where they are not found, there is no int8, and the report says so.
         calibration: images like those to come, for int8, which is then tried as `skipway.quantize` describes: a tensor,
             or an iterable of batches, whose labels are left out.
         check: held-out images with their classes, (images, labels) or an iterable of such batches. A choice is then
@@ -294,6 +297,8 @@ def optimize(
     if goal not in GOALS:
         raise SkipwayError(suggest("goal", goal, GOALS))
     check_positive("seconds", seconds)
+    if patience is not None:
+        check_least("patience", patience, 0)
     if tolerance is not None:
         check_tolerance("tolerance", tolerance)
     if isinstance(backends, str):
@@ -320,7 +325,7 @@ def optimize(
     if INT8 in allowed and "openvino" in names:
         images = fitting(collect_images(calibration, CALIBRATION_IMAGES), comparison.example, "calibration")
         overlap = comparison.check.overlap(images) if comparison.check is not None else ""
-        comparison.quantize(images, show)
+        comparison.quantize(images, show, seconds if patience is None else patience)
     asked, cache = (goal, allowed, tuple(names), tolerance), cache and check is None
     facts = search_facts(comparison.original, comparison.example, asked) if cache else {}
     search = BackendSearch(comparison, names, allowed, seconds, tolerance, goal == "throughput", show)

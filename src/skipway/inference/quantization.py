@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import platform
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -39,6 +41,8 @@ CALIBRATION_IMAGES = 300
 """Images that ranges are measured on, NNCF's default."""
 RANKING_IMAGES = 128
 """Held-out images that layers are ranked by: the batches whose answers changed most."""
+FIRST_PASSES = 2
+"""Passes over the held-out images, in float and in integers, before layers are sent back."""
 TIE = 1e-6
 """Weight of the probability of the right class beside a right answer: it ranks layers that mend as many answers."""
 LAYERS = ("Convolution", "GroupConvolution", "MatMul")
@@ -96,6 +100,7 @@ def quantize_checked(
     calibration: Tensor,
     check: AnswerCheck,
     tell: Callable[[str], None],
+    patience: float = math.inf,
 ) -> QuantizedNetwork:
     """Quantise a network as `quantize_network` does, build it for the example, and check its answers as it then runs.
 
@@ -108,9 +113,11 @@ def quantize_checked(
         calibration: images that ranges are measured on.
         check: held-out images; those that the original classifies correctly are known.
         tell: called with a line about each step.
+        patience: see `quantize_network`.
 
     Raises:
-        SkipwayError: the network cannot be quantised, or not without losing more of its answers than the limit.
+        SkipwayError: the network cannot be quantised, not within the time, or not without losing more of its
+            answers than the limit.
     """
     choice, backend = Choice("openvino", INT8), BACKENDS["openvino"]
     problem = backend.obstacle(example, choice, quantized=True)
@@ -121,7 +128,7 @@ def quantize_checked(
     native = choose_precision("auto", example.device)[0] == "bfloat16"
     change = None
     try:
-        found = quantize_network(model, example, calibration, check, tell)
+        found = quantize_network(model, example, calibration, check, tell, patience)
         for rest in ("bf16", "f32") if native else ("f32",):
             found = replace(found, rest=rest)
             run = build_run(found.on(backend), model, example, choice, axes)
@@ -137,7 +144,12 @@ def quantize_checked(
 
 
 def quantize_network(
-    model: nn.Module, example: Tensor, calibration: Tensor, check: AnswerCheck, tell: Callable[[str], None]
+    model: nn.Module,
+    example: Tensor,
+    calibration: Tensor,
+    check: AnswerCheck,
+    tell: Callable[[str], None],
+    patience: float = math.inf,
 ) -> QuantizedNetwork:
     """Quantise a network in eval mode, with as many layers in float as its answers need, as far as NNCF can tell.
 
@@ -147,9 +159,10 @@ def quantize_network(
         calibration: images (N, …) that ranges are measured on.
         check: held-out images.
         tell: called with a line about each step.
+        patience: seconds for the search for layers that go back to float, which begins once all are quantised.
 
     Raises:
-        SkipwayError: the network cannot be converted or quantised.
+        SkipwayError: the network cannot be converted or quantised, or the search found no end in the time.
     """
     nncf = import_nncf()
     if example.dtype != torch.float32:
@@ -162,15 +175,22 @@ def quantize_network(
     attends = has_attention(network)
     kind = "a network with attention" if attends else "a network without attention"
     tell(f"int8: {kind}, {len(names)} layers, ranges of {len(calibration)} images")
-    shown, passes = sys.stdout, 0
+    shown, passes, until = sys.stdout, 0, math.inf
 
     def say(line: str) -> None:
         with redirect_stdout(shown):
             tell(line)
 
     def validate(compiled: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:
-        nonlocal passes
+        nonlocal passes, until
         passes += 1
+        if passes == FIRST_PASSES + 1:
+            until = time.monotonic() + patience
+        elif time.monotonic() > until:
+            raise SkipwayError(
+                f"precision='int8': with all layers in integers too many answers change, and which of them to return "
+                f"to float was not known after {patience:g} s; patience={max(60.0, 10 * patience):g} gives it more time"
+            )
         say(f"int8: held-out images, pass {passes}")
         scores = [batch_scores(torch.from_numpy(compiled([x.numpy()])[0]), labels) for x, labels in batches]
         found = torch.cat(scores)

@@ -34,6 +34,7 @@ def quantize(
     goal: str = "throughput",
     backends: Sequence[str] | None = None,
     seconds: float = 60.0,
+    patience: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> OptimizedModel:
     """Return a new network for inference whose products are in 8-bit integers if it keeps its answers and is fastest,
@@ -59,8 +60,10 @@ def quantize(
         example: see `optimize`; by default the first 16 images.
         goal: see `optimize`.
         backends: see `optimize`.
-        seconds: time of the search after the quantisation, which takes two passes over the held-out images, and where
-            layers go back to float, one for each of these and part of one for each layer.
+        seconds: time of the search after the quantisation, which takes two passes over the held-out images.
+        patience: seconds, within the quantisation, for finding the layers that go back to float where too many answers
+            change: part of a pass for each layer, and a whole one for each of these. By default as long as `seconds`.
+            Where they are not found there is no int8, and the remark says so.
         progress: see `optimize`.
 
     Returns:
@@ -96,6 +99,7 @@ def quantize(
         precisions="any",
         backends=backends,
         seconds=seconds,
+        patience=patience,
         calibration=images,
         check=check,
         limit=limit,
