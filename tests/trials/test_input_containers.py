@@ -9,6 +9,7 @@
 | D5 | texts, numbers, an empty mapping, `None`, an array, a data set, a module, a class | refused, with the way out |
 | D5 | re-entrant checkpoints in the model | gradients as without |
 | — | a model that keeps activations, a hidden state of the last call, a growing list | works; afterwards as before |
+| — | a model that keeps a tree whose nodes hold their parents, an example with one | as without; circles stay circles |
 | — | a model that writes into its input | every pass sees the given values, and so does the caller |
 | D15 | a model that sets `requires_grad` on what it computed from its input (Wav2Vec2) | works |
 | D6 | weight norm old and new, spectral norm, a parametrization of one's own | copied, diagnosed, damped or refused |
@@ -280,6 +281,29 @@ def test_weights_that_are_computed(kind):
         with pytest.raises(sw.SkipwayError, match="is computed in every pass"):
             connection.multiply_(0.5)
         torch.testing.assert_close(model[0](x) - x, before)
+
+
+def circle(tensor: Tensor) -> dict[str, Any]:
+    """A node of a tree, whose only child knows it."""
+    root: dict[str, Any] = {"children": []}
+    root["children"].append({"parent": root, "value": tensor, "again": tensor})
+    return root
+
+
+def test_containers_in_a_circle():
+    model = Net()
+    model.tree = circle(X.clone().requires_grad_() * 2)  # as an earlier pass leaves it
+    assert len(sw.chain(model, X)) == 1
+    assert sw.diagnose(model, X, targets=LABELS, allowance=0).measurement.finite
+    torch.testing.assert_close(fuse(model)(X), model.eval()(X))
+    given = circle(X)
+    assert [each is X for each in tensors_in(given)] == [True, True]
+    assert [each is X for each in tensors_in([given, given])] == [True] * 4, "a circle, not what is held twice"
+    mapped = map_tensors(torch.neg, given)
+    (child,) = mapped["children"]
+    assert child["parent"] is mapped
+    torch.testing.assert_close(child["value"], -X)
+    assert given["children"][0]["value"] is X
 
 
 @pytest.mark.parametrize("training", [True, False])

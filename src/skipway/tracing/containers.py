@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -18,6 +18,7 @@ ATOMS = (bool, int, float, complex, str, bytes, type(None))
 CLOSED = (nn.Module, type, FunctionType, MethodType, ModuleType, torch.Generator, torch.device, torch.dtype)
 """Objects whose attributes are no part of an example."""
 LEAVES = (Tensor, *CLOSED)
+PLAIN = (list, tuple, dict)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -45,15 +46,40 @@ def holds_atoms(value: Any) -> bool:
     return kind in ATOMS or (kind in (tuple, list) and all(type(part) in ATOMS for part in value))
 
 
-def walk(value: Any, seen: set[int]) -> Iterator[Any]:
-    """`leaves_in`; objects that were seen already are passed over, since they may hold each other."""
-    for leaf in tree_flatten(value)[0]:
-        if isinstance(leaf, LEAVES):
-            yield leaf
-        elif type(leaf) not in ATOMS and id(leaf) not in seen:
-            seen.add(id(leaf))
-            for _, part in parts_of(leaf):
-                yield from walk(part, seen)
+def walk(value: Any, seen: set[int], around: frozenset[int] = frozenset()) -> Iterator[Any]:
+    """`leaves_in`; objects that were seen already are passed over, since they may hold each other, and containers that
+    hold themselves.
+
+    Args:
+        value: what to look into.
+        seen: ids of the objects so far.
+        around: ids of the containers that hold the value.
+    """
+    if isinstance(value, LEAVES):
+        yield value
+    elif type(value) in ATOMS or id(value) in around:
+        return
+    elif (parts := held_in(value)) is not None:
+        around |= {id(value)}
+        for part in parts:
+            yield from walk(part, seen, around)
+    elif id(value) not in seen:
+        seen.add(id(value))
+        for _, part in parts_of(value):
+            yield from walk(part, seen, around)
+
+
+def held_in(value: Any) -> Iterable[Any] | None:
+    """What a container that torch's pytree knows holds, one level down; None for other values."""
+    if type(value) in PLAIN:
+        return list(value.values()) if isinstance(value, dict) else value
+    parts = one_level(value)[0]
+    return None if len(parts) == 1 and parts[0] is value else parts
+
+
+def one_level(value: Any) -> tuple[list[Any], Any]:
+    """Torch's `tree_flatten`, which descends into all that is held, and does not return from a circle."""
+    return tree_flatten(value, is_leaf=lambda each: each is not value)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -69,13 +95,15 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def rebuild(function: Callable[[Tensor], Any], value: Any, memo: dict[int, Any]) -> Any:
-    """`map_tensors`, with the objects that were rebuilt already."""
-    leaves, structure = tree_flatten(value)
-    if len(leaves) == 1 and leaves[0] is value:
-        if isinstance(value, Tensor):
-            return function(value)
+    """`map_tensors`, with the lists, mappings and objects that were rebuilt already."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (list, dict):
+        return rebuild_object(function, value, memo)
+    parts, structure = one_level(value)
+    if len(parts) == 1 and parts[0] is value:
         return rebuild_object(function, value, memo) if any(True for _ in tensors_in(value)) else value
-    return tree_unflatten([rebuild(function, leaf, memo) for leaf in leaves], structure)
+    return tree_unflatten([rebuild(function, part, memo) for part in parts], structure)
 
 
 def rebuild_object(function: Callable[[Tensor], Any], value: Any, memo: dict[int, Any]) -> Any:
