@@ -523,10 +523,11 @@ class Recipe:
         >>> chosen["context"], chosen["column"], Recipe().text_choices()["column"]
         (64, 'review', None)
         """
+        from skipway.data.sources.columns import parse_column
+
         chosen = {"tokenizer": self.tokenizer or "bytes", "context": self.context or DEFAULT_CONTEXT}
         names = ("holdout", "validation", "seed", "sampling", "split_by", "divider", "encoding", "outside", "cache")
-        column = None if self.columns == LIST_COLUMNS else self.columns.strip()
-        return {**chosen, "column": column, **{name: getattr(self, name) for name in names}}
+        return {**chosen, "column": parse_column(self.columns), **{name: getattr(self, name) for name in names}}
 
     def data_choices(self) -> dict[str, Any]:
         """The arguments for `skipway.data.load`.

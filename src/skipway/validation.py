@@ -12,7 +12,6 @@ from typing import ParamSpec, TypeVar
 from skipway.errors import CallError, SkipwayError, spell
 
 __all__ = [
-    "are_whole",
     "check_blocks",
     "check_call",
     "check_choice",
@@ -28,6 +27,7 @@ __all__ = [
     "check_whole",
     "is_real",
     "is_whole",
+    "whole_numbers",
 ]
 
 P = ParamSpec("P")
@@ -69,16 +69,18 @@ def is_whole(value: object, least: float = -math.inf) -> bool:
     return isinstance(value, Integral) and is_real(value, least)
 
 
-def are_whole(value: object, least: float = -math.inf) -> bool:
-    """Whether a value is a row of whole numbers of at least `least`.
+def whole_numbers(value: object, least: float = -math.inf) -> tuple[int, ...]:
+    """A row of whole numbers of at least `least` as Python's integers; () where the value is none. An iterator is used
+    up.
 
-    >>> are_whole((2, 3), 1), are_whole((2, 0), 1), are_whole(2)
-    (True, False, False)
+    >>> whole_numbers(range(2, 4), 1), whole_numbers((2, 0), 1), whole_numbers(2), whole_numbers("")
+    ((2, 3), (), (), ())
     """
     try:
-        return all(is_whole(each, least) for each in value)  # type: ignore[attr-defined]
+        found = tuple(value)  # type: ignore[var-annotated, arg-type]
     except TypeError:  # among others of an array without axes, which is an Iterable by its class
-        return False
+        return ()
+    return tuple(map(int, found)) if all(is_whole(each, least) for each in found) else ()
 
 
 def check_blocks(value: Iterable[int]) -> tuple[int, ...]:
@@ -90,13 +92,9 @@ def check_blocks(value: Iterable[int]) -> tuple[int, ...]:
     Traceback (most recent call last):
     skipway.errors.SkipwayError: blocks=3: the rule is a number for each stage, at least one block in every one
     """
-    try:
-        found = tuple(value)
-    except TypeError:
-        found = ()
-    fits = found != () and are_whole(found, 1)
-    check_rule("blocks", value, fits, "a number for each stage, at least one block in every one")
-    return tuple(map(int, found))
+    found = whole_numbers(value, 1)
+    check_rule("blocks", value, found != (), "a number for each stage, at least one block in every one")
+    return found
 
 
 def check_seed(argument: str, value: object) -> None:

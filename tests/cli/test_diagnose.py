@@ -569,4 +569,4 @@ def test_the_column_of_text_is_an_option(monkeypatch):
     table.write_text(json.dumps({"tale": "Once upon a time. " * 9, "note": "What a tale that was! " * 9}) + "\n")
     with pytest.raises(SkipwayError, match="name one, with columns='note'"):
         TextBatches(loaded, table, 8, 0)
-    assert TextBatches(loaded, table, 8, 0, column="tale").data.origin["column"] == "tale"
+    assert TextBatches(loaded, table, 8, 0, columns=" tale").data.origin["column"] == "tale"

@@ -89,29 +89,21 @@ def test_only_rows_that_fit_their_checksums_are_taken(opened, notes, fault, ther
         assert fill(table) == 20
 
 
-def test_a_full_disk_costs_the_cache_and_nothing_else(opened, notes, monkeypatch):
+def test_a_full_disk_costs_the_cache_and_nothing_else(opened, notes):
+    """By a limit on the size of files, amid a part that is smaller than the buffer."""
+    resource = pytest.importorskip("resource")
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     with opened() as table:
         table.append(ROWS[:4])
-
-        class Full:
-            def __init__(self, file):
-                self.file = file
-
-            def write(self, content):
-                self.file.write(content[:10])
-                raise OSError(28, "No space left on device")
-
-            def __getattr__(self, name):
-                return getattr(self.file, name)
-
-        real = table.file
-        table.file = Full(real)
-        monkeypatch.setattr(
-            FeatureTable, "mapped", lambda own, count: np.fromfile(own.path, np.float32)[: 3 * count].reshape(-1, 3)
-        )
-        table.append(ROWS[4:8])
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (70, kept[1]))
+            table.append(ROWS[4:8])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, kept)
         assert fill(table) == 8
-    assert notes == ["features are not cached: the disk is full: free some space"]
+    assert notes == ["features are not cached: the file exceeds the size limit (ulimit -f)"]
+    with opened() as table:
+        assert fill(table) == 4
 
 
 def test_too_little_space_is_seen_before(opened, notes, monkeypatch):

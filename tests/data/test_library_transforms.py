@@ -9,8 +9,11 @@ import torch
 from PIL import Image
 
 from skipway.data.data_config import DataConfig, find_data_config
+from skipway.data.loader import IMAGENET_MEAN
 from skipway.data.preprocessing import Preprocessing
 from skipway.errors import SkipwayError
+from skipway.inference.published_weights import published
+from skipway.inference.weight_libraries import LIBRARIES
 from skipway.zoo import ModelRequest, import_library, load_model
 
 
@@ -61,7 +64,7 @@ def test_timm(photo, name):
 
     options = resolve_data_config(pretrained_cfg=stated.to_dict())
     theirs = create_transform(**options)(photo)
-    config = find_data_config("", "timm", name)
+    config = find_data_config(None, "timm", name)
     assert config is not None
     assert_alike(ours(config, options["input_size"][-1], photo), theirs)
 
@@ -72,7 +75,7 @@ def test_timm(photo, name):
 def test_torchvision(photo, name):
     models = require("torchvision").models
     transform = models.get_model_weights(name).DEFAULT.transforms()
-    config = find_data_config("", "torchvision", name)
+    config = find_data_config(None, "torchvision", name)
     assert config is not None
     assert_alike(ours(config, transform.crop_size[0], photo), transform(photo))
 
@@ -87,6 +90,16 @@ def test_a_file_of_torchvision_has_the_transform_of_its_own_weights():
         config = find_data_config(Path("weights") / file, "torchvision", "resnet50")
         assert config is not None
         assert config.crop_share == pytest.approx(share)
+
+
+def test_what_a_library_states_does_not_depend_on_the_folder_of_the_process(tmp_path, monkeypatch):
+    require("torchvision")
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5]}')
+    monkeypatch.chdir(tmp_path)
+    config = find_data_config(None, "torchvision", "resnet50", file="resnet50-0676ba61.pth")
+    assert config is not None
+    assert (config.mean, config.crop_share) == (IMAGENET_MEAN, 224 / 256)
+    assert published(LIBRARIES["torchvision"], "resnet50", {}, "").config.mean == IMAGENET_MEAN
 
 
 @pytest.mark.parametrize("name", ["inception_v3", "efficientnet_b1", "test_vit"])

@@ -398,6 +398,11 @@ def test_rows_that_begin_like_comments_are_named(tmp_path):
         "2 lines with as many cells as the rows left out as comments, since they begin with #: '#1.png,cat'; quotation "
         "marks around the first cell make such a line a row"
     )
+    path.write_text('image,label\na.png,"cat, black"\n#made by hand, 2020\n#7.png,"cat, black"\n')
+    (said,) = read_text_table(path).remarks
+    assert said.startswith("1 line with as many cells as the rows left out as comments, since they begin with #: '#7.p")
+    path.write_text('# image,label\na.png,"cat, black"\n')
+    assert read_text_table(path).rows[0][1] == ["image", "label"]
     path.write_text('# made by hand\nimage,label\n"#1.png",cat\n')
     table = read_text_table(path)
     assert table.remarks == ()

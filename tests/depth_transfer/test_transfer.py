@@ -378,7 +378,7 @@ def test_columns_are_those_of_a_table(tmp_path):
     options = {"steps": 8, "samples": 8}
     with pytest.raises(SkipwayError, match="name one, with columns='note'"):
         designs.choose_design("gpt-nano(context=16)", table, [2], **options)
-    _, batches, _ = designs.choose_design("gpt-nano(context=16)", table, [2], **options, columns="tale")
+    _, batches, _ = designs.choose_design("gpt-nano(context=16)", table, [2], **options, columns="tale ")
     assert "tales" in batches.name
     with pytest.raises(SkipwayError, match="columns='tale': the rule is batches from a file"):
         designs.choose_design(linear_net(0), None, [2], **options, columns="tale")

@@ -19,7 +19,7 @@ from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerCheck
 from skipway.inference.backend_search import LATE, BackendSearch
 from skipway.inference.backend_selection import BackendComparison, BackendResult
-from skipway.inference.backends import BACKENDS, ORIGINAL, Backend, Choice
+from skipway.inference.backends import BACKENDS, ORIGINAL, Backend, Choice, convert_openvino_for
 from skipway.inference.batch_pieces import PieceRun, find_batch_axes, stream_threads
 from skipway.inference.optimized_model import OptimizedModel, assemble, load_optimized, optimize
 
@@ -431,6 +431,25 @@ def test_openvino_takes_what_is_traced_differently_every_time():
     for choice in (Choice("openvino"), Choice("openvino", pieces=4)):
         comparison.add(choice)
         assert not comparison.results[choice].note
+
+
+class AlternatingConvolution(Alternating):
+    """Makes constants of height and width besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + torch.ones(1, 4, int(y.shape[2]), int(y.shape[3]))
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((2, 3, 8, 8), "[2,3,8,8]"), ((-1, 3, -1, -1), "[?,3,8,8]")])
+def test_openvino_keeps_sides_closed_of_what_is_traced_differently_every_time(shape, expected):
+    pytest.importorskip("openvino")
+    converted = convert_openvino_for(AlternatingConvolution().eval(), torch.randn(2, 3, 8, 8), shape)
+    assert str(converted.inputs[0].partial_shape) == expected
 
 
 @pytest.mark.parametrize("choice", [Choice(ORIGINAL), Choice("torch", "bfloat16", pieces=2, streams=2)])

@@ -172,6 +172,7 @@ def test_a_network_that_is_traced_differently_every_time_is_converted(size):
 
     model, images = Alternating().eval(), samples(6)[0]
     network = convert_any_batch(model, images[:size])
+    assert [side.is_static for side in network.input(0).partial_shape] == [False, True, True, True]
     found = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([images.numpy()])[0]
     with torch.no_grad():
         assert torch.allclose(torch.from_numpy(found), model(images), atol=1e-5)

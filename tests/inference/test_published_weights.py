@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from skipway.errors import CheckpointError, SkipwayError
 from skipway.inference import published_weights
-from skipway.inference.published_weights import PackagedWeights, find_published_weights, is_pretrained
+from skipway.inference.published_weights import PackagedWeights, PublishedWeights, find_published_weights, is_pretrained
 from skipway.inference.weight_libraries import Timm
+from skipway.recipe import Recipe, ResolvedRecipe
+from skipway.training import image_task, initial_weights
+from skipway.training.initial_weights import load_initial_weights
 from skipway.zoo import ModelRequest, import_library, load_model
 
 
@@ -77,6 +84,31 @@ def test_what_cannot_be_fetched_is_said_with_the_package_that_ships_it(monkeypat
 def test_other_models_have_none(name):
     with pytest.raises(CheckpointError, match="the rule is a model of timm or torchvision"):
         find_published_weights(name)
+
+
+def test_their_classes_are_not_those_of_the_folder_of_the_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"label_names": ["b", "a"]}')
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = PublishedWeights(state, None, "a library")
+    monkeypatch.setattr(initial_weights, "find_published_weights", lambda name: found)
+    recipe, remarks = Recipe(model="timm:any", start="pretrained", weights_adapt="size"), []
+    load_initial_weights(model, recipe, ("a", "b"), torch.ones(2, 1, 2, 2), remarks.append)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not remarks
+
+
+@pytest.mark.parametrize(("start", "head"), [("pretrained", None), ("./pretrained", ["1", 5])])
+def test_their_hidden_layer_is_not_that_of_a_file_of_this_name(tmp_path, monkeypatch, start, head):
+    monkeypatch.chdir(tmp_path)
+    save_file({}, "pretrained", metadata={"model": json.dumps({"head": ["1", 5]})})
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    monkeypatch.setattr(image_task, "build_classifier", lambda *_, **__: network)
+    monkeypatch.setattr(image_task, "load_initial_weights", lambda *_: "")
+    data = SimpleNamespace(classes="ab", channels=1, size=2, preprocessing=SimpleNamespace(example=torch.ones(1, 1, 1)))
+    recipe = ResolvedRecipe(model="timm:any", start=start)
+    assert image_task.ImageClassification().build_network(recipe, data, print, fresh=True)[1] == head
 
 
 def test_the_word_does_not_depend_on_the_files_beside_it(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -393,6 +394,14 @@ def test_every_scheme_dresses_it(version, scheme):
 def test_bad_input_names_value_rule_and_way_out(name, options, message):
     with pytest.raises(sw.SkipwayError, match=message):
         sw.build(name, **options)
+
+
+def test_numbers_of_stages_are_read_once():
+    window = map(int, "4442")
+    config = sw.build("swin-tiny", blocks=map(int, "2222"), window=window, image=32, device="meta").config
+    assert (config.blocks, config.window, config.windows) == ((2, 2, 2, 2), (4, 4, 4, 2), (4, 4, 2, 1))
+    with pytest.raises(sw.SkipwayError, match=r"window=<map.*: the rule is a whole number of at least 1 for all"):
+        replace(config, window=map(int, "44"))
 
 
 def test_integers_of_numpy_are_integers():

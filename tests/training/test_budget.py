@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -273,6 +274,36 @@ def test_images_are_not_chosen_anew_once_there_is_a_result():
     run = SimpleNamespace(recipe=recipe, progress=progress, ranks=Ranks(), task=None, data=None)
     clock.choose_validation(run)
     assert not run.progress.validation_images
+
+
+@pytest.mark.parametrize(("sharding", "count"), [("none", 100), ("full", 5000)])
+def test_several_processes_measure_before_the_first_step_what_validating_costs(monkeypatch, sharding, count):
+    """Whose time is unknown otherwise; each evaluates its half. A tenth of 20 s is enough for 100 images of 0.02 s."""
+    passed = []
+
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            passed.append(len(x))
+            moments[0] += 0.04 * len(x)
+
+    moments = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: moments[0])
+    monkeypatch.setattr(Ranks, "all_reduce", lambda self, values: values)
+    chosen = {"budget": 20.0, "batch_size": 32, "sharding": sharding, "flip_test": False, "seed": 0}
+    task = SimpleNamespace(
+        item="image",
+        count=lambda data, split: {"validation": 5000, "test": 10}[split],
+        sample=lambda run, count: SimpleNamespace(inputs=torch.zeros(count, 1)),
+        limit_validation=lambda data, count, seed: data,
+    )
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(**chosen), task=task, ranks=Ranks(world=2), progress=Progress(), reporter=Notes(),
+        model=Slow(), device=torch.device("cpu"), autocast=nullcontext, steps_per_epoch=9, elapsed=0.0, data=None,
+    )  # fmt: skip
+    clock.choose_validation(run)
+    assert (run.progress.validation_images or 5000) == count
+    assert set(passed) == ({16} if sharding == "none" else set())
+    assert run.progress.costs.image == pytest.approx(0.02 if passed else 0)
 
 
 def test_a_run_that_goes_back_to_its_start_is_planned_again(tmp_path, machine, monkeypatch):

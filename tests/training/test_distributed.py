@@ -113,3 +113,18 @@ def test_running_statistics_and_their_averages_are_those_of_the_first_process(mo
     changed = {name for name, tensor in model.named_buffers() if (tensor == 7).all()}
     assert changed == ({"fresh", "1.running_mean", "1.running_var"} if world == 2 else set())
     assert not any((tensor == 7).any() for tensor in model.parameters())
+
+
+def test_a_buffer_with_gaps_is_shared_without_what_lies_between(monkeypatch):
+    def broadcast(tensor, source):
+        assert tensor.is_contiguous()  # else Gloo writes numel() numbers from its start on
+        tensor.fill_(7 + source)
+
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    base = torch.zeros(8)
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("even", base[::2])
+    model.register_buffer("turned", torch.zeros(2, 3).T)
+    share_buffers(SimpleNamespace(model=model, ema=None, ranks=Ranks(world=2)))
+    assert base.tolist() == [7, 0] * 4
+    assert (model.turned == 7).all()

@@ -20,7 +20,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from skipway.checkpoint.files import describe_os_error, read_json, write_json
 from skipway.errors import CheckpointError, SkipwayError, printable
 
-__all__ = ["describe_holder", "hold_lock", "read_holder"]
+__all__ = ["describe_holder", "hold_lock", "read_holder", "release_lock"]
 
 # what a file system without locks answers
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -43,9 +43,17 @@ def hold_lock(path: Path, holder_file: Path) -> Iterator[str | None]:
     finally:
         with suppress(OSError):  # the folder may be gone
             holder_file.unlink(missing_ok=True)
-            # before the release: a process that waits for this file sees that it is unlinked and opens a new one
-            path.unlink(missing_ok=True)
-        lock.release()
+        release_lock(lock)
+
+
+def release_lock(lock: BaseFileLock) -> None:
+    """Remove the file of a lock, then release it: a process that waits for it sees that the file is gone, and opens a
+    new one. What a file system refuses is left.
+    """
+    with suppress(OSError):  # the folder may be gone
+        Path(lock.lock_file).unlink(missing_ok=True)
+    with suppress(OSError):
+        lock.release(force=True)
 
 
 def acquire_lock(path: Path, holder_file: Path) -> BaseFileLock:
@@ -58,6 +66,8 @@ def acquire_lock(path: Path, holder_file: Path) -> BaseFileLock:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
+            with suppress(OSError):
+                path.unlink(missing_ok=True)  # which cannot be locked
             marker = path.with_name(f"{path.name}.pid")
             lock = SoftFileLock(marker, timeout=0)
             way_out = f"delete {printable(marker)} if it has ended"

@@ -238,7 +238,7 @@ class TextBatches:
         samples: windows in a batch.
         seed: chooses them.
         tokenizer: a `tokenizer.json`; None: bytes are tokens.
-        column: of a table, that holds the text; None: by content.
+        columns: the name of the column of a table that holds the text; None: by content.
 
     Raises:
         SkipwayError: the model takes fewer tokens than the text has.
@@ -250,9 +250,10 @@ class TextBatches:
     samples: int
     seed: int
     tokenizer: Path | None = None
-    column: str | None = None
+    columns: str | None = None
 
     def __post_init__(self) -> None:
+        from skipway.data.sources.columns import parse_column
         from skipway.data.text import load_text
 
         assert self.loaded.vocabulary is not None
@@ -265,7 +266,8 @@ class TextBatches:
         length = min(self.loaded.shape[0], max(SHORTEST, MOST_TOKENS // self.samples))
         split = {"holdout": 0.0, "validation": 0.0, "seed": self.seed}
         with spelling(column="columns"):
-            self.data = load_text(self.file, tokenizer=chosen, context=length, column=self.column, **split)
+            column = parse_column(self.columns)
+            self.data = load_text(self.file, tokenizer=chosen, context=length, column=column, **split)
         if self.data.tokenizer.size > self.loaded.vocabulary:
             raise SkipwayError(
                 f"--batch {self.file}: {self.tokenizer} knows {self.data.tokenizer.size:,} tokens, and the model "

@@ -60,6 +60,7 @@ def evaluate(
     """
     if batch_size is not None and batch_size < 1:
         raise SkipwayError(f"--batch-size {batch_size}: the rule is --batch-size >= 1")
+    from skipway.data.sources.columns import parse_column, parse_columns
     from skipway.inference.predict import find_text_inputs
     from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
@@ -71,15 +72,13 @@ def evaluate(
         if data is None:
             options = {"--outside": outside, "--columns": columns != COLUMNS}
             refuse(options, " has no effect without DATA: the run's test text is read as in training")
-        column = None if columns == COLUMNS else columns.strip()
-        choices = {"column": column, "outside": outside, "device": device, "batch_size": batch_size}
+        choices = {"column": parse_column(columns), "outside": outside, "device": device, "batch_size": batch_size}
         return evaluate_text(run, data, as_json=json, **choices)
     if data is None:
         options = {"--outside": outside, "--max-megapixels": max_megapixels != 64.0, "--columns": columns != COLUMNS}
         refuse(options, " has no effect without DATA: the run's test images are read as in training")
         result = evaluate_run(run, device=device, flip=flip, batch_size=batch_size, **network.choices)
     else:
-        from skipway.data.sources.columns import parse_columns
         from skipway.hardware.limits import cpu_count
 
         result = evaluate_images(

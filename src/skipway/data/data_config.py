@@ -43,7 +43,7 @@ class DataConfig:
 
 
 def find_data_config(
-    source: str | Path, names: str, model: str | None, *, file: str | None = None
+    source: str | Path | None, names: str, model: str | None, *, file: str | None = None
 ) -> DataConfig | None:
     """Find the preprocessing that weights expect; None where nothing states it.
 
@@ -53,10 +53,10 @@ def find_data_config(
     which all of its classifiers have.
 
     Args:
-        source: file or folder of the weights.
+        source: file or folder of the weights; None where they come from a library, which alone is asked then.
         names: library that the names of the weights come from, see `skipway.load`.
         model: name of the network, as timm knows it.
-        file: name of the file that a library publishes the weights in; None: that of `source`.
+        file: name of the file that a library publishes the weights in; None: that of `source`, if any.
 
     Raises:
         CheckpointError: a description beside the weights is damaged.
@@ -64,15 +64,17 @@ def find_data_config(
     >>> find_data_config("resnet50.pth", "torchvision", None).mean
     (0.485, 0.456, 0.406)
     """
-    path = Path(source)
-    for found in (own_header(path), *described_beside(path)):
+    if source is not None:
+        path = Path(source)
+        file = path.name if file is None else file
+        found = next(filter(None, (own_header(path), *described_beside(path))), None)
         if found is not None:
             return found
     if names == "timm" and model is not None and find_spec("timm") is not None:
         return of_timm(model)
     if names == "torchvision":
         known = model is not None and find_spec("torchvision") is not None
-        stated = of_torchvision(str(model), path.name if file is None else file) if known else None
+        stated = of_torchvision(str(model), file or "") if known else None
         return stated or DataConfig(IMAGENET_MEAN, IMAGENET_STD, "torchvision's weights")
     return None
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from skipway.data import load
 from skipway.data.randomness import draw_key
-from skipway.data.sources.columns import parse_columns
+from skipway.data.sources.columns import parse_column, parse_columns
 from skipway.data.text import load_text
 from skipway.depth_transfer.batches import TrainingBatches, as_training_batches, image_batches, text_batches
 from skipway.errors import SkipwayError, counted, first_line, spell, spelling
@@ -204,7 +204,8 @@ def batches_of_text(
         )
     length = min(context, max(SHORTEST, MOST_TOKENS // samples))
     with spelling(column="columns"):
-        data = load_text(path, tokenizer="bytes", context=length, holdout=0.0, validation=0.0, column=columns)
+        chosen = {"column": parse_column(columns), "holdout": 0.0, "validation": 0.0}
+        data = load_text(path, tokenizer="bytes", context=length, **chosen)
     if path is None:
         remarks.append("no data are given: Python's standard library is read as text")
     if length < context:

@@ -306,6 +306,7 @@ def convert_openvino_for(model: nn.Module, example: Tensor, shape: Sequence[int]
     by `PlainOperators`. A side stays closed where the network makes a constant of it.
     """
     import openvino
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
     with warnings.catch_warnings(), send_no_statistics():
         warnings.simplefilter("ignore")  # the tracer warns about every Python branch
@@ -319,7 +320,11 @@ def convert_openvino_for(model: nn.Module, example: Tensor, shape: Sequence[int]
                 [2 if axis in sides and side == 1 else 1 for axis, side in enumerate(example.shape)]
             )
             program = torch.export.export(model, (sample,), dynamic_shapes=(sides,), strict=False)
-            return openvino.convert_model(program)
+            (given,) = program.graph_signature.user_inputs
+            (found,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == given)
+            converted = openvino.convert_model(program)  # with sides open that the program has made constants of
+            converted.reshape([int(side) if is_concrete_int(side) else -1 for side in found])
+            return converted
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def published(library: WeightLibrary, name: str, state: dict[str, Tensor], where
     """Weights of a library, with what it says about them."""
     kind = next(kind for kind, each in LIBRARIES.items() if each is library)
     cached = library.find_cached(name)
-    config = find_data_config("", kind, name, file="" if cached is None else cached.name)
+    config = find_data_config(None, kind, name, file=None if cached is None else cached.name)
     return PublishedWeights(state, config, f"{kind}'s weights {library.describe(name)}{where}")
 
 

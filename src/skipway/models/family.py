@@ -18,7 +18,7 @@ from skipway.registry import Registry, parse_spec
 from skipway.schemes import Scheme
 from skipway.schemes import parse_scheme as read_scheme
 from skipway.schemes.initialisation import initialise_
-from skipway.validation import are_whole, check_rule, is_real, is_whole
+from skipway.validation import check_rule, is_real, is_whole
 
 __all__ = [
     *("FAMILIES", "Family", "Variant", "build", "families", "find_config", "join_options", "split_options"),
@@ -220,10 +220,11 @@ def check_options(name: str, options: Mapping[str, Any], config: Any) -> None:
 NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (is_whole, "a whole number"),
     "float": (is_real, "a number"),
-    "tuple[int, ...]": (are_whole, "a tuple of whole numbers"),
     "None": (lambda value: value is None, "None"),
 }
-"""Numeric types of a config's fields, and none: what fits them, in words."""
+"""Types of a config's fields that are one number, and none: what fits them, in words. Rows of numbers are read by the
+config alone, since an iterator gives them once.
+"""
 
 
 def own_config(name: str, depth: int | None) -> tuple[Family, Any]:

@@ -131,7 +131,8 @@ def choose_validation(run: Run) -> None:
     """
     if run.recipe.budget is None:
         return
-    if run.ranks.world == 1 and not run.progress.costs.image:
+    sharded = run.ranks.world > 1 and run.recipe.sharding != "none"  # its ranks would have to pass equally often
+    if not sharded and not run.progress.costs.image:
         run.progress.costs = replace(run.progress.costs, image=measure_evaluation(run))
     if run.progress.validation_images or run.progress.epoch or run.progress.head_fitted:
         return
@@ -148,8 +149,9 @@ def choose_validation(run: Run) -> None:
 
 
 def measure_evaluation(run: Run) -> float:
-    """Seconds that evaluating an image takes, by that of some training images."""
-    step, batch_size = run.progress.costs.step, run.recipe.batch_size // run.progress.accumulation
+    """Seconds that evaluating an image takes, by that of some training images; each rank evaluates its share."""
+    step, world = run.progress.costs.step, run.ranks.world
+    batch_size = run.recipe.batch_size // (world * run.progress.accumulation)
     count = max(1, min(batch_size, int(MEASURING_SECONDS * run.recipe.batch_size / max(step, 1e-9))))
     seconds = 0.0
     with preserved_state(run.model), torch.no_grad(), run.autocast():
@@ -162,7 +164,7 @@ def measure_evaluation(run: Run) -> float:
             seconds = time.monotonic() - began
             if seconds > MEASURING_SECONDS / 2:
                 break
-    return seconds * (2 if run.recipe.flip_test else 1) / len(batch.inputs)
+    return seconds * (2 if run.recipe.flip_test else 1) / (world * len(batch.inputs))
 
 
 def note_evaluation(run: Run, images: int, seconds: float) -> None:

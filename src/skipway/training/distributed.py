@@ -55,7 +55,10 @@ class Ranks:
         """Overwrite the floating-point tensors of every rank with those of rank 0, in place."""
         for tensor in tensors if self.world > 1 else ():
             if tensor.is_floating_point():
-                dist.broadcast(tensor.detach(), 0)
+                dense = tensor.detach().contiguous()  # Gloo would write past a strided one, and NCCL refuses it
+                dist.broadcast(dense, 0)
+                if dense.data_ptr() != tensor.data_ptr():
+                    tensor.detach().copy_(dense)
 
     def any(self, here: bool) -> bool:
         """Whether the condition holds on any rank; reduced on the CPU, so that no GPU synchronises."""

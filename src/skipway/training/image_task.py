@@ -20,6 +20,7 @@ from skipway.data.split import name_list
 from skipway.errors import CheckpointError, DataError, SkipwayError, counted, first_line, printable
 from skipway.inference.evaluation import Evaluation, evaluate, wilson_interval
 from skipway.inference.network import add_hidden_layer, build_classifier, is_ours
+from skipway.inference.published_weights import is_pretrained
 from skipway.models import find_config
 from skipway.recipe import NO_PATIENCE, WHITENED, Recipe, ResolvedRecipe
 from skipway.report.run import write_report
@@ -186,7 +187,7 @@ class ImageClassification(Task):
         remark = partial(report, "note")
         model = build_classifier({"name": recipe.model, **self.network_options(recipe, data)}, remark=remark)
         starts = fresh and recipe.initial_weights is not None
-        head = find_hidden_layer(str(recipe.start)) if starts else None
+        head = find_hidden_layer(str(recipe.start)) if starts and not is_pretrained(recipe.start) else None
         if head is not None:
             add_hidden_layer(model, *head)
         if starts:

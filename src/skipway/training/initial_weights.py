@@ -103,12 +103,11 @@ def load_initial_weights(
         if is_pretrained(recipe.start):
             published = find_published_weights(str(recipe.model))
             state: Mapping[str, Tensor] = published.state
-            origin = published.origin
+            origin, known = published.origin, None
         else:
             state = read_source(str(recipe.start), recipe.weights_entry, remark)
-        state, remarks = arrange_classes(
-            model, state, names, find_class_names(str(recipe.start)), classes, adapt, classifiers
-        )
+            known = find_class_names(str(recipe.start))
+        state, remarks = arrange_classes(model, state, names, known, classes, adapt, classifiers)
         for sentence in remarks:
             remark(sentence)
         try:

@@ -10,14 +10,16 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from skipway.checkpoint.files import describe_os_error
+from skipway.checkpoint.lock import release_lock
 from skipway.data.cache.store import SPARE_BYTES
 from skipway.errors import printable
 
@@ -52,7 +54,7 @@ class FeatureTable:
         self.remark = remark
         self.parts: list[int] = []
         self.memory: list[np.ndarray] = []
-        self.file: IO[bytes] | None = None
+        self.file: BufferedReader | BufferedRandom | None = None
         self.sums: IO[str] | None = None
         self.lock: FileLock | None = None
 
@@ -83,9 +85,7 @@ class FeatureTable:
                 with suppress(OSError):  # closing writes what is buffered
                     file.close()
         if self.lock is not None:
-            with suppress(OSError):
-                Path(self.lock.lock_file).unlink(missing_ok=True)
-            self.lock.release()
+            release_lock(self.lock)
         self.file, self.sums, self.lock = None, None, None
 
     def open(self, path: Path) -> None:
@@ -186,8 +186,10 @@ class FeatureTable:
     def mapped(self, count: int) -> np.ndarray:
         """The first rows of the file, mapped into memory."""
         assert self.file is not None
+        # raw: seeking in a buffered file first writes what it holds, which a full disk may just have refused
+        raw: Any = self.file.raw
         # copy on write: torch takes writable memory only, and the file stays as it is
-        return np.memmap(self.file, np.float32, mode="c", shape=(count, self.width))
+        return np.memmap(raw, np.float32, mode="c", shape=(count, self.width))
 
     def read(self, count: int | None = None) -> np.ndarray:
         """The first rows, float32 (count, D); all that are needed by default."""

@@ -23,6 +23,7 @@ import numpy as np
 import PIL
 from filelock import FileLock, Timeout
 
+from skipway.checkpoint.lock import release_lock
 from skipway.data.inspection import ImageInfo
 from skipway.data.sources.readers import ImageStore
 from skipway.errors import printable, spell
@@ -255,14 +256,10 @@ class PixelFile:
         return ""
 
 
-def let_go(lock: FileLock, owner: int | None = None) -> None:
+def let_go(lock: FileLock, owner: int) -> None:
     """Release a lock and remove its file, unless this process is a fork of the owner."""
-    if owner not in (None, os.getpid()):
-        return
-    with suppress(OSError):
-        Path(lock.lock_file).unlink(missing_ok=True)
-    with suppress(OSError):
-        lock.release(force=True)
+    if owner == os.getpid():
+        release_lock(lock)
 
 
 def is_held(path: Path) -> bool:
@@ -273,5 +270,5 @@ def is_held(path: Path) -> bool:
             lock.acquire()
         except (Timeout, OSError):
             return True
-        let_go(lock)
+        release_lock(lock)
     return False

@@ -12,7 +12,7 @@ from skipway.data.sources.splits import Split, split_of
 from skipway.data.sources.tables import Table
 from skipway.errors import DataError, printable, spell
 
-__all__ = ["COLUMNS", "Columns", "choose_columns", "parse_columns"]
+__all__ = ["COLUMNS", "Columns", "choose_columns", "parse_column", "parse_columns"]
 
 COLUMNS = ("image", "label", "split")
 """Names that are looked for by default; other names are then looked for, too."""
@@ -49,6 +49,15 @@ def parse_columns(text: str | None) -> tuple[str, ...]:
     (('photo', 'kind'), ('image', 'label', 'split'))
     """
     return COLUMNS if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def parse_column(text: str | None) -> str | None:
+    """The name of the column that holds a text; None, as for the names of an image list, lets the content decide.
+
+    >>> parse_column(" review "), parse_column("image,label,split")
+    ('review', None)
+    """
+    return None if text is None or parse_columns(text) == COLUMNS else text.strip()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -120,7 +120,16 @@ def parse_rows(lines: list[str], separator: str) -> Iterator[Row]:
     """The rows of text lines, but for blank lines and comments."""
     named = uncommented(lines, separator)
     without = ("\n" if not line.strip() or line.lstrip().startswith("#") else line for line in named)
-    reader = csv.reader(without, delimiter=separator, strict=True, skipinitialspace=separator in " |;,")
+    return split_rows(without, separator)
+
+
+def split_rows(lines: Iterable[str], separator: str) -> Iterator[Row]:
+    """The rows of lines, comments included, but for blank lines.
+
+    Raises:
+        csv.Error: a quotation mark is not closed.
+    """
+    reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=separator in " |;,")
     for row in reader:
         if row and separator == " ":
             while row and not row[-1]:
@@ -129,16 +138,43 @@ def parse_rows(lines: list[str], separator: str) -> Iterator[Row]:
             yield reader.line_num, row
 
 
+def first_cells(lines: Iterable[str], separator: str) -> list[str]:
+    """The cells of the first row of lines; none where there is no row.
+
+    >>> first_cells(['#7.jpg,"cat, black"'], ","), first_cells(['#7.jpg,"cat'], ",")
+    (['#7.jpg', 'cat, black'], [])
+    """
+    try:
+        return next(split_rows(lines, separator), (0, []))[1]
+    except csv.Error:
+        return []
+
+
 def comment_remarks(rows: list[Row], lines: list[str], separator: str) -> Iterator[str]:
-    """A remark where comments have as many cells as the rows, since the name of a file may begin with `#`, too."""
-    width = len(rows[0][1]) if rows else 0
-    comments = [line.strip() for line in uncommented(lines, separator) if re.match(r"\s*#\S", line)]
-    alike = [line for line in comments if line.count(separator) + 1 == width]
+    """A remark where comments have as many cells as the rows, since the name of a file may begin with `#`, too. Where
+    rows name files by their endings, a comment without one is prose.
+    """
+    width, named = len(rows[0][1]) if rows else 0, any(has_ending(row) for _, row in rows[:SAMPLED])
+    alike = []
+    for line in uncommented(lines, separator):
+        if re.match(r"\s*#\S", line):
+            cells = first_cells([line], separator)
+            if len(cells) == width and (has_ending(cells) or not named):
+                alike.append(line.strip())
     if alike:
         yield (
             f"{counted(len(alike), 'line')} with as many cells as the rows left out as comments, since they begin with "
             f"#: {printable(alike[0][:60])!r}; quotation marks around the first cell make such a line a row"
         )
+
+
+def has_ending(row: list[str]) -> bool:
+    """Whether a cell of a row has the ending of a file's name.
+
+    >>> has_ending(["#7.jpg", "cat"]), has_ending(["#made by hand", "2020."])
+    (True, False)
+    """
+    return any(re.search(r"\.\w+\s*$", cell) for cell in row)
 
 
 def uncommented(lines: list[str], separator: str) -> Iterator[str]:
@@ -150,15 +186,15 @@ def uncommented(lines: list[str], separator: str) -> Iterator[str]:
     for number, line in enumerate(lines):
         if number == header and line.lstrip().startswith("#"):
             name = line.lstrip().removeprefix("#").lstrip()
-            below = lines[content[0]].count(separator)
-            yield name if name.count(separator) == below > 0 and looks_like_names(name, separator) else line
+            names, below = (first_cells(each, separator) for each in ([name], lines[content[0] :]))
+            yield name if len(names) == len(below) > 1 and all(map(looks_like_name, names)) else line
         else:
             yield line
 
 
-def looks_like_names(line: str, separator: str) -> bool:
-    """Whether every cell of a line is a word, as names of columns are."""
-    return all(re.fullmatch(r"[A-Za-z]\w*", cell.strip()) for cell in line.split(separator))
+def looks_like_name(cell: str) -> bool:
+    """Whether a cell is a word, as names of columns are."""
+    return re.fullmatch(r"[A-Za-z]\w*", cell.strip()) is not None
 
 
 def choose_separator(lines: list[str], path: Path) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from skipway.errors import SkipwayError
 from skipway.models.transformer import Norm
 from skipway.schemes import Identity, Scheme
-from skipway.validation import are_whole, check_blocks, check_choice, check_positive_int, check_rule, is_whole
+from skipway.validation import check_blocks, check_choice, check_positive_int, check_rule, is_whole, whole_numbers
 
 __all__ = ["SwinConfig"]
 
@@ -72,11 +72,12 @@ class SwinConfig:
             )
         for name, allowed in (("attention", get_args(Similarity)), ("norm", get_args(Norm))):
             check_choice(name, getattr(self, name), allowed)
-        per_stage("window", self.window, len(self.blocks))
-        if self.learned_window is not None:
-            per_stage("learned_window", self.learned_window, len(self.blocks))
-            if self.attention == "dot":
-                raise SkipwayError("learned_window: a table of positions has one window; attention='cosine' has others")
+        for name in ("window", *["learned_window"] * (self.learned_window is not None)):
+            sides = per_stage(name, getattr(self, name), len(self.blocks))
+            if not is_whole(getattr(self, name)):
+                object.__setattr__(self, name, sides)
+        if self.learned_window is not None and self.attention == "dot":
+            raise SkipwayError("learned_window: a table of positions has one window; attention='cosine' has others")
 
     @property
     def branches(self) -> int:
@@ -113,7 +114,7 @@ class SwinConfig:
 
 def per_stage(name: str, value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:
     """A number for each stage, from one for all or from one for each."""
+    found = whole_numbers((value,) * stages if is_whole(value) else value, 1)
     rule = f"a whole number of at least 1 for all stages, or one for each of the {stages}"
-    each: Any = (value,) * stages if is_whole(value) else value
-    check_rule(name, value, are_whole(each, 1) and len(each) == stages, rule)
-    return tuple(map(int, each))
+    check_rule(name, value, len(found) == stages, rule)
+    return found
