@@ -347,6 +347,33 @@ def test_extra_state_goes_through_its_module():
     assert torch.equal(model[0].weight, source[0].weight)
 
 
+def test_extra_state_that_is_refused_changes_nothing():
+    class Strict(Remembering):
+        def set_extra_state(self, state):
+            self.seen = ()
+            if len(state) > 1:
+                raise ValueError("one number")
+            super().set_extra_state(state)
+
+    model = nn.Sequential(Remembering(2, 2), Strict(2, 2))
+    before = {name: tensor.clone() for name, tensor in model_state(model).items()}
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    with pytest.raises(CheckpointError, match="'1._extra_state' .* set_extra_state of Strict raises ValueError"):
+        load_model_state(model, {**state, "1._extra_state": torch.ones(2)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model_state(model).items())
+    load_model_state(model, state)
+    assert model[1].seen == (1.0,)
+
+
+def test_extra_state_that_could_not_be_loaded_is_not_saved():
+    class Unsettable(nn.Linear):
+        def get_extra_state(self):
+            return torch.zeros(1)
+
+    with pytest.raises(CheckpointError, match="'0._extra_state' cannot be loaded: Unsettable has get_extra_state"):
+        model_state(nn.Sequential(Unsettable(2, 2)))
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing():
     model = make()
     before = {name: tensor.clone() for name, tensor in model_state(model).items()}

@@ -20,7 +20,7 @@ import skipway as sw
 from skipway.diagnosis import Diagnosis, diagnose
 from skipway.diagnosis.measurement import measure
 from skipway.diagnosis.passes import curvature, dot, jacobians, noise
-from skipway.diagnosis.remedies import AddSkips, Case, Damp, LearningRate, NormFirst, Rescheme, UnitVariance
+from skipway.diagnosis.remedies import AddSkips, Case, Damp, LearningRate, NormFirst, Rescheme, Revive, UnitVariance
 from skipway.diagnosis.rules import RULES
 from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Subject
@@ -578,7 +578,8 @@ def test_nothing_is_damped_where_one_branch_cannot_be():
     assert torch.equal(model[0].second.weight, before)
 
 
-@pytest.mark.parametrize("kind", ["channels last", "bfloat16", "weight norm"])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("kind", ["channels last", "bfloat16", "weight norm", "weight norm by a hook"])
 def test_maps_of_any_memory_type_and_parametrization_get_unit_variance(kind):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), 9 * torch.randn(4, 3, 8, 8)
@@ -586,11 +587,38 @@ def test_maps_of_any_memory_type_and_parametrization_get_unit_variance(kind):
         model.to(memory_format=torch.channels_last)
     elif kind == "bfloat16":
         model, x = model.bfloat16(), x.bfloat16()
-    else:
+    elif kind == "weight norm":
         nn.utils.parametrizations.weight_norm(model[0])
+    else:
+        nn.utils.weight_norm(model[0])
     UnitVariance(("0", "1")).apply(case_of(model, x))
     with torch.no_grad():
         assert float(model[0](x).float().std()) == pytest.approx(1, abs=0.05)
     rows = model[1].weight.detach().float().flatten(1)
     products = rows @ rows.T
     torch.testing.assert_close(products, products[0, 0] * torch.eye(4), atol=1e-2 * float(products[0, 0]), rtol=0)
+
+
+class Silenced(nn.Module):
+    """A parametrization whose result is 0, whatever is written."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0 * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+@pytest.mark.parametrize("remedy", [UnitVariance(("0", "1")), Revive(("0", "1"))])
+def test_weights_that_cannot_be_written_are_said(remedy):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(8, 4)
+    for linear in model:
+        if isinstance(remedy, Revive):
+            nn.utils.parametrize.register_parametrization(linear, "weight", Silenced())
+        else:
+            nn.utils.parametrizations.spectral_norm(linear)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(sw.SkipwayError, match="the weight of 0 is computed in every pass from other parameters"):
+        remedy.apply(case_of(model, x))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name])

@@ -122,3 +122,13 @@ def test_a_loss_that_brings_targets_into_shape_itself_is_left_alone():
 def test_a_loss_that_brings_outputs_into_shape_itself_is_left_alone(loss):
     measured = diagnose(net(out=1), X, targets=torch.randn(32), loss=loss)
     assert found(measured, "broadcast-targets") is None
+
+
+@pytest.mark.parametrize("bias", [math.nan, 1e30])
+def test_a_loss_that_is_not_finite_says_nothing_of_the_targets(bias):
+    model = net(out=1)
+    nn.init.constant_(model[2].bias, bias)
+    measured = diagnose(
+        model, X, targets=torch.randn(32), loss=lambda out, targets: F.mse_loss(out.flatten(), targets.flatten())
+    )
+    assert found(measured, "broadcast-targets") is None

@@ -15,15 +15,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 import skipway as sw
 from skipway.monitoring import EarlyWarning, Watch
 from skipway.monitoring.attention import largest_logit
-from skipway.monitoring.ranks import SamplingRanks, count_copies
+from skipway.monitoring.ranks import SamplingRanks, count_copies, find_ranks
+from skipway.monitoring.updates import WeightSample
 from skipway.probes import Probe
 
 
@@ -692,12 +696,26 @@ def test_a_parameter_that_is_returned_is_left_without_hooks():
 def test_a_norm_counts_each_part_of_a_sharded_gradient_once(placed, copies, monkeypatch):
     """Two groups of three processes, of which each holds the same numbers."""
     parameter = SimpleNamespace(placements=placed, device_mesh=SimpleNamespace(size=(2, 3).__getitem__))
-    assert count_copies(parameter) == copies
+    assert count_copies(parameter, 6) == copies
     monkeypatch.setattr("torch.distributed.all_reduce", lambda each: each.mul_(6))
-    ranks = SamplingRanks(0, 6, True, (count_copies(parameter), 0))
+    ranks = SamplingRanks(0, 6, True, (copies, 0))
     parts = {2: 3, 1: 6, 0: 1}[copies]
     total = ranks.total_norms([torch.tensor([2.0, 1.0])])
     assert float(total) == pytest.approx((parts * 4 + 1) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "placed", "copies"), [("tp", (Shard(0),), 2), (("dp", "tp"), (Replicate(), Shard(0)), 2)]
+)
+def test_copies_of_a_part_are_counted_outside_of_its_own_mesh_too(axes, placed, copies):
+    """Tensor parallelism within data parallelism: each of two groups holds all parts, on a mesh of the group alone."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh[axes], placed, src_data_rank=None))
+        assert find_ranks(nn.Linear(1, 1), [weight]).copies == (copies,)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -726,3 +744,10 @@ def test_losses_near_the_largest_number_end_no_training(size):
             watch.log(loss=size * (1 - step / 2600))
             watch.log(loss=size)
     assert len(watch.losses) == 260
+
+
+def test_updates_of_complex_weights_count_both_parts():
+    weight = nn.Parameter(torch.tensor([3 + 4j]))
+    sample = WeightSample({"block": [weight]})
+    weight.data.add_(1j)
+    assert sample.relative_updates()["block"] == pytest.approx(0.2)

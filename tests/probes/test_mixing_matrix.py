@@ -408,3 +408,87 @@ def test_a_normalised_vector_is_divided_by_a_constant():
     torch.testing.assert_close(y, F.normalize(x, dim=1))
     (gradient,) = torch.autograd.grad(y, x, x)
     torch.testing.assert_close(gradient, F.normalize(x, dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_without_an_epsilon_torchs_own_counts(dtype):
+    norm, x = nn.RMSNorm(4).to(dtype), torch.full((1, 4), 1e-3, dtype=dtype)
+    with FrozenNorms():
+        frozen = norm(x)
+    torch.testing.assert_close(frozen, norm(x), rtol=1e-2, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm(3), nn.RMSNorm(3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_norms_in_float32_return_the_type_that_they_are_given(norm):
+    x = torch.randn(2, 4, 3, 3).bfloat16()
+    with FrozenNorms():
+        frozen = norm(x)
+    torch.testing.assert_close(frozen, norm(x), rtol=2e-2, atol=2e-2)
+
+
+class Writing(TwoStreams):
+    """Streams of others, with branches that write into what they read, and a head that does."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.ReLU(inplace), self.head)
+        self.branches = nn.ModuleList(nn.Sequential(nn.ReLU(inplace), nn.Linear(DIM, DIM)) for _ in range(3))
+
+    def forward(self, x):
+        s = torch.stack([self.stem(x)] * 2, -2)
+        for branch, weights in zip(self.branches, self.weights, strict=True):
+            read, mix, write = weights.split((1, 2, 1), -1)
+            s = mix.mT @ s + write * branch((read * s).sum(-2)).unsqueeze(-2)
+        return self.head(s.sum(-2))
+
+
+class OurStreams(nn.Module):
+    """Streams or joins of ours, with branches that write into what they read."""
+
+    def __init__(self, inplace: bool, scheme: str) -> None:
+        super().__init__()
+        model = sw.build("vit-tiny-16", depth=2, dim=DIM, heads=2, patch=4, image=8, classes=3, scheme=scheme)
+        for connection in sw.chain(model):
+            if connection.residual.join is None:  # what is read of streams is nobody else's
+                connection.residual.pre = nn.Identity()
+            connection.residual.branch = nn.Sequential(nn.ReLU(inplace), nn.Linear(DIM, DIM))
+            connection.residual.post = nn.ReLU(inplace)
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("scheme", [None, "hyperconnections(2, dynamic=False)", "orthogonal"])
+def test_what_is_kept_of_a_pass_is_not_written_into(scheme):
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = Writing(inplace) if scheme is None else OurStreams(inplace, scheme)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        found.append(depth_mixing(model, example() if scheme is None else torch.randn(2, 3, 8, 8)))
+    for name in ("coefficients", "shares", "gradient_shares"):
+        torch.testing.assert_close(getattr(found[1], name), getattr(found[0], name))
+
+
+def test_complex_streams_mix_as_real_ones_do():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(DIM, DIM, dtype=torch.complex64)
+
+        def forward(self, x):
+            return x + self.f(x)
+
+    x = torch.randn(3, DIM, dtype=torch.complex64)
+    mixing = depth_mixing(nn.Sequential(Block(), Block()), x, loss=lambda out, targets: out.abs().square().mean())
+    torch.testing.assert_close(mixing.coefficients, triangle(3))
+    torch.testing.assert_close(mixing.shares.sum(1), torch.ones(3))
+    torch.testing.assert_close(mixing.gradient_shares.sum(0), torch.ones(3))

@@ -22,10 +22,12 @@ from skipway.probes import MEASURES, Measure, Probe, probe
 from skipway.probes.measures import (
     branch_gradient,
     cosine,
+    distinctness,
     is_finite,
     largest_magnitude,
     rms,
     std,
+    swallowed_share,
     token_distinctness,
     variance,
 )
@@ -447,3 +449,35 @@ def test_what_is_not_finite_and_what_is_empty_is_measured():
     assert torch.isnan(rms(none))
     assert float(largest_magnitude(none)) == 0
     assert float(cosine(torch.zeros(2), torch.ones(2))) == 0
+
+
+def test_complex_numbers_are_measured_by_both_parts():
+    x, y = torch.randn(2, 6, 5, 4, dtype=torch.complex128)
+    assert float(rms(x)) == pytest.approx(float(x.abs().square().mean().sqrt()))
+    assert float(std(x)) == pytest.approx(float((x - x.mean()).abs().square().mean().sqrt()))
+    assert float(largest_magnitude(x)) == pytest.approx(float(x.abs().max()))
+    parts = [torch.view_as_real(each).flatten() for each in (x, y)]
+    assert float(cosine(x, y)) == pytest.approx(float(F.cosine_similarity(*parts, dim=0)))
+    assert float(cosine(x, 1j * x)) == pytest.approx(0)
+    assert float(cosine(x.real, x)) == pytest.approx(float(x.real.norm() / x.norm()))
+    assert float(distinctness(torch.tensor([[1.0], [1j]]))) == pytest.approx(1)
+    assert float(token_distinctness(torch.tensor([[[1.0], [-1.0]]]) * 1j)) == pytest.approx(2)
+    assert float(swallowed_share(torch.tensor([1j]), torch.tensor([1e-3j]))) == 0.5
+    assert [float(is_finite(torch.tensor([complex(0, part)]))) for part in (1.0, math.inf)] == [1, 0]
+    (low,) = (rms(torch.full((3,), 1e30j)),)
+    assert float(low) == pytest.approx(1e30)
+
+
+def test_a_complex_stream_and_outputs_of_modules():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 4, dtype=torch.complex64)
+
+        def forward(self, x):
+            return x + self.f(x)
+
+    model = nn.Sequential(Block())
+    found = probe(model, torch.full((8, 4), 1j), measures=["skip", "stream"], modules=["0.f"])
+    assert found["0"]["skip"] == pytest.approx(1)
+    assert found["0.f"]["stream"] > 0

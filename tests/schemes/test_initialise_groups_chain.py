@@ -228,3 +228,15 @@ def test_layer_decay_counts_parts_as_one_block_and_goes_by_the_first_use():
 def test_layer_decay_without_blocks_is_said():
     with pytest.warns(UserWarning, match="no blocks"):
         sw.param_groups(nn.Sequential(nn.Linear(3, 2)), torch.zeros(2, 3), lr=1.0, layer_decay=0.5)
+
+
+@pytest.mark.parametrize(("scheme", "factor"), [("deepnorm", (4 * 3) ** -0.25), ("fixup", 3**-0.5)])
+def test_branches_that_share_their_maps_are_multiplied_once(scheme, factor, monkeypatch):
+    """DeepNorm's β = (4L)^(-1/4) and Fixup's L^(-1/(2m - 2)) with L = 3, m = 2."""
+    first, *others = (sw.BasicBlock(8, 8, scheme=scheme) for _ in range(3))
+    for each in others:
+        each.branch.conv1.weight = first.branch.conv1.weight
+    drawn = torch.randn_like(first.branch.conv1.weight)
+    monkeypatch.setattr("skipway.nn.initial.HeNormal.__call__", lambda self, weight: weight.copy_(drawn))
+    sw.initialise_(nn.Sequential(first, *others))
+    torch.testing.assert_close(first.branch.conv1.weight.detach(), factor * drawn)

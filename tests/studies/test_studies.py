@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+import skipway as sw
 from skipway.errors import CheckpointError, SkipwayError
 from skipway.report.chart import Figure, Point, Series
 from skipway.report.svg import draw, svg_file
 from skipway.studies.cell import Cell, Choices
+from skipway.studies.fit import restart_
 from skipway.studies.index import write_index
 from skipway.studies.page import write_study_page
 from skipway.studies.runner import Share, cell_by_key, read_rows, remeasure, run
@@ -439,3 +441,11 @@ def test_the_index_has_every_study_with_rows(tmp_path):
     index, pages = write_index(tmp_path)
     assert pages == [tmp_path / "propagation.html"]
     assert 'href="propagation.html"' in index.read_text()
+
+
+def test_modules_are_started_in_their_order(monkeypatch):
+    """Each draws random numbers, so that another order in another process would be another start at the same seed."""
+    model, order = sw.build("resnet", depth=8, width=4, classes=2), []
+    monkeypatch.setattr("skipway.studies.fit.reset", lambda name, module: order.append(module))
+    restart_(model, {})
+    assert order == [module for each in sw.chain(model) for module in each.residual.modules()]

@@ -135,6 +135,26 @@ def test_counts_of_classes_alone_follow_and_are_named():
     assert (model.num_classes, model._n_labels) == (1, 1)
 
 
+class Decoder(nn.Module):
+    def __init__(self, head: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.head, self.num_classes = head, classes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x).view(len(x), self.num_classes)
+
+
+def test_counts_follow_around_every_name_of_the_classifier():
+    head = nn.Linear(8, 3)
+    model = nn.ModuleDict({"head": head, "decoders": nn.ModuleList([Decoder(head, 3)])})
+    model.forward = lambda x: model["decoders"][0](x)
+    operation = replace_classifier(model, torch.randn(2, 8), 5)
+    assert model["decoders"][0].num_classes == 5
+    assert operation.touched == {"head": "3 classes replaced by 5, and in decoders.0.num_classes"}
+    operation.undo()
+    assert model["decoders"][0].num_classes == 3
+
+
 def test_a_classifier_is_replaced_under_all_its_names():
     model, x = Named(3), torch.randn(2, 4)
     before, names = model.head, list(model._modules)

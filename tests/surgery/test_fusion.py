@@ -310,8 +310,28 @@ def hooked_identity() -> nn.Module:
     return identity
 
 
+def replaced(module: nn.Module, method: str = "forward") -> nn.Module:
+    """A module with a method of its instance, which no look at its class tells."""
+    setattr(module, method, lambda x, *_: x.square())
+    return module
+
+
+class Awake(nn.Dropout):
+    def train(self, mode: bool = True):
+        return super().train()
+
+
+class AwakeNorm(nn.BatchNorm2d):
+    def train(self, mode: bool = True):
+        return super().train()
+
+
 @pytest.mark.parametrize(
-    "between", [lambda: AlwaysDropped(0.5), Squared, lambda: Halved(0.5), lambda: HalvedByMask(0.5), hooked_identity]
+    "between",
+    [
+        *(lambda: AlwaysDropped(0.5), Squared, lambda: Halved(0.5), lambda: HalvedByMask(0.5), hooked_identity),
+        *(lambda: replaced(nn.Identity()), lambda: replaced(DropPath(0.5), "mask"), lambda: Awake(0.5)),
+    ],
 )
 def test_nothing_goes_through_what_is_no_identity(between):
     torch.manual_seed(0)
@@ -324,6 +344,24 @@ def test_nothing_goes_through_what_is_no_identity(between):
     expected = model(x)
     torch.manual_seed(1)
     torch.testing.assert_close(done.model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(replaced(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)),
+        nn.Sequential(replaced(nn.Conv2d(4, 4, 1), "_conv_forward"), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(4, 4, 1), replaced(nn.BatchNorm2d(4))),
+        nn.Sequential(nn.Conv2d(4, 4, 1), AwakeNorm(4)),
+        nn.Sequential(replaced(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))),
+        nn.Sequential(replaced(Residual(nn.Conv2d(4, 4, 1), scale=Gain(4)))),
+    ],
+)
+def test_what_is_replaced_on_the_instance_or_stays_in_training_mode_is_kept(model):
+    x, done = torch.randn(2, 4, 3, 3), fuse_with_report(trained(model))
+    assert not done.fused
+    assert len(done.kept) == 1
+    torch.testing.assert_close(done.model(x), model.eval()(x))
 
 
 def test_a_standardised_map_with_another_forward_is_kept():

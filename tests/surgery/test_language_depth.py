@@ -157,6 +157,14 @@ def test_the_config_builds_the_changed_network(config, operate):
     assert (model.count, numbers_of(model)) == (4, [0, 1, 2, 3])
 
 
+def test_blocks_that_stayed_on_another_device_do_not_come_back():
+    model = Decoder(Counting()).eval()
+    operation = shorten(model, X, 2)
+    model.to("meta")
+    with pytest.raises(sw.SkipwayError, match="moved to meta since, .* stayed on cpu"):
+        operation.undo(force=True)
+
+
 def test_a_config_that_cannot_say_it_is_named_with_what_is_built_instead():
     model = Decoder(Period()).eval()
     operation = sw.deepen(model, X, 1)

@@ -167,6 +167,29 @@ def peak_kept(action) -> int:
     return live.peak() - parameters
 
 
+class Neighbours(nn.Module):
+    """Means over neighbours, twice, by a matrix that autograd keeps."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.matrix, self.map = matrix, nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.matrix, torch.sparse.mm(self.matrix, self.map(x)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_tensors_are_counted_once_by_their_parts(layout):
+    """16 values and their places: two numbers each, or one each and 17 borders."""
+    matrix, parts = torch.eye(16).to_sparse(), 16 * (2 * 8 + 4)
+    if layout != torch.sparse_coo:
+        form = {"size": (16, 16), "layout": layout, "check_invariants": True}
+        matrix = torch.sparse_compressed_tensor(torch.arange(17), torch.arange(16), torch.ones(16), **form)
+        parts = 16 * (8 + 4) + 17 * 8
+    assert saved_bytes(Neighbours(matrix), ROW) == ROW.nbytes + parts
+
+
 def test_others_see_the_blocks_one_by_one_and_none_can_be_called_alone():
     model = encoder(4, 0.0)
     names = [connection.name for connection in sw.chain(model, TOKENS)]

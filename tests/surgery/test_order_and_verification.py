@@ -141,3 +141,8 @@ def test_values_are_summarised_on_devices_without_float64():
     with WithoutFloat64():
         assert summarise(parameter) == expected
         assert agrees(torch.ones(4, 2), torch.ones(2, 2), 0)
+
+
+def test_outputs_that_torch_conjugates_late_are_compared():
+    outputs = torch.randn(3, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    assert difference([outputs.conj()], [outputs.conj().resolve_conj()]) == 0

@@ -378,9 +378,18 @@ def test_tied_weights_stay_tied():
     assert model[1].up.weight is model[0].up.weight
 
 
-def test_a_division_that_would_hit_a_tied_weight_is_put_back():
+@pytest.mark.parametrize(("scheme", "start"), [("skipinit(init=0.5)", "divide"), ("depthscaled", "identity")])
+def test_a_weight_that_branches_share_is_divided_once(scheme, start):
     model, x, _ = made("NHWC")
     model[1].down.weight = model[0].down.weight
+    before = model[0].down.weight.detach().clone()
+    rescheme(model, x, scheme, start=start)
+    torch.testing.assert_close(model[1].down.weight, before * (2 if start == "divide" else 2**0.5))
+
+
+def test_a_division_that_would_hit_a_tied_weight_is_put_back():
+    model, x = nn.Sequential(Around(nn.Sequential(nn.ReLU(), nn.Linear(6, 6))), nn.Linear(6, 6)).eval(), tokens()
+    model[1].weight = model[0].branch[1].weight
     keys, types = state(model), kinds(model)
     with pytest.raises(SkipwayError, match="the output changed by"):
         rescheme(model, x, "skipinit(init=0.5)", start="divide")

@@ -327,3 +327,22 @@ def test_a_network_that_was_moved_gets_nothing_back_from_another_device():
     other.to("meta")
     keeps.undo(force=True)
     assert {parameter.device.type for parameter in other.parameters()} == {"meta"}
+
+
+def test_nothing_is_put_back_of_another_type_or_by_a_transaction_within():
+    net = Net().eval()
+    with transaction(net, X, title="both") as change:
+        shorten(net, X, to=1)
+        both = change.commit()
+    net.to("meta", torch.float64)
+    with pytest.raises(sw.SkipwayError, match=r"to meta, torch.float64 .* model\.to\('cpu', torch.float32\)"):
+        both.undo(force=True)
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2).bfloat16())
+    with transaction(net, title="two kinds") as change:
+        change.set_submodule("2", nn.Identity())
+        takes = change.commit()
+    net.float()
+    with pytest.raises(sw.SkipwayError, match=r"stayed in torch.bfloat16; give each part the device and type"):
+        takes.undo(force=True)
+    net[1].bfloat16()
+    takes.undo()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import skipway as sw
 from skipway.tracing import REASONS, watch
+from skipway.tracing.chain import set_weight
 
 
 def conv(dim_in: int, dim_out: int, stride: int = 1, size: int = 3, groups: int = 1) -> nn.Sequential:
@@ -266,3 +267,22 @@ def test_multiplying_a_strangers_branch():
     before = block(x) - x
     connection.multiply_(0.25)
     torch.testing.assert_close(block(x) - x, 0.25 * before)
+
+
+@pytest.mark.parametrize("norm", [None, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_weight_is_written_through_what_computes_it(norm):
+    linear, x = nn.Linear(3, 4), torch.randn(2, 3)
+    linear = linear if norm is None else norm(linear)
+    values = torch.randn(4, 3)
+    values[0] = 0 if norm is nn.utils.weight_norm else values[0]
+    assert set_weight(linear, "weight", values)
+    torch.testing.assert_close(linear(x), x @ values.T + linear.bias)
+
+
+def test_a_weight_that_cannot_be_written_stays_what_it_was():
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    assert not set_weight(linear.eval(), "weight", torch.full((4, 3), 9.0))
+    for name, tensor in linear.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

@@ -333,3 +333,12 @@ def test_timm_and_transformers():
     model.transformer.h[1].mlp.c_fc.register_forward_hook(spoil)
     culprit = find_culprit(model, {"input_ids": ids}, lambda: model(ids, labels=ids).loss)
     assert (culprit.kind, culprit.name) == ("gradient", "transformer.h.1:2")
+
+
+def test_a_complex_value_that_is_not_finite_is_found():
+    class Rotated(nn.Module):
+        def forward(self, x):
+            return torch.complex(x, x / 0)
+
+    model, x = nn.Sequential(nn.Linear(2, 2), Rotated()), torch.randn(3, 2)
+    assert find_culprit(model, x, lambda: model(x).real.sum() * torch.nan) == Culprit("forward", "1")

@@ -185,11 +185,22 @@ def test_several_operations_as_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_type_is_no_value_that_can_be_put_back(dtype):
+@pytest.mark.parametrize("force", [False, True])
+def test_another_type_is_no_value_that_can_be_put_back(dtype, force):
     model = network()
     operation = remove_norm(model, X)
     model.to(dtype)
-    with pytest.raises(SkipwayError, match="changed since"):
+    with pytest.raises(SkipwayError, match=f"moved to {dtype} since, .* stayed in torch.float32"):
+        operation.undo(force=force)
+
+
+def test_values_written_by_one_of_several_operations_as_one():
+    model = network()
+    with sw.surgery.transaction.transaction(model, X, title="both") as change:
+        rescheme(model, X, "zeroinit", start="scheme")
+        operation = change.commit()
+    train(model)
+    with pytest.raises(SkipwayError, match="'both': stem.0.weight.* changed since"):
         operation.undo()
 
 

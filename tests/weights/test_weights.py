@@ -497,3 +497,48 @@ def test_extra_state_that_cannot_be_loaded_is_named():
     model = nn.Sequential(Unsettable(2, 2))
     with pytest.raises(sw.CheckpointError, match="'0._extra_state' cannot be loaded: Unsettable has get_extra_state"):
         sw.load(model, nn.Sequential(Unsettable(2, 2)).state_dict())
+
+
+class Strict(Remembering):
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.seen = []
+        if len(state) > 1:
+            raise ValueError("one number")
+        super().set_extra_state(state)
+
+
+def test_extra_state_that_is_refused_leaves_the_network_as_it_was():
+    model = nn.Sequential(Remembering(), Strict())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    with pytest.raises(sw.CheckpointError, match="'1._extra_state' .* set_extra_state of Strict raises ValueError"):
+        sw.load(model, {**state, "1._extra_state": torch.ones(2)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert sw.load(model, state)[1].seen == [2.0]
+
+
+COMMON = torch.ones(1)
+
+
+class Returning(Remembering):
+    """Extra state that is one tensor of all modules until it is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = COMMON
+
+    def get_extra_state(self) -> object:
+        return self.kept
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.kept = state
+
+
+def test_extra_state_of_two_modules_that_return_one_tensor():
+    model = nn.Sequential(Returning(), Returning())
+    sw.load(model, {**model.state_dict(), "0._extra_state": torch.zeros(1), "1._extra_state": torch.full((1,), 2.0)})
+    assert [float(part.kept) for part in model] == [0, 2]
+    shared = nn.ModuleDict(dict.fromkeys("ab", Returning()))
+    state = {name: tensor for name, tensor in shared.state_dict().items() if name.startswith("b")}
+    sw.load(shared, {**state, "b._extra_state": torch.full((1,), 3.0)})  # a file that holds each tensor once
+    assert float(shared["a"].kept) == 3

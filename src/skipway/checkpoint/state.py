@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, printable
 from skipway.tracing import unwrap
-from skipway.weights.prefixes import INSERTED, extra_state_owners
+from skipway.weights.extra_state import extra_state_owners, write_state
+from skipway.weights.prefixes import INSERTED
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -55,11 +56,13 @@ def model_state(model: nn.Module, *, gather: bool = True) -> dict[str, Tensor]:
             sharded, for `save_sharded`.
 
     Raises:
-        CheckpointError: a module has extra state that is not a tensor.
+        CheckpointError: a module has extra state that is not a tensor, or `get_extra_state` without `set_extra_state`,
+            so that it could not be loaded.
 
     >>> list(model_state(nn.Linear(2, 1)))
     ['weight', 'bias']
     """
+    extra_state_owners(model)  # refuses what could not be loaded
     state = {}
     for name, value in unwrap(model).state_dict().items():
         if not isinstance(value, Tensor):
@@ -105,10 +108,10 @@ def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Every rank passes full tensors or its own shards. On a mismatch nothing is changed.
 
     Raises:
-        CheckpointError: names, shapes or dtypes differ, or a module has `get_extra_state` without `set_extra_state`.
+        CheckpointError: names, shapes or dtypes differ, a `set_extra_state` fails, or a module has `get_extra_state`
+            without it.
     """
-    owners = extra_state_owners(model)
-    targets = model_state(model, gather=False)
+    targets, owners = model_state(model, gather=False), extra_state_owners(model)
     lost, strange = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
     if lost or strange:
         raise CheckpointError(f"the checkpoint does not fit the model: {describe_mismatch(lost, strange)}")
@@ -119,12 +122,13 @@ def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if source.shape != target.shape or source.dtype != target.dtype:
             was, now = (f"{list(each.shape)} {each.dtype}" for each in (source, target))
             raise CheckpointError(f"the checkpoint does not fit the model: {name} is {was} there and {now} here")
-    with torch.no_grad():
-        for name, target in targets.items():
-            if name in owners:
-                owners[name].set_extra_state(tensors[name].detach().to(target.device, copy=True))
-            else:
-                local_tensor(target).copy_(local_tensor(place_like(tensors[name], target)))
+    values = (
+        (name, tensors[name].detach().to(target.device, copy=True))
+        if name in owners
+        else (name, local_tensor(place_like(tensors[name], target)))
+        for name, target in targets.items()
+    )
+    write_state({name: local_tensor(target) for name, target in targets.items()}, values, owners)
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import NamedTuple
 
 import torch
@@ -189,6 +189,12 @@ ROUNDING = 1e-5
 """Share of two losses up to which they differ by rounding."""
 
 
+def differ(first: float, second: float) -> bool:
+    """Whether two losses differ by more than rounding; of what is not finite nothing is known, so False."""
+    finite = isfinite(first) and isfinite(second)
+    return finite and abs(first - second) > ROUNDING * max(abs(first), abs(second))
+
+
 def broadcast_targets(context: Context) -> Iterator[Finding]:
     """Targets (N,) beside outputs (N, 1), or the other way round: a loss of elements compares all with all, so that it
     is the same in another order of the targets, too, and another one where both have one shape.
@@ -207,13 +213,13 @@ def broadcast_targets(context: Context) -> Iterator[Finding]:
         moved = [each for each in rolled if not each.equal(targets)]
         try:
             given, *losses = (float(loss(output, each)) for each in (targets, *moved))
-            if all(abs(given - each) > ROUNDING * max(abs(given), abs(each)) for each in losses):
+            if all(differ(given, each) for each in losses):
                 return  # every output is compared with targets of its own
             fitted = float(loss(output, targets.reshape(head.shape)))
         except Exception:  # anybody's function, which takes targets of one shape only
             return
     subject.spend(subject.share(part) / 3)
-    if abs(given - fitted) <= ROUNDING * max(abs(given), abs(fitted)):
+    if not differ(given, fitted):
         return
     yield Finding(
         rule="broadcast-targets",

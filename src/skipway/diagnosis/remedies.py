@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
@@ -21,7 +19,7 @@ from skipway.surgery.block_call import BlockCall, parameter_names
 from skipway.surgery.insertion import BRANCH, Around, disable_fused_path, insert_into_branch
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, Program, preserved_state, watch
-from skipway.tracing.chain import Chain, WatchedConnection
+from skipway.tracing.chain import Chain, WatchedConnection, computed_weight, set_weight
 from skipway.tracing.example import call_model, copy_example
 from skipway.tracing.paths import condense_paths
 
@@ -235,34 +233,40 @@ class UnitVariance:
     """Draw orthogonal weights and scale them, first to last, so that each map's output has unit variance; in place.
 
     LSUV, "All you need is a good init" (Mishkin & Matas 2016, https://arxiv.org/abs/1511.06422, algorithm 1). Maps
-    that are 0 stay 0, and so do weights that are computed from others by something without an inverse.
+    that are 0 stay 0, and weights stay as they are that are computed from others which do not give them such values
+    (spectral norm does not scale them).
 
     Args:
         maps: paths of the modules, in the order in which the signal meets them.
+
+    Raises:
+        SkipwayError: there are such weights, and none that can be scaled; the model is as before.
     """
 
     maps: tuple[str, ...]
 
     def apply(self, case: Case) -> Case:
-        was = [module.training for module in case.model.modules()]
-        with torch.no_grad():
-            for name in self.maps:
-                module = case.model.get_submodule(name)
+        modules = [case.model.get_submodule(name) for name in self.maps]
+        with transaction(case.model, title=str(self)) as change, torch.no_grad():
+            change.keep_values(held for module in modules for held in (*module.parameters(), *module.buffers()))
+            for module in modules:
                 weight = module.weight
                 if isinstance(weight, Tensor) and weight.ndim > 1 and bool(weight.any()):
                     dtype = torch.promote_types(weight.dtype, torch.float32)  # of 16 bits there is no QR everywhere
                     drawn = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-                    write_weight(module, nn.init.orthogonal_(drawn))
+                    set_weight(module, "weight", nn.init.orthogonal_(drawn))
             with preserved_state(case.model):
                 case.model.train()
-                for name in self.maps:
-                    self.normalise(case, case.model.get_submodule(name))
-        for module, mode in zip(case.model.modules(), was, strict=True):
-            module.training = mode
+                scaled = [self.normalise(case, module) for module in modules]
+            if False in scaled and True not in scaled:
+                raise computed_weight(f"the weight of {self.maps[scaled.index(False)]}")
+            change.commit()
         return case
 
-    def normalise(self, case: Case, module: nn.Module) -> None:
-        """Divide the weight of one map by the standard deviation of its output."""
+    def normalise(self, case: Case, module: nn.Module) -> bool | None:
+        """Divide the weight of one map by the standard deviation of its output; returns whether that was possible, None
+        where there is none to divide by.
+        """
         found: list[Tensor] = []
         handle = module.register_forward_hook(lambda _, given, out: found.append(out.detach()))
         try:
@@ -270,23 +274,12 @@ class UnitVariance:
         finally:
             handle.remove()
         deviation = found[0].float().std(correction=0) if found else torch.tensor(0.0)
-        if bool(deviation > 0) and bool(deviation.isfinite()):
-            write_weight(module, module.weight / deviation)  # type: ignore[operator]
+        if not (bool(deviation > 0) and bool(deviation.isfinite())):
+            return None
+        return set_weight(module, "weight", module.weight / deviation)  # type: ignore[operator]
 
     def __str__(self) -> str:
         return f"draw orthogonal weights of unit output variance, layer by layer: {condense_paths(self.maps)}"
-
-
-@torch.no_grad()
-def write_weight(module: nn.Module, values: Tensor) -> None:
-    """Write the weight of a map, in place: into the parameter, or through the parametrization that computes it; where
-    that has no inverse, or is a hook of `torch.nn.utils.weight_norm`, the weight is left alone.
-    """
-    if isinstance(module.weight, nn.Parameter):
-        module.weight.copy_(values)
-    elif parametrize.is_parametrized(module, "weight"):
-        with suppress(NotImplementedError, RuntimeError, ValueError):
-            module.weight = values.to(module.weight)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -295,19 +288,26 @@ class Revive:
 
     Args:
         modules: paths of the maps.
+
+    Raises:
+        SkipwayError: a weight is computed from others which do not give it other values; the model is as before.
     """
 
     modules: tuple[str, ...]
 
     def apply(self, case: Case) -> Case:
-        for name in self.modules:
-            module = case.model.get_submodule(name)
-            restart = getattr(module, "reset_parameters", None)
-            if callable(restart):
-                restart()
-            if not bool(module.weight.any()):  # type: ignore[union-attr]
-                drawn = torch.empty_like(module.weight)  # type: ignore[arg-type]
-                write_weight(module, nn.init.kaiming_normal_(drawn, nonlinearity="linear"))
+        with transaction(case.model, title=str(self)) as change:
+            for name in self.modules:
+                module = case.model.get_submodule(name)
+                change.keep_values((*module.parameters(), *module.buffers()))
+                restart = getattr(module, "reset_parameters", None)
+                if callable(restart):
+                    restart()
+                if not bool(module.weight.any()):  # type: ignore[union-attr]
+                    drawn = nn.init.kaiming_normal_(torch.empty_like(module.weight), nonlinearity="linear")  # type: ignore[arg-type]
+                    if not set_weight(module, "weight", drawn):
+                        raise computed_weight(f"the weight of {name}")
+            change.commit()
         return case
 
     def __str__(self) -> str:

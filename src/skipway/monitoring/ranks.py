@@ -23,7 +23,7 @@ class SamplingRanks:
         together: whether a forward pass needs all of them (sharded weights, SyncBatchNorm): then all take every sample,
             and agree on when; else the first one alone does, and no collective is called.
         copies: for each parameter 0, or the number of processes that hold the same part of it, where its gradient is
-            sharded: 1, or with replicas of the shards (HSDP) their number.
+            sharded: 1, or with replicas of the shards (HSDP, tensor parallelism within data parallelism) their number.
         device: of what is exchanged.
     """
 
@@ -58,20 +58,23 @@ class SamplingRanks:
         return (shared + squares[:, ~parts].sum(-1)).sqrt()
 
 
-def count_copies(parameter: nn.Parameter) -> int:
-    """The number of processes that hold the same part of a sharded parameter; 0 for one that is not sharded."""
+def count_copies(parameter: nn.Parameter, world: int) -> int:
+    """The number of processes, of all `world`, that hold the same part of a sharded parameter; 0 for one that is not
+    sharded. A mesh may be that of one group of processes among several, of which each holds all parts.
+    """
     placements = getattr(parameter, "placements", None)
     if placements is None:
         return 0
     mesh = parameter.device_mesh  # type: ignore[attr-defined]
-    return math.prod(mesh.size(axis) for axis, each in enumerate(placements) if each.is_replicate())
+    return world // math.prod(mesh.size(axis) for axis, each in enumerate(placements) if not each.is_replicate())
 
 
 def find_ranks(model: nn.Module, parameters: list[nn.Parameter]) -> SamplingRanks:
     """Where this process stands in the training of a model."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world == 1:
         return SamplingRanks()
-    copies = tuple(map(count_copies, parameters))
+    copies = tuple(count_copies(parameter, world) for parameter in parameters)
     together = any(copies) or any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     device = local(parameters[0].detach()).device if parameters else None
-    return SamplingRanks(dist.get_rank(), dist.get_world_size(), together, copies, device)
+    return SamplingRanks(dist.get_rank(), world, together, copies, device)

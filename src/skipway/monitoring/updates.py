@@ -74,7 +74,7 @@ class WeightSample:
         for name, own in self.parameters.items():
             change = size = torch.zeros(())
             for parameter, before in zip(own, self.before[name], strict=True):
-                now, share = spaced(parameter), local(parameter).numel() / max(1, before.numel())
+                now, share = spaced(parameter), real_numbers(parameter).numel() / max(1, before.numel())
                 change = change.to(now.device) + share * (now.float() - before.float()).square().sum()
                 size = size.to(now.device) + share * before.float().square().sum()
             parts += [change, size]
@@ -85,9 +85,15 @@ class WeightSample:
         }
 
 
+def real_numbers(parameter: Tensor) -> Tensor:
+    """The numbers of a tensor in a row; of complex ones both parts."""
+    held = local(parameter.detach())
+    return (torch.view_as_real(held.resolve_conj()) if held.is_complex() else held).reshape(-1)
+
+
 def spaced(parameter: Tensor) -> Tensor:
     """At most `ELEMENTS` numbers of a tensor, evenly spaced."""
-    flat = local(parameter.detach()).reshape(-1)
+    flat = real_numbers(parameter)
     return flat[:: max(1, math.ceil(flat.numel() / ELEMENTS))]
 
 

@@ -8,8 +8,16 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ColumnOrthogonal", "FanInUniform", "HeNormal", "Initial", "TruncatedNormal", "XavierNormal", "Zeros"]
-__all__ = ["FanInNormal", "FanInUniform", "HeNormal", "Initial", "TruncatedNormal", "XavierNormal", "Zeros"]
+__all__ = [
+    "ColumnOrthogonal",
+    "FanInNormal",
+    "FanInUniform",
+    "HeNormal",
+    "Initial",
+    "TruncatedNormal",
+    "XavierNormal",
+    "Zeros",
+]
 
 
 class Initial(Protocol):

@@ -160,10 +160,14 @@ class LinearMap:
     rows: slice | None = None
 
     @property
+    def name(self) -> str:
+        """The module's attribute in which the map's output is linear: the weight, or the gain of a standardised one."""
+        return "gain" if isinstance(self.module, ScaledStandardConv2d | ScaledStandardLinear) else "weight"
+
+    @property
     def weight(self) -> Tensor:
-        """The tensor in which the map's output is linear: the weight, or the gain of a standardised weight."""
-        owner = self.module
-        parameter = owner.gain if isinstance(owner, ScaledStandardConv2d | ScaledStandardLinear) else owner.weight
+        """The tensor in which the map's output is linear, or the map's rows of it."""
+        parameter = getattr(self.module, self.name)
         assert isinstance(parameter, Tensor)
         return parameter if self.rows is None else parameter[self.rows]
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, suggest
 from skipway.nn import Residual, StageMap, StreamExit
-from skipway.probes.observer import Observer, storage_of, unseen
+from skipway.probes.observer import Observer, unseen
 from skipway.tracing import Example, as_example, call_model, unwrap
 from skipway.tracing.chain import WatchedConnection, chain
 from skipway.tracing.containers import map_tensors, tensors_in
+from skipway.tracing.watch import address
 
 __all__ = ["features", "stage_features", "stage_maps"]
 
@@ -60,10 +61,10 @@ class TapObserver(Observer):
 
     def rescue(self, given: Any) -> None:
         """Copy what is kept in the memory of the tensors that a call is given and may write into."""
-        storages = {storage_of(tensor) for tensor in tensors_in(given)}
+        storages = {address(tensor)[0] for tensor in tensors_in(given)}
         with torch.enable_grad():  # also in an `autograd.Function`, where gradients are off
             for name, tensor in self.tensors.items():
-                if storage_of(tensor) in storages:
+                if address(tensor)[0] in storages:
                     self.tensors[name] = tensor.clone()
 
     def module_input(self, name: str, value: Any) -> None:

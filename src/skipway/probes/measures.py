@@ -18,25 +18,25 @@ SMALL, LARGE = 1e-12, 1e15  # between them squares neither vanish nor overflow i
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square √(mean x²) over all elements, ≥ 0, computed in float32 at least; nan of none.
+    """Root mean square √(mean |x|²) over all elements, ≥ 0, computed in float32 at least; nan of none.
 
     >>> rms(torch.tensor([3.0, 4.0, 0.0, 0.0])).item()
     2.5
     """
-    return rescaled(lambda x: x.square().mean().sqrt(), x)
+    return rescaled(lambda x: squares(x).mean().sqrt(), x)
 
 
 def std(x: Tensor) -> Tensor:
-    """Standard deviation √(mean (x − mean x)²) over all elements, ≥ 0; nan of none.
+    """Standard deviation √(mean |x − mean x|²) over all elements, ≥ 0; nan of none.
 
     >>> std(torch.tensor([1.0, 3.0])).item()
     1.0
     """
-    return rescaled(lambda x: (x - x.mean()).square().mean().sqrt(), x)
+    return rescaled(lambda x: squares(x - x.mean()).mean().sqrt(), x)
 
 
 def variance(x: Tensor) -> Tensor:
-    """Variance mean (x − mean x)² over all elements, ≥ 0, in float64 where the device has it.
+    """Variance mean |x − mean x|² over all elements, ≥ 0, in float64 where the device has it.
 
     >>> variance(torch.tensor([1e30, 3e30])).item()  # doctest: +ELLIPSIS
     9.99...e+59
@@ -50,9 +50,10 @@ def largest_magnitude(x: Tensor) -> Tensor:
     >>> largest_magnitude(torch.tensor([1.0, -3.0])).item()
     3.0
     """
+    x = wide(x).abs() if x.is_complex() else wide(x)
     if not x.numel():
-        return wide(x).new_zeros(())
-    low, high = wide(x).aminmax()
+        return x.new_zeros(())
+    low, high = x.aminmax()
     return torch.maximum(-low, high)
 
 
@@ -66,15 +67,15 @@ def is_finite(x: Tensor) -> Tensor:
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """⟨x, y⟩ / (|x| |y|) over all elements, in [−1, 1]; 0 where one of them is 0, nan where the shapes differ or
-    an element is not finite.
+    """⟨x, y⟩ / (|x| |y|) over all elements, in [−1, 1], of complex ones with Re ⟨x, y⟩; 0 where one of them is 0, nan
+    where the shapes differ or an element is not finite.
 
     >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])).item()  # doctest: +ELLIPSIS
     0.7071...
     """
     if x.shape != y.shape:
         return torch.tensor(math.nan, device=x.device)
-    x, y = (wide(each) / largest_magnitude(each).clamp_min(1e-30) for each in (x, y))
+    x, y = (wide(each) / largest_magnitude(each).clamp_min(1e-30) for each in real_parts(x, y))
     size = x.norm() * y.norm()
     return torch.where(size == 0, 0.0, (x * y).sum() / size.clamp_min(1e-38))
 
@@ -88,7 +89,10 @@ def distinctness(x: Tensor) -> Tensor:
     >>> distinctness(torch.eye(4)).item(), distinctness(torch.ones(4, 3)).item()
     (1.0, 0.0)
     """
-    return distinct_rows(wide(x).flatten(1)[None]) if x.ndim > 1 else torch.ones((), device=x.device)
+    if x.ndim < 2:
+        return torch.ones((), device=x.device)
+    (x,) = real_parts(x)
+    return distinct_rows(wide(x).flatten(1)[None])
 
 
 def token_distinctness(x: Tensor, channel: int | None = None) -> Tensor:
@@ -107,8 +111,8 @@ def token_distinctness(x: Tensor, channel: int | None = None) -> Tensor:
     if x.ndim < 3:
         return torch.ones((), device=x.device)
     guess = 1 if x.ndim == 4 and not x.shape[1] == x.shape[2] != x.shape[3] else -1
-    tokens = x.movedim(guess if channel is None else channel, -1).flatten(1, -2)
-    return distinct_rows(wide(tokens)) if tokens.shape[1] > 1 else torch.ones((), device=x.device)
+    (tokens,) = real_parts(x.movedim(guess if channel is None else channel, -1).flatten(1, -2))
+    return distinct_rows(wide(tokens.flatten(2))) if tokens.shape[1] > 1 else torch.ones((), device=x.device)
 
 
 def distinct_rows(rows: Tensor) -> Tensor:
@@ -147,13 +151,15 @@ def overflow(*tensors: Tensor, largest: float = 65504.0) -> Tensor:
 
 
 def swallowed_share(stream: Tensor, branch: Tensor) -> Tensor:
-    """Share of elements, in [0, 1], at which bfloat16 loses the branch: x + F(x) rounds to x, though F(x) ≠ 0.
+    """Share of elements, in [0, 1], at which bfloat16 loses the branch: x + F(x) rounds to x, though F(x) ≠ 0. Real and
+    imaginary parts are elements each.
 
     >>> swallowed_share(torch.ones(4), torch.tensor([1e-3, 1e-3, 0.5, 0.0])).item()
     0.5
     """
     if stream.shape != branch.shape:
         return torch.tensor(math.nan, device=stream.device)
+    stream, branch = real_parts(stream, branch)
     low = stream.to(torch.bfloat16)
     return ((low + branch.to(torch.bfloat16) == low) & (branch != 0)).float().mean()
 
@@ -164,9 +170,33 @@ def branch_gradient(before: Tensor, after: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x` detached, in float32 or, where it is that already, float64."""
+    """`x` detached, in float32 or, where it is that already, float64; complex numbers in their types of that width."""
     x = x.detach()
+    if x.is_complex():
+        return x.to(torch.promote_types(x.dtype, torch.complex64))
     return x if x.dtype == torch.float64 else x.float()
+
+
+def is_inexact(x: Tensor) -> bool:
+    """Whether a tensor holds numbers with a fraction, real or complex: those that have gradients."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def squares(x: Tensor) -> Tensor:
+    """|x|² of each element."""
+    return (x.abs() if x.is_complex() else x).square()
+
+
+def real_parts(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; where one is complex, the real and imaginary parts of all, along a last axis of two.
+
+    >>> real_parts(torch.tensor([1 + 2j]), torch.ones(1))
+    (tensor([[1., 2.]]), tensor([[1., 0.]]))
+    """
+    if not any(each.is_complex() for each in tensors):
+        return tensors
+    wanted = (each.to(torch.promote_types(each.dtype, torch.complex64)) for each in tensors)
+    return tuple(torch.view_as_real(each.resolve_conj()) for each in wanted)
 
 
 def rescaled(size: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -17,14 +17,16 @@ from torch.overrides import TorchFunctionMode
 from skipway.errors import SkipwayError, counted
 from skipway.hardware.precision import widest
 from skipway.nn import Carry, Residual
+from skipway.probes.measures import is_inexact, real_parts
 from skipway.probes.objective import Loss, compute_loss
-from skipway.probes.observer import storage_of, unseen
+from skipway.probes.observer import unseen
 from skipway.probes.source_cutters import JoinCutter, MixedSource, SourceCutter, StreamCutter, WatchedStreamCutter
 from skipway.probes.stream_taps import StreamTaps
 from skipway.tracing import Example, as_batch, call_model, preserved_state, unwrap, watch
 from skipway.tracing.chain import Connection, chain, chain_from_program
 from skipway.tracing.containers import map_tensors
 from skipway.tracing.example import copy_example
+from skipway.tracing.watch import address
 
 __all__ = ["DepthMixing", "depth_mixing"]
 
@@ -115,21 +117,27 @@ class FrozenNorms(TorchFunctionMode):
 
 
 def divide(x: Tensor, axes: tuple[int, ...], eps: float | None, *, centred: bool = True) -> Tensor:
-    """x less its mean over its deviation, which is a constant to the graph; its root mean square, if not `centred`."""
+    """x less its mean over its deviation, which is a constant to the graph; its root mean square, if not `centred`. In
+    float32 at least, whose ε counts where none is given.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of 16 bits overflow
     off = wide - wide.mean(axes, keepdim=True) if centred else wide
     square = off.detach().square().mean(axes, keepdim=True)
-    return (off / (square + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt()).to(x.dtype)
+    return off / (square + (torch.finfo(wide.dtype).eps if eps is None else eps)).sqrt()
+
+
+def affine(divided: Tensor, x: Tensor, weight: Any, bias: Any) -> Tensor:
+    """What a norm returns for x, in its shape and type, whatever those of γ and β: γ times what was divided plus β."""
+    y = divided.view_as(x)
+    return (y * (1 if weight is None else weight) + (0 if bias is None else bias)).to(x.dtype)
 
 
 def layer_norm(x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any):
-    y = divide(x, tuple(range(x.ndim - len(shape), x.ndim)), eps)
-    return y * (1 if weight is None else weight) + (0 if bias is None else bias)
+    return affine(divide(x, tuple(range(x.ndim - len(shape), x.ndim)), eps), x, weight, bias)
 
 
 def rms_norm(x: Tensor, shape: Sequence[int], weight: Any = None, eps: float | None = None, **_: Any):
-    y = divide(x, tuple(range(x.ndim - len(shape), x.ndim)), eps, centred=False)
-    return y * (1 if weight is None else weight)
+    return affine(divide(x, tuple(range(x.ndim - len(shape), x.ndim)), eps, centred=False), x, weight, None)
 
 
 def batch_norm(
@@ -138,13 +146,12 @@ def batch_norm(
 ):  # fmt: skip
     if not training:  # a linear map already
         return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    return by_channel(divide(x, (0, *range(2, x.ndim)), eps), weight, bias)
+    return affine(divide(x, (0, *range(2, x.ndim)), eps), x, by_channel(x, weight), by_channel(x, bias))
 
 
 def group_norm(x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any):
     groups = x.unflatten(1, (num_groups, -1))
-    y = divide(groups, tuple(range(2, groups.ndim)), eps).view_as(x)
-    return by_channel(y, weight, bias)
+    return affine(divide(groups, tuple(range(2, groups.ndim)), eps), x, by_channel(x, weight), by_channel(x, bias))
 
 
 def instance_norm(
@@ -153,7 +160,7 @@ def instance_norm(
 ):  # fmt: skip
     if not use_input_stats:  # a linear map already
         return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return by_channel(divide(x, tuple(range(2, x.ndim)), eps), weight, bias)
+    return affine(divide(x, tuple(range(2, x.ndim)), eps), x, by_channel(x, weight), by_channel(x, bias))
 
 
 def normalize(x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, **_: Any):
@@ -161,10 +168,9 @@ def normalize(x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, **_: 
     return x / wide.norm(p, dim, keepdim=True).clamp_min(eps).to(x.dtype)
 
 
-def by_channel(x: Tensor, weight: Any, bias: Any) -> Tensor:
-    """x times the weights plus the biases of its channels, on axis 1."""
-    channels = (1, -1, *(1,) * (x.ndim - 2))
-    return x * (1 if weight is None else weight.view(channels)) + (0 if bias is None else bias.view(channels))
+def by_channel(x: Tensor, factors: Any) -> Any:
+    """Weights or biases of the channels of x, which are on axis 1, in a shape that multiplies x."""
+    return None if factors is None else factors.view(1, -1, *(1,) * (x.ndim - 2))
 
 
 FROZEN = {
@@ -184,7 +190,7 @@ FROZEN = {
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Context in which all parameters of a model, frozen ones too, take part in the graph."""
-    frozen = [each for each in model.parameters() if each.is_floating_point() and not each.requires_grad]
+    frozen = [each for each in model.parameters() if is_inexact(each) and not each.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_()
@@ -196,15 +202,15 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 def saved_as_copies(model: nn.Module) -> saved_tensors_hooks:
     """Context in which what the graph saves are copies, but for parameters, so that a network may write into it."""
-    own = {storage_of(parameter) for parameter in model.parameters()}
-    return saved_tensors_hooks(lambda saved: saved if storage_of(saved) in own else saved.clone(), lambda saved: saved)
+    own = {address(parameter)[0] for parameter in model.parameters()}
+    return saved_tensors_hooks(lambda saved: saved if address(saved)[0] in own else saved.clone(), lambda saved: saved)
 
 
 def as_inputs(example: Example) -> Example:
     """Inputs in whose graph what is computed from them stands, copies that in-place operators may write into."""
 
     def as_input(tensor: Tensor) -> Tensor:
-        return tensor.requires_grad_() * 1 if tensor.is_floating_point() else tensor
+        return tensor.requires_grad_() * 1 if is_inexact(tensor) else tensor
 
     return map_tensors(as_input, copy_example(example))
 
@@ -355,5 +361,6 @@ def products(read: Tensor, sources: list[MixedSource], given: Tensor) -> list[Te
 
 
 def inner(first: Tensor, second: Tensor) -> float:
-    """The inner product of two tensors of one shape."""
+    """The inner product of two tensors of one shape; of complex ones its real part."""
+    first, second = real_parts(first, second)
     return float((widest(first) * widest(second)).sum())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from skipway.errors import SkipwayError
+from skipway.probes.measures import is_inexact
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_example, unwrap
 from skipway.tracing.chain import WatchedConnection, chain
@@ -92,7 +93,7 @@ class FinitenessObserver(Observer):
 
     def module_output(self, name: str, value: Any) -> None:
         for leaf in tree_leaves(value):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            if isinstance(leaf, Tensor) and is_inexact(leaf):
                 self.note(name, leaf)
 
     def note(self, name: str, value: Tensor) -> None:

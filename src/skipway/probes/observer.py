@@ -231,14 +231,6 @@ class Observer(TorchFunctionMode):
         return result
 
 
-def storage_of(tensor: Tensor) -> int:
-    """The memory that a tensor lies in; of another layout than a strided one the tensor itself."""
-    try:
-        return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-    except NotImplementedError:  # within `torch.func.vmap`
-        return id(tensor)
-
-
 def unseen(connection: WatchedConnection) -> SkipwayError:
     """The error for a connection whose addition no observer sees."""
     return SkipwayError(

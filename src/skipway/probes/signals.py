@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError, suggest
 from skipway.hardware.precision import widest
 from skipway.nn import Residual
-from skipway.probes.measures import MEASURES, SIGNALS, Measure
+from skipway.probes.measures import MEASURES, SIGNALS, Measure, is_inexact
 from skipway.probes.objective import Loss, compute_loss
 from skipway.probes.observer import Observer
 from skipway.tracing import Example, as_batch, call_model, preserved_state
@@ -95,7 +95,7 @@ class Probe(Observer):
         SkipwayError: an unknown measure; on leaving the forward pass, additions that are not those of the chain.
 
     >>> import skipway as sw
-    >>> model, x = sw.build("resnet20"), torch.randn(4, 3, 8, 8)
+    >>> model, x = sw.build("resnet8"), torch.randn(4, 3, 8, 8)
     >>> connections = sw.chain(model, x)
     >>> with Probe(model, connections, ["branch", "gradient_after"]) as probe:
     ...     model(x).square().mean().backward()
@@ -183,7 +183,7 @@ class Probe(Observer):
 
     def module_output(self, name: str, value: Any) -> None:
         first = value[0] if isinstance(value, tuple | list) and value else value
-        if isinstance(first, Tensor) and first.is_floating_point() and first.numel():
+        if isinstance(first, Tensor) and is_inexact(first) and first.numel():
             self.module_rows[name] = {}
             channel = self.module_channels.get(name)
             known = channel is not None and -channel <= first.ndim
@@ -244,10 +244,10 @@ def probe(
         SkipwayError: an unknown measure; the model fails on the example, or does something else in each pass.
 
     >>> layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
-    >>> model = nn.TransformerEncoder(layer, 50, enable_nested_tensor=False)
+    >>> model = nn.TransformerEncoder(layer, 20, enable_nested_tensor=False)
     >>> signals = probe(model, torch.randn(2, 5, 16), measures=["branch", "stream", "gradient_after"])
     >>> len(signals), len(str(signals).splitlines()), signals.loss > 0
-    (100, 26, True)
+    (40, 26, True)
     """
     example, targets = as_batch(example, targets)
     watched = tuple(chain(model, example) if connections is None else connections)

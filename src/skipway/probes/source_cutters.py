@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -36,9 +37,71 @@ class MixedSource(NamedTuple):
         return cls(tensor.detach().clone(), get_gradient_edge(tensor))
 
 
-class SourceCutter(Observer):
-    """Replaces what each branch adds by a tensor that is differentiated for, as the first stream is. What is kept are
-    copies, since the network may write into what it adds.
+@torch.enable_grad()
+def copy_in_graph(tensor: Tensor) -> Tensor:
+    """A copy through which gradients reach the tensor, also in an `autograd.Function`, where they are off."""
+    return tensor.clone()
+
+
+class BranchCut(NamedTuple):
+    """What a branch puts out, cut from the graph.
+
+    Args:
+        branch: a copy of it, in the graph of the branch.
+        source: what is differentiated for in its place.
+        given: what the network goes on with.
+    """
+
+    branch: Tensor
+    source: MixedSource
+    given: Tensor
+
+    @classmethod
+    def of(cls, branch: Tensor) -> BranchCut:
+        """The tensor as it is now."""
+        leaf = branch.detach().clone().requires_grad_()
+        return cls(copy_in_graph(branch), MixedSource.of(leaf), copy_in_graph(leaf))  # a leaf is not written into
+
+
+class PassRecord:
+    """What a cutter keeps of a pass: copies, since the network may write into what it hands over; abstract.
+
+    `sources` are differentiated for, `carried` holds what each connection carries, `branches` what each branch puts
+    out, and `last` is the stream after all connections.
+    """
+
+    sources: list[MixedSource]
+    carried: list[Tensor]
+    branches: list[Tensor]
+    last: Tensor | None
+
+    def forget(self) -> None:
+        """Keep nothing of the pass before."""
+        self.sources, self.carried, self.branches, self.last = [], [], [], None
+
+    def keep_first(self, stream: Tensor) -> None:
+        """Take what the first connection is given for the first source, unless there is one."""
+        if not self.sources:
+            self.sources.append(MixedSource.of(stream))
+
+    def keep_carried(self, carried: Tensor) -> Tensor:
+        """Keep what a connection carries; returns the copy."""
+        self.carried.append(copy_in_graph(carried))
+        return self.carried[-1]
+
+    def keep_cut(self, cut: BranchCut) -> Tensor:
+        """Keep what a branch puts out; returns what the network goes on with."""
+        self.branches.append(cut.branch)
+        self.sources.append(cut.source)
+        return cut.given
+
+    def keep_last(self, stream: Tensor) -> None:
+        """Keep the stream after all connections, or after those so far."""
+        self.last = copy_in_graph(stream)
+
+
+class SourceCutter(PassRecord, Observer):
+    """Replaces what each branch adds by a tensor that is differentiated for, as the first stream is.
 
     Args:
         model: the network.
@@ -47,25 +110,17 @@ class SourceCutter(Observer):
 
     def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection]) -> None:
         super().__init__(model, connections)
-        self.sources: list[MixedSource] = []
-        self.carried: list[Tensor] = []
-        self.branches: list[Tensor] = []
-        self.last: Tensor | None = None
+        self.forget()
 
     def start(self) -> None:
-        self.sources, self.carried, self.branches, self.last = [], [], [], None
+        self.forget()
 
     def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> tuple[Tensor, Tensor] | None:
-        if not self.sources:
-            self.sources.append(MixedSource.of(skip))
-        self.carried.append(skip.clone())
-        self.branches.append(branch.clone())
-        cut = branch.detach().clone().requires_grad_()
-        self.sources.append(MixedSource.of(cut))
-        return self.carried[-1], cut
+        self.keep_first(skip)
+        return self.keep_carried(skip), self.keep_cut(BranchCut.of(branch))
 
     def stream(self, connection: WatchedConnection, stream: Tensor) -> None:
-        self.last = stream.clone()
+        self.keep_last(stream)
 
 
 class WatchedStreamCutter(SourceCutter):
@@ -81,43 +136,37 @@ class WatchedStreamCutter(SourceCutter):
     def __init__(self, model: nn.Module, connections: Iterable[WatchedConnection], taps: StreamTaps) -> None:
         super().__init__(model, connections)
         self.taps = taps
-        self.held: dict[tuple[str, str], Tensor] = {}
+        self.reads: dict[str, Tensor] = {}
+        self.cuts: dict[str, BranchCut] = {}
 
     def __enter__(self) -> WatchedStreamCutter:
         super().__enter__()
         for name, tap in self.taps.reads.items():
-            self.cleanup.callback(tap.hook(self.model, partial(self.keep, ("read", name))))
+            self.cleanup.callback(tap.hook(self.model, partial(self.keep_read, name)))
         for name, tap in self.taps.branches.items():
             self.cleanup.callback(tap.hook(self.model, partial(self.cut, name)))
-        for place, tap in (("stem", self.taps.stem), ("last", self.taps.last)):
+        for tap, keep in ((self.taps.stem, self.keep_first), (self.taps.last, self.keep_last)):
             if tap is not None:
-                self.cleanup.callback(tap.hook(self.model, partial(self.keep, (place, ""))))
+                self.cleanup.callback(tap.hook(self.model, keep))
         return self
 
-    def keep(self, key: tuple[str, str], tensor: Tensor) -> None:
-        self.held[key] = tensor
-        if key[0] == "last":
-            self.last = tensor
+    def keep_read(self, name: str, tensor: Tensor) -> None:
+        self.reads[name] = copy_in_graph(tensor)
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        self.held["branch", name] = tensor
-        self.held["source", name] = tensor.detach().clone().requires_grad_()
-        return self.held["source", name]
+        self.cuts[name] = BranchCut.of(tensor)
+        return self.cuts[name].given
 
     def operands(self, connection: WatchedConnection, skip: Tensor, branch: Tensor) -> tuple[Tensor, Tensor] | None:
-        if not self.sources and ("stem", "") in self.held:
-            self.sources.append(MixedSource.of(self.held["stem", ""]))
         if connection.name not in self.taps.reads:
             return super().operands(connection, skip, branch)
-        if not self.sources:
-            self.sources.append(MixedSource.of(skip))
-        self.carried.append(self.held["read", connection.name])
-        self.branches.append(self.held["branch", connection.name])
-        self.sources.append(MixedSource.of(self.held["source", connection.name]))
+        self.keep_first(skip)
+        self.carried.append(self.reads[connection.name])
+        self.keep_cut(self.cuts[connection.name])
         return None
 
 
-class StreamCutter:
+class StreamCutter(PassRecord):
     """The same for connections of ours that carry several streams; what is carried is what a branch reads of them.
 
     Args:
@@ -127,14 +176,11 @@ class StreamCutter:
 
     def __init__(self, model: nn.Module, connections: Iterable[Connection]) -> None:
         self.model, self.connections = unwrap(model), tuple(connections)
-        self.sources: list[MixedSource] = []
-        self.carried: list[Tensor] = []
-        self.branches: list[Tensor] = []
-        self.last: Tensor | None = None
         self.hooks = ExitStack()
+        self.forget()
 
     def __enter__(self) -> StreamCutter:
-        self.sources, self.carried, self.branches, self.last = [], [], [], None
+        self.forget()
         for module in self.model.modules():
             if isinstance(module, StreamExit):
                 self.hooks.callback(module.register_forward_hook(self.leave).remove)
@@ -156,39 +202,29 @@ class StreamCutter:
         self.sources.append(MixedSource.of(args[0]))
 
     def read(self, module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
-        self.carried.append(output[0])
+        self.keep_carried(output[0])
 
     def cut(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        self.branches.append(output)
-        cut = output.detach().clone().requires_grad_()
-        self.sources.append(MixedSource.of(cut))
-        return cut
+        return self.keep_cut(BranchCut.of(output))
 
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.last = output
+        self.keep_last(output)
 
 
 class JoinCutter(StreamCutter):
     """The same for connections of ours whose join is no addition; what is carried is the skip that it is given."""
 
     def __enter__(self) -> JoinCutter:
-        self.sources, self.carried, self.branches, self.last = [], [], [], None
+        self.forget()
         for connection in self.connections:
             join = connection.residual.join
             assert join is not None
             self.hooks.callback(join.register_forward_pre_hook(self.cut_branch).remove)
-            self.hooks.callback(join.register_forward_hook(self.keep_output).remove)
+            self.hooks.callback(join.register_forward_hook(self.leave).remove)
         return self
 
     def cut_branch(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         skip, branch = args
-        if not self.sources:
-            self.sources.append(MixedSource.of(skip))
-        self.carried.append(skip)
-        self.branches.append(branch)
-        cut = branch.detach().clone().requires_grad_()
-        self.sources.append(MixedSource.of(cut))
-        return skip, cut
-
-    def keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.last = output
+        self.keep_first(skip)
+        self.keep_carried(skip)
+        return skip, self.keep_cut(BranchCut.of(branch))

@@ -58,9 +58,8 @@ class DeepNorm(Scheme):
         return ScaledShortcut(site.depth**0.25, Carry() if shortcut is None else shortcut)
 
     def init_(self, chain: Chain) -> None:
-        for connection in chain:
-            for each in connection.path:
-                each.multiply_(self.shrink(len(chain)))
+        factor = self.shrink(len(chain))
+        chain.multiply_maps_((each, factor) for connection in chain for each in connection.path)
 
     @staticmethod
     def shrink(branches: int) -> float:

@@ -82,11 +82,12 @@ class Fixup(Scheme):
         return sequence(multiplier=Gain(role=Role("gain", decay=True, rate=self.rate)), bias=self.bias())
 
     def init_(self, chain: Chain) -> None:
+        rescaled = []
         for connection in chain:
             *others, last = connection.path
             last.zero_()
-            for each in others if self.rescale else ():
-                each.multiply_(len(chain) ** (-1 / (2 * len(others))))
+            rescaled += [(each, len(chain) ** (-1 / (2 * len(others)))) for each in others if self.rescale]
+        chain.multiply_maps_(rescaled)
         if chain.classifier is not None:
             chain.classifier.zero_()
 

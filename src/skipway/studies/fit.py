@@ -113,8 +113,9 @@ def restart_(model: nn.Module, starts: Mapping[type[nn.Linear | nn.Conv2d], Init
         for module in model.modules()
         if getattr(module, "initial", None) == TruncatedNormal(0.02) and id(module) not in added
     ]
-    for module in {module: None for each in residuals for module in each.modules()}.keys() - set(family):
-        reset("", module)  # the scheme's step multiplies what it finds
+    for module in dict.fromkeys(module for each in residuals for module in each.modules()):
+        if module not in family:
+            reset("", module)  # the scheme's step multiplies what it finds
     for kind, initial in starts.items():
         for module in family:
             if isinstance(module, kind):

@@ -7,9 +7,7 @@ config, and built again from both; see `config_fit`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 from torch import nn
 
@@ -52,16 +50,9 @@ def edit_container(
     again = [place in order[:number] for number, place in enumerate(order)]
     after = [copies[place] if twice else before[place] for place, twice in zip(order, again, strict=True)]
     numbers = numbered_attributes(before)
-    change.record(partial(refill, container._modules, dict(container._modules)))
-    refill(container._modules, {str(number): block for number, block in enumerate(after)})
+    change.set_modules(container, {str(number): block for number, block in enumerate(after)})
     number_blocks(change, after, numbers)
     fit_configs(change, plans, order, accept)
-
-
-def refill(table: dict[str, Any], entries: dict[str, Any]) -> None:
-    """Let a table hold these entries, in this order."""
-    table.clear()
-    table.update(entries)
 
 
 def numbered_attributes(row: Sequence[nn.Module]) -> Numbers:

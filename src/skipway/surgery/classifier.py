@@ -169,6 +169,8 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
 def replace_one(change: Transaction, name: str, old: int, classes: int) -> list[str]:
     """Put a fresh copy of another width in the place of one classifier; returns the attributes that followed."""
     module = change.model.get_submodule(name)
+    paths = [path for path, each in change.model.named_modules(remove_duplicate=False) if each is module]
+    owners = dict.fromkeys(("", *(owner for path in paths for owner in parents(path))))
     axis = class_axis(module, old)
     fresh = copy.copy(module)
     fresh._parameters = dict(module._parameters)
@@ -187,7 +189,7 @@ def replace_one(change: Transaction, name: str, old: int, classes: int) -> list[
     change.set_submodule(name, fresh)
     return [
         f"{owner}.{attribute}".removeprefix(".")
-        for owner in ("", *parents(name))
+        for owner in owners
         for attribute in set_class_counts(change, change.model.get_submodule(owner), old, classes)
     ]
 

@@ -48,6 +48,9 @@ NORMS = (nn.LayerNorm, LayerNorm2d, nn.GroupNorm, _BatchNorm)
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)
 """Modules that are the identity in evaluation mode."""
 
+METHODS = ("forward", "_conv_forward", "mask")
+"""Methods that decide what a module computes."""
+
 LINEAR = ("in_features", "out_features")
 CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 """Arguments of the constructors of maps."""
@@ -188,7 +191,9 @@ def sequence_row(module: nn.Module) -> FusionRow:
 
 def branch_row(module: nn.Module) -> FusionRow:
     """The modules that a connection calls from its branch's last map to the addition."""
-    if not isinstance(module, Residual) or type(module).forward is not Residual.forward or hooked(module.scale):
+    if not isinstance(module, Residual) or type(module).forward is not Residual.forward:
+        return FusionRow([])
+    if "forward" in module.__dict__ or hooked(module.scale):
         return FusionRow([])
     branch, scale = module.branch, parts(module.scale)
     if in_order(branch) or not isinstance(branch, Branch):
@@ -211,9 +216,11 @@ def parts(module: nn.Module) -> list[nn.Module]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a module has forward hooks, of its own or as every module, or parametrised weights."""
+    """Whether a module has forward hooks, of its own or as every module, a forward of its instance alone, or
+    parametrised weights.
+    """
     tables = module._forward_hooks, module._forward_pre_hooks, *HOOKS_OF_ALL
-    return any(tables) or is_parametrized(module)
+    return any(tables) or any(method in module.__dict__ for method in METHODS) or is_parametrized(module)
 
 
 def has_own_weights(module: nn.Module) -> bool:
@@ -228,9 +235,7 @@ def computes(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
     kind = type(module)
     return any(
         isinstance(module, known)
-        and all(
-            getattr(kind, part, None) is getattr(known, part, None) for part in ("forward", "_conv_forward", "mask")
-        )
+        and all(getattr(kind, method, None) is getattr(known, method, None) for method in METHODS)
         for known in kinds
     )
 
@@ -268,7 +273,7 @@ class Fuser:
         """Fuse the modules of a row, from its start to its end, as far as possible."""
         host: nn.Module | None = None
         for module in row.modules:
-            if is_idle(module):
+            if is_idle(module) and not module.training:
                 continue
             affine = None if host is None or self.unfit(module) else affine_of(module)
             if host is None or affine is None:
@@ -305,7 +310,9 @@ class Fuser:
         if self.occurrences[module] > 1:
             return "it is registered in several places"
         if hooked(module):
-            return "it has hooks, or its weight is computed anew in every forward"
+            return "it has hooks, another forward than its class, or its weight is computed anew in every forward"
+        if module.training:
+            return "it stays in training mode after eval()"
         if any(self.owners[id(parameter)] > 1 for parameter in module._parameters.values()):
             return "it shares a parameter with another module"
         if isinstance(module, _BatchNorm) and module.running_mean is None:
@@ -351,6 +358,8 @@ def describe_running(warmup: ResidualWarmup) -> str:
 
 def affine_of(module: nn.Module) -> Affine | None:
     """The factor and shift of a module on every channel in evaluation mode; None if it does anything else."""
+    if hooked(module):
+        return None
     if isinstance(module, _BatchNorm) and computes(module, (_BatchNorm, nn.SyncBatchNorm)):
         assert module.running_mean is not None
         assert module.running_var is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -19,6 +19,8 @@ from skipway.validation import check_call, check_flag, check_rule
 
 __all__ = ["Journal", "Operation", "abbreviate", "names_by_reason", "undo"]
 
+Placement = torch.device | torch.dtype
+"""What `Module.to` changes."""
 LINES, GROUPS = 8, 4
 """Numbers, and groups of names with one reason, that are printed of one operation."""
 
@@ -40,8 +42,8 @@ class Journal:
     """Undo steps, each recorded before its change is made, run last one first.
 
     A step restores a known state, so that running it twice, or without its change having been made, does no harm. For
-    the same reason operations are undone in reverse order. Steps hold the tables of the very modules that were changed,
-    so that a copy of a journal has none.
+    the same reason operations are undone in reverse order. What a step puts back is its `value`, if it has one. Steps
+    hold the tables of the very modules that were changed, so that a copy of a journal has none.
     """
 
     copied = False
@@ -51,11 +53,11 @@ class Journal:
         self.entry = HistoryEntry("")
         self.before = {} if model is None else dict(model.named_parameters())
         self.values = ParameterValues()
-        self.devices = set[torch.device]()
+        self.placement = set[Placement]()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds."""
-        nothing = {"steps": [], "before": {}, "values": ParameterValues(), "devices": set()}
+        nothing = {"steps": [], "before": {}, "values": ParameterValues(), "placement": set()}
         return {**nothing, "entry": self.entry, "copied": True}
 
     @property
@@ -72,19 +74,25 @@ class Journal:
     def commit(self, model: nn.Module, title: str) -> None:
         """Enter the operation into the history of its model."""
         self.entry = HistoryEntry(title)
-        arguments = [step.args[0] for step in self.steps if isinstance(step, partial) and step.args]
+        arguments = [step.args[0] for step in self.all_steps() if isinstance(step, partial) and step.args]
         written = [each for each in arguments if isinstance(each, nn.Parameter)]
         self.values, self.before = ParameterValues.of(model, self.before, written), {}
-        self.devices = devices_of(model)
+        self.placement = placement_of(model)
         HISTORY.setdefault(model, []).append(self.entry)
 
-    def left_behind(self, model: nn.Module) -> set[torch.device]:
-        """The devices of what the steps put back, where the model was moved to others since."""
-        now = devices_of(model)
-        if now == self.devices:
+    def all_steps(self) -> Iterator[Callable[[], None]]:
+        """The undo steps, with those of the transactions within this one."""
+        for step in self.steps:
+            inner = getattr(step, "__self__", None)
+            yield from inner.all_steps() if isinstance(inner, Journal) else (step,)
+
+    def left_behind(self, model: nn.Module) -> set[Placement]:
+        """The devices and floating-point types of what the steps put back, where the model has others by now."""
+        now = placement_of(model)
+        if now == self.placement:
             return set()
-        values = (getattr(step, "value", None) for step in self.steps)
-        return {device for value in values for device in devices_of(value)} - now
+        values = (getattr(step, "value", None) for step in self.all_steps())
+        return {each for value in values for each in placement_of(value)} - now
 
     def later(self, model: nn.Module) -> list[str]:
         """Titles of the operations on the model, a part of it or a whole that it is part of, that were committed later
@@ -151,8 +159,8 @@ class Operation:
 
         Raises:
             SkipwayError: the operation is a copy, was undone already, another one came later and has to be undone
-                first, the network was moved to another device than what it left out is on, or parameters were trained
-                since that would be lost or no longer go together.
+                first, the network was moved to another device or floating-point type than what it left out has, or
+                parameters were trained since that would be lost or no longer go together.
         """
         check_flag("force", force)
         if self.journal.copied:
@@ -164,16 +172,31 @@ class Operation:
             raise SkipwayError(f"{self.title!r} was undone already; repeat the operation to have it again")
         if later := self.journal.later(self.model):
             raise SkipwayError(f"{self.title!r}: a later operation builds on it; undo {later[-1]!r} first")
-        if left := self.journal.left_behind(self.model):
-            old, new = (", ".join(sorted(map(str, each))) for each in (left, devices_of(self.model)))
-            raise SkipwayError(
-                f"{self.title!r}: the network was moved to {new} since, and undo would put back what stayed on {old}; "
-                f"move the network back, model.to({old!r}), undo, and move it again"
-            )
+        self.refuse_moved()
         if not force:
             self.refuse_mixture()
         self.journal.undo()
         return self.model
+
+    def refuse_moved(self) -> None:
+        """Refuse if parts that are put back would be on another device, or of another type, than the model is now."""
+        left = self.journal.left_behind(self.model)
+        if not left:
+            return
+        kinds = set(map(type, left))
+        old, new, before = (
+            sorted((each for each in placement if type(each) in kinds), key=devices_first)
+            for placement in (left, placement_of(self.model), left | self.journal.placement)
+        )
+        back = "give each part the device and type that it had"
+        if len(before) == len(kinds):
+            given = ", ".join(repr(str(each)) if isinstance(each, torch.device) else str(each) for each in old)
+            back = f"move the network back, model.to({given})"
+        where = f"{'on' if torch.device in kinds else 'in'} {', '.join(map(str, old))}"
+        raise SkipwayError(
+            f"{self.title!r}: the network was moved to {', '.join(map(str, new))} since, and undo would put back what "
+            f"stayed {where}; {back}, undo, and move it again"
+        )
 
     def refuse_mixture(self) -> None:
         """Refuse if the model would be neither what it was before the operation nor what it learned since."""
@@ -205,10 +228,20 @@ class Operation:
     __repr__ = __str__
 
 
-def devices_of(value: object) -> set[torch.device]:
-    """The devices of a tensor, or of the parameters and buffers of a module; none of anything else."""
-    tensors = (*value.parameters(), *value.buffers()) if isinstance(value, nn.Module) else (value,)
-    return {tensor.device for tensor in tensors if isinstance(tensor, Tensor)}
+def placement_of(value: object) -> set[Placement]:
+    """The devices and floating-point types of a tensor, or of the parameters and buffers of a module or of those in a
+    table; none of anything else.
+    """
+    parts = value.values() if isinstance(value, dict) else (value,)
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    tensors += [each for module in modules for each in (*module.parameters(), *module.buffers())]
+    return {each.device for each in tensors} | {each.dtype for each in tensors if each.is_floating_point()}
+
+
+def devices_first(placed: Placement) -> tuple[bool, str]:
+    """Key by which devices and types are sorted, as `Module.to` takes them."""
+    return isinstance(placed, torch.dtype), str(placed)
 
 
 def grouped(what: str, names: Mapping[str, str], attribute: str) -> list[str]:

@@ -71,7 +71,7 @@ def summarise(parameter: nn.Parameter) -> Summary:
     form = (type(values).__name__, str(values.dtype), str(tuple(values.shape)))
     if type(values) is not Tensor or values.is_meta:
         return form
-    values = torch.view_as_real(values) if values.is_complex() else values
+    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     values = values.float() if values.element_size() == 1 else values
     values = values if widest_type(values.device) == torch.float64 else values.cpu()
     total, norm = values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)

@@ -153,6 +153,7 @@ class Dressing:
         start: see `rescheme`.
         slots: the connection for each path where something was inserted.
         unfit: why a connection cannot be dressed, by its name.
+        divided: tells the weights that constants were divided out of, of which connections may share some.
     """
 
     change: Transaction
@@ -162,6 +163,7 @@ class Dressing:
     start: Start
     slots: dict[str, str] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
+    divided: set[Any] = field(default_factory=set)
 
     @property
     def from_scratch(self) -> bool:
@@ -192,6 +194,7 @@ class Dressing:
     def dress_each(self) -> None:
         """Dress each connection, or note why it cannot be dressed."""
         self.slots.clear()
+        self.divided.clear()
         self.change.touched.clear()
         self.change.refused.clear()
         for connection in self.chain:
@@ -248,7 +251,9 @@ class Dressing:
             insert_at(self.change, host, point, scale.train(host.training))
             disable_fused_path(self.change, point.slot)
         if self.start != "scheme":
-            preserve_function(self.change, connection, scales, divide=self.start == "divide")
+            done = set(self.divided)
+            preserve_function(self.change, connection, scales, divide=self.start == "divide", done=done)
+            self.divided = done
         self.slots.update((point.slot, connection.name) for point in points)
 
     def check_touched(self) -> None:
@@ -283,9 +288,16 @@ def site_at(connection: WatchedConnection, point: InsertionPoint) -> Site:
 
 
 def preserve_function(
-    change: Transaction, connection: WatchedConnection, inserted: Sequence[nn.Module], *, divide: bool
+    change: Transaction,
+    connection: WatchedConnection,
+    inserted: Sequence[nn.Module],
+    *,
+    divide: bool,
+    done: set[Any],
 ) -> None:
-    """Set the start of what was inserted and the maps before it so that the network computes what it did, in place."""
+    """Set the start of what was inserted and the maps before it so that the network computes what it did, in place;
+    weights that are among `done` are left alone, and the others are added.
+    """
     divisors = {set_start(module, divide=divide) for module in inserted}
     divisor = divisors.pop()
     if divisors:
@@ -294,7 +306,7 @@ def preserve_function(
         raise SkipwayError('a gain that starts at 0 cannot be divided out; start="identity" starts it at 1')
     if divisor != 1:
         change.keep_values(parameter for module in connection.end_modules for parameter in module.parameters())
-        connection.multiply_(1 / divisor)
+        connection.multiply_(1 / divisor, done)
 
 
 def set_start(inserted: nn.Module, *, divide: bool) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,16 @@ from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.example import copy_example
 from skipway.tracing.reentrant_checkpoints import NonReentrant
+from skipway.tracing.watch import storage_of
 
 __all__ = ["Costs", "SavedTensors", "costs_of", "saved_bytes"]
+
+COMPRESSED = {
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
+SPARSE = {torch.sparse_coo: ("_indices", "_values"), **COMPRESSED}
+"""Methods that return the dense tensors of which a sparse one consists, by its layout."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class SavedTensors:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.alive = {parameter.untyped_storage()._cdata: None for parameter in parameters}
+        self.alive = {key: None for parameter in parameters for key, _, _ in memory_of(parameter)}
         self.within: list[str] = [""]
         self.bytes: dict[str, float] = {}
 
@@ -64,14 +73,30 @@ class SavedTensors:
         return sum(self.bytes.values())
 
     def pack(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, unless it was counted."""
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self.alive:
-            # its address may be used again when it is gone
-            self.alive[address] = weakref.ref(storage, lambda _: self.alive.pop(address, None))  # type: ignore[assignment]
-            name = self.within[-1]
-            self.bytes[name] = self.bytes.get(name, 0.0) + storage.nbytes()
+        """Count the storages of a tensor that were not counted."""
+        for key, holder, size in memory_of(tensor):
+            if key not in self.alive:
+                # its address may be used again when it is gone
+                self.alive[key] = weakref.ref(holder, partial(self.forget, key))  # type: ignore[assignment]
+                name = self.within[-1]
+                self.bytes[name] = self.bytes.get(name, 0.0) + size
+
+    def forget(self, key: int, _: object) -> None:
+        """Count what lies at an address again: what was there is gone."""
+        self.alive.pop(key, None)
+
+
+def memory_of(tensor: Tensor) -> Iterator[tuple[int, object, int]]:
+    """The storages of a tensor, of which a sparse one has several: address, storage and bytes; the tensor itself where
+    its storage cannot be told.
+    """
+    parts = [getattr(tensor, name)() for name in SPARSE.get(tensor.layout, ())] or [tensor]
+    for part in parts:
+        storage = storage_of(part)
+        if storage is None:
+            yield id(part), part, part.numel() * part.element_size()
+        else:
+            yield storage._cdata, storage, storage.nbytes()
 
 
 def refuse_unpack(_: None) -> Tensor:

@@ -146,7 +146,7 @@ def as_leaf(leaves: list[Tensor], tensor: Tensor) -> Tensor:
 
 def weighted_sum(tensor: Tensor) -> Tensor:
     """The sum of the values of an output, each times a random constant."""
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     generator = torch.Generator().manual_seed(values.numel())
     weights = torch.randn(values.shape, generator=generator, device="cpu").to(values.device)
     return (values.float() * weights).sum().cpu()

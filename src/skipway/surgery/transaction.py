@@ -14,7 +14,7 @@ network.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -117,6 +117,11 @@ class Transaction:
         self.record(Restore.of(parent._modules, name))
         self.added.append(value)
         parent.add_module(name, value)
+
+    def set_modules(self, parent: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        """Let a module hold these modules, in this order, and no others."""
+        self.record(Refill(parent._modules, dict(parent._modules)))
+        Refill(parent._modules, dict(modules))()
 
     def remove_module(self, parent: nn.Module, name: str) -> None:
         """Take a module out of the one that it is registered in."""
@@ -478,6 +483,23 @@ class Restore:
         known = {name: number for number, name in enumerate(self.order)}
         entries = {**self.table, self.name: self.value}
         return {name: entries[name] for name in sorted(entries, key=lambda name: known.get(name, len(known)))}
+
+
+@dataclass
+class Refill:
+    """Undo step: all entries of a module's table as they were.
+
+    Args:
+        table: the modules in a module, by name.
+        value: the old entries, in their order.
+    """
+
+    table: dict[str, nn.Module | None]
+    value: dict[str, nn.Module | None]
+
+    def __call__(self) -> None:
+        self.table.clear()
+        self.table.update(self.value)
 
 
 @torch.no_grad()

@@ -230,10 +230,8 @@ class ValueRows(LinearMap):
     """The rows of torch's packed attention weight that make the values."""
 
     @property
-    def weight(self) -> Tensor:
-        packed = self.module.in_proj_weight
-        assert isinstance(packed, Tensor)
-        return packed[self.rows]
+    def name(self) -> str:
+        return "in_proj_weight"
 
 
 @dataclass(frozen=True)

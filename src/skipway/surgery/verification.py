@@ -97,7 +97,7 @@ def difference(before: Sequence[Tensor], after: Sequence[Tensor], *, mean: bool 
     for old, new in zip(before, after, strict=True):
         if old.is_meta or not old.numel():
             continue
-        old, new = (torch.view_as_real(each) if each.is_complex() else each for each in (old, new))
+        old, new = (torch.view_as_real(each.resolve_conj()) if each.is_complex() else each for each in (old, new))
         gap = torch.where(old == new, 0.0, new.float() - old.float())
         size = torch.where(old.isfinite(), old.float(), 0.0)
         pair = (gap.norm(), size.norm()) if mean else (gap.abs().max(), size.abs().max())

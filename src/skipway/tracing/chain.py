@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, overload
 
@@ -17,7 +17,16 @@ from skipway.tracing import Example, Program, Refusal, ResidualAdd, find_residua
 from skipway.tracing.paths import condense_paths
 from skipway.tracing.residual_slots import find_residual_slots
 
-__all__ = ["Chain", "Connection", "WatchedConnection", "chain", "chain_from_program", "read_chain"]
+__all__ = [
+    "Chain",
+    "Connection",
+    "WatchedConnection",
+    "chain",
+    "chain_from_program",
+    "computed_weight",
+    "read_chain",
+    "set_weight",
+]
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class Connection:
         norm, done = self.branch.closing_norm(), set() if done is None else done
         if norm is None:
             last = self.path[-1]
-            if is_first(done, last.module, "weight", last.rows):
+            if is_first(done, last.module, last.name, last.rows):
                 last.multiply_(factor)
         elif not isinstance(norm.weight, Tensor):
             raise SkipwayError(
@@ -148,7 +157,8 @@ class WatchedConnection:
             done: tells weights that were multiplied for other connections, which are left alone.
 
         Raises:
-            SkipwayError: the branch ends in neither, so nothing can be multiplied without changing its code.
+            SkipwayError: the branch ends in neither, so nothing can be multiplied without changing its code; or in a
+                weight that is computed from others, which do not multiply it.
         """
         modules, done = self.end_modules, set() if done is None else done
         if not modules or not all(isinstance(getattr(module, "weight", None), Tensor) for module in modules):
@@ -159,11 +169,7 @@ class WatchedConnection:
         for module in modules:
             for name in ("weight", "bias"):
                 if is_first(done, module, name) and not multiply_tensor(module, name, factor):
-                    raise SkipwayError(
-                        f"the {name} of the last map of connection {self.name!r} is computed in every pass from other "
-                        "parameters, which do not multiply it; take the parametrization away first "
-                        "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_spectral_norm)"
-                    )
+                    raise computed_weight(f"the {name} of the last map of connection {self.name!r}")
 
     def __str__(self) -> str:
         scale = "" if self.seen.scale is None else f" · scale {', '.join(self.seen.scale.parameters)}"
@@ -190,22 +196,49 @@ def multiply_tensor(module: nn.Module, name: str, factor: float) -> bool:
     value = getattr(module, name, None)
     if not isinstance(value, Tensor):
         return True
-    if isinstance(value, nn.Parameter):
-        value.mul_(factor)
+    own = value if isinstance(value, nn.Parameter) else module._parameters.get(f"{name}_g")  # of weight norm by a hook
+    if own is None:
+        return set_weight(module, name, value * factor)
+    own.mul_(factor)
+    return True
+
+
+@torch.no_grad()
+def set_weight(module: nn.Module, name: str, values: Tensor) -> bool:
+    """Write a weight or bias in place: into the parameter, or into those that weight norm or another parametrization
+    computes it from in every pass; False if these do not give such values, which leaves them as they were.
+    """
+    parameter, gain, direction = (module._parameters.get(f"{name}{part}") for part in ("", "_g", "_v"))
+    if parameter is not None:
+        parameter.copy_(values)
     elif parametrize.is_parametrized(module, name):
-        before, wanted = value.clone(), value * factor
+        sources = module.get_submodule(f"parametrizations.{name}")
+        before = [(each, each.clone()) for each in (*sources.parameters(), *sources.buffers())]
+        wanted = values.to(getattr(module, name))
         try:
             setattr(module, name, wanted)
-        except (NotImplementedError, RuntimeError, ValueError):  # it has no inverse, or the factor is out of its range
-            return False
-        if not torch.allclose(getattr(module, name), wanted, rtol=1e-3, atol=1e-6):
-            setattr(module, name, before)
-            return False
-    elif isinstance(gain := module._parameters.get(f"{name}_g"), Tensor):  # torch.nn.utils.weight_norm
-        gain.mul_(factor)
+            written = torch.allclose(getattr(module, name), wanted, rtol=1e-3, atol=1e-6)
+        except (NotImplementedError, RuntimeError, ValueError):  # it has no inverse, or the values are out of its range
+            written = False
+        for each, old in before if not written else ():
+            each.copy_(old)
+        return written
+    elif gain is not None and direction is not None:  # of `torch.nn.utils.weight_norm`
+        axes = [axis for axis in range(direction.ndim) if gain.ndim == 0 or gain.shape[axis] == 1]
+        gain.copy_(torch.linalg.vector_norm(values, dim=axes, keepdim=gain.ndim > 0))
+        direction.copy_(torch.where(gain > 0, values, direction))  # a row of zeros keeps the direction that it has
     else:
         return False
     return True
+
+
+def computed_weight(what: str) -> SkipwayError:
+    """The error for a weight that `set_weight` cannot write."""
+    return SkipwayError(
+        f"{what} is computed in every pass from other parameters, which do not give it other values; take the "
+        "parametrization away first (torch.nn.utils.parametrize.remove_parametrizations, "
+        "torch.nn.utils.remove_spectral_norm)"
+    )
 
 
 AnyConnection = TypeVar("AnyConnection", Connection, WatchedConnection)
@@ -249,6 +282,15 @@ class Chain(Sequence[AnyConnection], Generic[AnyConnection]):
         done: set[Any] = set()
         for connection in self:
             connection.multiply_(factor, done)
+
+    def multiply_maps_(self, factors: Iterable[tuple[LinearMap, float]]) -> None:
+        """Multiply maps of the branches, each by its factor, in place: each weight once, though several connections
+        share it.
+        """
+        done: set[Any] = set()
+        for each, factor in factors:
+            if is_first(done, each.module, each.name, each.rows):
+                each.multiply_(factor)
 
     def __repr__(self) -> str:
         refused = f", {counted(len(self.refused), 'other addition')}" if self.refused else ""

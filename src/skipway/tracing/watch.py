@@ -521,7 +521,21 @@ def without_transforms(tensor: Tensor) -> Tensor:
 
 def address(tensor: Tensor) -> tuple[int, tuple[Any, ...]]:
     """The location of a tensor's values: its storage, offset, size and strides."""
-    if tensor.layout is not torch.strided:
+    storage = storage_of(tensor)
+    if storage is None:
         return id(tensor), ()
-    place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-    return tensor.untyped_storage()._cdata, place
+    return storage._cdata, (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The memory that a tensor's values lie in; None for another layout than a strided one, and within
+    `torch.func.vmap`, where it cannot be told.
+
+    >>> x = torch.eye(2)
+    >>> storage_of(x[0]).nbytes(), storage_of(x.to_sparse())
+    (16, None)
+    """
+    try:
+        return tensor.untyped_storage() if tensor.layout is torch.strided else None
+    except NotImplementedError:
+        return None

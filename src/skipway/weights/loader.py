@@ -19,10 +19,11 @@ from skipway.tracing import unwrap
 from skipway.tracing.watch import address
 from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
 from skipway.weights.container import cut, select_state_dict
+from skipway.weights.extra_state import extra_state_owners, write_state
 from skipway.weights.files import read_weights
 from skipway.weights.forms import describe_forms
 from skipway.weights.keymap import KeyMap, equal_tensors
-from skipway.weights.prefixes import extra_state_owners, own_state, strip_prefixes
+from skipway.weights.prefixes import own_state, strip_prefixes
 from skipway.weights.stored_config import refuse_other_config
 from skipway.weights.tables import find_keymap, guess_architecture, known_libraries
 
@@ -257,12 +258,7 @@ def load_state(
         else tensor.to(own[key].device, own[key].dtype)
         for key, tensor in report.tensors.items()
     }
-    with torch.no_grad():
-        for key, tensor in ready.items():
-            if key in owners:
-                owners[key].set_extra_state(tensor)
-            else:
-                own[key].copy_(tensor)
+    write_state({key: own[key] for key in ready}, ready.items(), owners)
     odd = [key for key, tensor in ready.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
     if odd:
         report.remarks.append(f"values that are not finite, in {counted(len(odd), 'tensor')}: {cut(odd)}")
@@ -330,7 +326,7 @@ def match(
         )
     state, remarks = strip_prefixes(state, {name for ours in own for name in keymap.names(ours)})
     state = keymap.without_copies(state)
-    report, misshapen, aliases = LoadReport(remarks=remarks), {}, names_of_same(own)
+    report, misshapen, aliases = LoadReport(remarks=remarks), {}, names_of_same(own, owners)
     sources: dict[str, tuple[str, ...]] = {}
     for ours, tensor in own.items():
         sources[ours], found = fetch_shared(keymap, aliases[ours], state)
@@ -367,11 +363,14 @@ def match(
     return report
 
 
-def names_of_same(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The names of each parameter or buffer, by each of them, that one first: a tied head has two."""
+def names_of_same(own: Mapping[str, Tensor], owners: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """The names of each parameter or buffer, by each of them, that one first: a tied head has two. Extra state has
+    those of its module, since two modules may return one tensor and keep what is loaded each for itself.
+    """
     groups: dict[object, list[str]] = {}
     for key, tensor in own.items():
-        groups.setdefault(address(tensor) if type(tensor) is Tensor else id(tensor), []).append(key)
+        same = owners.get(key, address(tensor) if type(tensor) is Tensor else id(tensor))
+        groups.setdefault(same, []).append(key)
     return {key: [key, *(each for each in group if each != key)] for group in groups.values() for key in group}
 
 

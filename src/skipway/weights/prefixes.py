@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from skipway.errors import CheckpointError, printable, spell
+from skipway.errors import CheckpointError, spell
 from skipway.tracing import unwrap
 
-__all__ = ["EXTRA", "INSERTED", "extra_state_owners", "own_name", "own_state", "strip_prefixes"]
+__all__ = ["EXTRA", "INSERTED", "own_name", "own_state", "strip_prefixes"]
 
 INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Path segments that torch.compile, FSDP and activation checkpointing insert; no module of a network is called so."""
@@ -25,27 +25,6 @@ COUNTERS = frozenset({"n_averaged"})
 def own_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a network, which may be wrapped or have wrapped parts, under the names that it has without."""
     return {own_name(key): tensor for key, tensor in unwrap(model).state_dict().items()}
-
-
-def extra_state_owners(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules with extra state, by the name of that in `own_state`; it is loaded by their `set_extra_state`, since
-    what `get_extra_state` returned need not be what they keep.
-
-    Raises:
-        CheckpointError: a module has `get_extra_state` alone.
-    """
-    owners = {
-        own_name(f"{name}.{EXTRA}".removeprefix(".")): module
-        for name, module in unwrap(model).named_modules(remove_duplicate=False)
-        if type(module).get_extra_state is not nn.Module.get_extra_state
-    }
-    for name, module in owners.items():
-        if type(module).set_extra_state is nn.Module.set_extra_state:
-            raise CheckpointError(
-                f"{printable(name)!r} cannot be loaded: {type(module).__name__} has get_extra_state without "
-                "set_extra_state; give it both, or neither"
-            )
-    return owners
 
 
 def own_name(key: str) -> str:
