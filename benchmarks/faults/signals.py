@@ -30,7 +30,7 @@ from benchmarks.faults.kills import digest, ended, forked, preload
 __all__ = ["PHASES", "SIGNALS", "images", "run"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-CLASSES, EACH = 3, 80
+CLASSES, EACH = 3, 40
 Act = Callable[[], object]
 
 
@@ -49,7 +49,7 @@ def command(data: Path, out: Path) -> list[str]:
     """The one command that starts and continues a run: two epochs of five steps, a checkpoint every second step."""
     return [
         *("train", str(data), "--out", str(out), "--resume", "--quiet", "--device", "cpu", "--precision", "float32"),
-        *("--epochs", "2", "--batch-size", "32", "--save-every", "2", "--workers", "0", "--ema", "0.9"),
+        *("--epochs", "2", "--batch-size", "16", "--save-every", "2", "--workers", "0", "--ema", "0.9"),
         *("--depth", "8", "--width", "4", "--scheme", "skipinit + stochasticdepth(0.5)"),
     ]
 

@@ -151,9 +151,9 @@ def diagnose(
             depends on no parameter.
 
     >>> import torch, skipway as sw
-    >>> model = sw.build("resnet", depth=20, scheme="skipinit(init=1.0, norm='remove')", classes=10, width=8)
-    >>> images, labels = torch.randn(32, 3, 16, 16), torch.randint(10, (32,))
-    >>> diagnosis = sw.diagnose(model, images, targets=labels, lr=0.1)
+    >>> model = sw.build("resnet", depth=8, scheme="skipinit(init=1.0, norm='remove')", classes=10, width=4)
+    >>> images, labels = torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
+    >>> diagnosis = sw.diagnose(model, images, targets=labels, lr=0.1, remedies=1)
     >>> diagnosis.verdict in ("trains", "will not train", "undecided"), 0 <= diagnosis.odds <= 1
     (True, True)
     """

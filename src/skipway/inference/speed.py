@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -34,7 +34,9 @@ def native_precisions(device: torch.device) -> list[str]:
     return ["float32", *(["bfloat16"] if choose_precision("auto", device)[0] == "bfloat16" else [])]
 
 
-def time_inference(model: nn.Module, example: Tensor, seconds: float = 10.0) -> list[BackendResult]:
+def time_inference(
+    model: nn.Module, example: Tensor, seconds: float = 10.0, backends: Sequence[str] | None = None
+) -> list[BackendResult]:
     """Time inference on every backend in every native precision, whole batches and pieces; the model stays as it is.
 
     Those near the fastest are timed interleaved, the others once.
@@ -43,6 +45,7 @@ def time_inference(model: nn.Module, example: Tensor, seconds: float = 10.0) -> 
         model: any module that takes one tensor and returns one.
         example: the input, on the model's device.
         seconds: time after which no timing is started; each backend is timed once at least.
+        backends: names from `skipway.inference.BACKENDS`; by default all.
 
     Returns:
         one result per choice, the model as it is in float32 first; a backend that is not installed, does
@@ -52,13 +55,14 @@ def time_inference(model: nn.Module, example: Tensor, seconds: float = 10.0) -> 
         SkipwayError: the model cannot be copied and folded, or its output is not a tensor.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    >>> time_inference(model, torch.randn(2, 4), seconds=0.0)[0].backend
-    'original'
+    >>> [each.backend for each in time_inference(model, torch.randn(2, 4), seconds=0.0, backends=["eager"])][:2]
+    ['original', 'eager']
     """
+    names = list(BACKENDS if backends is None else map(BACKENDS.name_of, backends))
     comparison, precisions = BackendComparison(model, example), native_precisions(example.device)
     for precision in precisions[1:]:
         comparison.add(Choice(ORIGINAL, precision), backend=Backend(partial(build_autocast, model)))
-    search = BackendSearch(comparison, list(BACKENDS), precisions, max(LEAST_SEARCH, SEARCH * seconds))
+    search = BackendSearch(comparison, names, precisions, max(LEAST_SEARCH, SEARCH * seconds))
     search.explore()
     comparison.time(ROUNDS, seconds)
     return list(comparison.results.values())
