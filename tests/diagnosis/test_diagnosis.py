@@ -599,6 +599,45 @@ def test_maps_of_any_memory_type_and_parametrization_get_unit_variance(kind):
     torch.testing.assert_close(products, products[0, 0] * torch.eye(4), atol=1e-2 * float(products[0, 0]), rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_zero_that_weight_norm_computes_is_revived(norm, dtype):
+    model, x = nn.Sequential(Branch(), Branch()).to(dtype), torch.randn(2, 32, dtype=dtype)
+    linear = norm(model[0].second)
+    with torch.no_grad():
+        linear.weight_g.zero_() if norm is nn.utils.weight_norm else linear.parametrizations.weight.original0.zero_()
+    model(x)
+    assert not linear.weight.any()
+    Revive(("0.second",)).apply(case_of(model, x))
+    model(x)  # which computes the weight
+    assert linear.weight.any()
+
+
+def test_a_pruned_zero_is_not_revived_without_a_word():
+    model, x = nn.Sequential(Branch(), Branch()), torch.randn(2, 32)
+    nn.init.zeros_(model[0].second.weight)
+    nn.utils.prune.identity(model[0].second, "weight")
+    with pytest.raises(sw.SkipwayError, match=r"the weight of 0\.second is computed .*torch\.nn\.utils\.prune\.remove"):
+        Revive(("0.second",)).apply(case_of(model, x))
+
+
+def test_remedies_in_place_can_be_undone_and_what_was_before_them():
+    model, x = nn.Sequential(Branch(), Branch()), torch.randn(16, 32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    operation = sw.rescheme(model, x, "layerscale")
+    dressed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    treatment = sw.diagnose(model, x, remedies=0, allowance=0).fix(Damp(), LearningRate(0.01), inplace=True)
+    assert treatment.model is model
+    with pytest.raises(sw.SkipwayError, match="a later operation builds on it"):
+        operation.undo()
+    (damped,) = treatment.operations
+    damped.undo()
+    torch.testing.assert_close(model.state_dict(), dressed)
+    operation.undo()
+    torch.testing.assert_close(model.state_dict(), before)
+
+
 class Silenced(nn.Module):
     """A parametrization whose result is 0, whatever is written."""
 

@@ -30,6 +30,7 @@ from skipway.diagnosis.table import as_text, diagnosis_view, offer_lines, remedy
 from skipway.diagnosis.trial import LookAhead, Trial
 from skipway.errors import SkipwayError, counted
 from skipway.optim.roles import parameter_roles
+from skipway.surgery.operation import Operation
 from skipway.tracing.chain import Chain, WatchedConnection
 from skipway.tracing.module_state import copy_module
 from skipway.tracing.paths import condense_paths
@@ -372,6 +373,7 @@ class Treatment:
         settings: to train it with.
         applied: the remedies, in order.
         before, after: the diagnoses.
+        operations: of `Damp`, `AddSkips`, `UnitVariance` and `Revive`, to be undone last one first: `operation.undo()`.
     """
 
     model: nn.Module = field(repr=False)
@@ -379,6 +381,7 @@ class Treatment:
     applied: tuple[Remedy, ...] = field(repr=False)
     before: Diagnosis
     after: Diagnosis
+    operations: tuple[Operation, ...] = field(default=(), repr=False)
 
     def __rich__(self) -> Any:
         title = f"{type(self.before.subject.model).__name__}, remedies applied:"
@@ -477,16 +480,26 @@ def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, ro
     subject, settings = diagnosis.subject, diagnosis.settings
     subject = subject if inplace else replace(subject, model=copy_module(subject.model))
     limits = {"certainty": diagnosis.certainty, "allowance": diagnosis.allowance}
+    operations: list[Operation] = []
     for remedy in remedies:
-        subject, settings = applied(remedy, subject, settings, inplace=True)
+        subject, settings, carried_out = applied(remedy, subject, settings, inplace=True)
+        operations += carried_out
     subject.begin("diagnosing the mended network", counted=True)
     current, done = (examine(subject, settings, **limits), [*remedies]) if remedies else (diagnosis, [])
     while not remedies and current.verdict != "trains" and current.offers and len(done) < rounds:
         done.append(current.offers[0].remedy)
-        subject, settings = applied(done[-1], subject, settings, inplace=True)
+        subject, settings, carried_out = applied(done[-1], subject, settings, inplace=True)
+        operations += carried_out
         subject.begin("diagnosing the mended network", counted=True)
         current = examine(subject, settings, **limits, remedies=len(diagnosis.tried))
-    return Treatment(model=subject.model, settings=settings, applied=tuple(done), before=diagnosis, after=current)
+    return Treatment(
+        model=subject.model,
+        settings=settings,
+        applied=tuple(done),
+        before=diagnosis,
+        after=current,
+        operations=tuple(operations),
+    )
 
 
 def json_ready(value: Any) -> Any:

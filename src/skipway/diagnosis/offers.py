@@ -30,6 +30,7 @@ from skipway.diagnosis.settings import USUAL_RATES, Settings
 from skipway.diagnosis.subject import Subject, reseed
 from skipway.diagnosis.trial import Trial
 from skipway.errors import SkipwayError
+from skipway.surgery.operation import Operation
 from skipway.tracing.module_state import copy_module
 from skipway.tracing.restoration import random_states, restored
 
@@ -90,9 +91,13 @@ def size_of_change(remedy: Remedy, rate: float) -> float:
     return 0.4 if isinstance(remedy, SETTINGS_ALONE) else 3.0 if isinstance(remedy, UnitVariance | Rescheme) else 2.0
 
 
-def applied(remedy: Remedy, subject: Subject, settings: Settings, *, inplace: bool = False) -> tuple[Subject, Settings]:
-    """The subject and settings after a remedy, on a copy of the model where it changes that."""
-    parts = remedy.remedies if isinstance(remedy, Together) else (remedy,)
+def applied(
+    remedy: Remedy, subject: Subject, settings: Settings, *, inplace: bool = False
+) -> tuple[Subject, Settings, tuple[Operation, ...]]:
+    """The subject and settings after a remedy, on a copy of the model where it changes that, and the operations that
+    were carried out on it.
+    """
+    parts, operations = remedy.remedies if isinstance(remedy, Together) else (remedy,), []
     for part in parts:
         if isinstance(part, SETTINGS_ALONE):
             settings = part.apply(Case(subject.model, settings, subject.inputs, subject.chain)).settings
@@ -103,7 +108,8 @@ def applied(remedy: Remedy, subject: Subject, settings: Settings, *, inplace: bo
             reseed(subject.seed)  # the weights that are drawn are those that were tried
             case = part.apply(Case(subject.model, settings, subject.inputs, subject.chain))
         subject, settings = replace(subject, model=case.model), case.settings
-    return subject, settings
+        operations += [case.operation] * (case.operation is not None)
+    return subject, settings, tuple(operations)
 
 
 def try_remedies(
@@ -148,7 +154,7 @@ class RemedySearch:
         if remedy in self.found:
             return
         with suppress(SkipwayError, RuntimeError, ValueError, TypeError, IndexError):
-            subject, settings = applied(remedy, self.context.subject, self.context.settings)
+            subject, settings, _ = applied(remedy, self.context.subject, self.context.settings)
             if subject is not self.context.subject:
                 if changes_frozen(self.context.subject.model, subject.model):
                     return

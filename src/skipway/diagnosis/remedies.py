@@ -17,6 +17,7 @@ from skipway.schemes.scheme import Scheme
 from skipway.schemes.scheme import parse_scheme as read_scheme
 from skipway.surgery.block_call import BlockCall, parameter_names
 from skipway.surgery.insertion import BRANCH, Around, disable_fused_path, insert_into_branch
+from skipway.surgery.operation import Operation
 from skipway.surgery.transaction import transaction
 from skipway.tracing import Example, Program, preserved_state, watch
 from skipway.tracing.chain import Chain, WatchedConnection, computed_weight, set_weight
@@ -50,12 +51,14 @@ class Case:
         settings: of its training.
         example: what the model is called with.
         chain: its connections.
+        operation: by which a remedy changed the model in place.
     """
 
     model: nn.Module
     settings: Settings
     example: Example
     chain: Chain[WatchedConnection]
+    operation: Operation | None = None
 
 
 @runtime_checkable
@@ -143,8 +146,8 @@ class Damp:
             ends = dict.fromkeys(module for connection in case.chain for module in connection.end_modules)
             change.keep_values(parameter for module in ends for parameter in module.parameters())
             case.chain.multiply_(factor)
-            change.commit()
-        return case
+            operation = change.commit()
+        return replace(case, operation=operation)
 
     def __str__(self) -> str:
         factor = "1/√L" if self.factor is None else f"{self.factor:.2g}"
@@ -260,8 +263,8 @@ class UnitVariance:
                 scaled = [self.normalise(case, module) for module in modules]
             if False in scaled and True not in scaled:
                 raise computed_weight(f"the weight of {self.maps[scaled.index(False)]}")
-            change.commit()
-        return case
+            operation = change.commit()
+        return replace(case, operation=operation)
 
     def normalise(self, case: Case, module: nn.Module) -> bool | None:
         """Divide the weight of one map by the standard deviation of its output; returns whether that was possible, None
@@ -303,12 +306,13 @@ class Revive:
                 restart = getattr(module, "reset_parameters", None)
                 if callable(restart):
                     restart()
-                if not bool(module.weight.any()):  # type: ignore[union-attr]
+                computed = module._parameters.get("weight") is None  # anew in the next pass, so that it is no evidence
+                if computed or not bool(module.weight.any()):  # type: ignore[union-attr]
                     drawn = nn.init.kaiming_normal_(torch.empty_like(module.weight), nonlinearity="linear")  # type: ignore[arg-type]
                     if not set_weight(module, "weight", drawn):
                         raise computed_weight(f"the weight of {name}")
-            change.commit()
-        return case
+            operation = change.commit()
+        return replace(case, operation=operation)
 
     def __str__(self) -> str:
         return f"re-initialise {condense_paths(self.modules)}, so that one zero per branch is left"
@@ -338,8 +342,8 @@ class AddSkips:
                 scale = Gain(init=gain).to(like.device, like.dtype).train(branch.training)
                 insert_into_branch(change, branch, scale, Around(call_of(program, name, branch), bare=True))
                 disable_fused_path(change, f"{name}.{BRANCH}")
-            change.commit()
-        return case
+            operation = change.commit()
+        return replace(case, operation=operation)
 
     def __str__(self) -> str:
         count, names = len(self.modules), self.modules

@@ -41,8 +41,8 @@ CALIBRATION_IMAGES = 300
 """Images that ranges are measured on, NNCF's default."""
 RANKING_IMAGES = 128
 """Held-out images that layers are ranked by: the batches whose answers changed most."""
-FIRST_PASSES = 2
-"""Passes over the held-out images, in float and in integers, before layers are sent back."""
+FIRST_PASSES = 3
+"""Calls before layers are sent back: with one batch, with all held-out images in float, and in integers."""
 TIE = 1e-6
 """Weight of the probability of the right class beside a right answer: it ranks layers that mend as many answers."""
 LAYERS = ("Convolution", "GroupConvolution", "MatMul")

@@ -89,7 +89,7 @@ class Journal:
     def left_behind(self, model: nn.Module) -> set[Placement]:
         """The devices and floating-point types of what the steps put back, where the model has others by now."""
         now = placement_of(model)
-        if now == self.placement:
+        if now >= self.placement:  # all that was there is, so that something may have been added, and nothing was moved
             return set()
         values = (getattr(step, "value", None) for step in self.all_steps())
         return {each for value in values for each in placement_of(value)} - now

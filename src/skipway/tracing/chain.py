@@ -217,7 +217,8 @@ def set_weight(module: nn.Module, name: str, values: Tensor) -> bool:
         wanted = values.to(getattr(module, name))
         try:
             setattr(module, name, wanted)
-            written = torch.allclose(getattr(module, name), wanted, rtol=1e-3, atol=1e-6)
+            allowed = max(1e-3, 4 * torch.finfo(wanted.dtype).eps) * wanted.abs().max()
+            written = bool((getattr(module, name) - wanted).abs().max() <= allowed)
         except (NotImplementedError, RuntimeError, ValueError):  # it has no inverse, or the values are out of its range
             written = False
         for each, old in before if not written else ():
@@ -237,7 +238,7 @@ def computed_weight(what: str) -> SkipwayError:
     return SkipwayError(
         f"{what} is computed in every pass from other parameters, which do not give it other values; take the "
         "parametrization away first (torch.nn.utils.parametrize.remove_parametrizations, "
-        "torch.nn.utils.remove_spectral_norm)"
+        "torch.nn.utils.remove_spectral_norm, torch.nn.utils.prune.remove)"
     )
 
 

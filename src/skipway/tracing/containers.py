@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -19,6 +20,8 @@ CLOSED = (nn.Module, type, FunctionType, MethodType, ModuleType, torch.Generator
 """Objects whose attributes are no part of an example."""
 LEAVES = (Tensor, *CLOSED)
 PLAIN = (list, tuple, dict)
+FILLED = (list, dict, OrderedDict, defaultdict)
+"""Containers that can be filled after they were made, and so hold themselves."""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -33,9 +36,20 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def leaves_in(value: Any) -> Iterator[Any]:
-    """The tensors in a value, and the objects whose attributes are no part of it, in order."""
-    if not holds_atoms(value):
-        yield from walk(value, set())
+    """The tensors in a value, and the objects whose attributes are no part of it, in order: each as often as it is
+    held, but where containers hold one another in a circle, each of them is entered once.
+    """
+    if holds_atoms(value):
+        return
+    try:
+        leaves = list(walk(value, {}))
+    except CircleError:
+        leaves = list(walk(value, {}, once=True))
+    yield from leaves
+
+
+class CircleError(Exception):
+    """A container holds itself, directly or by what it holds."""
 
 
 def holds_atoms(value: Any) -> bool:
@@ -46,27 +60,37 @@ def holds_atoms(value: Any) -> bool:
     return kind in ATOMS or (kind in (tuple, list) and all(type(part) in ATOMS for part in value))
 
 
-def walk(value: Any, seen: set[int], around: frozenset[int] = frozenset()) -> Iterator[Any]:
-    """`leaves_in`; objects that were seen already are passed over, since they may hold each other, and containers that
-    hold themselves.
+def walk(
+    value: Any, seen: dict[int, Any], *, once: bool = False, around: frozenset[int] = frozenset()
+) -> Iterator[Any]:
+    """`leaves_in`; objects that were seen already are passed over, since they may hold each other.
 
     Args:
         value: what to look into.
-        seen: ids of the objects so far.
+        seen: the objects so far by their ids, which are theirs as long as they are kept.
+        once: pass over containers, too, that were seen already.
         around: ids of the containers that hold the value.
+
+    Raises:
+        CircleError: a container holds itself, and `once` is False.
     """
     if isinstance(value, LEAVES):
         yield value
-    elif type(value) in ATOMS or id(value) in around:
         return
-    elif (parts := held_in(value)) is not None:
+    if type(value) in ATOMS or (once and id(value) in seen):
+        return
+    if id(value) in around:
+        raise CircleError
+    if (parts := held_in(value)) is not None:
+        if once:
+            seen[id(value)] = value
         around |= {id(value)}
         for part in parts:
-            yield from walk(part, seen, around)
+            yield from walk(part, seen, once=once, around=around)
     elif id(value) not in seen:
-        seen.add(id(value))
+        seen[id(value)] = value
         for _, part in parts_of(value):
-            yield from walk(part, seen, around)
+            yield from walk(part, seen, once=once, around=around)
 
 
 def held_in(value: Any) -> Iterable[Any] | None:
@@ -79,7 +103,8 @@ def held_in(value: Any) -> Iterable[Any] | None:
 
 def one_level(value: Any) -> tuple[list[Any], Any]:
     """Torch's `tree_flatten`, which descends into all that is held, and does not return from a circle."""
-    return tree_flatten(value, is_leaf=lambda each: each is not value)
+    at_first = iter([False])
+    return tree_flatten(value, is_leaf=lambda part: next(at_first, True))
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -94,11 +119,13 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return rebuild(function, value, {})
 
 
-def rebuild(function: Callable[[Tensor], Any], value: Any, memo: dict[int, Any]) -> Any:
-    """`map_tensors`, with the lists, mappings and objects that were rebuilt already."""
+def rebuild(function: Callable[[Tensor], Any], value: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
+    """`map_tensors`, with the lists, mappings and objects that were rebuilt already, by their ids: as they were, since
+    ids are theirs as long as they are kept, and rebuilt.
+    """
     if isinstance(value, Tensor):
         return function(value)
-    if type(value) in (list, dict):
+    if type(value) in FILLED:
         return rebuild_object(function, value, memo)
     parts, structure = one_level(value)
     if len(parts) == 1 and parts[0] is value:
@@ -106,13 +133,14 @@ def rebuild(function: Callable[[Tensor], Any], value: Any, memo: dict[int, Any])
     return tree_unflatten([rebuild(function, part, memo) for part in parts], structure)
 
 
-def rebuild_object(function: Callable[[Tensor], Any], value: Any, memo: dict[int, Any]) -> Any:
+def rebuild_object(function: Callable[[Tensor], Any], value: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
     """A shallow copy of a container or object whose entries and attributes are rebuilt."""
     if id(value) in memo:
-        return memo[id(value)]
+        return memo[id(value)][1]
     if isinstance(value, tuple):
         return tuple(rebuild(function, each, memo) for each in value)
-    made = memo[id(value)] = copy.copy(value)
+    made = copy.copy(value)
+    memo[id(value)] = value, made
     for name, held in list(parts_of(value)):
         changed = rebuild(function, held, memo)
         if isinstance(value, dict | list) and (isinstance(value, list) or name in value):
