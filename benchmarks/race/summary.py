@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.race.accuracy import ALLOWED, loses_accuracy
+from benchmarks.race.contenders import ANY
 from benchmarks.race.journal import Journal, RaceRecord
 from skipway.inference.timer import Quartiles, quartiles, round_speedups
 
@@ -29,12 +30,14 @@ class RaceResult:
         best: contender of each side ("ours", "peer", "switched", "engine") with the highest median rate.
         rates: images a second of every contender that was timed, median over the rounds.
         ceiling: images a second of a machine that does nothing but multiply, as fast as was measured; 0: not known.
+        barred: contenders that are the best of no side, since their precision costs too much accuracy.
     """
 
     race: RaceRecord
     best: dict[str, str]
     rates: dict[str, float]
     ceiling: float
+    barred: frozenset[str] = frozenset()
 
     def gain(self, name: str, over: str) -> Quartiles | None:
         """How many times as fast as the best of a side, over the rounds that both took part in."""
@@ -59,7 +62,16 @@ def race_results(journal: Journal) -> list[RaceResult]:
     races = [race for race in journal.races() if race.seconds]
     rows = [known.get((race.workload.device, race.workload.precision), ()) for race in races]
     best = [max((row["flops"] for row in own), default=0.0) for own in rows]
-    return [race_result(race, flops) for race, flops in zip(races, best, strict=True)]
+    accuracies = journal.of("accuracy")
+    return [race_result(race, flops, barred(race, accuracies)) for race, flops in zip(races, best, strict=True)]
+
+
+def barred(race: RaceRecord, accuracies: Sequence[Row]) -> frozenset[str]:
+    """The contenders of a race at equal accuracy whose precision costs too much of it, or was not looked at."""
+    if race.workload.precision != ANY:
+        return frozenset()
+    network = race.workload.network
+    return frozenset(name for name in race.seconds if loses_accuracy(accuracies, network, race.prepared[name]))
 
 
 def deciding_results(journal: Journal) -> list[RaceResult]:
@@ -89,20 +101,21 @@ def with_device(text: str, device: str) -> str:
     return text if device == "cpu" else f"{text} on {device}"
 
 
-def race_result(race: RaceRecord, ceiling: float) -> RaceResult:
+def race_result(race: RaceRecord, ceiling: float, barred: frozenset[str] = frozenset()) -> RaceResult:
     """What came of a race.
 
     Args:
         race: its rows.
         ceiling: operations a second; 0: not known.
+        barred: see `RaceResult`.
     """
     rates = {name: race.workload.batch / median(taken.values()) for name, taken in race.seconds.items()}
     best: dict[str, str] = {}
     for name, rate in rates.items():
         side = race.prepared[name]["side"]
-        if rate > rates.get(best.get(side, ""), 0.0):
+        if name not in barred and rate > rates.get(best.get(side, ""), 0.0):
             best[side] = name
-    return RaceResult(race, best, rates, race.workload.batch * ceiling / race.flops if race.flops else 0.0)
+    return RaceResult(race, best, rates, race.workload.batch * ceiling / race.flops if race.flops else 0.0, barred)
 
 
 def markdown(journal: Journal) -> str:
@@ -324,7 +337,7 @@ def detail_rows(each: RaceResult) -> Iterator[list[str]]:
             searched(known(name)),
             str(len(race.seconds.get(name, {}))),
             f"{known(name)['parameters']:,}" if "parameters" in known(name) else NOTHING,
-            race.remark(name),
+            "; ".join(filter(None, ("costs too much accuracy" * (name in each.barred), race.remark(name)))),
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -372,6 +373,28 @@ def test_at_equal_accuracy_a_precision_that_costs_too_much_takes_no_part(tmp_pat
     names = [str(each) for each in find_finalists(journal, workload, 2)]
     assert names == ["timm frozen-pieces bfloat16", "timm openvino-throughput int8", "timm openvino int8"]
     assert "| net | x | 592 | traced | bfloat16 | 90.00 | 96.00 | more than allowed |" in markdown(journal)
+
+
+def test_the_table_at_equal_accuracy_has_no_precision_that_costs_too_much(tmp_path):
+    """Also where the accuracy was measured after the race, or nobody took the slow ones out before it."""
+    recorded(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    kinds = {"timm frozen": ("frozen", "int8"), "timm eager": ("eager", "float32")}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if "workload" in row:
+            row["workload"]["precision"] = "any"
+        if row["kind"] == "prepared":
+            row["mode"], row["precision"] = kinds.get(row["name"], ("eager", "float32"))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = race_results(Journal(tmp_path))
+    assert (found.best["peer"], found.best["ours"]) == ("timm eager", "skipway eager")
+    assert "costs too much accuracy" in markdown(Journal(tmp_path))
+    journal = Journal(tmp_path)
+    about = {"kind": "accuracy", "network": WORKLOAD.network, "reference": 96.0, "error": "", "trained": "x"}
+    journal.write({**about, "images": 592, "mode": "frozen", "precision": "int8", "top1": 95.6})
+    (found,) = race_results(journal)
+    assert found.best["peer"] == "timm frozen"
 
 
 def test_a_damaged_line_is_named(tmp_path):
