@@ -680,6 +680,28 @@ def test_a_weight_that_is_computed_is_divided_by_its_parameters_and_put_back():
     assert_same(model, keys, types)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_weights_that_are_computed_are_not_started_anew(norm):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, dropout=0.0), 2)
+    norm(encoder.layers[1].linear1)
+    keys, types = state(encoder), kinds(encoder)
+    with pytest.raises(SkipwayError, match=r"the weight of layers\.1\.linear1 is computed in every pass"):
+        rescheme(encoder, tokens(), "deepnorm", start="scheme")
+    assert_same(encoder, keys, types)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_maps_that_weight_norm_computes_are_multiplied():
+    model = sw.build("vit-tiny-16", depth=1, dim=8, heads=2, patch=4, image=8, classes=3, scheme="deepnorm")
+    linear = nn.utils.weight_norm(sw.chain(model)[1].path[0].module)
+    model(torch.zeros(1, 3, 8, 8))
+    before = linear.weight.detach().clone()
+    sw.chain(model).multiply_maps_([(sw.chain(model)[1].path[0], 0.5)] * 2)
+    model(torch.zeros(1, 3, 8, 8))
+    torch.testing.assert_close(linear.weight, before / 2)
+
+
 def test_a_division_without_effect_is_put_back():
     """The weight of a map with spectral norm is divided by its largest singular value in each pass."""
     branch = nn.Sequential(nn.LayerNorm(6), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))

@@ -82,12 +82,12 @@ class Fixup(Scheme):
         return sequence(multiplier=Gain(role=Role("gain", decay=True, rate=self.rate)), bias=self.bias())
 
     def init_(self, chain: Chain) -> None:
-        rescaled = []
+        factors = []
         for connection in chain:
             *others, last = connection.path
-            last.zero_()
-            rescaled += [(each, len(chain) ** (-1 / (2 * len(others)))) for each in others if self.rescale]
-        chain.multiply_maps_(rescaled)
+            factors += [(each, len(chain) ** (-1 / (2 * len(others)))) for each in others if self.rescale]
+            factors.append((last, 0.0))
+        chain.multiply_maps_(factors)
         if chain.classifier is not None:
             chain.classifier.zero_()
 

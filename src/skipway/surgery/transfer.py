@@ -20,7 +20,7 @@ from skipway.surgery.insertion import INPUT, WEIGHT, computes_like, insert
 from skipway.surgery.transaction import Transaction
 from skipway.surgery.verification import forward_hooks, outputs
 from skipway.tracing import Program
-from skipway.tracing.chain import Chain, WatchedConnection
+from skipway.tracing.chain import Chain, WatchedConnection, computed_weight
 
 __all__ = [
     "BlendedNorm",
@@ -258,7 +258,8 @@ def start_network(change: Transaction, chain: Chain[WatchedConnection], scheme: 
     schemes multiply what is there.
 
     Raises:
-        SkipwayError: a map on a branch is none of torch's, or belongs to attention whose values cannot be told apart.
+        SkipwayError: a map on a branch is none of torch's, belongs to attention whose values cannot be told apart, or
+            has a weight that is computed in every pass.
     """
     model = chain.model
     connections = [StartedConnection(c.name, c.site, c.seen, model) for c in chain]
@@ -280,9 +281,12 @@ def start_network(change: Transaction, chain: Chain[WatchedConnection], scheme: 
 
 
 def check_path(connection: StartedConnection) -> None:
-    """Refuse a path that holds more than the maps that a scheme initialises."""
+    """Refuse a path that holds more than the maps that a scheme initialises, or weights that are computed."""
     for name in connection.seen.maps:
         module = connection.model.get_submodule(name)
+        for weight in ("weight", "in_proj_weight"):
+            if weight not in module._parameters and isinstance(getattr(module, weight, None), Tensor):
+                raise computed_weight(f"the weight of {name}")
         packed = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
         output = isinstance(connection.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
         if not (packed or output) and (connection.seen.kind == "attention" or not computes_like(module, MAPS)):

@@ -284,14 +284,22 @@ class Chain(Sequence[AnyConnection], Generic[AnyConnection]):
         for connection in self:
             connection.multiply_(factor, done)
 
+    @torch.no_grad()
     def multiply_maps_(self, factors: Iterable[tuple[LinearMap, float]]) -> None:
         """Multiply maps of the branches, each by its factor, in place: each weight once, though several connections
         share it.
+
+        Raises:
+            SkipwayError: a weight is computed from others, which do not multiply it.
         """
         done: set[Any] = set()
         for each, factor in factors:
-            if is_first(done, each.module, each.name, each.rows):
+            if not is_first(done, each.module, each.name, each.rows):
+                continue
+            if each.name in each.module._parameters:
                 each.multiply_(factor)
+            elif each.rows is not None or not multiply_tensor(each.module, each.name, factor):
+                raise computed_weight(f"the {each.name} of a map ({type(each.module).__name__})")
 
     def __repr__(self) -> str:
         refused = f", {counted(len(self.refused), 'other addition')}" if self.refused else ""
