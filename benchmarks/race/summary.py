@@ -37,7 +37,7 @@ class RaceResult:
     best: dict[str, str]
     rates: dict[str, float]
     ceiling: float
-    barred: frozenset[str] = frozenset()
+    barred: frozenset[str]
 
     def gain(self, name: str, over: str) -> Quartiles | None:
         """How many times as fast as the best of a side, over the rounds that both took part in."""
@@ -63,10 +63,10 @@ def race_results(journal: Journal) -> list[RaceResult]:
     rows = [known.get((race.workload.device, race.workload.precision), ()) for race in races]
     best = [max((row["flops"] for row in own), default=0.0) for own in rows]
     accuracies = journal.of("accuracy")
-    return [race_result(race, flops, barred(race, accuracies)) for race, flops in zip(races, best, strict=True)]
+    return [race_result(race, flops, find_barred(race, accuracies)) for race, flops in zip(races, best, strict=True)]
 
 
-def barred(race: RaceRecord, accuracies: Sequence[Row]) -> frozenset[str]:
+def find_barred(race: RaceRecord, accuracies: Sequence[Row]) -> frozenset[str]:
     """The contenders of a race at equal accuracy whose precision costs too much of it, or was not looked at."""
     if race.workload.precision != ANY:
         return frozenset()
@@ -101,7 +101,7 @@ def with_device(text: str, device: str) -> str:
     return text if device == "cpu" else f"{text} on {device}"
 
 
-def race_result(race: RaceRecord, ceiling: float, barred: frozenset[str] = frozenset()) -> RaceResult:
+def race_result(race: RaceRecord, ceiling: float, barred: frozenset[str]) -> RaceResult:
     """What came of a race.
 
     Args:
