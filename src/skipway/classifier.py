@@ -16,7 +16,7 @@ from skipway.cli.progress import choose_reporter
 from skipway.cli.train import result_lines, stopped_lines, unused_folder
 from skipway.errors import CheckpointError, SkipwayError, counted, printable, suggest
 from skipway.inference.metrics import percent
-from skipway.inference.predict import NetworkChoices, Predictor, from_pretrained
+from skipway.inference.predict import NetworkChoices, Predictor, load_channels_last
 from skipway.inference.publish import target_kind, write_hub_folder, write_onnx, write_program
 from skipway.inference.run_evaluation import RunEvaluation, evaluate_images, evaluate_run
 from skipway.presets import PRESETS
@@ -53,7 +53,7 @@ class TrainedClassifier(Predictor):
             raise CheckpointError(
                 f"{printable(str(folder))} holds no finished run; train it to the end with sw.fit(out=…, resume=True)"
             )
-        super().__init__(from_pretrained(self.files.path, **network), device=device)
+        super().__init__(load_channels_last(self.files.path, **network), device=device)
         self.network = network
         self.summary: dict[str, Any] = read_json(self.files.summary)
 
@@ -89,7 +89,8 @@ class TrainedClassifier(Predictor):
         return evaluate_images(self.folder, Path(data), device=device, **self.network)
 
     def export(self, target: str | Path) -> Path:
-        """Write the network with its preprocessing, verify it, and return the path.
+        """Write the network with its preprocessing, verify it, and return the path; a warning says where an ONNX file
+        could not be verified, since onnxruntime is not installed.
 
         Args:
             target: FILE.onnx, FILE.pt2 (torch.export), or a folder for the Hugging Face hub.

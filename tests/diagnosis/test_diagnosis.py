@@ -14,13 +14,28 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import skipway as sw
 from skipway.diagnosis import Diagnosis, diagnose
+from skipway.diagnosis.loss_rules import LeaveOut
 from skipway.diagnosis.measurement import measure
 from skipway.diagnosis.passes import curvature, dot, jacobians, noise
-from skipway.diagnosis.remedies import AddSkips, Case, Damp, LearningRate, NormFirst, Rescheme, Revive, UnitVariance
+from skipway.diagnosis.remedies import (
+    AddSkips,
+    Case,
+    Damp,
+    FullPrecision,
+    LearningRate,
+    NormFirst,
+    Remedy,
+    Rescheme,
+    Revive,
+    Shrink,
+    Together,
+    UnitVariance,
+)
 from skipway.diagnosis.rules import RULES
 from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Subject
@@ -578,6 +593,90 @@ def test_nothing_is_damped_where_one_branch_cannot_be():
     assert torch.equal(model[0].second.weight, before)
 
 
+class Ending(nn.Module):
+    """x + F(x) with a last map that is given."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(torch.relu(self.first(x)))
+
+
+def test_rows_that_weight_norm_computes_as_zero_are_damped_with_the_others():
+    linear, x = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), torch.randn(2, 32)
+    linear.parametrizations.weight.original0.data[:16] = 0
+    before = linear.weight.detach().clone()
+    Damp(0.5).apply(case_of(Ending(linear), x))
+    torch.testing.assert_close(linear.weight, before / 2)
+
+
+def test_a_network_with_spectral_norm_in_training_is_as_before_where_it_cannot_be_damped():
+    model, x = Ending(nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32))), torch.randn(2, 32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(sw.SkipwayError, match="take the parametrization away"):
+        Damp(0.5).apply(case_of(model, x))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_buffers_that_orthogonal_maps_exchange_are_put_back_by_undo(moved):
+    """`Module.half` and `float` exchange buffers, too."""
+    linear, x = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), torch.randn(8, 4)
+    model = nn.Sequential(linear, nn.Linear(4, 4))
+    model(x).square().sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    operation = UnitVariance(("0", "1")).apply(case_of(model, x)).operation
+    assert operation is not None
+    if moved:
+        model.half().float()
+    operation.undo(force=moved)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+class InBuffer(nn.Module):
+    """A parametrization whose inverse writes a buffer: W = s W'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.scale * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        self.scale.copy_(weight.norm())
+        return weight / self.scale
+
+
+def test_a_parametrization_that_keeps_the_scale_in_a_buffer_gets_unit_variance():
+    model, x = nn.Sequential(nn.Linear(4, 4)), 9 * torch.randn(64, 4)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", InBuffer())
+    UnitVariance(("0",)).apply(case_of(model, x))
+    assert float(model(x).detach().std()) == pytest.approx(1, abs=0.05)
+
+
+def test_convolutions_with_parametrizations_are_revived():
+    class Gated(nn.Module):
+        """Two zeros on a branch: the gain, and g of weight norm."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gain = nn.Conv2d(4, 4, 1), nn.Parameter(torch.zeros(()))
+            self.last = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1, bias=False))
+            nn.init.zeros_(self.last.parametrizations.weight.original0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gain * self.last(torch.relu(self.first(x)))
+
+    diagnosis = sw.diagnose(nn.Sequential(Gated(), Gated()), torch.randn(8, 4, 2, 2), remedies=0, allowance=0)
+    (remedy,) = next(finding.remedies for finding in diagnosis.findings if finding.rule == "two-zeros")
+    assert remedy == Revive(("0.last", "1.last"))
+    assert diagnosis.fix(remedy).model[1].last.weight.any()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("kind", ["channels last", "bfloat16", "weight norm", "weight norm by a hook"])
 def test_maps_of_any_memory_type_and_parametrization_get_unit_variance(kind):
@@ -636,6 +735,77 @@ def test_remedies_in_place_can_be_undone_and_what_was_before_them():
     torch.testing.assert_close(model.state_dict(), dressed)
     operation.undo()
     torch.testing.assert_close(model.state_dict(), before)
+
+
+class Unapplied(Exception):
+    """What a remedy or a diagnosis ends with."""
+
+
+class Failing:
+    """A remedy that fails."""
+
+    def apply(self, case: Case) -> Case:
+        raise Unapplied
+
+
+@pytest.mark.parametrize("failing", ["remedy", "diagnosis", "together"])
+def test_a_network_is_as_before_where_a_remedy_in_place_or_the_diagnosis_after_it_fails(monkeypatch, failing):
+    model, x = nn.Sequential(Branch(), Branch()), torch.randn(16, 32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    operation = sw.rescheme(model, x, "layerscale")
+    dressed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    diagnosis = sw.diagnose(model, x, remedies=0, allowance=0)
+    remedies: tuple[Remedy, ...] = (Damp(), Failing())
+    if failing == "diagnosis":
+        remedies = (Damp(), AddSkips(("0.first",)))
+        monkeypatch.setattr("skipway.diagnosis.diagnosis.examine", lambda *_, **__: Failing().apply(case_of(model, x)))
+    case = case_of(model, x)
+    with pytest.raises(Unapplied):
+        Together(remedies).apply(case) if failing == "together" else diagnosis.fix(*remedies, inplace=True)
+    torch.testing.assert_close(model.state_dict(), dressed, rtol=0, atol=0)
+    operation.undo()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "remedy",
+    [Shrink("0.linear1.weight", 0.1), FullPrecision(), NormFirst(), LeaveOut("1"), AddSkips(("2",)), Damp()],
+    ids=str,
+)
+def test_what_any_remedy_did_in_place_is_one_operation_that_can_be_undone(remedy):
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0, batch_first=True)
+    model, x = nn.Sequential(layer, nn.Softmax(-1), nn.Linear(8, 8)).bfloat16().eval(), torch.randn(2, 3, 8).bfloat16()
+    model.register_buffer("factor", torch.ones(2).bfloat16())
+    before, states = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    case = Together((remedy, Shrink("0.linear2.weight", 0.5))).apply(case_of(model, x))
+    assert case.operation is not None
+    assert not torch.equal(case.model(x.to(model[0].linear1.weight.dtype)), before)
+    case.operation.undo()
+    torch.testing.assert_close(model.state_dict(), states, rtol=0, atol=0)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+
+
+def test_what_was_done_to_a_network_that_was_built_anew_is_of_the_same_operation():
+    model, x = sw.build("resnet-cifar", depth=8, width=4, stem_width=4), torch.randn(2, 3, 8, 8)
+    case = Together((Damp(0.5), Rescheme("skipinit"), Damp(0.5))).apply(case_of(model, x))
+    gains = [network.stages[0][0].branch.norm2.weight for network in (model, case.model)]
+    for gain in gains:
+        torch.testing.assert_close(gain.detach(), torch.full((4,), 0.5))
+    case.operation.undo()
+    for gain in gains:
+        torch.testing.assert_close(gain.detach(), torch.ones(4))
+
+
+def test_unit_variance_scales_the_gains_of_standardised_weights():
+    """The output of a standardised weight does not depend on the weight's scale, but on its gain."""
+    model, x = sw.build("resnet8", scheme="normfree", width=4, stem_width=4), torch.randn(4, 3, 8, 8)
+    maps = ("stages.0.0.branch.conv1", "stages.0.0.branch.conv2")
+    deviations: list[float] = []
+    UnitVariance(maps).apply(case_of(model, 3 * x))
+    for name in maps:
+        model.get_submodule(name).register_forward_hook(lambda _, __, out: deviations.append(float(out.detach().std())))
+    model.train()(3 * x)
+    assert deviations == pytest.approx([1, 1], rel=1e-2)
 
 
 class Silenced(nn.Module):

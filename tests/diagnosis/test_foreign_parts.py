@@ -12,18 +12,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import skipway as sw
 from skipway.diagnosis.batches import Batches
+from skipway.diagnosis.measurement import measure
 from skipway.diagnosis.odds import LOW, FirstSteps, Pause, odds
-from skipway.diagnosis.outlook import cause_of
+from skipway.diagnosis.outlook import Outlook, cause_of
 from skipway.diagnosis.remedies import LearningRate
+from skipway.diagnosis.rule_context import Context, calming
 from skipway.diagnosis.settings import Settings
 from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.trial import Trial
 from skipway.errors import SkipwayError
+from skipway.tracing import preserved_state
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(448, 8, generator=GENERATOR)
@@ -349,3 +353,39 @@ def test_a_trial_alone_takes_the_loss_of_the_model():
     trial = Trial(Subject(OwnLoss(), {"x": X[:64], "labels": LABELS[:64]}), Settings(lr=0.05)).advance(2)
     assert trial.subject.objective is not None
     assert trial.subject.objective.own
+
+
+class Plain(nn.Module):
+    """x + W₂ φ(W₁ x), without a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        lambda linear: nn.utils.prune.random_unstructured(linear, "weight", 0.5),
+    ],
+    ids=["weight norm", "spectral norm", "parametrization", "pruning"],
+)
+def test_weights_that_are_computed_in_every_pass_are_trained_by_what_they_are_computed_from(compute):
+    torch.manual_seed(0)
+    model = nn.Sequential(Plain(), Plain(), nn.Linear(8, 4))
+    compute(model[0].second)
+    subject = Subject(model, X[:32], LABELS[:32])
+    context = Context(measure(subject), Settings(optimizer="sgd"), subject, Outlook("undecided", 0.5))
+    for trained in (True, False):
+        model[0].second.requires_grad_(trained)
+        with preserved_state(model):
+            assert context.frozen is not trained
+            assert bool(calming(context)) is trained
+            assert ("0.second" in context.maps) is trained

@@ -272,6 +272,24 @@ def test_axes_of_samples():
     assert find_batch_axes(Pair(), {"x": X, "scale": torch.ones(1), "flag": [X]}) is None
 
 
+class Lag(nn.Linear):
+    """Differences of a series from what lies a third of the example before."""
+
+    def forward(self, x):
+        return super().forward(x - x.roll(5, 0))
+
+
+def test_dependence_on_samples_far_away():
+    assert find_batch_axes(Lag(4, 3), X) is None
+    assert find_batch_axes(nn.Sequential(Lag(4, 3), Argmax()), X) is None
+    assert find_batch_axes(nn.Sequential(nn.Linear(4, 9), Argmax()), X).outputs == (0,)
+
+
+class Argmax(nn.Module):
+    def forward(self, x):
+        return x.argmax(-1)
+
+
 class Largest(nn.Module):
     """Divides by the largest number of a batch, as a quantisation of whole tensors does."""
 
@@ -494,7 +512,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(SkipwayError, match="no optimized model can be read"):
         load_optimized(tmp_path / "text.pt")
     _, fast = built(Choice("torch"))
-    fast.folded.hook = lambda x: x
+    fast.original.hook = lambda x: x
     with pytest.raises(SkipwayError, match="cannot be pickled"):
         fast.save(tmp_path / "lambda.pt")
     assert not (tmp_path / "lambda.pt").exists()

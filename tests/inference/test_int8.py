@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from torch import nn
 import skipway as sw
 from skipway.cli import main
 from skipway.errors import MissingExtraError, SkipwayError
+from skipway.inference import optimized_model
 from skipway.inference.answer_check import AnswerChange, AnswerCheck, paired_interval
 from skipway.inference.backend_search import BackendSearch
 from skipway.inference.backend_selection import BackendComparison, BackendResult
@@ -121,13 +123,42 @@ def test_a_file_gives_the_same_outputs(quantized, tmp_path):
 
 
 @needs_nncf
+def test_a_file_says_what_was_found_elsewhere(quantized, tmp_path, monkeypatch):
+    """Remarks are kept, and accuracies are those of the processor that they were measured on."""
+    _, fast = quantized
+    monkeypatch.setattr(fast, "remark", "8 held-out images are calibration images, too")
+    path, here = fast.save(tmp_path / "fast.pt"), optimized_model.describe_machine_and_versions()
+    assert sw.load_optimized(path).remark == fast.remark
+    other = {**here, "processor": ["Another", ""]}
+    monkeypatch.setattr(optimized_model, "describe_machine_and_versions", lambda: other)
+    loaded = sw.load_optimized(path)
+    assert loaded.remark.startswith(f"{fast.remark}; chosen with another processor; ")
+    assert loaded.remark.endswith(f"its answers were checked on {here['processor'][0]}, not on this processor")
+    assert sw.load_optimized(loaded.save(tmp_path / "again.pt")).remark == loaded.remark
+
+
+@needs_nncf
+def test_weights_of_8_bits_are_not_loaded_where_their_sums_overflow(quantized, tmp_path, monkeypatch):
+    _, fast = quantized
+    monkeypatch.setattr(optimized_model, "saturates", lambda: True)
+    for fits in (False, True):
+        monkeypatch.setattr(fast, "quantized", replace(fast.quantized, fits_any=fits))
+        path = fast.save(tmp_path / "fast.pt")
+        if fits:
+            assert sw.load_optimized(path).precision == "int8"
+        else:
+            with pytest.raises(SkipwayError, match="products overflow on this one, an x86 without VNNI; optimize"):
+                sw.load_optimized(path)
+
+
+@needs_nncf
 def test_a_file_holds_no_images_but_the_example(quantized, tmp_path):
     """300 held-out images are 230 kB; a batch of 4, which is stored with its outputs, is 3 kB."""
     _, fast = quantized
     for held in (fast.example, fast.quantized.example, fast.quantized.outputs):
         assert held.untyped_storage().nbytes() == held.nbytes
     model = tmp_path / "model.pt"
-    torch.save(fast.folded, model)
+    torch.save(fast.original, model)
     weights = model.stat().st_size + len(fast.quantized.xml) + len(fast.quantized.weights)
     assert fast.save(tmp_path / "fast.pt").stat().st_size < weights + 300 * 3 * 64 * 4 / 4
 

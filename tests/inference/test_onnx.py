@@ -100,6 +100,37 @@ def test_there_has_to_be_a_folder(tmp_path):
         export_onnx(Net("fine"), torch.zeros(2, 4), tmp_path / "gone" / "model.onnx")
 
 
+class Counting(nn.Module):
+    """A network that counts its passes and keeps what it was given last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.given, self.passes = nn.Linear(4, 2), None, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting():
+            self.given, self.passes = x, self.passes + 1
+        self.seen += 1
+        return self.map(x)
+
+
+def test_the_passes_of_an_export_leave_no_trace_in_the_model(tmp_path):
+    model = Counting()
+    numbers = torch.get_rng_state()
+    export_program(model, torch.zeros(2, 4), tmp_path / "model.pt2")
+    assert (model.seen.item(), model.given, model.passes) == (0, None, 0)
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
+def test_a_file_that_could_not_be_checked_is_told(tmp_path, monkeypatch):
+    """Also by `TrainedClassifier.export`, which returns the path alone."""
+    monkeypatch.setattr(export, "find_spec", lambda name: name)
+    monkeypatch.setattr(export, "export_verified", lambda *given: None)  # as without onnxruntime
+    with pytest.warns(UserWarning, match="was not compared with the model, since onnxruntime is not installed"):
+        assert export_onnx(nn.Linear(4, 2), torch.zeros(2, 4), tmp_path / "model.onnx") is None
+
+
 def test_without_the_extra_the_line_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(sw.MissingExtraError, match=r"onnx, which is not installed: pip install 'skipway\[onnx\]'"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ OPTIONS = {
     "masks": {"attn_mask": MASKS},
     "one mask": {"attn_mask": MASKS[0, 0], "dropout_p": 0.0},
     "hidden": {"attn_mask": MASKS[0, 0] > -1},
+    "a hidden row": {"attn_mask": MASKS.masked_fill(torch.arange(5)[:, None] == 2, -math.inf)},
     "causal": {"is_causal": True},
 }
 
@@ -34,6 +37,29 @@ def test_attention_is_that_of_torch(name):
     with PlainOperators():
         plain = F.scaled_dot_product_attention(q, k, v, **options)
     torch.testing.assert_close(plain, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+class Padded(nn.Module):
+    """Attention in which no token sees one that is 0."""
+
+    def __init__(self, added: bool) -> None:
+        super().__init__()
+        self.added, self.vectors = added, nn.Embedding(6, 8)
+
+    def forward(self, ids):
+        x, hidden = self.vectors(ids)[:, None], ids.eq(0)[:, None, None, :]
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf) if self.added else ~hidden
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_sample_that_is_padded_throughout_is_0_in_openvino_too(added):
+    pytest.importorskip("openvino")
+    net, ids = Padded(added), torch.tensor([[1, 2, 3], [4, 5, 0]])
+    fast, other = build_openvino(net, ids, Choice("openvino")), torch.tensor([[1, 0, 3], [0, 0, 0]])
+    assert (net(other)[1] == 0).all()
+    for given in (ids, other):
+        torch.testing.assert_close(fast(given), net(given).detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_attention_of_shared_keys_is_left_to_torch():

@@ -88,6 +88,20 @@ def test_it_says_so_of_files_too(folder):
     assert torch.equal(judgement.evaluation.confusion, folder.evaluation.confusion)
 
 
+def test_a_network_in_training_is_asked_and_left_as_it_is(digits):
+    """By its running statistics, which stay, as do modes and the layout of the weights."""
+    images = torch.rand(8, 1, 8, 8)
+    expected = [told.probability for told in Predictor(from_pretrained(digits.folder.path)).predict(images)]
+    model = from_pretrained(digits.folder.path).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    predictor = Predictor(model)
+    assert [told.probability for told in predictor.predict(images)] == pytest.approx(expected, abs=1e-6)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    assert predictor.device == torch.device("cpu")
+
+
 def test_mirror_images_are_seen_on_request(folder):
     predictor = Predictor.load(folder.folder.path)
     file = image_files([folder.recipe.data / "test"])[0][0]

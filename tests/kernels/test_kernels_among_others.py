@@ -252,6 +252,19 @@ def test_the_setting_of_products_outlasts_no_thread():
     assert matmul.fp32_precision == before
 
 
+def test_products_of_other_threads_are_not_rounded(monkeypatch):
+    """The setting is the process's, and on AMX it rounds float32, whatever our own products lose by it."""
+    monkeypatch.setattr(onednn, "has_amx", lambda: True)
+    matmul, seen, weights = torch.backends.mkldnn.matmul, [], sdpa.attention_weights
+    before = matmul.fp32_precision
+    monkeypatch.setattr(sdpa, "attention_weights", lambda *given: seen.append(matmul.fp32_precision) or weights(*given))
+    q = torch.randn(2, 4, 128, 32, dtype=torch.bfloat16, requires_grad=True)
+    for name in ("blocks", "onednn"):
+        with kernels.only(name):
+            kernels.attention(q, q, q).sum().backward()
+    assert set(seen) == {before}
+
+
 def test_what_a_hook_keeps_is_not_overwritten():
     """The end of a branch is an Identity, which returns the tensor that a hook was given."""
     torch.manual_seed(0)

@@ -341,3 +341,19 @@ def test_a_connection_that_no_call_adds_is_named():
     with pytest.raises(sw.SkipwayError, match="cannot be observed"):
         depth_mixing(Stacked(), torch.randn(2, 4))
     assert check_signal(Stacked(), torch.randn(2, 4)) == []
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_that_are_written_into():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.a(x)
+            F.relu(torch.nested.as_nested_tensor(list(h)), inplace=True)
+            return h
+
+    model, x = Net(), torch.randn(2, 3, 4)
+    torch.testing.assert_close(sw.features(model, x, ["a"])["a"], model.a(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import skipway as sw
 from skipway.nn import Bias, Gain, Residual, ScaledStandardConv2d
@@ -50,6 +51,62 @@ def test_initialise_says_what_it_cannot_know():
         sw.initialise_(model)
     with pytest.raises(sw.SkipwayError, match="holds no skipway.nn.Residual"):
         sw.initialise_(nn.Linear(2, 2))
+
+
+def deepnorm_with(parametrise, connection: int) -> nn.Module:
+    """A small network one of whose maps is computed."""
+    model = sw.build("vit-tiny-16", depth=1, dim=8, heads=2, patch=4, image=8, classes=3, scheme="deepnorm")
+    parametrise(sw.chain(model)[connection].path[0].module)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("connection", [0, 1], ids=["values", "mlp"])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_weights_that_weight_norm_computes_start_as_plain_ones_do_however_often(norm, connection):
+    x, outputs = torch.randn(2, 3, 8, 8), []
+    for parametrise, times in ((lambda module: module, 1), (norm, 1), (norm, 2)):
+        model = deepnorm_with(parametrise, connection)
+        for _ in range(times):
+            torch.manual_seed(0)
+            sw.initialise_(model)
+        outputs.append(model(x))
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert torch.equal(outputs[2], outputs[1])
+
+
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+        lambda module: prune.identity(module, "weight"),
+    ],
+    ids=["spectral norm by a hook", "spectral norm", "orthogonal", "pruned"],
+)
+def test_weights_that_take_no_drawn_values_are_refused_before_anything_is_reset(parametrise):
+    model = deepnorm_with(parametrise, 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(sw.SkipwayError, match=r"the weight of blocks\.0\.mlp\.branch\.fc1 is computed in every pass"):
+        sw.initialise_(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("scheme", ["zeroinit", "depthscaled"])
+def test_last_maps_that_a_hook_computes_are_multiplied(scheme):
+    model = sw.build("vit-tiny-16", depth=1, dim=8, heads=2, patch=4, image=8, classes=3, scheme=scheme)
+    connection, x = sw.chain(model)[1], torch.randn(2, 3, 8, 8)
+    linear = nn.utils.weight_norm(connection.path[-1].module)
+    with torch.no_grad():
+        linear.weight_g.fill_(1.0)
+        linear.weight_v.normal_()
+        model(x)
+        before = linear.weight.clone()
+        connection.multiply_(0.5)
+        model(x)
+    torch.testing.assert_close(linear.weight, before / 2)
 
 
 def test_gains_go_back_to_their_own_value_not_to_one():

@@ -252,6 +252,16 @@ def test_fixup_factor_counts_the_branches_of_the_network(bottleneck):
     assert not network.head.classifier.weight.any()
 
 
+def test_fixup_zeroes_a_last_map_whose_weight_is_an_inner_map_elsewhere():
+    """Rule 1 before rule 2: F(x) = 0 at the start, of whatever else the weight is."""
+    first, second = (sw.BasicBlock(8, 8, scheme="fixup") for _ in range(2))
+    second.branch.conv2.weight = first.branch.conv1.weight
+    model, x = nn.Sequential(first, second), torch.rand(2, 8, 4, 4)
+    sw.initialise_(model)
+    torch.testing.assert_close(model(x), x)
+    assert second.branch.conv1.weight.any()
+
+
 def test_fixup_has_no_norm_and_a_scalar_before_every_map_and_activation():
     network = sw.build("resnet20", scheme="fixup")
     assert not [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]

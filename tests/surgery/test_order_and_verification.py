@@ -64,6 +64,8 @@ class Output:
 def test_every_kind_of_output_is_compared():
     one = torch.ones(3)
     assert difference([one.long()], [one.long() + 1]) == 1.0
+    assert difference([torch.tensor([7, 2**24, 1])], [torch.tensor([7, 2**24 + 1, 1])]) == pytest.approx(1 / 3)
+    assert difference([one.double()], [one.double() * (1 + 1e-12)]) == pytest.approx(1e-12, rel=1e-3)
     assert difference([torch.complex(one, one)], [torch.complex(one, one * 2)]) == 1.0
     assert difference([one > 0], [one < 0]) == 1.0
     assert len(list(tensors_in(Output([one, one])))) == 2

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 import skipway as sw
 from skipway.errors import SkipwayError
@@ -691,6 +692,13 @@ def test_weights_that_are_computed_are_not_started_anew(norm):
     assert_same(encoder, keys, types)
 
 
+def test_convolutions_with_parametrizations_are_not_started_anew():
+    model = InSequence()
+    nn.utils.parametrizations.weight_norm(model.body[0])
+    with pytest.raises(SkipwayError, match=r"the weight of body\.0 is computed in every pass"):
+        rescheme(model, torch.randn(2, 6, 4, 4), "fixup", start="scheme")
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 def test_maps_that_weight_norm_computes_are_multiplied():
     model = sw.build("vit-tiny-16", depth=1, dim=8, heads=2, patch=4, image=8, classes=3, scheme="deepnorm")
@@ -711,6 +719,50 @@ def test_a_division_without_effect_is_put_back():
         rescheme(model, x, "skipinit(init=0.5)", start="divide")
     assert_same(model, keys, types)
     assert rescheme(model, x, "skipinit").touched == {"": "branch.2"}
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.orthogonal, nn.utils.parametrizations.spectral_norm])
+def test_what_inverses_exchange_and_reading_advances_is_put_back(norm):
+    """An orthogonal map has another base after a write; spectral norm in training goes on with its iteration."""
+    model, x = Around(nn.Sequential(nn.LayerNorm(6), nn.ReLU(), norm(nn.Linear(6, 6)))), tokens()
+    model(x).square().sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match="is computed in every pass from other parameters"):
+        rescheme(model, x, "skipinit(init=0.5)", start="divide")
+    assert_same(model, keys, types)
+
+
+class Headed(nn.Module):
+    """Two connections and a classifier."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Around(nn.Sequential(nn.ReLU(), nn.Linear(6, 6))) for _ in range(2)))
+        self.head = nn.Linear(6, 3, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_classifier_that_weight_norm_computes_is_silenced(norm, bias):
+    """Fixup, rule 1."""
+    model, x = Headed(bias), tokens()
+    norm(model.head)
+    rescheme(model, x, "fixup", start="scheme")
+    assert not model(x).any()
+
+
+def test_a_classifier_that_is_pruned_is_not_left_as_it_is_without_a_word():
+    model, x = Headed(bias=True), tokens()
+    prune.identity(model.head, "weight")
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match="is computed in every pass from other parameters"):
+        rescheme(model, x, "fixup", start="scheme")
+    assert_same(model, keys, types)
 
 
 class ByKeyword(nn.Module):

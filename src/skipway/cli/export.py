@@ -70,9 +70,7 @@ def export(
 
     if onnx is not None:
         difference = write_onnx(run, onnx, sides=sides, opset=opset, **network.choices, remark=print_note)
-        checked = "not verified: onnxruntime is not installed"
-        if difference is not None:
-            checked = f"largest difference {difference:.2g}"
+        checked = "not verified" if difference is None else f"largest difference {difference:.2g}"
         sys.stdout.write(f"onnx      {printable(onnx)}, {checked}\n")
     if pt2 is not None:
         difference = write_program(run, pt2, sides=sides, **network.choices, remark=print_note)

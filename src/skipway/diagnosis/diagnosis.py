@@ -31,6 +31,7 @@ from skipway.diagnosis.trial import LookAhead, Trial
 from skipway.errors import SkipwayError, counted
 from skipway.optim.roles import parameter_roles
 from skipway.surgery.operation import Operation
+from skipway.surgery.transaction import transaction
 from skipway.tracing.chain import Chain, WatchedConnection
 from skipway.tracing.module_state import copy_module
 from skipway.tracing.paths import condense_paths
@@ -310,7 +311,7 @@ class Diagnosis:
             remedies: what to apply, in order. None given: while the verdict is not "trains", the best of the offers,
                 then a new diagnosis, at most three times.
             inplace: change the model itself instead of a copy. A remedy that builds anew (`Rescheme`) returns another
-                model all the same.
+                model all the same. On any exception the model is put back.
 
         Raises:
             SkipwayError: no remedy is given, and none that was tried raises the odds.
@@ -373,7 +374,7 @@ class Treatment:
         settings: to train it with.
         applied: the remedies, in order.
         before, after: the diagnoses.
-        operations: of `Damp`, `AddSkips`, `UnitVariance` and `Revive`, to be undone last one first: `operation.undo()`.
+        operations: the one by which they changed the model in place, if they did; `operation.undo()` takes it back.
     """
 
     model: nn.Module = field(repr=False)
@@ -480,25 +481,28 @@ def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, ro
     subject, settings = diagnosis.subject, diagnosis.settings
     subject = subject if inplace else replace(subject, model=copy_module(subject.model))
     limits = {"certainty": diagnosis.certainty, "allowance": diagnosis.allowance}
-    operations: list[Operation] = []
-    for remedy in remedies:
-        subject, settings, carried_out = applied(remedy, subject, settings, inplace=True)
-        operations += carried_out
-    subject.begin("diagnosing the mended network", counted=True)
-    current, done = (examine(subject, settings, **limits), [*remedies]) if remedies else (diagnosis, [])
-    while not remedies and current.verdict != "trains" and current.offers and len(done) < rounds:
-        done.append(current.offers[0].remedy)
-        subject, settings, carried_out = applied(done[-1], subject, settings, inplace=True)
-        operations += carried_out
-        subject.begin("diagnosing the mended network", counted=True)
-        current = examine(subject, settings, **limits, remedies=len(diagnosis.tried))
+    done: list[Remedy] = []
+    current, chosen = diagnosis, tuple(remedies) or diagnosis.remedies[:1]
+    with transaction(subject.model, title="") as change:
+        while chosen:
+            for remedy in chosen:
+                subject, settings, operations = applied(remedy, subject, settings, inplace=True)
+                for operation in operations:  # on this model, or on another one that a remedy has built
+                    change.record(operation.journal.undo)
+            done += chosen
+            subject.begin("diagnosing the mended network", counted=True)
+            current = examine(subject, settings, **limits, remedies=0 if remedies else len(diagnosis.tried))
+            further = not remedies and current.verdict != "trains" and len(done) < rounds
+            chosen = current.remedies[:1] if further else ()
+        change.title = "; and ".join(map(str, done))
+        carried_out = (change.commit(),) if change.mark else ()
     return Treatment(
         model=subject.model,
         settings=settings,
         applied=tuple(done),
         before=diagnosis,
         after=current,
-        operations=tuple(operations),
+        operations=carried_out,
     )
 
 

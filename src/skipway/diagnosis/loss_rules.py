@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, prod
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from skipway.diagnosis.findings import Finding, format_number
 from skipway.diagnosis.remedies import Case
 from skipway.diagnosis.rule_context import Context, Rule
 from skipway.probes.objective import IGNORED, output_heads
+from skipway.surgery.transaction import transaction
 from skipway.tracing import Program
 from skipway.tracing.program import Value
 
@@ -28,8 +29,10 @@ class LeaveOut:
     module: str
 
     def apply(self, case: Case) -> Case:
-        case.model.set_submodule(self.module, nn.Identity())
-        return case
+        with transaction(case.model, title=str(self)) as change:
+            change.set_submodule(self.module, nn.Identity())
+            operation = change.commit()
+        return replace(case, operation=operation)
 
     def __str__(self) -> str:
         return f"put nn.Identity() in the place of {self.module}, and apply that where probabilities are read"

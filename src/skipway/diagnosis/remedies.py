@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
 from skipway.nn import Gain
+from skipway.nn.computed_weights import computed_weight, set_weight
+from skipway.nn.maps import LinearMap
 from skipway.optim.clip import ClipNorm
 from skipway.schemes.initialisation import initialise_
 from skipway.schemes.scheme import Scheme
@@ -18,9 +21,9 @@ from skipway.schemes.scheme import parse_scheme as read_scheme
 from skipway.surgery.block_call import BlockCall, parameter_names
 from skipway.surgery.insertion import BRANCH, Around, disable_fused_path, insert_into_branch
 from skipway.surgery.operation import Operation
-from skipway.surgery.transaction import transaction
+from skipway.surgery.transaction import Restore, transaction
 from skipway.tracing import Example, Program, preserved_state, watch
-from skipway.tracing.chain import Chain, WatchedConnection, computed_weight, set_weight
+from skipway.tracing.chain import Chain, WatchedConnection, chain
 from skipway.tracing.example import call_model, copy_example
 from skipway.tracing.paths import condense_paths
 
@@ -51,7 +54,7 @@ class Case:
         settings: of its training.
         example: what the model is called with.
         chain: its connections.
-        operation: by which a remedy changed the model in place.
+        operation: by which a remedy changed the model in place; what has none cannot be taken back.
     """
 
     model: nn.Module
@@ -113,14 +116,19 @@ class Clip:
 
 @dataclass(frozen=True)
 class Together:
-    """Several remedies, one after the other."""
+    """Several remedies, one after the other, as one operation: where one raises, the model is as before the first."""
 
     remedies: tuple[Any, ...]
 
     def apply(self, case: Case) -> Case:
-        for remedy in self.remedies:
-            case = remedy.apply(case)
-        return case
+        case = replace(case, operation=None)
+        with transaction(case.model, title=str(self)) as change:
+            for number, remedy in enumerate(self.remedies):
+                now = chain(case.model, case.example) if number else case.chain  # a remedy changes connections, too
+                case = remedy.apply(replace(case, chain=now))
+                if case.operation is not None:  # of this model, or of another one that a remedy has built
+                    change.record(case.operation.journal.undo)
+            return replace(case, operation=change.commit() if change.mark else None)
 
     def __str__(self) -> str:
         return "; and ".join(map(str, self.remedies))
@@ -143,8 +151,8 @@ class Damp:
     def apply(self, case: Case) -> Case:
         factor = len(case.chain) ** -0.5 if self.factor is None else self.factor
         with transaction(case.model, title=str(self)) as change:
-            ends = dict.fromkeys(module for connection in case.chain for module in connection.end_modules)
-            change.keep_values(parameter for module in ends for parameter in module.parameters())
+            for module in dict.fromkeys(module for connection in case.chain for module in connection.end_modules):
+                change.keep_module(module)
             case.chain.multiply_(factor)
             operation = change.commit()
         return replace(case, operation=operation)
@@ -167,9 +175,12 @@ class Shrink:
     factor: float
 
     def apply(self, case: Case) -> Case:
-        with torch.no_grad():
-            case.model.get_parameter(self.parameter).mul_(self.factor)
-        return case
+        parameter = case.model.get_parameter(self.parameter)
+        with transaction(case.model, title=str(self)) as change, torch.no_grad():
+            change.keep_values([parameter])
+            parameter.mul_(self.factor)
+            operation = change.commit()
+        return replace(case, operation=operation)
 
     def __str__(self) -> str:
         return f"multiply {self.parameter} by {self.factor:.2g}"
@@ -180,11 +191,25 @@ class FullPrecision:
     """Hold the weights in float32, in place; `torch.autocast` computes in half precision all the same."""
 
     def apply(self, case: Case) -> Case:
-        case.model.float()
-        return case
+        with transaction(case.model, title=str(self)) as change:
+            for module in case.model.modules():
+                for name in module._buffers:
+                    change.record(Restore.of(module._buffers, name))
+            for parameter in case.model.parameters():
+                for tensor in (parameter, parameter.grad):
+                    if tensor is not None:
+                        change.record(partial(set_data, tensor, tensor.data))
+            case.model.float()
+            operation = change.commit()
+        return replace(case, operation=operation)
 
     def __str__(self) -> str:
         return "hold the weights in float32 (model.float()), and compute in half precision by torch.autocast"
+
+
+def set_data(tensor: Tensor, values: Tensor) -> None:
+    """Let a parameter hold these values, of their type."""
+    tensor.data = values.to(tensor.device)
 
 
 @dataclass(frozen=True)
@@ -218,9 +243,12 @@ class NormFirst:
     """Move the norms to the start of the branches, in place, by the switch `norm_first` of torch's own layers."""
 
     def apply(self, case: Case) -> Case:
-        for module in layers_with_switch(case.model):
-            module.norm_first = True  # type: ignore[assignment]
-        return case
+        with transaction(case.model, title=str(self)) as change:
+            for module in layers_with_switch(case.model):
+                change.record(partial(setattr, module, "norm_first", module.norm_first))
+                module.norm_first = True  # type: ignore[assignment]
+            operation = change.commit()
+        return replace(case, operation=operation)
 
     def __str__(self) -> str:
         return "move the norms to the start of the branches (norm_first=True)"
@@ -251,16 +279,14 @@ class UnitVariance:
     def apply(self, case: Case) -> Case:
         modules = [case.model.get_submodule(name) for name in self.maps]
         with transaction(case.model, title=str(self)) as change, torch.no_grad():
-            change.keep_values(held for module in modules for held in (*module.parameters(), *module.buffers()))
             for module in modules:
+                change.keep_module(module)
                 weight = module.weight
                 if isinstance(weight, Tensor) and weight.ndim > 1 and bool(weight.any()):
                     dtype = torch.promote_types(weight.dtype, torch.float32)  # of 16 bits there is no QR everywhere
                     drawn = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
                     set_weight(module, "weight", nn.init.orthogonal_(drawn))
-            with preserved_state(case.model):
-                case.model.train()
-                scaled = [self.normalise(case, module) for module in modules]
+            scaled = [self.normalise(case, module) for module in modules]
             if False in scaled and True not in scaled:
                 raise computed_weight(f"the weight of {self.maps[scaled.index(False)]}")
             operation = change.commit()
@@ -273,13 +299,16 @@ class UnitVariance:
         found: list[Tensor] = []
         handle = module.register_forward_hook(lambda _, given, out: found.append(out.detach()))
         try:
-            call_model(case.model, copy_example(case.example))
+            with preserved_state(case.model):
+                case.model.train()
+                call_model(case.model, copy_example(case.example))
         finally:
             handle.remove()
         deviation = found[0].float().std(correction=0) if found else torch.tensor(0.0)
         if not (bool(deviation > 0) and bool(deviation.isfinite())):
             return None
-        return set_weight(module, "weight", module.weight / deviation)  # type: ignore[operator]
+        scale = LinearMap(module)  # of a standardised weight it is the gain
+        return set_weight(module, scale.name, scale.weight / deviation)
 
     def __str__(self) -> str:
         return f"draw orthogonal weights of unit output variance, layer by layer: {condense_paths(self.maps)}"
@@ -302,7 +331,8 @@ class Revive:
         with transaction(case.model, title=str(self)) as change:
             for name in self.modules:
                 module = case.model.get_submodule(name)
-                change.keep_values((*module.parameters(), *module.buffers()))
+                change.keep_values(module.buffers())
+                change.keep_module(module)
                 restart = getattr(module, "reset_parameters", None)
                 if callable(restart):
                     restart()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipway.diagnosis.findings import Finding
 from skipway.diagnosis.measurement import Measurement
@@ -49,8 +49,7 @@ class Context:
         that is not says nothing.
         """
         maps = (name for connection in self.subject.chain for name in connection.seen.maps)
-        weights = (getattr(self.subject.model.get_submodule(name), "weight", None) for name in maps)
-        return any(isinstance(weight, Tensor) and not weight.requires_grad for weight in weights)
+        return any(is_trained(self.subject.model.get_submodule(name)) is False for name in maps)
 
     @property
     def learnt(self) -> bool:
@@ -70,8 +69,20 @@ class Context:
         """Modules whose weight has two axes or more and is trained, in the order of the signal: those that can be
         re-initialised.
         """
-        weights = ((n, getattr(self.subject.model.get_submodule(n), "weight", None)) for n in self.subject.layers)
-        return tuple(n for n, w in weights if isinstance(w, Tensor) and w.ndim > 1 and w.requires_grad)
+        layers = ((name, self.subject.model.get_submodule(name)) for name in self.subject.layers)
+        return tuple(name for name, layer in layers if is_trained(layer) and layer.weight.ndim > 1)  # type: ignore[operator, union-attr]
+
+
+def is_trained(module: nn.Module) -> bool | None:
+    """Whether the weight of a module is trained, or what it is computed from in every pass, by a hook or another
+    parametrization; None where it has none, or none of its own.
+    """
+    if not isinstance(getattr(module, "weight", None), Tensor):
+        return None
+    held = dict((*module.named_parameters(), *module.named_buffers()))
+    sources = [held[name] for name in held if name.startswith(("weight_", "parametrizations.weight."))]
+    sources = [held["weight"]] if "weight" in held else sources
+    return any(source.requires_grad for source in sources) if sources else None
 
 
 Rule = Callable[[Context], Iterator[Finding]]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +17,23 @@ from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerChange, AnswerCheck
 from skipway.inference.backends import BACKENDS, INT8, ORIGINAL, Backend, Choice, Run, call_with
 from skipway.inference.batch_pieces import BatchAxes, build_run, find_batch_axes
+from skipway.inference.hooks import foreign_hook, share_hooks
 from skipway.inference.inputs import root_cause
 from skipway.inference.outputs import (
-    changed_buffers,
     has_numbers,
     in_container,
     in_type,
     is_unchanged,
     output_difference,
+    whole_share,
 )
 from skipway.inference.quantization import QuantizedNetwork, quantize_checked
 from skipway.inference.timer import Candidate, Timing, error_line, median_seconds, time_candidate, time_interleaved
 from skipway.surgery.fusion import fuse
 from skipway.surgery.preconditions import require_operable
 from skipway.tracing.containers import map_tensors, tensors_in
-from skipway.tracing.module_state import copy_module
+from skipway.tracing.example import copy_example
+from skipway.tracing.module_state import copy_module, differing_state, set_state
 from skipway.tracing.watch import watch
 
 __all__ = ["ROUNDS", "TOLERANCES", "BackendComparison", "BackendResult", "quickest", "with_timings"]
@@ -45,6 +48,11 @@ SECONDS = 30.0
 """Time after which no timing is started: a network that takes seconds is judged by fewer rounds."""
 BRIEF = 0.1
 """Seconds of a call below which it is run once before it is timed, for the caches."""
+
+
+WRITES = "the model writes into its arguments"
+WITHOUT_WRITES = "if that is not needed, wrap it in a module that calls it with copies"
+WITHOUT_HOOK = "remove it if it is not needed"
 
 
 @dataclass(frozen=True)
@@ -119,11 +127,13 @@ class BackendComparison:
     ) -> None:
         model = require_operable(model)
         # a file holds the whole storage of what it holds part of: the example may be a view of all images
-        self.example = example = map_tensors(lambda tensor: tensor.detach().clone(), example)
-        self.folded, self.clock = fuse(model), clock
+        self.model, self.example = model, (example := copy_example(example))
+        self.folded, self.clock = share_hooks(fuse(model), model), clock
         self.check, self.quantized, self.refusal = check, quantized, ""
         self.answers: dict[Choice, AnswerChange] = {}
-        self.original = original = copy_module(model).eval()
+        self.changed: dict[Choice, float] = {}
+        self.models: WeakValueDictionary[Choice, nn.Module] = WeakValueDictionary()
+        self.original = original = share_hooks(copy_module(model).eval(), model)
         self.expected: list[tuple[Any, Any]] = []
         self.writes = False
         with torch.no_grad():
@@ -148,8 +158,10 @@ class BackendComparison:
                         f"this {type(model).__name__} returns no values, or nothing but NaN, on its example, so that "
                         "nothing could be compared; give an example like the data that is to come"
                     )
-        self.written = changed_buffers(model, original)
-        self.axes: BatchAxes | None = find_batch_axes(original, example)
+        self.written, self.hooked = differing_state(model, original), foreign_hook(original)
+        self.whole = WRITES if self.writes else self.hooked and f"{self.hooked} has a forward hook"
+        self.axes: BatchAxes | None = None if self.whole else find_batch_axes(original, example)
+        set_state(self.written, model, original)
         plain = Choice(ORIGINAL)
         self.runs: dict[Choice, Run] = {plain: original}
         self.results = {plain: BackendResult(plain, difference=0.0, build_seconds=0.0)}
@@ -183,6 +195,11 @@ class BackendComparison:
             else None
         )
 
+    @property
+    def lost(self) -> str:
+        """What backends lose that run no Python, and the way out."""
+        return f"{self.whole}, which is lost in this backend; {WITHOUT_WRITES if self.writes else WITHOUT_HOOK}"
+
     def add(self, choice: Choice, tolerance: float | None = None, backend: Backend | None = None) -> None:
         """Build a choice and compare its output with the original's; what goes wrong becomes its result's note.
 
@@ -193,9 +210,13 @@ class BackendComparison:
         """
         backend, start = backend or BACKENDS[choice.backend], self.clock()
         result = self.results[choice] = BackendResult(choice, tolerance=tolerance)
-        problem = backend.obstacle(self.example, choice, self.quantized is not None or self.refusal != "")
-        if problem is not None or (choice.precision == INT8 and self.refusal):
-            self.results[choice] = replace(result, note=str(problem or self.refusal))
+        others = [*self.original.parameters(), *tensors_in(self.expected[0][1])]
+        problem = backend.obstacle(self.example, choice, self.quantized is not None or self.refusal != "", others)
+        refused = problem or (self.refusal if choice.precision == INT8 else "")
+        if not refused and not backend.any_call and self.whole:
+            refused = self.lost
+        if refused:
+            self.results[choice] = replace(result, note=str(refused))
             return
         if backend.keeps_path and self.reader is not None:
             why = f"{self.reader} reads values of its input, and this backend keeps what the example led to"
@@ -211,7 +232,9 @@ class BackendComparison:
             with torch.no_grad():
                 model = copy_module(self.folded) if backend.alters else self.folded
                 example = self.fresh(self.example)
-                run = in_type(expected, build_run(backend, model, example, choice, self.axes, self.folded))
+                if backend.alters:
+                    self.models[choice] = share_hooks(model, self.model)
+                run = in_type(expected, build_run(backend, model, example, choice, self.axes, self.original))
                 gap, note = self.judge(choice, run, tolerance)
         except Exception as error:  # other libraries raise errors of their own
             self.results[choice] = replace(result, note=f"failed: {error_line(error)}")
@@ -222,9 +245,9 @@ class BackendComparison:
 
     def judge(self, choice: Choice, run: Run, tolerance: float | None) -> tuple[float, str]:
         """Return the largest difference from the original, in int8 from the network that was checked, and why it is too
-        large; empty where it is not.
+        large; empty where it is not. What the original writes into its arguments counts as what it returns.
         """
-        allowed, gap = TOLERANCES[choice.precision] if tolerance is None else tolerance, 0.0
+        allowed, gap, share = TOLERANCES[choice.precision] if tolerance is None else tolerance, 0.0, 0.0
         pairs = self.expected
         if choice.precision == INT8 and self.quantized is not None:
             allowed, pairs = TOLERANCES[INT8], [(self.quantized.example, self.quantized.outputs)]
@@ -234,8 +257,36 @@ class BackendComparison:
             output = call_with(run, fresh)
             self.finish()
             self.judged[choice] = self.clock() - start  # of the last one: the first may compile
-            gap = max(gap, output_difference(expected, output))
-        return gap, "" if gap <= allowed else f"differs by {gap:.1e} of the largest output, more than {allowed:g}"
+            gap, share = max(gap, output_difference(expected, output)), max(share, whole_share(expected, output))
+            if self.writes and pairs is self.expected:
+                call_with(self.original, written := self.fresh(given))
+                set_state(self.written, self.model, self.original)
+                if (lost := output_difference(written, fresh)) > allowed:
+                    return lost, f"{WRITES}, and this choice writes something else, or into a copy; {WITHOUT_WRITES}"
+        self.changed[choice] = share
+        if gap <= allowed:
+            return gap, ""
+        if gap == share:
+            found = f"{gap:.1%} of the whole numbers that it returns (classes, tokens)"
+            return gap, f"{found} are not the original's, more than {allowed:.1%}"
+        return gap, f"differs by {gap:.1e} of the largest output, more than {allowed:g}"
+
+    def remarks(self, choice: Choice) -> list[str]:
+        """What there is to know about a choice that agrees."""
+        found = []
+        if share := self.changed.get(choice, 0.0):
+            found.append(f"{share:.2%} of the whole numbers that it returns (classes, tokens) are not the original's")
+        if self.written:
+            found.append(
+                f"a call writes into {self.written[0]}: what is returned may depend on the calls before; it starts as "
+                "the model was"
+            )
+        return found
+
+    def put_back_state(self, choice: Choice) -> None:
+        """Put back what the calls of a search wrote into the original and the network of a choice."""
+        for network in (self.original, self.models.get(choice, self.original)):
+            set_state(self.written, self.model, network)
 
     def quantize(self, calibration: Tensor, tell: Callable[[str], None], patience: float = math.inf) -> None:
         """Quantise the network for choices in int8; where that fails, costs answers, or takes longer than `patience`
@@ -243,10 +294,12 @@ class BackendComparison:
         """
         assert self.check is not None
         try:
+            if self.whole:
+                raise SkipwayError(f"precision='int8': {self.lost}")
             if self.reader is not None:
                 raise SkipwayError(f"precision='int8': {self.reader} reads values of its input")
-            example = map_tensors(torch.clone, self.example)
-            self.quantized = quantize_checked(self.folded, example, self.axes, calibration, self.check, tell, patience)
+            given = self.folded, self.example, self.axes, calibration, self.check, tell, patience
+            self.quantized = quantize_checked(*given)
         except SkipwayError as error:
             self.refusal = str(error)
 

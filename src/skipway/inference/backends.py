@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +55,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Types of the products by name."""
 INT8 = "int8"
 """Name of the precision of a network that has been quantised."""
+DOUBLE = (torch.float64, torch.complex128)
+"""Types that openvino and onnxruntime compute in float32."""
 NO_STATISTICS = {"CI": "true", "NNCF_CI": "1"}
 """Variables of the environment in whose presence OpenVINO and NNCF send no statistics of their use."""
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -135,8 +137,12 @@ class Backend:
     patience: float = 0.0
     build_quantized: Callable[[QuantizedNetwork, Any, Choice], Run] | None = None
 
-    def obstacle(self, example: Any, choice: Choice, quantized: bool = False) -> SkipwayError | None:
-        """Return why the backend cannot be used for this input here; None where it can."""
+    def obstacle(
+        self, example: Any, choice: Choice, quantized: bool = False, others: Iterable[Tensor] = ()
+    ) -> SkipwayError | None:
+        """Return why the backend cannot be used for this input here, and for what else the network holds or returns;
+        None where it can.
+        """
         precision = choice.precision
         missing = next((package for package in self.needs if find_spec(package) is None), None)
         if missing is not None:
@@ -154,6 +160,12 @@ class Backend:
             return SkipwayError(f"the model is on {kind}: this backend runs on {', '.join(self.devices)}")
         if not self.any_call and not isinstance(example, Tensor):
             return SkipwayError(f"this backend takes one tensor, and the example has {describe_call(example)}")
+        wide = next((each.dtype for each in (*tensors_in(example), *others) if each.dtype in DOUBLE), None)
+        if not self.any_call and wide is not None:
+            return SkipwayError(
+                f"the model or its example is in {str(wide).removeprefix('torch.')}: this backend computes in float32 "
+                "at most; give it model.float() and an example in float32, if that is enough"
+            )
         return None
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import lru_cache, partial
 from itertools import takewhile
 from typing import Any
@@ -19,13 +20,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from skipway.errors import SkipwayError
 from skipway.inference.backends import Backend, Choice, Run
-from skipway.tracing.containers import tensors_in
+from skipway.inference.outputs import output_difference
+from skipway.tracing.containers import ATOMS, CLOSED, map_tensors, tensors_in
 from skipway.tracing.samples import agrees, axis_of, halved_axis, has_axes
 
 __all__ = [
     "BatchAxes",
     "CallForm",
     "PieceRun",
+    "argument_kind",
     "arguments_of",
     "build_run",
     "find_batch_axes",
@@ -39,6 +42,26 @@ def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def may_be_written(value: Any) -> bool:
+    """Whether a network can write into an argument that is no tensor: a container, also an empty one, or an object.
+
+    >>> may_be_written([]), may_be_written((3, "text", None))
+    (True, False)
+    """
+    if isinstance(value, tuple):
+        return any(map(may_be_written, value))
+    return not isinstance(value, (Tensor, Enum, slice, *ATOMS, *CLOSED))
+
+
+def argument_kind(value: Any, any_size: bool = False) -> Any:
+    """What an argument counts by: a tensor by its shape, or its number of axes, type and device; another value by
+    itself, or by its class where it can be written into and equals nothing but itself, as caches do.
+    """
+    if isinstance(value, Tensor):
+        return value.ndim if any_size else tuple(value.shape), value.dtype, value.device
+    return type(value) if type(value).__eq__ is object.__eq__ and may_be_written(value) else value
 
 
 @dataclass(frozen=True)
@@ -140,14 +163,16 @@ def repeat_last(part: Tensor, axis: int, fill: int) -> Tensor:
 @torch.no_grad()
 def find_batch_axes(model: nn.Module, example: Any) -> BatchAxes | None:
     """Find the axes of the samples of a network in eval mode: along them, the output for each of two samples is the
-    same without the other. None where there are none, or where arguments hold containers, which may be written into.
+    same without the other, and that for the whole example is that for its halves. None where there are none, or where
+    arguments are containers or objects, which may be written into.
 
     The two samples are the first ones of the example. Where these are alike, or there is only one, which would hide
-    what samples take from each other, it is paired with samples that differ, see `other_samples`.
+    what samples take from each other, it is paired with samples that differ, see `other_samples`. The halves show what
+    samples take from others further away, as a series takes from what lies a day before.
     """
     args, kwargs = arguments_of(example)
     contained = [value for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
-    plain = not list(tensors_in(contained))
+    plain = not list(tensors_in(contained)) and not any(map(may_be_written, contained))
     leaves, structure = tree_flatten((args, kwargs))
     dense = [leaf for leaf in leaves if isinstance(leaf, Tensor) and has_axes(leaf)]
     for axis in (0, 1) if plain and dense else ():
@@ -158,9 +183,24 @@ def find_batch_axes(model: nn.Module, example: Any) -> BatchAxes | None:
         )
         call = partial(call_samples, model, leaves, structure, inputs)
         outputs = independent_axes(call, *pairs_of_samples(leaves, inputs))
-        if outputs is not None:
-            return BatchAxes(size, inputs, outputs)
+        if outputs is not None and fits_halves(model, example, axes := BatchAxes(size, inputs, outputs)):
+            return axes
     return None
+
+
+def fits_halves(model: nn.Module, example: Any, axes: BatchAxes) -> bool:
+    """Whether the output for an example is that for its halves, joined."""
+    if axes.size < 2:
+        return True
+    args, kwargs = arguments_of(example)
+    half = axes.size // 2
+    calls = [axes.cut(args, kwargs, *ends) for ends in ((0, axes.size), (0, half), (half, axes.size))]
+    try:
+        whole, *halves = (model(*given, **named) for given, named in map_tensors(torch.clone, calls))
+        narrow = any(each.dtype not in (torch.float32, torch.float64) for each in tensors_in(whole))
+        return output_difference(whole, axes.join(halves, axes.size)) <= (5e-2 if narrow else 1e-3)
+    except Exception:  # a network raises whatever it likes at another size, and outputs may be of other shapes
+        return False
 
 
 Sample = list[Any]

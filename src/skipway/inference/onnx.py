@@ -23,6 +23,7 @@ from skipway.inference.modes import eval_mode
 from skipway.nn import Multiply, ResidualWarmup, warmup_state
 from skipway.tracing.example import Example
 from skipway.tracing.module_state import copy_module
+from skipway.tracing.restoration import preserved_state
 
 __all__ = ["CAST", "Sides", "export_onnx", "export_program"]
 
@@ -70,7 +71,8 @@ def export_onnx(
         opset: version of the ONNX operators; by default the exporter's.
         metadata: texts by name that are stored in the file.
         remark: called with a sentence about a decision: sides that are fixed, a type that was converted, a residual
-            warm-up (`prores`) that has not ended and is written with the factors that it stands at.
+            warm-up (`prores`) that has not ended and is written with the factors that it stands at; and where nothing
+            was checked.
 
     Returns:
         the largest absolute difference between the file in onnxruntime, on the CPU, and the model, over random inputs
@@ -98,7 +100,10 @@ def export_onnx(
     def verify(model: nn.Module, file: Path, batches: list[Tensor]) -> float | None:
         return verify_onnx(model, file, batches, tolerance) if find_spec("onnxruntime") is not None else None
 
-    return export_verified(model, given, path, sides, write, verify, remark)
+    difference = export_verified(model, given, path, sides, write, verify, remark)
+    if difference is None:
+        remark(f"{printable(path)} was not compared with the model, since onnxruntime is not installed")
+    return difference
 
 
 def export_program(
@@ -168,7 +173,7 @@ def export_verified(
     """
     if sides not in get_args(Sides):
         raise SkipwayError(f"{spell('sides', sides)}: the rule is dynamic or fixed")
-    with eval_mode(model), torch.no_grad(), file_aside(path) as file:
+    with preserved_state(model), eval_mode(model), torch.no_grad(), file_aside(path) as file:
         call_for_tensor(model, given.clone())  # networks may write into what they are given
         batches = random_batches(given)
         others, fault = other_sizes(model, given) if sides == "dynamic" else ([], "")

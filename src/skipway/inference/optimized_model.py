@@ -6,12 +6,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from skipway.checkpoint.files import write_atomically
 from skipway.errors import SkipwayError, counted, first_line, printable, suggest
@@ -19,10 +20,10 @@ from skipway.inference.answer_check import AnswerChange, AnswerCheck, collect_im
 from skipway.inference.backend_search import BackendSearch
 from skipway.inference.backend_selection import BackendComparison, BackendResult
 from skipway.inference.backends import BACKENDS, CONVERTED, INT8, ORIGINAL, PRECISIONS, Choice, Run
-from skipway.inference.batch_pieces import BatchAxes, CallForm, arguments_of
+from skipway.inference.batch_pieces import BatchAxes, CallForm, argument_kind, arguments_of
 from skipway.inference.choice_memory import describe_machine_and_versions, load_choice, save_choice, search_facts
 from skipway.inference.onnx import check_path
-from skipway.inference.quantization import CALIBRATION_IMAGES, QuantizedNetwork, require_nncf
+from skipway.inference.quantization import CALIBRATION_IMAGES, QuantizedNetwork, require_nncf, saturates
 from skipway.tracing.example import Example, as_example
 from skipway.validation import check_least, check_positive, check_rule, check_tolerance
 
@@ -45,15 +46,15 @@ class OptimizedModel(nn.Module):
 
     The choice is built for arguments like the example's: tensors of the same shapes, types and devices, and equal other
     values; torch's own operators take other shapes, too. Where samples do not depend on each other, batches of other
-    sizes run in pieces of the same size. Everything else, a further mask or a cache, goes through the folded network in
-    plain torch, with a warning the first time.
+    sizes run in pieces of the same size. Everything else, a further mask or a cache, goes through a copy of the model
+    in plain torch, with a warning the first time.
     It does not train, move, take other weights or be copied: `optimize` the network again; `save` writes it to a file.
 
     Args:
         choice: how it is run.
         report: one result per choice that was tried, the original first.
         run: the chosen backend.
-        folded: the folded network.
+        original: a copy of the model in eval mode, for calls of another kind.
         example: what the backend was built for.
         axes: of the samples; None where they depend on each other.
         any_size: whether `run` takes tensors of any shape.
@@ -67,7 +68,7 @@ class OptimizedModel(nn.Module):
         choice: Choice,
         report: Sequence[BackendResult],
         run: Run,
-        folded: nn.Module,
+        original: nn.Module,
         example: Any,
         axes: BatchAxes | None = None,
         any_size: bool = False,
@@ -78,9 +79,9 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.choice, self.report, self.example, self.axes = choice, list(report), example, axes
         self.any_size, self.quantized, self.answer, self.remark = any_size, quantized, answer, remark
-        self.folded: nn.Module = folded.eval()
-        self.__dict__["run"] = run  # the original is a module; its weights are not those of this one
-        self.form = CallForm.of(folded, example)
+        self.original: nn.Module = original.eval()
+        self.__dict__["run"] = run  # which may be the original
+        self.form = CallForm.of(original, example)
         self.kinds = self.kinds_of(*arguments_of(example))
         self.remarked = False
         super().train(False)
@@ -112,15 +113,15 @@ class OptimizedModel(nn.Module):
                 f"in plain torch, not in {self.choice}; optimize the model for an example of theirs, too",
                 stacklevel=4,
             )
-        return self.folded(*args, **kwargs)
+        return self.original(*args, **kwargs)
 
     def kinds_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Arguments with shape, type and device in place of each tensor, without what may differ."""
-        if self.any_size:
-            return tree_map_only(Tensor, lambda x: (x.ndim, x.dtype, x.device), (args, kwargs))
-        if self.axes is not None and self.axes.count(args, kwargs):
+        """Arguments with shape, type and device in place of each tensor, without what may differ; an object that
+        compares by its identity, a cache for example, counts by its class.
+        """
+        if not self.any_size and self.axes is not None and self.axes.count(args, kwargs):
             args, kwargs = self.axes.cut(args, kwargs, 0, 1)
-        return tree_map_only(Tensor, lambda x: (tuple(x.shape), x.dtype, x.device), (args, kwargs))
+        return tree_map(partial(argument_kind, any_size=self.any_size), (args, kwargs))
 
     @property
     def speedup(self) -> float:
@@ -135,7 +136,7 @@ class OptimizedModel(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for tensor in self.folded.state_dict().values():
+        for tensor in self.original.state_dict().values():
             probe = fn(tensor[:0] if tensor.ndim else tensor)
             if (probe.device, probe.dtype) != (tensor.device, tensor.dtype):
                 raise SkipwayError(f"an optimized model stays on its device and in its types; {AGAIN}")
@@ -162,16 +163,17 @@ class OptimizedModel(nn.Module):
         Raises:
             SkipwayError: the network cannot be pickled, or the file cannot be written.
         """
-        path, run = check_path(path), self.__dict__["run"]
+        path = check_path(path)
         stored = {
             "format": FORMAT,
             "machine": describe_machine_and_versions(),
             "choice": asdict(self.choice),
             "report": [asdict(each) for each in self.report],
-            "model": run if isinstance(run, nn.Module) else self.folded,
+            "model": self.original,
             "example": self.example,
             "quantized": self.quantized if self.precision == INT8 else None,
             "answer": self.answer,
+            "remark": self.remark,
         }
         try:
             write_atomically(path, lambda partial: torch.save(stored, partial))
@@ -255,7 +257,8 @@ def optimize(
     compared with the original on the example and, if it takes that, on random input of its shape, and timed. Those near
     the fastest are then timed in turns, the original among them, and the fastest is taken; so the result is no slower
     than torch, its compiler (frozen or not) and channels-last, as far as the time allowed to try them. A choice that
-    fails or differs is in the report with the reason, and the others go on.
+    fails or differs is in the report with the reason, and the others go on. What the model writes into its arguments
+    counts as its output; a state that it keeps between calls starts as the model's.
 
     Args:
         model: any module.
@@ -267,7 +270,8 @@ def optimize(
             Inputs and outputs keep their type, and caches that are returned have that of the products.
         backends: one or several names from `skipway.inference.BACKENDS`; by default all that are installed, and the
             model itself.
-        tolerance: largest difference allowed over the largest output; by default 1e-3 in float32 and 5e-2 in bfloat16.
+        tolerance: largest difference allowed over the largest output, and share of the whole numbers (tokens, classes)
+            that may be others, which is said then; by default 1e-3 in float32 and 5e-2 in bfloat16.
         seconds: time of the search. Backends are tried in the order of what they are expected to gain; what there is no
             time for is in the report, and the remark says which `seconds` it takes. Quantising for int8 comes before.
         patience: seconds, within that, for finding the layers that go back to float; by default as long as `seconds`.
@@ -372,15 +376,14 @@ def fitting(images: Tensor, example: Any, name: str) -> Tensor:
 
 def assemble(comparison: BackendComparison, choice: Choice, remark: str = "") -> OptimizedModel:
     """The optimized model of a choice that was built."""
-    if comparison.written:
-        state = f"a call writes into {comparison.written[0]}, and those of the search did"
-        remark = "; ".join([*[remark] * bool(remark), f"{state}: what is returned may depend on the calls before"])
+    remark = "; ".join(filter(None, (remark, *comparison.remarks(choice))))
+    comparison.put_back_state(choice)
     CONVERTED.pop(comparison.folded, None)  # no more choices are built of it
     report, run = list(comparison.results.values()), comparison.runs[choice]
     any_size = choice.pieces == 1 and (choice.backend == ORIGINAL or BACKENDS[choice.backend].any_size)
-    example, axes, folded = comparison.example, comparison.axes, comparison.folded
+    example, axes, original = comparison.example, comparison.axes, comparison.original
     quantized, answer = comparison.quantized, comparison.answers.get(choice)
-    return OptimizedModel(choice, report, run, folded, example, axes, any_size, quantized, answer, remark)
+    return OptimizedModel(choice, report, run, original, example, axes, any_size, quantized, answer, remark)
 
 
 def load_optimized(path: str | Path) -> OptimizedModel:
@@ -391,8 +394,8 @@ def load_optimized(path: str | Path) -> OptimizedModel:
 
     Raises:
         MissingExtraError: its backend is not installed.
-        SkipwayError: there is no such file, it is none of these files or cannot be unpickled, or the backend fails or
-            differs here.
+        SkipwayError: there is no such file, it is none of these files or cannot be unpickled, the backend fails or
+            differs here, or products of its 8-bit weights overflow on this processor.
     """
     path = Path(path)
     try:
@@ -403,7 +406,13 @@ def load_optimized(path: str | Path) -> OptimizedModel:
         raise SkipwayError(f"path={printable(path)}: there is no such file") from error
     except Exception as error:  # pickle, and what objects raise in it
         raise SkipwayError(f"path={printable(path)}: no optimized model can be read: {first_line(error)}") from error
-    comparison = BackendComparison(stored["model"], stored["example"], quantized=stored.get("quantized"))
+    quantized, answer = stored.get("quantized"), stored.get("answer")
+    if quantized is not None and saturates() and not quantized.fits_any:
+        raise SkipwayError(
+            f"path={printable(path)}: its weights have 8 bits, as it was made on another processor, and sums of their "
+            f"products overflow on this one, an x86 without VNNI; {AGAIN} here, which gives them 7 bits"
+        )
+    comparison = BackendComparison(stored["model"], stored["example"], quantized=quantized)
     if choice.backend != ORIGINAL:
         problem = BACKENDS[choice.backend].obstacle(comparison.example, choice, comparison.quantized is not None)
         if problem is not None:
@@ -411,12 +420,15 @@ def load_optimized(path: str | Path) -> OptimizedModel:
         comparison.add(choice, next((each.tolerance for each in report if each.choice == choice), None))
     if choice not in comparison.runs:
         raise SkipwayError(f"path={printable(path)}: {choice}: {comparison.results[choice].note}; {AGAIN}")
-    remark, here = "", describe_machine_and_versions()
-    if stored["machine"] != here:
-        differs = ", ".join(name for name, value in stored["machine"].items() if value != here.get(name))
-        remark = f"chosen with another {differs}; {AGAIN} for what is the fastest here"
-    loaded = assemble(comparison, choice, remark)
-    loaded.report, loaded.answer = report, stored.get("answer")
+    loaded, before, here = assemble(comparison, choice), stored.get("remark", ""), describe_machine_and_versions()
+    remarks = [before, *[loaded.remark] * (loaded.remark not in before)]
+    differs = [name for name, value in stored["machine"].items() if value != here.get(name)]
+    if differs:
+        remarks.append(f"chosen with another {', '.join(differs)}; {AGAIN} for what is the fastest here")
+    if answer is not None and "processor" in differs:
+        remarks.append(f"its answers were checked on {stored['machine']['processor'][0]}, not on this processor")
+    loaded.remark = "; ".join(filter(None, remarks))
+    loaded.report, loaded.answer = report, answer
     return loaded
 
 
@@ -424,12 +436,13 @@ def first_sample(comparison: BackendComparison) -> Any:
     """The example's first sample.
 
     Raises:
-        SkipwayError: its samples depend on each other.
+        SkipwayError: its samples depend on each other, or its batches are not cut.
     """
     if comparison.axes is None:
         raise SkipwayError(
-            "goal='latency': the samples of this model's batches depend on each other, so one cannot be taken alone; "
-            "the rule is goal='throughput' with an example of one sample"
+            "goal='latency': the samples of this model's batches depend on each other, so one cannot be taken alone"
+            f"{comparison.whole and ' (' + comparison.whole + ')'}; the rule is goal='throughput' with an example of "
+            "one sample"
         )
     args, kwargs = comparison.axes.cut(*arguments_of(comparison.example), 0, 1)
     return kwargs or (args[0] if len(args) == 1 else args)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 
 from skipway.errors import SkipwayError, counted
 from skipway.inference.backends import Run
-from skipway.surgery.verification import difference
+from skipway.surgery.verification import difference, is_whole
 from skipway.tracing.containers import tensors_in
 from skipway.tracing.samples import has_axes
 
-__all__ = ["changed_buffers", "has_numbers", "in_container", "in_type", "is_unchanged", "output_difference"]
+__all__ = ["has_numbers", "in_container", "in_type", "is_unchanged", "output_difference", "whole_share"]
 
 
 def in_type(expected: Any, run: Run) -> Run:
@@ -68,7 +68,8 @@ def in_container(expected: Any, run: Run) -> Run:
 
 
 def output_difference(expected: Any, output: Any) -> float:
-    """Largest difference of two outputs over the largest value of each tensor; NaN for NaN is none.
+    """Largest difference of two outputs over the largest value of each tensor, of whole numbers and truth values the
+    share that differs; NaN for NaN is none.
 
     Raises:
         SkipwayError: they hold other tensors, or in other containers.
@@ -81,6 +82,13 @@ def output_difference(expected: Any, output: Any) -> float:
         raise SkipwayError(f"it returns a {type(output).__name__} for the original's {type(expected).__name__}")
     pairs = [without_nan(*pair) for pair in zip(before, after, strict=True)]
     return difference([old for old, _ in pairs], [new for _, new in pairs])
+
+
+def whole_share(expected: Any, output: Any) -> float:
+    """Largest share of the whole numbers and truth values in a tensor of an output that differ from the original's."""
+    pairs = zip(tensors_in(expected), tensors_in(output), strict=True)
+    whole = [pair for pair in pairs if pair[0].numel() and all(map(is_whole, pair))]
+    return max((float((old != new).float().mean()) for old, new in whole), default=0.0)
 
 
 def without_nan(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,10 +106,3 @@ def is_unchanged(before: Any, after: Any) -> bool:
     """Whether the dense tensors of two equal structures have equal values."""
     pairs = zip(tensors_in(before), tensors_in(after), strict=False)
     return all(torch.equal(*pair) for pair in pairs if has_axes(pair[0]))
-
-
-def changed_buffers(before: nn.Module, after: nn.Module) -> list[str]:
-    """The buffers of a copy of a network that differ from the network's, since a call wrote into them."""
-    given = dict(before.named_buffers())
-    pairs = {name: (given[name], buffer) for name, buffer in after.named_buffers() if name in given}
-    return [name for name, (old, new) in pairs.items() if old.layout is torch.strided and not torch.equal(old, new)]

@@ -16,7 +16,8 @@ class PlainOperators(TorchFunctionMode):
     """Context in which some functions are computed by others that are equal up to rounding, for a network to be traced.
 
     * Attention: softmax(q kᵀ / √d + B) v operator by operator. OpenVINO's product reads kᵀ in place; of torch's fused
-      function it makes a transposition in memory of its own.
+      function it makes a transposition in memory of its own. Rows that a mask hides throughout give 0 as in torch, and
+      not the NaN of OpenVINO's softmax.
     * Norms over the channels of a map that were moved to its end, as in ConvNeXt: over (N, positions, C). OpenVINO has
       an operator for those, and puts one of four axes together from several, with layouts that go back and forth.
 
@@ -32,8 +33,8 @@ class PlainOperators(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if func is F.scaled_dot_product_attention and (out := attention(*args, **kwargs)) is not None:
-            return out
+        if func is F.scaled_dot_product_attention:
+            return attention(*args, **kwargs)
         if func is F.layer_norm:
             return layer_norm(*args, **kwargs)
         return func(*args, **kwargs)
@@ -49,13 +50,21 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor | None:
-    """softmax(q kᵀ scale + mask) v; None where torch's function does something else."""
+) -> Tensor:
+    """softmax(q kᵀ scale + mask) v, by torch's function where that does something else; 0 in rows that the mask hides
+    throughout.
+    """
     added = attn_mask is None or attn_mask.is_floating_point()
     if dropout_p or is_causal or enable_gqa or not added:
-        return None
-    logits = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
-    return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ value
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    else:
+        logits = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+        out = (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ value
+    if attn_mask is None:
+        return out
+    seen = attn_mask != float("-inf") if added else attn_mask  # OpenVINO's maximum of -inf alone is a finite number
+    return out.masked_fill(~seen.any(-1, keepdim=True), 0)
 
 
 def layer_norm(input: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:

@@ -23,6 +23,7 @@ from skipway.errors import CheckpointError, DataError, SkipwayError, printable, 
 from skipway.hardware.device import choose_device
 from skipway.inference.code_file import CONFIG, network_file, with_file
 from skipway.inference.decoder_folder import find_decoder_folder, load_decoder
+from skipway.inference.modes import eval_mode
 from skipway.inference.network import build_classifier, is_ours
 from skipway.inference.reference_outputs import find_change, refuse_change
 from skipway.inference.text_inputs import TextInputs
@@ -293,9 +294,12 @@ Images = Sequence[str | Path] | Sequence[Image.Image] | Image.Image | str | Path
 class Predictor:
     """A trained network with its preprocessing: images in, class names and probabilities out.
 
+    The network is in evaluation mode while it runs, and in its own mode again afterwards, so that one in training can
+    be asked between two steps.
+
     Args:
-        model: a network of `from_pretrained`.
-        device: auto, cpu, cuda, cuda:1.
+        model: a network of `from_pretrained`; it is kept, not copied.
+        device: auto, cpu, cuda, cuda:1, to which the network is moved; None leaves it where it is.
         max_megapixels: limit for the pixels of one image, see `skipway.data.DataChoices`.
 
     Raises:
@@ -306,14 +310,15 @@ class Predictor:
     'cat'
     """
 
-    def __init__(self, model: nn.Module, *, device: str = "cpu", max_megapixels: float = MAX_MEGAPIXELS) -> None:
+    def __init__(self, model: nn.Module, *, device: str | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> None:
         preprocessing = getattr(model, "preprocessing", None)
         if isinstance(getattr(model, "text", None), TextInputs):
             raise SkipwayError("a language model takes no images: skipway generate RUN continues a text")
         if not isinstance(preprocessing, Preprocessing):
             raise SkipwayError("the network has no preprocessing: load it with skipway.from_pretrained")
-        self.device = choose_device(device)
-        self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        here = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.device = here if device is None else choose_device(device)
+        self.model = model if device is None else model.to(self.device)
         self.preprocessing = preprocessing
         self.max_megapixels = max_megapixels
 
@@ -327,7 +332,7 @@ class Predictor:
         **network: Unpack[NetworkChoices],
     ) -> Predictor:
         """Load the network with `from_pretrained`, which explains the other choices."""
-        return cls(from_pretrained(path, **network), device=device, max_megapixels=max_megapixels)
+        return cls(load_channels_last(path, **network), device=device, max_megapixels=max_megapixels)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -463,15 +468,21 @@ class Predictor:
         if not len(inputs):
             return []
         inputs = inputs.to(self.device)
-        logits = self.model(inputs).float()
-        if self.preprocessing.flip_test if flip is None else flip:
-            logits = (logits + self.model(inputs.flip(-1)).float()) / 2
+        with eval_mode(self.model):
+            logits = self.model(inputs).float()
+            if self.preprocessing.flip_test if flip is None else flip:
+                logits = (logits + self.model(inputs.flip(-1)).float()) / 2
         probabilities, indices = logits.softmax(1).topk(min(top or len(self.classes), len(self.classes)))
         found = []
         for file, own, order in zip(files, probabilities.tolist(), indices.tolist(), strict=True):
             named = {self.classes[index]: probability for index, probability in zip(order, own, strict=True)}
             found.append(Prediction(file, self.classes[order[0]], own[0], named))
         return found
+
+
+def load_channels_last(path: str | Path, **network: Unpack[NetworkChoices]) -> nn.Module:
+    """The network of `from_pretrained`, with its weights in the layout in which images arrive."""
+    return from_pretrained(path, **network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def image_files(paths: Iterable[Path], *, outside: bool = False) -> tuple[list[Path], LeftOut]:

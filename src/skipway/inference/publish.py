@@ -75,7 +75,7 @@ def write_onnx(
         file: output path; see `skipway.export_onnx` for its inputs and outputs, and for the other arguments.
 
     Returns:
-        the largest absolute difference to the network; None if onnxruntime is not installed.
+        the largest absolute difference to the network; None, with a remark, if onnxruntime is not installed.
     """
     model = from_pretrained(path, **network)
     inputs = get_inputs(model, sides, remark)

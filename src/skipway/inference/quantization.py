@@ -66,6 +66,7 @@ class QuantizedNetwork:
         example: a batch that it was verified on.
         outputs: what it gives for it; None before it is verified.
         answer: what it changes on the held-out images; None before it is verified.
+        fits_any: whether its weights are so small that sums of two products overflow on no processor, see `saturates`.
     """
 
     xml: bytes
@@ -76,6 +77,7 @@ class QuantizedNetwork:
     example: Tensor
     outputs: Tensor | None = None
     answer: AnswerChange | None = None
+    fits_any: bool = False
 
     def network(self, shape: tuple[int, ...] | None = None) -> Any:
         """The `openvino.Model`, for one shape of the input or, without, for batches of any size."""
@@ -219,7 +221,7 @@ def quantize_network(
         raise SkipwayError("precision='int8': no layer keeps the answers in int8: all of them went back to float")
     left = tuple(name for name in names if name not in kept)
     probe = check.batches()[0][0].clone()  # and not a view of all images, which a file would hold
-    return QuantizedNetwork(*as_bytes(quantized), names, left, "f32", probe)
+    return QuantizedNetwork(*as_bytes(quantized), names, left, "f32", probe, fits_any=saturates())
 
 
 def batch_scores(outputs: Tensor, labels: Tensor) -> Tensor:

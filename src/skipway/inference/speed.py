@@ -61,7 +61,7 @@ def time_inference(
     names = list(BACKENDS if backends is None else map(BACKENDS.name_of, backends))
     comparison, precisions = BackendComparison(model, example), native_precisions(example.device)
     for precision in precisions[1:]:
-        comparison.add(Choice(ORIGINAL, precision), backend=Backend(partial(build_autocast, model)))
+        comparison.add(Choice(ORIGINAL, precision), backend=Backend(partial(build_autocast, model), any_call=True))
     search = BackendSearch(comparison, names, precisions, max(LEAST_SEARCH, SEARCH * seconds))
     search.explore()
     comparison.time(ROUNDS, seconds)

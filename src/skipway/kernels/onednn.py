@@ -28,7 +28,7 @@ def onednn_matmul() -> Iterator[None]:
     """Send products in float32 to oneDNN within the context, in the whole process.
 
     The setting is the one that allows bfloat16 inside float32 products: on processors with matrix units for bfloat16
-    (AMX) the products are then rounded to it.
+    (AMX) the products are then rounded to it, those of other threads, too.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - its stub has none
     with OpenProducts.lock:
@@ -47,7 +47,7 @@ def onednn_matmul() -> Iterator[None]:
 def with_onednn_matmul(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` with its products sent to oneDNN.
 
-    Where that rounds products in float32, `supports_onednn_matmul` says so.
+    It is for processors on which that rounds nothing, see `supports_onednn_matmul`.
 
     >>> with_onednn_matmul(torch.matmul)(torch.ones(1, 2), torch.ones(2, 1))
     tensor([[2.]])
@@ -62,15 +62,13 @@ def with_onednn_matmul(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def supports_onednn_matmul(*arguments: Any, types: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Return whether all tensors are on the CPU in one of `types`, and this torch has the setting; in float32 not where
-    the setting rounds.
+    """Return whether all tensors are on the CPU in one of `types`, and this torch has the setting; not where the
+    setting rounds (AMX). Products of bfloat16 in float32 would lose nothing by it there, but the setting is that of the
+    process: those of other threads would be rounded meanwhile.
 
     >>> supports_onednn_matmul(torch.ones(1).double())
     False
     """
-    tensors = [each for each in arguments if isinstance(each, Tensor)]
-    if has_amx() and any(each.dtype == torch.float32 for each in tensors):
+    if has_amx() or not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"):
         return False
-    return all(each.device.type == "cpu" and each.dtype in types for each in tensors) and hasattr(
-        getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"
-    )
+    return all(each.device.type == "cpu" and each.dtype in types for each in arguments if isinstance(each, Tensor))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skipway.nn.computed_weights import computed_weight, multiply_tensor
 from skipway.nn.initial import FanInUniform, HeNormal, Initial
 
 __all__ = ["Classifier", "Conv2d", "Linear", "LinearMap", "ScaledStandardConv2d", "ScaledStandardLinear"]
@@ -173,8 +174,13 @@ class LinearMap:
 
     @torch.no_grad()
     def multiply_(self, factor: float) -> None:
-        """Multiply the map's output by `factor`, in place; biases are left alone."""
-        self.weight.mul_(factor)
+        """Multiply the map's output by `factor`, in place; biases are left alone.
+
+        Raises:
+            SkipwayError: the weight is computed from others, which do not multiply it.
+        """
+        if not multiply_tensor(self.module, self.name, factor, self.rows):
+            raise computed_weight(f"the {self.name} of a map ({type(self.module).__name__})")
 
     def zero_(self) -> None:
         """Silence the map."""

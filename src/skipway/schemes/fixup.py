@@ -82,11 +82,10 @@ class Fixup(Scheme):
         return sequence(multiplier=Gain(role=Role("gain", decay=True, rate=self.rate)), bias=self.bias())
 
     def init_(self, chain: Chain) -> None:
-        factors = []
-        for connection in chain:
-            *others, last = connection.path
-            factors += [(each, len(chain) ** (-1 / (2 * len(others)))) for each in others if self.rescale]
-            factors.append((last, 0.0))
+        factors = [(connection.path[-1], 0.0) for connection in chain]  # of a weight that is tied to another map, too
+        for connection in chain if self.rescale else ():
+            others = connection.path[:-1]
+            factors += [(each, len(chain) ** (-1 / (2 * len(others)))) for each in others]
         chain.multiply_maps_(factors)
         if chain.classifier is not None:
             chain.classifier.zero_()

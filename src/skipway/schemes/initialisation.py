@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from skipway.errors import SkipwayError
+from skipway.nn.computed_weights import computed_names, computed_weight, set_weight, temporary_weights
 from skipway.schemes.scheme import Scheme
 from skipway.schemes.scheme import parse_scheme as read_scheme
+from skipway.tracing import preserved_state
 from skipway.tracing.chain import chain
+from skipway.tracing.module_state import copy_module
 
 __all__ = ["initialise_"]
 
@@ -19,7 +23,8 @@ def initialise_(
     """Put every parameter and buffer of `model` into its starting state, in place, and return the model.
 
     Every module is reset by its own `reset_parameters`, then the scheme takes its whole-network step. Twice is the same
-    as once (from the same random state), and a model built on the meta device comes to life here.
+    as once (from the same random state), and a model built on the meta device comes to life here. Weights that are
+    computed from others, as under weight norm, get the values that the module draws for plain ones.
 
     Args:
         model: any network with `skipway.nn.Residual` connections.
@@ -28,7 +33,8 @@ def initialise_(
 
     Raises:
         SkipwayError: a module holds parameters but no `reset_parameters`, or the connections were built with
-            different schemes and none was given.
+            different schemes and none was given; or a weight is computed from others which do not give it the values
+            that are drawn, as under spectral norm or pruning.
 
     >>> import skipway as sw
     >>> with torch.device("meta"):
@@ -43,6 +49,10 @@ def initialise_(
         model._apply(lambda tensor: empty_on(tensor, target))
     with torch.no_grad():
         for name, module in model.named_modules():
+            if computed_names(module):  # tried on a copy, so that the model is as before where it is refused
+                with preserved_state(module):
+                    reset(name, copy_module(module))
+        for name, module in model.named_modules():
             reset(name, module)
         dressing.init_(connections)
     return model
@@ -56,11 +66,17 @@ def empty_on(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def reset(name: str, module: nn.Module) -> None:
-    """Reset what the module itself owns."""
+    """Reset what the module itself owns, and what its weights are computed from."""
+    if isinstance(module, ParametrizationList):  # it was reset with the weight that is computed from it
+        return
     restart = getattr(module, "reset_parameters", None)
     if callable(restart):
-        restart()
-    elif next(module.parameters(recurse=False), None) is not None:
+        with temporary_weights(module) as drawn:
+            restart()
+        for weight, values in drawn.items():
+            if not values.is_meta and (values.isnan().any() or not set_weight(module, weight, values)):
+                raise computed_weight(f"the {weight} of {name or 'the model'}")
+    elif computed_names(module) or next(module.parameters(recurse=False), None) is not None:
         raise SkipwayError(
             f"{name or 'the model'} ({type(module).__name__}) holds parameters but has no reset_parameters(), so its "
             "starting state is unknown; define it"

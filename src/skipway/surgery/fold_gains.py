@@ -155,9 +155,10 @@ def channel_effects(inserted: nn.Module, slot: str) -> list[Affine]:
     modules = [part for part in parts(inserted) if not is_idle(part)]
     if slot == INPUT and not all(isinstance(part, Multiply) for part in modules):
         raise SkipwayError("a shift before a map is none after it where the map pads")
-    running = next((part for part in modules if isinstance(part, ResidualWarmup) and affine_of(part) is None), None)
-    if running is not None:
-        raise SkipwayError(describe_running(running))
+    for warmup in (part for part in modules if isinstance(part, ResidualWarmup) and affine_of(part) is None):
+        raise SkipwayError(
+            describe_running(warmup) if warmup.running else "it has hooks, or another forward than its class"
+        )
     if any(isinstance(part, Multiply) and part.branch_factors is not None for part in modules):
         raise SkipwayError("the rates that it gives the parameters of its branch would go with it")
     effects = [effect for part in modules if (effect := affine_of(part)) is not None]

@@ -53,11 +53,11 @@ class Journal:
         self.entry = HistoryEntry("")
         self.before = {} if model is None else dict(model.named_parameters())
         self.values = ParameterValues()
-        self.placement = set[Placement]()
+        self.placement = dict[str, set[Placement]]()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds."""
-        nothing = {"steps": [], "before": {}, "values": ParameterValues(), "placement": set()}
+        nothing = {"steps": [], "before": {}, "values": ParameterValues(), "placement": {}}
         return {**nothing, "entry": self.entry, "copied": True}
 
     @property
@@ -77,7 +77,7 @@ class Journal:
         arguments = [step.args[0] for step in self.all_steps() if isinstance(step, partial) and step.args]
         written = [each for each in arguments if isinstance(each, nn.Parameter)]
         self.values, self.before = ParameterValues.of(model, self.before, written), {}
-        self.placement = placement_of(model)
+        self.placement = placements(model)
         HISTORY.setdefault(model, []).append(self.entry)
 
     def all_steps(self) -> Iterator[Callable[[], None]]:
@@ -86,13 +86,18 @@ class Journal:
             inner = getattr(step, "__self__", None)
             yield from inner.all_steps() if isinstance(inner, Journal) else (step,)
 
-    def left_behind(self, model: nn.Module) -> set[Placement]:
-        """The devices and floating-point types of what the steps put back, where the model has others by now."""
-        now = placement_of(model)
-        if now >= self.placement:  # all that was there is, so that something may have been added, and nothing was moved
-            return set()
-        values = (getattr(step, "value", None) for step in self.all_steps())
-        return {each for value in values for each in placement_of(value)} - now
+    def left_behind(self, model: nn.Module) -> tuple[set[Placement], set[Placement]]:
+        """The devices and floating-point types of what the steps put back, from which tensors of the model were moved
+        since the operation or which none has now; and those that they were moved to.
+        """
+        now, nothing = placements(model), set[Placement]()
+        moved = [(old, now[name]) for name, old in self.placement.items() if now.get(name, old) != old]
+        left = nothing.union(*(old - new for old, new in moved))
+        taken = nothing.union(*(new - old for old, new in moved))
+        kinds, present = set(map(type, taken)), nothing.union(*now.values())
+        values = (getattr(step, "value", None) for step in self.all_steps() if moved)
+        back = {each for value in values for each in placement_of(value) if type(each) in kinds}
+        return back & left | back - present, taken
 
     def later(self, model: nn.Module) -> list[str]:
         """Titles of the operations on the model, a part of it or a whole that it is part of, that were committed later
@@ -159,8 +164,8 @@ class Operation:
 
         Raises:
             SkipwayError: the operation is a copy, was undone already, another one came later and has to be undone
-                first, the network was moved to another device or floating-point type than what it left out has, or
-                parameters were trained since that would be lost or no longer go together.
+                first, the network, or a part of it, was moved to another device or floating-point type than what it
+                left out has, or parameters were trained since that would be lost or no longer go together.
         """
         check_flag("force", force)
         if self.journal.copied:
@@ -180,22 +185,23 @@ class Operation:
 
     def refuse_moved(self) -> None:
         """Refuse if parts that are put back would be on another device, or of another type, than the model is now."""
-        left = self.journal.left_behind(self.model)
+        left, taken = self.journal.left_behind(self.model)
         if not left:
             return
-        kinds = set(map(type, left))
+        kinds, had = set(map(type, left)), set[Placement]().union(*self.journal.placement.values())
         old, new, before = (
             sorted((each for each in placement if type(each) in kinds), key=devices_first)
-            for placement in (left, placement_of(self.model), left | self.journal.placement)
+            for placement in (left, taken, left | had)
         )
+        part = "a part of " if left & placement_of(self.model) else ""
         back = "give each part the device and type that it had"
         if len(before) == len(kinds):
             given = ", ".join(repr(str(each)) if isinstance(each, torch.device) else str(each) for each in old)
             back = f"move the network back, model.to({given})"
         where = f"{'on' if torch.device in kinds else 'in'} {', '.join(map(str, old))}"
         raise SkipwayError(
-            f"{self.title!r}: the network was moved to {', '.join(map(str, new))} since, and undo would put back what "
-            f"stayed {where}; {back}, undo, and move it again"
+            f"{self.title!r}: {part}the network was moved to {', '.join(map(str, new))} since, and undo would put back "
+            f"what stayed {where}; {back}, undo, and move it again"
         )
 
     def refuse_mixture(self) -> None:
@@ -237,6 +243,11 @@ def placement_of(value: object) -> set[Placement]:
     tensors = [part for part in parts if isinstance(part, Tensor)]
     tensors += [each for module in modules for each in (*module.parameters(), *module.buffers())]
     return {each.device for each in tensors} | {each.dtype for each in tensors if each.is_floating_point()}
+
+
+def placements(model: nn.Module) -> dict[str, set[Placement]]:
+    """The device and floating-point type of each parameter and buffer of a model, by name."""
+    return {name: placement_of(each) for name, each in (*model.named_parameters(), *model.named_buffers())}
 
 
 def devices_first(placed: Placement) -> tuple[bool, str]:

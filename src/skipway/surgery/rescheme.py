@@ -305,7 +305,8 @@ def preserve_function(
     if divisor == 0:
         raise SkipwayError('a gain that starts at 0 cannot be divided out; start="identity" starts it at 1')
     if divisor != 1:
-        change.keep_values(parameter for module in connection.end_modules for parameter in module.parameters())
+        for module in connection.end_modules:
+            change.keep_module(module)
         connection.multiply_(1 / divisor, done)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
 
 from skipway.errors import SkipwayError
 from skipway.surgery.checks import CHECKS, Check, ComparisonRule, EvaluatedOutputs, NotComparedError
@@ -132,6 +133,17 @@ class Transaction:
         """Keep a copy of parameters or buffers that are going to be written into."""
         for tensor in tensors:
             self.record(partial(write, tensor, tensor.detach().clone()))
+
+    def keep_module(self, module: nn.Module) -> None:
+        """Keep a copy of the parameters of a module, and of all that parametrizations in it hold, which their inverses
+        may exchange, before a weight is read or written.
+        """
+        self.keep_values(module.parameters())
+        lists = [each for each in module.modules() if isinstance(each, ParametrizationList)]
+        for each in dict.fromkeys(part for held in lists for part in held.modules()):
+            self.keep_values(each.buffers(recurse=False))
+            for table in (each._parameters, each._buffers):  # put back before the values are
+                self.record(Refill(table, dict(table)))
 
     def record(self, step: Callable[[], None]) -> None:
         """Record an undo step; it has to restore a known state, so that it can run twice."""
@@ -490,12 +502,12 @@ class Refill:
     """Undo step: all entries of a module's table as they were.
 
     Args:
-        table: the modules in a module, by name.
+        table: the modules, parameters or buffers of a module, by name.
         value: the old entries, in their order.
     """
 
-    table: dict[str, nn.Module | None]
-    value: dict[str, nn.Module | None]
+    table: dict[str, Any]
+    value: dict[str, Any]
 
     def __call__(self) -> None:
         self.table.clear()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.nn import Conv2d, Linear, LinearMap, Multiply, ScaledShortcut, ScaledStandardConv2d, ScaledStandardLinear
+from skipway.nn.computed_weights import computed_weight, multiply_tensor
 from skipway.nn.initial import Initial
 from skipway.nn.kit import Kit
 from skipway.nn.maps import standardise
@@ -20,7 +21,7 @@ from skipway.surgery.insertion import INPUT, WEIGHT, computes_like, insert
 from skipway.surgery.transaction import Transaction
 from skipway.surgery.verification import forward_hooks, outputs
 from skipway.tracing import Program
-from skipway.tracing.chain import Chain, WatchedConnection, computed_weight
+from skipway.tracing.chain import Chain, WatchedConnection
 
 __all__ = [
     "BlendedNorm",
@@ -266,7 +267,7 @@ def start_network(change: Transaction, chain: Chain[WatchedConnection], scheme: 
     on_branches = {name for connection in connections for name in connection.seen.maps}
     last = chain.classifier
     own = last is not None and any(model.get_submodule(name) is last.module for name in on_branches)
-    change.keep_values(model.parameters())
+    change.keep_module(model)
     for connection in connections:
         kit = probe_kit(connection)
         other = scheme.kit(connection.site, kit)
@@ -275,9 +276,9 @@ def start_network(change: Transaction, chain: Chain[WatchedConnection], scheme: 
             for name in connection.seen.maps:
                 restart(model.get_submodule(name), other.conv(1, 1, 1), other.linear(1, 1))
     scheme.init_(Chain(model, connections, None if own else last))
-    bias = None if last is None else last.module._parameters.get("bias")
-    if last is not None and bias is not None and not own and not last.weight.any():
-        bias.zero_()  # a classifier that is silenced
+    silenced = last is not None and not own and not last.weight.any()
+    if last is not None and silenced and not multiply_tensor(last.module, "bias", 0.0):
+        raise computed_weight("the bias of the classifier")
 
 
 def check_path(connection: StartedConnection) -> None:

@@ -8,10 +8,10 @@ from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from skipway.errors import SkipwayError, counted
 from skipway.nn import Branch, Classifier, LinearMap, Residual
+from skipway.nn.computed_weights import computed_weight, multiply_tensor
 from skipway.nn.site import Site
 from skipway.tracing import Example, Program, Refusal, ResidualAdd, find_residual_adds, unwrap, watch
 from skipway.tracing.paths import condense_paths
@@ -23,9 +23,7 @@ __all__ = [
     "WatchedConnection",
     "chain",
     "chain_from_program",
-    "computed_weight",
     "read_chain",
-    "set_weight",
 ]
 
 
@@ -74,6 +72,9 @@ class Connection:
         Args:
             factor: that it is multiplied by.
             done: tells weights that were multiplied for other connections, which are left alone.
+
+        Raises:
+            SkipwayError: the closing norm has no gain; or the weight is computed from others, which do not multiply it.
         """
         norm, done = self.branch.closing_norm(), set() if done is None else done
         if norm is None:
@@ -84,8 +85,8 @@ class Connection:
             raise SkipwayError(
                 f"connection {self.name!r} closes with a norm that has no gain; use one with affine=True"
             )
-        elif is_first(done, norm, "weight"):
-            norm.weight.mul_(factor)
+        elif is_first(done, norm, "weight") and not multiply_tensor(norm, "weight", factor):
+            raise computed_weight(f"the weight of the closing norm of connection {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class WatchedConnection:
     @property
     def end_modules(self) -> list[nn.Module]:
         """The closing norms or last maps of what is added."""
-        modules = [self.model.get_submodule(name.partition(".parametrizations.")[0]) for name in self.seen.ends]
+        modules = [self.model.get_submodule(name) for name in self.seen.ends]
         return [module.out_proj if isinstance(module, nn.MultiheadAttention) else module for module in modules]
 
     @torch.no_grad()
@@ -187,59 +188,6 @@ def is_first(done: set[Any], module: nn.Module, name: str, rows: slice | None = 
     known = key in done
     done.add(key)
     return not known
-
-
-def multiply_tensor(module: nn.Module, name: str, factor: float) -> bool:
-    """Multiply a weight or bias in place, also one that weight norm or another parametrization computes in every pass;
-    False if what it is computed from does not multiply it. A bias that is absent is multiplied.
-    """
-    value = getattr(module, name, None)
-    if not isinstance(value, Tensor):
-        return True
-    own = value if isinstance(value, nn.Parameter) else module._parameters.get(f"{name}_g")  # of weight norm by a hook
-    if own is None:
-        return set_weight(module, name, value * factor)
-    own.mul_(factor)
-    return True
-
-
-@torch.no_grad()
-def set_weight(module: nn.Module, name: str, values: Tensor) -> bool:
-    """Write a weight or bias in place: into the parameter, or into those that weight norm or another parametrization
-    computes it from in every pass; False if these do not give such values, which leaves them as they were.
-    """
-    parameter, gain, direction = (module._parameters.get(f"{name}{part}") for part in ("", "_g", "_v"))
-    if parameter is not None:
-        parameter.copy_(values)
-    elif parametrize.is_parametrized(module, name):
-        sources = module.get_submodule(f"parametrizations.{name}")
-        before = [(each, each.clone()) for each in (*sources.parameters(), *sources.buffers())]
-        wanted = values.to(getattr(module, name))
-        try:
-            setattr(module, name, wanted)
-            allowed = max(1e-3, 4 * torch.finfo(wanted.dtype).eps) * wanted.abs().max()
-            written = bool((getattr(module, name) - wanted).abs().max() <= allowed)
-        except (NotImplementedError, RuntimeError, ValueError):  # it has no inverse, or the values are out of its range
-            written = False
-        for each, old in before if not written else ():
-            each.copy_(old)
-        return written
-    elif gain is not None and direction is not None:  # of `torch.nn.utils.weight_norm`
-        axes = [axis for axis in range(direction.ndim) if gain.ndim == 0 or gain.shape[axis] == 1]
-        gain.copy_(torch.linalg.vector_norm(values, dim=axes, keepdim=gain.ndim > 0))
-        direction.copy_(torch.where(gain > 0, values, direction))  # a row of zeros keeps the direction that it has
-    else:
-        return False
-    return True
-
-
-def computed_weight(what: str) -> SkipwayError:
-    """The error for a weight that `set_weight` cannot write."""
-    return SkipwayError(
-        f"{what} is computed in every pass from other parameters, which do not give it other values; take the "
-        "parametrization away first (torch.nn.utils.parametrize.remove_parametrizations, "
-        "torch.nn.utils.remove_spectral_norm, torch.nn.utils.prune.remove)"
-    )
 
 
 AnyConnection = TypeVar("AnyConnection", Connection, WatchedConnection)
@@ -294,12 +242,8 @@ class Chain(Sequence[AnyConnection], Generic[AnyConnection]):
         """
         done: set[Any] = set()
         for each, factor in factors:
-            if not is_first(done, each.module, each.name, each.rows):
-                continue
-            if each.name in each.module._parameters:
+            if is_first(done, each.module, each.name, each.rows):
                 each.multiply_(factor)
-            elif each.rows is not None or not multiply_tensor(each.module, each.name, factor):
-                raise computed_weight(f"the {each.name} of a map ({type(each.module).__name__})")
 
     def __repr__(self) -> str:
         refused = f", {counted(len(self.refused), 'other addition')}" if self.refused else ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["ATOMS", "entries_of", "leaves_in", "map_tensors", "tensors_in"]
+__all__ = ["ATOMS", "CLOSED", "entries_of", "leaves_in", "map_tensors", "tensors_in"]
 
 ATOMS = (bool, int, float, complex, str, bytes, type(None))
 """Kinds of values that hold nothing else and cannot be written into."""

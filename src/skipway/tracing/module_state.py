@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from skipway.tracing.containers import map_tensors, tensors_in
 
-__all__ = ["attribute_restoration", "copy_module", "detach_attributes", "kept_tensors"]
+__all__ = [
+    *("attribute_restoration", "copy_module", "detach_attributes", "differing_state", "kept_tensors", "set_state"),
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 STANDARD = frozenset({*vars(nn.Module()), "training"})
@@ -21,6 +23,8 @@ STANDARD = frozenset({*vars(nn.Module()), "training"})
 HOLDERS = (Tensor, list, tuple, dict)
 NUMBERS = (int, float)
 """Counters and lengths; flags among them are left, since one may say that hooks were installed, as in transformers."""
+DEPTH = 6
+"""Containers within one another that are compared."""
 KINDS, MISSING = (*HOLDERS, *NUMBERS), object()
 
 
@@ -111,6 +115,64 @@ def are_others(value: Any, old: Any) -> bool:
     if isinstance(value, dict):
         return any(each is not old.get(key, MISSING) for key, each in value.items())
     return any(map(is_not, value, old))
+
+
+def differing_state(before: nn.Module, after: nn.Module) -> list[str]:
+    """The buffers and attributes of a copy of a network that differ from the network's, since a call wrote into them:
+    tensors and numbers, in containers too, and what was None or has become it.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.calls = 0
+    >>> copied = copy_module(layer)
+    >>> copied.calls += 1
+    >>> differing_state(layer, copied)
+    ['calls']
+    """
+    copies, found = dict(after.named_modules()), []
+    for path, module in before.named_modules():
+        other = copies.get(path, module)
+        for old, new in ((module._buffers, other._buffers), (held_by(module), held_by(other))):
+            names = [name for name in dict.fromkeys((*old, *new)) if is_changed(old.get(name), new.get(name))]
+            found += [f"{path}.{name}" if path else name for name in names]
+    return found
+
+
+def is_changed(old: Any, new: Any, depth: int = DEPTH) -> bool:
+    """Whether a tensor, a number or a container of such is another than it was; flags are left."""
+    if old is new or not depth or isinstance(old, bool) or isinstance(new, bool):
+        return False
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old.layout is torch.strided and not old.is_nested and not torch.equal(old, new)
+    if type(old) is not type(new):
+        return isinstance(old, KINDS) or isinstance(new, KINDS)
+    if isinstance(old, NUMBERS):
+        return bool(old != new)
+    if not isinstance(old, (list, tuple, dict)):
+        return False
+    if len(old) != len(new) or (isinstance(old, dict) and old.keys() != new.keys()):
+        return True
+    pairs = ((old[key], new[key]) for key in old) if isinstance(old, dict) else zip(old, new, strict=True)
+    return any(is_changed(*pair, depth - 1) for pair in pairs)
+
+
+@torch.no_grad()
+def set_state(names: Iterable[str], source: nn.Module, target: nn.Module) -> None:
+    """Give buffers and attributes of a copy of a network, by the names of `differing_state`, the network's values; a
+    buffer keeps its type.
+    """
+    owners = dict(target.named_modules())
+    for place, _, name in (path.rpartition(".") for path in names):
+        owner, copied = source.get_submodule(place), owners.get(place)
+        if copied is None:  # it was multiplied into another
+            continue
+        own, other = (each._buffers if name in owner._buffers else each.__dict__ for each in (owner, copied))
+        value, now = own.get(name), other.get(name)
+        if name in owner._buffers and isinstance(value, Tensor) and isinstance(now, Tensor):
+            other[name] = now.copy_(value) if now.shape == value.shape else value.detach().to(now, copy=True)
+        elif name in own:
+            other[name] = map_tensors(lambda tensor: tensor.detach().clone(), value)
+        else:
+            other.pop(name, None)
 
 
 def held_by(module: nn.Module) -> dict[str, Any]:

@@ -181,7 +181,9 @@ class Program:
             constant = self.values[operand]
             if not constant.signal and len(constant.shape) > 0 and constant.parameters:
                 owner, _, name = max(constant.parameters, key=len).rpartition(".")
-                return value.owner if name == "_flat_param" else owner  # FSDP1 lays many into one
+                if name == "_flat_param":  # FSDP1 lays many into one
+                    return value.owner
+                return f".{owner}".partition(".parametrizations.")[0].removeprefix(".")
         return value.owner
 
 

@@ -35,8 +35,10 @@ FACTORIES = frozenset(
     {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like"}
     | {"empty_like", "rand_like", "randn_like", "randint_like"}
 )
-# their result depends on values, so that Python can decide by them
-READS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero"})
+# their result depends on values, so that Python can decide by them: a number, or a number of rows
+READS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+# they copy values out of what the dispatcher sees
+COPIES = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
 # a norm written out in elementary operators is known by the name of its class
 NORM = re.compile(r"norm", re.IGNORECASE)
 
@@ -268,6 +270,8 @@ class Calls(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in COPIES and any(map(self.recorder.is_signal, args)):
+            self.recorder.note_reader()
         if not is_addition(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         self.recorder.call = self.recorder.program.calls
@@ -308,8 +312,8 @@ class Recorder(TorchDispatchMode):
         terms = terms_of(name, args, kwargs)
         given = [t for term in terms for t in term.tensors] or (() if name in FACTORIES else (args, kwargs))
         operands = [self.read(leaf) for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
-        if name in READS and any(self.program[operand].signal for operand in operands):
-            self.program.readers.append(self.modules.owner)
+        if READS & set(func.tags) and any(map(self.is_signal, deciding(name, args, kwargs))):
+            self.note_reader()
         addends = self.addends(name, args, terms)
         result = func(*args, **kwargs)
         mutates = func._schema.is_mutable
@@ -338,6 +342,15 @@ class Recorder(TorchDispatchMode):
         if join := JoinedAxis.of(name, args, kwargs, result, operands, len(self.program) - 1):
             self.joins[address(result)[0]] = join
         return result
+
+    def note_reader(self) -> None:
+        """Note that the running module reads values of the signal."""
+        self.program.readers.append(self.modules.owner)
+
+    def is_signal(self, value: Any) -> bool:
+        """Whether a value is a tensor that depends on the input."""
+        number = self.look_up(value) if isinstance(value, Tensor) else None
+        return number is not None and self.program[number].signal
 
     def find_member(self, view: Tensor, operands: tuple[int, ...]) -> Value | None:
         """A slice of joined tensors as a value that is computed from the one tensor it lies in; None of any other."""
@@ -510,6 +523,18 @@ class Recorder(TorchDispatchMode):
         return number
 
 
+def deciding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments whose values decide how much an operator of `READS` puts out: masks where it selects by them.
+
+    >>> x = torch.zeros(3)
+    >>> deciding("index", (x, [torch.arange(2)]), {}), deciding("index", (x, [x > 0]), {})
+    ([], [tensor([False, False, False])])
+    """
+    leaves = tree_flatten((args[1:] if name in ("index", "masked_select") else args, kwargs))[0]
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [each for each in given if name != "index" or each.dtype in (torch.bool, torch.uint8)]
+
+
 def without_transforms(tensor: Tensor) -> Tensor:
     """The tensor that `torch.func` computes with, where hooks are given one that stands for it within `vmap` or
     `grad`; operators are dispatched on the former.
@@ -524,6 +549,8 @@ def address(tensor: Tensor) -> tuple[int, tuple[Any, ...]]:
     storage = storage_of(tensor)
     if storage is None:
         return id(tensor), ()
+    if tensor.is_nested:  # of rows of different sizes, so that it has none itself
+        return storage._cdata, (id(tensor),)
     return storage._cdata, (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
