@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.time_to_accuracy import __doc__ as about
 from benchmarks.time_to_accuracy.ablation import PARTS, ablate, table_lines
-from benchmarks.time_to_accuracy.plain_script import plain
+from benchmarks.time_to_accuracy.plain_script import NETWORKS, plain
 from benchmarks.time_to_accuracy.race import PLANS, race
 from skipway.hardware import cpu_count
 
@@ -39,6 +39,8 @@ def start() -> None:
     options.add_argument("--goals", type=float, nargs="+", choices=list(PLANS), default=list(PLANS))
     options.add_argument("--minutes", type=float, default=20.0, help="for all together, at most [20]")
     options.add_argument("--threads", type=int, default=cpu_count(), help="of both, and worker processes [cores]")
+    options.add_argument("--model", help="of skipway, for all goals [by goal]")
+    options.add_argument("--plain-network", choices=list(NETWORKS), help="of the plain script [by goal]")
     options.add_argument("--epochs", type=int, help="of skipway, for all goals [by goal]")
     options.add_argument("--plain-epochs", type=int, help="of the plain script, for all goals [by goal]")
     options.add_argument("--width", type=int, help="channels of skipway's first stage, for all goals [by goal]")
@@ -54,6 +56,7 @@ def start() -> None:
     options.add_argument("--lr", type=float, required=True)
     options.add_argument("--workers", type=int, default=cpu_count())
     options.add_argument("--shift", type=int, default=4, help="pixels, at most [4]")
+    options.add_argument("--network", choices=list(NETWORKS), default="strided", help="how images are halved [strided]")
     options.add_argument("--width", type=int, default=64, help="channels of the first stage [64]")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--rows", type=Path, required=True, help="gets a line of JSON for each epoch")

@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from typing import Any
 
-__all__ = ["plain"]
+__all__ = ["NETWORKS", "plain"]
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 SMOOTHING, DECAY = 0.1, 5e-4
@@ -34,6 +34,36 @@ def loaders(given: Namespace) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+def strided_network(width: int) -> Any:
+    """timm's ResNet with three stages: a 4 x 4 stem of stride 2, no max-pooling, ResNet-D's shortcuts."""
+    from timm.models.resnet import BasicBlock, ResNet
+    from torch import nn
+
+    channels = (width, 2 * width, 4 * width)
+    net: Any = ResNet(BasicBlock, (1, 1, 1), num_classes=10, channels=channels, avg_down=True)
+    net.conv1, net.maxpool = nn.Conv2d(3, channels[0], 4, 2, 1, bias=False), nn.Identity()
+    net.layer4 = nn.Identity()  # which its forward pass calls
+    return net
+
+
+def pooled_network(width: int) -> Any:
+    """timm's blocks, each behind a convolution and max-pooling: the network of `resnet-pool11`."""
+    from timm.layers import SelectAdaptivePool2d
+    from timm.models.resnet import BasicBlock
+    from torch import nn
+
+    dim = 3 * width // 8
+    layers = [nn.Conv2d(3, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True)]
+    for channels in (width, 2 * width, 4 * width):
+        layers += [nn.Conv2d(dim, channels, 3, 1, 1, bias=False), nn.MaxPool2d(2)]
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), BasicBlock(channels, channels)]
+        dim = channels
+    return nn.Sequential(*layers, SelectAdaptivePool2d(flatten=True), nn.Linear(dim, 10))
+
+
+NETWORKS = {"strided": strided_network, "pooled": pooled_network}
+
+
 def plain(given: Namespace) -> None:
     """Train, and append a line to `given.rows` after each epoch."""
     import torch
@@ -42,19 +72,13 @@ def plain(given: Namespace) -> None:
     from benchmarks.peers import import_timm
 
     import_timm()
-    from timm.models.resnet import BasicBlock, ResNet
     from timm.optim import create_optimizer_v2
 
     from skipway.hardware.device import cpu_has_bfloat16
 
     torch.manual_seed(given.seed)
     train_loader, test_loader = loaders(given)
-    # timm's ResNet with three stages for small images: a 4 x 4 stem of stride 2, no max-pooling, ResNet-D's shortcuts
-    channels = (given.width, 2 * given.width, 4 * given.width)
-    net: Any = ResNet(BasicBlock, (1, 1, 1), num_classes=10, channels=channels, avg_down=True)
-    net.conv1, net.maxpool = nn.Conv2d(3, channels[0], 4, 2, 1, bias=False), nn.Identity()
-    net.layer4 = nn.Identity()  # which its forward pass calls
-    net = net.to(memory_format=torch.channels_last)
+    net: Any = NETWORKS[given.network](given.width).to(memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(net, opt="sgd", lr=given.lr, weight_decay=DECAY, momentum=0.9)
     steps = given.epochs * len(train_loader)
     rates = torch.optim.lr_scheduler.OneCycleLR(

@@ -8,17 +8,33 @@ import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.time_to_accuracy.contestants import Contestant, take_turns
 from skipway.hardware import cpu_count, cpu_name
 
-__all__ = ["environment", "linked_data", "machine", "race"]
+__all__ = ["PLANS", "Plan", "environment", "linked_data", "machine", "race"]
 
-PLANS = {0.8: {"skipway": 3, "plain": 5}, 0.9: {"skipway": 12, "plain": 20}}
-"""Epochs by goal. Those to 90 % are estimates (benchmarks/time-to-accuracy.md)."""
-WIDTHS = {0.8: {"skipway": 64, "plain": 64}, 0.9: {"skipway": 96, "plain": 96}}
-"""Channels of the first stage by goal; the second and the third have two and four times as many."""
+
+class Plan(NamedTuple):
+    """What a contestant trains to a goal.
+
+    Args:
+        network: of `skipway train --model`, or of the plain script.
+        epochs: of its one cycle.
+        width: channels of the first stage; the second and the third have two and four times as many.
+    """
+
+    network: str
+    epochs: int
+    width: int = 64
+
+
+PLANS: dict[float, dict[str, Plan]] = {
+    0.8: {"skipway": Plan("resnet-patch8", 3), "plain": Plan("strided", 5)},
+    0.9: {"skipway": Plan("resnet-pool11", 8), "plain": Plan("pooled", 8)},
+}
+"""By goal (benchmarks/time-to-accuracy.md has what was tried)."""
 PLAIN = {"batch_size": 256, "lr": 0.4}
 FEW_EPOCHS = 5
 """Of so few, neither contestant shifts its images: that costs 1.5 points after 4 epochs."""
@@ -50,31 +66,34 @@ def linked_data(data: Path, root: Path) -> Path:
     return folder
 
 
-def planned(given: Namespace, goal: float) -> tuple[dict[str, int], dict[str, int]]:
-    """The epochs and the width of each contestant."""
+def planned(given: Namespace, goal: float) -> dict[str, Plan]:
+    """The plan of each contestant, with what the command changes of it."""
 
-    def with_given(usual: dict[str, int], skipway: int | None, plain: int | None) -> dict[str, int]:
-        chosen = {"skipway": skipway, "plain": plain}
-        return {**usual, **{name: value for name, value in chosen.items() if value is not None}}
+    def changed(plan: Plan, **values: int | str | None) -> Plan:
+        return plan._replace(**{name: value for name, value in values.items() if value is not None})
 
-    epochs = with_given(PLANS[goal], given.epochs, given.plain_epochs)
-    return epochs, with_given(WIDTHS[goal], given.width, given.plain_width)
+    usual = PLANS[goal]
+    return {
+        "skipway": changed(usual["skipway"], network=given.model, epochs=given.epochs, width=given.width),
+        "plain": changed(
+            usual["plain"], network=given.plain_network, epochs=given.plain_epochs, width=given.plain_width
+        ),
+    }
 
 
 def contestants(given: Namespace, goal: float, root: Path) -> list[Contestant]:
     """Both, for one goal."""
     around = environment(root, given.threads)
-    plan, widths = planned(given, goal)
+    plan, other = planned(given, goal).values()
     ours = [
         *("-m", "skipway", "train", str(linked_data(given.data, root)), "--holdout", "0.001", "--outside"),
-        *("--preset", "fast", "--epochs", str(plan["skipway"]), "--width", str(widths["skipway"]), "--device", "cpu"),
-        *("--seed", str(given.seed), "--out", str(root / "ours")),
-        *(("--crop", "none") if plan["skipway"] <= FEW_EPOCHS else ()),
+        *("--preset", "fast", "--model", plan.network, "--epochs", str(plan.epochs), "--width", str(plan.width)),
+        *("--device", "cpu", "--seed", str(given.seed), "--out", str(root / "ours")),
+        *(("--crop", "none") if plan.epochs <= FEW_EPOCHS else ()),
     ]
     rows = root / "plain.jsonl"
-    values = {"epochs": plan["plain"], "seed": given.seed, "workers": given.threads, "rows": rows, **PLAIN}
-    values["width"] = widths["plain"]
-    values["shift"] = 0 if plan["plain"] <= FEW_EPOCHS else 4
+    values = {"seed": given.seed, "workers": given.threads, "rows": rows, **PLAIN, **other._asdict()}
+    values["shift"] = 0 if other.epochs <= FEW_EPOCHS else 4
     options = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     plain = ["-m", "benchmarks.time_to_accuracy", "plain", str(given.data.resolve()), *options]
     return [
@@ -101,8 +120,9 @@ def race(given: Namespace) -> dict[str, Any]:
     about = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "threads": given.threads, "seed": given.seed}
     return {
         **about,
-        "epochs": {str(goal): planned(given, goal)[0] for goal in given.goals},
-        "widths": {str(goal): planned(given, goal)[1] for goal in given.goals},
+        "plans": {
+            str(goal): {name: plan._asdict() for name, plan in planned(given, goal).items()} for goal in given.goals
+        },
         "plain": PLAIN,
         "goals": goals,
     }

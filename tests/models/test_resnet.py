@@ -54,6 +54,7 @@ def test_depth_is_the_number_in_the_name(variant):
         ("resnet", 1001, (111, 111, 111)),
         ("resnet-cifar", 8, (1, 1, 1)),
         ("resnet-patch", 14, (2, 2, 2)),
+        ("resnet-pool", 17, (2, 2, 2)),
         ("resnet-imagenet", 302, (3, 4, 90, 3)),
         ("wrn", 1000, (166, 166, 166)),
         ("resnext", 50, (3, 4, 6, 3)),
@@ -192,3 +193,21 @@ def test_a_depth_replaces_that_of_the_name(name):
     assert find_config(name, 20) == find_config(family, 20) != find_config(name)
     with pytest.raises(sw.SkipwayError, match="near it are 20 and 26"):
         find_config(name, 21)
+
+
+def test_pooled_transitions_are_those_of_resnet9():
+    """Page 2018: max(conv(x)) over 2 × 2 pixels, norm, ReLU, then identity shortcuts; odd sides round up."""
+    network = sw.build("resnet-pool11", width=4, stem_width=3, classes=2).eval()
+    h = nn.Sequential(*list(network.stem.children())[:-1])(torch.randn(2, 3, 14, 14))
+    downsamples = [network.stem.downsample, *(stage.downsample for stage in network.stages[1:])]
+    for downsample, stage, side in zip(downsamples, network.stages, (7, 4, 2), strict=True):
+        expected = nn.functional.max_pool2d(downsample.conv(h), 2, ceil_mode=True)
+        h = downsample(h)
+        torch.testing.assert_close(h, downsample.post.norm(expected).relu())
+        assert h.shape == (2, downsample.conv.out_channels, side, side)
+        h = stage.blocks(h)
+    assert all(isinstance(connection.residual.shortcut, sw.nn.Carry) for connection in sw.chain(network))
+    assert [each.reduction for each in network.stage_maps()] == [2, 4, 8]
+    # stem, three transitions, three blocks of two, classifier
+    maps = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert network.config.depth == len(maps) == 11

@@ -17,6 +17,7 @@ from skipway.probes.signal_check import check_signal
 TINY = {"classes": 5}
 MODELS = {
     "resnet": ("resnet-cifar", {"depth": 14, "width": 8, "stem_width": 8, **TINY}),
+    "resnet, pool": ("resnet-pool", {"depth": 11, "width": 8, "stem_width": 8, **TINY}),
     "resnet, patch": ("resnet-patch", {"depth": 14, "width": 8, "stem_width": 8, **TINY}),
     "resnet, imagenet": ("resnet-imagenet14", {"width": 8, "stem_width": 8, **TINY}),
     "vit": ("vit-tiny-16", {"depth": 5, "dim": 16, "heads": 2, "patch": 8, "image": 32, "registers": 2, **TINY}),
@@ -139,6 +140,7 @@ def test_hooks_go_whatever_happens():
 
 STAGES = {
     "resnet": [(8, 1), (16, 2), (32, 4)],
+    "resnet, pool": [(8, 2), (16, 4), (32, 8)],
     "resnet, patch": [(8, 2), (16, 4), (32, 8)],
     "resnet, imagenet": [(32, 4), (64, 8), (128, 16), (256, 32)],
     "vit": [(16, 8)] * 4,

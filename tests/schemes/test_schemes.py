@@ -65,6 +65,7 @@ MODELS = {
         },
     ),
     "cait": ("cait-xxs24", {"depth": 2, "dim": 16, "heads": 2, "patch": 8, "image": 32, "classes": 5}),
+    "pooled": ("resnet-pool", {"depth": 11, "classes": 5, "width": 8, "stem_width": 8}),
     "convnext": ("convnext", {"depth": 5, "classes": 5, "width": 8}),
     "convnextv2": ("convnextv2", {"depth": 5, "classes": 5, "width": 8, "squeeze": 4}),
     "swin": ("swin-tiny", {"dim": 8, "heads": 2, "blocks": (2, 2), "window": 2, "image": 32, "classes": 5}),
@@ -79,7 +80,7 @@ def make(model: str, scheme: str, **options) -> nn.Module:
 
 CONVOLUTIONAL = {
     *("cifar", "cifar projections", "cifar bottleneck", "preactivation", "imagenet, squeeze", "deep stem, pooled"),
-    *("resnext", "convnext", "convnextv2"),
+    *("resnext", "pooled", "convnext", "convnextv2"),
 }
 
 

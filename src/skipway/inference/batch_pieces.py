@@ -344,16 +344,19 @@ def build_run(
 
 
 def piece_choices(whole: Choice, batch: int, cores: int) -> Iterator[Choice]:
-    """Choices with pieces of 2, then of 4, 1 and 8 samples in place of a whole batch: each core a stream of its own,
-    then a quarter as many streams, then one.
+    """Choices with one piece for each core in place of a whole batch, then with pieces of 2, 4, 1 and 8 samples: each
+    core a stream of its own, then a quarter as many streams, then one.
 
+    >>> [str(each) for each in piece_choices(Choice("torch", "bfloat16"), 16, 2)][:3]
+    ['torch bfloat16, 2 pieces, 2 streams', 'torch bfloat16, 8 pieces, 2 streams', \
+'torch bfloat16, 4 pieces, 2 streams']
     >>> [str(each) for each in piece_choices(Choice("torch"), 4, 2)]
     ['torch float32, 2 pieces, 2 streams', 'torch float32, 4 pieces, 2 streams', 'torch float32, 2 pieces', \
 'torch float32, 4 pieces']
     """
     for streams in dict.fromkeys((cores, max(1, cores // 4), 1)):
-        for size in (2, 4, 1, 8):
-            if size < batch and batch % size == 0 and streams <= batch // size:
+        for size in dict.fromkeys((batch // cores, 2, 4, 1, 8)):
+            if 0 < size < batch and batch % size == 0 and streams <= batch // size:
                 yield replace(whole, pieces=batch // size, streams=streams)
 
 

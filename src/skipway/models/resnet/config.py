@@ -19,7 +19,8 @@ class ResNetConfig:
     """A ResNet of any kind.
 
     Args:
-        blocks: residual blocks per stage; every stage but the first halves the image and doubles the width.
+        blocks: residual blocks per stage; every stage but the first doubles the width, and halves the image as
+            `transition` says.
         block: "basic" (3×3 – 3×3) or "bottleneck" (1×1 – 3×3 – 1×1).
         width: channels of the inner convolutions in the first stage.
         groups: of the bottleneck's 3×3 (ResNeXt's cardinality).
@@ -30,6 +31,9 @@ class ResNetConfig:
         stem_width: channels after the stem.
         shortcut: where shapes change: "projection" (1×1 convolution, option B), "pooled" (the mean of 2×2 pixels, then
             the 1×1 convolution, ResNet-D) or "pad" (zeros, option A).
+        transition: what halves the image: "strided" (the first block of every stage but the first) or "pooled" (before
+            the blocks of every stage a 3×3 convolution to its width and the maxima of 2×2 pixels, for the first stage
+            in the stem; all connections then carry x unchanged, ResNet-9).
         placement: "original" (v1: conv-norm-act, act after the addition) or "preactivation" (v2).
         squeeze: reduction of a squeeze-and-excitation gate in every branch; None for no gate.
         squeeze_least: hidden units of a gate at least; timm has 8, which matters to 64 channels only.
@@ -37,7 +41,8 @@ class ResNetConfig:
         channels: of the input images.
         scheme: how the connections are dressed.
 
-    ResNet-C and ResNet-D: He, T. et al. 2019, "Bag of Tricks for Image Classification with CNNs", fig. 2.
+    ResNet-C and ResNet-D: He, T. et al. 2019, "Bag of Tricks for Image Classification with CNNs", fig. 2. ResNet-9:
+    Page 2018, "How to Train Your ResNet"; Jordan 2024, arXiv 2404.00498, pools likewise.
 
     >>> ResNetConfig(blocks=(3, 4, 6, 3)).depth
     50
@@ -51,6 +56,7 @@ class ResNetConfig:
     stem: Literal["imagenet", "cifar", "patch", "deep", "tiered"] = "imagenet"
     stem_width: int = 64
     shortcut: Literal["projection", "pooled", "pad"] = "projection"
+    transition: Literal["strided", "pooled"] = "strided"
     placement: Literal["original", "preactivation"] = "original"
     squeeze: int | None = None
     squeeze_least: int = 1
@@ -66,6 +72,7 @@ class ResNetConfig:
             ("block", ("basic", "bottleneck")),
             ("stem", ("imagenet", "cifar", "patch", "deep", "tiered")),
             ("shortcut", ("projection", "pooled", "pad")),
+            ("transition", ("strided", "pooled")),
             ("placement", ("original", "preactivation")),
         ):
             check_choice(name, getattr(self, name), allowed)
@@ -76,6 +83,11 @@ class ResNetConfig:
         return sum(self.blocks)
 
     @property
+    def transitions(self) -> int:
+        """Convolutions between stages that no connection spans."""
+        return len(self.blocks) if self.transition == "pooled" else 0
+
+    @property
     def depth(self) -> int:
-        """Weight layers on the longest path: stem (one, a deep one too), maps of all branches, classifier."""
-        return MAPS[self.block] * self.branches + 2
+        """Weight layers on the longest path: stem (a deep one is one), transitions, branches, classifier."""
+        return MAPS[self.block] * self.branches + self.transitions + 2

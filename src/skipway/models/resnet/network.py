@@ -47,7 +47,7 @@ class ResNet(nn.Module):
         placement = PLACEMENTS[config.placement]
         outside = config.scheme.kit(None, kit), config.scheme.place(None, placement)
         self.stem = resnet_stem(config, *outside)
-        self.stages = nn.Sequential(*resnet_stages(config, kit, placement))
+        self.stages = nn.Sequential(*resnet_stages(config, kit, placement, outside))
         self.head = resnet_head(config, *outside)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,6 +56,7 @@ class ResNet(nn.Module):
     def stage_maps(self) -> tuple[StageMap, ...]:
         """The stream after every stage; each stage halves height and width of the one before."""
         _, first = FIRST.get(self.config.stem, (7, 4))
+        first *= 2 if self.config.transitions else 1
         expansion = BLOCKS[self.config.block].expansion
         return tuple(
             StageMap(f"stages.{number}", self.config.width * 2**number * expansion, first * 2**number)
@@ -71,18 +72,25 @@ def resnet_gate(config: ResNetConfig) -> Callable[[int], nn.Module] | None:
 
 
 def resnet_stem(config: ResNetConfig, kit: Kit, placement: Placement) -> nn.Module:
-    """Image to stream: one or three convolutions, the parts that follow a connection, and max-pooling for ImageNet."""
+    """Image to stream: one or three convolutions, the parts that follow a connection, max-pooling for ImageNet, and the
+    first of the pooled maps where those halve the image.
+    """
     pool = None if config.stem in FIRST else nn.MaxPool2d(3, stride=2, padding=1)
+    dim = config.width * BLOCKS[config.block].expansion
+    last = {
+        "pool": pool,
+        "downsample": pooled_map(config.stem_width, dim, kit, placement) if config.transitions else None,
+        "open": config.scheme.open(),
+    }
     if config.stem in TIERS:
         # a row of convolutions as in a branch, though no residual one
         convs = ConvBranch(deep_stem_convs(config), replace(kit, gate=None), placement.after)
-        return sequence(**dict(convs.named_children()), pool=pool, open=config.scheme.open())
+        return sequence(**dict(convs.named_children()), **last)
     kernel, stride = FIRST.get(config.stem, (7, 2))
     return sequence(
         conv=kit.conv(config.channels, config.stem_width, kernel, stride, padding=(kernel - 1) // 2),
         **kit.parts(placement.after, config.stem_width, fresh=True),
-        pool=pool,
-        open=config.scheme.open(),
+        **last,
     )
 
 
@@ -92,17 +100,24 @@ def deep_stem_convs(config: ResNetConfig) -> list[Conv]:
     return [Conv(config.channels, first, 3, 2), Conv(first, second, 3), Conv(second, config.stem_width, 3)]
 
 
-def resnet_stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Iterator[nn.Sequential]:
-    """The chain, stage by stage."""
+def resnet_stages(
+    config: ResNetConfig, kit: Kit, placement: Placement, outside: tuple[Kit, Placement]
+) -> Iterator[nn.Module]:
+    """The chain, stage by stage; `outside` is the kit and the placement of what no connection spans."""
     make = BLOCKS[config.block]
     index = since = earlier = 0
-    dim_in = config.stem_width
+    dim_in = config.width * make.expansion if config.transitions else config.stem_width
     for number, count in enumerate(config.blocks):
         out_channels = config.width * 2**number
         dim = out_channels * make.expansion
-        stage = nn.Sequential()
+        stage, downsample = nn.Sequential(), None
+        if config.transitions and number > 0:
+            site = Site(dim=dim, dim_in=dim_in, index=index, depth=config.branches, since=since)
+            restart, enter = config.scheme.restart(site.entry, site.spatial), config.scheme.transition(site)
+            downsample = pooled_map(site.entry, dim, *outside, restart, enter)
+            dim_in, since, earlier = dim, 0, 0
         for first in (position == 0 for position in range(count)):
-            stride = 2 if first and number > 0 else 1
+            stride = 2 if first and number > 0 and not config.transitions else 1
             site = Site(dim=dim, dim_in=dim_in, index=index, depth=config.branches, since=since, earlier=earlier)
             shortcut = (
                 None if stride == 1 and dim_in == dim else resnet_transition(config, kit, placement, site, stride)
@@ -123,7 +138,39 @@ def resnet_stages(config: ResNetConfig, kit: Kit, placement: Placement) -> Itera
             )
             index, dim_in, earlier = index + 1, dim, earlier + 1 if shortcut is None else 1
             since = 1 if shortcut is not None and config.shortcut in PROJECTIONS else since + 1
-        yield stage
+        yield sequence(downsample=downsample, blocks=stage) if config.transitions else stage
+
+
+def pooled_map(
+    dim_in: int,
+    dim: int,
+    kit: Kit,
+    placement: Placement,
+    restart: nn.Module | None = None,
+    enter: nn.Module | None = None,
+) -> nn.Module:
+    """Half the image, another width, outside of every connection: a 3×3 convolution, then the maxima of 2×2 pixels, and
+    around them what stands around the connections.
+
+    Shapes: (N, dim_in, H, W) → (N, dim, ⌈H/2⌉, ⌈W/2⌉).
+
+    Args:
+        dim_in: channels before the map.
+        dim: channels after it.
+        kit: what to build from.
+        placement: where norm and activation stand.
+        restart: what ends a scheme's history of `dim_in` channels.
+        enter: what a scheme puts before the convolution.
+    """
+    after = kit.parts(placement.after, dim, fresh=True)
+    return sequence(
+        restart=restart,
+        **kit.parts(placement.pre, dim_in),
+        enter=enter,
+        conv=kit.conv(dim_in, dim, 3),
+        pool=nn.MaxPool2d(2, ceil_mode=True),
+        post=sequence(**after) if after else None,
+    )
 
 
 def resnet_transition(config: ResNetConfig, kit: Kit, placement: Placement, site: Site, stride: int) -> nn.Module:

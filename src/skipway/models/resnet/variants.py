@@ -29,6 +29,8 @@ IMAGENET: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
 CIFAR = ResNetConfig(blocks=(3, 3, 3), block="basic", width=16, stem="cifar", stem_width=16, shortcut="pad", classes=10)
 # CIFAR's stages from half the resolution on, where a channel costs a quarter: measured in docs/log.md, 2026-11-29
 PATCH = replace(CIFAR, width=64, stem="patch", stem_width=32, shortcut="pooled")
+# ResNet-9's stages (Page 2018), all three of them with a block: measured in docs/log.md, 2026-11-30
+POOL = replace(CIFAR, width=64, stem_width=24, transition="pooled")
 # He 2016, sec. 3.1: bottlenecks [1×1, 16; 3×3, 16; 1×1, 64], projections where shapes change
 CIFAR_BOTTLENECK = replace(CIFAR, block="bottleneck", shortcut="projection")
 # Zagoruyko & Komodakis 2016, table 1: pre-activation, k times wider, projections
@@ -70,19 +72,20 @@ def distribute_resnet_blocks(count: int) -> tuple[int, int, int, int]:
 
 
 def cifar_config(depth: int, base: ResNetConfig = CIFAR) -> ResNetConfig:
-    """CIFAR's three stages: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
+    """CIFAR's three stages: 6n + 2 with basic blocks, 9n + 2 with bottlenecks; 3 more where pooled convolutions halve
+    the image.
 
     >>> cifar_config(110).blocks, cifar_config(1202).branches
     ((18, 18, 18), 600)
     """
-    step = 3 * MAPS[base.block]
-    each, rest = divmod(depth - 2, step)
+    step, others = 3 * MAPS[base.block], 5 if base.transition == "pooled" else 2
+    each, rest = divmod(depth - others, step)
     if rest or each < 1:
         raise depth_error(
             depth,
             f"a CIFAR ResNet of {base.block} blocks",
-            f"{step}·n + 2, n ≥ 1",
-            nearest_depths(depth, step, step + 2),
+            f"{step}·n + {others}, n ≥ 1",
+            nearest_depths(depth, step, step + others),
         )
     return replace(base, blocks=(each,) * 3)
 
@@ -212,6 +215,12 @@ register_family(
     "CIFAR's stages behind a 4 × 4 convolution of stride 2, ResNet-D's shortcuts, 6n + 2",
     partial(cifar_config, base=PATCH),
     r"resnet-patch-?(?P<depth>\d+)",
+)
+register_family(
+    "resnet-pool",
+    "CIFAR's stages of which each begins with a convolution and max-pooling (ResNet-9's), 6n + 5",
+    partial(cifar_config, base=POOL),
+    r"resnet-pool-?(?P<depth>\d+)",
 )
 register_family(
     "resnet-imagenet",
