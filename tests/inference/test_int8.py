@@ -152,6 +152,24 @@ def test_weights_of_8_bits_are_not_loaded_where_their_sums_overflow(quantized, t
 
 
 @needs_nncf
+@pytest.mark.parametrize("units", [(), ("avx512_vnni",)])
+def test_a_file_of_an_older_version_is_judged_by_where_it_was_made(quantized, tmp_path, monkeypatch, units):
+    """On a processor without VNNI weights got 7 bits there, too; on one with it, 8."""
+    _, fast = quantized
+    path = fast.save(tmp_path / "fast.pt")
+    stored = torch.load(path, weights_only=False)
+    del vars(stored["quantized"])["fits_any"]
+    stored["machine"]["processor"] = ["somebody's", *units]
+    torch.save(stored, path)
+    monkeypatch.setattr(optimized_model, "saturates", lambda: True)
+    if units:
+        with pytest.raises(SkipwayError, match="products overflow on this one"):
+            sw.load_optimized(path)
+    else:
+        assert sw.load_optimized(path).precision == "int8"
+
+
+@needs_nncf
 def test_a_file_holds_no_images_but_the_example(quantized, tmp_path):
     """300 held-out images are 230 kB; a batch of 4, which is stored with its outputs, is 3 kB."""
     _, fast = quantized

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from skipway.inference.optimized_model import assemble, load_optimized, optimize
 from skipway.inference.outputs import in_type, output_difference
 from skipway.tracing.containers import tensors_in
 from skipway.tracing.module_state import copy_module, differing_state, set_state
+from skipway.tracing.watch import watch
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -494,3 +497,82 @@ def test_a_hook_that_is_a_method_of_the_network_stays_the_copys():
     fast = optimize(model, X, backends="torch", cache=False)
     fast(X)
     assert (model.seen, fast.original.seen) == (0, 0)
+
+
+class Lazy(nn.Linear):
+    """A table that is made in the first pass, which a flag tells; and a mapping that a part of the network reads."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.ready, self.table, self.shared, self.part = False, None, {}, nn.Identity()
+        self.part.shared = self.shared
+
+    def forward(self, x):
+        if not self.ready:
+            self.ready, self.table = True, torch.ones(2)
+        self.shared["scale"] = x.abs().mean()
+        return super().forward(x) * self.table * self.part.shared["scale"]
+
+
+def test_state_is_put_back_with_what_tells_of_it():
+    model = Lazy().eval()
+    fast = optimize(model, X, backends="torch", cache=False)
+    assert (fast.original.ready, fast.original.table) == (False, None)
+    assert fast.original.shared is fast.original.part.shared is not model.shared
+    for x in (2 * X, X):
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_hooks_whose_object_the_network_reads_stay_the_copys():
+    """timm's FeatureHookNet: its hooks are partials of a method of an object that the network holds and reads."""
+
+    class Features(Net):
+        def __init__(self):
+            super().__init__()
+            self.kept = Recorder()
+            self.body = nn.Linear(4, 4)
+            self.body.register_forward_hook(partial(Recorder.record, self.kept))
+            self.body.register_forward_hook(partial(self.kept.record))
+
+        def forward(self, x):
+            self.kept.seen.clear()
+            self.body(x)
+            return self.kept.seen[-1] * 2
+
+    model = Features().eval()
+    with torch.no_grad():
+        model(X)
+    fast = optimize(model, X, backends="torch", cache=False)
+    torch.testing.assert_close(fast(3 * X), 2 * model.body(3 * X))
+
+
+def test_a_hook_of_an_object_that_has_no_hash():
+    recorder = dataclass(type("Rows", (Recorder,), {"__annotations__": {"seen": list}}))([])
+    model = nn.Sequential(Net())
+    model[0].register_forward_hook(recorder.record)
+    fast = optimize(model, X, backends="torch", cache=False)
+    recorder.seen.clear()
+    fast(X)
+    assert len(recorder.seen) == 1
+
+
+def test_numbers_in_a_list_are_no_cache():
+    class Sized(nn.Linear):
+        def forward(self, x, size):
+            return super().forward(x) * size[0]
+
+    comparison = BackendComparison(Sized(4, 2), (X, [3, 4]))
+    assert comparison.axes is not None
+    assert BackendComparison(Sized(4, 2), (X, {0: 3})).axes is not None
+
+
+def test_rows_that_a_mask_selects_bar_backends_that_keep_shapes_and_no_operation():
+    """A classifier of the last token of each text selects by a mask; none of its code decides by the number of rows."""
+
+    class Last(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)[x[:, 0] > -2]
+
+    program = watch(Last(4, 2).eval(), X)
+    assert (program.readers, program.selectors) == ([], [""])
+    assert BackendComparison(Last(4, 2), X).reader == "the model (Last)"

@@ -186,7 +186,8 @@ class BackendComparison:
     def reader(self) -> str | None:
         """The part of the model that reads values of what depends on the input, so that Python can decide by them."""
         try:
-            readers = watch(self.original, map_tensors(torch.clone, self.example)).readers
+            program = watch(self.original, map_tensors(torch.clone, self.example))
+            readers = program.readers + program.selectors  # shapes that follow may be kept, too
         except SkipwayError:  # what cannot be watched is compared like everything else
             return None
         return (

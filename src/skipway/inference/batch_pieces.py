@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache, partial
 from itertools import takewhile
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -44,24 +45,31 @@ def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example if isinstance(example, tuple) else (example,)), {}
 
 
-def may_be_written(value: Any) -> bool:
-    """Whether a network can write into an argument that is no tensor: a container, also an empty one, or an object.
+UNCHANGING = (slice, range, frozenset, torch.memory_format, BuiltinFunctionType)
+"""Types of arguments that hold no tensors of a call."""
 
-    >>> may_be_written([]), may_be_written((3, "text", None))
-    (True, False)
+
+def may_be_written(value: Any) -> bool:
+    """Whether a network may write tensors into an argument that is no tensor: an empty container, or an object.
+
+    >>> may_be_written([]), may_be_written((3, "text", None)), may_be_written([224, 224])
+    (True, False, False)
     """
-    if isinstance(value, tuple):
-        return any(map(may_be_written, value))
-    return not isinstance(value, (Tensor, Enum, slice, *ATOMS, *CLOSED))
+    if isinstance(value, tuple) or (isinstance(value, list | dict) and value):
+        return any(map(may_be_written, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, (Tensor, Enum, *UNCHANGING, *ATOMS, *CLOSED))
 
 
 def argument_kind(value: Any, any_size: bool = False) -> Any:
     """What an argument counts by: a tensor by its shape, or its number of axes, type and device; another value by
-    itself, or by its class where it can be written into and equals nothing but itself, as caches do.
+    itself, or by its class and the tensors in it where it can be written into and equals nothing but itself, as caches
+    do.
     """
     if isinstance(value, Tensor):
         return value.ndim if any_size else tuple(value.shape), value.dtype, value.device
-    return type(value) if type(value).__eq__ is object.__eq__ and may_be_written(value) else value
+    if type(value).__eq__ is object.__eq__ and may_be_written(value):
+        return type(value), *(argument_kind(each, any_size) for each in tensors_in(value))
+    return value
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,8 @@ from skipway.inference.backends import BACKENDS, CONVERTED, INT8, ORIGINAL, PREC
 from skipway.inference.batch_pieces import BatchAxes, CallForm, argument_kind, arguments_of
 from skipway.inference.choice_memory import describe_machine_and_versions, load_choice, save_choice, search_facts
 from skipway.inference.onnx import check_path
-from skipway.inference.quantization import CALIBRATION_IMAGES, QuantizedNetwork, require_nncf, saturates
+from skipway.inference.quantization import CALIBRATION_IMAGES, QuantizedNetwork, require_nncf, saturates, saturates_on
+from skipway.tracing.containers import tensors_in
 from skipway.tracing.example import Example, as_example
 from skipway.validation import check_least, check_positive, check_rule, check_tolerance
 
@@ -407,6 +408,8 @@ def load_optimized(path: str | Path) -> OptimizedModel:
     except Exception as error:  # pickle, and what objects raise in it
         raise SkipwayError(f"path={printable(path)}: no optimized model can be read: {first_line(error)}") from error
     quantized, answer = stored.get("quantized"), stored.get("answer")
+    if quantized is not None and "fits_any" not in vars(quantized):  # of older versions
+        quantized = replace(quantized, fits_any=saturates_on(stored["machine"]["processor"]))
     if quantized is not None and saturates() and not quantized.fits_any:
         raise SkipwayError(
             f"path={printable(path)}: its weights have 8 bits, as it was made on another processor, and sums of their "
@@ -433,12 +436,14 @@ def load_optimized(path: str | Path) -> OptimizedModel:
 
 
 def first_sample(comparison: BackendComparison) -> Any:
-    """The example's first sample.
+    """The example's first sample; an example of one sample as it is.
 
     Raises:
         SkipwayError: its samples depend on each other, or its batches are not cut.
     """
     if comparison.axes is None:
+        if all(len(each) == 1 for each in tensors_in(comparison.example) if each.ndim):
+            return comparison.example
         raise SkipwayError(
             "goal='latency': the samples of this model's batches depend on each other, so one cannot be taken alone"
             f"{comparison.whole and ' (' + comparison.whole + ')'}; the rule is goal='throughput' with an example of "

@@ -242,7 +242,12 @@ def saturates() -> bool:
     """Whether sums of two products of 8-bit integers overflow on this processor: x86 without VNNI adds them up in 16
     bits. Weights then have 7 bits.
     """
-    return platform.machine() in ("x86_64", "AMD64") and not {"avx512_vnni", "avx_vnni"} & set(cpu_precisions())
+    return saturates_on(cpu_precisions())
+
+
+def saturates_on(units: Iterable[str]) -> bool:
+    """Whether they overflow on a processor of this kind with these units."""
+    return platform.machine() in ("x86_64", "AMD64") and not {"avx512_vnni", "avx_vnni"} & set(units)
 
 
 def require_nncf() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from skipway.tracing.containers import map_tensors, tensors_in
 
 __all__ = [
-    *("attribute_restoration", "copy_module", "detach_attributes", "differing_state", "kept_tensors", "set_state"),
+    *("attribute_restoration", "copy_module", "detach_attributes", "differing_state", "held_by", "kept_tensors"),
+    "set_state",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -142,7 +143,10 @@ def is_changed(old: Any, new: Any, depth: int = DEPTH) -> bool:
     if old is new or not depth or isinstance(old, bool) or isinstance(new, bool):
         return False
     if isinstance(old, Tensor) and isinstance(new, Tensor):
-        return old.layout is torch.strided and not old.is_nested and not torch.equal(old, new)
+        if old.layout is not torch.strided or old.is_nested or old.is_meta:
+            return False
+        about = [(each.device, each.dtype, each.shape) for each in (old, new)]
+        return about[0] != about[1] or not torch.equal(old, new)
     if type(old) is not type(new):
         return isinstance(old, KINDS) or isinstance(new, KINDS)
     if isinstance(old, NUMBERS):
@@ -157,22 +161,42 @@ def is_changed(old: Any, new: Any, depth: int = DEPTH) -> bool:
 
 @torch.no_grad()
 def set_state(names: Iterable[str], source: nn.Module, target: nn.Module) -> None:
-    """Give buffers and attributes of a copy of a network, by the names of `differing_state`, the network's values; a
-    buffer keeps its type.
+    """Give a copy of a network the network's state in all modules that hold one of these buffers and attributes, the
+    names of `differing_state`; a buffer keeps its type.
+
+    With what was found to differ go the other attributes of its module, flags and objects among them, which may say
+    what it means; flags of hooks stay, since the hooks do. What modules share is shared again.
     """
-    owners = dict(target.named_modules())
-    for place, _, name in (path.rpartition(".") for path in names):
-        owner, copied = source.get_submodule(place), owners.get(place)
-        if copied is None:  # it was multiplied into another
-            continue
-        own, other = (each._buffers if name in owner._buffers else each.__dict__ for each in (owner, copied))
-        value, now = own.get(name), other.get(name)
-        if name in owner._buffers and isinstance(value, Tensor) and isinstance(now, Tensor):
-            other[name] = now.copy_(value) if now.shape == value.shape else value.detach().to(now, copy=True)
-        elif name in own:
-            other[name] = map_tensors(lambda tensor: tensor.detach().clone(), value)
-        else:
-            other.pop(name, None)
+    names = list(names)
+    if not names:
+        return
+    owners = dict(target.named_modules())  # less what was multiplied into others
+    pairs = [(module, owners[path]) for path, module in source.named_modules() if path in owners]
+    memo: dict[int, Any] = {}
+    for module, copied in pairs:
+        memo[id(module)] = copied
+        for table in ("_parameters", "_buffers"):
+            held, others = getattr(module, table), getattr(copied, table)
+            memo |= {id(held[name]): others[name] for name in held if others.get(name) is not None}
+    places = {name.rpartition(".")[0] for name in names}
+    stateful = [(module, owners[path]) for path, module in source.named_modules() if path in places & owners.keys()]
+    memo |= {id(x): x.detach().clone() for x in kept_tensors(module for module, _ in stateful) if not x.is_leaf}
+    for module, copied in stateful:
+        for name, value in module._buffers.items():
+            now = copied._buffers.get(name)
+            if value is None or now is None:
+                copied._buffers[name] = None if value is None else value.detach().clone()
+            elif is_changed(value, now):
+                same = now.shape == value.shape
+                copied._buffers[name] = now.copy_(value) if same else value.detach().to(now, copy=True)
+        for name in [name for name in held_by(copied) if not is_hook_flag(name)]:
+            del copied.__dict__[name]
+        copied.__dict__.update({n: copy.deepcopy(v, memo) for n, v in held_by(module).items() if not is_hook_flag(n)})
+
+
+def is_hook_flag(name: str) -> bool:
+    """Whether an attribute says by its name that hooks were installed, as in transformers."""
+    return "hook" in name.lower()
 
 
 def held_by(module: nn.Module) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Program:
         given: the values that each module was called with the last time that it ran, by their paths in the arguments.
         returned: the values that it returned then, by their paths in the output.
         readers: modules that read values of the signal, so that Python can decide by them, in order.
+        selectors: modules that put out as many rows as values of the signal say, in order.
         on_meta: whether it was watched on the meta device.
         ancestries: those that were asked for last.
     """
@@ -94,6 +95,7 @@ class Program:
     given: dict[str, dict[Path, int]] = field(default_factory=dict)
     returned: dict[str, dict[Path, int]] = field(default_factory=dict)
     readers: list[str] = field(default_factory=list)
+    selectors: list[str] = field(default_factory=list)
     on_meta: bool = False
     ancestries: dict[int, Ancestry] = field(default_factory=dict, repr=False)
 

@@ -35,8 +35,9 @@ FACTORIES = frozenset(
     {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like"}
     | {"empty_like", "rand_like", "randn_like", "randint_like"}
 )
-# their result depends on values, so that Python can decide by them: a number, or a number of rows
-READS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+# their result depends on values, so that Python can decide by them: a number or indices, or a number of rows
+READS = frozenset({torch.Tag.data_dependent_output})
+SELECTS = frozenset({torch.Tag.dynamic_output_shape})
 # they copy values out of what the dispatcher sees
 COPIES = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
 # a norm written out in elementary operators is known by the name of its class
@@ -312,8 +313,9 @@ class Recorder(TorchDispatchMode):
         terms = terms_of(name, args, kwargs)
         given = [t for term in terms for t in term.tensors] or (() if name in FACTORIES else (args, kwargs))
         operands = [self.read(leaf) for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
-        if READS & set(func.tags) and any(map(self.is_signal, deciding(name, args, kwargs))):
-            self.note_reader()
+        reads, tags = name == "nonzero", set(func.tags)
+        if (tags & (READS | SELECTS)) and any(map(self.is_signal, deciding(name, args, kwargs))):
+            self.note_reader() if reads or tags & READS else self.program.selectors.append(self.modules.owner)
         addends = self.addends(name, args, terms)
         result = func(*args, **kwargs)
         mutates = func._schema.is_mutable
@@ -524,7 +526,7 @@ class Recorder(TorchDispatchMode):
 
 
 def deciding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments whose values decide how much an operator of `READS` puts out: masks where it selects by them.
+    """The arguments by whose values an operator of `READS` or `SELECTS` decides: masks where it selects by them.
 
     >>> x = torch.zeros(3)
     >>> deciding("index", (x, [torch.arange(2)]), {}), deciding("index", (x, [x > 0]), {})
