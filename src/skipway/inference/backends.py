@@ -381,7 +381,9 @@ def compile_openvino(converted: Any, choice: Choice, precision: str | None = Non
             request = compiled.create_infer_request()
         try:
             tensor: Any = openvino.Tensor(x.contiguous().numpy(), shared_memory=True)
-            return torch.from_numpy(request.infer([tensor])[0].copy())
+            request.start_async([tensor])  # on threads of the engine's: those of torch's streams are slower by a tenth
+            request.wait()
+            return torch.from_numpy(request.get_output_tensor(0).data.copy())
         finally:
             requests.append(request)
 
