@@ -206,6 +206,19 @@ def test_all_backends_fail(monkeypatch):
         search([ORIGINAL, "a"], precisions=("bfloat16",)).run()
 
 
+def test_an_original_that_fails_when_it_is_timed_ends_no_search(monkeypatch):
+    time_once = BackendComparison.time_once
+
+    def fail(comparison, choice):
+        if choice.backend == ORIGINAL:
+            comparison.runs.pop(choice, None)
+            return math.inf
+        return time_once(comparison, choice)
+
+    monkeypatch.setattr(BackendComparison, "time_once", fail)
+    assert optimize(nn.Linear(4, 2), torch.randn(2, 4), backends="torch", cache=False).backend == "torch"
+
+
 def test_a_coarser_precision_is_taken_where_it_is_allowed_only(monkeypatch):
     table = {Choice("a", precision): seconds for precision, seconds in (("float32", 0.5), ("bfloat16", 0.2))}
     Fakes(monkeypatch, table)

@@ -197,14 +197,15 @@ class BackendSearch:
             self.times[choice] = comparison.judged[choice]
             self.prune()
             return self.times[choice]
-        rival = min(self.times, key=self.times.__getitem__)
+        rivals = [each for each in self.times if each in comparison.runs]  # the original may have failed
+        rival = min(rivals, key=self.times.__getitem__, default=choice)
         seconds, again = comparison.time_once(choice), comparison.time_once(rival)
         if not math.isfinite(seconds):
             return math.inf
         if math.isfinite(again):
-            self.times[choice] = self.times[rival] * seconds / (again or 1e-9)
+            self.times[choice] = self.times.get(rival, again) * seconds / (again or 1e-9)
         else:
-            self.times.pop(rival)
+            self.times.pop(rival, None)
             self.times[choice] = seconds
         self.prune()
         return self.times[choice]
