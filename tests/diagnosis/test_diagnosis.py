@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -21,10 +22,12 @@ import skipway as sw
 from skipway.diagnosis import Diagnosis, diagnose
 from skipway.diagnosis.loss_rules import LeaveOut
 from skipway.diagnosis.measurement import measure
+from skipway.diagnosis.offers import changes_frozen
 from skipway.diagnosis.passes import curvature, dot, jacobians, noise
 from skipway.diagnosis.remedies import (
     AddSkips,
     Case,
+    Clip,
     Damp,
     FullPrecision,
     LearningRate,
@@ -35,12 +38,15 @@ from skipway.diagnosis.remedies import (
     Shrink,
     Together,
     UnitVariance,
+    WarmUp,
 )
 from skipway.diagnosis.rules import RULES
 from skipway.diagnosis.settings import Settings, settings_of
 from skipway.diagnosis.subject import Subject
 from skipway.diagnosis.trial import Trial
+from skipway.nn import LinearMap
 from skipway.probes.measures import dead_share, distinctness, swallowed_share, token_distinctness
+from skipway.surgery import Operation
 
 WIDTH, DEPTH = 256, 6
 
@@ -604,6 +610,50 @@ class Ending(nn.Module):
         return x + self.last(torch.relu(self.first(x)))
 
 
+class FrozenNorm(nn.Module):
+    """y = γ x̂ + β with γ, β and the statistics in buffers, as in torchvision's FrozenBatchNorm2d."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def test_norms_whose_weights_are_buffers_are_damped_once_and_put_back():
+    """No remedy that is tried may change them: they are frozen."""
+    model, x = nn.Sequential(Ending(FrozenNorm(32)), Ending(FrozenNorm(32))), torch.randn(2, 32)
+    model[1].last.register_buffer("weight", model[0].last.weight)
+    inputs, before = torch.randn(2, 32), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    branch = model[0].last(inputs)
+    assert not changes_frozen(model, copy.deepcopy(model))
+    twin = copy.deepcopy(model)
+    operation = Damp(0.5).apply(case_of(model, x)).operation
+    torch.testing.assert_close(model[0].last(inputs), branch / 2)
+    torch.testing.assert_close(model[1].last.weight, before["1.last.weight"] / 2)
+    assert changes_frozen(twin, model)
+    model[0].last.running_mean.fill_(7.0)  # which no remedy writes into
+    assert operation is not None
+    operation.undo()
+    torch.testing.assert_close(model.state_dict(), before | {"0.last.running_mean": torch.full((32,), 7.0)})
+
+
+def test_frozen_maps_whose_weights_are_buffers_are_multiplied_and_get_unit_variance():
+    linear, x = nn.Linear(32, 32, bias=False), 9 * torch.randn(64, 32)
+    weight = linear.weight.detach().clone()
+    del linear.weight
+    linear.register_buffer("weight", weight.clone())
+    LinearMap(linear).multiply_(0.5)
+    torch.testing.assert_close(linear.weight, weight / 2)
+    operation = UnitVariance(("0",)).apply(case_of(nn.Sequential(linear), x)).operation
+    assert float(linear(x).std()) == pytest.approx(1, abs=0.01)
+    assert operation is not None
+    operation.undo()
+    torch.testing.assert_close(linear.weight, weight / 2)
+
+
 def test_rows_that_weight_norm_computes_as_zero_are_damped_with_the_others():
     linear, x = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), torch.randn(2, 32)
     linear.parametrizations.weight.original0.data[:16] = 0
@@ -785,15 +835,88 @@ def test_what_any_remedy_did_in_place_is_one_operation_that_can_be_undone(remedy
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 
-def test_what_was_done_to_a_network_that_was_built_anew_is_of_the_same_operation():
-    model, x = sw.build("resnet-cifar", depth=8, width=4, stem_width=4), torch.randn(2, 3, 8, 8)
-    case = Together((Damp(0.5), Rescheme("skipinit"), Damp(0.5))).apply(case_of(model, x))
-    gains = [network.stages[0][0].branch.norm2.weight for network in (model, case.model)]
-    for gain in gains:
-        torch.testing.assert_close(gain.detach(), torch.full((4,), 0.5))
-    case.operation.undo()
-    for gain in gains:
-        torch.testing.assert_close(gain.detach(), torch.ones(4))
+def applied_in_place(
+    model: nn.Module, x: Tensor, *remedies: Remedy, together: bool
+) -> tuple[nn.Module, tuple[Operation | None, ...]]:
+    """The network after remedies, and the operations on it."""
+    if together:
+        case = Together(remedies).apply(case_of(model, x))
+        return case.model, (case.operation,)
+    treatment = sw.diagnose(model, x, remedies=0, allowance=0).fix(*remedies, inplace=True)
+    return treatment.model, treatment.operations
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_done_to_a_network_that_was_built_anew_is_an_operation_on_that_network(together):
+    """The network that was given has no part in the new one and is as before; undo looks at the one that it changes."""
+    model, x = sw.build("resnet-cifar", depth=8, width=4, stem_width=4), torch.randn(16, 3, 8, 8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    remedies = (Damp(0.5), Rescheme("skipinit"), Damp(0.5))
+    network, (damped,) = applied_in_place(model, x, *remedies, together=together)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    gain = network.stages[0][0].branch.norm2.weight
+    torch.testing.assert_close(gain.detach(), torch.full((4,), 0.5))
+    assert damped is not None
+    assert damped.model is network
+    later = Damp(0.5).apply(case_of(network, x)).operation
+    assert later is not None
+    with pytest.raises(sw.SkipwayError, match="a later operation builds on it"):
+        damped.undo()
+    later.undo()
+    with torch.no_grad():
+        gain.mul_(3)  # as training does
+    with pytest.raises(sw.SkipwayError, match="changed since"):
+        damped.undo()
+    damped.undo(force=True)
+    torch.testing.assert_close(gain.detach(), torch.ones(4))
+
+
+class Wrapped:
+    """A remedy that puts the model into another one."""
+
+    def apply(self, case: Case) -> Case:
+        return replace(case, model=nn.Sequential(case.model, nn.Identity()))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_was_done_to_a_network_stays_where_that_is_a_part_of_the_next_one(together):
+    model, x = nn.Sequential(Branch(), Branch()), torch.randn(16, 32)
+    before = model[0].second.weight.detach().clone()
+    network, _ = applied_in_place(model, x, Damp(0.5), Wrapped(), Damp(0.5), together=together)
+    assert network[0] is model
+    torch.testing.assert_close(model[0].second.weight, before / 4)
+
+
+def test_remedies_within_others_are_one_row():
+    assert Together((Damp(), Together((WarmUp(10), Clip())))) == Together((Damp(), WarmUp(10), Clip()))
+
+
+class Standardised(nn.Conv2d):
+    """Ŵ = g (W − μ) / σ with one g per output, of shape (out, 1, 1, 1), as in timm's ScaledStdConv2d."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(4, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        deviation, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
+        return F.conv2d(x, self.gain * (self.weight - mean) / deviation, self.bias, padding=1)
+
+
+def test_unit_variance_scales_the_gains_of_weights_that_others_standardise():
+    model, x = nn.Sequential(Standardised(), Standardised()), 9 * torch.randn(8, 4, 8, 8)
+    UnitVariance(("0", "1")).apply(case_of(model, x))
+    first = model[0](x).detach()
+    assert [float(first.std()), float(model[1](first).detach().std())] == pytest.approx([1, 1], rel=2e-2)
+
+
+def test_branches_that_end_in_a_standardised_weight_are_damped():
+    model, x = sw.build("resnet8", scheme="normfree", width=4, stem_width=4), torch.randn(4, 3, 8, 8)
+    branch = model.eval().stages[0][0].branch
+    inputs = torch.randn(2, branch.conv1.in_channels, 8, 8)
+    before = branch(inputs).detach()
+    Damp(0.5).apply(case_of(model, x))
+    torch.testing.assert_close(branch(inputs), before / 2)
 
 
 def test_unit_variance_scales_the_gains_of_standardised_weights():

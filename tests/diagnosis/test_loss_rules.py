@@ -66,6 +66,15 @@ def test_no_weights_get_a_bounded_output_past_its_least_loss(model, least, modul
         assert found(mended.after, "bounded-output") is None
 
 
+def test_a_module_that_is_used_inside_of_the_network_too_is_not_taken_out():
+    tanh = nn.Tanh()
+    model = nn.Sequential(nn.Linear(12, 16), tanh, nn.Linear(16, K), tanh)
+    finding = found(diagnose(model, X, targets=Y, optimizer="adamw"), "bounded-output")
+    assert finding is not None
+    assert finding.evidence["least loss"] == pytest.approx(TANH, rel=1e-4)
+    assert (finding.where, finding.remedies) == ((), ())
+
+
 @pytest.mark.parametrize(
     "model",
     [net(), net(nn.LogSoftmax(1)), net(nn.Flatten()), Applied(lambda out: 30 * torch.tanh(out / 30))],

@@ -75,6 +75,37 @@ def test_weights_that_weight_norm_computes_start_as_plain_ones_do_however_often(
     assert torch.equal(outputs[2], outputs[1])
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_reset_that_fills_whatever_parameters_there_are_draws_under_weight_norm_what_it_draws_of_plain_weights(norm):
+    """torch's recurrent layers draw all of `parameters()` from U(−b, b), b = 1/√hidden, of deviation b/√3."""
+    model, bound = Own("fixup"), 64**-0.5
+    model.memory = norm(nn.LSTM(8, 64), "weight_hh_l0")
+    sw.initialise_(model)
+    weight = model.memory.weight_hh_l0.detach()
+    assert float(weight.abs().max()) == pytest.approx(bound, rel=1e-2)
+    assert float(weight.std()) == pytest.approx(bound / 3**0.5, rel=2e-2)
+
+
+class Rotation(nn.Linear):
+    """A layer that resets what weight norm computes its weight from: W = g v / ‖v‖ = 1."""
+
+    def reset_parameters(self) -> None:
+        if not nn.utils.parametrize.is_parametrized(self):
+            super().reset_parameters()
+            return
+        nn.init.ones_(self.parametrizations.weight.original0)
+        nn.init.eye_(self.parametrizations.weight.original1)
+        nn.init.zeros_(self.bias)
+
+
+def test_a_reset_of_what_a_weight_is_computed_from_is_taken_at_its_word():
+    model = Own("fixup")
+    model.turn = nn.utils.parametrizations.weight_norm(Rotation(4, 4))
+    sw.initialise_(model)
+    torch.testing.assert_close(model.turn.weight.detach(), torch.eye(4))
+
+
 @pytest.mark.parametrize(
     "parametrise",
     [

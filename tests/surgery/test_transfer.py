@@ -54,9 +54,13 @@ def test_fixup_starts_as_its_rule_says():
     assert all(p.grad is not None for p in net.parameters())
 
 
-@pytest.mark.parametrize("scheme", ["fixup", "normfree", "zeroinit"])
+@pytest.mark.parametrize("scheme", ["fixup", "normfree", "zeroinit", "fixup on buffers"])
 def test_undo_puts_every_value_back(scheme):
-    net = without_norms()
+    net, (scheme, *buffers) = without_norms(), scheme.split(" on ")
+    for conv in [block.conv1 for block in net.blocks if buffers]:
+        weight = conv.weight.detach()
+        del conv.weight
+        conv.register_buffer("weight", weight)
     keys, classes, before = state(net)
     values = {name: value.clone() for name, value in net.state_dict().items()}
     rescheme(net, X, scheme, start="identity" if scheme == "normfree" else "scheme").undo()

@@ -311,7 +311,7 @@ class Diagnosis:
             remedies: what to apply, in order. None given: while the verdict is not "trains", the best of the offers,
                 then a new diagnosis, at most three times.
             inplace: change the model itself instead of a copy. A remedy that builds anew (`Rescheme`) returns another
-                model all the same. On any exception the model is put back.
+                model all the same, and leaves this one as it was. On any exception the model is put back.
 
         Raises:
             SkipwayError: no remedy is given, and none that was tried raises the odds.
@@ -374,7 +374,8 @@ class Treatment:
         settings: to train it with.
         applied: the remedies, in order.
         before, after: the diagnoses.
-        operations: the one by which they changed the model in place, if they did; `operation.undo()` takes it back.
+        operations: the one by which they changed the model in place, if they did; `operation.undo()` takes it back. On
+            a model that a remedy has built, those since, to be undone last one first.
     """
 
     model: nn.Module = field(repr=False)
@@ -482,27 +483,30 @@ def treat(diagnosis: Diagnosis, remedies: Sequence[Remedy], *, inplace: bool, ro
     subject = subject if inplace else replace(subject, model=copy_module(subject.model))
     limits = {"certainty": diagnosis.certainty, "allowance": diagnosis.allowance}
     done: list[Remedy] = []
+    operations: list[Operation] = []
     current, chosen = diagnosis, tuple(remedies) or diagnosis.remedies[:1]
     with transaction(subject.model, title="") as change:
         while chosen:
             for remedy in chosen:
-                subject, settings, operations = applied(remedy, subject, settings, inplace=True)
-                for operation in operations:  # on this model, or on another one that a remedy has built
-                    change.record(operation.journal.undo)
+                subject, settings, carried_out = applied(remedy, subject, settings, inplace=True)
+                operations += carried_out
             done += chosen
             subject.begin("diagnosing the mended network", counted=True)
             current = examine(subject, settings, **limits, remedies=0 if remedies else len(diagnosis.tried))
             further = not remedies and current.verdict != "trains" and len(done) < rounds
             chosen = current.remedies[:1] if further else ()
         change.title = "; and ".join(map(str, done))
-        carried_out = (change.commit(),) if change.mark else ()
+        parts = set(subject.model.modules())  # those of this model are undone by `change`, which is on none built anew
+        kept = [each for each in operations if each.model in parts and each.model is not change.model]
+        if change.mark and change.model in parts:
+            kept.insert(0, change.commit())
     return Treatment(
         model=subject.model,
         settings=settings,
         applied=tuple(done),
         before=diagnosis,
         after=current,
-        operations=carried_out,
+        operations=tuple(kept),
     )
 
 

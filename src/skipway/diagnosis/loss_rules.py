@@ -137,14 +137,16 @@ def constant(context: Context, value: Value) -> Tensor:
 
 
 def bounding(context: Context, way: list[Value]) -> str | None:
-    """The module without parameters and parts of its own that does what bounds the outputs."""
+    """The module without parameters and parts of its own that does what bounds the outputs, and nothing else: it runs
+    once.
+    """
     program, model = context.subject.program, context.subject.model
     numbers = {value.number for value in way}
     for value in way[:-1]:
         for name in program.makers.get(value.number, ()):
             module = model.get_submodule(name)
             own = next(module.parameters(), None) is None and next(module.children(), None) is None
-            if name and own and numbers & set(program.given.get(name, {}).values()):
+            if name and own and program.runs[name] == 1 and numbers & set(program.given.get(name, {}).values()):
                 return name
     return None
 

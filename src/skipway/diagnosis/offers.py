@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from skipway.diagnosis.findings import LEVELS, Finding, Verdict, format_share
 from skipway.diagnosis.odds import CHECKPOINTS, is_hopeless
@@ -259,10 +259,16 @@ class RemedySearch:
 
 
 def changes_frozen(before: nn.Module, after: nn.Module) -> bool:
-    """Whether a remedy has changed parameters that are not trained, or taken them out."""
-    frozen = {name: each for name, each in before.named_parameters() if not each.requires_grad}
-    now = dict(after.named_parameters())
-    return any(name not in now or not torch.equal(each, now[name]) for name, each in frozen.items())
+    """Whether a remedy has changed the values of weights that are not trained, or taken them out."""
+    frozen = {name: each for name, each in weights_of(before).items() if not each.requires_grad}
+    now = weights_of(after)
+    return any(name not in now or not torch.equal(each, now[name].to(each.dtype)) for name, each in frozen.items())
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model, and the weights and biases that it holds as buffers, by name."""
+    held = {name: each for name, each in model.named_buffers() if name.rpartition(".")[2] in ("weight", "bias")}
+    return {**held, **dict(model.named_parameters())}
 
 
 DIRECTIONS: dict[Cause | None, float] = {"rate-too-high": 0.1, "rate-too-low": 10.0}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skipway.diagnosis.settings import Settings
 from skipway.errors import SkipwayError
 from skipway.nn import Gain
-from skipway.nn.computed_weights import computed_weight, set_weight
+from skipway.nn.computed_weights import computed_weight, set_weight, stored_weight
 from skipway.nn.maps import LinearMap
 from skipway.optim.clip import ClipNorm
 from skipway.schemes.initialisation import initialise_
@@ -116,18 +116,28 @@ class Clip:
 
 @dataclass(frozen=True)
 class Together:
-    """Several remedies, one after the other, as one operation: where one raises, the model is as before the first."""
+    """Several remedies, one after the other, as one operation: where one raises, the model is as before the first.
+
+    Where one builds another model, as `Rescheme` does, those after it are an operation on that one, and the old one is
+    as before the first, unless it is a part of the new one.
+    """
 
     remedies: tuple[Any, ...]
 
+    def __post_init__(self) -> None:
+        parts = (each.remedies if isinstance(each, Together) else (each,) for each in self.remedies)
+        object.__setattr__(self, "remedies", tuple(part for several in parts for part in several))
+
     def apply(self, case: Case) -> Case:
-        case = replace(case, operation=None)
         with transaction(case.model, title=str(self)) as change:
-            for number, remedy in enumerate(self.remedies):
-                now = chain(case.model, case.example) if number else case.chain  # a remedy changes connections, too
-                case = remedy.apply(replace(case, chain=now))
-                if case.operation is not None:  # of this model, or of another one that a remedy has built
-                    change.record(case.operation.journal.undo)
+            for number, remedy in enumerate(self.remedies, start=1):
+                case, rest = remedy.apply(replace(case, operation=None)), self.remedies[number:]
+                if rest:
+                    case = replace(case, chain=chain(case.model, case.example))  # a remedy changes connections, too
+                if case.model is not change.model:
+                    if change.mark and change.model in set(case.model.modules()):
+                        change.commit()
+                    return Together(rest).apply(case) if rest else case
             return replace(case, operation=change.commit() if change.mark else None)
 
     def __str__(self) -> str:
@@ -336,7 +346,7 @@ class Revive:
                 restart = getattr(module, "reset_parameters", None)
                 if callable(restart):
                     restart()
-                computed = module._parameters.get("weight") is None  # anew in the next pass, so that it is no evidence
+                computed = stored_weight(module, "weight") is None  # anew in the next pass, so that it is no evidence
                 if computed or not bool(module.weight.any()):  # type: ignore[union-attr]
                     drawn = nn.init.kaiming_normal_(torch.empty_like(module.weight), nonlinearity="linear")  # type: ignore[arg-type]
                     if not set_weight(module, "weight", drawn):

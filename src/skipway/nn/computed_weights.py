@@ -16,7 +16,15 @@ from torch.nn.utils.parametrizations import _WeightNorm
 
 from skipway.errors import SkipwayError
 
-__all__ = ["computed_names", "computed_weight", "multiply_tensor", "set_weight", "temporary_weights"]
+__all__ = ["computed_names", "computed_weight", "multiply_tensor", "set_weight", "stored_weight", "temporary_weights"]
+
+
+def stored_weight(module: nn.Module, name: str) -> Tensor | None:
+    """A weight or bias that a module holds itself: a parameter, or a buffer of real numbers, as a frozen norm has it;
+    None where there is none, or where it is computed from others.
+    """
+    parameter, buffer = module._parameters.get(name), module._buffers.get(name)
+    return buffer if parameter is None and buffer is not None and buffer.is_floating_point() else parameter
 
 
 @torch.no_grad()
@@ -28,7 +36,8 @@ def multiply_tensor(module: nn.Module, name: str, factor: float, rows: slice | N
     if not isinstance(value, Tensor):
         return True
     parts = weight_norm_parts(module, name)
-    source = value if isinstance(value, nn.Parameter) else None if parts is None else parts[0]
+    stored = isinstance(value, nn.Parameter) or value is stored_weight(module, name)
+    source = value if stored else None if parts is None else parts[0]
     if source is not None and (rows is None or source.shape[:1] == value.shape[:1]):
         (source if rows is None else source[rows]).mul_(factor)
         if name in vars(module):  # where the hook leaves the weight
@@ -39,12 +48,13 @@ def multiply_tensor(module: nn.Module, name: str, factor: float, rows: slice | N
 
 @torch.no_grad()
 def set_weight(module: nn.Module, name: str, values: Tensor) -> bool:
-    """Write a weight or bias in place: into the parameter, or into those that weight norm or another parametrization
-    computes it from in every pass; False if these do not give such values, which leaves them as they were.
+    """Write a weight or bias in place: into the parameter or buffer, or into those that weight norm or another
+    parametrization computes it from in every pass; False if these do not give such values, which leaves them as they
+    were.
     """
-    parameter = module._parameters.get(name)
-    if parameter is not None:
-        parameter.copy_(values)
+    stored = stored_weight(module, name)
+    if stored is not None:
+        stored.copy_(values)
     elif (parts := weight_norm_parts(module, name)) is not None:
         gain, direction = parts
         axes = [axis for axis in range(direction.ndim) if gain.ndim == 0 or gain.shape[axis] == 1]
@@ -127,23 +137,27 @@ def parametrized_names(module: nn.Module) -> list[str]:
 
 @contextmanager
 def temporary_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Context in which the weights of a module that are computed are plain tensors, which its `reset_parameters` fills;
-    gives these by name, NaN until then.
+    """Context in which the weights of a module that are computed are plain parameters, which its `reset_parameters`
+    fills, by name or as those of torch's recurrent layers does, whatever is in `parameters()`; gives them by name, NaN
+    where they were not filled.
     """
     kind: Any = type(module)
     weights: dict[str, Tensor] = {name: getattr(module, name) for name in computed_names(module)}
     held = (*module.parameters(), *module.buffers()) if weights else ()  # on whose device what a hook left need not be
     drawn = {name: torch.full_like(weight, torch.nan, device=held[0].device) for name, weight in weights.items()}
     names = parametrized_names(module)
+    left = {name: vars(module).pop(name) for name in drawn if name in vars(module)}  # by a hook
     try:
         # the subclass that torch made computes them in properties
         module.__class__ = next(each for each in kind.__mro__ if not any(hasattr(each, name) for name in names))
-        vars(module).update(drawn)
+        module._parameters.update({name: nn.Parameter(values, False) for name, values in drawn.items()})
         yield drawn
+        drawn.update({name: module.get_parameter(name).detach() for name in drawn})  # the reset may have exchanged it
     finally:
-        for name in names:
-            vars(module).pop(name, None)
+        for name in drawn:
+            module._parameters.pop(name, None)
         module.__class__ = kind
+        vars(module).update(left)
 
 
 def computed_weight(what: str) -> SkipwayError:

@@ -162,8 +162,14 @@ class LinearMap:
 
     @property
     def name(self) -> str:
-        """The module's attribute in which the map's output is linear: the weight, or the gain of a standardised one."""
-        return "gain" if isinstance(self.module, ScaledStandardConv2d | ScaledStandardLinear) else "weight"
+        """The module's attribute in which the map's output is linear: the weight, or the gain of a standardised one, of
+        ours or of timm's, with a number per output.
+        """
+        gain = getattr(self.module, "gain", None)
+        if not isinstance(gain, Tensor):
+            return "weight"
+        weight = getattr(self.module, "weight", None)
+        return "gain" if isinstance(weight, Tensor) and gain.shape[:1] == weight.shape[:1] else "weight"
 
     @property
     def weight(self) -> Tensor:

@@ -74,7 +74,9 @@ def reset(name: str, module: nn.Module) -> None:
         with temporary_weights(module) as drawn:
             restart()
         for weight, values in drawn.items():
-            if not values.is_meta and (values.isnan().any() or not set_weight(module, weight, values)):
+            if values.is_meta or values.isnan().all():  # it fills what the weight is computed from itself, if anything
+                continue
+            if values.isnan().any() or not set_weight(module, weight, values):
                 raise computed_weight(f"the {weight} of {name or 'the model'}")
     elif computed_names(module) or next(module.parameters(recurse=False), None) is not None:
         raise SkipwayError(

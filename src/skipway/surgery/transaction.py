@@ -135,10 +135,12 @@ class Transaction:
             self.record(partial(write, tensor, tensor.detach().clone()))
 
     def keep_module(self, module: nn.Module) -> None:
-        """Keep a copy of the parameters of a module, and of all that parametrizations in it hold, which their inverses
-        may exchange, before a weight is read or written.
+        """Keep a copy of the parameters of a module, of weights that it holds as buffers, and of all that
+        parametrizations in it hold, which their inverses may exchange, before a weight is read or written.
         """
         self.keep_values(module.parameters())
+        held = (each._buffers.get(name) for each in module.modules() for name in ("weight", "bias"))
+        self.keep_values(weight for weight in held if weight is not None)  # and no statistics, which passes write
         lists = [each for each in module.modules() if isinstance(each, ParametrizationList)]
         for each in dict.fromkeys(part for held in lists for part in held.modules()):
             self.keep_values(each.buffers(recurse=False))

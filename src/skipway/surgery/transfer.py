@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError
 from skipway.nn import Conv2d, Linear, LinearMap, Multiply, ScaledShortcut, ScaledStandardConv2d, ScaledStandardLinear
-from skipway.nn.computed_weights import computed_weight, multiply_tensor
+from skipway.nn.computed_weights import computed_weight, multiply_tensor, stored_weight
 from skipway.nn.initial import Initial
 from skipway.nn.kit import Kit
 from skipway.nn.maps import standardise
@@ -286,7 +286,7 @@ def check_path(connection: StartedConnection) -> None:
     for name in connection.seen.maps:
         module = connection.model.get_submodule(name)
         for weight in ("weight", "in_proj_weight"):
-            if weight not in module._parameters and isinstance(getattr(module, weight, None), Tensor):
+            if stored_weight(module, weight) is None and isinstance(getattr(module, weight, None), Tensor):
                 raise computed_weight(f"the weight of {name}")
         packed = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
         output = isinstance(connection.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
@@ -303,10 +303,10 @@ def restart(module: nn.Module, conv: nn.Module, linear: nn.Module) -> None:
         assert module.in_proj_weight is not None
         weights, biases = list(module.in_proj_weight.chunk(3)), [module.in_proj_bias]
     else:
-        weights, biases = [module.get_parameter("weight")], [module.bias]
+        weights, biases = [module.weight], [module.bias]
     initial: Initial = (linear if isinstance(module, nn.Linear | nn.MultiheadAttention) else conv).initial  # type: ignore[assignment]
     for weight in weights:
-        initial(weight)
+        initial(weight)  # type: ignore[arg-type]
     for bias in biases:
         if isinstance(bias, Tensor):
             bias.zero_()

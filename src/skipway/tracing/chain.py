@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, counted
 from skipway.nn import Branch, Classifier, LinearMap, Residual
-from skipway.nn.computed_weights import computed_weight, multiply_tensor
+from skipway.nn.computed_weights import computed_weight, multiply_tensor, stored_weight
 from skipway.nn.site import Site
 from skipway.tracing import Example, Program, Refusal, ResidualAdd, find_residual_adds, unwrap, watch
 from skipway.tracing.paths import condense_paths
@@ -168,7 +168,7 @@ class WatchedConnection:
                 "puts out cannot be multiplied in place"
             )
         for module in modules:
-            for name in ("weight", "bias"):
+            for name in (LinearMap(module).name, "bias"):
                 if is_first(done, module, name) and not multiply_tensor(module, name, factor):
                     raise computed_weight(f"the {name} of the last map of connection {self.name!r}")
 
@@ -180,11 +180,11 @@ class WatchedConnection:
 
 
 def is_first(done: set[Any], module: nn.Module, name: str, rows: slice | None = None) -> bool:
-    """Whether a weight is none of those that were done, to which it is added. Modules may share a parameter; one that
-    is computed is known by its module.
+    """Whether a weight is none of those that were done, to which it is added. Modules may share a parameter or buffer;
+    a weight that is computed is known by its module.
     """
-    parameter = module._parameters.get(name)
-    key = (id(module), name) if parameter is None else (id(parameter), str(rows))
+    stored = stored_weight(module, name)
+    key = (id(module), name) if stored is None else (id(stored), str(rows))
     known = key in done
     done.add(key)
     return not known

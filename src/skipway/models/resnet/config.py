@@ -84,7 +84,7 @@ class ResNetConfig:
 
     @property
     def transitions(self) -> int:
-        """Convolutions between stages that no connection spans."""
+        """Pooled convolutions in front of the stages, the first of them in the stem; no connection spans them."""
         return len(self.blocks) if self.transition == "pooled" else 0
 
     @property
