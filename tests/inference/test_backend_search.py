@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import pickle
 import random
+import signal
 import threading
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,7 +24,7 @@ from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerCheck
 from skipway.inference.backend_search import LATE, BackendSearch
 from skipway.inference.backend_selection import BackendComparison, BackendResult
-from skipway.inference.backends import BACKENDS, ORIGINAL, Backend, Choice, convert_openvino_for
+from skipway.inference.backends import BACKENDS, ORIGINAL, Backend, Choice, compile_openvino, convert_openvino_for
 from skipway.inference.batch_pieces import PieceRun, find_batch_axes, stream_threads
 from skipway.inference.optimized_model import OptimizedModel, assemble, load_optimized, optimize
 
@@ -219,6 +224,25 @@ def test_an_original_that_fails_when_it_is_timed_ends_no_search(monkeypatch):
     assert optimize(nn.Linear(4, 2), torch.randn(2, 4), backends="torch", cache=False).backend == "torch"
 
 
+class WearsOut(nn.Linear):
+    """Fails from its fourth call on."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.held = SimpleNamespace(calls=0)
+
+    def forward(self, x):
+        self.held.calls += 1
+        if self.held.calls > 3:
+            raise RuntimeError("worn out")
+        return super().forward(x)
+
+
+def test_what_fails_when_it_is_timed_is_said():
+    with pytest.raises(SkipwayError, match="no backend agrees with the model: torch float32: failed: RuntimeError"):
+        optimize(WearsOut(), X, backends="torch", cache=False)
+
+
 def test_a_coarser_precision_is_taken_where_it_is_allowed_only(monkeypatch):
     table = {Choice("a", precision): seconds for precision, seconds in (("float32", 0.5), ("bfloat16", 0.2))}
     Fakes(monkeypatch, table)
@@ -296,6 +320,28 @@ def test_dependence_on_samples_far_away():
     assert find_batch_axes(Lag(4, 3), X) is None
     assert find_batch_axes(nn.Sequential(Lag(4, 3), Argmax()), X) is None
     assert find_batch_axes(nn.Sequential(nn.Linear(4, 9), Argmax()), X).outputs == (0,)
+
+
+class Neighbours(nn.Module):
+    """Takes a hundredth from four samples before, which neither one sample nor two of them show."""
+
+    def forward(self, x):
+        x = x + 0.01 * x.roll(4, 0)
+        return x, x.argmax(1)
+
+
+class Tokens(nn.Module):
+    """A hundred whole numbers for each sample, of which the first one counts the batch."""
+
+    def forward(self, x):
+        tokens = (50 * x[:, :1] * torch.arange(100)).long()
+        return torch.cat([tokens[:, :1] + len(x), tokens[:, 1:]], 1)
+
+
+def test_whole_numbers_beside_it_excuse_no_dependence():
+    """Nor do the others of them, where it is a hundredth of the whole numbers that depends on the batch."""
+    assert find_batch_axes(Neighbours(), X) is None
+    assert find_batch_axes(Tokens(), X) is None
 
 
 class Argmax(nn.Module):
@@ -456,6 +502,61 @@ def test_openvino_converts_twice_for_batches_of_all_sizes(monkeypatch):
     assert shapes == [[(8, 1, 4, 4)], [(-1, 1, 4, 4)]]
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_openvino_runs_in_a_forked_process():
+    """Which has none of the engine's threads."""
+    pytest.importorskip("openvino")
+    run = BACKENDS["openvino"].build(nn.Linear(4, 3).eval(), X, Choice("openvino"))
+    expected = run(X).numpy()
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(int(not np.allclose(run(X).numpy(), expected)))
+        finally:
+            os._exit(2)
+    done, until = (0, 0), time.monotonic() + 30
+    while not done[0] and time.monotonic() < until:
+        time.sleep(0.01)
+        done = os.waitpid(child, os.WNOHANG)
+    if not done[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done == (child, 0)
+
+
+def test_an_interrupted_request_of_openvino_is_awaited_and_not_used_again(monkeypatch):
+    """The engine goes on reading the memory of the input."""
+    openvino = pytest.importorskip("openvino")
+    made, begun = [], []
+
+    class Request:
+        waits = 0
+
+        def start_async(self, inputs):
+            begun.append(self)
+            if len(begun) == 3:
+                raise KeyboardInterrupt
+
+        def wait(self):
+            self.waits += 1
+
+        def get_output_tensor(self, place):
+            return SimpleNamespace(data=np.zeros(1))
+
+    compiled = SimpleNamespace(create_infer_request=lambda: made.append(Request()) or made[-1])
+    monkeypatch.setattr(openvino, "Core", lambda: SimpleNamespace(compile_model=lambda *given: compiled))
+    run = compile_openvino(None, Choice("openvino"))
+    for _ in range(2):
+        run(X)
+    assert len(made) == 1
+    with pytest.raises(KeyboardInterrupt):
+        run(X)
+    assert made[0].waits == 3
+    run(X)
+    assert len(made) == 2
+
+
 def test_openvino_takes_what_is_traced_differently_every_time():
     pytest.importorskip("openvino")
     comparison = BackendComparison(Alternating(), X)
@@ -516,6 +617,13 @@ def test_a_file_is_loaded_by_the_tolerance_that_it_was_made_with(monkeypatch, tm
     torch.save(stored, tmp_path / "strict.pt")
     with pytest.raises(SkipwayError, match=r"differs by 1\.0e-01 of the largest output, more than 0\.05"):
         load_optimized(tmp_path / "strict.pt")
+
+
+def test_a_remark_is_kept_beside_one_that_contains_its_words(monkeypatch, tmp_path):
+    comparison = BackendComparison(nn.Linear(4, 3), X)
+    path = assemble(comparison, Choice(ORIGINAL), "10.5% of the tokens; first").save(tmp_path / "fast.pt")
+    monkeypatch.setattr(BackendComparison, "remarks", lambda self, choice: ["0.5% of the tokens", "first"])
+    assert load_optimized(path).remark == "10.5% of the tokens; first; 0.5% of the tokens"
 
 
 def test_files_that_are_none(tmp_path):

@@ -199,8 +199,9 @@ class BackendSearch:
             return self.times[choice]
         rivals = [each for each in self.times if each in comparison.runs]  # the original may have failed
         rival = min(rivals, key=self.times.__getitem__, default=choice)
-        seconds, again = comparison.time_once(choice), comparison.time_once(rival)
-        if not math.isfinite(seconds):
+        seconds = comparison.time_once(choice)
+        again = comparison.time_once(rival) if choice in comparison.runs else math.inf
+        if choice not in comparison.runs:
             return math.inf
         if math.isfinite(again):
             self.times[choice] = self.times.get(rival, again) * seconds / (again or 1e-9)

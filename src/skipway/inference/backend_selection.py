@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerChange, AnswerCheck
 from skipway.inference.backends import BACKENDS, INT8, ORIGINAL, Backend, Choice, Run, call_with
-from skipway.inference.batch_pieces import BatchAxes, build_run, find_batch_axes
-from skipway.inference.hooks import foreign_hook, share_hooks
+from skipway.inference.batch_pieces import BatchAxes, build_run, find_batch_axes, halve
+from skipway.inference.hooks import copy_network, foreign_hook, share_hooks
 from skipway.inference.inputs import root_cause
 from skipway.inference.outputs import (
     has_numbers,
     in_container,
     in_type,
-    is_unchanged,
+    is_rounding,
     output_difference,
     whole_share,
 )
@@ -33,7 +32,7 @@ from skipway.surgery.fusion import fuse
 from skipway.surgery.preconditions import require_operable
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import copy_example
-from skipway.tracing.module_state import copy_module, differing_state, set_state
+from skipway.tracing.module_state import differing_state, is_changed
 from skipway.tracing.watch import watch
 
 __all__ = ["ROUNDS", "TOLERANCES", "BackendComparison", "BackendResult", "quickest", "with_timings"]
@@ -52,6 +51,7 @@ BRIEF = 0.1
 
 WRITES = "the model writes into its arguments"
 WITHOUT_WRITES = "if that is not needed, wrap it in a module that calls it with copies"
+WITHOUT_STATE = "leave that out of its forward if it is not needed"
 WITHOUT_HOOK = "remove it if it is not needed"
 
 
@@ -103,6 +103,11 @@ def with_timings(results: Mapping[Choice, BackendResult], timings: Iterable[Timi
     return timed
 
 
+def vary(tensor: Tensor) -> Tensor:
+    """A tensor of other values that a network is likely to take: halves of floating numbers, of others the largest."""
+    return halve(tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor.amax().expand_as(tensor)
+
+
 class BackendComparison:
     """Backends built for one model and one example, compared with the original and timed interleaved.
 
@@ -127,47 +132,94 @@ class BackendComparison:
     ) -> None:
         model = require_operable(model)
         # a file holds the whole storage of what it holds part of: the example may be a view of all images
-        self.model, self.example = model, (example := copy_example(example))
+        self.example = example = copy_example(example)
         self.folded, self.clock = share_hooks(fuse(model), model), clock
         self.check, self.quantized, self.refusal = check, quantized, ""
         self.answers: dict[Choice, AnswerChange] = {}
         self.changed: dict[Choice, float] = {}
-        self.models: WeakValueDictionary[Choice, nn.Module] = WeakValueDictionary()
-        self.original = original = share_hooks(copy_module(model).eval(), model)
-        self.expected: list[tuple[Any, Any]] = []
+        self.pristine = copy_network(model).eval()
+        self.original = copy_network(self.pristine)
+        self.expected: list[tuple[Any, Any, Any]] = []
         self.writes = False
-        with torch.no_grad():
-            for given in (example, self.other_example()):
-                fresh = map_tensors(torch.clone, given)
-                try:
-                    output = call_with(original, fresh)
-                except Exception as error:  # a network raises whatever it likes
-                    if self.expected and given is not example:
-                        break  # it takes no random numbers: indices, or a range that it asserts
-                    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(given))
-                    raise SkipwayError(
-                        f"this {type(model).__name__} fails on its example of shape {shapes}: {root_cause(error)}"
-                    ) from error
-                if not any(True for _ in tensors_in(output)):
-                    raise SkipwayError(f"this {type(model).__name__} returns no tensor that could be compared")
-                self.writes |= not is_unchanged(given, fresh)
-                if has_numbers(output):
-                    self.expected.append((given, output))
-                elif not self.expected:
-                    raise SkipwayError(
-                        f"this {type(model).__name__} returns no values, or nothing but NaN, on its example, so that "
-                        "nothing could be compared; give an example like the data that is to come"
-                    )
-        self.written, self.hooked = differing_state(model, original), foreign_hook(original)
-        self.whole = WRITES if self.writes else self.hooked and f"{self.hooked} has a forward hook"
-        self.axes: BatchAxes | None = None if self.whole else find_batch_axes(original, example)
-        set_state(self.written, model, original)
+        self.state = self.find_state(self.call_original())
+        if not self.state:  # one copy is as good as the other
+            self.pristine = self.original
+        hooked = foreign_hook(self.original)
+        obstacles = (
+            (self.writes, WRITES, WITHOUT_WRITES),
+            (self.state, self.state, WITHOUT_STATE),
+            (hooked, f"{hooked} has a forward hook", WITHOUT_HOOK),
+        )
+        self.whole, self.remedy = next(((what, remedy) for found, what, remedy in obstacles if found), ("", ""))
+        self.axes: BatchAxes | None = None
+        if not self.whole:
+            self.axes = find_batch_axes(self.original, example, self.expected[0][1])
         plain = Choice(ORIGINAL)
-        self.runs: dict[Choice, Run] = {plain: original}
+        self.runs: dict[Choice, Run] = {plain: self.original}
         self.results = {plain: BackendResult(plain, difference=0.0, build_seconds=0.0)}
         self.judged: dict[Choice, float] = {}
         device = next(tensors_in(example)).device
         self.finish = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+    @torch.no_grad()
+    def call_original(self) -> list[str]:
+        """Call the original with the example and, if it takes that, with random input; keep what it returns and what
+        it leaves in its arguments. Return what then differs from the model that was never called.
+
+        Raises:
+            SkipwayError: it fails on the example, or returns no tensor, or NaN alone.
+        """
+        kind, written = type(self.original).__name__, list[str]()
+        for given in (self.example, self.other_example()):
+            fresh = map_tensors(torch.clone, given)
+            try:
+                output = call_with(self.original, fresh)
+            except Exception as error:  # a network raises whatever it likes
+                if self.expected and given is not self.example:
+                    break  # it takes no random numbers: indices, or a range that it asserts
+                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(given))
+                why = f"this {kind} fails on its example of shape {shapes}: {root_cause(error)}"
+                raise SkipwayError(why) from error
+            if not any(True for _ in tensors_in(output)):
+                raise SkipwayError(f"this {kind} returns no tensor that could be compared")
+            self.writes |= is_changed(given, fresh)
+            written = written or differing_state(self.pristine, self.original)
+            if written:  # it may return what the next call writes into
+                output = map_tensors(torch.clone, output)
+            if has_numbers(output):
+                self.expected.append((given, output, fresh))
+            elif not self.expected:
+                raise SkipwayError(
+                    f"this {kind} returns no values, or nothing but NaN, on its example, so that nothing could be "
+                    "compared; give an example like the data that is to come"
+                )
+        return written
+
+    @torch.no_grad()
+    def find_state(self, written: Sequence[str]) -> str:
+        """What of earlier calls later ones may depend on, in words; empty where they depend on nothing.
+
+        What a call writes may be what any call writes, a table for example. So another copy is called with other inputs
+        in another order, and more often: where it comes to the same state and returns the same, nothing is kept.
+
+        Args:
+            written: what calls have written into.
+        """
+        network, calls = self.original, [self.example]
+        wrote = f"a call writes into {written[0]}" if written else ""
+        try:
+            if written:
+                other = map_tensors(vary, self.example)
+                if not is_changed(self.example, other):
+                    return wrote
+                network, calls = copy_network(self.pristine), [other, self.example, other]
+            outputs = [call_with(network, map_tensors(torch.clone, given)) for given in calls]
+            same = is_rounding(self.expected[0][1], outputs[len(calls) // 2])
+        except Exception as error:  # a network raises whatever it likes, and may return other tensors
+            return wrote or f"a second call with one input fails or returns something else ({error_line(error)})"
+        if written and (found := differing_state(self.original, network)):
+            return f"a call writes into {found[0]}"
+        return "" if same else "a second call with one input returns something else"
 
     def other_example(self) -> Any:
         """Random input of the same shape, which the model need not take; the example itself where it is no floating
@@ -199,7 +251,7 @@ class BackendComparison:
     @property
     def lost(self) -> str:
         """What backends lose that run no Python, and the way out."""
-        return f"{self.whole}, which is lost in this backend; {WITHOUT_WRITES if self.writes else WITHOUT_HOOK}"
+        return f"{self.whole}, which is lost in this backend; {self.remedy}"
 
     def add(self, choice: Choice, tolerance: float | None = None, backend: Backend | None = None) -> None:
         """Build a choice and compare its output with the original's; what goes wrong becomes its result's note.
@@ -216,6 +268,8 @@ class BackendComparison:
         refused = problem or (self.refusal if choice.precision == INT8 else "")
         if not refused and not backend.any_call and self.whole:
             refused = self.lost
+        if not refused and backend.frozen and self.state:
+            refused = f"{self.state}, and this backend makes constants of what a network holds; {WITHOUT_STATE}"
         if refused:
             self.results[choice] = replace(result, note=str(refused))
             return
@@ -223,19 +277,9 @@ class BackendComparison:
             why = f"{self.reader} reads values of its input, and this backend keeps what the example led to"
             self.results[choice] = replace(result, note=why)
             return
-        if choice.precision == INT8 and self.quantized is not None:
-            backend = self.quantized.on(backend)
-        expected = self.expected[0][1]
-        if not backend.any_call:
-            one = backend.build
-            backend = replace(backend, build=lambda net, given, asked: in_container(expected, one(net, given, asked)))
         try:
             with torch.no_grad():
-                model = copy_module(self.folded) if backend.alters else self.folded
-                example = self.fresh(self.example)
-                if backend.alters:
-                    self.models[choice] = share_hooks(model, self.model)
-                run = in_type(expected, build_run(backend, model, example, choice, self.axes, self.original))
+                run = self.build(choice, backend)
                 gap, note = self.judge(choice, run, tolerance)
         except Exception as error:  # other libraries raise errors of their own
             self.results[choice] = replace(result, note=f"failed: {error_line(error)}")
@@ -244,6 +288,26 @@ class BackendComparison:
             self.runs[choice] = run
         self.results[choice] = replace(result, difference=gap, build_seconds=self.clock() - start, note=note)
 
+    def build(self, choice: Choice, backend: Backend) -> Run:
+        """Build a choice of the folded network, of a copy of it where that or calls change it."""
+        if choice.precision == INT8 and self.quantized is not None:
+            backend = self.quantized.on(backend)
+        expected = self.expected[0][1]
+        if not backend.any_call:
+            one = backend.build
+            backend = replace(backend, build=lambda net, given, asked: in_container(expected, one(net, given, asked)))
+        model = copy_network(self.folded) if backend.alters or self.state else self.folded
+        run = build_run(backend, model, self.fresh(self.example), choice, self.axes, self.original)
+        return in_type(expected, run)
+
+    @torch.no_grad()
+    def at_start(self, choice: Choice) -> tuple[Run, nn.Module]:
+        """A choice that was built, and the original, in the state of the model: both anew where calls change it."""
+        if not self.state:
+            return self.runs[choice], self.original
+        original = copy_network(self.pristine)
+        return original if choice.backend == ORIGINAL else self.build(choice, BACKENDS[choice.backend]), original
+
     def judge(self, choice: Choice, run: Run, tolerance: float | None) -> tuple[float, str]:
         """Return the largest difference from the original, in int8 from the network that was checked, and why it is too
         large; empty where it is not. What the original writes into its arguments counts as what it returns.
@@ -251,19 +315,16 @@ class BackendComparison:
         allowed, gap, share = TOLERANCES[choice.precision] if tolerance is None else tolerance, 0.0, 0.0
         pairs = self.expected
         if choice.precision == INT8 and self.quantized is not None:
-            allowed, pairs = TOLERANCES[INT8], [(self.quantized.example, self.quantized.outputs)]
-        for given, expected in pairs:
+            allowed, pairs = TOLERANCES[INT8], [(self.quantized.example, self.quantized.outputs, None)]
+        for given, expected, written in pairs:
             fresh = self.fresh(given)
             start = self.clock()
             output = call_with(run, fresh)
             self.finish()
             self.judged[choice] = self.clock() - start  # of the last one: the first may compile
             gap, share = max(gap, output_difference(expected, output)), max(share, whole_share(expected, output))
-            if self.writes and pairs is self.expected:
-                call_with(self.original, written := self.fresh(given))
-                set_state(self.written, self.model, self.original)
-                if (lost := output_difference(written, fresh)) > allowed:
-                    return lost, f"{WRITES}, and this choice writes something else, or into a copy; {WITHOUT_WRITES}"
+            if self.writes and written is not None and (lost := output_difference(written, fresh)) > allowed:
+                return lost, f"{WRITES}, and this choice writes something else, or into a copy; {WITHOUT_WRITES}"
         self.changed[choice] = share
         if gap <= allowed:
             return gap, ""
@@ -277,17 +338,9 @@ class BackendComparison:
         found = []
         if share := self.changed.get(choice, 0.0):
             found.append(f"{share:.2%} of the whole numbers that it returns (classes, tokens) are not the original's")
-        if self.written:
-            found.append(
-                f"a call writes into {self.written[0]}: what is returned may depend on the calls before; it starts as "
-                "the model was"
-            )
+        if self.state:
+            found.append(f"{self.state}: what is returned may depend on the calls before; it starts as the model was")
         return found
-
-    def put_back_state(self, choice: Choice) -> None:
-        """Put back what the calls of a search wrote into the original and the network of a choice."""
-        for network in (self.original, self.models.get(choice, self.original)):
-            set_state(self.written, self.model, network)
 
     def quantize(self, calibration: Tensor, tell: Callable[[str], None], patience: float = math.inf) -> None:
         """Quantise the network for choices in int8; where that fails, costs answers, or takes longer than `patience`
@@ -308,7 +361,7 @@ class BackendComparison:
         """Whether a choice gives the original's answers on held-out images; the change is kept, and why it does not."""
         if self.check is None or choice not in self.runs:
             return True
-        change = self.answers[choice] = self.check.change(self.runs[choice])
+        change = self.answers[choice] = self.check.change(self.at_start(choice)[0])
         if not change.kept:
             self.results[choice] = replace(self.results[choice], note=change.refusal)
             del self.runs[choice]

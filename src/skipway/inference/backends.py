@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 Run = Callable[..., Any]
+T = TypeVar("T")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Types of the products by name."""
@@ -116,6 +117,8 @@ class Backend:
         any_size: whether it runs tensors of other sizes than the example's as fast.
         keeps_path: whether it keeps the path through the code, and the values read there, that the example led to.
         layouts: names in `LAYOUTS` that are worth trying for images; the first one for everything else.
+        frozen: whether weights or buffers are constants in what it builds, or `build` calls the network: no state that
+            calls change is kept.
         alters: whether `build` changes the network; if not, it is called with the same one every time.
         slow: whether it builds for so long that it is tried when everything else has been, and pieces at the end.
         patience: seconds that building takes for 100 modules with weights, roughly; a search goes by what it took
@@ -132,6 +135,7 @@ class Backend:
     any_size: bool = False
     keeps_path: bool = False
     layouts: tuple[str, ...] = ("contiguous",)
+    frozen: bool = False
     alters: bool = True
     slow: bool = False
     patience: float = 0.0
@@ -371,23 +375,44 @@ def compile_openvino(converted: Any, choice: Choice, precision: str | None = Non
         "NUM_STREAMS": choice.streams,
         "INFERENCE_NUM_THREADS": torch.get_num_threads() * choice.streams,
     }
-    compiled = openvino.Core().compile_model(converted, "CPU", settings)
-    requests: list[Any] = []  # popping and appending are atomic
+
+    def compile_network() -> tuple[Any, list[Any]]:
+        return openvino.Core().compile_model(converted, "CPU", settings), []
+
+    here = in_each_process(compile_network)
 
     def run(x: Tensor) -> Tensor:
+        compiled, requests = here()
         try:
-            request = requests.pop()
+            request = requests.pop()  # popping and appending are atomic
         except IndexError:
             request = compiled.create_infer_request()
+        given = x.contiguous()
+        tensor: Any = openvino.Tensor(given.numpy(), shared_memory=True)
         try:
-            tensor: Any = openvino.Tensor(x.contiguous().numpy(), shared_memory=True)
             request.start_async([tensor])  # on threads of the engine's: those of torch's streams are slower by a tenth
-            request.wait()
-            return torch.from_numpy(request.get_output_tensor(0).data.copy())
         finally:
-            requests.append(request)
+            request.wait()  # also after Ctrl-C: the engine reads the memory of x until it is done
+        output = torch.from_numpy(request.get_output_tensor(0).data.copy())
+        requests.append(request)
+        return output
 
     return run
+
+
+def in_each_process(make: Callable[[], T]) -> Callable[[], T]:
+    """A function that returns what was made in this process. In a forked process, which has none of the threads of its
+    parent, it is made again.
+    """
+    made = {os.getpid(): make()}
+
+    def here() -> T:
+        process = os.getpid()
+        if process not in made:
+            made[process] = make()
+        return made[process]
+
+    return here
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
@@ -402,14 +427,15 @@ BACKENDS.add(
         "openvino",
         devices=("cpu",),
         keeps_path=True,
+        frozen=True,
         alters=False,
         patience=20.0,
         build_quantized=build_openvino_quantized,
     ),
 )
-BACKENDS.add("eager", Backend(build_eager, any_call=True, any_size=True, layouts=LAST))
+BACKENDS.add("eager", Backend(build_eager, any_call=True, any_size=True, layouts=LAST, frozen=True))
 BACKENDS.add("torch", Backend(build_torch, any_call=True, any_size=True, layouts=BOTH))
-BACKENDS.add("inductor", Backend(build_inductor, any_call=True, layouts=LAST, slow=True, patience=25.0))
+BACKENDS.add("inductor", Backend(build_inductor, any_call=True, layouts=LAST, frozen=True, slow=True, patience=25.0))
 BACKENDS.add(
     "onnxruntime",
     Backend(
@@ -418,6 +444,7 @@ BACKENDS.add(
         "onnx",
         ("float32",),
         ("cpu",),
+        frozen=True,
         slow=True,
         patience=30.0,
     ),

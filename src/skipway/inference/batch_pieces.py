@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from skipway.errors import SkipwayError
 from skipway.inference.backends import Backend, Choice, Run
-from skipway.inference.outputs import output_difference
+from skipway.inference.outputs import is_rounding
 from skipway.tracing.containers import ATOMS, CLOSED, map_tensors, tensors_in
 from skipway.tracing.samples import agrees, axis_of, halved_axis, has_axes
 
@@ -169,7 +169,7 @@ def repeat_last(part: Tensor, axis: int, fill: int) -> Tensor:
 
 
 @torch.no_grad()
-def find_batch_axes(model: nn.Module, example: Any) -> BatchAxes | None:
+def find_batch_axes(model: nn.Module, example: Any, output: Any = None) -> BatchAxes | None:
     """Find the axes of the samples of a network in eval mode: along them, the output for each of two samples is the
     same without the other, and that for the whole example is that for its halves. None where there are none, or where
     arguments are containers or objects, which may be written into.
@@ -177,6 +177,11 @@ def find_batch_axes(model: nn.Module, example: Any) -> BatchAxes | None:
     The two samples are the first ones of the example. Where these are alike, or there is only one, which would hide
     what samples take from each other, it is paired with samples that differ, see `other_samples`. The halves show what
     samples take from others further away, as a series takes from what lies a day before.
+
+    Args:
+        model: the network; its calls leave no traces in it.
+        example: what it is called with.
+        output: what it returns for that, where it was called already.
     """
     args, kwargs = arguments_of(example)
     contained = [value for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
@@ -191,22 +196,25 @@ def find_batch_axes(model: nn.Module, example: Any) -> BatchAxes | None:
         )
         call = partial(call_samples, model, leaves, structure, inputs)
         outputs = independent_axes(call, *pairs_of_samples(leaves, inputs))
-        if outputs is not None and fits_halves(model, example, axes := BatchAxes(size, inputs, outputs)):
+        if outputs is not None and fits_halves(model, example, axes := BatchAxes(size, inputs, outputs), output):
             return axes
     return None
 
 
-def fits_halves(model: nn.Module, example: Any, axes: BatchAxes) -> bool:
+def fits_halves(model: nn.Module, example: Any, axes: BatchAxes, output: Any = None) -> bool:
     """Whether the output for an example is that for its halves, joined."""
     if axes.size < 2:
         return True
     args, kwargs = arguments_of(example)
+
+    def call(start: int, stop: int) -> Any:
+        given, named = map_tensors(torch.clone, axes.cut(args, kwargs, start, stop))
+        return model(*given, **named)
+
     half = axes.size // 2
-    calls = [axes.cut(args, kwargs, *ends) for ends in ((0, axes.size), (0, half), (half, axes.size))]
     try:
-        whole, *halves = (model(*given, **named) for given, named in map_tensors(torch.clone, calls))
-        narrow = any(each.dtype not in (torch.float32, torch.float64) for each in tensors_in(whole))
-        return output_difference(whole, axes.join(halves, axes.size)) <= (5e-2 if narrow else 1e-3)
+        whole = call(0, axes.size) if output is None else output
+        return is_rounding(whole, axes.join([call(0, half), call(half, axes.size)], axes.size))
     except Exception:  # a network raises whatever it likes at another size, and outputs may be of other shapes
         return False
 

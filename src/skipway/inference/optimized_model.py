@@ -38,6 +38,8 @@ REMEMBERED_FROM = 2.0
 """Seconds of a search that is worth a file."""
 SHOWN = 8
 """Names of layers in a text."""
+SEPARATOR = "; "
+"""Between remarks."""
 REMEMBERED = "remembered from an earlier search, and verified; cache=False searches anew"
 
 
@@ -258,8 +260,9 @@ def optimize(
     compared with the original on the example and, if it takes that, on random input of its shape, and timed. Those near
     the fastest are then timed in turns, the original among them, and the fastest is taken; so the result is no slower
     than torch, its compiler (frozen or not) and channels-last, as far as the time allowed to try them. A choice that
-    fails or differs is in the report with the reason, and the others go on. What the model writes into its arguments
-    counts as its output; a state that it keeps between calls starts as the model's.
+    fails or differs is in the report with the reason, and the others go on. What the model writes into tensors of its
+    arguments counts as its output, what it puts into lists and caches does not. Where calls change what the model
+    holds, the result starts as the model is, and no backend that makes constants of it is taken.
 
     Args:
         model: any module.
@@ -332,7 +335,7 @@ def optimize(
         overlap = comparison.check.overlap(images) if comparison.check is not None else ""
         comparison.quantize(images, show, seconds if patience is None else patience)
     asked, cache = (goal, allowed, tuple(names), tolerance), cache and check is None
-    facts = search_facts(comparison.original, comparison.example, asked) if cache else {}
+    facts = search_facts(comparison.pristine, comparison.example, asked) if cache else {}
     search = BackendSearch(comparison, names, allowed, seconds, tolerance, goal == "throughput", show)
     known = load_choice(facts) if cache else None
     if known is not None and search.confirm(known):
@@ -343,7 +346,7 @@ def optimize(
             remark = save_choice(facts, chosen)
     if progress is None:
         show("")
-    return assemble(comparison, chosen, "; ".join(filter(None, (remark, overlap))))
+    return assemble(comparison, chosen, SEPARATOR.join(filter(None, (remark, overlap))))
 
 
 def watch_answers(comparison: BackendComparison, check: Any, limit: float) -> None:
@@ -356,7 +359,7 @@ def watch_answers(comparison: BackendComparison, check: Any, limit: float) -> No
     images, labels = collect_labelled(check)
     batch = len(example) if isinstance(example, Tensor) and example.ndim else 1
     comparison.check = AnswerCheck(fitting(images, example, "check"), labels, limit, batch)
-    comparison.check.watch(comparison.original)
+    comparison.check.watch(comparison.at_start(Choice(ORIGINAL))[1])
 
 
 def fitting(images: Tensor, example: Any, name: str) -> Tensor:
@@ -377,12 +380,11 @@ def fitting(images: Tensor, example: Any, name: str) -> Tensor:
 
 def assemble(comparison: BackendComparison, choice: Choice, remark: str = "") -> OptimizedModel:
     """The optimized model of a choice that was built."""
-    remark = "; ".join(filter(None, (remark, *comparison.remarks(choice))))
-    comparison.put_back_state(choice)
+    remark = SEPARATOR.join(filter(None, (remark, *comparison.remarks(choice))))
     CONVERTED.pop(comparison.folded, None)  # no more choices are built of it
-    report, run = list(comparison.results.values()), comparison.runs[choice]
+    report, (run, original) = list(comparison.results.values()), comparison.at_start(choice)
     any_size = choice.pieces == 1 and (choice.backend == ORIGINAL or BACKENDS[choice.backend].any_size)
-    example, axes, original = comparison.example, comparison.axes, comparison.original
+    example, axes = comparison.example, comparison.axes
     quantized, answer = comparison.quantized, comparison.answers.get(choice)
     return OptimizedModel(choice, report, run, original, example, axes, any_size, quantized, answer, remark)
 
@@ -424,13 +426,13 @@ def load_optimized(path: str | Path) -> OptimizedModel:
     if choice not in comparison.runs:
         raise SkipwayError(f"path={printable(path)}: {choice}: {comparison.results[choice].note}; {AGAIN}")
     loaded, before, here = assemble(comparison, choice), stored.get("remark", ""), describe_machine_and_versions()
-    remarks = [before, *[loaded.remark] * (loaded.remark not in before)]
+    remarks = [before, *[each for each in loaded.remark.split(SEPARATOR) if each not in before.split(SEPARATOR)]]
     differs = [name for name, value in stored["machine"].items() if value != here.get(name)]
     if differs:
         remarks.append(f"chosen with another {', '.join(differs)}; {AGAIN} for what is the fastest here")
     if answer is not None and "processor" in differs:
         remarks.append(f"its answers were checked on {stored['machine']['processor'][0]}, not on this processor")
-    loaded.remark = "; ".join(filter(None, remarks))
+    loaded.remark = SEPARATOR.join(filter(None, remarks))
     loaded.report, loaded.answer = report, answer
     return loaded
 

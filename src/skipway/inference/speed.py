@@ -60,8 +60,9 @@ def time_inference(
     """
     names = list(BACKENDS if backends is None else map(BACKENDS.name_of, backends))
     comparison, precisions = BackendComparison(model, example), native_precisions(example.device)
+    autocast = Backend(partial(build_autocast, model), any_call=True, alters=False)
     for precision in precisions[1:]:
-        comparison.add(Choice(ORIGINAL, precision), backend=Backend(partial(build_autocast, model), any_call=True))
+        comparison.add(Choice(ORIGINAL, precision), backend=autocast)
     search = BackendSearch(comparison, names, precisions, max(LEAST_SEARCH, SEARCH * seconds))
     search.explore()
     comparison.time(ROUNDS, seconds)

@@ -1,8 +1,9 @@
-"""Tensors and numbers that modules keep as attributes: copied with the module, and put back after a pass."""
+"""What modules keep between calls, as attributes and in objects: copied, compared, and put back after a pass."""
 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import is_not
@@ -11,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from skipway.tracing.containers import map_tensors, tensors_in
+from skipway.tracing.containers import ATOMS, CLOSED, map_tensors, parts_of, tensors_in
 
 __all__ = [
-    *("attribute_restoration", "copy_module", "detach_attributes", "differing_state", "held_by", "kept_tensors"),
-    "set_state",
+    *("attribute_restoration", "copy_module", "detach_attributes", "differing_state", "held_by", "is_changed"),
+    "kept_tensors",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,9 +25,9 @@ STANDARD = frozenset({*vars(nn.Module()), "training"})
 HOLDERS = (Tensor, list, tuple, dict)
 NUMBERS = (int, float)
 """Counters and lengths; flags among them are left, since one may say that hooks were installed, as in transformers."""
-DEPTH = 6
-"""Containers within one another that are compared."""
 KINDS, MISSING = (*HOLDERS, *NUMBERS), object()
+STATELESS = tuple(kind for kind in CLOSED if kind is not nn.Module)
+"""Objects that keep nothing of a call."""
 
 
 def copy_module(module: Model) -> Model:
@@ -38,10 +39,8 @@ def copy_module(module: Model) -> Model:
     >>> copy_module(layer).kept.requires_grad
     False
     """
-    memo: dict[int, Any] = {}
-    for tensor in kept_tensors(module.modules()):
-        if not tensor.is_leaf:
-            memo[id(tensor)] = tensor.detach().clone()
+    held = [[*each._buffers.values(), *held_by(each).values()] for each in module.modules()]
+    memo: dict[int, Any] = {id(each): each.detach().clone() for each in tensors_in(held) if not each.is_leaf}
     return copy.deepcopy(module, memo)
 
 
@@ -119,8 +118,7 @@ def are_others(value: Any, old: Any) -> bool:
 
 
 def differing_state(before: nn.Module, after: nn.Module) -> list[str]:
-    """The buffers and attributes of a copy of a network that differ from the network's, since a call wrote into them:
-    tensors and numbers, in containers too, and what was None or has become it.
+    """The parameters, buffers and attributes in which two copies of a network differ, as `is_changed` compares them.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.calls = 0
@@ -129,74 +127,73 @@ def differing_state(before: nn.Module, after: nn.Module) -> list[str]:
     >>> differing_state(layer, copied)
     ['calls']
     """
-    copies, found = dict(after.named_modules()), []
+    others, found, seen = dict(after.named_modules()), list[str](), set[int]()
     for path, module in before.named_modules():
-        other = copies.get(path, module)
-        for old, new in ((module._buffers, other._buffers), (held_by(module), held_by(other))):
-            names = [name for name in dict.fromkeys((*old, *new)) if is_changed(old.get(name), new.get(name))]
-            found += [f"{path}.{name}" if path else name for name in names]
+        old, new = entries_by_name(module), entries_by_name(others.get(path, module))
+        for name in dict.fromkeys((*old, *new)):
+            pair = old.get(name), new.get(name)
+            if not all(isinstance(each, nn.Module) for each in pair) and is_changed(*pair, seen):
+                found.append(f"{path}.{name}" if path else name)
     return found
 
 
-def is_changed(old: Any, new: Any, depth: int = DEPTH) -> bool:
-    """Whether a tensor, a number or a container of such is another than it was; flags are left."""
-    if old is new or not depth or isinstance(old, bool) or isinstance(new, bool):
-        return False
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        if old.layout is not torch.strided or old.is_nested or old.is_meta:
-            return False
-        about = [(each.device, each.dtype, each.shape) for each in (old, new)]
-        return about[0] != about[1] or not torch.equal(old, new)
-    if type(old) is not type(new):
-        return isinstance(old, KINDS) or isinstance(new, KINDS)
-    if isinstance(old, NUMBERS):
-        return bool(old != new)
-    if not isinstance(old, (list, tuple, dict)):
-        return False
-    if len(old) != len(new) or (isinstance(old, dict) and old.keys() != new.keys()):
-        return True
-    pairs = ((old[key], new[key]) for key in old) if isinstance(old, dict) else zip(old, new, strict=True)
-    return any(is_changed(*pair, depth - 1) for pair in pairs)
+def is_changed(old: Any, new: Any, seen: set[int] | None = None) -> bool:
+    """Whether a value or what it holds, in containers, objects and modules, differs from that of a copy: tensors,
+    numbers, flags and texts, and what has become or was None. NaN for NaN is no difference, and functions and classes
+    have no state.
 
+    Args:
+        old: a value.
+        new: a copy of it, or what has become of that.
+        seen: identities of objects that were compared already; these are added.
 
-@torch.no_grad()
-def set_state(names: Iterable[str], source: nn.Module, target: nn.Module) -> None:
-    """Give a copy of a network the network's state in all modules that hold one of these buffers and attributes, the
-    names of `differing_state`; a buffer keeps its type.
-
-    With what was found to differ go the other attributes of its module, flags and objects among them, which may say
-    what it means; flags of hooks stay, since the hooks do. What modules share is shared again.
+    >>> is_changed({"calls": [1, torch.zeros(2)]}, {"calls": [1, torch.ones(2)]})
+    True
     """
-    names = list(names)
-    if not names:
-        return
-    owners = dict(target.named_modules())  # less what was multiplied into others
-    pairs = [(module, owners[path]) for path, module in source.named_modules() if path in owners]
-    memo: dict[int, Any] = {}
-    for module, copied in pairs:
-        memo[id(module)] = copied
-        for table in ("_parameters", "_buffers"):
-            held, others = getattr(module, table), getattr(copied, table)
-            memo |= {id(held[name]): others[name] for name in held if others.get(name) is not None}
-    places = {name.rpartition(".")[0] for name in names}
-    stateful = [(module, owners[path]) for path, module in source.named_modules() if path in places & owners.keys()]
-    memo |= {id(x): x.detach().clone() for x in kept_tensors(module for module, _ in stateful) if not x.is_leaf}
-    for module, copied in stateful:
-        for name, value in module._buffers.items():
-            now = copied._buffers.get(name)
-            if value is None or now is None:
-                copied._buffers[name] = None if value is None else value.detach().clone()
-            elif is_changed(value, now):
-                same = now.shape == value.shape
-                copied._buffers[name] = now.copy_(value) if same else value.detach().to(now, copy=True)
-        for name in [name for name in held_by(copied) if not is_hook_flag(name)]:
-            del copied.__dict__[name]
-        copied.__dict__.update({n: copy.deepcopy(v, memo) for n, v in held_by(module).items() if not is_hook_flag(n)})
+    left, seen = [(old, new)], set[int]() if seen is None else seen
+    while left:
+        old, new = left.pop()
+        if old is new or isinstance(old, STATELESS) or isinstance(new, STATELESS):
+            continue
+        if isinstance(old, Tensor) and isinstance(new, Tensor):
+            if are_different(old, new):
+                return True
+        elif type(old) is not type(new):
+            return True
+        elif isinstance(old, ATOMS):
+            if old != new and (old == old or new == new):
+                return True
+        elif id(old) not in seen:
+            seen.add(id(old))
+            before, after = entries_by_name(old), entries_by_name(new)
+            left += [(before.get(name), after.get(name)) for name in dict.fromkeys((*before, *after))]
+    return False
 
 
-def is_hook_flag(name: str) -> bool:
-    """Whether an attribute says by its name that hooks were installed, as in transformers."""
-    return "hook" in name.lower()
+def are_different(old: Tensor, new: Tensor) -> bool:
+    """Whether two tensors have another form or, if they are dense, other values; NaN is as NaN."""
+    about = [(each.device, each.dtype, each.layout, each.shape) for each in (old, new)]
+    if about[0] != about[1]:
+        return True
+    if old.layout is not torch.strided or old.is_nested or old.is_meta or torch.equal(old, new):
+        return False
+    if not old.is_floating_point() and not old.is_complex():
+        return True
+    return not bool(((old == new) | (old.isnan() & new.isnan())).all())
+
+
+def entries_by_name(value: Any) -> dict[Any, Any]:
+    """What a module, a container or an object holds, by names that are equal in a copy: in place of a key that is an
+    object its position. Of a set, whose order no copy keeps, it is the size, and of an array the bytes.
+    """
+    if isinstance(value, nn.Module):
+        return {**value._parameters, **value._buffers, **value._modules, **held_by(value)}
+    if isinstance(value, set | frozenset):
+        return {"size": len(value)}
+    if hasattr(value, "tobytes"):
+        return {"bytes": value.tobytes()}
+    parts = enumerate(enumerate(value) if isinstance(value, deque) else parts_of(value))
+    return {name if isinstance(name, ATOMS) else (place,): part for place, (name, part) in parts}
 
 
 def held_by(module: nn.Module) -> dict[str, Any]:
